@@ -11,7 +11,7 @@ from harness import ROOT
 
 from fd_large import distributed
 from fd_large.data.loader import Batch
-from fd_large.engine.run import engine_of
+from fd_large.engine.opening import engine_of
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero.engine import Engine
 from fd_large.recipes.run import Run

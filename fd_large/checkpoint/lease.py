@@ -52,12 +52,14 @@ class Lease:
         start: Id of the start.
 
     Attributes:
+        root: The folder that is owned: the run's, or one that it is a part of.
         taken_over: Why the owner before counted as dead; empty if there was none.
         entered: Whether the run's files there are this start's to write; the engine sets it.
     """
 
     def __init__(self, folder: Path, start: str) -> None:
         self.folder, self.start, self.taken_over, self.entered = folder, start, "", False
+        self.root = folder
         self._made: list[Path] = []
         self._on_lost: Callable[[str], None] = _leave
         self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -66,11 +68,17 @@ class Lease:
     def owned(self) -> bool:
         """Returns whether no other start has taken the folder, as far as its file can be read."""
         try:
-            return _read(self.folder / OWNER)[0].start == self.start
+            return _read(self.root / OWNER)[0].start == self.start
         except FileNotFoundError:
             return False
         except OSError:
             return True
+
+    def inside(self, folder: Path) -> Lease:
+        """Returns the right to write a run's folder inside the owned one; this lease keeps it."""
+        inner = Lease(folder, self.start)
+        inner.root = self.root
+        return inner
 
     def must_own(self) -> None:
         """Raises OSError, as a write would, once another start has taken the folder."""
@@ -86,28 +94,28 @@ class Lease:
             self._messages.put("leaving")
 
     def start_anew(self) -> Path | None:
-        """Puts an empty folder of this owner's in place of a folder with files; rank 0 calls it.
+        """Puts an empty folder of this owner's in place of one with files; rank 0 calls it.
 
         Returns: where the old folder is now; None where there was nothing to keep.
         Raises: OwnedError: if another start made the folder in that moment.
         """
-        if not any(not path.name.startswith("owner.") for path in self.folder.iterdir()):
+        if not any(not path.name.startswith("owner.") for path in self.root.iterdir()):
             return None
         number = 1
-        while (old := self.folder.with_name(f"{self.folder.name}.old-{number}")).exists():
+        while (old := self.root.with_name(f"{self.root.name}.old-{number}")).exists():
             number += 1
-        empty = self.folder.with_name(f".{self.folder.name}.{self.start}")
+        empty = self.root.with_name(f".{self.root.name}.{self.start}")
         empty.mkdir()
-        record = (self.folder / OWNER).read_text()
+        record = (self.root / OWNER).read_text()
         _write(empty / OWNER, record)
-        self.folder.rename(old)
+        self.root.rename(old)
         try:
-            empty.rename(self.folder)
+            empty.rename(self.root)
         except OSError:
             (empty / OWNER).unlink()
             empty.rmdir()
             raise OwnedError(
-                f"--fresh: {self.folder}: another start made it at the same moment; got its "
+                f"--fresh: {self.root}: another start made it at the same moment; got its "
                 f"files, expected none. The old ones are in {old}. Start again."
             ) from None
         (old / OWNER).unlink(missing_ok=True)

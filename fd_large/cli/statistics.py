@@ -66,7 +66,7 @@ def measure(run: Run, *, deepspeed_config: str, out: str, views: int) -> None:
     """
     # torch and deepspeed: seconds.
     from fd_large import distributed
-    from fd_large.engine.run import open_run
+    from fd_large.engine.opening import open_run
     from fd_large.tasks.distillation import target_statistics
     from fd_large.tasks.distillation.held_out import HeldOutViews
     from fd_large.tasks.distillation.job import DistillationJob

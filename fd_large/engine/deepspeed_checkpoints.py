@@ -17,7 +17,7 @@ import torch
 
 from fd_large.checkpoint.lease import Lease
 from fd_large.engine.job import JobOf
-from fd_large.engine.run import open_stored
+from fd_large.engine.opening import open_stored
 from fd_large.engine.zero import private_names
 from fd_large.errors import CheckpointError
 

@@ -17,7 +17,7 @@ from process_state import state
 from pyarrow import parquet
 
 import fd_large
-from fd_large.engine import run as engine_run
+from fd_large.engine import opening
 from fd_large.recipes import registry
 
 ROOT = Path(fd_large.__file__).resolve().parents[1]
@@ -94,7 +94,7 @@ def test_what_fails_leaves_the_process_as_it_was(images, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine_run, "engine_of", fail)
+    monkeypatch.setattr(opening, "engine_of", fail)
     before = state()
     with pytest.raises(KeyboardInterrupt):
         distill(images, tmp_path / "run", **{"optim.max_steps": 2})

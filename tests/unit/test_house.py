@@ -56,6 +56,7 @@ SEE_A_RUN = (
     "__init__.py",
     "api.py",
     "engine/run.py",
+    "engine/opening.py",
     "engine/job.py",
     "tasks/jobs.py",
     "tasks/*/job.py",

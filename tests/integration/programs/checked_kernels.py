@@ -16,7 +16,7 @@ from launch import write_result
 from scenarios import start_engine, take_step, tiny_run
 
 from fd_large import distributed
-from fd_large.engine.run import _check_kernels
+from fd_large.engine.opening import check_kernels
 from fd_large.engine.zero import start
 from fd_large.kernels import choose, whitened_loss_triton
 from fd_large.tasks.distillation.job import DistillationJob
@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
             return loss * 1.01, *rest
 
         whitened_loss_triton.forward = wrong
-    _check_kernels(DistillationJob(run), bfloat16=False)
+    check_kernels(DistillationJob(run), bfloat16=False)
     engine, _ = start_engine(run, given["zero"])
     engine.task.train()
     result = {"refused": dict(choose.refused()), "loss": take_step(engine, run, 0)}

@@ -23,7 +23,7 @@ from launch import write_result
 from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import forward_backward, prepared
-from fd_large.engine.run import engine_of
+from fd_large.engine.opening import engine_of
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import partition, start
 from fd_large.engine.zero.engine import Engine

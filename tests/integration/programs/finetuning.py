@@ -25,7 +25,7 @@ from fd_large.data.sampler import Portion
 from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.find_model import find_model
 from fd_large.engine.forward_backward import forward_backward
-from fd_large.engine.run import engine_of
+from fd_large.engine.opening import engine_of
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import start

@@ -29,7 +29,7 @@ from fd_large.cli.plan import workload
 from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import drop_path_keep
 from fd_large.engine.forward_backward import forward_backward
-from fd_large.engine.run import engine_of
+from fd_large.engine.opening import engine_of
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.task import Task
 from fd_large.engine.zero import config as ds

@@ -11,24 +11,21 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import torch
-from loading import made
 from unit.engine.conftest import Brightness, batch_of
 
 from fd_large import doors
 from fd_large.checkpoint.lease import Lease, claimed
 from fd_large.data.sampler import MicroBatches
+from fd_large.engine import opening
 from fd_large.engine import run as engine_run
 from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.job import Job
-from fd_large.engine.run import hooks_of, open_run, train, watchdog_of
+from fd_large.engine.run import hooks_of, train, watchdog_of
 from fd_large.engine.zero import state
 from fd_large.errors import ConfigError, DataError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.runtime.hooks import Hook, Verdict, Wish
-from fd_large.tasks.distillation.section import Objective, Teacher
-from fd_large.tasks.jobs import job_of
 
 
 class Watched(Job):
@@ -68,7 +65,7 @@ def test_the_guard_can_be_turned_off():
 def test_a_signal_while_it_is_built_is_kept_and_the_run_can_go_on(
     number, recipe, tmp_path, monkeypatch
 ):
-    before, engine_of = signal.getsignal(number), engine_run.engine_of
+    before, engine_of = signal.getsignal(number), opening.engine_of
 
     def signalled(*given, **named):
         os.kill(os.getpid(), number)
@@ -76,7 +73,7 @@ def test_a_signal_while_it_is_built_is_kept_and_the_run_can_go_on(
 
     caught = replace(recipe, runtime=replace(recipe.runtime, preemption=True))
     with monkeypatch.context() as patch:
-        patch.setattr(engine_run, "engine_of", signalled)
+        patch.setattr(opening, "engine_of", signalled)
         assert start(caught) == 75
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["status"], summary["updates"]) == ("preempted", 0)
@@ -172,65 +169,6 @@ def start(recipe, *, job=BrightnessJob, **more):
         return train(recipe, job, deepspeed_config=config, lease=lease, **more)
 
 
-NUMBERS = (0.485, 0.456, 0.406, 0.229, 0.224, 0.225)
-
-
-@pytest.mark.parametrize("statistics", [(), NUMBERS, (0.5,) * 6])
-@pytest.mark.parametrize("kind", ["timm's ViT", "BEiT", "no head"])
-def test_a_stored_run_of_a_bare_teacher_goes_on_as_it_began(
-    kind, statistics, one_rank, tmp_path, monkeypatch
-):
-    """Earlier versions did not ask for the image statistics of such a file."""
-    state = made("vit_base_patch16" if kind == "BEiT" else "dino_vit_base_patch16").state_dict()
-    if kind == "BEiT":
-        table = state.pop("rel_pos_bias.relative_position_bias_table")
-        for block in range(2):
-            state[f"blocks.{block}.attn.relative_position_bias_table"] = table.clone()
-    elif kind == "timm's ViT":
-        state |= {"head.weight": torch.zeros(3, 32), "head.bias": torch.zeros(3)}
-    torch.save(state, tmp_path / "teacher.pth")
-    heads = () if kind == "BEiT" else (2,)
-    run = registry.get("fd_clip_vit_base")
-    run = replace(
-        run,
-        teacher=Teacher(
-            source=str(tmp_path / "teacher.pth"),
-            architecture=Architecture(num_heads=heads or None),
-        ),
-        objective=Objective(),
-        runtime=replace(run.runtime, run_dir=str(tmp_path / "run")),
-    )
-    opened = []
-
-    def only_settled(job, *_):
-        opened.append(job.run)
-        raise DataError("no more of it")
-
-    monkeypatch.setattr(engine_run, "_check", only_settled)
-
-    def start_of(run, **more):
-        with claimed(tmp_path / "run") as lease:
-            open_run(run, job_of, deepspeed_config="zero3", lease=lease, **more)
-
-    with pytest.raises(WeightsError, match="got no image statistics"):
-        start_of(run)
-    with pytest.raises(DataError):
-        start_of(replace(run, teacher=replace(run.teacher, statistics=NUMBERS)))
-    settled = opened.pop()
-    stored = replace(settled, teacher=replace(settled.teacher, statistics=statistics)).to_dict()
-    (tmp_path / "run").mkdir(exist_ok=True)
-    (tmp_path / "run" / "recipe.json").write_text(json.dumps(stored))
-    with pytest.raises(DataError):
-        start_of(run)
-    assert opened[0].changes_since(stored) == {}
-    with pytest.raises(WeightsError, match="got no image statistics"):
-        start_of(run, fresh=True)
-    other = tmp_path / "other.pth"
-    torch.save(state, other)
-    with pytest.raises(WeightsError, match="got no image statistics"):
-        start_of(replace(run, teacher=replace(run.teacher, source=str(other))))
-
-
 def lines(folder, name):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
@@ -294,7 +232,7 @@ def test_a_run_that_an_error_ends_says_so_in_its_folder(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_run, "engine_of", fail)
+        patch.setattr(opening, "engine_of", fail)
         with pytest.raises(type(error)):
             start(recipe)
     again = json.loads((tmp_path / "run/summary.json").read_text())

@@ -1,0 +1,77 @@
+"""What is checked and settled before anything of a run is built."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from loading import made
+
+from fd_large.checkpoint.lease import claimed
+from fd_large.engine import opening
+from fd_large.engine.opening import open_run
+from fd_large.errors import DataError, WeightsError
+from fd_large.recipes import registry
+from fd_large.recipes.architectures import Architecture
+from fd_large.tasks.distillation.section import Objective, Teacher
+from fd_large.tasks.jobs import job_of
+
+NUMBERS = (0.485, 0.456, 0.406, 0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize("statistics", [(), NUMBERS, (0.5,) * 6])
+@pytest.mark.parametrize("kind", ["timm's ViT", "BEiT", "no head"])
+def test_a_stored_run_of_a_bare_teacher_goes_on_as_it_began(
+    kind, statistics, one_rank, tmp_path, monkeypatch
+):
+    """Earlier versions did not ask for the image statistics of such a file."""
+    state = made("vit_base_patch16" if kind == "BEiT" else "dino_vit_base_patch16").state_dict()
+    if kind == "BEiT":
+        table = state.pop("rel_pos_bias.relative_position_bias_table")
+        for block in range(2):
+            state[f"blocks.{block}.attn.relative_position_bias_table"] = table.clone()
+    elif kind == "timm's ViT":
+        state |= {"head.weight": torch.zeros(3, 32), "head.bias": torch.zeros(3)}
+    torch.save(state, tmp_path / "teacher.pth")
+    heads = () if kind == "BEiT" else (2,)
+    run = registry.get("fd_clip_vit_base")
+    run = replace(
+        run,
+        teacher=Teacher(
+            source=str(tmp_path / "teacher.pth"),
+            architecture=Architecture(num_heads=heads or None),
+        ),
+        objective=Objective(),
+        runtime=replace(run.runtime, run_dir=str(tmp_path / "run")),
+    )
+    opened = []
+
+    def only_settled(jobs, *_):
+        opened.append(jobs[0].run)
+        raise DataError("no more of it")
+
+    monkeypatch.setattr(opening, "_check", only_settled)
+
+    def start_of(run, **more):
+        with claimed(tmp_path / "run") as lease:
+            open_run(run, job_of, deepspeed_config="zero3", lease=lease, **more)
+
+    with pytest.raises(WeightsError, match="got no image statistics"):
+        start_of(run)
+    with pytest.raises(DataError):
+        start_of(replace(run, teacher=replace(run.teacher, statistics=NUMBERS)))
+    settled = opened.pop()
+    stored = replace(settled, teacher=replace(settled.teacher, statistics=statistics)).to_dict()
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(stored))
+    with pytest.raises(DataError):
+        start_of(run)
+    assert opened[0].changes_since(stored) == {}
+    with pytest.raises(WeightsError, match="got no image statistics"):
+        start_of(run, fresh=True)
+    other = tmp_path / "other.pth"
+    torch.save(state, other)
+    with pytest.raises(WeightsError, match="got no image statistics"):
+        start_of(replace(run, teacher=replace(run.teacher, source=str(other))))
