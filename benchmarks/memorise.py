@@ -1,15 +1,16 @@
 """Do the dense tasks learn: can they memorise 8 real images in 20 minutes?
 
-    python benchmarks/memorise.py [TASK] [--quick] [--ranks 2] [--updates 400]
+    python benchmarks/memorise.py [TASK] [--quick] [--ranks 2] [--updates 400] [--keep FOLDER]
 
 Trains a narrow version of a recipe under ZeRO-3 on 8 images of FD_DATA's coco_tiny and tests it on
 the same images. TASK is `detection` (boxes and masks of the images whose smallest object is
-largest, coco_mask_rcnn_swinv2_tiny at 256 px), `segmentation_swinv2` or `segmentation_vit` (the
-category of each pixel, smaller objects on top, all else ignored, of images that show at least two;
-UPerNet at 128 px), `depth_swinv2` or `depth_vit` (the depth of 8 parts of the stereo pair that
-scikit-image brings, random crops of 96 px, MIM-Depth's decoder). Writes
+largest, coco_mask_rcnn_swinv2_tiny at 160 px), `detection_cascade` or `detection_htc` (the same
+with other heads; the curves also show what `detection` had reached), `segmentation_swinv2` or
+`segmentation_vit` (the category of each pixel, smaller objects on top, all else ignored, of images
+that show at least two; UPerNet at 128 px), `depth_swinv2` or `depth_vit` (the depth of 8 parts of
+the stereo pair that scikit-image brings, random crops of 96 px, MIM-Depth's decoder). Writes
 benchmarks/results/memorise.json or memorise_TASK.json, the curves, and the images with what is seen
-in them.
+in them. --keep leaves the data and the run there, for test_views.py.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ COMMON = """
 --batch.global_batch_size 8 --runtime.log_every 10 --runtime.save_every 100000
 """
 DETECTION = """
---recipe coco_mask_rcnn_swinv2_tiny --data.image_size 256
+--recipe coco_mask_rcnn_swinv2_tiny --data.image_size 160
 --student.architecture.embed_dim 48 --student.architecture.depths 2 2 2 2
---student.architecture.num_heads 3 6 12 24 --student.architecture.window_size 8
---task.detection.head_width 64 --task.detection.rois_per_image 64
---task.detection.anchors_per_image 128 --task.detection.proposals_per_image 200
+--student.architecture.num_heads 3 6 12 24 --student.architecture.window_size 5
+--task.detection.head_width 64 --task.detection.rois_per_image 32
+--task.detection.anchors_per_image 128 --task.detection.proposals_per_image 100
 --task.detection.scale_range 1 1 --task.detection.test_size 0 0
 --optim.base_lr 0.064 --optim.warmup_lr 1e-4 --optim.min_lr 6.4e-4
 --optim.warmup_epochs 20
@@ -68,9 +69,14 @@ VIT = """
 --student.architecture.depths 6 --student.architecture.num_heads 3
 --student.architecture.patch_size 8 --optim.layer_decay 1
 """
+CASCADE = "--task.detection.heads cascade --task.detection.box_loss giou"
+HTC = "--task.detection.heads htc --task.detection.box_loss giou"
+DETECTION_AIMS = {"box_AP50": 0.9, "mask_AP50": 0.8}
 # Flags, what is aimed at, and a word for it.
 TASKS = {
-    "detection": (DETECTION, {"box_AP50": 0.9, "mask_AP50": 0.8}, "AP50"),
+    "detection": (DETECTION, DETECTION_AIMS, "AP"),
+    "detection_cascade": (f"{DETECTION} {CASCADE}", DETECTION_AIMS, "AP"),
+    "detection_htc": (f"{DETECTION} {HTC}", DETECTION_AIMS, "AP"),
     "segmentation_swinv2": (
         f"--recipe ade20k_upernet_swinv2_base {SWINV2} {SEGMENTATION}",
         {"val_mIoU": 90.0},
@@ -104,6 +110,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
     parser.add_argument("--updates", type=int, default=400, help="steps of training")
     parser.add_argument("--every", type=int, default=100, help="steps between evaluations")
+    parser.add_argument("--keep", type=Path, help="folder for data and run, which then stay")
     parser.add_argument("--out", type=Path)
     task = parser.parse_args().task
     tail = "" if task == "detection" else f"_{task}"
@@ -232,14 +239,15 @@ def main() -> int:
     of_depth = flags.task.startswith("depth")
     if not of_depth and not data.is_file():
         sys.exit(f"{data}: not there; set FD_DATA to the folder with coco_tiny.tar")
-    with tempfile.TemporaryDirectory(prefix="memorise_") as folder:
-        root, run_dir = Path(folder) / "data", Path(folder) / "run"
+    with tempfile.TemporaryDirectory(prefix="memorise_") as passing:
+        folder = flags.keep or Path(passing)
+        root, run_dir = folder / "data", folder / "run"
         if of_depth:
             measure(root)
         else:
             with tarfile.open(data) as archive:
                 archive.extractall(root, filter="data")
-        if flags.task == "detection":
+        if flags.task.startswith("detection"):
             choose(root)
         elif not of_depth:
             paint(root)

@@ -32,6 +32,7 @@ STREAMS = {
     "blocks": 13,
     "in_window": 14,
     "dropout": 15,
+    "copies": 16,
 }
 
 _WORD = np.uint64(0xFFFFFFFF)

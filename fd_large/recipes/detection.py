@@ -276,11 +276,11 @@ def coco_htc_swinv2_giant() -> Run:
 
     `--student.init` is the run of o365_cascade_swinv2_giant, of which backbone, pyramid and the
     heads that fit go on. All but the heads is coco_mask_rcnn_swinv2_giant: SwinV2's schedule, which
-    trained HTC++. Of HTC++ what is public: HTC, a layer of attention before the pyramid, soft-NMS.
-    GIoU, one box for a proposal, linear decay from an IoU of .5 and scores from .001 are those of
-    the open re-builds (CBNetV2, ViT-Adapter); InstaBoost is not here. The semantic branch learns
-    COCO-Stuff's maps; without them set --task.detection.semantic_classes 0. The paper's test takes
-    several scales.
+    trained HTC++. Of HTC++ what is public: HTC, a layer of attention before the pyramid, InstaBoost
+    (copy_instances), soft-NMS. GIoU, one box for a proposal, linear decay from an IoU of .5 and
+    scores from .001 are those of the open re-builds (CBNetV2, ViT-Adapter), objects copied in half
+    of the images ViT-Adapter's. The semantic branch learns COCO-Stuff's maps; without them set
+    --task.detection.semantic_classes 0. The paper's test takes several scales.
     Run it with ds_configs/zero3_hpz.json (slurm/coco_swinv2g.sh).
     Duration: (4 x 51.3 + 3 x 3.16) TFLOP x 4.26e6 images = 9.1e20 FLOP.
     """
@@ -289,6 +289,7 @@ def coco_htc_swinv2_giant() -> Run:
         "coco_htc_swinv2_giant",
         heads="htc",
         semantic_classes=183,
+        copy_instances=0.5,
         **_HTC_PLUS_PLUS,
     )
 

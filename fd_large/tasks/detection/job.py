@@ -66,6 +66,12 @@ class DetectionJob(Job):
         self._categories = dict(zip(images.category_ids, images.category_names, strict=True))
         self._has_masks = images.has_masks
         check_classes(self.run, images)
+        if self.run.task.detection.copy_instances and not images.has_masks:
+            raise ConfigError(
+                f"task.detection.copy_instances: {images.annotations} has no masks to cut out "
+                f"objects by; got {self.run.task.detection.copy_instances}, expected 0. Leave it "
+                "out."
+            )
         if classes := self.run.task.detection.semantic_classes:
             images.check_semantic(classes, where="data.root")
         return cast(ImageSource, images)
@@ -157,6 +163,7 @@ class DetectionJob(Job):
                 workers=run.data.workers,
                 max_pixels=run.data.max_pixels,
                 semantic_classes=run.task.detection.semantic_classes,
+                copy_probability=run.task.detection.copy_instances,
             )
         )
 

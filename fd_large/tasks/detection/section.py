@@ -68,6 +68,9 @@ class Detection:
     # Smallest and largest scale of a training image before it is cropped to data.image_size, as
     # multiples of the scale at which the whole image just fits.
     scale_range: tuple[float, float] = (0.1, 2.0)
+    # Probability that the objects of a training image are cut out and pasted back slightly scaled,
+    # turned and shifted, as InstaBoost does. Its authors take 0.5. 0 turns it off.
+    copy_instances: float = 0.0
     # Train on whole images instead of random scales and crops: the smallest and largest length of
     # the shorter side, and the largest length of the longer side, in pixels. A global batch then
     # holds only wide or only high images. 0 0 0 turns it off.
@@ -102,7 +105,7 @@ class Detection:
             ("detections_per_image", "boxes"),
         ):
             at_least(f"task.detection.{name}", getattr(self, name), 1, unit)
-        for name in ("nms_iou", "least_score"):
+        for name in ("nms_iou", "least_score", "copy_instances"):
             value = getattr(self, name)
             where = f"task.detection.{name}"
             require(0 <= value <= 1, f"{where}: out of range", value, "a number in [0, 1]")

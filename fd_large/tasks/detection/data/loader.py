@@ -21,6 +21,7 @@ from fd_large.errors import DataError
 from fd_large.tasks.dense.geometry import padded, resized_view, sizes_of
 from fd_large.tasks.dense.loader import deal
 from fd_large.tasks.detection.data.annotations import CocoSet
+from fd_large.tasks.detection.data.copy_instances import DRAWS_PER_OBJECT, copy_instances
 from fd_large.tasks.detection.data.target import (
     SEMANTIC_STRIDE,
     Target,
@@ -44,6 +45,7 @@ def build_training_loader(
     workers: int,
     max_pixels: int = MAX_PIXELS,
     semantic_classes: int = 0,
+    copy_probability: float = 0.0,
 ) -> DataLoader:
     """The rest of an epoch for one rank.
 
@@ -57,6 +59,7 @@ def build_training_loader(
         workers: Number of loading processes; 0 loads in this one.
         max_pixels: Larger images are refused before they are decoded.
         semantic_classes: Classes of the semantic maps that targets have besides; 0: none are read.
+        copy_probability: How likely the objects of an image are moved (`copy_instances`).
 
     Returns: an iterable of `Batch`: images (B, 3, H, W) uint8, padded with black at the right and
         the bottom, and `Targets`. The same samples on any number of ranks and workers.
@@ -68,7 +71,16 @@ def build_training_loader(
     if jitter.canvas is None:
         order = grouped_order(source.landscape(), seed, portion.epoch, global_batch_size)
     return build_loader(
-        _Samples(source, jitter, order, seed, portion.epoch, max_pixels, semantic_classes),
+        _Samples(
+            source,
+            jitter,
+            order,
+            seed,
+            portion.epoch,
+            max_pixels,
+            semantic_classes,
+            copy_probability,
+        ),
         len(source),
         portion,
         global_batch_size=global_batch_size,
@@ -122,6 +134,7 @@ class _Samples(Dataset):
     epoch: int
     max_pixels: int
     semantic_classes: int
+    copy_probability: float
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
         if self.order is None:
@@ -130,7 +143,7 @@ class _Samples(Dataset):
             indices = self.order[positions]
         draws = uniforms(self.seed, self.epoch, positions, "jitter", NUM_DRAWS).tolist()
         loaded = load_samples(
-            lambda place, index: self._sample(index, draws[place]),
+            lambda place, index: self._sample(index, int(positions[place]), draws[place]),
             positions,
             indices,
             num_samples=len(self.source),
@@ -159,13 +172,21 @@ class _Samples(Dataset):
             ),
         )
 
-    def _sample(self, index: int, draws: list[float]) -> tuple[Tensor, Target]:
+    def _sample(self, index: int, position: int, draws: list[float]) -> tuple[Tensor, Target]:
         image = read_image(self.source, index, self.max_pixels)
-        view = self.jitter.view(*image.shape[-2:], draws)
-        target = make_target(self.source.objects(index), view, self.jitter.canvas or view.size)
+        objects, classes = self.source.objects(index), None
         if self.semantic_classes:
-            classes = view.numbers(self.source.semantic(index, self.semantic_classes))
-            every = classes[::SEMANTIC_STRIDE, ::SEMANTIC_STRIDE].astype(np.uint8)
+            classes = self.source.semantic(index, self.semantic_classes)
+        if self.copy_probability:
+            count = len(objects.boxes) * DRAWS_PER_OBJECT
+            first, *rest = uniforms(self.seed, self.epoch, [position], "copies", 1 + count)[0]
+            if first < self.copy_probability:
+                rest = np.reshape(rest, (-1, DRAWS_PER_OBJECT))
+                image, objects, classes = copy_instances(image, objects, rest, classes)
+        view = self.jitter.view(*image.shape[-2:], draws)
+        target = make_target(objects, view, self.jitter.canvas or view.size)
+        if classes is not None:
+            every = view.numbers(classes)[::SEMANTIC_STRIDE, ::SEMANTIC_STRIDE].astype(np.uint8)
             target = target._replace(semantic=torch.from_numpy(every))
         return view.image(image), target
 

@@ -80,12 +80,12 @@ def make_target(objects: ImageObjects, view: View, canvas: tuple[int, int]) -> T
     kept, filled = [], []
     for number in np.flatnonzero(_large_enough(clipped)):
         if objects.segmentations:
-            mask, corner = _fill(objects.segmentations[number], view)
+            mask, corner = fill(objects.segmentations[number], view)
             if not mask.any():
                 continue
             if is_cut[number]:
-                bounds = _bounds(mask) + np.tile(corner, 2)
-                clipped[number] = _intersection(bounds, clipped[number])
+                left = bounds(mask) + np.tile(corner, 2)
+                clipped[number] = _intersection(left, clipped[number])
                 if not _large_enough(clipped[number]):
                     continue
             filled.append((mask, corner))
@@ -130,15 +130,21 @@ def _large_enough(boxes: NDArray[np.floating]) -> NDArray[np.bool_]:
     return ((boxes[..., 2:] - boxes[..., :2]) >= MIN_SIDE).all(-1)
 
 
-def _bounds(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
+def bounds(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Returns the box (4,) around the pixels of a mask that is not empty."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float64)
 
 
-def _fill(
+def fill(
     segmentation: list[NDArray[np.float64]] | bytes, view: View
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The mask in the smallest window around it, and the window's left and top."""
+    """Returns the mask of an object in a window around it, and the window's left and top.
+
+    Args:
+        segmentation: Its polygons, or compressed run lengths, whose window is the whole view.
+        view: The view of the image.
+    """
     height, width = view.size
     if isinstance(segmentation, bytes):
         return view.mask(masks.decompress(segmentation, *view.original)), np.zeros(2, dtype=int)

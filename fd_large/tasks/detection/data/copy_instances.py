@@ -1,0 +1,216 @@
+"""Objects of a training image, cut out and pasted back slightly scaled, turned and shifted.
+
+As InstaBoost does with its random jitter (Fang et al., "InstaBoost", ICCV 2019, arXiv 1908.07801):
+ranges, the common move of objects whose boxes overlap, and what is left alone near the border of an
+image are those of its code (instaboost/single_image_process.py). Not done: its map of likely
+places, alpha matting (edges are those of the masks), and its jitter of colours. Instead of OpenCV's
+inpainting, averages of the pixels around fill what an object no longer covers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from fd_large.tasks.dense.geometry import whole_view
+from fd_large.tasks.detection.data import masks
+from fd_large.tasks.detection.data.objects import ImageObjects
+from fd_large.tasks.detection.data.target import UNLABELLED, bounds, fill
+
+DRAWS_PER_OBJECT = 4  # scale, angle, and the shift in either direction
+SCALES = (0.8, 1.2)
+# The largest angle, in whole degrees, and the largest shift, as a part of the box.
+DEGREES, SHIFT_PART = 1, 15
+# What comes closer to the border may be cut by it: it neither shrinks, turns nor moves away.
+BORDER_PIXELS = 10
+
+
+def copy_instances(
+    image: Tensor,
+    objects: ImageObjects,
+    draws: NDArray[np.float64],
+    classes: NDArray[np.int32] | None = None,
+) -> tuple[Tensor, ImageObjects, NDArray[np.int32] | None]:
+    """Moves all objects of an image; crowds stay. Later objects cover earlier ones.
+
+    An object that is covered in part keeps the mask and the box of the rest; a covered one is left
+    out. An image without objects, or without a pixel beside them, stays as it is.
+
+    Args:
+        image: (3, H, W) uint8.
+        objects: Its objects, n of them, with segmentations.
+        draws: (n, `DRAWS_PER_OBJECT`) numbers in [0, 1).
+        classes: (H, W), the class of each pixel. What an object no longer covers has none then.
+
+    Returns: what was given, with moved objects.
+    """
+    view = whole_view(objects.height, objects.width)
+    before = np.zeros(view.size, dtype=bool)
+    filled = [fill(segmentation, view) for segmentation in objects.segmentations]
+    for mask, corner in filled:
+        before[_window(mask, corner)] |= mask > 0
+    if not filled or before.all():
+        return image, objects, classes
+    groups = _groups(objects.boxes)
+    moves = _moves(objects.boxes, groups, view.size, draws)
+    moved = []
+    # The group whose objects are seen at each pixel; -1 where none is.
+    seen = np.full(view.size, -1, dtype=np.int64)
+    # Group by group: what moves together does not cover each other.
+    for number in np.argsort(groups, kind="stable"):
+        group, segmentation = groups[number], objects.segmentations[number]
+        if isinstance(segmentation, bytes):
+            mask, corner = _moved_mask(
+                *filled[number], objects.boxes[number], moves[group], view.size
+            )
+        else:
+            segmentation = [_apply(moves[group], polygon) for polygon in segmentation]
+            mask, corner = fill(segmentation, view)
+        seen[_window(mask, corner)][mask > 0] = group
+        moved.append((number, segmentation, mask, corner))
+    kept, segmentations, boxes = [], [], []
+    for number, segmentation, mask, corner in moved:
+        visible = mask * (seen[_window(mask, corner)] == groups[number]).astype(np.uint8)
+        if not visible.any():
+            continue
+        box = bounds(visible) + np.tile(corner, 2)
+        if isinstance(segmentation, bytes) or (visible < mask).any():
+            whole = np.zeros(view.size, dtype=np.uint8)
+            whole[_window(visible, corner)] = visible
+            segmentation = masks.encode(whole[None])[0]["counts"].encode()
+        else:
+            points = np.concatenate(segmentation)
+            exact = np.concatenate([points.min(0), points.max(0)])
+            if (exact[:2] >= 0).all() and (exact[2:] <= view.size[::-1]).all():
+                box = exact
+        kept.append(number)
+        segmentations.append(segmentation)
+        boxes.append(box)
+    rows, columns = np.nonzero(seen >= 0)
+    places = np.stack([columns, rows], axis=1) + 0.5
+    sources = _apply(np.linalg.inv(moves)[seen[rows, columns]], places)
+    pixels = _filled_in(image, before) if (before & (seen < 0)).any() else image.clone()
+    pixels[:, rows, columns] = _sampled(image, sources)
+    if classes is not None:
+        nearest = np.clip(np.floor(sources).astype(int), 0, np.array(view.size[::-1]) - 1)
+        now = np.where(before, UNLABELLED, classes).astype(classes.dtype)
+        now[rows, columns] = classes[nearest[:, 1], nearest[:, 0]]
+        classes = now
+    order = np.argsort(kept)
+    return (
+        pixels,
+        objects._replace(
+            boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4)[order],
+            labels=objects.labels[np.array(kept, dtype=int)[order]],
+            segmentations=[segmentations[place] for place in order],
+        ),
+        classes,
+    )
+
+
+def _window(mask: NDArray[np.uint8], corner: NDArray[np.int64]) -> tuple[slice, slice]:
+    (left, top), (rows, columns) = corner.tolist(), mask.shape
+    return slice(top, top + rows), slice(left, left + columns)
+
+
+def _groups(boxes: NDArray[np.floating]) -> NDArray[np.int64]:
+    """The number of the first object with which each is connected by overlapping boxes, (n,)."""
+    overlap = (
+        (boxes[:, None, :2] < boxes[None, :, 2:]) & (boxes[None, :, :2] < boxes[:, None, 2:])
+    ).all(-1)
+    groups = np.arange(len(boxes))
+    while True:
+        lowest = np.where(overlap, groups, len(boxes)).min(1)
+        if (lowest == groups).all():
+            return groups
+        groups = lowest
+
+
+def _moves(
+    boxes: NDArray[np.floating],
+    groups: NDArray[np.int64],
+    size: tuple[int, int],
+    draws: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """How points move, (n, 3, 3); what belongs to a group stands at the number of the group."""
+    around = boxes.astype(np.float64)
+    np.minimum.at(around[:, :2], groups, boxes[:, :2])
+    np.maximum.at(around[:, 2:], groups, boxes[:, 2:])
+    low, high = around[:, :2], around[:, 2:]
+    (smallest, largest), most = SCALES, (high - low) // SHIFT_PART
+    scale = smallest + (largest - smallest) * draws[:, 0]
+    angle = np.deg2rad(np.floor(draws[:, 1] * (2 * DEGREES + 1)) - DEGREES)
+    shift = np.floor(draws[:, 2:] * (2 * most + 1)) - most
+    at_low, at_high = low < BORDER_PIXELS, high > np.array(size[::-1]) - BORDER_PIXELS
+    is_cut = (at_low | at_high).any(1)
+    scale, angle = np.where(is_cut, np.maximum(scale, 1), scale), np.where(is_cut, 0, angle)
+    shift = np.where(at_low, np.minimum(shift, 0), shift)
+    shift = np.where(at_high, np.maximum(shift, 0), shift)
+    moves = np.tile(np.eye(3), (len(boxes), 1, 1))
+    cosine, sine = scale * np.cos(angle), scale * np.sin(angle)
+    moves[:, 0, 0], moves[:, 0, 1], moves[:, 1, 0], moves[:, 1, 1] = cosine, -sine, sine, cosine
+    centre = (low + high) / 2
+    moves[:, :2, 2] = centre + shift - (moves[:, :2, :2] @ centre[..., None])[..., 0]
+    return moves
+
+
+def _apply(move: NDArray[np.float64], points: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Moves points (n, 2), all alike (3, 3), or each by its own (n, 3, 3)."""
+    return (move[..., :2, :2] @ points[..., None])[..., 0] + move[..., :2, 2]
+
+
+def _moved_mask(
+    mask: NDArray[np.uint8],
+    corner: NDArray[np.int64],
+    box: NDArray[np.floating],
+    move: NDArray[np.float64],
+    size: tuple[int, int],
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Moves a mask of pixels, each of which takes the nearest; as `fill` returns one."""
+    left, top, right, bottom = box
+    corners = _apply(move, np.array([[left, top], [right, top], [right, bottom], [left, bottom]]))
+    low = np.clip(np.floor(corners.min(0)) - 1, 0, size[::-1]).astype(int)
+    high = np.clip(np.ceil(corners.max(0)) + 1, 0, size[::-1]).astype(int)
+    columns, rows = np.meshgrid(np.arange(low[0], high[0]), np.arange(low[1], high[1]))
+    places = np.stack([columns, rows], axis=-1).reshape(-1, 2) + 0.5
+    x, y = (np.floor(_apply(np.linalg.inv(move), places)).astype(int) - corner).T
+    inside = (x >= 0) & (y >= 0) & (x < mask.shape[1]) & (y < mask.shape[0])
+    found = np.zeros(len(places), dtype=np.uint8)
+    found[inside] = mask[y[inside], x[inside]]
+    return found.reshape(rows.shape), low
+
+
+def _sampled(image: Tensor, points: NDArray[np.float64]) -> Tensor:
+    """The colours at points (n, 2) of an image, bilinear: (3, n) uint8."""
+    grid = points / np.array(image.shape[:0:-1]) * 2 - 1
+    found = F.grid_sample(
+        image[None].float(),
+        torch.from_numpy(grid).float()[None, None],
+        padding_mode="border",
+        align_corners=False,
+    )
+    return found[0, :, 0].round().to(torch.uint8)
+
+
+def _filled_in(image: Tensor, hole: NDArray[np.bool_]) -> Tensor:
+    """An image (3, H, W) uint8 whose hole takes the colours around it.
+
+    Source: Gortler et al., "The lumigraph", SIGGRAPH 1996 (pull-push).
+    """
+    known = torch.from_numpy(~hole).float()[None, None]
+    found = _pull_push(image[None].float() * known, known)
+    return found[0].round().clamp(0, 255).to(torch.uint8)
+
+
+def _pull_push(colours: Tensor, known: Tensor) -> Tensor:
+    """Fills up colours, which are multiplied by the share of pixels that are known."""
+    if known.shape[-1] * known.shape[-2] == 1:
+        return colours / known
+    halves = [F.avg_pool2d(values, 2, ceil_mode=True) for values in (colours, known)]
+    coarse = F.interpolate(
+        _pull_push(*halves), known.shape[-2:], mode="bilinear", align_corners=False
+    )
+    return colours + (1 - known) * coarse
