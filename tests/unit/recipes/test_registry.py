@@ -186,6 +186,12 @@ def test_the_linear_probe_has_the_settings_of_its_source():
     assert (run.optim.epochs, run.optim.warmup_epochs, run.optim.name) == (90, 10, "lars")
 
 
+def test_htc_plus_plus_names_all_that_is_public_of_it():
+    own = registry.get("coco_htc_swinv2_giant").task.detection
+    assert (own.heads, own.extra_attention, own.box_loss) == ("htc", True, "giou")
+    assert (own.copy_instances, own.nms) == (0.5, "linear")
+
+
 @pytest.mark.parametrize("name", DETECTION)
 def test_detection_peaks_at_the_learning_rate_of_its_source(name):
     run = registry.get(name)

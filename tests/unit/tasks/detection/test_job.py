@@ -139,6 +139,9 @@ def test_a_set_of_boxes_alone_is_learnt_from(tmp_path):
     loss, terms = task(**task.prepare(batch.images, batch.targets, None))
     loss.backward()
     assert terms["mask"] == 0 < terms["box"] + terms["rpn_box"]
+    copied = replace(run.task.detection, copy_instances=0.5)
+    with pytest.raises(ConfigError, match=r"task\.detection\.copy_instances: .* no masks"):
+        DetectionJob(replace(run, task=replace(run.task, detection=copied))).open_samples()
 
 
 @pytest.mark.parametrize("name", [SWIN, VIT])

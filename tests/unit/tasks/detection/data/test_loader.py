@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -78,17 +80,20 @@ def same(first: dict, second: dict) -> bool:
     )
 
 
-@pytest.mark.parametrize("jitter", JITTERS, ids=["fixed crop", "own aspect"])
-def test_samples_do_not_depend_on_ranks_workers_and_resuming(train, jitter):
-    whole = samples(load(train, jitter))
+@pytest.mark.parametrize(
+    ("jitter", "copied"),
+    [(JITTERS[0], 0.5), (JITTERS[1], 0)],
+    ids=["fixed crop, copies", "own aspect"],
+)
+def test_samples_do_not_depend_on_ranks_workers_and_resuming(train, jitter, copied):
+    of_run = partial(load, train, jitter, copy_probability=copied)
+    whole = samples(of_run())
     assert sorted(whole) == list(range(24))
     for world_size, micro_batch_size, workers in ((1, 6, 2), (2, 3, 0), (3, 4, 0)):
         batches = [
             batch
             for rank in range(world_size)
-            for batch in load(
-                train,
-                jitter,
+            for batch in of_run(
                 rank=rank,
                 world_size=world_size,
                 micro_batch_size=micro_batch_size,
@@ -96,11 +101,22 @@ def test_samples_do_not_depend_on_ranks_workers_and_resuming(train, jitter):
             )
         ]
         assert same(samples(batches), whole)
-    rest = samples(load(train, jitter, first_update=1))
+    rest = samples(of_run(first_update=1))
     assert sorted(rest) == list(range(12, 24))
     assert same(rest, {position: whole[position] for position in rest})
     for changes in ({"epoch": 4}, {"seed": 2}):
-        assert not same(samples(load(train, jitter, **changes)), whole)
+        assert not same(samples(of_run(**changes)), whole)
+
+
+def test_objects_are_copied_in_some_images(train):
+    still = LargeScaleJitter(64, min_scale=1, max_scale=1)
+    plain, copied = (
+        samples(load(train, still, copy_probability=probability)) for probability in (0, 0.5)
+    )
+    changed = [not torch.equal(plain[place][1], copied[place][1]) for place in plain]
+    assert 6 <= sum(changed) <= 18
+    for place, is_changed in enumerate(changed):
+        assert torch.equal(plain[place][2], copied[place][2]) != is_changed
 
 
 def test_a_batch_says_what_it_holds(train):
