@@ -23,13 +23,15 @@ def train(flags: Flags, root: Path, run_dir: Path, *, ranks: int) -> Path:
     return run_dir
 
 
-def check_kill_and_resume(flags: Flags, root: Path, calm: Path, run_dir: Path) -> list[str]:
+def check_kill_and_resume(
+    flags: Flags, root: Path, calm: Path, run_dir: Path, program: Path = TRAIN
+) -> list[str]:
     """Kills two ranks and lets them go on: losses and state are those of the calm run.
 
     Returns: the names of the tensors that were compared.
     """
     given = flags(root, run_dir, UPDATES, ranks=2)
-    started = start_ranks(TRAIN, *given, ranks=2)
+    started = start_ranks(program, *given, ranks=2)
     try:
         deadline = time.monotonic() + 180
         while updates_done(started) < 3:
@@ -38,18 +40,24 @@ def check_kill_and_resume(flags: Flags, root: Path, calm: Path, run_dir: Path) -
             time.sleep(0.02)
     finally:
         started.kill()
-    again = start_ranks(TRAIN, *given, ranks=2)
+    again = start_ranks(program, *given, ranks=2)
     try:
         assert [process.wait(timeout=240) for process in again.processes] == [0, 0]
         assert 0 < resumed_from(again) < UPDATES
     finally:
         again.kill()
     assert losses(run_dir) == losses(calm)
+    assert evaluations(run_dir) == evaluations(calm)
     first, second = state(calm, UPDATES), state(run_dir, UPDATES)
     assert first.keys() == second.keys()
     for name, values in first.items():
         assert values.equal(second[name]), name
     return list(first)
+
+
+def evaluations(run_dir: Path) -> list[dict]:
+    """The rows of evaluations.jsonl."""
+    return [json.loads(row) for row in (run_dir / "evaluations.jsonl").read_text().splitlines()]
 
 
 def scores(folder: Path) -> dict:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,36 @@ from fd_large.engine.zero.state import whole_masters
 
 Panel = dict[str, Any]
 """Arrays to draw, by name."""
+SECONDS_BETWEEN_CALLS = 1.0
+"""How often ranks that wait for rank 0 show that they are alive."""
+
+T = TypeVar("T")
+
+
+class Pending(Protocol):
+    """Numbers of an evaluation that rank 0 still works out, in a process of its own.
+
+    What they are made of is kept on disk, so that a later start of the run can take them up.
+    """
+
+    @property
+    def done(self) -> bool:
+        """Whether the work is over; False on all ranks but rank 0."""
+
+    def wait(self, meanwhile: Callable[[], None]) -> dict[str, float]:
+        """Returns the numbers by name, once they are there; a collective.
+
+        Args:
+            meanwhile: Called again and again, on all ranks alike; it may raise to leave.
+
+        Raises: FDError: on all ranks, if there are none.
+        """
+
+    def forget(self) -> None:
+        """The numbers are written down: a later start need not take them up."""
+
+    def give_up(self) -> None:
+        """Ends the work, and leaves it to a later start."""
 
 
 class Evaluation(NamedTuple):
@@ -28,12 +59,19 @@ class Evaluation(NamedTuple):
         measure: Called with the number of finished steps, whether it is the last evaluation, and a
             function to call between batches; returns numbers by name, and a panel where one is
             due. All ranks call it alike, with the task in training mode and with the average of
-            the weights in their place where the run keeps one.
+            the weights in their place where the run keeps one. Training need not wait for numbers
+            that are `Pending`.
         every: Steps between two calls; 0 evaluates only before the first step and after the last.
+        left: Called once, by a start that goes on after so many steps, with this number and whether
+            the evaluation that is due then is made again; returns what an earlier start left, and
+            the steps after which it was measured. A collective.
     """
 
-    measure: Callable[[int, bool, Callable[[], None]], tuple[dict[str, float], Panel | None]]
+    measure: Callable[
+        [int, bool, Callable[[], None]], tuple[dict[str, float] | Pending, Panel | None]
+    ]
     every: int = 0
+    left: Callable[[int, bool], tuple[int, Pending] | None] = lambda finished, again: None
 
     def due(self, step: int, last: bool) -> bool:
         """Returns whether it is made after so many steps."""
@@ -43,6 +81,25 @@ class Evaluation(NamedTuple):
 def steps_between(evaluations: Sequence[Evaluation]) -> int:
     """Returns the steps after which some evaluation may be due; 0: at start and end only."""
     return math.gcd(*(evaluation.every for evaluation in evaluations))
+
+
+def awaited(work: futures.Future[T] | None, meanwhile: Callable[[], None]) -> T | None:
+    """Waits on all ranks for work of rank 0; a collective.
+
+    No rank waits for long in one collective: it would be taken for hung, and could not be stopped.
+
+    Args:
+        work: What rank 0 waits for; None elsewhere.
+        meanwhile: Called about once a second, on all ranks alike; it may raise to leave.
+
+    Returns: the result on rank 0, None elsewhere.
+    Raises: FDError: on all ranks, if the work ended in it.
+    """
+    while True:
+        left = work is not None and bool(futures.wait([work], SECONDS_BETWEEN_CALLS).not_done)
+        if not distributed.any_rank(left):
+            return distributed.together(lambda: None if work is None else work.result())
+        meanwhile()
 
 
 class Interrupted(Exception):

@@ -19,7 +19,7 @@ from fd_large.data.loader import Batch
 from fd_large.engine.best import Best
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
-from fd_large.engine.evaluation import Evaluation, Interrupted, Panel, steps_between
+from fd_large.engine.evaluation import Evaluation, Interrupted, Panel, Pending, steps_between
 from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.incident_evidence import evidence_of
 from fd_large.engine.micro_batch import out_of_memory_named
@@ -29,6 +29,7 @@ from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.layer_decay import LayerLearningRates
 from fd_large.engine.zero.optimizer import set_learning_rate
+from fd_large.errors import FDError
 from fd_large.runtime.hooks import (
     DONE,
     GUARD,
@@ -72,6 +73,7 @@ class _Agreed(NamedTuple):
         save: Whether a rank wishes to save.
         busy: Whether a rank is still writing a checkpoint.
         failed: Whether a rank failed to write one.
+        scored: Whether rank 0 has worked out the numbers of an evaluation.
         verdict: What the hooks decided about the step.
     """
 
@@ -80,6 +82,7 @@ class _Agreed(NamedTuple):
     save: bool
     busy: bool
     failed: bool
+    scored: bool
     verdict: Verdict
 
 
@@ -128,6 +131,8 @@ class Trainer:
         self._save_owed = False
         self._bad_images = BadImages()
         self._improved = self.stopped_early = False
+        # At most one, and the steps that it followed.
+        self._pending: tuple[int, Pending] | None = None
 
     def train(self, batches: Callable[[int, int], Iterator[Batch]]) -> str:
         """Trains; returns `done`, `preempted`, `not saved`, or the status a hook ended it with.
@@ -138,7 +143,18 @@ class Trainer:
         for hook in self._hooks:
             hook.on_start(self._setting)
             self._begun.append(hook)
+        try:
+            return self._train(batches)
+        finally:
+            if self._pending is not None:
+                self._pending[1].give_up()
+
+    def _train(self, batches: Callable[[int, int], Iterator[Batch]]) -> str:
         self._engine.task.train()
+        if self._finished:
+            for evaluation in self._evaluations:
+                again = not self._checkpoints.evaluated
+                self._pending = self._pending or evaluation.left(self._finished, again)
         if self._stop_wished():
             self._stop()
         elif self._finished == 0:
@@ -154,6 +170,9 @@ class Trainer:
             self._train_epoch(batches)
         with activity.work("writing the checkpoint"):
             saved = self._checkpoints.settle()
+        # Whoever is told to leave leaves at once; the next start takes them up.
+        if self._status != PREEMPTED:
+            self._take_numbers(self._beat)
         status = self._status or DONE
         if not saved and status in (DONE, PREEMPTED):
             status = NOT_SAVED
@@ -181,6 +200,8 @@ class Trainer:
         agreed, batches, losses = self._forward_backward_step(micro_batches, epoch)
         update, verdict = agreed.update, agreed.verdict
         self._finished += 1
+        if agreed.scored:
+            self._take_numbers(self._beat)
         self._report_saved(
             self._checkpoints.after_update(busy_anywhere=agreed.busy, failed_anywhere=agreed.failed)
         )
@@ -261,6 +282,7 @@ class Trainer:
             any(wish.stop for wish in wishes),
             any(wish.save for wish in wishes),
             *self._checkpoints.flags,
+            self._pending is not None and self._pending[1].done,
         ]
         device = distributed.device()
         loss = torch.stack(losses).mean().double().reshape(1)
@@ -373,17 +395,25 @@ class Trainer:
         due = [one for one in self._evaluations if one.due(self._finished, last)]
         if not due:
             return True
+        # The run ends, or what it does next follows from the numbers, or from how long they took.
+        waits = bool(last or self._best or self._time_box)
         begin = time.monotonic()
         metrics: dict[str, float] = {}
         panel: Panel | None = None
         try:
+            self._take_numbers(self._between_batches)
             # With the average of the weights where there is one.
             average = self._ema.in_place_of_weights() if self._ema else nullcontext()
             with activity.work("evaluation"), average:
                 for evaluation in due:
                     found, shown = evaluation.measure(self._finished, last, self._between_batches)
-                    metrics |= found
                     panel = panel or shown
+                    if isinstance(found, dict):
+                        metrics |= found
+                        continue
+                    self._pending = self._finished, found
+                    if waits:
+                        metrics |= found.wait(self._between_batches)
         except Interrupted:
             self._stop()
             return False
@@ -396,7 +426,34 @@ class Trainer:
             hook.on_evaluation(self._finished, metrics)
             if panel is not None:
                 hook.on_features(self._finished, panel)
+        if waits and self._pending is not None:
+            self._pending[1].forget()
+            self._pending = None
         return True
+
+    def _take_numbers(self, meanwhile: Callable[[], None]) -> None:
+        """Waits for what rank 0 still works out of an earlier evaluation, and reports it.
+
+        Args:
+            meanwhile: Called while it waits; it may raise to leave.
+        """
+        if self._pending is None:
+            return
+        step, pending = self._pending
+        try:
+            with activity.work(f"waiting for the numbers of step {step}"):
+                metrics = pending.wait(meanwhile)
+        except FDError as error:
+            # Nothing follows from them; the next start tries again.
+            if distributed.is_main():
+                log.error("NO NUMBERS of the evaluation after %d steps: %s", step, error)
+        else:
+            if self._best is not None:
+                self._best.note(step, metrics, all_made=False)
+            for hook in self._hooks:
+                hook.on_evaluation(step, metrics)
+            pending.forget()
+        self._pending = None
 
     def _between_batches(self) -> None:
         self._beat()

@@ -43,6 +43,9 @@ class WandB(RemoteCurves):
         if "train/loss" not in values and step > self._step:
             self._early.setdefault(step, {}).update(values)
             return
+        if step < self._step:
+            # Of an evaluation whose numbers were worked out while training went on.
+            values, step = {**values, "evaluation/of_step": step}, self._step
         self._run.log({**values, **self._early.pop(step, {})}, step=step)
         self._step = max(self._step, step)
 

@@ -1,4 +1,4 @@
-"""The giant's detector in small through a run's whole life: killed, resumed, evaluated."""
+"""HTC++ on the giant, in small, through a run's whole life: killed, resumed, evaluated."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from dense_runs import check_kill_and_resume, evaluate, scores, scores_in, train
+from dense_runs import check_kill_and_resume, evaluate, evaluations, scores, scores_in, train
 from detection_twin import pictures, words
 from launch import ROOT, run_ranks
+
+PROGRAMS = Path(__file__).parent / "programs"
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +20,23 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(root: Path, run_dir: Path, updates: int, *, ranks: int) -> list[str]:
     """The command's arguments, which are the same on any number of ranks."""
-    return words(root, run_dir, updates)
+    return [
+        *(*words(root, run_dir, updates), "--eval.every", "2"),
+        *("--task.detection.heads", "htc", "--task.detection.extra_attention", "True"),
+        *("--task.detection.box_loss", "giou"),
+    ]
+
+
+def waiting(*arguments: object, **more: int) -> list[str]:
+    """Of a run that waits for the figures of each evaluation."""
+    return [*flags(*arguments, **more), "--eval.best_metric", "box_AP"]
 
 
 def test_killed_resumed_and_evaluated(coco: Path, tmp_path: Path) -> None:
-    calm, killed = train(flags, coco, tmp_path / "calm", ranks=2), tmp_path / "killed"
-    check_kill_and_resume(flags, coco, calm, killed)
+    """It makes three steps while what was found after two is not scored, and is killed then."""
+    calm, killed = train(waiting, coco, tmp_path / "calm", ranks=2), tmp_path / "killed"
+    check_kill_and_resume(flags, coco, calm, killed, PROGRAMS / "held_scores.py")
+    assert [row["update"] for row in evaluations(killed)] == [2, 4, 5]
 
     summary = json.loads((killed / "summary.json").read_text())
     in_run = scores_in(killed)

@@ -20,7 +20,7 @@ from fd_large.checkpoint.read import Reader
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource
-from fd_large.engine.evaluation import Evaluation, evaluating
+from fd_large.engine.evaluation import Evaluation, Pending, evaluating
 from fd_large.engine.job import Job, Predicted, StoredScores, StoredStudent, trained_at
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
@@ -33,7 +33,12 @@ from fd_large.tasks.detection.data.loader import build_training_loader
 from fd_large.tasks.detection.data.target import Target, Targets
 from fd_large.tasks.detection.data.views import Jitter, LargeScaleJitter, ShortestEdge
 from fd_large.tasks.detection.heads.selection import Selection
-from fd_large.tasks.detection.scores.evaluation import evaluate, keep, metrics_of
+from fd_large.tasks.detection.scores.evaluation import (
+    evaluate,
+    folder_of,
+    left_in,
+    scoring_of,
+)
 from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
 from fd_large.tasks.detection.scores.views import Model, TestViews
 from fd_large.tasks.detection.section import HEADS_SETTINGS, KIND
@@ -208,29 +213,30 @@ class DetectionJob(Job):
 
         def measure(
             step: int, last: bool, between: Callable[[], None]
-        ) -> tuple[dict[str, float], None]:
+        ) -> tuple[dict[str, float] | Pending, None]:
             if step == 0:
                 return {}, None
-            folder = self.folder / f"update_{step:08d}"
             with evaluating(engine):
-                outcome = evaluate(
+                scoring = evaluate(
                     model,
                     images,
-                    folder,
+                    folder_of(self.folder, step),
                     batch_size=micro_batch_size,
                     workers=run.data.workers,
                     max_pixels=run.data.max_pixels,
-                    between=lambda done, total: between(),
+                    draw=last,
+                    between=between,
                 )
-            if outcome is not None:
-                try:
-                    keep(outcome, images, folder, draw=last, max_pixels=run.data.max_pixels)
-                except Exception:
-                    # A full disk, a font: on rank 0 alone, and the scores stand without it.
-                    log.exception("%s: NOT WRITTEN: results or pictures of the evaluation", folder)
-            return metrics_of(outcome.scores if outcome else None), None
+            return scoring, None
 
-        return [Evaluation(measure, run.eval.every)]
+        def left(finished: int, again: bool) -> tuple[int, Pending] | None:
+            found = left_in(self.folder, finished - again)
+            if found is None:
+                return None
+            step, folder = found
+            return step, scoring_of(images, folder, draw=False, max_pixels=run.data.max_pixels)
+
+        return [Evaluation(measure, run.eval.every, left)]
 
     def stored_student(self) -> StoredStudent:
         """On the grid of the distillation, without what detectors leave out."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fd_large import distributed
+from fd_large import activity, distributed
 from fd_large.atomic_files import out_folder
 from fd_large.engine.job import Predicted, StoredScores
 from fd_large.tasks.dense.geometry import resized_view, sizes_of
@@ -15,7 +15,7 @@ from fd_large.tasks.dense.stored import Seen, predict_files
 from fd_large.tasks.detection.data.annotations import CocoSet
 from fd_large.tasks.detection.scores.annotated_images import draw_image, marks_of
 from fd_large.tasks.detection.scores.collect import to_results
-from fd_large.tasks.detection.scores.evaluation import evaluate, keep
+from fd_large.tasks.detection.scores.evaluation import evaluate
 from fd_large.tasks.detection.scores.tables import classes_table, numbers_table
 from fd_large.tasks.detection.scores.views import Model
 
@@ -35,21 +35,26 @@ def score_stored(
     Returns: tables and files on rank 0, nothing elsewhere.
     """
     out_folder(folder)
-    outcome = evaluate(
+    scoring = evaluate(
         model,
         images,
         folder,
         batch_size=batch_size,
         workers=workers,
         max_pixels=max_pixels,
+        draw=True,
     )
-    if outcome is None:
+    try:
+        with activity.work("scoring the detections"):
+            scored = scoring.scored()
+    except BaseException:
+        scoring.give_up()
+        raise
+    scoring.forget()
+    if scored is None:
         return StoredScores((), ())
-    drawn = keep(outcome, images, folder, draw=True, max_pixels=max_pixels)
-    return StoredScores(
-        (numbers_table(outcome.scores, tested=outcome.tested), classes_table(outcome.scores)),
-        (folder / "results.json", folder / "scores.json", *drawn),
-    )
+    numbers = numbers_table(scored.scores, tested=model.in_words())
+    return StoredScores((numbers, classes_table(scored.scores)), scored.written)
 
 
 def predict_images(

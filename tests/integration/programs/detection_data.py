@@ -16,13 +16,16 @@ import torch
 from launch import write_result
 
 from fd_large import distributed
+from fd_large.data.decode import MAX_PIXELS
 from fd_large.data.sampler import Portion
 from fd_large.tasks.detection.data.annotations import CocoSet, open_coco
 from fd_large.tasks.detection.data.loader import build_evaluation_loader, build_training_loader
 from fd_large.tasks.detection.data.views import LargeScaleJitter, ShortestEdge
 from fd_large.tasks.detection.heads.selection import Detections
-from fd_large.tasks.detection.scores.collect import gather, to_results
-from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
+from fd_large.tasks.detection.scores.collect import keep_shard, to_results
+from fd_large.tasks.detection.scores.evaluation import scoring_of
+from fd_large.tasks.detection.scores.results import read_results
+from fd_large.tasks.detection.scores.score_shards import Note
 
 JITTERS = {"fixed": LargeScaleJitter(64), "aspect": ShortestEdge(40, 60, 90)}
 
@@ -80,11 +83,13 @@ def evaluation(pictures: CocoSet, folder: Path) -> dict[str, Any]:
                 original_size=batch.original_sizes[place],
                 category_ids=pictures.category_ids,
             )
-    merged = gather(results, folder)
+    keep_shard(results, folder, Note(distributed.world_size(), 0, ""))
     found: dict[str, Any] = {"batches": len(loader), "own": len(results)}
-    if merged is not None:
-        kinds = score(read_ground_truth(pictures.annotations), merged).kinds
-        found["numbers"] = {kind: of.numbers for kind, of in kinds.items()}
+    scoring = scoring_of(pictures, folder, draw=False, max_pixels=MAX_PIXELS)
+    found["numbers"] = scoring.wait(lambda: None)
+    scoring.forget()
+    if distributed.is_main():
+        merged = read_results(folder / "results.json")
         found["image_ids"] = [result["image_id"] for result in merged]
         found["left"] = [path.name for path in folder.glob("results_*")]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -10,16 +11,19 @@ import torch
 from torch import nn
 from unit.engine.conftest import Brightness, batch_of
 
+from fd_large.engine import evaluation
 from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import (
     Evaluation,
     Interrupted,
+    awaited,
     evaluating,
     in_float32,
     steps_between,
 )
 from fd_large.engine.micro_batch import OutOfMemory
 from fd_large.engine.zero import partition, state
+from fd_large.errors import DataError
 
 
 @pytest.mark.parametrize(
@@ -35,6 +39,25 @@ def test_start_and_end_are_always_due(every, due):
 )
 def test_the_loop_stops_wherever_one_may_be_due(every, between):
     assert steps_between([Evaluation(lambda *_: ({}, None), n) for n in every]) == between
+
+
+def test_ranks_wait_for_the_work_of_rank_0_in_short_turns(monkeypatch):
+    monkeypatch.setattr(evaluation, "SECONDS_BETWEEN_CALLS", 0.01)
+    work, calls = Future(), []
+
+    def meanwhile():
+        calls.append(1)
+        if len(calls) == 3:
+            work.set_result("done")
+
+    assert awaited(work, meanwhile) == "done"
+    assert len(calls) == 3
+    assert awaited(None, meanwhile) is None
+    failed = Future()
+    failed.set_exception(DataError("killed"))
+    with pytest.raises(DataError, match="killed") as caught:
+        awaited(failed, meanwhile)
+    assert caught.value.agreed
 
 
 @pytest.mark.parametrize("error", [None, Interrupted, ValueError])

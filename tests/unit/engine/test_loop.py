@@ -13,6 +13,7 @@ from unit.engine.conftest import batch_of
 
 from fd_large.checkpoint import store
 from fd_large.engine import time_box
+from fd_large.engine.best import Best
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import Evaluation
@@ -266,6 +267,96 @@ def test_a_hook_ends_a_run_without_a_checkpoint(start, tmp_path, answers):
     assert run.train() == "odd"
     assert indices(run) == list(range(4))
     assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+class Slow:
+    """Numbers that are there once the run is at a step, or is waited for; notes what is done."""
+
+    def __init__(self, run, step, ready, error=None):
+        self.run, self.step, self.ready, self.error = run, step, ready, error
+
+    @property
+    def done(self):
+        return len(self.run.hook.updates) >= self.ready
+
+    def wait(self, meanwhile):
+        meanwhile()
+        how = "took" if self.done else "waited for"
+        self.run.hook.notes.append(f"{how} {self.step} at {len(self.run.hook.updates)}")
+        if self.error is not None:
+            raise self.error
+        return {"loss": 0.5}
+
+    def forget(self):
+        self.run.hook.notes.append(f"kept {self.step}")
+
+    def give_up(self):
+        self.run.hook.notes.append(f"gave up {self.step}")
+
+
+def slow(run, *, every, ready, left=None, **more):
+    """Lets a run's evaluations return numbers that are ready after some steps."""
+
+    def measure(step, last, between):
+        run.hook.notes.append(f"measured {step}")
+        return Slow(run, step, ready.get(step, 99), **more), None
+
+    def find_left(finished, again):
+        run.hook.notes.append(f"left by {finished}, again {again}")
+        return None if left is None else (left, Slow(run, left, 0))
+
+    run.trainer._evaluations = [Evaluation(measure, every, find_left)]
+    run.train()
+    return [note for note in run.hook.notes if not note.startswith("save")]
+
+
+def test_training_goes_on_while_numbers_are_worked_out(start):
+    # Those of the start are ready early in step 3; those of step 4 are not by the next evaluation.
+    notes = slow(start(), every=4, ready={0: 2})
+    told = "evaluated {}: {{'loss': 0.5}}".format
+    assert notes == [
+        *("measured 0", "took 0 at 2", told(0), "kept 0"),
+        *("measured 4", "waited for 4 at 8", told(4), "kept 4"),
+        *("measured 8", "waited for 8 at 10", told(8), "kept 8"),
+        *("measured 10", "waited for 10 at 10", told(10), "kept 10", "done"),
+    ]
+
+
+@pytest.mark.parametrize("decides", ["best", "time_box"])
+def test_a_run_waits_for_numbers_that_it_goes_by(start, decides):
+    run = start(total=4, seconds=1e6 if decides == "time_box" else 0.0)
+    if decides == "best":
+        run.trainer._best = Best("loss", lower_is_better=True, patience=9)
+    notes = slow(run, every=2, ready={})
+    assert [note for note in notes if "waited" in note] == [
+        *("waited for 0 at 0", "waited for 2 at 2", "waited for 4 at 4")
+    ]
+
+
+def test_who_is_told_to_leave_does_not_wait_and_the_next_start_takes_them_up(start, tmp_path):
+    notes = slow(start(wish={3: Wish(stop=True)}), every=2, ready={0: 1})
+    assert notes[-4:] == ["measured 2", "all know", "preempted", "gave up 2"]
+    assert evaluated(tmp_path) == {4: False}
+    notes = slow(start(total=6), every=2, ready={}, left=2)
+    assert notes[:5] == [
+        *("left by 4, again True", "took 2 at 0", "evaluated 2: {'loss': 0.5}", "kept 2"),
+        "measured 4",
+    ]
+
+
+def test_numbers_that_fail_end_no_training_but_the_last_ones_do(start, caplog):
+    run = start(total=4)
+    with pytest.raises(DataError):
+        slow(run, every=2, ready={}, error=DataError("killed"))
+    assert "NO NUMBERS of the evaluation after 2 steps: killed" in caplog.text
+    assert run.hook.notes[-2:] == ["waited for 4 at 4", "gave up 4"]
+    assert indices(run) == list(range(4))
+
+
+def test_a_run_that_a_hook_ends_waits_for_the_numbers(start):
+    run = start(after={4: Verdict(stop="odd")})
+    notes = slow(run, every=3, ready={0: 1})
+    assert notes[-4:] == ["waited for 3 at 4", "evaluated 3: {'loss': 0.5}", "kept 3", "odd"]
 
 
 def test_a_stop_in_an_evaluation_leaves_it_to_the_next_start(start, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,6 +76,16 @@ def test_a_run_and_the_same_run_after_a_restart(folder, make_setting, run_update
                 points.setdefault(name, []).append((values["_step"], values[name]))
     assert points[TAGS["loss"]] == [(i + 1, pytest.approx(i / 100)) for i in range(10)]
     assert points["held_out/loss"] == [(2, 2.0), (4, 4.0), (9, 9.0)]
+
+
+def test_numbers_of_an_earlier_step_say_so(monkeypatch):
+    from fd_large.runtime.wandb import WandB
+
+    tracker, logged = WandB(), []
+    run = SimpleNamespace(log=lambda values, step: logged.append((step, values)))
+    vars(tracker).update(_run=run, _early={}, _step=8)
+    tracker.send({"box/AP": 0.5}, 4)
+    assert logged == [(8, {"box/AP": 0.5, "evaluation/of_step": 4})]
 
 
 def test_without_a_key_training_goes_on(folder, make_setting, run_updates, monkeypatch, caplog):

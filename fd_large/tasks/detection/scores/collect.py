@@ -1,8 +1,8 @@
-"""What a model saw in resized images, as results in their own pixels; all ranks' in one list."""
+"""What a model saw in resized images, as results in their own pixels, in a file for each rank."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fd_large import distributed
+from fd_large.atomic_files import write_json
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data import masks
 from fd_large.tasks.detection.heads.selection import Detections
-from fd_large.tasks.detection.scores.results import Result, merge, read_results, write_results
+from fd_large.tasks.detection.scores.results import Result, shard_of, write_results
+from fd_large.tasks.detection.scores.score_shards import NOTE, Note
 
 # Masks of an image that are spread over its pixels at once: a hundred would fill the memory.
 MASKS_AT_ONCE = 10
@@ -94,45 +96,35 @@ def _places(start: int, stop: int, low: Tensor, high: Tensor) -> Tensor:
     return (centres - low) / (high - low) * 2 - 1
 
 
-def gather(results: Sequence[Result], folder: Path) -> list[Result] | None:
-    """Makes one list of all ranks' results, on rank 0; a collective.
+def keep_shard(results: Sequence[Result], folder: Path, note: Note) -> None:
+    """Writes this rank's results where they are scored, and on rank 0 the note; a collective.
 
     Through files, one a rank: masks of thousands of images would go to every rank otherwise.
 
     Args:
         results: This rank's results.
-        folder: A folder that all ranks see; the files are removed again.
+        folder: A folder that all ranks see.
+        note: What is known of all ranks' results.
 
-    Returns: the merged list on rank 0, None on the others.
-    Raises: DataError: on every rank, if a rank cannot write its file or rank 0 cannot read it.
+    Raises: DataError: on every rank, if a rank cannot write its file.
     """
 
-    def write() -> None:
-        own = _shard(folder, distributed.rank())
+    def write(path: Path, do: Callable[[Path], None]) -> None:
         try:
-            own.parent.mkdir(parents=True, exist_ok=True)
-            write_results(own, results)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            do(path)
         except OSError as error:
             raise DataError(
-                f"{own}: cannot be written; got {error}, expected room for the detections of the "
+                f"{path}: cannot be written; got {error}, expected room for the detections of the "
                 "evaluation. Make room, and start the same command again: it evaluates first."
             ) from error
 
-    def read() -> list[Result] | None:
-        if not distributed.is_main():
-            return None
-        shards = [_shard(folder, rank) for rank in range(distributed.world_size())]
-        return merge(read_results(shard) for shard in shards)
+    own = shard_of(folder, distributed.rank())
+    distributed.together(lambda: write(own, lambda path: write_results(path, results)))
 
-    distributed.together(write)
-    merged = distributed.together(read)
-    if merged is None:
-        return None
-    # Also those that an evaluation on more ranks left here when it was killed.
-    for shard in folder.glob(_shard(folder, "*").name + "*"):
-        shard.unlink()
-    return merged
+    def write_note() -> None:
+        if distributed.is_main():
+            write(folder / NOTE, lambda path: write_json(path, note._asdict()))
 
-
-def _shard(folder: Path, rank: int | str) -> Path:
-    return folder / f"results_of_rank_{rank}.json"
+    # After all shards are there: a later start scores what has a note.
+    distributed.together(write_note)

@@ -19,6 +19,14 @@ from fd_large.tasks.detection.data.objects import read_json
 
 Result = dict[str, Any]
 
+SHARDS = "results_of_rank_*"
+"""Files of an evaluation's ranks, and those of them that were never finished."""
+
+
+def shard_of(folder: Path, rank: int) -> Path:
+    """Returns the file with the results of a rank."""
+    return folder / f"results_of_rank_{rank}.json"
+
 
 def read_results(path: str | Path) -> list[Result]:
     """Reads and checks a results file.

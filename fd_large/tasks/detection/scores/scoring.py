@@ -6,7 +6,7 @@ crowd is neither right nor wrong. No torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,6 +84,29 @@ class Scores:
                 }
                 for kind, scores in self.kinds.items()
             },
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Scores:
+        """Returns the scores of which `to_dict` made these values, also after a way as JSON."""
+        kinds = {}
+        for kind in KINDS:
+            if kind in values:
+                of_kind = values[kind]
+                curves = of_kind["precision_at_recall_0_to_1"]
+                kinds[kind] = KindScores(
+                    of_kind["numbers"],
+                    tuple(ClassScore(**of_class) for of_class in of_kind["classes"]),
+                    {float(iou): tuple(curve) for iou, curve in curves.items()},
+                )
+        return cls(kinds, values["num_images"], values["num_results"])
+
+    def named(self) -> dict[str, float]:
+        """Returns the twelve numbers of boxes and of masks, by names like `box_AP`."""
+        return {
+            f"{kind}_{name}": value
+            for kind, of_kind in self.kinds.items()
+            for name, value in of_kind.numbers.items()
         }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from fd_large.engine.student import student_weights
 from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, DataError
 from fd_large.tasks.dense.stages import LEFT_OUT
-from fd_large.tasks.detection import job as detection_job
 from fd_large.tasks.detection.job import DetectionJob
 from fd_large.tasks.jobs import job_of
 from fd_large.weights.load import load_model
@@ -189,25 +187,6 @@ def test_the_backbone_of_a_detector_is_exported(name, to, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "trained to detect objects of coco" in card
     assert "somewhere" not in card
-
-
-@pytest.mark.parametrize("error", [OSError("No space left on device"), ValueError("no such font")])
-def test_what_cannot_be_kept_or_drawn_of_an_evaluation_costs_neither_scores_nor_run(
-    error, tmp_path, monkeypatch, caplog
-):
-    job = check(run_of(pictures(tmp_path)))
-    engine = SimpleNamespace(task=torch.nn.Identity())
-
-    def keep(*args, **more):
-        raise error
-
-    monkeypatch.setattr(detection_job, "evaluate", lambda *args, **more: SimpleNamespace(scores=1))
-    monkeypatch.setattr(detection_job, "keep", keep)
-    monkeypatch.setattr(detection_job, "metrics_of", lambda scores: {"box_AP": 0.5})
-    (evaluation,) = job.evaluations(engine, job.open_samples(), 2)
-    metrics, _ = evaluation.measure(8, True, lambda: None)
-    assert metrics == {"box_AP": 0.5}
-    assert "update_00000008: NOT WRITTEN" in caplog.text
 
 
 @pytest.mark.parametrize("masks", [True, False])

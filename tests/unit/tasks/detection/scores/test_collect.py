@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,9 @@ from fd_large import distributed
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data import masks
 from fd_large.tasks.detection.heads.selection import Detections
-from fd_large.tasks.detection.scores.collect import gather, paste, to_results
+from fd_large.tasks.detection.scores.collect import keep_shard, paste, to_results
+from fd_large.tasks.detection.scores.results import read_results, shard_of
+from fd_large.tasks.detection.scores.score_shards import NOTE, Note
 
 CATEGORIES = (3, 7, 90)
 
@@ -79,27 +83,23 @@ def test_a_mask_fills_its_box():
     assert pasted[2][6:, :3].all()
 
 
-def test_ranks_become_one_list_and_their_files_go(tmp_path, monkeypatch):
-    def entry(image):
-        return {"image_id": image, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}
+def entry(image):
+    return {"image_id": image, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}
 
-    shards = [[entry(0), entry(2)], [entry(1), entry(2)], []]
-    monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    monkeypatch.setattr(distributed, "barrier", lambda: None)
-    for rank in (2, 1, 0):  # rank 0 comes last: its barrier has waited for the others
+
+def test_each_rank_keeps_its_results_and_rank_0_the_note(tmp_path, monkeypatch):
+    shards = [[entry(0), entry(2)], [entry(1)]]
+    for rank in (1, 0):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        merged = gather(shards[rank], tmp_path)
-        assert (merged is None) == (rank > 0)
-    assert merged == [entry(0), entry(1), entry(2)]
-    assert not list(tmp_path.iterdir())
+        keep_shard(shards[rank], tmp_path, Note(2, 1, "at 800 px"))
+        assert (tmp_path / NOTE).exists() == (rank == 0)
+    assert [read_results(shard_of(tmp_path, rank)) for rank in (0, 1)] == shards
+    assert Note(**json.loads((tmp_path / NOTE).read_text())) == (2, 1, "at 800 px")
 
 
-def test_results_that_cannot_be_written_or_read_end_all_ranks_alike(tmp_path, monkeypatch):
+def test_results_that_cannot_be_written_end_all_ranks_alike(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"cannot be written; got .* start the same command again"):
-        gather([], tmp_path / "file")
-    # Another node's file that is not there.
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(DataError, match="results_of_rank_1") as caught:
-        gather([], tmp_path)
+    again = r"cannot be written; got .* start the same command again"
+    with pytest.raises(DataError, match=again) as caught:
+        keep_shard([], tmp_path / "file", Note(1, 0, ""))
     assert caught.value.agreed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
-import threading
 
 import pytest
 import torch
@@ -13,11 +12,9 @@ from coco import annotation, write_set
 
 from fd_large.data.decode import MAX_PIXELS
 from fd_large.engine.evaluation import Interrupted
-from fd_large.errors import DataError
 from fd_large.tasks.detection.data.annotations import open_coco
 from fd_large.tasks.detection.heads.selection import Detections, Selection
-from fd_large.tasks.detection.scores import evaluation
-from fd_large.tasks.detection.scores.evaluation import evaluate, keep
+from fd_large.tasks.detection.scores.evaluation import evaluate, folder_of, left_in, scoring_of
 from fd_large.tasks.detection.scores.views import Model, TestViews
 from fd_large.tasks.detection.task import Ask
 
@@ -41,117 +38,68 @@ def knows(images: torch.Tensor, sizes: torch.Tensor, ask: Ask | None) -> list[De
 MODEL = Model(knows, TestViews(40, 40), Selection(), 100)
 
 
-def evaluated(root, folder):
-    pictures = open_coco(str(root), "val")
-    folder.mkdir(exist_ok=True)
-    outcome = evaluate(MODEL, pictures, folder, batch_size=2, workers=0, max_pixels=MAX_PIXELS)
-    drawn = keep(outcome, pictures, folder, draw=True, max_pixels=MAX_PIXELS)
-    return json.loads((folder / "scores.json").read_text()), {path.name for path in drawn}
-
-
 @pytest.fixture
 def root(tmp_path):
     annotations = [annotation(number, number, BOX) for number in SIZES]
     return write_set(tmp_path / "set", annotations, sizes=SIZES, split="val")
 
 
-def test_a_picture_that_cannot_be_read_is_missed_and_told(root, tmp_path, caplog):
-    scores, drawn = evaluated(root, tmp_path / "out")
-    assert scores["unread_images"] == 0
-    assert scores["box"]["numbers"]["AP"] == 1
-    assert "worst.png" not in drawn
+def begun(root, folder, **more):
+    given = {"batch_size": 2, "workers": 0, "max_pixels": MAX_PIXELS, "draw": False, **more}
+    return evaluate(MODEL, open_coco(str(root), "val"), folder, **given)
+
+
+def test_all_that_an_evaluation_leaves(root, tmp_path, caplog):
+    """In the process that scores; one of the two images cannot be read."""
     (root / "val2017" / "000000000002.png").write_bytes(b"no image")
-    with caplog.at_level(logging.WARNING):
-        scores, drawn = evaluated(root, tmp_path / "out")
-    # Found up to recall 0.5, which 51 of COCO's 101 places are.
-    assert scores["box"]["numbers"]["AP"] == pytest.approx(51 / 101)
-    assert scores["unread_images"] == 1
-    assert "1 of 2 test images could not be read" in caplog.text
-    # It is the worst of all, and drawn in grey.
-    assert drawn == {"worst.png", "chosen.png", "curves.png"}
-
-
-def test_what_a_killed_evaluation_left_is_swept(root, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("results_of_rank_0.json", "results_of_rank_7.json", "results_of_rank_5.json.part"):
-        (out / name).write_text("half of")
-    scores, _ = evaluated(root, out)
-    assert scores["num_results"] == 2
-    assert not list(out.glob("results_of_rank_*"))
+    for name in ("results_of_rank_7.json", "results_of_rank_5.json.part"):
+        (out / name).write_text("half of what a killed evaluation on more ranks left")
+    with caplog.at_level(logging.WARNING):
+        scoring = begun(root, out, draw=True)
+    assert "1 of 2 test images could not be read" in caplog.text
+    numbers = scoring.wait(lambda: None)
+    assert scoring.done
+    assert len(numbers) == 24
+    # Found up to recall 0.5, which 51 of COCO's 101 places are.
+    assert numbers["box_AP"] == pytest.approx(51 / 101)
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["unread_images"] == 1
+    assert scores["tested"] == MODEL.in_words()
+    assert left_in(tmp_path, 9) is None
+    scoring.forget()
+    # The image is the worst of all, and drawn in grey.
+    drawn = {"worst.png", "chosen.png", "curves.png"}
+    assert {path.name for path in out.iterdir()} == {"results.json", "scores.json"} | drawn
 
 
 def test_an_evaluation_that_is_left_leaves_nothing(root, tmp_path):
-    pictures, out = open_coco(str(root), "val"), tmp_path / "out"
-    out.mkdir()
+    out, calls = tmp_path / "out", []
 
-    def leave(done: int, total: int) -> None:
-        if done == 1:
-            raise Interrupted
-
-    try:
-        evaluate(
-            MODEL, pictures, out, batch_size=1, workers=1,
-            max_pixels=MAX_PIXELS, between=leave,
-        )  # fmt: skip
-        raise AssertionError("not left")
-    except Interrupted:
-        pass
-    assert multiprocessing.active_children() == []
-    assert list(out.iterdir()) == []
-
-
-@pytest.fixture
-def slow_scores(monkeypatch):
-    """An event that scoring waits for; whether it came."""
-    go, came, score = threading.Event(), [], evaluation.score
-
-    def slow(*arguments):
-        came.append(go.wait(30))
-        return score(*arguments)
-
-    monkeypatch.setattr(evaluation, "score", slow)
-    monkeypatch.setattr(evaluation, "SECONDS_BETWEEN_CALLS", 0.01)
-    yield go, came
-    go.set()
-
-
-def scored(root, out, between):
-    out.mkdir()
-    return evaluate(
-        MODEL, open_coco(str(root), "val"), out, batch_size=1, workers=0,
-        max_pixels=MAX_PIXELS, between=between,
-    )  # fmt: skip
-
-
-def test_the_run_moves_while_rank_0_scores(root, tmp_path, slow_scores):
-    go, came = slow_scores
-    calls = []
-
-    def between(done: int, total: int) -> None:
-        calls.append((done, total))
-        if calls.count((2, 2)) == 3:
-            go.set()
-
-    outcome = scored(root, tmp_path / "out", between)
-    assert came == [True]
-    assert calls[:5] == [(0, 2), (1, 2), (2, 2), (2, 2), (2, 2)]
-    assert outcome.scores.num_results == 2
-
-
-def test_a_stop_ends_the_scoring(root, tmp_path, slow_scores):
-    def leave(done: int, total: int) -> None:
-        if done == total:
+    def leave() -> None:
+        calls.append(1)
+        if len(calls) == 2:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        scored(root, tmp_path / "out", leave)
+        begun(root, out, batch_size=1, workers=1, between=leave)
+    assert multiprocessing.active_children() == []
+    assert not out.exists()
 
 
-def test_what_cannot_be_scored_is_told(root, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise DataError("detections: of other images")
-
-    monkeypatch.setattr(evaluation, "score", refuse)
-    with pytest.raises(DataError, match="of other images"):
-        scored(root, tmp_path / "out", lambda done, total: None)
+def test_what_was_not_scored_is_taken_up_by_a_later_start(root, tmp_path):
+    for step in (2, 4, 6):
+        scoring = begun(root, folder_of(tmp_path, step))
+        scoring.give_up()
+        if step == 2:
+            scoring.forget()
+    step, folder = left_in(tmp_path, 5)
+    assert (step, folder) == (4, folder_of(tmp_path, 4))
+    assert left_in(tmp_path, 3) is None
+    images = open_coco(str(root), "val")
+    again = scoring_of(images, folder, draw=False, max_pixels=MAX_PIXELS)
+    assert again.wait(lambda: None)["box_AP"] == 1
+    again.forget()
+    assert left_in(tmp_path, 5) is None
+    assert {path.name for path in folder.iterdir()} == {"results.json", "scores.json"}

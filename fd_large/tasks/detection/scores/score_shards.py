@@ -1,0 +1,156 @@
+"""Merges and scores what the ranks of an evaluation found: a program of its own. No torch.
+
+    python -m fd_large.tasks.detection.scores.score_shards < request.json > answer.json
+
+`ScoringProcess` starts it, so that training goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fd_large.atomic_files import write_json
+from fd_large.errors import DataError, FDError
+from fd_large.tasks.detection.scores.evaluation_pictures import draw_evaluation
+from fd_large.tasks.detection.scores.results import merge, read_results, shard_of, write_results
+from fd_large.tasks.detection.scores.scoring import Scores, read_ground_truth, score
+
+RESULTS, SCORES, NOTE = "results.json", "scores.json", "scoring.json"
+# Value of the pixels that are drawn for an image that cannot be read.
+GREY = 128
+# From <sys/prctl.h>.
+PR_SET_PDEATHSIG = 1
+
+
+class Request(NamedTuple):
+    """What is to be scored.
+
+    Attributes:
+        folder: Folder with a shard of each rank, and with the note that says how many there are.
+        annotations: The file that they are scored against.
+        images: The path of each image by its id, to draw some; empty: nothing is drawn.
+        max_pixels: Larger images are not drawn.
+    """
+
+    folder: str
+    annotations: str
+    images: Mapping[str, str]
+    max_pixels: int
+
+
+class Note(NamedTuple):
+    """What is known of the shards in a folder, in scoring.json; it is there until they are scored.
+
+    Attributes:
+        ranks: How many shards there are.
+        unread: How many images could not be read; their objects count as missed.
+        tested: How the detections were found, in words.
+    """
+
+    ranks: int
+    unread: int
+    tested: str
+
+
+class Scored(NamedTuple):
+    """The outcome of an evaluation.
+
+    Attributes:
+        scores: COCO's numbers.
+        written: The files that were written.
+        problem: Why some were not; empty: all were.
+    """
+
+    scores: Scores
+    written: tuple[Path, ...]
+    problem: str
+
+
+def score_shards(request: Request) -> Scored:
+    """Scores the shards of a folder; writes results.json, scores.json, and draws pictures.
+
+    The shards stay, until the numbers have reached whoever asked for them.
+
+    Raises: DataError: if a shard cannot be read, or the results cannot be scored.
+    """
+    folder = Path(request.folder)
+    note = Note(**json.loads((folder / NOTE).read_text()))
+    results = merge(read_results(shard_of(folder, rank)) for rank in range(note.ranks))
+    truth = read_ground_truth(request.annotations)
+    scores = score(truth, results)
+    written: list[Path] = []
+    problem = ""
+    try:
+        write_results(folder / RESULTS, results)
+        more = {"unread_images": note.unread, "tested": note.tested}
+        write_json(folder / SCORES, {**more, **scores.to_dict()})
+        written += [folder / RESULTS, folder / SCORES]
+        if request.images:
+            sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+
+            def read(number: int) -> NDArray[np.uint8]:
+                path, size = request.images[str(number)], sizes[number]
+                return _pixels(path, size, request.max_pixels)
+
+            written += draw_evaluation(truth, results, scores, read, folder)
+    except Exception:
+        # A full disk, a font: the scores stand without it.
+        problem = traceback.format_exc()
+    return Scored(scores, tuple(written), problem)
+
+
+def _pixels(path: str, size: tuple[int, int], max_pixels: int) -> NDArray[np.uint8]:
+    """Pixels (H, W, 3) of an image; grey where it cannot be read."""
+    from fd_large.data.decode import decode
+
+    try:
+        image = decode(Path(path).read_bytes(), path, max_pixels=max_pixels)
+    except (DataError, OSError):  # It will be one of the worst; the evaluation has said why.
+        image = None
+    if image is None or tuple(image.shape[-2:]) != size:
+        return np.full((*size, 3), GREY, dtype=np.uint8)
+    return image.permute(1, 2, 0).numpy()
+
+
+def main() -> None:
+    """Answers one request."""
+    asked = json.load(sys.stdin)
+    _end_with(asked.pop("parent"))
+    answer: dict[str, Any]
+    try:
+        scored = score_shards(Request(**asked))
+        written = list(map(str, scored.written))
+        answer = {"scores": scored.scores.to_dict(), "written": written, "problem": scored.problem}
+    except FDError as error:
+        answer = {"error": str(error)}
+    json.dump(answer, sys.stdout)
+
+
+def _end_with(parent: int) -> None:
+    """Lets the kernel kill this process once its parent is gone; no signal but that ends it.
+
+    It would write into the folder of a run that has another owner. A launcher's signals to all
+    processes of a job are for its ranks, which decide.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    # The training's threads go first.
+    os.nice(10)
+
+
+if __name__ == "__main__":
+    main()

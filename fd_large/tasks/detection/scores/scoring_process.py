@@ -1,0 +1,126 @@
+"""Scores the detections of an evaluation in a process of its own, on the machine of rank 0.
+
+A thread of rank 0 would not do: faster-coco-eval and the reading of JSON hold Python's lock, for
+minutes where there are many images, and all ranks would wait for that one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+
+import fd_large
+from fd_large import distributed
+from fd_large.engine.evaluation import Pending, awaited
+from fd_large.errors import DataError
+from fd_large.tasks.detection.scores.results import SHARDS
+from fd_large.tasks.detection.scores.score_shards import NOTE, Request, Scored
+from fd_large.tasks.detection.scores.scoring import Scores
+
+log = logging.getLogger(__name__)
+
+PROGRAM = ("-m", "fd_large.tasks.detection.scores.score_shards")
+# Where this package was imported from.
+PACKAGES = str(Path(fd_large.__file__).parents[1])
+
+
+class ScoringProcess(Pending):
+    """What the ranks have found, while it is scored; all ranks have one, and rank 0 the process.
+
+    Args:
+        folder: Folder with the shards and the note.
+        annotations: The file that they are scored against.
+        images: The path of each image by its id, to draw some; empty: nothing is drawn.
+        max_pixels: Larger images are not drawn.
+    """
+
+    def __init__(
+        self, folder: Path, annotations: str, *, images: Mapping[int, str], max_pixels: int
+    ) -> None:
+        self._folder = folder
+        self._process: subprocess.Popen[str] | None = None
+        self._scored: Future[Scored] | None = None
+        if not distributed.is_main():
+            return
+        request = Request(
+            str(folder), annotations, {str(n): p for n, p in images.items()}, max_pixels
+        )
+        asked = json.dumps({**request._asdict(), "parent": os.getpid()})
+        # -P: a file of the working folder must not stand in for a module.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", *PROGRAM],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": PACKAGES},
+        )
+        self._scored = Future()
+        # A daemon: after an exception it must not keep this process alive.
+        threading.Thread(target=self._ask, args=(asked,), name="scoring", daemon=True).start()
+
+    def _ask(self, asked: str) -> None:
+        assert self._process is not None
+        assert self._scored is not None
+        try:
+            text, _ = self._process.communicate(asked)
+            self._scored.set_result(self._answer(text))
+        except BaseException as error:
+            self._scored.set_exception(error)
+
+    def _answer(self, text: str) -> Scored:
+        assert self._process is not None
+        if code := self._process.returncode:
+            raise DataError(
+                f"{self._folder}: the detections were not scored; got exit code {code} of the "
+                "process that does, expected 0 (-9: it was killed, as a rule since memory was "
+                "short). Start the same command again, on a machine with more memory: it scores "
+                "first what is there."
+            )
+        answer = json.loads(text)
+        if error := answer.get("error"):
+            raise DataError(error)
+        written = tuple(map(Path, answer["written"]))
+        return Scored(Scores.from_dict(answer["scores"]), written, answer["problem"])
+
+    @property
+    def done(self) -> bool:
+        """Whether the process has ended; False on all ranks but rank 0."""
+        return self._scored is not None and self._scored.done()
+
+    def scored(self, meanwhile: Callable[[], None] = lambda: None) -> Scored | None:
+        """Returns the scores on rank 0, once they are there, None elsewhere; a collective.
+
+        Args:
+            meanwhile: Called again and again on all ranks alike; it may raise to leave.
+
+        Raises: DataError: on all ranks, if there are none.
+        """
+        scored = awaited(self._scored, meanwhile)
+        if scored is not None and scored.problem:
+            log.error("%s: NOT WRITTEN: results or pictures: %s", self._folder, scored.problem)
+        return scored
+
+    def wait(self, meanwhile: Callable[[], None]) -> dict[str, float]:
+        """Returns the twelve numbers of boxes and of masks, by names like `box_AP`."""
+        scored = self.scored(meanwhile)
+        return distributed.broadcast_object(scored.scores.named() if scored else {})
+
+    def forget(self) -> None:
+        """Removes the note, and the shards that it is of."""
+        if distributed.is_main():
+            (self._folder / NOTE).unlink(missing_ok=True)
+            # Also those that an evaluation on more ranks left here when it was killed.
+            for shard in self._folder.glob(SHARDS):
+                shard.unlink()
+
+    def give_up(self) -> None:
+        """Kills the process; the note stays."""
+        if self._process is not None:
+            self._process.kill()
