@@ -65,7 +65,7 @@ def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     world = distributed.world_size()
     job = DistillationJob(run)
     engine = zero_engine(
-        run, lambda: job.task_around(job.make_teacher()), "zero3", micro_batch_size=1
+        run, lambda: job.task_around(job.make_teachers()), "zero3", micro_batch_size=1
     )
     parameters = sum(state.layout_of(engine).sizes.values())
     seconds: dict[str, list[float]] = {"ours": [], "ours, waiting": [], "deepspeed": []}

@@ -56,7 +56,7 @@ class Setting:
     @property
     def make_task(self) -> Callable[[], Any]:
         """Constructs the student and its loss."""
-        return lambda: DistillationJob(self.run).task_around(self.teacher)
+        return lambda: DistillationJob(self.run).task_around({"": self.teacher})
 
 
 def share(

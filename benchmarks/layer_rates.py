@@ -136,7 +136,7 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
             "ranks": world,
             "blocks": sum(DEPTHS),
             "trained_parameters": sum(job.parameter_sizes()) - sum(
-                p.numel() for p in job.teacher.module.parameters()
+                p.numel() for p in job.teachers[""].module.parameters()
             ),
             "image_size": size,
             "micro_batch": arguments.micro_batch,

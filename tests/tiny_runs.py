@@ -14,7 +14,6 @@ from stored_run import store_tensors
 
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import OPENAI_CLIP
-from fd_large.engine.frozen import Frozen
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.recipes.run import Run
@@ -55,8 +54,8 @@ def tiny_task(run: Run) -> Distillation:
     """The run's task with random weights, around the teacher that the run has."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.runtime.seed + 1)
-        teacher: Frozen = DistillationJob(run).make_teacher()
-        task = DistillationJob(run).task_around(teacher)
+        teachers = DistillationJob(run).make_teachers()
+        task = DistillationJob(run).task_around(teachers)
     return scattered(task, seed=1).eval()
 
 

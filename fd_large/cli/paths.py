@@ -22,6 +22,9 @@ def paths_of(run: Run) -> dict[str, str]:
     named = {"data.root": run.data.root, "student.init": run.student.init}
     named |= {"eval.root": run.eval.root, "eval.knn_root": run.eval.knn_root}
     named["objective.target_statistics"] = run.objective.target_statistics
+    for name, entry in run.teachers.items():
+        named[f"teachers.{name}.target_statistics"] = entry.target_statistics
+        named[f"teachers.{name}.summary.target_statistics"] = entry.summary.target_statistics
     return named | {f"{name}.source": model.source for name, model in run.frozen_models.items()}
 
 

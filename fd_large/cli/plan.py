@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,14 +35,17 @@ NARROW = 96
 """Columns of a terminal below which the table leaves out times that the lines after it give."""
 Kernels = Literal["fused", "reference"]
 
-SHAPES = ("student.", "teacher.", "objective.", "task.", "data.image_size")
+SHAPES = ("student.", "teacher.", "teachers.", "objective.", "task.", "data.image_size")
 """Beginnings of the fields that may decide what a step computes, but for these:"""
-NO_SHAPES = frozenset(
-    {
-        *(f"student.{name}" for name in ("init", "init_allow", "initialization")),
-        "student.activation_checkpointing",
-        *(f"teacher.{name}" for name in ("allow", "placement", "source", "statistics")),
-    }
+NO_SHAPES = (
+    *(f"student.{name}" for name in ("init", "init_allow", "initialization")),
+    "student.activation_checkpointing",
+    *(
+        f"{teacher}.{name}"
+        for teacher in ("teacher", "teachers.*")
+        for name in ("allow", "placement", "source", "statistics")
+    ),
+    "teachers.*.weight",
 )
 
 
@@ -211,7 +215,7 @@ def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused")
     return Workload(
         counts=counts or count_anew(run, rates, kernels),
         global_batch_size=run.batch.global_batch_size,
-        frozen_dtype=run.teacher.dtype if run.frozen_models else "auto",
+        frozen_dtype=run.frozen_dtype,
         moments=_moments(run),
         may_split_frozen=bool(run.frozen_models),
     )
@@ -248,7 +252,7 @@ def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
         job_of(run),
         device,
         bfloat16=rates.bfloat16,
-        frozen_bfloat16=frozen_in_bfloat16(run.teacher.dtype, rates.bfloat16),
+        frozen_bfloat16=frozen_in_bfloat16(run.frozen_dtype, rates.bfloat16),
         micro_batch_size=1 if micro_batch_size == "auto" else micro_batch_size,
     )
 
@@ -264,7 +268,8 @@ def shape_fields(run: Run) -> dict[str, Any]:
     return {
         name: value
         for name, value in fields.items()
-        if name not in NO_SHAPES and value not in (AUTO, plain(default.get(name, "")))
+        if not any(fnmatchcase(name, pattern) for pattern in NO_SHAPES)
+        and value not in (AUTO, plain(default.get(name, "")))
     }
 
 

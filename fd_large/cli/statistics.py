@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from fd_large import activity
 from fd_large.atomic_files import check_new, out_folder
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, parse_with_recipe
 from fd_large.cli.train import check_names
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, nearest
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
 from fd_large.recipes.run import Run
@@ -29,6 +29,9 @@ class Statistics(TakesRunFile, AllowsCode):
     deepspeed_config: str
     # The file to write, of the format safetensors.
     out: str
+    # Which of several teachers is measured: NAME for its map, NAME_summary for its summary. Empty:
+    # the map of the only one.
+    target: str = ""
     # Number of random crops that are measured; each gives all tokens of its map.
     views: int = 4096
 
@@ -45,7 +48,13 @@ def main(arguments: list[str]) -> int:
     own = given.own
     check_names(given.run, deepspeed_config=own.deepspeed_config)
     check_new(Path(own.out), where="--out")
-    measure(given.run, deepspeed_config=own.deepspeed_config, out=own.out, views=own.views)
+    measure(
+        given.run,
+        deepspeed_config=own.deepspeed_config,
+        out=own.out,
+        views=own.views,
+        target=own.target,
+    )
     from fd_large import distributed
 
     if distributed.is_main():
@@ -53,14 +62,15 @@ def main(arguments: list[str]) -> int:
     return distributed.leave(0)
 
 
-def measure(run: Run, *, deepspeed_config: str, out: str, views: int) -> None:
-    """Measures the channels of a run's teacher; every rank calls it.
+def measure(run: Run, *, deepspeed_config: str, out: str, views: int, target: str = "") -> None:
+    """Measures the channels of one of a run's targets; every rank calls it.
 
     Args:
         run: The recipe.
         deepspeed_config: Path of DeepSpeed's JSON.
         out: The file to write.
         views: Number of random crops.
+        target: `Target.label` of what is measured.
 
     Raises: FDError: for the user's mistakes.
     """
@@ -70,7 +80,7 @@ def measure(run: Run, *, deepspeed_config: str, out: str, views: int) -> None:
     from fd_large.tasks.distillation import target_statistics
     from fd_large.tasks.distillation.held_out import HeldOutViews
     from fd_large.tasks.distillation.job import DistillationJob
-    from fd_large.tasks.distillation.section import Objective
+    from fd_large.tasks.distillation.section import label
     from fd_large.tasks.distillation.task import Distillation
     from fd_large.tasks.jobs import job_of
 
@@ -80,14 +90,15 @@ def measure(run: Run, *, deepspeed_config: str, out: str, views: int) -> None:
             "one of distillation. Choose another."
         )
     out_folder(Path(out).parent)
-    usual = Objective()
-    objective = replace(
-        run.objective,
-        normaliser="none",
-        whitening_eps=usual.whitening_eps,
-        target_statistics=usual.target_statistics,
-    )
-    opened = open_run(replace(run, objective=objective), job_of, deepspeed_config=deepspeed_config)
+    entries = run.taught_by.items()
+    labels = [label(name, kind) for name, entry in entries for kind in entry.targets]
+    if target not in labels:
+        raise ConfigError(
+            f"--target: no such target of this recipe; got {target!r}, "
+            f"{nearest(target, [one for one in labels if one])}"
+        )
+    raw = run.with_taught_by({name: entry.as_it_is() for name, entry in entries})
+    opened = open_run(raw, job_of, deepspeed_config=deepspeed_config)
     assert isinstance(opened.job, DistillationJob)
     crops = HeldOutViews(
         "crops",
@@ -99,13 +110,13 @@ def measure(run: Run, *, deepspeed_config: str, out: str, views: int) -> None:
         skip_bad=True,
     )
     mean, covariance = target_statistics.moments(
-        crops.targets(opened.engine), distributed.sum_tensor
+        crops.targets(opened.engine, labels.index(target)), distributed.sum_tensor
     )
     if distributed.is_main():
         with activity.work("rotating"):
             task = opened.engine.task
             assert isinstance(task, Distillation)
-            facts = opened.job.target_facts(task)
+            facts = opened.job.target_facts(task, task.targets[labels.index(target)])
             found = target_statistics.statistics_of(mean, covariance, facts)
         target_statistics.write(Path(out), found)
     distributed.barrier()

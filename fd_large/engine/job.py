@@ -39,6 +39,7 @@ from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.family import FamilyArchitecture, WindowedTransformer
+from fd_large.recipes.fields import flat
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.runtime.hooks import Hook
@@ -173,10 +174,11 @@ class Job:
 
         Raises: FDError: for the user's mistake.
         """
-        usual = Run(name="", student=self.run.student)
+        several = {name: type(entry)() for name, entry in self.run.teachers.items()}
+        usual = flat(Run(name="", student=self.run.student, teachers=several))
+        own = flat(self.run)
         for name in self.ignored_fields:
-            section, _, field = name.partition(".")
-            given, default = (getattr(getattr(r, section), field) for r in (self.run, usual))
+            given, default = own[name], usual[name]
             if given != default:
                 raise ConfigError(
                     f"{name}: nothing in this recipe reads it; got {given!r}, expected "

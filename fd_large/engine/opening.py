@@ -319,7 +319,7 @@ def check_kernels(job: Job, *, bfloat16: bool) -> None:
         return
     calls: list[check.Call] = []
     if distributed.is_main():
-        teacher = job.run.teacher.dtype if job.run.frozen_models else "auto"
+        teacher = job.run.frozen_dtype
         # Interpreted on a CPU, they are those of the newest card.
         capability = choose.CAPABILITIES[-1]
         if device.type == "cuda":

@@ -253,8 +253,7 @@ def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
             value = from_plain(hint, value, f"{prefix}{name}.")
         elif (entry := entry_type(hint)) and isinstance(value, dict):
             value = {
-                key: from_plain(entry, item, f"{prefix}{name}.{key}.")
-                for key, item in value.items()
+                key: _entry(entry, item, f"{prefix}{name}.", key) for key, item in value.items()
             }
         else:
             value = tuple(value) if isinstance(value, list) else value  # JSON has no tuples.
@@ -264,3 +263,11 @@ def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
         return cls(**arguments)
     except TypeError as error:  # A field without a default is absent.
         raise ConfigError(f"{where}: incomplete; {error}. Add the field.") from None
+
+
+def _entry(cls: type[_Section], values: Any, prefix: str, key: str) -> _Section:
+    """As `from_plain`, for an entry that calls itself PREFIX.NAME in what it refuses."""
+    try:
+        return from_plain(cls, values, f"{prefix}{key}.")
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"{prefix}NAME.", f"{prefix}{key}.")) from None

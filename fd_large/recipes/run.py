@@ -7,8 +7,10 @@ ways to the same object. Standard library only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +41,7 @@ from fd_large.recipes.sections import (
     Student,
 )
 from fd_large.recipes.task_kind import TaskKind
-from fd_large.tasks.distillation.section import Objective, Teacher
+from fd_large.tasks.distillation.section import NamedTeacher, Objective, Teacher
 from fd_large.tasks.registry import TASKS, kind_of
 
 # A field for each task that has a section of its own.
@@ -158,6 +160,14 @@ _MAY_CHANGE = {
 }
 
 
+# What a run of one teacher says; several have all of it in their own entries.
+_OF_ONE_TEACHER = ("teacher", "objective")
+ONLY = ""
+"""The name of a run's only teacher among `Run.taught_by`."""
+_TEACHERS_NAME = re.compile(r"[a-z][a-z0-9_]*(?<!_summary)")
+# RUN#NAME means something else already.
+_TAKEN = ("student", "scratch", "projector")
+
 # What decides the length of a run and of its schedule.
 LENGTH = ("optim.epochs", "optim.max_steps", "optim.max_seconds")
 
@@ -185,6 +195,8 @@ class Run:
     name: str
     student: Student
     teacher: Teacher = field(default_factory=Teacher)
+    # Several teachers, by names of your own; then the sections teacher and objective stay empty.
+    teachers: dict[str, NamedTeacher] = field(default_factory=dict)
     data: Data = field(default_factory=Data)
     objective: Objective = field(default_factory=Objective)
     task: Task = field(default_factory=Task)
@@ -198,30 +210,61 @@ class Run:
     def __post_init__(self) -> None:
         check_types(self, "run")
         # Unknown models and overrides that fit no model are found here, before any rank starts.
-        for where, section in (("student", self.student), ("teacher", self.teacher)):
-            if where == "teacher" and self.teacher.model == AUTO:
+        for where, section in self._models().items():
+            if where != "student" and section.model == AUTO:
                 continue  # Known once the weights are open, or there is none.
             try:
                 resolve(section.model, section.architecture)
             except ConfigError as error:
                 raise ConfigError(f"{where}.{error}") from None
+        self._check_teachers()
         if read := self.task.kind():
             for kind in TASKS.values():
                 if kind.name != self.task.name:
                     self._refuse_sections_of(kind, read)
 
+    def _models(self) -> dict[str, Student | FrozenModel]:
+        """Returns the sections that describe a model, by name."""
+        several = {f"teachers.{name}": section for name, section in self.teachers.items()}
+        return {"student": self.student, "teacher": self.teacher, **several}
+
+    def _with_model(self, where: str, section: Any) -> Run:
+        """Returns the run with another section of that name in `_models`."""
+        group, _, name = where.partition(".")
+        changed: dict[str, Any] = {group: section}
+        if name:
+            changed[group] = {**self.teachers, name: section}
+        return replace(self, **changed)
+
+    def _check_teachers(self) -> None:
+        """Refuses names that would be taken for something else, and a second way to say teachers.
+
+        Raises: ConfigError: naming what is wrong.
+        """
+        for name in self.teachers:
+            if not _TEACHERS_NAME.fullmatch(name) or name in _TAKEN:
+                raise ConfigError(
+                    f"teachers.{name}: not a name for a teacher; got {name!r}, expected small "
+                    f"letters, digits and underscores that begin with a letter, not ending in "
+                    f"_summary, and none of {', '.join(_TAKEN)}. Choose another name."
+                )
+        found = _set_fields({n: getattr(self, n) for n in _OF_ONE_TEACHER})
+        if self.teachers and found:
+            name, (got, usual) = next(iter(found.items()))
+            raise ConfigError(
+                f"{name}: a run with several teachers does not read it; got {got!r} beside the "
+                f"teachers {', '.join(self.teachers)}, expected {usual!r}. Set it for a teacher: "
+                f"--teachers.{next(iter(self.teachers))}.{name.partition('.')[2]}."
+            )
+
     def _refuse_sections_of(self, kind: TaskKind, read: TaskKind) -> None:
         """Refuses settings of another task that this one does not read: they would do nothing."""
         own = {name: getattr(self, name) for name in kind.sections if name not in read.sections}
+        several = own.pop("teachers", {})
+        own |= {f"teachers.{name}": section for name, section in several.items()}
         if kind.section:
             own[f"task.{kind.name}"] = getattr(self.task, kind.name)
-        found: dict[str, tuple[Any, Any]] = {}
-        for name, section in own.items():
-            usual, given = flat(type(section)()), flat(section)
-            # What is automatic sets nothing.
-            set_ones = [f for f in given if given[f] not in (usual[f], AUTO)]
-            found |= {f"{name}.{f}": (given[f], usual[f]) for f in set_ones}
-        if found:
+        if found := _set_fields(own):
             fields, plural = ", ".join(found), "s" if len(found) > 1 else ""
             raise ConfigError(
                 f"{fields}: the task {self.task.name} ignores the field{plural}; got "
@@ -238,12 +281,19 @@ class Run:
         """
         kind = self.task.kind()
         sections = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {
+        several = self.teachers if kind is None or "teachers" in kind.sections else {}
+        return {f"teachers.{name}": section for name, section in several.items()} or {
             name: section
             for name, section in sections.items()
             if isinstance(section, FrozenModel)
             and (name in kind.sections if kind else section != type(section)())
         }
+
+    @property
+    def frozen_dtype(self) -> str:
+        """The data type of the frozen models that the run uses; float32 if they differ."""
+        dtypes = {getattr(model, "dtype", AUTO) for model in self.frozen_models.values()}
+        return dtypes.pop() if len(dtypes) == 1 else "float32" if dtypes else AUTO
 
     def student_architecture(self) -> FamilyArchitecture:
         """Returns the student's architecture with the overrides filled in."""
@@ -263,12 +313,28 @@ class Run:
         )
         return resolve(self.teacher.model, self.teacher.architecture)
 
+    @property
+    def taught_by(self) -> dict[str, NamedTeacher]:
+        """The teachers, each with what is learnt of it, by name; "" is the name of an only one.
+
+        The only teacher of the sections teacher and objective is an entry like those of several.
+        """
+        return self.teachers or {ONLY: NamedTeacher.joined(self.teacher, self.objective)}
+
+    def with_taught_by(self, teachers: dict[str, NamedTeacher]) -> Run:
+        """Returns the run with other entries of `taught_by`, of the same names."""
+        if self.teachers:
+            return replace(self, teachers=teachers)
+        teacher, objective = teachers[ONLY].parted()
+        return replace(self, teacher=teacher, objective=objective)
+
     def with_fields(self, values: Mapping[str, Any]) -> Run:
         """Returns the run with other values of some fields, {"optim.base_lr": 1e-4, ...}.
 
         A model of another family keeps none of the fields of the run's own, and another task
         nothing that the run says to its own task alone. Where the run names a teacher's weights,
-        other weights bring their own model.
+        other weights bring their own model. The first of several teachers take the place of the
+        run's only one.
 
         Raises: ConfigError: as `override`; or if the task cannot be imported.
         """
@@ -278,21 +344,10 @@ class Run:
             base = replace(
                 base, task=Task.class_for({"name": task})(name=task), **_unread(kind_of(task))
             )
-        source = values.get("teacher.source", base.teacher.source)
-        if base.teacher.source not in ("", source) and source not in ("", RANDOM):
-            others = replace(
-                base.teacher, model=AUTO, architecture=Architecture(), statistics=(), allow=()
-            )
-            base = replace(base, teacher=others)
-        for where in ("student", "teacher"):
-            section = getattr(base, where)
-            before, after = section.model, values.get(f"{where}.model")
-            old, new = (by_name(name) for name in (before, after or before))
-            if old and new and old.family != new.family:
-                plain_model = replace(section, architecture=Architecture())
-                if where == "student":
-                    plain_model = plain_model.without_rules_unknown_to(new)
-                base = replace(base, **{where: plain_model})
+        if not base.teachers and any(name.startswith("teachers.") for name in values):
+            base = replace(base, **{name: hints_of(Run)[name]() for name in _OF_ONE_TEACHER})
+        for where, section in base._models().items():
+            base = base._with_model(where, _with_other_model(section, where, values))
         return override(base, values)
 
     def changes_since(self, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -309,7 +364,14 @@ class Run:
         if _is_longer(before.optim, self.optim):
             free |= set(LENGTH)
         found = difference(before, self)
-        return {name: values for name, values in found.items() if name not in free}
+        if before.teachers.keys() != self.teachers.keys():
+            found = {n: v for n, v in found.items() if not n.startswith("teachers.")}
+            found["teachers"] = (", ".join(before.teachers), ", ".join(self.teachers))
+        return {
+            name: values
+            for name, values in found.items()
+            if not any(fnmatchcase(name, pattern) for pattern in free)
+        }
 
     def code(self) -> dict[str, str]:
         """Returns {name: SHA-256} of the files of the user's own that the run names."""
@@ -323,7 +385,11 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the run as nested dicts, lists and plain values, as stored in `recipe.json`."""
-        return plain(asdict(self))
+        values: dict[str, Any] = plain(asdict(self))
+        # Runs with one teacher are stored as they have been since the first release.
+        if not self.teachers:
+            del values["teachers"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Run:
@@ -342,7 +408,47 @@ def difference(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:
     return {name: (first, second) for name, (first, second) in pairs.items() if first != second}
 
 
+def _with_other_model(
+    section: Student | FrozenModel, where: str, values: Mapping[str, Any]
+) -> Student | FrozenModel:
+    """Returns a model's section without what values make untrue: see `Run.with_fields`.
+
+    Args:
+        section: The section.
+        where: What precedes its fields' names.
+        values: The values by name.
+    """
+    if isinstance(section, FrozenModel):
+        source = values.get(f"{where}.source", section.source)
+        if section.source not in ("", source) and source not in ("", RANDOM):
+            section = replace(
+                section, model=AUTO, architecture=Architecture(), statistics=(), allow=()
+            )
+    after = values.get(f"{where}.model", section.model)
+    old, new = by_name(section.model), by_name(after)
+    if old and new and old.family != new.family:
+        section = replace(section, architecture=Architecture())
+        if isinstance(section, Student):
+            section = section.without_rules_unknown_to(new)
+    return section
+
+
+def _set_fields(sections: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns {name: (value, default)} of the fields that sections set; what is automatic is not.
+
+    Args:
+        sections: Sections by what precedes their fields' names.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for name, section in sections.items():
+        usual, given = flat(type(section)()), flat(section)
+        set_ones = [f for f in given if given[f] not in (usual[f], AUTO)]
+        found |= {f"{name}.{f}": (given[f], usual[f]) for f in set_ones}
+    return found
+
+
 def _unread(read: TaskKind) -> dict[str, Any]:
     """Returns the sections that a task does not read, by name, as they are by default."""
     names = {name for kind in TASKS.values() for name in kind.sections} - set(read.sections)
+    # The type of several teachers is called like a dict, and gives an empty one.
     return {name: hints_of(Run)[name]() for name in names}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.family import FamilyArchitecture
@@ -125,6 +125,8 @@ class Student:
 class FrozenModel:
     """A model that is used as it is: its name, and where its weights are."""
 
+    place: ClassVar[str] = "model"
+
     # Name of the model, which also decides its image statistics and its final norm. auto: the model
     # that the weights of `source` belong to.
     model: str = AUTO
@@ -143,9 +145,8 @@ class FrozenModel:
     statistics: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        where = type(self).__name__.lower()
-        check_types(self, where)
-        statistics_or_none(f"{where}.statistics", self.statistics)
+        check_types(self, self.place)
+        statistics_or_none(f"{self.place}.statistics", self.statistics)
 
 
 @dataclass(frozen=True, kw_only=True)

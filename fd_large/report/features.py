@@ -73,14 +73,22 @@ def draw_features(folder: Path, path: Path) -> bool:
     from matplotlib.figure import Figure
 
     newest = panels.get("after") or panels["before"]
-    basis = fit_basis(newest["teacher"])
-    images, teacher = newest["images"][:MOST_ROWS], newest["teacher"][:MOST_ROWS]
-    columns = [("photograph", None, images), ("teacher", None, colours(teacher, basis))]
-    for panel in panels.values():
-        student, update = panel["student"][:MOST_ROWS], int(panel["update"])
-        heading = f"student after\n{update} steps" if update else "student\nbefore training"
-        cosines = [mean_cosine(t, s) for t, s in zip(teacher, student, strict=True)]
-        columns.append((heading, cosines, colours(student, basis)))
+    images = newest["images"][:MOST_ROWS]
+    columns: list[tuple[str, list[float] | None, numpy.ndarray]] = [("photograph", None, images)]
+    sizes = []
+    for key in (key for key in newest if key.startswith("teacher")):
+        of = key.removeprefix("teacher").replace("_", " ", 1)
+        basis = fit_basis(newest[key])
+        teacher = newest[key][:MOST_ROWS]
+        high, wide, channels = teacher.shape[1:]
+        sizes.append(f"{of.strip()} {high} x {wide} tokens, {channels} channels".strip())
+        columns.append((f"teacher{of}", None, colours(teacher, basis)))
+        for panel in panels.values():
+            student = panel[key.replace("teacher", "student", 1)][:MOST_ROWS]
+            update = int(panel["update"])
+            heading = f"student after\n{update} steps" if update else "student\nbefore training"
+            cosines = [mean_cosine(t, s) for t, s in zip(teacher, student, strict=True)]
+            columns.append((heading, cosines, colours(student, basis)))
 
     rows, side, top, foot = len(images), 1.85, 0.55, 0.72
     figure = Figure(figsize=(side * len(columns), side * rows * 1.085 + top + foot), dpi=style.DPI)
@@ -110,12 +118,12 @@ def draw_features(folder: Path, path: Path) -> bool:
                     color=style.GREY,
                     labelpad=3,
                 )
-    high, wide, channels = teacher.shape[1:]
+    whose, own = ("the", "all") if len(sizes) == 1 else ("each", "its own and the student's")
     figure.text(
         0.012,
         0.1 / height,
-        f"Maps of {high} x {wide} tokens, {channels} channels; held-out photographs.\n"
-        "Colour: the teacher's first three principal components, one basis for all maps.",
+        f"Maps of {'; '.join(sizes)}; held-out photographs.\n"
+        f"Colour: {whose} teacher's first three principal components, one basis for {own} maps.",
         fontsize=style.SMALL_SIZE,
         color=style.GREY,
         linespacing=1.4,

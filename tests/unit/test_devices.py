@@ -238,7 +238,7 @@ def test_held_out_views(card: Card) -> None:
     assert found.keys() == {"held_out_loss", "held_out_cosine"}
     # The images of each batch go there, and all numbers come back at once.
     assert sum("copy to the CPU" in wait for wait in waits) == 1, waits
-    assert views.best_constant(engine, lambda: None) > 0
+    assert views.best_constant(engine, lambda: None)["held_out_best_constant"] > 0
     panel = views.panel(engine)
     assert {value.dtype.name for value in panel.values()} == {"uint8", "float32"}
 
@@ -356,7 +356,7 @@ def test_the_canary(card: Card, monkeypatch) -> None:
     monkeypatch.setattr(torch, "mm", lambda a, b: None)  # 4096^3 is nothing for a CPU.
     assert seconds_of_product() > 0
     assert card.notes == ["synchronize"] * 14
-    teacher = distilling("vit_base_patch16")._teacher[0]
+    teacher = distilling("vit_base_patch16")._teachers[""]
     assert teacher.map_of_fixed_images(SIDE).device.type == "cuda"
     assert teacher.hash_now() == teacher.fingerprint
     assert teacher.shard_hash() == teacher.shard_hash()

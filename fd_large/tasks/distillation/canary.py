@@ -71,10 +71,12 @@ class Canary(Hook):
 
     Args:
         every: Steps between two checks.
+        teacher: Name of the teacher, for messages; "" for a run's only one.
         shard_of: Returns "PART HASH" of what this rank holds itself; ranks that hold the same part
             return the same PART. All ranks call it.
         map_of: Returns the teacher's map (B, N, C) of a fixed batch. All ranks call it.
-        seconds: Returns how long a fixed computation takes on this rank.
+        seconds: Returns how long a fixed computation takes on this rank; None: the canary of
+            another teacher measures that.
     """
 
     def __init__(
@@ -83,8 +85,10 @@ class Canary(Hook):
         *,
         shard_of: Callable[[], str],
         map_of: Callable[[], Tensor],
-        seconds: Callable[[], float] = seconds_of_product,
+        teacher: str = "",
+        seconds: Callable[[], float] | None = seconds_of_product,
     ) -> None:
+        self._called = f"THE TEACHER {teacher}".strip()
         self._every, self._shard_of, self._map_of = every, shard_of, map_of
         self._seconds = seconds
         self._changed = False
@@ -105,10 +109,11 @@ class Canary(Hook):
             self._changed = True
             if distributed.is_main():
                 log.error(
-                    "canary: THE TEACHER IS NOT THE SAME ON ALL RANKS at the start: %s; got other "
+                    "canary: %s IS NOT THE SAME ON ALL RANKS at the start: %s; got other "
                     "bits than on the ranks that hold the same part, expected the same. The run "
                     "ends. Start the same command again without that node, or, if its processors "
                     "differ by design, with --runtime.canary_every 0.",
+                    self._called,
                     self._names(odd),
                 )
 
@@ -153,15 +158,18 @@ class Canary(Hook):
                 f"of a fixed batch is off by {distance:.2g} of its norm"
             )
         log.error(
-            "canary: THE TEACHER CHANGED after step %d, seen after step %d, %s. The run ends "
+            "canary: %s CHANGED after step %d, seen after step %d, %s. The run ends "
             "without a checkpoint of what it learned since; earlier ones are sound. Start the same "
             "command again, without that node: it goes on from the newest one.",
+            self._called,
             self._good,
             done,
             what,
         )
 
     def _check_speed(self) -> None:
+        if self._seconds is None:
+            return
         self._checks += 1
         seconds = distributed.gather_objects(self._seconds())
         usual = median_low(seconds)

@@ -28,8 +28,9 @@ class FeaturePanel(Hook):
 
         Args:
             index: Finished steps.
-            panel: images (n, S, S, 3) uint8; teacher (n, h, w, C) float32, whitened; student of the
-                same shape and type, projected. Only rank 0's is used.
+            panel: images (n, S, S, 3) uint8; teacher (n, h, w, C) float32, normalised; student of
+                the same shape and type, projected; of several teachers teacher_NAME and
+                student_NAME. Only rank 0's is used.
         """
         if distributed.is_main() and self._setting.owned():
             name = f"features_{'after' if index else 'before'}.npz"
@@ -38,18 +39,18 @@ class FeaturePanel(Hook):
 
 def write_panel(path: Path, index: int, panel: dict[str, numpy.ndarray]) -> None:
     """Writes a panel aside and renames it; the number of steps goes with it as `update`."""
-    images, teacher, student = (panel[name] for name in ("images", "teacher", "student"))
+    images, maps = panel["images"], {n: m for n, m in panel.items() if n != "images"}
     assert images.dtype == numpy.uint8
     assert images.shape[-1] == 3
-    assert teacher.shape == student.shape
-    assert len(teacher) == len(images)
+    for name, values in maps.items():
+        assert len(values) == len(images)
+        assert values.shape == maps[name.replace("student", "teacher", 1)].shape
     with written_or_logged(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as aside, aside.open("wb") as file:
             numpy.savez_compressed(
                 file,
                 images=images,
-                teacher=teacher.astype(numpy.float32),
-                student=student.astype(numpy.float32),
                 update=numpy.int64(index),
+                **{name: values.astype(numpy.float32) for name, values in maps.items()},
             )

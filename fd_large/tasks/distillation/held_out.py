@@ -20,7 +20,8 @@ from fd_large.data.views import NUM_DRAWS, ViewSettings, random_view
 from fd_large.engine.evaluation import evaluating
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import DataError
-from fd_large.tasks.distillation.constant_prediction import constant_prediction_loss
+from fd_large.tasks.distillation.constant_prediction import constant_prediction_losses
+from fd_large.tasks.distillation.section import MAP
 from fd_large.tasks.distillation.task import Distillation
 
 # An epoch that no training reaches, so that crops of training images are unseen ones.
@@ -107,24 +108,37 @@ class HeldOutViews:
         names = [f"{self.name}_{key}" for key in totals]
         return dict(zip(names, means.tolist(), strict=True))
 
-    def best_constant(self, engine: Engine, between: Callable[[], None]) -> float:
-        """Returns the loss of the constant-prediction baseline on these views."""
+    def best_constant(self, engine: Engine, between: Callable[[], None]) -> dict[str, float]:
+        """Returns the loss of the constant-prediction baseline on these views.
+
+        Beside that of the task there is one for each of several targets, by its label.
+        """
 
         def batches() -> Iterator[tuple[dict[str, Any], int]]:
             for prepared, weight, _ in self._batches(engine):
                 between()
                 yield prepared, weight
 
-        assert isinstance(engine.task, Distillation)
+        task = engine.task
+        assert isinstance(task, Distillation)
         with evaluating(engine):
-            return constant_prediction_loss(engine.task, batches, distributed.sum_tensor)
+            losses = constant_prediction_losses(task, batches, distributed.sum_tensor)
+        pairs = list(zip(task.targets, losses, strict=True))
+        own = {f"{target.label}_best_constant": loss for target, loss in pairs if target.label}
+        total = sum(target.weight * loss for target, loss in pairs)
+        return {f"{self.name}_{key}": loss for key, loss in {**own, "best_constant": total}.items()}
 
-    def targets(self, engine: Engine) -> Iterator[tuple[Tensor, int]]:
-        """Yields the targets of a batch, (B, N, C) float32, and its weight, 0 for padding."""
+    def targets(self, engine: Engine, number: int = 0) -> Iterator[tuple[Tensor, int]]:
+        """Yields the tokens of a target, (B, N, C) float32, and their weight, 0 for padding.
+
+        Args:
+            engine: The engine of the task.
+            number: The target's place in `Distillation.targets`.
+        """
         assert isinstance(engine.task, Distillation)
         with evaluating(engine):
             for prepared, weight, _ in self._batches(engine):
-                yield engine.task.reference(**prepared), weight
+                yield engine.task.references(**prepared)[number], weight
 
     def panel(self, engine: Engine) -> dict[str, np.ndarray]:
         """Returns the maps of the first few views: see `feature_panel`."""
@@ -156,25 +170,32 @@ def feature_panel(
         forward: Runs the task (its engine).
         images: (n, 3, S, S) uint8, on the device.
 
-    Returns: "images" (n, S, S, 3) uint8; "teacher" (n, h, w, C) whitened and "student"
-        (n, h, w, C) projected, float32; all in host memory.
+    Returns: "images" (n, S, S, 3) uint8; "teacher" (n, h, w, C), normalised, and "student"
+        (n, h, w, C), projected, float32; of several teachers teacher_NAME and student_NAME. All in
+        host memory.
     """
-    seen: list[Tensor] = []
-    handle = task.projection.register_forward_hook(
-        lambda module, inputs, output: seen.append(output.detach().float().cpu())
-    )
+    seen: dict[str, Tensor] = {}
+    shown = [target for target in task.targets if target.kind == MAP]
+
+    def note(label: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: seen.update({label: output.detach().float().cpu()})
+
+    handles = [target.head.register_forward_hook(note(target.label)) for target in shown]
     with torch.no_grad():
         prepared = task.prepare(images, None, None)
         forward(**prepared)
-        reference = task.reference(**prepared).cpu()
-    handle.remove()
+        references = task.references(**prepared)
+    for handle in handles:
+        handle.remove()
     h, w = task.student.grid(*images.shape[-2:])
 
     def as_map(tokens: Tensor) -> Tensor:
         return rearrange(tokens[:, tokens.shape[1] - h * w :], "n (h w) c -> n h w c", h=h, w=w)
 
-    return {
-        "images": rearrange(images, "n c h w -> n h w c").cpu(),
-        "teacher": as_map(reference),
-        "student": as_map(seen[0]),
-    }
+    maps = {"images": rearrange(images, "n c h w -> n h w c").cpu()}
+    for target, reference in zip(task.targets, references, strict=True):
+        if target.kind == MAP:
+            end = f"_{target.label}" if target.label else ""
+            maps[f"teacher{end}"] = as_map(reference.cpu())
+            maps[f"student{end}"] = as_map(seen[target.label])
+    return maps

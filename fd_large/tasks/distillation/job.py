@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,13 +36,16 @@ from fd_large.errors import CheckpointError, FDError, ShapeError, check_all
 from fd_large.probes import knn
 from fd_large.probes.features import extract
 from fd_large.recipes.architectures import resolve
-from fd_large.recipes.run import Run
-from fd_large.recipes.sections import AUTO, RANDOM, FrozenModel
+from fd_large.recipes.fields import require
+from fd_large.recipes.run import ONLY, Run
+from fd_large.recipes.sections import AUTO, RANDOM
 from fd_large.runtime.hooks import Hook
-from fd_large.tasks.distillation import heads, target_statistics
+from fd_large.tasks.distillation import target_statistics
 from fd_large.tasks.distillation.alignment import Grid, check_grids, teacher_side
-from fd_large.tasks.distillation.canary import Canary
+from fd_large.tasks.distillation.canary import Canary, seconds_of_product
 from fd_large.tasks.distillation.feature_panel import FeaturePanel
+from fd_large.tasks.distillation.heads.map_head import WHERE as HEAD_WHERE
+from fd_large.tasks.distillation.heads.registry import HEADS
 from fd_large.tasks.distillation.held_out import HeldOutViews
 from fd_large.tasks.distillation.losses import check_loss, make_loss
 from fd_large.tasks.distillation.model_card import learned
@@ -52,6 +55,8 @@ from fd_large.tasks.distillation.normalisers import (
     check_normaliser,
     make_normaliser,
 )
+from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher, field_of, label
+from fd_large.tasks.distillation.target import Target
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.distillation.teacher import PlacedTeacher, place
 from fd_large.weights.libraries import To
@@ -62,8 +67,6 @@ from fd_large.weights.source import Sources
 
 log = logging.getLogger(__name__)
 
-SOURCE = "--teacher.source"
-
 
 class DistillationJob(Job):
     """The student learns the teacher's feature map."""
@@ -71,7 +74,7 @@ class DistillationJob(Job):
     memory_remedy = "--teacher.placement sharded"
     learns_from_images_alone = True
     loss_name = "the run's own objective"
-    _teacher: PlacedTeacher | None = None
+    _teachers: Mapping[str, PlacedTeacher] | None = None
     _words: ClassVar = {
         "held_out/loss": "held-out loss",
         "held_out/cosine": "held-out cosine",
@@ -85,74 +88,94 @@ class DistillationJob(Job):
     @property
     def metrics(self) -> Mapping[str, str]:
         """The words for this task's numbers; the loss brings its own."""
-        objective = self.run.objective
-        return {"loss": make_loss(objective.loss, beta=objective.beta).label, **self._words}
+        if not self.run.teachers:
+            objective = self.run.objective
+            return {"loss": make_loss(objective.loss, beta=objective.beta).label, **self._words}
+        words = {"loss": "sum of the losses", **self._words}
+        for of in self._labels():
+            said = of.replace("_", " ")
+            for images in ("held_out", "unseen_crops"):
+                for name in ("loss", "cosine", "best_constant"):
+                    usual = self._words[f"{images}/{name}"]
+                    words[f"{images}/{of}_{name}"] = f"{usual} ({said})"
+        return words
 
     @property
-    def teacher(self) -> PlacedTeacher:
-        """The frozen teacher; only after `build`."""
-        assert self._teacher is not None
-        return self._teacher
+    def lower_is_better(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The loss, and that of each target."""
+        return ("loss", *(f"{one}_loss" for one in self._labels()))
+
+    def _labels(self) -> list[str]:
+        """The labels of several teachers' targets."""
+        entries = self.run.teachers.items()
+        return [label(name, kind) for name, entry in entries for kind in entry.targets]
+
+    @property
+    def teachers(self) -> Mapping[str, PlacedTeacher]:
+        """The frozen teachers by name, "" for an only one; only after `build`."""
+        assert self._teachers is not None
+        return self._teachers
 
     @property
     def ignored_fields(self) -> tuple[str, ...]:
-        """Fields that this recipe's loss or normaliser does not read."""
-        objective = self.run.objective
-        no_beta = not make_loss(objective.loss, beta=objective.beta).reads_beta
-        no_eps = objective.normaliser != WHITENING
-        fields = {
-            "objective.beta": no_beta,
-            "objective.whitening_eps": no_eps,
-            "objective.target_statistics": not self._uses_statistics,
-        }
-        return tuple(name for name, ignored in fields.items() if ignored)
+        """Fields that this recipe's losses or normalisers do not read."""
+        ignored = []
+        for name, entry in self.run.taught_by.items():
+            of = partial(field_of, name)
+            losses = [entry.setting("loss", kind) for kind in entry.targets]
+            normalisers = {kind: entry.setting("normaliser", kind) for kind in entry.targets}
+            if not any(make_loss(loss, beta=entry.beta).reads_beta for loss in losses):
+                ignored.append(of("beta"))
+            if WHITENING not in normalisers.values():
+                ignored.append(of("whitening_eps"))
+            if normalisers.get(MAP) not in BY_STATISTICS:
+                ignored.append(of("target_statistics"))
+            if name and normalisers.get(SUMMARY) not in BY_STATISTICS:
+                ignored.append(of("target_statistics", SUMMARY))
+        return tuple(ignored)
 
     # --- before anything heavy ---
 
     def settle(self, sources: Sources) -> Run:
-        """Returns the recipe completed from the weights of teacher and student."""
+        """Returns the recipe completed from the weights of teachers and student."""
         settle = super().settle
-        settled, teacher = check_all(
+        entries = self.run.taught_by
+        settled, *models = check_all(
             lambda: settle(sources),
-            lambda: settle_model(self.run.teacher, sources, where=SOURCE),
+            *(
+                partial(settle_model, entry, sources, where=_source(name))
+                for name, entry in entries.items()
+            ),
         )
-        return self._met(replace(settled, teacher=teacher))
+        return self._met(settled.with_taught_by(dict(zip(entries, models, strict=True))))
 
     def check(self) -> None:
         """Opens held-out and labelled images, and checks the headers of all weights.
 
-        Loss and normaliser are tried on a few random tokens.
+        Losses and normalisers are tried on a few random tokens.
         """
+        entries = self.run.taught_by.items()
         check_all(
-            self._check_loss,
-            self._check_normaliser,
-            self._check_head,
+            *(
+                check
+                for _, entry in entries
+                for kind in entry.targets
+                for check in _checks(entry, kind)
+            ),
             lambda: self.run.eval.root and self._held_out_images,
             lambda: self.run.eval.knn_root and self._labelled_images,
-            lambda: frozen_weights(self.run.teacher, self.weights, where=SOURCE),
+            *(
+                partial(frozen_weights, entry, self.weights, where=_source(name))
+                for name, entry in entries
+            ),
             super().check,
         )
 
-    def _check_loss(self) -> None:
-        objective = self.run.objective
-        check_loss(make_loss(objective.loss, beta=objective.beta), objective.loss)
-
-    def _check_normaliser(self) -> None:
-        objective = self.run.objective
-        normaliser = make_normaliser(
-            objective.normaliser,
-            eps=objective.whitening_eps,
-            statistics=objective.target_statistics,
-        )
-        check_normaliser(normaliser, objective.normaliser)
-
-    def _check_head(self) -> None:
-        # Its shapes wait for the models.
-        doors.load(self.run.objective.head, kind="heads", where=heads.WHERE, built_in=heads.HEADS)
-
     def sources(self) -> Mapping[str, str]:
-        """Returns the sources of teacher and student."""
-        return {"teacher.source": self.run.teacher.source, **super().sources()}
+        """Returns the sources of teachers and student."""
+        entries = self.run.taught_by.items()
+        own = {_source(name).removeprefix("--"): entry.source for name, entry in entries}
+        return {**own, **super().sources()}
 
     def open_samples(self) -> ImageSource:
         """Opens the images of `data.root`, or of its train/ where it has val/ or test/ beside it.
@@ -168,29 +191,36 @@ class DistillationJob(Job):
         Raises: ShapeError: if the maps of student and teacher cannot be aligned.
         """
         with torch.device("meta"):
-            teacher = self.make_teacher()
-            task = self.task_around(teacher)
+            teachers = self.make_teachers()
+            task = self.task_around(teachers)
         run = self._settled
-        size, objective = run.data.image_size, run.objective
-        side = teacher.image_size or size
-        if run.teacher_architecture().code:
-            check_map(teacher.net, side, is_trained=False, where="teacher.source")
-        check_head(
-            task.projection,
-            objective.head,
-            (2, 3, task.student.width),
-            teacher.width,
-            where=heads.WHERE,
-        )
+        size = run.data.image_size
         grid = _grid("student", task.student.grid, size)
-        theirs = _grid("teacher", teacher.net.grid, side)
-        check_grids(grid, theirs, interpolation=objective.interpolation)
-        log.info(
-            "grids: teacher %dx%d (images of %d px), student %dx%d (images of %d px): %s",
-            *(*theirs, side, *grid, size),
-            "equal" if grid == theirs else "the teacher's map is resized (bilinear)",
-        )
-        return tuple(p.numel() for model in (task, teacher) for p in model.parameters())
+        for name, entry in run.taught_by.items():
+            teacher, called = teachers[name], _called(name)
+            side = teacher.image_size or size
+            if resolve(entry.model, entry.architecture).code:
+                where = _source(name).removeprefix("--")
+                check_map(teacher.net, side, is_trained=False, where=where)
+            theirs = _grid(called, teacher.net.grid, side)
+            if MAP in entry.targets:
+                check_grids(grid, theirs, interpolation=entry.interpolation)
+            log.info(
+                "grids: %s %dx%d (images of %d px), student %dx%d (images of %d px): %s",
+                *(called, *theirs, side, *grid, size),
+                "equal" if grid == theirs else "the teacher's map is resized (bilinear)",
+            )
+        for target in task.targets:
+            entry = run.taught_by[target.teacher]
+            check_head(
+                target.head,
+                entry.setting("head", target.kind),
+                (2, 3, task.student.width),
+                teachers[target.teacher].width,
+                where=HEAD_WHERE,
+            )
+        models = (task, *teachers.values())
+        return tuple(p.numel() for model in models for p in model.parameters())
 
     @cached_property
     def _settled(self) -> Run:
@@ -198,165 +228,180 @@ class DistillationJob(Job):
         return self._met(self.run)
 
     def _met(self, run: Run) -> Run:
-        """Returns the recipe with numbers where it says auto: the teacher's images, the two grids.
+        """Returns the recipe with numbers where it says auto: the teachers' images, the grids.
 
-        Positions follow the teacher's images, unless this job's recipe says their size.
+        Positions follow a teacher's images, unless this job's recipe says their size.
 
         Args:
             run: The recipe, its models settled.
         """
-        objective, size = run.objective, run.data.image_size
-        is_automatic = AUTO in (objective.interpolation, objective.teacher_image_size)
-        if not is_automatic or run.teacher.model == AUTO:
-            return run
-        architecture, section = run.teacher_architecture(), run.teacher
-        asked = self.run.teacher.architecture.image_size
+        entries = {name: self._met_by(run, name) for name in run.taught_by}
+        return run if entries == run.taught_by else run.with_taught_by(entries)
+
+    def _met_by(self, run: Run, name: str) -> NamedTeacher:
+        """Returns an entry with numbers where it says auto; see `_met`."""
+        entry, size = run.taught_by[name], run.data.image_size
+        is_automatic = AUTO in (entry.interpolation, entry.teacher_image_size)
+        if not is_automatic or entry.model == AUTO:
+            return entry
+        architecture = resolve(entry.model, entry.architecture)
+        asked = self.run.taught_by[name].architecture.image_size
         follows = asked is None and family_of(architecture).resizes(architecture)
         with torch.device("meta"):
             student = make_student(run.student, image_size=size)
         wanted = _grid("student", student.grid, size)
 
-        def at(side: int) -> tuple[Grid | None, FrozenModel]:
-            """The teacher's grid for images of a side, 0 as in `frozen_maker`; and its section."""
-            resized = replace(section, architecture=replace(section.architecture, image_size=side))
-            for model in (section, resized) if follows and side else (section,):
+        def at(side: int) -> tuple[Grid | None, NamedTeacher]:
+            """The teacher's grid for images of a side, 0 as in `frozen_maker`; and its entry."""
+            resized = replace(entry, architecture=replace(entry.architecture, image_size=side))
+            for model in (entry, resized) if follows and side else (entry,):
                 # What is wrong at any size is told by the first call.
                 with torch.device("meta"), suppress(FDError if side else ShapeError):
-                    make = self._teacher_maker(model, image_size=size, own_image_size=side)
+                    make = _teacher_maker(name, replace(model, teacher_image_size=side), size)
                     return make().grid(size), model
-            return None, section
+            return None, entry
 
-        side = objective.teacher_image_size
+        side = entry.teacher_image_size
         if side == AUTO:
             side, as_it_is = 0, at(0)[0]
-            given = as_it_is and objective.interpolation == "bilinear"
+            given = as_it_is and entry.interpolation == "bilinear"
             if as_it_is != wanted and not given:
                 side = teacher_side(
                     wanted,
                     lambda side: at(side)[0],
                     image_size=size,
-                    own_size=own_image_size(section.model, architecture),
+                    own_size=own_image_size(entry.model, architecture),
                 )
-        grid, teacher = at(side)
-        interpolation = objective.interpolation
+        grid, met = at(side)
+        interpolation = entry.interpolation
         if interpolation == AUTO:
             interpolation = "none" if grid in (wanted, None) else "bilinear"
-        objective = replace(objective, teacher_image_size=side, interpolation=interpolation)
-        return replace(run, teacher=teacher, objective=objective)
+        return replace(met, teacher_image_size=side, interpolation=interpolation)
 
     def splits_models(self) -> bool:
-        """Returns whether the teacher is sharded."""
-        return self.run.teacher.placement != "replicated"
+        """Returns whether a teacher is sharded."""
+        return any(one.placement != "replicated" for one in self.run.taught_by.values())
 
     def memory_facts(self) -> Mapping[str, Any]:
-        """Returns where the teacher's weights are held."""
-        return {"teacher_placement": self.run.teacher.placement}
+        """Returns where the teachers' weights are held."""
+        entries = self.run.taught_by.items()
+        return {f"{name}_teacher_placement".lstrip("_"): entry.placement for name, entry in entries}
 
     # --- the models ---
 
-    def make_teacher(self) -> Frozen:
-        """Constructs the teacher with random weights."""
-        run = self._settled
-        return self._teacher_maker(
-            run.teacher,
-            image_size=run.data.image_size,
-            own_image_size=run.objective.teacher_image_size,
-        )()
-
-    def _teacher_maker(
-        self, section: FrozenModel, *, image_size: int, own_image_size: int
-    ) -> Callable[[], Frozen]:
-        return frozen_maker(
-            section,
-            image_size=image_size,
-            own_image_size=own_image_size,
-            residual_dtype=self.run.teacher.residual_dtype,
-            before_norm=self.run.objective.layer == "before_norm",
-        )
+    def make_teachers(self) -> dict[str, Frozen]:
+        """Constructs the teachers with random weights."""
+        size = self._settled.data.image_size
+        entries = self._settled.taught_by.items()
+        return {name: _teacher_maker(name, entry, size)() for name, entry in entries}
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
-        """Builds the teacher; must run before the student's engine is built."""
-        section = self.run.teacher
-        weights = frozen_weights(section, self.weights, where=SOURCE)
-        if section.source == RANDOM:
-            log.warning(
-                "teacher: RANDOM weights (--teacher.source random): there is nothing to learn"
-            )
+        """Builds the teachers; must run before the student's engine is built."""
         student_type = "bfloat16" if bfloat16 else "float32"
-        self._teacher = place(
-            self.make_teacher,
-            placement=section.placement,
-            dtype=getattr(torch, student_type if section.dtype == "auto" else section.dtype),
-            seed=self.run.runtime.seed + 1,
-            node_size=node_size,
-            persistence_threshold=persistence_threshold,
-            weights=weights,
-            whole_first=self.run.teacher_architecture().whole_first,
-        )
-        log.debug(
-            "teacher: %s, %s, %.1f MB on this rank, hash %s",
-            section.model,
-            section.placement,
-            self._teacher.held_bytes() / 1e6,
-            self._teacher.fingerprint,
-        )
+        placed = {}
+        for name, entry in self._settled.taught_by.items():
+            where, called = _source(name), _called(name)
+            weights = frozen_weights(entry, self.weights, where=where)
+            if entry.source == RANDOM:
+                log.warning(
+                    "%s: RANDOM weights (%s random): there is nothing to learn", called, where
+                )
+            placed[name] = place(
+                _teacher_maker(name, entry, self.run.data.image_size),
+                placement=entry.placement,
+                dtype=getattr(torch, student_type if entry.dtype == "auto" else entry.dtype),
+                # The same for all: a model is the same one whatever it is called.
+                seed=self.run.runtime.seed + 1,
+                node_size=node_size,
+                persistence_threshold=persistence_threshold,
+                weights=weights,
+                whole_first=resolve(entry.model, entry.architecture).whole_first,
+                where=where,
+            )
+            log.debug(
+                "%s: %s, %s, %.1f MB on this rank, hash %s",
+                called,
+                entry.model,
+                entry.placement,
+                placed[name].held_bytes() / 1e6,
+                placed[name].fingerprint,
+            )
+        self._teachers = placed
 
     def make_task(self) -> Distillation:
-        """Constructs student, projection and loss around the run's teacher.
+        """Constructs student, heads and losses around the run's teachers.
 
         Raises: ConfigError: if the statistics in a file are of other targets.
         """
-        task, path = self.task_around(self.teacher), self.run.objective.target_statistics
-        if self._uses_statistics:
-            stored = target_statistics.read(path).facts
-            target_statistics.require_same(stored, self.target_facts(task), path)
+        task = self.task_around(self.teachers)
+        for target in task.targets:
+            if path := self._statistics_file(target.teacher, target.kind):
+                stored = target_statistics.read(path).facts
+                target_statistics.require_same(stored, self.target_facts(task, target), path)
         return task
 
-    def target_facts(self, task: Distillation) -> Mapping[str, Any]:
+    def target_facts(self, task: Distillation, target: Target) -> Mapping[str, Any]:
         """Returns what decides the tokens that are learnt, besides the images.
 
         Args:
-            task: The task around the run's teacher.
+            task: The task around the run's teachers.
+            target: One of its targets.
         """
-        run = self._settled
-        size = run.data.image_size
-        return {
-            "teacher_hash": self.teacher.fingerprint,
-            "layer": run.objective.layer,
+        run, teacher = self._settled, self.teachers[target.teacher]
+        size, entry = run.data.image_size, run.taught_by[target.teacher]
+        facts: dict[str, Any] = {
+            "teacher_hash": teacher.fingerprint,
+            "layer": entry.layer,
             "image_size": size,
-            "teacher_image_size": run.objective.teacher_image_size,
-            "interpolation": run.objective.interpolation,
+            "teacher_image_size": entry.teacher_image_size,
+        }
+        if target.kind == SUMMARY:
+            return {**facts, "kind": SUMMARY, "width": teacher.width}
+        return {
+            **facts,
+            "interpolation": entry.interpolation,
             "grid": list(task.student.grid(size, size)),
-            "prefix_tokens": task.student.num_prefix_tokens,
-            "width": self.teacher.width,
+            "prefix_tokens": 0 if SUMMARY in entry.targets else task.student.num_prefix_tokens,
+            "width": teacher.width,
         }
 
     def models_on_shapes(self) -> tuple[Distillation, tuple[nn.Module, ...]]:
-        """Constructs the task around a teacher of its own."""
-        teacher = self.make_teacher()
-        return self.task_around(teacher), (teacher,)
+        """Constructs the task around teachers of its own."""
+        teachers = self.make_teachers()
+        return self.task_around(teachers), tuple(teachers.values())
 
-    def task_around(self, teacher: Frozen | PlacedTeacher) -> Distillation:
-        """Constructs student, projection and loss around a teacher."""
-        objective = self._settled.objective
+    def task_around(self, teachers: Mapping[str, Frozen | PlacedTeacher]) -> Distillation:
+        """Constructs student, heads and losses around teachers, which are given by name."""
+        entries = self._settled.taught_by
         doors.require_allowed(
             {
-                f"objective.{name}": getattr(objective, name)
-                for name in ("head", "loss", "normaliser")
+                field_of(name, slot, kind): entry.setting(slot, kind)
+                for name, entry in entries.items()
+                for kind in entry.targets
+                for slot in ("head", "loss", "normaliser")
             }
         )
-        return Distillation(
-            make_student(self.run.student, image_size=self.run.data.image_size),
-            teacher,
-            teacher.width,
-            loss=objective.loss,
-            normaliser=objective.normaliser,
-            head=objective.head,
-            beta=objective.beta,
-            whitening_eps=objective.whitening_eps,
-            target_statistics=objective.target_statistics,
-            interpolation=objective.interpolation,
-        )
+        student = make_student(self.run.student, image_size=self.run.data.image_size)
+        targets = [
+            Target(
+                student.width,
+                teachers[name].width,
+                teacher=name,
+                kind=kind,
+                loss=entry.setting("loss", kind),
+                normaliser=entry.setting("normaliser", kind),
+                head=entry.setting("head", kind),
+                beta=entry.beta,
+                whitening_eps=entry.whitening_eps,
+                target_statistics=entry.setting("target_statistics", kind),
+                interpolation=entry.interpolation,
+                with_prefix=SUMMARY not in entry.targets,
+                weight=entry.weight_of(kind),
+            )
+            for name, entry in entries.items()
+            for kind in entry.targets
+        ]
+        return Distillation(student, teachers, targets)
 
     # --- training ---
 
@@ -404,8 +449,7 @@ class DistillationJob(Job):
             for views in sets:
                 metrics |= views.measure(engine, between)
                 if last:
-                    constant = views.best_constant(engine, between)
-                    metrics[f"{views.name}_best_constant"] = constant
+                    metrics |= views.best_constant(engine, between)
             return metrics, sets[0].panel(engine) if step == 0 or last else None
 
         return Evaluation(measure, run.eval.every)
@@ -448,18 +492,20 @@ class DistillationJob(Job):
         return Evaluation(measure, run.eval.knn_every)
 
     def hooks(self) -> Sequence[Hook]:
-        """Returns what writes the maps of some images, and the canary of the teacher."""
+        """Returns what writes the maps of some images, and the canaries of the teachers."""
         every, size = self.run.runtime.canary_every, self.run.data.image_size
-        if not every:
-            return (FeaturePanel(),)
-        return (
-            FeaturePanel(),
-            Canary(
-                every,
-                shard_of=self.teacher.shard_hash,
-                map_of=lambda: self.teacher.map_of_fixed_images(size),
-            ),
-        )
+        hooks: list[Hook] = [FeaturePanel()]
+        for name, teacher in self.teachers.items() if every else ():
+            hooks.append(
+                Canary(
+                    every,
+                    teacher=name,
+                    shard_of=teacher.shard_hash,
+                    map_of=partial(teacher.map_of_fixed_images, size),
+                    seconds=seconds_of_product if len(hooks) == 1 else None,
+                )
+            )
+        return hooks
 
     def evaluated(self, first: Mapping[str, float], last: Mapping[str, float]) -> Mapping[str, Any]:
         """Returns the newest numbers, and the held-out loss before training."""
@@ -472,28 +518,67 @@ class DistillationJob(Job):
 
     # --- checkpoints, and what others take from them ---
 
-    def facts(self) -> Mapping[str, Any]:
-        """Returns the teacher's source and hash, and the hash of a file of statistics."""
-        return {
-            "teacher_source": self.run.teacher.source,
-            "teacher_hash": self.teacher.fingerprint,
-            **({"target_statistics": self._statistics_digest} if self._uses_statistics else {}),
+    def summary(self) -> Mapping[str, Any]:
+        """Returns the first entries of summary.json; several teachers have one of their own."""
+        if not self.run.teachers:
+            return super().summary()
+        teachers = {
+            name: {"model": entry.model, "source": entry.source}
+            for name, entry in self.run.teachers.items()
         }
+        own = {"recipe": self.run.name, "student": self.run.student.model}
+        return {**own, "teacher": None, "teachers": teachers}
+
+    def facts(self) -> Mapping[str, Any]:
+        """Returns each teacher's source and hash, and the hashes of its files of statistics."""
+        facts = {name: self._facts_of(name) for name in self.run.taught_by}
+        return {"teachers": facts} if self.run.teachers else facts[ONLY]
+
+    def _facts_of(self, name: str) -> dict[str, Any]:
+        entry = self.run.taught_by[name]
+        facts = {
+            "teacher_source": entry.source,
+            "teacher_hash": self.teachers[name].fingerprint,
+        }
+        for kind, key in _STATISTICS.items():
+            if path := self._statistics_file(name, kind):
+                facts[key] = target_statistics.read(path).digest
+        return facts
 
     def check_stored(self, manifest: Mapping[str, Any]) -> None:
         """Refuses a checkpoint that learned from another teacher, or by other statistics."""
-        if self._uses_statistics and manifest.get("target_statistics") != self._statistics_digest:
+        stored = manifest.get("teachers", {}) if self.run.teachers else {ONLY: manifest}
+        if stored.keys() != self.run.taught_by.keys():
             raise CheckpointError(
-                f"{target_statistics.WHERE}: not the file that this run began with; got hash "
-                f"{self._statistics_digest}, expected {manifest.get('target_statistics')}. Give "
-                "that file, or --fresh."
+                "teachers: not the teachers that this run began with; got "
+                f"{', '.join(self.run.teachers)}, expected {', '.join(stored) or 'one teacher'}. "
+                "Give those, or --fresh."
             )
-        if manifest.get("teacher_hash") != self.teacher.fingerprint:
-            raise CheckpointError(
-                "teacher.source: not the teacher that this run began with; got hash "
-                f"{self.teacher.fingerprint}, expected {manifest.get('teacher_hash')} "
-                f"({manifest.get('teacher_source')}). Give that file, or --fresh."
-            )
+        for name, entry in self.run.taught_by.items():
+            theirs, ours = stored[name], self._facts_of(name)
+            for kind, key in _STATISTICS.items():
+                if entry.setting("normaliser", kind) in BY_STATISTICS and (
+                    theirs.get(key) != ours.get(key)
+                ):
+                    raise CheckpointError(
+                        f"{field_of(name, 'target_statistics', kind)}: not the file that this "
+                        f"run began with; got hash {ours.get(key)}, expected {theirs.get(key)}. "
+                        "Give that file, or --fresh."
+                    )
+            if theirs.get("teacher_hash") != ours["teacher_hash"]:
+                raise CheckpointError(
+                    f"{_source(name).removeprefix('--')}: not the teacher that this run began "
+                    f"with; got hash {ours['teacher_hash']}, expected "
+                    f"{theirs.get('teacher_hash')} ({theirs.get('teacher_source')}). Give that "
+                    "file, or --fresh."
+                )
+
+    def _statistics_file(self, name: str, kind: str) -> str:
+        """The file of statistics that a target is normalised by; empty where it needs none."""
+        entry = self.run.taught_by[name]
+        if kind not in entry.targets or entry.setting("normaliser", kind) not in BY_STATISTICS:
+            return ""
+        return entry.setting("target_statistics", kind)
 
     def exported_beside(
         self, reader: Reader, student: Mapping[str, Shape], to: To
@@ -517,35 +602,39 @@ class DistillationJob(Job):
         return projection if to == "fd" else {}
 
     def learned(self, manifest: Mapping[str, Any]) -> Learned:
-        """Returns what the model card says of teacher, loss and crops."""
-        teacher = self.run.teacher
-        architecture = resolve(teacher.model, teacher.architecture)
+        """Returns what the model card says of teachers, losses and crops."""
+        unknown = "not recorded"
+        facts = manifest.get("teachers", {}) if self.run.teachers else {ONLY: manifest}
         return learned(
-            self.run.to_dict(),
-            origin_of(teacher.source, teacher.model, architecture),
-            teacher_hash=manifest.get("teacher_hash", "not recorded"),
+            self.run.taught_by,
+            {
+                name: origin_of(entry.source, entry.model, resolve(entry.model, entry.architecture))
+                for name, entry in self.run.taught_by.items()
+            },
+            hashes={
+                name: facts.get(name, {}).get("teacher_hash", unknown)
+                for name in self.run.taught_by
+            },
+            data=self.run.data,
         )
 
     @property
-    def _uses_statistics(self) -> bool:
-        return self.run.objective.normaliser in BY_STATISTICS
-
-    @cached_property
-    def _statistics_digest(self) -> str:
-        return target_statistics.read(self.run.objective.target_statistics).digest
-
-    @property
     def _projects(self) -> bool:
-        return self.run.objective.head == "linear"
+        return not self.run.teachers and self.run.objective.head == "linear"
 
     def frozen_models(self) -> Mapping[str, FrozenPart]:
-        """Returns the teacher."""
-        run = self._settled
-        return {"teacher": FrozenPart(run.teacher, run.objective.teacher_image_size)}
+        """Returns the teachers, by their names; an only one is called teacher."""
+        return {
+            name or "teacher": FrozenPart(entry, entry.teacher_image_size)
+            for name, entry in self._settled.taught_by.items()
+        }
 
     def in_one_process(self) -> Run:
-        """Returns the recipe with the teacher whole on its rank."""
-        return replace(self.run, teacher=replace(self.run.teacher, placement="replicated"))
+        """Returns the recipe with the teachers whole on their rank."""
+        entries = self.run.taught_by.items()
+        return self.run.with_taught_by(
+            {name: replace(entry, placement="replicated") for name, entry in entries}
+        )
 
     @cached_property
     def _held_out_images(self) -> ImageSource:
@@ -559,6 +648,56 @@ class DistillationJob(Job):
         return train_set, open_split(
             root, "val", train_set.classes, val_fraction=fraction, where=where
         )
+
+
+_STATISTICS = {MAP: "target_statistics", SUMMARY: "summary_target_statistics"}
+"""The entries of a manifest for the files of statistics, by kind of target."""
+
+
+def _checks(entry: NamedTeacher, kind: str) -> Iterator[Callable[[], object]]:
+    """Yields what tries loss and normaliser of a target, and finds its head.
+
+    The head's shapes wait for the models.
+    """
+    loss, normaliser, head, file = (
+        entry.setting(name, kind) for name in ("loss", "normaliser", "head", "target_statistics")
+    )
+    yield lambda: check_loss(make_loss(loss, beta=entry.beta), loss)
+    yield lambda: check_normaliser(
+        make_normaliser(normaliser, eps=entry.whitening_eps, statistics=file), normaliser
+    )
+    yield lambda: doors.load(head, kind="heads", where=HEAD_WHERE, built_in=HEADS)
+
+
+def _source(name: str) -> str:
+    """The flag of a teacher's source."""
+    return f"--teachers.{name}.source" if name else "--teacher.source"
+
+
+def _called(name: str) -> str:
+    return f"teacher {name}" if name else "teacher"
+
+
+def _teacher_maker(name: str, entry: NamedTeacher, image_size: int) -> Callable[[], Frozen]:
+    """Returns a constructor of a teacher with random weights, for images of that side.
+
+    Raises: ConfigError: if the model is still `auto`; the weights decide it, once opened.
+    """
+    where = _source(name)
+    require(
+        entry.model != AUTO and entry.teacher_image_size != AUTO,
+        f"{where.removesuffix('.source')}.model: auto means the model that the weights belong to",
+        f"{where} {entry.source!r}",
+        "opened weights",
+        f"Set {where}, or name a model",
+    )
+    return frozen_maker(
+        entry,
+        image_size=image_size,
+        own_image_size=entry.teacher_image_size,
+        residual_dtype=entry.residual_dtype,
+        before_norm=entry.layer == "before_norm",
+    )
 
 
 def _grid(whose: str, grid_of: Callable[[int, int], Grid], side: int) -> Grid:
@@ -575,21 +714,24 @@ def _grid(whose: str, grid_of: Callable[[int, int], Grid], side: int) -> Grid:
 def _student_of(engine: Engine) -> Callable[[Tensor], FeatureMap]:
     """Returns a function from pixels to the student's map, by a forward of the whole task.
 
-    Only that gathers the student's shards. The teacher is not run: its map is replaced by zeros.
+    Only that gathers the student's shards. The teachers are not run: their maps are replaced
+    by zeros.
     """
     task = engine.task
     seen: list[FeatureMap] = []
-    target: FeatureMap | None = None
+    maps: dict[str, FeatureMap] = {}
 
     def forward(pixels: Tensor) -> FeatureMap:
-        nonlocal target
-        if target is None:
+        if not maps:
             images = torch.zeros_like(pixels[:1], dtype=torch.uint8)
-            target = task.prepare(images, None, None)["target"]
-        tokens = torch.zeros_like(target.tokens).expand(len(pixels), -1, -1)
+            maps.update(task.prepare(images, None, None)["maps"])
+        zeros = {
+            name: one._replace(tokens=torch.zeros_like(one.tokens).expand(len(pixels), -1, -1))
+            for name, one in maps.items()
+        }
         handle = task.student.register_forward_hook(lambda _m, _i, output: seen.append(output))
         try:
-            engine.deepspeed(pixels=pixels, keep=None, target=target._replace(tokens=tokens))
+            engine.deepspeed(pixels=pixels, keep=None, maps=zeros)
         finally:
             handle.remove()
         return seen.pop()

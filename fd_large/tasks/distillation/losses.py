@@ -55,6 +55,14 @@ class Loss:
         """
         raise NotImplementedError
 
+    def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns the loss of each image, (B,), whose mean is the loss.
+
+        Args: As `__call__`.
+        """
+        pairs = zip(projected.split(1), target.split(1), strict=True)
+        return torch.stack([self(ours, theirs) for ours, theirs in pairs])
+
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
         """Returns slope and curvature of the loss by a constant prediction, each (C,).
 
@@ -91,6 +99,10 @@ class SmoothL1(Loss):
         """Returns the mean over tokens and channels."""
         return F.smooth_l1_loss(projected, target, beta=self.beta)
 
+    def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns the mean over the tokens and channels of each image."""
+        return F.smooth_l1_loss(projected, target, beta=self.beta, reduction="none").mean((1, 2))
+
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the slope, and the curvature of the parabolas that lie above the differences.
 
@@ -118,6 +130,10 @@ class MeanSquaredError(Loss):
         """Returns the mean over tokens and channels."""
         return F.mse_loss(projected, target)
 
+    def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns the mean over the tokens and channels of each image."""
+        return F.mse_loss(projected, target, reduction="none").mean((1, 2))
+
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Returns first and second derivative, summed over the images."""
         slope = 2 / constant.numel() * (constant - target).mean(-2).sum(0)
@@ -133,6 +149,10 @@ class L1(Loss):
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns the mean over tokens and channels."""
         return F.l1_loss(projected, target)
+
+    def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns the mean over the tokens and channels of each image."""
+        return F.l1_loss(projected, target, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the slope, and the curvature of the parabolas that lie above the differences.
@@ -155,6 +175,10 @@ class Cosine(Loss):
         """Returns the mean over tokens."""
         return 1 - F.cosine_similarity(projected, target, dim=-1).mean()
 
+    def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns the mean over the tokens of each image."""
+        return 1 - F.cosine_similarity(projected, target, dim=-1).mean(1)
+
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Returns slope and curvature; one step leads to the best direction."""
         directions = F.normalize(target, dim=-1).mean(-2).sum(0)
@@ -174,6 +198,10 @@ class CosineOfMap(Loss):
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns the mean over images."""
         return 1 - F.cosine_similarity(projected.flatten(1), target.flatten(1), dim=-1).mean()
+
+    def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns it for each image."""
+        return 1 - F.cosine_similarity(projected.flatten(1), target.flatten(1), dim=-1)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Returns slope and curvature; one step leads to the best direction."""
@@ -200,6 +228,11 @@ class WeightedSum(Loss):
         """Returns the sum of the means."""
         losses = [weight * loss(projected, target) for weight, loss in self.terms]
         return torch.stack(losses).sum()
+
+    def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns the sum for each image."""
+        losses = [weight * loss.per_image(projected, target) for weight, loss in self.terms]
+        return torch.stack(losses).sum(0)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the sums of slopes and of curvatures."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict
 
 from fd_large.recipes.architectures import full_name
+from fd_large.recipes.sections import Data
+from fd_large.tasks.distillation.section import SUMMARY, NamedTeacher
 from fd_large.weights.model_card import LOSSES, Learned
 from fd_large.weights.origin import Origin, is_random, without_folders
 
@@ -18,42 +20,61 @@ _METRICS = {
 }
 
 
-def learned(recipe: Mapping[str, Any], teacher: Origin, *, teacher_hash: str) -> Learned:
+def learned(
+    entries: Mapping[str, NamedTeacher],
+    origins: Mapping[str, Origin],
+    *,
+    hashes: Mapping[str, str],
+    data: Data,
+) -> Learned:
     """Returns the task's part of the card.
 
     Args:
-        recipe: The recipe as recipe.json has it.
-        teacher: Where the teacher's weights come from.
-        teacher_hash: Hash of the teacher's weights.
+        entries: The teachers by name; "" is the name of an only one.
+        origins: Where each teacher's weights come from.
+        hashes: Hash of each teacher's weights.
+        data: The recipe's section.
     """
-    model = without_folders(full_name(recipe["teacher"]))
-    source = recipe["teacher"]["source"]
-    data = recipe["data"]
+    models = {name: without_folders(full_name(asdict(entry))) for name, entry in entries.items()}
     return Learned(
-        title=f"distilled from {model}",
-        intro="An image backbone that learned the feature map of a frozen teacher (feature "
-        "distillation, arXiv 2205.14141): no labels, no head.",
+        title=f"distilled from {' and '.join(models.values())}",
+        intro="An image backbone that learned the feature "
+        + ("map of a frozen teacher" if "" in entries else "maps of frozen teachers")
+        + " (feature distillation, arXiv 2205.14141): no labels, no head.",
         tag="feature-distillation",
         tables={
-            "Teacher": {
-                "model": model,
-                "weights": _RANDOM if is_random(source) else without_folders(source),
-                "hash of its weights": teacher_hash,
+            f"Teacher {name}".strip(): {
+                "model": models[name],
+                "weights": _RANDOM if is_random(entry.source) else without_folders(entry.source),
+                "hash of its weights": hashes[name],
             }
+            for name, entry in entries.items()
         },
-        recipe={"loss": _loss(recipe["objective"])},
-        data={
-            "crops": f"{data['image_size']} px, {data['min_crop_scale']:g} to 1 of the area, "
-            "flipped"
+        recipe={
+            f"loss of {name}" if name else "loss": _losses(entry) for name, entry in entries.items()
         },
+        data={"crops": f"{data.image_size} px, {data.min_crop_scale:g} to 1 of the area, flipped"},
         metrics=LOSSES | _METRICS,
-        origins={"the teacher's weights": teacher},
+        origins={
+            f"the weights of {name}" if name else "the teacher's weights": origin
+            for name, origin in origins.items()
+        },
     )
 
 
-def _loss(objective: Mapping[str, Any]) -> str:
-    """The loss in words: the published one, or the names in the recipe."""
-    names = {name: objective[name] for name in ("loss", "normaliser", "head")}
+def _losses(entry: NamedTeacher) -> str:
+    """The losses of a teacher's targets in words, by weight where that is not 1."""
+    words = []
+    for kind in entry.targets:
+        weight = entry.weight_of(kind)
+        words.append(f"{weight:g} x " * (weight != 1) + _loss(entry, kind))
+    return "; ".join(words)
+
+
+def _loss(entry: NamedTeacher, kind: str) -> str:
+    """The loss of a target in words: the published one, or the names in the recipe."""
+    names = {name: entry.setting(name, kind) for name in ("loss", "normaliser", "head")}
     if tuple(names.values()) == ("smooth_l1", "whitening", "linear"):
-        return f"smooth L1 (beta {objective['beta']:g}) to the whitened map"
-    return ", ".join(f"{name} {without_folders(value)}" for name, value in names.items())
+        return f"smooth L1 (beta {entry.beta:g}) to the whitened {kind}"
+    said = ", ".join(f"{name} {without_folders(value)}" for name, value in names.items())
+    return f"{kind}: {said}" if kind == SUMMARY else said

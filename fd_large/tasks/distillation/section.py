@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal
 
-from fd_large.recipes.fields import at_least, check_types, positive
+from fd_large.recipes.fields import at_least, check_types, hints_of, not_negative, positive, require
 from fd_large.recipes.sections import AUTO, FrozenModel
 from fd_large.recipes.task_kind import TaskKind
 
@@ -13,6 +13,8 @@ from fd_large.recipes.task_kind import TaskKind
 @dataclass(frozen=True, kw_only=True)
 class Teacher(FrozenModel):
     """The frozen model whose last feature map is the target."""
+
+    place: ClassVar[str] = "teacher"
 
     # Where the weights are held. replicated: whole on every rank. sharded: split over all ranks.
     # node: split over the ranks of a node, whole in every node.
@@ -29,6 +31,8 @@ class Teacher(FrozenModel):
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """The loss between the projected student map and the normalised teacher map."""
+
+    place: ClassVar[str] = "objective"
 
     # Which map of the teacher is learnt. last: the one after its final norm. before_norm: the one
     # that this norm is given, of models of this package's own families.
@@ -64,24 +68,157 @@ class Objective:
     teacher_image_size: int | Literal["auto"] = 0
 
     def __post_init__(self) -> None:
-        check_types(self, "objective")
-        positive("objective.beta", self.beta)
-        positive("objective.whitening_eps", self.whitening_eps)
+        where = self.place
+        check_types(self, where)
+        positive(f"{where}.beta", self.beta)
+        positive(f"{where}.whitening_eps", self.whitening_eps)
         if self.teacher_image_size != AUTO:
-            at_least("objective.teacher_image_size", self.teacher_image_size, 0, "pixels, or auto")
+            at_least(f"{where}.teacher_image_size", self.teacher_image_size, 0, "pixels, or auto")
 
 
 # The teacher decides its image size and how the two grids meet: what recipes of distillation say.
 AUTOMATIC = Objective(interpolation=AUTO, teacher_image_size=AUTO)
+
+MAP, SUMMARY = "map", "summary"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """How the summary of a teacher is learnt, where that is not how its map is."""
+
+    # The loss, head and normaliser of the summary, by the names that those of the map have. Empty:
+    # those of the map.
+    loss: str = ""
+    head: str = ""
+    normaliser: str = ""
+    # File of statistics of the summary's channels, for its normaliser.
+    target_statistics: str = ""
+    # Weight of the summary's loss beside the map's.
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self, "teachers.NAME.summary")
+        not_negative("teachers.NAME.summary.weight", self.weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedTeacher(Teacher, Objective):
+    """One of several teachers, and what the student learns of it: both sections in one.
+
+    The loss of a run is the sum over its teachers and what is learnt of each, by weight.
+    """
+
+    place: ClassVar[str] = "teachers.NAME"
+
+    # What the student learns. map: all tokens; without the CLS token where the summary is learnt
+    # besides. summary: the CLS token, or the mean of all tokens of a model that has none.
+    targets: tuple[Literal["map", "summary"], ...] = (MAP,)
+    # How the summary is learnt.
+    summary: Summary = field(default_factory=Summary)
+    # Weight of this teacher's loss in the sum.
+    weight: float = 1.0
+    interpolation: Literal["none", "bilinear", "auto"] = AUTO
+    teacher_image_size: int | Literal["auto"] = AUTO
+
+    def __post_init__(self) -> None:
+        Teacher.__post_init__(self)
+        Objective.__post_init__(self)
+        not_negative(f"{self.place}.weight", self.weight)
+        require(
+            bool(self.targets) and len(set(self.targets)) == len(self.targets),
+            f"{self.place}.targets: each at most once, and one at least",
+            " ".join(self.targets) or "nothing",
+            f"{MAP}, {SUMMARY} or both",
+        )
+        require(
+            SUMMARY in self.targets or self.summary == Summary(),
+            f"{self.place}.summary: the summary is not learnt",
+            self.summary,
+            "its fields left out",
+            f"Set --{self.place}.targets {MAP} {SUMMARY}",
+        )
+
+    @classmethod
+    def joined(cls, teacher: Teacher, objective: Objective) -> NamedTeacher:
+        """Returns the two sections of a run with one teacher as an entry."""
+        return cls(**_values(teacher), **_values(objective))
+
+    def parted(self) -> tuple[Teacher, Objective]:
+        """Returns the two sections of which this is made (`joined`)."""
+        values = _values(self)
+        names = hints_of(Objective)
+        objective = {name: values[name] for name in names}
+        teacher = {name: values[name] for name in hints_of(Teacher)}
+        return Teacher(**teacher), Objective(**objective)
+
+    def as_it_is(self) -> NamedTeacher:
+        """Returns the entry without normalisers: its targets are what the teacher gives."""
+        usual = Objective()
+        return replace(
+            self,
+            normaliser="none",
+            whitening_eps=usual.whitening_eps,
+            target_statistics="",
+            summary=replace(self.summary, normaliser="", target_statistics=""),
+        )
+
+    def weight_of(self, kind: str) -> float:
+        """Returns the weight of one of its targets in the sum."""
+        return self.weight * (self.summary.weight if kind == SUMMARY else 1.0)
+
+    def setting(self, name: str, kind: str) -> str:
+        """Returns the loss, head, normaliser or file of statistics of one of its targets.
+
+        Args:
+            name: The field.
+            kind: "map" or "summary".
+        """
+        own: str = getattr(self.summary, name) if kind == SUMMARY else getattr(self, name)
+        inherits = kind == SUMMARY and name != "target_statistics"
+        return own or (getattr(self, name) if inherits else own)
+
+
+def label(teacher: str, kind: str) -> str:
+    """Returns a target's name in metrics and files: NAME for a map, NAME_summary for a summary.
+
+    Args:
+        teacher: The teacher's name; "" for an only one.
+        kind: "map" or "summary".
+    """
+    return teacher if kind == MAP else f"{teacher}_{kind}"
+
+
+def field_of(teacher: str, name: str, kind: str = MAP) -> str:
+    """Returns the recipe's name of a field of a target, "objective.loss" or "teachers.clip.loss".
+
+    Args:
+        teacher: The teacher's name; "" for an only one.
+        name: The field of `Objective`.
+        kind: "map" or "summary".
+    """
+    if not teacher:
+        return f"objective.{name}"
+    return ".".join(("teachers", teacher, *([SUMMARY] if kind == SUMMARY else []), name))
+
+
+def _values(section: Teacher | Objective) -> dict[str, Any]:
+    """The fields of a section by name, nested ones as they are."""
+    return {f.name: getattr(section, f.name) for f in fields(section)}
+
 
 KIND = TaskKind(
     name="distillation",
     folder="distillation",
     job="DistillationJob",
     title="Distillation",
-    sections=("teacher", "objective"),
+    sections=("teacher", "objective", "teachers"),
     # The hash of a file of statistics decides, not its place.
-    may_change=("teacher.placement", "objective.target_statistics"),
+    may_change=(
+        "teacher.placement",
+        "objective.target_statistics",
+        "teachers.*.placement",
+        "teachers.*.target_statistics",
+    ),
     next_steps=(
         (
             "what student and teacher attend to, and how alike their layers are",

@@ -92,6 +92,7 @@ def place(
     persistence_threshold: int,
     weights: Iterable[tuple[str, Tensor]] | None = None,
     whole_first: bool = False,
+    where: str = "--teacher.source",
 ) -> PlacedTeacher:
     """Builds the teacher with its weights where the recipe wants them held.
 
@@ -107,6 +108,7 @@ def place(
         persistence_threshold: Tensors of at most so many elements stay whole.
         weights: (name, full tensor) of the model, on every rank; None for random weights.
         whole_first: See `partition.build`.
+        where: The flag of its source, for messages.
     """
     group = None
     if placement == "node" and node_size < distributed.world_size():
@@ -125,7 +127,7 @@ def place(
         make, config, partitioned=partitioned, seed=seed, group=group, whole_first=whole_first
     )
     if weights is not None:
-        load_weights(module.net, weights, where="--teacher.source")
+        load_weights(module.net, weights, where=where)
     if dtype == torch.bfloat16:
         partition.to_bfloat16(module)
         config["bf16"] = {"enabled": True}

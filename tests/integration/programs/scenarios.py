@@ -114,8 +114,8 @@ def plain_task(run: Run) -> Task:
         torch.manual_seed(seed)
         return make()
 
-    teacher = seeded(DistillationJob(run).make_teacher, run.runtime.seed + 1)
-    task = seeded(lambda: DistillationJob(run).task_around(teacher), run.runtime.seed)
+    teachers = seeded(DistillationJob(run).make_teachers, run.runtime.seed + 1)
+    task = seeded(lambda: DistillationJob(run).task_around(teachers), run.runtime.seed)
     if run.student.init:
         initial = DistillationJob(run).initial_weights()
         partition.load_weights(task.student, initial, where="--student.init")
@@ -204,7 +204,7 @@ def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dic
     """The same run in the engine on all ranks: losses, teacher hashes, bytes held."""
     before = storages()
     engine, job = start_engine(run, zero)
-    teacher = job.teacher
+    teacher = job.teachers[""]
     engine.task.train()
     master_error = _master_error(engine, job.make_task, run)
     losses, norms = [], []

@@ -120,7 +120,7 @@ def _own_module(tmp_path, monkeypatch):
 def test_a_model_of_ones_own_teaches(place):
     run = teacher_run(f"module:{place}:make", "clip_vit_base_patch16")
     assert frozen_weights(run.teacher, Sources(), where="--teacher.source") is None
-    teacher = DistillationJob(run).make_teacher()
+    teacher = DistillationJob(run).make_teachers()[""]
     assert teacher.statistics.mean == (0.1, 0.2, 0.3)
     got = teacher(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     assert got.tokens.shape == (1, 4, 12)
@@ -141,7 +141,7 @@ def test_a_model_of_ones_own_teaches(place):
 )
 def test_what_returns_no_backbone(function, words):
     with pytest.raises(ConfigError, match=words):
-        DistillationJob(teacher_run(f"module:{function}")).make_teacher()
+        DistillationJob(teacher_run(f"module:{function}")).make_teachers()[""]
 
 
 @pytest.mark.usefixtures("_own_module")

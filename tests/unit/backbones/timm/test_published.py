@@ -197,7 +197,7 @@ def _no_downloads(monkeypatch):
 def test_backbones_of_timm_teach(name, stride, width):
     run = teacher_run(f"timm:{name}", "clip_vit_base_patch16")
     assert (run.teacher.model, run.teacher.architecture.feature_stride) == ("timm", stride)
-    teacher = DistillationJob(run).make_teacher()
+    teacher = DistillationJob(run).make_teachers()[""]
     load_weights(
         teacher.net,
         frozen_weights(run.teacher, Sources(), where="--teacher.source"),
@@ -242,7 +242,7 @@ def as_tokens(features, width):
 def test_another_stride_of_a_backbone_of_timm():
     run = teacher_run("timm:resnet10t", feature_stride=8)
     assert run.teacher.architecture.feature_stride == 8
-    assert DistillationJob(run).make_teacher().grid(64) == (8, 8)
+    assert DistillationJob(run).make_teachers()[""].grid(64) == (8, 8)
 
 
 @pytest.mark.usefixtures("_no_downloads")
@@ -279,7 +279,7 @@ def test_random_weights_of_a_model_of_timm():
     assert run.teacher.statistics[0] == pytest.approx(0.485)
     assert frozen_weights(run.teacher, Sources(), where="--teacher.source") is None
     assert settled(run) == run
-    assert DistillationJob(run).make_teacher().grid(64) == (2, 2)
+    assert DistillationJob(run).make_teachers()[""].grid(64) == (2, 2)
 
 
 def test_backbones_that_timm_lacks():

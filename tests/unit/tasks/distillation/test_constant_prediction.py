@@ -8,7 +8,8 @@ from torch import nn
 
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.swinv2.swinv2 import SwinV2
-from fd_large.tasks.distillation.constant_prediction import constant_prediction_loss
+from fd_large.tasks.distillation.constant_prediction import constant_prediction_losses
+from fd_large.tasks.distillation.target import Target
 from fd_large.tasks.distillation.task import Distillation
 
 
@@ -20,13 +21,14 @@ def prepared(seed: int, channels: int = 6, *, long: float = 0.0) -> dict:
     return {
         "pixels": torch.zeros(2, 3, 32, 32),
         "keep": None,
-        "target": FeatureMap(tokens, (4, 4), 0),
+        "maps": {"": FeatureMap(tokens, (4, 4), 0)},
     }
 
 
 def task_of(loss: str, normaliser: str) -> Distillation:
     student = SwinV2(8, (1, 1), (1, 2), window_size=4)
-    return Distillation(student, lambda images: None, 6, loss=loss, normaliser=normaliser).eval()
+    target = Target(student.width, 6, loss=loss, normaliser=normaliser)
+    return Distillation(student, {"": lambda images: None}, [target]).eval()
 
 
 @pytest.mark.parametrize(
@@ -50,14 +52,14 @@ def test_it_is_the_minimum_over_constants(loss, normaliser, long, close):
         (prepared(2, long=long), 0),
         (prepared(1, long=long), 1),
     ]
-    found = constant_prediction_loss(task, lambda: iter(batches), lambda t: t)
-    target = torch.cat([task.reference(**prepared(seed, long=long)) for seed in (0, 1)])
+    (found,) = constant_prediction_losses(task, lambda: iter(batches), lambda t: t)
+    target = torch.cat([task.references(**prepared(seed, long=long))[0] for seed in (0, 1)])
     mean = target.mean((0, 1))
     # The median is on the side of most tokens.
     starts = mean, target.flatten(0, 1).median(0).values
     assert found == pytest.approx(min(minimum(task, target, at) for at in starts), rel=close)
     # The mean alone is worse.
-    assert found < task.loss(mean.expand_as(target), target).item() * (1 - 1e-4)
+    assert found < task.targets[0].loss(mean.expand_as(target), target).item() * (1 - 1e-4)
 
 
 def minimum(task: Distillation, target: torch.Tensor, start: torch.Tensor) -> float:
@@ -67,7 +69,7 @@ def minimum(task: Distillation, target: torch.Tensor, start: torch.Tensor) -> fl
 
     def closure():
         optimizer.zero_grad()
-        loss = task.loss(constant.expand_as(target), target)
+        loss = task.targets[0].loss(constant.expand_as(target), target)
         loss.backward()
         return loss
 

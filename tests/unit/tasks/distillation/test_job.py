@@ -93,7 +93,7 @@ def test_a_sound_recipe_passes_and_lists_its_sources(run, root):
 
 def test_sizes_of_all_that_may_be_split(built):
     job, engine = built()
-    models = (engine.task, job.teacher.module)
+    models = (engine.task, job.teachers[""].module)
     expected = sorted(p.numel() for model in models for p in model.parameters())
     assert sorted(job.parameter_sizes()) == expected
 
@@ -156,7 +156,7 @@ def test_the_folder_of_a_run_teaches_the_quick_start(run, tmp_path):
     assert settled.teacher.model == "swinv2"
     assert settled.teacher.source.startswith(str(tmp_path / "run" / "checkpoints"))
     assert settled.teacher_architecture() == run.student_architecture()
-    assert DistillationJob(settled).make_teacher().grid(128) == (16, 16)
+    assert DistillationJob(settled).make_teachers()[""].grid(128) == (16, 16)
 
 
 def test_a_line_says_how_the_grids_meet(run, caplog):

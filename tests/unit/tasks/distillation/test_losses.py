@@ -15,11 +15,13 @@ from fd_large.engine.frozen import Frozen
 from fd_large.engine.heads import check_head
 from fd_large.errors import ConfigError
 from fd_large.tasks.distillation import losses
-from fd_large.tasks.distillation.constant_prediction import constant_prediction_loss
-from fd_large.tasks.distillation.heads import HEADS, WHERE
+from fd_large.tasks.distillation.constant_prediction import constant_prediction_losses
+from fd_large.tasks.distillation.heads.map_head import WHERE
+from fd_large.tasks.distillation.heads.registry import HEADS
 from fd_large.tasks.distillation.losses import SmoothL1, check_loss, make_loss
 from fd_large.tasks.distillation.normalisers import check_normaliser, make_normaliser
 from fd_large.tasks.distillation.section import Objective
+from fd_large.tasks.distillation.target import Target
 from fd_large.tasks.distillation.task import Distillation
 
 COSINE = """
@@ -41,7 +43,8 @@ def distillation(**objective: object) -> Distillation:
     torch.manual_seed(0)
     student = ViT(8, 1, 1, patch_size=8, image_size=16, absolute_position=True)
     teacher = Frozen(ViT(12, 1, 1, patch_size=8, image_size=16, absolute_position=True), IMAGENET)
-    return Distillation(student, teacher, teacher.width, **objective)
+    target = Target(student.width, teacher.width, **objective)
+    return Distillation(student, {"": teacher}, [target])
 
 
 def images() -> torch.Tensor:
@@ -60,9 +63,10 @@ def test_a_loss_of_the_users_own_is_trained_and_has_words_and_a_baseline(tmp_pat
     assert value.item() == pytest.approx(1 - metrics["cosine"].item(), abs=1e-6)
     value.backward()
     assert task.projection.weight.grad.abs().sum() > 0
-    target = task.reference(**prepared).flatten(0, 1)
+    target = task.references(**prepared)[0].flatten(0, 1)
     best = 1 - F.cosine_similarity(target.mean(0, keepdim=True), target).mean()
-    found = constant_prediction_loss(task, lambda: iter([(prepared, 1), (prepared, 0)]), _same)
+    batches = [(prepared, 1), (prepared, 0)]
+    (found,) = constant_prediction_losses(task, lambda: iter(batches), _same)
     assert found == pytest.approx(best.item(), rel=1e-5)
 
 
@@ -74,7 +78,7 @@ def test_a_built_in_loss_is_one_line_in_its_table(monkeypatch):
     task = distillation(loss=Objective(loss="l2").loss)
     value, _ = task(**task.prepare(images(), None, None))
     assert value.dtype == torch.float32
-    assert task.loss.label == "l2 loss"
+    assert task.targets[0].loss.label == "l2 loss"
     monkeypatch.setattr(l2, "__name__", "mse_loss")
     assert make_loss("l2", beta=2.0).label == "mse loss"
 
@@ -159,7 +163,7 @@ def test_a_normaliser_of_the_users_own_treats_each_token_alone(tmp_path):
     check_normaliser(make_normaliser(scaled, eps=1e-5), scaled)
     task = distillation(normaliser=scaled)
     prepared = task.prepare(images(), None, None)
-    assert torch.equal(task.reference(**prepared), prepared["target"].tokens / 2)
+    assert torch.equal(task.references(**prepared)[0], prepared["maps"][""].tokens / 2)
     whole, half = task(**prepared)[0], distillation(normaliser="none")(**prepared)[0]
     assert whole != half
     for name, part in (("batch", "mixes"), ("narrow", "2, 3, 2"), ("broken", "own.py line 8")):

@@ -4,6 +4,7 @@ import torch
 from fd_large.backbones.statistics import IMAGENET, normalise
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.engine.frozen import Frozen
+from fd_large.tasks.distillation.target import Target
 from fd_large.tasks.distillation.task import Distillation
 
 
@@ -12,7 +13,7 @@ def task():
     torch.manual_seed(0)
     student = SwinV2(8, (1, 1), (1, 2), window_size=4, drop_path_rate=0.5)
     teacher = Frozen(SwinV2(12, (1, 1), (1, 2), window_size=4), IMAGENET)
-    return Distillation(student, teacher, teacher.width)
+    return Distillation(student, {"": teacher}, [Target(student.width, teacher.width)])
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def images():
 def test_loss_is_the_formula_written_out(task, images):
     loss, metrics = task(**task.prepare(images, None, None))
     pixels = normalise(images, IMAGENET)
-    target = task._teacher[0].net(pixels).tokens
+    target = task._teachers[""].net(pixels).tokens
     mean, variance = target.mean(-1, keepdim=True), target.var(-1, keepdim=True, unbiased=False)
     white = (target - mean) / (variance + 1e-5).sqrt()
     difference = (task.projection(task.student(pixels).tokens) - white).abs()
@@ -36,8 +37,8 @@ def test_loss_is_the_formula_written_out(task, images):
 
 
 def test_the_teacher_is_frozen_and_stays_in_evaluation(task, images):
-    teacher = task._teacher[0]
-    assert not any(name.startswith("_teacher") for name, _ in task.named_parameters())
+    teacher = task._teachers[""]
+    assert not any(name.startswith("_teachers") for name, _ in task.named_parameters())
     assert sum(p.numel() for p in task.parameters()) < sum(
         p.numel() for p in [*task.parameters(), *teacher.parameters()]
     )
@@ -72,3 +73,55 @@ def test_evaluation_reports_the_cosine(task, images):
     with torch.no_grad():
         _, metrics = task(**task.prepare(images, None, None))
     assert -1 <= metrics["cosine"].item() <= 1
+
+
+def several(weights, *kinds):
+    """The same student and teacher as `task`, the teacher several times."""
+    torch.manual_seed(0)
+    student = SwinV2(8, (1, 1), (1, 2), window_size=4, drop_path_rate=0.5)
+    teacher = Frozen(SwinV2(12, (1, 1), (1, 2), window_size=4), IMAGENET)
+    teachers = {f"t{number}": teacher for number in range(len(weights))}
+    targets = [
+        Target(student.width, teacher.width, teacher=name, kind=kind, weight=weight)
+        for name, weight in zip(teachers, weights, strict=True)
+        for kind in kinds or ("map",)
+    ]
+    return Distillation(student, teachers, targets)
+
+
+def test_one_of_several_teachers_is_the_only_teacher_to_the_bit(task, images):
+    one = several([1.0])
+    names = {"heads.t0.map.weight": "projection.weight", "heads.t0.map.bias": "projection.bias"}
+    own, state = task.state_dict(), one.state_dict()
+    assert {names.get(name, name) for name in state} == own.keys()
+    for each in (one, task):
+        each(**each.prepare(images, None, None))[0].backward()
+    grads = {n: p.grad for n, p in task.named_parameters()}
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, own[names.get(name, name)])
+        assert torch.equal(parameter.grad, grads[names.get(name, name)])
+
+
+def test_two_equal_teachers_at_half_weight_are_one(task, images):
+    two = several([0.5, 0.5])
+    for head in two.heads.values():
+        head["map"].load_state_dict(task.projection.state_dict())
+    one, both = (each(**each.prepare(images, None, None))[0] for each in (task, two))
+    assert both.item() == pytest.approx(one.item(), rel=1e-6)
+    one.backward()
+    both.backward()
+    grads = dict(two.student.named_parameters())
+    for name, parameter in task.student.named_parameters():
+        assert torch.allclose(grads[name].grad, parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_each_target_has_its_loss_and_its_cosine(images):
+    task = several([2.0, 1.0], "map", "summary").eval()
+    with torch.no_grad():
+        loss, metrics = task(**task.prepare(images, None, None))
+    labels = ["t0", "t0_summary", "t1", "t1_summary"]
+    assert metrics.keys() == {"cosine", *(f"{n}_{m}" for n in labels for m in ("loss", "cosine"))}
+    losses = [metrics[f"{label}_loss"].item() for label in labels]
+    expected = 2 * losses[0] + 2 * losses[1] + losses[2] + losses[3]
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert [key for key in task.models() if key] == ["teachers.t0.", "teachers.t1."]

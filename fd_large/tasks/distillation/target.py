@@ -1,0 +1,136 @@
+"""What a student learns of one teacher: its map, or its summary.
+
+A run has a target for each teacher and kind; its loss is their sum by weight (task.py). All that a
+target needs beside the student stands here: head, alignment, normaliser, loss and weight.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.engine.heads import make_head
+from fd_large.tasks.distillation.alignment import align
+from fd_large.tasks.distillation.heads.map_head import WHERE
+from fd_large.tasks.distillation.heads.registry import HEADS
+from fd_large.tasks.distillation.losses import make_loss
+from fd_large.tasks.distillation.normalisers import WHITENING, make_normaliser
+from fd_large.tasks.distillation.section import MAP, SUMMARY, label
+
+
+class Target:
+    """A head on the student's tokens, and the loss between them and a teacher's.
+
+    It is no Module: the task registers its head, under the name that checkpoints have.
+
+    Args:
+        width: Channels of the student's map.
+        teacher_width: Channels of the teacher's.
+        teacher: The teacher's name; "" for the only one.
+        kind: "map" or "summary".
+        loss: Name of the loss (losses.py).
+        normaliser: Name of what is done to the teacher's tokens (normalisers.py).
+        head: Name of what projects the student's tokens to the teacher's width (heads.py).
+        beta: Difference above which the loss is linear rather than quadratic, in whitened units.
+        whitening_eps: Constant added to the variance of a teacher's token.
+        target_statistics: File of statistics of the teacher's channels, for a normaliser that
+            needs them.
+        interpolation: How the teacher's map is resized to the student's grid: "bilinear"; "none"
+            refuses different grids.
+        with_prefix: Whether the map's prefix tokens (CLS) are learnt with it.
+        weight: Weight of its loss in the task's.
+
+    Attributes:
+        teacher, kind, weight: As given.
+        head: The Module from (B, N, width) to (B, N, teacher_width).
+        loss: The loss.
+        normalise: From tokens (..., teacher_width) to the same in float32.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        teacher_width: int,
+        *,
+        teacher: str = "",
+        kind: str = MAP,
+        loss: str = "smooth_l1",
+        normaliser: str = WHITENING,
+        head: str = "linear",
+        beta: float = 2.0,
+        whitening_eps: float = 1e-5,
+        target_statistics: str = "",
+        interpolation: str = "none",
+        with_prefix: bool = True,
+        weight: float = 1.0,
+    ) -> None:
+        self.teacher, self.kind, self.weight = teacher, kind, weight
+        self.head: nn.Module = make_head(head, width, teacher_width, built_in=HEADS, where=WHERE)
+        self.loss = make_loss(loss, beta=beta)
+        self.normalise = make_normaliser(
+            normaliser, eps=whitening_eps, statistics=target_statistics
+        )
+        self._eps = whitening_eps if normaliser == WHITENING else None
+        self._interpolation, self._with_prefix = interpolation, with_prefix
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics and files: "" for the only teacher's map, else NAME, NAME_summary."""
+        return label(self.teacher, self.kind)
+
+    def tokens(self, student: FeatureMap, teacher: FeatureMap) -> tuple[Tensor, Tensor]:
+        """Returns the tokens of student (B, N, Cs) and teacher (B, N, Ct) that are compared.
+
+        Of two summaries N is 1.
+
+        Raises: ShapeError: if the grids of two maps differ and are not to be interpolated.
+        """
+        if self.kind == SUMMARY:
+            return summary(student), summary(teacher)
+        return align(
+            student,
+            teacher,
+            interpolation=self._interpolation,
+            with_prefix=self._with_prefix,
+        )
+
+    def value(self, projected: Tensor, tokens: Tensor) -> Tensor:
+        """Returns the loss without its weight, a float32 scalar.
+
+        Args:
+            projected: (B, N, Ct), the student's tokens after the head.
+            tokens: (B, N, Ct), the teacher's, any floating-point dtype.
+        """
+        if self._eps is not None:
+            fused = self.loss.fused(projected, tokens, self._eps)
+            if fused is not None:
+                return fused
+        wanted = self.normalise(tokens.detach())
+        return self.loss(projected.to(wanted.dtype), wanted)
+
+    def per_image(self, projected: Tensor, tokens: Tensor) -> Tensor:
+        """Returns the loss of each image without its weight, (B,) float32; its mean is `value`.
+
+        Args: As `value`.
+        """
+        wanted = self.normalise(tokens.detach())
+        return self.loss.per_image(projected.to(wanted.dtype), wanted)
+
+    def cosine(self, projected: Tensor, tokens: Tensor) -> Tensor:
+        """Returns the mean cosine of projected and normalised tokens, a scalar.
+
+        Args: As `value`.
+        """
+        wanted = self.normalise(tokens)
+        return F.cosine_similarity(projected.float(), wanted, dim=-1).mean()
+
+
+def summary(feature_map: FeatureMap) -> Tensor:
+    """Returns the summary of an image, (B, 1, C): its first prefix token (CLS).
+
+    Of a map without prefix tokens it is the mean of all tokens.
+    """
+    if feature_map.num_prefix_tokens:
+        return feature_map.tokens[:, :1]
+    return feature_map.tokens.mean(1, keepdim=True)
