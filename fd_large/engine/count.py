@@ -25,7 +25,7 @@ from fd_large import activity
 from fd_large.data.loader import Batch
 from fd_large.engine.block_wrappers import checkpoint_blocks
 from fd_large.engine.job import Job
-from fd_large.engine.recorder import NotLinear, Recorder, aten
+from fd_large.engine.recorder import NotLinear, Recorder, aten, bytes_of
 from fd_large.engine.task import Task
 from fd_large.engine.zero.partition import to_bfloat16
 from fd_large.errors import ConfigError, FDError
@@ -78,9 +78,12 @@ def _attention(
 
 
 @contextmanager
-def _watched(recorder: Recorder, task: nn.Module, frozen: Iterable[nn.Module]) -> Iterator[Counter]:
+def _watched(
+    recorder: Recorder, task: Task, frozen: Iterable[nn.Module], images: Tensor
+) -> Iterator[Counter]:
     """Tells the recorder which modules run; yields their forwards by phase. Drops gradients."""
     modules: Counter[str] = Counter()
+    sums = task.sums
     handles = []
 
     def enter(*_: Any) -> None:
@@ -96,6 +99,16 @@ def _watched(recorder: Recorder, task: nn.Module, frozen: Iterable[nn.Module]) -
     def learn(*_: Any) -> None:
         recorder.phase = "forward"
 
+    def first_pass(*arguments: Any) -> Tensor:
+        # Of a batch on the device its images are let go of.
+        recorder.held = recorder.live - bytes_of(images)
+        recorder.phase = "first_pass"
+        try:
+            return sums(*arguments)
+        finally:
+            recorder.phase = "forward"
+
+    task.sums = first_pass  # type: ignore[method-assign]
     for model in frozen:
         handles.append(model.register_forward_pre_hook(infer))
         handles.append(model.register_forward_hook(learn))
@@ -110,6 +123,7 @@ def _watched(recorder: Recorder, task: nn.Module, frozen: Iterable[nn.Module]) -
     try:
         yield modules
     finally:
+        del task.sums
         for handle in handles:
             handle.remove()
 
@@ -141,7 +155,7 @@ def run_on_shapes(
     for t in tree_leaves((batch.images, batch.targets)):
         if isinstance(t, Tensor):
             recorder.follow(t)
-    with _watched(recorder, task, frozen) as modules, recorder:
+    with _watched(recorder, task, frozen, batch.images) as modules, recorder:
         loss = task.shapes_only(batch)
         kept = recorder.live
         recorder.phase = "backward"
@@ -204,13 +218,16 @@ def count(
     return result
 
 
-def step_flops(job: Job, micro_batch_size: int, *, checkpointing: bool) -> StepFlops | None:
+def step_flops(
+    job: Job, micro_batch_size: int, *, checkpointing: bool, micro_batches: int = 1
+) -> StepFlops | None:
     """Returns the FLOPs of a micro-batch as this device runs it; None if it cannot be counted.
 
     Args:
         job: Its weights and its images are not touched.
         micro_batch_size: Images.
         checkpointing: Whether the student's blocks are checkpointed.
+        micro_batches: Number of a rank's micro-batches in a step.
     """
     # What a CPU computes is that of fused kernels, which are counted in the shortest time.
     device = choose.Device((9, 0))
@@ -227,7 +244,7 @@ def step_flops(job: Job, micro_batch_size: int, *, checkpointing: bool) -> StepF
             one = run_on_shapes(task, frozen, batch, recorder)
             sizes = (0, micro_batch_size)
             counts = _counts(one, one, sizes, micro_batch_size, task, frozen)
-            return counts.step_flops(micro_batch_size)
+            return counts.in_step_of(micro_batches).step_flops(micro_batch_size)
     except FDError as error:
         log.debug("FLOPs and utilisation are not reported: %s", error)
         return None
@@ -322,6 +339,7 @@ def _counts(
         moved=moved,
         calls=dict(second.recorder.calls),
         modules=dict(second.modules),
+        held=through(first.recorder.held, second.recorder.held, at),
         kept=through(first.kept, second.kept, at),
         peak=highest([through(a, b, at) for a, b in trail]),
         student=grouped(p.numel() for p in task.parameters() if p.requires_grad),

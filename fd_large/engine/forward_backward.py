@@ -1,7 +1,8 @@
-"""One micro batch through a task: what needs no gradient, then loss and backward."""
+"""The micro batches of a step through a task: what needs no gradient, then loss and backward."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fd_large.engine.zero.engine import Engine
 
 
 def prepared(task: Task, batch: Batch, seed: int) -> dict[str, Any]:
-    """Returns the arguments of the task's `forward` for a micro batch, without gradient.
+    """Returns what a task prepares of a micro batch, without gradient.
 
     Args:
         task: The trained Module, outside of its engine.
@@ -33,9 +34,52 @@ def prepared(task: Task, batch: Batch, seed: int) -> dict[str, Any]:
         return task.prepare(batch.images, batch.targets, keep)
 
 
-def forward_backward(engine: Engine, batch: Batch, seed: int) -> Tensor:
-    """Runs forward and backward of one micro batch; returns its loss, a detached scalar."""
-    loss, _ = engine.deepspeed(**prepared(engine.task, batch, seed))
+def arguments_of_step(
+    task: Task, forward: Callable[..., Any], batches: Iterable[Batch], seed: int, *, count: int
+) -> Iterator[dict[str, Any]]:
+    """Yields the arguments of the task's `forward` for each micro batch of a step, in turn.
+
+    A step in one pass takes and prepares a micro batch when it is asked for. A step in two passes
+    takes and prepares all at first, and makes one small collective; all ranks do so alike. Its sums
+    are added in the order of the micro batches and then over the ranks, in float64: sums of whole
+    numbers are exact, others differ between numbers of ranks and micro batches by their rounding.
+
+    Args:
+        task: The trained Module, outside of its engine.
+        forward: Calls its `forward`, in its engine where it has one.
+        batches: This rank's micro batches of the step, on any device.
+        seed: Seed of the drop path.
+        count: Their number.
+    """
+    if not task.two_passes(count):
+        for batch in batches:
+            yield prepared(task, batch, seed)
+        return
+    held, own = [], []
+    for batch in batches:
+        held.append(prepared(task, batch, seed))
+        with torch.no_grad():
+            own.append(task.sums(forward, held[-1]))
+    totals = distributed.sum_tensor(torch.stack(own).sum(0))
+    parts = count * distributed.world_size()
+    while held:
+        # Each is let go of once its turn is over.
+        yield task.with_totals(held.pop(0), totals, parts=parts)
+
+
+def backward(engine: Engine, arguments: dict[str, Any]) -> Tensor:
+    """Runs forward and backward of one micro batch; returns its loss, a detached scalar.
+
+    Empties `arguments`, so that backward has the memory of what it does not need.
+    """
+    loss, _ = engine.deepspeed(**arguments)
+    arguments.clear()
     # DeepSpeed divides by the accumulation itself; what backward returns is not the loss.
     engine.deepspeed.backward(loss)
     return loss.detach()
+
+
+def forward_backward(engine: Engine, batch: Batch, seed: int) -> Tensor:
+    """Runs forward and backward of a micro batch that is a step; returns its loss, detached."""
+    (arguments,) = arguments_of_step(engine.task, engine.deepspeed, [batch], seed, count=1)
+    return backward(engine, arguments)

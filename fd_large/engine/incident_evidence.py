@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.data.loader import Batch
-from fd_large.engine.forward_backward import prepared
+from fd_large.engine.forward_backward import arguments_of_step
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 from fd_large.runtime.hooks import Evidence
@@ -33,8 +33,10 @@ def evidence_of(
         seed: Seed of the drop path.
     """
     with layer_maxima(engine.task) as maxima, torch.no_grad():
-        for batch in batches:
-            engine.deepspeed(**prepared(engine.task, batch, seed))
+        for arguments in arguments_of_step(
+            engine.task, engine.deepspeed, batches, seed, count=len(batches)
+        ):
+            engine.deepspeed(**arguments)
     # A NaN in a maximum over ranks is lost on some backends; infinity is not.
     values = torch.nan_to_num(torch.stack(list(maxima.values())), nan=torch.inf, posinf=torch.inf)
     over_ranks = distributed.max_tensor(values).tolist()

@@ -20,7 +20,7 @@ from fd_large.engine.best import Best
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import Evaluation, Interrupted, Panel, Pending, steps_between
-from fd_large.engine.forward_backward import forward_backward
+from fd_large.engine.forward_backward import arguments_of_step, backward
 from fd_large.engine.incident_evidence import evidence_of
 from fd_large.engine.micro_batch import out_of_memory_named
 from fd_large.engine.prefetch import Prefetch
@@ -239,22 +239,31 @@ class Trainer:
         batches: list[Batch] = []
         losses: list[Tensor] = []
         waited = 0.0
-        engine.task.before_step()
-        for number in range(plan.accumulation):
-            self._beat()
-            begin = time.perf_counter()
-            batch, on_device = next(micro_batches)
-            waited += time.perf_counter() - begin
-            self._bad_images.add(len(batch.positions), batch.bad)
-            batches.append(batch)
-            with out_of_memory_named(len(batch.positions)):
-                losses.append(forward_backward(engine, on_device, plan.seed))
-                if number < plan.accumulation - 1:
+
+        def fetched() -> Iterator[Batch]:
+            nonlocal waited
+            for _ in range(plan.accumulation):
+                self._beat()
+                begin = time.perf_counter()
+                batch, on_device = next(micro_batches)
+                waited += time.perf_counter() - begin
+                self._bad_images.add(len(batch.positions), batch.bad)
+                batches.append(batch)
+                yield on_device
+                # Once it is queued, and before the host waits for the device in `_agree`.
+                begin = time.perf_counter()
+                micro_batches.stage()
+                waited += time.perf_counter() - begin
+
+        engine.task.before_step(self._finished / self._total)
+        with out_of_memory_named(self._setting.micro_batch_size):
+            for arguments in arguments_of_step(
+                engine.task, engine.deepspeed, fetched(), plan.seed, count=plan.accumulation
+            ):
+                self._beat()
+                losses.append(backward(engine, arguments))
+                if len(losses) < plan.accumulation:
                     engine.deepspeed.step()
-            # Before the host waits for the device in `_agree`.
-            begin = time.perf_counter()
-            micro_batches.stage()
-            waited += time.perf_counter() - begin
         agreements: list[_Agreed] = []
 
         def ask() -> bool:

@@ -16,6 +16,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from fd_large import distributed
 from fd_large.atomic_files import write_json
 from fd_large.data.loader import Batch
-from fd_large.engine.forward_backward import forward_backward
+from fd_large.engine.forward_backward import arguments_of_step, backward
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import FDError
 
@@ -154,7 +155,13 @@ def probe(engine: Engine, batch_of: Callable[[int], Batch], *, share: int, seed:
     """
 
     def through(size: int) -> None:
-        forward_backward(engine, batch_of(size), seed)
+        count = share // size
+        arguments = arguments_of_step(
+            engine.task, engine.deepspeed, repeat(batch_of(size), count), seed, count=count
+        )
+        # Beside what a step in two passes holds of the others.
+        backward(engine, next(arguments))
+        arguments.close()
 
     def step(size: int) -> None:
         engine.deepspeed.step()

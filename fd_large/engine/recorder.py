@@ -95,6 +95,7 @@ class Recorder(TorchDispatchMode):
         operations: What computed or moved something.
         calls: All calls by phase, views included.
         live: Bytes of storages now.
+        held: Bytes of what was prepared when a first pass began; the caller sets it.
         names: Names of all calls.
         trail: Live bytes at each call.
         fused: Whether a fused kernel was called.
@@ -107,7 +108,7 @@ class Recorder(TorchDispatchMode):
         self._like = like
         self.names: list[str] = []
         self.phase: Phase = "forward"
-        self.inside = self.live = 0
+        self.inside = self.live = self.held = 0
         self.fused = False
         device = choose.stood_for()
         self._on_cpu = device is not None and not device.on_gpu

@@ -25,7 +25,7 @@ from fd_large.checkpoint.read import Reader
 from fd_large.data.loader import Batch
 from fd_large.engine.block_wrappers import checkpoint_blocks
 from fd_large.engine.checkpoint_models import sources_of, stored_task
-from fd_large.engine.forward_backward import prepared
+from fd_large.engine.forward_backward import arguments_of_step
 from fd_large.engine.incident_evidence import layer_maxima
 from fd_large.engine.job import Job, JobOf
 from fd_large.engine.task import Task
@@ -200,17 +200,23 @@ def run_again(incident: Incident, weights: Weights) -> Replayed:
     count = sum(len(own.losses) for own in incident.images)
     size = said["micro_batch_size"]
     gradient: dict[str, Tensor] = {}
+    batches = [
+        Batch(images, said["epoch"], positions, positions)
+        for own in incident.images
+        for images, positions in zip(own.images, own.positions.split(size), strict=True)
+    ]
+    ranks = [own.rank for own in incident.images for _ in own.images]
     with layer_maxima(task, gradient) as forward:
-        for own in incident.images:
-            for images, positions in zip(own.images, own.positions.split(size), strict=True):
-                batch = Batch(images, said["epoch"], positions, positions)
-                loss, _ = task(**prepared(task, batch, job.run.runtime.seed))
-                (loss / count).backward()
-                losses[own.rank].append(loss.item())
-                for name, parameter in trained.items():
-                    if parameter.grad is not None:
-                        sums[name] += parameter.grad
-                        parameter.grad = None
+        # One process has the micro batches of all ranks.
+        arguments = arguments_of_step(task, task, batches, job.run.runtime.seed, count=count)
+        for rank, each in zip(ranks, arguments, strict=True):
+            loss, _ = task(**each)
+            (loss / count).backward()
+            losses[rank].append(loss.item())
+            for name, parameter in trained.items():
+                if parameter.grad is not None:
+                    sums[name] += parameter.grad
+                    parameter.grad = None
     try:
         job.check_stored(reader.manifest)
         other_training = ""

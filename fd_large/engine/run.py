@@ -173,7 +173,7 @@ def _train(
         world_size=launch.world_size,
         log_every=run.runtime.log_every,
         max_seconds=run.optim.max_seconds,
-        flops=_step_flops(job, size),
+        flops=_step_flops(job, size, opened.accumulation),
         checkpoint_bytes=checkpoints.bytes,
         start=lease.start,
         owned=lease.owned,
@@ -255,12 +255,14 @@ def _log_other_length(
         )
 
 
-def _step_flops(job: Job, micro_batch_size: int) -> StepFlops | None:
+def _step_flops(job: Job, micro_batch_size: int, micro_batches: int) -> StepFlops | None:
     """Counts on rank 0, which alone reports them."""
     if not distributed.is_main():
         return None
     checkpointing = job.run.student.activation_checkpointing != "off"
-    return step_flops(job, micro_batch_size, checkpointing=checkpointing)
+    return step_flops(
+        job, micro_batch_size, checkpointing=checkpointing, micro_batches=micro_batches
+    )
 
 
 def hooks_of(job: Job, profile: int = 0, more: Sequence[Hook] = ()) -> list[Hook]:

@@ -5,6 +5,7 @@ All tasks have this face. The engine knows nothing of teachers, heads or targets
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,8 +50,48 @@ class Task(nn.Module):
         """Returns the loss, a float32 scalar, and detached scalar metrics by name."""
         raise NotImplementedError
 
-    def before_step(self) -> None:
-        """Is called before the first forward of a step, on all ranks."""
+    def two_passes(self, micro_batches: int) -> bool:
+        """Returns whether a step needs sums over all of its images before its first backward.
+
+        The engine then prepares all micro batches of the step and holds them, adds up `sums` over
+        them and over the ranks, and gives each micro batch the totals (`with_totals`). Numbers of
+        ranks and of micro batches then change a step by no more than the rounding of float64 sums.
+
+        Args:
+            micro_batches: Number of micro batches of a rank in the step.
+        """
+        return False
+
+    def sums(self, forward: Callable[..., Any], prepared: dict[str, Any]) -> Tensor:
+        """Returns a micro batch's part of the sums over a step, (K,) float64; without gradient.
+
+        Args:
+            forward: Calls this task's `forward`, in its engine where it has one. A task whose sums
+                need the student calls it, and pays for a second forward.
+            prepared: What `prepare` returned.
+        """
+        raise NotImplementedError
+
+    def with_totals(
+        self, prepared: dict[str, Any], totals: Tensor, *, parts: int
+    ) -> dict[str, Any]:
+        """Returns the keyword arguments of `forward` once the sums over the step are known.
+
+        Args:
+            prepared: What `prepare` returned.
+            totals: (K,) float64, the sum of `sums` over the micro batches of all ranks; the same
+                on all ranks.
+            parts: Number of these micro batches. The engine averages their losses and gradients,
+                so that a loss that is a sum over the step is multiplied by it.
+        """
+        raise NotImplementedError
+
+    def before_step(self, progress: float) -> None:
+        """Is called before the first forward of a step, on all ranks.
+
+        Args:
+            progress: Fraction of the run's steps that came before this one, in [0, 1).
+        """
 
     def after_step(self) -> None:
         """Is called after a step that was taken, not after one that the guard refused.
@@ -73,6 +114,8 @@ class Task(nn.Module):
         keep = self.keep_all(batch.images)
         with torch.no_grad():
             prepared = self.prepare(batch.images, batch.targets, keep)
+            if self.two_passes(2):
+                prepared = self.with_totals(prepared, self.sums(self, prepared), parts=1)
         return self(**prepared)[0]
 
     def keep_all(self, images: Tensor) -> Tensor | None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-Phase = Literal["inference", "forward", "backward"]
-"""Frozen models; forward of the trained ones; their backward, with what it computes again."""
+Phase = Literal["inference", "first_pass", "forward", "backward"]
+"""Frozen models; what a step in two passes computes for its sums (`Task.sums`); forward of the
+trained ones; their backward, with what it computes again."""
 
 
 class Line(NamedTuple):
@@ -56,7 +57,7 @@ class StepFlops(NamedTuple):
     Attributes:
         model: What the run needs, the numerator of MFU: forward and backward of what is trained,
             forward of frozen models.
-        hardware: What is computed, recomputation included.
+        hardware: What is computed, recomputation and a first pass for sums included.
     """
 
     model: int
@@ -78,6 +79,7 @@ class Counts:
         peak: Bytes at the most, gradients of parameters left out: the highest of these lines.
         student: (elements, how many) of the trained tensors.
         frozen: (elements, how many) of the tensors of frozen models.
+        held: Bytes that are held of a micro-batch until its turn, in a step in two passes.
         images: The only micro-batch that these hold for; 0: they hold for all.
         fused: Whether fused kernels run.
     """
@@ -91,8 +93,29 @@ class Counts:
     peak: tuple[Line, ...]
     student: tuple[tuple[int, int], ...]
     frozen: tuple[tuple[int, int], ...] = ()
+    held: Line = NOTHING
     images: int = 0
     fused: bool = False
+
+    def in_step_of(self, micro_batches: int) -> Counts:
+        """Returns the counts of each micro-batch of a step of so many; of one, in one pass.
+
+        What tasks sum before a step of one micro-batch alone takes no forward of the student, and
+        is left out.
+        """
+        if micro_batches > 1:
+            return self
+        return replace(
+            self,
+            products=tuple(p for p in self.products if p.phase != "first_pass"),
+            **{
+                name: {
+                    phase: n for phase, n in getattr(self, name).items() if phase != "first_pass"
+                }
+                for name in ("moved", "calls", "modules")
+            },
+            held=NOTHING,
+        )
 
     def flops(self, phase: Phase, images: int) -> int:
         """Returns the FLOPs of a phase, without what is computed again."""
@@ -131,6 +154,7 @@ class Counts:
             peak=tuple(Line(*line) for line in given["peak"]),
             student=tuple((size, count) for size, count in given["student"]),
             frozen=tuple((size, count) for size, count in given["frozen"]),
+            held=Line(*given.get("held", NOTHING)),  # Not in files of older versions.
             images=given["images"],
             fused=given["fused"],
         )

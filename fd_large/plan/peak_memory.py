@@ -27,7 +27,8 @@ class PeakMemory:
         states: Parameters, masters, moments, accumulated gradients; hpZ's copy.
         teacher: The rank's share of the teacher.
         activations: What lives beside these where most of it does: what the forward pass stores
-            for the backward pass, and what that has computed at the moment.
+            for the backward pass, and what that has computed at the moment; in a step in two passes
+            what is held of the other micro-batches.
         buffers: Gathered layers, buckets, gradients in transit, the driver.
     """
 
@@ -49,7 +50,7 @@ class PeakMemory:
 def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakMemory:
     """Returns the peak memory of a rank."""
     cluster, rates = machine.cluster, machine.rates
-    size = load.compute_bytes(machine)
+    size, counts = load.compute_bytes(machine), load.counts_of(candidate, machine)
     bucket = load.sum_bytes(machine) * bucket_elements(candidate.stage, load.parameters)
     memory = held(
         load.student_sizes,
@@ -78,7 +79,8 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
     return PeakMemory(
         states=states,
         teacher=device.teacher,
-        activations=load.counts[candidate.checkpointing].peak_at(candidate.micro_batch_size),
+        activations=counts.peak_at(candidate.micro_batch_size)
+        + (load.accumulation(candidate, machine) - 1) * counts.held.at(candidate.micro_batch_size),
         buffers=buffers + (FIXED_BYTES if rates.overlap else 0.0),
     )
 

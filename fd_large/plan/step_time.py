@@ -129,7 +129,6 @@ class Estimate:
 
 def estimate(load: Workload, candidate: Candidate, machine: Machine) -> Estimate:
     """Returns memory and time of a candidate; the memory may be more than the card has."""
-    share = load.global_batch_size // machine.cluster.gpus
     products, rest = _computation(load, candidate, machine)
     return Estimate(
         candidate=candidate,
@@ -139,10 +138,10 @@ def estimate(load: Workload, candidate: Candidate, machine: Machine) -> Estimate
             rest=rest,
             communication=_communication(load, candidate, machine),
             finish=_finish(load, candidate, machine),
-            accumulation=max(1, share // candidate.micro_batch_size),
+            accumulation=load.accumulation(candidate, machine),
             overlap=machine.rates.overlap,
         ),
-        flops=load.counts[candidate.checkpointing].step_flops(candidate.micro_batch_size),
+        flops=load.counts_of(candidate, machine).step_flops(candidate.micro_batch_size),
         images=load.global_batch_size,
         peak=machine.rates.peak,
     )
@@ -150,7 +149,7 @@ def estimate(load: Workload, candidate: Candidate, machine: Machine) -> Estimate
 
 def _computation(load: Workload, candidate: Candidate, machine: Machine) -> tuple[float, float]:
     rates = machine.rates
-    counts = load.counts[candidate.checkpointing]
+    counts = load.counts_of(candidate, machine)
     matrix, other = seconds_of(counts, candidate.micro_batch_size, rates)
     size = load.compute_bytes(machine)
     passes = GRADIENT_PASSES if candidate.stage or machine.cluster.gpus > 1 else 1
@@ -187,8 +186,9 @@ def _starts(counts: Counts, candidate: Candidate) -> int:
     """Returns the calls that Python makes in a micro-batch, hooks of ZeRO-3 included."""
     calls = sum(counts.calls.values())
     modules = counts.modules
-    if candidate.stage == 3:  # Forward, backward, and what backward computes again.
-        calls += HOOK_CALLS * (2 * modules.get("forward", 0) + modules.get("backward", 0))
+    if candidate.stage == 3:  # Forward, backward, what backward computes again, a first pass.
+        again = modules.get("backward", 0) + modules.get("first_pass", 0)
+        calls += HOOK_CALLS * (2 * modules.get("forward", 0) + again)
     if candidate.teacher != "replicated":
         calls += HOOK_CALLS * modules.get("inference", 0)
     return calls
@@ -203,6 +203,8 @@ def _communication(load: Workload, candidate: Candidate, machine: Machine) -> fl
     if candidate.stage == 3:
         again, span = _gathered_again(load), "node" if candidate.hpz else "all"
         total += cluster.seconds(whole, rates, calls=calls)
+        if load.counts_of(candidate, machine).modules.get("first_pass"):
+            total += cluster.seconds(whole, rates, calls=calls)
         total += again * cluster.seconds(whole, rates, span=span, calls=calls)
         total += cluster.seconds(gradients, rates, calls=buckets)
     elif candidate.stage == 2:  # An all-reduce is a scatter and a gather.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Machine
 from fd_large.plan.counts import Counts, sizes
 from fd_large.plan.memory import persistence_threshold, sums_in_float32
@@ -49,6 +50,16 @@ class Workload:
     def parameters(self) -> int:
         """Trained parameters."""
         return sum(self.student_sizes)
+
+    def accumulation(self, candidate: Candidate, machine: Machine) -> int:
+        """Micro-batches of a rank in a step."""
+        share = self.global_batch_size // machine.cluster.gpus
+        return max(1, share // candidate.micro_batch_size)
+
+    def counts_of(self, candidate: Candidate, machine: Machine) -> Counts:
+        """Counts of each micro-batch of a step."""
+        counts = self.counts[candidate.checkpointing]
+        return counts.in_step_of(self.accumulation(candidate, machine))
 
     def compute_bytes(self, machine: Machine) -> int:
         """Bytes of a trained parameter in the data type of matrix products."""

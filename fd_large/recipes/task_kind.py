@@ -37,8 +37,8 @@ class TaskKind:
             besides those of the images.
         trains_models: Whether `evaluate` trains named models by it (`Job.recipe_for`,
             `Job.starting_from`, `Job.compared`).
-        depends_on_passes: Whether the images of one pass decide the result, by batch norms or by a
-            loss of them all; then the micro batch does too.
+        depends_on_passes: Whether the images of one pass decide the result, by batch norms; then
+            the micro batch does too.
         scored_files: Flags of `evaluate` that name files of results which are scored without a
             model: a dataclass whose flags are empty texts by default. The function `score_files` of
             the folder's `score_files.py` takes it.

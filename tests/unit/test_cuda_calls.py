@@ -199,7 +199,8 @@ def test_the_memory_of_a_gpu(card: Card) -> None:
 
 
 def test_the_probe_of_a_gpu_frees_what_it_took(card: Card, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(micro_batch, "forward_backward", lambda engine, batch, seed: None)
+    monkeypatch.setattr(micro_batch, "backward", lambda engine, arguments: None)
+    monkeypatch.setattr(micro_batch, "arguments_of_step", lambda *_, **__: (each for each in [{}]))
     thrown_away = SimpleNamespace(
         deepspeed=SimpleNamespace(step=lambda: None, destroy=lambda: None), task=nn.Identity()
     )

@@ -52,7 +52,8 @@ class BatchNorm(nn.Module):
         weight, bias = (p.to(wide, copy=True) for p in (self.weight, self.bias))
         if self.training:
             y, mean, variance = _Normalise.apply(x, weight, bias)
-            self._noted.append((mean, variance))
+            if torch.is_grad_enabled():  # Else another pass over the same images follows, or none.
+                self._noted.append((mean, variance))
             return y
         scale = weight * (self.running_var.to(wide) + EPS).rsqrt()
         shift = bias - self.running_mean.to(wide) * scale

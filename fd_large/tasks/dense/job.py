@@ -276,8 +276,8 @@ class _PassWarning(Hook):
     def on_start(self, setting: Setting) -> None:
         if setting.accumulation > 1 and distributed.is_main():
             log.warning(
-                "batch norms, and losses of a whole batch, see the %d images of a pass, of the "
-                "step's %d: another number of passes is another run",
+                "batch norms see the %d images of a pass, of the step's %d: another number of "
+                "passes is another run",
                 setting.micro_batch_size * setting.world_size,
                 setting.global_batch_size,
             )

@@ -45,7 +45,7 @@ class DenseTask(Task):
             return 0.0
         return super().layer_scale(name, decay)
 
-    def before_step(self) -> None:
+    def before_step(self, progress: float) -> None:
         """Drops what batch norms noted outside of a step, such as in a trial."""
         for norm in self._norms():
             norm.forget()

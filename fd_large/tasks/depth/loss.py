@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,39 @@ from fd_large import distributed
 Over = Literal["batch", "image"]
 
 
+class Whole(NamedTuple):
+    """What is known of a step before it is gone through again.
+
+    Attributes:
+        sums: (3,) float64, `silog_sums` over all images of the step.
+        parts: Number of micro batches on all ranks, whose gradients the engine averages.
+    """
+
+    sums: Tensor
+    parts: int
+
+
+def silog_sums(log_depths: Tensor, depths: Tensor) -> Tensor:
+    """Returns number, sum and sum of squares of the differences d of each image, (3, B) float64.
+
+    In float64 because the mean of squares and the squared mean nearly cancel.
+
+    Args:
+        log_depths: (B, H, W), natural logarithms of the predicted metres, float32 or float64.
+        depths: (B, H, W), metres; 0 where there is none.
+    """
+    known = depths > 0
+    difference = depths.where(known, 1).to(log_depths).log() - log_depths
+    difference = difference.where(known, 0)
+    return torch.stack(
+        [
+            known.sum((1, 2)).double(),
+            difference.sum((1, 2), dtype=torch.float64),
+            difference.square().sum((1, 2), dtype=torch.float64),
+        ]
+    )
+
+
 def silog_loss(
     log_depths: Tensor,
     depths: Tensor,
@@ -19,6 +52,7 @@ def silog_loss(
     over: Over = "batch",
     mean_share: float = 0.5,
     factor: float = 1.0,
+    whole: Whole | None = None,
 ) -> Tensor:
     """The root of mean d^2 - mean_share x (mean d)^2, d = log of true depth - log of predicted one.
 
@@ -26,38 +60,32 @@ def silog_loss(
         log_depths: (B, H, W), natural logarithms of the predicted metres, float32 or float64.
         depths: (B, H, W), metres; 0 where there is none.
         over: What the means and the root are of. batch: all pixels with a depth, of the images of
-            this pass on all ranks, as in MIM-Depth; a collective. image: those of one image;
-            the loss is the mean over the images, as in mmsegmentation.
+            a step, as in MIM-Depth. image: those of one image; the loss is the mean over the
+            images, as in mmsegmentation.
         mean_share: Share of the squared mean that is taken away, in [0, 1].
         factor: What the loss is multiplied by.
+        whole: The sums over a step of several micro batches, for `batch`. None: this micro batch,
+            on all ranks, is the step; a collective.
 
     Returns: a scalar of the dtype of `log_depths`, the same on all ranks for `batch`; images, or
         batches, without a depth have the loss 0.
     Source: Eigen et al., arXiv 1406.2283; utils/criterion.py of
         SwinTransformer/MIM-Depth-Estimation; `SiLogLoss` of mmsegmentation 1.2.
     """
-    known = depths > 0
-    difference = depths.where(known, 1).to(log_depths).log() - log_depths
-    difference = difference.where(known, 0)
-    # Sums of each image in float64: the mean of squares and the squared mean nearly cancel.
-    of_image = torch.stack(
-        [
-            known.sum((1, 2)).double(),
-            difference.sum((1, 2), dtype=torch.float64),
-            difference.square().sum((1, 2), dtype=torch.float64),
-        ]
-    )
+    of_image = silog_sums(log_depths, depths)
     if over == "image":
         loss = _root(*of_image, mean_share).mean()
     else:
         own = of_image.sum(1)
-        whole = distributed.sum_tensor(own.detach().clone()).requires_grad_()
+        if whole is None:
+            whole = Whole(distributed.sum_tensor(own), distributed.world_size())
+        totals = whole.sums.clone().requires_grad_()
         with torch.enable_grad():
-            root = _root(*whole, mean_share)
-        # The root is of the sums of all ranks, and its slope in them is the slope in this rank's
-        # own. The engine averages gradients over the ranks, where the root asks for their sum.
-        (slope,) = torch.autograd.grad(root, whole)
-        loss = root.detach() + distributed.world_size() * (slope * (own - own.detach())).sum()
+            root = _root(*totals, mean_share)
+        # The root is of the sums of the step, and its slope in them is the slope in this part's
+        # own. The engine averages gradients over the parts, where the root asks for their sum.
+        (slope,) = torch.autograd.grad(root, totals)
+        loss = root.detach() + whole.parts * (slope * (own - own.detach())).sum()
     return (factor * loss).to(log_depths)
 
 

@@ -44,8 +44,8 @@ class Depth:
     # Number of channels behind the transposed convolutions.
     head_width: int = 128
     # Scale-invariant loss of Eigen: loss_factor x sqrt(mean d^2 - loss_lambda x (mean d)^2), d
-    # being the difference of the logarithms. batch: one root over all pixels with a depth, of the
-    # images of a pass on all ranks, as published. image: the mean of the roots of the images.
+    # being the difference of the logarithms. batch: one root over all pixels with a depth, of all
+    # images of a step, as published. image: the mean of the roots of the images.
     loss_over: Literal["batch", "image"] = "batch"
     # Share of the squared mean that is taken away, in [0, 1]: 0.5 as published, 0.85 in BTS and
     # AdaBins, by which a wrong scale costs less.

@@ -31,7 +31,7 @@ from fd_large.tasks.dense.target import Targets
 from fd_large.tasks.dense.task import DenseTask
 from fd_large.tasks.depth.heads.linear_head import LinearHead
 from fd_large.tasks.depth.heads.mim_head import MimHead
-from fd_large.tasks.depth.loss import Over, silog_loss
+from fd_large.tasks.depth.loss import Over, Whole, silog_loss, silog_sums
 from fd_large.tasks.depth.section import ON_LAST_MAP
 
 HEADS: dict[str, Callable[..., nn.Module]] = {
@@ -94,8 +94,28 @@ class Depth(DenseTask):
         pixels = normalised(images, targets.sizes, self.statistics)
         return {"pixels": pixels, "keep": keep, "depths": targets.truth}
 
+    def two_passes(self, micro_batches: int) -> bool:
+        """One root over the images of several micro batches needs their sums beforehand."""
+        return self.over == "batch" and micro_batches > 1
+
+    def sums(self, forward: Callable[..., Any], prepared: dict[str, Any]) -> Tensor:
+        """Returns number, sum and sum of squares of the differences, by a forward of their own."""
+        return forward(**prepared, for_sums=True)
+
+    def with_totals(
+        self, prepared: dict[str, Any], totals: Tensor, *, parts: int
+    ) -> dict[str, Any]:
+        """Returns the arguments of `forward`."""
+        return {**prepared, "whole": Whole(totals, parts)}
+
     def forward(
-        self, *, pixels: Tensor, keep: Tensor | None = None, depths: Tensor | None = None
+        self,
+        *,
+        pixels: Tensor,
+        keep: Tensor | None = None,
+        depths: Tensor | None = None,
+        whole: Whole | None = None,
+        for_sums: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]] | Tensor:
         """Returns the loss and no terms, or without depths the predicted ones.
 
@@ -103,6 +123,8 @@ class Depth(DenseTask):
             pixels: (B, 3, H, W) float32, normalised for the student.
             keep: (num_sites, B) bool, or None.
             depths: (B, H, W) metres; 0 where there is none.
+            whole: See `silog_loss`.
+            for_sums: Whether `silog_sums` over the images, (3,), is returned in place of the loss.
 
         Returns: without depths (B, H, W) float32, metres.
         """
@@ -116,8 +138,15 @@ class Depth(DenseTask):
             return self.max_depth * logits.sigmoid()
         # The logarithm of the sigmoid at once: a depth that rounds to 0 has one too.
         log_depths = math.log(self.max_depth) + F.logsigmoid(logits)
+        if for_sums:
+            return silog_sums(log_depths, depths).sum(1)
         loss = silog_loss(
-            log_depths, depths, over=self.over, mean_share=self.mean_share, factor=self.factor
+            log_depths,
+            depths,
+            over=self.over,
+            mean_share=self.mean_share,
+            factor=self.factor,
+            whole=whole,
         )
         return loss, {}
 

@@ -155,7 +155,7 @@ class LinearProbing(Task):
         """(B, C) to (B, K) float32."""
         return self.head(normed.to(self.head.weight.dtype)).float()
 
-    def before_step(self) -> None:
+    def before_step(self, progress: float) -> None:
         """Drops what was seen outside of a step, such as in a trial."""
         self._seen = None
 

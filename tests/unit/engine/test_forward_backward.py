@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pretended_ranks
 import pytest
 import torch
 from unit.engine.conftest import Brightness, batch_of
 
+from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import drop_path_keep
-from fd_large.engine.forward_backward import forward_backward, prepared
+from fd_large.engine.forward_backward import (
+    arguments_of_step,
+    backward,
+    forward_backward,
+    prepared,
+)
 
 
 def test_drop_path_follows_seed_epoch_and_positions_alone():
@@ -51,3 +58,69 @@ def test_the_loss_is_whole_and_the_gradient_is_of_the_mean(make_engine, accumula
         engine.deepspeed.step()
     norm = torch.stack([p.grad.norm() for p in alone.parameters() if p.grad is not None]).norm()
     assert float(engine.deepspeed.get_global_grad_norm()) == pytest.approx(norm.item(), rel=1e-5)
+
+
+class RootOfStep(Brightness):
+    """Learns by one root over all images of a step, for which it runs the student first."""
+
+    def two_passes(self, micro_batches):
+        return True
+
+    def sums(self, forward, prepared):
+        assert not torch.is_grad_enabled()
+        self.noted.append("sums")
+        return forward(**prepared, for_sums=True)
+
+    def with_totals(self, prepared, totals, *, parts):
+        self.noted.append("turn")
+        return {**prepared, "totals": totals, "parts": parts}
+
+    def forward(self, *, totals=None, parts=1, for_sums=False, **prepared):
+        mean, _ = super().forward(**prepared)
+        own = len(prepared["targets"]) * mean.double()
+        if for_sums:
+            return torch.stack([own, torch.full_like(own, len(prepared["targets"]))])
+        root = (totals[0] / totals[1]).sqrt()
+        return root + parts * (own - own.detach()) / totals[1] / (2 * root), {}
+
+
+@pytest.mark.parametrize("config", ["whole", "flat", "sharded"])
+def test_a_step_in_two_passes_is_one_whatever_its_micro_batches(make_engine, config):
+    found = {}
+    whole = batch_of(0, size=6)
+    for count in (1, 3):
+        engine = make_engine(config, accumulation=count, make_task=RootOfStep)
+        engine.task.noted = noted = []
+        parts = [
+            Batch(whole.images[i::count], 0, whole.positions[i::count], whole.indices[i::count])
+            for i in range(count)
+        ]
+        losses = []
+        for step in range(2):
+            arguments = arguments_of_step(engine.task, engine.deepspeed, parts, seed=0, count=count)
+            for each in arguments:
+                losses.append(backward(engine, each).item())
+                engine.deepspeed.step()
+            assert noted == ["sums"] * count + ["turn"] * count, step
+            noted.clear()
+        found[count] = [*losses[::count], float(engine.deepspeed.get_global_grad_norm())]
+        # Each micro batch gives the loss of the whole step.
+        assert losses[:count] == pytest.approx([losses[0]] * count, rel=1e-6)
+    assert found[3] == pytest.approx(found[1], rel=1e-3 if config == "flat" else 1e-5)
+
+
+def test_two_ranks_agree_on_a_step(monkeypatch):
+    task, whole = RootOfStep(), batch_of(0, size=6)
+    task.noted = []
+    (only,) = arguments_of_step(task, task, [whole], seed=0, count=1)
+    world = pretended_ranks.World(monkeypatch, 2)
+
+    def rank():
+        mine = slice(pretended_ranks.rank(), None, 2)
+        batch = Batch(whole.images[mine], 0, whole.positions[mine], whole.indices[mine])
+        return next(arguments_of_step(task, task, [batch], seed=0, count=1))
+
+    first, second = world.run(rank)
+    assert torch.equal(first["totals"], second["totals"])
+    torch.testing.assert_close(first["totals"], only["totals"], rtol=1e-6, atol=0)
+    assert (only["parts"], first["parts"]) == (1, 2)

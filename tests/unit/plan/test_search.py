@@ -10,6 +10,7 @@ from fd_large.engine.zero import config as ds
 from fd_large.errors import ConfigError
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import PER_NODE_SECONDS, Cluster, Machine
+from fd_large.plan.counts import Line
 from fd_large.plan.memory import held, persistence_threshold
 from fd_large.plan.peak_memory import peak_memory, placement_of
 from fd_large.plan.rates import CARDS, rates_of
@@ -193,6 +194,29 @@ def test_the_peak_starts_from_the_states_between_steps():
     memory = held(GIANT.student_sizes, GIANT.teacher_sizes, place)
     peak = peak_memory(GIANT, candidate, there)
     assert peak.states + peak.teacher == memory.device.total
+
+
+def test_a_step_in_two_passes_holds_its_micro_batches_and_pays_a_forward():
+    counts = GIANT.counts[False]
+    first = [p._replace(phase="first_pass") for p in counts.products if p.phase == "forward"]
+    two = replace(
+        counts,
+        products=(*counts.products, *first),
+        modules={**counts.modules, "first_pass": counts.modules["forward"]},
+        held=Line(0, 1000),
+    )
+    load = replace(GIANT, counts={**GIANT.counts, False: two})
+    # Of 32 images: one micro-batch needs no first pass, four do.
+    for size, held_images, passes in ((32, 0, 0), (8, 24, 1)):
+        candidate = Candidate(stage=3, micro_batch_size=size)
+        one, other = (estimate(each, candidate, machine(64)) for each in (GIANT, load))
+        assert other.memory.activations - one.memory.activations == 1000 * held_images
+        forward = counts.flops("forward", size)
+        assert other.flops.hardware - one.flops.hardware == passes * forward
+        assert other.flops.model == one.flops.model
+        slower = (other.seconds.communication, other.seconds.products)
+        faster = (one.seconds.communication, one.seconds.products)
+        assert (slower > faster) == bool(passes)
 
 
 def test_flags_of_a_candidate_are_those_that_differ():

@@ -8,6 +8,7 @@ from depth_batches import batch_of, narrow_run
 from torch.utils.flop_counter import FlopCounterMode
 
 from fd_large.engine.count import step_flops
+from fd_large.engine.forward_backward import arguments_of_step
 from fd_large.recipes import registry
 from fd_large.tasks.depth.job import DepthJob
 from fd_large.tasks.depth.task import Depth
@@ -85,6 +86,43 @@ def test_a_step_is_counted_on_shapes_as_torch_counts_it(name):
         loss_of(depth(name), batch_of([0, 1])).backward()
     assert counted is not None
     assert counted.model == counter.get_total_flops()
+
+
+def test_micro_batches_of_a_step_have_one_root():
+    """With a head that has no statistics of a pass; one of the parts has no depth."""
+    task = depth()
+    for norm in task._norms():
+        norm.eval()
+    batch = batch_of([0, 1, 2])
+    found = {}
+    for parts in ([batch], [batch_of([i], unknown=i == 3) for i in (2, 0, 1, 3)]):
+        arguments = arguments_of_step(task, task, parts, seed=0, count=len(parts))
+        losses = []
+        for each in arguments:
+            loss, _ = task(**each)
+            (loss / len(parts)).backward()
+            losses.append(loss.item())
+        gradients = [p.grad.clone() for p in task.parameters() if p.grad is not None]
+        task.zero_grad()
+        found[len(parts)] = losses, gradients
+    (alone, wanted), (together, got) = found.values()
+    assert together == pytest.approx(alone * 4, rel=1e-6)
+    for one, other in zip(wanted, got, strict=True):
+        assert (one - other).norm() <= 1e-5 * one.norm() + 1e-9
+    # Of each image there is a root anyway.
+    assert not depth(loss_over="image").two_passes(3)
+
+
+def test_the_first_pass_of_several_micro_batches_is_counted():
+    job = DepthJob(narrow_run(VIT))
+    one, several = (
+        step_flops(job, 2, checkpointing=False, micro_batches=count) for count in (1, 3)
+    )
+    assert several.model == one.model
+    forward = depth(VIT)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        loss_of(forward, batch_of([0, 1]))
+    assert several.hardware == one.hardware + counter.get_total_flops()
 
 
 def test_the_giant_has_three_billion_parameters():

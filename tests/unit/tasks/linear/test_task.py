@@ -68,7 +68,7 @@ def test_it_learns_as_in_the_official_code(make_engine, frozen, config):
         losses.append(float(forward_at(engine, schedule, number, batch)))
         engine.deepspeed.step()
         engine.task.after_step()
-        engine.task.before_step()
+        engine.task.before_step(0)
         if number == 0:
             after = whole(engine.task.head.weight)
             assert after == pytest.approx(expected["weight_after_one_step"], abs=1e-6)
@@ -125,7 +125,7 @@ def test_only_the_layer_is_trained_and_any_number_of_images_probed(frozen):
         feature = FrozenFeature(build("vit_base_patch16", TINY), IMAGENET)
         counted = LinearProbing(Frozen(feature, feature), 3, norm_batch=8)
     counted.shapes_only(probe_batch(9, 16, norm_batch=8).to("meta")).backward()
-    task.before_step()
+    task.before_step(0)
     assert task._seen is None, "trials leave nothing behind"
 
 

@@ -72,7 +72,7 @@ def test_statistics_move_with_a_step_that_is_taken_and_with_no_other():
     task = segmentation()
     before = {name: b.clone() for name, b in task.named_buffers()}
     loss_of(task, batch_of([0, 1]))
-    task.before_step()
+    task.before_step(0)
     task.after_step()
     assert all(torch.equal(b, before[name]) for name, b in task.named_buffers())
     loss_of(task, batch_of([0, 1]))
