@@ -16,7 +16,7 @@ from fd_large import distributed, meeting
 from fd_large.checkpoint.write import Piece, Saver
 from fd_large.cli import diagnose, doctor, doctor_checks, evaluate_models, plan_probe
 from fd_large.data.loader import Batch, load_batches
-from fd_large.engine import block_wrappers, count, micro_batch, probe, run
+from fd_large.engine import block_wrappers, count, micro_batch, opening, probe
 from fd_large.engine.prefetch import Prefetch
 from fd_large.engine.zero import config, engine, optimizer, start
 from fd_large.errors import LaunchError
@@ -204,13 +204,13 @@ def test_the_probe_of_a_gpu_frees_what_it_took(card: Card, monkeypatch, tmp_path
     thrown_away = SimpleNamespace(
         deepspeed=SimpleNamespace(step=lambda: None, destroy=lambda: None), task=nn.Identity()
     )
-    monkeypatch.setattr(run, "engine_of", lambda *_, **__: thrown_away)
+    monkeypatch.setattr(opening, "engine_of", lambda *_, **__: thrown_away)
     job = DistillationJob(tiny_runs.tiny_run())
     zero = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}
-    assert run._probed(job, zero, tmp_path, 4, keep=True) == 4
+    assert opening._probed([job], [zero], tmp_path, 4, keep=True) == 4
     assert card.notes[-1] == "empty_cache"
     card.notes.clear()
-    assert run._probed(job, zero, tmp_path, 4, keep=True) == 4
+    assert opening._probed([job], [zero], tmp_path, 4, keep=True) == 4
     assert card.notes == [], "remembered"
 
 
