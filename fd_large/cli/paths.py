@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fd_large import doors
+from fd_large.data.weighted_roots import weighted_roots
 from fd_large.errors import ConfigError
 from fd_large.launch import is_first_of_node
 from fd_large.recipes.run import Run
@@ -19,7 +20,10 @@ _PATTERN = re.compile(r"[*?\[{]")
 
 def paths_of(run: Run) -> dict[str, str]:
     """Returns {field: value} of a recipe's fields that may name a file or a folder."""
-    named = {"data.root": run.data.root, "student.init": run.student.init}
+    parts = weighted_roots(run.data.root)
+    named = {f"data.root ({part.name})": part.root for part in parts}
+    named = named or {"data.root": run.data.root}
+    named["student.init"] = run.student.init
     named |= {"eval.root": run.eval.root, "eval.knn_root": run.eval.knn_root}
     named["objective.target_statistics"] = run.objective.target_statistics
     for name, entry in run.teachers.items():

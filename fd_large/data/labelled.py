@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fd_large.data.balanced import open_balanced
 from fd_large.data.custom import is_custom, open_custom
 from fd_large.data.objects import find_objects, join
 from fd_large.data.packages import PARQUET, is_url
@@ -105,6 +106,12 @@ def open_training(root: str, *, val_fraction: float = 0.0, where: str = "data.ro
 
     Raises: DataError: if they cannot be used.
     """
+    balanced = open_balanced(
+        root, where, lambda part, name: open_training(part, val_fraction=val_fraction, where=name)
+    )
+    if balanced is not None:
+        log.info("%s: %s images in %s", where, f"{len(balanced):,}", balanced.kind)
+        return balanced
     if not val_fraction:
         return open_images(training_part(root, where=where), where=where)
     _check_no_parts(root, where)

@@ -6,6 +6,7 @@ import os
 import re
 from importlib.util import find_spec
 
+from fd_large.data.weighted_roots import weighted_roots
 from fd_large.errors import DataError
 
 PARQUET = ".parquet"
@@ -45,6 +46,8 @@ def check_packages(root: str, *, where: str) -> None:
 
     Raises: DataError: with the command that installs it.
     """
+    for part in weighted_roots(root, where=where):
+        check_packages(part.root, where=f"{where} ({part.name})")
     if is_url(root):
         _check_client(root, where)
     if root.lower().endswith(PARQUET):

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
+from fd_large.data.balanced import open_balanced
 from fd_large.data.custom import open_custom
 from fd_large.data.folder import open_folder
 from fd_large.data.parquet import open_parquet
@@ -80,13 +81,17 @@ def open_images(root: str, *, where: str = "data.root") -> ImageSource:
             loose image; one tar file; a pattern of tar files, as "train-{0000..0146}.tar" or
             "train-*.tar"; the same of parquet files; a URL of tar or parquet files, or of what
             holds them, as "s3://bucket/data/"; a dataset that Hugging Face's `datasets` saved; a
-            dataset that comes along, "builtin:photographs"; or a source of the user's own,
-            "module:PATH/TO/FILE.py:NAME".
+            dataset that comes along, "builtin:photographs"; a source of the user's own,
+            "module:PATH/TO/FILE.py:NAME"; or several of these by weight (weighted_roots.py).
         where: The field that names it, for messages.
 
     Raises: DataError: if there is nothing of the kind, or no image in it; ConfigError: if code of
         the user's own cannot be imported.
     """
+    balanced = open_balanced(root, where, lambda part, name: open_images(part, where=name))
+    if balanced is not None:
+        log.info("%s: %s images in %s", where, f"{len(balanced):,}", balanced.kind)
+        return balanced
     for open_source in SOURCES:
         if (source := open_source(root, where=where)) is not None:
             if kind := getattr(source, "kind", ""):

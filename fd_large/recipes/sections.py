@@ -157,6 +157,7 @@ class Data:
     # their folder, one file or a pattern like "train-{000..146}.tar"; parquet files, likewise; a
     # saved Hugging Face dataset; s3://, gs:// or https:// of tar or parquet files (docs/data.md);
     # builtin:photographs; or a source of your own, module:PATH/TO/FILE.py:NAME (docs/extending.md).
+    # Several of these by weight: "0.7 /data/imagenet + 0.3 web=/data/web" (docs/data.md).
     root: str = ""
     # Fraction of the images of a folder without train/ and val/ that is held out of all training
     # and used for tests: k-NN, linear probes, fine-tuning. Which ones follows from the names of the

@@ -1,0 +1,174 @@
+"""Several datasets as one source, of which every stretch of an epoch has its fixed share of each.
+
+Which dataset a position belongs to follows from the position alone: shares of 2 and 1 give the
+pattern A B A over and over. Each dataset is gone through in an order of its own, pass after pass
+and from one epoch into the next. All of it is a function of (seed, epoch, position), so that a
+resumed run goes on exactly, whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fd_large.data.sampler import epoch_order
+from fd_large.data.weighted_roots import WeightedRoot, weighted_roots
+
+_Place = tuple[int, int]  # A dataset, and one of its blocks.
+
+
+def open_balanced(root: str, where: str, open_part: Callable[[str, str], Any]) -> Balanced | None:
+    """Opens a sum of datasets; None if the text is no such sum.
+
+    Args:
+        root: As `data.root` takes it.
+        where: The field that says it, for messages.
+        open_part: Opens one of them, given its root and what to call it in messages.
+
+    Raises: DataError: if the sum is malformed, or one of them cannot be used.
+    """
+    parts = weighted_roots(root, where=where)
+    if not parts:
+        return None
+    return Balanced([(part, open_part(part.root, f"{where} ({part.name})")) for part in parts])
+
+
+class Balanced:
+    """Images of several sources, numbered one source after the other; itself an `ImageSource`.
+
+    An epoch has as many positions as there are images. So a dataset whose share is larger than its
+    part of the images is seen more than once in it, and another one not whole.
+
+    Args:
+        parts: Name and share of each, and its images.
+
+    Attributes:
+        kind: What the source is, for the log.
+        blocks: The order of an epoch, as a source that is read in blocks has it.
+    """
+
+    def __init__(self, parts: Sequence[tuple[WeightedRoot, Any]]) -> None:
+        self._sources = [source for _, source in parts]
+        shares = [part.share for part, _ in parts]
+        self.blocks = _Order(self._sources, shares)
+        digest = hashlib.sha256()
+        for (_, source), share in zip(parts, shares, strict=True):
+            digest.update(f"{share} {source.fingerprint}\n".encode())
+        self.fingerprint = digest.hexdigest()
+        percents = (f"{part.name} {100 * part.share / sum(shares):.3g}%" for part, _ in parts)
+        self.kind = f"{len(parts)} datasets ({', '.join(percents)})"
+
+    def __len__(self) -> int:
+        return int(self.blocks.ends[-1])
+
+    def __getitem__(self, index: int) -> str:
+        source, number = self._find(index)
+        return source[number]
+
+    def read(self, index: int) -> bytes | bytearray:
+        """The bytes of image `index`; DataError if they cannot be read."""
+        source, number = self._find(index)
+        return source.read(number)
+
+    def expect(self, places: Iterable[_Place]) -> None:
+        """Tells the sources that are read in blocks which of them are needed next."""
+        wanted: dict[int, list[int]] = {}
+        for part, block in places:
+            wanted.setdefault(part, []).append(block)
+        for part, blocks in wanted.items():
+            self._sources[part].expect(blocks)
+
+    def _find(self, index: int) -> tuple[Any, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        part = int(np.searchsorted(self.blocks.ends, index, side="right"))
+        return self._sources[part], index - (int(self.blocks.ends[part - 1]) if part else 0)
+
+
+class _Order:
+    """The order of an epoch over several sources, with the methods of `sampler.Blocks`.
+
+    Args:
+        sources: The sources.
+        shares: Positions of each among as many as the sum of all.
+
+    Attributes:
+        ends: (num_sources,) int64, the number of images up to the end of each.
+    """
+
+    def __init__(self, sources: Sequence[Any], shares: Sequence[int]) -> None:
+        self._sources, self._shares = sources, np.array(shares)
+        self._sizes = np.array([len(source) for source in sources])
+        self.ends = np.cumsum(self._sizes)
+        # Each source's positions are spread evenly: the k-th of n is due at (k + 1/2) / n.
+        numbers = np.repeat(np.arange(len(shares)), shares)
+        due = np.concatenate([(np.arange(share) + 0.5) / share for share in shares])
+        self._pattern = numbers[np.argsort(due, kind="stable")]
+        is_of = self._pattern[:, None] == np.arange(len(shares))
+        # (period + 1, num_sources): positions of each before a place of the pattern.
+        self._before = np.concatenate([np.zeros((1, len(shares)), np.int64), is_of.cumsum(0)])
+
+    def order(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The images at some positions of the epoch's order, (B,)."""
+        images = np.empty(len(positions), np.int64)
+        parts = self._pattern[positions % len(self._pattern)]
+        turns = self._turns(epoch, positions)
+        for part in np.unique(parts).tolist():
+            here = np.flatnonzero(parts == part)
+            passes, places = np.divmod(turns[here, part], self._sizes[part])
+            start = self.ends[part] - self._sizes[part]
+            for number in np.unique(passes).tolist():
+                now = passes == number
+                images[here[now]] = start + self._of_part(part, seed, number, places[now])
+        return images
+
+    def stand_in(self, seed: int, epoch: int, position: int, draw: float) -> int:
+        """An image of the same dataset that a draw in [0, 1) chooses."""
+        part = int(self._pattern[position % len(self._pattern)])
+        number, place = self._place(part, epoch, position)
+        start = int(self.ends[part] - self._sizes[part])
+        blocks = getattr(self._sources[part], "blocks", None)
+        if blocks is None:
+            return start + int(draw * self._sizes[part])
+        return start + blocks.stand_in(self._seed(part, seed), number, place, draw)
+
+    def ahead(self, seed: int, epoch: int, position: int) -> list[_Place]:
+        """The blocks of each source that are needed at a position and soon after it."""
+        wanted: list[_Place] = []
+        for part, source in enumerate(self._sources):
+            if (blocks := getattr(source, "blocks", None)) is not None:
+                number, place = self._place(part, epoch, position)
+                ahead = blocks.ahead(self._seed(part, seed), number, place)
+                wanted += [(part, block) for block in ahead]
+        return wanted
+
+    def _place(self, part: int, epoch: int, position: int) -> tuple[int, int]:
+        """The pass over a source at a position of an epoch, and the place in that pass."""
+        turn = int(self._turns(epoch, np.array([position]))[0, part])
+        return divmod(turn, int(self._sizes[part]))
+
+    def _turns(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions of each source before some of an epoch, since the run began: (B, sources)."""
+
+        def within(positions: NDArray[np.int64]) -> NDArray[np.int64]:
+            periods, places = np.divmod(positions, len(self._pattern))
+            return periods[:, None] * self._shares + self._before[places]
+
+        return epoch * within(self.ends[-1:]) + within(positions)
+
+    def _of_part(
+        self, part: int, seed: int, number: int, places: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        blocks, seed = getattr(self._sources[part], "blocks", None), self._seed(part, seed)
+        if blocks is None:
+            return epoch_order(int(self._sizes[part]), seed, number, places)
+        return blocks.order(seed, number, places)
+
+    @staticmethod
+    def _seed(part: int, seed: int) -> int:
+        """A seed of its own for each source, so that equal sizes do not mean equal orders."""
+        return (seed + part) % 2**64
