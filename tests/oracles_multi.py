@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.tasks.distillation.alignment import align
-from fd_large.tasks.distillation.losses import make_loss
+from fd_large.tasks.distillation.losses import ClsAndPatches, make_loss
 from fd_large.tasks.distillation.normalisers import Affine, standardise
 from fd_large.tasks.distillation.rotations import hadamard, orthogonal, phi_s_matrix
 from fd_large.tasks.distillation.similarity import (
@@ -108,17 +108,20 @@ def check_unic_loss(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Ro
     """The losses of each image, and the gradients by the file's own weights of them."""
     errors, config = Errors(spec, tensors), spec["config"]
     students, teachers = (_maps(tensors, whose, dtype) for whose in ("student", "teacher"))
-    name = f"{config['lam_cos']} cosine + {config['lam_sl1']} smooth_l1"
-    loss = make_loss(name, beta=config.get("smooth_l1_beta", 1.0))
+    loss = ClsAndPatches(
+        config.get("smooth_l1_beta", 1.0), cosine=config["lam_cos"], smooth_l1=config["lam_sl1"]
+    )
     per_image = {}
     for teacher in config["teachers"]:
-        kinds = []
-        for kind in ("cls", "patch"):
-            if (label := f"{teacher}.{kind}") in teachers:
-                maps = students[label], teachers[label]
-                images = zip(*(m.reshape(len(m), 1, -1, m.shape[-1]) for m in maps), strict=True)
-                kinds.append(torch.stack([loss(*image) for image in images]))
-        per_image[teacher] = torch.stack(kinds).mean(0)
+        kinds = [kind for kind in ("cls", "patch") if f"{teacher}.{kind}" in teachers]
+        loss.num_prefix_tokens = int("cls" in kinds)
+        both = []
+        for maps in (students, teachers):
+            parts = [maps[f"{teacher}.{kind}"] for kind in kinds]
+            both.append(
+                torch.cat([part.reshape(len(part), -1, part.shape[-1]) for part in parts], 1)
+            )
+        per_image[teacher] = loss.per_image(*both)
         errors.out(f"out.per_image.{teacher}", per_image[teacher])
     table = torch.stack([per_image[teacher] for teacher in sorted(per_image)])
     for label in [name for name in tensors if name.endswith(".coefficients")]:

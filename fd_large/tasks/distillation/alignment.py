@@ -122,16 +122,26 @@ def match_grids(
 
     Raises: ShapeError: if the grids differ and interpolation is "none".
     """
-    check_grids(student.grid, teacher.grid, interpolation=interpolation)
-    if student.grid == teacher.grid:
-        return student, teacher
-    is_coarser = math.prod(student.grid) < math.prod(teacher.grid)
+    grid = common_grid(student.grid, teacher.grid, interpolation=interpolation)
+    return resized(student, grid, antialias=False), resized(teacher, grid, antialias=True)
+
+
+def common_grid(student: Grid, teacher: Grid, *, interpolation: str = "none") -> Grid:
+    """Returns the grid on which two maps are compared; see `match_grids`.
+
+    Raises: ShapeError: if the grids differ and interpolation is "none".
+    """
+    check_grids(student, teacher, interpolation=interpolation)
+    is_coarser = math.prod(student) < math.prod(teacher)
     if interpolation == "bilinear_student" or (interpolation == "bilinear_larger" and is_coarser):
-        return _resized(student, teacher.grid, antialias=False), teacher
-    return student, _resized(teacher, student.grid, antialias=True)
+        return teacher
+    return student
 
 
-def _resized(map_: FeatureMap, grid: Grid, *, antialias: bool) -> FeatureMap:
+def resized(map_: FeatureMap, grid: Grid, *, antialias: bool) -> FeatureMap:
+    """Returns a map on another grid, by bilinear interpolation; prefix tokens stay."""
+    if map_.grid == grid:
+        return map_
     prefix, patches = _split(map_)
     wide = torch.promote_types(patches.dtype, torch.float32)
     h, w = map_.grid

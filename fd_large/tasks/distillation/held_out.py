@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from fd_large import activity, distributed
+from fd_large.backbones.feature_map import FeatureMap
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import samples_at
 from fd_large.data.source import ImageSource
@@ -20,6 +21,7 @@ from fd_large.data.views import NUM_DRAWS, ViewSettings, random_view
 from fd_large.engine.evaluation import evaluating
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import DataError
+from fd_large.tasks.distillation.alignment import Grid, resized
 from fd_large.tasks.distillation.constant_prediction import constant_prediction_losses
 from fd_large.tasks.distillation.section import MAP
 from fd_large.tasks.distillation.task import Distillation
@@ -178,7 +180,11 @@ def feature_panel(
     shown = [target for target in task.targets if target.kind == MAP]
 
     def note(label: str) -> Callable[..., None]:
-        return lambda _module, _inputs, output: seen.update({label: output.detach().float().cpu()})
+        def hook(_module: Any, _inputs: Any, output: Tensor | FeatureMap) -> None:
+            tokens = output.tokens if isinstance(output, FeatureMap) else output
+            seen[label] = tokens.detach().float().cpu()
+
+        return hook
 
     handles = [target.head.register_forward_hook(note(target.label)) for target in shown]
     with torch.no_grad():
@@ -187,15 +193,20 @@ def feature_panel(
         references = task.references(**prepared)
     for handle in handles:
         handle.remove()
-    h, w = task.student.grid(*images.shape[-2:])
 
-    def as_map(tokens: Tensor) -> Tensor:
+    def as_map(tokens: Tensor, grid: Grid) -> Tensor:
+        h, w = grid
         return rearrange(tokens[:, tokens.shape[1] - h * w :], "n (h w) c -> n h w c", h=h, w=w)
 
+    own = task.student.grid(*images.shape[-2:])
     maps = {"images": rearrange(images, "n c h w -> n h w c").cpu()}
     for target, reference in zip(task.targets, references, strict=True):
         if target.kind == MAP:
             end = f"_{target.label}" if target.label else ""
-            maps[f"teacher{end}"] = as_map(reference.cpu())
-            maps[f"student{end}"] = as_map(seen[target.label])
+            grid, _ = target.given(own, 0)
+            places = target.places(own, prepared["maps"][target.teacher].grid)
+            maps[f"teacher{end}"] = as_map(reference.cpu(), places)
+            tokens = as_map(seen[target.label], grid).flatten(1, 2)
+            projected = resized(FeatureMap(tokens, grid, 0), places, antialias=False)
+            maps[f"student{end}"] = as_map(projected.tokens, places)
     return maps

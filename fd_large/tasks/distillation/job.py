@@ -41,10 +41,11 @@ from fd_large.recipes.run import ONLY, Run
 from fd_large.recipes.sections import AUTO, RANDOM
 from fd_large.runtime.hooks import Hook
 from fd_large.tasks.distillation import target_statistics
-from fd_large.tasks.distillation.alignment import Grid, check_grids, teacher_side
+from fd_large.tasks.distillation.alignment import Grid, teacher_side
 from fd_large.tasks.distillation.canary import Canary, seconds_of_product
 from fd_large.tasks.distillation.feature_panel import FeaturePanel
 from fd_large.tasks.distillation.heads.map_head import WHERE as HEAD_WHERE
+from fd_large.tasks.distillation.heads.map_head import MapHead, Maps, check_map_head
 from fd_large.tasks.distillation.heads.registry import HEADS
 from fd_large.tasks.distillation.held_out import HeldOutViews
 from fd_large.tasks.distillation.losses import check_loss, make_loss
@@ -203,22 +204,22 @@ class DistillationJob(Job):
                 where = _source(name).removeprefix("--")
                 check_map(teacher.net, side, is_trained=False, where=where)
             theirs = _grid(called, teacher.net.grid, side)
-            if MAP in entry.targets:
-                check_grids(grid, theirs, interpolation=entry.interpolation)
+            of_maps = [t for t in task.targets if t.teacher == name and t.kind == MAP]
+            ours = of_maps[0].given(grid, 0)[0] if of_maps else grid
+            places = of_maps[0].places(grid, theirs) if of_maps else grid
+            whose = "teacher" if ours == places else "student"
             log.info(
                 "grids: %s %dx%d (images of %d px), student %dx%d (images of %d px): %s",
-                *(called, *theirs, side, *grid, size),
-                "equal" if grid == theirs else "the teacher's map is resized (bilinear)",
+                *(called, *theirs, side, *ours, size),
+                "equal" if ours == theirs else f"the {whose}'s map is resized (bilinear)",
             )
         for target in task.targets:
-            entry = run.taught_by[target.teacher]
-            check_head(
-                target.head,
-                entry.setting("head", target.kind),
-                (2, 3, task.student.width),
-                teachers[target.teacher].width,
-                where=HEAD_WHERE,
-            )
+            head, width = target.head, teachers[target.teacher].width
+            chosen = run.taught_by[target.teacher].setting("head", target.kind)
+            if isinstance(head, MapHead):
+                check_map_head(head, chosen, task.student, width, size)
+            else:
+                check_head(head, chosen, (2, 3, task.student.width), width, where=HEAD_WHERE)
         models = (task, *teachers.values())
         return tuple(p.numel() for model in models for p in model.parameters())
 
@@ -357,11 +358,13 @@ class DistillationJob(Job):
         }
         if target.kind == SUMMARY:
             return {**facts, "kind": SUMMARY, "width": teacher.width}
+        grid = task.student.grid(size, size)
+        prefix = target.given(grid, task.student.num_prefix_tokens)[1]
         return {
             **facts,
             "interpolation": entry.interpolation,
-            "grid": list(task.student.grid(size, size)),
-            "prefix_tokens": 0 if SUMMARY in entry.targets else task.student.num_prefix_tokens,
+            "grid": list(target.places(grid, teacher.module.grid(size))),
+            "prefix_tokens": 0 if SUMMARY in entry.targets else prefix,
             "width": teacher.width,
         }
 
@@ -381,7 +384,8 @@ class DistillationJob(Job):
                 for slot in ("head", "loss", "normaliser")
             }
         )
-        student = make_student(self.run.student, image_size=self.run.data.image_size)
+        size = self.run.data.image_size
+        student = make_student(self.run.student, image_size=size)
         targets = [
             Target(
                 student.width,
@@ -391,6 +395,9 @@ class DistillationJob(Job):
                 loss=entry.setting("loss", kind),
                 normaliser=entry.setting("normaliser", kind),
                 head=entry.setting("head", kind),
+                maps=partial(
+                    _maps, student, getattr(teachers[name], "module", teachers[name]), size
+                ),
                 beta=entry.beta,
                 whitening_eps=entry.whitening_eps,
                 target_statistics=entry.setting("target_statistics", kind),
@@ -709,6 +716,22 @@ def _grid(whose: str, grid_of: Callable[[int, int], Grid], side: int) -> Grid:
         return grid_of(side, side)
     except ShapeError as error:
         raise ShapeError(f"{whose}: {error}") from None
+
+
+def _maps(student: nn.Module, teacher: Frozen, side: int) -> Maps:
+    """What a head that reads maps is made for.
+
+    Args:
+        student: The student.
+        teacher: The teacher.
+        side: Side of the student's images, in pixels.
+    """
+    return Maps(
+        student.grid(side, side),
+        teacher.grid(side),
+        student.num_prefix_tokens,
+        len(student.blocks()),
+    )
 
 
 def _student_of(engine: Engine) -> Callable[[Tensor], FeatureMap]:

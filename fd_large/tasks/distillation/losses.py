@@ -23,6 +23,7 @@ from torch import Tensor
 from fd_large import doors
 from fd_large.errors import ConfigError, nearest
 from fd_large.kernels.whitened_loss import whitened_loss
+from fd_large.tasks.distillation.similarity import relation_divergence, units
 
 WHERE = "objective.loss"
 _SMALLEST = 1e-6  # For divisions, far below any difference that matters in units of the target.
@@ -42,6 +43,8 @@ class Loss:
 
     label = "loss"
     reads_beta = True
+    # Of the tokens that are compared, how many stand before the patches; the target sets it.
+    num_prefix_tokens = 0
 
     def __init__(self, beta: float = 2.0) -> None:
         self.beta = beta
@@ -210,6 +213,25 @@ class CosineOfMap(Loss):
         return _towards(constant, directions)
 
 
+class Relation(Loss):
+    """The divergence between the similarities that the patches of an image have to each other.
+
+    Memory grows with the square of their number. Source: similarity.py.
+    """
+
+    label = "relation loss"
+    reads_beta = False
+
+    def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns the mean over images."""
+        return self.per_image(projected, target).mean()
+
+    def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns it for each image."""
+        student, teacher = (units(t[:, self.num_prefix_tokens :]) for t in (projected, target))
+        return relation_divergence(student, teacher)
+
+
 class WeightedSum(Loss):
     """A sum of losses by weight.
 
@@ -226,13 +248,18 @@ class WeightedSum(Loss):
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns the sum of the means."""
-        losses = [weight * loss(projected, target) for weight, loss in self.terms]
+        losses = [weight * loss(projected, target) for weight, loss in self._terms()]
         return torch.stack(losses).sum()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns the sum for each image."""
-        losses = [weight * loss.per_image(projected, target) for weight, loss in self.terms]
+        losses = [weight * loss.per_image(projected, target) for weight, loss in self._terms()]
         return torch.stack(losses).sum(0)
+
+    def _terms(self) -> tuple[tuple[float, Loss], ...]:
+        for _, loss in self.terms:
+            loss.num_prefix_tokens = self.num_prefix_tokens
+        return self.terms
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the sums of slopes and of curvatures."""
@@ -243,12 +270,52 @@ class WeightedSum(Loss):
         return slope, curvature
 
 
+class ClsAndPatches(Loss):
+    """Cosine loss and smooth L1 by weight: the mean of that of CLS token and of patches.
+
+    So a CLS token counts as much as all patches together; registers are left out. Source:
+    Sariyildiz et al. (UNIC), arXiv 2408.05088, and DUNE, arXiv 2503.14405, whose beta is 1.
+
+    Args:
+        beta: See `Loss`.
+        cosine: Weight of the cosine loss.
+        smooth_l1: Weight of smooth L1.
+    """
+
+    label = "CLS and patch loss"
+
+    def __init__(self, beta: float = 2.0, *, cosine: float = 0.5, smooth_l1: float = 0.5) -> None:
+        super().__init__(beta)
+        self._loss = WeightedSum([(cosine, Cosine()), (smooth_l1, SmoothL1(beta))])
+
+    def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns the mean over images."""
+        return self.per_image(projected, target).mean()
+
+    def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns it for each image."""
+        kinds = zip(self._kinds(projected), self._kinds(target), strict=True)
+        return torch.stack([self._loss.per_image(*kind) for kind in kinds]).mean(0)
+
+    def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the means of slopes and of curvatures."""
+        found = [torch.stack(self._loss.newton(constant, kind)) for kind in self._kinds(target)]
+        slope, curvature = torch.stack(found).mean(0)
+        return slope, curvature
+
+    def _kinds(self, tokens: Tensor) -> list[Tensor]:
+        patches = tokens[:, self.num_prefix_tokens :]
+        return [tokens[:, :1], patches] if self.num_prefix_tokens else [patches]
+
+
 LOSSES: dict[str, Any] = {
     "smooth_l1": SmoothL1,
     "mse": MeanSquaredError,
     "l1": L1,
     "cosine": Cosine,
     "cosine_of_map": CosineOfMap,
+    "cls_and_patches": ClsAndPatches,
+    "relation": Relation,
 }
 """The built-in losses: functions, or subclasses of `Loss`."""
 

@@ -9,6 +9,8 @@ from fd_large.recipes.fields import at_least, check_types, hints_of, not_negativ
 from fd_large.recipes.sections import AUTO, FrozenModel
 from fd_large.recipes.task_kind import TaskKind
 
+Interpolation = Literal["none", "bilinear", "bilinear_student", "bilinear_larger", "auto"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher(FrozenModel):
@@ -39,6 +41,8 @@ class Objective:
     layer: Literal["last", "before_norm"] = "last"
     # The loss. smooth_l1: quadratic up to beta, linear above. mse, l1: the mean squared or absolute
     # difference. cosine: one minus the cosine of two tokens. cosine_of_map: that of two whole maps.
+    # cls_and_patches: half cosine, half smooth_l1, of which CLS token and patches have equal parts.
+    # relation: the divergence between the similarities of an image's tokens.
     # A sum of these by weight: "0.9 cosine_of_map + 0.1 smooth_l1". A function of your own, from
     # (projected, target) to a scalar: module:FILE.py:NAME (docs/extending.md).
     loss: str = "smooth_l1"
@@ -52,16 +56,20 @@ class Objective:
     # What maps the student's tokens to the teacher's width; it is trained and then discarded.
     # linear: one linear layer. mlp: two, with a norm and GELU between; mlp_relu: with a norm and
     # ReLU. attention_mlp: two transformer blocks and mlp. block: one transformer block and a linear
-    # layer. A module of your own, made of (width, teacher_width): module:FILE.py:NAME.
+    # layer. ladder: an MLP on every block of a ViT. convolutional, wide_convolutional: from the
+    # student's grid to the teacher's. resized_mlp: an MLP on the nearest places. upsampling_mlp:
+    # mlp that gives several places for one. A module of your own, made of (width, teacher_width):
+    # module:FILE.py:NAME.
     head: str = "linear"
     # Difference, in units of the target, above which smooth L1 is linear rather than quadratic.
     beta: float = 2.0
     # Constant added to a teacher token's variance before its square root divides the token.
     whitening_eps: float = 1e-5
     # What to do if student and teacher have different grids of tokens. none: stop with an error.
-    # bilinear: resize the teacher's map to the student's grid. auto: bilinear if they differ at the
-    # teacher's image size.
-    interpolation: Literal["none", "bilinear", "auto"] = "none"
+    # bilinear: resize the teacher's map to the student's grid. bilinear_student: resize what the
+    # head gives to the teacher's grid. bilinear_larger: resize the one of fewer places. auto:
+    # bilinear if they differ at the teacher's image size.
+    interpolation: Interpolation = "none"
     # Side of the teacher's image, in pixels, resized from the same crop. 0 uses the student's
     # image. auto: the size at which both grids agree, where the teacher takes it (docs/weights.md
     # has the rule).
@@ -117,7 +125,7 @@ class NamedTeacher(Teacher, Objective):
     summary: Summary = field(default_factory=Summary)
     # Weight of this teacher's loss in the sum.
     weight: float = 1.0
-    interpolation: Literal["none", "bilinear", "auto"] = AUTO
+    interpolation: Interpolation = AUTO
     teacher_image_size: int | Literal["auto"] = AUTO
 
     def __post_init__(self) -> None:

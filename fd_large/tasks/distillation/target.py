@@ -6,14 +6,16 @@ target needs beside the student stands here: head, alignment, normaliser, loss a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fd_large.backbones.feature_map import FeatureMap
-from fd_large.engine.heads import make_head
-from fd_large.tasks.distillation.alignment import align
-from fd_large.tasks.distillation.heads.map_head import WHERE
-from fd_large.tasks.distillation.heads.registry import HEADS
+from fd_large.errors import ConfigError
+from fd_large.tasks.distillation.alignment import Grid, common_grid, match_grids, match_prefixes
+from fd_large.tasks.distillation.heads import registry
+from fd_large.tasks.distillation.heads.map_head import WHERE, MapHead, Maps
 from fd_large.tasks.distillation.losses import make_loss
 from fd_large.tasks.distillation.normalisers import WHITENING, make_normaliser
 from fd_large.tasks.distillation.section import MAP, SUMMARY, label
@@ -31,19 +33,21 @@ class Target:
         kind: "map" or "summary".
         loss: Name of the loss (losses.py).
         normaliser: Name of what is done to the teacher's tokens (normalisers.py).
-        head: Name of what projects the student's tokens to the teacher's width (heads.py).
+        head: Name of what projects the student's tokens to the teacher's width (heads/).
+        maps: Returns the grids of both, for a head that reads maps.
         beta: Difference above which the loss is linear rather than quadratic, in whitened units.
         whitening_eps: Constant added to the variance of a teacher's token.
         target_statistics: File of statistics of the teacher's channels, for a normaliser that
             needs them.
-        interpolation: How the teacher's map is resized to the student's grid: "bilinear"; "none"
-            refuses different grids.
+        interpolation: How maps of different grids are brought to one (alignment.py); "none"
+            refuses them.
         with_prefix: Whether the map's prefix tokens (CLS) are learnt with it.
         weight: Weight of its loss in the task's.
 
     Attributes:
         teacher, kind, weight: As given.
-        head: The Module from (B, N, width) to (B, N, teacher_width).
+        head: The Module from (B, N, width) to (B, N, teacher_width), or a `MapHead`.
+        reads_blocks: Whether the head reads the maps of the student's blocks.
         loss: The loss.
         normalise: From tokens (..., teacher_width) to the same in float32.
     """
@@ -58,6 +62,7 @@ class Target:
         loss: str = "smooth_l1",
         normaliser: str = WHITENING,
         head: str = "linear",
+        maps: Callable[[], Maps] | None = None,
         beta: float = 2.0,
         whitening_eps: float = 1e-5,
         target_statistics: str = "",
@@ -66,7 +71,13 @@ class Target:
         weight: float = 1.0,
     ) -> None:
         self.teacher, self.kind, self.weight = teacher, kind, weight
-        self.head: nn.Module = make_head(head, width, teacher_width, built_in=HEADS, where=WHERE)
+        self.head = registry.make(head, width, teacher_width, maps)
+        if kind == SUMMARY and isinstance(self.head, MapHead):
+            raise ConfigError(
+                f"{WHERE}: a summary is one token, and the head reads maps; got {head}, expected a "
+                "head on tokens. Set summary.head to linear or mlp."
+            )
+        self.reads_blocks = isinstance(self.head, MapHead) and self.head.reads_blocks
         self.loss = make_loss(loss, beta=beta)
         self.normalise = make_normaliser(
             normaliser, eps=whitening_eps, statistics=target_statistics
@@ -79,21 +90,60 @@ class Target:
         """Its name in metrics and files: "" for the only teacher's map, else NAME, NAME_summary."""
         return label(self.teacher, self.kind)
 
-    def tokens(self, student: FeatureMap, teacher: FeatureMap) -> tuple[Tensor, Tensor]:
-        """Returns the tokens of student (B, N, Cs) and teacher (B, N, Ct) that are compared.
+    def compared(
+        self, student: FeatureMap, blocks: Sequence[FeatureMap], teacher: FeatureMap
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the tokens that are compared, (B, N, Ct): the student's after the head, and the
+        teacher's. Of two summaries N is 1.
 
-        Of two summaries N is 1.
+        Args:
+            student: The student's map, in the data type of the head.
+            blocks: The maps after its blocks, where the head reads them.
+            teacher: The teacher's map, any floating-point dtype.
 
         Raises: ShapeError: if the grids of two maps differ and are not to be interpolated.
         """
         if self.kind == SUMMARY:
-            return summary(student), summary(teacher)
-        return align(
-            student,
-            teacher,
-            interpolation=self._interpolation,
-            with_prefix=self._with_prefix,
+            return self.head(summary(student)), summary(teacher)
+        if isinstance(self.head, MapHead):
+            student = self.head(tuple(blocks) if self.reads_blocks else student)
+        student, teacher = match_prefixes(student, teacher, with_prefix=self._with_prefix)
+        if not isinstance(self.head, MapHead):
+            student = student._replace(tokens=self.head(student.tokens))
+        student, teacher = match_grids(student, teacher, interpolation=self._interpolation)
+        self.loss.num_prefix_tokens = student.num_prefix_tokens
+        return student.tokens, teacher.tokens
+
+    def wanted(self, student: FeatureMap, teacher: FeatureMap) -> Tensor:
+        """Returns the normalised tokens of `compared`, (B, N, Ct) float32.
+
+        Args:
+            student: Of the grid and prefix of the student's map, whatever its tokens.
+            teacher: The teacher's map, any floating-point dtype.
+        """
+        if self.kind == SUMMARY:
+            return self.normalise(summary(teacher))
+        grid, prefix = self.given(student.grid, student.num_prefix_tokens)
+        tokens = teacher.tokens.new_empty(len(teacher.tokens), prefix + grid[0] * grid[1], 1)
+        matched = match_prefixes(
+            FeatureMap(tokens, grid, prefix), teacher, with_prefix=self._with_prefix
         )
+        student, teacher = match_grids(*matched, interpolation=self._interpolation)
+        self.loss.num_prefix_tokens = student.num_prefix_tokens
+        return self.normalise(teacher.tokens)
+
+    def given(self, grid: Grid, num_prefix_tokens: int) -> tuple[Grid, int]:
+        """Returns grid and prefix tokens of what the head gives, of those of the student's map."""
+        if isinstance(self.head, MapHead):
+            return self.head.grid, self.head.num_prefix_tokens
+        return grid, num_prefix_tokens
+
+    def places(self, student: Grid, teacher: Grid) -> Grid:
+        """Returns the grid on which maps are compared, of the grids of student and teacher.
+
+        Raises: ShapeError: if they differ after the head, and are not to be interpolated.
+        """
+        return common_grid(self.given(student, 0)[0], teacher, interpolation=self._interpolation)
 
     def value(self, projected: Tensor, tokens: Tensor) -> Tensor:
         """Returns the loss without its weight, a float32 scalar.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
 from fd_large.engine.task import Task
+from fd_large.tasks.distillation.heads.map_head import with_blocks
 from fd_large.tasks.distillation.target import Target
 
 Teachers = Mapping[str, Callable[[Tensor], FeatureMap]]
@@ -89,13 +90,19 @@ class Distillation(Task):
             maps: The teachers' maps by name, any floating-point dtype.
         """
         dtype = next(self.student.parameters()).dtype
-        student_map = self.student(pixels.to(dtype), keep)
+        if any(target.reads_blocks for target in self.targets):
+            student_map, blocks = with_blocks(self.student, pixels.to(dtype), keep)
+        else:
+            student_map, blocks = self.student(pixels.to(dtype), keep), ()
+        # The residual stream may have another data type than the heads.
+        student_map, *blocks = (
+            map_._replace(tokens=map_.tokens.to(dtype)) for map_ in (student_map, *blocks)
+        )
         losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
         cosines: list[Tensor] = []
         for target in self.targets:
-            tokens, wanted = target.tokens(student_map, maps[target.teacher])
-            projected = target.head(tokens.to(dtype))
+            projected, wanted = target.compared(student_map, blocks, maps[target.teacher])
             loss = target.value(projected, wanted)
             losses.append(target.weight * loss)
             if not self.training:
@@ -111,13 +118,10 @@ class Distillation(Task):
         self, *, pixels: Tensor, keep: Tensor | None, maps: Mapping[str, FeatureMap]
     ) -> list[Tensor]:
         """Returns the normalised target tokens of `forward`, (B, N, Ct) float32 for each target."""
-        grid, prefix = self.student.grid(*pixels.shape[-2:]), self.student.num_prefix_tokens
-        tokens = pixels.new_empty(len(pixels), prefix + grid[0] * grid[1], 0)
-        shape_only = FeatureMap(tokens, grid, prefix)
-        return [
-            target.normalise(target.tokens(shape_only, maps[target.teacher])[1])
-            for target in self.targets
-        ]
+        student = FeatureMap(
+            pixels, self.student.grid(*pixels.shape[-2:]), self.student.num_prefix_tokens
+        )
+        return [target.wanted(student, maps[target.teacher]) for target in self.targets]
 
     def models(self) -> dict[str, nn.Module]:
         """Returns the teachers and this task; the teachers first, as they run first."""

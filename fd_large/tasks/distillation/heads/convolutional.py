@@ -48,7 +48,7 @@ class Convolutional(MapHead):
         adapted: int = 0,
         last_side: int = 1,
     ) -> None:
-        super().__init__(width, teacher_width, maps)
+        super().__init__(maps.teacher_grid)
         (side, columns), (wanted, wanted_columns) = maps.student_grid, maps.teacher_grid
         self.first = (
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, adapted)) if adapted else None
@@ -75,7 +75,6 @@ class Convolutional(MapHead):
             if last_side == 1
             else make_last(hidden, teacher_width, last_side, padding=last_side // 2)
         )
-        self.grid = maps.teacher_grid
 
     def forward(self, student: FeatureMap) -> FeatureMap:
         """Returns patches on the teacher's grid.

@@ -44,7 +44,7 @@ class Ladder(MapHead):
         pre_norm: bool = False,
         mid_norm: bool = False,
     ) -> None:
-        super().__init__(width, teacher_width, maps)
+        super().__init__(maps.student_grid, min(maps.num_prefix_tokens, 1))
         last = maps.num_blocks - 1
         self.numbers = tuple(range(maps.num_blocks) if blocks is None else blocks)
         sizes = {
@@ -60,7 +60,7 @@ class Ladder(MapHead):
                 }
             )
 
-        self.cls = rungs() if maps.num_prefix_tokens else None
+        self.cls = rungs() if self.num_prefix_tokens else None
         self.patch = rungs()
 
     def forward(self, student: tuple[FeatureMap, ...]) -> FeatureMap:
@@ -73,7 +73,7 @@ class Ladder(MapHead):
         if self.cls is not None:
             parts.insert(0, self._sum(self.cls, [map_.tokens[:, :1] for map_ in student]))
         tokens = torch.cat(parts, dim=1)
-        return FeatureMap(tokens, student[-1].grid, len(parts) - 1)
+        return FeatureMap(tokens, self.grid, self.num_prefix_tokens)
 
     def _sum(self, rungs: nn.ModuleDict, tokens: list[Tensor]) -> Tensor:
         total = rungs[str(self.numbers[0])](tokens[self.numbers[0]])

@@ -1,12 +1,14 @@
-"""The contract of heads that read a whole map of the student, with its grid, or several maps."""
+"""The contract of heads that read a student's map with its grid, or the maps of its blocks."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from fd_large import doors
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.errors import ConfigError
 
@@ -34,15 +36,21 @@ class Maps(NamedTuple):
 class MapHead(nn.Module):
     """A head made of (width, teacher_width, maps), which gives a map of its own grid.
 
+    Args:
+        grid: Rows and columns of what it gives.
+        num_prefix_tokens: Tokens before the patches in what it gives.
+
     Attributes:
+        grid, num_prefix_tokens: As given.
         reads_blocks: Whether `forward` takes a tuple of the maps after each block of the student,
             without a norm, in place of its last map.
     """
 
     reads_blocks: ClassVar[bool] = False
 
-    def __init__(self, width: int, teacher_width: int, maps: Maps) -> None:
+    def __init__(self, grid: Grid, num_prefix_tokens: int = 0) -> None:
         super().__init__()
+        self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
 
     def forward(self, student: Any) -> FeatureMap:
         """Returns a map of `teacher_width` channels.
@@ -86,6 +94,37 @@ def with_blocks(student: nn.Module, *arguments: Any) -> tuple[FeatureMap, tuple[
         )
     prefix = min(tokens) - rows * columns
     return last, tuple(FeatureMap(output, last.grid, prefix) for output in heard)
+
+
+def check_map_head(head: MapHead, name: str, student: nn.Module, out_width: int, side: int) -> None:
+    """Runs a head and a student that were built on the meta device.
+
+    Args:
+        head: The head.
+        name: Its name in the recipe.
+        student: The student.
+        out_width: Channels of what the head has to give.
+        side: Side of the student's images, in pixels.
+
+    Raises: ConfigError: if that fails, or gives something else than the head says.
+    """
+    rows, columns = head.grid
+    wanted = (1, head.num_prefix_tokens + rows * columns, out_width)
+    try:
+        with torch.no_grad():
+            pixels = torch.empty(1, 3, side, side, device="meta")
+            last, *blocks = with_blocks(student, pixels) if head.reads_blocks else [student(pixels)]
+            out = head(blocks[0] if head.reads_blocks else last)
+        got = str(tuple(out.tokens.shape))
+    except ConfigError:
+        raise
+    except Exception as error:  # The user's code may raise anything.
+        got = doors.cause(error)
+    if got != str(wanted):
+        raise ConfigError(
+            f"{WHERE}: {name} does not fit; got {got}, expected {wanted} for its grid of "
+            f"{rows}x{columns}. Correct the head."
+        )
 
 
 def grids_named(maps: Maps) -> str:

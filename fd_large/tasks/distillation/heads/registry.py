@@ -7,7 +7,17 @@ tokens (B, N, width) to (B, N, teacher_width), or a `MapHead`.
 
 from __future__ import annotations
 
-from fd_large.engine.heads import Make
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from fd_large import doors
+from fd_large.engine.heads import Make, make_head
+from fd_large.tasks.distillation.heads.convolutional import Convolutional
+from fd_large.tasks.distillation.heads.ladder import Ladder
+from fd_large.tasks.distillation.heads.map_head import WHERE, MapHead, Maps
+from fd_large.tasks.distillation.heads.resizing import ResizedMLP, UpsamplingMLP
 from fd_large.tasks.distillation.heads.token_heads import (
     MLP,
     attention_mlp,
@@ -22,5 +32,32 @@ HEADS: dict[str, Make] = {
     "mlp_relu": mlp_relu,
     "attention_mlp": attention_mlp,
     "block": block,
+    "ladder": Ladder,
+    "convolutional": Convolutional,
+    "wide_convolutional": partial(Convolutional, adapted=1024, hidden=2048, last_side=3),
+    "resized_mlp": ResizedMLP,
+    "upsampling_mlp": UpsamplingMLP,
 }
 """The built-in heads."""
+
+
+def make(name: str, width: int, teacher_width: int, maps: Callable[[], Maps] | None) -> nn.Module:
+    """Returns the head that a recipe names.
+
+    Args:
+        name: A name in `HEADS`, or one of the user's own (fd_large/doors.py).
+        width: Channels of the student's tokens.
+        teacher_width: Channels of the teacher's.
+        maps: Returns their grids, for a head that reads maps.
+
+    Raises: ConfigError: if there is no such head, or it does not fit.
+    """
+    found = doors.load(name, kind="heads", where=WHERE, built_in=HEADS)
+    arguments = [maps()] if maps is not None and reads_maps(found) else []
+    return make_head(name, width, teacher_width, *arguments, built_in=HEADS, where=WHERE)
+
+
+def reads_maps(make: Make) -> bool:
+    """Returns whether what makes a head makes a `MapHead`."""
+    made = make.func if isinstance(make, partial) else make
+    return isinstance(made, type) and issubclass(made, MapHead)

@@ -37,14 +37,13 @@ class ResizedMLP(MapHead):
     def __init__(
         self, width: int, teacher_width: int, maps: Maps, *, hidden: int = 1024, layers: int = 3
     ) -> None:
-        super().__init__(width, teacher_width, maps)
+        super().__init__(maps.teacher_grid)
         self.first = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden))
         channels = [hidden, *[2 * hidden] * (layers - 1)]
         inner: list[nn.Module] = []
         for before, after in pairwise(channels):
             inner += [nn.Linear(before, after), nn.ReLU()]
         self.mlp = nn.Sequential(*inner, nn.Linear(channels[-1], teacher_width))
-        self.grid = maps.teacher_grid
 
     def forward(self, student: FeatureMap) -> FeatureMap:
         """Returns patches on the teacher's grid.
@@ -85,7 +84,7 @@ class UpsamplingMLP(MapHead):
         inner: int = 0,
         pre_norm: bool = False,
     ) -> None:
-        super().__init__(width, teacher_width, maps)
+        super().__init__(maps.teacher_grid)
         self.factor = max(1, maps.teacher_grid[0] // maps.student_grid[0])
         if tuple(self.factor * side for side in maps.student_grid) != maps.teacher_grid:
             raise ConfigError(
@@ -116,4 +115,4 @@ class UpsamplingMLP(MapHead):
             i=u,
             j=u,
         )
-        return FeatureMap(tokens, (u * rows, u * columns), 0)
+        return FeatureMap(tokens, self.grid, 0)

@@ -17,7 +17,7 @@ from fd_large.errors import ConfigError
 from fd_large.tasks.distillation import losses
 from fd_large.tasks.distillation.constant_prediction import constant_prediction_losses
 from fd_large.tasks.distillation.heads.map_head import WHERE
-from fd_large.tasks.distillation.heads.registry import HEADS
+from fd_large.tasks.distillation.heads.registry import HEADS, reads_maps
 from fd_large.tasks.distillation.losses import SmoothL1, check_loss, make_loss
 from fd_large.tasks.distillation.normalisers import check_normaliser, make_normaliser
 from fd_large.tasks.distillation.section import Objective
@@ -103,10 +103,14 @@ def test_built_in_losses_are_means_over_images_and_have_the_best_constant(name):
     parts = (value(slice(0, 1)) + 3 * value(slice(1, 4))) / 4
     assert parts.item() == pytest.approx(value().item(), rel=1e-5)
     (slope,) = torch.autograd.grad(4 * value(), constant)
-    found, unit = loss.newton(constant.detach(), target)[0], F.normalize(constant.detach(), dim=0)
-    if name.startswith("cosine"):  # The length of a constant changes no cosine.
-        found = found - (found @ unit) * unit
-    assert torch.allclose(found, slope, atol=1e-5)
+    found, unit = loss.newton(constant.detach(), target), F.normalize(constant.detach(), dim=0)
+    if found is None:
+        assert slope.abs().max() < 1e-5, "a loss without slopes is the same for all constants"
+        return
+    difference = found[0] - slope
+    if name.startswith(("cosine", "cls")):  # The length of a constant changes no cosine.
+        difference = difference - (difference @ unit) * unit
+    assert difference.abs().max() < 1e-5
 
 
 def test_a_sum_by_weight_is_the_sum_of_its_terms():
@@ -186,7 +190,7 @@ def test_a_head_of_the_users_own_is_trained(tmp_path):
     assert task.projection[0].weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", [n for n, make in HEADS.items() if not reads_maps(make)])
 def test_a_built_in_head_trains_all_that_it_has(name):
     with torch.device("meta"):
         check_head(HEADS[name](32, 12), name, (2, 3, 32), 12, where=WHERE)

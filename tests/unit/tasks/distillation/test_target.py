@@ -25,7 +25,7 @@ def test_the_summary_is_the_first_prefix_token_or_the_mean():
 def test_a_map_is_learnt_with_its_cls_token_unless_that_is_a_target_of_its_own():
     student, teacher = a_map(4), a_map(6)
     counts = [
-        Target(4, 6, **options).tokens(student, teacher)[1].shape[1]
+        Target(4, 6, **options).compared(student, (), teacher)[1].shape[1]
         for options in ({}, {"with_prefix": False}, {"kind": "summary"})
     ]
     assert counts == [5, 4, 1]
@@ -36,8 +36,7 @@ def test_a_map_is_learnt_with_its_cls_token_unless_that_is_a_target_of_its_own()
 def test_the_loss_is_the_mean_of_what_each_image_has(loss, kind):
     torch.manual_seed(0)
     target = Target(4, 6, kind=kind, loss=loss)
-    tokens, wanted = target.tokens(a_map(4), a_map(6, seed=1))
-    projected = target.head(tokens)
+    projected, wanted = target.compared(a_map(4), (), a_map(6, seed=1))
     each = target.per_image(projected, wanted)
     assert each.shape == (3,)
     assert each.mean().item() == pytest.approx(target.value(projected, wanted).item(), rel=1e-5)

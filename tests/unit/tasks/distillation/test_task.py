@@ -3,7 +3,10 @@ import torch
 
 from fd_large.backbones.statistics import IMAGENET, normalise
 from fd_large.backbones.swinv2.swinv2 import SwinV2
+from fd_large.backbones.vit.vit import ViT
 from fd_large.engine.frozen import Frozen
+from fd_large.tasks.distillation.heads.map_head import Maps
+from fd_large.tasks.distillation.held_out import feature_panel
 from fd_large.tasks.distillation.target import Target
 from fd_large.tasks.distillation.task import Distillation
 
@@ -125,3 +128,37 @@ def test_each_target_has_its_loss_and_its_cosine(images):
     expected = 2 * losses[0] + 2 * losses[1] + losses[2] + losses[3]
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     assert [key for key in task.models() if key] == ["teachers.t0.", "teachers.t1."]
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "tokens"),
+    [
+        ("ladder", {"interpolation": "bilinear"}, 1 + 16),
+        ("upsampling_mlp", {}, 64),
+        ("convolutional", {"teacher_patch": 8}, 16),
+        ("resized_mlp", {}, 64),
+        ("linear", {"interpolation": "bilinear_student"}, 1 + 64),
+        ("linear", {"interpolation": "bilinear_larger", "teacher_patch": 16}, 1 + 16),
+    ],
+)
+def test_heads_and_resizing_compare_maps_on_one_grid(images, head, options, tokens):
+    torch.manual_seed(0)
+    student = ViT(16, 2, 2, patch_size=8, image_size=32)
+    patch = options.get("teacher_patch", 4)
+    teacher = Frozen(ViT(12, 1, 2, patch_size=patch, image_size=32), IMAGENET)
+    grid, theirs = student.grid(32, 32), teacher.grid(32)
+    target = Target(
+        student.width,
+        teacher.width,
+        head=head,
+        maps=lambda: Maps(grid, theirs, student.num_prefix_tokens, 2),
+        interpolation=options.get("interpolation", "none"),
+    )
+    task = Distillation(student, {"": teacher}, [target])
+    prepared = task.prepare(images, None, None)
+    task(**prepared)[0].backward()
+    assert all(p.grad.abs().sum() > 0 for p in target.head.parameters())
+    assert task.references(**prepared)[0].shape == (3, tokens, 12)
+    panel = feature_panel(task.eval(), task, images)
+    side = round((tokens - tokens % 4) ** 0.5)
+    assert panel["teacher"].shape == panel["student"].shape == (3, side, side, 12)
