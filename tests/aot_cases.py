@@ -49,25 +49,6 @@ def norms(
     )
 
 
-def gelu(width: int, quick: bool, rows: int = 4608) -> None:
-    """Launches the kernels of `linear_gelu.py`."""
-    from fd_large.kernels import linear_gelu_triton as kernels
-
-    product, bias = _meta(rows, width, dtype=BFLOAT16), _meta(width, dtype=BFLOAT16)
-    kernels.forward(product, bias, quick)
-    kernels.backward(product, product, bias, quick)
-
-
-def loss(width: int, dtype: torch.dtype, rows: int = 4608) -> None:
-    """Launches the kernels of `whitened_loss.py`."""
-    from fd_large.kernels import whitened_loss_triton as kernels
-
-    student = _meta(2, rows // 2, width, dtype=dtype)
-    teacher = _meta(2, rows // 2, width, dtype=BFLOAT16)
-    kernels.forward(student, teacher, 2.0, 1e-5)
-    kernels.backward(_meta(), student, teacher, _meta(rows), _meta(rows), 2.0)
-
-
 def attention(
     window: tuple[int, int],
     *,
@@ -143,19 +124,6 @@ CASES: dict[str, Callable[[], None]] = {
         for width in FLOAT32_WIDTHS
         for stream in (FLOAT32, BFLOAT16)
     },
-    **{
-        f"whitened_loss, {width} channels, {str(dtype)[6:]}": partial(loss, width, dtype)
-        for width in (768, 4096)
-        for dtype in (FLOAT32, BFLOAT16)
-    },
-    **{
-        f"bias_gelu, {width} channels{', quick' if quick else ''}": partial(gelu, width, quick)
-        for width, quick in (
-            *((2048, False), (4096, False), (8192, False), (16384, False)),
-            *((3000, False), (3072, True)),
-        )
-    },
-    "whitened_loss, 768 channels, two rows": partial(loss, 768, BFLOAT16, rows=2),
     # SwinV2-G's windows of stages 1 to 3 and of 4, at 192 and 224 pixels; larger images' windows.
     **{
         f"window_attention, window {w}, shift {shift}": partial(attention, (w, w), shift=shift)

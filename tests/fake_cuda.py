@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from fd_large.kernels import choose
+from fd_large.kernels import choose, compiled
 
 PACKAGE = str(Path(__file__).parents[1] / "fd_large")
 CARD = torch.device("cuda", 0)
@@ -315,6 +315,8 @@ def fake_cuda() -> Iterator[Card]:
     _cards.append(card)
     for name, stand_in in stand_ins(card).items():
         patch.setattr(torch.cuda, name, stand_in)
+    # Without a card there is nothing to compile for.
+    patch.setattr(compiled, "_compiled", lambda op, reference, *_: reference)
     patch.setattr(torch.Tensor, "pin_memory", pinned)
     patch.setattr(torch.Tensor, "to", _to(torch.Tensor.to))
     patch.setattr(torch.Tensor, "is_pinned", is_pinned)

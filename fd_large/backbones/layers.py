@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_large.backbones.initialization import Draw, Scheme, fill
-from fd_large.kernels.linear_gelu import Activation, linear_gelu
+from fd_large.kernels.quick_gelu import quick_gelu
 from fd_large.kernels.residual_norm import (
     add_norm,
     layer_norm,
@@ -41,19 +42,6 @@ class Linear(nn.Linear):
         """Maps (..., in) to (..., out); `bias` (out,) stands in for a layer that owns none."""
         bias = self.bias if bias is None else bias
         return F.linear(x.to(self.weight.dtype), self.weight, bias)
-
-
-class LinearGelu(Linear):
-    """A linear layer with its activation, in one module, so that its weights are whole for both."""
-
-    def __init__(self, in_features: int, out_features: int, *, draw: Draw, activation: Activation):
-        super().__init__(in_features, out_features, draw=draw)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., in) to (..., out)."""
-        x = x.to(self.weight.dtype)
-        return linear_gelu(x, self.weight, self.bias, activation=self.activation)
 
 
 class BranchEnd(Linear):
@@ -198,6 +186,13 @@ class PatchConvolution(nn.Conv2d):
         return super().forward(images)
 
 
+Activation = Literal["gelu", "quick_gelu"]
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "quick_gelu": quick_gelu,
+}
+
+
 class Mlp(nn.Module):
     """Linear, activation, linear.
 
@@ -221,12 +216,13 @@ class Mlp(nn.Module):
         last: type[Linear] = Linear,
     ):
         super().__init__()
-        self.fc1 = LinearGelu(width, hidden, draw=draw, activation=activation)
+        self.fc1 = Linear(width, hidden, draw=draw)
+        self.activation = _ACTIVATIONS[activation]
         self.fc2 = last(hidden, width, draw=end)
 
     def forward(self, x: Tensor) -> Any:
         """Maps (..., C) to (..., C)."""
-        return self.fc2(self.fc1(x))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 def residual_dtype(choice: Literal["float32", "compute"], compute: torch.dtype) -> torch.dtype:

@@ -72,11 +72,13 @@ class StageWindows:
 
     def over(self, height: int, width: int, block: int) -> Windows:
         """Returns the windows of a block of the stage, counted from 0, over a map of tokens."""
-        shift = self.side // 2 if self.shifts and block % 2 == 1 else 0
+        shortest = min(height, width)
+        may_shift = self.shifts and (self.rule == "official" or shortest > self.side)
+        # The block is asked last: torch.compile then shares a graph where it makes no difference.
+        shift = self.side // 2 if may_shift and block % 2 == 1 else 0
         if self.rule == "official":
             return Windows(self.side, shift, -height % self.side, -width % self.side)
-        shortest = min(height, width)
-        return Windows(min(self.side, shortest), shift if shortest > self.side else 0)
+        return Windows(min(self.side, shortest), shift)
 
 
 @lru_cache(maxsize=64)

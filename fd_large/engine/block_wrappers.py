@@ -9,14 +9,17 @@ fairscale's wrapper, which moves the inputs of checkpointed blocks to the host; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import einops
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fd_large import distributed
 from fd_large.errors import ConfigError
+from fd_large.kernels.compiled import backend
 
 MODES = ("off", "every", "offload")
 
@@ -47,18 +50,27 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], *, mode: str, every: int = 1)
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Compiles each block's forward in place, before anything wraps it; parameter names stay.
+    """Compiles the blocks' forward in place, before anything wraps it; parameter names stay.
 
-    Under ZeRO-3 the hooks that fetch a module's parameters break the graph, and the parts between
-    them are compiled. On CPUs the graphs that a GPU's compiler would be given are traced and
-    differentiated, but run in eager kernels, which needs no C++ compiler.
+    Blocks that do the same on the same shapes share a graph. Under ZeRO-3 the hooks that fetch a
+    module's parameters break the graph, and the parts between them are compiled.
     """
-    backend = "inductor" if distributed.device().type == "cuda" else "aot_eager"
+    # einops finds out at its first call that there is torch; a graph from before would be made
+    # twice, because it is guarded by what einops knows.
+    einops.rearrange(torch.empty(1), "n -> n")
+    compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
     for block in blocks:
-        # A recompilation limit per block: they share code, but not shifts and widths.
-        block.forward = _moving(
-            torch.compile(block.forward, backend=backend, dynamic=False, isolate_recompiles=True)
-        )
+        function = type(block).forward
+        if function not in compiled:
+            compiled[function] = torch.compile(
+                function,
+                backend=backend(distributed.device().type),
+                dynamic=False,
+                isolate_recompiles=True,
+                # torch's own limit, 8, for each block, as if they shared nothing.
+                recompile_limit=8 * len(blocks),
+            )
+        block.forward = _moving(partial(compiled[function], block))
 
 
 def _moving(compiled: Callable[..., Any]) -> Callable[..., Any]:

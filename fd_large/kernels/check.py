@@ -26,6 +26,8 @@ from fd_large.kernels import choose
 log = logging.getLogger(__name__)
 
 IMAGES = 2
+# What has to be held against a reference.
+FUSED = ("triton", "compiled")
 
 
 class Shape(NamedTuple):
@@ -43,7 +45,7 @@ class Shape(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call of an operation that ran on a kernel.
+    """A call of an operation that ran on a kernel, ours or one that torch.compile makes.
 
     Attributes:
         function: Module:name of the function.
@@ -81,7 +83,7 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arguments, **named)
         with choose.hearing() as heard:
             result = function(*arguments, **named)
-        kernels = tuple(dict.fromkeys(op for op, choice in heard if choice == "triton"))
+        kernels = tuple(dict.fromkeys(op for op, choice in heard if choice in FUSED))
         if kernels:
             learns = torch.is_grad_enabled()
             shapes = tree_map(lambda leaf: _shape(leaf, learns), (arguments, named))
@@ -149,6 +151,8 @@ def _off(one: Call, device: torch.device) -> str | None:
         fused = _run(one, values, fused=True)
     except Exception as error:  # Whatever a compiler or a launch raises.
         return f"{what} fails: {type(error).__name__}: {error}"
+    if failed := [op for op in one.kernels if op in choose.refused()]:
+        return f"{what} fails: {choose.refused()[failed[0]]}"
     for number, (got, plain, right) in enumerate(zip(fused, eager, exact, strict=True)):
         right = right.double()
         error, magnitude = (got.double() - right).abs(), right.abs()

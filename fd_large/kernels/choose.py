@@ -2,12 +2,16 @@
 
 The environment variable `FD_KERNELS` asks for one:
 
-- `auto` (default): Triton on CUDA in the cases that an operation was tested in, else the
-  reference.
+- `auto` (default): on CUDA, Triton in the cases that an operation was tested in, and torch.compile
+  for operations that have no kernel of ours; else the reference.
 - `triton`: the same, but an error if Triton cannot run at all. On a CPU it runs in Triton's
   interpreter, which `TRITON_INTERPRET=1` turns on; on the meta device only shapes are computed.
+- `compiled`: the reference through torch.compile everywhere.
 - `apex`: NVIDIA apex's FusedLayerNorm for plain norms on CUDA, the rest as in `auto`.
 - `reference`: plain torch everywhere.
+
+`OPERATION=IMPLEMENTATION` after a comma asks for one operation alone, as in
+`auto,residual_norm=compiled`.
 
 Asking for what is not installed is an error, never a silent fallback. An untested case runs on the
 reference, and the log says so.
@@ -28,20 +32,22 @@ import torch
 
 from fd_large.errors import ConfigError, nearest
 
-Implementation = Literal["triton", "apex", "reference"]
+Implementation = Literal["triton", "compiled", "apex", "reference"]
 
 log = logging.getLogger(__name__)
 
 # apex's fused kernels exist for CUDA only; elsewhere the reference runs.
 APEX_DEVICES = ("cuda",)
-_WISHES = ("auto", "triton", "apex", "reference")
+_WISHES = ("auto", "triton", "compiled", "apex", "reference")
+# The files of this room that register operations.
+_FILES = ("quick_gelu", "residual_norm", "whitened_loss", "window_attention")
 # A100, H100 and H200, for which the kernels are compiled ahead of time. Other cards of 8.x have
 # less shared memory per program than some kernels need.
 CAPABILITIES = ((8, 0), (9, 0))
 
 
 class _Operation(NamedTuple):
-    untested: Callable[..., str]
+    untested: Callable[..., str] | None
     apex_untested: Callable[..., str] | None
 
 
@@ -55,7 +61,8 @@ class Device(NamedTuple):
     """A device for which the meta device stands in.
 
     Attributes:
-        capability: Compute capability of an NVIDIA card, as (9, 0); None: no fused kernel runs.
+        capability: Compute capability of an NVIDIA card, as (9, 0); None: no fused kernel runs,
+            nor what torch.compile would make unasked.
         on_gpu: Whether it is a GPU.
         wish: As FD_KERNELS; "auto": what runs if that is not set.
     """
@@ -85,14 +92,17 @@ def stood_for() -> Device | None:
 
 
 def register(
-    op: str, untested: Callable[..., str], apex_untested: Callable[..., str] | None = None
+    op: str,
+    untested: Callable[..., str] | None = None,
+    apex_untested: Callable[..., str] | None = None,
 ) -> None:
     """Registers an operation; its own file calls this once.
 
     Args:
         op: Name of the operation.
         untested: Takes a case as keywords and returns why the Triton kernels were not tested in it,
-            in a few words, or "" if they were.
+            in a few words, or "" if they were; None if there are none, because what torch.compile
+            makes of the reference is as good.
         apex_untested: The same for apex's kernel; None if apex has none.
     """
     _operations[op] = _Operation(untested, apex_untested)
@@ -139,29 +149,56 @@ def hearing() -> Iterator[list[tuple[str, Implementation]]]:
 
 
 def may_run_kernels(device_type: str) -> bool:
-    """Returns whether some operation may run on a Triton kernel there."""
-    wish, interpreted = wished(), os.environ.get("TRITON_INTERPRET") == "1"
-    wanted = wish == "triton" or (wish != "reference" and device_type == "cuda")
-    return wanted and not _triton_problem(device_type, interpreted)
+    """Returns whether some operation may run there on what has to be held against its reference."""
+    general, single = _wishes(wished())
+    wishes = {general, *single.values()} - {"reference"}
+    if device_type == "cuda":
+        return bool(wishes)
+    return "compiled" in wishes or ("triton" in wishes and _interpreted())
 
 
 def wished() -> str:
     """Returns the value of FD_KERNELS, or `auto` if it is not set.
 
-    Raises: ConfigError: if the value is unknown.
+    Raises: ConfigError: if an implementation or an operation in it is unknown.
     """
     wish = os.environ.get("FD_KERNELS", "") or "auto"
-    if wish not in _WISHES:
-        raise ConfigError(
-            f"FD_KERNELS: no such implementation; got {wish!r}, {nearest(wish, _WISHES)}. Set it "
-            "to one of these or unset it."
-        )
+    _wishes(wish)
     return wish
+
+
+@lru_cache(maxsize=16)
+def _wishes(text: str) -> tuple[str, dict[str, str]]:
+    """Returns what FD_KERNELS asks for: of all operations, and of single ones."""
+    general, single = "auto", {}
+    for part in text.split(","):
+        op, is_single, wish = part.strip().rpartition("=")
+        if wish not in _WISHES:
+            raise ConfigError(
+                f"FD_KERNELS: no such implementation; got {wish!r}, {nearest(wish, _WISHES)}. Set "
+                "it to one of these or unset it."
+            )
+        if not is_single:
+            general = wish
+            continue
+        for name in _FILES:
+            importlib.import_module(f"fd_large.kernels.{name}")
+        if op not in _operations:
+            raise ConfigError(
+                f"FD_KERNELS: no such operation; got {op!r}, {nearest(op, tuple(_operations))}. "
+                "Name one of these, or none for all."
+            )
+        single[op] = wish
+    return general, single
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @torch.compiler.assume_constant_result
 def implementation(op: str, device_type: str, **case: Any) -> Implementation:
-    """Returns what runs an operation: `triton`, `apex` or `reference`.
+    """Returns what runs an operation: `triton`, `compiled`, `apex` or `reference`.
 
     Args:
         op: A registered operation.
@@ -172,11 +209,15 @@ def implementation(op: str, device_type: str, **case: Any) -> Implementation:
     """
     if _references:
         return "reference"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     device = _stood_for if device_type == "meta" else None
-    wish = device.wish if device else wished()
+    general, single = _wishes(device.wish if device else wished())
     choice = _implementation(
-        op, device_type, wish, interpreted, device, tuple(sorted(case.items()))
+        op,
+        device_type,
+        single.get(op, general),
+        _interpreted(),
+        device,
+        tuple(sorted(case.items())),
     )
     if _heard is not None:
         _heard.append((op, choice))
@@ -193,13 +234,23 @@ def _implementation(
     case: tuple[tuple[str, Any], ...],
 ) -> Implementation:
     if device is not None:
-        runs = wish in ("auto", "triton") and device.capability in CAPABILITIES
-        runs = runs and op not in _refused
-        return "triton" if runs and not _operations[op].untested(**dict(case)) else "reference"
+        return _of_device(op, device, wish, dict(case))
     choice, why = _choose(op, device_type, wish, interpreted, dict(case))
     if device_type != "meta":
         _say(op, device_type, choice, why)
     return choice
+
+
+def _of_device(op: str, device: Device, wish: str, case: dict[str, Any]) -> Implementation:
+    untested = _operations[op].untested
+    if op in _refused or wish == "reference":
+        return "reference"
+    if wish == "compiled":
+        return "compiled"
+    if untested is None:
+        return "compiled" if device.on_gpu and device.capability is not None else "reference"
+    runs = wish in ("auto", "triton") and device.capability in CAPABILITIES
+    return "triton" if runs and not untested(**case) else "reference"
 
 
 @lru_cache(maxsize=256)
@@ -224,6 +275,12 @@ def _choose(
             )
         if device_type in APEX_DEVICES and not operation.apex_untested(**case):
             return "apex", "FD_KERNELS=apex"
+    if wish == "compiled":
+        if problem := _compile_problem(device_type):
+            raise ConfigError(
+                f"FD_KERNELS: torch.compile cannot run here; got {problem}. Unset FD_KERNELS here."
+            )
+        return "compiled", f"FD_KERNELS={wish}"
     problem = _triton_problem(device_type, interpreted)
     if wish == "triton":
         if problem:
@@ -232,7 +289,10 @@ def _choose(
             )
     elif device_type != "cuda":
         return "reference", "fused kernels are for CUDA"
-    elif problem:
+    if operation.untested is None:
+        problem = _compile_problem(device_type) if device_type == "cuda" else "plain on CPUs"
+        return ("reference", problem) if problem else ("compiled", "torch.compile, no own kernel")
+    if problem:
         return "reference", f"no Triton: got {problem}"
     untested = operation.untested(**case)
     if untested:
@@ -257,6 +317,18 @@ def _triton_problem(device_type: str, interpreted: bool) -> str:
     if device_type == "cpu":
         return "" if interpreted else "device cpu, expected cuda or TRITON_INTERPRET=1"
     return f"device {device_type}, expected cuda"
+
+
+def _compile_problem(device_type: str) -> str:
+    """Returns why torch.compile cannot run on a device, or "" as far as can be known before."""
+    if device_type == "cuda":
+        if find_spec("triton") is None:
+            return "no package triton, expected triton>=3.2"
+        if torch.cuda.get_device_capability() < (7, 0):
+            return (
+                f"compute capability {torch.cuda.get_device_capability()}, expected (7, 0) or more"
+            )
+    return ""
 
 
 def has_nvidia_apex() -> bool:

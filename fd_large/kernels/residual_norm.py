@@ -18,6 +18,7 @@ from torch import Tensor
 from fd_large.errors import ShapeError
 from fd_large.kernels import choose
 from fd_large.kernels.check import checked
+from fd_large.kernels.compiled import twin
 from fd_large.kernels.operation import contiguous, operation
 
 
@@ -55,7 +56,8 @@ def layer_norm(
         return _launch(None, x, weight, bias, None, None, eps, dtype, None)[0]
     if choice == "apex":
         return choose.apex_layer_norm()(x, weight, bias, weight.shape, eps)
-    return layer_norm_reference(x, weight, bias, eps, dtype)
+    norm = twin("layer_norm", choice, layer_norm_reference, x)
+    return norm(x, weight, bias, eps, dtype)
 
 
 @checked
@@ -85,6 +87,10 @@ def stream_norm(
     )
     if choice == "triton":
         return _launch(None, x, weight, bias, None, None, eps, dtype, copy)
+    if choice == "compiled":
+        norm = twin("residual_norm", choice, stream_norm_reference, x)
+        return norm(x, weight, bias, eps, dtype, copy)
+    # A separate choice, because apex's norm may run.
     y = layer_norm(x, weight, bias, eps, dtype=dtype)
     return y, y.to(copy)
 
@@ -132,8 +138,8 @@ def residual_norm(
     )
     if choice == "triton":
         return _launch(x, branch, weight, bias, branch_bias, scale, eps, x.dtype, copy)
-    y = residual_norm_reference(x, branch, weight, bias, eps, scale, branch_bias)
-    return y, y if copy is None else y.to(copy)
+    norm = twin("residual_norm", choice, residual_norm_reference, x, branch, scale)
+    return norm(x, branch, weight, bias, eps, scale, branch_bias, copy)
 
 
 def takes_bias(branch: Tensor, width: int) -> bool:
@@ -213,7 +219,8 @@ def add_norm(
     """
     _check("add_norm", x, branch, scale, weight=weight, bias=bias, gamma=gamma)
     dtype = dtype or x.dtype
-    if _add_choice(x, branch, gamma, dtype, weight) == "triton":
+    choice = _add_choice(x, branch, gamma, dtype, weight)
+    if choice == "triton":
         y, normed, _, _ = torch.ops.fd_large.add_norm(
             x.contiguous(),
             branch.contiguous(),
@@ -225,6 +232,9 @@ def add_norm(
             dtype,
         )
         return y, normed
+    if choice == "compiled":
+        norm = twin("add_norm", choice, add_norm_reference, x, branch, scale)
+        return norm(x, branch, weight, bias, eps, scale, gamma, dtype)
     y = add_branch_reference(x, branch, scale, gamma)
     # A separate choice, because a norm alone may run where the pair does not.
     return y, layer_norm(y, weight, bias, eps, dtype=dtype)
@@ -239,12 +249,14 @@ def add_branch(
     Raises: ShapeError: if branch, gamma or scale do not fit x.
     """
     _check("add_branch", x, branch, scale, gamma=gamma)
-    if _add_choice(x, branch, gamma, x.dtype, None) == "triton":
+    choice = _add_choice(x, branch, gamma, x.dtype, None)
+    if choice == "triton":
         vectors = contiguous(gamma), _factors(scale), None, None
         return torch.ops.fd_large.add_norm(
             x.contiguous(), branch.contiguous(), *vectors, 0.0, x.dtype
         )[0]
-    return add_branch_reference(x, branch, scale, gamma)
+    add = twin("add_norm", choice, add_branch_reference, x, branch, scale)
+    return add(x, branch, scale, gamma)
 
 
 def _check(
@@ -275,6 +287,14 @@ def layer_norm_reference(
     return _wide_layer_norm(x, weight, bias, eps).to(dtype)
 
 
+def stream_norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, copy: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The plain twin of `stream_norm`."""
+    y = layer_norm_reference(x, weight, bias, eps, dtype)
+    return y, y.to(copy)
+
+
 def residual_norm_reference(
     x: Tensor,
     branch: Tensor,
@@ -283,14 +303,31 @@ def residual_norm_reference(
     eps: float,
     scale: Tensor | None = None,
     branch_bias: Tensor | None = None,
-) -> Tensor:
+    copy: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """The plain twin of `residual_norm`: norm, scale and sum in float32, rounded once."""
     if branch_bias is not None:
         branch = branch.to(torch.promote_types(branch.dtype, torch.float32)) + branch_bias
     normed = _wide_layer_norm(branch, weight, bias, eps)
     if scale is not None:
         normed = normed * scale.view(-1, *[1] * (x.dim() - 1)).to(normed.dtype)
-    return (x + normed).to(x.dtype)
+    y = (x + normed).to(x.dtype)
+    return y, y if copy is None else y.to(copy)
+
+
+def add_norm_reference(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    scale: Tensor | None,
+    gamma: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The plain twin of `add_norm`."""
+    y = add_branch_reference(x, branch, scale, gamma)
+    return y, layer_norm_reference(y, weight, bias, eps, dtype)
 
 
 def add_branch_reference(

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels import choose
 from fd_large.kernels.check import checked
+from fd_large.kernels.compiled import twin
 from fd_large.kernels.operation import contiguous, operation
 from fd_large.kernels.window_attention_reference import Memory, reference
 
@@ -162,7 +163,7 @@ def _attention(
             "student.attention_memory: attention maps must not be kept on a GPU; got 'keep', "
             "expected 'recompute'. Set --student.attention_memory auto."
         )
-    return reference(
+    return twin("window_attention", choice, reference, qkv)(
         qkv,
         bias,
         table,

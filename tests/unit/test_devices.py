@@ -56,7 +56,8 @@ from fd_large.tasks.finetuning.task import FineTuning
 from fd_large.tasks.jobs import job_of
 
 SIDE = 32
-VIT = Architecture(embed_dim=16, depths=(2,), num_heads=(2,), patch_size=8, image_size=SIDE)
+# As narrow as the fused kernels take.
+VIT = Architecture(embed_dim=32, depths=(2,), num_heads=(2,), patch_size=8, image_size=SIDE)
 SWIN = Architecture(
     embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=2, patch_size=4, image_size=SIDE
 )
@@ -157,7 +158,8 @@ def test_distillation(card: Card, name: str, kernels: str) -> None:
     assert waits == []
     assert loss.isfinite()
     gradients_are_there(task)
-    assert bool(card.fused) == (kernels == "triton")
+    # A model of timm's calls no operation that has kernels of ours.
+    assert bool(card.fused) == (kernels == "triton" and not name.startswith("timm:"))
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -310,7 +312,7 @@ def test_features_of_labelled_images(card: Card, tmp_path: Path) -> None:
         batch_size=2,
     )
     assert np.isfinite(found.rows).all()
-    assert found.rows.shape == (3, 16)
+    assert found.rows.shape == (3, VIT.embed_dim)
 
 
 def test_the_evidence_of_a_refused_step(card: Card) -> None:

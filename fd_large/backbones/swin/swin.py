@@ -139,7 +139,8 @@ class Block(nn.Module):
         scheme: Scheme,
     ):
         super().__init__()
-        self.index, self.windows = index, windows
+        # No more than decides the windows: torch.compile makes a graph for each value.
+        self.parity, self.windows = index % 2, windows
         self.norm1 = LayerNorm(width, norm_eps)
         self.attn = WindowAttention(
             width,
@@ -156,7 +157,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
         """Maps (B, H, W, C) to the same shape; scales (2, B) are drop path's factors."""
         height, width = x.shape[1:3]
-        side, windows = self.windows.side, self.windows.over(height, width, self.index)
+        side, windows = self.windows.side, self.windows.over(height, width, self.parity)
         if windows.side != side:
             raise ShapeError(
                 f"swin: the map is smaller than the position table's window; got {height}x{width} "

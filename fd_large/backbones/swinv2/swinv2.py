@@ -216,7 +216,8 @@ class Block(nn.Module):
         scheme: Scheme,
     ):
         super().__init__()
-        self.index, self.windows = index, windows
+        # No more than decides the windows: torch.compile makes a graph for each value.
+        self.parity, self.windows = index % 2, windows
         end = scheme.branch_end(2 * number)
         self.attn = CosineAttention(
             width,
@@ -244,7 +245,7 @@ class Block(nn.Module):
             scales: (2, B) float32, drop path's factors of attention and MLP; None: none.
             position_table: ((2w - 1)^2, h) float32, of the block or its stage.
         """
-        windows = self.windows.over(*x.shape[1:3], self.index)
+        windows = self.windows.over(*x.shape[1:3], self.parity)
         first, second = (None, None) if scales is None else scales
         branch = self.attn(narrow, windows, position_table)
         x, narrow = self.norm1(x, branch, first, narrow.dtype)

@@ -1,4 +1,4 @@
-"""Rank program: a start whose loss kernel is wrong on the last rank, in Triton's interpreter.
+"""Rank program: a start whose attention kernel is wrong on the last rank, in Triton's interpreter.
 
 checked_kernels.py FOLDER. What is chosen afterwards, the loss of the first step and what was said
 are written.
@@ -18,7 +18,7 @@ from scenarios import start_engine, take_step, tiny_run
 from fd_large import distributed
 from fd_large.engine.opening import check_kernels
 from fd_large.engine.zero import start
-from fd_large.kernels import choose, whitened_loss_triton
+from fd_large.kernels import choose, window_attention_triton
 from fd_large.tasks.distillation.job import DistillationJob
 
 
@@ -31,14 +31,14 @@ def main(folder: Path) -> None:
     logging.getLogger("fd_large.kernels").setLevel(logging.DEBUG)
     given = json.loads((folder / "scenarios.json").read_text())
     run = tiny_run(**given["run"])
-    right = whitened_loss_triton.forward
+    right = window_attention_triton.forward
     if distributed.rank() == distributed.world_size() - 1:
 
         def wrong(*arguments):
-            loss, *rest = right(*arguments)
-            return loss * 1.01, *rest
+            out, lse = right(*arguments)
+            return out * 1.03, lse
 
-        whitened_loss_triton.forward = wrong
+        window_attention_triton.forward = wrong
     check_kernels(DistillationJob(run), bfloat16=False)
     engine, _ = start_engine(run, given["zero"])
     engine.task.train()

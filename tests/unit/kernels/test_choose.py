@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +58,61 @@ def test_what_runs_where(wish, device, choice, gpu, monkeypatch):
     if wish is not None:
         monkeypatch.setenv("FD_KERNELS", wish)
     assert choose.implementation("residual_norm", device, **CASE) == choice
+
+
+@pytest.mark.parametrize(
+    ("wish", "device", "choice"),
+    [
+        ("auto", "cuda", "compiled"),
+        ("triton", "cuda", "compiled"),
+        ("reference", "cuda", "reference"),
+        ("auto", "cpu", "reference"),
+        ("auto", "meta", "reference"),
+        ("compiled", "cpu", "compiled"),
+    ],
+)
+def test_an_operation_without_kernels_of_ours_is_compiled_on_gpus(
+    wish, device, choice, gpu, monkeypatch
+):
+    monkeypatch.setenv("FD_KERNELS", wish)
+    assert choose.implementation("whitened_loss", device) == choice
+
+
+def test_an_operation_can_be_asked_for_alone(gpu, monkeypatch):
+    for wish in ("auto,residual_norm=compiled", "residual_norm=compiled"):
+        monkeypatch.setenv("FD_KERNELS", wish)
+        assert choose.wished() == wish
+        assert choose.implementation("residual_norm", "cuda", **CASE) == "compiled"
+        assert choose.implementation("layer_norm", "cuda", **NORM) == "triton"
+        assert choose.may_run_kernels("cpu")
+    monkeypatch.setenv("FD_KERNELS", "reference, window_attention=auto")
+    assert choose.implementation("residual_norm", "cuda", **CASE) == "reference"
+    assert choose.may_run_kernels("cuda")
+
+
+def test_every_file_that_registers_operations_is_known():
+    room = Path(choose.__file__).parent
+    registering = {p.stem for p in room.glob("*.py") if "\nchoose.register(" in p.read_text()}
+    assert registering == set(choose._FILES)
+
+
+@pytest.mark.parametrize("wish", ["compiled", "auto"])
+def test_torch_compile_on_old_gpus_and_without_triton(wish, gpu, monkeypatch):
+    monkeypatch.setenv("FD_KERNELS", wish)
+
+    def choice():
+        choose._implementation.cache_clear()
+        if wish == "auto":
+            return choose.implementation("whitened_loss", "cuda")
+        with pytest.raises(ConfigError, match=r"torch.compile cannot run here"):
+            choose.implementation("whitened_loss", "cuda")
+        return "reference"
+
+    gpu[:] = 6, 1
+    assert choice() == "reference"
+    gpu[:] = 9, 0
+    monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    assert choice() == "reference"
 
 
 def test_cases_that_were_not_tested_run_on_the_reference(gpu, monkeypatch, caplog):
@@ -117,9 +173,14 @@ def test_the_interpreter_makes_triton_run_on_the_cpu(monkeypatch):
 
 
 def test_unknown_implementation_is_named(monkeypatch):
-    monkeypatch.setenv("FD_KERNELS", "apx")
-    with pytest.raises(ConfigError, match="nearest: apex"):
-        choose.wished()
+    for wish, told in (
+        ("apx", "nearest: apex"),
+        ("auto,residual_norm=compield", "nearest: compiled"),
+        ("auto,residual_nrom=compiled", "nearest: residual_norm"),
+    ):
+        monkeypatch.setenv("FD_KERNELS", wish)
+        with pytest.raises(ConfigError, match=told):
+            choose.wished()
 
 
 @pytest.fixture

@@ -52,8 +52,6 @@ def roofline(monkeypatch):
         ("residual_norm", NORM, {}, True),
         ("residual_norm", NORM, {"width": 2056}, False),
         ("residual_norm", NORM, {"weight": torch.float16}, False),
-        ("linear_gelu", {"width": 8192, "product": torch.bfloat16}, {}, True),
-        ("whitened_loss", {"width": 4096, "teacher": torch.bfloat16}, {}, True),
     ],
 )
 def test_what_is_proven(op, case, change, expected, roofline):

@@ -35,9 +35,9 @@ NETS = {
     ),
 }
 EXPECTED = {
-    "swinv2": {"layer_norm", "residual_norm", "whitened_loss", "window_attention"},
-    "swin": {"layer_norm", "add_norm", "whitened_loss", "window_attention"},
-    "vit": {"layer_norm", "add_norm", "whitened_loss", "window_attention"},
+    "swinv2": {"layer_norm", "residual_norm", "window_attention"},
+    "swin": {"layer_norm", "add_norm", "window_attention"},
+    "vit": {"layer_norm", "add_norm", "window_attention"},
 }
 
 

@@ -126,7 +126,7 @@ def dense_block(block, x, table_of):
     attn = block.attn
     height, width, channels = x.shape
     window = min(block.windows.side, height, width)
-    odd = block.index % 2 == 1
+    odd = block.parity == 1
     shift = window // 2 if odd and min(height, width) > block.windows.side else 0
     padded = [-(-n // window) * window for n in (height, width)]
     y, x_ = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
