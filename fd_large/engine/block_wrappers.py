@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import einops
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -55,9 +54,6 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     Blocks that do the same on the same shapes share a graph. Under ZeRO-3 the hooks that fetch a
     module's parameters break the graph, and the parts between them are compiled.
     """
-    # einops finds out at its first call that there is torch; a graph from before would be made
-    # twice, because it is guarded by what einops knows.
-    einops.rearrange(torch.empty(1), "n -> n")
     compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
     for block in blocks:
         function = type(block).forward

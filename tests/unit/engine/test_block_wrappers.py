@@ -1,5 +1,7 @@
 import pytest
 import torch
+from einops import rearrange
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.engine.block_wrappers import checkpoint_blocks, compile_blocks
@@ -52,7 +54,7 @@ def test_compiled_blocks_are_whole_graphs_that_blocks_share_and_give_the_same_gr
 
     def gradients(compiled):
         torch.manual_seed(0)
-        net = SwinV2(16, (4,), (1,), window_size=2, extra_norm_every=4)
+        net = SwinV2(16, (3,), (1,), window_size=2, extra_norm_every=2)
         if compiled:
             compile_blocks(net.blocks())
         checkpoint_blocks(net.blocks(), mode="every")
@@ -62,11 +64,14 @@ def test_compiled_blocks_are_whole_graphs_that_blocks_share_and_give_the_same_gr
         return {name: parameter.grad for name, parameter in net.named_parameters()}
 
     expected = gradients(compiled=False)
+    # Graphs are guarded by the tensors that einops has met, and tracing shows it another kind.
+    with FakeTensorMode():
+        rearrange(torch.empty(1), "n -> n")
     torch._dynamo.reset()
     counters.clear()
     found = gradients(compiled=True)
-    # Whole windows, shifted ones, and shifted ones before an extra norm.
-    assert counters["stats"]["unique_graphs"] == 3
+    # The first block and the third share one; the second shifts its windows.
+    assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
