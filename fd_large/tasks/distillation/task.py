@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
 from fd_large.engine.task import Task
-from fd_large.tasks.distillation.heads.map_head import with_blocks
+from fd_large.tasks.distillation.heads.map_head import BesideLoss, with_blocks
 from fd_large.tasks.distillation.target import Target
 
 Teachers = Mapping[str, Callable[[Tensor], FeatureMap]]
@@ -112,7 +112,10 @@ class Distillation(Task):
                     metrics[f"{target.label}_cosine"] = cosines[-1]
         if cosines:
             metrics["cosine"] = torch.stack(cosines).mean()
-        return reduce(add, losses), metrics
+        total = reduce(add, losses)
+        if blocks:
+            total = BesideLoss.apply(total, student_map.tokens)
+        return total, metrics
 
     def references(
         self, *, pixels: Tensor, keep: Tensor | None, maps: Mapping[str, FeatureMap]

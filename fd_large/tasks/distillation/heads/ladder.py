@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.initialization import NORMAL
+from fd_large.backbones.layers import Linear
 from fd_large.tasks.distillation.heads.map_head import MapHead, Maps, patches_of
-
-_STD = 0.02
 
 
 class Ladder(MapHead):
@@ -84,11 +84,7 @@ class Ladder(MapHead):
 
 def _mlp(width: int, hidden: int, out_width: int, pre_norm: bool, mid_norm: bool) -> nn.Sequential:
     layers: list[nn.Module] = [nn.LayerNorm(width)] if pre_norm else []
-    layers.append(nn.Linear(width, hidden))
+    layers.append(Linear(width, hidden, draw=NORMAL))
     layers += [nn.LayerNorm(hidden)] if mid_norm else []
-    layers += [nn.GELU(), nn.Linear(hidden, out_width)]
-    for layer in layers:
-        if isinstance(layer, nn.Linear):
-            nn.init.trunc_normal_(layer.weight, std=_STD)
-            nn.init.zeros_(layer.bias)
+    layers += [nn.GELU(), Linear(hidden, out_width, draw=NORMAL)]
     return nn.Sequential(*layers)

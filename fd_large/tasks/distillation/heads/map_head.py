@@ -96,6 +96,32 @@ def with_blocks(student: nn.Module, *arguments: Any) -> tuple[FeatureMap, tuple[
     return last, tuple(FeatureMap(output, last.grid, prefix) for output in heard)
 
 
+class BesideLoss(torch.autograd.Function):
+    """A loss as it is, whose backward also passes zeros to a tensor that it does not depend on.
+
+    Where only blocks are read, the student's own last map is in no loss. The hooks of ZeRO-3 wait
+    for its gradient to gather what the student owns directly (class token, positions).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, beside: Tensor) -> Tensor:
+        """Returns the loss.
+
+        Args:
+            ctx: Holds the tensor's shape.
+            loss: A scalar.
+            beside: Any tensor.
+        """
+        ctx.save_for_backward(beside)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the loss's own gradient, and zeros."""
+        (beside,) = ctx.saved_tensors
+        return slopes[0], torch.zeros_like(beside)
+
+
 def check_map_head(head: MapHead, name: str, student: nn.Module, out_width: int, side: int) -> None:
     """Runs a head and a student that were built on the meta device.
 
