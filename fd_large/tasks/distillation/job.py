@@ -45,7 +45,12 @@ from fd_large.tasks.distillation.alignment import Grid, teacher_side
 from fd_large.tasks.distillation.canary import Canary, seconds_of_product
 from fd_large.tasks.distillation.feature_panel import FeaturePanel
 from fd_large.tasks.distillation.heads.map_head import WHERE as HEAD_WHERE
-from fd_large.tasks.distillation.heads.map_head import MapHead, Maps, check_map_head
+from fd_large.tasks.distillation.heads.map_head import (
+    MapHead,
+    Maps,
+    check_map_head,
+    with_blocks,
+)
 from fd_large.tasks.distillation.heads.registry import HEADS
 from fd_large.tasks.distillation.held_out import HeldOutViews
 from fd_large.tasks.distillation.losses import check_loss, make_loss
@@ -57,7 +62,7 @@ from fd_large.tasks.distillation.normalisers import (
     make_normaliser,
 )
 from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher, field_of, label
-from fd_large.tasks.distillation.target import Target
+from fd_large.tasks.distillation.target import Target, as_map, summary
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.distillation.teacher import PlacedTeacher, place
 from fd_large.weights.libraries import To
@@ -217,7 +222,16 @@ class DistillationJob(Job):
             head, width = target.head, teachers[target.teacher].width
             chosen = run.taught_by[target.teacher].setting("head", target.kind)
             if isinstance(head, MapHead):
-                check_map_head(head, chosen, task.student, width, size)
+                pixels = torch.empty(1, 3, size, size, device="meta")
+                with torch.no_grad():
+                    last, blocks = (
+                        with_blocks(task.student, pixels)
+                        if target.reads_blocks
+                        else (task.student(pixels), ())
+                    )
+                if target.kind == SUMMARY:
+                    last, *blocks = (as_map(summary(map_)) for map_ in (last, *blocks))
+                check_map_head(head, chosen, last, blocks, width)
             else:
                 check_head(head, chosen, (2, 3, task.student.width), width, where=HEAD_WHERE)
         models = (task, *teachers.values())
@@ -718,20 +732,21 @@ def _grid(whose: str, grid_of: Callable[[int, int], Grid], side: int) -> Grid:
         raise ShapeError(f"{whose}: {error}") from None
 
 
-def _maps(student: nn.Module, teacher: Frozen, side: int) -> Maps:
+def _maps(student: nn.Module, teacher: Frozen, side: int, *, kind: str, with_prefix: bool) -> Maps:
     """What a head that reads maps is made for.
 
     Args:
         student: The student.
         teacher: The teacher.
         side: Side of the student's images, in pixels.
+        kind: Whether it reads maps, or summaries as maps of one place.
+        with_prefix: Whether prefix tokens are learnt with the map.
     """
-    return Maps(
-        student.grid(side, side),
-        teacher.grid(side),
-        student.num_prefix_tokens,
-        len(student.blocks()),
-    )
+    blocks = len(student.blocks())
+    if kind == SUMMARY:
+        return Maps((1, 1), (1, 1), 0, blocks)
+    prefix = student.num_prefix_tokens if with_prefix else 0
+    return Maps(student.grid(side, side), teacher.grid(side), prefix, blocks)
 
 
 def _student_of(engine: Engine) -> Callable[[Tensor], FeatureMap]:

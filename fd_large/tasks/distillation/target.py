@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fd_large.backbones.feature_map import FeatureMap
-from fd_large.errors import ConfigError
 from fd_large.tasks.distillation.alignment import Grid, common_grid, match_grids, match_prefixes
 from fd_large.tasks.distillation.heads import registry
-from fd_large.tasks.distillation.heads.map_head import WHERE, MapHead, Maps
+from fd_large.tasks.distillation.heads.map_head import MapHead, Maps
 from fd_large.tasks.distillation.losses import make_loss
 from fd_large.tasks.distillation.normalisers import WHITENING, make_normaliser
 from fd_large.tasks.distillation.section import MAP, SUMMARY, label
@@ -72,11 +71,6 @@ class Target:
     ) -> None:
         self.teacher, self.kind, self.weight = teacher, kind, weight
         self.head = registry.make(head, width, teacher_width, maps)
-        if kind == SUMMARY and isinstance(self.head, MapHead):
-            raise ConfigError(
-                f"{WHERE}: a summary is one token, and the head reads maps; got {head}, expected a "
-                "head on tokens. Set summary.head to linear or mlp."
-            )
         self.reads_blocks = isinstance(self.head, MapHead) and self.head.reads_blocks
         self.loss = make_loss(loss, beta=beta)
         self.normalise = make_normaliser(
@@ -104,7 +98,8 @@ class Target:
         Raises: ShapeError: if the grids of two maps differ and are not to be interpolated.
         """
         if self.kind == SUMMARY:
-            return self.head(summary(student)), summary(teacher)
+            student, *blocks = (as_map(summary(map_)) for map_ in (student, *blocks))
+            teacher = as_map(summary(teacher))
         if isinstance(self.head, MapHead):
             student = self.head(tuple(blocks) if self.reads_blocks else student)
         student, teacher = match_prefixes(student, teacher, with_prefix=self._with_prefix)
@@ -184,3 +179,8 @@ def summary(feature_map: FeatureMap) -> Tensor:
     if feature_map.num_prefix_tokens:
         return feature_map.tokens[:, :1]
     return feature_map.tokens.mean(1, keepdim=True)
+
+
+def as_map(summaries: Tensor) -> FeatureMap:
+    """Returns summaries (B, 1, C) as maps of one place, for heads that read maps."""
+    return FeatureMap(summaries, (1, 1), 0)

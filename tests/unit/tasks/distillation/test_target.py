@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fd_large.backbones.feature_map import FeatureMap
+from fd_large.tasks.distillation.heads.map_head import Maps
 from fd_large.tasks.distillation.losses import LOSSES
 from fd_large.tasks.distillation.target import Target, summary
 
@@ -49,3 +50,12 @@ def test_a_loss_of_the_users_own_has_a_value_for_each_image(monkeypatch):
     own, l1 = (Target(4, 6, loss=loss) for loss in ("own", "l1"))
     projected, wanted = torch.randn(2, 3, 5, 6).unbind()
     assert torch.allclose(own.per_image(projected, wanted), l1.per_image(projected, wanted))
+
+
+def test_a_ladder_of_summaries_reads_the_cls_tokens_of_the_blocks():
+    maps = [a_map(4, seed=number) for number in range(3)]
+    target = Target(4, 6, kind="summary", head="ladder", maps=lambda: Maps((1, 1), (1, 1), 0, 3))
+    projected, wanted = target.compared(maps[-1], maps, a_map(6))
+    assert projected.shape == wanted.shape == (3, 1, 6)
+    by_hand = sum(target.head.patch[str(i)](map_.tokens[:, :1]) for i, map_ in enumerate(maps))
+    assert torch.allclose(projected, by_hand)
