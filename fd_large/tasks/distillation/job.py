@@ -410,7 +410,12 @@ class DistillationJob(Job):
                 normaliser=entry.setting("normaliser", kind),
                 head=entry.setting("head", kind),
                 maps=partial(
-                    _maps, student, getattr(teachers[name], "module", teachers[name]), size
+                    _maps,
+                    student,
+                    getattr(teachers[name], "module", teachers[name]),
+                    size,
+                    kind=kind,
+                    with_prefix=SUMMARY not in entry.targets,
                 ),
                 beta=entry.beta,
                 whitening_eps=entry.whitening_eps,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fd_large.data.sampler import Portion
 from fd_large.engine.checkpoint_models import sources_of
-from fd_large.errors import CheckpointError, FDError, ShapeError
+from fd_large.errors import CheckpointError, ConfigError, FDError, ShapeError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
 from fd_large.tasks.distillation.canary import Canary
@@ -91,8 +91,9 @@ def test_a_sound_recipe_passes_and_lists_its_sources(run, root):
     assert not DistillationJob(DistillationJob(sharded).in_one_process()).splits_models()
 
 
-def test_sizes_of_all_that_may_be_split(built):
-    job, engine = built()
+@pytest.mark.parametrize("head", ["linear", "convolutional", "resized_mlp"])
+def test_sizes_of_all_that_may_be_split(built, head):
+    job, engine = built(objective__head=head)
     models = (engine.task, job.teachers[""].module)
     expected = sorted(p.numel() for model in models for p in model.parameters())
     assert sorted(job.parameter_sizes()) == expected
@@ -109,6 +110,22 @@ def test_sizes_of_all_that_may_be_split(built):
 def test_maps_that_do_not_fit_are_refused(run, field, value, named):
     with pytest.raises(ShapeError, match=named):
         DistillationJob(override(run, {field: value})).parameter_sizes()
+
+
+def test_a_ladder_stands_on_blocks_of_one_shape_and_learns_summaries_too(run):
+    with pytest.raises(ConfigError, match=r"objective\.head.*blocks"):
+        DistillationJob(override(run, {"objective.head": "ladder"})).parameter_sizes()
+    vit = {"model": "vit_base_patch16", "architecture.depths": (2,), "architecture.embed_dim": 8}
+    vit |= {"architecture.num_heads": (2,), "architecture.patch_size": 8}
+    fields = {f"student.{name}": value for name, value in vit.items()}
+    fields |= {f"teachers.a.{name}": value for name, value in vit.items()}
+    fields |= {"teachers.a.source": "random", "teachers.a.head": "ladder"}
+    run = run.with_fields({**fields, "teachers.a.targets": ("map", "summary")})
+    heads = DistillationJob(run).models_on_shapes()[0].heads["a"]
+    assert [heads[kind].cls for kind in ("map", "summary")] == [None, None]
+    assert heads["map"].grid == (4, 4)
+    assert heads["summary"].grid == (1, 1)
+    DistillationJob(run).parameter_sizes()
 
 
 AUTO = {"teacher_image_size": "auto", "interpolation": "auto"}
