@@ -14,13 +14,12 @@ from fd_large.runtime.run_folder import summary_of, write_status
 log = logging.getLogger(__name__)
 
 
-def end_by(error: BaseException, lease: Lease, watching: Sequence[Hook]) -> None:
-    """Lets an error end a run so that its folder says so; no collective, others may be gone.
+def end_by(error: BaseException, runs: Sequence[tuple[Lease, Sequence[Hook]]]) -> None:
+    """Lets an error end runs so that their folders say so; no collective, others may be gone.
 
     Args:
-        error: What ends it.
-        lease: This start's right to write the run's folder.
-        watching: The hooks that know of the start.
+        error: What ends them.
+        runs: This start's right to write a run's folder, and the hooks that know of the start.
     """
     status, code = FAILED, getattr(error, "exit_code", Exit.LOST)
     if isinstance(error, KeyboardInterrupt):
@@ -32,12 +31,13 @@ def end_by(error: BaseException, lease: Lease, watching: Sequence[Hook]) -> None
         failures.tell(code, reason)
     elif heard := failures.heard():
         reason = str(heard)
-    for hook in watching:
-        try:
-            hook.on_failure(status, reason)
-        except Exception:
-            log.exception("%s could not end", type(hook).__name__)
-    write_end(lease, status, reason, first=first)
+    for lease, watching in runs:
+        for hook in watching:
+            try:
+                hook.on_failure(status, reason)
+            except Exception:
+                log.exception("%s could not end", type(hook).__name__)
+        write_end(lease, status, reason, first=first)
 
 
 def write_end(lease: Lease, status: str, reason: str, *, first: bool) -> None:

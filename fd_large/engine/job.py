@@ -229,6 +229,13 @@ class Job:
                 sharded.
         """
 
+    def take_models_of(self, other: Job) -> None:
+        """Takes what the job of another student of the same recipe has built, in place of `build`.
+
+        Args:
+            other: A job of this class.
+        """
+
     def make_task(self) -> Task:
         """Constructs the trained Module, with random weights from torch's global generator only."""
         raise NotImplementedError

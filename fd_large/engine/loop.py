@@ -23,8 +23,9 @@ from fd_large.engine.evaluation import Evaluation, Interrupted, Panel, Pending, 
 from fd_large.engine.forward_backward import arguments_of_step, backward
 from fd_large.engine.incident_evidence import evidence_of
 from fd_large.engine.micro_batch import out_of_memory_named
-from fd_large.engine.prefetch import Prefetch
+from fd_large.engine.prefetch import Batches
 from fd_large.engine.schedule import Schedule
+from fd_large.engine.task import Task
 from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.layer_decay import LayerLearningRates
@@ -103,6 +104,8 @@ class Trainer:
         begun: Takes the hooks that know of the start, and so are to hear of the end.
 
     Attributes:
+        setting: What the hooks are given before the first step.
+        best: Keeps the checkpoint of the best evaluation; None: none is kept.
         stopped_early: Whether patience was exhausted before the last step.
     """
 
@@ -121,9 +124,9 @@ class Trainer:
         best: Best | None = None,
         begun: list[Hook] | None = None,
     ) -> None:
-        self._engine, self._plan, self._hooks, self._setting = engine, plan, hooks, setting
+        self._engine, self._plan, self._hooks, self.setting = engine, plan, hooks, setting
         self._checkpoints, self._evaluations, self._time_box = checkpoints, evaluations, time_box
-        self._layer_rates, self._ema, self._best = layer_rates, ema, best
+        self._layer_rates, self._ema, self.best = layer_rates, ema, best
         self._evaluate_every = steps_between(evaluations)
         self._finished = setting.first_update
         self._begun = [] if begun is None else begun
@@ -134,22 +137,31 @@ class Trainer:
         # At most one, and the steps that it followed.
         self._pending: tuple[int, Pending] | None = None
 
-    def train(self, batches: Callable[[int, int], Iterator[Batch]]) -> str:
-        """Trains; returns `done`, `preempted`, `not saved`, or the status a hook ended it with.
+    @property
+    def finished(self) -> int:
+        """Number of finished steps."""
+        return self._finished
 
-        Args:
-            batches: (epoch, first step of it) -> this rank's micro batches to the epoch's end.
-        """
+    @property
+    def status(self) -> str:
+        """Why the run ends, `done` after its last step; empty while it goes on."""
+        return self._status or (DONE if self._finished >= self._total else "")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of whole global batches in an epoch."""
+        return self._plan.steps_per_epoch
+
+    @property
+    def task(self) -> Task:
+        """The trained Module."""
+        return self._engine.task
+
+    def begin(self) -> None:
+        """Tells the hooks of the start, and makes the evaluation that is due before a step."""
         for hook in self._hooks:
-            hook.on_start(self._setting)
+            hook.on_start(self.setting)
             self._begun.append(hook)
-        try:
-            return self._train(batches)
-        finally:
-            if self._pending is not None:
-                self._pending[1].give_up()
-
-    def _train(self, batches: Callable[[int, int], Iterator[Batch]]) -> str:
         self._engine.task.train()
         if self._finished:
             for evaluation in self._evaluations:
@@ -163,40 +175,43 @@ class Trainer:
             # The evaluation that the last start did not come to, or did not finish.
             self._checkpoints.mark_evaluated()
             self._after_evaluation(saved=True)
-        elif self._best is not None and self._best.exhausted:
+        elif self.best is not None and self.best.exhausted:
             # It was ended between its last evaluation and its end.
             self._after_evaluation(saved=True)
-        while self._finished < self._total and not self._status:
-            self._train_epoch(batches)
+
+    def leave(self) -> None:
+        """Saves and stops after the present step, where another student's run does so."""
+        if self.status:
+            return
+        self._stop()
+        if self._finished > self.setting.first_update:
+            self._save(evaluated=True)
+
+    def end(self) -> str:
+        """Ends a run that has a status; returns `done`, `preempted`, `not saved` or a hook's."""
         with activity.work("writing the checkpoint"):
             saved = self._checkpoints.settle()
         # Whoever is told to leave leaves at once; the next start takes them up.
         if self._status != PREEMPTED:
             self._take_numbers(self._beat)
-        status = self._status or DONE
+        status = self.status
         if not saved and status in (DONE, PREEMPTED):
             status = NOT_SAVED
         for hook in self._hooks:
             hook.on_end(status)
         return status
 
+    def give_up(self) -> None:
+        """Leaves what is still being worked out to a later start; harmless where nothing is."""
+        if self._pending is not None:
+            self._pending[1].give_up()
+
     @property
     def _total(self) -> int:
         return self._plan.schedule.total
 
-    def _train_epoch(self, batches: Callable[[int, int], Iterator[Batch]]) -> None:
-        epoch, first = divmod(self._finished, self._plan.steps_per_epoch)
-        end = (epoch + 1) * self._plan.steps_per_epoch
-        micro_batches = Prefetch(iter(batches(epoch, first)), distributed.device())
-        while self._finished < min(end, self._total) and not self._status:
-            self._train_step(micro_batches, epoch)
-        # Runs the loader dry, so that its workers have ended before the next epoch's are forked.
-        if not self._status and self._finished % self._plan.steps_per_epoch == 0:
-            left = next(micro_batches, None)
-            assert left is None
-
-    def _train_step(self, micro_batches: Prefetch, epoch: int) -> None:
-        """One step, and what follows it: hooks, roll-back, evaluation, checkpoint."""
+    def take_step(self, micro_batches: Batches, epoch: int) -> None:
+        """Takes one step, and does what follows it: hooks, roll-back, evaluation, checkpoint."""
         agreed, batches, losses = self._forward_backward_step(micro_batches, epoch)
         update, verdict = agreed.update, agreed.verdict
         self._finished += 1
@@ -225,7 +240,7 @@ class Trainer:
         self._save_and_evaluate(agreed, rolled_back)
 
     def _forward_backward_step(
-        self, micro_batches: Prefetch, epoch: int
+        self, micro_batches: Batches, epoch: int
     ) -> tuple[_Agreed, list[Batch], list[Tensor]]:
         """Forward, backward, agreement, and the optimiser's step unless it is refused.
 
@@ -256,7 +271,7 @@ class Trainer:
                 waited += time.perf_counter() - begin
 
         engine.task.before_step(self._finished / self._total)
-        with out_of_memory_named(self._setting.micro_batch_size):
+        with out_of_memory_named(self.setting.micro_batch_size):
             for arguments in arguments_of_step(
                 engine.task, engine.deepspeed, fetched(), plan.seed, count=plan.accumulation
             ):
@@ -370,7 +385,7 @@ class Trainer:
         Args:
             saved: Whether a checkpoint of this step is stored or being written.
         """
-        best = self._best
+        best = self.best
         if best is None or self._status:
             return
         stops = best.exhausted and self._finished < self._total
@@ -405,7 +420,7 @@ class Trainer:
         if not due:
             return True
         # The run ends, or what it does next follows from the numbers, or from how long they took.
-        waits = bool(last or self._best or self._time_box)
+        waits = bool(last or self.best or self._time_box)
         begin = time.monotonic()
         metrics: dict[str, float] = {}
         panel: Panel | None = None
@@ -428,9 +443,9 @@ class Trainer:
             return False
         if self._time_box is not None:
             self._time_box.after_evaluation(time.monotonic() - begin)
-        if self._best is not None:
+        if self.best is not None:
             made = len(due) == len(self._evaluations)
-            self._improved = self._best.note(self._finished, metrics, all_made=made)
+            self._improved = self.best.note(self._finished, metrics, all_made=made)
         for hook in self._hooks if metrics else ():
             hook.on_evaluation(self._finished, metrics)
             if panel is not None:
@@ -457,8 +472,8 @@ class Trainer:
             if distributed.is_main():
                 log.error("NO NUMBERS of the evaluation after %d steps: %s", step, error)
         else:
-            if self._best is not None:
-                self._best.note(step, metrics, all_made=False)
+            if self.best is not None:
+                self.best.note(step, metrics, all_made=False)
             for hook in self._hooks:
                 hook.on_evaluation(step, metrics)
             pending.forget()

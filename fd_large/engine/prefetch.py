@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 
 from fd_large.data.loader import Batch
+
+
+class Batches(Protocol):
+    """Micro batches of a run, in order."""
+
+    def __next__(self) -> tuple[Batch, Batch]:
+        """Returns (batch as the loader gave it, batch to compute with)."""
+
+    def stage(self) -> None:
+        """Starts to copy the next one to the device, if anything is to be copied."""
 
 
 class Prefetch:
@@ -50,3 +61,37 @@ class Prefetch:
         for tensor in copy.tensors():
             tensor.record_stream(computing)
         return batch, copy
+
+
+class StepForSeveral:
+    """The micro batches of one step, which several students take one after another.
+
+    The first who asks for a micro batch has it read, and completed by what frozen models say of it;
+    the others are given the same. All of the step's stay on the device until it is over.
+
+    Args:
+        source: The run's micro batches.
+        complete: Adds what all students learn from a micro batch; called once for each.
+    """
+
+    def __init__(self, source: Batches, complete: Callable[[Batch], Batch]) -> None:
+        self._source, self._complete = source, complete
+        self._taken: list[tuple[Batch, Batch]] = []
+        self._next = 0
+
+    def rewind(self) -> None:
+        """Begins anew, for the next student."""
+        self._next = 0
+
+    def stage(self) -> None:
+        """As the source's, for the first student."""
+        if self._next == len(self._taken):
+            self._source.stage()
+
+    def __next__(self) -> tuple[Batch, Batch]:
+        """As the source's."""
+        if self._next == len(self._taken):
+            batch, on_device = next(self._source)
+            self._taken.append((batch, self._complete(on_device)))
+        self._next += 1
+        return self._taken[self._next - 1]

@@ -18,9 +18,10 @@ from fd_large.engine.count import step_flops
 from fd_large.engine.ending import end_by, write_end
 from fd_large.engine.job import Job, JobOf
 from fd_large.engine.loop import Trainer, TrainingPlan
-from fd_large.engine.opening import Opened, open_run
+from fd_large.engine.opening import Opened, open_together
 from fd_large.engine.run_page import RunPage
 from fd_large.engine.schedule import SCHEDULES, Schedule
+from fd_large.engine.students import HooksOfAll, train_together
 from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.trust_ratio import scale_by_norms
@@ -70,18 +71,22 @@ def train(
         lease: This start's right to write the run's folder.
         fresh: Start over instead of resuming; the old run's files are moved aside.
         profile: Steps to trace with torch's profiler, after the first three; 0 turns it off.
-        hooks: Hooks besides those that the recipe asks for.
+        hooks: Hooks besides those that the recipe asks for; each student's run tells them.
 
     Raises: FDError: for the user's mistakes, before training where that is possible.
     """
-    # Files that are as this run's own folder recorded them; the command line allows all others.
-    # What the folder alone names stays refused, as the folder may have come from elsewhere.
-    recorded, named = recorded_code(Path(run.run_dir())), run.code()
-    doors.allow_unchanged({name: recorded[name] for name in named.keys() & recorded.keys()})
-    watching: list[Hook] = []
+    runs = run.each_student()
+    leases = [lease.inside(Path(one.run_dir())) if name else lease for name, one in runs.items()]
+    for one in runs.values():
+        # Files that are as this run's own folder recorded them; the command line allows all others.
+        # What the folder alone names stays refused, as the folder may have come from elsewhere.
+        recorded, named = recorded_code(Path(one.run_dir())), one.code()
+        doors.allow_unchanged({name: recorded[name] for name in named.keys() & recorded.keys()})
+    watching: list[list[Hook]] = [[] for _ in runs]
 
     def lost(reason: str) -> None:
-        write_end(lease, FAILED, reason, first=False)
+        for each in leases:
+            write_end(each, FAILED, reason, first=False)
 
     failures.last_words.append(lost)
     with activity.work("meeting the other ranks"):
@@ -92,12 +97,21 @@ def train(
     if watchdog:
         watchdog.start()
     try:
-        opened = open_run(run, job_of, deepspeed_config=deepspeed_config, lease=lease, fresh=fresh)
+        opened = open_together(list(runs.values()), job_of, deepspeed_config, leases, fresh=fresh)
         # The watchdog is the last, so that it watches what the others do at the end as well.
-        more = [*hooks, *(hook for hook in (preemption, watchdog) if hook)]
-        return _train(opened, lease, profile, more, watching)
+        shared = HooksOfAll([hook for hook in (preemption, watchdog) if hook])
+        made = [
+            _trainer_of(
+                one,
+                each,
+                [*hooks_of(one.job, profile, hooks, student=name), shared],
+                begun,
+            )
+            for name, one, each, begun in zip(runs, opened, leases, watching, strict=True)
+        ]
+        return _train([trainer for trainer in made if trainer], opened[0], lease, shared)
     except BaseException as error:
-        end_by(error, lease, watching)
+        end_by(error, list(zip(leases, watching, strict=True)))
         raise
     finally:
         failures.last_words.remove(lost)
@@ -107,17 +121,54 @@ def train(
             preemption.close()
 
 
-def _train(
-    opened: Opened,
-    lease: Lease,
-    profile: int,
-    more_hooks: Sequence[Hook],
-    watching: list[Hook],
-) -> int:
-    """Trains an opened run; fills `watching` with the hooks that have begun."""
+def _train(trainers: Sequence[Trainer], opened: Opened, lease: Lease, shared: HooksOfAll) -> int:
+    """Trains the students that are not finished; returns the exit code.
+
+    Args:
+        trainers: One for each of them.
+        opened: One of the opened runs: all have the same images and batches.
+        lease: This start's right to write the folder of all.
+        shared: The hooks that serve all.
+    """
+    if not trainers:
+        return 0
+    job, launch, size = opened.job, opened.launch, opened.micro_batch_size
+
+    def batches(epoch: int, first_update: int) -> Iterator[Batch]:
+        portion = Portion(epoch, first_update, size, launch.rank, launch.world_size)
+        return job.batches(opened.samples, portion)
+
+    shared.begin([trainer.setting for trainer in trainers], lease.folder)
+    try:
+        statuses = train_together(trainers, batches)
+    except FDError as error:
+        error.rank_local = not error.agreed
+        raise
+    for trainer, status in zip(trainers, statuses, strict=True):
+        folder, best = trainer.setting.folder, trainer.best
+        if best is not None and distributed.is_main():
+            why = {"reason": best.reason()} if trainer.stopped_early else {}
+            write_status(folder, status, best=best.to_dict(), **why)
+        log.info("%s: %s", status, folder)
+    codes = {EXIT_CODES.get(status, Exit.LOOK) for status in statuses}
+    code = next(code for code in (Exit.LOOK, Exit.AGAIN, Exit.DONE) if code in codes)
+    shared.end(next(status for status in statuses if EXIT_CODES.get(status, Exit.LOOK) == code))
+    return code
+
+
+def _trainer_of(
+    opened: Opened, lease: Lease, hooks: Sequence[Hook], begun: list[Hook]
+) -> Trainer | None:
+    """Resumes an opened run and makes what trains it; None where it is finished.
+
+    Args:
+        opened: The run.
+        lease: This start's right to write its folder.
+        hooks: What watches it.
+        begun: Takes the hooks that know of the start.
+    """
     run, job, folder, engine = opened.run, opened.job, opened.folder, opened.engine
     samples, checkpoints, size = opened.samples, opened.checkpoints, opened.micro_batch_size
-    launch = opened.launch
     checkpoints.sweep()
     with activity.work("reading the last checkpoint"):
         first = checkpoints.resume()
@@ -135,7 +186,7 @@ def _train(
     if done and (first >= total or (best is not None and best.exhausted)):
         why = f" ({best.reason()})" if first < total and best else ""
         log.info("%s: finished after %d steps%s; nothing to do", folder, first, why)
-        return 0
+        return None
     if first:
         log.info("resumed after step %d of %d", first, total)
     checkpoints.log_disk_use(total)
@@ -170,7 +221,7 @@ def _train(
         global_batch_size=run.batch.global_batch_size,
         micro_batch_size=size,
         accumulation=opened.accumulation,
-        world_size=launch.world_size,
+        world_size=opened.launch.world_size,
         log_every=run.runtime.log_every,
         max_seconds=run.optim.max_seconds,
         flops=_step_flops(job, size, opened.accumulation),
@@ -182,36 +233,22 @@ def _train(
         name_of=samples.__getitem__,
     )
 
-    def batches(epoch: int, first_update: int) -> Iterator[Batch]:
-        portion = Portion(epoch, first_update, size, launch.rank, launch.world_size)
-        return job.batches(samples, portion)
-
     evaluations = job.evaluations(engine, samples, size)
     layer_rates = by_layer(engine, run.optim.layer_decay)
     scale_by_norms(engine)
-    try:
-        trainer = Trainer(
-            engine,
-            plan,
-            hooks_of(job, profile, more_hooks),
-            setting,
-            checkpoints=checkpoints,
-            evaluations=evaluations,
-            time_box=time_box,
-            layer_rates=layer_rates,
-            ema=opened.ema,
-            best=best,
-            begun=watching,
-        )
-        status = trainer.train(batches)
-    except FDError as error:
-        error.rank_local = not error.agreed
-        raise
-    if best is not None and distributed.is_main():
-        why = {"reason": best.reason()} if trainer.stopped_early else {}
-        write_status(folder, status, best=best.to_dict(), **why)
-    log.info("%s: %s", status, folder)
-    return EXIT_CODES.get(status, Exit.LOOK)
+    return Trainer(
+        engine,
+        plan,
+        hooks,
+        setting,
+        checkpoints=checkpoints,
+        evaluations=evaluations,
+        time_box=time_box,
+        layer_rates=layer_rates,
+        ema=opened.ema,
+        best=best,
+        begun=begun,
+    )
 
 
 def _best_of(job: Job, folder: Path, finished: int) -> Best | None:
@@ -265,17 +302,20 @@ def _step_flops(job: Job, micro_batch_size: int, micro_batches: int) -> StepFlop
     )
 
 
-def hooks_of(job: Job, profile: int = 0, more: Sequence[Hook] = ()) -> list[Hook]:
+def hooks_of(
+    job: Job, profile: int = 0, more: Sequence[Hook] = (), *, student: str = ""
+) -> list[Hook]:
     """Returns what watches a run, in the order in which it is asked.
 
     Args:
         job: The job, after its `build`.
         profile: Steps to trace; 0 turns it off.
         more: Hooks besides those of the recipe and the task.
+        student: Name of the student among several; "": there is one.
     """
     run = job.run
     hooks: list[Hook] = [
-        Meter(trackers=[Progress(), *trackers_of(run.runtime.trackers), RunPage()]),
+        Meter(trackers=[Progress(student), *trackers_of(run.runtime.trackers), RunPage()]),
     ]
     if run.guard.enabled:
         hooks.append(Guard(run.guard))

@@ -31,6 +31,17 @@ class Task(nn.Module):
         self.student = student
         self.drop_path_rates: tuple[float, ...] = student.drop_path_rates
 
+    def learnt(self, images: Tensor, targets: Any) -> Any:
+        """Returns targets that hold what the frozen models say of the images, without gradient.
+
+        Several students that train together share it: it depends on no student, and `prepare` runs
+        no frozen model where it is given it. A task without frozen models returns the targets.
+
+        Args:
+            images, targets: As of `prepare`.
+        """
+        return targets
+
     def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
         """Does what needs no gradient of the trained parameters, for example a teacher's forward.
 

@@ -36,6 +36,7 @@ from fd_large.recipes.sections import (
     Eval,
     FrozenModel,
     Guard,
+    NamedStudent,
     Optim,
     Runtime,
     Student,
@@ -194,6 +195,9 @@ class Run:
 
     name: str
     student: Student
+    # Several students that learn from the same batches, by names of your own; student is then
+    # ignored. Each has a run folder, RUN/students/NAME.
+    students: dict[str, NamedStudent] = field(default_factory=dict)
     teacher: Teacher = field(default_factory=Teacher)
     # Several teachers, by names of your own; then the sections teacher and objective stay empty.
     teachers: dict[str, NamedTeacher] = field(default_factory=dict)
@@ -378,6 +382,24 @@ class Run:
         sections: list[Student | FrozenModel] = [self.student, *self.frozen_models.values()]
         models = [resolve(s.model, s.architecture).code for s in sections if s.model != AUTO]
         return doors.hashes([self.to_dict(), models])
+
+    def each_student(self) -> dict[str, Run]:
+        """Returns the run of each student by name; "" is the name of an only one.
+
+        Alone, such a run would compute the same.
+        """
+        if not self.students:
+            return {"": self}
+        return {
+            name: replace(
+                self,
+                student=student.alone(),
+                students={},
+                optim=student.optimised(self.optim),
+                runtime=replace(self.runtime, run_dir=f"{self.run_dir()}/students/{name}"),
+            )
+            for name, student in self.students.items()
+        }
 
     def run_dir(self) -> str:
         """Returns the folder of the run: runtime.run_dir, or runs/RECIPE if that is empty."""

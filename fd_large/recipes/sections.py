@@ -7,7 +7,7 @@ on the command line.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 from fd_large.recipes.architectures import Architecture
@@ -119,6 +119,33 @@ class Student:
     def sizes(self) -> dict[str, Any]:
         """Returns the fields that say what becomes of sizes that do not fit, {name: value}."""
         return {name: getattr(self, name) for name in SIZE_FIELDS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedStudent(Student):
+    """One of several students that learn from the same batches, and how it is optimised."""
+
+    # Peak learning rate of this student, per 256 images. None: optim.base_lr.
+    base_lr: float | None = None
+    # Weight decay of this student. None: optim.weight_decay.
+    weight_decay: float | None = None
+    # Learning rate of each layer relative to the one above. None: optim.layer_decay.
+    layer_decay: float | None = None
+    # Decay of the average of this student's weights, 0: none is kept. None: optim.ema_decay.
+    ema_decay: float | None = None
+
+    def alone(self) -> Student:
+        """Returns the section of the student in a run of its own."""
+        return Student(**{f.name: getattr(self, f.name) for f in fields(Student)})
+
+    def optimised(self, optim: Optim) -> Optim:
+        """Returns the section optim of the student in a run of its own.
+
+        Args:
+            optim: What all students have where they say nothing else.
+        """
+        own = {f.name: getattr(self, f.name) for f in fields(self) if hasattr(optim, f.name)}
+        return replace(optim, **{name: value for name, value in own.items() if value is not None})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,14 @@ SECONDS_BETWEEN_DRAWINGS = 0.25
 
 
 class Progress(Tracker):
-    """A bar that moves with each step, or a line in the log for each interval."""
+    """A bar that moves with each step, or a line in the log for each interval.
+
+    Args:
+        student: Name of the student among several, each of which has lines; "": there is one.
+    """
+
+    def __init__(self, student: str = "") -> None:
+        self._several, self._whose = bool(student), f"{student}: " if student else ""
 
     def on_start(self, setting: Setting) -> None:
         """Draws the bar, where there is a terminal."""
@@ -40,10 +47,10 @@ class Progress(Tracker):
         self._numbers = ""
         first = setting.first_update
         known = None if self._open else self._total
-        self._work = activity.Work("training", known, "steps", done=first)
+        self._work = activity.Work(f"{self._whose}training", known, "steps", done=first)
         self._bar: Bar | None = None
         console = terminal.console()
-        if console.is_terminal and not console.is_dumb_terminal:
+        if console.is_terminal and not console.is_dumb_terminal and not self._several:
             self._bar = Bar(
                 TextColumn("{task.description}", style="bold"),
                 BarColumn(bar_width=None),
@@ -97,7 +104,8 @@ class Progress(Tracker):
             )
             self._bar.update(self._task, numbers=self._numbers, left=self._time_left(done))
         log.info(
-            "step %d/%d  epoch %d  loss %.5f  grad norm %.3f  lr %.3g  %.1f images/s%s  %s",
+            "%sstep %d/%d  epoch %d  loss %.5f  grad norm %.3f  lr %.3g  %.1f images/s%s  %s",
+            self._whose,
             done,
             self._total,
             last["epoch"],
@@ -115,7 +123,7 @@ class Progress(Tracker):
         words = {key.replace("/", "_"): words for key, words in self._metrics.items()}
         shown = [name for name in words if name in metrics] or metrics
         numbers = ", ".join(f"{words.get(name, name)} {metrics[name]:z.4f}" for name in shown)
-        log.info("after %d steps: %s", index, numbers)
+        log.info("%safter %d steps: %s", self._whose, index, numbers)
 
     def on_end(self, status: str) -> None:
         """Leaves the bar as it stands and frees the terminal."""

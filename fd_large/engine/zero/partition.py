@@ -48,7 +48,16 @@ def build(
         # float32 whatever the precision, since masters are to be exact: by a configuration without
         # bf16, because `dtype=torch.float32` gives bfloat16 on CPUs without float16 arithmetic.
         float32 = {key: value for key, value in config.items() if key not in ("bf16", "data_types")}
-        split = partial(deepspeed.zero.Init, config_dict_or_path=float32, data_parallel_group=group)
+        # DeepSpeed makes the group of hpZ once in a process, and refuses to make it again for a
+        # second engine.
+        hpz = config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
+        of_node = get("deepspeed.utils.groups:_ZERO_PARAM_INTRA_PARALLEL_GROUP") if hpz else None
+        split = partial(
+            deepspeed.zero.Init,
+            config_dict_or_path=float32,
+            data_parallel_group=group,
+            zero_param_parallel_group=of_node,
+        )
         context = nullcontext() if whole_first else split()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -343,6 +343,11 @@ class DistillationJob(Job):
             )
         self._teachers = placed
 
+    def take_models_of(self, other: Job) -> None:
+        """Takes the teachers that the job of another student has built."""
+        assert isinstance(other, DistillationJob)
+        self._teachers = other.teachers
+
     def make_task(self) -> Distillation:
         """Constructs student, heads and losses around the run's teachers.
 

@@ -63,17 +63,25 @@ class Distillation(Task):
         if heads:
             self.heads = nn.ModuleDict(heads)
 
-    def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
-        """Returns the student's pixels, the drop-path draws and the teachers' maps.
+    def learnt(self, images: Tensor, targets: Any) -> Mapping[str, FeatureMap]:
+        """Returns the teachers' maps of the images by name; the targets may give them.
 
         The teachers run one after another: of a sharded one a layer is gathered at a time.
         """
-        del targets  # Images are all that is needed.
+        given = targets if isinstance(targets, Mapping) else {}
+        with torch.no_grad():
+            return {
+                name: given[name] if name in given else teacher(images)
+                for name, teacher in self._teachers.items()
+            }
+
+    def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
+        """Returns the student's pixels, the drop-path draws and the teachers' maps."""
         with torch.no_grad():
             return {
                 "pixels": normalise(images, self.statistics),
                 "keep": keep,
-                "maps": {name: teacher(images) for name, teacher in self._teachers.items()},
+                "maps": self.learnt(images, targets),
             }
 
     def forward(

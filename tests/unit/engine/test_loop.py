@@ -19,6 +19,7 @@ from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.loop import Trainer, TrainingPlan
 from fd_large.engine.schedule import CosineSchedule
+from fd_large.engine.students import train_together
 from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero import state
 from fd_large.errors import DataError
@@ -134,7 +135,7 @@ class Run:
                 yield batch_of(number_of_all)
 
     def train(self):
-        status = self.trainer.train(self.batches)
+        (status,) = train_together([self.trainer], self.batches)
         self.state = {key: values.clone() for key, values in state.shards(self.engine)}
         return status
 
@@ -326,7 +327,7 @@ def test_training_goes_on_while_numbers_are_worked_out(start):
 def test_a_run_waits_for_numbers_that_it_goes_by(start, decides):
     run = start(total=4, seconds=1e6 if decides == "time_box" else 0.0)
     if decides == "best":
-        run.trainer._best = Best("loss", lower_is_better=True, patience=9)
+        run.trainer.best = Best("loss", lower_is_better=True, patience=9)
     notes = slow(run, every=2, ready={})
     assert [note for note in notes if "waited" in note] == [
         *("waited for 0 at 0", "waited for 2 at 2", "waited for 4 at 4")

@@ -390,7 +390,7 @@ def test_a_folder_allows_no_code_that_it_alone_names(tmp_path, monkeypatch):
     def stop(*_, **__):
         raise ConfigError("enough")
 
-    monkeypatch.setattr(engine_run, "open_run", stop)
+    monkeypatch.setattr(engine_run, "open_together", stop)
     monkeypatch.setattr(doors, "_allowed", set())
     files = [tmp_path / "own.py", tmp_path / "other.py"]
     names = [f"module:{file}:it" for file in files]

@@ -1,0 +1,155 @@
+"""Several students in step: each batch is read once, and frozen models see it once.
+
+Each student has an engine, hooks and checkpoints of its own, and what it computes is what it would
+compute alone: a run with a single student goes the same way. Whoever is behind, after a resume from
+an older checkpoint, trains until it has caught up; the others wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fd_large import distributed
+from fd_large.data.loader import Batch
+from fd_large.engine.loop import Trainer
+from fd_large.engine.micro_batch import out_of_memory_named
+from fd_large.engine.prefetch import Batches, Prefetch, StepForSeveral
+from fd_large.engine.task import Task
+from fd_large.runtime.hooks import PREEMPTED, Hook, Setting, Update, Wish
+
+
+class HooksOfAll(Hook):
+    """Hooks that serve the process: each student's run tells them what happens, as one hook.
+
+    They begin and end once. Of a step they hear once, from the first student that takes it, and so
+    they see how long the step of all takes.
+
+    Args:
+        hooks: The hooks, which judge no step.
+    """
+
+    def __init__(self, hooks: Sequence[Hook]) -> None:
+        self._hooks, self._last = hooks, -1
+
+    def begin(self, settings: Sequence[Setting], folder: Path) -> None:
+        """Tells the hooks of the start.
+
+        Args:
+            settings: Those of the students.
+            folder: The folder that this start owns.
+        """
+        whole = replace(
+            settings[0],
+            folder=folder,
+            first_update=min(setting.first_update for setting in settings),
+            total_updates=max(setting.total_updates for setting in settings),
+            checkpoint_bytes=sum(setting.checkpoint_bytes for setting in settings),
+        )
+        for hook in self._hooks:
+            hook.on_start(whole)
+
+    def end(self, status: str) -> None:
+        """Tells the hooks that all have ended."""
+        for hook in self._hooks:
+            hook.on_end(status)
+
+    def wish(self) -> Wish:
+        """Returns what any of the hooks wishes."""
+        wishes = [hook.wish() for hook in self._hooks]
+        return Wish(any(wish.stop for wish in wishes), any(wish.save for wish in wishes))
+
+    def after_update(self, update: Update) -> None:
+        """Passes on the first of each step."""
+        if update.index > self._last:
+            self._last = update.index
+            for hook in self._hooks:
+                hook.after_update(update)
+
+    def beat(self, *_: object, **__: object) -> None:
+        """Passes on that the run moves."""
+        for hook in self._hooks:
+            hook.beat()
+
+    on_skip = on_roll_back = on_save = beat
+
+    def on_stop(self) -> None:
+        """Passes it on."""
+        for hook in self._hooks:
+            hook.on_stop()
+
+    def on_saved(self, seconds: float) -> None:
+        """Passes it on."""
+        for hook in self._hooks:
+            hook.on_saved(seconds)
+
+    def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
+        """Passes it on."""
+        for hook in self._hooks:
+            hook.on_evaluation(index, metrics)
+
+
+def train_together(
+    trainers: Sequence[Trainer], batches: Callable[[int, int], Iterator[Batch]]
+) -> list[str]:
+    """Trains students from where each stands to its end; returns their statuses.
+
+    They share seed, images and sizes of batches. Once one stops because the process has to go, all
+    stop after the same step.
+
+    Args:
+        trainers: One for each student.
+        batches: (epoch, first step of it) -> this rank's micro batches to the epoch's end.
+    """
+    try:
+        for trainer in trainers:
+            trainer.begin()
+        _leave_together(trainers)
+        while going := [trainer for trainer in trainers if not trainer.status]:
+            _train_epoch(trainers, min(trainer.finished for trainer in going), batches)
+        return [trainer.end() for trainer in trainers]
+    finally:
+        for trainer in trainers:
+            trainer.give_up()
+
+
+def _train_epoch(
+    trainers: Sequence[Trainer], finished: int, batches: Callable[[int, int], Iterator[Batch]]
+) -> None:
+    """Trains from a step to the end of its epoch, or until nobody is left there."""
+    epoch, first = divmod(finished, trainers[0].steps_per_epoch)
+    end = finished - first + trainers[0].steps_per_epoch
+    micro_batches = Prefetch(iter(batches(epoch, first)), distributed.device())
+    while turn := [t for t in trainers if t.finished == finished < end and not t.status]:
+        _step_each(turn, micro_batches, epoch)
+        _leave_together(trainers)
+        finished += 1
+    # Runs the loader dry, so that its workers have ended before the next epoch's are forked.
+    if finished == end:
+        left = next(micro_batches, None)
+        assert left is None
+
+
+def _step_each(trainers: Sequence[Trainer], micro_batches: Batches, epoch: int) -> None:
+    if len(trainers) == 1:
+        trainers[0].take_step(micro_batches, epoch)
+        return
+    task = trainers[0].task
+    shared = StepForSeveral(micro_batches, lambda batch: _completed(task, batch))
+    for trainer in trainers:
+        shared.rewind()
+        trainer.take_step(shared, epoch)
+
+
+def _completed(task: Task, batch: Batch) -> Batch:
+    with torch.no_grad(), out_of_memory_named(len(batch.positions)):
+        return replace(batch, targets=task.learnt(batch.images, batch.targets))
+
+
+def _leave_together(trainers: Sequence[Trainer]) -> None:
+    if any(trainer.status == PREEMPTED for trainer in trainers):
+        for trainer in trainers:
+            trainer.leave()
