@@ -4,13 +4,14 @@
 
 Trains a narrow version of a recipe under ZeRO-3 on 8 images of FD_DATA's coco_tiny and tests it on
 the same images. TASK is `detection` (boxes and masks of the images whose smallest object is
-largest, coco_mask_rcnn_swinv2_tiny at 160 px), `detection_cascade` or `detection_htc` (the same
-with other heads; the curves also show what `detection` had reached), `segmentation_swinv2` or
-`segmentation_vit` (the category of each pixel, smaller objects on top, all else ignored, of images
-that show at least two; UPerNet at 128 px), `depth_swinv2` or `depth_vit` (the depth of 8 parts of
-the stereo pair that scikit-image brings, random crops of 96 px, MIM-Depth's decoder). Writes
-benchmarks/results/memorise.json or memorise_TASK.json, the curves, and the images with what is seen
-in them. --keep leaves the data and the run there, for test_views.py.
+largest, coco_mask_rcnn_swinv2_tiny at 256 px), `heads_mask_rcnn`, `heads_cascade` or `heads_htc`
+(the same at 160 px, to compare heads at equal steps; begin with the first, whose AP stands in the
+curves of the others), `segmentation_swinv2` or `segmentation_vit` (the category of each pixel,
+smaller objects on top, all else ignored, of images that show at least two; UPerNet at 128 px),
+`depth_swinv2` or `depth_vit` (the depth of 8 parts of the stereo pair that scikit-image brings,
+random crops of 96 px, MIM-Depth's decoder). Writes benchmarks/results/memorise.json or
+memorise_TASK.json, the curves, and the images with what is seen in them. --keep leaves data and run
+in a folder, for detection_views.py.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ COMMON = """
 --batch.global_batch_size 8 --runtime.log_every 10 --runtime.save_every 100000
 """
 DETECTION = """
---recipe coco_mask_rcnn_swinv2_tiny --data.image_size 160
+--recipe coco_mask_rcnn_swinv2_tiny --data.image_size 256
 --student.architecture.embed_dim 48 --student.architecture.depths 2 2 2 2
---student.architecture.num_heads 3 6 12 24 --student.architecture.window_size 5
---task.detection.head_width 64 --task.detection.rois_per_image 32
---task.detection.anchors_per_image 128 --task.detection.proposals_per_image 100
+--student.architecture.num_heads 3 6 12 24 --student.architecture.window_size 8
+--task.detection.head_width 64 --task.detection.rois_per_image 64
+--task.detection.anchors_per_image 128 --task.detection.proposals_per_image 200
 --task.detection.scale_range 1 1 --task.detection.test_size 0 0
 --optim.base_lr 0.064 --optim.warmup_lr 1e-4 --optim.min_lr 6.4e-4
 --optim.warmup_epochs 20
@@ -69,14 +70,19 @@ VIT = """
 --student.architecture.depths 6 --student.architecture.num_heads 3
 --student.architecture.patch_size 8 --optim.layer_decay 1
 """
+# At half of the cost.
+HEADS = f"""{DETECTION}
+--data.image_size 160 --student.architecture.window_size 5
+--task.detection.rois_per_image 32 --task.detection.proposals_per_image 100
+"""
 CASCADE = "--task.detection.heads cascade --task.detection.box_loss giou"
 HTC = "--task.detection.heads htc --task.detection.box_loss giou"
-DETECTION_AIMS = {"box_AP50": 0.9, "mask_AP50": 0.8}
 # Flags, what is aimed at, and a word for it.
 TASKS = {
-    "detection": (DETECTION, DETECTION_AIMS, "AP"),
-    "detection_cascade": (f"{DETECTION} {CASCADE}", DETECTION_AIMS, "AP"),
-    "detection_htc": (f"{DETECTION} {HTC}", DETECTION_AIMS, "AP"),
+    "detection": (DETECTION, {"box_AP50": 0.9, "mask_AP50": 0.8}, "AP50"),
+    "heads_mask_rcnn": (HEADS, {}, "AP"),
+    "heads_cascade": (f"{HEADS} {CASCADE}", {}, "AP"),
+    "heads_htc": (f"{HEADS} {HTC}", {}, "AP"),
     "segmentation_swinv2": (
         f"--recipe ade20k_upernet_swinv2_base {SWINV2} {SEGMENTATION}",
         {"val_mIoU": 90.0},
@@ -98,7 +104,7 @@ TASKS = {
         "share within a factor of 1.25",
     ),
 }
-COLOURS = ("#4477aa", "#cc6677")
+COLOURS = ("#4477aa", "#cc6677", "#117733")
 IGNORED = 255
 
 
@@ -207,6 +213,38 @@ def measure(root: Path) -> None:
                 Image.fromarray(values).save(path)
 
 
+def peers(flags: argparse.Namespace) -> list[dict]:
+    """The recorded evaluations of Mask R-CNN after as many steps, for other heads."""
+    path = flags.out.with_name("memorise_heads_mask_rcnn.json")
+    if flags.task == "heads_mask_rcnn" or not path.is_file():
+        return []
+    recorded = json.loads(path.read_text())
+    return recorded["evaluations"] if recorded["updates"] == flags.updates else []
+
+
+def draw_heads(rows: list[dict], evaluations: list[dict], others: list[dict], path: Path) -> None:
+    """Draws the loss, and the AP of boxes and of masks, dashed those of Mask R-CNN."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    loss, *panels = figure.subplots(1, 3)
+    loss.plot([r["update"] for r in rows], [r["loss"] for r in rows], color=COLOURS[0])
+    loss.set(xlabel="step", ylabel="loss", yscale="log", title="training")
+    for panel, kind, title in zip(panels, ("box", "mask"), ("boxes", "masks"), strict=True):
+        for colour, name in zip(COLOURS, ("AP", "AP50", "AP75"), strict=True):
+            for found, style, label in (
+                (others, {"linestyle": "--", "linewidth": 1}, f"{name}, Mask R-CNN"),
+                (evaluations, {"marker": "o", "markersize": 3}, name),
+            ):
+                values = [e[f"{kind}_{name}"] for e in found]
+                steps = [e["update"] for e in found]
+                if found:
+                    panel.plot(steps, values, color=colour, label=label, **style)
+        panel.set(xlabel="step", ylim=(0, 1.02), title=f"{title} of the same images")
+    panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    harness.save(figure, path)
+
+
 def draw(
     rows: list[dict], evaluations: list[dict], aims: dict[str, float], what: str, path: Path
 ) -> None:
@@ -237,6 +275,8 @@ def main() -> int:
     given = [*of_task.split(), *COMMON.split()]
     data = Path(os.environ.get("FD_DATA", ROOT / "../shared/data")) / "coco_tiny.tar"
     of_depth = flags.task.startswith("depth")
+    of_heads = flags.task.startswith("heads")
+    of_objects = of_heads or flags.task == "detection"
     if not of_depth and not data.is_file():
         sys.exit(f"{data}: not there; set FD_DATA to the folder with coco_tiny.tar")
     with tempfile.TemporaryDirectory(prefix="memorise_") as passing:
@@ -247,7 +287,7 @@ def main() -> int:
         else:
             with tarfile.open(data) as archive:
                 archive.extractall(root, filter="data")
-        if flags.task.startswith("detection"):
+        if of_objects:
             choose(root)
         elif not of_depth:
             paint(root)
@@ -274,7 +314,11 @@ def main() -> int:
             if (last / f"{name}.png").is_file():
                 drawn = Image.open(last / f"{name}.png").convert("RGB")
                 drawn.save(flags.out.with_name(f"{flags.out.stem}_{name}.jpg"), quality=80)
-        draw(rows, evaluations, aims, what, flags.out.with_suffix(".png"))
+        others = peers(flags) if of_heads else []
+        if of_heads:
+            draw_heads(rows, evaluations, others, flags.out.with_suffix(".png"))
+        else:
+            draw(rows, evaluations, aims, what, flags.out.with_suffix(".png"))
         reached = {
             name: next((e["update"] for e in evaluations if e[name] >= aim), None)
             for name, aim in aims.items()
@@ -286,6 +330,11 @@ def main() -> int:
             "updates": flags.updates,
             "seconds": seconds,
             "updates_to_aim": reached,
+            "above_mask_rcnn": {
+                name: evaluations[-1][name] - others[-1][name]
+                for name in ("box_AP", "box_AP75", "mask_AP", "mask_AP75")
+                if others
+            },
             "final": evaluations[-1],
             "evaluations": evaluations,
         }
