@@ -23,6 +23,7 @@ from oracles_models import Row, Skipped, Tensors
 from oracles_multi import CHECKS as MULTI_CHECKS
 from oracles_multi import NOT_YET as MULTI_NOT_YET
 from oracles_multi import NOT_YET_PARTS as MULTI_NOT_YET_PARTS
+from oracles_multi_batches import CHECKS as MULTI_BATCH_CHECKS
 from oracles_multi_heads import CHECKS as MULTI_HEAD_CHECKS
 from safetensors.torch import load_file
 
@@ -35,6 +36,7 @@ CHECKS = {
     **DETECTION_VIEW_CHECKS,
     **MULTI_CHECKS,
     **MULTI_HEAD_CHECKS,
+    **MULTI_BATCH_CHECKS,
 }
 
 # Parts of files whose other parts are checked.

@@ -27,9 +27,7 @@ _STATISTICS = "running statistics of the targets"
 
 # Kinds that nothing in the package stands behind, and why.
 NOT_YET = {
-    "dinov3_exchange": "students in groups of ranks",
     "dune_statistics_two_ranks": _STATISTICS,
-    "lightly_mixup": "mixup of images without labels",
     "unic_statistics_two_ranks": _STATISTICS,
     "unic_training_run": _TEACHERS,
 }

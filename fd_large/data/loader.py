@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fd_large.data import views
+from fd_large.data.mixing import mixed_views, with_partners
 from fd_large.data.parcel import parcel
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import Blocks, MicroBatches, Portion, check_batch_sizes, samples_at
@@ -316,6 +317,8 @@ class ViewBatches(Dataset):
         epoch: Epoch, counted from 0.
         fixed: Draws the views, whatever the position; None: each position of an epoch draws one.
         beside: What is stored of the views; None: a batch has no targets.
+        mixed_among: Images a step over all ranks, each of which is mixed with its neighbour
+            (mixing.py); 0: none is mixed.
     """
 
     source: ImageSource
@@ -324,9 +327,26 @@ class ViewBatches(Dataset):
     epoch: int
     fixed: views.FixedViews | None = None
     beside: Beside | None = None
+    mixed_among: int = 0
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
         """Loads the views; a black one stands where no sample can be used."""
+        if not self.mixed_among:
+            return self._load(positions, len(positions))
+        every, partners = with_partners(positions, self.mixed_among)
+        batch = self._load(every, len(positions))
+        images = mixed_views(
+            batch.images,
+            positions,
+            partners,
+            seed=self.seed,
+            epoch=self.epoch,
+            global_batch_size=self.mixed_among,
+        )
+        return replace(batch, images=images)
+
+    def _load(self, positions: NDArray[np.int64], own: int) -> Batch:
+        """Loads the views of positions; of what a batch says besides, that of the first ones."""
         draws_at = self._draws(positions)
 
         def make(place: int, index: int) -> tuple[torch.Tensor, Any]:
@@ -340,10 +360,10 @@ class ViewBatches(Dataset):
         return Batch(
             torch.stack([view for view, _ in pairs]),
             self.epoch,
-            torch.from_numpy(positions),
-            torch.tensor([one.index for one in loaded]),
-            sum((one.bad for one in loaded), ()),
-            default_collate([stored for _, stored in pairs]) if self.beside else None,
+            torch.from_numpy(positions[:own]),
+            torch.tensor([one.index for one in loaded[:own]]),
+            sum((one.bad for one in loaded[:own]), ()),
+            default_collate([stored for _, stored in pairs[:own]]) if self.beside else None,
         )
 
     def _draws(self, positions: NDArray[np.int64]) -> Callable[[int, int], views.Draws]:

@@ -271,7 +271,13 @@ class Job:
         run = self.run
         return iter(
             build_loader(
-                ViewBatches(samples, self.view_settings(), run.runtime.seed, portion.epoch),
+                ViewBatches(
+                    samples,
+                    self.view_settings(),
+                    run.runtime.seed,
+                    portion.epoch,
+                    mixed_among=run.batch.global_batch_size if run.data.image_mixup else 0,
+                ),
                 len(samples),
                 portion,
                 global_batch_size=run.batch.global_batch_size,

@@ -208,6 +208,9 @@ class Data:
     color_jitter: float = 0.0
     # Probability of turning a view grey, in [0, 1]. 0 turns it off, as in the paper.
     grayscale_probability: float = 0.0
+    # Whether each image is mixed with its neighbour in the batch, by a share that is drawn anew for
+    # every 128 images. Student and teachers see the mix.
+    image_mixup: bool = False
     # Largest fraction of images that may be unusable, in [0, 1). Unusable images are skipped and
     # named; above this fraction of the images tried (counted as at least 1000) the run stops and
     # lists them. 0 stops the run at the first one.

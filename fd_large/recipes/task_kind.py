@@ -9,6 +9,7 @@ from typing import Any
 OF_VIEWS_WITHOUT_LABELS = (
     "data.color_jitter",
     "data.grayscale_probability",
+    "data.image_mixup",
     "eval.views",
     "eval.knn_root",
     "eval.knn_every",

@@ -1,10 +1,7 @@
 """Mixup and CutMix of the groups of a global batch, from numbers drawn by the caller.
 
-timm's `batch` mode: one choice between the two, one share and one box for all images of a group. In
-the official training a group is the batch of a GPU, 128 images; here it is 128 positions of the
-epoch's order, whatever the number of GPUs. Neighbours in it are partners: timm takes the batch of a
-GPU backwards. The order of an epoch is random, so either pairing is a random one; of this one a
-rank seldom has to load more than its own images.
+timm's `batch` mode: one choice between the two, one share and one box for all images of a group
+(fd_large/data/mixing.py).
 
 Sources: Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899; timm/data/mixup.py
 (Apache-2.0).
@@ -19,14 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fd_large.data.mixing import mixed
 from fd_large.data.random_numbers import uniforms
 
 # Pairs of draws among which the first that is accepted makes the share. At alpha = 2, the largest
 # that recipes may have, one in six is accepted: all 128 fail once in 1e10 batches.
 SHARE_TRIES = 128
 MAX_ALPHA = 2.0
-GROUP = 128
-"""Images that are mixed alike: the batch of a GPU in finetune/*.yaml of Feature-Distillation."""
 
 
 class Mix(NamedTuple):
@@ -43,28 +39,6 @@ class Mix(NamedTuple):
 
 
 UNMIXED = Mix(1.0, None)
-
-
-def group_starts(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np.int64]:
-    """The position at which the group of each position begins.
-
-    Args:
-        positions: (B,), in the epoch's order.
-        global_batch_size: G; a global batch is positions k*G to (k+1)*G - 1.
-    """
-    return positions - positions % global_batch_size % GROUP
-
-
-def partners(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np.int64]:
-    """The partner of each position: its neighbour in the global batch; of an odd one out, itself.
-
-    Args:
-        positions: (B,), in the epoch's order.
-        global_batch_size: G; a global batch is positions k*G to (k+1)*G - 1.
-    """
-    place = positions % global_batch_size
-    other = place ^ 1
-    return positions - place + np.where(other < global_batch_size, other, place)
 
 
 def draw_mix(
@@ -132,10 +106,10 @@ def mix_images(images: Tensor, others: Tensor, mix: Mix) -> Tensor:
     """
     if mix.box is not None:
         top, bottom, left, right = mix.box
-        mixed = images.clone()
-        mixed[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
-        return mixed
-    return images if mix.share == 1.0 else images * mix.share + others * (1.0 - mix.share)
+        cut = images.clone()
+        cut[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+        return cut
+    return images if mix.share == 1.0 else mixed(images, others, mix.share)
 
 
 def mix_labels(

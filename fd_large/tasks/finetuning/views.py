@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.data.labelled import LabelledImages
 from fd_large.data.loader import Batch
+from fd_large.data.mixing import group_starts, with_partners
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.views import ViewSettings
 from fd_large.tasks.classification.views import LabelledViews
@@ -51,18 +52,16 @@ class TrainingBatches(Dataset):
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
         """Loads, augments and mixes."""
-        recipe, own, other = self.recipe, len(positions), positions
+        recipe, own = self.recipe, len(positions)
+        every, others = positions, torch.arange(own)
         if recipe.mixup or recipe.cutmix:
-            other = mixing.partners(positions, self.global_batch_size)
-        every = np.concatenate([positions, np.setdiff1d(other, positions)])
+            every, others = with_partners(positions, self.global_batch_size)
         views = LabelledViews(self.source, self.settings, self.seed, self.epoch)
         augmentations = views.draws(every, "augmentation", augment.NUM_AUGMENTATION_DRAWS)
         loaded = views.load(every, lambda view, place: self._augmented(view, augmentations[place]))
         images, labels = normalise(loaded.images, self.statistics), loaded.labels
         self._erase(images, views.draws(every, "erasing", augment.NUM_ERASING_DRAWS), every)
-        at = {position: place for place, position in enumerate(every.tolist())}
-        others = torch.tensor([at[position] for position in other.tolist()])
-        starts = mixing.group_starts(positions, self.global_batch_size)
+        starts = group_starts(positions, self.global_batch_size)
         mixed, targets = [], []
         for first in np.unique(starts).tolist():
             mix = mixing.draw_mix(

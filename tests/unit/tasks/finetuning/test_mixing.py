@@ -79,27 +79,3 @@ def test_shares_have_the_beta_distribution(alpha):
     expected = rng.beta(alpha, alpha, 100_000)
     quantiles = np.linspace(0.1, 0.9, 9)
     assert np.abs(np.quantile(found, quantiles) - np.quantile(expected, quantiles)).max() < 0.04
-
-
-@pytest.mark.parametrize("size", [1, 2, 6, 7])
-def test_partners_are_pairs_inside_a_global_batch(size):
-    positions = np.arange(4 * size)
-    other = mixing.partners(positions, size)
-    assert (other // size == positions // size).all()
-    assert (mixing.partners(other, size) == positions).all()
-    alone = positions[other == positions]
-    assert len(alone) == (4 if size % 2 else 0)
-
-
-@pytest.mark.parametrize("size", [96, 128, 200, 256, 300])
-def test_groups_are_of_128_positions_of_a_global_batch(size):
-    positions = np.arange(3 * size)
-    starts = mixing.group_starts(positions, size)
-    expected = [
-        range(first, min(first + 128, batch + size))
-        for batch in range(0, 3 * size, size)
-        for first in range(batch, batch + size, 128)
-    ]
-    assert [list(np.flatnonzero(starts == one[0])) for one in expected] == list(map(list, expected))
-    # Who is mixed with whom stays within.
-    assert (starts[mixing.partners(positions, size)] == starts).all()

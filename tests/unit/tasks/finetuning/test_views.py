@@ -77,7 +77,7 @@ def test_workers_change_nothing(pictures):
 
 
 def test_every_group_of_a_batch_has_a_draw_of_its_own(pictures, monkeypatch):
-    monkeypatch.setattr(mixing, "GROUP", 4)
+    monkeypatch.setattr("fd_large.data.mixing.GROUP", 4)
     whole = update(pictures, 0, 1, GLOBAL)
     alone = update(pictures, 0, 1, GLOBAL, mixup=0.0, cutmix=0.0)
     other = alone.images[[place ^ 1 for place in range(GLOBAL)]]

@@ -1,0 +1,100 @@
+"""Who is mixed with whom in a global batch, and images mixed with their partners.
+
+All images of a group have one share. In the codes that this follows a group is the batch of a GPU;
+here it is 128 positions of the epoch's order, whatever the number of GPUs. Neighbours in it are
+partners: timm takes the batch of a GPU backwards, lightly-train in a random order. The order of an
+epoch is random, so any pairing is a random one; of this one a rank seldom has to load more than its
+own images.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fd_large.data.random_numbers import uniforms
+
+GROUP = 128
+"""Images that are mixed alike: the batch of a GPU in finetune/*.yaml of Feature-Distillation."""
+
+
+def group_starts(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np.int64]:
+    """The position at which the group of each position begins.
+
+    Args:
+        positions: (B,), in the epoch's order.
+        global_batch_size: G; a global batch is positions k*G to (k+1)*G - 1.
+    """
+    return positions - positions % global_batch_size % GROUP
+
+
+def partners(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np.int64]:
+    """The partner of each position: its neighbour in the global batch; of an odd one out, itself.
+
+    Args:
+        positions: (B,), in the epoch's order.
+        global_batch_size: G; a global batch is positions k*G to (k+1)*G - 1.
+    """
+    place = positions % global_batch_size
+    other = place ^ 1
+    return positions - place + np.where(other < global_batch_size, other, place)
+
+
+def with_partners(
+    positions: NDArray[np.int64], global_batch_size: int
+) -> tuple[NDArray[np.int64], Tensor]:
+    """Returns positions and those of their partners that are not among them, and where these are.
+
+    Args:
+        positions: (B,), in the epoch's order.
+        global_batch_size: G; a global batch is positions k*G to (k+1)*G - 1.
+
+    Returns: (B + R,) positions, the given ones first; (B,) places in them, that of each partner.
+    """
+    other = partners(positions, global_batch_size)
+    every = np.concatenate([positions, np.setdiff1d(other, positions)])
+    at = {position: place for place, position in enumerate(every.tolist())}
+    return every, torch.tensor([at[position] for position in other.tolist()])
+
+
+def mixed(images: Tensor, others: Tensor, share: float | Tensor) -> Tensor:
+    """Returns the mean of images and their partners by weight.
+
+    Args:
+        images: (B, 3, H, W), floating-point.
+        others: (B, 3, H, W), their partners.
+        share: The part of the pixels that stays the image's own; for all, or (B, 1, 1, 1).
+
+    Source: Zhang et al., arXiv 1710.09412.
+    """
+    return images * share + others * (1.0 - share)
+
+
+def mixed_views(
+    views: Tensor,
+    positions: NDArray[np.int64],
+    partners: Tensor,
+    *,
+    seed: int,
+    epoch: int,
+    global_batch_size: int,
+) -> Tensor:
+    """Returns uint8 views, each mixed with its partner's by its group's share, drawn in [0, 1).
+
+    Rounding to whole levels moves a pixel by half a level at most. Source: distillation in
+    lightly-train, where both models see the mix.
+
+    Args:
+        views: (B + R, 3, S, S) uint8, those of `with_partners`.
+        positions: (B,), in the epoch's order.
+        partners: (B,), where their partners are among the views.
+        seed: The run's seed.
+        epoch: Epoch, counted from 0.
+        global_batch_size: G; a global batch is positions k*G to (k+1)*G - 1.
+    """
+    starts = group_starts(positions, global_batch_size)
+    shares = torch.from_numpy(uniforms(seed, epoch, starts, "mixing", 1)).float()
+    own, others = views[: len(positions)].float(), views[partners].float()
+    return mixed(own, others, shares[:, :, None, None]).round().to(torch.uint8)
