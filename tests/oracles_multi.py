@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import re
 
 import torch
 from oracles_dense import Errors
@@ -13,31 +13,36 @@ from torch import Tensor, nn
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.tasks.distillation.alignment import align
 from fd_large.tasks.distillation.losses import ClsAndPatches, make_loss
-from fd_large.tasks.distillation.normalisers import Affine, standardise
+from fd_large.tasks.distillation.normalisers import RUNNING, Affine
 from fd_large.tasks.distillation.rotations import hadamard, orthogonal, phi_s_matrix
+from fd_large.tasks.distillation.running_statistics import (
+    RunningStatistics,
+    moments_of,
+    momentum_at,
+    sums_of,
+)
 from fd_large.tasks.distillation.similarity import (
     pushed,
     queue_divergence,
     relation_divergence,
 )
-from fd_large.tasks.distillation.target_statistics import TargetStatistics, moments
+from fd_large.tasks.distillation.target_statistics import moments
+from fd_large.tasks.distillation.weighting import (
+    coins,
+    kept_beside_worst,
+    kept_of_own_data,
+    weighted_loss,
+)
 
 _TEACHERS = "the engine has one teacher"
-_STATISTICS = "running statistics of the targets"
 
 # Kinds that nothing in the package stands behind, and why.
 NOT_YET = {
-    "dune_statistics_two_ranks": _STATISTICS,
-    "unic_statistics_two_ranks": _STATISTICS,
     "unic_training_run": _TEACHERS,
 }
 NOT_YET_PARTS = {
-    "dune_teacher_norm": f"training: {_STATISTICS}",
     "featsharp_phi_standardize": "the way back, and rotation or scale alone",
     "radio_intermediate_normaliser": "tokens that pass unchanged; the scale is apart",
-    "unic_standardise": f"training: {_STATISTICS}",
-    "dune_loss": f"selection of teachers: {_TEACHERS}",
-    "unic_loss": f"dropping of teachers: {_TEACHERS}",
 }
 _TERMS_OF_THEIA = {"mse": "mse", "cos": "cosine_of_map", "l1": "smooth_l1"}
 _TERMS_OF_SAK = {
@@ -102,8 +107,35 @@ def check_sak_loss(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row
     return errors.rows
 
 
+def _kept(case: str, table: Tensor, published: Tensor, config: dict) -> Tensor:
+    """Which teachers each image learns from by our rules, (T, B).
+
+    Args:
+        case: "drop50", "none", "lowest_loss_0.5", "own_data" ...
+        table: (T, B) losses.
+        published: (T, B) bool, those of the file. What chance, or DUNE's list of datasets, decides
+            is taken from it.
+        config: Of the file.
+    """
+    count, images = table.shape
+    if "data" in case:
+        names = config["data_set_of_each_image"]
+        order = sorted(set(names))
+        teaches = published[:, [names.index(name) for name in order]].tolist()
+        return kept_of_own_data(torch.tensor([order.index(name) for name in names]), teaches)
+    number = float(re.search(r"[\d.]*$", case)[0] or 0)
+    probability = number / 100 if case.startswith("drop") else number
+    if probability in (0.0, 1.0):
+        tossed = coins(0, 0, range(images), teachers=count, drop_probability=probability)
+    else:
+        worst = table.argmax(0).tolist()
+        others = [[t for t in range(count) if t != w] for w in worst]
+        tossed = torch.stack([published[own, i] for i, own in enumerate(others)], 1)
+    return kept_beside_worst(table, tossed)
+
+
 def check_unic_loss(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
-    """The losses of each image, and the gradients by the file's own weights of them."""
+    """The losses of each image, the weights of its teachers, and the gradients."""
     errors, config = Errors(spec, tensors), spec["config"]
     students, teachers = (_maps(tensors, whose, dtype) for whose in ("student", "teacher"))
     loss = ClsAndPatches(
@@ -124,8 +156,11 @@ def check_unic_loss(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Ro
     table = torch.stack([per_image[teacher] for teacher in sorted(per_image)])
     for label in [name for name in tensors if name.endswith(".coefficients")]:
         case = label.removeprefix("out.").removesuffix(".coefficients")
-        total = (tensors[label].to(dtype) * table).sum()
+        kept = _kept(case, table, tensors[label] > 0, config)
+        total = weighted_loss(table, kept, kept.sum(), parts=1)
         errors.out(f"out.{case}.loss", total)
+        (weights,) = torch.autograd.grad(total, table, retain_graph=True)
+        errors.out(label, weights)
         used = {n: students[n] for n in students if f"grad.{case}.student.{n}" in tensors}
         slopes = torch.autograd.grad(total, list(used.values()), retain_graph=True)
         for part, slope in zip(used, slopes, strict=True):
@@ -139,31 +174,64 @@ def _tokens(map_: Tensor) -> Tensor:
     return map_.flatten(2).transpose(1, 2)
 
 
-def _scaled(mean: Tensor, deviation: Tensor) -> Callable[[Tensor], Tensor]:
-    """The package's standardisation by a mean and deviations."""
-    nothing = torch.zeros(0)
-    return standardise(TargetStatistics(mean, deviation, nothing, {}))
+def _running(spec: dict, width: int, dtype: torch.dtype) -> RunningStatistics:
+    name = "batch" if spec["kind"].startswith("dune") else "running"
+    return RUNNING[name](width).to(dtype)
 
 
 def check_unic_standardise(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
-    """Tokens by statistics that stay, whose deviations have a thousandth at least or an epsilon."""
-    errors, is_dune = Errors(spec, tensors), spec["kind"] == "dune_teacher_norm"
-    cases = {"eval": 0, "zero_momentum": 1} if is_dune else {"eval": 0}
+    """Tokens of each step, and the statistics after it; then by statistics that stay."""
+    errors, config = Errors(spec, tensors), spec["config"]
+    is_dune = spec["kind"] == "dune_teacher_norm"
+    for number, momentum in enumerate(config["momentum"]):
+        if "steps" in config:
+            ours = momentum_at(number / config["steps"])
+            errors.rows.append(Row(f"momentum.{number}", abs(ours - momentum), 1e-12))
     for kind in ("cls", "patch"):
-        for case, number in cases.items():
-            mean, deviation = (
-                tensors[f"out.{kind}.{name}.{case}"].to(dtype) for name in ("mean", "std")
-            )
-            tokens = tensors[f"input.{kind}.{number}"].to(dtype)
-            if is_dune:
-                got = _scaled(mean, deviation)(tokens)
-            else:
-                got = Affine(mean, (deviation + spec["config"]["eps"]).reciprocal())(tokens)
-            # The mean is stored in float32, and some channels have deviations near its rounding.
-            sure = mean.abs() * 2**-24 < 1e-7 * deviation
-            assert sure.sum() > 1
-            expected = tensors[f"out.{kind}.{case}"]
-            errors.add(f"out.{kind}.{case}", got[..., sure], expected[..., sure])
+        module = _running(spec, config["dim"], dtype)
+        steps = [tensors[f"input.{kind}.{k}"].to(dtype) for k in range(len(config["momentum"]))]
+
+        def compare(case: str, got: Tensor, kind: str = kind, steps: list = steps) -> None:
+            # Where a channel's deviation is near the rounding of its mean, tokens are uncertain.
+            sure = _sure(steps[0])
+            errors.add(case, got[..., sure], tensors[case][..., sure])
+
+        for number, (tokens, momentum) in enumerate(zip(steps, config["momentum"], strict=True)):
+            step = moments_of(sums_of(tokens))
+            got = module(tokens, step) if module.of_step else module(tokens)
+            compare(f"out.{kind}.{number}", got)
+            module.move(step, momentum)
+            errors.out(f"out.{kind}.mean.{number}", module.mean)
+            errors.out(f"out.{kind}.std.{number}", module.deviation)
+        compare(f"out.{kind}.eval", module(steps[0]))
+        if is_dune:
+            compare(f"out.{kind}.zero_momentum", module(steps[1]))
+        else:
+            compare(f"out.{kind}.batch_statistics", module(steps[0], moments_of(sums_of(steps[0]))))
+    return errors.rows
+
+
+def _sure(tokens: Tensor) -> Tensor:
+    """The channels of which the mean's rounding in float32 is far below the deviation."""
+    step = moments_of(sums_of(tokens))
+    sure = step.mean.abs() * 2**-24 < 1e-7 * step.variance.sqrt()
+    assert sure.sum() > 1
+    return sure
+
+
+def check_statistics_of_ranks(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """Tokens of each rank by statistics whose sums are added up."""
+    errors, config = Errors(spec, tensors), spec["config"]
+    module = _running(spec, config["dim"], dtype)
+    for number, momentum in enumerate(config["momentum"]):
+        ranks = [tensors[f"input.rank{r}.{number}"].to(dtype) for r in range(config["ranks"])]
+        step = moments_of(torch.stack([sums_of(tokens) for tokens in ranks]).sum(0))
+        for rank, tokens in enumerate(ranks):
+            got = module(tokens, step) if module.of_step else module(tokens)
+            errors.out(f"out.rank{rank}.{number}", got)
+        module.move(step, momentum)
+        errors.out(f"out.mean.{number}", module.mean)
+        errors.out(f"out.std.{number}", module.deviation)
     return errors.rows
 
 
@@ -280,12 +348,14 @@ CHECKS = {
     "lightly_queue": check_lightly_queue,
     "lightly_v1_loss": check_lightly_loss,
     "lightly_v3_loss": check_lightly_loss,
+    "dune_statistics_two_ranks": check_statistics_of_ranks,
     "dune_teacher_norm": check_unic_standardise,
     "featsharp_phi_standardize": check_featsharp,
     "radio_hadamard": check_radio_hadamard,
     "radio_intermediate_normaliser": check_radio_intermediate,
     "radio_phi_s": check_radio_phi_s,
     "unic_standardise": check_unic_standardise,
+    "unic_statistics_two_ranks": check_statistics_of_ranks,
     "dune_loss": check_unic_loss,
     "sak_loss": check_sak_loss,
     "theia_loss": check_theia_loss,

@@ -74,6 +74,10 @@ class Balanced:
         source, number = self._find(index)
         return source.read(number)
 
+    def datasets_of(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The number of the dataset of each image, in the order in which they were given."""
+        return np.searchsorted(self.blocks.ends, images, side="right")
+
     def expect(self, places: Iterable[_Place]) -> None:
         """Tells the sources that are read in blocks which of them are needed next."""
         wanted: dict[int, list[int]] = {}
@@ -85,7 +89,7 @@ class Balanced:
     def _find(self, index: int) -> tuple[Any, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        part = int(np.searchsorted(self.blocks.ends, index, side="right"))
+        part = int(self.datasets_of(np.array(index)))
         return self._sources[part], index - (int(self.blocks.ends[part - 1]) if part else 0)
 
 

@@ -33,6 +33,7 @@ STREAMS = {
     "in_window": 14,
     "dropout": 15,
     "copies": 16,
+    "teachers": 17,
 }
 
 _WORD = np.uint64(0xFFFFFFFF)

@@ -26,12 +26,18 @@ def prepared(task: Task, batch: Batch, seed: int) -> dict[str, Any]:
     batch = batch.to(distributed.device())
     keep = None
     if any(task.drop_path_rates):
-        keep = drop_path_keep(task.drop_path_rates, seed, batch.epoch, batch.positions)
-        if distributed.device().type == "cuda":
-            # Copying from memory that is not pinned may wait for what is queued on the device.
-            keep = keep.pin_memory().to(distributed.device(), non_blocking=True)
+        keep = _on_device(drop_path_keep(task.drop_path_rates, seed, batch.epoch, batch.positions))
+    draws = task.draws(seed, batch.epoch, batch.positions)
+    more = {} if draws is None else {"draws": _on_device(draws)}
     with torch.no_grad():
-        return task.prepare(batch.images, batch.targets, keep)
+        return task.prepare(batch.images, batch.targets, keep, **more)
+
+
+def _on_device(drawn: Tensor) -> Tensor:
+    if distributed.device().type != "cuda":
+        return drawn
+    # Copying from memory that is not pinned may wait for what is queued on the device.
+    return drawn.pin_memory().to(distributed.device(), non_blocking=True)
 
 
 def arguments_of_step(

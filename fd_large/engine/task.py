@@ -42,6 +42,21 @@ class Task(nn.Module):
         """
         return targets
 
+    def draws(self, seed: int, epoch: int, positions: Tensor) -> Tensor | None:
+        """Returns what is drawn for each image besides its view and its drop path; None: nothing.
+
+        A function of the arguments alone, so that ranks, micro batches, a resume and a replay
+        change nothing. `prepare` takes it, where it is not None, as the keyword `draws`.
+
+        Args:
+            seed: The run's seed.
+            epoch: Epoch, counted from 0.
+            positions: (B,) int64, places in the epoch's order, on the CPU.
+
+        Returns: (..., B), on the CPU.
+        """
+        return None
+
     def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
         """Does what needs no gradient of the trained parameters, for example a teacher's forward.
 

@@ -42,7 +42,7 @@ from fd_large.recipes.sections import (
     Student,
 )
 from fd_large.recipes.task_kind import TaskKind
-from fd_large.tasks.distillation.section import NamedTeacher, Objective, Teacher
+from fd_large.tasks.distillation.section import NamedTeacher, Objective, Teacher, Weighting
 from fd_large.tasks.registry import TASKS, kind_of
 
 # A field for each task that has a section of its own.
@@ -201,6 +201,7 @@ class Run:
     teacher: Teacher = field(default_factory=Teacher)
     # Several teachers, by names of your own; then the sections teacher and objective stay empty.
     teachers: dict[str, NamedTeacher] = field(default_factory=dict)
+    weighting: Weighting = field(default_factory=Weighting)
     data: Data = field(default_factory=Data)
     objective: Objective = field(default_factory=Objective)
     task: Task = field(default_factory=Task)
@@ -259,6 +260,11 @@ class Run:
                 f"{name}: a run with several teachers does not read it; got {got!r} beside the "
                 f"teachers {', '.join(self.teachers)}, expected {usual!r}. Set it for a teacher: "
                 f"--teachers.{next(iter(self.teachers))}.{name.partition('.')[2]}."
+            )
+        if self.weighting != Weighting() and len(self.teachers) < 2:
+            raise ConfigError(
+                f"weighting: nothing to choose from; got {self.weighting.rule} for one teacher, "
+                "expected several. Leave it out, or name teachers (docs/several_teachers.md)."
             )
 
     def _refuse_sections_of(self, kind: TaskKind, read: TaskKind) -> None:
@@ -410,7 +416,7 @@ class Run:
         values: dict[str, Any] = plain(asdict(self))
         # Runs with one teacher are stored as they have been since the first release.
         if not self.teachers:
-            del values["teachers"]
+            del values["teachers"], values["weighting"]
         return values
 
     @classmethod

@@ -36,9 +36,21 @@ def student(**fields: Any) -> dict[str, Any]:
     return {"run": {"student": fields}, "zero": ZERO3, "updates": 3}
 
 
-# A loss of whole maps, and a head that mixes the tokens of an image.
+# A loss of whole maps, a head that mixes the tokens of an image, targets by running statistics.
 OTHER_OBJECTIVE = {
-    "objective": {"loss": "0.9 cosine_of_map + 0.1 smooth_l1", "head": "attention_mlp"}
+    "objective": {
+        "loss": "0.9 cosine_of_map + 0.1 smooth_l1",
+        "head": "attention_mlp",
+        "normaliser": "running",
+    }
+}
+# What depends on all images of a step: which teachers an image learns from, and statistics.
+DROPPING = {
+    "teachers": {
+        "first": {"normaliser": "batch", "targets": ["map", "summary"]},
+        "second": {"weight": 0.5},
+    },
+    "weighting": {"rule": "drop"},
 }
 NODES = {"engine": {"node_size": 2}, "teacher": {"placement": "node"}}
 SETTINGS: dict[int, dict[str, Any]] = {
@@ -64,6 +76,8 @@ SETTINGS: dict[int, dict[str, Any]] = {
         },
         "zero2": {"zero": ZERO2},
         "zero3 other objective": {"run": OTHER_OBJECTIVE, "zero": ZERO3, "updates": 3},
+        "zero3 dropping": {"run": DROPPING, "zero": ZERO3, "updates": 3},
+        "zero1 dropping": {"run": DROPPING | micro(2), "zero": ZERO1, "updates": 3},
         "zero2 bf16": {"run": BF16, "zero": ZERO2},
         # As on so many ranks that bfloat16 sums would show.
         "zero1 bf16, float32 sums": {"run": BF16, "zero": ZERO1, **MANY},
@@ -75,7 +89,10 @@ SETTINGS: dict[int, dict[str, Any]] = {
         },
         "zero1 bf16": {"run": BF16, "zero": ZERO1},
     },
-    3: {"zero3": {"run": micro(2), "zero": ZERO3}},
+    3: {
+        "zero3": {"run": micro(2), "zero": ZERO3},
+        "zero3 dropping": {"run": DROPPING | micro(4), "zero": ZERO3, "updates": 3},
+    },
     4: {
         "hpz, node": {"run": NODES, "zero": {**ZERO3, "zero_hpz_partition_size": "auto"}},
         "hpz, node, bf16": {
@@ -94,8 +111,11 @@ def plain() -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def plain_of_other() -> list[float]:
-    return scenarios.plain_losses(scenarios.tiny_run(**OTHER_OBJECTIVE), updates=3)
+def plain_of_others() -> dict[str, list[float]]:
+    return {
+        name: scenarios.plain_losses(scenarios.tiny_run(**other), updates=3)
+        for name, other in (("other objective", OTHER_OBJECTIVE), ("dropping", DROPPING))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +136,14 @@ def results_on(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Resu
 def test_losses_masters_and_bytes(
     ranks: int,
     plain: list[float],
-    plain_of_other: list[float],
+    plain_of_others: dict[str, list[float]],
     results_on: Callable[[int], Results],
 ) -> None:
     by_rank = results_on(ranks)
     for name, setting in SETTINGS[ranks].items():
         result, updates = by_rank[0][name], setting.get("updates", len(plain))
         bound = BFLOAT16_BOUND if "bf16" in name else FLOAT32_BOUND
-        expected = plain_of_other if name == "zero3 other objective" else plain[:updates]
+        expected = plain_of_others.get(name.partition(" ")[2], plain[:updates])
         losses = zip(result["losses"], expected, strict=True)
         worst = max(abs(a - b) / b for a, b in losses)
         assert worst <= bound, f"{name}: losses {worst:.1e} from plain torch's"
@@ -131,7 +151,8 @@ def test_losses_masters_and_bytes(
         assert learns, f"{name}: it must learn"
         assert result["master_error"] == 0.0, f"{name}: masters are not exact"
         assert len({h for r in by_rank for h in r[name]["teacher_hash"]}) == 1, name
-        for held in result["held_bytes"]:
+        # The sum is of one teacher's bytes.
+        for held in result["held_bytes"] if "dropping" not in name else ():
             assert held == pytest.approx(result["planned_bytes"], rel=0.05), name
 
 
@@ -155,7 +176,8 @@ def test_any_number_of_ranks_sees_the_same_teacher(results_on: Callable[[int], R
         if "bf16" not in name
     ]
     assert len({result["teacher_hash"][0] for _, result in in_float32}) == 1
-    first = [r["losses"][0] for name, r in in_float32 if "other objective" not in name]
+    usual = [r for name, r in in_float32 if not name.endswith(("objective", "dropping"))]
+    first = [result["losses"][0] for result in usual]
     assert max(first) - min(first) < 1e-6
 
 

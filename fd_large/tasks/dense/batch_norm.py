@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fd_large import distributed
+from fd_large.engine.float32_buffers import Float32Buffers
 
 # torch's defaults, with which the published heads were trained.
 EPS, MOMENTUM = 1e-5, 0.1
 _PLACES = (0, 2, 3)
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(Float32Buffers):
     """Normalises each channel over images and places; float32 whatever the dtype of the map.
 
     In training, by the mean and variance of the images of this pass on all ranks, so that a step of
@@ -58,16 +59,6 @@ class BatchNorm(nn.Module):
         scale = weight * (self.running_var.to(wide) + EPS).rsqrt()
         shift = bias - self.running_mean.to(wide) * scale
         return (x.to(wide) * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> BatchNorm:
-        # A model that is cast to bfloat16 keeps its statistics: steps of a tenth would be lost.
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = getattr(self, name)
-            if moved.dtype in (torch.bfloat16, torch.float16):
-                setattr(self, name, buffer.to(moved.device))
-        return self
 
     def forget(self) -> None:
         """Drops the statistics that were noted since the last step."""

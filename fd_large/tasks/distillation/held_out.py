@@ -127,7 +127,7 @@ class HeldOutViews:
             losses = constant_prediction_losses(task, batches, distributed.sum_tensor)
         pairs = list(zip(task.targets, losses, strict=True))
         own = {f"{target.label}_best_constant": loss for target, loss in pairs if target.label}
-        total = sum(target.weight * loss for target, loss in pairs)
+        total = task.combined(losses)
         return {f"{self.name}_{key}": loss for key, loss in {**own, "best_constant": total}.items()}
 
     def targets(self, engine: Engine, number: int = 0) -> Iterator[tuple[Tensor, int]]:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,13 @@ from fd_large.backbones.statistics import IMAGENET
 from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
 from fd_large.checkpoint.stream import Shape
+from fd_large.data.balanced import Balanced
 from fd_large.data.labelled import LabelledImages, has_parts, open_split, open_training
+from fd_large.data.loader import Batch
 from fd_large.data.photographs import PREFIX as BUILTIN
+from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource, open_images
+from fd_large.data.weighted_roots import weighted_roots
 from fd_large.engine.evaluation import Evaluation, Panel, evaluating
 from fd_large.engine.frozen import Frozen, frozen_maker, frozen_weights
 from fd_large.engine.heads import check_head
@@ -57,13 +61,14 @@ from fd_large.tasks.distillation.losses import check_loss, make_loss
 from fd_large.tasks.distillation.model_card import learned
 from fd_large.tasks.distillation.normalisers import (
     BY_STATISTICS,
+    RUNNING,
     WHITENING,
     check_normaliser,
     make_normaliser,
 )
 from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher, field_of, label
 from fd_large.tasks.distillation.target import Target, as_map, summary
-from fd_large.tasks.distillation.task import Distillation
+from fd_large.tasks.distillation.task import DATASETS, Distillation
 from fd_large.tasks.distillation.teacher import PlacedTeacher, place
 from fd_large.weights.libraries import To
 from fd_large.weights.model_card import Learned
@@ -78,7 +83,6 @@ class DistillationJob(Job):
     """The student learns the teacher's feature map."""
 
     memory_remedy = "--teacher.placement sharded"
-    learns_from_images_alone = True
     loss_name = "the run's own objective"
     _teachers: Mapping[str, PlacedTeacher] | None = None
     _words: ClassVar = {
@@ -107,6 +111,11 @@ class DistillationJob(Job):
         return words
 
     @property
+    def learns_from_images_alone(self) -> bool:  # type: ignore[override]
+        """Not where an image's dataset decides its teachers: an incident does not hold it."""
+        return self.run.weighting.rule != "own_data"
+
+    @property
     def lower_is_better(self) -> tuple[str, ...]:  # type: ignore[override]
         """The loss, and that of each target."""
         return ("loss", *(f"{one}_loss" for one in self._labels()))
@@ -125,7 +134,11 @@ class DistillationJob(Job):
     @property
     def ignored_fields(self) -> tuple[str, ...]:
         """Fields that this recipe's losses or normalisers do not read."""
-        ignored = []
+        ignored, rule = [], self.run.weighting.rule
+        if rule != "drop":
+            ignored.append("weighting.drop_probability")
+        if rule != "own_data":
+            ignored += [f"teachers.{name}.datasets" for name in self.run.teachers]
         for name, entry in self.run.taught_by.items():
             of = partial(field_of, name)
             losses = [entry.setting("loss", kind) for kind in entry.targets]
@@ -168,6 +181,7 @@ class DistillationJob(Job):
                 for kind in entry.targets
                 for check in _checks(entry, kind)
             ),
+            self._teaches,
             lambda: self.run.eval.root and self._held_out_images,
             lambda: self.run.eval.knn_root and self._labelled_images,
             *(
@@ -176,6 +190,41 @@ class DistillationJob(Job):
             ),
             super().check,
         )
+
+    def _teaches(self) -> list[list[bool]]:
+        """Whether a teacher teaches a dataset: (teachers by name, datasets); empty if all do.
+
+        Raises: ConfigError or DataError: if a dataset has no teacher, or there is no such dataset.
+        """
+        entries, root = sorted(self.run.teachers.items()), self.run.data.root
+        if self.run.weighting.rule != "own_data":
+            return []
+        names = [part.name for part in weighted_roots(root)]
+        require(
+            len(names) > 1,
+            "weighting.rule: own_data needs several datasets with names",
+            f"data.root {root!r}",
+            "a sum of them by weight",
+            "Name them as in docs/data.md",
+        )
+        for name, entry in entries:
+            other = [dataset for dataset in entry.datasets if dataset not in names]
+            require(
+                not other,
+                f"teachers.{name}.datasets: no such dataset in data.root",
+                ", ".join(other),
+                f"some of {', '.join(names)}",
+                "Correct the name",
+            )
+        taught = {dataset for _, entry in entries for dataset in entry.datasets}
+        require(
+            taught.issuperset(names),
+            "weighting.rule: own_data leaves images without a teacher",
+            f"no teacher of {', '.join(name for name in names if name not in taught)}",
+            "at least one for each dataset",
+            "Name them in --teachers.NAME.datasets",
+        )
+        return [[dataset in entry.datasets for dataset in names] for _, entry in entries]
 
     def sources(self) -> Mapping[str, str]:
         """Returns the sources of teachers and student."""
@@ -432,9 +481,22 @@ class DistillationJob(Job):
             for name, entry in entries.items()
             for kind in entry.targets
         ]
-        return Distillation(student, teachers, targets)
+        return Distillation(
+            student, teachers, targets, weighting=self.run.weighting, teaches=self._teaches()
+        )
 
     # --- training ---
+
+    def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
+        """Yields micro batches of views, with their datasets where these decide the teachers."""
+        batches = super().batches(samples, portion)
+        if self.run.weighting.rule != "own_data":
+            return batches
+        datasets_of = cast(Balanced, samples).datasets_of
+        return (
+            replace(batch, targets={DATASETS: torch.from_numpy(datasets_of(batch.indices.numpy()))})
+            for batch in batches
+        )
 
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
@@ -629,6 +691,8 @@ class DistillationJob(Job):
             f"{PROJECTION}bias": (width,),
         }
         whole = {f"{stream.STUDENT}{name}": shape for name, shape in student.items()}
+        if self.run.objective.normaliser in RUNNING:
+            whole |= {f"running.{MAP}.{name}": (width,) for name in ("mean", "deviation")}
         stream.check(reader, whole | projection)
         return projection if to == "fd" else {}
 

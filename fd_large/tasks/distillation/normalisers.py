@@ -2,8 +2,9 @@
 
 Adding a normaliser is a line in `NORMALISERS`, or a file of the user's own
 (`objective.normaliser module:FILE.py:NAME`): a function from tokens (..., C) to float32 of the same
-shape. It works on the tokens of a micro batch, and so must treat each token alone. Two of the
-built-in ones read statistics of the teacher's channels from a file (target_statistics.py).
+shape. It works on the tokens of a micro batch, and so must treat each token alone. Of the built-in
+ones two read statistics of the teacher's channels from a file (target_statistics.py), and two
+follow them as the run goes on (running_statistics.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fd_large import doors
 from fd_large.errors import ConfigError
 from fd_large.kernels.whitened_loss import whiten
 from fd_large.tasks.distillation import target_statistics
+from fd_large.tasks.distillation.running_statistics import RunningStatistics, StepStatistics
 from fd_large.tasks.distillation.target_statistics import TargetStatistics
 
 WHERE = "objective.normaliser"
@@ -26,6 +28,7 @@ WHITENING = "whitening"
 """The default, which a fused kernel may compute together with the loss."""
 
 Normaliser = Callable[[Tensor], Tensor]
+_TRIAL_WIDTH = 8
 
 
 def none(tokens: Tensor) -> Tensor:
@@ -81,23 +84,33 @@ BY_STATISTICS: dict[str, Callable[[TargetStatistics], Affine]] = {
     "phi_s": phi_s,
 }
 """Those that are made of statistics."""
+RUNNING: dict[str, type[RunningStatistics]] = {
+    "running": RunningStatistics,
+    "batch": StepStatistics,
+}
+"""Those with statistics that training moves: Modules, made of the number of channels."""
 
 
-def make_normaliser(name: str, *, eps: float, statistics: str = "") -> Normaliser:
+def make_normaliser(
+    name: str, *, eps: float, statistics: str = "", width: int = _TRIAL_WIDTH
+) -> Normaliser:
     """Returns the normaliser that a recipe names.
 
     Args:
-        name: A name in `NORMALISERS` or `BY_STATISTICS`, or one of the user's own
+        name: A name in `NORMALISERS`, `BY_STATISTICS` or `RUNNING`, or one of the user's own
             (fd_large/doors.py).
         eps: `objective.whitening_eps`, for whitening.
         statistics: `objective.target_statistics`, a file.
+        width: Channels of the teacher's tokens, for a name in `RUNNING`.
 
     Raises: ConfigError: if there is no such normaliser, or no such file.
     """
-    known = NORMALISERS | BY_STATISTICS
+    known = NORMALISERS | BY_STATISTICS | RUNNING
     found = doors.load(name, kind="normalisers", where=WHERE, built_in=known)
     if name in BY_STATISTICS:
         return found(target_statistics.read(statistics))
+    if name in RUNNING:
+        return found(width)
     return partial(whiten, eps=eps) if name == WHITENING else found
 
 
@@ -106,7 +119,9 @@ def check_normaliser(normaliser: Normaliser, name: str) -> None:
 
     Raises: ConfigError: if that fails, changes the shape, or mixes tokens.
     """
-    width = normaliser.width if isinstance(normaliser, Affine) else 8
+    width = (
+        normaliser.width if isinstance(normaliser, (Affine, RunningStatistics)) else _TRIAL_WIDTH
+    )
     tokens = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0))
     try:
         given = normaliser(tokens)

@@ -48,7 +48,9 @@ class Objective:
     loss: str = "smooth_l1"
     # What is done to the teacher's tokens. whitening: each gets mean 0 and variance 1 over its
     # channels. none: nothing. standardise: each channel gets mean 0 and variance 1. phi_s: channels
-    # are rotated so that all have variance 1. A function of your own: module:FILE.py:NAME.
+    # are rotated so that all have variance 1. running: each channel gets about mean 0 and variance
+    # 1, by statistics that follow those of the steps; batch: exactly, by those of the step's own
+    # images. A function of your own: module:FILE.py:NAME.
     normaliser: str = "whitening"
     # File of means, deviations and the rotation of the teacher's channels, for standardise and
     # phi_s: the command statistics writes it.
@@ -125,6 +127,8 @@ class NamedTeacher(Teacher, Objective):
     summary: Summary = field(default_factory=Summary)
     # Weight of this teacher's loss in the sum.
     weight: float = 1.0
+    # Names of the datasets of data.root whose images it teaches, where weighting.rule is own_data.
+    datasets: tuple[str, ...] = ()
     interpolation: Interpolation = AUTO
     teacher_image_size: int | Literal["auto"] = AUTO
 
@@ -186,6 +190,32 @@ class NamedTeacher(Teacher, Objective):
         return own or (getattr(self, name) if inherits else own)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Weighting:
+    """Which of several teachers an image learns from."""
+
+    # fixed: all of them; the loss is their sum. Else it is the mean over the pairs of image and
+    # teacher that are kept, of all images of a step. drop: the teacher with the largest loss of an
+    # image is kept, and each other one by chance, as in UNIC (DUNE's lowest_loss). own_data: those
+    # that teach the image's dataset (teachers.NAME.datasets), as in DUNE.
+    rule: Literal["fixed", "drop", "own_data"] = "fixed"
+    # Probability with which drop leaves out a teacher that is not the worst, in [0, 1].
+    drop_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_types(self, "weighting")
+        require(
+            0 <= self.drop_probability <= 1,
+            "weighting.drop_probability: invalid probability",
+            self.drop_probability,
+            "a number in [0, 1]",
+        )
+
+
+FIXED = Weighting()
+"""Every image learns from all teachers."""
+
+
 def label(teacher: str, kind: str) -> str:
     """Returns a target's name in metrics and files: NAME for a map, NAME_summary for a summary.
 
@@ -219,7 +249,7 @@ KIND = TaskKind(
     folder="distillation",
     job="DistillationJob",
     title="Distillation",
-    sections=("teacher", "objective", "teachers"),
+    sections=("teacher", "objective", "teachers", "weighting"),
     # The hash of a file of statistics decides, not its place.
     may_change=(
         "teacher.placement",

@@ -7,6 +7,7 @@ target needs beside the student stands here: head, alignment, normaliser, loss a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,13 +18,15 @@ from fd_large.tasks.distillation.heads import registry
 from fd_large.tasks.distillation.heads.map_head import MapHead, Maps
 from fd_large.tasks.distillation.losses import make_loss
 from fd_large.tasks.distillation.normalisers import WHITENING, make_normaliser
+from fd_large.tasks.distillation.running_statistics import Moments, RunningStatistics
 from fd_large.tasks.distillation.section import MAP, SUMMARY, label
 
 
 class Target:
     """A head on the student's tokens, and the loss between them and a teacher's.
 
-    It is no Module: the task registers its head, under the name that checkpoints have.
+    It is no Module: the task registers its head and its running statistics, under the names that
+    checkpoints have.
 
     Args:
         width: Channels of the student's map.
@@ -49,6 +52,7 @@ class Target:
         reads_blocks: Whether the head reads the maps of the student's blocks.
         loss: The loss.
         normalise: From tokens (..., teacher_width) to the same in float32.
+        running: `normalise`, where it has statistics that training moves; else None.
     """
 
     def __init__(
@@ -74,8 +78,10 @@ class Target:
         self.reads_blocks = isinstance(self.head, MapHead) and self.head.reads_blocks
         self.loss = make_loss(loss, beta=beta)
         self.normalise = make_normaliser(
-            normaliser, eps=whitening_eps, statistics=target_statistics
+            normaliser, eps=whitening_eps, statistics=target_statistics, width=teacher_width
         )
+        is_running = isinstance(self.normalise, RunningStatistics)
+        self.running = cast(RunningStatistics, self.normalise) if is_running else None
         self._eps = whitening_eps if normaliser == WHITENING else None
         self._interpolation, self._with_prefix = interpolation, with_prefix
 
@@ -109,15 +115,15 @@ class Target:
         self.loss.num_prefix_tokens = student.num_prefix_tokens
         return student.tokens, teacher.tokens
 
-    def wanted(self, student: FeatureMap, teacher: FeatureMap) -> Tensor:
-        """Returns the normalised tokens of `compared`, (B, N, Ct) float32.
+    def teacher_tokens(self, student: FeatureMap, teacher: FeatureMap) -> Tensor:
+        """Returns the teacher's tokens of `compared`, (B, N, Ct).
 
         Args:
             student: Of the grid and prefix of the student's map, whatever its tokens.
             teacher: The teacher's map, any floating-point dtype.
         """
         if self.kind == SUMMARY:
-            return self.normalise(summary(teacher))
+            return summary(teacher)
         grid, prefix = self.given(student.grid, student.num_prefix_tokens)
         tokens = teacher.tokens.new_empty(len(teacher.tokens), prefix + grid[0] * grid[1], 1)
         matched = match_prefixes(
@@ -125,7 +131,7 @@ class Target:
         )
         student, teacher = match_grids(*matched, interpolation=self._interpolation)
         self.loss.num_prefix_tokens = student.num_prefix_tokens
-        return self.normalise(teacher.tokens)
+        return teacher.tokens
 
     def given(self, grid: Grid, num_prefix_tokens: int) -> tuple[Grid, int]:
         """Returns grid and prefix tokens of what the head gives, of those of the student's map."""
@@ -140,26 +146,39 @@ class Target:
         """
         return common_grid(self.given(student, 0)[0], teacher, interpolation=self._interpolation)
 
-    def value(self, projected: Tensor, tokens: Tensor) -> Tensor:
+    def normalised(self, tokens: Tensor, step: Moments | None = None) -> Tensor:
+        """Returns the teacher's tokens (B, N, Ct) normalised, float32.
+
+        Args:
+            tokens: (B, N, Ct), any floating-point dtype.
+            step: The statistics of the step, where `running` is to normalise by them.
+        """
+        if step is None:
+            return self.normalise(tokens)
+        assert self.running is not None
+        return self.running(tokens, step)
+
+    def value(self, projected: Tensor, tokens: Tensor, step: Moments | None = None) -> Tensor:
         """Returns the loss without its weight, a float32 scalar.
 
         Args:
             projected: (B, N, Ct), the student's tokens after the head.
             tokens: (B, N, Ct), the teacher's, any floating-point dtype.
+            step: See `normalised`.
         """
         if self._eps is not None:
             fused = self.loss.fused(projected, tokens, self._eps)
             if fused is not None:
                 return fused
-        wanted = self.normalise(tokens.detach())
+        wanted = self.normalised(tokens.detach(), step)
         return self.loss(projected.to(wanted.dtype), wanted)
 
-    def per_image(self, projected: Tensor, tokens: Tensor) -> Tensor:
+    def per_image(self, projected: Tensor, tokens: Tensor, step: Moments | None = None) -> Tensor:
         """Returns the loss of each image without its weight, (B,) float32; its mean is `value`.
 
         Args: As `value`.
         """
-        wanted = self.normalise(tokens.detach())
+        wanted = self.normalised(tokens.detach(), step)
         return self.loss.per_image(projected.to(wanted.dtype), wanted)
 
     def cosine(self, projected: Tensor, tokens: Tensor) -> Tensor:

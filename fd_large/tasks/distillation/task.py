@@ -3,11 +3,15 @@
 The loss is a sum over targets (target.py), by weight. By default there is one: smooth L1 between
 the linear projection of the student's map and the whitened map of a teacher. Source: Wei et al.,
 arXiv 2205.14141; constants as in the official code.
+
+Two things may depend on all images of a step, which then has two passes (`Task.two_passes`): the
+statistics that targets are normalised by (running_statistics.py), and which teachers each image
+learns from (weighting.py). Neither needs the student in the first pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import Any
@@ -15,20 +19,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
 from fd_large.engine.task import Task
 from fd_large.tasks.distillation.heads.map_head import BesideLoss, with_blocks
+from fd_large.tasks.distillation.running_statistics import (
+    Moments,
+    moments_of,
+    momentum_at,
+    sums_of,
+)
+from fd_large.tasks.distillation.section import FIXED, MAP, Weighting
 from fd_large.tasks.distillation.target import Target
+from fd_large.tasks.distillation.weighting import (
+    coins,
+    kept_beside_worst,
+    kept_of_own_data,
+    weighted_loss,
+)
 
 Teachers = Mapping[str, Callable[[Tensor], FeatureMap]]
+DATASETS = ".datasets"
+"""The key, which no teacher has, of the images' datasets among the targets of a batch."""
 
 
 class Distillation(Task):
     """A student, a head for each target, and the sum of the losses.
 
     The head of an only teacher's map is `projection`; those of several teachers are
-    `heads.NAME.KIND`.
+    `heads.NAME.KIND`. Running statistics are `running.LABEL`, that of an only teacher's map
+    `running.map`.
 
     Args:
         student: A backbone of `fd_large.backbones`.
@@ -37,6 +58,9 @@ class Distillation(Task):
             optimiser and no checkpoint.
         targets: What is learnt of them.
         statistics: The student's normalisation; the paper uses ImageNet's for every student.
+        weighting: Which of several teachers each image learns from.
+        teaches: For own_data, (teachers in the order of their names, datasets): whether a teacher
+            teaches the images of a dataset.
 
     Attributes:
         targets: As given.
@@ -49,9 +73,12 @@ class Distillation(Task):
         targets: Sequence[Target],
         *,
         statistics: Statistics = IMAGENET,
+        weighting: Weighting = FIXED,
+        teaches: Sequence[Sequence[bool]] = (),
     ) -> None:
         super().__init__(student)
         self.targets, self.statistics = tuple(targets), statistics
+        self._weighting, self._teaches = weighting, teaches
         # In a plain dict, so that nn.Module does not register teachers that are Modules.
         self._teachers = dict(teachers)
         heads: dict[str, nn.ModuleDict] = {}
@@ -62,30 +89,149 @@ class Distillation(Task):
                 self.projection = target.head
         if heads:
             self.heads = nn.ModuleDict(heads)
+        running = {t.label or MAP: t.running for t in self.targets if t.running is not None}
+        if running:
+            self.running = nn.ModuleDict(running)
+        # Of this step, by the targets' labels: statistics of all its images, and sums over those
+        # of this rank that its forwards have seen.
+        self._agreed: dict[str, Moments] = {}
+        self._noted: dict[str, Tensor] = {}
+        self._momentum = 0.0
 
-    def learnt(self, images: Tensor, targets: Any) -> Mapping[str, FeatureMap]:
-        """Returns the teachers' maps of the images by name; the targets may give them.
+    def learnt(self, images: Tensor, targets: Any) -> Mapping[str, Any]:
+        """Returns the teachers' maps of the images by name, beside what the targets hold.
 
-        The teachers run one after another: of a sharded one a layer is gathered at a time.
+        The targets may give maps too. The teachers run one after another: of a sharded one a layer
+        is gathered at a time.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+            targets: None, or maps by name, and under `DATASETS` the number of each image's dataset,
+                (B,) int64, where these decide the teachers.
         """
         given = targets if isinstance(targets, Mapping) else {}
         with torch.no_grad():
-            return {
+            maps = {
                 name: given[name] if name in given else teacher(images)
                 for name, teacher in self._teachers.items()
             }
+        return {**given, **maps}
 
-    def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
-        """Returns the student's pixels, the drop-path draws and the teachers' maps."""
+    def draws(self, seed: int, epoch: int, positions: Tensor) -> Tensor | None:
+        """Returns the coins for the teachers that are not the worst; None: nothing is dropped."""
+        if self._weighting.rule != "drop":
+            return None
+        return coins(
+            seed,
+            epoch,
+            positions,
+            teachers=len(self._teachers),
+            drop_probability=self._weighting.drop_probability,
+        )
+
+    def prepare(
+        self,
+        images: Tensor,
+        targets: Any,
+        keep: Tensor | None,
+        draws: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Returns the student's pixels, the drop-path draws and the teachers' maps.
+
+        Args:
+            images, targets: See `learnt`.
+            keep: (num_sites, B) bool, or None for no drop path.
+            draws: (teachers - 1, B) bool, where teachers are dropped.
+        """
         with torch.no_grad():
+            learnt = self.learnt(images, targets)
             return {
                 "pixels": normalise(images, self.statistics),
                 "keep": keep,
-                "maps": self.learnt(images, targets),
+                "maps": {name: learnt[name] for name in self._teachers},
+                "chooses": learnt.get(DATASETS, draws),
             }
 
+    def two_passes(self, micro_batches: int) -> bool:
+        """Statistics of a step, and the number of teachers that it keeps, are of all its images."""
+        return self._weighting.rule != "fixed" or bool(self._of_step)
+
+    @property
+    def _of_step(self) -> list[Target]:
+        """The targets that are normalised by the statistics of their step."""
+        return [t for t in self.targets if t.running is not None and t.running.of_step]
+
+    def sums(self, forward: Callable[..., Any], prepared: dict[str, Any]) -> Tensor:
+        """Returns sums over the teachers' tokens, and the number of kept teachers.
+
+        Args: As in `Task`. The student is not run.
+        """
+        tokens = self._teacher_tokens(prepared["pixels"], prepared["maps"])
+        parts = [
+            sums_of(own)
+            for target, own in zip(self.targets, tokens, strict=True)
+            if target in self._of_step
+        ]
+        if self._weighting.rule != "fixed":
+            images = len(prepared["pixels"])
+            zeros = prepared["pixels"].new_zeros(len(self._teachers), images)
+            parts.append(self._kept(zeros, prepared["chooses"]).sum().double().reshape(1))
+        return torch.cat(parts)
+
+    def with_totals(
+        self, prepared: dict[str, Any], totals: Tensor, *, parts: int
+    ) -> dict[str, Any]:
+        """Returns the arguments of `forward` with the numbers of the step."""
+        targets = self._of_step
+        widths = [2 * target.running.width + 1 for target in targets if target.running is not None]
+        *sums, number = totals.split([*widths, len(totals) - sum(widths)])
+        self._agreed = {
+            target.label: moments_of(part) for target, part in zip(targets, sums, strict=True)
+        }
+        return {**prepared, "step": self._agreed, "number": number, "parts": parts}
+
+    def _kept(self, losses: Tensor, chooses: Tensor | None) -> Tensor:
+        """Returns which teachers each image learns from, (teachers, B) bool.
+
+        Without draws or datasets, as where a step is counted on shapes, they are all kept.
+
+        Args:
+            losses: (teachers, B), by name.
+            chooses: Of `prepare`.
+        """
+        if chooses is None:
+            return torch.ones_like(losses, dtype=torch.bool)
+        if self._weighting.rule == "own_data":
+            return kept_of_own_data(chooses, self._teaches)
+        return kept_beside_worst(losses, chooses)
+
+    def before_step(self, progress: float) -> None:
+        """Drops what was noted outside of a step, such as in a trial."""
+        self._momentum = momentum_at(progress)
+        self._agreed, self._noted = {}, {}
+
+    def after_step(self) -> None:
+        """Moves the running statistics by those of the step."""
+        moments = dict(self._agreed)
+        if self._noted:
+            totals = distributed.sum_tensor(torch.cat(list(self._noted.values())))
+            sums = totals.split([len(part) for part in self._noted.values()])
+            for label, part in zip(self._noted, sums, strict=True):
+                moments[label] = moments_of(part)
+        for target in self.targets:
+            if target.running is not None:
+                target.running.move(moments[target.label], self._momentum)
+
     def forward(
-        self, *, pixels: Tensor, keep: Tensor | None, maps: Mapping[str, FeatureMap]
+        self,
+        *,
+        pixels: Tensor,
+        keep: Tensor | None,
+        maps: Mapping[str, FeatureMap],
+        chooses: Tensor | None = None,
+        step: Mapping[str, Moments] | None = None,
+        number: Tensor | None = None,
+        parts: int = 1,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss and, in evaluation, how near the student is to each target.
 
@@ -96,6 +242,10 @@ class Distillation(Task):
             pixels: (B, 3, H, W) float32, normalised for the student.
             keep: (num_sites, B) bool, or None for no drop path.
             maps: The teachers' maps by name, any floating-point dtype.
+            chooses: (B,) datasets or (teachers - 1, B) coins, which choose the teachers.
+            step: Statistics of a step by the label of a target that is normalised by them.
+            number: How many pairs of image and teacher a step keeps.
+            parts: Micro batches of the step on all ranks.
         """
         dtype = next(self.student.parameters()).dtype
         if any(target.reads_blocks for target in self.targets):
@@ -109,10 +259,18 @@ class Distillation(Task):
         losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
         cosines: list[Tensor] = []
+        chosen = self._weighting.rule != "fixed" and self.training
         for target in self.targets:
             projected, wanted = target.compared(student_map, blocks, maps[target.teacher])
-            loss = target.value(projected, wanted)
-            losses.append(target.weight * loss)
+            moments = step.get(target.label) if step else None
+            if target.running and not target.running.of_step and self._learns():
+                part = sums_of(wanted)
+                self._noted[target.label] = self._noted.get(target.label, 0) + part
+            if chosen:
+                losses.append(target.per_image(projected, wanted, moments))
+                continue
+            loss = target.value(projected, wanted, moments)
+            losses.append(loss)
             if not self.training:
                 cosines.append(target.cosine(projected, wanted))
                 if target.label:
@@ -120,19 +278,60 @@ class Distillation(Task):
                     metrics[f"{target.label}_cosine"] = cosines[-1]
         if cosines:
             metrics["cosine"] = torch.stack(cosines).mean()
-        total = reduce(add, losses)
+        total = self._chosen(losses, chooses, number, parts) if chosen else self.combined(losses)
         if blocks:
             total = BesideLoss.apply(total, student_map.tokens)
         return total, metrics
 
+    def _chosen(
+        self, losses: Sequence[Tensor], chooses: Tensor | None, number: Tensor | None, parts: int
+    ) -> Tensor:
+        """Returns the loss where images choose their teachers; see `forward`.
+
+        Args:
+            losses: (B,) of each target, without its weight.
+            chooses, number, parts: Of `forward`.
+        """
+        of_teachers: dict[str, Tensor] = {}
+        for target, loss in zip(self.targets, losses, strict=True):
+            of_teachers[target.teacher] = of_teachers.get(target.teacher, 0) + target.weight * loss
+        table = torch.stack([of_teachers[name] for name in sorted(of_teachers)])
+        kept = self._kept(table, chooses)
+        total = kept.sum() if number is None else number.squeeze()
+        return weighted_loss(table, kept, total, parts=parts)
+
+    def combined(self, losses: Sequence[Any]) -> Any:
+        """Returns the loss of an evaluation from those of the targets, without their weights.
+
+        It is their sum by weight; where images choose their teachers, its mean over the teachers.
+
+        Args:
+            losses: One number, or scalar tensor, for each target.
+        """
+        total = reduce(add, (t.weight * loss for t, loss in zip(self.targets, losses, strict=True)))
+        return total if self._weighting.rule == "fixed" else total / len(self._teachers)
+
+    def _learns(self) -> bool:
+        """Whether a forward is one of a step, and no trial."""
+        return self.training and torch.is_grad_enabled()
+
     def references(
-        self, *, pixels: Tensor, keep: Tensor | None, maps: Mapping[str, FeatureMap]
+        self, *, pixels: Tensor, maps: Mapping[str, FeatureMap], **_: Any
     ) -> list[Tensor]:
-        """Returns the normalised target tokens of `forward`, (B, N, Ct) float32 for each target."""
+        """Returns the normalised target tokens of `forward`, (B, N, Ct) float32 for each target.
+
+        By the running statistics, as in evaluation.
+        """
+        tokens = self._teacher_tokens(pixels, maps)
+        return [target.normalise(own) for target, own in zip(self.targets, tokens, strict=True)]
+
+    def _teacher_tokens(self, pixels: Tensor, maps: Mapping[str, FeatureMap]) -> Iterator[Tensor]:
+        """Yields the tokens that each target compares, (B, N, Ct) of the teacher's type."""
         student = FeatureMap(
             pixels, self.student.grid(*pixels.shape[-2:]), self.student.num_prefix_tokens
         )
-        return [target.wanted(student, maps[target.teacher]) for target in self.targets]
+        for target in self.targets:
+            yield target.teacher_tokens(student, maps[target.teacher])
 
     def models(self) -> dict[str, nn.Module]:
         """Returns the teachers and this task; the teachers first, as they run first."""

@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,7 @@ from launch import write_result
 from fd_large import distributed
 from fd_large.cli.plan import workload
 from fd_large.data.loader import Batch
-from fd_large.data.random_numbers import drop_path_keep
-from fd_large.engine.forward_backward import forward_backward
+from fd_large.engine.forward_backward import arguments_of_step, backward
 from fd_large.engine.opening import engine_of
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.task import Task
@@ -39,8 +38,10 @@ from fd_large.engine.zero.optimizer import parameter_groups, set_learning_rate
 from fd_large.plan import memory
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.fields import from_plain, plain
 from fd_large.recipes.run import Run
 from fd_large.tasks.distillation.job import DistillationJob
+from fd_large.tasks.distillation.section import NamedTeacher, Objective, Teacher
 
 UPDATES = 5
 # Bucket sizes of a test: DeepSpeed's default bucket alone would be 2 GB.
@@ -81,6 +82,11 @@ def tiny_run(**sections: dict[str, Any]) -> Run:
         batch=replace(run.batch, global_batch_size=12, micro_batch_size=3),
         engine=replace(run.engine, precision="float32"),
     )
+    sections = dict(sections)
+    if teachers := sections.pop("teachers", None):
+        usual = plain(asdict(NamedTeacher.joined(run.teacher, run.objective)))
+        named = {name: from_plain(NamedTeacher, usual | own, "") for name, own in teachers.items()}
+        run = replace(run, teachers=named, teacher=Teacher(), objective=Objective())
     for section, values in sections.items():
         if "architecture" in values:
             fields = values["architecture"].items()
@@ -135,16 +141,17 @@ def plain_losses(run: Run, updates: int = UPDATES) -> list[float]:
     schedule, losses = schedule_of(run), []
     positions = torch.arange(run.batch.global_batch_size)
     for update in range(updates):
-        keep = drop_path_keep(
-            task.drop_path_rates, run.runtime.seed, 0, positions + update * len(positions)
-        )
-        loss, _ = task(**task.prepare(images_of(update, run), None, keep))
+        batch = Batch(images_of(update, run), 0, positions + update * len(positions), positions)
+        task.before_step(update / UPDATES)
+        (arguments,) = arguments_of_step(task, task, [batch], run.runtime.seed, count=1)
+        loss, _ = task(**arguments)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(task.parameters(), run.optim.clip_norm)
         for group in optimizer.param_groups:
             group["lr"] = schedule.at_step(update)
         optimizer.step()
+        task.after_step()
         losses.append(loss.item())
     return losses
 
@@ -192,11 +199,17 @@ def take_step(engine: Engine, run: Run, update: int) -> float:
     micro, share = run.batch.micro_batch_size, run.batch.global_batch_size // world
     set_learning_rate(engine.deepspeed.optimizer, schedule_of(run).at_step(update))
     images, total = images_of(update, run), torch.zeros(())
+    engine.task.before_step(update / UPDATES)
+    batches = []
     for start_at in range(rank * share, (rank + 1) * share, micro):
         positions = torch.arange(start_at, start_at + micro)
-        batch = Batch(images[positions], 0, positions + update * len(images), positions)
-        total += forward_backward(engine, batch, run.runtime.seed) * micro / share
+        batches.append(Batch(images[positions], 0, positions + update * len(images), positions))
+    for arguments in arguments_of_step(
+        engine.task, engine.deepspeed, batches, run.runtime.seed, count=len(batches)
+    ):
+        total += backward(engine, arguments) * micro / share
         engine.deepspeed.step()
+    engine.task.after_step()
     return (distributed.sum_tensor(total) / world).item()
 
 
@@ -204,7 +217,7 @@ def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dic
     """The same run in the engine on all ranks: losses, teacher hashes, bytes held."""
     before = storages()
     engine, job = start_engine(run, zero)
-    teacher = job.teachers[""]
+    teacher = next(iter(job.teachers.values()))
     engine.task.train()
     master_error = _master_error(engine, job.make_task, run)
     losses, norms = [], []

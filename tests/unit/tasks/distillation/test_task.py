@@ -1,14 +1,19 @@
+import pretended_ranks
 import pytest
 import torch
 
+from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, normalise
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.backbones.vit.vit import ViT
+from fd_large.data.loader import Batch
+from fd_large.engine.forward_backward import arguments_of_step
 from fd_large.engine.frozen import Frozen
 from fd_large.tasks.distillation.heads.map_head import Maps
 from fd_large.tasks.distillation.held_out import feature_panel
+from fd_large.tasks.distillation.section import Weighting
 from fd_large.tasks.distillation.target import Target
-from fd_large.tasks.distillation.task import Distillation
+from fd_large.tasks.distillation.task import DATASETS, Distillation
 
 
 @pytest.fixture
@@ -78,18 +83,27 @@ def test_evaluation_reports_the_cosine(task, images):
     assert -1 <= metrics["cosine"].item() <= 1
 
 
-def several(weights, *kinds):
+def several(weights, *kinds, normalisers=("whitening", "whitening"), **more):
     """The same student and teacher as `task`, the teacher several times."""
     torch.manual_seed(0)
     student = SwinV2(8, (1, 1), (1, 2), window_size=4, drop_path_rate=0.5)
     teacher = Frozen(SwinV2(12, (1, 1), (1, 2), window_size=4), IMAGENET)
     teachers = {f"t{number}": teacher for number in range(len(weights))}
     targets = [
-        Target(student.width, teacher.width, teacher=name, kind=kind, weight=weight)
-        for name, weight in zip(teachers, weights, strict=True)
+        Target(
+            student.width,
+            teacher.width,
+            teacher=name,
+            kind=kind,
+            weight=weight,
+            normaliser=normaliser,
+        )
+        for (name, weight), normaliser in zip(
+            zip(teachers, weights, strict=True), normalisers, strict=False
+        )
         for kind in kinds or ("map",)
     ]
-    return Distillation(student, teachers, targets)
+    return Distillation(student, teachers, targets, **more)
 
 
 def test_one_of_several_teachers_is_the_only_teacher_to_the_bit(task, images):
@@ -164,3 +178,71 @@ def test_heads_and_resizing_compare_maps_on_one_grid(images, head, options, toke
     panel = feature_panel(task.eval(), task, images)
     side = round((tokens - tokens % 4) ** 0.5)
     assert panel["teacher"].shape == panel["student"].shape == (3, side, side, 12)
+
+
+def two_steps(task, parts, count):
+    """Losses, gradients and running statistics of two steps, of `count` micro batches a rank."""
+    losses, ranks = [], distributed.world_size()
+    for step in range(2):
+        task.zero_grad()
+        task.before_step(step / 4)
+        total = 0.0
+        for arguments in arguments_of_step(task, task, parts, seed=3, count=count):
+            loss, _ = task(**arguments)
+            (loss / count).backward()
+            total += loss.detach() / count
+        task.after_step()
+        losses.append(distributed.sum_tensor(total) / ranks)
+    sums = [distributed.sum_tensor(p.grad) / ranks for p in task.parameters()]
+    return torch.stack(losses), sums, dict(task.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("normalisers", "rule"),
+    [
+        (("running", "batch"), "drop"),
+        (("batch", "running"), "own_data"),
+        (("running",) * 2, "fixed"),
+    ],
+)
+def test_a_step_is_the_same_in_any_parts_and_on_any_ranks(normalisers, rule, monkeypatch):
+    """Where public codes have the loss and the statistics of each rank by itself."""
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    datasets, teaches = torch.tensor([0, 0, 0, 1, 0, 1]), [[True, False], [True, True]]
+
+    def made():
+        weighting = Weighting(rule=rule)
+        own = {"weighting": weighting, "teaches": teaches, "normalisers": normalisers}
+        return several([0.5, 1.0], "map", "summary", **own)
+
+    def batch(places):
+        targets = {DATASETS: datasets[places]} if rule == "own_data" else None
+        return Batch(images[places], 1, places, places, targets=targets)
+
+    every = torch.arange(6)
+    wanted = two_steps(made(), [batch(every)], 1)
+    found = [two_steps(made(), [batch(every[i::3]) for i in range(3)], 3)]
+    world = pretended_ranks.World(monkeypatch, 2)
+    tasks = [made(), made()]
+    found += world.run(
+        lambda: two_steps(
+            tasks[pretended_ranks.rank()], [batch(every[pretended_ranks.rank() :: 2])], 1
+        )
+    )
+    for losses, gradients, statistics in found:
+        torch.testing.assert_close(losses, wanted[0], rtol=1e-6, atol=0)
+        for one, other in zip(gradients, wanted[1], strict=True):
+            assert (one - other).norm() <= 1e-5 * other.norm() + 1e-8
+        names = [name for name in statistics if name.startswith("running.")]
+        assert len(names) == 2 * 2 * 2
+        for name in names:
+            torch.testing.assert_close(statistics[name], wanted[2][name], rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_counted_and_tested_needs_no_draws(images):
+    task = several([1.0, 1.0], weighting=Weighting(rule="drop"), normalisers=("batch", "running"))
+    assert task.shapes_only(Batch(images, 0, torch.arange(3), torch.arange(3))).isfinite()
+    with torch.no_grad():
+        loss, metrics = task.eval()(**task.prepare(images, None, None))
+    # The mean over the teachers.
+    assert loss.item() == pytest.approx((metrics["t0_loss"] + metrics["t1_loss"]).item() / 2)

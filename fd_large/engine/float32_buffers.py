@@ -1,0 +1,24 @@
+"""Modules whose statistics stay in float32 when their weights are cast."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+
+class Float32Buffers(nn.Module):
+    """A Module that keeps its buffers where a cast would make them bfloat16 or float16.
+
+    Running statistics move by small steps, which would be lost.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, buffer.to(moved.device))
+        return self

@@ -1,0 +1,125 @@
+"""Normalisers by mean and deviation of a teacher's channels over the images of whole steps.
+
+Statistics are sums over the tokens of a step, added up over micro batches and ranks in float64, so
+that neither changes a target. They move once a step that was taken, and belong to a checkpoint.
+Public codes gather all features on every rank instead, or take the statistics of each rank by
+itself.
+
+Source: Sariyildiz et al. (UNIC), arXiv 2408.05088, and Sariyildiz et al. (DUNE), arXiv 2503.14405;
+constants as in their code.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fd_large.engine.float32_buffers import Float32Buffers
+
+FIRST_MOMENTUM, LAST_MOMENTUM = 1.0, 1e-3
+_ROWS = 8192  # Tokens that are turned into float64 at once.
+
+
+class Moments(NamedTuple):
+    """Mean and unbiased variance of each channel, (C,) float64."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def sums_of(tokens: Tensor) -> Tensor:
+    """Returns sums, sums of squares and number of tokens (..., C), (2 C + 1,) float64."""
+    width = tokens.shape[-1]
+    total = torch.zeros(2 * width + 1, dtype=torch.float64, device=tokens.device)
+    for rows in tokens.detach().reshape(-1, width).split(_ROWS):
+        rows = rows.double()
+        number = rows.new_full((1,), len(rows))
+        total = total + torch.cat([rows.sum(0), rows.square().sum(0), number])
+    return total
+
+
+def moments_of(sums: Tensor) -> Moments:
+    """Returns the moments of tokens whose sums are given; see `sums_of`."""
+    width = len(sums) // 2
+    first, squares, number = sums.split([width, width, 1])
+    mean = first / number
+    scatter = (squares - number * mean.square()).clamp(min=0)
+    return Moments(mean, scatter / (number - 1).clamp(min=1))
+
+
+def momentum_at(progress: float) -> float:
+    """Returns the weight of a step's statistics in the running ones, falling as a cosine does.
+
+    Args:
+        progress: Fraction of the run's steps that came before, in [0, 1).
+    """
+    share = (1 + math.cos(math.pi * progress)) / 2
+    return LAST_MOMENTUM + (FIRST_MOMENTUM - LAST_MOMENTUM) * share
+
+
+class RunningStatistics(Float32Buffers):
+    """Normalises by running statistics, as they are before the step moves them (UNIC).
+
+    In the first step tokens stay as they are, nearly: the mean is 0, the deviation 1.
+
+    Args:
+        width: C.
+    """
+
+    of_step: ClassVar[bool] = False
+    """Whether tokens are normalised in training by the statistics of their own step."""
+    _EPS: ClassVar[float] = 1e-6
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+
+    def forward(self, tokens: Tensor, step: Moments | None = None) -> Tensor:
+        """Returns the tokens (..., C) in float32 (float64 stays), normalised.
+
+        Args:
+            tokens: (..., C), any floating-point dtype.
+            step: Statistics to normalise by; None: the running ones.
+        """
+        tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        mean, deviation = self.mean, self.deviation
+        if step is not None:
+            mean, deviation = step.mean, self._deviation(step)
+        return (tokens - mean.to(tokens)) / self._divisor(deviation).to(tokens)
+
+    @torch.no_grad()
+    def move(self, step: Moments, momentum: float) -> None:
+        """Moves the running statistics towards those of a step."""
+        self.mean.lerp_(step.mean.to(self.mean), momentum)
+        self.deviation.lerp_(self._deviation(step).to(self.deviation), momentum)
+
+    def _deviation(self, step: Moments) -> Tensor:
+        return step.variance.sqrt() + self._EPS
+
+    def _divisor(self, deviation: Tensor) -> Tensor:
+        return deviation + self._EPS
+
+
+class StepStatistics(RunningStatistics):
+    """Normalises in training by the statistics of the step, in evaluation by running ones (DUNE).
+
+    A deviation counts as at least a thousandth. The statistics of a step are those of all its
+    images, which makes it a step in two passes.
+    """
+
+    of_step = True
+    _LEAST: ClassVar[float] = 1e-3
+
+    def _deviation(self, step: Moments) -> Tensor:
+        return step.variance.sqrt()
+
+    def _divisor(self, deviation: Tensor) -> Tensor:
+        return deviation.clamp(min=self._LEAST)
