@@ -189,20 +189,21 @@ def check_unic_standardise(spec: dict, tensors: Tensors, dtype: torch.dtype) -> 
             errors.rows.append(Row(f"momentum.{number}", abs(ours - momentum), 1e-12))
     for kind in ("cls", "patch"):
         module = _running(spec, config["dim"], dtype)
-        steps = [tensors[f"input.{kind}.{k}"].to(dtype) for k in range(len(config["momentum"]))]
+        inputs = [tensors[f"input.{kind}.{k}"].to(dtype) for k in range(len(config["momentum"]))]
+        steps = [tokens.view(len(tokens), -1, config["dim"]) for tokens in inputs]
 
         def compare(case: str, got: Tensor, kind: str = kind, steps: list = steps) -> None:
             # Where a channel's deviation is near the rounding of its mean, tokens are uncertain.
             sure = _sure(steps[0])
-            errors.add(case, got[..., sure], tensors[case][..., sure])
+            errors.add(case, got[..., sure], tensors[case].view_as(got)[..., sure])
 
         for number, (tokens, momentum) in enumerate(zip(steps, config["momentum"], strict=True)):
             step = moments_of(sums_of(tokens))
             got = module(tokens, step) if module.of_step else module(tokens)
             compare(f"out.{kind}.{number}", got)
             module.move(step, momentum)
-            errors.out(f"out.{kind}.mean.{number}", module.mean)
-            errors.out(f"out.{kind}.std.{number}", module.deviation)
+            errors.out(f"out.{kind}.mean.{number}", module.mean[1])
+            errors.out(f"out.{kind}.std.{number}", module.deviation[1])
         compare(f"out.{kind}.eval", module(steps[0]))
         if is_dune:
             compare(f"out.{kind}.zero_momentum", module(steps[1]))
@@ -214,7 +215,7 @@ def check_unic_standardise(spec: dict, tensors: Tensors, dtype: torch.dtype) -> 
 def _sure(tokens: Tensor) -> Tensor:
     """The channels of which the mean's rounding in float32 is far below the deviation."""
     step = moments_of(sums_of(tokens))
-    sure = step.mean.abs() * 2**-24 < 1e-7 * step.variance.sqrt()
+    sure = step.mean[1].abs() * 2**-24 < 1e-7 * step.variance[1].sqrt()
     assert sure.sum() > 1
     return sure
 
@@ -230,8 +231,8 @@ def check_statistics_of_ranks(spec: dict, tensors: Tensors, dtype: torch.dtype) 
             got = module(tokens, step) if module.of_step else module(tokens)
             errors.out(f"out.rank{rank}.{number}", got)
         module.move(step, momentum)
-        errors.out(f"out.mean.{number}", module.mean)
-        errors.out(f"out.std.{number}", module.deviation)
+        errors.out(f"out.mean.{number}", module.mean[1])
+        errors.out(f"out.std.{number}", module.deviation[1])
     return errors.rows
 
 

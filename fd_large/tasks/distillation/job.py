@@ -692,7 +692,7 @@ class DistillationJob(Job):
         }
         whole = {f"{stream.STUDENT}{name}": shape for name, shape in student.items()}
         if self.run.objective.normaliser in RUNNING:
-            whole |= {f"running.{MAP}.{name}": (width,) for name in ("mean", "deviation")}
+            whole |= {f"running.{MAP}.{name}": (2, width) for name in ("mean", "deviation")}
         stream.check(reader, whole | projection)
         return projection if to == "fd" else {}
 

@@ -24,30 +24,47 @@ _ROWS = 8192  # Tokens that are turned into float64 at once.
 
 
 class Moments(NamedTuple):
-    """Mean and unbiased variance of each channel, (C,) float64."""
+    """Mean and unbiased variance of each channel, (2, C) float64: of prefix tokens, and of patches.
+
+    Those of no tokens are zeros.
+
+    Attributes:
+        mean, variance: The moments.
+        present: (2, 1) bool, whether there were any tokens.
+    """
 
     mean: Tensor
     variance: Tensor
+    present: Tensor
 
 
-def sums_of(tokens: Tensor) -> Tensor:
-    """Returns sums, sums of squares and number of tokens (..., C), (2 C + 1,) float64."""
+def sums_of(tokens: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """Returns sums, sums of squares and number of prefix tokens, and of patches, (2, 2 C + 1).
+
+    Args:
+        tokens: (B, N, C), any floating-point dtype.
+        num_prefix_tokens: Tokens of an image before its patches.
+
+    Returns: float64.
+    """
     width = tokens.shape[-1]
-    total = torch.zeros(2 * width + 1, dtype=torch.float64, device=tokens.device)
-    for rows in tokens.detach().reshape(-1, width).split(_ROWS):
-        rows = rows.double()
-        number = rows.new_full((1,), len(rows))
-        total = total + torch.cat([rows.sum(0), rows.square().sum(0), number])
-    return total
+    totals = torch.zeros(2, 2 * width + 1, dtype=torch.float64, device=tokens.device)
+    parts = (tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:])
+    for total, part in zip(totals, parts, strict=True):
+        for rows in part.detach().reshape(-1, width).split(_ROWS):
+            rows = rows.double()
+            number = rows.new_full((1,), len(rows))
+            total += torch.cat([rows.sum(0), rows.square().sum(0), number])
+    return totals
 
 
 def moments_of(sums: Tensor) -> Moments:
     """Returns the moments of tokens whose sums are given; see `sums_of`."""
-    width = len(sums) // 2
-    first, squares, number = sums.split([width, width, 1])
-    mean = first / number
+    width = sums.shape[-1] // 2
+    first, squares, number = sums.split([width, width, 1], dim=-1)
+    mean = first / number.clamp(min=1)
     scatter = (squares - number * mean.square()).clamp(min=0)
-    return Moments(mean, scatter / (number - 1).clamp(min=1))
+    return Moments(mean, scatter / (number - 1).clamp(min=1), number > 0)
 
 
 def momentum_at(progress: float) -> float:
@@ -63,10 +80,14 @@ def momentum_at(progress: float) -> float:
 class RunningStatistics(Float32Buffers):
     """Normalises by running statistics, as they are before the step moves them (UNIC).
 
-    In the first step tokens stay as they are, nearly: the mean is 0, the deviation 1.
+    Prefix tokens (CLS) and patches have statistics of their own. In the first step tokens stay as
+    they are, nearly: the mean is 0, the deviation 1.
 
     Args:
         width: C.
+
+    Attributes:
+        num_prefix_tokens: Tokens of an image before its patches; the target sets it.
     """
 
     of_step: ClassVar[bool] = False
@@ -78,28 +99,45 @@ class RunningStatistics(Float32Buffers):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.width = width
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("deviation", torch.ones(width))
+        self.width, self.num_prefix_tokens = width, 0
+        self.register_buffer("mean", torch.zeros(2, width))
+        self.register_buffer("deviation", torch.ones(2, width))
 
     def forward(self, tokens: Tensor, step: Moments | None = None) -> Tensor:
-        """Returns the tokens (..., C) in float32 (float64 stays), normalised.
+        """Returns the tokens (B, N, C) in float32 (float64 stays), normalised.
 
         Args:
-            tokens: (..., C), any floating-point dtype.
+            tokens: (B, N, C), any floating-point dtype.
             step: Statistics to normalise by; None: the running ones.
         """
         tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         mean, deviation = self.mean, self.deviation
         if step is not None:
             mean, deviation = step.mean, self._deviation(step)
-        return (tokens - mean.to(tokens)) / self._divisor(deviation).to(tokens)
+        divisor = self._divisor(deviation).to(tokens)
+        places = torch.arange(tokens.shape[-2], device=tokens.device)
+        rows = (places >= self.num_prefix_tokens).long()
+        return (tokens - mean.to(tokens)[rows]) / divisor[rows]
+
+    def sums_of(self, tokens: Tensor) -> Tensor:
+        """Returns the sums of the tokens (B, N, C), flat: see `sums_of`."""
+        return sums_of(tokens, self.num_prefix_tokens).flatten()
+
+    def moments_of(self, sums: Tensor) -> Moments:
+        """Returns the moments of sums that are flat."""
+        return moments_of(sums.view(2, -1))
+
+    @property
+    def num_sums(self) -> int:
+        """Length of `sums_of`."""
+        return 2 * (2 * self.width + 1)
 
     @torch.no_grad()
     def move(self, step: Moments, momentum: float) -> None:
         """Moves the running statistics towards those of a step."""
-        self.mean.lerp_(step.mean.to(self.mean), momentum)
-        self.deviation.lerp_(self._deviation(step).to(self.deviation), momentum)
+        weight = momentum * step.present.to(self.mean)
+        self.mean.lerp_(step.mean.to(self.mean), weight)
+        self.deviation.lerp_(self._deviation(step).to(self.deviation), weight)
 
     def _deviation(self, step: Moments) -> Tensor:
         return step.variance.sqrt() + self._EPS

@@ -112,7 +112,7 @@ class Target:
         if not isinstance(self.head, MapHead):
             student = student._replace(tokens=self.head(student.tokens))
         student, teacher = match_grids(student, teacher, interpolation=self._interpolation)
-        self.loss.num_prefix_tokens = student.num_prefix_tokens
+        self._note_prefix(student.num_prefix_tokens)
         return student.tokens, teacher.tokens
 
     def teacher_tokens(self, student: FeatureMap, teacher: FeatureMap) -> Tensor:
@@ -123,6 +123,7 @@ class Target:
             teacher: The teacher's map, any floating-point dtype.
         """
         if self.kind == SUMMARY:
+            self._note_prefix(0)
             return summary(teacher)
         grid, prefix = self.given(student.grid, student.num_prefix_tokens)
         tokens = teacher.tokens.new_empty(len(teacher.tokens), prefix + grid[0] * grid[1], 1)
@@ -130,8 +131,14 @@ class Target:
             FeatureMap(tokens, grid, prefix), teacher, with_prefix=self._with_prefix
         )
         student, teacher = match_grids(*matched, interpolation=self._interpolation)
-        self.loss.num_prefix_tokens = student.num_prefix_tokens
+        self._note_prefix(student.num_prefix_tokens)
         return teacher.tokens
+
+    def _note_prefix(self, number: int) -> None:
+        """Tells loss and normaliser how many tokens of those that are compared are no patches."""
+        self.loss.num_prefix_tokens = number
+        if self.running is not None:
+            self.running.num_prefix_tokens = number
 
     def given(self, grid: Grid, num_prefix_tokens: int) -> tuple[Grid, int]:
         """Returns grid and prefix tokens of what the head gives, of those of the student's map."""

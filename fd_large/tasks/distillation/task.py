@@ -26,9 +26,8 @@ from fd_large.engine.task import Task
 from fd_large.tasks.distillation.heads.map_head import BesideLoss, with_blocks
 from fd_large.tasks.distillation.running_statistics import (
     Moments,
-    moments_of,
+    RunningStatistics,
     momentum_at,
-    sums_of,
 )
 from fd_large.tasks.distillation.section import FIXED, MAP, Weighting
 from fd_large.tasks.distillation.target import Target
@@ -157,9 +156,11 @@ class Distillation(Task):
         return self._weighting.rule != "fixed" or bool(self._of_step)
 
     @property
-    def _of_step(self) -> list[Target]:
-        """The targets that are normalised by the statistics of their step."""
-        return [t for t in self.targets if t.running is not None and t.running.of_step]
+    def _of_step(self) -> dict[str, RunningStatistics]:
+        """What normalises by the statistics of a step, by the targets' labels."""
+        return {
+            t.label: t.running for t in self.targets if t.running is not None and t.running.of_step
+        }
 
     def sums(self, forward: Callable[..., Any], prepared: dict[str, Any]) -> Tensor:
         """Returns sums over the teachers' tokens, and the number of kept teachers.
@@ -168,9 +169,9 @@ class Distillation(Task):
         """
         tokens = self._teacher_tokens(prepared["pixels"], prepared["maps"])
         parts = [
-            sums_of(own)
+            target.running.sums_of(own)
             for target, own in zip(self.targets, tokens, strict=True)
-            if target in self._of_step
+            if target.running is not None and target.running.of_step
         ]
         if self._weighting.rule != "fixed":
             images = len(prepared["pixels"])
@@ -183,10 +184,11 @@ class Distillation(Task):
     ) -> dict[str, Any]:
         """Returns the arguments of `forward` with the numbers of the step."""
         targets = self._of_step
-        widths = [2 * target.running.width + 1 for target in targets if target.running is not None]
-        *sums, number = totals.split([*widths, len(totals) - sum(widths)])
+        sizes = [running.num_sums for running in targets.values()]
+        *sums, number = totals.split([*sizes, len(totals) - sum(sizes)])
         self._agreed = {
-            target.label: moments_of(part) for target, part in zip(targets, sums, strict=True)
+            label: running.moments_of(part)
+            for (label, running), part in zip(targets.items(), sums, strict=True)
         }
         return {**prepared, "step": self._agreed, "number": number, "parts": parts}
 
@@ -212,15 +214,16 @@ class Distillation(Task):
 
     def after_step(self) -> None:
         """Moves the running statistics by those of the step."""
-        moments = dict(self._agreed)
+        noted: dict[str, Tensor] = {}
         if self._noted:
             totals = distributed.sum_tensor(torch.cat(list(self._noted.values())))
             sums = totals.split([len(part) for part in self._noted.values()])
             for label, part in zip(self._noted, sums, strict=True):
-                moments[label] = moments_of(part)
+                noted[label] = part
         for target in self.targets:
-            if target.running is not None:
-                target.running.move(moments[target.label], self._momentum)
+            if (running := target.running) is not None:
+                moments = self._agreed.get(target.label) or running.moments_of(noted[target.label])
+                running.move(moments, self._momentum)
 
     def forward(
         self,
@@ -264,7 +267,7 @@ class Distillation(Task):
             projected, wanted = target.compared(student_map, blocks, maps[target.teacher])
             moments = step.get(target.label) if step else None
             if target.running and not target.running.of_step and self._learns():
-                part = sums_of(wanted)
+                part = target.running.sums_of(wanted)
                 self._noted[target.label] = self._noted.get(target.label, 0) + part
             if chosen:
                 losses.append(target.per_image(projected, wanted, moments))
