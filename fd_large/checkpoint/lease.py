@@ -33,6 +33,8 @@ STALE_SECONDS = 120.0
 """Seconds without one after which an owner counts as dead, if nothing better is known of it."""
 WATCH_SECONDS = 2 * BEAT_SECONDS
 """How long such an owner is watched first: after a file system stood still, all beats are old."""
+STUDENTS = "students"
+"""Folder, in that of several students, with the folder of each one's run."""
 LEAVING_SECONDS = 900.0
 """How long a new start waits for an owner that saves and leaves."""
 
@@ -211,6 +213,7 @@ def claim(
         finally:
             aside.unlink(missing_ok=True)
         _sweep(folder, own.start)
+        _refuse_overlap(folder, own.start)
     except OSError as error:
         raise ConfigError(
             f"--runtime.run_dir: cannot be used; got {error}, expected a folder that can be "
@@ -279,6 +282,23 @@ def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) ->
             why = f"no sign of life for {silent + WATCH_SECONDS:.0f} s"
         if _succeed(folder, [each.start for each, _ in chain], own.start, aside):
             return f"{folder}: taken over from a start that is dead: {owner}; {why}"
+
+
+def _refuse_overlap(folder: Path, start: str) -> None:
+    """Refuses one of several students' runs while all train, and all while one of them does.
+
+    Whoever comes has claimed its own folder, so that of two at least one sees the other.
+
+    Raises: OwnedError: after giving the folder back.
+    """
+    others = [folder.parents[1]] if folder.parent.name == STUDENTS else []
+    for other in (*others, *folder.glob(f"{STUDENTS}/*")):
+        if owner := living_owner(other):
+            _remove(folder, start)
+            raise OwnedError(
+                f"{folder}: another start owns {other}, whose files it would share; got {owner}, "
+                f"expected nobody. Let it end, or stop it (touch {other / 'stop'})."
+            )
 
 
 def _silence(aside: Path, beat: float) -> float:

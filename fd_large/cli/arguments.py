@@ -379,11 +379,11 @@ class _Parser(Generic[Own]):
             # The command's own flags without a prefix, then the sections.
             parts = [("own", Annotated[self._kind, tyro.conf.arg(name="")], field(default=own))]
             parts += [
-                (name, _with_name(hint), field(default=getattr(base, name)))
+                (name, _with_name(hint), _default_in_help(hint, getattr(base, name)))
                 for name, hint in (hints_of(Run) | {"task": self._task}).items()
                 if name != "name"
             ]
-            shown = make_dataclass("Shown", parts, frozen=True)
+            shown = make_dataclass("Shown", parts, frozen=True, kw_only=True)
         with suppress(SystemExit):
             tyro.cli(
                 shown,
@@ -482,6 +482,11 @@ def _with_name(hint: Any) -> Any:
     """A type for the help: of dict[str, Section] an entry that is called NAME."""
     section = entry_type(hint)
     return make_dataclass("Entries", [("NAME", section)]) if section else hint
+
+
+def _default_in_help(hint: Any, value: Any) -> Any:
+    """A field with the value of a run; of dict[str, Section] without: NAME is nobody's."""
+    return field() if entry_type(hint) else field(default=value)
 
 
 def _wrapped(text: str) -> str:

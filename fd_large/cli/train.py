@@ -121,7 +121,8 @@ def train_run(
             lost_rank.exit_code = failures.code_after(lost)
             raise lost_rank from error
         if then and code == 0 and distributed.is_main():
-            then(run.run_dir())
+            for one in run.each_student().values():
+                then(one.run_dir())
         return code
 
 

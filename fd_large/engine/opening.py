@@ -92,6 +92,7 @@ def open_together(
     deepspeed_config: str,
     leases: Sequence[Lease],
     *,
+    whole: Run | None = None,
     fresh: bool = False,
 ) -> list[Opened]:
     """Opens runs that differ in their students alone; they share images and frozen models.
@@ -100,6 +101,7 @@ def open_together(
         runs: The recipes.
         job_of, deepspeed_config, fresh: See `open_run`.
         leases: This start's right to write each run's folder; none: nothing is written.
+        whole: The recipe of all, in whose folder theirs stand; None: there is none.
 
     Raises: FDError: as `open_run`.
     """
@@ -130,6 +132,9 @@ def open_together(
 
     folders = [Path(run.run_dir()) for run in runs]
     start_anew = leases[0].start_anew if leases and fresh else None
+    if whole:
+        open_folder(leases[0].root, whole.to_dict(), whole.changes_since, start_anew=start_anew)
+        start_anew = None
     for run, lease in zip(runs, leases, strict=bool(leases)):
         open_folder(lease.folder, run.to_dict(), run.changes_since, start_anew=start_anew)
         lease.entered, start_anew = True, None

@@ -83,9 +83,12 @@ def train(
         recorded, named = recorded_code(Path(one.run_dir())), one.code()
         doors.allow_unchanged({name: recorded[name] for name in named.keys() & recorded.keys()})
     watching: list[list[Hook]] = [[] for _ in runs]
+    ends: list[tuple[Lease, list[Hook]]] = list(zip(leases, watching, strict=True))
+    if run.students:
+        ends.append((lease, []))
 
     def lost(reason: str) -> None:
-        for each in leases:
+        for each, _ in ends:
             write_end(each, FAILED, reason, first=False)
 
     failures.last_words.append(lost)
@@ -97,7 +100,15 @@ def train(
     if watchdog:
         watchdog.start()
     try:
-        opened = open_together(list(runs.values()), job_of, deepspeed_config, leases, fresh=fresh)
+        opened = open_together(
+            list(runs.values()),
+            job_of,
+            deepspeed_config,
+            leases,
+            whole=run if run.students else None,
+            fresh=fresh,
+        )
+        lease.entered = True
         # The watchdog is the last, so that it watches what the others do at the end as well.
         shared = HooksOfAll([hook for hook in (preemption, watchdog) if hook])
         made = [
@@ -111,7 +122,7 @@ def train(
         ]
         return _train([trainer for trainer in made if trainer], opened[0], lease, shared)
     except BaseException as error:
-        end_by(error, list(zip(leases, watching, strict=True)))
+        end_by(error, ends)
         raise
     finally:
         failures.last_words.remove(lost)
@@ -152,7 +163,11 @@ def _train(trainers: Sequence[Trainer], opened: Opened, lease: Lease, shared: Ho
         log.info("%s: %s", status, folder)
     codes = {EXIT_CODES.get(status, Exit.LOOK) for status in statuses}
     code = next(code for code in (Exit.LOOK, Exit.AGAIN, Exit.DONE) if code in codes)
-    shared.end(next(status for status in statuses if EXIT_CODES.get(status, Exit.LOOK) == code))
+    status = next(status for status in statuses if EXIT_CODES.get(status, Exit.LOOK) == code)
+    shared.end(status)
+    if lease.folder != opened.folder and distributed.is_main():
+        names = [trainer.setting.folder.name for trainer in trainers]
+        write_status(lease.folder, status, students=dict(zip(names, statuses, strict=True)))
     return code
 
 

@@ -165,6 +165,7 @@ _MAY_CHANGE = {
 _OF_ONE_TEACHER = ("teacher", "objective")
 ONLY = ""
 """The name of a run's only teacher among `Run.taught_by`."""
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _TEACHERS_NAME = re.compile(r"[a-z][a-z0-9_]*(?<!_summary)")
 # RUN#NAME means something else already.
 _TAKEN = ("student", "scratch", "projector")
@@ -216,13 +217,21 @@ class Run:
         check_types(self, "run")
         # Unknown models and overrides that fit no model are found here, before any rank starts.
         for where, section in self._models().items():
-            if where != "student" and section.model == AUTO:
+            if section.model == AUTO and isinstance(section, FrozenModel):
                 continue  # Known once the weights are open, or there is none.
             try:
                 resolve(section.model, section.architecture)
             except ConfigError as error:
                 raise ConfigError(f"{where}.{error}") from None
         self._check_teachers()
+        for name in self.students:
+            require(
+                bool(_NAME.fullmatch(name)),
+                f"students.{name}: not a name for a student",
+                repr(name),
+                "small letters, digits and underscores that begin with a letter",
+                "Choose another name",
+            )
         if read := self.task.kind():
             for kind in TASKS.values():
                 if kind.name != self.task.name:
@@ -230,7 +239,7 @@ class Run:
 
     def _models(self) -> dict[str, Student | FrozenModel]:
         """Returns the sections that describe a model, by name."""
-        several = {f"teachers.{name}": section for name, section in self.teachers.items()}
+        several = _named("teachers", self.teachers) | _named("students", self.students)
         return {"student": self.student, "teacher": self.teacher, **several}
 
     def _with_model(self, where: str, section: Any) -> Run:
@@ -238,7 +247,7 @@ class Run:
         group, _, name = where.partition(".")
         changed: dict[str, Any] = {group: section}
         if name:
-            changed[group] = {**self.teachers, name: section}
+            changed[group] = {**getattr(self, group), name: section}
         return replace(self, **changed)
 
     def _check_teachers(self) -> None:
@@ -270,8 +279,8 @@ class Run:
     def _refuse_sections_of(self, kind: TaskKind, read: TaskKind) -> None:
         """Refuses settings of another task that this one does not read: they would do nothing."""
         own = {name: getattr(self, name) for name in kind.sections if name not in read.sections}
-        several = own.pop("teachers", {})
-        own |= {f"teachers.{name}": section for name, section in several.items()}
+        for several in ("teachers", "students"):
+            own |= _named(several, own.pop(several, {}))
         if kind.section:
             own[f"task.{kind.name}"] = getattr(self.task, kind.name)
         if found := _set_fields(own):
@@ -377,6 +386,18 @@ class Run:
         if before.teachers.keys() != self.teachers.keys():
             found = {n: v for n, v in found.items() if not n.startswith("teachers.")}
             found["teachers"] = (", ".join(before.teachers), ", ".join(self.teachers))
+        if bool(before.students) != bool(self.students):
+            found = {n: v for n, v in found.items() if not n.startswith("student")}
+            found["students"] = (", ".join(before.students), ", ".join(self.students))
+        elif self.students:
+            # Whoever has come begins, and who has gone stays as it is; what student says is unread.
+            both = [f"students.{name}." for name in before.students.keys() & self.students.keys()]
+            found = {
+                n: v
+                for n, v in found.items()
+                if not n.startswith("student") or n.startswith(tuple(both))
+            }
+            free |= {name.replace("student.", "students.*.", 1) for name in free}
         return {
             name: values
             for name, values in found.items()
@@ -385,7 +406,8 @@ class Run:
 
     def code(self) -> dict[str, str]:
         """Returns {name: SHA-256} of the files of the user's own that the run names."""
-        sections: list[Student | FrozenModel] = [self.student, *self.frozen_models.values()]
+        students = self.students.values() or [self.student]
+        sections: list[Student | FrozenModel] = [*students, *self.frozen_models.values()]
         models = [resolve(s.model, s.architecture).code for s in sections if s.model != AUTO]
         return doors.hashes([self.to_dict(), models])
 
@@ -414,9 +436,11 @@ class Run:
     def to_dict(self) -> dict[str, Any]:
         """Returns the run as nested dicts, lists and plain values, as stored in `recipe.json`."""
         values: dict[str, Any] = plain(asdict(self))
-        # Runs with one teacher are stored as they have been since the first release.
+        # Runs with one of each are stored as they have been since the first release.
         if not self.teachers:
             del values["teachers"], values["weighting"]
+        if not self.students:
+            del values["students"]
         return values
 
     @classmethod
@@ -461,6 +485,11 @@ def _with_other_model(
     return section
 
 
+def _named(group: str, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {"teachers.NAME": entry, ...}."""
+    return {f"{group}.{name}": entry for name, entry in entries.items()}
+
+
 def _set_fields(sections: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns {name: (value, default)} of the fields that sections set; what is automatic is not.
 
@@ -469,14 +498,19 @@ def _set_fields(sections: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """
     found: dict[str, tuple[Any, Any]] = {}
     for name, section in sections.items():
-        usual, given = flat(type(section)()), flat(section)
+        usual, given = flat(_usual(section)), flat(section)
         set_ones = [f for f in given if given[f] not in (usual[f], AUTO)]
         found |= {f"{name}.{f}": (given[f], usual[f]) for f in set_ones}
     return found
 
 
+def _usual(section: Any) -> Any:
+    """Returns the section with the default of every field; a student has a model."""
+    return type(section)(model="") if isinstance(section, Student) else type(section)()
+
+
 def _unread(read: TaskKind) -> dict[str, Any]:
     """Returns the sections that a task does not read, by name, as they are by default."""
     names = {name for kind in TASKS.values() for name in kind.sections} - set(read.sections)
-    # The type of several teachers is called like a dict, and gives an empty one.
+    # The types of several teachers and students are called like a dict, and give an empty one.
     return {name: hints_of(Run)[name]() for name in names}

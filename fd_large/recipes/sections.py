@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
+from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.fields import (
@@ -34,6 +35,8 @@ SIZE_FIELDS = ("size_rule", "window_rule", "shift_stages", "stage_windows")
 @dataclass(frozen=True, kw_only=True)
 class Student:
     """The model that is trained. It starts from random weights or from a file."""
+
+    place: ClassVar[str] = "student"
 
     # Name of the model, for example swinv2_base or vit_base_patch16; timm:NAME for any model of
     # timm, for example timm:convnextv2_atto (docs/timm.md); or a model of your own,
@@ -83,24 +86,24 @@ class Student:
     checkpoint_every: int = 1
 
     def __post_init__(self) -> None:
-        check_types(self, "student")
+        check_types(self, self.place)
         require(
             0 <= self.drop_path_rate < 1,
-            "student.drop_path_rate: invalid probability",
+            f"{self.place}.drop_path_rate: invalid probability",
             self.drop_path_rate,
             "a number in [0, 1)",
         )
-        at_least("student.checkpoint_every", self.checkpoint_every, 1, "blocks")
+        at_least(f"{self.place}.checkpoint_every", self.checkpoint_every, 1, "blocks")
         for name in ("shift_stages", "stage_windows"):
             require(
                 self.window_rule == "official" or not getattr(self, name),
-                f"student.{name}: only for student.window_rule official",
+                f"{self.place}.{name}: only for window_rule official",
                 f"{getattr(self, name)} with window_rule {self.window_rule}",
                 "none",
-                f"Leave it out, or set --student.window_rule official --student.{name}",
+                f"Leave it out, or set --{self.place}.window_rule official --{self.place}.{name}",
             )
         for side in self.stage_windows:
-            at_least("student.stage_windows", side, 1, "tokens")
+            at_least(f"{self.place}.stage_windows", side, 1, "tokens")
 
     def without_rules_unknown_to(
         self, architecture: FamilyArchitecture, *, kept: Collection[str] = ()
@@ -125,6 +128,8 @@ class Student:
 class NamedStudent(Student):
     """One of several students that learn from the same batches, and how it is optimised."""
 
+    place: ClassVar[str] = "students.NAME"
+
     # Peak learning rate of this student, per 256 images. None: optim.base_lr.
     base_lr: float | None = None
     # Weight decay of this student. None: optim.weight_decay.
@@ -133,6 +138,13 @@ class NamedStudent(Student):
     layer_decay: float | None = None
     # Decay of the average of this student's weights, 0: none is kept. None: optim.ema_decay.
     ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            self.optimised(Optim())
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("optim.", f"{self.place}.")) from None
 
     def alone(self) -> Student:
         """Returns the section of the student in a run of its own."""

@@ -21,6 +21,11 @@ def recipe_file(folder: str | Path, *, where: str) -> Path:
     Raises: ConfigError: if the folder is not that of a run.
     """
     path = Path(folder) / FILE
+    if students := sorted(one.parent for one in Path(folder).glob(f"students/*/{FILE}")):
+        raise ConfigError(
+            f"{where}: {folder}: a run with several students; got the folder of all, expected that "
+            f"of one. Name {' or '.join(map(str, students))}."
+        )
     if not path.is_file():
         raise ConfigError(
             f"{where}: {folder}: not a run; got a path without {FILE}, expected the folder of a "

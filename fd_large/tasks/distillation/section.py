@@ -249,7 +249,7 @@ KIND = TaskKind(
     folder="distillation",
     job="DistillationJob",
     title="Distillation",
-    sections=("teacher", "objective", "teachers", "weighting"),
+    sections=("teacher", "objective", "teachers", "weighting", "students"),
     # The hash of a file of statistics decides, not its place.
     may_change=(
         "teacher.placement",

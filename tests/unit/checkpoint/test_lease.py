@@ -415,3 +415,23 @@ def test_a_folder_that_cannot_be_made_is_a_mistake_of_the_user(tmp_path):
     with pytest.raises(leases.ConfigError, match=r"--runtime\.run_dir: "):
         claim(tmp_path / "file" / "run")
     assert isinstance(tmp_path, Path)
+
+
+def test_of_several_students_all_are_owned_or_one(folder, process, tmp_path):
+    assert process().stdout.readline().startswith("owns")
+    student = folder / "students" / "a"
+    with pytest.raises(OwnedError, match="whose files it would share"):
+        claim(student)
+    assert not (student / OWNER).exists()
+    all_of_them = tmp_path / "all"
+    one = all_of_them / "students" / "a"
+    one.mkdir(parents=True)
+    (one / OWNER).write_text((folder / OWNER).read_text())
+    with pytest.raises(OwnedError, match="whose files it would share"):
+        claim(all_of_them)
+    (one / OWNER).unlink()
+    held = claim(all_of_them)
+    inner = held.inside(one)
+    assert inner.owned()
+    held.release()
+    assert not inner.owned()

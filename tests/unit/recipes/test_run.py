@@ -9,7 +9,7 @@ from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run, Task, difference
-from fd_large.recipes.sections import Data, Optim, Runtime, Student
+from fd_large.recipes.sections import Data, NamedStudent, Optim, Runtime, Student
 from fd_large.tasks.detection.section import Detection
 from fd_large.tasks.distillation.section import Teacher
 from fd_large.tasks.finetuning.section import FineTune
@@ -183,3 +183,46 @@ def test_what_only_a_distillation_reads_is_refused_field_by_field(name):
 def test_a_run_goes_on_to_a_larger_length_only(before, now, refused):
     stored = a_run(optim=Optim(**before)).to_dict()
     assert set(a_run(optim=Optim(**now)).changes_since(stored)) == refused
+
+
+def of_students(**more) -> Run:
+    small = NamedStudent(model="vit_large_patch14", base_lr=1e-3, ema_decay=0.9)
+    students = {"small": small, "base": NamedStudent(model="vit_base_patch16")}
+    return a_run(**{"students": students, "runtime": Runtime(run_dir="all"), **more})
+
+
+def test_each_of_several_students_has_the_run_that_it_would_have_alone():
+    run = of_students(optim=Optim(base_lr=2e-3, layer_decay=0.7))
+    assert Run.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+    alone = run.each_student()
+    assert list(alone) == ["small", "base"]
+    small, base = alone.values()
+    assert small.student == Student(model="vit_large_patch14")
+    assert (small.optim.base_lr, small.optim.ema_decay, small.optim.layer_decay) == (1e-3, 0.9, 0.7)
+    assert base.optim == run.optim
+    assert (small.run_dir(), base.run_dir()) == ("all/students/small", "all/students/base")
+    assert "students" not in small.to_dict()
+    assert a_run().each_student() == {"": a_run()}
+
+
+def test_a_resume_may_take_students_out_and_in_but_not_change_them():
+    run = of_students()
+    small, base = run.students.values()
+    stored = run.to_dict()
+    for students in ({"small": small}, {**run.students, "large": base}):
+        assert replace(run, students=students).changes_since(stored) == {}
+    again = replace(base, activation_checkpointing="every")
+    assert replace(run, students={"base": again}).changes_since(stored) == {}
+    other = replace(run, students={"small": replace(small, base_lr=1.0)}).changes_since(stored)
+    assert other == {"students.small.base_lr": (1e-3, 1.0)}
+    assert a_run(runtime=run.runtime).changes_since(stored) == {"students": ("small, base", "")}
+
+
+def test_what_is_wrong_of_a_student_names_it():
+    with pytest.raises(ConfigError, match=r"^students\.Big: not a name"):
+        of_students(students={"Big": NamedStudent(model="vit_base_patch16")})
+    for field, value in (("drop_path_rate", 1.0), ("ema_decay", 2.0), ("model", "no_such")):
+        with pytest.raises(ConfigError, match=rf"^students\.base\.{field}"):
+            of_students().with_fields({f"students.base.{field}": value})
+    with pytest.raises(ConfigError, match=r"students\.base.*the task finetune ignores"):
+        of_students(teacher=Teacher(), task=Task(name="finetune"))

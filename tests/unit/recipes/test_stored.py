@@ -31,3 +31,12 @@ def test_what_is_none_is_named(tmp_path, text):
         (tmp_path / "recipe.json").write_text(text)
     with pytest.raises(ConfigError, match=r"^report: .*recipe\.json"):
         read_recipe(tmp_path, where="report")
+
+
+def test_the_folder_of_several_students_names_theirs(tmp_path):
+    for folder in (tmp_path, tmp_path / "students" / "a"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.json").write_text(json.dumps(registry.get("quickstart").to_dict()))
+    with pytest.raises(ConfigError, match=rf"several students.* Name {tmp_path}/students/a\."):
+        read_recipe(tmp_path, where="export")
+    assert read_recipe(tmp_path / "students" / "a", where="export").name == "quickstart"
