@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from detection_batches import boxes, narrow_run
+from detection_batches import batch_of, boxes, narrow_run
 
+from fd_large.engine.forward_backward import prepared
+from fd_large.tasks.dense import windowed_vit
 from fd_large.tasks.dense.geometry import padded
+from fd_large.tasks.dense.position_table import fit_offsets
 from fd_large.tasks.detection.heads.roi_heads import Candidates
 from fd_large.tasks.detection.heads.rpn import Proposals
 from fd_large.tasks.detection.heads.selection import Selection
@@ -103,26 +106,52 @@ def test_a_mirrored_image_is_seen_mirrored(merge):
     torch.testing.assert_close(seen.masks, other.masks.flip(-1), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("recipe", ["coco_mask_rcnn_vit_base", "coco_mask_rcnn_swinv2_tiny"])
-def test_images_are_seen_on_one_square_whatever_their_neighbours(recipe):
+@pytest.mark.parametrize(
+    ("recipe", "side", "grid"),
+    [
+        ("coco_mask_rcnn_vit_base", 96, (6, 6)),
+        # 100 px are 7 patches of 14 and a part of one: as COCO's 1024 are 73 and a part.
+        ("coco_cascade_vit_large", 100, (8, 8)),
+        ("coco_mask_rcnn_swinv2_tiny", 96, None),
+    ],
+)
+def test_images_are_seen_on_one_square_whatever_their_neighbours(recipe, side, grid, monkeypatch):
+    """An image that is wide, alone, and beside a high one: as in training, on the same tables."""
+    tables = []
+
+    def fit(table, old, new):
+        tables.append((new, fit_offsets(table, old, new)))
+        return tables[-1][1]
+
+    monkeypatch.setattr(windowed_vit, "fit_offsets", fit)
     torch.manual_seed(0)
-    job = DetectionJob(narrow_run(recipe))
-    task, shapes = job.make_task().eval(), []
+    run = narrow_run(recipe, image_size=side)
+    if run.student.model == "vit_large_patch14":
+        architecture = replace(run.student.architecture, image_size=56)
+        run = replace(run, student=replace(run.student, architecture=architecture))
+    task, shapes = DetectionJob(run).make_task(), []
+    targets = batch_of(0, (side, side), [2, 1])
+    task(**prepared(task, targets, 0))  # As it is trained.
+    task.eval()
 
     def see(images, sizes, ask):
         shapes.append(tuple(images.shape[-2:]))
         return task.see(images, sizes, ask)
 
-    model = model_of(job.run, see)
+    model = model_of(run, see)
     low, high = (torch.randint(0, 255, (1, 3, *size), dtype=torch.uint8) for size in SHAPES)
     sizes = torch.tensor(SHAPES)
     (alone,) = model.detect([low], [sizes[:1]], sizes[:1])
     both = model.detect(
         [torch.cat([padded(image, (96, 90)) for image in (low, high)])], [sizes], sizes
     )[0]
-    assert shapes == [(96, 96), (96, 96)]
+    assert shapes == [(side, side)] * 2
     for one, other in zip(alone, both, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    # The bias of an offset is that of training.
+    assert [new for new, _ in tables] == [grid] * len(tables)
+    assert len(tables) == (3 if grid else 0)
+    assert all(torch.equal(table, tables[0][1]) for _, table in tables)
 
 
 def test_images_that_were_trained_on_whole_are_seen_one_by_one():
