@@ -1,8 +1,9 @@
 """Rank program: detectors under ZeRO-3 against one process, and many batches of any content.
 
-detection_ranks.py FOLDER BATCHES writes, per rank: by recipe the losses of one process and of the
-ranks' engine on the same global batches, with weights that learn from them; and for BATCHES random
-batches, on each rank others, the losses and how many boxes were found in between.
+detection_ranks.py FOLDER BATCHES RUN ... writes, per rank: by recipe the losses of one process and
+of the ranks' engine on the same global batches, with weights that learn from them; and of each RUN
+for BATCHES random batches, on each rank others, the losses and how many boxes were found in
+between.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def forget(engine: Engine) -> None:
     gc.collect()
 
 
-def main(folder: Path, batches: int) -> None:
+def main(folder: Path, batches: int, at_random: list[str]) -> None:
     torch.set_num_threads(1)
     runs = {name: narrow_run(name) for name in (SWIN, VIT)}
     # CLIP's own model, whose position embedding no module but the whole model owns.
@@ -203,10 +204,11 @@ def main(folder: Path, batches: int) -> None:
             name: {"alone": alone[name], "together": losses_of_ranks(without_choice(run))}
             for name, run in runs.items()
         }
-    result["random"] = random_batches(runs["htc"], batches)
+    result["random"] = {name: random_batches(runs[name], batches) for name in at_random}
     write_result(folder, result)
     distributed.barrier()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[-2]), int(sys.argv[-1]))
+    folder, batches, *at_random = sys.argv[1:]
+    main(Path(folder), int(batches), at_random)

@@ -53,13 +53,14 @@ class ScoringProcess(Pending):
             str(folder), annotations, {str(n): p for n, p in images.items()}, max_pixels
         )
         asked = json.dumps({**request._asdict(), "parent": os.getpid()})
+        paths = (PACKAGES, os.environ.get("PYTHONPATH"))
         # -P: a file of the working folder must not stand in for a module.
         self._process = subprocess.Popen(
             [sys.executable, "-P", *PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": PACKAGES},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         )
         self._scored = Future()
         # A daemon: after an exception it must not keep this process alive.
