@@ -22,6 +22,9 @@ NUMBERS = (
 )  # fmt: skip
 KINDS = {"box": "bbox", "mask": "segm"}
 CURVES = (0.5, 0.75)
+PAIRS_AT_ONCE = 4_000_000
+"""Pairs of an image and a class that are counted at once: each takes some 650 bytes. COCO's 5,000
+images are a tenth of that."""
 
 
 class ClassScore(NamedTuple):
@@ -168,34 +171,32 @@ def score(ground_truth: dict[str, Any], results: Sequence[Result]) -> Scores:
 def _evaluate(
     ground_truth: dict[str, Any], results: Sequence[Result], key: str, iou_type: str
 ) -> KindScores:
-    from faster_coco_eval import COCO, COCOeval_faster
+    from faster_coco_eval import COCOeval_faster
 
-    # Copies, one level deep: both sides get marks of the evaluation's own.
-    truth = COCO({**ground_truth, "annotations": [{**a} for a in ground_truth["annotations"]]})
-    kept = ("image_id", "category_id", "score", key)
-    # A mask goes without its box, whose area would stand for the mask's.
-    entries = [{name: result[name] for name in kept} for result in results]
-    try:
-        found = truth.loadRes(entries)
-        evaluation = COCOeval_faster(truth, found, iou_type, print_function=_silent)
-        evaluation.run()
-    except (RuntimeError, ValueError) as error:  # its C++ on run lengths
-        raise DataError(
-            f"detections: a mask that cannot be read; got {error}, expected compressed run lengths "
-            "of the images' sizes, there and in the annotations. Write them with pycocotools' or "
-            "faster-coco-eval's encode."
-        ) from error
-    precision = evaluation.eval["precision"]  # (IoU, recall, class, area, most detections)
+    names = {category["id"]: category["name"] for category in ground_truth["categories"]}
+    ids = sorted(names)
+    at_once = max(1, PAIRS_AT_ONCE // max(1, len(ground_truth["images"])))
+    parts = [
+        _count(ground_truth, results, ids[start : start + at_once], key, iou_type)
+        for start in range(0, max(1, len(ids)), at_once)
+    ]
+    # Classes are counted one without the other; the numbers are means over them.
+    precision = np.concatenate([precision for precision, _ in parts], axis=2)
+    recall = np.concatenate([recall for _, recall in parts], axis=1)
+    evaluation = COCOeval_faster(None, None, iou_type, print_function=_silent)
+    evaluation.params.catIds = ids
+    evaluation.eval = {"precision": precision, "recall": recall}
+    evaluation.summarize()
     at_most_100 = precision[:, :, :, 0, -1]
     ious = evaluation.params.iouThrs
     classes = tuple(
         ClassScore(
             int(category),
-            truth.cats[category]["name"],
+            names[category],
             _mean(at_most_100[:, :, place]),
             _mean(at_most_100[0, :, place]),
         )
-        for place, category in enumerate(evaluation.params.catIds)
+        for place, category in enumerate(ids)
     )
     occurs = [place for place, of_class in enumerate(classes) if of_class.ap is not None]
     curves = {}
@@ -204,6 +205,47 @@ def _evaluate(
         curves[iou] = tuple(at_iou.mean(1).tolist()) if occurs else ()
     numbers = [float(number) for number in evaluation.stats]
     return KindScores(dict(zip(NUMBERS, numbers, strict=True)), classes, curves)
+
+
+def _count(
+    ground_truth: dict[str, Any],
+    results: Sequence[Result],
+    categories: Sequence[int],
+    key: str,
+    iou_type: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compares the detections of some classes.
+
+    Returns: precision (IoU, recall, class, area, most detections), and recall without that axis.
+    """
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    wanted = set(categories)
+    # Copies, one level deep: both sides get marks of the evaluation's own.
+    truth = COCO(
+        {
+            **ground_truth,
+            "annotations": [
+                {**a} for a in ground_truth["annotations"] if a["category_id"] in wanted
+            ],
+            "categories": [c for c in ground_truth["categories"] if c["id"] in wanted],
+        }
+    )
+    kept = ("image_id", "category_id", "score", key)
+    # A mask goes without its box, whose area would stand for the mask's.
+    entries = [{name: r[name] for name in kept} for r in results if r["category_id"] in wanted]
+    try:
+        found = truth.loadRes(entries)
+        evaluation = COCOeval_faster(truth, found, iou_type, print_function=_silent)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    except (RuntimeError, ValueError) as error:  # its C++ on run lengths
+        raise DataError(
+            f"detections: a mask that cannot be read; got {error}, expected compressed run lengths "
+            "of the images' sizes, there and in the annotations. Write them with pycocotools' or "
+            "faster-coco-eval's encode."
+        ) from error
+    return evaluation.eval["precision"], evaluation.eval["recall"]
 
 
 def _mean(precision: np.ndarray) -> float | None:
