@@ -21,7 +21,6 @@ from oracles_engine import CHECKS as ENGINE_CHECKS
 from oracles_models import CHECKS as MODEL_CHECKS
 from oracles_models import Row, Skipped, Tensors
 from oracles_multi import CHECKS as MULTI_CHECKS
-from oracles_multi import NOT_YET as MULTI_NOT_YET
 from oracles_multi import NOT_YET_PARTS as MULTI_NOT_YET_PARTS
 from oracles_multi_batches import CHECKS as MULTI_BATCH_CHECKS
 from oracles_multi_heads import CHECKS as MULTI_HEAD_CHECKS
@@ -45,7 +44,7 @@ NOT_YET_PARTS = {
     **MULTI_NOT_YET_PARTS,
 }
 # Kinds that no part of the package stands behind yet, and why.
-NOT_YET = MULTI_NOT_YET
+NOT_YET: dict[str, str] = {}
 
 _CLASSES = (
     ("SwinV2ForFD", "fd_swinv2"),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import launch
 import torch
+from oracle_unic_run import our_name as unic_name
 from oracles_models import Row, Skipped, Tensors
 from safetensors.torch import load_file, save_file
 from translated_names import translate
@@ -28,6 +29,7 @@ from fd_large.tasks.finetuning.task import FineTuning
 from fd_large.weights.formats import FORMATS
 
 PROGRAM = Path(__file__).parent / "oracle_training_run.py"
+UNIC_PROGRAM = Path(__file__).parent / "oracle_unic_run.py"
 # Of a training run, on one process; two ranks may be twice as far off (other order of sums).
 RANKS = (1, 2)
 SCHEDULE_TOLERANCE = 1e-12
@@ -235,6 +237,58 @@ def _training_rows(
     return rows
 
 
+def check_unic_run(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row] | Skipped:
+    """UNIC's objective for some steps, with its running statistics, on one rank and on two."""
+    if dtype != torch.float32:
+        return Skipped("left out", "the engine trains in float32 or bfloat16")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "spec.json").write_text(json.dumps(spec))
+        save_file(tensors, folder / "tensors.safetensors")
+        for ranks in RANKS:
+            launch.run_ranks(UNIC_PROGRAM, folder, ranks=ranks, timeout=180, results=folder)
+            losses = launch.read_results(folder, ranks)[0]
+            found = load_file(folder / "found.safetensors")
+            for case, got in losses.items():
+                rows += _unic_rows(spec, tensors, case, torch.tensor(got), found, ranks)
+            for rank in range(ranks):
+                (folder / f"rank_{rank}.json").unlink()
+    return rows
+
+
+def _unic_rows(
+    spec: dict, tensors: Tensors, case: str, losses: torch.Tensor, found: Tensors, ranks: int
+) -> list[Row]:
+    by = f"{ranks} rank{'s' if ranks > 1 else ''}, {case}: "
+    expected = tensors[f"{case}.losses"]
+    worst = ((losses - expected).abs() / expected.abs()).max().item()
+    rows = [Row(f"{by}losses", worst, spec["suggested_tolerance_max_rel"])]
+    difference = square = finals = 0.0
+    for label, theirs in tensors.items():
+        kind, _, name = label.removeprefix(f"{case}.").partition(".")
+        if not label.startswith(f"{case}.") or "mask_token" in name:
+            continue
+        if kind == "first_step_grad":
+            ours = found[f"{case}.gradient.{unic_name(name)}"]
+            difference += (ours - theirs).double().square().sum().item()
+            square += theirs.double().square().sum().item()
+        elif kind == "final":
+            ours = found[f"{case}.final.{unic_name(name)}"]
+            error = (ours - theirs).abs()
+            if name.endswith("qkv.bias"):  # Adam blows up the rounding of a key's gradient.
+                size = len(error) // 3
+                error = torch.cat([error[:size], error[2 * size :]])
+            finals = max(finals, error.max().item())
+        elif kind == "final_statistics":
+            ours = found[label]
+            error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+            rows.append(Row(f"{by}{name}", error, spec["suggested_tolerance_max_rel"]))
+    rows.append(Row(f"{by}gradient, all", math.sqrt(difference / square), 2e-5))
+    rows.append(Row(f"{by}finals", finals, 8 * spec[f"{case}.final_abs_without_key_bias"]))
+    return rows
+
+
 def _ours(spec: dict, tensors: Tensors, prefix: str) -> Tensors:
     """The stored tensors under a prefix, by the names of our task."""
     stored = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -246,6 +300,7 @@ def _ours(spec: dict, tensors: Tensors, prefix: str) -> Tensors:
 
 
 CHECKS = {
+    "unic_training_run": check_unic_run,
     "schedule": check_schedule,
     "fd_optim_groups": check_optim_groups,
     "fd_training_run": check_training_run,

@@ -34,12 +34,6 @@ from fd_large.tasks.distillation.weighting import (
     weighted_loss,
 )
 
-_TEACHERS = "the engine has one teacher"
-
-# Kinds that nothing in the package stands behind, and why.
-NOT_YET = {
-    "unic_training_run": _TEACHERS,
-}
 NOT_YET_PARTS = {
     "featsharp_phi_standardize": "the way back, and rotation or scale alone",
     "radio_intermediate_normaliser": "tokens that pass unchanged; the scale is apart",

@@ -19,7 +19,12 @@ needs_oracles = pytest.mark.skipif(
 
 
 @needs_oracles
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    # The engine trains in float32.
+    sorted([*FOLDER.glob("*.json"), *FOLDER.glob("multi/*_training_run.json")]),
+    ids=lambda path: path.stem,
+)
 def test_oracle(path):
     verdict = oracles.check_file(path)
     assert not verdict.failed, f"{verdict.text}, worst {verdict.worst}"
@@ -36,7 +41,7 @@ def test_oracle(path):
 def test_oracle_in_float64(path):
     verdict = oracles.check_file(path, torch.float64)
     assert not verdict.failed, f"{verdict.text}, worst {verdict.worst}"
-    if verdict.text.startswith("not yet"):
+    if verdict.text.startswith(("not yet", "left out")):
         pytest.skip(verdict.text)
     assert verdict.worst.error < 1e-6
 
