@@ -156,7 +156,7 @@ def first_maps(engine: object, images: Tensor) -> dict[str, Tensor]:
     handle.remove()
     return {
         "first.student_map": seen["student_map"],
-        "first.target": whiten(prepared["target"].tokens),
+        "first.target": whiten(prepared["maps"][""].tokens),
     }
 
 

@@ -317,10 +317,9 @@ def _heading(run: Run, load: Workload, machine: Machine) -> Text:
         network = f", {cluster.nics_per_node} x {cluster.nic_gigabits:g} Gb/s per node"
     teacher = ""
     if load.teacher_sizes:
-        source, model = run.teacher.source, run.teacher.model
-        name = f"teacher {source if brings_model(source) else model}"
-        if not run.frozen_models:
-            name = "frozen model"
+        models = run.frozen_models.values()
+        named = [one.source if brings_model(one.source) else one.model for one in models]
+        name = f"teacher{'s' * (len(named) > 1)} {', '.join(named)}" if named else "frozen model"
         teacher = (
             f"  {name}: {sum(load.teacher_sizes) / 1e6:,.1f}M parameters, "
             f"{counts.flops('inference', 1) / 1e9:,.1f} GFLOP\n"
@@ -328,7 +327,7 @@ def _heading(run: Run, load: Workload, machine: Machine) -> Text:
     return Text(
         f"{run.name}, {run.batch.global_batch_size} images per step\n"
         f"  student {run.student.model}: {load.parameters / 1e6:,.1f}M parameters with its "
-        f"{'projection' if run.frozen_models else 'heads'}, "
+        f"{'projection' if len(run.frozen_models) == 1 else 'heads'}, "
         f"{counts.flops('forward', 1) / 1e9:,.1f} GFLOP\n{teacher}"
         f"  {cluster.gpus} x {machine.rates.name} on {cluster.nodes} "
         f"node{'s' if cluster.nodes > 1 else ''}{network}, "
@@ -382,7 +381,10 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
     longer = "computation" if seconds.computation >= seconds.communication else "communication"
     flags = best.candidate.flags(
         micro_batch_size=run.batch.micro_batch_size,
-        placement=run.teacher.placement,
+        placements={
+            name: getattr(model, "placement", "replicated")
+            for name, model in (run.frozen_models or {"teacher": run.teacher}).items()
+        },
         activation_checkpointing=run.student.activation_checkpointing,
     )
     lines = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ class Candidate:
     Attributes:
         stage: Stage of ZeRO.
         hpz: Whether each node holds a second copy of the parameters.
-        teacher: Where the teacher is held, as in `teacher.placement`.
+        teacher: Where the teachers are held, as in `teacher.placement`.
         checkpointing: Whether blocks store their inputs only.
         micro_batch_size: Images of a rank in one pass.
     """
@@ -40,13 +41,17 @@ class Candidate:
     micro_batch_size: int = 1
 
     def flags(
-        self, *, micro_batch_size: int | str, placement: str, activation_checkpointing: str
+        self,
+        *,
+        micro_batch_size: int | str,
+        placements: Mapping[str, str],
+        activation_checkpointing: str,
     ) -> list[str]:
         """Returns the flags that make `train` use this candidate instead of the recipe's fields.
 
         Args:
             micro_batch_size: `batch.micro_batch_size` of the recipe.
-            placement: `teacher.placement` of the recipe.
+            placements: `placement` of each teacher's section in the recipe, by its name.
             activation_checkpointing: `student.activation_checkpointing` of the recipe.
         """
         mode = activation_checkpointing
@@ -54,7 +59,7 @@ class Candidate:
             mode = "every" if self.checkpointing else "off"
         fields = {
             "batch.micro_batch_size": (self.micro_batch_size, micro_batch_size),
-            "teacher.placement": (self.teacher, placement),
+            **{f"{name}.placement": (self.teacher, own) for name, own in placements.items()},
             "student.activation_checkpointing": (mode, activation_checkpointing),
         }
         return [f"--{name} {mine}" for name, (mine, own) in fields.items() if mine != own]

@@ -28,7 +28,7 @@ steps, with the two moments of AdamW (4P each; another optimiser may keep more o
 - A stage 3 engine owns one bucket of `reduce_bucket_size` elements, in the data type in which
   gradients are summed over ranks.
 - The teacher takes BT whole; split over S ranks BT/S, tensor by tensor, and B times its tensors
-  under the threshold. It has no gradients, masters or moments.
+  under the threshold. It has no gradients, masters or moments. Several teachers take the sum.
 
 Stages 1 and 2 pad a group by a few elements, which is left out.
 """

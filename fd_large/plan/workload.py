@@ -20,9 +20,10 @@ class Workload:
         counts: A micro-batch without activation checkpointing (False) and with it (True), as the
             planned card runs it.
         global_batch_size: Images of a step.
-        frozen_dtype: Data type of the teacher, as in the recipe: auto, float32 or bfloat16.
+        frozen_dtype: Data type of the teachers, as in the recipe: auto, float32 or bfloat16; of
+            several that differ, float32.
         moments: Float32 numbers that the optimiser keeps of each parameter.
-        may_split_frozen: Whether the frozen model may be split over ranks, as a teacher may.
+        may_split_frozen: Whether the frozen models may be split over ranks, as teachers may.
     """
 
     counts: Mapping[bool, Counts]
@@ -38,7 +39,7 @@ class Workload:
 
     @cached_property
     def teacher_sizes(self) -> tuple[int, ...]:
-        """Elements of each tensor of the teacher; empty without one."""
+        """Elements of each tensor of all teachers; empty without one."""
         return tuple(sizes(self.counts[False].frozen))
 
     @cached_property

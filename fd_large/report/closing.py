@@ -105,9 +105,15 @@ def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
         return []  # The user's own, whose code a report does not run.
     values = {"{run}": str(files.folder), "{data.root}": str(files.recipe["data"]["root"])}
     found = []
-    for why, words in TASKS[name].next_steps:
+    teachers = files.recipe.get("teachers") or ["teacher"]
+    for why, steps in TASKS[name].next_steps:
+        words = [
+            each
+            for word in steps
+            for each in ([f"{{run}}#{one}" for one in teachers] if word == "{teachers}" else [word])
+        ]
         for placeholder, value in values.items():
-            words = tuple(word.replace(placeholder, value) for word in words)
+            words = [word.replace(placeholder, value) for word in words]
         found.append((why, [*_commands(files), *words]))
     return found
 

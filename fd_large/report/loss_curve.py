@@ -38,8 +38,7 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
 
     last = int(files.updates[-1])
     constant_seen = False
-    evaluated = (name for name in files.measured if name.endswith("_loss"))
-    for name, (color, marker) in zip(evaluated, cycle(LOOKS)):
+    for name, (color, marker) in zip(files.losses, cycle(LOOKS)):
         steps, values = files.evaluated(name)
         upper.plot(
             steps,

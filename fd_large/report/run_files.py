@@ -56,8 +56,10 @@ class RunFiles:
 
     @property
     def frozen_models(self) -> dict[str, dict[str, Any]]:
-        """Model and source of each model that the run uses and does not train, by section."""
+        """Model and source of each model that the run uses and does not train, by its name."""
         sections = {k: v for k, v in self.recipe.items() if isinstance(v, dict)}
+        several = sections.pop("teachers", {})
+        sections |= {f"teacher {name}": entry for name, entry in several.items()}
         return {name: section for name, section in sections.items() if section.get("source")}
 
     @cached_property
@@ -86,6 +88,17 @@ class RunFiles:
     def words(self, name: str) -> str:
         """What a number is called; `loss` is the training loss."""
         return self._metrics.get(name, name.replace("_", " "))
+
+    @property
+    def losses(self) -> list[str]:
+        """Names of the evaluated numbers that are the training loss on some images, in order."""
+        return [name for name in self.measured if self.kind(name) == "loss"]
+
+    def kind(self, name: str) -> str:
+        """What a number is, without the images that it was measured on: loss of held_out_loss."""
+        pairs = (key.partition("/") for key in self.environment.get("metrics", {}))
+        kinds = {f"{images}_{kind}": kind for images, _, kind in pairs}
+        return kinds.get(name, "loss" if name.endswith("_loss") else name)
 
     @property
     def _metrics(self) -> dict[str, str]:

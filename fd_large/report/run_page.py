@@ -69,10 +69,15 @@ def _charts(files: RunFiles) -> Iterator[str]:
     if not counted.any():
         return
     yield _loss(files, counted)
+    kinds: dict[str, list[str]] = {}
     for name in files.measured:
-        if not name.endswith(("_loss", "_best_constant")):
-            steps, values = files.evaluated(name)
-            yield _curve(name, files.words(name), steps, values, style.VERMILLION, marker="o")
+        kind = files.kind(name)
+        # Losses and cosines of single targets share a chart for all images.
+        shared = kind if kind.endswith(("_loss", "_cosine")) else name
+        if kind != "loss" and not kind.endswith("best_constant"):
+            kinds.setdefault(shared, []).append(name)
+    for kind, names in kinds.items():
+        yield _evaluated(files, kind, names)
     yield _curve("rate", "learning rate", files.updates, files.learning_rate, style.GREY)
     for name, words in (("grad_norm", "gradient norm"), ("images_per_second", "images per second")):
         values = files.column(name)
@@ -89,20 +94,45 @@ def _loss(files: RunFiles, counted: numpy.ndarray) -> str:
     axes.plot(steps[thin], loss[thin], color=style.BLUE, alpha=0.3, linewidth=0.7)
     axes.plot(steps[thin], smooth[thin], color=style.BLUE, linewidth=1.6, label="training")
     high, low = numpy.percentile(loss, 99.5), loss.min()
-    evaluated = (name for name in files.measured if name.endswith("_loss"))
-    for name, (colour, marker) in zip(evaluated, cycle(LOOKS)):
-        at, values = files.evaluated(name)
-        size = 3 if len(at) <= 40 else 0
-        axes.plot(at, values, color=colour, marker=marker, markersize=size, label=files.words(name))
-        _, constants = files.evaluated(f"{name.removesuffix('_loss')}_best_constant")
-        for constant in constants[-1:]:
-            label = f"{files.words(name).removesuffix(' loss')}, constant prediction"
-            axes.axhline(constant, color=colour, linewidth=1, linestyle=DASHES, label=label)
-        high, low = max(high, values.max()), min(low, values.min(), *constants[-1:])
+    for values in _lines(files, axes, files.losses):
+        high, low = max(high, *values), min(low, *values)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     axes.set_ylim(low - margin, high + margin)
     figure.legend(fontsize=7, frameon=False, loc="outside lower left", ncols=2)
     return html.chart(figure, "loss", f"{files.words('loss')} over steps")
+
+
+def _evaluated(files: RunFiles, kind: str, names: list[str]) -> str:
+    """The chart of a number, on one or on several sets of images."""
+    words = files.words(names[0]) if len(names) == 1 else kind.replace("_", " ")
+    figure, axes = _small(words)
+    several = len(names) > 1
+    for _ in _lines(files, axes, names, kind=kind if several else ""):
+        pass
+    if several:
+        figure.legend(fontsize=7, frameon=False, loc="outside lower left", ncols=2)
+    return html.chart(figure, kind, f"{words} over steps")
+
+
+def _lines(
+    files: RunFiles, axes: Any, names: list[str], *, kind: str = ""
+) -> Iterator[list[float]]:
+    """Draws evaluated numbers with their constant-prediction baselines; yields what was drawn.
+
+    Each is called by its images alone where the chart has the words for the rest of it, the kind.
+    """
+    for name, (colour, marker) in zip(names, cycle(LOOKS)):
+        at, values = files.evaluated(name)
+        size = 3 if len(at) <= 40 else 0
+        words = files.words(name)
+        if kind:
+            words = name.removesuffix(f"_{kind}").replace("_", " ")
+        axes.plot(at, values, color=colour, marker=marker, markersize=size, label=words)
+        _, constants = files.evaluated(f"{name.removesuffix('_loss')}_best_constant")
+        for constant in constants[-1:]:
+            label = f"{words.removesuffix(' loss')}, constant prediction"
+            axes.axhline(constant, color=colour, linewidth=1, linestyle=DASHES, label=label)
+        yield [*values, *constants[-1:]]
 
 
 def _curve(
@@ -183,7 +213,7 @@ def _frozen(files: RunFiles) -> list[tuple[str, str]]:
         rows.append((name, full_name(section)))
         weights = "RANDOM: shows that the machinery works, no more"
         rows.append(("weights", weights if section["source"] == "random" else section["source"]))
-        for key in ("mean", "std", "statistics", "placement", "dtype"):
+        for key in ("mean", "std", "statistics", "placement", "dtype", "targets", "weight"):
             if section.get(key):
                 rows.append((key.replace("_", " "), _plain(section[key])))
     return rows

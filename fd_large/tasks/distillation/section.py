@@ -261,14 +261,14 @@ KIND = TaskKind(
         (
             "what student and teacher attend to, and how alike their layers are",
             (
-                *("diagnose", "{run}", "{run}#teacher", "--data.root", "{data.root}"),
+                *("diagnose", "{run}", "{teachers}", "--data.root", "{data.root}"),
                 *("--out", "{run}/diagnosis"),
             ),
         ),
         (
             "student and teacher on labelled images (train/ and val/, a folder for each class)",
             (
-                *("evaluate", "{run}", "{run}#teacher", "--task", "knn"),
+                *("evaluate", "{run}", "{teachers}", "--task", "knn"),
                 *("--data.root", "LABELLED_FOLDER", "--out", "{run}/evaluation"),
             ),
         ),
