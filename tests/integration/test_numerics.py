@@ -52,6 +52,15 @@ DROPPING = {
     },
     "weighting": {"rule": "drop"},
 }
+# Three teachers: of another shape, of two targets, and at a weight.
+TEACHERS = {
+    "teachers": {
+        "one": {"loss": "mse", "weight": 0.5},
+        "two": {"targets": ["map", "summary"], "summary.loss": "cosine", "head": "mlp"},
+        "wide": {"architecture.embed_dim": 32, "normaliser": "none", "loss": "cosine"},
+    }
+}
+OTHERS = {"other objective": OTHER_OBJECTIVE, "dropping": DROPPING, "teachers": TEACHERS}
 NODES = {"engine": {"node_size": 2}, "teacher": {"placement": "node"}}
 SETTINGS: dict[int, dict[str, Any]] = {
     1: {
@@ -60,6 +69,7 @@ SETTINGS: dict[int, dict[str, Any]] = {
         # Nothing to split: it is stage 0.
         "zero2": {"zero": ZERO2},
         "zero1 bf16": {"run": BF16, "zero": ZERO1},
+        "zero3 teachers": {"run": TEACHERS, "zero": ZERO3, "updates": 3},
     },
     2: {
         "zero3": {"zero": ZERO3},
@@ -78,6 +88,7 @@ SETTINGS: dict[int, dict[str, Any]] = {
         "zero3 other objective": {"run": OTHER_OBJECTIVE, "zero": ZERO3, "updates": 3},
         "zero3 dropping": {"run": DROPPING, "zero": ZERO3, "updates": 3},
         "zero1 dropping": {"run": DROPPING | micro(2), "zero": ZERO1, "updates": 3},
+        "zero3 teachers": {"run": TEACHERS | micro(2), "zero": ZERO3, "updates": 3},
         "zero2 bf16": {"run": BF16, "zero": ZERO2},
         # As on so many ranks that bfloat16 sums would show.
         "zero1 bf16, float32 sums": {"run": BF16, "zero": ZERO1, **MANY},
@@ -92,6 +103,7 @@ SETTINGS: dict[int, dict[str, Any]] = {
     3: {
         "zero3": {"run": micro(2), "zero": ZERO3},
         "zero3 dropping": {"run": DROPPING | micro(4), "zero": ZERO3, "updates": 3},
+        "zero1 teachers": {"run": TEACHERS | micro(4), "zero": ZERO1, "updates": 3},
     },
     4: {
         "hpz, node": {"run": NODES, "zero": {**ZERO3, "zero_hpz_partition_size": "auto"}},
@@ -114,7 +126,7 @@ def plain() -> list[float]:
 def plain_of_others() -> dict[str, list[float]]:
     return {
         name: scenarios.plain_losses(scenarios.tiny_run(**other), updates=3)
-        for name, other in (("other objective", OTHER_OBJECTIVE), ("dropping", DROPPING))
+        for name, other in OTHERS.items()
     }
 
 
@@ -150,9 +162,9 @@ def test_losses_masters_and_bytes(
         learns = updates < len(plain) or result["losses"][-1] < 0.5 * result["losses"][0]
         assert learns, f"{name}: it must learn"
         assert result["master_error"] == 0.0, f"{name}: masters are not exact"
-        assert len({h for r in by_rank for h in r[name]["teacher_hash"]}) == 1, name
-        # The sum is of one teacher's bytes.
-        for held in result["held_bytes"] if "dropping" not in name else ():
+        shapes = 2 if "teachers" in name else 1
+        assert len({h for r in by_rank for h in r[name]["teacher_hash"]}) == shapes, name
+        for held in result["held_bytes"]:
             assert held == pytest.approx(result["planned_bytes"], rel=0.05), name
 
 
@@ -176,7 +188,7 @@ def test_any_number_of_ranks_sees_the_same_teacher(results_on: Callable[[int], R
         if "bf16" not in name
     ]
     assert len({result["teacher_hash"][0] for _, result in in_float32}) == 1
-    usual = [r for name, r in in_float32 if not name.endswith(("objective", "dropping"))]
+    usual = [r for name, r in in_float32 if name.partition(" ")[2] not in OTHERS]
     first = [result["losses"][0] for result in usual]
     assert max(first) - min(first) < 1e-6
 

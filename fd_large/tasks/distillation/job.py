@@ -66,7 +66,7 @@ from fd_large.tasks.distillation.normalisers import (
     check_normaliser,
     make_normaliser,
 )
-from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher, field_of, label
+from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher, field_of, label, told_of
 from fd_large.tasks.distillation.target import Target, as_map, summary
 from fd_large.tasks.distillation.task import DATASETS, Distillation
 from fd_large.tasks.distillation.teacher import PlacedTeacher, place
@@ -177,9 +177,9 @@ class DistillationJob(Job):
         check_all(
             *(
                 check
-                for _, entry in entries
+                for name, entry in entries
                 for kind in entry.targets
-                for check in _checks(entry, kind)
+                for check in _checks(name, entry, kind)
             ),
             self._teaches,
             lambda: self.run.eval.root and self._held_out_images,
@@ -260,7 +260,8 @@ class DistillationJob(Job):
             theirs = _grid(called, teacher.net.grid, side)
             of_maps = [t for t in task.targets if t.teacher == name and t.kind == MAP]
             ours = of_maps[0].given(grid, 0)[0] if of_maps else grid
-            places = of_maps[0].places(grid, theirs) if of_maps else grid
+            with told_of(name):
+                places = of_maps[0].places(grid, theirs) if of_maps else grid
             whose = "teacher" if ours == places else "student"
             log.info(
                 "grids: %s %dx%d (images of %d px), student %dx%d (images of %d px): %s",
@@ -268,23 +269,29 @@ class DistillationJob(Job):
                 "equal" if ours == theirs else f"the {whose}'s map is resized (bilinear)",
             )
         for target in task.targets:
-            head, width = target.head, teachers[target.teacher].width
+            width = teachers[target.teacher].width
             chosen = run.taught_by[target.teacher].setting("head", target.kind)
-            if isinstance(head, MapHead):
-                pixels = torch.empty(1, 3, size, size, device="meta")
-                with torch.no_grad():
-                    last, blocks = (
-                        with_blocks(task.student, pixels)
-                        if target.reads_blocks
-                        else (task.student(pixels), ())
-                    )
-                if target.kind == SUMMARY:
-                    last, *blocks = (as_map(summary(map_)) for map_ in (last, *blocks))
-                check_map_head(head, chosen, last, blocks, width)
-            else:
-                check_head(head, chosen, (2, 3, task.student.width), width, where=HEAD_WHERE)
+            with told_of(target.teacher, target.kind):
+                self._check_head(task, target, chosen, width)
         models = (task, *teachers.values())
         return tuple(p.numel() for model in models for p in model.parameters())
+
+    def _check_head(self, task: Distillation, target: Target, name: str, width: int) -> None:
+        """Runs a target's head, on the meta device, on what it will be given."""
+        head, size = target.head, self.run.data.image_size
+        if not isinstance(head, MapHead):
+            check_head(head, name, (2, 3, task.student.width), width, where=HEAD_WHERE)
+            return
+        pixels = torch.empty(1, 3, size, size, device="meta")
+        with torch.no_grad():
+            last, blocks = (
+                with_blocks(task.student, pixels)
+                if target.reads_blocks
+                else (task.student(pixels), ())
+            )
+        if target.kind == SUMMARY:
+            last, *blocks = (as_map(summary(map_)) for map_ in (last, *blocks))
+        check_map_head(head, name, last, blocks, width)
 
     @cached_property
     def _settled(self) -> Run:
@@ -406,7 +413,9 @@ class DistillationJob(Job):
         for target in task.targets:
             if path := self._statistics_file(target.teacher, target.kind):
                 stored = target_statistics.read(path).facts
-                target_statistics.require_same(stored, self.target_facts(task, target), path)
+                own = self.target_facts(task, target)
+                with told_of(target.teacher, target.kind):
+                    target_statistics.require_same(stored, own, path)
         return task
 
     def target_facts(self, task: Distillation, target: Target) -> Mapping[str, Any]:
@@ -749,19 +758,27 @@ _STATISTICS = {MAP: "target_statistics", SUMMARY: "summary_target_statistics"}
 """The entries of a manifest for the files of statistics, by kind of target."""
 
 
-def _checks(entry: NamedTeacher, kind: str) -> Iterator[Callable[[], object]]:
+def _checks(name: str, entry: NamedTeacher, kind: str) -> Iterator[Callable[[], object]]:
     """Yields what tries loss and normaliser of a target, and finds its head.
 
     The head's shapes wait for the models.
     """
     loss, normaliser, head, file = (
-        entry.setting(name, kind) for name in ("loss", "normaliser", "head", "target_statistics")
+        entry.setting(one, kind) for one in ("loss", "normaliser", "head", "target_statistics")
     )
-    yield lambda: check_loss(make_loss(loss, beta=entry.beta), loss)
-    yield lambda: check_normaliser(
-        make_normaliser(normaliser, eps=entry.whitening_eps, statistics=file), normaliser
-    )
-    yield lambda: doors.load(head, kind="heads", where=HEAD_WHERE, built_in=HEADS)
+
+    def told(check: Callable[[], object]) -> None:
+        with told_of(name, kind):
+            check()
+
+    for check in (
+        lambda: check_loss(make_loss(loss, beta=entry.beta), loss),
+        lambda: check_normaliser(
+            make_normaliser(normaliser, eps=entry.whitening_eps, statistics=file), normaliser
+        ),
+        lambda: doors.load(head, kind="heads", where=HEAD_WHERE, built_in=HEADS),
+    ):
+        yield partial(told, check)
 
 
 def _source(name: str) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
+from fd_large.errors import FDError
 from fd_large.recipes.fields import at_least, check_types, hints_of, not_negative, positive, require
 from fd_large.recipes.sections import AUTO, FrozenModel
 from fd_large.recipes.task_kind import TaskKind
@@ -237,6 +241,27 @@ def field_of(teacher: str, name: str, kind: str = MAP) -> str:
     if not teacher:
         return f"objective.{name}"
     return ".".join(("teachers", teacher, *([SUMMARY] if kind == SUMMARY else []), name))
+
+
+@contextmanager
+def told_of(teacher: str, kind: str = MAP) -> Iterator[None]:
+    """Lets mistakes in one of several teachers' targets name its fields, not those of `objective`.
+
+    Args:
+        teacher: The teacher's name; "" for an only one.
+        kind: "map" or "summary".
+    """
+    try:
+        yield
+    except FDError as error:
+        if not teacher:
+            raise
+        text = re.sub(r"\bobjective\.(\w+)", lambda m: _field(teacher, m[1], kind), str(error))
+        raise type(error)(text) from error
+
+
+def _field(teacher: str, name: str, kind: str) -> str:
+    return field_of(teacher, name, kind if name in hints_of(Summary) else MAP)
 
 
 def _values(section: Teacher | Objective) -> dict[str, Any]:

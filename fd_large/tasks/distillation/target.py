@@ -19,7 +19,7 @@ from fd_large.tasks.distillation.heads.map_head import MapHead, Maps
 from fd_large.tasks.distillation.losses import make_loss
 from fd_large.tasks.distillation.normalisers import WHITENING, make_normaliser
 from fd_large.tasks.distillation.running_statistics import Moments, RunningStatistics
-from fd_large.tasks.distillation.section import MAP, SUMMARY, label
+from fd_large.tasks.distillation.section import MAP, SUMMARY, label, told_of
 
 
 class Target:
@@ -74,12 +74,13 @@ class Target:
         weight: float = 1.0,
     ) -> None:
         self.teacher, self.kind, self.weight = teacher, kind, weight
-        self.head = registry.make(head, width, teacher_width, maps)
+        with told_of(teacher, kind):
+            self.head = registry.make(head, width, teacher_width, maps)
+            self.loss = make_loss(loss, beta=beta)
+            self.normalise = make_normaliser(
+                normaliser, eps=whitening_eps, statistics=target_statistics, width=teacher_width
+            )
         self.reads_blocks = isinstance(self.head, MapHead) and self.head.reads_blocks
-        self.loss = make_loss(loss, beta=beta)
-        self.normalise = make_normaliser(
-            normaliser, eps=whitening_eps, statistics=target_statistics, width=teacher_width
-        )
         is_running = isinstance(self.normalise, RunningStatistics)
         self.running = cast(RunningStatistics, self.normalise) if is_running else None
         self._eps = whitening_eps if normaliser == WHITENING else None

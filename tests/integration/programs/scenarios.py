@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ from fd_large.engine.zero.optimizer import parameter_groups, set_learning_rate
 from fd_large.plan import memory
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
-from fd_large.recipes.fields import from_plain, plain
 from fd_large.recipes.run import Run
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.section import NamedTeacher, Objective, Teacher
@@ -82,11 +81,9 @@ def tiny_run(**sections: dict[str, Any]) -> Run:
         batch=replace(run.batch, global_batch_size=12, micro_batch_size=3),
         engine=replace(run.engine, precision="float32"),
     )
-    sections = dict(sections)
-    if teachers := sections.pop("teachers", None):
-        usual = plain(asdict(NamedTeacher.joined(run.teacher, run.objective)))
-        named = {name: from_plain(NamedTeacher, usual | own, "") for name, own in teachers.items()}
-        run = replace(run, teachers=named, teacher=Teacher(), objective=Objective())
+    # Each of several teachers is the run's own, but for what is said of it.
+    several = sections.pop("teachers", {})
+    entry = NamedTeacher.joined(run.teacher, run.objective)
     for section, values in sections.items():
         if "architecture" in values:
             fields = values["architecture"].items()
@@ -94,6 +91,11 @@ def tiny_run(**sections: dict[str, Any]) -> Run:
             shape = {k: tuple(v) if isinstance(v, list) else v for k, v in fields}
             values = values | {"architecture": Architecture(**shape)}
         run = replace(run, **{section: replace(getattr(run, section), **values)})
+    if several:
+        flat = {f"{name}.{field}": v for name, of in several.items() for field, v in of.items()}
+        teachers = {name: entry for name in several}
+        run = replace(run, teacher=Teacher(), objective=Objective(), teachers=teachers)
+        run = run.with_fields({f"teachers.{name}": value for name, value in flat.items()})
     return run
 
 
@@ -217,7 +219,7 @@ def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dic
     """The same run in the engine on all ranks: losses, teacher hashes, bytes held."""
     before = storages()
     engine, job = start_engine(run, zero)
-    teacher = next(iter(job.teachers.values()))
+    teachers = job.teachers.values()
     engine.task.train()
     master_error = _master_error(engine, job.make_task, run)
     losses, norms = [], []
@@ -228,13 +230,13 @@ def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dic
         "losses": losses,
         "master_error": master_error,
         "norms": [None if n is None else float(n) for n in norms],
-        "teacher_hash": [teacher.fingerprint, teacher.hash_now()],
+        "teacher_hash": [one for t in teachers for one in (t.fingerprint, t.hash_now())],
         "held_bytes": distributed.gather_objects(_new_bytes(before)),
         "planned_bytes": planned_bytes(run, engine.config),
-        "teacher_bytes": distributed.gather_objects(teacher.held_bytes()),
+        "teacher_bytes": distributed.gather_objects(sum(t.held_bytes() for t in teachers)),
     }
     engine.deepspeed.destroy()
-    del engine, teacher, job
+    del engine, teachers, job
     start.forget_engines()
     gc.collect()
     return result
@@ -258,7 +260,7 @@ def _master_error(engine: Engine, make: Any, run: Run) -> float:
 def planned_bytes(run: Run, config: dict[str, Any]) -> int:
     """What the plan says that a rank holds between steps, device and host together."""
     place = memory.Placement.of(
-        run.teacher,
+        next(iter(run.taught_by.values())),
         config["zero_optimization"],
         world_size=distributed.world_size(),
         node_size=ds.ranks_of_a_node(run.engine.node_size, distributed.world_size()),
