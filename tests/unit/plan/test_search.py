@@ -222,12 +222,14 @@ def test_a_step_in_two_passes_holds_its_micro_batches_and_pays_a_forward():
 def test_flags_of_a_candidate_are_those_that_differ():
     recipe = {
         "micro_batch_size": 32,
-        "placement": "node",
+        "placements": {"teacher": "node"},
         "activation_checkpointing": "every",
     }
     same = Candidate(stage=3, teacher="node", checkpointing=True, micro_batch_size=32)
     assert same.flags(**recipe) == []
     assert same.flags(**{**recipe, "activation_checkpointing": "offload"}) == []
+    several = {"teachers.a": "node", "teachers.b": "sharded"}
+    assert same.flags(**{**recipe, "placements": several}) == ["--teachers.b.placement node"]
     other = replace(same, checkpointing=False, micro_batch_size=16)
     assert other.flags(**recipe) == [
         "--batch.micro_batch_size 16",
