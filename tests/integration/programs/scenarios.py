@@ -82,8 +82,12 @@ def tiny_run(**sections: dict[str, Any]) -> Run:
         engine=replace(run.engine, precision="float32"),
     )
     # Each of several teachers is the run's own, but for what is said of it.
-    several = sections.pop("teachers", {})
-    entry = NamedTeacher.joined(run.teacher, run.objective)
+    if several := sections.pop("teachers", {}):
+        entry = NamedTeacher.joined(run.teacher, run.objective)
+        teachers = {name: entry for name in several}
+        run = replace(run, teacher=Teacher(), objective=Objective(), teachers=teachers)
+        flat = {f"{name}.{field}": v for name, of in several.items() for field, v in of.items()}
+        run = run.with_fields({f"teachers.{name}": value for name, value in flat.items()})
     for section, values in sections.items():
         if "architecture" in values:
             fields = values["architecture"].items()
@@ -91,11 +95,6 @@ def tiny_run(**sections: dict[str, Any]) -> Run:
             shape = {k: tuple(v) if isinstance(v, list) else v for k, v in fields}
             values = values | {"architecture": Architecture(**shape)}
         run = replace(run, **{section: replace(getattr(run, section), **values)})
-    if several:
-        flat = {f"{name}.{field}": v for name, of in several.items() for field, v in of.items()}
-        teachers = {name: entry for name in several}
-        run = replace(run, teacher=Teacher(), objective=Objective(), teachers=teachers)
-        run = run.with_fields({f"teachers.{name}": value for name, value in flat.items()})
     return run
 
 
