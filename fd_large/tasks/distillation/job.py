@@ -360,11 +360,14 @@ class DistillationJob(Job):
 
     # --- the models ---
 
+    def make_teacher(self, name: str) -> Frozen:
+        """Constructs a teacher with random weights; "" is the name of an only one."""
+        run = self._settled
+        return _teacher_maker(name, run.taught_by[name], run.data.image_size)()
+
     def make_teachers(self) -> dict[str, Frozen]:
         """Constructs the teachers with random weights."""
-        size = self._settled.data.image_size
-        entries = self._settled.taught_by.items()
-        return {name: _teacher_maker(name, entry, size)() for name, entry in entries}
+        return {name: self.make_teacher(name) for name in self.run.taught_by}
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
         """Builds the teachers; must run before the student's engine is built."""
@@ -378,7 +381,7 @@ class DistillationJob(Job):
                     "%s: RANDOM weights (%s random): there is nothing to learn", called, where
                 )
             placed[name] = place(
-                _teacher_maker(name, entry, self.run.data.image_size),
+                partial(self.make_teacher, name),
                 placement=entry.placement,
                 dtype=getattr(torch, student_type if entry.dtype == "auto" else entry.dtype),
                 # The same for all: a model is the same one whatever it is called.

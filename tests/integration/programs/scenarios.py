@@ -121,8 +121,12 @@ def plain_task(run: Run) -> Task:
         torch.manual_seed(seed)
         return make()
 
-    teachers = seeded(DistillationJob(run).make_teachers, run.runtime.seed + 1)
-    task = seeded(lambda: DistillationJob(run).task_around(teachers), run.runtime.seed)
+    job = DistillationJob(run)
+    teachers = {
+        name: seeded(partial(job.make_teacher, name), run.runtime.seed + 1)
+        for name in run.taught_by
+    }
+    task = seeded(lambda: job.task_around(teachers), run.runtime.seed)
     if run.student.init:
         initial = DistillationJob(run).initial_weights()
         partition.load_weights(task.student, initial, where="--student.init")
