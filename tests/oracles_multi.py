@@ -115,7 +115,7 @@ def _kept(case: str, table: Tensor, published: Tensor, config: dict) -> Tensor:
     if "data" in case:
         names = config["data_set_of_each_image"]
         order = sorted(set(names))
-        teaches = published[:, [names.index(name) for name in order]].tolist()
+        teaches = published[:, [names.index(name) for name in order]]
         return kept_of_own_data(torch.tensor([order.index(name) for name in names]), teaches)
     number = float(re.search(r"[\d.]*$", case)[0] or 0)
     probability = number / 100 if case.startswith("drop") else number

@@ -505,10 +505,14 @@ class DistillationJob(Job):
         if self.run.weighting.rule != "own_data":
             return batches
         datasets_of = cast(Balanced, samples).datasets_of
-        return (
-            replace(batch, targets={DATASETS: torch.from_numpy(datasets_of(batch.indices.numpy()))})
-            for batch in batches
-        )
+
+        def with_datasets(batch: Batch) -> Batch:
+            datasets = torch.from_numpy(datasets_of(batch.indices.numpy()))
+            if batch.images.is_pinned():
+                datasets = datasets.pin_memory()
+            return replace(batch, targets={DATASETS: datasets})
+
+        return map(with_datasets, batches)
 
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int

@@ -77,7 +77,9 @@ class Distillation(Task):
     ) -> None:
         super().__init__(student)
         self.targets, self.statistics = tuple(targets), statistics
-        self._weighting, self._teaches = weighting, teaches
+        self._weighting = weighting
+        # A buffer, so that it is on the device.
+        self.register_buffer("_teaches", torch.tensor(teaches, dtype=torch.bool), persistent=False)
         # In a plain dict, so that nn.Module does not register teachers that are Modules.
         self._teachers = dict(teachers)
         heads: dict[str, nn.ModuleDict] = {}

@@ -13,8 +13,6 @@ Source: Sariyildiz et al. (UNIC), arXiv 2408.05088, and Sariyildiz et al. (DUNE)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -52,14 +50,14 @@ def kept_beside_worst(losses: Tensor, coins: Tensor) -> Tensor:
     return (numbers == worst) | coins.gather(0, others)
 
 
-def kept_of_own_data(datasets: Tensor, teaches: Sequence[Sequence[bool]]) -> Tensor:
+def kept_of_own_data(datasets: Tensor, teaches: Tensor) -> Tensor:
     """Returns which teachers each image learns from, (T, B) bool: those of its dataset.
 
     Args:
         datasets: (B,) int64, the number of each image's dataset.
-        teaches: (T, number of datasets), whether a teacher teaches the images of a dataset.
+        teaches: (T, number of datasets) bool, whether a teacher teaches the images of a dataset.
     """
-    return torch.tensor(teaches, device=datasets.device)[:, datasets]
+    return teaches[:, datasets]
 
 
 def weighted_loss(losses: Tensor, kept: Tensor, number: Tensor, *, parts: int) -> Tensor:

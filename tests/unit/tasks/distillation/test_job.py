@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +14,18 @@ from PIL import Image
 
 from fd_large.data.sampler import Portion
 from fd_large.engine.checkpoint_models import sources_of
+from fd_large.engine.count import on_shapes, run_on_shapes
+from fd_large.engine.forward_backward import arguments_of_step
+from fd_large.engine.recorder import Recorder
 from fd_large.errors import CheckpointError, ConfigError, FDError, ShapeError
+from fd_large.kernels import choose
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
+from fd_large.recipes.run import ONLY
 from fd_large.tasks.distillation.canary import Canary
 from fd_large.tasks.distillation.job import DistillationJob
+from fd_large.tasks.distillation.section import Objective, Teacher, Weighting
+from fd_large.tasks.distillation.task import DATASETS
 from fd_large.tasks.jobs import job_of
 from fd_large.weights.source import Sources
 
@@ -244,3 +252,61 @@ def test_the_canary_watches_the_teacher_where_it_is_asked_for(built):
     for every in (0, 7):
         hooks = built(runtime__canary_every=every)[0].hooks()
         assert any(isinstance(hook, Canary) for hook in hooks) == bool(every)
+
+
+@pytest.fixture
+def two_datasets(run, root):
+    """Two teachers, and a dataset of each color, in which teachers by name say what is theirs."""
+
+    def made(**datasets):
+        entry = replace(run.taught_by[ONLY], normaliser="batch", whitening_eps=1e-5)
+        return replace(
+            run,
+            teacher=Teacher(),
+            objective=Objective(),
+            teachers={name: replace(entry, datasets=own) for name, own in datasets.items()},
+            weighting=Weighting(rule="own_data"),
+            data=replace(run.data, root=f"0.5 red={root}/train/red + 0.5 green={root}/train/green"),
+        )
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("datasets", "named"),
+    [
+        ({"one": ("red",), "two": ("blue",)}, "teachers.two.datasets"),
+        ({"one": ("red",), "two": ()}, "no teacher of green"),
+    ],
+)
+def test_each_dataset_has_a_teacher(two_datasets, datasets, named):
+    with pytest.raises(ConfigError, match=named):
+        DistillationJob(two_datasets(**datasets)).check()
+
+
+def test_images_come_with_their_dataset_which_chooses_their_teachers(two_datasets):
+    job = DistillationJob(two_datasets(two=("green", "red"), one=("red",)))
+    assert not job.learns_from_images_alone
+    job.build(bfloat16=False, node_size=1, persistence_threshold=0)
+    batch = next(job.batches(job.open_samples(), Portion(0, 0, 4, 0, 1)))
+    is_green = (batch.images[:, 1] > batch.images[:, 0]).all(-1).all(-1)
+    assert torch.equal(batch.targets[DATASETS] == 1, is_green)
+    assert 0 < is_green.sum() < 4
+    task = job.make_task()
+    (arguments,) = arguments_of_step(task, task, [batch], 0, count=1)
+    # Green ones learn from one of the two.
+    assert arguments["number"] == 8 - is_green.sum()
+    assert task(**arguments)[0].isfinite()
+
+
+def test_a_micro_batch_waits_with_its_targets(run):
+    """What a plan counts of it is what is held: pixels and the teacher's map."""
+    job = DistillationJob(override(run, {"objective.normaliser": "batch"}))
+    with on_shapes(choose.Device(None, on_gpu=False)):
+        task, frozen = job.models_on_shapes()
+        batch = job.probe_batch(4)
+        one = run_on_shapes(task, frozen, batch, Recorder((task, *frozen)))
+        prepared = task.prepare(batch.images, None, None)
+    tensors = prepared["pixels"], prepared["maps"][ONLY].tokens
+    expected = sum(t.untyped_storage().nbytes() for t in tensors)
+    assert one.recorder.held == pytest.approx(expected, rel=0.01)

@@ -36,5 +36,6 @@ def test_coins_follow_seed_epoch_and_position_alone():
 
 
 def test_images_learn_from_the_teachers_of_their_dataset():
-    kept = kept_of_own_data(torch.tensor([2, 0, 1]), [[True, False, True], [True, True, False]])
+    teaches = torch.tensor([[True, False, True], [True, True, False]])
+    kept = kept_of_own_data(torch.tensor([2, 0, 1]), teaches)
     assert kept.tolist() == [[True, True, False], [False, True, True]]
