@@ -26,6 +26,7 @@ COMMANDS = {
     "recipes": "List the recipes: what each needs, takes and should give; or show one.",
     "models": "List the models that a student or a teacher may be.",
     "statistics": "Measure a teacher's channels, for targets that are standardised or rotated.",
+    "cache": "Store a teacher's maps of fixed views, from which runs learn without the teacher.",
     "plan": "Say whether a recipe fits a cluster, and how long it takes there.",
     "report": "Draw a run's curves and say what came out.",
     "checkpoint": "List, verify, prune, export or import a run's checkpoints.",

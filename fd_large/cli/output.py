@@ -26,3 +26,11 @@ def tables(*, most: int = 1000) -> Console:
     return Console(
         file=out, width=width, highlight=False, markup=False, emoji=False, force_jupyter=False
     )
+
+
+def size(count: float) -> str:
+    """Returns a number of bytes as text."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count / 1e3:,.1f} kB"

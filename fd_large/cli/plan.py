@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fd_large.cli.arguments import TakesRunFile, parse_with_recipe
-from fd_large.cli.output import tables
+from fd_large.cli.output import size, tables
 from fd_large.errors import ConfigError
 from fd_large.plan import kept_counts
+from fd_large.plan.cached_targets import largest_map_that_pays
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Cluster, Machine
 from fd_large.plan.counts import Counts
@@ -29,6 +30,7 @@ from fd_large.recipes.architectures import brings_model
 from fd_large.recipes.fields import at_least, flat, plain, positive, require
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import ADAMW, AUTO, RANDOM, Student
+from fd_large.tasks.distillation.section import cached_folder
 
 IMAGENET = 1_281_167
 NARROW = 96
@@ -46,6 +48,7 @@ NO_SHAPES = (
         for name in ("allow", "placement", "source", "statistics")
     ),
     "teachers.*.weight",
+    "task.distillation.*",
 )
 
 
@@ -210,7 +213,8 @@ def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused")
     Raises: FDError: if the run's models cannot be built.
     """
     counts = None
-    if rates.overlap and rates.bfloat16:
+    # Those that are kept have the teachers, which cached targets stand for.
+    if rates.overlap and rates.bfloat16 and not _cached(run):
         counts = kept_counts.read(kept_counts.key(shape_fields(run), rates.capability, kernels))
     return Workload(
         counts=counts or count_anew(run, rates, kernels),
@@ -273,6 +277,12 @@ def shape_fields(run: Run) -> dict[str, Any]:
     }
 
 
+def _cached(run: Run) -> dict[str, str]:
+    """Folders of cached targets by the section of the teacher that they stand for."""
+    folders = {name: cached_folder(model.source) for name, model in run.frozen_models.items()}
+    return {name: folder for name, folder in folders.items() if folder}
+
+
 def steps_of(run: Run, images: int) -> int:
     """Returns the steps of a run on a dataset of that many images."""
     optim = run.optim
@@ -324,6 +334,8 @@ def _heading(run: Run, load: Workload, machine: Machine) -> Text:
             f"  {name}: {sum(load.teacher_sizes) / 1e6:,.1f}M parameters, "
             f"{counts.flops('inference', 1) / 1e9:,.1f} GFLOP\n"
         )
+    for name, folder in _cached(run).items():
+        teacher += f"  {name}: cached targets in {folder}\n"
     return Text(
         f"{run.name}, {run.batch.global_batch_size} images per step\n"
         f"  student {run.student.model}: {load.parameters / 1e6:,.1f}M parameters with its "
@@ -387,6 +399,7 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
         },
         activation_checkpointing=run.student.activation_checkpointing,
     )
+    teacher = _teachers_share(run, load, machine)
     lines = [
         f"Memory of a rank in the best setting: {memory.total / 1e9:.1f} of "
         f"{machine.rates.memory_bytes / 1e9:.0f} GB",
@@ -398,13 +411,29 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
         f"{seconds.finish * 1e3:,.0f}",
         f"FLOPs: MFU {100 * best.mfu:.1f} %, with recomputation "
         f"{100 * best.hardware_utilisation:.1f} % of {best.peak / 1e12:,.4g} TFLOP/s",
-        f"Disk: {_size(stored)} per checkpoint; {_size(keep * stored)} for {keep}, of which one is "
+        f"Disk: {size(stored)} per checkpoint; {size(keep * stored)} for {keep}, of which one is "
         "being written",
+        *([teacher] if teacher else []),
         f"Length: {steps_of(run, images):,} steps",
     ]
     if flags:
         lines += ["To train with it, pass:", *(f"  {flag}" for flag in flags)]
     return Text("\n".join(lines) + "\n")
+
+
+def _teachers_share(run: Run, load: Workload, machine: Machine) -> str:
+    """What the teacher costs, and when storing its maps would save it; empty without one."""
+    counts, rate = load.counts[False], machine.rates.matmul
+    teacher = counts.flops("inference", 1)
+    rest = counts.flops("forward", 1) + counts.flops("backward", 1)
+    if not run.frozen_models or not teacher:
+        return ""
+    most = largest_map_that_pays(teacher / rate, rest / rate, 1e9)
+    return (
+        f"Teacher: {100 * teacher / (teacher + rest):.0f} % of the FLOPs; stored maps (cache "
+        f"{run.name} OUT --plan) save time\n  if a rank that reads 1 GB/s has maps of less than "
+        f"{size(most)}, and each is learnt from several times"
+    )
 
 
 def _refused_table(bad: list[Refused], rows: int) -> Table:
@@ -423,7 +452,3 @@ def _refused_table(bad: list[Refused], rows: int) -> Table:
 
 def _zero(candidate: Candidate) -> str:
     return f"{candidate.stage}{' + hpZ' if candidate.hpz else ''}"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

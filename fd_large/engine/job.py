@@ -271,18 +271,23 @@ class Job:
         run = self.run
         return iter(
             build_loader(
-                ViewBatches(
-                    samples,
-                    self.view_settings(),
-                    run.runtime.seed,
-                    portion.epoch,
-                    mixed_among=run.batch.global_batch_size if run.data.image_mixup else 0,
-                ),
+                self.view_batches(samples, portion.epoch),
                 len(samples),
                 portion,
                 global_batch_size=run.batch.global_batch_size,
                 workers=run.data.workers,
             )
+        )
+
+    def view_batches(self, samples: ImageSource, epoch: int) -> ViewBatches:
+        """Returns what loads the views of an epoch."""
+        run = self.run
+        return ViewBatches(
+            samples,
+            self.view_settings(),
+            run.runtime.seed,
+            epoch,
+            mixed_among=run.batch.global_batch_size if run.data.image_mixup else 0,
         )
 
     def view_settings(self) -> ViewSettings:

@@ -22,7 +22,7 @@ import json
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -367,12 +367,13 @@ class CacheWriter(_Files):
                 "it, or another folder."
             )
 
-    def unfinished(self) -> list[tuple[str, int]]:
-        """Returns (set, number) of the shards that are not whole yet."""
+    def unfinished(self, only: str = "") -> list[tuple[str, int]]:
+        """Returns (set, number) of the shards, of one set or of all, that are not whole yet."""
         return [
-            shard
-            for shard in self.header.shards()
-            if not (self.folder / self.header.layout(*shard).name).exists()
+            (name, number)
+            for name, number in self.header.shards()
+            if only in ("", name)
+            and not (self.folder / self.header.layout(name, number).name).exists()
         ]
 
     def bytes_left(self) -> int:
@@ -385,21 +386,25 @@ class CacheWriter(_Files):
             left += max(0, layout.size - held)
         return left
 
-    def unwritten(self, name: str, number: int) -> list[int]:
-        """Returns the records of a shard that are not there, or were not written whole."""
+    def unwritten(self, name: str, number: int) -> Sequence[int]:
+        """Returns the records of a shard that are not there, or were not written whole.
+
+        Among them are those whose image could not be used: it is tried again.
+        """
         layout = self.header.layout(name, number)
         numbers = range(layout.first, layout.first + layout.count)
         if not self._part(layout).exists():
-            return list(numbers)
+            return numbers
         file = self._file(name, number)
         checks = np.empty(layout.count, np.int64)
         file.fill(checks, "checks", 0)
         rows, missing = self._empty(1), []
         for row, record in enumerate(numbers):
-            if checks[row]:
+            is_map = checks[row] >> 32 == _MAP
+            if is_map:
                 for tensor, array in rows.items():
                     file.fill(array, tensor, row)
-            if checks[row] == 0 or checks[row] != _check(name, record, rows, checks[row] >> 32):
+            if not is_map or checks[row] != _check(name, record, rows, _MAP):
                 missing.append(record)
         return missing
 

@@ -9,12 +9,14 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from fd_large import activity, distributed, doors
+from fd_large import activity, distributed, doors, meeting
 from fd_large.backbones.custom.custom import check_map
 from fd_large.backbones.exports import PROJECTION
 from fd_large.backbones.feature_map import FeatureMap
@@ -25,10 +27,11 @@ from fd_large.checkpoint.read import Reader
 from fd_large.checkpoint.stream import Shape
 from fd_large.data.balanced import Balanced
 from fd_large.data.labelled import LabelledImages, has_parts, open_split, open_training
-from fd_large.data.loader import Batch
+from fd_large.data.loader import Batch, Beside, ViewBatches
 from fd_large.data.photographs import PREFIX as BUILTIN
 from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource, open_images
+from fd_large.data.views import FixedViews
 from fd_large.data.weighted_roots import weighted_roots
 from fd_large.engine.evaluation import Evaluation, Panel, evaluating
 from fd_large.engine.frozen import Frozen, frozen_maker, frozen_weights
@@ -36,7 +39,7 @@ from fd_large.engine.heads import check_head
 from fd_large.engine.job import FrozenPart, Job
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
-from fd_large.errors import CheckpointError, FDError, ShapeError, check_all
+from fd_large.errors import CheckpointError, ConfigError, FDError, ShapeError, check_all
 from fd_large.probes import knn
 from fd_large.probes.features import extract
 from fd_large.recipes.architectures import resolve
@@ -44,8 +47,12 @@ from fd_large.recipes.fields import require
 from fd_large.recipes.run import ONLY, Run
 from fd_large.recipes.sections import AUTO, RANDOM
 from fd_large.runtime.hooks import Hook
-from fd_large.tasks.distillation import target_statistics
+from fd_large.tasks.distillation import cached_teacher, target_statistics
 from fd_large.tasks.distillation.alignment import Grid, teacher_side
+from fd_large.tasks.distillation.cache_files import CacheReader, CacheWriter, Header
+from fd_large.tasks.distillation.cache_recorder import Recorder, ToRecord
+from fd_large.tasks.distillation.cache_views import StoredMaps, ViewsToStore, blank
+from fd_large.tasks.distillation.cached_teacher import CachedTeacher
 from fd_large.tasks.distillation.canary import Canary, seconds_of_product
 from fd_large.tasks.distillation.feature_panel import FeaturePanel
 from fd_large.tasks.distillation.heads.map_head import WHERE as HEAD_WHERE
@@ -66,7 +73,16 @@ from fd_large.tasks.distillation.normalisers import (
     check_normaliser,
     make_normaliser,
 )
-from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher, field_of, label, told_of
+from fd_large.tasks.distillation.section import (
+    CACHED,
+    MAP,
+    SUMMARY,
+    NamedTeacher,
+    cached_folder,
+    field_of,
+    label,
+    told_of,
+)
 from fd_large.tasks.distillation.target import Target, as_map, summary
 from fd_large.tasks.distillation.task import DATASETS, Distillation
 from fd_large.tasks.distillation.teacher import PlacedTeacher, place
@@ -84,7 +100,10 @@ class DistillationJob(Job):
 
     memory_remedy = "--teacher.placement sharded"
     loss_name = "the run's own objective"
-    _teachers: Mapping[str, PlacedTeacher] | None = None
+    _teachers: Mapping[str, PlacedTeacher | CachedTeacher] | None = None
+    # Those whose maps are stored, and what reads them from there.
+    _recorders: Mapping[str, Recorder] = MappingProxyType({})
+    _written: Mapping[str, CacheReader] = MappingProxyType({})
     _words: ClassVar = {
         "held_out/loss": "held-out loss",
         "held_out/cosine": "held-out cosine",
@@ -112,8 +131,9 @@ class DistillationJob(Job):
 
     @property
     def learns_from_images_alone(self) -> bool:  # type: ignore[override]
-        """Not where an image's dataset decides its teachers: an incident does not hold it."""
-        return self.run.weighting.rule != "own_data"
+        """Not where its dataset or a stored map is needed too: an incident does not hold it."""
+        stored = self._caches or self.run.task.distillation.cache
+        return self.run.weighting.rule != "own_data" and not stored
 
     @property
     def lower_is_better(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -126,10 +146,15 @@ class DistillationJob(Job):
         return [label(name, kind) for name, entry in entries for kind in entry.targets]
 
     @property
-    def teachers(self) -> Mapping[str, PlacedTeacher]:
+    def teachers(self) -> Mapping[str, PlacedTeacher | CachedTeacher]:
         """The frozen teachers by name, "" for an only one; only after `build`."""
         assert self._teachers is not None
         return self._teachers
+
+    @property
+    def placed(self) -> Mapping[str, PlacedTeacher]:
+        """Those that are models; only after `build`."""
+        return {n: one for n, one in self.teachers.items() if isinstance(one, PlacedTeacher)}
 
     @property
     def ignored_fields(self) -> tuple[str, ...]:
@@ -162,11 +187,41 @@ class DistillationJob(Job):
         settled, *models = check_all(
             lambda: settle(sources),
             *(
-                partial(settle_model, entry, sources, where=_source(name))
+                partial(cached_teacher.settled, entry, where=_source(name))
+                if name in self._caches
+                else partial(settle_model, entry, sources, where=_source(name))
                 for name, entry in entries.items()
             ),
         )
-        return self._met(settled.with_taught_by(dict(zip(entries, models, strict=True))))
+        run = self._met(settled.with_taught_by(dict(zip(entries, models, strict=True))))
+        return self._with_stored_views(run)
+
+    def _with_stored_views(self, run: Run) -> Run:
+        """Returns the recipe with the views that its caches hold, unless it says which."""
+        said = run.task.distillation
+        for name in self._caches if not said.views else ():
+            facts = self._readers[name].header.facts
+            stored = {f: facts[f"task.distillation.{f}"] for f in ("views", "view_seed")}
+            task = replace(run.task, distillation=replace(said, **stored))
+            return replace(run, task=task)
+        return run
+
+    @property
+    def _caches(self) -> Mapping[str, Path]:
+        """The folders of cached targets, by the teacher's name."""
+        folders = {n: cached_folder(entry.source) for n, entry in self.run.taught_by.items()}
+        return {name: Path(folder) for name, folder in folders.items() if folder}
+
+    @cached_property
+    def _readers(self) -> Mapping[str, CacheReader]:
+        """What reads the cached targets, by the teacher's name.
+
+        Raises: CacheError: if a header is missing or damaged.
+        """
+        return {
+            name: CacheReader(folder, Header.read(folder, where=_source(name)))
+            for name, folder in self._caches.items()
+        }
 
     def check(self) -> None:
         """Opens held-out and labelled images, and checks the headers of all weights.
@@ -187,7 +242,10 @@ class DistillationJob(Job):
             *(
                 partial(frozen_weights, entry, self.weights, where=_source(name))
                 for name, entry in entries
+                if name not in self._caches
             ),
+            *(partial(self._check_cache, name) for name in self._caches),
+            self._check_views,
             super().check,
         )
 
@@ -226,10 +284,42 @@ class DistillationJob(Job):
         )
         return [[dataset in entry.datasets for dataset in names] for _, entry in entries]
 
+    def _check_views(self) -> None:
+        """Refuses mixed images beside views that come again: a mixed one does not."""
+        require(
+            not (self.fixed_views and self.run.data.image_mixup),
+            "data.image_mixup: views that come again are not mixed, nor are stored maps",
+            f"{self.run.data.image_mixup} with {self.run.task.distillation.views} views",
+            "False",
+            "Leave it out, or set --task.distillation.views 0",
+        )
+
+    def _check_cache(self, name: str) -> None:
+        """Refuses a cache that is not whole, and held-out losses, for which it has no maps."""
+        where, folder = _source(name), self._caches[name]
+        require(
+            not self.run.task.distillation.cache,
+            "task.distillation.cache: there is no teacher whose maps could be stored",
+            f"{self.run.task.distillation.cache} beside {where} {CACHED}{folder}",
+            "one of the two",
+            "Leave one of them out",
+        )
+        meeting.once(f"cache {folder}", lambda: self._readers[name].check_whole(where=where))
+        if self.run.eval.root:
+            raise ConfigError(
+                f"eval.root: a held-out loss needs the teacher; got {self.run.eval.root} beside "
+                f"{where} {CACHED}{folder}, expected none. Leave it out (--eval.root ''), or name "
+                "the teacher itself."
+            )
+
     def sources(self) -> Mapping[str, str]:
         """Returns the sources of teachers and student."""
         entries = self.run.taught_by.items()
-        own = {_source(name).removeprefix("--"): entry.source for name, entry in entries}
+        own = {
+            _source(name).removeprefix("--"): entry.source
+            for name, entry in entries
+            if name not in self._caches
+        }
         return {**own, **super().sources()}
 
     def open_samples(self) -> ImageSource:
@@ -238,7 +328,79 @@ class DistillationJob(Job):
         A dataset's folder is often named whole, and what is tested must not be learnt from.
         """
         data = self.run.data
-        return open_training(data.root, val_fraction=data.val_fraction)
+        samples = open_training(data.root, val_fraction=data.val_fraction)
+        if self.fixed_views is not None:
+            views = cached_teacher.view_facts(self.view_settings(), self.fixed_views, samples)
+            for name, reader in self._readers.items():
+                cached_teacher.require_same_views(reader.header, views, where=_source(name))
+        return samples
+
+    @property
+    def fixed_views(self) -> FixedViews | None:
+        """What draws views that come again; None: every epoch draws new ones."""
+        views = self.run.task.distillation
+        return FixedViews(views.views, views.view_seed) if views.views else None
+
+    def view_batches(self, samples: ImageSource, epoch: int) -> ViewBatches:
+        """Returns what loads the views of an epoch, and their maps where these are stored."""
+        usual, fixed = super().view_batches(samples, epoch), self.fixed_views
+        if fixed is None:
+            return usual
+        view, beside = epoch % fixed.count, None
+        if self._recorders:
+            beside = self._recorded(samples, epoch, view)
+        elif self._readers:
+            beside = StoredMaps(self._readers, view, samples)
+        return replace(usual, fixed=fixed, beside=beside)
+
+    def _recorded(self, samples: ImageSource, epoch: int, view: int) -> Beside:
+        """Returns what stores the maps of a view, or what reads them once they are all there.
+
+        A collective.
+        """
+        run, settings, fixed = self.run, self.view_settings(), self.fixed_views
+        assert fixed is not None
+        if not self._written:
+            facts = cached_teacher.view_facts(settings, fixed, samples)
+            self._written = {
+                name: recorder.begin(
+                    CacheWriter(
+                        Path(run.task.distillation.cache, name),
+                        cached_teacher.header_of(
+                            self.placed[name],
+                            run.taught_by[name],
+                            facts,
+                            precision=run.task.distillation.precision,
+                        ),
+                    )
+                )
+                for name, recorder in self._recorders.items()
+            }
+        whole = [recorder.is_whole(view) for recorder in self._recorders.values()]
+        if epoch < fixed.count and not all(whole):
+            return ToRecord(tuple(self._recorders), view)
+        views = ViewsToStore(samples, settings, fixed, cached_teacher.batch_size(run.batch))
+        for recorder in self._recorders.values():
+            recorder.complete(
+                view,
+                views,
+                workers=run.data.workers,
+                max_bad_fraction=run.data.max_bad_fraction,
+            )
+        return StoredMaps(self._written, view, samples)
+
+    def probe_batch(self, size: int) -> Batch:
+        """Makes a batch of grey images, and of empty maps where these are stored."""
+        return replace(super().probe_batch(size), targets=self._blank_maps(size))
+
+    def _blank_maps(self, size: int) -> Any:
+        """Empty stored maps of so many images; None if no map is stored."""
+        if not self._readers:
+            return None
+        return {
+            name: tuple(part.expand(size, *part.shape) for part in blank(reader))
+            for name, reader in self._readers.items()
+        }
 
     def parameter_sizes(self) -> tuple[int, ...]:
         """Returns the sizes of the tensors of student, projection and teacher; checks the grids.
@@ -273,7 +435,7 @@ class DistillationJob(Job):
             chosen = run.taught_by[target.teacher].setting("head", target.kind)
             with told_of(target.teacher, target.kind):
                 self._check_head(task, target, chosen, width)
-        models = (task, *teachers.values())
+        models = [task, *(teachers[name] for name in teachers.keys() - self._caches.keys())]
         return tuple(p.numel() for model in models for p in model.parameters())
 
     def _check_head(self, task: Distillation, target: Target, name: str, width: int) -> None:
@@ -351,7 +513,8 @@ class DistillationJob(Job):
 
     def splits_models(self) -> bool:
         """Returns whether a teacher is sharded."""
-        return any(one.placement != "replicated" for one in self.run.taught_by.values())
+        entries = self.run.taught_by.items()
+        return any(e.placement != "replicated" for n, e in entries if n not in self._caches)
 
     def memory_facts(self) -> Mapping[str, Any]:
         """Returns where the teachers' weights are held."""
@@ -372,15 +535,18 @@ class DistillationJob(Job):
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
         """Builds the teachers; must run before the student's engine is built."""
         student_type = "bfloat16" if bfloat16 else "float32"
-        placed = {}
+        placed: dict[str, PlacedTeacher | CachedTeacher] = {}
         for name, entry in self._settled.taught_by.items():
             where, called = _source(name), _called(name)
+            if name in self._caches:
+                placed[name] = CachedTeacher(self._readers[name], where=where)
+                continue
             weights = frozen_weights(entry, self.weights, where=where)
             if entry.source == RANDOM:
                 log.warning(
                     "%s: RANDOM weights (%s random): there is nothing to learn", called, where
                 )
-            placed[name] = place(
+            teacher = place(
                 partial(self.make_teacher, name),
                 placement=entry.placement,
                 dtype=getattr(torch, student_type if entry.dtype == "auto" else entry.dtype),
@@ -397,10 +563,14 @@ class DistillationJob(Job):
                 called,
                 entry.model,
                 entry.placement,
-                placed[name].held_bytes() / 1e6,
-                placed[name].fingerprint,
+                teacher.held_bytes() / 1e6,
+                teacher.fingerprint,
             )
+            placed[name] = teacher
         self._teachers = placed
+        if self.run.task.distillation.cache:
+            where = "task.distillation.cache"
+            self._recorders = {n: Recorder(one, where=where) for n, one in self.placed.items()}
 
     def take_models_of(self, other: Job) -> None:
         """Takes the teachers that the job of another student has built."""
@@ -412,7 +582,7 @@ class DistillationJob(Job):
 
         Raises: ConfigError: if the statistics in a file are of other targets.
         """
-        task = self.task_around(self.teachers)
+        task = self.task_around({**self.teachers, **self._recorders})
         for target in task.targets:
             if path := self._statistics_file(target.teacher, target.kind):
                 stored = target_statistics.read(path).facts
@@ -443,7 +613,7 @@ class DistillationJob(Job):
         return {
             **facts,
             "interpolation": entry.interpolation,
-            "grid": list(target.places(grid, teacher.module.grid(size))),
+            "grid": list(target.places(grid, getattr(teacher, "module", teacher).grid(size))),
             "prefix_tokens": 0 if SUMMARY in entry.targets else prefix,
             "width": teacher.width,
         }
@@ -451,9 +621,13 @@ class DistillationJob(Job):
     def models_on_shapes(self) -> tuple[Distillation, tuple[nn.Module, ...]]:
         """Constructs the task around teachers of its own."""
         teachers = self.make_teachers()
-        return self.task_around(teachers), tuple(teachers.values())
+        models = tuple(teachers[name] for name in teachers if name not in self._caches)
+        cached = {n: CachedTeacher(one, where=_source(n)) for n, one in self._readers.items()}
+        return self.task_around(teachers | cached), models
 
-    def task_around(self, teachers: Mapping[str, Frozen | PlacedTeacher]) -> Distillation:
+    def task_around(
+        self, teachers: Mapping[str, Frozen | PlacedTeacher | CachedTeacher | Recorder]
+    ) -> Distillation:
         """Constructs student, heads and losses around teachers, which are given by name."""
         entries = self._settled.taught_by
         doors.require_allowed(
@@ -510,7 +684,7 @@ class DistillationJob(Job):
             datasets = torch.from_numpy(datasets_of(batch.indices.numpy()))
             if batch.images.is_pinned():
                 datasets = datasets.pin_memory()
-            return replace(batch, targets={DATASETS: datasets})
+            return replace(batch, targets={**(batch.targets or {}), DATASETS: datasets})
 
         return map(with_datasets, batches)
 
@@ -576,7 +750,7 @@ class DistillationJob(Job):
             with evaluating(engine), activity.work("k-NN"):
                 for name, images in activity.counted(splits, "features of train and test", "parts"):
                     (found[name],) = extract(
-                        _student_of(engine),
+                        _student_of(engine, self._blank_maps(1)),
                         IMAGENET,
                         images,
                         folder / name,
@@ -604,7 +778,7 @@ class DistillationJob(Job):
         """Returns what writes the maps of some images, and the canaries of the teachers."""
         every, size = self.run.runtime.canary_every, self.run.data.image_size
         hooks: list[Hook] = [FeaturePanel()]
-        for name, teacher in self.teachers.items() if every else ():
+        for name, teacher in self.placed.items() if every else ():
             hooks.append(
                 Canary(
                     every,
@@ -649,6 +823,9 @@ class DistillationJob(Job):
             "teacher_source": entry.source,
             "teacher_hash": self.teachers[name].fingerprint,
         }
+        if reader := self._readers.get(name):
+            facts |= {"teacher_source": reader.header.teacher["source"]}
+            facts |= {"cached_targets": f"{reader.header.digest}, {reader.header.precision}"}
         for kind, key in _STATISTICS.items():
             if path := self._statistics_file(name, kind):
                 facts[key] = target_statistics.read(path).digest
@@ -674,6 +851,12 @@ class DistillationJob(Job):
                         f"run began with; got hash {ours.get(key)}, expected {theirs.get(key)}. "
                         "Give that file, or --fresh."
                     )
+            if theirs.get("cached_targets") != ours.get("cached_targets"):
+                raise CheckpointError(
+                    f"{_source(name).removeprefix('--')}: not the cached targets that this run "
+                    f"began with; got {ours.get('cached_targets')}, expected "
+                    f"{theirs.get('cached_targets')}. Give those, or --fresh."
+                )
             if theirs.get("teacher_hash") != ours["teacher_hash"]:
                 raise CheckpointError(
                     f"{_source(name).removeprefix('--')}: not the teacher that this run began "
@@ -716,11 +899,16 @@ class DistillationJob(Job):
         """Returns what the model card says of teachers, losses and crops."""
         unknown = "not recorded"
         facts = manifest.get("teachers", {}) if self.run.teachers else {ONLY: manifest}
+        entries = {
+            # Of cached targets the manifest names the teacher.
+            name: replace(entry, source=facts.get(name, {}).get("teacher_source", entry.source))
+            for name, entry in self.run.taught_by.items()
+        }
         return learned(
-            self.run.taught_by,
+            entries,
             {
                 name: origin_of(entry.source, entry.model, resolve(entry.model, entry.architecture))
-                for name, entry in self.run.taught_by.items()
+                for name, entry in entries.items()
             },
             hashes={
                 name: facts.get(name, {}).get("teacher_hash", unknown)
@@ -735,9 +923,12 @@ class DistillationJob(Job):
 
     def frozen_models(self) -> Mapping[str, FrozenPart]:
         """Returns the teachers, by their names; an only one is called teacher."""
+        entries = dict(self._settled.taught_by)
+        for name, reader in self._readers.items():
+            entries[name] = replace(entries[name], source=reader.header.teacher["source"])
         return {
             name or "teacher": FrozenPart(entry, entry.teacher_image_size)
-            for name, entry in self._settled.taught_by.items()
+            for name, entry in entries.items()
         }
 
     def in_one_process(self) -> Run:
@@ -847,11 +1038,15 @@ def _maps(student: nn.Module, teacher: Frozen, side: int, *, kind: str, with_pre
     return Maps(student.grid(side, side), teacher.grid(side), prefix, blocks)
 
 
-def _student_of(engine: Engine) -> Callable[[Tensor], FeatureMap]:
+def _student_of(engine: Engine, blank_maps: Any) -> Callable[[Tensor], FeatureMap]:
     """Returns a function from pixels to the student's map, by a forward of the whole task.
 
     Only that gathers the student's shards. The teachers are not run: their maps are replaced
     by zeros.
+
+    Args:
+        engine: The engine of the task.
+        blank_maps: Targets of one image that stand for stored maps; None if there are none.
     """
     task = engine.task
     seen: list[FeatureMap] = []
@@ -860,7 +1055,8 @@ def _student_of(engine: Engine) -> Callable[[Tensor], FeatureMap]:
     def forward(pixels: Tensor) -> FeatureMap:
         if not maps:
             images = torch.zeros_like(pixels[:1], dtype=torch.uint8)
-            maps.update(task.prepare(images, None, None)["maps"])
+            blank = tree_map_only(Tensor, lambda part: part.to(images.device), blank_maps)
+            maps.update(task.prepare(images, blank, None)["maps"])
         zeros = {
             name: one._replace(tokens=torch.zeros_like(one.tokens).expand(len(pixels), -1, -1))
             for name, one in maps.items()

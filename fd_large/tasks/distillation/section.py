@@ -269,16 +269,66 @@ def _values(section: Teacher | Objective) -> dict[str, Any]:
     return {f.name: getattr(section, f.name) for f in fields(section)}
 
 
+CACHED = "cached:"
+
+
+def cached_folder(source: str) -> str:
+    """Returns the folder of cached targets that a teacher's source names; empty if it names none.
+
+    Args:
+        source: As a recipe states it, cached:FOLDER for such a folder.
+    """
+    return source.removeprefix(CACHED) if source.startswith(CACHED) else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """Which views of an image are seen. Views that come again can be stored with their maps."""
+
+    # Number of views of each image, which the epochs take in turn: epoch e has view e modulo this
+    # number, the same in every run of the same view_seed. 0: every epoch draws a new one. With
+    # cached targets it is theirs.
+    views: int = 0
+    # Seed of these views, which a run's own seed does not change.
+    view_seed: int = 0
+    # Folder in which the first epochs, one for each of these views, store the teacher's maps; later
+    # epochs learn from them, and other runs may. Empty: nothing is stored. The command cache writes
+    # the same without a run.
+    cache: str = ""
+    # How they are stored: fp32, fp16, fp8 (E4M3) or int8 (docs/cache.md).
+    precision: Literal["fp32", "fp16", "fp8", "int8"] = "fp8"
+
+    def __post_init__(self) -> None:
+        check_types(self, "task.distillation")
+        require(
+            bool(self.views) or not self.cache,
+            "task.distillation.cache: only views that come again can be stored",
+            f"{self.cache} with task.distillation.views 0",
+            "1 or more",
+            "Set --task.distillation.views",
+        )
+        at_least("task.distillation.views", self.views, 0, "views")
+        require(
+            0 <= self.view_seed < 2**63,
+            "task.distillation.view_seed: invalid seed",
+            self.view_seed,
+            "a whole number in [0, 2**63)",
+        )
+
+
 KIND = TaskKind(
     name="distillation",
     folder="distillation",
     job="DistillationJob",
     title="Distillation",
     sections=("teacher", "objective", "teachers", "weighting", "students"),
+    section=Views,
     # The hash of a file of statistics decides, not its place.
     may_change=(
         "teacher.placement",
         "objective.target_statistics",
+        # What it holds decides.
+        "task.distillation.cache",
         "teachers.*.placement",
         "teachers.*.target_statistics",
     ),

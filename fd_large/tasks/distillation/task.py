@@ -102,20 +102,26 @@ class Distillation(Task):
     def learnt(self, images: Tensor, targets: Any) -> Mapping[str, Any]:
         """Returns the teachers' maps of the images by name, beside what the targets hold.
 
-        The targets may give maps too. The teachers run one after another: of a sharded one a layer
-        is gathered at a time.
+        The teachers run one after another: of a sharded one a layer is gathered at a time.
 
         Args:
             images: (B, 3, H, W) uint8.
-            targets: None, or maps by name, and under `DATASETS` the number of each image's dataset,
-                (B,) int64, where these decide the teachers.
+            targets: None, or by the teacher's name its map, or what is stored of it, or is to be
+                (see `CachedTeacher` and `Recorder`), and under `DATASETS` the number of each
+                image's dataset, (B,) int64, where these decide the teachers. Of other teachers the
+                images are shown to the model.
         """
         given = targets if isinstance(targets, Mapping) else {}
+
+        def map_of(name: str, teacher: Any) -> FeatureMap:
+            if name not in given:
+                return teacher(images)
+            if isinstance(given[name], FeatureMap):
+                return given[name]
+            return teacher.of_stored(images, given[name])
+
         with torch.no_grad():
-            maps = {
-                name: given[name] if name in given else teacher(images)
-                for name, teacher in self._teachers.items()
-            }
+            maps = {name: map_of(name, teacher) for name, teacher in self._teachers.items()}
         return {**given, **maps}
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Tensor | None:

@@ -1,0 +1,225 @@
+"""What learning from stored maps saves and costs: time of a step, rounding of the targets.
+
+    python benchmarks/cached_targets.py --quick
+    python benchmarks/cached_targets.py --models RUN#teacher RUN vit_base_patch16=random
+
+Two questions, on one rank. (1) How far a stored map is from the teacher's: the smooth L1 (beta 2)
+between the two, whitened, and its share of the loss of predicting zero, for each precision and
+model. A student cannot tell a loss below that. (2) How long a step takes from a cache and with the
+teacher, in turns, decoding and reading included, beside the share of the FLOPs that is not the
+teacher's; and how far the losses of the two runs are apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness
+
+ROUNDS, STEPS, WARM_UP = 8, 3, 2
+CROPS = 64
+GLOBAL_BATCH = 16
+LEARNING_RATE = 1e-3
+
+
+def parse() -> argparse.Namespace:
+    """Returns the arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="*", default=[], help="whose maps; as evaluate has them")
+    parser.add_argument("--images", default="builtin:photographs", help="as data.root")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each way to train")
+    parser.add_argument("--quick", action="store_true", help="few crops and turns, a tiny teacher")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "cached_targets.json")
+    return parser.parse_args()
+
+
+def rounding(names: list[str], root: str, crops: int) -> dict[str, dict[str, Any]]:
+    """Returns the floor of each precision on the maps of each model."""
+    import torch
+    import torch.nn.functional as F
+
+    from fd_large.backbones.statistics import normalise
+    from fd_large.data.source import open_images
+    from fd_large.data.views import FixedViews, ViewSettings, jittered_view
+    from fd_large.engine.find_model import find_models
+    from fd_large.kernels.whitened_loss import whiten
+    from fd_large.tasks.distillation.cache_precision import PRECISIONS, decode, encode
+    from fd_large.tasks.jobs import job_of
+
+    images, found = open_images(root), {}
+    for model in find_models(names, job_of) if names else ():
+        net, statistics = model.build()
+        settings = ViewSettings(model.image_size, 0.25)
+        sums: dict[str, float] = dict.fromkeys(["zero", *PRECISIONS], 0.0)
+        largest = 0.0
+        for number in range(crops):
+            draws = FixedViews(1, 0).draws(0, number % len(images))
+            view = jittered_view(images, number % len(images), draws, settings)
+            with torch.no_grad():
+                tokens = net(normalise(view[None], statistics)).tokens
+            target = whiten(tokens)
+            largest = max(largest, target.abs().max().item())
+            sums["zero"] += F.smooth_l1_loss(torch.zeros_like(target), target, beta=2.0).item()
+            for precision in PRECISIONS:
+                back = whiten(decode(encode(tokens, precision), tokens.dtype))
+                sums[precision] += F.smooth_l1_loss(back, target, beta=2.0).item()
+        means = {name: total / crops for name, total in sums.items()}
+        found[model.label] = {
+            "tokens": tokens.shape[1] * crops,
+            "width": tokens.shape[2],
+            "largest_value": largest,
+            "floor": {p: means[p] for p in PRECISIONS},
+            "share_of_zero_prediction": {p: means[p] / means["zero"] for p in PRECISIONS},
+        }
+    return found
+
+
+def side_by_side(root: str, folder: Path, rounds: int, *, quick: bool) -> dict[str, Any]:
+    """Returns the times of steps from caches and with the teacher, and their losses."""
+    from engines import seconds_of, zero_engine
+
+    from fd_large import distributed
+    from fd_large.cli.cache import write
+    from fd_large.data.loader import Batch
+    from fd_large.data.sampler import Portion
+    from fd_large.engine.count import step_flops
+    from fd_large.engine.forward_backward import forward_backward
+    from fd_large.engine.zero import start
+    from fd_large.engine.zero.optimizer import set_learning_rate
+    from fd_large.recipes import registry
+    from fd_large.recipes.architectures import Architecture
+    from fd_large.recipes.fields import override
+    from fd_large.tasks.distillation.cache_precision import PRECISIONS
+    from fd_large.tasks.distillation.job import DistillationJob
+    from fd_large.weights.source import Sources
+
+    distributed.start()
+    start.start()
+    size = 112
+    wide = (96, 2, 3) if quick else (384, 12, 6)
+    run = registry.get("fd_clip_vit_base")
+    shapes = [
+        Architecture(embed_dim=w, depths=(d,), num_heads=(h,), image_size=size)
+        for w, d, h in ((192, 4, 3), wide)
+    ]
+    run = replace(
+        run,
+        student=replace(run.student, architecture=shapes[0], drop_path_rate=0.0),
+        teacher=replace(run.teacher, architecture=shapes[1], source="random"),
+    )
+    fields = {
+        "data.root": root,
+        "data.image_size": size,
+        "data.workers": 0,
+        "batch.global_batch_size": GLOBAL_BATCH,
+        "batch.micro_batch_size": GLOBAL_BATCH,
+        "task.distillation.views": 1,
+    }
+    run = override(run, fields)
+    runs = {"live": run}
+    for precision in PRECISIONS:
+        out = folder / precision
+        write(run, str(out), precision=precision)
+        runs[precision] = override(run, {"teacher.source": f"cached:{out}"})
+
+    def micro_batches(job: DistillationJob, samples: Any) -> Iterator[Batch]:
+        epoch = 0
+        while True:
+            yield from job.batches(samples, Portion(epoch, 0, GLOBAL_BATCH, 0, 1))
+            epoch += 1
+
+    engines, batches, losses = {}, {}, {}
+    for name, one in runs.items():
+        job = DistillationJob(DistillationJob(one).settle(Sources()))
+        samples = job.open_samples()
+        job.build(bfloat16=False, node_size=1, persistence_threshold=0)
+        engines[name] = zero_engine(job.run, job.make_task, "zero1", micro_batch_size=GLOBAL_BATCH)
+        set_learning_rate(engines[name].deepspeed.optimizer, LEARNING_RATE)
+        batches[name], losses[name] = micro_batches(job, samples), []
+
+    def steps(name: str, count: int) -> None:
+        for _ in range(count):
+            loss = forward_backward(engines[name], next(batches[name]), 0)
+            engines[name].deepspeed.step()
+            losses[name].append(loss.item())
+
+    for name in engines:
+        steps(name, WARM_UP)
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for order in harness.turns(list(engines), rounds):
+        for name in order:
+            seconds[name].append(seconds_of(partial(steps, name, STEPS)) / STEPS)
+    counted = {
+        name: step_flops(DistillationJob(one), 1, checkpointing=False)
+        for name, one in runs.items()
+        if name in ("live", "fp32")
+    }
+    share = counted["fp32"].model / counted["live"].model
+    bytes_ = {p: sum(f.stat().st_size for f in (folder / p).iterdir()) for p in PRECISIONS}
+    return {
+        "seconds_of_a_step": {name: harness.spread(s) for name, s in seconds.items()},
+        "share_of_flops_without_the_teacher": share,
+        "from_cache_over_live": {
+            p: harness.paired(seconds[p], seconds["live"]) for p in PRECISIONS
+        },
+        "steps": len(losses["live"]),
+        "last_loss": {name: values[-1] for name, values in losses.items()},
+        "largest_difference_of_losses": {
+            p: max(abs(a - b) for a, b in zip(losses[p], losses["live"], strict=True))
+            for p in PRECISIONS
+        },
+        "bytes": bytes_,
+    }
+
+
+def report(results: dict[str, Any]) -> None:
+    """Prints both tables in Markdown."""
+    precisions = ("fp32", "fp16", "fp8", "int8")
+    print(f"\n| floor of smooth L1 (share) | {' | '.join(precisions)} |\n|{'---|' * 5}")
+    for name, one in results["rounding"].items():
+        cells = [
+            f"{one['floor'][p]:.1e} ({100 * one['share_of_zero_prediction'][p]:.2g} %)"
+            for p in precisions
+        ]
+        print(f"| {name}, {one['tokens']:,} x {one['width']} | {' | '.join(cells)} |")
+    steps = results["step"]
+    print(f"\n| a step from the cache | {' | '.join(precisions)} |\n|{'---|' * 5}")
+    ratios = [steps["from_cache_over_live"][p] for p in precisions]
+    cells = [f"{r['median']:.3f} ({r['quartiles'][0]:.3f}-{r['quartiles'][1]:.3f})" for r in ratios]
+    print(f"| time over live | {' | '.join(cells)} |")
+    off = [f"{steps['largest_difference_of_losses'][p]:.1e}" for p in precisions]
+    print(f"| largest difference of a loss, {steps['steps']} steps | {' | '.join(off)} |")
+    size = [f"{steps['bytes'][p] / 1e6:,.0f} MB" for p in precisions]
+    print(f"| bytes | {' | '.join(size)} |")
+    print(f"\nFLOPs without the teacher: {steps['share_of_flops_without_the_teacher']:.3f}")
+
+
+def main() -> int:
+    """Measures, prints and writes."""
+    arguments = parse()
+    sys.path.insert(0, str(harness.ROOT))
+    crops, rounds = (4, 2) if arguments.quick else (CROPS, arguments.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        step = side_by_side(arguments.images, Path(folder), rounds, quick=arguments.quick)
+    results = {
+        **harness.conditions(__file__, __doc__),
+        "rounding": rounding(arguments.models, arguments.images, crops),
+        "step": step,
+    }
+    report(results)
+    if not arguments.quick:
+        harness.write(results, arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

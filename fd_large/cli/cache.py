@@ -1,0 +1,201 @@
+"""`python -m fd_large cache RECIPE OUT`, started by the same launchers as `train`."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from fd_large.cli.arguments import AllowsCode, TakesRunFile, parse_with_recipe
+from fd_large.cli.output import size, tables
+from fd_large.cli.paths import paths_of, require_paths
+from fd_large.plan.cached_targets import CachedTargets
+from fd_large.plan.rates import rates_of
+from fd_large.recipes import registry
+from fd_large.recipes.fields import at_least, positive, require
+from fd_large.recipes.run import Run
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache(TakesRunFile, AllowsCode):
+    """Store the maps that a recipe's teachers give of fixed views of data.root.
+
+    Runs then learn from them without the teachers: --teacher.source cached:OUT. It takes the flags
+    and the launcher of such a run; started again it goes on where it was, on any number of ranks.
+    """
+
+    # Recipe of the runs that are to use the maps.
+    recipe: Annotated[str, Positional, arg(metavar="RECIPE")]
+    # Folder to write. Of several teachers each gets a folder of its name in it.
+    out: Annotated[str, Positional, arg(metavar="OUT")]
+    # Stored views of each image: random crops, flipped or not. The epochs of a run take them in
+    # turn. 0: as many as the recipe's task.distillation.views, and 1 if that is 0.
+    views: int = 0
+    # How a map is stored. fp32: bit by bit. fp16, fp8 (E4M3) and int8 round it, with a shift and a
+    # factor of each token (docs/cache.md has the errors).
+    precision: Literal["fp32", "fp16", "fp8", "int8"] = "fp8"
+    # Only say what it takes and whether it pays, and write nothing.
+    plan: bool = False
+    # Card for which --plan reckons: h100, h200, b200, a100, a100_40 or l40s.
+    gpu: str = "h100"
+    # Rate at which each rank of a run reads the cache, in GB/s, for --plan.
+    read_gb: float = 1.0
+    # Number of runs that are to use the maps, for --plan.
+    runs: int = 1
+    # Number of images, for --plan. 0: those of data.root.
+    images: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rates_of(self.gpu)
+        at_least("--views", self.views, 0, "views")
+        at_least("--runs", self.runs, 1, "runs")
+        at_least("--images", self.images, 0, "images")
+        positive("--read_gb", self.read_gb)
+
+
+def main(arguments: list[str]) -> int:
+    """Says what it takes, writes, and prints a line for each teacher."""
+    given = parse_with_recipe(Cache, arguments, command="cache", recipe=registry.DEFAULT_RECIPE)
+    own = given.own
+    run = _with_views(given.run, own.views)
+    require_paths(paths_of(run))
+    if own.plan:
+        tables().print(plan(run, own))
+        return 0
+    written = write(run, own.out, precision=own.precision)
+    from fd_large import distributed
+
+    if distributed.is_main():
+        for folder, count in written.items():
+            print(f"{folder}: {count:,} maps written; train with --teacher.source cached:{folder}")
+    return distributed.leave(0)
+
+
+def _with_views(run: Run, views: int) -> Run:
+    """Returns the recipe with so many views of each image; 0: as many as it says, at least 1."""
+    require(
+        bool(run.frozen_models),
+        "cache: the recipe has no teacher whose maps could be stored",
+        f"{run.name} of the task {run.task.name}",
+        "a recipe of distillation",
+        "Choose another",
+    )
+    said = run.task.distillation
+    settings = replace(said, views=views or said.views or 1)
+    return replace(run, task=replace(run.task, **{"distillation": settings}))
+
+
+def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
+    """Writes the maps of a recipe's teachers, or what is missing of them; every rank calls it.
+
+    Args:
+        run: The recipe; its task.distillation says which views.
+        out: The folder; of several teachers each has one of its name in it.
+        precision: How the maps are stored.
+
+    Returns: for each folder the maps that this start wrote.
+    Raises: FDError: for the user's mistakes.
+    """
+    # torch and deepspeed: seconds.
+    from fd_large.engine.frozen_run import open_frozen
+    from fd_large.tasks.distillation.cache_files import CacheWriter
+    from fd_large.tasks.distillation.cache_views import ViewsToStore
+    from fd_large.tasks.distillation.cache_write import write_cache
+    from fd_large.tasks.distillation.cached_teacher import batch_size, header_of, view_facts
+    from fd_large.tasks.distillation.job import DistillationJob
+    from fd_large.tasks.jobs import job_of
+
+    job, samples = open_frozen(job_of(run), job_of)
+    assert isinstance(job, DistillationJob)
+    run, settings, fixed = job.run, job.view_settings(), job.fixed_views
+    assert fixed is not None
+    facts = view_facts(settings, fixed, samples)
+    views = ViewsToStore(samples, settings, fixed, batch_size(run.batch))
+    written = {}
+    for name, teacher in job.placed.items():
+        header = header_of(teacher, run.taught_by[name], facts, precision=precision)
+        folder = Path(out, name)
+        written[str(folder)] = write_cache(
+            CacheWriter(folder, header),
+            teacher,
+            views,
+            workers=run.data.workers,
+            max_bad_fraction=run.data.max_bad_fraction,
+            where="OUT",
+        )
+    return written
+
+
+def plan(run: Run, own: Cache) -> Table:
+    """Returns a table of what the maps take and whether they pay.
+
+    Args:
+        run: The recipe; its task.distillation says which views.
+        own: The command's arguments.
+
+    Raises: FDError: if the models cannot be built, or the images cannot be opened.
+    """
+    from rich.table import Table
+
+    from fd_large.engine.checkpoint_models import sources_of
+    from fd_large.tasks.distillation.cache_cost import costs_of
+    from fd_large.tasks.distillation.job import DistillationJob
+    from fd_large.tasks.jobs import job_of
+
+    job = job_of(job_of(run).settle(sources_of(job_of)))
+    assert isinstance(job, DistillationJob)
+    costs = costs_of(
+        job,
+        images=own.images or len(job.open_samples()),
+        precision=own.precision,
+        runs=own.runs,
+        flops_per_second=rates_of(own.gpu).matmul,
+        read_bytes_per_second=own.read_gb * 1e9,
+    )
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, cost in costs.items():
+        if name:
+            table.add_row(f"teacher {name}", "")
+        for what, value in _rows(cost, own):
+            table.add_row(what, value)
+    total = sum(cost.total_bytes for cost in costs.values())
+    folder = next(path for path in Path(own.out).absolute().parents if path.exists())
+    free = shutil.disk_usage(folder).free
+    fits = "enough" if free >= total else f"TOO LITTLE: {size(total)} are needed"
+    table.add_row("free disk", f"{size(free)} in {folder}: {fits}")
+    return table
+
+
+def _rows(cost: CachedTargets, own: Cache) -> list[tuple[str, str]]:
+    """What is said of one teacher's maps."""
+    fewest = cost.fewest_uses
+    when = "never at this rate" if fewest == math.inf else f"from {fewest:.3g} uses of a view on"
+    saved = f"{100 * abs(cost.saved_share):.0f} % {'less' if cost.saved_share > 0 else 'more'} time"
+    return [
+        ("maps", f"{cost.images:,} images x {cost.views} views, {size(cost.map_bytes)} each"),
+        ("disk", f"{size(cost.total_bytes)} ({own.precision})"),
+        ("uses of a view", f"{cost.uses:.3g}, over all epochs and runs"),
+        (
+            "time of an image",
+            f"teacher {_ms(cost.teacher_seconds)}, the rest of a step {_ms(cost.student_seconds)}, "
+            f"reading its map {_ms(cost.read_seconds)} (one {own.gpu} that reads {own.read_gb:g} "
+            "GB/s)",
+        ),
+        ("reading never waits", f"from {cost.least_rate / 1e9:.2g} GB/s for each rank on"),
+        ("saves time", when),
+        ("so here", f"{'it pays' if cost.pays else 'IT DOES NOT PAY'}: {saved}"),
+    ]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"

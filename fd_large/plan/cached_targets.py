@@ -1,0 +1,93 @@
+"""Whether it pays to store a teacher's maps instead of computing them in every epoch.
+
+A stored map is computed once, and then read instead. The loader reads ahead while the student
+computes, so that reading costs time only where it takes longer than the student's own part.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+SECONDS_TOLERANCE = 0.02
+"""Share of the time below which storing saves too little to be worth its disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedTargets:
+    """One teacher's maps, and the run or runs that use them.
+
+    Attributes:
+        images: Images of the dataset.
+        views: Stored views of each.
+        uses: How often each stored map is learnt from, over all epochs and runs.
+        map_bytes: Bytes of a stored map.
+        teacher_flops: FLOPs of the teacher for an image.
+        student_flops: FLOPs of all else in a step, for an image.
+        flops_per_second: Rate of a rank in matrix products.
+        read_bytes_per_second: Rate at which a rank reads the cache.
+    """
+
+    images: int
+    views: int
+    uses: float
+    map_bytes: int
+    teacher_flops: float
+    student_flops: float
+    flops_per_second: float
+    read_bytes_per_second: float
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes on disk."""
+        return self.images * self.views * self.map_bytes
+
+    @property
+    def teacher_seconds(self) -> float:
+        """Seconds of the teacher for an image, on a rank."""
+        return self.teacher_flops / self.flops_per_second
+
+    @property
+    def student_seconds(self) -> float:
+        """Seconds of all else in a step for an image, on a rank."""
+        return self.student_flops / self.flops_per_second
+
+    @property
+    def read_seconds(self) -> float:
+        """Seconds in which a rank reads a map."""
+        return self.map_bytes / self.read_bytes_per_second
+
+    @property
+    def waits_seconds(self) -> float:
+        """Seconds by which reading a map is slower than all else in a step."""
+        return max(0.0, self.read_seconds - self.student_seconds)
+
+    @property
+    def saved_share(self) -> float:
+        """Share of the live runs' time that storing saves; below 0 it costs time."""
+        live = self.uses * (self.teacher_seconds + self.student_seconds)
+        stored = self.teacher_seconds + self.uses * (self.student_seconds + self.waits_seconds)
+        return 1 - stored / live
+
+    @property
+    def pays(self) -> bool:
+        """Whether it saves time."""
+        return self.saved_share > SECONDS_TOLERANCE
+
+    @property
+    def fewest_uses(self) -> float:
+        """Uses of each map from which on storing saves time; infinite where it never does."""
+        gain = self.teacher_seconds - self.waits_seconds
+        return self.teacher_seconds / gain if gain > 0 else math.inf
+
+    @property
+    def least_rate(self) -> float:
+        """Bytes/s at which a rank must read so that it never waits."""
+        return self.map_bytes / self.student_seconds
+
+
+def largest_map_that_pays(
+    teacher_seconds: float, student_seconds: float, read_bytes_per_second: float
+) -> float:
+    """Returns the bytes of a map above which storing it never saves time."""
+    return (teacher_seconds + student_seconds) * read_bytes_per_second

@@ -1,0 +1,122 @@
+"""Stores a teacher's maps while a run learns from them, and then learns from what is stored.
+
+In the first epochs each rank writes the maps of its own micro-batches. What these epochs leave out
+(the images that a whole number of batches does not take, and what was written after the checkpoint
+from which a run went on) is written before a view comes for the second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fd_large import distributed
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.tasks.distillation.cache_files import CacheReader, CacheWriter, Record
+from fd_large.tasks.distillation.cache_precision import Stored, encode
+from fd_large.tasks.distillation.cache_views import ViewsToStore, set_of, thumbnail
+from fd_large.tasks.distillation.cache_write import prepared, write_cache
+from fd_large.tasks.distillation.cached_teacher import CachedTeacher
+from fd_large.tasks.distillation.teacher import PlacedTeacher
+
+
+class ToRecord:
+    """What goes beside a view whose map is to be stored: a `Beside` of the loader.
+
+    Args:
+        names: The teachers.
+        view: Number of the view.
+    """
+
+    def __init__(self, names: tuple[str, ...], view: int) -> None:
+        self._names, self._view = names, view
+
+    def of(self, index: int, view: Tensor) -> dict[str, dict[str, Tensor]]:
+        """Returns the place of the record, by the teacher's name."""
+        place = {
+            "view": torch.tensor(self._view),
+            "record": torch.tensor(index),
+            "thumbnail": thumbnail(view),
+        }
+        return dict.fromkeys(self._names, place)
+
+    def blank(self) -> dict[str, dict[str, Tensor]]:
+        """Returns a place that is none: nothing is stored of it."""
+        return self.of(-1, torch.zeros(3, 1, 1, dtype=torch.uint8))
+
+
+class Recorder:
+    """A teacher whose maps of training views are stored, and then read instead.
+
+    Args:
+        teacher: The teacher.
+        where: The field that names the folder, for messages.
+
+    Attributes:
+        module, width: The teacher's.
+        writer: Where its maps go; None until `begin`.
+    """
+
+    def __init__(self, teacher: PlacedTeacher, *, where: str) -> None:
+        self._teacher, self._where = teacher, where
+        self.module, self.width = teacher.module, teacher.width
+        self.writer: CacheWriter | None = None
+
+    def begin(self, writer: CacheWriter) -> CacheReader:
+        """Makes the folder ready; a collective.
+
+        Returns: what reads the maps from there.
+        Raises: CacheError: if the folder holds something else, or its disk is too small.
+        """
+        prepared(writer, where=self._where)
+        self.writer, reader = writer, CacheReader(writer.folder, writer.header)
+        self._stored = CachedTeacher(reader, where=self._where)
+        return reader
+
+    def __call__(self, images: Tensor) -> FeatureMap:
+        """Returns the map of any images, of which nothing is stored."""
+        return self._teacher(images)
+
+    def of_stored(self, images: Tensor, stored: Any) -> FeatureMap:
+        """Returns the map of a batch: the stored one, or the teacher's, which is then stored.
+
+        Args:
+            images: (B, 3, S, S) uint8.
+            stored: What `StoredMaps` or `ToRecord` put beside them.
+        """
+        if not isinstance(stored, Mapping):
+            return self._stored.of_stored(images, stored)
+        assert self.writer is not None
+        given = self._teacher(images)
+        kept = encode(given.tokens, self.writer.header.precision)
+        values, scales, thumbnails = kept.values.cpu(), kept.scales.cpu(), stored["thumbnail"].cpu()
+        places = zip(stored["view"].tolist(), stored["record"].tolist(), strict=True)
+        for row, (view, record) in enumerate(places):
+            if record >= 0:
+                content = Record(Stored(values[row], scales[row]), thumbnails[row])
+                self.writer.write(set_of(view), record, content)
+        return given
+
+    def is_whole(self, view: int) -> bool:
+        """Returns whether all maps of a view are stored, the same on every rank."""
+        assert self.writer is not None
+        return distributed.broadcast_object(not self.writer.unfinished(set_of(view)))
+
+    def complete(self, view: int, views: ViewsToStore, **options: Any) -> None:
+        """Writes what is missing of a view; a collective.
+
+        Args:
+            view: Number of the view.
+            views: Loads the views.
+            options: Others of `write_cache`.
+        """
+        assert self.writer is not None
+        self.writer.close()
+        distributed.barrier()  # What other ranks wrote is there.
+        write_cache(
+            self.writer, self._teacher, views, only=set_of(view), where=self._where, **options
+        )
+        distributed.barrier()
