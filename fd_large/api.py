@@ -196,6 +196,11 @@ def distill(
             "Train others by the command line (fd-large train), or by fd_large.evaluate(..., "
             'task="finetune").'
         )
+    if run.students:
+        raise ConfigError(
+            f"students: from Python a run has one; got {', '.join(run.students)}, expected none. "
+            "Train them by the command line, and take fd_large.result(RUN/students/NAME)."
+        )
     from fd_large.cli.train import check_names, train_run
 
     check_names(run, deepspeed_config=deepspeed_config)

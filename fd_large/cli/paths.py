@@ -26,6 +26,7 @@ def paths_of(run: Run) -> dict[str, str]:
     named["student.init"] = run.student.init
     named |= {"eval.root": run.eval.root, "eval.knn_root": run.eval.knn_root}
     named["objective.target_statistics"] = run.objective.target_statistics
+    named |= {f"students.{name}.init": entry.init for name, entry in run.students.items()}
     for name, entry in run.teachers.items():
         named[f"teachers.{name}.target_statistics"] = entry.target_statistics
         named[f"teachers.{name}.summary.target_statistics"] = entry.summary.target_statistics

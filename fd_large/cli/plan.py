@@ -24,7 +24,7 @@ from fd_large.plan.counts import Counts
 from fd_large.plan.rates import CARDS, Rates, rates_of
 from fd_large.plan.search import Refused, checkpoint_bytes, num_steps, search
 from fd_large.plan.step_time import Estimate
-from fd_large.plan.workload import Workload, frozen_in_bfloat16
+from fd_large.plan.workload import Workload, frozen_in_bfloat16, together
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import brings_model
 from fd_large.recipes.fields import at_least, flat, plain, positive, require
@@ -154,18 +154,18 @@ def plan(
     Returns: The work, the machine, the settings that fit, fastest first, and those that do not.
     Raises: FDError: if something cannot be planned or read.
     """
-    run = _as_trained(run)
+    runs = [_as_trained(one) for one in run.each_student().values()]
     if probe:
         # torch, which the rest of this command does without.
         from fd_large.cli.plan_probe import probe as measure
 
-        measured = measure(run, ranks=cluster.gpus)
+        measured = measure(runs[0], ranks=cluster.gpus)
         if rates:
             _write("--rates", rates, measured.to_dict())
     else:
         measured = rates_of(gpu, rates)
     machine = Machine(cluster=cluster, rates=measured)
-    load = workload(run, measured, kernels)
+    load = together([workload(one, measured, kernels) for one in runs])
     return load, machine, *search(load, machine)
 
 
@@ -336,9 +336,13 @@ def _heading(run: Run, load: Workload, machine: Machine) -> Text:
         )
     for name, folder in _cached(run).items():
         teacher += f"  {name}: cached targets in {folder}\n"
+    learning = [f"{name}: {one.model}" for name, one in run.students.items()]
+    students, whose = f"student {run.student.model}: ", "its"
+    if learning:
+        students, whose = f"students {', '.join(learning)}: ", "their"
     return Text(
         f"{run.name}, {run.batch.global_batch_size} images per step\n"
-        f"  student {run.student.model}: {load.parameters / 1e6:,.1f}M parameters with its "
+        f"  {students}{load.parameters / 1e6:,.1f}M parameters with {whose} "
         f"{'projection' if len(run.frozen_models) == 1 else 'heads'}, "
         f"{counts.flops('forward', 1) / 1e9:,.1f} GFLOP\n{teacher}"
         f"  {cluster.gpus} x {machine.rates.name} on {cluster.nodes} "
@@ -391,14 +395,19 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
     stored = checkpoint_bytes(load)
     keep = run.runtime.keep_last + 1
     longer = "computation" if seconds.computation >= seconds.communication else "communication"
-    flags = best.candidate.flags(
-        micro_batch_size=run.batch.micro_batch_size,
-        placements={
-            name: getattr(model, "placement", "replicated")
-            for name, model in (run.frozen_models or {"teacher": run.teacher}).items()
-        },
-        activation_checkpointing=run.student.activation_checkpointing,
-    )
+    placements = {
+        name: getattr(model, "placement", "replicated")
+        for name, model in (run.frozen_models or {"teacher": run.teacher}).items()
+    }
+    flags: dict[str, None] = {}
+    for name, one in run.each_student().items():
+        own = best.candidate.flags(
+            micro_batch_size=run.batch.micro_batch_size,
+            placements=placements,
+            activation_checkpointing=one.student.activation_checkpointing,
+        )
+        whose = f"--students.{name}." if name else "--student."
+        flags |= dict.fromkeys(flag.replace("--student.", whose) for flag in own)
     teacher = _teachers_share(run, load, machine)
     lines = [
         f"Memory of a rank in the best setting: {memory.total / 1e9:.1f} of "
@@ -411,8 +420,8 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
         f"{seconds.finish * 1e3:,.0f}",
         f"FLOPs: MFU {100 * best.mfu:.1f} %, with recomputation "
         f"{100 * best.hardware_utilisation:.1f} % of {best.peak / 1e12:,.4g} TFLOP/s",
-        f"Disk: {size(stored)} per checkpoint; {size(keep * stored)} for {keep}, of which one is "
-        "being written",
+        f"Disk: {size(stored)} per checkpoint{' of all' if run.students else ''}; "
+        f"{size(keep * stored)} for {keep}, of which one is being written",
         *([teacher] if teacher else []),
         f"Length: {steps_of(run, images):,} steps",
     ]

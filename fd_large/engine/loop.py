@@ -264,7 +264,7 @@ class Trainer:
                 waited += time.perf_counter() - begin
                 self._bad_images.add(len(batch.positions), batch.bad)
                 batches.append(batch)
-                yield on_device
+                yield micro_batches.completed(on_device)
                 # Once it is queued, and before the host waits for the device in `_agree`.
                 begin = time.perf_counter()
                 micro_batches.stage()

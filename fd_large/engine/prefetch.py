@@ -16,6 +16,9 @@ class Batches(Protocol):
     def __next__(self) -> tuple[Batch, Batch]:
         """Returns (batch as the loader gave it, batch to compute with)."""
 
+    def completed(self, batch: Batch) -> Batch:
+        """Returns the last batch to compute with, with what all students learn from it."""
+
     def stage(self) -> None:
         """Starts to copy the next one to the device, if anything is to be copied."""
 
@@ -35,6 +38,10 @@ class Prefetch:
         self._batches, self._device = batches, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._staged: tuple[Batch, Batch] | None = None
+
+    def completed(self, batch: Batch) -> Batch:
+        """Returns the batch as it is: a single student finds out by itself what it learns."""
+        return batch
 
     def stage(self) -> None:
         """Starts the next copy; called once the present micro batch is queued on the device."""
@@ -66,8 +73,8 @@ class Prefetch:
 class StepForSeveral:
     """The micro batches of one step, which several students take one after another.
 
-    The first who asks for a micro batch has it read, and completed by what frozen models say of it;
-    the others are given the same. All of the step's stay on the device until it is over.
+    For the first of them a micro batch is read, and completed by what frozen models say of it; the
+    others are given the same. All of the step's stay on the device until it is over.
 
     Args:
         source: The run's micro batches.
@@ -77,7 +84,7 @@ class StepForSeveral:
     def __init__(self, source: Batches, complete: Callable[[Batch], Batch]) -> None:
         self._source, self._complete = source, complete
         self._taken: list[tuple[Batch, Batch]] = []
-        self._next = 0
+        self._next = self._done = 0
 
     def rewind(self) -> None:
         """Begins anew, for the next student."""
@@ -91,7 +98,13 @@ class StepForSeveral:
     def __next__(self) -> tuple[Batch, Batch]:
         """As the source's."""
         if self._next == len(self._taken):
-            batch, on_device = next(self._source)
-            self._taken.append((batch, self._complete(on_device)))
+            self._taken.append(next(self._source))
         self._next += 1
         return self._taken[self._next - 1]
+
+    def completed(self, batch: Batch) -> Batch:
+        """Returns the batch that was taken last, completed; another student's is taken again."""
+        if self._done < self._next:
+            self._taken[self._done] = self._taken[self._done][0], self._complete(batch)
+            self._done += 1
+        return self._taken[self._next - 1][1]

@@ -115,7 +115,11 @@ def train(
             _trainer_of(
                 one,
                 each,
-                [*hooks_of(one.job, profile, hooks, student=name), shared],
+                # One trace at a time: that of the first student.
+                [
+                    *hooks_of(one.job, profile if one is opened[0] else 0, hooks, student=name),
+                    shared,
+                ],
                 begun,
             )
             for name, one, each, begun in zip(runs, opened, leases, watching, strict=True)

@@ -16,7 +16,6 @@ import torch
 from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.loop import Trainer
-from fd_large.engine.micro_batch import out_of_memory_named
 from fd_large.engine.prefetch import Batches, Prefetch, StepForSeveral
 from fd_large.engine.task import Task
 from fd_large.runtime.hooks import PREEMPTED, Hook, Setting, Update, Wish
@@ -145,7 +144,7 @@ def _step_each(trainers: Sequence[Trainer], micro_batches: Batches, epoch: int) 
 
 
 def _completed(task: Task, batch: Batch) -> Batch:
-    with torch.no_grad(), out_of_memory_named(len(batch.positions)):
+    with torch.no_grad():
         return replace(batch, targets=task.learnt(batch.images, batch.targets))
 
 

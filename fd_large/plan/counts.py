@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from typing import Any, Literal, NamedTuple
 
 Phase = Literal["inference", "first_pass", "forward", "backward"]
@@ -158,6 +160,51 @@ class Counts:
             images=given["images"],
             fused=given["fused"],
         )
+
+
+def of_students(each: Sequence[Counts]) -> Counts:
+    """Returns the counts of several students that train in step on one pass of the frozen models.
+
+    One student computes at a time: their work adds up, and of what lives during a step the most
+    counts.
+
+    Args:
+        each: The counts of each student alone, with the same frozen models.
+    """
+    first, *others = each
+    # What the frozen models compute is there once.
+    counted = [first, *(_without_inference(counts) for counts in others)]
+    by_phase = {
+        name: _added([getattr(counts, name) for counts in counted])
+        for name in ("moved", "calls", "modules")
+    }
+    return replace(
+        first,
+        products=tuple(product for counts in counted for product in counts.products),
+        again=reduce(add, [counts.again for counts in each]),
+        kept=max((counts.kept for counts in each), key=lambda line: line.each),
+        peak=highest([line for counts in each for line in counts.peak]),
+        student=tuple(tensors for counts in each for tensors in counts.student),
+        held=max((counts.held for counts in each), key=lambda line: line.each),
+        **by_phase,
+    )
+
+
+def _without_inference(counts: Counts) -> Counts:
+    return replace(
+        counts,
+        products=tuple(p for p in counts.products if p.phase != "inference"),
+        **{
+            name: {k: n for k, n in getattr(counts, name).items() if k != "inference"}
+            for name in ("moved", "calls", "modules")
+        },
+    )
+
+
+def _added(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Adds numbers or lines by phase."""
+    phases = dict.fromkeys(phase for one in each for phase in one)
+    return {phase: reduce(add, [one[phase] for one in each if phase in one]) for phase in phases}
 
 
 def sizes(tensors: Iterable[tuple[int, int]]) -> list[int]:

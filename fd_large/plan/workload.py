@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Machine
-from fd_large.plan.counts import Counts, sizes
+from fd_large.plan.counts import Counts, of_students, sizes
 from fd_large.plan.memory import persistence_threshold, sums_in_float32
 
 
@@ -74,6 +74,19 @@ class Workload:
     def teacher_bfloat16(self, machine: Machine) -> bool:
         """Whether the teacher is bfloat16."""
         return frozen_in_bfloat16(self.frozen_dtype, machine.rates.bfloat16)
+
+
+def together(loads: Sequence[Workload]) -> Workload:
+    """Returns the work of several students that learn from one pass of the frozen models.
+
+    Args:
+        loads: That of each student alone.
+    """
+    first = loads[0]
+    if len(loads) == 1:
+        return first
+    counts = {c: of_students([load.counts[c] for load in loads]) for c in first.counts}
+    return replace(first, counts=counts)
 
 
 def frozen_in_bfloat16(dtype: str, bfloat16: bool) -> bool:

@@ -418,13 +418,18 @@ class Run:
         """
         if not self.students:
             return {"": self}
+        called = self.runtime.name
         return {
             name: replace(
                 self,
                 student=student.alone(),
                 students={},
                 optim=student.optimised(self.optim),
-                runtime=replace(self.runtime, run_dir=f"{self.run_dir()}/students/{name}"),
+                runtime=replace(
+                    self.runtime,
+                    run_dir=f"{self.run_dir()}/students/{name}",
+                    name=f"{called} {name}" if called else "",
+                ),
             )
             for name, student in self.students.items()
         }

@@ -30,6 +30,8 @@ class WandB(RemoteCurves):
             project=os.environ.get("WANDB_PROJECT") or "fd_large",
             id=known or secrets.token_hex(4),
             resume="allow",
+            # Several students have a run each in one process.
+            reinit="create_new",
             name=run_name(setting, recipe),
             tags=list(recipe["runtime"].get("tags", ())),
             config=recipe,

@@ -2,7 +2,16 @@
 
 import random
 
-from fd_large.plan.counts import Line, grouped, highest, sizes, through
+from fd_large.plan.counts import (
+    Counts,
+    Line,
+    Product,
+    grouped,
+    highest,
+    of_students,
+    sizes,
+    through,
+)
 
 
 def test_a_line_through_two_counts():
@@ -27,3 +36,32 @@ def test_the_highest_lines_are_kept():
 def test_sizes_are_grouped_by_elements():
     assert grouped([5, 7, 5]) == ((5, 2), (7, 1))
     assert sizes(grouped([5, 7, 5])) == [5, 5, 7]
+
+
+def of_one(*, teacher: int, student: int) -> Counts:
+    """Counts of a student beside a teacher, with so many FLOPs an image in their products."""
+
+    def product(phase, flops):
+        return Product(phase, False, 1, Line(0, flops), Line(0, 1))
+
+    return Counts(
+        products=(product("inference", teacher), product("forward", student)),
+        again=Line(0, 0),
+        moved={"inference": Line(0, 5), "forward": Line(1, student)},
+        calls={"inference": 4, "forward": 3},
+        modules={"forward": 2},
+        kept=Line(0, student),
+        peak=(Line(10, student),),
+        student=((student, 2),),
+        frozen=((teacher, 1),),
+    )
+
+
+def test_several_students_share_what_frozen_models_compute():
+    counts = of_students([of_one(teacher=100, student=30), of_one(teacher=100, student=50)])
+    assert counts.step_flops(2).model == 2 * (100 + 30 + 50)
+    assert counts.moved == {"inference": Line(0, 5), "forward": Line(2, 80)}
+    assert (counts.calls, counts.modules) == ({"inference": 4, "forward": 6}, {"forward": 4})
+    # One computes at a time; all states are held, and the teacher once.
+    assert counts.peak_at(3) == 10 + 3 * 50
+    assert (counts.student, counts.frozen) == (((30, 2), (50, 2)), ((100, 1),))

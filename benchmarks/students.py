@@ -1,0 +1,215 @@
+"""How much of a step do several students from one teacher pass save against a run for each?
+
+    python benchmarks/students.py [--quick] [--ranks 2] [--stages 1 3]
+
+Two SwinV2 students learn from a SwinV2 teacher of several widths, in one group and each alone, side
+by side and in turns. What the group saves of the seconds of two runs is held against the teacher's
+share of their FLOPs, counted once. Figures are ratios within a round. Writes
+benchmarks/results/students.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness
+from harness import RESULTS
+
+WARM_UP = 2
+STUDENTS = {"wide": 64, "narrow": 32}
+"""Channels of a student's first stage."""
+
+
+def parse() -> argparse.Namespace:
+    """Reads the flags."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds, one teacher")
+    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 3], help="ZeRO stages")
+    parser.add_argument(
+        "--teachers", type=int, nargs="+", default=[32, 96, 192], help="channels of first stages"
+    )
+    parser.add_argument("--image-size", type=int, default=64, help="pixels")
+    parser.add_argument("--micro-batch", type=int, default=4, help="images per rank and step")
+    parser.add_argument("--rounds", type=int, default=12, help="measured steps of each contender")
+    parser.add_argument("--out", type=Path, default=RESULTS / "students.json")
+    parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
+    if parser.parse_args().quick:
+        parser.set_defaults(rounds=3, teachers=[64], stages=[3])
+    return parser.parse_args()
+
+
+def recipe(teacher: int, student: int, size: int) -> Any:
+    """Returns a run of a student and a teacher with so many channels in their first stages."""
+    from fd_large.recipes import registry
+    from fd_large.recipes.architectures import Architecture
+
+    run = registry.get("fd_swinv2_base")
+
+    def shape(width: int) -> Architecture:
+        heads = tuple(width // 32 * 2**stage for stage in range(4))
+        return Architecture(
+            embed_dim=width, depths=(2, 2, 6, 2), num_heads=heads, window_size=size // 16
+        )
+
+    named = replace(
+        run.teacher, architecture=shape(teacher), source="random", placement="replicated"
+    )
+    return replace(
+        run,
+        student=replace(run.student, architecture=shape(student)),
+        teacher=named,
+        data=replace(run.data, image_size=size),
+    )
+
+
+def teachers_share(runs: list[Any], images: int) -> float:
+    """Returns the teacher's forward as a share of all FLOPs of a step of each of the runs."""
+    from fd_large.engine.count import count
+    from fd_large.kernels.choose import Device
+    from fd_large.tasks.jobs import job_of
+
+    device = Device(None, on_gpu=False, wish="reference")
+    precision = {"bfloat16": False, "frozen_bfloat16": False}
+    counts = [count(job_of(run), device, **precision, micro_batch_size=1)[False] for run in runs]
+    whole = sum(one.step_flops(images).model for one in counts)
+    return counts[0].flops("inference", images) / whole
+
+
+def run_as_rank(arguments: argparse.Namespace) -> int:
+    """Builds all engines, lets them take turns; rank 0 reports."""
+    import torch
+    from engines import job_of, noise, seconds_of, zero_engine
+
+    from fd_large import distributed
+    from fd_large.engine.forward_backward import forward_backward
+    from fd_large.engine.zero import start
+
+    distributed.start()
+    start.start()
+    size, images = arguments.image_size, arguments.micro_batch
+    batch = noise(images, size)
+    engines: dict[tuple[int, int], list[Any]] = {}
+    shares: dict[int, float] = {}
+    for teacher in arguments.teachers:
+        runs = [recipe(teacher, width, size) for width in STUDENTS.values()]
+        if distributed.is_main():
+            shares[teacher] = teachers_share(runs, images)
+        jobs = [job_of(run) for run in runs]
+        for job in jobs[1:]:
+            job.take_models_of(jobs[0])
+        for stage in arguments.stages:
+            engines[stage, teacher] = [
+                zero_engine(run, job.make_task, f"zero{stage}", micro_batch_size=images)
+                for run, job in zip(runs, jobs, strict=True)
+            ]
+
+    def alone(engine: Any) -> None:
+        forward_backward(engine, batch, 0)
+        engine.deepspeed.step()
+
+    def together(group: list[Any]) -> None:
+        with torch.no_grad():
+            learnt = group[0].task.learnt(batch.images, None)
+        for engine in group:
+            forward_backward(engine, replace(batch, targets=learnt), 0)
+            engine.deepspeed.step()
+
+    contenders: dict[tuple[int, int, str], Any] = {}
+    for setting, group in engines.items():
+        contenders[*setting, "together"] = partial(together, group)
+        for name, engine in zip(STUDENTS, group, strict=True):
+            contenders[*setting, name] = partial(alone, engine)
+    for _ in range(WARM_UP):
+        for step in contenders.values():
+            step()
+    seconds: dict[Any, list[float]] = {name: [] for name in contenders}
+    for order in harness.turns(list(contenders), arguments.rounds):
+        for name in order:
+            seconds[name].append(seconds_of(contenders[name]))
+    if distributed.is_main():
+        rows = []
+        for stage, teacher in engines:
+            each = [seconds[stage, teacher, name] for name in STUDENTS]
+            apart = [sum(pair) for pair in zip(*each, strict=True)]
+            ratio = harness.paired(seconds[stage, teacher, "together"], apart)
+            rows.append(
+                {
+                    "stage": stage,
+                    "teacher_channels": teacher,
+                    "teachers_share_of_flops": shares[teacher],
+                    "together / apart": ratio,
+                    "saved": 1 - ratio["median"],
+                }
+            )
+        results = {
+            **harness.conditions(__file__, __doc__),
+            "ranks": distributed.world_size(),
+            "students": STUDENTS,
+            "image_size": size,
+            "micro_batch": images,
+            "seconds": {" ".join(map(str, n)): harness.spread(s) for n, s in seconds.items()},
+            "rows": rows,
+        }
+        harness.write(results, arguments.out)
+        draw(results, arguments.out.with_suffix(".png"))
+        for row in rows:
+            low, high = row["together / apart"]["quartiles"]
+            print(
+                f"ZeRO-{row['stage']}, teacher of {row['teacher_channels']} channels: saved "
+                f"{row['saved']:.3f} ({1 - high:.3f}-{1 - low:.3f}), share of FLOPs "
+                f"{row['teachers_share_of_flops']:.3f}"
+            )
+        print(f"written: {arguments.out}")
+    return distributed.leave(0)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draws what is saved over the teacher's share of FLOPs; whiskers are quartiles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.2, 3.8), layout="constrained")
+    most = 0.0
+    for stage, color in zip(
+        (1, 3, 0, 2), ("#4477aa", "#ee9966", "#228833", "#888888"), strict=True
+    ):
+        rows = [row for row in results["rows"] if row["stage"] == stage]
+        if not rows:
+            continue
+        shares = [row["teachers_share_of_flops"] for row in rows]
+        saved = [row["saved"] for row in rows]
+        quartiles = [row["together / apart"]["quartiles"] for row in rows]
+        around = [
+            [max(0.0, one - (1 - high)) for one, (_, high) in zip(saved, quartiles, strict=True)],
+            [max(0.0, (1 - low) - one) for one, (low, _) in zip(saved, quartiles, strict=True)],
+        ]
+        axes.errorbar(
+            shares, saved, yerr=around, fmt="o-", capsize=3, color=color, label=f"ZeRO-{stage}"
+        )
+        most = max(most, *shares, *saved)
+    axes.plot([0, 1.1 * most], [0, 1.1 * most], "--", color="#bbbbbb", label="equal")
+    axes.set_xlabel("teacher's forward, once, of the FLOPs of two runs")
+    axes.set_ylabel("saved of the seconds of two runs")
+    axes.set_title(f"Two students, {results['ranks']} ranks\n{results['machine']}", size=9)
+    axes.legend(frameon=False, fontsize=8)
+    harness.save(figure, path)
+
+
+def main() -> int:
+    """Starts the ranks, or is one."""
+    arguments = parse()
+    if arguments.as_rank:
+        return run_as_rank(arguments)
+    return harness.start(__file__, *sys.argv[1:], "--as-rank", ranks=arguments.ranks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
