@@ -166,9 +166,13 @@ class DistillationJob(Job):
             ignored += [f"teachers.{name}.datasets" for name in self.run.teachers]
         for name, entry in self.run.taught_by.items():
             of = partial(field_of, name)
-            losses = [entry.setting("loss", kind) for kind in entry.targets]
+            with told_of(name):
+                losses = [
+                    make_loss(entry.setting("loss", kind), beta=entry.beta)
+                    for kind in entry.targets
+                ]
             normalisers = {kind: entry.setting("normaliser", kind) for kind in entry.targets}
-            if not any(make_loss(loss, beta=entry.beta).reads_beta for loss in losses):
+            if not any(loss.reads_beta for loss in losses):
                 ignored.append(of("beta"))
             if WHITENING not in normalisers.values():
                 ignored.append(of("whitening_eps"))

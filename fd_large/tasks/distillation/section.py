@@ -149,7 +149,7 @@ class NamedTeacher(Teacher, Objective):
         require(
             SUMMARY in self.targets or self.summary == Summary(),
             f"{self.place}.summary: the summary is not learnt",
-            self.summary,
+            f"settings of it and the targets {' '.join(self.targets)}",
             "its fields left out",
             f"Set --{self.place}.targets {MAP} {SUMMARY}",
         )

@@ -23,6 +23,7 @@ from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
 from fd_large.engine.task import Task
+from fd_large.errors import ConfigError
 from fd_large.tasks.distillation.heads.map_head import BesideLoss, with_blocks
 from fd_large.tasks.distillation.running_statistics import (
     Moments,
@@ -89,7 +90,15 @@ class Distillation(Task):
             else:
                 self.projection = target.head
         if heads:
-            self.heads = nn.ModuleDict(heads)
+            self.heads = nn.ModuleDict()
+            for name, of_kinds in heads.items():
+                if hasattr(self.heads, name):  # Such as "train" or "keys".
+                    raise ConfigError(
+                        f"teachers.{name}: not a name for a teacher; got what torch's modules call "
+                        "a method of theirs, expected a name that says which teacher it is. "
+                        "Choose another one."
+                    )
+                self.heads[name] = of_kinds
         running = {t.label or MAP: t.running for t in self.targets if t.running is not None}
         if running:
             self.running = nn.ModuleDict(running)

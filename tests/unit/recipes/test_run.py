@@ -226,3 +226,50 @@ def test_what_is_wrong_of_a_student_names_it():
             of_students().with_fields({f"students.base.{field}": value})
     with pytest.raises(ConfigError, match=r"students\.base.*the task finetune ignores"):
         of_students(teacher=Teacher(), task=Task(name="finetune"))
+
+
+def test_several_teachers_take_the_place_of_the_only_one():
+    fields = {"teachers.clip.source": "clip.pt", "teachers.dino.source": "dino.pt"}
+    several = a_run().with_fields(fields)
+    assert several.teacher == Teacher()
+    assert list(several.taught_by) == ["clip", "dino"]
+    assert several.frozen_models.keys() == {"teachers.clip", "teachers.dino"}
+    assert Run.from_dict(json.loads(json.dumps(several.to_dict()))) == several
+    # Other weights bring their own model, as those of an only teacher do.
+    named = several.with_fields({"teachers.dino.model": "dino_vit_base_patch16"})
+    assert named.with_fields({"teachers.dino.source": "b.pt"}).teachers["dino"].model == "auto"
+    assert named.with_fields({"teachers.clip.source": "b.pt"}).teachers["dino"].model != "auto"
+
+
+def test_a_run_with_one_teacher_is_stored_as_ever():
+    assert "teachers" not in a_run().to_dict()
+    (entry,) = a_run().taught_by.values()
+    assert a_run().with_taught_by({"": entry}) == a_run()
+
+
+def test_a_resume_with_other_teachers_is_told_by_their_names():
+    clip, dino, sam = ({f"teachers.{name}.source": "a.pt"} for name in ("clip", "dino", "sam"))
+    one, other = (a_run().with_fields(clip | second) for second in (dino, sam))
+    assert one.changes_since(other.to_dict()) == {"teachers": ("clip, sam", "clip, dino")}
+    free = one.with_fields({"teachers.dino.placement": "sharded"})
+    assert free.changes_since(one.to_dict()) == {}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"teachers.Clip.source": "a"}, r"teachers\.Clip: not a name"),
+        ({"teachers.a_summary.source": "a"}, r"teachers\.a_summary: not a name"),
+        ({"teachers.scratch.source": "a"}, r"teachers\.scratch: not a name"),
+        ({"teachers.a.source": "a", "teacher.source": "b"}, r"^teacher\.source: .*several"),
+        ({"teachers.a.source": "a", "objective.loss": "mse"}, r"--teachers\.a\.loss"),
+        ({"teachers.a.beta": 0.0}, r"^teachers\.a\.beta: must be positive"),
+        ({"teachers.a.weight": -1.0}, r"^teachers\.a\.weight: must not be negative"),
+        ({"teachers.a.targets": ()}, r"^teachers\.a\.targets: .*got nothing"),
+        ({"teachers.a.summary.loss": "mse"}, r"^teachers\.a\.summary: .*not learnt"),
+        ({"teachers.a.source": "a", "task.name": "finetune"}, r"teachers\.a\.source: the task"),
+    ],
+)
+def test_what_several_teachers_cannot_be(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        a_run().with_fields(fields)

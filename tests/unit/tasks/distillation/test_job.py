@@ -24,7 +24,7 @@ from fd_large.recipes.fields import override
 from fd_large.recipes.run import ONLY
 from fd_large.tasks.distillation.canary import Canary
 from fd_large.tasks.distillation.job import DistillationJob
-from fd_large.tasks.distillation.section import Objective, Teacher, Weighting
+from fd_large.tasks.distillation.section import NamedTeacher, Objective, Teacher, Weighting
 from fd_large.tasks.distillation.task import DATASETS
 from fd_large.tasks.jobs import job_of
 from fd_large.weights.source import Sources
@@ -246,6 +246,70 @@ def test_a_checkpoint_of_another_teacher_is_refused(built):
     other, _ = built(runtime__seed=5)
     with pytest.raises(CheckpointError, match=rf"teacher\.source.*{facts['teacher_hash']}"):
         other.check_stored(facts)
+
+
+def several(run, *names, **more):
+    """The run with its teacher under each of these names."""
+    entry = NamedTeacher.joined(run.teacher, run.objective)
+    run = replace(
+        run, teacher=Teacher(), objective=Objective(), teachers={name: entry for name in names}
+    )
+    return run.with_fields(more)
+
+
+def test_several_teachers_are_known_by_their_names(run):
+    fields = {"teachers.b.targets": ("map", "summary"), "runtime.canary_every": 7}
+    job = DistillationJob(several(run, "a", "b", **fields))
+    job.check()
+    assert job.sources().keys() == {"teachers.a.source", "teachers.b.source", "student.init"}
+    assert job.summary()["teachers"].keys() == job.frozen_models().keys() == {"a", "b"}
+    assert "held_out/b_summary_loss" in job.metrics
+    assert "b_summary_loss" in job.lower_is_better
+    job.parameter_sizes()
+    job.build(bfloat16=False, node_size=1, persistence_threshold=0)
+    heads = {name for name, _ in job.make_task().named_parameters() if name.startswith("heads.")}
+    assert {name.rpartition(".")[0] for name in heads} == {
+        "heads.a.map",
+        "heads.b.map",
+        "heads.b.summary",
+    }
+    assert sum(isinstance(hook, Canary) for hook in job.hooks()) == 2
+    # A checkpoint of other teachers is refused by their names.
+    facts = job.facts()
+    job.check_stored(facts)
+    other = {"teachers": {"a": facts["teachers"]["a"], "c": facts["teachers"]["b"]}}
+    with pytest.raises(CheckpointError, match=r"teachers: .*got a, b, expected a, c"):
+        job.check_stored(other)
+    changed = {"teachers": {**facts["teachers"], "b": {"teacher_hash": "0"}}}
+    with pytest.raises(CheckpointError, match=r"teachers\.b\.source: .*expected 0"):
+        job.check_stored(changed)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("teachers.a.loss", "msee", r"^teachers\.a\.loss: no such"),
+        ("teachers.a.head", "mpl", r"^teachers\.a\.head: no such"),
+        ("teachers.b.summary.normaliser", "non", r"^teachers\.b\.summary\.normaliser: no such"),
+        ("teachers.b.whitening_eps", 0.1, None),
+        ("teachers.a.target_statistics", "x", r"^teachers\.a\.target_statistics: nothing in this"),
+    ],
+)
+def test_a_mistake_names_the_teacher(run, field, value, message):
+    job = DistillationJob(
+        several(run, "a", "b", **{"teachers.b.targets": ("map", "summary"), field: value})
+    )
+    if message is None:
+        job.check()
+        return
+    with pytest.raises(ConfigError, match=message) as caught:
+        job.check()
+    assert "objective" not in str(caught.value)
+
+
+def test_a_name_that_torch_takes_is_refused(run):
+    with pytest.raises(ConfigError, match=r"teachers\.train: not a name"):
+        DistillationJob(several(run, "train")).models_on_shapes()
 
 
 def test_the_canary_watches_the_teacher_where_it_is_asked_for(built):
