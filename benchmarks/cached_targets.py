@@ -83,7 +83,23 @@ def rounding(names: list[str], root: str, crops: int) -> dict[str, dict[str, Any
     return found
 
 
-def side_by_side(root: str, folder: Path, rounds: int, *, quick: bool) -> dict[str, Any]:
+def cut(root: str, folder: Path) -> Path:
+    """Writes large crops of a few images to a folder; each image of a dataset is stored once."""
+    from torchvision.io import write_png
+
+    from fd_large.data.source import open_images
+    from fd_large.data.views import FixedViews, ViewSettings, jittered_view
+
+    images, settings = open_images(root), ViewSettings(256, 0.5)
+    folder.mkdir()
+    for number in range(CROPS):
+        draws = FixedViews(1, 1).draws(0, number)
+        view = jittered_view(images, number % len(images), draws, settings)
+        write_png(view, str(folder / f"{number:03d}.png"))
+    return folder
+
+
+def side_by_side(root: Path, folder: Path, rounds: int, *, quick: bool) -> dict[str, Any]:
     """Returns the times of steps from caches and with the teacher, and their losses."""
     from engines import seconds_of, zero_engine
 
@@ -117,7 +133,7 @@ def side_by_side(root: str, folder: Path, rounds: int, *, quick: bool) -> dict[s
         teacher=replace(run.teacher, architecture=shapes[1], source="random"),
     )
     fields = {
-        "data.root": root,
+        "data.root": str(root),
         "data.image_size": size,
         "data.workers": 0,
         "batch.global_batch_size": GLOBAL_BATCH,
@@ -209,7 +225,8 @@ def main() -> int:
     sys.path.insert(0, str(harness.ROOT))
     crops, rounds = (4, 2) if arguments.quick else (CROPS, arguments.rounds)
     with tempfile.TemporaryDirectory() as folder:
-        step = side_by_side(arguments.images, Path(folder), rounds, quick=arguments.quick)
+        root = cut(arguments.images, Path(folder, "images"))
+        step = side_by_side(root, Path(folder), rounds, quick=arguments.quick)
     results = {
         **harness.conditions(__file__, __doc__),
         "rounding": rounding(arguments.models, arguments.images, crops),

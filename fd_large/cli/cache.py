@@ -179,7 +179,7 @@ def plan(run: Run, own: Cache) -> Table:
 def _rows(cost: CachedTargets, own: Cache) -> list[tuple[str, str]]:
     """What is said of one teacher's maps."""
     fewest = cost.fewest_uses
-    when = "never at this rate" if fewest == math.inf else f"from {fewest:.3g} uses of a view on"
+    when = "never at this rate" if fewest == math.inf else f"after {fewest:.2g} uses of each view"
     saved = f"{100 * abs(cost.saved_share):.0f} % {'less' if cost.saved_share > 0 else 'more'} time"
     return [
         ("maps", f"{cost.images:,} images x {cost.views} views, {size(cost.map_bytes)} each"),

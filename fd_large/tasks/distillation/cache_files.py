@@ -442,6 +442,8 @@ class CacheWriter(_Files):
             self._open.pop((name, number)).close()
             self._part(layout).replace(self.folder / layout.name)
         except OSError as error:
+            if (self.folder / layout.name).exists():
+                return  # Another start writes the same, and was faster.
             raise _not_written(self.folder, error) from error
 
     def _part(self, layout: Layout) -> Path:

@@ -1,0 +1,64 @@
+"""The command cache: what it says before it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_runs
+from pictures import write_pictures
+
+from fd_large.cli.main import main
+from fd_large.recipes.fields import flat
+
+TINY = [
+    word
+    for name, value in flat(tiny_runs.tiny_run()).items()
+    if name.startswith(("student.architecture", "teacher.architecture")) and value
+    for word in (f"--{name}", *map(str, value if isinstance(value, tuple) else (value,)))
+]
+
+
+def command(*words: str) -> int:
+    models = ["--student.model", "swinv2_tiny", "--teacher.model", "clip_vit_base_patch16"]
+    fields = ["--data.image_size", "32", "--teacher.source", "random", *models, *TINY]
+    return main(["cache", "quickstart", "out", *fields, *words])
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    return tmp_path
+
+
+def test_the_plan_says_whether_it_pays_and_writes_nothing(folder, capsys):
+    write_pictures(folder / "images", 6)
+    images = ["--data.root", str(folder / "images"), "--precision", "fp16", "--views", "4"]
+    assert command(*images, "--plan", "--runs", "2", "--optim.epochs", "10") == 0
+    said = capsys.readouterr().out
+    # 17 tokens of 16 channels, two float32 each, a thumbnail and a checksum.
+    assert f"{(17 * (2 * 16 + 8) + 64 + 8) / 1e3:,.1f} kB" in said
+    assert "6 images x 4 views" in said
+    assert "free disk" in said
+    assert "PAY" in said.upper()
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--views", "-1"], "--views"),
+        (["--precision", "int4"], "--precision"),
+        (["--read_gb", "0"], "--read_gb"),
+        (["--task.distillation.views", "-1"], "task.distillation.views"),
+        (["--task.distillation.cache", "x"], "task.distillation.cache"),
+        (["--data.root", "/no/such"], "data.root"),
+    ],
+)
+def test_mistakes_name_their_argument(words, named, capsys):
+    assert command(*words) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_a_recipe_without_a_teacher_is_refused(capsys):
+    assert main(["cache", "finetune_swinv2_base", "out"]) == 2
+    assert "teacher" in capsys.readouterr().err
