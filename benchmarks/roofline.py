@@ -49,6 +49,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from fd_large.engine.recorder import Recorder, bytes_of, place_of  # noqa: E402
 from fd_large.kernels import choose  # noqa: E402
+from fd_large.kernels.operation import recording  # noqa: E402
 from fd_large.plan.rates import Rates, rates_of  # noqa: E402
 from fd_large.recipes import registry  # noqa: E402
 from fd_large.recipes.run import Run  # noqa: E402
@@ -168,9 +169,10 @@ class Counter(Recorder):
 
         given = {place_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         self._fused = name
-        with recorded() as launches, self:
+        with recording() as launches, self:
             OPDEFS[f"fd_large::{name}"]._init_fn(*args, **kwargs)
-        for tensors in launches:
+        for launch in launches:
+            tensors = [t for t in launch.arguments if isinstance(t, Tensor)]
             read = written = 0
             for t in {place_of(t): t for t in tensors}.values():
                 # What no earlier one had is an output of this launch.
@@ -190,24 +192,6 @@ class Counter(Recorder):
         seconds = max(flops / self.card.matmul, (read + written) / self.card.bandwidth)
         row = Row(self.phase, _stage(module), kind, op, flops, read, written, seconds)
         self.rows.append(row)
-
-
-@contextmanager
-def recorded() -> Iterator[list[list[Tensor]]]:
-    """Within it Triton kernels do not start; their tensors are written down, a list a launch."""
-    import triton
-
-    launches: list[list[Tensor]] = []
-
-    def run(self: Any, *args: Any, **kwargs: Any) -> None:
-        launches.append([t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
-
-    original = triton.JITFunction.run
-    triton.JITFunction.run = run
-    try:
-        yield launches
-    finally:
-        triton.JITFunction.run = original
 
 
 def _stage(module: str) -> str:

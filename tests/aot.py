@@ -26,6 +26,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fd_large.kernels.operation import function_of, recording
+
 CAPABILITIES = (80, 90)
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _POINTERS = {
@@ -39,34 +41,25 @@ _POINTERS = {
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 
-class Launch(NamedTuple):
+class Compilable(NamedTuple):
     """One launch of a kernel, by arguments' names."""
 
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, int]
-    grid: Any
 
 
-@contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Within it launches of Triton kernels are written down and nothing runs."""
-    launches: list[Launch] = []
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
-        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        for parameter in self.params:
-            if parameter.name not in arguments:
-                arguments[parameter.name] = parameter.default
-        launches.append(Launch(self, arguments, options, grid))
-
-    original = triton.JITFunction.run
-    triton.JITFunction.run = run
-    try:
-        yield launches
-    finally:
-        triton.JITFunction.run = original
+def _launched(call: Callable[[], Any]) -> list[Compilable]:
+    """What `call` launches; nothing runs."""
+    with recording() as launches:
+        call()
+    found = []
+    for launch in launches:
+        kernel, named = function_of(launch.kernel), dict(launch.constants)
+        options = {name: named.pop(name) for name in _OPTIONS if name in named}
+        arguments = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | named
+        found.append(Compilable(kernel, arguments, options))
+    return found
 
 
 def usage(
@@ -82,8 +75,7 @@ def usage(
         num_stages, registers (a thread), shared_bytes (a program) and spill_bytes (of a thread's
         stack and local memory).
     """
-    with recorded() as launches:
-        call()
+    launches = _launched(call)
     if not launches:
         raise AssertionError("nothing was launched")
     return [compiled(launch, capability) for launch in launches for capability in capabilities]
@@ -94,10 +86,9 @@ def digest(call: Callable[[], Any]) -> str:
 
     Comments, docstrings and the place of a line do not count.
     """
-    with recorded() as launches:
-        call()
+    launches = _launched(call)
     found = hashlib.sha256(triton.__version__.encode())
-    for kernel, arguments, options, _grid in launches:
+    for kernel, arguments, options in launches:
         shown = {
             name: str(value.dtype) if isinstance(value, torch.Tensor) else repr(value)
             for name, value in arguments.items()
@@ -135,7 +126,7 @@ def _code(module: str) -> str:
     return ast.unparse(tree)
 
 
-def compiled(launch: Launch, capability: int) -> dict[str, Any]:
+def compiled(launch: Compilable, capability: int) -> dict[str, Any]:
     """Compiles one launch for one generation and returns its row, as in `usage`."""
     signature, constants, aligned = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):

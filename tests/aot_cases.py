@@ -24,7 +24,7 @@ def norms(
     width: int, stream: torch.dtype, rows: int = 4608, *, other: torch.dtype = BFLOAT16
 ) -> None:
     """Launches the kernels of `residual_norm.py`; branches, weights, copies have dtype `other`."""
-    from fd_large.kernels import residual_norm_triton as kernels
+    from fd_large.kernels import residual_norm_launch as kernels
 
     x = _meta(2, rows // 2, width, dtype=stream)
     f = _meta(2, rows // 2, width, dtype=other)
@@ -62,19 +62,19 @@ def attention(
     dtype: torch.dtype = BFLOAT16,
 ) -> None:
     """Launches the kernels of `window_attention.py`; shifted or padded maps have four windows."""
-    from fd_large.kernels import window_attention_triton as kernels
+    from fd_large.kernels import window_attention_launch as kernels
 
     batch, side = 32, 2 if shift or padded else 1
     height, width = (side * n - padded for n in window)
-    numbers = (heads, height, width, *window, shift, cosine)
+    numbers = (heads, height, width, *window, shift, int(cosine))
     channels, tokens = heads * head_width, prefix + height * width
     rows = (2 * window[0] - 1) * (2 * window[1] - 1) + 3 * prefix
     qkv, out = (_meta(batch, tokens, n * channels, dtype=dtype) for n in (3, 1))
     bias = _meta(2, channels, dtype=dtype)
     tables = _meta(rows, heads) if table else None
     scale, lse = _meta(heads), _meta(heads, batch, tokens)
-    kernels.forward(qkv, bias, tables, scale, *numbers)
-    kernels.backward(out, qkv, bias, tables, scale, out, lse, *numbers)
+    kernels.forward(qkv, bias, tables, scale, numbers)
+    kernels.backward(out, qkv, bias, tables, scale, out, lse, numbers)
 
 
 def _meta(*shape: int, dtype: torch.dtype = FLOAT32) -> Tensor:

@@ -3,8 +3,8 @@
 Statistics are always float32 (float64 in a float64 run). Under ZeRO-3 a weight is whole only inside
 its own module's forward, so the modules that own these weights call the functions here.
 
-Each function has a plain twin (`..._reference`) and one or two operations whose Triton kernels are
-in `residual_norm_triton.py`; `choose.py` decides which of them runs.
+Each function has a plain twin (`..._reference`) and operations over Triton kernels, launched in
+`residual_norm_launch.py`; `choose.py` decides what runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from fd_large.errors import ShapeError
 from fd_large.kernels import choose
 from fd_large.kernels.check import checked
 from fd_large.kernels.compiled import twin
-from fd_large.kernels.operation import contiguous, operation
+from fd_large.kernels.operation import contiguous
+from fd_large.kernels.residual_norm_launch import Twice, add_norm_forward, residual_norm_forward
 
 
 @checked
@@ -184,9 +185,9 @@ def _launch(
         narrow,
     )
     if copy == dtype and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        y, copied, _, _ = _Twice.apply(*inputs)
+        y, copied, _, _ = Twice.apply(*inputs)
         return y, copied
-    y, copied, _, _ = torch.ops.fd_large.residual_norm(*inputs)
+    y, copied, _, _ = residual_norm_forward(*inputs)
     return y, y if narrow is None else copied
 
 
@@ -221,7 +222,7 @@ def add_norm(
     dtype = dtype or x.dtype
     choice = _add_choice(x, branch, gamma, dtype, weight)
     if choice == "triton":
-        y, normed, _, _ = torch.ops.fd_large.add_norm(
+        y, normed, _, _ = add_norm_forward(
             x.contiguous(),
             branch.contiguous(),
             contiguous(gamma),
@@ -252,9 +253,7 @@ def add_branch(
     choice = _add_choice(x, branch, gamma, x.dtype, None)
     if choice == "triton":
         vectors = contiguous(gamma), _factors(scale), None, None
-        return torch.ops.fd_large.add_norm(
-            x.contiguous(), branch.contiguous(), *vectors, 0.0, x.dtype
-        )[0]
+        return add_norm_forward(x.contiguous(), branch.contiguous(), *vectors, 0.0, x.dtype)[0]
     add = twin("add_norm", choice, add_branch_reference, x, branch, scale)
     return add(x, branch, scale, gamma)
 
@@ -402,158 +401,3 @@ def _add_choice(
         gamma=gamma is not None,
         normed=dtype,
     )
-
-
-def _empty_residual_norm(x, branch, weight, bias, branch_bias, scale, eps, dtype, copy):
-    y = torch.empty_like(branch, dtype=dtype)
-    narrow = branch.new_empty(0) if copy is None else torch.empty_like(branch, dtype=copy)
-    return y, narrow, *_statistics(branch)
-
-
-# x + scale * norm(branch + branch_bias) in `dtype` and in `copy`, and the rows' mean and
-# 1/deviation. Without x and scale it is LayerNorm.
-_residual_norm = operation(
-    "residual_norm(Tensor? x, Tensor branch, Tensor weight, Tensor bias, Tensor? branch_bias,"
-    " Tensor? scale, float eps, ScalarType dtype, ScalarType? copy)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    "residual_norm_triton.residual_norm_forward",
-    empty=_empty_residual_norm,
-)
-
-
-def _empty_residual_norm_backward(dy, dcopy, branch, weight, branch_bias, scale, mean, rstd, dx):
-    total = branch.new_empty(0) if dx is None else torch.empty_like(branch, dtype=dx)
-    vectors = (torch.empty_like(weight) for _ in range(2))
-    last = branch.new_empty(0) if branch_bias is None else torch.empty_like(branch_bias)
-    return total, torch.empty_like(branch), *vectors, last
-
-
-# dy + dcopy in `dx`, and the gradients of branch, weight, bias and branch_bias.
-operation(
-    "residual_norm_backward(Tensor? dy, Tensor? dcopy, Tensor branch, Tensor weight,"
-    " Tensor? branch_bias, Tensor? scale, Tensor mean, Tensor rstd, ScalarType? dx)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "residual_norm_triton.residual_norm_backward",
-    empty=_empty_residual_norm_backward,
-)
-
-
-def _residual_norm_setup(ctx, inputs, output):
-    x, branch, weight, _, branch_bias, scale, _, _, _ = inputs
-    _, narrow, mean, rstd = output
-    ctx.save_for_backward(branch, weight, branch_bias, scale, mean, rstd)
-    ctx.stream = None if x is None else x.dtype
-    ctx.mark_non_differentiable(mean, rstd, *(() if narrow.numel() else (narrow,)))
-    # Otherwise an unused copy would cost a map of zeros.
-    ctx.set_materialize_grads(False)
-
-
-def _residual_norm_gradients(ctx, dy, dcopy, _mean, _rstd):
-    if dy is None and dcopy is None:
-        return (None,) * 9
-    branch, weight, branch_bias, scale, mean, rstd = ctx.saved_tensors
-    dy, dcopy = contiguous(dy), contiguous(dcopy)
-    # The gradient of a sum is that of its terms; it is written only if two gradients meet.
-    summed = dcopy is not None and ctx.stream is not None
-    total, dbranch, dweight, dbias, dlast = torch.ops.fd_large.residual_norm_backward(
-        dy, dcopy, branch, weight, branch_bias, scale, mean, rstd, ctx.stream if summed else None
-    )
-    dx = None if ctx.stream is None else total if summed else dy
-    return dx, dbranch, dweight, dbias, None if branch_bias is None else dlast, *(None,) * 4
-
-
-_residual_norm.register_autograd(_residual_norm_gradients, setup_context=_residual_norm_setup)
-
-
-class _Twice(torch.autograd.Function):
-    """The operation with one result in two tensors over the same memory.
-
-    Their gradients are then summed in the backward kernel; those of one tensor used twice would be
-    summed in a pass of their own. A custom operation may not return such a pair.
-    """
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        """Takes and returns what the operation does, with the sum in place of its copy."""
-        y, _, mean, rstd = torch.ops.fd_large.residual_norm(*inputs)
-        output = y, y.detach(), mean, rstd
-        _residual_norm_setup(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_residual_norm_gradients)
-
-
-def _empty_add_norm(x, branch, gamma, scale, weight, bias, eps, dtype):
-    if weight is None:
-        nothing = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
-        return torch.empty_like(x), x.new_empty(0), *nothing
-    return torch.empty_like(x), torch.empty_like(x, dtype=dtype), *_statistics(x)
-
-
-# x + scale * gamma * branch, its norm in `dtype`, the rows' mean and 1/deviation. Without weight
-# and bias it is the sum alone.
-_add_norm = operation(
-    "add_norm(Tensor x, Tensor branch, Tensor? gamma, Tensor? scale, Tensor? weight, Tensor? bias,"
-    " float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-    "residual_norm_triton.add_norm_forward",
-    empty=_empty_add_norm,
-)
-
-
-def _empty_add_norm_backward(dy, dnormed, y, branch, gamma, scale, weight, mean, rstd, dtype):
-    like = dy if dnormed is None else dnormed
-    vectors = (gamma, *(None if dnormed is None else weight for _ in range(2)))
-    return (
-        like.new_empty(0) if dnormed is None else torch.empty_like(y),
-        torch.empty_like(like, dtype=dtype),
-        *(mean.new_empty(0) if vector is None else torch.empty_like(vector) for vector in vectors),
-    )
-
-
-# The gradients of x (where it is not dy itself), branch, gamma, weight and bias. y goes with
-# dnormed, branch with gamma; `dtype` is that of branch.
-operation(
-    "add_norm_backward(Tensor? dy, Tensor? dnormed, Tensor? y, Tensor? branch, Tensor? gamma,"
-    " Tensor? scale, Tensor? weight, Tensor mean, Tensor rstd, ScalarType dtype)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "residual_norm_triton.add_norm_backward",
-    empty=_empty_add_norm_backward,
-)
-
-
-def _add_norm_setup(ctx, inputs, output):
-    _, branch, gamma, scale, weight, _, _, _ = inputs
-    y, normed, mean, rstd = output
-    ctx.save_for_backward(
-        None if weight is None else y,
-        None if gamma is None else branch,
-        gamma,
-        scale,
-        weight,
-        mean,
-        rstd,
-    )
-    ctx.branch = branch.dtype
-    ctx.mark_non_differentiable(mean, rstd, *((normed,) if weight is None else ()))
-    ctx.set_materialize_grads(False)
-
-
-def _add_norm_gradients(ctx, dy, dnormed, _mean, _rstd):
-    if dy is None and dnormed is None:
-        return (None,) * 8
-    y, branch, gamma, scale, weight, mean, rstd = ctx.saved_tensors
-    dy, dnormed = contiguous(dy), contiguous(dnormed)
-    dx, dbranch, dgamma, dweight, dbias = torch.ops.fd_large.add_norm_backward(
-        dy, dnormed, y, branch, gamma, scale, weight, mean, rstd, ctx.branch
-    )
-    if dnormed is None:
-        dx, dweight, dbias = dy, None, None
-    return dx, dbranch, None if gamma is None else dgamma, None, dweight, dbias, None, None
-
-
-_add_norm.register_autograd(_add_norm_gradients, setup_context=_add_norm_setup)
-
-
-def _statistics(rows: Tensor) -> list[Tensor]:
-    count = rows.numel() // rows.shape[-1]
-    return [rows.new_empty(count, dtype=torch.float32) for _ in range(2)]

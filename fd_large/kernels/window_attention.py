@@ -3,7 +3,7 @@
 One operation serves SwinV2's windows (cosine), Swin's windows and whole ViT images (dot product):
 shift, windows, normalisation, scale, position bias, masks, softmax and weighted sum, and its
 backward. The plain twin in `window_attention_reference.py` rolls the map and copies windows; the
-Triton kernels in `window_attention_triton.py` read their inputs and write their results only.
+Triton kernels, launched in `window_attention_launch.py`, read their inputs and write their results.
 `choose.py` decides which runs.
 
 Matrix products run in the dtype of qkv; normalisation of q and k, scale, bias and softmax in
@@ -15,17 +15,15 @@ tiles and its backward.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels import choose
 from fd_large.kernels.check import checked
 from fd_large.kernels.compiled import twin
-from fd_large.kernels.operation import contiguous, operation
+from fd_large.kernels.operation import contiguous
+from fd_large.kernels.window_attention_launch import forward
 from fd_large.kernels.window_attention_reference import Memory, reference
 
 
@@ -150,13 +148,13 @@ def _attention(
         if not isinstance(scale, Tensor):
             scale = qkv.new_full((num_heads,), scale, dtype=torch.float32)
         _check(qkv, num_heads, window, height * width, bias=bias, table=table, scale=scale)
-        numbers = (num_heads, height, width, *window, shift, cosine)
-        return torch.ops.fd_large.window_attention(
+        numbers = (num_heads, height, width, *window, shift, int(cosine))
+        return forward(
             qkv.contiguous(),
             contiguous(bias),
             None if table is None else table.float(),
             scale.float().contiguous(),
-            *numbers,
+            numbers,
         )[0]
     if memory == "keep" and qkv.is_cuda and torch.is_grad_enabled():
         raise ConfigError(
@@ -226,102 +224,3 @@ def untested(
 
 
 choose.register("window_attention", untested)
-
-
-_NUMBERS = (
-    "SymInt num_heads, SymInt height, SymInt width, SymInt window_height, SymInt window_width,"
-    " SymInt shift, bool cosine"
-)
-
-
-def _empty(qkv, bias, table, scale, num_heads, *geometry):
-    batch, tokens, channels = qkv.shape
-    lse = qkv.new_empty(num_heads, batch, tokens, dtype=torch.float32)
-    return qkv.new_empty(batch, tokens, channels // 3), lse
-
-
-# The attention (B, N, C), and log2 of the softmax's sums (h, B, N) float32.
-_window_attention = operation(
-    f"window_attention(Tensor qkv, Tensor? bias, Tensor? table, Tensor scale, {_NUMBERS})"
-    " -> (Tensor, Tensor)",
-    "window_attention_triton.forward",
-    empty=_empty,
-)
-
-
-def _empty_backward(dout, qkv, bias, table, scale, out, lse, num_heads, *geometry):
-    def gradient(of: Tensor | None) -> Tensor:
-        return scale.new_empty((0,) if of is None else of.shape)
-
-    scales = gradient(scale if geometry[-1] else None)
-    return torch.empty_like(qkv), gradient(bias), gradient(table), scales
-
-
-# The gradients of qkv, bias, table and scale, the last three float32. The scale of a dot product
-# is a constant.
-operation(
-    "window_attention_backward(Tensor dout, Tensor qkv, Tensor? bias, Tensor? table, Tensor scale,"
-    f" Tensor out, Tensor lse, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "window_attention_triton.backward",
-    empty=_empty_backward,
-)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, ctx.geometry = inputs[:4], inputs[4:]
-    ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return (None,) * 11
-    _, bias, table, scale, _, _ = saved = ctx.saved_tensors
-    dqkv, dbias, dtable, dscale = torch.ops.fd_large.window_attention_backward(
-        dout.contiguous(), *saved, *ctx.geometry
-    )
-    return (
-        dqkv,
-        None if bias is None else dbias.to(bias.dtype),
-        None if table is None else dtable.to(table.dtype),
-        dscale.to(scale.dtype) if ctx.geometry[-1] else None,
-        *(None,) * 7,
-    )
-
-
-_window_attention.register_autograd(_differentiate, setup_context=_setup)
-
-
-def _product_flops(qkv: Any, window: tuple[int, int], height: int, width: int) -> int:
-    """FLOPs of one of the products of attention: that of queries and keys, say."""
-    batch, tokens, channels = qkv
-    if window == (height, width):
-        pairs = tokens * tokens
-    else:
-        rows, columns = -(-height // window[0]), -(-width // window[1])
-        pairs = rows * columns * (window[0] * window[1]) ** 2
-    return 2 * batch * pairs * (channels // 3)
-
-
-@register_flop_formula(torch.ops.fd_large.window_attention)
-def _forward_flops(
-    qkv: Any,
-    bias: Any,
-    table: Any,
-    scale: Any,
-    num_heads: int,
-    height: int,
-    width: int,
-    window_height: int,
-    window_width: int,
-    *_: Any,
-    **__: Any,
-) -> int:
-    return 2 * _product_flops(qkv, (window_height, window_width), height, width)
-
-
-@register_flop_formula(torch.ops.fd_large.window_attention_backward)
-def _backward_flops(dout: Any, *arguments: Any, **named: Any) -> int:
-    # Four products, and the logits made again.
-    qkv, bias, table, scale, _, _, *geometry = arguments
-    return 5 * _forward_flops(qkv, bias, table, scale, *geometry) // 2

@@ -20,7 +20,7 @@ from fd_large.engine import block_wrappers, count, micro_batch, opening, probe
 from fd_large.engine.prefetch import Prefetch
 from fd_large.engine.zero import config, engine, optimizer, start
 from fd_large.errors import LaunchError
-from fd_large.kernels.residual_norm_triton import on_device
+from fd_large.kernels import operation
 from fd_large.launch import Launch
 from fd_large.recipes.sections import Optim
 from fd_large.runtime.meter import Meter, peak_memory_bytes

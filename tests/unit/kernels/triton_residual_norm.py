@@ -190,7 +190,7 @@ def test_norm_of_the_stream_in_two_dtypes(dtype, copy, device):
 @pytest.mark.sweep
 @pytest.mark.parametrize(("width", "rows"), [(3000, 150), (8192, 130)])
 def test_more_tiles_than_programs(width, rows, device):
-    from fd_large.kernels.residual_norm_triton import PARTIALS, tile
+    from fd_large.kernels.residual_norm_launch import PARTIALS, tile
 
     assert rows > PARTIALS * tile(width)["ROWS"]
     shape = (2, rows // 2, width)  # Some programs have two tiles, some one.

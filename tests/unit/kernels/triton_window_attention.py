@@ -154,7 +154,7 @@ def test_windows_that_are_no_squares(window, device):
     shapes = ((1, height * width, 48), (2, 16), ((2 * window[0] - 1) * (2 * window[1] - 1), 1))
     tensors = (*(torch.randn(s, generator=generator) for s in shapes), torch.tensor([20.0]))
     cotangent = torch.randn(1, height * width, head_width, generator=generator)
-    numbers = (heads, height, width, *window, shift, True)
+    numbers = (heads, height, width, *window, shift, 1)
     geometry = {
         "num_heads": heads,
         "height": height,
@@ -164,7 +164,7 @@ def test_windows_that_are_no_squares(window, device):
         "cosine": True,
     }
     compare(
-        lambda *tensors: torch.ops.fd_large.window_attention(*tensors, *numbers)[0],
+        lambda *tensors: torch.ops.fd_large.window_attention(*tensors, numbers)[0],
         lambda *tensors: reference(*tensors, **geometry),
         tensors,
         cotangent,
@@ -311,12 +311,12 @@ def test_the_same_bits_every_time(device):
         batch, side, side, window, shift, heads, 16,
         dtype=torch.bfloat16, scale=20.0, seed=6, cosine=True,
     )  # fmt: skip
-    numbers = (heads, side, side, window, window, shift, True)
+    numbers = (heads, side, side, window, window, shift, 1)
     tensors, cotangent = [t.to(device) for t in tensors], cotangent.to(device)
-    results = torch.ops.fd_large.window_attention(*tensors, *numbers)
+    results = torch.ops.fd_large.window_attention(*tensors, numbers)
 
     def gradients():
-        return torch.ops.fd_large.window_attention_backward(cotangent, *tensors, *results, *numbers)
+        return torch.ops.fd_large.window_attention_backward(cotangent, *tensors, *results, numbers)
 
     first = gradients()
     for _ in range(20 if device == "cuda" else 2):
@@ -330,7 +330,7 @@ def test_the_operation_is_registered_as_torch_wants_it(device):
     )
     leaves = [t.to(device).requires_grad_() for t in tensors]
     torch.library.opcheck(
-        torch.ops.fd_large.window_attention.default, (*leaves, 1, 4, 4, 4, 4, 0, True)
+        torch.ops.fd_large.window_attention.default, (*leaves, (1, 4, 4, 4, 4, 0, 1))
     )
 
 
