@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _locate(rows, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, number):
+def locate(rows, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, number):
     """Returns offsets and masks of a tile: (ROWS,), (ROWS,), (ROWS, BLOCK), (ROWS, BLOCK)."""
     row = number * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
@@ -31,7 +31,7 @@ def _vector(POINTER, C: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _standardise(values, eps, mask, C: tl.constexpr):
+def standardise(values, eps, mask, C: tl.constexpr):
     """Returns rows with mean 0 and variance 1 (0 outside of the mask), mean and 1/deviation."""
     mean = tl.sum(values, 1) / C
     centred = tl.where(mask, values - mean[:, None], 0.0)
@@ -52,11 +52,11 @@ def _residual_norm_forward(
     X, BRANCH, WEIGHT, BIAS, BRANCH_BIAS, SCALE, Y, COPY, MEAN, RSTD, rows, rows_per_sample, eps,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, inside, at, mask = _locate(rows, C, ROWS, BLOCK, tl.program_id(0))
+    row, inside, at, mask = locate(rows, C, ROWS, BLOCK, tl.program_id(0))
     branch = tl.load(BRANCH + at, mask=mask, other=0.0).to(tl.float32)
     if BRANCH_BIAS is not None:
         branch += _vector(BRANCH_BIAS, C, BLOCK)
-    normed, mean, rstd = _standardise(branch, eps, mask, C)
+    normed, mean, rstd = standardise(branch, eps, mask, C)
     y = normed * _vector(WEIGHT, C, BLOCK) + _vector(BIAS, C, BLOCK)
     if SCALE is not None:
         y *= tl.load(SCALE + row // rows_per_sample, mask=inside, other=0.0)[:, None]
@@ -81,7 +81,7 @@ def _residual_norm_backward(
     dbias = tl.zeros([ROWS, BLOCK], tl.float32)
     dlast = tl.zeros([ROWS, BLOCK], tl.float32)
     for number in tl.range(program, tiles, programs, num_stages=STAGES):
-        row, inside, at, mask = _locate(rows, C, ROWS, BLOCK, number)
+        row, inside, at, mask = locate(rows, C, ROWS, BLOCK, number)
         branch = tl.load(BRANCH + at, mask=mask, other=0.0).to(tl.float32)
         if BRANCH_BIAS is not None:
             branch += _vector(BRANCH_BIAS, C, BLOCK)
@@ -116,7 +116,7 @@ def _add_norm_forward(
     X, BRANCH, GAMMA, SCALE, WEIGHT, BIAS, Y, NORMED, MEAN, RSTD, rows, rows_per_sample, eps,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, inside, at, mask = _locate(rows, C, ROWS, BLOCK, tl.program_id(0))
+    row, inside, at, mask = locate(rows, C, ROWS, BLOCK, tl.program_id(0))
     y = tl.load(BRANCH + at, mask=mask, other=0.0).to(tl.float32)
     if GAMMA is not None:
         y *= _vector(GAMMA, C, BLOCK)
@@ -127,7 +127,7 @@ def _add_norm_forward(
     tl.store(Y + at, stored, mask=mask)
     if NORMED is not None:
         # The norm of the sum as stored, because that is what the backward reads.
-        normed, mean, rstd = _standardise(stored.to(tl.float32), eps, mask, C)
+        normed, mean, rstd = standardise(stored.to(tl.float32), eps, mask, C)
         normed = normed * _vector(WEIGHT, C, BLOCK) + _vector(BIAS, C, BLOCK)
         tl.store(NORMED + at, normed.to(NORMED.dtype.element_ty), mask=mask)
         tl.store(MEAN + row, mean, mask=inside)
@@ -146,7 +146,7 @@ def _add_norm_backward(
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)
     dbias = tl.zeros([ROWS, BLOCK], tl.float32)
     for number in tl.range(program, tiles, programs, num_stages=STAGES):
-        row, inside, at, mask = _locate(rows, C, ROWS, BLOCK, number)
+        row, inside, at, mask = locate(rows, C, ROWS, BLOCK, number)
         total = tl.zeros([ROWS, BLOCK], tl.float32)
         if DY is not None:
             total += tl.load(DY + at, mask=mask, other=0.0).to(tl.float32)

@@ -180,9 +180,17 @@ def test_blocks_are_compiled_by_inductor(card: Card, monkeypatch) -> None:
     assert backends == ["inductor"]
 
 
-def test_a_kernel_is_launched_on_its_tensors_device(card: Card) -> None:
-    with on_device(on_card(torch.ones(1))):
-        assert card.notes == ["device cuda:0"]
+def test_a_kernel_is_launched_on_its_tensors_device(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    monkeypatch.setattr(
+        operation,
+        "function_of",
+        lambda name: {(2,): lambda *given, **constants: started.append((card.notes[:], constants))},
+    )
+    operation.launch("a_triton.kernel", (2,), None, on_card(torch.ones(1)), 3, C=8)
+    assert started == [(["device cuda:0"], {"C": 8})]
 
 
 # --- memory ---
