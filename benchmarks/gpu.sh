@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Measures everything that needs a GPU, in under nine minutes on one card; prints a table at the end.
+# Measures everything that needs a GPU, in under ten minutes on one card; prints a table at the end.
 #
 #     bash benchmarks/gpu.sh
 #     FD_GPU_DRY=1 bash benchmarks/gpu.sh    # prints what would run
 #
 # 1. the tests of the Triton kernels on the card, several processes at once, because they mostly
 #    compile; DeepSpeed's fused Adam is built at the same time;
-# 2. a step of 3.0B parameters by each fused AdamW that is installed;
-# 3. training steps through fd_large/train.py: SwinV2-G (3.0B) with a random 3.0B teacher, with every
+# 2. benchmarks/kernels.py --blocks: whole blocks in plain torch, through torch.compile and with our
+#    kernels side by side, and which kernels to delete;
+# 3. a step of 3.0B parameters by each fused AdamW that is installed;
+# 4. training steps through fd_large/train.py: SwinV2-G (3.0B) with a random 3.0B teacher, with every
 #    block checkpointed and with none; ViT-B and Swin-B with the fused kernels and with plain torch;
 #    last, SwinV2-G with plain torch;
-# 4. benchmarks/kernels.py.
+# 5. benchmarks/kernels.py: single operations.
 #
 # Most of the time of a SwinV2-G run passes before its first step, because 6.0B random numbers are
 # drawn on the CPU.
@@ -19,13 +21,13 @@
 # TFLOP/s for an H100, bfloat16); the time includes the optimizer, and recomputation does not count
 # (fd_large/plan/utilisation.py). A run's figure is the median over its steps from the fourth on.
 # Runs are killed once they have enough steps, so that none writes its 50 GB checkpoint. Writes
-# benchmarks/results/gpu.json, kernels.json and kernels.png.
+# benchmarks/results/gpu.json, kernels_blocks.json, kernels.json and kernels.png.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 DRY=${FD_GPU_DRY:-}
-BUDGET=${FD_GPU_SECONDS:-525}
+BUDGET=${FD_GPU_SECONDS:-570}
 UPDATES=12
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
@@ -55,8 +57,6 @@ tests() {
   local limit=$1 folder=tests/unit/kernels index=0
   local groups=(
     "triton_models.py|"
-    "triton_linear_gelu.py|"
-    "triton_whitened_loss.py|"
     "triton_residual_norm.py|test_residual_norm"
     "triton_residual_norm.py|test_layer_norm"
     "triton_residual_norm.py|test_add_norm"
@@ -189,6 +189,7 @@ SWIN="--recipe fd_esvit_swin_base --batch.global_batch_size 64 --batch.micro_bat
 # shellcheck disable=SC2086  # The flags are meant to be split.
 {
   tests 90
+  step blocks 150 "$PYTHON" benchmarks/kernels.py --blocks
   step adam 30 "$PYTHON" "$WORK/adam.py"
   train G_every_block 110 triton zero2 $G $EVERY
   train G_keeps_all 90 triton zero2 $G $OFF
@@ -204,7 +205,9 @@ SWIN="--recipe fd_esvit_swin_base --batch.global_batch_size 64 --batch.micro_bat
   exit 0
 }
 
-[ -f "$WORK/kernels.log" ] && cat "$WORK/kernels.log"
+for log in blocks kernels; do
+  [ -f "$WORK/$log.log" ] && cat "$WORK/$log.log"
+done
 "$PYTHON" - "$WORK" "$SECONDS" <<'PY'
 import json
 import re
@@ -218,7 +221,7 @@ work, rows = Path(sys.argv[1]), []
 for log in sorted(work.glob("*.log"), key=lambda path: path.stat().st_mtime):
     metrics = work / f"run_{log.stem}" / "metrics.jsonl"
     text = log.read_text(errors="replace")
-    if log.stem in ("kernels", "adam"):
+    if log.stem in ("blocks", "kernels", "adam"):
         continue
     found = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     timed = found[3:]

@@ -1,6 +1,7 @@
 """How close do the fused kernels come to the memory bandwidth, and how close do others?
 
     python benchmarks/kernels.py [--quick]    # on a CUDA device
+    python benchmarks/kernels.py --blocks     # whole blocks, and which kernels to delete
     python benchmarks/kernels.py --aot        # anywhere: registers, shared memory and spills
 
 Each operation runs forward and backward separately, at the shapes of a SwinV2-G stage (192 px,
@@ -10,12 +11,19 @@ turns, and the cache is flushed before every sample. Bytes are the least that an
 each input read once, each result written once. The share is that traffic per second over that of
 copying 1 GiB, reads and writes counted.
 
-Writes benchmarks/results/kernels.json and .png, or kernels_aot.json.
+`--blocks` times forward and backward of whole blocks of SwinV2-G and ViT-B in bfloat16: plain
+torch, the block through torch.compile, our kernels, and our kernels in compiled blocks; then
+without one kernel at a time, which torch.compile replaces, as a function and in the block. A kernel
+without which no block takes more than 1.03 times as long, each the faster of its two ways, is to be
+deleted.
+
+Writes benchmarks/results/kernels.json and .png, kernels_blocks.json, or kernels_aot.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import os
 import statistics
@@ -61,6 +69,7 @@ def parse() -> argparse.Namespace:
     """Reads the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few samples, no torch.compile")
+    parser.add_argument("--blocks", action="store_true", help="whole blocks, what to delete")
     parser.add_argument("--aot", action="store_true", help="compile for sm_80 and sm_90, no GPU")
     return parser.parse_args()
 
@@ -94,10 +103,200 @@ def write(name: str, found: dict[str, Any]) -> None:
     )
 
 
+@dataclass
+class BlockCase:
+    """A block and what it is called with.
+
+    Attributes:
+        name: Name in the table.
+        block: On the device, in bfloat16.
+        arguments: Of its forward; floating-point maps take a gradient.
+    """
+
+    name: str
+    block: torch.nn.Module
+    arguments: tuple[Any, ...]
+
+
+# What is replaced together, because it shares kernels.
+GROUPS = {
+    "residual_norm": ("residual_norm", "layer_norm"),
+    "add_norm": ("add_norm", "layer_norm"),
+    "window_attention": ("window_attention",),
+}
+TOLERANCE = 1.03
+FASTEST = "triton"
+
+
+def swinv2_block(
+    width: int, heads: int, side: int, window: int, stream: torch.dtype, device: str, images: int
+) -> BlockCase:
+    """Returns a shifted block of a stage."""
+    from fd_large.backbones.swinv2.swinv2 import SwinV2
+
+    net = SwinV2(width, (2,), (heads,), window_size=window, attention_memory="recompute")
+    x = torch.randn(images, side, side, width, device=device)
+    table = torch.rand((2 * window - 1) ** 2, heads, device=device).mul(16)
+    arguments = (
+        x.to(stream).requires_grad_(),
+        x.to(BF16).requires_grad_(),
+        torch.ones(2, images, device=device),
+        table.requires_grad_(),
+    )
+    name = f"SwinV2, {width} channels, {side}x{side}, {str(stream)[6:]} stream"
+    return BlockCase(name, net.blocks()[1].to(device, BF16), arguments)
+
+
+def vit_block(width: int, heads: int, side: int, device: str, images: int) -> BlockCase:
+    """Returns a block of the paper's student: a shared table, LayerScale."""
+    from fd_large.backbones.vit.vit import ViT
+
+    net = ViT(
+        width, 1, heads, patch_size=16, image_size=16 * side, absolute_position=False,
+        relative_position="shared", layer_scale=0.1, qkv_bias="qv", attention_memory="recompute",
+    )  # fmt: skip
+    x = torch.randn(images, side * side + 1, width, device=device).requires_grad_()
+    table = torch.rand((2 * side - 1) ** 2 + 3, heads, device=device).requires_grad_()
+    arguments = (x, torch.ones(2, images, device=device), table, (side, side))
+    return BlockCase(
+        f"ViT, {width} channels, {side}x{side}", net.blocks()[0].to(device, BF16), arguments
+    )
+
+
+def block_cases() -> list[Callable[[], BlockCase]]:
+    """Returns the blocks of record, those first that are most of the time of a student."""
+    f32 = torch.float32
+    return [
+        lambda: swinv2_block(2048, 64, 12, 12, f32, "cuda", 32),
+        lambda: vit_block(768, 12, 14, "cuda", 128),
+        lambda: swinv2_block(2048, 64, 12, 12, BF16, "cuda", 32),
+        lambda: swinv2_block(512, 16, 48, 12, f32, "cuda", 32),
+    ]
+
+
+def ways(names: set[str]) -> dict[str, tuple[str, bool]]:
+    """Returns the ways of running a block: FD_KERNELS, and whether the block is compiled.
+
+    Args:
+        names: The operations that it calls.
+    """
+    found = {
+        "plain torch": ("reference", False),
+        "compiled block": ("reference", True),
+        "ours": (FASTEST, False),
+        "ours in a compiled block": (FASTEST, True),
+    }
+    for group, operations in GROUPS.items():
+        if group in names:
+            without = ",".join([FASTEST, *(f"{op}=compiled" for op in operations)])
+            found[f"without {group}"] = (without, False)
+            found[f"without {group}, in a compiled block"] = (without, True)
+    return found
+
+
+def time_block(case: BlockCase, samples: int) -> list[dict[str, Any]]:
+    """Returns a row for each way of running a block; they take turns."""
+    from fd_large.engine.block_wrappers import compile_blocks
+    from fd_large.kernels import choose
+
+    def timed(block: torch.nn.Module, wish: str) -> float:
+        os.environ["FD_KERNELS"] = wish
+        leaves = [a for a in case.arguments if isinstance(a, Tensor) and a.requires_grad]
+
+        def run() -> None:
+            outputs = block(*case.arguments)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            # One number each: twice the same map may come out.
+            total = torch.stack([output.float().sum() for output in outputs]).sum()
+            torch.autograd.grad(total, leaves + list(block.parameters()), allow_unused=True)
+
+        return seconds(run)
+
+    with choose.hearing() as heard:
+        timed(case.block, FASTEST)
+    chosen, blocks = ways({op for op, _ in heard}), {}
+    times: dict[str, list[float]] = {}
+    failed: dict[str, str] = {}
+    for way, (_, is_compiled) in chosen.items():
+        blocks[way] = copy.deepcopy(case.block)
+        if is_compiled:
+            compile_blocks([blocks[way]])
+    for sample in range(samples + 3):
+        for way, (wish, _) in chosen.items():
+            if way in failed:
+                continue
+            try:
+                taken = timed(blocks[way], wish)
+            except Exception as error:  # A way that does not run here is reported.
+                failed[way] = f"{type(error).__name__}: {error}"[:300]
+                continue
+            if sample >= 3:
+                times.setdefault(way, []).append(taken)
+    rows: list[dict[str, Any]] = [
+        {
+            "block": case.name,
+            "way": way,
+            "microseconds": 1e6 * statistics.median(values),
+            "quartiles": [1e6 * q for q in statistics.quantiles(values, n=4)],
+        }
+        for way, values in times.items()
+    ]
+    return rows + [{"block": case.name, "way": w, "failed": why} for w, why in failed.items()]
+
+
+def verdicts(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns of each kernel what its blocks take without it, and whether it is to be deleted.
+
+    Args:
+        rows: Of all blocks, as from `time_block`.
+
+    Returns: kernel -> {"ratios": block -> time without it through that with it, "delete": bool}.
+        A kernel that some way did not run without is kept, as is one that nothing was timed of.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for group in GROUPS:
+        ratios: dict[str, float] = {}
+        for block in dict.fromkeys(row["block"] for row in rows):
+            best: dict[str, float] = {}
+            for side, names in (
+                ("with", ("ours", "ours in a compiled block")),
+                ("without", (f"without {group}", f"without {group}, in a compiled block")),
+            ):
+                times = [
+                    row["microseconds"]
+                    for row in rows
+                    if row["block"] == block and row["way"] in names and "failed" not in row
+                ]
+                if times:
+                    best[side] = min(times)
+            if len(best) == 2:
+                ratios[block] = best["without"] / best["with"]
+        delete = bool(ratios) and max(ratios.values()) <= TOLERANCE
+        found[group] = {"ratios": ratios, "delete": delete}
+    return found
+
+
+def whole_blocks(samples: int) -> int:
+    """Times all blocks; prints, writes, and says what to delete."""
+    rows: list[dict[str, Any]] = []
+    for make in block_cases():
+        found = time_block(make(), samples)
+        rows += found
+        for row in found:
+            taken = row.get("failed") or f"{row['microseconds']:9.0f} us"
+            print(f"{row['block']:52} {row['way']:48} {taken}", flush=True)
+        decided = verdicts(rows)
+        # After each, so that a time limit leaves what was timed.
+        write("kernels_blocks.json", {"rows": rows, "kernels": decided})
+    for group, verdict in decided.items():
+        ratios = ", ".join(f"{ratio:.3f}" for ratio in verdict["ratios"].values()) or "not timed"
+        print(f"{'DELETE' if verdict['delete'] else 'keep':6} {group}: without it {ratios}")
+    return 0
+
+
 def norm_questions(compiled: bool) -> list[Question]:
-    """Returns questions of residual_norm, layer_norm, add_norm and the loss."""
+    """Returns questions of residual_norm, layer_norm and add_norm."""
     from fd_large.kernels import residual_norm as rn
-    from fd_large.kernels import whitened_loss as wl
 
     def random(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
         return torch.randn(shape, device="cuda").to(dtype).requires_grad_()
@@ -124,8 +323,8 @@ def norm_questions(compiled: bool) -> list[Question]:
                         lambda x, f, w, b, c, scale=scale: rn.residual_norm(
                             x, f, w, b, 1e-5, scale, copy=BF16, branch_bias=c
                         ),
-                        lambda x, f, w, b, c, scale=scale: _with_copy(
-                            rn.residual_norm_reference(x, f, w, b, 1e-5, scale, c)
+                        lambda x, f, w, b, c, scale=scale: rn.residual_norm_reference(
+                            x, f, w, b, 1e-5, scale, c, BF16
                         ),
                     ),
                 )
@@ -148,34 +347,11 @@ def norm_questions(compiled: bool) -> list[Question]:
             + [random(width) for _ in range(3)],
             against(
                 lambda x, f, w, b, g: rn.add_norm(x, f, w, b, 1e-6, scale, g, dtype=BF16),
-                lambda x, f, w, b, g: _add_norm(rn, x, f, w, b, scale, g),
+                lambda x, f, w, b, g: rn.add_norm_reference(x, f, w, b, 1e-6, scale, g, BF16),
             ),
         )
     )
-    for width, tokens in ((768, 196), (4096, 36), (4096, 256)):
-        n, target = 32 * tokens * width, torch.randn(32, tokens, width, device="cuda").to(BF16)
-        questions.append(
-            Question(
-                f"whitened_loss {width} x {tokens}",
-                4 * n,
-                6 * n,
-                [random(32, tokens, width)],
-                against(
-                    lambda s, t=target: wl.whitened_loss(s, t),
-                    lambda s, t=target: wl.whitened_loss_reference(s, t, 2.0, 1e-5),
-                ),
-            )
-        )
     return questions
-
-
-def _with_copy(y: Tensor) -> tuple[Tensor, Tensor]:
-    return y, y.to(BF16)
-
-
-def _add_norm(rn: Any, x: Tensor, f: Tensor, w: Tensor, b: Tensor, scale: Tensor, g: Tensor):
-    y = rn.add_branch_reference(x, f, scale, g)
-    return y, rn.layer_norm_reference(y, w, b, 1e-6, BF16)
 
 
 def other_norms() -> dict[str, Callable]:
@@ -192,27 +368,6 @@ def other_norms() -> dict[str, Callable]:
     except ImportError:
         pass
     return found
-
-
-def gelu_questions(compiled: bool) -> list[Question]:
-    """Returns questions of bias and GELU, at the widths of SwinV2-G's MLPs."""
-    from fd_large.kernels import linear_gelu  # noqa: F401 (registers the operation)
-
-    questions = []
-    for width, tokens in ((2048, 48 * 48), (8192, 12 * 12)):
-        n = 32 * tokens * width
-        inputs = [
-            torch.randn(shape, device="cuda").to(BF16).requires_grad_()
-            for shape in ((32 * tokens, width), (width,))
-        ]
-        contenders = {
-            "triton (ours)": lambda z, b: torch.ops.fd_large.bias_gelu(z, b, False),
-            "torch": lambda z, b: F.gelu(z + b),
-        }
-        if compiled:
-            contenders["torch.compile"] = torch.compile(contenders["torch"])
-        questions.append(Question(f"bias_gelu {width}", 4 * n, 6 * n, inputs, contenders))
-    return questions
 
 
 def attention_questions(quick: bool) -> list[Question]:
@@ -295,7 +450,7 @@ def seconds(call: Callable[[], Any]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def answer(question: Question, samples: int, copy: float) -> None:
+def answer(question: Question, samples: int, bandwidth: float) -> None:
     """Times the contenders in turns and appends their rows."""
     flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     times: dict[str, tuple[list[float], list[float]]] = {}
@@ -327,7 +482,7 @@ def answer(question: Question, samples: int, copy: float) -> None:
                     "microseconds": 1e6 * median,
                     "quartiles": [1e6 * q for q in statistics.quantiles(values, n=4)],
                     "gigabytes_per_second": moved / median / 1e9,
-                    "share_of_copy": moved / median / copy,
+                    "share_of_copy": moved / median / bandwidth,
                     "tflops": work / median / 1e12 or None,
                 }
             )
@@ -395,20 +550,22 @@ def main() -> int:
         print("No CUDA device, so there is nothing to time. To compile the kernels without one:")
         print("python benchmarks/kernels.py --aot")
         return 0
+    if arguments.blocks:
+        return whole_blocks(20)
     os.environ["FD_KERNELS"] = "triton"
-    copy = copy_bandwidth()
+    bandwidth = copy_bandwidth()
     compiled = not arguments.quick
     questions = attention_questions(arguments.quick)
-    questions += norm_questions(compiled) + gelu_questions(compiled)
-    print(f"copy of 1 GiB: {copy / 1e9:.0f} GB/s, reads and writes counted")
+    questions += norm_questions(compiled)
+    print(f"copy of 1 GiB: {bandwidth / 1e9:.0f} GB/s, reads and writes counted")
     rows: list[dict[str, Any]] = []
     for question in questions:
-        answer(question, 15 if arguments.quick else 60, copy)
+        answer(question, 15 if arguments.quick else 60, bandwidth)
         question.inputs.clear()
         rows += question.rows
         print(*map(line, question.rows), sep="\n", flush=True)
         # After each, so that a time limit leaves what was answered.
-        write("kernels.json", {"copy_gigabytes_per_second": copy / 1e9, "rows": rows})
+        write("kernels.json", {"copy_gigabytes_per_second": bandwidth / 1e9, "rows": rows})
     draw([row for row in rows if "failed" not in row], RESULTS / "kernels.png")
     return 0
 

@@ -1,7 +1,7 @@
-"""Rank program: a start whose attention kernel is wrong on the last rank, in Triton's interpreter.
+"""Rank program: steps on kernels in Triton's interpreter; one turns wrong on the last rank.
 
-checked_kernels.py FOLDER. What is chosen afterwards, the loss of the first step and what was said
-are written.
+checked_kernels.py FOLDER. The losses of two steps, of one after the check, and what the check gave
+up are written.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fd_large.tasks.distillation.job import DistillationJob
 
 
 def main(folder: Path) -> None:
-    """Makes the kernel wrong, checks all, and takes a step."""
+    """Takes two steps, makes a kernel wrong, checks all, and takes another step."""
     torch.set_num_threads(1)
     distributed.start()
     start.start()
@@ -31,6 +31,9 @@ def main(folder: Path) -> None:
     logging.getLogger("fd_large.kernels").setLevel(logging.DEBUG)
     given = json.loads((folder / "scenarios.json").read_text())
     run = tiny_run(**given["run"])
+    engine, _ = start_engine(run, given["zero"])
+    engine.task.train()
+    losses = [take_step(engine, run, update) for update in range(2)]
     right = window_attention_launch.launch
     if distributed.rank() == distributed.world_size() - 1:
 
@@ -42,9 +45,8 @@ def main(folder: Path) -> None:
 
         window_attention_launch.launch = wrong
     check_kernels(DistillationJob(run), bfloat16=False)
-    engine, _ = start_engine(run, given["zero"])
-    engine.task.train()
-    result = {"refused": dict(choose.refused()), "loss": take_step(engine, run, 0)}
+    losses.append(take_step(engine, run, 2))
+    result = {"refused": dict(choose.refused()), "losses": losses}
     write_result(folder, result)
     distributed.barrier()
 

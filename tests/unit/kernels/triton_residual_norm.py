@@ -14,10 +14,10 @@ from torch import nn
 from fd_large.kernels import residual_norm as rn
 
 DTYPES = (torch.float32, torch.bfloat16)
-LIMIT = 20_000  # Elements of a map, so that an interpreted case stays short.
+LIMIT = 9_000  # Elements of a map, so that an interpreted case stays short.
 cases = settings(
     deadline=None,
-    max_examples=25 if torch.cuda.is_available() else 8,
+    max_examples=25 if torch.cuda.is_available() else 6,
     derandomize=True,
     # Shrinking a failure would take minutes in the interpreter.
     phases=[Phase.explicit, Phase.generate],
@@ -219,7 +219,7 @@ def test_more_tiles_than_programs(width, rows, device):
 
 def test_gradients_have_the_same_bits_every_time(device):
     # On a card more rows than its programs take at once.
-    rows = 30_000 if device == "cuda" else 300
+    rows = 30_000 if device == "cuda" else 100
     (x, f, w, b, gamma), scale = tensors((2, rows, 96), *[torch.bfloat16] * 3, device, 3)
 
     def gradients():
@@ -231,7 +231,7 @@ def test_gradients_have_the_same_bits_every_time(device):
         return [leaf.grad.clone() for leaf in (x, f, w, b, gamma)]
 
     first = gradients()
-    for _ in range(20 if device == "cuda" else 2):
+    for _ in range(20 if device == "cuda" else 1):
         assert all(map(torch.equal, first, gradients()))
 
 
@@ -290,18 +290,12 @@ def test_vectors_in_any_layout_and_dtype(device):
         assert torch.equal(function(*plain), function(*odd))
 
 
-@pytest.mark.parametrize(
-    "name", ["residual_norm", "residual_norm with a copy", "layer_norm", "add_norm", "add_branch"]
-)
+@pytest.mark.parametrize("name", ["residual_norm", "layer_norm", "add_norm", "add_branch"])
 def test_registration(name, device):
     (x, f, w, b, gamma), scale = tensors((2, 5, 48), *[torch.float32] * 3, device, 8)
     bf16 = torch.bfloat16
     op, arguments = {
-        "residual_norm": ("residual_norm", (x, f, w, b, None, scale, 1e-5, x.dtype, None)),
-        "residual_norm with a copy": (
-            "residual_norm",
-            (x, f, w, b, gamma, scale, 1e-5, x.dtype, bf16),
-        ),
+        "residual_norm": ("residual_norm", (x, f, w, b, gamma, scale, 1e-5, x.dtype, bf16)),
         "layer_norm": ("residual_norm", (None, f, w, b, None, None, 1e-5, bf16, None)),
         "add_norm": ("add_norm", (x, f, gamma, scale, w, b, 1e-5, bf16)),
         "add_branch": ("add_norm", (x, f, None, scale, None, None, 0.0, x.dtype)),
