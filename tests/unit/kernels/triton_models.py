@@ -15,15 +15,15 @@ from fd_large.tasks.distillation.task import Distillation
 
 NETS = {
     "swinv2": lambda **options: SwinV2(
-        32, (2, 2), (2, 4), window_size=4, drop_path_rate=0.5, extra_norm_every=2, **options
+        32, (2, 1), (1, 2), window_size=4, drop_path_rate=0.5, extra_norm_every=2, **options
     ),
     "swin": lambda **options: Swin(
-        32, (2, 2), (2, 4), window_size=4, image_size=32, drop_path_rate=0.5, **options
+        32, (2, 1), (1, 2), window_size=4, image_size=32, drop_path_rate=0.5, **options
     ),
     "vit": lambda **options: ViT(
-        48,
+        32,
         2,
-        2,
+        1,
         patch_size=8,
         image_size=32,
         absolute_position=False,

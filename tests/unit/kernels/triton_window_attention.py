@@ -21,7 +21,7 @@ CASES = [(name, torch.float32) for name in COMPARED] + [
 # What the interpreter does in seconds: whole, padded and shifted windows, every width's class once.
 QUICK = {
     *(("4", torch.bfloat16), ("6", torch.float32), ("8, narrow heads", torch.float32)),
-    *(("9, padded", torch.bfloat16), ("14", torch.float32)),
+    ("9, padded", torch.bfloat16),
 }
 
 
@@ -265,8 +265,8 @@ def test_dot_product_without_bias_of_its_own(device):
     ("grid", "prefix", "table", "heads", "channels"),
     [
         ((5, 7), 1, True, 2, 64),
-        ((4, 4), 0, True, 2, 64),
-        ((1, 20), 2, False, 2, 64),
+        ((4, 4), 0, True, 1, 32),
+        ((1, 20), 2, False, 1, 32),
         # Those of the models of record, one head.
         *(
             pytest.param(grid, prefix, grid[0] > 1, 1, width, marks=pytest.mark.sweep)
