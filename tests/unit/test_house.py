@@ -102,6 +102,7 @@ NO_TASKS = {
 }
 # Tests of what is no file of the package.
 OF_NO_FILE = {
+    "kernels/test_blocks_rule.py": "benchmarks/kernels.py",
     "kernels/test_aot.py": "kernels compiled for GPUs that are not here",
     "kernels/test_roofline.py": "benchmarks/roofline.py",
     "kernels/test_triton.py": "starts triton_*.py in Triton's interpreter",

@@ -264,7 +264,7 @@ def test_dot_product_without_bias_of_its_own(device):
 @pytest.mark.parametrize(
     ("grid", "prefix", "table", "heads", "channels"),
     [
-        ((5, 7), 1, True, 2, 64),
+        ((4, 5), 1, True, 2, 64),
         ((4, 4), 0, True, 1, 32),
         ((1, 20), 2, False, 1, 32),
         # Those of the models of record, one head.
