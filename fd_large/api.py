@@ -25,6 +25,7 @@ from fd_large.recipes import registry
 from fd_large.recipes.fields import flat_plain, from_plain, hints_of
 from fd_large.recipes.run import Run
 from fd_large.recipes.run_file import Given, accepted, named_fields, run_of
+from fd_large.recipes.sections import RANDOM
 
 if TYPE_CHECKING:
     from fd_large.engine.trained_model import TrainedModel
@@ -227,6 +228,7 @@ def load_student(
 
         model = fd_large.load_student("runs/first")
         map = model(model.preprocess("photo.jpg")[None])   # (1, C, H, W)
+        guess = model.teacher_map("teacher", model.preprocess("photo.jpg")[None])
 
     Args:
         run: The run's folder, or that of a checkpoint (RUN/checkpoints/best); or any other model
@@ -236,6 +238,7 @@ def load_student(
     Returns: the model in evaluation mode, in float32, on the first GPU, or the CPU.
     Raises: FDError: if there is no such model.
     """
+    from fd_large.checkpoint import stream
     from fd_large.engine.find_model import find_model
     from fd_large.engine.trained_model import TrainedModel
     from fd_large.tasks.jobs import job_of
@@ -247,8 +250,20 @@ def load_student(
     with torch.random.fork_rng(devices=cuda_devices()):
         named = find_model(os.fspath(run), job_of)
         backbone, statistics = named.build()
+
+    def heads() -> Mapping[str, Any]:
+        if named.trained_by is None or named.section.source == RANDOM:
+            return {}
+        reader = stream.newest(Path(named.source), where="load_student")
+        with torch.random.fork_rng(devices=cuda_devices()):
+            return named.trained_by.stored_heads(reader)
+
     return TrainedModel(
-        backbone, statistics, image_size=named.image_size, source=named.section.source
+        backbone,
+        statistics,
+        image_size=named.image_size,
+        source=named.section.source,
+        heads=heads,
     ).eval()
 
 

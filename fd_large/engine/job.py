@@ -420,6 +420,16 @@ class Job:
         """
         return {}
 
+    def stored_heads(self, reader: Reader) -> Mapping[str, nn.Module]:
+        """Returns heads of a stored run that guess models beside the student, by name.
+
+        Each maps the student and its normalised pixels to a FeatureMap.
+
+        Args:
+            reader: A checkpoint of the run.
+        """
+        return {}
+
     def learned(self, manifest: Mapping[str, Any]) -> Learned:
         """Returns what the model card of an exported student says of the task.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.data.centre_crops import central_view
 from fd_large.data.decode import decode
-from fd_large.errors import ShapeError
+from fd_large.errors import ConfigError, ShapeError, nearest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +27,7 @@ class TrainedModel(nn.Module):
         statistics: The normalisation of its images.
         image_size: Side of the images that it was trained with, in pixels.
         source: Where its weights come from.
+        heads: Reads the heads that guess teachers' maps, by name; see `Job.stored_heads`.
 
     Attributes:
         backbone: The module.
@@ -34,9 +36,17 @@ class TrainedModel(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, statistics: Statistics, *, image_size: int, source: str
+        self,
+        backbone: nn.Module,
+        statistics: Statistics,
+        *,
+        image_size: int,
+        source: str,
+        heads: Callable[[], Mapping[str, nn.Module]] = dict,
     ) -> None:
         super().__init__()
+        self._read_heads = heads
+        self.heads: Mapping[str, nn.Module] | None = None
         self.backbone, self.image_size, self.source = backbone, image_size, source
         self._statistics = statistics
 
@@ -79,6 +89,31 @@ class TrainedModel(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Returns the feature of each image, (B, C): the mean over its patch tokens."""
         return self(images).float().mean((2, 3))
+
+    def teacher_map(self, name: str, images: Tensor) -> Tensor:
+        """Returns the student's guess of a teacher's map, (B, C, H, W), by the head it learnt with.
+
+        It is in the units that were learnt: those of the target's normaliser. The heads are read
+        from the run's checkpoint at the first call.
+
+        Args:
+            name: The teacher's name; "teacher" for a run's only one; NAME_summary for a summary,
+                which is one place (B, C, 1, 1).
+            images: As in `forward`.
+
+        Raises: ConfigError: if the model has no such head.
+        """
+        if self.heads is None:
+            self.heads = {name: head.eval() for name, head in self._read_heads().items()}
+        if name not in self.heads:
+            expected = nearest(name, self.heads) if self.heads else "a run that has heads"
+            raise ConfigError(
+                f"teacher_map: no head for it; got {name!r} of {self.source}, {expected}"
+            )
+        pixels = self._normalised(images)
+        head = self.heads[name].to(pixels.device)
+        tokens, grid, prefix = head(self.backbone, pixels)
+        return tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
 
     def _normalised(self, images: Tensor) -> Tensor:
         images = images.to(next(self.backbone.parameters()).device)

@@ -33,6 +33,7 @@ from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource, open_images
 from fd_large.data.views import FixedViews
 from fd_large.data.weighted_roots import weighted_roots
+from fd_large.engine.checkpoint_models import stored_task
 from fd_large.engine.evaluation import Evaluation, Panel, evaluating
 from fd_large.engine.frozen import Frozen, frozen_maker, frozen_weights
 from fd_large.engine.heads import check_head
@@ -83,6 +84,7 @@ from fd_large.tasks.distillation.section import (
     label,
     told_of,
 )
+from fd_large.tasks.distillation.stored_heads import StoredHead, stored_heads
 from fd_large.tasks.distillation.target import Target, as_map, summary
 from fd_large.tasks.distillation.task import DATASETS, Distillation
 from fd_large.tasks.distillation.teacher import PlacedTeacher, place
@@ -898,6 +900,20 @@ class DistillationJob(Job):
             whole |= {f"running.{MAP}.{name}": (2, width) for name in ("mean", "deviation")}
         stream.check(reader, whole | projection)
         return projection if to == "fd" else {}
+
+    def stored_heads(self, reader: Reader) -> Mapping[str, StoredHead]:
+        """Returns the heads of a checkpoint by their targets' labels; "teacher" for the only one.
+
+        Args:
+            reader: The checkpoint.
+        """
+        size = self.run.data.image_size
+        with torch.device("meta"):
+            teachers = self.make_teachers()
+            images = torch.empty(1, 3, size, size, dtype=torch.uint8)
+            prefixes = {name: one(images).num_prefix_tokens for name, one in teachers.items()}
+        task = stored_task(lambda: self.task_around(teachers), reader, kind=stream.outcome(reader))
+        return stored_heads(task, prefixes)
 
     def learned(self, manifest: Mapping[str, Any]) -> Learned:
         """Returns what the model card says of teachers, losses and crops."""

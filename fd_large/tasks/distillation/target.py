@@ -105,16 +105,32 @@ class Target:
         Raises: ShapeError: if the grids of two maps differ and are not to be interpolated.
         """
         if self.kind == SUMMARY:
-            student, *blocks = (as_map(summary(map_)) for map_ in (student, *blocks))
             teacher = as_map(summary(teacher))
-        if isinstance(self.head, MapHead):
-            student = self.head(tuple(blocks) if self.reads_blocks else student)
+        student = self.guessed(student, blocks, teacher.num_prefix_tokens)
         student, teacher = match_prefixes(student, teacher, with_prefix=self._with_prefix)
-        if not isinstance(self.head, MapHead):
-            student = student._replace(tokens=self.head(student.tokens))
         student, teacher = match_grids(student, teacher, interpolation=self._interpolation)
         self._note_prefix(student.num_prefix_tokens)
         return student.tokens, teacher.tokens
+
+    def guessed(
+        self, student: FeatureMap, blocks: Sequence[FeatureMap], num_prefix_tokens: int
+    ) -> FeatureMap:
+        """Returns what the head makes of the student's map, with `teacher_width` channels.
+
+        Args:
+            student, blocks: As `compared`.
+            num_prefix_tokens: Tokens before the patches of the teacher's map; where the student's
+                are as many, and are learnt, the head is given them as well.
+        """
+        if self.kind == SUMMARY:
+            student, *blocks = (as_map(summary(map_)) for map_ in (student, *blocks))
+        if isinstance(self.head, MapHead):
+            guess: FeatureMap = self.head(tuple(blocks) if self.reads_blocks else student)
+            return guess
+        k = student.num_prefix_tokens
+        if k and not (self._with_prefix and k == num_prefix_tokens):
+            student = FeatureMap(student.tokens[:, k:], student.grid, 0)
+        return student._replace(tokens=self.head(student.tokens))
 
     def teacher_tokens(self, student: FeatureMap, teacher: FeatureMap) -> Tensor:
         """Returns the teacher's tokens of `compared`, (B, N, Ct).
