@@ -196,8 +196,8 @@ class Run:
 
     name: str
     student: Student
-    # Several students that learn from the same batches, by names of your own; student is then
-    # ignored. Each has a run folder, RUN/students/NAME.
+    # Several students that learn from the same batches, by names of your own. What one does not say
+    # is as in student. Each has a run folder, RUN/students/NAME.
     students: dict[str, NamedStudent] = field(default_factory=dict)
     teacher: Teacher = field(default_factory=Teacher)
     # Several teachers, by names of your own; then the sections teacher and objective stay empty.
@@ -353,7 +353,7 @@ class Run:
         A model of another family keeps none of the fields of the run's own, and another task
         nothing that the run says to its own task alone. Where the run names a teacher's weights,
         other weights bring their own model. The first of several teachers take the place of the
-        run's only one.
+        run's only one. A new one of several students begins as the run's own.
 
         Raises: ConfigError: as `override`; or if the task cannot be imported.
         """
@@ -365,6 +365,12 @@ class Run:
             )
         if not base.teachers and any(name.startswith("teachers.") for name in values):
             base = replace(base, **{name: hints_of(Run)[name]() for name in _OF_ONE_TEACHER})
+        of_all = {n.removeprefix("student."): v for n, v in values.items() if n[:8] == "student."}
+        come = dict.fromkeys(name.split(".")[1] for name in values if name[:9] == "students.")
+        for name in [name for name in come if name not in base.students]:
+            own = {f.name: getattr(base.student, f.name) for f in fields(Student)}
+            base = replace(base, students={**base.students, name: NamedStudent(**own)})
+            values = {f"students.{name}.{n}": v for n, v in of_all.items()} | dict(values)
         for where, section in base._models().items():
             base = base._with_model(where, _with_other_model(section, where, values))
         return override(base, values)

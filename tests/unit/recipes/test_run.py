@@ -218,6 +218,20 @@ def test_a_resume_may_take_students_out_and_in_but_not_change_them():
     assert a_run(runtime=run.runtime).changes_since(stored) == {"students": ("small, base", "")}
 
 
+def test_a_named_student_begins_as_the_recipes_own():
+    values = {
+        "student.drop_path_rate": 0.3,
+        "students.fast.base_lr": 1e-2,
+        "students.vit.model": "vit_base_patch16",
+        "students.vit.drop_path_rate": 0.0,
+    }
+    fast, vit = a_run().with_fields(values).each_student().values()
+    assert fast.student == replace(a_run().student, drop_path_rate=0.3)
+    assert fast.optim.base_lr == 1e-2
+    # A model of another family keeps nothing of its architecture, as in a run of its own.
+    assert vit.student == Student(model="vit_base_patch16", drop_path_rate=0.0)
+
+
 def test_what_is_wrong_of_a_student_names_it():
     with pytest.raises(ConfigError, match=r"^students\.Big: not a name"):
         of_students(students={"Big": NamedStudent(model="vit_base_patch16")})
