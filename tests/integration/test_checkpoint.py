@@ -23,6 +23,7 @@ KILLS = 2
 EVERY_UPDATE = (
     *("--optim.max_steps", "16", "--runtime.save_every", "1"),
     *("--optim.layer_decay", "0.8", "--optim.ema_decay", "0.9"),
+    *("--objective.normaliser", "running"),
 )
 PROGRAMS = Path(__file__).parent / "programs"
 MAIN = ROOT / "fd_large" / "__main__.py"

@@ -49,13 +49,13 @@ class Watch(TorchFunctionMode):
 
 
 def watched(self: Trainer, *arguments: Any) -> None:
-    found[self._finished] = []
-    with Watch(self._finished):
+    found[self.finished] = []
+    with Watch(self.finished):
         one_update(self, *arguments)
 
 
 if __name__ == "__main__":
-    one_update, Trainer._train_step = Trainer._train_step, watched
+    one_update, Trainer.take_step = Trainer.take_step, watched
     folder, *words = sys.argv[1:]
     leave = distributed.leave
     distributed.leave = lambda code: code
