@@ -15,6 +15,7 @@ from fd_large.recipes import (
     finetuning,
     linear,
     segmentation,
+    several_teachers,
 )
 from fd_large.recipes.quickstart import quickstart
 from fd_large.recipes.run import Run
@@ -34,6 +35,13 @@ RECIPES: dict[str, Callable[[], Run]] = {
         distillation_swinv2.fd_swinv2_1b,
         distillation_swinv2.fd_swinv2h,
         distillation_swinv2.fd_swinv2g,
+        several_teachers.unic_vit_base,
+        several_teachers.theia_vit_base,
+        several_teachers.sak_vit_base,
+        several_teachers.agglomerative_vit_large,
+        several_teachers.agglomerative_swinv2_giant,
+        several_teachers.proxy_vit_giant,
+        several_teachers.proxy_vit_base,
         finetuning.finetune_clip_vit_base,
         finetuning.finetune_clip_vit_base_100ep,
         finetuning.finetune_clip_vit_large,

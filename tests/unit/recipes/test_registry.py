@@ -36,6 +36,26 @@ FINE_TUNING = {
     "finetune_deit_vit_base": (100, 20, 1.25e-3, 2.5e-7, 0.65, 0.3),
     "finetune_esvit_swin_base": (100, 20, 1.25e-3, 2.5e-7, 0.80, 0.4),
 }
+# Of several teachers: their number, loss, head, epochs, warm-up, batch, peak of the learning rate,
+# its end, weight decay.
+TEACHERS = {
+    "unic_vit_base": (
+        4, "cls_and_patches", "ladder", 200, 10, 512, 6e-4, 1e-6, 0.03,
+    ),
+    "theia_vit_base": (
+        3, "0.9 cosine_of_map + 0.1 smooth_l1", "convolutional", 50, 5, 128, 5e-4, 5e-4, 0.01,
+    ),
+    "sak_vit_base": (
+        3, "0.9 cosine_of_map + 0.1 smooth_l1", "linear", 30, 2, 128, 1e-3, 1e-5, 0.01,
+    ),
+}  # fmt: skip
+# Of our own choice.
+AGGLOMERATIVE = (
+    "agglomerative_vit_large",
+    "agglomerative_swinv2_giant",
+    "proxy_vit_giant",
+    "proxy_vit_base",
+)
 # Of CLIP itself: epochs, warm-up, learning rate of 2048 images, layer decay.
 PLAIN = {
     "finetune_clip_vit_base_plain": (50, 10, 6e-4, 0.60),
@@ -88,6 +108,7 @@ OURS = [name for name in registry.RECIPES if name.startswith("fd_swinv2")]
 def test_recipes_are_named_by_their_function_and_the_quick_start_is_the_default():
     assert all(registry.get(name).name == name for name in registry.RECIPES)
     others = {*PLAIN, *LARGER_FINE_TUNING, *DETECTION, *SEGMENTATION, *DEPTH}
+    others |= {*TEACHERS, *AGGLOMERATIVE}
     published = {*PAPER, *FINE_TUNING, *others, "nyuv2_linear"}
     assert {*published, *OURS, "quickstart", "linear_probe"} == set(registry.RECIPES)
     assert registry.DEFAULT_RECIPE == "quickstart"
@@ -112,6 +133,31 @@ def test_a_published_run_has_the_published_settings(name):
     if "esvit" in name:
         assert run.student_architecture().window_size == 14
         assert run.teacher_architecture().window_size == 14
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_several_teachers_are_learnt_by_the_published_settings(name):
+    run = registry.get(name)
+    optim, batch = run.optim, run.batch.global_batch_size
+    peak, _, last = optim.rates(batch)
+    for entry in run.teachers.values():
+        assert (
+            len(run.teachers),
+            entry.loss,
+            entry.head,
+            optim.epochs,
+            optim.warmup_epochs,
+            batch,
+            pytest.approx(peak),
+            pytest.approx(last),
+            optim.weight_decay,
+        ) == TEACHERS[name]
+        assert (entry.beta, optim.clip_norm) == (1.0, 0)
+
+
+def test_the_student_of_the_proxy_learns_from_the_proxy():
+    proxy, student = (registry.get(f"proxy_vit_{size}") for size in ("giant", "base"))
+    assert student.teacher_architecture() == proxy.student_architecture()
 
 
 @pytest.mark.parametrize("name", FINE_TUNING)

@@ -1,0 +1,293 @@
+"""Students of several teachers: published runs, as far as they are published, and our own.
+
+UNIC, Theia and SAK ship their training code; their numbers are from it. What this package does
+differently is said with each. NVIDIA, Meta and others publish no training code of RADIO, EUPE and
+AMoE: the agglomerative runs and the proxy follow their idea, and their settings are our own.
+
+Teachers of timm come with the name of their weights, which are downloaded at the start; those of
+other families want `--teachers.NAME.source`.
+
+Durations are calculated, not measured: FLOPs per image (3 x student and heads + teachers, 2 per
+multiply-add) x images, at an assumed 200 TFLOP/s per GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.distillation import VIT_RATES, distillation
+from fd_large.recipes.distillation_swinv2 import WINDOW_12
+from fd_large.recipes.run import Run
+from fd_large.recipes.sections import Batch, Data, Optim, Student
+from fd_large.tasks.distillation.section import NamedTeacher, Summary, Teacher, Weighting
+
+# A cosine of whole maps and smooth L1: Theia's and SAK's.
+_COSINE_AND_L1 = {"loss": "0.9 cosine_of_map + 0.1 smooth_l1", "beta": 1.0}
+
+
+def unic_vit_base() -> Run:
+    """UNIC: DINO, DeiT-III, iBOT and dBOT into a ViT-B/16, 200 epochs, teachers dropped by image.
+
+    Hardware: 4 GPUs x 128 images; weights of the four ViT-B/16
+    Duration: 500,400 steps; about 120 GPU-hours
+    Result: ImageNet-1K classification 83.8, ADE20K linear 39.6 (its README)
+
+    Source: Sariyildiz et al., arXiv 2408.05088, and its code (naver/unic, main_unic.py): AdamW .9 /
+    .99, weight decay .03, 3e-4 per 256 images, cosine to 1e-6 after 10 epochs, no clipping, drop
+    path .1; a ladder of projectors for CLS token and patches, each normalised by running statistics
+    of its own; half cosine and half smooth L1 with beta 1; a teacher that is not an image's worst
+    is dropped with probability one half.
+    Not the same here: colours change without the published probability of .8, and nothing is
+    blurred or solarised; bfloat16 in place of float16; CLS token and positions are not decayed;
+    DeiT-III is timm's, whose map has no CLS token.
+    Duration: 330 GFLOP x 2.56e8 images = 8.5e19 FLOP.
+    """
+    learnt: dict[str, Any] = {
+        "head": "ladder",
+        "loss": "cls_and_patches",
+        "beta": 1.0,
+        "normaliser": "running",
+    }
+    names = ("dino", "ibot", "dbot")
+    plain = {name: NamedTeacher(model="dino_vit_base_patch16", **learnt) for name in names}
+    deit = _timm("deit3_base_patch16_224.fb_in1k", **learnt)
+    return Run(
+        name="unic_vit_base",
+        student=Student(model="dino_vit_base_patch16", drop_path_rate=0.1),
+        teachers={**plain, "deit3": deit},
+        weighting=Weighting(rule="drop", drop_probability=0.5),
+        data=Data(color_jitter=0.4, grayscale_probability=0.2),
+        # At 512 images: 6e-4, and 1e-6 at the end.
+        optim=Optim(
+            base_lr=6e-4,
+            warmup_lr=0.0,
+            min_lr=1e-6,
+            weight_decay=0.03,
+            betas=(0.9, 0.99),
+            clip_norm=0.0,
+            epochs=200,
+            warmup_epochs=10,
+        ),
+        batch=Batch(global_batch_size=512),
+    )
+
+
+def theia_vit_base() -> Run:
+    """Theia: ViT-H, DINOv2-L and CLIP-L into a DeiT-B/16 by convolutions, 50 epochs.
+
+    Hardware: 8 GPUs x 16 images; weights of CLIP ViT-L/14
+    Duration: 500,450 steps; about 70 GPU-hours
+    Result: published for robots (CortexBench), not for ImageNet
+
+    Source: Shang et al., arXiv 2407.20179, and its code (bdaiinstitute/theia, frame_level.yaml,
+    cdiv.yaml, lconv.yaml): AdamW, 2e-3 per 512 images, constant after a tenth of the run, weight
+    decay .01, no clipping; .9 of the cosine of whole maps and .1 of smooth L1, a third for each
+    teacher; standardised channels.
+    Not the same here: running statistics in place of files (`fd-large statistics` makes those, and
+    the normaliser is then standardise); teachers run with the student, where Theia reads features
+    from disk; an image may be mirrored; its default takes a tenth of ImageNet-1K.
+    Duration: (3 x 35 + 334 + 2 x 162) GFLOP x 6.4e7 images = 4.9e19 FLOP.
+    """
+    learnt: dict[str, Any] = {
+        **_COSINE_AND_L1,
+        "head": "convolutional",
+        "normaliser": "running",
+        "teacher_image_size": 0,
+        "weight": 1 / 3,
+    }
+    return Run(
+        name="theia_vit_base",
+        student=Student(model="deit_vit_base_patch16"),
+        teachers={
+            "vit": _timm("vit_huge_patch14_224.orig_in21k", **learnt),
+            "dino": _timm("vit_large_patch14_dinov2.lvd142m", image_size=224, **learnt),
+            "clip": NamedTeacher(model="clip_vit_large_patch14", **learnt),
+        },
+        data=Data(min_crop_scale=1.0),
+        optim=Optim(
+            base_lr=2e-3,
+            warmup_lr=2e-5,
+            min_lr=2e-3,
+            weight_decay=0.01,
+            clip_norm=0.0,
+            epochs=50,
+            warmup_epochs=5,
+        ),
+        batch=Batch(global_batch_size=128),
+    )
+
+
+def sak_vit_base() -> Run:
+    """SAK's first stage: DINOv2-B, CLIP-B and SAM-B into a ViT-B/16 at 384 px, 30 epochs.
+
+    Hardware: 8 GPUs x 16 images; weights of CLIP ViT-B/16
+    Duration: 300,270 steps; about 110 GPU-hours
+    Result: published after its second stage, on Pascal-Context and NYUv2
+
+    Source: Lu et al., arXiv 2410.14633, and its code (innovator-zero/SAK, BB_s1.yml): AdamW, 1e-3,
+    weight decay .01, cosine to 1e-5 after two epochs, no clipping; .9 of the cosine of whole maps
+    and .1 of smooth L1, raw targets, a plain sum; the map of fewer places is resized to the other.
+    The number of GPUs is not published.
+    Not the same here: the last map of each teacher alone, where SAK learns four levels, and no
+    adapters for each teacher in the student; crops from .08 of an image.
+    """
+    learnt: dict[str, Any] = {
+        **_COSINE_AND_L1,
+        "normaliser": "none",
+        "interpolation": "bilinear_larger",
+    }
+    return Run(
+        name="sak_vit_base",
+        student=Student(model="deit_vit_base_patch16"),
+        teachers={
+            "dino": _timm("vit_base_patch14_dinov2.lvd142m", image_size=336, **learnt),
+            "clip": NamedTeacher(model="clip_vit_base_patch16", **learnt),
+            "sam": _timm("samvit_base_patch16.sa1b", **learnt),
+        },
+        data=Data(image_size=384),
+        # At 512 images, for 1e-3 and 1e-5 at 128.
+        optim=Optim(
+            base_lr=4e-3,
+            warmup_lr=5e-7,
+            min_lr=4e-5,
+            weight_decay=0.01,
+            clip_norm=0.0,
+            epochs=30,
+            warmup_epochs=2,
+        ),
+        batch=Batch(global_batch_size=128),
+    )
+
+
+def agglomerative_vit_large() -> Run:
+    """CLIP-L, DINOv2-g and SAM-L into a ViT-L/14: our own choices, after RADIO.
+
+    Hardware: 16 GPUs x 128 images; weights of CLIP ViT-L/14
+    Duration: 187,500 steps; about 1,800 GPU-hours
+    Result: not trained yet
+
+    The student's run is FD's own into ViT-L (fd_clip_vit_large). Each teacher has a head of two
+    layers for its map, whitened, and those with a summary one for it, by the cosine alone: RADIO's
+    objective before PHI-S (arXiv 2312.06709). SAM teaches its map alone.
+    """
+    return _agglomerative(
+        "agglomerative_vit_large",
+        Student(model="vit_large_patch14", drop_path_rate=0.3),
+        {
+            "clip": NamedTeacher(model="clip_vit_large_patch14", **_AGGLOMERATIVE),
+            "dino": _timm("vit_giant_patch14_reg4_dinov2.lvd142m", **_AGGLOMERATIVE),
+            "sam": _timm("samvit_large_patch16.sa1b", head="mlp"),
+        },
+        image_size=224,
+    )
+
+
+def agglomerative_swinv2_giant() -> Run:
+    """The teachers of agglomerative_vit_large into SwinV2-G, three billion parameters.
+
+    Hardware: 64 GPUs of 80 GB x 32 images; weights of CLIP ViT-L/14
+    Duration: 187,500 steps; about 2,300 GPU-hours
+    Result: not trained yet
+
+    The student's run is fd_swinv2g's. Its map at 192 px has 6 x 6 places, to which those of the
+    teachers are resized.
+    """
+    return _agglomerative(
+        "agglomerative_swinv2_giant",
+        Student(
+            model="swinv2_giant",
+            architecture=WINDOW_12,
+            drop_path_rate=0.3,
+            residual_dtype="float32",
+            activation_checkpointing="every",
+        ),
+        dict(agglomerative_vit_large().teachers),
+        image_size=192,
+        rates=(7.5e-5, 3.75e-7, 3.75e-6),
+    )
+
+
+def proxy_vit_giant() -> Run:
+    """Two Perception Encoders and DINOv3-H+ into a ViT-g/14 of 1.1 billion: first of two commands.
+
+    Hardware: 64 GPUs of 80 GB x 32 images; the weights are downloaded
+    Duration: 187,500 steps; about 5,000 GPU-hours
+    Result: not trained yet
+
+    EUPE's idea (arXiv 2603.22387): several large teachers into one proxy, and the proxy into small
+    students, which learn more from it than from the teachers themselves. Its code is not published;
+    the teachers are its own, the settings are ours.
+
+        train --recipe proxy_vit_giant --runtime.run_dir runs/proxy
+        train --recipe proxy_vit_base --teacher.source runs/proxy
+    """
+    return _agglomerative(
+        "proxy_vit_giant",
+        Student(
+            model="vit_large_patch14",
+            architecture=_GIANT,
+            drop_path_rate=0.4,
+            activation_checkpointing="every",
+        ),
+        {
+            "core": _timm("vit_pe_core_gigantic_patch14_448.fb", **_AGGLOMERATIVE),
+            "language": _timm("vit_pe_lang_gigantic_patch14_448.fb", **_AGGLOMERATIVE),
+            "dino": _timm("vit_huge_plus_patch16_dinov3.lvd1689m", **_AGGLOMERATIVE),
+        },
+        image_size=224,
+    )
+
+
+def proxy_vit_base() -> Run:
+    """The proxy of proxy_vit_giant into a ViT-B/16, 300 epochs: second of two commands.
+
+    Hardware: 16 GPUs x 128 images; the run folder of proxy_vit_giant
+    Duration: 187,500 steps; about 370 GPU-hours
+    Result: not trained yet
+
+    One teacher by the paper's own objective. The proxy sees images of 196 px, at which its grid of
+    patches of 14 is the student's.
+    """
+    return distillation(
+        "proxy_vit_base",
+        Student(model="vit_base_patch16", drop_path_rate=0.2),
+        Teacher(model="vit_large_patch14", architecture=_GIANT),
+        rates=VIT_RATES,
+    )
+
+
+# ViT-g: 40 x 12 x 1536^2 = 1.13e9 parameters in its blocks.
+_GIANT = Architecture(embed_dim=1536, depths=(40,), num_heads=(24,))
+_AGGLOMERATIVE: dict[str, Any] = {
+    "targets": ("map", "summary"),
+    "head": "mlp",
+    "summary": Summary(loss="cosine", normaliser="none"),
+}
+
+
+def _timm(name: str, *, image_size: int | None = None, **fields: Any) -> NamedTeacher:
+    """A teacher of timm with its weights."""
+    model = f"timm:{name.partition('.')[0]}"
+    own = Architecture() if image_size is None else Architecture(image_size=image_size)
+    return NamedTeacher(model=model, architecture=own, source=f"timm:{name}", **fields)
+
+
+def _agglomerative(
+    name: str,
+    student: Student,
+    teachers: dict[str, NamedTeacher],
+    *,
+    image_size: int,
+    rates: tuple[float, float, float] = VIT_RATES,
+) -> Run:
+    """Settings of the distillations of record, for several teachers."""
+    base_lr, warmup_lr, min_lr = rates
+    return Run(
+        name=name,
+        student=student,
+        teachers=teachers,
+        data=Data(image_size=image_size),
+        optim=Optim(base_lr=base_lr, warmup_lr=warmup_lr, min_lr=min_lr, epochs=300),
+        batch=Batch(global_batch_size=2048),
+    )
