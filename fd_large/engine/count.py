@@ -62,6 +62,10 @@ def _attention(
     **_: Any,
 ) -> Tensor:
     """Calls the kernel that a device has for torch's attention; meta would take it apart."""
+    if q.ndim == 3:  # The heads are in the batch, as in SAM.
+        q, k, v = (part[:, None] for part in (q, k, v))
+        mask = None if attn_mask is None else attn_mask[:, None]
+        return _attention(on_gpu, q, k, v, mask, dropout_p, is_causal, scale)[:, 0]
     if not on_gpu:
         return aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
