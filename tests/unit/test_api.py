@@ -17,6 +17,7 @@ from process_state import state
 from pyarrow import parquet
 
 import fd_large
+from fd_large.checkpoint import stream
 from fd_large.engine import opening
 from fd_large.recipes import registry
 
@@ -88,6 +89,40 @@ def test_a_second_call_goes_on_in_the_same_process(trained, images):
     result = distill(images, trained[0].folder, **longer)
     assert result.summary["updates"] == 3
     assert state() == before
+
+
+def test_several_teachers_go_on_as_they_began(images, tmp_path):
+    """Loss, panel and report name each; a resume is exact, and with other teachers refused."""
+    only = TINY["teacher"]
+    fields = {
+        "teacher": {},
+        "teachers": {"a": only, "b": {**only, "targets": ["map", "summary"], "loss": "mse"}},
+        "eval": {"root": images, "views": 4},
+        **{"optim.max_steps": 4, "runtime.save_every": 2},
+    }
+
+    def weights(folder):
+        reader = stream.newest(folder / "checkpoints" / "step_00000004")
+        return {name: stream.read(reader, name, (n,)) for name, n in reader.layout.sizes.items()}
+
+    result = distill(images, tmp_path / "run", **fields)
+    assert result.summary["teachers"].keys() == {"a", "b"}
+    assert "held_out_b_summary_loss" in result.summary
+    with np.load(result.folder / "pictures" / "features_after.npz") as panel:
+        assert panel["student_b"].shape == panel["teacher_b"].shape == (4, 2, 2, 8)
+    page = (result.folder / "report.html").read_text()
+    assert "teacher a" in page
+    assert "b summary loss" in page
+    whole = weights(result.folder)
+    shutil.rmtree(result.folder / "checkpoints" / "step_00000004")
+    again = distill(images, result.folder, **fields)
+    assert again.summary["updates"] == 4
+    resumed = weights(result.folder)
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    other = {"a": only, "c": only}
+    message = said(distill, images, result.folder, **{**fields, "teachers": other})
+    assert "teachers 'a, b' -> 'a, c'" in message
 
 
 def test_what_fails_leaves_the_process_as_it_was(images, tmp_path, monkeypatch):
