@@ -255,19 +255,19 @@ def step_flops(
 
 
 def kernel_calls(
-    job: Job, capability: tuple[int, int], *, bfloat16: bool, frozen_bfloat16: bool
+    job: Job, device: choose.Device, *, bfloat16: bool, frozen_bfloat16: bool
 ) -> list[Call]:
     """Returns the calls of fused operations in a step of two images; see `kernels/check.py`.
 
     Args:
         job: Its weights and its images are not touched.
-        capability: Compute capability of the card that will run them.
+        device: What will run them.
         bfloat16: Whether the task computes in bfloat16.
         frozen_bfloat16: Whether frozen models do.
 
     Raises: FDError: if a step cannot run without values.
     """
-    with on_shapes(choose.Device(capability, wish=choose.wished())), recording() as calls:
+    with on_shapes(device), recording() as calls:
         task, _ = _models(job, bfloat16=bfloat16, frozen_bfloat16=frozen_bfloat16)
         task.shapes_only(job.probe_batch(IMAGES))
     return list(calls)

@@ -332,7 +332,7 @@ def check_kernels(job: Job, *, bfloat16: bool) -> None:
         try:
             calls = kernel_calls(
                 job,
-                capability,
+                choose.Device(capability, on_gpu=device.type == "cuda", wish=choose.wished()),
                 bfloat16=bfloat16,
                 frozen_bfloat16=frozen_in_bfloat16(teacher, bfloat16),
             )
