@@ -23,7 +23,12 @@ from torch import Tensor
 from fd_large import doors
 from fd_large.errors import ConfigError, nearest
 from fd_large.kernels.whitened_loss import whitened_loss
-from fd_large.tasks.distillation.similarity import relation_divergence, units
+from fd_large.tasks.distillation.similarity import (
+    SummaryQueue,
+    queue_divergence,
+    relation_divergence,
+    units,
+)
 
 WHERE = "objective.loss"
 _SMALLEST = 1e-6  # For divisions, far below any difference that matters in units of the target.
@@ -232,6 +237,30 @@ class Relation(Loss):
         return relation_divergence(student, teacher)
 
 
+class QueueDivergence(Loss):
+    """The divergence between the similarities that summaries have to those of other images.
+
+    For summaries alone. Source: similarity.py.
+
+    Attributes:
+        queue: The other summaries; the target sets it. None: those of the images themselves.
+    """
+
+    label = "queue loss"
+    reads_beta = False
+    queue: SummaryQueue | None = None
+
+    def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns the mean over images."""
+        return self.per_image(projected, target).mean()
+
+    def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns it for each image."""
+        student, teacher = (units(summaries[:, 0]) for summaries in (projected, target))
+        rows = teacher if self.queue is None else self.queue.now.to(teacher)
+        return queue_divergence(student, teacher, rows)
+
+
 class WeightedSum(Loss):
     """A sum of losses by weight.
 
@@ -316,6 +345,7 @@ LOSSES: dict[str, Any] = {
     "cosine_of_map": CosineOfMap,
     "cls_and_patches": ClsAndPatches,
     "relation": Relation,
+    "queue": QueueDivergence,
 }
 """The built-in losses: functions, or subclasses of `Loss`."""
 
@@ -398,7 +428,7 @@ def _terms(name: str, beta: float) -> list[tuple[float, Loss]]:
                 f"{WHERE}: not a sum of losses by weight; got {text!r} in {name!r}, expected terms "
                 'as in "0.9 cosine + 0.1 smooth_l1", with weights above 0. Correct the term.'
             )
-        if found[2] not in LOSSES:
+        if found[2] not in LOSSES or LOSSES[found[2]] is QueueDivergence:
             raise ConfigError(
                 f"{WHERE}: no such loss for a sum; got {found[2]!r}, {nearest(found[2], LOSSES)}. "
                 "Take a built-in one; a function of your own can add what it likes itself."

@@ -46,7 +46,8 @@ class Objective:
     # The loss. smooth_l1: quadratic up to beta, linear above. mse, l1: the mean squared or absolute
     # difference. cosine: one minus the cosine of two tokens. cosine_of_map: that of two whole maps.
     # cls_and_patches: half cosine, half smooth_l1, of which CLS token and patches have equal parts.
-    # relation: the divergence between the similarities of an image's tokens.
+    # relation: the divergence between the similarities of an image's tokens. queue, of summaries:
+    # that between their similarities to the teacher's newest summaries.
     # A sum of these by weight: "0.9 cosine_of_map + 0.1 smooth_l1". A function of your own, from
     # (projected, target) to a scalar: module:FILE.py:NAME (docs/extending.md).
     loss: str = "smooth_l1"

@@ -11,7 +11,73 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fd_large import distributed
+from fd_large.engine.float32_buffers import Float32Buffers
+
 TEMPERATURE = 0.07
+QUEUE = 8192
+"""Summaries in a queue: lightly-train's for large datasets."""
+
+
+class SummaryQueue(Float32Buffers):
+    """The newest summaries of a teacher, in the order of the positions of the steps' images.
+
+    lightly-train has a queue on each rank, so that its loss depends on their number; here it is one
+    of the global batches. It moves once a step that was taken, and belongs to a checkpoint.
+
+    Args:
+        width: C.
+
+    Attributes:
+        rows: (Q, C), of length 1; zeros where there are none yet.
+        num_sums: Length of what `placed` has returned.
+    """
+
+    rows: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(QUEUE, width))
+        self._of_step: Tensor | None = None
+        self._placed, self._micro_batches, self.num_sums = 0, 1, 0
+
+    @property
+    def now(self) -> Tensor:
+        """The rows; for what learns in a step, its own in front, as in lightly-train."""
+        learns = self._of_step is not None and torch.is_grad_enabled()
+        return self._of_step if learns else self.rows
+
+    def begin(self, micro_batches: int) -> None:
+        """Begins the passes of a step of so many micro batches of each rank."""
+        self._of_step, self._placed, self._micro_batches = None, 0, micro_batches
+
+    def placed(self, summaries: Tensor) -> Tensor:
+        """Returns summaries (B, C) at their places in the global batch, zeros elsewhere, flat.
+
+        Summed over the micro batches of all ranks they are those of the step, float64. A rank's
+        micro batches are consecutive positions, and called for in their order. What would fall out
+        of the queue is left out.
+        """
+        size = len(summaries)
+        number = distributed.rank() * self._micro_batches + self._placed
+        total = size * self._micro_batches * distributed.world_size()
+        self._placed += 1
+        batch = summaries.new_zeros(total, summaries.shape[-1], dtype=torch.float64)
+        batch[number * size : (number + 1) * size] = units(summaries.double())
+        flat = batch[:QUEUE].flatten()
+        self.num_sums = len(flat)
+        return flat
+
+    def take(self, batch: Tensor) -> None:
+        """Puts the summaries of a step, flat as of `placed`, in front for the time of the step."""
+        self._of_step = pushed(self.rows, batch.view(-1, self.rows.shape[-1]).to(self.rows))
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """Keeps the step's summaries."""
+        assert self._of_step is not None
+        self.rows.copy_(self._of_step)
+        self._of_step = None
 
 
 def units(tokens: Tensor) -> Tensor:

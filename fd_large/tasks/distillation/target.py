@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fd_large.backbones.feature_map import FeatureMap
+from fd_large.errors import ConfigError
 from fd_large.tasks.distillation.alignment import Grid, common_grid, match_grids, match_prefixes
 from fd_large.tasks.distillation.heads import registry
 from fd_large.tasks.distillation.heads.map_head import MapHead, Maps
-from fd_large.tasks.distillation.losses import make_loss
+from fd_large.tasks.distillation.losses import QueueDivergence, make_loss
 from fd_large.tasks.distillation.normalisers import WHITENING, make_normaliser
 from fd_large.tasks.distillation.running_statistics import Moments, RunningStatistics
-from fd_large.tasks.distillation.section import MAP, SUMMARY, label, told_of
+from fd_large.tasks.distillation.section import MAP, SUMMARY, field_of, label, told_of
+from fd_large.tasks.distillation.similarity import SummaryQueue
 
 
 class Target:
@@ -51,6 +53,7 @@ class Target:
         head: The Module from (B, N, width) to (B, N, teacher_width), or a `MapHead`.
         reads_blocks: Whether the head reads the maps of the student's blocks.
         loss: The loss.
+        queue: Summaries of earlier steps, where the loss compares with them.
         normalise: From tokens (..., teacher_width) to the same in float32.
         running: `normalise`, where it has statistics that training moves; else None.
     """
@@ -81,6 +84,15 @@ class Target:
                 normaliser, eps=whitening_eps, statistics=target_statistics, width=teacher_width
             )
         self.reads_blocks = isinstance(self.head, MapHead) and self.head.reads_blocks
+        self.queue: SummaryQueue | None = None
+        if isinstance(self.loss, QueueDivergence):
+            if kind != SUMMARY:
+                raise ConfigError(
+                    f"{field_of(teacher, 'loss')}: a queue holds summaries; got {loss} for a map, "
+                    "expected it for the summary of one of several teachers. Set it in "
+                    "--teachers.NAME.summary.loss."
+                )
+            self.queue = self.loss.queue = SummaryQueue(teacher_width)
         is_running = isinstance(self.normalise, RunningStatistics)
         self.running = cast(RunningStatistics, self.normalise) if is_running else None
         self._eps = whitening_eps if normaliser == WHITENING else None

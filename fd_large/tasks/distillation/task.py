@@ -102,6 +102,10 @@ class Distillation(Task):
         running = {t.label or MAP: t.running for t in self.targets if t.running is not None}
         if running:
             self.running = nn.ModuleDict(running)
+        queues = {t.label: t.queue for t in self.targets if t.queue is not None}
+        if queues:
+            self.queues = nn.ModuleDict(queues)
+        self._queues = tuple(queues.values())
         # Of this step, by the targets' labels: statistics of all its images, and sums over those
         # of this rank that its forwards have seen.
         self._agreed: dict[str, Moments] = {}
@@ -170,7 +174,9 @@ class Distillation(Task):
 
     def two_passes(self, micro_batches: int) -> bool:
         """Statistics of a step, and the number of teachers that it keeps, are of all its images."""
-        return self._weighting.rule != "fixed" or bool(self._of_step)
+        for queue in self._queues:
+            queue.begin(micro_batches)
+        return self._weighting.rule != "fixed" or bool(self._of_step) or bool(self._queues)
 
     @property
     def _of_step(self) -> dict[str, RunningStatistics]:
@@ -184,11 +190,16 @@ class Distillation(Task):
 
         Args: As in `Task`. The student is not run.
         """
-        tokens = self._teacher_tokens(prepared["pixels"], prepared["maps"])
+        tokens = list(self._teacher_tokens(prepared["pixels"], prepared["maps"]))
         parts = [
             target.running.sums_of(own)
             for target, own in zip(self.targets, tokens, strict=True)
             if target.running is not None and target.running.of_step
+        ]
+        parts += [
+            target.queue.placed(own[:, 0])
+            for target, own in zip(self.targets, tokens, strict=True)
+            if target.queue is not None
         ]
         if self._weighting.rule != "fixed":
             images = len(prepared["pixels"])
@@ -201,11 +212,13 @@ class Distillation(Task):
     ) -> dict[str, Any]:
         """Returns the arguments of `forward` with the numbers of the step."""
         targets = self._of_step
-        sizes = [running.num_sums for running in targets.values()]
+        sizes = [one.num_sums for one in (*targets.values(), *self._queues)]
         *sums, number = totals.split([*sizes, len(totals) - sum(sizes)])
+        for queue, batch in zip(self._queues, sums[len(targets) :], strict=True):
+            queue.take(batch)
         self._agreed = {
             label: running.moments_of(part)
-            for (label, running), part in zip(targets.items(), sums, strict=True)
+            for (label, running), part in zip(targets.items(), sums[: len(targets)], strict=True)
         }
         return {**prepared, "step": self._agreed, "number": number, "parts": parts}
 
@@ -241,6 +254,8 @@ class Distillation(Task):
             if (running := target.running) is not None:
                 moments = self._agreed.get(target.label) or running.moments_of(noted[target.label])
                 running.move(moments, self._momentum)
+        for queue in self._queues:
+            queue.move()
 
     def forward(
         self,

@@ -246,3 +246,42 @@ def test_what_is_counted_and_tested_needs_no_draws(images):
         loss, metrics = task.eval()(**task.prepare(images, None, None))
     # The mean over the teachers.
     assert loss.item() == pytest.approx((metrics["t0_loss"] + metrics["t1_loss"]).item() / 2)
+
+
+def test_a_queue_holds_the_summaries_of_the_global_batch_whatever_its_division(monkeypatch):
+    monkeypatch.setattr("fd_large.tasks.distillation.similarity.QUEUE", 10)
+    draw = torch.Generator().manual_seed(0)
+    batches = torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8, generator=draw)
+
+    def learn(ranks, micro_batches):
+        """Losses of two steps and the queue after them, of ranks that run one after another."""
+        torch.manual_seed(0)
+        student = ViT(16, 1, 2, patch_size=8, image_size=32)
+        teacher = Frozen(ViT(12, 1, 2, patch_size=8, image_size=32), IMAGENET)
+        targets = [Target(16, 12, teacher="a", kind="summary", loss="queue")]
+        task = Distillation(student, {"a": teacher}, targets).train()
+        place = "fd_large.tasks.distillation.similarity.distributed"
+        monkeypatch.setattr(f"{place}.world_size", lambda: ranks)
+        losses = []
+        for images in batches:
+            parts = images.chunk(ranks * micro_batches)
+            prepared = [task.prepare(part, None, None) for part in parts]
+            sums = []
+            for number, one in enumerate(prepared):
+                if number % micro_batches == 0:
+                    assert task.two_passes(micro_batches)
+                    monkeypatch.setattr(f"{place}.rank", lambda n=number: n // micro_batches)
+                sums.append(task.sums(task, one))
+            totals = torch.stack(sums).sum(0)
+            arguments = [task.with_totals(one, totals, parts=len(parts)) for one in prepared]
+            losses.append(torch.stack([task(**one)[0] for one in arguments]).mean().item())
+            task.after_step()
+        return losses, task.state_dict()["queues.a_summary.rows"]
+
+    losses, rows = learn(1, 1)
+    assert losses[0] > 0
+    assert torch.allclose(rows.norm(dim=1), torch.tensor([1.0] * 8 + [0.0] * 2))
+    for ranks, micro_batches in ((1, 2), (2, 1), (2, 2)):
+        others, theirs = learn(ranks, micro_batches)
+        assert others == pytest.approx(losses, rel=1e-5)
+        assert torch.allclose(theirs, rows, atol=1e-6)
