@@ -250,13 +250,15 @@ def load_student(
     with torch.random.fork_rng(devices=cuda_devices()):
         named = find_model(os.fspath(run), job_of)
         backbone, statistics = named.build()
+    # Not all of `named`, whose weights keep files open.
+    job, source = named.trained_by, named.source
+    has_heads = job is not None and named.section.source != RANDOM
 
     def heads() -> Mapping[str, Any]:
-        if named.trained_by is None or named.section.source == RANDOM:
+        if job is None or not has_heads:
             return {}
-        reader = stream.newest(Path(named.source), where="load_student")
         with torch.random.fork_rng(devices=cuda_devices()):
-            return named.trained_by.stored_heads(reader)
+            return job.stored_heads(stream.newest(Path(source), where="load_student"))
 
     return TrainedModel(
         backbone,

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from fd_large.recipes.architectures import full_name
 from fd_large.recipes.sections import Data
-from fd_large.tasks.distillation.section import SUMMARY, NamedTeacher
+from fd_large.tasks.distillation.section import SUMMARY, NamedTeacher, label
 from fd_large.weights.model_card import LOSSES, Learned
 from fd_large.weights.origin import Origin, is_random, without_folders
 
@@ -54,12 +54,23 @@ def learned(
             f"loss of {name}" if name else "loss": _losses(entry) for name, entry in entries.items()
         },
         data={"crops": f"{data.image_size} px, {data.min_crop_scale:g} to 1 of the area, flipped"},
-        metrics=LOSSES | _METRICS,
+        metrics=LOSSES | _METRICS | _metrics_of(entries),
         origins={
             f"the weights of {name}" if name else "the teacher's weights": origin
             for name, origin in origins.items()
         },
     )
+
+
+def _metrics_of(entries: Mapping[str, NamedTeacher]) -> dict[str, str]:
+    """The words for what is measured of each of several teachers' targets."""
+    labels = [label(name, kind) for name, entry in entries.items() for kind in entry.targets]
+    return {
+        f"held_out_{one}_{what}": f"held-out {what} of {one.replace('_', ' ')}"
+        for one in labels
+        if one
+        for what in ("loss", "cosine")
+    }
 
 
 def _losses(entry: NamedTeacher) -> str:

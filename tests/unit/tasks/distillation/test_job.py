@@ -277,6 +277,9 @@ def test_several_teachers_are_known_by_their_names(run):
     # A checkpoint of other teachers is refused by their names.
     facts = job.facts()
     job.check_stored(facts)
+    card = job.learned(facts)
+    assert card.tables["Teacher b"]["hash of its weights"] == facts["teachers"]["b"]["teacher_hash"]
+    assert card.metrics["held_out_b_summary_loss"] == "held-out loss of b summary"
     other = {"teachers": {"a": facts["teachers"]["a"], "c": facts["teachers"]["b"]}}
     with pytest.raises(CheckpointError, match=r"teachers: .*got a, b, expected a, c"):
         job.check_stored(other)
