@@ -23,7 +23,7 @@ from typing import Any
 
 import harness
 
-ROUNDS, STEPS, WARM_UP = 8, 3, 2
+ROUNDS, STEPS, WARM_UP = 8, 1, 1
 CROPS = 64
 GLOBAL_BATCH = 16
 LEARNING_RATE = 1e-3
@@ -37,6 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="*", default=[], help="whose maps; as evaluate has them")
     parser.add_argument("--images", default="builtin:photographs", help="as data.root")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each way to train")
+    parser.add_argument("--crops", type=int, default=CROPS, help="views whose maps are compared")
     parser.add_argument("--quick", action="store_true", help="few crops and turns, a tiny teacher")
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "cached_targets.json")
     return parser.parse_args()
@@ -121,7 +122,7 @@ def side_by_side(root: Path, folder: Path, rounds: int, *, quick: bool) -> dict[
     distributed.start()
     start.start()
     size = 112
-    wide = (96, 2, 3) if quick else (384, 12, 6)
+    wide = (96, 2, 3) if quick else (256, 8, 4)
     run = registry.get("fd_clip_vit_base")
     shapes = [
         Architecture(embed_dim=w, depths=(d,), num_heads=(h,), image_size=size)
@@ -223,13 +224,14 @@ def main() -> int:
     """Measures, prints and writes."""
     arguments = parse()
     sys.path.insert(0, str(harness.ROOT))
-    crops, rounds = (4, 2) if arguments.quick else (CROPS, arguments.rounds)
+    crops, rounds = (4, 2) if arguments.quick else (arguments.crops, arguments.rounds)
+    rounded = rounding(arguments.models, arguments.images, crops)
     with tempfile.TemporaryDirectory() as folder:
         root = cut(arguments.images, Path(folder, "images"))
         step = side_by_side(root, Path(folder), rounds, quick=arguments.quick)
     results = {
         **harness.conditions(__file__, __doc__),
-        "rounding": rounding(arguments.models, arguments.images, crops),
+        "rounding": rounded,
         "step": step,
     }
     report(results)

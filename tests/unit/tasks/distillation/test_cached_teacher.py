@@ -284,3 +284,19 @@ def test_the_first_epochs_write_what_later_ones_read(root, tmp_path, monkeypatch
     again = cached(root, tmp_path / "cache", **fields, **{"task.distillation.cache": ""})
     for (_, stored), (_, given) in zip(prepared(again, 1), prepared(usual, 1), strict=True):
         assert torch.equal(stored["maps"][ONLY].tokens, given["maps"][ONLY].tokens)
+
+
+def test_some_of_several_teachers_are_cached(root, live, cache):
+    entry = live.run.taught_by[ONLY]
+    usual = run_of(root)
+    alone = replace(usual, teacher=type(usual.teacher)(), objective=type(usual.objective)())
+    several = {"stored": replace(entry, source=f"cached:{cache}"), "shown": entry}
+    job = built(replace(alone, teachers=several))
+    assert list(job.placed) == ["shown"]
+    for _, found in prepared(job, 1):
+        maps = found["maps"]
+        assert torch.equal(maps["stored"].tokens, maps["shown"].tokens)
+    assert job.facts()["teachers"]["stored"]["teacher_hash"] == job.placed["shown"].fingerprint
+    several["stored"] = replace(several["stored"], layer="before_norm")
+    with pytest.raises(CacheError, match=r"--teachers\.stored\.source.*layer"):
+        built(replace(alone, teachers=several))
