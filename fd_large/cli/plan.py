@@ -37,7 +37,10 @@ NARROW = 96
 """Columns of a terminal below which the table leaves out times that the lines after it give."""
 Kernels = Literal["fused", "reference"]
 
-SHAPES = ("student.", "teacher.", "teachers.", "objective.", "task.", "data.image_size")
+SHAPES = (
+    *("student.", "teacher.", "teachers.", "objective.", "weighting.rule", "task."),
+    "data.image_size",
+)
 """Beginnings of the fields that may decide what a step computes, but for these:"""
 NO_SHAPES = (
     *(f"student.{name}" for name in ("init", "init_allow", "initialization")),
@@ -47,6 +50,7 @@ NO_SHAPES = (
         for teacher in ("teacher", "teachers.*")
         for name in ("allow", "placement", "source", "statistics")
     ),
+    "teachers.*.datasets",
     "teachers.*.weight",
     "task.distillation.*",
 )
