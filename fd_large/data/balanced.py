@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from fd_large.data.sampler import epoch_order
 from fd_large.data.weighted_roots import WeightedRoot, weighted_roots
 
+# Draws know no later epoch; evaluations take one that no training reaches.
+_EPOCHS = 2**32
 _Place = tuple[int, int]  # A dataset, and one of its blocks.
 
 
@@ -124,6 +126,7 @@ class _Order:
         for part in np.unique(parts).tolist():
             here = np.flatnonzero(parts == part)
             passes, places = np.divmod(turns[here, part], self._sizes[part])
+            passes %= _EPOCHS
             start = self.ends[part] - self._sizes[part]
             for number in np.unique(passes).tolist():
                 now = passes == number
@@ -153,7 +156,8 @@ class _Order:
     def _place(self, part: int, epoch: int, position: int) -> tuple[int, int]:
         """The pass over a source at a position of an epoch, and the place in that pass."""
         turn = int(self._turns(epoch, np.array([position]))[0, part])
-        return divmod(turn, int(self._sizes[part]))
+        number, place = divmod(turn, int(self._sizes[part]))
+        return number % _EPOCHS, place
 
     def _turns(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions of each source before some of an epoch, since the run began: (B, sources)."""

@@ -60,11 +60,16 @@ def test_a_dataset_is_gone_through_whole_before_it_comes_again():
 
 
 def test_what_stands_at_a_position_follows_from_it_alone():
-    source = balanced((11, 2), (17, 3))
+    source = balanced((3, 9), (25, 1))
     whole = samples_at(source, 1, 2, np.arange(28))
     some = np.array([27, 3, 14, 4])
     assert (samples_at(source, 1, 2, some) == whole[some]).all()
     assert (samples_at(source, 2, 2, some) != whole[some]).any()
+    # Evaluations take an epoch that no training reaches.
+    last = samples_at(source, 1, 2**31 - 1, np.arange(28))
+    assert last.min() >= 0
+    assert last.max() < 28
+    assert 0 <= source.blocks.stand_in(1, 2**31 - 1, 5, 0.5) < 28
 
 
 def test_a_stand_in_is_of_the_same_dataset_and_blocks_are_told_in_time():
