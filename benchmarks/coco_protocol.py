@@ -129,7 +129,7 @@ def made_detections(
 
 
 def measure(contender: str, folder: Path) -> dict[str, Any]:
-    """Reads and evaluates in this process; returns seconds, numbers and peak memory."""
+    """Reads and evaluates in this process; returns seconds and numbers."""
     clock, parts = time.perf_counter(), {}
     truth_file, results_file = folder / "truth.json", folder / "results.json"
 
@@ -176,7 +176,6 @@ def measure(contender: str, folder: Path) -> dict[str, Any]:
     return {
         "seconds": {"total": sum(parts.values()), **parts},
         "processor_seconds": used.ru_utime + used.ru_stime,
-        "peak_bytes": used.ru_maxrss * 1024,
         "numbers": numbers,
     }
 
@@ -219,7 +218,6 @@ def main(flags: argparse.Namespace) -> None:
         "seconds": {
             name: {part: harness.spread(of(name, part)) for part in parts} for name in CONTENDERS
         },
-        "peak_bytes": {name: max(of(name, "peak_bytes")) for name in CONTENDERS},
         "times_fd_large": {
             name: {part: harness.paired(of(name, part), of("fd_large", part)) for part in parts}
             for name in CONTENDERS[1:]
