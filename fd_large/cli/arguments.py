@@ -329,8 +329,10 @@ class _Parser(Generic[Own]):
 
     def _nearest(self, typed: str) -> str:
         known = [name for name, _ in self._known(typed).values()]
-        # A field without its section.
-        whole = [name for name in known if name.split(".")[-1] == typed]
+        # A field without its section; the recipe's own before one of a named teacher or student.
+        whole = sorted(
+            (name for name in known if name.split(".")[-1] == typed), key=lambda n: n.count(".")
+        )
         # A near miss stands alone; names that are further off come by the wider search.
         close = whole[:3] or get_close_matches(typed, known, n=2, cutoff=0.85)
         return f"nearest: {', '.join(close)}" if close else nearest(typed, known)

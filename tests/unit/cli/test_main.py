@@ -220,8 +220,9 @@ def test_the_table_of_recipes_fits_its_width(width, capsys, monkeypatch):
     for name in registry.RECIPES:
         run = registry.get(name)
         assert any(f" {name} " in line for line in lines)
-        net = run.teacher.model if run.frozen_models else run.student.model
-        assert any(f" {net} " in line for line in lines)
+        nets = [run.student.model, *(frozen.model for frozen in run.frozen_models.values())]
+        for net in nets:
+            assert any(f" {net} " in line for line in lines)
 
 
 @pytest.mark.parametrize("name", registry.RECIPES)
