@@ -38,7 +38,8 @@ class Task(nn.Module):
         no frozen model where it is given it. A task without frozen models returns the targets.
 
         Args:
-            images, targets: As of `prepare`.
+            images: As of `prepare`.
+            targets: As of `prepare`.
         """
         return targets
 
