@@ -44,7 +44,8 @@ def write_panel(path: Path, index: int, panel: dict[str, numpy.ndarray]) -> None
     assert images.shape[-1] == 3
     for name, values in maps.items():
         assert len(values) == len(images)
-        assert values.shape == maps[name.replace("student", "teacher", 1)].shape
+        teacher = "teacher" + name.removeprefix("student") if name.startswith("student") else name
+        assert values.shape == maps[teacher].shape
     with written_or_logged(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as aside, aside.open("wb") as file:

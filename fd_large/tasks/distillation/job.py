@@ -263,6 +263,13 @@ class DistillationJob(Job):
         entries, root = sorted(self.run.teachers.items()), self.run.data.root
         if self.run.weighting.rule != "own_data":
             return []
+        require(
+            not self.run.data.image_mixup,
+            "weighting.rule: a mixed image is of two datasets",
+            f"own_data with data.image_mixup {self.run.data.image_mixup}",
+            "one of the two",
+            "Leave data.image_mixup out",
+        )
         names = [part.name for part in weighted_roots(root)]
         require(
             len(names) > 1,
@@ -581,7 +588,7 @@ class DistillationJob(Job):
     def take_models_of(self, other: Job) -> None:
         """Takes the teachers that the job of another student has built."""
         assert isinstance(other, DistillationJob)
-        self._teachers = other.teachers
+        self._teachers, self._recorders = other.teachers, other._recorders
 
     def make_task(self) -> Distillation:
         """Constructs student, heads and losses around the run's teachers.

@@ -24,6 +24,7 @@ from fd_large.tasks.distillation.running_statistics import RunningStatistics, St
 from fd_large.tasks.distillation.target_statistics import TargetStatistics
 
 WHERE = "objective.normaliser"
+NONE = "none"
 WHITENING = "whitening"
 """The default, which a fused kernel may compute together with the loss."""
 
@@ -77,7 +78,7 @@ def phi_s(statistics: TargetStatistics) -> Affine:
     return Affine(statistics.mean, statistics.phi_s)
 
 
-NORMALISERS: dict[str, Any] = {WHITENING: whiten, "none": none}
+NORMALISERS: dict[str, Any] = {WHITENING: whiten, NONE: none}
 """The built-in normalisers that need no file."""
 BY_STATISTICS: dict[str, Callable[[TargetStatistics], Affine]] = {
     "standardise": standardise,

@@ -18,7 +18,7 @@ from fd_large.tasks.distillation.alignment import Grid, common_grid, match_grids
 from fd_large.tasks.distillation.heads import registry
 from fd_large.tasks.distillation.heads.map_head import MapHead, Maps
 from fd_large.tasks.distillation.losses import QueueDivergence, make_loss
-from fd_large.tasks.distillation.normalisers import WHITENING, make_normaliser
+from fd_large.tasks.distillation.normalisers import NONE, WHITENING, make_normaliser
 from fd_large.tasks.distillation.running_statistics import Moments, RunningStatistics
 from fd_large.tasks.distillation.section import MAP, SUMMARY, field_of, label, told_of
 from fd_large.tasks.distillation.similarity import SummaryQueue
@@ -91,6 +91,12 @@ class Target:
                     f"{field_of(teacher, 'loss')}: a queue holds summaries; got {loss} for a map, "
                     "expected it for the summary of one of several teachers. Set it in "
                     "--teachers.NAME.summary.loss."
+                )
+            if normaliser != NONE:
+                raise ConfigError(
+                    f"{field_of(teacher, 'normaliser', kind)}: a queue holds summaries as the "
+                    f"teacher gives them; got {normaliser}, expected {NONE}. Set "
+                    f"--{field_of(teacher, 'normaliser', kind)} {NONE}."
                 )
             self.queue = self.loss.queue = SummaryQueue(teacher_width)
         is_running = isinstance(self.normalise, RunningStatistics)

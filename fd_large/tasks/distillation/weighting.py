@@ -69,4 +69,5 @@ def weighted_loss(losses: Tensor, kept: Tensor, number: Tensor, *, parts: int) -
         number: How many are kept in the whole step, a scalar.
         parts: Micro batches of the step on all ranks, whose losses and gradients are averaged.
     """
-    return parts * (losses * kept).sum() / number.to(losses)
+    # Not by a product: what is left out may be infinite.
+    return parts * losses.where(kept, 0).sum() / number.to(losses)

@@ -32,6 +32,13 @@ def test_before_and_after_are_kept_and_the_newest_wins(make_setting, tmp_path):
         assert after["teacher"].shape == (2, 4, 4, 6)
 
 
+def test_a_teacher_may_be_called_a_student(make_setting, tmp_path):
+    hook = FeaturePanel()
+    hook.on_start(make_setting())
+    hook.on_features(0, {f"{n}_old_student" if n != "images" else n: m for n, m in panel().items()})
+    assert (tmp_path / "pictures" / "features_before.npz").exists()
+
+
 def test_maps_that_do_not_fit_are_our_mistake(make_setting):
     hook = FeaturePanel()
     hook.on_start(make_setting())

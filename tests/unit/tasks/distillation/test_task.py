@@ -9,6 +9,7 @@ from fd_large.backbones.vit.vit import ViT
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import arguments_of_step
 from fd_large.engine.frozen import Frozen
+from fd_large.errors import ConfigError
 from fd_large.tasks.distillation.heads.map_head import Maps
 from fd_large.tasks.distillation.held_out import feature_panel
 from fd_large.tasks.distillation.section import Weighting
@@ -258,7 +259,8 @@ def test_a_queue_holds_the_summaries_of_the_global_batch_whatever_its_division(m
         torch.manual_seed(0)
         student = ViT(16, 1, 2, patch_size=8, image_size=32)
         teacher = Frozen(ViT(12, 1, 2, patch_size=8, image_size=32), IMAGENET)
-        targets = [Target(16, 12, teacher="a", kind="summary", loss="queue")]
+        own = {"loss": "queue", "normaliser": "none"}
+        targets = [Target(16, 12, teacher="a", kind="summary", **own)]
         task = Distillation(student, {"a": teacher}, targets).train()
         place = "fd_large.tasks.distillation.similarity.distributed"
         monkeypatch.setattr(f"{place}.world_size", lambda: ranks)
@@ -285,3 +287,8 @@ def test_a_queue_holds_the_summaries_of_the_global_batch_whatever_its_division(m
         others, theirs = learn(ranks, micro_batches)
         assert others == pytest.approx(losses, rel=1e-5)
         assert torch.allclose(theirs, rows, atol=1e-6)
+
+
+def test_a_queue_is_refused_normalised_summaries():
+    with pytest.raises(ConfigError, match=r"teachers\.a\.summary\.normaliser"):
+        Target(16, 12, teacher="a", kind="summary", loss="queue")

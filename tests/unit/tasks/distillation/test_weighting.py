@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from fd_large.tasks.distillation.weighting import coins, kept_beside_worst, kept_of_own_data
+from fd_large.tasks.distillation.weighting import (
+    coins,
+    kept_beside_worst,
+    kept_of_own_data,
+    weighted_loss,
+)
 
 IMAGES = 4000
 
@@ -39,3 +44,9 @@ def test_images_learn_from_the_teachers_of_their_dataset():
     teaches = torch.tensor([[True, False, True], [True, True, False]])
     kept = kept_of_own_data(torch.tensor([2, 0, 1]), teaches)
     assert kept.tolist() == [[True, True, False], [False, True, True]]
+
+
+def test_what_an_image_does_not_learn_may_be_infinite():
+    losses = torch.tensor([[1.0, torch.inf], [3.0, 2.0]])
+    kept = torch.tensor([[True, False], [True, True]])
+    assert weighted_loss(losses, kept, torch.tensor(3.0), parts=1) == 2.0
