@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Group
@@ -20,7 +20,7 @@ from fd_large.plan import kept_counts
 from fd_large.plan.cached_targets import largest_map_that_pays
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Cluster, Machine
-from fd_large.plan.counts import Counts
+from fd_large.plan.counts import NOTHING, Counts, Line
 from fd_large.plan.rates import CARDS, Rates, rates_of
 from fd_large.plan.search import Refused, checkpoint_bytes, num_steps, search
 from fd_large.plan.step_time import Estimate
@@ -31,6 +31,9 @@ from fd_large.recipes.fields import at_least, flat, plain, positive, require
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import ADAMW, AUTO, RANDOM, Student
 from fd_large.tasks.distillation.section import cached_folder
+
+if TYPE_CHECKING:
+    from fd_large.kernels.choose import Device
 
 IMAGENET = 1_281_167
 NARROW = 96
@@ -169,7 +172,8 @@ def plan(
     else:
         measured = rates_of(gpu, rates)
     machine = Machine(cluster=cluster, rates=measured)
-    load = together([workload(one, measured, kernels) for one in runs])
+    shared = _shared_bytes(runs[0], measured, kernels) if len(runs) > 1 else NOTHING
+    load = together([workload(one, measured, kernels) for one in runs], shared)
     return load, machine, *search(load, machine)
 
 
@@ -246,22 +250,36 @@ def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
     """
     # They import torch, which a recipe of record does without.
     from fd_large.engine.count import count
-    from fd_large.kernels.choose import Device
     from fd_large.tasks.jobs import job_of
 
-    major, _, minor = rates.capability.partition(".")
-    device = Device(
-        (int(major), int(minor)) if rates.capability else None,
-        on_gpu=rates.overlap,
-        wish="auto" if kernels == "fused" else "reference",
-    )
     micro_batch_size = run.batch.micro_batch_size
     return count(
         job_of(run),
-        device,
+        _device(rates, kernels),
         bfloat16=rates.bfloat16,
         frozen_bfloat16=frozen_in_bfloat16(run.frozen_dtype, rates.bfloat16),
         micro_batch_size=1 if micro_batch_size == "auto" else micro_batch_size,
+    )
+
+
+def _shared_bytes(run: Run, rates: Rates, kernels: Kernels) -> Line:
+    """Returns the bytes of a micro-batch that several students take one after another."""
+    from fd_large.engine.count import shared_bytes
+    from fd_large.tasks.jobs import job_of
+
+    half = frozen_in_bfloat16(run.frozen_dtype, rates.bfloat16)
+    return shared_bytes(job_of(run), _device(rates, kernels), frozen_bfloat16=half)
+
+
+def _device(rates: Rates, kernels: Kernels) -> Device:
+    """Returns the card that a count stands for."""
+    from fd_large.kernels.choose import Device
+
+    major, _, minor = rates.capability.partition(".")
+    return Device(
+        (int(major), int(minor)) if rates.capability else None,
+        on_gpu=rates.overlap,
+        wish="auto" if kernels == "fused" else "reference",
     )
 
 

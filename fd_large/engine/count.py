@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from fd_large import activity
 from fd_large.data.loader import Batch
 from fd_large.engine.block_wrappers import checkpoint_blocks
+from fd_large.engine.forward_backward import completed
 from fd_large.engine.job import Job
 from fd_large.engine.recorder import NotLinear, Recorder, aten, bytes_of
 from fd_large.engine.task import Task
@@ -220,6 +221,26 @@ def count(
             sizes = (0, images) if images else (small, large)
             result[wrapped] = _counts(first, second, sizes, images, task, frozen)
     return result
+
+
+def shared_bytes(job: Job, device: choose.Device, *, frozen_bfloat16: bool) -> Line:
+    """Returns the bytes of a micro-batch's images and of what the frozen models say of them.
+
+    Args:
+        job: Its weights and its images are not touched.
+        device: Decides the kernels.
+        frozen_bfloat16: Whether frozen models compute in bfloat16.
+
+    Raises: FDError: if the models cannot be built, or cannot run without values.
+    """
+    with on_shapes(device):
+        task, _ = _models(job, bfloat16=False, frozen_bfloat16=frozen_bfloat16)
+        small, large = (size * job.images_together() for size in SIZES)
+        first, second = (
+            sum(bytes_of(tensor) for tensor in completed(task, job.probe_batch(size)).tensors())
+            for size in (small, large)
+        )
+    return through(first, second, (small, large))
 
 
 def step_flops(

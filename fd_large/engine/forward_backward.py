@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,12 @@ def prepared(task: Task, batch: Batch, seed: int) -> dict[str, Any]:
         return task.prepare(batch.images, batch.targets, keep, **more)
 
 
+def completed(task: Task, batch: Batch) -> Batch:
+    """Returns a micro batch on the device with what all students learn from it."""
+    with torch.no_grad():
+        return replace(batch, targets=task.learnt(batch.images, batch.targets))
+
+
 def _on_device(drawn: Tensor) -> Tensor:
     if distributed.device().type != "cuda":
         return drawn
@@ -61,12 +68,16 @@ def arguments_of_step(
         for batch in batches:
             yield prepared(task, batch, seed)
         return
-    held, own = [], []
+    held: list[dict[str, Any]] = []
+    own: Tensor | None = None
     for batch in batches:
         held.append(prepared(task, batch, seed))
         with torch.no_grad():
-            own.append(task.sums(forward, held[-1]))
-    totals = distributed.sum_tensor(torch.stack(own).sum(0))
+            sums = task.sums(forward, held[-1])
+            # Never in place: the sums may be a task's own tensor.
+            own = sums if own is None else own + sums
+    assert own is not None
+    totals = distributed.sum_tensor(own)
     parts = count * distributed.world_size()
     while held:
         # Each is let go of once its turn is over.

@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fd_large import distributed
 from fd_large.atomic_files import write_json
 from fd_large.data.loader import Batch
-from fd_large.engine.forward_backward import arguments_of_step, backward
+from fd_large.engine.forward_backward import arguments_of_step, backward, completed
+from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import FDError
 
@@ -141,7 +143,15 @@ def largest_that_fits(
     return best
 
 
-def probe(engine: Engine, batch_of: Callable[[int], Batch], *, share: int, seed: int) -> int:
+def probe(
+    engine: Engine,
+    batch_of: Callable[[int], Batch],
+    *,
+    share: int,
+    seed: int,
+    at_most: int | None = None,
+    several: bool = False,
+) -> int:
     """Finds the largest micro batch of an engine; all ranks return the same size.
 
     Args:
@@ -150,12 +160,20 @@ def probe(engine: Engine, batch_of: Callable[[int], Batch], *, share: int, seed:
         batch_of: Makes a batch of that many of the largest images.
         share: Images of a rank per step.
         seed: Seed of the drop path.
+        at_most: Images of the largest micro batch that is tried; None: all of the step's.
+        several: Whether other students learn from the same step, so that all of its micro batches
+            stay on the device.
 
     Raises: OutOfMemory: if not even one image fits.
     """
 
+    # What `StepForSeveral` keeps of the other micro batches until the step is over.
+    kept: list[Tensor] = []
+
     def through(size: int) -> None:
         count = share // size
+        if several and count > 1:
+            kept.extend(_copies(engine.task, batch_of(size), count - 1))
         arguments = arguments_of_step(
             engine.task, engine.deepspeed, repeat(batch_of(size), count), seed, count=count
         )
@@ -165,6 +183,7 @@ def probe(engine: Engine, batch_of: Callable[[int], Batch], *, share: int, seed:
 
     def step(size: int) -> None:
         engine.deepspeed.step()
+        kept.clear()
 
     engine.task.train()
     memory = GpuMemory() if distributed.device().type == "cuda" else HostMemory()
@@ -173,9 +192,15 @@ def probe(engine: Engine, batch_of: Callable[[int], Batch], *, share: int, seed:
     gc.collect()
     gc.freeze()
     try:
-        return largest_that_fits(share, (through, step), memory)
+        return largest_that_fits(at_most or share, (through, step), memory)
     finally:
         gc.unfreeze()
+
+
+def _copies(task: Task, batch: Batch, count: int) -> list[Tensor]:
+    """Returns the tensors of so many completed micro batches, on the device."""
+    whole = completed(task, batch.to(distributed.device()))
+    return [tensor.clone() for _ in range(count) for tensor in whole.tensors()]
 
 
 @contextmanager

@@ -382,7 +382,12 @@ def _probed(
             # Once more beside the moments that all have made.
             for engine in engines:
                 size = micro_batch.probe(
-                    engine, jobs[0].probe_batch, share=size, seed=jobs[0].run.runtime.seed
+                    engine,
+                    jobs[0].probe_batch,
+                    share=share,
+                    at_most=size,
+                    seed=jobs[0].run.runtime.seed,
+                    several=bool(others),
                 )
     for engine in engines:
         engine.deepspeed.destroy()

@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from fd_large import distributed
 from fd_large.data.loader import Batch
+from fd_large.engine.forward_backward import completed
 from fd_large.engine.loop import Trainer
 from fd_large.engine.prefetch import Batches, Prefetch, StepForSeveral
-from fd_large.engine.task import Task
 from fd_large.runtime.hooks import PREEMPTED, Hook, Setting, Update, Wish
 
 
@@ -137,15 +135,10 @@ def _step_each(trainers: Sequence[Trainer], micro_batches: Batches, epoch: int) 
         trainers[0].take_step(micro_batches, epoch)
         return
     task = trainers[0].task
-    shared = StepForSeveral(micro_batches, lambda batch: _completed(task, batch))
+    shared = StepForSeveral(micro_batches, lambda batch: completed(task, batch))
     for trainer in trainers:
         shared.rewind()
         trainer.take_step(shared, epoch)
-
-
-def _completed(task: Task, batch: Batch) -> Batch:
-    with torch.no_grad():
-        return replace(batch, targets=task.learnt(batch.images, batch.targets))
 
 
 def _leave_together(trainers: Sequence[Trainer]) -> None:

@@ -162,7 +162,7 @@ class Counts:
         )
 
 
-def of_students(each: Sequence[Counts]) -> Counts:
+def of_students(each: Sequence[Counts], shared: Line = NOTHING) -> Counts:
     """Returns the counts of several students that train in step on one pass of the frozen models.
 
     One student computes at a time: their work adds up, and of what lives during a step the most
@@ -170,6 +170,9 @@ def of_students(each: Sequence[Counts]) -> Counts:
 
     Args:
         each: The counts of each student alone, with the same frozen models.
+        shared: Bytes of a micro-batch's images and of what the frozen models say of them. They
+            stay until the last student has taken the step. What a step in two passes holds of them
+            itself is counted again.
     """
     first, *others = each
     # What the frozen models compute is there once.
@@ -185,7 +188,7 @@ def of_students(each: Sequence[Counts]) -> Counts:
         kept=max((counts.kept for counts in each), key=lambda line: line.each),
         peak=highest([line for counts in each for line in counts.peak]),
         student=tuple(tensors for counts in each for tensors in counts.student),
-        held=max((counts.held for counts in each), key=lambda line: line.each),
+        held=max((counts.held for counts in each), key=lambda line: line.each) + shared,
         **by_phase,
     )
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Machine
-from fd_large.plan.counts import Counts, of_students, sizes
+from fd_large.plan.counts import NOTHING, Counts, Line, of_students, sizes
 from fd_large.plan.memory import persistence_threshold, sums_in_float32
 
 
@@ -76,16 +76,17 @@ class Workload:
         return frozen_in_bfloat16(self.frozen_dtype, machine.rates.bfloat16)
 
 
-def together(loads: Sequence[Workload]) -> Workload:
+def together(loads: Sequence[Workload], shared: Line = NOTHING) -> Workload:
     """Returns the work of several students that learn from one pass of the frozen models.
 
     Args:
         loads: That of each student alone.
+        shared: Bytes of a micro-batch that all take; see `of_students`.
     """
     first = loads[0]
     if len(loads) == 1:
         return first
-    counts = {c: of_students([load.counts[c] for load in loads]) for c in first.counts}
+    counts = {c: of_students([load.counts[c] for load in loads], shared) for c in first.counts}
     return replace(first, counts=counts)
 
 

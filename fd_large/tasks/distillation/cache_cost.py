@@ -59,7 +59,8 @@ def costs_of(
             uses=max(1.0, epochs * runs / fixed.count),
             map_bytes=bytes_[name],
             teacher_flops=flops[name],
-            student_flops=step.model - sum(flops.values()),
+            # The other teachers are a part of the rest, whether their maps are stored or not.
+            student_flops=step.model - flops[name],
             flops_per_second=flops_per_second,
             read_bytes_per_second=read_bytes_per_second,
         )

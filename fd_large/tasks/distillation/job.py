@@ -389,9 +389,9 @@ class DistillationJob(Job):
                 )
                 for name, recorder in self._recorders.items()
             }
-        whole = [recorder.is_whole(view) for recorder in self._recorders.values()]
-        if epoch < fixed.count and not all(whole):
-            return ToRecord(tuple(self._recorders), view)
+        missing = [name for name, one in self._recorders.items() if not one.is_whole(view)]
+        if epoch < fixed.count and missing:
+            return ToRecord(tuple(missing), view)
         views = ViewsToStore(samples, settings, fixed, cached_teacher.batch_size(run.batch))
         for recorder in self._recorders.values():
             recorder.complete(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fd_large import distributed
+from fd_large.data.loader import Batch
 from fd_large.engine import micro_batch
 
 
@@ -149,3 +150,41 @@ def test_a_resume_on_smaller_cards_probes_again(tmp_path, monkeypatch):
     properties.total_memory = 40 << 30
     smaller = {"world_size": 2, **micro_batch.memory_setting()}
     assert micro_batch.remembered(tmp_path, smaller, 16) is None
+
+
+class Taught(torch.nn.Module):
+    def learnt(self, images, targets):
+        return images + 1
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_probe_keeps_what_several_students_take_of_the_whole_step(monkeypatch, several):
+    kept, seen = {}, []
+    copies = micro_batch._copies
+
+    def noted(task, batch, count):
+        found = copies(task, batch, count)
+        kept[len(batch.images)] = sum(tensor.numel() for tensor in found)
+        return found
+
+    def climb(share, phases, memory):
+        seen.append(share)
+        for size in (1, 2, 4):
+            for phase in phases:
+                phase(size)
+        return 2
+
+    monkeypatch.setattr(micro_batch, "_copies", noted)
+    monkeypatch.setattr(micro_batch, "backward", lambda *_: None)
+    monkeypatch.setattr(micro_batch, "arguments_of_step", lambda *_, **__: (e for e in [{}]))
+    monkeypatch.setattr(micro_batch, "largest_that_fits", climb)
+    engine = SimpleNamespace(task=Taught(), deepspeed=SimpleNamespace(step=lambda: None))
+    found = micro_batch.probe(engine, batch_of, share=8, at_most=4, seed=0, several=several)
+    assert (found, seen) == (2, [4])
+    # Of 8 images, those of the other micro batches and their targets.
+    assert kept == ({1: 14, 2: 12, 4: 8} if several else {})
+
+
+def batch_of(size):
+    positions = torch.arange(size)
+    return Batch(torch.zeros(size, 1, 1, 1), 0, positions, positions)

@@ -65,3 +65,11 @@ def test_several_students_share_what_frozen_models_compute():
     # One computes at a time; all states are held, and the teacher once.
     assert counts.peak_at(3) == 10 + 3 * 50
     assert (counts.student, counts.frozen) == (((30, 2), (50, 2)), ((100, 1),))
+
+
+def test_a_micro_batch_of_several_students_waits_until_the_step_is_over():
+    each = [of_one(teacher=100, student=30), of_one(teacher=100, student=50)]
+    assert of_students(each).held == Line(0, 0)
+    counts = of_students(each, shared=Line(0, 7))
+    assert counts.in_step_of(4).held == Line(0, 7)
+    assert counts.in_step_of(1).held == Line(0, 0)

@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 
 from fd_large.data.sampler import Portion
+from fd_large.engine.count import step_flops
 from fd_large.errors import CacheError, CheckpointError, ConfigError, DataError, FDError
 from fd_large.recipes.fields import override
 from fd_large.recipes.run import ONLY
+from fd_large.tasks.distillation.cache_cost import costs_of
 from fd_large.tasks.distillation.cache_files import CacheWriter
 from fd_large.tasks.distillation.cache_views import ViewsToStore
 from fd_large.tasks.distillation.cache_write import write_cache
@@ -284,6 +286,31 @@ def test_the_first_epochs_write_what_later_ones_read(root, tmp_path, monkeypatch
     again = cached(root, tmp_path / "cache", **fields, **{"task.distillation.cache": ""})
     for (_, stored), (_, given) in zip(prepared(again, 1), prepared(usual, 1), strict=True):
         assert torch.equal(stored["maps"][ONLY].tokens, given["maps"][ONLY].tokens)
+
+
+def test_of_several_teachers_each_is_recorded_and_reckoned_for_itself(root, live, tmp_path):
+    entry, usual = live.run.taught_by[ONLY], run_of(root)
+    alone = replace(usual, teacher=type(usual.teacher)(), objective=type(usual.objective)())
+    several = replace(alone, teachers={"first": entry, "second": entry})
+    job = built(override(several, {"task.distillation.cache": str(tmp_path)}))
+    assert job.view_batches(job.samples, 0).beside.blank().keys() == {"first", "second"}
+    views = ViewsToStore(job.samples, job.view_settings(), job.fixed_views, batch_size=4)
+    job._recorders["first"].complete(0, views, workers=0, max_bad_fraction=0.5)
+    assert job.view_batches(job.samples, 0).beside.blank().keys() == {"second"}
+    # What is left of a step without the one has the other.
+    settled = replace(several, optim=replace(several.optim, max_steps=2 * IMAGES))
+    costs = costs_of(
+        DistillationJob(settled),
+        images=IMAGES,
+        precision="fp16",
+        runs=1,
+        flops_per_second=1e12,
+        read_bytes_per_second=1e9,
+    )
+    assert costs["first"].student_flops > costs["second"].teacher_flops > 0
+    totals = {cost.student_flops + cost.teacher_flops for cost in costs.values()}
+    alone = step_flops(DistillationJob(settled), 1, checkpointing=False)
+    assert totals == {alone.model}
 
 
 def test_some_of_several_teachers_are_cached(root, live, cache):
