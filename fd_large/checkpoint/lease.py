@@ -23,6 +23,7 @@ from pathlib import Path
 
 from fd_large.checkpoint.owner import ASLEEP, Owner, Slurm
 from fd_large.errors import ConfigError, Exit
+from fd_large.recipes.sections import STUDENTS
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,6 @@ STALE_SECONDS = 120.0
 """Seconds without one after which an owner counts as dead, if nothing better is known of it."""
 WATCH_SECONDS = 2 * BEAT_SECONDS
 """How long such an owner is watched first: after a file system stood still, all beats are old."""
-STUDENTS = "students"
-"""Folder, in that of several students, with the folder of each one's run."""
 LEAVING_SECONDS = 900.0
 """How long a new start waits for an owner that saves and leaves."""
 

@@ -68,6 +68,7 @@ def arguments_of_step(
         for batch in batches:
             yield prepared(task, batch, seed)
         return
+    task.begin_sums(count)
     held: list[dict[str, Any]] = []
     own: Tensor | None = None
     for batch in batches:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fd_large import distributed
 from fd_large.data.loader import Batch
 
 
@@ -89,6 +90,13 @@ class Task(nn.Module):
         """
         return False
 
+    def begin_sums(self, micro_batches: int) -> None:
+        """Is called before the first `sums` of a step in two passes, on all ranks.
+
+        Args:
+            micro_batches: Number of micro batches of a rank in the step.
+        """
+
     def sums(self, forward: Callable[..., Any], prepared: dict[str, Any]) -> Tensor:
         """Returns a micro batch's part of the sums over a step, (K,) float64; without gradient.
 
@@ -142,7 +150,9 @@ class Task(nn.Module):
         with torch.no_grad():
             prepared = self.prepare(batch.images, batch.targets, keep)
             if self.two_passes(2):
-                prepared = self.with_totals(prepared, self.sums(self, prepared), parts=1)
+                self.begin_sums(1)
+                sums = self.sums(self, prepared)
+                prepared = self.with_totals(prepared, sums, parts=distributed.world_size())
         return self(**prepared)[0]
 
     def keep_all(self, images: Tensor) -> Tensor | None:

@@ -30,6 +30,7 @@ from fd_large.recipes.fields import (
 from fd_large.recipes.sections import (
     AUTO,
     RANDOM,
+    STUDENTS,
     Batch,
     Data,
     Engine,
@@ -433,7 +434,7 @@ class Run:
                 optim=student.optimised(self.optim),
                 runtime=replace(
                     self.runtime,
-                    run_dir=f"{self.run_dir()}/students/{name}",
+                    run_dir=f"{self.run_dir()}/{STUDENTS}/{name}",
                     name=f"{called} {name}" if called else "",
                 ),
             )

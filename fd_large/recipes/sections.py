@@ -27,6 +27,8 @@ from fd_large.recipes.fields import (
 RATE_BATCH_SIZE = 512
 
 AUTO, ADAMW, RANDOM = "auto", "adamw", "random"
+STUDENTS = "students"
+"""Folder, in that of several students, with the folder of each one's run."""
 
 # Fields of the student that say what becomes of sizes that do not fit.
 SIZE_FIELDS = ("size_rule", "window_rule", "shift_stages", "stage_windows")

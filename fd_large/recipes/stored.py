@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fd_large.errors import ConfigError
 from fd_large.recipes.run import Run
+from fd_large.recipes.sections import STUDENTS
 
 FILE = "recipe.json"
 
@@ -21,7 +22,7 @@ def recipe_file(folder: str | Path, *, where: str) -> Path:
     Raises: ConfigError: if the folder is not that of a run.
     """
     path = Path(folder) / FILE
-    if students := sorted(one.parent for one in Path(folder).glob(f"students/*/{FILE}")):
+    if students := sorted(one.parent for one in Path(folder).glob(f"{STUDENTS}/*/{FILE}")):
         raise ConfigError(
             f"{where}: {folder}: a run with several students; got the folder of all, expected that "
             f"of one. Name {' or '.join(map(str, students))}."

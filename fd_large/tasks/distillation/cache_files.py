@@ -40,7 +40,9 @@ from fd_large.tasks.distillation.cache_precision import PRECISIONS, Stored, num_
 
 HEADER = "cache.json"
 KIND = "fd_large cached targets 1"
-THUMBNAIL = 64
+SIDE = 8
+"""Of a thumbnail."""
+THUMBNAIL = SIDE**2
 SHARD_BYTES = 1 << 28
 _MOST_OPEN = 128
 _MAP, _UNUSABLE = 1, 2

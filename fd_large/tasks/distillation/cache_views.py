@@ -20,9 +20,8 @@ from fd_large.data.source import ImageSource
 from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.data.views import FixedViews, ViewSettings, jittered_view
 from fd_large.errors import CacheError, DataError
-from fd_large.tasks.distillation.cache_files import CacheReader
+from fd_large.tasks.distillation.cache_files import SIDE, CacheReader
 
-_SIDE = 8
 # Grey levels: other processors may resize a view to pixels that differ by one.
 TOLERANCE = 2
 
@@ -41,7 +40,7 @@ def thumbnail(view: Tensor) -> Tensor:
 
     Returns: (64,) uint8.
     """
-    return F.adaptive_avg_pool2d(view.float().mean(0, keepdim=True), _SIDE).round().byte().flatten()
+    return F.adaptive_avg_pool2d(view.float().mean(0, keepdim=True), SIDE).round().byte().flatten()
 
 
 class Place(NamedTuple):

@@ -30,7 +30,6 @@ class SummaryQueue(Float32Buffers):
 
     Attributes:
         rows: (Q, C), of length 1; zeros where there are none yet.
-        num_sums: Length of what `placed` has returned.
     """
 
     rows: Tensor
@@ -39,7 +38,7 @@ class SummaryQueue(Float32Buffers):
         super().__init__()
         self.register_buffer("rows", torch.zeros(QUEUE, width))
         self._of_step: Tensor | None = None
-        self._placed, self._micro_batches, self.num_sums = 0, 1, 0
+        self._placed, self._micro_batches = 0, 1
 
     @property
     def now(self) -> Tensor:
@@ -64,9 +63,11 @@ class SummaryQueue(Float32Buffers):
         self._placed += 1
         batch = summaries.new_zeros(total, summaries.shape[-1], dtype=torch.float64)
         batch[number * size : (number + 1) * size] = units(summaries.double())
-        flat = batch[:QUEUE].flatten()
-        self.num_sums = len(flat)
-        return flat
+        return batch[:QUEUE].flatten()
+
+    def num_sums(self, images: int) -> int:
+        """Returns the length of what `placed` returns in a step of so many images."""
+        return min(images, QUEUE) * self.rows.shape[-1]
 
     def take(self, batch: Tensor) -> None:
         """Puts the summaries of a step, flat as of `placed`, in front for the time of the step."""

@@ -174,9 +174,12 @@ class Distillation(Task):
 
     def two_passes(self, micro_batches: int) -> bool:
         """Statistics of a step, and the number of teachers that it keeps, are of all its images."""
+        return self._weighting.rule != "fixed" or bool(self._of_step) or bool(self._queues)
+
+    def begin_sums(self, micro_batches: int) -> None:
+        """Lets the queues know at which places the summaries of the step belong."""
         for queue in self._queues:
             queue.begin(micro_batches)
-        return self._weighting.rule != "fixed" or bool(self._of_step) or bool(self._queues)
 
     @property
     def _of_step(self) -> dict[str, RunningStatistics]:
@@ -212,7 +215,9 @@ class Distillation(Task):
     ) -> dict[str, Any]:
         """Returns the arguments of `forward` with the numbers of the step."""
         targets = self._of_step
-        sizes = [one.num_sums for one in (*targets.values(), *self._queues)]
+        images = len(prepared["pixels"]) * parts
+        sizes = [one.num_sums for one in targets.values()]
+        sizes += [queue.num_sums(images) for queue in self._queues]
         *sums, number = totals.split([*sizes, len(totals) - sum(sizes)])
         for queue, batch in zip(self._queues, sums[len(targets) :], strict=True):
             queue.take(batch)

@@ -66,6 +66,9 @@ class RootOfStep(Brightness):
     def two_passes(self, micro_batches):
         return True
 
+    def begin_sums(self, micro_batches):
+        self.noted.append(micro_batches)
+
     def sums(self, forward, prepared):
         assert not torch.is_grad_enabled()
         self.noted.append("sums")
@@ -101,7 +104,7 @@ def test_a_step_in_two_passes_is_one_whatever_its_micro_batches(make_engine, con
             for each in arguments:
                 losses.append(backward(engine, each).item())
                 engine.deepspeed.step()
-            assert noted == ["sums"] * count + ["turn"] * count, step
+            assert noted == [count] + ["sums"] * count + ["turn"] * count, step
             noted.clear()
         found[count] = [*losses[::count], float(engine.deepspeed.get_global_grad_norm())]
         # Each micro batch gives the loss of the whole step.

@@ -13,8 +13,8 @@ from fd_large.tasks.detection.data.annotations import CocoSet
 from fd_large.tasks.detection.data.loader import build_evaluation_loader
 from fd_large.tasks.detection.scores.collect import keep_shard, to_results
 from fd_large.tasks.detection.scores.results import Result
-from fd_large.tasks.detection.scores.score_shards import NOTE, Note
-from fd_large.tasks.detection.scores.scoring_process import ScoringProcess
+from fd_large.tasks.detection.scores.score_shards import NOTE, SCORES, Note
+from fd_large.tasks.detection.scores.scoring_process import ScoringProcess, forget_shards
 from fd_large.tasks.detection.scores.views import Model
 
 log = logging.getLogger(__name__)
@@ -100,20 +100,29 @@ def scoring_of(images: CocoSet, folder: Path, *, draw: bool, max_pixels: int) ->
 def left_in(folder: Path, last: int) -> tuple[int, Path] | None:
     """Returns the newest evaluation that a run did not score to its end; a collective.
 
+    What was left before a later one that was scored is out of date, and removed.
+
     Args:
         folder: The run's folder of evaluations.
         last: The last step that counts.
 
     Returns: its steps and its folder; None: there is none.
     """
-    found = []
+    found: list[tuple[int, Path]] = []
     if distributed.is_main():
-        found = [
-            (step, note.parent)
-            for note in folder.glob(f"{STEP}*/{NOTE}")
-            if (step := int(note.parent.name.removeprefix(STEP))) <= last
-        ]
-    return distributed.broadcast_object(max(found, default=None))
+        for one in folder.glob(f"{STEP}*"):
+            number = one.name.removeprefix(STEP)
+            # Not a copy that somebody has named otherwise.
+            step = int(number) if number.isdecimal() else last + 1
+            if step <= last and ((one / NOTE).exists() or (one / SCORES).exists()):
+                found.append((step, one))
+        found.sort()
+        scored = [place for place, (_, one) in enumerate(found) if not (one / NOTE).exists()]
+        if scored:
+            for _, one in found[: scored[-1]]:
+                forget_shards(one)
+            found = found[scored[-1] + 1 :]
+    return distributed.broadcast_object(found[-1] if found else None)
 
 
 def folder_of(folder: Path, step: int) -> Path:

@@ -1,8 +1,9 @@
 """Merges and scores what the ranks of an evaluation found: a program of its own. No torch.
 
-    python -m fd_large.tasks.detection.scores.score_shards < request.json > answer.json
+    python -m fd_large.tasks.detection.scores.score_shards ANSWER < request.json
 
-`ScoringProcess` starts it, so that training goes on meanwhile.
+`ScoringProcess` starts it, so that training goes on meanwhile. ANSWER is the number of an open
+file: what libraries print is not in it.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ def main() -> None:
         answer = {"scores": scored.scores.to_dict(), "written": written, "problem": scored.problem}
     except FDError as error:
         answer = {"error": str(error)}
-    json.dump(answer, sys.stdout)
+    with open(int(sys.argv[-1]), "w", encoding="utf-8") as file:
+        json.dump(answer, file)
 
 
 def _end_with(parent: int) -> None:

@@ -27,6 +27,7 @@ from fd_large.tasks.detection.scores.scoring import Scores
 log = logging.getLogger(__name__)
 
 PROGRAM = ("-m", "fd_large.tasks.detection.scores.score_shards")
+STDERR = 2
 # Where this package was imported from.
 PACKAGES = str(Path(fd_large.__file__).parents[1])
 
@@ -55,11 +56,15 @@ class ScoringProcess(Pending):
         asked = json.dumps({**request._asdict(), "parent": os.getpid()})
         paths = (PACKAGES, os.environ.get("PYTHONPATH"))
         # -P: a file of the working folder must not stand in for a module.
+        # A file in memory, and not its output, in which a library may write a line of its own.
+        self._file = open(os.memfd_create("answer"), "w+", encoding="utf-8")  # noqa: SIM115
+        answer = self._file.fileno()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", *PROGRAM],
+            [sys.executable, "-P", *PROGRAM, str(answer)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=STDERR,
             text=True,
+            pass_fds=[answer],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         )
         self._scored = Future()
@@ -70,8 +75,10 @@ class ScoringProcess(Pending):
         assert self._process is not None
         assert self._scored is not None
         try:
-            text, _ = self._process.communicate(asked)
-            self._scored.set_result(self._answer(text))
+            with self._file:
+                self._process.communicate(asked)
+                self._file.seek(0)
+                self._scored.set_result(self._answer(self._file.read()))
         except BaseException as error:
             self._scored.set_exception(error)
 
@@ -84,7 +91,14 @@ class ScoringProcess(Pending):
                 "short). Start the same command again, on a machine with more memory: it scores "
                 "first what is there."
             )
-        answer = json.loads(text)
+        try:
+            answer = json.loads(text)
+        except ValueError as error:
+            raise DataError(
+                f"{self._folder}: the detections were not scored; got {text[:80]!r} from the "
+                "process that does, expected its answer as JSON. Start the same command again: "
+                "it scores first what is there."
+            ) from error
         if error := answer.get("error"):
             raise DataError(error)
         written = tuple(map(Path, answer["written"]))
@@ -116,12 +130,17 @@ class ScoringProcess(Pending):
     def forget(self) -> None:
         """Removes the note, and the shards that it is of."""
         if distributed.is_main():
-            (self._folder / NOTE).unlink(missing_ok=True)
-            # Also those that an evaluation on more ranks left here when it was killed.
-            for shard in self._folder.glob(SHARDS):
-                shard.unlink()
+            forget_shards(self._folder)
 
     def give_up(self) -> None:
         """Kills the process; the note stays."""
         if self._process is not None:
             self._process.kill()
+
+
+def forget_shards(folder: Path) -> None:
+    """Removes the note of a folder, and the shards that it is of."""
+    (folder / NOTE).unlink(missing_ok=True)
+    # Also those that an evaluation on more ranks left here when it was killed.
+    for shard in folder.glob(SHARDS):
+        shard.unlink()

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from fd_large import doors
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.errors import ConfigError
+from fd_large.tasks.distillation.alignment import Grid
 
 WHERE = "objective.head"
-
-Grid = tuple[int, int]
 
 
 class Maps(NamedTuple):

@@ -272,6 +272,9 @@ def test_a_queue_holds_the_summaries_of_the_global_batch_whatever_its_division(m
             for number, one in enumerate(prepared):
                 if number % micro_batches == 0:
                     assert task.two_passes(micro_batches)
+                    task.begin_sums(micro_batches)
+                    # A question, which changes nothing.
+                    assert task.two_passes(1)
                     monkeypatch.setattr(f"{place}.rank", lambda n=number: n // micro_batches)
                 sums.append(task.sums(task, one))
             totals = torch.stack(sums).sum(0)

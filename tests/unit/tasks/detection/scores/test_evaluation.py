@@ -102,4 +102,9 @@ def test_what_was_not_scored_is_taken_up_by_a_later_start(root, tmp_path):
     assert again.wait(lambda: None)["box_AP"] == 1
     again.forget()
     assert left_in(tmp_path, 5) is None
+    assert left_in(tmp_path, 6)[0] == 6
+    # As of an evaluation whose scoring failed: that of step 4 has been scored since.
+    begun(root, folder_of(tmp_path, 2)).give_up()
+    assert left_in(tmp_path, 5) is None
+    assert list(folder_of(tmp_path, 2).iterdir()) == []
     assert {path.name for path in folder.iterdir()} == {"results.json", "scores.json"}

@@ -48,7 +48,7 @@ def test_ranks_show_that_they_live_while_it_works_and_may_leave(start, monkeypat
 
 def test_what_is_asked_and_answered(start, tmp_path):
     scoring = start(f"import sys; open({str(tmp_path / 'asked')!r}, 'w').write(sys.stdin.read())")
-    with pytest.raises(ValueError, match="Expecting value"):
+    with pytest.raises(DataError, match="got '' from the process"):
         scoring.wait(lambda: None)
     asked = json.loads((tmp_path / "asked").read_text())
     del asked["parent"]
@@ -64,7 +64,11 @@ def test_what_is_asked_and_answered(start, tmp_path):
     ("program", "told"),
     [
         ("import os; os.kill(os.getpid(), 9)", "got exit code -9"),
-        ("""print('{"error": "a mask that cannot be read"}')""", "a mask that cannot be read"),
+        (
+            "import sys; print('a line of a library', flush=True)\n"
+            """open(int(sys.argv[-1]), 'w').write('{"error": "a mask that cannot be read"}')""",
+            "a mask that cannot be read",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_on_all_ranks(start, program, told, tmp_path):
