@@ -929,6 +929,8 @@ class DistillationJob(Job):
         entries = {
             # Of cached targets the manifest names the teacher.
             name: replace(entry, source=facts.get(name, {}).get("teacher_source", entry.source))
+            if cached_folder(entry.source)
+            else entry
             for name, entry in self.run.taught_by.items()
         }
         return learned(

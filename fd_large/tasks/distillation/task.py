@@ -79,8 +79,12 @@ class Distillation(Task):
         super().__init__(student)
         self.targets, self.statistics = tuple(targets), statistics
         self._weighting = weighting
+        table = torch.zeros(len(teaches), len(teaches[0]) if teaches else 0, dtype=torch.bool)
+        for row, own in enumerate(teaches):
+            for column, is_own in enumerate(own):
+                table[row, column] = is_own
         # A buffer, so that it is on the device.
-        self.register_buffer("_teaches", torch.tensor(teaches, dtype=torch.bool), persistent=False)
+        self.register_buffer("_teaches", table, persistent=False)
         # In a plain dict, so that nn.Module does not register teachers that are Modules.
         self._teachers = dict(teachers)
         heads: dict[str, nn.ModuleDict] = {}
