@@ -12,6 +12,7 @@ from typing import Any
 
 from fd_large.recipes.architectures import full_name
 from fd_large.report.run_files import RunFiles
+from fd_large.tasks.distillation.section import cached_folder
 from fd_large.tasks.registry import TASKS
 
 RUNNING = "running"
@@ -105,7 +106,9 @@ def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
         return []  # The user's own, whose code a report does not run.
     values = {"{run}": str(files.folder), "{data.root}": str(files.recipe["data"]["root"])}
     found = []
-    teachers = files.recipe.get("teachers") or ["teacher"]
+    entries = files.recipe.get("teachers") or {"teacher": files.recipe.get("teacher") or {}}
+    # What stands for a teacher knows the training views alone.
+    teachers = [name for name, one in entries.items() if not cached_folder(one.get("source", ""))]
     for why, steps in TASKS[name].next_steps:
         words = [
             each

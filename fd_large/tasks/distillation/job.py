@@ -321,7 +321,7 @@ class DistillationJob(Job):
         if self.run.eval.root:
             raise ConfigError(
                 f"eval.root: a held-out loss needs the teacher; got {self.run.eval.root} beside "
-                f"{where} {CACHED}{folder}, expected none. Leave it out (--eval.root ''), or name "
+                f"{where} {CACHED}{folder}, expected none. Set --eval.root '', or name "
                 "the teacher itself."
             )
 

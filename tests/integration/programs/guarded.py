@@ -60,7 +60,7 @@ def main(folder: Path) -> int:
     # After the launch's variables are read; seconds.
     from fd_large import distributed
     from fd_large.cli import main as cli
-    from fd_large.engine import job, run
+    from fd_large.engine import job, opening, run
     from fd_large.engine.zero import partition, start, state
     from fd_large.runtime import guard
     from fd_large.runtime.hooks import Hook, Update
@@ -69,7 +69,7 @@ def main(folder: Path) -> int:
     guard.KNOWN = 4
     spoil(setattr)
     engines: list[Any] = []
-    build_engine, build_loader = run.build_engine, job.build_loader
+    build_engine, build_loader = opening.build_engine, job.build_loader
     train, leave = run.train, distributed.leave
 
     def kept_engine(*arguments: Any, **named: Any) -> Any:
@@ -120,7 +120,7 @@ def main(folder: Path) -> int:
         job.build_loader, run.train = marked_loader, watched_train
         return {"code": cli.main(["train", *words]), **vars(watch)}
 
-    run.build_engine, distributed.leave = kept_engine, lambda code: code
+    opening.build_engine, distributed.leave = kept_engine, lambda code: code
     found = {}
     for name, words in json.loads((folder / "runs.json").read_text()).items():
         found[name] = watched(words)

@@ -103,6 +103,14 @@ def test_after_a_finished_run(task, launcher, run_of):
         assert found["evaluate"]
 
 
+def test_stored_maps_are_no_teacher_to_look_at(run_of):
+    folder, recipe = run_of("distillation")
+    recipe = override(recipe, {"teacher.source": "cached:targets"})
+    (folder / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    found = dict(pasted(step["command"]) for step in next_steps(read_run(folder)))
+    assert found["diagnose"].models == (str(folder),)
+
+
 @pytest.mark.parametrize("launcher", STARTS)
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_that_was_stopped_goes_on_by_the_same_recipe(task, launcher, run_of):
