@@ -124,6 +124,10 @@ def test_its_weights_are_a_file_or_none(tmp_path):
     nothing = FrozenModel(model="dino_vit_base_patch16")
     with pytest.raises(ConfigError, match=r"--net\.source"):
         frozen_weights(nothing, Sources(), where="--net.source")
+    # As where the name of one of several is mistyped.
+    nameless = FrozenModel(model="auto", source="")
+    with pytest.raises(ConfigError, match=r"teachers\.corse: .*correct the name"):
+        frozen_weights(nameless, Sources(), where="--teachers.corse.source")
     del found["norm.bias"]
     torch.save(found, tmp_path / "part.pth")
     section = replace(section, source=str(tmp_path / "part.pth"))
