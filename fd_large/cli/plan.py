@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,7 +30,7 @@ from fd_large.recipes import registry
 from fd_large.recipes.architectures import brings_model
 from fd_large.recipes.fields import at_least, flat, plain, positive, require
 from fd_large.recipes.run import Run
-from fd_large.recipes.sections import ADAMW, AUTO, RANDOM, Student
+from fd_large.recipes.sections import ADAMW, AUTO, RANDOM, FrozenModel, Student
 from fd_large.tasks.distillation.section import cached_folder
 
 if TYPE_CHECKING:
@@ -161,20 +162,31 @@ def plan(
     Returns: The work, the machine, the settings that fit, fastest first, and those that do not.
     Raises: FDError: if something cannot be planned or read.
     """
-    runs = [_as_trained(one) for one in run.each_student().values()]
+    # The counts of a recipe's own teachers are kept under the names that it has for them.
+    runs = [
+        one if one.frozen_models == _of_record(one) else _as_trained(one)
+        for one in run.each_student().values()
+    ]
     if probe:
         # torch, which the rest of this command does without.
         from fd_large.cli.plan_probe import probe as measure
 
-        measured = measure(runs[0], ranks=cluster.gpus)
+        measured = measure(_as_trained(runs[0]), ranks=cluster.gpus)
         if rates:
             _write("--rates", rates, measured.to_dict())
     else:
         measured = rates_of(gpu, rates)
     machine = Machine(cluster=cluster, rates=measured)
-    shared = _shared_bytes(runs[0], measured, kernels) if len(runs) > 1 else NOTHING
+    shared = NOTHING
+    if len(runs) > 1:
+        shared = _shared_bytes(_as_trained(runs[0]), measured, kernels)
     load = together([workload(one, measured, kernels) for one in runs], shared)
     return load, machine, *search(load, machine)
+
+
+def _of_record(run: Run) -> Mapping[str, FrozenModel] | None:
+    """The frozen models of the recipe of record that a run is made of; None if it is of another."""
+    return registry.get(run.name).frozen_models if run.name in registry.RECIPES else None
 
 
 def _as_trained(run: Run) -> Run:
