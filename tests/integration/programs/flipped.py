@@ -54,7 +54,7 @@ class Flip(Hook):
         """After the canary has looked."""
         if index != 2 or distributed.rank() != self.rank:
             return
-        parameters = list(jobs[-1].teacher.module.parameters())
+        parameters = list(jobs[-1].teachers[""].module.parameters())
         flat = max((partition.shard(p)[0] for p in parameters), key=torch.numel)
         if self.kept_whole:
             flat = next(p.data.view(-1) for p in parameters if p.ds_persist and p.numel())
@@ -80,7 +80,11 @@ for placement, (every, rank) in RUNS.items():
             lease=lease,
             hooks=[flip],
         )
-    found[placement] = {"code": code, "done": flip.done, "hash": jobs.pop().teacher.shard_hash()}
+    found[placement] = {
+        "code": code,
+        "done": flip.done,
+        "hash": jobs.pop().teachers[""].shard_hash(),
+    }
     del flip
     start.forget_engines()
     gc.collect()
