@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,15 +11,11 @@ from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
-from fd_large import activity, distributed, doors, meeting
+from fd_large import distributed, doors, meeting
 from fd_large.backbones.custom.custom import check_map
 from fd_large.backbones.exports import PROJECTION
-from fd_large.backbones.feature_map import FeatureMap
-from fd_large.backbones.registry import family_of, own_image_size
-from fd_large.backbones.statistics import IMAGENET
 from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
 from fd_large.checkpoint.stream import Shape
@@ -32,24 +26,20 @@ from fd_large.data.photographs import PREFIX as BUILTIN
 from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource, open_images
 from fd_large.data.views import FixedViews
-from fd_large.data.weighted_roots import weighted_roots
 from fd_large.engine.checkpoint_models import stored_task
-from fd_large.engine.evaluation import Evaluation, Panel, evaluating
-from fd_large.engine.frozen import Frozen, frozen_maker, frozen_weights
+from fd_large.engine.evaluation import Evaluation, Panel
+from fd_large.engine.frozen import Frozen, frozen_weights
 from fd_large.engine.heads import check_head
 from fd_large.engine.job import FrozenPart, Job
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
-from fd_large.errors import CheckpointError, ConfigError, FDError, ShapeError, check_all
-from fd_large.probes import knn
-from fd_large.probes.features import extract
+from fd_large.errors import CheckpointError, ConfigError, check_all
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.fields import require
 from fd_large.recipes.run import ONLY, Run
-from fd_large.recipes.sections import AUTO, RANDOM
+from fd_large.recipes.sections import RANDOM
 from fd_large.runtime.hooks import Hook
 from fd_large.tasks.distillation import cached_teacher, target_statistics
-from fd_large.tasks.distillation.alignment import Grid, teacher_side
 from fd_large.tasks.distillation.cache_files import CacheReader, CacheWriter, Header
 from fd_large.tasks.distillation.cache_recorder import Recorder, ToRecord
 from fd_large.tasks.distillation.cache_views import StoredMaps, ViewsToStore, blank
@@ -65,6 +55,7 @@ from fd_large.tasks.distillation.heads.map_head import (
 )
 from fd_large.tasks.distillation.heads.registry import HEADS
 from fd_large.tasks.distillation.held_out import HeldOutViews
+from fd_large.tasks.distillation.knn_accuracy import knn_accuracy
 from fd_large.tasks.distillation.losses import check_loss, make_loss
 from fd_large.tasks.distillation.model_card import learned
 from fd_large.tasks.distillation.normalisers import (
@@ -74,6 +65,7 @@ from fd_large.tasks.distillation.normalisers import (
     check_normaliser,
     make_normaliser,
 )
+from fd_large.tasks.distillation.own_data import teaches
 from fd_large.tasks.distillation.section import (
     CACHED,
     MAP,
@@ -85,9 +77,17 @@ from fd_large.tasks.distillation.section import (
     told_of,
 )
 from fd_large.tasks.distillation.stored_heads import StoredHead, stored_heads
+from fd_large.tasks.distillation.stored_teachers import STATISTICS, require_same_teacher
 from fd_large.tasks.distillation.target import Target, as_map, summary
 from fd_large.tasks.distillation.task import DATASETS, Distillation
 from fd_large.tasks.distillation.teacher import PlacedTeacher, place
+from fd_large.tasks.distillation.teacher_grids import (
+    called,
+    grid_of,
+    source_flag,
+    teacher_maker,
+    with_grid,
+)
 from fd_large.weights.libraries import To
 from fd_large.weights.model_card import Learned
 from fd_large.weights.origin import origin_of
@@ -193,9 +193,9 @@ class DistillationJob(Job):
         settled, *models = check_all(
             lambda: settle(sources),
             *(
-                partial(cached_teacher.settled, entry, where=_source(name))
+                partial(cached_teacher.settled, entry, where=source_flag(name))
                 if name in self._caches
-                else partial(settle_model, entry, sources, where=_source(name))
+                else partial(settle_model, entry, sources, where=source_flag(name))
                 for name, entry in entries.items()
             ),
         )
@@ -225,7 +225,7 @@ class DistillationJob(Job):
         Raises: CacheError: if a header is missing or damaged.
         """
         return {
-            name: CacheReader(folder, Header.read(folder, where=_source(name)))
+            name: CacheReader(folder, Header.read(folder, where=source_flag(name)))
             for name, folder in self._caches.items()
         }
 
@@ -246,7 +246,7 @@ class DistillationJob(Job):
             lambda: self.run.eval.root and self._held_out_images,
             lambda: self.run.eval.knn_root and self._labelled_images,
             *(
-                partial(frozen_weights, entry, self.weights, where=_source(name))
+                partial(frozen_weights, entry, self.weights, where=source_flag(name))
                 for name, entry in entries
                 if name not in self._caches
             ),
@@ -256,46 +256,11 @@ class DistillationJob(Job):
         )
 
     def _teaches(self) -> list[list[bool]]:
-        """Whether a teacher teaches a dataset: (teachers by name, datasets); empty if all do.
-
-        Raises: ConfigError or DataError: if a dataset has no teacher, or there is no such dataset.
-        """
-        entries, root = sorted(self.run.teachers.items()), self.run.data.root
+        """Whether a teacher teaches a dataset, as `teaches`; empty if all teach all."""
         if self.run.weighting.rule != "own_data":
             return []
-        require(
-            not self.run.data.image_mixup,
-            "weighting.rule: a mixed image is of two datasets",
-            f"own_data with data.image_mixup {self.run.data.image_mixup}",
-            "one of the two",
-            "Leave data.image_mixup out",
-        )
-        names = [part.name for part in weighted_roots(root)]
-        require(
-            len(names) > 1,
-            "weighting.rule: own_data needs several datasets with names",
-            f"data.root {root!r}",
-            "a sum of them by weight",
-            "Name them as in docs/data.md",
-        )
-        for name, entry in entries:
-            other = [dataset for dataset in entry.datasets if dataset not in names]
-            require(
-                not other,
-                f"teachers.{name}.datasets: no such dataset in data.root",
-                ", ".join(other),
-                f"some of {', '.join(names)}",
-                "Correct the name",
-            )
-        taught = {dataset for _, entry in entries for dataset in entry.datasets}
-        require(
-            taught.issuperset(names),
-            "weighting.rule: own_data leaves images without a teacher",
-            f"no teacher of {', '.join(name for name in names if name not in taught)}",
-            "at least one for each dataset",
-            "Name them in --teachers.NAME.datasets",
-        )
-        return [[dataset in entry.datasets for dataset in names] for _, entry in entries]
+        datasets_of = {name: entry.datasets for name, entry in self.run.teachers.items()}
+        return teaches(datasets_of, self.run.data.root, image_mixup=self.run.data.image_mixup)
 
     def _check_views(self) -> None:
         """Refuses mixed images beside views that come again: a mixed one does not."""
@@ -309,7 +274,7 @@ class DistillationJob(Job):
 
     def _check_cache(self, name: str) -> None:
         """Refuses a cache that is not whole, and held-out losses, for which it has no maps."""
-        where, folder = _source(name), self._caches[name]
+        where, folder = source_flag(name), self._caches[name]
         require(
             not self.run.task.distillation.cache,
             "task.distillation.cache: there is no teacher whose maps could be stored",
@@ -329,7 +294,7 @@ class DistillationJob(Job):
         """Returns the sources of teachers and student."""
         entries = self.run.taught_by.items()
         own = {
-            _source(name).removeprefix("--"): entry.source
+            source_flag(name).removeprefix("--"): entry.source
             for name, entry in entries
             if name not in self._caches
         }
@@ -345,7 +310,7 @@ class DistillationJob(Job):
         if self.fixed_views is not None:
             views = cached_teacher.view_facts(self.view_settings(), self.fixed_views, samples)
             for name, reader in self._readers.items():
-                cached_teacher.require_same_views(reader.header, views, where=_source(name))
+                cached_teacher.require_same_views(reader.header, views, where=source_flag(name))
         return samples
 
     @property
@@ -425,14 +390,14 @@ class DistillationJob(Job):
             task = self.task_around(teachers)
         run = self._settled
         size = run.data.image_size
-        grid = _grid("student", task.student.grid, size)
+        grid = grid_of("student", task.student.grid, size)
         for name, entry in run.taught_by.items():
-            teacher, called = teachers[name], _called(name)
+            teacher, title = teachers[name], called(name)
             side = teacher.image_size or size
             if resolve(entry.model, entry.architecture).code:
-                where = _source(name).removeprefix("--")
+                where = source_flag(name).removeprefix("--")
                 check_map(teacher.net, side, is_trained=False, where=where)
-            theirs = _grid(called, teacher.net.grid, side)
+            theirs = grid_of(title, teacher.net.grid, side)
             of_maps = [t for t in task.targets if t.teacher == name and t.kind == MAP]
             ours = of_maps[0].given(grid, 0)[0] if of_maps else grid
             with told_of(name):
@@ -440,7 +405,7 @@ class DistillationJob(Job):
             whose = "teacher" if ours == places else "student"
             log.info(
                 "grids: %s %dx%d (images of %d px), student %dx%d (images of %d px): %s",
-                *(called, *theirs, side, *ours, size),
+                *(title, *theirs, side, *ours, size),
                 "equal" if ours == theirs else f"the {whose}'s map is resized (bilinear)",
             )
         for target in task.targets:
@@ -481,48 +446,17 @@ class DistillationJob(Job):
         Args:
             run: The recipe, its models settled.
         """
-        entries = {name: self._met_by(run, name) for name in run.taught_by}
+        entries = {
+            name: with_grid(
+                name,
+                entry,
+                run.student,
+                image_size=run.data.image_size,
+                follows=self.run.taught_by[name].architecture.image_size is None,
+            )
+            for name, entry in run.taught_by.items()
+        }
         return run if entries == run.taught_by else run.with_taught_by(entries)
-
-    def _met_by(self, run: Run, name: str) -> NamedTeacher:
-        """Returns an entry with numbers where it says auto; see `_met`."""
-        entry, size = run.taught_by[name], run.data.image_size
-        is_automatic = AUTO in (entry.interpolation, entry.teacher_image_size)
-        if not is_automatic or entry.model == AUTO:
-            return entry
-        architecture = resolve(entry.model, entry.architecture)
-        asked = self.run.taught_by[name].architecture.image_size
-        follows = asked is None and family_of(architecture).resizes(architecture)
-        with torch.device("meta"):
-            student = make_student(run.student, image_size=size)
-        wanted = _grid("student", student.grid, size)
-
-        def at(side: int) -> tuple[Grid | None, NamedTeacher]:
-            """The teacher's grid for images of a side, 0 as in `frozen_maker`; and its entry."""
-            resized = replace(entry, architecture=replace(entry.architecture, image_size=side))
-            for model in (entry, resized) if follows and side else (entry,):
-                # What is wrong at any size is told by the first call.
-                with torch.device("meta"), suppress(FDError if side else ShapeError):
-                    make = _teacher_maker(name, replace(model, teacher_image_size=side), size)
-                    return make().grid(size), model
-            return None, entry
-
-        side = entry.teacher_image_size
-        if side == AUTO:
-            side, as_it_is = 0, at(0)[0]
-            given = as_it_is and entry.interpolation == "bilinear"
-            if as_it_is != wanted and not given:
-                side = teacher_side(
-                    wanted,
-                    lambda side: at(side)[0],
-                    image_size=size,
-                    own_size=own_image_size(entry.model, architecture),
-                )
-        grid, met = at(side)
-        interpolation = entry.interpolation
-        if interpolation == AUTO:
-            interpolation = "none" if grid in (wanted, None) else "bilinear"
-        return replace(met, teacher_image_size=side, interpolation=interpolation)
 
     def splits_models(self) -> bool:
         """Returns whether a teacher is sharded."""
@@ -539,7 +473,7 @@ class DistillationJob(Job):
     def make_teacher(self, name: str) -> Frozen:
         """Constructs a teacher with random weights; "" is the name of an only one."""
         run = self._settled
-        return _teacher_maker(name, run.taught_by[name], run.data.image_size)()
+        return teacher_maker(name, run.taught_by[name], run.data.image_size)()
 
     def make_teachers(self) -> dict[str, Frozen]:
         """Constructs the teachers with random weights."""
@@ -550,14 +484,14 @@ class DistillationJob(Job):
         student_type = "bfloat16" if bfloat16 else "float32"
         placed: dict[str, PlacedTeacher | CachedTeacher] = {}
         for name, entry in self._settled.taught_by.items():
-            where, called = _source(name), _called(name)
+            where, title = source_flag(name), called(name)
             if name in self._caches:
                 placed[name] = CachedTeacher(self._readers[name], where=where)
                 continue
             weights = frozen_weights(entry, self.weights, where=where)
             if entry.source == RANDOM:
                 log.warning(
-                    "%s: RANDOM weights (%s random): there is nothing to learn", called, where
+                    "%s: RANDOM weights (%s random): there is nothing to learn", title, where
                 )
             teacher = place(
                 partial(self.make_teacher, name),
@@ -573,7 +507,7 @@ class DistillationJob(Job):
             )
             log.debug(
                 "%s: %s, %s, %.1f MB on this rank, hash %s",
-                called,
+                title,
                 entry.model,
                 entry.placement,
                 teacher.held_bytes() / 1e6,
@@ -635,7 +569,7 @@ class DistillationJob(Job):
         """Constructs the task around teachers of its own."""
         teachers = self.make_teachers()
         models = tuple(teachers[name] for name in teachers if name not in self._caches)
-        cached = {n: CachedTeacher(one, where=_source(n)) for n, one in self._readers.items()}
+        cached = {n: CachedTeacher(one, where=source_flag(n)) for n, one in self._readers.items()}
         return self.task_around(teachers | cached), models
 
     def task_around(
@@ -715,7 +649,19 @@ class DistillationJob(Job):
                 )
             evaluations.append(self._held_out_losses(engine, samples, micro_batch_size))
         if self.run.eval.knn_root:
-            evaluations.append(self._knn(engine, micro_batch_size))
+            evaluations.append(
+                knn_accuracy(
+                    engine,
+                    *self._labelled_images,
+                    Path(self.run.run_dir()) / "features",
+                    every=self.run.eval.knn_every,
+                    image_size=self.run.data.image_size,
+                    micro_batch_size=micro_batch_size,
+                    workers=self.run.data.workers,
+                    max_pixels=self.run.data.max_pixels,
+                    blank_maps=self._blank_maps(1),
+                )
+            )
         return evaluations
 
     def _held_out_losses(
@@ -749,43 +695,6 @@ class DistillationJob(Job):
             return metrics, sets[0].panel(engine) if step == 0 or last else None
 
         return Evaluation(measure, run.eval.every)
-
-    def _knn(self, engine: Engine, micro_batch_size: int) -> Evaluation:
-        run = self.run
-        train_set, test_set = self._labelled_images
-
-        def measure(
-            step: int, last: bool, between: Callable[[], None]
-        ) -> tuple[dict[str, float], Panel | None]:
-            folder = Path(run.run_dir()) / "features"
-            found = {}
-            splits = (("train", train_set), ("test", test_set))
-            with evaluating(engine), activity.work("k-NN"):
-                for name, images in activity.counted(splits, "features of train and test", "parts"):
-                    (found[name],) = extract(
-                        _student_of(engine, self._blank_maps(1)),
-                        IMAGENET,
-                        images,
-                        folder / name,
-                        image_size=run.data.image_size,
-                        batch_size=micro_batch_size,
-                        workers=run.data.workers,
-                        max_pixels=run.data.max_pixels,
-                        between=between,
-                    )
-            predicted = knn.classify(
-                found["train"],
-                found["test"],
-                num_classes=len(train_set.classes),
-                between=between,
-            )
-            accuracy = found["test"].percent(predicted)
-            distributed.barrier()
-            if distributed.is_main():
-                shutil.rmtree(folder, ignore_errors=True)
-            return {"test_knn": accuracy}, None
-
-        return Evaluation(measure, run.eval.knn_every)
 
     def hooks(self) -> Sequence[Hook]:
         """Returns what writes the maps of some images, and the canaries of the teachers."""
@@ -839,7 +748,7 @@ class DistillationJob(Job):
         if reader := self._readers.get(name):
             facts |= {"teacher_source": reader.header.teacher["source"]}
             facts |= {"cached_targets": f"{reader.header.digest}, {reader.header.precision}"}
-        for kind, key in _STATISTICS.items():
+        for kind, key in STATISTICS.items():
             if path := self._statistics_file(name, kind):
                 facts[key] = target_statistics.read(path).digest
         return facts
@@ -854,29 +763,7 @@ class DistillationJob(Job):
                 "Give those, or --fresh."
             )
         for name, entry in self.run.taught_by.items():
-            theirs, ours = stored[name], self._facts_of(name)
-            for kind, key in _STATISTICS.items():
-                if entry.setting("normaliser", kind) in BY_STATISTICS and (
-                    theirs.get(key) != ours.get(key)
-                ):
-                    raise CheckpointError(
-                        f"{field_of(name, 'target_statistics', kind)}: not the file that this "
-                        f"run began with; got hash {ours.get(key)}, expected {theirs.get(key)}. "
-                        "Give that file, or --fresh."
-                    )
-            if theirs.get("cached_targets") != ours.get("cached_targets"):
-                raise CheckpointError(
-                    f"{_source(name).removeprefix('--')}: not the cached targets that this run "
-                    f"began with; got {ours.get('cached_targets')}, expected "
-                    f"{theirs.get('cached_targets')}. Give those, or --fresh."
-                )
-            if theirs.get("teacher_hash") != ours["teacher_hash"]:
-                raise CheckpointError(
-                    f"{_source(name).removeprefix('--')}: not the teacher that this run began "
-                    f"with; got hash {ours['teacher_hash']}, expected "
-                    f"{theirs.get('teacher_hash')} ({theirs.get('teacher_source')}). Give that "
-                    "file, or --fresh."
-                )
+            require_same_teacher(name, entry, stored[name], self._facts_of(name))
 
     def _statistics_file(self, name: str, kind: str) -> str:
         """The file of statistics that a target is normalised by; empty where it needs none."""
@@ -981,10 +868,6 @@ class DistillationJob(Job):
         )
 
 
-_STATISTICS = {MAP: "target_statistics", SUMMARY: "summary_target_statistics"}
-"""The entries of a manifest for the files of statistics, by kind of target."""
-
-
 def _checks(name: str, entry: NamedTeacher, kind: str) -> Iterator[Callable[[], object]]:
     """Yields what tries loss and normaliser of a target, and finds its head.
 
@@ -1008,48 +891,6 @@ def _checks(name: str, entry: NamedTeacher, kind: str) -> Iterator[Callable[[], 
         yield partial(told, check)
 
 
-def _source(name: str) -> str:
-    """The flag of a teacher's source."""
-    return f"--teachers.{name}.source" if name else "--teacher.source"
-
-
-def _called(name: str) -> str:
-    return f"teacher {name}" if name else "teacher"
-
-
-def _teacher_maker(name: str, entry: NamedTeacher, image_size: int) -> Callable[[], Frozen]:
-    """Returns a constructor of a teacher with random weights, for images of that side.
-
-    Raises: ConfigError: if the model is still `auto`; the weights decide it, once opened.
-    """
-    where = _source(name)
-    require(
-        entry.model != AUTO and entry.teacher_image_size != AUTO,
-        f"{where.removesuffix('.source')}.model: auto means the model that the weights belong to",
-        f"{where} {entry.source!r}",
-        "opened weights",
-        f"Set {where}, or name a model",
-    )
-    return frozen_maker(
-        entry,
-        image_size=image_size,
-        own_image_size=entry.teacher_image_size,
-        residual_dtype=entry.residual_dtype,
-        before_norm=entry.layer == "before_norm",
-    )
-
-
-def _grid(whose: str, grid_of: Callable[[int, int], Grid], side: int) -> Grid:
-    """The grid of a model's map.
-
-    Raises: ShapeError: naming the model, if it takes no images of that side.
-    """
-    try:
-        return grid_of(side, side)
-    except ShapeError as error:
-        raise ShapeError(f"{whose}: {error}") from None
-
-
 def _maps(student: nn.Module, teacher: Frozen, side: int, *, kind: str, with_prefix: bool) -> Maps:
     """What a head that reads maps is made for.
 
@@ -1065,36 +906,3 @@ def _maps(student: nn.Module, teacher: Frozen, side: int, *, kind: str, with_pre
         return Maps((1, 1), (1, 1), 0, blocks)
     prefix = student.num_prefix_tokens if with_prefix else 0
     return Maps(student.grid(side, side), teacher.grid(side), prefix, blocks)
-
-
-def _student_of(engine: Engine, blank_maps: Any) -> Callable[[Tensor], FeatureMap]:
-    """Returns a function from pixels to the student's map, by a forward of the whole task.
-
-    Only that gathers the student's shards. The teachers are not run: their maps are replaced
-    by zeros.
-
-    Args:
-        engine: The engine of the task.
-        blank_maps: Targets of one image that stand for stored maps; None if there are none.
-    """
-    task = engine.task
-    seen: list[FeatureMap] = []
-    maps: dict[str, FeatureMap] = {}
-
-    def forward(pixels: Tensor) -> FeatureMap:
-        if not maps:
-            images = torch.zeros_like(pixels[:1], dtype=torch.uint8)
-            blank = tree_map_only(Tensor, lambda part: part.to(images.device), blank_maps)
-            maps.update(task.prepare(images, blank, None)["maps"])
-        zeros = {
-            name: one._replace(tokens=torch.zeros_like(one.tokens).expand(len(pixels), -1, -1))
-            for name, one in maps.items()
-        }
-        handle = task.student.register_forward_hook(lambda _m, _i, output: seen.append(output))
-        try:
-            engine.deepspeed(pixels=pixels, keep=None, maps=zeros)
-        finally:
-            handle.remove()
-        return seen.pop()
-
-    return forward

@@ -1,0 +1,114 @@
+"""The k-NN accuracy of the student's features while it is distilled."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fd_large import activity, distributed
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.statistics import IMAGENET
+from fd_large.data.labelled import LabelledImages
+from fd_large.engine.evaluation import Evaluation, Panel, evaluating
+from fd_large.engine.zero.engine import Engine
+from fd_large.probes import knn
+from fd_large.probes.features import extract
+
+
+def knn_accuracy(
+    engine: Engine,
+    train_set: LabelledImages,
+    test_set: LabelledImages,
+    folder: Path,
+    *,
+    every: int,
+    image_size: int,
+    micro_batch_size: int,
+    workers: int,
+    max_pixels: int,
+    blank_maps: Any,
+) -> Evaluation:
+    """Returns an evaluation of `test_knn`, in percent.
+
+    Args:
+        engine: The engine of the task.
+        train_set, test_set: Labelled images; the former are the neighbours.
+        folder: Where the features stand meanwhile.
+        every: Steps between two evaluations.
+        image_size: Side of the images, in pixels.
+        micro_batch_size: Images of a forward.
+        workers: Loading processes.
+        max_pixels: Pixels above which an image is refused.
+        blank_maps: Targets of one image that stand for stored maps; None if there are none.
+    """
+
+    def measure(
+        step: int, last: bool, between: Callable[[], None]
+    ) -> tuple[dict[str, float], Panel | None]:
+        found = {}
+        splits = (("train", train_set), ("test", test_set))
+        with evaluating(engine), activity.work("k-NN"):
+            for name, images in activity.counted(splits, "features of train and test", "parts"):
+                (found[name],) = extract(
+                    _student_of(engine, blank_maps),
+                    IMAGENET,
+                    images,
+                    folder / name,
+                    image_size=image_size,
+                    batch_size=micro_batch_size,
+                    workers=workers,
+                    max_pixels=max_pixels,
+                    between=between,
+                )
+        predicted = knn.classify(
+            found["train"],
+            found["test"],
+            num_classes=len(train_set.classes),
+            between=between,
+        )
+        accuracy = found["test"].percent(predicted)
+        distributed.barrier()
+        if distributed.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+        return {"test_knn": accuracy}, None
+
+    return Evaluation(measure, every)
+
+
+def _student_of(engine: Engine, blank_maps: Any) -> Callable[[Tensor], FeatureMap]:
+    """Returns a function from pixels to the student's map, by a forward of the whole task.
+
+    Only that gathers the student's shards. The teachers are not run: their maps are replaced
+    by zeros.
+
+    Args:
+        engine: The engine of the task.
+        blank_maps: Targets of one image that stand for stored maps; None if there are none.
+    """
+    task = engine.task
+    seen: list[FeatureMap] = []
+    maps: dict[str, FeatureMap] = {}
+
+    def forward(pixels: Tensor) -> FeatureMap:
+        if not maps:
+            images = torch.zeros_like(pixels[:1], dtype=torch.uint8)
+            blank = tree_map_only(Tensor, lambda part: part.to(images.device), blank_maps)
+            maps.update(task.prepare(images, blank, None)["maps"])
+        zeros = {
+            name: one._replace(tokens=torch.zeros_like(one.tokens).expand(len(pixels), -1, -1))
+            for name, one in maps.items()
+        }
+        handle = task.student.register_forward_hook(lambda _m, _i, output: seen.append(output))
+        try:
+            engine.deepspeed(pixels=pixels, keep=None, maps=zeros)
+        finally:
+            handle.remove()
+        return seen.pop()
+
+    return forward
