@@ -33,7 +33,7 @@ class Cache(TakesRunFile, AllowsCode):
 
     # Recipe of the runs that are to use the maps.
     recipe: Annotated[str, Positional, arg(metavar="RECIPE")]
-    # Folder to write. Of several teachers each gets a folder of its name in it.
+    # Folder to write. Several teachers get a folder each in it, by their names.
     out: Annotated[str, Positional, arg(metavar="OUT")]
     # Stored views of each image: random crops, flipped or not. The epochs of a run take them in
     # turn. 0: as many as the recipe's task.distillation.views, and 1 if that is 0.

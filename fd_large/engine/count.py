@@ -105,7 +105,7 @@ def _watched(
         recorder.phase = "forward"
 
     def first_pass(*arguments: Any) -> Tensor:
-        # Of a batch on the device its images are let go of.
+        # The images of a batch are released once the batch is prepared.
         recorder.held = recorder.live - bytes_of(images)
         recorder.phase = "first_pass"
         try:

@@ -80,7 +80,7 @@ def together(loads: Sequence[Workload], shared: Line = NOTHING) -> Workload:
     """Returns the work of several students that learn from one pass of the frozen models.
 
     Args:
-        loads: That of each student alone.
+        loads: The work of each student alone.
         shared: Bytes of a micro-batch that all take; see `of_students`.
     """
     first = loads[0]

@@ -46,7 +46,7 @@ class WandB(RemoteCurves):
             self._early.setdefault(step, {}).update(values)
             return
         if step < self._step:
-            # Of an evaluation whose numbers were worked out while training went on.
+            # An evaluation was scored while training went on; W&B takes steps in order only.
             values, step = {**values, "evaluation/of_step": step}, self._step
         self._run.log({**values, **self._early.pop(step, {})}, step=step)
         self._step = max(self._step, step)

@@ -41,7 +41,7 @@ from fd_large.tasks.distillation.cache_precision import PRECISIONS, Stored, num_
 HEADER = "cache.json"
 KIND = "fd_large cached targets 1"
 SIDE = 8
-"""Of a thumbnail."""
+"""Side of a thumbnail, in pixels."""
 THUMBNAIL = SIDE**2
 SHARD_BYTES = 1 << 28
 _MOST_OPEN = 128
@@ -319,7 +319,7 @@ class CacheReader(_Files):
         for tensor, (dtype, shape) in self.header.rows(1).items():
             if tensor != "checks":
                 flat = torch.from_numpy(rows[tensor][0])
-                # Of no bytes no tensor of another type can be made.
+                # An empty tensor cannot be viewed as another type.
                 made[tensor] = (flat.view(dtype) if len(flat) else flat.to(dtype)).view(shape[1:])
         return Record(Stored(made["values"], made["scales"]), made["thumbnails"])
 

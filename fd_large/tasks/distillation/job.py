@@ -814,7 +814,7 @@ class DistillationJob(Job):
         unknown = "not recorded"
         facts = manifest.get("teachers", {}) if self.run.teachers else {ONLY: manifest}
         entries = {
-            # Of cached targets the manifest names the teacher.
+            # The source of cached targets is a folder; the manifest names the teacher.
             name: replace(entry, source=facts.get(name, {}).get("teacher_source", entry.source))
             if cached_folder(entry.source)
             else entry

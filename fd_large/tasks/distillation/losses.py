@@ -48,7 +48,7 @@ class Loss:
 
     label = "loss"
     reads_beta = True
-    # Of the tokens that are compared, how many stand before the patches; the target sets it.
+    # Number of prefix tokens among those that are compared; the target sets it.
     num_prefix_tokens = 0
 
     def __init__(self, beta: float = 2.0) -> None:

@@ -110,8 +110,8 @@ class Distillation(Task):
         if queues:
             self.queues = nn.ModuleDict(queues)
         self._queues = tuple(queues.values())
-        # Of this step, by the targets' labels: statistics of all its images, and sums over those
-        # of this rank that its forwards have seen.
+        # By the targets' labels: statistics of all images of this step, and sums over the images of
+        # this rank that its forwards have seen.
         self._agreed: dict[str, Moments] = {}
         self._noted: dict[str, Tensor] = {}
         self._momentum = 0.0
