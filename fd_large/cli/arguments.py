@@ -7,11 +7,12 @@ takes a recipe takes the fields of `recipes/run.py` beside its own.
 
 tyro converts the values and prints the help, from types and comments of the fields. What it cannot
 do is here: each mistake in one sentence with the nearest names, and all of them at once; later
-flags win; values may begin with a dash; `--switch False`.
+flags win, which is said of a named entry's; values may begin with a dash; `--switch False`.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 import textwrap
@@ -27,6 +28,7 @@ from tyro.conf import Positional
 
 from fd_large import doors
 from fd_large.errors import ConfigError, nearest
+from fd_large.launch import find_rank
 from fd_large.recipes import registry
 from fd_large.recipes.fields import (
     describe_type,
@@ -40,6 +42,8 @@ from fd_large.recipes.fields import (
 from fd_large.recipes.run import Run, Task
 from fd_large.recipes.run_file import accepted, read_run_file, run_of
 from fd_large.tasks.registry import TASKS, kind_of
+
+log = logging.getLogger(__name__)
 
 HELP = frozenset({"-h", "--help"})
 # The deepspeed launcher passes it to whatever it starts.
@@ -281,7 +285,10 @@ class _Parser(Generic[Own]):
                 count = len(texts)
                 if self._positional:
                     count = max(joined, 0 if off else _count(hint, texts))
-                flags[name] = hint, texts[:count], off
+                flag = hint, texts[:count], off
+                if flags.get(name, flag) != flag:
+                    self._say_twice(name, flag[1])
+                flags[name] = flag
                 loose += texts[count:]
             elif name != IGNORED:
                 self._mistakes.append(f"--{typed}: unknown flag; {self._nearest(typed)}")
@@ -326,6 +333,18 @@ class _Parser(Generic[Own]):
             for name, hint in names.items()
             if name not in self._positional
         }
+
+    def _say_twice(self, name: str, texts: list[str]) -> None:
+        """Says that the later value of an entry's field holds: two entries may have been meant."""
+        if name not in self._known("") and find_rank() == 0:
+            entry = name.rpartition(".")[0]
+            log.warning(
+                "--%s: given twice, and the later value holds: %s. If two are meant, give one "
+                "another name than %s.",
+                name,
+                " ".join(texts),
+                entry,
+            )
 
     def _nearest(self, typed: str) -> str:
         known = [name for name, _ in self._known(typed).values()]

@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, parse_with_recipe
 from fd_large.cli.output import size, tables
-from fd_large.cli.paths import paths_of, require_paths
+from fd_large.cli.paths import paths_of, require_paths, require_sources
 from fd_large.plan.cached_targets import CachedTargets
 from fd_large.plan.rates import rates_of
 from fd_large.recipes import registry
@@ -70,6 +70,7 @@ def main(arguments: list[str]) -> int:
     if own.plan:
         tables().print(plan(run, own))
         return 0
+    require_sources(run)
     written = write(run, own.out, precision=own.precision)
     from fd_large import distributed
 

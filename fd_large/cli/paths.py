@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from fd_large import doors
 from fd_large.data.weighted_roots import weighted_roots
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, check_all
 from fd_large.launch import is_first_of_node
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import RANDOM
@@ -61,6 +62,25 @@ def require_paths(named: Mapping[str, str]) -> None:
         # Other nodes may have what this one lacks.
         error.rank_local = is_first_of_node()
         raise error
+
+
+def require_sources(run: Run) -> None:
+    """Refuses teachers without weights; who mistypes the name of one of several makes another.
+
+    Raises: ConfigError: a line for each.
+    """
+    models = run.frozen_models
+    names = {where: where.rpartition(".")[2] for where in models}
+    check_all(
+        *(
+            partial(
+                model.require_source,
+                f"--{where}.source",
+                others=[names[other] for other in models if other != where],
+            )
+            for where, model in models.items()
+        )
+    )
 
 
 def _is_missing(text: str) -> bool:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from fd_large import activity, shipped
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, WithRecipe, parse_with_recipe
 from fd_large.cli.ownership import owning
-from fd_large.cli.paths import paths_of, require_paths
+from fd_large.cli.paths import paths_of, require_paths, require_sources
 from fd_large.data.packages import check_packages
-from fd_large.errors import LostRankError
+from fd_large.errors import LostRankError, check_all
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
 from fd_large.recipes.run import Run
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
 
 
 def check_names(run: Run, *, deepspeed_config: str) -> None:
-    """Refuses names of files, folders and datasets that show to be wrong without torch.
+    """Refuses names of files, folders, datasets and teachers that show to be wrong without torch.
 
     Importing torch takes seconds; whoever mistypes a path knows it at once.
 
@@ -68,7 +68,7 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
     Raises: FDError: the user's mistakes.
     """
     shipped.deepspeed_config(deepspeed_config)
-    require_paths(paths_of(run))
+    check_all(lambda: require_paths(paths_of(run)), lambda: require_sources(run))
     check_packages(run.data.root, where="data.root")
     check_packages(run.eval.root, where="eval.root")
     check_packages(run.eval.knn_root, where="eval.knn_root")

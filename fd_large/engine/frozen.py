@@ -15,7 +15,7 @@ from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.engine.student import attention_memory
 from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import by_name, resolve
-from fd_large.recipes.sections import AUTO, RANDOM, FrozenModel
+from fd_large.recipes.sections import RANDOM, FrozenModel
 from fd_large.weights.settle import stated_statistics
 from fd_large.weights.source import Sources
 
@@ -130,16 +130,7 @@ def frozen_weights(
     Raises: ConfigError: if the section names no source; WeightsError: if the file does not fit.
     """
     source = section.source
-    if source == "" and section.model == AUTO:
-        raise ConfigError(
-            f"{where.removesuffix('.source')}: neither a model nor weights; got nothing, expected "
-            f"a file, a model or a run. Set {where}, or correct the name."
-        )
-    if source == "":
-        raise ConfigError(
-            f"{where}: {section.model} has no weights; got nothing, expected a file. Set {where} "
-            f"PATH, or {where} random for a test or a throughput run."
-        )
+    section.require_source(where)
     if source == RANDOM or is_module(source):
         return None
     flags = where.removesuffix(".source")

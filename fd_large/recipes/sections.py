@@ -6,11 +6,11 @@ on the command line.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, nearest
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.fields import (
@@ -188,6 +188,31 @@ class FrozenModel:
     def __post_init__(self) -> None:
         check_types(self, self.place)
         statistics_or_none(f"{self.place}.statistics", self.statistics)
+
+    def require_source(self, flag: str, *, others: Iterable[str] = ()) -> None:
+        """Refuses a model whose weights nothing names.
+
+        Args:
+            flag: The flag of its source, for messages.
+            others: Names beside which its own may be a mistyped one.
+
+        Raises: ConfigError: naming the flag, and the nearest of the others.
+        """
+        if self.source:
+            return
+        where = flag.removeprefix("--").removesuffix(".source")
+        others = list(others)
+        hint = f" ({nearest(where.rpartition('.')[2], others)})" if others else ""
+        if self.model == AUTO:
+            raise ConfigError(
+                f"{where}: neither a model nor weights; got nothing, expected a file, a model or a "
+                f"run. Set {flag}, or correct the name{hint}."
+            )
+        mistyped = f", or correct a mistyped name{hint}" if hint.startswith(" (nearest") else ""
+        raise ConfigError(
+            f"{where}.source: {self.model} has no weights; got nothing, expected a file. Set "
+            f"{flag} PATH, or {flag} random for a test or a throughput run{mistyped}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,6 +125,13 @@ def test_sections_are_named_on_the_command_line():
     assert "teachers.NAME.weight" in field_names(Toy)
 
 
+def test_the_later_value_of_an_entry_holds_and_is_told(caplog):
+    given = toy("s --to b --to a --teachers.a.model m --teachers.b.model m --teachers.a.model n")
+    assert given.teachers == {"a": Teacher(model="n"), "b": Teacher(model="m")}
+    (said,) = caplog.messages
+    assert "--teachers.a.model: given twice" in said
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [

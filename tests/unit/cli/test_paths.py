@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fd_large import doors
-from fd_large.cli.paths import paths_of, paths_of_models, require_paths
+from fd_large.cli.paths import paths_of, paths_of_models, require_paths, require_sources
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 
@@ -20,6 +20,11 @@ MISTAKES = {
         *("data.root", "eval.root", "teacher.source"),
     ],
     "train --deepspeed_config zero3 --student.init /no/run": ["student.init"],
+    # Mistyped names make teachers of their own.
+    "train --deepspeed_config zero3 --teachers.coarse.source no.pt --teachers.corse.beta 1": [
+        *("teachers.coarse.source", "teachers.corse"),
+    ],
+    "cache theia_vit_base out --teachers.clpi.source random": ["teachers.clip.source"],
     "evaluate no/run#teacher vit=no.pt --data.root /no/a": [
         *("model no/run#teacher", "model vit=no.pt", "data.root"),
     ],
@@ -85,3 +90,11 @@ def test_every_node_tells_its_own(monkeypatch):
 def test_recipes_of_record_name_nothing_that_is_missing():
     for name in registry.RECIPES:
         require_paths(paths_of(registry.get(name)))
+
+
+def test_a_teacher_without_weights_is_told_with_the_nearest_name():
+    recipe = registry.get("quickstart")
+    fields = {"teachers.coarse.source": "random", "teachers.corse.beta": 1.0}
+    with pytest.raises(ConfigError, match=r"^teachers\.corse: .*nearest: coarse"):
+        require_sources(recipe.with_fields(fields))
+    require_sources(recipe.with_fields(fields | {"teachers.corse.source": "random"}))
