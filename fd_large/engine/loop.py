@@ -294,7 +294,12 @@ class Trainer:
             engine.task.after_step()
             if self._ema is not None:
                 self._ema.update()
-        update = replace(agreed.update, skipped=not moved, data_seconds=waited)
+        update = replace(
+            agreed.update,
+            skipped=not moved,
+            data_seconds=waited,
+            students=micro_batches.students,
+        )
         return agreed._replace(update=update), batches, losses
 
     def _agree(self, losses: list[Tensor], epoch: int, learning_rate: float) -> _Agreed:

@@ -11,7 +11,13 @@ from fd_large.data.loader import Batch
 
 
 class Batches(Protocol):
-    """Micro batches of a run, in order."""
+    """Micro batches of a run, in order.
+
+    Attributes:
+        students: Number of students that take them.
+    """
+
+    students: int
 
     def __next__(self) -> tuple[Batch, Batch]:
         """Returns (batch as the loader gave it, batch to compute with)."""
@@ -33,6 +39,8 @@ class Prefetch:
         batches: The micro batches, in pinned memory where the device is a GPU.
         device: The device that computes.
     """
+
+    students = 1
 
     def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
         self._batches, self._device = batches, device
@@ -79,10 +87,11 @@ class StepForSeveral:
     Args:
         source: The run's micro batches.
         complete: Adds what all students learn from a micro batch; called once for each.
+        students: Number of students.
     """
 
-    def __init__(self, source: Batches, complete: Callable[[Batch], Batch]) -> None:
-        self._source, self._complete = source, complete
+    def __init__(self, source: Batches, complete: Callable[[Batch], Batch], students: int) -> None:
+        self._source, self._complete, self.students = source, complete, students
         self._taken: list[tuple[Batch, Batch]] = []
         self._next = self._done = 0
 

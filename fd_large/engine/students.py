@@ -135,7 +135,7 @@ def _step_each(trainers: Sequence[Trainer], micro_batches: Batches, epoch: int) 
         trainers[0].take_step(micro_batches, epoch)
         return
     task = trainers[0].task
-    shared = StepForSeveral(micro_batches, lambda batch: completed(task, batch))
+    shared = StepForSeveral(micro_batches, lambda batch: completed(task, batch), len(trainers))
     for trainer in trainers:
         shared.rewind()
         trainer.take_step(shared, epoch)

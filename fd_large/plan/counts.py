@@ -60,10 +60,12 @@ class StepFlops(NamedTuple):
         model: What the run needs, the numerator of MFU: forward and backward of what is trained,
             forward of frozen models.
         hardware: What is computed, recomputation and a first pass for sums included.
+        frozen: The part of frozen models in both, which several students share.
     """
 
     model: int
     hardware: int
+    frozen: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,7 @@ class Counts:
         return StepFlops(
             model=sum(self.flops(phase, images) for phase in ("inference", "forward", "backward")),
             hardware=sum(p.times * p.flops.at(images) for p in self.products),
+            frozen=self.flops("inference", images),
         )
 
     def peak_at(self, images: int) -> int:

@@ -28,7 +28,7 @@ Row = dict[str, Any]
 true where weights stayed. The same in all rows of an interval: images_per_second (of all ranks),
 data_wait (share of the time that rank 0 waited for images), memory_bytes (the most that rank 0
 has held so far), and, where the models are countable, tflops_per_gpu, and where the card's peak is
-known, mfu and hardware_utilisation (plan/utilisation.py)."""
+known, mfu and hardware_utilisation (plan/utilisation.py; those of several students add up)."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ class Update:
         learning_rate: The learning rate of this step.
         skipped: Whether weights and moments stayed as they were.
         data_seconds: Seconds that this rank waited for its images; differs between ranks.
+        students: Students that take the step together, on one pass of the frozen models.
     """
 
     index: int
@@ -146,6 +147,7 @@ class Update:
     learning_rate: float
     skipped: bool = False
     data_seconds: float = 0.0
+    students: int = 1
 
 
 @dataclass(frozen=True)

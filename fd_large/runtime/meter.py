@@ -64,7 +64,7 @@ class Meter(Hook):
         on_gpu = device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
         self._trackers.tell("on_start", setting)
-        self._seconds = self._interval_seconds = self._waited = 0.0
+        self._seconds = self._interval_seconds = self._waited = self._frozen = 0.0
         self._mark = time.perf_counter()
 
     def after_update(self, update: Update) -> None:
@@ -75,6 +75,7 @@ class Meter(Hook):
             # The first step also allocates and compiles: no part of the run's speed.
             self._seconds += now - self._mark
             self._waited += update.data_seconds
+            self._frozen += 1 / update.students
         self._mark = now
         self._pending.append(update)
         self._total = update.total
@@ -146,14 +147,21 @@ class Meter(Hook):
             "loss_end": loss_end,
             **setting.evaluated(first, last),
             "images_per_second": images / self._seconds if images > 0 else None,
-            **self._shares(timed, self._seconds),
+            **self._shares(timed, self._frozen, self._seconds),
             "data_wait": self._waited / self._seconds if timed else None,
             "peak_memory_bytes": peak_memory,
         }
 
-    def _shares(self, steps: int, seconds: float) -> dict[str, float]:
-        batches = steps * self._setting.accumulation
-        return shares(self._setting.flops, self._peak, micro_batches=batches, seconds=seconds)
+    def _shares(self, steps: int, frozen: float, seconds: float) -> dict[str, float]:
+        """The utilisation in so many steps, and so many of frozen models."""
+        count = self._setting.accumulation
+        return shares(
+            self._setting.flops,
+            self._peak,
+            micro_batches=steps * count,
+            frozen=frozen * count,
+            seconds=seconds,
+        )
 
     def _flush(self) -> None:
         if not self._pending:
@@ -165,7 +173,7 @@ class Meter(Hook):
             return
         interval = {
             "images_per_second": len(pending) * self._setting.global_batch_size / seconds,
-            **self._shares(len(pending), seconds),
+            **self._shares(len(pending), sum(1 / one.students for one in pending), seconds),
             "data_wait": sum(update.data_seconds for update in pending) / seconds,
             "memory_bytes": peak_memory_bytes(),
         }

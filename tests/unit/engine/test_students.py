@@ -100,6 +100,8 @@ def test_whoever_is_behind_catches_up_and_all_stop_after_the_same_step(start):
     assert together(a, b) == ["preempted", "preempted"]
     assert [update.index for update in a.hook.updates] == [4, 5]
     assert [update.index for update in b.hook.updates] == [0, 1, 2, 3, 4, 5]
+    # Steps that it takes alone have the frozen models' pass for themselves.
+    assert [update.students for update in b.hook.updates] == [1, 1, 1, 1, 2, 2]
     # The epoch that is left in the middle is read on from there.
     assert b.read == [0, 2, 4, 6, 8, 10]
     a, b = start("a", total=8, save_every=2), start("b", total=8, save_every=2)

@@ -15,6 +15,12 @@ def test_shares_by_hand():
         "mfu": pytest.approx(0.78),
         "hardware_utilisation": pytest.approx(0.98),
     }
+    # One of two students: a half of each of the frozen models' passes.
+    shared = STEP._replace(frozen=90)
+    part = shares(shared, 1e3, micro_batches=4, frozen=2, seconds=2.0)
+    assert part["mfu"] == pytest.approx((390 * 4 - 90 * 2) / 2e3)
+    assert part["hardware_utilisation"] == pytest.approx((490 * 4 - 90 * 2) / 2e3)
+    assert shares(shared, 1e3, micro_batches=4, frozen=4, seconds=2.0) == found
     assert shares(STEP, None, micro_batches=4, seconds=2.0).keys() == {"tflops_per_gpu"}
     assert shares(None, 1e3, micro_batches=4, seconds=2.0) == {}
     assert shares(STEP, 1e3, micro_batches=0, seconds=0.0) == {}

@@ -107,21 +107,22 @@ def test_speed_waiting_and_memory_leave_out_the_first_update_and_the_evaluations
     class Clock(Meter):
         def after_update(self, update):
             now[0] += 100.0 if update.index == 0 else 2.0
-            return super().after_update(replace(update, data_seconds=0.5))
+            return super().after_update(replace(update, data_seconds=0.5, students=2))
 
         def on_evaluation(self, index, metrics):
             now[0] += 1000.0
             super().on_evaluation(index, metrics)
 
-    flops = StepFlops(model=6e12, hardware=10e12)
+    # Of which this one of two students counts 5.
+    flops = StepFlops(model=6e12, hardware=10e12, frozen=2e12)
     run_updates([Clock()], make_setting(flops=flops), 10, evaluate=(3, 6))
     written, found = rows("metrics.jsonl"), summary()
     assert written[0]["images_per_second"] == pytest.approx(4 * 8 / 106)
     # Two micro batches of 4 images a step, on one rank.
-    assert written[0]["tflops_per_gpu"] == pytest.approx(4 * 2 * 6 / 106)
+    assert written[0]["tflops_per_gpu"] == pytest.approx(4 * 2 * 5 / 106)
     for row in (written[-1], found):
         assert row["images_per_second"] == pytest.approx(4.0)
-        assert row["tflops_per_gpu"] == pytest.approx(2 * 6 / 2.0)
+        assert row["tflops_per_gpu"] == pytest.approx(2 * 5 / 2.0)
         assert row["data_wait"] == pytest.approx(0.25)
         assert "mfu" not in row, "a CPU has no peak"
     assert written[-1]["memory_bytes"] == 123
