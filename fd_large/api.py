@@ -231,17 +231,17 @@ def load_student(
         guess = model.teacher_map("teacher", model.preprocess("photo.jpg")[None])
 
     Args:
-        run: The run's folder, or that of a checkpoint (RUN/checkpoints/best); or any other model
-            that `fd-large evaluate` takes: RUN#teacher, timm:NAME, a file of weights ...
+        run: The run's folder, that of a checkpoint (RUN/checkpoints/best), or that of an export,
+            which hold the teachers' heads too; or any other model that `fd-large evaluate` takes:
+            RUN#teacher, timm:NAME, a file of weights ...
         allow_code: Python files of the user's own that the run's recipe may import.
 
     Returns: the model in evaluation mode, in float32, on the first GPU, or the CPU.
     Raises: FDError: if there is no such model.
     """
-    from fd_large.checkpoint import stream
     from fd_large.engine.find_model import find_model
     from fd_large.engine.trained_model import TrainedModel
-    from fd_large.tasks.jobs import job_of
+    from fd_large.tasks.jobs import heads_of, job_of
 
     for path in allow_code:
         doors.allow(path)
@@ -252,13 +252,13 @@ def load_student(
         backbone, statistics = named.build()
     # Not all of `named`, whose weights keep files open.
     job, source = named.trained_by, named.source
-    has_heads = job is not None and named.section.source != RANDOM
+    has_heads = named.section.source != RANDOM
 
     def heads() -> Mapping[str, Any]:
-        if job is None or not has_heads:
+        if not has_heads:
             return {}
         with torch.random.fork_rng(devices=cuda_devices()):
-            return job.stored_heads(stream.newest(Path(source), where="load_student"))
+            return heads_of(job, Path(source))
 
     return TrainedModel(
         backbone,

@@ -59,12 +59,14 @@ def tiny_task(run: Run) -> Distillation:
     return scattered(task, seed=1).eval()
 
 
-def store_task(folder: Path, run: Run, task: Distillation, **options: Any) -> None:
+def store_task(
+    folder: Path, run: Run, task: Distillation, others: dict[str, Any] | None = None, **options: Any
+) -> None:
     """Stores the task as the checkpoint of a run, with what else the folder of a run has."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(run.to_dict()))
     (folder / "deepspeed.json").write_text("{}")
-    tensors = {name: p.detach() for name, p in task.named_parameters()}
+    tensors = {name: p.detach() for name, p in task.named_parameters()} | (others or {})
     store_tensors(folder, tensors, ranks=2, recipe=run.to_dict(), **options)
 
 

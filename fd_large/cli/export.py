@@ -200,6 +200,7 @@ def export(
                 statistics=student.statistics,
                 shard_size=size,
                 card=card,
+                beside=lambda folder: job.export_heads(reader, folder / exports.HEADS, size),
             )
         return reader.manifest["update"], files
 

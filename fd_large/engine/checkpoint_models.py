@@ -36,12 +36,25 @@ def stored_task(make: Callable[[], AnyTask], reader: Reader, *, kind: str) -> An
     Raises: CheckpointError: if the checkpoint is of another task.
     """
     task = partition.build(make, {}, partitioned=False, seed=0)
+    fill_stored(task, reader, kind=kind)
+    return task
+
+
+def fill_stored(task: Task, reader: Reader, *, kind: str) -> None:
+    """Fills a task with the weights of a checkpoint; what is on the meta device is only compared.
+
+    Args:
+        task: Whole, in host memory, or in part without memory.
+        reader, kind: See `stored_task`.
+
+    Raises: CheckpointError: if the checkpoint is of another task.
+    """
     held = dict(task.named_parameters()) | partition.running_statistics(task)
     stream.check(reader, {name: tuple(tensor.shape) for name, tensor in held.items()})
     with torch.no_grad():
         for name, tensor in held.items():
-            tensor.copy_(stream.read(reader, name, tuple(tensor.shape), kind=kind))
-    return task
+            if not tensor.is_meta:
+                tensor.copy_(stream.read(reader, name, tuple(tensor.shape), kind=kind))
 
 
 def sources_of(

@@ -430,6 +430,23 @@ class Job:
         """
         return {}
 
+    def export_heads(self, reader: Reader, folder: Path, shard_size: int) -> None:
+        """Writes the heads of `stored_heads` beside an exported student, if there are any.
+
+        Args:
+            reader: The checkpoint that is exported.
+            folder: Does not exist; what is written has a config.json that names the task.
+            shard_size: Most bytes of a file of tensors.
+        """
+
+    @staticmethod
+    def exported_heads(folder: Path) -> Mapping[str, nn.Module]:
+        """Returns the heads that `export_heads` wrote, by name; see `stored_heads`.
+
+        Raises: WeightsError: if the folder is damaged.
+        """
+        return {}
+
     def learned(self, manifest: Mapping[str, Any]) -> Learned:
         """Returns what the model card of an exported student says of the task.
 

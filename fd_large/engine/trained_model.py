@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.data.centre_crops import central_view
 from fd_large.data.decode import decode
@@ -90,30 +91,53 @@ class TrainedModel(nn.Module):
         """Returns the feature of each image, (B, C): the mean over its patch tokens."""
         return self(images).float().mean((2, 3))
 
-    def teacher_map(self, name: str, images: Tensor) -> Tensor:
+    def teacher_map(self, name: str, images: Tensor, *, in_teacher_units: bool = False) -> Tensor:
         """Returns the student's guess of a teacher's map, (B, C, H, W), by the head it learnt with.
 
-        It is in the units that were learnt: those of the target's normaliser. The heads are read
-        from the run's checkpoint at the first call.
+        The heads are read from the run's checkpoint, or from the folder of the export, at the first
+        call.
 
         Args:
             name: The teacher's name; "teacher" for a run's only one; NAME_summary for a summary,
                 which is one place (B, C, 1, 1).
             images: As in `forward`.
+            in_teacher_units: Whether the guess is of what the teacher gives; else it is in the
+                units that were learnt, those of the target's normaliser.
 
-        Raises: ConfigError: if the model has no such head.
+        Raises: ConfigError: if the model has no such head, or the normaliser cannot be undone.
         """
+        tokens, grid, prefix = self._guess(name, images, in_teacher_units)
+        return tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
+
+    def teacher_summary(
+        self, name: str, images: Tensor, *, in_teacher_units: bool = False
+    ) -> Tensor:
+        """Returns the student's guess of a teacher's summary of each image, (B, C).
+
+        Args:
+            name: The teacher's name.
+            images, in_teacher_units: As in `teacher_map`.
+
+        Raises: ConfigError: as `teacher_map`.
+        """
+        return self._guess(f"{name}_summary", images, in_teacher_units).tokens.flatten(1)
+
+    def _guess(self, name: str, images: Tensor, in_teacher_units: bool) -> FeatureMap:
         if self.heads is None:
             self.heads = {name: head.eval() for name, head in self._read_heads().items()}
         if name not in self.heads:
-            expected = nearest(name, self.heads) if self.heads else "a run that has heads"
+            expected = (
+                nearest(name, self.heads)
+                if self.heads
+                else "expected a run of distillation, or an export of one that has a folder heads"
+            )
             raise ConfigError(
                 f"teacher_map: no head for it; got {name!r} of {self.source}, {expected}"
             )
         pixels = self._normalised(images)
         head = self.heads[name].to(pixels.device)
-        tokens, grid, prefix = head(self.backbone, pixels)
-        return tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
+        found: FeatureMap = head(self.backbone, pixels, in_teacher_units=in_teacher_units)
+        return found
 
     def _normalised(self, images: Tensor) -> Tensor:
         images = images.to(next(self.backbone.parameters()).device)

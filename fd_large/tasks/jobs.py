@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import wraps
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fd_large import doors
+from fd_large.checkpoint import stream
 from fd_large.engine.job import Job
 from fd_large.errors import ConfigError, FDError
 from fd_large.recipes.run import Run
 from fd_large.tasks.registry import TASKS, kind_of
+from fd_large.weights.export import HEADS
+from fd_large.weights.read import read_json
 
 # What a job does without a collective, and without a model in memory.
 _BEFORE_A_RUN = ("settle", "open_samples", "check", "parameter_sizes")
@@ -51,6 +57,24 @@ def job_of(recipe: Run | Mapping[str, Any]) -> Job:
     for method in _BEFORE_A_RUN:
         setattr(job, method, _said(name, getattr(job, method)))
     return job
+
+
+def heads_of(job: Job | None, source: Path) -> Mapping[str, nn.Module]:
+    """Returns the heads of a run, or of an export of its student, by name; see `Job.stored_heads`.
+
+    Args:
+        job: The job of the run; None: the source is no run.
+        source: The folder of a run or of a checkpoint, or what else a model was loaded from.
+
+    Raises: FDError: if they cannot be read.
+    """
+    if job is not None:
+        return job.stored_heads(stream.newest(source, where="heads"))
+    config = source / HEADS / "config.json"
+    if not config.is_file():
+        return {}
+    task = read_json(config, where=str(config)).get("task", "")
+    return job_class(task).exported_heads(config.parent)
 
 
 def _said(task: str, function: Callable[..., Any]) -> Callable[..., Any]:

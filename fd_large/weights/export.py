@@ -10,7 +10,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -35,6 +35,8 @@ from fd_large.weights.sidecar import own_config
 
 NAME = "model.safetensors"
 INDEX = f"{NAME}.index.json"
+HEADS = "heads"
+"""The folder beside them of a task's heads, which only this project reads."""
 _BYTES = 4  # float32.
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -131,6 +133,7 @@ def export(
     statistics: Statistics,
     shard_size: int,
     card: str,
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> list[Path]:
     """Writes a new folder; returns the files of tensors.
 
@@ -145,6 +148,7 @@ def export(
         statistics: Mean and deviation by which the student's images are normalised.
         shard_size: Most bytes of a file.
         card: Text of the model card.
+        beside: Writes what else belongs into the folder, before it appears.
 
     Raises: ConfigError: if something stands at `out`, or it cannot be written; WeightsError: for a
         tensor that holds NaN or infinity.
@@ -164,6 +168,7 @@ def export(
             config = into.preprocessor(architecture, statistics)
             write_json(part / "preprocessor_config.json", config)
         (part / CARD).write_text(card)
+        beside(part)
     return [out / file.name for file in files]
 
 

@@ -26,14 +26,14 @@ from fd_large.data.photographs import PREFIX as BUILTIN
 from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource, open_images
 from fd_large.data.views import FixedViews
-from fd_large.engine.checkpoint_models import stored_task
+from fd_large.engine.checkpoint_models import fill_stored
 from fd_large.engine.evaluation import Evaluation, Panel
 from fd_large.engine.frozen import Frozen, frozen_weights
 from fd_large.engine.heads import check_head
 from fd_large.engine.job import FrozenPart, Job
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
-from fd_large.errors import CheckpointError, ConfigError, check_all
+from fd_large.errors import CheckpointError, ConfigError, FDError, check_all
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.fields import require
 from fd_large.recipes.run import ONLY, Run
@@ -64,6 +64,7 @@ from fd_large.tasks.distillation.normalisers import (
     WHITENING,
     check_normaliser,
     make_normaliser,
+    undo_of,
 )
 from fd_large.tasks.distillation.own_data import teaches
 from fd_large.tasks.distillation.section import (
@@ -76,7 +77,7 @@ from fd_large.tasks.distillation.section import (
     label,
     told_of,
 )
-from fd_large.tasks.distillation.stored_heads import StoredHead, stored_heads
+from fd_large.tasks.distillation.stored_heads import HeadFacts, StoredHead, read_heads, write
 from fd_large.tasks.distillation.stored_teachers import STATISTICS, require_same_teacher
 from fd_large.tasks.distillation.target import Target, as_map, summary
 from fd_large.tasks.distillation.task import DATASETS, Distillation
@@ -798,16 +799,56 @@ class DistillationJob(Job):
     def stored_heads(self, reader: Reader) -> Mapping[str, StoredHead]:
         """Returns the heads of a checkpoint by their targets' labels; "teacher" for the only one.
 
+        Only they have memory; of all else the shapes are compared with the checkpoint's.
+
         Args:
             reader: The checkpoint.
         """
-        size = self.run.data.image_size
+        run, size = self._settled, self.run.data.image_size
         with torch.device("meta"):
             teachers = self.make_teachers()
             images = torch.empty(1, 3, size, size, dtype=torch.uint8)
             prefixes = {name: one(images).num_prefix_tokens for name, one in teachers.items()}
-        task = stored_task(lambda: self.task_around(teachers), reader, kind=stream.outcome(reader))
-        return stored_heads(task, prefixes)
+            task = self.task_around(teachers)
+        found = {}
+        for target in task.targets:
+            entry = run.taught_by[target.teacher]
+            with_prefix = SUMMARY not in entry.targets
+            facts = HeadFacts(
+                head=entry.setting("head", target.kind),
+                width=task.student.width,
+                teacher_width=teachers[target.teacher].width,
+                maps=_maps(
+                    task.student,
+                    teachers[target.teacher],
+                    size,
+                    kind=target.kind,
+                    with_prefix=with_prefix,
+                ),
+                kind=target.kind,
+                with_prefix=with_prefix,
+                num_prefix_tokens=prefixes[target.teacher],
+                normaliser=entry.setting("normaliser", target.kind),
+            )
+            if target.running is not None:
+                target.running.to_empty(device="cpu")
+            found[target] = StoredHead(facts, None)
+            task.put_head(target, found[target].head)
+        fill_stored(task, reader, kind=stream.outcome(reader))
+        for target, head in found.items():
+            head.undo = undo_of(target.normalise)
+        return {target.label or "teacher": head for target, head in found.items()}
+
+    def export_heads(self, reader: Reader, folder: Path, shard_size: int) -> None:
+        """Writes the heads of all teachers, where the models beside them can be made again."""
+        try:
+            heads = self.stored_heads(reader)
+        except FDError as error:
+            log.warning("export: the heads are left out, the student is whole: %s", error)
+            return
+        write(heads, folder, task=self.run.task.name, shard_size=shard_size)
+
+    exported_heads = staticmethod(read_heads)
 
     def learned(self, manifest: Mapping[str, Any]) -> Learned:
         """Returns what the model card says of teachers, losses and crops."""

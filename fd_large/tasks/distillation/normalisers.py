@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fd_large import doors
 from fd_large.errors import ConfigError
@@ -46,19 +46,19 @@ class Affine:
 
     Attributes:
         width: C.
+        constants: As given.
     """
 
     def __init__(self, mean: Tensor, factor: Tensor) -> None:
-        self.width = len(mean)
-        self._constants = {(mean.device, mean.dtype): (mean, factor)}
+        self.width, self.constants = len(mean), (mean, factor)
+        self._constants = {(mean.device, mean.dtype): self.constants}
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Returns (..., C) float32 (float64 stays) of tokens (..., C)."""
         tokens = none(tokens)
         key = (tokens.device, tokens.dtype)
         if key not in self._constants:
-            first = next(iter(self._constants.values()))
-            mean, factor = (constant.to(*key) for constant in first)
+            mean, factor = (constant.to(*key) for constant in self.constants)
             self._constants[key] = mean, factor
         mean, factor = self._constants[key]
         centred = tokens - mean
@@ -90,6 +90,47 @@ RUNNING: dict[str, type[RunningStatistics]] = {
     "batch": StepStatistics,
 }
 """Those with statistics that training moves: Modules, made of the number of channels."""
+
+
+class Undo(nn.Module):
+    """The way back from normalised tokens to what the teacher gives.
+
+    Args:
+        mean: (2, C), of prefix tokens and of patches.
+        scale: (2, C), which multiplies each channel; None where they are rotated.
+        rotation: (C, C), whose rows give the teacher's channels; None where they are scaled.
+    """
+
+    def __init__(self, mean: Tensor, scale: Tensor | None, rotation: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("scale", None if scale is None else scale.float())
+        self.register_buffer("rotation", None if rotation is None else rotation.float())
+
+    def forward(self, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
+        """Returns the teacher's tokens (B, N, C) float32 of normalised ones.
+
+        Args:
+            tokens: (B, N, C).
+            num_prefix_tokens: Tokens of an image before its patches.
+        """
+        rows = (torch.arange(tokens.shape[1], device=tokens.device) >= num_prefix_tokens).long()
+        if self.rotation is not None:
+            return tokens.float() @ self.rotation.T + self.mean[rows]
+        return tokens.float() * self.scale[rows] + self.mean[rows]
+
+
+def undo_of(normaliser: Normaliser) -> Undo | None:
+    """Returns what undoes a normaliser; None: it forgets something, or is the user's own."""
+    if isinstance(normaliser, RunningStatistics):
+        return Undo(normaliser.mean, normaliser.divisor, None)
+    if not isinstance(normaliser, Affine):
+        return None
+    mean, factor = (constant.double() for constant in normaliser.constants)
+    both = mean.expand(2, -1)
+    if factor.ndim == 1:
+        return Undo(both, factor.reciprocal().expand(2, -1), None)
+    return Undo(both, None, torch.linalg.inv(factor))
 
 
 def make_normaliser(

@@ -132,6 +132,11 @@ class RunningStatistics(Float32Buffers):
         """Length of `sums_of`."""
         return 2 * (2 * self.width + 1)
 
+    @property
+    def divisor(self) -> Tensor:
+        """What tokens are divided by outside of a step, (2, C): prefix tokens, and patches."""
+        return self._divisor(self.deviation)
+
     @torch.no_grad()
     def move(self, step: Moments, momentum: float) -> None:
         """Moves the running statistics towards those of a step."""

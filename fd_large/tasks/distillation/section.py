@@ -60,7 +60,7 @@ class Objective:
     # File of means, deviations and the rotation of the teacher's channels, for standardise and
     # phi_s: the command statistics writes it.
     target_statistics: str = ""
-    # What maps the student's tokens to the teacher's width; it is trained and then discarded.
+    # What maps the student's tokens to the teacher's width; it is trained with the student.
     # linear: one linear layer. mlp: two, with a norm and GELU between; mlp_relu: with a norm and
     # ReLU. attention_mlp: two transformer blocks and mlp. block: one transformer block and a linear
     # layer. ladder: an MLP on every block of a ViT. convolutional, wide_convolutional: from the

@@ -1,52 +1,165 @@
-"""What the heads of a stored run make of its student's map: its guess of each teacher's map."""
+"""The heads of a stored run, which guess each teacher's map from its student's.
+
+An export keeps them in a folder beside the student: their tensors, and what each is made of.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
+from fd_large import doors
+from fd_large.atomic_files import write_json
 from fd_large.backbones.feature_map import FeatureMap
-from fd_large.tasks.distillation.heads.map_head import with_blocks
-from fd_large.tasks.distillation.target import Target
-from fd_large.tasks.distillation.task import Distillation
+from fd_large.errors import ConfigError, WeightsError
+from fd_large.tasks.distillation.heads import registry
+from fd_large.tasks.distillation.heads.map_head import Maps, with_blocks
+from fd_large.tasks.distillation.normalisers import NONE, Undo
+from fd_large.tasks.distillation.target import guess, reads_blocks
+from fd_large.weights import read
+from fd_large.weights.export import write_shards
+
+_FILE = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadFacts:
+    """What a head is made of, and how it is given the student's map.
+
+    Attributes:
+        head: Its name in the recipe.
+        width: Channels of the student's tokens.
+        teacher_width: Channels of what it gives.
+        maps: What a head that reads maps is made for.
+        kind: "map" or "summary".
+        with_prefix: Whether the map's prefix tokens (CLS) are learnt with it.
+        num_prefix_tokens: Tokens before the patches of the teacher's map.
+        normaliser: Name of what was done to the teacher's tokens.
+    """
+
+    head: str
+    width: int
+    teacher_width: int
+    maps: Maps
+    kind: str
+    with_prefix: bool
+    num_prefix_tokens: int
+    normaliser: str
 
 
 class StoredHead(nn.Module):
     """A trained head, with how it is given the student's map.
 
     Args:
-        target: The target that it was trained for.
-        num_prefix_tokens: Tokens before the patches of the teacher's map.
+        facts: What it is made of; it is made with random weights.
+        undo: The way back from what was learnt to what the teacher gives; None: there is none, or
+            nothing is to be undone.
+
+    Attributes:
+        facts: As given.
+        head: The head.
     """
 
-    def __init__(self, target: Target, num_prefix_tokens: int) -> None:
+    def __init__(self, facts: HeadFacts, undo: Undo | None) -> None:
         super().__init__()
-        self.head = target.head
-        self._target, self._prefix = target, num_prefix_tokens
+        self.facts, self.undo = facts, undo
+        self.head = registry.make(facts.head, facts.width, facts.teacher_width, lambda: facts.maps)
 
-    def forward(self, backbone: nn.Module, pixels: Tensor) -> FeatureMap:
-        """Returns the guess, in the units of the target's normaliser; of a summary it is one place.
+    def forward(
+        self, backbone: nn.Module, pixels: Tensor, *, in_teacher_units: bool = False
+    ) -> FeatureMap:
+        """Returns the guess; of a summary it is one place.
 
         Args:
             backbone: The run's student.
             pixels: (B, 3, H, W) float32, normalised for it.
+            in_teacher_units: Whether it is what the teacher gives; else it is in the units that
+                were learnt, those of the target's normaliser.
+
+        Raises: ConfigError: if the normaliser cannot be undone.
         """
-        if self._target.reads_blocks:
+        if reads_blocks(self.head):
             student, blocks = with_blocks(backbone, pixels)
         else:
             student, blocks = backbone(pixels), ()
-        return self._target.guessed(student, blocks, self._prefix)
+        found = guess(
+            self.head,
+            student,
+            blocks,
+            kind=self.facts.kind,
+            with_prefix=self.facts.with_prefix,
+            num_prefix_tokens=self.facts.num_prefix_tokens,
+        )
+        if not in_teacher_units or self.facts.normaliser == NONE:
+            return found
+        if self.undo is None:
+            raise ConfigError(
+                "teacher_map: what the head gives cannot be turned into the teacher's units; got "
+                f"the normaliser {self.facts.normaliser}, expected one that keeps length and mean "
+                f"of a token, such as {NONE} or phi_s. Train with that."
+            )
+        return found._replace(tokens=self.undo(found.tokens, found.num_prefix_tokens))
 
 
-def stored_heads(task: Distillation, prefixes: Mapping[str, int]) -> dict[str, StoredHead]:
-    """Returns the heads of a task by their targets' labels; that of an only teacher is "teacher".
+def write(heads: Mapping[str, StoredHead], folder: Path, *, task: str, shard_size: int) -> None:
+    """Writes heads into a new folder.
 
     Args:
-        task: The task with the weights of a checkpoint.
-        prefixes: Tokens before the patches of each teacher's map, by its name.
+        heads: By their targets' labels.
+        folder: Does not exist.
+        task: The task that reads them.
+        shard_size: Most bytes of a file of tensors.
     """
-    return {
-        target.label or "teacher": StoredHead(target, prefixes[target.teacher])
-        for target in task.targets
-    }
+    folder.mkdir()
+    tensors = _module(heads).state_dict()
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    write_shards(folder, shapes, tensors.items(), shard_size)
+    facts = {label: asdict(head.facts) for label, head in heads.items()}
+    write_json(folder / _FILE, {"task": task, "heads": facts})
+
+
+def read_heads(folder: Path) -> dict[str, StoredHead]:
+    """Reads what `write` wrote, with code of the user's own where it was allowed.
+
+    Raises: WeightsError: if it is damaged; ConfigError: for a head of the user's own whose code was
+        not allowed.
+    """
+    where = str(folder)
+    tensors = read.read(folder, where=where)
+    try:
+        listed = {
+            label: HeadFacts(**{**facts, "maps": _maps(facts["maps"])})
+            for label, facts in read.read_json(folder / _FILE, where=where)["heads"].items()
+        }
+        doors.require_allowed({f"{where}: {n}": facts.head for n, facts in listed.items()})
+        heads = {
+            label: StoredHead(facts, _undo(tensors, f"heads.{label}.undo."))
+            for label, facts in listed.items()
+        }
+        _module(heads).load_state_dict(dict(tensors))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{where}: not the heads that an export wrote; got {type(error).__name__} "
+            f"{str(error)[:200]}, expected its files as they were. Export the run again."
+        ) from error
+    return heads
+
+
+def _module(heads: Mapping[str, StoredHead]) -> nn.Module:
+    return nn.ModuleDict({"heads": nn.ModuleDict(dict(heads))})
+
+
+def _maps(values: Any) -> Maps:
+    student, teacher, prefix, blocks = values
+    return Maps(tuple(student), tuple(teacher), prefix, blocks)
+
+
+def _undo(tensors: Mapping[str, Tensor], prefix: str) -> Undo | None:
+    held = {name: tensors.get(f"{prefix}{name}") for name in ("mean", "scale", "rotation")}
+    if held["mean"] is None:
+        return None
+    return Undo(**held)

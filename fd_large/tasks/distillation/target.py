@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.errors import ConfigError
@@ -83,7 +83,7 @@ class Target:
             self.normalise = make_normaliser(
                 normaliser, eps=whitening_eps, statistics=target_statistics, width=teacher_width
             )
-        self.reads_blocks = isinstance(self.head, MapHead) and self.head.reads_blocks
+        self.reads_blocks = reads_blocks(self.head)
         self.queue: SummaryQueue | None = None
         if isinstance(self.loss, QueueDivergence):
             if kind != SUMMARY:
@@ -140,15 +140,14 @@ class Target:
             num_prefix_tokens: Tokens before the patches of the teacher's map; where the student's
                 are as many, and are learnt, the head is given them as well.
         """
-        if self.kind == SUMMARY:
-            student, *blocks = (as_map(summary(map_)) for map_ in (student, *blocks))
-        if isinstance(self.head, MapHead):
-            guess: FeatureMap = self.head(tuple(blocks) if self.reads_blocks else student)
-            return guess
-        k = student.num_prefix_tokens
-        if k and not (self._with_prefix and k == num_prefix_tokens):
-            student = FeatureMap(student.tokens[:, k:], student.grid, 0)
-        return student._replace(tokens=self.head(student.tokens))
+        return guess(
+            self.head,
+            student,
+            blocks,
+            kind=self.kind,
+            with_prefix=self._with_prefix,
+            num_prefix_tokens=num_prefix_tokens,
+        )
 
     def teacher_tokens(self, student: FeatureMap, teacher: FeatureMap) -> Tensor:
         """Returns the teacher's tokens of `compared`, (B, N, Ct).
@@ -230,6 +229,41 @@ class Target:
         """
         wanted = self.normalise(tokens)
         return F.cosine_similarity(projected.float(), wanted, dim=-1).mean()
+
+
+def guess(
+    head: nn.Module,
+    student: FeatureMap,
+    blocks: Sequence[FeatureMap],
+    *,
+    kind: str,
+    with_prefix: bool,
+    num_prefix_tokens: int,
+) -> FeatureMap:
+    """Returns what a head makes of a student's map.
+
+    Args:
+        head: From tokens to tokens, or a `MapHead`.
+        student: The student's map, in the data type of the head.
+        blocks: The maps after its blocks, where the head reads them.
+        kind: "map" or "summary", which is a map of one place.
+        with_prefix: Whether the map's prefix tokens (CLS) are learnt with it.
+        num_prefix_tokens: Tokens before the patches of the teacher's map.
+    """
+    if kind == SUMMARY:
+        student, *blocks = (as_map(summary(map_)) for map_ in (student, *blocks))
+    if isinstance(head, MapHead):
+        found: FeatureMap = head(tuple(blocks) if head.reads_blocks else student)
+        return found
+    k = student.num_prefix_tokens
+    if k and not (with_prefix and k == num_prefix_tokens):
+        student = FeatureMap(student.tokens[:, k:], student.grid, 0)
+    return student._replace(tokens=head(student.tokens))
+
+
+def reads_blocks(head: nn.Module) -> bool:
+    """Returns whether a head reads the maps of the student's blocks."""
+    return isinstance(head, MapHead) and head.reads_blocks
 
 
 def summary(feature_map: FeatureMap) -> Tensor:

@@ -87,22 +87,8 @@ class Distillation(Task):
         self.register_buffer("_teaches", table, persistent=False)
         # In a plain dict, so that nn.Module does not register teachers that are Modules.
         self._teachers = dict(teachers)
-        heads: dict[str, nn.ModuleDict] = {}
         for target in self.targets:
-            if target.label:
-                heads.setdefault(target.teacher, nn.ModuleDict())[target.kind] = target.head
-            else:
-                self.projection = target.head
-        if heads:
-            self.heads = nn.ModuleDict()
-            for name, of_kinds in heads.items():
-                if hasattr(self.heads, name):  # Such as "train" or "keys".
-                    raise ConfigError(
-                        f"teachers.{name}: not a name for a teacher; got what torch's modules call "
-                        "a method of theirs, expected a name that says which teacher it is. "
-                        "Choose another one."
-                    )
-                self.heads[name] = of_kinds
+            self.put_head(target, target.head)
         running = {t.label or MAP: t.running for t in self.targets if t.running is not None}
         if running:
             self.running = nn.ModuleDict(running)
@@ -115,6 +101,24 @@ class Distillation(Task):
         self._agreed: dict[str, Moments] = {}
         self._noted: dict[str, Tensor] = {}
         self._momentum = 0.0
+
+    def put_head(self, target: Target, head: nn.Module) -> None:
+        """Registers the head of a target under the name that checkpoints have."""
+        target.head = head
+        if not target.label:
+            self.projection = head
+            return
+        if not hasattr(self, "heads"):
+            self.heads = nn.ModuleDict()
+        if target.teacher not in self.heads:
+            if hasattr(self.heads, target.teacher):  # Such as "train" or "keys".
+                raise ConfigError(
+                    f"teachers.{target.teacher}: not a name for a teacher; got what torch's "
+                    "modules call a method of theirs, expected a name that says which teacher it "
+                    "is. Choose another one."
+                )
+            self.heads[target.teacher] = nn.ModuleDict()
+        self.heads[target.teacher][target.kind] = head
 
     def learnt(self, images: Tensor, targets: Any) -> Mapping[str, Any]:
         """Returns the teachers' maps of the images by name, beside what the targets hold.
