@@ -778,8 +778,8 @@ class DistillationJob(Job):
     ) -> Mapping[str, Shape]:
         """Returns the projection if the library's files hold it.
 
-        The whole task is checked, whatever part of it goes out; but a head of the user's own is
-        trained and discarded.
+        The whole task is checked, whatever part of it goes out, but for a head of the user's own,
+        whose code may not be allowed.
         """
         if not self._projects:
             stream.check(reader, dict(student), prefix=stream.STUDENT)
