@@ -40,8 +40,8 @@ def learned(
         title=f"distilled from {' and '.join(models.values())}",
         intro="An image backbone that learned the feature "
         + ("map of a frozen teacher" if "" in entries else "maps of frozen teachers")
-        + " (feature distillation, arXiv 2205.14141) without labels. If there is a folder `heads`, "
-        "`fd_large.load_student(FOLDER).teacher_map(NAME, images)` is its guess of a teacher's map.",
+        + " (feature distillation, arXiv 2205.14141) without labels. With a folder `heads`, "
+        "`fd_large.load_student(FOLDER).teacher_map(NAME, images)` guesses a teacher's map.",
         tag="feature-distillation",
         tables={
             f"Teacher {name}".strip(): {
