@@ -145,7 +145,7 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
     hashed = time.perf_counter()
     found = fingerprint(model)
     begin += time.perf_counter() - hashed  # Not part of loading.
-    masters = partition.to_bfloat16(model)
+    masters = partition.to_bfloat16(model, keep_exact=True)
     distributed.barrier()
     seconds = time.perf_counter() - begin
     grown = memory.stop()

@@ -1,7 +1,8 @@
 """Writes a checkpoint while training goes on: copy to host memory, then a thread does the rest.
 
 The host memory, 12 bytes for each parameter of the rank's shard and 4 more for an average, is kept
-from save to save.
+from save to save. State that lies in files on a disk, because there is no memory for it, is written
+from where it lies while training stands still; the checkpoint is the same to the byte.
 
 Every rank writes one safetensors file of its shards, so that a run on 1,000 ranks writes 1,000
 files of tensors and 1,000 receipts, and no rank writes more than its own. All ranks agree in the
@@ -56,13 +57,21 @@ class Saver:
         keep_last: Newest complete checkpoints that stay.
         keep_every: Steps whose multiples stay as well; 0 keeps none of them.
         lease: This start's right to write the folder; None where nobody else can be.
+        copies: Whether the state is copied, so that training goes on; otherwise it is written from
+            where it lies, which takes no memory, and must stay as it is until `wait` has returned.
     """
 
     def __init__(
-        self, folder: Path, *, keep_last: int, keep_every: int, lease: Lease | None = None
+        self,
+        folder: Path,
+        *,
+        keep_last: int,
+        keep_every: int,
+        lease: Lease | None = None,
+        copies: bool = True,
     ) -> None:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
-        self._lease = lease
+        self._lease, self._copies = lease, copies
         self._thread: threading.Thread | None = None
         self._pruner: threading.Thread | None = None
         self._problem: str | None = None
@@ -71,8 +80,6 @@ class Saver:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self.ended = 0.0
         """When this rank had written its file, by time.monotonic."""
-        self.stall_seconds = 0.0
-        """How long training stood still for the last `begin`."""
 
     @property
     def begun(self) -> bool:
@@ -92,14 +99,13 @@ class Saver:
     def begin(self, manifest: dict[str, Any], pieces: Iterable[Piece]) -> None:
         """Copies the state to host memory and starts to write it; blocks for the copy only."""
         assert not self.begun
-        start = time.perf_counter()
         self.close()
         self._manifest, self._problem = manifest, None
         self._part = store.part_of(self.folder, manifest["update"], self._lease)
-        copies = self._copied([Piece(key, values.detach()) for key, values in pieces])
-        self._thread = threading.Thread(target=self._write, args=(copies,), name="checkpoint")
+        held = [Piece(key, values.detach()) for key, values in pieces]
+        tensors = self._copied(held) if self._copies else dict(held)
+        self._thread = threading.Thread(target=self._write, args=(tensors,), name="checkpoint")
         self._thread.start()
-        self.stall_seconds = time.perf_counter() - start
 
     def _copied(self, pieces: list[Piece]) -> dict[str, Tensor]:
         # One piece of host memory that stays for the next save: fresh pages cost as much as the
@@ -171,14 +177,14 @@ class Saver:
         except (OSError, FDError) as error:
             log.warning("old checkpoints stay: %s", error)
 
-    def _write(self, copies: dict[str, Tensor]) -> None:
+    def _write(self, tensors: dict[str, Tensor]) -> None:
         rank = distributed.rank()
         path = self._part / store.file_of(rank)
 
         def write() -> None:
             self._part.mkdir(parents=True, exist_ok=True)
             # A rank without a shard writes a file too, of no tensors.
-            sums = tensor_file.write(path, copies)
+            sums = tensor_file.write(path, tensors)
             receipt = {
                 "bytes": path.stat().st_size,
                 "crc32": sums.file,

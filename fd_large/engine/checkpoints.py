@@ -141,7 +141,8 @@ class Checkpoints:
         }
         self._saved = step
         self._saver.begin(manifest, state.shards(self._engine))
-        log.debug("checkpoint of step %d: training waited %.2f s", step, self._saver.stall_seconds)
+        stood_still = time.monotonic() - self._begun
+        log.debug("checkpoint of step %d: training waited %.2f s", step, stood_still)
         return waited
 
     def mark_evaluated(self) -> None:

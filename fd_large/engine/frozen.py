@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.registry import build, is_module, statistics_of
 from fd_large.backbones.resize import resize_images
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.engine.student import attention_memory
+from fd_large.engine.zero import partition
 from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import by_name, resolve
 from fd_large.recipes.sections import RANDOM, FrozenModel
+from fd_large.weights.coverage import Fitted, covered
 from fd_large.weights.settle import stated_statistics
 from fd_large.weights.source import Sources
 
@@ -115,9 +119,7 @@ def frozen_maker(
     return make
 
 
-def frozen_weights(
-    section: FrozenModel, sources: Sources, *, where: str
-) -> Iterable[tuple[str, Tensor]] | None:
+def frozen_weights(section: FrozenModel, sources: Sources, *, where: str) -> Fitted | None:
     """Finds the weights of a settled section's model; reads headers only.
 
     Args:
@@ -125,7 +127,7 @@ def frozen_weights(
         sources: Opens the weights, or has opened them.
         where: The flag of the source, for messages.
 
-    Returns: (name, tensor) of the model, complete as far as the headers show; None if the weights
+    Returns: The tensors of the model, complete as far as the headers show; None if the weights
         are random or come with the module.
     Raises: ConfigError: if the section names no source; WeightsError: if the file does not fit.
     """
@@ -150,3 +152,66 @@ def frozen_weights(
         where=where,
         remedy=remedy,
     )
+
+
+def built_from(
+    weights: Fitted, make: Callable[[], Frozen], *, dtype: torch.dtype, where: str
+) -> Frozen | None:
+    """Builds a whole model on this rank's device that holds its weights and nothing else meanwhile.
+
+    Its parameters take no memory until the file's tensors take their places, one by one and in the
+    type they are wanted in. On a CPU, tensors of a file in that type stay where they lie: pages of
+    the file, which all processes of a host share and the system may drop and read again. A write
+    to one makes a copy of its page and leaves the file as it is.
+
+    Args:
+        weights: The tensors of its backbone, on every rank.
+        make: Constructs the model with random weights.
+        dtype: Data type of its parameters.
+        where: The flag of the source, for messages.
+
+    Returns: the model; None if it needs more than its weights: some are missing, with the user's
+        leave, or buffers are made of parameters.
+    Raises: WeightsError: if the weights do not fit, on all ranks.
+    """
+    if weights.may_be_missing:
+        return None
+    hook = nn.modules.module.register_module_parameter_registration_hook(_without_memory)
+    try:
+        model = partition.build(make, {}, partitioned=False, seed=0)
+    finally:
+        hook.remove()
+    if any(buffer.is_meta for buffer in model.buffers()):
+        return None
+    device, statistics = distributed.device(), partition.running_statistics(model.net)
+    expected = {name: tuple(t.shape) for name, t in model.net.named_parameters()}
+    expected |= {name: tuple(t.shape) for name, t in statistics.items()}
+    # A tensor that several modules use has several names, and its weights the first of them.
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.net.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    names_of = {same[0]: same for same in names.values()}
+
+    def fill(items: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in items:
+            if name in statistics:
+                statistics[name].copy_(tensor)
+                continue
+            held = nn.Parameter(tensor.to(device, dtype).contiguous(), requires_grad=False)
+            for each in names_of[name]:
+                module, _, last = each.rpartition(".")
+                setattr(model.net.get_submodule(module), last, held)
+
+    found = covered(expected, weights, where=where)
+    if device.type == "cpu" and weights.is_file_of(dtype):
+        distributed.together(lambda: fill(found))
+    else:
+        fill(distributed.tensors_of_main(found))
+    return model
+
+
+def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    """Replaces a parameter at its registration; one without elements needs no weights."""
+    if parameter.is_meta or not parameter.numel():
+        return parameter
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

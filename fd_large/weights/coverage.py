@@ -108,6 +108,10 @@ class Fitted:
         sources = (name for piece in self._pieces.values() for name in piece.sources)
         return tuple(sorted({str(self._file.dtype(n)).removeprefix("torch.") for n in sources}))
 
+    def is_file_of(self, dtype: torch.dtype) -> bool:
+        """Returns whether all are read from files on this host, where they have this type."""
+        return self._file.path is not None and self.dtypes == (str(dtype).removeprefix("torch."),)
+
     def _refuse_other_types(self) -> None:
         for name in (name for piece in self._pieces.values() for name in piece.sources):
             dtype = self._file.dtype(name)

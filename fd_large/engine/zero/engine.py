@@ -88,7 +88,7 @@ def build_engine(
         partition.load_weights(task.student, initial, where="--student.init")
     for name, tensors in (heads or {}).items():
         partition.load_weights(getattr(task, name), tensors, where=name)
-    exact = partition.to_bfloat16(task) if config["bf16"]["enabled"] else None
+    exact = partition.to_bfloat16(task, keep_exact=True) if config["bf16"]["enabled"] else None
     if stage < 3:
         task.to(distributed.device())
     blocks = task.student.blocks()

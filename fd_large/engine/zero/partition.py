@@ -132,15 +132,23 @@ def running_statistics(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def to_bfloat16(module: nn.Module) -> dict[str, Tensor]:
-    """Turns parameters into bfloat16 in place; returns this rank's float32 shards by name.
+def to_bfloat16(module: nn.Module, *, keep_exact: bool = False) -> dict[str, Tensor]:
+    """Turns parameters into bfloat16 in place.
 
     A module casts the buffers that meet its weights (`cast_buffers`). A bf16 engine takes its
     masters from the bf16 weights; `set_masters` puts the exact ones back.
+
+    Args:
+        module: A module with whole or partitioned parameters in float32.
+        keep_exact: Whether the float32 values outlive this, as masters need them. A frozen model
+            has none: each tensor is freed before the next is cast.
+
+    Returns: this rank's float32 shards by name; empty unless they are kept.
     """
     exact = {}
     for name, parameter in module.named_parameters():
-        exact[name] = shard(parameter)[0].detach().clone()
+        if keep_exact:
+            exact[name] = shard(parameter)[0].detach().clone()
         if is_partitioned(parameter):
             parameter.ds_tensor.data = parameter.ds_tensor.data.bfloat16()
             # hpZ's copy inside the node, from which the first forward gathers.
@@ -159,7 +167,7 @@ def set_masters(module: nn.Module, exact: dict[str, Tensor]) -> None:
 
     Args:
         module: The engine's module.
-        exact: What `to_bfloat16` returned; emptied on the way, so that memory never holds both.
+        exact: What `to_bfloat16` kept; emptied on the way, so that memory never holds both.
     """
     set_local = get("deepspeed.utils.tensor_fragment:safe_set_local_fp32_param")
     for name, parameter in module.named_parameters():

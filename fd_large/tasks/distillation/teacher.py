@@ -7,7 +7,7 @@ that the student may have any stage, and no gradient, no float32 copy and no ent
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from torch import Tensor
 from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.data.random_numbers import random_words
-from fd_large.engine.frozen import Frozen
+from fd_large.engine.frozen import Frozen, built_from
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.fingerprint import fingerprint, held_fingerprint
 from fd_large.engine.zero.partition import load_weights
 from fd_large.engine.zero.start import deepspeed
+from fd_large.weights.coverage import Fitted
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def place(
     seed: int,
     node_size: int,
     persistence_threshold: int,
-    weights: Iterable[tuple[str, Tensor]] | None = None,
+    weights: Fitted | None = None,
     whole_first: bool = False,
     where: str = "--teacher.source",
 ) -> PlacedTeacher:
@@ -106,7 +107,7 @@ def place(
         seed: Seed of the random weights.
         node_size: Number of ranks per node.
         persistence_threshold: Tensors of at most so many elements stay whole.
-        weights: (name, full tensor) of the model, on every rank; None for random weights.
+        weights: The tensors of the model, on every rank; None for random weights.
         whole_first: See `partition.build`.
         where: The flag of its source, for messages.
     """
@@ -123,11 +124,15 @@ def place(
             "stage3_param_persistence_threshold": persistence_threshold,
         },
     }
-    module = partition.build(
-        make, config, partitioned=partitioned, seed=seed, group=group, whole_first=whole_first
-    )
-    if weights is not None:
-        load_weights(module.net, weights, where=where)
+    module = None
+    if weights is not None and not partitioned:
+        module = built_from(weights, make, dtype=dtype, where=where)
+    if module is None:
+        module = partition.build(
+            make, config, partitioned=partitioned, seed=seed, group=group, whole_first=whole_first
+        )
+        if weights is not None:
+            load_weights(module.net, weights, where=where)
     if dtype == torch.bfloat16:
         partition.to_bfloat16(module)
         config["bf16"] = {"enabled": True}

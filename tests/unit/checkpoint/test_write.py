@@ -69,6 +69,31 @@ def test_copies_stand_in_one_piece_of_memory_that_stays(folder):
     assert saver._copied([]) == {}
 
 
+def test_state_on_a_disk_is_written_from_where_it_lies_and_is_the_same_to_the_byte(folder):
+    state = torch.from_file(str(folder / "state"), shared=True, size=3000).normal_()
+    pieces = [
+        Piece("master.b", state[1000:1999]),
+        Piece("master.a", state[:1000]),
+        Piece("exp_avg.b", state[2000:2999]),
+        Piece("count.a", torch.arange(5)),
+    ]
+    layout = EachTensor({"a": 1000, "b": 999}, 1).to_dict()
+    manifest = {"update": 1, "samples": 4, "zero_stage": 3, "layout": layout, "world_size": 1}
+    contents, buffers = [], []
+    for copies in (True, False):
+        saver = Saver(folder / str(copies), keep_last=1, keep_every=0, copies=copies)
+        saver.begin(manifest, pieces)
+        saver.wait()
+        assert saver.finish(failed_anywhere=saver.failed)
+        saver.close()
+        (stored,) = store.complete(saver.folder)
+        contents.append({path.name: path.read_bytes() for path in stored.path.iterdir()})
+        buffers.append(saver._buffer.nbytes)
+    assert contents[0] == contents[1]
+    assert buffers[0] > sum(values.nbytes for _, values in pieces)
+    assert buffers[1] == 0
+
+
 def test_a_write_that_fails_leaves_the_old_ones(save, folder, updates_left, monkeypatch):
     save(1)
 

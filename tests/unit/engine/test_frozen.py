@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from loading import TINY, TINY_VIT, made
+from loading import TINY, TINY_VIT, made, saved
 
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP, Statistics, normalise
 from fd_large.backbones.vit.vit import ViT
-from fd_large.engine.frozen import Frozen, frozen_maker, frozen_weights
+from fd_large.engine.frozen import Frozen, built_from, frozen_maker, frozen_weights
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes.sections import FrozenModel
 from fd_large.weights.source import Sources
@@ -133,3 +135,80 @@ def test_its_weights_are_a_file_or_none(tmp_path):
     section = replace(section, source=str(tmp_path / "part.pth"))
     with pytest.raises(WeightsError, match=r"norm\.bias.*--teacher\.allow"):
         frozen_weights(section, Sources(), where="--teacher.source")
+
+
+def pages_of(path):
+    """The address ranges at which this process has a file in its memory."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    spans = (line.split()[0].split("-") for line in lines if line.endswith(str(path)))
+    return [(int(begin, 16), int(end, 16)) for begin, end in spans]
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("model", ["swinv2_huge", "dino_vit_base_patch16"])
+def test_a_frozen_model_holds_its_file_or_a_copy_in_its_own_type(model, suffix, stored, tmp_path):
+    net = made(model).to(stored)
+    path = saved(net, tmp_path / f"net{suffix}")
+    section = FrozenModel(model=model, architecture=TINY[model], source=str(path))
+    make, built = frozen_maker(section, image_size=32), []
+
+    def noting():
+        built.append(make())
+        return built[0]
+
+    weights = frozen_weights(section, Sources(), where="--teacher.source")
+    content, state = path.read_bytes(), torch.random.get_rng_state()
+    found = built_from(weights, noting, dtype=torch.bfloat16, where="--teacher.source")
+    assert found is built[0]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    spans, expected = pages_of(path), dict(net.named_parameters())
+    for name, parameter in found.net.named_parameters():
+        assert torch.equal(parameter, expected[name].bfloat16()), name
+        address = parameter.data_ptr()
+        is_mapped = any(begin <= address < end for begin, end in spans)
+        assert is_mapped == (stored == torch.bfloat16), name
+    whole = make()
+    whole.net.load_state_dict(net.state_dict())
+    assert torch.equal(found(IMAGES).tokens, whole.bfloat16()(IMAGES).tokens)
+    # A bit that flips in memory, or a test that flips one, stays out of the file.
+    parameter.data.view(-1)[0] = 7.0
+    assert path.read_bytes() == content
+
+
+def test_a_frozen_model_is_built_from_its_weights_alone_only_where_these_are_all(tmp_path):
+    net = made("dino_vit_base_patch16")
+    section = FrozenModel(
+        model="dino_vit_base_patch16",
+        architecture=TINY_VIT,
+        source=str(saved(net, tmp_path / "net.safetensors")),
+    )
+    make = frozen_maker(section, image_size=32)
+    fill = partial(built_from, dtype=torch.float32, where="--teacher.source")
+    state = net.state_dict()
+    state["norm.bias"][3] = torch.nan
+    saved(net, tmp_path / "nan.safetensors")
+    broken = replace(section, source=str(tmp_path / "nan.safetensors"))
+    with pytest.raises(WeightsError, match=r"1 of 32 elements NaN .* norm\.bias"):
+        fill(frozen_weights(broken, Sources(), where="--teacher.source"), make)
+    del state["norm.bias"]
+    torch.save(state, tmp_path / "part.pth")
+    part = replace(section, source=str(tmp_path / "part.pth"), allow=("norm.bias",))
+    assert fill(frozen_weights(part, Sources(), where="--teacher.source"), make) is None
+
+    def with_scales():
+        model = make()
+        model.net.register_buffer("scales", model.net.norm.weight.detach() * 2)
+        return model
+
+    weights = frozen_weights(section, Sources(), where="--teacher.source")
+    assert fill(weights, with_scales) is None
+
+    def tied():
+        model = make()
+        model.net.same = model.net.norm
+        return model
+
+    found = fill(weights, tied)
+    assert found.net.same.weight is found.net.norm.weight
+    assert torch.equal(found.net.norm.weight, net.norm.weight)
