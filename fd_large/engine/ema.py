@@ -32,7 +32,10 @@ class Ema:
         self._engine, self._decay = engine, decay
         with torch.no_grad():
             for owner in self._owners():
-                self._state(owner)[state.EMA] = owner.detach().clone()
+                beside = (
+                    engine.disk.zeros(owner.numel()) if engine.disk else torch.empty_like(owner)
+                )
+                self._state(owner)[state.EMA] = beside.view_as(owner).copy_(owner)
 
     def update(self) -> None:
         """Adds the present weights to the average, after a step that moved them."""

@@ -298,6 +298,7 @@ def _check(
             clip_norm=run.optim.clip_norm,
             bfloat16=ds.computes_in_bfloat16(run.engine.precision),
             parameter_sizes=job.parameter_sizes(),
+            nvme_path=run.engine.nvme_path,
         )
         ds.fill(json_config, numbers)
         counted.append(numbers)

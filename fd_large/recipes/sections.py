@@ -443,6 +443,9 @@ class Engine:
     # blocks: compile each of the student's blocks with torch.compile; under ZeRO-3, the parts of a
     # block between its gathers of parameters.
     compile: Literal["off", "blocks"] = "off"
+    # Folder on a local disk for masters, moments and gradients, 16 bytes a parameter, with
+    # ds_configs/zero3_nvme.json. Nothing is left in it when the run ends.
+    nvme_path: str = ""
 
     def __post_init__(self) -> None:
         check_types(self, "engine")

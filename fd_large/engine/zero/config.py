@@ -36,14 +36,20 @@ _NUMBER: Kind = (
 )
 _DTYPE: Kind = ('"fp16", "bf16" or "fp32"', lambda value: value in ("fp16", "bf16", "fp32"))
 _DEVICE: Kind = ('"cpu" or "none"', lambda value: value in ("cpu", "none"))
+_OPTIMIZER_DEVICE: Kind = (
+    '"cpu", "nvme" or "none"',
+    lambda value: value in ("cpu", "nvme", "none"),
+)
+_TEXT: Kind = ("a text", lambda value: isinstance(value, str))
 _STAGE: Kind = ("0, 1, 2 or 3", lambda value: type(value) is int and 0 <= value <= 3)
 _LIST: Kind = ("a list of names", lambda value: isinstance(value, list))
 _OBJECT: Kind = ("an object", lambda value: isinstance(value, dict))
 
 # The closed lists. A key of DeepSpeed that is not here either belongs to the recipe or has no
 # effect on this engine, and is refused.
-_OFFLOAD_OPTIMIZER = {"device": _DEVICE, "pin_memory": _BOOL, "buffer_count": _COUNT}
-_OFFLOAD_PARAM = {**_OFFLOAD_OPTIMIZER, "buffer_size": _COUNT, "max_in_cpu": _COUNT}
+_OFFLOAD = {"device": _DEVICE, "pin_memory": _BOOL, "buffer_count": _COUNT}
+_OFFLOAD_OPTIMIZER = {**_OFFLOAD, "device": _OPTIMIZER_DEVICE, "nvme_path": _TEXT}
+_OFFLOAD_PARAM = {**_OFFLOAD, "buffer_size": _COUNT, "max_in_cpu": _COUNT}
 _STAGE3_KEYS = {
     "stage3_prefetch_bucket_size": _COUNT,
     "stage3_param_persistence_threshold": _COUNT,
@@ -119,6 +125,7 @@ class RunNumbers(NamedTuple):
         clip_norm: Global L2 norm at which gradients are clipped.
         bfloat16: Whether parameters and matrix products are bfloat16.
         parameter_sizes: Number of elements of each tensor that may be split.
+        nvme_path: Folder on a disk that holds the optimiser's state; "": it is in memory.
     """
 
     micro_batch_size: int
@@ -128,6 +135,7 @@ class RunNumbers(NamedTuple):
     clip_norm: float
     bfloat16: bool
     parameter_sizes: tuple[int, ...]
+    nvme_path: str = ""
 
     def with_micro_batch(self, size: int) -> RunNumbers:
         """Returns these numbers for another micro batch of the same global batch."""
@@ -210,9 +218,23 @@ def optimizer_class(config: dict[str, Any]) -> str | None:
 
 
 def offloads(config: dict[str, Any], what: str) -> bool:
-    """Returns whether `offload_optimizer` or `offload_param` moves anything to host memory."""
+    """Returns whether `offload_optimizer` or `offload_param` moves anything off the device."""
     block = config.get("zero_optimization", {}).get(what, {})
     return block.get("device", "none") != "none"
+
+
+def nvme_path(config: dict[str, Any]) -> str:
+    """Returns the folder on a disk that holds the optimiser's state; "": it is in memory."""
+    return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("nvme_path", "")
+
+
+def for_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a filled JSON as DeepSpeed reads it: what is on a disk is host memory to it."""
+    if not nvme_path(config):
+        return config
+    in_memory = {"device": "cpu", "pin_memory": False}
+    zero = {**config["zero_optimization"], "offload_optimizer": in_memory}
+    return {**config, "zero_optimization": zero}
 
 
 def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
@@ -277,6 +299,7 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
         zero["zero_hpz_partition_size"] = numbers.node_size if fits else 1
     if zero.get("stage3_param_persistence_threshold") == AUTO:
         zero["stage3_param_persistence_threshold"] = persistence_threshold(numbers.parameter_sizes)
+    _fill_disk(zero, stage, numbers.nvme_path)
     silent = {1: _STAGE3_KEYS, 2: _STAGE3_KEYS, 3: _STAGE12_KEYS}.get(
         stage, _BLOCKS["zero_optimization"].keys() - {"stage"}
     )
@@ -292,6 +315,35 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
             f"zero_optimization.zero_hpz_partition_size: does not divide the ranks; got {hpz} for "
             f'{numbers.world_size} ranks, expected a divisor. Set it to "auto".'
         )
+
+
+def _fill_disk(zero: dict[str, Any], stage: int, folder: str) -> None:
+    block = zero.get("offload_optimizer", {})
+    if block.get("device") != "nvme":
+        if folder or "nvme_path" in block:
+            raise ConfigError(
+                "engine.nvme_path: the DeepSpeed JSON keeps the optimiser's state in memory; got "
+                f"{folder or block['nvme_path']!r}, expected no folder. Use "
+                "ds_configs/zero3_nvme.json, or leave the folder out."
+            )
+        return
+    where = "zero_optimization.offload_optimizer"
+    if stage != 3:
+        raise ConfigError(
+            f"{where}.device: only stage 3 keeps its state on a disk; got nvme at stage {stage}, "
+            "expected stage 3. Use ds_configs/zero3_nvme.json."
+        )
+    if others := sorted(block.keys() - {"device", "nvme_path"}):
+        raise ConfigError(
+            f"{where}.{others[0]}: files are mapped into memory, not copied by buffers; got "
+            f"{block[others[0]]!r}, expected no such key. Remove it."
+        )
+    if block.get("nvme_path", AUTO) == AUTO and not folder:
+        raise ConfigError(
+            f"{where}.nvme_path: got no folder, expected one on a local disk with 16 bytes a "
+            "parameter free. Set --engine.nvme_path FOLDER."
+        )
+    _owned(block, "nvme_path", folder, "--engine.nvme_path", prefix=f"{where}.")
 
 
 def _fill_sums(filled: dict[str, Any], numbers: RunNumbers) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from fd_large.engine import block_wrappers
 from fd_large.engine.task import Task
 from fd_large.engine.zero import compiled_ops, partition
 from fd_large.engine.zero import config as ds
+from fd_large.engine.zero.disk import Disk
 from fd_large.engine.zero.gradient_reduction import spare_passes
 from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups
 from fd_large.engine.zero.private_names import check_engine
@@ -34,6 +36,7 @@ class Engine(NamedTuple):
         stage: The ZeRO stage, 0 to 3.
         config: The JSON that DeepSpeed was given.
         gate: The gate in front of each optimiser step.
+        disk: Holds the optimiser's float32 state; None: it is in memory.
     """
 
     deepspeed: Any
@@ -41,6 +44,7 @@ class Engine(NamedTuple):
     stage: int
     config: dict[str, Any]
     gate: StepGate
+    disk: Disk | None = None
 
 
 def build_engine(
@@ -61,7 +65,7 @@ def build_engine(
 
     Args:
         make: Constructs the task; draws from torch's global generator only.
-        config: A filled JSON.
+        config: A filled JSON; what it keeps on a disk is there from the start.
         optim: The recipe's section of the optimiser.
         seed: Seed of the random weights.
         compile_blocks: Whether torch.compile compiles each of the student's blocks.
@@ -81,7 +85,9 @@ def build_engine(
             f"zero_optimization: DeepSpeed's quantiser cannot be used; got {reason}, expected a "
             "working one. Remove zero_quantized_* from the JSON, or see docs/clusters.md."
         )
-    task = partition.build(make, config, partitioned=stage == 3, seed=seed, whole_first=whole_first)
+    folder, given = ds.nvme_path(config), ds.for_deepspeed(config)
+    disk = Disk(folder) if folder else None
+    task = partition.build(make, given, partitioned=stage == 3, seed=seed, whole_first=whole_first)
     if weights is not None:
         partition.load_weights(task, weights, where="--student.init")
     elif initial is not None:
@@ -101,10 +107,11 @@ def build_engine(
         log.debug("activation checkpointing: %d of %d blocks", wrapped, len(blocks))
     on_gpu = distributed.device().type == "cuda" and not ds.offloads(config, "offload_optimizer")
     optimizer = make_optimizer(parameter_groups(task, optim.weight_decay), optim, on_gpu=on_gpu)
-    engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config)
+    with disk.holds_state() if disk else nullcontext():
+        engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=given)
     check_engine(engine, optimizer, ds.optimizer_class(config))
     if exact is not None:
         partition.set_masters(task, exact)
     bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)
     spare_passes(engine, bucket=bucket)
-    return Engine(engine, task, stage, config, StepGate(optimizer))
+    return Engine(engine, task, stage, config, StepGate(optimizer), disk)

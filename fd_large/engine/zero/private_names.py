@@ -60,6 +60,13 @@ NAMES = {
     f"{_STAGE_3}._create_fp16_partitions_with_defragmentation": "aa1f2f54",
     f"{_STAGE_3}._create_fp32_partitions": "140bb9ee",
     f"{_STAGE_3}.get_param_id": "f150bd82",
+    f"{_STAGE_3}.set_grad_positions": "31696c4c",
+    # Replaced by what keeps state on a disk, and what it does in their place.
+    _STAGE_3: PRESENT,
+    f"{_STAGE_3}._setup_for_real_optimizer": "69af0b5e",
+    f"{_STAGE_3}.initialize_optimizer_states": "5e6faebb",
+    f"{_STAGE_3}.partition_grads": "d24e062f",
+    f"{_STAGE_3}._offload_grad_partition_at_boundary": "d69c2d3e",
     f"{_INIT}._convert_to_deepspeed_param": "96cea0ce",
     f"{_INIT}._aligned_size": "9b394cc8",
     f"{_INIT}._partition_param": "5022e7a4",
@@ -133,10 +140,17 @@ ATTRIBUTES = {
     ),
     "DeepSpeedZeroOptimizer_Stage3": (
         "_global_grad_norm",
+        "contiguous_gradients",
         "fp16_groups",
+        "fp16_partitioned_groups_flat",
+        "fp16_partitioned_groups_flat_numel",
         "fp32_partitioned_groups_flat",
+        "grad_partitions_flat_buffer",
         "grad_position",
+        "ipg_buckets",
+        "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
     ),
+    "offloaded optimizer of stage 3": ("subgroup_to_device",),
     "flattened parameter": ("_hp_mapping",),
     "sharded parameter": (
         "ds_id",
@@ -218,6 +232,8 @@ def check_engine(engine: Any, inner: Any, optimizer_class: str | None) -> None:
     objects = {type(engine).__name__: engine, type(optimizer).__name__: optimizer}
     if optimizer_class == _STAGE_3.partition(":")[2]:
         objects["sharded parameter"] = parameter
+        if optimizer.offload_optimizer:
+            objects["offloaded optimizer of stage 3"] = optimizer
     elif optimizer_class:
         objects["flattened parameter"] = parameter
         for one in engine.module.parameters():

@@ -25,8 +25,9 @@ CONFIGS = {
     "flat": (1, True),
     "sharded": (3, False),
     "sharded_bfloat16": (3, True),
+    "disk": (3, True),
 }
-"""Where the state lives: ZeRO stage, and whether parameters are bfloat16."""
+"""Where the state lives: ZeRO stage, and whether parameters are bfloat16; or on a disk."""
 
 
 class Brightness(Task):
@@ -74,10 +75,11 @@ def one_rank():
 
 
 @pytest.fixture
-def make_engine(one_rank):
+def make_engine(one_rank, tmp_path):
     """Returns (config, seed) -> a task in its engine; destroyed after the test.
 
-    A config is a name in `CONFIGS`, or a stage and whether parameters are bfloat16.
+    A config is a name in `CONFIGS`, or a stage and whether parameters are bfloat16. A test that
+    destroys an engine itself takes it out of `engines`.
     """
     engines = []
 
@@ -89,16 +91,22 @@ def make_engine(one_rank):
         clip_norm=1.0,
         make_task=Brightness,
         optim=None,
+        zero=None,
         **more,
     ):
         stage, bfloat16 = CONFIGS.get(config, config)
         numbers = ds.RunNumbers(2, accumulation, 1, 1, clip_norm, bfloat16, (8,))
-        filled = ds.fill({"zero_optimization": {"stage": stage}}, numbers)
+        zero = {"stage": stage, **(zero or {})}
+        if config == "disk":
+            zero["offload_optimizer"] = {"device": "nvme"}
+            numbers = numbers._replace(nvme_path=str(tmp_path))
+        filled = ds.fill({"zero_optimization": zero}, numbers)
         engine = build_engine(make_task, filled, optim=optim or Optim(), seed=seed, **more)
         engine.task.train()
         engines.append(engine)
         return engine
 
+    make.engines = engines
     yield make
     for engine in engines:
         engine.deepspeed.destroy()

@@ -17,6 +17,9 @@ NUMBERS = ds.RunNumbers(
 )
 
 
+ON_DISK = {"device": "nvme", "nvme_path": "/disk"}
+
+
 def _write(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(text if isinstance(text, str) else json.dumps(text))
@@ -46,7 +49,8 @@ def _zero(stage, **keys):
         (_zero(3, reduce_bucket_size=-5), "whole number of 1 or more"),
         (_zero(3, overlap_comm="yes please"), "true or false"),
         (_zero(3, zero_hpz_partition_size="2"), "whole number"),
-        (_zero(3, offload_optimizer={"device": "nvme"}), '"cpu" or "none"'),
+        (_zero(3, offload_param={"device": "nvme"}), '"cpu" or "none"'),
+        (_zero(3, offload_optimizer={"device": "nvme", "nvme_path": 3}), "a text"),
         (_zero(3, offload_param=None), "not an object"),
         ({"communication_data_type": "fp8"}, "fp32"),
         ({"comms_logger": {"enabled": "x"}}, "true or false"),
@@ -106,6 +110,10 @@ def test_hpz_is_off_on_a_single_node():
         (_zero(2, zero_hpz_partition_size=2), "ignores it at stage 2"),
         (_zero(3, zero_hpz_partition_size=3), "expected a divisor"),
         (_zero(3, reduce_bucket_size="auto"), "auto"),
+        (_zero(3, offload_optimizer={"device": "nvme"}), "--engine.nvme_path FOLDER"),
+        (_zero(2, offload_optimizer=ON_DISK), "only stage 3"),
+        (_zero(3, offload_optimizer={"device": "cpu", "nvme_path": "/a"}), "zero3_nvme.json"),
+        (_zero(3, offload_optimizer={"device": "nvme", "pin_memory": True}), "pin_memory: files"),
         (
             {"activation_checkpointing": {"cpu_checkpointing": True}, **_zero(1)},
             "--student.activation",
@@ -164,3 +172,17 @@ def test_one_rank_has_nothing_to_split():
     # What the stage that was asked for would ignore is still refused.
     with pytest.raises(ConfigError, match="ignores it at stage 1"):
         ds.fill({"zero_optimization": {"stage": 1, "sub_group_size": 5}}, alone)
+
+
+def test_the_run_names_the_disk_and_deepspeed_is_told_of_host_memory():
+    numbers = NUMBERS._replace(nvme_path="/disk")
+    config = _zero(3, offload_optimizer={"device": "nvme", "nvme_path": "auto"})
+    filled = ds.fill(config, numbers)
+    assert filled["zero_optimization"]["offload_optimizer"] == ON_DISK
+    given = ds.for_deepspeed(filled)["zero_optimization"]
+    assert given["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+    assert ds.nvme_path(filled) == "/disk"
+    with pytest.raises(ConfigError, match="in memory"):
+        ds.fill(_zero(3), numbers)
+    with pytest.raises(ConfigError, match="disagree"):
+        ds.fill(_zero(3, offload_optimizer={**ON_DISK, "nvme_path": "/other"}), numbers)

@@ -1,0 +1,104 @@
+"""The optimiser's float32 state in files on a local disk, which the kernel pages in and out.
+
+Masters, moments, gradients and the average of a rank are the tensors of DeepSpeed's offload to host
+memory; only the memory that they lie in is a mapped file. So all numbers are those of offload, and
+the kernel decides what stays in memory: pages that were not used for longest go to the disk.
+
+DeepSpeed's own way to a disk (ZeRO-Infinity, by libaio) is not used: 0.19.8 trains silently wrong
+where a swapped gradient does not begin at a multiple of 512 bytes, and keeps a float32 gradient of
+the whole model in memory besides.
+
+The files have no names: nothing is left of them when the process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partialmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fd_large import distributed
+from fd_large.engine.zero.optimizer import kept_by
+from fd_large.engine.zero.private_names import get, replace
+
+_STAGE_3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
+_GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+
+
+class Disk:
+    """Makes tensors in files of a folder.
+
+    Args:
+        folder: A folder on a local disk.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def zeros(self, numel: int) -> Tensor:
+        """Returns so many float32 zeros; their space on the disk is taken until they are freed."""
+        size = 4 * numel
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            # A mapped page without space on the disk would end the process by a signal, later.
+            os.posix_fallocate(file.fileno(), 0, size)
+            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.float32)
+
+    @contextmanager
+    def holds_state(self) -> Iterator[None]:
+        """Lets the ZeRO-3 optimisers that are made in the block keep their float32 state here."""
+        stage_3 = get(_STAGE_3)
+        set_up = partialmethod(_set_up, self)
+        plain = replace(stage_3, "_setup_for_real_optimizer", set_up)
+        try:
+            yield
+        finally:
+            replace(stage_3, "_setup_for_real_optimizer", plain)
+
+
+@torch.no_grad()
+def _set_up(optimizer: Any, disk: Disk) -> None:
+    """Does what `_setup_for_real_optimizer` of a ZeRO-3 optimiser does under offload, on a disk.
+
+    A sub-group's gradient is its part of the flat buffer in which gradients are summed, instead of
+    a copy of it: they have the same elements in the same order.
+    """
+    inner, sizes = optimizer.optimizer, optimizer.fp16_partitioned_groups_flat_numel
+    kept = kept_by(inner)
+    gradients = disk.zeros(sum(sizes))
+    parts = zip(
+        optimizer.fp16_partitioned_groups_flat,
+        disk.zeros(sum(sizes)).split(sizes),
+        gradients.split(sizes),
+        *(disk.zeros(sum(sizes)).split(sizes) for _ in kept.moments),
+        strict=True,
+    )
+    for weights, master, gradient, *moments in parts:
+        owner = master.data.copy_(weights).requires_grad_()
+        owner.grad = gradient
+        optimizer.fp32_partitioned_groups_flat.append(owner)
+        state = inner.state[owner]
+        if kept.count is not None:
+            state["step"] = kept.count(owner, 0)
+        for (name, value), moment in zip(kept.moments.items(), moments, strict=True):
+            state[name] = moment.fill_(value) if value else moment
+    for group in inner.param_groups:
+        # DeepSpeed fills in the sub-group that is stepped.
+        group["params"] = []
+    optimizer.subgroup_to_device = dict.fromkeys(range(len(sizes)), "cpu")
+    if optimizer.contiguous_gradients:
+        for dtype, bucket in optimizer.ipg_buckets.items():
+            bucket.buffer = torch.empty(
+                optimizer.reduce_bucket_size, dtype=dtype, device=distributed.device()
+            )
+    optimizer.grad_partitions_flat_buffer = gradients
+    parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
+    shards = gradients.split([parameter.ds_tensor.numel() for parameter in parameters])
+    by_parameter = {p.ds_id: shard for p, shard in zip(parameters, shards, strict=True)}
+    setattr(optimizer, _GRADIENTS, by_parameter)
