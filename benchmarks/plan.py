@@ -1,12 +1,15 @@
-"""Does the arithmetic of `plan`, with rates measured here, predict how long a step takes here?
+"""Do the phases that `plan --probe` times foretell how long a step takes?
 
-    python benchmarks/plan.py [--quick] [--ranks 2] [--model swinv2_tiny] [--image-size 128]
+    python benchmarks/plan.py [--quick] [--ranks 2] [--model swinv2_tiny] [--images 1 2 4 8 16]
 
-Starts its own CPU ranks (or one per GPU) and builds an engine at ZeRO 1, 2 and 3. Each round
-measures the machine's rates (`engine/probe.py`) and right after them a step of each engine, so that
-other work on the machine affects both (`--clock cpu` counts processor time, which other work
-stretches less). The figure of a round is measured / predicted. Teacher and student are the same
-model; images are noise in memory. Writes benchmarks/results/plan.json.
+Starts its own CPU ranks (or one per GPU) and builds an engine at ZeRO 1, 2 and 3 (on one rank at 0
+and 3). Each round times the machine's rates (`engine/probe.py`) and the phases of the plain task
+(`engine/phases.py`), and between these a step of each engine with each micro-batch, so that other
+work on the machine meets all alike; `--clock cpu` counts processor time, which other work stretches
+less. The figure of a round is measured / foretold; that of all is the shortest measured over what
+is foretold by the shortest phases. Beside it stands what the rates of single operations foretell
+alone. Teacher and student are the same model; images are noise in memory. Writes
+benchmarks/results/plan_MODEL_RANKS.json and docs/scaling.md has the table.
 """
 
 from __future__ import annotations
@@ -24,20 +27,27 @@ from typing import Any
 import harness
 from harness import RESULTS
 
+# Images of the micro-batches that are timed by phases; all others are foretold.
+TIMED = (2, 4)
+
 
 def parse() -> argparse.Namespace:
     """Reads the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three rounds")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
-    parser.add_argument("--model", default="swinv2_tiny", help="student and teacher")
+    parser.add_argument(
+        "--model", choices=("swinv2_tiny", "vit"), default="swinv2_tiny", help="student and teacher"
+    )
     parser.add_argument("--image-size", type=int, default=128, help="pixels")
-    parser.add_argument("--micro-batch", type=int, default=8, help="images per rank and step")
+    parser.add_argument(
+        "--images", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="micro-batches of a rank"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="measured rounds")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine with other work"
     )
-    parser.add_argument("--json", type=Path, default=RESULTS / "plan.json")
+    parser.add_argument("--json", type=Path, help="default: results/plan_MODEL_RANKS.json")
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -48,17 +58,16 @@ def the_run(arguments: argparse.Namespace, world: int) -> Any:
     from fd_large.recipes.architectures import Architecture
 
     run = registry.get("fd_swinv2_base")
-    shape = Architecture(window_size=arguments.image_size // 16)
+    model, shape = "swinv2_tiny", Architecture(window_size=arguments.image_size // 16)
+    if arguments.model == "vit":
+        model = "vit_base_patch16"
+        shape = Architecture(embed_dim=192, depths=(6,), num_heads=(3,))
     return replace(
         run,
-        student=replace(run.student, model=arguments.model, architecture=shape),
-        teacher=replace(run.teacher, model=arguments.model, architecture=shape, source="random"),
+        student=replace(run.student, model=model, architecture=shape),
+        teacher=replace(run.teacher, model=model, architecture=shape, source="random"),
         data=replace(run.data, image_size=arguments.image_size),
-        batch=replace(
-            run.batch,
-            global_batch_size=arguments.micro_batch * world,
-            micro_batch_size=arguments.micro_batch,
-        ),
+        batch=replace(run.batch, global_batch_size=world, micro_batch_size=1),
     )
 
 
@@ -68,8 +77,8 @@ def measure(arguments: argparse.Namespace) -> int:
 
     from fd_large import distributed
     from fd_large.cli.plan import workload
+    from fd_large.engine import phases, probe
     from fd_large.engine.forward_backward import forward_backward
-    from fd_large.engine.probe import measure as measured_rates
     from fd_large.engine.zero import start
     from fd_large.engine.zero.optimizer import set_learning_rate
     from fd_large.plan.candidate import Candidate
@@ -81,87 +90,95 @@ def measure(arguments: argparse.Namespace) -> int:
     start.start()
     world = distributed.world_size()
     run = the_run(arguments, world)
-    job = job_of(run)
+    on_gpu = distributed.device().type == "cuda"
+    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
+    timer = phases.Timer(job_of(run), TIMED, clock, frozen_bfloat16=on_gpu)
+    make_task = job_of(run).make_task
     # In float32 on one rank, stages 1 and 2 are stage 0.
-    stages = (1, 2, 3) if world > 1 or distributed.device().type == "cuda" else (0, 3)
+    stages = (1, 2, 3) if world > 1 or on_gpu else (0, 3)
     engines = {
-        stage: zero_engine(
-            run,
-            job.make_task,
-            f"zero{stage}" if stage else {},
-            micro_batch_size=arguments.micro_batch,
-        )
+        stage: zero_engine(run, make_task, f"zero{stage}" if stage else {}, micro_batch_size=1)
         for stage in stages
     }
-    batch = noise(arguments.micro_batch, arguments.image_size)
+    batches = {images: noise(images, arguments.image_size) for images in arguments.images}
 
-    def step(engine: Any) -> None:
+    def step(engine: Any, batch: Any) -> None:
         set_learning_rate(engine.deepspeed.optimizer, 1e-4)
         forward_backward(engine, batch, 0)
         engine.deepspeed.step()
 
     cluster = Cluster(gpus=world, gpus_per_node=world, nic_gigabits=1.0, nics_per_node=1)
-    load: Any = None
     rounds: list[dict[str, Any]] = []
-    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
+    load: Any = None
     for turn in range(1 + (3 if arguments.quick else arguments.rounds)):
-        found = measured_rates(job_of(run), micro_batch_size=arguments.micro_batch, clock=clock)
-        rates = Rates(**found)
-        load = load or workload(run, rates)
-        machine = Machine(cluster=cluster, rates=rates)
-        row: dict[str, Any] = {"rates": found, "load": os.getloadavg()[0]}
-        for stage, engine in engines.items():
-            seconds = seconds_of(partial(step, engine), clock)
-            candidate = Candidate(stage=stage, micro_batch_size=arguments.micro_batch)
-            planned = estimate(load, candidate, machine).seconds
-            row[f"ZeRO-{stage}"] = {
-                "measured": seconds,
-                "predicted": planned.total,
-                "products": planned.products,
-                "rest": planned.rest,
-                "communication": planned.communication,
-                "update": planned.finish,
-            }
+        rates = Rates(**probe.measure(clock=clock))
+        row: dict[str, Any] = {"rates": rates.to_dict(), "load": os.getloadavg()[0], "steps": {}}
+        for images, batch in batches.items():
+            timer.round()
+            for stage, engine in engines.items():
+                seconds = seconds_of(partial(step, engine, batch), clock)
+                row["steps"][f"ZeRO-{stage}, {images}"] = seconds
         if turn:  # The first round warms up.
             rounds.append(row)
+    found = timer.phases()
+    names = ("matmul", "bandwidth", "link", "launch_seconds", "start_seconds")
+    middle = {name: statistics.median(row["rates"][name] for row in rounds) for name in names}
+    machine = Machine(cluster=cluster, rates=replace(rates, **middle))
+    load = workload(run, rates)
+    table = {}
+    for stage in stages:
+        for images in batches:
+            candidate = Candidate(stage=stage, micro_batch_size=images)
+            batch_of_all = replace(load, global_batch_size=images * world)
+            timed = estimate(replace(batch_of_all, phases=found), candidate, machine).seconds
+            table[f"ZeRO-{stage}, {images}"] = {
+                "foretold": timed.total,
+                "parts": dict(timed.parts),
+                "communication": timed.communication,
+                "finish": timed.finish,
+                "foretold by rates alone": estimate(batch_of_all, candidate, machine).seconds.total,
+            }
     if distributed.is_main():
-        report(arguments, rounds, load.parameters, world)
+        report(arguments, rounds, table, found.to_plain(), middle, load.parameters, world)
     return distributed.leave(0)
 
 
 def report(
-    arguments: argparse.Namespace, rounds: list[dict[str, Any]], parameters: int, world: int
+    arguments: argparse.Namespace,
+    rounds: list[dict[str, Any]],
+    table: dict[str, Any],
+    found: dict[str, Any],
+    rates: dict[str, float],
+    parameters: int,
+    world: int,
 ) -> None:
     """Prints and writes the ratios."""
-    ratios = {
-        stage: [row[stage]["measured"] / row[stage]["predicted"] for row in rounds]
-        for stage in rounds[0]
-        if stage.startswith("ZeRO-")
-    }
+    for name, row in table.items():
+        samples = [one["steps"][name] for one in rounds]
+        row["measured"] = min(samples)
+        row["measured / foretold"] = min(samples) / row["foretold"]
+        row["measured / foretold by rates alone"] = min(samples) / row["foretold by rates alone"]
+        row["rounds"] = harness.spread(samples)
     results = {
         **harness.conditions(__file__, __doc__),
+        "clock": arguments.clock,
         "load_averages": [row["load"] for row in rounds],
         "ranks": world,
         "model": arguments.model,
         "parameters": parameters,
-        "measured_over_predicted": {
-            stage: {"median": statistics.median(values), "rounds": values}
-            for stage, values in ratios.items()
-        },
-        "rounds": rounds,
+        "rates": rates,
+        "phases": found,
+        "steps": table,
     }
-    harness.write(results, arguments.json)
-    print(
-        f"{arguments.model}, {parameters / 1e6:.1f}M, {world} rank(s), {arguments.clock} time; "
-        "measured / predicted:"
-    )
-    for stage, values in ratios.items():
-        seconds = statistics.median(row[stage]["measured"] for row in rounds)
+    harness.write(results, arguments.json or RESULTS / f"plan_{arguments.model}_{world}.json")
+    print(f"{arguments.model}, {parameters / 1e6:.1f}M, {world} rank(s), {arguments.clock} time")
+    print("stage, images    measured s  foretold s  ratio   by rates alone")
+    for name, row in table.items():
         print(
-            f"  {stage}: {seconds:.2f} s, median ratio {statistics.median(values):.2f} "
-            f"({min(values):.2f} to {max(values):.2f})"
+            f"{name:15s}  {row['measured']:10.3f}  {row['foretold']:10.3f}  "
+            f"{row['measured / foretold']:5.2f}   {row['measured / foretold by rates alone']:5.2f}"
         )
-    print(f"  load average {statistics.median(row['load'] for row in rounds):.1f}")
+    print(f"load average {statistics.median(row['load'] for row in rounds):.1f}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from fd_large.plan.cached_targets import largest_map_that_pays
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Cluster, Machine
 from fd_large.plan.counts import NOTHING, Counts, Line
+from fd_large.plan.phases import Phases
+from fd_large.plan.phases import read as read_phases
 from fd_large.plan.rates import CARDS, Rates, rates_of
 from fd_large.plan.search import Refused, checkpoint_bytes, num_steps, search
 from fd_large.plan.step_time import Estimate
@@ -167,21 +169,39 @@ def plan(
         one if one.frozen_models == _of_record(one) else _as_trained(one)
         for one in run.each_student().values()
     ]
+    phases: list[Phases | None] = [None] * len(runs)
     if probe:
         # torch, which the rest of this command does without.
         from fd_large.cli.plan_probe import probe as measure
 
-        measured = measure(_as_trained(runs[0]), ranks=cluster.gpus)
+        measured, phases = measure([_as_trained(one) for one in runs], ranks=cluster.gpus)
         if rates:
-            _write("--rates", rates, measured.to_dict())
+            timed = {
+                _phases_key(run, measured): one.to_plain()
+                for run, one in zip(runs, phases, strict=True)
+                if one
+            }
+            _write("--rates", rates, measured.to_dict() | {"phases": timed})
     else:
         measured = rates_of(gpu, rates)
+        if rates:
+            phases = [read_phases(rates, _phases_key(run, measured)) for run in runs]
     machine = Machine(cluster=cluster, rates=measured)
     shared = NOTHING
     if len(runs) > 1:
         shared = _shared_bytes(_as_trained(runs[0]), measured, kernels)
-    load = together([workload(one, measured, kernels) for one in runs], shared)
+    loads = [
+        replace(workload(run, measured, kernels), phases=timed)
+        for run, timed in zip(runs, phases, strict=True)
+    ]
+    load = together(loads, shared)
     return load, machine, *search(load, machine)
+
+
+def _phases_key(run: Run, rates: Rates) -> str:
+    """Returns the name of a run's phases in a file of rates: what decides how long they take."""
+    fields = {name: plain(flat(run)[name]) for name in ("optim.name", "engine.compile")}
+    return kept_counts.key(shape_fields(run) | fields, rates.name, "phases")
 
 
 def _of_record(run: Run) -> Mapping[str, FrozenModel] | None:
@@ -442,6 +462,10 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
         )
         whose = f"--students.{name}." if name else "--student."
         flags |= dict.fromkeys(flag.replace("--student.", whose) for flag in own)
+    parts = ", ".join(
+        f"{name} {value * 1e3:,.0f}{'' if i else ' ms'}"
+        for i, (name, value) in enumerate(seconds.parts.items())
+    )
     teacher = _teachers_share(run, load, machine)
     lines = [
         f"Memory of a rank in the best setting: {memory.total / 1e9:.1f} of "
@@ -449,9 +473,9 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
         f"  states {memory.states / 1e9:.1f}, teacher {memory.teacher / 1e9:.1f}, "
         f"activations {memory.activations / 1e9:.1f}, buffers {memory.buffers / 1e9:.1f}",
         f"Time of a micro-batch: {longer} decides",
-        f"  matrix products {seconds.products * 1e3:,.0f} ms, the rest {seconds.rest * 1e3:,.0f}, "
-        f"communication {seconds.communication * 1e3:,.0f}; after the last one "
+        f"  {parts}, communication {seconds.communication * 1e3:,.0f}; after the last one "
         f"{seconds.finish * 1e3:,.0f}",
+        *_said_of_times(load, machine),
         f"FLOPs: MFU {100 * best.mfu:.1f} %, with recomputation "
         f"{100 * best.hardware_utilisation:.1f} % of {best.peak / 1e12:,.4g} TFLOP/s",
         f"Disk: {size(stored)} per checkpoint{' of all' if run.students else ''}; "
@@ -462,6 +486,21 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
     if flags:
         lines += ["To train with it, pass:", *(f"  {flag}" for flag in flags)]
     return Text("\n".join(lines) + "\n")
+
+
+def _said_of_times(load: Workload, machine: Machine) -> list[str]:
+    """Says where the times come from, and how far off such times were."""
+    if load.phases:
+        return [
+            "These times go by a step of this task that was timed on one device, and by measured",
+            "  collectives; on CPU ranks such times were within 15 % (docs/scaling.md)",
+        ]
+    if machine.rates.name.endswith("measured"):
+        return ["These times go by measured rates of single operations, not by a step of this task"]
+    return [
+        "These times go by data sheets, are lower bounds, and were compared with no GPU; on CPU",
+        "  ranks, with measured rates, such times were 1 to 1.5 times too short. --probe measures",
+    ]
 
 
 def _teachers_share(run: Run, load: Workload, machine: Machine) -> str:

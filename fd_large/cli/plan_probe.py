@@ -7,22 +7,25 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fd_large import doors
 from fd_large.errors import LaunchError
+from fd_large.plan.phases import Phases
 from fd_large.plan.rates import Rates
 from fd_large.recipes.run import Run
 
 
-def probe(run: Run, *, ranks: int) -> Rates:
+def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None]]:
     """Measures with as many local ranks as the run is to have.
 
     Args:
-        run: The recipe, a micro-batch of which is timed.
+        runs: The recipe of each student, whose step is timed.
         ranks: Number of processes; on GPUs at most the number of GPUs.
 
+    Returns: the machine's rates, and the phases of each recipe's step; None where that has no room.
     Raises: LaunchError: if a rank fails.
     """
     import torch
@@ -30,8 +33,14 @@ def probe(run: Run, *, ranks: int) -> Rates:
     ranks = min(ranks, torch.cuda.device_count() or ranks)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rates.json"
-        code = {name: digest for name, digest in run.code().items() if doors.is_allowed(name)}
-        request = json.dumps({"run": run.to_dict(), "out": str(out), "code": code})
+        code = {
+            name: digest
+            for run in runs
+            for name, digest in run.code().items()
+            if doors.is_allowed(name)
+        }
+        asked = {"runs": [run.to_dict() for run in runs], "out": str(out), "code": code}
+        request = json.dumps(asked)
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         done = subprocess.run(
@@ -44,7 +53,9 @@ def probe(run: Run, *, ranks: int) -> Rates:
                 f"--probe: a rank failed; got exit code {done.returncode}, expected 0. Read its "
                 "message above."
             )
-        return Rates(**json.loads(out.read_text()))
+        found = json.loads(out.read_text())
+        phases = [one and Phases.from_plain(one, where="--probe") for one in found["phases"]]
+        return Rates(**found["rates"]), phases
 
 
 def main(request: str) -> None:
@@ -52,7 +63,7 @@ def main(request: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from fd_large.engine.probe import MOST_IMAGES, measure
+    from fd_large.engine import phases, probe
     from fd_large.tasks.jobs import job_of
 
     asked: dict[str, Any] = json.loads(request)
@@ -61,13 +72,17 @@ def main(request: str) -> None:
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    rank = dist.get_rank()
-    run = Run.from_dict(asked["run"])
-    size = run.batch.micro_batch_size
-    rates = measure(job_of(run), micro_batch_size=MOST_IMAGES if size == "auto" else size)
+    rates = probe.measure()
+    # CPU ranks share the memory.
+    share = 1 if on_gpu else dist.get_world_size()
+    measured = [
+        phases.measure(job_of(Run.from_dict(run)), free_bytes=probe.free_bytes() / share)
+        for run in asked["runs"]
+    ]
+    if dist.get_rank() == 0:
+        plain = [one.to_plain() if one else None for one in measured]
+        Path(asked["out"]).write_text(json.dumps({"rates": rates, "phases": plain}))
     dist.destroy_process_group()
-    if rank == 0:
-        Path(asked["out"]).write_text(json.dumps(rates))
 
 
 if __name__ == "__main__":

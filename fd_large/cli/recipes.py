@@ -79,6 +79,7 @@ def recipes_table() -> Table:
         models += (
             f"\n-> {run.student.model}" if models else f"\n{run.task.name}: {run.student.model}"
         )
-        said = f"needs:  {facts.hardware}\ntakes:  {facts.duration}\nexpect: {facts.result}"
+        takes = "; ".join(fact for fact in (facts.duration, facts.memory) if fact)
+        said = f"needs:  {facts.hardware}\ntakes:  {takes}\nexpect: {facts.result}"
         table.add_row(Text(name, style="bold").append(models, style="not bold"), Text(said))
     return table

@@ -1,13 +1,11 @@
-"""Measures this machine's rates: matrix products, memory, calls, collectives, and a micro-batch.
+"""Measures this machine's rates: matrix products, memory, calls, collectives.
 
-All ranks measure at the same time, because they share memory and caches. The first rates are those
-of single operations; what a real micro-batch of the task takes beside what they make of its counts
-is `Rates.slowness`. Rates are medians of several passes.
+All ranks measure at the same time, because they share memory and caches. Rates are medians of
+several passes. What a real step of the task takes is measured in `engine/phases.py`.
 """
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -16,39 +14,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from fd_large.engine.count import count
-from fd_large.engine.job import Job
-from fd_large.engine.zero.partition import to_bfloat16
-from fd_large.kernels import choose
-from fd_large.plan.counts import Counts
-from fd_large.plan.rates import Rates
-from fd_large.plan.step_time import seconds_of
 from fd_large.plan.utilisation import peak_flops
-
-log = logging.getLogger(__name__)
 
 CACHE_ELEMENTS = 1 << 26
 PASSES = 5
-MOST_IMAGES = 8
 COPY_ELEMENTS = 2**24
 COLLECTIVE_ELEMENTS = 2**23
 STARTS = 100
 # Side of the matrices that give the rate of products.
 SIDE, SIDE_ON_GPU = 1024, 8192
-# Bytes that a micro-batch may take of what is free.
-ROOM = 0.5
 
 
-def measure(
-    job: Job, *, micro_batch_size: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, Any]:
+def measure(*, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
     """Measures on this rank, beside the others, in torch's process group.
 
     Args:
-        job: The job of the recipe; its weights and its images are not touched.
-        micro_batch_size: Images of the micro-batch that is timed, at most `MOST_IMAGES`.
         clock: Returns seconds; on CPU ranks `time.process_time` leaves out other processes.
 
     Returns: the fields of `Rates`, with the figures of the slowest rank.
@@ -74,8 +56,6 @@ def measure(
     else:
         found["link"] = found["bandwidth"]
     there = _machine(on_gpu, world, found["matmul"])
-    rates = Rates(**(there | found))
-    found["slowness"] = _slowness(job, seconds, device, min(MOST_IMAGES, micro_batch_size), rates)
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, found)
     least = ("matmul", "bandwidth", "link")
@@ -97,14 +77,15 @@ def _machine(on_gpu: bool, world: int, matmul: float) -> dict[str, Any]:
         }
     return {
         "name": f"CPU rank of {torch.get_num_threads()} thread(s), measured",
-        "memory_bytes": _free_bytes() / world,
+        "memory_bytes": free_bytes() / world,
         "peak": matmul,  # Without a data sheet, MFU is relative to the measured rate.
         "bfloat16": False,
         "overlap": False,
     }
 
 
-def _free_bytes() -> float:
+def free_bytes() -> float:
+    """Returns the bytes that are free, on the GPU or in the machine."""
     if torch.cuda.is_available():
         return float(torch.cuda.mem_get_info()[0])
     return next(
@@ -179,53 +160,3 @@ def _start(seconds: _Clock, device: torch.device) -> float:
     with Count():
         both()
     return seconds(both) / Count.calls
-
-
-def _slowness(job: Job, seconds: _Clock, device: torch.device, images: int, rates: Rates) -> float:
-    """Returns the seconds of a real micro-batch through those that its counts give.
-
-    A task that has no room on one device is not run, and takes the seconds of its counts.
-    """
-    on_gpu = device.type == "cuda"
-    capability = tuple(map(int, rates.capability.split("."))) if rates.capability else None
-    stands = choose.Device(capability, on_gpu=on_gpu, wish=choose.wished())
-    counts = count(
-        job,
-        stands,
-        bfloat16=on_gpu,
-        frozen_bfloat16=on_gpu,
-        checkpointing=[False],
-        micro_batch_size=images,
-    )[False]
-    needed = _bytes(counts, 2 if on_gpu else 4) + counts.peak_at(images)
-    room = ROOM * _free_bytes() / (1 if on_gpu else dist.get_world_size())
-    if needed > room:
-        log.warning(
-            "--probe: a micro-batch takes %.1f GB, of %.1f that may be used: it is not timed, and "
-            "the rates of single operations stand for it",
-            needed / 1e9,
-            room / 1e9,
-        )
-        return 1.0
-    with device:
-        task, frozen = job.models_on_shapes()
-        batch = job.probe_batch(images)
-    if on_gpu:
-        for model in (task, *frozen):
-            to_bfloat16(model)
-    parameters: list[Tensor] = list(task.parameters())
-
-    def step() -> None:
-        for parameter in parameters:
-            parameter.grad = None
-        task.shapes_only(batch).backward()
-
-    products, rest = seconds_of(counts, images, rates)
-    starting = 0.0 if on_gpu else sum(counts.calls.values()) * rates.launch_seconds
-    return max(0.1, (seconds(step) - starting) / (products + rest))
-
-
-def _bytes(counts: Counts, size: int) -> int:
-    """Bytes of all parameters and of gradients of the trained ones."""
-    trained, frozen = (sum(n * times for n, times in of) for of in (counts.student, counts.frozen))
-    return size * (2 * trained + frozen)

@@ -34,8 +34,6 @@ class Rates:
         network_share: Fraction of the network cards' rate that collectives reach.
         bfloat16: Whether parameters and matrix products are bfloat16; else float32.
         overlap: Whether communication runs beside computation, as on a GPU; CPU ranks share cores.
-        slowness: Factor of a micro-batch's computation, beside what the rates make of its counts;
-            `--probe` measures it on a real micro-batch.
         capability: Compute capability of an NVIDIA card, as "9.0", which decides the kernels;
             empty: no fused kernel runs.
         launch_seconds: Seconds to start an operation from Python; assumed for the named cards.
@@ -51,7 +49,6 @@ class Rates:
     network_share: float = 0.8
     bfloat16: bool = True
     overlap: bool = True
-    slowness: float = 1.0
     capability: str = ""
     launch_seconds: float = 5e-6
     start_seconds: float = 30e-6
@@ -111,6 +108,8 @@ def rates_of(gpu: str, file: str = "") -> Rates:
         ) from None
     if not isinstance(given, dict):
         raise ConfigError(f"--rates: not an object; got {given!r}, expected rates. Correct {file}.")
+    # Those of single tasks; `plan.phases` reads them.
+    given.pop("phases", None)
     known = {field.name: field.type for field in fields(Rates)}
     for key, value in given.items():
         if key not in known:

@@ -1,6 +1,7 @@
 """How long a step takes: computation, communication, optimizer.
 
-Computation of a micro-batch:
+Computation of a micro-batch, where the phases of a real step were measured (`plan.phases`), is
+their seconds, and what ZeRO adds: passes over gradients and gathered parameters, hooks. Else:
 
 - matrix products: each takes the longer of FLOPs / product rate and bytes / bandwidth;
 - the rest: bytes moved / bandwidth, with the gradients of the parameters and the copies of gathered
@@ -33,6 +34,7 @@ rank's shard.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fd_large.plan.candidate import Candidate, bucket_elements
@@ -42,10 +44,12 @@ from fd_large.plan.peak_memory import PeakMemory, peak_memory
 from fd_large.plan.rates import Rates
 from fd_large.plan.workload import Workload
 
+# What a step computes: names for tables.
+PRODUCTS, REST, ADDED = "matrix products", "the rest", "ZeRO's copies and hooks"
 # Bytes that a step moves per parameter of the rank's shard, in float32: 4 for the norm, 8 for
-# clipping, 12 for the optimiser (reads gradient and master, writes the master), 4 read for the new
-# parameter; that writes its own bytes besides. Each moment is read and written.
-OPTIMIZER_BYTES, MOMENT_BYTES = 28, 8
+# clipping, 12 for the optimiser (reads gradient and master, writes the master). Each moment is read
+# and written.
+OPTIMIZER_BYTES, MOMENT_BYTES = 24, 8
 # A parameter's gradient is written, copied into a bucket (read, written), and added to the
 # accumulated one (read), half in the data type of the parameters, half in that of the sums.
 GRADIENT_PASSES = 4
@@ -61,16 +65,15 @@ class StepSeconds:
     """Seconds of a step.
 
     Attributes:
-        products: Matrix products of a micro-batch.
-        rest: Everything else that a micro-batch computes.
+        parts: Computation of a micro-batch, by what it is: phases where they were measured, else
+            `PRODUCTS` and `REST`.
         communication: Communication of a micro-batch.
         finish: Collectives and optimizer after the last micro-batch.
         accumulation: Number of micro-batches.
         overlap: Whether communication runs beside computation.
     """
 
-    products: float
-    rest: float
+    parts: Mapping[str, float]
     communication: float
     finish: float
     accumulation: int
@@ -79,7 +82,7 @@ class StepSeconds:
     @property
     def computation(self) -> float:
         """Computation of a micro-batch."""
-        return self.products + self.rest
+        return sum(self.parts.values())
 
     @property
     def total(self) -> float:
@@ -129,13 +132,11 @@ class Estimate:
 
 def estimate(load: Workload, candidate: Candidate, machine: Machine) -> Estimate:
     """Returns memory and time of a candidate; the memory may be more than the card has."""
-    products, rest = _computation(load, candidate, machine)
     return Estimate(
         candidate=candidate,
         memory=peak_memory(load, candidate, machine),
         seconds=StepSeconds(
-            products=products,
-            rest=rest,
+            parts=_computation(load, candidate, machine),
             communication=_communication(load, candidate, machine),
             finish=_finish(load, candidate, machine),
             accumulation=load.accumulation(candidate, machine),
@@ -147,22 +148,51 @@ def estimate(load: Workload, candidate: Candidate, machine: Machine) -> Estimate
     )
 
 
-def _computation(load: Workload, candidate: Candidate, machine: Machine) -> tuple[float, float]:
-    rates = machine.rates
+def _computation(load: Workload, candidate: Candidate, machine: Machine) -> dict[str, float]:
+    rates, images = machine.rates, candidate.micro_batch_size
     counts = load.counts_of(candidate, machine)
-    matrix, other = seconds_of(counts, candidate.micro_batch_size, rates)
-    size = load.compute_bytes(machine)
-    passes = GRADIENT_PASSES if candidate.stage or machine.cluster.gpus > 1 else 1
-    other += passes * (size + load.sum_bytes(machine)) / 2 * load.parameters / rates.bandwidth
+    calls, hooks = sum(counts.calls.values()), HOOK_CALLS * _hooked(counts, candidate)
+    added = _added_bytes(load, candidate, machine) / rates.bandwidth
+    if load.phases:
+        first_pass = bool(counts.modules.get("first_pass"))
+        again = _computed_again(load, candidate)
+        parts = load.phases.at(images, first_pass=first_pass, again=again)
+        # What is timed has its own calls of Python.
+        starting = hooks * rates.launch_seconds
+        if rates.overlap:
+            starting = max(0.0, (calls + hooks) * rates.launch_seconds - sum(parts.values()))
+            return parts | {ADDED: max(added, starting)}
+        return parts | {ADDED: added + starting}
+    matrix, other = seconds_of(counts, images, rates)
+    other += load.compute_bytes(machine) * load.parameters / rates.bandwidth + added
+    starting = (calls + hooks) * rates.launch_seconds
+    if not rates.overlap:
+        return {PRODUCTS: matrix, REST: other + starting}
+    return {PRODUCTS: matrix, REST: max(other, starting - matrix)}
+
+
+def _added_bytes(load: Workload, candidate: Candidate, machine: Machine) -> float:
+    """Returns the bytes of passes over parameters and gradients that a step alone does not make."""
+    size, moved = load.compute_bytes(machine), 0.0
+    if candidate.stage or machine.cluster.gpus > 1:
+        # Backward itself writes each gradient once.
+        moved += GRADIENT_PASSES * (size + load.sum_bytes(machine)) / 2 - size
     if candidate.stage == 3:  # What is gathered, forward and backward, is copied in place.
-        other += 2 * (1 + _gathered_again(load)) * size * load.parameters / rates.bandwidth
+        moved += 2 * (1 + _gathered_again(load)) * size
+    moved *= load.parameters
     if candidate.teacher != "replicated":
         own = 2 if load.teacher_bfloat16(machine) else 4
-        other += 2 * own * sum(load.teacher_sizes) / rates.bandwidth
-    starting = _starts(counts, candidate) * rates.launch_seconds
-    if not rates.overlap:
-        return matrix, other + starting
-    return matrix, max(other, starting - matrix)
+        moved += 2 * own * sum(load.teacher_sizes)
+    return moved
+
+
+def _computed_again(load: Workload, candidate: Candidate) -> float:
+    """Returns the FLOPs that activation checkpointing computes again, as a fraction of forward."""
+    if not candidate.checkpointing:
+        return 0.0
+    images = candidate.micro_batch_size
+    without, with_them = (load.counts[c].step_flops(images).hardware for c in (False, True))
+    return (with_them - without) / load.counts[False].flops("forward", images)
 
 
 def seconds_of(counts: Counts, images: int, rates: Rates) -> tuple[float, float]:
@@ -178,20 +208,18 @@ def seconds_of(counts: Counts, images: int, rates: Rates) -> tuple[float, float]
         * max(product.flops.at(images) / rates.matmul, product.moved.at(images) / rates.bandwidth)
         for product in counts.products
     )
-    moved = sum(line.at(images) for line in counts.moved.values())
-    return rates.slowness * matrix, rates.slowness * moved / rates.bandwidth
+    return matrix, sum(line.at(images) for line in counts.moved.values()) / rates.bandwidth
 
 
-def _starts(counts: Counts, candidate: Candidate) -> int:
-    """Returns the calls that Python makes in a micro-batch, hooks of ZeRO-3 included."""
-    calls = sum(counts.calls.values())
-    modules = counts.modules
+def _hooked(counts: Counts, candidate: Candidate) -> int:
+    """Returns the forwards and backwards of modules around which DeepSpeed's hooks run."""
+    modules, hooked = counts.modules, 0
     if candidate.stage == 3:  # Forward, backward, what backward computes again, a first pass.
-        again = modules.get("backward", 0) + modules.get("first_pass", 0)
-        calls += HOOK_CALLS * (2 * modules.get("forward", 0) + again)
+        hooked += 2 * modules.get("forward", 0)
+        hooked += modules.get("backward", 0) + modules.get("first_pass", 0)
     if candidate.teacher != "replicated":
-        calls += HOOK_CALLS * modules.get("inference", 0)
-    return calls
+        hooked += modules.get("inference", 0)
+    return hooked
 
 
 def _communication(load: Workload, candidate: Candidate, machine: Machine) -> float:
@@ -230,9 +258,13 @@ def _finish(load: Workload, candidate: Candidate, machine: Machine) -> float:
     cluster, rates = machine.cluster, machine.rates
     # Stage 0 steps the parameters themselves, without a copy.
     split = 1 if candidate.stage == 0 else cluster.gpus
-    moved = OPTIMIZER_BYTES + MOMENT_BYTES * load.moments
-    moved += load.compute_bytes(machine) if candidate.stage else -4
-    total = moved * load.parameters / split / rates.bandwidth
+    # The new parameter, from its master.
+    copied = 4 + load.compute_bytes(machine) if candidate.stage else 0
+    if load.phases:
+        update = load.phases.update + copied / rates.bandwidth
+    else:
+        update = (OPTIMIZER_BYTES + MOMENT_BYTES * load.moments + copied) / rates.bandwidth
+    total = update * load.parameters / split
     whole = load.compute_bytes(machine) * load.parameters
     if candidate.stage in (1, 2):
         total += cluster.seconds(whole, rates)

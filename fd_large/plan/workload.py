@@ -10,6 +10,8 @@ from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Machine
 from fd_large.plan.counts import NOTHING, Counts, Line, of_students, sizes
 from fd_large.plan.memory import persistence_threshold, sums_in_float32
+from fd_large.plan.phases import Phases
+from fd_large.plan.phases import of_students as students_phases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,8 @@ class Workload:
             several that differ, float32.
         moments: Float32 numbers that the optimiser keeps of each parameter.
         may_split_frozen: Whether the frozen models may be split over ranks, as teachers may.
+        phases: Measured seconds of a step's phases; None: the rates of the card say how long what
+            is counted takes.
     """
 
     counts: Mapping[bool, Counts]
@@ -31,6 +35,7 @@ class Workload:
     frozen_dtype: str = "auto"
     moments: int = 2
     may_split_frozen: bool = True
+    phases: Phases | None = None
 
     @cached_property
     def student_sizes(self) -> tuple[int, ...]:
@@ -87,7 +92,9 @@ def together(loads: Sequence[Workload], shared: Line = NOTHING) -> Workload:
     if len(loads) == 1:
         return first
     counts = {c: of_students([load.counts[c] for load in loads], shared) for c in first.counts}
-    return replace(first, counts=counts)
+    measured = [load.phases for load in loads if load.phases]
+    phases = students_phases(measured) if len(measured) == len(loads) else None
+    return replace(first, counts=counts, phases=phases)
 
 
 def frozen_in_bfloat16(dtype: str, bfloat16: bool) -> bool:

@@ -16,7 +16,7 @@ The published runs compute in float32; here `engine.precision` decides, which on
 with a float32 loss.
 
 `--student.init RUN_OR_FILE` names the backbone; without it the model starts from random weights.
-Durations are calculated, at an assumed 200 TFLOP/s per GPU.
+Duration and memory are what `plan` computes (docs/scaling.md), not measured.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def nyuv2_vit_base() -> Run:
     """MIM-Depth's decoder on the student of CLIP ViT-B/16 (fd_clip_vit_base).
 
     Hardware: 8 GPUs x 3 images; NYUv2
-    Duration: 25,225 steps; about 40 GPU-minutes
+    Duration: 25,225 steps; about 1.0 GPU-hours
+    Memory: 4.5 GB of each GPU
     Result: NYUv2 0.352 m RMSE (paper); CLIP itself 0.416
 
     How the paper put a depth head on a ViT is not public; what is here is ours: the decoder on the
@@ -86,7 +87,8 @@ def nyuv2_swinv2_base() -> Run:
     """MIM-Depth's decoder on a SwinV2-B, window 30 (for the student of fd_swinv2_base).
 
     Hardware: 8 GPUs x 3 images; NYUv2
-    Duration: 25,225 steps; about 40 GPU-minutes
+    Duration: 25,225 steps; about 1.2 GPU-hours
+    Memory: 5.0 GB of each GPU
     Result: not published (SwinV2-B of SimMIM: 0.304 m RMSE)
 
     MIM-Depth's settings of a SwinV2-B: layer decay .9, drop path .3, windows of 30, 30, 30 and 15
@@ -99,7 +101,8 @@ def nyuv2_swinv2_large() -> Run:
     """MIM-Depth's decoder on a SwinV2-L, window 30 (for the student of fd_swinv2_large).
 
     Hardware: 8 GPUs x 3 images; NYUv2
-    Duration: 25,225 steps; about 1.4 GPU-hours
+    Duration: 25,225 steps; about 1.9 GPU-hours
+    Memory: 6.9 GB of each GPU
     Result: not published (SwinV2-L of SimMIM: 0.287 m RMSE)
 
     MIM-Depth's settings of a SwinV2-L: layer decay .85, drop path .5.
@@ -113,7 +116,8 @@ def nyuv2_swinv2_giant() -> Run:
     """MIM-Depth's decoder on a SwinV2-G (3.0B), window 30 (for the student of fd_swinv2g).
 
     Hardware: 8 GPUs of 80 GB x 3 images; NYUv2
-    Duration: 25,225 steps; about 15 GPU-hours
+    Duration: 25,225 steps; about 15.6 GPU-hours
+    Memory: 25.0 GB of each GPU
     Result: not published
 
     No settings of this size are published: MIM-Depth's of a SwinV2-L (layer decay .85, drop path
@@ -133,7 +137,8 @@ def nyuv2_linear() -> Run:
     """A linear layer on the last map of a frozen ViT-B/16: how much depth its features tell.
 
     Hardware: 8 GPUs x 2 images; NYUv2
-    Duration: 38,400 steps; about 9 GPU-minutes
+    Duration: 38,400 steps; about 28 GPU-minutes
+    Memory: 2.7 GB of each GPU
     Result: not published
 
     The length, batch, rate and loss (lambda .85) of DINOv3's probe (configs/config-nyu.yaml), whose

@@ -13,8 +13,9 @@ LayerNorm.
 `--student.init RUN_OR_FILE` names the backbone; without it the model starts from random weights. A
 window other than that of the distillation needs nothing more: SwinV2's position biases are computed
 anew, on coordinates scaled by the window of the file. An epoch is the 118,287 images of train2017.
-Durations are calculated, at an assumed 200 TFLOP/s per GPU: 3 forward passes' worth of backbone
-and of pyramid and heads (of Mask R-CNN 0.56 TFLOP at 1024 px, 0.94 at 1536).
+Duration and memory are what `plan` computes (docs/scaling.md), not measured; it counts
+micro-batches of one image. Work is 3 forward passes' worth of backbone and of pyramid and heads (of
+Mask R-CNN 0.56 TFLOP at 1024 px, 0.94 at 1536).
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def coco_mask_rcnn_vit_base() -> Run:
     """Mask R-CNN on the student of CLIP ViT-B/16 (fd_clip_vit_base), the paper's comparison.
 
     Hardware: 16 GPUs x 4 images; COCO 2017
-    Duration: 184,800 steps; about 73 GPU-hours
+    Duration: 184,800 steps; about 283 GPU-hours
+    Memory: 7.2 GB of each GPU
     Result: COCO 48.2 box, 42.5 mask AP; CLIP itself 45.0, 39.8
 
     The paper's settings are not published. These are ViTDet's for a ViT-B (which gives 51.6 and
@@ -81,7 +83,7 @@ def coco_mask_rcnn_vit_base() -> Run:
     simple pyramid, 1e-4 at batch 64, weight decay .1, layer decay .7, drop path .1, 100 epochs.
     The window is the grid of the distillation (architecture.image_size 224 / 16), so that the
     shared position table fits inside it.
-    Duration: 3 x (0.92 + 0.56) TFLOP x 1.18e7 images = 5.3e19 FLOP.
+    Work: 3 x (0.92 + 0.56) TFLOP x 1.18e7 images = 5.3e19 FLOP.
     """
     return _detector(
         "coco_mask_rcnn_vit_base",
@@ -99,12 +101,13 @@ def coco_mask_rcnn_swinv2_tiny() -> Run:
     """Mask R-CNN on a SwinV2-T, window 16.
 
     Hardware: 8 GPUs x 2 images; COCO 2017
-    Duration: 266,112 steps; about 14 GPU-hours
+    Duration: 266,112 steps; about 19.1 GPU-hours
+    Memory: 4.3 GB of each GPU
     Result: not published
 
     AdamW 1e-4 at batch 16, weight decay .05, 36 epochs, tests at 800 x 1333, as in the detectors of
     Swin and the ablations of SwinV2; drop path .2, as Swin-T's; training crops of 1024 px.
-    Duration: 3 x (0.21 + 0.56) TFLOP x 4.26e6 images = 9.9e18 FLOP.
+    Work: 3 x (0.21 + 0.56) TFLOP x 4.26e6 images = 9.9e18 FLOP.
     """
     return _detector(
         "coco_mask_rcnn_swinv2_tiny",
@@ -121,12 +124,13 @@ def coco_mask_rcnn_swinv2_base() -> Run:
     """Mask R-CNN on a SwinV2-B, window 16 (for the student of fd_swinv2_base).
 
     Hardware: 8 GPUs x 2 images; COCO 2017
-    Duration: 266,112 steps; about 22 GPU-hours
+    Duration: 266,112 steps; about 30 GPU-hours
+    Memory: 6.0 GB of each GPU
     Result: not published
 
     As coco_mask_rcnn_swinv2_tiny, with drop path .3. ViTDet's Swin-B, pre-trained on labels of
     ImageNet-22K and with cascaded heads, has 53.9 box and 46.2 mask AP.
-    Duration: 3 x (0.70 + 0.56) TFLOP x 4.26e6 images = 1.6e19 FLOP.
+    Work: 3 x (0.70 + 0.56) TFLOP x 4.26e6 images = 1.6e19 FLOP.
     """
     return replace(
         coco_mask_rcnn_swinv2_tiny(),
@@ -139,7 +143,8 @@ def coco_mask_rcnn_swinv2_giant() -> Run:
     """Mask R-CNN on a SwinV2-G (3.0B), 1536 px, window 32 (for the student of fd_swinv2g).
 
     Hardware: 96 GPUs of 80 GB x 1 image; COCO 2017
-    Duration: 44,352 steps; about 1,230 GPU-hours
+    Duration: 44,352 steps; about 1,134 GPU-hours
+    Memory: 16.2 GB of each GPU
     Result: not published (paper's G, HTC++ and Objects365: 64.2 box)
 
     The SwinV2 paper's schedule on COCO: 1536 px, window 32, 6e-4 at batch 96, weight decay .05,
@@ -150,7 +155,7 @@ def coco_mask_rcnn_swinv2_giant() -> Run:
     Stages 1 and 2 compute their attention for few windows at a time: the logits of one block of
     stage 1 are 9.7 GB per image in float32. Every block is checkpointed: 4 forward passes' worth.
     Run it with ds_configs/zero3_hpz.json.
-    Duration: (4 x 51.3 + 3 x 0.94) TFLOP x 4.26e6 images = 8.9e20 FLOP.
+    Work: (4 x 51.3 + 3 x 0.94) TFLOP x 4.26e6 images = 8.9e20 FLOP.
     """
     return _detector(
         "coco_mask_rcnn_swinv2_giant",
@@ -190,12 +195,13 @@ def coco_cascade_vit_base() -> Run:
     """Cascade Mask R-CNN on the student of CLIP ViT-B/16 (fd_clip_vit_base).
 
     Hardware: 16 GPUs x 4 images; COCO 2017
-    Duration: 184,800 steps; about 88 GPU-hours
+    Duration: 184,800 steps; about 301 GPU-hours
+    Memory: 7.4 GB of each GPU
     Result: not published (ViTDet, MAE's weights: 54.0 box, 46.7 mask)
 
     coco_mask_rcnn_vit_base with ViTDet's cascade: detectron2's form, L1, one box for a proposal.
     ViTDet trains both alike.
-    Duration: 3 x (0.92 + 0.88) TFLOP x 1.18e7 images = 6.4e19 FLOP.
+    Work: 3 x (0.92 + 0.88) TFLOP x 1.18e7 images = 6.4e19 FLOP.
     """
     return _with_heads(coco_mask_rcnn_vit_base(), "coco_cascade_vit_base", **_VITDET)
 
@@ -204,13 +210,14 @@ def coco_cascade_vit_large() -> Run:
     """Cascade Mask R-CNN on the student of CLIP ViT-L/14 (fd_clip_vit_large).
 
     Hardware: 64 GPUs x 1 image; COCO 2017
-    Duration: 184,800 steps; about 285 GPU-hours
+    Duration: 184,800 steps; about 1,013 GPU-hours
+    Memory: 19.8 GB of each GPU
     Result: not published (ViTDet, MAE's weights: 57.6 box, 50.0 mask)
 
     ViTDet's settings of a ViT-L: 1e-4 at batch 64, weight decay .1, layer decay .8, drop path .4,
     100 epochs. The student has patches of 14 pixels and windows of 16 tokens; five windows each way
     are 1120 px, to which ViTDet's 1024 px would be padded.
-    Duration: 3 x (4.68 + 1.12) TFLOP x 1.18e7 images = 2.1e20 FLOP.
+    Work: 3 x (4.68 + 1.12) TFLOP x 1.18e7 images = 2.1e20 FLOP.
     """
     run = _detector(
         "coco_cascade_vit_large",
@@ -230,14 +237,15 @@ def coco_cascade_swinv2_base() -> Run:
     """Cascade Mask R-CNN on a SwinV2-B, window 16 (for the student of fd_swinv2_base).
 
     Hardware: 8 GPUs x 2 images; COCO 2017
-    Duration: 266,112 steps; about 32 GPU-hours
+    Duration: 266,112 steps; about 43 GPU-hours
+    Memory: 6.9 GB of each GPU
     Result: not published (Swin-B, labels of ImageNet-1K: 51.9 box, 45.0 mask)
 
     coco_mask_rcnn_swinv2_base with the cascade of Swin's own detectors: mmdetection's form, GIoU, a
     box for each class. They train 36 epochs at 1e-4 and batch 16, weight decay .05, drop path .3,
     and test at 800 x 1333, as here; their images are whole, of 480 to 800 px
     (--task.detection.whole_size 480 800 1333), where these are jittered as all here.
-    Duration: 3 x (0.70 + 1.12) TFLOP x 4.26e6 images = 2.3e19 FLOP.
+    Work: 3 x (0.70 + 1.12) TFLOP x 4.26e6 images = 2.3e19 FLOP.
     """
     return _with_heads(coco_mask_rcnn_swinv2_base(), "coco_cascade_swinv2_base", **_SWIN)
 
@@ -246,13 +254,14 @@ def coco_cascade_swinv2_large() -> Run:
     """Cascade Mask R-CNN on a SwinV2-L, window 16 (for the student of fd_swinv2_large).
 
     Hardware: 32 GPUs x 2 images; COCO 2017
-    Duration: 66,528 steps; about 47 GPU-hours
+    Duration: 66,528 steps; about 65 GPU-hours
+    Memory: 8.6 GB of each GPU
     Result: not published (SwinV2-L with HTC++ at 1536 px: 58.8 box, 51.1 mask)
 
     SwinV2's schedule of its L: 4e-4 at batch 64, weight decay .05, 36 epochs, a tenth of the
     learning rate for the backbone; that is here layer decay .87, as in the giant's. Drop path .4 as
     in ViTDet's Swin-L. Size, window and heads as coco_cascade_swinv2_base.
-    Duration: 3 x (1.52 + 1.12) TFLOP x 4.26e6 images = 3.4e19 FLOP.
+    Work: 3 x (1.52 + 1.12) TFLOP x 4.26e6 images = 3.4e19 FLOP.
     """
     run = _detector(
         "coco_cascade_swinv2_large",
@@ -271,7 +280,8 @@ def coco_htc_swinv2_giant() -> Run:
     """HTC++ on a SwinV2-G (3.0B), 1536 px, window 32, after Objects365.
 
     Hardware: 96 GPUs of 80 GB x 1 image; COCO 2017 and COCO-Stuff's maps
-    Duration: 44,352 steps; about 1,270 GPU-hours
+    Duration: 44,352 steps; about 1,181 GPU-hours
+    Memory: 18.1 GB of each GPU
     Result: not published (paper's G: 64.2 box; SwinV2-G: 63.1 box, 54.4 mask; several scales)
 
     `--student.init` is the run of o365_cascade_swinv2_giant, of which backbone, pyramid and the
@@ -282,7 +292,7 @@ def coco_htc_swinv2_giant() -> Run:
     of the images ViT-Adapter's. The semantic branch learns COCO-Stuff's maps; without them set
     --task.detection.semantic_classes 0. The paper's test takes several scales.
     Run it with ds_configs/zero3_hpz.json (slurm/coco_swinv2g.sh).
-    Duration: (4 x 51.3 + 3 x 3.16) TFLOP x 4.26e6 images = 9.1e20 FLOP.
+    Work: (4 x 51.3 + 3 x 3.16) TFLOP x 4.26e6 images = 9.1e20 FLOP.
     """
     return _with_heads(
         coco_mask_rcnn_swinv2_giant(),
@@ -298,7 +308,8 @@ def o365_cascade_swinv2_giant() -> Run:
     """Boxes of Objects365 on a SwinV2-G (3.0B), 1024 px, window 32, before COCO.
 
     Hardware: 96 GPUs of 80 GB x 1 image; Objects365 v2
-    Duration: 67,500 steps; about 852 GPU-hours
+    Duration: 67,500 steps; about 842 GPU-hours
+    Memory: 12.5 GB of each GPU
     Result: not published
 
     SwinV2's settings: 1.2e-3 at batch 96, weight decay .05, 67,500 steps (3.7 epochs of 1.74
@@ -309,7 +320,7 @@ def o365_cascade_swinv2_giant() -> Run:
     coco_mask_rcnn_swinv2_giant, warm-up of a thousand steps: none is published. The mask heads
     learn nothing. Tests take 80,000 images: give a part of them as --eval.root.
     Run it with ds_configs/zero3_hpz.json (slurm/coco_swinv2g.sh).
-    Duration: (4 x 22.8 + 3 x 1.17) TFLOP x 6.48e6 images = 6.1e20 FLOP.
+    Work: (4 x 22.8 + 3 x 1.17) TFLOP x 6.48e6 images = 6.1e20 FLOP.
     """
     return _detector(
         "o365_cascade_swinv2_giant",

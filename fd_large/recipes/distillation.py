@@ -10,8 +10,8 @@ rates are per 512 images: at 2048 the ViT runs peak at 3e-4 x 4 = 1.2e-3. The pu
 computed in float16 autocast, whose residual stream is float32; so is ours, with bfloat16 matrix
 products.
 
-Durations are calculated, not measured: FLOPs per image (3 x student + teacher, 2 per multiply-add)
-x 300 x 1,281,167 images, at an assumed 200 TFLOP/s per GPU (a fifth of an H100's peak).
+Duration and memory are what `plan` computes (docs/scaling.md), not measured. Work is FLOPs per
+image (3 x student + teacher, 2 per multiply-add) x 300 x 1,281,167 images.
 """
 
 from __future__ import annotations
@@ -57,11 +57,12 @@ def fd_clip_vit_base() -> Run:
     """OpenAI-CLIP ViT-B/16 into a ViT-B/16, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; CLIP ViT-B/16 weights
-    Duration: 187,500 steps; about 75 GPU-hours
+    Duration: 187,500 steps; about 87 GPU-hours
+    Memory: 12.7 GB of each GPU
     Result: ImageNet-1K fine-tuned 82.9 -> 85.0 (README: 84.9)
 
     Also published: linear 79.5 -> 80.1, ADE20K 49.5 -> 51.7, COCO box/mask 45.0/39.8 -> 48.2/42.5.
-    Duration: 4 x 35.1 GFLOP x 3.84e8 images = 5.4e19 FLOP.
+    Work: 4 x 35.1 GFLOP x 3.84e8 images = 5.4e19 FLOP.
     """
     return distillation(
         "fd_clip_vit_base",
@@ -75,7 +76,8 @@ def fd_clip_vit_base_100ep() -> Run:
     """OpenAI-CLIP ViT-B/16 into a ViT-B/16, 100 epochs: larger crops, less drop path.
 
     Hardware: 16 GPUs x 128 images; CLIP ViT-B/16 weights
-    Duration: 62,500 steps; about 25 GPU-hours
+    Duration: 62,500 steps; about 29 GPU-hours
+    Memory: 12.7 GB of each GPU
     Result: no figure known (300 epochs: 85.0)
 
     A short run regularises less: drop path .1, and crops of at least .67 of the image.
@@ -94,12 +96,13 @@ def fd_clip_vit_large() -> Run:
     """OpenAI-CLIP ViT-L/14 into a ViT-L/14, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; CLIP ViT-L/14 weights
-    Duration: 187,500 steps; about 346 GPU-hours
+    Duration: 187,500 steps; about 365 GPU-hours
+    Memory: 38.1 GB of each GPU
     Result: ImageNet-1K fine-tuned 86.1 -> 87.7
 
     Also published: 336 px with an ImageNet-22K step between, 89.0; ADE20K 53.5 -> 55.7 (from a
     summary of the paper's third version).
-    Duration: 4 x 162 GFLOP x 3.84e8 images = 2.5e20 FLOP.
+    Work: 4 x 162 GFLOP x 3.84e8 images = 2.5e20 FLOP.
     """
     return distillation(
         "fd_clip_vit_large",
@@ -113,7 +116,8 @@ def fd_dino_vit_base() -> Run:
     """DINO ViT-B/16 into a ViT-B/16, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; DINO ViT-B/16 weights
-    Duration: 187,500 steps; about 75 GPU-hours
+    Duration: 187,500 steps; about 83 GPU-hours
+    Memory: 12.7 GB of each GPU
     Result: ImageNet-1K fine-tuned 82.8 -> 83.8
 
     Also published: ADE20K 46.2 -> 47.7; linear falls, 78.2 -> 76.1 (from a summary of the paper's
@@ -131,7 +135,8 @@ def fd_deit_vit_base() -> Run:
     """DeiT ViT-B/16 (the plain one, without a distillation token) into a ViT-B/16, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; DeiT-B/16 weights
-    Duration: 187,500 steps; about 75 GPU-hours
+    Duration: 187,500 steps; about 83 GPU-hours
+    Memory: 12.7 GB of each GPU
     Result: ImageNet-1K fine-tuned 81.8 -> 83.0
 
     Also published: ADE20K 47.0 -> 48.0 (from a summary of the paper's third version).
@@ -148,13 +153,14 @@ def fd_esvit_swin_base() -> Run:
     """EsViT Swin-B (V1, window 14) into a SwinV2-B with window 14, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; EsViT Swin-B W14 weights
-    Duration: 187,500 steps; about 70 GPU-hours
+    Duration: 187,500 steps; about 90 GPU-hours
+    Memory: 16.4 GB of each GPU
     Result: ImageNet-1K fine-tuned 83.9 -> 85.1
 
     Also published: ADE20K 47.3 -> 48.9 (from a summary of the paper's third version).
     Learning rates of the paper's only Swin run: 2e-4 / 1e-6 / 1e-5 per 512 images, 8e-4 / 4e-6 /
     4e-5 here.
-    Duration: 4 x 32.6 GFLOP x 3.84e8 images = 5.0e19 FLOP.
+    Work: 4 x 32.6 GFLOP x 3.84e8 images = 5.0e19 FLOP.
     """
     return distillation(
         "fd_esvit_swin_base",

@@ -19,16 +19,17 @@ Common choices:
   away until the norm weight has grown past half a step, 2^-9 = 2e-3.
 - bfloat16 teachers: a target is whitened in float32 afterwards, and the bytes halve.
 
-Memory of a rank between steps: 18 bytes per student parameter, spread over the ranks (bfloat16
-weight; float32 accumulated gradient, master and two moments), and 2 bytes per teacher parameter.
+Memory of a rank between steps: 18 bytes per student parameter (bfloat16 weight; float32 accumulated
+gradient, master and two moments), which ZeRO-3 spreads over the ranks and ZeRO-1 but for weight and
+gradient, and 2 bytes per teacher parameter.
 For the backward pass, a checkpointed model stores the input of each block and one block's own
 activations. Per image, as `plan` counts it with fused kernels:
 
 | model | parameters | student states | teacher | activations, checkpointed | not checkpointed |
 |-------|------------|----------------|---------|---------------------------|------------------|
-| huge  | 0.655e9    | 11.8 GB        | 1.3 GB  | 64 MB                     | 202 MB           |
-| 1b    | 1.061e9    | 19.1 GB        | 2.1 GB  | 81 MB                     | 257 MB           |
-| giant | 2.998e9    | 54.0 GB        | 6.0 GB  | 137 MB                    | 531 MB           |
+| huge  | 0.655e9    | 11.8 GB        | 1.3 GB  | 51 MB                     | 214 MB           |
+| 1b    | 1.061e9    | 19.1 GB        | 2.1 GB  | 64 MB                     | 269 MB           |
+| giant | 2.998e9    | 54.0 GB        | 6.0 GB  | 116 MB                    | 553 MB           |
 
 Plain torch kernels store an eighth more without checkpoints, since GPUs compute attention maps
 again in the backward pass either way. The three large recipes checkpoint every block although
@@ -36,10 +37,9 @@ again in the backward pass either way. The three large recipes checkpoint every 
 no GPU has confirmed these figures. `--student.activation_checkpointing off` saves a fifth of the
 time.
 
-Durations are calculated, not measured: FLOPs per image x 3.84e8 images at an assumed 200 TFLOP/s
-per GPU; 3 x student + teacher, and one more student forward pass with checkpoints. For the three
-large models `python -m fd_large plan` gives about as much on A100s with fused kernels, and two to
-three times as much with plain torch kernels.
+Duration and memory are what `plan` computes (docs/scaling.md), not measured; with plain torch
+kernels it gives two to two and a half times the duration. Work is FLOPs per image x 3.84e8 images;
+3 x student + teacher, and one more student forward pass with checkpoints.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ def fd_swinv2_base() -> Run:
     """SwinV2-B (ImageNet-22K classifier) into a SwinV2-B, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; SwinV2-B 192/w12 22K weights
-    Duration: 187,500 steps; about 50 GPU-hours
+    Duration: 187,500 steps; about 66 GPU-hours
+    Memory: 12.8 GB of each GPU
     Result: not published
 
     The teacher is supervised: the paper finds gains for those (DeiT-B 81.8 -> 83.0) and hardly any
     for masked image models (MAE-B 83.6 -> 83.8).
-    Duration: 4 x 23.5 GFLOP x 3.84e8 = 3.6e19 FLOP. Memory: 18 x 0.087e9 = 1.6 GB of states over
-    the ranks, 0.2 GB of teacher on each.
+    Work: 4 x 23.5 GFLOP x 3.84e8 = 3.6e19 FLOP.
     """
     return _into_itself("fd_swinv2_base", "swinv2_base", architecture=WINDOW_12)
 
@@ -100,11 +100,11 @@ def fd_swinv2_large() -> Run:
     """SwinV2-L (ImageNet-22K classifier) into a SwinV2-L, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; SwinV2-L 192/w12 22K weights
-    Duration: 187,500 steps; about 111 GPU-hours
+    Duration: 187,500 steps; about 128 GPU-hours
+    Memory: 18.6 GB of each GPU
     Result: not published
 
-    Duration: 4 x 51.9 GFLOP x 3.84e8 = 8.0e19 FLOP. Memory: 18 x 0.195e9 = 3.5 GB of states over
-    the ranks, 0.4 GB of teacher on each.
+    Work: 4 x 51.9 GFLOP x 3.84e8 = 8.0e19 FLOP.
     """
     return _into_itself("fd_swinv2_large", "swinv2_large", architecture=WINDOW_12)
 
@@ -113,15 +113,15 @@ def fd_swinv2_1b() -> Run:
     """The 1.06B SwinV2 (width 448) into itself: the largest Swin teacher with public weights.
 
     Hardware: 16 GPUs of 80 GB x 128 images; 1.06B SimMIM weights
-    Duration: 187,500 steps; about 740 GPU-hours
+    Duration: 187,500 steps; about 715 GPU-hours
+    Memory: 19.8 GB of each GPU
     Result: not published; expect little (masked teacher)
 
     The model hub calls this model SwinV2-giant; it is not the 3B SwinV2-G. Its weights come from
     masked image modelling (SimMIM), where the paper saw little gain (MAE-B 83.6 -> 83.8): the run
     is there to exercise a public teacher of that size.
-    Memory on 16 GPUs: 19.1 / 16 = 1.2 GB of states, 2.1 GB of teacher, replicated because that is
-    small and costs no network; 128 x 81 MB = 10.4 GB of activations, 32.9 GB without checkpoints.
-    Duration: 5 x 276 GFLOP x 3.84e8 = 5.3e20 FLOP.
+    The teacher's 2.1 GB are replicated because that is small and costs no network.
+    Work: 5 x 276 GFLOP x 3.84e8 = 5.3e20 FLOP.
     """
     return _into_itself(
         "fd_swinv2_1b", "swinv2_1b", rates=(1e-4, 5e-7, 5e-6), checkpoint_blocks=True
@@ -132,14 +132,13 @@ def fd_swinv2h() -> Run:
     """SwinV2-H (0.66B, a norm on the main branch every 6 blocks) into itself, 300 epochs.
 
     Hardware: 16 GPUs of 40 GB x 128 images; SwinV2-H weights
-    Duration: 187,500 steps; about 460 GPU-hours
+    Duration: 187,500 steps; about 487 GPU-hours
+    Memory: 14.4 GB of each GPU
     Result: not published
 
     The public SwinV2-H weights are SimMIM's, of a class without the extra norms: load them with
     `--teacher.architecture.extra_norm_every 0`. The student keeps the norms of the SwinV2 paper.
-    Memory on 16 GPUs: 11.8 / 16 = 0.7 GB of states, 1.3 GB of teacher, replicated; 128 x 64 MB =
-    8.2 GB of activations, or 25.9 GB without checkpoints. Duration: 5 x 171 GFLOP x 3.84e8 =
-    3.3e20 FLOP.
+    Work: 5 x 171 GFLOP x 3.84e8 = 3.3e20 FLOP.
     """
     return _into_itself(
         "fd_swinv2h", "swinv2_huge", rates=(1e-4, 5e-7, 5e-6), checkpoint_blocks=True
@@ -151,6 +150,7 @@ def fd_swinv2g() -> Run:
 
     Hardware: 64 GPUs of 40 GB (8 nodes) x 32 images; SwinV2-G weights, not public
     Duration: 187,500 steps; about 1,960 GPU-hours, 31 h on 64
+    Memory: 11.1 GB of each GPU
     Result: not published (paper's G, unknown recipe: 89.2 -> 89.4)
 
     Run it with ds_configs/zero3_hpz.json. No weights of SwinV2-G are public. A run that public
@@ -163,7 +163,7 @@ def fd_swinv2g() -> Run:
     (docs/weights.md).
     It costs 3 x 741 + 276 + 741 = 3.2 instead of 3.7 TFLOP per image, 1,730 GPU-hours.
 
-    Duration: 5 x 741 GFLOP x 3.84e8 images = 1.42e21 FLOP (one forward pass of the teacher, four
+    Work: 5 x 741 GFLOP x 3.84e8 images = 1.42e21 FLOP (one forward pass of the teacher, four
     forward passes' worth of the student with recomputation).
 
     Memory and time on 64 GPUs in nodes of 8, as `python -m fd_large plan --recipe fd_swinv2g
@@ -180,6 +180,13 @@ def fd_swinv2g() -> Run:
     not take it as long as no GPU has confirmed the figures: with plain torch kernels the GPU-hours
     double (3,879 in the first line), and the lines without checkpoints take 2.2 GB more. States
     include hpZ's second copy of the weights inside the node.
+
+    What `plan` chooses on larger cards and a faster network:
+
+        python -m fd_large plan --recipe fd_swinv2g --gpus 64 --gpu h100 --network 400
+
+    ZeRO-2, the whole teacher on each rank, no checkpoints: 33.2 GB, 574 GPU-hours. This recipe's
+    own settings take 11.1 GB of H100s there and 1,212 GPU-hours.
 
     Network: one gather or scatter of the model is S = 2.998e9 x 2 = 6.0 GB; a node's cards carry
     S (N-1)/N of it, at 8 nodes of 8 x 100 Gb/s (100 GB/s, of which `plan` expects 80) 66 ms. ZeRO-3

@@ -14,7 +14,7 @@ tests; here both are those that the weights were trained with.
 
 Train them with ds_configs/zero1.json: under ZeRO-3 in bfloat16 the tests are in bfloat16 too, else
 in float32. `--student.init RUN_OR_FILE` names what is fine-tuned; without it the model starts from
-random weights. Durations are calculated, at an assumed 200 TFLOP/s per GPU.
+random weights. Duration and memory are what `plan` computes (docs/scaling.md), not measured.
 """
 
 from __future__ import annotations
@@ -81,10 +81,11 @@ def finetune_clip_vit_base() -> Run:
     """Fine-tune the student of CLIP ViT-B/16 after 300 epochs (fd_clip_vit_base).
 
     Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
-    Duration: 62,500 steps; about 19 GPU-hours
+    Duration: 62,500 steps; about 21 GPU-hours
+    Memory: 12.3 GB of each GPU
     Result: ImageNet-1K 84.9 (README), 85.0 (paper); CLIP itself 82.9
 
-    Duration: 3 x 35.1 GFLOP x 1.28e8 images = 1.3e19 FLOP, and the same for the other base models.
+    Work: 3 x 35.1 GFLOP x 1.28e8 images = 1.3e19 FLOP, and the same for the other base models.
     """
     return _finetune(
         "finetune_clip_vit_base",
@@ -99,7 +100,8 @@ def finetune_clip_vit_base_100ep() -> Run:
     """Fine-tune the student of CLIP ViT-B/16 after 100 epochs (fd_clip_vit_base_100ep).
 
     Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
-    Duration: 62,500 steps; about 19 GPU-hours
+    Duration: 62,500 steps; about 21 GPU-hours
+    Memory: 12.3 GB of each GPU
     Result: no figure known (300 epochs: 84.9)
     """
     return _finetune(
@@ -115,10 +117,11 @@ def finetune_clip_vit_large() -> Run:
     """Fine-tune the student of CLIP ViT-L/14 (fd_clip_vit_large).
 
     Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
-    Duration: 31,250 steps; about 43 GPU-hours
+    Duration: 31,250 steps; about 44 GPU-hours
+    Memory: 37.0 GB of each GPU
     Result: ImageNet-1K 87.7; CLIP itself 86.1
 
-    Duration: 3 x 162 GFLOP x 6.4e7 images = 3.1e19 FLOP.
+    Work: 3 x 162 GFLOP x 6.4e7 images = 3.1e19 FLOP.
     """
     return _finetune(
         "finetune_clip_vit_large",
@@ -136,7 +139,8 @@ def finetune_dino_vit_base() -> Run:
     """Fine-tune the student of DINO ViT-B/16 (fd_dino_vit_base).
 
     Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
-    Duration: 62,500 steps; about 19 GPU-hours
+    Duration: 62,500 steps; about 21 GPU-hours
+    Memory: 12.3 GB of each GPU
     Result: ImageNet-1K 83.8; DINO itself 82.8
     """
     return _finetune(
@@ -152,7 +156,8 @@ def finetune_deit_vit_base() -> Run:
     """Fine-tune the student of DeiT ViT-B/16 (fd_deit_vit_base).
 
     Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
-    Duration: 62,500 steps; about 19 GPU-hours
+    Duration: 62,500 steps; about 21 GPU-hours
+    Memory: 12.3 GB of each GPU
     Result: ImageNet-1K 83.0; DeiT itself 81.8
     """
     return _finetune(
@@ -168,11 +173,12 @@ def finetune_esvit_swin_base() -> Run:
     """Fine-tune the student of EsViT Swin-B (fd_esvit_swin_base).
 
     Hardware: 16 GPUs x 64 images; ImageNet-1K in train/ and val/
-    Duration: 125,100 steps; about 17 GPU-hours
+    Duration: 125,100 steps; about 24 GPU-hours
+    Memory: 9.4 GB of each GPU
     Result: ImageNet-1K 85.1; EsViT itself 83.9
 
     64 images per GPU, which the authors call a mistake of theirs: a global batch of 1024.
-    Duration: 3 x 32.6 GFLOP x 1.28e8 images = 1.3e19 FLOP.
+    Work: 3 x 32.6 GFLOP x 1.28e8 images = 1.3e19 FLOP.
     """
     return _finetune(
         "finetune_esvit_swin_base",
@@ -188,14 +194,15 @@ def finetune_clip_vit_large_22k() -> Run:
     """Fine-tune the student of CLIP ViT-L/14 on ImageNet-22K, on its way to ImageNet-1K.
 
     Hardware: 32 GPUs x 128 images; ImageNet-22K, a folder for each of its 21,841 classes
-    Duration: 311,940 steps; about 860 GPU-hours
+    Duration: 311,940 steps; about 904 GPU-hours
+    Memory: 36.9 GB of each GPU
     Result: no figure of its own; ImageNet-1K 88.3 after finetune_clip_vit_large_22k_1k
 
     The paper's settings are not published. These are those of BEiTv2's ViT-L, which was distilled
     from CLIP too (beit2/get_started_for_image_classification.md of microsoft/unilm): 90 epochs, of
     which 20 of warm-up from 0, 6e-4 at batch 4096 down to 1e-6, layer decay .75, drop path .2, no
     clipping. The dataset has no test images: --data.val_fraction 0.002 holds some out.
-    Duration: 3 x 162 GFLOP x 14.2e6 images x 90 = 6.2e20 FLOP.
+    Work: 3 x 162 GFLOP x 14.2e6 images x 90 = 6.2e20 FLOP.
     """
     return _intermediate(
         "finetune_clip_vit_large_22k",
@@ -212,13 +219,14 @@ def finetune_clip_vit_large_22k_1k() -> Run:
     """Fine-tune the ViT-L/14 of finetune_clip_vit_large_22k on ImageNet-1K.
 
     Hardware: 16 GPUs x 64 images; ImageNet-1K in train/ and val/
-    Duration: 25,020 steps; about 17 GPU-hours
+    Duration: 25,020 steps; about 18.7 GPU-hours
+    Memory: 20.6 GB of each GPU
     Result: ImageNet-1K 88.3
 
     BEiTv2's settings for a ViT-L after ImageNet-22K: 20 epochs, 7e-5 at batch 1024, layer decay .8,
     drop path .25, no mixing. --student.init RUN takes the backbone; the classifier, and the norm
     before it, are new (BEiTv2 keeps that norm).
-    Duration: 3 x 162 GFLOP x 2.6e7 images = 1.2e19 FLOP.
+    Work: 3 x 162 GFLOP x 2.6e7 images = 1.2e19 FLOP.
     """
     return _after_intermediate("finetune_clip_vit_large_22k_1k", image_size=224)
 
@@ -227,12 +235,13 @@ def finetune_clip_vit_large_22k_1k_336() -> Run:
     """Fine-tune the ViT-L/14 of finetune_clip_vit_large_22k on ImageNet-1K at 336 px.
 
     Hardware: 32 GPUs x 32 images; ImageNet-1K in train/ and val/
-    Duration: 25,020 steps; about 41 GPU-hours
+    Duration: 25,020 steps; about 45 GPU-hours
+    Memory: 22.5 GB of each GPU
     Result: ImageNet-1K 89.0
 
     As finetune_clip_vit_large_22k_1k: BEiT changes nothing but the size. The tables of relative
     positions are resized from 16 x 16 to 24 x 24 patches, as published (docs/weights.md).
-    Duration: 3 x 382 GFLOP x 2.6e7 images = 2.9e19 FLOP.
+    Work: 3 x 382 GFLOP x 2.6e7 images = 2.9e19 FLOP.
     """
     return _after_intermediate("finetune_clip_vit_large_22k_1k_336", image_size=336)
 
@@ -286,7 +295,8 @@ def finetune_swinv2_base() -> Run:
     """Fine-tune a SwinV2-B that was distilled at 192 px (fd_swinv2_base).
 
     Hardware: 16 GPUs x 64 images; ImageNet-1K in train/ and val/
-    Duration: 125,100 steps; about 17 GPU-hours
+    Duration: 125,100 steps; about 24 GPU-hours
+    Memory: 9.4 GB of each GPU
     Result: not published (the paper's SwinV2-B, a student of EsViT: 85.1)
 
     The settings of the paper's SwinV2-B (finetune_esvit_swin_base), with windows of 14 after those
@@ -308,12 +318,13 @@ def finetune_swinv2_large() -> Run:
     """Fine-tune a SwinV2-L that was distilled at 192 px (fd_swinv2_large).
 
     Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
-    Duration: 62,500 steps; about 39 GPU-hours
+    Duration: 62,500 steps; about 44 GPU-hours
+    Memory: 23.6 GB of each GPU
     Result: not published
 
     SimMIM's settings of a Swin-L (configs/simmim of microsoft/Swin-Transformer): rates as of the
     base models at batch 2048, layer decay .7, drop path .2.
-    Duration: 3 x 72 GFLOP x 1.28e8 images = 2.8e19 FLOP.
+    Work: 3 x 72 GFLOP x 1.28e8 images = 2.8e19 FLOP.
     """
     return _finetune(
         "finetune_swinv2_large",
@@ -330,7 +341,8 @@ def finetune_swinv2_giant() -> Run:
     """Fine-tune a SwinV2-G (3.0B) that was distilled at 192 px (fd_swinv2g), at 640 px.
 
     Hardware: 64 GPUs of 80 GB x 9 images; ImageNet-1K in train/ and val/
-    Duration: 22,240 steps; about 660 GPU-hours
+    Duration: 22,240 steps; about 594 GPU-hours
+    Memory: 18.6 GB of each GPU
     Result: ImageNet-1K 89.4 (paper); SwinV2-G itself 89.2, at a size that is not published
 
     The only published settings of a SwinV2-G on ImageNet-1K are those of arXiv 2111.09883 (90.17
@@ -338,7 +350,7 @@ def finetune_swinv2_giant() -> Run:
     published: the window (40 here, which divides all maps but the last, one window of 20), warm-up
     (1 epoch here), layer decay (.87 here, that of its training on ImageNet-22K), the rate's end.
     Every block is checkpointed. Run it with ds_configs/zero3_hpz.json (slurm/finetune_swinv2g.sh).
-    Duration: 4 x 9,297 GFLOP x 1.28e7 images = 4.8e20 FLOP.
+    Work: 4 x 9,297 GFLOP x 1.28e7 images = 4.8e20 FLOP.
     """
     return _finetune(
         "finetune_swinv2_giant",
@@ -360,7 +372,8 @@ def finetune_clip_vit_base_plain() -> Run:
     """Fine-tune CLIP ViT-B/16 itself, carefully: what a distilled student is held against.
 
     Hardware: 8 GPUs x 256 images; ImageNet-1K in train/ and val/
-    Duration: 31,250 steps; about 9 GPU-hours
+    Duration: 31,250 steps; about 12.4 GPU-hours
+    Memory: 24.3 GB of each GPU
     Result: ImageNet-1K 85.7, tested with the average of the weights
 
     Source: Dong et al., "CLIP itself is a strong fine-tuner", arXiv 2212.06138, and its scripts: a
@@ -382,7 +395,8 @@ def finetune_clip_vit_large_plain() -> Run:
     """Fine-tune CLIP ViT-L/14 itself, carefully: what a distilled student is held against.
 
     Hardware: 8 GPUs x 256 images; ImageNet-1K in train/ and val/
-    Duration: 18,750 steps; about 26 GPU-hours
+    Duration: 18,750 steps; about 31 GPU-hours
+    Memory: 40.9 GB of each GPU
     Result: ImageNet-1K 88.0, tested with the average of the weights
 
     Source: as finetune_clip_vit_base_plain.

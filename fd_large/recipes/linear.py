@@ -18,7 +18,7 @@ def linear_probe() -> Run:
     Duration: 7,020 steps; about 6 GPU-hours for a ViT-B/16
     Result: no figure known: its settings are not the paper's
 
-    Duration: 35.1 GFLOP x 1.15e8 images = 4.0e18 FLOP, at an assumed 200 TFLOP/s per GPU. MAE's
+    Work: 35.1 GFLOP x 1.15e8 images = 4.0e18 FLOP, at an assumed 200 TFLOP/s per GPU. MAE's
     learning rate is 0.1 for 256 images: 0.2 for 512. Name the weights: --student.init RUN_OR_FILE.
     """
     return Run(

@@ -85,11 +85,17 @@ DEFAULT_RECIPE = "quickstart"
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """The facts of a recipe, one line each, as the table of recipes shows them."""
+    """The facts of a recipe, one line each, as the table of recipes shows them.
+
+    Duration and memory of a GPU are what `plan` computes for the recipe's own settings on A100s (of
+    40 GB where the hardware says so) in nodes of 8 with eight 100 Gb/s network cards, with the
+    DeepSpeed JSON that the docstring names, or zero1.json.
+    """
 
     summary: str
     hardware: str
     duration: str
+    memory: str
     result: str
 
 
@@ -106,15 +112,17 @@ def get(name: str) -> Run:
 
 
 def facts(name: str) -> Facts:
-    """Returns the first line and the lines `Hardware:`, `Duration:`, `Result:` of a docstring."""
+    """Returns the first line of a docstring and those that begin with a fact's name."""
     lines = (inspect.getdoc(RECIPES[name]) or "").splitlines()
 
     def first(key: str) -> str:
-        return next(line.removeprefix(key).strip() for line in lines if line.startswith(key))
+        found = (line.removeprefix(key).strip() for line in lines if line.startswith(key))
+        return next(found, "")
 
     return Facts(
         summary=lines[0],
         hardware=first("Hardware:"),
         duration=first("Duration:"),
+        memory=first("Memory:"),
         result=first("Result:"),
     )

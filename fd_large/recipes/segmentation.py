@@ -15,7 +15,7 @@ Sources: SwinTransformer/Swin-Transformer-Semantic-Segmentation @87e6f90 (config
 microsoft/unilm @768a3c8 (beit/, beit2/ semantic_segmentation); arXiv 2111.09883 (SwinV2-G).
 
 `--student.init RUN_OR_FILE` names the backbone; without it the model starts from random weights.
-Durations are calculated, at an assumed 200 TFLOP/s per GPU.
+Duration and memory are what `plan` computes (docs/scaling.md), not measured.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def ade20k_upernet_vit_base() -> Run:
     """UPerNet on the student of CLIP ViT-B/16 (fd_clip_vit_base), the paper's comparison.
 
     Hardware: 8 GPUs x 2 images; ADE20K
-    Duration: 160,000 steps; about 14 GPU-hours
+    Duration: 160,000 steps; about 17.5 GPU-hours
+    Memory: 6.1 GB of each GPU
     Result: ADE20K 51.7 mIoU; CLIP itself 49.5
 
     The paper's settings are not published. These are those of BEiTv2's ViT-B, which was also
@@ -96,7 +97,8 @@ def ade20k_upernet_vit_large() -> Run:
     """UPerNet on the student of CLIP ViT-L/14 (fd_clip_vit_large).
 
     Hardware: 8 GPUs x 2 images; ADE20K
-    Duration: 160,000 steps; about 38 GPU-hours
+    Duration: 160,000 steps; about 43 GPU-hours
+    Memory: 10.9 GB of each GPU
     Result: not published
 
     BEiTv2's settings of a ViT-L (56.7): 4e-5 at batch 16, layer decay .9, drop path .2, weight
@@ -118,7 +120,8 @@ def ade20k_upernet_swinv2_base() -> Run:
     """UPerNet on a SwinV2-B, window 16 (for the student of fd_swinv2_base).
 
     Hardware: 8 GPUs x 2 images; ADE20K
-    Duration: 160,000 steps; about 6 GPU-hours
+    Duration: 160,000 steps; about 10.9 GPU-hours
+    Memory: 5.9 GB of each GPU
     Result: not published (Swin-B on labels of ImageNet-1K: 48.1)
 
     Swin-B's settings: 512 px, 6e-5 at batch 16, no layer decay, drop path .3, weight decay .01
@@ -143,7 +146,8 @@ def ade20k_upernet_swinv2_giant() -> Run:
     """UPerNet on a SwinV2-G (3.0B), 640 px, window 40 (for the student of fd_swinv2g).
 
     Hardware: 32 GPUs of 80 GB x 1 image; ADE20K
-    Duration: 80,000 steps; about 140 GPU-hours
+    Duration: 80,000 steps; about 222 GPU-hours
+    Memory: 10.6 GB of each GPU
     Result: ADE20K 61.4 mIoU (paper); SwinV2-G itself 59.9, both with several scales in the test
 
     SwinV2's settings: 640 px, window 40, 4e-5 at batch 32, 80,000 steps, drop path .4. Not
@@ -174,7 +178,8 @@ def ade20k_linear() -> Run:
     """A linear layer on the last map of a frozen ViT-B/16: how well they part classes.
 
     Hardware: 8 GPUs x 2 images; ADE20K
-    Duration: 40,000 steps; about 12 GPU-minutes
+    Duration: 40,000 steps; about 39 GPU-minutes
+    Memory: 3.6 GB of each GPU
     Result: not published
 
     DINOv3's setting (configs/config-ade20k-linear-training.yaml): batch norm and one layer, 512 px,

@@ -7,8 +7,8 @@ AMoE: the agglomerative runs and the proxy follow their idea, and their settings
 Teachers of timm come with the name of their weights, which are downloaded at the start; those of
 other families want `--teachers.NAME.source`.
 
-Durations are calculated, not measured: FLOPs per image (3 x student and heads + teachers, 2 per
-multiply-add) x images, at an assumed 200 TFLOP/s per GPU.
+Duration and memory are what `plan` computes (docs/scaling.md), not measured. Work is FLOPs per
+image (3 x student and heads + teachers, 2 per multiply-add) x images.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def unic_vit_base() -> Run:
     """UNIC: DINO, DeiT-III, iBOT and dBOT into a ViT-B/16, 200 epochs, teachers dropped by image.
 
     Hardware: 4 GPUs x 128 images; weights of the four ViT-B/16
-    Duration: 500,400 steps; about 120 GPU-hours
+    Duration: 500,400 steps; about 143 GPU-hours
+    Memory: 21.7 GB of each GPU
     Result: ImageNet-1K classification 83.8, ADE20K linear 39.6 (its README)
 
     Source: Sariyildiz et al., arXiv 2408.05088, and its code (naver/unic, main_unic.py): AdamW .9 /
@@ -41,7 +42,7 @@ def unic_vit_base() -> Run:
     Not the same here: colours change without the published probability of .8, and nothing is
     blurred or solarised; bfloat16 in place of float16; CLS token and positions are not decayed;
     DeiT-III is timm's, whose map has no CLS token.
-    Duration: 330 GFLOP x 2.56e8 images = 8.5e19 FLOP.
+    Work: 330 GFLOP x 2.56e8 images = 8.5e19 FLOP.
     """
     learnt: dict[str, Any] = {
         "head": "ladder",
@@ -77,7 +78,8 @@ def theia_vit_base() -> Run:
     """Theia: ViT-H, DINOv2-L and CLIP-L into a DeiT-B/16 by convolutions, 50 epochs.
 
     Hardware: 8 GPUs x 16 images; weights of CLIP ViT-L/14
-    Duration: 500,450 steps; about 75 GPU-hours
+    Duration: 500,450 steps; about 81 GPU-hours
+    Memory: 7.0 GB of each GPU
     Result: published for robots (CortexBench), not for ImageNet
 
     Source: Shang et al., arXiv 2407.20179, and its code (bdaiinstitute/theia, frame_level.yaml,
@@ -87,7 +89,7 @@ def theia_vit_base() -> Run:
     Not the same here: running statistics in place of files (`fd-large statistics` makes those, and
     the normaliser is then standardise); teachers run with the student, where Theia reads features
     from disk; an image may be mirrored; its default takes a tenth of ImageNet-1K.
-    Duration: 836 GFLOP x 6.4e7 images = 5.4e19 FLOP.
+    Work: 836 GFLOP x 6.4e7 images = 5.4e19 FLOP.
     """
     learnt: dict[str, Any] = {
         **_COSINE_AND_L1,
@@ -122,7 +124,8 @@ def sak_vit_base() -> Run:
     """SAK's first stage: DINOv2-B, CLIP-B and SAM-B into a ViT-B/16 at 384 px, 30 epochs.
 
     Hardware: 8 GPUs x 16 images; weights of CLIP ViT-B/16
-    Duration: 300,270 steps; about 80 GPU-hours
+    Duration: 300,270 steps; about 129 GPU-hours
+    Memory: 17.5 GB of each GPU
     Result: published after its second stage, on Pascal-Context and NYUv2
 
     Source: Lu et al., arXiv 2410.14633, and its code (innovator-zero/SAK, BB_s1.yml): AdamW, 1e-3,
@@ -131,7 +134,7 @@ def sak_vit_base() -> Run:
     The number of GPUs is not published.
     Not the same here: the last map of each teacher alone, where SAK learns four levels, and no
     adapters for each teacher in the student; crops from .08 of an image.
-    Duration: 1,537 GFLOP (SAM alone 970) x 3.84e7 images = 5.9e19 FLOP.
+    Work: 1,537 GFLOP (SAM alone 970) x 3.84e7 images = 5.9e19 FLOP.
     """
     learnt: dict[str, Any] = {
         **_COSINE_AND_L1,
@@ -165,13 +168,14 @@ def agglomerative_vit_large() -> Run:
     """CLIP-L, DINOv2-g and SAM-L into a ViT-L/14: our own choices, after RADIO.
 
     Hardware: 16 GPUs x 128 images; weights of CLIP ViT-L/14
-    Duration: 187,500 steps; about 2,300 GPU-hours
+    Duration: 187,500 steps; about 2,977 GPU-hours
+    Memory: 45.7 GB of each GPU
     Result: not trained yet
 
     The student's run is FD's own into ViT-L (fd_clip_vit_large). Each teacher has a head of two
     layers for its map, whitened, and those with a summary one for it, by the cosine alone: RADIO's
     objective before PHI-S (arXiv 2312.06709). SAM teaches its map alone.
-    Duration: (3 x 162 + 162 + 590 + 2,988 of SAM) GFLOP x 3.84e8 images = 1.6e21 FLOP.
+    Work: (3 x 162 + 162 + 590 + 2,988 of SAM) GFLOP x 3.84e8 images = 1.6e21 FLOP.
     """
     return _agglomerative(
         "agglomerative_vit_large",
@@ -189,12 +193,13 @@ def agglomerative_swinv2_giant() -> Run:
     """The teachers of agglomerative_vit_large into SwinV2-G, three billion parameters.
 
     Hardware: 64 GPUs of 80 GB x 32 images; weights of CLIP ViT-L/14
-    Duration: 187,500 steps; about 3,500 GPU-hours
+    Duration: 187,500 steps; about 4,104 GPU-hours
+    Memory: 47.8 GB of each GPU
     Result: not trained yet
 
-    The student's run is fd_swinv2g's. Its map at 192 px has 6 x 6 places, to which those of the
-    teachers are resized.
-    Duration: (4 x 743 + 162 + 393 + 2,988) GFLOP x 3.84e8 images = 2.5e21 FLOP.
+    The student's run is fd_swinv2g's, with ds_configs/zero3_hpz.json. Its map at 192 px has 6 x 6
+    places, to which those of the teachers are resized.
+    Work: (4 x 743 + 162 + 393 + 2,988) GFLOP x 3.84e8 images = 2.5e21 FLOP.
     """
     return _agglomerative(
         "agglomerative_swinv2_giant",
@@ -215,14 +220,15 @@ def proxy_vit_giant() -> Run:
     """Two Perception Encoders and DINOv3-H+ into a ViT-g/14 of 1.1 billion: first of two commands.
 
     Hardware: 64 GPUs of 80 GB x 32 images; the weights are downloaded
-    Duration: 187,500 steps; about 2,600 GPU-hours
+    Duration: 187,500 steps; about 2,858 GPU-hours
+    Memory: 21.5 GB of each GPU
     Result: not trained yet
 
     EUPE's idea (arXiv 2603.22387): several large teachers into one proxy, and the proxy into small
     students, which learn more from it than from the teachers themselves. Its code is not published;
     the teachers are its own, the settings are ours.
 
-    Duration: (4 x 600 + 2 x 1,000 + 438) GFLOP x 3.84e8 images = 1.9e21 FLOP.
+    Work: (4 x 600 + 2 x 1,000 + 438) GFLOP x 3.84e8 images = 1.9e21 FLOP.
 
         train --recipe proxy_vit_giant --runtime.run_dir runs/proxy
         train --recipe proxy_vit_base --teacher.source runs/proxy
@@ -248,7 +254,8 @@ def proxy_vit_base() -> Run:
     """The proxy of proxy_vit_giant into a ViT-B/16, 300 epochs: second of two commands.
 
     Hardware: 16 GPUs x 128 images; the run folder of proxy_vit_giant
-    Duration: 187,500 steps; about 300 GPU-hours
+    Duration: 187,500 steps; about 283 GPU-hours
+    Memory: 15.2 GB of each GPU
     Result: not trained yet
 
     One teacher by the paper's own objective. The proxy sees images of 196 px, at which its grid of

@@ -12,7 +12,7 @@ from fd_large.tasks.registry import kind_of
 
 PATH = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
 
-_FACTS = ("Hardware:", "Duration:", "Result:")
+_FACTS = ("Hardware:", "Duration:", "Memory:", "Result:")
 
 
 def recipe_page() -> str:
@@ -43,6 +43,11 @@ def recipe_page() -> str:
         "Flags win over the file, `--recipe` over its name. Mistakes name file and line.",
         "Files are data: code of your own that they name runs only with `--allow_code FILE.py`.",
         "`plan` takes run files too.",
+        "",
+        "Duration and memory are what `plan` computes for each recipe's settings on A100s of",
+        "80 GB (40 where it says so), in nodes of 8 with eight 100 Gb/s network cards, with the",
+        "DeepSpeed JSON that it names or zero1.json; compared with no GPU",
+        "([scaling.md](scaling.md)).",
         "",
         "| recipe | teacher | student | duration | result |",
         "|---|---|---|---|---|",
@@ -79,7 +84,7 @@ def _recipe(name: str) -> list[str]:
     seen: set[str] = set()
     for line in body:
         key = next((key for key in _FACTS if line.startswith(key)), None)
-        # The first of each is a fact, a later `Duration:` belongs to the reasons.
+        # The first of each is a fact; a later one belongs to the reasons.
         if key is not None and key not in seen:
             seen.add(key)
         else:
@@ -102,7 +107,7 @@ def _recipe(name: str) -> list[str]:
         facts.summary,
         "",
         f"- needs: {facts.hardware}",
-        f"- takes: {facts.duration}",
+        f"- takes: {facts.duration}{facts.memory and f'; {facts.memory}'}",
         f"- expect: {facts.result}",
         f"- models: {frozen} -> {run.student.model}" if frozen else f"- model: {run.student.model}",
         f"- settings: {settings}",

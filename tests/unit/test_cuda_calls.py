@@ -16,7 +16,7 @@ from fd_large import distributed, meeting
 from fd_large.checkpoint.write import Piece, Saver
 from fd_large.cli import diagnose, doctor, doctor_checks, evaluate_models, plan_probe
 from fd_large.data.loader import Batch, load_batches
-from fd_large.engine import block_wrappers, count, micro_batch, opening, probe
+from fd_large.engine import block_wrappers, count, micro_batch, opening, phases, probe
 from fd_large.engine.prefetch import Prefetch
 from fd_large.engine.zero import config, engine, optimizer, start
 from fd_large.errors import LaunchError
@@ -308,7 +308,7 @@ def test_rates_are_measured_on_the_gpu(card: Card, monkeypatch) -> None:
     )
     for name in ("COPY_ELEMENTS", "SIDE_ON_GPU", "PASSES"):
         monkeypatch.setattr(probe, name, 1)
-    found = probe.measure(DistillationJob(tiny_runs.tiny_run()), micro_batch_size=2)
+    found = probe.measure()
     assert found["name"] == "NVIDIA H100 80GB HBM3, measured"
     assert found["capability"] == "9.0"
     assert found["memory_bytes"] == 80 * GB
@@ -323,13 +323,16 @@ def test_the_probe_s_ranks_meet_over_nccl(card: Card, monkeypatch, tmp_path) -> 
     monkeypatch.setattr(dist, "init_process_group", called.append)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: called.append("left"))
-    monkeypatch.setattr(probe, "measure", lambda job, micro_batch_size: {"matmul": 1.0})
+    monkeypatch.setattr(probe, "measure", lambda: {"matmul": 1.0})
+    monkeypatch.setattr(phases, "UPDATED", 1000)
     out = tmp_path / "rates.json"
-    asked = {"run": tiny_runs.tiny_run().to_dict(), "out": str(out), "code": {}}
+    asked = {"runs": [tiny_runs.tiny_run().to_dict()], "out": str(out), "code": {}}
     plan_probe.main(json.dumps(asked))
     assert called == ["nccl", "left"]
-    assert card.notes == ["set_device"]
-    assert json.loads(out.read_text()) == {"matmul": 1.0}
+    assert {"set_device", "synchronize"} <= set(card.notes)
+    found = json.loads(out.read_text())
+    assert found["rates"] == {"matmul": 1.0}
+    assert found["phases"][0]["seconds"].keys() == {"teacher", "forward", "backward"}
 
 
 def test_the_doctor_looks_at_the_card(card: Card, monkeypatch) -> None:

@@ -1,6 +1,7 @@
-"""docs/scaling.md and the docstring of fd_swinv2g show what the plan computes, line by line."""
+"""docs/scaling.md and the recipes' docstrings state what the plan computes."""
 
 import inspect
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_the_table_of_the_page(gpus, images):
         f"{best.memory.states / 1e9:.1f} + {best.memory.teacher / 1e9:.1f} + "
         f"{best.memory.activations / 1e9:.1f} + {best.memory.buffers / 1e9:.1f} = "
         f"{best.memory.total / 1e9:.1f}",
-        f"{seconds.products * 1e3:,.0f} + {seconds.rest * 1e3:,.0f}",
+        " + ".join(f"{part * 1e3:,.0f}" for part in seconds.parts.values()),
         f"{seconds.communication * 1e3:,.0f}, {seconds.finish * 1e3:,.0f}",
         f"{seconds.total:,.2f}",
         f"{best.images_per_second:,.0f}",
@@ -69,3 +70,55 @@ def test_the_table_of_the_recipe(teacher, checkpointing):
     docstring = inspect.getdoc(registry.RECIPES["fd_swinv2g"]).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in docstring]
     assert list(cells) in rows
+
+
+# Without GPUs, and with images in groups whose counts hold for one micro-batch alone.
+NOT_PLANNED = ("quickstart", "linear_probe")
+
+
+def planned(name):
+    """A recipe as its docstring describes it: GPUs, images of each, the JSON that it names."""
+    run, facts = registry.get(name), registry.facts(name)
+    gpus, memory, share = re.match(
+        r"(\d+) GPUs(?: of (\d+) GB)?.* x (\d+) image", facts.hardware
+    ).groups()
+    json_name = re.search(r"ds_configs/(zero\d\w*)\.json", registry.RECIPES[name].__doc__)
+    stage = json_name[1] if json_name else "zero1"
+    there = machine(int(gpus), "a100_40" if memory == "40" else "a100", 100)
+    load = workload(run, there.rates)
+    placements = {getattr(model, "placement", "replicated") for model in run.frozen_models.values()}
+    candidate = Candidate(
+        stage=int(stage[4]),
+        hpz=stage.endswith("hpz"),
+        teacher=placements.pop() if placements else "replicated",
+        checkpointing=run.student.activation_checkpointing != "off",
+    )
+    share = load.counts[False].images or int(share)
+    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    tried = (estimate(load, replace(candidate, micro_batch_size=s), there) for s in sizes)
+    one = next(one for one in tried if one.memory.fits(there.rates))
+    steps = int(facts.duration.split(" ")[0].replace(",", ""))
+    return one, one.seconds.total * steps / 3600 * int(gpus)
+
+
+@pytest.mark.parametrize("name", [name for name in registry.RECIPES if name not in NOT_PLANNED])
+def test_a_recipe_states_memory_and_duration_as_planned(name):
+    facts = registry.facts(name)
+    one, hours = planned(name)
+    stated, unit = re.search(r"about ([\d,.]+) GPU-(hours|minutes)", facts.duration).groups()
+    stated_hours = float(stated.replace(",", "")) / (60 if unit == "minutes" else 1)
+    assert stated_hours == pytest.approx(hours, rel=0.05)
+    gigabytes = float(re.fullmatch(r"([\d.]+) GB of each GPU", facts.memory)[1])
+    assert gigabytes == pytest.approx(one.memory.total / 1e9, rel=0.05)
+
+
+def test_the_recipe_says_what_larger_cards_are_planned_with():
+    there, steps = machine(64, "h100", 400), num_steps(300, 1_281_167, 2048)
+    best = search(GIANT, there)[0][0]
+    own = estimate(GIANT, planned("fd_swinv2g")[0].candidate, there)
+    assert (best.candidate.stage, best.candidate.teacher) == (2, "replicated")
+    assert not best.candidate.checkpointing
+    best_hours, own_hours = (one.seconds.total * steps / 3600 * 64 for one in (best, own))
+    said = " ".join(inspect.getdoc(registry.RECIPES["fd_swinv2g"]).split())
+    assert f"no checkpoints: {best.memory.total / 1e9:.1f} GB, {best_hours:,.0f} GPU-hours" in said
+    assert f"take {own.memory.total / 1e9:.1f} GB of H100s there and {own_hours:,.0f} GPU-h" in said

@@ -15,7 +15,7 @@ from fd_large.plan.memory import held, persistence_threshold
 from fd_large.plan.peak_memory import peak_memory, placement_of
 from fd_large.plan.rates import CARDS, rates_of
 from fd_large.plan.search import search
-from fd_large.plan.step_time import estimate
+from fd_large.plan.step_time import PRODUCTS, REST, estimate
 from fd_large.recipes import registry
 
 GIANT = workload(registry.get("fd_swinv2g"))
@@ -62,7 +62,7 @@ def test_giant_by_hand_on_64():
     candidate = Candidate(stage=3, hpz=True, teacher="node", micro_batch_size=32)
     one = estimate(GIANT, candidate, machine(64))
     # 3 x 744.2 + 743.0 GFLOP an image at 0.81 x 989 TFLOP/s, nearly all of it limited by that.
-    assert one.seconds.products == pytest.approx(32 * 2.976e12 / 801e12, rel=0.05)
+    assert one.seconds.parts[PRODUCTS] == pytest.approx(32 * 2.976e12 / 801e12, rel=0.05)
     assert one.flops.model / 32 == pytest.approx(2.976e12, rel=0.005)
     assert one.seconds.total == one.seconds.computation + one.seconds.finish
     assert one.images_per_second == pytest.approx(2048 / one.seconds.total)
@@ -85,7 +85,7 @@ def test_checkpoints_cost_a_forward_and_save_memory():
     without = Candidate(stage=3, micro_batch_size=16)
     with_them = replace(without, checkpointing=True)
     a, b = (estimate(GIANT, each, machine(64)) for each in (without, with_them))
-    assert b.seconds.products / a.seconds.products == pytest.approx(5 / 4, rel=0.01)
+    assert b.seconds.parts[PRODUCTS] / a.seconds.parts[PRODUCTS] == pytest.approx(5 / 4, rel=0.01)
     assert b.memory.activations < 0.3 * a.memory.activations
     assert a.mfu > b.mfu
     assert b.hardware_utilisation > 1.2 * b.mfu
@@ -95,7 +95,7 @@ def test_fused_kernels_are_faster_and_hold_less():
     candidate = Candidate(stage=2, micro_batch_size=32)
     reference = workload(registry.get("fd_swinv2g"), kernels="reference")
     fused, plain = (estimate(load, candidate, machine(64)) for load in (GIANT, reference))
-    assert plain.seconds.rest > 3 * fused.seconds.rest
+    assert plain.seconds.parts[REST] > 3 * fused.seconds.parts[REST]
     assert plain.memory.activations > fused.memory.activations
 
 
@@ -214,8 +214,8 @@ def test_a_step_in_two_passes_holds_its_micro_batches_and_pays_a_forward():
         forward = counts.flops("forward", size)
         assert other.flops.hardware - one.flops.hardware == passes * forward
         assert other.flops.model == one.flops.model
-        slower = (other.seconds.communication, other.seconds.products)
-        faster = (one.seconds.communication, one.seconds.products)
+        slower = (other.seconds.communication, other.seconds.parts[PRODUCTS])
+        faster = (one.seconds.communication, one.seconds.parts[PRODUCTS])
         assert (slower > faster) == bool(passes)
 
 

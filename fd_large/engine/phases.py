@@ -1,0 +1,272 @@
+"""Times the phases of a job's real step on one device: frozen models, forward, backward, optimiser.
+
+The task runs without an engine at two micro-batches in turn, so that other work on the machine
+meets both alike, and the shortest time of each phase counts: other work only adds. The lines
+through both (`plan/phases.py`) are what `plan --probe` goes by.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fd_large import activity
+from fd_large.engine import block_wrappers
+from fd_large.engine.count import count
+from fd_large.engine.job import Job
+from fd_large.engine.task import Task
+from fd_large.engine.zero.optimizer import make_optimizer
+from fd_large.engine.zero.partition import to_bfloat16
+from fd_large.kernels import choose
+from fd_large.plan.counts import Counts
+from fd_large.plan.phases import BACKWARD, FIRST_PASS, FORWARD, Phases, line
+from fd_large.plan.workload import frozen_in_bfloat16
+from fd_large.recipes.sections import Optim
+
+log = logging.getLogger(__name__)
+
+# Largest micro-batch that is timed, times `Job.images_together`. On a GPU small ones wait for
+# Python, which the plan counts by itself.
+MOST_IMAGES, MOST_IMAGES_ON_GPU = 4, 16
+ROUNDS = 5
+# Fraction of what is free that a micro-batch may take.
+ROOM = 0.5
+UPDATE = "update"
+# Parameters that the optimiser steps on trial: more than caches hold.
+UPDATED = 2**24
+
+
+def measure(
+    job: Job, *, free_bytes: float, clock: Callable[[], float] = time.perf_counter
+) -> Phases | None:
+    """Times the phases on this rank, beside the others, in torch's process group.
+
+    Args:
+        job: Its weights and its images are not touched.
+        free_bytes: Memory that this rank may take.
+        clock: Returns seconds; on CPU ranks `time.process_time` leaves out other processes.
+
+    Returns: the phases of the slowest rank; None if the task has no room on one device.
+    """
+    on_gpu = torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability() if on_gpu and not torch.version.hip else None
+    half = frozen_in_bfloat16(job.run.frozen_dtype, on_gpu)
+    size = job.run.batch.micro_batch_size
+    counts = count(
+        job,
+        choose.Device(capability, on_gpu=on_gpu, wish=choose.wished()),
+        bfloat16=on_gpu,
+        frozen_bfloat16=half,
+        checkpointing=[False],
+        micro_batch_size=1 if size == "auto" else size,
+    )[False]
+    held = _bytes(counts, 2 if on_gpu else 4, 2 if half else 4) + 16 * UPDATED
+    sizes = _sizes(counts, job.images_together(), ROOM * free_bytes - held, on_gpu=on_gpu)
+    if not sizes:
+        log.warning(
+            "--probe: %s has no room on one device: a micro-batch takes %.1f GB, and %.1f are free."
+            " It is not timed, and the rates of single operations stand for it",
+            job.run.name,
+            (held + counts.peak_at(1)) / 1e9,
+            free_bytes / 1e9,
+        )
+        return None
+    with activity.work("timing the phases of a step"):
+        timer = Timer(job, sizes, clock, frozen_bfloat16=half)
+        for _ in range(ROUNDS + 1):
+            timer.round()
+    return replace(timer.phases(), images=counts.images)
+
+
+class Timer:
+    """A task on one device, whose phases are timed round by round.
+
+    Args:
+        job: Its weights and its images are not touched.
+        sizes: Images of the micro-batches, at most two.
+        clock: Returns seconds.
+        frozen_bfloat16: Whether frozen models compute in bfloat16.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        sizes: tuple[int, ...],
+        clock: Callable[[], float],
+        *,
+        frozen_bfloat16: bool,
+    ) -> None:
+        on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda" if on_gpu else "cpu")
+        with torch.random.fork_rng(devices=[]), device:
+            self._task, frozen = job.models_on_shapes()
+            self._batches = {images: job.probe_batch(images) for images in sizes}
+        if on_gpu:
+            to_bfloat16(self._task)
+        for model in frozen if frozen_bfloat16 else ():
+            to_bfloat16(model)
+        self._task.train()
+        if job.run.engine.compile == "blocks":
+            block_wrappers.compile_blocks(self._task.student.blocks())
+        self._laps = _Laps(clock, on_gpu=on_gpu)
+        self._frozen = _named(job, frozen)
+        self._update = _update(job.run.optim, device)
+        self._is_warm = False
+
+    def round(self) -> None:
+        """Runs and times each micro-batch and the optimiser once; the first round is forgotten."""
+        laps, task = self._laps, self._task
+        with _told(laps, task, self._frozen):
+            for images, batch in self._batches.items():
+                for parameter in task.parameters():
+                    parameter.grad = None
+                laps.begin(images)
+                laps.to(FORWARD)
+                loss = task.shapes_only(batch)
+                laps.to(BACKWARD)
+                loss.backward()
+                laps.end()
+        laps.begin(0)
+        laps.to(UPDATE)
+        self._update()
+        laps.end()
+        if not self._is_warm:
+            laps.shortest.clear()
+            self._is_warm = True
+
+    def phases(self) -> Phases:
+        """Returns the phases by the shortest times of all rounds, of the slowest rank."""
+        found = _slowest(self._laps.shortest)
+        update = found.pop(0)[UPDATE]
+        names = dict.fromkeys(name for one in found.values() for name in one)
+        return Phases(
+            seconds={
+                name: line({images: one.get(name, 0.0) for images, one in found.items()})
+                for name in names
+            },
+            update=update / UPDATED,
+        )
+
+
+def _sizes(counts: Counts, together: int, room: float, *, on_gpu: bool) -> tuple[int, ...]:
+    """Returns the micro-batches that are timed: two if there is room; none if there is for none."""
+    if counts.images:
+        return (counts.images,) if counts.peak_at(counts.images) <= room else ()
+    size = MOST_IMAGES_ON_GPU if on_gpu else MOST_IMAGES
+    while size and counts.peak_at(size * together) > room:
+        size //= 2
+    return tuple(dict.fromkeys(s * together for s in (size // 2, size) if s))
+
+
+def _bytes(counts: Counts, size: int, frozen_size: int) -> int:
+    """Bytes of all parameters and of gradients of the trained ones."""
+    trained, frozen = (sum(n * times for n, times in of) for of in (counts.student, counts.frozen))
+    return 2 * size * trained + frozen_size * frozen
+
+
+def _named(job: Job, frozen: tuple[nn.Module, ...]) -> dict[str, nn.Module]:
+    names = list(job.run.frozen_models)
+    if len(names) != len(frozen):  # Some are stored maps, or they have no section.
+        names = [f"frozen model {i}" for i in range(1, len(frozen) + 1)]
+    return dict(zip(names, frozen, strict=True))
+
+
+def _update(optim: Optim, device: torch.device) -> Callable[[], None]:
+    """Returns the optimiser's part of a step: norm, clipping, step, of `UPDATED` parameters."""
+    parameter = nn.Parameter(torch.zeros(UPDATED, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = make_optimizer([{"params": [parameter]}], optim, on_gpu=device.type == "cuda")
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_([parameter], optim.clip_norm or 1.0)
+        optimizer.step()
+
+    return update
+
+
+class _Laps:
+    """Seconds of phases that follow one another; of several passes, the shortest."""
+
+    def __init__(self, clock: Callable[[], float], *, on_gpu: bool) -> None:
+        self._now = clock
+        self._wait: Callable[[], Any] = torch.cuda.synchronize if on_gpu else lambda: None
+        self.shortest: dict[int, dict[str, float]] = {}
+        self.phase = ""
+
+    def begin(self, images: int) -> None:
+        """Begins a pass with so many images, at the same time on all ranks."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.barrier()
+        self._images, self._pass = images, defaultdict[str, float](float)
+        self._wait()
+        self._since, self.phase = self._now(), ""
+
+    def to(self, phase: str) -> str:
+        """Begins a phase; returns the one that ends."""
+        self._wait()
+        now, last = self._now(), self.phase
+        self._pass[last] += now - self._since
+        self._since, self.phase = now, phase
+        return last
+
+    def end(self) -> None:
+        """Ends the pass."""
+        self.to("")
+        best = self.shortest.setdefault(self._images, {})
+        for phase, seconds in self._pass.items():
+            best[phase] = min(seconds, best.get(phase, seconds))
+
+
+@contextmanager
+def _told(laps: _Laps, task: Task, frozen: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Has frozen models and the sums of a step in two passes begin and end phases of their own."""
+    handles, before = [], list[str]()
+    sums = task.sums
+
+    def first_pass(*arguments: Any) -> Tensor:
+        last = laps.to(FIRST_PASS)
+        try:
+            return sums(*arguments)
+        finally:
+            laps.to(last)
+
+    def enter(name: str) -> Callable[..., None]:
+        def begins(*_: Any) -> None:
+            before.append(laps.to(name))
+
+        return begins
+
+    def leave(*_: Any) -> None:
+        laps.to(before.pop())
+
+    task.sums = first_pass  # type: ignore[method-assign]
+    for name, model in frozen.items():
+        handles.append(model.register_forward_pre_hook(enter(name)))
+        handles.append(model.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        del task.sums
+        for handle in handles:
+            handle.remove()
+
+
+def _slowest(mine: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
+    """Returns the largest seconds of all ranks; what is outside of all phases is left out."""
+    everyone: list[Any] = [mine]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+    return {
+        images: {phase: max(one[images][phase] for one in everyone) for phase in phases if phase}
+        for images, phases in mine.items()
+    }

@@ -1,0 +1,124 @@
+"""Seconds of the phases of a real step, measured on one device, for any micro-batch.
+
+`engine/phases.py` times a task's own step at two micro-batches. Seconds are taken for a straight
+line in the images: on CPUs such lines foretell micro-batches of 1 to 32 images within a few per
+cent (docs/scaling.md). What several ranks add (copies, hooks, collectives) is not in them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fd_large.errors import ConfigError
+from fd_large.plan.counts import Line
+
+FIRST_PASS, FORWARD, BACKWARD = "first pass", "forward", "backward"
+TRAINED = (FIRST_PASS, FORWARD, BACKWARD)
+"""Phases of the student; all others are forwards of frozen models, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phases:
+    """A step of one task on one device.
+
+    Attributes:
+        seconds: Seconds of each phase of a micro-batch, a line in its images.
+        update: Seconds of the optimiser for each parameter, in float32: norm, clipping, step.
+        images: The only micro-batch that the lines hold for; 0: they hold for all.
+    """
+
+    seconds: Mapping[str, Line]
+    update: float
+    images: int = 0
+
+    def at(self, images: int, *, first_pass: bool, again: float) -> dict[str, float]:
+        """Returns the seconds of each phase of a micro-batch.
+
+        Args:
+            images: Its images.
+            first_pass: Whether a step takes a first pass for its sums.
+            again: What backward computes again, as a fraction of forward.
+        """
+        found = {
+            name: line.fixed + line.each * images
+            for name, line in self.seconds.items()
+            if name != FIRST_PASS or first_pass
+        }
+        if again:
+            found["forward again"] = again * found[FORWARD]
+        return found
+
+    def to_plain(self) -> dict[str, Any]:
+        """Returns what JSON can hold."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @classmethod
+    def from_plain(cls, given: Any, *, where: str) -> Phases:
+        """Returns the phases that `to_plain` gave.
+
+        Raises: ConfigError: if they are no such phases.
+        """
+        try:
+            seconds = {
+                str(name): Line(float(fixed), float(each))
+                for name, (fixed, each) in given["seconds"].items()
+            }
+            return cls(seconds=seconds, update=float(given["update"]), images=int(given["images"]))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{where}: phases: not what --probe wrote; got {error!r}, expected seconds of each "
+                "phase, as fixed and an image. Measure them again."
+            ) from None
+
+
+def read(file: str, key: str) -> Phases | None:
+    """Returns the phases of a task in a file of measured rates; None: it has none of that task.
+
+    Args:
+        file: JSON that `plan --probe --rates` wrote, or another one of rates.
+        key: The task's, in the object `phases`.
+
+    Raises: ConfigError: if they are no phases.
+    """
+    of_tasks = json.loads(Path(file).read_text(encoding="utf-8")).get("phases", {})
+    if not isinstance(of_tasks, dict) or key not in of_tasks:
+        return None
+    return Phases.from_plain(of_tasks[key], where=f"--rates: {file}")
+
+
+def line(seconds: Mapping[int, float]) -> Line:
+    """Returns the line through the seconds of two micro-batches; neither part is below 0.
+
+    Args:
+        seconds: By the images of a micro-batch; of a single one, they are in proportion to it.
+    """
+    large = max(seconds)
+    small = min(seconds)
+    each = max(0.0, (seconds[large] - seconds[small]) / (large - small)) if small < large else 0.0
+    fixed = seconds[large] - each * large
+    if small == large or fixed < 0:
+        return Line(0.0, seconds[large] / large)
+    return Line(fixed, each)
+
+
+def of_students(each: Sequence[Phases]) -> Phases:
+    """Returns the phases of several students that train in step on one pass of frozen models.
+
+    Args:
+        each: The phases of each student alone, with the same frozen models.
+    """
+    first, *others = each
+    seconds = dict(first.seconds)
+    for other in others:
+        for name in TRAINED:
+            if name in other.seconds:
+                seconds[name] = seconds.get(name, Line(0.0, 0.0)) + other.seconds[name]
+    return Phases(
+        seconds=seconds,
+        update=sum(one.update for one in each) / len(each),
+        images=first.images,
+    )
