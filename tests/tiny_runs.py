@@ -22,7 +22,7 @@ from fd_large.recipes.sections import Guard as Limits
 from fd_large.runtime.guard import Guard
 from fd_large.runtime.hooks import Evidence, Setting, Update
 from fd_large.tasks.distillation.job import DistillationJob
-from fd_large.tasks.distillation.section import Teacher
+from fd_large.tasks.distillation.section import NamedTeacher, Objective, Teacher
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.weights.convert import write
 
@@ -48,6 +48,14 @@ def tiny_run(root: str = "builtin:photographs") -> Run:
         teacher=Teacher(model="clip_vit_base_patch16", architecture=VIT, source="random"),
         data=Data(root=root, image_size=32),
     )
+
+
+def several_teachers(run: Run) -> Run:
+    """The tiny run with two teachers, of one of which the summary is learnt too."""
+    entry = NamedTeacher.joined(run.teacher, run.objective)
+    both = replace(entry, targets=("map", "summary"), head="block", normaliser="running")
+    teachers = {"plain": replace(entry, normaliser="none"), "both": both}
+    return replace(run, teacher=Teacher(), objective=Objective(), teachers=teachers)
 
 
 def tiny_task(run: Run) -> Distillation:

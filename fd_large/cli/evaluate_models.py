@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
@@ -25,7 +26,7 @@ from fd_large.cli.sweep import (
     trials_of,
     with_point,
 )
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, nearest
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, override, positive, require
 from fd_large.recipes.run import Run
@@ -56,7 +57,8 @@ class Test(NamedTuple):
 
 
 # What the features of a frozen model depend on.
-_FLAGS = ("pool", "batch_size")
+_FLAGS = ("features", "pool", "batch_size")
+OWN_FEATURES = "own"
 # Words for them in tables.
 POOLS = {"mean": "mean of patches", "cls": "class token"}
 _FIELDS = (
@@ -111,6 +113,11 @@ class ModelFlags(SweepFlags, AllowsCode):
     k: int = 20
     # A neighbour's vote is exp(cosine similarity / temperature).
     temperature: float = 0.07
+    # What is measured of the student of a distillation run, or of an export of one: own, its map;
+    # NAME or NAME.summary, what its head for that teacher's map or summary makes of it, where the
+    # only teacher of a run is called teacher. Several are measured side by side. Other models are
+    # measured by their own map.
+    features: tuple[str, ...] = (OWN_FEATURES,)
     # Feature of an image of a frozen model: the mean of its patch tokens, or its class token. auto:
     # k-NN of each that the model has, a probe of the mean.
     pool: Literal["auto", "mean", "cls"] = "auto"
@@ -134,6 +141,12 @@ class ModelFlags(SweepFlags, AllowsCode):
         at_least("--batch_size", self.batch_size, 1, "images")
         at_least("--probe_epochs", self.probe_epochs, 1, "epochs")
         positive("--temperature", self.temperature)
+        require(
+            bool(self.features) and len(set(self.features)) == len(self.features),
+            "--features: each at most once, and one at least",
+            " ".join(self.features) or "nothing",
+            f"{OWN_FEATURES}, NAME or NAME.summary of the run's teachers",
+        )
         require(
             bool(self.probe_rates) and min(self.probe_rates) > 0,
             "--probe_rates: invalid learning rates",
@@ -170,42 +183,55 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
     )
     seeds = _seeds(run.runtime.seed, own.seeds)
     rows, folder = [], Path(own.out)
+    heads = [_heads_of(model, own.features) for model in models]
+    if own.features != (OWN_FEATURES,) and not any(heads):
+        raise ConfigError(
+            f"--features: none of the models has heads; got {' '.join(own.features)}, expected a "
+            "run of distillation, or an export of one that has a folder heads. Leave it out."
+        )
     module: Any  # A type checker does not know the methods of a backbone.
-    for model in models:
+    for model, chosen in zip(models, heads, strict=True):
         module, statistics = model.build()
         module.grid(model.image_size, model.image_size)  # Refuses a size that does not fit.
-        both = task == "knn" and module.num_prefix_tokens
-        automatic: list[Pool] = ["mean", "cls"] if both else ["mean"]
-        found = measure(
-            module,
-            statistics,
-            train,
-            test,
-            out_folder(own.out) / "features",
-            method=cast("Method", task),
-            seeds=seeds,
-            label=model.label,
-            image_size=model.image_size,
-            batch_size=own.batch_size,
-            pools=automatic if own.pool == "auto" else [own.pool],
-            workers=run.data.workers,
-            max_pixels=run.data.max_pixels,
-            k=own.k,
-            temperature=own.temperature,
-            rates=own.probe_rates,
-            epochs=own.probe_epochs,
-        )
-        rows += [
-            _Row(
-                model,
-                one.values,
-                one.details,
-                one.predicted,
-                one.labels,
-                feature=POOLS[one.pool] if len(found) > 1 else "",
+        for feature, head in (chosen or {OWN_FEATURES: None}).items():
+            net, prefix = module, module.num_prefix_tokens
+            if head is not None:
+                net = partial(head.eval().to(distributed.device()), module)
+                prefix = head.prefix_tokens(module.num_prefix_tokens)
+            both = task == "knn" and prefix
+            automatic: list[Pool] = ["mean", "cls"] if both else ["mean"]
+            label = model.label if head is None else f"{model.label}, {feature}"
+            found = measure(
+                net,
+                statistics,
+                train,
+                test,
+                out_folder(own.out) / "features",
+                method=cast("Method", task),
+                seeds=seeds,
+                label=label,
+                image_size=model.image_size,
+                batch_size=own.batch_size,
+                pools=automatic if own.pool == "auto" else [own.pool],
+                workers=run.data.workers,
+                max_pixels=run.data.max_pixels,
+                k=own.k,
+                temperature=own.temperature,
+                rates=own.probe_rates,
+                epochs=own.probe_epochs,
             )
-            for one in found
-        ]
+            names = [f"head {feature}"] if head is not None else []
+            rows += [
+                _Row(
+                    model,
+                    one.values,
+                    one.details,
+                    one.predicted,
+                    one.labels,
+                    feature=", ".join([*names, *([POOLS[one.pool]] if len(found) > 1 else [])]),
+                )
+                for one in found
+            ]
     settings = (
         {"k": own.k, "temperature": own.temperature}
         if task == "knn"
@@ -224,6 +250,30 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
         pictures=len(test),
     )
     return distributed.leave(0)
+
+
+def _heads_of(model: NamedModel, features: Sequence[str]) -> dict[str, Any]:
+    """Returns what is measured of a model with heads, by the names of `--features`.
+
+    None is its own map; nothing is listed for a model without heads.
+
+    Raises: ConfigError: if it has heads, but not one of these.
+    """
+    from fd_large.tasks.jobs import heads_of
+
+    if tuple(features) == (OWN_FEATURES,) or model.section.source == RANDOM:
+        return {}
+    heads = heads_of(model.trained_by, Path(model.source))
+    found: dict[str, Any] = {}
+    for feature in features if heads else ():
+        label = feature.replace(".", "_")  # NAME.KIND
+        if feature != OWN_FEATURES and label not in heads:
+            raise ConfigError(
+                f"--features: {model.label} has no such head; got {feature}, "
+                f"{nearest(label, [OWN_FEATURES, *heads])}. Name one of these."
+            )
+        found[feature] = heads.get(label)
+    return found
 
 
 def train_models(

@@ -17,8 +17,9 @@ from fd_large.atomic_files import write_json
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.tasks.distillation.heads import registry
-from fd_large.tasks.distillation.heads.map_head import Maps, with_blocks
+from fd_large.tasks.distillation.heads.map_head import MapHead, Maps, with_blocks
 from fd_large.tasks.distillation.normalisers import NONE, Undo
+from fd_large.tasks.distillation.section import MAP
 from fd_large.tasks.distillation.target import guess, reads_blocks
 from fd_large.weights import read
 from fd_large.weights.export import write_shards
@@ -103,6 +104,17 @@ class StoredHead(nn.Module):
                 f"of a token, such as {NONE} or phi_s. Train with that."
             )
         return found._replace(tokens=self.undo(found.tokens, found.num_prefix_tokens))
+
+    def prefix_tokens(self, of_student: int) -> int:
+        """Returns the tokens before the patches in the guess.
+
+        Args:
+            of_student: Those of the student's map.
+        """
+        if isinstance(self.head, MapHead):
+            return self.head.num_prefix_tokens
+        of_map = self.facts.kind == MAP and self.facts.with_prefix
+        return of_student if of_map and of_student == self.facts.num_prefix_tokens else 0
 
 
 def write(heads: Mapping[str, StoredHead], folder: Path, *, task: str, shard_size: int) -> None:

@@ -8,6 +8,8 @@ import sys
 
 import numpy as np
 import pytest
+import tiny_runs
+import torch
 from coco import unpack_coco_tiny
 from html_page import check_page
 from PIL import Image
@@ -15,7 +17,9 @@ from PIL import Image
 import fd_large
 from fd_large import distributed
 from fd_large.cli import evaluate
+from fd_large.cli.export import export
 from fd_large.cli.main import main
+from fd_large.engine.zero.partition import running_statistics
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 
@@ -138,6 +142,48 @@ def test_a_rank_does_not_read_what_another_may_be_writing(tmp_path, monkeypatch)
     monkeypatch.setattr("fd_large.cli.train.train_run", train)
     assert evaluate.main([*words, str(tmp_path)]) == 0
     assert trained == [str(tmp_path / "vit_base_patch16_random_seed_0")]
+
+
+def test_what_the_heads_of_a_run_make_of_its_map(pictures, tmp_path, capsys):
+    run = tiny_runs.several_teachers(tiny_runs.tiny_run())
+    task = tiny_runs.tiny_task(run)
+    tiny_runs.store_task(tmp_path / "run", run, task, others=running_statistics(task))
+    export(str(tmp_path / "run"), str(tmp_path / "exported"), "timm", "5GB")
+    models = [str(tmp_path / "run"), str(tmp_path / "exported"), f"{tmp_path / 'run'}#plain"]
+    common = ["--data.root", str(pictures), "--data.workers", "0", "--k", "1", "--task", "knn"]
+    common += ["--data.image_size", "32", "--pool", "mean", "--out", str(tmp_path / "out")]
+    features = ["own", "plain", "both.summary"]
+    assert main(["evaluate", *models, *common, "--features", *features]) == 0
+    with np.load(tmp_path / "out/predictions.npz") as kept:
+        found = {name.removeprefix("predicted/"): kept[name] for name in kept.files}
+    names = ["", ", head plain", ", head both.summary"]
+    assert list(found) == [
+        "labels",
+        *(f"{model}{name}" for model in ("run", "exported") for name in names),
+        "run: plain",
+    ]
+    for name in names:
+        assert (found[f"run{name}"] == found[f"exported{name}"]).all()
+    # With one neighbour it is the nearest image's class.
+    model = fd_large.load_student(tmp_path / "run")
+    files = [sorted((pictures / part).rglob("*.png")) for part in ("train", "test")]
+    with torch.no_grad():
+        rows = [
+            model.teacher_summary("both", torch.stack([model.preprocess(f) for f in part]))
+            for part in files
+        ]
+    train, test = (torch.nn.functional.normalize(row, dim=1) for row in rows)
+    classes = [int(files[0][i].parent.name[-1]) for i in (test @ train.T).argmax(1)]
+    labels = [int(file.parent.name[-1]) for file in files[1]]
+    right = sum(a == b for a, b in zip(classes, labels, strict=True))
+    assert (found["run, head both.summary"] == found["labels"]).sum() == right
+    capsys.readouterr()
+    for model, feature, words in (
+        (models[0], "plane", "nearest: plain"),
+        (models[2], "plain", "none of the models has heads"),
+    ):
+        assert main(["evaluate", model, *common, "--features", feature]) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

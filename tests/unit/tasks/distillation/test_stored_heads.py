@@ -12,18 +12,9 @@ import fd_large
 from fd_large.cli.export import export
 from fd_large.engine.zero.partition import running_statistics
 from fd_large.errors import ConfigError, WeightsError
-from fd_large.recipes.run import Run
 from fd_large.tasks.distillation.normalisers import make_normaliser, undo_of
-from fd_large.tasks.distillation.section import NamedTeacher, Objective, Teacher
+from fd_large.tasks.distillation.section import Objective
 from fd_large.tasks.distillation.target_statistics import statistics_of, write
-
-
-def several(run: Run) -> Run:
-    """The tiny run with two teachers, of one of which the summary is learnt too."""
-    entry = NamedTeacher.joined(run.teacher, run.objective)
-    both = replace(entry, targets=("map", "summary"), head="block", normaliser="running")
-    teachers = {"plain": replace(entry, normaliser="none"), "both": both}
-    return replace(run, teacher=Teacher(), objective=Objective(), teachers=teachers)
 
 
 def test_runs_and_exports_give_back_what_each_teacher_gives(tmp_path, caplog):
@@ -31,7 +22,7 @@ def test_runs_and_exports_give_back_what_each_teacher_gives(tmp_path, caplog):
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     for name, one, labels in (
         ("one", run, ["teacher"]),
-        ("several", several(run), ["plain", "both", "both_summary"]),
+        ("several", tiny_runs.several_teachers(run), ["plain", "both", "both_summary"]),
     ):
         task = tiny_runs.tiny_task(one)
         statistics = running_statistics(task)
