@@ -29,6 +29,7 @@ class Cache(TakesRunFile, AllowsCode):
 
     Runs then learn from them without the teachers: --teacher.source cached:OUT. It takes the flags
     and the launcher of such a run; started again it goes on where it was, on any number of ranks.
+    With eval.root it stores the maps of held-out views as well.
     """
 
     # Recipe of the runs that are to use the maps.
@@ -107,10 +108,10 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
     """
     # torch and deepspeed: seconds.
     from fd_large.engine.frozen_run import open_frozen
+    from fd_large.tasks.distillation import cached_held_out
     from fd_large.tasks.distillation.cache_files import CacheWriter
-    from fd_large.tasks.distillation.cache_views import ViewsToStore
     from fd_large.tasks.distillation.cache_write import write_cache
-    from fd_large.tasks.distillation.cached_teacher import batch_size, header_of, view_facts
+    from fd_large.tasks.distillation.cached_teacher import header_of, view_facts
     from fd_large.tasks.distillation.job import DistillationJob
     from fd_large.tasks.jobs import job_of
 
@@ -118,19 +119,29 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
     assert isinstance(job, DistillationJob)
     run, settings, fixed = job.run, job.view_settings(), job.fixed_views
     assert fixed is not None
-    facts = view_facts(settings, fixed, samples)
-    views = ViewsToStore(samples, settings, fixed, batch_size(run.batch))
+    facts, views = view_facts(settings, fixed, samples), job.views_to_store(samples)
     written = {}
     for name, teacher in job.placed.items():
-        header = header_of(teacher, run.taught_by[name], facts, precision=precision)
-        folder = Path(out, name)
-        written[str(folder)] = write_cache(
-            CacheWriter(folder, header),
-            teacher,
-            views,
-            workers=run.data.workers,
-            max_bad_fraction=run.data.max_bad_fraction,
-            where="OUT",
+        folder, entry = Path(out, name), run.taught_by[name]
+        to_write = [
+            (CacheWriter(folder, header_of(teacher, entry, facts, precision=precision)), views)
+        ]
+        if run.eval.root:
+            crops = job.held_out(samples)
+            writer = cached_held_out.writer_of(
+                folder, teacher, entry, crops, settings, precision=precision
+            )
+            to_write.append((writer, cached_held_out.views_of(crops, settings, views.batch_size)))
+        written[str(folder)] = sum(
+            write_cache(
+                writer,
+                teacher,
+                images,
+                workers=run.data.workers,
+                max_bad_fraction=run.data.max_bad_fraction,
+                where="OUT",
+            )
+            for writer, images in to_write
         )
     return written
 

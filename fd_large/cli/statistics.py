@@ -78,7 +78,7 @@ def measure(run: Run, *, deepspeed_config: str, out: str, views: int, target: st
     from fd_large import distributed
     from fd_large.engine.opening import open_run
     from fd_large.tasks.distillation import target_statistics
-    from fd_large.tasks.distillation.held_out import HeldOutViews
+    from fd_large.tasks.distillation.held_out import Crops, HeldOutViews
     from fd_large.tasks.distillation.job import DistillationJob
     from fd_large.tasks.distillation.section import label
     from fd_large.tasks.distillation.task import Distillation
@@ -100,15 +100,14 @@ def measure(run: Run, *, deepspeed_config: str, out: str, views: int, target: st
     raw = run.with_taught_by({name: entry.as_it_is() for name, entry in entries})
     opened = open_run(raw, job_of, deepspeed_config=deepspeed_config)
     assert isinstance(opened.job, DistillationJob)
-    crops = HeldOutViews(
-        "crops",
+    cut = Crops(
         opened.samples,
-        views=views,
-        settings=opened.job.view_settings(),
-        micro_batch_size=opened.micro_batch_size,
-        seed=opened.run.runtime.seed,
+        views,
+        opened.job.view_settings(),
+        opened.run.runtime.seed,
         skip_bad=True,
     )
+    crops = HeldOutViews("crops", cut, micro_batch_size=opened.micro_batch_size)
     mean, covariance = target_statistics.moments(
         crops.targets(opened.engine, labels.index(target)), distributed.sum_tensor
     )

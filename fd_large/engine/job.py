@@ -122,6 +122,8 @@ class Job:
     Attributes:
         run: The recipe.
         weights: The sources that open the recipe's weights, each once.
+        between_batches: Called between batches of what a job does before an epoch, on all ranks
+            alike; may raise to leave.
     """
 
     metrics: ClassVar[Mapping[str, str]] = {}
@@ -146,6 +148,7 @@ class Job:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.weights = Sources()
+        self.between_batches: Callable[[], None] = lambda: None
 
     def settle(self, sources: Sources) -> Run:
         """Returns the recipe completed from its weights: models, windows, statistics.

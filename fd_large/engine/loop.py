@@ -430,19 +430,19 @@ class Trainer:
         metrics: dict[str, float] = {}
         panel: Panel | None = None
         try:
-            self._take_numbers(self._between_batches)
+            self._take_numbers(self.between_batches)
             # With the average of the weights where there is one.
             average = self._ema.in_place_of_weights() if self._ema else nullcontext()
             with activity.work("evaluation"), average:
                 for evaluation in due:
-                    found, shown = evaluation.measure(self._finished, last, self._between_batches)
+                    found, shown = evaluation.measure(self._finished, last, self.between_batches)
                     panel = panel or shown
                     if isinstance(found, dict):
                         metrics |= found
                         continue
                     self._pending = self._finished, found
                     if waits:
-                        metrics |= found.wait(self._between_batches)
+                        metrics |= found.wait(self.between_batches)
         except Interrupted:
             self._stop()
             return False
@@ -484,7 +484,11 @@ class Trainer:
             pending.forget()
         self._pending = None
 
-    def _between_batches(self) -> None:
+    def between_batches(self) -> None:
+        """Called between the batches of what is no step, on all ranks alike.
+
+        Raises: Interrupted: if a hook wishes to stop.
+        """
         self._beat()
         if self._stop_wished():
             raise Interrupted

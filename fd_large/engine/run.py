@@ -151,14 +151,10 @@ def _train(trainers: Sequence[Trainer], opened: Opened, lease: Lease, shared: Ho
 
     def batches(epoch: int, first_update: int) -> Iterator[Batch]:
         portion = Portion(epoch, first_update, size, launch.rank, launch.world_size)
-        # A job may have much to do before an epoch, such as maps to store: what it counts is a sign
-        # of life.
-        activity.on_change.append(shared.beat)
-        try:
-            return job.batches(opened.samples, portion)
-        finally:
-            activity.on_change.remove(shared.beat)
+        return job.batches(opened.samples, portion)
 
+    # A job may have much to do before an epoch, such as maps to store.
+    job.between_batches = trainers[0].between_batches
     shared.begin([trainer.setting for trainer in trainers], lease.folder)
     try:
         statuses = train_together(trainers, batches)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fd_large import distributed
 from fd_large.data.loader import Batch
+from fd_large.engine.evaluation import Interrupted
 from fd_large.engine.forward_backward import completed
 from fd_large.engine.loop import Trainer
 from fd_large.engine.prefetch import Batches, Prefetch, StepForSeveral
@@ -99,7 +100,8 @@ def train_together(
 
     Args:
         trainers: One for each student.
-        batches: (epoch, first step of it) -> this rank's micro batches to the epoch's end.
+        batches: (epoch, first step of it) -> this rank's micro batches to the epoch's end. It may
+            take long, and raise Interrupted on all ranks alike.
     """
     try:
         for trainer in trainers:
@@ -119,7 +121,12 @@ def _train_epoch(
     """Trains from a step to the end of its epoch, or until nobody is left there."""
     epoch, first = divmod(finished, trainers[0].steps_per_epoch)
     end = finished - first + trainers[0].steps_per_epoch
-    micro_batches = Prefetch(iter(batches(epoch, first)), distributed.device())
+    try:
+        micro_batches = Prefetch(iter(batches(epoch, first)), distributed.device())
+    except Interrupted:
+        for trainer in trainers:
+            trainer.leave()
+        return
     while turn := [t for t in trainers if t.finished == finished < end and not t.status]:
         _step_each(turn, micro_batches, epoch)
         _leave_together(trainers)

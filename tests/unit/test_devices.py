@@ -47,7 +47,7 @@ from fd_large.tasks.detection.job import DetectionJob, model_of
 from fd_large.tasks.detection.scores.collect import to_results
 from fd_large.tasks.detection.stored import predict_images
 from fd_large.tasks.distillation.canary import seconds_of_product
-from fd_large.tasks.distillation.held_out import HeldOutViews
+from fd_large.tasks.distillation.held_out import Crops, HeldOutViews
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.losses import LOSSES
 from fd_large.tasks.distillation.normalisers import NORMALISERS
@@ -227,14 +227,8 @@ def test_a_detector_s_pictures(card: Card, tmp_path: Path) -> None:
 def test_held_out_views(card: Card) -> None:
     task = distilling("swinv2_tiny")
     engine = Engine(task, task, 0, {}, None)
-    views = HeldOutViews(
-        "held_out",
-        Photographs(held_out=True),
-        views=3,
-        settings=ViewSettings(SIDE, 0.5),
-        micro_batch_size=2,
-        seed=0,
-    )
+    crops = Crops(Photographs(held_out=True), 3, ViewSettings(SIDE, 0.5), seed=0)
+    views = HeldOutViews("held_out", crops, micro_batch_size=2)
     with card.waiting() as waits:
         found = views.measure(engine, lambda: None)
     assert found.keys() == {"held_out_loss", "held_out_cosine"}

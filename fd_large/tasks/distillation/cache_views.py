@@ -7,7 +7,7 @@ or a view that is cut otherwise than it was, is found before anything is learnt 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,31 +70,39 @@ class ToStore(NamedTuple):
     bad: tuple[str, ...]
 
 
+def training_view(
+    source: ImageSource, settings: ViewSettings, fixed: FixedViews, name: str, index: int
+) -> Tensor:
+    """Returns a view of image `index`, (3, S, S) uint8: that of the set `name`.
+
+    Raises: DataError: if the image cannot be used.
+    """
+    return jittered_view(source, index, fixed.draws(_view_of(name), index), settings)
+
+
 @dataclass(frozen=True)
 class ViewsToStore(Dataset):
     """Places to views, always as many, so that a map does not depend on how many were left.
 
     Attributes:
-        source: The images.
-        settings: How an image becomes a view.
-        fixed: Draws the views.
+        cut: Makes the view of a set and a record, (3, image_size, image_size) uint8; DataError if
+            its image cannot be used.
+        image_size: Side of a view, in pixels.
         batch_size: Images of a forward.
     """
 
-    source: ImageSource
-    settings: ViewSettings
-    fixed: FixedViews
+    cut: Callable[[str, int], Tensor]
+    image_size: int
     batch_size: int
 
     def __getitem__(self, place: Place) -> ToStore:
         """Loads the views of a place."""
-        images = torch.zeros(self.batch_size, 3, *[self.settings.image_size] * 2, dtype=torch.uint8)
+        images = torch.zeros(self.batch_size, 3, *[self.image_size] * 2, dtype=torch.uint8)
         bad = []
         with suppress_stderr():
             for row, index in enumerate(place.records):
                 try:
-                    draws = self.fixed.draws(_view_of(place.name), index)
-                    images[row] = jittered_view(self.source, index, draws, self.settings)
+                    images[row] = self.cut(place.name, index)
                     bad.append("")
                 except DataError as error:
                     bad.append(str(error))
@@ -103,17 +111,17 @@ class ViewsToStore(Dataset):
 
 @dataclass(frozen=True)
 class StoredMaps:
-    """Reads the maps of the views of an epoch: a `Beside` of the loader.
+    """Reads the maps of a set of views: a `Beside` of the loader.
 
     Attributes:
         readers: The caches, by the teacher's name.
-        view: Number of the view.
-        source: The images, for their names.
+        name: The set.
+        name_of: Returns the name of the image of a record.
     """
 
     readers: Mapping[str, CacheReader]
-    view: int
-    source: ImageSource
+    name: str
+    name_of: Callable[[int], str]
 
     def of(self, index: int, view: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Returns the stored map of an image by the teacher's name: see `CachedTeacher.of_stored`.
@@ -124,17 +132,18 @@ class StoredMaps:
         """
         maps = {}
         for name, reader in self.readers.items():
-            record = reader.read(set_of(self.view), index)
+            record = reader.read(self.name, index)
             if record is None:
                 raise DataError(
-                    f"{self.source[index]}: no map in {reader.folder}; got an image that could not "
-                    "be used when that was written, expected one that can. Write the cache again."
+                    f"{self.name_of(index)}: no map in {reader.folder}; got an image that could "
+                    "not be used when that was written, expected one that can. Write the cache "
+                    "again."
                 )
             off = (record.thumbnail.int() - thumbnail(view).int()).abs().max().item()
             if off > TOLERANCE:
                 error = CacheError(
-                    f"{reader.folder}: the map of another view; {self.source[index]}, view "
-                    f"{self.view}, differs by {off} grey levels from what the teacher saw, "
+                    f"{reader.folder}: the map of another view; {self.name_of(index)}, "
+                    f"{self.name}, differs by {off} grey levels from what the teacher saw, "
                     f"expected at most {TOLERANCE}. The image has changed since the cache was "
                     "written: restore it, or write the cache again."
                 )

@@ -20,7 +20,7 @@ from fd_large.data.loader import load_batches
 from fd_large.errors import CacheError
 from fd_large.tasks.distillation.cache_files import CacheWriter, Record
 from fd_large.tasks.distillation.cache_precision import Stored, encode
-from fd_large.tasks.distillation.cache_views import Place, ViewsToStore, set_of
+from fd_large.tasks.distillation.cache_views import Place, ViewsToStore
 
 
 @dataclass
@@ -52,7 +52,7 @@ class _Shares:
             for start in range(0, len(records), self.batch_size):
                 yield Place(name, records[start : start + self.batch_size])
                 places += 1
-        yield from [Place(set_of(0), ())] * (self.rounds - places)
+        yield from [Place("", ())] * (self.rounds - places)
 
 
 def write_cache(
@@ -64,6 +64,7 @@ def write_cache(
     max_bad_fraction: float,
     where: str,
     only: str = "",
+    between: Callable[[], None] = lambda: None,
 ) -> int:
     """Writes what is missing; a collective.
 
@@ -75,6 +76,8 @@ def write_cache(
         max_bad_fraction: Fraction of images that may be unusable.
         where: The argument that names the folder, for messages.
         only: The set that is written; empty: all are.
+        between: Called before each batch, on every rank alike; may raise to end it. What was
+            written stays, and the next call goes on from there.
 
     Returns: the records that this start wrote, over all ranks.
     Raises: CacheError: if the folder holds something else, or the disk is too small; DataError: if
@@ -94,6 +97,7 @@ def write_cache(
     per_shard = writer.header.records_per_shard
     _finish(writer, left, bad, max_bad_fraction)
     for place in activity.counted(list(shares), "storing the teacher's maps", "batches"):
+        between()
         batch = next(loaded)
         with torch.no_grad():
             stored = encode(

@@ -30,6 +30,8 @@ from fd_large.tasks.distillation.teacher import PlacedTeacher
 
 BATCH_SIZE = 32
 """Images of a forward where the recipe leaves the micro-batch to a trial step."""
+TEACHER_FACTS = ("teacher_hash", "layer", "teacher_image_size", "statistics", "stored")
+"""The facts of a header that are the teacher's."""
 
 
 class CachedTeacher:
@@ -127,14 +129,15 @@ def view_facts(settings: ViewSettings, fixed: FixedViews, samples: ImageSource) 
 
 
 def teacher_facts(teacher: PlacedTeacher, entry: NamedTeacher) -> dict[str, Any]:
-    """Returns what decides the map of a view."""
-    return {
-        "teacher_hash": teacher.fingerprint,
-        "layer": entry.layer,
-        "teacher_image_size": entry.teacher_image_size,
-        "statistics": [list(part) for part in teacher.module.statistics],
-        "stored": "the teacher's own map, before interpolation and normaliser",
-    }
+    """Returns what decides the map of a view: a value for each of `TEACHER_FACTS`."""
+    values = (
+        teacher.fingerprint,
+        entry.layer,
+        entry.teacher_image_size,
+        [list(part) for part in teacher.module.statistics],
+        "the teacher's own map, before interpolation and normaliser",
+    )
+    return dict(zip(TEACHER_FACTS, values, strict=True))
 
 
 def header_for(given: FeatureMap, precision: str) -> Header:
@@ -155,23 +158,31 @@ def header_for(given: FeatureMap, precision: str) -> Header:
 
 
 def header_of(
-    teacher: PlacedTeacher, entry: NamedTeacher, views: Mapping[str, Any], *, precision: str
+    teacher: PlacedTeacher,
+    entry: NamedTeacher,
+    views: Mapping[str, Any],
+    *,
+    precision: str,
+    sets: Mapping[str, int] | None = None,
 ) -> Header:
     """Returns the header of a cache of a teacher's maps; a collective.
 
     Args:
         teacher: The teacher; it is shown a grey image.
         entry: What the recipe says of it.
-        views: The `view_facts`.
+        views: The facts of the views.
         precision: How the maps are stored.
+        sets: Records of each set; None: the training views of these `view_facts`.
     """
+    if sets is None:
+        sets = {set_of(view): views["images"] for view in range(views["task.distillation.views"])}
     side = views["data.image_size"]
     grey = torch.full((1, 3, side, side), 128, dtype=torch.uint8, device=distributed.device())
     return replace(
         header_for(teacher(grey), precision),
         facts={**teacher_facts(teacher, entry), **views},
         teacher=plain(asdict(entry.parted()[0])),
-        sets={set_of(view): views["images"] for view in range(views["task.distillation.views"])},
+        sets=sets,
     )
 
 

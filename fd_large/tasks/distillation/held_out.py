@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from fd_large import activity, distributed
 from fd_large.backbones.feature_map import FeatureMap
+from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import samples_at
 from fd_large.data.source import ImageSource
@@ -22,6 +25,8 @@ from fd_large.engine.evaluation import evaluating
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import DataError
 from fd_large.tasks.distillation.alignment import Grid, resized
+from fd_large.tasks.distillation.cache_files import CacheReader
+from fd_large.tasks.distillation.cache_views import StoredMaps
 from fd_large.tasks.distillation.constant_prediction import constant_prediction_losses
 from fd_large.tasks.distillation.section import MAP
 from fd_large.tasks.distillation.task import Distillation
@@ -34,59 +39,85 @@ TRIES = 10
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Crops:
+    """The views of one dataset that are shown in evaluations, by their numbers.
+
+    Attributes:
+        source: The images.
+        views: Number of views; view v shows image v modulo the number of images. There are at
+            least as many as the panel shows.
+        settings: How an image becomes a view; its colours stay.
+        seed: Seed of the crops.
+        skip_bad: Whether to use the next image for one that cannot be used, as training does.
+    """
+
+    source: ImageSource
+    views: int
+    settings: ViewSettings
+    seed: int
+    skip_bad: bool = False
+
+    def __len__(self) -> int:
+        return max(self.views, PANEL_IMAGES)
+
+    def __call__(self, view: int) -> Tensor:
+        """Returns a view, (3, S, S) uint8.
+
+        Raises: DataError: for an image that cannot be used, unless `skip_bad`.
+        """
+        draws = uniforms(self.seed, EVALUATION_EPOCH, [view], "view", NUM_DRAWS)[0].tolist()
+        tries = TRIES if self.skip_bad else 1
+        for number in range(tries):
+            try:
+                return random_view(self.source, self._image(view + number), draws, self.settings)
+            except DataError as error:
+                if number + 1 == tries:
+                    raise
+                log.warning("skipped in evaluation: %s", error)
+        raise AssertionError("one try at least")
+
+    def name_of(self, view: int) -> str:
+        """Returns the name of the image that a view shows."""
+        return self.source[self._image(view)]
+
+    def _image(self, view: int) -> int:
+        # Spread over the dataset, which may list its classes one after the other.
+        place = view % min(len(self), len(self.source))
+        return int(samples_at(self.source, self.seed, EVALUATION_EPOCH, np.array([place]))[0])
+
+
 class HeldOutViews:
     """The views of one dataset, cut once and kept as uint8 in host memory.
 
     Args:
         name: Prefix of the metrics.
-        source: The images.
-        views: Number of views; view v shows image v modulo the number of images.
-        settings: How an image becomes a view; its colours stay.
+        crops: Cuts them.
         micro_batch_size: Views per forward.
-        seed: Seed of the crops.
-        skip_bad: Whether to use the next image for one that cannot be used, as training does.
+        stored: The caches that hold maps of these views, by the teacher's name.
 
-    Raises: DataError: for an image that cannot be used, unless `skip_bad`.
+    Raises: DataError: for an image that cannot be used, unless it is to be skipped.
     """
 
     def __init__(
         self,
         name: str,
-        source: ImageSource,
+        crops: Crops,
         *,
-        views: int,
-        settings: ViewSettings,
         micro_batch_size: int,
-        seed: int,
-        skip_bad: bool = False,
+        stored: Mapping[str, CacheReader] | None = None,
     ) -> None:
         self.name, self._micro = name, micro_batch_size
+        self._stored = StoredMaps(stored, name, crops.name_of) if stored else None
         world = distributed.world_size()
-        self._mine = np.arange(distributed.rank(), views, world)
+        own = range(distributed.rank(), crops.views, world)
+        self._count = len(own)
         # Under ZeRO-3 every rank must run as many forwards as the one with most views.
-        self._rounds = math.ceil(math.ceil(views / world) / micro_batch_size)
-        cuts = np.arange(max(views, PANEL_IMAGES))
-        draws = uniforms(seed, EVALUATION_EPOCH, cuts, "view", NUM_DRAWS).tolist()
-        # Spread over the dataset, which may list its classes one after the other.
-        places = np.arange(min(len(cuts), len(source)))
-        order = samples_at(source, seed, EVALUATION_EPOCH, places)
-        tries = TRIES if skip_bad else 1
-
-        def cut(view: int) -> Tensor:
-            for number in range(tries):
-                index = int(order[(view + number) % len(order)])
-                try:
-                    return random_view(source, index, draws[view], settings)
-                except DataError as error:
-                    if number + 1 == tries:
-                        raise
-                    log.warning("skipped in evaluation: %s", error)
-            raise AssertionError("one try at least")
-
-        mine = [cut(int(view)) for view in self._mine]
-        self._images = torch.stack(mine or [cut(0)])
+        self._rounds = math.ceil(math.ceil(crops.views / world) / micro_batch_size)
+        self._numbers: Sequence[int] = own or (0,)
+        self._images = torch.stack([crops(view) for view in self._numbers])
         # The panel shows the same images on any number of ranks.
-        self._panel = torch.stack([cut(view) for view in range(PANEL_IMAGES)])
+        self._panel = torch.stack([crops(view) for view in range(PANEL_IMAGES)])
 
     def measure(self, engine: Engine, between: Callable[[], None]) -> dict[str, float]:
         """Returns the mean loss and the task's metrics over all views, the same on every rank.
@@ -104,7 +135,7 @@ class HeldOutViews:
                     part = value.double() * weight * count
                     totals[key] = totals[key] + part if key in totals else part
         views = distributed.sum_tensor(
-            torch.tensor(len(self._mine), dtype=torch.float64, device=distributed.device())
+            torch.tensor(self._count, dtype=torch.float64, device=distributed.device())
         )
         means = distributed.sum_tensor(torch.stack(list(totals.values()))) / views
         names = [f"{self.name}_{key}" for key in totals]
@@ -146,24 +177,36 @@ class HeldOutViews:
         """Returns the maps of the first few views: see `feature_panel`."""
         assert isinstance(engine.task, Distillation)
         with evaluating(engine):
-            images = self._panel.to(distributed.device())
-            maps = feature_panel(engine.task, engine.deepspeed, images)
+            shown = self._batch(self._panel, range(PANEL_IMAGES))
+            maps = feature_panel(engine.task, engine.deepspeed, shown.images, shown.targets)
         return {name: value.numpy() for name, value in maps.items()}
 
     def _batches(self, engine: Engine) -> Iterator[tuple[dict[str, Any], int, int]]:
         words = f"{self.name.replace('_', ' ')} views"
         for number in activity.counted(range(self._rounds), words, "batches"):
             start = number * self._micro
-            images = self._images[start : min(start + self._micro, len(self._mine))]
-            weight = 1
+            own = slice(start, min(start + self._micro, self._count))
+            images, weight = self._images[own], 1
             if len(images) == 0:
-                images, weight = self._images[:1], 0
-            prepared = engine.task.prepare(images.to(distributed.device()), None, None)
+                own, images, weight = slice(1), self._images[:1], 0
+            batch = self._batch(images, self._numbers[own])
+            prepared = engine.task.prepare(batch.images, batch.targets, None)
             yield prepared, weight, len(images)
+
+    def _batch(self, images: Tensor, numbers: Sequence[int]) -> Batch:
+        """The views of some numbers on the device, with their maps where these are stored."""
+        maps = None
+        if self._stored is not None:
+            maps = default_collate(
+                [self._stored.of(*one) for one in zip(numbers, images, strict=True)]
+            )
+        views = torch.tensor(numbers)
+        batch = Batch(images, EVALUATION_EPOCH, views, views, targets=maps)
+        return batch.to(distributed.device())
 
 
 def feature_panel(
-    task: Distillation, forward: Callable[..., Any], images: Tensor
+    task: Distillation, forward: Callable[..., Any], images: Tensor, targets: Any = None
 ) -> dict[str, Tensor]:
     """Computes the maps of a few images, without gradient.
 
@@ -171,6 +214,7 @@ def feature_panel(
         task: The task, in evaluation mode.
         forward: Runs the task (its engine).
         images: (n, 3, S, S) uint8, on the device.
+        targets: See `Distillation.learnt`.
 
     Returns: "images" (n, S, S, 3) uint8; "teacher" (n, h, w, C), normalised, and "student"
         (n, h, w, C), projected, float32; of several teachers teacher_NAME and student_NAME. All in
@@ -188,7 +232,7 @@ def feature_panel(
 
     handles = [target.head.register_forward_hook(note(target.label)) for target in shown]
     with torch.no_grad():
-        prepared = task.prepare(images, None, None)
+        prepared = task.prepare(images, targets, None)
         forward(**prepared)
         references = task.references(**prepared)
     for handle in handles:

@@ -33,16 +33,22 @@ from fd_large.engine.heads import check_head
 from fd_large.engine.job import FrozenPart, Job
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
-from fd_large.errors import CheckpointError, ConfigError, FDError, check_all
+from fd_large.errors import CheckpointError, FDError, check_all
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.fields import require
 from fd_large.recipes.run import ONLY, Run
 from fd_large.recipes.sections import RANDOM
 from fd_large.runtime.hooks import Hook
-from fd_large.tasks.distillation import cached_teacher, target_statistics
+from fd_large.tasks.distillation import cached_held_out, cached_teacher, target_statistics
 from fd_large.tasks.distillation.cache_files import CacheReader, CacheWriter, Header
 from fd_large.tasks.distillation.cache_recorder import Recorder, ToRecord
-from fd_large.tasks.distillation.cache_views import StoredMaps, ViewsToStore, blank
+from fd_large.tasks.distillation.cache_views import (
+    StoredMaps,
+    ViewsToStore,
+    blank,
+    set_of,
+    training_view,
+)
 from fd_large.tasks.distillation.cached_teacher import CachedTeacher
 from fd_large.tasks.distillation.canary import Canary, seconds_of_product
 from fd_large.tasks.distillation.feature_panel import FeaturePanel
@@ -54,7 +60,7 @@ from fd_large.tasks.distillation.heads.map_head import (
     with_blocks,
 )
 from fd_large.tasks.distillation.heads.registry import HEADS
-from fd_large.tasks.distillation.held_out import HeldOutViews
+from fd_large.tasks.distillation.held_out import Crops, HeldOutViews
 from fd_large.tasks.distillation.knn_accuracy import knn_accuracy
 from fd_large.tasks.distillation.losses import check_loss, make_loss
 from fd_large.tasks.distillation.model_card import learned
@@ -107,6 +113,7 @@ class DistillationJob(Job):
     # Those whose maps are stored, and what reads them from there.
     _recorders: Mapping[str, Recorder] = MappingProxyType({})
     _written: Mapping[str, CacheReader] = MappingProxyType({})
+    _held_out_readers: Mapping[str, CacheReader] = MappingProxyType({})
     _words: ClassVar = {
         "held_out/loss": "held-out loss",
         "held_out/cosine": "held-out cosine",
@@ -274,7 +281,7 @@ class DistillationJob(Job):
         )
 
     def _check_cache(self, name: str) -> None:
-        """Refuses a cache that is not whole, and held-out losses, for which it has no maps."""
+        """Refuses a cache that is not whole."""
         where, folder = source_flag(name), self._caches[name]
         require(
             not self.run.task.distillation.cache,
@@ -284,12 +291,6 @@ class DistillationJob(Job):
             "Leave one of them out",
         )
         meeting.once(f"cache {folder}", lambda: self._readers[name].check_whole(where=where))
-        if self.run.eval.root:
-            raise ConfigError(
-                f"eval.root: a held-out loss needs the teacher; got {self.run.eval.root} beside "
-                f"{where} {CACHED}{folder}, expected none. Set --eval.root '', or name "
-                "the teacher itself."
-            )
 
     def sources(self) -> Mapping[str, str]:
         """Returns the sources of teachers and student."""
@@ -312,6 +313,12 @@ class DistillationJob(Job):
             views = cached_teacher.view_facts(self.view_settings(), self.fixed_views, samples)
             for name, reader in self._readers.items():
                 cached_teacher.require_same_views(reader.header, views, where=source_flag(name))
+        if self.run.eval.root and self._readers:
+            facts = cached_held_out.facts_of(self.held_out(samples), self.view_settings())
+            self._held_out_readers = {
+                name: cached_held_out.reader_of(reader.folder, reader.header, facts)
+                for name, reader in self._readers.items()
+            }
         return samples
 
     @property
@@ -329,7 +336,7 @@ class DistillationJob(Job):
         if self._recorders:
             beside = self._recorded(samples, epoch, view)
         elif self._readers:
-            beside = StoredMaps(self._readers, view, samples)
+            beside = StoredMaps(self._readers, set_of(view), samples.__getitem__)
         return replace(usual, fixed=fixed, beside=beside)
 
     def _recorded(self, samples: ImageSource, epoch: int, view: int) -> Beside:
@@ -337,10 +344,10 @@ class DistillationJob(Job):
 
         A collective.
         """
-        run, settings, fixed = self.run, self.view_settings(), self.fixed_views
+        run, fixed = self.run, self.fixed_views
         assert fixed is not None
         if not self._written:
-            facts = cached_teacher.view_facts(settings, fixed, samples)
+            facts = cached_teacher.view_facts(self.view_settings(), fixed, samples)
             self._written = {
                 name: recorder.begin(
                     CacheWriter(
@@ -358,15 +365,41 @@ class DistillationJob(Job):
         missing = [name for name, one in self._recorders.items() if not one.is_whole(view)]
         if epoch < fixed.count and missing:
             return ToRecord(tuple(missing), view)
-        views = ViewsToStore(samples, settings, fixed, cached_teacher.batch_size(run.batch))
+        views = self.views_to_store(samples)
         for recorder in self._recorders.values():
             recorder.complete(
                 view,
                 views,
                 workers=run.data.workers,
                 max_bad_fraction=run.data.max_bad_fraction,
+                between=self.between_batches,
             )
-        return StoredMaps(self._written, view, samples)
+        return StoredMaps(self._written, set_of(view), samples.__getitem__)
+
+    def views_to_store(self, samples: ImageSource) -> ViewsToStore:
+        """Returns what loads the views that come again, on the way into a cache."""
+        settings, fixed = self.view_settings(), self.fixed_views
+        assert fixed is not None
+        return ViewsToStore(
+            partial(training_view, samples, settings, fixed),
+            settings.image_size,
+            cached_teacher.batch_size(self.run.batch),
+        )
+
+    def held_out(self, samples: ImageSource) -> dict[str, Crops]:
+        """Returns what cuts the views of which held-out losses are measured, by their prefix.
+
+        Where training views come again, these are a function of the same seed.
+
+        Args:
+            samples: The training images, of which other crops are shown.
+        """
+        seed = self.fixed_views.seed if self.fixed_views else self.run.runtime.seed
+        of = partial(Crops, views=self.run.eval.views, settings=self.view_settings(), seed=seed)
+        return {
+            "held_out": of(self._held_out_images),
+            "unseen_crops": of(samples, skip_bad=True),
+        }
 
     def probe_batch(self, size: int) -> Batch:
         """Makes a batch of grey images, and of empty maps where these are stored."""
@@ -524,6 +557,7 @@ class DistillationJob(Job):
         """Takes the teachers that the job of another student has built."""
         assert isinstance(other, DistillationJob)
         self._teachers, self._recorders = other.teachers, other._recorders
+        self._held_out_readers = other._held_out_readers
 
     def make_task(self) -> Distillation:
         """Constructs student, heads and losses around the run's teachers.
@@ -668,20 +702,15 @@ class DistillationJob(Job):
     def _held_out_losses(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Evaluation:
-        run = self.run
-        images = {"held_out": self._held_out_images, "unseen_crops": samples}
         sets = distributed.together(
             lambda: [
                 HeldOutViews(
                     name,
-                    source,
-                    views=run.eval.views,
-                    settings=self.view_settings(),
+                    crops,
                     micro_batch_size=micro_batch_size,
-                    seed=run.runtime.seed,
-                    skip_bad=name == "unseen_crops",
+                    stored=self._held_out_readers,
                 )
-                for name, source in images.items()
+                for name, crops in self.held_out(samples).items()
             ]
         )
 
@@ -695,7 +724,7 @@ class DistillationJob(Job):
                     metrics |= views.best_constant(engine, between)
             return metrics, sets[0].panel(engine) if step == 0 or last else None
 
-        return Evaluation(measure, run.eval.every)
+        return Evaluation(measure, self.run.eval.every)
 
     def hooks(self) -> Sequence[Hook]:
         """Returns what writes the maps of some images, and the canaries of the teachers."""

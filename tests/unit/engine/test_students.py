@@ -11,6 +11,7 @@ import torch
 from unit.engine.conftest import Brightness
 from unit.engine.test_loop import Run
 
+from fd_large.engine.evaluation import Interrupted
 from fd_large.engine.students import HooksOfAll, train_together
 from fd_large.engine.zero import state
 from fd_large.runtime.hooks import Hook, Update, Verdict, Wish
@@ -118,6 +119,23 @@ def test_a_student_whose_run_a_hook_ends_leaves_the_others_as_they_were(start, t
     assert together(a, b) == ["odd", "done"]
     assert len(a.hook.updates) == 3
     assert_same(b, alone)
+
+
+def test_a_wish_that_comes_before_an_epoch_begins_is_heard_there(start):
+    """A job may have much to do between epochs; nothing of the last one is lost."""
+    a, b = start("a", total=8), start("b", total=8)
+
+    def batches(epoch, first_step):
+        if epoch:
+            raise Interrupted
+        return a.batches(epoch, first_step)
+
+    assert train_together([run.trainer for run in (a, b)], batches) == ["preempted"] * 2
+    finished = a.trainer.finished
+    assert finished == b.trainer.finished == a.trainer.steps_per_epoch
+    a, b = start("a", total=8), start("b", total=8)
+    assert together(a, b) == ["done", "done"]
+    assert a.hook.updates[0].index == b.hook.updates[0].index == finished
 
 
 class Counting(Hook):

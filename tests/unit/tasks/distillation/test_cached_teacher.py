@@ -19,7 +19,6 @@ from fd_large.recipes.fields import override
 from fd_large.recipes.run import ONLY
 from fd_large.tasks.distillation.cache_cost import costs_of
 from fd_large.tasks.distillation.cache_files import CacheWriter
-from fd_large.tasks.distillation.cache_views import ViewsToStore
 from fd_large.tasks.distillation.cache_write import write_cache
 from fd_large.tasks.distillation.cached_teacher import header_of, view_facts
 from fd_large.tasks.distillation.job import DistillationJob
@@ -71,7 +70,7 @@ def write(job, folder, *, precision="fp32", most=None, max_bad_fraction=0.5) -> 
     writer = CacheWriter(folder, header)
     if most is not None:
         writer.write = killed_after(writer.write, most)
-    views = ViewsToStore(job.samples, settings, fixed, batch_size=2)
+    views = replace(job.views_to_store(job.samples), batch_size=2)
     return write_cache(
         writer, teacher, views, workers=0, max_bad_fraction=max_bad_fraction, where="OUT"
     )
@@ -154,7 +153,7 @@ def test_a_run_without_said_views_takes_the_caches(root, cache):
         ({"objective.layer": "before_norm"}, "layer"),
         ({"objective.teacher_image_size": 64}, "teacher_image_size"),
         ({"data.image_mixup": True}, r"data\.image_mixup"),
-        ({"eval.root": "builtin:photographs-held-out"}, r"eval\.root"),
+        ({"eval.root": "builtin:photographs-held-out"}, r"eval\.root: .* no maps of held-out"),
     ],
 )
 def test_what_differs_is_named(root, cache, fields, named):
@@ -294,7 +293,7 @@ def test_of_several_teachers_each_is_recorded_and_reckoned_for_itself(root, live
     several = replace(alone, teachers={"first": entry, "second": entry})
     job = built(override(several, {"task.distillation.cache": str(tmp_path)}))
     assert job.view_batches(job.samples, 0).beside.blank().keys() == {"first", "second"}
-    views = ViewsToStore(job.samples, job.view_settings(), job.fixed_views, batch_size=4)
+    views = replace(job.views_to_store(job.samples), batch_size=4)
     job._recorders["first"].complete(0, views, workers=0, max_bad_fraction=0.5)
     assert job.view_batches(job.samples, 0).beside.blank().keys() == {"second"}
     # What is left of a step without the one has the other.

@@ -15,7 +15,7 @@ from fd_large.data.source import open_images
 from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Interrupted
 from fd_large.errors import DataError
-from fd_large.tasks.distillation.held_out import HeldOutViews
+from fd_large.tasks.distillation.held_out import Crops, HeldOutViews
 
 SETTINGS = ViewSettings(32, 0.5, 10**7, 0.0, 0.0)
 
@@ -40,15 +40,8 @@ def images(tmp_path):
 
 
 def views_of(folder, views=5, micro=2, **more):
-    return HeldOutViews(
-        "set",
-        open_images(str(folder)),
-        views=views,
-        settings=SETTINGS,
-        micro_batch_size=micro,
-        seed=3,
-        **more,
-    )
+    crops = Crops(open_images(str(folder)), views, SETTINGS, seed=3, **more)
+    return HeldOutViews("set", crops, micro_batch_size=micro)
 
 
 def measured(views, engine, calls=None):

@@ -1,0 +1,64 @@
+"""Held-out figures from stored maps: those of the live teacher, and refused where they are not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from unit.tasks.distillation.test_cached_teacher import built, cached, run_of, write, write_images
+
+from fd_large.errors import CacheError
+from fd_large.tasks.distillation import cached_held_out
+from fd_large.tasks.distillation.cache_write import write_cache
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A live job with an evaluation, and a cache of its training and held-out views."""
+    root, cache = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("cache")
+    write_images(root)
+    job = built(run_of(root, **{"eval.root": str(root), "eval.views": 5}))
+    write(job, cache)
+    (teacher,), (entry,) = job.placed.values(), job.run.taught_by.values()
+    crops, settings = job.held_out(job.samples), job.view_settings()
+    writer = cached_held_out.writer_of(cache, teacher, entry, crops, settings, precision="fp32")
+    views = cached_held_out.views_of(crops, settings, batch_size=2)
+    options = {"workers": 0, "max_bad_fraction": 0.0, "where": "OUT"}
+    assert write_cache(writer, teacher, views, **options) == 2 * 5
+    return job, cache
+
+
+def measured(job):
+    torch.manual_seed(0)
+    task = job.make_task()
+    engine = SimpleNamespace(task=task, deepspeed=task)
+    (evaluation,) = job.evaluations(engine, job.samples, 2)
+    return evaluation.measure(0, True, lambda: None)
+
+
+def test_figures_and_panel_are_those_of_the_live_teacher(stored):
+    live, cache = stored
+    fields = {"eval.root": live.run.eval.root, "eval.views": 5}
+    job = cached(live.run.data.root, cache, **fields)
+    assert not job.placed
+    (found, panel), (expected, shown) = measured(job), measured(live)
+    assert found == expected
+    assert {"held_out_loss", "unseen_crops_best_constant"} <= found.keys()
+    assert panel.keys() == shown.keys()
+    assert all(np.array_equal(panel[name], shown[name]) for name in shown)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"eval.views": 6}, r"eval\.root: .*eval\.views 5 there and 6 here"),
+        ({"eval.root": "builtin:photographs-held-out"}, r"eval\.root: .*hash .* of held_out"),
+    ],
+)
+def test_other_held_out_views_are_refused(stored, fields, named):
+    live, cache = stored
+    root = live.run.data.root
+    with pytest.raises(CacheError, match=named):
+        cached(root, cache, **{"eval.root": root, "eval.views": 5, **fields})
