@@ -13,16 +13,15 @@ The files have no names: nothing is left of them when the process ends, however 
 
 from __future__ import annotations
 
-import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partialmethod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fd_large import distributed
 from fd_large.engine.zero.optimizer import kept_by
@@ -44,17 +43,30 @@ class Disk:
 
     def zeros(self, numel: int) -> Tensor:
         """Returns so many float32 zeros; their space on the disk is taken until they are freed."""
-        size = 4 * numel
         with tempfile.TemporaryFile(dir=self._folder) as file:
             # A mapped page without space on the disk would end the process by a signal, later.
-            os.posix_fallocate(file.fileno(), 0, size)
-            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.float32)
+            os.posix_fallocate(file.fileno(), 0, max(4 * numel, 1))
+            # The mapping keeps the file alive, and no descriptor open.
+            path = f"/proc/self/fd/{file.fileno()}"
+            return torch.from_file(path, shared=True, size=numel, dtype=torch.float32)
+
+    def take(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Moves the float32 shards of parameters to the disk."""
+        for parameter in parameters:
+            held = parameter.ds_tensor.data
+            parameter.ds_tensor.data = self.zeros(held.numel()).view_as(held).copy_(held)
 
     @contextmanager
-    def holds_state(self) -> Iterator[None]:
-        """Lets the ZeRO-3 optimisers that are made in the block keep their float32 state here."""
+    def holds_state(self, exact: dict[int, Tensor]) -> Iterator[None]:
+        """Lets the ZeRO-3 optimiser that is made in the block keep its float32 state here.
+
+        Args:
+            exact: The masters' values, flat, by the `ds_id` of their parameters; emptied on the
+                way, so that the disk never holds all of them twice. Masters of others are what
+                their parameters are.
+        """
         stage_3 = get(_STAGE_3)
-        set_up = partialmethod(_set_up, self)
+        set_up = partialmethod(_set_up, self, exact)
         plain = replace(stage_3, "_setup_for_real_optimizer", set_up)
         try:
             yield
@@ -63,24 +75,32 @@ class Disk:
 
 
 @torch.no_grad()
-def _set_up(optimizer: Any, disk: Disk) -> None:
+def _set_up(optimizer: Any, disk: Disk, exact: dict[int, Tensor]) -> None:
     """Does what `_setup_for_real_optimizer` of a ZeRO-3 optimiser does under offload, on a disk.
 
     A sub-group's gradient is its part of the flat buffer in which gradients are summed, instead of
     a copy of it: they have the same elements in the same order.
     """
     inner, sizes = optimizer.optimizer, optimizer.fp16_partitioned_groups_flat_numel
-    kept = kept_by(inner)
-    gradients = disk.zeros(sum(sizes))
+    kept, total = kept_by(inner), sum(sizes)
+    parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
+    lengths = [parameter.ds_tensor.numel() for parameter in parameters]
+
+    masters = disk.zeros(total)
+    for parameter, master in zip(parameters, masters.split(lengths), strict=True):
+        if (values := exact.pop(parameter.ds_id, None)) is None:
+            values = parameter.ds_tensor.data.view(-1)
+        # Beyond the end of a parameter are zeros.
+        master[: values.numel()] = values
+    gradients = disk.zeros(total)
     parts = zip(
-        optimizer.fp16_partitioned_groups_flat,
-        disk.zeros(sum(sizes)).split(sizes),
+        masters.split(sizes),
         gradients.split(sizes),
-        *(disk.zeros(sum(sizes)).split(sizes) for _ in kept.moments),
+        *(disk.zeros(total).split(sizes) for _ in kept.moments),
         strict=True,
     )
-    for weights, master, gradient, *moments in parts:
-        owner = master.data.copy_(weights).requires_grad_()
+    for master, gradient, *moments in parts:
+        owner = master.data.requires_grad_()
         owner.grad = gradient
         optimizer.fp32_partitioned_groups_flat.append(owner)
         state = inner.state[owner]
@@ -98,7 +118,5 @@ def _set_up(optimizer: Any, disk: Disk) -> None:
                 optimizer.reduce_bucket_size, dtype=dtype, device=distributed.device()
             )
     optimizer.grad_partitions_flat_buffer = gradients
-    parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
-    shards = gradients.split([parameter.ds_tensor.numel() for parameter in parameters])
-    by_parameter = {p.ds_id: shard for p, shard in zip(parameters, shards, strict=True)}
-    setattr(optimizer, _GRADIENTS, by_parameter)
+    shards = zip(parameters, gradients.split(lengths), strict=True)
+    setattr(optimizer, _GRADIENTS, {parameter.ds_id: shard for parameter, shard in shards})

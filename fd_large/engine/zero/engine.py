@@ -87,14 +87,16 @@ def build_engine(
         )
     folder, given = ds.nvme_path(config), ds.for_deepspeed(config)
     disk = Disk(folder) if folder else None
-    task = partition.build(make, given, partitioned=stage == 3, seed=seed, whole_first=whole_first)
+    task = partition.build(
+        make, given, partitioned=stage == 3, seed=seed, whole_first=whole_first, disk=disk
+    )
     if weights is not None:
         partition.load_weights(task, weights, where="--student.init")
     elif initial is not None:
         partition.load_weights(task.student, initial, where="--student.init")
     for name, tensors in (heads or {}).items():
         partition.load_weights(getattr(task, name), tensors, where=name)
-    exact = partition.to_bfloat16(task, keep_exact=True) if config["bf16"]["enabled"] else None
+    exact = partition.to_bfloat16(task, keep_exact=True) if config["bf16"]["enabled"] else {}
     if stage < 3:
         task.to(distributed.device())
     blocks = task.student.blocks()
@@ -107,10 +109,14 @@ def build_engine(
         log.debug("activation checkpointing: %d of %d blocks", wrapped, len(blocks))
     on_gpu = distributed.device().type == "cuda" and not ds.offloads(config, "offload_optimizer")
     optimizer = make_optimizer(parameter_groups(task, optim.weight_decay), optim, on_gpu=on_gpu)
-    with disk.holds_state() if disk else nullcontext():
+    holding: Any = nullcontext()
+    if disk:
+        named = task.named_parameters() if exact else ()
+        holding = disk.holds_state({p.ds_id: exact.pop(name) for name, p in named})
+    with holding:
         engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=given)
     check_engine(engine, optimizer, ds.optimizer_class(config))
-    if exact is not None:
+    if exact:
         partition.set_masters(task, exact)
     bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)
     spare_passes(engine, bucket=bucket)

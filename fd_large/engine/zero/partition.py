@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import distributed
+from fd_large.engine.zero.disk import Disk
 from fd_large.engine.zero.private_names import get
 from fd_large.engine.zero.start import deepspeed
 from fd_large.weights.coverage import Fitted, covered
@@ -28,6 +29,7 @@ def build(
     seed: int,
     group: Any = None,
     whole_first: bool = False,
+    disk: Disk | None = None,
 ) -> nn.Module:
     """Builds a module in float32, whole or in shards, with the same values either way.
 
@@ -42,6 +44,7 @@ def build(
         group: Ranks that share the parameters; None for all.
         whole_first: Whether to build it whole on every rank and split it afterwards, for
             constructors that write to their children's parameters, as timm's do.
+        disk: Where shards in host memory go as they are made; None: they stay.
     """
     context = nullcontext()
     if partitioned:
@@ -52,8 +55,9 @@ def build(
         # second engine.
         hpz = config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
         of_node = get("deepspeed.utils.groups:_ZERO_PARAM_INTRA_PARALLEL_GROUP") if hpz else None
+        disk = disk if distributed.device().type == "cpu" else None
         split = partial(
-            deepspeed.zero.Init,
+            _split_onto(disk) if disk else deepspeed.zero.Init,
             config_dict_or_path=float32,
             data_parallel_group=group,
             zero_param_parallel_group=of_node,
@@ -65,11 +69,22 @@ def build(
             module = make()
     if partitioned and whole_first:
         split(module=module)
+        if disk:
+            disk.take(module.parameters())
         # The engine assumes that a sharded module is on its device, buffers too.
         for child in module.modules():
             for name, buffer in child.named_buffers(recurse=False):
                 setattr(child, name, buffer.to(distributed.device()))
     return module
+
+
+def _split_onto(disk: Disk) -> Any:
+    class Init(deepspeed.zero.Init):
+        def _post_init_method(self, module: nn.Module) -> None:
+            super()._post_init_method(module)
+            disk.take(module.parameters(recurse=False))
+
+    return Init
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -148,7 +163,8 @@ def to_bfloat16(module: nn.Module, *, keep_exact: bool = False) -> dict[str, Ten
     exact = {}
     for name, parameter in module.named_parameters():
         if keep_exact:
-            exact[name] = shard(parameter)[0].detach().clone()
+            # Not a copy: below, another tensor takes its place.
+            exact[name] = shard(parameter)[0].detach()
         if is_partitioned(parameter):
             parameter.ds_tensor.data = parameter.ds_tensor.data.bfloat16()
             # hpZ's copy inside the node, from which the first forward gathers.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from whole_weights import whole_weights
 
 from fd_large.engine.zero import partition
+from fd_large.engine.zero.disk import Disk
 from fd_large.errors import WeightsError
 
 CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
@@ -69,6 +72,15 @@ def test_weights_and_running_statistics_are_loaded(partitioned):
     del state["linear.bias"]
     with pytest.raises(WeightsError, match=r"--student\.init.*linear\.bias"):
         partition.load_weights(module, state.items(), where="--student.init")
+
+
+@pytest.mark.parametrize("whole_first", [False, True])
+def test_shards_on_a_disk_have_the_same_values(whole_first, tmp_path):
+    expected = dict(build(partitioned=False).named_parameters())
+    module = build(partitioned=True, whole_first=whole_first, disk=Disk(str(tmp_path)))
+    assert Path("/proc/self/maps").read_text().count(f" {tmp_path}/") == len(expected)
+    for name, value in whole_weights(module):
+        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("partitioned", [False, True])
