@@ -36,6 +36,8 @@ class Options:
         attention_memory: "keep" or "recompute" attention maps for backward.
         sequential_stages: Number of first stages that hold few windows' maps at a time; 0 is none.
         is_trained: Whether it is a student, which has to be deterministic in training.
+        resizes_positions: Whether each forward resizes the positions of a ViT to the images that it
+            is given; other families have none that could be.
         residual_dtype: "compute" is the dtype of the weights; "float32" is at least that.
         initialization: "fd", "official" or "none" (zeros, for models whose weights are loaded).
     """
@@ -48,6 +50,7 @@ class Options:
     attention_memory: Memory = "keep"
     sequential_stages: int = 0
     is_trained: bool = False
+    resizes_positions: bool = False
     residual_dtype: Literal["float32", "compute"] = "compute"
     initialization: Initialization = "fd"
 

@@ -90,6 +90,13 @@ def _with_views(run: Run, views: int) -> Run:
         "a recipe of distillation",
         "Choose another",
     )
+    require(
+        not run.data.image_sizes,
+        "cache: stored maps are of views of one size",
+        f"data.image_sizes {' '.join(map(str, run.data.image_sizes))}",
+        "none",
+        "Leave it out, and set --data.image_size",
+    )
     said = run.task.distillation
     settings = replace(said, views=views or said.views or 1)
     return replace(run, task=replace(run.task, **{"distillation": settings}))

@@ -21,7 +21,7 @@ from fd_large.plan import kept_counts
 from fd_large.plan.cached_targets import largest_map_that_pays
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Cluster, Machine
-from fd_large.plan.counts import NOTHING, Counts, Line
+from fd_large.plan.counts import NOTHING, Counts, Line, of_sizes
 from fd_large.plan.phases import Phases
 from fd_large.plan.phases import read as read_phases
 from fd_large.plan.rates import CARDS, Rates, rates_of
@@ -285,13 +285,18 @@ def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
     from fd_large.tasks.jobs import job_of
 
     micro_batch_size = run.batch.micro_batch_size
-    return count(
-        job_of(run),
-        _device(rates, kernels),
-        bfloat16=rates.bfloat16,
-        frozen_bfloat16=frozen_in_bfloat16(run.frozen_dtype, rates.bfloat16),
-        micro_batch_size=1 if micro_batch_size == "auto" else micro_batch_size,
-    )
+    each = [
+        count(
+            job_of(run),
+            _device(rates, kernels),
+            bfloat16=rates.bfloat16,
+            frozen_bfloat16=frozen_in_bfloat16(run.frozen_dtype, rates.bfloat16),
+            micro_batch_size=1 if micro_batch_size == "auto" else micro_batch_size,
+            image_size=side,
+        )
+        for side in sorted(run.data.image_sizes) or (0,)
+    ]
+    return {wrapped: of_sizes([counts[wrapped] for counts in each]) for wrapped in each[0]}
 
 
 def _shared_bytes(run: Run, rates: Rates, kernels: Kernels) -> Line:

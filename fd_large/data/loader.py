@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fd_large.data import views
+from fd_large.data.image_sizes import ImageSizes
 from fd_large.data.mixing import mixed_views, with_partners
 from fd_large.data.parcel import parcel
 from fd_large.data.random_numbers import uniforms
@@ -319,6 +320,8 @@ class ViewBatches(Dataset):
         beside: What is stored of the views; None: a batch has no targets.
         mixed_among: Images a step over all ranks, each of which is mixed with its neighbour
             (mixing.py); 0: none is mixed.
+        sizes: Draws the views' size for each step, in place of that of the settings; None: it is
+            always the same.
     """
 
     source: ImageSource
@@ -328,6 +331,7 @@ class ViewBatches(Dataset):
     fixed: views.FixedViews | None = None
     beside: Beside | None = None
     mixed_among: int = 0
+    sizes: ImageSizes | None = None
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
         """Loads the views; a black one stands where no sample can be used."""
@@ -347,14 +351,17 @@ class ViewBatches(Dataset):
 
     def _load(self, positions: NDArray[np.int64], own: int) -> Batch:
         """Loads the views of positions; of what a batch says besides, that of the first ones."""
-        draws_at = self._draws(positions)
+        draws_at, settings = self._draws(positions), self.settings
+        if self.sizes is not None:
+            side = self.sizes.at(self.epoch, int(positions[0]))
+            settings = replace(settings, image_size=side)
 
         def make(place: int, index: int) -> tuple[torch.Tensor, Any]:
-            view = views.jittered_view(self.source, index, draws_at(place, index), self.settings)
+            view = views.jittered_view(self.source, index, draws_at(place, index), settings)
             return view, self.beside.of(index, view) if self.beside else None
 
         loaded = _load_at(make, self.source, positions, seed=self.seed, epoch=self.epoch)
-        black = torch.zeros(3, *[self.settings.image_size] * 2, dtype=torch.uint8)
+        black = torch.zeros(3, *[settings.image_size] * 2, dtype=torch.uint8)
         blank = black, self.beside.blank() if self.beside else None
         pairs = [blank if one.value is None else one.value for one in loaded]
         return Batch(

@@ -34,6 +34,7 @@ STREAMS = {
     "dropout": 15,
     "copies": 16,
     "teachers": 17,
+    "image_size": 18,
 }
 
 _WORD = np.uint64(0xFFFFFFFF)

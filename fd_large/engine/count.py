@@ -15,6 +15,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -176,6 +177,7 @@ def count(
     frozen_bfloat16: bool,
     checkpointing: Iterable[bool] = (False, True),
     micro_batch_size: int = 1,
+    image_size: int = 0,
 ) -> dict[bool, Counts]:
     """Counts a micro-batch of a job's task as a device would run it.
 
@@ -187,6 +189,7 @@ def count(
         checkpointing: False for no checkpoints, True for those of each `checkpoint_every`-th block
             of the student; False comes first.
         micro_batch_size: Counted alone if the task is not linear in its images.
+        image_size: Side of the images; 0: that of the job's probe batch, the largest.
 
     Returns: the counts with and without checkpoints, as asked.
     Raises: FDError: if the models cannot be built, or cannot run without values.
@@ -197,13 +200,13 @@ def count(
 
         def at(size: int, like: _One | None = None) -> _One:
             recorder = Recorder((task, *frozen), like=like.recorder.names if like else None)
-            one = run_on_shapes(task, frozen, job.probe_batch(size), recorder)
+            one = run_on_shapes(task, frozen, _probe(job, size, image_size), recorder)
             if like and len(recorder.names) != len(like.recorder.names):
                 raise NotLinear
             return one
 
         with torch.no_grad():  # Fills caches, whose tables would be counted with the first.
-            task.shapes_only(job.probe_batch(SIZES[0]))
+            task.shapes_only(_probe(job, SIZES[0], image_size))
         images = 0
         small, large = (size * job.images_together() for size in SIZES)
         for wrapped in checkpointing:
@@ -243,8 +246,22 @@ def shared_bytes(job: Job, device: choose.Device, *, frozen_bfloat16: bool) -> L
     return through(first, second, (small, large))
 
 
+def _probe(job: Job, images: int, image_size: int) -> Batch:
+    """A probe batch, of images of another side unless that is 0."""
+    batch = job.probe_batch(images)
+    if image_size:
+        shape = (*batch.images.shape[:2], image_size, image_size)
+        batch = replace(batch, images=batch.images.new_empty(shape))
+    return batch
+
+
 def step_flops(
-    job: Job, micro_batch_size: int, *, checkpointing: bool, micro_batches: int = 1
+    job: Job,
+    micro_batch_size: int,
+    *,
+    checkpointing: bool,
+    micro_batches: int = 1,
+    image_size: int = 0,
 ) -> StepFlops | None:
     """Returns the FLOPs of a micro-batch as this device runs it; None if it cannot be counted.
 
@@ -253,6 +270,7 @@ def step_flops(
         micro_batch_size: Images.
         checkpointing: Whether the student's blocks are checkpointed.
         micro_batches: Number of a rank's micro-batches in a step.
+        image_size: See `count`.
     """
     # What a CPU computes is that of fused kernels, which are counted in the shortest time.
     device = choose.Device((9, 0))
@@ -265,7 +283,8 @@ def step_flops(
             if checkpointing:
                 every = job.run.student.checkpoint_every
                 checkpoint_blocks(task.student.blocks(), mode="every", every=every)
-            recorder, batch = Recorder((task, *frozen)), job.probe_batch(micro_batch_size)
+            recorder = Recorder((task, *frozen))
+            batch = _probe(job, micro_batch_size, image_size)
             one = run_on_shapes(task, frozen, batch, recorder)
             sizes = (0, micro_batch_size)
             counts = _counts(one, one, sizes, micro_batch_size, task, frozen)

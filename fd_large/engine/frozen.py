@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -32,13 +33,21 @@ class Frozen(nn.Module):
         statistics: The normalisation that the backbone was trained with.
         image_size: Side to which the normalised images are resized (bilinear, antialiased) before
             the backbone; 0 leaves them as they are.
+        sides: The same for images of some sides, in place of `image_size`.
     """
 
-    def __init__(self, net: nn.Module, statistics: Statistics, *, image_size: int = 0) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        statistics: Statistics,
+        *,
+        image_size: int = 0,
+        sides: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self.net = net
         self.statistics = statistics
-        self.image_size = image_size
+        self.image_size, self.sides = image_size, dict(sides)
         self.requires_grad_(False)
         super().train(False)
 
@@ -49,8 +58,12 @@ class Frozen(nn.Module):
 
     def grid(self, image_size: int) -> tuple[int, int]:
         """Returns rows and columns of the map for square images of this side."""
-        side = self.image_size or image_size
+        side = self.side(image_size)
         return self.net.grid(side, side)
+
+    def side(self, image_size: int) -> int:
+        """Returns the side that the backbone sees images of a side at."""
+        return self.sides.get(image_size, self.image_size) or image_size
 
     def train(self, mode: bool = True) -> Frozen:
         """Stays in evaluation mode, whatever the parent is set to."""
@@ -63,8 +76,9 @@ class Frozen(nn.Module):
         """
         with torch.no_grad():
             pixels = normalise(images, self.statistics)
-            if self.image_size and self.image_size != pixels.shape[-1]:
-                pixels = resize_images(pixels, (self.image_size, self.image_size))
+            side = self.side(pixels.shape[-1])
+            if side != pixels.shape[-1]:
+                pixels = resize_images(pixels, (side, side))
             # Under ZeRO-3 a parameter outside its module's forward is empty but keeps its dtype.
             return self.net(pixels.to(next(self.net.parameters()).dtype))
 
@@ -74,6 +88,7 @@ def frozen_maker(
     *,
     image_size: int,
     own_image_size: int = 0,
+    sides: Mapping[int, int] = MappingProxyType({}),
     residual_dtype: Literal["compute", "float32"] = "compute",
     before_norm: bool = False,
     **options: Any,
@@ -85,6 +100,7 @@ def frozen_maker(
         image_size: Side of the images that the model will be given, in pixels.
         own_image_size: Side to which these are resized for it; 0 leaves them as they are, or
             resizes them to the one side that a table of positions allows.
+        sides: The same by the side of the images, where they have several.
         residual_dtype: As `Options` has it.
         before_norm: Whether the map is the one that the final norm is given.
         options: Other `Options`.
@@ -114,7 +130,8 @@ def frozen_maker(
             net.norm.register_forward_hook(lambda _norm, given, _result: given[0])
         own = stated_statistics(section) or getattr(net, "statistics", None)
         statistics = own or statistics_of(section.model, architecture)
-        return Frozen(net, statistics, image_size=0 if side == image_size else side)
+        own_side = 0 if side == image_size else side
+        return Frozen(net, statistics, image_size=own_side, sides=sides)
 
     return make
 

@@ -19,6 +19,7 @@ from fd_large.backbones.exports import Export
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.checkpoint.read import Reader
 from fd_large.checkpoint.stream import Shape
+from fd_large.data.image_sizes import ImageSizes
 from fd_large.data.labelled import open_training
 from fd_large.data.loader import Batch, ViewBatches, build_loader
 from fd_large.data.sampler import Portion
@@ -291,6 +292,9 @@ class Job:
             run.runtime.seed,
             epoch,
             mixed_among=run.batch.global_batch_size if run.data.image_mixup else 0,
+            sizes=ImageSizes(run.data.sides, run.runtime.seed, run.batch.global_batch_size)
+            if run.data.image_sizes
+            else None,
         )
 
     def view_settings(self) -> ViewSettings:
@@ -306,7 +310,7 @@ class Job:
 
     def probe_batch(self, size: int) -> Batch:
         """Makes a batch of so many of the largest images that training may see; grey ones here."""
-        side, positions = self.run.data.image_size, torch.arange(size)
+        side, positions = max(self.run.data.sides), torch.arange(size)
         images = torch.full((size, 3, side, side), 128, dtype=torch.uint8)
         return Batch(images, 0, positions, positions)
 

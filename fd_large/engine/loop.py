@@ -299,6 +299,7 @@ class Trainer:
             skipped=not moved,
             data_seconds=waited,
             students=micro_batches.students,
+            image_size=batches[-1].images.shape[-1] if self.setting.image_sizes else 0,
         )
         return agreed._replace(update=update), batches, losses
 

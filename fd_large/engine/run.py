@@ -246,6 +246,7 @@ def _trainer_of(
         log_every=run.runtime.log_every,
         max_seconds=run.optim.max_seconds,
         flops=_step_flops(job, size, opened.accumulation),
+        image_sizes=run.data.image_sizes,
         checkpoint_bytes=checkpoints.bytes,
         start=lease.start,
         owned=lease.owned,
@@ -313,14 +314,21 @@ def _log_other_length(
         )
 
 
-def _step_flops(job: Job, micro_batch_size: int, micro_batches: int) -> StepFlops | None:
-    """Counts on rank 0, which alone reports them."""
+def _step_flops(job: Job, micro_batch_size: int, micro_batches: int) -> dict[int, StepFlops]:
+    """Counts on rank 0, which alone reports them; see `Setting.flops`."""
     if not distributed.is_main():
-        return None
-    checkpointing = job.run.student.activation_checkpointing != "off"
-    return step_flops(
-        job, micro_batch_size, checkpointing=checkpointing, micro_batches=micro_batches
-    )
+        return {}
+    counted = {
+        side: step_flops(
+            job,
+            micro_batch_size,
+            checkpointing=job.run.student.activation_checkpointing != "off",
+            micro_batches=micro_batches,
+            image_size=side,
+        )
+        for side in job.run.data.image_sizes or (0,)
+    }
+    return {side: flops for side, flops in counted.items() if flops is not None}
 
 
 def hooks_of(

@@ -27,14 +27,20 @@ OWN_FIELDS = (
 """Fields of the section student that a user sets for named models; the others come with them."""
 
 
-def make_student(student: Student, *, image_size: int = 0, sequential_stages: int = 0) -> nn.Module:
+def make_student(
+    student: Student,
+    *,
+    image_size: int = 0,
+    sequential_stages: int = 0,
+    resizes_positions: bool = False,
+) -> nn.Module:
     """Constructs the student, with random weights from torch's global generator.
 
     Args:
         student: The recipe's section.
         image_size: Side of the images, in pixels, that a table of positions is made for; 0: the
             side that the architecture states.
-        sequential_stages: See `backbones.registry.build`.
+        sequential_stages, resizes_positions: See `backbones.family.Options`.
 
     Raises: ConfigError: if the model cannot be trained.
     """
@@ -48,6 +54,7 @@ def make_student(student: Student, *, image_size: int = 0, sequential_stages: in
         attention_memory=attention_memory(student.attention_memory),
         sequential_stages=sequential_stages,
         is_trained=True,
+        resizes_positions=resizes_positions,
     )
     if not student.init and any(isinstance(module, _BatchNorm) for module in net.modules()):
         raise ConfigError(

@@ -31,6 +31,10 @@ class Line(NamedTuple):
     def __add__(self, other: Line) -> Line:  # type: ignore[override]
         return Line(self.fixed + other.fixed, self.each + other.each)
 
+    def scaled(self, factor: float) -> Line:
+        """Returns the line of the number times a factor."""
+        return Line(factor * self.fixed, factor * self.each)
+
 
 NOTHING = Line(0, 0)
 
@@ -41,14 +45,14 @@ class Product(NamedTuple):
     Attributes:
         phase: Where they run.
         again: Whether they compute again what forward has computed.
-        times: How many they are.
+        times: How many they are; a mean over image sizes may be no whole number.
         flops: FLOPs of one.
         moved: Bytes that one reads and writes.
     """
 
     phase: str
     again: bool
-    times: int
+    times: float
     flops: Line
     moved: Line
 
@@ -63,9 +67,15 @@ class StepFlops(NamedTuple):
         frozen: The part of frozen models in both, which several students share.
     """
 
-    model: int
-    hardware: int
-    frozen: int = 0
+    model: float
+    hardware: float
+    frozen: float = 0
+
+    def shared_by(self, students: int) -> StepFlops:
+        """Returns what one of several students counts, with its part of the frozen models."""
+        of_others = self.frozen * (1 - 1 / students)
+        own = self.frozen - of_others
+        return StepFlops(self.model - of_others, self.hardware - of_others, own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +101,8 @@ class Counts:
     products: tuple[Product, ...]
     again: Line
     moved: Mapping[str, Line]
-    calls: Mapping[str, int]
-    modules: Mapping[str, int]
+    calls: Mapping[str, float]
+    modules: Mapping[str, float]
     kept: Line
     peak: tuple[Line, ...]
     student: tuple[tuple[int, int], ...]
@@ -124,14 +134,14 @@ class Counts:
     def flops(self, phase: Phase, images: int) -> int:
         """Returns the FLOPs of a phase, without what is computed again."""
         own = [p for p in self.products if p.phase == phase and not p.again]
-        total = sum(p.times * p.flops.at(images) for p in own)
+        total = round(sum(p.times * p.flops.at(images) for p in own))
         return total - (self.again.at(images) if phase == "backward" else 0)
 
     def step_flops(self, images: int) -> StepFlops:
         """Returns the FLOPs of a micro-batch."""
         return StepFlops(
             model=sum(self.flops(phase, images) for phase in ("inference", "forward", "backward")),
-            hardware=sum(p.times * p.flops.at(images) for p in self.products),
+            hardware=round(sum(p.times * p.flops.at(images) for p in self.products)),
             frozen=self.flops("inference", images),
         )
 
@@ -192,6 +202,37 @@ def of_students(each: Sequence[Counts], shared: Line = NOTHING) -> Counts:
         peak=highest([line for counts in each for line in counts.peak]),
         student=tuple(tensors for counts in each for tensors in counts.student),
         held=max((counts.held for counts in each), key=lambda line: line.each) + shared,
+        **by_phase,
+    )
+
+
+def of_sizes(each: Sequence[Counts]) -> Counts:
+    """Returns the counts of a run whose steps have images of several sizes, equally often.
+
+    What is computed, moved and called is the mean; what lives, and lives at the most, the largest.
+
+    Args:
+        each: The counts at each size; the last has the largest images.
+    """
+    if len(each) == 1:
+        return each[0]
+    share = 1 / len(each)
+    by_phase = {
+        name: {
+            phase: total.scaled(share) if isinstance(total, Line) else share * total
+            for phase, total in _added([getattr(counts, name) for counts in each]).items()
+        }
+        for name in ("moved", "calls", "modules")
+    }
+    return replace(
+        each[-1],
+        products=tuple(
+            product._replace(times=share * product.times)
+            for counts in each
+            for product in counts.products
+        ),
+        again=reduce(add, [counts.again for counts in each]).scaled(share),
+        peak=highest([line for counts in each for line in counts.peak]),
         **by_phase,
     )
 

@@ -211,7 +211,7 @@ def seconds_of(counts: Counts, images: int, rates: Rates) -> tuple[float, float]
     return matrix, sum(line.at(images) for line in counts.moved.values()) / rates.bandwidth
 
 
-def _hooked(counts: Counts, candidate: Candidate) -> int:
+def _hooked(counts: Counts, candidate: Candidate) -> float:
     """Returns the forwards and backwards of modules around which DeepSpeed's hooks run."""
     modules, hooked = counts.modules, 0
     if candidate.stage == 3:  # Forward, backward, what backward computes again, a first pass.

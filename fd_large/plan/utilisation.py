@@ -8,6 +8,8 @@ of all: the students' numbers add up to those of the card.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from fd_large.plan.counts import StepFlops
 from fd_large.plan.rates import CARDS
 
@@ -22,30 +24,25 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def shares(
-    step: StepFlops | None,
-    peak: float | None,
-    *,
-    micro_batches: int,
-    seconds: float,
-    frozen: float | None = None,
+    steps: Iterable[StepFlops], peak: float | None, *, micro_batches: int, seconds: float
 ) -> dict[str, float]:
     """Returns tflops_per_gpu, mfu and hardware_utilisation, as far as they are known.
 
     Args:
-        step: FLOPs of one micro-batch on one rank; None if they are unknown.
+        steps: FLOPs of one micro-batch on one rank in each step; none if they are unknown.
         peak: Peak FLOP/s of the card; None if it is unknown, as on CPUs.
-        micro_batches: Micro-batches that a rank computed.
-        seconds: Seconds in which it did.
-        frozen: Micro-batches of the frozen models that count: a half of each that two students
-            share. None: all.
+        micro_batches: Micro-batches of a rank in a step.
+        seconds: Seconds in which it computed them.
     """
-    if step is None or not micro_batches or seconds <= 0:
+    counted = list(steps)
+    if not counted or seconds <= 0:
         return {}
-    of_others = step.frozen * (0 if frozen is None else micro_batches - frozen)
-    model = (step.model * micro_batches - of_others) / seconds
+    model, hardware = (
+        sum(getattr(step, name) for step in counted) * micro_batches / seconds
+        for name in ("model", "hardware")
+    )
     known = {"tflops_per_gpu": model / 1e12}
     if peak:
         known["mfu"] = model / peak
-        hardware = step.hardware * micro_batches - of_others
-        known["hardware_utilisation"] = hardware / seconds / peak
+        known["hardware_utilisation"] = hardware / peak
     return known

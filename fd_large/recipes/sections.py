@@ -240,6 +240,10 @@ class Data:
     cache_gb: float = 50.0
     # Side of the square crop, in pixels.
     image_size: int = 224
+    # Sides of the crop in a run at several resolutions, data.image_size among them: each step draws
+    # one of them for all its images. Evaluations, and tables of positions, have data.image_size.
+    # Empty: all steps have it.
+    image_sizes: tuple[int, ...] = ()
     # Smallest area of a crop, as a fraction of the image's area in (0, 1]. 1 takes the whole image.
     min_crop_scale: float = 0.08
     # Strength of random changes of brightness, contrast, saturation and (at a quarter of it) hue,
@@ -263,6 +267,22 @@ class Data:
     def __post_init__(self) -> None:
         check_types(self, "data")
         at_least("data.image_size", self.image_size, 1, "pixels")
+        named = " ".join(map(str, self.image_sizes))
+        require(
+            len(set(self.image_sizes)) == len(self.image_sizes),
+            "data.image_sizes: each size at most once",
+            named,
+            "different numbers",
+        )
+        for side in self.image_sizes:
+            at_least("data.image_sizes", side, 1, "pixels")
+        require(
+            self.image_size in self.sides,
+            "data.image_size: not one of data.image_sizes",
+            self.image_size,
+            f"one of {named}",
+            "Set --data.image_size to the size of evaluations",
+        )
         require(
             0 < self.min_crop_scale <= 1,
             "data.min_crop_scale: invalid fraction",
@@ -278,6 +298,11 @@ class Data:
         at_least("data.max_pixels", self.max_pixels, 1, "pixels")
         at_least("data.workers", self.workers, 0, "processes")
         positive("data.cache_gb", self.cache_gb)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Sides of the crops of all steps, in pixels."""
+        return self.image_sizes or (self.image_size,)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ OF_VIEWS_WITHOUT_LABELS = (
     "data.color_jitter",
     "data.grayscale_probability",
     "data.image_mixup",
+    "data.image_sizes",
     "eval.views",
     "eval.knn_root",
     "eval.knn_every",

@@ -25,7 +25,8 @@ FAILED, INTERRUPTED = "failed", "interrupted"
 
 Row = dict[str, Any]
 """A line of metrics.jsonl: update (from 0), epoch, loss, grad_norm, learning_rate, and skipped:
-true where weights stayed. The same in all rows of an interval: images_per_second (of all ranks),
+true where weights stayed; in a run at several image sizes also image_size, the side of the step's
+images. The same in all rows of an interval: images_per_second (of all ranks),
 data_wait (share of the time that rank 0 waited for images), memory_bytes (the most that rank 0
 has held so far), and, where the models are countable, tflops_per_gpu, and where the card's peak is
 known, mfu and hardware_utilisation (plan/utilisation.py; those of several students add up)."""
@@ -87,7 +88,9 @@ class Setting:
         accumulation: Micro batches per step.
         world_size: Number of ranks.
         log_every: Steps between two looks at the numbers.
-        flops: FLOPs of a micro batch on one rank; None if they are not countable.
+        flops: FLOPs of a micro batch on one rank, by the side of its images where these have
+            several, else under 0; empty if they are not countable.
+        image_sizes: Sides of which each step's images have one; empty: they are all alike.
         checkpoint_bytes: Size of a whole checkpoint, over all ranks.
         start: Id of this start of the run.
         owned: Returns whether this start still owns the folder.
@@ -107,7 +110,8 @@ class Setting:
     world_size: int
     log_every: int
     max_seconds: float = 0.0
-    flops: StepFlops | None = None
+    flops: Mapping[int, StepFlops] = field(default_factory=dict)
+    image_sizes: tuple[int, ...] = ()
     checkpoint_bytes: int = 0
     start: str = ""
     owned: Callable[[], bool] = lambda: True
@@ -137,6 +141,7 @@ class Update:
         skipped: Whether weights and moments stayed as they were.
         data_seconds: Seconds that this rank waited for its images; differs between ranks.
         students: Students that take the step together, on one pass of the frozen models.
+        image_size: Side of the step's images, in pixels, where the run has several; else 0.
     """
 
     index: int
@@ -148,6 +153,7 @@ class Update:
     skipped: bool = False
     data_seconds: float = 0.0
     students: int = 1
+    image_size: int = 0
 
 
 @dataclass(frozen=True)

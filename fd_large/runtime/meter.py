@@ -10,7 +10,8 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +65,10 @@ class Meter(Hook):
         on_gpu = device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
         self._trackers.tell("on_start", setting)
-        self._seconds = self._interval_seconds = self._waited = self._frozen = 0.0
+        self._seconds = self._interval_seconds = self._waited = 0.0
+        # Steps by the size of their images and the students that shared them, seconds by the size.
+        self._timed: Counter[tuple[int, int]] = Counter()
+        self._seconds_of: defaultdict[int, float] = defaultdict(float)
         self._mark = time.perf_counter()
 
     def after_update(self, update: Update) -> None:
@@ -75,7 +79,8 @@ class Meter(Hook):
             # The first step also allocates and compiles: no part of the run's speed.
             self._seconds += now - self._mark
             self._waited += update.data_seconds
-            self._frozen += 1 / update.students
+            self._timed[update.image_size, update.students] += 1
+            self._seconds_of[update.image_size] += now - self._mark
         self._mark = now
         self._pending.append(update)
         self._total = update.total
@@ -147,21 +152,29 @@ class Meter(Hook):
             "loss_end": loss_end,
             **setting.evaluated(first, last),
             "images_per_second": images / self._seconds if images > 0 else None,
-            **self._shares(timed, self._frozen, self._seconds),
+            **self._speed_of_sizes(),
+            **self._shares(self._timed.elements(), self._seconds),
             "data_wait": self._waited / self._seconds if timed else None,
             "peak_memory_bytes": peak_memory,
         }
 
-    def _shares(self, steps: int, frozen: float, seconds: float) -> dict[str, float]:
-        """The utilisation in so many steps, and so many of frozen models."""
-        count = self._setting.accumulation
-        return shares(
-            self._setting.flops,
-            self._peak,
-            micro_batches=steps * count,
-            frozen=frozen * count,
-            seconds=seconds,
-        )
+    def _speed_of_sizes(self) -> dict[str, dict[int, float]]:
+        """Images per second by the side of the images, in a run at several sizes."""
+        if not self._setting.image_sizes:
+            return {}
+        steps: Counter[int] = Counter()
+        for (size, _), number in self._timed.items():
+            steps[size] += number
+        images = self._setting.global_batch_size
+        of_sizes = {size: steps[size] * images / self._seconds_of[size] for size in sorted(steps)}
+        return {"images_per_second_of_sizes": of_sizes}
+
+    def _shares(self, steps: Iterable[tuple[int, int]], seconds: float) -> dict[str, float]:
+        """The utilisation in steps that are given by image size and number of students."""
+        flops = self._setting.flops
+        counted = [flops[size].shared_by(students) for size, students in steps if size in flops]
+        accumulation = self._setting.accumulation
+        return shares(counted, self._peak, micro_batches=accumulation, seconds=seconds)
 
     def _flush(self) -> None:
         if not self._pending:
@@ -173,7 +186,7 @@ class Meter(Hook):
             return
         interval = {
             "images_per_second": len(pending) * self._setting.global_batch_size / seconds,
-            **self._shares(len(pending), sum(1 / one.students for one in pending), seconds),
+            **self._shares([(one.image_size, one.students) for one in pending], seconds),
             "data_wait": sum(update.data_seconds for update in pending) / seconds,
             "memory_bytes": peak_memory_bytes(),
         }
@@ -185,6 +198,7 @@ class Meter(Hook):
                 "grad_norm": update.grad_norm,
                 "learning_rate": update.learning_rate,
                 **interval,
+                **({"image_size": update.image_size} if update.image_size else {}),
                 **({"skipped": True} if update.skipped else {}),
             }
             for update in pending

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from fd_large.backbones.position_tables import progression, spline_matrix
 from fd_large.errors import WeightsError
 
 
@@ -88,27 +89,6 @@ def square_side(cells: int, *, where: str = "weights") -> int:
     return side
 
 
-def progression(old: int, new: int) -> np.ndarray:
-    """Returns where the old offsets lie on the axis of the new ones: (old,) float64.
-
-    Offset k lies at 1 + q + ... + q^(k-1), with q such that the outermost reaches the new
-    outermost; q is sought by bisection between 1.01 and 1.5 to a millionth, as published.
-
-    Args:
-        old: Odd number of old offsets, 2n - 1.
-        new: Odd number of new offsets.
-    """
-    low, high = 1.01, 1.5
-    while high - low > 1e-6:
-        q = (low + high) / 2
-        if (1 - q ** (old // 2)) / (1 - q) > new // 2:
-            high = q
-        else:
-            low = q
-    half = np.cumsum([q**k for k in range(old // 2)]) if old > 1 else np.empty(0)
-    return np.concatenate([-half[::-1], [0.0], half])
-
-
 @lru_cache(maxsize=16)
 def _spline_matrix(old: int, new: int) -> np.ndarray:
     """What a spline through the old offsets makes of the new: (new, old) float64."""
@@ -116,36 +96,3 @@ def _spline_matrix(old: int, new: int) -> np.ndarray:
     wanted = np.arange(new, dtype=np.float64) - new // 2
     # Beyond the outermost old offset its value holds.
     return spline_matrix(at, np.clip(wanted, at[0], at[-1]))
-
-
-def spline_matrix(knots: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The cubic spline through values at knots, as a matrix: (points, knots) float64.
-
-    The ends are "not a knot": the first two pieces are one cubic, and the last two. Up to four
-    values make a single polynomial.
-
-    Args:
-        knots: Rising.
-        points: Within the knots.
-    """
-    n = len(knots)
-    if n < 5:
-        vandermonde = np.vander(knots, n)
-        return np.vander(points, n) @ np.linalg.inv(vandermonde)
-    h = np.diff(knots)
-    # Second derivatives at the knots from values: left @ second = right @ values.
-    left, right = np.zeros((n, n)), np.zeros((n, n))
-    for i in range(1, n - 1):
-        left[i, i - 1 : i + 2] = h[i - 1], 2 * (h[i - 1] + h[i]), h[i]
-        right[i, i - 1 : i + 2] = 6 / h[i - 1], -6 / h[i - 1] - 6 / h[i], 6 / h[i]
-    left[0, :3] = h[1], -h[0] - h[1], h[0]
-    left[-1, -3:] = h[-1], -h[-2] - h[-1], h[-2]
-    second = np.linalg.solve(left, right)
-    piece = np.clip(np.searchsorted(knots, points, side="right") - 1, 0, n - 2)
-    a, b = (knots[piece + 1] - points)[:, None], (points - knots[piece])[:, None]
-    width, values = h[piece][:, None], np.eye(n)
-    return (
-        (second[piece] * a**3 + second[piece + 1] * b**3) / (6 * width)
-        + (values[piece] / width - second[piece] * width / 6) * a
-        + (values[piece + 1] / width - second[piece + 1] * width / 6) * b
-    )

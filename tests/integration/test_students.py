@@ -15,6 +15,7 @@ from fd_large.checkpoint.read import newest_sound
 
 STEPS = 5
 SHARED = f"--optim.max_steps {STEPS} --runtime.save_every 2 --optim.ema_decay 0.9".split()
+SHARED += ["--data.image_sizes", "16", "32"]
 SHAPE = {
     "architecture.depths": "1 1",
     "architecture.num_heads": "1 2",

@@ -34,9 +34,10 @@ from fd_large.backbones.initialization import (
     scheme,
 )
 from fd_large.backbones.layers import AddNorm, LayerNorm, Linear, Mlp, PatchEmbed, residual_dtype
+from fd_large.backbones.position_tables import Grid, fit_offsets, fit_positions
 from fd_large.backbones.token_positions import TokenPositions, image_positions, window_positions
 from fd_large.backbones.vit.architecture import ViTArchitecture
-from fd_large.errors import ShapeError
+from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels.residual_norm import add_branch
 from fd_large.kernels.window_attention import image_attention, window_attention
 from fd_large.kernels.window_attention_reference import Memory
@@ -60,6 +61,8 @@ class ViT(nn.Module):
     Args:
         image_size: Side or (height, width) in pixels of the images that positions are made for.
         in_chans: Channels of the images.
+        resizes_positions: Whether positions are resized, in each forward, to images of another
+            size (position_tables.py); otherwise these are refused.
 
     Attributes:
         width: Channels of the map.
@@ -100,8 +103,16 @@ class ViT(nn.Module):
         attention_memory: Memory = "keep",
         residual_dtype: str = "compute",
         initialization: Initialization = "fd",
+        resizes_positions: bool = False,
     ):
         super().__init__()
+        if resizes_positions and relative_position == "block":
+            raise ConfigError(
+                "architecture.relative_position: one table of positions is resized to images of "
+                "several sizes; got 'block', expected 'shared' or 'none'. Set it, or leave "
+                "--data.image_sizes out."
+            )
+        self.resizes_positions = resizes_positions
         initial = scheme(_SCHEMES, initialization)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.width, self.patch_size, self.stride = embed_dim, patch_size, patch_size
@@ -191,7 +202,7 @@ class ViT(nn.Module):
             )
         grid = height // p, width // p
         has_positions = self.has_relative_position or self.pos_embed is not None
-        if has_positions and grid != self.image_grid:
+        if has_positions and grid != self.image_grid and not self.resizes_positions:
             rows, columns = self.image_grid
             raise ShapeError(
                 f"vit: positions are made for another image size; got {grid[0]}x{grid[1]} patches "
@@ -229,13 +240,13 @@ class ViT(nn.Module):
         Yields: (B, prefix tokens + N, C), the distillation token among them where there is one.
         """
         grid = self.grid(*images.shape[-2:])
-        x, scales, table = self._before_blocks(images, keep)
+        x, scales, table = self._before_blocks(images, keep, grid)
         for i, block in enumerate(self.blocks):
             x = block(x, None if scales is None else scales[2 * i : 2 * i + 2], table, grid)
             yield x
 
     def _before_blocks(
-        self, images: Tensor, keep: Tensor | None
+        self, images: Tensor, keep: Tensor | None, grid: Grid
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The tokens, the scales of the branches, and the shared table of position biases."""
         batch_size = images.shape[0]
@@ -245,10 +256,29 @@ class ViT(nn.Module):
         prefix = [t for t in (self.cls_token, self.dist_token) if t is not None]
         x = torch.cat([t.to(dtype).expand(batch_size, -1, -1) for t in prefix] + [patches], dim=1)
         if self.pos_embed is not None:
-            x = x + self.pos_embed.to(dtype)
+            x = x + self._positions(grid).to(dtype)
         if self.norm_pre is not None:
             x = self.norm_pre(x)
-        return x, scales, None if self.rel_pos_bias is None else self.rel_pos_bias()
+        return x, scales, None if self.rel_pos_bias is None else self._offsets(grid)
+
+    def _positions(self, grid: Grid) -> Tensor:
+        """The absolute positions of prefix tokens and patches, (1, prefix + N, C)."""
+        if grid == self.image_grid:
+            return self.pos_embed
+        prefix = self.pos_embed.shape[1] - self.image_grid[0] * self.image_grid[1]
+        patches = fit_positions(self.pos_embed, self.image_grid, grid).flatten(1, 2)
+        return torch.cat([self.pos_embed[:, :prefix].to(patches.dtype), patches], dim=1)
+
+    def _offsets(self, grid: Grid) -> Tensor:
+        """The shared table of relative positions, whose last rows are those of the CLS token."""
+        table = self.rel_pos_bias()
+        if grid == self.image_grid:
+            return table
+        rows, columns = self.image_grid
+        patches, prefix = table.split(
+            [(2 * rows - 1) * (2 * columns - 1), 3 if self.cls_token is not None else 0]
+        )
+        return torch.cat([fit_offsets(patches, self.image_grid, grid), prefix])
 
 
 class Blocks(nn.ModuleList):
@@ -432,4 +462,5 @@ def _float32(table: Tensor) -> Tensor:
 def build(a: ViTArchitecture, options: Options) -> ViT:
     """Builds a model with fresh weights."""
     own = {name: value for name, value in vars(a).items() if name not in _POSITIONAL}
+    own["resizes_positions"] = options.resizes_positions
     return ViT(a.embed_dim, a.depths[0], a.num_heads[0], **own, **options.of_all())

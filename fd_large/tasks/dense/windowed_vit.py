@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fd_large.backbones.drop_path import branch_scales
 from fd_large.backbones.layers import residual_dtype
+from fd_large.backbones.position_tables import fit_offsets, fit_positions
 from fd_large.backbones.vit.vit import ViT
 from fd_large.errors import ConfigError
-from fd_large.tasks.dense.position_table import fit_offsets
 
 NUM_GLOBAL_BLOCKS = 4
 
@@ -62,7 +62,7 @@ def windowed_map(vit: ViT, pixels: Tensor, keep: Tensor | None) -> Tensor:
     x = vit.patch_embed(pixels, dtype)  # (B, H/p, W/p, C)
     grid = (x.shape[1], x.shape[2])
     if vit.pos_embed is not None:
-        x = x + _positions(vit.pos_embed, vit.image_grid, grid).to(dtype)
+        x = x + fit_positions(vit.pos_embed, vit.image_grid, grid).to(dtype)
     if vit.norm_pre is not None:
         x = vit.norm_pre(x)
     window = vit.image_grid[0]
@@ -79,12 +79,3 @@ def windowed_map(vit: ViT, pixels: Tensor, keep: Tensor | None) -> Tensor:
         else:
             x = block(x, sites, inside, grid, window)
     return x.unflatten(1, grid)
-
-
-def _positions(embedding: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Absolute positions of patches on another grid, bicubic: (1, H, W, C), float32 at least."""
-    patches = embedding[:, embedding.shape[1] - old[0] * old[1] :].float()
-    grid = rearrange(patches, "one (h w) c -> one c h w", h=old[0])
-    if old != new:
-        grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
-    return grid.permute(0, 2, 3, 1)

@@ -91,6 +91,8 @@ from fd_large.tasks.distillation.teacher import PlacedTeacher, place
 from fd_large.tasks.distillation.teacher_grids import (
     called,
     grid_of,
+    grid_of_student,
+    sides_of,
     source_flag,
     teacher_maker,
     with_grid,
@@ -260,6 +262,7 @@ class DistillationJob(Job):
             ),
             *(partial(self._check_cache, name) for name in self._caches),
             self._check_views,
+            self._check_sizes,
             super().check,
         )
 
@@ -278,6 +281,17 @@ class DistillationJob(Job):
             f"{self.run.data.image_mixup} with {self.run.task.distillation.views} views",
             "False",
             "Leave it out, or set --task.distillation.views 0",
+        )
+
+    def _check_sizes(self) -> None:
+        """Refuses images of several sizes beside stored maps, which are of one."""
+        stored = self._caches or self.run.task.distillation.cache
+        require(
+            not (self.run.data.image_sizes and stored),
+            "data.image_sizes: stored maps are of views of one size",
+            f"{' '.join(map(str, self.run.data.image_sizes))} beside cached targets",
+            "none",
+            "Leave it out, or name the teacher itself",
         )
 
     def _check_cache(self, name: str) -> None:
@@ -422,12 +436,29 @@ class DistillationJob(Job):
         with torch.device("meta"):
             teachers = self.make_teachers()
             task = self.task_around(teachers)
+        sizes = self.run.data.sides
+        check_all(*(partial(self._check_size, task, teachers, size) for size in sizes))
+        models = [task, *(teachers[name] for name in teachers.keys() - self._caches.keys())]
+        return tuple(p.numel() for model in models for p in model.parameters())
+
+    def _check_size(self, task: Distillation, teachers: Mapping[str, Frozen], size: int) -> None:
+        """Refuses models and heads that do not take images of a size; says how their maps meet.
+
+        Args:
+            task: The task around `teachers`, on the meta device.
+            teachers: The teachers by name.
+            size: Side of the student's images, in pixels.
+        """
         run = self._settled
-        size = run.data.image_size
-        grid = grid_of("student", task.student.grid, size)
+        grid = grid_of_student(task.student, size, several=bool(run.data.image_sizes))
+        for target in task.targets:
+            width = teachers[target.teacher].width
+            chosen = run.taught_by[target.teacher].setting("head", target.kind)
+            with told_of(target.teacher, target.kind):
+                self._check_head(task, target, chosen, width, size)
         for name, entry in run.taught_by.items():
             teacher, title = teachers[name], called(name)
-            side = teacher.image_size or size
+            side = teacher.side(size)
             if resolve(entry.model, entry.architecture).code:
                 where = source_flag(name).removeprefix("--")
                 check_map(teacher.net, side, is_trained=False, where=where)
@@ -442,17 +473,12 @@ class DistillationJob(Job):
                 *(title, *theirs, side, *ours, size),
                 "equal" if ours == theirs else f"the {whose}'s map is resized (bilinear)",
             )
-        for target in task.targets:
-            width = teachers[target.teacher].width
-            chosen = run.taught_by[target.teacher].setting("head", target.kind)
-            with told_of(target.teacher, target.kind):
-                self._check_head(task, target, chosen, width)
-        models = [task, *(teachers[name] for name in teachers.keys() - self._caches.keys())]
-        return tuple(p.numel() for model in models for p in model.parameters())
 
-    def _check_head(self, task: Distillation, target: Target, name: str, width: int) -> None:
+    def _check_head(
+        self, task: Distillation, target: Target, name: str, width: int, size: int
+    ) -> None:
         """Runs a target's head, on the meta device, on what it will be given."""
-        head, size = target.head, self.run.data.image_size
+        head = target.head
         if not isinstance(head, MapHead):
             check_head(head, name, (2, 3, task.student.width), width, where=HEAD_WHERE)
             return
@@ -465,7 +491,16 @@ class DistillationJob(Job):
             )
         if target.kind == SUMMARY:
             last, *blocks = (as_map(summary(map_)) for map_ in (last, *blocks))
-        check_map_head(head, name, last, blocks, width)
+        try:
+            check_map_head(head, name, last, blocks, width)
+        except ConfigError as error:
+            if size == self.run.data.image_size:
+                raise
+            raise ConfigError(
+                f"{HEAD_WHERE}: {name} is made for the grids of one image size; got "
+                f"data.image_sizes {' '.join(map(str, self.run.data.image_sizes))}, expected none. "
+                "Leave them out, or take a head of single tokens, such as mlp."
+            ) from error
 
     @cached_property
     def _settled(self) -> Run:
@@ -486,6 +521,7 @@ class DistillationJob(Job):
                 entry,
                 run.student,
                 image_size=run.data.image_size,
+                sides=run.data.image_sizes,
                 follows=self.run.taught_by[name].architecture.image_size is None,
             )
             for name, entry in run.taught_by.items()
@@ -507,7 +543,19 @@ class DistillationJob(Job):
     def make_teacher(self, name: str) -> Frozen:
         """Constructs a teacher with random weights; "" is the name of an only one."""
         run = self._settled
-        return teacher_maker(name, run.taught_by[name], run.data.image_size)()
+        size, sides = run.data.image_size, self._sides[name]
+        return teacher_maker(name, run.taught_by[name], size, sides=sides)()
+
+    @cached_property
+    def _sides(self) -> Mapping[str, Mapping[int, int]]:
+        """Side of each teacher's images by that of the student's, where these have several."""
+        run, sides = self._settled, self.run.data.image_sizes
+        return {
+            name: sides_of(name, entry, run.student, image_size=run.data.image_size, sides=sides)
+            if sides
+            else {}
+            for name, entry in run.taught_by.items()
+        }
 
     def make_teachers(self) -> dict[str, Frozen]:
         """Constructs the teachers with random weights."""
@@ -586,7 +634,7 @@ class DistillationJob(Job):
             "teacher_hash": teacher.fingerprint,
             "layer": entry.layer,
             "image_size": size,
-            "teacher_image_size": entry.teacher_image_size,
+            "teacher_image_size": self._teacher_image_size(target.teacher),
         }
         if target.kind == SUMMARY:
             return {**facts, "kind": SUMMARY, "width": teacher.width}
@@ -621,7 +669,8 @@ class DistillationJob(Job):
             }
         )
         size = self.run.data.image_size
-        student = make_student(self.run.student, image_size=size)
+        several = bool(self.run.data.image_sizes)
+        student = make_student(self.run.student, image_size=size, resizes_positions=several)
         targets = [
             Target(
                 student.width,
@@ -913,9 +962,17 @@ class DistillationJob(Job):
         for name, reader in self._readers.items():
             entries[name] = replace(entries[name], source=reader.header.teacher["source"])
         return {
-            name or "teacher": FrozenPart(entry, entry.teacher_image_size)
+            name or "teacher": FrozenPart(entry, self._teacher_image_size(name))
             for name, entry in entries.items()
         }
+
+    def _teacher_image_size(self, name: str) -> int:
+        """Side of a teacher's images in evaluations, 0 as in `frozen_maker`."""
+        size = self._sides[name].get(
+            self.run.data.image_size, self._settled.taught_by[name].teacher_image_size
+        )
+        assert isinstance(size, int)
+        return size
 
     def in_one_process(self) -> Run:
         """Returns the recipe with the teachers whole on their rank."""

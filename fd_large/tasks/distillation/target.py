@@ -177,7 +177,7 @@ class Target:
     def given(self, grid: Grid, num_prefix_tokens: int) -> tuple[Grid, int]:
         """Returns grid and prefix tokens of what the head gives, of those of the student's map."""
         if isinstance(self.head, MapHead):
-            return self.head.grid, self.head.num_prefix_tokens
+            return self.head.grid_from(grid), self.head.num_prefix_tokens
         return grid, num_prefix_tokens
 
     def places(self, student: Grid, teacher: Grid) -> Grid:

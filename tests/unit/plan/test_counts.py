@@ -8,6 +8,7 @@ from fd_large.plan.counts import (
     Product,
     grouped,
     highest,
+    of_sizes,
     of_students,
     sizes,
     through,
@@ -73,3 +74,14 @@ def test_a_micro_batch_of_several_students_waits_until_the_step_is_over():
     counts = of_students(each, shared=Line(0, 7))
     assert counts.in_step_of(4).held == Line(0, 7)
     assert counts.in_step_of(1).held == Line(0, 0)
+
+
+def test_steps_of_several_sizes_take_the_mean_time_and_the_most_memory():
+    counts = of_sizes([of_one(teacher=100, student=30), of_one(teacher=140, student=50)])
+    assert counts.step_flops(2).model == 2 * (120 + 40)
+    assert counts.flops("forward", 1) == 40
+    assert counts.moved == {"inference": Line(0, 5), "forward": Line(1, 40)}
+    assert (counts.calls, counts.modules) == ({"inference": 4, "forward": 3}, {"forward": 2})
+    assert counts.peak_at(3) == 10 + 3 * 50
+    assert counts.kept == Line(0, 50)
+    assert counts.student == ((50, 2),)

@@ -9,21 +9,19 @@ STEP = StepFlops(model=390, hardware=490)
 
 
 def test_shares_by_hand():
-    found = shares(STEP, 1e3, micro_batches=4, seconds=2.0)
+    found = shares([STEP, STEP], 1e3, micro_batches=2, seconds=2.0)
     assert found == {
         "tflops_per_gpu": pytest.approx(390 * 4 / 2 / 1e12),
         "mfu": pytest.approx(0.78),
         "hardware_utilisation": pytest.approx(0.98),
     }
     # One of two students: a half of each of the frozen models' passes.
-    shared = STEP._replace(frozen=90)
-    part = shares(shared, 1e3, micro_batches=4, frozen=2, seconds=2.0)
+    part = shares([STEP._replace(frozen=90).shared_by(2)], 1e3, micro_batches=4, seconds=2.0)
     assert part["mfu"] == pytest.approx((390 * 4 - 90 * 2) / 2e3)
     assert part["hardware_utilisation"] == pytest.approx((490 * 4 - 90 * 2) / 2e3)
-    assert shares(shared, 1e3, micro_batches=4, frozen=4, seconds=2.0) == found
-    assert shares(STEP, None, micro_batches=4, seconds=2.0).keys() == {"tflops_per_gpu"}
-    assert shares(None, 1e3, micro_batches=4, seconds=2.0) == {}
-    assert shares(STEP, 1e3, micro_batches=0, seconds=0.0) == {}
+    assert STEP._replace(frozen=90).shared_by(1) == STEP._replace(frozen=90)
+    assert shares([STEP], None, micro_batches=4, seconds=2.0).keys() == {"tflops_per_gpu"}
+    assert shares([], 1e3, micro_batches=4, seconds=0.0) == {}
 
 
 @pytest.mark.parametrize(

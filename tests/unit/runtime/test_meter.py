@@ -114,7 +114,7 @@ def test_speed_waiting_and_memory_leave_out_the_first_update_and_the_evaluations
             super().on_evaluation(index, metrics)
 
     # Of which this one of two students counts 5.
-    flops = StepFlops(model=6e12, hardware=10e12, frozen=2e12)
+    flops = {0: StepFlops(model=6e12, hardware=10e12, frozen=2e12)}
     run_updates([Clock()], make_setting(flops=flops), 10, evaluate=(3, 6))
     written, found = rows("metrics.jsonl"), summary()
     assert written[0]["images_per_second"] == pytest.approx(4 * 8 / 106)
@@ -126,6 +126,29 @@ def test_speed_waiting_and_memory_leave_out_the_first_update_and_the_evaluations
         assert row["data_wait"] == pytest.approx(0.25)
         assert "mfu" not in row, "a CPU has no peak"
     assert written[-1]["memory_bytes"] == 123
+
+
+def test_each_step_counts_by_the_size_of_its_images(
+    make_setting, run_updates, rows, summary, monkeypatch
+):
+    now = [0.0]
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
+
+    class Clock(Meter):
+        def after_update(self, update):
+            side = 16 if update.index % 2 else 32
+            now[0] += side / 16
+            return super().after_update(replace(update, image_size=side))
+
+    flops = {side: StepFlops(model=side * 10**12, hardware=side) for side in (16, 32)}
+    setting = make_setting(flops=flops, image_sizes=(16, 32))
+    run_updates([Clock()], setting, 10)
+    written, found = rows("metrics.jsonl"), summary()
+    assert [row["image_size"] for row in written] == [32, 16] * 5
+    # Two micro batches a step; 16 TFLOP take a second.
+    assert written[0]["tflops_per_gpu"] == pytest.approx(2 * 16)
+    assert found["tflops_per_gpu"] == pytest.approx(2 * 16)
+    assert found["images_per_second_of_sizes"] == {"16": pytest.approx(8), "32": pytest.approx(4)}
 
 
 def test_a_time_box_ends_the_run_where_the_updates_say(make_setting, run_updates, summary):

@@ -24,7 +24,7 @@ def hooks():
 
 def test_every_number_has_its_curve(make_setting, run_updates, tmp_path):
     (meter,) = hooks()
-    flops = StepFlops(model=6, hardware=10)
+    flops = {0: StepFlops(model=6, hardware=10)}
     run_updates([meter], make_setting(flops=flops), 10, evaluate=(4,), end=None)
     meter.on_evaluation(10, {"held_out_cosine": 0.5, "held_out_best_constant": 0.25, "odd": 1.0})
     meter.on_end("done")

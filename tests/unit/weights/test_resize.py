@@ -4,27 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from fd_large.backbones.position_tables import progression
 from fd_large.errors import WeightsError
-from fd_large.weights.resize import (
-    progression,
-    resize_positions,
-    resize_table,
-    spline_matrix,
-    square_side,
-)
-
-
-@pytest.mark.parametrize("knots", [5, 6, 13, 27])
-def test_a_cubic_polynomial_is_met_exactly(knots):
-    """A not-a-knot spline through a cubic is that cubic; one with other ends is not."""
-    at = progression(knots, knots + 10)
-    points = np.linspace(at[0], at[-1], 31)
-
-    def cubic(x):
-        return 1 - 2 * x + 0.3 * x**2 - 0.05 * x**3
-
-    got = spline_matrix(at, points) @ cubic(at)
-    assert np.abs(got - cubic(points)).max() < 1e-10 * np.abs(cubic(points)).max()
+from fd_large.weights.resize import resize_positions, resize_table, square_side
 
 
 @pytest.mark.parametrize("old", [3, 5, 7, 27])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.initialization import NORMAL
 from fd_large.backbones.layers import Linear
+from fd_large.tasks.distillation.alignment import Grid
 from fd_large.tasks.distillation.heads.map_head import MapHead, Maps, patches_of
 
 
@@ -63,6 +64,10 @@ class Ladder(MapHead):
         self.cls = rungs() if self.num_prefix_tokens else None
         self.patch = rungs()
 
+    def grid_from(self, student: Grid) -> Grid:
+        """Returns the student's grid."""
+        return student
+
     def forward(self, student: tuple[FeatureMap, ...]) -> FeatureMap:
         """Returns CLS token, where the student has one, and patches.
 
@@ -73,7 +78,7 @@ class Ladder(MapHead):
         if self.cls is not None:
             parts.insert(0, self._sum(self.cls, [map_.tokens[:, :1] for map_ in student]))
         tokens = torch.cat(parts, dim=1)
-        return FeatureMap(tokens, self.grid, self.num_prefix_tokens)
+        return FeatureMap(tokens, student[0].grid, self.num_prefix_tokens)
 
     def _sum(self, rungs: nn.ModuleDict, tokens: list[Tensor]) -> Tensor:
         total = rungs[str(self.numbers[0])](tokens[self.numbers[0]])

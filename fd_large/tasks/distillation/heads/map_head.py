@@ -52,6 +52,14 @@ class MapHead(nn.Module):
         super().__init__()
         self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
 
+    def grid_from(self, student: Grid) -> Grid:
+        """Returns the grid of what it makes of a map; other than `grid` if it takes any map.
+
+        Args:
+            student: Rows and columns of the student's map.
+        """
+        return self.grid
+
     def forward(self, student: Any) -> FeatureMap:
         """Returns a map of `teacher_width` channels.
 
@@ -136,7 +144,7 @@ def check_map_head(
 
     Raises: ConfigError: if that fails, or gives something else than the head says.
     """
-    rows, columns = head.grid
+    rows, columns = head.grid_from(student.grid)
     wanted = (len(student.tokens), head.num_prefix_tokens + rows * columns, out_width)
     try:
         with torch.no_grad():

@@ -10,6 +10,7 @@ from torch import nn
 
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.errors import ConfigError
+from fd_large.tasks.distillation.alignment import Grid
 from fd_large.tasks.distillation.heads.map_head import (
     WHERE,
     MapHead,
@@ -100,6 +101,10 @@ class UpsamplingMLP(MapHead):
             pre_norm=pre_norm,
         )
 
+    def grid_from(self, student: Grid) -> Grid:
+        """Returns a grid u times as fine as the student's."""
+        return self.factor * student[0], self.factor * student[1]
+
     def forward(self, student: FeatureMap) -> FeatureMap:
         """Returns patches on the finer grid.
 
@@ -115,4 +120,4 @@ class UpsamplingMLP(MapHead):
             i=u,
             j=u,
         )
-        return FeatureMap(tokens, self.grid, 0)
+        return FeatureMap(tokens, self.grid_from(student.grid), 0)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fd_large.backbones.vit.vit import ViT
-from fd_large.errors import ShapeError
+from fd_large.errors import ConfigError, ShapeError
+from fd_large.weights.resize import resize_positions, resize_table
 
 STUDENT = {
     "absolute_position": False,
@@ -90,6 +91,31 @@ def test_sizes_that_do_not_fit_are_named():
         tiny(**STUDENT)(torch.zeros(1, 3, 20, 16))
     free = tiny(absolute_position=False)
     assert free(torch.zeros(1, 3, 20, 8)).grid == (5, 2)
+
+
+@pytest.mark.parametrize("options", [{}, STUDENT])
+def test_positions_are_resized_to_images_of_another_size(options):
+    net, fixed = tiny(**options, resizes_positions=True), tiny(**options)
+    images = torch.rand(2, 3, 24, 24)
+    assert torch.equal(net(images[..., :16, :16]).tokens, fixed(images[..., :16, :16]).tokens)
+    # The same as a model whose weights were resized when they were loaded.
+    torch.manual_seed(0)
+    larger = ViT(16, 2, 2, patch_size=4, image_size=24, **options)
+    with torch.no_grad():
+        for (name, theirs), own in zip(larger.named_parameters(), net.parameters(), strict=True):
+            if name == "pos_embed":
+                own = resize_positions(own, 1, 6)
+            elif "table" in name:
+                own.normal_()
+                own = resize_table(own, 11 * 11 + 3, 3)
+            theirs.copy_(own)
+    torch.testing.assert_close(net(images).tokens, larger(images).tokens)
+    net(images).tokens.square().sum().backward()
+    table = net.pos_embed if net.pos_embed is not None else next(net.rel_pos_bias.parameters())
+    assert (table.grad != 0).any(-1).all()
+    assert net(images[..., :8, :8]).grid == (2, 2)
+    with pytest.raises(ConfigError, match="relative_position"):
+        tiny(relative_position="block", resizes_positions=True)
 
 
 def test_position_tables_decay_and_tokens_do_not():

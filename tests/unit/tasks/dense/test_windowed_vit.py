@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from dense_models import mlp, norm, padded, vit_of
 from torch import Tensor, nn
 
+from fd_large.backbones.position_tables import fit_offsets
 from fd_large.errors import ConfigError
-from fd_large.tasks.dense.position_table import fit_offsets
 from fd_large.tasks.dense.windowed_vit import global_blocks, windowed_map
 
 

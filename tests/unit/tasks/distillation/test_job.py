@@ -170,6 +170,67 @@ def test_the_teachers_image_and_positions_follow(
         DistillationJob(settled).parameter_sizes()
 
 
+SIZES = {"data.image_size": 48, "data.image_sizes": (32, 48, 64)}
+FREE = {"teacher.architecture.absolute_position": False}
+
+
+@pytest.mark.parametrize(
+    ("fields", "setting", "sides", "interpolation"),
+    [
+        # Positions for one size.
+        ({}, 32, {32: 32, 48: 32, 64: 32}, "bilinear"),
+        # A model of any size, on the student's images or on those that give it the same grid.
+        (FREE, 0, {32: 32, 48: 48, 64: 64}, "none"),
+        (FREE | {"objective.teacher_image_size": 64}, 64, {32: 64, 48: 64, 64: 64}, "bilinear"),
+        (
+            FREE | {"teacher.architecture.patch_size": 16, "teacher.architecture.image_size": 64},
+            "auto",
+            {32: 64, 48: 96, 64: 128},
+            "none",
+        ),
+    ],
+)
+def test_a_teacher_has_its_size_for_each_of_the_students(
+    run, fields, setting, sides, interpolation
+):
+    automatic = {f"objective.{name}": value for name, value in AUTO.items()}
+    run = run.with_fields({**SIZES, **automatic, **fields})
+    settled = settle(run)
+    assert settled.objective.teacher_image_size == setting
+    assert settled.objective.interpolation == interpolation
+    assert settle(settled) == settled
+    job = DistillationJob(settled)
+    job.parameter_sizes()
+    teacher = job.make_teachers()[""]
+    assert {size: teacher.side(size) for size in SIZES["data.image_sizes"]} == sides
+    assert job.frozen_models()["teacher"].image_size in (sides[48], 0)
+    assert job.probe_batch(2).images.shape == (2, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"data.image_sizes": (48, 36)}, r"data\.image_sizes: 36: student"),
+        (
+            FREE | {"objective.head": "convolutional"},
+            r"objective\.head: convolutional .*data\.image_sizes",
+        ),
+        ({"objective.interpolation": "none"}, "interpolation"),
+    ],
+)
+def test_a_size_that_does_not_fit_is_refused(run, fields, named):
+    automatic = {f"objective.{name}": value for name, value in AUTO.items()}
+    run = run.with_fields({**SIZES, **automatic, **fields})
+    with pytest.raises(FDError, match=named):
+        DistillationJob(settle(run)).parameter_sizes()
+
+
+def test_stored_maps_are_of_one_size(run, tmp_path):
+    cache = {"task.distillation.views": 1, "task.distillation.cache": str(tmp_path)}
+    with pytest.raises(FDError, match=r"^data\.image_sizes: stored maps"):
+        DistillationJob(run.with_fields({**SIZES, **cache})).check()
+
+
 def settle(run):
     return DistillationJob(run).settle(Sources())
 

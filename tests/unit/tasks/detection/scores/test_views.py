@@ -8,10 +8,10 @@ import pytest
 import torch
 from detection_batches import batch_of, boxes, narrow_run
 
+from fd_large.backbones.position_tables import fit_offsets
 from fd_large.engine.forward_backward import prepared
 from fd_large.tasks.dense import windowed_vit
 from fd_large.tasks.dense.geometry import padded
-from fd_large.tasks.dense.position_table import fit_offsets
 from fd_large.tasks.detection.heads.roi_heads import Candidates
 from fd_large.tasks.detection.heads.rpn import Proposals
 from fd_large.tasks.detection.heads.selection import Selection

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from fd_large.tasks.dense.position_table import fit_offsets
+from fd_large.backbones.position_tables import fit_offsets, progression, spline_matrix
 
 
 def test_offsets_stay_in_smaller_grids_and_stretch_in_larger_ones():
@@ -25,3 +26,16 @@ def test_offsets_stay_in_smaller_grids_and_stretch_in_larger_ones():
     assert (distance[4:].diff() > 0).all()
     outer.sum().backward()
     assert table.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("knots", [5, 6, 13, 27])
+def test_a_cubic_polynomial_is_met_exactly(knots):
+    """A not-a-knot spline through a cubic is that cubic; one with other ends is not."""
+    at = progression(knots, knots + 10)
+    points = np.linspace(at[0], at[-1], 31)
+
+    def cubic(x):
+        return 1 - 2 * x + 0.3 * x**2 - 0.05 * x**3
+
+    got = spline_matrix(at, points) @ cubic(at)
+    assert np.abs(got - cubic(points)).max() < 1e-10 * np.abs(cubic(points)).max()
