@@ -251,14 +251,14 @@ def load_student(
         named = find_model(os.fspath(run), job_of)
         backbone, statistics = named.build()
     # Not all of `named`, whose weights keep files open.
-    job, source = named.trained_by, named.source
+    job, source = named.trained_by, named.checkpoint or Path(named.source)
     has_heads = named.section.source != RANDOM
 
     def heads() -> Mapping[str, Any]:
         if not has_heads:
             return {}
         with torch.random.fork_rng(devices=cuda_devices()):
-            return heads_of(job, Path(source))
+            return heads_of(job, source)
 
     return TrainedModel(
         backbone,

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +143,8 @@ def _of_task(named: NamedModel, job: Job, sample: Sample) -> tuple[Task, Loss]:
     classes = job.classes()
     known = None if classes is None else torch.from_numpy(sample.labels(classes))
     job.build(bfloat16=False, node_size=1, persistence_threshold=0)
-    reader = stream.newest(Path(named.source), where="diagnose")
+    assert named.checkpoint is not None  # It is a run's student.
+    reader = stream.newest(named.checkpoint, where="diagnose")
     task = stored_task(job.make_task, reader, kind=stream.outcome(reader))
     task.to(distributed.device()).eval()
 

@@ -14,6 +14,7 @@ from fd_large import distributed
 from fd_large.backbones.registry import family_of_source, own_image_size
 from fd_large.backbones.statistics import Statistics
 from fd_large.checkpoint import store, stream
+from fd_large.checkpoint.read import Reader
 from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.frozen import frozen_maker, frozen_weights
 from fd_large.engine.job import Job, JobOf
@@ -42,6 +43,8 @@ class NamedModel:
         trained_by: Job of the run whose student it is; None: it is not a run's student.
         seed: Seed of the run that it belongs to; decides random weights.
         weights: The sources that have opened its weights.
+        checkpoint: The checkpoint of which its run's recipe was read, and all else is to be: a run
+            that still trains writes newer ones. None: it is not a run's.
     """
 
     label: str
@@ -51,6 +54,7 @@ class NamedModel:
     trained_by: Job | None = None
     seed: int = 0
     weights: Sources = field(default_factory=Sources, compare=False, repr=False)
+    checkpoint: Path | None = None
 
     @property
     def architecture(self) -> FamilyArchitecture:
@@ -94,13 +98,13 @@ def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel
     # Nothing here has a flag for image statistics, and those of a run were settled before.
     weights = sources_of(job_of, guesses=True)
     folder, sign, part = source.rpartition("#")
-    job = _job_of(Path(folder), job_of) if sign else None
-    if job is None:
+    checkpoint = _checkpoint_of(Path(folder)) if sign else None
+    if checkpoint is None:
         folder, part = source, ""
-        job = _job_of(Path(folder), job_of)
-    if job is None or part == _STUDENT:
+        checkpoint = _checkpoint_of(Path(folder))
+    if checkpoint is None or part == _STUDENT:
         return _of_weights(source, image_size, weights)
-    path = Path(folder)
+    job, path = job_of(checkpoint.manifest["recipe"]), Path(folder)
     label = path.resolve().name
     if label.startswith("step_"):
         label = f"{path.resolve().parents[1].name} {label}"
@@ -128,15 +132,16 @@ def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel
         if not image_size:
             size = _seen_size(section, size, models[part].image_size)
         return NamedModel(f"{label}: {part}", source, section, size, seed=seed, weights=weights)
+    found = str(checkpoint.path)
     architecture = Architecture()
     if image_size:
         architecture = _sized(whole, architecture, size)
     section = settle_model(
-        FrozenModel(source=source, architecture=architecture), weights, where=_WHERE
+        FrozenModel(source=found, architecture=architecture), weights, where=_WHERE
     )
     if not image_size:
         size = _seen_size(section, size)
-    return NamedModel(label, source, section, size, job, seed, weights=weights)
+    return NamedModel(label, source, section, size, job, seed, weights, checkpoint.path)
 
 
 def find_models(sources: Sequence[str], job_of: JobOf, *, image_size: int = 0) -> list[NamedModel]:
@@ -167,11 +172,11 @@ def slug(label: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", label).strip("_")
 
 
-def _job_of(path: Path, job_of: JobOf) -> Job | None:
-    """Returns the job of a run, or of a checkpoint by its own path; None: neither."""
+def _checkpoint_of(path: Path) -> Reader | None:
+    """Returns a run's newest checkpoint, or the one of that path; None: it is neither's."""
     if store.manifest_of(path) is None and not store.checkpoints_of(path).is_dir():
         return None
-    return job_of(stream.newest(path, where=str(path)).manifest["recipe"])
+    return stream.newest(path, where=str(path))
 
 
 def _of_weights(source: str, image_size: int, weights: Sources) -> NamedModel:

@@ -88,6 +88,19 @@ def test_a_checkpoint_by_its_own_path(distillation):
     assert best.label == "tiny step_00000003"
 
 
+def test_recipe_and_weights_are_of_one_checkpoint_while_the_run_goes_on(distillation):
+    folder, run, task = distillation
+
+    def while_training(stored):
+        tiny_runs.store_task(folder, run, task, update=9)
+        return job_of(stored)
+
+    found = find_model(str(folder), while_training)
+    assert found.checkpoint == folder / "checkpoints" / "step_00000003"
+    assert found.section.source == str(found.checkpoint)
+    assert find_model(str(folder), job_of).checkpoint.name == "step_00000009"
+
+
 @pytest.mark.parametrize(
     ("source", "label", "size"),
     [
