@@ -264,17 +264,26 @@ def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
 
     Args:
         folder: The run's folder.
-        setting: What decides the memory of a step: ranks, DeepSpeed's JSON, checkpointing ...
+        setting: What decides the memory of a step: ranks, models, DeepSpeed's JSON, software ...
         share: Images of a rank per step.
     """
     found = None
     if distributed.is_main():
         with suppress(OSError, ValueError, KeyError, TypeError):  # Absent or damaged: measure.
-            stored = json.loads((folder / "micro_batch.json").read_text())
-            # Older files have fewer entries.
-            same = stored["setting"] and stored["setting"].items() <= setting.items()
-            if same and share % stored["micro_batch_size"] == 0:
-                found = stored["micro_batch_size"]
+            file = folder / "micro_batch.json"
+            stored = json.loads(file.read_text())
+            before, now = stored["setting"], json.loads(json.dumps(setting))
+            size = int(stored["micro_batch_size"])
+            other = [n for n in sorted({*before, *now}) if before.get(n) != now.get(n)]
+            if other:
+                log.info(
+                    "%s: %d images were found with another %s; trying micro batches anew",
+                    file,
+                    size,
+                    ", ".join(other),
+                )
+            elif share % size == 0:
+                found = size
     return distributed.broadcast_object(found)
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,13 @@ from fd_large.plan.workload import frozen_in_bfloat16
 from fd_large.recipes.run import Run
 from fd_large.recipes.stored import read_recipe
 from fd_large.runtime import logs
-from fd_large.runtime.run_folder import open_folder, source_commit, write_environment
+from fd_large.runtime.run_folder import (
+    open_folder,
+    source_commit,
+    source_hash,
+    versions,
+    write_environment,
+)
 from fd_large.runtime.trackers import trackers_of
 from fd_large.weights.source import Sources
 
@@ -364,6 +370,8 @@ def _probed(
     world_size = distributed.world_size()
     setting, *others = (_memory_of(job, config) for job, config in zip(jobs, configs, strict=True))
     setting |= micro_batch.memory_setting()
+    if distributed.is_main():
+        setting["software"] = {**versions(), "fd_large": source_hash()}
     if others:
         setting["others"] = others
     size = micro_batch.remembered(folder, setting, share)
@@ -410,9 +418,9 @@ def _memory_of(job: Job, config: dict[str, Any]) -> dict[str, Any]:
         "world_size": distributed.world_size(),
         "deepspeed": config["zero_optimization"],
         "bfloat16": config["bf16"]["enabled"],
-        "activation_checkpointing": run.student.activation_checkpointing,
-        "checkpoint_every": run.student.checkpoint_every,
-        "attention_memory": run.student.attention_memory,
+        # Whoever comes later among several students is held to no stored recipe.
+        "student": asdict(run.student),
+        "code": run.code(),
         "compile": run.engine.compile,
         "ema": bool(run.optim.ema_decay),
         "kernels": choose.wished(),

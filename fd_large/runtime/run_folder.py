@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import fd_large
 from fd_large import distributed
 from fd_large.atomic_files import write_json
 from fd_large.errors import ConfigError
@@ -89,18 +91,12 @@ def write_environment(
     if not distributed.is_main():
         return
     write_json(folder / "deepspeed.json", deepspeed_config)
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
     device = distributed.device()
     write_json(
         folder / "environment.json",
         {
             "python": sys.version.split()[0],
-            "packages": versions,
+            "packages": versions(),
             "commit": source_commit(),
             "host": platform.node(),
             "platform": platform.platform(),
@@ -231,6 +227,26 @@ def _lines_before(path: Path, update: int) -> Iterator[tuple[int, dict[str, Any]
         if not line.endswith(b"\n") or row["update"] >= update:
             return
         yield len(line), row
+
+
+def versions() -> dict[str, str | None]:
+    """Returns the versions of the packages that a run depends on; None: it is not installed."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+@cache
+def source_hash() -> str:
+    """Returns the SHA-256 of this package's own files, edited ones included."""
+    root, digest = Path(fd_large.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 @cache
