@@ -89,7 +89,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> Checksums:
 
     Args:
         path: The file.
-        tensors: Flat, contiguous, in host memory, by name.
+        tensors: Contiguous, in host memory, by name.
 
     Raises: OSError: if it cannot be written; what is there then is not whole.
     """
@@ -100,7 +100,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> Checksums:
     try:
         waiting = [memoryview(header)]
         for name in order:
-            view = tensors[name].view(torch.uint8).numpy().data
+            view = tensors[name].view(-1).view(torch.uint8).numpy().data
             whole = zlib.crc32(view, whole)
             kinds[_kind(name)] = zlib.crc32(view, kinds[_kind(name)])
             waiting.append(view)

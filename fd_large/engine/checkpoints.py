@@ -61,7 +61,11 @@ class Checkpoints:
         self._global_batch_size, self._facts = global_batch_size, facts
         self._check_stored = check_stored
         self._saver = Saver(
-            folder, keep_last=runtime.keep_last, keep_every=runtime.keep_every, lease=lease
+            folder,
+            keep_last=runtime.keep_last,
+            keep_every=runtime.keep_every,
+            lease=lease,
+            copies=engine.disk is None,
         )
         self._lease = lease
         self._failures = 0
@@ -116,11 +120,14 @@ class Checkpoints:
     def save(self, step: int, *, evaluated: bool = True) -> float | None:
         """Starts to write the state after so many steps; all ranks call it.
 
+        State that lies on a disk is written to the end, while training stands still.
+
         Args:
             step: Number of finished steps.
             evaluated: Whether the evaluation that is due then, if any, was made.
 
-        Returns: the seconds that an earlier save took if it had to be waited for, else None.
+        Returns: the seconds that a save took if it had to be waited for, an earlier one or this;
+            else None.
         """
         if self._saved == step:
             return None
@@ -141,6 +148,8 @@ class Checkpoints:
         }
         self._saved = step
         self._saver.begin(manifest, state.shards(self._engine))
+        if self._engine.disk is not None:
+            waited = self._wait()
         stood_still = time.monotonic() - self._begun
         log.debug("checkpoint of step %d: training waited %.2f s", step, stood_still)
         return waited

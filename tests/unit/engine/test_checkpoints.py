@@ -90,6 +90,21 @@ def test_a_resume_takes_the_newest_sound_one(make, tmp_path, caplog):
     assert make(average=True).resume() == 2
 
 
+def test_state_on_a_disk_is_saved_to_the_end_at_once_and_without_a_copy(
+    make, make_engine, tmp_path
+):
+    checkpoints = make(engine=make_engine("disk"))
+    advance(checkpoints, 2)
+    assert checkpoints.save(2) > 0
+    assert [item.update for item in store.complete(tmp_path)] == [2]
+    assert checkpoints._saver._buffer.nbytes == 0
+    expected = state_of(checkpoints)
+    advance(checkpoints, 1)
+    assert checkpoints.after_update(busy_anywhere=False, failed_anywhere=False) is None
+    assert checkpoints.resume() == 2
+    assert same(state_of(checkpoints), expected)
+
+
 def test_nothing_to_resume_and_nothing_sound(make, tmp_path):
     assert make().resume() == 0
     saved(make(), 2)

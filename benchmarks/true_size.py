@@ -1,0 +1,485 @@
+"""Does a model of billions train at its true size on this machine, and does `plan` foretell it?
+
+    python benchmarks/true_size.py [--quick] [--model swinv2_giant] [--config zero3_nvme] [--resume]
+
+Trains the student of `fd_swinv2g` (or another SwinV2) by the ordinary `train`, in one process, from
+a teacher of the same size: a bfloat16 safetensors file with random weights, which the benchmark
+writes. Images are photographs that come with Python packages, one a step. Recorded are the seconds
+and the memory of each part, from the start to the last step; the bytes of all tensors between two
+steps, where they lie, beside those of `plan`; and each step's loss. With --resume the run saves
+after half of its steps, is killed while it writes its last checkpoint, and is started again: it
+must come to the same losses and gradient norms, to the bit. --quick is a small model.
+
+All files lie in a folder of their own inside --scratch, which is removed. A model of P parameters
+takes 2 P bytes there for the teacher, 16 P for what zero3_nvme keeps on a disk, and 12 P for each
+of two checkpoints. Writes benchmarks/results/true_size_MODEL.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import harness
+from harness import RESULTS, ROOT
+
+sys.path.insert(0, str(ROOT))
+
+IMPORTING, BETWEEN = "importing", "between steps"
+PASSES, STEP = "teacher, forward, backward", "optimiser step"
+TEACHER, STATE, NOTES = "teacher.safetensors", "state", "notes.jsonl"
+QUICK = "swinv2_tiny"
+PATIENCE = 3600.0  # Seconds without a new part of a run.
+
+
+def parse() -> argparse.Namespace:
+    """Reads the flags."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="swinv2_giant", help="student and teacher")
+    parser.add_argument("--config", default="zero3_nvme", help="name of a file in ds_configs/")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--resume", action="store_true", help="also save, kill and resume")
+    parser.add_argument("--scratch", type=Path, help="a folder on a local disk; default: /tmp's")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} instead")
+    parser.add_argument("--out", type=Path, help="the file of the results")
+    parser.add_argument("--as-run", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# What runs in the process that trains.
+
+
+class Parts(threading.Thread):
+    """Notes what this process is busy with, how long, and the most memory that it held meanwhile.
+
+    Args:
+        path: Takes a line for each part once it is over.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(daemon=True)
+        self._path, self._lock = path, threading.Lock()
+        self._begin("")
+
+    def run(self) -> None:
+        """Samples memory until the process ends."""
+        while True:
+            with self._lock:
+                self._look()
+            time.sleep(0.05)
+
+    def now(self, what: str) -> None:
+        """Another part begins, unless it is the one that lasts."""
+        with self._lock:
+            if what == self._what:
+                return
+            self._look()
+            self.write(
+                part=self._what,
+                seconds=time.time() - self._began,
+                cpu_seconds=time.process_time() - self._cpu,
+                bytes_read=moved_bytes()[0] - self._moved[0],
+                bytes_written=moved_bytes()[1] - self._moved[1],
+                most=self._most,
+                at_the_end=resident(),
+            )
+            self._begin(what)
+
+    def write(self, **line: Any) -> None:
+        """Adds a line to the file."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _begin(self, what: str) -> None:
+        self._what, self._began, self._cpu = what, time.time(), time.process_time()
+        self._moved, self._most = moved_bytes(), dict.fromkeys(resident(), 0)
+
+    def _look(self) -> None:
+        self._most = {name: max(most, self._most[name]) for name, most in resident().items()}
+
+
+def resident() -> dict[str, int]:
+    """Returns the bytes of this process in memory: without a file behind them, and pages of files.
+
+    Pages of files are dropped when memory is short.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kilobytes = {
+        name: int(line.split()[1]) for line in lines if (name := line.split(":")[0])[:3] == "Rss"
+    }
+    return {
+        "anonymous": 1024 * kilobytes["RssAnon"],
+        "files": 1024 * (kilobytes["RssFile"] + kilobytes["RssShmem"]),
+    }
+
+
+def moved_bytes() -> tuple[int, int]:
+    """Returns the bytes that this process has read from disks and written to them."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    counts = {name: int(count) for name, count in (line.split(": ") for line in lines)}
+    return counts["read_bytes"], counts["write_bytes"]
+
+
+def tensor_bytes(teacher: Path, state: Path) -> dict[str, int]:
+    """Returns the bytes of all tensors alive, by where they lie."""
+    import torch
+
+    names = {str(teacher): "teacher's file", str(state): "on disk"}
+    spans = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        ends, *_, path = line.split(maxsplit=5) if line.count(" ") > 5 else (line.split()[0], "")
+        if kind := next((kind for name, kind in names.items() if path.startswith(name)), ""):
+            begin, end = (int(value, 16) for value in ends.split("-"))
+            spans.append((begin, end, kind))
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter):
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None and tensor.device.type == "cpu":
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    found = dict.fromkeys(["in memory", *names.values()], 0)
+    for address, size in storages.items():
+        kind = next((k for begin, end, k in spans if begin <= address < end), "in memory")
+        found[kind] += size
+    return found
+
+
+def train_and_note(folder: Path) -> int:
+    """Trains as the flags after `--` say; notes parts, tensors and the plan's figures."""
+    parts = Parts(folder / NOTES)
+    parts.start()
+    parts.now(IMPORTING)
+    from fd_large import activity
+    from fd_large.cli.ownership import owning
+    from fd_large.cli.train import parse_train
+    from fd_large.engine.run import train
+    from fd_large.runtime.hooks import Hook, Setting, Update
+    from fd_large.tasks.jobs import job_of
+
+    class Watch(Hook):
+        """Tells apart the parts of a step."""
+
+        def on_start(self, setting: Setting) -> None:
+            parts.write(planned=planned_bytes(run, setting.folder))
+            parts.now(BETWEEN)
+
+        def beat(self) -> None:
+            parts.now(PASSES)
+
+        def judge(self, update: Update) -> None:
+            parts.now(STEP)
+
+        def after_update(self, update: Update) -> None:
+            parts.now(BETWEEN)
+            parts.write(step=update.index + 1, loss=update.loss, grad_norm=update.grad_norm)
+            parts.write(tensors=tensor_bytes(folder / TEACHER, folder / STATE), **resident())
+
+        def on_saved(self, seconds: float) -> None:
+            parts.write(saved=seconds)
+
+    def busy() -> None:
+        works = activity.current()
+        # Once training has begun, the hook says what is done.
+        if len(works) > 0 and parts._what not in (BETWEEN, PASSES, STEP):
+            parts.now(works[-1].what)
+
+    given = parse_train(sys.argv[sys.argv.index("--") + 1 :])
+    run = given.run
+    activity.on_change.append(busy)
+    with owning(run.run_dir()) as lease:
+        return train(
+            run, job_of, deepspeed_config=given.own.deepspeed_config, lease=lease, hooks=[Watch()]
+        )
+
+
+def planned_bytes(run: Any, folder: Path) -> dict[str, int]:
+    """Returns the bytes that `plan` expects between two steps, by where they lie."""
+    import torch
+
+    from fd_large.plan.memory import Placement, held
+    from fd_large.tasks.jobs import job_of
+
+    with torch.device("meta"):
+        task, (teacher,) = job_of(run).models_on_shapes()
+    config = json.loads((folder / "deepspeed.json").read_text())
+    place = Placement.of(
+        run.teacher,
+        config["zero_optimization"],
+        world_size=1,
+        node_size=1,
+        bfloat16=config["bf16"]["enabled"],
+        teacher_persistence_threshold=0,
+        float32_sums=config["communication_data_type"] == "fp32",
+    )
+    sizes = [[p.numel() for p in module.parameters()] for module in (task, teacher)]
+    memory = held(*sizes, place)
+    of_teacher = memory.device.teacher
+    return {
+        "trained_parameters": sum(sizes[0]),
+        "in memory": memory.device.total + memory.host.total - of_teacher,
+        "teacher's file": of_teacher,
+        "on disk": memory.disk.total if hasattr(memory, "disk") else 0,
+    }
+
+
+# What starts it.
+
+
+def write_teacher(path: Path, model: str) -> int:
+    """Writes a random teacher in bfloat16; returns its number of parameters.
+
+    Every matrix is a stretch of one block of normal numbers, so that it takes seconds and no memory
+    to speak of.
+    """
+    import torch
+
+    from fd_large.backbones.registry import parameter_shapes
+    from fd_large.checkpoint import tensor_file
+
+    shapes = {name: torch.Size(shape) for name, shape in parameter_shapes(model_of(model)).items()}
+    numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(3)).mul_(0.02).bfloat16()
+    most = max(shape.numel() for shape in shapes.values())
+    block = numbers.repeat(2 + most // numbers.numel())
+    tensors = {}
+    for place, (name, shape) in enumerate(shapes.items()):
+        if len(shape) > 1 and "logit_scale" not in name:
+            # Other stretches for other matrices, each of which begins at a multiple of 64 bytes.
+            begin = 32 * (place * 7919 % (numbers.numel() // 32))
+            tensors[name] = block[begin : begin + shape.numel()].view(shape)
+        else:
+            value = 2.3 if "logit_scale" in name else float("norm" in name and "weight" in name)
+            tensors[name] = torch.full(shape, value, dtype=torch.bfloat16)
+    tensor_file.write(path, tensors)
+    return sum(shape.numel() for shape in shapes.values())
+
+
+def model_of(name: str) -> Any:
+    """Returns the architecture of a SwinV2 for 192 px in windows of 12."""
+    from fd_large.recipes.architectures import Architecture, resolve
+
+    return resolve(name, Architecture(window_size=12))
+
+
+def flags_of(arguments: argparse.Namespace, folder: Path) -> list[str]:
+    """Returns the flags of `train`."""
+    flags = {
+        "recipe": "fd_swinv2g",
+        "deepspeed_config": arguments.config,
+        "student.model": arguments.model,
+        "student.architecture.window_size": 12,
+        "student.drop_path_rate": 0.0,  # A step of one image whose blocks drop shows nothing.
+        "teacher.model": arguments.model,
+        "teacher.architecture.window_size": 12,
+        "teacher.source": folder / TEACHER,
+        "teacher.statistics": "0.485 0.456 0.406 0.229 0.224 0.225",
+        "teacher.placement": "replicated",
+        "data.root": "builtin:photographs",
+        "data.workers": 1,
+        "batch.global_batch_size": 1,
+        "batch.micro_batch_size": 1,
+        "engine.precision": "bfloat16",
+        "optim.base_lr": 1e-4 * 512,
+        "optim.warmup_epochs": 0,
+        "optim.max_steps": arguments.steps,
+        "runtime.run_dir": folder / "run",
+        "runtime.log_every": 1,
+        "runtime.save_every": arguments.steps // 2 if arguments.resume else arguments.steps,
+        "runtime.keep_last": 1,
+        "runtime.watchdog_seconds": 1500,
+    }
+    if arguments.config == "zero3_nvme":
+        flags["engine.nvme_path"] = folder / STATE
+    return [part for name, value in flags.items() for part in (f"--{name}", *str(value).split())]
+
+
+def notes_of(folder: Path) -> list[dict[str, Any]]:
+    """Returns what the process that trains has noted."""
+    path = folder / NOTES
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def start(arguments: argparse.Namespace, folder: Path) -> subprocess.Popen:
+    """Starts the process that trains."""
+    command = [sys.executable, __file__, "--as-run", folder, "--", *flags_of(arguments, folder)]
+    threads = str(os.cpu_count())
+    environment = {"OMP_NUM_THREADS": threads, "DS_ACCELERATOR": "cpu", **os.environ}
+    with (folder / "output").open("a") as output:
+        return subprocess.Popen(
+            list(map(str, command)),
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
+
+
+def follow(process: subprocess.Popen, folder: Path, until: Any) -> None:
+    """Waits until something is true, shows each part meanwhile, and kills the process.
+
+    Raises: SystemExit: with the end of its output, if it ends before or stands still.
+    """
+    shown, since = len(notes_of(folder)), time.time()
+    try:
+        while not until():
+            notes = notes_of(folder)
+            for note in notes[shown:]:
+                print("  ", note, flush=True)
+            since = time.time() if len(notes) > shown else since
+            shown = len(notes)
+            if process.poll() is not None or time.time() - since > PATIENCE:
+                raise SystemExit((folder / "output").read_text()[-4000:])
+            time.sleep(0.1)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def steps_of(notes: list[dict[str, Any]]) -> dict[int, tuple[float, float]]:
+    """Returns loss and gradient norm by step."""
+    return {note["step"]: (note["loss"], note["grad_norm"]) for note in notes if "step" in note}
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Trains to the last step, and with --resume once more from the middle."""
+    (folder / STATE).mkdir()
+    began = time.time()
+    parameters = write_teacher(folder / TEACHER, arguments.model)
+    print(f"teacher of {parameters:,} parameters: {time.time() - began:.0f} s", flush=True)
+    last, checkpoints = arguments.steps, folder / "run" / "checkpoints"
+    size = 12 * parameters
+
+    def is_saving() -> bool:
+        parts = checkpoints.glob(f"step_{last:08d}*.part/*.safetensors")
+        return any(path.stat().st_size > size / 4 for path in parts if path.exists())
+
+    def is_done() -> bool:
+        return (checkpoints / f"step_{last:08d}").is_dir()
+
+    def has_stepped() -> bool:
+        return any("tensors" in note for note in notes_of(folder)[-1:]) and last in steps_of(
+            notes_of(folder)
+        )
+
+    process = start(arguments, folder)
+    follow(process, folder, is_saving if arguments.resume else has_stepped)
+    notes = notes_of(folder)
+    found: dict[str, Any] = {"teacher_parameters": parameters, "notes": notes}
+    found["left_in_the_folder_of_state"] = [path.name for path in (folder / STATE).iterdir()]
+    if arguments.resume:
+        left = sorted(path.name for path in checkpoints.iterdir())
+        (folder / NOTES).rename(folder / "first.jsonl")
+        follow(start(arguments, folder), folder, is_done)
+        again = notes_of(folder)
+        first, second = steps_of(notes), steps_of(again)
+        found["resume"] = {
+            "left_by_the_kill": left,
+            "steps": sorted(second),
+            "equal_to_the_bit": bool(second) and all(second[n] == first[n] for n in second),
+            "notes": again,
+        }
+    return found
+
+
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """Returns the figures of the record from what was noted."""
+    notes = found["notes"]
+    planned = next(note["planned"] for note in notes if "planned" in note)
+    held = [note for note in notes if "tensors" in note][-1]
+    importing = next(note for note in notes if note.get("part") == IMPORTING)
+    baseline = importing["at_the_end"]["anonymous"]
+    tensors = held["tensors"]
+    explained = baseline + tensors["in memory"]
+    parts = [note for note in notes if note.get("part")]
+    began = next(place for place, part in enumerate(parts) if part["part"] == BETWEEN)
+    return {
+        "trained_parameters": planned.pop("trained_parameters"),
+        "bytes_between_steps": {"tensors": tensors, "planned": planned},
+        "tensors_over_planned": {
+            kind: tensors[kind] / size for kind, size in planned.items() if size
+        },
+        "anonymous_bytes_between_steps": {
+            "measured": held["anonymous"],
+            "process_after_imports": baseline,
+            "tensors": tensors["in memory"],
+            "unexplained": held["anonymous"] - explained,
+            "over_explained": held["anonymous"] / explained,
+        },
+        "most_anonymous_bytes": max(part["most"]["anonymous"] for part in parts),
+        "most_bytes_of_files": max(part["most"]["files"] for part in parts),
+        "seconds_to_the_first_step": sum(part["seconds"] for part in parts[:began]),
+        "steps": [{"loss": loss, "grad_norm": norm} for loss, norm in steps_of(notes).values()],
+        "parts": parts,
+    }
+
+
+def main() -> int:
+    """Measures, prints and writes."""
+    arguments = parse()
+    # So that nothing is left behind either way.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
+    if arguments.quick:
+        arguments.model = QUICK
+    where = arguments.scratch or Path(tempfile.gettempdir())
+    folder = Path(tempfile.mkdtemp(prefix="true_size_", dir=where))
+    try:
+        found = measure(arguments, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    results = {
+        **harness.conditions(__file__, __doc__),
+        "model": arguments.model,
+        "teacher_parameters": found["teacher_parameters"],
+        "left_in_the_folder_of_state": found["left_in_the_folder_of_state"],
+        **summary(found),
+    }
+    if again := found.get("resume"):
+        parts = [note for note in again.pop("notes") if note.get("part")]
+        results["resume"] = {**again, "parts": parts}
+    harness.write(results, arguments.out or RESULTS / f"true_size_{arguments.model}.json")
+    show(results)
+    return 0
+
+
+def show(results: dict[str, Any]) -> None:
+    """Prints the figures."""
+    anonymous = results["anonymous_bytes_between_steps"]
+    print(f"{results['model']}: {results['trained_parameters']:,} trained parameters")
+    for part in results["parts"]:
+        most, (read, written) = part["most"], (part["bytes_read"], part["bytes_written"])
+        print(
+            f"  {part['part'][:50]:50} {part['seconds']:7.1f} s, anonymous "
+            f"{most['anonymous'] / 1e9:6.2f} GB, files {most['files'] / 1e9:6.2f} GB, "
+            f"read {read / 1e9:5.1f}, written {written / 1e9:5.1f} GB"
+        )
+    for number, step in enumerate(results["steps"], 1):
+        print(f"  step {number}: loss {step['loss']:.5f}, gradient norm {step['grad_norm']:.3f}")
+    print(f"  tensors / plan: {results['tensors_over_planned']}")
+    print(
+        f"  anonymous memory between steps {anonymous['measured'] / 1e9:.2f} GB: "
+        f"{anonymous['over_explained']:.3f} of tensors and imports, "
+        f"{anonymous['unexplained'] / 1e9:.2f} GB unexplained"
+    )
+    if "resume" in results:
+        print(f"  resumed, equal to the bit: {results['resume']['equal_to_the_bit']}")
+
+
+if __name__ == "__main__":
+    if "--as-run" in sys.argv:
+        code = train_and_note(Path(sys.argv[sys.argv.index("--as-run") + 1]))
+        os._exit(code)
+    raise SystemExit(main())
