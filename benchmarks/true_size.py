@@ -294,10 +294,11 @@ def flags_of(arguments: argparse.Namespace, folder: Path) -> list[str]:
         "engine.precision": "bfloat16",
         "optim.base_lr": 1e-4 * 512,
         "optim.warmup_epochs": 0,
-        "optim.max_steps": arguments.steps,
+        # One more than are waited for: after its last step a run checks the teacher and saves.
+        "optim.max_steps": arguments.steps + (not arguments.resume),
         "runtime.run_dir": folder / "run",
         "runtime.log_every": 1,
-        "runtime.save_every": arguments.steps // 2 if arguments.resume else arguments.steps,
+        "runtime.save_every": arguments.steps // 2 if arguments.resume else 2 * arguments.steps,
         "runtime.keep_last": 1,
         "runtime.watchdog_seconds": 1500,
     }
