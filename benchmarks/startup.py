@@ -1,16 +1,19 @@
 """How long does it take from `deepspeed fd_large/train.py` to the first step, and what takes it?
 
-    python benchmarks/startup.py [--rounds 5] [--ranks 2] [FLAGS of train.py]
+    python benchmarks/startup.py [--rounds 5] [--ranks 2] [--without mlflow] [FLAGS of train.py]
 
 Starts the quick start, or the run of other flags, by DeepSpeed's launcher, and stops it after its
 first step. A rank notes when it was started, when its imports were over, and what it was busy with
-since then. Beside them stands `fd-large train --help`, which imports no torch. Writes
+since then; the processor seconds of rank 0 stand beside. DeepSpeed's launcher imports MLflow in
+both of its processes where that is installed, as the extras `test` and `mlflow` do: `--without
+mlflow` hides it. Beside them stands `fd-large train --help`, which imports no torch. Writes
 benchmarks/results/startup.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -37,13 +40,13 @@ def run_as_rank(timeline: Path) -> int:
     from fd_large import activity
     from fd_large.cli.main import main
 
-    noted = [(BEGAN, "imports")]
+    noted = [(BEGAN, 0.0, "imports")]
 
     def note() -> None:
         works = activity.current()
         what = ": ".join(work.what for work in works[1:3]) or "all else"
-        if what != noted[-1][1]:
-            noted.append((time.time(), what))
+        if what != noted[-1][-1]:
+            noted.append((time.time(), time.process_time(), what))
             timeline.write_text(json.dumps(noted))
 
     if os.environ["RANK"] == "0":
@@ -52,8 +55,14 @@ def run_as_rank(timeline: Path) -> int:
     return main(["train", *sys.argv[1:]])
 
 
-def measure(ranks: int, flags: list[str]) -> dict[str, float]:
-    """Starts a run and returns the seconds of each part until its first step, and of all."""
+def measure(ranks: int, flags: list[str], without: list[str]) -> dict[str, float]:
+    """Starts a run and returns the seconds of each part until its first step, and of all.
+
+    Args:
+        ranks: Number of ranks.
+        flags: Flags of train.py.
+        without: Packages that are taken for not installed.
+    """
     folder = Path(tempfile.mkdtemp(prefix="startup_"))
     timeline, rows = folder / "timeline.json", folder / "run" / "metrics.jsonl"
     command = [
@@ -61,7 +70,12 @@ def measure(ranks: int, flags: list[str]) -> dict[str, float]:
         *("--deepspeed_config", Path(__file__).parents[1] / "ds_configs" / "zero3.json"),
         *("--runtime.run_dir", folder / "run", "--runtime.log_every", 1, *flags),
     ]
-    environment = {**os.environ, TIMELINE: str(timeline)}
+    hidden = folder / "hidden"
+    hidden.mkdir()
+    for name in without:
+        (hidden / f"{name}.py").write_text("raise ImportError\n")
+    path = os.pathsep.join([str(hidden), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, TIMELINE: str(timeline), "PYTHONPATH": path}
     import torch
 
     if not torch.cuda.is_available():
@@ -91,8 +105,11 @@ def measure(ranks: int, flags: list[str]) -> dict[str, float]:
         shutil.rmtree(folder, ignore_errors=True)
     parts: dict[str, float] = defaultdict(float)
     parts["launcher"] = noted[0][0] - began
-    for (begin, what), (end, _) in zip(noted, [*noted[1:], (ended, "")], strict=True):
+    for (begin, _, what), (end, *_) in zip(noted, [*noted[1:], (ended,)], strict=True):
         parts[what] += max(0.0, end - begin)
+    # Of the last part, which the first step ends, nobody noted them.
+    for (_, begin, what), (_, end, _) in itertools.pairwise(noted):
+        parts[f"{what}, processor"] += end - begin
     return {**parts, "to the first step": ended - began}
 
 
@@ -112,11 +129,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks, or GPUs")
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "startup.json")
+    parser.add_argument("--without", nargs="+", default=[], help="packages to hide")
     arguments, flags = parser.parse_known_args()
     results = harness.conditions(__file__, __doc__)
     samples: dict[str, list[float]] = defaultdict(list)
     for _ in range(arguments.rounds):
-        for name, seconds in measure(arguments.ranks, flags).items():
+        for name, seconds in measure(arguments.ranks, flags, arguments.without).items():
             samples[name].append(seconds)
         samples["--help"].append(help_seconds())
     results["seconds"] = {name: harness.spread(values) for name, values in samples.items()}

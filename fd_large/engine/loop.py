@@ -159,9 +159,10 @@ class Trainer:
 
     def begin(self) -> None:
         """Tells the hooks of the start, and makes the evaluation that is due before a step."""
-        for hook in self._hooks:
-            hook.on_start(self.setting)
-            self._begun.append(hook)
+        with activity.work("opening logs and trackers"):
+            for hook in self._hooks:
+                hook.on_start(self.setting)
+                self._begun.append(hook)
         self._engine.task.train()
         if self._finished:
             for evaluation in self._evaluations:

@@ -146,7 +146,8 @@ def open_together(
         lease.entered, start_anew = True, None
     if leases:
         logs.set_up(leases[0].root)
-    start.start()
+    with activity.work("starting DeepSpeed"):
+        start.start()
     full_float32(distributed.device())
     configs = [ds.fill(json_config, numbers) for numbers in counted]
     log.debug(
@@ -377,15 +378,20 @@ def _probed(
     size = micro_batch.remembered(folder, setting, share)
     if size is not None:
         return size
-    engines, averages = [], []
-    for job, config in zip(jobs, configs, strict=True):
-        # Every step of the probe is a whole step, moments included.
-        whole = {**config, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
-        engine = engine_of(job.run, job.make_task, {**whole, "train_batch_size": world_size})
-        decay = job.run.optim.ema_decay
-        averages.append(Ema(engine, decay) if decay else None)
-        engines.append(engine)
     with activity.work("trying micro batches"):
+        engines, averages = [], []
+        for job, config in zip(jobs, configs, strict=True):
+            # Every step of the probe is a whole step, moments included.
+            whole = {
+                **config,
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "train_batch_size": world_size,
+            }
+            engine = engine_of(job.run, job.make_task, whole)
+            decay = job.run.optim.ema_decay
+            averages.append(Ema(engine, decay) if decay else None)
+            engines.append(engine)
         size = share
         for _ in range(2 if others else 1):
             # Once more beside the moments that all have made.
@@ -398,13 +404,13 @@ def _probed(
                     seed=jobs[0].run.runtime.seed,
                     several=bool(others),
                 )
-    for engine in engines:
-        engine.deepspeed.destroy()
-    del engine, engines, averages
-    start.forget_engines()
-    gc.collect()
-    if distributed.device().type == "cuda":
-        torch.cuda.empty_cache()
+        for engine in engines:
+            engine.deepspeed.destroy()
+        del engine, engines, averages
+        start.forget_engines()
+        gc.collect()
+        if distributed.device().type == "cuda":
+            torch.cuda.empty_cache()
     if keep:
         micro_batch.remember(folder, setting, size)
     log.info("micro batch %d per rank, accumulation %d", size, share // size)

@@ -255,7 +255,8 @@ def _trainer_of(
         name_of=samples.__getitem__,
     )
 
-    evaluations = job.evaluations(engine, samples, size)
+    with activity.work("cutting the evaluations' images"):
+        evaluations = job.evaluations(engine, samples, size)
     layer_rates = by_layer(engine, run.optim.layer_decay)
     scale_by_norms(engine)
     return Trainer(
@@ -318,16 +319,17 @@ def _step_flops(job: Job, micro_batch_size: int, micro_batches: int) -> dict[int
     """Counts on rank 0, which alone reports them; see `Setting.flops`."""
     if not distributed.is_main():
         return {}
-    counted = {
-        side: step_flops(
-            job,
-            micro_batch_size,
-            checkpointing=job.run.student.activation_checkpointing != "off",
-            micro_batches=micro_batches,
-            image_size=side,
-        )
-        for side in job.run.data.image_sizes or (0,)
-    }
+    with activity.work("counting a step's FLOPs"):
+        counted = {
+            side: step_flops(
+                job,
+                micro_batch_size,
+                checkpointing=job.run.student.activation_checkpointing != "off",
+                micro_batches=micro_batches,
+                image_size=side,
+            )
+            for side in job.run.data.image_sizes or (0,)
+        }
     return {side: flops for side, flops in counted.items() if flops is not None}
 
 

@@ -27,6 +27,7 @@ FLOORS = {
     "failures": 0,
     "processes": 0,
     "shipped": 0,
+    "imports": 0,
     "distributed": 0,
     "meeting": 0,
     "kernels": 0,

@@ -9,6 +9,7 @@ from typing import Any
 from fd_large.backbones.exports import Export, feature_distillation, same
 from fd_large.backbones.family import Family, Scheme
 from fd_large.backbones.timm.architecture import TimmArchitecture
+from fd_large.imports import without
 
 _RANDOM = "=random"
 
@@ -20,7 +21,10 @@ def _untrained(rest: str) -> str | None:
 def _later(file: str, function: str) -> Callable[..., Any]:
     # timm takes a second to import, which other models are spared.
     def call(*arguments: Any) -> Any:
-        return getattr(import_module(f"fd_large.backbones.timm.{file}"), function)(*arguments)
+        # Its training script's log asks for Weights & Biases, a third of that second.
+        with without("wandb"):
+            module = import_module(f"fd_large.backbones.timm.{file}")
+        return getattr(module, function)(*arguments)
 
     return call
 

@@ -14,6 +14,7 @@ import torch
 from fd_large import distributed
 from fd_large.engine.zero import private_names
 from fd_large.engine.zero.gloo import gather_in_place, scatter_in_place
+from fd_large.imports import without
 
 if not torch.cuda.is_available():
     # Read at import: names the accelerator and keeps DeepSpeed from guessing with a warning.
@@ -24,14 +25,9 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed.*")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
-# DeepSpeed's autotuner asks for MLflow, whose import takes as long as all else of DeepSpeed.
-_unseen = "mlflow" not in sys.modules
-if _unseen:
-    sys.modules["mlflow"] = None  # type: ignore[assignment]  # As Python marks what is not there.
-import deepspeed  # noqa: E402
-
-if _unseen:
-    del sys.modules["mlflow"]
+# Its autotuner asks for MLflow, whose import takes as long as all else of DeepSpeed.
+with without("mlflow"):
+    import deepspeed
 
 _LINEAR = torch.nn.functional.linear
 _MUON = "deepspeed.runtime.zero.muon.muon_optimizer"

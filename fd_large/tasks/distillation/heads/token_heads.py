@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from fd_large.errors import ConfigError
@@ -126,10 +125,12 @@ def _normed(width: int, out_width: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(width), nn.GELU(), nn.Linear(width, out_width))
 
 
-def _block(width: int, *, heads: int, layer_scale: float, **options: object) -> Block:
+def _block(width: int, *, heads: int, layer_scale: float, **options: object) -> nn.Module:
     if width % heads:
         raise ConfigError(
             f"{WHERE}: attention does not fit the student; got a width of {width}, expected a "
             f"multiple of its {heads} heads. Take mlp."
         )
+    from timm.models.vision_transformer import Block  # A second that other heads are spared.
+
     return Block(width, num_heads=heads, init_values=layer_scale, **options)
