@@ -369,12 +369,12 @@ def report(
     """Returns what is printed."""
     parts: list[Table | Text] = [_heading(run, load, machine)]
     if good:
-        parts.append(_best_table(machine, good[:rows], steps_of(run, images), narrow=narrow))
+        parts.append(_best_table(machine, load, good[:rows], steps_of(run, images), narrow=narrow))
         parts.append(_details(run, load, good[0], machine, images))
     else:
         parts.append(Text("No setting fits; use more GPUs, or cards with more memory.\n"))
     if bad:
-        parts.append(_refused_table(bad, rows))
+        parts.append(_refused_table(bad, load, rows))
     return Group(*parts)
 
 
@@ -418,7 +418,9 @@ def _table(title: str) -> Table:
     return table
 
 
-def _best_table(machine: Machine, good: list[Estimate], steps: int, *, narrow: bool) -> Table:
+def _best_table(
+    machine: Machine, load: Workload, good: list[Estimate], steps: int, *, narrow: bool
+) -> Table:
     table = _table("Settings that fit, best first")
     names = ["micro\nx accum.", "GB per\nrank", "compute\nms", "comm.\nms"]
     names += ["step\ns", "images\n/s", "MFU\n%", "days", "GPU-\nhours"]
@@ -431,7 +433,7 @@ def _best_table(machine: Machine, good: list[Estimate], steps: int, *, narrow: b
         hours = seconds.total * steps / 3600
         table.add_row(
             _zero(one.candidate),
-            one.candidate.teacher,
+            _teacher(one.candidate, load),
             "blocks" if one.candidate.checkpointing else "off",
             f"{one.candidate.micro_batch_size} x {seconds.accumulation}",
             f"{one.memory.total / 1e9:.1f}",
@@ -454,15 +456,19 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
     stored = checkpoint_bytes(load)
     keep = run.runtime.keep_last + 1
     longer = "computation" if seconds.computation >= seconds.communication else "communication"
+    cached = _cached(run)
     placements = {
         name: getattr(model, "placement", "replicated")
         for name, model in (run.frozen_models or {"teacher": run.teacher}).items()
+        if name not in cached
     }
+    whole = [list(placements)[place] for place in load.smallest_first[: best.candidate.whole]]
     flags: dict[str, None] = {}
     for name, one in run.each_student().items():
         own = best.candidate.flags(
             micro_batch_size=run.batch.micro_batch_size,
             placements=placements,
+            whole=whole,
             activation_checkpointing=one.student.activation_checkpointing,
         )
         whose = f"--students.{name}." if name else "--student."
@@ -523,18 +529,25 @@ def _teachers_share(run: Run, load: Workload, machine: Machine) -> str:
     )
 
 
-def _refused_table(bad: list[Refused], rows: int) -> Table:
+def _refused_table(bad: list[Refused], load: Workload, rows: int) -> Table:
     more = f", {rows} of {len(bad)}" if len(bad) > rows else ""
     table = _table(f"Settings that do not fit{more}")
     table.add_column("why")
     for one in bad[:rows]:
         table.add_row(
             _zero(one.candidate),
-            one.candidate.teacher,
+            _teacher(one.candidate, load),
             "blocks" if one.candidate.checkpointing else "off",
             one.reason,
         )
     return table
+
+
+def _teacher(candidate: Candidate, load: Workload) -> str:
+    """Where the teachers are, and how many of them, the largest, where some stay whole."""
+    count = len(load.teachers)
+    part = f" {count - candidate.whole}/{count}" if candidate.whole else ""
+    return f"{candidate.teacher}{part}"
 
 
 def _zero(candidate: Candidate) -> str:

@@ -387,7 +387,7 @@ def _counts(
         kept=through(first.kept, second.kept, at),
         peak=highest([through(a, b, at) for a, b in trail]),
         student=grouped(p.numel() for p in task.parameters() if p.requires_grad),
-        frozen=grouped(p.numel() for model in frozen for p in model.parameters()),
+        frozen=tuple(grouped(p.numel() for p in model.parameters()) for model in frozen),
         images=images,
         fused=second.recorder.fused,
     )

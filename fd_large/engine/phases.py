@@ -27,7 +27,7 @@ from fd_large.engine.task import Task
 from fd_large.engine.zero.optimizer import make_optimizer
 from fd_large.engine.zero.partition import to_bfloat16
 from fd_large.kernels import choose
-from fd_large.plan.counts import Counts
+from fd_large.plan.counts import Counts, sizes
 from fd_large.plan.phases import BACKWARD, FIRST_PASS, FORWARD, Phases, line
 from fd_large.plan.workload import frozen_in_bfloat16
 from fd_large.recipes.sections import Optim
@@ -169,7 +169,8 @@ def _sizes(counts: Counts, together: int, room: float, *, on_gpu: bool) -> tuple
 
 def _bytes(counts: Counts, size: int, frozen_size: int) -> int:
     """Bytes of all parameters and of gradients of the trained ones."""
-    trained, frozen = (sum(n * times for n, times in of) for of in (counts.student, counts.frozen))
+    trained = sum(sizes(counts.student))
+    frozen = sum(sum(sizes(model)) for model in counts.frozen)
     return 2 * size * trained + frozen_size * frozen
 
 

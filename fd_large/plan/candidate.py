@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ class Candidate:
         stage: Stage of ZeRO.
         hpz: Whether each node holds a second copy of the parameters.
         teacher: Where the teachers are held, as in `teacher.placement`.
+        whole: Of several teachers, how many of the smallest are whole on every rank all the same.
         checkpointing: Whether blocks store their inputs only.
         micro_batch_size: Images of a rank in one pass.
     """
@@ -37,6 +38,7 @@ class Candidate:
     stage: Literal[0, 1, 2, 3]
     hpz: bool = False
     teacher: Literal["replicated", "sharded", "node"] = "replicated"
+    whole: int = 0
     checkpointing: bool = False
     micro_batch_size: int = 1
 
@@ -46,6 +48,7 @@ class Candidate:
         micro_batch_size: int | str,
         placements: Mapping[str, str],
         activation_checkpointing: str,
+        whole: Collection[str] = (),
     ) -> list[str]:
         """Returns the flags that make `train` use this candidate instead of the recipe's fields.
 
@@ -53,13 +56,17 @@ class Candidate:
             micro_batch_size: `batch.micro_batch_size` of the recipe.
             placements: `placement` of each teacher's section in the recipe, by its name.
             activation_checkpointing: `student.activation_checkpointing` of the recipe.
+            whole: The names of the teachers that stay whole.
         """
         mode = activation_checkpointing
         if self.checkpointing != (mode != "off"):
             mode = "every" if self.checkpointing else "off"
         fields = {
             "batch.micro_batch_size": (self.micro_batch_size, micro_batch_size),
-            **{f"{name}.placement": (self.teacher, own) for name, own in placements.items()},
+            **{
+                f"{name}.placement": ("replicated" if name in whole else self.teacher, own)
+                for name, own in placements.items()
+            },
             "student.activation_checkpointing": (mode, activation_checkpointing),
         }
         return [f"--{name} {mine}" for name, (mine, own) in fields.items() if mine != own]

@@ -92,7 +92,7 @@ class Counts:
         kept: Bytes that live between forward and backward, the batch among them.
         peak: Bytes at the most, gradients of parameters left out: the highest of these lines.
         student: (elements, how many) of the trained tensors.
-        frozen: (elements, how many) of the tensors of frozen models.
+        frozen: (elements, how many) of the tensors of each frozen model.
         held: Bytes that are held of a micro-batch until its turn, in a step in two passes.
         images: The only micro-batch that these hold for; 0: they hold for all.
         fused: Whether fused kernels run.
@@ -106,7 +106,7 @@ class Counts:
     kept: Line
     peak: tuple[Line, ...]
     student: tuple[tuple[int, int], ...]
-    frozen: tuple[tuple[int, int], ...] = ()
+    frozen: tuple[tuple[tuple[int, int], ...], ...] = ()
     held: Line = NOTHING
     images: int = 0
     fused: bool = False
@@ -168,7 +168,9 @@ class Counts:
             kept=Line(*given["kept"]),
             peak=tuple(Line(*line) for line in given["peak"]),
             student=tuple((size, count) for size, count in given["student"]),
-            frozen=tuple((size, count) for size, count in given["frozen"]),
+            frozen=tuple(
+                tuple((size, count) for size, count in model) for model in given["frozen"]
+            ),
             held=Line(*given.get("held", NOTHING)),  # Not in files of older versions.
             images=given["images"],
             fused=given["fused"],

@@ -52,9 +52,10 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
     cluster, rates = machine.cluster, machine.rates
     size, counts = load.compute_bytes(machine), load.counts_of(candidate, machine)
     bucket = load.sum_bytes(machine) * bucket_elements(candidate.stage, load.parameters)
+    split = load.split_sizes(candidate)
     memory = held(
         load.student_sizes,
-        load.teacher_sizes,
+        split,
         placement_of(load, candidate, machine),
         moments=load.moments,
     )
@@ -74,11 +75,12 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
         buffers += size * max(load.student_sizes) + (bucket if load.sum_bytes(machine) == 2 else 0)
     else:
         buffers += size * load.parameters  # Every gradient.
-    if candidate.teacher != "replicated" and cluster.gpus > 1:
-        buffers += 2 * size * min(PREFETCH_ELEMENTS, sum(load.teacher_sizes))
+    own = 2 if load.teacher_bfloat16(machine) else 4
+    if split and cluster.gpus > 1:
+        buffers += 2 * own * min(PREFETCH_ELEMENTS, sum(split))
     return PeakMemory(
         states=states,
-        teacher=device.teacher,
+        teacher=device.teacher + own * (sum(load.teacher_sizes) - sum(split)),
         activations=counts.peak_at(candidate.micro_batch_size)
         + (load.accumulation(candidate, machine) - 1) * counts.held.at(candidate.micro_batch_size),
         buffers=buffers + (FIXED_BYTES if rates.overlap else 0.0),

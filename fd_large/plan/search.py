@@ -45,9 +45,8 @@ def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refus
         sizes = [counted]
     good: list[Estimate] = []
     bad: list[Refused] = []
-    for candidate in _candidates(
-        machine, taught=bool(load.teacher_sizes) and load.may_split_frozen
-    ):
+    teachers = len(load.teachers) if load.may_split_frozen else 0
+    for candidate in _candidates(machine, teachers=teachers):
         memory = peak_memory(load, candidate, machine)
         if not memory.fits(machine.rates):
             bad.append(Refused(candidate=candidate, reason=_too_large(memory, machine)))
@@ -72,24 +71,38 @@ def num_steps(epochs: int, images: int, global_batch_size: int) -> int:
     return epochs * (images // global_batch_size)
 
 
-def _candidates(machine: Machine, *, taught: bool) -> Iterator[Candidate]:
+def _candidates(machine: Machine, *, teachers: int) -> Iterator[Candidate]:
+    """Yields candidates of one image.
+
+    The largest of several teachers are split first: they save most.
+
+    Args:
+        machine: Ranks and nodes.
+        teachers: Number of the teachers that may be split.
+    """
     ranks, nodes = machine.cluster.gpus, machine.cluster.nodes
     placements: list[Literal["replicated", "node", "sharded"]] = ["replicated"]
     shared = nodes > 1 and machine.cluster.node_size > 1
-    if taught and shared:
+    if teachers and shared:
         placements.append("node")
-    if taught and ranks > 1:
+    if teachers and ranks > 1:
         placements.append("sharded")
+    held = [
+        (teacher, whole)
+        for teacher in placements
+        for whole in range(1 if teacher == "replicated" else teachers)
+    ]
     # One rank has nothing to split: in float32 the engine runs stages 1 and 2 as stage 0.
     whole = ranks == 1 and not machine.rates.bfloat16
     for stage in (0, 3) if whole else (1, 2, 3):
-        for teacher in placements:
+        for teacher, whole in held:
             for hpz in (False, True) if stage == 3 and shared else (False,):
                 for checkpointing in (False, True):
                     yield Candidate(
                         stage=stage,  # type: ignore[arg-type]
                         hpz=hpz,
                         teacher=teacher,
+                        whole=whole,
                         checkpointing=checkpointing,
                         micro_batch_size=1,
                     )

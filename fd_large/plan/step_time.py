@@ -151,7 +151,7 @@ def estimate(load: Workload, candidate: Candidate, machine: Machine) -> Estimate
 def _computation(load: Workload, candidate: Candidate, machine: Machine) -> dict[str, float]:
     rates, images = machine.rates, candidate.micro_batch_size
     counts = load.counts_of(candidate, machine)
-    calls, hooks = sum(counts.calls.values()), HOOK_CALLS * _hooked(counts, candidate)
+    calls, hooks = sum(counts.calls.values()), HOOK_CALLS * _hooked(load, candidate, counts)
     added = _added_bytes(load, candidate, machine) / rates.bandwidth
     if load.phases:
         first_pass = bool(counts.modules.get("first_pass"))
@@ -180,10 +180,8 @@ def _added_bytes(load: Workload, candidate: Candidate, machine: Machine) -> floa
     if candidate.stage == 3:  # What is gathered, forward and backward, is copied in place.
         moved += 2 * (1 + _gathered_again(load)) * size
     moved *= load.parameters
-    if candidate.teacher != "replicated":
-        own = 2 if load.teacher_bfloat16(machine) else 4
-        moved += 2 * own * sum(load.teacher_sizes)
-    return moved
+    own = 2 if load.teacher_bfloat16(machine) else 4
+    return moved + 2 * own * sum(load.split_sizes(candidate))
 
 
 def _computed_again(load: Workload, candidate: Candidate) -> float:
@@ -211,14 +209,15 @@ def seconds_of(counts: Counts, images: int, rates: Rates) -> tuple[float, float]
     return matrix, sum(line.at(images) for line in counts.moved.values()) / rates.bandwidth
 
 
-def _hooked(counts: Counts, candidate: Candidate) -> float:
+def _hooked(load: Workload, candidate: Candidate, counts: Counts) -> float:
     """Returns the forwards and backwards of modules around which DeepSpeed's hooks run."""
-    modules, hooked = counts.modules, 0
+    modules, hooked = counts.modules, 0.0
     if candidate.stage == 3:  # Forward, backward, what backward computes again, a first pass.
         hooked += 2 * modules.get("forward", 0)
         hooked += modules.get("backward", 0) + modules.get("first_pass", 0)
-    if candidate.teacher != "replicated":
-        hooked += modules.get("inference", 0)
+    if split := load.split_sizes(candidate):
+        # A teacher's share of the modules is taken to be that of the tensors.
+        hooked += modules.get("inference", 0) * len(split) / len(load.teacher_sizes)
     return hooked
 
 
@@ -237,11 +236,11 @@ def _communication(load: Workload, candidate: Candidate, machine: Machine) -> fl
         total += cluster.seconds(gradients, rates, calls=buckets)
     elif candidate.stage == 2:  # An all-reduce is a scatter and a gather.
         total += 2 * cluster.seconds(gradients, rates, calls=buckets)
-    if candidate.teacher != "replicated":
+    if split := load.split_sizes(candidate):
         size = 2 if load.teacher_bfloat16(machine) else 4
-        calls = sum(1 for n in load.teacher_sizes if n > load.threshold)
+        calls = sum(1 for n in split if n > load.threshold)
         span = "node" if candidate.teacher == "node" else "all"
-        total += cluster.seconds(size * sum(load.teacher_sizes), rates, span=span, calls=calls)
+        total += cluster.seconds(size * sum(split), rates, span=span, calls=calls)
     return total
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Machine
@@ -43,9 +44,27 @@ class Workload:
         return tuple(sizes(self.counts[False].student))
 
     @cached_property
+    def teachers(self) -> tuple[tuple[int, ...], ...]:
+        """Elements of each tensor of each teacher, in the order of the recipe."""
+        return tuple(tuple(sizes(model)) for model in self.counts[False].frozen)
+
+    @cached_property
     def teacher_sizes(self) -> tuple[int, ...]:
         """Elements of each tensor of all teachers; empty without one."""
-        return tuple(sizes(self.counts[False].frozen))
+        return tuple(chain.from_iterable(self.teachers))
+
+    @cached_property
+    def smallest_first(self) -> tuple[int, ...]:
+        """Places of the teachers in `teachers`, the smallest first."""
+        totals = [sum(one) for one in self.teachers]
+        return tuple(sorted(range(len(totals)), key=totals.__getitem__))
+
+    def split_sizes(self, candidate: Candidate) -> tuple[int, ...]:
+        """Returns the elements of each tensor of the teachers that a candidate splits."""
+        if candidate.teacher == "replicated":
+            return ()
+        split = self.smallest_first[candidate.whole :]
+        return tuple(chain.from_iterable(self.teachers[place] for place in split))
 
     @cached_property
     def threshold(self) -> int:

@@ -54,7 +54,7 @@ def of_one(*, teacher: int, student: int) -> Counts:
         kept=Line(0, student),
         peak=(Line(10, student),),
         student=((student, 2),),
-        frozen=((teacher, 1),),
+        frozen=(((teacher, 1),),),
     )
 
 
@@ -65,7 +65,7 @@ def test_several_students_share_what_frozen_models_compute():
     assert (counts.calls, counts.modules) == ({"inference": 4, "forward": 6}, {"forward": 4})
     # One computes at a time; all states are held, and the teacher once.
     assert counts.peak_at(3) == 10 + 3 * 50
-    assert (counts.student, counts.frozen) == (((30, 2), (50, 2)), ((100, 1),))
+    assert (counts.student, counts.frozen) == (((30, 2), (50, 2)), (((100, 1),),))
 
 
 def test_a_micro_batch_of_several_students_waits_until_the_step_is_over():

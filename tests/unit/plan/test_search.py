@@ -219,6 +219,29 @@ def test_a_step_in_two_passes_holds_its_micro_batches_and_pays_a_forward():
         assert (slower > faster) == bool(passes)
 
 
+def test_the_largest_of_several_teachers_are_split_first():
+    large, small = ((10_000_000, 300),), ((10_000_000, 30),)
+    load = replace(
+        GIANT,
+        counts={c: replace(one, frozen=(small, large)) for c, one in GIANT.counts.items()},
+    )
+    there = machine(2)
+    split = Candidate(stage=3, teacher="sharded", micro_batch_size=8)
+    found = [
+        estimate(load, one, there)
+        for one in (split, replace(split, whole=1), replace(split, teacher="replicated"))
+    ]
+    # 3B and 300M in bfloat16.
+    assert [one.memory.teacher / 1e9 for one in found] == pytest.approx([3.3, 3.6, 6.6])
+    seconds = [one.seconds.communication for one in found]
+    assert seconds == sorted(seconds, reverse=True)
+    gathered = [seconds[i] - seconds[2] for i in (0, 1)]
+    assert gathered[1] / gathered[0] == pytest.approx(10 / 11, rel=0.01)
+    good, bad = search(load, there)
+    placements = {(one.candidate.teacher, one.candidate.whole) for one in (*good, *bad)}
+    assert placements == {("replicated", 0), ("sharded", 0), ("sharded", 1)}
+
+
 def test_flags_of_a_candidate_are_those_that_differ():
     recipe = {
         "micro_batch_size": 32,
@@ -228,8 +251,11 @@ def test_flags_of_a_candidate_are_those_that_differ():
     same = Candidate(stage=3, teacher="node", checkpointing=True, micro_batch_size=32)
     assert same.flags(**recipe) == []
     assert same.flags(**{**recipe, "activation_checkpointing": "offload"}) == []
-    several = {"teachers.a": "node", "teachers.b": "sharded"}
-    assert same.flags(**{**recipe, "placements": several}) == ["--teachers.b.placement node"]
+    several = recipe | {"placements": {"teachers.a": "node", "teachers.b": "sharded"}}
+    assert same.flags(**several) == ["--teachers.b.placement node"]
+    assert replace(same, whole=1).flags(**several, whole=["teachers.a"]) == [
+        *("--teachers.a.placement replicated", "--teachers.b.placement node"),
+    ]
     other = replace(same, checkpointing=False, micro_batch_size=16)
     assert other.flags(**recipe) == [
         "--batch.micro_batch_size 16",
