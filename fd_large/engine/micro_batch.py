@@ -187,12 +187,21 @@ def probe(
 
     engine.task.train()
     memory = GpuMemory() if distributed.device().type == "cuda" else HostMemory()
-    # What is there now stays: half a million objects of modules alone, through which each of the
-    # collections before a measurement would go.
     gc.collect()
+    with passed_over():
+        return largest_that_fits(at_most or share, (through, step), memory)
+
+
+@contextmanager
+def passed_over() -> Iterator[None]:
+    """Lets collections of garbage within pass over all that is there now, and stays.
+
+    Modules alone are half a million objects. DeepSpeed collects while it builds an engine, and so
+    does each measurement of memory.
+    """
     gc.freeze()
     try:
-        return largest_that_fits(at_most or share, (through, step), memory)
+        yield
     finally:
         gc.unfreeze()
 

@@ -43,7 +43,6 @@ from fd_large.runtime import logs
 from fd_large.runtime.run_folder import (
     open_folder,
     source_commit,
-    source_hash,
     versions,
     write_environment,
 )
@@ -220,7 +219,11 @@ def open_together(
 def _built(job: Job, config: dict[str, Any]) -> tuple[Engine, Ema | None]:
     """Builds a job's engine with its initial weights, and the average of the weights if any."""
     decay = job.run.optim.ema_decay
-    with activity.work("building the engine"), micro_batch.building_in_memory(job.memory_remedy):
+    with (
+        activity.work("building the engine"),
+        micro_batch.building_in_memory(job.memory_remedy),
+        micro_batch.passed_over(),
+    ):
         engine = engine_of(
             job.run,
             job.make_task,
@@ -372,13 +375,13 @@ def _probed(
     setting, *others = (_memory_of(job, config) for job, config in zip(jobs, configs, strict=True))
     setting |= micro_batch.memory_setting()
     if distributed.is_main():
-        setting["software"] = {**versions(), "fd_large": source_hash()}
+        setting["software"] = {**versions(), "fd_large": node_consistency.code_hash()}
     if others:
         setting["others"] = others
     size = micro_batch.remembered(folder, setting, share)
     if size is not None:
         return size
-    with activity.work("trying micro batches"):
+    with activity.work("trying micro batches"), micro_batch.passed_over():
         engines, averages = [], []
         for job, config in zip(jobs, configs, strict=True):
             # Every step of the probe is a whole step, moments included.
