@@ -97,6 +97,14 @@ def _with_views(run: Run, views: int) -> Run:
         "none",
         "Leave it out, and set --data.image_size",
     )
+    for name, entry in run.taught_by.items():
+        require(
+            not entry.mosaic,
+            "cache: a map out of a mosaic is no map of one view",
+            f"teachers.{name}.mosaic {entry.mosaic}",
+            "0",
+            "Leave it out",
+        )
     said = run.task.distillation
     settings = replace(said, views=views or said.views or 1)
     return replace(run, task=replace(run.task, **{"distillation": settings}))

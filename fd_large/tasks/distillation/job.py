@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -37,7 +38,7 @@ from fd_large.errors import CheckpointError, ConfigError, FDError, check_all
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.fields import require
 from fd_large.recipes.run import ONLY, Run
-from fd_large.recipes.sections import RANDOM
+from fd_large.recipes.sections import AUTO, RANDOM
 from fd_large.runtime.hooks import Hook
 from fd_large.tasks.distillation import cached_held_out, cached_teacher, target_statistics
 from fd_large.tasks.distillation.cache_files import CacheReader, CacheWriter, Header
@@ -263,6 +264,7 @@ class DistillationJob(Job):
             *(partial(self._check_cache, name) for name in self._caches),
             self._check_views,
             self._check_sizes,
+            self._check_mosaics,
             super().check,
         )
 
@@ -293,6 +295,33 @@ class DistillationJob(Job):
             "none",
             "Leave it out, or name the teacher itself",
         )
+
+    def _check_mosaics(self) -> None:
+        """Refuses micro batches that mosaics do not fill, and stored maps of them.
+
+        The map of an image depends on those beside it: these must not change with the ranks.
+        """
+        together, size = self.images_together(), self.run.batch.micro_batch_size
+        if together == 1:
+            return
+        require(
+            size != AUTO and size % together == 0,
+            "batch.micro_batch_size: mosaics that are not full",
+            f"{size} images with mosaics of {together}",
+            f"a multiple of {together}",
+            f"Set --batch.micro_batch_size {together}",
+        )
+        require(
+            not (self._caches or self.run.task.distillation.cache),
+            "task.distillation.cache: a map out of a mosaic is no map of one view",
+            "cached targets beside teachers.NAME.mosaic",
+            "one of the two",
+            "Leave one of them out",
+        )
+
+    def images_together(self) -> int:
+        """Returns the number of images of which all mosaics are full."""
+        return math.lcm(*(max(1, entry.mosaic) ** 2 for entry in self.run.taught_by.values()))
 
     def _check_cache(self, name: str) -> None:
         """Refuses a cache that is not whole."""
@@ -462,7 +491,7 @@ class DistillationJob(Job):
             if resolve(entry.model, entry.architecture).code:
                 where = source_flag(name).removeprefix("--")
                 check_map(teacher.net, side, is_trained=False, where=where)
-            theirs = grid_of(title, teacher.net.grid, side)
+            theirs = grid_of(title, lambda size, _, own=teacher: own.grid(size), size)
             of_maps = [t for t in task.targets if t.teacher == name and t.kind == MAP]
             ours = of_maps[0].given(grid, 0)[0] if of_maps else grid
             with told_of(name):
@@ -699,7 +728,12 @@ class DistillationJob(Job):
             for kind in entry.targets
         ]
         return Distillation(
-            student, teachers, targets, weighting=self.run.weighting, teaches=self._teaches()
+            student,
+            teachers,
+            targets,
+            weighting=self.run.weighting,
+            teaches=self._teaches(),
+            mosaics=[name for name, entry in entries.items() if entry.mosaic],
         )
 
     # --- training ---

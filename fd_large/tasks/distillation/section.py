@@ -134,6 +134,9 @@ class NamedTeacher(Teacher, Objective):
     weight: float = 1.0
     # Names of the datasets of data.root whose images it teaches, where weighting.rule is own_data.
     datasets: tuple[str, ...] = ()
+    # Images along a side of a mosaic: so many squared are tiled into one image of the teacher's
+    # size, whose map is cut back into theirs (RADIO's way with SAM). 0: it sees each image alone.
+    mosaic: int = 0
     interpolation: Interpolation = AUTO
     teacher_image_size: int | Literal["auto"] = AUTO
 
@@ -141,6 +144,14 @@ class NamedTeacher(Teacher, Objective):
         Teacher.__post_init__(self)
         Objective.__post_init__(self)
         not_negative(f"{self.place}.weight", self.weight)
+        at_least(f"{self.place}.mosaic", self.mosaic, 0, "images")
+        require(
+            not self.mosaic or self.targets == (MAP,),
+            f"{self.place}.mosaic: a mosaic has one summary, which is of no image",
+            f"{self.mosaic} with targets {' '.join(self.targets)}",
+            MAP,
+            f"Set --{self.place}.targets {MAP}",
+        )
         require(
             bool(self.targets) and len(set(self.targets)) == len(self.targets),
             f"{self.place}.targets: each at most once, and one at least",

@@ -11,7 +11,7 @@ learns from (weighting.py). Neither needs the student in the first pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import Any
@@ -39,7 +39,7 @@ from fd_large.tasks.distillation.weighting import (
     weighted_loss,
 )
 
-Teachers = Mapping[str, Callable[[Tensor], FeatureMap]]
+Teachers = Mapping[str, Callable[..., FeatureMap]]
 DATASETS = ".datasets"
 """The key, which no teacher has, of the images' datasets among the targets of a batch."""
 
@@ -61,6 +61,8 @@ class Distillation(Task):
         weighting: Which of several teachers each image learns from.
         teaches: For own_data, (teachers in the order of their names, datasets): whether a teacher
             teaches the images of a dataset.
+        mosaics: Names of teachers that see several images at once (mosaic.py). In evaluation they
+            see each alone, so that a figure does not depend on which images meet.
 
     Attributes:
         targets: As given.
@@ -75,9 +77,11 @@ class Distillation(Task):
         statistics: Statistics = IMAGENET,
         weighting: Weighting = FIXED,
         teaches: Sequence[Sequence[bool]] = (),
+        mosaics: Collection[str] = (),
     ) -> None:
         super().__init__(student)
         self.targets, self.statistics = tuple(targets), statistics
+        self._mosaics = frozenset(mosaics)
         self._weighting = weighting
         table = torch.zeros(len(teaches), len(teaches[0]) if teaches else 0, dtype=torch.bool)
         for row, own in enumerate(teaches):
@@ -136,7 +140,8 @@ class Distillation(Task):
 
         def map_of(name: str, teacher: Any) -> FeatureMap:
             if name not in given:
-                return teacher(images)
+                alone = name in self._mosaics and not self.training
+                return teacher(images, alone=True) if alone else teacher(images)
             if isinstance(given[name], FeatureMap):
                 return given[name]
             return teacher.of_stored(images, given[name])

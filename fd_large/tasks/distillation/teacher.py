@@ -46,10 +46,15 @@ class PlacedTeacher:
         self.fingerprint = self.hash_now()
         self.width = module.width
 
-    def __call__(self, images: Tensor) -> FeatureMap:
-        """Returns the map of uint8 images (B, 3, H, W), without gradient."""
+    def __call__(self, images: Tensor, **options: bool) -> FeatureMap:
+        """Returns the map of uint8 images (B, 3, H, W), without gradient.
+
+        Args:
+            images: The images.
+            options: Of a `Mosaic`, those of its forward.
+        """
         with torch.no_grad():
-            return (self._engine or self.module)(images)
+            return (self._engine or self.module)(images, **options)
 
     def hash_now(self) -> str:
         """Hashes the weights as they are now; equal to `fingerprint` unless memory failed."""

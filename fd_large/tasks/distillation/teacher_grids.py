@@ -18,6 +18,7 @@ from fd_large.recipes.architectures import resolve
 from fd_large.recipes.fields import require
 from fd_large.recipes.sections import AUTO, Student
 from fd_large.tasks.distillation.alignment import Grid, teacher_side
+from fd_large.tasks.distillation.mosaic import Mosaic
 from fd_large.tasks.distillation.section import NamedTeacher
 
 
@@ -58,7 +59,7 @@ def teacher_maker(
         f"Set {where}, or name a model",
     )
     assert isinstance(side, int)
-    return frozen_maker(
+    make = frozen_maker(
         entry,
         image_size=image_size,
         own_image_size=side,
@@ -66,6 +67,14 @@ def teacher_maker(
         residual_dtype=entry.residual_dtype,
         before_norm=entry.layer == "before_norm",
     )
+    if not entry.mosaic:
+        return make
+
+    def tiled() -> Frozen:
+        frozen = make()
+        return Mosaic(frozen.net, frozen.statistics, image_size=side, tiles=entry.mosaic)
+
+    return tiled
 
 
 def grid_of(whose: str, of_side: Callable[[int, int], Grid], side: int) -> Grid:
@@ -126,6 +135,17 @@ def with_grid(
     if not is_automatic or entry.model == AUTO:
         return entry
     architecture = resolve(entry.model, entry.architecture)
+    if entry.mosaic and entry.teacher_image_size in (0, AUTO):
+        # The mosaic has the size that the teacher was trained at.
+        own = architecture.fixed_image_size or own_image_size(entry.model, architecture)
+        require(
+            bool(own),
+            f"teachers.{name}.mosaic: the size of the mosaic is not known",
+            f"{entry.mosaic} with teacher_image_size {entry.teacher_image_size}",
+            "pixels",
+            f"Set --teachers.{name}.teacher_image_size",
+        )
+        entry = replace(entry, teacher_image_size=own)
     follows = follows and family_of(architecture).resizes(architecture)
     several = tuple(sides) if set(sides) - {image_size} else ()
     wanted = _grids_of_student(student, image_size, several)

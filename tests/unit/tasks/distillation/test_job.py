@@ -17,7 +17,7 @@ from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.count import on_shapes, run_on_shapes
 from fd_large.engine.forward_backward import arguments_of_step
 from fd_large.engine.recorder import Recorder
-from fd_large.errors import CheckpointError, ConfigError, FDError, ShapeError
+from fd_large.errors import CheckpointError, ConfigError, FDError, ShapeError, check_all
 from fd_large.kernels import choose
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
@@ -168,6 +168,56 @@ def test_the_teachers_image_and_positions_follow(
     fits = interpolation == "bilinear" or side or run.data.image_size == 32
     with nullcontext() if fits else pytest.raises(ShapeError, match="6x6"):
         DistillationJob(settled).parameter_sizes()
+
+
+TILED = {
+    "teachers.sam.model": "dino_vit_base_patch16",
+    "teachers.sam.architecture.embed_dim": 8,
+    "teachers.sam.architecture.depths": (1,),
+    "teachers.sam.architecture.num_heads": (2,),
+    "teachers.sam.architecture.patch_size": 8,
+    "teachers.sam.architecture.image_size": 64,
+    "teachers.sam.source": "random",
+    "teachers.sam.mosaic": 2,
+    "batch.micro_batch_size": 4,
+}
+
+
+def test_maps_out_of_mosaics_are_those_of_full_ones(run):
+    job = DistillationJob(settle(run.with_fields({**TILED, "batch.global_batch_size": 8})))
+    assert job.run.teachers["sam"].teacher_image_size == 64
+    assert job.run.teachers["sam"].interpolation == "none"
+    job.check()
+    job.parameter_sizes()
+    job.build(bfloat16=False, node_size=1, persistence_threshold=0)
+    task = job.make_task()
+    images = torch.randint(0, 256, (8, 3, 32, 32)).byte()
+    whole = task.train().learnt(images, None)["sam"].tokens
+    halves = [task.learnt(half, None)["sam"].tokens for half in images.split(4)]
+    torch.testing.assert_close(whole, torch.cat(halves))
+    # In evaluation no image sees another one.
+    alone = task.eval().learnt(images, None)["sam"].tokens
+    torch.testing.assert_close(alone[5:6], task.learnt(images[5:6], None)["sam"].tokens)
+    assert not torch.allclose(alone, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"batch.micro_batch_size": 2}, r"^batch\.micro_batch_size: mosaics .* a multiple of 4"),
+        ({"batch.micro_batch_size": "auto"}, r"^batch\.micro_batch_size: mosaics"),
+        ({"teachers.sam.mosaic": 3}, r"^(.*\n)*.*3x3 images"),
+    ],
+)
+def test_mosaics_that_do_not_fit_are_refused(run, fields, named):
+    job = DistillationJob(settle(run.with_fields({**TILED, **fields})))
+    with pytest.raises(FDError, match=named):
+        check_all(job.check, job.parameter_sizes)
+
+
+def test_a_mosaic_has_no_summary(run):
+    with pytest.raises(FDError, match=r"teachers\.sam\.mosaic"):
+        run.with_fields({**TILED, "teachers.sam.targets": ("map", "summary")})
 
 
 SIZES = {"data.image_size": 48, "data.image_sizes": (32, 48, 64)}

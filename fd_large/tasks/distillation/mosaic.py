@@ -1,0 +1,84 @@
+"""Several images as one input of a teacher that takes images of one size alone.
+
+A teacher such as SAM sees 1,024 px, where the student's images have 256: k x k of them are tiled
+into one input, and the map of that is cut back into theirs. It costs a k-squared of showing it each
+image enlarged, and its map is as fine as the student sees.
+
+Source: RADIO's mosaics for SAM (NVlabs/RADIO, issue 175), whose code is not published.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.resize import resize_images
+from fd_large.backbones.statistics import Statistics, normalise
+from fd_large.engine.frozen import Frozen
+from fd_large.errors import ShapeError
+
+
+class Mosaic(Frozen):
+    """A frozen backbone that sees k x k images at once, and gives the map of each.
+
+    Images after one another make a mosaic, row by row. Where the last one is not full, it is filled
+    up with the first images again. Tokens before the map, which stand for no image, are left out.
+
+    Args:
+        net, statistics: As `Frozen`.
+        image_size: Side of the whole mosaic, in pixels.
+        tiles: k, the images along a side of it.
+    """
+
+    def __init__(
+        self, net: nn.Module, statistics: Statistics, *, image_size: int, tiles: int
+    ) -> None:
+        super().__init__(net, statistics, image_size=image_size)
+        self.tiles = tiles
+
+    def grid(self, image_size: int) -> tuple[int, int]:
+        """Returns rows and columns of the map of an image, whatever its side.
+
+        Raises: ShapeError: if an image does not end where a token of the mosaic does.
+        """
+        rows, columns = self.net.grid(self.image_size, self.image_size)
+        if self.image_size % self.tiles or rows % self.tiles or columns % self.tiles:
+            raise ShapeError(
+                f"a mosaic of {self.tiles}x{self.tiles} images: they do not end where tokens do; "
+                f"got {rows}x{columns} tokens of {self.image_size}x{self.image_size} pixels, "
+                f"expected multiples of {self.tiles}. Set teachers.NAME.mosaic or "
+                "teachers.NAME.teacher_image_size."
+            )
+        return rows // self.tiles, columns // self.tiles
+
+    def forward(self, images: Tensor, *, alone: bool = False) -> FeatureMap:
+        """Returns the map of uint8 images (B, 3, H, W), without gradient.
+
+        Args:
+            images: The images.
+            alone: Whether each is tiled with itself, so that its map depends on no other one.
+        """
+        k = self.tiles
+        with torch.no_grad():
+            pixels = normalise(images, self.statistics)
+            side = self.image_size // k
+            if side != pixels.shape[-1]:
+                pixels = resize_images(pixels, (side, side))
+            if alone:
+                pixels = pixels.repeat_interleave(k * k, dim=0)
+            count = len(pixels)
+            places = torch.arange(count + -count % (k * k), device=pixels.device) % count
+            mosaics = rearrange(pixels[places], "(b i j) c h w -> b c (i h) (j w)", i=k, j=k)
+            map_ = self.net(mosaics.to(next(self.net.parameters()).dtype))
+            rows, columns = self.grid(images.shape[-1])
+            tokens = rearrange(
+                map_.tokens[:, map_.num_prefix_tokens :],
+                "b (i h j w) c -> (b i j) (h w) c",
+                i=k,
+                j=k,
+                h=rows,
+                w=columns,
+            )
+            return FeatureMap(tokens[: count : k * k if alone else 1], (rows, columns), 0)
