@@ -49,9 +49,18 @@ def outcome(run_dir: Path) -> tuple[list[list[float]], dict[str, bytes]]:
     return numbers, files
 
 
-@pytest.mark.parametrize("config", ["zero3", "zero1"])
-def test_each_is_the_run_that_it_would_be_alone_to_the_bit(config, tmp_path):
+@pytest.mark.parametrize(
+    ("config", "ranks", "compared"),
+    [
+        ("zero3", 2, ("wide", "narrow")),
+        ("zero1", 2, ("wide", "narrow")),
+        # Both engines have the one group of hpZ; the second is built when it is there.
+        ("zero3_hpz", 4, ("narrow",)),
+    ],
+)
+def test_each_is_the_run_that_it_would_be_alone_to_the_bit(config, ranks, compared, tmp_path):
     images, folder = write_pictures(tmp_path / "images", 16), tmp_path / "all"
+    nodes = ("--engine.node_size", "2") if config == "zero3_hpz" else ()
     if config == "zero3":
         # Killed in its fourth step or after it, and started again.
         started = twin.start(images, folder, *of_all())
@@ -60,12 +69,12 @@ def test_each_is_the_run_that_it_would_be_alone_to_the_bit(config, tmp_path):
             assert time.monotonic() < until, started.outputs()
             time.sleep(0.05)
         started.kill()
-    twin.train(images, folder, *of_all(), config=config)
-    for name in STUDENTS:
+    twin.train(images, folder, *of_all(), *nodes, config=config, ranks=ranks)
+    for name in compared:
         recipe = folder / "students" / name / "recipe.json"
         words = ["--config", recipe, "--runtime.run_dir", tmp_path / name]
         json_config = ROOT / f"ds_configs/{config}.json"
-        run_ranks(twin.TRAIN, "--deepspeed_config", json_config, *words, ranks=2, timeout=180.0)
+        run_ranks(twin.TRAIN, "--deepspeed_config", json_config, *words, ranks=ranks, timeout=180.0)
         numbers, files = outcome(folder / "students" / name)
         assert len(numbers) == STEPS
         alone = outcome(tmp_path / name)

@@ -12,10 +12,11 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,21 @@ def plain_task(run: Run) -> Task:
     return task
 
 
-def plain_losses(run: Run, updates: int = UPDATES) -> list[float]:
-    """One process, no engine: the reference of every scenario."""
+def plain_losses(
+    run: Run,
+    updates: int = UPDATES,
+    *,
+    batches: Iterable[Batch] | None = None,
+    schedule: CosineSchedule | None = None,
+) -> list[float]:
+    """One process, no engine: the reference of every scenario.
+
+    Args:
+        run: The run.
+        updates: Steps.
+        batches: Its global batches; None: those of `images_of`.
+        schedule: Its learning rates; None: those of `schedule_of`.
+    """
     task = plain_task(run)
     optimizer = torch.optim.AdamW(
         parameter_groups(task, run.optim.weight_decay),
@@ -143,11 +157,9 @@ def plain_losses(run: Run, updates: int = UPDATES) -> list[float]:
         eps=run.optim.eps,
         foreach=False,
     )
-    schedule, losses = schedule_of(run), []
-    positions = torch.arange(run.batch.global_batch_size)
-    for update in range(updates):
-        batch = Batch(images_of(update, run), 0, positions + update * len(positions), positions)
-        task.before_step(update / UPDATES)
+    schedule, losses = schedule or schedule_of(run), []
+    for update, batch in zip(range(updates), batches or made_up_batches(run), strict=False):
+        task.before_step(update / schedule.total)
         (arguments,) = arguments_of_step(task, task, [batch], run.runtime.seed, count=1)
         loss, _ = task(**arguments)
         optimizer.zero_grad()
@@ -159,6 +171,13 @@ def plain_losses(run: Run, updates: int = UPDATES) -> list[float]:
         task.after_step()
         losses.append(loss.item())
     return losses
+
+
+def made_up_batches(run: Run) -> Iterator[Batch]:
+    """The global batches of `images_of`."""
+    positions = torch.arange(run.batch.global_batch_size)
+    for update in count():
+        yield Batch(images_of(update, run), 0, positions + update * len(positions), positions)
 
 
 @contextmanager
