@@ -2,49 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from covering import Row, covering, pairs_of
+from covering import covering, pairs_of
 from kills import state
-from launch import ROOT, read_results, run_ranks, start_ranks
+from launch import ROOT, run_ranks, start_ranks
 from pictures import write_pictures
 from twin import losses
 
-PROGRAM = Path(__file__).parent / "programs" / "options.py"
-sys.path.insert(0, str(PROGRAM.parent))
+sys.path.insert(0, str(Path(__file__).parent / "programs"))
 
-import options  # noqa: E402
-import scenarios  # noqa: E402
-from options import FACTORS  # noqa: E402
+import options
+from options import FACTORS
 
 BOUND = 1e-5
-
-
-def losses_of(rows: dict[str, Row], folder: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Each run's losses, on its ranks and in one plain process."""
-    for dataset, images in zip(options.DATASETS, options.IMAGES, strict=True):
-        write_pictures(folder / dataset, images)
-    for stage, zero in ((1, scenarios.ZERO1), (3, scenarios.ZERO3)):
-        (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
-    (folder / "rows.json").write_text(json.dumps({n: row._asdict() for n, row in rows.items()}))
-    plain = {}
-    for name, row in rows.items():
-        run = options.run_of(row, name, folder)
-        options.write_statistics(run)
-        plain[name] = options.plain_losses(run)
-    ours: dict[str, list[float]] = {name: [] for name in rows}
-    for ranks in FACTORS.run["ranks"]:
-        found = folder / f"on_{ranks}"
-        found.mkdir()
-        run_ranks(PROGRAM, folder, ranks=ranks, timeout=3000, results=found)
-        for name, taken in read_results(found, ranks)[0].items():
-            ours[name] += taken
-    return {name: (ours[name], plain[name]) for name in rows}
 
 
 def test_every_two_options_meet_and_give_the_losses_of_one_process(tmp_path, monkeypatch):
@@ -54,7 +29,7 @@ def test_every_two_options_meet_and_give_the_losses_of_one_process(tmp_path, mon
     met = {pair for row in rows.values() for pair in pairs_of(row)}
     assert met == FACTORS.pairs()
     wrong = {}
-    for name, (ours, plain) in losses_of(rows, tmp_path).items():
+    for name, (ours, plain) in options.losses_of(rows, tmp_path).items():
         assert len(ours) == len(plain) == options.STEPS
         assert len(set(plain)) == options.STEPS, f"{rows[name]} learns nothing"
         worst = max(abs(a - b) / b for a, b in zip(ours, plain, strict=True))
@@ -79,7 +54,8 @@ FLAGS = """
 --teachers.second.placement sharded --teachers.second.normaliser batch
 --weighting.rule drop --data.image_mixup True --data.image_size 32 --data.workers 1
 --batch.global_batch_size 12 --batch.micro_batch_size 2
---optim.max_steps 6 --runtime.save_every 2 --runtime.log_every 1 """
+--optim.max_steps 6 --optim.base_lr 0.1 --optim.warmup_lr 0.05 --optim.min_lr 0.01
+--runtime.save_every 2 --runtime.log_every 1 """
 
 
 def test_killed_and_resumed_on_other_ranks_the_state_of_teachers_keeps_its_bits(tmp_path):

@@ -19,7 +19,8 @@ from typing import Any
 import scenarios
 import torch
 from covering import Factors, Row
-from launch import write_result
+from launch import read_results, run_ranks, write_result
+from pictures import write_pictures
 
 from fd_large import distributed
 from fd_large.data.loader import Batch
@@ -233,6 +234,28 @@ def plain_losses(run: Run) -> list[float]:
     job = DistillationJob(run)
     batches = batches_of(job, job.open_samples(), 0, GLOBAL_BATCH)
     return scenarios.plain_losses(run, STEPS, batches=batches, schedule=schedule_of(run))
+
+
+def losses_of(rows: dict[str, Row], folder: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Each run's losses, on its ranks and in one plain process."""
+    for dataset, images in zip(DATASETS, IMAGES, strict=True):
+        write_pictures(folder / dataset, images)
+    for stage, zero in ((1, scenarios.ZERO1), (3, scenarios.ZERO3)):
+        (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
+    (folder / "rows.json").write_text(json.dumps({n: row._asdict() for n, row in rows.items()}))
+    plain = {}
+    for name, row in rows.items():
+        run = run_of(row, name, folder)
+        write_statistics(run)
+        plain[name] = plain_losses(run)
+    ours: dict[str, list[float]] = {name: [] for name in rows}
+    for ranks in FACTORS.run["ranks"]:
+        found = folder / f"on_{ranks}"
+        found.mkdir()
+        run_ranks(__file__, folder, ranks=ranks, timeout=3000, results=found)
+        for name, taken in read_results(found, ranks)[0].items():
+            ours[name] += taken
+    return {name: (ours[name], plain[name]) for name in rows}
 
 
 class Losses(Hook):
