@@ -1,4 +1,4 @@
-"""How far is a step that chooses teachers image by image from the same step on other ranks?
+"""How far is a step whose loss depends on all its images from the same step on other ranks?
 
     python benchmarks/teacher_choice.py [--images N] [--steps N] [--out FILE]
 
@@ -8,6 +8,10 @@ averages the ranks. This package divides by the number that the whole step keeps
 here for the same losses and the same masks, with the images of a step dealt to 1, 2, 4 ... ranks:
 a linear student learns four teachers of 16 channels by half cosine and half smooth L1, and each
 step's loss and gradient are compared with those on one rank.
+
+So does a loss against a queue of earlier summaries: in lightly-train each rank has a queue of its
+own images, here the run has one. Statistics of targets need no row: the codes of UNIC and DUNE
+gather them over all ranks.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from fd_large.tasks.distillation.losses import make_loss  # noqa: E402
+from fd_large.tasks.distillation.similarity import pushed, queue_divergence, units  # noqa: E402
 from fd_large.tasks.distillation.weighting import (  # noqa: E402
     coins,
     kept_beside_worst,
@@ -32,6 +37,8 @@ from fd_large.tasks.distillation.weighting import (  # noqa: E402
 )
 
 TEACHERS, WIDTH, CHANNELS = 4, 32, 16
+QUEUE, FILLED = 256, 40
+"""Summaries in a queue, and steps that fill it before the first, with 8 images of each too."""
 # Every image of the first dataset has all teachers, as generic data in DUNE; others have their own.
 TEACHES = torch.eye(TEACHERS, dtype=torch.bool)
 TEACHES[:, 0] = True
@@ -56,9 +63,12 @@ class Steps:
         self.weight = torch.zeros_like(self._truth).normal_(generator=self._generator) / WIDTH
         self.weight.requires_grad_()
         self._loss = make_loss("0.5 cosine + 0.5 smooth_l1", beta=1.0)
+        self._earlier: list[Tensor] = []
 
     def draw(self, number: int, rule: str) -> None:
         """Makes the images of step `number`, and what chooses their teachers."""
+        if number:
+            self._earlier.append(self._targets)
         self._inputs = torch.randn(self._images, WIDTH, generator=self._generator)
         clean = self._inputs @ self._truth / WIDTH**0.5
         # Some teachers are harder to learn than others.
@@ -77,17 +87,36 @@ class Steps:
             ranks: Their number.
             on_step: Whether the whole step decides the weights, as in this package.
         """
-        shares, number = torch.arange(self._images).chunk(ranks), torch.zeros(())
-        pairs = [self._pairs(share) for share in shares]
-        for _, kept in pairs:
-            number = number + kept.sum()
-        parts = [
-            weighted_loss(losses, kept, number, parts=ranks) if on_step else published(losses, kept)
-            for losses, kept in pairs
-        ]
+        shares = torch.arange(self._images).chunk(ranks)
+        if self._rule == "queue":
+            everyone = torch.arange(self._images)
+            parts = [self._queued(share, everyone if on_step else share) for share in shares]
+        else:
+            pairs = [self._pairs(share) for share in shares]
+            number = sum((kept.sum() for _, kept in pairs), torch.zeros(()))
+            parts = [
+                weighted_loss(losses, kept, number, parts=ranks)
+                if on_step
+                else published(losses, kept)
+                for losses, kept in pairs
+            ]
         loss = torch.stack(parts).mean()
         (gradient,) = torch.autograd.grad(loss, self.weight)
         return loss.item(), gradient
+
+    def _queued(self, share: Tensor, seen: Tensor) -> Tensor:
+        """The loss of some images against a queue of those that are seen of each step."""
+        made, wanted = (
+            units(tokens.view(-1, TEACHERS, CHANNELS))
+            for tokens in (self._inputs[share] @ self.weight, self._targets[share])
+        )
+        queue = torch.zeros(QUEUE, TEACHERS, CHANNELS)
+        for targets in (*self._earlier[-QUEUE // len(seen) :], self._targets):
+            queue = pushed(queue, units(targets[seen].view(-1, TEACHERS, CHANNELS)))
+        losses = [
+            queue_divergence(made[:, t], wanted[:, t], queue[:, t]).mean() for t in range(TEACHERS)
+        ]
+        return torch.stack(losses).mean()
 
     def _pairs(self, share: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (T, B) of some images, and which are kept."""
@@ -109,11 +138,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "teacher_choice.json")
     given = parser.parse_args()
     results = {**conditions(__file__, __doc__, ("torch",)), "images": given.images, "steps": []}
-    for rule in ("drop", "own_data"):
+    for rule in ("drop", "own_data", "queue"):
         steps = Steps(given.images)
         found: dict[tuple[str, int], list[tuple[float, float]]] = {}
-        for number in range(given.steps):
+        before = FILLED if rule == "queue" else 0
+        for number in range(before + given.steps):
             steps.draw(number, rule)
+            if number < before:
+                continue
             for whose, on_step in (("published", False), ("here", True)):
                 loss, gradient = steps.take(1, on_step=on_step)
                 for ranks in (2, 4, 8, 16):

@@ -2,8 +2,7 @@
 
 Statistics are sums over the tokens of a step, added up over micro batches and ranks in float64, so
 that neither changes a target. They move once a step that was taken, and belong to a checkpoint.
-Public codes gather all features on every rank instead, or take the statistics of each rank by
-itself.
+The public codes gather all features on every rank instead.
 
 Source: Sariyildiz et al. (UNIC), arXiv 2408.05088, and Sariyildiz et al. (DUNE), arXiv 2503.14405;
 constants as in their code.

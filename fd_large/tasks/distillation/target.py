@@ -17,7 +17,7 @@ from fd_large.errors import ConfigError
 from fd_large.tasks.distillation.alignment import Grid, common_grid, match_grids, match_prefixes
 from fd_large.tasks.distillation.heads import registry
 from fd_large.tasks.distillation.heads.map_head import MapHead, Maps
-from fd_large.tasks.distillation.losses import QueueDivergence, make_loss
+from fd_large.tasks.distillation.losses import QueueDivergence, Relation, make_loss
 from fd_large.tasks.distillation.normalisers import NONE, WHITENING, make_normaliser
 from fd_large.tasks.distillation.running_statistics import Moments, RunningStatistics
 from fd_large.tasks.distillation.section import MAP, SUMMARY, field_of, label, told_of
@@ -84,6 +84,12 @@ class Target:
                 normaliser, eps=whitening_eps, statistics=target_statistics, width=teacher_width
             )
         self.reads_blocks = reads_blocks(self.head)
+        if isinstance(self.loss, Relation) and kind == SUMMARY:
+            raise ConfigError(
+                f"{field_of(teacher, 'loss', kind)}: a summary alone has nothing to relate to; got "
+                f"{loss}, expected a loss between two summaries. Set "
+                f"--{field_of(teacher, 'loss', kind)} queue, cosine or mse."
+            )
         self.queue: SummaryQueue | None = None
         if isinstance(self.loss, QueueDivergence):
             if kind != SUMMARY:

@@ -42,7 +42,7 @@ from fd_large.tasks.distillation.heads.resizing import ResizedMLP
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.losses import LOSSES
 from fd_large.tasks.distillation.normalisers import BY_STATISTICS, NORMALISERS, RUNNING
-from fd_large.tasks.distillation.section import NamedTeacher, Teacher
+from fd_large.tasks.distillation.section import NamedTeacher, Summary, Teacher
 from fd_large.tasks.jobs import job_of
 
 STEPS, STOP = 3, 2
@@ -186,6 +186,8 @@ def _teacher(
         datasets=datasets,
         **{"interpolation": "none", "teacher_image_size": 0, **grid},
     )
+    if part["loss"] == "relation" and "summary" in targets:
+        entry = replace(entry, summary=Summary(loss="cosine"))
     if part["normaliser"] in BY_STATISTICS:
         if "map" in targets:
             entry = replace(entry, target_statistics=f"{file}_map")

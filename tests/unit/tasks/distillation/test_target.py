@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fd_large.backbones.feature_map import FeatureMap
+from fd_large.errors import ConfigError
 from fd_large.tasks.distillation.heads.map_head import Maps
 from fd_large.tasks.distillation.losses import LOSSES
 from fd_large.tasks.distillation.target import Target, summary
@@ -33,9 +34,14 @@ def test_a_map_is_learnt_with_its_cls_token_unless_that_is_a_target_of_its_own()
 
 
 @pytest.mark.parametrize(
-    "loss", [*(n for n in LOSSES if n != "queue"), "0.9 cosine_of_map + 0.1 smooth_l1"]
+    ("loss", "kind"),
+    [
+        (loss, kind)
+        for kind in ("map", "summary")
+        for loss in [*LOSSES, "0.9 cosine_of_map + 0.1 smooth_l1"]
+        if loss != "queue" and (loss, kind) != ("relation", "summary")
+    ],
 )
-@pytest.mark.parametrize("kind", ["map", "summary"])
 def test_the_loss_is_the_mean_of_what_each_image_has(loss, kind):
     torch.manual_seed(0)
     target = Target(4, 6, kind=kind, loss=loss)
@@ -45,6 +51,11 @@ def test_the_loss_is_the_mean_of_what_each_image_has(loss, kind):
     assert each.mean().item() == pytest.approx(target.value(projected, wanted).item(), rel=1e-5)
     alone = target.value(projected[1:2], wanted[1:2])
     assert each[1].item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_a_summary_alone_has_no_relations():
+    with pytest.raises(ConfigError, match=r"teachers\.a\.summary\.loss: .* got relation"):
+        Target(4, 6, teacher="a", kind="summary", loss="relation")
 
 
 def test_a_loss_of_the_users_own_has_a_value_for_each_image(monkeypatch):
