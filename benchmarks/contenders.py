@@ -44,19 +44,19 @@ class Setting:
     Attributes:
         run: The recipe, with sizes and batch.
         bfloat16: Whether student and teacher compute in bfloat16.
-        teacher: Whole on every rank; the same object for all contenders.
+        job: The recipe's job, with its teacher built: whole on every rank, one for all contenders.
         peer_repo: A checkout of Feature-Distillation, or None.
     """
 
     run: Run
     bfloat16: bool
-    teacher: Any
+    job: DistillationJob
     peer_repo: Path | None
 
     @property
     def make_task(self) -> Callable[[], Any]:
         """Constructs the student and its loss."""
-        return lambda: DistillationJob(self.run).task_around({"": self.teacher})
+        return lambda: self.job.task_around(self.job.teachers)
 
 
 def share(
@@ -97,7 +97,7 @@ def share(
     )
     # Its warning about random weights would be noise here.
     logging.getLogger("fd_large.tasks.distillation.job").setLevel(logging.ERROR)
-    return Setting(run, ds.computes_in_bfloat16(precision), job_of(run).teacher, peer_repo)
+    return Setting(run, ds.computes_in_bfloat16(precision), job_of(run), peer_repo)
 
 
 def build(name: str, setting: Setting) -> Step:

@@ -46,6 +46,7 @@ def zero_engine(
     """
     if isinstance(config, str):
         config = ds.load(ROOT / f"ds_configs/{config}.json")
+    job = DistillationJob(run)
     world, node = distributed.world_size(), distributed.local_world_size()
     numbers = ds.RunNumbers(
         micro_batch_size,
@@ -54,7 +55,8 @@ def zero_engine(
         node,
         run.optim.clip_norm,
         ds.computes_in_bfloat16(run.engine.precision),
-        DistillationJob(run).parameter_sizes(),
+        job.parameter_sizes(),
+        trained_size=job.trained_size(),
     )
     engine = engine_of(run, make_task, ds.fill(config, numbers))
     engine.task.train()

@@ -31,6 +31,8 @@ TITLES = {
     "peer": "Feature-Distillation",
     "hpz": "fd_large, ZeRO-3 with hpZ",
 }
+# What does the same work in the same memory, to which a contender's time is set.
+PEERS = {"zero0": "ddp", "zero1": "ddp", "zero2": "ddp", "zero3": "fsdp2", "hpz": "fsdp2"}
 
 
 def start(program: str, *arguments: object, ranks: int, launcher: str = "") -> int:

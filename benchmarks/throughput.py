@@ -1,7 +1,8 @@
 """How many images per second does a distillation step reach here, and how many do others?
 
     python benchmarks/throughput.py [--quick] [--ranks 2] [--model swinv2_tiny] [--image-size 128]
-        [--micro-batch 8] [--precision float32] [--contenders zero1 ddp ...] [--peer-repo PATH]
+        [--micro-batch 8] [--precision float32] [--contenders zero1 ddp ...] [--small]
+        [--peer-repo PATH]
 
 Starts its own ranks (one per GPU, or `--ranks` CPU ranks; or with `--launcher "srun --nodes=4"`),
 builds all contenders side by side (contenders.py) and lets them take turns, so that other work on
@@ -24,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from harness import RESULTS, TITLES
+from harness import PEERS, RESULTS, TITLES
 
 WARM_UP = 2
+# Where what a step costs whatever its images shows most.
+SMALL = ("--image-size", "64", "--micro-batch", "2")
 GIGABYTE = 1e9
 
 
@@ -49,6 +52,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--rounds", type=int, default=12, help="measured steps of each contender")
     parser.add_argument("--contenders", nargs="+", default=[], metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--small", action="store_true", help="also a step of two images of 64 px per rank"
+    )
     parser.add_argument("--peer-repo", type=Path, help="a checkout of Feature-Distillation")
     parser.add_argument("--no-memory", action="store_true", help="measure speed only")
     parser.add_argument(
@@ -167,6 +173,8 @@ def report(
             "seconds": harness.spread(samples),
             "relative_speed": harness.paired(seconds[fastest], samples),
         }
+        if PEERS.get(name) in seconds:
+            rows[name]["time_over_peer"] = harness.paired(samples, seconds[PEERS[name]])
     return {
         **harness.conditions(__file__, __doc__),
         "ranks": world,
@@ -202,6 +210,8 @@ def start_ranks(arguments: argparse.Namespace) -> int:
         if "contenders" not in results:
             sys.exit("; ".join(f"{n}: {why}" for n, why in results["left_out"].items()))
         results["command"] = " ".join(["python benchmarks/throughput.py", *sys.argv[1:]])
+        if arguments.small:
+            results["small_step"] = run(*SMALL)
         for name in () if arguments.no_memory else results["contenders"]:
             results["contenders"][name]["peak_memory_bytes"] = run("--alone", name)[
                 "peak_memory_bytes"
@@ -211,7 +221,8 @@ def start_ranks(arguments: argparse.Namespace) -> int:
     harness.write(results, out)
     write_csv(results, out.with_suffix(".csv"))
     draw(results, out.with_suffix(".png"))
-    show(results)
+    for step in (results, *([results["small_step"]] if arguments.small else [])):
+        show(step)
     print(f"written: {out}, .csv and .png")
     return 0
 
@@ -238,24 +249,30 @@ def show(results: dict[str, Any]) -> None:
         "images/s",
         "s per step (quartiles)",
         "relative speed",
+        "time, peer 1",
         "peak memory",
     ):
         table.add_column(name, justify="left" if name == "contender" else "right", no_wrap=True)
     for title, row in sorted_rows(results):
-        low, high = row["seconds"]["quartiles"]
-        slow, fast = row["relative_speed"]["quartiles"]
         memory = row.get("peak_memory_bytes")
+        over = row.get("time_over_peer")
         table.add_row(
             title,
             f"{row['images_per_second']:.2f}",
-            f"{row['seconds']['median']:.3f} ({low:.3f}-{high:.3f})",
-            f"{row['relative_speed']['median']:.3f} ({slow:.3f}-{fast:.3f})",
+            _spread(row["seconds"]),
+            _spread(row["relative_speed"]),
+            _spread(over) if over else "-",
             "-" if memory is None else f"{memory / GIGABYTE:.2f} GB",
         )
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(table)
     for name, why in results["left_out"].items():
         console.print(f"left out: {TITLES[name]}: {why}", soft_wrap=True)
+
+
+def _spread(found: dict[str, Any]) -> str:
+    low, high = found["quartiles"]
+    return f"{found['median']:.3f} ({low:.3f}-{high:.3f})"
 
 
 def subtitle(results: dict[str, Any]) -> str:

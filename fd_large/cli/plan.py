@@ -137,7 +137,7 @@ def main(arguments: list[str]) -> int:
             raise ConfigError(
                 "--write: no setting fits; got none to write, expected one. Use more GPUs."
             )
-        _write("--write", own.write, good[0].candidate.deepspeed(load.parameters))
+        _write("--write", own.write, good[0].candidate.deepspeed())
         console.print(f"wrote {own.write}", soft_wrap=True)
     return 0
 

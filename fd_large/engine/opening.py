@@ -309,6 +309,7 @@ def _check(
             bfloat16=ds.computes_in_bfloat16(run.engine.precision),
             parameter_sizes=job.parameter_sizes(),
             nvme_path=run.engine.nvme_path,
+            trained_size=job.trained_size(),
         )
         ds.fill(json_config, numbers)
         counted.append(numbers)

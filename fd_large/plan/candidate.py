@@ -6,20 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# Elements, as in ds_configs/*.json; `bucket_elements` uses the smaller one.
-BUCKET_ELEMENTS, LEAST_BUCKET_ELEMENTS = 100_000_000, 8_000_000
-PREFETCH_ELEMENTS = 51_000_000
-
-
-def bucket_elements(stage: int, parameters: int) -> int:
-    """Returns how many elements of gradients are reduced together.
-
-    Stage 3 owns a buffer of this size. At stages 1 and 2 it is small enough that reductions begin
-    early in the backward pass, but makes at most about thirty messages, each of which has a cost.
-    """
-    if stage == 3:
-        return BUCKET_ELEMENTS
-    return min(BUCKET_ELEMENTS, max(LEAST_BUCKET_ELEMENTS, parameters // 30))
+from fd_large.plan.buckets import MOST_ELEMENTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +58,18 @@ class Candidate:
         }
         return [f"--{name} {mine}" for name, (mine, own) in fields.items() if mine != own]
 
-    def deepspeed(self, parameters: int) -> dict[str, Any]:
-        """Returns the DeepSpeed JSON for that many parameters; the run fills in "auto"."""
+    def deepspeed(self) -> dict[str, Any]:
+        """Returns the DeepSpeed JSON; the run fills in "auto"."""
         zero: dict[str, Any] = {"stage": self.stage}
         if self.stage > 0:
             zero["overlap_comm"] = True
-            zero["reduce_bucket_size"] = bucket_elements(self.stage, parameters)
+            zero["reduce_bucket_size"] = "auto"
         if self.stage in (1, 2):
             zero["reduce_scatter"] = False
-            zero["allgather_bucket_size"] = BUCKET_ELEMENTS
+            zero["allgather_bucket_size"] = MOST_ELEMENTS
         elif self.stage == 3:
-            zero["stage3_prefetch_bucket_size"] = PREFETCH_ELEMENTS
+            zero["contiguous_gradients"] = False
+            zero["stage3_prefetch_bucket_size"] = "auto"
             zero["stage3_param_persistence_threshold"] = "auto"
             if self.hpz:
                 zero["zero_hpz_partition_size"] = "auto"

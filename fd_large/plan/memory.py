@@ -6,12 +6,13 @@ steps, with the two moments of AdamW (4P each; another optimiser may keep more o
 
 | ZeRO | parameters | masters        | moments | gradients             |
 |------|------------|----------------|---------|-----------------------|
-| 0    | bP         | none           | 8P      | none (set to None)    |
+| 0    | bP         | none           | 8P      | W > 1: 4P, else none  |
 | 1    | bP         | 4P/W           | 8P/W    | bf16: 4P, else none   |
 | 2    | bP         | 4P/W           | 8P/W    | none                  |
 | 3    | bP/W + bK  | 4P/W           | 8P/W    | 4P/W                  |
 
-- Stage 0 trains the parameters themselves; it exists in float32 only.
+- Stage 0 trains the parameters themselves; it exists in float32 only. Over several ranks the
+  gradients' buckets stay.
 - Masters are a copy even if the parameters are float32 already. (Stage 3 is meant to share its
   float32 shards, but compares a torch.device with a string, which is never equal.)
 - Stage 1 in bfloat16 with float32 accumulation keeps a float32 gradient of the whole model on each
@@ -25,8 +26,8 @@ steps, with the two moments of AdamW (4P each; another optimiser may keep more o
   own float32 gradient (4P/W) stays too; stages 1 and 2 add a copy of the partition for the transfer
   back (bP/W) and a buffer of the largest tensor on either side. Offloading parameters moves the
   shards; K stays on the device.
-- A stage 3 engine owns one bucket of `reduce_bucket_size` elements, in the data type in which
-  gradients are summed over ranks.
+- A stage 3 engine with `contiguous_gradients` owns one bucket of `reduce_bucket_size` elements, in
+  the data type in which gradients are summed over ranks. ds_configs/ leave it out.
 - The teacher takes BT whole; split over S ranks BT/S, tensor by tensor, and B times its tensors
   under the threshold. It has no gradients, masters or moments. Several teachers take the sum.
 
@@ -70,7 +71,7 @@ class Placement:
     hpz_size: int = 1
     offload_optimizer: bool = False
     offload_param: bool = False
-    reduce_bucket_size: int = DEFAULT_BUCKET_SIZE
+    bucket_size: int = 0
     float32_sums: bool = False
 
     @classmethod
@@ -117,7 +118,11 @@ class Placement:
             hpz_size=zero.get("zero_hpz_partition_size", 1),
             offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
             offload_param=zero.get("offload_param", {}).get("device", "none") != "none",
-            reduce_bucket_size=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)),
+            bucket_size=(
+                int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE))
+                if zero.get("contiguous_gradients", True)
+                else 0
+            ),
             float32_sums=float32_sums,
         )
 
@@ -173,6 +178,7 @@ def held(
     host: dict[str, int] = {}
     if place.stage == 0:
         device |= {"parameters": compute * total, "moments": 4 * moments * total}
+        device["gradients"] = compute * total if ranks > 1 else 0
         return Memory(device=Held(**device))
 
     optimizer = host if place.offload_optimizer else device
@@ -183,7 +189,7 @@ def held(
         shards["parameters"] = shards.get("parameters", 0) + compute * part
         optimizer["masters"] = 4 * part
         optimizer["gradients"] = 4 * part
-        device["buckets"] = (4 if place.float32_sums else compute) * place.reduce_bucket_size
+        device["buckets"] = (4 if place.float32_sums else compute) * place.bucket_size
     else:
         device["parameters"] = compute * total
         optimizer["masters"] = 4 * part

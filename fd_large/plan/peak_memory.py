@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fd_large.plan.candidate import PREFETCH_ELEMENTS, Candidate, bucket_elements
+from fd_large.plan.buckets import PREFETCH_ELEMENTS, gradient_bucket
+from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Machine
 from fd_large.plan.memory import Placement, held
 from fd_large.plan.rates import Rates
@@ -51,7 +52,7 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
     """Returns the peak memory of a rank."""
     cluster, rates = machine.cluster, machine.rates
     size, counts = load.compute_bytes(machine), load.counts_of(candidate, machine)
-    bucket = load.sum_bytes(machine) * bucket_elements(candidate.stage, load.parameters)
+    bucket = load.sum_bytes(machine) * gradient_bucket(load.parameters)
     split = load.split_sizes(candidate)
     memory = held(
         load.student_sizes,
@@ -73,6 +74,8 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
         # Each gradient is added to its float32 sum at once; sums are sent bucket by bucket, in
         # bfloat16 as a copy.
         buffers += size * max(load.student_sizes) + (bucket if load.sum_bytes(machine) == 2 else 0)
+    elif candidate.stage == 0 and cluster.gpus > 1:
+        buffers += size * max(load.student_sizes)  # On its way into a bucket that is there.
     else:
         buffers += size * load.parameters  # Every gradient.
     own = 2 if load.teacher_bfloat16(machine) else 4
@@ -100,6 +103,5 @@ def placement_of(load: Workload, candidate: Candidate, machine: Machine) -> Plac
         persistence_threshold=load.threshold,
         teacher_persistence_threshold=load.threshold,
         hpz_size=cluster.node_size if candidate.hpz else 1,
-        reduce_bucket_size=bucket_elements(candidate.stage, load.parameters),
         float32_sums=load.sum_bytes(machine) == 4,
     )

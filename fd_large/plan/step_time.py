@@ -37,7 +37,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fd_large.plan.candidate import Candidate, bucket_elements
+from fd_large.plan.buckets import gradient_bucket
+from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Machine
 from fd_large.plan.counts import Counts, StepFlops
 from fd_large.plan.peak_memory import PeakMemory, peak_memory
@@ -225,7 +226,7 @@ def _communication(load: Workload, candidate: Candidate, machine: Machine) -> fl
     cluster, rates = machine.cluster, machine.rates
     whole = load.compute_bytes(machine) * load.parameters
     calls = sum(1 for n in load.student_sizes if n > load.threshold)
-    gradients, buckets = load.sum_bytes(machine) * load.parameters, _buckets(load, candidate)
+    gradients, buckets = load.sum_bytes(machine) * load.parameters, _buckets(load)
     total = 0.0
     if candidate.stage == 3:
         again, span = _gathered_again(load), "node" if candidate.hpz else "all"
@@ -249,8 +250,8 @@ def _gathered_again(load: Workload) -> float:
     return max(0.0, 1 - KEPT_ELEMENTS / load.parameters)
 
 
-def _buckets(load: Workload, candidate: Candidate) -> int:
-    return -(-load.parameters // bucket_elements(candidate.stage, load.parameters))
+def _buckets(load: Workload) -> int:
+    return -(-load.parameters // gradient_bucket(load.parameters))
 
 
 def _finish(load: Workload, candidate: Candidate, machine: Machine) -> float:
@@ -269,5 +270,5 @@ def _finish(load: Workload, candidate: Candidate, machine: Machine) -> float:
         total += cluster.seconds(whole, rates)
     if candidate.stage <= 1:
         gradients = load.sum_bytes(machine) * load.parameters
-        total += 2 * cluster.seconds(gradients, rates, calls=_buckets(load, candidate))
+        total += 2 * cluster.seconds(gradients, rates, calls=_buckets(load))
     return total

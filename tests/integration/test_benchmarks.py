@@ -104,6 +104,8 @@ def test_contenders_compute_the_same_and_a_peer_joins(tmp_path: Path, peer: Path
     assert fastest != "alone"  # Without exchange it is a bound.
     assert rows[fastest]["relative_speed"]["median"] == 1.0
     assert all(len(row["seconds"]["samples"]) == 2 for row in rows.values())
+    timed = {name for name, row in rows.items() if "time_over_peer" in row}
+    assert timed == {*ENGINE, "hpz"}
     assert results["ranks"] == 2
     # Where there is no GPU, fairscale's is left out, with the reason.
     assert "CUDA streams" in results["left_out"]["fairscale"]

@@ -73,11 +73,23 @@ SETTINGS: dict[int, dict[str, Any]] = {
     },
     2: {
         "zero3": {"zero": ZERO3},
+        # As ds_configs/ have it.
         "zero3 bf16": {
             "run": BF16,
-            "zero": {**ZERO3, "stage3_param_persistence_threshold": "auto"},
+            "zero": {
+                **ZERO3,
+                "stage3_param_persistence_threshold": "auto",
+                "contiguous_gradients": False,
+                "reduce_bucket_size": "auto",
+                "stage3_prefetch_bucket_size": "auto",
+            },
         },
-        "zero3 whole share": {"run": micro(6), "zero": ZERO3, "updates": 3},
+        "zero0": {"zero": {"stage": 0}},
+        "zero3 whole share": {
+            "run": micro(6),
+            "zero": {**ZERO3, "contiguous_gradients": False},
+            "updates": 3,
+        },
         "zero3 every block": student(activation_checkpointing="every"),
         "zero3 offloaded inputs": student(activation_checkpointing="offload", checkpoint_every=2),
         "zero3 recomputed attention": student(attention_memory="recompute"),

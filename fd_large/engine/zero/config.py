@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from fd_large import distributed, shipped
 from fd_large.errors import ConfigError, nearest
+from fd_large.plan.buckets import gradient_bucket, prefetch_bucket
 from fd_large.plan.memory import persistence_threshold, sums_in_float32
 
 AUTO = "auto"
@@ -126,6 +127,7 @@ class RunNumbers(NamedTuple):
         bfloat16: Whether parameters and matrix products are bfloat16.
         parameter_sizes: Number of elements of each tensor that may be split.
         nvme_path: Folder on a disk that holds the optimiser's state; "": it is in memory.
+        trained_size: Number of trained parameters.
     """
 
     micro_batch_size: int
@@ -136,6 +138,7 @@ class RunNumbers(NamedTuple):
     bfloat16: bool
     parameter_sizes: tuple[int, ...]
     nvme_path: str = ""
+    trained_size: int = 0
 
     def with_micro_batch(self, size: int) -> RunNumbers:
         """Returns these numbers for another micro batch of the same global batch."""
@@ -300,6 +303,13 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
     if zero.get("stage3_param_persistence_threshold") == AUTO:
         zero["stage3_param_persistence_threshold"] = persistence_threshold(numbers.parameter_sizes)
     _fill_disk(zero, stage, numbers.nvme_path)
+    by_size = {
+        "reduce_bucket_size": gradient_bucket,
+        "stage3_prefetch_bucket_size": prefetch_bucket,
+    }
+    for key, rule in by_size.items():
+        if zero.get(key) == AUTO:
+            zero[key] = rule(numbers.trained_size)
     silent = {1: _STAGE3_KEYS, 2: _STAGE3_KEYS, 3: _STAGE12_KEYS}.get(
         stage, _BLOCKS["zero_optimization"].keys() - {"stage"}
     )

@@ -21,6 +21,7 @@ from fd_large.engine.zero.private_names import check_engine
 from fd_large.engine.zero.start import deepspeed
 from fd_large.engine.zero.step_gate import StepGate
 from fd_large.errors import ConfigError
+from fd_large.plan.buckets import gradient_bucket
 from fd_large.plan.memory import DEFAULT_BUCKET_SIZE
 from fd_large.recipes.sections import Optim
 
@@ -119,5 +120,7 @@ def build_engine(
     if exact:
         partition.set_masters(task, exact)
     bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)
+    if stage == 0:
+        bucket = gradient_bucket(sum(parameter.numel() for parameter in task.parameters()))
     spare_passes(engine, bucket=bucket)
     return Engine(engine, task, stage, config, StepGate(optimizer), disk)

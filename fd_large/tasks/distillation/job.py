@@ -503,6 +503,12 @@ class DistillationJob(Job):
                 "equal" if ours == theirs else f"the {whose}'s map is resized (bilinear)",
             )
 
+    def trained_size(self) -> int:
+        """Returns the number of parameters of student and heads."""
+        with torch.device("meta"):
+            task = self.task_around(self.make_teachers())
+        return sum(parameter.numel() for parameter in task.parameters())
+
     def _check_head(
         self, task: Distillation, target: Target, name: str, width: int, size: int
     ) -> None:

@@ -12,7 +12,8 @@ from fd_large import doors
 from fd_large.cli import main as cli
 from fd_large.cli.plan import count_anew, plan, shape_fields
 from fd_large.plan import kept_counts
-from fd_large.plan.candidate import Candidate, bucket_elements
+from fd_large.plan.buckets import gradient_bucket
+from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Cluster
 from fd_large.plan.rates import CARDS
 from fd_large.plan.search import checkpoint_bytes
@@ -91,7 +92,6 @@ def test_the_tables_fit_the_terminal(columns, capsys, monkeypatch):
 
 
 def test_the_written_json_is_the_shipped_one():
-    # The same keys and values, but for the bucket of stages 1 and 2, which grows with the net.
     for name, candidate in (
         ("zero1", Candidate(stage=1)),
         ("zero2", Candidate(stage=2)),
@@ -99,9 +99,9 @@ def test_the_written_json_is_the_shipped_one():
         ("zero3_hpz", Candidate(stage=3, hpz=True)),
     ):
         shipped = json.loads((ROOT / f"ds_configs/{name}.json").read_text())
-        assert candidate.deepspeed(28_000_000) == shipped
-    assert bucket_elements(2, 3_014_600_000) == 100_000_000
-    assert bucket_elements(1, 600_000_000) == 20_000_000
+        assert candidate.deepspeed() == shipped
+    assert gradient_bucket(3_014_600_000) == 100_000_000
+    assert gradient_bucket(600_000_000) == 20_000_000
 
 
 # With fused kernels and without; others are counted in the sweep.

@@ -20,7 +20,7 @@ def place(stage, bfloat16=False, **values) -> Placement:
         "teacher_bfloat16": bfloat16,
         "persistence_threshold": 10,
         "teacher_persistence_threshold": 10,
-        "reduce_bucket_size": 100,
+        "bucket_size": 100,
     }
     return Placement(stage=stage, bfloat16=bfloat16, **{**defaults, **values})
 
@@ -28,7 +28,7 @@ def place(stage, bfloat16=False, **values) -> Placement:
 @pytest.mark.parametrize(
     ("stage", "bfloat16", "expected"),
     [
-        (0, False, {"parameters": 4 * 1017, "moments": 8 * 1017}),
+        (0, False, {"parameters": 4 * 1017, "moments": 8 * 1017, "gradients": 4 * 1017}),
         (1, False, {"parameters": 4 * 1017, "masters": 4 * 509, "moments": 8 * 509}),
         (2, False, {"parameters": 4 * 1017, "masters": 4 * 509, "moments": 8 * 509}),
         (1, True, {"parameters": 2 * 1017, "masters": 4 * 509, "moments": 8 * 509,

@@ -152,14 +152,17 @@ def test_the_json_of_a_candidate_is_accepted(tmp_path):
     for stage, hpz in ((1, False), (2, False), (3, False), (3, True)):
         candidate = Candidate(stage=stage, hpz=hpz, micro_batch_size=32)
         path = tmp_path / "mine.json"
-        path.write_text(json.dumps(candidate.deepspeed(GIANT.parameters)))
+        path.write_text(json.dumps(candidate.deepspeed()))
         sizes = GIANT.student_sizes + GIANT.teacher_sizes
-        filled = ds.fill(ds.load(path), ds.RunNumbers(32, 1, 64, 8, 3.0, True, sizes))
+        numbers = ds.RunNumbers(32, 1, 64, 8, 3.0, True, sizes, trained_size=GIANT.parameters)
+        filled = ds.fill(ds.load(path), numbers)
         zero = filled["zero_optimization"]
         assert zero["stage"] == stage
+        assert zero["reduce_bucket_size"] == 100_000_000
         assert zero.get("zero_hpz_partition_size", 1) == (8 if hpz else 1)
         if stage == 3:
             assert zero["stage3_param_persistence_threshold"] == GIANT.threshold
+            assert zero["stage3_prefetch_bucket_size"] == 51_000_000
 
 
 def test_persistence_keeps_at_most_one_percent():
@@ -290,4 +293,4 @@ def test_rates_come_from_card_and_file(tmp_path):
 def test_one_float32_rank_is_planned_at_stage_0():
     good, bad = search(GIANT, machine(1, rates=CPU))
     assert {one.candidate.stage for one in (*good, *bad)} == {0, 3}
-    assert Candidate(stage=0).deepspeed(GIANT.parameters)["zero_optimization"] == {"stage": 0}
+    assert Candidate(stage=0).deepspeed()["zero_optimization"] == {"stage": 0}

@@ -109,11 +109,11 @@ def test_hpz_is_off_on_a_single_node():
         (_zero(2, offload_param={"device": "cpu"}), "ignores it at stage 2"),
         (_zero(2, zero_hpz_partition_size=2), "ignores it at stage 2"),
         (_zero(3, zero_hpz_partition_size=3), "expected a divisor"),
-        (_zero(3, reduce_bucket_size="auto"), "auto"),
         (_zero(3, offload_optimizer={"device": "nvme"}), "--engine.nvme_path FOLDER"),
         (_zero(2, offload_optimizer=ON_DISK), "only stage 3"),
         (_zero(3, offload_optimizer={"device": "cpu", "nvme_path": "/a"}), "zero3_nvme.json"),
         (_zero(3, offload_optimizer={"device": "nvme", "pin_memory": True}), "pin_memory: files"),
+        (_zero(3, stage3_max_live_parameters="auto"), "auto"),
         (
             {"activation_checkpointing": {"cpu_checkpointing": True}, **_zero(1)},
             "--student.activation",

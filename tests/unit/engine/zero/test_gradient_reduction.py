@@ -5,7 +5,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fd_large import distributed
 from fd_large.engine.zero.gradient_reduction import _Float32Sums, _WholeGradients
+from fd_large.engine.zero.start import deepspeed
+
+
+@pytest.fixture
+def twin_rank(monkeypatch):
+    """A second rank with the same gradients; gives the sizes that were reduced, in order."""
+    sizes = []
+
+    def all_reduce(tensor, group=None, async_op=False):
+        sizes.append(tensor.numel())
+        tensor.mul_(2)
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(deepspeed.comm, "all_reduce", all_reduce)
+    return sizes
 
 
 class Bf16Optimizer:
@@ -29,19 +46,24 @@ class Bf16Optimizer:
         return self.fp32_groups_gradients[0]
 
 
-def test_float32_sums_are_those_of_plain_addition():
+def test_float32_sums_are_those_of_plain_addition(twin_rank):
     optimizer = Bf16Optimizer()
+    boundary = False
     engine = SimpleNamespace(
         optimizer=optimizer,
-        communication_data_type=torch.bfloat16,
+        # What is sent in another type comes back rounded, which is not the question here.
+        communication_data_type=torch.float64,
         buffered_allreduce_fallback=None,
+        is_gradient_accumulation_boundary=lambda: boundary,
     )
     _Float32Sums(engine, bucket=5)
     generator = torch.Generator().manual_seed(0)
     for update in range(3):
         expected = torch.zeros(12)
         for micro in range(2):
-            for index, parameter in enumerate(optimizer.parameters):
+            boundary = micro == 1
+            # Backward comes to the last parameters first.
+            for index, parameter in reversed([*enumerate(optimizer.parameters)]):
                 # In the second update the second parameter takes no part.
                 if index == 1 and update == 1:
                     parameter.grad = None
@@ -51,7 +73,12 @@ def test_float32_sums_are_those_of_plain_addition():
                     start = 6 * index
                     expected[start : start + parameter.numel()] += parameter.grad.view(-1)
                 optimizer._update_hp_grad(parameter, 0, index, clear_lp_grads=micro == 1)
+            assert boundary or not twin_rank
+        # Of the buckets at 10 (padding), 5 and 0 none waits for the end, if each gradient came.
+        assert twin_rank == ([2] if update == 1 else [2, 5, 5])
         engine.buffered_allreduce_fallback(grads=None, elements_per_buffer=10)
+        assert twin_rank == [2, 5, 5]
+        twin_rank.clear()
         assert torch.equal(optimizer.fp32_groups_gradients_flat[0], expected), update
         assert optimizer.fp32_groups_has_gradients == [[True, update != 1]]
         assert (
@@ -82,7 +109,7 @@ def test_stage_0_clips_by_the_norm_that_it_tells(clip):
         buffered_allreduce_fallback=None,
         clip_fp32_gradients=None,
     )
-    _WholeGradients(engine)
+    _WholeGradients(engine, bucket=10)
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     for net in (layer, twin):
         net(x).square().sum().backward()
@@ -93,3 +120,40 @@ def test_stage_0_clips_by_the_norm_that_it_tells(clip):
         assert torch.equal(got, wanted.grad)
     # One rank: nothing is reduced.
     assert engine.buffered_allreduce_fallback([1]) is None
+
+
+def test_stage_0_averages_beside_backward(twin_rank):
+    net = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    spare = torch.nn.Parameter(torch.ones(3))
+    net.register_parameter("spare", spare)
+    twin = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    twin.load_state_dict({k: v for k, v in net.state_dict().items() if k != "spare"})
+    boundary = False
+    engine = SimpleNamespace(
+        module=net,
+        communication_data_type=torch.float32,
+        buffered_allreduce_fallback=None,
+        clip_fp32_gradients=None,
+        _take_model_step=None,
+        is_gradient_accumulation_boundary=lambda: boundary,
+    )
+    _WholeGradients(engine, bucket=7)
+    for uses_all in (True, False):
+        for micro in range(2):
+            boundary = micro == 1
+            x = torch.full((1, 2), 1.0 + micro)
+            (net(x).sum() + (spare.sum() if uses_all else 0)).backward()
+            twin(x).sum().backward()
+            if not boundary:
+                assert not twin_rank
+        # Last layers first; what took no part comes when backward is over.
+        assert twin_rank == ([6, 6, 6, 3] if uses_all else [6, 6, 6])
+        engine.buffered_allreduce_fallback([])
+        assert twin_rank == [6, 6, 6, 3]
+        twin_rank.clear()
+        for name, parameter in twin.named_parameters():
+            assert torch.equal(net.get_parameter(name).grad, parameter.grad)
+            parameter.grad = None
+        assert torch.equal(spare.grad, torch.full((3,), 2.0 if uses_all else 0.0))
+        for parameter in net.parameters():
+            parameter.grad = None

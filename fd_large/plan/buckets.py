@@ -1,0 +1,27 @@
+"""How many elements travel together: so few messages that their fixed cost does not count, so many
+that they begin early.
+"""
+
+from __future__ import annotations
+
+MOST_ELEMENTS, LEAST_ELEMENTS = 100_000_000, 8_000_000
+PREFETCH_ELEMENTS = 51_000_000
+
+
+def gradient_bucket(parameters: int) -> int:
+    """Returns how many elements of gradients are reduced together.
+
+    Args:
+        parameters: Trained parameters. Of the buckets there are about thirty, each of which has a
+            cost; of a small model fewer, so that none is small.
+    """
+    return min(MOST_ELEMENTS, max(LEAST_ELEMENTS, parameters // 30))
+
+
+def prefetch_bucket(parameters: int) -> int:
+    """Returns how many elements of the next layers stage 3 gathers ahead: about a block.
+
+    Args:
+        parameters: Trained parameters.
+    """
+    return min(PREFETCH_ELEMENTS, max(LEAST_ELEMENTS // 4, parameters // 24))
