@@ -59,7 +59,7 @@ def built(run) -> DistillationJob:
     return job
 
 
-def write(job, folder, *, precision="fp32", most=None, max_bad_fraction=0.5) -> int:
+def write(job, folder, *, precision="fp32", most=None, max_bad_fraction=0.5, **more) -> int:
     """Writes the cache of a job; `most`: it is killed after so many records."""
     fixed, settings = job.fixed_views, job.view_settings()
     (teacher,), (entry,) = job.placed.values(), job.run.taught_by.values()
@@ -72,7 +72,7 @@ def write(job, folder, *, precision="fp32", most=None, max_bad_fraction=0.5) -> 
         writer.write = killed_after(writer.write, most)
     views = replace(job.views_to_store(job.samples), batch_size=2)
     return write_cache(
-        writer, teacher, views, workers=0, max_bad_fraction=max_bad_fraction, where="OUT"
+        writer, teacher, views, workers=0, max_bad_fraction=max_bad_fraction, where="OUT", **more
     )
 
 
@@ -201,6 +201,15 @@ def test_a_killed_cache_goes_on(live, cache, tmp_path):
     with pytest.raises(CacheError, match=r"2 of 4 shards"):
         cached(live.run.data.root, tmp_path)
     assert write(live, tmp_path) == IMAGES - 3
+    for path in cache.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_cache_that_is_left_between_batches_goes_on(live, cache, tmp_path):
+    batches = iter(range(4))
+    with pytest.raises(StopIteration):
+        write(live, tmp_path, between=lambda: next(batches))
+    assert write(live, tmp_path) == IMAGES * VIEWS - 4 * 2
     for path in cache.iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
