@@ -216,9 +216,12 @@ def planned_bytes(run: Any, folder: Path) -> dict[str, int]:
     with torch.device("meta"):
         task, (teacher,) = job_of(run).models_on_shapes()
     config = json.loads((folder / "deepspeed.json").read_text())
+    zero = config["zero_optimization"]
+    on_disk = zero.get("offload_optimizer", {}).get("device") == "nvme"
     place = Placement.of(
         run.teacher,
-        config["zero_optimization"],
+        # Nothing but the place is another: state on a disk is what stage 3 holds.
+        {**zero, "offload_optimizer": {}} if on_disk else zero,
         world_size=1,
         node_size=1,
         bfloat16=config["bf16"]["enabled"],
@@ -227,12 +230,13 @@ def planned_bytes(run: Any, folder: Path) -> dict[str, int]:
     )
     sizes = [[p.numel() for p in module.parameters()] for module in (task, teacher)]
     memory = held(*sizes, place)
-    of_teacher = memory.device.teacher
+    kept = memory.device
+    of_state = kept.masters + kept.moments + kept.gradients if on_disk else 0
     return {
         "trained_parameters": sum(sizes[0]),
-        "in memory": memory.device.total + memory.host.total - of_teacher,
-        "teacher's file": of_teacher,
-        "on disk": memory.disk.total if hasattr(memory, "disk") else 0,
+        "in memory": kept.total + memory.host.total - kept.teacher - of_state,
+        "teacher's file": kept.teacher,
+        "on disk": of_state,
     }
 
 
@@ -288,7 +292,7 @@ def flags_of(arguments: argparse.Namespace, folder: Path) -> list[str]:
         "teacher.statistics": "0.485 0.456 0.406 0.229 0.224 0.225",
         "teacher.placement": "replicated",
         "data.root": "builtin:photographs",
-        "data.workers": 1,
+        "data.workers": 0,  # A process that is forked keeps the weights of before the first step.
         "batch.global_batch_size": 1,
         "batch.micro_batch_size": 1,
         "engine.precision": "bfloat16",
