@@ -93,8 +93,8 @@ def _candidates(machine: Machine, *, teachers: int) -> Iterator[Candidate]:
         for whole in range(1 if teacher == "replicated" else teachers)
     ]
     # One rank has nothing to split: in float32 the engine runs stages 1 and 2 as stage 0.
-    whole = ranks == 1 and not machine.rates.bfloat16
-    for stage in (0, 3) if whole else (1, 2, 3):
+    unsplit = ranks == 1 and not machine.rates.bfloat16
+    for stage in (0, 3) if unsplit else (1, 2, 3):
         for teacher, whole in held:
             for hpz in (False, True) if stage == 3 and shared else (False,):
                 for checkpointing in (False, True):
