@@ -148,6 +148,7 @@ ATTRIBUTES = {
         "grad_partitions_flat_buffer",
         "grad_position",
         "ipg_buckets",
+        "reduce_bucket_size",
         "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
     ),
     "offloaded optimizer of stage 3": ("subgroup_to_device",),

@@ -33,7 +33,8 @@ PUBLIC = {
     *("deepspeed.initialize", "deepspeed.init_distributed", "deepspeed.zero.Init"),
     *("deepspeed.comm.all_reduce", "deepspeed.comm.destroy_process_group"),
     *("deepspeed.ops.adam", "deepspeed.ops.adam.FusedAdam"),
-    *("backward", "destroy", "gradient_clipping", "load_checkpoint", "optimizer"),
+    *("backward", "destroy", "gradient_clipping", "is_gradient_accumulation_boundary"),
+    *("load_checkpoint", "optimizer"),
     *("save_checkpoint", "zero_optimization_stage"),
 }
 
