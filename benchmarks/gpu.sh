@@ -10,8 +10,8 @@
 #    kernels side by side, and which kernels to delete;
 # 3. a step of 3.0B parameters by each fused AdamW that is installed;
 # 4. training steps through fd_large/train.py: SwinV2-G (3.0B) with a random 3.0B teacher, with every
-#    block checkpointed and with none; ViT-B and Swin-B with the fused kernels and with plain torch;
-#    last, SwinV2-G with plain torch;
+#    block checkpointed and with none; ViT-B and Swin-B with the fused kernels and with plain torch,
+#    ViT-B also with its teacher on a stream of its own; last, SwinV2-G with plain torch;
 # 5. benchmarks/kernels.py: single operations.
 #
 # Most of the time of a SwinV2-G run passes before its first step, because 6.0B random numbers are
@@ -195,6 +195,7 @@ SWIN="--recipe fd_esvit_swin_base --batch.global_batch_size 64 --batch.micro_bat
   train G_keeps_all 90 triton zero2 $G $OFF
   step kernels 60 "$PYTHON" benchmarks/kernels.py --quick
   train ViT-B_fused 30 triton zero1 $VIT
+  train ViT-B_teacher_stream 30 triton zero1 $VIT --task.distillation.teacher_stream true
   train ViT-B_plain 30 reference zero1 $VIT
   train Swin-B_fused 30 triton zero1 $SWIN
   train Swin-B_plain 30 reference zero1 $SWIN

@@ -42,6 +42,7 @@ from fd_large.probes import knn, linear
 from fd_large.probes.features import Features, extract
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.fields import override
 from fd_large.recipes.sections import Student
 from fd_large.tasks.detection.job import DetectionJob, model_of
 from fd_large.tasks.detection.scores.collect import to_results
@@ -126,9 +127,9 @@ def gradients_are_there(task: Task) -> None:
         assert parameter.grad.dtype == parameter.dtype == torch.bfloat16, name
 
 
-def distilling(name: str, **changes: object) -> Task:
+def distilling(name: str, *, teacher_stream: bool = False, **changes: object) -> Task:
     """A tiny distillation of a student, as a run on this machine builds it."""
-    run = tiny_runs.tiny_run()
+    run = override(tiny_runs.tiny_run(), {"task.distillation.teacher_stream": teacher_stream})
     student = replace(run.student, model=name, architecture=STUDENTS[name], drop_path_rate=0.3)
     # Numbers, as in a recipe that is settled: what is automatic is found before models are built.
     how = {"interpolation": "bilinear", "teacher_image_size": 0, **changes}
@@ -160,6 +161,22 @@ def test_distillation(card: Card, name: str, kernels: str) -> None:
     gradients_are_there(task)
     # A model of timm's calls no operation that has kernels of ours.
     assert bool(card.fused) == (kernels == "triton" and not name.startswith("timm:"))
+
+
+def test_teachers_on_their_own_stream_are_waited_for_after_the_student(card: Card) -> None:
+    card.capability = KERNELS["reference"]
+    expected = step(distilling("swinv2_tiny"), batch_of())
+    task = distilling("swinv2_tiny", teacher_stream=True)
+    task.student.register_forward_hook(lambda *_: card.notes.append("student"))
+    assert card.notes == []
+    assert step(task, batch_of()).item() == expected.item()
+    assert card.notes == [
+        *("side waits for main", "record_stream side"),
+        *("student", "main waits for side", "record_stream main"),
+    ]
+    # Evaluations, which wait for their numbers anyway, have no other stream.
+    task.eval()(**forward_backward.prepared(task, batch_of(), seed=0))
+    assert card.notes[5:] == ["student"]
 
 
 @pytest.mark.parametrize("name", STUDENTS)

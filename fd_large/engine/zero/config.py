@@ -109,7 +109,8 @@ _OWNED_ELSEWHERE = {
     "fp16": "Training is bfloat16 or float32: set --engine.precision",
     "torch_autocast": "Training is bfloat16 or float32: set --engine.precision",
     "amp": "Training is bfloat16 or float32: set --engine.precision",
-    "compile": "Remove it: it does nothing until engine.compile() is called",
+    "compile": "Remove it: DeepCompile needs DeepSpeed's own compiled operations for CUDA, and was "
+    "not tried; --engine.compile blocks compiles the student's blocks",
     "checkpoint": "Remove it: the run folder decides how checkpoints are written",
     "elasticity": "Remove it: the recipe's global batch holds for any number of ranks",
 }
@@ -319,6 +320,11 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
                 f"zero_optimization.{key}: DeepSpeed ignores it at stage {stage}; got "
                 f"{zero[key]!r}, expected no such key. Remove it or change the stage."
             )
+    if zero.get("zero_quantized_gradients") and numbers.node_size >= numbers.world_size:
+        raise ConfigError(
+            "zero_optimization.zero_quantized_gradients: DeepSpeed quantises gradients between "
+            f"nodes only; got one node of {numbers.world_size} ranks, expected several. Remove it."
+        )
     hpz = zero.get("zero_hpz_partition_size", 1)
     if numbers.world_size % hpz:
         raise ConfigError(

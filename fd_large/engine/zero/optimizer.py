@@ -54,6 +54,11 @@ def moments_of(optim: Optim, device: str = "cpu") -> tuple[str, ...]:
 
 def _maker_of(optim: Optim) -> Callable[..., torch.optim.Optimizer] | None:
     """Returns what makes an optimiser of (groups, lr=...); None for AdamW."""
+    if optim.name == "muon":
+        raise ConfigError(
+            "optim.name: Muon turns whole matrices, and ZeRO steps shards that are cut anywhere; "
+            "got 'muon', expected an optimiser that acts element by element. Use adamw or lars."
+        )
     return doors.load(optim.name, kind="optimisers", where="optim.name", built_in=OPTIMISERS)
 
 

@@ -265,6 +265,7 @@ class DistillationJob(Job):
             self._check_views,
             self._check_sizes,
             self._check_mosaics,
+            self._check_stream,
             super().check,
         )
 
@@ -274,6 +275,24 @@ class DistillationJob(Job):
             return []
         datasets_of = {name: entry.datasets for name, entry in self.run.teachers.items()}
         return teaches(datasets_of, self.run.data.root, image_mixup=self.run.data.image_mixup)
+
+    def _check_stream(self) -> None:
+        """Refuses a stream of the teachers' own where they are gathered, or stored maps are read.
+
+        Gathers of teacher and student would wait for one another in the order of their calls.
+        """
+        if not self.run.task.distillation.teacher_stream:
+            return
+        placements = {entry.placement for entry in self.run.taught_by.values()}
+        if self._caches or self.run.task.distillation.cache:
+            placements.add("stored maps")
+        require(
+            placements == {"replicated"},
+            "task.distillation.teacher_stream: only for teachers that are whole on each rank",
+            ", ".join(sorted(placements - {"replicated"})),
+            "replicated ones",
+            "Leave it out, or set the teacher's placement to replicated",
+        )
 
     def _check_views(self) -> None:
         """Refuses mixed images beside views that come again: a mixed one does not."""
@@ -740,6 +759,7 @@ class DistillationJob(Job):
             weighting=self.run.weighting,
             teaches=self._teaches(),
             mosaics=[name for name, entry in entries.items() if entry.mosaic],
+            teachers_beside=self.run.task.distillation.teacher_stream,
         )
 
     # --- training ---

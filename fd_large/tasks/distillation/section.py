@@ -295,7 +295,10 @@ def cached_folder(source: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """Which views of an image are seen. Views that come again can be stored with their maps."""
+    """Which views of an image are seen, and when the teachers see them.
+
+    Views that come again can be stored with their maps.
+    """
 
     # Number of views of each image, which the epochs take in turn: epoch e has view e modulo this
     # number, the same in every run of the same view_seed. 0: every epoch draws a new one. With
@@ -309,6 +312,9 @@ class Views:
     cache: str = ""
     # How they are stored: fp32, fp16, fp8 (E4M3) or int8 (docs/cache.md).
     precision: Literal["fp32", "fp16", "fp8", "int8"] = "fp8"
+    # Whether replicated teachers compute on a CUDA stream of their own, beside the student's
+    # forward and its gathers (docs/deepspeed_configs.md). Changes no number; does nothing on CPUs.
+    teacher_stream: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "task.distillation")
@@ -341,6 +347,7 @@ KIND = TaskKind(
         "objective.target_statistics",
         # What it holds decides.
         "task.distillation.cache",
+        "task.distillation.teacher_stream",
         "teachers.*.placement",
         "teachers.*.target_statistics",
     ),

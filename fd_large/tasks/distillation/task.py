@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
+from fd_large.engine.own_stream import beside
 from fd_large.engine.task import Task
 from fd_large.errors import ConfigError
 from fd_large.tasks.distillation.heads.map_head import BesideLoss, with_blocks
@@ -63,6 +64,8 @@ class Distillation(Task):
             teaches the images of a dataset.
         mosaics: Names of teachers that see several images at once (mosaic.py). In evaluation they
             see each alone, so that a figure does not depend on which images meet.
+        teachers_beside: Whether the teachers compute on a CUDA stream of their own, beside the
+            student's forward, in training.
 
     Attributes:
         targets: As given.
@@ -78,8 +81,10 @@ class Distillation(Task):
         weighting: Weighting = FIXED,
         teaches: Sequence[Sequence[bool]] = (),
         mosaics: Collection[str] = (),
+        teachers_beside: bool = False,
     ) -> None:
         super().__init__(student)
+        self._teachers_beside = teachers_beside
         self.targets, self.statistics = tuple(targets), statistics
         self._mosaics = frozenset(mosaics)
         self._weighting = weighting
@@ -176,14 +181,23 @@ class Distillation(Task):
             keep: (num_sites, B) bool, or None for no drop path.
             draws: (teachers - 1, B) bool, where teachers are dropped.
         """
+        given = targets if isinstance(targets, Mapping) else {}
+
+        def maps() -> Mapping[str, FeatureMap]:
+            with torch.no_grad():
+                learnt = self.learnt(images, targets)
+            return {name: learnt[name] for name in self._teachers}
+
+        is_beside = self._teachers_beside and self.training
+        found = beside(maps, (images, given), images.device) if is_beside else maps()
         with torch.no_grad():
-            learnt = self.learnt(images, targets)
-            return {
-                "pixels": normalise(images, self.statistics),
-                "keep": keep,
-                "maps": {name: learnt[name] for name in self._teachers},
-                "chooses": learnt.get(DATASETS, draws),
-            }
+            pixels = normalise(images, self.statistics)
+        return {
+            "pixels": pixels,
+            "keep": keep,
+            "maps": found,
+            "chooses": given.get(DATASETS, draws),
+        }
 
     def two_passes(self, micro_batches: int) -> bool:
         """Statistics of a step, and the number of teachers that it keeps, are of all its images."""

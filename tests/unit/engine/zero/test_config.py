@@ -146,6 +146,8 @@ def test_gradients_that_deepspeed_quantises_keep_their_data_type():
     numbers = NUMBERS._replace(world_size=512, node_size=8)
     filled = ds.fill(_zero(3, zero_quantized_gradients=True), numbers)
     assert filled["communication_data_type"] == "bf16"
+    with pytest.raises(ConfigError, match=r"zero_quantized_gradients: .*one node of 8 ranks"):
+        ds.fill(_zero(3, zero_quantized_gradients=True), numbers._replace(world_size=8))
     filled = ds.fill(_zero(3), numbers._replace(bfloat16=False))
     assert filled["communication_data_type"] == "fp32"
 

@@ -200,6 +200,11 @@ def test_what_cannot_be_trained_or_stored_is_refused(own, name, part):
     assert part in str(caught.value)
 
 
+def test_muon_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"optim\.name: Muon turns whole matrices"):
+        moments_of(Optim(name="muon"))
+
+
 def test_fields_of_adamw_are_refused_beside_another(own):
     for field in ({"betas": (0.9, 0.95)}, {"eps": 1e-6}, {"fused": "torch"}):
         with pytest.raises(ConfigError, match=rf"optim\.{next(iter(field))}"):

@@ -72,6 +72,10 @@ def built(run):
         ({"eval.knn_root": "/no/such"}, r"eval\.knn_root"),
         ({"teacher.source": ""}, r"teacher\.source"),
         ({"student.init": "/no/such"}, r"student\.init"),
+        (
+            {"teacher.placement": "sharded", "task.distillation.teacher_stream": True},
+            r"teacher_stream: .*got sharded",
+        ),
     ],
 )
 def test_mistakes_name_their_field(run, fields, named):
