@@ -3,13 +3,12 @@
     python benchmarks/plan.py [--quick] [--ranks 2] [--model swinv2_tiny] [--images 1 2 4 8 16]
 
 Starts its own CPU ranks (or one per GPU) and builds an engine at ZeRO 1, 2 and 3 (on one rank at 0
-and 3). Each round times the machine's rates (`engine/probe.py`) and the phases of the plain task
-(`engine/phases.py`), and between these a step of each engine with each micro-batch, so that other
-work on the machine meets all alike; `--clock cpu` counts processor time, which other work stretches
-less. The figure of a round is measured / foretold; that of all is the shortest measured over what
-is foretold by the shortest phases. Beside it stands what the rates of single operations foretell
-alone. Teacher and student are the same model; images are noise in memory. Writes
-benchmarks/results/plan_MODEL_RANKS.json and docs/scaling.md has the table.
+and 3). Each round times the phases of the plain task (`engine/phases.py`) before the steps of all
+engines with each micro-batch, so that other work on the machine meets all alike; half-way the
+machine's rates are measured (`engine/probe.py`). `--clock cpu` counts processor time, which other
+work stretches less. A figure is the shortest measured step over what the shortest phases foretell;
+beside it stands what the rates of single operations foretell alone. Teacher and student are the
+same model; images are noise in memory. Writes benchmarks/results/plan_MODEL_RANKS.json.
 """
 
 from __future__ import annotations
@@ -109,21 +108,21 @@ def measure(arguments: argparse.Namespace) -> int:
 
     cluster = Cluster(gpus=world, gpus_per_node=world, nic_gigabits=1.0, nics_per_node=1)
     rounds: list[dict[str, Any]] = []
-    load: Any = None
-    for turn in range(1 + (3 if arguments.quick else arguments.rounds)):
-        rates = Rates(**probe.measure(clock=clock))
-        row: dict[str, Any] = {"rates": rates.to_dict(), "load": os.getloadavg()[0], "steps": {}}
+    rates: Any = None
+    count = 3 if arguments.quick else arguments.rounds
+    for turn in range(1 + count):
+        if turn == 1 + count // 2:  # Half-way, and medians of several passes themselves.
+            rates = Rates(**probe.measure(clock=clock))
+        row: dict[str, Any] = {"load": os.getloadavg()[0], "steps": {}}
+        timer.round()  # As often as each step, so that the shortest are as lucky.
         for images, batch in batches.items():
-            timer.round()
             for stage, engine in engines.items():
                 seconds = seconds_of(partial(step, engine, batch), clock)
                 row["steps"][f"ZeRO-{stage}, {images}"] = seconds
         if turn:  # The first round warms up.
             rounds.append(row)
     found = timer.phases()
-    names = ("matmul", "bandwidth", "link", "launch_seconds", "start_seconds")
-    middle = {name: statistics.median(row["rates"][name] for row in rounds) for name in names}
-    machine = Machine(cluster=cluster, rates=replace(rates, **middle))
+    machine = Machine(cluster=cluster, rates=rates)
     load = workload(run, rates)
     table = {}
     for stage in stages:
@@ -139,7 +138,7 @@ def measure(arguments: argparse.Namespace) -> int:
                 "foretold by rates alone": estimate(batch_of_all, candidate, machine).seconds.total,
             }
     if distributed.is_main():
-        report(arguments, rounds, table, found.to_plain(), middle, load.parameters, world)
+        report(arguments, rounds, table, found.to_plain(), rates.to_dict(), load.parameters, world)
     return distributed.leave(0)
 
 
@@ -148,7 +147,7 @@ def report(
     rounds: list[dict[str, Any]],
     table: dict[str, Any],
     found: dict[str, Any],
-    rates: dict[str, float],
+    rates: dict[str, Any],
     parameters: int,
     world: int,
 ) -> None:

@@ -504,7 +504,7 @@ def _said_of_times(load: Workload, machine: Machine) -> list[str]:
     if load.phases:
         return [
             "These times go by a step of this task that was timed on one device, and by measured",
-            "  collectives; on CPU ranks such times were within 15 % (docs/scaling.md)",
+            "  collectives (docs/scaling.md says how far off such times were)",
         ]
     if machine.rates.name.endswith("measured"):
         return ["These times go by measured rates of single operations, not by a step of this task"]

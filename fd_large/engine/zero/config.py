@@ -19,6 +19,8 @@ from fd_large.plan.buckets import gradient_bucket, prefetch_bucket
 from fd_large.plan.memory import persistence_threshold, sums_in_float32
 
 AUTO = "auto"
+EIGHT_BIT_GROUP = 8
+"""Elements of which a shard that DeepSpeed 0.19.8 quantises is a multiple."""
 
 Kind = tuple[str, Callable[[Any], bool]]
 
@@ -325,6 +327,8 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
             "zero_optimization.zero_quantized_gradients: DeepSpeed quantises gradients between "
             f"nodes only; got one node of {numbers.world_size} ranks, expected several. Remove it."
         )
+    if zero.get("zero_quantized_weights"):
+        _check_groups(numbers)
     hpz = zero.get("zero_hpz_partition_size", 1)
     if numbers.world_size % hpz:
         raise ConfigError(
@@ -360,6 +364,18 @@ def _fill_disk(zero: dict[str, Any], stage: int, folder: str) -> None:
             "parameter free. Set --engine.nvme_path FOLDER."
         )
     _owned(block, "nvme_path", folder, "--engine.nvme_path", prefix=f"{where}.")
+
+
+def _check_groups(numbers: RunNumbers) -> None:
+    """Refuses weights in 8 bits where DeepSpeed cannot group them, which it would assert."""
+    ranks, of = numbers.world_size, EIGHT_BIT_GROUP
+    odd = sorted({n for n in numbers.parameter_sizes if -(-n // ranks) % of})
+    if odd:
+        raise ConfigError(
+            f"zero_optimization.zero_quantized_weights: DeepSpeed groups shards by {of} elements; "
+            f"got tensors of {', '.join(map(str, odd[:3]))}{' ...' if odd[3:] else ''} elements "
+            f"over {ranks} ranks, expected shards of multiples of {of}. Remove it."
+        )
 
 
 def _fill_sums(filled: dict[str, Any], numbers: RunNumbers) -> None:

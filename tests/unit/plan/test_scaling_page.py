@@ -10,8 +10,10 @@ import pytest
 from fd_large.cli.plan import workload
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Cluster, Machine
+from fd_large.plan.memory import Placement, held
+from fd_large.plan.peak_memory import FIXED_BYTES, HEADROOM
 from fd_large.plan.rates import CARDS
-from fd_large.plan.search import num_steps, search
+from fd_large.plan.search import checkpoint_bytes, num_steps, search
 from fd_large.plan.step_time import estimate
 from fd_large.recipes import registry
 
@@ -48,6 +50,35 @@ def test_the_table_of_the_page(gpus, images):
         f"{hours * gpus:,.0f}",
     )
     assert "| " + " | ".join(cells) + " |" in PAGE.read_text().splitlines()
+
+
+def test_the_page_s_arithmetic_of_one_small_gpu():
+    place = Placement(
+        stage=3,
+        world_size=1,
+        node_size=1,
+        bfloat16=True,
+        teacher_bfloat16=True,
+        persistence_threshold=GIANT.threshold,
+        offload_optimizer=True,
+        bucket_size=100_000_000,  # zero3_nvme.json has contiguous gradients.
+    )
+    memory = held(GIANT.student_sizes, GIANT.teacher_sizes, place)
+    device, activations = memory.device, GIANT.counts[True].peak_at(32)
+    # Gathered layers of 1e8 elements (`stage3_max_live_parameters`), and two more buckets.
+    parts = {
+        "weights": device.parameters,
+        "teacher": device.teacher,
+        "bucket": device.buckets,
+        "images": activations,
+        "transit": 3 * 200_000_000,
+        "libraries": FIXED_BYTES,
+    }
+    said = PAGE.read_text().split("## SwinV2-G on one GPU")[1].split("## ")[0]
+    found = [float(number) for number in re.findall(r"\b\d+\.\d\b", said)]
+    total = sum(parts.values())
+    expected = [*parts.values(), total, HEADROOM * 24e9, 16 * GIANT.parameters, memory.host.total]
+    assert found == [round(n / 1e9, 1) for n in (*expected, checkpoint_bytes(GIANT))]
 
 
 @pytest.mark.parametrize(
