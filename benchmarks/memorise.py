@@ -4,12 +4,12 @@
 
 Trains a narrow version of a recipe under ZeRO-3 on 8 images of FD_DATA's coco_tiny and tests it on
 the same images. TASK is `detection` (boxes and masks of the images whose smallest object is
-largest, coco_mask_rcnn_swinv2_tiny at 256 px), `heads_mask_rcnn`, `heads_cascade` or `heads_htc`
-(the same at 160 px, to compare heads at equal steps; begin with the first, whose AP stands in the
-curves of the others), `segmentation_swinv2` or `segmentation_vit` (the category of each pixel,
-smaller objects on top, all else ignored, of images that show at least two; UPerNet at 128 px),
-`depth_swinv2` or `depth_vit` (the depth of 8 parts of the stereo pair that scikit-image brings,
-random crops of 96 px, MIM-Depth's decoder). Writes benchmarks/results/memorise.json or
+largest, coco_mask_rcnn_swinv2_tiny at 256 px), `heads_mask_rcnn`, `heads_cascade`, `heads_htc` or
+`heads_htc_giou` (the same at 160 px, to compare heads at equal steps; begin with the first, whose
+AP stands in the curves of the others), `segmentation_swinv2` or `segmentation_vit` (the category of
+each pixel, smaller objects on top, all else ignored, of images that show at least two; UPerNet at
+128 px), `depth_swinv2` or `depth_vit` (the depth of 8 parts of the stereo pair that scikit-image
+brings, random crops of 96 px, MIM-Depth's decoder). Writes benchmarks/results/memorise.json or
 memorise_TASK.json, the curves, and the images with what is seen in them. --keep leaves data and run
 in a folder, for detection_views.py.
 """
@@ -75,14 +75,17 @@ HEADS = f"""{DETECTION}
 --data.image_size 160 --student.architecture.window_size 5
 --task.detection.rois_per_image 32 --task.detection.proposals_per_image 100
 """
-CASCADE = "--task.detection.heads cascade --task.detection.box_loss giou"
-HTC = "--task.detection.heads htc --task.detection.box_loss giou"
 # Flags, what is aimed at, and a word for it.
 TASKS = {
     "detection": (DETECTION, {"box_AP50": 0.9, "mask_AP50": 0.8}, "AP50"),
     "heads_mask_rcnn": (HEADS, {}, "AP"),
-    "heads_cascade": (f"{HEADS} {CASCADE}", {}, "AP"),
-    "heads_htc": (f"{HEADS} {HTC}", {}, "AP"),
+    "heads_cascade": (f"{HEADS} --task.detection.heads cascade", {}, "AP"),
+    "heads_htc": (f"{HEADS} --task.detection.heads htc", {}, "AP"),
+    "heads_htc_giou": (
+        f"{HEADS} --task.detection.heads htc --task.detection.box_loss giou",
+        {},
+        "AP",
+    ),
     "segmentation_swinv2": (
         f"--recipe ade20k_upernet_swinv2_base {SWINV2} {SEGMENTATION}",
         {"val_mIoU": 90.0},
