@@ -19,7 +19,7 @@ steps, with the two moments of AdamW (4P each; another optimiser may keep more o
   rank: 12 GB for three billion parameters. Stage 2 sums in its partition and frees it.
 - Stage 3 shards tensor by tensor, ceil(n / W) elements each, and keeps a flat float32 buffer for
   the gradients' shards. K, the tensors of at most `stage3_param_persistence_threshold` elements,
-  stays whole on every rank beside its shards.
+  is whole on every rank beside its shards, from their first use to the step.
 - hpZ's second copy inside the node exists from the forward pass to the step only: bP/G for groups
   of G ranks.
 - Offloading the optimiser moves masters, moments and gradients to host memory, where the step's

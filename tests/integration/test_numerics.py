@@ -87,7 +87,11 @@ SETTINGS: dict[int, dict[str, Any]] = {
         "zero0": {"zero": {"stage": 0}},
         "zero3 whole share": {
             "run": micro(6),
-            "zero": {**ZERO3, "contiguous_gradients": False},
+            "zero": {
+                **ZERO3,
+                "contiguous_gradients": False,
+                "stage3_param_persistence_threshold": "auto",
+            },
             "updates": 3,
         },
         "zero3 every block": student(activation_checkpointing="every"),

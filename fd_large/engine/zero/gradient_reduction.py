@@ -1,6 +1,6 @@
 """Gradients from backward to the optimiser, in fewer passes than DeepSpeed 0.19.8 makes.
 
-Two of its ways are replaced by methods on the objects of one engine; the numbers stay the same.
+What it does is replaced by methods on the objects of one engine; the numbers stay the same.
 
 | stage        | DeepSpeed                                   | here                               |
 |--------------|---------------------------------------------|------------------------------------|
@@ -12,8 +12,10 @@ Two of its ways are replaced by methods on the objects of one engine; the number
 |              | reduces a float32 copy of all gradients     | reduces them in place, by buckets, |
 |              | after backward                              | beside backward                    |
 |              | clips all gradients on every rank           | clips the rank's shard             |
+| 3            | gathers each tensor that stays whole by     | the next forward pass gathers them |
+|              | itself after a step                         | with their neighbours              |
 
-Stage 1 in float32 and stages 2 and 3 keep DeepSpeed's own way, which reduces beside backward too.
+Gradients of stage 1 in float32 and of stages 2 and 3 go DeepSpeed's own way, beside backward too.
 """
 
 from __future__ import annotations
@@ -44,6 +46,10 @@ def spare_passes(engine: Any, *, bucket: int) -> None:
         _Float32Sums(engine, bucket)
     elif engine.zero_optimization_stage() == 0:
         _WholeGradients(engine, bucket)
+    elif engine.zero_optimization_stage() == 3:
+        # After a step DeepSpeed would gather the small tensors that stay whole in a message each,
+        # and wait for the device. The next forward pass gathers them with their neighbours.
+        replace(engine.optimizer, "persistent_parameters", [])
 
 
 class _Reductions:

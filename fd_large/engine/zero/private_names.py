@@ -147,6 +147,7 @@ ATTRIBUTES = {
         "fp32_partitioned_groups_flat",
         "grad_partitions_flat_buffer",
         "grad_position",
+        "persistent_parameters",
         "ipg_buckets",
         "reduce_bucket_size",
         "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
