@@ -17,8 +17,11 @@ class FeatureMap(NamedTuple):
         tokens: (B, N, C), N = num_prefix_tokens + H * W.
         grid: (H, W).
         num_prefix_tokens: Tokens before the patches.
+        summary: (B, 1, C), the token that stands for the image where the model has one and its map
+            leaves it out (timm's class token); None elsewhere.
     """
 
     tokens: Tensor
     grid: tuple[int, int]
     num_prefix_tokens: int
+    summary: Tensor | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.data.centre_crops import central_view
 from fd_large.data.decode import decode
+from fd_large.engine.text_tower import PROMPTS, check_prompts, classes_of, probabilities
 from fd_large.errors import ConfigError, ShapeError, nearest
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class TrainedModel(nn.Module):
         Args:
             images: (B, 3, S, S), uint8 as `preprocess` gives them, or float in 0..1.
         """
-        tokens, grid, prefix = self.backbone(self._normalised(images))
+        tokens, grid, prefix, _ = self.backbone(self._normalised(images))
         return tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
 
     def features(self, images: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class TrainedModel(nn.Module):
 
         Raises: ConfigError: if the model has no such head, or the normaliser cannot be undone.
         """
-        tokens, grid, prefix = self._guess(name, images, in_teacher_units)
+        tokens, grid, prefix, _ = self._guess(name, images, in_teacher_units)
         return tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
 
     def teacher_summary(
@@ -121,6 +122,38 @@ class TrainedModel(nn.Module):
         Raises: ConfigError: as `teacher_map`.
         """
         return self._guess(f"{name}_summary", images, in_teacher_units).tokens.flatten(1)
+
+    def zero_shot(
+        self,
+        images: Tensor,
+        class_names: Sequence[str],
+        *,
+        text: str | os.PathLike[str],
+        teacher: str = "clip",
+        prompts: Sequence[str] = PROMPTS,
+    ) -> Tensor:
+        """Returns the probability of each class for each image, (B, K) float32, without training.
+
+            model.zero_shot(images, ["cat", "dog"], text="open_clip:ViT-B-16/openai")
+
+        The student's guess of a CLIP teacher's image embedding is compared with what that CLIP's
+        text tower makes of the class names. The student must have learnt the embedding
+        (`teachers.NAME.summary.layer embedding`), with a normaliser that can be undone.
+
+        Args:
+            images: As in `forward`.
+            class_names: The names of the classes, K.
+            text: The CLIP whose text tower is asked: a folder of transformers with a tokenizer, or
+                of open_clip; hf:REPO; or open_clip:ARCH/TAG.
+            teacher: The name of that CLIP among the run's teachers.
+            prompts: Texts that have {} where the name of a class goes; a class is their mean.
+
+        Raises: ConfigError, WeightsError: as `teacher_map`; if the text tower cannot be had, or is
+            not of the teacher's space.
+        """
+        check_prompts(class_names, prompts)
+        guess = self.teacher_summary(teacher, images, in_teacher_units=True)
+        return probabilities(guess, classes_of(os.fspath(text), tuple(class_names), tuple(prompts)))
 
     def _guess(self, name: str, images: Tensor, in_teacher_units: bool) -> FeatureMap:
         if self.heads is None:

@@ -2,8 +2,9 @@
 
 The first three principal components of the whitened teacher's tokens become lightness, blue to
 yellow, and green to red, in this order of importance (CIELAB's axes), so that most of a map is
-legible without red-green vision. The student's map is shown in the teacher's basis and scale: the
-same colour means the same feature.
+legible without red-green vision. The student's map, after its head, is shown in the teacher's basis
+and scale: the same colour means the same feature. Of several teachers each has two columns, its own
+map and the newest of its head.
 """
 
 from __future__ import annotations
@@ -76,17 +77,20 @@ def draw_features(folder: Path, path: Path) -> bool:
     images = newest["images"][:MOST_ROWS]
     columns: list[tuple[str, list[float] | None, numpy.ndarray]] = [("photograph", None, images)]
     sizes = []
-    for key in (key for key in newest if key.startswith("teacher")):
+    keys = [key for key in newest if key.startswith("teacher")]
+    shown = panels if len(keys) == 1 else {"newest": newest}
+    for key in keys:
         of = key.removeprefix("teacher").replace("_", " ", 1)
         basis = fit_basis(newest[key])
         teacher = newest[key][:MOST_ROWS]
         high, wide, channels = teacher.shape[1:]
         sizes.append(f"{of.strip()} {high} x {wide} tokens, {channels} channels".strip())
         columns.append((f"teacher{of}", None, colours(teacher, basis)))
-        for panel in panels.values():
+        for panel in shown.values():
             student = panel[key.replace("teacher", "student", 1)][:MOST_ROWS]
             update = int(panel["update"])
-            heading = f"student after\n{update} steps" if update else "student\nbefore training"
+            by = f"head for{of}" if of else "student"
+            heading = f"{by}\nafter {update} steps" if update else f"{by}\nbefore training"
             cosines = [mean_cosine(t, s) for t, s in zip(teacher, student, strict=True)]
             columns.append((heading, cosines, colours(student, basis)))
 

@@ -382,6 +382,13 @@ def map_of(net: Any, stage: Stage, images: Tensor) -> Tensor:
     return rearrange(found, "b c h w -> b (h w) c")
 
 
+def class_token_and_map_of(net: Any, stage: Stage, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the class token (B, 1, C) and the map, of a model whose last map has the former."""
+    assert stage.last is not None
+    tokens = net.forward_features(images)
+    return tokens[:, :1], tokens[:, stage.last.layout.num_prefix_tokens :]
+
+
 def inner_maps(net: Any, indices: Sequence[int], images: Tensor) -> list[Tensor]:
     """Returns the maps (B, C, h, w) of some stages as they are, before any final norm."""
     return net.forward_intermediates(

@@ -31,6 +31,7 @@ from fd_large.backbones.timm.drop_path import Kept, Scales, give_scales
 from fd_large.backbones.timm.measure import Measured, measure, still
 from fd_large.backbones.timm.models import (
     Stage,
+    class_token_and_map_of,
     create,
     cut,
     inner_maps,
@@ -65,7 +66,9 @@ class TimmBackbone(nn.Module):
     Attributes:
         width: Channels of the map.
         stride: Pixels per token.
-        num_prefix_tokens: 0; class tokens are left out of the map.
+        num_prefix_tokens: 0; class tokens are left out of the map. A frozen model gives the first
+            of them as its summary.
+        gives_summary: Whether it does.
         stage_strides: Pixels per place of each map of `stages`, finest first.
         stage_widths: Their channels.
         drop_path_rates: Rate of each call of a drop path, in order.
@@ -97,6 +100,10 @@ class TimmBackbone(nn.Module):
         self._exempt = tuple(getattr(net, "no_weight_decay", tuple)())
         self._stage = stage = cut(net, name, stride, image_size)
         self.width, self.stride = stage.width, stage.stride
+        # Some have register tokens alone before those of the map.
+        has_class_token = getattr(net, "cls_token", None) is not None
+        has_prefix = stage.last is not None and stage.last.layout.num_prefix_tokens > 0
+        self.gives_summary = has_class_token and has_prefix and not is_trained
         is_only = size.is_only or (stage.last is not None and not stage.last.layout.is_regular)
         self.fixed_size = size.side if is_only else 0
         still(net)
@@ -105,7 +112,7 @@ class TimmBackbone(nn.Module):
                 module.forward = partial(_batch_norm, module)
         # timm reaches inner maps by a method; the hooks of ZeRO-3 want the model itself called, or
         # parameters that it owns directly (class token, positions) would not be gathered.
-        net.forward = partial(_maps, net, stage)
+        net.forward = partial(_maps, net, stage, self.gives_summary)
         self.net = net
         # The deepest map of each stride, as far as the model is built.
         deepest = {info["reduction"]: i for i, info in enumerate(net.feature_info)}
@@ -249,7 +256,9 @@ class TimmBackbone(nn.Module):
         """
         grid = self._grid(*images.shape[-2:])
         self._scales.now = branch_scales(keep, self.drop_path_rates, images.shape[0], images.device)
-        tokens = self.net(images)
+        summary, tokens = None, self.net(images)
+        if self.gives_summary:
+            summary, tokens = tokens
         self._scales.now = None
         if tokens.shape[1] != grid[0] * grid[1]:
             raise ShapeError(
@@ -257,7 +266,7 @@ class TimmBackbone(nn.Module):
                 f"{images.shape[-2]}x{images.shape[-1]} pixels, expected {grid[0]}x{grid[1]}. "
                 "Choose another image size."
             )
-        return FeatureMap(tokens, grid, 0)
+        return FeatureMap(tokens, grid, 0, summary)
 
     def check_stages(self) -> None:
         """Refuses a model whose stages do not see images of any size, without a norm after them.
@@ -295,8 +304,12 @@ class TimmBackbone(nn.Module):
         return tuple(rearrange(x, "b c h w -> b h w c") for x in maps)
 
 
-def _maps(net: nn.Module, stage: Stage, images: Tensor, stages: Sequence[int] = ()) -> Any:
-    return inner_maps(net, stages, images) if stages else map_of(net, stage, images)
+def _maps(
+    net: nn.Module, stage: Stage, gives_summary: bool, images: Tensor, stages: Sequence[int] = ()
+) -> Any:
+    if stages:
+        return inner_maps(net, stages, images)
+    return (class_token_and_map_of if gives_summary else map_of)(net, stage, images)
 
 
 def _batch_norm(norm: nn.Module, x: Tensor) -> Tensor:

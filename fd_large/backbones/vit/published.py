@@ -94,6 +94,10 @@ _HF_BEIT_PARTS = (
 _LAYER_SCALE = ((".ls1.gamma", ".gamma_1"), (".ls2.gamma", ".gamma_2"))
 _THIRDS = {"q": 0, "k": 1, "v": 2}
 
+TEXT_PROJECTIONS = {"visual.proj": True, "visual_projection.weight": False}
+"""The projection of CLIP's class token into the space of texts, in the names of OpenAI and
+open_clip and in those of transformers, and whether it is transposed: (width, embedding)."""
+
 # --- rules of names ---
 
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fd_large import distributed, doors, meeting
 from fd_large.backbones.custom.custom import check_map
@@ -52,6 +52,7 @@ from fd_large.tasks.distillation.cache_views import (
 )
 from fd_large.tasks.distillation.cached_teacher import CachedTeacher
 from fd_large.tasks.distillation.canary import Canary, seconds_of_product
+from fd_large.tasks.distillation.embedding import projection_of, with_embedding
 from fd_large.tasks.distillation.feature_panel import FeaturePanel
 from fd_large.tasks.distillation.heads.map_head import WHERE as HEAD_WHERE
 from fd_large.tasks.distillation.heads.map_head import (
@@ -210,7 +211,11 @@ class DistillationJob(Job):
                 for name, entry in entries.items()
             ),
         )
-        run = self._met(settled.with_taught_by(dict(zip(entries, models, strict=True))))
+        named = {
+            name: with_embedding(name, entry, sources)
+            for name, entry in zip(entries, models, strict=True)
+        }
+        run = self._met(settled.with_taught_by(named))
         return self._with_stored_views(run)
 
     def _with_stored_views(self, run: Run) -> Run:
@@ -266,6 +271,7 @@ class DistillationJob(Job):
             self._check_sizes,
             self._check_mosaics,
             self._check_stream,
+            self._check_stored_summaries,
             super().check,
         )
 
@@ -341,6 +347,22 @@ class DistillationJob(Job):
     def images_together(self) -> int:
         """Returns the number of images of which all mosaics are full."""
         return math.lcm(*(max(1, entry.mosaic) ** 2 for entry in self.run.taught_by.values()))
+
+    def _check_stored_summaries(self) -> None:
+        """Refuses stored maps of a teacher whose summary is not in its map."""
+        stores = bool(self.run.task.distillation.cache)
+        for name, entry in self.run.taught_by.items():
+            if SUMMARY not in entry.targets or not (stores or name in self._caches):
+                continue
+            with torch.device("meta"):
+                net = self.make_teacher(name).net
+            require(
+                not (entry.embedding_width or getattr(net, "gives_summary", False)),
+                f"{field_of(name, 'targets')}: a stored map does not hold this summary",
+                " ".join(entry.targets),
+                MAP,
+                "Learn the map alone, or store no maps",
+            )
 
     def _check_cache(self, name: str) -> None:
         """Refuses a cache that is not whole."""
@@ -500,8 +522,9 @@ class DistillationJob(Job):
         run = self._settled
         grid = grid_of_student(task.student, size, several=bool(run.data.image_sizes))
         for target in task.targets:
-            width = teachers[target.teacher].width
-            chosen = run.taught_by[target.teacher].setting("head", target.kind)
+            entry = run.taught_by[target.teacher]
+            width = entry.width_of(target.kind, teachers[target.teacher].width)
+            chosen = entry.setting("head", target.kind)
             with told_of(target.teacher, target.kind):
                 self._check_head(task, target, chosen, width, size)
         for name, entry in run.taught_by.items():
@@ -649,6 +672,9 @@ class DistillationJob(Job):
                 teacher.held_bytes() / 1e6,
                 teacher.fingerprint,
             )
+            if entry.embedding_width:
+                found = projection_of(name, entry, self.weights)
+                teacher.projection = found.float().to(distributed.device())
             placed[name] = teacher
         self._teachers = placed
         if self.run.task.distillation.cache:
@@ -691,7 +717,8 @@ class DistillationJob(Job):
             "teacher_image_size": self._teacher_image_size(target.teacher),
         }
         if target.kind == SUMMARY:
-            return {**facts, "kind": SUMMARY, "width": teacher.width}
+            width = entry.width_of(SUMMARY, teacher.width)
+            return {**facts, "kind": SUMMARY, "width": width}
         grid = task.student.grid(size, size)
         prefix = target.given(grid, task.student.num_prefix_tokens)[1]
         return {
@@ -728,7 +755,7 @@ class DistillationJob(Job):
         targets = [
             Target(
                 student.width,
-                teachers[name].width,
+                entry.width_of(kind, teachers[name].width),
                 teacher=name,
                 kind=kind,
                 loss=entry.setting("loss", kind),
@@ -748,6 +775,7 @@ class DistillationJob(Job):
                 interpolation=entry.interpolation,
                 with_prefix=SUMMARY not in entry.targets,
                 weight=entry.weight_of(kind),
+                projection=_projection(entry, kind, teachers[name]),
             )
             for name, entry in entries.items()
             for kind in entry.targets
@@ -955,7 +983,7 @@ class DistillationJob(Job):
             facts = HeadFacts(
                 head=entry.setting("head", target.kind),
                 width=task.student.width,
-                teacher_width=teachers[target.teacher].width,
+                teacher_width=entry.width_of(target.kind, teachers[target.teacher].width),
                 maps=_maps(
                     task.student,
                     teachers[target.teacher],
@@ -1076,6 +1104,14 @@ def _checks(name: str, entry: NamedTeacher, kind: str) -> Iterator[Callable[[], 
         lambda: doors.load(head, kind="heads", where=HEAD_WHERE, built_in=HEADS),
     ):
         yield partial(told, check)
+
+
+def _projection(entry: NamedTeacher, kind: str, teacher: Any) -> Tensor | None:
+    """The projection of a placed teacher's summary; of others one of the same shape."""
+    if kind != SUMMARY or not entry.embedding_width:
+        return None
+    held: Tensor | None = getattr(teacher, "projection", None)
+    return torch.empty(entry.embedding_width, teacher.width) if held is None else held
 
 
 def _maps(student: nn.Module, teacher: Frozen, side: int, *, kind: str, with_prefix: bool) -> Maps:

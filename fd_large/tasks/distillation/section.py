@@ -95,12 +95,19 @@ class Objective:
 AUTOMATIC = Objective(interpolation=AUTO, teacher_image_size=AUTO)
 
 MAP, SUMMARY = "map", "summary"
+EMBEDDING = "embedding"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """How the summary of a teacher is learnt, where that is not how its map is."""
 
+    # Which summary is learnt. token: the class token of the model, or the mean of the tokens of its
+    # map where it has none. embedding: the image embedding of a CLIP model, which is that token
+    # after the projection into the space of its texts; zero-shot classification needs it.
+    layer: Literal["token", "embedding"] = "token"
+    # Channels of the embedding. 0: those of the teacher's weights, which a run writes here.
+    width: int = 0
     # The loss, head and normaliser of the summary, by the names that those of the map have. Empty:
     # those of the map.
     loss: str = ""
@@ -114,6 +121,7 @@ class Summary:
     def __post_init__(self) -> None:
         check_types(self, "teachers.NAME.summary")
         not_negative("teachers.NAME.summary.weight", self.weight)
+        at_least("teachers.NAME.summary.width", self.width, 0, "channels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +134,8 @@ class NamedTeacher(Teacher, Objective):
     place: ClassVar[str] = "teachers.NAME"
 
     # What the student learns. map: all tokens; without the CLS token where the summary is learnt
-    # besides. summary: the CLS token, or the mean of all tokens of a model that has none.
+    # besides. summary: the CLS token, or the mean of all tokens of a model that has none
+    # (summary.layer).
     targets: tuple[Literal["map", "summary"], ...] = (MAP,)
     # How the summary is learnt.
     summary: Summary = field(default_factory=Summary)
@@ -193,6 +202,20 @@ class NamedTeacher(Teacher, Objective):
     def weight_of(self, kind: str) -> float:
         """Returns the weight of one of its targets in the sum."""
         return self.weight * (self.summary.weight if kind == SUMMARY else 1.0)
+
+    def width_of(self, kind: str, of_map: int) -> int:
+        """Returns the channels of one of its targets.
+
+        Args:
+            kind: "map" or "summary".
+            of_map: Channels of the teacher's map.
+        """
+        return self.embedding_width or of_map if kind == SUMMARY else of_map
+
+    @property
+    def embedding_width(self) -> int:
+        """Channels of the embedding that is learnt; 0: none is, or they are not known yet."""
+        return self.summary.width if self.summary.layer == EMBEDDING else 0
 
     def setting(self, name: str, kind: str) -> str:
         """Returns the loss, head, normaliser or file of statistics of one of its targets.

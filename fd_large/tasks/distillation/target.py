@@ -32,7 +32,7 @@ class Target:
 
     Args:
         width: Channels of the student's map.
-        teacher_width: Channels of the teacher's.
+        teacher_width: Channels of what is learnt of the teacher.
         teacher: The teacher's name; "" for the only one.
         kind: "map" or "summary".
         loss: Name of the loss (losses.py).
@@ -47,6 +47,8 @@ class Target:
             refuses them.
         with_prefix: Whether the map's prefix tokens (CLS) are learnt with it.
         weight: Weight of its loss in the task's.
+        projection: (teacher_width, channels of the teacher's map), by which the teacher's summary
+            becomes its embedding; None: the summary itself is learnt.
 
     Attributes:
         teacher, kind, weight: As given.
@@ -75,7 +77,9 @@ class Target:
         interpolation: str = "none",
         with_prefix: bool = True,
         weight: float = 1.0,
+        projection: Tensor | None = None,
     ) -> None:
+        self._projection = projection
         self.teacher, self.kind, self.weight = teacher, kind, weight
         with told_of(teacher, kind):
             self.head = registry.make(head, width, teacher_width, maps)
@@ -129,7 +133,7 @@ class Target:
         Raises: ShapeError: if the grids of two maps differ and are not to be interpolated.
         """
         if self.kind == SUMMARY:
-            teacher = as_map(summary(teacher))
+            teacher = as_map(self._summary_of(teacher))
         student = self.guessed(student, blocks, teacher.num_prefix_tokens)
         student, teacher = match_prefixes(student, teacher, with_prefix=self._with_prefix)
         student, teacher = match_grids(student, teacher, interpolation=self._interpolation)
@@ -164,7 +168,7 @@ class Target:
         """
         if self.kind == SUMMARY:
             self._note_prefix(0)
-            return summary(teacher)
+            return self._summary_of(teacher)
         grid, prefix = self.given(student.grid, student.num_prefix_tokens)
         tokens = teacher.tokens.new_empty(len(teacher.tokens), prefix + grid[0] * grid[1], 1)
         matched = match_prefixes(
@@ -173,6 +177,11 @@ class Target:
         student, teacher = match_grids(*matched, interpolation=self._interpolation)
         self._note_prefix(student.num_prefix_tokens)
         return teacher.tokens
+
+    def _summary_of(self, teacher: FeatureMap) -> Tensor:
+        """The teacher's summary (B, 1, Ct), or its embedding, in float32."""
+        found = summary(teacher)
+        return found if self._projection is None else found.float() @ self._projection.T
 
     def _note_prefix(self, number: int) -> None:
         """Tells loss and normaliser how many tokens of those that are compared are no patches."""
@@ -273,10 +282,13 @@ def reads_blocks(head: nn.Module) -> bool:
 
 
 def summary(feature_map: FeatureMap) -> Tensor:
-    """Returns the summary of an image, (B, 1, C): its first prefix token (CLS).
+    """Returns the summary of an image, (B, 1, C): its class token.
 
-    Of a map without prefix tokens it is the mean of all tokens.
+    That is the one that the map leaves out, or its first prefix token. Of a map without either it
+    is the mean of all tokens.
     """
+    if feature_map.summary is not None:
+        return feature_map.summary
     if feature_map.num_prefix_tokens:
         return feature_map.tokens[:, :1]
     return feature_map.tokens.mean(1, keepdim=True)

@@ -38,7 +38,10 @@ class PlacedTeacher:
         module: The model; its parameters are sharded unless it is replicated.
         fingerprint: Hash of the weights when it was built, the same for every placement.
         width: Number of channels of the map.
+        projection: (Ce, width) float32, of the summary into the space of texts; None: not wanted.
     """
+
+    projection: Tensor | None = None
 
     def __init__(self, module: Frozen, engine: Any, group: Any) -> None:
         self.module, self._engine, self._group = module, engine, group

@@ -83,6 +83,21 @@ def test_the_panel_is_a_picture(features, make_run, tmp_path):
         assert picture.height > 500
 
 
+def test_each_of_several_teachers_has_its_map_and_that_of_its_head(tmp_path):
+    maps = numpy.random.default_rng(0).normal(size=(2, 4, 4, 5))
+    names = [f"{whose}_{name}" for name in ("fine", "coarse") for whose in ("teacher", "student")]
+    for when, update in (("before", 0), ("after", 9)):
+        numpy.savez(
+            tmp_path / f"features_{when}.npz",
+            images=numpy.zeros((2, 8, 8, 3), numpy.uint8),
+            update=numpy.int64(update),
+            **dict.fromkeys(names, maps),
+        )
+    assert draw_features(tmp_path, tmp_path / "panel.png")
+    with Image.open(tmp_path / "panel.png") as picture:
+        assert 250 * 5 < picture.width < 250 * 6
+
+
 def test_without_maps_there_is_no_panel(make_run, tmp_path):
     assert not draw_features(make_run(features=()) / "pictures", tmp_path / "panel.png")
     assert not (tmp_path / "panel.png").exists()

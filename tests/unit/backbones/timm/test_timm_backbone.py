@@ -101,6 +101,9 @@ def test_the_last_map_is_what_forward_features_returns(name, size, grid, width):
         theirs = theirs.flatten(1, 2) if theirs.shape[-1] == width else theirs.flatten(2).mT
     assert (found.grid, net.width) == ((grid, grid), width)
     torch.testing.assert_close(found.tokens, theirs[:, -(grid**2) :], rtol=1e-5, atol=1e-5)
+    assert net.gives_summary == name.startswith("xcit")
+    if net.gives_summary:
+        torch.testing.assert_close(found.summary, theirs[:, :1], rtol=1e-5, atol=1e-5)
     assert not any(key.startswith(("head", "classifier")) for key in net.net.state_dict())
 
 
@@ -135,6 +138,9 @@ def test_a_vision_transformer_without_its_class_token():
     net = TimmBackbone("vit_tiny_patch16_224", stride=16).eval()
     feature_map = net(torch.randn(1, 3, 224, 224))
     assert feature_map.tokens.shape == (1, 196, 192)
+    assert feature_map.summary.shape == (1, 1, 192)
+    registers_alone = TimmBackbone("vit_pwee_patch16_reg1_gap_256")
+    assert not registers_alone.gives_summary
     with pytest.raises(ShapeError, match=r"--objective\.teacher_image_size 224"):
         net.grid(192, 192)
 
