@@ -30,7 +30,7 @@ _STYLES = {"ok": "green", "-": "dim", "STOPS": "bold red"}
 GROUPS = (
     ("packages", "code", "torch", "devices", "CPU/memory", "limits"),
     ("launcher", "ranks meet", "interfaces", "InfiniBand", "NCCL/gloo"),
-    ("run folder", "local disk", "/dev/shm", "listings"),
+    ("run folder", "local disk", "state disk", "/dev/shm", "listings"),
     ("DeepSpeed ops", "compiler", "optional"),
 )
 # Nodes that differ in these cannot train together.
@@ -49,6 +49,8 @@ class Doctor:
     run_dir: str = "runs"
     # Folder that data.stage_to would copy to; empty: SLURM_TMPDIR, TMPDIR or /tmp.
     local_disk: str = ""
+    # Folder that engine.nvme_path would name, for the optimiser's state; empty: none.
+    nvme_path: str = ""
 
 
 def main(arguments: list[str]) -> int:
@@ -63,7 +65,8 @@ def main(arguments: list[str]) -> int:
     found = {"launcher": first}
     if speaks or (launch is not None and launch.local_rank == 0):
         # Before the meeting, which sets variables of its own.
-        found |= check_node(given.run_dir, local_disk, launch.world_size if launch else 1)
+        ranks = launch.world_size if launch else 1
+        found |= check_node(given.run_dir, local_disk, ranks, nvme_path=given.nvme_path)
     found["ranks meet"] = _meet(launch) if launch is not None else Finding("not tried", "-")
     meets = launch is not None and launch.world_size > 1 and found["ranks meet"].verdict != "STOPS"
     if not (meets or speaks):

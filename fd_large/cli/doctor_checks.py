@@ -8,7 +8,6 @@ import resource
 import shutil
 import socket
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from fd_large.errors import first_line
+from fd_large.runtime import disks
 
 Verdict = Literal["ok", "-", "slow", "low", "missing", "check", "STOPS"]
 
@@ -24,8 +24,6 @@ Verdict = Literal["ok", "-", "slow", "low", "missing", "check", "STOPS"]
 SEVERITY: dict[Verdict, int] = {"ok": 0, "-": 0, "slow": 1, "low": 1, "missing": 1, "check": 1}
 SEVERITY |= {"STOPS": 2}
 
-# A write test ends at whichever comes first.
-_WRITE_BYTES, _WRITE_SECONDS = 256 << 20, 2.0
 _SLOW_DISK, _LOW_DISK = 100e6, 10e9  # Bytes/s, bytes.
 # Docker's default of 64 MB ends loader processes with a bus error.
 _LOW_SHARED_MEMORY = 1e9
@@ -58,13 +56,16 @@ def look(check: Callable[[], Finding]) -> Finding:
         return Finding(f"cannot look: {first_line(error)}", "-")
 
 
-def check_node(run_dir: str, local_disk: str, world_size: int = 1) -> dict[str, Finding]:
+def check_node(
+    run_dir: str, local_disk: str, world_size: int = 1, *, nvme_path: str = ""
+) -> dict[str, Finding]:
     """Makes all checks of this node.
 
     Args:
         run_dir: Folder that runs are written to.
         local_disk: Folder that `data.stage_to` would copy to.
         world_size: Number of ranks that are to meet.
+        nvme_path: Folder that `engine.nvme_path` would name; "": none.
     """
     checks: dict[str, Callable[[], Finding]] = {
         "packages": packages,
@@ -78,6 +79,7 @@ def check_node(run_dir: str, local_disk: str, world_size: int = 1) -> dict[str, 
         "NCCL/gloo": collective_variables,
         "run folder": lambda: disk(run_dir, needed=True),
         "local disk": lambda: disk(local_disk, needed=False),
+        "state disk": lambda: state_disk(nvme_path),
         "/dev/shm": shared_memory,
         "listings": listings,
         "DeepSpeed ops": deepspeed_ops,
@@ -342,6 +344,17 @@ def _named(variable: str) -> list[str]:
 # --- disks ---
 
 
+def state_disk(folder: str) -> Finding:
+    """The disk that `engine.nvme_path` would name: 16 bytes a parameter, 32 moved in a step."""
+    if not folder:
+        return Finding("none named; --nvme_path FOLDER looks at one", "-")
+    found = disk(folder, needed=False)
+    kind = disks.file_system(Path(folder).absolute())
+    if kind in disks.OVER_A_NETWORK:
+        return Finding(found.found, "STOPS", "State is kept on a local disk: name another folder.")
+    return found
+
+
 def disk(folder: str, *, needed: bool) -> Finding:
     """Free space of a folder's disk, and how fast a file of 256 MB is written and flushed.
 
@@ -352,10 +365,10 @@ def disk(folder: str, *, needed: bool) -> Finding:
     path = Path(folder).absolute()
     while not path.exists():
         path = path.parent
-    free, kind = shutil.disk_usage(path).free, _file_system(path)
+    free, kind = shutil.disk_usage(path).free, disks.file_system(path)
     said = f"{folder} ({kind}): {free / 1e9:,.1f} GB free"
     try:
-        speed = _write_speed(path)
+        speed = disks.write_speed(path)
     except OSError as error:
         flags = "--run_dir, and --runtime.run_dir of the run" if needed else "--local_disk"
         return Finding(
@@ -366,7 +379,7 @@ def disk(folder: str, *, needed: bool) -> Finding:
     said += f", writes {speed / 1e9:.2f} GB/s"
     if free < _LOW_DISK:
         return Finding(said, "low", "A checkpoint takes 12 bytes a parameter. Make room.")
-    if not needed and kind in ("tmpfs", "ramfs"):
+    if not needed and kind in disks.IN_MEMORY:
         return Finding(said, "low", "Copies there take memory: name a disk with --local_disk.")
     if speed < _SLOW_DISK:
         return Finding(said, "slow", "Every checkpoint waits for it. Name another disk.")
@@ -399,28 +412,6 @@ def listings() -> Finding:
         remedy = "Every start walks over the dataset. Set FD_CACHE to a folder that can be written."
         return Finding(said, "slow", remedy)
     return Finding(f"{len(files)} kept, {size / 1e6:.0f} MB, in {folder}")
-
-
-def _file_system(path: Path) -> str:
-    """The type of the file system that holds a path."""
-    import psutil
-
-    real = path.resolve()
-    mounts = [m for m in psutil.disk_partitions(all=True) if real.is_relative_to(m.mountpoint)]
-    # Of several on one mount point the last one counts.
-    return sorted(mounts, key=lambda m: len(m.mountpoint))[-1].fstype if mounts else "?"
-
-
-def _write_speed(folder: Path) -> float:
-    """Bytes a second, flushed to the disk."""
-    block = os.urandom(8 << 20)  # Zeros would be compressed.
-    with tempfile.NamedTemporaryFile(prefix=".doctor-", dir=folder) as file:
-        start, done = time.perf_counter(), 0
-        while done < _WRITE_BYTES and time.perf_counter() - start < _WRITE_SECONDS:
-            done += file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        return done / (time.perf_counter() - start)
 
 
 def _has_gpu() -> bool:

@@ -28,14 +28,14 @@ from fd_large.engine.ema import Ema
 from fd_large.engine.job import Job, JobOf
 from fd_large.engine.task import Task
 from fd_large.engine.zero import config as ds
-from fd_large.engine.zero import start
+from fd_large.engine.zero import disk, start
 from fd_large.engine.zero.engine import Engine, build_engine
 from fd_large.engine.zero.optimizer import moments_of
 from fd_large.errors import FDError, check_all
 from fd_large.kernels import check, choose
 from fd_large.kernels.precision import full_float32
 from fd_large.launch import Launch
-from fd_large.plan.memory import persistence_threshold
+from fd_large.plan.memory import Placement, held, persistence_threshold
 from fd_large.plan.workload import frozen_in_bfloat16
 from fd_large.recipes.run import Run
 from fd_large.recipes.stored import read_recipe
@@ -247,6 +247,8 @@ def open_stored(
     """
     run = read_recipe(folder, where=where)
     run = replace(run, runtime=replace(run.runtime, run_dir=folder))
+    if not ds.offloads_to_disk(ds.load(deepspeed_config)):
+        run = replace(run, engine=replace(run.engine, nvme_path=""))
     return open_run(run, job_of, deepspeed_config=deepspeed_config, lease=lease)
 
 
@@ -313,10 +315,31 @@ def _check(
         )
         ds.fill(json_config, numbers)
         counted.append(numbers)
+    if folder := first.run.engine.nvme_path:
+        disk.check_folder(folder, _disk_bytes(jobs, counted) * launch.local_world_size)
     for job in jobs:
         for where, source in job.sources().items():
             job.weights.fetch(source, where=f"--{where}")
     return json_config, counted, samples
+
+
+def _disk_bytes(jobs: Sequence[Job], counted: Sequence[ds.RunNumbers]) -> int:
+    """Returns how much a rank keeps on a disk."""
+    total = 0
+    for job, numbers in zip(jobs, counted, strict=True):
+        place = Placement(
+            stage=3,
+            world_size=numbers.world_size,
+            node_size=numbers.node_size,
+            bfloat16=numbers.bfloat16,
+            teacher_bfloat16=numbers.bfloat16,
+            offload_optimizer=True,
+            optimizer_on_disk=True,
+        )
+        optim = job.run.optim
+        kept = len(moments_of(optim)) + bool(optim.ema_decay)
+        total += held(numbers.parameter_sizes, (), place, moments=kept).disk.total
+    return total
 
 
 def _checks_of(job: Job) -> list[Callable[[], Any]]:

@@ -26,6 +26,9 @@ steps, with the two moments of AdamW (4P each; another optimiser may keep more o
   own float32 gradient (4P/W) stays too; stages 1 and 2 add a copy of the partition for the transfer
   back (bP/W) and a buffer of the largest tensor on either side. Offloading parameters moves the
   shards; K stays on the device.
+- On a disk (`offload_optimizer.device` nvme; our own files, docs/disk.md) are masters, moments and
+  one gradient, in which gradients are summed and from which the optimiser steps: (8 + 4M)P/W of an
+  optimiser with M moments, 4P/W more for an average of the weights.
 - A stage 3 engine with `contiguous_gradients` owns one bucket of `reduce_bucket_size` elements, in
   the data type in which gradients are summed over ranks. ds_configs/ leave it out.
 - The teacher takes BT whole; split over S ranks BT/S, tensor by tensor, and B times its tensors
@@ -70,6 +73,7 @@ class Placement:
     teacher_persistence_threshold: int = DEFAULT_PERSISTENCE_THRESHOLD
     hpz_size: int = 1
     offload_optimizer: bool = False
+    optimizer_on_disk: bool = False
     offload_param: bool = False
     bucket_size: int = 0
     float32_sums: bool = False
@@ -117,6 +121,7 @@ class Placement:
             teacher_persistence_threshold=teacher_persistence_threshold,
             hpz_size=zero.get("zero_hpz_partition_size", 1),
             offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+            optimizer_on_disk=zero.get("offload_optimizer", {}).get("device") == "nvme",
             offload_param=zero.get("offload_param", {}).get("device", "none") != "none",
             bucket_size=(
                 int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE))
@@ -151,11 +156,13 @@ class Memory:
     Attributes:
         device: On the GPU; on CPU ranks, in the memory of the process.
         host: Offloaded to host memory.
+        disk: In files of a disk, whose pages are in memory as far as there is room.
         hpz_copy: On the device, in addition, from the forward pass to the step only.
     """
 
     device: Held
     host: Held = field(default_factory=Held)
+    disk: Held = field(default_factory=Held)
     hpz_copy: int = 0
 
 
@@ -176,12 +183,14 @@ def held(
     whole = _persistent(student, place.persistence_threshold)
     device: dict[str, int] = {"teacher": _teacher(teacher, place)}
     host: dict[str, int] = {}
+    disk: dict[str, int] = {}
     if place.stage == 0:
         device |= {"parameters": compute * total, "moments": 4 * moments * total}
         device["gradients"] = compute * total if ranks > 1 else 0
         return Memory(device=Held(**device))
 
     optimizer = host if place.offload_optimizer else device
+    optimizer = disk if place.optimizer_on_disk else optimizer
     optimizer["moments"] = 4 * moments * part
     if place.stage == 3:
         device["parameters"] = compute * whole
@@ -200,10 +209,11 @@ def held(
             # Its partition on the way to the device, and a tensor's gradient on the way back.
             host["buckets"] = compute * (part + max(student))
             device["buckets"] = compute * max(student)
-    if place.offload_optimizer:  # There the optimizer's own gradient is not freed.
+    if place.offload_optimizer and not place.optimizer_on_disk:
+        # There the optimizer's own gradient is not freed.
         host["gradients"] += 4 * part
     copy = compute * _shard(student, place.hpz_size) if place.hpz_size > 1 else 0
-    return Memory(device=Held(**device), host=Held(**host), hpz_copy=copy)
+    return Memory(device=Held(**device), host=Held(**host), disk=Held(**disk), hpz_copy=copy)
 
 
 def sums_in_float32(ranks: int, *, bfloat16: bool) -> bool:

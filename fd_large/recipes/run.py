@@ -136,6 +136,7 @@ _MAY_CHANGE = {
     "data.stage_to",
     "data.workers",
     "engine.node_size",
+    "engine.nvme_path",
     "eval.best_metric",
     "eval.patience",
     "guard.enabled",

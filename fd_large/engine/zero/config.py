@@ -229,6 +229,12 @@ def offloads(config: dict[str, Any], what: str) -> bool:
     return block.get("device", "none") != "none"
 
 
+def offloads_to_disk(config: dict[str, Any]) -> bool:
+    """Returns whether the optimiser's state is kept on a disk."""
+    block = config.get("zero_optimization", {}).get("offload_optimizer", {})
+    return block.get("device") == "nvme"
+
+
 def nvme_path(config: dict[str, Any]) -> str:
     """Returns the folder on a disk that holds the optimiser's state; "": it is in memory."""
     return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("nvme_path", "")
@@ -236,7 +242,7 @@ def nvme_path(config: dict[str, Any]) -> str:
 
 def for_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
     """Returns a filled JSON as DeepSpeed reads it: what is on a disk is host memory to it."""
-    if not nvme_path(config):
+    if not offloads_to_disk(config):
         return config
     in_memory = {"device": "cpu", "pin_memory": False}
     zero = {**config["zero_optimization"], "offload_optimizer": in_memory}
@@ -339,7 +345,7 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
 
 def _fill_disk(zero: dict[str, Any], stage: int, folder: str) -> None:
     block = zero.get("offload_optimizer", {})
-    if block.get("device") != "nvme":
+    if not offloads_to_disk({"zero_optimization": zero}):
         if folder or "nvme_path" in block:
             raise ConfigError(
                 "engine.nvme_path: the DeepSpeed JSON keeps the optimiser's state in memory; got "

@@ -13,6 +13,7 @@ from small_disk import mounted
 
 from fd_large.cli import doctor, doctor_checks
 from fd_large.cli.doctor_checks import Finding, look
+from fd_large.runtime import disks
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
@@ -25,6 +26,13 @@ def test_a_disk_in_memory_and_a_full_one_are_low(tiny_disk):
     assert doctor_checks.disk(str(tiny_disk), needed=True).verdict == "STOPS"
     shared = doctor_checks.disk("/dev/shm", needed=False)
     assert (shared.verdict, "tmpfs" in shared.found) == ("low", True)
+
+
+def test_a_disk_for_state_is_a_local_one(tmp_path, monkeypatch):
+    assert doctor_checks.state_disk("").verdict == "-"
+    monkeypatch.setattr(disks, "write_speed", lambda folder: 1e9)
+    monkeypatch.setattr(disks, "file_system", lambda path: "lustre")
+    assert doctor_checks.state_disk(str(tmp_path)).verdict == "STOPS"
 
 
 @pytest.mark.parametrize(
