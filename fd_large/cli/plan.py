@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -22,6 +23,7 @@ from fd_large.plan.cached_targets import largest_map_that_pays
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Cluster, Machine
 from fd_large.plan.counts import NOTHING, Counts, Line, of_sizes
+from fd_large.plan.disk import on_disk
 from fd_large.plan.phases import Phases
 from fd_large.plan.phases import read as read_phases
 from fd_large.plan.rates import CARDS, Rates, rates_of
@@ -33,6 +35,7 @@ from fd_large.recipes.architectures import brings_model
 from fd_large.recipes.fields import at_least, flat, plain, positive, require
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import ADAMW, AUTO, RANDOM, FrozenModel, Student
+from fd_large.runtime import disks
 from fd_large.tasks.distillation.section import cached_folder
 
 if TYPE_CHECKING:
@@ -372,10 +375,37 @@ def report(
         parts.append(_best_table(machine, load, good[:rows], steps_of(run, images), narrow=narrow))
         parts.append(_details(run, load, good[0], machine, images))
     else:
-        parts.append(Text("No setting fits; use more GPUs, or cards with more memory.\n"))
+        parts.append(
+            Text(
+                "No setting fits; use more GPUs, cards with more memory, or a disk "
+                "(--engine.nvme_path FOLDER, docs/disk.md).\n"
+            )
+        )
     if bad:
         parts.append(_refused_table(bad, load, rows))
+    if run.engine.nvme_path:
+        parts.append(_disk_line(run, load, machine))
     return Group(*parts)
+
+
+def _disk_line(run: Run, load: Workload, machine: Machine) -> Text:
+    folder = run.engine.nvme_path
+    try:
+        speed, free = disks.write_speed(Path(folder)), shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ConfigError(
+            f"engine.nvme_path: {folder} cannot be measured; got {error.strerror}, expected a "
+            "folder on a local disk. Set --engine.nvme_path to another one."
+        ) from None
+    found = on_disk(load, machine, speed=speed, average=bool(run.optim.ema_decay))
+    return Text(
+        "State on a disk (ds_configs/zero3_nvme.json, every block checkpointed, 1 image at a "
+        "time):\n"
+        f"  {found.memory / 1e9:.1f} GB of memory a rank; {size(found.disk)} on a node's disk, of "
+        f"which {folder} has {size(free)} free;\n"
+        f"  up to {figure(found.seconds)} s more for each step at the {speed / 1e9:.2f} GB/s that "
+        "it is written with now\n"
+    )
 
 
 def _heading(run: Run, load: Workload, machine: Machine) -> Text:

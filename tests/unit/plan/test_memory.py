@@ -56,6 +56,12 @@ def test_offload_moves_shards_and_optimizer_to_the_host():
     )
 
 
+def test_a_disk_takes_one_gradient_with_the_state():
+    memory = held(STUDENT, TEACHER, place(3, offload_optimizer=True, optimizer_on_disk=True))
+    assert memory.host == Held()
+    assert memory.disk == Held(masters=4 * SPLIT, moments=8 * SPLIT, gradients=4 * SPLIT)
+
+
 def test_offload_at_stage_2_leaves_the_parameters_on_the_device():
     memory = held(STUDENT, TEACHER, place(2, True, offload_optimizer=True))
     assert memory.device == Held(parameters=2 * 1017, teacher=2 * 609, buckets=2 * 1000)
