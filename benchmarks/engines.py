@@ -56,7 +56,7 @@ def zero_engine(
         run.optim.clip_norm,
         ds.computes_in_bfloat16(run.engine.precision),
         job.parameter_sizes(),
-        trained_size=job.trained_size(),
+        trained_sizes=job.trained_sizes(),
     )
     engine = engine_of(run, make_task, ds.fill(config, numbers))
     engine.task.train()

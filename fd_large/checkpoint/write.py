@@ -103,7 +103,8 @@ class Saver:
         self._manifest, self._problem = manifest, None
         self._part = store.part_of(self.folder, manifest["update"], self._lease)
         held = [Piece(key, values.detach()) for key, values in pieces]
-        tensors = self._copied(held) if self._copies else dict(held)
+        # Running statistics are on the device; they are small.
+        tensors = self._copied(held) if self._copies else {key: t.cpu() for key, t in held}
         self._thread = threading.Thread(target=self._write, args=(tensors,), name="checkpoint")
         self._thread.start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
@@ -193,7 +194,7 @@ def built_from(
     """
     if weights.may_be_missing:
         return None
-    hook = nn.modules.module.register_module_parameter_registration_hook(_without_memory)
+    hook = nn.modules.module.register_module_parameter_registration_hook(_WithoutMemory())
     try:
         model = partition.build(make, {}, partitioned=False, seed=0)
     finally:
@@ -227,8 +228,18 @@ def built_from(
     return model
 
 
-def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-    """Replaces a parameter at its registration; one without elements needs no weights."""
-    if parameter.is_meta or not parameter.numel():
-        return parameter
-    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+class _WithoutMemory:
+    """Replaces parameters at their registration; those without elements need no weights."""
+
+    def __init__(self) -> None:
+        # One parameter of several modules stays one; an id alone may come again.
+        self._replaced: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}
+
+    def __call__(self, module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        if parameter.is_meta or not parameter.numel():
+            return parameter
+        known, meta = self._replaced.get(id(parameter), (None, None))
+        if known is None or known() is not parameter or meta is None:
+            meta = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            self._replaced[id(parameter)] = weakref.ref(parameter), meta
+        return meta

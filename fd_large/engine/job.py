@@ -215,9 +215,9 @@ class Job:
         with torch.device("meta"):
             return tuple(parameter.numel() for parameter in self.make_task().parameters())
 
-    def trained_size(self) -> int:
-        """Returns the number of trained parameters; allocates none."""
-        return sum(self.parameter_sizes())
+    def trained_sizes(self) -> tuple[int, ...]:
+        """Returns the number of elements of each trained tensor; allocates none."""
+        return self.parameter_sizes()
 
     def splits_models(self) -> bool:
         """Returns whether a model beside the student is sharded, whatever the ZeRO stage."""

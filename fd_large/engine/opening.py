@@ -311,7 +311,7 @@ def _check(
             bfloat16=ds.computes_in_bfloat16(run.engine.precision),
             parameter_sizes=job.parameter_sizes(),
             nvme_path=run.engine.nvme_path,
-            trained_size=job.trained_size(),
+            trained_sizes=job.trained_sizes(),
         )
         ds.fill(json_config, numbers)
         counted.append(numbers)
@@ -338,7 +338,7 @@ def _disk_bytes(jobs: Sequence[Job], counted: Sequence[ds.RunNumbers]) -> int:
         )
         optim = job.run.optim
         kept = len(moments_of(optim)) + bool(optim.ema_decay)
-        total += held(numbers.parameter_sizes, (), place, moments=kept).disk.total
+        total += held(numbers.trained_sizes, (), place, moments=kept).disk.total
     return total
 
 

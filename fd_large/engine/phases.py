@@ -55,8 +55,21 @@ def measure(
         free_bytes: Memory that this rank may take.
         clock: Returns seconds; on CPU ranks `time.process_time` leaves out other processes.
 
-    Returns: the phases of the slowest rank; None if the task has no room on one device.
+    Returns: the phases of the slowest rank; None if the task has no room on one device, or has
+        images of several sizes.
     """
+    if job.run.data.image_sizes:
+        log.warning(
+            "--probe: %s draws the size of its images step by step. It is not timed, and the rates "
+            "of single operations stand for it",
+            job.run.name,
+        )
+        return None
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        # All ranks time the same micro-batches.
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, free_bytes)
+        free_bytes = min(everyone)
     on_gpu = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability() if on_gpu and not torch.version.hip else None
     half = frozen_in_bfloat16(job.run.frozen_dtype, on_gpu)

@@ -30,7 +30,7 @@ steps, with the two moments of AdamW (4P each; another optimiser may keep more o
   one gradient, in which gradients are summed and from which the optimiser steps: (8 + 4M)P/W of an
   optimiser with M moments, 4P/W more for an average of the weights.
 - A stage 3 engine with `contiguous_gradients` owns one bucket of `reduce_bucket_size` elements, in
-  the data type in which gradients are summed over ranks. ds_configs/ leave it out.
+  the data type in which gradients are summed over ranks: in ds_configs/, those that offload.
 - The teacher takes BT whole; split over S ranks BT/S, tensor by tensor, and B times its tensors
   under the threshold. It has no gradients, masters or moments. Several teachers take the sum.
 

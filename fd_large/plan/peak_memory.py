@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fd_large.plan.buckets import PREFETCH_ELEMENTS, gradient_bucket
+from fd_large.plan.buckets import gradient_bucket
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Machine
 from fd_large.plan.memory import Placement, held
@@ -62,31 +62,35 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
     )
     device = memory.device
     states: float = device.total - device.teacher - device.buckets
-    buffers: float = device.buckets
+    passing: float  # What the student's forward and backward pass through.
     if candidate.stage == 3:
         states += memory.hpz_copy
-        buffers += size * min(load.parameters, LIVE_ELEMENTS)
-        buffers += 2 * bucket  # Gradients being reduced, and the next ones.
+        passing = size * min(load.parameters, LIVE_ELEMENTS)
+        # Gradients being reduced, and the next ones: no more than there are.
+        passing += min(2 * bucket, load.sum_bytes(machine) * load.parameters)
     elif candidate.stage == 2:
         # Buckets as above; the shard's gradients, which are freed after the step.
-        buffers += 3 * bucket + 4 * load.parameters / cluster.gpus
+        passing = 3 * bucket + 4 * load.parameters / cluster.gpus
     elif candidate.stage == 1 and rates.bfloat16:
         # Each gradient is added to its float32 sum at once; sums are sent bucket by bucket, in
-        # bfloat16 as a copy.
-        buffers += size * max(load.student_sizes) + (bucket if load.sum_bytes(machine) == 2 else 0)
+        # bfloat16 as copies, two at a time.
+        copies = 2 if cluster.gpus > 1 and load.sum_bytes(machine) == 2 else 0
+        passing = size * max(load.student_sizes) + copies * bucket
     elif candidate.stage == 0 and cluster.gpus > 1:
-        buffers += size * max(load.student_sizes)  # On its way into a bucket that is there.
+        passing = size * max(load.student_sizes)  # On its way into a bucket that is there.
     else:
-        buffers += size * load.parameters  # Every gradient.
+        passing = size * load.parameters  # Every gradient.
     own = 2 if load.teacher_bfloat16(machine) else 4
     if split and cluster.gpus > 1:
-        buffers += 2 * own * min(PREFETCH_ELEMENTS, sum(split))
+        # Gathered layers of one teacher at a time, which are gone when the student runs.
+        largest = max(map(sum, load.teachers))
+        passing = max(passing, own * min(LIVE_ELEMENTS, largest))
     return PeakMemory(
         states=states,
         teacher=device.teacher + own * (sum(load.teacher_sizes) - sum(split)),
         activations=counts.peak_at(candidate.micro_batch_size)
         + (load.accumulation(candidate, machine) - 1) * counts.held.at(candidate.micro_batch_size),
-        buffers=buffers + (FIXED_BYTES if rates.overlap else 0.0),
+        buffers=device.buckets + passing + (FIXED_BYTES if rates.overlap else 0.0),
     )
 
 

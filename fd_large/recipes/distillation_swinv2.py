@@ -150,7 +150,7 @@ def fd_swinv2g() -> Run:
 
     Hardware: 64 GPUs of 40 GB (8 nodes) x 32 images; SwinV2-G weights, not public
     Duration: 187,500 steps; about 1,960 GPU-hours, 31 h on 64
-    Memory: 10.9 GB of each GPU
+    Memory: 10.7 GB of each GPU
     Result: not published (paper's G, unknown recipe: 89.2 -> 89.4)
 
     Run it with ds_configs/zero3_hpz.json. No weights of SwinV2-G are public. A run that public
@@ -171,8 +171,8 @@ def fd_swinv2g() -> Run:
 
     | teacher    | checkpoints | states | teacher | activations | buffers | all     | GPU-hours |
     |------------|-------------|--------|---------|-------------|---------|---------|-----------|
-    | node       | every block | 1.6 GB | 0.8 GB  | 3.9 GB      | 4.6 GB  | 10.9 GB | 1,963     |
-    | node       | none        | 1.6 GB | 0.8 GB  | 17.8 GB     | 4.6 GB  | 24.8 GB | 1,595     |
+    | node       | every block | 1.6 GB | 0.8 GB  | 3.9 GB      | 4.4 GB  | 10.7 GB | 1,963     |
+    | node       | none        | 1.6 GB | 0.8 GB  | 17.8 GB     | 4.4 GB  | 24.6 GB | 1,595     |
     | replicated | none        | 1.6 GB | 6.0 GB  | 17.8 GB     | 4.4 GB  | 29.8 GB | 1,567     |
 
     The first line is this recipe. `plan` prefers the last one, a fifth faster, which 40 GB hold as
@@ -186,7 +186,7 @@ def fd_swinv2g() -> Run:
         python -m fd_large plan --recipe fd_swinv2g --gpus 64 --gpu h100 --network 400
 
     ZeRO-2, the whole teacher on each rank, no checkpoints: 33.2 GB, 574 GPU-hours. This recipe's
-    own settings take 10.9 GB of H100s there and 1,212 GPU-hours.
+    own settings take 10.7 GB of H100s there and 1,212 GPU-hours.
 
     Network: one gather or scatter of the model is S = 2.998e9 x 2 = 6.0 GB; a node's cards carry
     S (N-1)/N of it, at 8 nodes of 8 x 100 Gb/s (100 GB/s, of which `plan` expects 80) 66 ms. ZeRO-3

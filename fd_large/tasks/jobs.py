@@ -20,7 +20,7 @@ from fd_large.weights.export import HEADS
 from fd_large.weights.read import read_json
 
 # What a job does without a collective, and without a model in memory.
-_BEFORE_A_RUN = ("settle", "open_samples", "check", "parameter_sizes", "trained_size")
+_BEFORE_A_RUN = ("settle", "open_samples", "check", "parameter_sizes", "trained_sizes")
 
 
 def job_class(task: str) -> type[Job]:

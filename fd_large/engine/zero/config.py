@@ -130,7 +130,7 @@ class RunNumbers(NamedTuple):
         bfloat16: Whether parameters and matrix products are bfloat16.
         parameter_sizes: Number of elements of each tensor that may be split.
         nvme_path: Folder on a disk that holds the optimiser's state; "": it is in memory.
-        trained_size: Number of trained parameters.
+        trained_sizes: Number of elements of each trained tensor.
     """
 
     micro_batch_size: int
@@ -141,7 +141,7 @@ class RunNumbers(NamedTuple):
     bfloat16: bool
     parameter_sizes: tuple[int, ...]
     nvme_path: str = ""
-    trained_size: int = 0
+    trained_sizes: tuple[int, ...] = ()
 
     def with_micro_batch(self, size: int) -> RunNumbers:
         """Returns these numbers for another micro batch of the same global batch."""
@@ -318,7 +318,7 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
     }
     for key, rule in by_size.items():
         if zero.get(key) == AUTO:
-            zero[key] = rule(numbers.trained_size)
+            zero[key] = rule(sum(numbers.trained_sizes))
     silent = {1: _STAGE3_KEYS, 2: _STAGE3_KEYS, 3: _STAGE12_KEYS}.get(
         stage, _BLOCKS["zero_optimization"].keys() - {"stage"}
     )
@@ -375,7 +375,7 @@ def _fill_disk(zero: dict[str, Any], stage: int, folder: str) -> None:
 def _check_groups(numbers: RunNumbers) -> None:
     """Refuses weights in 8 bits where DeepSpeed cannot group them, which it would assert."""
     ranks, of = numbers.world_size, EIGHT_BIT_GROUP
-    odd = sorted({n for n in numbers.parameter_sizes if -(-n // ranks) % of})
+    odd = sorted({n for n in numbers.trained_sizes if -(-n // ranks) % of})
     if odd:
         raise ConfigError(
             f"zero_optimization.zero_quantized_weights: DeepSpeed groups shards by {of} elements; "

@@ -74,6 +74,7 @@ class _Reductions:
 
     def arrived(self, bucket: int) -> None:
         """Tells that one of a bucket's gradients is in it."""
+        assert bucket >= self._next, "a gradient came after its bucket was sent"
         self._missing[bucket] -= 1
         while self._next < len(self._buckets) and self._missing[self._next] == 0:
             self._start(self._next)
@@ -91,9 +92,10 @@ class _Reductions:
         if distributed.world_size() == 1:
             return
         own = self._buckets[bucket]
-        sent = own.to(self._engine.communication_data_type)
-        if sent is not own and len(self._works) == _MOST_COPIES:
+        dtype = self._engine.communication_data_type
+        if own.dtype != dtype and len(self._works) == _MOST_COPIES:
             self._settle()
+        sent = own.to(dtype)
         work = deepspeed.comm.all_reduce(sent, group=self._group, async_op=True)
         self._works.append((work, sent, own))
 

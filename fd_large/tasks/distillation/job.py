@@ -545,11 +545,11 @@ class DistillationJob(Job):
                 "equal" if ours == theirs else f"the {whose}'s map is resized (bilinear)",
             )
 
-    def trained_size(self) -> int:
-        """Returns the number of parameters of student and heads."""
+    def trained_sizes(self) -> tuple[int, ...]:
+        """Returns the sizes of the tensors of student and heads."""
         with torch.device("meta"):
             task = self.task_around(self.make_teachers())
-        return sum(parameter.numel() for parameter in task.parameters())
+        return tuple(parameter.numel() for parameter in task.parameters())
 
     def _check_head(
         self, task: Distillation, target: Target, name: str, width: int, size: int

@@ -63,7 +63,16 @@ def losses(*, quantised: bool) -> list[float]:
     }
     job = DistillationJob(run)
     job.build(bfloat16=False, node_size=2, persistence_threshold=0)
-    numbers = ds.RunNumbers(4, 1, 2, 2, run.optim.clip_norm, False, job.parameter_sizes())
+    numbers = ds.RunNumbers(
+        4,
+        1,
+        2,
+        2,
+        run.optim.clip_norm,
+        False,
+        job.parameter_sizes(),
+        trained_sizes=job.trained_sizes(),
+    )
     engine = engine_of(run, job.make_task, ds.fill(config, numbers))
     engine.task.train()
     generator = torch.Generator().manual_seed(distributed.rank())

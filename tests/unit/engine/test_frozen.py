@@ -207,8 +207,11 @@ def test_a_frozen_model_is_built_from_its_weights_alone_only_where_these_are_all
     def tied():
         model = make()
         model.net.same = model.net.norm
+        model.net.shares = torch.nn.Linear(1, 1, bias=False)
+        model.net.shares.weight = model.net.norm.weight
         return model
 
     found = fill(weights, tied)
     assert found.net.same.weight is found.net.norm.weight
+    assert found.net.shares.weight is found.net.norm.weight
     assert torch.equal(found.net.norm.weight, net.norm.weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from loading import made
 from fd_large.checkpoint.lease import claimed
 from fd_large.engine import opening
 from fd_large.engine.opening import open_run
+from fd_large.engine.zero import config as ds
 from fd_large.errors import DataError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
@@ -75,3 +77,12 @@ def test_a_stored_run_of_a_bare_teacher_goes_on_as_it_began(
     torch.save(state, other)
     with pytest.raises(WeightsError, match="got no image statistics"):
         start_of(replace(run, teacher=replace(run.teacher, source=str(other))))
+
+
+def test_only_what_is_trained_has_state_on_a_disk():
+    sizes = (1000, 24)
+    numbers = ds.RunNumbers(1, 1, 1, 1, 1.0, True, (*sizes, 5000), trained_sizes=sizes)
+    run = registry.get("fd_swinv2g")
+    assert opening._disk_bytes([SimpleNamespace(run=run)], [numbers]) == 16 * sum(sizes)
+    run = replace(run, optim=replace(run.optim, ema_decay=0.9))
+    assert opening._disk_bytes([SimpleNamespace(run=run)], [numbers]) == 20 * sum(sizes)

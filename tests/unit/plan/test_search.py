@@ -154,7 +154,7 @@ def test_the_json_of_a_candidate_is_accepted(tmp_path):
         path = tmp_path / "mine.json"
         path.write_text(json.dumps(candidate.deepspeed()))
         sizes = GIANT.student_sizes + GIANT.teacher_sizes
-        numbers = ds.RunNumbers(32, 1, 64, 8, 3.0, True, sizes, trained_size=GIANT.parameters)
+        numbers = ds.RunNumbers(32, 1, 64, 8, 3.0, True, sizes, trained_sizes=GIANT.student_sizes)
         filled = ds.fill(ds.load(path), numbers)
         zero = filled["zero_optimization"]
         assert zero["stage"] == stage

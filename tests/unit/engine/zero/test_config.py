@@ -153,10 +153,10 @@ def test_gradients_that_deepspeed_quantises_keep_their_data_type():
 
 
 def test_weights_in_eight_bits_come_in_groups_of_eight():
-    numbers = NUMBERS._replace(world_size=2, node_size=2, parameter_sizes=(16, 4096))
+    numbers = NUMBERS._replace(world_size=2, node_size=2, trained_sizes=(16, 4096))
     filled = ds.fill(_zero(3, zero_quantized_weights=True), numbers)
     assert filled["zero_optimization"]["zero_quantized_weights"]
-    odd = numbers._replace(parameter_sizes=(16, 33, 4096))
+    odd = numbers._replace(trained_sizes=(16, 33, 4096))
     with pytest.raises(ConfigError, match=r"quantized_weights: .*got tensors of 33 elements over"):
         ds.fill(_zero(3, zero_quantized_weights=True), odd)
 
