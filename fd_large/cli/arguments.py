@@ -337,10 +337,10 @@ class _Parser(Generic[Own]):
     def _say_twice(self, name: str, texts: list[str]) -> None:
         """Says that the later value of an entry's field holds: two entries may have been meant."""
         if name not in self._known("") and find_rank() == 0:
-            entry = name.rpartition(".")[0]
+            entry = name.split(".")[1]
             log.warning(
                 "--%s: given twice, and the later value holds: %s. If two are meant, give one "
-                "another name than %s.",
+                "another name than %r.",
                 name,
                 " ".join(texts),
                 entry,

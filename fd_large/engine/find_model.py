@@ -123,8 +123,8 @@ def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel
         models = job.frozen_models()
         if part not in models:
             raise ConfigError(
-                f"{source}: this run has no {part}; got one of the task {run.task.name}, "
-                f"{nearest(part, [*models, _SCRATCH])}. Name the run alone."
+                f"{source}: a run of {run.task.name} has no such part; got {part!r}, "
+                f"{nearest(part, [*models, _SCRATCH])}. Name one of them, or the run alone."
             )
         stored = models[part].section
         weights.settled[stored.source] = stored.statistics

@@ -165,7 +165,8 @@ class TrainedModel(nn.Module):
                 else "expected a run of distillation, or an export of one that has a folder heads"
             )
             raise ConfigError(
-                f"teacher_map: no head for it; got {name!r} of {self.source}, {expected}"
+                f"{self.source}: no head of that name; got {name!r}, {expected}. A run has a head "
+                "for each target that it learnt, and NAME_summary for a teacher's summary."
             )
         pixels = self._normalised(images)
         head = self.heads[name].to(pixels.device)

@@ -105,7 +105,7 @@ def check_folder(folder: str, needed: int) -> None:
 def _unfit(folder: str, got: str, expected: str) -> ConfigError:
     return ConfigError(
         f"engine.nvme_path: {folder} cannot hold the optimiser's state; got {got}, expected "
-        f"{expected}. Make room, or set --engine.nvme_path to another folder."
+        f"{expected}. Make it so, or set --engine.nvme_path to another folder."
     )
 
 
