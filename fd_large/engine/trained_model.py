@@ -160,14 +160,12 @@ class TrainedModel(nn.Module):
             self.heads = {name: head.eval() for name, head in self._read_heads().items()}
         if name not in self.heads:
             expected = (
-                nearest(name, self.heads)
+                f"{nearest(name, self.heads)}. A run has a head for each target that it learnt, "
+                "and NAME_summary for a teacher's summary."
                 if self.heads
                 else "expected a run of distillation, or an export of one that has a folder heads"
             )
-            raise ConfigError(
-                f"{self.source}: no head of that name; got {name!r}, {expected}. A run has a head "
-                "for each target that it learnt, and NAME_summary for a teacher's summary."
-            )
+            raise ConfigError(f"{self.source}: no head of that name; got {name!r}, {expected}")
         pixels = self._normalised(images)
         head = self.heads[name].to(pixels.device)
         found: FeatureMap = head(self.backbone, pixels, in_teacher_units=in_teacher_units)
