@@ -7,7 +7,7 @@ that the student may have any stage, and no gradient, no float32 copy and no ent
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ def place(
     seed: int,
     node_size: int,
     persistence_threshold: int,
-    weights: Fitted | None = None,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
     whole_first: bool = False,
     where: str = "--teacher.source",
 ) -> PlacedTeacher:
@@ -115,7 +115,8 @@ def place(
         seed: Seed of the random weights.
         node_size: Number of ranks per node.
         persistence_threshold: Tensors of at most so many elements stay whole.
-        weights: The tensors of the model, on every rank; None for random weights.
+        weights: The tensors of the model, on every rank; None for random weights. Those of a file
+            (`Fitted`) take no memory besides the model's.
         whole_first: See `partition.build`.
         where: The flag of its source, for messages.
     """
@@ -133,7 +134,7 @@ def place(
         },
     }
     module = None
-    if weights is not None and not partitioned:
+    if isinstance(weights, Fitted) and not partitioned:
         module = built_from(weights, make, dtype=dtype, where=where)
     if module is None:
         module = partition.build(

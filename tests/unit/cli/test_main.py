@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,13 +80,14 @@ def one_sentence(capsys) -> str:
 def test_the_recipe_gives_the_defaults_and_flags_override(engine):
     words = (
         "--local_rank=3 --deepspeed_config zero3 --recipe fd_swinv2g --fresh"
-        " --data.root builtin:photographs --optim.base_lr=1e-4 --batch.micro_batch_size auto"
+        " --teacher.source random --data.root builtin:photographs --optim.base_lr=1e-4"
+        " --batch.micro_batch_size auto"
     )
     assert cli.main(["train", *words.split()]) == 0
     recipe = registry.get("fd_swinv2g")
     assert engine.flags == ("zero3", True)
     assert engine.run.student == recipe.student
-    assert engine.run.teacher == recipe.teacher
+    assert engine.run.teacher == replace(recipe.teacher, source="random")
     assert engine.run.name == "fd_swinv2g"
     assert engine.run.data.root == "builtin:photographs"
     assert engine.run.optim.base_lr == 1e-4

@@ -123,6 +123,14 @@ def test_kept_counts_are_those_of_the_recipe(name, gpu):
     assert kept == count_anew(run, rates, "fused")
 
 
+@pytest.mark.parametrize("name", registry.RECIPES)
+def test_every_recipe_s_counts_are_kept(name):
+    """If this fails: python benchmarks/keep_counts.py."""
+    for rates in CARDS.values():
+        fields = shape_fields(registry.get(name))
+        assert kept_counts.read(kept_counts.key(fields, rates.capability, "fused"))
+
+
 def test_what_changes_a_step_is_counted_anew():
     run = registry.get("fd_clip_vit_base")
     fields = shape_fields(run)
