@@ -117,7 +117,8 @@ class TrainedModel(nn.Module):
 
         Args:
             name: The teacher's name.
-            images, in_teacher_units: As in `teacher_map`.
+            images: As in `teacher_map`.
+            in_teacher_units: As in `teacher_map`.
 
         Raises: ConfigError: as `teacher_map`.
         """
@@ -148,8 +149,8 @@ class TrainedModel(nn.Module):
             teacher: The name of that CLIP among the run's teachers.
             prompts: Texts that have {} where the name of a class goes; a class is their mean.
 
-        Raises: ConfigError, WeightsError: as `teacher_map`; if the text tower cannot be had, or is
-            not of the teacher's space.
+        Raises: ConfigError: as `teacher_map`, or if the text tower is not of the teacher's space;
+            WeightsError: if it cannot be had.
         """
         check_prompts(class_names, prompts)
         guess = self.teacher_summary(teacher, images, in_teacher_units=True)
