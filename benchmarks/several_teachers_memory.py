@@ -12,7 +12,6 @@ benchmarks/results/several_teachers_memory.json.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 import tempfile
@@ -67,22 +66,6 @@ def the_run(placement: str, images: int, *, quick: bool) -> Any:
     )
 
 
-def tensor_bytes() -> int:
-    """Returns the bytes of every tensor of this process, each storage once."""
-    import torch
-
-    gc.collect()
-    found = {}
-    for thing in gc.get_objects():
-        # type() rather than isinstance: lazy proxies must not be woken.
-        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type != "meta":
-            for tensor in (thing, thing.grad if thing.is_leaf else None):
-                if tensor is not None:
-                    storage = tensor.untyped_storage()
-                    found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
-
-
 def measure(arguments: argparse.Namespace) -> int:
     """Steps and counts; rank 0 writes."""
     from engines import job_of, noise, zero_engine
@@ -103,7 +86,7 @@ def measure(arguments: argparse.Namespace) -> int:
     (placement,), images = arguments.placements, arguments.micro_batch
     world = distributed.world_size()
     run = the_run(placement, images * world, quick=arguments.quick)
-    # Of a CPU memory is planned alike whatever its rates.
+    # The memory that is planned for a CPU does not depend on its rates.
     rates = replace(CARDS["h100"], name="cpu", bfloat16=False, overlap=False, capability="")
     machine = Machine(
         cluster=Cluster(gpus=world, gpus_per_node=world, nic_gigabits=1.0, nics_per_node=1),
@@ -113,7 +96,7 @@ def measure(arguments: argparse.Namespace) -> int:
     candidate = Candidate(stage=3, teacher=placement, micro_batch_size=images)
     planned = peak_memory(load, candidate, machine)
 
-    before = tensor_bytes()
+    before = sum(harness.storages().values())
     job = job_of(run, persistence_threshold=load.threshold)
     config = candidate.deepspeed()
     engine = zero_engine(run, job.make_task, config, micro_batch_size=images)
@@ -125,7 +108,7 @@ def measure(arguments: argparse.Namespace) -> int:
         engine.deepspeed.step()
 
     step()
-    held = tensor_bytes() - before
+    held = sum(harness.storages().values()) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     live = most = 0

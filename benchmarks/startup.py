@@ -107,7 +107,7 @@ def measure(ranks: int, flags: list[str], without: list[str]) -> dict[str, float
     parts["launcher"] = noted[0][0] - began
     for (begin, _, what), (end, *_) in zip(noted, [*noted[1:], (ended,)], strict=True):
         parts[what] += max(0.0, end - begin)
-    # Of the last part, which the first step ends, nobody noted them.
+    # The first step ends the last part: nobody noted its processor seconds.
     for (_, begin, what), (_, end, _) in itertools.pairwise(noted):
         parts[f"{what}, processor"] += end - begin
     return {**parts, "to the first step": ended - began}

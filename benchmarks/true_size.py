@@ -18,7 +18,6 @@ of two checkpoints. Writes benchmarks/results/true_size_MODEL.json.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import shutil
@@ -134,8 +133,6 @@ def moved_bytes() -> tuple[int, int]:
 
 def tensor_bytes(teacher: Path, state: Path) -> dict[str, int]:
     """Returns the bytes of all tensors alive, by where they lie."""
-    import torch
-
     names = {str(teacher): "teacher's file", str(state): "on disk"}
     spans = []
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -143,16 +140,8 @@ def tensor_bytes(teacher: Path, state: Path) -> dict[str, int]:
         if kind := next((kind for name, kind in names.items() if path.startswith(name)), ""):
             begin, end = (int(value, 16) for value in ends.split("-"))
             spans.append((begin, end, kind))
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter):
-            for tensor in (thing, thing.grad if thing.is_leaf else None):
-                if tensor is not None and tensor.device.type == "cpu":
-                    storage = tensor.untyped_storage()
-                    storages[storage.data_ptr()] = storage.nbytes()
     found = dict.fromkeys(["in memory", *names.values()], 0)
-    for address, size in storages.items():
+    for address, size in harness.storages().items():
         kind = next((k for begin, end, k in spans if begin <= address < end), "in memory")
         found[kind] += size
     return found
@@ -171,7 +160,7 @@ def train_and_note(folder: Path) -> int:
     from fd_large.tasks.jobs import job_of
 
     class Watch(Hook):
-        """Tells apart the parts of a step."""
+        """Keeps the parts of a step apart."""
 
         def on_start(self, setting: Setting) -> None:
             parts.write(planned=planned_bytes(run, setting.folder))

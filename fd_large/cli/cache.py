@@ -18,6 +18,7 @@ from fd_large.plan.rates import rates_of
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, positive, require
 from fd_large.recipes.run import Run
+from fd_large.tasks.distillation.combinations import check_storable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -90,21 +91,8 @@ def _with_views(run: Run, views: int) -> Run:
         "a recipe of distillation",
         "Choose another",
     )
-    require(
-        not run.data.image_sizes,
-        "cache: stored maps are of views of one size",
-        f"data.image_sizes {' '.join(map(str, run.data.image_sizes))}",
-        "none",
-        "Leave it out, and set --data.image_size",
-    )
-    for name, entry in run.taught_by.items():
-        require(
-            not entry.mosaic,
-            "cache: a map out of a mosaic is no map of one view",
-            f"teachers.{name}.mosaic {entry.mosaic}",
-            "0",
-            "Leave it out",
-        )
+    mosaics = {name: entry.mosaic for name, entry in run.taught_by.items()}
+    check_storable(run.data.image_sizes, mosaics)
     said = run.task.distillation
     settings = replace(said, views=views or said.views or 1)
     return replace(run, task=replace(run.task, **{"distillation": settings}))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -212,12 +213,16 @@ class Job:
 
     def parameter_sizes(self) -> tuple[int, ...]:
         """Returns the number of elements of each tensor that may be split; allocates none."""
-        with torch.device("meta"):
-            return tuple(parameter.numel() for parameter in self.make_task().parameters())
+        return self._sizes_of_task
 
     def trained_sizes(self) -> tuple[int, ...]:
         """Returns the number of elements of each trained tensor; allocates none."""
-        return self.parameter_sizes()
+        return self._sizes_of_task
+
+    @cached_property
+    def _sizes_of_task(self) -> tuple[int, ...]:
+        with torch.device("meta"):
+            return tuple(parameter.numel() for parameter in self.make_task().parameters())
 
     def splits_models(self) -> bool:
         """Returns whether a model beside the student is sharded, whatever the ZeRO stage."""

@@ -1,8 +1,8 @@
 """Times the phases of a job's real step on one device: frozen models, forward, backward, optimiser.
 
 The task runs without an engine at two micro-batches in turn, so that other work on the machine
-meets both alike, and the shortest time of each phase counts: other work only adds. The lines
-through both (`plan/phases.py`) are what `plan --probe` goes by.
+meets both alike, and the shortest time of each phase counts: other work can only lengthen it. The
+lines through both (`plan/phases.py`) are what `plan --probe` goes by.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fd_large import activity
+from fd_large import activity, distributed
 from fd_large.engine import block_wrappers
 from fd_large.engine.count import count
 from fd_large.engine.job import Job
@@ -65,11 +65,8 @@ def measure(
             job.run.name,
         )
         return None
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        # All ranks time the same micro-batches.
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, free_bytes)
-        free_bytes = min(everyone)
+    # All ranks time the same micro-batches.
+    free_bytes = min(distributed.gather_objects(free_bytes))
     on_gpu = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability() if on_gpu and not torch.version.hip else None
     half = frozen_in_bfloat16(job.run.frozen_dtype, on_gpu)
@@ -138,7 +135,7 @@ class Timer:
     def round(self) -> None:
         """Runs and times each micro-batch and the optimiser once; the first round is forgotten."""
         laps, task = self._laps, self._task
-        with _told(laps, task, self._frozen):
+        with _as_phases(laps, task, self._frozen):
             for images, batch in self._batches.items():
                 for parameter in task.parameters():
                     parameter.grad = None
@@ -241,7 +238,7 @@ class _Laps:
 
 
 @contextmanager
-def _told(laps: _Laps, task: Task, frozen: Mapping[str, nn.Module]) -> Iterator[None]:
+def _as_phases(laps: _Laps, task: Task, frozen: Mapping[str, nn.Module]) -> Iterator[None]:
     """Has frozen models and the sums of a step in two passes begin and end phases of their own."""
     handles, before = [], list[str]()
     sums = task.sums
@@ -276,10 +273,7 @@ def _told(laps: _Laps, task: Task, frozen: Mapping[str, nn.Module]) -> Iterator[
 
 def _slowest(mine: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
     """Returns the largest seconds of all ranks; what is outside of all phases is left out."""
-    everyone: list[Any] = [mine]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
+    everyone = distributed.gather_objects(mine)
     return {
         images: {phase: max(one[images][phase] for one in everyone) for phase in phases if phase}
         for images, phases in mine.items()

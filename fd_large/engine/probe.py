@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fd_large import distributed
 from fd_large.plan.utilisation import peak_flops
 
 CACHE_ELEMENTS = 1 << 26
@@ -56,8 +57,7 @@ def measure(*, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]
     else:
         found["link"] = found["bandwidth"]
     there = _machine(on_gpu, world, found["matmul"])
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, found)
+    everyone = distributed.gather_objects(found)
     least = ("matmul", "bandwidth", "link")
     slowest = {
         name: (min if name in least else max)(each[name] for each in everyone) for name in found

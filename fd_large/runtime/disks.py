@@ -26,7 +26,7 @@ def file_system(path: Path) -> str:
 
     real = path.resolve()
     mounts = [m for m in psutil.disk_partitions(all=True) if real.is_relative_to(m.mountpoint)]
-    # Of several on one mount point the last one counts.
+    # Where several stand on one mount point the last one counts.
     return sorted(mounts, key=lambda m: len(m.mountpoint))[-1].fstype if mounts else "?"
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import distributed, doors, meeting
-from fd_large.backbones.custom.custom import check_map
 from fd_large.backbones.exports import PROJECTION
 from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
@@ -30,15 +29,14 @@ from fd_large.data.views import FixedViews
 from fd_large.engine.checkpoint_models import fill_stored
 from fd_large.engine.evaluation import Evaluation, Panel
 from fd_large.engine.frozen import Frozen, frozen_weights
-from fd_large.engine.heads import check_head
 from fd_large.engine.job import FrozenPart, Job
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
-from fd_large.errors import CheckpointError, ConfigError, FDError, check_all
+from fd_large.errors import CheckpointError, FDError, check_all
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.fields import require
 from fd_large.recipes.run import ONLY, Run
-from fd_large.recipes.sections import AUTO, RANDOM
+from fd_large.recipes.sections import RANDOM
 from fd_large.runtime.hooks import Hook
 from fd_large.tasks.distillation import cached_held_out, cached_teacher, target_statistics
 from fd_large.tasks.distillation.cache_files import CacheReader, CacheWriter, Header
@@ -52,27 +50,27 @@ from fd_large.tasks.distillation.cache_views import (
 )
 from fd_large.tasks.distillation.cached_teacher import CachedTeacher
 from fd_large.tasks.distillation.canary import Canary, seconds_of_product
+from fd_large.tasks.distillation.combinations import (
+    check_fixed_views,
+    check_mosaics_full,
+    check_storable,
+    check_stream,
+)
 from fd_large.tasks.distillation.embedding import projection_of, with_embedding
 from fd_large.tasks.distillation.feature_panel import FeaturePanel
 from fd_large.tasks.distillation.heads.map_head import WHERE as HEAD_WHERE
-from fd_large.tasks.distillation.heads.map_head import (
-    MapHead,
-    Maps,
-    check_map_head,
-    with_blocks,
-)
 from fd_large.tasks.distillation.heads.registry import HEADS
 from fd_large.tasks.distillation.held_out import Crops, HeldOutViews
 from fd_large.tasks.distillation.knn_accuracy import knn_accuracy
 from fd_large.tasks.distillation.losses import check_loss, make_loss
 from fd_large.tasks.distillation.model_card import learned
+from fd_large.tasks.distillation.model_fit import check_fit, maps_of
 from fd_large.tasks.distillation.normalisers import (
     BY_STATISTICS,
     RUNNING,
     WHITENING,
     check_normaliser,
     make_normaliser,
-    undo_of,
 )
 from fd_large.tasks.distillation.own_data import teaches
 from fd_large.tasks.distillation.section import (
@@ -83,17 +81,15 @@ from fd_large.tasks.distillation.section import (
     cached_folder,
     field_of,
     label,
-    told_of,
+    naming_target,
 )
-from fd_large.tasks.distillation.stored_heads import HeadFacts, StoredHead, read_heads, write
+from fd_large.tasks.distillation.stored_heads import StoredHead, fill_heads, read_heads, write
 from fd_large.tasks.distillation.stored_teachers import STATISTICS, require_same_teacher
-from fd_large.tasks.distillation.target import Target, as_map, summary
+from fd_large.tasks.distillation.target import Target
 from fd_large.tasks.distillation.task import DATASETS, Distillation
 from fd_large.tasks.distillation.teacher import PlacedTeacher, place
 from fd_large.tasks.distillation.teacher_grids import (
     called,
-    grid_of,
-    grid_of_student,
     sides_of,
     source_flag,
     teacher_maker,
@@ -180,7 +176,7 @@ class DistillationJob(Job):
             ignored += [f"teachers.{name}.datasets" for name in self.run.teachers]
         for name, entry in self.run.taught_by.items():
             of = partial(field_of, name)
-            with told_of(name):
+            with naming_target(name):
                 losses = [
                     make_loss(entry.setting("loss", kind), beta=entry.beta)
                     for kind in entry.targets
@@ -215,7 +211,7 @@ class DistillationJob(Job):
             name: with_embedding(name, entry, sources)
             for name, entry in zip(entries, models, strict=True)
         }
-        run = self._met(settled.with_taught_by(named))
+        run = self._with_grids(settled.with_taught_by(named))
         return self._with_stored_views(run)
 
     def _with_stored_views(self, run: Run) -> Run:
@@ -267,10 +263,7 @@ class DistillationJob(Job):
                 if name not in self._caches
             ),
             *(partial(self._check_cache, name) for name in self._caches),
-            self._check_views,
-            self._check_sizes,
-            self._check_mosaics,
-            self._check_stream,
+            self._check_combinations,
             self._check_stored_summaries,
             super().check,
         )
@@ -282,71 +275,22 @@ class DistillationJob(Job):
         datasets_of = {name: entry.datasets for name, entry in self.run.teachers.items()}
         return teaches(datasets_of, self.run.data.root, image_mixup=self.run.data.image_mixup)
 
-    def _check_stream(self) -> None:
-        """Refuses a stream of the teachers' own where they are gathered, or stored maps are read.
-
-        Gathers of teacher and student would wait for one another in the order of their calls.
-        """
-        if not self.run.task.distillation.teacher_stream:
-            return
-        placements = {entry.placement for entry in self.run.taught_by.values()}
-        if self._caches or self.run.task.distillation.cache:
-            placements.add("stored maps")
-        require(
-            placements == {"replicated"},
-            "task.distillation.teacher_stream: only for teachers that are whole on each rank",
-            ", ".join(sorted(placements - {"replicated"})),
-            "replicated ones",
-            "Leave it out, or set the teacher's placement to replicated",
-        )
-
-    def _check_views(self) -> None:
-        """Refuses mixed images beside views that come again: a mixed one does not."""
-        require(
-            not (self.fixed_views and self.run.data.image_mixup),
-            "data.image_mixup: views that come again are not mixed, nor are stored maps",
-            f"{self.run.data.image_mixup} with {self.run.task.distillation.views} views",
-            "False",
-            "Leave it out, or set --task.distillation.views 0",
-        )
-
-    def _check_sizes(self) -> None:
-        """Refuses images of several sizes beside stored maps, which are of one."""
-        stored = self._caches or self.run.task.distillation.cache
-        require(
-            not (self.run.data.image_sizes and stored),
-            "data.image_sizes: stored maps are of views of one size",
-            f"{' '.join(map(str, self.run.data.image_sizes))} beside cached targets",
-            "none",
-            "Leave it out, or name the teacher itself",
-        )
-
-    def _check_mosaics(self) -> None:
-        """Refuses micro batches that mosaics do not fill, and stored maps of them.
-
-        The map of an image depends on those beside it: these must not change with the ranks.
-        """
-        together, size = self.images_together(), self.run.batch.micro_batch_size
-        if together == 1:
-            return
-        require(
-            size != AUTO and size % together == 0,
-            "batch.micro_batch_size: mosaics that are not full",
-            f"{size} images with mosaics of {together}",
-            f"a multiple of {together}",
-            f"Set --batch.micro_batch_size {together}",
-        )
-        require(
-            not (self._caches or self.run.task.distillation.cache),
-            "task.distillation.cache: a map out of a mosaic is no map of one view",
-            "cached targets beside teachers.NAME.mosaic",
-            "one of the two",
-            "Leave one of them out",
-        )
-
     def images_together(self) -> int:
         """Returns the number of images of which all mosaics are full."""
         return math.lcm(*(max(1, entry.mosaic) ** 2 for entry in self.run.taught_by.values()))
+
+    def _check_combinations(self) -> None:
+        """Refuses settings that do not go together."""
+        data, task = self.run.data, self.run.task.distillation
+        entries = self.run.taught_by
+        stores = bool(self._caches or task.cache)
+        if task.teacher_stream:
+            check_stream({entry.placement for entry in entries.values()}, stored_maps=stores)
+        if self.fixed_views:
+            check_fixed_views(task.views, image_mixup=data.image_mixup)
+        if stores:
+            check_storable(data.image_sizes, {name: e.mosaic for name, e in entries.items()})
+        check_mosaics_full(self.images_together(), self.run.batch.micro_batch_size)
 
     def _check_stored_summaries(self) -> None:
         """Refuses stored maps of a teacher whose summary is not in its map."""
@@ -498,93 +442,43 @@ class DistillationJob(Job):
             for name, reader in self._readers.items()
         }
 
-    def parameter_sizes(self) -> tuple[int, ...]:
-        """Returns the sizes of the tensors of student, projection and teacher; checks the grids.
-
-        Raises: ShapeError: if the maps of student and teacher cannot be aligned.
-        """
+    @cached_property
+    def _sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The sizes of the tensors that are trained, and of the teachers'; checks the grids."""
         with torch.device("meta"):
             teachers = self.make_teachers()
             task = self.task_around(teachers)
-        sizes = self.run.data.sides
-        check_all(*(partial(self._check_size, task, teachers, size) for size in sizes))
-        models = [task, *(teachers[name] for name in teachers.keys() - self._caches.keys())]
-        return tuple(p.numel() for model in models for p in model.parameters())
-
-    def _check_size(self, task: Distillation, teachers: Mapping[str, Frozen], size: int) -> None:
-        """Refuses models and heads that do not take images of a size; says how their maps meet.
-
-        Args:
-            task: The task around `teachers`, on the meta device.
-            teachers: The teachers by name.
-            size: Side of the student's images, in pixels.
-        """
         run = self._settled
-        grid = grid_of_student(task.student, size, several=bool(run.data.image_sizes))
-        for target in task.targets:
-            entry = run.taught_by[target.teacher]
-            width = entry.width_of(target.kind, teachers[target.teacher].width)
-            chosen = entry.setting("head", target.kind)
-            with told_of(target.teacher, target.kind):
-                self._check_head(task, target, chosen, width, size)
-        for name, entry in run.taught_by.items():
-            teacher, title = teachers[name], called(name)
-            side = teacher.side(size)
-            if resolve(entry.model, entry.architecture).code:
-                where = source_flag(name).removeprefix("--")
-                check_map(teacher.net, side, is_trained=False, where=where)
-            theirs = grid_of(title, lambda size, _, own=teacher: own.grid(size), size)
-            of_maps = [t for t in task.targets if t.teacher == name and t.kind == MAP]
-            ours = of_maps[0].given(grid, 0)[0] if of_maps else grid
-            with told_of(name):
-                places = of_maps[0].places(grid, theirs) if of_maps else grid
-            whose = "teacher" if ours == places else "student"
-            log.info(
-                "grids: %s %dx%d (images of %d px), student %dx%d (images of %d px): %s",
-                *(title, *theirs, side, *ours, size),
-                "equal" if ours == theirs else f"the {whose}'s map is resized (bilinear)",
-            )
+        fits = partial(
+            check_fit,
+            *(task, teachers, run.taught_by),
+            image_size=run.data.image_size,
+            sizes=run.data.image_sizes,
+        )
+        check_all(*(partial(fits, size) for size in run.data.sides))
+        whole = [teachers[name] for name in teachers.keys() - self._caches.keys()]
+        frozen = tuple(p.numel() for model in whole for p in model.parameters())
+        return tuple(p.numel() for p in task.parameters()), frozen
+
+    def parameter_sizes(self) -> tuple[int, ...]:
+        """Returns the sizes of the tensors of student, heads and teachers; checks the grids.
+
+        Raises: ShapeError: if the maps of student and teacher cannot be aligned.
+        """
+        trained, frozen = self._sizes
+        return trained + frozen
 
     def trained_sizes(self) -> tuple[int, ...]:
         """Returns the sizes of the tensors of student and heads."""
-        with torch.device("meta"):
-            task = self.task_around(self.make_teachers())
-        return tuple(parameter.numel() for parameter in task.parameters())
-
-    def _check_head(
-        self, task: Distillation, target: Target, name: str, width: int, size: int
-    ) -> None:
-        """Runs a target's head, on the meta device, on what it will be given."""
-        head = target.head
-        if not isinstance(head, MapHead):
-            check_head(head, name, (2, 3, task.student.width), width, where=HEAD_WHERE)
-            return
-        pixels = torch.empty(1, 3, size, size, device="meta")
-        with torch.no_grad():
-            last, blocks = (
-                with_blocks(task.student, pixels)
-                if target.reads_blocks
-                else (task.student(pixels), ())
-            )
-        if target.kind == SUMMARY:
-            last, *blocks = (as_map(summary(map_)) for map_ in (last, *blocks))
-        try:
-            check_map_head(head, name, last, blocks, width)
-        except ConfigError as error:
-            if size == self.run.data.image_size:
-                raise
-            raise ConfigError(
-                f"{HEAD_WHERE}: {name} is made for the grids of one image size; got "
-                f"data.image_sizes {' '.join(map(str, self.run.data.image_sizes))}, expected none. "
-                "Leave them out, or take a head of single tokens, such as mlp."
-            ) from error
+        trained, _ = self._sizes
+        return trained
 
     @cached_property
     def _settled(self) -> Run:
         """The recipe with what `settle` makes of its grids; itself once it is settled."""
-        return self._met(self.run)
+        return self._with_grids(self.run)
 
-    def _met(self, run: Run) -> Run:
+    def _with_grids(self, run: Run) -> Run:
         """Returns the recipe with numbers where it says auto: the teachers' images, the grids.
 
         Positions follow a teacher's images, unless this job's recipe says their size.
@@ -697,7 +591,7 @@ class DistillationJob(Job):
             if path := self._statistics_file(target.teacher, target.kind):
                 stored = target_statistics.read(path).facts
                 own = self.target_facts(task, target)
-                with told_of(target.teacher, target.kind):
+                with naming_target(target.teacher, target.kind):
                     target_statistics.require_same(stored, own, path)
         return task
 
@@ -762,7 +656,7 @@ class DistillationJob(Job):
                 normaliser=entry.setting("normaliser", kind),
                 head=entry.setting("head", kind),
                 maps=partial(
-                    _maps,
+                    maps_of,
                     student,
                     getattr(teachers[name], "module", teachers[name]),
                     size,
@@ -970,40 +864,16 @@ class DistillationJob(Job):
         Args:
             reader: The checkpoint.
         """
-        run, size = self._settled, self.run.data.image_size
         with torch.device("meta"):
             teachers = self.make_teachers()
-            images = torch.empty(1, 3, size, size, dtype=torch.uint8)
-            prefixes = {name: one(images).num_prefix_tokens for name, one in teachers.items()}
             task = self.task_around(teachers)
-        found = {}
-        for target in task.targets:
-            entry = run.taught_by[target.teacher]
-            with_prefix = SUMMARY not in entry.targets
-            facts = HeadFacts(
-                head=entry.setting("head", target.kind),
-                width=task.student.width,
-                teacher_width=entry.width_of(target.kind, teachers[target.teacher].width),
-                maps=_maps(
-                    task.student,
-                    teachers[target.teacher],
-                    size,
-                    kind=target.kind,
-                    with_prefix=with_prefix,
-                ),
-                kind=target.kind,
-                with_prefix=with_prefix,
-                num_prefix_tokens=prefixes[target.teacher],
-                normaliser=entry.setting("normaliser", target.kind),
-            )
-            if target.running is not None:
-                target.running.to_empty(device="cpu")
-            found[target] = StoredHead(facts, None)
-            task.put_head(target, found[target].head)
-        fill_stored(task, reader, kind=stream.outcome(reader))
-        for target, head in found.items():
-            head.undo = undo_of(target.normalise)
-        return {target.label or "teacher": head for target, head in found.items()}
+        return fill_heads(
+            task,
+            teachers,
+            self._settled.taught_by,
+            image_size=self.run.data.image_size,
+            fill=lambda: fill_stored(task, reader, kind=stream.outcome(reader)),
+        )
 
     def export_heads(self, reader: Reader, folder: Path, shard_size: int) -> None:
         """Writes the heads of all teachers, where the models beside them can be made again."""
@@ -1093,7 +963,7 @@ def _checks(name: str, entry: NamedTeacher, kind: str) -> Iterator[Callable[[], 
     )
 
     def told(check: Callable[[], object]) -> None:
-        with told_of(name, kind):
+        with naming_target(name, kind):
             check()
 
     for check in (
@@ -1112,20 +982,3 @@ def _projection(entry: NamedTeacher, kind: str, teacher: Any) -> Tensor | None:
         return None
     held: Tensor | None = getattr(teacher, "projection", None)
     return torch.empty(entry.embedding_width, teacher.width) if held is None else held
-
-
-def _maps(student: nn.Module, teacher: Frozen, side: int, *, kind: str, with_prefix: bool) -> Maps:
-    """What a head that reads maps is made for.
-
-    Args:
-        student: The student.
-        teacher: The teacher.
-        side: Side of the student's images, in pixels.
-        kind: Whether it reads maps, or summaries as maps of one place.
-        with_prefix: Whether prefix tokens are learnt with the map.
-    """
-    blocks = len(student.blocks())
-    if kind == SUMMARY:
-        return Maps((1, 1), (1, 1), 0, blocks)
-    prefix = student.num_prefix_tokens if with_prefix else 0
-    return Maps(student.grid(side, side), teacher.grid(side), prefix, blocks)

@@ -4,7 +4,8 @@ A teacher such as SAM sees 1,024 px, where the student's images have 256: k x k 
 into one input, and the map of that is cut back into theirs. It costs a k-squared of showing it each
 image enlarged, and its map is as fine as the student sees.
 
-Source: RADIO's mosaics for SAM (NVlabs/RADIO, issue 175), whose code is not published.
+Source: RADIO's mosaics for SAM, described by its authors on GitHub (NVlabs/RADIO, #175); the code
+is not published.
 """
 
 from __future__ import annotations

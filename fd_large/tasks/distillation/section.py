@@ -279,7 +279,7 @@ def field_of(teacher: str, name: str, kind: str = MAP) -> str:
 
 
 @contextmanager
-def told_of(teacher: str, kind: str = MAP) -> Iterator[None]:
+def naming_target(teacher: str, kind: str = MAP) -> Iterator[None]:
     """Lets mistakes in one of several teachers' targets name its fields, not those of `objective`.
 
     Args:

@@ -5,22 +5,26 @@ An export keeps them in a folder beside the student: their tensors, and what eac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fd_large import doors
 from fd_large.atomic_files import write_json
 from fd_large.backbones.feature_map import FeatureMap
+from fd_large.engine.frozen import Frozen
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.tasks.distillation.heads import registry
 from fd_large.tasks.distillation.heads.map_head import MapHead, Maps, with_blocks
-from fd_large.tasks.distillation.normalisers import NONE, Undo
-from fd_large.tasks.distillation.section import MAP
+from fd_large.tasks.distillation.model_fit import maps_of
+from fd_large.tasks.distillation.normalisers import NONE, Undo, undo_of
+from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher
 from fd_large.tasks.distillation.target import guess, reads_blocks
+from fd_large.tasks.distillation.task import Distillation
 from fd_large.weights import read
 from fd_large.weights.export import write_shards
 
@@ -115,6 +119,53 @@ class StoredHead(nn.Module):
             return self.head.num_prefix_tokens
         of_map = self.facts.kind == MAP and self.facts.with_prefix
         return of_student if of_map and of_student == self.facts.num_prefix_tokens else 0
+
+
+def fill_heads(
+    task: Distillation,
+    teachers: Mapping[str, Frozen],
+    entries: Mapping[str, NamedTeacher],
+    *,
+    image_size: int,
+    fill: Callable[[], object],
+) -> dict[str, StoredHead]:
+    """Returns the heads of a task by their targets' labels; "teacher" for the only one.
+
+    Only they have memory.
+
+    Args:
+        task: The task around `teachers`, on the meta device.
+        teachers: The teachers by name.
+        entries: What the settled recipe says of each.
+        image_size: Side of the student's images, in pixels.
+        fill: Fills what of the task has memory, once the heads have.
+    """
+    images = torch.empty(1, 3, image_size, image_size, dtype=torch.uint8, device="meta")
+    prefixes = {name: one(images).num_prefix_tokens for name, one in teachers.items()}
+    found = {}
+    for target in task.targets:
+        entry, teacher = entries[target.teacher], teachers[target.teacher]
+        with_prefix = SUMMARY not in entry.targets
+        facts = HeadFacts(
+            head=entry.setting("head", target.kind),
+            width=task.student.width,
+            teacher_width=entry.width_of(target.kind, teacher.width),
+            maps=maps_of(
+                task.student, teacher, image_size, kind=target.kind, with_prefix=with_prefix
+            ),
+            kind=target.kind,
+            with_prefix=with_prefix,
+            num_prefix_tokens=prefixes[target.teacher],
+            normaliser=entry.setting("normaliser", target.kind),
+        )
+        if target.running is not None:
+            target.running.to_empty(device="cpu")
+        found[target] = StoredHead(facts, None)
+        task.put_head(target, found[target].head)
+    fill()
+    for target, head in found.items():
+        head.undo = undo_of(target.normalise)
+    return {target.label or "teacher": head for target, head in found.items()}
 
 
 def write(heads: Mapping[str, StoredHead], folder: Path, *, task: str, shard_size: int) -> None:

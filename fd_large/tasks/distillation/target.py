@@ -20,7 +20,7 @@ from fd_large.tasks.distillation.heads.map_head import MapHead, Maps
 from fd_large.tasks.distillation.losses import QueueDivergence, Relation, make_loss
 from fd_large.tasks.distillation.normalisers import NONE, WHITENING, make_normaliser
 from fd_large.tasks.distillation.running_statistics import Moments, RunningStatistics
-from fd_large.tasks.distillation.section import MAP, SUMMARY, field_of, label, told_of
+from fd_large.tasks.distillation.section import MAP, SUMMARY, field_of, label, naming_target
 from fd_large.tasks.distillation.similarity import SummaryQueue
 
 
@@ -81,7 +81,7 @@ class Target:
     ) -> None:
         self._projection = projection
         self.teacher, self.kind, self.weight = teacher, kind, weight
-        with told_of(teacher, kind):
+        with naming_target(teacher, kind):
             self.head = registry.make(head, width, teacher_width, maps)
             self.loss = make_loss(loss, beta=beta)
             self.normalise = make_normaliser(

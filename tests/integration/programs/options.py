@@ -47,11 +47,11 @@ from fd_large.tasks.jobs import job_of
 
 STEPS, STOP = 3, 2
 IMAGES = (23, 17)
-"""Of two folders: with a batch of 18 the third step is of another epoch."""
+"""Two datasets: with a batch of 18 the third step belongs to another epoch."""
 GLOBAL_BATCH, SIDE = 18, 32
 NAMES = ("first", "second", "third")
 DATASETS = ("one", "two")
-# By size alone: the published widths would be most of the time.
+# Smaller than published: the published widths would take most of the time.
 SMALL_HEADS = {
     "wide_convolutional": partial(Convolutional, adapted=24, hidden=32, last_side=3),
     "resized_mlp": partial(ResizedMLP, hidden=24),

@@ -113,7 +113,7 @@ def test_speed_waiting_and_memory_leave_out_the_first_update_and_the_evaluations
             now[0] += 1000.0
             super().on_evaluation(index, metrics)
 
-    # Of which this one of two students counts 5.
+    # This one of two students counts 5 of them.
     flops = {0: StepFlops(model=6e12, hardware=10e12, frozen=2e12)}
     run_updates([Clock()], make_setting(flops=flops), 10, evaluate=(3, 6))
     written, found = rows("metrics.jsonl"), summary()

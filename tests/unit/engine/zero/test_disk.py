@@ -45,7 +45,7 @@ def mapped(folder: Path) -> int:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_disk_gives_the_numbers_of_host_memory(make_engine, accumulation):
-    """Of several sub-groups, clipped."""
+    """With several sub-groups, and clipped."""
     how = {"accumulation": accumulation, "clip_norm": 0.01}
     zero = {"sub_group_size": 100}
     losses, kept = train(make_engine("disk", **how, zero=zero), accumulation)
