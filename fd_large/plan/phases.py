@@ -105,11 +105,12 @@ def line(seconds: Mapping[int, float]) -> Line:
     return Line(fixed, each)
 
 
-def of_students(each: Sequence[Phases]) -> Phases:
+def of_students(each: Sequence[Phases], parameters: Sequence[int]) -> Phases:
     """Returns the phases of several students that train in step on one pass of frozen models.
 
     Args:
         each: The phases of each student alone, with the same frozen models.
+        parameters: Trained parameters of each, by which its update weighs.
     """
     first, *others = each
     seconds = dict(first.seconds)
@@ -119,6 +120,7 @@ def of_students(each: Sequence[Phases]) -> Phases:
                 seconds[name] = seconds.get(name, Line(0.0, 0.0)) + other.seconds[name]
     return Phases(
         seconds=seconds,
-        update=sum(one.update for one in each) / len(each),
+        update=sum(n * one.update for n, one in zip(parameters, each, strict=True))
+        / sum(parameters),
         images=first.images,
     )

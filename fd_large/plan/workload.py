@@ -112,7 +112,9 @@ def together(loads: Sequence[Workload], shared: Line = NOTHING) -> Workload:
         return first
     counts = {c: of_students([load.counts[c] for load in loads], shared) for c in first.counts}
     measured = [load.phases for load in loads if load.phases]
-    phases = students_phases(measured) if len(measured) == len(loads) else None
+    phases = None
+    if len(measured) == len(loads):
+        phases = students_phases(measured, [load.parameters for load in loads])
     return replace(first, counts=counts, phases=phases)
 
 

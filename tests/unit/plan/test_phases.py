@@ -10,9 +10,10 @@ from fd_large.errors import ConfigError
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Cluster, Machine
 from fd_large.plan.counts import Line
-from fd_large.plan.phases import Phases, line, of_students, read
+from fd_large.plan.phases import Phases, line, read
 from fd_large.plan.rates import CARDS
 from fd_large.plan.step_time import ADDED, estimate
+from fd_large.plan.workload import together
 from fd_large.recipes import registry
 
 MEASURED = Phases(
@@ -71,9 +72,14 @@ def test_small_micro_batches_on_a_gpu_wait_for_python():
 
 
 def test_students_share_the_teachers_and_nothing_else():
-    both = of_students([MEASURED, MEASURED]).seconds
-    assert both["teacher"] == MEASURED.seconds["teacher"]
-    assert both["backward"] == Line(0.6, 0.08)
+    slower = replace(MEASURED, update=4e-9)
+    small = replace(workload(registry.get("fd_swinv2_base")), phases=slower)
+    both = together([GIANT, small])
+    assert both.phases.seconds["teacher"] == MEASURED.seconds["teacher"]
+    assert both.phases.seconds["backward"] == Line(0.6, 0.08)
+    # The optimiser's seconds of each: those of a small student count for little.
+    one = 1e-9 * GIANT.parameters, 4e-9 * small.parameters
+    assert both.phases.update * both.parameters == pytest.approx(sum(one))
 
 
 def test_a_file_gives_back_the_phases_of_its_task_alone(tmp_path):
