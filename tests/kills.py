@@ -1,7 +1,8 @@
-"""Kills a run at random moments and lets the same command go on."""
+"""Stops a run at set moments, or kills it at random ones, and lets the same command go on."""
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from launch import Started
+from launch import ROOT, Launcher, Started, read_results, run_ranks
 from safetensors.torch import load_file
 from twin import start
 
@@ -22,6 +23,40 @@ def state(run_dir: Path, update: int) -> dict[str, torch.Tensor]:
         for key, values in load_file(path).items():
             parts.setdefault(key, []).append(values)
     return {key: torch.cat(values) for key, values in parts.items()}
+
+
+def stopped(
+    words: list[str],
+    folder: Path,
+    stops: list[tuple[str, str, int, int]],
+    *,
+    ranks: int = 2,
+    launcher: Launcher = "plain",
+) -> tuple[list[int], list[list[dict[str, Any]]]]:
+    """Starts a run once for each stop, by programs/preempted.py, which says what a stop is.
+
+    Args:
+        words: The command's arguments.
+        folder: A new folder for what the ranks find.
+        stops: Each with its moment, signal or file, rank, and the number of steps before it.
+        ranks, launcher: See `run_ranks`.
+
+    Returns: exit codes, and for each rank what it saw of each stop.
+    """
+    folder.mkdir()
+    (folder / "stops.json").write_text(json.dumps(stops))
+    finished = run_ranks(
+        ROOT / "tests/integration/programs/preempted.py",
+        *(folder, *words),
+        ranks=ranks,
+        launcher=launcher,
+        timeout=240,
+        check=False,
+    )
+    try:
+        return finished.returncodes, read_results(folder, ranks)
+    except FileNotFoundError:
+        raise AssertionError("\n".join(finished.outputs)) from None
 
 
 def updates_done(started: Started) -> int:

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from kills import state
+from kills import state, stopped
 from launch import ROOT, run_ranks
 from pictures import write_pictures
-from twin import FLAGS, losses, train
+from twin import FLAGS, losses, train, words
 
 LENGTH = ("--optim.epochs", "3", "--runtime.save_every", "3", "--eval.every", "2")
 
@@ -41,3 +41,37 @@ def test_two_ranks_learn_the_same_from_a_cache_and_go_on(tmp_path: Path) -> None
     shutil.rmtree(cached / "checkpoints/step_00000006")
     train(pictures, cached, *LENGTH, *source)
     assert losses(cached) == losses(live)
+
+
+def test_a_stop_while_the_cache_is_completed_changes_no_bit(tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures", 15)
+
+    def command(name: str) -> tuple[str, ...]:
+        cache = ("--task.distillation.views", "2", "--task.distillation.cache", tmp_path / name)
+        return tuple(map(str, ("--optim.epochs", 4, "--eval.root", "", *cache)))
+
+    calm, run_dir = tmp_path / "calm", tmp_path / "stopped"
+    train(pictures, calm, *command("whole"))
+    # An epoch is a step of 8 images. The other 7 are stored in two batches, before the third epoch
+    # for one view and before the fourth for the other.
+    stops = [("cache", "SIGTERM", 1, 2), ("cache", "SIGUSR1", 0, 3)]
+    arguments = words(pictures, run_dir, *command("left"))
+    codes, ranks = stopped(arguments, tmp_path / "ranks", stops)
+    wanted = [
+        {"code": 75, "status": "preempted", "update": 2, "evaluated": True, "left": []},
+        {"code": 75, "status": "preempted", "update": 3, "evaluated": True, "left": []},
+    ]
+    assert codes == [75, 75]
+    assert ranks == [wanted, wanted]
+    assert sorted(p.name for p in (tmp_path / "left").glob("*.part")) == [
+        "view_1-00000.safetensors.part"
+    ]
+    resumed = train(pictures, run_dir, *command("left"))
+    assert "resumed after step 3 of 4" in resumed.outputs[0]
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert len(whole) == 3
+    assert {path.name: path.read_bytes() for path in (tmp_path / "left").iterdir()} == whole
+    assert losses(run_dir) == losses(calm)
+    wanted_state, found = state(calm, 4), state(run_dir, 4)
+    assert wanted_state.keys() == found.keys()
+    assert all(torch.equal(wanted_state[name], found[name]) for name in found)

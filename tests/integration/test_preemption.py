@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import twin
-from kills import state
-from launch import ROOT, Launcher, read_results
+from kills import state, stopped
+from launch import Launcher
 from pictures import write_pictures
 from twin import losses, train
 
-PROGRAM = ROOT / "tests/integration/programs/preempted.py"
 UPDATES = 18
 WORDS = f"""
 --optim.max_steps {UPDATES} --eval.every 5 --eval.views 8 --runtime.save_every 4
@@ -51,27 +49,6 @@ CODES: dict[Launcher, list[int]] = {
 }
 
 
-def stopped(
-    pictures: Path, run_dir: Path, folder: Path, launcher: Launcher, stops: list[Any], ranks: int
-) -> tuple[list[int], list[list[dict[str, Any]]]]:
-    """Starts the run once for each stop; returns exit codes, and what each rank saw of each."""
-    folder.mkdir()
-    (folder / "stops.json").write_text(json.dumps(stops))
-    finished = twin.run_ranks(
-        PROGRAM,
-        folder,
-        *twin.words(pictures, run_dir, *WORDS, "--eval.root", str(pictures)),
-        ranks=ranks,
-        launcher=launcher,
-        timeout=240,
-        check=False,
-    )
-    try:
-        return finished.returncodes, read_results(folder, ranks)
-    except FileNotFoundError:
-        raise AssertionError("\n".join(finished.outputs)) from None
-
-
 @pytest.mark.parametrize(
     ("launchers", "newest"),
     [
@@ -89,7 +66,8 @@ def test_stops_one_after_the_other(
         stops = STOPS[launcher]
         folder = tmp_path / launcher
         asked = [stop for stop, _, _ in stops]
-        codes, ranks = stopped(pictures, run_dir, folder, launcher, asked, ranks=2)
+        words = twin.words(pictures, run_dir, *WORDS, "--eval.root", str(pictures))
+        codes, ranks = stopped(words, folder, asked, launcher=launcher)
         wanted = [
             {"code": 75, "status": "preempted", "update": update, "evaluated": made, "left": []}
             for _, update, made in stops
@@ -109,7 +87,8 @@ def test_stops_one_after_the_other(
 
 def test_plain_python_with_one_rank_exits_with_75(pictures: Path, tmp_path: Path) -> None:
     stops = [("evaluation", "SIGTERM", 0, 0), ("micro batch", "SIGUSR1", 0, 1)]
-    codes, (ends,) = stopped(pictures, tmp_path / "run", tmp_path / "one", "plain", stops, ranks=1)
+    words = twin.words(pictures, tmp_path / "run", *WORDS, "--eval.root", str(pictures))
+    codes, (ends,) = stopped(words, tmp_path / "one", stops, ranks=1)
     assert codes == [75]
     assert [(end["status"], end["update"]) for end in ends] == [
         ("preempted", 0),  # Before the first step there is nothing to save.

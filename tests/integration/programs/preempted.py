@@ -34,8 +34,9 @@ class Stop(Hook):
 
     Args:
         moment: "micro batch", the second of the next step; "judge", inside the next step, when
-            the ranks have just agreed to go on; "evaluation", its second batch; "save": while this
-            rank's file is written, and until the ranks have agreed and are about to save again.
+            the ranks have just agreed to go on; "evaluation", its second batch; "cache", the second
+            batch of the maps that are missing in it; "save": while this rank's file is written, and
+            until the ranks have agreed and are about to save again.
         how: A signal to this process, or "file".
         update: Steps before it.
     """
@@ -62,7 +63,7 @@ class Stop(Hook):
         if self.moment == "save":
             # Without it the writing thread might come to it some steps later.
             assert self.asked.wait(SECONDS)
-        elif self.moment in ("micro batch", "evaluation") and self.beats == 2:
+        elif self.moment in ("micro batch", "evaluation", "cache") and self.beats == 2:
             self.ask()
 
     def judge(self, update: Update) -> None:
