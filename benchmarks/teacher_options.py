@@ -6,25 +6,32 @@ By hand, beside the pairs that tests/integration/test_several_teachers.py covers
 teacher (targets, loss, normaliser, head, grids) in turn, three to a run where there is room, beside
 every setting of a run (ranks, ZeRO stage, accumulation, resume, weighting, mixup, datasets, number
 of teachers), each list in an order of its own; --runs ends it early. Writes
-benchmarks/results/teacher_options.json: how many settings were met, and how far losses are from
-those of one plain process at most, by each option.
+benchmarks/results/teacher_options.json as it goes on: how many settings were met, and how far
+losses are from those of one plain process at most, by each option.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import random
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import harness
 
 sys.path[:0] = [str(harness.ROOT / "tests"), str(harness.ROOT / "tests/integration/programs")]
+
+if TYPE_CHECKING:
+    from covering import Row
+
+TOGETHER = 60
+"""Runs of one group of ranks; the results are written after each group."""
 
 
 def parse() -> argparse.Namespace:
@@ -49,11 +56,29 @@ def product(values: dict[str, Any], forbidden: set[Any]) -> list[dict[str, Any]]
     ]
 
 
+def rows_of(of_run: list[dict[str, Any]], of_part: list[dict[str, Any]], most: int) -> list[Row]:
+    """Returns runs, at most so many: settings of a run in turn, each setting of a part once."""
+    from covering import Row
+
+    parts, rows = iter(of_part), []
+    for run in itertools.islice(itertools.cycle(of_run), most or None):
+        own = list(itertools.islice(parts, run["parts"]))
+        if len(own) < run["parts"]:
+            break
+        rows.append(Row(run, own))
+    return rows
+
+
+def difference(ours: list[float], plain: list[float]) -> float:
+    """Returns the largest relative difference of two lists of losses; of one that is NaN, inf."""
+    off = [abs(a - b) / b for a, b in zip(ours, plain, strict=True)]
+    return max(off) if all(map(math.isfinite, off)) else math.inf
+
+
 def main() -> int:
     """Trains, compares, writes."""
     arguments = parse()
     import options
-    from covering import Row
 
     options.small_heads()
     forbidden, draw = options.FACTORS.forbidden(), random.Random(arguments.seed)
@@ -62,38 +87,44 @@ def main() -> int:
     draw.shuffle(of_run)
     draw.shuffle(of_part)
     most = 6 if arguments.quick else arguments.runs
-    parts, rows = iter(of_part), {}
-    for number, run in enumerate(itertools.cycle(of_run)):
-        own = list(itertools.islice(parts, run["parts"]))
-        if len(own) < run["parts"] or (most and number == most):
-            break
-        rows[f"run_{number:04d}"] = Row(run, own)
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        found = options.losses_of(rows, Path(folder))
+    rows = rows_of(of_run, of_part, most)
     worst: dict[str, float] = defaultdict(float)
-    for name, (ours, plain) in found.items():
-        off = max(abs(a - b) / b for a, b in zip(ours, plain, strict=True))
-        for part in rows[name].parts:
-            for factor, value in (rows[name].run | part).items():
-                key = f"{factor} {value}"
-                worst[key] = max(worst[key], off)
-    met = sum(len(row.parts) for row in rows.values())
-    results = {
-        **harness.conditions(__file__, __doc__),
-        "runs": len(rows),
-        "settings of a teacher": {"met": met, "of": len(of_part)},
-        "settings of a run": {"met": min(len(rows), len(of_run)), "of": len(of_run)},
-        "steps": options.STEPS,
-        "seconds": time.monotonic() - begin,
-        "largest relative difference of a loss": max(worst.values()),
-        "by option": dict(sorted(worst.items())),
-    }
-    harness.write(results, arguments.out)
-    print(
-        f"{len(rows)} runs: {met} of {len(of_part)} settings of a teacher; losses at most "
-        f"{results['largest relative difference of a loss']:.1e} from those of one process"
-    )
+    farthest, seconds = 0.0, 0.0
+    found: dict[str, Any] = {}
+    for number in range(0, len(rows), TOGETHER):
+        some, begin = rows[number : number + TOGETHER], time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            losses = options.losses_of(
+                {f"run_{n:02d}": r for n, r in enumerate(some)}, Path(folder)
+            )
+        seconds += time.monotonic() - begin
+        for row, (ours, plain) in zip(some, losses.values(), strict=True):
+            off = difference(ours, plain)
+            if off >= farthest:
+                farthest, found = off, row._asdict()
+            for part in row.parts:
+                for factor, value in (row.run | part).items():
+                    key = f"{factor} {value}"
+                    worst[key] = max(worst[key], off)
+        done = rows[: number + len(some)]
+        met = sum(len(row.parts) for row in done)
+        results = {
+            **harness.conditions(__file__, __doc__),
+            "runs": len(done),
+            "settings of a teacher": {"met": met, "of": len(of_part)},
+            "settings of a run": {"met": min(len(done), len(of_run)), "of": len(of_run)},
+            "steps": options.STEPS,
+            "seconds": seconds,
+            "largest relative difference of a loss": farthest,
+            "of the run": found,
+            "by option": dict(sorted(worst.items())),
+        }
+        harness.write(results, arguments.out)
+        print(
+            f"{len(done)} runs: {met} of {len(of_part)} settings of a teacher; losses at most "
+            f"{farthest:.1e} from those of one process; {seconds:.0f} s",
+            flush=True,
+        )
     print(f"written: {arguments.out}")
     return 0
 

@@ -306,6 +306,8 @@ def trained(opened: Opened, last: int) -> list[float]:
 def main(folder: Path) -> None:
     """Trains all runs that this number of ranks has a part in."""
     torch.set_num_threads(1)
+    # What is imported is not looked through again after each run.
+    gc.freeze()
     small_heads()
     distributed.start()
     world, results = distributed.world_size(), {}
