@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,17 @@ def key(fields: Mapping[str, Any], capability: str, kernels: str) -> str:
 
 def read(name: str) -> dict[bool, Counts] | None:
     """Returns the counts of that key, without and with checkpoints; None: they are not kept."""
-    kept = json.loads(FILE.read_text())
+    kept = _kept()
     if name not in kept["keys"]:
         return None
     pair = kept["counts"][kept["keys"][name]]
     return {bool(i): Counts.from_plain(plain) for i, plain in enumerate(pair)}
+
+
+@cache
+def _kept() -> dict[str, Any]:
+    """The file, which a transfer's plan or a sweep asks for hundreds of counts."""
+    return json.loads(FILE.read_text())
 
 
 def write(found: Mapping[str, Mapping[bool, Counts]], path: Path = FILE) -> None:
