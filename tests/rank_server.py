@@ -33,10 +33,10 @@ import traceback
 from pathlib import Path
 from typing import IO, Any
 
-# Muon's file makes torch.compile import the whole compiler, in every run that has an optimiser.
+# DeepSpeed's hooks import torch's dynamo when they are first called.
 PRELOADED = (
-    *("torch", "torch._inductor.compile_fx", "torch.utils.tensorboard", "torchvision"),
-    *("torchvision.transforms.v2", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"),
+    *("torch", "torch._dynamo", "torch.utils.tensorboard", "torchvision"),
+    *("torchvision.transforms.v2", "deepspeed"),
     *("timm", "matplotlib.pyplot", "tyro", "rich.console", "rich.progress", "safetensors.torch"),
     # A DeepSpeed engine imports these as it is built, a report as it is drawn.
     *("deepspeed.ops.op_builder.all_ops", "deepspeed.runtime.superoffload.superoffload_stage3"),

@@ -1,18 +1,19 @@
-"""The published numbers: `tests/oracles.py` on the folder of FD_ORACLES."""
+"""The published numbers: `tests/oracles.py` on the folder of FD_ORACLES.
+
+But for training runs, which are replayed on ranks: tests/integration/test_training_oracles.py.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import oracles
 import pytest
 import torch
+from oracle_files import FOLDER
 from oracles_models import Skipped
 from safetensors.torch import load_file, save_file
 
-FOLDER = Path(os.environ.get("FD_ORACLES", Path(__file__).resolve().parents[3] / "shared/oracles"))
 needs_oracles = pytest.mark.skipif(
     not FOLDER.is_dir(), reason=f"no oracles at {FOLDER}; set FD_ORACLES to their folder"
 )
@@ -21,8 +22,7 @@ needs_oracles = pytest.mark.skipif(
 @needs_oracles
 @pytest.mark.parametrize(
     "path",
-    # The engine trains in float32.
-    sorted([*FOLDER.glob("*.json"), *FOLDER.glob("multi/*_training_run.json")]),
+    sorted(path for path in FOLDER.glob("*.json") if "_training_run" not in path.name),
     ids=lambda path: path.stem,
 )
 def test_oracle(path):
