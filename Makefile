@@ -22,14 +22,16 @@ train: .venv/quickstart
 	then ranks=; else ranks="--num_accelerators 2"; export DS_ACCELERATOR=cpu; fi; \
 	$(BIN)/deepspeed --quiet $$ranks fd_large/train.py --deepspeed_config ds_configs/zero3.json $(ARGS)
 
-# Those of one process on two cores at once; then those that start ranks, two files at a time.
+# Those of one process on two cores at once; then those that start ranks, three files at a time, since
+# they wait for each other; in the order of tests/integration/conftest.py.
 test: .venv/test
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
 	status=0; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(MARK) tests/unit || status=1; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(MARK) tests/integration || status=1; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile \
+		--no-loadscope-reorder $(MARK) tests/integration || status=1; \
 	exit $$status
 endif
 
