@@ -117,6 +117,11 @@ def phases(row: Row) -> list[tuple[int, int]]:
     return [(max(1, ranks - 1), STOP), last] if row.run["stopped"] else [last]
 
 
+def processes(row: Row) -> int:
+    """How many processes build and train a run, the plain one among them."""
+    return 1 + sum(ranks for ranks, _ in phases(row))
+
+
 def run_of(row: Row, name: str, folder: Path) -> Run:
     """The run that a row describes; its images and files of statistics are in the folder."""
     run = registry.get("quickstart")
