@@ -1,8 +1,15 @@
 """A small run's setting, and steps of it; tiny models on disk; libraries that may not be there."""
 
+import gc
+
 import pytest
 
 from fd_large.runtime.hooks import Setting, Update
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: full collections, of which runs make many, pass it by."""
+    gc.freeze()
 
 
 @pytest.fixture
