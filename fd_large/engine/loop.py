@@ -104,6 +104,7 @@ class Trainer:
         begun: Takes the hooks that know of the start, and so are to hear of the end.
 
     Attributes:
+        engine: The task in its engine.
         setting: What the hooks are given before the first step.
         best: Keeps the checkpoint of the best evaluation; None: none is kept.
         stopped_early: Whether patience was exhausted before the last step.
@@ -124,7 +125,7 @@ class Trainer:
         best: Best | None = None,
         begun: list[Hook] | None = None,
     ) -> None:
-        self._engine, self._plan, self._hooks, self.setting = engine, plan, hooks, setting
+        self.engine, self._plan, self._hooks, self.setting = engine, plan, hooks, setting
         self._checkpoints, self._evaluations, self._time_box = checkpoints, evaluations, time_box
         self._layer_rates, self._ema, self.best = layer_rates, ema, best
         self._evaluate_every = steps_between(evaluations)
@@ -155,7 +156,7 @@ class Trainer:
     @property
     def task(self) -> Task:
         """The trained Module."""
-        return self._engine.task
+        return self.engine.task
 
     def begin(self) -> None:
         """Tells the hooks of the start, and makes the evaluation that is due before a step."""
@@ -163,7 +164,7 @@ class Trainer:
             for hook in self._hooks:
                 hook.on_start(self.setting)
                 self._begun.append(hook)
-        self._engine.task.train()
+        self.engine.task.train()
         if self._finished:
             for evaluation in self._evaluations:
                 again = not self._checkpoints.evaluated
@@ -223,7 +224,7 @@ class Trainer:
         )
         if update.skipped:
             values = torch.stack(losses).tolist()
-            evidence = evidence_of(self._engine, batches, values, self._plan.seed)
+            evidence = evidence_of(self.engine, batches, values, self._plan.seed)
             for hook in self._hooks:
                 hook.on_skip(update, evidence)
         if self._time_box is not None:
@@ -247,7 +248,7 @@ class Trainer:
 
         Returns: what the ranks agreed, this rank's micro batches, and their losses.
         """
-        engine, plan = self._engine, self._plan
+        engine, plan = self.engine, self._plan
         learning_rate = plan.schedule.at_step(self._finished)
         set_learning_rate(engine.deepspeed.optimizer, learning_rate)
         if self._layer_rates is not None:
@@ -307,7 +308,7 @@ class Trainer:
     def _agree(self, losses: list[Tensor], epoch: int, learning_rate: float) -> _Agreed:
         """Makes the one collective and the one read by the host of a step."""
         # The norm before clipping.
-        norm = self._engine.deepspeed.optimizer._global_grad_norm
+        norm = self.engine.deepspeed.optimizer._global_grad_norm
         wishes = [hook.wish() for hook in self._hooks]
         own = [
             any(wish.stop for wish in wishes),

@@ -17,6 +17,7 @@ from fd_large.engine.evaluation import Interrupted
 from fd_large.engine.forward_backward import completed
 from fd_large.engine.loop import Trainer
 from fd_large.engine.prefetch import Batches, Prefetch, StepForSeveral
+from fd_large.engine.zero.children import kept_from_children
 from fd_large.runtime.hooks import PREEMPTED, Hook, Setting, Update, Wish
 
 
@@ -122,7 +123,8 @@ def _train_epoch(
     epoch, first = divmod(finished, trainers[0].steps_per_epoch)
     end = finished - first + trainers[0].steps_per_epoch
     try:
-        micro_batches = Prefetch(iter(batches(epoch, first)), distributed.device())
+        with kept_from_children(trainer.engine for trainer in trainers):
+            micro_batches = Prefetch(iter(batches(epoch, first)), distributed.device())
     except Interrupted:
         for trainer in trainers:
             trainer.leave()
