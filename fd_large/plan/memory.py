@@ -7,8 +7,8 @@ steps, with the two moments of AdamW (4P each; another optimiser may keep more o
 | ZeRO | parameters | masters        | moments | gradients             |
 |------|------------|----------------|---------|-----------------------|
 | 0    | bP         | none           | 8P      | W > 1: 4P, else none  |
-| 1    | bP         | 4P/W           | 8P/W    | bf16: 4P, else none   |
-| 2    | bP         | 4P/W           | 8P/W    | none                  |
+| 1    | bP         | 4P/W           | 8P/W    | bf16: 4P, else 4P/W   |
+| 2    | bP         | 4P/W           | 8P/W    | 4P/W                  |
 | 3    | bP/W + bK  | 4P/W           | 8P/W    | 4P/W                  |
 
 - Stage 0 trains the parameters themselves; it exists in float32 only. Over several ranks the
@@ -16,7 +16,12 @@ steps, with the two moments of AdamW (4P each; another optimiser may keep more o
 - Masters are a copy even if the parameters are float32 already. (Stage 3 is meant to share its
   float32 shards, but compares a torch.device with a string, which is never equal.)
 - Stage 1 in bfloat16 with float32 accumulation keeps a float32 gradient of the whole model on each
-  rank: 12 GB for three billion parameters. Stage 2 sums in its partition and frees it.
+  rank: 12 GB for three billion parameters.
+- Stage 2, and stage 1 in float32, keep two buckets of `reduce_bucket_size` elements (at most of a
+  shard on up to `MOST_OWNERS` ranks, of the whole on more), in the data type in which gradients are
+  summed over ranks (engine/zero/gradient_reduction.py). On GPUs the gradients themselves are there
+  from the backward pass to the step only. With the optimiser in host memory they go DeepSpeed's own
+  way, and keep neither.
 - Stage 3 shards tensor by tensor, ceil(n / W) elements each, and keeps a flat float32 buffer for
   the gradients' shards. K, the tensors of at most `stage3_param_persistence_threshold` elements,
   is whole on every rank beside its shards, from their first use to the step.
@@ -45,6 +50,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from fd_large.errors import ConfigError
+from fd_large.plan.buckets import MOST_OWNERS
 
 if TYPE_CHECKING:
     from fd_large.tasks.distillation.section import Teacher
@@ -202,16 +208,21 @@ def held(
     else:
         device["parameters"] = compute * total
         optimizer["masters"] = 4 * part
-        # DeepSpeed's BF16_Optimizer, which it takes at stage 1 for float32 accumulation.
-        full = place.stage == 1 and place.bfloat16 and not place.offload_optimizer
-        optimizer["gradients"] = 4 * total if full else 0
         if place.offload_optimizer:
             # Its partition on the way to the device, and a tensor's gradient on the way back.
             host["buckets"] = compute * (part + max(student))
             device["buckets"] = compute * max(student)
+        elif place.stage == 1 and place.bfloat16:
+            # DeepSpeed's BF16_Optimizer, which it takes at stage 1 for float32 accumulation.
+            device["gradients"] = 4 * total
+        else:
+            device["gradients"] = 4 * part
+            sent = 4 if place.float32_sums else compute
+            most = part if ranks <= MOST_OWNERS else total
+            device["buckets"] = 2 * sent * min(place.bucket_size, most)
     if place.offload_optimizer and not place.optimizer_on_disk:
         # There the optimizer's own gradient is not freed.
-        host["gradients"] += 4 * part
+        host["gradients"] = host.get("gradients", 0) + 4 * part
     copy = compute * _shard(student, place.hpz_size) if place.hpz_size > 1 else 0
     return Memory(device=Held(**device), host=Held(**host), disk=Held(**disk), hpz_copy=copy)
 

@@ -53,7 +53,7 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
     cluster, rates = machine.cluster, machine.rates
     size, counts = load.compute_bytes(machine), load.counts_of(candidate, machine)
     bucket = load.sum_bytes(machine) * gradient_bucket(load.parameters)
-    split = load.split_sizes(candidate)
+    split, accumulation = load.split_sizes(candidate), load.accumulation(candidate, machine)
     memory = held(
         load.student_sizes,
         split,
@@ -68,9 +68,13 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
         passing = size * min(load.parameters, LIVE_ELEMENTS)
         # Gradients being reduced, and the next ones: no more than there are.
         passing += min(2 * bucket, load.sum_bytes(machine) * load.parameters)
-    elif candidate.stage == 2:
-        # Buckets as above; the shard's gradients, which are freed after the step.
-        passing = 3 * bucket + 4 * load.parameters / cluster.gpus
+    elif candidate.stage == 2 or (
+        candidate.stage == 1 and not rates.bfloat16 and accumulation == 1
+    ):
+        passing = size * gradient_bucket(load.parameters)  # Until their bucket is complete.
+        if rates.overlap:  # A GPU has the shard's gradients from the backward pass on.
+            states -= device.gradients
+            passing += device.gradients
     elif candidate.stage == 1 and rates.bfloat16:
         # Each gradient is added to its float32 sum at once; sums are sent bucket by bucket, in
         # bfloat16 as copies, two at a time.
@@ -89,7 +93,7 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
         states=states,
         teacher=device.teacher + own * (sum(load.teacher_sizes) - sum(split)),
         activations=counts.peak_at(candidate.micro_batch_size)
-        + (load.accumulation(candidate, machine) - 1) * counts.held.at(candidate.micro_batch_size),
+        + (accumulation - 1) * counts.held.at(candidate.micro_batch_size),
         buffers=device.buckets + passing + (FIXED_BYTES if rates.overlap else 0.0),
     )
 
@@ -107,5 +111,7 @@ def placement_of(load: Workload, candidate: Candidate, machine: Machine) -> Plac
         persistence_threshold=load.threshold,
         teacher_persistence_threshold=load.threshold,
         hpz_size=cluster.node_size if candidate.hpz else 1,
+        # As in ds_configs/; stage 3 keeps none.
+        bucket_size=0 if candidate.stage == 3 else gradient_bucket(load.parameters),
         float32_sums=load.sum_bytes(machine) == 4,
     )

@@ -15,13 +15,15 @@ Communication of a micro-batch, where S and T are one gather or scatter of stude
 
 | ZeRO | student, each micro-batch            | student, each step           |
 |------|--------------------------------------|------------------------------|
+| 0    | none                                 | gradients 2 S                |
 | 1    | none                                 | gradients 2 S, parameters S  |
 | 2    | gradients 2 S                        | parameters S                 |
 | 3    | S forward, R backward, gradients S   | none                         |
 
 Parameters travel in their data type, and gradients in that of their sums, which is float32 over
-more than `MOST_BFLOAT16_SUMMANDS` ranks. DeepSpeed 0.19.8 all-reduces the gradients at stages 1 and
-2 (a scatter and a gather), where stage 3 scatters them. R is S without what is still whole
+more than `MOST_BFLOAT16_SUMMANDS` ranks. At stages 0 to 2 their sums go to all ranks, a scatter and
+a gather; on up to `MOST_OWNERS` ranks, at stages 1 and 2, each goes to the rank that steps its
+parameter alone, and takes S (engine/zero/gradient_reduction.py). R is S without what is still whole
 when the backward pass begins: layers that are used again within `stage3_max_reuse_distance`
 elements, forward and back, stay whole.
 
@@ -37,7 +39,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fd_large.plan.buckets import gradient_bucket
+from fd_large.plan.buckets import MOST_OWNERS, gradient_bucket
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Machine
 from fd_large.plan.counts import Counts, StepFlops
@@ -235,14 +237,19 @@ def _communication(load: Workload, candidate: Candidate, machine: Machine) -> fl
             total += cluster.seconds(whole, rates, calls=calls)
         total += again * cluster.seconds(whole, rates, span=span, calls=calls)
         total += cluster.seconds(gradients, rates, calls=buckets)
-    elif candidate.stage == 2:  # An all-reduce is a scatter and a gather.
-        total += 2 * cluster.seconds(gradients, rates, calls=buckets)
+    elif candidate.stage == 2:
+        total += _scatters(candidate, machine) * cluster.seconds(gradients, rates, calls=buckets)
     if split := load.split_sizes(candidate):
         size = 2 if load.teacher_bfloat16(machine) else 4
         calls = sum(1 for n in split if n > load.threshold)
         span = "node" if candidate.teacher == "node" else "all"
         total += cluster.seconds(size * sum(split), rates, span=span, calls=calls)
     return total
+
+
+def _scatters(candidate: Candidate, machine: Machine) -> int:
+    """Returns how many scatters a sum of the gradients at stages 0 to 2 takes as long as."""
+    return 1 if candidate.stage and machine.cluster.gpus <= MOST_OWNERS else 2
 
 
 def _gathered_again(load: Workload) -> float:
@@ -270,5 +277,7 @@ def _finish(load: Workload, candidate: Candidate, machine: Machine) -> float:
         total += cluster.seconds(whole, rates)
     if candidate.stage <= 1:
         gradients = load.sum_bytes(machine) * load.parameters
-        total += 2 * cluster.seconds(gradients, rates, calls=_buckets(load))
+        total += _scatters(candidate, machine) * cluster.seconds(
+            gradients, rates, calls=_buckets(load)
+        )
     return total

@@ -49,6 +49,13 @@ NAMES = {
     f"{_BF16}._update_hp_grad": "c5c5fce0",
     f"{_BF16}.get_grads_for_norm": "57a091b5",
     f"{_BF16}.clear_hp_grads": "9b33851c",
+    _STAGE_1_2: PRESENT,
+    f"{_STAGE_1_2}.create_gradient_handling_hooks": "f61e99c3",
+    f"{_STAGE_1_2}.process_gradients": "fdf13974",
+    f"{_STAGE_1_2}.reduce_gradients": "76fe1d59",
+    f"{_STAGE_1_2}.overlapping_partition_gradients_reduce_epilogue": "9f0b89f0",
+    f"{_STAGE_1_2}.scaled_global_norm": "13a298f4",
+    f"{_STAGE_1_2}._get_preflattened_grad_partition": "64b598b7",
     # What steps the inner optimiser, before which the gate stands.
     f"{_STAGE_1_2}.step": "7d7aeb50",
     f"{_STAGE_1_2}._optimizer_step": "d0ebca57",
@@ -127,7 +134,6 @@ ATTRIBUTES = {
     "DeepSpeedEngine": ("communication_data_type", "global_steps", "skipped_steps"),
     "BF16_Optimizer": (
         "bf16_groups",
-        "dp_process_group",
         "fp32_groups_flat_partition",
         "fp32_groups_gradient_flat_partition",
         "fp32_groups_gradients",
@@ -136,7 +142,10 @@ ATTRIBUTES = {
     ),
     "DeepSpeedZeroOptimizer": (
         "_global_grad_norm",
+        "averaged_gradients",
         "bit16_groups",
+        "cpu_offload",
+        "partition_size",
         "single_partition_of_fp32_groups",
     ),
     "DeepSpeedZeroOptimizer_Stage3": (
