@@ -152,6 +152,8 @@ def train_and_note(folder: Path) -> int:
     parts = Parts(folder / NOTES)
     parts.start()
     parts.now(IMPORTING)
+    import psutil
+
     from fd_large import activity
     from fd_large.cli.ownership import owning
     from fd_large.cli.train import parse_train
@@ -175,7 +177,11 @@ def train_and_note(folder: Path) -> int:
         def after_update(self, update: Update) -> None:
             parts.now(BETWEEN)
             parts.write(step=update.index + 1, loss=update.loss, grad_norm=update.grad_norm)
-            parts.write(tensors=tensor_bytes(folder / TEACHER, folder / STATE), **resident())
+            parts.write(
+                tensors=tensor_bytes(folder / TEACHER, folder / STATE),
+                loading=sum(child.memory_full_info().uss for child in psutil.Process().children()),
+                **resident(),
+            )
 
         def on_saved(self, seconds: float) -> None:
             parts.write(saved=seconds)
@@ -281,7 +287,7 @@ def flags_of(arguments: argparse.Namespace, folder: Path) -> list[str]:
         "teacher.statistics": "0.485 0.456 0.406 0.229 0.224 0.225",
         "teacher.placement": "replicated",
         "data.root": "builtin:photographs",
-        "data.workers": 0,  # A process that is forked keeps the weights of before the first step.
+        "data.workers": 1,
         "batch.global_batch_size": 1,
         "batch.micro_batch_size": 1,
         "engine.precision": "bfloat16",
@@ -365,9 +371,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return (checkpoints / f"step_{last:08d}").is_dir()
 
     def has_stepped() -> bool:
-        return any("tensors" in note for note in notes_of(folder)[-1:]) and last in steps_of(
-            notes_of(folder)
-        )
+        # A step's last note is that of its tensors.
+        return sum("tensors" in note for note in notes_of(folder)) == last
 
     process = start(arguments, folder)
     follow(process, folder, is_saving if arguments.resume else has_stepped)
@@ -413,6 +418,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
             "unexplained": held["anonymous"] - explained,
             "over_explained": held["anonymous"] / explained,
         },
+        "bytes_of_the_loading_process_alone": held["loading"],
         "most_anonymous_bytes": max(part["most"]["anonymous"] for part in parts),
         "most_bytes_of_files": max(part["most"]["files"] for part in parts),
         "seconds_to_the_first_step": sum(part["seconds"] for part in parts[:began]),
