@@ -101,7 +101,7 @@ def nyuv2_swinv2_large() -> Run:
     """MIM-Depth's decoder on a SwinV2-L, window 30 (for the student of fd_swinv2_large).
 
     Hardware: 8 GPUs x 3 images; NYUv2
-    Duration: 25,225 steps; about 1.9 GPU-hours
+    Duration: 25,225 steps; about 1.8 GPU-hours
     Memory: 6.9 GB of each GPU
     Result: not published (SwinV2-L of SimMIM: 0.287 m RMSE)
 
@@ -137,7 +137,7 @@ def nyuv2_linear() -> Run:
     """A linear layer on the last map of a frozen ViT-B/16: how much depth its features tell.
 
     Hardware: 8 GPUs x 2 images; NYUv2
-    Duration: 38,400 steps; about 28 GPU-minutes
+    Duration: 38,400 steps; about 23 GPU-minutes
     Memory: 2.7 GB of each GPU
     Result: not published
 

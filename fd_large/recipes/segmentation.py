@@ -178,7 +178,7 @@ def ade20k_linear() -> Run:
     """A linear layer on the last map of a frozen ViT-B/16: how well they part classes.
 
     Hardware: 8 GPUs x 2 images; ADE20K
-    Duration: 40,000 steps; about 39 GPU-minutes
+    Duration: 40,000 steps; about 34 GPU-minutes
     Memory: 3.6 GB of each GPU
     Result: not published
 
