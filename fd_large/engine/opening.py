@@ -316,14 +316,16 @@ def _check(
         ds.fill(json_config, numbers)
         counted.append(numbers)
     if folder := first.run.engine.nvme_path:
-        disk.check_folder(folder, _disk_bytes(jobs, counted) * launch.local_world_size)
+        disk.check_folder(folder, _disk_bytes(jobs, counted, json_config) * launch.local_world_size)
     for job in jobs:
         for where, source in job.sources().items():
             job.weights.fetch(source, where=f"--{where}")
     return json_config, counted, samples
 
 
-def _disk_bytes(jobs: Sequence[Job], counted: Sequence[ds.RunNumbers]) -> int:
+def _disk_bytes(
+    jobs: Sequence[Job], counted: Sequence[ds.RunNumbers], json_config: dict[str, Any]
+) -> int:
     """Returns how much a rank keeps on a disk."""
     total = 0
     for job, numbers in zip(jobs, counted, strict=True):
@@ -335,6 +337,7 @@ def _disk_bytes(jobs: Sequence[Job], counted: Sequence[ds.RunNumbers]) -> int:
             teacher_bfloat16=numbers.bfloat16,
             offload_optimizer=True,
             optimizer_on_disk=True,
+            weights_on_disk=ds.offloads_to_disk(json_config, "offload_param"),
         )
         optim = job.run.optim
         kept = len(moments_of(optim)) + bool(optim.ema_decay)

@@ -81,6 +81,7 @@ class Placement:
     offload_optimizer: bool = False
     optimizer_on_disk: bool = False
     offload_param: bool = False
+    weights_on_disk: bool = False
     bucket_size: int = 0
     float32_sums: bool = False
 
@@ -129,6 +130,7 @@ class Placement:
             offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
             optimizer_on_disk=zero.get("offload_optimizer", {}).get("device") == "nvme",
             offload_param=zero.get("offload_param", {}).get("device", "none") != "none",
+            weights_on_disk=zero.get("offload_param", {}).get("device") == "nvme",
             bucket_size=(
                 int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE))
                 if zero.get("contiguous_gradients", True)
@@ -201,6 +203,7 @@ def held(
     if place.stage == 3:
         device["parameters"] = compute * whole
         shards = host if place.offload_param else device
+        shards = disk if place.weights_on_disk else shards
         shards["parameters"] = shards.get("parameters", 0) + compute * part
         optimizer["masters"] = 4 * part
         optimizer["gradients"] = 4 * part

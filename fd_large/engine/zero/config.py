@@ -38,11 +38,7 @@ _NUMBER: Kind = (
     lambda value: type(value) in (int, float) and value >= 0,
 )
 _DTYPE: Kind = ('"fp16", "bf16" or "fp32"', lambda value: value in ("fp16", "bf16", "fp32"))
-_DEVICE: Kind = ('"cpu" or "none"', lambda value: value in ("cpu", "none"))
-_OPTIMIZER_DEVICE: Kind = (
-    '"cpu", "nvme" or "none"',
-    lambda value: value in ("cpu", "nvme", "none"),
-)
+_DEVICE: Kind = ('"cpu", "nvme" or "none"', lambda value: value in ("cpu", "nvme", "none"))
 _TEXT: Kind = ("a text", lambda value: isinstance(value, str))
 _STAGE: Kind = ("0, 1, 2 or 3", lambda value: type(value) is int and 0 <= value <= 3)
 _LIST: Kind = ("a list of names", lambda value: isinstance(value, list))
@@ -51,7 +47,7 @@ _OBJECT: Kind = ("an object", lambda value: isinstance(value, dict))
 # The closed lists. A key of DeepSpeed that is not here either belongs to the recipe or has no
 # effect on this engine, and is refused.
 _OFFLOAD = {"device": _DEVICE, "pin_memory": _BOOL, "buffer_count": _COUNT}
-_OFFLOAD_OPTIMIZER = {**_OFFLOAD, "device": _OPTIMIZER_DEVICE, "nvme_path": _TEXT}
+_OFFLOAD_OPTIMIZER = {**_OFFLOAD, "nvme_path": _TEXT}
 _OFFLOAD_PARAM = {**_OFFLOAD, "buffer_size": _COUNT, "max_in_cpu": _COUNT}
 _STAGE3_KEYS = {
     "stage3_prefetch_bucket_size": _COUNT,
@@ -229,9 +225,9 @@ def offloads(config: dict[str, Any], what: str) -> bool:
     return block.get("device", "none") != "none"
 
 
-def offloads_to_disk(config: dict[str, Any]) -> bool:
-    """Returns whether the optimiser's state is kept on a disk."""
-    block = config.get("zero_optimization", {}).get("offload_optimizer", {})
+def offloads_to_disk(config: dict[str, Any], what: str = "offload_optimizer") -> bool:
+    """Returns whether the optimiser's state, or the weights (`offload_param`), are on a disk."""
+    block = config.get("zero_optimization", {}).get(what, {})
     return block.get("device") == "nvme"
 
 
@@ -242,11 +238,10 @@ def nvme_path(config: dict[str, Any]) -> str:
 
 def for_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
     """Returns a filled JSON as DeepSpeed reads it: what is on a disk is host memory to it."""
-    if not offloads_to_disk(config):
-        return config
     in_memory = {"device": "cpu", "pin_memory": False}
-    zero = {**config["zero_optimization"], "offload_optimizer": in_memory}
-    return {**config, "zero_optimization": zero}
+    there = [one for one in ("offload_optimizer", "offload_param") if offloads_to_disk(config, one)]
+    zero = {**config.get("zero_optimization", {}), **dict.fromkeys(there, in_memory)}
+    return {**config, "zero_optimization": zero} if there else config
 
 
 def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
@@ -344,8 +339,15 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
 
 
 def _fill_disk(zero: dict[str, Any], stage: int, folder: str) -> None:
-    block = zero.get("offload_optimizer", {})
+    block, weights = zero.get("offload_optimizer", {}), zero.get("offload_param", {})
     if not offloads_to_disk({"zero_optimization": zero}):
+        if weights.get("device") == "nvme":
+            raise ConfigError(
+                "zero_optimization.offload_param.device: weights are on a disk beside the "
+                f"optimiser's state; got nvme, and {block.get('device', 'none')!r} for "
+                "offload_optimizer.device, expected nvme for both. Use ds_configs/zero3_nvme.json "
+                'with "offload_param": {"device": "nvme"}.'
+            )
         if folder or "nvme_path" in block:
             raise ConfigError(
                 "engine.nvme_path: the DeepSpeed JSON keeps the optimiser's state in memory; got "
@@ -359,11 +361,15 @@ def _fill_disk(zero: dict[str, Any], stage: int, folder: str) -> None:
             f"{where}.device: only stage 3 keeps its state on a disk; got nvme at stage {stage}, "
             "expected stage 3. Use ds_configs/zero3_nvme.json."
         )
-    if others := sorted(block.keys() - {"device", "nvme_path"}):
-        raise ConfigError(
-            f"{where}.{others[0]}: files are mapped into memory, not copied by buffers; got "
-            f"{block[others[0]]!r}, expected no such key. Remove it."
-        )
+    blocks = {where: (block, {"device", "nvme_path"})}
+    if weights.get("device") == "nvme":
+        blocks["zero_optimization.offload_param"] = weights, {"device"}
+    for place, (keys, known) in blocks.items():
+        if others := sorted(keys.keys() - known):
+            raise ConfigError(
+                f"{place}.{others[0]}: files are mapped into memory, not copied by buffers; got "
+                f"{keys[others[0]]!r}, expected no such key. Remove it."
+            )
     if block.get("nvme_path", AUTO) == AUTO and not folder:
         raise ConfigError(
             f"{where}.nvme_path: got no folder, expected one on a local disk with 16 bytes a "

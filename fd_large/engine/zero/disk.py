@@ -45,14 +45,15 @@ class Disk:
     def __init__(self, folder: str) -> None:
         self._folder = folder
 
-    def zeros(self, numel: int) -> Tensor:
-        """Returns so many float32 zeros; their space on the disk is taken until they are freed."""
-        with _refused(self._folder, 4 * numel), tempfile.TemporaryFile(dir=self._folder) as file:
+    def zeros(self, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns so many zeros; their space on the disk is taken until they are freed."""
+        size = dtype.itemsize * numel
+        with _refused(self._folder, size), tempfile.TemporaryFile(dir=self._folder) as file:
             # A mapped page without space on the disk would end the process by a signal, later.
-            os.posix_fallocate(file.fileno(), 0, max(4 * numel, 1))
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
             # The mapping keeps the file alive, and no descriptor open.
             path = f"/proc/self/fd/{file.fileno()}"
-            return torch.from_file(path, shared=True, size=numel, dtype=torch.float32)
+            return torch.from_file(path, shared=True, size=numel, dtype=dtype)
 
     def take(self, parameters: Iterable[nn.Parameter]) -> None:
         """Moves the float32 shards of parameters to the disk."""
@@ -61,21 +62,25 @@ class Disk:
             parameter.ds_tensor.data = self.zeros(held.numel()).view_as(held).copy_(held)
 
     @contextmanager
-    def holds_state(self, exact: dict[int, Tensor]) -> Iterator[None]:
+    def holds_state(self, exact: dict[int, Tensor], *, weights: bool) -> Iterator[None]:
         """Lets the ZeRO-3 optimiser that is made in the block keep its float32 state here.
 
         Args:
+            weights: Whether the weights that are offloaded to host memory are to be here, too.
             exact: The masters' values, flat, by the `ds_id` of their parameters; emptied on the
                 way, so that the disk never holds all of them twice. Masters of others are what
                 their parameters are.
         """
         stage_3 = get(_STAGE_3)
-        set_up = partialmethod(_set_up, self, exact)
-        plain = replace(stage_3, "_setup_for_real_optimizer", set_up)
+        ways: dict[str, Any] = {"_setup_for_real_optimizer": partialmethod(_set_up, self, exact)}
+        if weights:
+            ways["_create_param_groups_fp16_flat_cpu_memory"] = partialmethod(_make_room, self)
+        plain = {name: replace(stage_3, name, way) for name, way in ways.items()}
         try:
             yield
         finally:
-            replace(stage_3, "_setup_for_real_optimizer", plain)
+            for name, way in plain.items():
+                replace(stage_3, name, way)
 
 
 def check_folder(folder: str, needed: int) -> None:
@@ -116,6 +121,13 @@ def _refused(folder: str, size: int) -> Iterator[None]:
     except OSError as error:
         expected = f"a file of {size / 1e9:,.2f} GB"
         raise _unfit(folder, error.strerror or str(error), expected) from error
+
+
+def _make_room(optimizer: Any, disk: Disk) -> None:
+    """Makes the flat weights of each group, where `offload_param` would make host memory."""
+    for group in optimizer.trainable_param_groups:
+        numel = sum(parameter.ds_tensor.numel() for parameter in group["params"])
+        optimizer.param_groups_fp16_flat_cpu_memory.append(disk.zeros(numel, optimizer.dtype))
 
 
 @torch.no_grad()

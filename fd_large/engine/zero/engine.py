@@ -113,7 +113,10 @@ def build_engine(
     holding: Any = nullcontext()
     if disk:
         named = task.named_parameters() if exact else ()
-        holding = disk.holds_state({p.ds_id: exact.pop(name) for name, p in named})
+        holding = disk.holds_state(
+            {p.ds_id: exact.pop(name) for name, p in named},
+            weights=ds.offloads_to_disk(config, "offload_param"),
+        )
     with holding:
         engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=given)
     check_engine(engine, optimizer, ds.optimizer_class(config))

@@ -71,6 +71,7 @@ NAMES = {
     # Replaced by what keeps state on a disk, and what it does in their place.
     _STAGE_3: PRESENT,
     f"{_STAGE_3}._setup_for_real_optimizer": "69af0b5e",
+    f"{_STAGE_3}._create_param_groups_fp16_flat_cpu_memory": "3ec7ff9c",
     f"{_STAGE_3}.initialize_optimizer_states": "5e6faebb",
     f"{_STAGE_3}.partition_grads": "d24e062f",
     f"{_STAGE_3}._offload_grad_partition_at_boundary": "d69c2d3e",
@@ -155,6 +156,8 @@ ATTRIBUTES = {
         "fp16_partitioned_groups_flat_numel",
         "fp32_partitioned_groups_flat",
         "grad_partitions_flat_buffer",
+        "param_groups_fp16_flat_cpu_memory",
+        "trainable_param_groups",
         "grad_position",
         "persistent_parameters",
         "ipg_buckets",

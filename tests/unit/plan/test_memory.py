@@ -1,5 +1,7 @@
 """Bytes between steps: the formulas on sizes small enough to add up by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from fd_large.cli.plan import workload
@@ -62,7 +64,26 @@ def test_offload_moves_shards_and_optimizer_to_the_host():
 def test_a_disk_takes_one_gradient_with_the_state():
     memory = held(STUDENT, TEACHER, place(3, offload_optimizer=True, optimizer_on_disk=True))
     assert memory.host == Held()
-    assert memory.disk == Held(masters=4 * SPLIT, moments=8 * SPLIT, gradients=4 * SPLIT)
+    state = Held(masters=4 * SPLIT, moments=8 * SPLIT, gradients=4 * SPLIT)
+    assert memory.disk == state
+    json = {
+        "stage": 3,
+        "offload_optimizer": {"device": "nvme"},
+        "offload_param": {"device": "nvme"},
+        "stage3_param_persistence_threshold": 10,
+    }
+    there = Placement.of(
+        Teacher(dtype="bfloat16"),
+        json,
+        world_size=2,
+        node_size=2,
+        bfloat16=True,
+        teacher_persistence_threshold=10,
+        float32_sums=False,
+    )
+    memory = held(STUDENT, TEACHER, there)
+    assert memory.disk == replace(state, parameters=2 * SPLIT)
+    assert memory.device.parameters == 2 * 17
 
 
 def test_offload_at_stage_2_leaves_the_parameters_on_the_device():

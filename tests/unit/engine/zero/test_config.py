@@ -49,7 +49,7 @@ def _zero(stage, **keys):
         (_zero(3, reduce_bucket_size=-5), "whole number of 1 or more"),
         (_zero(3, overlap_comm="yes please"), "true or false"),
         (_zero(3, zero_hpz_partition_size="2"), "whole number"),
-        (_zero(3, offload_param={"device": "nvme"}), '"cpu" or "none"'),
+        (_zero(3, offload_param={"device": "disk"}), '"cpu", "nvme" or "none"'),
         (_zero(3, offload_optimizer={"device": "nvme", "nvme_path": 3}), "a text"),
         (_zero(3, offload_param=None), "not an object"),
         ({"communication_data_type": "fp8"}, "fp32"),
@@ -113,6 +113,11 @@ def test_hpz_is_off_on_a_single_node():
         (_zero(2, offload_optimizer=ON_DISK), "only stage 3"),
         (_zero(3, offload_optimizer={"device": "cpu", "nvme_path": "/a"}), "zero3_nvme.json"),
         (_zero(3, offload_optimizer={"device": "nvme", "pin_memory": True}), "pin_memory: files"),
+        (_zero(3, offload_param={"device": "nvme"}), "expected nvme for both"),
+        (
+            _zero(3, offload_optimizer=ON_DISK, offload_param={"device": "nvme", "max_in_cpu": 3}),
+            "offload_param.max_in_cpu: files",
+        ),
         (_zero(3, stage3_max_live_parameters="auto"), "auto"),
         (
             {"activation_checkpointing": {"cpu_checkpointing": True}, **_zero(1)},

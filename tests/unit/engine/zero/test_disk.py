@@ -21,6 +21,7 @@ from fd_large.errors import ConfigError
 from fd_large.runtime import disks
 
 IN_MEMORY = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+WEIGHTS = {"offload_param": {"device": "nvme"}}
 
 
 def train(engine, accumulation=1):
@@ -43,12 +44,13 @@ def mapped(folder: Path) -> int:
     return Path("/proc/self/maps").read_text().count(f" {folder}/")
 
 
+@pytest.mark.parametrize("weights", [{}, WEIGHTS], ids=["state", "weights too"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_disk_gives_the_numbers_of_host_memory(make_engine, accumulation):
+def test_a_disk_gives_the_numbers_of_host_memory(make_engine, accumulation, weights):
     """With several sub-groups, and clipped."""
     how = {"accumulation": accumulation, "clip_norm": 0.01}
     zero = {"sub_group_size": 100}
-    losses, kept = train(make_engine("disk", **how, zero=zero), accumulation)
+    losses, kept = train(make_engine("disk", **how, zero=zero | weights), accumulation)
     expected, others = train(
         make_engine("sharded_bfloat16", **how, zero=zero | IN_MEMORY), accumulation
     )
@@ -66,7 +68,7 @@ def test_a_disk_gives_the_numbers_of_zero3(make_engine):
 
 
 def test_all_state_is_in_files_without_names(make_engine, tmp_path):
-    engine = make_engine("disk")
+    engine = make_engine("disk", zero=WEIGHTS)
     Ema(engine, 0.5)
     forward_backward(engine, batch_of(0), seed=0)
     engine.deepspeed.step()
@@ -82,6 +84,8 @@ def test_all_state_is_in_files_without_names(make_engine, tmp_path):
         assert len(moments) == 3
         for tensor in (owner, owner.grad, *moments):
             assert any(low <= tensor.data_ptr() < high for low, high in spans)
+    for parameter in engine.task.parameters():
+        assert any(low <= parameter.ds_tensor.data_ptr() < high for low, high in spans)
 
 
 def test_a_tensor_that_is_let_go_of_gives_its_space_back(tmp_path):
