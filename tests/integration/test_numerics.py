@@ -23,7 +23,7 @@ from scenarios import ZERO1, ZERO2, ZERO3  # noqa: E402
 
 ON_HOST = {"device": "cpu", "pin_memory": False}
 BF16 = {"engine": {"precision": "bfloat16"}}
-MANY = {"most_bfloat16_summands": 1, "updates": 3}
+MANY = {"few_ranks": 1, "updates": 3}
 FLOAT32_BOUND, BFLOAT16_BOUND = 1e-5, 1e-2
 
 
@@ -115,11 +115,15 @@ SETTINGS: dict[int, dict[str, Any]] = {
             "zero": ZERO1,
         },
         "zero1 bf16": {"run": BF16, "zero": ZERO1},
+        # Gradients go to all ranks.
+        "zero1, many": {"run": micro(2), "zero": ZERO1, **MANY},
+        "zero2, many": {"run": micro(2), "zero": ZERO2, **MANY},
     },
     3: {
         "zero3": {"run": micro(2), "zero": ZERO3},
         "zero3 dropping": {"run": DROPPING | micro(4), "zero": ZERO3, "updates": 3},
         "zero1 teachers": {"run": TEACHERS | micro(4), "zero": ZERO1, "updates": 3},
+        "zero2, many": {"run": micro(4), "zero": ZERO2, **MANY},
     },
     4: {
         "hpz, node": {"run": NODES, "zero": {**ZERO3, "zero_hpz_partition_size": "auto"}},

@@ -1,8 +1,8 @@
 """Rank program: trains tiny runs under DeepSpeed in many settings and writes what came out.
 
 scenarios.py FOLDER, with scenarios.json in it: {name: {"run": overrides by section, "zero":
-zero_optimization of the JSON, "updates": 5, "most_bfloat16_summands": 64}}. `plain_losses` is the
-same run in plain torch: one process, whole batches, torch's AdamW.
+zero_optimization of the JSON, "updates": 5, "few_ranks": 8}}; more than `few_ranks` are treated as
+many are. `plain_losses` is the same run in plain torch: one process, whole batches, torch's AdamW.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fd_large.engine.opening import engine_of
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.task import Task
 from fd_large.engine.zero import config as ds
-from fd_large.engine.zero import gloo, partition, start
+from fd_large.engine.zero import gloo, gradient_reduction, partition, start
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import parameter_groups, set_learning_rate
 from fd_large.plan import memory
@@ -181,8 +181,8 @@ def made_up_batches(run: Run) -> Iterator[Batch]:
 
 
 @contextmanager
-def watching_sums(most_bfloat16_summands: int) -> Iterator[Counter[str]]:
-    """Counts the elements that the ranks sum, by data type; with another limit for bfloat16."""
+def watching_sums(few_ranks: int | None) -> Iterator[Counter[str]]:
+    """Counts the elements that the ranks sum, by data type; with other limits for many ranks."""
     summed: Counter[str] = Counter()
 
     def counting(plain: Callable[..., Any], tensor: torch.Tensor, *more: Any, **named: Any) -> Any:
@@ -190,7 +190,10 @@ def watching_sums(most_bfloat16_summands: int) -> Iterator[Counter[str]]:
         return plain(tensor, *more, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "MOST_BFLOAT16_SUMMANDS", most_bfloat16_summands)
+        if few_ranks is not None:
+            patch.setattr(memory, "MOST_BFLOAT16_SUMMANDS", few_ranks)
+            for file in (memory, gradient_reduction):
+                patch.setattr(file, "MOST_OWNERS", few_ranks)
         for name in ("all_reduce", "reduce"):
             plain = getattr(torch.distributed, name)
             patch.setattr(torch.distributed, name, partial(counting, plain))
@@ -351,8 +354,7 @@ def main(folder: Path) -> None:
     results = {}
     for name, scenario in json.loads((folder / "scenarios.json").read_text()).items():
         run = tiny_run(**scenario.get("run", {}))
-        most = scenario.get("most_bfloat16_summands", memory.MOST_BFLOAT16_SUMMANDS)
-        with watching_sums(most) as summed:
+        with watching_sums(scenario.get("few_ranks")) as summed:
             result = engine_result(run, scenario["zero"], scenario.get("updates", UPDATES))
         results[name] = {**result, "summed": summed}
     write_result(folder, results)
