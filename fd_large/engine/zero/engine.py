@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -126,4 +127,14 @@ def build_engine(
     if stage == 0:
         bucket = gradient_bucket(sum(parameter.numel() for parameter in task.parameters()))
     spare_passes(engine, bucket=bucket)
+    give_back_memory()
     return Engine(engine, task, stage, config, StepGate(optimizer), disk)
+
+
+def give_back_memory() -> None:
+    """Gives the host memory that was freed back to the system, where the C library can.
+
+    Building leaves holes between what stays: 1.4 GB of a process with a billion parameters.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(ctypes.c_size_t(0))
