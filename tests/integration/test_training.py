@@ -74,17 +74,32 @@ def test_the_same_losses_under_every_launcher(
     assert read(tmp_path / "run/environment.json")["launcher"] == launcher
 
 
-def test_parquet_files_give_the_same_run_on_one_rank_and_on_two(
+def test_parquet_files_give_the_same_run_and_numbers_on_one_rank_and_on_two(
     pictures: Path, tmp_path: Path
 ) -> None:
+    """Seven views over one and two ranks: one rank has a view more than the other."""
     cells = [{"bytes": path.read_bytes()} for path in sorted(pictures.iterdir())]
     table = tmp_path / "train.parquet"
     parquet.write_table(pyarrow.table({"image": cells}), table, row_group_size=4)
+    rows = []
     for ranks in (1, 2):
+        run_dir = tmp_path / str(ranks)
         words = ("--optim.max_steps", "3", "--data.cache", str(tmp_path / f"blocks-{ranks}"))
-        train(table, tmp_path / str(ranks), *words, ranks=ranks)
+        held_out = ("--eval.root", str(table), "--eval.views", "7")
+        train(table, run_dir, *words, *held_out, ranks=ranks)
+        lines = (run_dir / "evaluations.jsonl").read_text().splitlines()
+        rows.append([json.loads(line) for line in lines])
+        summary = read(run_dir / "summary.json")
+        assert 0 < summary["held_out_loss"] < summary["held_out_loss_start"]
     # The images are the same to the bit (test_data_order.py); sums in another order are not.
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-6)
+    for alone, shared in zip(*rows, strict=True):
+        assert alone.keys() == shared.keys()
+        for name, value in alone.items():
+            assert shared[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    first, last = rows[0]
+    assert first["held_out_loss"] == pytest.approx(first["unseen_crops_loss"]), "the same images"
+    assert {"held_out_best_constant", "held_out_cosine"} <= last.keys()
 
 
 def test_resumes_at_the_last_checkpoint_and_knows_when_it_is_done(
@@ -190,23 +205,3 @@ def test_sigterm_to_the_command_ends_a_training_run(pictures: Path, tmp_path: Pa
         assert not started.pids(), "\n".join(started.outputs())
     finally:
         started.kill()
-
-
-def test_held_out_numbers_do_not_depend_on_the_ranks(pictures: Path, tmp_path: Path) -> None:
-    """Seven views over one and two ranks: one rank has a view more than the other."""
-    words = ("--eval.root", str(pictures), "--eval.views", "7", "--optim.max_steps", "1")
-    rows = []
-    for ranks in (1, 2):
-        run_dir = tmp_path / f"on_{ranks}"
-        train(pictures, run_dir, *words, ranks=ranks)
-        lines = (run_dir / "evaluations.jsonl").read_text().splitlines()
-        rows.append([json.loads(line) for line in lines])
-        summary = read(run_dir / "summary.json")
-        assert 0 < summary["held_out_loss"] < summary["held_out_loss_start"]
-    for alone, shared in zip(*rows, strict=True):
-        assert alone.keys() == shared.keys()
-        for name, value in alone.items():
-            assert shared[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-    first, last = rows[0]
-    assert first["held_out_loss"] == pytest.approx(first["unseen_crops_loss"]), "the same images"
-    assert {"held_out_best_constant", "held_out_cosine"} <= last.keys()

@@ -12,6 +12,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    """Triton complains of what is left when the interpreter ends."""
+    gc.unfreeze()
+
+
 @pytest.fixture
 def make_setting(tmp_path):
     def make(first=0, total=10, **more):
