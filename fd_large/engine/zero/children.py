@@ -49,6 +49,10 @@ def kept_from_children(engines: Iterable[Engine]) -> Iterator[None]:
 
 def _written(engine: Engine) -> Iterator[Tensor]:
     """The tensors of an engine that are not the same after a step."""
+    optimizer = engine.deepspeed.optimizer
+    if engine.stage == 3:
+        yield optimizer.grad_partitions_flat_buffer
+    yield from getattr(optimizer, "fp32_groups_gradients_flat", ())  # Stage 1 in bfloat16.
     for parameter in engine.task.parameters():
         yield parameter.ds_tensor if partition.is_partitioned(parameter) else parameter.data
     for _, owner, _, _ in state.owned(engine):
