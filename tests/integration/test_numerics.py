@@ -23,7 +23,9 @@ from scenarios import ZERO1, ZERO2, ZERO3  # noqa: E402
 
 ON_HOST = {"device": "cpu", "pin_memory": False}
 BF16 = {"engine": {"precision": "bfloat16"}}
-MANY = {"few_ranks": 1, "updates": 3}
+# Gradients show in the third loss; that the losses fall on, in a setting of each number of ranks.
+SHORT = {"updates": 3}
+MANY = {"few_ranks": 1, **SHORT}
 FLOAT32_BOUND, BFLOAT16_BOUND = 1e-5, 1e-2
 
 
@@ -32,8 +34,8 @@ def micro(size: int) -> dict[str, Any]:
 
 
 def student(**fields: Any) -> dict[str, Any]:
-    """ZeRO-3 with another way through the student; its gradients show in the third loss."""
-    return {"run": {"student": fields}, "zero": ZERO3, "updates": 3}
+    """ZeRO-3 with another way through the student."""
+    return {"run": {"student": fields}, "zero": ZERO3, **SHORT}
 
 
 # A loss of whole maps, a head that mixes the tokens of an image, targets by running statistics.
@@ -65,11 +67,11 @@ NODES = {"engine": {"node_size": 2}, "teacher": {"placement": "node"}}
 SETTINGS: dict[int, dict[str, Any]] = {
     1: {
         "zero3": {"zero": ZERO3},
-        "zero0": {"zero": {"stage": 0}},
+        "zero0": {"zero": {"stage": 0}, **SHORT},
         # Nothing to split: it is stage 0.
-        "zero2": {"zero": ZERO2},
-        "zero1 bf16": {"run": BF16, "zero": ZERO1},
-        "zero3 teachers": {"run": TEACHERS, "zero": ZERO3, "updates": 3},
+        "zero2": {"zero": ZERO2, **SHORT},
+        "zero1 bf16": {"run": BF16, "zero": ZERO1, **SHORT},
+        "zero3 teachers": {"run": TEACHERS, "zero": ZERO3, **SHORT},
     },
     2: {
         "zero3": {"zero": ZERO3},
@@ -84,7 +86,7 @@ SETTINGS: dict[int, dict[str, Any]] = {
                 "stage3_prefetch_bucket_size": "auto",
             },
         },
-        "zero0": {"zero": {"stage": 0}},
+        "zero0": {"zero": {"stage": 0}, **SHORT},
         "zero3 whole share": {
             "run": micro(6),
             "zero": {
@@ -92,20 +94,21 @@ SETTINGS: dict[int, dict[str, Any]] = {
                 "contiguous_gradients": False,
                 "stage3_param_persistence_threshold": "auto",
             },
-            "updates": 3,
+            **SHORT,
         },
         "zero3 every block": student(activation_checkpointing="every"),
         "zero3 offloaded inputs": student(activation_checkpointing="offload", checkpoint_every=2),
         "zero3 recomputed attention": student(attention_memory="recompute"),
         "zero3 offload": {
             "zero": {**ZERO3, "offload_optimizer": ON_HOST, "offload_param": ON_HOST},
+            **SHORT,
         },
-        "zero2": {"zero": ZERO2},
-        "zero3 other objective": {"run": OTHER_OBJECTIVE, "zero": ZERO3, "updates": 3},
-        "zero3 dropping": {"run": DROPPING, "zero": ZERO3, "updates": 3},
-        "zero1 dropping": {"run": DROPPING | micro(2), "zero": ZERO1, "updates": 3},
-        "zero3 teachers": {"run": TEACHERS | micro(2), "zero": ZERO3, "updates": 3},
-        "zero2 bf16": {"run": BF16, "zero": ZERO2},
+        "zero2": {"zero": ZERO2, **SHORT},
+        "zero3 other objective": {"run": OTHER_OBJECTIVE, "zero": ZERO3, **SHORT},
+        "zero3 dropping": {"run": DROPPING, "zero": ZERO3, **SHORT},
+        "zero1 dropping": {"run": DROPPING | micro(2), "zero": ZERO1, **SHORT},
+        "zero3 teachers": {"run": TEACHERS | micro(2), "zero": ZERO3, **SHORT},
+        "zero2 bf16": {"run": BF16, "zero": ZERO2, **SHORT},
         # As on so many ranks that bfloat16 sums would show.
         "zero1 bf16, float32 sums": {"run": BF16, "zero": ZERO1, **MANY},
         "zero2 bf16, float32 sums": {"run": BF16, "zero": ZERO2, **MANY},
@@ -113,16 +116,17 @@ SETTINGS: dict[int, dict[str, Any]] = {
         "zero1, teacher replicated": {
             "run": {"teacher": {"placement": "replicated"}},
             "zero": ZERO1,
+            **SHORT,
         },
-        "zero1 bf16": {"run": BF16, "zero": ZERO1},
+        "zero1 bf16": {"run": BF16, "zero": ZERO1, **SHORT},
         # Gradients go to all ranks.
         "zero1, many": {"run": micro(2), "zero": ZERO1, **MANY},
         "zero2, many": {"run": micro(2), "zero": ZERO2, **MANY},
     },
     3: {
         "zero3": {"run": micro(2), "zero": ZERO3},
-        "zero3 dropping": {"run": DROPPING | micro(4), "zero": ZERO3, "updates": 3},
-        "zero1 teachers": {"run": TEACHERS | micro(4), "zero": ZERO1, "updates": 3},
+        "zero3 dropping": {"run": DROPPING | micro(4), "zero": ZERO3, **SHORT},
+        "zero1 teachers": {"run": TEACHERS | micro(4), "zero": ZERO1, **SHORT},
         "zero2, many": {"run": micro(4), "zero": ZERO2, **MANY},
     },
     4: {
@@ -130,8 +134,9 @@ SETTINGS: dict[int, dict[str, Any]] = {
         "hpz, node, bf16": {
             "run": {**NODES, "engine": {"node_size": 2, "precision": "bfloat16"}},
             "zero": {**ZERO3, "zero_hpz_partition_size": "auto"},
+            **SHORT,
         },
-        "zero1, node": {"run": NODES, "zero": ZERO1},
+        "zero1, node": {"run": NODES, "zero": ZERO1, **SHORT},
     },
 }
 Results = list[dict[str, dict[str, Any]]]
