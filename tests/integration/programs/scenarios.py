@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -283,7 +283,9 @@ def _master_error(engine: Engine, make: Any, run: Run) -> float:
 
 
 def planned_bytes(run: Run, config: dict[str, Any]) -> int:
-    """What the plan says that a rank holds between steps, device and host together."""
+    """What the plan says that a rank holds between steps, device and host; on rank 0, else 0."""
+    if not distributed.is_main():
+        return 0
     place = memory.Placement.of(
         next(iter(run.taught_by.values())),
         config["zero_optimization"],
@@ -293,9 +295,21 @@ def planned_bytes(run: Run, config: dict[str, Any]) -> int:
         teacher_persistence_threshold=0,
         float32_sums=config["communication_data_type"] == "fp32",
     )
-    load = workload(run)
-    held = memory.held(load.student_sizes, load.teacher_sizes, place)
+    held = memory.held(*_sizes(run), place)
     return held.device.total + held.host.total
+
+
+_known_sizes: dict[str, tuple[Sequence[int], Sequence[int]]] = {}
+
+
+def _sizes(run: Run) -> tuple[Sequence[int], Sequence[int]]:
+    """Sizes of the student's and of the teachers' parameters, as the plan counts them."""
+    fields = run.to_dict()
+    key = json.dumps([fields.get(n) for n in ("student", "teacher", "teachers", "objective")])
+    if key not in _known_sizes:
+        load = workload(run)  # A count of the whole step.
+        _known_sizes[key] = load.student_sizes, load.teacher_sizes
+    return _known_sizes[key]
 
 
 def _new_bytes(before: dict[int, int]) -> int:
