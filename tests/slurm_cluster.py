@@ -255,8 +255,13 @@ class Cluster:
             return bool(until(shown))
 
         shown: dict[str, str] = {}
-        _until(holds, seconds, lambda: f"{shown}\n{self.logs()}")
+        # Each look starts a process, beside the ranks that it waits for.
+        _until(holds, seconds, lambda: f"{shown}\n{self.logs()}", pause=0.4)
         return shown
+
+    def until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        """Waits for what shows without Slurm, as files do."""
+        _until(condition, seconds, self.logs)
 
     def logs(self) -> str:
         """The last words of the daemons."""
@@ -290,8 +295,10 @@ def _send(pid: int, signal_number: int) -> None:
         return
 
 
-def _until(condition: Callable[[], bool], seconds: float, what: Callable[[], str]) -> None:
+def _until(
+    condition: Callable[[], bool], seconds: float, what: Callable[[], str], pause: float = 0.1
+) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what()}"
-        time.sleep(0.1)
+        time.sleep(pause)

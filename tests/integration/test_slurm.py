@@ -58,7 +58,7 @@ def interrupted(cluster: Cluster, folder: Path) -> Interrupted:
 
     def after_some_updates(restarts: int) -> None:
         done = updates_done(job.run_dir)
-        cluster.wait(job.number, lambda shown: updates_done(job.run_dir) >= done + 3)
+        cluster.until(lambda: updates_done(job.run_dir) >= done + 3)
         assert cluster.show(job.number)["Restarts"] == str(restarts)
 
     def back(restarts: int) -> None:
@@ -67,7 +67,7 @@ def interrupted(cluster: Cluster, folder: Path) -> Interrupted:
             lambda s: s["Restarts"] == str(restarts) and s["JobState"] == "RUNNING",
         )
         # Rows of steps that will be made again go when the run goes on.
-        cluster.wait(job.number, lambda s: len(lines(job, "resumed after")) == restarts)
+        cluster.until(lambda: len(lines(job, "resumed after")) == restarts)
 
     after_some_updates(0)
     # What #SBATCH --signal=B:USR1@N does.
@@ -150,7 +150,7 @@ def test_detection_starts_from_that_run_and_goes_on_after_a_signal(
         script="slurm/coco_swinv2g.sh",
         flags=detection_twin.FLAGS.replace("window_size 4", "window_size 2"),
     )
-    cluster.wait(job.number, lambda shown: updates_done(job.run_dir) >= 2)
+    cluster.until(lambda: updates_done(job.run_dir) >= 2)
     cluster.call("scancel", "--batch", "--signal=USR1", str(job.number))
     shown = cluster.wait(job.number, ended)
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), job.said()
