@@ -155,50 +155,58 @@ def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:
                 yield name if name in ROOMS else str(node.module)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_come_from_lower_floors(path: Path) -> None:
-    here = room(path)
-    inside = str(path.relative_to(PACKAGE))
-    for name in imports(path):
-        package, _, rest = name.partition(".")
-        if package == "fd_large" and rest and here != "__init__":
-            there = ROOMS.get(name, rest.split(".")[0])
-            allowed = there == here or there in FOR_ALL or FLOORS[there] < FLOORS[here]
-            # launch and watch are parts of distributed; the engine names the launch's type.
-            if here in ("distributed", "failures") and there in ("launch", "watch"):
-                allowed = True
-            assert allowed, f"{here} (floor {FLOORS[here]}) imports {name}"
-        if package in ONLY_IN:
-            assert inside.startswith(ONLY_IN[package]), f"{inside} imports {package}"
-        if package == "triton":
-            assert path.name.endswith("_triton.py")
+def test_imports_come_from_lower_floors() -> None:
+    for path in FILES:
+        here = room(path)
+        inside = str(path.relative_to(PACKAGE))
+        for name in imports(path):
+            package, _, rest = name.partition(".")
+            if package == "fd_large" and rest and here != "__init__":
+                there = ROOMS.get(name, rest.split(".")[0])
+                allowed = there == here or there in FOR_ALL or FLOORS[there] < FLOORS[here]
+                # launch and watch are parts of distributed; the engine names the launch's type.
+                if here in ("distributed", "failures") and there in ("launch", "watch"):
+                    allowed = True
+                assert allowed, f"{inside}: {here} (floor {FLOORS[here]}) imports {name}"
+            if package in ONLY_IN:
+                assert inside.startswith(ONLY_IN[package]), f"{inside} imports {package}"
+            if package == "triton":
+                assert path.name.endswith("_triton.py"), inside
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if room(path) == "engine"], ids=module)
-def test_the_engine_imports_no_task(path: Path) -> None:
-    assert not [name for name in imports(path) if name.startswith("fd_large.tasks")]
+def test_the_engine_imports_no_task() -> None:
+    for path in FILES:
+        if room(path) == "engine":
+            assert not [name for name in imports(path) if name.startswith("fd_large.tasks")], path
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if room(path) != "recipes"], ids=module)
-def test_a_whole_run_is_seen_by_few(path: Path) -> None:
-    inside = path.relative_to(PACKAGE)
-    if not any(inside.match(pattern) for pattern in SEE_A_RUN):
-        found = {name for name in imports(path) if name.startswith("fd_large.recipes.")}
-        assert not found & {"fd_large.recipes.run"}, "take plain arguments, or a Job"
+def test_a_whole_run_is_seen_by_few() -> None:
+    for path in FILES:
+        if room(path) == "recipes":
+            continue
+        inside = path.relative_to(PACKAGE)
+        if not any(inside.match(pattern) for pattern in SEE_A_RUN):
+            found = {name for name in imports(path) if name.startswith("fd_large.recipes.")}
+            said = f"{inside}: take plain arguments, or a Job"
+            assert not found & {"fd_large.recipes.run"}, said
 
 
-@pytest.mark.parametrize("path", FILES, ids=module)
-def test_no_name_of_a_task_or_a_family_is_compared_outside_its_folder(path: Path) -> None:
+def test_no_name_of_a_task_or_a_family_is_compared_outside_its_folder() -> None:
     names = {**{name: kind.folder for name, kind in TASKS.items()}, **{f: f for f in FAMILIES}}
     del names["timm"]  # The library is called so too.
-    inside = str(path.relative_to(PACKAGE))
-    for node in parsed(path)[1]:
-        if isinstance(node, ast.Compare):
-            if isinstance(node.left, ast.Constant) and isinstance(node.ops[0], (ast.In, ast.NotIn)):
-                continue  # A key that is looked up, as COCO's "segmentation".
-            compared = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
-            for name in (compared & names.keys()) - NO_TASKS.get(inside, set()):
-                assert names[name] in path.parts, f"line {node.lineno} compares {name!r}"
+    for path in FILES:
+        inside = str(path.relative_to(PACKAGE))
+        for node in parsed(path)[1]:
+            if isinstance(node, ast.Compare):
+                operator = node.ops[0]
+                if isinstance(node.left, ast.Constant) and isinstance(
+                    operator, (ast.In, ast.NotIn)
+                ):
+                    continue  # A key that is looked up, as COCO's "segmentation".
+                compared = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+                for name in (compared & names.keys()) - NO_TASKS.get(inside, set()):
+                    said = f"{inside}: line {node.lineno} compares {name!r}"
+                    assert names[name] in path.parts, said
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("tasks/*/**/*.py")), ids=module)
