@@ -7,15 +7,18 @@ import pytest
 LONGEST = (
     "test_slurm.py",
     "test_several_teachers.py",
-    "test_detection.py",
+    "test_numerics.py",
     "test_preemption.py",
     "test_training.py",
-    "test_guard.py",
-    "test_numerics.py",
-    "test_training_oracles.py",
+    "test_detection.py",
     "test_checkpoint.py",
+    "test_training_oracles.py",
+    "test_detection_ranks.py",
+    "test_transfer.py",
     "test_students.py",
     "test_disk.py",
+    "test_kernels_step.py",
+    "test_guard.py",
 )
 
 
