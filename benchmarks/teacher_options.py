@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import random
 import sys
 import tempfile
@@ -69,12 +68,6 @@ def rows_of(of_run: list[dict[str, Any]], of_part: list[dict[str, Any]], most: i
     return rows
 
 
-def difference(ours: list[float], plain: list[float]) -> float:
-    """Returns the largest relative difference of two lists of losses; of one that is NaN, inf."""
-    off = [abs(a - b) / b for a, b in zip(ours, plain, strict=True)]
-    return max(off) if all(map(math.isfinite, off)) else math.inf
-
-
 def main() -> int:
     """Trains, compares, writes."""
     arguments = parse()
@@ -99,7 +92,7 @@ def main() -> int:
             )
         seconds += time.monotonic() - begin
         for row, (ours, plain) in zip(some, losses.values(), strict=True):
-            off = difference(ours, plain)
+            off = options.difference(ours, plain)
             if off >= farthest:
                 farthest, found = off, row._asdict()
             for part in row.parts:
@@ -116,7 +109,7 @@ def main() -> int:
             "steps": options.STEPS,
             "seconds": seconds,
             "largest relative difference of a loss": farthest,
-            "of the run": found,
+            "the farthest run": found,
             "by option": dict(sorted(worst.items())),
         }
         harness.write(results, arguments.out)

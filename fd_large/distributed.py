@@ -125,9 +125,10 @@ def start(
         # Connects each rank to the next one on the ring: from here on, one that ends is noticed.
         dist.all_reduce(torch.zeros(1))
     except RuntimeError as error:
+        said = str(error).splitlines()[0].rstrip(".")
         raise LaunchError(
             f"launch: rank {launch.rank} of {launch.world_size} did not meet the others at "
-            f"{launch.master_addr}:{launch.master_port}; got {str(error).splitlines()[0]} "
+            f"{launch.master_addr}:{launch.master_port}; got {said}. "
             "Choose a free port (MASTER_PORT, or the launcher's --master_port) on an address "
             "that all ranks reach."
         ) from error

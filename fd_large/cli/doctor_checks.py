@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from fd_large.errors import first_line
+from fd_large.errors import ConfigError, first_line
 from fd_large.runtime import disks
 
 Verdict = Literal["ok", "-", "slow", "low", "missing", "check", "STOPS"]
@@ -348,11 +348,15 @@ def state_disk(folder: str) -> Finding:
     """The disk that `engine.nvme_path` would name: 16 bytes a parameter, 32 moved in a step."""
     if not folder:
         return Finding("none named; --nvme_path FOLDER looks at one", "-")
-    found = disk(folder, needed=False)
-    kind = disks.file_system(Path(folder).absolute())
-    if kind in disks.OVER_A_NETWORK:
-        return Finding(found.found, "STOPS", "State is kept on a local disk: name another folder.")
-    return found
+    try:
+        unfit = disks.unfit_for_state(folder, 1)
+    except ConfigError as error:
+        return Finding(str(error), "STOPS", "")
+    if unfit:
+        got, expected = unfit
+        remedy = f"Name {expected}: --nvme_path here, --engine.nvme_path of the run."
+        return Finding(f"{folder}: {got}", "STOPS", remedy)
+    return disk(folder, needed=False)
 
 
 def disk(folder: str, *, needed: bool) -> Finding:

@@ -390,6 +390,7 @@ def report(
 
 def _disk_line(run: Run, load: Workload, machine: Machine) -> Text:
     folder = run.engine.nvme_path
+    disks.check_state_folder(folder, 1)
     try:
         speed, free = disks.write_speed(Path(folder)), shutil.disk_usage(folder).free
     except OSError as error:
@@ -402,7 +403,7 @@ def _disk_line(run: Run, load: Workload, machine: Machine) -> Text:
         "State on a disk (ds_configs/zero3_nvme.json, every block checkpointed, 1 image at a "
         "time):\n"
         f"  {found.memory / 1e9:.1f} GB of memory a rank; {size(found.disk)} on a node's disk, of "
-        f"which {folder} has {size(free)} free;\n"
+        f"which {folder} has {size(free)} free{'' if found.disk <= free else ': TOO LITTLE'};\n"
         f"  up to {figure(found.seconds)} s more for each step at the {speed / 1e9:.2f} GB/s that "
         "it is written with now\n"
     )
@@ -540,7 +541,7 @@ def _said_of_times(load: Workload, machine: Machine) -> list[str]:
         return ["These times go by measured rates of single operations, not by a step of this task"]
     return [
         "These times go by data sheets, are lower bounds, and were compared with no GPU; on CPU",
-        "  ranks, with measured rates, such times were 1 to 1.5 times too short. --probe measures",
+        "  ranks steps took 0.7 to 1.4 times as long as measured rates say. --probe measures",
     ]
 
 

@@ -286,7 +286,7 @@ def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
             other = [n for n in sorted({*before, *now}) if before.get(n) != now.get(n)]
             if other:
                 log.info(
-                    "%s: %d images were found with another %s; trying micro batches anew",
+                    "%s: %d images were found with other settings (%s); trying micro batches anew",
                     file,
                     size,
                     ", ".join(other),

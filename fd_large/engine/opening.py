@@ -28,7 +28,7 @@ from fd_large.engine.ema import Ema
 from fd_large.engine.job import Job, JobOf
 from fd_large.engine.task import Task
 from fd_large.engine.zero import config as ds
-from fd_large.engine.zero import disk, start
+from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import Engine, build_engine
 from fd_large.engine.zero.optimizer import moments_of
 from fd_large.errors import FDError, check_all
@@ -39,7 +39,7 @@ from fd_large.plan.memory import Placement, held, persistence_threshold
 from fd_large.plan.workload import frozen_in_bfloat16
 from fd_large.recipes.run import Run
 from fd_large.recipes.stored import read_recipe
-from fd_large.runtime import logs
+from fd_large.runtime import disks, logs
 from fd_large.runtime.run_folder import (
     open_folder,
     source_commit,
@@ -316,7 +316,8 @@ def _check(
         ds.fill(json_config, numbers)
         counted.append(numbers)
     if folder := first.run.engine.nvme_path:
-        disk.check_folder(folder, _disk_bytes(jobs, counted, json_config) * launch.local_world_size)
+        needed = _disk_bytes(jobs, counted, json_config) * launch.local_world_size
+        disks.check_state_folder(folder, needed)
     for job in jobs:
         for where, source in job.sources().items():
             job.weights.fetch(source, where=f"--{where}")

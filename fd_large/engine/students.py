@@ -15,9 +15,10 @@ from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.evaluation import Interrupted
 from fd_large.engine.forward_backward import completed
+from fd_large.engine.host_memory import kept_from_children
 from fd_large.engine.loop import Trainer
 from fd_large.engine.prefetch import Batches, Prefetch, StepForSeveral
-from fd_large.engine.zero.children import kept_from_children
+from fd_large.engine.zero import state
 from fd_large.runtime.hooks import PREEMPTED, Hook, Setting, Update, Wish
 
 
@@ -123,7 +124,8 @@ def _train_epoch(
     epoch, first = divmod(finished, trainers[0].steps_per_epoch)
     end = finished - first + trainers[0].steps_per_epoch
     try:
-        with kept_from_children(trainer.engine for trainer in trainers):
+        written = (tensor for trainer in trainers for tensor in state.written(trainer.engine))
+        with kept_from_children(written):
             micro_batches = Prefetch(iter(batches(epoch, first)), distributed.device())
     except Interrupted:
         for trainer in trainers:

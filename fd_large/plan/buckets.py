@@ -7,8 +7,9 @@ from __future__ import annotations
 MOST_ELEMENTS, LEAST_ELEMENTS = 100_000_000, 8_000_000
 PREFETCH_ELEMENTS = 51_000_000
 # Ranks up to which a gradient's sum goes to the rank that steps its parameter alone (stages 1, 2).
-# It goes through all ranks in a row, a bucket for each owner: over more ranks the hops of the many
-# small messages take longer than an all-reduce of twice the bytes.
+# It goes through all ranks in a row, a bucket for each owner: over many ranks the hops of the many
+# small messages take longer than an all-reduce of twice the bytes. Where "many" begins is assumed;
+# it was not measured on GPUs.
 MOST_OWNERS = 8
 
 

@@ -19,9 +19,8 @@ steps, with the two moments of AdamW (4P each; another optimiser may keep more o
   rank: 12 GB for three billion parameters.
 - Stage 2, and stage 1 in float32, keep two buckets of `reduce_bucket_size` elements (at most of a
   shard on up to `MOST_OWNERS` ranks, of the whole on more), in the data type in which gradients are
-  summed over ranks (engine/zero/gradient_reduction.py). On GPUs the gradients themselves are there
-  from the backward pass to the step only. With the optimiser in host memory they go DeepSpeed's own
-  way, and keep neither.
+  summed over ranks (engine/zero/gradient_reduction.py). With the optimiser in host memory they go
+  DeepSpeed's own way, and keep neither these nor gradients.
 - Stage 3 shards tensor by tensor, ceil(n / W) elements each, and keeps a flat float32 buffer for
   the gradients' shards. K, the tensors of at most `stage3_param_persistence_threshold` elements,
   is whole on every rank beside its shards, from their first use to the step.
@@ -33,7 +32,8 @@ steps, with the two moments of AdamW (4P each; another optimiser may keep more o
   shards; K stays on the device.
 - On a disk (`offload_optimizer.device` nvme; our own files, docs/disk.md) are masters, moments and
   one gradient, in which gradients are summed and from which the optimiser steps: (8 + 4M)P/W of an
-  optimiser with M moments, 4P/W more for an average of the weights.
+  optimiser with M moments, 4P/W more for an average of the weights; with `offload_param` there, too,
+  bP/W of weights.
 - A stage 3 engine with `contiguous_gradients` owns one bucket of `reduce_bucket_size` elements, in
   the data type in which gradients are summed over ranks: in ds_configs/, those that offload.
 - The teacher takes BT whole; split over S ranks BT/S, tensor by tensor, and B times its tensors
@@ -133,7 +133,7 @@ class Placement:
             weights_on_disk=zero.get("offload_param", {}).get("device") == "nvme",
             bucket_size=(
                 int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE))
-                if zero.get("contiguous_gradients", True)
+                if zero.get("stage", 0) < 3 or zero.get("contiguous_gradients", True)
                 else 0
             ),
             float32_sums=float32_sums,

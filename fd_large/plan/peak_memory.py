@@ -72,9 +72,6 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
         candidate.stage == 1 and not rates.bfloat16 and accumulation == 1
     ):
         passing = size * gradient_bucket(load.parameters)  # Until their bucket is complete.
-        if rates.overlap:  # A GPU has the shard's gradients from the backward pass on.
-            states -= device.gradients
-            passing += device.gradients
     elif candidate.stage == 1 and rates.bfloat16:
         # Each gradient is added to its float32 sum at once; sums are sent bucket by bucket, in
         # bfloat16 as copies, two at a time.

@@ -23,6 +23,10 @@ CAPTIONS = {
     "features": "Held-out images, the teacher's map, and the student's before and after training. "
     "The same colour means the same feature: the teacher's first three principal components.",
 }
+OF_SEVERAL_TEACHERS = (
+    "Held-out images, and for each teacher its map and what the student's head for it gives. Each "
+    "teacher has colours of its own: its first three principal components."
+)
 
 
 def write_run_page(files: RunFiles) -> Path:
@@ -181,6 +185,8 @@ def _pictures(files: RunFiles) -> Iterator[str]:
     found.sort(key=lambda path: (path.stem not in CAPTIONS, path))
     for path in found[:MOST_PICTURES]:
         caption = CAPTIONS.get(path.stem, path.relative_to(files.folder).as_posix())
+        if path.stem == "features" and files.recipe.get("teachers"):
+            caption = OF_SEVERAL_TEACHERS
         yield html.picture(path, path.stem.replace("_", " "), caption)
     if len(found) > MOST_PICTURES:
         yield html.paragraph(f"{len(found) - MOST_PICTURES} more are in {files.folder}/pictures.")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from fd_large.errors import ConfigError
 
 # A write test ends at whichever comes first.
 _WRITE_BYTES, _WRITE_SECONDS = 256 << 20, 2.0
@@ -43,3 +48,51 @@ def write_speed(folder: Path) -> float:
             file.flush()
             os.fsync(file.fileno())
         return done / (time.perf_counter() - start)
+
+
+def unfit_for_state(folder: str, needed: int) -> tuple[str, str] | None:
+    """Looks whether a folder can hold a run's state; returns (got, expected) if it cannot.
+
+    Args:
+        folder: `engine.nvme_path`.
+        needed: Bytes of all ranks of this node.
+
+    Raises: ConfigError: if no file can be made there.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        got = "a file" if path.exists() else "no such folder here"
+        return got, "a folder on a local disk of each node"
+    kind = file_system(path)
+    if kind in IN_MEMORY:
+        return f"a folder in memory ({kind})", "one on a disk"
+    if kind in OVER_A_NETWORK:
+        return f"a folder over a network ({kind})", "one on a local disk"
+    with refused(folder, 1), tempfile.TemporaryFile(dir=path) as file:
+        os.posix_fallocate(file.fileno(), 0, 1)
+    if (free := shutil.disk_usage(path).free) < needed:
+        return f"{free / 1e9:,.2f} GB free", f"{needed / 1e9:,.2f} GB for all that is kept there"
+    return None
+
+
+def check_state_folder(folder: str, needed: int) -> None:
+    """Raises ConfigError if a folder cannot hold a run's state; see `unfit_for_state`."""
+    if unfit := unfit_for_state(folder, needed):
+        raise _unfit(folder, *unfit)
+
+
+@contextmanager
+def refused(folder: str, size: int) -> Iterator[None]:
+    """Says, where the system refuses a file of so many bytes in the folder, what it said."""
+    try:
+        yield
+    except OSError as error:
+        expected = f"a file of {size / 1e9:,.2f} GB"
+        raise _unfit(folder, error.strerror or str(error), expected) from error
+
+
+def _unfit(folder: str, got: str, expected: str) -> ConfigError:
+    return ConfigError(
+        f"engine.nvme_path: {folder} cannot hold the optimiser's state; got {got}, expected "
+        f"{expected}. Make it so, or set --engine.nvme_path to another folder."
+    )

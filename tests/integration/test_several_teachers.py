@@ -33,10 +33,7 @@ def test_every_two_options_meet_and_give_the_losses_of_one_process(tmp_path, mon
     for name, (ours, plain) in options.losses_of(rows, tmp_path).items():
         assert len(ours) == len(plain) == options.STEPS
         assert len(set(plain)) == options.STEPS, f"{rows[name]} learns nothing"
-        # Of a loss that has all but gone, rounding is a large part.
-        least = plain[0] / 10
-        worst = max(abs(a - b) / max(b, least) for a, b in zip(ours, plain, strict=True))
-        if not worst <= BOUND:
+        if not (worst := options.difference(ours, plain)) <= BOUND:
             wrong[name] = (worst, rows[name])
     assert wrong == {}
 

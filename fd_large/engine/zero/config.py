@@ -37,15 +37,17 @@ _NUMBER: Kind = (
     "a number of 0 or more",
     lambda value: type(value) in (int, float) and value >= 0,
 )
-_DTYPE: Kind = ('"fp16", "bf16" or "fp32"', lambda value: value in ("fp16", "bf16", "fp32"))
+_DTYPE: Kind = ('"bf16" or "fp32"', lambda value: value in ("bf16", "fp32"))
 _DEVICE: Kind = ('"cpu", "nvme" or "none"', lambda value: value in ("cpu", "nvme", "none"))
 _TEXT: Kind = ("a text", lambda value: isinstance(value, str))
 _STAGE: Kind = ("0, 1, 2 or 3", lambda value: type(value) is int and 0 <= value <= 3)
 _LIST: Kind = ("a list of names", lambda value: isinstance(value, list))
 _OBJECT: Kind = ("an object", lambda value: isinstance(value, dict))
 
-# The closed lists. A key of DeepSpeed that is not here either belongs to the recipe or has no
-# effect on this engine, and is refused.
+# The closed lists. A key of DeepSpeed that is not here belongs to the recipe, has no effect on this
+# engine, or would put shards in another order than checkpoints have (round_robin_gradients), and is
+# refused. `overlap_comm`, `contiguous_gradients` and `reduce_scatter` are heard at stage 3, and at
+# stages 1 and 2 where the optimiser is offloaded.
 _OFFLOAD = {"device": _DEVICE, "pin_memory": _BOOL, "buffer_count": _COUNT}
 _OFFLOAD_OPTIMIZER = {**_OFFLOAD, "nvme_path": _TEXT}
 _OFFLOAD_PARAM = {**_OFFLOAD, "buffer_size": _COUNT, "max_in_cpu": _COUNT}
@@ -65,7 +67,6 @@ _STAGE3_KEYS = {
 _STAGE12_KEYS = {
     "allgather_partitions": _BOOL,
     "allgather_bucket_size": _COUNT,
-    "round_robin_gradients": _BOOL,
 }
 _ANY_STAGE_KEYS = {
     "stage": _STAGE,
@@ -373,7 +374,7 @@ def _fill_disk(zero: dict[str, Any], stage: int, folder: str) -> None:
     if block.get("nvme_path", AUTO) == AUTO and not folder:
         raise ConfigError(
             f"{where}.nvme_path: got no folder, expected one on a local disk with 16 bytes a "
-            "parameter free. Set --engine.nvme_path FOLDER."
+            "parameter free, 18 with the weights there. Set --engine.nvme_path FOLDER."
         )
     _owned(block, "nvme_path", folder, "--engine.nvme_path", prefix=f"{where}.")
 

@@ -1,5 +1,7 @@
 """The optimiser's float32 state in files on a local disk, which the kernel pages in and out.
 
+With `offload_param` there, too, so are the bfloat16 weights.
+
 Masters, moments, gradients and the average of a rank are the tensors of DeepSpeed's offload to host
 memory; only the memory that they lie in is a mapped file. So all numbers are those of offload, and
 the kernel decides what stays in memory: pages that were not used for longest go to the disk.
@@ -14,12 +16,10 @@ The files have no names: nothing is left of them when the process ends, however 
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partialmethod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from fd_large import distributed
 from fd_large.engine.zero.optimizer import kept_by
 from fd_large.engine.zero.private_names import get, replace
-from fd_large.errors import ConfigError
 from fd_large.runtime import disks
 
 _STAGE_3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
@@ -48,7 +47,7 @@ class Disk:
     def zeros(self, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns so many zeros; their space on the disk is taken until they are freed."""
         size = dtype.itemsize * numel
-        with _refused(self._folder, size), tempfile.TemporaryFile(dir=self._folder) as file:
+        with disks.refused(self._folder, size), tempfile.TemporaryFile(dir=self._folder) as file:
             # A mapped page without space on the disk would end the process by a signal, later.
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
             # The mapping keeps the file alive, and no descriptor open.
@@ -81,46 +80,6 @@ class Disk:
         finally:
             for name, way in plain.items():
                 replace(stage_3, name, way)
-
-
-def check_folder(folder: str, needed: int) -> None:
-    """Looks whether a folder can hold the state of the ranks of this node.
-
-    Args:
-        folder: `engine.nvme_path`.
-        needed: Bytes of all of them.
-
-    Raises: ConfigError: if it is not there, not on a local disk, not writable or too full.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        raise _unfit(folder, "no such folder here", "one on a local disk of each node")
-    kind = disks.file_system(path)
-    if kind in disks.IN_MEMORY:
-        raise _unfit(folder, f"a folder in memory ({kind})", "one on a disk")
-    if kind in disks.OVER_A_NETWORK:
-        raise _unfit(folder, f"a folder over a network ({kind})", "one on a local disk")
-    with _refused(folder, 1), tempfile.TemporaryFile(dir=path) as file:
-        os.posix_fallocate(file.fileno(), 0, 1)
-    if (free := shutil.disk_usage(path).free) < needed:
-        has = f"{free / 1e9:,.2f} GB free"
-        raise _unfit(folder, has, f"{needed / 1e9:,.2f} GB for masters, moments and gradients")
-
-
-def _unfit(folder: str, got: str, expected: str) -> ConfigError:
-    return ConfigError(
-        f"engine.nvme_path: {folder} cannot hold the optimiser's state; got {got}, expected "
-        f"{expected}. Make it so, or set --engine.nvme_path to another folder."
-    )
-
-
-@contextmanager
-def _refused(folder: str, size: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        expected = f"a file of {size / 1e9:,.2f} GB"
-        raise _unfit(folder, error.strerror or str(error), expected) from error
 
 
 def _make_room(optimizer: Any, disk: Disk) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fd_large import distributed
-from fd_large.engine import block_wrappers
+from fd_large.engine import block_wrappers, host_memory
 from fd_large.engine.task import Task
 from fd_large.engine.zero import compiled_ops, partition
 from fd_large.engine.zero import config as ds
@@ -39,6 +38,7 @@ class Engine(NamedTuple):
         config: The JSON that DeepSpeed was given.
         gate: The gate in front of each optimiser step.
         disk: Holds the optimiser's float32 state; None: it is in memory.
+        gradients: What stays in memory and holds gradients.
     """
 
     deepspeed: Any
@@ -47,6 +47,7 @@ class Engine(NamedTuple):
     config: dict[str, Any]
     gate: StepGate
     disk: Disk | None = None
+    gradients: Sequence[Tensor] = ()
 
 
 def build_engine(
@@ -126,15 +127,6 @@ def build_engine(
     bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)
     if stage == 0:
         bucket = gradient_bucket(sum(parameter.numel() for parameter in task.parameters()))
-    spare_passes(engine, bucket=bucket)
-    give_back_memory()
-    return Engine(engine, task, stage, config, StepGate(optimizer), disk)
-
-
-def give_back_memory() -> None:
-    """Gives the host memory that was freed back to the system, where the C library can.
-
-    Building leaves holes between what stays: 1.4 GB of a process with a billion parameters.
-    """
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(ctypes.c_size_t(0))
+    gradients = spare_passes(engine, bucket=bucket)
+    host_memory.give_back()
+    return Engine(engine, task, stage, config, StepGate(optimizer), disk, gradients)

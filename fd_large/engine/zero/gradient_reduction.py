@@ -43,31 +43,32 @@ _STAGE_1_2 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
 # Buckets that are on their way at a time in memory of their own.
 _MOST_COPIES = 2
 # Elements whose squares are summed at a time.
-_STRETCH = 1 << 16
+_NORM_CHUNK = 1 << 16
 
 
-def spare_passes(engine: Any, *, bucket: int) -> None:
+def spare_passes(engine: Any, *, bucket: int) -> Sequence[Tensor]:
     """Replaces DeepSpeed's reduction and clipping where the table above says so.
 
     Args:
         engine: DeepSpeed's engine, before its first forward.
         bucket: Number of elements that are reduced together.
+
+    Returns: what stays in memory and holds gradients.
     """
     if isinstance(engine.optimizer, get("deepspeed.runtime.bf16_optimizer:BF16_Optimizer")):
-        _Float32Sums(engine, bucket)
-    elif isinstance(engine.optimizer, get(_STAGE_1_2)):
-        if not engine.optimizer.cpu_offload:
-            _Shards(engine, bucket)
-    elif engine.zero_optimization_stage() == 0:
-        _WholeGradients(engine, bucket)
-    elif engine.zero_optimization_stage() == 3:
-        # After a step DeepSpeed would gather the small tensors that stay whole in a message each,
-        # and wait for the device. The next forward pass gathers them with their neighbours.
-        replace(engine.optimizer, "persistent_parameters", [])
+        return _Float32Sums(engine, bucket).kept
+    if isinstance(engine.optimizer, get(_STAGE_1_2)):
+        return [] if engine.optimizer.cpu_offload else _Shards(engine, bucket).kept
+    if engine.zero_optimization_stage() == 0:
+        return _WholeGradients(engine, bucket).kept
+    # After a step DeepSpeed would gather the small tensors that stay whole in a message each,
+    # and wait for the device. The next forward pass gathers them with their neighbours.
+    replace(engine.optimizer, "persistent_parameters", [])
+    return [engine.optimizer.grad_partitions_flat_buffer]
 
 
-def _stretches(size: int, bucket: int) -> list[tuple[int, int, int | None]]:
-    """Cuts a flat group of gradients into (begin, end, owner); owner None: of several ranks."""
+def _cuts(size: int, bucket: int) -> list[tuple[int, int, int | None]]:
+    """Cuts a flat group of gradients into (begin, end, owner); None: several ranks step it."""
     world = distributed.world_size()
     if world > MOST_OWNERS:
         return [(begin, min(begin + bucket, size), None) for begin in range(0, size, bucket)]
@@ -144,7 +145,7 @@ class _Reductions(_InOrder):
     ) -> None:
         super().__init__(needs)
         self._engine, self._buckets, self._owners = engine, buckets, owners
-        self._works: list[tuple[Any, Tensor, Tensor]] = []
+        self._works: list[tuple[Any, Tensor, Tensor, int | None]] = []
 
     def _start(self, bucket: int) -> None:
         if distributed.world_size() == 1:
@@ -154,17 +155,17 @@ class _Reductions(_InOrder):
         if own.dtype != dtype and len(self._works) == _MOST_COPIES:
             self._settle()
         sent = own.to(dtype)
-        work = _summed(sent, self._owners[bucket])
-        self._works.append((work, sent, own))
+        owner = self._owners[bucket]
+        self._works.append((_summed(sent, owner), sent, own, owner))
 
     def _settle_all(self) -> None:
         while self._works:
             self._settle()
 
     def _settle(self) -> None:
-        work, sent, own = self._works.pop(0)
+        work, sent, own, owner = self._works.pop(0)
         work.wait()
-        if sent is not own:
+        if sent is not own and owner in (None, distributed.rank()):
             own.copy_(sent)
 
 
@@ -173,8 +174,11 @@ class _WholeGradients:
 
     def __init__(self, engine: Any, bucket: int) -> None:
         self._engine = engine
+        self.kept: list[Tensor] = []
         if distributed.world_size() > 1:
-            replace(engine, "buffered_allreduce_fallback", _Averages(engine, bucket).finish)
+            averages = _Averages(engine, bucket)
+            self.kept = averages.kept
+            replace(engine, "buffered_allreduce_fallback", averages.finish)
         else:
             replace(engine, "buffered_allreduce_fallback", lambda *_, **__: None)
         replace(engine, "clip_fp32_gradients", lambda: None)
@@ -209,6 +213,7 @@ class _Averages:
             left -= parameter.numel()
             rows[-1].append(parameter)
         flats = [row[0].new_zeros(sum(p.numel() for p in row)) for row in rows]
+        self.kept = flats
         self._views: dict[nn.Parameter, Tensor] = {}
         needs = [len(row) for row in rows]
         self._reductions = _Reductions(engine, flats, needs, [None] * len(rows))
@@ -247,6 +252,7 @@ class _Float32Sums:
 
     def __init__(self, engine: Any, bucket: int) -> None:
         self._engine, self._optimizer = engine, engine.optimizer
+        self.kept = engine.optimizer.fp32_groups_gradients_flat
         replace(engine, "buffered_allreduce_fallback", self._reduce)
         replace(engine.optimizer, "_update_hp_grad", self._add)
         replace(engine.optimizer, "clear_hp_grads", self._begin)
@@ -258,7 +264,7 @@ class _Float32Sums:
         cut = []
         self._buckets_of: dict[tuple[int, int], list[int]] = {}
         for group, flat in enumerate(self._optimizer.fp32_groups_gradients_flat):
-            for begin, end, owner in _stretches(flat.numel(), bucket):
+            for begin, end, owner in _cuts(flat.numel(), bucket):
                 # Backward comes to a group's last parameters first.
                 cut.append((-begin / flat.numel(), group, begin, owner, flat[begin:end]))
         cut.sort(key=lambda one: one[:3])
@@ -325,14 +331,14 @@ class _Float32Sums:
 
 
 class _Bucket(NamedTuple):
-    """A stretch of a flat group of parameters.
+    """Neighbours in a flat group of parameters.
 
     Attributes:
         group: Number of the group.
         begin: First element in the group.
         size: Number of elements.
         owner: The rank that steps all of it; None: each rank steps a part.
-        parts: (parameter, its first element here, behind its last, place in the stretch).
+        parts: (parameter, its first element here, behind its last, place in the bucket).
     """
 
     group: int
@@ -367,14 +373,18 @@ class _Shards(_InOrder):
         for number, one in enumerate(self._buckets):
             for parameter, *_ in one.parts:
                 self._buckets_of.setdefault(parameter, []).append(number)
-        self._shards = self._new_shards()
+        groups, sizes = self._optimizer.bit16_groups, self._optimizer.partition_size
+        self._shards = [
+            torch.zeros(size, device=group[0].device)
+            for group, size in zip(groups, sizes, strict=True)
+        ]
         # As `plan/memory.py` counts them, and at least the largest bucket.
-        groups = self._optimizer.bit16_groups
         total = sum(parameter.numel() for group in groups for parameter in group)
         share = total if self._world > MOST_OWNERS else -(-total // self._world)
         size = max(min(bucket, share), *(one.size for one in self._buckets))
         sent = engine.communication_data_type
         self._spare = [self._shards[0].new_empty(size, dtype=sent) for _ in range(_MOST_COPIES)]
+        self.kept = [*self._shards, *self._spare]
         self._works: list[tuple[Any, Tensor, Tensor]] = []
         self._first = True
         self._at_boundary_only = engine.zero_optimization_stage() == 1
@@ -383,23 +393,17 @@ class _Shards(_InOrder):
         replace(self._optimizer, "overlapping_partition_gradients_reduce_epilogue", self._reduce)
         replace(self._optimizer, "scaled_global_norm", self._norm)
 
-    def _new_shards(self) -> list[Tensor]:
-        groups, sizes = self._optimizer.bit16_groups, self._optimizer.partition_size
-        return [
-            torch.zeros(size, device=group[0].device)
-            for group, size in zip(groups, sizes, strict=True)
-        ]
-
     def _cut(self, bucket: int) -> list[_Bucket]:
         """Cuts the groups into buckets, in about the order in which backward completes them."""
         cut = []
         for group, parameters in enumerate(self._optimizer.bit16_groups):
             size = self._optimizer.partition_size[group] * self._world
-            for begin, end, owner in _stretches(size, bucket):
+            first = self._optimizer.bit16_groups_flat[group].storage_offset()
+            for begin, end, owner in _cuts(size, bucket):
                 parts = []
                 for parameter in parameters:
                     # DeepSpeed makes each parameter a view of its group.
-                    place = parameter.data.storage_offset()
+                    place = parameter.data.storage_offset() - first
                     low, high = max(begin, place), min(end, place + parameter.numel())
                     if low < high:
                         parts.append((parameter, low - place, high - place, low - begin))
@@ -420,7 +424,6 @@ class _Shards(_InOrder):
     @torch.no_grad()
     def _start(self, bucket: int) -> None:
         one = self._buckets[bucket]
-        self._shards = self._shards or self._new_shards()
         if len(self._works) == _MOST_COPIES:
             self._settle()
         filled = self._spare[bucket % _MOST_COPIES][: one.size]
@@ -467,21 +470,16 @@ class _Shards(_InOrder):
         self._first = self._engine.is_gradient_accumulation_boundary()
         if self._first:
             self._optimizer.averaged_gradients.update(enumerate(map(_Partition, self._shards)))
-            if self._shards[0].is_cuda:
-                # The optimiser frees them after its step, and the allocator keeps the memory at
-                # hand. On a CPU new memory costs more than what is copied into it.
-                self._shards = []
 
     def _norm(self, norm_type: float = 2) -> Tensor:
-        groups = self._optimizer.averaged_gradients.values()
-        return _norm([group.flat_partition for group in groups])
+        return _norm(self._shards)
 
 
 def _norm(shards: Sequence[Tensor]) -> Tensor:
     """Returns the norm of the shards of all ranks, float32; a collective.
 
-    In stretches, whose float32 sums are exact to about 1e-7; DeepSpeed makes float64 copies.
+    In chunks, whose float32 sums are exact to about 1e-7; DeepSpeed makes float64 copies.
     """
-    stretches = [stretch for shard in shards for stretch in shard.split(_STRETCH)]
-    square = torch.nn.utils.get_total_norm(stretches).double().square()
+    chunks = [chunk for shard in shards for chunk in shard.split(_NORM_CHUNK)]
+    square = torch.nn.utils.get_total_norm(chunks).double().square()
     return distributed.sum_tensor(square).sqrt().float()

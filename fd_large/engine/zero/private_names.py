@@ -145,6 +145,7 @@ ATTRIBUTES = {
         "_global_grad_norm",
         "averaged_gradients",
         "bit16_groups",
+        "bit16_groups_flat",
         "cpu_offload",
         "partition_size",
         "single_partition_of_fp32_groups",

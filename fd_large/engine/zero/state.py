@@ -115,6 +115,17 @@ def owned(engine: Engine) -> Iterator[tuple[str, Tensor, int, int]]:
             yield name, home.owner, home.offset, home.offset + home.master.numel()
 
 
+def written(engine: Engine) -> Iterator[Tensor]:
+    """Yields the tensors that a step changes: weights, masters, moments, gradients."""
+    yield from engine.gradients
+    for parameter in engine.task.parameters():
+        yield parameter.ds_tensor if partition.is_partitioned(parameter) else parameter.data
+    for _, owner, _, _ in owned(engine):
+        gradient = [] if owner.grad is None else [owner.grad]
+        moments = engine.gate.inner.state.get(owner, {}).values()
+        yield from (owner.data, *gradient, *(one for one in moments if isinstance(one, Tensor)))
+
+
 def has_average(engine: Engine) -> bool:
     """Returns whether this rank's state holds an average of the weights."""
     return any(EMA in engine.gate.inner.state[owner] for _, owner, _, _ in owned(engine))

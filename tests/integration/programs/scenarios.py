@@ -134,14 +134,19 @@ def plain_task(run: Run) -> Task:
     return task
 
 
-def plain_losses(
+def plain_losses(*arguments: Any, **named: Any) -> list[float]:
+    """The losses of `plain_steps`."""
+    return [loss for loss, _ in plain_steps(*arguments, **named)]
+
+
+def plain_steps(
     run: Run,
     updates: int = UPDATES,
     *,
     batches: Iterable[Batch] | None = None,
     schedule: CosineSchedule | None = None,
-) -> list[float]:
-    """One process, no engine: the reference of every scenario.
+) -> list[tuple[float, float]]:
+    """One process, no engine: loss and gradient norm of each step, the reference of every scenario.
 
     Args:
         run: The run.
@@ -157,20 +162,20 @@ def plain_losses(
         eps=run.optim.eps,
         foreach=False,
     )
-    schedule, losses = schedule or schedule_of(run), []
+    schedule, steps = schedule or schedule_of(run), []
     for update, batch in zip(range(updates), batches or made_up_batches(run), strict=False):
         task.before_step(update / schedule.total)
         (arguments,) = arguments_of_step(task, task, [batch], run.runtime.seed, count=1)
         loss, _ = task(**arguments)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(task.parameters(), run.optim.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(task.parameters(), run.optim.clip_norm)
         for group in optimizer.param_groups:
             group["lr"] = schedule.at_step(update)
         optimizer.step()
         task.after_step()
-        losses.append(loss.item())
-    return losses
+        steps.append((loss.item(), norm.item()))
+    return steps
 
 
 def made_up_batches(run: Run) -> Iterator[Batch]:
@@ -304,8 +309,8 @@ _known_sizes: dict[str, tuple[Sequence[int], Sequence[int]]] = {}
 
 def _sizes(run: Run) -> tuple[Sequence[int], Sequence[int]]:
     """Sizes of the student's and of the teachers' parameters, as the plan counts them."""
-    fields = run.to_dict()
-    key = json.dumps([fields.get(n) for n in ("student", "teacher", "teachers", "objective")])
+    elsewhere = ("engine", "optim", "batch")
+    key = json.dumps({n: part for n, part in run.to_dict().items() if n not in elsewhere})
     if key not in _known_sizes:
         load = workload(run)  # A count of the whole step.
         _known_sizes[key] = load.student_sizes, load.teacher_sizes

@@ -14,7 +14,7 @@ from unit.engine.conftest import batch_of
 from fd_large.engine.ema import Ema
 from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.zero import start, state
-from fd_large.engine.zero.disk import Disk, check_folder
+from fd_large.engine.zero.disk import Disk
 from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.optimizer import set_learning_rate
 from fd_large.errors import ConfigError
@@ -118,9 +118,9 @@ def test_an_engine_that_is_let_go_of_gives_its_space_back(one_rank, make_engine,
 def test_a_folder_that_cannot_hold_the_state_is_refused(tmp_path, monkeypatch, kind, got):
     monkeypatch.setattr(disks, "file_system", lambda path: kind)
     with pytest.raises(ConfigError, match=rf"engine\.nvme_path.*{got}"):
-        check_folder(str(tmp_path), 10**18)
+        disks.check_state_folder(str(tmp_path), 10**18)
     with pytest.raises(ConfigError, match="no such folder"):
-        check_folder(str(tmp_path / "none"), 1)
+        disks.check_state_folder(str(tmp_path / "none"), 1)
     assert not list(tmp_path.iterdir())
 
 
@@ -131,7 +131,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_fills_up_is_said_and_not_met_by_a_signal(tiny_disk, monkeypatch):
     with pytest.raises(ConfigError, match=r"in memory \(tmpfs\)"):
-        check_folder(str(tiny_disk), 1)
+        disks.check_state_folder(str(tiny_disk), 1)
     held = Disk(str(tiny_disk)).zeros(200_000)
     with pytest.raises(ConfigError, match="No space left"):
         Disk(str(tiny_disk)).zeros(200_000)

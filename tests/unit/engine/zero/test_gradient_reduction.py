@@ -81,7 +81,7 @@ def test_float32_sums_are_those_of_plain_addition(twin_rank, monkeypatch, rank):
                     expected[start : start + parameter.numel()] += parameter.grad.view(-1)
                 optimizer._update_hp_grad(parameter, 0, index, clear_lp_grads=micro == 1)
             assert boundary or not twin_rank
-        # Of the buckets at 11 (padding), 6, 5 and 0 none waits for the end, if each gradient came.
+        # No bucket (at 11, padding, 6, 5 and 0) waits for the end, if each gradient came.
         sent = [(1, 1), (1, 5), (0, 1), (0, 5)]
         assert twin_rank == (sent[:1] if update == 1 else sent)
         engine.buffered_allreduce_fallback(grads=None, elements_per_buffer=10)
@@ -171,7 +171,7 @@ class ZeroOptimizer:
     """What DeepSpeedZeroOptimizer knows of its parameters: two groups, each flat and padded."""
 
     def __init__(self):
-        self.bit16_groups, self.partition_size = [], []
+        self.bit16_groups, self.bit16_groups_flat, self.partition_size = [], [], []
         for shapes in (((3, 2), (5,), (2, 2)), ((3,),)):
             sizes = [torch.Size(shape).numel() for shape in shapes]
             flat = torch.zeros(-(-sum(sizes) // 4) * 4)
@@ -179,6 +179,7 @@ class ZeroOptimizer:
             self.bit16_groups.append(
                 [torch.nn.Parameter(v.view(s)) for v, s in zip(views, shapes, strict=True)]
             )
+            self.bit16_groups_flat.append(flat)
             self.partition_size.append(len(flat) // 2)
         self.averaged_gradients = {}
 
@@ -196,7 +197,7 @@ class ZeroOptimizer:
 def test_each_rank_has_the_means_of_what_it_steps(
     twin_rank, monkeypatch, stage, rank, most_owners, sent
 ):
-    """Of two steps of two micro batches; in the second, a parameter takes no part."""
+    """Two steps of two micro batches; a parameter takes no part in the second."""
     monkeypatch.setattr(gradient_reduction, "MOST_OWNERS", most_owners)
     monkeypatch.setattr(distributed, "rank", lambda: rank)
     optimizer, boundary = ZeroOptimizer(), False
@@ -211,7 +212,7 @@ def test_each_rank_has_the_means_of_what_it_steps(
     # The groups have partitions of 8 and 2 elements, cut at 5; the last ones come first.
     order = [(1, 2), (1, 5), (1, 1), (0, 3), (0, 5), (0, 2)]
     if most_owners == 1:
-        # Of both ranks: 15 elements of the first group, cut at 5 and 10, and 3 of the second.
+        # All ranks get 15 elements of the first group, cut at 5 and 10, and 3 of the second.
         order = [5, 5, 5, 3]
     generator = torch.Generator().manual_seed(0)
     for step in range(2):
