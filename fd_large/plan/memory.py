@@ -32,8 +32,8 @@ steps, with the two moments of AdamW (4P each; another optimiser may keep more o
   shards; K stays on the device.
 - On a disk (`offload_optimizer.device` nvme; our own files, docs/disk.md) are masters, moments and
   one gradient, in which gradients are summed and from which the optimiser steps: (8 + 4M)P/W of an
-  optimiser with M moments, 4P/W more for an average of the weights; with `offload_param` there, too,
-  bP/W of weights.
+  optimiser with M moments, 4P/W more for an average of the weights; with `offload_param` there,
+  too, bP/W of weights.
 - A stage 3 engine with `contiguous_gradients` owns one bucket of `reduce_bucket_size` elements, in
   the data type in which gradients are summed over ranks: in ds_configs/, those that offload.
 - The teacher takes BT whole; split over S ranks BT/S, tensor by tensor, and B times its tensors
