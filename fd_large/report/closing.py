@@ -80,9 +80,14 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
     status = files.summary.get("status")
     steps: list[tuple[str, list[str]]] = []
     if status == "done":
-        if str(files.recipe["data"]["root"]).startswith("builtin:"):
+        # What is stored of a teacher is of these images alone.
+        stored = any(cached_folder(one.get("source", "")) for one in _teachers(files).values())
+        if str(files.recipe["data"]["root"]).startswith("builtin:") and not stored:
             own = {"data.root": "FOLDER", "eval.root": "HELD_OUT_FOLDER"}
-            own["runtime.run_dir"] = f"{files.folder}-2"
+            # The command of one of several students is that of all.
+            is_one_of_several = files.folder.parent.name == "students"
+            group = files.folder.parents[1] if is_one_of_several else files.folder
+            own["runtime.run_dir"] = f"{group}-2"
             steps.append(("the same on your own images", _again(files, own)))
         steps += _of_task(files)
     elif status != RUNNING:
@@ -99,6 +104,10 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
     return [{"why": why, "command": shlex.join(words)} for why, words in steps]
 
 
+def _teachers(files: RunFiles) -> dict[str, dict[str, Any]]:
+    return files.recipe.get("teachers") or {"teacher": files.recipe.get("teacher") or {}}
+
+
 def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
     """What the run's task says is worth running after it."""
     name = files.recipe.get("task", {}).get("name", "distillation")
@@ -106,7 +115,7 @@ def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
         return []  # The user's own, whose code a report does not run.
     values = {"{run}": str(files.folder), "{data.root}": str(files.recipe["data"]["root"])}
     found = []
-    entries = files.recipe.get("teachers") or {"teacher": files.recipe.get("teacher") or {}}
+    entries = _teachers(files)
     # What stands for a teacher knows the training views alone.
     teachers = [name for name, one in entries.items() if not cached_folder(one.get("source", ""))]
     for why, steps in TASKS[name].next_steps:

@@ -7,8 +7,10 @@ import pytest
 from fd_large.runtime.hooks import Setting, Update
 
 
-def pytest_collection_finish():
-    """What is imported by now stays: full collections, of which runs make many, pass it by."""
+@pytest.fixture(autouse=True, scope="module")
+def _collections_pass_by_what_stays():
+    """Full collections, of which engines make many, pass by what is imported by now."""
+    gc.collect()
     gc.freeze()
 
 

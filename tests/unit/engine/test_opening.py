@@ -83,6 +83,9 @@ def test_only_what_is_trained_has_state_on_a_disk():
     sizes = (1000, 24)
     numbers = ds.RunNumbers(1, 1, 1, 1, 1.0, True, (*sizes, 5000), trained_sizes=sizes)
     run = registry.get("fd_swinv2g")
-    assert opening._disk_bytes([SimpleNamespace(run=run)], [numbers]) == 16 * sum(sizes)
-    run = replace(run, optim=replace(run.optim, ema_decay=0.9))
-    assert opening._disk_bytes([SimpleNamespace(run=run)], [numbers]) == 20 * sum(sizes)
+    there = {"zero_optimization": {"offload_param": {"device": "nvme"}}}
+    jobs = [SimpleNamespace(run=run)]
+    assert opening._disk_bytes(jobs, [numbers], {}) == 16 * sum(sizes)
+    assert opening._disk_bytes(jobs, [numbers], there) == 18 * sum(sizes)
+    jobs = [SimpleNamespace(run=replace(run, optim=replace(run.optim, ema_decay=0.9)))]
+    assert opening._disk_bytes(jobs, [numbers], {}) == 20 * sum(sizes)

@@ -159,3 +159,15 @@ def test_a_task_of_the_users_own_has_no_steps_of_its_own(run_of):
     (folder / "recipe.json").write_text(json.dumps(recipe))
     found = [pasted(step["command"])[0] for step in next_steps(read_run(folder))]
     assert found == ["tensorboard", "recipes"]
+
+
+def test_a_student_s_own_images_are_for_the_whole_group(make_run):
+    folder = make_run("runs/group/students/wide")
+    first, *_ = next_steps(read_run(folder))
+    words = first["command"].split()
+    assert words[words.index("--runtime.run_dir") + 1] == f"{folder.parents[1]}-2"
+
+
+def test_stored_targets_are_of_their_images_alone(make_run):
+    steps = next_steps(read_run(make_run(source="cached:targets")))
+    assert "own images" not in " ".join(step["why"] for step in steps)
