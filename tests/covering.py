@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 CANDIDATES = 30
@@ -68,16 +68,8 @@ def pairs_of(row: Row) -> Iterator[Pair]:
         yield from map(frozenset, itertools.combinations((row.run | part).items(), 2))
 
 
-def covering(
-    factors: Factors, cost: Callable[[Row], float] = lambda row: 1.0, seed: int = 0
-) -> list[Row]:
-    """Returns rows in which every pair of `Factors.pairs` meets.
-
-    Args:
-        factors: What is varied.
-        cost: What a row costs; the next one is that with the most new pairs for its cost.
-        seed: Seed of the draws.
-    """
+def covering(factors: Factors, seed: int = 0) -> list[Row]:
+    """Returns rows in which every pair of `Factors.pairs` meets."""
     draw, left, forbidden, rows = random.Random(seed), factors.pairs(), factors.forbidden(), []
     while left:
         wanted = sorted(left, key=sorted)
@@ -85,7 +77,7 @@ def covering(
             _row(factors, dict(draw.choice(wanted)), left, forbidden, draw)
             for _ in range(CANDIDATES)
         ]
-        rows.append(max(found, key=lambda row: len(left.intersection(pairs_of(row))) / cost(row)))
+        rows.append(max(found, key=lambda row: len(left.intersection(pairs_of(row)))))
         left = left.difference(pairs_of(rows[-1]))
     return rows
 

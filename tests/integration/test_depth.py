@@ -43,14 +43,16 @@ def test_a_killed_run_goes_on_to_the_bit(nyu: Path, calm: Path, tmp_path: Path) 
     assert any(name.endswith("running_var") for name in compared)
 
 
-def test_a_run_is_scored_on_three_ranks_as_on_two(nyu: Path, calm: Path, tmp_path: Path) -> None:
+def test_a_run_is_scored_on_any_number_of_ranks(nyu: Path, calm: Path, tmp_path: Path) -> None:
     in_run = scores_in(calm)
     assert json.loads((calm / "summary.json").read_text())["val_rmse"] == in_run["rmse"]
-    finished = dense_runs.evaluate(calm, nyu, tmp_path, ranks=3)
-    assert "rmse" in finished.outputs[0].lower()
-    assert not any("rmse" in output.lower() for output in finished.outputs[1:])
-    assert scores(tmp_path) == in_run
-    assert {path.name for path in tmp_path.glob("*.png")} == {"worst.png", "chosen.png"}
+    for ranks in (1, 3):
+        out = tmp_path / str(ranks)
+        finished = dense_runs.evaluate(calm, nyu, out, ranks=ranks)
+        assert "rmse" in finished.outputs[0].lower()
+        assert not any("rmse" in output.lower() for output in finished.outputs[1:])
+        assert scores(out) == in_run
+        assert {path.name for path in out.glob("*.png")} == {"worst.png", "chosen.png"}
 
 
 def test_a_run_predicts(nyu: Path, calm: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def test_building_holds_a_share_and_one_module(tmp_path: Path) -> None:
         assert result["held"] == pytest.approx(result["all"] / 2, rel=0.001)
 
 
-@pytest.mark.parametrize("updates", [100, pytest.param(1000, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("updates", [200, pytest.param(1000, marks=pytest.mark.sweep)])
 def test_many_updates_leave_memory_flat(updates: int, tmp_path: Path) -> None:
     # Ten epochs: ten loaders come and go.
     pictures = write_pictures(tmp_path / "pictures", 4 * updates // 10, size=24)

@@ -44,14 +44,17 @@ def test_a_killed_run_goes_on_to_the_bit(ade: Path, calm: Path, tmp_path: Path) 
     assert any(name.endswith("running_var") for name in compared)
 
 
-def test_a_run_is_scored_on_one_rank_as_on_two(ade: Path, calm: Path, tmp_path: Path) -> None:
+def test_a_run_is_scored_on_any_number_of_ranks(ade: Path, calm: Path, tmp_path: Path) -> None:
     in_run = scores_in(calm)
     assert json.loads((calm / "summary.json").read_text())["val_mIoU"] == in_run["mIoU"]
-    finished = dense_runs.evaluate(calm, ade, tmp_path, ranks=1)
-    assert "mIoU" in finished.outputs[0]
-    assert scores(tmp_path)["confusion"] == in_run["confusion"]
-    names = {path.name for path in tmp_path.glob("*.png")}
-    assert names == {"worst.png", "chosen.png", "confusion.png"}
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        finished = dense_runs.evaluate(calm, ade, out, ranks=ranks)
+        assert "mIoU" in finished.outputs[0]
+        assert not any("mIoU" in output for output in finished.outputs[1:])
+        assert scores(out)["confusion"] == in_run["confusion"]
+        names = {path.name for path in out.glob("*.png")}
+        assert names == {"worst.png", "chosen.png", "confusion.png"}
 
 
 def test_a_run_predicts(ade: Path, calm: Path, tmp_path: Path) -> None:

@@ -118,11 +118,6 @@ def phases(row: Row) -> list[tuple[int, int]]:
     return [(max(1, ranks - 1), STOP), last] if row.run["stopped"] else [last]
 
 
-def processes(row: Row) -> int:
-    """How many processes build and train a run, the plain one among them."""
-    return 1 + sum(ranks for ranks, _ in phases(row))
-
-
 def run_of(row: Row, name: str, folder: Path) -> Run:
     """The run that a row describes; its images and files of statistics are in the folder."""
     run = registry.get("quickstart")
@@ -238,12 +233,8 @@ def batches_of(job: Any, samples: Any, first: int, micro: int) -> Iterator[Batch
 
 
 def difference(ours: Sequence[float], plain: Sequence[float]) -> float:
-    """The largest relative difference of two lists of losses; inf where one is not finite.
-
-    Rounding is a large part of a loss that has all but gone: none counts for less than a tenth of
-    the first.
-    """
-    off = [abs(a - b) / max(b, plain[0] / 10) for a, b in zip(ours, plain, strict=True)]
+    """The largest relative difference of two lists of losses; inf where one is not finite."""
+    off = [abs(a - b) / b for a, b in zip(ours, plain, strict=True)]
     return max(off) if all(map(math.isfinite, off)) else math.inf
 
 
