@@ -96,6 +96,8 @@ class _InOrder(ABC):
 
     def __init__(self, needs: Sequence[int]) -> None:
         self._needs = needs
+        # What was sent and not waited for, the oldest first.
+        self._works: list[tuple[Any, ...]] = []
         self._begin()
 
     def _begin(self) -> None:
@@ -113,7 +115,8 @@ class _InOrder(ABC):
         """Sends the rest as it is, waits for all, and begins anew."""
         for bucket in range(self._next, len(self._needs)):
             self._start(bucket)
-        self._settle_all()
+        while self._works:
+            self._settle()
         self._begin()
 
     @abstractmethod
@@ -121,8 +124,8 @@ class _InOrder(ABC):
         """Sends a bucket."""
 
     @abstractmethod
-    def _settle_all(self) -> None:
-        """Waits for what was sent."""
+    def _settle(self) -> None:
+        """Waits for the oldest of what was sent."""
 
 
 class _Reductions(_InOrder):
@@ -145,7 +148,6 @@ class _Reductions(_InOrder):
     ) -> None:
         super().__init__(needs)
         self._engine, self._buckets, self._owners = engine, buckets, owners
-        self._works: list[tuple[Any, Tensor, Tensor, int | None]] = []
 
     def _start(self, bucket: int) -> None:
         if distributed.world_size() == 1:
@@ -157,10 +159,6 @@ class _Reductions(_InOrder):
         sent = own.to(dtype)
         owner = self._owners[bucket]
         self._works.append((_summed(sent, owner), sent, own, owner))
-
-    def _settle_all(self) -> None:
-        while self._works:
-            self._settle()
 
     def _settle(self) -> None:
         work, sent, own, owner = self._works.pop(0)
@@ -385,7 +383,6 @@ class _Shards(_InOrder):
         sent = engine.communication_data_type
         self._spare = [self._shards[0].new_empty(size, dtype=sent) for _ in range(_MOST_COPIES)]
         self.kept = [*self._shards, *self._spare]
-        self._works: list[tuple[Any, Tensor, Tensor]] = []
         self._first = True
         self._at_boundary_only = engine.zero_optimization_stage() == 1
         replace(self._optimizer, "process_gradients", self._take)
@@ -448,10 +445,6 @@ class _Shards(_InOrder):
         begin = one.begin - self._rank * shard.numel()
         low, high = max(begin, 0), min(begin + one.size, shard.numel())
         return shard[low : max(low, high)], max(0, low - begin)
-
-    def _settle_all(self) -> None:
-        while self._works:
-            self._settle()
 
     @torch.no_grad()
     def _settle(self) -> None:
