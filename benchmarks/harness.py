@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import platform
@@ -131,19 +130,3 @@ def save(figure: Any, path: Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
-
-
-def storages() -> dict[int, int]:
-    """Returns the bytes of every storage of a tensor of this process, by its address."""
-    import torch
-
-    gc.collect()
-    found = {}
-    for thing in gc.get_objects():
-        # type() rather than isinstance: lazy proxies must not be woken.
-        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type != "meta":
-            for tensor in (thing, thing.grad if thing.is_leaf else None):
-                if tensor is not None:
-                    storage = tensor.untyped_storage()
-                    found[storage.data_ptr()] = storage.nbytes()
-    return found

@@ -69,6 +69,7 @@ def the_run(placement: str, images: int, *, quick: bool) -> Any:
 def measure(arguments: argparse.Namespace) -> int:
     """Steps and counts; rank 0 writes."""
     from engines import job_of, noise, zero_engine
+    from tensor_storages import storages
     from torch.profiler import ProfilerActivity, profile
 
     from fd_large import distributed
@@ -96,7 +97,7 @@ def measure(arguments: argparse.Namespace) -> int:
     candidate = Candidate(stage=3, teacher=placement, micro_batch_size=images)
     planned = peak_memory(load, candidate, machine)
 
-    before = sum(harness.storages().values())
+    before = sum(storages().values())
     job = job_of(run, persistence_threshold=load.threshold)
     config = candidate.deepspeed()
     engine = zero_engine(run, job.make_task, config, micro_batch_size=images)
@@ -108,7 +109,7 @@ def measure(arguments: argparse.Namespace) -> int:
         engine.deepspeed.step()
 
     step()
-    held = sum(harness.storages().values()) - before
+    held = sum(storages().values()) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     live = most = 0

@@ -34,7 +34,7 @@ from typing import Any
 import harness
 from harness import RESULTS, ROOT
 
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 IMPORTING, BETWEEN = "importing", "between steps"
 PASSES, STEP = "teacher, forward, backward", "optimiser step"
@@ -133,6 +133,8 @@ def moved_bytes() -> tuple[int, int]:
 
 def tensor_bytes(teacher: Path, state: Path) -> dict[str, int]:
     """Returns the bytes of all tensors alive, by where they lie."""
+    from tensor_storages import storages
+
     names = {str(teacher): "teacher's file", str(state): "on disk"}
     spans = []
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -141,7 +143,7 @@ def tensor_bytes(teacher: Path, state: Path) -> dict[str, int]:
             begin, end = (int(value, 16) for value in ends.split("-"))
             spans.append((begin, end, kind))
     found = dict.fromkeys(["in memory", *names.values()], 0)
-    for address, size in harness.storages().items():
+    for address, size in storages().items():
         kind = next((k for begin, end, k in spans if begin <= address < end), "in memory")
         found[kind] += size
     return found

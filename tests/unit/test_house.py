@@ -1,6 +1,7 @@
 """The house: rooms import from lower floors only, and heavy packages stay in their rooms.
 
-Every import counts: inside functions and under TYPE_CHECKING as well.
+Every import counts: inside functions and under TYPE_CHECKING as well. Each test lists all that is
+broken.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ import ast
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-
-import pytest
 
 from fd_large.recipes.architectures import FAMILIES
 from fd_large.tasks.registry import FOLDERS as TASK_FOLDERS
@@ -149,13 +148,29 @@ def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
                 yield name if name in ROOMS else str(node.module)
 
 
+def all_hold(broken: list[str]) -> None:
+    """Fails with everything that breaks a rule, one a line."""
+    assert not broken, "\n".join(("", *broken))
+
+
+def test_imports_are_absolute() -> None:
+    all_hold(
+        [
+            f"{path.relative_to(PACKAGE)}: line {node.lineno} is a relative import"
+            for path in FILES
+            for node in parsed(path)[1]
+            if isinstance(node, ast.ImportFrom) and node.level
+        ]
+    )
+
+
 def test_imports_come_from_lower_floors() -> None:
+    broken = []
     for path in FILES:
         here = room(path)
         inside = str(path.relative_to(PACKAGE))
@@ -167,33 +182,43 @@ def test_imports_come_from_lower_floors() -> None:
                 # launch and watch are parts of distributed; the engine names the launch's type.
                 if here in ("distributed", "failures") and there in ("launch", "watch"):
                     allowed = True
-                assert allowed, f"{inside}: {here} (floor {FLOORS[here]}) imports {name}"
-            if package in ONLY_IN:
-                assert inside.startswith(ONLY_IN[package]), f"{inside} imports {package}"
-            if package == "triton":
-                assert path.name.endswith("_triton.py"), inside
+                if not allowed:
+                    broken.append(f"{inside}: {here} (floor {FLOORS[here]}) imports {name}")
+            if package in ONLY_IN and not inside.startswith(ONLY_IN[package]):
+                broken.append(f"{inside} imports {package}")
+            if package == "triton" and not path.name.endswith("_triton.py"):
+                broken.append(f"{inside} imports triton, and is no *_triton.py")
+    all_hold(broken)
 
 
 def test_the_engine_imports_no_task() -> None:
-    for path in FILES:
-        if room(path) == "engine":
-            assert not [name for name in imports(path) if name.startswith("fd_large.tasks")], path
+    all_hold(
+        [
+            f"{path.relative_to(PACKAGE)} imports {name}"
+            for path in FILES
+            if room(path) == "engine"
+            for name in imports(path)
+            if name.startswith("fd_large.tasks")
+        ]
+    )
 
 
 def test_a_whole_run_is_seen_by_few() -> None:
+    broken = []
     for path in FILES:
         if room(path) == "recipes":
             continue
         inside = path.relative_to(PACKAGE)
-        if not any(inside.match(pattern) for pattern in SEE_A_RUN):
-            found = {name for name in imports(path) if name.startswith("fd_large.recipes.")}
-            said = f"{inside}: take plain arguments, or a Job"
-            assert not found & {"fd_large.recipes.run"}, said
+        sees = any(inside.match(pattern) for pattern in SEE_A_RUN)
+        if not sees and "fd_large.recipes.run" in imports(path):
+            broken.append(f"{inside}: take plain arguments, or a Job")
+    all_hold(broken)
 
 
 def test_no_name_of_a_task_or_a_family_is_compared_outside_its_folder() -> None:
     names = {**{name: kind.folder for name, kind in TASKS.items()}, **{f: f for f in FAMILIES}}
     del names["timm"]  # The library is called so too.
+    broken = []
     for path in FILES:
         inside = str(path.relative_to(PACKAGE))
         for node in parsed(path)[1]:
@@ -205,55 +230,68 @@ def test_no_name_of_a_task_or_a_family_is_compared_outside_its_folder() -> None:
                     continue  # A key that is looked up, as COCO's "segmentation".
                 compared = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
                 for name in (compared & names.keys()) - NO_TASKS.get(inside, set()):
-                    said = f"{inside}: line {node.lineno} compares {name!r}"
-                    assert names[name] in path.parts, said
+                    if names[name] not in path.parts:
+                        broken.append(f"{inside}: line {node.lineno} compares {name!r}")
+    all_hold(broken)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("tasks/*/**/*.py")), ids=module)
-def test_a_task_imports_no_other_task(path: Path) -> None:
-    own = path.relative_to(PACKAGE).parts[1]
-    for name in imports(path):
-        if name.startswith("fd_large.tasks.") and own in FOLDERS | {"dense", "classification"}:
-            assert name.split(".")[2] not in FOLDERS - {own}
+def test_a_task_imports_no_other_task() -> None:
+    broken = []
+    for path in sorted(PACKAGE.glob("tasks/*/**/*.py")):
+        inside = path.relative_to(PACKAGE)
+        own = inside.parts[1]
+        for name in imports(path) if own in FOLDERS | {"dense", "classification"} else ():
+            if name.startswith("fd_large.tasks.") and name.split(".")[2] in FOLDERS - {own}:
+                broken.append(f"{inside} imports {name}")
+    all_hold(broken)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in FILES if room(path) in WITHOUT_TORCH],
-    ids=lambda p: str(p.relative_to(PACKAGE)),
-)
-def test_torch_is_not_imported_where_help_must_be_quick(path: Path) -> None:
+def test_torch_is_not_imported_where_help_must_be_quick() -> None:
     heavy = {"torch", "torchvision", "timm", "deepspeed", "fd_large.distributed"}
-    assert not {name for name in imports(path, top_level=True)} & heavy
+    all_hold(
+        [
+            f"{path.relative_to(PACKAGE)} imports {name}"
+            for path in FILES
+            if room(path) in WITHOUT_TORCH
+            for name in imports(path, top_level=True)
+            if name in heavy
+        ]
+    )
 
 
 def test_no_cycles() -> None:
-    graph = {module(path): {n for n in imports(path) if n in ROOMS} for path in FILES}
+    graph = {module(path): sorted({n for n in imports(path) if n in ROOMS}) for path in FILES}
     done: set[str] = set()
+    cycles = []
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
-        if name in done:
-            return
-        for other in graph[name] - {name}:
-            visit(other, (*trail, name))
-        done.add(name)
+        if name in trail:
+            cycles.append(" -> ".join((*trail[trail.index(name) :], name)))
+        elif name not in done:
+            for other in graph[name]:
+                if other != name:
+                    visit(other, (*trail, name))
+            done.add(name)
 
     for name in graph:
         visit(name, ())
+    all_hold(cycles)
 
 
 def test_tests_mirror_the_house() -> None:
     """The test of ROOM/FILE.py is ROOM/test_FILE.py, so that a test whose file is gone shows."""
     tests = Path(__file__).resolve().parent
     inside = [path.relative_to(tests) for path in tests.rglob("test_*.py")]
-    assert {str(path) for path in inside} >= OF_NO_FILE.keys()
-    for path in inside:
-        twin = PACKAGE / path.with_name(path.name.removeprefix("test_"))
-        found = twin.is_file() != (str(path) in OF_NO_FILE)
-        assert found, f"{path}: no {twin}; rename the test, or name it in OF_NO_FILE with a reason"
+    gone = sorted(OF_NO_FILE.keys() - {str(path) for path in inside})
+    broken = [f"{name}: in OF_NO_FILE, and gone" for name in gone]
+    for path in sorted(inside):
+        twin = path.with_name(path.name.removeprefix("test_"))
+        if (PACKAGE / twin).is_file() == (str(path) in OF_NO_FILE):
+            broken.append(f"{path}: a test of {twin}, or in OF_NO_FILE with a reason; not both")
+    all_hold(broken)
 
 
 def test_no_room_without_a_name() -> None:
     nameless = {"utils", "util", "helpers", "common", "misc", "tools"}
-    assert not [path for path in FILES if {path.stem, *path.parts} & nameless]
+    inside = [path.relative_to(PACKAGE) for path in FILES]
+    all_hold([str(path) for path in inside if {path.stem, *path.parts} & nameless])

@@ -14,6 +14,7 @@ from typing import Any
 import scenarios
 import torch
 from launch import write_result
+from tensor_storages import storages
 
 from fd_large import distributed, doors
 from fd_large.data.loader import Batch
@@ -69,12 +70,12 @@ def held(run: Run, zero: dict[str, Any]) -> dict[str, Any]:
     """What the ranks hold after a step, and what the plan says."""
     images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     batch = Batch(images, 0, torch.zeros(1), torch.zeros(1, dtype=int))
-    before = scenarios.storages()
+    before = storages()
     engine, teacher = scenarios.start_engine(run, dict(zero))
     set_learning_rate(engine.deepspeed.optimizer, 1e-4)
     forward_backward(engine, batch, 0)
     engine.deepspeed.step()
-    after = scenarios.storages()
+    after = storages()
     mine = sum(size for address, size in after.items() if address not in before)
     result = {
         "measured": distributed.gather_objects(mine),

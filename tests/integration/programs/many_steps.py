@@ -15,7 +15,8 @@ from types import SimpleNamespace
 
 import torch
 from launch import ROOT, write_result
-from scenarios import storages, tiny_run
+from scenarios import tiny_run
+from tensor_storages import storages
 
 from fd_large import distributed
 from fd_large.cli.ownership import owning

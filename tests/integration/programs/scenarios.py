@@ -24,6 +24,7 @@ import deepspeed
 import pytest
 import torch
 from launch import write_result
+from tensor_storages import storages
 
 from fd_large import distributed
 from fd_large.cli.plan import workload
@@ -319,20 +320,6 @@ def _sizes(run: Run) -> tuple[Sequence[int], Sequence[int]]:
 
 def _new_bytes(before: dict[int, int]) -> int:
     return sum(size for address, size in storages().items() if address not in before)
-
-
-def storages() -> dict[int, int]:
-    """Bytes of every tensor storage alive in this process, by address."""
-    gc.collect()
-    alive = {}
-    for thing in gc.get_objects():
-        # type() rather than isinstance: lazy proxies must not be woken.
-        if type(thing) in (torch.Tensor, torch.nn.Parameter):
-            for tensor in (thing, thing.grad if thing.is_leaf else None):
-                if tensor is not None and tensor.device.type != "meta":
-                    storage = tensor.untyped_storage()
-                    alive[storage.data_ptr()] = storage.nbytes()
-    return alive
 
 
 def same_collectives() -> None:
