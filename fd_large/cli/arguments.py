@@ -27,6 +27,7 @@ from typing import Annotated, Any, Generic, TypeVar, cast, get_type_hints
 from tyro.conf import Positional
 
 from fd_large import doors
+from fd_large.engine.zero.config import load
 from fd_large.errors import ConfigError, nearest
 from fd_large.launch import find_rank
 from fd_large.recipes import registry
@@ -48,6 +49,9 @@ log = logging.getLogger(__name__)
 HELP = frozenset({"-h", "--help"})
 # The deepspeed launcher passes it to whatever it starts.
 IGNORED = "local_rank"
+
+# Read with the flags, so that its mistakes are told with theirs.
+DEEPSPEED_CONFIG = "deepspeed_config"
 
 Own = TypeVar("Own")
 
@@ -242,6 +246,11 @@ class _Parser(Generic[Own]):
             raise HelpShown
         if base is not None:
             run = accepted(given, base.with_fields, self._mistakes)
+        if config := own.get(DEEPSPEED_CONFIG):
+            try:
+                load(config)
+            except ConfigError as error:
+                self._mistakes.append(str(error))
         if missing := [name for name in _required(self._kind) if name not in own]:
             self._mistakes += [self._missing(name) for name in missing if name not in self._invalid]
         else:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from fd_large import activity, shipped
+from fd_large import activity
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, WithRecipe, parse_with_recipe
 from fd_large.cli.ownership import owning
 from fd_large.cli.paths import paths_of, require_paths, require_sources
 from fd_large.data.packages import check_packages
+from fd_large.engine.zero import config as ds
 from fd_large.errors import LostRankError, check_all
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
@@ -57,9 +59,10 @@ def main(arguments: list[str]) -> int:
 
 
 def check_names(run: Run, *, deepspeed_config: str) -> None:
-    """Refuses names of files, folders, datasets and teachers that show to be wrong without torch.
+    """Refuses what shows to be wrong without torch, all of it at once.
 
-    Importing torch takes seconds; whoever mistypes a path knows it at once.
+    These are names of files, folders, datasets and teachers, and what DeepSpeed's JSON says.
+    Importing torch and reading weights takes seconds; whoever mistypes a path knows it at once.
 
     Args:
         run: The recipe.
@@ -67,11 +70,28 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
 
     Raises: FDError: the user's mistakes.
     """
-    shipped.deepspeed_config(deepspeed_config)
-    check_all(lambda: require_paths(paths_of(run)), lambda: require_sources(run))
-    check_packages(run.data.root, where="data.root")
-    check_packages(run.eval.root, where="eval.root")
-    check_packages(run.eval.knn_root, where="eval.knn_root")
+    roots = {"data.root": run.data.root, "eval.root": run.eval.root}
+    roots["eval.knn_root"] = run.eval.knn_root
+    check_all(
+        partial(_check_config, run, deepspeed_config),
+        lambda: require_paths(paths_of(run)),
+        partial(require_sources, run),
+        *(partial(check_packages, root, where=where) for where, root in roots.items()),
+    )
+
+
+def _check_config(run: Run, deepspeed_config: str) -> None:
+    """Holds the JSON against the recipe, as far as that can be done without ranks and device."""
+    precision, size = run.engine.precision, run.batch.micro_batch_size
+    ds.check_owned(
+        ds.load(deepspeed_config),
+        clip_norm=run.optim.clip_norm,
+        global_batch_size=run.batch.global_batch_size,
+        micro_batch_size=None if size == "auto" else size,
+        accumulation=None,
+        bfloat16=None if precision == "auto" else precision == "bfloat16",
+        nvme_path=run.engine.nvme_path,
+    )
 
 
 def train_run(

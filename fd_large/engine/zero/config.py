@@ -4,17 +4,21 @@ The JSON owns ZeRO stage, buckets, offload, hpZ and communication; the recipe ow
 rates, clipping and precision. A number that both could name is "auto" in the JSON. DeepSpeed never
 sees an "auto" (it takes `bf16.enabled: "auto"` for float32), an unknown key (it ignores those at
 the top level), or a setting that its stage would ignore.
+
+What the JSON alone decides is refused as it is read, without torch: the command line reads it with
+the flags. What needs the recipe follows in `check_owned`, what needs ranks and model in `fill`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fd_large import distributed, shipped
-from fd_large.errors import ConfigError, nearest
+from fd_large import shipped
+from fd_large.errors import ConfigError, check_all, nearest
 from fd_large.plan.buckets import gradient_bucket, prefetch_bucket
 from fd_large.plan.memory import persistence_threshold, sums_in_float32
 
@@ -51,6 +55,7 @@ _OBJECT: Kind = ("an object", lambda value: isinstance(value, dict))
 _OFFLOAD = {"device": _DEVICE, "pin_memory": _BOOL, "buffer_count": _COUNT}
 _OFFLOAD_OPTIMIZER = {**_OFFLOAD, "nvme_path": _TEXT}
 _OFFLOAD_PARAM = {**_OFFLOAD, "buffer_size": _COUNT, "max_in_cpu": _COUNT}
+_OFFLOADS = {"offload_optimizer": _OFFLOAD_OPTIMIZER, "offload_param": _OFFLOAD_PARAM}
 _STAGE3_KEYS = {
     "stage3_prefetch_bucket_size": _COUNT,
     "stage3_param_persistence_threshold": _COUNT,
@@ -102,6 +107,23 @@ _TOP: dict[str, Kind] = {
     "activation_checkpointing": _OBJECT,
     **dict.fromkeys(_BLOCKS, _OBJECT),
 }
+# Where an "auto" may stand: what `fill` replaces.
+_FILLED = frozenset(
+    {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "communication_data_type",
+        "bf16.enabled",
+        "data_types.grad_accum_dtype",
+        "zero_optimization.zero_hpz_partition_size",
+        "zero_optimization.stage3_param_persistence_threshold",
+        "zero_optimization.stage3_prefetch_bucket_size",
+        "zero_optimization.reduce_bucket_size",
+        "zero_optimization.offload_optimizer.nvme_path",
+    }
+)
 _OWNED_ELSEWHERE = {
     "optimizer": "The recipe owns the optimiser: set --optim.*",
     "scheduler": "The recipe owns the schedule: set --optim.*",
@@ -173,38 +195,108 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: cannot be read; got {error}, expected a JSON. Name another file."
         ) from None
-    check_keys(config, where=str(path))
+    check(config, where=str(path))
     return config
 
 
-def check_keys(config: Any, *, where: str) -> None:
-    """Refuses unknown keys at every level, with the nearest names, and values of another kind.
+def check(config: Any, *, where: str) -> None:
+    """Refuses what is wrong whatever the recipe, the model and the ranks are, all of it at once.
 
     Args:
         config: The JSON's content.
         where: What messages call it.
 
-    Raises: ConfigError: for the first that is refused.
+    Raises: ConfigError: with a line for each unknown key, value of another kind, and setting that
+        its stage would ignore.
     """
-    _mapping(config, where, "")
-    for key in config:
-        if key in _OWNED_ELSEWHERE:
-            raise ConfigError(
-                f"{where}: {key} is not the JSON's to set; got {config[key]!r}, expected no such "
-                f"key. {_OWNED_ELSEWHERE[key]}."
-            )
-    _known(config, _TOP, where, "")
-    _mapping(config.get("activation_checkpointing", {}), where, "activation_checkpointing")
+    wrong = list(_wrong_keys(config)) or list(_ignored(config))
+    if wrong:
+        raise ConfigError("\n".join(f"{where}: {line}" for line in wrong))
+
+
+def _wrong_keys(config: Any) -> Iterator[str]:
+    """Yields a line for each unknown key, with the nearest names, and value of another kind."""
+    if not isinstance(config, dict):
+        yield f"the file is not an object; got {config!r}, expected {{...}}. Correct it."
+        return
+    for key in (key for key in config if key in _OWNED_ELSEWHERE):
+        yield (
+            f"{key} is not the JSON's to set; got {config[key]!r}, expected no such key. "
+            f"{_OWNED_ELSEWHERE[key]}."
+        )
+    known = {key: value for key, value in config.items() if key not in _OWNED_ELSEWHERE}
+    yield from _wrong_in(known, _TOP, "")
     for block, keys in _BLOCKS.items():
-        if block in config:
-            _mapping(config[block], where, block)
-            _known(config[block], keys, where, f"{block}.")
+        yield from _wrong_in(config.get(block, {}), keys, f"{block}.")
     zero = config.get("zero_optimization", {})
-    offload = {"offload_optimizer": _OFFLOAD_OPTIMIZER, "offload_param": _OFFLOAD_PARAM}
-    for name, keys in offload.items():
-        if name in zero:
-            _mapping(zero[name], where, f"zero_optimization.{name}")
-            _known(zero[name], keys, where, f"zero_optimization.{name}.")
+    for name, keys in _OFFLOADS.items():
+        if isinstance(zero, dict):
+            yield from _wrong_in(zero.get(name, {}), keys, f"zero_optimization.{name}.")
+
+
+def _wrong_in(block: Any, keys: dict[str, Kind], prefix: str) -> Iterator[str]:
+    # A block that is no object is told of by the one that holds it.
+    for key, value in block.items() if isinstance(block, dict) else ():
+        name = f"{prefix}{key}"
+        if key not in keys:
+            yield f"{name}: no such key; {nearest(key, keys)}. Correct or remove it."
+        elif value == AUTO and name not in _FILLED:
+            yield (
+                f'{name}: the run does not fill this "auto", and DeepSpeed would take it for a '
+                f'value; got "auto", expected {keys[key][0]}. Give one or remove the key.'
+            )
+        elif value != AUTO and not keys[key][1](value):
+            yield f"{name}: invalid value; got {value!r}, expected {keys[key][0]}. Correct it."
+
+
+def _ignored(config: dict[str, Any]) -> Iterator[str]:
+    """Yields a line for each setting that has no effect at this stage or with this engine."""
+    zero, stage = config.get("zero_optimization", {}), stage_of(config)
+    silent = {1: _STAGE3_KEYS, 2: _STAGE3_KEYS, 3: _STAGE12_KEYS}.get(
+        stage, _BLOCKS["zero_optimization"].keys() - {"stage"}
+    )
+    for key in (key for key in zero if key in silent):
+        yield (
+            f"zero_optimization.{key}: DeepSpeed ignores it at stage {stage}; got "
+            f"{zero[key]!r}, expected no such key. Remove it or change the stage."
+        )
+    block = config.get("activation_checkpointing", {})
+    if asked := sorted(key for key, value in block.items() if value not in (False, None)):
+        yield (
+            "activation_checkpointing: DeepSpeed reads this block only in its own wrapper, which "
+            f"this engine does not use; got {', '.join(asked)}, expected none. Set "
+            "--student.activation_checkpointing every (or offload)."
+        )
+    block, weights = zero.get("offload_optimizer", {}), zero.get("offload_param", {})
+    blocks = {"zero_optimization.offload_optimizer": (block, {"device", "nvme_path"})}
+    if weights.get("device") == "nvme":
+        blocks["zero_optimization.offload_param"] = weights, {"device"}
+    if not offloads_to_disk(config):
+        if weights.get("device") == "nvme":
+            yield (
+                "zero_optimization.offload_param.device: weights are on a disk beside the "
+                f"optimiser's state; got nvme, and {block.get('device', 'none')!r} for "
+                "offload_optimizer.device, expected nvme for both. Use ds_configs/zero3_nvme.json "
+                'with "offload_param": {"device": "nvme"}.'
+            )
+        elif "nvme_path" in block:
+            yield (
+                "zero_optimization.offload_optimizer.nvme_path: the optimiser's state is in "
+                f"memory; got {block['nvme_path']!r}, expected no folder. Use "
+                "ds_configs/zero3_nvme.json, or leave the folder out."
+            )
+    elif stage != 3:
+        yield (
+            "zero_optimization.offload_optimizer.device: only stage 3 keeps its state on a disk; "
+            f"got nvme at stage {stage}, expected stage 3. Use ds_configs/zero3_nvme.json."
+        )
+    else:
+        for place, (keys, known) in blocks.items():
+            for other in sorted(keys.keys() - known):
+                yield (
+                    f"{place}.{other}: files are mapped into memory, not copied by buffers; got "
+                    f"{keys[other]!r}, expected no such key. Remove it."
+                )
 
 
 def stage_of(config: dict[str, Any]) -> int:
@@ -245,42 +337,81 @@ def for_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "zero_optimization": zero} if there else config
 
 
+def check_owned(
+    config: dict[str, Any],
+    *,
+    clip_norm: float,
+    global_batch_size: int,
+    micro_batch_size: int | None,
+    accumulation: int | None,
+    bfloat16: bool | None,
+    nvme_path: str,
+) -> None:
+    """Refuses values of the JSON that are the recipe's and differ from it, all of them at once.
+
+    Args:
+        config: What `load` returned.
+        clip_norm, bfloat16, nvme_path: See `RunNumbers`.
+        global_batch_size, micro_batch_size, accumulation: Images of a step, images per rank and
+            forward, micro batches per step.
+        micro_batch_size, accumulation, bfloat16: None where it is not known yet.
+
+    Raises: ConfigError: with a line for each.
+    """
+    bf16, types = config.get("bf16", {}), config.get("data_types", {})
+    batch, micro = "--batch.global_batch_size", "--batch.micro_batch_size"
+    owned = [
+        (config, "train_micro_batch_size_per_gpu", micro_batch_size, micro, ""),
+        (config, "gradient_accumulation_steps", accumulation, batch, ""),
+        (config, "train_batch_size", global_batch_size, batch, ""),
+        (config, "gradient_clipping", float(clip_norm), "--optim.clip_norm", ""),
+        (bf16, "enabled", bfloat16, "--engine.precision", "bf16."),
+    ]
+    if bfloat16:
+        # Gradients of micro batches are summed in float32 whatever the parameters are.
+        why = "fixed: gradients are summed in float32"
+        owned.append((types, "grad_accum_dtype", "fp32", why, "data_types."))
+    check_all(
+        partial(_check_stage_0, config, bfloat16=bfloat16),
+        *(partial(_check_same, *one) for one in owned if one[2] is not None),
+        partial(_check_disk, config, nvme_path),
+    )
+
+
 def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
     """Returns the JSON that DeepSpeed is given, with every "auto" replaced.
 
-    Raises: ConfigError: if JSON and recipe name different values, if a value does not fit the
-        stage or the number of ranks, or if an "auto" is left that the run does not fill.
+    Args:
+        config: What `load` returned.
+        numbers: Of the recipe, the ranks and the model.
+
+    Raises: ConfigError: if JSON and recipe name different values, or if a value does not fit the
+        number of ranks.
     """
-    filled = json.loads(json.dumps(config))
-    stage = stage_of(filled)
-    if stage == 0 and numbers.bfloat16:
-        raise ConfigError(
-            "zero_optimization.stage: stage 0 trains in float32 only (DeepSpeed's bfloat16 there "
-            "is 3.9e-2 off); got stage 0 and bfloat16, expected stage 1. Use "
-            "ds_configs/zero1.json, or --engine.precision float32."
-        )
     size, accumulation = numbers.micro_batch_size, numbers.accumulation
     global_batch = size * accumulation * numbers.world_size
-    _owned(filled, "train_micro_batch_size_per_gpu", size, "--batch.micro_batch_size")
-    _owned(filled, "gradient_accumulation_steps", accumulation, "--batch.global_batch_size")
-    _owned(filled, "train_batch_size", global_batch, "--batch.global_batch_size")
-    _owned(filled, "gradient_clipping", float(numbers.clip_norm), "--optim.clip_norm")
+    check_owned(
+        config,
+        clip_norm=numbers.clip_norm,
+        global_batch_size=global_batch,
+        micro_batch_size=size,
+        accumulation=accumulation,
+        bfloat16=numbers.bfloat16,
+        nvme_path=numbers.nvme_path,
+    )
+    filled = json.loads(json.dumps(config))
+    stage = stage_of(filled)
+    filled["train_micro_batch_size_per_gpu"] = size
+    filled["gradient_accumulation_steps"] = accumulation
+    filled["train_batch_size"] = global_batch
+    filled["gradient_clipping"] = float(numbers.clip_norm)
     bf16 = filled.setdefault("bf16", {})
-    _owned(bf16, "enabled", numbers.bfloat16, "--engine.precision", prefix="bf16.")
+    bf16["enabled"] = numbers.bfloat16
+    filled.pop("data_types", None)
     if numbers.bfloat16:
-        # Gradients of micro batches are summed in float32 whatever the parameters are.
-        types = filled.setdefault("data_types", {})
-        why = "fixed: gradients are summed in float32"
-        _owned(types, "grad_accum_dtype", "fp32", why, prefix="data_types.")
-    else:
-        filled.pop("data_types", None)
-    block = filled.pop("activation_checkpointing", {})
-    if asked := sorted(key for key, value in block.items() if value not in (False, None)):
-        raise ConfigError(
-            "activation_checkpointing: DeepSpeed reads this block only in its own wrapper, which "
-            f"this engine does not use; got {', '.join(asked)}, expected none. Set "
-            "--student.activation_checkpointing every (or offload)."
-        )
+        filled["data_types"] = {"grad_accum_dtype": "fp32"}
+    # It asks for nothing, or `check` had refused it.
+    filled.pop("activation_checkpointing", None)
     _fill_zero(filled, stage, numbers)
     _fill_sums(filled, numbers)
     if numbers.world_size == 1 and not numbers.bfloat16 and stage in (1, 2):
@@ -294,7 +425,6 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
     filled["zero_allow_untested_optimizer"] = True
     filled["zero_force_ds_cpu_optimizer"] = False
     filled.setdefault("steps_per_print", 10**9)
-    _no_auto_left(filled, "")
     return filled
 
 
@@ -307,7 +437,8 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
         zero["zero_hpz_partition_size"] = numbers.node_size if fits else 1
     if zero.get("stage3_param_persistence_threshold") == AUTO:
         zero["stage3_param_persistence_threshold"] = persistence_threshold(numbers.parameter_sizes)
-    _fill_disk(zero, stage, numbers.nvme_path)
+    if offloads_to_disk(filled):
+        zero["offload_optimizer"]["nvme_path"] = numbers.nvme_path
     by_size = {
         "reduce_bucket_size": gradient_bucket,
         "stage3_prefetch_bucket_size": prefetch_bucket,
@@ -315,15 +446,6 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
     for key, rule in by_size.items():
         if zero.get(key) == AUTO:
             zero[key] = rule(sum(numbers.trained_sizes))
-    silent = {1: _STAGE3_KEYS, 2: _STAGE3_KEYS, 3: _STAGE12_KEYS}.get(
-        stage, _BLOCKS["zero_optimization"].keys() - {"stage"}
-    )
-    for key in zero:
-        if key in silent:
-            raise ConfigError(
-                f"zero_optimization.{key}: DeepSpeed ignores it at stage {stage}; got "
-                f"{zero[key]!r}, expected no such key. Remove it or change the stage."
-            )
     if zero.get("zero_quantized_gradients") and numbers.node_size >= numbers.world_size:
         raise ConfigError(
             "zero_optimization.zero_quantized_gradients: DeepSpeed quantises gradients between "
@@ -339,44 +461,33 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
         )
 
 
-def _fill_disk(zero: dict[str, Any], stage: int, folder: str) -> None:
-    block, weights = zero.get("offload_optimizer", {}), zero.get("offload_param", {})
-    if not offloads_to_disk({"zero_optimization": zero}):
-        if weights.get("device") == "nvme":
-            raise ConfigError(
-                "zero_optimization.offload_param.device: weights are on a disk beside the "
-                f"optimiser's state; got nvme, and {block.get('device', 'none')!r} for "
-                "offload_optimizer.device, expected nvme for both. Use ds_configs/zero3_nvme.json "
-                'with "offload_param": {"device": "nvme"}.'
-            )
-        if folder or "nvme_path" in block:
+def _check_stage_0(config: dict[str, Any], *, bfloat16: bool | None) -> None:
+    if stage_of(config) == 0 and bfloat16:
+        raise ConfigError(
+            "zero_optimization.stage: stage 0 trains in float32 only (DeepSpeed's bfloat16 there "
+            "is 3.9e-2 off); got stage 0 and bfloat16, expected stage 1. Use "
+            "ds_configs/zero1.json, or --engine.precision float32."
+        )
+
+
+def _check_disk(config: dict[str, Any], folder: str) -> None:
+    """Refuses a folder that JSON and recipe do not agree on."""
+    if not offloads_to_disk(config):
+        if folder:
             raise ConfigError(
                 "engine.nvme_path: the DeepSpeed JSON keeps the optimiser's state in memory; got "
-                f"{folder or block['nvme_path']!r}, expected no folder. Use "
-                "ds_configs/zero3_nvme.json, or leave the folder out."
+                f"{folder!r}, expected no folder. Use ds_configs/zero3_nvme.json, or leave the "
+                "folder out."
             )
         return
     where = "zero_optimization.offload_optimizer"
-    if stage != 3:
-        raise ConfigError(
-            f"{where}.device: only stage 3 keeps its state on a disk; got nvme at stage {stage}, "
-            "expected stage 3. Use ds_configs/zero3_nvme.json."
-        )
-    blocks = {where: (block, {"device", "nvme_path"})}
-    if weights.get("device") == "nvme":
-        blocks["zero_optimization.offload_param"] = weights, {"device"}
-    for place, (keys, known) in blocks.items():
-        if others := sorted(keys.keys() - known):
-            raise ConfigError(
-                f"{place}.{others[0]}: files are mapped into memory, not copied by buffers; got "
-                f"{keys[others[0]]!r}, expected no such key. Remove it."
-            )
-    if block.get("nvme_path", AUTO) == AUTO and not folder:
+    if (nvme_path(config) or AUTO) == AUTO and not folder:
         raise ConfigError(
             f"{where}.nvme_path: got no folder, expected one on a local disk with 16 bytes a "
             "parameter free, 18 with the weights there. Set --engine.nvme_path FOLDER."
         )
-    _owned(block, "nvme_path", folder, "--engine.nvme_path", prefix=f"{where}.")
+    block = config["zero_optimization"]["offload_optimizer"]
+    _check_same(block, "nvme_path", folder, "--engine.nvme_path", f"{where}.")
 
 
 def _check_groups(numbers: RunNumbers) -> None:
@@ -401,30 +512,7 @@ def _fill_sums(filled: dict[str, Any], numbers: RunNumbers) -> None:
     filled["communication_data_type"] = "fp32" if wide else "bf16"
 
 
-def _mapping(value: Any, where: str, name: str) -> None:
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f"{where}: {name or 'the file'} is not an object; got {value!r}, expected {{...}}. "
-            "Correct it."
-        )
-
-
-def _known(block: dict[str, Any], keys: dict[str, Kind], where: str, prefix: str) -> None:
-    for key, value in block.items():
-        if key not in keys:
-            raise ConfigError(
-                f"{where}: {prefix}{key}: no such key; {nearest(key, keys)}. Correct or remove it."
-            )
-        expected, fits = keys[key]
-        # Objects are checked one by one; whether an "auto" is filled is checked in `fill`.
-        if value != AUTO and expected != "an object" and not fits(value):
-            raise ConfigError(
-                f"{where}: {prefix}{key}: invalid value; got {value!r}, expected {expected}. "
-                "Correct it."
-            )
-
-
-def _owned(block: dict[str, Any], key: str, value: Any, field: str, *, prefix: str = "") -> None:
+def _check_same(block: dict[str, Any], key: str, value: Any, field: str, prefix: str) -> None:
     given = block.get(key, AUTO)
     same_kind = isinstance(given, bool) == isinstance(value, bool)
     if given != AUTO and not (same_kind and given == value):
@@ -433,23 +521,13 @@ def _owned(block: dict[str, Any], key: str, value: Any, field: str, *, prefix: s
             f'{value!r} from the recipe and the ranks ({field}). Write "auto" in the JSON, or '
             "change the recipe."
         )
-    block[key] = value
-
-
-def _no_auto_left(value: Any, name: str) -> None:
-    if isinstance(value, dict):
-        for key, child in value.items():
-            _no_auto_left(child, f"{name}.{key}" if name else key)
-    elif value == AUTO:
-        raise ConfigError(
-            f'{name}: the run does not fill this "auto", and DeepSpeed would take it for a value; '
-            'got "auto", expected a number. Give one or remove the key.'
-        )
 
 
 def computes_in_bfloat16(precision: str) -> bool:
     """Resolves `engine.precision`: "auto" is bfloat16 on GPUs, and float32 on CPUs (faster)."""
     if precision == "auto":
+        from fd_large import distributed  # It imports torch.
+
         return distributed.device().type == "cuda"
     return precision == "bfloat16"
 
@@ -459,6 +537,8 @@ def ranks_of_a_node(stated: int, local_world_size: int) -> int:
 
     Raises: ConfigError: if the nodes would be of unequal size.
     """
+    from fd_large import distributed  # It imports torch.
+
     size = stated or local_world_size
     if distributed.world_size() % size:
         raise ConfigError(

@@ -20,6 +20,10 @@ MISTAKES = {
         *("data.root", "eval.root", "teacher.source"),
     ],
     "train --deepspeed_config zero3 --student.init /no/run": ["student.init"],
+    "train --deepspeed_config wrong.json --optim.epoch 1": ["wrong.json: a", "--optim.epoch"],
+    # What JSON and recipe say of one thing.
+    "train --deepspeed_config clips.json --data.root /no/a": ["gradient_clipping", "data.root"],
+    "transfer --deepspeed_config wrong.json": ["wrong.json: a"],
     # Mistyped names make teachers of their own.
     "train --deepspeed_config zero3 --teachers.coarse.source no.pt --teachers.corse.beta 1": [
         *("teachers.coarse.source", "teachers.corse"),
@@ -46,6 +50,8 @@ from fd_large.cli.main import main
 for line in json.loads(sys.argv[1]):
     print(f"# {main(line.split())} {'torch' in sys.modules}", file=sys.stderr)
 """
+    (tmp_path / "wrong.json").write_text('{"a": 1}')
+    (tmp_path / "clips.json").write_text('{"gradient_clipping": 7}')
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(list(MISTAKES))],
         cwd=tmp_path,

@@ -41,7 +41,7 @@ def _zero(stage, **keys):
         ({"scheduler": {}}, "--optim."),
         ({"fp16": {"enabled": True}}, "--engine.precision"),
         ({"compile": {"deepcompile": True}}, "Remove it"),
-        ({"zero_optimization": 3}, "not an object"),
+        ({"zero_optimization": 3}, "expected an object"),
         (_zero("3"), "expected 0, 1, 2 or 3"),
         (_zero(True), "expected 0, 1, 2 or 3"),
         (_zero(3.0), "expected 0, 1, 2 or 3"),
@@ -51,11 +51,24 @@ def _zero(stage, **keys):
         (_zero(3, zero_hpz_partition_size="2"), "whole number"),
         (_zero(3, offload_param={"device": "disk"}), '"cpu", "nvme" or "none"'),
         (_zero(3, offload_optimizer={"device": "nvme", "nvme_path": 3}), "a text"),
-        (_zero(3, offload_param=None), "not an object"),
+        (_zero(3, offload_param=None), "expected an object"),
         ({"communication_data_type": "fp8"}, "fp32"),
         ({"comms_logger": {"enabled": "x"}}, "true or false"),
         ({"steps_per_print": "x"}, "whole number"),
         ({"prescale_gradients": True}, "no such key"),
+        (_zero(2, offload_param={"device": "cpu"}), "ignores it at stage 2"),
+        (_zero(2, zero_hpz_partition_size=2), "ignores it at stage 2"),
+        (_zero(1, sub_group_size=5), "ignores it at stage 1"),
+        (_zero(2, offload_optimizer=ON_DISK), "only stage 3"),
+        (_zero(3, offload_optimizer={"device": "cpu", "nvme_path": "/a"}), "zero3_nvme.json"),
+        (_zero(3, offload_optimizer={"device": "nvme", "pin_memory": True}), "pin_memory: files"),
+        (_zero(3, offload_param={"device": "nvme"}), "expected nvme for both"),
+        (
+            _zero(3, offload_optimizer=ON_DISK, offload_param={"device": "nvme", "max_in_cpu": 3}),
+            "offload_param.max_in_cpu: files",
+        ),
+        (_zero(3, stage3_max_live_parameters="auto"), "does not fill"),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "--student.activation"),
     ],
 )
 def test_load_refuses_with_the_remedy(tmp_path, config, said):
@@ -106,26 +119,11 @@ def test_hpz_is_off_on_a_single_node():
         ({"bf16": {"enabled": False}, **_zero(1)}, "--engine.precision"),
         ({"data_types": {"grad_accum_dtype": "bf16"}, **_zero(1)}, "float32"),
         (_zero(0), "zero1.json"),
-        (_zero(2, offload_param={"device": "cpu"}), "ignores it at stage 2"),
-        (_zero(2, zero_hpz_partition_size=2), "ignores it at stage 2"),
         (_zero(3, zero_hpz_partition_size=3), "expected a divisor"),
         (_zero(3, offload_optimizer={"device": "nvme"}), "--engine.nvme_path FOLDER"),
-        (_zero(2, offload_optimizer=ON_DISK), "only stage 3"),
-        (_zero(3, offload_optimizer={"device": "cpu", "nvme_path": "/a"}), "zero3_nvme.json"),
-        (_zero(3, offload_optimizer={"device": "nvme", "pin_memory": True}), "pin_memory: files"),
-        (_zero(3, offload_param={"device": "nvme"}), "expected nvme for both"),
-        (
-            _zero(3, offload_optimizer=ON_DISK, offload_param={"device": "nvme", "max_in_cpu": 3}),
-            "offload_param.max_in_cpu: files",
-        ),
-        (_zero(3, stage3_max_live_parameters="auto"), "auto"),
-        (
-            {"activation_checkpointing": {"cpu_checkpointing": True}, **_zero(1)},
-            "--student.activation",
-        ),
     ],
 )
-def test_fill_refuses_clashes_and_silent_settings(config, said):
+def test_fill_refuses_clashes(config, said):
     with pytest.raises(ConfigError, match=said):
         ds.fill(config, NUMBERS)
 
@@ -185,9 +183,6 @@ def test_one_rank_has_nothing_to_split():
     assert ds.fill(_zero(1), alone._replace(bfloat16=True))["zero_optimization"]["stage"] == 1
     on_host = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     assert ds.fill(on_host, alone)["zero_optimization"]["stage"] == 2
-    # What the stage that was asked for would ignore is still refused.
-    with pytest.raises(ConfigError, match="ignores it at stage 1"):
-        ds.fill({"zero_optimization": {"stage": 1, "sub_group_size": 5}}, alone)
 
 
 def test_the_run_names_the_disk_and_deepspeed_is_told_of_host_memory():
@@ -202,3 +197,16 @@ def test_the_run_names_the_disk_and_deepspeed_is_told_of_host_memory():
         ds.fill(_zero(3), numbers)
     with pytest.raises(ConfigError, match="disagree"):
         ds.fill(_zero(3, offload_optimizer={**ON_DISK, "nvme_path": "/other"}), numbers)
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path):
+    config = {"gradient_cliping": 1, **_zero(7, offload_optimizer={"devise": "cpu"})}
+    with pytest.raises(ConfigError) as caught:
+        ds.load(_write(tmp_path, config))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    for name in ("gradient_cliping", "optimization.stage", "offload_optimizer.devise"):
+        assert sum(name in line for line in lines) == 1
+    with pytest.raises(ConfigError) as caught:
+        ds.fill({"gradient_clipping": 1.0, "train_batch_size": 3}, NUMBERS)
+    assert len(str(caught.value).splitlines()) == 3  # The third: stage 0 in bfloat16.
