@@ -96,7 +96,7 @@ def share(
         engine=replace(run.engine, precision=precision),
     )
     # Its warning about random weights would be noise here.
-    logging.getLogger("fd_large.tasks.distillation.job").setLevel(logging.ERROR)
+    logging.getLogger("fd_large.tasks.distillation.built_teacher").setLevel(logging.ERROR)
     return Setting(run, ds.computes_in_bfloat16(precision), job_of(run), peer_repo)
 
 

@@ -80,7 +80,7 @@ def measure(run: Run, *, deepspeed_config: str, out: str, views: int, target: st
     from fd_large.tasks.distillation import target_statistics
     from fd_large.tasks.distillation.held_out import Crops, HeldOutViews
     from fd_large.tasks.distillation.job import DistillationJob
-    from fd_large.tasks.distillation.section import label
+    from fd_large.tasks.distillation.section import labels_of
     from fd_large.tasks.distillation.task import Distillation
     from fd_large.tasks.jobs import job_of
 
@@ -91,7 +91,7 @@ def measure(run: Run, *, deepspeed_config: str, out: str, views: int, target: st
         )
     out_folder(Path(out).parent)
     entries = run.taught_by.items()
-    labels = [label(name, kind) for name, entry in entries for kind in entry.targets]
+    labels = labels_of(run.taught_by)
     if target not in labels:
         raise ConfigError(
             f"--target: no such target of this recipe; got {target!r}, "

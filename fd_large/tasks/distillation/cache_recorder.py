@@ -7,7 +7,8 @@ from which a run went on) is written before a view comes for the second time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
+from fd_large.data.loader import Beside
 from fd_large.tasks.distillation.cache_files import CacheReader, CacheWriter, Record
 from fd_large.tasks.distillation.cache_precision import Stored, encode
-from fd_large.tasks.distillation.cache_views import ViewsToStore, set_of, thumbnail
+from fd_large.tasks.distillation.cache_views import StoredMaps, ViewsToStore, set_of, thumbnail
 from fd_large.tasks.distillation.cache_write import prepared, write_cache
-from fd_large.tasks.distillation.cached_teacher import CachedTeacher
+from fd_large.tasks.distillation.cached_teacher import CachedTeacher, header_of
+from fd_large.tasks.distillation.section import NamedTeacher
 from fd_large.tasks.distillation.teacher import PlacedTeacher
 
 
@@ -120,3 +123,71 @@ class Recorder:
             self.writer, self._teacher, views, only=set_of(view), where=self._where, **options
         )
         distributed.barrier()
+
+
+class Recorders:
+    """The recorders of all teachers of a run.
+
+    Args:
+        teachers: The teachers by name.
+        entries: What the settled recipe says of each.
+        folder: Where the maps go; those of several teachers into a folder of each one's name.
+        precision: How they are stored.
+
+    Attributes:
+        by_name: The recorder of each teacher.
+    """
+
+    def __init__(
+        self,
+        teachers: Mapping[str, PlacedTeacher],
+        entries: Mapping[str, NamedTeacher],
+        *,
+        folder: str,
+        precision: str,
+    ) -> None:
+        self._teachers, self._entries = teachers, entries
+        self._folder, self._precision = folder, precision
+        self.by_name = {
+            name: Recorder(one, where="task.distillation.cache") for name, one in teachers.items()
+        }
+        self._readers: Mapping[str, CacheReader] = {}
+
+    def beside(
+        self,
+        epoch: int,
+        facts: Mapping[str, Any],
+        views: ViewsToStore,
+        *,
+        name_of: Callable[[int], str],
+        **options: Any,
+    ) -> Beside:
+        """Returns what stores the maps of an epoch's view, or reads them once they are all there.
+
+        A collective.
+
+        Args:
+            epoch: Number of the epoch.
+            facts: The `view_facts` of the run.
+            views: Loads the views.
+            name_of: Returns the name of the image of a record.
+            options: Others of `write_cache`.
+        """
+        if not self._readers:
+            self._readers = {
+                name: recorder.begin(self._writer(name, facts))
+                for name, recorder in self.by_name.items()
+            }
+        count = facts["task.distillation.views"]
+        view = epoch % count
+        missing = [name for name, one in self.by_name.items() if not one.is_whole(view)]
+        if epoch < count and missing:
+            return ToRecord(tuple(missing), view)
+        for recorder in self.by_name.values():
+            recorder.complete(view, views, **options)
+        return StoredMaps(self._readers, set_of(view), name_of)
+
+    def _writer(self, name: str, facts: Mapping[str, Any]) -> CacheWriter:
+        teacher, entry = self._teachers[name], self._entries[name]
+        header = header_of(teacher, entry, facts, precision=self._precision)
+        return CacheWriter(Path(self._folder, name), header)

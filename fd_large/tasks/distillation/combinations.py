@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from fd_large.recipes.fields import require
+from fd_large.tasks.distillation.section import MAP, NamedTeacher, field_of
 
 
 def check_stream(placements: Collection[str], *, stored_maps: bool) -> None:
@@ -60,6 +61,23 @@ def check_storable(image_sizes: Sequence[int], mosaics: Mapping[str, int]) -> No
             "0",
             "Leave it out, or store no maps",
         )
+
+
+def check_stored_summary(name: str, entry: NamedTeacher, *, gives_summary: bool) -> None:
+    """Refuses stored maps of a teacher whose summary is learnt and is not in its map.
+
+    Args:
+        name: The teacher's name; "" for an only one.
+        entry: What the recipe says of it.
+        gives_summary: Whether the model gives a summary besides its map.
+    """
+    require(
+        not (entry.embedding_width or gives_summary),
+        f"{field_of(name, 'targets')}: a stored map does not hold this summary",
+        " ".join(entry.targets),
+        MAP,
+        "Learn the map alone, or store no maps",
+    )
 
 
 def check_mosaics_full(images: int, micro_batch_size: int | str) -> None:

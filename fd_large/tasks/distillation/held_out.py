@@ -21,7 +21,7 @@ from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import samples_at
 from fd_large.data.source import ImageSource
 from fd_large.data.views import NUM_DRAWS, ViewSettings, random_view
-from fd_large.engine.evaluation import evaluating
+from fd_large.engine.evaluation import Evaluation, Panel, evaluating
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import DataError
 from fd_large.tasks.distillation.alignment import Grid, resized
@@ -203,6 +203,30 @@ class HeldOutViews:
         views = torch.tensor(numbers)
         batch = Batch(images, EVALUATION_EPOCH, views, views, targets=maps)
         return batch.to(distributed.device())
+
+
+def held_out_losses(sets: Sequence[HeldOutViews], engine: Engine, *, every: int) -> Evaluation:
+    """Returns what measures all sets of views, and at the end the constant-prediction baseline.
+
+    Its panel, before the first step and after the last, is of the first set.
+
+    Args:
+        sets: The sets of views.
+        engine: The engine of the task that is measured.
+        every: Number of steps between two evaluations.
+    """
+
+    def measure(
+        step: int, last: bool, between: Callable[[], None]
+    ) -> tuple[dict[str, float], Panel | None]:
+        metrics: dict[str, float] = {}
+        for views in sets:
+            metrics |= views.measure(engine, between)
+            if last:
+                metrics |= views.best_constant(engine, between)
+        return metrics, sets[0].panel(engine) if step == 0 or last else None
+
+    return Evaluation(measure, every)
 
 
 def feature_panel(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
-from fd_large.recipes.architectures import full_name
+from fd_large.recipes.architectures import full_name, resolve
 from fd_large.recipes.sections import Data
-from fd_large.tasks.distillation.section import SUMMARY, NamedTeacher, label
+from fd_large.tasks.distillation.section import SUMMARY, NamedTeacher, cached_folder, labels_of
 from fd_large.weights.model_card import LOSSES, Learned
-from fd_large.weights.origin import Origin, is_random, without_folders
+from fd_large.weights.origin import is_random, origin_of, without_folders
 
 _RANDOM = "**random weights**: a test or a throughput run, nothing was learned from it"
 _METRICS = {
@@ -21,20 +22,22 @@ _METRICS = {
 
 
 def learned(
-    entries: Mapping[str, NamedTeacher],
-    origins: Mapping[str, Origin],
-    *,
-    hashes: Mapping[str, str],
-    data: Data,
+    entries: Mapping[str, NamedTeacher], facts: Mapping[str, Mapping[str, Any]], data: Data
 ) -> Learned:
     """Returns the task's part of the card.
 
     Args:
         entries: The teachers by name; "" is the name of an only one.
-        origins: Where each teacher's weights come from.
-        hashes: Hash of each teacher's weights.
+        facts: What the checkpoint's manifest says of each (`facts_by_teacher`).
         data: The recipe's section.
     """
+    entries = {
+        # The source of cached targets is a folder; the manifest names the teacher.
+        name: replace(entry, source=facts.get(name, {}).get("teacher_source", entry.source))
+        if cached_folder(entry.source)
+        else entry
+        for name, entry in entries.items()
+    }
     models = {name: without_folders(full_name(asdict(entry))) for name, entry in entries.items()}
     return Learned(
         title=f"distilled from {' and '.join(models.values())}",
@@ -47,7 +50,7 @@ def learned(
             f"Teacher {name}".strip(): {
                 "model": models[name],
                 "weights": _RANDOM if is_random(entry.source) else without_folders(entry.source),
-                "hash of its weights": hashes[name],
+                "hash of its weights": facts.get(name, {}).get("teacher_hash", "not recorded"),
             }
             for name, entry in entries.items()
         },
@@ -57,18 +60,19 @@ def learned(
         data={"crops": f"{data.image_size} px, {data.min_crop_scale:g} to 1 of the area, flipped"},
         metrics=LOSSES | _METRICS | _metrics_of(entries),
         origins={
-            f"the weights of {name}" if name else "the teacher's weights": origin
-            for name, origin in origins.items()
+            f"the weights of {name}" if name else "the teacher's weights": origin_of(
+                entry.source, entry.model, resolve(entry.model, entry.architecture)
+            )
+            for name, entry in entries.items()
         },
     )
 
 
 def _metrics_of(entries: Mapping[str, NamedTeacher]) -> dict[str, str]:
     """The words for what is measured of each of several teachers' targets."""
-    labels = [label(name, kind) for name, entry in entries.items() for kind in entry.targets]
     return {
         f"held_out_{one}_{what}": f"held-out {what} of {one.replace('_', ' ')}"
-        for one in labels
+        for one in labels_of(entries)
         if one
         for what in ("loss", "cosine")
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
@@ -263,6 +263,11 @@ def label(teacher: str, kind: str) -> str:
         kind: "map" or "summary".
     """
     return teacher if kind == MAP else f"{teacher}_{kind}"
+
+
+def labels_of(teachers: Mapping[str, NamedTeacher]) -> list[str]:
+    """Returns the labels of all targets of teachers, which are given by name."""
+    return [label(name, kind) for name, entry in teachers.items() for kind in entry.targets]
 
 
 def field_of(teacher: str, name: str, kind: str = MAP) -> str:

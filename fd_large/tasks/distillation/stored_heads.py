@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from fd_large import doors
 from fd_large.atomic_files import write_json
+from fd_large.backbones.exports import PROJECTION
 from fd_large.backbones.feature_map import FeatureMap
+from fd_large.checkpoint import stream
+from fd_large.checkpoint.read import Reader
+from fd_large.checkpoint.stream import Shape
 from fd_large.engine.frozen import Frozen
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.tasks.distillation.heads import registry
@@ -166,6 +170,31 @@ def fill_heads(
     for target, head in found.items():
         head.undo = undo_of(target.normalise)
     return {target.label or "teacher": head for target, head in found.items()}
+
+
+def projection_shapes(
+    reader: Reader, student: Mapping[str, Shape], *, is_running: bool
+) -> dict[str, Shape]:
+    """Returns the shapes of the linear head of a run with one teacher, as its checkpoint has it.
+
+    Args:
+        reader: The checkpoint, of which the whole task is checked.
+        student: Shapes of the student's tensors by their own names.
+        is_running: Whether the normaliser has statistics that training moves.
+
+    Raises: CheckpointError: if the checkpoint is of another task.
+    """
+    sizes = reader.layout.sizes
+    width = sizes.get(f"{PROJECTION}bias", 0)
+    projection: dict[str, Shape] = {
+        f"{PROJECTION}weight": (width, sizes.get(f"{PROJECTION}weight", 0) // max(width, 1)),
+        f"{PROJECTION}bias": (width,),
+    }
+    whole = {f"{stream.STUDENT}{name}": shape for name, shape in student.items()}
+    if is_running:
+        whole |= {f"running.{MAP}.{name}": (2, width) for name in ("mean", "deviation")}
+    stream.check(reader, whole | projection)
+    return projection
 
 
 def write(heads: Mapping[str, StoredHead], folder: Path, *, task: str, shard_size: int) -> None:
