@@ -133,11 +133,27 @@ def full_name(section: Mapping[str, Any]) -> str:
     model: str = section["model"]
     if model not in FAMILIES:
         return model
+    described = model_of(section)
+    return name_of(described) if described else model
+
+
+def model_of(section: Mapping[str, Any]) -> FamilyArchitecture | None:
+    """Returns the model that a section of recipe.json describes; None if of another version."""
     try:
         given = from_plain(Architecture, section.get("architecture", {}), "architecture.")
-        return name_of(resolve(model, given))
-    except ConfigError:  # Fields of another version.
-        return model
+        return resolve(section["model"], given)
+    except ConfigError:
+        return None
+
+
+def changed_fields(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields in which the model of a section differs from the one of its `full_name`.
+
+    Args:
+        section: Of recipe.json, as `full_name` takes it.
+    """
+    model, named = model_of(section), by_name(full_name(section))
+    return set_fields(overrides(model, named)) if model and named else {}
 
 
 def _values_but_size(architecture: FamilyArchitecture) -> dict[str, Any]:

@@ -48,7 +48,10 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
 def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
     """Returns what came out, in words."""
     summary = files.summary
-    rows = [(name, _frozen(name, section)) for name, section in files.frozen_models.items()]
+    rows = [
+        (name, _frozen(name, section, files.side_of(section)))
+        for name, section in files.frozen_models.items()
+    ]
     losses = files.trained_loss
     if len(losses):
         rows.append(("training loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}"))
@@ -145,9 +148,10 @@ def progress(files: RunFiles) -> str:
     return f"{done} of {total} steps" if total else f"{done} steps"
 
 
-def _frozen(name: str, section: dict[str, Any]) -> str:
-    model = full_name(section)
+def _frozen(name: str, section: dict[str, Any], side: int) -> str:
+    model = full_name(section) + (f" at {side} px" if side else "")
     if section["source"] == "random":
+        name = name.replace("teacher ", "teachers.")
         return (
             f"{model} with RANDOM weights: shows the machinery works, no more; "
             f"give a real one with --{name}.source FILE"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 
-from fd_large.recipes.architectures import full_name
+from fd_large.recipes.architectures import changed_fields, full_name
 from fd_large.report import html, style
 from fd_large.report.closing import PAGE, RUNNING, closing_rows, next_steps, progress
 from fd_large.report.loss_curve import DASHES, LOOKS, smoothed
@@ -23,6 +23,9 @@ CAPTIONS = {
     "features": "Held-out images, the teacher's map, and the student's before and after training. "
     "The same colour means the same feature: the teacher's first three principal components.",
 }
+_OF_FROZEN = (
+    *("mean", "std", "statistics", "placement", "dtype", "layer", "targets", "mosaic", "weight"),
+)
 OF_SEVERAL_TEACHERS = (
     "Held-out images, and for each teacher its map and what the student's head for it gives. Each "
     "teacher has colours of its own: its first three principal components."
@@ -219,9 +222,11 @@ def _frozen(files: RunFiles) -> list[tuple[str, str]]:
         rows.append((name, full_name(section)))
         weights = "RANDOM: shows that the machinery works, no more"
         rows.append(("weights", weights if section["source"] == "random" else section["source"]))
-        for key in ("mean", "std", "statistics", "placement", "dtype", "targets", "weight"):
-            if section.get(key):
-                rows.append((key.replace("_", " "), _plain(section[key])))
+        changed = ", ".join(f"{k} {_plain(value)}" for k, value in changed_fields(section).items())
+        shown = {"changed fields": changed, **{key: section.get(key) for key in _OF_FROZEN}}
+        if side := files.side_of(section):
+            shown["image_size"] = f"{side} px"
+        rows += [(key.replace("_", " "), _plain(value)) for key, value in shown.items() if value]
     return rows
 
 

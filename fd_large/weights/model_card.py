@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from fd_large import doors
 from fd_large.backbones.exports import Export
@@ -118,8 +119,7 @@ def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned)
         "model": f"{name} ({architecture.family})",
         "parameters": f"{exported.parameters:,}, float32",
         **architecture.summary(),
-        "map": f"{rows} x {columns} tokens of {net.width} channels at {side} px"
-        + (f", after {prefix} class token{'s' if prefix > 1 else ''}" if prefix else ""),
+        "map": map_of(net, side),
     }
     if exported.into:
         student["names"] = exported.into.names(architecture)
@@ -144,6 +144,14 @@ def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned)
         _table("Licence", {"this model": _own_licence(exported)} | _licences(origins)),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def map_of(net: nn.Module, side: int) -> str:
+    """Returns the words for the map that a backbone gives of images of so many pixels a side."""
+    rows, columns = net.grid(side, side)
+    prefix = net.num_prefix_tokens
+    after = f", after {prefix} class token{'s' if prefix > 1 else ''}" if prefix else ""
+    return f"{rows} x {columns} tokens of {net.width} channels at {side} px{after}"
 
 
 def _metadata(exported: ExportedStudent, learned: Learned, origins: Mapping[str, Origin]) -> str:
@@ -229,6 +237,7 @@ with torch.inference_mode():
 _TIMM = f"""
 import timm
 import torch
+from torch import nn
 from PIL import Image
 
 {{folder}}
@@ -241,6 +250,7 @@ from pathlib import Path
 
 import timm
 import torch
+from torch import nn
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -252,6 +262,7 @@ model.load_state_dict({{{{name: t for file in files for name, t in load_file(fil
 """
 _HUGGING_FACE = """
 import torch
+from torch import nn
 from PIL import Image
 from transformers import AutoImageProcessor, {name}
 
@@ -265,6 +276,7 @@ with torch.inference_mode():
 """
 _UPERNET = """
 import torch
+from torch import nn
 from PIL import Image
 from transformers import AutoImageProcessor, {name}
 
@@ -283,6 +295,7 @@ pixels = pixels.transpose(2, 0, 1)[None]"""
 _OURS = f"""
 import numpy as np
 import torch
+from torch import nn
 from PIL import Image
 
 from fd_large.weights.load import load_model
@@ -300,6 +313,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from mmseg.registry import MODELS
 from mmseg.utils import register_all_modules
 from safetensors.torch import load_file
@@ -338,6 +352,7 @@ session = onnxruntime.InferenceSession(f"{{{{folder}}}}/{{graph}}")
 _PROGRAM = f"""
 import numpy as np
 import torch
+from torch import nn
 from PIL import Image
 
 {{folder}}

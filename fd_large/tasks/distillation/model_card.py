@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
-from fd_large.recipes.architectures import full_name, resolve
-from fd_large.recipes.sections import Data
+import torch
+
+from fd_large.backbones.registry import build
+from fd_large.errors import FDError
+from fd_large.recipes.architectures import changed_fields, full_name, resolve
+from fd_large.recipes.sections import AUTO, Data
 from fd_large.tasks.distillation.section import SUMMARY, NamedTeacher, cached_folder, labels_of
-from fd_large.weights.model_card import LOSSES, Learned
+from fd_large.weights.model_card import LOSSES, Learned, map_of
 from fd_large.weights.origin import is_random, origin_of, without_folders
 
 _RANDOM = "**random weights**: a test or a throughput run, nothing was learned from it"
@@ -39,8 +44,10 @@ def learned(
         for name, entry in entries.items()
     }
     models = {name: without_folders(full_name(asdict(entry))) for name, entry in entries.items()}
+    alike = len(set(models.values())) < len(models)
+    titles = [f"{model} ({name})" if alike else model for name, model in models.items()]
     return Learned(
-        title=f"distilled from {' and '.join(models.values())}",
+        title=f"distilled from {' and '.join(titles)}",
         intro="An image backbone that learned the feature "
         + ("map of a frozen teacher" if "" in entries else "maps of frozen teachers")
         + " (feature distillation, arXiv 2205.14141) without labels. With a folder `heads`, "
@@ -49,6 +56,7 @@ def learned(
         tables={
             f"Teacher {name}".strip(): {
                 "model": models[name],
+                **_shape(entry, data.image_size),
                 "weights": _RANDOM if is_random(entry.source) else without_folders(entry.source),
                 "hash of its weights": facts.get(name, {}).get("teacher_hash", "not recorded"),
             }
@@ -66,6 +74,26 @@ def learned(
             for name, entry in entries.items()
         },
     )
+
+
+def _shape(entry: NamedTeacher, image_size: int) -> dict[str, str]:
+    """What tells a teacher from another one of the same model, besides its weights and loss."""
+    rows = {}
+    if changed := changed_fields(asdict(entry)):
+        rows["changed fields"] = ", ".join(f"{field} {value}" for field, value in changed.items())
+    if entry.teacher_image_size != AUTO:
+        architecture = resolve(entry.model, entry.architecture)
+        side = entry.teacher_image_size or architecture.fixed_image_size or image_size
+        # A model whose code may not be imported here is left out.
+        with suppress(FDError), torch.device("meta"):
+            rows["map"] = map_of(build(architecture, initialization="none"), side)
+    if entry.mosaic:
+        rows["mosaic"] = f"{entry.mosaic} x {entry.mosaic} images at once"
+    if entry.layer != "last":
+        rows["layer"] = entry.layer
+    if entry.statistics:
+        rows["mean and deviation of its images"] = " ".join(f"{one:g}" for one in entry.statistics)
+    return rows
 
 
 def _metrics_of(entries: Mapping[str, NamedTeacher]) -> dict[str, str]:

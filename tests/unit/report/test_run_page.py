@@ -42,6 +42,24 @@ def test_what_it_says(make_run):
     assert page.tags.count("img") == 1
 
 
+def test_teachers_of_one_model_are_told_apart(make_run):
+    folder = make_run()
+    recipe = json.loads((folder / "recipe.json").read_text())
+    coarse = {**recipe["teacher"], "model": "dino_vit_base_patch16", "teacher_image_size": 0}
+    coarse["architecture"] = {}
+    fine = {**coarse, "teacher_image_size": 448, "architecture": {"image_size": 448}}
+    recipe["teachers"] = {"coarse": coarse, "fine": fine}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    words = " ".join(check_page(write_run_page(read_run(folder))).words)
+    for told in (
+        "image size 224 px",
+        "changed fields image_size 448",
+        "image size 448 px",
+        "at 448 px",
+    ):
+        assert told in words, told
+
+
 @pytest.mark.parametrize("status", ["failed", None])
 def test_of_a_run_that_has_only_begun(status, make_run):
     folder = make_run(status=status, updates=0, held_out=False, features=())
