@@ -34,7 +34,7 @@ from fd_large.engine.opening import engine_of
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.task import Task
 from fd_large.engine.zero import config as ds
-from fd_large.engine.zero import gloo, gradient_reduction, partition, start
+from fd_large.engine.zero import gloo, gradient_buckets, partition, start
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import parameter_groups, set_learning_rate
 from fd_large.plan import memory
@@ -198,7 +198,7 @@ def watching_sums(few_ranks: int | None) -> Iterator[Counter[str]]:
     with pytest.MonkeyPatch.context() as patch:
         if few_ranks is not None:
             patch.setattr(memory, "MOST_BFLOAT16_SUMMANDS", few_ranks)
-            for file in (memory, gradient_reduction):
+            for file in (memory, gradient_buckets):
                 patch.setattr(file, "MOST_OWNERS", few_ranks)
         for name in ("all_reduce", "reduce"):
             plain = getattr(torch.distributed, name)

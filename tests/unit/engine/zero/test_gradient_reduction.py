@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from fd_large import distributed
-from fd_large.engine.zero import gradient_reduction
-from fd_large.engine.zero.gradient_reduction import _Float32Sums, _norm, _Shards, _WholeGradients
+from fd_large.engine.zero import gradient_buckets
+from fd_large.engine.zero.float32_sums import Float32Sums
+from fd_large.engine.zero.gradient_shards import OwnedShards, norm_of_shards
 from fd_large.engine.zero.start import deepspeed
+from fd_large.engine.zero.whole_gradients import WholeGradients
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_float32_sums_are_those_of_plain_addition(twin_rank, monkeypatch, rank):
         buffered_allreduce_fallback=None,
         is_gradient_accumulation_boundary=lambda: boundary,
     )
-    _Float32Sums(engine, bucket=5)
+    Float32Sums(engine, bucket=5)
     generator = torch.Generator().manual_seed(0)
     for update in range(3):
         expected = torch.zeros(12)
@@ -117,7 +119,7 @@ def test_stage_0_clips_by_the_norm_that_it_tells(clip):
         buffered_allreduce_fallback=None,
         clip_fp32_gradients=None,
     )
-    _WholeGradients(engine, bucket=10)
+    WholeGradients(engine, bucket=10)
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     for net in (layer, twin):
         net(x).square().sum().backward()
@@ -145,7 +147,7 @@ def test_stage_0_averages_beside_backward(twin_rank):
         _take_model_step=None,
         is_gradient_accumulation_boundary=lambda: boundary,
     )
-    _WholeGradients(engine, bucket=7)
+    WholeGradients(engine, bucket=7)
     for uses_all in (True, False):
         for micro in range(2):
             boundary = micro == 1
@@ -198,7 +200,7 @@ def test_each_rank_has_the_means_of_what_it_steps(
     twin_rank, monkeypatch, stage, rank, most_owners, sent
 ):
     """Two steps of two micro batches; a parameter takes no part in the second."""
-    monkeypatch.setattr(gradient_reduction, "MOST_OWNERS", most_owners)
+    monkeypatch.setattr(gradient_buckets, "MOST_OWNERS", most_owners)
     monkeypatch.setattr(distributed, "rank", lambda: rank)
     optimizer, boundary = ZeroOptimizer(), False
     engine = SimpleNamespace(
@@ -208,7 +210,7 @@ def test_each_rank_has_the_means_of_what_it_steps(
         is_gradient_accumulation_boundary=lambda: boundary,
     )
     monkeypatch.setattr(distributed, "sum_tensor", lambda square: 2 * square)
-    _Shards(engine, bucket=5)
+    OwnedShards(engine, bucket=5)
     # The groups have partitions of 8 and 2 elements, cut at 5; the last ones come first.
     order = [(1, 2), (1, 5), (1, 1), (0, 3), (0, 5), (0, 2)]
     if most_owners == 1:
@@ -253,4 +255,4 @@ def test_a_norm_is_exact_over_many_elements(monkeypatch):
     monkeypatch.setattr(distributed, "sum_tensor", lambda square: square)
     shards = [torch.rand(size, generator=torch.Generator().manual_seed(0)) for size in (900_001, 7)]
     exact = torch.cat(shards).double().norm()
-    assert abs(_norm(shards) / exact - 1) < 3e-7
+    assert abs(norm_of_shards(shards) / exact - 1) < 3e-7

@@ -1,0 +1,95 @@
+"""Stage 1 in bfloat16: every rank sums all its gradients in float32, and steps its shard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fd_large import distributed
+from fd_large.engine.zero.gradient_buckets import Reductions, cuts
+from fd_large.engine.zero.gradient_shards import norm_of_shards
+from fd_large.engine.zero.private_names import replace
+
+
+class Float32Sums:
+    """Stage 1 in bfloat16: every rank sums all its gradients in float32, and steps its shard."""
+
+    def __init__(self, engine: Any, bucket: int) -> None:
+        self._engine, self._optimizer = engine, engine.optimizer
+        self.kept = engine.optimizer.fp32_groups_gradients_flat
+        replace(engine, "buffered_allreduce_fallback", self._reduce)
+        replace(engine.optimizer, "_update_hp_grad", self._add)
+        replace(engine.optimizer, "clear_hp_grads", self._begin)
+        replace(engine.optimizer, "get_grads_for_norm", self._for_norm)
+        self._reductions = self._cut(bucket)
+
+    def _cut(self, bucket: int) -> Reductions:
+        """Cuts the sums into buckets, in about the order in which backward completes them."""
+        cut = []
+        self._buckets_of: dict[tuple[int, int], list[int]] = {}
+        for group, flat in enumerate(self._optimizer.fp32_groups_gradients_flat):
+            for begin, end, owner in cuts(flat.numel(), bucket):
+                # Backward comes to a group's last parameters first.
+                cut.append((-begin / flat.numel(), group, begin, owner, flat[begin:end]))
+        cut.sort(key=lambda one: one[:3])
+        needs = [0] * len(cut)
+        for group, totals in enumerate(self._optimizer.fp32_groups_gradients):
+            begin = 0
+            for index, total in enumerate(totals):
+                end = begin + total.numel()
+                mine = [
+                    number
+                    for number, (_, of, start, _, part) in enumerate(cut)
+                    if of == group and start < end and begin < start + part.numel()
+                ]
+                for number in mine:
+                    needs[number] += 1
+                self._buckets_of[group, index] = mine
+                begin = end
+        *_, owners, parts = zip(*cut, strict=True)
+        return Reductions(self._engine, parts, needs, owners)
+
+    @torch.no_grad()
+    def _add(self, parameter: Any, group: int, index: int, clear_lp_grads: bool) -> None:
+        """Adds a parameter's gradient of one micro batch to its sum."""
+        optimizer = self._optimizer
+        if parameter.grad is None:
+            return
+        total = optimizer.fp32_groups_gradients[group][index]
+        gradient = parameter.grad.view(total.shape)
+        if optimizer.fp32_groups_has_gradients[group][index]:
+            total.add_(gradient)
+        else:
+            total.copy_(gradient)
+        optimizer.fp32_groups_has_gradients[group][index] = True
+        if clear_lp_grads:
+            parameter.grad.zero_()
+        if self._engine.is_gradient_accumulation_boundary():
+            for number in self._buckets_of[group, index]:
+                self._reductions.arrived(number)
+
+    def _begin(self) -> None:
+        """Marks all sums as empty: the next gradients overwrite them, so they need no zeroing."""
+        for has in self._optimizer.fp32_groups_has_gradients:
+            has[:] = [False] * len(has)
+
+    @torch.no_grad()
+    def _reduce(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
+        """Takes the mean over ranks, in the communication data type, of what is left of it."""
+        optimizer = self._optimizer
+        for totals, has in zip(
+            optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients, strict=True
+        ):
+            for total, present in zip(totals, has, strict=True):
+                if not present:
+                    total.zero_()
+        self._reductions.finish()
+        if distributed.world_size() > 1:
+            for shard in optimizer.fp32_groups_gradient_flat_partition:
+                shard.div_(distributed.world_size())
+
+    def _for_norm(self, for_clipping: bool = False) -> Any:
+        """What DeepSpeed clips: the shards; what it takes the norm of: the norm itself, alone."""
+        shards = self._optimizer.fp32_groups_gradient_flat_partition
+        return shards if for_clipping else ([norm_of_shards(shards)], {})

@@ -1,0 +1,124 @@
+"""Buckets of gradients: where they are cut, and how they are summed beside backward.
+
+All ranks send them in one order, each bucket once its gradients are there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fd_large import distributed
+from fd_large.engine.zero.start import deepspeed
+from fd_large.plan.buckets import MOST_OWNERS
+
+MOST_COPIES = 2
+"""Buckets that are on their way at a time in memory of their own."""
+
+
+def sums_have_owners() -> bool:
+    """Returns whether a sum goes to the one rank that steps it: on few ranks."""
+    return distributed.world_size() <= MOST_OWNERS
+
+
+def cuts(size: int, bucket: int) -> list[tuple[int, int, int | None]]:
+    """Cuts a flat group of gradients into (begin, end, owner); None: several ranks step it."""
+    world = distributed.world_size()
+    if not sums_have_owners():
+        return [(begin, min(begin + bucket, size), None) for begin in range(0, size, bucket)]
+    shard = size // world
+    return [
+        (owner * shard + start, owner * shard + min(start + bucket, shard), owner)
+        for owner in range(world)
+        for start in range(0, shard, bucket)
+    ]
+
+
+def start_sum(sent: Tensor, owner: int | None) -> Any:
+    """Starts a sum over ranks in place, on its owner or, where there is none, on all."""
+    if owner is None:
+        return deepspeed.comm.all_reduce(sent, async_op=True)
+    return deepspeed.comm.reduce(sent, owner, async_op=True)
+
+
+class InOrder(ABC):
+    """Sends buckets of gradients: in one order on all ranks, each once it is complete.
+
+    Args:
+        needs: How many gradients each bucket waits for, in the order in which they are sent.
+    """
+
+    def __init__(self, needs: Sequence[int]) -> None:
+        self._needs = needs
+        # What was sent and not waited for, the oldest first.
+        self._works: list[tuple[Any, ...]] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._missing, self._next = list(self._needs), 0
+
+    def arrived(self, bucket: int) -> None:
+        """Tells that one of a bucket's gradients is there."""
+        assert bucket >= self._next, "a gradient came after its bucket was sent"
+        self._missing[bucket] -= 1
+        while self._next < len(self._needs) and self._missing[self._next] == 0:
+            self._start(self._next)
+            self._next += 1
+
+    def finish(self) -> None:
+        """Sends the rest as it is, waits for all, and begins anew."""
+        for bucket in range(self._next, len(self._needs)):
+            self._start(bucket)
+        while self._works:
+            self._settle()
+        self._begin()
+
+    @abstractmethod
+    def _start(self, bucket: int) -> None:
+        """Sends a bucket."""
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """Waits for the oldest of what was sent."""
+
+
+class Reductions(InOrder):
+    """Sums over ranks, in place.
+
+    Args:
+        engine: DeepSpeed's engine, which knows the data type that is sent.
+        buckets: What is summed.
+        needs: How many gradients each bucket waits for.
+        owners: The rank that needs the sum of each bucket; None: all need it. On the others it
+            holds nothing of use afterwards.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        buckets: Sequence[Tensor],
+        needs: Sequence[int],
+        owners: Sequence[int | None],
+    ) -> None:
+        super().__init__(needs)
+        self._engine, self._buckets, self._owners = engine, buckets, owners
+
+    def _start(self, bucket: int) -> None:
+        if distributed.world_size() == 1:
+            return
+        own = self._buckets[bucket]
+        dtype = self._engine.communication_data_type
+        if own.dtype != dtype and len(self._works) == MOST_COPIES:
+            self._settle()
+        sent = own.to(dtype)
+        owner = self._owners[bucket]
+        self._works.append((start_sum(sent, owner), sent, own, owner))
+
+    def _settle(self) -> None:
+        work, sent, own, owner = self._works.pop(0)
+        work.wait()
+        if sent is not own and owner in (None, distributed.rank()):
+            own.copy_(sent)

@@ -1,0 +1,172 @@
+"""Stage 2, and stage 1 in float32: every rank keeps the sums of the gradients that it steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fd_large import distributed
+from fd_large.engine.zero.gradient_buckets import (
+    MOST_COPIES,
+    InOrder,
+    cuts,
+    start_sum,
+    sums_have_owners,
+)
+from fd_large.engine.zero.private_names import replace
+
+# Elements whose squares are summed at a time.
+_NORM_CHUNK = 1 << 16
+
+
+class _Bucket(NamedTuple):
+    """Neighbours in a flat group of parameters.
+
+    Attributes:
+        group: Number of the group.
+        begin: First element in the group.
+        size: Number of elements.
+        owner: The rank that steps all of it; None: each rank steps a part.
+        parts: (parameter, its first element here, behind its last, place in the bucket).
+    """
+
+    group: int
+    begin: int
+    size: int
+    owner: int | None
+    parts: list[tuple[nn.Parameter, int, int, int]]
+
+
+class _Partition(list):
+    """The gradients of one group that this rank steps: a flat tensor, which DeepSpeed looks for."""
+
+    def __init__(self, flat: Tensor) -> None:
+        super().__init__([flat])
+        self.flat_partition = flat
+
+
+class OwnedShards(InOrder):
+    """Stage 2, and 1 in float32: every rank keeps the sums of what it steps.
+
+    A bucket is filled in memory that is used again for the next but one; in float32 its owner fills
+    it where the optimiser reads it. A gradient is freed once it is in its buckets. Micro batches of
+    a step are summed in float32: at stage 2 in the shard, at stage 1 where autograd does.
+    """
+
+    def __init__(self, engine: Any, bucket: int) -> None:
+        self._engine, self._optimizer = engine, engine.optimizer
+        self._rank, self._world = distributed.rank(), distributed.world_size()
+        self._buckets = self._cut(bucket)
+        super().__init__([len(one.parts) for one in self._buckets])
+        self._buckets_of: dict[nn.Parameter, list[int]] = {}
+        for number, one in enumerate(self._buckets):
+            for parameter, *_ in one.parts:
+                self._buckets_of.setdefault(parameter, []).append(number)
+        groups, sizes = self._optimizer.bit16_groups, self._optimizer.partition_size
+        self._shards = [
+            torch.zeros(size, device=group[0].device)
+            for group, size in zip(groups, sizes, strict=True)
+        ]
+        # As `plan/memory.py` counts them, and at least the largest bucket.
+        total = sum(parameter.numel() for group in groups for parameter in group)
+        share = -(-total // self._world) if sums_have_owners() else total
+        size = max(min(bucket, share), *(one.size for one in self._buckets))
+        sent = engine.communication_data_type
+        self._spare = [self._shards[0].new_empty(size, dtype=sent) for _ in range(MOST_COPIES)]
+        self.kept = [*self._shards, *self._spare]
+        self._first = True
+        self._at_boundary_only = engine.zero_optimization_stage() == 1
+        replace(self._optimizer, "process_gradients", self._take)
+        replace(self._optimizer, "reduce_gradients", self._reduce)
+        replace(self._optimizer, "overlapping_partition_gradients_reduce_epilogue", self._reduce)
+        replace(self._optimizer, "scaled_global_norm", self._norm)
+
+    def _cut(self, bucket: int) -> list[_Bucket]:
+        """Cuts the groups into buckets, in about the order in which backward completes them."""
+        cut = []
+        for group, parameters in enumerate(self._optimizer.bit16_groups):
+            size = self._optimizer.partition_size[group] * self._world
+            first = self._optimizer.bit16_groups_flat[group].storage_offset()
+            for begin, end, owner in cuts(size, bucket):
+                parts = []
+                for parameter in parameters:
+                    # DeepSpeed makes each parameter a view of its group.
+                    place = parameter.data.storage_offset() - first
+                    low, high = max(begin, place), min(end, place + parameter.numel())
+                    if low < high:
+                        parts.append((parameter, low - place, high - place, low - begin))
+                if parts:
+                    # Without the elements behind the last parameter, which pad the group.
+                    _, low, high, place = parts[-1]
+                    one = _Bucket(group, begin, place + high - low, owner, parts)
+                    # Backward comes to a group's last parameters first.
+                    cut.append((-begin / size, group, one))
+        return [one for *_, one in sorted(cut, key=lambda one: one[:2])]
+
+    def _take(self, parameter: nn.Parameter, group: int) -> None:
+        """A gradient of a micro batch is there."""
+        if not self._at_boundary_only or self._engine.is_gradient_accumulation_boundary():
+            for number in self._buckets_of[parameter]:
+                self.arrived(number)
+
+    @torch.no_grad()
+    def _start(self, bucket: int) -> None:
+        one = self._buckets[bucket]
+        if len(self._works) == MOST_COPIES:
+            self._settle()
+        filled = self._spare[bucket % MOST_COPIES][: one.size]
+        mine, place = self._own(one)
+        if one.owner == self._rank and self._first and mine.dtype == filled.dtype:
+            filled = mine
+        for parameter, low, high, start in one.parts:
+            view = filled[start : start + high - low]
+            if parameter.grad is None:
+                # It took no part on this rank, but may have on others.
+                view.zero_()
+            else:
+                view.copy_(parameter.grad.reshape(-1)[low:high])
+            if bucket == self._buckets_of[parameter][-1]:
+                parameter.grad = None
+        work = start_sum(filled, one.owner)
+        self._works.append((work, filled[place : place + mine.numel()], mine))
+
+    def _own(self, one: _Bucket) -> tuple[Tensor, int]:
+        """Returns what this rank keeps of a bucket, a view of its shard, and where it begins."""
+        shard = self._shards[one.group]
+        begin = one.begin - self._rank * shard.numel()
+        low, high = max(begin, 0), min(begin + one.size, shard.numel())
+        return shard[low : max(low, high)], max(0, low - begin)
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        work, summed, mine = self._works.pop(0)
+        work.wait()
+        if not self._first:
+            mine.add_(summed, alpha=1 / self._world)
+            return
+        if summed.data_ptr() != mine.data_ptr():
+            mine.copy_(summed)
+        mine.mul_(1 / self._world)
+
+    def _reduce(self, pipeline_parallel: bool = False) -> None:
+        """Sums, once backward is over, what is left, and hands the sums to the optimiser."""
+        self.finish()
+        self._first = self._engine.is_gradient_accumulation_boundary()
+        if self._first:
+            self._optimizer.averaged_gradients.update(enumerate(map(_Partition, self._shards)))
+
+    def _norm(self, norm_type: float = 2) -> Tensor:
+        return norm_of_shards(self._shards)
+
+
+def norm_of_shards(shards: Sequence[Tensor]) -> Tensor:
+    """Returns the norm of the shards of all ranks, float32; a collective.
+
+    In chunks, whose float32 sums are exact to about 1e-7; DeepSpeed makes float64 copies.
+    """
+    chunks = [chunk for shard in shards for chunk in shard.split(_NORM_CHUNK)]
+    square = torch.nn.utils.get_total_norm(chunks).double().square()
+    return distributed.sum_tensor(square).sqrt().float()
