@@ -18,7 +18,8 @@ from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.weights.read import Tensors
-from fd_large.weights.source import Sources, Stored
+from fd_large.weights.source import Sources
+from fd_large.weights.stored_models import Stored
 
 AnyTask = TypeVar("AnyTask", bound=Task)
 

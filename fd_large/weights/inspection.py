@@ -27,9 +27,11 @@ from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import Match, listed, match
 from fd_large.weights.export import INDEX, NAME
 from fd_large.weights.formats import FORMATS
+from fd_large.weights.opened import Weights
 from fd_large.weights.read import OTHER
 from fd_large.weights.sidecar import Described
-from fd_large.weights.source import Sources, Stored, Weights
+from fd_large.weights.source import Sources
+from fd_large.weights.stored_models import Stored
 
 
 @dataclass(frozen=True)

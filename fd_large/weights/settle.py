@@ -29,8 +29,10 @@ from fd_large.recipes.architectures import (
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.fields import hints_of
 from fd_large.recipes.sections import AUTO, RANDOM, FrozenModel, Student
+from fd_large.weights.opened import Weights
 from fd_large.weights.sidecar import Described
-from fd_large.weights.source import Sources, Stored, Weights, other_model
+from fd_large.weights.source import Sources
+from fd_large.weights.stored_models import Stored, other_model
 
 log = logging.getLogger(__name__)
 

@@ -23,13 +23,7 @@ from fd_large.tasks.distillation.normalisers import (
     check_normaliser,
     make_normaliser,
 )
-from fd_large.tasks.distillation.section import (
-    MAP,
-    SUMMARY,
-    NamedTeacher,
-    field_of,
-    naming_target,
-)
+from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher, field_of, naming_target
 from fd_large.tasks.distillation.target import Target
 from fd_large.tasks.distillation.teacher import PlacedTeacher
 

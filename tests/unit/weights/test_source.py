@@ -32,7 +32,8 @@ from fd_large.weights.inspection import inspect
 from fd_large.weights.read import Tensors
 from fd_large.weights.settle import settle_model
 from fd_large.weights.sidecar import own_config
-from fd_large.weights.source import Sources, Stored
+from fd_large.weights.source import Sources
+from fd_large.weights.stored_models import Stored
 
 VIT = Architecture(embed_dim=32, depths=(1,), num_heads=(2,), patch_size=8, image_size=32)
 

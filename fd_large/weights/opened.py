@@ -1,0 +1,254 @@
+"""A file of a model, opened: its tensors in our names, and what is known of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from fd_large.backbones.family import Family
+from fd_large.backbones.published import Published, Wanted
+from fd_large.backbones.registry import parameter_shapes
+from fd_large.backbones.statistics import Statistics
+from fd_large.backbones.translation import Piece, Pieces, Shape, Shapes, translated
+from fd_large.errors import WeightsError
+from fd_large.recipes.architectures import Architecture, filled, overrides, set_fields
+from fd_large.recipes.family import FamilyArchitecture
+from fd_large.weights.coverage import Fitted
+from fd_large.weights.formats import FORMATS, detect
+from fd_large.weights.locate import Located
+from fd_large.weights.read import Tensors
+from fd_large.weights.sidecar import Sidecar, described, read_sidecar
+from fd_large.weights.stored_models import Stored
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An opened file of a model, in our names; nothing is read yet.
+
+    Attributes:
+        source: The source as the user gave it; for a run's folder the checkpoint that was taken.
+        form: Name of its format.
+        file: Its tensors as they are.
+        pieces: {our name: what makes it}.
+        dropped: Names in the file that are left out on purpose.
+        unfit: Names in the file that make no tensor.
+        found: What names and shapes show of the architecture; None in other fields.
+        stated: What the format and a configuration beside the file state about it.
+        statistics: Image statistics that it was trained with; None if unknown.
+        own: Whether this project wrote it.
+        path: The file, the index of several, or the checkpoint; None if a library brings it.
+    """
+
+    source: str
+    form: str
+    file: Tensors
+    pieces: Pieces
+    dropped: list[str]
+    unfit: list[str]
+    found: Architecture
+    stated: Architecture
+    statistics: Statistics | None
+    own: bool
+    path: Path | None
+
+    @property
+    def family(self) -> Family:
+        """The family of the model."""
+        return FORMATS[self.form].family
+
+    @property
+    def published(self) -> Published:
+        """What the family says of its files."""
+        assert self.family.published is not None
+        return self.family.published
+
+    @property
+    def what(self) -> str:
+        """File and format in words."""
+        ours = "this project, " if self.own else ""
+        return f"{self.source} ({ours}{FORMATS[self.form].format.what})"
+
+    def shapes(self) -> dict[str, Shape]:
+        """Returns the shapes in our names."""
+        return {name: piece.shape(self.file.shape) for name, piece in self.pieces.items()}
+
+    @property
+    def trained_with(self) -> str:
+        """Which statistics its publishers use, where they are unknown and a guess would not do."""
+        guess_does = self.own or self.statistics is not None
+        return "" if guess_does else FORMATS[self.form].format.trained_with
+
+    def unknown(self, wanted: Architecture) -> tuple[str, ...]:
+        """Returns fields of the format that neither file, configuration nor user determines."""
+        return tuple(
+            name
+            for name in FORMATS[self.form].format.ask
+            if getattr(self.stated, name) is None and getattr(wanted, name) is None
+        )
+
+    def adapted(
+        self, architecture: FamilyArchitecture, expected: Shapes
+    ) -> tuple[Pieces, list[str]]:
+        """Returns the pieces for a model, and in words what was done to those of the file.
+
+        Args:
+            architecture: The model, which may differ from the file's where its family allows.
+            expected: Shapes of the tensors of the model.
+        """
+        pieces = self.pieces | {name: Piece((name,)) for name in self.unfit}
+        wanted = Wanted(architecture, expected, self.found, self.dropped)
+        pieces, notes = self.published.adapt(pieces, wanted)
+        if self.dropped:
+            notes = [f"left out on purpose: {_groups(self.dropped)}", *notes]
+        return pieces, notes
+
+    def fitted(
+        self,
+        architecture: FamilyArchitecture,
+        *,
+        without: Collection[str] = (),
+        allow: tuple[str, ...] = (),
+        where: str = "weights",
+        remedy: str = "",
+    ) -> Fitted:
+        """Returns the tensors for a model, checked against its shapes.
+
+        Args:
+            architecture: The model.
+            without: Names of tensors that are not wanted.
+            allow: Patterns of names that may be missing or left over.
+            where: What the user set, for messages.
+            remedy: What the user can do about tensors that do not fit.
+
+        Raises: WeightsError: if the file does not cover the model.
+        """
+        shapes = parameter_shapes(architecture)
+        expected = {name: shape for name, shape in shapes.items() if name not in without}
+        pieces, notes = self.adapted(architecture, expected)
+        return Fitted(
+            pieces,
+            self.file,
+            expected,
+            allow=(*allow, *without),
+            what=self.what,
+            where=where,
+            margin=0.0 if self.own else FORMATS[self.form].format.resize_margin,
+            notes=notes,
+            remedy=remedy,
+        )
+
+
+def _groups(names: list[str]) -> str:
+    """Names by their first word, with counts."""
+    groups: dict[str, int] = {}
+    for name in names:
+        groups[name.split(".")[0]] = groups.get(name.split(".")[0], 0) + 1
+    return ", ".join(f"{name} ({count})" for name, count in groups.items())
+
+
+def in_our_names(
+    file: Tensors,
+    source: str,
+    *,
+    part: str,
+    ignored: list[str],
+    located: Located,
+    stored: Stored | None,
+    where: str,
+) -> Weights:
+    """Finds the format of a file, and what it and a configuration beside it show of its model.
+
+    Args:
+        file: The tensors of one model.
+        source: The source as the user gave it.
+        part: The part of the file that they are; empty: nobody named one.
+        ignored: Names of the file's other tensors.
+        located: Where the file was found.
+        stored: The model of a run or a checkpoint that it is; None: it is a file.
+        where: What the user set, for messages.
+
+    Raises: WeightsError: if it is of no known format, or of no model of its family.
+    """
+    form = detect(file, where=where, wrapping=file.wrapping)
+    if form == "open_clip" and part == "teacher":
+        form = "openai_clip"  # The only CLIP that Feature-Distillation teaches with.
+    family, line = FORMATS[form]
+    published = family.published
+    assert published is not None
+    translation = translated(file, line.rule)
+    pieces, dropped = translation.pieces, [*ignored, *translation.dropped]
+    projector = {n: p for n, p in pieces.items() if n.startswith("projection.")}
+    if part == "projector":
+        pieces = projector
+    else:
+        pieces = {n: p for n, p in pieces.items() if n not in projector}
+        dropped += [name for piece in projector.values() for name in piece.sources]
+    beside = Sidecar(Architecture(), None)
+    if stored is not None:
+        beside = Sidecar(overrides(stored.architecture), stored.statistics, own=True)
+    elif file.path:
+        beside = read_sidecar(file.path, published, line.library, where)
+    stated = filled(
+        described(published, located.library, located.config, where), beside.architecture
+    )
+    # The size of its images says nothing of how a model computes.
+    explained = beside.own or bool(set_fields(stated).keys() - {"image_size"})
+    statistics = located.statistics or beside.statistics
+    if not beside.own:  # Names that are ours alone say nothing of who trained the weights.
+        stated, statistics = filled(stated, line.facts), statistics or line.statistics
+    shapes = {ours: piece.shape(file.shape) for ours, piece in pieces.items()}
+    found = _recognised(family, shapes, file, f"{where}: {source}")
+    doubtful = not explained and part != "projector"
+    if doubtful and (beyond := published.beyond(shapes)):
+        raise WeightsError(
+            f"{where}: {source} ({line.what}): a model of another kind than its names say; "
+            f"got {beyond}, expected what a {family.architecture.family} model has. A folder "
+            "with its config.json is read as it is. If timm has the model, set "
+            f"{_model_flag(where)} timm:NAME with this file."
+        )
+    return Weights(
+        source=source,
+        form=form,
+        file=file,
+        pieces=pieces,
+        dropped=dropped,
+        unfit=translation.unfit,
+        found=found,
+        stated=filled(stated, published.guess(found)),
+        statistics=statistics,
+        own=beside.own,
+        path=stored.path if stored else file.path,
+    )
+
+
+def _model_flag(where: str) -> str:
+    """The flag of the model, beside that of the source."""
+    section = where.rpartition(".")[0]
+    return f"{section}.model" if section.startswith("--") else "--teacher.model"
+
+
+def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Architecture:
+    """What the tensors show.
+
+    Raises: WeightsError: if one has no elements, or has a shape that no model of the family has.
+    """
+    empty = [name for name, shape in shapes.items() if 0 in shape]
+    if empty:
+        raise WeightsError(
+            f"{where}: tensors without numbers; got {len(empty)} of {len(shapes)}, "
+            f"{empty[0]} {shapes[empty[0]]} the first, expected whole ones. state_dict() of a "
+            "model in shards (ZeRO-3) holds none: gather it before it is saved."
+        )
+    name = family.architecture.family
+    if "patch_embed.proj.weight" not in shapes:
+        return Architecture(family=name)
+    assert family.published is not None
+    try:
+        return family.published.recognise(shapes, file)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{where}: shapes of no {name} model; got patch_embed.proj.weight "
+            f"{shapes['patch_embed.proj.weight']} and others ({error}), expected (width, 3, patch, "
+            "patch) and tables of its kind. Use the weights of another model."
+        ) from error
