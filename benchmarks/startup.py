@@ -3,11 +3,10 @@
     python benchmarks/startup.py [--rounds 5] [--ranks 2] [--without mlflow] [FLAGS of train.py]
 
 Starts the quick start, or the run of other flags, by DeepSpeed's launcher, and stops it after its
-first step. A rank notes when it was started, when its imports were over, and what it was busy with
-since then; the processor seconds of rank 0 stand beside. DeepSpeed's launcher imports MLflow in
-both of its processes where that is installed, as the extras `test` and `mlflow` do: `--without
-mlflow` hides it. Beside them stands `fd-large train --help`, which imports no torch. Writes
-benchmarks/results/startup.json.
+first step. A rank notes when it was started and what it was busy with since then; the processor
+seconds of rank 0 stand beside. DeepSpeed's launcher imports MLflow in both of its processes where
+that is installed, as the extras `test` and `mlflow` do: `--without mlflow` hides it. Beside them
+stands `fd-large train --help`, which imports no torch. Writes benchmarks/results/startup.json.
 """
 
 from __future__ import annotations
@@ -36,11 +35,10 @@ BIN = Path(sys.executable).parent
 def run_as_rank(timeline: Path) -> int:
     """Trains as train.py does; rank 0 notes what it does when."""
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import fd_large.engine.run  # noqa: F401  # What train imports before anything else.
     from fd_large import activity
     from fd_large.cli.main import main
 
-    noted = [(BEGAN, 0.0, "imports")]
+    noted = [(BEGAN, 0.0, "reading the arguments")]
 
     def note() -> None:
         works = activity.current()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fd_large import failures
+from fd_large import failures, imports
 from fd_large.checkpoint.lease import Lease, OwnedError, claim
 from fd_large.errors import Exit, FDError
 from fd_large.launch import find_launch, find_rank
@@ -43,9 +43,9 @@ def owning(run_dir: str) -> Iterator[Lease]:
                     raise
                 terminal.show_error(str(error))
                 refusal = str(error)
-        # torch: seconds.
-        from fd_large import distributed
-        from fd_large.runtime import logs
+        with imports.for_good():  # Torch: seconds.
+            from fd_large import distributed
+            from fd_large.runtime import logs
 
         logs.start(find_rank())
         distributed.start(launch)

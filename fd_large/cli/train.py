@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from fd_large import activity
+from fd_large import activity, imports
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, WithRecipe, parse_with_recipe
 from fd_large.cli.ownership import owning
 from fd_large.cli.paths import paths_of, require_paths, require_sources
@@ -115,7 +115,7 @@ def train_run(
         FDError: The user's mistake, or another rank that has ended.
     """
     with owning(run.run_dir()) as lease:
-        with activity.work("loading torch and DeepSpeed"):  # Seconds.
+        with activity.work("loading torch and DeepSpeed"), imports.for_good():  # Seconds.
             from fd_large import distributed, failures
             from fd_large.engine.run import train
             from fd_large.tasks.jobs import job_of

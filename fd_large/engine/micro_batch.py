@@ -188,22 +188,7 @@ def probe(
     engine.task.train()
     memory = GpuMemory() if distributed.device().type == "cuda" else HostMemory()
     gc.collect()
-    with passed_over():
-        return largest_that_fits(at_most or share, (through, step), memory)
-
-
-@contextmanager
-def passed_over() -> Iterator[None]:
-    """Lets collections of garbage within pass over all that is there now, and stays.
-
-    Modules alone are half a million objects. DeepSpeed collects while it builds an engine, and so
-    does each measurement of memory.
-    """
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+    return largest_that_fits(at_most or share, (through, step), memory)
 
 
 def _copies(task: Task, batch: Batch, count: int) -> list[Tensor]:

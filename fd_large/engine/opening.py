@@ -222,7 +222,6 @@ def _built(job: Job, config: dict[str, Any]) -> tuple[Engine, Ema | None]:
     with (
         activity.work("building the engine"),
         micro_batch.building_in_memory(job.memory_remedy),
-        micro_batch.passed_over(),
     ):
         engine = engine_of(
             job.run,
@@ -409,7 +408,7 @@ def _probed(
     size = micro_batch.remembered(folder, setting, share)
     if size is not None:
         return size
-    with activity.work("trying micro batches"), micro_batch.passed_over():
+    with activity.work("trying micro batches"):
         engines, averages = [], []
         for job, config in zip(jobs, configs, strict=True):
             # Every step of the probe is a whole step, moments included.

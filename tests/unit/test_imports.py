@@ -1,12 +1,13 @@
-"""Packages that are left out of an import look as if they were not installed, for that long."""
+"""Packages are left out of an import for that long; what stays is no concern of collections."""
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import pytest
 
-from fd_large.imports import without
+from fd_large.imports import for_good, without
 
 
 def test_what_is_left_out_is_there_again_afterwards(tmp_path, monkeypatch):
@@ -22,3 +23,22 @@ def test_what_is_left_out_is_there_again_afterwards(tmp_path, monkeypatch):
         assert sys.modules["taking_long"] is found
     assert sys.modules["taking_long"] is found
     del sys.modules["taking_long"]
+
+
+def test_what_stays_is_hidden_from_collections_once(tmp_path, monkeypatch):
+    (tmp_path / "staying.py").write_text("value = [[] for _ in range(100)]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        with for_good():
+            assert not gc.isenabled()
+            import staying
+        assert gc.isenabled()
+        # `gc.get_objects` leaves out what is hidden.
+        assert not any(one is staying.value for one in gc.get_objects())
+        hidden = gc.get_freeze_count()
+        with for_good():
+            import staying
+        assert gc.get_freeze_count() == hidden, "nothing was imported"
+    finally:
+        gc.unfreeze()
+        del sys.modules["staying"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from types import MappingProxyType
 
 import torch
@@ -218,6 +219,7 @@ def _meeting(
         such images; and its entry, positions made for them.
     """
 
+    @cache  # The side that is chosen has been tried.
     def at(side: int) -> tuple[Grid | None, NamedTeacher]:
         """The teacher's grid for images of a side, 0 as in `frozen_maker`; and its entry."""
         resized = replace(entry, architecture=replace(entry.architecture, image_size=side))
