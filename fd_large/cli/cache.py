@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,6 +16,7 @@ from tyro.conf import Positional, arg
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, parse_with_recipe
 from fd_large.cli.output import size, tables
 from fd_large.cli.paths import paths_of, require_paths, require_sources
+from fd_large.errors import CacheError, Exit
 from fd_large.plan.cached_targets import CachedTargets
 from fd_large.plan.rates import rates_of
 from fd_large.recipes import registry
@@ -73,13 +77,41 @@ def main(arguments: list[str]) -> int:
         tables().print(plan(run, own))
         return 0
     require_sources(run)
-    written = write(run, own.out, precision=own.precision)
+    with _saying_that_it_goes_on():
+        written = write(run, own.out, precision=own.precision)
     from fd_large import distributed
 
     if distributed.is_main():
         for folder, count in written.items():
             print(f"{folder}: {count:,} maps written; train with --teacher.source cached:{folder}")
     return distributed.leave(0)
+
+
+@contextmanager
+def _saying_that_it_goes_on() -> Iterator[None]:
+    """Ends the process with a sentence and code 75 where a signal stops it.
+
+    Whole records stay and the others are written anew, so that it may stop anywhere.
+
+    Raises: CacheError: after Ctrl-C, or what a scheduler sends before it takes the machine away.
+    """
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # nohup's.
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        stopped = CacheError(
+            "cache: stopped before the end; got a signal, expected to store all maps. What is "
+            "stored stays. Start the same command again: it goes on from there."
+        )
+        stopped.exit_code = Exit.AGAIN
+        raise stopped from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _with_views(run: Run, views: int) -> Run:

@@ -112,12 +112,21 @@ def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
     if file.exists():
         remedy = "Set --runtime.run_dir to another folder, or --fresh to start over here."
         try:
-            found = changes(json.loads(file.read_text()))
+            stored = json.loads(file.read_text())
+            found = changes(stored)
         except (ValueError, ConfigError, AttributeError) as error:
             raise ConfigError(
                 f"{file}: not a recipe that this version can read; got {error}, expected what a "
                 f"run wrote. {remedy}"
             ) from None
+        if stored.get("students") and not recipe.get("students"):
+            # Not --fresh, which would move all of them aside.
+            raise ConfigError(
+                f"{folder}: holds the runs of several students; got a run of one, expected "
+                f"{', '.join(stored['students'])}. Go on with one of them by --config "
+                f"{folder}/students/NAME/recipe.json without --runtime.run_dir, with all by the "
+                "command that began them; or set --runtime.run_dir to another folder."
+            )
         if found:
             changed = "; ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in found.items())
             raise ConfigError(

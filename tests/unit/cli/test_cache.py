@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import tiny_runs
 from pictures import write_pictures
 
+from fd_large.cli import cache
 from fd_large.cli.main import main
 from fd_large.recipes.fields import flat
 
@@ -57,6 +61,15 @@ def test_the_plan_says_whether_it_pays_and_writes_nothing(folder, capsys):
 def test_mistakes_name_their_argument(words, named, capsys):
     assert command(*words) == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_what_goes_on(number, monkeypatch, capsys):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(cache, "write", lambda *_, **__: os.kill(os.getpid(), number))
+    assert command() == 75
+    assert "same command" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
 
 
 def test_a_recipe_without_a_teacher_is_refused(capsys):

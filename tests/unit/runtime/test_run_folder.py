@@ -73,6 +73,13 @@ def test_a_run_goes_on_in_its_own_folder_alone(tmp_path):
     assert json.loads((folder / "recipe.json").read_text()) == found
 
 
+def test_one_student_is_told_where_it_goes_on_and_not_to_begin_anew(tmp_path):
+    enter(tmp_path, students__wide__model="swinv2_tiny", students__slim__model="swinv2_tiny")
+    with pytest.raises(ConfigError, match=r"wide, slim.*students/NAME/recipe\.json") as caught:
+        enter(tmp_path)
+    assert "fresh" not in str(caught.value)
+
+
 def test_a_fresh_start_takes_any_recipe(tmp_path, caplog):
     folder = tmp_path / "a"
     enter(folder, runtime__seed=1)
