@@ -15,7 +15,7 @@ from harness import ROOT
 
 sys.path[:0] = [str(ROOT)]
 
-from fd_large.cli.plan import count_anew, shape_fields  # noqa: E402
+from fd_large.cli.plan_workload import count_anew, shape_fields  # noqa: E402
 from fd_large.kernels.choose import CAPABILITIES  # noqa: E402
 from fd_large.plan import kept_counts  # noqa: E402
 from fd_large.plan.counts import Counts  # noqa: E402

@@ -75,7 +75,7 @@ def measure(arguments: argparse.Namespace) -> int:
     from engines import job_of, noise, seconds_of, zero_engine
 
     from fd_large import distributed
-    from fd_large.cli.plan import workload
+    from fd_large.cli.plan_workload import workload
     from fd_large.engine import phases, probe
     from fd_large.engine.forward_backward import forward_backward
     from fd_large.engine.zero import start

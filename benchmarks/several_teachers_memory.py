@@ -73,7 +73,7 @@ def measure(arguments: argparse.Namespace) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     from fd_large import distributed
-    from fd_large.cli.plan import workload
+    from fd_large.cli.plan_workload import workload
     from fd_large.engine.forward_backward import forward_backward
     from fd_large.engine.zero import start
     from fd_large.engine.zero.optimizer import set_learning_rate

@@ -10,13 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fd_large.cli.arguments import parse_with_recipe
-from fd_large.cli.evaluate_models import (
-    PROBES,
-    TRAININGS,
-    ModelFlags,
-    measure_frozen,
-    train_models,
-)
+from fd_large.cli.evaluate_flags import PROBES, TRAININGS, ModelFlags
+from fd_large.cli.evaluate_frozen import measure_frozen
+from fd_large.cli.evaluate_trainings import train_models
 from fd_large.cli.output import tables
 from fd_large.cli.paths import paths_of_models, require_paths
 from fd_large.errors import ConfigError

@@ -22,7 +22,7 @@ from tyro.conf import Positional, arg
 from fd_large.atomic_files import out_folder, write_json
 from fd_large.cli import recorded_runs, transfer_cells, transfer_slurm
 from fd_large.cli.arguments import AllowsCode, parse_with_recipe
-from fd_large.cli.evaluate_models import refuse_other_task
+from fd_large.cli.evaluate_trainings import refuse_other_task
 from fd_large.cli.output import tables
 from fd_large.cli.paths import require_paths
 from fd_large.cli.transfer_cells import Cell, Changes, RowKind, cells_of, rows_of

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fd_large.cli import recorded_runs
-from fd_large.cli.evaluate_models import started_from
+from fd_large.cli.evaluate_trainings import started_from
 from fd_large.cli.transfer_columns import COLUMNS, Column
 from fd_large.errors import ConfigError, check_all, first_line
 from fd_large.recipes import registry

@@ -10,7 +10,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fd_large.cli.plan import figure, plan, steps_of
+from fd_large.cli.plan import plan
+from fd_large.cli.plan_report import figure
+from fd_large.cli.plan_workload import steps_of
 from fd_large.errors import FDError, first_line
 from fd_large.plan.cluster import Cluster
 from fd_large.recipes.run import Run

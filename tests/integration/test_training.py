@@ -19,7 +19,7 @@ from pictures import write_pictures
 from pyarrow import parquet
 from twin import losses, train
 
-from fd_large.cli.plan import workload
+from fd_large.cli.plan_workload import workload
 from fd_large.recipes.run import Run
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from fd_large import distributed, meeting
 from fd_large.checkpoint.write import Piece, Saver
-from fd_large.cli import diagnose, doctor, doctor_checks, evaluate_models, plan_probe
+from fd_large.cli import diagnose, doctor, doctor_checks, evaluate_results, plan_probe
 from fd_large.data.loader import Batch, load_batches
 from fd_large.engine import block_wrappers, count, micro_batch, opening, phases, probe
 from fd_large.engine.prefetch import Prefetch
@@ -365,8 +365,8 @@ def test_a_card_that_does_not_compute(card: Card, monkeypatch) -> None:
 def test_tables_name_the_card(card: Card, tmp_path) -> None:
     assert diagnose._device(distributed.device()) == card.name
     model = SimpleNamespace(label="a", source="a", image_size=32)
-    rows = [evaluate_models._Row(model, [50.0], [{}], [])]
+    rows = [evaluate_results.Row(model, [50.0], [{}], [])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fd_large.report.comparison.draw_comparison", lambda *_: None)
-        evaluate_models._finish(tmp_path, rows, "title", task="knn")
+        evaluate_results.finish(tmp_path, rows, "title", task="knn")
     assert json.loads((tmp_path / "summary.json").read_text())["device"] == f"1 x {card.name}"

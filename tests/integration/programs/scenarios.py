@@ -27,7 +27,7 @@ from launch import write_result
 from tensor_storages import storages
 
 from fd_large import distributed
-from fd_large.cli.plan import workload
+from fd_large.cli.plan_workload import workload
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import arguments_of_step, backward
 from fd_large.engine.opening import engine_of

@@ -10,7 +10,8 @@ import pytest
 
 from fd_large import doors
 from fd_large.cli import main as cli
-from fd_large.cli.plan import count_anew, plan, shape_fields
+from fd_large.cli.plan import plan
+from fd_large.cli.plan_workload import count_anew, shape_fields
 from fd_large.plan import kept_counts
 from fd_large.plan.buckets import gradient_bucket
 from fd_large.plan.candidate import Candidate

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fd_large.backbones.registry import parameter_shapes
-from fd_large.cli.evaluate_models import started_from
+from fd_large.cli.evaluate_trainings import started_from
 from fd_large.cli.transfer_columns import COLUMNS
 from fd_large.engine.find_model import find_model
 from fd_large.engine.job import trained_at

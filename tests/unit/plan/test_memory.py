@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from fd_large.cli.plan import workload
+from fd_large.cli.plan_workload import workload
 from fd_large.errors import ConfigError
 from fd_large.plan.memory import Held, Placement, held
 from fd_large.recipes import registry

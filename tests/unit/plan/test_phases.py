@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from fd_large.cli.plan import workload
+from fd_large.cli.plan_workload import workload
 from fd_large.errors import ConfigError
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Cluster, Machine

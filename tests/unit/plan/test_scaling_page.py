@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fd_large.cli.plan import workload
+from fd_large.cli.plan_workload import workload
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Cluster, Machine
 from fd_large.plan.memory import Placement, held

@@ -1,0 +1,143 @@
+"""What came out of `evaluate`: the table, the plot, summary.json, predictions.npz and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fd_large.atomic_files import write_json
+from fd_large.cli.output import tables
+from fd_large.cli.sweep import Sweep
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from fd_large.engine.find_model import NamedModel
+
+
+@dataclass
+class Row:
+    """A row of the table.
+
+    Attributes:
+        model: What was measured.
+        values: The accuracy of each seed, in per cent.
+        details: More about each seed.
+        predicted: The class that each seed gave to each test image, (N,), on rank 0; fewer than
+            seeds where a run was made before they were kept.
+        labels: (N,), the class of each test image; `NO_LABEL` where it could not be used.
+        recipe: Name of the recipe that the model was trained by, if any.
+        sweep: What was tried before, if anything.
+        feature: Words for its feature where a model has several rows.
+    """
+
+    model: NamedModel
+    values: list[float]
+    details: list[dict[str, Any]]
+    predicted: list[NDArray[np.int64]]
+    labels: NDArray[np.int64] | None = None
+    recipe: str = ""
+    sweep: Sweep | None = None
+    feature: str = ""
+
+    def right(self) -> NDArray[np.bool_] | None:
+        """Returns (seeds, images with a label), whether each was classified correctly."""
+        import numpy as np
+
+        if self.labels is None or len(self.predicted) < len(self.values):
+            return None
+        return (np.stack(self.predicted) == self.labels)[:, self.labels >= 0]
+
+
+def finish(folder: Path, rows: Sequence[Row], title: str, **facts: Any) -> None:
+    """Prints the table, draws the plot, writes summary.json and predictions.npz, on rank 0.
+
+    Args:
+        folder: Where the files go.
+        rows: The rows of the table; the others are compared with the first.
+        title: Words for the test.
+        facts: What else summary.json says, such as task, root and seeds.
+    """
+    from fd_large import distributed
+
+    if not distributed.is_main():
+        return
+    import torch
+
+    from fd_large.report.comparison import draw_comparison, spread, tables_of
+    from fd_large.report.evaluation_page import write_evaluation_page
+
+    device = distributed.device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    summary = {
+        **facts,
+        "device": f"{distributed.world_size()} x {name}",
+        "nets": [_as_json(row, rows[0]) | spread(row.values) for row in rows],
+    }
+    write_json(folder / "summary.json", summary)
+    _write_predictions(folder / "predictions.npz", rows)
+    plot = folder / f"{facts['task']}.png"
+    draw_comparison(summary, title, plot)
+    shown = tables_of(summary, title)
+    how = {**facts, **facts.get("settings", {})}
+    page = write_evaluation_page(
+        folder / "report.html",
+        title,
+        shown,
+        [plot],
+        facts=[(k.replace("_", " "), v) for k, v in how.items() if k not in ("task", "settings")],
+        below=f"{', '.join(map(_label, rows))}; {summary['device']}",
+    )
+    console = tables()
+    for one in shown:
+        console.print(one)
+    console.print(f"{folder}/summary.json, {plot}, {page}", soft_wrap=True)
+
+
+def _as_json(row: Row, first: Row) -> dict[str, Any]:
+    """A row of summary.json."""
+    from fd_large.probes.paired import difference
+
+    found: dict[str, Any] = {
+        "label": _label(row),
+        "source": row.model.source,
+        "image_size": row.model.image_size,
+        "accuracy": row.values,
+        "details": row.details,
+    }
+    if row.recipe:
+        found["recipe"] = row.recipe
+    if row.sweep:
+        found["sweep"] = row.sweep.as_json()
+    right, other = row.right(), first.right()
+    if row is not first and right is not None and other is not None:
+        paired = difference(right, other)
+        found["difference"] = {
+            "to": _label(first),
+            "mean": paired.mean,
+            "interval": [paired.low, paired.high],
+            "is_shown": paired.is_shown,
+        }
+    return found
+
+
+def _label(row: Row) -> str:
+    return f"{row.model.label}, {row.feature}" if row.feature else row.model.label
+
+
+def _write_predictions(path: Path, rows: Sequence[Row]) -> None:
+    """Writes the test images' labels, (N,), and what was predicted of each row, (seeds, N)."""
+    import numpy as np
+
+    # Any name may be a model's, "labels" too.
+    kept: dict[str, Any] = {
+        f"predicted/{_label(row)}": np.stack(row.predicted)
+        for row in rows
+        if row.right() is not None
+    }
+    labels = next((row.labels for row in rows if row.labels is not None), None)
+    if labels is not None:
+        np.savez_compressed(path, labels=labels, **kept)

@@ -1,0 +1,190 @@
+"""`evaluate` by training on labels: every model with every seed, each into its own run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fd_large.atomic_files import out_folder
+from fd_large.cli import recorded_runs
+from fd_large.cli.evaluate_flags import ModelFlags
+from fd_large.cli.evaluate_results import Row, finish
+from fd_large.cli.output import tables
+from fd_large.cli.sweep import (
+    HELD_OUT,
+    Trained,
+    check_fields,
+    divisible_part,
+    finished,
+    run_trials,
+    trials_of,
+    with_point,
+)
+from fd_large.errors import ConfigError
+from fd_large.recipes import registry
+from fd_large.recipes.fields import override
+from fd_large.recipes.run import Run
+from fd_large.recipes.sections import RANDOM
+from fd_large.recipes.task_kind import TaskKind
+
+if TYPE_CHECKING:
+    from fd_large.engine.find_model import NamedModel
+
+
+def train_models(
+    models: Sequence[NamedModel], kind: TaskKind, own: ModelFlags, changes: Mapping[str, Any]
+) -> int:
+    """Trains every model with every seed through the engine, each into its own run folder.
+
+    Args:
+        models: What starts each training.
+        kind: The task.
+        own: How.
+        changes: Fields of the recipe.
+
+    Returns: The exit code of the first training that fails; 0 if none does.
+    """
+    from fd_large import distributed
+    from fd_large.engine.find_model import slug
+    from fd_large.tasks.jobs import job_class
+
+    if "runtime.run_dir" in changes and (own.sweep or not len(models) == own.seeds == 1):
+        raise ConfigError(
+            "--runtime.run_dir: one folder for several runs; got a sweep, or several models or "
+            "seeds, expected one run. Set --out, in which each has a folder."
+        )
+    if own.sweep:
+        check_fields(changes)
+    config = own.deepspeed_config or "zero1"
+    job = job_class(kind.name)
+    bases = [
+        registry.get(own.recipe or job.recipe_for(model.architecture, run_recipe=run_recipe(model)))
+        for model in models
+    ]
+    for base in bases:
+        refuse_other_task("--recipe", base, kind.name)
+    recipes = [started_from(m, base, changes) for m, base in zip(models, bases, strict=True)]
+    seeds = own.seeds_from(recipes[0].runtime.seed)
+    rows = [
+        Row(model, [], [], [], recipe=recipe.name)
+        for model, recipe in zip(models, recipes, strict=True)
+    ]
+
+    def train(run: Run) -> Trained:
+        code, summary = recorded_runs.train(run, config)
+        return Trained(code) if code else Trained(0, *job.compared(summary))
+
+    if own.sweep:
+        code = _sweep(rows, recipes, own, train)
+        if code:
+            return distributed.leave(code)
+    folder = out_folder(own.out)
+    for seed in seeds:
+        for row, recipe in zip(rows, recipes, strict=True):
+            where = folder / f"{slug(row.model.label)}_seed_{seed}"
+            if recipe.runtime.run_dir:
+                where = Path(recipe.runtime.run_dir)
+            runtime = replace(recipe.runtime, run_dir=str(where), seed=seed)
+            code, accuracy, details = train(replace(recipe, runtime=runtime))
+            if code:
+                return distributed.leave(code)
+            row.values.append(accuracy)
+            row.details.append({"run": str(where), **details})
+            if distributed.is_main() and (found := job.predictions(where)):
+                row.predicted.append(found.predicted)
+                row.labels = found.labels
+    grid = {"sweep_rates": list(own.sweep_rates), "sweep_decays": list(own.sweep_decays)}
+    finish(
+        folder,
+        rows,
+        kind.title,
+        task=kind.name,
+        root=recipes[0].data.root,
+        seeds=seeds,
+        **({"settings": {**grid, "sweep_held_out": HELD_OUT}} if own.sweep else {}),
+    )
+    return distributed.leave(0)
+
+
+def _sweep(
+    rows: Sequence[Row], recipes: list[Run], own: ModelFlags, train: Callable[[Run], Trained]
+) -> int:
+    """Tries the grid for every row and puts the best into its recipe; returns the exit code."""
+    from fd_large import distributed, meeting
+    from fd_large.engine.find_model import slug
+    from fd_large.engine.node_consistency import weights_digest
+    from fd_large.runtime import logs
+
+    logs.start(distributed.start().rank)
+    images = meeting.meet(lambda: divisible_part(recipes[0].data.root))
+    pairs = list(zip(rows, recipes, strict=True))
+    digests = meeting.meet(
+        lambda: [weights_digest(recipe.student.init, row.model.weights) for row, recipe in pairs]
+    )
+    folder = Path(own.out) / "sweep"
+    grids = [
+        trials_of(recipe, own, images=images, weights=digest, folder=folder / slug(row.model.label))
+        for (row, recipe), digest in zip(pairs, digests, strict=True)
+    ]
+    done = sum(finished(trial) is not None for grid in grids for trial in grid)
+    num_trials, num_runs = sum(map(len, grids)), len(rows) * own.seeds
+    if distributed.is_main():
+        tables().print(
+            f"--sweep: {num_trials} trials ({done} of them done before) on nine tenths of the "
+            f"training images, {' + '.join(str(len(grid)) for grid in grids)} for the models in "
+            f"turn, the point of each one's recipe among them; then {num_runs} runs on all of "
+            f"them: {num_trials - done + num_runs} runs in all",
+            soft_wrap=True,
+        )
+    for place, (row, grid) in enumerate(zip(rows, grids, strict=True)):
+        code, row.sweep = run_trials(grid, train)
+        if code:
+            return code
+        winner = row.sweep.winner
+        recipes[place] = with_point(recipes[place], winner.rate, winner.decay)
+    return 0
+
+
+def run_recipe(model: NamedModel) -> str | None:
+    """Returns the name of the recipe of a named model's run, as `Job.recipe_for` takes it."""
+    if model.trained_by:
+        return model.trained_by.run.name
+    return "" if model.section.source == RANDOM else None
+
+
+def started_from(model: NamedModel, base: Run, changes: Mapping[str, Any]) -> Run:
+    """Returns a recipe with other values of some fields and a named model in the student's place.
+
+    Args:
+        model: What the training starts from.
+        base: The recipe.
+        changes: Its fields with other values.
+
+    Raises: ConfigError: for a field that does not exist, or that the model decides.
+    """
+    from fd_large.tasks.jobs import job_of
+
+    names = [name.removeprefix("student.") for name in changes if name.startswith("student.")]
+    started = job_of(override(base, changes)).starting_from(
+        model.section,
+        image_size=model.image_size,
+        trained_as=model.trained_by.run.student if model.trained_by else None,
+        fields=names,
+    )
+    # A side that the user set stays; the job refuses it where it does not fit the model.
+    size = changes.get("data.image_size", started.data.image_size)
+    return replace(started, data=replace(started.data, image_size=size))
+
+
+def refuse_other_task(flag: str, recipe: Run, task: str) -> None:
+    """Refuses a recipe of another task.
+
+    Raises: ConfigError: naming the flag that chose it.
+    """
+    if recipe.task.name != task:
+        raise ConfigError(
+            f"{flag}: not one of the task {task}; got {recipe.name}, expected a recipe of that "
+            "task. See python -m fd_large recipes."
+        )

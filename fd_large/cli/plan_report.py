@@ -1,0 +1,267 @@
+"""What `plan` prints: the settings that fit, what the best one takes, and what does not fit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from fd_large.cli.output import size
+from fd_large.cli.plan_workload import cached_folders, steps_of
+from fd_large.errors import ConfigError
+from fd_large.plan.cached_targets import largest_map_that_pays
+from fd_large.plan.candidate import Candidate
+from fd_large.plan.cluster import Machine
+from fd_large.plan.disk import on_disk
+from fd_large.plan.search import Refused, checkpoint_bytes
+from fd_large.plan.step_time import Estimate
+from fd_large.plan.workload import Workload
+from fd_large.recipes.architectures import brings_model
+from fd_large.recipes.run import Run
+from fd_large.runtime import disks
+
+
+def figure(value: float) -> str:
+    """Returns a number of hours or days as text."""
+    if value < 0.001:
+        return "<0.001"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def report(
+    run: Run,
+    load: Workload,
+    machine: Machine,
+    good: list[Estimate],
+    bad: list[Refused],
+    *,
+    images: int,
+    rows: int,
+    narrow: bool,
+) -> Group:
+    """Returns what is printed.
+
+    Args:
+        run: The recipe.
+        load, machine, good, bad: As `plan` returns them.
+        images: Images of the dataset, which decide the steps of an epoch.
+        rows: How many settings are shown of those that fit, and of those that do not.
+        narrow: Whether the table leaves out times that the lines after it give.
+    """
+    parts: list[Table | Text] = [_heading(run, load, machine)]
+    if good:
+        parts.append(_best_table(machine, load, good[:rows], steps_of(run, images), narrow=narrow))
+        parts.append(_details(run, load, good[0], machine, images))
+    else:
+        parts.append(
+            Text(
+                "No setting fits; use more GPUs, cards with more memory, or a disk "
+                "(--engine.nvme_path FOLDER, docs/disk.md).\n"
+            )
+        )
+    if bad:
+        parts.append(_refused_table(bad, load, rows))
+    if run.engine.nvme_path:
+        parts.append(_disk_line(run, load, machine))
+    return Group(*parts)
+
+
+def _disk_line(run: Run, load: Workload, machine: Machine) -> Text:
+    folder = run.engine.nvme_path
+    disks.check_state_folder(folder, 1)
+    try:
+        speed, free = disks.write_speed(Path(folder)), shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ConfigError(
+            f"engine.nvme_path: {folder} cannot be measured; got {error.strerror}, expected a "
+            "folder on a local disk. Set --engine.nvme_path to another one."
+        ) from None
+    found = on_disk(load, machine, speed=speed, average=bool(run.optim.ema_decay))
+    return Text(
+        "State on a disk (ds_configs/zero3_nvme.json, every block checkpointed, 1 image at a "
+        "time):\n"
+        f"  {found.memory / 1e9:.1f} GB of memory a rank; {size(found.disk)} on a node's disk, of "
+        f"which {folder} has {size(free)} free{'' if found.disk <= free else ': TOO LITTLE'};\n"
+        f"  up to {figure(found.seconds)} s more for each step at the {speed / 1e9:.2f} GB/s that "
+        "it is written with now\n"
+    )
+
+
+def _heading(run: Run, load: Workload, machine: Machine) -> Text:
+    cluster = machine.cluster
+    counts = load.counts[False]
+    network = ""
+    if cluster.nodes > 1:
+        network = f", {cluster.nics_per_node} x {cluster.nic_gigabits:g} Gb/s per node"
+    teacher = ""
+    if load.teacher_sizes:
+        models = run.frozen_models.values()
+        named = [one.source if brings_model(one.source) else one.model for one in models]
+        name = f"teacher{'s' * (len(named) > 1)} {', '.join(named)}" if named else "frozen model"
+        teacher = (
+            f"  {name}: {sum(load.teacher_sizes) / 1e6:,.1f}M parameters, "
+            f"{counts.flops('inference', 1) / 1e9:,.1f} GFLOP\n"
+        )
+    for name, folder in cached_folders(run).items():
+        teacher += f"  {name}: cached targets in {folder}\n"
+    learning = [f"{name}: {one.model}" for name, one in run.students.items()]
+    students, whose = f"student {run.student.model}: ", "its"
+    if learning:
+        students, whose = f"students {', '.join(learning)}: ", "their"
+    return Text(
+        f"{run.name}, {run.batch.global_batch_size} images per step\n"
+        f"  {students}{load.parameters / 1e6:,.1f}M parameters with {whose} "
+        f"{'projection' if len(run.frozen_models) == 1 else 'heads'}, "
+        f"{counts.flops('forward', 1) / 1e9:,.1f} GFLOP\n{teacher}"
+        f"  {cluster.gpus} x {machine.rates.name} on {cluster.nodes} "
+        f"node{'s' if cluster.nodes > 1 else ''}{network}, "
+        f"{'fused' if counts.fused else 'reference'} kernels\n"
+    )
+
+
+def _table(title: str) -> Table:
+    # No frame, so that all cells fit into 80 columns.
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for name in ("ZeRO", "teacher", "check-\npoints"):
+        table.add_column(name, no_wrap=True)
+    return table
+
+
+def _best_table(
+    machine: Machine, load: Workload, good: list[Estimate], steps: int, *, narrow: bool
+) -> Table:
+    table = _table("Settings that fit, best first")
+    names = ["micro\nx accum.", "GB per\nrank", "compute\nms", "comm.\nms"]
+    names += ["step\ns", "images\n/s", "MFU\n%", "days", "GPU-\nhours"]
+    if narrow:
+        names[2:4] = []
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in good:
+        seconds = one.seconds
+        hours = seconds.total * steps / 3600
+        table.add_row(
+            _zero(one.candidate),
+            _teacher(one.candidate, load),
+            "blocks" if one.candidate.checkpointing else "off",
+            f"{one.candidate.micro_batch_size} x {seconds.accumulation}",
+            f"{one.memory.total / 1e9:.1f}",
+            *(
+                []
+                if narrow
+                else [f"{seconds.computation * 1e3:,.0f}", f"{seconds.communication * 1e3:,.0f}"]
+            ),
+            figure(seconds.total),
+            f"{one.images_per_second:,.0f}",
+            f"{100 * one.mfu:.1f}",
+            figure(hours / 24),
+            figure(hours * machine.cluster.gpus),
+        )
+    return table
+
+
+def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images: int) -> Text:
+    memory, seconds = best.memory, best.seconds
+    stored = checkpoint_bytes(load)
+    keep = run.runtime.keep_last + 1
+    longer = "computation" if seconds.computation >= seconds.communication else "communication"
+    cached = cached_folders(run)
+    placements = {
+        name: getattr(model, "placement", "replicated")
+        for name, model in (run.frozen_models or {"teacher": run.teacher}).items()
+        if name not in cached
+    }
+    whole = [list(placements)[place] for place in load.smallest_first[: best.candidate.whole]]
+    flags: dict[str, None] = {}
+    for name, one in run.each_student().items():
+        own = best.candidate.flags(
+            micro_batch_size=run.batch.micro_batch_size,
+            placements=placements,
+            whole=whole,
+            activation_checkpointing=one.student.activation_checkpointing,
+        )
+        whose = f"--students.{name}." if name else "--student."
+        flags |= dict.fromkeys(flag.replace("--student.", whose) for flag in own)
+    parts = ", ".join(
+        f"{name} {value * 1e3:,.0f}{'' if i else ' ms'}"
+        for i, (name, value) in enumerate(seconds.parts.items())
+    )
+    teacher = _teachers_share(run, load, machine)
+    lines = [
+        f"Memory of a rank in the best setting: {memory.total / 1e9:.1f} of "
+        f"{machine.rates.memory_bytes / 1e9:.0f} GB",
+        f"  states {memory.states / 1e9:.1f}, teacher {memory.teacher / 1e9:.1f}, "
+        f"activations {memory.activations / 1e9:.1f}, buffers {memory.buffers / 1e9:.1f}",
+        f"Time of a micro-batch: {longer} decides",
+        f"  {parts}, communication {seconds.communication * 1e3:,.0f}; after the last one "
+        f"{seconds.finish * 1e3:,.0f}",
+        *_said_of_times(load, machine),
+        f"FLOPs: MFU {100 * best.mfu:.1f} %, with recomputation "
+        f"{100 * best.hardware_utilisation:.1f} % of {best.peak / 1e12:,.4g} TFLOP/s",
+        f"Disk: {size(stored)} per checkpoint{' of all' if run.students else ''}; "
+        f"{size(keep * stored)} for {keep}, of which one is being written",
+        *([teacher] if teacher else []),
+        f"Length: {steps_of(run, images):,} steps",
+    ]
+    if flags:
+        lines += ["To train with it, pass:", *(f"  {flag}" for flag in flags)]
+    return Text("\n".join(lines) + "\n")
+
+
+def _said_of_times(load: Workload, machine: Machine) -> list[str]:
+    """Says where the times come from, and how far off such times were."""
+    if load.phases:
+        return [
+            "These times go by a step of this task that was timed on one device, and by measured",
+            "  collectives (docs/scaling.md says how far off such times were)",
+        ]
+    if machine.rates.name.endswith("measured"):
+        return ["These times go by measured rates of single operations, not by a step of this task"]
+    return [
+        "These times go by data sheets, are lower bounds, and were compared with no GPU; on CPU",
+        "  ranks steps took 0.7 to 1.4 times as long as measured rates say. --probe measures",
+    ]
+
+
+def _teachers_share(run: Run, load: Workload, machine: Machine) -> str:
+    """What the teacher costs, and when storing its maps would save it; empty without one."""
+    counts, rate = load.counts[False], machine.rates.matmul
+    teacher = counts.flops("inference", 1)
+    rest = counts.flops("forward", 1) + counts.flops("backward", 1)
+    if not run.frozen_models or not teacher:
+        return ""
+    most = largest_map_that_pays(teacher / rate, rest / rate, 1e9)
+    return (
+        f"Teacher: {100 * teacher / (teacher + rest):.0f} % of the FLOPs; stored maps (cache "
+        f"{run.name} OUT --plan) save time\n  if a rank that reads 1 GB/s has maps of less than "
+        f"{size(most)}, and each is learnt from several times"
+    )
+
+
+def _refused_table(bad: list[Refused], load: Workload, rows: int) -> Table:
+    more = f", {rows} of {len(bad)}" if len(bad) > rows else ""
+    table = _table(f"Settings that do not fit{more}")
+    table.add_column("why")
+    for one in bad[:rows]:
+        table.add_row(
+            _zero(one.candidate),
+            _teacher(one.candidate, load),
+            "blocks" if one.candidate.checkpointing else "off",
+            one.reason,
+        )
+    return table
+
+
+def _teacher(candidate: Candidate, load: Workload) -> str:
+    """Where the teachers are, and how many of them, the largest, where some stay whole."""
+    count = len(load.teachers)
+    part = f" {count - candidate.whole}/{count}" if candidate.whole else ""
+    return f"{candidate.teacher}{part}"
+
+
+def _zero(candidate: Candidate) -> str:
+    return f"{candidate.stage}{' + hpZ' if candidate.hpz else ''}"

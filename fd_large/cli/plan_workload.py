@@ -1,0 +1,140 @@
+"""What `plan` plans of a run: the counts of a step, kept or made anew, and what decides them."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Literal
+
+from fd_large.plan import kept_counts
+from fd_large.plan.counts import Counts, Line, of_sizes
+from fd_large.plan.rates import CARDS, Rates
+from fd_large.plan.search import num_steps
+from fd_large.plan.workload import Workload, frozen_in_bfloat16
+from fd_large.recipes.fields import flat, plain
+from fd_large.recipes.run import Run
+from fd_large.recipes.sections import ADAMW, AUTO, Student
+from fd_large.tasks.distillation.section import cached_folder
+
+if TYPE_CHECKING:
+    from fd_large.kernels.choose import Device
+
+Kernels = Literal["fused", "reference"]
+
+SHAPES = (
+    *("student.", "teacher.", "teachers.", "objective.", "weighting.rule", "task."),
+    "data.image_size",
+)
+"""Beginnings of the fields that may decide what a step computes, but for these:"""
+NO_SHAPES = (
+    *(f"student.{name}" for name in ("init", "init_allow", "initialization")),
+    "student.activation_checkpointing",
+    *(
+        f"{teacher}.{name}"
+        for teacher in ("teacher", "teachers.*")
+        for name in ("allow", "placement", "source", "statistics")
+    ),
+    "teachers.*.datasets",
+    "teachers.*.weight",
+    "task.distillation.*",
+)
+
+
+def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused") -> Workload:
+    """Returns what is planned of a run on a card: kept counts if there are any, or new ones.
+
+    Raises: FDError: if the run's models cannot be built.
+    """
+    counts = None
+    # Those that are kept have the teachers, which cached targets stand for.
+    if rates.overlap and rates.bfloat16 and not cached_folders(run):
+        counts = kept_counts.read(kept_counts.key(shape_fields(run), rates.capability, kernels))
+    return Workload(
+        counts=counts or count_anew(run, rates, kernels),
+        global_batch_size=run.batch.global_batch_size,
+        frozen_dtype=run.frozen_dtype,
+        moments=_moments(run),
+        may_split_frozen=bool(run.frozen_models),
+    )
+
+
+def _moments(run: Run) -> int:
+    """Returns how many numbers the optimiser keeps of each parameter."""
+    if run.optim.name == ADAMW:
+        return 2
+    # It imports torch, which a recipe of record does without.
+    from fd_large.engine.zero.optimizer import moments_of
+
+    return len(moments_of(run.optim))
+
+
+def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
+    """Counts a run on a card, without activation checkpointing and with it; takes seconds.
+
+    Raises: FDError: if the run's models cannot be built.
+    """
+    # They import torch, which a recipe of record does without.
+    from fd_large.engine.count import count
+    from fd_large.tasks.jobs import job_of
+
+    micro_batch_size = run.batch.micro_batch_size
+    each = [
+        count(
+            job_of(run),
+            _device(rates, kernels),
+            bfloat16=rates.bfloat16,
+            frozen_bfloat16=frozen_in_bfloat16(run.frozen_dtype, rates.bfloat16),
+            micro_batch_size=1 if micro_batch_size == "auto" else micro_batch_size,
+            image_size=side,
+        )
+        for side in sorted(run.data.image_sizes) or (0,)
+    ]
+    return {wrapped: of_sizes([counts[wrapped] for counts in each]) for wrapped in each[0]}
+
+
+def shared_step_bytes(run: Run, rates: Rates, kernels: Kernels) -> Line:
+    """Returns the bytes of a micro-batch that several students take one after another."""
+    from fd_large.engine.count import shared_bytes
+    from fd_large.tasks.jobs import job_of
+
+    half = frozen_in_bfloat16(run.frozen_dtype, rates.bfloat16)
+    return shared_bytes(job_of(run), _device(rates, kernels), frozen_bfloat16=half)
+
+
+def _device(rates: Rates, kernels: Kernels) -> Device:
+    """Returns the card that a count stands for."""
+    from fd_large.kernels.choose import Device
+
+    major, _, minor = rates.capability.partition(".")
+    return Device(
+        (int(major), int(minor)) if rates.capability else None,
+        on_gpu=rates.overlap,
+        wish="auto" if kernels == "fused" else "reference",
+    )
+
+
+def shape_fields(run: Run) -> dict[str, Any]:
+    """Returns the fields that may decide what a step computes, where they differ from defaults.
+
+    What is automatic follows from the others.
+    """
+    default = flat(Run(name=run.name, student=Student(model=run.student.model)))
+    default.pop("student.model")
+    fields = {name: plain(value) for name, value in flat(run).items() if name.startswith(SHAPES)}
+    return {
+        name: value
+        for name, value in fields.items()
+        if not any(fnmatchcase(name, pattern) for pattern in NO_SHAPES)
+        and value not in (AUTO, plain(default.get(name, "")))
+    }
+
+
+def cached_folders(run: Run) -> dict[str, str]:
+    """Returns the folders of cached targets by the section of the teacher that they stand for."""
+    folders = {name: cached_folder(model.source) for name, model in run.frozen_models.items()}
+    return {name: folder for name, folder in folders.items() if folder}
+
+
+def steps_of(run: Run, images: int) -> int:
+    """Returns the steps of a run on a dataset of that many images."""
+    optim = run.optim
+    return optim.max_steps or num_steps(optim.epochs, images, run.batch.global_batch_size)
