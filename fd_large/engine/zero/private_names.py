@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import textwrap
+from functools import cache
 from importlib.metadata import version
 from pkgutil import resolve_name
 from typing import Any
@@ -292,6 +293,7 @@ def _refused(path: str, found: str, package: str = "") -> VersionError:
     )
 
 
+@cache
 def _source_hash(found: Any, path: str) -> str:
     """Hashes the source of a function, or of the one inside a wrapper that hides it."""
     name = path.replace(":", ".").rpartition(".")[2]
