@@ -20,6 +20,8 @@ from fd_large.errors import ConfigError, ShapeError, nearest
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_SUMMARY = "_summary"
+
 
 class TrainedModel(nn.Module):
     """A backbone that takes images as they are: normalisation is part of it.
@@ -122,7 +124,7 @@ class TrainedModel(nn.Module):
 
         Raises: ConfigError: as `teacher_map`.
         """
-        return self._guess(f"{name}_summary", images, in_teacher_units).tokens.flatten(1)
+        return self._guess(f"{name}{_SUMMARY}", images, in_teacher_units).tokens.flatten(1)
 
     def zero_shot(
         self,
@@ -153,24 +155,37 @@ class TrainedModel(nn.Module):
             WeightsError: if it cannot be had.
         """
         check_prompts(class_names, prompts)
+        learnt = [one.removesuffix(_SUMMARY) for one in self._loaded() if one.endswith(_SUMMARY)]
+        if teacher not in learnt:
+            names = f"teacher={' or '.join(map(repr, learnt))}" if learnt else "one that learnt it"
+            raise ConfigError(
+                f"zero_shot: the student of {self.source} has not learnt what this needs, the "
+                f"image embedding of a CLIP teacher; got teacher={teacher!r}, expected {names}. "
+                f"Name the CLIP among the run's teachers, or train with --teachers.{teacher}.targets map "
+                f"summary --teachers.{teacher}.summary.layer embedding (docs/several_teachers.md)."
+            )
         guess = self.teacher_summary(teacher, images, in_teacher_units=True)
         return probabilities(guess, classes_of(os.fspath(text), tuple(class_names), tuple(prompts)))
 
     def _guess(self, name: str, images: Tensor, in_teacher_units: bool) -> FeatureMap:
-        if self.heads is None:
-            self.heads = {name: head.eval() for name, head in self._read_heads().items()}
-        if name not in self.heads:
+        heads = self._loaded()
+        if name not in heads:
             expected = (
-                f"{nearest(name, self.heads)}. A run has a head for each target that it learnt, "
+                f"{nearest(name, heads)}. A run has a head for each target that it learnt, "
                 "and NAME_summary for a teacher's summary."
-                if self.heads
+                if heads
                 else "expected a run of distillation, or an export of one that has a folder heads"
             )
             raise ConfigError(f"{self.source}: no head of that name; got {name!r}, {expected}")
         pixels = self._normalised(images)
-        head = self.heads[name].to(pixels.device)
+        head = heads[name].to(pixels.device)
         found: FeatureMap = head(self.backbone, pixels, in_teacher_units=in_teacher_units)
         return found
+
+    def _loaded(self) -> Mapping[str, nn.Module]:
+        if self.heads is None:
+            self.heads = {name: head.eval() for name, head in self._read_heads().items()}
+        return self.heads
 
     def _normalised(self, images: Tensor) -> Tensor:
         images = images.to(next(self.backbone.parameters()).device)

@@ -8,11 +8,13 @@ import pytest
 import tiny_clip
 import tiny_runs
 import torch
+from torch import nn
 
 import fd_large
 from fd_large.backbones.statistics import IMAGENET, normalise
 from fd_large.cli.export import export
 from fd_large.engine.find_model import find_model
+from fd_large.engine.trained_model import TrainedModel
 from fd_large.errors import ConfigError
 from fd_large.recipes.sections import Student
 from fd_large.tasks.distillation.job import DistillationJob
@@ -89,6 +91,20 @@ def test_the_target_is_the_embedding_and_a_student_that_has_learnt_it_classifies
     with torch.no_grad():
         again = exported.zero_shot(IMAGES, names, text=folder, prompts=["a photo of a {}"])
     assert torch.allclose(again, found, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("heads", "words"),
+    [({}, "expected one that learnt it"), ({"a_summary": nn.Identity()}, "expected teacher='a'")],
+)
+def test_zero_shot_says_what_the_student_has_not_learnt(heads, words):
+    model = TrainedModel(
+        nn.Identity(), IMAGENET, image_size=32, source="runs/a", heads=lambda: heads
+    )
+    with pytest.raises(ConfigError, match=words) as caught:
+        model.zero_shot(IMAGES, ["cat"], text="open_clip:ViT-B-16/openai")
+    assert "--teachers.clip.summary.layer embedding" in str(caught.value)
+    assert "clip_summary" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
