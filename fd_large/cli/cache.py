@@ -192,15 +192,19 @@ def plan(run: Run, own: Cache) -> Table:
     """
     from rich.table import Table
 
+    from fd_large.cli.plan import as_counted
+    from fd_large.cli.plan_workload import counts_kept_of
     from fd_large.engine.checkpoint_models import sources_of
     from fd_large.tasks.distillation.cache_cost import costs_of
     from fd_large.tasks.distillation.job import DistillationJob
     from fd_large.tasks.jobs import job_of
 
+    kept = counts_kept_of(as_counted(run), rates_of(own.gpu))
     job = job_of(job_of(run).settle(sources_of(job_of)))
     assert isinstance(job, DistillationJob)
     costs = costs_of(
         job,
+        step=kept[False].step_flops(1) if kept else None,
         images=own.images or len(job.open_samples()),
         precision=own.precision,
         runs=own.runs,

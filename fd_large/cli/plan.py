@@ -135,11 +135,7 @@ def plan(
     Returns: The work, the machine, the settings that fit, fastest first, and those that do not.
     Raises: FDError: if something cannot be planned or read.
     """
-    # The counts of a recipe's own teachers are kept under the names that it has for them.
-    runs = [
-        one if one.frozen_models == _of_record(one) else _as_trained(one)
-        for one in run.each_student().values()
-    ]
+    runs = [as_counted(one) for one in run.each_student().values()]
     phases: list[Phases | None] = [None] * len(runs)
     if probe:
         # torch, which the rest of this command does without.
@@ -178,6 +174,14 @@ def _phases_key(run: Run, rates: Rates) -> str:
 def _of_record(run: Run) -> Mapping[str, FrozenModel] | None:
     """The frozen models of the recipe of record that a run is made of; None if it is of another."""
     return registry.get(run.name).frozen_models if run.name in registry.RECIPES else None
+
+
+def as_counted(run: Run) -> Run:
+    """Returns the run as it is counted: with the frozen models that its sources bring.
+
+    The counts of a recipe's own teachers are kept under the names that it has for them.
+    """
+    return run if run.frozen_models == _of_record(run) else _as_trained(run)
 
 
 def _as_trained(run: Run) -> Run:

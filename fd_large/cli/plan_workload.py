@@ -44,17 +44,21 @@ def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused")
 
     Raises: FDError: if the run's models cannot be built.
     """
-    counts = None
-    # Those that are kept have the teachers, which cached targets stand for.
-    if rates.overlap and rates.bfloat16 and not cached_folders(run):
-        counts = kept_counts.read(kept_counts.key(shape_fields(run), rates.capability, kernels))
     return Workload(
-        counts=counts or count_anew(run, rates, kernels),
+        counts=counts_kept_of(run, rates, kernels) or count_anew(run, rates, kernels),
         global_batch_size=run.batch.global_batch_size,
         frozen_dtype=run.frozen_dtype,
         moments=_moments(run),
         may_split_frozen=bool(run.frozen_models),
     )
+
+
+def counts_kept_of(run: Run, rates: Rates, kernels: Kernels = "fused") -> dict[bool, Counts] | None:
+    """Returns the counts of a run on a card that came with the package; None: there are none."""
+    # They have the teachers, which cached targets stand for.
+    if not rates.overlap or not rates.bfloat16 or cached_folders(run):
+        return None
+    return kept_counts.read(kept_counts.key(shape_fields(run), rates.capability, kernels))
 
 
 def _moments(run: Run) -> int:

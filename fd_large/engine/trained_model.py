@@ -161,8 +161,9 @@ class TrainedModel(nn.Module):
             raise ConfigError(
                 f"zero_shot: the student of {self.source} has not learnt what this needs, the "
                 f"image embedding of a CLIP teacher; got teacher={teacher!r}, expected {names}. "
-                f"Name the CLIP among the run's teachers, or train with --teachers.{teacher}.targets map "
-                f"summary --teachers.{teacher}.summary.layer embedding (docs/several_teachers.md)."
+                "Name the CLIP among the run's teachers, or train with "
+                f"--teachers.{teacher}.targets map summary --teachers.{teacher}.summary.layer "
+                "embedding (docs/several_teachers.md)."
             )
         guess = self.teacher_summary(teacher, images, in_teacher_units=True)
         return probabilities(guess, classes_of(os.fspath(text), tuple(class_names), tuple(prompts)))

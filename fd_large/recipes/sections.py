@@ -162,6 +162,13 @@ class NamedStudent(Student):
         return replace(optim, **{name: value for name, value in own.items() if value is not None})
 
 
+SOURCES = (
+    "a file of weights, a folder of a run or an export, package:NAME, hf:REPO, open_clip:ARCH/TAG, "
+    "timm:NAME, module:PATH/TO/FILE.py:NAME or random"
+)
+"""What the source of a model's weights may be."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FrozenModel:
     """A model that is used as it is: its name, and where its weights are."""
@@ -205,13 +212,13 @@ class FrozenModel:
         hint = f" ({nearest(where.rpartition('.')[2], others)})" if others else ""
         if self.model == AUTO:
             raise ConfigError(
-                f"{where}: neither a model nor weights; got nothing, expected a file, a model or a "
-                f"run. Set {flag}, or correct the name{hint}."
+                f"{where}: neither a model nor weights; got nothing, expected {SOURCES}. Set "
+                f"{flag}, or correct the name{hint}."
             )
         mistyped = f", or correct a mistyped name{hint}" if hint.startswith(" (nearest") else ""
         raise ConfigError(
-            f"{where}.source: {self.model} has no weights; got nothing, expected a file. Set "
-            f"{flag} PATH, or {flag} random for a test or a throughput run{mistyped}."
+            f"{where}.source: {self.model} has no weights; got nothing, expected {SOURCES}. Set "
+            f"{flag}; random is for a test or a throughput run{mistyped}."
         )
 
 

@@ -9,6 +9,7 @@ from fd_large.engine.count import on_shapes, step_flops
 from fd_large.errors import ConfigError
 from fd_large.kernels.choose import Device
 from fd_large.plan.cached_targets import CachedTargets
+from fd_large.plan.counts import StepFlops
 from fd_large.tasks.distillation.cached_teacher import header_for
 from fd_large.tasks.distillation.job import DistillationJob
 
@@ -16,6 +17,7 @@ from fd_large.tasks.distillation.job import DistillationJob
 def costs_of(
     job: DistillationJob,
     *,
+    step: StepFlops | None,
     images: int,
     precision: str,
     runs: int,
@@ -26,6 +28,7 @@ def costs_of(
 
     Args:
         job: The job of a settled recipe with fixed views.
+        step: What a step of one image takes; None: it is counted here.
         images: Images of the dataset.
         precision: How the maps are stored.
         runs: Runs like this one that use them.
@@ -36,7 +39,7 @@ def costs_of(
     """
     run, fixed = job.run, job.fixed_views
     assert fixed is not None
-    step = step_flops(job, 1, checkpointing=False)
+    step = step or step_flops(job, 1, checkpointing=False)
     if step is None:
         raise ConfigError(
             "cache: a step of this recipe cannot be counted on shapes alone; got models that do "

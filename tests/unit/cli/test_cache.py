@@ -12,6 +12,7 @@ from pictures import write_pictures
 from fd_large.cli import cache
 from fd_large.cli.main import main
 from fd_large.recipes.fields import flat
+from fd_large.tasks.distillation import cache_cost
 
 TINY = [
     word
@@ -45,6 +46,12 @@ def test_the_plan_says_whether_it_pays_and_writes_nothing(folder, capsys):
     assert "free disk" in said
     assert "PAY" in said.upper()
     assert not (folder / "out").exists()
+
+
+def test_the_plan_of_a_recipe_of_record_counts_no_step(monkeypatch, capsys):
+    monkeypatch.setattr(cache_cost, "step_flops", lambda *_, **__: pytest.fail("counted anew"))
+    assert main(["cache", "quickstart", "out", "--plan", "--images", "6"]) == 0
+    assert "6 images x 1 views" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

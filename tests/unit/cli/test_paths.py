@@ -103,4 +103,7 @@ def test_a_teacher_without_weights_is_told_with_the_nearest_name():
     fields = {"teachers.coarse.source": "random", "teachers.corse.beta": 1.0}
     with pytest.raises(ConfigError, match=r"^teachers\.corse: .*nearest: coarse"):
         require_sources(recipe.with_fields(fields))
+    fields |= {"teachers.corse.model": "clip_vit_base_patch16"}
+    with pytest.raises(ConfigError, match=r"package:NAME, hf:REPO.*timm:NAME"):
+        require_sources(recipe.with_fields(fields))
     require_sources(recipe.with_fields(fields | {"teachers.corse.source": "random"}))
