@@ -56,6 +56,27 @@ def test_plain_lines_where_there_is_no_terminal(shown, make_setting, run_updates
     assert "━" not in shown.text()
 
 
+def test_each_of_several_teachers_has_a_line_of_its_own(shown, make_setting):
+    shown.open(is_terminal=False)
+    whole = {"held_out/loss": "held-out loss", "held_out/cosine": "held-out cosine"}
+    parts = {
+        key.replace("/", f"/{part}_"): f"{words} ({part})"
+        for part in ("clip", "dino")
+        for key, words in whole.items()
+    }
+    hook = Progress()
+    words = {**whole, "test/knn": "test k-NN accuracy (%)", **parts}
+    hook.on_start(make_setting(metrics=words))
+    hook.on_evaluation(4, {key.replace("/", "_"): 0.25 for key in words})
+    lines = [line.split("  ", 1)[1] for line in shown.text().splitlines()]
+    numbers = "held-out loss 0.2500, cosine 0.2500"
+    assert lines == [
+        f"after 4 steps: {numbers}; test k-NN accuracy (%) 0.2500",
+        f"  clip: {numbers}",
+        f"  dino: {numbers}",
+    ]
+
+
 def test_a_bar_on_a_terminal_with_held_out_numbers_above(shown, make_setting, run_updates):
     shown.open(is_terminal=True)
     run_updates(hooks(), make_setting(), 10, evaluate=(4,))
