@@ -137,17 +137,26 @@ def draw_comparison(summary: dict[str, Any], title: str, path: Path) -> None:
     values = [value for model in models for value in model["accuracy"]]
     low, high = min(values), max(values)
     margin = max(0.12 * (high - low), 0.5)
+    # Room for the numbers to the right of the dots, and to the left of those near 100.
+    at_left = [max(model["accuracy"]) + 3 * margin > 100 for model in models]
+    starts = [
+        min(model["accuracy"]) - (3 if is_left else 1) * margin
+        for model, is_left in zip(models, at_left, strict=True)
+    ]
+    left, right = max(0.0, min(starts)), min(100.0, high + 3 * margin)
     for row, model in enumerate(models):
         color = COLORS[row % len(COLORS)]
         axes.plot([model["mean"]] * 2, [row - 0.25, row + 0.25], color=color, linewidth=2.5)
-        axes.plot(model["accuracy"], [row] * len(model["accuracy"]), "o", color=color, markersize=6)
+        dots = axes.plot(model["accuracy"], [row] * len(model["accuracy"]), "o", color=color)
+        dots[0].set(markersize=6, clip_on=False)  # One may be at 100.
         label = f"{model['mean']:.2f}"
         if model["standard_deviation"] is not None:
             label += f" \u00b1 {model['standard_deviation']:.2f}"
         axes.annotate(
             label,
-            (max(model["accuracy"]), row),
-            xytext=(10, 0),
+            (min(model["accuracy"]) if at_left[row] else max(model["accuracy"]), row),
+            xytext=(-10 if at_left[row] else 10, 0),
+            ha="right" if at_left[row] else "left",
             textcoords="offset points",
             va="center",
             fontsize=style.TEXT_SIZE,
@@ -155,8 +164,7 @@ def draw_comparison(summary: dict[str, Any], title: str, path: Path) -> None:
         )
     axes.set_yticks(range(len(models)), [_named(model) for model in models])
     axes.set_ylim(len(models) - 0.5, -0.5)
-    # Room for the numbers to the right.
-    axes.set_xlim(max(0.0, low - margin), high + 3 * margin)
+    axes.set_xlim(left, right)
     axes.set_xlabel("accuracy on the test images, per cent", fontsize=style.TEXT_SIZE)
     axes.set_title(f"{title}: {_seeds(summary)}", fontsize=style.TITLE_SIZE, loc="left")
     style.plain_axes(axes)

@@ -116,6 +116,8 @@ def _evaluated(files: RunFiles, kind: str, names: list[str]) -> str:
     several = len(names) > 1
     for _ in _lines(files, axes, names, kind=kind if several else ""):
         pass
+    if "(%)" in words and axes.get_ylim()[1] > 100 >= axes.dataLim.y1:
+        axes.set_ylim(top=100)
     if several:
         figure.legend(fontsize=7, frameon=False, loc="outside lower left", ncols=2)
     return html.chart(figure, kind, f"{words} over steps")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from PIL import Image
 from rich.console import Console
 
+from fd_large.report import style
 from fd_large.report.comparison import draw_comparison, spread, tables_of
 
 SUMMARY = {
@@ -46,6 +47,19 @@ def test_a_difference_is_called_one_only_where_its_interval_excludes_zero():
         True: ["", "-11.50 (-12.00 to -11.00)"],
         False: ["", "none shown (-12.00 to +0.50)"],
     }
+
+
+def test_no_axis_goes_beyond_100_per_cent(tmp_path, monkeypatch):
+    figures, new_figure = [], style.new_figure
+    monkeypatch.setattr(
+        style, "new_figure", lambda *size: figures.append(new_figure(*size)) or figures[-1]
+    )
+    for values in ([99.0, 100.0], [100.0], [0.0], [40.0, 60.0]):
+        nets = [{"label": "a", "image_size": 32, "accuracy": values, **spread(values)}]
+        draw_comparison({"task": "knn", "nets": nets}, "k-NN", tmp_path / "a.png")
+        low, high = figures[-1].axes[0].get_xlim()
+        assert 0 <= low < high <= 100
+        assert low <= min(values) <= max(values) <= high
 
 
 def test_the_picture_is_drawn(tmp_path):
