@@ -110,7 +110,7 @@ class BlockCase:
     Attributes:
         name: Name in the table.
         block: On the device, in bfloat16.
-        arguments: Of its forward; floating-point maps take a gradient.
+        arguments: The arguments of its forward; floating-point maps take a gradient.
     """
 
     name: str
@@ -248,7 +248,7 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Returns of each kernel what its blocks take without it, and whether it is to be deleted.
 
     Args:
-        rows: Of all blocks, as from `time_block`.
+        rows: What `time_block` returned for all blocks.
 
     Returns: kernel -> {"ratios": block -> time without it through that with it, "delete": bool}.
         A kernel that some way did not run without is kept, as is one that nothing was timed of.

@@ -80,7 +80,7 @@ class Row:
         stage: "stage 0" ..., or what else the module is.
         kind: One of CLASSES.
         op: Its name.
-        flops: Of matrix products.
+        flops: Floating-point operations of matrix products.
         read: Bytes.
         written: Bytes.
         seconds: On the card.

@@ -25,7 +25,7 @@ from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
-BEGAN = time.time()  # Of a rank: what came before is the launcher's.
+BEGAN = time.time()  # The start of a rank; what came before is the launcher's.
 
 TIMELINE = "FD_BENCHMARK_TIMELINE"
 PATIENCE = 600.0  # Seconds until the first step.

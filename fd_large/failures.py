@@ -231,7 +231,7 @@ class Watch:
     def _last_words(self, ending: Ending) -> None:
         reason = str(ending)
         write_exit_file(code_after(ending), reason)
-        # Of all ranks, the terminal shows what rank 0 says.
+        # The terminal shows what rank 0 says, and no other rank.
         extra = {"file_only": self._rank != 0}
         log.error("rank %d ends, since %s", self._rank, reason, extra=extra)
         # A hung rank's watchdog writes its own.

@@ -193,7 +193,7 @@ def waits_for(
         pinned = is_pinned(host if host is not None and not goes_there else source)
         if not goes_there:
             return None if beside and pinned else "copy to the CPU"
-        # Of memory that is not pinned, little is taken along with the call.
+        # Memory that is not pinned is copied along with the call only where it is small.
         if not beside or (not pinned and source.nbytes > 2**16):
             return "copy from the CPU"
     return None

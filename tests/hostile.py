@@ -335,7 +335,7 @@ def run(cases: int, scratch: Path, *, start: int = 0, keep: Path | None = None) 
         write_sound(sound)
         kinds = sorted(path.name for path in sound.iterdir())
         ready = dict(zip(kinds, in_children([sound / kind for kind in kinds]), strict=True))
-        # Of these, the files alone do not tell the windows, and the archive is of no format.
+        # The bare tensors do not tell the windows, and the scripted archive is of no format.
         expected = {kind: "refused" if kind in ("bare", "script") else "read" for kind in kinds}
         assert ready == expected, ready
         changed_and_read(outcome, kinds, cases, scratch, start, keep)

@@ -15,7 +15,7 @@ class Store:
     """The server and its proxy.
 
     Attributes:
-        url: Of the proxy.
+        url: Address of the proxy.
         faults: What the next answers with content suffer, for each object from the first one on:
             "503", "cut" (half of the content, then the end of the connection), "stall" (half, then
             nothing), "slow" (in small pieces), "" (nothing).

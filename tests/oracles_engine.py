@@ -30,7 +30,7 @@ from fd_large.weights.formats import FORMATS
 
 PROGRAM = Path(__file__).parent / "oracle_training_run.py"
 UNIC_PROGRAM = Path(__file__).parent / "oracle_unic_run.py"
-# Of a training run, on one process; two ranks may be twice as far off (other order of sums).
+# Numbers of ranks of a training run; two may be twice as far off as one (another order of sums).
 RANKS = (1, 2)
 SCHEDULE_TOLERANCE = 1e-12
 

@@ -109,7 +109,7 @@ def _kept(case: str, table: Tensor, published: Tensor, config: dict) -> Tensor:
         table: (T, B) losses.
         published: (T, B) bool, those of the file. What chance, or DUNE's list of datasets, decides
             is taken from it.
-        config: Of the file.
+        config: The configuration in the file.
     """
     count, images = table.shape
     if "data" in case:

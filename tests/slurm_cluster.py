@@ -105,8 +105,8 @@ class Cluster:
         Args:
             folder: Short, since it holds a socket; made if need be.
             nodes: How many slurmd.
-            processors: Of each node, as Slurm is told.
-            gpus: Of each node, as Slurm is told.
+            processors: Processors of each node, as Slurm is told.
+            gpus: GPUs of each node, as Slurm is told.
             grace_seconds: From a pre-emption's SIGTERM to its end.
         """
         self.folder, self.nodes = folder.resolve(), nodes

@@ -211,7 +211,7 @@ def claim(
             lease.taken_over = _claim(folder, own, aside, say)
         finally:
             aside.unlink(missing_ok=True)
-        _sweep(folder, own.start)
+        _sweep(folder)
         _refuse_overlap(folder, own.start)
     except OSError as error:
         raise ConfigError(
@@ -423,7 +423,7 @@ def _make(folder: Path) -> list[Path]:
     return made
 
 
-def _sweep(folder: Path, start: str) -> None:
+def _sweep(folder: Path) -> None:
     """Removes what starts left that were killed while they claimed; a rival's is younger."""
     now = time.time()
     for path in folder.glob("owner.*.*"):

@@ -192,7 +192,7 @@ def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str |
         try:
             os.listdir(path)  # Makes a network file system ask its server again.
         except FileNotFoundError:
-            break  # Of a run that trains, and has removed it meanwhile.
+            break  # The run still trains, and has removed it meanwhile.
         except OSError:
             continue
     return store.damage(path, rank, kinds)

@@ -203,7 +203,7 @@ class BlockCache(NamedTuple):
                         entry.name.startswith(".partial-")
                         and time.time() - status.st_mtime > _STALE_SECONDS
                     ):
-                        os.unlink(entry.path)  # Of a process that was killed.
+                        os.unlink(entry.path)  # A killed process left it.
         for _, size, path in sorted(blocks):
             if total <= self.limit_bytes:
                 break

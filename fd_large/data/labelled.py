@@ -188,8 +188,8 @@ def open_split(
         root: The folder that holds the parts, or a source of the user's own that has them.
         split: "train" or "val".
         classes: Names of the training set's classes, for a set that is tested.
-        val_fraction: Of a folder of class folders without parts, the fraction of the images that
-            is tested, chosen by the names of the files; 0: the folder has parts.
+        val_fraction: Fraction of the images that is tested, for a folder of class folders without
+            parts; the names of the files choose them. 0: the folder has parts.
         where: The field that names the folder, for messages.
 
     Raises: DataError: if the folder lacks the part, or there is only one class.

@@ -93,7 +93,7 @@ def asked(url: str, action: Callable[[], T]) -> T:
     """Asks a store for something, again after a pause where it fails in a way that passes.
 
     Args:
-        url: Of what, for messages.
+        url: What is read, for messages.
         action: What can be done again from its beginning.
 
     Raises: StorageError: if the store does not come back; DataError: if the answer is final.

@@ -227,7 +227,7 @@ class _Copy:
                         if self.stop.wait(0.2):
                             raise _Stopped
                 for path in self.folder.glob(f"{_PARTIAL}*"):
-                    path.unlink()  # Of one that was killed.
+                    path.unlink()  # A copy that was killed left it.
             except OSError as error:
                 # Then two may copy the same: each writes aside, and what stays is whole.
                 log.info("data.stage_to: no lock on %s: %s", self.folder, error)

@@ -109,7 +109,7 @@ def frozen_maker(
     Raises: ConfigError: if the model has no final norm that can be left out.
     """
     architecture = resolve(section.model, section.architecture)
-    # Of other families' models it is not known which norm is the last.
+    # Which norm is the last is known for models of this package's own families only.
     if before_norm and architecture.mean_norm == "also":
         raise ConfigError(
             "objective.layer: a map before the final norm is not to be had of this model; got "

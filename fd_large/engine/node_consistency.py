@@ -241,7 +241,7 @@ def _driver() -> str | None:
 def _odd(ranks: Sequence[_NodeFacts], name: str) -> tuple[list[str], str, str, str] | None:
     """Returns the nodes that differ, what the first of them has, a node of most, what most have."""
     values = [(node, facts[name].value) for node, facts in ranks if name in facts]
-    # Of equally frequent values, that of the lowest rank.
+    # Among equally frequent values the one of the lowest rank comes first.
     right, _ = Counter(value for _, value in values).most_common(1)[0]
     others = [(node, value) for node, value in values if value != right]
     if not others:

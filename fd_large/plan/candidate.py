@@ -17,7 +17,7 @@ class Candidate:
         stage: Stage of ZeRO.
         hpz: Whether each node holds a second copy of the parameters.
         teacher: Where the teachers are held, as in `teacher.placement`.
-        whole: Of several teachers, how many of the smallest are whole on every rank all the same.
+        whole: How many of several teachers, the smallest, are whole on every rank all the same.
         checkpointing: Whether blocks store their inputs only.
         micro_batch_size: Images of a rank in one pass.
     """

@@ -11,8 +11,8 @@ from fd_large.plan.memory import held
 from fd_large.plan.peak_memory import LIVE_ELEMENTS, peak_memory, placement_of
 from fd_large.plan.workload import Workload
 
-# Of zero3_nvme.json: gathered layers are freed above `stage3_max_live_parameters`, and the engine
-# owns a bucket of `reduce_bucket_size`.
+# As in zero3_nvme.json: gathered layers are freed above `stage3_max_live_parameters`, and the
+# engine owns a bucket of `reduce_bucket_size`.
 FEW_LIVE_ELEMENTS, BUCKET_ELEMENTS = 100_000_000, MOST_ELEMENTS
 
 

@@ -150,7 +150,7 @@ def changed_fields(section: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields in which the model of a section differs from the one of its `full_name`.
 
     Args:
-        section: Of recipe.json, as `full_name` takes it.
+        section: The model's section of recipe.json, as `full_name` takes it.
     """
     model, named = model_of(section), by_name(full_name(section))
     return set_fields(overrides(model, named)) if model and named else {}

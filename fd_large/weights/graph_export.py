@@ -35,7 +35,7 @@ from fd_large.weights.sidecar import own_config
 
 INPUT, OUTPUT = "images", "tokens"
 _PACKAGES: dict[To, tuple[str, ...]] = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
-# Of the largest value: far above rounding, far below what a wrong graph is off by.
+# Relative to the largest value: far above rounding, far below what a wrong graph is off by.
 _TOLERANCE = 1e-3
 
 

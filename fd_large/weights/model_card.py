@@ -306,7 +306,7 @@ model, statistics = load_model(folder{{rules}})
 with torch.inference_mode():
     tokens = model(torch.from_numpy(pixels)).tokens
 """
-# Of a backbone that mmsegmentation has; config.json has none of another.
+# Only for a backbone that mmsegmentation has: config.json holds none for another.
 _MMSEG = f"""
 import json
 from pathlib import Path
@@ -388,7 +388,7 @@ def _use(
     if exported.repository:
         text = text.replace("from PIL", "from huggingface_hub import snapshot_download\nfrom PIL")
         folder = f"folder = snapshot_download({json.dumps(exported.repository)})"
-    if to == "fd" and architecture.code:  # Of the user's own: imported only where it is allowed.
+    if to == "fd" and architecture.code:  # The user's own code is imported only where allowed.
         file = without_folders(architecture.code).removeprefix(doors.PREFIX).rpartition(":")[0]
         text = text.replace("from fd_large.w", "from fd_large import doors\nfrom fd_large.w")
         text = text.replace("model, ", f"doors.allow({json.dumps(file)})\nmodel, ")

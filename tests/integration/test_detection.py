@@ -28,7 +28,7 @@ def flags(root: Path, run_dir: Path, updates: int, *, ranks: int) -> list[str]:
 
 
 def waiting(*arguments: object, **more: int) -> list[str]:
-    """Of a run that waits for the figures of each evaluation."""
+    """The flags of a run that waits for the figures of each evaluation."""
     return [*flags(*arguments, **more), "--eval.best_metric", "box_AP"]
 
 

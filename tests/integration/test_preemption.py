@@ -40,7 +40,7 @@ STOPS: dict[Launcher, list[tuple[tuple[str, str, int, int], int, bool]]] = {
         (("save", "SIGTERM", 1, 16), 17, True),
     ],
 }
-# Of each rank's process; launchers have codes of their own.
+# Exit code of each rank's process; launchers have codes of their own.
 CODES: dict[Launcher, list[int]] = {
     "plain": [75, 75],
     "deepspeed": [75],

@@ -41,7 +41,7 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     pyplot.close("all")
     assert names["result"].status == "done"
     assert names["result"].best is not None
-    # Of the teacher here there are two: the mean of its patches, and its class token.
+    # The teacher has two here: the mean of its patches, and its class token.
     assert len(names["probe"].accuracy) == 4
     assert names["difference"].abs().max() < 1e-4
     assert (names["exported"] / "README.md").is_file()

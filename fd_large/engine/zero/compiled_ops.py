@@ -208,7 +208,7 @@ def _turn(name: str) -> Iterator[int]:
             else:
                 _wait(until, f"{lock} is held by another program")
         yield file.fileno()
-        # Of a compiler that was ended; whoever ends by itself has removed it.
+        # A compiler that was killed left it; one that ends by itself removes its own.
         if root == _own_folder():
             lock.unlink(missing_ok=True)
 

@@ -383,7 +383,7 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
 
     Args:
         config: What `load` returned.
-        numbers: Of the recipe, the ranks and the model.
+        numbers: What recipe, ranks and model say.
 
     Raises: ConfigError: if JSON and recipe name different values, or if a value does not fit the
         number of ranks.

@@ -113,7 +113,7 @@ NAMES = {
     "deepspeed.runtime.fp16.loss_scaler:LossScaler": PRESENT,
     "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler": PRESENT,
     "deepspeed.runtime.zero.config:ZeroStageEnum": PRESENT,
-    # Of torch 2.13 and later.
+    # torch 2.13 and later have this name.
     "torch:compile": "(recompile_limit, isolate_recompiles)",
     # The inner optimiser's own step, which the gate replaces.
     "torch.optim.optimizer:Optimizer.step": "(self, closure)",

@@ -163,7 +163,7 @@ class Target:
         """Returns the teacher's tokens of `compared`, (B, N, Ct).
 
         Args:
-            student: Of the grid and prefix of the student's map, whatever its tokens.
+            student: A map with the grid and prefix of the student's, whatever its tokens.
             teacher: The teacher's map, any floating-point dtype.
         """
         if self.kind == SUMMARY:

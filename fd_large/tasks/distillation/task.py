@@ -261,7 +261,7 @@ class Distillation(Task):
 
         Args:
             losses: (teachers, B), by name.
-            chooses: Of `prepare`.
+            chooses: As in what `prepare` returns.
         """
         if chooses is None:
             return torch.ones_like(losses, dtype=torch.bool)

@@ -54,7 +54,7 @@ class PlacedTeacher:
 
         Args:
             images: The images.
-            options: Of a `Mosaic`, those of its forward.
+            options: Where the module is a `Mosaic`, the options of its forward.
         """
         with torch.no_grad():
             return (self._engine or self.module)(images, **options)

@@ -106,7 +106,7 @@ def tested_alone(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, float]
     ):  # fmt: skip
         with torch.no_grad():
             _, sums = task(**task.prepare(batch.images, batch.labels, None))
-        sums.pop("predicted")  # Of each image.
+        sums.pop("predicted")  # A number for each image, and no sum.
         totals = {key: totals.get(key, 0) + value for key, value in sums.items()}
     return {f"test_{name}": value for name, value in averaged(totals).items()}
 

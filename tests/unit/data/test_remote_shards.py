@@ -22,7 +22,7 @@ from fd_large.errors import DataError, StorageError
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")
-# Of each object; a fourth one that fails would end the run.
+# What the answers for each object suffer in turn; a fourth failure would end the run.
 FAULTS = ["503", "cut", "slow", "503"]
 
 

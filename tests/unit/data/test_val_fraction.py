@@ -95,7 +95,7 @@ def test_an_empty_part_is_refused(tmp_path):
 
 
 def test_a_class_that_is_held_out_whole_is_said(tmp_path, caplog):
-    # Of "c" there is one image, which is held out.
+    # "c" has one image, which is held out.
     only = next(f"c/{n}.png" for n in range(100) if is_held_out(f"c/{n}.png", 0.25))
     open_split(write(tmp_path, [*names(40), only]), "train", val_fraction=0.25)
     assert "all images of 1 classes are held out (c)" in caplog.text

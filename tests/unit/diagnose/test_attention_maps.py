@@ -217,7 +217,7 @@ def test_maps_times_values_are_what_the_modules_give_out(
 def test_a_vit_block_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     net, _ = build("vit, table, no CLS", monkeypatch)
     attn, x, grid = net.blocks[0].attn, torch.randn(2, 12, 32), (3, 4)
-    attn.relative_position_bias_table = nn.Parameter(torch.randn(9, 4))  # Of windows of 2 x 2.
+    attn.relative_position_bias_table = nn.Parameter(torch.randn(9, 4))  # For windows of 2 x 2.
     seen: list[tuple[Tensor, TokenPositions]] = []
     outputs: list[Tensor] = []
     attn.proj.register_forward_pre_hook(lambda module, given: outputs.append(given[0]))

@@ -186,7 +186,7 @@ def test_a_probe_keeps_what_several_students_take_of_the_whole_step(monkeypatch,
     engine = SimpleNamespace(task=Taught(), deepspeed=SimpleNamespace(step=lambda: None))
     found = micro_batch.probe(engine, batch_of, share=8, at_most=4, seed=0, several=several)
     assert (found, seen) == (2, [4])
-    # Of 8 images, those of the other micro batches and their targets.
+    # What is kept of a step's 8 images: those of the other micro batches, and their targets.
     assert kept == ({1: 14, 2: 12, 4: 8} if several else {})
 
 

@@ -149,7 +149,7 @@ def test_sequential_makes_few_windows_at_once(monkeypatch):
         return whole(q, *rest)
 
     monkeypatch.setattr(module, "_group_attention", spy)
-    # Of 2 images with 2 x 3 windows each: four windows of each image, then the last two.
+    # Two images have 2 x 3 windows each: four windows of each image come first, then the last two.
     monkeypatch.setattr(module, "_SEQUENTIAL_ELEMENTS", 4 * 2 * HEADS * WINDOW**4)
     got, kept = saved_maps("sequential")
     assert seen == [8, 4, 4, 8] or seen == [8, 4, 8, 4]  # Forward, and again in backward.

@@ -13,7 +13,8 @@ from fd_large.kernels.window_attention import image_attention, window_attention
 from fd_large.kernels.window_attention_reference import position_index, reference
 
 NAMES = ("out", "qkv", "bias", "table", "scale")
-# Of COMPARED; in bfloat16 minutes in the interpreter, and the same code as in smaller windows.
+# Cases of COMPARED that take minutes in the interpreter in bfloat16; smaller windows run the same
+# code.
 SLOW = ("17", "24, padded", "31", "33, padded")
 CASES = [(name, torch.float32) for name in COMPARED] + [
     (name, torch.bfloat16) for name in COMPARED if name not in SLOW or torch.cuda.is_available()

@@ -210,7 +210,7 @@ def test_a_step_in_two_passes_holds_its_micro_batches_and_pays_a_forward():
         held=Line(0, 1000),
     )
     load = replace(GIANT, counts={**GIANT.counts, False: two})
-    # Of 32 images: one micro-batch needs no first pass, four do.
+    # A step of 32 images: one micro-batch needs no first pass, four do.
     for size, held_images, passes in ((32, 0, 0), (8, 24, 1)):
         candidate = Candidate(stage=3, micro_batch_size=size)
         one, other = (estimate(each, candidate, machine(64)) for each in (GIANT, load))

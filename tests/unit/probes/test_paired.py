@@ -35,7 +35,7 @@ def test_nineteen_of_twenty_intervals_hold_the_truth():
         for seed in range(100)
         for found in [difference(*drawn(seed, 2, 1000, (0.60, 0.57)))]
     )
-    # Of 100 with probability .95: fewer than 88 twice in a thousand.
+    # 100 trials with probability .95 give fewer than 88 twice in a thousand times.
     assert 88 <= held <= 100
 
 

@@ -36,8 +36,8 @@ FINE_TUNING = {
     "finetune_deit_vit_base": (100, 20, 1.25e-3, 2.5e-7, 0.65, 0.3),
     "finetune_esvit_swin_base": (100, 20, 1.25e-3, 2.5e-7, 0.80, 0.4),
 }
-# Of several teachers: their number, loss, head, epochs, warm-up, batch, peak of the learning rate,
-# its end, weight decay.
+# Recipes with several teachers: number of teachers, loss, head, epochs, warm-up, batch, peak of the
+# learning rate, its end, weight decay.
 TEACHERS = {
     "unic_vit_base": (
         4, "cls_and_patches", "ladder", 200, 10, 512, 6e-4, 1e-6, 0.03,
@@ -49,14 +49,14 @@ TEACHERS = {
         3, "0.9 cosine_of_map + 0.1 smooth_l1", "linear", 30, 2, 128, 1e-3, 1e-5, 0.01,
     ),
 }  # fmt: skip
-# Of our own choice.
+# Recipes of our own choice, which nobody has published.
 AGGLOMERATIVE = (
     "agglomerative_vit_large",
     "agglomerative_swinv2_giant",
     "proxy_vit_giant",
     "proxy_vit_base",
 )
-# Of CLIP itself: epochs, warm-up, learning rate of 2048 images, layer decay.
+# Fine-tuning of CLIP itself: epochs, warm-up, learning rate for 2048 images, layer decay.
 PLAIN = {
     "finetune_clip_vit_base_plain": (50, 10, 6e-4, 0.60),
     "finetune_clip_vit_large_plain": (30, 5, 4e-4, 0.65),

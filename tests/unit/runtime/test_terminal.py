@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# Of fd_large.distributed the log asks the rank alone; the module itself would import torch.
+# The log asks fd_large.distributed for the rank alone; the module itself would import torch.
 START = """
 import os, sys, logging, types, warnings, subprocess
 from pathlib import Path

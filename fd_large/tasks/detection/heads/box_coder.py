@@ -25,10 +25,10 @@ class TwoSidedBoxCoder(BoxCoder):  # type: ignore[misc, valid-type]
 
 
 DETECTRON2 = tuple(BoxCoder(weights=(n, n, n / 2, n / 2)) for n in (10.0, 20.0, 30.0))
-"""Of each stage; the first is that of Mask R-CNN."""
+"""The coder of each stage of a cascade; the first is that of Mask R-CNN."""
 # The third stage is no thirtieth but what the published configurations have.
 MMDET = tuple(
     TwoSidedBoxCoder(weights=(1 / place, 1 / place, 1 / size, 1 / size))
     for place, size in ((0.1, 0.2), (0.05, 0.1), (0.033, 0.067))
 )
-"""Of each stage: the published standard deviations of the differences, inverted."""
+"""The coder of each stage: the published standard deviations of the differences, inverted."""

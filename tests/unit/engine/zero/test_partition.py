@@ -52,7 +52,7 @@ def test_shards_have_the_values_of_the_whole_and_the_callers_generator_stays(who
 
 def test_a_shard_ends_where_the_parameter_does(monkeypatch):
     parameter = next(build(partitioned=True).parameters())
-    parameter.ds_tensor.data = torch.arange(8.0)  # Of 15 elements on two ranks.
+    parameter.ds_tensor.data = torch.arange(8.0)  # A shard of 15 elements on two ranks.
     for rank, length, offset in ((0, 8, 0), (1, 7, 8), (2, 0, 15)):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=rank: rank)
         held, start = partition.shard(parameter)

@@ -120,7 +120,7 @@ def touched(tree: ast.AST) -> set[str]:
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {a.name for a in node.names if a.name.startswith("deepspeed.")}
-    # Of a.b.c also a.b is seen.
+    # The tree of a.b.c holds a.b as well, which is left out.
     return {name for name in found if not any(one.startswith(f"{name}.") for one in found)}
 
 

@@ -109,7 +109,7 @@ def test_micro_batches_of_a_step_have_one_root():
     assert together == pytest.approx(alone * 4, rel=1e-6)
     for one, other in zip(wanted, got, strict=True):
         assert (one - other).norm() <= 1e-5 * one.norm() + 1e-9
-    # Of each image there is a root anyway.
+    # Each image has a root of its own anyway.
     assert not depth(loss_over="image").two_passes(3)
 
 

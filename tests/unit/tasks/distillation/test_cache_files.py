@@ -146,7 +146,7 @@ def test_other_damage_is_named(tmp_path):
 def test_a_killed_writer_is_followed_by_any_number(tmp_path):
     own = header()
     first = write_all(tmp_path, own, numbers=[0, 2, 3], finish=False)
-    # Of a record that the disk did not take whole, the check may be there.
+    # A record that the disk did not take whole may have its check all the same.
     part = tmp_path / (own.layout("view_0", 1).name + ".part")
     damaged = bytearray(part.read_bytes())
     damaged[own.layout("view_0", 1).places["values"].start] ^= 1

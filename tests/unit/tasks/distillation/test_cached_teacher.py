@@ -289,7 +289,7 @@ def test_the_first_epochs_write_what_later_ones_read(root, tmp_path, monkeypatch
         for (own, stored), (theirs, given) in pairs:
             assert torch.equal(own.images, theirs.images)
             assert torch.equal(stored["maps"][ONLY].tokens, given["maps"][ONLY].tokens)
-        # Of 12 images an epoch takes 8; the other 4 are stored before their view comes again.
+        # An epoch takes 8 of 12 images; the other 4 are stored before their view comes again.
         assert sum(one is teacher for one in calls) == (5 if epoch == 0 else 4 if epoch == 1 else 2)
     again = cached(root, tmp_path / "cache", **fields, **{"task.distillation.cache": ""})
     for (_, stored), (_, given) in zip(prepared(again, 1), prepared(usual, 1), strict=True):
