@@ -34,6 +34,18 @@ trap 'rm -rf "$WORK"' EXIT
 
 left() { echo $((BUDGET - SECONDS)); }
 
+# begins NAME LIMIT: sets `limit` to LIMIT seconds, or the time that is left, and says what begins;
+# fails where too little is left.
+begins() {
+  limit=$2
+  [ "$(left)" -lt "$limit" ] && limit=$(left)
+  if [ "$limit" -lt 15 ]; then
+    echo "== $1: no time left"
+    return 1
+  fi
+  echo "== $1 (at $SECONDS s, at most $limit s)"
+}
+
 # step NAME LIMIT COMMAND...: runs COMMAND for at most LIMIT seconds, or the time that is left.
 step() {
   local name=$1 limit=$2
@@ -42,12 +54,7 @@ step() {
     printf '%4s s  %-34s %s\n' "$limit" "$name" "$*"
     return
   fi
-  [ "$(left)" -lt "$limit" ] && limit=$(left)
-  if [ "$limit" -lt 15 ]; then
-    echo "== $name: no time left"
-    return
-  fi
-  echo "== $name (at $SECONDS s, at most $limit s)"
+  begins "$name" "$limit" || return 0
   timeout --kill-after=5 "$limit" "$@" >"$WORK/$name.log" 2>&1 || echo "exit code $?"
   tail -n 4 "$WORK/$name.log"
 }
@@ -102,12 +109,7 @@ train() {
     printf '%4s s  %-34s FD_KERNELS=%s %s\n' "$limit" "$name" "$kernels" "${command[*]}"
     return
   fi
-  [ "$(left)" -lt "$limit" ] && limit=$(left)
-  if [ "$limit" -lt 15 ]; then
-    echo "== $name: no time left"
-    return
-  fi
-  echo "== $name (at $SECONDS s, at most $limit s)"
+  begins "$name" "$limit" || return 0
   local until=$((SECONDS + limit))
   # In a process group of its own, so that its loader workers are killed with it.
   FD_KERNELS=$kernels setsid "${command[@]}" >"$WORK/$name.log" 2>&1 &

@@ -436,17 +436,7 @@ def gradients(
 def check_cascade(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
     """mmdetection's cascade, training and test."""
     config, errors = spec["config"], Errors(spec, tensors)
-    heads = CascadeHeads(
-        config["num_classes"],
-        config["channels"],
-        rois_per_image=many(config),
-        box_loss=config["loss_bbox"],
-        class_agnostic=config["class_agnostic"],
-    )
-    heads.best_for_each = config["match_low_quality"]
-    shape_box_heads(
-        heads, config, convolutions=config["num_shared_convs"], layers=config["num_shared_fcs"]
-    )
+    heads = _mmdet_heads(CascadeHeads, config)
     fill(heads, tensors, _MMDET_NAMES, dtype)
     with levels(4 * config["finest_scale"]):
         maps = inputs_of(tensors, dtype)
@@ -454,6 +444,23 @@ def check_cascade(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]
         compare_training(errors, spec, tensors, heads, maps, dtype)
     gradients(errors, tensors, heads, maps, _MMDET_NAMES)
     return errors.rows
+
+
+def _mmdet_heads(kind: Any, config: dict, **more: Any) -> Any:
+    """Heads with a cascade, shaped as mmdetection's configuration says."""
+    heads = kind(
+        config["num_classes"],
+        config["channels"],
+        rois_per_image=many(config),
+        box_loss=config["loss_bbox"],
+        class_agnostic=config["class_agnostic"],
+        **more,
+    )
+    heads.best_for_each = config["match_low_quality"]
+    shape_box_heads(
+        heads, config, convolutions=config["num_shared_convs"], layers=config["num_shared_fcs"]
+    )
+    return heads
 
 
 def check_cascade_detectron2(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
@@ -553,18 +560,7 @@ _HTC_NAMES = (
 def check_htc(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
     """HTC with its semantic branch, training and test."""
     config, errors = spec["config"], Errors(spec, tensors)
-    heads = HtcHeads(
-        config["num_classes"],
-        config["channels"],
-        rois_per_image=many(config),
-        box_loss=config["loss_bbox"],
-        class_agnostic=config["class_agnostic"],
-        semantic_classes=config.get("sem_classes", 0),
-    )
-    heads.best_for_each = config["match_low_quality"]
-    shape_box_heads(
-        heads, config, convolutions=config["num_shared_convs"], layers=config["num_shared_fcs"]
-    )
+    heads = _mmdet_heads(HtcHeads, config, semantic_classes=config.get("sem_classes", 0))
     for head in heads.mask_heads:
         head.convolutions = nn.Sequential(
             *(nn.Sequential(_convolution(config), nn.ReLU()) for _ in range(config["mask_convs"]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import launch
@@ -176,18 +177,23 @@ def check_training_run(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list
         return Skipped("left out", "the engine trains in float32 or bfloat16")
     allowed = spec["suggested_tolerance"]
     rows: list[Row] = []
+    for ranks, result, found in _on_ranks(PROGRAM, spec, tensors):
+        rows += _training_rows(spec, tensors, allowed, result, found, ranks)
+    return rows
+
+
+def _on_ranks(program: Path, spec: dict, tensors: Tensors) -> Iterator[tuple[int, dict, Tensors]]:
+    """Yields numbers of ranks, what rank 0 of a program wrote with so many, and its tensors."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "spec.json").write_text(json.dumps(spec))
         save_file(tensors, folder / "tensors.safetensors")
         for ranks in RANKS:
-            launch.run_ranks(PROGRAM, folder, ranks=ranks, timeout=180, results=folder)
+            launch.run_ranks(program, folder, ranks=ranks, timeout=180, results=folder)
             result = launch.read_results(folder, ranks)[0]
-            found = load_file(folder / "found.safetensors")
-            rows += _training_rows(spec, tensors, allowed, result, found, ranks)
+            yield ranks, result, load_file(folder / "found.safetensors")
             for rank in range(ranks):
                 (folder / f"rank_{rank}.json").unlink()
-    return rows
 
 
 def _training_rows(
@@ -242,18 +248,9 @@ def check_unic_run(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row
     if dtype != torch.float32:
         return Skipped("left out", "the engine trains in float32 or bfloat16")
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "spec.json").write_text(json.dumps(spec))
-        save_file(tensors, folder / "tensors.safetensors")
-        for ranks in RANKS:
-            launch.run_ranks(UNIC_PROGRAM, folder, ranks=ranks, timeout=180, results=folder)
-            losses = launch.read_results(folder, ranks)[0]
-            found = load_file(folder / "found.safetensors")
-            for case, got in losses.items():
-                rows += _unic_rows(spec, tensors, case, torch.tensor(got), found, ranks)
-            for rank in range(ranks):
-                (folder / f"rank_{rank}.json").unlink()
+    for ranks, losses, found in _on_ranks(UNIC_PROGRAM, spec, tensors):
+        for case, got in losses.items():
+            rows += _unic_rows(spec, tensors, case, torch.tensor(got), found, ranks)
     return rows
 
 

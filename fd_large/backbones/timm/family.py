@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
-from typing import Any
+from functools import partial
 
 from fd_large.backbones.exports import Export, feature_distillation, same
 from fd_large.backbones.family import Family, Scheme
+from fd_large.backbones.later import later
 from fd_large.backbones.timm.architecture import TimmArchitecture
-from fd_large.imports import without
 
 _RANDOM = "=random"
 
@@ -18,15 +16,9 @@ def _untrained(rest: str) -> str | None:
     return rest.removesuffix(_RANDOM) if rest.endswith(_RANDOM) else None
 
 
-def _later(file: str, function: str) -> Callable[..., Any]:
-    # timm takes a second to import, which other models are spared.
-    def call(*arguments: Any) -> Any:
-        # Its training script's log asks for Weights & Biases, a third of that second.
-        with without("wandb"):
-            module = import_module(f"fd_large.backbones.timm.{file}")
-        return getattr(module, function)(*arguments)
-
-    return call
+# The log of timm's training script asks for Weights & Biases, a third of the second that its import
+# takes.
+_later = partial(later, "timm", hides=("wandb",))
 
 
 TIMM = Family(

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
-from typing import Any
+from functools import partial
 
 from fd_large.backbones.family import Family
+from fd_large.backbones.later import later
 from fd_large.backbones.transformers.architecture import TransformersArchitecture
 
-
-def _later(file: str, function: str) -> Callable[..., Any]:
-    # transformers takes seconds to import, which other models are spared.
-    def call(*arguments: Any) -> Any:
-        module = import_module(f"fd_large.backbones.transformers.{file}")
-        return getattr(module, function)(*arguments)
-
-    return call
+_later = partial(later, "transformers")
 
 
 TRANSFORMERS = Family(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from launch import write_result
+from plain_steps import plain_adamw, plain_step
 from whole_weights import whole_weights
 
 from fd_large import distributed
@@ -74,21 +75,20 @@ def plain(run: Run) -> tuple[dict[str, torch.Tensor], list[float]]:
             groups.setdefault(key, {"params": [], "scale": scale, "weight_decay": key[1]})
             groups[key]["params"].append(parameter)
     assert len({group["scale"] for group in groups.values()}) == sum(task.student.depths) + 2
-    optimizer = torch.optim.AdamW(
-        list(groups.values()), lr=0.0, betas=run.optim.betas, eps=run.optim.eps, foreach=False
-    )
+    optimizer = plain_adamw(groups.values(), run.optim)
     samples, schedule, losses = job.open_samples(), schedule_of(run), []
     batches = job.batches(samples, Portion(0, 0, run.batch.global_batch_size, 0, 1))
     for update in range(UPDATES):
         batch = next(batches)
         keep = drop_path_keep(task.drop_path_rates, run.runtime.seed, 0, batch.positions)
         loss, _ = task(**task.prepare(batch.images, batch.targets, keep))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(task.parameters(), run.optim.clip_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.scaled_at(update, group["scale"])
-        optimizer.step()
+        plain_step(
+            loss,
+            task,
+            optimizer,
+            clip_norm=run.optim.clip_norm,
+            rate_of=lambda group, update=update: schedule.scaled_at(update, group["scale"]),
+        )
         losses.append(loss.item())
     return {name: p.detach().clone() for name, p in task.named_parameters()}, losses
 

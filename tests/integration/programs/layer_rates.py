@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from launch import write_result
+from plain_steps import plain_adamw, plain_step
 from scenarios import images_of, plain_task, schedule_of, start_engine, tiny_run
 from whole_weights import whole_weights
 
@@ -40,21 +41,20 @@ def plain(run: Run) -> Weights:
         for group in parameter_groups(task, run.optim.weight_decay) for p in group["params"]
     ]  # fmt: skip
     assert len({group["scale"] for group in groups}) == sum(task.student.depths) + 2
-    optimizer = torch.optim.AdamW(
-        groups, lr=0.0, betas=run.optim.betas, eps=run.optim.eps, foreach=False
-    )
+    optimizer = plain_adamw(groups, run.optim)
     schedule = schedule_of(run)
     positions = torch.arange(run.batch.global_batch_size)
     for update in range(UPDATES):
         places = positions + update * len(positions)
         keep = drop_path_keep(task.drop_path_rates, run.runtime.seed, 0, places)
         loss, _ = task(**task.prepare(images_of(update, run), None, keep))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(task.parameters(), run.optim.clip_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.scaled_at(update, group["scale"])
-        optimizer.step()
+        plain_step(
+            loss,
+            task,
+            optimizer,
+            clip_norm=run.optim.clip_norm,
+            rate_of=lambda group, update=update: schedule.scaled_at(update, group["scale"]),
+        )
     return {name: p.detach().clone() for name, p in task.named_parameters()}
 
 

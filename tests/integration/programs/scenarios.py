@@ -24,6 +24,7 @@ import deepspeed
 import pytest
 import torch
 from launch import write_result
+from plain_steps import plain_adamw, plain_step
 from tensor_storages import storages
 
 from fd_large import distributed
@@ -156,26 +157,18 @@ def plain_steps(
         schedule: Its learning rates; None: those of `schedule_of`.
     """
     task = plain_task(run)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(task, run.optim.weight_decay),
-        lr=0.0,
-        betas=run.optim.betas,
-        eps=run.optim.eps,
-        foreach=False,
-    )
+    optimizer = plain_adamw(parameter_groups(task, run.optim.weight_decay), run.optim)
     schedule, steps = schedule or schedule_of(run), []
     for update, batch in zip(range(updates), batches or made_up_batches(run), strict=False):
         task.before_step(update / schedule.total)
         (arguments,) = arguments_of_step(task, task, [batch], run.runtime.seed, count=1)
         loss, _ = task(**arguments)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(task.parameters(), run.optim.clip_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.at_step(update)
-        optimizer.step()
+        rate = schedule.at_step(update)
+        norm = plain_step(
+            loss, task, optimizer, clip_norm=run.optim.clip_norm, rate_of=lambda _, rate=rate: rate
+        )
         task.after_step()
-        steps.append((loss.item(), norm.item()))
+        steps.append((loss.item(), norm))
     return steps
 
 

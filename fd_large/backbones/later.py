@@ -1,0 +1,27 @@
+"""Functions of a family whose library takes seconds to import, which other models are spared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from fd_large.imports import without
+
+
+def later(folder: str, file: str, function: str, *, hides: tuple[str, ...] = ()) -> Callable:
+    """Returns a function of a family's file, which is imported with the first call.
+
+    Args:
+        folder: The family's folder.
+        file: The file in it, without its ending.
+        function: Name of the function.
+        hides: Packages that the import is to go without.
+    """
+
+    def call(*arguments: Any) -> Any:
+        with without(*hides):
+            module = import_module(f"fd_large.backbones.{folder}.{file}")
+        return getattr(module, function)(*arguments)
+
+    return call
