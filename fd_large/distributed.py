@@ -292,7 +292,7 @@ def moves() -> int:
 def collectives_under_way() -> list[str]:
     """Returns the collectives that have not ended, from torch's flight recorder, oldest first."""
     found = []
-    # NCCL's, in torch for GPUs, and gloo's.
+    # The first is NCCL's recorder, which torch for GPUs has; the second is gloo's.
     for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
         with suppress(AttributeError, RuntimeError, ValueError, KeyError):
             trace = json.loads(getattr(torch._C._distributed_c10d, name)())

@@ -15,11 +15,11 @@ class Exit(IntEnum):
     """Exit codes of a command, and so of a rank; launchers return the largest of the ranks'."""
 
     DONE = 0
-    LOST = 1  # A crash, or the loss of another rank.
+    LOST = 1  # The process crashed, or another rank was lost.
     MISTAKE = 2
     LOOK = 3  # Somebody has to look before the run is started again.
     AGAIN = 75  # The last checkpoint is complete; the same command goes on from it.
-    INTERRUPTED = 130  # A second Ctrl-C.
+    INTERRUPTED = 130  # The user pressed Ctrl-C twice.
 
 
 def printable(text: str) -> str:

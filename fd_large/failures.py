@@ -213,7 +213,7 @@ class Watch:
         except ProcessLookupError:
             return True
         except (OSError, AttributeError):
-            pass  # Kernels before 5.3; other systems.
+            pass  # Kernels before 5.3 and other systems have no such call.
         del self._neighbours[rank]
         return False
 

@@ -13,7 +13,7 @@ if __name__ == "__main__":
     try:
         code = main(["train", *sys.argv[1:]])
     except Exception as error:
-        # The terminal's, and the log's: runtime/terminal.py.
+        # This hook writes to terminal and log: runtime/terminal.py.
         sys.excepthook(type(error), error, error.__traceback__)
         code = 1
     sys.stdout.flush()

@@ -53,7 +53,7 @@ def watch_launcher() -> None:
     line = list(_ancestors())
     launchers = {pid: name for pid in line if (name := _launcher_name(_arguments(pid)))}
     if _watcher is None and launchers:
-        # Up to the highest launcher.
+        # The line goes up to the highest launcher.
         line = line[: line.index(max(launchers, key=line.index)) + 1]
         _watcher = threading.Thread(
             target=_watch, args=(line, launchers), name="watch_launcher", daemon=True

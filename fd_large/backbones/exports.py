@@ -12,7 +12,7 @@ from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.translation import Shape, replaced
 
 PROJECTION = "projection."
-# The same in Feature-Distillation's files.
+# Feature-Distillation's files call the same layer so.
 DECODER = "decoder.0."
 
 
@@ -75,7 +75,7 @@ def feature_distillation(name: str, shape: Shape, pairs: tuple = ()) -> list[Out
     if not name.startswith(PROJECTION):
         return same(f"encoder.{replaced(name, pairs)}", shape)
     name = f"{DECODER}{name.removeprefix(PROJECTION)}"
-    if len(shape) == 2:  # A convolution of side 1.
+    if len(shape) == 2:  # There it is a convolution of side 1.
         return [Output(name, (*shape, 1), lambda tensor: tensor.unsqueeze(-1))]
     return same(name, shape)
 

@@ -218,7 +218,7 @@ class HierarchicalBackbone(nn.Module):
 
     def stages(self, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor, ...]:
         """Maps images to the map of each stage, (B, H_s, W_s, C_s); see `forward`."""
-        # By a call of the module, for the hooks of ZeRO-3.
+        # The module is called, not forward, so that the hooks of ZeRO-3 run.
         return self(images, keep, every_stage=True)
 
     def forward(

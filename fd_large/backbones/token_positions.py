@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fd_large.backbones.windows import Windows
 
-# In place of a token's number in the grid.
+# These stand where other tokens have their number in the grid.
 PREFIX, PADDING = -2, -1
 
 

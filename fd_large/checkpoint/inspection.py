@@ -39,7 +39,7 @@ def rows(found: list[store.Stored]) -> list[dict[str, Any]]:
             "ranks": item.manifest["world_size"],
             "zero": item.manifest["zero_stage"],
             "bytes": item.bytes,
-            # Such as that of the teacher.
+            # The teacher's hash is one of them.
             "hashes": {k: v for k, v in item.manifest.items() if k.endswith("_hash")},
         }
         for item in found

@@ -166,7 +166,7 @@ def _state(file: Path, size: int, wanted: Collection[str]) -> tuple[int, dict[st
         return held, {}
     if "file" in wanted:
         return held, {"file": checksum(file)}
-    # torch: seconds.
+    # Importing torch takes seconds.
     from fd_large.checkpoint.tensor_file import TensorFile
 
     try:

@@ -114,7 +114,7 @@ class Saver:
         widths = (-(-values.nbytes // ALIGNMENT) * ALIGNMENT for _, values in pieces)
         *begins, size = accumulate(widths, initial=0)
         if self._buffer.numel() != size:
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # Never both at once.
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # The old one goes first.
             pinned = any(values.device.type == "cuda" for _, values in pieces)
             self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         copies = {}

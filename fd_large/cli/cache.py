@@ -141,7 +141,7 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
     Returns: for each folder the maps that this start wrote.
     Raises: FDError: for the user's mistakes.
     """
-    # torch and deepspeed: seconds.
+    # Importing torch and deepspeed takes seconds.
     from fd_large.engine.frozen_run import open_frozen
     from fd_large.tasks.distillation import cached_held_out
     from fd_large.tasks.distillation.cache_files import CacheWriter

@@ -86,7 +86,7 @@ def diagnose(
     """
     console = tables()
     began = time.monotonic()
-    # torch and deepspeed: seconds.
+    # Importing torch and deepspeed takes seconds.
     from fd_large import distributed
     from fd_large.diagnose.examine import Extent, examine, num_steps
     from fd_large.diagnose.findings import write_findings

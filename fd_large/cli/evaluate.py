@@ -197,7 +197,7 @@ def _score_run(own: Evaluate, changes: Mapping[str, Any]) -> int:
     run = override(read_recipe(run_of_checkpoint(path), where="evaluate"), changes)
     if "data.root" in changes:  # Its val split, not another dataset that the run was tested on.
         run = override(run, {"eval.root": ""})
-    # torch: seconds.
+    # Importing torch takes seconds.
     from fd_large import distributed
     from fd_large.checkpoint import stream
     from fd_large.kernels.precision import full_float32

@@ -131,7 +131,7 @@ def export(
     Returns: The step of the checkpoint, the number of parameters, and the files.
     Raises: FDError: if the format cannot hold the student, or it could not be uploaded.
     """
-    # torch: seconds.
+    # Importing torch takes seconds.
     from fd_large.backbones.registry import parameter_shapes
     from fd_large.checkpoint import stream
     from fd_large.engine.checkpoint_models import student_tensors

@@ -76,7 +76,7 @@ def predict(
             f"predict: not an image file; got {', '.join(missing)}, expected files that exist. "
             "Name image files."
         )
-    # torch: seconds.
+    # Importing torch takes seconds.
     from fd_large.checkpoint import stream
     from fd_large.tasks.jobs import job_of
 

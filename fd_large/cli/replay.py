@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     """Runs the step and prints what differs from what was recorded."""
     given = parse(Replay, arguments, command="replay")
     require_paths({"replay": given.file})
-    # torch and deepspeed: seconds.
+    # Importing torch and deepspeed takes seconds.
     from fd_large import distributed
     from fd_large.engine.replay import find_weights, read_incident, run_again
     from fd_large.kernels.precision import full_float32

@@ -74,7 +74,7 @@ def measure(run: Run, *, deepspeed_config: str, out: str, views: int, target: st
 
     Raises: FDError: for the user's mistakes.
     """
-    # torch and deepspeed: seconds.
+    # Importing torch and deepspeed takes seconds.
     from fd_large import distributed
     from fd_large.engine.opening import open_run
     from fd_large.tasks.distillation import target_statistics

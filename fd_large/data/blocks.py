@@ -169,7 +169,7 @@ class BlockCache(NamedTuple):
                 "expected a folder on a local disk with room. Make room, set --data.cache FOLDER, "
                 "or lower --data.cache_gb."
             ) from error
-        return found or self.open(key, make, wait=wait)  # Another process made room meanwhile.
+        return found or self.open(key, make, wait=wait)  # Another process may have removed it.
 
     def holds(self, key: str) -> bool:
         """Whether a block is there."""
@@ -369,7 +369,7 @@ class BlockImages:
                     return
 
     def _here(self) -> _Process:
-        if self._process.pid != os.getpid():  # Forked: no thread came along.
+        if self._process.pid != os.getpid():  # A forked process has no threads of its parent.
             self._process = _Process()
         return self._process
 

@@ -135,14 +135,15 @@ def _to_uint8(image: torch.Tensor) -> torch.Tensor:
     if image.dtype != torch.uint16:
         return image
     scaled = torch.empty(image.shape, dtype=torch.uint8)
-    for channel, target in zip(image, scaled, strict=True):  # one at a time: four bytes a pixel
+    # One channel at a time, since it takes four bytes a pixel meanwhile.
+    for channel, target in zip(image, scaled, strict=True):
         target.copy_(channel.to(torch.int32).add_(128).floor_divide_(257))  # 65535 = 255 * 257
     return scaled
 
 
 def _decode_with_pillow(encoded: bytes | bytearray, where: str, max_pixels: int) -> torch.Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of sizes and of damaged EXIF
+        warnings.simplefilter("ignore")  # Pillow warns of sizes and of damaged EXIF.
         with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as image:
             _check_size(*image.size, max_pixels, where)
             ImageOps.exif_transpose(image, in_place=True)

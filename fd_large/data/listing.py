@@ -268,7 +268,7 @@ def _load(path: Path, is_current: Callable[[dict[str, Any]], bool]) -> Listing |
     try:
         found = _open(path)
         return found if is_current(found.facts) else None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):  # Absent or damaged.
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):  # It is absent or damaged.
         return None
 
 

@@ -128,7 +128,7 @@ def load_batches(batches: Dataset, places: Iterable[Any], *, workers: int) -> Da
         num_workers=workers,
         worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else each epoch draws from torch's global one
+        generator=torch.Generator(),  # Else each epoch would draw from torch's global one.
     )
 
 

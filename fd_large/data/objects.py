@@ -39,7 +39,7 @@ _BUSY = {408, 425, 429}
 # these out of the one epoll that it shares with its parent, which would wait for them in vain.
 _clients: dict[int, Any] = {}
 _BROKEN = {
-    "ConnectionError",  # Python's and botocore's.
+    "ConnectionError",  # Python and botocore both call one so.
     "HTTPClientError",
     "IncompleteReadError",
     "ResponseParserError",

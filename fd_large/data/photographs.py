@@ -29,7 +29,7 @@ TRAINING = (
     "skimage/retina.jpg",
     "skimage/rocket.jpg",
     "sklearn/flower.jpg",
-    # In grey.
+    # The next ones are grey.
     "skimage/brick.png",
     "skimage/camera.png",
     "skimage/cell.png",

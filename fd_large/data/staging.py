@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 # Files copied at a time by the one rank of a node that copies: one stream does not fill a network.
 STREAMS = 8
-# Images of a folder in one tar file; of ImageNet's about 1.1 GB.
+# So many images of a folder go into one tar file, about 1.1 GB of ImageNet's.
 IMAGES_PER_FILE = 10_000
 # What a full disk takes from others (notes, a run's own files) is not ours to use up.
 SPARE_BYTES = 64 << 20

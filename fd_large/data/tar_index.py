@@ -34,7 +34,7 @@ class _Header(tarfile.TarInfo):
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:
-            raise  # The block of zeros.
+            raise  # The block of zeros ends every archive.
         except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
             raise Torn(f"it ends at byte {archive.fileobj.tell()} without the end mark") from None
         except (tarfile.HeaderError, ValueError, OverflowError) as error:

@@ -232,7 +232,7 @@ def _landscapes(
             "images": [len(batch.numbers) for batch in batches],
             "value": [_plain(of_batch[measured]) for of_batch in own],
             "steps": line,
-            # By direction, batch and step.
+            # Indexed by direction, batch and step.
             "curves": [
                 [[_plain(at[n][measured]) for at in along] for n in range(len(batches))]
                 for along in curves

@@ -371,7 +371,8 @@ def _counts(
             continue
         flops = through(one.flops, two.flops, at)
         products[one.phase, one.again, flops, bytes_] += 1
-        if "attention" in one.name and one.name.endswith("backward"):  # One product of five.
+        # The backward of attention computes one product of five again.
+        if "attention" in one.name and one.name.endswith("backward"):
             again += Line(flops.fixed / 5, flops.each / 5)
     trail = zip(first.recorder.trail, second.recorder.trail, strict=True)
     return Counts(

@@ -44,7 +44,7 @@ def guest() -> Iterator[None]:
     environment, limits = dict(os.environ), resource.getrlimit(resource.RLIMIT_NOFILE)
     logging_as_it_was, handlers = _logging(), _signal_handlers()
     excepthook, captures = sys.excepthook, warnings.showwarning
-    # torch: seconds.
+    # Importing torch takes seconds.
     import torch
 
     from fd_large import distributed
@@ -114,7 +114,7 @@ def _signal_handlers() -> list[Any]:
 
     def restore() -> None:
         for number, handler in kept.items():
-            if handler is not None:  # None: not one of Python's.
+            if handler is not None:  # None stands for a handler that is not Python's.
                 signal.signal(number, handler)
 
     return [restore]

@@ -135,7 +135,7 @@ class Trainer:
         self._save_owed = False
         self._bad_images = BadImages()
         self._improved = self.stopped_early = False
-        # At most one, and the steps that it followed.
+        # At most one is pending; beside it stand the steps that it followed.
         self._pending: tuple[int, Pending] | None = None
 
     @property
@@ -307,7 +307,7 @@ class Trainer:
 
     def _agree(self, losses: list[Tensor], epoch: int, learning_rate: float) -> _Agreed:
         """Makes the one collective and the one read by the host of a step."""
-        # The norm before clipping.
+        # This is the norm before clipping.
         norm = self.engine.deepspeed.optimizer._global_grad_norm
         wishes = [hook.wish() for hook in self._hooks]
         own = [

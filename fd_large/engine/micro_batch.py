@@ -263,7 +263,8 @@ def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
     """
     found = None
     if distributed.is_main():
-        with suppress(OSError, ValueError, KeyError, TypeError):  # Absent or damaged: measure.
+        # Where the file is absent or damaged, the size is measured.
+        with suppress(OSError, ValueError, KeyError, TypeError):
             file = folder / "micro_batch.json"
             stored = json.loads(file.read_text())
             before, now = stored["setting"], json.loads(json.dumps(setting))

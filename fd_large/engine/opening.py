@@ -230,7 +230,7 @@ def _built(job: Job, config: dict[str, Any]) -> tuple[Engine, Ema | None]:
             initial=job.initial_weights(),
             heads=job.initial_heads(),
         )
-    # Before any resume, which restores the average too.
+    # The average is made before any resume, which restores it too.
     return engine, Ema(engine, decay) if decay else None
 
 

@@ -115,7 +115,7 @@ def train(
             _trainer_of(
                 one,
                 each,
-                # One trace at a time: that of the first student.
+                # torch takes one trace at a time: the first student's is taken.
                 [
                     *hooks_of(one.job, profile if one is opened[0] else 0, hooks, student=name),
                     shared,

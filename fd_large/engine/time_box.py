@@ -88,7 +88,7 @@ class TimeBox:
         with suppress(KeyError, TypeError, ValueError):
             noted = _decisions_of(written)
         if stored is None:
-            # A checkpoint of the first release, which decided once.
+            # A checkpoint of the first release holds the one decision that it made.
             with suppress(KeyError, TypeError, ValueError):
                 return 0.0, {first: int(written["updates"])}, False
             return 0.0, {}, True

@@ -195,7 +195,7 @@ def _region_ids(
 
 def _axis_regions(length: int, window: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
     padded = math.ceil(length / window) * window
-    position = np.arange(padded)  # In the rolled map.
+    position = np.arange(padded)  # These are places of the rolled map.
     region = np.zeros(padded, dtype=np.int64)
     if shift:
         region += position >= padded - window

@@ -171,7 +171,7 @@ class Counts:
             frozen=tuple(
                 tuple((size, count) for size, count in model) for model in given["frozen"]
             ),
-            held=Line(*given.get("held", NOTHING)),  # Not in files of older versions.
+            held=Line(*given.get("held", NOTHING)),  # Files of older versions do not have it.
             images=given["images"],
             fused=given["fused"],
         )
@@ -283,7 +283,7 @@ def highest(lines: Sequence[Line]) -> tuple[Line, ...]:
     for each, fixed in sorted(best.items()):
         line = Line(fixed, each)
         while hull and hull[-1].fixed + hull[-1].each <= fixed + each:
-            hull.pop()  # Lower at one image already, and less steep.
+            hull.pop()  # It is lower at one image already, and rises less.
         while len(hull) > 1 and _meet(hull[-2], line) <= _meet(hull[-2], hull[-1]):
             hull.pop()
         hull.append(line)

@@ -212,7 +212,7 @@ def held(
         device["parameters"] = compute * total
         optimizer["masters"] = 4 * part
         if place.offload_optimizer:
-            # Its partition on the way to the device, and a tensor's gradient on the way back.
+            # They hold its part on the way to the device and a tensor's gradient on the way back.
             host["buckets"] = compute * (part + max(student))
             device["buckets"] = compute * max(student)
         elif place.stage == 1 and place.bfloat16:

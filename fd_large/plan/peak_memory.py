@@ -80,7 +80,7 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
     elif candidate.stage == 0 and cluster.gpus > 1:
         passing = size * max(load.student_sizes)  # On its way into a bucket that is there.
     else:
-        passing = size * load.parameters  # Every gradient.
+        passing = size * load.parameters  # All gradients are there at once.
     own = 2 if load.teacher_bfloat16(machine) else 4
     if split and cluster.gpus > 1:
         # Gathered layers of one teacher at a time, which are gone when the student runs.
@@ -108,7 +108,7 @@ def placement_of(load: Workload, candidate: Candidate, machine: Machine) -> Plac
         persistence_threshold=load.threshold,
         teacher_persistence_threshold=load.threshold,
         hpz_size=cluster.node_size if candidate.hpz else 1,
-        # As in ds_configs/; stage 3 keeps none.
+        # The buckets are those of ds_configs/; stage 3 keeps none.
         bucket_size=0 if candidate.stage == 3 else gradient_bucket(load.parameters),
         float32_sums=load.sum_bytes(machine) == 4,
     )

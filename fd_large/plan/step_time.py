@@ -265,7 +265,7 @@ def _finish(load: Workload, candidate: Candidate, machine: Machine) -> float:
     cluster, rates = machine.cluster, machine.rates
     # Stage 0 steps the parameters themselves, without a copy.
     split = 1 if candidate.stage == 0 else cluster.gpus
-    # The new parameter, from its master.
+    # Each master is read, and the new parameter is written.
     copied = 4 + load.compute_bytes(machine) if candidate.stage else 0
     if load.phases:
         update = load.phases.update + copied / rates.bandwidth

@@ -59,7 +59,7 @@ def unic_vit_base() -> Run:
         teachers={**plain, "deit3": deit},
         weighting=Weighting(rule="drop", drop_probability=0.5),
         data=Data(color_jitter=0.4, grayscale_probability=0.2),
-        # At 512 images: 6e-4, and 1e-6 at the end.
+        # Rates are per 512 images: 6e-4 at the peak, and 1e-6 at the end.
         optim=Optim(
             base_lr=6e-4,
             warmup_lr=0.0,

@@ -232,7 +232,7 @@ def _of_batches(part: Landscape | None, values_of: Callable[[Landscape], numpy.n
     if not numpy.isfinite(values).all():
         return "not finite"
     mean, spread = values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
-    # Three figures of the larger one.
+    # The larger of the two is shown with three figures.
     size = max(abs(mean), spread)
     digits = min(4, max(0, 2 - math.floor(math.log10(size)))) if size else 4
     return f"{mean:z.{digits}f}" + (f" +- {spread:.{digits}f}" if len(values) > 1 else "")

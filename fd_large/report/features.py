@@ -40,7 +40,7 @@ def fit_basis(tokens: numpy.ndarray) -> Basis:
     covariance = (flat - mean).T @ (flat - mean) / len(flat)
     _, vectors = numpy.linalg.eigh(covariance)
     components = vectors[:, ::-1][:, :3].T
-    if len(components) < 3:  # Fewer channels than colours.
+    if len(components) < 3:  # There are fewer channels than colours.
         components = numpy.pad(components, ((0, 3 - len(components)), (0, 0)))
     largest = numpy.abs(components).argmax(1)
     sign = numpy.sign(components[numpy.arange(3), largest])

@@ -104,7 +104,7 @@ class Preemption(Hook):
         self._before = {
             number: signal.getsignal(number)
             for number in SIGNALS
-            # nohup's, and that of a shell's background job.
+            # nohup, and a shell for its background jobs, ignore some of them: that stays.
             if signal.getsignal(number) != signal.SIG_IGN
         }
         for number in self._before:

@@ -44,7 +44,8 @@ def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
         aside.mkdir(parents=True, exist_ok=True)
         with activity.work(f"downloading {source}"):
             licence = write(aside)
-        shutil.rmtree(aside / ".cache", ignore_errors=True)  # The hub's notes on its downloads.
+        # The hub keeps notes on its downloads there.
+        shutil.rmtree(aside / ".cache", ignore_errors=True)
         files = sorted(str(p.relative_to(aside)) for p in aside.rglob("*") if p.is_file())
         aside.rename(out)
     except OSError as error:

@@ -47,7 +47,7 @@ _JSON_BYTES, _INDEX_BYTES, _JSON_VALUES = 4 << 20, 64 << 20, 1_000_000
 _HEADER_BYTES, _NAMES, _WRAPPINGS = 16 << 20, 50_000, 8
 # Characters of a file's name, or of what a library says of it, in a message.
 _NAME_SHOWN, _REASON_SHOWN = 100, 200
-# By their names in safetensors.
+# Keys are the names in safetensors.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

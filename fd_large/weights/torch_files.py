@@ -150,7 +150,7 @@ def _legacy(path: Path) -> Any:
     if unpickled(head, _nowhere, budget) != _MAGIC:
         raise ValueError("no torch file")
     mapped, places = _Mapped(path), {}
-    unpickled(head, _nowhere, budget)  # The version of the protocol.
+    unpickled(head, _nowhere, budget)  # This one is the version of the protocol.
     if not unpickled(head, _nowhere, budget).get("little_endian", True):
         raise ValueError("numbers of another byte order")
     begin, found = head.tell(), {}
@@ -165,7 +165,7 @@ def _legacy(path: Path) -> Any:
     for key in keys:
         if not isinstance(key, str):
             raise ValueError("a storage without a name")
-        at += 8  # Its number of elements again.
+        at += 8  # The number of elements stands there again.
         places[key] = at
         at += found[key].numel * found[key].dtype.itemsize
     head.seek(begin)

@@ -132,7 +132,7 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _DropPaths:
 
     for path, module in modules.items():
         if path in rates:
-            module.drop_prob = 0.0  # So that it draws nothing.
+            module.drop_prob = 0.0  # timm's own module then draws nothing.
             module.register_forward_pre_hook(partial(called, path))
         else:
             module.register_forward_pre_hook(partial(ran, path))

@@ -83,7 +83,7 @@ _HF_VIT_PARTS = (
     (".layernorm_before.", ".norm1."),
     (".layernorm_after.", ".norm2."),
 )
-# Before those of the ViT.
+# BEiT's names are replaced before those of the ViT.
 _HF_BEIT_PARTS = (
     ("encoder.relative_position_bias.", "rel_pos_bias."),
     ("shared_position_bias.", "rel_pos_bias."),

@@ -84,14 +84,14 @@ NAMES = {
     f"{_FRAGMENT}:get_hp_fragment_mapping": "c287fa1e",
     f"{_FRAGMENT}:fragment_address": "b8a30aaf",
     f"{_FRAGMENT}:tensor_fragment.get_hp_fragment": "613026fe",
-    # From the masters to what forward uses.
+    # These copy masters to the parameters that forward uses.
     f"{_FRAGMENT}:safe_set_local_fp32_param": "a7475bb8",
     f"{_BF16}.update_lp_params": "cba7e99a",
     f"{_STAGE_1_2}.update_lp_params": "a1b71e50",
     f"{_STAGE_3}._reassign_or_swap_out_partitioned_parameters": "940a4e40",
     f"{_STAGE_3}._partition_all_parameters": "2c6c615b",
     f"{_STAGE_3}.invalidate_secondary_tensor": "3dff70b1",
-    # Collectives over gloo, replaced.
+    # The collectives over gloo are replaced by name.
     "deepspeed.comm:comm": PRESENT,
     "deepspeed.comm.comm:cdb": PRESENT,
     "deepspeed.comm.torch:TorchBackend.all_gather_into_tensor": PRESENT,

@@ -109,7 +109,7 @@ def grouped_order(
     order = epoch_order(len(landscape), seed, epoch, np.arange(len(landscape)))
     piles = [np.flatnonzero(landscape[order]), np.flatnonzero(~landscape[order])]
     batches: list[tuple[int, NDArray[np.int64]]] = []
-    for pile in piles:  # of places in the order
+    for pile in piles:  # A pile holds places in the order.
         whole = len(pile) // global_batch_size * global_batch_size
         for batch in pile[:whole].reshape(-1, global_batch_size):
             batches.append((int(batch[-1]), batch))
