@@ -28,7 +28,6 @@ from plain_steps import plain_adamw, plain_step
 from tensor_storages import storages
 
 from fd_large import distributed
-from fd_large.cli.plan_workload import workload
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import arguments_of_step, backward
 from fd_large.engine.opening import engine_of
@@ -298,17 +297,12 @@ def planned_bytes(run: Run, config: dict[str, Any]) -> int:
     return held.device.total + held.host.total
 
 
-_known_sizes: dict[str, tuple[Sequence[int], Sequence[int]]] = {}
-
-
 def _sizes(run: Run) -> tuple[Sequence[int], Sequence[int]]:
-    """Sizes of the student's and of the teachers' parameters, as the plan counts them."""
-    elsewhere = ("engine", "optim", "batch")
-    key = json.dumps({n: part for n, part in run.to_dict().items() if n not in elsewhere})
-    if key not in _known_sizes:
-        load = workload(run)  # A count of the whole step.
-        _known_sizes[key] = load.student_sizes, load.teacher_sizes
-    return _known_sizes[key]
+    """Sizes of the student's and of the teachers' parameters, as the plan has them of a count."""
+    with torch.device("meta"):
+        task, frozen = DistillationJob(run).models_on_shapes()
+    trained = [p.numel() for p in task.parameters() if p.requires_grad]
+    return trained, [p.numel() for model in frozen for p in model.parameters()]
 
 
 def _new_bytes(before: dict[int, int]) -> int:
