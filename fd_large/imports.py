@@ -29,19 +29,24 @@ def without(*packages: str) -> Iterator[None]:
 
 
 @contextmanager
-def for_good() -> Iterator[None]:
+def for_good(package: str) -> Iterator[None]:
     """Hides what is imported within from collections of garbage, now and later.
 
     Torch, DeepSpeed and what they import are half a million objects that stay. The collections that
     their import sets off take a quarter of its time, and each later one would look at all again.
+
+    Args:
+        package: The largest that is imported; where it is there already, this does nothing.
     """
-    known, collects = len(sys.modules), gc.isenabled()
+    if package in sys.modules:
+        yield
+        return
+    collects = gc.isenabled()
     gc.collect()  # The caller's garbage is not to stay.
     gc.disable()
     try:
         yield
     finally:
-        if len(sys.modules) > known:
-            gc.freeze()
+        gc.freeze()
         if collects:
             gc.enable()

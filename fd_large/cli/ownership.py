@@ -43,7 +43,7 @@ def owning(run_dir: str) -> Iterator[Lease]:
                     raise
                 terminal.show_error(str(error))
                 refusal = str(error)
-        with imports.for_good():  # Importing torch takes seconds.
+        with imports.for_good("torch"):  # Importing torch takes seconds.
             from fd_large import distributed
             from fd_large.runtime import logs
 

@@ -29,16 +29,16 @@ def test_what_stays_is_hidden_from_collections_once(tmp_path, monkeypatch):
     (tmp_path / "staying.py").write_text("value = [[] for _ in range(100)]\n")
     monkeypatch.syspath_prepend(tmp_path)
     try:
-        with for_good():
+        with for_good("staying"):
             assert not gc.isenabled()
             import staying
         assert gc.isenabled()
         # `gc.get_objects` leaves out what is hidden.
         assert not any(one is staying.value for one in gc.get_objects())
         hidden = gc.get_freeze_count()
-        with for_good():
-            import staying
-        assert gc.get_freeze_count() == hidden, "nothing was imported"
+        with for_good("staying"):
+            assert gc.isenabled()
+        assert gc.get_freeze_count() == hidden
     finally:
         gc.unfreeze()
         del sys.modules["staying"]
