@@ -82,13 +82,7 @@ def plain(run: Run) -> tuple[dict[str, torch.Tensor], list[float]]:
         batch = next(batches)
         keep = drop_path_keep(task.drop_path_rates, run.runtime.seed, 0, batch.positions)
         loss, _ = task(**task.prepare(batch.images, batch.targets, keep))
-        plain_step(
-            loss,
-            task,
-            optimizer,
-            clip_norm=run.optim.clip_norm,
-            rate_of=lambda group, update=update: schedule.scaled_at(update, group["scale"]),
-        )
+        plain_step(loss, task, optimizer, schedule, update, clip_norm=run.optim.clip_norm)
         losses.append(loss.item())
     return {name: p.detach().clone() for name, p in task.named_parameters()}, losses
 

@@ -48,13 +48,7 @@ def plain(run: Run) -> Weights:
         places = positions + update * len(positions)
         keep = drop_path_keep(task.drop_path_rates, run.runtime.seed, 0, places)
         loss, _ = task(**task.prepare(images_of(update, run), None, keep))
-        plain_step(
-            loss,
-            task,
-            optimizer,
-            clip_norm=run.optim.clip_norm,
-            rate_of=lambda group, update=update: schedule.scaled_at(update, group["scale"]),
-        )
+        plain_step(loss, task, optimizer, schedule, update, clip_norm=run.optim.clip_norm)
     return {name: p.detach().clone() for name, p in task.named_parameters()}
 
 

@@ -162,10 +162,7 @@ def plain_steps(
         task.before_step(update / schedule.total)
         (arguments,) = arguments_of_step(task, task, [batch], run.runtime.seed, count=1)
         loss, _ = task(**arguments)
-        rate = schedule.at_step(update)
-        norm = plain_step(
-            loss, task, optimizer, clip_norm=run.optim.clip_norm, rate_of=lambda _, rate=rate: rate
-        )
+        norm = plain_step(loss, task, optimizer, schedule, update, clip_norm=run.optim.clip_norm)
         task.after_step()
         steps.append((loss.item(), norm))
     return steps
