@@ -6,6 +6,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Each rank of a test would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train test test-all check docs
 
 # One stamp an extra: the quick start does without the tests' packages. Errors alone are shown: a

@@ -74,6 +74,8 @@ def measure(ranks: int, flags: list[str], without: list[str]) -> dict[str, float
         (hidden / f"{name}.py").write_text("raise ImportError\n")
     path = os.pathsep.join([str(hidden), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, TIMELINE: str(timeline), "PYTHONPATH": path}
+    # The package stays compiled after a first start, as Python does it by itself.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     import torch
 
     if not torch.cuda.is_available():
