@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fd_large import failures, imports
+from fd_large import activity, failures, imports
 from fd_large.checkpoint.lease import Lease, OwnedError, claim
 from fd_large.errors import Exit, FDError
 from fd_large.launch import find_launch, find_rank
@@ -43,7 +43,7 @@ def owning(run_dir: str) -> Iterator[Lease]:
                     raise
                 terminal.show_error(str(error))
                 refusal = str(error)
-        with imports.for_good("torch"):  # Importing torch takes seconds.
+        with activity.work("loading torch"), imports.for_good("torch"):
             from fd_large import distributed
             from fd_large.runtime import logs
 

@@ -115,8 +115,7 @@ def train_run(
         FDError: The user's mistake, or another rank that has ended.
     """
     with owning(run.run_dir()) as lease:
-        # Takes seconds.
-        with activity.work("loading torch and DeepSpeed"), imports.for_good("deepspeed"):
+        with activity.work("loading DeepSpeed"), imports.for_good("deepspeed"):
             from fd_large import distributed, failures
             from fd_large.engine.run import train
             from fd_large.tasks.jobs import job_of
