@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fd_large.recipes.architectures import full_name
+from fd_large.recipes.architectures import changed_fields, full_name
 from fd_large.report.run_files import RunFiles
 from fd_large.tasks.distillation.section import cached_folder
 from fd_large.tasks.registry import TASKS
@@ -149,7 +149,9 @@ def progress(files: RunFiles) -> str:
 
 
 def _frozen(name: str, section: dict[str, Any], side: int) -> str:
-    model = full_name(section) + (f" at {side} px" if side else "")
+    changed = ", ".join(f"{field} {value}" for field, value in changed_fields(section).items())
+    model = full_name(section) + (f" ({changed})" if changed else "")
+    model += f" at {side} px" if side else ""
     if section["source"] == "random":
         name = name.replace("teacher ", "teachers.")
         return (

@@ -55,7 +55,7 @@ def test_teachers_of_one_model_are_told_apart(make_run):
         "image size 224 px",
         "changed fields image_size 448",
         "image size 448 px",
-        "at 448 px",
+        "(image_size 448) at 448 px from",
     ):
         assert told in words, told
 
