@@ -149,9 +149,10 @@ def progress(files: RunFiles) -> str:
 
 
 def _frozen(name: str, section: dict[str, Any], side: int) -> str:
-    changed = ", ".join(f"{field} {value}" for field, value in changed_fields(section).items())
-    model = full_name(section) + (f" ({changed})" if changed else "")
-    model += f" at {side} px" if side else ""
+    model = full_name(section)
+    if side:  # One of several teachers, which may be of one model.
+        changed = ", ".join(f"{field} {value}" for field, value in changed_fields(section).items())
+        model += f" ({changed}) at {side} px" if changed else f" at {side} px"
     if section["source"] == "random":
         name = name.replace("teacher ", "teachers.")
         return (
