@@ -9,7 +9,7 @@ import torch
 from kills import state, stopped
 from launch import ROOT, run_ranks
 from pictures import write_pictures
-from twin import FLAGS, losses, train, words
+from twin import FLAGS, WITH_LOADERS, losses, train, words
 
 LENGTH = ("--optim.epochs", "3", "--runtime.save_every", "3", "--eval.every", "2")
 
@@ -28,7 +28,7 @@ def test_two_ranks_learn_the_same_from_a_cache_and_go_on(tmp_path: Path) -> None
     )
     live, cached = tmp_path / "live", tmp_path / "cached"
     train(pictures, live, *LENGTH, *evaluated, "--task.distillation.views", "2")
-    source = (*evaluated, "--teacher.source", f"cached:{cache}")
+    source = (*evaluated, *WITH_LOADERS, "--teacher.source", f"cached:{cache}")
     train(pictures, cached, *LENGTH, *source)
     assert losses(cached) == losses(live)
     wanted, found = state(live, 6), state(cached, 6)

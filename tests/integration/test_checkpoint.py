@@ -14,13 +14,14 @@ from kills import kill_and_resume, state
 from launch import ROOT, read_results, run_ranks
 from pictures import write_pictures
 from stored_run import store_tensors
-from twin import losses, train
+from twin import WITH_LOADERS, losses, train
 from unit.engine.conftest import Brightness
 
 # The first of the kills waits for a save under way; tests/soak/kills.py has more of them.
 KILLS = 2
 # Three steps an epoch: most kills and resumes are in mid-epoch.
 EVERY_UPDATE = (
+    *WITH_LOADERS,
     *("--optim.max_steps", "16", "--runtime.save_every", "1"),
     *("--optim.layer_decay", "0.8", "--optim.ema_decay", "0.9"),
     *("--objective.normaliser", "running"),

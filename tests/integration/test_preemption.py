@@ -15,7 +15,7 @@ from twin import losses, train
 UPDATES = 18
 WORDS = f"""
 --optim.max_steps {UPDATES} --eval.every 5 --eval.views 8 --runtime.save_every 4
---student.architecture.depths 1 1 --batch.micro_batch_size 2
+--student.architecture.depths 1 1 --batch.micro_batch_size 2 {" ".join(twin.WITH_LOADERS)}
 """.split()
 
 # Moment, how, rank, update before it; then the step of the checkpoint that it leaves, and whether

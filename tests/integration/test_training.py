@@ -36,7 +36,7 @@ def read(path: Path) -> Any:
 def reference(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three epochs of two steps under the deepspeed command."""
     run_dir = tmp_path_factory.mktemp("runs") / "reference"
-    train(pictures, run_dir, "--optim.epochs", "3", launcher="deepspeed")
+    train(pictures, run_dir, "--optim.epochs", "3", *twin.WITH_LOADERS, launcher="deepspeed")
     return run_dir
 
 
