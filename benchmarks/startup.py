@@ -5,8 +5,8 @@
 Starts the quick start, or the run of other flags, by DeepSpeed's launcher, and stops it after its
 first step. A rank notes when it was started and what it was busy with since then; the processor
 seconds of rank 0 stand beside. DeepSpeed's launcher imports MLflow in both of its processes where
-that is installed, as the extras `test` and `mlflow` do: `--without mlflow` hides it. Beside them
-stands `fd-large train --help`, which imports no torch. Writes benchmarks/results/startup.json.
+that is installed, as the extras `test` and `mlflow` do: `--without mlflow` hides it. `fd-large
+train --help`, which imports no torch, is timed too. Writes benchmarks/results/startup.json.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 from collections.abc import Iterator
@@ -48,5 +49,7 @@ def for_good(package: str) -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        # Triton complains at length of what is still hidden when the interpreter ends.
+        atexit.register(gc.unfreeze)
         if collects:
             gc.enable()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import numpy as np
 import torch
 from PIL import Image
@@ -25,5 +27,9 @@ def run_code(card, out, folder):
     code = code.replace("FOLDER", str(out)).replace("IMAGE.jpg", str(folder / "image.png"))
     found = {}
     exec(code, found)
+    nodes = list(ast.walk(ast.parse(code)))
+    imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {(one.asname or one.name).partition(".")[0] for node in imports for one in node.names}
+    assert names <= {node.id for node in nodes if isinstance(node, ast.Name)}, "all are used"
     mean, std = (torch.tensor(numbers)[:, None, None] for numbers in IMAGENET[:2])
     return found, ((torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / std)[None]

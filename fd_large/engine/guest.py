@@ -78,6 +78,8 @@ def guest() -> Iterator[None]:
         torch.set_num_threads(threads)
         for flag, value in zip(flags, tf32, strict=True):
             flag.allow_tf32 = value
+        # What the caller had is not to stay hidden for good (`fd_large.imports`).
+        gc.unfreeze()
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()

@@ -237,7 +237,6 @@ with torch.inference_mode():
 _TIMM = f"""
 import timm
 import torch
-from torch import nn
 from PIL import Image
 
 {{folder}}
@@ -250,7 +249,6 @@ from pathlib import Path
 
 import timm
 import torch
-from torch import nn
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -262,7 +260,6 @@ model.load_state_dict({{{{name: t for file in files for name, t in load_file(fil
 """
 _HUGGING_FACE = """
 import torch
-from torch import nn
 from PIL import Image
 from transformers import AutoImageProcessor, {name}
 
@@ -276,7 +273,6 @@ with torch.inference_mode():
 """
 _UPERNET = """
 import torch
-from torch import nn
 from PIL import Image
 from transformers import AutoImageProcessor, {name}
 
@@ -295,7 +291,6 @@ pixels = pixels.transpose(2, 0, 1)[None]"""
 _OURS = f"""
 import numpy as np
 import torch
-from torch import nn
 from PIL import Image
 
 from fd_large.weights.load import load_model
@@ -313,7 +308,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from mmseg.registry import MODELS
 from mmseg.utils import register_all_modules
 from safetensors.torch import load_file
@@ -352,7 +346,6 @@ session = onnxruntime.InferenceSession(f"{{{{folder}}}}/{{graph}}")
 _PROGRAM = f"""
 import numpy as np
 import torch
-from torch import nn
 from PIL import Image
 
 {{folder}}

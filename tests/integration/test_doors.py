@@ -14,7 +14,7 @@ from kills import kill_and_resume, state
 from launch import ROOT, Finished, run_ranks
 from pictures import write_pictures
 from safetensors import safe_open
-from twin import losses, train
+from twin import WITH_LOADERS, losses, train
 
 MAIN = ROOT / "fd_large" / "__main__.py"
 STEPS = 10
@@ -46,6 +46,7 @@ def flags(own: Path, stage: int) -> tuple[str, ...]:
         *("--student.architecture.extra_norm_every", "0"),
         *("--optim.layer_decay", "0.8", "--optim.ema_decay", "0.9"),
         *("--optim.max_steps", str(STEPS), "--runtime.save_every", "1"),
+        *WITH_LOADERS,
     )
 
 

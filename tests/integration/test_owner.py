@@ -15,7 +15,10 @@ from launch import Started, start_ranks
 from pictures import write_pictures
 from twin import losses, train
 
-SHORT = ("--student.architecture.depths", "1", "1", "--runtime.save_every", "1")
+SHORT = (
+    *("--student.architecture.depths", "1", "1", "--runtime.save_every", "1"),
+    *twin.WITH_LOADERS,
+)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from kills import state  # noqa: E402
 from pictures import write_pictures  # noqa: E402
-from twin import losses, train  # noqa: E402
+from twin import WITH_LOADERS, losses, train  # noqa: E402
 
 PROGRAM = ROOT / "tests/integration/programs/faulty_files.py"
 SHARE = 0.03
@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=48)
     arguments = parser.parse_args()
-    words = ("--optim.max_steps", str(arguments.steps), "--runtime.save_every", "1")
+    words = ("--optim.max_steps", str(arguments.steps), "--runtime.save_every", "1", *WITH_LOADERS)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         pictures = write_pictures(folder / "pictures", 26)

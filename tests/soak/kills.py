@@ -20,10 +20,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from kills import kill_and_resume, state  # noqa: E402
 from pictures import write_pictures  # noqa: E402
-from twin import losses, train  # noqa: E402
+from twin import WITH_LOADERS, losses, train  # noqa: E402
 
 UPDATES = 400
-WORDS = ("--optim.max_steps", str(UPDATES), "--runtime.save_every", "1")
+WORDS = ("--optim.max_steps", str(UPDATES), "--runtime.save_every", "1", *WITH_LOADERS)
 
 
 def main() -> int:

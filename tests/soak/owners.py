@@ -54,6 +54,7 @@ class Soak:
         self.words = (
             *("--optim.max_steps", str(updates), "--runtime.save_every", "7"),
             *("--student.architecture.depths", "1", "1"),
+            *twin.WITH_LOADERS,
         )
         self.restarts = 0
         self.met: Counter[str] = Counter()

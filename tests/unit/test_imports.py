@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
 
 import pytest
@@ -39,6 +40,17 @@ def test_what_stays_is_hidden_from_collections_once(tmp_path, monkeypatch):
         with for_good("staying"):
             assert gc.isenabled()
         assert gc.get_freeze_count() == hidden
+        with pytest.raises(ImportError), for_good("missing"):
+            import missing  # noqa: F401
+        assert gc.isenabled()
     finally:
         gc.unfreeze()
         del sys.modules["staying"]
+
+
+def test_the_interpreter_ends_without_a_word():
+    pytest.importorskip("triton")
+    lines = ("from fd_large.imports import for_good", "with for_good('triton'): import triton")
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == ""

@@ -295,7 +295,7 @@ def planned_bytes(run: Run, config: dict[str, Any]) -> int:
 
 
 def _sizes(run: Run) -> tuple[Sequence[int], Sequence[int]]:
-    """Sizes of the student's and of the teachers' parameters, as the plan has them of a count."""
+    """Sizes of the student's and of the teachers' parameters."""
     with torch.device("meta"):
         task, frozen = DistillationJob(run).models_on_shapes()
     trained = [p.numel() for p in task.parameters() if p.requires_grad]

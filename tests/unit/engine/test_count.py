@@ -169,8 +169,12 @@ def test_two_counts_give_every_batch(name, device):
             to_bfloat16(model)
         with torch.no_grad():  # A frozen model keeps its tables from then on.
             task.shapes_only(job.probe_batch(2))
+    held = [sum(p.numel() for p in model.parameters()) for model in frozen]
+    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     for wrapped, counts in found.items():
         assert counts.images == 0
+        assert sum(size * times for size, times in counts.student) == trained
+        assert [sum(size * times for size, times in one) for one in counts.frozen] == held
         if wrapped:
             checkpoint_blocks(
                 task.student.blocks(), mode="every", every=run.student.checkpoint_every
