@@ -30,11 +30,11 @@ T = TypeVar("T")
 
 SECONDS_BETWEEN_MOVES = 1.0
 _PEER_IS_GONE = (
-    # gloo
+    # gloo says these.
     *("Connection closed by peer", "Connection reset by peer"),
-    # NCCL, where it notices: ncclRemoteError, and what a communicator says that was aborted.
+    # NCCL says these: where it notices, and of a communicator that was aborted.
     *("remote process exited", "ncclRemoteError", "NCCL communicator was aborted"),
-    # The store, over which NCCL's ranks meet.
+    # The store says this, over which NCCL's ranks meet.
     "Connection was likely closed",
 )
 

@@ -43,7 +43,7 @@ _BROKEN = {
     "HTTPClientError",
     "IncompleteReadError",
     "ResponseParserError",
-    "ClientConnectionError",  # aiohttp's.
+    "ClientConnectionError",  # This and the next are of aiohttp.
     "ClientPayloadError",
 }
 
@@ -273,7 +273,7 @@ def _passes(error: BaseException) -> bool:
     for cause in causes:
         status = getattr(cause, "status", None) or getattr(cause, "code", None)
         response = getattr(cause, "response", None)
-        if isinstance(response, dict):  # botocore's
+        if isinstance(response, dict):  # It is of botocore.
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", status)
         if isinstance(status, int) and status >= 400:
             return status >= 500 or status in _BUSY

@@ -68,7 +68,7 @@ class TrainedModel(nn.Module):
         if isinstance(image, (str, os.PathLike)):
             path = Path(image)
             return central_view(decode(path.read_bytes(), str(path)), self.image_size)
-        if hasattr(image, "convert"):  # Pillow's.
+        if hasattr(image, "convert"):  # It is an image of Pillow.
             image = image.convert("RGB")
         if not isinstance(image, Tensor):
             import numpy
@@ -157,13 +157,13 @@ class TrainedModel(nn.Module):
         check_prompts(class_names, prompts)
         learnt = [one.removesuffix(_SUMMARY) for one in self._loaded() if one.endswith(_SUMMARY)]
         if teacher not in learnt:
-            names = f"teacher={' or '.join(map(repr, learnt))}" if learnt else "one that learnt it"
+            names = ", ".join(map(repr, learnt)) or "none"
             raise ConfigError(
-                f"zero_shot: the student of {self.source} has not learnt what this needs, the "
-                f"image embedding of a CLIP teacher; got teacher={teacher!r}, expected {names}. "
-                "Name the CLIP among the run's teachers, or train with "
-                f"--teachers.{teacher}.targets map summary --teachers.{teacher}.summary.layer "
-                "embedding (docs/several_teachers.md)."
+                f"zero_shot: the student of {self.source} has learnt no summary of this teacher; "
+                f"got teacher={teacher!r} and a run with summaries of {names}, expected a CLIP "
+                "whose image embedding it has learnt (teachers.NAME.summary.layer embedding). "
+                f"Name that CLIP, or train with --teachers.{teacher}.targets map summary "
+                f"--teachers.{teacher}.summary.layer embedding (docs/several_teachers.md)."
             )
         guess = self.teacher_summary(teacher, images, in_teacher_units=True)
         return probabilities(guess, classes_of(os.fspath(text), tuple(class_names), tuple(prompts)))

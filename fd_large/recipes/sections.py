@@ -162,11 +162,10 @@ class NamedStudent(Student):
         return replace(optim, **{name: value for name, value in own.items() if value is not None})
 
 
-SOURCES = (
-    "a file of weights, a folder of a run or an export, package:NAME, hf:REPO, open_clip:ARCH/TAG, "
-    "timm:NAME, module:PATH/TO/FILE.py:NAME or random"
+_SOURCES = (
+    *("a file of weights", "a folder of a run or an export", "package:NAME", "hf:REPO"),
+    *("open_clip:ARCH/TAG", "timm:NAME", "module:PATH/TO/FILE.py:NAME"),
 )
-"""What the source of a model's weights may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,16 +173,16 @@ class FrozenModel:
     """A model that is used as it is: its name, and where its weights are."""
 
     place: ClassVar[str] = "model"
+    more_sources: ClassVar[tuple[str, ...]] = ()
+    """Forms of `source` that only sections of this kind take, for messages."""
 
     # Name of the model, which also decides its image statistics and its final norm. auto: the model
     # that the weights of `source` belong to.
     model: str = AUTO
     # Changes to the named model's shape. None keeps the model's own value.
     architecture: Architecture = field(default_factory=Architecture)
-    # The weights: a file (docs/weights.md lists the formats), package:NAME for weights inside an
-    # installed Python package, hf:REPO, open_clip:ARCH/TAG, timm:NAME or
-    # module:PATH/TO/FILE.py:NAME (the last two bring their own model), or `random` for random
-    # weights (throughput runs and tests). Training stops while it is empty.
+    # The weights: a file, a folder, or another source that docs/weights.md lists. `random`: random
+    # weights, for throughput runs and tests. Training stops while it is empty.
     source: str = ""
     # Name patterns (with * and ?) of tensors that may be missing from these weights, and then stay
     # random, or that the weights may hold in excess.
@@ -210,14 +209,17 @@ class FrozenModel:
         where = flag.removeprefix("--").removesuffix(".source")
         others = list(others)
         hint = f" ({nearest(where.rpartition('.')[2], others)})" if others else ""
+        # Random weights show no model.
+        forms = (*_SOURCES, *self.more_sources, *([RANDOM] if self.model != AUTO else []))
+        expected = f"{', '.join(forms[:-1])} or {forms[-1]}"
         if self.model == AUTO:
             raise ConfigError(
-                f"{where}: neither a model nor weights; got nothing, expected {SOURCES}. Set "
+                f"{where}: neither a model nor weights; got nothing, expected {expected}. Set "
                 f"{flag}, or correct the name{hint}."
             )
         mistyped = f", or correct a mistyped name{hint}" if hint.startswith(" (nearest") else ""
         raise ConfigError(
-            f"{where}.source: {self.model} has no weights; got nothing, expected {SOURCES}. Set "
+            f"{where}.source: {self.model} has no weights; got nothing, expected {expected}. Set "
             f"{flag}; random is for a test or a throughput run{mistyped}."
         )
 

@@ -26,7 +26,7 @@ from fd_large.weights.read import OTHER, Tensors, read, split_part
 from fd_large.weights.sidecar import Described, read_library
 from fd_large.weights.stored_models import Stored, StoredReader, exported, other_model, remedy_for
 
-_LONGEST_NAME = 255  # What file systems take.
+_LONGEST_NAME = 255  # File systems take no longer one.
 
 
 class Sources:

@@ -167,7 +167,7 @@ def _load(name: str) -> str | None:
         builder = _builder(name)
         with _turn(builder.name):
             builder.load(verbose=False)
-    except Exception as error:  # As above.
+    except Exception as error:  # Builders raise many kinds.
         return f"it does not load: {_line(error)}"
     return None
 

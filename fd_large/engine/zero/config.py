@@ -115,6 +115,8 @@ _FILLED = frozenset(
         "gradient_accumulation_steps",
         "gradient_clipping",
         "communication_data_type",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
         "bf16.enabled",
         "data_types.grad_accum_dtype",
         "zero_optimization.zero_hpz_partition_size",
@@ -124,6 +126,7 @@ _FILLED = frozenset(
         "zero_optimization.offload_optimizer.nvme_path",
     }
 )
+_CHECKPOINTING = "--student.activation_checkpointing every (or offload)"
 _OWNED_ELSEWHERE = {
     "optimizer": "The recipe owns the optimiser: set --optim.*",
     "scheduler": "The recipe owns the schedule: set --optim.*",
@@ -171,7 +174,8 @@ class RunNumbers(NamedTuple):
 def load(path: str | Path) -> dict[str, Any]:
     """Reads and checks a DeepSpeed JSON, by path or name; "auto" values stay.
 
-    Raises: ConfigError: if the file is missing, is not JSON, repeats a key or has an unknown one.
+    Raises: ConfigError: if the file is missing, is not JSON, repeats a key, or has what `check`
+        refuses.
     """
     path = shipped.deepspeed_config(str(path))
 
@@ -241,9 +245,12 @@ def _wrong_in(block: Any, keys: dict[str, Kind], prefix: str) -> Iterator[str]:
         if key not in keys:
             yield f"{name}: no such key; {nearest(key, keys)}. Correct or remove it."
         elif value == AUTO and name not in _FILLED:
+            remedy = "Give one or remove the key"
+            if name == "activation_checkpointing":
+                remedy = f"Remove the key, and set {_CHECKPOINTING}"
             yield (
                 f'{name}: the run does not fill this "auto", and DeepSpeed would take it for a '
-                f'value; got "auto", expected {keys[key][0]}. Give one or remove the key.'
+                f'value; got "auto", expected {keys[key][0]}. {remedy}.'
             )
         elif value != AUTO and not keys[key][1](value):
             yield f"{name}: invalid value; got {value!r}, expected {keys[key][0]}. Correct it."
@@ -265,13 +272,14 @@ def _ignored(config: dict[str, Any]) -> Iterator[str]:
         yield (
             "activation_checkpointing: DeepSpeed reads this block only in its own wrapper, which "
             f"this engine does not use; got {', '.join(asked)}, expected none. Set "
-            "--student.activation_checkpointing every (or offload)."
+            f"{_CHECKPOINTING}."
         )
-    block, weights = zero.get("offload_optimizer", {}), zero.get("offload_param", {})
+    heard = {key: value for key, value in zero.items() if key not in silent}
+    block, weights = heard.get("offload_optimizer", {}), heard.get("offload_param", {})
     blocks = {"zero_optimization.offload_optimizer": (block, {"device", "nvme_path"})}
     if weights.get("device") == "nvme":
         blocks["zero_optimization.offload_param"] = weights, {"device"}
-    if not offloads_to_disk(config):
+    if block.get("device") != "nvme":
         if weights.get("device") == "nvme":
             yield (
                 "zero_optimization.offload_param.device: weights are on a disk beside the "
@@ -351,10 +359,9 @@ def check_owned(
 
     Args:
         config: What `load` returned.
-        clip_norm, bfloat16, nvme_path: See `RunNumbers`.
-        global_batch_size, micro_batch_size, accumulation: Images of a step, images per rank and
-            forward, micro batches per step.
-        micro_batch_size, accumulation, bfloat16: None where it is not known yet.
+        clip_norm, nvme_path: See `RunNumbers`.
+        global_batch_size: Images of a step.
+        micro_batch_size, accumulation, bfloat16: See `RunNumbers`; None where it is not known yet.
 
     Raises: ConfigError: with a line for each.
     """
@@ -410,7 +417,7 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
     filled.pop("data_types", None)
     if numbers.bfloat16:
         filled["data_types"] = {"grad_accum_dtype": "fp32"}
-    # It asks for nothing, or `check` had refused it.
+    # It asks for nothing, or `check` would have refused it.
     filled.pop("activation_checkpointing", None)
     _fill_zero(filled, stage, numbers)
     _fill_sums(filled, numbers)

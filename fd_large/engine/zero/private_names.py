@@ -96,7 +96,7 @@ NAMES = {
     "deepspeed.comm.comm:cdb": PRESENT,
     "deepspeed.comm.torch:TorchBackend.all_gather_into_tensor": PRESENT,
     "deepspeed.comm.torch:TorchBackend.reduce_scatter_tensor": PRESENT,
-    # What outlives an engine.
+    # These outlive an engine.
     "deepspeed.runtime.zero.parameter_offload:FWD_MODULE_STACK": PRESENT,
     f"{_COORDINATOR}:PartitionedParameterCoordinator": PRESENT,
     "deepspeed.utils:groups": PRESENT,
@@ -109,7 +109,7 @@ NAMES = {
     "deepspeed.ops.op_builder:CPUAdamBuilder": PRESENT,
     "deepspeed.ops.op_builder:AsyncIOBuilder": PRESENT,
     "deepspeed.ops.op_builder:QuantizerBuilder": PRESENT,
-    # Classes that its checkpoints hold.
+    # Its checkpoints hold objects of these classes.
     "deepspeed.runtime.fp16.loss_scaler:LossScaler": PRESENT,
     "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler": PRESENT,
     "deepspeed.runtime.zero.config:ZeroStageEnum": PRESENT,
@@ -117,7 +117,7 @@ NAMES = {
     "torch:compile": "(recompile_limit, isolate_recompiles)",
     # The inner optimiser's own step, which the gate replaces.
     "torch.optim.optimizer:Optimizer.step": "(self, closure)",
-    # Detection.
+    # The heads of detection are made of these.
     f"{_BOXES}:BoxCoder": "(weights, bbox_xform_clip)",
     f"{_BOXES}:BoxCoder.encode_single": "(self, reference_boxes, proposals)",
     f"{_BOXES}:BoxCoder.decode_single": "(self, rel_codes, boxes)",

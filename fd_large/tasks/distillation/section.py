@@ -13,6 +13,7 @@ from fd_large.recipes.fields import at_least, check_types, hints_of, not_negativ
 from fd_large.recipes.sections import AUTO, FrozenModel
 from fd_large.recipes.task_kind import TaskKind
 
+CACHED = "cached:"
 Interpolation = Literal["none", "bilinear", "bilinear_student", "bilinear_larger", "auto"]
 
 
@@ -21,6 +22,7 @@ class Teacher(FrozenModel):
     """The frozen model whose last feature map is the target."""
 
     place: ClassVar[str] = "teacher"
+    more_sources: ClassVar[tuple[str, ...]] = (f"{CACHED}FOLDER",)
 
     # Where the weights are held. replicated: whole on every rank. sharded: split over all ranks.
     # node: split over the ranks of a node, whole in every node.
@@ -307,9 +309,6 @@ def _field(teacher: str, name: str, kind: str) -> str:
 def _values(section: Teacher | Objective) -> dict[str, Any]:
     """The fields of a section by name, nested ones as they are."""
     return {f.name: getattr(section, f.name) for f in fields(section)}
-
-
-CACHED = "cached:"
 
 
 def cached_folder(source: str) -> str:

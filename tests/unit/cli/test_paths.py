@@ -101,9 +101,10 @@ def test_recipes_of_record_name_nothing_that_is_missing():
 def test_a_teacher_without_weights_is_told_with_the_nearest_name():
     recipe = registry.get("quickstart")
     fields = {"teachers.coarse.source": "random", "teachers.corse.beta": 1.0}
-    with pytest.raises(ConfigError, match=r"^teachers\.corse: .*nearest: coarse"):
+    with pytest.raises(ConfigError, match=r"^teachers\.corse: .*nearest: coarse") as caught:
         require_sources(recipe.with_fields(fields))
+    assert "random" not in str(caught.value), "it shows no model"
     fields |= {"teachers.corse.model": "clip_vit_base_patch16"}
-    with pytest.raises(ConfigError, match=r"package:NAME, hf:REPO.*timm:NAME"):
+    with pytest.raises(ConfigError, match=r"package:NAME, hf:REPO.*cached:FOLDER or random\. Set"):
         require_sources(recipe.with_fields(fields))
     require_sources(recipe.with_fields(fields | {"teachers.corse.source": "random"}))

@@ -69,6 +69,7 @@ def _zero(stage, **keys):
         ),
         (_zero(3, stage3_max_live_parameters="auto"), "does not fill"),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "--student.activation"),
+        ({"activation_checkpointing": "auto"}, "--student.activation"),
     ],
 )
 def test_load_refuses_with_the_remedy(tmp_path, config, said):
@@ -92,8 +93,11 @@ def test_fill_leaves_no_auto_and_always_sets_clipping():
     config = {
         "train_micro_batch_size_per_gpu": "auto",
         "bf16": {"enabled": "auto"},
+        "zero_allow_untested_optimizer": "auto",
+        "zero_force_ds_cpu_optimizer": "auto",
         **_zero(3, zero_hpz_partition_size="auto", stage3_param_persistence_threshold="auto"),
     }
+    ds.check(config, where="config.json")
     filled = ds.fill(config, NUMBERS)
     assert "auto" not in json.dumps(filled)
     assert filled["gradient_clipping"] == 3.0
@@ -197,6 +201,16 @@ def test_the_run_names_the_disk_and_deepspeed_is_told_of_host_memory():
         ds.fill(_zero(3), numbers)
     with pytest.raises(ConfigError, match="disagree"):
         ds.fill(_zero(3, offload_optimizer={**ON_DISK, "nvme_path": "/other"}), numbers)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [_zero(2, offload_param={"device": "nvme"}), _zero(0, offload_optimizer=ON_DISK)],
+)
+def test_a_block_that_its_stage_ignores_is_told_once(config):
+    with pytest.raises(ConfigError, match="ignores it at stage") as caught:
+        ds.check(config, where="config.json")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path):

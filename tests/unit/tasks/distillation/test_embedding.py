@@ -95,7 +95,7 @@ def test_the_target_is_the_embedding_and_a_student_that_has_learnt_it_classifies
 
 @pytest.mark.parametrize(
     ("heads", "words"),
-    [({}, "expected one that learnt it"), ({"a_summary": nn.Identity()}, "expected teacher='a'")],
+    [({}, "summaries of none"), ({"dino_summary": nn.Identity()}, "summaries of 'dino'")],
 )
 def test_zero_shot_says_what_the_student_has_not_learnt(heads, words):
     model = TrainedModel(
@@ -103,8 +103,10 @@ def test_zero_shot_says_what_the_student_has_not_learnt(heads, words):
     )
     with pytest.raises(ConfigError, match=words) as caught:
         model.zero_shot(IMAGES, ["cat"], text="open_clip:ViT-B-16/openai")
-    assert "--teachers.clip.summary.layer embedding" in str(caught.value)
-    assert "clip_summary" not in str(caught.value)
+    said = str(caught.value)
+    assert "--teachers.clip.summary.layer embedding" in said
+    assert "clip_summary" not in said
+    assert "teacher='dino'" not in said, "its class token is no image embedding"
 
 
 @pytest.mark.parametrize(
