@@ -1,13 +1,16 @@
-"""Processes of this machine as the kernel shows them, and calls that may hang. No torch."""
+"""Processes of this machine as the kernel shows them, calls that may hang, signals. No torch."""
 
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""What asks a process to stop: a scheduler's signals, Ctrl-C, a terminal that is closed."""
 HIDDEN = -1
 """When a process started that this user may not look at."""
 
@@ -74,6 +77,16 @@ def briefly(call: Callable[..., object], *arguments: object, seconds: float) -> 
     thread = threading.Thread(target=call, args=arguments, daemon=True)
     thread.start()
     thread.join(seconds)
+
+
+def handlers_to_replace() -> dict[signal.Signals, Any]:
+    """Returns the handlers, by signal, of those `SIGNALS` that may be caught.
+
+    nohup, and a shell for its background jobs, ignore some of them: that stays. None stands for a
+    handler that is not Python's, which cannot be given back.
+    """
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    return {number: it for number, it in handlers.items() if it != signal.SIG_IGN}
 
 
 def _is_another_users(pid: int) -> bool:

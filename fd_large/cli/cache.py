@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
@@ -19,6 +20,7 @@ from fd_large.cli.paths import paths_of, require_paths, require_sources
 from fd_large.errors import CacheError, Exit
 from fd_large.plan.cached_targets import CachedTargets
 from fd_large.plan.rates import rates_of
+from fd_large.processes import handlers_to_replace
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, positive, require
 from fd_large.recipes.run import Run
@@ -87,31 +89,43 @@ def main(arguments: list[str]) -> int:
     return distributed.leave(0)
 
 
+class _StoppedError(CacheError):
+    """A signal has stopped the command; started again it goes on."""
+
+    exit_code = Exit.AGAIN
+
+
 @contextmanager
 def _saying_that_it_goes_on() -> Iterator[None]:
     """Ends the process with a sentence and code 75 where a signal stops it.
 
-    Whole records stay and the others are written anew, so that it may stop anywhere.
+    Whole records stay and the others are written anew, so that it may stop anywhere. The first
+    signal does; a launcher sends more of them after a Ctrl-C, which must neither interrupt the
+    clean-up nor change the exit code.
 
     Raises: CacheError: after Ctrl-C, or what a scheduler sends before it takes the machine away.
     """
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # nohup's.
-            signal.signal(number, signal.default_int_handler)
+    before = handlers_to_replace()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for one in before:
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
     try:
+        for number in before:
+            signal.signal(number, stop)
         yield
     except KeyboardInterrupt:
-        stopped = CacheError(
+        raise _StoppedError(
             "cache: stopped before the end; got a signal, expected to store all maps. What is "
             "stored stays. Start the same command again: it goes on from there."
-        )
-        stopped.exit_code = Exit.AGAIN
-        raise stopped from None
+        ) from None
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # After a signal the process ends, and they stay ignored.
+            if handler is not None and signal.getsignal(number) == stop:
+                signal.signal(number, handler)
 
 
 def _with_views(run: Run, views: int) -> Run:

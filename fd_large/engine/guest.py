@@ -20,6 +20,7 @@ from typing import Any
 
 from fd_large.errors import LaunchError
 from fd_large.launch import find_launch
+from fd_large.processes import SIGNALS
 from fd_large.runtime import terminal
 
 
@@ -111,8 +112,7 @@ def _signal_handlers() -> list[Any]:
     """What puts the handlers of signals back; nothing outside of the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return []
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-    kept = {number: signal.getsignal(number) for number in numbers}
+    kept = {number: signal.getsignal(number) for number in SIGNALS}
 
     def restore() -> None:
         for number, handler in kept.items():

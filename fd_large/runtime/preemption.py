@@ -24,7 +24,7 @@ from typing import Any
 
 from fd_large import distributed
 from fd_large.errors import Exit
-from fd_large.processes import briefly
+from fd_large.processes import briefly, handlers_to_replace
 from fd_large.runtime import terminal
 from fd_large.runtime.hooks import INTERRUPTED, NOTHING, Hook, Setting, Update, Wish
 from fd_large.runtime.logs import FILE_ONLY
@@ -32,7 +32,6 @@ from fd_large.watch import hold
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STOP_FILE = "stop"
 SECONDS_BETWEEN_LOOKS = 2.0
 """Seconds between two looks for the file: a shared file system is not asked at every step."""
@@ -101,12 +100,7 @@ class Preemption(Hook):
         # Seconds since the epoch, set by Slurm in every step of a job. One rank's clock is enough.
         end = os.environ.get("SLURM_JOB_END_TIME", "") if distributed.is_main() else ""
         self._job_end = float(end) if end.isdigit() else None
-        self._before = {
-            number: signal.getsignal(number)
-            for number in SIGNALS
-            # nohup, and a shell for its background jobs, ignore some of them: that stays.
-            if signal.getsignal(number) != signal.SIG_IGN
-        }
+        self._before = handlers_to_replace()
         for number in self._before:
             signal.signal(number, self._caught)
         # Python's handlers wait while the main thread is in a call, such as a collective whose
@@ -216,7 +210,7 @@ class Preemption(Hook):
         os.close(self._pipe[1])
         for number, handler in self._before.items():
             # After a reason to leave, what comes late must not change the exit code.
-            if number == signal.SIGINT or not self._reason:
+            if handler is not None and (number == signal.SIGINT or not self._reason):
                 signal.signal(number, handler)
 
     def _caught(self, number: int, frame: FrameType | None) -> None:

@@ -11,6 +11,9 @@ from pictures import write_pictures
 
 from fd_large.cli import cache
 from fd_large.cli.main import main
+from fd_large.engine import frozen_run
+from fd_large.errors import ConfigError
+from fd_large.processes import SIGNALS
 from fd_large.recipes.fields import flat
 from fd_large.tasks.distillation import cache_cost
 
@@ -70,13 +73,46 @@ def test_mistakes_name_their_argument(words, named, capsys):
     assert named in capsys.readouterr().err
 
 
+@pytest.fixture
+def handlers():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_what_goes_on(number, monkeypatch, capsys):
-    before = signal.getsignal(number)
-    monkeypatch.setattr(cache, "write", lambda *_, **__: os.kill(os.getpid(), number))
+def test_the_first_signal_ends_it_and_its_clean_up_is_not_interrupted(
+    number, handlers, monkeypatch, capsys
+):
+    cleaned_up = []
+
+    def open_frozen(*_):
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            for again in (signal.SIGINT, number):
+                os.kill(os.getpid(), again)
+            cleaned_up.append(True)
+
+    monkeypatch.setattr(frozen_run, "open_frozen", open_frozen)
     assert command() == 75
+    assert cleaned_up
     assert "same command" in capsys.readouterr().err
-    assert signal.getsignal(number) == before
+
+
+def test_what_ends_without_a_signal_gives_the_handlers_back(handlers, monkeypatch):
+    def open_frozen(*_):
+        assert signal.getsignal(signal.SIGTERM) != handlers[signal.SIGTERM]
+        raise ConfigError("wrong")
+
+    monkeypatch.setattr(frozen_run, "open_frozen", open_frozen)
+    # None stands for a handler that is not Python's.
+    replaced = {**handlers, signal.SIGUSR1: None}
+    monkeypatch.setattr(cache, "handlers_to_replace", lambda: replaced)
+    assert command() == 2
+    kept = [number for number in SIGNALS if signal.getsignal(number) == handlers[number]]
+    assert kept == [number for number in SIGNALS if number != signal.SIGUSR1]
 
 
 def test_a_recipe_without_a_teacher_is_refused(capsys):

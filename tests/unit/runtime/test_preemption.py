@@ -15,6 +15,7 @@ import pytest
 from faults import watching
 
 from fd_large import distributed, watch
+from fd_large.processes import SIGNALS
 from fd_large.runtime import preemption
 from fd_large.runtime.hooks import Wish
 from fd_large.runtime.preemption import Preemption
@@ -25,7 +26,7 @@ STOP = Wish(stop=True)
 @pytest.fixture(autouse=True)
 def handlers():
     """The test process gets its own back."""
-    before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     signal.set_wakeup_fd(-1)
     watch._holds.clear()
@@ -43,7 +44,7 @@ def started(make_setting):
     return start
 
 
-@pytest.mark.parametrize("number", preemption.SIGNALS)
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_kept_until_it_is_asked_for_also_one_before_the_start(number, make_setting):
     hook = Preemption(120.0)
     os.kill(os.getpid(), number)
@@ -103,7 +104,7 @@ def test_it_says_at_the_start_whether_a_save_fits(started, caplog):
     assert "torchrun kills its ranks 30 s later" in caplog.text
 
 
-@pytest.mark.parametrize("number", preemption.SIGNALS)
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_next_start_and_the_watch_over_the_launcher_know_at_once(number, started):
     left = []
     hook = started(leaving=lambda: left.append(number))
