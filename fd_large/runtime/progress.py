@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from itertools import groupby
 
 from fd_large import activity
@@ -127,10 +127,11 @@ class Progress(Tracker):
         """
         words = {key.replace("/", "_"): words for key, words in self._metrics.items()}
         shown = [name for name in words if name in metrics] or metrics
-        lines: dict[str, dict[str, float]] = {"": {}}
+        wholes = {words.get(name, name) for name in shown}
+        lines: dict[str, list[tuple[str, float]]] = {"": []}
         for name in shown:
-            whole, part = _parted(words.get(name, name), words.values())
-            lines.setdefault(part, {})[whole] = metrics[name]
+            whole, part = _parted(words.get(name, name), wholes)
+            lines.setdefault(part, []).append((whole, metrics[name]))
         log.info("%safter %d steps: %s", self._whose, index, _listed(lines.pop("")))
         for part, numbers in lines.items():
             log.info("%s  %s: %s", self._whose, part, _listed(numbers))
@@ -166,15 +167,15 @@ class Progress(Tracker):
 
 
 def _parted(words: str, all_words: Collection[str]) -> tuple[str, str]:
-    """Returns "held-out loss", "clip" of "held-out loss (clip)", if the first is a number, too."""
+    """Returns "held-out loss", "clip" of "held-out loss (clip)", if the first is shown, too."""
     whole, _, part = words.removesuffix(")").rpartition(" (")
     return (whole, part) if whole in all_words else (words, "")
 
 
-def _listed(numbers: Mapping[str, float]) -> str:
+def _listed(numbers: Iterable[tuple[str, float]]) -> str:
     """Returns numbers with their words: held-out loss 0.1, cosine 0.5; unseen-crops loss 0.2."""
     groups: list[str] = []
-    for first, of_group in groupby(numbers.items(), key=lambda item: item[0].split()[0]):
+    for first, of_group in groupby(numbers, key=lambda item: item[0].split()[0]):
         said = ", ".join(f"{words} {value:z.4f}" for words, value in of_group)
         groups.append(said.replace(f", {first} ", ", "))
     return ("; " if any(", " in one for one in groups) else ", ").join(groups)

@@ -77,6 +77,26 @@ def test_each_of_several_teachers_has_a_line_of_its_own(shown, make_setting):
     ]
 
 
+def test_parts_without_their_whole_are_in_the_first_line(shown, make_setting):
+    shown.open(is_terminal=False)
+    words = {
+        "held_out/loss": "held-out loss",
+        "held_out/clip_loss": "held-out loss (clip)",
+        "other/clip_loss": "held-out loss (clip)",
+    }
+    hook = Progress()
+    hook.on_start(make_setting(metrics=words))
+    parts = {"held_out_clip_loss": 0.25, "other_clip_loss": 0.5}
+    hook.on_evaluation(4, parts)
+    hook.on_evaluation(5, {"held_out_loss": 1.0, **parts})
+    lines = [line.split("  ", 1)[1] for line in shown.text().splitlines()]
+    assert lines == [
+        "after 4 steps: held-out loss (clip) 0.2500, loss (clip) 0.5000",
+        "after 5 steps: held-out loss 1.0000",
+        "  clip: held-out loss 0.2500, loss 0.5000",
+    ]
+
+
 def test_a_bar_on_a_terminal_with_held_out_numbers_above(shown, make_setting, run_updates):
     shown.open(is_terminal=True)
     run_updates(hooks(), make_setting(), 10, evaluate=(4,))
