@@ -156,6 +156,29 @@ def changed_fields(section: Mapping[str, Any]) -> dict[str, Any]:
     return set_fields(overrides(model, named)) if model and named else {}
 
 
+def changed_words(section: Mapping[str, Any]) -> str:
+    """Returns these fields in words, "image_size 448, depths 2 2 6 2"; empty if there is none."""
+    words = {
+        name: " ".join(map(str, value)) if isinstance(value, tuple) else value
+        for name, value in changed_fields(section).items()
+    }
+    return ", ".join(f"{name} {value}" for name, value in words.items())
+
+
+def image_side_of(section: Mapping[str, Any], image_size: int) -> int:
+    """Returns the side, in pixels, of the images that a teacher sees; 0 where that is not decided.
+
+    Args:
+        section: The teacher's, as `changed_fields` takes it.
+        image_size: Side of the student's images.
+    """
+    side = section.get("teacher_image_size")
+    if not isinstance(side, int):  # It is left to the two grids, or to another section.
+        return 0
+    model = model_of(section)
+    return side or (model.fixed_image_size if model else 0) or image_size
+
+
 def _values_but_size(architecture: FamilyArchitecture) -> dict[str, Any]:
     return {**architecture.values(), "image_size": None}
 

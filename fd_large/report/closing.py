@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fd_large.recipes.architectures import changed_fields, full_name
+from fd_large.recipes.architectures import changed_words, full_name, image_side_of
 from fd_large.report.run_files import RunFiles
 from fd_large.tasks.distillation.section import cached_folder
 from fd_large.tasks.registry import TASKS
@@ -49,7 +49,7 @@ def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
     """Returns what came out, in words."""
     summary = files.summary
     rows = [
-        (name, _frozen(name, section, files.side_of(section)))
+        (name, _frozen(name, section, image_side_of(section, files.recipe["data"]["image_size"])))
         for name, section in files.frozen_models.items()
     ]
     losses = files.trained_loss
@@ -151,7 +151,7 @@ def progress(files: RunFiles) -> str:
 def _frozen(name: str, section: dict[str, Any], side: int) -> str:
     model = full_name(section)
     if side:  # One of several teachers, which may be of one model.
-        changed = ", ".join(f"{field} {value}" for field, value in changed_fields(section).items())
+        changed = changed_words(section)
         model += f" ({changed}) at {side} px" if changed else f" at {side} px"
     if section["source"] == "random":
         name = name.replace("teacher ", "teachers.")

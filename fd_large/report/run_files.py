@@ -12,9 +12,7 @@ import numpy
 
 from fd_large.errors import ConfigError, DataError
 from fd_large.recipes import registry
-from fd_large.recipes.architectures import model_of
 from fd_large.recipes.fields import flat_plain
-from fd_large.recipes.sections import AUTO
 from fd_large.recipes.stored import recipe_file
 
 
@@ -63,19 +61,6 @@ class RunFiles:
         several = sections.pop("teachers", {})
         sections |= {f"teacher {name}": entry for name, entry in several.items()}
         return {name: section for name, section in sections.items() if section.get("source")}
-
-    def side_of(self, section: dict[str, Any]) -> int:
-        """Side, in pixels, of the images that one of several teachers sees; 0: not recorded.
-
-        Args:
-            section: The teacher's, of the recipe.
-        """
-        side = section.get("teacher_image_size", AUTO)
-        if side == AUTO:
-            return 0
-        model = model_of(section)
-        fixed = model.fixed_image_size if model else 0
-        return side or fixed or self.recipe["data"]["image_size"]
 
     @cached_property
     def changed(self) -> dict[str, tuple[Any, Any]]:

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy
 
-from fd_large.recipes.architectures import changed_fields, full_name
+from fd_large.recipes.architectures import changed_words, full_name, image_side_of
 from fd_large.report import html, style
 from fd_large.report.closing import PAGE, RUNNING, closing_rows, next_steps, progress
 from fd_large.report.loss_curve import DASHES, LOOKS, smoothed
 from fd_large.report.run_files import RunFiles
+from fd_large.tasks.distillation.section import Objective
 
 MOST_POINTS = 1500
 MOST_INCIDENTS = 20
@@ -23,9 +24,7 @@ CAPTIONS = {
     "features": "Held-out images, the teacher's map, and the student's before and after training. "
     "The same colour means the same feature: the teacher's first three principal components.",
 }
-_OF_FROZEN = (
-    *("mean", "std", "statistics", "placement", "dtype", "layer", "targets", "mosaic", "weight"),
-)
+_OF_FROZEN = ("statistics", "placement", "dtype", "layer", "targets", "mosaic", "weight")
 OF_SEVERAL_TEACHERS = (
     "Held-out images, and for each teacher its map and what the student's head for it gives. Each "
     "teacher has colours of its own: its first three principal components."
@@ -224,9 +223,11 @@ def _frozen(files: RunFiles) -> list[tuple[str, str]]:
         rows.append((name, full_name(section)))
         weights = "RANDOM: shows that the machinery works, no more"
         rows.append(("weights", weights if section["source"] == "random" else section["source"]))
-        changed = ", ".join(f"{k} {_plain(value)}" for k, value in changed_fields(section).items())
-        shown = {"changed fields": changed, **{key: section.get(key) for key in _OF_FROZEN}}
-        if side := files.side_of(section):
+        shown = {"changed fields": changed_words(section)}
+        shown |= {key: section.get(key) for key in _OF_FROZEN}
+        if shown["layer"] == Objective.layer:
+            del shown["layer"]  # The model card leaves out the usual one as well.
+        if side := image_side_of(section, files.recipe["data"]["image_size"]):
             shown["image_size"] = f"{side} px"
         rows += [(key.replace("_", " "), _plain(value)) for key, value in shown.items() if value]
     return rows

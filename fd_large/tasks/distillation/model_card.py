@@ -11,9 +11,15 @@ import torch
 
 from fd_large.backbones.registry import build
 from fd_large.errors import FDError
-from fd_large.recipes.architectures import changed_fields, full_name, resolve
-from fd_large.recipes.sections import AUTO, Data
-from fd_large.tasks.distillation.section import SUMMARY, NamedTeacher, cached_folder, labels_of
+from fd_large.recipes.architectures import changed_words, full_name, image_side_of, resolve
+from fd_large.recipes.sections import Data
+from fd_large.tasks.distillation.section import (
+    SUMMARY,
+    NamedTeacher,
+    Objective,
+    cached_folder,
+    labels_of,
+)
 from fd_large.weights.model_card import LOSSES, Learned, map_of
 from fd_large.weights.origin import is_random, origin_of, without_folders
 
@@ -78,18 +84,17 @@ def learned(
 
 def _shape(entry: NamedTeacher, image_size: int) -> dict[str, str]:
     """What tells a teacher from another one of the same model, besides its weights and loss."""
-    rows = {}
-    if changed := changed_fields(asdict(entry)):
-        rows["changed fields"] = ", ".join(f"{field} {value}" for field, value in changed.items())
-    if entry.teacher_image_size != AUTO:
+    rows, section = {}, asdict(entry)
+    if changed := changed_words(section):
+        rows["changed fields"] = changed
+    if side := image_side_of(section, image_size):
         architecture = resolve(entry.model, entry.architecture)
-        side = entry.teacher_image_size or architecture.fixed_image_size or image_size
         # A model whose code may not be imported here is left out.
         with suppress(FDError), torch.device("meta"):
             rows["map"] = map_of(build(architecture, initialization="none"), side)
     if entry.mosaic:
         rows["mosaic"] = f"{entry.mosaic} x {entry.mosaic} images at once"
-    if entry.layer != "last":
+    if entry.layer != Objective.layer:
         rows["layer"] = entry.layer
     if entry.statistics:
         rows["mean and deviation of its images"] = " ".join(f"{one:g}" for one in entry.statistics)

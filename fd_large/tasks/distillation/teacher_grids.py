@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from types import MappingProxyType
 
@@ -15,7 +15,7 @@ from fd_large.backbones.registry import family_of, own_image_size
 from fd_large.engine.frozen import Frozen, frozen_maker
 from fd_large.engine.student import make_student
 from fd_large.errors import FDError, ShapeError
-from fd_large.recipes.architectures import resolve
+from fd_large.recipes.architectures import image_side_of, resolve
 from fd_large.recipes.fields import require
 from fd_large.recipes.sections import AUTO, Student
 from fd_large.tasks.distillation.alignment import Grid, teacher_side
@@ -180,10 +180,9 @@ def sides_of(
         entry: What `with_grid` gave.
         student, image_size, sides: As there.
     """
-    fixed = resolve(entry.model, entry.architecture).fixed_image_size
-    own = entry.teacher_image_size
-    if own != AUTO:
-        return {size: own or fixed or size for size in sides}
+    if entry.teacher_image_size != AUTO:
+        section = asdict(entry)
+        return {size: image_side_of(section, size) for size in sides}
     wanted = _grids_of_student(student, image_size, sides)
     return {size: _seen(name, entry, wanted[size], image_size=size)[0] for size in sides}
 
@@ -201,8 +200,8 @@ def _seen(
 ) -> tuple[int, Grid | None]:
     """The side of a teacher's images for one side of the student's, and its grid there."""
     side, grid, _ = _meeting(name, entry, wanted, image_size=image_size, follows=False)
-    fixed = resolve(entry.model, entry.architecture).fixed_image_size
-    return side or fixed or image_size, grid
+    seen = asdict(replace(entry, teacher_image_size=side))
+    return image_side_of(seen, image_size), grid
 
 
 def _meeting(

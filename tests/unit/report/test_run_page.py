@@ -48,16 +48,19 @@ def test_teachers_of_one_model_are_told_apart(make_run):
     coarse = {**recipe["teacher"], "model": "dino_vit_base_patch16", "teacher_image_size": 0}
     coarse["architecture"] = {}
     fine = {**coarse, "teacher_image_size": 448, "architecture": {"image_size": 448}}
+    coarse["layer"], fine["layer"] = "last", "before_norm"
     recipe["teachers"] = {"coarse": coarse, "fine": fine}
     (folder / "recipe.json").write_text(json.dumps(recipe))
     words = " ".join(check_page(write_run_page(read_run(folder))).words)
     for told in (
         "image size 224 px",
         "changed fields image_size 448",
+        "layer before_norm",
         "image size 448 px",
         "(image_size 448) at 448 px from",
     ):
         assert told in words, told
+    assert " layer last" not in words, "it is the usual one"
 
 
 @pytest.mark.parametrize("status", ["failed", None])

@@ -27,7 +27,7 @@ def test_teachers_of_one_model_are_told_apart():
     assert coarse["map"].startswith("14 x 14 tokens of 768 channels at 224 px")
     assert fine["map"].startswith("28 x 28 tokens of 768 channels at 448 px")
     assert fine["layer"] == "before_norm"
-    assert slim["changed fields"] == "depths (6,)"
+    assert slim["changed fields"] == "depths 6"
     assert "changed fields" not in coarse
     assert all(f"({name})" in card.title for name in entries)
 
