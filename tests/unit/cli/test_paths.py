@@ -22,7 +22,10 @@ MISTAKES = {
     "train --deepspeed_config zero3 --student.init /no/run": ["student.init"],
     "train --deepspeed_config wrong.json --optim.epoch 1": ["wrong.json: a", "--optim.epoch"],
     # What JSON and recipe say of one thing.
-    "train --deepspeed_config clips.json --data.root /no/a": ["gradient_clipping", "data.root"],
+    "train --deepspeed_config own.json --engine.precision float32 --engine.nvme_path /disk"
+    " --data.root /no/a": [
+        *("gradient_clipping", "train_batch_size", "bf16.enabled", "engine.nvme_path", "data.root"),
+    ],
     "transfer --deepspeed_config wrong.json": ["wrong.json: a"],
     # Mistyped names make teachers of their own.
     "train --deepspeed_config zero3 --teachers.coarse.source no.pt --teachers.corse.beta 1": [
@@ -51,7 +54,9 @@ for line in json.loads(sys.argv[1]):
     print(f"# {main(line.split())} {'torch' in sys.modules}", file=sys.stderr)
 """
     (tmp_path / "wrong.json").write_text('{"a": 1}')
-    (tmp_path / "clips.json").write_text('{"gradient_clipping": 7}')
+    (tmp_path / "own.json").write_text(
+        '{"gradient_clipping": 7, "train_batch_size": 3, "bf16": {"enabled": true}}'
+    )
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(list(MISTAKES))],
         cwd=tmp_path,
