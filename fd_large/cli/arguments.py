@@ -237,7 +237,8 @@ class _Parser(Generic[Own]):
         if self._recipe is not None:
             try:
                 base = from_file or self._base_of(own)
-                base = base or registry.get(own.get("recipe") or self._recipe)
+                where = self._command if "recipe" in self._positional else "--recipe"
+                base = base or registry.get(own.get("recipe") or self._recipe, where=where)
                 base = base.with_fields({"task.name": own_task}) if own_task else base
             except ConfigError as error:
                 self._mistakes.append(str(error))

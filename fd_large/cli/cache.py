@@ -25,6 +25,7 @@ from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, positive, require
 from fd_large.recipes.run import Run
 from fd_large.tasks.distillation.combinations import check_storable
+from fd_large.tasks.distillation.section import CACHED
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,8 +85,12 @@ def main(arguments: list[str]) -> int:
     from fd_large import distributed
 
     if distributed.is_main():
-        for folder, count in written.items():
-            print(f"{folder}: {count:,} maps written; train with --teacher.source cached:{folder}")
+        from fd_large.tasks.distillation.teacher_grids import source_flag
+
+        for name, count in written.items():
+            folder = Path(own.out, name)
+            source = f"{source_flag(name)} {CACHED}{folder}"
+            print(f"{folder}: {count:,} maps written; train with {source}")
     return distributed.leave(0)
 
 
@@ -152,7 +157,7 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
         out: The folder; of several teachers each has one of its name in it.
         precision: How the maps are stored.
 
-    Returns: for each folder the maps that this start wrote.
+    Returns: the maps that this start wrote, by the teacher's name.
     Raises: FDError: for the user's mistakes.
     """
     # Importing torch and deepspeed takes seconds.
@@ -181,7 +186,7 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
                 folder, teacher, entry, crops, settings, precision=precision
             )
             to_write.append((writer, cached_held_out.views_of(crops, settings, views.batch_size)))
-        written[str(folder)] = sum(
+        written[name] = sum(
             write_cache(
                 writer,
                 teacher,

@@ -132,7 +132,7 @@ def plan(
         probe: Whether this machine is measured first.
         kernels: The fused kernels where the card has them, or plain torch.
 
-    Returns: The work, the machine, the settings that fit, fastest first, and those that do not.
+    Returns: The work, the machine, the settings that fit, in order, and those that do not.
     Raises: FDError: if something cannot be planned or read.
     """
     runs = [as_counted(one) for one in run.each_student().values()]

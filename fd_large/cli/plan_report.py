@@ -17,7 +17,7 @@ from fd_large.plan.cached_targets import largest_map_that_pays
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Machine
 from fd_large.plan.disk import on_disk
-from fd_large.plan.search import Refused, checkpoint_bytes
+from fd_large.plan.search import SAME_TIME, Refused, checkpoint_bytes
 from fd_large.plan.step_time import Estimate
 from fd_large.plan.workload import Workload
 from fd_large.recipes.architectures import brings_model
@@ -134,7 +134,10 @@ def _table(title: str) -> Table:
 def _best_table(
     machine: Machine, load: Workload, good: list[Estimate], steps: int, *, narrow: bool
 ) -> Table:
-    table = _table("Settings that fit, best first")
+    table = _table(
+        "Settings that fit, fastest first (within "
+        f"{100 * SAME_TIME:.0f} %: least communication first)"
+    )
     names = ["micro\nx accum.", "GB per\nrank", "compute\nms", "comm.\nms"]
     names += ["step\ns", "images\n/s", "MFU\n%", "days", "GPU-\nhours"]
     if narrow:

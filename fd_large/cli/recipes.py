@@ -43,7 +43,7 @@ def run_file(name: str) -> str:
 
     Raises: ConfigError: if there is no such recipe.
     """
-    run = registry.get(name)
+    run = registry.get(name, where="recipes")
     lines = (inspect.getdoc(registry.RECIPES[name]) or "").splitlines()
     comments = "\n".join(f"# {line}".rstrip() for line in lines)
     fields = yaml.dump(_set(run.to_dict()), Dumper=_Dumper, sort_keys=False, width=100)

@@ -1,4 +1,8 @@
-"""All candidates for a workload on a machine: the fastest first, and why the others do not fit."""
+"""All candidates for a workload on a machine in order, and why the others do not fit.
+
+The fastest come first; of those whose times differ by less than `SAME_TIME`, those that communicate
+least.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,8 @@ from fd_large.plan.peak_memory import HEADROOM, PeakMemory, peak_memory
 from fd_large.plan.step_time import Estimate, estimate
 from fd_large.plan.workload import Workload
 
-# Candidates whose times differ by less are equally fast; of those, the one that communicates least
-# comes first.
 SAME_TIME = 0.01
+"""Share of the time by which candidates differ that are equally fast."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class Refused:
 
 
 def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refused]]:
-    """Returns candidates that fit, fastest first, each with its best micro-batch; and the others.
+    """Returns candidates that fit, in order, each with its best micro-batch; and the others.
 
     Raises: ConfigError: if the ranks do not divide the global batch.
     """

@@ -99,15 +99,19 @@ class Facts:
     result: str
 
 
-def get(name: str) -> Run:
+def get(name: str, *, where: str = "--recipe") -> Run:
     """Returns the recipe of that name.
+
+    Args:
+        name: The name.
+        where: What gave it, for messages.
 
     Raises:
         ConfigError: No recipe has that name; the message gives the nearest ones.
     """
     if name not in RECIPES:
         close = nearest(name, RECIPES)
-        raise ConfigError(f"--recipe: no such recipe; got {name!r}, {close}")
+        raise ConfigError(f"{where}: no such recipe; got {name!r}, {close}")
     return RECIPES[name]()
 
 

@@ -364,9 +364,9 @@ class CacheWriter(_Files):
         stored = Header.read(self.folder, where=where)
         if stored.digest != self.header.digest:
             raise CacheError(
-                f"{where}: {self.folder}: holds other targets; got "
-                f"{differences(asdict(stored), asdict(self.header))}. Give the command that began "
-                "it, or another folder."
+                f"{where}: {self.folder}: holds maps that another command stores; got "
+                f"{_other_maps(stored, self.header)}, expected the same. Give the command that "
+                "began it, or another folder."
             )
 
     def unfinished(self, only: str = "") -> list[tuple[str, int]]:
@@ -470,6 +470,18 @@ def differences(stored: Mapping[str, Any], own: Mapping[str, Any], prefix: str =
         elif there != here:
             found.append(f"{prefix}{name} {there!r} there and {here!r} here")
     return ", ".join(found)
+
+
+def _other_maps(stored: Header, own: Header) -> str:
+    """Returns what differs between two headers, without what follows from it."""
+    words = {"teacher_hash": "hash of the teacher's weights", "stored": "kind of map"}
+    facts, sections, all_ = [], [], []
+    for header in (stored, own):
+        said = {words.get(name, name): value for name, value in header.facts.items()}
+        facts.append(said | {"precision": header.precision, "type of the maps": header.dtype})
+        sections.append({f"teacher.{name}": value for name, value in header.teacher.items()})
+        all_.append(asdict(header))
+    return differences(*facts) or differences(*sections) or differences(*all_)
 
 
 def _check(name: str, record: int, rows: Mapping[str, NDArray], state: int) -> int:

@@ -115,6 +115,21 @@ def test_what_ends_without_a_signal_gives_the_handlers_back(handlers, monkeypatc
     assert kept == [number for number in SIGNALS if number != signal.SIGUSR1]
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("", "--teacher.source cached:out"), ("b", "--teachers.b.source cached:out/b")],
+)
+def test_it_tells_the_flag_of_each_teachers_maps(name, told, monkeypatch, capsys):
+    monkeypatch.setattr(cache, "write", lambda *_, **__: {name: 3})
+    assert command() == 0
+    assert capsys.readouterr().out.endswith(f"3 maps written; train with {told}\n")
+
+
+def test_a_mistyped_recipe_is_told_as_it_was_given(capsys):
+    assert main(["cache", "quickstrt", "out"]) == 2
+    assert "cache: no such recipe; got 'quickstrt', nearest: quickstart" in capsys.readouterr().err
+
+
 def test_a_recipe_without_a_teacher_is_refused(capsys):
     assert main(["cache", "finetune_swinv2_base", "out"]) == 2
     assert "teacher" in capsys.readouterr().err

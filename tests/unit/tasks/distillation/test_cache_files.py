@@ -177,10 +177,19 @@ def test_a_killed_writer_is_followed_by_any_number(tmp_path):
 def test_another_cache_in_the_folder_is_refused_by_what_differs(tmp_path):
     own = header()
     write_all(tmp_path, own)
-    facts = {**own.facts, "teacher_hash": "b"}
+    weights, size = {**own.facts, "teacher_hash": "b"}, {**own.facts, "data.image_size": 64}
     for other, named in (
-        (replace(own, facts=facts), "teacher_hash 'a' there and 'b' here"),
-        (replace(own, precision="int8"), "precision 'fp8' there and 'int8' here"),
+        (
+            replace(own, facts=weights),
+            "got hash of the teacher's weights 'a' there and 'b' here, exp",
+        ),
+        (replace(own, precision="int8"), "got precision 'fp8' there and 'int8' here, exp"),
+        # What follows from it is not told.
+        (
+            replace(own, facts=size, tokens=5, sets={}),
+            "got data.image_size 32 there and 64 here, exp",
+        ),
+        (replace(own, teacher={"model": "swin"}), "got teacher.model 'vit' there and 'swin' here"),
     ):
         with pytest.raises(CacheError, match=named):
             CacheWriter(tmp_path, other).prepare(where="OUT")
