@@ -12,13 +12,8 @@ from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture, resolve
-from fd_large.recipes.sections import Student
 from fd_large.weights.inspection import inspect, table
-from fd_large.weights.settle import settle_student
 from fd_large.weights.sidecar import own_config
-from fd_large.weights.source import Sources
-
-HELD = "timm:resnet18"
 
 
 def test_inspect_names_published_nets(tmp_path):
@@ -56,15 +51,6 @@ def test_what_the_project_stored_is_recognised_without_its_code(tmp_path, name):
         found = inspect(source)
         assert (found.named, found.own, found.parameters) == (name, True, 64)
         assert found.dropped == ("decoder.0.weight",)
-
-
-@pytest.mark.parametrize("student", ["swinv2_tiny", "module:other.py:Net"])
-def test_init_from_another_model_names_it(tmp_path, student):
-    (tmp_path / "config.json").write_text(json.dumps(own_config(resolve(HELD), IMAGENET)))
-    save_file({"bn1.weight": torch.ones(64)}, tmp_path / "model.safetensors")
-    section = Student(model=student, init=str(tmp_path))
-    with pytest.raises(WeightsError, match=f"--student.model {HELD}"):
-        settle_student(section, Sources())
 
 
 def test_names_are_no_markup_and_no_commands_to_a_terminal(tmp_path, capsys):

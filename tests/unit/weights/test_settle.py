@@ -25,7 +25,6 @@ from fd_large.recipes.sections import Student
 from fd_large.tasks.distillation.section import Objective, Teacher
 from fd_large.tasks.jobs import job_of
 from fd_large.weights.settle import settle_student
-from fd_large.weights.source import Sources
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 SMALL = {"embed_dim": 32, "depths": (2,), "num_heads": (2,), "patch_size": 8, "image_size": 32}
@@ -269,17 +268,6 @@ def test_other_floats_are_taken(tmp_path, dtype):
     assert torch.equal(got.norm.weight, net.norm.weight.to(dtype).float())
 
 
-def test_a_projector_is_no_net(tmp_path):
-    state = {
-        "encoder.blocks.0.attn.q_bias": torch.zeros(1),
-        "decoder.0.weight": torch.zeros(2, 1, 1),
-    }
-    torch.save({"model": state}, tmp_path / "fd.pth")
-    assert Sources().open(f"{tmp_path / 'fd.pth'}#projector").pieces.keys() == {"projection.weight"}
-    with pytest.raises(WeightsError, match=r"no such part.*got #teacher.*expected .*#projector"):
-        Sources().open(f"{tmp_path / 'fd.pth'}#teacher")
-
-
 def test_auto_needs_weights():
     run = registry.get("fd_clip_vit_base")
     for source in ("", "random"):
@@ -322,22 +310,3 @@ def test_heads_of_a_published_width_are_the_last_guess(tmp_path):
     own = {"architecture": {"num_heads": [6], "norm_eps": 1e-6, "activation": "gelu"}}
     (tmp_path / "config.json").write_text(json.dumps({"fd_large": own}))
     assert heads() == (6,)
-
-
-def test_tensors_without_numbers_or_of_strange_shapes(tmp_path):
-    net = made("dino_vit_base_patch16", **SMALL)
-
-    def in_pieces(state):
-        for name in state:
-            state[name] = torch.empty(0)
-
-    path = saved(net, tmp_path, in_pieces)
-    with pytest.raises(WeightsError, match=r"without numbers.*\(0,\).*ZeRO-3"):
-        Sources().open(path)
-
-    def flat(state):
-        state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].flatten(1)
-
-    path = saved(net, tmp_path, flat)
-    with pytest.raises(WeightsError, match=r"shapes of no vit model; got .*\(32, 192\)"):
-        Sources().open(path)
