@@ -33,3 +33,21 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if name.startswith(("NCCL_", "GLOO_", "SLURM_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("FD_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def labelled_images(tmp_path: Path) -> Path:
+    """A folder of red, green and blue noise, by color: 30 images to learn from, 12 to test."""
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 30), ("test", 12)):
+        for number in range(count):
+            label = number % 3
+            folder = tmp_path / "data" / split / f"class{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            levels = generator.integers(0, 60, (70, 70, 3), dtype=np.uint8)
+            levels[..., label] += 150
+            Image.fromarray(levels).save(folder / f"{number}.png")
+    return tmp_path / "data"
