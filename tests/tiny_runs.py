@@ -50,12 +50,19 @@ def tiny_run(root: str = "builtin:photographs") -> Run:
     )
 
 
+def with_teachers(run: Run, *names: str, **fields: Any) -> Run:
+    """The run with its teacher under each of these names, and other values of some fields."""
+    entry = NamedTeacher.joined(run.teacher, run.objective)
+    teachers = dict.fromkeys(names, entry)
+    named = replace(run, teacher=Teacher(), objective=Objective(), teachers=teachers)
+    return named.with_fields(fields)
+
+
 def several_teachers(run: Run) -> Run:
     """The tiny run with two teachers, of one of which the summary is learnt too."""
-    entry = NamedTeacher.joined(run.teacher, run.objective)
-    both = replace(entry, targets=("map", "summary"), head="block", normaliser="running")
-    teachers = {"plain": replace(entry, normaliser="none"), "both": both}
-    return replace(run, teacher=Teacher(), objective=Objective(), teachers=teachers)
+    both = {"targets": ("map", "summary"), "head": "block", "normaliser": "running"}
+    fields = {f"teachers.both.{name}": value for name, value in both.items()}
+    return with_teachers(run, "plain", "both", **{"teachers.plain.normaliser": "none", **fields})
 
 
 def tiny_task(run: Run) -> Distillation:

@@ -2,52 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import tiny_runs
 import torch
-from PIL import Image
+from loading import settled
 
 from fd_large.data.sampler import Portion
-from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.count import on_shapes, run_on_shapes
 from fd_large.engine.forward_backward import arguments_of_step
 from fd_large.engine.recorder import Recorder
-from fd_large.errors import CheckpointError, ConfigError, FDError, ShapeError, check_all
+from fd_large.errors import CheckpointError, ConfigError, FDError, check_all
 from fd_large.kernels import choose
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
 from fd_large.recipes.run import ONLY
 from fd_large.tasks.distillation.canary import Canary
 from fd_large.tasks.distillation.job import DistillationJob
-from fd_large.tasks.distillation.section import NamedTeacher, Objective, Teacher, Weighting
+from fd_large.tasks.distillation.section import Objective, Teacher, Weighting
 from fd_large.tasks.distillation.task import DATASETS
-from fd_large.tasks.jobs import job_of
-from fd_large.weights.source import Sources
-
-
-@pytest.fixture
-def root(tmp_path):
-    """Labelled images, red and green."""
-    for split, count in (("train", 8), ("val", 4)):
-        for number in range(count):
-            color = number % 2
-            folder = tmp_path / split / ("red", "green")[color]
-            folder.mkdir(parents=True, exist_ok=True)
-            levels = np.zeros((40, 48, 3), np.uint8)
-            levels[..., color] = 200 + number
-            Image.fromarray(levels).save(folder / f"{number}.png")
-    return tmp_path
-
-
-@pytest.fixture
-def run(root):
-    fields = {"batch.global_batch_size": 4, "data.workers": 0, "eval.views": 3, "eval.root": ""}
-    return override(tiny_runs.tiny_run(str(root / "train")), fields)
 
 
 @pytest.fixture
@@ -111,69 +86,6 @@ def test_sizes_of_all_that_may_be_split(built, head):
     assert sorted(job.parameter_sizes()) == expected
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "named"),
-    [
-        ("data.image_size", 36, "^student: "),
-        ("objective.teacher_image_size", 36, "^teacher: "),
-        ("objective.teacher_image_size", 16, r"4.?x.?4.*2.?x.?2|interpolation"),
-    ],
-)
-def test_maps_that_do_not_fit_are_refused(run, field, value, named):
-    with pytest.raises(ShapeError, match=named):
-        DistillationJob(override(run, {field: value})).parameter_sizes()
-
-
-def test_a_ladder_stands_on_blocks_of_one_shape_and_learns_summaries_too(run):
-    with pytest.raises(ConfigError, match=r"objective\.head.*blocks"):
-        DistillationJob(override(run, {"objective.head": "ladder"})).parameter_sizes()
-    vit = {"model": "vit_base_patch16", "architecture.depths": (2,), "architecture.embed_dim": 8}
-    vit |= {"architecture.num_heads": (2,), "architecture.patch_size": 8}
-    fields = {f"student.{name}": value for name, value in vit.items()}
-    fields |= {f"teachers.a.{name}": value for name, value in vit.items()}
-    fields |= {"teachers.a.source": "random", "teachers.a.head": "ladder"}
-    run = run.with_fields({**fields, "teachers.a.targets": ("map", "summary")})
-    heads = DistillationJob(run).models_on_shapes()[0].heads["a"]
-    assert [heads[kind].cls for kind in ("map", "summary")] == [None, None]
-    assert heads["map"].grid == (4, 4)
-    assert heads["summary"].grid == (1, 1)
-    DistillationJob(run).parameter_sizes()
-
-
-AUTO = {"teacher_image_size": "auto", "interpolation": "auto"}
-
-
-@pytest.mark.parametrize(
-    ("fields", "side", "positions", "interpolation"),
-    [
-        # The student's grid is 6x6; the file's positions are for 4x4 patches of 8 pixels.
-        ({}, 48, 48, "none"),
-        ({"teacher.architecture.image_size": 32}, 32, 32, "bilinear"),
-        ({"objective.teacher_image_size": 64}, 64, 64, "bilinear"),
-        ({"objective.teacher_image_size": 0}, 0, 32, "bilinear"),
-        ({"objective.interpolation": "bilinear"}, 0, 32, "bilinear"),
-        ({"objective.interpolation": "none"}, 48, 48, "none"),
-        ({"objective.interpolation": "none", "objective.teacher_image_size": 0}, 0, 32, "none"),
-        # An equal grid of 4x4: as the file is.
-        ({"data.image_size": 32}, 0, 32, "none"),
-    ],
-)
-def test_the_teachers_image_and_positions_follow(
-    run, tmp_path, fields, side, positions, interpolation
-):
-    source = str(tiny_runs.vit_file(tmp_path))
-    automatic = {f"objective.{name}": value for name, value in AUTO.items()}
-    run = run.with_fields({"teacher.source": source, "data.image_size": 48, **automatic, **fields})
-    settled = settle(run)
-    assert settled.objective.teacher_image_size == side
-    assert settled.objective.interpolation == interpolation
-    assert settled.teacher_architecture().image_size == positions
-    assert settle(settled) == settled
-    fits = interpolation == "bilinear" or side or run.data.image_size == 32
-    with nullcontext() if fits else pytest.raises(ShapeError, match="6x6"):
-        DistillationJob(settled).parameter_sizes()
-
-
 TILED = {
     "teachers.sam.model": "dino_vit_base_patch16",
     "teachers.sam.architecture.embed_dim": 8,
@@ -188,7 +100,7 @@ TILED = {
 
 
 def test_maps_out_of_mosaics_are_those_of_full_ones(run):
-    job = DistillationJob(settle(run.with_fields({**TILED, "batch.global_batch_size": 8})))
+    job = DistillationJob(settled(run.with_fields({**TILED, "batch.global_batch_size": 8})))
     assert job.run.teachers["sam"].teacher_image_size == 64
     assert job.run.teachers["sam"].interpolation == "none"
     job.check()
@@ -214,7 +126,7 @@ def test_maps_out_of_mosaics_are_those_of_full_ones(run):
     ],
 )
 def test_mosaics_that_do_not_fit_are_refused(run, fields, named):
-    job = DistillationJob(settle(run.with_fields({**TILED, **fields})))
+    job = DistillationJob(settled(run.with_fields({**TILED, **fields})))
     with pytest.raises(FDError, match=named):
         check_all(job.check, job.parameter_sizes)
 
@@ -224,93 +136,20 @@ def test_a_mosaic_has_no_summary(run):
         run.with_fields({**TILED, "teachers.sam.targets": ("map", "summary")})
 
 
-SIZES = {"data.image_size": 48, "data.image_sizes": (32, 48, 64)}
-FREE = {"teacher.architecture.absolute_position": False}
-
-
-@pytest.mark.parametrize(
-    ("fields", "setting", "sides", "interpolation"),
-    [
-        # Positions for one size.
-        ({}, 32, {32: 32, 48: 32, 64: 32}, "bilinear"),
-        # A model of any size, on the student's images or on those that give it the same grid.
-        (FREE, 0, {32: 32, 48: 48, 64: 64}, "none"),
-        (FREE | {"objective.teacher_image_size": 64}, 64, {32: 64, 48: 64, 64: 64}, "bilinear"),
-        (
-            FREE | {"teacher.architecture.patch_size": 16, "teacher.architecture.image_size": 64},
-            "auto",
-            {32: 64, 48: 96, 64: 128},
-            "none",
-        ),
-    ],
-)
-def test_a_teacher_has_its_size_for_each_of_the_students(
-    run, fields, setting, sides, interpolation
-):
-    automatic = {f"objective.{name}": value for name, value in AUTO.items()}
-    run = run.with_fields({**SIZES, **automatic, **fields})
-    settled = settle(run)
-    assert settled.objective.teacher_image_size == setting
-    assert settled.objective.interpolation == interpolation
-    assert settle(settled) == settled
-    job = DistillationJob(settled)
-    job.parameter_sizes()
-    teacher = job.make_teachers()[""]
-    assert {size: teacher.side(size) for size in SIZES["data.image_sizes"]} == sides
-    assert job.frozen_models()["teacher"].image_size in (sides[48], 0)
-    assert job.probe_batch(2).images.shape == (2, 3, 64, 64)
-
-
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"data.image_sizes": (48, 36)}, r"data\.image_sizes: 36: student"),
-        (
-            FREE | {"objective.head": "convolutional"},
-            r"objective\.head: convolutional .*data\.image_sizes",
-        ),
-        ({"objective.interpolation": "none"}, "interpolation"),
-    ],
-)
-def test_a_size_that_does_not_fit_is_refused(run, fields, named):
-    automatic = {f"objective.{name}": value for name, value in AUTO.items()}
-    run = run.with_fields({**SIZES, **automatic, **fields})
-    with pytest.raises(FDError, match=named):
-        DistillationJob(settle(run)).parameter_sizes()
-
-
 def test_stored_maps_are_of_one_size(run, tmp_path):
     cache = {"task.distillation.views": 1, "task.distillation.cache": str(tmp_path)}
     with pytest.raises(FDError, match=r"^data\.image_sizes: stored maps"):
-        DistillationJob(run.with_fields({**SIZES, **cache})).check()
-
-
-def settle(run):
-    return DistillationJob(run).settle(Sources())
+        DistillationJob(run.with_fields({"data.image_sizes": (32, 64), **cache})).check()
 
 
 def test_the_folder_of_a_run_teaches_the_quick_start(run, tmp_path):
     tiny_runs.store_task(tmp_path / "run", run, tiny_runs.tiny_task(run))
-    learner = registry.get("quickstart").with_fields({"teacher.source": str(tmp_path / "run")})
-    settled = DistillationJob(learner).settle(sources_of(job_of))
-    assert settled.teacher.model == "swinv2"
-    assert settled.teacher.source.startswith(str(tmp_path / "run" / "checkpoints"))
-    assert settled.teacher_architecture() == run.student_architecture()
-    assert DistillationJob(settled).make_teachers()[""].grid(128) == (16, 16)
-
-
-def test_a_line_says_how_the_grids_meet(run, caplog):
-    with caplog.at_level("INFO"):
-        DistillationJob(override(run, {"data.image_size": 48})).parameter_sizes()
-    assert "teacher 4x4 (images of 32 px), student 6x6 (images of 48 px)" in caplog.text
-
-
-def test_a_settled_run_says_what_is_automatic_whatever_it_was(run):
-    """A job that is not settled, as `plan` counts it, sees the same teacher."""
-    automatic = override(run, {f"objective.{name}": value for name, value in AUTO.items()})
-    assert DistillationJob(automatic).parameter_sizes() == DistillationJob(run).parameter_sizes()
-    (part,) = DistillationJob(automatic).frozen_models().values()
-    assert part.image_size == 0
+    quickstart = registry.get("quickstart")
+    learner = settled(quickstart.with_fields({"teacher.source": str(tmp_path / "run")}))
+    assert learner.teacher.model == "swinv2"
+    assert learner.teacher.source.startswith(str(tmp_path / "run" / "checkpoints"))
+    assert learner.teacher_architecture() == run.student_architecture()
+    assert DistillationJob(learner).make_teachers()[""].grid(128) == (16, 16)
 
 
 def test_batches_go_on_where_an_epoch_was_left(run):
@@ -363,18 +202,9 @@ def test_a_checkpoint_of_another_teacher_is_refused(built):
         other.check_stored(facts)
 
 
-def several(run, *names, **more):
-    """The run with its teacher under each of these names."""
-    entry = NamedTeacher.joined(run.teacher, run.objective)
-    run = replace(
-        run, teacher=Teacher(), objective=Objective(), teachers={name: entry for name in names}
-    )
-    return run.with_fields(more)
-
-
 def test_several_teachers_are_known_by_their_names(run):
     fields = {"teachers.b.targets": ("map", "summary"), "runtime.canary_every": 7}
-    job = DistillationJob(several(run, "a", "b", **fields))
+    job = DistillationJob(tiny_runs.with_teachers(run, "a", "b", **fields))
     job.check()
     assert job.sources().keys() == {"teachers.a.source", "teachers.b.source", "student.init"}
     assert job.summary()["teachers"].keys() == job.frozen_models().keys() == {"a", "b"}
@@ -403,31 +233,9 @@ def test_several_teachers_are_known_by_their_names(run):
         job.check_stored(changed)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("teachers.a.loss", "msee", r"^teachers\.a\.loss: no such"),
-        ("teachers.a.head", "mpl", r"^teachers\.a\.head: no such"),
-        ("teachers.b.summary.normaliser", "non", r"^teachers\.b\.summary\.normaliser: no such"),
-        ("teachers.b.whitening_eps", 0.1, None),
-        ("teachers.a.target_statistics", "x", r"^teachers\.a\.target_statistics: nothing in this"),
-    ],
-)
-def test_a_mistake_names_the_teacher(run, field, value, message):
-    job = DistillationJob(
-        several(run, "a", "b", **{"teachers.b.targets": ("map", "summary"), field: value})
-    )
-    if message is None:
-        job.check()
-        return
-    with pytest.raises(ConfigError, match=message) as caught:
-        job.check()
-    assert "objective" not in str(caught.value)
-
-
 def test_a_name_that_torch_takes_is_refused(run):
     with pytest.raises(ConfigError, match=r"teachers\.train: not a name"):
-        DistillationJob(several(run, "train")).models_on_shapes()
+        DistillationJob(tiny_runs.with_teachers(run, "train")).models_on_shapes()
 
 
 def test_the_canary_watches_the_teacher_where_it_is_asked_for(built):
