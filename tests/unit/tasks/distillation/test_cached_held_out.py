@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from unit.tasks.distillation.test_cached_teacher import built, cached, run_of, write, write_images
+from cached_runs import built, cached, run_of, write, write_images
 
 from fd_large.errors import CacheError
 from fd_large.tasks.distillation import cached_held_out

@@ -6,89 +6,14 @@ import json
 import shutil
 from dataclasses import replace
 
-import numpy as np
 import pytest
-import tiny_runs
 import torch
+from cached_runs import IMAGES, VIEWS, Killed, built, cached, prepared, run_of, write, write_images
 from PIL import Image
 
 from fd_large.data.sampler import Portion
-from fd_large.engine.count import step_flops
 from fd_large.errors import CacheError, CheckpointError, ConfigError, DataError, FDError
-from fd_large.recipes.fields import override
 from fd_large.recipes.run import ONLY
-from fd_large.tasks.distillation.cache_cost import costs_of
-from fd_large.tasks.distillation.cache_files import CacheWriter
-from fd_large.tasks.distillation.cache_write import write_cache
-from fd_large.tasks.distillation.cached_teacher import header_of, view_facts
-from fd_large.tasks.distillation.job import DistillationJob
-from fd_large.weights.source import Sources
-
-IMAGES, VIEWS = 12, 2
-
-
-def write_images(folder) -> None:
-    folder.mkdir(exist_ok=True)
-    random = np.random.default_rng(0)
-    for number in range(IMAGES):
-        coarse = random.integers(0, 256, (6, 7, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((42, 36)).save(folder / f"{number:02d}.png")
-
-
-def run_of(root, **fields):
-    named = {
-        "data.root": str(root),
-        "data.workers": 0,
-        "eval.root": "",
-        "batch.global_batch_size": 4,
-        "batch.micro_batch_size": 2,
-        "objective.interpolation": "bilinear",
-        "task.distillation.views": VIEWS,
-        "task.distillation.view_seed": 5,
-        **fields,
-    }
-    return override(tiny_runs.tiny_run(), named)
-
-
-def built(run) -> DistillationJob:
-    job = DistillationJob(run)
-    job = DistillationJob(job.settle(Sources()))
-    job.samples = job.open_samples()
-    job.check()
-    job.build(bfloat16=False, node_size=1, persistence_threshold=0)
-    return job
-
-
-def write(job, folder, *, precision="fp32", most=None, max_bad_fraction=0.5, **more) -> int:
-    """Writes the cache of a job; `most`: it is killed after so many records."""
-    fixed, settings = job.fixed_views, job.view_settings()
-    (teacher,), (entry,) = job.placed.values(), job.run.taught_by.values()
-    facts = view_facts(settings, fixed, job.samples)
-    header = replace(
-        header_of(teacher, entry, facts, precision=precision), records_per_shard=IMAGES // 2
-    )
-    writer = CacheWriter(folder, header)
-    if most is not None:
-        writer.write = killed_after(writer.write, most)
-    views = replace(job.views_to_store(job.samples), batch_size=2)
-    return write_cache(
-        writer, teacher, views, workers=0, max_bad_fraction=max_bad_fraction, where="OUT", **more
-    )
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed_after(write, most):
-    def wrapped(*args):
-        nonlocal most
-        most -= 1
-        if most < 0:
-            raise Killed
-        write(*args)
-
-    return wrapped
 
 
 @pytest.fixture(scope="module")
@@ -109,17 +34,6 @@ def cache(live, tmp_path_factory):
     assert write(live, folder) == IMAGES * VIEWS
     assert write(live, folder) == 0
     return folder
-
-
-def cached(root, cache, **fields) -> DistillationJob:
-    return built(run_of(root, **{"teacher.source": f"cached:{cache}", **fields}))
-
-
-def prepared(job, epoch):
-    torch.manual_seed(0)
-    task = job.make_task()
-    for batch in job.batches(job.samples, Portion(epoch, 0, 2, 0, 1)):
-        yield batch, task.prepare(batch.images, batch.targets, None)
 
 
 def test_every_bit_is_that_of_the_live_teacher(root, live, cache):
@@ -272,53 +186,6 @@ def test_the_header_says_what_is_stored(cache, live):
     assert content["facts"]["teacher_hash"] == live.teachers[ONLY].fingerprint
     assert content["facts"]["hash of the list of images"] == live.samples.fingerprint
     assert content["teacher"]["source"] == "random"
-
-
-def test_the_first_epochs_write_what_later_ones_read(root, tmp_path, monkeypatch):
-    fields = {"batch.global_batch_size": 8, "task.distillation.precision": "fp32"}
-    job = built(run_of(root, **fields, **{"task.distillation.cache": str(tmp_path / "cache")}))
-    usual = built(run_of(root, **fields))
-    calls = []
-    teacher = job.teachers[ONLY]
-    monkeypatch.setattr(
-        type(teacher), "__call__", lambda self, images: calls.append(self) or self.module(images)
-    )
-    for epoch in range(2 * VIEWS):
-        del calls[:]
-        pairs = zip(prepared(job, epoch), prepared(usual, epoch), strict=True)
-        for (own, stored), (theirs, given) in pairs:
-            assert torch.equal(own.images, theirs.images)
-            assert torch.equal(stored["maps"][ONLY].tokens, given["maps"][ONLY].tokens)
-        # An epoch takes 8 of 12 images; the other 4 are stored before their view comes again.
-        assert sum(one is teacher for one in calls) == (5 if epoch == 0 else 4 if epoch == 1 else 2)
-    again = cached(root, tmp_path / "cache", **fields, **{"task.distillation.cache": ""})
-    for (_, stored), (_, given) in zip(prepared(again, 1), prepared(usual, 1), strict=True):
-        assert torch.equal(stored["maps"][ONLY].tokens, given["maps"][ONLY].tokens)
-
-
-def test_of_several_teachers_each_is_recorded_and_reckoned_for_itself(root, live, tmp_path):
-    entry, usual = live.run.taught_by[ONLY], run_of(root)
-    alone = replace(usual, teacher=type(usual.teacher)(), objective=type(usual.objective)())
-    several = replace(alone, teachers={"first": entry, "second": entry})
-    job = built(override(several, {"task.distillation.cache": str(tmp_path)}))
-    assert job.view_batches(job.samples, 0).beside.blank().keys() == {"first", "second"}
-    views = replace(job.views_to_store(job.samples), batch_size=4)
-    job._recorders.by_name["first"].complete(0, views, workers=0, max_bad_fraction=0.5)
-    assert job.view_batches(job.samples, 0).beside.blank().keys() == {"second"}
-    # What is left of a step without the one has the other.
-    settled = replace(several, optim=replace(several.optim, max_steps=2 * IMAGES))
-    costs = costs_of(
-        DistillationJob(settled),
-        images=IMAGES,
-        precision="fp16",
-        runs=1,
-        flops_per_second=1e12,
-        read_bytes_per_second=1e9,
-    )
-    assert costs["first"].student_flops > costs["second"].teacher_flops > 0
-    totals = {cost.student_flops + cost.teacher_flops for cost in costs.values()}
-    alone = step_flops(DistillationJob(settled), 1, checkpointing=False)
-    assert totals == {alone.model}
 
 
 def test_some_of_several_teachers_are_cached(root, live, cache):

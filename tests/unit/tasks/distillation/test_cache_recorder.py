@@ -1,0 +1,69 @@
+"""What a run stores of its teachers' maps while it learns from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny_runs
+import torch
+from cached_runs import IMAGES, VIEWS, built, cached, prepared, run_of, write_images
+from loading import settled
+
+from fd_large.engine.count import step_flops
+from fd_large.recipes.fields import override
+from fd_large.recipes.run import ONLY
+from fd_large.tasks.distillation.cache_cost import costs_of
+from fd_large.tasks.distillation.job import DistillationJob
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder)
+    return folder
+
+
+def test_the_first_epochs_write_what_later_ones_read(root, tmp_path, monkeypatch):
+    fields = {"batch.global_batch_size": 8, "task.distillation.precision": "fp32"}
+    job = built(run_of(root, **fields, **{"task.distillation.cache": str(tmp_path / "cache")}))
+    usual = built(run_of(root, **fields))
+    calls = []
+    teacher = job.teachers[ONLY]
+    monkeypatch.setattr(
+        type(teacher), "__call__", lambda self, images: calls.append(self) or self.module(images)
+    )
+    for epoch in range(2 * VIEWS):
+        del calls[:]
+        pairs = zip(prepared(job, epoch), prepared(usual, epoch), strict=True)
+        for (own, stored), (theirs, given) in pairs:
+            assert torch.equal(own.images, theirs.images)
+            assert torch.equal(stored["maps"][ONLY].tokens, given["maps"][ONLY].tokens)
+        # An epoch takes 8 of 12 images; the other 4 are stored before their view comes again.
+        assert sum(one is teacher for one in calls) == (5 if epoch == 0 else 4 if epoch == 1 else 2)
+    again = cached(root, tmp_path / "cache", **fields, **{"task.distillation.cache": ""})
+    for (_, stored), (_, given) in zip(prepared(again, 1), prepared(usual, 1), strict=True):
+        assert torch.equal(stored["maps"][ONLY].tokens, given["maps"][ONLY].tokens)
+
+
+def test_of_several_teachers_each_is_recorded_and_reckoned_for_itself(root, tmp_path):
+    several = settled(tiny_runs.with_teachers(run_of(root), "first", "second"))
+    job = built(override(several, {"task.distillation.cache": str(tmp_path)}))
+    assert job.view_batches(job.samples, 0).beside.blank().keys() == {"first", "second"}
+    views = replace(job.views_to_store(job.samples), batch_size=4)
+    job._recorders.by_name["first"].complete(0, views, workers=0, max_bad_fraction=0.5)
+    assert job.view_batches(job.samples, 0).beside.blank().keys() == {"second"}
+    # What is left of a step without the one has the other.
+    run = override(several, {"optim.max_steps": 2 * IMAGES})
+    costs = costs_of(
+        DistillationJob(run),
+        images=IMAGES,
+        precision="fp16",
+        runs=1,
+        flops_per_second=1e12,
+        read_bytes_per_second=1e9,
+    )
+    assert costs["first"].student_flops > costs["second"].teacher_flops > 0
+    totals = {cost.student_flops + cost.teacher_flops for cost in costs.values()}
+    alone = step_flops(DistillationJob(run), 1, checkpointing=False)
+    assert totals == {alone.model}
