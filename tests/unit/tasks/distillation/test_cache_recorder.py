@@ -57,6 +57,7 @@ def test_of_several_teachers_each_is_recorded_and_reckoned_for_itself(root, tmp_
     run = override(several, {"optim.max_steps": 2 * IMAGES})
     costs = costs_of(
         DistillationJob(run),
+        step=None,
         images=IMAGES,
         precision="fp16",
         runs=1,
