@@ -301,7 +301,10 @@ class _Parser(Generic[Own]):
                 flags[name] = flag
                 loose += texts[count:]
             elif name != IGNORED:
-                self._mistakes.append(f"--{typed}: unknown flag; {self._nearest(typed)}")
+                self._mistakes.append(
+                    f"--{typed}: unknown flag; {self._nearest(typed)}. Correct the name, or see "
+                    f"{_program(self._command)} --help."
+                )
                 if texts:  # One of them may be a positional argument.
                     self._invalid.update(self._positional)
         values: dict[str, Any] = {}
@@ -364,7 +367,9 @@ class _Parser(Generic[Own]):
         )
         # A near miss stands alone; names that are further off come by the wider search.
         close = whole[:3] or get_close_matches(typed, known, n=2, cutoff=0.85)
-        return f"nearest: {', '.join(close)}" if close else nearest(typed, known)
+        said = f"nearest: {', '.join(close)}" if close else nearest(typed, known)
+        what, _, names = said.partition(": ")
+        return f"{what}: {', '.join(f'--{one}' for one in names.split(', '))}"
 
     def _run_file(self, arguments: Sequence[str]) -> Run | None:
         """Returns the recipe that the file of --config describes; None without such a flag.
@@ -395,9 +400,10 @@ class _Parser(Generic[Own]):
         if name in self._positional:
             metavar = self._positional[name]
             return f"{self._command}: {metavar} is missing; expected {self._usage}. {see}"
-        return (
-            f"--{name}: not given; expected {describe_type(field_names(self._kind)[name])}. {see}"
-        )
+        expected = describe_type(field_names(self._kind)[name])
+        if name == DEEPSPEED_CONFIG:
+            expected = "DeepSpeed's JSON, by name or path, such as --deepspeed_config zero3"
+        return f"--{name}: not given; expected {expected}. {see}"
 
     def _print_help(self, base: Run | None) -> None:
         import tyro

@@ -13,7 +13,7 @@ from fd_large.cli.ownership import owning
 from fd_large.cli.paths import paths_of, require_paths, require_sources
 from fd_large.data.packages import check_packages
 from fd_large.engine.zero import config as ds
-from fd_large.errors import LostRankError, check_all
+from fd_large.errors import Exit, LostRankError, check_all
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
 from fd_large.recipes.run import Run
@@ -55,6 +55,8 @@ def main(arguments: list[str]) -> int:
     )
     from fd_large import distributed
 
+    if code == Exit.AGAIN and distributed.is_main():
+        say_how_to_go_on(given.run)
     return distributed.leave(code)
 
 
@@ -151,6 +153,21 @@ def parse_train(arguments: list[str]) -> WithRecipe[Train]:
     return parse_with_recipe(
         Train, arguments, command="train", recipe=registry.DEFAULT_RECIPE, in_help=True
     )
+
+
+def say_how_to_go_on(run: Run) -> None:
+    """Logs what a stopped run has saved and the command that goes on; fails nothing."""
+    from fd_large.report.closing import stopped_text
+    from fd_large.report.run_files import read_run
+
+    log = logging.getLogger(__name__)
+    try:
+        # The command of one of several students is that of all.
+        students = [read_run(one.run_dir()) for one in run.each_student().values()]
+        stopped = [files for files in students if files.summary.get("status") != "done"]
+        log.info("%s", stopped_text((stopped or students)[0]))
+    except Exception:
+        log.exception("the run is saved, and the same command goes on; how it stands is not known")
 
 
 def show_report(folder: str) -> None:

@@ -170,7 +170,7 @@ def changes_of(name: str, words: Sequence[str], common: Mapping[str, Any]) -> Ch
         lines = []
         for line in mistakes[0].splitlines():
             said, unknown, names = line.removeprefix("--").partition(_UNKNOWN)
-            close = ", ".join(f"--{name}.{one}" for one in names.split(", ")) if unknown else ""
+            close = names.replace("--", f"--{name}.", names.partition(". ")[0].count("--"))
             lines.append(f"--{name}.{said}{unknown}{close}")
         raise ConfigError("\n".join(lines))
     given = parsed[0]

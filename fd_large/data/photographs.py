@@ -122,7 +122,22 @@ def _read(name: str, where: str) -> bytes:
         ) from error
 
 
+def _without_profile(encoded: bytes) -> bytes:
+    """A PNG without its colour profile, of which libpng would warn on every rank.
+
+    `decode` leaves profiles alone, so that the pixels are the same.
+    """
+    if not encoded.startswith(b"\x89PNG"):
+        return encoded
+    kind = encoded.find(b"iCCP", 0, encoded.find(b"IDAT"))
+    if kind < 0:
+        return encoded
+    # A chunk: length, kind, as many bytes, and a checksum; four bytes each but for the third.
+    length = int.from_bytes(encoded[kind - 4 : kind], "big")
+    return encoded[: kind - 4] + encoded[kind + 4 + length + 4 :]
+
+
 def _as_ppm(encoded: bytes, name: str) -> bytes:
-    pixels = decode(encoded, name).permute(1, 2, 0).contiguous()  # (H, W, 3)
+    pixels = decode(_without_profile(encoded), name).permute(1, 2, 0).contiguous()  # (H, W, 3)
     height, width, _ = pixels.shape
     return f"P6 {width} {height} 255\n".encode() + pixels.numpy().tobytes()

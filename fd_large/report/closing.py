@@ -45,6 +45,25 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
     return "\n".join(lines)
 
 
+def stopped_text(files: RunFiles) -> str:
+    """Returns what a run that was stopped ends with: what is saved of it, and how it goes on."""
+    command = shlex.join(_again(files, {}))
+    if files.saved is None:
+        return f"stopped before anything was saved. To start again:\n  {command}"
+    total = files.summary.get("total_updates")
+    of = f" of {total}" if total else ""
+    return f"stopped and saved after step {files.saved}{of}. To go on from there:\n  {command}"
+
+
+def when_measured(files: RunFiles, name: str) -> str:
+    """Returns after which step a number's newest value was measured; empty: at the run's end."""
+    steps, _ = files.evaluated(name)
+    if steps[-1] == 0:
+        return "before training"
+    finished = len(files.updates) and files.updates[-1]
+    return "" if steps[-1] == finished else f"after step {steps[-1]}"
+
+
 def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
     """Returns what came out, in words."""
     summary = files.summary
@@ -59,6 +78,7 @@ def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
         _, values = files.evaluated(name)
         _, baseline = files.evaluated(f"{name.removesuffix('_loss')}_best_constant")
         text = " -> ".join(f"{value:z.4f}" for value in dict.fromkeys(values[[0, -1]]))
+        text = f"{text} {when_measured(files, name)}".rstrip()
         if name.endswith("_loss") and len(baseline):
             ratio = values[-1] / baseline[-1]
             text += f", {ratio:.3f} of the constant-prediction baseline's {baseline[-1]:.4f}"

@@ -12,7 +12,14 @@ import numpy
 
 from fd_large.recipes.architectures import changed_words, full_name, image_side_of
 from fd_large.report import html, style
-from fd_large.report.closing import PAGE, RUNNING, closing_rows, next_steps, progress
+from fd_large.report.closing import (
+    PAGE,
+    RUNNING,
+    closing_rows,
+    next_steps,
+    progress,
+    when_measured,
+)
 from fd_large.report.loss_curve import DASHES, LOOKS, smoothed
 from fd_large.report.run_files import RunFiles
 from fd_large.tasks.distillation.section import Objective
@@ -67,6 +74,7 @@ def _tiles(files: RunFiles) -> Iterator[tuple[str, str, str]]:
         _, baseline = files.evaluated(f"{name.removesuffix('_loss')}_best_constant")
         if name.endswith("_loss") and len(baseline):
             more = f"{values[-1] / baseline[-1]:.3f} of the baseline"
+        more = ", ".join(part for part in (when_measured(files, name), more) if part)
         yield files.words(name), f"{values[-1]:z.4f}", more
 
 
@@ -191,6 +199,8 @@ def _pictures(files: RunFiles) -> Iterator[str]:
         caption = CAPTIONS.get(path.stem, path.relative_to(files.folder).as_posix())
         if path.stem == "features" and files.recipe.get("teachers"):
             caption = OF_SEVERAL_TEACHERS
+        elif path.stem == "features" and not files.has("pictures/features_after.npz"):
+            caption = caption.replace("before and after training", "before training")
         yield html.picture(path, path.stem.replace("_", " "), caption)
     if len(found) > MOST_PICTURES:
         yield html.paragraph(f"{len(found) - MOST_PICTURES} more are in {files.folder}/pictures.")

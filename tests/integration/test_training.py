@@ -167,7 +167,7 @@ def _empty_folder(tmp_path: Path) -> Path:
             ),
             "--objective.interpolation bilinear",
         ),
-        (("--optim.base_rl", "1"), "nearest: optim.base_lr"),
+        (("--optim.base_rl", "1"), "nearest: --optim.base_lr"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_anything_is_written(

@@ -191,9 +191,16 @@ def load(path: str | Path) -> dict[str, Any]:
 
     try:
         config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except ValueError as error:  # Also bytes that are not UTF-8.
+    except json.JSONDecodeError as error:
+        what = error.msg[0].lower() + error.msg[1:]
         raise ConfigError(
-            f"{path}: not JSON; got {error}, expected an object. Correct the file."
+            f"{path}: not JSON; got a mistake in line {error.lineno}, column {error.colno} "
+            f"({what}), expected an object. Correct the file."
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"{path}: not JSON; got bytes that are not UTF-8, expected a text file. Name another "
+            "file."
         ) from None
     except OSError as error:
         raise ConfigError(

@@ -23,7 +23,7 @@ TINY = "vit_base_patch16=random"
     [
         (["--task", "knn"], ["MODEL is missing"]),
         (["x", "--k", "0"], ["--k:", "got 0"]),
-        (["x", "--sead", "3"], ["--sead", "nearest: seeds"]),
+        (["x", "--sead", "3"], ["--sead", "nearest: --seeds"]),
         (["x", "--task", "cnn"], ["--task", "got cnn"]),
         (["x", "--detections", "a.json"], ["MODEL: not used by --detections"]),
         (["--detections", "a.json"], ["--annotations"]),

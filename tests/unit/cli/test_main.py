@@ -103,10 +103,10 @@ def test_without_a_recipe_the_default_one_runs(engine):
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        ("--optim.base_rl 3", ["--optim.base_rl", "nearest: optim.base_lr"]),
-        ("--base_lr 3", ["--base_lr", "nearest: optim.base_lr"]),
-        ("--student.architecture.dephts 2", ["nearest: student.architecture.depths"]),
-        ("--guard.no_skips", ["--guard.no_skips", "nearest: guard.skips"]),
+        ("--optim.base_rl 3", ["--optim.base_rl", "nearest: --optim.base_lr"]),
+        ("--base_lr 3", ["--base_lr", "nearest: --optim.base_lr"]),
+        ("--student.architecture.dephts 2", ["nearest: --student.architecture.depths"]),
+        ("--guard.no_skips", ["--guard.no_skips", "nearest: --guard.skips"]),
         ("--name x", ["--name"]),
         ("--recipe fd_clip_vit_bas", ["--recipe", "'fd_clip_vit_bas', nearest"]),
         ("--student.model swinv2_gaint", ["student.model", "'swinv2_gaint', nearest"]),

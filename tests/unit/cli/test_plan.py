@@ -56,7 +56,7 @@ def test_the_recipes_own_flags_and_what_does_not_fit(capsys):
         ("--write /proc/none/mine.json", ["--write"]),
         ("--rates /", ["--rates"]),
         ("--gpu h1000 --rows 0", ["nearest: h100", "--rows:"]),
-        ("--batch.global_batch_sise 8", ["nearest: batch.global_batch_size"]),
+        ("--batch.global_batch_sise 8", ["nearest: --batch.global_batch_size"]),
         ("--gpus 24 --recipe fd_swinv2g", ["Set --batch.global_batch_size 2040"]),
         ("--teacher.model timm:vgg61", ["vgg61"]),
         ("--teacher.model auto --teacher.source random", ["teacher.model", "--teacher.source"]),

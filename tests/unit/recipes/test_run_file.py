@@ -80,7 +80,7 @@ def test_mistakes_are_told_at_once_with_file_and_line(tmp_path):
         f"{path}:3: optim.base_rl: no such field; nearest: optim.base_lr",
         f"{path}:10: student.architecture.drop_path: no such field; nearest: ",
         f"{path}:8: data.workers: too small; got -1, expected 0 or more processes. Change --data",
-        "--optim.max_stpes: unknown flag; nearest: optim.max_steps",
+        "--optim.max_stpes: unknown flag; nearest: --optim.max_steps",
     ]
     assert len(found) == len(expected)
     assert all(line.startswith(start) for line, start in zip(found, expected, strict=True)), found

@@ -16,7 +16,7 @@ from fd_large.cli.main import COMMANDS
 from fd_large.cli.train import parse_train
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
-from fd_large.report.closing import next_steps
+from fd_large.report.closing import next_steps, stopped_text
 from fd_large.report.run_files import read_run
 from fd_large.tasks.registry import TASKS
 
@@ -122,6 +122,14 @@ def test_a_run_that_was_stopped_goes_on_by_the_same_recipe(task, launcher, run_o
     assert name == "train"
     assert given.run == recipe
     assert not given.own.fresh
+    told, command = stopped_text(read_run(folder)).splitlines()
+    assert told == "stopped and saved after step 5 of 60. To go on from there:"
+    assert command.strip() == again["command"]
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint(make_run):
+    told = stopped_text(read_run(make_run(status="preempted", updates=0)))
+    assert told.startswith("stopped before anything was saved. To start again:\n")
 
 
 def test_the_quick_start_leads_to_images_of_ones_own(run_of, make_run):

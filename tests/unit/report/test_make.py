@@ -103,6 +103,17 @@ def test_a_run_that_somebody_trains_is_not_started_twice(make_run):
     assert (folder / "summary.json").read_bytes() == before
 
 
+def test_what_was_measured_before_the_end_says_when(make_run):
+    folder = make_run(status="preempted", updates=20)
+    rows = [{"update": 0, "held_out_loss": 0.5, "held_out_best_constant": 0.4}]
+    (folder / "evaluations.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert figures(make_report(folder))["held-out loss"].startswith("0.5000 before training, 1.250")
+    rows.append({"update": 10, "held_out_loss": 0.3})
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = figures(make_report(folder))["held-out loss"]
+    assert told.startswith("0.5000 -> 0.3000 after step 10, ")
+
+
 def test_why_a_run_ended_and_a_path_with_a_blank(make_run):
     folder = make_run(name="a run", status="failed")
     summary = json.loads((folder / "summary.json").read_text())

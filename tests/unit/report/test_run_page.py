@@ -42,6 +42,19 @@ def test_what_it_says(make_run):
     assert page.tags.count("img") == 1
 
 
+@pytest.mark.parametrize(
+    ("features", "said"),
+    [(("before",), "the student's before training."), (("before", "after"), "before and after")],
+)
+def test_figures_and_pictures_say_when_they_are_of(features, said, make_run):
+    folder = make_run(status="preempted", updates=20, features=features)
+    (folder / "evaluations.jsonl").write_text('{"update": 0, "held_out_loss": 0.5}\n')
+    Image.new("RGB", (40, 30)).save(folder / "pictures" / "features.png")
+    words = " ".join(check_page(write_run_page(read_run(folder))).words)
+    assert said in words
+    assert words.count("before training") >= 2 + (features == ("before",)), "tile and table"
+
+
 def test_teachers_of_one_model_are_told_apart(make_run):
     folder = make_run()
     recipe = json.loads((folder / "recipe.json").read_text())
