@@ -63,7 +63,7 @@ class Plan(TakesRunFile):
     rates: str = ""
     # Measure this machine first: its GPU, or as many CPU ranks as --gpus says.
     probe: bool = False
-    # File for the DeepSpeed JSON of the best setting; empty: it is not written.
+    # File for the DeepSpeed JSON of the first setting; empty: it is not written.
     write: str = ""
     # How many settings are shown.
     rows: int = 5
@@ -109,7 +109,10 @@ def main(arguments: list[str]) -> int:
                 "--write: no setting fits; got none to write, expected one. Use more GPUs."
             )
         _write("--write", own.write, good[0].candidate.deepspeed())
-        console.print(f"wrote {own.write}", soft_wrap=True)
+        console.print(
+            f"wrote {own.write}, the same JSON as a file: --deepspeed_config {own.write}",
+            soft_wrap=True,
+        )
     return 0
 
 

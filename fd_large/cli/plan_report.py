@@ -179,7 +179,7 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
         if name not in cached
     }
     whole = [list(placements)[place] for place in load.smallest_first[: best.candidate.whole]]
-    flags: dict[str, None] = {}
+    flags = {f"--deepspeed_config {best.candidate.shipped_config}": None}
     for name, one in run.each_student().items():
         own = best.candidate.flags(
             micro_batch_size=run.batch.micro_batch_size,
@@ -195,7 +195,7 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
     )
     teacher = _teachers_share(run, load, machine)
     lines = [
-        f"Memory of a rank in the best setting: {memory.total / 1e9:.1f} of "
+        f"Memory of a rank in the first setting: {memory.total / 1e9:.1f} of "
         f"{machine.rates.memory_bytes / 1e9:.0f} GB",
         f"  states {memory.states / 1e9:.1f}, teacher {memory.teacher / 1e9:.1f}, "
         f"activations {memory.activations / 1e9:.1f}, buffers {memory.buffers / 1e9:.1f}",
@@ -210,8 +210,7 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
         *([teacher] if teacher else []),
         f"Length: {steps_of(run, images):,} steps",
     ]
-    if flags:
-        lines += ["To train with it, pass:", *(f"  {flag}" for flag in flags)]
+    lines += ["To train with it, pass:", *(f"  {flag}" for flag in flags)]
     return Text("\n".join(lines) + "\n")
 
 

@@ -25,7 +25,7 @@ class Statistics(TakesRunFile, AllowsCode):
 
     # Recipe of the run that is to use the file.
     recipe: str = registry.DEFAULT_RECIPE
-    # DeepSpeed's JSON: a name (zero0, zero1, zero2, zero3, zero3_hpz, ...) or a path.
+    # DeepSpeed's JSON: a name (zero1, zero2, zero3, zero3_hpz, ...) or a path.
     deepspeed_config: str
     # The file to write, of the format safetensors.
     out: str

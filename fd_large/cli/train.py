@@ -29,7 +29,7 @@ class Train(TakesRunFile, AllowsCode):
 
     # Run of record whose values are the defaults below; without it quickstart.
     recipe: str = registry.DEFAULT_RECIPE
-    # DeepSpeed's JSON: a name (zero0, zero1, zero2, zero3, zero3_hpz, ...) or a path.
+    # DeepSpeed's JSON: a name (zero1, zero2, zero3, zero3_hpz, ...) or a path.
     deepspeed_config: str
     # Start anew although the folder of the run holds checkpoints.
     fresh: bool = False

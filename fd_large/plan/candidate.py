@@ -58,6 +58,14 @@ class Candidate:
         }
         return [f"--{name} {mine}" for name, (mine, own) in fields.items() if mine != own]
 
+    @property
+    def shipped_config(self) -> str:
+        """Name of the DeepSpeed JSON that comes with the package and says what `deepspeed` does.
+
+        The engine itself makes stage 0 of stage 1 where one rank has nothing to split.
+        """
+        return "zero3_hpz" if self.hpz else f"zero{max(1, self.stage)}"
+
     def deepspeed(self) -> dict[str, Any]:
         """Returns the DeepSpeed JSON; the run fills in "auto"."""
         zero: dict[str, Any] = {"stage": self.stage}

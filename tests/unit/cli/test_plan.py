@@ -32,6 +32,8 @@ def test_a_recipe_of_record_needs_no_torch(gpu, tmp_path):
     assert "36.2 GB per checkpoint" in done.stdout
     written = json.loads((tmp_path / "ds" / "mine.json").read_text())
     assert written["zero_optimization"]["stage"] in (2, 3)
+    assert f"pass:\n  --deepspeed_config zero{written['zero_optimization']['stage']}" in done.stdout
+    assert done.stdout.endswith(f"--deepspeed_config {tmp_path}/ds/mine.json\n")
 
 
 def test_the_recipes_own_flags_and_what_does_not_fit(capsys):
@@ -81,6 +83,8 @@ def test_the_written_json_is_the_shipped_one():
     ):
         shipped = json.loads((ROOT / f"ds_configs/{name}.json").read_text())
         assert candidate.deepspeed() == shipped
+        assert candidate.shipped_config == name
+    assert Candidate(stage=0).shipped_config == "zero1"
     assert gradient_bucket(3_014_600_000) == 100_000_000
     assert gradient_bucket(600_000_000) == 20_000_000
 
