@@ -135,8 +135,8 @@ def _best_table(
     machine: Machine, load: Workload, good: list[Estimate], steps: int, *, narrow: bool
 ) -> Table:
     table = _table(
-        "Settings that fit, fastest first (within "
-        f"{100 * SAME_TIME:.0f} %: least communication first)"
+        "Settings that fit, fastest first\n"
+        f"(of those within {100 * SAME_TIME:.0f} %, what communicates least)"
     )
     names = ["micro\nx accum.", "GB per\nrank", "compute\nms", "comm.\nms"]
     names += ["step\ns", "images\n/s", "MFU\n%", "days", "GPU-\nhours"]
