@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 
 import numpy
 
@@ -14,6 +15,8 @@ from fd_large.report.run_files import RunFiles
 LOOKS = ((style.VERMILLION, "o"), (style.GREEN, "s"))
 """Colours and markers of evaluated losses, in turn."""
 DASHES = (0, (5, 3))
+TITLE_CHARACTERS = 78
+"""How many of them a line of the title has room for."""
 
 
 def draw_loss_curve(files: RunFiles, path: Path) -> bool:
@@ -67,8 +70,10 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     upper.set_ylim(low - margin, high + margin)
     upper.set_ylabel(files.words("loss"), fontsize=style.TEXT_SIZE)
-    upper.set_title(_title(files), fontsize=style.TITLE_SIZE, loc="left")
-    upper.legend(fontsize=style.TEXT_SIZE, frameon=False, loc="upper right")
+    title = fill(_title(files), TITLE_CHARACTERS)
+    upper.set_title(title, fontsize=style.TITLE_SIZE, loc="left")
+    # Outside: in a short run the curve goes from corner to corner.
+    figure.legend(fontsize=style.TEXT_SIZE, frameon=False, loc="outside lower left", ncols=2)
 
     lower.plot(files.updates, files.learning_rate, color=style.GREY, linewidth=1.5)
     lower.set_ylim(0, 1.15 * (files.learning_rate.max() or 1.0))
@@ -102,12 +107,14 @@ def _short(model: str) -> str:
 
 
 def _title(files: RunFiles) -> str:
-    student, frozen = files.recipe["student"], files.frozen_models.values()
+    student, frozen = files.recipe["student"], files.frozen_models
     name = _short(full_name(student))
     if not frozen:
         return f"{files.recipe['name']}: {name}, from {student.get('init') or 'random weights'}"
     names = [
-        _short(full_name(section)) + " (random weights)" * (section["source"] == "random")
-        for section in frozen
+        # Several teachers may be of one model.
+        (key.removeprefix("teacher ") if files.recipe.get("teachers") else _short(full_name(model)))
+        + " (random weights)" * (model["source"] == "random")
+        for key, model in frozen.items()
     ]
     return f"{files.recipe['name']}: {name} learns from {', '.join(names)}"

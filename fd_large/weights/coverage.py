@@ -160,7 +160,8 @@ class Match:
         share = 100 * self.parameters / self.total if self.total else 0.0
         # Rounding must not call a model covered that is not.
         share = share if self.parameters == self.total else min(share, 99.99)
-        return f"{share:.4g}% of the model's {self.total:,} parameters, {len(self.matched)} tensors"
+        # Numbers, not parameters: running statistics are among them.
+        return f"{share:.4g}% of the model's {self.total:,} numbers, {len(self.matched)} tensors"
 
 
 def match(

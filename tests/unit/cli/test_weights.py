@@ -72,7 +72,7 @@ def test_inspect_prints_a_table(tmp_path, capsys):
         assert words in printed, words
     words = ["weights", "inspect", str(tmp_path / "deit.pth"), "--model", "swin_base_esvit"]
     assert cli.main(words) == 0
-    assert "0% of the model's 86,917,944 parameters" in capsys.readouterr().out
+    assert "0% of the model's 86,917,944 numbers" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

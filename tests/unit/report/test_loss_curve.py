@@ -4,6 +4,7 @@ import json
 
 import numpy
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from fd_large.report import loss_curve
@@ -48,6 +49,21 @@ def test_skipped_updates_neither_bend_nor_break_the_curve(make_run, tmp_path, mo
     assert drawn[0] == pytest.approx([0.5 - i / 300 for i in range(59) if i != 20])
     assert files.updates[-1] == 60, "it has run all the same"
     assert files.trained_loss[-1] == pytest.approx(0.5 - 58 / 300)
+
+
+def test_the_title_names_teachers_and_breaks(make_run, tmp_path, monkeypatch):
+    folder = make_run(updates=3)
+    recipe = json.loads((folder / "recipe.json").read_text())
+    names = ("fine", "coarse", "one_whose_name_is_rather_long", "another")
+    recipe["teachers"] = {name: recipe["teacher"] for name in names}
+    recipe["teacher"] = {**recipe["teacher"], "source": ""}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, **how: titles.append(text))
+    assert draw_loss_curve(read_run(folder), tmp_path / "curve.png")
+    first, second = titles[0].splitlines()
+    assert first.endswith("learns from fine, coarse,")
+    assert second.endswith("another")
 
 
 def test_before_the_first_update_there_is_none(make_run, tmp_path):

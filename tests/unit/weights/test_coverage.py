@@ -63,7 +63,7 @@ def test_differences_are_allowed_by_name():
     assert found.left_over == ["other"]
     assert found.missing == []
     assert sorted(found.allowed) == ["head.bias", "head.weight", "norm.weight"]
-    assert found.summary().startswith("60% of the model's 10 parameters, 1 tensors")
+    assert found.summary().startswith("60% of the model's 10 numbers, 1 tensors")
 
 
 def test_almost_all_is_not_all():
