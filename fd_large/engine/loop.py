@@ -31,6 +31,7 @@ from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.layer_decay import LayerLearningRates
 from fd_large.engine.zero.optimizer import set_learning_rate
 from fd_large.errors import FDError
+from fd_large.runtime import step_clock
 from fd_large.runtime.hooks import (
     DONE,
     GUARD,
@@ -218,7 +219,8 @@ class Trainer:
         update, verdict = agreed.update, agreed.verdict
         self._finished += 1
         if agreed.scored:
-            self._take_numbers(self._beat)
+            with step_clock.standing():
+                self._take_numbers(self._beat)
         self._report_saved(
             self._checkpoints.after_update(busy_anywhere=agreed.busy, failed_anywhere=agreed.failed)
         )
@@ -377,7 +379,8 @@ class Trainer:
         if not evaluates or self._status:
             return
         if last:
-            self._checkpoints.settle()
+            with step_clock.standing():
+                self._checkpoints.settle()
         if self._evaluate(last=last):
             if saves:
                 self._checkpoints.mark_evaluated()
@@ -410,10 +413,12 @@ class Trainer:
             self._plan = self._plan._replace(
                 schedule=replace(self._plan.schedule, total=self._finished)
             )
-            self._checkpoints.settle()
+            with step_clock.standing():
+                self._checkpoints.settle()
             # As after the last step: with the figures and pictures that only the last one has.
             self._evaluate(last=True)
 
+    @step_clock.standing()
     def _save(self, *, evaluated: bool) -> None:
         verdict = Verdict.all_of(hook.on_save(self._finished) for hook in self._hooks)
         if verdict.stop:
@@ -422,6 +427,7 @@ class Trainer:
         self._save_owed = False
         self._report_saved(self._checkpoints.save(self._finished, evaluated=evaluated))
 
+    @step_clock.standing()
     def _evaluate(self, *, last: bool) -> bool:
         """Makes the evaluations that are due; returns whether they were completed."""
         due = [one for one in self._evaluations if one.due(self._finished, last)]

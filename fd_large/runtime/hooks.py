@@ -26,7 +26,7 @@ FAILED, INTERRUPTED = "failed", "interrupted"
 Row = dict[str, Any]
 """A line of metrics.jsonl: update (from 0), epoch, loss, grad_norm, learning_rate, and skipped:
 true where weights stayed; in a run at several image sizes also image_size, the side of the step's
-images. The same in all rows of an interval: images_per_second (of all ranks),
+images. The same in all rows of an interval: images_per_second (of all ranks, in steps alone),
 data_wait (share of the time that rank 0 waited for images), memory_bytes (the most that rank 0
 has held so far), and, where the models are countable, tflops_per_gpu, and where the card's peak is
 known, mfu and hardware_utilisation (plan/utilisation.py; those of several students add up)."""

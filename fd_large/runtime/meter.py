@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import resource
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from fd_large import distributed
 from fd_large.atomic_files import replacing, write_json
 from fd_large.plan.utilisation import peak_flops, shares
+from fd_large.runtime import step_clock
 from fd_large.runtime.hooks import Hook, Row, Setting, Tracker, Update
 from fd_large.runtime.run_folder import (
     cut_before,
@@ -69,11 +69,11 @@ class Meter(Hook):
         # Steps by the size of their images and the students that shared them, seconds by the size.
         self._timed: Counter[tuple[int, int]] = Counter()
         self._seconds_of: defaultdict[int, float] = defaultdict(float)
-        self._mark = time.perf_counter()
+        self._mark = step_clock.now()
 
     def after_update(self, update: Update) -> None:
         """Keeps the step; at the end of an interval, writes the interval."""
-        now = time.perf_counter()
+        now = step_clock.now()
         self._interval_seconds += now - self._mark
         if self._written or self._pending:
             # The first step also allocates and compiles: no part of the run's speed.
@@ -99,8 +99,6 @@ class Meter(Hook):
             self._evaluations.setdefault(index, {}).update(metrics)
             self._write_evaluations()
         self._trackers.tell("on_evaluation", index, metrics)
-        # What the evaluation took is not training time.
-        self._mark = time.perf_counter()
 
     def on_end(self, status: str) -> None:
         """Writes what is pending and summary.json."""

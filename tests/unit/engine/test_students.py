@@ -14,6 +14,7 @@ from unit.engine.test_loop import Run
 from fd_large.engine.evaluation import Interrupted
 from fd_large.engine.students import HooksOfAll, train_together
 from fd_large.engine.zero import state
+from fd_large.runtime import step_clock
 from fd_large.runtime.hooks import Hook, Update, Verdict, Wish
 
 
@@ -119,6 +120,26 @@ def test_a_student_whose_run_a_hook_ends_leaves_the_others_as_they_were(start, t
     assert together(a, b) == ["odd", "done"]
     assert len(a.hook.updates) == 3
     assert_same(b, alone)
+
+
+def test_no_student_s_speed_has_the_evaluations_and_checkpoints_of_another(start, monkeypatch):
+    real, slow, seen = [0.0], ["evaluation", "checkpoint"], Counter()
+
+    def slowly(what):
+        def wait(*_):
+            real[0] += 1000.0
+            seen[what] += 1
+
+        return wait
+
+    monkeypatch.setattr(step_clock.time, "perf_counter", lambda: real[0])
+    runs = [start(name, total=2, evaluate_every=1) for name in "ab"]
+    for run in runs:
+        run.hook.on_evaluation, run.hook.on_save = map(slowly, slow)
+    begin = step_clock.now()
+    assert together(*runs) == ["done"] * 2
+    assert seen == {"evaluation": 6, "checkpoint": 2}
+    assert step_clock.now() == begin
 
 
 def test_a_wish_that_comes_before_an_epoch_begins_is_heard_there(start):

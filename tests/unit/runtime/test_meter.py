@@ -7,6 +7,7 @@ import pytest
 
 from fd_large.plan.counts import StepFlops
 from fd_large.runtime import meter as meter_module
+from fd_large.runtime import step_clock
 from fd_large.runtime.hooks import Tracker, Update
 from fd_large.runtime.meter import Meter
 from fd_large.runtime.run_folder import write_status
@@ -101,7 +102,7 @@ def test_speed_waiting_and_memory_leave_out_the_first_update_and_the_evaluations
     make_setting, run_updates, rows, summary, monkeypatch
 ):
     now = [0.0]
-    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(step_clock.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(meter_module, "peak_memory_bytes", lambda: 123)
 
     class Clock(Meter):
@@ -110,8 +111,9 @@ def test_speed_waiting_and_memory_leave_out_the_first_update_and_the_evaluations
             return super().after_update(replace(update, data_seconds=0.5, students=2))
 
         def on_evaluation(self, index, metrics):
-            now[0] += 1000.0
-            super().on_evaluation(index, metrics)
+            with step_clock.standing():
+                now[0] += 1000.0
+                super().on_evaluation(index, metrics)
 
     # This one of two students counts 5 of them.
     flops = {0: StepFlops(model=6e12, hardware=10e12, frozen=2e12)}
@@ -132,7 +134,7 @@ def test_each_step_counts_by_the_size_of_its_images(
     make_setting, run_updates, rows, summary, monkeypatch
 ):
     now = [0.0]
-    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(step_clock.time, "perf_counter", lambda: now[0])
 
     class Clock(Meter):
         def after_update(self, update):
