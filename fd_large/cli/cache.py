@@ -18,7 +18,7 @@ from fd_large.cli.arguments import AllowsCode, TakesRunFile, parse_with_recipe
 from fd_large.cli.output import size, tables
 from fd_large.cli.paths import paths_of, require_paths, require_sources
 from fd_large.errors import CacheError, Exit
-from fd_large.plan.cached_targets import CachedTargets
+from fd_large.plan.cached_targets import SECONDS_TOLERANCE, CachedTargets
 from fd_large.plan.rates import rates_of
 from fd_large.processes import handlers_to_replace
 from fd_large.recipes import registry
@@ -212,22 +212,23 @@ def plan(run: Run, own: Cache) -> Table:
     from rich.table import Table
 
     from fd_large.cli.plan import as_counted
-    from fd_large.cli.plan_workload import counts_kept_of
+    from fd_large.cli.plan_workload import workload
     from fd_large.engine.checkpoint_models import sources_of
-    from fd_large.tasks.distillation.cache_cost import costs_of
+    from fd_large.tasks.distillation.cache_cost import costs_of, micro_batch_of
     from fd_large.tasks.distillation.job import DistillationJob
     from fd_large.tasks.jobs import job_of
 
-    kept = counts_kept_of(as_counted(run), rates_of(own.gpu))
+    rates = rates_of(own.gpu)
+    load = workload(as_counted(run), rates)
     job = job_of(job_of(run).settle(sources_of(job_of)))
     assert isinstance(job, DistillationJob)
     costs = costs_of(
         job,
-        step=kept[False].step_flops(1) if kept else None,
+        load=load,
+        rates=rates,
         images=own.images or len(job.open_samples()),
         precision=own.precision,
         runs=own.runs,
-        flops_per_second=rates_of(own.gpu).matmul,
         read_bytes_per_second=own.read_gb * 1e9,
     )
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -236,7 +237,7 @@ def plan(run: Run, own: Cache) -> Table:
     for name, cost in costs.items():
         if name:
             table.add_row(f"teacher {name}", "")
-        for what, value in _rows(cost, own):
+        for what, value in _rows(cost, own, micro_batch_of(run, load)):
             table.add_row(what, value)
     total = sum(cost.total_bytes for cost in costs.values())
     folder = next(path for path in Path(own.out).absolute().parents if path.exists())
@@ -246,11 +247,14 @@ def plan(run: Run, own: Cache) -> Table:
     return table
 
 
-def _rows(cost: CachedTargets, own: Cache) -> list[tuple[str, str]]:
+def _rows(cost: CachedTargets, own: Cache, micro_batch: int) -> list[tuple[str, str]]:
     """What is said of one teacher's maps."""
     fewest = cost.fewest_uses
-    when = "never at this rate" if fewest == math.inf else f"after {fewest:.2g} uses of each view"
-    saved = f"{100 * abs(cost.saved_share):.0f} % {'less' if cost.saved_share > 0 else 'more'} time"
+    when = "if each view is used more than once"
+    if fewest == math.inf:
+        when = "never at this rate"
+    elif fewest >= 1.05:
+        when = f"if each view is used more than {fewest:.2g} times"
     return [
         ("maps", f"{cost.images:,} images x {cost.views} views, {size(cost.map_bytes)} each"),
         ("disk", f"{size(cost.total_bytes)} ({own.precision})"),
@@ -258,13 +262,25 @@ def _rows(cost: CachedTargets, own: Cache) -> list[tuple[str, str]]:
         (
             "time of an image",
             f"teacher {_ms(cost.teacher_seconds)}, the rest of a step {_ms(cost.student_seconds)}, "
-            f"reading its map {_ms(cost.read_seconds)} (one {own.gpu} that reads {own.read_gb:g} "
-            "GB/s)",
+            f"reading its map {_ms(cost.read_seconds)} (one {own.gpu} that takes {micro_batch} at "
+            f"a time and reads {own.read_gb:g} GB/s)",
         ),
         ("reading never waits", f"from {cost.least_rate / 1e9:.2g} GB/s for each rank on"),
         ("saves time", when),
-        ("so here", f"{'it pays' if cost.pays else 'IT DOES NOT PAY'}: {saved}"),
+        ("so here", _verdict(cost)),
     ]
+
+
+def _verdict(cost: CachedTargets) -> str:
+    """Whether storing pays in these runs."""
+    share = f"{100 * abs(cost.saved_share):.0f} %"
+    if cost.pays:
+        return f"it pays: {share} less time"
+    if cost.fewest_uses == math.inf:
+        return f"IT DOES NOT PAY: {share} more time"
+    if cost.uses > cost.fewest_uses:
+        return f"it hardly pays: at most {100 * SECONDS_TOLERANCE:.0f} % less time"
+    return f"IT DOES NOT PAY: each view is used too seldom ({cost.uses:.3g})"
 
 
 def _ms(seconds: float) -> str:

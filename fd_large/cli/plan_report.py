@@ -193,7 +193,7 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
         f"{name} {value * 1e3:,.0f}{'' if i else ' ms'}"
         for i, (name, value) in enumerate(seconds.parts.items())
     )
-    teacher = _teachers_share(run, load, machine)
+    teacher = _teachers_share(run, load, best, machine)
     lines = [
         f"Memory of a rank in the first setting: {memory.total / 1e9:.1f} of "
         f"{machine.rates.memory_bytes / 1e9:.0f} GB",
@@ -229,18 +229,18 @@ def _said_of_times(load: Workload, machine: Machine) -> list[str]:
     ]
 
 
-def _teachers_share(run: Run, load: Workload, machine: Machine) -> str:
+def _teachers_share(run: Run, load: Workload, best: Estimate, machine: Machine) -> str:
     """What the teacher costs, and when storing its maps would save it; empty without one."""
-    counts, rate = load.counts[False], machine.rates.matmul
+    counts = load.counts[False]
     teacher = counts.flops("inference", 1)
     rest = counts.flops("forward", 1) + counts.flops("backward", 1)
     if not run.frozen_models or not teacher:
         return ""
-    most = largest_map_that_pays(teacher / rate, rest / rate, 1e9)
+    most = largest_map_that_pays(best.seconds.total * machine.cluster.gpus / best.images, 1e9)
     return (
-        f"Teacher: {100 * teacher / (teacher + rest):.0f} % of the FLOPs; stored maps (cache "
-        f"{run.name} OUT --plan) save time\n  if a rank that reads 1 GB/s has maps of less than "
-        f"{size(most)}, and each is learnt from several times"
+        f"Teacher: {100 * teacher / (teacher + rest):.0f} % of the FLOPs; stored maps save time if "
+        f"a rank that reads 1 GB/s\n  has maps of less than {size(most)}, and each is learnt from "
+        f"more than once\n  (fd-large cache {run.name} OUT --plan: how large this teacher's are)"
     )
 
 

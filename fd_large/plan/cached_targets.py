@@ -22,9 +22,8 @@ class CachedTargets:
         views: Stored views of each.
         uses: How often each stored map is learnt from, over all epochs and runs.
         map_bytes: Bytes of a stored map.
-        teacher_flops: FLOPs of the teacher for an image.
-        student_flops: FLOPs of all else in a step, for an image.
-        flops_per_second: Rate of a rank in matrix products.
+        teacher_seconds: Seconds of the teacher for an image, on a rank.
+        student_seconds: Seconds of all else in a step, for an image, on a rank.
         read_bytes_per_second: Rate at which a rank reads the cache.
     """
 
@@ -32,25 +31,14 @@ class CachedTargets:
     views: int
     uses: float
     map_bytes: int
-    teacher_flops: float
-    student_flops: float
-    flops_per_second: float
+    teacher_seconds: float
+    student_seconds: float
     read_bytes_per_second: float
 
     @property
     def total_bytes(self) -> int:
         """Bytes on disk."""
         return self.images * self.views * self.map_bytes
-
-    @property
-    def teacher_seconds(self) -> float:
-        """Seconds of the teacher for an image, on a rank."""
-        return self.teacher_flops / self.flops_per_second
-
-    @property
-    def student_seconds(self) -> float:
-        """Seconds of all else in a step for an image, on a rank."""
-        return self.student_flops / self.flops_per_second
 
     @property
     def read_seconds(self) -> float:
@@ -86,8 +74,11 @@ class CachedTargets:
         return self.map_bytes / self.student_seconds
 
 
-def largest_map_that_pays(
-    teacher_seconds: float, student_seconds: float, read_bytes_per_second: float
-) -> float:
-    """Returns the bytes of a map above which storing it never saves time."""
-    return (teacher_seconds + student_seconds) * read_bytes_per_second
+def largest_map_that_pays(image_seconds: float, read_bytes_per_second: float) -> float:
+    """Returns the bytes of a map above which storing it never saves time.
+
+    Args:
+        image_seconds: Seconds of a step for an image, on a rank, those of the teacher included.
+        read_bytes_per_second: Rate at which a rank reads the cache.
+    """
+    return image_seconds * read_bytes_per_second

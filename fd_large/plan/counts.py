@@ -191,7 +191,7 @@ def of_students(each: Sequence[Counts], shared: Line = NOTHING) -> Counts:
     """
     first, *others = each
     # What the frozen models compute is there once.
-    counted = [first, *(_without_inference(counts) for counts in others)]
+    counted = [first, *(without_inference(counts) for counts in others)]
     by_phase = {
         name: _added([getattr(counts, name) for counts in counted])
         for name in ("moved", "calls", "modules")
@@ -239,7 +239,8 @@ def of_sizes(each: Sequence[Counts]) -> Counts:
     )
 
 
-def _without_inference(counts: Counts) -> Counts:
+def without_inference(counts: Counts) -> Counts:
+    """Returns the counts of a step that is given what the frozen models say."""
     return replace(
         counts,
         products=tuple(p for p in counts.products if p.phase != "inference"),

@@ -2,49 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fd_large.engine.count import on_shapes, step_flops
-from fd_large.errors import ConfigError
+from fd_large.engine.count import on_shapes
 from fd_large.kernels.choose import Device
 from fd_large.plan.cached_targets import CachedTargets
-from fd_large.plan.counts import StepFlops
-from fd_large.tasks.distillation.cached_teacher import header_for
+from fd_large.plan.candidate import Candidate
+from fd_large.plan.cluster import Cluster, Machine
+from fd_large.plan.counts import without_inference
+from fd_large.plan.rates import Rates
+from fd_large.plan.step_time import estimate
+from fd_large.plan.workload import Workload
+from fd_large.recipes.run import Run
+from fd_large.tasks.distillation.cached_teacher import batch_size, header_for
 from fd_large.tasks.distillation.job import DistillationJob
+
+
+def micro_batch_of(run: Run, load: Workload) -> int:
+    """Returns the images of a forward for which times are reckoned."""
+    return load.counts[False].images or min(batch_size(run.batch), run.batch.global_batch_size)
 
 
 def costs_of(
     job: DistillationJob,
     *,
-    step: StepFlops | None,
+    load: Workload,
+    rates: Rates,
     images: int,
     precision: str,
     runs: int,
-    flops_per_second: float,
     read_bytes_per_second: float,
 ) -> dict[str, CachedTargets]:
     """Returns what each teacher's maps cost and save, by the teacher's name.
 
+    Times are those that `plan` has for one rank, without communication. Several teachers share
+    theirs by their FLOPs.
+
     Args:
         job: The job of a settled recipe with fixed views.
-        step: What a step of one image takes; None: it is counted here.
+        load: Its counts on the card.
+        rates: Those of the card.
         images: Images of the dataset.
         precision: How the maps are stored.
         runs: Runs like this one that use them.
-        flops_per_second: Rate of a rank in matrix products.
         read_bytes_per_second: Rate at which a rank reads the maps.
-
-    Raises: ConfigError: if a step cannot be counted.
     """
     run, fixed = job.run, job.fixed_views
     assert fixed is not None
-    step = step or step_flops(job, 1, checkpointing=False)
-    if step is None:
-        raise ConfigError(
-            "cache: a step of this recipe cannot be counted on shapes alone; got models that do "
-            "not run there, expected others. Leave --plan out."
-        )
     side = run.data.image_size
     flops, bytes_ = {}, {}
     with on_shapes(Device(None)), torch.no_grad():
@@ -53,6 +60,8 @@ def costs_of(
                 given = teacher(torch.zeros(1, 3, side, side, dtype=torch.uint8))
             flops[name] = counter.get_total_flops()
             bytes_[name] = header_for(given, precision).record_bytes
+    step, rest = _seconds_of_an_image(run, load, rates)
+    seconds = {name: (step - rest) * n / max(1, sum(flops.values())) for name, n in flops.items()}
     optim, batch = run.optim, run.batch.global_batch_size
     epochs = optim.max_steps * batch / images if optim.max_steps else optim.epochs
     return {
@@ -61,11 +70,28 @@ def costs_of(
             views=fixed.count,
             uses=max(1.0, epochs * runs / fixed.count),
             map_bytes=bytes_[name],
-            teacher_flops=flops[name],
+            teacher_seconds=own,
             # The other teachers are a part of the rest, whether their maps are stored or not.
-            student_flops=step.model - flops[name],
-            flops_per_second=flops_per_second,
+            student_seconds=step - own,
             read_bytes_per_second=read_bytes_per_second,
         )
-        for name in flops
+        for name, own in seconds.items()
     }
+
+
+def _seconds_of_an_image(run: Run, load: Workload, rates: Rates) -> tuple[float, float]:
+    """Returns the seconds of a step for an image on one rank, with the teachers and without."""
+    candidate = Candidate(
+        stage=1,
+        checkpointing=run.student.activation_checkpointing != "off",
+        micro_batch_size=micro_batch_of(run, load),
+    )
+    alone = Machine(
+        cluster=Cluster(gpus=1, gpus_per_node=1, nic_gigabits=1, nics_per_node=1), rates=rates
+    )
+    counts = {wrapped: without_inference(found) for wrapped, found in load.counts.items()}
+    step, rest = (
+        estimate(one, candidate, alone).seconds for one in (load, replace(load, counts=counts))
+    )
+    taken = candidate.micro_batch_size * step.accumulation
+    return step.total / taken, rest.total / taken

@@ -9,13 +9,13 @@ import pytest
 import tiny_runs
 from pictures import write_pictures
 
-from fd_large.cli import cache
+from fd_large.cli import cache, plan_workload
 from fd_large.cli.main import main
 from fd_large.engine import frozen_run
 from fd_large.errors import ConfigError
+from fd_large.plan.cached_targets import CachedTargets
 from fd_large.processes import SIGNALS
 from fd_large.recipes.fields import flat
-from fd_large.tasks.distillation import cache_cost
 
 TINY = [
     word
@@ -52,9 +52,34 @@ def test_the_plan_says_whether_it_pays_and_writes_nothing(folder, capsys):
 
 
 def test_the_plan_of_a_recipe_of_record_counts_no_step(monkeypatch, capsys):
-    monkeypatch.setattr(cache_cost, "step_flops", lambda *_, **__: pytest.fail("counted anew"))
+    monkeypatch.setattr(plan_workload, "count_anew", lambda *_, **__: pytest.fail("counted anew"))
     assert main(["cache", "quickstart", "out", "--plan", "--images", "6"]) == 0
-    assert "6 images x 1 views" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "6 images x 1 views" in said
+    assert "it pays: 1" in said
+
+
+@pytest.mark.parametrize(
+    ("teacher", "uses", "told"),
+    [
+        (1.0, 10.0, "it pays: 45 % less time"),
+        (1.0, 1.0, "IT DOES NOT PAY: each view is used too seldom (1)"),
+        (0.01, 10.0, "it hardly pays: at most 2 % less time"),
+    ],
+)
+def test_the_verdict_agrees_with_the_uses_from_which_it_pays(teacher, uses, told):
+    cost = CachedTargets(
+        images=6,
+        views=1,
+        uses=uses,
+        map_bytes=1000,
+        teacher_seconds=teacher,
+        student_seconds=1.0,
+        read_bytes_per_second=1e9,
+    )
+    said = dict(cache._rows(cost, cache.Cache(recipe="quickstart", out="out"), 16))
+    assert said["saves time"] == "if each view is used more than once"
+    assert said["so here"] == told
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,10 @@ import torch
 from cached_runs import IMAGES, VIEWS, built, cached, prepared, run_of, write_images
 from loading import settled
 
-from fd_large.engine.count import step_flops
+from fd_large.cli.plan_workload import workload
+from fd_large.plan.cluster import Cluster, Machine
+from fd_large.plan.rates import CARDS
+from fd_large.plan.search import search
 from fd_large.recipes.fields import override
 from fd_large.recipes.run import ONLY
 from fd_large.tasks.distillation.cache_cost import costs_of
@@ -54,17 +57,25 @@ def test_of_several_teachers_each_is_recorded_and_reckoned_for_itself(root, tmp_
     job._recorders.by_name["first"].complete(0, views, workers=0, max_bad_fraction=0.5)
     assert job.view_batches(job.samples, 0).beside.blank().keys() == {"second"}
     # What is left of a step without the one has the other.
-    run = override(several, {"optim.max_steps": 2 * IMAGES})
+    run = override(several, {"optim.max_steps": 2 * IMAGES, "batch.micro_batch_size": "auto"})
+    load, card = workload(run), CARDS["h100"]
     costs = costs_of(
         DistillationJob(run),
-        step=None,
+        load=load,
+        rates=card,
         images=IMAGES,
         precision="fp16",
         runs=1,
-        flops_per_second=1e12,
         read_bytes_per_second=1e9,
     )
-    assert costs["first"].student_flops > costs["second"].teacher_flops > 0
-    totals = {cost.student_flops + cost.teacher_flops for cost in costs.values()}
-    alone = step_flops(DistillationJob(run), 1, checkpointing=False)
-    assert totals == {alone.model}
+    assert costs["first"].student_seconds > costs["second"].teacher_seconds > 0
+    # The whole is the time that plan has for one rank, which is spent on starting operations.
+    batch = run.batch.global_batch_size
+    alone = Cluster(gpus=1, gpus_per_node=8, nic_gigabits=400, nics_per_node=8)
+    planned, _ = search(load, Machine(cluster=alone, rates=card))
+    for cost in costs.values():
+        taken = cost.student_seconds + cost.teacher_seconds
+        assert taken == pytest.approx(planned[0].seconds.total / batch, rel=0.01)
+    calls = load.counts[False].calls["inference"]
+    both = sum(cost.teacher_seconds for cost in costs.values())
+    assert both == pytest.approx(calls * card.launch_seconds / batch, rel=0.01)
