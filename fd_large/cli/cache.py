@@ -237,7 +237,7 @@ def plan(run: Run, own: Cache) -> Table:
     for name, cost in costs.items():
         if name:
             table.add_row(f"teacher {name}", "")
-        for what, value in _rows(cost, own, micro_batch_of(run, load)):
+        for what, value in _rows(cost, own, micro_batch_of(job, load)):
             table.add_row(what, value)
     total = sum(cost.total_bytes for cost in costs.values())
     folder = next(path for path in Path(own.out).absolute().parents if path.exists())

@@ -16,14 +16,14 @@ from fd_large.plan.counts import without_inference
 from fd_large.plan.rates import Rates
 from fd_large.plan.step_time import estimate
 from fd_large.plan.workload import Workload
-from fd_large.recipes.run import Run
 from fd_large.tasks.distillation.cached_teacher import batch_size, header_for
 from fd_large.tasks.distillation.job import DistillationJob
 
 
-def micro_batch_of(run: Run, load: Workload) -> int:
+def micro_batch_of(job: DistillationJob, load: Workload) -> int:
     """Returns the images of a forward for which times are reckoned."""
-    return load.counts[False].images or min(batch_size(run.batch), run.batch.global_batch_size)
+    batch = job.run.batch
+    return load.counts[False].images or min(batch_size(batch), batch.global_batch_size)
 
 
 def costs_of(
@@ -60,7 +60,7 @@ def costs_of(
                 given = teacher(torch.zeros(1, 3, side, side, dtype=torch.uint8))
             flops[name] = counter.get_total_flops()
             bytes_[name] = header_for(given, precision).record_bytes
-    step, rest = _seconds_of_an_image(run, load, rates)
+    step, rest = _seconds_of_an_image(job, load, rates)
     seconds = {name: (step - rest) * n / max(1, sum(flops.values())) for name, n in flops.items()}
     optim, batch = run.optim, run.batch.global_batch_size
     epochs = optim.max_steps * batch / images if optim.max_steps else optim.epochs
@@ -79,12 +79,12 @@ def costs_of(
     }
 
 
-def _seconds_of_an_image(run: Run, load: Workload, rates: Rates) -> tuple[float, float]:
+def _seconds_of_an_image(job: DistillationJob, load: Workload, rates: Rates) -> tuple[float, float]:
     """Returns the seconds of a step for an image on one rank, with the teachers and without."""
     candidate = Candidate(
         stage=1,
-        checkpointing=run.student.activation_checkpointing != "off",
-        micro_batch_size=micro_batch_of(run, load),
+        checkpointing=job.run.student.activation_checkpointing != "off",
+        micro_batch_size=micro_batch_of(job, load),
     )
     alone = Machine(
         cluster=Cluster(gpus=1, gpus_per_node=1, nic_gigabits=1, nics_per_node=1), rates=rates
