@@ -156,7 +156,7 @@ def _empty_folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--teacher.source", ""), "--teacher.source random"),
+        (("--teacher.source", ""), "Set --teacher.source"),
         (("--teacher.source", "/no/such/file.pt"), "no such file"),
         (("--data.root", "/no/such/folder"), "no such file or folder"),
         (("--data.image_size", "72"), "window"),
