@@ -60,7 +60,7 @@ def test_prune_leaves_the_newest(run, flags, stay, capsys):
         (["list", "RUN/none"], "recipe.json"),
         (["verify"], "RUN"),
         (["export", "RUN", "out"], "--deepspeed_config"),
-        (["import", "RUN", "RUN", "--deepspeed_config", "x.json"], "latest"),
+        (["import", "RUN", "RUN", "--deepspeed_config", "zero3"], "latest"),
         (["lst", "RUN"], "list"),
     ],
 )
