@@ -132,16 +132,18 @@ def check_all(*checks: Callable[[], Any]) -> list[Any]:
 _LISTED = 40
 
 
-def nearest(name: str, names: Iterable[str], *, most: int = 3) -> str:
+def nearest(name: str, names: Iterable[str], *, most: int = 3, before: str = "") -> str:
     """Returns "nearest: a, b" for a mistyped name, or "known: ..." when nothing is close.
 
-    A name that is part of others, as `lr` of `optim.base_lr`, is close to these.
+    A name that is part of others, as `lr` of `optim.base_lr`, is close to these. `before` is put
+    before each name that is told.
     """
     known = sorted(names)
     close = get_close_matches(name, known, n=most, cutoff=0.5)
     if not close and len(name) > 1:
         close = [one for one in known if name in one][:most]
+    told = ", ".join(f"{before}{one}" for one in close or known[:_LISTED])
     if close:
-        return f"nearest: {', '.join(close)}"
+        return f"nearest: {told}"
     more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
-    return f"known: {', '.join(known[:_LISTED])}{more}"
+    return f"known: {told}{more}"

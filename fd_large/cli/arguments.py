@@ -367,9 +367,9 @@ class _Parser(Generic[Own]):
         )
         # A near miss stands alone; names that are further off come by the wider search.
         close = whole[:3] or get_close_matches(typed, known, n=2, cutoff=0.85)
-        said = f"nearest: {', '.join(close)}" if close else nearest(typed, known)
-        what, _, names = said.partition(": ")
-        return f"{what}: {', '.join(f'--{one}' for one in names.split(', '))}"
+        if close:
+            return f"nearest: {', '.join(f'--{one}' for one in close)}"
+        return nearest(typed, known, before="--")
 
     def _run_file(self, arguments: Sequence[str]) -> Run | None:
         """Returns the recipe that the file of --config describes; None without such a flag.

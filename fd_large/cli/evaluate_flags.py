@@ -127,6 +127,6 @@ class ModelFlags(SweepFlags, AllowsCode):
         """Returns the seed of each repetition.
 
         Args:
-            first: That of the first one.
+            first: Seed of the first repetition.
         """
         return list(range(first, first + self.seeds))

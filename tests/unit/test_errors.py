@@ -49,6 +49,12 @@ def test_the_nearest_names_are_near_misses_or_contain_the_name(name: str, told: 
     assert found.startswith(told) if name == "bse_lr" else found == told
 
 
+def test_the_names_are_told_as_flags() -> None:
+    names = ["warmup_lr", "epochs"]
+    assert nearest("epoch", names, before="--") == "nearest: --epochs"
+    assert nearest("q", names, before="--") == "known: --epochs, --warmup_lr"
+
+
 def test_a_notebook_shows_the_sentence_without_frames(capsys) -> None:
     from IPython.core.interactiveshell import InteractiveShell
 
