@@ -7,27 +7,12 @@ cannot claim much memory. A file that cannot be used is a `DataError` with its n
 
 from __future__ import annotations
 
-import io
-import warnings
-
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 
+from fd_large.data.decode_with_pillow import MAX_PIXELS, check_size, decode_with_pillow, refused
 from fd_large.data.image_header import JpegHeader, read_header
 from fd_large.data.suppress_stderr import suppress_stderr
-from fd_large.errors import DataError
-
-# 8192 x 8192: 0.2 GB as RGB, at the worst (16 bits, RGB) 0.9 GB while it is decoded.
-MAX_PIXELS = 1 << 26
-
-# Named, because Pillow would otherwise try all it knows, among them PostScript by an interpreter.
-_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# Pillow's RGB conversion of other modes clips (16-bit, "I", "F"): white or black images.
-_PILLOW_MODES = (
-    "1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV",
-)  # fmt: skip
 
 
 def decode(
@@ -54,11 +39,11 @@ def decode(
     Raises: DataError: if no decoder can read it, or it is too large.
     """
     if not encoded:
-        raise _refused(where, "an empty file")
+        raise refused(where, "an empty file")
     header = read_header(encoded)
     with suppress_stderr():
         if header is not None:
-            _check_size(header.width, header.height, max_pixels, where)
+            check_size(header.width, header.height, max_pixels, where)
             # torchvision turns no WebP
             if not (header.format == "WEBP" and b"EXIF" in encoded):
                 try:
@@ -67,14 +52,8 @@ def decode(
                     return _to_uint8(_decode_with_torchvision(encoded))
                 except RuntimeError:
                     pass  # not its kind, or damaged: Pillow decides, and says what is wrong
-        try:
-            return _decode_with_pillow(encoded, where, max_pixels)
-        except DataError:
-            raise
-        except UnidentifiedImageError:  # its own text has an address in memory
-            raise _refused(where, "bytes of no known format, or cut in its header") from None
-        except Exception as error:  # Pillow's plugins raise many kinds on damaged bytes
-            raise _refused(where, f"{type(error).__name__}: {error}") from error
+        pixels = decode_with_pillow(encoded, where, max_pixels=max_pixels)
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
 
 
 def size_before_decoding(encoded: bytes | bytearray) -> tuple[int, int] | None:
@@ -84,21 +63,6 @@ def size_before_decoding(encoded: bytes | bytearray) -> tuple[int, int] | None:
     """
     header = read_header(encoded)
     return (header.height, header.width) if _rows_in_order(header) else None
-
-
-def _refused(where: str, got: str) -> DataError:
-    return DataError(
-        f"{where}: not an image that can be decoded; got {got}, expected a whole JPEG, PNG, "
-        "WebP, GIF, BMP or TIFF file. Replace the file or remove it."
-    )
-
-
-def _check_size(width: int, height: int, max_pixels: int, where: str) -> None:
-    if width * height > max_pixels:
-        raise DataError(
-            f"{where}: too large; got {width} x {height} pixels, expected at most {max_pixels} in "
-            "all. Remove the file, make it smaller or raise --data.max_pixels."
-        )
 
 
 def _rows_in_order(header: object) -> bool:
@@ -139,23 +103,3 @@ def _to_uint8(image: torch.Tensor) -> torch.Tensor:
     for channel, target in zip(image, scaled, strict=True):
         target.copy_(channel.to(torch.int32).add_(128).floor_divide_(257))  # 65535 = 255 * 257
     return scaled
-
-
-def _decode_with_pillow(encoded: bytes | bytearray, where: str, max_pixels: int) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of sizes and of damaged EXIF.
-        with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as image:
-            _check_size(*image.size, max_pixels, where)
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I;16"):
-                grey = np.asarray(image).astype(np.int32)
-                grey += 128
-                grey //= 257  # 65535 = 255 * 257
-                pixels = np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
-            elif image.mode == "RGB":
-                pixels = np.array(image)
-            elif image.mode in _PILLOW_MODES:
-                pixels = np.array(image.convert("RGB"))
-            else:
-                raise ValueError(f"pixels of mode {image.mode}, whose range is not known")
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)

@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 from torch.nn import functional as F
 
 from fd_large.data import color
-from fd_large.data.decode import MAX_PIXELS, decode, size_before_decoding
+from fd_large.data.decode import decode, size_before_decoding
+from fd_large.data.decode_with_pillow import MAX_PIXELS
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.source import ImageSource
 

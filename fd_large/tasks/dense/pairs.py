@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fd_large.data.decode import MAX_PIXELS, decode
+from fd_large.data.decode import decode
+from fd_large.data.decode_with_pillow import MAX_PIXELS
 from fd_large.data.folder import ImageFolder, read_image
 from fd_large.errors import DataError
 

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fd_large.atomic_files import write_json
+from fd_large.data.decode_with_pillow import decode_with_pillow
 from fd_large.errors import DataError, FDError
 from fd_large.tasks.detection.scores.evaluation_pictures import draw_evaluation
 from fd_large.tasks.detection.scores.results import merge, read_results, shard_of, write_results
@@ -113,15 +114,13 @@ def score_shards(request: Request) -> Scored:
 
 def _pixels(path: str, size: tuple[int, int], max_pixels: int) -> NDArray[np.uint8]:
     """Pixels (H, W, 3) of an image; grey where it cannot be read."""
-    from fd_large.data.decode import decode
-
     try:
-        image = decode(Path(path).read_bytes(), path, max_pixels=max_pixels)
+        image = decode_with_pillow(Path(path).read_bytes(), path, max_pixels=max_pixels)
     except (DataError, OSError):  # It will be one of the worst; the evaluation has said why.
         image = None
-    if image is None or tuple(image.shape[-2:]) != size:
+    if image is None or image.shape[:2] != size:
         return np.full((*size, 3), GREY, dtype=np.uint8)
-    return image.permute(1, 2, 0).numpy()
+    return image
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 from coco import annotation, write_set
 
-from fd_large.data.decode import MAX_PIXELS
+from fd_large.data.decode_with_pillow import MAX_PIXELS
 from fd_large.errors import DataError
 from fd_large.tasks.detection.scores.results import read_results, shard_of, write_results
 from fd_large.tasks.detection.scores.score_shards import NOTE, Note, Request, score_shards
@@ -67,6 +67,24 @@ def test_a_shard_that_is_gone_is_named(request_of, tmp_path):
 def test_results_of_other_images_are_refused(request_of):
     with pytest.raises(DataError, match="not in the annotations"):
         score_shards(request_of([found(3)]))
+
+
+def test_it_scores_and_draws_without_torch(request_of, tmp_path):
+    """Torch would take seconds and hundreds of megabytes beside training."""
+    request = request_of([found(1), found(2)], images=(1, 2))
+    program = (
+        "import json, sys\n"
+        "sys.modules['torch'] = None\n"
+        "from fd_large.tasks.detection.scores.score_shards import Request, score_shards\n"
+        "print(score_shards(Request(**json.load(sys.stdin))).problem)\n"
+    )
+    asked = json.dumps(request._asdict())
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=asked, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "", done.stdout + done.stderr
+    assert done.returncode == 0
+    assert (tmp_path / "curves.png").is_file()
 
 
 def test_a_process_ends_with_the_one_that_started_it():

@@ -1,0 +1,79 @@
+"""Decodes the bytes of an image file to RGB pixels by Pillow. No torch.
+
+Sizes are read before pixels are decoded, so that a small file cannot claim much memory. A file that
+cannot be used is a `DataError` with its name.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fd_large.errors import DataError
+
+# 8192 x 8192: 0.2 GB as RGB, at the worst (16 bits, RGB) 0.9 GB while it is decoded.
+MAX_PIXELS = 1 << 26
+
+# Named, because Pillow would otherwise try all it knows, among them PostScript by an interpreter.
+_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Pillow's RGB conversion of other modes clips (16-bit, "I", "F"): white or black images.
+_PILLOW_MODES = (
+    "1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV",
+)  # fmt: skip
+
+
+def decode_with_pillow(
+    encoded: bytes | bytearray, where: str, *, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
+    """Decodes one image; `decode.decode` says how, and what the arguments are.
+
+    Returns: (H, W, 3) uint8.
+    Raises: DataError: if Pillow cannot read it, or it is too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of sizes and of damaged EXIF.
+            with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as image:
+                check_size(*image.size, max_pixels, where)
+                ImageOps.exif_transpose(image, in_place=True)
+                return _rgb(image)
+    except DataError:
+        raise
+    except UnidentifiedImageError:  # its own text has an address in memory
+        raise refused(where, "bytes of no known format, or cut in its header") from None
+    except Exception as error:  # Pillow's plugins raise many kinds on damaged bytes
+        raise refused(where, f"{type(error).__name__}: {error}") from error
+
+
+def refused(where: str, got: str) -> DataError:
+    """Returns the error for what is no image, or none that can be used."""
+    return DataError(
+        f"{where}: not an image that can be decoded; got {got}, expected a whole JPEG, PNG, "
+        "WebP, GIF, BMP or TIFF file. Replace the file or remove it."
+    )
+
+
+def check_size(width: int, height: int, max_pixels: int, where: str) -> None:
+    """Raises: DataError: if there are too many pixels."""
+    if width * height > max_pixels:
+        raise DataError(
+            f"{where}: too large; got {width} x {height} pixels, expected at most {max_pixels} in "
+            "all. Remove the file, make it smaller or raise --data.max_pixels."
+        )
+
+
+def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.int32)
+        grey += 128
+        grey //= 257  # 65535 = 255 * 257
+        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.mode == "RGB":
+        return np.array(image)
+    if image.mode in _PILLOW_MODES:
+        return np.array(image.convert("RGB"))
+    raise ValueError(f"pixels of mode {image.mode}, whose range is not known")
