@@ -17,6 +17,8 @@ import numpy
 from fd_large.report import style
 
 MOST_ROWS = 4
+# Inches: a picture's side, what is beside and under it, the figure's edge, head and foot.
+SIDE, GAP, UNDER, EDGE, HEADING, FOOT = 1.72, 0.11, 0.34, 0.09, 0.6, 0.5
 
 
 class Basis(NamedTuple):
@@ -94,37 +96,33 @@ def draw_features(folder: Path, path: Path) -> bool:
             cosines = [mean_cosine(t, s) for t, s in zip(teacher, student, strict=True)]
             columns.append((heading, cosines, colours(student, basis)))
 
-    rows, side, top, foot = len(images), 1.85, 0.55, 0.72
-    figure = Figure(figsize=(side * len(columns), side * rows * 1.085 + top + foot), dpi=style.DPI)
-    height = figure.get_figheight()
-    cells = figure.subplots(rows, len(columns), squeeze=False)
-    figure.subplots_adjust(
-        left=0.012,
-        right=0.988,
-        top=1 - top / height,
-        bottom=foot / height,
-        wspace=0.06,
-        hspace=0.12,
-    )
+    width = EDGE + len(columns) * (SIDE + GAP) - GAP + EDGE
+    height = HEADING + len(images) * (SIDE + UNDER) + FOOT
+    figure = Figure(figsize=(width, height), dpi=style.DPI)
+    # One frame, in inches from the upper left: one for each picture would take most of the time.
+    axes = figure.add_axes((0, 0, 1, 1))
     for column, (heading, cosines, pictures) in enumerate(columns):
+        left = EDGE + column * (SIDE + GAP)
+        centred = {"x": left + SIDE / 2, "ha": "center"}
+        axes.text(**centred, y=HEADING - 0.06, s=heading, va="bottom", fontsize=style.TEXT_SIZE)
         for row, picture in enumerate(pictures):
-            axes = cells[row][column]
-            axes.imshow(picture, interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_visible(False)
-            if row == 0:
-                axes.set_title(heading, fontsize=style.TEXT_SIZE, pad=5)
+            above = HEADING + row * (SIDE + UNDER)
+            place = (left, left + SIDE, above + SIDE, above)
+            axes.imshow(picture, interpolation="nearest", extent=place)
             if cosines is not None:
-                axes.set_xlabel(
-                    f"cosine {cosines[row]:z.2f}",
+                axes.text(
+                    **centred,
+                    y=above + SIDE + 0.05,
+                    s=f"cosine {cosines[row]:z.2f}",
+                    va="top",
                     fontsize=style.SMALL_SIZE,
                     color=style.GREY,
-                    labelpad=3,
                 )
+    axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
+    axes.set_axis_off()
     whose, own = ("the", "all") if len(sizes) == 1 else ("each", "its own and the student's")
     figure.text(
-        0.012,
+        EDGE / width,
         0.1 / height,
         f"Maps of {'; '.join(sizes)}; held-out photographs.\n"
         f"Colour: {whose} teacher's first three principal components, one basis for {own} maps.",

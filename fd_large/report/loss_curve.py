@@ -29,9 +29,11 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
         return False
     from matplotlib.ticker import MaxNLocator
 
-    figure = style.new_figure(8.0, 5.0)
+    title = fill(_title(files), TITLE_CHARACTERS)
+    top = 0.2 + 0.2 * len(title.splitlines())
+    figure = style.plot_figure(8.0, 5.0, left=0.75, bottom=0.5, top=top)
     upper, lower = figure.subplots(
-        2, 1, sharex=True, gridspec_kw={"height_ratios": (4, 1), "hspace": 0.04}
+        2, 1, sharex=True, gridspec_kw={"height_ratios": (4, 1), "hspace": 0.14}
     )
     updates, loss = files.updates[counted], files.loss[counted]
     smooth = smoothed(loss)
@@ -70,10 +72,9 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     upper.set_ylim(low - margin, high + margin)
     upper.set_ylabel(files.words("loss"), fontsize=style.TEXT_SIZE)
-    title = fill(_title(files), TITLE_CHARACTERS)
     upper.set_title(title, fontsize=style.TITLE_SIZE, loc="left")
     # Outside: in a short run the curve goes from corner to corner.
-    figure.legend(fontsize=style.TEXT_SIZE, frameon=False, loc="outside lower left", ncols=2)
+    style.legend_below(figure, style.TEXT_SIZE)
 
     lower.plot(files.updates, files.learning_rate, color=style.GREY, linewidth=1.5)
     lower.set_ylim(0, 1.15 * (files.learning_rate.max() or 1.0))
@@ -86,7 +87,7 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
     lower.yaxis.get_offset_text().set(size=style.SMALL_SIZE, color=style.GREY)
     for axes in (upper, lower):
         style.plain_axes(axes)
-    figure.align_ylabels()
+        axes.yaxis.set_label_coords(-0.07, 0.5)
     figure.savefig(path)
     return True
 

@@ -112,7 +112,7 @@ def _loss(files: RunFiles, counted: numpy.ndarray) -> str:
         high, low = max(high, *values), min(low, *values)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     axes.set_ylim(low - margin, high + margin)
-    figure.legend(fontsize=7, frameon=False, loc="outside lower left", ncols=2)
+    style.legend_below(figure, 7)
     return html.chart(figure, "loss", f"{files.words('loss')} over steps")
 
 
@@ -126,7 +126,7 @@ def _evaluated(files: RunFiles, kind: str, names: list[str]) -> str:
     if "(%)" in words and axes.get_ylim()[1] > 100 >= axes.dataLim.y1:
         axes.set_ylim(top=100)
     if several:
-        figure.legend(fontsize=7, frameon=False, loc="outside lower left", ncols=2)
+        style.legend_below(figure, 7)
     return html.chart(figure, kind, f"{words} over steps")
 
 
@@ -173,7 +173,7 @@ def _curve(
 def _small(words: str) -> tuple[Any, Any]:
     from matplotlib.ticker import MaxNLocator
 
-    figure = style.new_figure(4.6, 2.75)
+    figure = style.plot_figure(4.6, 2.75, left=0.6, bottom=0.45, top=0.36)
     axes = figure.subplots()
     style.plain_axes(axes)
     axes.tick_params(labelsize=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ DPI = 150
 TITLE_SIZE = 12
 TEXT_SIZE = 10
 SMALL_SIZE = 9
+LEGEND_COLUMNS = 2
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -26,6 +28,31 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def plot_figure(width: float, height: float, *, left: float, bottom: float, top: float) -> Figure:
+    """Makes an empty figure of so many inches, and of margins in inches.
+
+    Every run ends with half a dozen of them, and to lay one out takes as long as to draw it.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    figure.subplots_adjust(
+        left=left / width, right=1 - 0.15 / width, bottom=bottom / height, top=1 - top / height
+    )
+    return figure
+
+
+def legend_below(figure: Figure, size: float) -> None:
+    """Names the first axes' lines below all axes of a `plot_figure`, which it makes room for."""
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    rows = math.ceil(len(names) / LEGEND_COLUMNS)
+    room = (0.06 + rows * 1.6 * size / 72) / figure.get_figheight()
+    figure.subplots_adjust(bottom=figure.subplotpars.bottom + room)
+    figure.legend(
+        lines, names, fontsize=size, frameon=False, loc="lower left", ncols=LEGEND_COLUMNS
+    )
 
 
 def plain_axes(axes: Axes) -> None:
