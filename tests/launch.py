@@ -33,9 +33,9 @@ _FOREIGN = ("SLURM_", "OMPI_", "PMI", "PMIX_", "MPI_", "HYDRA_", "TORCHELASTIC_"
 _RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK")
 # A DeepSpeed process now and then aborts in its last moment, all work done; cause unknown.
 _LATE_ABORT = "terminate called without an active exception"
-# Of even and of odd ranks: two that are forked from one process share the seed of Python's hashes,
-# and what differs between ranks by the order of a set would not show.
-_servers: dict[int, RankServer] = {}
+# The pytest processes of one run share their servers.
+RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(os.getpid())
+_servers: dict[str, RankServer] = {}
 
 
 def free_port() -> int:
@@ -110,6 +110,38 @@ class Started:
         return outputs
 
 
+def base_environ() -> dict[str, str]:
+    """Returns this process's environment as ranks get it, before what tells them apart."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_FOREIGN) and name not in _RANK
+    }
+    beside = Path(sys.executable).parent
+    return inherited | {
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")])
+        ),
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PATH": os.pathsep.join([str(beside), os.environ.get("PATH", "")]),
+    }
+
+
+def rank_server(rank: int, run: str = RUN) -> RankServer:
+    """Returns the server of a run of tests that forks even, or odd, ranks.
+
+    Two that are forked from one process share the seed of Python's hashes, and what differs between
+    ranks by the order of a set would not show.
+    """
+    name = f"{run} {'odd' if rank % 2 else 'even'}"
+    if name not in _servers:
+        _servers[name] = RankServer(name, base_environ())
+    return _servers[name]
+
+
 def start_ranks(
     program: str | Path,
     *args: object,
@@ -126,21 +158,7 @@ def start_ranks(
     port = str(free_port())
     beside = Path(sys.executable).parent
     words = [str(program), *map(str, args)]
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(_FOREIGN) and name not in _RANK
-    }
-    base = inherited | {
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")])
-        ),
-        "PYTHONWARNINGS": "ignore::FutureWarning",
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "PATH": os.pathsep.join([str(beside), os.environ.get("PATH", "")]),
-    }
+    base = base_environ()
     mark = dict([started.mark.split("=")])
     commands: list[tuple[list[str], dict[str, str]]]
     if launcher == "plain":
@@ -163,10 +181,7 @@ def start_ranks(
         started.logs.append(log)
         environ = base | mark | more | (env or {})
         if launcher == "plain" and forked:
-            server = _servers.get(index % 2)
-            if server is None:
-                server = _servers[index % 2] = RankServer(base)
-            rank = server.start(words, environ=environ, cwd=ROOT, log=log)
+            rank = rank_server(index).start(words, environ=environ, cwd=ROOT, log=log)
             started.processes.append(rank)
             continue
         process = subprocess.Popen(

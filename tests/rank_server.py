@@ -4,9 +4,10 @@ A rank's imports take some eight seconds on two busy cores, longer than most of 
 server imports other packages and fd_large, runs nothing of them but the check of DeepSpeed's
 sources, and forks a process for each rank: the program starts as under `python PROGRAM ARGS`, with
 an environment, an output and a session of its own, and nothing that one scenario leaves behind
-reaches the next.
+reaches the next. Processes that give the same name share a server: the first one starts it, and it
+ends with the last.
 
-    server = RankServer(environ)
+    server = RankServer("even ranks", environ)
     rank = server.start(["program.py", "argument"], environ=environ, cwd=ROOT, log=file)
     rank.poll()                                         # None while it runs, then its exit code
 
@@ -83,20 +84,16 @@ class ForkedRank:
 
 
 class RankServer:
-    """The caller's end of a server, which starts here and ends with the calling process."""
+    """The caller's end of a server. What it has started ends with the calling process.
 
-    def __init__(self, environ: dict[str, str]) -> None:
-        # A socket that keeps messages apart.
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
-                env=environ,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+    Args:
+        name: Of the server.
+        environ: The environment of its imports, where it is not running yet.
+    """
+
+    def __init__(self, name: str, environ: dict[str, str]) -> None:
         self._codes: dict[int, int] = {}
+        self._socket = _connected(name, environ)
 
     def start(
         self, words: list[str], *, environ: dict[str, str], cwd: Path, log: IO[bytes]
@@ -124,39 +121,84 @@ class RankServer:
     def _receive(self) -> dict[str, int]:
         message = self._socket.recv(_LONGEST_MESSAGE)
         if not message:
-            raise RuntimeError(f"the server of ranks has ended: {self._process.wait()}")
+            raise RuntimeError("the server of ranks has ended")
         answer = json.loads(message)
         if "ended" in answer:
             self._codes[answer["ended"]] = answer["code"]
         return answer
 
 
+def _connected(name: str, environ: dict[str, str]) -> socket.socket:
+    """Connects to the server of that name, which is started if need be."""
+    # In Linux's abstract namespace: no file stays behind. The sockets keep messages apart.
+    address = f"\0fd_large ranks {name}"
+    while True:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # A server that is ending refuses, or hangs up before its greeting.
+        with contextlib.suppress(ConnectionError):
+            connection.connect(address)
+            if connection.recv(_LONGEST_MESSAGE):
+                return connection
+        connection.close()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            try:
+                listener.bind(address)
+            except OSError:  # Somebody else is about to start it.
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                continue
+            listener.listen(64)
+            subprocess.Popen(
+                [sys.executable, __file__, str(listener.fileno())],
+                env=environ,
+                pass_fds=[listener.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+
 # --- the server ----------------------------------------------------------------------------------
 
 
-def serve(connection: socket.socket) -> tuple[dict[str, Any], int]:
+def serve(listener: socket.socket) -> tuple[dict[str, Any], int]:
     """Forks a rank for each request; returns only in a rank, with its request and output."""
-    ranks: set[int] = set()
+    clients: list[socket.socket] = []
+    ranks: dict[int, socket.socket] = {}  # By the rank's process, who has asked for it.
     while True:
-        if select.select([connection], [], [], _SECONDS_BETWEEN_LOOKS if ranks else None)[0]:
-            message, files, *_ = socket.recv_fds(connection, _LONGEST_MESSAGE, 1)
+        looks = _SECONDS_BETWEEN_LOOKS if ranks else None
+        ready, _, _ = select.select([listener, *clients], [], [], looks)
+        if listener in ready:
+            clients.append(listener.accept()[0])
+            _send(clients[-1], {})
+        for client in [client for client in clients if client in ready]:
+            message, files = b"", []
+            with contextlib.suppress(ConnectionError):
+                message, files, *_ = socket.recv_fds(client, _LONGEST_MESSAGE, 1)
             if not message:  # The caller is gone.
-                for pid in ranks:
+                clients.remove(client)
+                client.close()
+                for pid in [pid for pid, asked in ranks.items() if asked is client]:
                     os.kill(pid, signal.SIGKILL)
-                os._exit(0)
+                continue
             pid = os.fork()
             if not pid:
-                connection.close()
+                for one in (listener, *clients):
+                    one.close()
                 return json.loads(message), files[0]
             os.close(files[0])
-            ranks.add(pid)
-            connection.send(json.dumps({"started": pid}).encode())
+            ranks[pid] = client
+            _send(client, {"started": pid})
         for pid in list(ranks):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
-                ranks.remove(pid)
                 code = os.waitstatus_to_exitcode(status)
-                connection.send(json.dumps({"ended": pid, "code": code}).encode())
+                _send(ranks.pop(pid), {"ended": pid, "code": code})
+        if not clients and not ranks:
+            os._exit(0)
+
+
+def _send(client: socket.socket, message: dict[str, int]) -> None:
+    with contextlib.suppress(OSError):  # It is gone.
+        client.send(json.dumps(message).encode())
 
 
 def become(request: dict[str, Any], output: int) -> None:

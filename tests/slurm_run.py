@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import forked_python
 from launch import ROOT
 from slurm_cluster import Cluster
 
@@ -60,14 +61,18 @@ def start(
     environ: dict[str, str] | None = None,
     script: str = "slurm/fd_swinv2g.sh",
     flags: str = FLAGS,
+    forked: bool = True,
 ) -> Job:
-    """Submits a batch script for a run FOLDER/NAME, on FOLDER/pictures unless environ has more."""
+    """Submits a batch script for a run FOLDER/NAME, on FOLDER/pictures unless environ has more.
+
+    Unless it is `forked`, its ranks import torch themselves.
+    """
     logs, run_dir = folder / f"{name}-logs", folder / f"{name}-run"
     logs.mkdir()
     given = {
         "DATA_ROOT": str(folder / "pictures"),
         "TEACHER_SOURCE": "random",
-        "PYTHON": sys.executable,
+        **(forked_python.environment(folder) if forked else {"PYTHON": sys.executable}),
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore::FutureWarning",
         "LOG_DIR": str(logs),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import detection_twin
+import forked_python
 import pytest
 import transfer_toy
 from launch import ROOT, read_results
@@ -95,7 +96,7 @@ def interrupted(cluster: Cluster, folder: Path) -> Interrupted:
 def test_stopped_three_times_a_run_ends_with_the_same_losses(
     cluster: Cluster, folder: Path, interrupted: Interrupted
 ) -> None:
-    calm = start(cluster, folder, "calm", updates=UPDATES)
+    calm = start(cluster, folder, "calm", updates=UPDATES, forked=False)
     assert cluster.wait(calm.number, ended)["JobState"] == "COMPLETED", calm.said()
     assert len(losses(calm.run_dir)) == UPDATES
     assert losses(interrupted.job.run_dir) == losses(calm.run_dir), interrupted.job.said()
@@ -171,7 +172,8 @@ def test_a_table_is_made_of_jobs_once_they_have_ended(cluster: Cluster, folder: 
             [sys.executable, "-m", "fd_large", *words, "--slurm", "--sbatch", *given],
             cwd=ROOT,
             env=cluster.environ
-            | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+            | forked_python.environment(folder)
+            | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
             | {"LOG_DIR": str(folder / "table-logs"), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
