@@ -6,7 +6,7 @@ moments, it runs a real step at 1, 2, 4 ... images, measures the peak of each ph
 next size only if straight lines through the last two peaks predict that every phase fits on every
 rank. Each phase has its own line, because their maximum bends where one overtakes the other. So
 many times the images need at most so many times the memory: where there is that much, the climb
-ends at once.
+ends at once, if there is plenty even after the first step.
 """
 
 from __future__ import annotations
@@ -104,11 +104,23 @@ def largest_that_fits(
     """
     best = 0
     measured: list[tuple[int, list[int]]] = []
-    # The first step makes the moments; measured, it would make each image seem to need them.
-    with out_of_memory_named(1):
-        for phase in phases:
-            phase(1)
     largest = candidates(share)[-1]
+
+    def peaks_of(size: int) -> list[int]:
+        found = []
+        for phase in phases:
+            memory.reset()
+            with out_of_memory_named(size):
+                phase(size)
+            found.append(memory.peak())
+        return found
+
+    memory.reset()
+    held = memory.peak()
+    # The first step makes the moments, as if each image needed them: it counts where that fits too.
+    added = max(peaks_of(1)) - held
+    if distributed.max_rank((held + (largest + 1) * added) / memory.capacity()) <= HEADROOM:
+        return largest
     for size in candidates(share):
         if measured:
             s1, last = measured[-1]
@@ -123,12 +135,7 @@ def largest_that_fits(
             # The fullest rank decides for all.
             if distributed.max_rank(float(predicted / memory.capacity())) > HEADROOM:
                 break
-        peaks = []
-        for phase in phases:
-            memory.reset()
-            with out_of_memory_named(size):
-                phase(size)
-            peaks.append(memory.peak())
+        peaks = peaks_of(size)
         log.debug("micro batch %d: peak %.2f GB on this rank", size, max(peaks) / 1e9)
         if distributed.max_rank(float(max(peaks) / memory.capacity())) > 1:
             break
@@ -187,7 +194,6 @@ def probe(
 
     engine.task.train()
     memory = GpuMemory() if distributed.device().type == "cuda" else HostMemory()
-    gc.collect()
     return largest_that_fits(at_most or share, (through, step), memory)
 
 
