@@ -179,7 +179,8 @@ def fd_swinv2g() -> Run:
     well: `--teacher.placement replicated --student.activation_checkpointing off`. The recipe does
     not take it as long as no GPU has confirmed the figures: with plain torch kernels the GPU-hours
     double (3,879 in the first line), and the lines without checkpoints take 2.2 GB more. States
-    include hpZ's second copy of the weights inside the node.
+    include the second copy of the weights, split over the ranks of a node, that hpZ keeps so that
+    the backward pass gathers inside the node.
 
     What `plan` chooses on larger cards and a faster network:
 
