@@ -25,14 +25,14 @@ train: .venv/quickstart
 	then ranks=; else ranks="--num_accelerators 2"; export DS_ACCELERATOR=cpu; fi; \
 	$(BIN)/deepspeed --quiet $$ranks fd_large/train.py --deepspeed_config ds_configs/zero3.json $(ARGS)
 
-# Those of one process on two cores at once; then those that start ranks, three files at a time, since
-# they wait for each other; in the order of tests/integration/conftest.py.
+# For two cores: those of one process, then those that start ranks. Three at once, since some wait;
+# of the second whole files, in the order of tests/integration/conftest.py.
 test: .venv/test
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
 	status=0; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(MARK) tests/unit || status=1; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal $(MARK) tests/unit || status=1; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile \
 		--no-loadscope-reorder $(MARK) tests/integration || status=1; \
 	exit $$status

@@ -26,6 +26,7 @@ from typing import IO, Any, Literal
 from rank_server import ForkedRank, RankServer
 
 ROOT = Path(__file__).resolve().parents[1]
+HIDDEN = ROOT / "tests" / "hidden"
 Launcher = Literal["plain", "deepspeed", "torchrun", "mpirun"]
 
 # What an outer launcher, or a batch job, would leave for the ranks to stumble over.
@@ -170,7 +171,8 @@ def start_ranks(
         ]
     elif launcher == "deepspeed":
         head = [str(beside / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port]
-        commands = [([*head, *words], {})]
+        path = {"PYTHONPATH": os.pathsep.join([str(HIDDEN), base["PYTHONPATH"]])}
+        commands = [([*head, *words], path)]
     elif launcher == "torchrun":
         head = [str(beside / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port]
         commands = [([*head, *words], {})]
