@@ -25,8 +25,8 @@ train: .venv/quickstart
 	then ranks=; else ranks="--num_accelerators 2"; export DS_ACCELERATOR=cpu; fi; \
 	$(BIN)/deepspeed --quiet $$ranks fd_large/train.py --deepspeed_config ds_configs/zero3.json $(ARGS)
 
-# For two cores: those of one process, then those that start ranks. Three at once, since some wait;
-# of the second whole files, in the order of tests/integration/conftest.py.
+# For two cores: first the tests of one process, then those that start ranks, these by whole files in
+# the order of tests/integration/conftest.py. Three run at once, since some wait.
 test: .venv/test
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)

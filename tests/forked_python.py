@@ -1,7 +1,8 @@
-"""What `python fd_large/train.py ...` is to Slurm, but for the imports: a server forks the rank.
+"""Stands for `python fd_large/train.py ...` where Slurm starts it: a server forks the rank.
 
-This process stands for the rank: it hands signals on, and ends as the rank does. Whatever else the
-scripts ask of Python, Python does.
+That saves the imports. This process hands signals on, and ends as the rank does. The rank itself is
+outside the tree of processes that Slurm knows, so that one job of the tests starts plain ones.
+Whatever else the scripts ask of Python, Python does.
 """
 
 from __future__ import annotations

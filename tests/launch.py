@@ -29,13 +29,23 @@ ROOT = Path(__file__).resolve().parents[1]
 HIDDEN = ROOT / "tests" / "hidden"
 Launcher = Literal["plain", "deepspeed", "torchrun", "mpirun"]
 
-# What an outer launcher, or a batch job, would leave for the ranks to stumble over.
-_FOREIGN = ("SLURM_", "OMPI_", "PMI", "PMIX_", "MPI_", "HYDRA_", "TORCHELASTIC_", "CROSS_")
+# What an outer launcher, a batch job or another start would leave for the ranks to stumble over.
+_FOREIGN = (
+    "SLURM_",
+    "OMPI_",
+    "PMI",
+    "PMIX_",
+    "MPI_",
+    "HYDRA_",
+    "TORCHELASTIC_",
+    "CROSS_",
+    "FD_TEST_MARK",
+)
 _RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK")
 # A DeepSpeed process now and then aborts in its last moment, all work done; cause unknown.
 _LATE_ABORT = "terminate called without an active exception"
 # The pytest processes of one run share their servers.
-RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(os.getpid())
+RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID") or uuid.uuid4().hex
 _servers: dict[str, RankServer] = {}
 
 

@@ -132,6 +132,7 @@ def _connected(name: str, environ: dict[str, str]) -> socket.socket:
     """Connects to the server of that name, which is started if need be."""
     # In Linux's abstract namespace: no file stays behind. The sockets keep messages apart.
     address = f"\0fd_large ranks {name}"
+    own: subprocess.Popen[bytes] | None = None
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # A server that is ending refuses, or hangs up before its greeting.
@@ -140,6 +141,8 @@ def _connected(name: str, environ: dict[str, str]) -> socket.socket:
             if connection.recv(_LONGEST_MESSAGE):
                 return connection
         connection.close()
+        if own is not None:
+            raise RuntimeError(f"the server of ranks has ended before it began: {own.wait()}")
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             try:
                 listener.bind(address)
@@ -147,7 +150,7 @@ def _connected(name: str, environ: dict[str, str]) -> socket.socket:
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
                 continue
             listener.listen(64)
-            subprocess.Popen(
+            own = subprocess.Popen(
                 [sys.executable, __file__, str(listener.fileno())],
                 env=environ,
                 pass_fds=[listener.fileno()],
@@ -173,7 +176,7 @@ def serve(listener: socket.socket) -> tuple[dict[str, Any], int]:
             message, files = b"", []
             with contextlib.suppress(ConnectionError):
                 message, files, *_ = socket.recv_fds(client, _LONGEST_MESSAGE, 1)
-            if not message:  # The caller is gone.
+            if not message or not files:  # The caller is gone.
                 clients.remove(client)
                 client.close()
                 for pid in [pid for pid, asked in ranks.items() if asked is client]:

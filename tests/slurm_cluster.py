@@ -184,7 +184,10 @@ class Cluster:
         self.call("slurmd", "-f", str(self.config), "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """Ends all of a node's processes as a power cut does: nobody has time to say a word."""
+        """Ends all of a node's processes as a power cut does: nobody has time to say a word.
+
+        A forked rank (forked_python.py) ends a hundredth of a second after what stands for it.
+        """
         victims = [pid for pid, of in self.processes() if of == node]
         # First all stand still; a dying srun or slurmstepd would still tell the controller.
         for signal_number in (signal.SIGSTOP, signal.SIGKILL):

@@ -6,7 +6,7 @@ moments, it runs a real step at 1, 2, 4 ... images, measures the peak of each ph
 next size only if straight lines through the last two peaks predict that every phase fits on every
 rank. Each phase has its own line, because their maximum bends where one overtakes the other. So
 many times the images need at most so many times the memory: where there is that much, the climb
-ends at once, if there is plenty even after the first step.
+ends at once.
 """
 
 from __future__ import annotations
@@ -104,23 +104,11 @@ def largest_that_fits(
     """
     best = 0
     measured: list[tuple[int, list[int]]] = []
-    largest = candidates(share)[-1]
-
-    def peaks_of(size: int) -> list[int]:
-        found = []
+    # The first step makes the moments; measured, it would make each image seem to need them.
+    with out_of_memory_named(1):
         for phase in phases:
-            memory.reset()
-            with out_of_memory_named(size):
-                phase(size)
-            found.append(memory.peak())
-        return found
-
-    memory.reset()
-    held = memory.peak()
-    # The first step makes the moments, as if each image needed them: it counts where that fits too.
-    added = max(peaks_of(1)) - held
-    if distributed.max_rank((held + (largest + 1) * added) / memory.capacity()) <= HEADROOM:
-        return largest
+            phase(1)
+    largest = candidates(share)[-1]
     for size in candidates(share):
         if measured:
             s1, last = measured[-1]
@@ -135,7 +123,12 @@ def largest_that_fits(
             # The fullest rank decides for all.
             if distributed.max_rank(float(predicted / memory.capacity())) > HEADROOM:
                 break
-        peaks = peaks_of(size)
+        peaks = []
+        for phase in phases:
+            memory.reset()
+            with out_of_memory_named(size):
+                phase(size)
+            peaks.append(memory.peak())
         log.debug("micro batch %d: peak %.2f GB on this rank", size, max(peaks) / 1e9)
         if distributed.max_rank(float(max(peaks) / memory.capacity())) > 1:
             break
@@ -194,6 +187,7 @@ def probe(
 
     engine.task.train()
     memory = GpuMemory() if distributed.device().type == "cuda" else HostMemory()
+    gc.collect()
     return largest_that_fits(at_most or share, (through, step), memory)
 
 

@@ -31,7 +31,7 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
 
     title = fill(_title(files), TITLE_CHARACTERS)
     top = 0.2 + 0.2 * len(title.splitlines())
-    figure = style.plot_figure(8.0, 5.0, left=0.75, bottom=0.5, top=top)
+    figure = style.plot_figure(8.0, 4.6, left=0.9, right=0.35, bottom=0.5, top=top)
     upper, lower = figure.subplots(
         2, 1, sharex=True, gridspec_kw={"height_ratios": (4, 1), "hspace": 0.14}
     )
@@ -71,6 +71,8 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
     low, high = numpy.nanmin([*values, loss.min()]), numpy.nanmax(values)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     upper.set_ylim(low - margin, high + margin)
+    upper.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
+    upper.yaxis.get_offset_text().set(size=style.SMALL_SIZE, color=style.GREY)
     upper.set_ylabel(files.words("loss"), fontsize=style.TEXT_SIZE)
     upper.set_title(title, fontsize=style.TITLE_SIZE, loc="left")
     # Outside: in a short run the curve goes from corner to corner.
@@ -87,7 +89,7 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
     lower.yaxis.get_offset_text().set(size=style.SMALL_SIZE, color=style.GREY)
     for axes in (upper, lower):
         style.plain_axes(axes)
-        axes.yaxis.set_label_coords(-0.07, 0.5)
+        axes.yaxis.set_label_coords(-0.095, 0.5)
     figure.savefig(path)
     return True
 

@@ -173,7 +173,7 @@ def _curve(
 def _small(words: str) -> tuple[Any, Any]:
     from matplotlib.ticker import MaxNLocator
 
-    figure = style.plot_figure(4.6, 2.75, left=0.6, bottom=0.45, top=0.36)
+    figure = style.plot_figure(4.6, 2.6, left=0.6, right=0.2, bottom=0.45, top=0.36)
     axes = figure.subplots()
     style.plain_axes(axes)
     axes.tick_params(labelsize=8)

@@ -20,7 +20,6 @@ DPI = 150
 TITLE_SIZE = 12
 TEXT_SIZE = 10
 SMALL_SIZE = 9
-LEGEND_COLUMNS = 2
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -30,29 +29,37 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
-def plot_figure(width: float, height: float, *, left: float, bottom: float, top: float) -> Figure:
+def plot_figure(
+    width: float, height: float, *, left: float, right: float, bottom: float, top: float
+) -> Figure:
     """Makes an empty figure of so many inches, and of margins in inches.
 
-    Every run ends with half a dozen of them, and to lay one out takes as long as to draw it.
+    A run's report draws half a dozen, and the constrained layout of `new_figure` takes as long as
+    the drawing.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI)
     figure.subplots_adjust(
-        left=left / width, right=1 - 0.15 / width, bottom=bottom / height, top=1 - top / height
+        left=left / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height
     )
     return figure
 
 
 def legend_below(figure: Figure, size: float) -> None:
-    """Names the first axes' lines below all axes of a `plot_figure`, which it makes room for."""
+    """Names the first axes' lines below all axes of a `plot_figure`, which grows by that much."""
     lines, names = figure.axes[0].get_legend_handles_labels()
-    rows = math.ceil(len(names) / LEGEND_COLUMNS)
-    room = (0.06 + rows * 1.6 * size / 72) / figure.get_figheight()
-    figure.subplots_adjust(bottom=figure.subplotpars.bottom + room)
-    figure.legend(
-        lines, names, fontsize=size, frameon=False, loc="lower left", ncols=LEGEND_COLUMNS
-    )
+    width, height = figure.get_size_inches()
+    half = math.ceil(len(names) / 2)
+    letters = sum(max(map(len, part), default=0) for part in (names[:half], names[half:]))
+    # Beside the samples of two lines; a letter is a little wider than half its height.
+    columns = 2 if 1 + letters * 0.56 * size / 72 < width else 1
+    room = 0.06 + math.ceil(len(names) / columns) * 1.6 * size / 72
+    places = figure.subplotpars
+    below, above = (place * height + room for place in (places.bottom, places.top))
+    figure.set_figheight(height + room)
+    figure.subplots_adjust(bottom=below / (height + room), top=above / (height + room))
+    figure.legend(lines, names, fontsize=size, frameon=False, loc="lower left", ncols=columns)
 
 
 def plain_axes(axes: Axes) -> None:

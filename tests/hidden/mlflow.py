@@ -1,3 +1,3 @@
-"""Hides MLflow from DeepSpeed's launcher, both of whose processes would take seconds for it."""
+"""Hides MLflow from DeepSpeed's launcher and its ranks: two seconds for each process otherwise."""
 
 raise ImportError

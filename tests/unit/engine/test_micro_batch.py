@@ -60,22 +60,6 @@ def test_ends_at_once_where_there_is_room_for_so_many_times_the_memory():
     assert _climb(64, 7_651, (100, 10)) == (64, [1, 2])
 
 
-@pytest.mark.parametrize(("capacity", "decides"), [(15_218, True), (15_217, False)])
-def test_where_there_is_plenty_the_first_step_decides(capacity, decides):
-    """It adds 200: for 64 images and the moments 13,000 beside the 1,000 that are held."""
-    memory, ran = FakeMemory(capacity), []
-    memory.reset = lambda: setattr(memory, "now", 1000)
-
-    def step(size):
-        ran.append(size)
-        # Later ones find the moments made.
-        memory.now = 1200 if len(ran) == 1 else 1100 + size
-
-    assert micro_batch.largest_that_fits(64, [step], memory) == 64
-    assert (ran == [1]) is decides
-    assert decides or ran[:3] == [1, 1, 2]
-
-
 def test_a_phase_that_overtakes_another_is_foreseen():
     # The step's flat 200 hides the activations at 1, 2 and 4 images; at 16 they need 260 of 250.
     assert _climb(64, 250, (100, 10), (200, 0)) == (8, [1, 2, 4, 8])
