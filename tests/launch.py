@@ -27,20 +27,11 @@ from rank_server import ForkedRank, RankServer
 
 ROOT = Path(__file__).resolve().parents[1]
 HIDDEN = ROOT / "tests" / "hidden"
+BESIDE = Path(sys.executable).parent
 Launcher = Literal["plain", "deepspeed", "torchrun", "mpirun"]
 
 # What an outer launcher, a batch job or another start would leave for the ranks to stumble over.
-_FOREIGN = (
-    "SLURM_",
-    "OMPI_",
-    "PMI",
-    "PMIX_",
-    "MPI_",
-    "HYDRA_",
-    "TORCHELASTIC_",
-    "CROSS_",
-    "FD_TEST_MARK",
-)
+_FOREIGN = ("SLURM_", "OMPI_", "PMI", "MPI_", "HYDRA_", "TORCHELASTIC_", "CROSS_", "FD_TEST_MARK")
 _RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK")
 # A DeepSpeed process now and then aborts in its last moment, all work done; cause unknown.
 _LATE_ABORT = "terminate called without an active exception"
@@ -128,7 +119,6 @@ def base_environ() -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(_FOREIGN) and name not in _RANK
     }
-    beside = Path(sys.executable).parent
     return inherited | {
         "PYTHONPATH": os.pathsep.join(
             filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")])
@@ -137,7 +127,7 @@ def base_environ() -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
-        "PATH": os.pathsep.join([str(beside), os.environ.get("PATH", "")]),
+        "PATH": os.pathsep.join([str(BESIDE), os.environ.get("PATH", "")]),
     }
 
 
@@ -167,7 +157,6 @@ def start_ranks(
     """
     started = Started(mark=f"FD_TEST_MARK={uuid.uuid4().hex}")
     port = str(free_port())
-    beside = Path(sys.executable).parent
     words = [str(program), *map(str, args)]
     base = base_environ()
     mark = dict([started.mark.split("=")])
@@ -180,14 +169,14 @@ def start_ranks(
             for r in range(ranks)
         ]
     elif launcher == "deepspeed":
-        head = [str(beside / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port]
+        head = [str(BESIDE / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port]
         path = {"PYTHONPATH": os.pathsep.join([str(HIDDEN), base["PYTHONPATH"]])}
         commands = [([*head, *words], path)]
     elif launcher == "torchrun":
-        head = [str(beside / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port]
+        head = [str(BESIDE / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port]
         commands = [([*head, *words], {})]
     else:
-        commands = [([str(beside / "mpirun"), "-n", str(ranks), sys.executable, *words], {})]
+        commands = [([str(BESIDE / "mpirun"), "-n", str(ranks), sys.executable, *words], {})]
     for index, (command, more) in enumerate(commands):
         log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `kill`)
         started.logs.append(log)

@@ -87,7 +87,7 @@ class RankServer:
     """The caller's end of a server. What it has started ends with the calling process.
 
     Args:
-        name: Of the server.
+        name: Which server; whoever gives the same name shares it.
         environ: The environment of its imports, where it is not running yet.
     """
 

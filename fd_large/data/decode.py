@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torchvision.io import ImageReadMode, decode_image
 
-from fd_large.data.decode_with_pillow import MAX_PIXELS, check_size, decode_with_pillow, refused
-from fd_large.data.image_header import JpegHeader, read_header
+from fd_large.data.decode_with_pillow import decode_with_pillow, refused
+from fd_large.data.image_header import MAX_PIXELS, JpegHeader, check_size, read_header
 from fd_large.data.suppress_stderr import suppress_stderr
 
 

@@ -13,10 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fd_large.data.image_header import MAX_PIXELS, check_size
 from fd_large.errors import DataError
-
-# 8192 x 8192: 0.2 GB as RGB, at the worst (16 bits, RGB) 0.9 GB while it is decoded.
-MAX_PIXELS = 1 << 26
 
 # Named, because Pillow would otherwise try all it knows, among them PostScript by an interpreter.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -55,15 +53,6 @@ def refused(where: str, got: str) -> DataError:
         f"{where}: not an image that can be decoded; got {got}, expected a whole JPEG, PNG, "
         "WebP, GIF, BMP or TIFF file. Replace the file or remove it."
     )
-
-
-def check_size(width: int, height: int, max_pixels: int, where: str) -> None:
-    """Raises: DataError: if there are too many pixels."""
-    if width * height > max_pixels:
-        raise DataError(
-            f"{where}: too large; got {width} x {height} pixels, expected at most {max_pixels} in "
-            "all. Remove the file, make it smaller or raise --data.max_pixels."
-        )
 
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:

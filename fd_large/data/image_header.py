@@ -1,4 +1,4 @@
-"""What an image file says of itself before any pixel is decoded: format and size.
+"""What an image file says of itself before any pixel is decoded: format and size, and their limit.
 
 Only as far as torchvision's decoders need a guard (JPEG, PNG, WebP); Pillow reads the headers of
 other formats without decoding.
@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+
+from fd_large.errors import DataError
+
+# 8192 x 8192: 0.2 GB as RGB, at the worst (16 bits, RGB) 0.9 GB while it is decoded.
+MAX_PIXELS = 1 << 26
 
 _SOF_HUFFMAN_SEQUENTIAL = (0xC0, 0xC1)
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # tables, reserved, conditioning
@@ -128,3 +133,12 @@ def _read_webp(encoded: bytes | bytearray) -> Header | None:
     else:
         return None
     return Header("WEBP", height, width)
+
+
+def check_size(width: int, height: int, max_pixels: int, where: str) -> None:
+    """Raises: DataError: if there are too many pixels."""
+    if width * height > max_pixels:
+        raise DataError(
+            f"{where}: too large; got {width} x {height} pixels, expected at most {max_pixels} in "
+            "all. Remove the file, make it smaller or raise --data.max_pixels."
+        )

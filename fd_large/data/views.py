@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fd_large.data import color
 from fd_large.data.decode import decode, size_before_decoding
-from fd_large.data.decode_with_pillow import MAX_PIXELS
+from fd_large.data.image_header import MAX_PIXELS
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.source import ImageSource
 

@@ -71,8 +71,7 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
     low, high = numpy.nanmin([*values, loss.min()]), numpy.nanmax(values)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     upper.set_ylim(low - margin, high + margin)
-    upper.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
-    upper.yaxis.get_offset_text().set(size=style.SMALL_SIZE, color=style.GREY)
+    style.short_numbers(upper, (-2, 4))
     upper.set_ylabel(files.words("loss"), fontsize=style.TEXT_SIZE)
     upper.set_title(title, fontsize=style.TITLE_SIZE, loc="left")
     # Outside: in a short run the curve goes from corner to corner.
@@ -85,8 +84,7 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
     lower.set_xlim(0, last)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     lower.yaxis.set_major_locator(MaxNLocator(3))
-    lower.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    lower.yaxis.get_offset_text().set(size=style.SMALL_SIZE, color=style.GREY)
+    style.short_numbers(lower, (-2, 2))
     for axes in (upper, lower):
         style.plain_axes(axes)
         axes.yaxis.set_label_coords(-0.095, 0.5)

@@ -181,8 +181,7 @@ def _small(words: str) -> tuple[Any, Any]:
     axes.set_xlabel("steps", fontsize=8, color=style.GREY)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
-    axes.yaxis.get_offset_text().set(size=7, color=style.GREY)
+    style.short_numbers(axes, (-3, 4), 7)
     return figure, axes
 
 

@@ -62,6 +62,12 @@ def legend_below(figure: Figure, size: float) -> None:
     figure.legend(lines, names, fontsize=size, frameon=False, loc="lower left", ncols=columns)
 
 
+def short_numbers(axes: Axes, powers: tuple[int, int], size: float = SMALL_SIZE) -> None:
+    """Takes a power of ten outside these two out of the numbers of the y axis, to above it."""
+    axes.ticklabel_format(axis="y", style="sci", scilimits=powers)
+    axes.yaxis.get_offset_text().set(size=size, color=GREY)
+
+
 def plain_axes(axes: Axes) -> None:
     """Reduces a frame to the two sides that carry numbers, and a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)

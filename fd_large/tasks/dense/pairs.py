@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from fd_large.data.decode import decode
-from fd_large.data.decode_with_pillow import MAX_PIXELS
 from fd_large.data.folder import ImageFolder, read_image
+from fd_large.data.image_header import MAX_PIXELS
 from fd_large.errors import DataError
 
 FILES_CHECKED = 8

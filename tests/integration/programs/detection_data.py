@@ -16,7 +16,7 @@ import torch
 from launch import write_result
 
 from fd_large import distributed
-from fd_large.data.decode_with_pillow import MAX_PIXELS
+from fd_large.data.image_header import MAX_PIXELS
 from fd_large.data.sampler import Portion
 from fd_large.tasks.detection.data.annotations import CocoSet, open_coco
 from fd_large.tasks.detection.data.loader import build_evaluation_loader, build_training_loader

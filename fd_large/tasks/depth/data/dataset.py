@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fd_large.data.decode_with_pillow import MAX_PIXELS
+from fd_large.data.image_header import MAX_PIXELS
 from fd_large.errors import DataError
 from fd_large.tasks.dense.pairs import Layout, PairedImages, Pairs, pairs_in_folders, read_numbers
 from fd_large.tasks.depth.data.lists import DEFAULT_NAMES, default_list, pairs_of_list

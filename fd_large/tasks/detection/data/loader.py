@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fd_large.data.decode import decode
-from fd_large.data.decode_with_pillow import MAX_PIXELS
+from fd_large.data.image_header import MAX_PIXELS
 from fd_large.data.loader import Batch, build_loader, load_batches, load_samples
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import Portion, epoch_order

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large.data.decode_with_pillow import MAX_PIXELS
+from fd_large.data.image_header import MAX_PIXELS
 from fd_large.tasks.dense.pairs import Layout, PairedImages, Pairs, pairs_in_folders, read_numbers
 from fd_large.tasks.segmentation.data.labels import class_labels
 

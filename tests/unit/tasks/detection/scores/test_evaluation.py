@@ -10,7 +10,7 @@ import pytest
 import torch
 from coco import annotation, write_set
 
-from fd_large.data.decode_with_pillow import MAX_PIXELS
+from fd_large.data.image_header import MAX_PIXELS
 from fd_large.engine.evaluation import Interrupted
 from fd_large.tasks.detection.data.annotations import open_coco
 from fd_large.tasks.detection.heads.selection import Detections, Selection

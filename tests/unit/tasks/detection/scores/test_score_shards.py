@@ -9,7 +9,7 @@ import sys
 import pytest
 from coco import annotation, write_set
 
-from fd_large.data.decode_with_pillow import MAX_PIXELS
+from fd_large.data.image_header import MAX_PIXELS
 from fd_large.errors import DataError
 from fd_large.tasks.detection.scores.results import read_results, shard_of, write_results
 from fd_large.tasks.detection.scores.score_shards import NOTE, Note, Request, score_shards
