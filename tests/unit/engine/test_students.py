@@ -133,6 +133,7 @@ def test_no_student_s_speed_has_the_evaluations_and_checkpoints_of_another(start
         return wait
 
     monkeypatch.setattr(step_clock.time, "perf_counter", lambda: real[0])
+    monkeypatch.setattr(step_clock, "_stood", 0.0)
     runs = [start(name, total=2, evaluate_every=1) for name in "ab"]
     for run in runs:
         run.hook.on_evaluation, run.hook.on_save = map(slowly, slow)

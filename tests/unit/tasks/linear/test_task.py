@@ -72,7 +72,8 @@ def test_it_learns_as_in_the_official_code(make_engine, frozen, config):
         if number == 0:
             after = whole(engine.task.head.weight)
             assert after == pytest.approx(expected["weight_after_one_step"], abs=1e-6)
-    assert losses == pytest.approx(expected["losses"], abs=1e-5)
+    # They reach 36, where 1e-5 is three steps of float32.
+    assert losses == pytest.approx(expected["losses"], rel=1e-6, abs=1e-5)
     for name in ("running_mean", "running_var"):
         found = getattr(engine.task, name)
         assert found.tolist() == pytest.approx(expected[name], abs=1e-5)
