@@ -264,6 +264,10 @@ class DenseJob(Job):
         """Returns the student's tensors that the task does without, and what stands for them."""
         return {} if self.section.head in self.on_last_map else DISCARDED
 
+    def lacks(self) -> str:
+        """Returns what the model card says of it, after a space; "" where nothing is left out."""
+        return " It had no final norm, which only normalises here." if self.left_out() else ""
+
 
 def next_multiple(size: int, of: int) -> int:
     """Returns the least multiple of `of` that is no smaller than a size."""

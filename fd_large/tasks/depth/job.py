@@ -134,12 +134,11 @@ class DepthJob(DenseJob):
     def learned(self, manifest: Mapping[str, Any]) -> Learned:
         """Returns what the model card says of the depth."""
         name = without_folders(self.run.data.root)
-        lacks = " It had no final norm, which only normalises here." if self.left_out() else ""
         return replace(
             super().learned(manifest),
             title=f"trained to estimate depth on {name}",
             intro="An image backbone that was trained to give the depth of each pixel; the head "
-            f"is left out.{lacks}",
+            f"is left out.{self.lacks()}",
             tag="depth-estimation-backbone",
         )
 

@@ -185,12 +185,11 @@ class SegmentationJob(DenseJob):
     def learned(self, manifest: Mapping[str, Any]) -> Learned:
         """Returns what the model card says of the classes."""
         name = without_folders(self.run.data.root)
-        lacks = " It had no final norm, which only normalises here." if self.left_out() else ""
         return replace(
             super().learned(manifest),
             title=f"trained to segment {name}",
             intro="An image backbone that was trained to name the class of each pixel; the heads "
-            f"are left out.{lacks}",
+            f"are left out.{self.lacks()}",
             tag="image-segmentation-backbone",
         )
 
