@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -49,6 +50,8 @@ PRELOADED = (
 )
 # DeepSpeed imports it where it is installed, and with it pyarrow, whose allocator starts a thread.
 WITHOUT = "mlflow"
+# From <sys/prctl.h>.
+PR_SET_PDEATHSIG = 1
 _SECONDS_BETWEEN_LOOKS = 0.01
 _LONGEST_MESSAGE = 1 << 20
 
@@ -206,6 +209,8 @@ def _send(client: socket.socket, message: dict[str, int]) -> None:
 
 def become(request: dict[str, Any], output: int) -> None:
     """Makes this process what `python PROGRAM ARGS` would be, and runs the program."""
+    # A server that is killed takes its ranks along.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
     for standard in (1, 2):
         os.dup2(output, standard)
