@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
+from multiprocessing import util
 
 POLL_SECONDS = 1.0
+# Bytes of a socket's name on Linux, without the zero at its end.
+LONGEST_SOCKET_NAME = 107
+_NAME_IN_FOLDER = "/pymp-12345678/listener-12345678"
+# Where it is made if the folder for temporary files has too long a path.
+_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def start_worker(_number: int) -> None:
@@ -19,12 +27,25 @@ def start_worker(_number: int) -> None:
     sends it. A thread waits for that, and for the training process's end: torch's own watch misses
     it while a worker is held up on a full pipe.
     """
+    _shorten_socket_name()
     # Inherited: the training process would take the worker's signals for its own.
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_watch, args=(os.getppid(),), name="watch parent", daemon=True).start()
+
+
+def _shorten_socket_name() -> None:
+    """Lets a worker's socket, by which its tensors travel, have a name that is short enough.
+
+    Python (before 3.14) makes it below TMPDIR. Under one of more than 75 bytes, as batch systems
+    make them, the worker could not, and the training process would wait for its batch for ever.
+    """
+    name = os.fsencode(tempfile.gettempdir() + _NAME_IN_FOLDER)
+    short = [folder for folder in _SHORT_FOLDERS if os.access(folder, os.W_OK | os.X_OK)]
+    if len(name) > LONGEST_SOCKET_NAME and short:
+        tempfile.tempdir = short[0]
 
 
 def _watch(parent: int) -> None:
@@ -35,4 +56,6 @@ def _watch(parent: int) -> None:
                 break
         else:
             time.sleep(POLL_SECONDS)
+    # Of its socket, which would stay behind.
+    shutil.rmtree(util.get_temp_dir(), ignore_errors=True)
     os._exit(0)

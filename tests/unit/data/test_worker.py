@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
@@ -43,9 +45,12 @@ def gone(pids: list[int], within_seconds: float) -> bool:
     return not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
 
-def start(picture_folder, *arguments: str) -> tuple[subprocess.Popen, list[int]]:
+def start(
+    picture_folder, *arguments: str, temporary: Path | None = None
+) -> tuple[subprocess.Popen, list[int]]:
     training = subprocess.Popen(
         [sys.executable, "-c", TRAINING, str(picture_folder), *arguments],
+        env=os.environ | ({"TMPDIR": str(temporary)} if temporary else {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -56,10 +61,26 @@ def start(picture_folder, *arguments: str) -> tuple[subprocess.Popen, list[int]]
     return training, workers
 
 
-def test_workers_do_not_outlive_their_parent(picture_folder):
-    training, workers = start(picture_folder)
+def test_workers_do_not_outlive_their_parent(picture_folder, tmp_path):
+    training, workers = start(picture_folder, temporary=tmp_path)
+    for _ in range(200):
+        if len(sockets := list(tmp_path.glob("*/listener*"))) == len(workers):
+            break
+        time.sleep(0.05)
+    assert len(sockets) == len(workers)
     training.kill()
     training.wait(10)
+    assert gone(workers, 10)
+    # Nor do their sockets.
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_for_temporary_files_may_have_long_paths(picture_folder, tmp_path):
+    """Longer than a socket's name may be."""
+    long = tmp_path / ("a" * 100)
+    long.mkdir()
+    training, workers = start(picture_folder, "leave", temporary=long)
+    assert training.wait(30) == 0
     assert gone(workers, 10)
 
 
