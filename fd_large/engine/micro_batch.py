@@ -30,11 +30,9 @@ from fd_large.engine.forward_backward import arguments_of_step, backward, comple
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import FDError
+from fd_large.plan.peak_memory import HEADROOM
 
 log = logging.getLogger(__name__)
-
-HEADROOM = 0.92
-"""Fraction of the memory that a prediction may fill: allocators fragment, and loaders grow."""
 
 
 class OutOfMemory(FDError):

@@ -15,8 +15,8 @@ from fd_large.plan.workload import Workload
 LIVE_ELEMENTS = 1_000_000_000
 # Driver, libraries and their buffers on a GPU; assumed.
 FIXED_BYTES = 2e9
-# Fraction of the memory that a plan may fill, because allocators fragment. The engine's search for
-# a micro-batch uses the same.
+# Fraction of the memory that a plan, or the engine's search for a micro-batch, may fill: allocators
+# fragment, and loaders grow.
 HEADROOM = 0.92
 
 
