@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from fd_large import failures
-from fd_large.errors import ConfigError, FDError, LaunchError
+from fd_large.errors import ConfigError, FDError, LaunchError, first_line
 from fd_large.launch import Launch, find_launch
 from fd_large.watch import nearest_launcher, watch_launcher
 
@@ -125,7 +125,7 @@ def start(
         # Connects each rank to the next one on the ring: from here on, one that ends is noticed.
         dist.all_reduce(torch.zeros(1))
     except RuntimeError as error:
-        said = str(error).splitlines()[0].rstrip(".")
+        said = first_line(error).rstrip(".")
         raise LaunchError(
             f"launch: rank {launch.rank} of {launch.world_size} did not meet the others at "
             f"{launch.master_addr}:{launch.master_port}; got {said}. "

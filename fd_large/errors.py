@@ -106,6 +106,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def named(error: BaseException) -> str:
+    """Returns the name of an error's class and the first line of its text, if it has one."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
+
+
 def check_all(*checks: Callable[[], Any]) -> list[Any]:
     """Makes every check, and raises one error that tells all the mistakes that they found.
 

@@ -21,7 +21,7 @@ from fd_large import meeting
 from fd_large.atomic_files import PASSING, retried
 from fd_large.data.packages import PARQUET, check_packages, is_url, scheme_of
 from fd_large.data.shards import expand_braces
-from fd_large.errors import DataError, first_line
+from fd_large.errors import DataError, named
 
 T = TypeVar("T")
 
@@ -104,9 +104,9 @@ def asked(url: str, action: Callable[[], T]) -> T:
             return action()
         except Exception as error:
             if _passes(error):
-                raise OSError(errno.EREMOTEIO, _named(error)) from error
+                raise OSError(errno.EREMOTEIO, named(error)) from error
             raise DataError(
-                f"{url}: cannot be read; got {_named(error)}, expected an object that this user "
+                f"{url}: cannot be read; got {named(error)}, expected an object that this user "
                 "may read. Check the name, and the credentials that the store's client uses."
             ) from error
 
@@ -282,7 +282,3 @@ def _passes(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in PASSING
     return isinstance(error, (TimeoutError, EOFError))
-
-
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"

@@ -19,7 +19,7 @@ from fd_large.checkpoint.lease import Lease
 from fd_large.engine.job import JobOf
 from fd_large.engine.opening import open_stored
 from fd_large.engine.zero import private_names
-from fd_large.errors import CheckpointError
+from fd_large.errors import CheckpointError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -115,9 +115,9 @@ def import_checkpoint(
         ) from error
     except Exception as error:  # DeepSpeed raises many kinds; all mean the same to the user.
         raise CheckpointError(
-            f"checkpoint import: {source}: DeepSpeed cannot read it; got "
-            f"{str(error).splitlines()[0]}, expected a checkpoint of this recipe, stage and number "
-            "of ranks. Start as many ranks as wrote it."
+            f"checkpoint import: {source}: DeepSpeed cannot read it; got {first_line(error)}, "
+            "expected a checkpoint of this recipe, stage and number of ranks. Start as many ranks "
+            "as wrote it."
         ) from error
     if path is None:
         raise CheckpointError(

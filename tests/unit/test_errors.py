@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fd_large.errors import ConfigError, DataError, FDError, check_all, nearest
+from fd_large.errors import ConfigError, DataError, FDError, check_all, first_line, named, nearest
 
 
 def refuse(error: FDError) -> None:
@@ -33,6 +33,18 @@ def test_all_mistakes_are_told_at_once_and_each_once() -> None:
 def test_a_mistake_of_ours_stays_a_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         check_all(lambda: refuse(ConfigError("a")), lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "both"),
+    [
+        (ValueError("\n a\nb"), "a", "ValueError: a"),
+        (ValueError(), "ValueError", "ValueError"),
+        (ValueError(" \n"), "ValueError", "ValueError"),
+    ],
+)
+def test_an_error_without_text_is_told_by_its_class(error, line: str, both: str) -> None:
+    assert (first_line(error), named(error)) == (line, both)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ import torch
 
 from fd_large import distributed
 from fd_large.engine.zero.private_names import get
+from fd_large.errors import named
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def _build(name: str) -> str | None:
             log.info("compiling DeepSpeed's %s in %s", name, folder())
             return _compile(name, folder() / f"{builder.name}.log", turn)
     except Exception as error:  # DeepSpeed raises many kinds, whatever a compiler says.
-        return f"it does not build: {_line(error)}"
+        return f"it does not build: {named(error)}"
 
 
 def _compile(name: str, said: Path, turn: int) -> str | None:
@@ -168,12 +169,8 @@ def _load(name: str) -> str | None:
         with _turn(builder.name):
             builder.load(verbose=False)
     except Exception as error:  # Builders raise many kinds.
-        return f"it does not load: {_line(error)}"
+        return f"it does not load: {named(error)}"
     return None
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
 @contextmanager

@@ -65,6 +65,15 @@ def planted(folder, *, age=0.0):
     return lock
 
 
+def test_an_error_without_text_is_told_by_its_class(loaded, monkeypatch):
+    def load(verbose):
+        raise AssertionError
+
+    builder = SimpleNamespace(name="some_op", is_compatible=lambda verbose: True, load=load)
+    monkeypatch.setattr(compiled_ops, "_builder", lambda name: builder)
+    assert compiled_ops.load("SomeOp").startswith("it does not load: AssertionError (on ")
+
+
 def test_it_is_built_once_on_the_nodes_own_disk(loaded, tmp_path, monkeypatch):
     assert compiled_ops.load("SomeOp") is None
     compiling(monkeypatch, "raise SystemExit('a second build')")
