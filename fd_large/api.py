@@ -23,6 +23,7 @@ from fd_large.engine.guest import cuda_devices, guest
 from fd_large.errors import ConfigError, nearest
 from fd_large.recipes import registry
 from fd_large.recipes.fields import flat_plain, from_plain, hints_of
+from fd_large.recipes.file_names import SUMMARY
 from fd_large.recipes.run import Run
 from fd_large.recipes.run_file import Given, accepted, named_fields, run_of
 from fd_large.recipes.sections import RANDOM
@@ -305,12 +306,14 @@ def evaluate(
                 f"{name}: no such argument of evaluate; {nearest(name, [*known, *hints_of(Run)])}"
             )
     named = [os.fspath(model) for model in models]
-    base = command.scored_run(named, task) or registry.get(own.get("recipe") or command.RECIPE)
+    base = command.scored_run(named, task) or registry.get(
+        own.get("recipe") or registry.FINETUNING_RECIPE
+    )
     run = _run_of(base, values)
     given = named_fields(Given(values), [])
     own |= {"models": named, "task": task, "out": os.fspath(out)}
     arguments = from_plain(command.Evaluate, {k: _listed(v) for k, v in own.items()}, "")
-    summary = Path(out) / "summary.json"
+    summary = Path(out) / SUMMARY
     before = summary.stat().st_mtime_ns if summary.is_file() else None
     with guest():
         code = command.evaluate(arguments, given, run)

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from fd_large.atomic_files import retried, write_json
 from fd_large.checkpoint.lease import Lease
 from fd_large.errors import CheckpointError, FDError
+from fd_large.recipes.file_names import CHECKPOINTS
 
 PART = ".part"
 OLD = ".old"
@@ -56,7 +57,7 @@ class Stored:
 
 def checkpoints_of(folder: Path) -> Path:
     """Returns the folder of a run's checkpoints."""
-    return folder / "checkpoints"
+    return folder / CHECKPOINTS
 
 
 def name_of(update: int) -> str:

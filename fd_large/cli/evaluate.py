@@ -16,9 +16,11 @@ from fd_large.cli.evaluate_trainings import train_models
 from fd_large.cli.output import tables
 from fd_large.cli.paths import paths_of_models, require_paths
 from fd_large.errors import ConfigError
+from fd_large.recipes import registry
 from fd_large.recipes.fields import override, require
+from fd_large.recipes.file_names import PAGE, RECIPE
 from fd_large.recipes.run import Run
-from fd_large.recipes.stored import FILE, read_recipe, run_of_checkpoint
+from fd_large.recipes.stored import read_recipe, run_of_checkpoint
 from fd_large.recipes.task_kind import TaskKind
 from fd_large.tasks.registry import TASKS, kind_of
 
@@ -27,8 +29,6 @@ SCORING_FIELDS = ("data.root", "data.workers", "data.max_pixels")
 TESTS = tuple(
     dict.fromkeys((*PROBES, *TRAININGS, *(k.name for k in TASKS.values() if k.scores_runs)))
 )
-# The recipe whose fields have the defaults.
-RECIPE = "finetune_clip_vit_base"
 
 
 _SCORED_FILES = {kind.scored_files: kind for kind in TASKS.values() if kind.scored_files}
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
         Evaluate,
         arguments,
         command="evaluate",
-        recipe=RECIPE,
+        recipe=registry.FINETUNING_RECIPE,
         base_of=lambda own: scored_run(own.get("models", ()), own.get("task", "auto")),
     )
     return evaluate(given.own, given.fields, given.run)
@@ -81,7 +81,7 @@ def scored_run(models: Sequence[str], task: str) -> Run | None:
         says.
     """
     folder = run_of_checkpoint(models[0]) if models else None
-    if folder is None or not (folder / FILE).is_file():
+    if folder is None or not (folder / RECIPE).is_file():
         return None
     with suppress(ConfigError):
         run = read_recipe(folder, where="evaluate")
@@ -115,7 +115,7 @@ def evaluate(own: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
     require_paths(paths_of_models(own.models) | root)
     kind = TASKS.get(own.task)
     folder = run_of_checkpoint(own.models[0])
-    if own.task == "auto" and (folder / FILE).is_file():
+    if own.task == "auto" and (folder / RECIPE).is_file():
         kind = kind_of(read_recipe(folder, where="evaluate").task.name)
     if kind and kind.scores_runs:
         allowed = (*SCORING_FIELDS, *kind.scoring_fields)
@@ -216,7 +216,7 @@ def _score_run(own: Evaluate, changes: Mapping[str, Any]) -> int:
     files = [*scores.files]
     if distributed.is_main():
         pictures = [file for file in files if file.suffix == ".png"]
-        page = Path(own.out) / "report.html"
+        page = Path(own.out) / PAGE
         title = f"{run.name}: {kind_of(run.task.name).title or run.task.name}"
         files.append(write_evaluation_page(page, title, scores.tables, pictures, below=str(path)))
     for file in files:

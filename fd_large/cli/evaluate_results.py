@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fd_large.atomic_files import write_json
 from fd_large.cli.output import tables
 from fd_large.cli.sweep import Sweep
+from fd_large.recipes.file_names import PAGE, SUMMARY
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,14 +78,14 @@ def finish(folder: Path, rows: Sequence[Row], title: str, **facts: Any) -> None:
         "device": f"{distributed.world_size()} x {name}",
         "nets": [_as_json(row, rows[0]) | spread(row.values) for row in rows],
     }
-    write_json(folder / "summary.json", summary)
+    write_json(folder / SUMMARY, summary)
     _write_predictions(folder / "predictions.npz", rows)
     plot = folder / f"{facts['task']}.png"
     draw_comparison(summary, title, plot)
     shown = tables_of(summary, title)
     how = {**facts, **facts.get("settings", {})}
     page = write_evaluation_page(
-        folder / "report.html",
+        folder / PAGE,
         title,
         shown,
         [plot],
@@ -94,7 +95,7 @@ def finish(folder: Path, rows: Sequence[Row], title: str, **facts: Any) -> None:
     console = tables()
     for one in shown:
         console.print(one)
-    console.print(f"{folder}/summary.json, {plot}, {page}", soft_wrap=True)
+    console.print(f"{folder}/{SUMMARY}, {plot}, {page}", soft_wrap=True)
 
 
 def _as_json(row: Row, first: Row) -> dict[str, Any]:

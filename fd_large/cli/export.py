@@ -18,6 +18,7 @@ from fd_large.atomic_files import check_new
 from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.errors import CheckpointError
 from fd_large.recipes.fields import require
+from fd_large.recipes.file_names import EVALUATIONS, SUMMARY
 from fd_large.recipes.stored import read_recipe, recipe_file, run_of_checkpoint
 from fd_large.weights.libraries import LIBRARIES, To
 from fd_large.weights.push import REPOSITORY
@@ -230,10 +231,10 @@ def _summary(folder: Path, step: int) -> dict[str, Any]:
     from fd_large.runtime.run_folder import rows_before
 
     run = run_of_checkpoint(folder)
-    summary = _json(run / "summary.json")
+    summary = _json(run / SUMMARY)
     if run == folder or summary.get("updates") == step:
         return summary
-    rows = rows_before(run / "evaluations.jsonl", step + 1)
+    rows = rows_before(run / EVALUATIONS, step + 1)
     own = next((row for row in rows if row["update"] == step), {})
     measured = {name for row in rows for name in row} - {"update"}
     return summary | dict.fromkeys([*measured, "loss_end"]) | own | {"updates": step}

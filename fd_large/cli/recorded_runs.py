@@ -14,6 +14,7 @@ from typing import Any
 
 from fd_large.atomic_files import out_folder, write_json
 from fd_large.errors import ConfigError, Exit
+from fd_large.recipes.file_names import SUMMARY
 from fd_large.recipes.run import Run, difference
 from fd_large.tasks.registry import kind_of
 
@@ -57,7 +58,7 @@ def train(run: Run, deepspeed_config: str) -> tuple[int, dict[str, Any]]:
     if code:
         return code, {}
     # Rank 0 wrote it; the others may be here before it is written.
-    file = Path(run.run_dir()) / "summary.json"
+    file = Path(run.run_dir()) / SUMMARY
     text = file.read_text() if distributed.is_main() else "{}"
     code = Exit.AGAIN if distributed.any_rank(preemption.asked_too_late()) else Exit.DONE
     return code, distributed.broadcast_object(json.loads(text))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fd_large.cli.recorded_runs import read_record, write_record
 from fd_large.errors import ConfigError, DataError, Exit
 from fd_large.recipes.fields import require
+from fd_large.recipes.file_names import CHECKPOINTS
 from fd_large.recipes.run import Run
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ def run_trials(trials: Sequence[Trial], train: Callable[[Run], Trained]) -> tupl
             status = "diverged" if diverged else "done"
             _record(found, status=status, held_out_accuracy=found.accuracy)
         if distributed.is_main():
-            shutil.rmtree(Path(trial.run.run_dir()) / "checkpoints", ignore_errors=True)
+            shutil.rmtree(Path(trial.run.run_dir()) / CHECKPOINTS, ignore_errors=True)
         ended.append(found)
     if all(trial.accuracy is None for trial in ended):
         rates = sorted({trial.run.optim.base_lr for trial in ended})

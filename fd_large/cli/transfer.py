@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -33,15 +33,11 @@ from fd_large.plan.rates import rates_of
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.fields import at_least, require
-from fd_large.report.transfer import DONE, FAILED, RECORD, SUMMARY, read_cell, write_table
-
-if TYPE_CHECKING:
-    pass
+from fd_large.recipes.file_names import SUMMARY
+from fd_large.report.transfer import DONE, FAILED, RECORD, read_cell, write_table
 
 log = logging.getLogger(__name__)
 
-# The recipe whose fields have the defaults.
-RECIPE = "finetune_clip_vit_base"
 # What comes before the names that are nearest to a flag's.
 _UNKNOWN = "unknown flag; nearest: "
 # Fields that the command itself sets.
@@ -123,7 +119,9 @@ class ColumnFlags:
 def main(arguments: list[str]) -> int:
     """Runs the command."""
     words, of_columns = split(arguments)
-    given = parse_with_recipe(Transfer, words, command="transfer", recipe=RECIPE)
+    given = parse_with_recipe(
+        Transfer, words, command="transfer", recipe=registry.FINETUNING_RECIPE
+    )
     found = check_all(
         *(partial(changes_of, name, of_columns.get(name, []), given.fields) for name in COLUMNS)
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 from fd_large import distributed
 from fd_large.errors import ConfigError, nearest
+from fd_large.recipes.file_names import EVALUATIONS
 from fd_large.runtime.run_folder import rows_before
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Best:
         """Returns it with the evaluations of a run that goes on after so many steps; collective."""
         values: dict[int, float] = {}
         if distributed.is_main():
-            rows = rows_before(folder / "evaluations.jsonl", finished + 1)
+            rows = rows_before(folder / EVALUATIONS, finished + 1)
             values = {row["update"]: row[metric] for row in rows if row.get(metric) is not None}
             values.pop(0, None)
         values = distributed.broadcast_object(values)

@@ -32,7 +32,8 @@ from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.config import computes_in_bfloat16
 from fd_large.errors import CheckpointError, ConfigError
-from fd_large.runtime.guard import FILE, INCIDENTS_WITH_IMAGES, roll_backs_of
+from fd_large.recipes.file_names import DEEPSPEED, INCIDENT, INCIDENTS, METRICS, RECIPE, STEP
+from fd_large.runtime.guard import INCIDENTS_WITH_IMAGES, roll_backs_of
 from fd_large.runtime.run_folder import rows_before
 
 log = logging.getLogger(__name__)
@@ -115,17 +116,17 @@ def read_incident(path: Path, job_of: JobOf) -> Incident:
     Raises: ConfigError: if there is no incident, or it is damaged, outside of its run, or without
         images.
     """
-    file = path / FILE if path.is_dir() else path
+    file = path / INCIDENT if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(
-            f"replay: {path}: no incident; got no such file, expected RUN/incidents/"
-            f"update_NNNNNNNN/{FILE}. Name one that the guard has written."
+            f"replay: {path}: no incident; got no such file, expected RUN/{INCIDENTS}/"
+            f"{STEP}NNNNNNNN/{INCIDENT}. Name one that the guard has written."
         )
     said = _object(file)
     folder = file.absolute().parents[2]
-    if not (folder / "recipe.json").is_file():
+    if not (folder / RECIPE).is_file():
         raise ConfigError(
-            f"replay: {file}: outside of its run; got no recipe.json in {folder}, expected the "
+            f"replay: {file}: outside of its run; got no {RECIPE} in {folder}, expected the "
             "folder of a run. Put the incident back into RUN/incidents."
         )
     images = []
@@ -174,8 +175,8 @@ def find_weights(incident: Incident) -> Weights:
         reader = Reader(item, {"master"})
         if item.update > step:
             return Weights(reader, item.update, None)
-        rows = rows_before(incident.folder / "metrics.jsonl", step)
-        roll_backs = roll_backs_of(incident.folder / "incidents")
+        rows = rows_before(incident.folder / METRICS, step)
+        roll_backs = roll_backs_of(incident.folder / INCIDENTS)
         apart = _moved_by(rows, roll_backs, step) ^ _moved_by(rows, roll_backs, item.update)
         return Weights(reader, item.update, len(apart))
     raise CheckpointError(
@@ -255,7 +256,7 @@ def _task(job: Job, reader: Reader, *, bfloat16: bool) -> Task:
 
 
 def _job(folder: Path, job_of: JobOf) -> Job:
-    job = job_of(_object(folder / "recipe.json"))
+    job = job_of(_object(folder / RECIPE))
     if not job.learns_from_images_alone:
         raise ConfigError(
             f"replay: {folder}: its incidents do not hold what the task learns from; got the task "
@@ -264,7 +265,7 @@ def _job(folder: Path, job_of: JobOf) -> Job:
         )
     run = job.in_one_process()
     # In the run's own precision, wherever it is replayed: bfloat16 rounds.
-    config = _object(folder / "deepspeed.json")
+    config = _object(folder / DEEPSPEED)
     precision = "bfloat16" if config.get("bf16", {}).get("enabled") else "float32"
     job = job_of(replace(run, engine=replace(run.engine, precision=precision)))
     # A frozen model of the run may be another run's student.

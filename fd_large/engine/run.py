@@ -27,6 +27,7 @@ from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.trust_ratio import scale_by_norms
 from fd_large.errors import Exit, FDError
 from fd_large.plan.counts import StepFlops
+from fd_large.recipes.file_names import METRICS
 from fd_large.recipes.run import LENGTH, Run, difference
 from fd_large.runtime.guard import Guard
 from fd_large.runtime.hooks import DONE, FAILED, PREEMPTED, Hook, Setting
@@ -301,7 +302,7 @@ def _log_other_length(
         }
         if not changed or not distributed.is_main():
             return
-        rows = rows_before(folder / "metrics.jsonl", finished)
+        rows = rows_before(folder / METRICS, finished)
         last = f" after {rows[-1]['learning_rate']:.3g} at the last one" if rows else ""
         log.warning(
             "%s: ANOTHER SCHEDULE from here on: the run goes on after step %d to step %d, and its "

@@ -81,6 +81,8 @@ RECIPES: dict[str, Callable[[], Run]] = {
 }
 
 DEFAULT_RECIPE = "quickstart"
+# What a command that carries models on takes its defaults from.
+FINETUNING_RECIPE = "finetune_clip_vit_base"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 from fd_large.errors import ConfigError
+from fd_large.recipes.file_names import CHECKPOINTS, RECIPE
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import STUDENTS
-
-FILE = "recipe.json"
 
 
 def recipe_file(folder: str | Path, *, where: str) -> Path:
@@ -21,15 +20,15 @@ def recipe_file(folder: str | Path, *, where: str) -> Path:
 
     Raises: ConfigError: if the folder is not that of a run.
     """
-    path = Path(folder) / FILE
-    if students := sorted(one.parent for one in Path(folder).glob(f"{STUDENTS}/*/{FILE}")):
+    path = Path(folder) / RECIPE
+    if students := sorted(one.parent for one in Path(folder).glob(f"{STUDENTS}/*/{RECIPE}")):
         raise ConfigError(
             f"{where}: {folder}: a run with several students; got the folder of all, expected that "
             f"of one. Name {' or '.join(map(str, students))}."
         )
     if not path.is_file():
         raise ConfigError(
-            f"{where}: {folder}: not a run; got a path without {FILE}, expected the folder of a "
+            f"{where}: {folder}: not a run; got a path without {RECIPE}, expected the folder of a "
             "run. Name one, for example runs/quickstart."
         )
     return path
@@ -43,7 +42,7 @@ def run_of_checkpoint(path: str | Path) -> Path:
     """
     path = Path(path)
     above = path.parent.parent
-    return above if path.parent.name == "checkpoints" and (above / FILE).is_file() else path
+    return above if path.parent.name == CHECKPOINTS and (above / RECIPE).is_file() else path
 
 
 def read_recipe(folder: str | Path, *, where: str) -> Run:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fd_large.recipes.architectures import changed_words, full_name, image_side_of
+from fd_large.recipes.file_names import EVENTS, LOGS, METRICS, PAGE, SUMMARY
+from fd_large.recipes.sections import STUDENTS
 from fd_large.report.run_files import RunFiles
 from fd_large.tasks.distillation.section import cached_folder
 from fd_large.tasks.registry import TASKS
 
 RUNNING = "running"
-PAGE = "report.html"
 
 
 def closing_text(files: RunFiles, pictures: list[Path]) -> str:
@@ -30,7 +31,7 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
     rows += [("" if index else "pictures", str(path)) for index, path in enumerate(pictures)]
     if files.has(PAGE):
         rows.append(("all on a page", f"{files.folder}/{PAGE}"))
-    kept = [name for name in ("summary.json", "metrics.jsonl", "logs") if files.has(name)]
+    kept = [name for name in (SUMMARY, METRICS, LOGS) if files.has(name)]
     rows.append(("numbers, logs", f"{files.folder}: {', '.join(kept) or 'nothing yet'}"))
     if reason := files.summary.get("reason"):
         rows.append(("why it ended", reason))
@@ -108,7 +109,7 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
         if str(files.recipe["data"]["root"]).startswith("builtin:") and not stored:
             own = {"data.root": "FOLDER", "eval.root": "HELD_OUT_FOLDER"}
             # The command of one of several students is that of all.
-            is_one_of_several = files.folder.parent.name == "students"
+            is_one_of_several = files.folder.parent.name == STUDENTS
             group = files.folder.parents[1] if is_one_of_several else files.folder
             own["runtime.run_dir"] = f"{group}-2"
             steps.append(("the same on your own images", _again(files, own)))
@@ -118,8 +119,8 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
         if files.saved is None:
             again = "start again from the beginning: no checkpoint is stored yet"
         steps.append((again, _again(files, {})))
-    if files.has("events"):
-        events = [_program("tensorboard"), "--logdir", f"{files.folder}/events"]
+    if files.has(EVENTS):
+        events = [_program("tensorboard"), "--logdir", f"{files.folder}/{EVENTS}"]
         steps.append(("all curves in a browser", events))
     if status == "done":
         why = "the runs of record: what they need, how long they take, what to expect"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 
+from fd_large.recipes.file_names import PAGE
 from fd_large.report import html
 from fd_large.report.diagnosis import (
     Landscape,
@@ -105,7 +106,7 @@ def write_html(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
     """Writes report.html, with the pictures inside; returns its path."""
     models = diagnosis["models"]
     return html.write(
-        folder / "report.html",
+        folder / PAGE,
         "Diagnosis",
         (
             html.section(

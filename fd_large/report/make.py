@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fd_large.atomic_files import write_json
+from fd_large.recipes.file_names import PICTURES, SUMMARY
 from fd_large.report.closing import RUNNING, closing_text, next_steps
 from fd_large.report.features import draw_features
 from fd_large.report.loss_curve import draw_loss_curve
@@ -28,7 +29,7 @@ def make_report(folder: str | Path, *, running: bool = False) -> str:
     files = read_run(folder)
     if running:
         files = replace(files, summary={"status": RUNNING})
-    pictures = files.folder / "pictures"
+    pictures = files.folder / PICTURES
     pictures.mkdir(exist_ok=True)
     drawn = [
         pictures / name
@@ -40,6 +41,6 @@ def make_report(folder: str | Path, *, running: bool = False) -> str:
     ]
     if files.summary and not running:
         files.summary["next"] = next_steps(files)
-        write_json(files.folder / "summary.json", files.summary)
+        write_json(files.folder / SUMMARY, files.summary)
     write_run_page(files)
     return closing_text(files, drawn)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_large.recipes.architectures import full_name
+from fd_large.recipes.file_names import PICTURES
 from fd_large.report import html
 from fd_large.report.closing import closing_rows, progress
 from fd_large.report.run_files import RunFiles
@@ -19,7 +20,7 @@ def run_html(files: RunFiles) -> str:
         rows.append(("why it ended", str(reason)))
     rows.append(("folder", str(files.folder)))
     status = files.summary.get("status", "not finished")
-    pictures = files.folder / "pictures"
+    pictures = files.folder / PICTURES
     return _shown(
         f"{files.recipe['name']}: {status}, {progress(files)}",
         rows,

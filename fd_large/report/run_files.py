@@ -13,6 +13,7 @@ import numpy
 from fd_large.errors import ConfigError, DataError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import flat_plain
+from fd_large.recipes.file_names import ENVIRONMENT, EVALUATIONS, METRICS, SUMMARY
 from fd_large.recipes.stored import recipe_file
 
 
@@ -121,19 +122,19 @@ def read_run(folder: str | Path) -> RunFiles:
     Raises: ConfigError: if it is not a run's; DataError: if a file in it is damaged.
     """
     folder = Path(folder)
-    rows = _rows(folder / "metrics.jsonl")
+    rows = _rows(folder / METRICS)
     return RunFiles(
         folder=folder,
         recipe=_object(recipe_file(folder, where="report")),
-        environment=_object(folder / "environment.json"),
-        summary=_object(folder / "summary.json"),
+        environment=_object(folder / ENVIRONMENT),
+        summary=_object(folder / SUMMARY),
         updates=numpy.array([row["update"] + 1 for row in rows], dtype=numpy.int64),
         loss=numpy.array(
             [numpy.nan if row.get("skipped") else row["loss"] for row in rows], dtype=numpy.float64
         ),
         learning_rate=numpy.array([row["learning_rate"] for row in rows], dtype=numpy.float64),
         rows=rows,
-        evaluations=_rows(folder / "evaluations.jsonl"),
+        evaluations=_rows(folder / EVALUATIONS),
     )
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy
 
 from fd_large.recipes.architectures import changed_words, full_name, image_side_of
+from fd_large.recipes.file_names import INCIDENT, INCIDENTS, PAGE, PICTURES, STEP
 from fd_large.report import html, style
 from fd_large.report.closing import (
-    PAGE,
     RUNNING,
     closing_rows,
     next_steps,
@@ -191,23 +191,23 @@ def _thin(count: int) -> numpy.ndarray:
 
 
 def _pictures(files: RunFiles) -> Iterator[str]:
-    found = sorted((files.folder / "pictures").glob("**/*.png"))
+    found = sorted((files.folder / PICTURES).glob("**/*.png"))
     found = [path for path in found if path.stem != "loss_curve"]
     found.sort(key=lambda path: (path.stem not in CAPTIONS, path))
     for path in found[:MOST_PICTURES]:
         caption = CAPTIONS.get(path.stem, path.relative_to(files.folder).as_posix())
         if path.stem == "features" and files.recipe.get("teachers"):
             caption = OF_SEVERAL_TEACHERS
-        elif path.stem == "features" and not files.has("pictures/features_after.npz"):
+        elif path.stem == "features" and not files.has(f"{PICTURES}/features_after.npz"):
             caption = caption.replace("before and after training", "before training")
         yield html.picture(path, path.stem.replace("_", " "), caption)
     if len(found) > MOST_PICTURES:
-        yield html.paragraph(f"{len(found) - MOST_PICTURES} more are in {files.folder}/pictures.")
+        yield html.paragraph(f"{len(found) - MOST_PICTURES} more are in {files.folder}/{PICTURES}.")
 
 
 def _incidents(files: RunFiles) -> Iterator[str]:
     rows = []
-    for path in sorted(files.folder.glob("incidents/update_*/incident.json")):
+    for path in sorted(files.folder.glob(f"{INCIDENTS}/{STEP}*/{INCIDENT}")):
         try:
             found = json.loads(path.read_text())
             off = ", ".join(f"{one['what']} {float(one['value']):.4g}" for one in found["off"])

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fd_large.atomic_files import replacing, write_json
 from fd_large.errors import ConfigError
+from fd_large.recipes.file_names import PAGE, SUMMARY
 from fd_large.report import style
 from fd_large.report.evaluation_page import write_evaluation_page
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-SUMMARY, RECORD = "summary.json", "cell.json"
+RECORD = "cell.json"
 DONE, FAILED = "done", "failed"
 """How a run of a cell has ended; "" for one that is to start or to go on."""
 # How a run says that the same command goes on with it.
@@ -123,7 +124,7 @@ def write_table(folder: Path) -> tuple[dict[str, Any], list[Table], list[Path]]:
     with replacing(text) as aside:
         aside.write_text(_as_text(tables), encoding="utf-8")
     page = write_evaluation_page(
-        folder / "report.html",
+        folder / PAGE,
         _TITLE,
         tables,
         [picture],

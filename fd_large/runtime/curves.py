@@ -17,6 +17,7 @@ from typing import Any
 
 from fd_large.atomic_files import write_json
 from fd_large.errors import ConfigError, first_line
+from fd_large.recipes.file_names import EVALUATIONS, RECIPE
 from fd_large.runtime.hooks import Row, Setting, Tracker
 from fd_large.runtime.logs import FILE_ONLY
 from fd_large.runtime.run_folder import rows_before
@@ -49,7 +50,7 @@ class Curves(Tracker):
         # An evaluation at the seam may come again.
         self._seam = first = setting.first_update
         self._at_seam: set[str] = set()
-        for row in rows_before(setting.folder / "evaluations.jsonl", first + 1):
+        for row in rows_before(setting.folder / EVALUATIONS, first + 1):
             if first and row["update"] == first:
                 self._at_seam |= row.keys()
 
@@ -165,7 +166,7 @@ def run_name(setting: Setting, recipe: Mapping[str, Any]) -> str:
 
 
 def _recipe(setting: Setting) -> dict[str, Any]:
-    return json.loads((setting.folder / "recipe.json").read_text())
+    return json.loads((setting.folder / RECIPE).read_text())
 
 
 def _ids(setting: Setting) -> dict[str, str]:

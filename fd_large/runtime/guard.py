@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from fd_large import distributed
 from fd_large.atomic_files import write_json
+from fd_large.recipes.file_names import INCIDENT, INCIDENTS, METRICS, STEP, of_step
 from fd_large.recipes.sections import Guard as Limits
 from fd_large.runtime.hooks import GUARD, Evidence, Hook, Setting, Update, Verdict
 from fd_large.runtime.run_folder import rows_before, written_or_logged
@@ -40,7 +41,6 @@ LOSS_FLOOR, NORM_FLOOR = 0.05, 0.25
 """Least spread: of the loss as a fraction of its median, of the norm in natural logarithms."""
 INCIDENTS_WITH_IMAGES, RANKS_WITH_IMAGES = 20, 4
 """Newest incidents that keep their images, and ranks whose images are written for each."""
-FILE = "incident.json"
 MAD_TO_DEVIATION = 1.4826  # Exact for a normal distribution.
 
 Values = tuple[int, float, float]
@@ -167,7 +167,7 @@ class Guard(Hook):
     def on_start(self, setting: Setting) -> None:
         """Takes up what the guard of the run before a resume knew."""
         self._setting = setting
-        self._incidents = setting.folder / "incidents"
+        self._incidents = setting.folder / INCIDENTS
         self._findings: list[Finding] = []
         self._incident: dict[str, Any] = {}
         if distributed.is_main():
@@ -189,7 +189,7 @@ class Guard(Hook):
             "indices": evidence.indices.tolist(),
             "names": [self._setting.name_of(index) for index in evidence.indices.tolist()],
         }
-        folder = _folder_of(self._incidents, update.index)
+        folder = of_step(self._incidents, update.index + 1)
         part = folder.with_name(folder.name + ".part")
         if distributed.is_main():
             with written_or_logged(folder):
@@ -226,7 +226,7 @@ class Guard(Hook):
             return
         with written_or_logged(folder):
             self._setting.must_own()
-            write_json(part / FILE, self._incident)
+            write_json(part / INCIDENT, self._incident)
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
             _drop_old_images(self._incidents)
@@ -256,13 +256,13 @@ class Guard(Hook):
     def on_roll_back(self, update: Update, restored: int) -> None:
         """Forgets what the abandoned steps have shown, and records it for a resume."""
         roll_backs, refused = self._past.roll_backs + 1, len(self._past.refused)
-        folder = _folder_of(self._incidents, update.index)
+        folder = of_step(self._incidents, update.index + 1)
         self._incident["restored"] = restored
         if distributed.is_main():
-            with written_or_logged(folder / FILE):
+            with written_or_logged(folder / INCIDENT):
                 self._setting.must_own()
                 folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / FILE, self._incident)
+                write_json(folder / INCIDENT, self._incident)
             log.warning(
                 "guard: %d refused in a row: weights and moments are those of %d steps "
                 "again, and the run goes on with the next data (roll-back %d of %d)",
@@ -281,7 +281,7 @@ class Guard(Hook):
         """Returns what the first `updates` of the run have left, the same on every rank."""
         past: _Past | None = None
         if distributed.is_main():
-            rows = rows_before(self._setting.folder / "metrics.jsonl", updates)
+            rows = rows_before(self._setting.folder / METRICS, updates)
             past = past_of(rows, roll_backs_of(self._incidents))
         return cast(_Past, distributed.broadcast_object(past))
 
@@ -324,18 +324,13 @@ def _in_words(incident: dict[str, Any], found: list[Finding], folder: Path) -> s
     )
 
 
-def _folder_of(incidents: Path, index: int) -> Path:
-    # Counted from 1, as the terminal and the loss curve count steps.
-    return incidents / f"update_{index + 1:08d}"
-
-
 def _index(folder: Path) -> int:
-    return int(folder.name.removeprefix("update_")) - 1
+    return int(folder.name.removeprefix(STEP)) - 1
 
 
 def _folders(incidents: Path) -> list[Path]:
     """Returns the complete incidents, oldest first."""
-    return sorted(p for p in incidents.glob("update_*") if p.name.removeprefix("update_").isdigit())
+    return sorted(p for p in incidents.glob(f"{STEP}*") if p.name.removeprefix(STEP).isdigit())
 
 
 def _set_aside(incidents: Path, first_update: int) -> None:
@@ -353,9 +348,9 @@ def roll_backs_of(incidents: Path) -> dict[int, int]:
     found = {}
     for folder in _folders(incidents):
         try:
-            restored = json.loads((folder / FILE).read_text())["restored"]
+            restored = json.loads((folder / INCIDENT).read_text())["restored"]
         except (OSError, ValueError, KeyError) as error:
-            log.warning("%s: cannot be read: %s", folder / FILE, error)
+            log.warning("%s: cannot be read: %s", folder / INCIDENT, error)
             continue
         if restored is not None:
             found[_index(folder)] = restored

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fd_large import distributed
 from fd_large.errors import printable
+from fd_large.recipes.file_names import LOGS
 from fd_large.runtime import terminal
 
 FILE_ONLY = {"file_only": True}
@@ -72,7 +73,7 @@ def set_up(folder: Path) -> None:
     root = logging.getLogger()
     if not any(isinstance(handler, _Keep) for handler in root.handlers):
         start(distributed.rank())
-    logs = folder / "logs"
+    logs = folder / LOGS
     logs.mkdir(parents=True, exist_ok=True)
     path = logs / f"rank_{distributed.rank():05d}.log"
     file = logging.FileHandler(path)

@@ -18,6 +18,7 @@ import torch
 from fd_large import distributed
 from fd_large.atomic_files import replacing, write_json
 from fd_large.plan.utilisation import peak_flops, shares
+from fd_large.recipes.file_names import EVALUATIONS, METRICS, SUMMARY
 from fd_large.runtime import step_clock
 from fd_large.runtime.hooks import Hook, Row, Setting, Tracker, Update
 from fd_large.runtime.run_folder import (
@@ -51,8 +52,8 @@ class Meter(Hook):
         self._losses: tuple[float, float] | None = None
         self._evaluations: dict[int, dict[str, float]] = {}
         self._unwritten: list[str] = []
-        self._rows_file = setting.folder / "metrics.jsonl"
-        self._evaluations_file = setting.folder / "evaluations.jsonl"
+        self._rows_file = setting.folder / METRICS
+        self._evaluations_file = setting.folder / EVALUATIONS
         if not distributed.is_main():
             self._trackers = Trackers(())
         else:
@@ -105,7 +106,7 @@ class Meter(Hook):
         self._flush()
         peak = int(distributed.max_rank(peak_memory_bytes()))
         if distributed.is_main():
-            path = self._setting.folder / "summary.json"
+            path = self._setting.folder / SUMMARY
             with written_or_logged(path):
                 self._setting.must_own()
                 write_json(path, self._summary(status, peak))
@@ -115,7 +116,7 @@ class Meter(Hook):
         """Writes what is known without the other ranks."""
         self._flush()
         if distributed.is_main():
-            path = self._setting.folder / "summary.json"
+            path = self._setting.folder / SUMMARY
             with written_or_logged(path):
                 self._setting.must_own()
                 ending = {**self._summary(status, peak_memory_bytes()), "reason": reason}

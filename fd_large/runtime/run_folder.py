@@ -18,6 +18,7 @@ from typing import Any
 from fd_large import distributed
 from fd_large.atomic_files import write_json
 from fd_large.errors import ConfigError
+from fd_large.recipes.file_names import DEEPSPEED, ENVIRONMENT, RECIPE, SUMMARY
 
 log = logging.getLogger(__name__)
 
@@ -88,10 +89,10 @@ def write_environment(
     """
     if not distributed.is_main():
         return
-    write_json(folder / "deepspeed.json", deepspeed_config)
+    write_json(folder / DEEPSPEED, deepspeed_config)
     device = distributed.device()
     write_json(
-        folder / "environment.json",
+        folder / ENVIRONMENT,
         {
             "python": sys.version.split()[0],
             "packages": versions(),
@@ -108,7 +109,7 @@ def write_environment(
 
 
 def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
-    file = folder / "recipe.json"
+    file = folder / RECIPE
     if file.exists():
         remedy = "Set --runtime.run_dir to another folder, or --fresh to start over here."
         try:
@@ -145,7 +146,7 @@ def status_of(folder: Path) -> str | None:
 def summary_of(folder: Path) -> dict[str, Any]:
     """Returns summary.json; empty where there is none that can be read."""
     with suppress(OSError, ValueError):
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = json.loads((folder / SUMMARY).read_text())
         if isinstance(summary, dict):
             return summary
     return {}
@@ -159,7 +160,7 @@ def write_status(folder: Path, status: str, **more: Any) -> None:
         status: How the run ended.
         more: Further entries.
     """
-    path = folder / "summary.json"
+    path = folder / SUMMARY
     with written_or_logged(path):
         aside = path.with_name(f"summary_of_rank_{distributed.rank()}.json")
         write_json(aside, {**summary_of(folder), "status": status, **more})

@@ -6,6 +6,7 @@ import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from fd_large.recipes.file_names import EVENTS
 from fd_large.runtime.curves import Curves
 from fd_large.runtime.hooks import Setting
 
@@ -27,7 +28,7 @@ class TensorBoard(Curves):
         first = setting.first_update
         # The last step that is kept stands at step `first`.
         self._writer: SummaryWriter | None = SummaryWriter(
-            str(setting.folder / "events"), purge_step=first + 1 if first else None, flush_secs=30
+            str(setting.folder / EVENTS), purge_step=first + 1 if first else None, flush_secs=30
         )
 
     def on_end(self, status: str) -> None:

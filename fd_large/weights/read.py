@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fd_large.errors import WeightsError, first_line
+from fd_large.recipes.file_names import CHECKPOINTS
 from fd_large.weights import torch_files
 from fd_large.weights.libraries import LIBRARIES
 from fd_large.weights.unpickle import NAME_LENGTH, RefusedError
@@ -215,7 +216,7 @@ def file_of(path: Path, *, where: str = "weights") -> Path:
     """
     if path.is_file() and path.suffix not in _GRAPHS:
         return path
-    if (path / "checkpoints").is_dir():
+    if (path / CHECKPOINTS).is_dir():
         raise WeightsError(
             f"{where}: {path}: the folder of a run; got a folder, expected a weights file. Export "
             "the student first."

@@ -24,6 +24,7 @@ from fd_large.engine.job import Job, StoredScores, StoredStudent, trained_at
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError
+from fd_large.recipes.file_names import EVALUATED, of_step
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.runtime.hooks import Hook, Setting
@@ -219,7 +220,7 @@ class DenseJob(Job):
         ) -> tuple[dict[str, float], None]:
             if step == 0:
                 return {}, None
-            folder = Path(run.run_dir()) / "evaluations" / f"update_{step:08d}"
+            folder = of_step(Path(run.run_dir()) / EVALUATED, step)
             with evaluating(engine):
                 outcome = self.measure(model, images, between)
                 some = predict_some(outcome.errors, model, images) if last else None

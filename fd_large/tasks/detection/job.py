@@ -25,6 +25,7 @@ from fd_large.engine.job import Job, Predicted, StoredScores, StoredStudent, tra
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError, DataError
+from fd_large.recipes.file_names import EVALUATED, of_step
 from fd_large.recipes.run import Run
 from fd_large.tasks.dense.stages import LEFT_OUT
 from fd_large.tasks.dense.stored import HeadTensors, head_shapes, task_to_test
@@ -35,7 +36,6 @@ from fd_large.tasks.detection.data.views import Jitter, LargeScaleJitter, Shorte
 from fd_large.tasks.detection.heads.selection import Selection
 from fd_large.tasks.detection.scores.evaluation import (
     evaluate,
-    folder_of,
     left_in,
     scoring_of,
 )
@@ -220,7 +220,7 @@ class DetectionJob(Job):
                 scoring = evaluate(
                     model,
                     images,
-                    folder_of(self.folder, step),
+                    of_step(self.folder, step),
                     batch_size=micro_batch_size,
                     workers=run.data.workers,
                     max_pixels=run.data.max_pixels,
@@ -298,7 +298,7 @@ class DetectionJob(Job):
     @property
     def folder(self) -> Path:
         """The folder of evaluations."""
-        return Path(self.run.run_dir()) / "evaluations"
+        return Path(self.run.run_dir()) / EVALUATED
 
     def test_images(self, classes: tuple[str, ...], *, where: str = "") -> CocoSet:
         """Opens the val split of `eval.root`, or if that is not set of `data.root`.

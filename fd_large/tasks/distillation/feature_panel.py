@@ -12,6 +12,7 @@ import numpy
 
 from fd_large import distributed
 from fd_large.atomic_files import replacing
+from fd_large.recipes.file_names import PICTURES
 from fd_large.runtime.hooks import Hook, Setting
 from fd_large.runtime.run_folder import written_or_logged
 
@@ -34,7 +35,7 @@ class FeaturePanel(Hook):
         """
         if distributed.is_main() and self._setting.owned():
             name = f"features_{'after' if index else 'before'}.npz"
-            write_panel(self._setting.folder / "pictures" / name, index, panel)
+            write_panel(self._setting.folder / PICTURES / name, index, panel)
 
 
 def write_panel(path: Path, index: int, panel: dict[str, numpy.ndarray]) -> None:

@@ -55,7 +55,7 @@ def pasted(command: str):
         return name, given
     if name == "evaluate":
         return name, parse_with_recipe(
-            evaluate.Evaluate, rest, command=name, recipe=evaluate.RECIPE
+            evaluate.Evaluate, rest, command=name, recipe=registry.FINETUNING_RECIPE
         )
     if name == "recipes":
         assert rest == []

@@ -10,7 +10,8 @@ from html_page import check_page
 from PIL import Image
 
 from fd_large.errors import ConfigError
-from fd_large.report.transfer import SUMMARY, write_table
+from fd_large.recipes.file_names import SUMMARY
+from fd_large.report.transfer import write_table
 
 ROWS = ("student", "teacher", "scratch")
 SCORES = {

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fd_large import activity, distributed
+from fd_large.recipes.file_names import STEP
 from fd_large.tasks.detection.data.annotations import CocoSet
 from fd_large.tasks.detection.data.loader import build_evaluation_loader
 from fd_large.tasks.detection.scores.collect import keep_shard, to_results
@@ -18,8 +19,6 @@ from fd_large.tasks.detection.scores.scoring_process import ScoringProcess, forg
 from fd_large.tasks.detection.scores.views import Model
 
 log = logging.getLogger(__name__)
-
-STEP = "update_"
 
 
 def evaluate(
@@ -123,8 +122,3 @@ def left_in(folder: Path, last: int) -> tuple[int, Path] | None:
                 forget_shards(one)
             found = found[scored[-1] + 1 :]
     return distributed.broadcast_object(found[-1] if found else None)
-
-
-def folder_of(folder: Path, step: int) -> Path:
-    """Returns the folder of an evaluation, in the folder of a run's evaluations."""
-    return folder / f"{STEP}{step:08d}"

@@ -12,9 +12,10 @@ from coco import annotation, write_set
 
 from fd_large.data.image_header import MAX_PIXELS
 from fd_large.engine.evaluation import Interrupted
+from fd_large.recipes.file_names import of_step
 from fd_large.tasks.detection.data.annotations import open_coco
 from fd_large.tasks.detection.heads.selection import Detections, Selection
-from fd_large.tasks.detection.scores.evaluation import evaluate, folder_of, left_in, scoring_of
+from fd_large.tasks.detection.scores.evaluation import evaluate, left_in, scoring_of
 from fd_large.tasks.detection.scores.views import Model, TestViews
 from fd_large.tasks.detection.task import Ask
 
@@ -90,12 +91,12 @@ def test_an_evaluation_that_is_left_leaves_nothing(root, tmp_path):
 
 def test_what_was_not_scored_is_taken_up_by_a_later_start(root, tmp_path):
     for step in (2, 4, 6):
-        scoring = begun(root, folder_of(tmp_path, step))
+        scoring = begun(root, of_step(tmp_path, step))
         scoring.give_up()
         if step == 2:
             scoring.forget()
     step, folder = left_in(tmp_path, 5)
-    assert (step, folder) == (4, folder_of(tmp_path, 4))
+    assert (step, folder) == (4, of_step(tmp_path, 4))
     assert left_in(tmp_path, 3) is None
     images = open_coco(str(root), "val")
     again = scoring_of(images, folder, draw=False, max_pixels=MAX_PIXELS)
@@ -104,7 +105,7 @@ def test_what_was_not_scored_is_taken_up_by_a_later_start(root, tmp_path):
     assert left_in(tmp_path, 5) is None
     assert left_in(tmp_path, 6)[0] == 6
     # As of an evaluation whose scoring failed: that of step 4 has been scored since.
-    begun(root, folder_of(tmp_path, 2)).give_up()
+    begun(root, of_step(tmp_path, 2)).give_up()
     assert left_in(tmp_path, 5) is None
-    assert list(folder_of(tmp_path, 2).iterdir()) == []
+    assert list(of_step(tmp_path, 2).iterdir()) == []
     assert {path.name for path in folder.iterdir()} == {"results.json", "scores.json"}

@@ -1,0 +1,30 @@
+"""The names of what stands in the folder of a run.
+
+They stay as they are: the folders of earlier runs and the tools of users have them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+RECIPE = "recipe.json"
+DEEPSPEED = "deepspeed.json"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+# The folders of `evaluate` and `transfer` hold the next two as well.
+SUMMARY = "summary.json"
+PAGE = "report.html"
+CHECKPOINTS = "checkpoints"
+EVENTS = "events"
+LOGS = "logs"
+PICTURES = "pictures"
+INCIDENTS = "incidents"
+INCIDENT = "incident.json"
+EVALUATED = "evaluations"
+STEP = "update_"
+
+
+def of_step(folder: Path, step: int) -> Path:
+    """Returns the folder of a step, counted from 1, among the incidents or the evaluations."""
+    return folder / f"{STEP}{step:08d}"
