@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+SCORES = "scores.json"
 NUM_IMAGES = 4
 """Rows of a plot of images: the worst ones, and others that are always the same."""
 
@@ -30,8 +32,9 @@ class Model(Protocol):
     def views(self) -> TestViews:
         """At which sizes it sees an image."""
 
-    def num_forwards(self, height: int, width: int) -> int:
-        """Returns how many forwards `predict` makes of an image."""
+    @property
+    def at_once(self) -> int:
+        """Number of windows in a forward of `predict`."""
 
     def predict(self, seen: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Predicts the pixels of an image: (H, W), on the device.
@@ -139,13 +142,24 @@ def draw_some(
     return drawn
 
 
+@torch.no_grad()
+def forward_of_nothing(forward: Callable[[Tensor], Tensor], side: int) -> None:
+    """Makes a forward of one black image, of this side in pixels."""
+    forward(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=distributed.device()))
+
+
+def finite(value: float) -> float | None:
+    """Returns a score as a JSON file holds it: None where there is none."""
+    return float(value) if np.isfinite(value) else None
+
+
 def _predict_together(model: Model, item: TestImage) -> Tensor | None:
     """Predicts this rank's image, None if it has none; a collective.
 
     Under ZeRO-3 every rank must make as many forwards as the others.
     """
     size = (item.truth.shape[0], item.truth.shape[1])
-    planned = model.num_forwards(*size) if item.views else 0
+    planned = model.views.num_forwards(*size, model.at_once) if item.views else 0
     most = int(distributed.max_rank(planned))
     predicted = model.predict(item.views, size) if item.views else None
     for _ in range(most - planned):

@@ -29,7 +29,7 @@ from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.runtime.hooks import Hook, Setting
 from fd_large.tasks.classification.mean_token import DISCARDED
-from fd_large.tasks.dense.evaluation import predict_some
+from fd_large.tasks.dense.evaluation import SCORES, predict_some
 from fd_large.tasks.dense.loader import TrainingBatches
 from fd_large.tasks.dense.pixels import PADDING
 from fd_large.tasks.dense.stages import is_of_one_size
@@ -255,7 +255,7 @@ class DenseJob(Job):
         if not distributed.is_main():
             return StoredScores((), ())
         drawn = self.keep(outcome, some, images, folder)
-        return StoredScores(self.tables(outcome, images), (folder / "scores.json", *drawn))
+        return StoredScores(self.tables(outcome, images), (folder / SCORES, *drawn))
 
     def stored_task(self, reader: Reader) -> Any:
         """Builds the task of a checkpoint, to be tested."""

@@ -103,6 +103,9 @@ class TestViews(Protocol):
     def views(self, height: int, width: int) -> list[View]:
         """Returns the views of an image of this size."""
 
+    def num_forwards(self, height: int, width: int, at_once: int) -> int:
+        """Returns how many forwards an image takes, with so many windows in each."""
+
 
 class TestImage(NamedTuple):
     """An image of a test.

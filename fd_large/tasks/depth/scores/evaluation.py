@@ -14,7 +14,15 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.atomic_files import write_json
-from fd_large.tasks.dense.evaluation import Drawn, DrawnImages, draw_some, predict_all
+from fd_large.tasks.dense.evaluation import (
+    SCORES,
+    Drawn,
+    DrawnImages,
+    draw_some,
+    finite,
+    forward_of_nothing,
+    predict_all,
+)
 from fd_large.tasks.dense.windows import mean_of_windows
 from fd_large.tasks.depth.data.dataset import DepthSet
 from fd_large.tasks.depth.data.views import TestViews
@@ -27,8 +35,6 @@ from fd_large.tasks.depth.scores.metrics import (
     image_scores,
 )
 from fd_large.tasks.depth.scores.pictures import Row, draw_rows
-
-SCORES = "scores.json"
 
 
 class Outcome(NamedTuple):
@@ -69,10 +75,6 @@ class Model(NamedTuple):
     views: TestViews
     at_once: int = 1
 
-    def num_forwards(self, height: int, width: int) -> int:
-        """Returns how many forwards `predict` makes of an image."""
-        return self.views.num_forwards(height, width, self.at_once)
-
     @torch.no_grad()
     def predict(self, seen: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Predicts the depths of an image: (H, W) float32 in metres, on the device.
@@ -108,10 +110,7 @@ class Model(NamedTuple):
 
     def idle(self) -> None:
         """Makes one forward of nothing, for ranks that others wait for."""
-        side = self.views.image_size
-        with torch.no_grad():
-            black = torch.zeros(1, 3, side, side, dtype=torch.uint8)
-            self.depths(black.to(distributed.device()))
+        forward_of_nothing(self.depths, self.views.image_size)
 
     def _flipped_too(self, pixels: Tensor) -> Tensor:
         depths = self.depths(pixels)
@@ -192,9 +191,6 @@ def _in_words(scores: NDArray[np.float64]) -> str:
 
 
 def _plain(outcome: Outcome, images: DepthSet) -> dict[str, Any]:
-    def number(value: float) -> float | None:
-        return float(value) if np.isfinite(value) else None
-
     scores = outcome.scores
     return {
         "crop": outcome.scored.crop,
@@ -202,10 +198,10 @@ def _plain(outcome: Outcome, images: DepthSet) -> dict[str, Any]:
         "images": int(scores.scored.sum()),
         "unread_images": outcome.unread,
         "images_without_depth": outcome.without_depth,
-        **{name: number(value) for name, value in scores.numbers().items()},
+        **{name: finite(value) for name, value in scores.numbers().items()},
         "of_images": {
             images[index]: {
-                name: number(value)
+                name: finite(value)
                 for name, value in zip(NAMES, scores.of_images[index], strict=True)
             }
             for index in np.flatnonzero(scores.scored).tolist()

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.atomic_files import write_json
-from fd_large.tasks.dense.evaluation import Drawn, DrawnImages, draw_some, predict_all
+from fd_large.tasks.dense.evaluation import (
+    SCORES,
+    Drawn,
+    DrawnImages,
+    draw_some,
+    finite,
+    forward_of_nothing,
+    predict_all,
+)
 from fd_large.tasks.dense.windows import mean_of_windows
 from fd_large.tasks.segmentation.data.classes import Classes
 from fd_large.tasks.segmentation.data.dataset import SegmentationSet
@@ -21,8 +29,6 @@ from fd_large.tasks.segmentation.data.views import TestViews
 from fd_large.tasks.segmentation.scores.areas import Scores, confusion, scores_of
 from fd_large.tasks.segmentation.scores.pictures import Row, draw_confusion, draw_rows
 from fd_large.tasks.segmentation.scores.views import Logits, averaged, resized
-
-SCORES = "scores.json"
 
 
 class Outcome(NamedTuple):
@@ -54,10 +60,6 @@ class Model(NamedTuple):
     views: TestViews
     at_once: int = 1
 
-    def num_forwards(self, height: int, width: int) -> int:
-        """Returns how many forwards `predict` makes of an image."""
-        return self.views.num_forwards(height, width, self.at_once)
-
     @torch.no_grad()
     def predict(self, seen: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Names the class of each pixel of an image: (H, W) int64, on the device.
@@ -74,10 +76,7 @@ class Model(NamedTuple):
 
     def idle(self) -> None:
         """Makes one forward of nothing, for ranks that others wait for."""
-        side = self.views.crop or self.views.short_side
-        with torch.no_grad():
-            black = torch.zeros(1, 3, side, side, dtype=torch.uint8)
-            self.logits(black.to(distributed.device()))
+        forward_of_nothing(self.logits, self.views.crop or self.views.short_side)
 
     def _logits(self, seen: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         for image in seen:
@@ -165,15 +164,11 @@ def keep(
 
 def _plain(outcome: Outcome, classes: Classes) -> dict[str, Any]:
     scores = outcome.scores
-
-    def number(value: float) -> float | None:
-        return None if np.isnan(value) else float(value)
-
     return {
         "unread_images": outcome.unread,
-        **{name: number(value) for name, value in scores.numbers().items()},
+        **{name: finite(value) for name, value in scores.numbers().items()},
         "classes": [
-            {"name": name, "IoU": number(iou), "Acc": number(acc), "pixels": int(pixels)}
+            {"name": name, "IoU": finite(iou), "Acc": finite(acc), "pixels": int(pixels)}
             for name, iou, acc, pixels in zip(
                 classes.names, scores.iou, scores.acc, scores.counts.sum(1), strict=True
             )
