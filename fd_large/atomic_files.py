@@ -45,6 +45,11 @@ PASSING = {
     errno.ENETUNREACH,
 }
 
+PARTIAL = ".partial-"
+"""What a name begins with that a process gives to what it writes aside, beside those of others."""
+STALE_SECONDS = 24 * 3600
+"""So long after its last change, what is aside was left by a process that was killed."""
+
 
 def retried(action: Callable[[], T], what: object) -> T:
     """Does something with files, again after a pause where the error is one that passes.

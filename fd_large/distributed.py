@@ -54,7 +54,10 @@ def open_files_needed(num_ranks: int) -> int:
 
 
 def start(
-    launch: Launch | None = None, *, timeout_seconds: float = 1800.0, is_guest: bool = False
+    launch: Launch | None = None,
+    *,
+    timeout_seconds: float = failures.LONGEST_WAIT_SECONDS,
+    is_guest: bool = False,
 ) -> Launch:
     """Makes the process group of all ranks and starts the watch; once, at the start of a run.
 

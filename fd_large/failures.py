@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 EXITS_FOLDER = "FD_LARGE_EXITS"
 """The variable with the folder for exit files; slurm/launch.sh sets it."""
+LONGEST_WAIT_SECONDS = 1800.0
+"""How long a collective waits for a rank before it fails."""
 SECONDS_BETWEEN_LOOKS = 1.0
 GRACE_SECONDS = 5.0
 """In which the main thread may end by itself, with a message and an exit code of its own."""

@@ -26,9 +26,6 @@ log = logging.getLogger(__name__)
 ORPHAN_GRACE_SECONDS = 20.0
 """Seconds from SIGTERM to the end of a rank whose launcher is gone, unless a `hold` is active."""
 
-LONGEST_HOLD_SECONDS = 1800.0
-"""As long as a collective waits for a rank: a `hold` of a rank that hangs ends too."""
-
 WATCH_INTERVAL_SECONDS = 1.0
 
 _DEEPSPEED_RUNNERS = frozenset({"deepspeed", "ds", "deepspeed.pt", "deepspeed.launcher.runner"})
@@ -90,7 +87,7 @@ def _watch(line: list[int], launchers: dict[int, str]) -> None:
     log.error("rank %s: %s, which started this rank, is gone; stopping", rank, gone)
     os.kill(os.getpid(), signal.SIGTERM)
     deadline = time.monotonic() + ORPHAN_GRACE_SECONDS
-    latest = deadline + LONGEST_HOLD_SECONDS
+    latest = deadline + failures.LONGEST_WAIT_SECONDS
     while time.monotonic() < deadline or (_holds and time.monotonic() < latest):
         time.sleep(0.1)
     failures.tell(128 + signal.SIGTERM, f"{gone}, which started it, is gone")

@@ -22,13 +22,12 @@ from fd_large.plan.rates import Rates, rates_of
 from fd_large.plan.search import Refused, search
 from fd_large.plan.step_time import Estimate
 from fd_large.plan.workload import Workload, together
-from fd_large.recipes import registry
+from fd_large.recipes import dataset_sizes, registry
 from fd_large.recipes.architectures import brings_model
 from fd_large.recipes.fields import at_least, flat, plain, positive, require
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import AUTO, RANDOM, FrozenModel
 
-IMAGENET = 1_281_167
 NARROW = 96
 """Columns of a terminal below which the table leaves out times that the lines after it give."""
 
@@ -54,7 +53,7 @@ class Plan(TakesRunFile):
     # Network cards of each node; 0: one for each GPU.
     nics_per_node: int = 0
     # Images of the dataset, which decide the steps of an epoch; the default is ImageNet-1K.
-    images: int = IMAGENET
+    images: int = dataset_sizes.IMAGENET
     # fused: the fused kernels, on cards that have them (h100, h200, a100, a100_40). reference:
     # plain torch.
     kernels: Kernels = "fused"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 from fd_large.recipes import registry
+from fd_large.recipes.dataset_sizes import ADE20K, COCO, IMAGENET, NYUV2
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.tasks.finetuning.recipe_name import recipe_name
 
@@ -119,7 +120,7 @@ COLUMNS = {
             "finetune",
             "imagenet",
             "ImageNet fine-tuning",
-            1_281_167,
+            IMAGENET,
             (Score("test_top1", "fine-tuned, top-1 %"),),
             lambda architecture, run_recipe: recipe_name(architecture, run_recipe=run_recipe),
             {
@@ -135,7 +136,7 @@ COLUMNS = {
             "linear",
             "imagenet",
             "ImageNet linear probe",
-            1_281_167,
+            IMAGENET,
             (Score("test_top1", "linear, top-1 %"),),
             lambda architecture, run_recipe: "linear_probe",
             {
@@ -147,7 +148,7 @@ COLUMNS = {
             "ade20k",
             "ade20k",
             "ADE20K segmentation",
-            20_210,
+            ADE20K,
             (Score("val_mIoU", "ADE20K, mIoU %"),),
             nearest_recipe("ade20k_upernet_"),
             {
@@ -163,7 +164,7 @@ COLUMNS = {
             "coco",
             "coco",
             "COCO detection",
-            118_287,
+            COCO,
             (
                 Score("box_AP", "COCO, box AP", scale=100.0),
                 Score("mask_AP", "COCO, mask AP", scale=100.0),
@@ -175,7 +176,7 @@ COLUMNS = {
             "nyuv2",
             "nyuv2",
             "NYUv2 depth",
-            24_231,
+            NYUV2,
             (Score("val_rmse", "NYUv2, RMSE m", digits=3, lower_is_better=True),),
             nearest_recipe("nyuv2_vit_", "nyuv2_swinv2_"),
             {"fd_clip_vit_base": Published((0.352,), (0.416,))},

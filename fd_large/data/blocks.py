@@ -31,6 +31,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fd_large.atomic_files import PARTIAL, STALE_SECONDS
 from fd_large.data.folder import MAX_FILE_BYTES
 from fd_large.data.listing import cache_folder
 from fd_large.data.objects import Stored
@@ -47,7 +48,6 @@ _TRAILER = struct.Struct("<qq8s")
 _MAGIC = b"fdblock1"
 _COLUMNS = ("starts", "sizes", "labels", "name_ends")
 _NUM_LOCKS = 256
-_STALE_SECONDS = 24 * 3600
 
 
 class BlockWriter:
@@ -176,7 +176,7 @@ class BlockCache(NamedTuple):
         return (self.folder / f"{key}.block").exists()
 
     def _write(self, path: Path, make: Callable[[BlockWriter], None]) -> None:
-        descriptor, aside = tempfile.mkstemp(prefix=".partial-", dir=self.folder)
+        descriptor, aside = tempfile.mkstemp(prefix=PARTIAL, dir=self.folder)
         try:
             with os.fdopen(descriptor, "w+b") as file:
                 writer = BlockWriter(file)
@@ -200,8 +200,8 @@ class BlockCache(NamedTuple):
                         blocks.append((status.st_mtime_ns, status.st_size, entry.path))
                         total += status.st_size
                     elif (
-                        entry.name.startswith(".partial-")
-                        and time.time() - status.st_mtime > _STALE_SECONDS
+                        entry.name.startswith(PARTIAL)
+                        and time.time() - status.st_mtime > STALE_SECONDS
                     ):
                         os.unlink(entry.path)  # A killed process left it.
         for _, size, path in sorted(blocks):

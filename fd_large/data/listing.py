@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fd_large import activity
+from fd_large.atomic_files import PARTIAL, STALE_SECONDS
 from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,6 @@ CACHED_FROM = 20_000
 SETTLED_SECONDS = 2.0
 # In the name of each file: another layout is another file.
 _LAYOUT = "fd-list3"
-_STALE_SECONDS = 24 * 3600
 
 Made = tuple[Mapping[str, NDArray], dict[str, Any]]
 """`names`, `ends` and further arrays; facts in JSON's types, of which `stamps` are not kept in
@@ -241,7 +241,7 @@ def _keep(listing: Listing, path: Path) -> Listing:
         return listing
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as aside:
+        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as aside:
             partial = Path(aside, path.name)
             save_file(dict(listing.arrays), partial, {"facts": json.dumps(listing.facts)})
             with open(partial, "rb") as file:
@@ -307,7 +307,7 @@ def _only_one(path: Path) -> Iterator[None]:
 
 def _remove_stale(folder: Path) -> None:
     """Removes what processes that were killed left behind."""
-    for path in folder.glob(".partial-*"):
+    for path in folder.glob(f"{PARTIAL}*"):
         with suppress(OSError):  # Another process was faster.
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(path)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from fd_large import distributed, meeting
-from fd_large.atomic_files import PASSING
+from fd_large.atomic_files import PARTIAL, PASSING
 from fd_large.data.blocks import BlockImages
 from fd_large.data.folder import ImageFolder
 from fd_large.data.photographs import Photographs
@@ -46,7 +46,6 @@ IMAGES_PER_FILE = 10_000
 SPARE_BYTES = 64 << 20
 _CHUNK = 8 << 20
 _REPORT_SECONDS = 10.0
-_PARTIAL = ".partial-"
 
 
 def stage(source: ImageSource, folder: str) -> ImageSource:
@@ -226,7 +225,7 @@ class _Copy:
                     while not _locked(lock):
                         if self.stop.wait(0.2):
                             raise _Stopped
-                for path in self.folder.glob(f"{_PARTIAL}*"):
+                for path in self.folder.glob(f"{PARTIAL}*"):
                     path.unlink()  # A copy that was killed left it.
             except OSError as error:
                 # Then two may copy the same: each writes aside, and what stays is whole.
@@ -263,7 +262,7 @@ class _Copy:
 
     def _make(self, file: _File) -> str:
         """Writes a copy aside, reads it back, and only then gives it its name."""
-        descriptor, aside = tempfile.mkstemp(prefix=_PARTIAL, dir=self.folder)
+        descriptor, aside = tempfile.mkstemp(prefix=PARTIAL, dir=self.folder)
         try:
             digest = hashlib.sha256()
             with os.fdopen(descriptor, "wb") as copy:
@@ -315,7 +314,7 @@ def _note(path: Path) -> Path:
 
 def _write_note(path: Path, origin: dict[str, Any], checksum: str) -> None:
     note = {"origin": origin, "sha256": checksum, "stamp": _stamp(path)}
-    aside = path.with_name(f"{_PARTIAL}{path.name}.json")
+    aside = path.with_name(f"{PARTIAL}{path.name}.json")
     aside.write_text(json.dumps(note))
     aside.replace(_note(path))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 from fd_large.errors import ConfigError, nearest
+from fd_large.failures import LONGEST_WAIT_SECONDS
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.fields import (
@@ -619,10 +620,10 @@ class Runtime:
         not_negative("runtime.notice_seconds", self.notice_seconds)
         at_least("runtime.canary_every", self.canary_every, 0, "steps")
         require(
-            0 <= self.watchdog_seconds < 1800,
+            0 <= self.watchdog_seconds < LONGEST_WAIT_SECONDS,
             "runtime.watchdog_seconds: out of range",
             self.watchdog_seconds,
-            "a number in [0, 1800)",
+            f"a number in [0, {LONGEST_WAIT_SECONDS:.0f})",
         )
         require(
             0 <= self.seed < 2**63,

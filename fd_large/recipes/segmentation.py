@@ -23,6 +23,7 @@ from __future__ import annotations
 from typing import Any
 
 from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.dataset_sizes import ADE20K
 from fd_large.recipes.run import Run, Task
 from fd_large.recipes.sections import Batch, Data, Optim, Student
 from fd_large.recipes.students import vit
@@ -61,7 +62,7 @@ def _ade20k(
             weight_decay=weight_decay,
             layer_decay=layer_decay,
             max_steps=max_steps,
-            warmup_epochs=WARMUP_STEPS / (20_210 // global_batch_size),
+            warmup_epochs=WARMUP_STEPS / (ADE20K // global_batch_size),
             clip_norm=0.0,
         ),
         batch=Batch(global_batch_size=global_batch_size),

@@ -1,0 +1,8 @@
+"""How many training images the datasets of record have."""
+
+from __future__ import annotations
+
+IMAGENET = 1_281_167
+ADE20K = 20_210
+COCO = 118_287
+NYUV2 = 24_231
