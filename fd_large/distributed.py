@@ -356,12 +356,12 @@ def all_gather(shard: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def broadcast_object(value: T, source: int = 0) -> T:
-    """Returns the picklable object of rank `source` on all ranks."""
+def broadcast_object(value: T) -> T:
+    """Returns the picklable object of rank 0 on all ranks."""
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=source, device=device())
+    dist.broadcast_object_list(box, src=0, device=device())
     moved()
     return box[0]
 

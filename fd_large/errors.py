@@ -135,19 +135,19 @@ def check_all(*checks: Callable[[], Any]) -> list[Any]:
     return values
 
 
-_LISTED = 40
+_NEAREST, _LISTED = 3, 40
 
 
-def nearest(name: str, names: Iterable[str], *, most: int = 3, before: str = "") -> str:
+def nearest(name: str, names: Iterable[str], *, before: str = "") -> str:
     """Returns "nearest: a, b" for a mistyped name, or "known: ..." when nothing is close.
 
     A name that is part of others, as `lr` of `optim.base_lr`, is close to these. `before` is put
     before each name that is told.
     """
     known = sorted(names)
-    close = get_close_matches(name, known, n=most, cutoff=0.5)
+    close = get_close_matches(name, known, n=_NEAREST, cutoff=0.5)
     if not close and len(name) > 1:
-        close = [one for one in known if name in one][:most]
+        close = [one for one in known if name in one][:_NEAREST]
     told = ", ".join(f"{before}{one}" for one in close or known[:_LISTED])
     if close:
         return f"nearest: {told}"

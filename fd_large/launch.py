@@ -64,9 +64,9 @@ def find_rank(environ: Mapping[str, str] = os.environ) -> int:
     return next((int(text) for text in given if text.isdigit()), 0)
 
 
-def is_first_of_node(environ: Mapping[str, str] = os.environ) -> bool:
+def is_first_of_node() -> bool:
     """Whether this is the first rank of its node as the launcher states it, unchecked."""
-    given = (environ.get(name, "") for name in _LOCAL_RANK_VARIABLES)
+    given = (os.environ.get(name, "") for name in _LOCAL_RANK_VARIABLES)
     return next((int(text) for text in given if text.isdigit()), 0) == 0
 
 

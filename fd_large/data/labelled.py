@@ -85,13 +85,13 @@ def training_part(root: str, *, where: str = "data.root") -> str:
     return train[0]
 
 
-def evaluation_part(root: str, *, where: str = "data.root") -> str:
+def evaluation_part(root: str) -> str:
     """Returns what to look at: the part that is tested where a root has that beside `train`.
 
     Args:
         root: As `open_images` takes it.
-        where: The field that names it, for messages.
     """
+    where = "data.root"
     tested = _places(root, "val", where)
     return tested[0] if tested and _places(root, "train", where) else root
 

@@ -240,15 +240,15 @@ def sums_in_float32(ranks: int, *, bfloat16: bool) -> bool:
     return not bfloat16 or ranks > MOST_BFLOAT16_SUMMANDS
 
 
-def persistence_threshold(sizes: Iterable[int], *, share: float = PERSISTENCE_SHARE) -> int:
-    """Returns the largest size up to which all tensors together hold at most `share` of the sum.
+def persistence_threshold(sizes: Iterable[int]) -> int:
+    """Returns the size up to which tensors together hold at most PERSISTENCE_SHARE of the sum.
 
     Args:
         sizes: Elements of each tensor of student and teacher.
-        share: Fraction of the sum of sizes.
     """
     counts = Counter(sizes)
-    left, threshold = share * sum(size * count for size, count in counts.items()), 0
+    left = PERSISTENCE_SHARE * sum(size * count for size, count in counts.items())
+    threshold = 0
     for size in sorted(counts):
         left -= size * counts[size]
         if left < 0:

@@ -158,13 +158,11 @@ def _curve(
     values: numpy.ndarray,
     colour: str,
     *,
-    marker: str = "",
     from_zero: bool = False,
 ) -> str:
     figure, axes = _small(words)
     thin = _thin(len(values))
-    marker = marker if len(values) <= 40 else ""
-    axes.plot(steps[thin], values[thin], color=colour, linewidth=1.5, marker=marker, markersize=3)
+    axes.plot(steps[thin], values[thin], color=colour, linewidth=1.5)
     if from_zero:
         axes.set_ylim(bottom=0)
     return html.chart(figure, name, f"{words} over steps")

@@ -44,7 +44,7 @@ def test_ranks_meet_under_every_launcher(launcher: Launcher, tmp_path: Path) -> 
             "argument": [float(rank)] * 3,
             "max": 1,
             "any": [True, False],
-            "broadcast": {"from": 1},
+            "broadcast": {"from": 0},
             "gather": ["", "r"],
             "group": [rank],
             "group_again": True,

@@ -44,7 +44,7 @@ result = {
     "argument": ones.tolist(),
     "max": distributed.max_rank(rank),
     "any": [distributed.any_rank(rank == 1), distributed.any_rank(False)],
-    "broadcast": distributed.broadcast_object({"from": rank}, source=world_size - 1),
+    "broadcast": distributed.broadcast_object({"from": rank}),
     "gather": distributed.gather_objects("r" * rank),
     "group": torch.distributed.get_process_group_ranks(group),
     "group_again": distributed.node_group(1) is group,
