@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,6 +104,32 @@ def replacing(path: Path) -> Iterator[Path]:
     with aside.open("rb") as file:
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+@contextmanager
+def new_folder(out: Path, *, where: str) -> Iterator[Path]:
+    """Gives a folder to write into, which appears at `out` once the block has ended well.
+
+    Args:
+        out: A name at which nothing stands.
+        where: The command, for messages.
+
+    Raises: ConfigError: if something stands at `out`, or it cannot be written.
+    """
+    check_new(out, where=where)
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        part.rename(out)
+    except OSError as error:
+        raise ConfigError(
+            f"{where}: {out}: cannot be written; got {error}, expected a place with room for "
+            "the folder. Choose another."
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def out_folder(out: str | Path) -> Path:

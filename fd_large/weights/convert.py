@@ -6,7 +6,6 @@ The (name, tensor) of a model in our names come from anywhere and fit in memory;
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,12 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fd_large.atomic_files import check_new
+from fd_large.atomic_files import check_new, new_folder, replacing, write_json
 from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import family_of
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError, nearest
 from fd_large.recipes.family import FamilyArchitecture
+from fd_large.weights.export import NAME
 from fd_large.weights.sidecar import own_config
 
 FORMATS = ("fd", "official", "timm")
@@ -61,26 +61,25 @@ def write(
         )
     rename = _timm(architecture).rename if to == "timm" else lambda name, architecture: name
     renamed = {rename(name, architecture): tensor.contiguous() for name, tensor in items}
-    file = out / "model.safetensors" if to == "fd" else out
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f"{file.name}.part")
-        if file.suffix == ".pth":
-            torch.save({"model": renamed} if to == "official" else renamed, aside)
-        else:
-            # Copies of a shared bias share memory, which the format does not know.
-            save_file(_unshared(renamed), aside, metadata={"format": "pt"})
         if to == "fd":
-            config = own_config(architecture, statistics)
-            (out / "config.json").write_text(json.dumps(config, indent=1))
-        aside.rename(file)
+            with new_folder(out, where="weights convert") as part:
+                _save(renamed, part / NAME)
+                write_json(part / "config.json", own_config(architecture, statistics))
+            return out / NAME
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as aside:
+            if out.suffix == ".pth":
+                torch.save({"model": renamed} if to == "official" else renamed, aside)
+            else:
+                _save(renamed, aside)
+        return out
     # A full disk is another error with torch, and with safetensors.
     except (OSError, RuntimeError, SafetensorError) as error:
         raise WeightsError(
             f"weights convert: {out}: cannot be written; got {error}, expected a place with room "
             "for the weights. Choose another."
         ) from error
-    return file
 
 
 def _timm(architecture: FamilyArchitecture) -> Export:
@@ -98,10 +97,11 @@ def _timm(architecture: FamilyArchitecture) -> Export:
     return export
 
 
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    # Copies of a shared bias share memory, which the format does not know.
     seen: set[int] = set()
     for name, tensor in tensors.items():
         if tensor.data_ptr() in seen:
             tensors[name] = tensor.clone()
         seen.add(tensor.data_ptr())
-    return tensors
+    save_file(tensors, file, metadata={"format": "pt"})

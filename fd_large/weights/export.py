@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fd_large import activity, doors
-from fd_large.atomic_files import check_new, replacing, write_json
+from fd_large.atomic_files import new_folder, replacing, write_json
 from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import family_of, parameter_shapes
 from fd_large.backbones.statistics import Statistics
@@ -101,28 +99,6 @@ def resized(architecture: FamilyArchitecture, image_size: int) -> FamilyArchitec
     return other
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Gives a folder to write into, which appears at `out` once the block has ended well.
-
-    Raises: ConfigError: if something stands at `out`, or it cannot be written.
-    """
-    check_new(out, where="export")
-    part = out.with_name(f"{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        yield part
-        part.rename(out)
-    except OSError as error:
-        raise ConfigError(
-            f"export: {out}: cannot be written; got {error}, expected a folder with room for the "
-            "student. Choose another."
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def export(
     items: Iterable[tuple[str, Tensor]],
     shapes: Shapes,
@@ -160,7 +136,7 @@ def export(
     ]
     added = into.added(architecture)
     theirs += [(name, tuple(tensor.shape)) for name, tensor in added.items()]
-    with new_folder(out) as part:
+    with new_folder(out, where="export") as part:
         tensors = chain(_renamed(items, architecture, into), added.items())
         files = write_shards(part, theirs, tensors, shard_size)
         write_json(part / "config.json", configuration(architecture, into, statistics))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import doors
-from fd_large.atomic_files import write_json
+from fd_large.atomic_files import new_folder, write_json
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import Statistics
@@ -27,7 +27,6 @@ from fd_large.errors import ConfigError
 from fd_large.kernels import choose
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import check_finite
-from fd_large.weights.export import new_folder
 from fd_large.weights.libraries import LIBRARIES, To
 from fd_large.weights.load import fill
 from fd_large.weights.origin import CARD
@@ -78,7 +77,7 @@ def export_graph(
     Raises: ConfigError: if the model cannot be traced, or something stands at `out`; WeightsError:
         for a tensor that holds NaN or infinity; ShapeError: if the image size does not fit.
     """
-    with new_folder(out) as part, choose.references(), torch.no_grad(), _quiet():
+    with new_folder(out, where="export") as part, choose.references(), torch.no_grad(), _quiet():
         net = build(architecture, initialization="none", **sizes)
         fill(net, _finite(items))
         net.requires_grad_(False).eval()

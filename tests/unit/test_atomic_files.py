@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fd_large.atomic_files import out_folder, replacing, write_json
+from fd_large.atomic_files import new_folder, out_folder, replacing, write_json
 from fd_large.errors import ConfigError
 
 
@@ -26,6 +26,25 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(file, {"a": object()})
     assert file.read_text() == "half"
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "a" / "new"
+    with (
+        pytest.raises(ConfigError, match="cannot be written; got torn"),
+        new_folder(out, where="export") as part,
+    ):
+        torn(part / "half")
+    assert list(out.parent.iterdir()) == []
+    with new_folder(out, where="export") as part:
+        (part / "whole").touch()
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["whole"]
+    with (
+        pytest.raises(ConfigError, match="something is there already"),
+        new_folder(out, where="export"),
+    ):
+        pass
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):

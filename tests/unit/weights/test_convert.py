@@ -12,6 +12,7 @@ from loading import (
 from fd_large.backbones.statistics import OPENAI_CLIP
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes.architectures import resolve
+from fd_large.weights import convert
 from fd_large.weights.convert import write
 from fd_large.weights.inspection import inspect
 
@@ -35,6 +36,23 @@ def test_our_own_export_tells_everything(tmp_path, name):
     assert not found.unknown
     assert not found.match.complaints
     assert found.parameters == sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("fails", ["save_file", "write_json"])
+def test_a_failure_in_the_middle_leaves_nothing(tmp_path, monkeypatch, fails):
+    """So that the same command can be given again."""
+    net, architecture = made("swinv2_huge"), resolve("swinv2_huge", TINY["swinv2_huge"])
+    full = RuntimeError("no room")
+
+    def fail(*arguments, **options):
+        raise full
+
+    with monkeypatch.context() as broken:
+        broken.setattr(convert, fails, fail)
+        with pytest.raises(WeightsError, match="no room"):
+            write(net.state_dict().items(), architecture, "fd", tmp_path / "net")
+    assert list(tmp_path.iterdir()) == []
+    assert write(net.state_dict().items(), architecture, "fd", tmp_path / "net").is_file()
 
 
 def test_nothing_is_overwritten_or_guessed(tmp_path):
