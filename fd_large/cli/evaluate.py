@@ -44,9 +44,9 @@ class Evaluate(*_SCORED_FILES, ModelFlags):  # type: ignore[misc]
     which KEY.cls stands beside KEY.jpg. A MODEL is RUN (its student), RUN#teacher or RUN#scratch
     (its student with random weights); a file or folder of weights, hf:REPO, open_clip:ARCH/TAG,
     timm:NAME or module:PATH/TO/FILE.py:NAME; or NAME=SOURCE for weights that do not show their
-    model. A run that detects objects is scored on the images of COCO that it is tested on, or on
-    those of another --data.root. --sweep tries a grid of learning rates and layer decays before
-    fine-tuning, for every model alike, on a held-out tenth of the training images.
+    model. A run that detects, segments or estimates depth is scored on the images that it is tested
+    on, or on those of another --data.root. --sweep tries a grid of learning rates and layer decays
+    before fine-tuning, for every model alike, on a held-out tenth of the training images.
 
     Fields of a recipe (--data.image_size, --optim.epochs ...) follow as in training;
     `python -m fd_large train --help` lists them. docs/evaluation.md explains the figures.

@@ -34,7 +34,7 @@ COMMANDS = {
     "export": "Write a run's student for timm or Hugging Face.",
     "doctor": "Say what a run finds on this machine, and what to fix.",
     "replay": "Run a step again that the guard refused.",
-    "predict": "Draw what a run's detector sees in images.",
+    "predict": "Draw what a run's model sees in images: objects, classes or depth.",
     "evaluate": "Measure models on labelled images.",
     "transfer": "Carry models on to labels, segmentation, detection and depth: one table.",
     "diagnose": "Show attention, loss landscape and similar layers of models.",

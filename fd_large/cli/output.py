@@ -18,7 +18,8 @@ def tables(*, most: int = 1000) -> Console:
     """Returns a console for tables, as wide as the terminal and at most so many columns."""
     from rich.console import Console
 
-    out, width = terminal.out(), int(os.environ.get("COLUMNS", 0))
+    out, said = terminal.out(), os.environ.get("COLUMNS", "")
+    width = int(said) if said.isdecimal() else 0
     if not width and out.isatty():
         # rich would ask descriptor 1, which may be a log.
         width = os.get_terminal_size(out.fileno()).columns

@@ -18,28 +18,32 @@ from fd_large.recipes.stored import read_recipe, run_of_checkpoint
 if TYPE_CHECKING:
     from fd_large.engine.job import Predicted
 
+LEAST_SCORE = 0.5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Predict(AllowsCode):
-    """Draw the boxes and masks that a run's detector sees in images, and write them as JSON.
+    """Draw what a run's model sees in images: boxes and masks, the class or the depth of pixels.
 
-    predictions.json has for each image a list of class, score, bbox (left, top, width, height in
-    its pixels) and segmentation (COCO's run lengths). An image that cannot be read is reported and
-    left out; the exit code is 2 then.
+    predictions.json has for each image of a detector a list of class, score, bbox (left, top,
+    width, height in its pixels) and segmentation (COCO's run lengths); docs/segmentation.md and
+    docs/depth.md say what it has of theirs. An image that cannot be read is reported and left out;
+    the exit code is 2 then.
     """
 
-    # Folder of a run that detects objects.
+    # Folder of a run that detects, segments or estimates depth.
     run: Annotated[str, Positional, arg(metavar="RUN")]
     # Image files.
     images: Annotated[tuple[str, ...], Positional, arg(metavar="IMAGE [IMAGE ...]")]
     # Folder for predictions.json and NAME.png of each image.
     out: str = "predictions"
-    # Least score of what is drawn and written, in [0, 1].
-    score: float = 0.5
+    # Least score of an object that is drawn and written, in [0, 1]; None: 0.5.
+    score: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.score <= 1, "--score: out of range", self.score, "a number in [0, 1]")
+        in_range = self.score is None or 0 <= self.score <= 1
+        require(in_range, "--score: out of range", self.score, "a number in [0, 1]")
 
 
 def main(arguments: list[str]) -> int:
@@ -57,7 +61,7 @@ def main(arguments: list[str]) -> int:
 
 
 def predict(
-    run: str, images: Sequence[str], *, out: str = "predictions", score: float = 0.5
+    run: str, images: Sequence[str], *, out: str = "predictions", score: float | None = None
 ) -> Iterator[Predicted]:
     """Runs the model of a run on images, one after another.
 
@@ -65,11 +69,18 @@ def predict(
         run: Folder of the run.
         images: Image files.
         out: Folder for predictions.json and the drawn images.
-        score: Least score of what is drawn and written.
+        score: Least score of an object that is drawn and written; None: `LEAST_SCORE`.
 
-    Raises: FDError: if there is no such run or image, or the run's task draws nothing.
+    Raises: FDError: if there is no such run or image, the run's task draws nothing, or its
+        predictions have no scores.
     """
     recipe = read_recipe(run_of_checkpoint(run), where="predict")
+    kind = recipe.task.kind()
+    if score is not None and not (kind and kind.predicts_scores):
+        raise ConfigError(
+            f"--score: the predictions of the task {recipe.task.name} have no scores; got {score}, "
+            "expected none. Leave it out."
+        )
     missing = [path for path in images if not Path(path).is_file()]
     if missing:
         raise ConfigError(
@@ -81,4 +92,5 @@ def predict(
     from fd_large.tasks.jobs import job_of
 
     reader = stream.newest(Path(run), where="predict")
-    return job_of(recipe).predict(reader, images, Path(out), least_score=score)
+    least_score = LEAST_SCORE if score is None else score
+    return job_of(recipe).predict(reader, images, Path(out), least_score=least_score)

@@ -53,7 +53,9 @@ def main(arguments: list[str]) -> int:
 
 def _print_incident(console: Console, incident: Incident, weights: Weights, device: str) -> None:
     said, step = incident.said, incident.said["index"]
-    console.print(f"step {step + 1} of {incident.folder}", style="bold", markup=False)
+    console.print(
+        f"step {step + 1} of {incident.folder}", style="bold", markup=False, soft_wrap=True
+    )
     for off in said["off"]:
         usual = "" if off["median"] is None else f", median before it {off['median']:.6g}"
         limit = "" if off["limit"] is None else f", limit {off['limit']:.6g}"

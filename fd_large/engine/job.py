@@ -580,7 +580,7 @@ class Job:
             reader: A checkpoint of the run.
             images: Paths of image files.
             folder: Folder of the results, made where it is missing (`out_folder`).
-            least_score: Least score of what is drawn and written.
+            least_score: Least score of an object that is drawn and written.
 
         Raises: ConfigError: if the task predicts nothing that can be drawn.
         """

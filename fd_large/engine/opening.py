@@ -488,6 +488,10 @@ def engine_of(
 
 
 def _share_cores(local_world_size: int) -> None:
-    """Divides a host's cores between its CPU ranks, unless OMP_NUM_THREADS is set."""
+    """Divides a host's cores between its CPU ranks, unless OMP_NUM_THREADS is set.
+
+    A launcher may have given each rank cores of its own already; it never takes more than these.
+    """
     if distributed.device().type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
+        share = (os.cpu_count() or 1) // local_world_size
+        torch.set_num_threads(max(1, min(share, len(os.sched_getaffinity(0)))))

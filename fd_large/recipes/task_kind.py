@@ -37,6 +37,7 @@ class TaskKind:
             does that unless another test is named.
         scoring_fields: Fields of the recipe, section.field, that such an evaluation may change,
             besides those of the images.
+        predicts_scores: Whether `predict` gives each thing that it finds a score.
         trains_models: Whether `evaluate` trains named models by it (`Job.recipe_for`,
             `Job.starting_from`, `Job.compared`).
         depends_on_passes: Whether the images of one pass decide the result, by batch norms; then
@@ -60,6 +61,7 @@ class TaskKind:
     may_change: tuple[str, ...] = ()
     scores_runs: bool = False
     scoring_fields: tuple[str, ...] = ()
+    predicts_scores: bool = False
     trains_models: bool = False
     depends_on_passes: bool = False
     scored_files: type | None = None

@@ -124,6 +124,7 @@ def _difference(found: dict[str, Any] | None) -> str:
     return f"{shown} ({low:+.2f} to {high:+.2f})"
 
 
+@style.own_look
 def draw_comparison(summary: dict[str, Any], title: str, path: Path) -> None:
     """Draws a row for each model: a dot for each seed, their mean as a line, with its number.
 

@@ -31,6 +31,7 @@ Model = dict[str, Any]
 Landscape = dict[str, Any]
 
 
+@style.own_look
 def draw_diagnosis(folder: Path, diagnosis: dict[str, Any]) -> list[Path]:
     """Draws every figure for which there are numbers; returns the PNGs.
 

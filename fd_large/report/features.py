@@ -64,6 +64,7 @@ def mean_cosine(teacher: numpy.ndarray, student: numpy.ndarray) -> float:
     return float(((teacher * student).sum(-1) / numpy.maximum(norms, 1e-12)).mean())
 
 
+@style.own_look
 def draw_features(folder: Path, path: Path) -> bool:
     """Draws the panel from FOLDER/features_*.npz as a PNG; returns False where there is none."""
     panels = {}

@@ -19,6 +19,7 @@ TITLE_CHARACTERS = 78
 """How many of them a line of the title has room for."""
 
 
+@style.own_look
 def draw_loss_curve(files: RunFiles, path: Path) -> bool:
     """Draws the curve as a PNG; returns False where no step is written yet.
 

@@ -38,6 +38,7 @@ OF_SEVERAL_TEACHERS = (
 )
 
 
+@style.own_look
 def write_run_page(files: RunFiles) -> Path:
     """Writes RUN/report.html; returns its path."""
     words = files.summary.get("status") or "not finished"

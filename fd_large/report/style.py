@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +22,27 @@ DPI = 150
 TITLE_SIZE = 12
 TEXT_SIZE = 10
 SMALL_SIZE = 9
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def own_look(draw: Callable[P, T]) -> Callable[P, T]:
+    """Has a function make and save its figures with matplotlib's defaults, not the user's.
+
+    Sizes are reckoned by the default font: with that of a matplotlibrc, legends would be cut.
+    """
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> T:
+        import matplotlib
+
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            return draw(*args, **kwargs)
+
+    return drawn
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -164,6 +164,7 @@ def tables_of(summary: dict[str, Any]) -> list[Table]:
     return [found, *([differences] if differences.row_count else [])]
 
 
+@style.own_look
 def draw(summary: dict[str, Any], path: Path) -> None:
     """Draws a panel for each score: a dot for each seed, a line at their mean, the paper's ring.
 

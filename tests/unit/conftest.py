@@ -1,8 +1,10 @@
 """A small run's setting, and steps of it; tiny models on disk; libraries that may not be there."""
 
 import gc
+import zlib
 
 import pytest
+import torch
 
 from fd_large.runtime.hooks import Setting, Update
 
@@ -17,6 +19,12 @@ def _collections_pass_by_what_stays():
 def pytest_sessionfinish():
     """Triton complains of what is left when the interpreter ends."""
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _numbers_of_its_own(request):
+    """What a test draws depends on no test before it."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture

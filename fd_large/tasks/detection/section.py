@@ -191,6 +191,7 @@ KIND = TaskKind(
     # What changes no training.
     may_change=HOW_TO_TEST,
     scores_runs=True,
+    predicts_scores=True,
     # Training has these proposals too.
     scoring_fields=(*HOW_TO_TEST, "task.detection.proposals_per_image"),
     ignored_fields=IGNORED_FIELDS,

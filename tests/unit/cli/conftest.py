@@ -15,6 +15,12 @@ def never_long(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path of any length stands in one line."""
+    monkeypatch.setenv("COLUMNS", "400")
+
+
+@pytest.fixture(autouse=True)
 def own_process() -> Iterator[None]:
     """A command that fails leaves its process group, and the environment of it, to its process."""
     before = dict(os.environ)

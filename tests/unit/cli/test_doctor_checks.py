@@ -18,14 +18,19 @@ from fd_large.runtime import disks
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
 
-def test_a_disk_in_memory_and_a_full_one_are_low(tiny_disk):
+def test_a_disk_in_memory_and_a_full_one_are_low(tiny_disk, monkeypatch):
     found = doctor_checks.disk(str(tiny_disk / "not" / "made"), needed=False)
     assert found.verdict == "missing"  # 4 MB do not even take the test
     assert "No space left" in found.found
     assert os.listdir(tiny_disk) == []
     assert doctor_checks.disk(str(tiny_disk), needed=True).verdict == "STOPS"
-    shared = doctor_checks.disk("/dev/shm", needed=False)
-    assert (shared.verdict, "tmpfs" in shared.found) == ("low", True)
+    monkeypatch.setattr(disks, "write_speed", lambda folder: 1e9)
+    full = doctor_checks.disk(str(tiny_disk), needed=False)
+    assert (full.verdict, "Make room" in full.remedy) == ("low", True)
+    monkeypatch.setattr(doctor_checks, "_LOW_DISK", 0)
+    in_memory = doctor_checks.disk(str(tiny_disk), needed=False)
+    assert (in_memory.verdict, "tmpfs" in in_memory.found) == ("low", True)
+    assert "take memory" in in_memory.remedy
 
 
 def test_a_disk_for_state_is_a_local_one(tmp_path, monkeypatch):
@@ -57,13 +62,13 @@ def test_variables_of_the_network(name, value, verdict, monkeypatch):
 
 
 def test_infiniband(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor_checks, "_FABRIC", tmp_path)
     assert doctor_checks.infiniband().verdict == "-"
     for number, state in enumerate(["4: ACTIVE", "4: ACTIVE", "1: DOWN"]):
         port = tmp_path / f"mlx5_{number}" / "ports" / "1"
         port.mkdir(parents=True)
         (port / "state").write_text(f"{state}\n")
         (port / "rate").write_text("400 Gb/sec (4X NDR)\n")
-    monkeypatch.setattr(doctor_checks, "_FABRIC", tmp_path)
     assert doctor_checks.infiniband() == Finding("2 x 400 Gb/sec", alike="2 x 400 Gb/sec")
     monkeypatch.setenv("NCCL_IB_DISABLE", "1")
     assert doctor_checks.infiniband().verdict == "slow"

@@ -100,8 +100,7 @@ def test_the_written_json_is_the_shipped_one():
         ("--student.model module:{file}:Toy", "0.0M parameters with its"),
     ],
 )
-def test_any_model_can_be_planned(words, told, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")  # A path of any length in one line.
+def test_any_model_can_be_planned(words, told, tmp_path, capsys):
     own = tmp_path / "toy.py"
     own.write_text(TOY)
     words = f"--gpus 1 --objective.interpolation bilinear {words.format(file=own)}"

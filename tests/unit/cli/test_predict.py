@@ -14,6 +14,7 @@ from stored_run import store_tensors
 
 from fd_large.checkpoint import store
 from fd_large.cli.main import main
+from fd_large.recipes import registry
 from fd_large.tasks.detection.job import DetectionJob
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -60,6 +61,14 @@ def test_a_picture_that_cannot_be_read_leaves_the_others(run, coco, tmp_path, ca
     seen = json.loads((out / "predictions.json").read_text())[str(good)]
     assert 0 < len(seen) <= 5
     assert {one["class"] for one in seen} <= {"cat", "dog", "brush"}
+
+
+def test_a_task_without_scores_takes_none(tmp_path, coco, capsys):
+    recipe = registry.get("nyuv2_linear")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    image = next((coco / "val2017").iterdir())
+    assert main(["predict", str(tmp_path), str(image), "--score", "0.3"]) == 2
+    assert "--score: the predictions of the task depth have no scores" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

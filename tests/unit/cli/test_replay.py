@@ -16,8 +16,7 @@ IMAGES = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
 
 
 @pytest.fixture
-def incident(tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def incident(tmp_path):
     run = tiny_runs.tiny_run()
     task = tiny_runs.tiny_task(run)
     tiny_runs.store_task(tmp_path, run, task, update=5)

@@ -30,7 +30,6 @@ def toy(tmp_path_factory):
 @pytest.fixture
 def trained(monkeypatch):
     """The recipes of the trainings; each ends at once with scores that tell its weights."""
-    monkeypatch.setenv("COLUMNS", "300")  # Wide enough for all columns in one line.
     runs = []
 
     def train(run, *, deepspeed_config):

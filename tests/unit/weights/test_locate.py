@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from hub import hub
 from loading import HF_VIT, close, loaded, scattered
 from torch import nn
 
@@ -53,9 +54,11 @@ def test_any_other_source_is_a_path():
     assert str(locate("somewhere/a.pth").path) == "somewhere/a.pth"
 
 
-def test_hugging_face_out_of_reach(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(WeightsError, match=r"nobody/no-such-weights.*path of their folder"):
+def test_hugging_face_has_no_such_weights(tmp_path):
+    with (
+        hub({}, tmp_path / "cache"),
+        pytest.raises(WeightsError, match=r"nobody/no-such-weights.*path of their folder"),
+    ):
         Sources().open("hf:nobody/no-such-weights")
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large.report.style import GREY, LIGHT_GREY
+from fd_large.report.style import GREY, LIGHT_GREY, own_look
 from fd_large.tasks.dense.headings import shortened
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Row(NamedTuple):
     found: str
 
 
+@own_look
 def draw_prediction(image: NDArray[np.uint8], depth: NDArray[np.floating[Any]], path: Path) -> None:
     """Draws an image and its depth side by side, with a colour bar, as a PNG.
 
@@ -74,6 +75,7 @@ def draw_prediction(image: NDArray[np.uint8], depth: NDArray[np.floating[Any]], 
     figure.savefig(path)
 
 
+@own_look
 def draw_rows(rows: Sequence[Row], path: Path) -> None:
     """Draws image, true and predicted depth and error of some images, a row each, as a PNG.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fd_large.report.style import own_look
 from fd_large.tasks.detection.data import masks
 from fd_large.tasks.detection.scores.error_analysis import LEAST_IOU, LEAST_SCORE, Compared
 
@@ -127,6 +128,7 @@ def marks_of(found: Sequence[Mapping[str, Any]]) -> list[Mark]:
     ]
 
 
+@own_look
 def draw_rows(rows: Sequence[Row], path: Path) -> None:
     """Draws ground truth at the left and detections at the right, a row an image, as a PNG."""
     from matplotlib.figure import Figure
@@ -159,6 +161,7 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path)
 
 
+@own_look
 def draw_image(image: NDArray[np.uint8], marks: Sequence[Mark], path: Path) -> None:
     """Draws marks on an image, in its own size, as a PNG."""
     from matplotlib.figure import Figure

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fd_large.report.style import own_look
 from fd_large.tasks.detection.scores.annotated_images import compared_rows, draw_rows
 from fd_large.tasks.detection.scores.error_analysis import compare, worst
 from fd_large.tasks.detection.scores.results import Result
@@ -61,6 +62,7 @@ def draw_evaluation(
     return [*drawn, folder / "curves.png"]
 
 
+@own_look
 def draw_curves(scores: Scores, path: Path) -> None:
     """Draws precision against recall, at IoU 0.5 and 0.75, a panel for boxes and one for masks."""
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large.report.style import GREY, LIGHT_GREY
+from fd_large.report.style import GREY, LIGHT_GREY, own_look
 from fd_large.tasks.dense.headings import shortened
 from fd_large.tasks.segmentation.data.classes import Classes
 
@@ -58,6 +58,7 @@ def painted(
     return shown.astype(np.uint8)
 
 
+@own_look
 def draw_prediction(
     image: NDArray[np.uint8], predicted: NDArray[np.integer], of: Classes, path: Path
 ) -> list[tuple[str, float]]:
@@ -82,6 +83,7 @@ def draw_prediction(
     return [(of.names[number], share) for number, share in shares]
 
 
+@own_look
 def draw_rows(rows: Sequence[Row], of: Classes, path: Path) -> None:
     """Draws image, labels, prediction and wrong pixels of some images, a row each, as a PNG."""
     from matplotlib.figure import Figure
@@ -127,6 +129,7 @@ def draw_rows(rows: Sequence[Row], of: Classes, path: Path) -> None:
     figure.savefig(path)
 
 
+@own_look
 def draw_confusion(counts: NDArray[np.int64], of: Classes, path: Path) -> None:
     """Draws which classes are taken for which, as shares of the labelled pixels, as a PNG.
 

@@ -88,7 +88,7 @@ def test_it_learns_as_in_the_official_code(make_engine, frozen, config):
     sums.pop("predicted")
     found = averaged(sums)
     assert (found["top1"], found["top5"]) == (expected["top1"], expected["top5"])
-    assert found["loss"] == pytest.approx(expected["test_loss"], abs=1e-5)
+    assert found["loss"] == pytest.approx(expected["test_loss"], rel=1e-6, abs=1e-5)
 
 
 def test_statistics_depend_on_no_micro_batch(frozen):
