@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kills import resumed_from, state, updates_done
+from kills import resumed_from, state, wait_for_steps
 from launch import ROOT, Finished, run_ranks, start_ranks
 from twin import TRAIN, losses
 
@@ -33,11 +32,7 @@ def check_kill_and_resume(
     given = flags(root, run_dir, UPDATES, ranks=2)
     started = start_ranks(program, *given, ranks=2)
     try:
-        deadline = time.monotonic() + 180
-        while updates_done(started) < 3:
-            assert time.monotonic() < deadline, "".join(started.outputs())
-            assert started.processes[0].poll() is None, "".join(started.outputs())
-            time.sleep(0.02)
+        wait_for_steps(started, 3, 180)
     finally:
         started.kill()
     again = start_ranks(program, *given, ranks=2)

@@ -64,6 +64,11 @@ def updates_done(started: Started) -> int:
     return len(re.findall(r"  step \d+/\d+  ", "".join(started.outputs())))
 
 
+def wait_for_steps(started: Started, steps: int, seconds: float = 120.0) -> None:
+    """Waits until a start has finished so many steps."""
+    started.until(lambda: updates_done(started) >= steps, seconds)
+
+
 def resumed_from(started: Started) -> int:
     """The step that this start went on from; 0 for the beginning."""
     text = "".join(started.outputs())

@@ -19,11 +19,13 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from rank_server import ForkedRank, RankServer
+from waiting import until
 
 ROOT = Path(__file__).resolve().parents[1]
 HIDDEN = ROOT / "tests" / "hidden"
@@ -92,6 +94,18 @@ class Started:
             if (marked or int(session) in sessions) and state not in "ZX":
                 found.append(int(folder.name))
         return found
+
+    def until(self, condition: Callable[[], object], seconds: float = 120.0) -> None:
+        """Waits for a condition; fails with the outputs if a command ends first, or time."""
+
+        def holds() -> bool:
+            if condition():
+                return True
+            codes = [process.poll() for process in self.processes]
+            assert codes == [None] * len(codes), f"{codes}\n" + "\n".join(self.outputs())
+            return False
+
+        until(holds, seconds, lambda: "\n".join(self.outputs()))
 
     def kill(self) -> list[str]:
         """Kills all that is left and returns the outputs.

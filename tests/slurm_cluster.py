@@ -19,9 +19,10 @@ import signal
 import socket
 import stat
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import waiting
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
@@ -165,18 +166,19 @@ class Cluster:
             found = self.call("sinfo", "-h", "-p", "low", "-o", "%D %T", check=False)
             return found.strip()
 
-        _until(lambda: states() == ready, 30, lambda: f"nodes: {states()}\n{self.logs()}")
+        waiting.until(
+            lambda: states() == ready, 30, lambda: f"nodes: {states()}\n{self.logs()}", pause=0.1
+        )
 
     def __exit__(self, *unused: object) -> None:
-        # All of it is thrown away: nobody needs a farewell, and a job may be deaf to one.
-        for _ in range(20):
+        def all_gone() -> bool:
             found = list(self.processes())
             for pid, _node in found:
                 _send(pid, signal.SIGKILL)
-            if not found:
-                return
-            time.sleep(0.1)
-        raise AssertionError(f"still there: {found}")
+            return not found
+
+        # All of it is thrown away: nobody needs a farewell, and a job may be deaf to one.
+        waiting.until(all_gone, 10, lambda: f"still there: {list(self.processes())}", pause=0.1)
 
     def start_node(self, node: str) -> None:
         """Starts a node's daemon; a job that waits for the node starts at once."""
@@ -259,12 +261,12 @@ class Cluster:
 
         shown: dict[str, str] = {}
         # Each look starts a process, beside the ranks that it waits for.
-        _until(holds, seconds, lambda: f"{shown}\n{self.logs()}", pause=0.4)
+        waiting.until(holds, seconds, lambda: f"{shown}\n{self.logs()}", pause=0.4)
         return shown
 
     def until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
         """Waits for what shows without Slurm, as files do."""
-        _until(condition, seconds, self.logs)
+        waiting.until(condition, seconds, self.logs, pause=0.1)
 
     def logs(self) -> str:
         """The last words of the daemons."""
@@ -296,12 +298,3 @@ def _send(pid: int, signal_number: int) -> None:
         os.kill(pid, signal_number)
     except ProcessLookupError:
         return
-
-
-def _until(
-    condition: Callable[[], bool], seconds: float, what: Callable[[], str], pause: float = 0.1
-) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what()}"
-        time.sleep(pause)

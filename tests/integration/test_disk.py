@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -52,11 +51,11 @@ def test_a_killed_run_on_a_disk_leaves_no_file_and_ends_in_memory(
 ) -> None:
     more, run_dir = (*STEPS, *on_disk(tmp_path / "disk")), tmp_path / "run"
     started = start_ranks(TRAIN, *words(pictures, run_dir, *more, config="zero3_nvme"), ranks=2)
-    stored, deadline = run_dir / "checkpoints/step_00000002", time.monotonic() + 120
-    while not stored.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    was_alive = any(process.poll() is None for process in started.processes)
-    output = "".join(started.kill())
+    try:
+        started.until((run_dir / "checkpoints/step_00000002").exists)
+        was_alive = any(process.poll() is None for process in started.processes)
+    finally:
+        output = "".join(started.kill())
     assert was_alive, output
     assert not list((tmp_path / "disk").iterdir())
     train(pictures, run_dir, *STEPS)

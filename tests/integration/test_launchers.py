@@ -7,12 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from launch import ROOT, Launcher, Started, free_port, read_results, run_ranks, start_ranks
+from waiting import until
 
 PROGRAMS = Path(__file__).parent / "programs"
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
@@ -71,13 +71,6 @@ def test_a_taken_port_is_one_sentence(tmp_path: Path) -> None:
     assert "LaunchError: launch: rank 0 of 1 did not meet the others" in finished.outputs[0]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float, what: Callable[[], str]) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.05)
-
-
 def ready(folder: Path, ranks: int) -> Callable[[], bool]:
     return lambda: all((folder / f"rank_{r}.json").exists() for r in range(ranks))
 
@@ -92,7 +85,7 @@ def runs(pid: int, words: str) -> bool:
 def ends_without_ranks(started: Started, pid: int) -> None:
     os.kill(pid, signal.SIGTERM)
     # The killed command is not reaped here: a zombie, as under a careless parent, counts as gone.
-    wait_for(
+    until(
         lambda: not started.pids(),
         120.0,
         lambda: f"still there: {started.pids()}\n" + "\n".join(started.outputs()),
@@ -105,7 +98,7 @@ def test_a_second_job_at_the_port_of_a_running_one_ends_alone(tmp_path: Path) ->
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     running = start_ranks(program, first, ranks=2, launcher="mpirun", env=meeting)
     try:
-        wait_for(ready(first, 2), 60, lambda: "\n".join(running.outputs()))
+        running.until(ready(first, 2), 60)
         failed = run_ranks(program, second, ranks=2, launcher="mpirun", env=meeting, check=False)
         assert failed.returncodes != [0]
         assert "launch: rank 0 of 2 did not meet the others" in failed.outputs[0]
@@ -133,7 +126,7 @@ def test_sigterm_to_the_launcher_leaves_no_rank(
 ) -> None:
     started = start_ranks(PROGRAMS / "waits.py", "default", tmp_path, ranks=2, launcher=launcher)
     try:
-        wait_for(ready(tmp_path, 2), 60, lambda: "\n".join(started.outputs()))
+        started.until(ready(tmp_path, 2), 60)
         ranks = read_results(tmp_path, 2)
         assert set(ranks) <= set(started.pids())
         [pid] = [pid for pid in started.pids() if runs(pid, victim) and pid not in ranks]
@@ -147,10 +140,8 @@ def test_sigterm_to_deepspeed_before_its_ranks_exist_leaves_no_rank(tmp_path: Pa
     started = start_ranks(PROGRAMS / "waits.py", "default", tmp_path, ranks=2, launcher="deepspeed")
     try:
         # launch.py is there, and still importing.
-        wait_for(
-            lambda: any(runs(pid, "deepspeed.launcher.launch") for pid in started.pids()),
-            60,
-            lambda: "\n".join(started.outputs()),
+        started.until(
+            lambda: any(runs(pid, "deepspeed.launcher.launch") for pid in started.pids()), 60
         )
         ends_without_ranks(started, started.processes[0].pid)
     finally:
@@ -176,9 +167,9 @@ def test_an_orphan_with_a_handler_leaves_after_its_grace_or_its_save(
         process = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
     started.processes.append(process)
     try:
-        wait_for(ready(tmp_path, 1), 60, lambda: (tmp_path / "log").read_text())
+        until(ready(tmp_path, 1), 60, lambda: (tmp_path / "log").read_text())
         process.kill()
-        wait_for(lambda: not started.pids(), 15, lambda: (tmp_path / "log").read_text())
+        until(lambda: not started.pids(), 15, lambda: (tmp_path / "log").read_text())
     finally:
         started.kill()
     said = (tmp_path / "log").read_text()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import twin
-from kills import updates_done
+from kills import updates_done, wait_for_steps
 from launch import Started, start_ranks
 from pictures import write_pictures
 from twin import losses, train
@@ -24,15 +23,6 @@ SHORT = (
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pictures(tmp_path_factory.mktemp("pictures"), 26)
-
-
-def wait_for_steps(started: Started, steps: int) -> None:
-    deadline = time.monotonic() + 120
-    while updates_done(started) < steps:
-        assert time.monotonic() < deadline, "\n".join(started.outputs())
-        ended = [process for process in started.processes if process.poll() is not None]
-        assert not ended, "\n".join(started.outputs())
-        time.sleep(0.05)
 
 
 def signal_all(started: Started, number: signal.Signals) -> None:

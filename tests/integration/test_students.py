@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -64,11 +63,11 @@ def test_each_is_the_run_that_it_would_be_alone_to_the_bit(config, ranks, compar
     if config == "zero3":
         # Killed in its fourth step or after it, and started again.
         started = twin.start(images, folder, *of_all())
-        until = time.monotonic() + 120
-        while not (folder / "students/narrow/checkpoints/step_00000002/manifest.json").exists():
-            assert time.monotonic() < until, started.outputs()
-            time.sleep(0.05)
-        started.kill()
+        saved = folder / "students/narrow/checkpoints/step_00000002/manifest.json"
+        try:
+            started.until(saved.exists)
+        finally:
+            started.kill()
     twin.train(images, folder, *of_all(), *nodes, config=config, ranks=ranks)
     for name in compared:
         recipe = folder / "students" / name / "recipe.json"

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from launch import Launcher, start_ranks
 from pictures import write_pictures
 from pyarrow import parquet
 from twin import losses, train
+from waiting import until
 
 from fd_large.cli.plan_workload import workload
 from fd_large.recipes.run import Run
@@ -193,15 +193,9 @@ def test_sigterm_to_the_command_ends_a_training_run(pictures: Path, tmp_path: Pa
     words = twin.words(pictures, run_dir, "--optim.max_steps", "100000")
     started = start_ranks(twin.TRAIN, *words, ranks=2, launcher="deepspeed")
     try:
-        deadline = time.monotonic() + 120
         rows = run_dir / "metrics.jsonl"
-        while not (rows.exists() and len(rows.read_text().splitlines()) > 3):
-            assert time.monotonic() < deadline, "\n".join(started.outputs())
-            time.sleep(0.1)
+        started.until(lambda: rows.exists() and len(rows.read_text().splitlines()) > 3)
         os.kill(started.processes[0].pid, signal.SIGTERM)
-        ended = time.monotonic()
-        while started.pids() and time.monotonic() < ended + 30:
-            time.sleep(0.1)
-        assert not started.pids(), "\n".join(started.outputs())
+        until(lambda: not started.pids(), 30, lambda: "\n".join(started.outputs()))
     finally:
         started.kill()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import twin
-from kills import updates_done
+from kills import wait_for_steps
 from pictures import write_pictures
 
 WORDS = "--batch.global_batch_size 6 --optim.max_steps 12 --runtime.save_every 4 \
@@ -21,10 +20,7 @@ def test_a_rank_that_hangs_ends_the_others_and_the_same_command_goes_on(tmp_path
     words = WORDS.split()
     started = twin.start(pictures, run_dir, *words, "--runtime.watchdog_seconds", "8", ranks=3)
     try:
-        deadline = time.monotonic() + 120
-        while updates_done(started) < 6:
-            assert time.monotonic() < deadline, "\n".join(started.outputs())
-            time.sleep(0.02)
+        wait_for_steps(started, 6)
         stopped = started.processes[2]
         os.kill(stopped.pid, signal.SIGSTOP)
         assert [process.wait(timeout=60) for process in started.processes[:2]] == [75, 75]

@@ -28,10 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import twin  # noqa: E402
-from kills import state, updates_done  # noqa: E402
+from kills import state, updates_done, wait_for_steps  # noqa: E402
 from launch import Launcher, Started, start_ranks  # noqa: E402
 from pictures import write_pictures  # noqa: E402
 from twin import losses, train  # noqa: E402
+from waiting import until  # noqa: E402
 
 RANKS = 2
 SECOND = ("plain", "fresh", "deepspeed", "together", "requeue")
@@ -66,31 +67,21 @@ class Soak:
         job = {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": str(self.restarts)}
         return start_ranks(twin.TRAIN, *words, ranks=RANKS, launcher=launcher, env=job)
 
-    def training(self, started: Started, steps: int = 1) -> None:
-        """Waits until a start has made so many steps."""
-        self.until(started, lambda: updates_done(started) >= steps)
-
-    def until(self, started: Started, condition) -> None:
-        """Waits for a condition while a start lives."""
-        deadline = time.monotonic() + LONGEST
-        while not condition():
-            ended = [process.poll() for process in started.processes]
-            if any(code is not None for code in ended) or time.monotonic() > deadline:
-                raise AssertionError(f"{ended}\n" + "\n".join(started.outputs())[-6000:])
-            time.sleep(0.02)
-
     def rest(self, seconds: float) -> None:
         """Waits for a random moment."""
         time.sleep(self.draw.uniform(0.0, seconds))
 
     def ends(self, started: Started) -> list[int]:
         """Waits for a start's end; returns its codes."""
-        deadline = time.monotonic() + LONGEST
-        while None in (codes := [process.poll() for process in started.processes]):
-            if time.monotonic() > deadline:
-                raise AssertionError(f"{codes}\n" + "\n".join(started.outputs())[-6000:])
-            time.sleep(0.02)
-        return codes
+
+        def codes() -> list[int | None]:
+            return [process.poll() for process in started.processes]
+
+        def told() -> str:
+            return f"{codes()}\n" + "\n".join(started.outputs())[-6000:]
+
+        until(lambda: None not in codes(), LONGEST, told)
+        return codes()
 
     def stop(self, started: Started, number: signal.Signals) -> None:
         """A signal to the whole process group, as a terminal sends it."""
@@ -106,9 +97,9 @@ class Soak:
             if kind != "together":
                 # A quarter before the first step.
                 if self.draw.random() < 0.75:
-                    self.training(first)
+                    wait_for_steps(first, 1, LONGEST)
                 else:
-                    self.until(first, (self.run_dir / "owner.json").exists)
+                    first.until((self.run_dir / "owner.json").exists, LONGEST)
                 self.rest(1.0)
             if kind == "requeue":
                 self.restarts += 1
@@ -117,14 +108,11 @@ class Soak:
             if kind == "requeue":
                 loser, winner, refused = first, second, {1, 3}
             elif kind == "together":
-                deadline = time.monotonic() + LONGEST
-                while not (codes := [p.poll() for p in (*first.processes, *second.processes)]):
-                    assert time.monotonic() < deadline
-                while all(code is None for code in codes):
-                    assert time.monotonic() < deadline, "neither was refused"
-                    time.sleep(0.02)
-                    codes = [p.poll() for p in (*first.processes, *second.processes)]
-                lost_first = any(code is not None for code in codes[:RANKS])
+                both = (*first.processes, *second.processes)
+                until(
+                    lambda: any(p.poll() is not None for p in both), LONGEST, "neither was refused"
+                )
+                lost_first = any(p.poll() is not None for p in first.processes)
                 loser, winner = (first, second) if lost_first else (second, first)
                 refused = {2}
             else:
@@ -132,7 +120,7 @@ class Soak:
             if not set(codes := self.ends(loser)) <= refused:
                 self.wrong.append(f"{kind}: {codes}\n" + "\n".join(loser.outputs())[-3000:])
             # The other trains on, and saves when it is asked to.
-            self.training(winner, updates_done(winner) + 1)
+            wait_for_steps(winner, updates_done(winner) + 1, LONGEST)
             self.stopped(winner, signal.SIGTERM, "plain")
             self.met[f"second start: {kind}"] += 1
         finally:
@@ -148,9 +136,8 @@ class Soak:
             else:
                 os.killpg(process.pid, number)
         codes = self.ends(started)
-        deadline = time.monotonic() + LONGEST
-        while started.pids() and time.monotonic() < deadline:
-            time.sleep(0.05)  # deepspeed's command ends before its ranks.
+        # deepspeed's command ends before its ranks.
+        until(lambda: not started.pids(), LONGEST, lambda: f"still there: {started.pids()}")
         if number == signal.SIGHUP and launcher == "mpirun":
             return  # It dies, and its ranks are killed: the next start makes their steps again.
         status = json.loads((self.run_dir / "summary.json").read_text())["status"]
@@ -167,13 +154,13 @@ class Soak:
         started = self.start(launcher)
         try:
             if index % 5 == 1:
-                self.until(started, (self.run_dir / "owner.json").exists)
+                started.until((self.run_dir / "owner.json").exists, LONGEST)
                 self.rest(2.0)
                 self.stop(started, number)
                 self.ends(started)
                 self.met[f"{number.name} while it started"] += 1
                 return
-            self.training(started)
+            wait_for_steps(started, 1, LONGEST)
             self.rest(1.0)
             self.stopped(started, number, launcher)
             self.met[f"{number.name} under {launcher}"] += 1

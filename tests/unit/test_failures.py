@@ -6,11 +6,10 @@ import json
 import os
 import subprocess
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from fd_large import failures
 from fd_large.errors import Exit
@@ -79,13 +78,6 @@ class Ranks:
         return self.left
 
 
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failures, "SECONDS_BETWEEN_LOOKS", 0.01)
@@ -135,7 +127,7 @@ def test_a_rank_that_ends_by_itself_in_the_grace_keeps_its_exit_code(
     monkeypatch.setattr(failures, "GRACE_SECONDS", 20.0)
     ranks = Ranks(3).start()
     ranks.watches[1].stop(2, "out of memory")
-    until(lambda: ranks.store.check(["left/0", "left/2"]))
+    until(lambda: ranks.store.check(["left/0", "left/2"]), 20, "ranks 0 and 2 say that they leave")
     assert ranks.watches[0].heard() == (1, 2, "out of memory")
     for rank in (0, 2):
         ranks.watches[rank].stop(1, "lost a peer")
@@ -153,7 +145,7 @@ def test_the_loss_of_the_store_is_the_loss_of_rank_0(caplog: pytest.LogCaptureFi
 
 def test_a_connection_that_breaks_ends_nobody() -> None:
     ranks = Ranks(2).start()
-    until(lambda: ranks.store.check(["process/0", "process/1"]))
+    until(lambda: ranks.store.check(["process/0", "process/1"]), 20, "both ranks say who they are")
     broken, calls = threading.Event(), []
 
     def once(keys: list[str]) -> bool:
@@ -164,7 +156,7 @@ def test_a_connection_that_breaks_ends_nobody() -> None:
         return Store.check(ranks.store, keys)
 
     ranks.store.check = once  # type: ignore[method-assign]
-    until(lambda: len(calls) > 4)
+    until(lambda: len(calls) > 4, 20, "looks after the connection broke")
     for watch in reversed(ranks.watches):
         watch.stop()
     assert ranks.ended() == {}
@@ -186,11 +178,13 @@ def test_a_rank_that_has_finished_early_ends_nobody() -> None:
     ranks.watches[2] = ranks.watches[1]  # The process stands for it.
     for watch in ranks.watches[:2]:
         watch.start()
-    until(lambda: all(watch._neighbours.get(2) for watch in ranks.watches))
+    until(lambda: all(watch._neighbours.get(2) for watch in ranks.watches), 20, "all watch rank 2")
     ranks.store.set("left/2", "")
     child.kill()
     child.wait()
-    until(lambda: not any(watch._neighbours for watch in ranks.watches))
+    until(
+        lambda: not any(watch._neighbours for watch in ranks.watches), 20, "nobody watches rank 2"
+    )
     for watch in ranks.watches[:2]:
         watch.stop()
     assert ranks.ended() == {}
@@ -202,7 +196,7 @@ def test_a_rank_of_this_node_that_was_killed_is_missed(caplog: pytest.LogCapture
     ranks = Ranks(2, {0: [7]})
     ranks.store.set("process/7", json.dumps([*failures._this_process()[:-1], child.pid]))
     ranks.start()
-    until(lambda: ranks.watches[0]._neighbours[7])
+    until(lambda: ranks.watches[0]._neighbours[7], 20, "rank 0 watches rank 7")
     child.kill()
     assert ranks.ended() == {0: Exit.LOST, 1: Exit.LOST}
     # Rank 1, of another node, hears it from rank 0.
@@ -224,7 +218,7 @@ def test_processes_of_another_container_are_not_looked_at() -> None:
     ranks = Ranks(2, {0: [1]})
     ranks.store.set("process/1", json.dumps(["another kernel", "pid:[1]", 1]))
     ranks.watches[0].start()
-    until(lambda: not ranks.watches[0]._neighbours)
+    until(lambda: not ranks.watches[0]._neighbours, 20, "rank 0 watches nobody")
     ranks.watches[0].stop()
     assert ranks.left == {}
 
@@ -247,7 +241,7 @@ def test_a_disk_that_hangs_keeps_no_rank_from_telling_the_others(monkeypatch) ->
     monkeypatch.setattr(failures, "_leaver", None)
     failures.tell(2, "x")
     assert not answers.is_set()
-    until(lambda: ranks.left == {0: Exit.LOST})
+    until(lambda: ranks.left == {0: Exit.LOST}, 20, lambda: f"rank 0 is told: {ranks.left}")
     answers.set()
 
 

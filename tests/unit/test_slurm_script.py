@@ -8,10 +8,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from fd_large.cli import init
 
@@ -398,10 +398,7 @@ def test_a_signal_is_handed_on_and_srun_waited_for(number: int, code: int, scrip
     wait += "while [[ ! ${ended:-} ]]; do /bin/sleep 0.05; done; /bin/sleep 0.3; "
     run_dir = ("--runtime.run_dir", str(script.run_dir))
     process = script.start(*run_dir, RANKS=f"{wait} exit {code}")
-    deadline = time.monotonic() + 30
-    while not (script.scratch / "up").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until((script.scratch / "up").exists, 30, "srun is up")
     process.send_signal(number)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == code, said

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from fd_large import processes
 from fd_large.checkpoint import lease as leases
@@ -166,8 +167,7 @@ def test_the_folder_of_a_dead_process_is_taken_over_at_once(number, folder, proc
     first.stdout.readline()
     # Not waited for: a zombie is dead.
     first.send_signal(number)
-    while processes.started(first.pid) is not None:
-        time.sleep(0.01)
+    until(lambda: processes.started(first.pid) is None, 30, "the process has ended")
     held = claim(folder)
     assert f"process {first.pid} has ended" in held.taken_over
     assert files(folder) == [OWNER]
@@ -345,10 +345,7 @@ def test_leaving_is_said_by_the_heartbeat(folder):
     Lease(folder, held.start).will_leave()  # Another rank's: it only answers.
     held.will_leave()
     marker = folder / f"owner.{held.start}.leaving"
-    deadline = time.monotonic() + 30
-    while not marker.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(marker.exists, 30, "the heartbeat says that the owner leaves")
     held.release()
     assert not marker.exists()
 
@@ -364,10 +361,7 @@ def test_who_lost_the_folder_is_told_and_does_not_touch_the_new_owner(how, folde
         leave_owner(folder, silent=50, **ELSEWHERE)
     else:
         (folder / OWNER).unlink()
-    deadline = time.monotonic() + 30
-    while not told:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: told, 30, "the owner is told that it lost the folder")
     assert not held.owned()
     assert not other.owned()
     assert ("host n7" if how == "taken" else "is gone") in told[0]
@@ -380,10 +374,7 @@ def test_who_lost_the_folder_is_told_and_does_not_touch_the_new_owner(how, folde
 def test_the_heartbeat_is_the_time_of_the_file(folder):
     held = claim(folder)
     os.utime(folder / OWNER, (1, 1))
-    deadline = time.monotonic() + 30
-    while (folder / OWNER).stat().st_mtime < time.time() - 20:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: (folder / OWNER).stat().st_mtime > time.time() - 20, 30, "a beat")
     held.release()
 
 

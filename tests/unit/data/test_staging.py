@@ -9,12 +9,12 @@ import pickle
 import shutil
 import tarfile
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from small_disk import mounted
+from waiting import until
 
 from fd_large.data import staging
 from fd_large.data.loader import ViewBatches, build_loader
@@ -268,11 +268,11 @@ def test_what_a_kill_left_is_swept_and_another_run_is_waited_for(root, local, ca
     too_early = []
 
     def release() -> None:
-        deadline = time.monotonic() + 20
-        while "waiting" not in caplog.text and time.monotonic() < deadline:
-            time.sleep(0.01)
-        too_early.extend(copies(local))
-        holder.close()
+        try:
+            until(lambda: "waiting" in caplog.text, 20, "the second run says that it waits")
+        finally:
+            too_early.extend(copies(local))
+            holder.close()
 
     thread = threading.Thread(target=release)
     thread.start()

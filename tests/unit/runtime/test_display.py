@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import logging
 import re
-import time
 from itertools import pairwise
 
 import pytest
 from rich.console import Console
+from waiting import until
 
 from fd_large import activity
 from fd_large.activity import Work
@@ -112,8 +112,7 @@ def test_the_thread_looks_until_the_end(monkeypatch):
     monkeypatch.setattr(display, "SECONDS_BETWEEN_LOOKS", 0.01)
     monkeypatch.setattr(Lines, "__call__", lambda self, works, now: looked.append(works))
     with shown("plan"):
-        while not looked:
-            time.sleep(0.01)
+        until(lambda: looked, 30, "the thread looks")
         assert [str(work) for work in activity.current()] == ["plan"]
     count = len(looked)
     assert activity.current() == ()

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from waiting import until
 
 from fd_large import distributed
 from fd_large.errors import ConfigError
@@ -125,11 +126,13 @@ def test_loading_processes_write_their_stacks_too_and_end(make_dog, monkeypatch,
     child.start()
     try:
         assert ended.wait(60)
-        text, deadline = "", time.monotonic() + 60
-        while "in loads_for_ever" not in text and time.monotonic() < deadline:
-            time.sleep(0.05)
-            text += capfd.readouterr().err
-        assert "in loads_for_ever" in text
+        said = []
+
+        def told() -> bool:
+            said.append(capfd.readouterr().err)
+            return "in loads_for_ever" in "".join(said)
+
+        until(told, 60, lambda: "".join(said))
         kill_workers()
         child.join(60)
         assert child.exitcode == -signal.SIGKILL

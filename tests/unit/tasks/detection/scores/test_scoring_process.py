@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
+from waiting import until
 
 from fd_large.engine import evaluation
 from fd_large.engine.evaluation import Interrupted
@@ -40,10 +40,7 @@ def test_ranks_show_that_they_live_while_it_works_and_may_leave(start, monkeypat
     with pytest.raises(Interrupted):
         scoring.wait(leave)
     scoring.give_up()
-    deadline = time.monotonic() + 60
-    while not scoring.done:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: scoring.done, 60, "the process that was given up ends")
 
 
 def test_what_is_asked_and_answered(start, tmp_path):
