@@ -8,18 +8,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from dense_jobs import check, exported, with_root
 from depth_batches import narrow_run
 from depth_images import write_images
-from stored_run import store_tensors
 
 from fd_large.backbones.statistics import IMAGENET
-from fd_large.cli.export import export
 from fd_large.errors import ConfigError, DataError
 from fd_large.tasks.depth.job import DepthJob
 from fd_large.tasks.depth.scores.evaluation import Model
 from fd_large.tasks.depth.section import Depth
 from fd_large.tasks.depth.stored import predict_images
-from fd_large.weights.load import load_model
 
 SWIN, VIT, LINEAR = "nyuv2_swinv2_giant", "nyuv2_vit_base", "nyuv2_linear"
 
@@ -30,15 +28,7 @@ def root(tmp_path_factory):
 
 
 def run_of(root, name: str = SWIN, **own):
-    run = narrow_run(name, **own)
-    return replace(run, data=replace(run.data, root=str(root)))
-
-
-def check(run) -> DepthJob:
-    job = DepthJob(run)
-    job.open_samples()
-    job.check()
-    return job
+    return with_root(narrow_run(name, **own), root)
 
 
 @pytest.mark.parametrize("name", [SWIN, VIT, LINEAR])
@@ -80,20 +70,12 @@ def test_mistakes_name_their_field(root):
 @pytest.mark.parametrize(("name", "to"), [(SWIN, "fd"), (LINEAR, "fd")])
 def test_the_backbone_is_exported_as_the_next_start_takes_it(name, to, tmp_path):
     run = run_of("/somewhere/nyu", name)
-    torch.manual_seed(0)
-    tensors = {n: p.detach() for n, p in DepthJob(run).make_task().named_parameters()}
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.json").write_text(json.dumps(run.to_dict()))
-    store_tensors(tmp_path / "run", tensors, ranks=2, recipe=run.to_dict())
-    export(str(tmp_path / "run"), str(tmp_path / "out"), to)
-    net, facts = load_model(tmp_path / "out")
-    for key, parameter in net.named_parameters():
-        assert key.startswith("norm.") or torch.equal(parameter, tensors[f"student.{key}"]), key
+    found = exported(run, tmp_path, to, told="trained to estimate depth on nyu")
+    for key, parameter in found.model.named_parameters():
+        trained = found.trained.get(f"student.{key}")
+        assert key.startswith("norm.") or torch.equal(parameter, trained), key
     # What trained between 0 and 1 is used so.
-    assert (facts == IMAGENET) == run.task.depth.normalise
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "trained to estimate depth on nyu" in card
-    assert "somewhere" not in card
+    assert (found.facts == IMAGENET) == run.task.depth.normalise
 
 
 def test_predictions_are_drawn_and_written(root, tmp_path):

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from coco import CATEGORIES
+from dense_jobs import check, exported, with_root
 from detection_batches import narrow_run
 from detection_twin import pictures
 from stored_run import store_tensors
 
 from fd_large.backbones.registry import build
-from fd_large.cli.export import export
 from fd_large.data.sampler import Portion
 from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.student import student_weights
@@ -22,7 +22,6 @@ from fd_large.errors import ConfigError, DataError
 from fd_large.tasks.dense.stages import LEFT_OUT
 from fd_large.tasks.detection.job import DetectionJob
 from fd_large.tasks.jobs import job_of
-from fd_large.weights.load import load_model
 
 SWIN, VIT = "coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base"
 
@@ -32,17 +31,9 @@ ANNOTATIONS = "annotations/instances_{}2017.json"
 def run_of(root, **sections):
     run = narrow_run("coco_mask_rcnn_swinv2_tiny")
     numbers = replace(run.task.detection, num_classes=len(CATEGORIES))
-    run = replace(run, task=replace(run.task, detection=numbers))
-    run = replace(run, data=replace(run.data, root=str(root)))
+    run = with_root(replace(run, task=replace(run.task, detection=numbers)), root)
     changes = {name: replace(getattr(run, name), **c) for name, c in sections.items()}
     return replace(run, **changes)
-
-
-def check(run) -> DetectionJob:
-    job = DetectionJob(run)
-    job.open_samples()
-    job.check()
-    return job
 
 
 def edit(root, change, split: str = "val") -> None:
@@ -173,20 +164,11 @@ def test_the_backbone_of_a_detector_is_exported(name, to, tmp_path):
     """What a student would start from: the norm only normalises, and class tokens are zero."""
     run = narrow_run(name)
     run = replace(run, data=replace(run.data, image_size=64, root="/somewhere/coco"))
-    tensors = {n: p.detach() for n, p in DetectionJob(run).make_task().named_parameters()}
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.json").write_text(json.dumps(run.to_dict()))
-    store_tensors(tmp_path / "run", tensors, ranks=2, recipe=run.to_dict())
-    export(str(tmp_path / "run"), str(tmp_path / "out"), to)
-    sources, (net, _) = sources_of(job_of), load_model(tmp_path / "out")
-    stored = sources.open(tmp_path / "run").file
-    for key, parameter in net.named_parameters():
-        shared = key.endswith("attn.relative_position_bias_table") and key not in stored
+    found = exported(run, tmp_path, to, told="trained to detect objects of coco")
+    for key, parameter in found.model.named_parameters():
+        shared = key.endswith("attn.relative_position_bias_table") and key not in found.stored
         if not shared:
-            assert torch.equal(parameter, stored[key]), key
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "trained to detect objects of coco" in card
-    assert "somewhere" not in card
+            assert torch.equal(parameter, found.stored[key]), key
 
 
 @pytest.mark.parametrize("masks", [True, False])

@@ -7,17 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from dense_jobs import check, exported, with_root
 from segmentation_batches import narrow_run
 from segmentation_twin import write_images
-from stored_run import store_tensors
 
-from fd_large.cli.export import export
-from fd_large.engine.checkpoint_models import sources_of
 from fd_large.errors import ConfigError, DataError
-from fd_large.tasks.jobs import job_of
-from fd_large.tasks.segmentation.job import SegmentationJob, test_views
+from fd_large.tasks.segmentation.job import test_views
 from fd_large.tasks.segmentation.section import Segmentation
-from fd_large.weights.load import load_model
 
 SWIN, VIT, LINEAR = "ade20k_upernet_swinv2_giant", "ade20k_upernet_vit_base", "ade20k_linear"
 test_views.__test__ = False
@@ -29,15 +25,7 @@ def root(tmp_path_factory):
 
 
 def run_of(root, name: str = SWIN, **own):
-    run = narrow_run(name, **own)
-    return replace(run, data=replace(run.data, root=str(root)))
-
-
-def check(run) -> SegmentationJob:
-    job = SegmentationJob(run)
-    job.open_samples()
-    job.check()
-    return job
+    return with_root(narrow_run(name, **own), root)
 
 
 def test_a_whole_dataset_is_fine(root):
@@ -81,17 +69,8 @@ def test_how_a_recipe_s_test_sees_an_image():
 @pytest.mark.parametrize(("name", "to"), [(SWIN, "fd"), (VIT, "timm"), (LINEAR, "fd")])
 def test_the_backbone_is_exported_as_the_next_start_takes_it(name, to, tmp_path):
     run = run_of("/somewhere/ade", name)
-    torch.manual_seed(0)
-    tensors = {n: p.detach() for n, p in SegmentationJob(run).make_task().named_parameters()}
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.json").write_text(json.dumps(run.to_dict()))
-    store_tensors(tmp_path / "run", tensors, ranks=2, recipe=run.to_dict())
-    export(str(tmp_path / "run"), str(tmp_path / "out"), to)
-    net, _ = load_model(tmp_path / "out")
-    stored = sources_of(job_of).open(tmp_path / "run").file
-    for key, parameter in net.named_parameters():
-        assert torch.equal(parameter, stored[key]), key
-        assert key.startswith("norm.") or torch.equal(parameter, tensors[f"student.{key}"]), key
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "trained to segment ade" in card
-    assert "somewhere" not in card
+    found = exported(run, tmp_path, to, told="trained to segment ade")
+    for key, parameter in found.model.named_parameters():
+        trained = found.trained.get(f"student.{key}")
+        assert torch.equal(parameter, found.stored[key]), key
+        assert key.startswith("norm.") or torch.equal(parameter, trained), key
