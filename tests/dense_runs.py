@@ -3,23 +3,79 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 from kills import resumed_from, state, wait_for_steps
 from launch import ROOT, Finished, run_ranks, start_ranks
 from twin import TRAIN, losses
 
 UPDATES = 5
+# The student of the giant recipes, and how its twins run.
+SMALL_GIANT = """
+--student.architecture.embed_dim 16 --student.architecture.depths 1 1 2 1
+--student.architecture.num_heads 1 1 2 4 --student.architecture.window_size 4
+--student.architecture.extra_norm_every 2
+--data.image_size 64 --data.workers 1 --runtime.log_every 1 --runtime.save_every 2
+"""
 
 Flags = Callable[..., list[str]]
 """Makes a command's arguments of (folder of the images, run folder, steps, ranks=...)."""
+
+
+def flags_of(own: str, *, micro_batch_size: int | None = None) -> Flags:
+    """Returns what makes the arguments of a command with these flags, four images a step.
+
+    Args:
+        own: The flags of every start.
+        micro_batch_size: Images of a rank's pass; None: a step is one pass, for the batch norms.
+    """
+
+    def flags(root: Path, run_dir: Path, updates: int, *, ranks: int) -> list[str]:
+        of_a_pass = str(micro_batch_size or 4 // ranks)
+        return [
+            *("--deepspeed_config", str(ROOT / "ds_configs/zero3.json"), *own.split()),
+            *("--batch.global_batch_size", "4", "--batch.micro_batch_size", of_a_pass),
+            *("--data.root", str(root), "--runtime.run_dir", str(run_dir)),
+            *("--optim.max_steps", str(updates)),
+        ]
+
+    return flags
 
 
 def train(flags: Flags, root: Path, run_dir: Path, *, ranks: int) -> Path:
     """Trains to the end; returns the run's folder."""
     run_ranks(TRAIN, *flags(root, run_dir, UPDATES, ranks=ranks), ranks=ranks, timeout=240)
     return run_dir
+
+
+def check_one_process(flags: Flags, root: Path, calm: Path, run_dir: Path) -> Path:
+    """Trains on one rank: the losses are those of the calm run, whose first step has no label.
+
+    Returns: the run's folder.
+    """
+    alone, together = losses(train(flags, root, run_dir, ranks=1)), losses(calm)
+    assert together == pytest.approx(alone, rel=1e-5)
+    assert alone[0] == 0 < min(alone[1:])
+    return run_dir
+
+
+def check_evaluations(
+    run_dir: Path, root: Path, out: Path, *, metric: str, ranks: Sequence[int]
+) -> list[Path]:
+    """Scores a run on each number of ranks, of which the first one alone speaks.
+
+    Returns: the folders of what was found, in `out`.
+    """
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary[f"val_{metric}"] == scores_in(run_dir)[metric]
+    folders = [out / str(number) for number in ranks]
+    for folder, number in zip(folders, ranks, strict=True):
+        first, *others = evaluate(run_dir, root, folder, ranks=number).outputs
+        assert metric in first
+        assert not any(metric.lower() in output.lower() for output in others)
+    return folders
 
 
 def check_kill_and_resume(

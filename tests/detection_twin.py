@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from coco import annotation, write_set
-from launch import ROOT
+from dense_runs import SMALL_GIANT
 
-FLAGS = """
+FLAGS = f"""
+{SMALL_GIANT}
 --recipe coco_mask_rcnn_swinv2_giant
---student.architecture.embed_dim 16 --student.architecture.depths 1 1 2 1
---student.architecture.num_heads 1 1 2 4 --student.architecture.window_size 4
---student.architecture.extra_norm_every 2
---data.image_size 64 --data.workers 1 --runtime.log_every 1 --runtime.save_every 2
 --task.detection.num_classes 3 --task.detection.head_width 16 --task.detection.test_size 0 0
 --task.detection.anchors_per_image 32 --task.detection.proposals_per_image 40
 --task.detection.rois_per_image 16 --task.detection.detections_per_image 10
@@ -36,13 +33,3 @@ def pictures(root: Path, count: int = 6) -> Path:
         ]
         write_set(root, annotations, sizes=sizes, split=split)
     return root
-
-
-def words(coco: Path, run_dir: Path, updates: int) -> list[str]:
-    """The command's arguments."""
-    return [
-        *("--deepspeed_config", str(ROOT / "ds_configs/zero3.json"), *FLAGS.split()),
-        *("--batch.global_batch_size", "4", "--batch.micro_batch_size", "1"),
-        *("--data.root", str(coco), "--runtime.run_dir", str(run_dir)),
-        *("--optim.max_steps", str(updates)),
-    ]

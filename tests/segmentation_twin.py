@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from launch import ROOT
+from dense_runs import SMALL_GIANT, flags_of
 from PIL import Image
 
-FLAGS = """
+FLAGS = f"""
+{SMALL_GIANT}
 --recipe ade20k_upernet_swinv2_giant
---student.architecture.embed_dim 16 --student.architecture.depths 1 1 2 1
---student.architecture.num_heads 1 1 2 4 --student.architecture.window_size 4
---student.architecture.extra_norm_every 2
---data.image_size 64 --data.workers 1 --runtime.log_every 1 --runtime.save_every 2
 --task.segmentation.num_classes 4 --task.segmentation.head_width 16
 --optim.warmup_epochs 0 --optim.base_lr 1e-2 --optim.warmup_lr 1e-3
 """
+flags = flags_of(FLAGS)
 
 
 def write_images(root: Path, count: int = 6, *, ignored: tuple[int, ...] = ()) -> Path:
@@ -49,13 +47,3 @@ def image_and_labels(number: int) -> tuple[np.ndarray, np.ndarray]:
     image = colors[labels] + draw.integers(-20, 20, (height, width, 1))
     labels[:4] = 0
     return np.clip(image, 0, 255).astype(np.uint8), labels
-
-
-def flags(root: Path, run_dir: Path, updates: int, *, ranks: int) -> list[str]:
-    """The command's arguments; a step is one pass, for the batch norms."""
-    return [
-        *("--deepspeed_config", str(ROOT / "ds_configs/zero3.json"), *FLAGS.split()),
-        *("--batch.global_batch_size", "4", "--batch.micro_batch_size", str(4 // ranks)),
-        *("--data.root", str(root), "--runtime.run_dir", str(run_dir)),
-        *("--optim.max_steps", str(updates)),
-    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import dense_runs
@@ -11,7 +10,6 @@ import pytest
 from dense_runs import scores, scores_in, train
 from depth_images import write_images
 from depth_twin import flags
-from twin import losses
 
 from fd_large.data.sampler import epoch_order
 
@@ -30,10 +28,7 @@ def calm(nyu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_ranks_are_one_process(nyu: Path, calm: Path, tmp_path: Path) -> None:
-    one = train(flags, nyu, tmp_path / "one", ranks=1)
-    alone, together = losses(one), losses(calm)
-    assert together == pytest.approx(alone, rel=1e-5)
-    assert alone[0] == 0 < min(alone[1:])
+    one = dense_runs.check_one_process(flags, nyu, calm, tmp_path / "one")
     first, second = (scores_in(run) for run in (calm, one))
     assert first["rmse"] == pytest.approx(second["rmse"], rel=1e-4)
 
@@ -44,14 +39,8 @@ def test_a_killed_run_goes_on_to_the_bit(nyu: Path, calm: Path, tmp_path: Path) 
 
 
 def test_a_run_is_scored_on_any_number_of_ranks(nyu: Path, calm: Path, tmp_path: Path) -> None:
-    in_run = scores_in(calm)
-    assert json.loads((calm / "summary.json").read_text())["val_rmse"] == in_run["rmse"]
-    for ranks in (1, 3):
-        out = tmp_path / str(ranks)
-        finished = dense_runs.evaluate(calm, nyu, out, ranks=ranks)
-        assert "rmse" in finished.outputs[0].lower()
-        assert not any("rmse" in output.lower() for output in finished.outputs[1:])
-        assert scores(out) == in_run
+    for out in dense_runs.check_evaluations(calm, nyu, tmp_path, metric="rmse", ranks=(1, 3)):
+        assert scores(out) == scores_in(calm)
         assert {path.name for path in out.glob("*.png")} == {"worst.png", "chosen.png"}
 
 

@@ -5,31 +5,32 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import detection_twin
 import pytest
-from dense_runs import check_kill_and_resume, evaluate, evaluations, scores, scores_in, train
-from detection_twin import pictures, words
+from dense_runs import (
+    check_kill_and_resume,
+    evaluate,
+    evaluations,
+    flags_of,
+    scores,
+    scores_in,
+    train,
+)
 from launch import ROOT, run_ranks
 
 PROGRAMS = Path(__file__).parent / "programs"
+FLAGS = f"""
+{detection_twin.FLAGS} --eval.every 2 --task.detection.box_loss giou
+--task.detection.heads htc --task.detection.extra_attention True
+"""
+flags = flags_of(FLAGS, micro_batch_size=1)
+# A run that waits for the figures of each evaluation.
+waiting = flags_of(f"{FLAGS} --eval.best_metric box_AP", micro_batch_size=1)
 
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("coco"))
-
-
-def flags(root: Path, run_dir: Path, updates: int, *, ranks: int) -> list[str]:
-    """The command's arguments, which are the same on any number of ranks."""
-    return [
-        *(*words(root, run_dir, updates), "--eval.every", "2"),
-        *("--task.detection.heads", "htc", "--task.detection.extra_attention", "True"),
-        *("--task.detection.box_loss", "giou"),
-    ]
-
-
-def waiting(*arguments: object, **more: int) -> list[str]:
-    """The flags of a run that waits for the figures of each evaluation."""
-    return [*flags(*arguments, **more), "--eval.best_metric", "box_AP"]
+    return detection_twin.pictures(tmp_path_factory.mktemp("coco"))
 
 
 def test_killed_resumed_and_evaluated(coco: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import dense_runs
@@ -11,7 +10,6 @@ import pytest
 from dense_runs import scores, scores_in, train
 from PIL import Image
 from segmentation_twin import flags, write_images
-from twin import losses
 
 from fd_large.data.sampler import epoch_order
 
@@ -30,10 +28,7 @@ def calm(ade: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_ranks_are_one_process(ade: Path, calm: Path, tmp_path: Path) -> None:
-    one = train(flags, ade, tmp_path / "one", ranks=1)
-    alone, together = losses(one), losses(calm)
-    assert together == pytest.approx(alone, rel=1e-5)
-    assert alone[0] == 0 < min(alone[1:])
+    one = dense_runs.check_one_process(flags, ade, calm, tmp_path / "one")
     counts = [np.array(scores_in(run)["confusion"]) for run in (calm, one)]
     # A pixel between two classes may go to either; none did where this was written.
     assert np.abs(counts[0] - counts[1]).sum() <= 1e-3 * counts[0].sum()
@@ -45,14 +40,8 @@ def test_a_killed_run_goes_on_to_the_bit(ade: Path, calm: Path, tmp_path: Path) 
 
 
 def test_a_run_is_scored_on_any_number_of_ranks(ade: Path, calm: Path, tmp_path: Path) -> None:
-    in_run = scores_in(calm)
-    assert json.loads((calm / "summary.json").read_text())["val_mIoU"] == in_run["mIoU"]
-    for ranks in (1, 2):
-        out = tmp_path / str(ranks)
-        finished = dense_runs.evaluate(calm, ade, out, ranks=ranks)
-        assert "mIoU" in finished.outputs[0]
-        assert not any("mIoU" in output for output in finished.outputs[1:])
-        assert scores(out)["confusion"] == in_run["confusion"]
+    for out in dense_runs.check_evaluations(calm, ade, tmp_path, metric="mIoU", ranks=(1, 2)):
+        assert scores(out)["confusion"] == scores_in(calm)["confusion"]
         names = {path.name for path in out.glob("*.png")}
         assert names == {"worst.png", "chosen.png", "confusion.png"}
 
