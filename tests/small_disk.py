@@ -10,7 +10,7 @@ import pytest
 
 
 def mounted(folder: Path, size: str) -> Iterator[Path]:
-    """Yields a new folder of `folder` with room for `size` ("1m", "200k"); a fixture's body."""
+    """Yields a new folder of `folder` with room for `size` ("1m", or bytes); a fixture's body."""
     disk = folder / "disk"
     disk.mkdir()
     done = subprocess.run(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from kills import kill_and_resume, state
 from launch import ROOT, read_results, run_ranks
 from pictures import write_pictures
+from small_disk import mounted
 from stored_run import store_tensors
 from twin import WITH_LOADERS, losses, train
 from unit.engine.conftest import Brightness
@@ -194,16 +194,7 @@ def checkpoint_bytes(reference: Path) -> int:
 @pytest.fixture
 def small_disk(checkpoint_bytes: int, tmp_path: Path) -> Iterator[Path]:
     """A file system that takes three checkpoints: two that stay and one being written."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    size = f"size={int(3.4 * checkpoint_bytes)}"
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    yield from mounted(tmp_path, str(int(3.4 * checkpoint_bytes)))
 
 
 def test_a_full_disk_keeps_what_is_there_and_training_goes_on(
