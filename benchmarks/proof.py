@@ -14,13 +14,11 @@ there, so that an interrupted ablation goes on. Writes benchmarks/results/proof.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import socket
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,10 @@ from harness import RESULTS, ROOT
 from PIL import Image
 
 from fd_large.probes.paired import difference
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+from cifar import read_cifar
 
 DATA = Path(os.environ.get("FD_DATA", ROOT.parent / "shared" / "data"))
 ARCHIVES = {"train": "cifar10_train20k.tar", "test": "cifar10_test10k.tar"}
@@ -325,16 +327,6 @@ class Proof:
         if code:
             tail = (self.work / "output.txt").read_text().splitlines()[-25:]
             raise SystemExit("\n".join([*tail, f"ended with code {code}: {self.work}/output.txt"]))
-
-
-def read_cifar(path: Path, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Returns images (N, 32, 32, 3) uint8, labels and class names of an archive in FD_DATA."""
-    with tarfile.open(path) as archive:
-        strips = sorted(m.name for m in archive if m.name.endswith(".webp"))[: -(-count // 100)]
-        pixels = [np.asarray(Image.open(archive.extractfile(name))) for name in strips]
-        labels = np.load(io.BytesIO(archive.extractfile("labels.npy").read()))
-        classes = json.loads(archive.extractfile("meta.json").read())["classes"]
-    return np.concatenate(pixels).reshape(-1, 32, 32, 3)[:count], labels[:count], classes
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

