@@ -10,6 +10,7 @@ leaves its findings with `write_result(folder, value)` as its last act; the test
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -42,11 +43,18 @@ RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID") or uuid.uuid4().hex
 _servers: dict[str, RankServer] = {}
 
 
+def free_ports(count: int) -> list[int]:
+    """Returns so many TCP ports that nobody listens on now."""
+    with contextlib.ExitStack() as all_open:
+        probes = [all_open.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
 def free_port() -> int:
     """Returns a TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
 
 
 def write_result(folder: str | Path, value: Any) -> None:

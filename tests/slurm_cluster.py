@@ -16,13 +16,13 @@ import random
 import re
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import waiting
+from launch import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
@@ -115,7 +115,7 @@ class Cluster:
         for inner in ("state", "spool"):
             (self.folder / inner).mkdir(parents=True, exist_ok=True)
         self.config = self.folder / "slurm.conf"
-        ports = _free_ports(nodes + 1)
+        ports = free_ports(nodes + 1)
         devices = [self.folder / f"gpu{number}" for number in range(gpus)]
         # Ranks meet at a port made from the job's number: those of two clusters here must differ.
         first_job = random.randrange(1, 60000)
@@ -280,17 +280,6 @@ def ended(shown: dict[str, str]) -> bool:
     """Whether Slurm is done with a job; PREEMPTED is said of one that ended by itself, too."""
     ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "REQUEUE_HOLD")
     return shown["JobState"] in ends
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def _send(pid: int, signal_number: int) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import pytest
 import torch
+from launch import free_port
 from torch import nn
 
 from fd_large import distributed
@@ -56,10 +56,8 @@ def one_rank():
     start.stop()
     distributed.stop()
     alone = {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    distributed.start(Launch(launcher="python", **alone, master_addr="127.0.0.1", master_port=port))
+    place = {"master_addr": "127.0.0.1", "master_port": free_port()}
+    distributed.start(Launch(launcher="python", **alone, **place))
     start.start()
     yield
     # What DeepSpeed keeps of the group would be found by the next file.
