@@ -23,7 +23,7 @@ from typing import Any
 
 import harness
 
-ROUNDS, STEPS, WARM_UP = 8, 1, 1
+ROUNDS, WARM_UP = 8, 1
 CROPS = 64
 GLOBAL_BATCH = 16
 LEARNING_RATE = 1e-3
@@ -102,7 +102,7 @@ def cut(root: str, folder: Path) -> Path:
 
 def side_by_side(root: Path, folder: Path, rounds: int, *, quick: bool) -> dict[str, Any]:
     """Returns the times of steps from caches and with the teacher, and their losses."""
-    from engines import seconds_of, zero_engine
+    from engines import seconds_in_turns, zero_engine
 
     from fd_large import distributed
     from fd_large.cli.cache import write
@@ -163,18 +163,13 @@ def side_by_side(root: Path, folder: Path, rounds: int, *, quick: bool) -> dict[
         set_learning_rate(engines[name].deepspeed.optimizer, LEARNING_RATE)
         batches[name], losses[name] = micro_batches(job, samples), []
 
-    def steps(name: str, count: int) -> None:
-        for _ in range(count):
-            loss = forward_backward(engines[name], next(batches[name]), 0)
-            engines[name].deepspeed.step()
-            losses[name].append(loss.item())
+    def step(name: str) -> None:
+        loss = forward_backward(engines[name], next(batches[name]), 0)
+        engines[name].deepspeed.step()
+        losses[name].append(loss.item())
 
-    for name in engines:
-        steps(name, WARM_UP)
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for order in harness.turns(list(engines), rounds):
-        for name in order:
-            seconds[name].append(seconds_of(partial(steps, name, STEPS)) / STEPS)
+    steps = {name: partial(step, name) for name in engines}
+    seconds = seconds_in_turns(steps, rounds, warm_up=WARM_UP)
     counted = {
         name: step_flops(DistillationJob(one), 1, checkpointing=False)
         for name, one in runs.items()

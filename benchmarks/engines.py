@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from harness import ROOT
+from harness import ROOT, turns
 
 from fd_large import distributed
 from fd_large.data.loader import Batch
@@ -84,3 +84,25 @@ def seconds_of(call: Callable[[], Any], clock: Callable[[], float] = time.perf_c
     if clock is time.perf_counter:
         distributed.barrier()
     return clock() - begin
+
+
+def seconds_in_turns(
+    calls: Mapping[Any, Callable[[], Any]], rounds: int, *, warm_up: int = 0
+) -> dict[Any, list[float]]:
+    """Lets contenders take turns on all ranks.
+
+    Args:
+        calls: The step of each.
+        rounds: How often each is measured.
+        warm_up: Rounds before, which are not.
+
+    Returns: the seconds of each, round by round.
+    """
+    for _ in range(warm_up):
+        for call in calls.values():
+            call()
+    seconds: dict[Any, list[float]] = {name: [] for name in calls}
+    for order in turns(list(calls), rounds):
+        for name in order:
+            seconds[name].append(seconds_of(calls[name]))
+    return seconds

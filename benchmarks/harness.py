@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -64,7 +65,35 @@ def start(program: str, *arguments: object, ranks: int, launcher: str = "") -> i
     return subprocess.run([*command, *map(str, arguments)], env=environment, check=False).returncode
 
 
-def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
+def step_parser(program: str, text: str, *, rounds: int) -> argparse.ArgumentParser:
+    """Returns the flags of a benchmark that times steps of several engines on ranks.
+
+    Args:
+        program: Its file, which names its results.
+        text: Its docstring; the first line is its description.
+        rounds: How often each engine is measured, unless told.
+    """
+    out = RESULTS / f"{Path(program).stem}.json"
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds, small models")
+    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 3], help="ZeRO stages")
+    parser.add_argument("--image-size", type=int, default=64, help="pixels")
+    parser.add_argument("--micro-batch", type=int, default=4, help="images per rank and step")
+    parser.add_argument("--rounds", type=int, default=rounds, help="measured steps of each engine")
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, *, quick: dict[str, Any]) -> argparse.Namespace:
+    """Reads the flags; --quick gives these defaults."""
+    if parser.parse_args().quick:
+        parser.set_defaults(**quick)
+    return parser.parse_args()
+
+
+def turns(names: Sequence[Any], rounds: int) -> Iterator[list[Any]]:
     """Yields the order of every round; each begins one place later, so that none always follows."""
     for turn in range(rounds):
         first = turn % len(names)

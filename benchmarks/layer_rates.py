@@ -20,7 +20,6 @@ from typing import Any
 from unittest.mock import patch
 
 import harness
-from harness import RESULTS
 
 DECAY, RATE, WARM_UP = 0.9, 1e-4, 2
 DEPTHS = (2, 2, 42, 4)  # SwinV2-G's.
@@ -33,19 +32,9 @@ WAYS = {
 
 def parse() -> argparse.Namespace:
     """Reads the flags."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds, a small model")
-    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 3], help="ZeRO stages")
+    parser = harness.step_parser(__file__, __doc__, rounds=15)
     parser.add_argument("--width", type=int, default=96, help="channels of the first stage")
-    parser.add_argument("--image-size", type=int, default=64, help="pixels")
-    parser.add_argument("--micro-batch", type=int, default=4, help="images per rank and step")
-    parser.add_argument("--rounds", type=int, default=15, help="measured steps of each engine")
-    parser.add_argument("--out", type=Path, default=RESULTS / "layer_rates.json")
-    parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
-    if parser.parse_args().quick:
-        parser.set_defaults(rounds=3, width=32)
-    return parser.parse_args()
+    return harness.parse(parser, quick={"rounds": 3, "width": 32})
 
 
 def groups_by_layer(task: Any, weight_decay: float) -> list[dict[str, Any]]:
@@ -64,7 +53,7 @@ def groups_by_layer(task: Any, weight_decay: float) -> list[dict[str, Any]]:
 
 def run_as_rank(arguments: argparse.Namespace) -> int:
     """Builds all engines, lets them take turns; rank 0 reports."""
-    from engines import job_of, noise, seconds_of, zero_engine
+    from engines import job_of, noise, seconds_in_turns, zero_engine
 
     from fd_large import distributed
     from fd_large.engine.forward_backward import forward_backward
@@ -115,13 +104,8 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
         forward_backward(engine, batch, 0)
         engine.deepspeed.step()
 
-    for _ in range(WARM_UP):
-        for name in engines:
-            step(name)
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for order in harness.turns(list(engines), arguments.rounds):
-        for name in order:
-            seconds[name].append(seconds_of(partial(step, name)))
+    steps = {name: partial(step, name) for name in engines}
+    seconds = seconds_in_turns(steps, arguments.rounds, warm_up=WARM_UP)
     if distributed.is_main():
         ratios = {}
         for stage in arguments.stages:

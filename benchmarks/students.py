@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from harness import RESULTS
 
 WARM_UP = 2
 STUDENTS = {"wide": 64, "narrow": 32}
@@ -28,21 +27,11 @@ STUDENTS = {"wide": 64, "narrow": 32}
 
 def parse() -> argparse.Namespace:
     """Reads the flags."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds, one teacher")
-    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 3], help="ZeRO stages")
+    parser = harness.step_parser(__file__, __doc__, rounds=12)
     parser.add_argument(
         "--teachers", type=int, nargs="+", default=[96, 192, 288], help="channels of first stages"
     )
-    parser.add_argument("--image-size", type=int, default=64, help="pixels")
-    parser.add_argument("--micro-batch", type=int, default=4, help="images per rank and step")
-    parser.add_argument("--rounds", type=int, default=12, help="measured steps of each contender")
-    parser.add_argument("--out", type=Path, default=RESULTS / "students.json")
-    parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
-    if parser.parse_args().quick:
-        parser.set_defaults(rounds=3, teachers=[64], stages=[3])
-    return parser.parse_args()
+    return harness.parse(parser, quick={"rounds": 3, "teachers": [64], "stages": [3]})
 
 
 def recipe(teacher: int, student: int, size: int) -> Any:
@@ -85,7 +74,7 @@ def teachers_share(runs: list[Any], images: int) -> float:
 def run_as_rank(arguments: argparse.Namespace) -> int:
     """Builds all engines, lets them take turns; rank 0 reports."""
     import torch
-    from engines import job_of, noise, seconds_of, zero_engine
+    from engines import job_of, noise, seconds_in_turns, zero_engine
 
     from fd_large import distributed
     from fd_large.engine.forward_backward import forward_backward
@@ -130,13 +119,7 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
         contenders[*setting, "teacher"] = partial(learnt, group)
         for name, engine in zip(STUDENTS, group, strict=True):
             contenders[*setting, name] = partial(alone, engine)
-    for _ in range(WARM_UP):
-        for step in contenders.values():
-            step()
-    seconds: dict[Any, list[float]] = {name: [] for name in contenders}
-    for order in harness.turns(list(contenders), arguments.rounds):
-        for name in order:
-            seconds[name].append(seconds_of(contenders[name]))
+    seconds = seconds_in_turns(contenders, arguments.rounds, warm_up=WARM_UP)
     if distributed.is_main():
         rows = []
         for stage, teacher in engines:

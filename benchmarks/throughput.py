@@ -21,6 +21,7 @@ import csv
 import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def chosen(arguments: argparse.Namespace, world: int) -> list[str]:
 def run_as_rank(arguments: argparse.Namespace) -> int:
     """Measures speed, or the memory of one contender; rank 0 writes the JSON."""
     from contenders import Setting, Unavailable, build, share
-    from engines import noise
+    from engines import noise, seconds_in_turns
 
     from fd_large import distributed
     from fd_large.engine.zero import start
@@ -118,7 +119,8 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
             step(batch)
         found["peak_memory_bytes"] = distributed.max_rank(_memory() - before)
     elif steps:
-        seconds = _take_turns(steps, batch, arguments.rounds)
+        calls = {name: partial(step, batch) for name, step in steps.items()}
+        seconds = seconds_in_turns(calls, arguments.rounds)
         found |= report(arguments, setting, seconds)
         for name, values in losses.items():
             found["contenders"][name]["first_losses"] = values
@@ -142,16 +144,6 @@ def _memory(*, reset: bool = False) -> int:
     if reset:
         memory.reset()
     return memory.peak()
-
-
-def _take_turns(steps: dict[str, Any], batch: Any, rounds: int) -> dict[str, list[float]]:
-    from engines import seconds_of
-
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for order in harness.turns(list(steps), rounds):
-        for name in order:
-            seconds[name].append(seconds_of(lambda step=steps[name]: step(batch)))
-    return seconds
 
 
 def report(
