@@ -28,7 +28,7 @@ from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import Blocks, MicroBatches, Portion, check_batch_sizes, samples_at
 from fd_large.data.source import ImageSource
 from fd_large.data.suppress_stderr import suppress_stderr
-from fd_large.data.worker import start_worker
+from fd_large.data.worker import signals_blocked, start_worker
 from fd_large.errors import DataError, FDError
 
 # Images tried for one place in a batch; where all are bad, so is the dataset.
@@ -150,7 +150,9 @@ class _Loader(DataLoader):
 
     def __iter__(self) -> Any:
         # The loading processes start here, not when the first batch is asked for.
-        return _raising(super().__iter__())
+        with signals_blocked():
+            batches = super().__iter__()
+        return _raising(batches)
 
 
 def _raising(batches: Iterator[Any]) -> Iterator[Any]:

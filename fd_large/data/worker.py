@@ -8,9 +8,12 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import util
 
 POLL_SECONDS = 1.0
+_IGNORED = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 # Bytes of a socket's name on Linux, without the zero at its end.
 LONGEST_SOCKET_NAME = 107
 _NAME_IN_FOLDER = "/pymp-12345678/listener-12345678"
@@ -18,8 +21,22 @@ _NAME_IN_FOLDER = "/pymp-12345678/listener-12345678"
 _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Lets processes that are started inside take no signal of a group in any of their threads.
+
+    torch makes threads in a worker before it calls `start_worker` (where this process has several
+    for its operations), and any thread that does not block a signal may be the one that gets it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, *_IGNORED})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_worker(_number: int) -> None:
-    """Prepares a loading process; the torch DataLoader calls this in each.
+    """Prepares a process that was started under `signals_blocked`; torch calls this in each.
 
     A signal that reaches a whole process group (Ctrl-C, a closed terminal, the end of a Slurm job)
     would otherwise kill the workers under a training process that means to save first. So SIGINT,
@@ -30,9 +47,8 @@ def start_worker(_number: int) -> None:
     _shorten_socket_name()
     # Inherited: the training process would take the worker's signals for its own.
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_watch, args=(os.getppid(),), name="watch parent", daemon=True).start()
 
 

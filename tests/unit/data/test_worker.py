@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,11 +16,12 @@ from fd_large.data.views import ViewSettings
 
 # Prints its workers once they load, then waits in the middle of the epoch, its pipes full.
 TRAINING = """
-import sys, time, psutil
+import sys, time, psutil, torch
 from fd_large.data.folder import ImageFolder
 from fd_large.data.loader import ViewBatches, build_loader
 from fd_large.data.sampler import Portion
 from fd_large.data.views import ViewSettings
+torch.set_num_threads(2)
 source = ImageFolder(sys.argv[1])
 batches = iter(build_loader(
     ViewBatches(source, ViewSettings(512, 0.3), 0, 0), len(source), Portion(0, 0, 2, 0, 1),
@@ -105,6 +107,19 @@ def test_signals_to_the_group_are_the_parents_affair(picture_folder):
     time.sleep(0.3)
     assert len(list(batches)) == 12
     del batches
+    assert gone(workers, 10)
+
+
+def test_no_thread_of_a_worker_takes_a_signal(picture_folder):
+    """torch starts some in it, where the parent has several, before it can ignore any signal."""
+    training, workers = start(picture_folder)
+    for pid in workers:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
+            os.kill(pid, number)
+    try:
+        assert not [pid for pid in workers if gone([pid], 0.5)]
+    finally:
+        training.kill()
     assert gone(workers, 10)
 
 
