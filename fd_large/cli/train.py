@@ -159,13 +159,14 @@ def say_how_to_go_on(run: Run) -> None:
     """Logs what a stopped run has saved and the command that goes on; fails nothing."""
     from fd_large.report.closing import stopped_text
     from fd_large.report.run_files import read_run
+    from fd_large.runtime.logs import WHOLE_LINES
 
     log = logging.getLogger(__name__)
     try:
         # The command of one of several students is that of all.
         students = [read_run(one.run_dir()) for one in run.each_student().values()]
         stopped = [files for files in students if files.summary.get("status") != "done"]
-        log.info("%s", stopped_text((stopped or students)[0]))
+        log.info("%s", stopped_text((stopped or students)[0]), extra=WHOLE_LINES)
     except Exception:
         log.exception("the run is saved, and the same command goes on; how it stands is not known")
 

@@ -15,6 +15,8 @@ from fd_large.runtime import terminal
 
 FILE_ONLY = {"file_only": True}
 """As `extra` of a record that the terminal shows in another form."""
+WHOLE_LINES = {"whole_lines": True}
+"""As `extra` of a record with a command, which can be copied from the terminal only unbroken."""
 
 _early: list[logging.LogRecord] = []
 
@@ -38,7 +40,8 @@ class _Terminal(logging.Handler):
             text = printable(self._prefix + self.format(record))
             console = terminal.console()
             # A terminal breaks lines within words, rich between them; a file has long lines.
-            console.print(text, soft_wrap=not console.is_terminal)
+            whole = getattr(record, "whole_lines", False) or not console.is_terminal
+            console.print(text, soft_wrap=whole)
             terminal.note_said()
         except Exception:
             self.handleError(record)

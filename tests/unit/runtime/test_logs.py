@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import pty
+import sys
 
 import pytest
 
@@ -58,3 +61,17 @@ def test_records_do_not_command_the_terminal(capsys):
     logging.getLogger("fd_large.x").warning("%s", "a\x1b]0;title\x07\x1b[31mred\x9b1m\nb\tc")
     shown = capsys.readouterr().out
     assert "a?]0;title??[31mred?1m\nb" in shown
+
+
+@pytest.mark.parametrize(("extra", "breaks"), [(None, True), (logs.WHOLE_LINES, False)])
+def test_a_command_is_not_broken_on_a_terminal(extra, breaks, monkeypatch):
+    ours, theirs = pty.openpty()
+    words = "word " * 40
+    with os.fdopen(theirs, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        logs.start(0)
+        logging.getLogger("fd_large.x").info("%s", words, extra=extra)
+        out.flush()
+        shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert shown.rstrip().count("\n") == (2 if breaks else 0)
