@@ -122,7 +122,8 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
 
     def whole() -> torch.nn.Module:
         model = build(name, initialization="official")
-        read = torch.load(path, map_location="cpu") if path.suffix == ".pth" else load_file(path)
+        is_torchs = path.suffix == ".pth"
+        read = torch.load(path, "cpu", weights_only=True) if is_torchs else load_file(path)
         model.load_state_dict(read.get("model", read))
         return model
 

@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 NAME = "name"
 WHERE = "--config"
+# A recipe has some hundred; a few lines of YAML can stand for millions, by aliases of aliases.
+MOST_NAMES = 10_000
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,10 @@ def _note_lines(node: Any, prefix: str, lines: dict[str, int], twice: list[str])
     """Notes the line of every name below a mapping, and names that stand in it twice."""
     if not isinstance(node, yaml.MappingNode):
         return
+    if len(lines) > MOST_NAMES:
+        raise yaml.MarkedYAMLError(
+            problem=f"more than {MOST_NAMES:,} names", problem_mark=node.start_mark
+        )
     seen = set()
     for key, value in node.value:
         name, line = f"{prefix}{key.value}", key.start_mark.line + 1

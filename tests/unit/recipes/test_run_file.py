@@ -99,6 +99,14 @@ def test_what_is_no_run_file_is_refused_in_a_sentence(tmp_path):
         assert said(path)[0].startswith(path + what)
 
 
+def test_a_few_lines_do_not_stand_for_millions(tmp_path):
+    levels = (f"a{n + 1}: &a{n + 1} {{x: *a{n}, y: *a{n}}}" for n in range(30))
+    path = written(tmp_path, "\n".join(["a0: &a0 {x: 1}", *levels]))
+    (line,) = said(path)
+    assert line.startswith(f"{path}:")
+    assert "got more than 10,000 names" in line
+
+
 def test_a_run_of_its_own_says_its_model_and_has_its_name(tmp_path):
     text = "name: mine\nstudent: {model: vit_base_patch16}\noptim:\n"
     run = train("--config", written(tmp_path, text))
