@@ -27,13 +27,14 @@ train: .venv/quickstart
 
 # For two cores: first the tests of one process, then those that start ranks, these by whole files in
 # the order of tests/integration/conftest.py. Three run at once, since some wait.
+test: export OMP_NUM_THREADS := 1
 test: .venv/test
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
 	status=0; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal $(MARK) tests/unit || status=1; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile \
+	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal $(MARK) tests/unit || status=1; \
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile \
 		--no-loadscope-reorder $(MARK) tests/integration || status=1; \
 	exit $$status
 endif
