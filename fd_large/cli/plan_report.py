@@ -104,7 +104,7 @@ def _heading(run: Run, load: Workload, machine: Machine) -> Text:
         name = f"teacher{'s' * (len(named) > 1)} {', '.join(named)}" if named else "frozen model"
         teacher = (
             f"  {name}: {sum(load.teacher_sizes) / 1e6:,.1f}M parameters, "
-            f"{counts.flops('inference', 1) / 1e9:,.1f} GFLOP\n"
+            f"{counts.flops_per_image('inference') / 1e9:,.1f} GFLOP\n"
         )
     for name, folder in cached_folders(run).items():
         teacher += f"  {name}: cached targets in {folder}\n"
@@ -116,7 +116,7 @@ def _heading(run: Run, load: Workload, machine: Machine) -> Text:
         f"{run.name}, {run.batch.global_batch_size} images per step\n"
         f"  {students}{load.parameters / 1e6:,.1f}M parameters with {whose} "
         f"{'projection' if len(run.frozen_models) == 1 else 'heads'}, "
-        f"{counts.flops('forward', 1) / 1e9:,.1f} GFLOP\n{teacher}"
+        f"{counts.flops_per_image('forward') / 1e9:,.1f} GFLOP\n{teacher}"
         f"  {cluster.gpus} x {machine.rates.name} on {cluster.nodes} "
         f"node{'s' if cluster.nodes > 1 else ''}{network}, "
         f"{'fused' if counts.fused else 'reference'} kernels\n"
@@ -232,8 +232,8 @@ def _said_of_times(load: Workload, machine: Machine) -> list[str]:
 def _teachers_share(run: Run, load: Workload, best: Estimate, machine: Machine) -> str:
     """What the teacher costs, and when storing its maps would save it; empty without one."""
     counts = load.counts[False]
-    teacher = counts.flops("inference", 1)
-    rest = counts.flops("forward", 1) + counts.flops("backward", 1)
+    teacher = counts.flops_per_image("inference")
+    rest = counts.flops_per_image("forward") + counts.flops_per_image("backward")
     if not run.frozen_models or not teacher:
         return ""
     most = largest_map_that_pays(best.seconds.total * machine.cluster.gpus / best.images, 1e9)

@@ -80,14 +80,13 @@ def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
     from fd_large.engine.count import count
     from fd_large.tasks.jobs import job_of
 
-    micro_batch_size = run.batch.micro_batch_size
     each = [
         count(
             job_of(run),
             _device(rates, kernels),
             bfloat16=rates.bfloat16,
             frozen_bfloat16=frozen_in_bfloat16(run.frozen_dtype, rates.bfloat16),
-            micro_batch_size=1 if micro_batch_size == "auto" else micro_batch_size,
+            micro_batch_size=run.batch.micro_batch_size,
             image_size=side,
         )
         for side in sorted(run.data.image_sizes) or (0,)

@@ -43,6 +43,7 @@ from fd_large.plan.counts import (
     highest,
     through,
 )
+from fd_large.recipes.sections import AUTO
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ def count(
     bfloat16: bool,
     frozen_bfloat16: bool,
     checkpointing: Iterable[bool] = (False, True),
-    micro_batch_size: int = 1,
+    micro_batch_size: int | str = AUTO,
     image_size: int = 0,
 ) -> dict[bool, Counts]:
     """Counts a micro-batch of a job's task as a device would run it.
@@ -188,7 +189,8 @@ def count(
         frozen_bfloat16: Whether frozen models do.
         checkpointing: False for no checkpoints, True for those of each `checkpoint_every`-th block
             of the student; False comes first.
-        micro_batch_size: Counted alone if the task is not linear in its images.
+        micro_batch_size: Counted alone if the task is not linear in its images; auto: as many
+            images as belong together.
         image_size: Side of the images; 0: that of the job's probe batch, the largest.
 
     Returns: the counts with and without checkpoints, as asked.
@@ -207,8 +209,8 @@ def count(
 
         with torch.no_grad():  # Fills caches, whose tables would be counted with the first.
             task.shapes_only(_probe(job, SIZES[0], image_size))
-        images = 0
-        small, large = (size * job.images_together() for size in SIZES)
+        images, together = 0, job.images_together()
+        small, large = (size * together for size in SIZES)
         for wrapped in checkpointing:
             if wrapped:
                 every = job.run.student.checkpoint_every
@@ -218,7 +220,7 @@ def count(
                     first = at(small)
                     second = at(large, like=first)
                 except NotLinear:
-                    images = micro_batch_size
+                    images = together if micro_batch_size == AUTO else int(micro_batch_size)
             if images:
                 first = second = at(images)
             sizes = (0, images) if images else (small, large)

@@ -70,14 +70,13 @@ def measure(
     on_gpu = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability() if on_gpu and not torch.version.hip else None
     half = frozen_in_bfloat16(job.run.frozen_dtype, on_gpu)
-    size = job.run.batch.micro_batch_size
     counts = count(
         job,
         choose.Device(capability, on_gpu=on_gpu, wish=choose.wished()),
         bfloat16=on_gpu,
         frozen_bfloat16=half,
         checkpointing=[False],
-        micro_batch_size=1 if size == "auto" else size,
+        micro_batch_size=job.run.batch.micro_batch_size,
     )[False]
     held = _bytes(counts, 2 if on_gpu else 4, 2 if half else 4) + 16 * UPDATED
     sizes = _sizes(counts, job.images_together(), ROOM * free_bytes - held, on_gpu=on_gpu)

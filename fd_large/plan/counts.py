@@ -137,6 +137,11 @@ class Counts:
         total = round(sum(p.times * p.flops.at(images) for p in own))
         return total - (self.again.at(images) if phase == "backward" else 0)
 
+    def flops_per_image(self, phase: Phase) -> float:
+        """Returns the FLOPs of a phase for one image, without what is computed again."""
+        images = self.images or 1
+        return self.flops(phase, images) / images
+
     def step_flops(self, images: int) -> StepFlops:
         """Returns the FLOPs of a micro-batch."""
         return StepFlops(

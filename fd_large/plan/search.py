@@ -46,6 +46,8 @@ def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refus
     sizes = [size for size in range(1, share + 1) if share % size == 0]
     if counted in sizes:  # The counts hold for no other size.
         sizes = [counted]
+    elif counted:  # Less takes at most as much; of more nothing is known.
+        sizes = [size for size in sizes if size < counted]
     good: list[Estimate] = []
     bad: list[Refused] = []
     teachers = len(load.teachers) if load.may_split_frozen else 0

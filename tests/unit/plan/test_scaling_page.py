@@ -103,7 +103,7 @@ def test_the_table_of_the_recipe(teacher, checkpointing):
     assert list(cells) in rows
 
 
-# Without GPUs, and with images in groups whose counts hold for one micro-batch alone.
+# Without GPUs, and without a memory: it states the images of a rank, not of a micro-batch.
 NOT_PLANNED = ("quickstart", "linear_probe")
 
 
@@ -141,6 +141,20 @@ def test_a_recipe_states_memory_and_duration_as_planned(name):
     assert stated_hours == pytest.approx(hours, rel=0.05)
     gigabytes = float(re.fullmatch(r"([\d.]+) GB of each GPU", facts.memory)[1])
     assert gigabytes == pytest.approx(one.memory.total / 1e9, rel=0.05)
+
+
+def test_the_linear_probe_states_flops_and_duration_as_planned():
+    said, (_, hours) = inspect.getdoc(registry.RECIPES["linear_probe"]), planned("linear_probe")
+    load = workload(registry.get("linear_probe"))
+    # Published: 17.6 G multiply-adds of a ViT-B/16 at 224, head and attention included.
+    gflop = load.counts[False].flops_per_image("inference") / 1e9
+    assert gflop == pytest.approx(2 * 17.58, rel=0.005)
+    assert f"Work: {gflop:.1f} GFLOP" in said
+    assert f"about {hours:.0f} GPU-hours" in said
+    best = search(load, machine(8, "h100", 400))[0][0]
+    steps = num_steps(90, 1_281_167, 16384)
+    evaluation = PAGE.with_name("evaluation.md").read_text()
+    assert f"{best.seconds.total * steps / 3600 * 8:.1f} for the probe" in evaluation
 
 
 def test_the_recipe_says_what_larger_cards_are_planned_with():

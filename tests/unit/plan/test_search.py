@@ -137,6 +137,14 @@ def test_ranks_must_divide_the_batch():
         search(GIANT, machine(24))
 
 
+@pytest.mark.parametrize(("images", "planned"), [(384, 128), (192, 96), (64, 64)])
+def test_counts_of_one_micro_batch_alone_plan_no_larger_one(images, planned):
+    load = workload(registry.get("linear_probe"))
+    assert load.counts[False].images == 128
+    good, _ = search(replace(load, global_batch_size=images), machine(1))
+    assert {one.candidate.micro_batch_size for one in good} == {planned}
+
+
 @pytest.mark.parametrize("card", ["h100", "l40s"])
 @pytest.mark.parametrize("name", registry.RECIPES)
 def test_every_recipe_can_be_planned(name, card):

@@ -61,6 +61,25 @@ def test_parts_of_groups_are_counted_as_what_they_load_and_said(run, caplog):
         assert ("got 4, so that each micro batch loads" in caplog.text) == said
 
 
+def test_a_plan_counts_a_group_whose_images_are_all_its_own(run):
+    batch = replace(run.batch, global_batch_size=16)
+    task = replace(run.task, linear=replace(run.task.linear, norm_batch=4))
+    run = replace(run, batch=batch, task=task)
+    job = LinearProbeJob(run)
+    alone = step_flops(job, 4, checkpointing=False).frozen / 4
+    for asked, images in (("auto", 4), (8, 8)):
+        (counts,) = count(
+            job,
+            Device((9, 0)),
+            bfloat16=True,
+            frozen_bfloat16=True,
+            checkpointing=[False],
+            micro_batch_size=asked,
+        ).values()
+        assert counts.images == images
+        assert counts.flops_per_image("inference") == alone
+
+
 def test_training_learns_from_bfloat16_and_tests_from_float32(run):
     job = LinearProbeJob(run)
     job.build(bfloat16=True, node_size=1, persistence_threshold=0)
