@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fd_large.cli.arguments import TakesRunFile, parse_with_recipe
 from fd_large.cli.output import tables
+from fd_large.cli.paths import paths_of, require_paths
 from fd_large.cli.plan_report import report
 from fd_large.cli.plan_workload import Kernels, shape_fields, shared_step_bytes, workload
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, check_all
 from fd_large.plan import kept_counts
 from fd_large.plan.cluster import Cluster, Machine
 from fd_large.plan.counts import NOTHING
@@ -94,13 +96,14 @@ def main(arguments: list[str]) -> int:
         nic_gigabits=own.network,
         nics_per_node=own.nics_per_node or own.gpus_per_node,
     )
+    run = _with_students_of_weights(given.run)
     load, machine, good, bad = plan(
-        given.run, cluster, gpu=own.gpu, rates=own.rates, probe=own.probe, kernels=own.kernels
+        run, cluster, gpu=own.gpu, rates=own.rates, probe=own.probe, kernels=own.kernels
     )
     console = tables()
     narrow = console.width < NARROW
     console.print(
-        report(given.run, load, machine, good, bad, images=own.images, rows=own.rows, narrow=narrow)
+        report(run, load, machine, good, bad, images=own.images, rows=own.rows, narrow=narrow)
     )
     if own.write:
         if not good:
@@ -165,6 +168,26 @@ def plan(
     ]
     load = together(loads, shared)
     return load, machine, *search(load, machine)
+
+
+def _with_students_of_weights(run: Run) -> Run:
+    """Returns the run with the student that the weights of `student.init` allow, as in training.
+
+    Raises: FDError: if weights are not there, or are those of another model.
+    """
+    named = {field: path for field, path in paths_of(run).items() if field.endswith(".init")}
+    if not any(named.values()):
+        return run
+    require_paths(named)
+    # They import torch, which a run from random weights does without.
+    from fd_large.engine.checkpoint_models import sources_of
+    from fd_large.tasks.jobs import job_of
+    from fd_large.weights.settle import settle_student
+
+    sources = sources_of(job_of)
+    students = (run.student, *run.students.values())
+    student, *_ = check_all(*(partial(settle_student, one, sources) for one in students))
+    return replace(run, student=student)
 
 
 def _phases_key(run: Run, rates: Rates) -> str:

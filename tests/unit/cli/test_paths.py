@@ -36,6 +36,7 @@ MISTAKES = {
         *("model no/run#teacher", "model vit=no.pt", "data.root"),
     ],
     "diagnose no/run --data.root /no/a": ["model no/run", "data.root"],
+    "plan --recipe linear_probe --student.init no/run": ["student.init"],
     "weights inspect no.pt": ["weights inspect"],
     "weights convert no.pt out --to timm": ["weights convert"],
     "export no/run out --to timm": ["export"],

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_runs
 
 from fd_large.cli import main as cli
 from fd_large.plan.buckets import gradient_bucket
@@ -106,6 +107,21 @@ def test_any_model_can_be_planned(words, told, tmp_path, capsys):
     words = f"--gpus 1 --objective.interpolation bilinear {words.format(file=own)}"
     assert cli.main(["plan", *words.split()]) == 0
     assert told in capsys.readouterr().out
+
+
+def test_a_plan_takes_the_weights_that_training_takes(tmp_path, capsys):
+    run = tiny_runs.tiny_run()
+    tiny_runs.store_task(tmp_path / "mine", run, tiny_runs.tiny_task(run))
+    words = ["plan", "--gpus", "1", "--student.init", str(tmp_path / "mine")]
+    assert cli.main([*words, "--recipe", "finetune_swinv2_base"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--student.init: " in told
+    assert "not the model of the run; got depths 2 2 for 2 2 18 2, embed_dim 16" in told
+    for name in ("embed_dim", "patch_size", "window_size"):
+        words += [f"--student.architecture.{name}", str(getattr(tiny_runs.SWIN, name))]
+    words += ["--student.architecture.depths", "2", "2", "--data.image_size", "32"]
+    assert cli.main([*words, "--student.architecture.num_heads", "2", "4"]) == 0
+    assert "student swinv2_tiny: 0.0M parameters" in capsys.readouterr().out
 
 
 TOY = """
