@@ -88,8 +88,8 @@ class Transfer(AllowsCode):
     # Options of sbatch for these jobs, without dashes: nodes=2 partition=gpu time=12:00:00. They
     # win over those of slurm/transfer.sh.
     sbatch: tuple[str, ...] = ()
-    # Say what the table costs, and train nothing. Datasets are not read: they are taken to have the
-    # images of those that the columns are named after.
+    # Say what the table costs, and train nothing; without a dataset, of all columns. Datasets are
+    # not read: they are taken to have the images of those that the columns are named after.
     plan: bool = False
     # GPUs of each training at most, for --plan; as many are taken as divide its images of a step.
     gpus: int = 8
@@ -202,12 +202,13 @@ def transfer(own: Transfer, changes: Mapping[str, Changes]) -> int:
             "example runs/mine."
         )
     datasets = {column.data: getattr(own, column.data) for column in COLUMNS.values()}
-    folders = {f"--{name}": folder for name, folder in datasets.items() if not own.plan}
+    folders = {f"--{name}": folder for name, folder in datasets.items()}
     require_paths(folders | {f"run {run}": run for run in own.runs})
+    plans_all = own.plan and not any(datasets.values())
     columns = [
         column
         for column in COLUMNS.values()
-        if (datasets[column.data] or own.plan) and (not own.only or column.name in own.only)
+        if (datasets[column.data] or plans_all) and (not own.only or column.name in own.only)
     ]
     if not columns:
         raise ConfigError(
@@ -356,9 +357,9 @@ def show(folder: Path) -> int:
 def show_plan(own: Transfer, cells: Sequence[Cell]) -> None:
     """Prints what the trainings of one seed cost, and all of them."""
     costs = [
-        (cell.row.model.label, cell.column.title, cell.run, cost)
+        (cell.row.model.label, cell.column.name, cell.run, cost)
         for cell in cells
         for cost in [cost_of(cell.run, cell.column.images, gpus=own.gpus, gpu=own.gpu)]
     ]
-    titles = dict.fromkeys(cell.column.title for cell in cells)
-    tables().print(report(costs, columns=titles, seeds=own.seeds, gpu=own.gpu))
+    columns = dict.fromkeys(cell.column.name for cell in cells)
+    tables().print(report(costs, columns=columns, seeds=own.seeds, gpu=own.gpu))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from math import gcd
 from typing import NamedTuple
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -28,7 +29,7 @@ class Cost(NamedTuple):
         gpus: GPUs that it is planned on.
         hours: GPU-hours of its steps; None: it does not fit, or cannot be planned.
         memory_bytes: Memory of a rank.
-        why: Why there are no hours.
+        why: Why there are no hours, without a remedy: the model is the row's.
     """
 
     steps: int
@@ -53,7 +54,7 @@ def cost_of(run: Run, images: int, *, gpus: int, gpu: str) -> Cost:
     try:
         _, _, good, _ = plan(run, cluster, gpu=gpu)
     except FDError as error:
-        return Cost(steps, ranks, None, why=first_line(error))
+        return Cost(steps, ranks, None, why=first_line(error).rsplit(". ", 1)[0])
     if not good:
         return Cost(steps, ranks, None, why="no setting fits into memory")
     best = good[0]
@@ -67,15 +68,13 @@ def report(
     """Returns what is printed.
 
     Args:
-        costs: Label of the row, title of the column, recipe and cost of each training of a seed.
-        columns: The titles of the columns, in order.
+        costs: Label of the row, name of the column, recipe and cost of each training of a seed.
+        columns: The names of the columns, in order.
         seeds: Number of repetitions.
         gpu: Name of the card.
     """
     columns = list(columns)
-    table = Table(title=f"GPU-hours of the table on {gpu}, one seed", title_justify="left")
-    for name in ("model", *columns, "all"):
-        table.add_column(name, justify="left" if name == "model" else "right", overflow="fold")
+    table = _table(f"GPU-hours of the table on {gpu}, one seed", ("model", *columns, "all"))
     found = {(row, column): cost for row, column, _, cost in costs}
     rows = list(dict.fromkeys(row for row, _ in found))
     for row in rows:
@@ -85,18 +84,50 @@ def report(
     of_columns = [[found.get((row, column)) for row in rows] for column in columns]
     total = list(found.values())
     table.add_row("all", *map(_sum, of_columns), _sum(total))
-    each = Table(title="Each training", title_justify="left")
-    for name in ("recipe", "model", "steps", "GPUs", "GB per rank", "time"):
-        each.add_column(name, justify="left" if name in ("recipe", "model") else "right")
+    names = ("recipe", "model", "steps", "GPUs", "GB per\nrank", "time")
+    each = _table("Each training", names)
     for row, _, run, cost in costs:
         time = _time(cost.hours / cost.gpus) if cost.hours is not None else "-"
         memory = f"{cost.memory_bytes / 1e9:.1f}" if cost.hours is not None else "-"
         each.add_row(run.name, row, f"{cost.steps:,}", str(cost.gpus), memory, time)
-    lines = ["Training alone: starts, tests and checkpoints are not in it."]
+    lines = [
+        "Training alone: starts, tests and checkpoints are not in it. An epoch has the images of "
+        "the published dataset; --plan reads none."
+    ]
     if seeds > 1:
         lines.append(f"{seeds} seeds: {_sum(total, times=seeds)} GPU-hours.")
-    lines += [f"{run.name}, {row}: {c.why}" for row, _, run, c in costs if c.hours is None]
+    missing = [(row, column, cost.why) for row, column, _, cost in costs if cost.hours is None]
+    lines += _reasons(missing)
     return Group(table, each, Text("\n".join(lines)))
+
+
+def _table(title: str, names: Sequence[str]) -> Table:
+    # No frame, so that names of recipes fit into 80 columns.
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    for name in names:
+        is_text = name in ("recipe", "model")
+        table.add_column(
+            name,
+            justify="left" if is_text else "right",
+            no_wrap=name != "model",
+            overflow="fold",
+        )
+    return table
+
+
+def _reasons(missing: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Returns a line for each reason, with the columns and rows that it is of.
+
+    Args:
+        missing: Row, column and reason of each training that is not planned.
+    """
+    columns: dict[tuple[str, str], list[str]] = {}
+    for row, column, why in missing:
+        columns.setdefault((row, why), []).append(column)
+    rows: dict[tuple[str, str], list[str]] = {}
+    for (row, why), of_row in columns.items():
+        rows.setdefault((", ".join(of_row), why), []).append(row)
+    return [f"Not planned: {on} for {'; '.join(of)} ({why})." for (on, why), of in rows.items()]
 
 
 def _time(hours: float) -> str:
@@ -110,4 +141,5 @@ def _hours(cost: Cost | None) -> str:
 
 
 def _sum(costs: Iterable[Cost | None], *, times: int = 1) -> str:
-    return figure(times * sum(cost.hours or 0.0 for cost in costs if cost))
+    hours = [cost.hours for cost in costs if cost and cost.hours is not None]
+    return figure(times * sum(hours)) if hours else "-"

@@ -273,12 +273,23 @@ def test_the_plan_needs_no_dataset_and_leaves_nothing(toy, trained, tmp_path, ca
     words += ["--only", "linear", "--rows", "student", "scratch", "--seeds", "2", "--gpus", "24"]
     assert main([*words, "--linear.batch.global_batch_size", "128"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "linear_probe │ mine: from scratch │ 900,810 │ 8 │" in told, "90 x (1,281,167 // 128)"
+    assert "linear_probe mine: from scratch 900,810 8 " in told, "90 x (1,281,167 // 128)"
     assert "2 seeds: " in told
     assert not trained
     assert not (tmp_path / "out").exists()
     assert main([*words, "--gpu", "h1000"]) == 2
     assert "nearest: h100" in capsys.readouterr().err
+
+
+def test_the_plan_is_of_the_columns_that_the_same_command_trains(toy, tmp_path, capsys):
+    words = ["transfer", str(toy / "mine"), "--out", str(tmp_path / "out"), "--plan"]
+    words += ["--rows", "scratch", "--ade20k"]
+    assert main([*words, str(toy / "ade20k")]) == 0
+    told = capsys.readouterr().out
+    assert "model              ade20k" in told
+    assert "coco" not in told
+    assert main([*words, str(toy / "none")]) == 2
+    assert "--ade20k: no such file or folder" in capsys.readouterr().err
 
 
 def test_a_window_is_that_of_models_that_have_one(toy, trained, tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from rich.console import Console
 
 from fd_large.cli.plan import plan
-from fd_large.cli.transfer_plan import cost_of, report
+from fd_large.cli.transfer_plan import Cost, cost_of, report
 from fd_large.plan.cluster import Cluster
 from fd_large.recipes import registry
 
@@ -37,6 +39,41 @@ def test_sums_and_what_cannot_be_planned():
     sums = f"{2 * ade.hours:.3g}"
     assert text.count(sums) == 2, "of the column, and of all"
     assert f"3 seeds: {6 * ade.hours:.3g} GPU-hours." in text
-    assert "ade20k_upernet_swinv2_giant, a: no setting fits" in text
+    (total,) = (line.split() for line in text.splitlines() if line.strip().startswith("all"))
+    assert total == ["all", sums, "-", sums], "a column of which nothing is known has no sum"
+    assert "Not planned: y for a (no setting fits into memory)." in text
     assert "160,000" in text
     assert f"{ade.hours / 8:.3g} h " in text, "less than a day, on 8 GPUs"
+
+
+def test_a_reason_is_told_once_and_names_are_whole_at_80_columns():
+    names = ("coco_mask_rcnn_swinv2_giant", "ade20k_upernet_swinv2_giant")
+    why = "student.model: the pyramid stands on 4 stages; got 2, expected 4"
+    costs = [
+        (row, column, registry.get(name), Cost(160_000, 8, None, why=why))
+        for row in ("fd_swinv2_base_mine", "fd_swinv2_base_mine: from scratch")
+        for column, name in zip(("coco", "ade20k"), names, strict=True)
+    ]
+    costs.append(("other", "ade20k", registry.get(names[1]), Cost(1, 8, None, why=why)))
+    columns = ["finetune", "linear", "ade20k", "coco", "nyuv2"]
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report(costs, columns=columns, seeds=1, gpu="h100"))
+    text = console.export_text()
+    assert all(len(line) <= 80 for line in text.splitlines())
+    for name in (*columns, *names):
+        assert name in text.split()
+    told = " ".join(text.split())
+    assert told.count(why) == 2
+    assert (
+        "Not planned: coco, ade20k for fd_swinv2_base_mine; fd_swinv2_base_mine: from scratch "
+        f"({why})." in told
+    )
+    assert f"Not planned: ade20k for other ({why})." in told
+
+
+def test_the_remedy_for_who_sets_the_model_is_left_out():
+    run = registry.get("ade20k_upernet_swinv2_base")
+    run = replace(run, student=replace(run.student, size_rule="drop", shift_stages=()))
+    why = cost_of(run, IMAGES, gpus=8, gpu="h100").why
+    assert "size_rule 'drop', expected" in why
+    assert "Set --student" not in why
