@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
@@ -24,12 +26,22 @@ from fd_large.recipes.architectures import brings_model
 from fd_large.recipes.run import Run
 from fd_large.runtime import disks
 
+LEAST = 0.001
+"""The least number of hours or days that is shown."""
+
 
 def figure(value: float) -> str:
     """Returns a number of hours or days as text."""
-    if value < 0.001:
-        return "<0.001"
+    if value < LEAST:
+        return f"<{LEAST}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def figures(values: Sequence[float]) -> list[str]:
+    """Returns the numbers of a column, all with the digits that three figures of the least take."""
+    least = min((value for value in values if value >= LEAST), default=LEAST)
+    digits = max(0, 2 - math.floor(math.log10(least)))
+    return [f"{value:,.{digits}f}" if value >= LEAST else f"<{LEAST}" for value in values]
 
 
 def report(
@@ -144,9 +156,15 @@ def _best_table(
         names[2:4] = []
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    for one in good:
+    hours = [one.seconds.total * steps / 3600 for one in good]
+    in_digits = zip(
+        figures([one.seconds.total for one in good]),
+        figures([each / 24 for each in hours]),
+        figures([each * machine.cluster.gpus for each in hours]),
+        strict=True,
+    )
+    for one, (total, days, gpu_hours) in zip(good, in_digits, strict=True):
         seconds = one.seconds
-        hours = seconds.total * steps / 3600
         table.add_row(
             _zero(one.candidate),
             _teacher(one.candidate, load),
@@ -158,11 +176,11 @@ def _best_table(
                 if narrow
                 else [f"{seconds.computation * 1e3:,.0f}", f"{seconds.communication * 1e3:,.0f}"]
             ),
-            figure(seconds.total),
+            total,
             f"{one.images_per_second:,.0f}",
             f"{100 * one.mfu:.1f}",
-            figure(hours / 24),
-            figure(hours * machine.cluster.gpus),
+            days,
+            gpu_hours,
         )
     return table
 
@@ -218,14 +236,14 @@ def _said_of_times(load: Workload, machine: Machine) -> list[str]:
     """Says where the times come from, and how far off such times were."""
     if load.phases:
         return [
-            "These times go by a step of this task that was timed on one device, and by measured",
-            "  collectives (docs/scaling.md says how far off such times were)",
+            "These times go by a step of this task that was timed on one device, and by measured "
+            "collectives (docs/scaling.md says how far off such times were)"
         ]
     if machine.rates.name.endswith("measured"):
         return ["These times go by measured rates of single operations, not by a step of this task"]
     return [
-        "These times go by data sheets, are lower bounds, and were compared with no GPU; on CPU",
-        "  ranks steps took 0.7 to 1.4 times as long as measured rates say. --probe measures",
+        "These times go by data sheets, are lower bounds, and were compared with no GPU; on CPU "
+        "ranks steps took 0.7 to 1.4 times as long as measured rates say. --probe measures them"
     ]
 
 
@@ -239,8 +257,8 @@ def _teachers_share(run: Run, load: Workload, best: Estimate, machine: Machine) 
     most = largest_map_that_pays(best.seconds.total * machine.cluster.gpus / best.images, 1e9)
     return (
         f"Teacher: {100 * teacher / (teacher + rest):.0f} % of the FLOPs; stored maps save time if "
-        f"a rank that reads 1 GB/s\n  has maps of less than {size(most)}, and each is learnt from "
-        f"more than once\n  (fd-large cache {run.name} OUT --plan: how large this teacher's are)"
+        f"a rank that reads 1 GB/s has maps of less than {size(most)}, and each is learnt from "
+        f"more than once (fd-large cache {run.name} OUT --plan: how large this teacher's are)"
     )
 
 

@@ -70,7 +70,8 @@ def recipes_table() -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(show_lines=True, title="Runs of record (--recipe NAME)", title_justify="left")
+    title = "Runs of record (--recipe NAME); GPU-hours are planned on A100s"
+    table = Table(show_lines=True, title=title, title_justify="left")
     table.add_column("Recipe, teacher -> student", no_wrap=True)
     table.add_column("What it needs, how long it takes, what to expect", ratio=1)
     for name in registry.RECIPES:

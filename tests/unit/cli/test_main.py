@@ -218,6 +218,7 @@ def test_the_table_of_recipes_fits_its_width(width, capsys, monkeypatch):
     assert cli.main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line.rstrip()) for line in lines) <= width
+    assert lines[0].rstrip().endswith("GPU-hours are planned on A100s")
     # No name is cut or broken.
     for name in registry.RECIPES:
         run = registry.get(name)

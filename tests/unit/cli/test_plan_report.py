@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from fd_large.cli import main as cli
+from fd_large.cli.plan_report import figures
 from fd_large.runtime import disks
 
 
@@ -18,6 +19,27 @@ def test_the_tables_fit_the_terminal(columns, capsys, monkeypatch):
     assert "3 + hpZ" in told
     assert "replicated" in told
     assert ("comm." in told) == (columns == 120)
+
+
+def test_a_column_has_the_digits_of_its_least_number():
+    assert figures([0.21, 0.1724]) == ["0.210", "0.172"]
+    assert figures([0.438, 12.3456]) == ["0.438", "12.346"]
+    assert figures([312.3, 4096.4]) == ["312", "4,096"]
+    assert figures([0.0001, 0.0127]) == ["<0.001", "0.0127"]
+    assert figures([0.0, 0.0]) == ["<0.001", "<0.001"]
+
+
+def test_columns_and_paragraphs_of_a_plan_at_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["plan", "--recipe", "fd_clip_vit_base", "--rows", "12"]) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    rows = [line.split() for line in lines if "replicated" in line]
+    for place in (-1, -2, -5):
+        assert len({len(row[place].partition(".")[2]) for row in rows}) == 1
+    first = next(n for n, line in enumerate(lines) if line.startswith("These times go by data"))
+    said = " ".join(lines[first : first + 3])
+    assert said.endswith("as measured rates say. --probe measures them")
+    assert all(len(line) > 60 for line in lines[first : first + 2]), "wrapped once"
 
 
 @pytest.mark.parametrize("free", [1e9, 1e15])
