@@ -9,6 +9,7 @@ from pathlib import Path
 
 RECIPE = "recipe.json"
 DEEPSPEED = "deepspeed.json"
+CODE = "code.json"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"

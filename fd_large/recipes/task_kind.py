@@ -48,8 +48,8 @@ class TaskKind:
         ignored_fields: Fields of the recipe, section.field, that no recipe of the task may set: its
             job refuses them, and pages leave them out.
         next_steps: What is worth running after a run of it: why, and the words after the program's
-            name, in which {run} is the run's folder, {data.root} its images, and the word
-            {teachers} stands for RUN#NAME of each teacher.
+            name, in which {run} is the run's folder, {data.root} its images, {library} a library
+            that has its student, and the word {teachers} stands for RUN#NAME of each teacher.
     """
 
     name: str

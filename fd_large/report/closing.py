@@ -10,7 +10,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fd_large.recipes.architectures import changed_words, full_name, image_side_of
+from fd_large import doors
+from fd_large.backbones.custom.architecture import CustomArchitecture
+from fd_large.recipes.architectures import changed_words, full_name, image_side_of, model_of
 from fd_large.recipes.file_names import EVENTS, LOGS, METRICS, PAGE, SUMMARY
 from fd_large.recipes.sections import STUDENTS
 from fd_large.report.run_files import RunFiles
@@ -88,7 +90,8 @@ def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
     if best := summary.get("best"):
         value = f"step {best['update']}, {files.words(best['metric'])} {best['value']:.4f}"
         rows.append(("best checkpoint", value))
-    if root := files.recipe.get("eval", {}).get("root"):
+    root = files.recipe.get("eval", {}).get("root")
+    if root and _evaluates(files):
         rows.append(("held-out images", str(root)))
     if summary.get("images_per_second"):
         speed = f"{summary['images_per_second']:.1f} images/s on {_devices(summary)}"
@@ -107,7 +110,9 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
         # What is stored of a teacher is of these images alone.
         stored = any(cached_folder(one.get("source", "")) for one in _teachers(files).values())
         if str(files.recipe["data"]["root"]).startswith("builtin:") and not stored:
-            own = {"data.root": "FOLDER", "eval.root": "HELD_OUT_FOLDER"}
+            own = {"data.root": "FOLDER"}
+            if _evaluates(files):
+                own["eval.root"] = "HELD_OUT_FOLDER"
             # The command of one of several students is that of all.
             is_one_of_several = files.folder.parent.name == STUDENTS
             group = files.folder.parents[1] if is_one_of_several else files.folder
@@ -134,10 +139,19 @@ def _teachers(files: RunFiles) -> dict[str, dict[str, Any]]:
 
 def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
     """What the run's task says is worth running after it."""
-    name = files.recipe.get("task", {}).get("name", "distillation")
+    name = _task(files)
     if name not in TASKS:
         return []  # The user's own, whose code a report does not run.
-    values = {"{run}": str(files.folder), "{data.root}": str(files.recipe["data"]["root"])}
+    student = model_of(files.recipe["student"])
+    values = {
+        "{run}": str(files.folder),
+        "{data.root}": str(files.recipe["data"]["root"]),
+        # No library has a model of the user's own.
+        "{library}": "fd" if isinstance(student, CustomArchitecture) else "timm",
+    }
+    own = dict.fromkeys(doors.file_of(source) for source in files.code if doors.is_own(source))
+    allowed = [str(path) for path in own if path]
+    allows = ["--allow-code", *allowed] if allowed else []
     found = []
     entries = _teachers(files)
     # What stands for a teacher knows the training views alone.
@@ -150,8 +164,18 @@ def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
         ]
         for placeholder, value in values.items():
             words = [word.replace(placeholder, value) for word in words]
-        found.append((why, [*_commands(files), *words]))
+        found.append((why, [*_commands(files), *words, *allows]))
     return found
+
+
+def _task(files: RunFiles) -> str:
+    name: str = files.recipe.get("task", {}).get("name", "distillation")
+    return name
+
+
+def _evaluates(files: RunFiles) -> bool:
+    """Whether the run measures anything on held-out images, which a task of one's own may not."""
+    return _task(files) in TASKS or bool(files.evaluations)
 
 
 def _commands(files: RunFiles) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy
 from fd_large.errors import ConfigError, DataError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import flat_plain
-from fd_large.recipes.file_names import ENVIRONMENT, EVALUATIONS, METRICS, SUMMARY
+from fd_large.recipes.file_names import CODE, ENVIRONMENT, EVALUATIONS, METRICS, SUMMARY
 from fd_large.recipes.stored import recipe_file
 
 
@@ -31,6 +32,7 @@ class RunFiles:
         learning_rate: Learning rate of each, (n,).
         rows: Rows of metrics.jsonl.
         evaluations: Rows of evaluations.jsonl: update (finished steps) and metrics.
+        code: Names of the code of the user's own that the run used last, module:...
     """
 
     folder: Path
@@ -42,6 +44,7 @@ class RunFiles:
     learning_rate: numpy.ndarray
     rows: list[dict[str, Any]]
     evaluations: list[dict[str, float]]
+    code: tuple[str, ...]
 
     @property
     def saved(self) -> int | None:
@@ -135,7 +138,14 @@ def read_run(folder: str | Path) -> RunFiles:
         learning_rate=numpy.array([row["learning_rate"] for row in rows], dtype=numpy.float64),
         rows=rows,
         evaluations=_rows(folder / EVALUATIONS),
+        code=_code(folder / CODE),
     )
+
+
+def _code(path: Path) -> tuple[str, ...]:
+    with suppress(OSError, ValueError):
+        return tuple(json.loads(path.read_text())[-1]["files"])
+    return ()
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -18,11 +18,10 @@ from typing import Any
 from fd_large import distributed
 from fd_large.atomic_files import write_json
 from fd_large.errors import ConfigError
-from fd_large.recipes.file_names import DEEPSPEED, ENVIRONMENT, RECIPE, SUMMARY
+from fd_large.recipes.file_names import CODE, DEEPSPEED, ENVIRONMENT, RECIPE, SUMMARY
 
 log = logging.getLogger(__name__)
 
-_CODE = "code.json"
 Changes = Callable[[dict[str, Any]], Mapping[str, tuple[Any, Any]]]
 """A recipe -> {name of a field: (its value there, its value now)}."""
 
@@ -195,14 +194,14 @@ def record_code(folder: Path, files: Mapping[str, str], step: int) -> None:
                 before[source][:12],
                 files[source][:12],
             )
-    with written_or_logged(folder / _CODE):
-        write_json(folder / _CODE, [*_starts(folder), {"update": step, "files": dict(files)}])
+    with written_or_logged(folder / CODE):
+        write_json(folder / CODE, [*_starts(folder), {"update": step, "files": dict(files)}])
 
 
 def _starts(folder: Path) -> list[dict[str, Any]]:
     """Returns what code.json lists: {"update": first step, "files": {"module:...": SHA-256}}."""
     with suppress(OSError, ValueError):
-        return json.loads((folder / _CODE).read_text())
+        return json.loads((folder / CODE).read_text())
     return []
 
 

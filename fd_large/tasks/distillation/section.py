@@ -393,6 +393,9 @@ KIND = TaskKind(
                 *("--data.root", "LABELLED_FOLDER", "--out", "{run}/evaluation"),
             ),
         ),
-        ("the student for other programs", ("export", "{run}", "{run}/export", "--to", "timm")),
+        (
+            "the student for other programs",
+            ("export", "{run}", "{run}/export", "--to", "{library}"),
+        ),
     ),
 )

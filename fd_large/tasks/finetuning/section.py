@@ -70,6 +70,6 @@ KIND = TaskKind(
                 *("--out", "{run}/evaluation"),
             ),
         ),
-        ("the model for other programs", ("export", "{run}", "{run}/export", "--to", "timm")),
+        ("the model for other programs", ("export", "{run}", "{run}/export", "--to", "{library}")),
     ),
 )

@@ -16,7 +16,7 @@ from fd_large.cli.main import COMMANDS
 from fd_large.cli.train import parse_train
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
-from fd_large.report.closing import next_steps, stopped_text
+from fd_large.report.closing import closing_rows, next_steps, stopped_text
 from fd_large.report.run_files import read_run
 from fd_large.tasks.registry import TASKS
 
@@ -167,6 +167,42 @@ def test_a_task_of_the_users_own_has_no_steps_of_its_own(run_of):
     (folder / "recipe.json").write_text(json.dumps(recipe))
     found = [pasted(step["command"])[0] for step in next_steps(read_run(folder))]
     assert found == ["tensorboard", "recipes"]
+
+
+def test_a_task_of_the_users_own_names_held_out_images_only_where_it_evaluates(run_of):
+    folder, _ = run_of("distillation")
+    recipe = registry.get("quickstart").to_dict() | {
+        "task": {"name": "module:/home/u/mine.py:KIND"}
+    }
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    assert "--eval.root HELD_OUT_FOLDER" in next_steps(read_run(folder))[0]["command"]
+    assert "held-out images" in dict(closing_rows(read_run(folder)))
+    (folder / "evaluations.jsonl").unlink()
+    first, *_ = next_steps(read_run(folder))
+    assert "--data.root FOLDER" in first["command"]
+    assert "--eval.root" not in first["command"]
+    assert "held-out images" not in dict(closing_rows(read_run(folder)))
+
+
+@pytest.mark.parametrize("task", ["distillation", "finetune"])
+def test_a_student_of_the_users_own_is_allowed_and_goes_out_as_fd(task, run_of, tmp_path):
+    folder, recipe = run_of(task)
+    nets, heads = tmp_path / "my nets.py", tmp_path / "heads.py"
+    for file in (nets, heads):
+        file.write_text("")
+    recipe = recipe.to_dict()
+    recipe["student"] |= {"model": f"module:{nets}:Net", "architecture": {}}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    names = [f"module:{nets}:Net", f"module:{heads}:head", f"module:{nets}:other", "of_a_package"]
+    starts = [{"update": 0, "files": {}}, {"update": 5, "files": dict.fromkeys(names, "hash")}]
+    (folder / "code.json").write_text(json.dumps(starts))
+    found = dict(pasted(step["command"]) for step in next_steps(read_run(folder)))
+    assert found["export"].to == "fd"
+    allowed = (str(nets), str(heads))
+    assert found["export"].allow_code == allowed
+    assert found["evaluate"].own.allow_code == allowed
+    if task == "distillation":
+        assert found["diagnose"].allow_code == allowed
 
 
 def test_a_student_s_own_images_are_for_the_whole_group(make_run):
