@@ -28,6 +28,8 @@ from fd_large.errors import DataError
 
 # Images whose content makes the fingerprint of a source that states none.
 _SAMPLED = 16
+# Images of which one has to be readable when a source is opened.
+_TRIED = 10
 
 
 def open_custom(root: str, *, where: str, part: str = "") -> CustomImages | None:
@@ -92,7 +94,7 @@ class CustomImages:
                 f"{where}: no image in the source; got {root} of length 0, expected at least one. "
                 "Name another source."
             )
-        self.read(0)  # A source whose first image is none is refused at once.
+        self._try()
         self.fingerprint = getattr(self._images, "fingerprint", None) or self._hash()
         if hasattr(self._images, "labels"):
             self.labels = self._labels
@@ -135,9 +137,25 @@ class CustomImages:
         height, width, _ = pixels.shape
         return f"P6 {width} {height} 255\n".encode() + pixels.tobytes()
 
+    def _try(self) -> None:
+        """Refuses a source of which no image can be read, as far as a few of them show."""
+        problems = []
+        for place in self._spread(_TRIED):
+            try:
+                self.read(place)
+                return
+            except DataError as error:  # A bad image is skipped in training too.
+                problems.append(error)
+        raise problems[0]
+
+    def _spread(self, count: int) -> list[int]:
+        """Numbers of so many images, the first one and others at equal distances."""
+        places: list[int] = np.unique(np.linspace(0, self._count - 1, count).astype(int)).tolist()
+        return places
+
     def _hash(self) -> str:
         digest = hashlib.sha256(str(self._count).encode())
-        for place in np.unique(np.linspace(0, self._count - 1, _SAMPLED).astype(int)).tolist():
+        for place in self._spread(_SAMPLED):
             with suppress(DataError):  # A bad image is skipped in training too.
                 digest.update(self.read(place))
         return digest.hexdigest()[:16]

@@ -47,6 +47,20 @@ class Broken(Arrays):
             raise KeyError("row 3")
         return super().__getitem__(index).astype(float if index == 4 else np.uint8)
 
+class FromThirtyOn(Arrays):
+    count = 40
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if index < 30:
+            raise ValueError(f"bad row {index}")
+        return super().__getitem__(index % 12)
+
+class Never(FromThirtyOn):
+    count = 30
+
 class Floats(Arrays):
     def labels(self):
         return [0.5] * len(self), None
@@ -117,6 +131,15 @@ def test_an_image_that_fails_is_a_bad_image(own):
         images.read(3)
     with pytest.raises(DataError, match="float64"):
         images.read(4)
+
+
+def test_a_source_is_opened_if_one_of_ten_images_can_be_read(own):
+    images = open_images(f"{own}:FromThirtyOn")
+    with pytest.raises(DataError, match="bad row 0"):
+        images.read(0)
+    assert images.read(39)
+    with pytest.raises(DataError, match=r"image 0: cannot be read; got ValueError: bad row 0 in "):
+        open_images(f"{own}:Never")
 
 
 @pytest.mark.parametrize(
