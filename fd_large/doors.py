@@ -299,18 +299,16 @@ def _own(source: str, where: str) -> Any:
 
 
 def _no_name(where: str, path: Path, name: str, names: Iterable[str]) -> str:
-    public = [known for known in names if not known.startswith("_")]
+    # Of a file that only imports, what it imports.
+    shown = set(_defined_in(_tree(path))) or names
+    public = [known for known in shown if not known.startswith("_")]
     return f"{where}: no such name in {path}; got {name!r}, {nearest(name, public)}. Correct it."
 
 
 def _names_in(path: Path) -> set[str]:
     """Returns all names that a file gives to anything; empty where its text does not show them."""
-    try:
-        tree = ast.parse(path.read_bytes()) if path.suffix == ".py" else ast.Module([], [])
-    except (OSError, SyntaxError, ValueError):
-        return set()
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.Name):
@@ -319,6 +317,27 @@ def _names_in(path: Path) -> set[str]:
             found.add((node.asname or node.name).partition(".")[0])
     # These make names that no text shows.
     return set() if found & {"*", "__getattr__", "globals", "exec", "vars", "setattr"} else found
+
+
+def _defined_in(node: ast.AST) -> Iterator[str]:
+    """Names of functions, classes and assignments of a module, without those inside of them."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield child.name
+        elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+            yield child.id
+        elif isinstance(child, ast.stmt | ast.ExceptHandler | ast.Tuple):
+            yield from _defined_in(child)
+
+
+def _tree(path: Path) -> ast.Module:
+    """Returns the parsed text of a file; without statements where that cannot be had."""
+    try:
+        if path.suffix == ".py":
+            return ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        pass
+    return ast.Module([], [])
 
 
 def _failed(where: str, what: str, error: Exception) -> ConfigError:

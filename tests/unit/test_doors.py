@@ -98,6 +98,38 @@ def test_what_is_wrong_in_a_file_is_one_sentence(
     refused(source, *parts)
 
 
+def test_a_wrong_name_is_answered_by_what_the_file_itself_defines(tmp_path: Path) -> None:
+    text = """
+import torch
+from torch import nn
+try:
+    scale, shift = torch.ones(2)
+except ValueError as error:
+    limit = 1
+class Net(nn.Module):
+    width = 3
+    def forward(self, images):
+        hidden = [i for i in images]
+        return hidden
+_private = [n for n in range(3)]
+if nn:
+    depth: int = 2
+    def qqq(argument): pass
+"""
+    source = written(tmp_path / "mine.py", text)
+    known = "known: Net, depth, limit, qqq, scale, shift. "
+    assert known in doors.complaint(source, WHERE)
+    text = text.replace("scale, shift = torch.ones(2)", "vars()['scale'], shift = 1, 2")
+    source = written(tmp_path / "other.py", text)
+    doors.allow(source)
+    refused(source, "known: Net, depth, limit, qqq, shift. ")
+    assert "nearest: cosin. " in doors.complaint(
+        written(tmp_path / "third.py", "import cosines\ndef cosin(cosine_of): pass\n"), WHERE
+    )
+    source = written(tmp_path / "imports.py", "from math import pi, tau\n")
+    assert "known: pi, tau. " in doors.complaint(source, WHERE)
+
+
 def test_names_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
     for source in (f"module:{tmp_path}/no.py:cosine", "module:no_package.no_module:cosine"):
         doors.allow(source)
