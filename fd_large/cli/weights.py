@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -13,7 +13,11 @@ from fd_large.cli.arguments import call_subcommand
 from fd_large.cli.output import tables
 from fd_large.cli.paths import require_paths
 from fd_large.errors import ConfigError, FDError, printable
-from fd_large.recipes.architectures import Architecture, name_of, resolve
+from fd_large.recipes.architectures import Architecture, name_of, resolve, set_fields
+from fd_large.recipes.family import FamilyArchitecture
+
+if TYPE_CHECKING:
+    from fd_large.backbones.statistics import Statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,8 @@ class Convert(_OfSource):
     out: Annotated[str, Positional, arg(metavar="OUT")]
     # fd: a folder with this project's names and a config.json that describes the model; official:
     # one file with the names of Swin-Transformer, DINO or Feature-Distillation; timm: one
-    # .safetensors or .pth file with timm's names (ViT, BEiT, Swin, SwinV2).
+    # .safetensors or .pth file with timm's names (ViT, BEiT, Swin, SwinV2, or an export of a model
+    # of timm).
     to: Literal["fd", "official", "timm"]
     # Name of the model in the file; auto: the model that the weights show.
     model: str = "auto"
@@ -87,13 +92,41 @@ def convert(source: str, out: str, to: str, model: str, architecture: Architectu
     from fd_large.weights.settle import reconcile
 
     where = "weights convert"
-    weights = sources_of(job_of).open(source, where=where)
-    named = None if model == "auto" else resolve(model)
-    settled = reconcile(weights, architecture, named, name=model, where=where, section="")
-    items = weights.fitted(settled, where=where)
-    file = write(items, settled, to, out, statistics=weights.statistics)
+    sources = sources_of(job_of)
+    if own := sources.own(source, where=where):
+        _require_alone(own.architecture, model, architecture)
+        settled = own.architecture
+        statistics: Statistics | None = own.statistics
+        items = sources.fitted(source, settled, where=where)
+    else:
+        weights = sources.open(source, where=where)
+        named = None if model == "auto" else resolve(model)
+        settled = reconcile(weights, architecture, named, name=model, where=where, section="")
+        statistics = weights.statistics
+        items = weights.fitted(settled, where=where)
+    file = write(items, settled, to, out, statistics=statistics)
     print(f"{file}: {items.match.summary()}")
     return 0
+
+
+def _require_alone(held: FamilyArchitecture, model: str, given: Architecture) -> None:
+    """Refuses what `convert` cannot do with a model that its folder describes.
+
+    Raises: ConfigError.
+    """
+    if held.code:
+        raise ConfigError(
+            f"weights convert: a model of code of your own, which is not imported here; got "
+            f"{name_of(held)}, expected one that a library has. Write it with export --to fd."
+        )
+    set_by_hand = [f"--architecture.{name}" for name in set_fields(given)]
+    if model != "auto":
+        set_by_hand.append("--model")
+    if set_by_hand:
+        raise ConfigError(
+            f"weights convert: the folder says that it holds {name_of(held)}; got "
+            f"{', '.join(set_by_hand)}, expected neither. Leave them out."
+        )
 
 
 def fetch(source: str, out: str) -> int:

@@ -59,8 +59,17 @@ def write(
             f"weights convert: {out}: unknown kind of file; got {out.suffix!r}, expected a name "
             "that ends in .safetensors or .pth. Rename it."
         )
-    rename = _timm(architecture).rename if to == "timm" else lambda name, architecture: name
+    if to == "official" and family_of(architecture).published is None:
+        raise WeightsError(
+            f"weights convert: no official repository has such a model; got "
+            f"{architecture.own_name}, expected a ViT, BEiT, Swin or SwinV2. Convert it to fd or "
+            "timm."
+        )
+    theirs = _timm(architecture) if to == "timm" else None
+    rename = theirs.rename if theirs else lambda name, architecture: name
     renamed = {rename(name, architecture): tensor.contiguous() for name, tensor in items}
+    if theirs:
+        renamed |= theirs.added(architecture)
     try:
         if to == "fd":
             with new_folder(out, where="weights convert") as part:

@@ -48,8 +48,16 @@ def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str,
                 )
             return name
     known = "; ".join(form.what for _, form in FORMATS.values() if not form.refusal)
+    section, _, flag = where.removeprefix("--").rpartition(".")
+    if where.startswith("--") and section:
+        own = f"--{section}.{'model' if flag == 'init' else flag}"
+        remedy = (
+            f"If timm has the model, name it beside the file: --{section}.model timm:NAME. Another "
+            f"model can be a function of your own: {own} module:PATH/TO/FILE.py:NAME."
+        )
+    else:
+        remedy = "Name such a file, or a folder that the export of a run has written."
     raise WeightsError(
         f"{where}: names of no known format; got {', '.join(sorted(names)[:5])}, ..., expected one "
-        f"of: {known}. If timm has the model, name it beside the file: --teacher.model timm:NAME. "
-        "Another model can be a function of your own: --teacher.source module:PATH/TO/FILE.py:NAME."
+        f"of: {known}. {remedy}"
     )

@@ -15,7 +15,7 @@ from fd_large.backbones.timm.timm_backbone import TimmBackbone
 OURS = "net."
 
 
-def lacks(architecture: TimmArchitecture, pads: bool) -> str:
+def lacks(architecture: TimmArchitecture, pads: bool = False) -> str:
     """Says what timm does not have: models that end before their last map."""
     del pads
     last = strides(architecture.timm_name)[-1]

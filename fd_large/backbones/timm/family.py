@@ -35,6 +35,8 @@ TIMM = Family(
             added=_later("export", "added"),
             config=_later("export", "config"),
             class_name=_later("export", "class_name"),
+            rename=lambda name, a: name.removeprefix("net."),
+            lacks_place=_later("export", "lacks"),
         ),
         "fd": Export(
             names=lambda a: f"Feature-Distillation's, around those of timm's {a.timm_name}",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import timm
 import torch
 from loading import (
     IMAGES,
@@ -12,13 +15,16 @@ from loading import (
     made,
     scattered,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fd_large.backbones.registry import build
+from fd_large.backbones.statistics import Statistics
 from fd_large.cli import main as cli
 from fd_large.recipes.architectures import resolve
 from fd_large.weights import fetch
 from fd_large.weights.convert import write
+from fd_large.weights.export import export, export_of
+from fd_large.weights.sidecar import own_config
 
 
 def test_convert_and_back(tmp_path, capsys):
@@ -52,6 +58,64 @@ def test_convert_takes_what_is_not_told(tmp_path, capsys):
     assert cli.main(words) == 0
     got, _ = loaded(tmp_path / "v2")
     assert torch.equal(got(IMAGES).tokens, v2(IMAGES).tokens)
+
+
+def test_convert_takes_an_export_of_a_model_of_timm(tmp_path, capsys):
+    name = "timm:resnet10t"
+    source, statistics = tmp_path / "export", Statistics((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    net = scattered(build(name, initialization="official", seed=0))
+    architecture = resolve(name)
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    shapes = {name: shape for name, shape in shapes.items() if "num_batches" not in name}
+    into = export_of(architecture, "timm", pads=False)
+    items = ((name, net.state_dict()[name]) for name in shapes)
+    export(
+        items,
+        shapes,
+        architecture,
+        into,
+        source,
+        statistics=statistics,
+        shard_size=10**9,
+        card="",
+    )
+    for to, out in (("timm", "a.safetensors"), ("fd", "b")):
+        assert cli.main(["weights", "convert", str(source), str(tmp_path / out), "--to", to]) == 0
+        assert "100%" in capsys.readouterr().out
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert tensors.keys() == load_file(source / "model.safetensors").keys()
+    timm.create_model("resnet10t", num_classes=0).load_state_dict(tensors)
+    got, teacher = loaded(tmp_path / "b")
+    assert torch.equal(got(IMAGES).tokens, net.eval()(IMAGES).tokens)
+    assert teacher.statistics == (*statistics.mean, *statistics.std)
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "told"),
+    [
+        ("timm:resnet10t", ["--to", "official"], "no official repository has such a model"),
+        ("timm:resnet10t", ["--to", "timm", "--model", "vit_base_patch16"], "got --model"),
+        ("timm:resnet10t", ["--to", "fd", "--architecture.depths", "3"], "got --architecture.dep"),
+        ("module:my.py:Net", ["--to", "fd"], "code of your own"),
+    ],
+)
+def test_convert_says_what_no_export_becomes(tmp_path, capsys, model, words, told):
+    net = build("timm:resnet10t", initialization="official", seed=0)
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(own_config(resolve(model), None)))
+    out = tmp_path / "out.safetensors"
+    assert cli.main(["weights", "convert", str(tmp_path), str(out), *words]) == 2
+    assert told in capsys.readouterr().err.replace("\n", "")
+    assert not out.exists()
+
+
+def test_convert_of_unknown_names_advises_no_flag_of_a_run(tmp_path, capsys):
+    torch.save({"a.weight": torch.zeros(2)}, tmp_path / "a.pth")
+    words = ["weights", "convert", str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--to", "timm"]
+    assert cli.main(words) == 2
+    told = capsys.readouterr().err
+    assert "names of no known format" in told
+    assert "--teacher" not in told
 
 
 def test_inspect_prints_a_table(tmp_path, capsys):

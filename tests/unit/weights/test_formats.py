@@ -222,6 +222,13 @@ def test_unknown_names_list_the_known_formats():
     with pytest.raises(WeightsError, match="OpenAI CLIP") as caught:
         detect(["a.weight"])
     assert "a.weight" in str(caught.value)
+    assert "--" not in str(caught.value)
+    with pytest.raises(
+        WeightsError, match=r"--teachers\.a\.model timm:.* --teachers\.a\.source mod"
+    ):
+        detect(["a.weight"], where="--teachers.a.source")
+    with pytest.raises(WeightsError, match=r"--student\.model timm:.* --student\.model module:"):
+        detect(["a.weight"], where="--student.init")
     with pytest.raises(WeightsError, match="no known format"):
         detect(["visual.conv1.weight", "visual.layer1.0.conv1.weight"])  # A CLIP's ResNet.
 
