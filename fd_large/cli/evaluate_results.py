@@ -53,6 +53,10 @@ class Row:
         return (np.stack(self.predicted) == self.labels)[:, self.labels >= 0]
 
 
+# Names of summary.json that are other words on the page.
+_FACTS = {"pictures": "test images"}
+
+
 def finish(folder: Path, rows: Sequence[Row], title: str, **facts: Any) -> None:
     """Prints the table, draws the plot, writes summary.json and predictions.npz, on rank 0.
 
@@ -84,12 +88,15 @@ def finish(folder: Path, rows: Sequence[Row], title: str, **facts: Any) -> None:
     draw_comparison(summary, title, plot)
     shown = tables_of(summary, title)
     how = {**facts, **facts.get("settings", {})}
+    left_out = ("task", "settings")
     page = write_evaluation_page(
         folder / PAGE,
         title,
         shown,
         [plot],
-        facts=[(k.replace("_", " "), v) for k, v in how.items() if k not in ("task", "settings")],
+        facts=[
+            (_FACTS.get(k, k.replace("_", " ")), v) for k, v in how.items() if k not in left_out
+        ],
         below=f"{', '.join(map(_label, rows))}; {summary['device']}",
     )
     console = tables()

@@ -32,5 +32,7 @@ def test_two_nets_in_one_table(labelled_images, tmp_path, capsys):
     assert (out / "knn.png").stat().st_size > 5000
     page = check_page(out / "report.html")
     assert {"resnet18, random", "100.00", "temperature", str(labelled_images)} <= set(page.words)
+    assert {"training images", "test images"} <= set(page.words)
+    assert "pictures" not in page.words
     assert not (out / "features").exists()
     assert "efficientnet_lite0" in capsys.readouterr().out
