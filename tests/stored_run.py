@@ -102,7 +102,7 @@ SUMMARY = {
 }
 
 
-def store_student(folder, name, fields, *, source="random", **options):
+def store_student(folder, name, fields, *, source="random", facts=None, **options):
     """Writes a distillation run's folder; returns the student that its newest checkpoint holds."""
     run = registry.get("fd_clip_vit_base")
     architecture = Architecture(**fields)
@@ -119,5 +119,5 @@ def store_student(folder, name, fields, *, source="random", **options):
     tensors = {f"student.{n}": t.detach() for n, t in net.named_parameters()}
     tensors["projection.weight"] = torch.randn(6, net.width)
     tensors["projection.bias"] = torch.randn(6)
-    store_tensors(folder, tensors, ranks=3, recipe=run.to_dict())
+    store_tensors(folder, tensors, ranks=3, recipe=run.to_dict(), facts=facts)
     return net.requires_grad_(False)

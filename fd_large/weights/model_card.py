@@ -185,10 +185,9 @@ def _facts(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, 
     """What the checkpoint's manifest adds to the recipe."""
     steps, optim = manifest["update"], recipe["optim"]
     seen = manifest.get("samples", steps * recipe["batch"]["global_batch_size"])
-    total = f"{optim['max_steps']:,}" if optim["max_steps"] else f"{optim['epochs']} epochs"
     return {
         "steps": steps,
-        "total": total,
+        "total": _length(optim, manifest),
         "samples": seen,
         "commit": manifest.get("commit") or "not recorded",
         "images": without_folders(recipe["data"]["root"]) or "not recorded",
@@ -197,6 +196,20 @@ def _facts(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, 
         else without_folders(optim["name"]),
         "fingerprint": manifest.get("pictures", "not recorded"),
     }
+
+
+def _length(optim: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """How long the whole run is, by its recipe or by what fitted into its time."""
+    most = optim["max_steps"]
+    allowed = f"{most:,}" if most else f"{optim['epochs']} epochs"
+    if not optim.get("max_seconds"):
+        return allowed
+    limit = f"as many as the time limit of {optim['max_seconds']:g} seconds"
+    decisions = manifest.get("time_box", {}).get("decisions", [])
+    decided = [one["updates"] for one in decisions if one["step"] <= manifest["update"]]
+    if not decided:
+        return f"at most {allowed}, {limit} allows"
+    return f"{min(decided[-1], most or decided[-1]):,}, {limit} allowed"
 
 
 def _filled(rows: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, str]:

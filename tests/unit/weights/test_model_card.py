@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from card_code import run_code
 from loading import close
@@ -62,6 +64,29 @@ def test_where_it_comes_from_and_how_good_it_is(exported):
 def test_the_names_are_those_of_one_class(exported, what, names):
     _, card = exported(what, "hf")
     assert f"| names | Hugging Face's {names} |" in card
+
+
+@pytest.mark.parametrize(
+    ("decisions", "most", "told"),
+    [
+        ([], 2000, "3 (of at most 2,000, LIMIT allows)"),
+        ([(1, 80), (2, 75), (9, 70)], 2000, "3 (of 75, LIMIT allowed)"),
+        ([(1, 80)], 50, "3 (of 50, LIMIT allowed)"),
+        ([(1, 80)], 0, "3 (of 80, LIMIT allowed)"),
+    ],
+)
+def test_a_time_limit_says_how_many_steps_it_allowed(tmp_path, decisions, most, told):
+    name, fields = STUDENTS["plain vit"]
+    made = [{"step": step, "updates": total} for step, total in decisions]
+    facts = {"time_box": {"seconds": 5.0, "decisions": made}}
+    store_student(tmp_path / "run", name, fields, facts=facts)
+    file, out = tmp_path / "run" / "recipe.json", tmp_path / "out"
+    recipe = json.loads(file.read_text())
+    recipe["optim"] |= {"max_steps": most, "max_seconds": 90.0}
+    file.write_text(json.dumps(recipe))
+    assert command.main([str(tmp_path / "run"), "--to", "fd", str(out)]) == 0
+    limit = "as many as the time limit of 90 seconds"
+    assert rows((out / "README.md").read_text())["steps"] == told.replace("LIMIT", limit)
 
 
 def test_a_teacher_was_random(exported):
