@@ -81,6 +81,9 @@ def list_checkpoints(run: str) -> int:
             f"{row['bytes'] / 1e6:,.1f} MB",
             *(row["hashes"].get(name, "none") for name in hashes),
         )
+    if any((row["zero"], row["ranks"]) == (0, 1) for row in rows):
+        table.caption = "ZeRO 0: one rank in float32 has nothing to split at stage 1 or 2."
+        table.caption_justify = "left"
     tables().print(table)
     return 0
 

@@ -30,6 +30,15 @@ def test_list_shows_a_row_for_each(run, capsys):
     ]
 
 
+def test_list_says_why_a_run_on_one_rank_is_at_stage_0(run, tmp_path, capsys):
+    words = "ZeRO 0: one rank in float32 has nothing to split at stage 1 or 2."
+    assert main(["checkpoint", "list", str(run)]) == 0
+    assert words not in " ".join(capsys.readouterr().out.split())
+    store_tensors(tmp_path, {"w": torch.zeros(500)}, update=8, ranks=1, stage=0)
+    assert main(["checkpoint", "list", str(run)]) == 0
+    assert words in " ".join(capsys.readouterr().out.split())
+
+
 def test_verify_names_what_is_damaged_and_ends_with_1(run, capsys):
     assert main(["checkpoint", "verify", str(run)]) == 0
     assert "3 of 3" in capsys.readouterr().out
