@@ -1,4 +1,4 @@
-"""Processes of this machine as the kernel shows them, calls that may hang, signals. No torch."""
+"""Processes as the kernel shows them, how many may load, calls that may hang, signals. No torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fd_large.errors import ConfigError
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """What asks a process to stop: a scheduler's signals, Ctrl-C, a terminal that is closed."""
+WORKERS_PER_CORE, FEWEST_WORKERS = 16, 64
+"""A rank may start so many loading processes for each of its cores, or so many where that is less.
+
+More of them do not load faster, and thousands take the machine down.
+"""
 HIDDEN = -1
 """When a process started that this user may not look at."""
 
@@ -77,6 +84,21 @@ def briefly(call: Callable[..., object], *arguments: object, seconds: float) -> 
     thread = threading.Thread(target=call, args=arguments, daemon=True)
     thread.start()
     thread.join(seconds)
+
+
+def check_workers(workers: int) -> None:
+    """Refuses more loading processes than the machine of this rank can have use of.
+
+    Raises: ConfigError: naming the number of cores that this process may use.
+    """
+    cores = len(os.sched_getaffinity(0))
+    most = max(FEWEST_WORKERS, WORKERS_PER_CORE * cores)
+    if workers > most:
+        raise ConfigError(
+            f"data.workers: too many loading processes; got {workers}, expected at most {most} for "
+            f"each rank on the {cores} core{'s' if cores > 1 else ''} that it may use. Set "
+            f"--data.workers {cores}."
+        )
 
 
 def handlers_to_replace() -> dict[signal.Signals, Any]:

@@ -20,7 +20,7 @@ from fd_large.cli.paths import paths_of, require_paths, require_sources
 from fd_large.errors import CacheError, Exit
 from fd_large.plan.cached_targets import SECONDS_TOLERANCE, CachedTargets
 from fd_large.plan.rates import rates_of
-from fd_large.processes import handlers_to_replace
+from fd_large.processes import check_workers, handlers_to_replace
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, positive, require
 from fd_large.recipes.run import Run
@@ -79,6 +79,7 @@ def main(arguments: list[str]) -> int:
     if own.plan:
         tables().print(plan(run, own))
         return 0
+    check_workers(run.data.workers)
     require_sources(run)
     with _saying_that_it_goes_on():
         written = write(run, own.out, precision=own.precision)

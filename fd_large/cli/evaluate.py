@@ -16,6 +16,7 @@ from fd_large.cli.evaluate_trainings import train_models
 from fd_large.cli.output import tables
 from fd_large.cli.paths import paths_of_models, require_paths
 from fd_large.errors import ConfigError
+from fd_large.processes import check_workers
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override, require
 from fd_large.recipes.file_names import PAGE, RECIPE
@@ -106,6 +107,7 @@ def evaluate(own: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
         if any(getattr(own, name) for name in names):
             _refuse(own, f"--{names[0]}", names, changes, ())
             return _score_files(own, scored)
+    check_workers(changes.get("data.workers", 0))
     if not own.models:
         raise ConfigError(
             "evaluate: MODEL is missing; got none, expected a run or weights. Name one, for "

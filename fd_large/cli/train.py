@@ -14,6 +14,7 @@ from fd_large.cli.paths import paths_of, require_paths, require_sources
 from fd_large.data.packages import check_packages
 from fd_large.engine.zero import config as ds
 from fd_large.errors import Exit, LostRankError, check_all
+from fd_large.processes import check_workers
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
 from fd_large.recipes.run import Run
@@ -63,7 +64,8 @@ def main(arguments: list[str]) -> int:
 def check_names(run: Run, *, deepspeed_config: str) -> None:
     """Refuses what shows to be wrong without torch, all of it at once.
 
-    These are names of files, folders, datasets and teachers, and what DeepSpeed's JSON says.
+    These are names of files, folders, datasets and teachers, the number of loading processes, and
+    what DeepSpeed's JSON says.
     Importing torch and reading weights takes seconds; whoever mistypes a path knows it at once.
 
     Args:
@@ -76,6 +78,7 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
     roots["eval.knn_root"] = run.eval.knn_root
     check_all(
         partial(_check_config, run, deepspeed_config),
+        partial(check_workers, run.data.workers),
         lambda: require_paths(paths_of(run)),
         partial(require_sources, run),
         *(partial(check_packages, root, where=where) for where, root in roots.items()),

@@ -30,6 +30,7 @@ from fd_large.data.source import ImageSource
 from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.data.worker import signals_blocked, start_worker
 from fd_large.errors import DataError, FDError
+from fd_large.processes import check_workers
 
 # Images tried for one place in a batch; where all are bad, so is the dataset.
 MAX_TRIES = 10
@@ -119,7 +120,10 @@ def load_batches(batches: Dataset, places: Iterable[Any], *, workers: int) -> Da
         batches: Takes one item of `places` and returns a batch; runs in the workers.
         places: What belongs into each batch; has a length.
         workers: Number of loading processes; 0 loads in this one.
+
+    Raises: ConfigError: for more processes than the machine can have use of.
     """
+    check_workers(workers)
     return _Loader(
         _Carried(batches),
         sampler=places,

@@ -7,8 +7,11 @@ import subprocess
 import sys
 import threading
 
+import pytest
+
 from fd_large import processes
-from fd_large.processes import HIDDEN, briefly, started, status
+from fd_large.errors import ConfigError
+from fd_large.processes import HIDDEN, briefly, check_workers, started, status
 
 
 def test_a_process_and_its_parent() -> None:
@@ -23,6 +26,17 @@ def test_a_process_and_its_parent() -> None:
         child.communicate()
     assert status(child.pid) is None
     assert started(child.pid) is None
+
+
+@pytest.mark.parametrize(("cores", "most"), [(1, 64), (4, 64), (8, 128)])
+def test_more_loading_processes_than_cores_have_use_of_are_refused(
+    monkeypatch: pytest.MonkeyPatch, cores: int, most: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    check_workers(most)
+    words = rf"data\.workers: too many .* got {most + 1}, expected at most {most} .* {cores} core"
+    with pytest.raises(ConfigError, match=words):
+        check_workers(most + 1)
 
 
 def test_a_process_that_its_parent_has_not_asked_about_has_ended() -> None:

@@ -35,6 +35,10 @@ MISTAKES = {
     "evaluate no/run#teacher vit=no.pt --data.root /no/a": [
         *("model no/run#teacher", "model vit=no.pt", "data.root"),
     ],
+    # What would take the machine down.
+    "train --deepspeed_config zero3 --recipe quickstart --data.workers 100000": ["data.workers"],
+    "evaluate x=random --data.workers 100000": ["data.workers"],
+    "cache quickstart out --data.root builtin:photographs --data.workers 100000": ["data.workers"],
     "diagnose no/run --data.root /no/a": ["model no/run", "data.root"],
     "plan --recipe linear_probe --student.init no/run": ["student.init"],
     "weights inspect no.pt": ["weights inspect"],

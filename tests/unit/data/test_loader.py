@@ -95,6 +95,11 @@ def test_length_counts_micro_batches(picture_folder):
         assert len(batches) == len(list(batches)) == expected
 
 
+def test_processes_that_take_the_machine_down_are_not_started(picture_folder):
+    with pytest.raises(ConfigError, match=r"data\.workers: too many .* got 100000, "):
+        loader(ImageFolder(picture_folder), workers=100_000)
+
+
 def test_a_resumed_epoch_goes_on_with_the_same_batches(picture_folder):
     folder = ImageFolder(picture_folder)
     whole, rest = load(folder), load(folder, first_update=1, workers=2)
