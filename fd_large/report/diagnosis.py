@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median_high, median_low
+from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -25,7 +25,8 @@ NEARLY_UNIFORM = 0.1
 """Spread of an average map over its mean, below which there is little for a score to explain."""
 
 MOST_STEEPER = 3
-"""How far a scale that models share reaches, as a multiple of what the middle one needs."""
+"""Models share a scale whose losses change at most so many times as much as the middle one's, and
+at least one over as much; on one scale with steeper ones, a flat one would be a line."""
 
 Model = dict[str, Any]
 Landscape = dict[str, Any]
@@ -247,7 +248,8 @@ def _curves(models: list[Model], averages: Any, cka: Any) -> Figure:
             panel.fill_between(seen["steps"], low, high, color=colour, alpha=0.15, linewidth=0)
             panel.plot(seen["steps"], mean, color=colour, linewidth=1.3)
         panel.plot([0], _own(seen), "o", color=colour, markersize=5)
-        low, high = _range(models, seen, _bands, _own)
+        low, high, note = _range(models, seen, _bands, _own)
+        _note(panel, note)
         panel.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
         panel.set_xlabel("step, in lengths of the weights", fontsize=style.TEXT_SIZE)
         panel.set_ylabel(seen["loss"], fontsize=style.TEXT_SIZE)
@@ -301,9 +303,12 @@ def _surfaces(models: list[Model], averages: Any, cka: Any) -> Figure:
     figure, cells = _cells(models, height=3.4, of="map")
     for panel, _, seen in cells:
         steps, (rows,) = seen["map_steps"], _map(seen)
-        levels = numpy.linspace(*_range(models, seen, _map, _first), 13)
-        found = numpy.ma.masked_invalid(rows)
-        image = panel.contourf(steps, steps, found, levels, cmap=HEAT, extend="both")
+        low, high, note = _range(models, seen, _map, _first)
+        _note(panel, note)
+        # The range holds all values up to rounding, which would leave holes at its ends.
+        found = numpy.ma.masked_invalid(rows).clip(low, high)
+        levels = numpy.linspace(low, high, 13)
+        image = panel.contourf(steps, steps, found, levels, cmap=HEAT)
         panel.set_aspect("equal")
         panel.plot([0], [0], "+", color="white", markersize=8)
         panel.set_xlabel("first direction", fontsize=style.TEXT_SIZE)
@@ -315,16 +320,24 @@ def _surfaces(models: list[Model], averages: Any, cka: Any) -> Figure:
     return figure
 
 
+def _note(panel: Axes, words: str) -> None:
+    """Adds a line to the title of a panel, if there is something to say."""
+    if words:
+        title = f"{panel.get_title(loc='left')}\n{words}"
+        panel.set_title(title, fontsize=style.SMALL_SIZE, loc="left")
+
+
 def _range(
     models: list[Model],
     landscape: Landscape,
     values_of: Callable[[Landscape], list[numpy.ndarray]],
     own_of: Callable[[Landscape], float],
-) -> tuple[float, float]:
-    """Returns the range in which a landscape is drawn: (lowest, highest).
+) -> tuple[float, float, str]:
+    """Returns the range in which a landscape is drawn: (lowest, highest, a note or "").
 
-    Those that can be compared have ranges of one height, each around its model's own loss. A model
-    that is far steeper than the others leaves it, so that theirs can be seen.
+    It holds all finite values. Those that can be compared have ranges of one height, each around
+    its model's own loss. A model that is far steeper or flatter than the middle one has a range of
+    its own, so that each can be read; the note says how much larger it is than the others'.
     """
     alike = [
         part
@@ -332,15 +345,38 @@ def _range(
         for part in model["landscapes"]
         if all(part[name] == landscape[name] for name in ("loss", "comparable"))
     ]
-    changed = [numpy.stack(values_of(part)) - own_of(part) for part in alike]
-    known = [of[numpy.isfinite(of)] for of in changed]
-    lows, highs = ([float(end(of)) for of in known if len(of)] for end in (min, max))
     own = own_of(landscape)
-    if not highs or not numpy.isfinite(own):
-        return 0.0, 1.0
-    low = max(min(lows), MOST_STEEPER * median_high(lows))
-    high = min(max(highs), MOST_STEEPER * median_low(highs))
-    return own + low, own + high if high > low else own + low + 1.0
+    own_ends = _ends(landscape, values_of, own_of)
+    if own_ends is None:
+        return (own, own + 1.0, "") if numpy.isfinite(own) else (0.0, 1.0, "")
+    known = [ends for part in alike if (ends := _ends(part, values_of, own_of))]
+    middle = median_low(high - low for low, high in known)
+
+    def shares(ends: tuple[float, float]) -> bool:
+        height = ends[1] - ends[0]
+        return middle / MOST_STEEPER <= height <= middle * MOST_STEEPER
+
+    shared = [ends for ends in known if shares(ends)]
+    low, high = min(low for low, _ in shared), max(high for _, high in shared)
+    note = ""
+    if not shares(own_ends):
+        note = "own scale"
+        if high > low:
+            times = (own_ends[1] - own_ends[0]) / (high - low)
+            note += f": {times:{',.0f' if times >= 10 else '.2g'}} times as large"
+        low, high = own_ends
+    return own + low, own + high if high > low else own + low + 1.0, note
+
+
+def _ends(
+    landscape: Landscape,
+    values_of: Callable[[Landscape], list[numpy.ndarray]],
+    own_of: Callable[[Landscape], float],
+) -> tuple[float, float] | None:
+    """How far below and above the model's own loss a landscape goes; None: nothing is finite."""
+    changed = numpy.stack(values_of(landscape)) - own_of(landscape)
+    finite = changed[numpy.isfinite(changed)]
+    return (float(finite.min()), float(finite.max())) if len(finite) else None
 
 
 def _likeness(models: list[Model], averages: Any, cka: dict[str, Any]) -> Figure | None:

@@ -57,16 +57,17 @@ SENTENCES = {
         "Loss landscapes, curves",
         "A loss as the weights move along random directions, each filter as far as it is long: a "
         "line is the mean over batches along a direction, its band the standard deviation, from "
-        "batch to batch, of what a step changes, the dot the model itself; a model that is far "
-        "steeper than others leaves its panel. Flat around the dot means that small changes of the "
-        "weights do little harm; panels of a row whose losses can be compared (see the list below "
-        "the table) have vertical axes that cover equally large ranges, and losses of different "
-        "rows cannot be compared.",
+        "batch to batch, of what a step changes, the dot the model itself. Flat around the dot "
+        "means that small changes of the weights do little harm; panels of a row whose losses can "
+        "be compared (see the list below the table) have vertical axes that cover equally large "
+        "ranges, but for a model that is far steeper or flatter than the others, over whose panel "
+        "it says so, and losses of different rows cannot be compared.",
     ),
     "landscape_map": (
         "Loss landscapes, maps",
         "The same over the plane of two such directions, on the first batch, the model in the "
-        "middle. Wide, round contours are an even valley; narrow or ragged ones a hard one.",
+        "middle. Wide, round contours are an even valley, narrow or ragged ones a hard one; a "
+        "model that is far steeper or flatter than the others has a scale of its own here too.",
     ),
     "cka": (
         "Similarity of layers",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 import pytest
 from html_page import check_page
+from matplotlib.figure import Figure
 
 from fd_large.report.diagnosis import draw_diagnosis, short
 from fd_large.report.diagnosis_page import SENTENCES, notes, table, write_html, write_page
@@ -117,6 +118,39 @@ def test_what_is_missing_is_left_out(drawn) -> None:
     one = model("a", [bare], landscapes=[gone])
     pictures = drawn(diagnosis(one, cka=False))
     assert pictures == set(SENTENCES) - {"average_attention", "cka"}
+
+
+@pytest.mark.parametrize(
+    ("steeper", "titles"),
+    [
+        (2, {"a": (0, 1.2), "b": (0, 1.2)}),
+        (20, {"a": (0, 0.6), "b\nown scale: 20 times as large": (0, 12)}),
+        (0.02, {"a\nown scale: 50 times as large": (0, 0.6), "b": (0, 0.012)}),
+    ],
+)
+def test_landscapes_share_a_scale_unless_one_model_is_far_steeper(
+    steeper, titles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = {}
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.update({path.stem: figure}))
+    numpy.savez(tmp_path / "averages.npz")
+    flat = landscape(curves=[[[0.4, 0.1, 0.0, 0.3, 0.6]]], value=[0.0])
+    steep = landscape(
+        curves=[[[steeper * value for value in flat["curves"][0][0]]]],
+        map=[[steeper * value for value in row] for row in flat["map"]],
+        value=[0.0],
+    )
+    models = (model("a", [], landscapes=[flat]), model("b", [], landscapes=[steep]))
+    draw_diagnosis(tmp_path, diagnosis(*models))
+    panels = {axes.get_title(loc="left"): axes for axes in figures["landscape"].axes}
+    assert panels.keys() == titles.keys()
+    for title, (low, high) in titles.items():
+        margin = 0.04 * (high - low)
+        assert panels[title].get_ylim() == pytest.approx((low - margin, high + margin))
+    *maps, first, second = figures["landscape_map"].axes
+    assert [axes.get_title(loc="left") for axes in maps] == list(titles)
+    bars = [bar.get_ylim() for bar in (first, second)]
+    assert bars == [pytest.approx(limits) for limits in titles.values()]
 
 
 def test_the_table_has_means_over_layers_and_batches() -> None:
