@@ -241,15 +241,15 @@ class Hook:
 class Tracker:
     """Shows the numbers of a run (a progress bar, TensorBoard); lives on rank 0 alone.
 
-    The Meter calls it, after the numbers are in the run's own files; nothing that a tracker does
-    changes a run, and no collective is allowed in it.
+    The Meter calls it, with rows and evaluations after they are in the run's own files; nothing
+    that a tracker does changes a run, and no collective is allowed in it.
     """
 
     def on_start(self, setting: Setting) -> None:
         """Before the first step."""
 
     def on_step(self, update: Update) -> None:
-        """After each step."""
+        """After each step, before the rows that end with it."""
 
     def on_rows(self, rows: list[Row]) -> None:
         """After an interval: `log_every` steps, or what is left at a save or the end."""

@@ -85,10 +85,11 @@ class Meter(Hook):
         self._mark = now
         self._pending.append(update)
         self._total = update.total
+        # Before its row: the step may have changed how many there are in all.
+        self._trackers.tell("on_step", update)
         done = update.index + 1
         if done == update.total or done % self._setting.log_every == 0:
             self._flush()
-        self._trackers.tell("on_step", update)
 
     def on_save(self, index: int) -> None:
         """Before a checkpoint of `index` steps: a resume from it must find all their rows."""

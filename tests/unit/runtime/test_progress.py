@@ -9,6 +9,7 @@ from rich.console import Console
 
 from fd_large import activity
 from fd_large.runtime import logs, progress, terminal
+from fd_large.runtime.hooks import Update
 from fd_large.runtime.meter import Meter
 from fd_large.runtime.progress import Progress
 
@@ -131,6 +132,15 @@ def test_the_bar_follows_a_time_box(shown, make_setting, run_updates):
     shown.open(is_terminal=True)
     run_updates(hooks(), make_setting(total=1000), 6, total=6)
     assert "6/6" in shown.text().splitlines()[-1]
+
+
+def test_a_line_knows_the_length_that_its_own_step_decided(shown, make_setting):
+    shown.open(is_terminal=False)
+    (meter,) = hooks()
+    meter.on_start(make_setting(total=2000, log_every=2))
+    for index, total in enumerate((2000, 80, 80, 72)):
+        meter.after_update(Update(index, total, 0, 0.5, 1.5, 1e-3))
+    assert re.findall(r"step (\S+)", shown.text()) == ["2/80", "4/72"]
 
 
 def test_a_time_box_says_how_long_it_takes_before_its_length_is_set(
