@@ -35,6 +35,7 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
     from fd_large.data.blocks import keep_blocks_in
     from fd_large.data.labelled import open_split
     from fd_large.kernels.precision import full_float32
+    from fd_large.probes import linear
     from fd_large.probes.features import Pool
     from fd_large.probes.measure import measure
     from fd_large.runtime import logs
@@ -48,6 +49,8 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
     test = meeting.meet(
         lambda: open_split(data.root, "val", train.classes, val_fraction=data.val_fraction)
     )
+    if task != "knn":
+        linear.warn_of_few_steps(len(train), linear.Probe(epochs=own.probe_epochs))
     seeds = own.seeds_from(run.runtime.seed)
     rows, folder = [], Path(own.out)
     heads = [_heads_of(model, own.features) for model in models]

@@ -9,6 +9,7 @@ Feature-Distillation has it: a BatchNorm1d without affine before the layer, mome
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,8 +26,14 @@ from fd_large.data.sampler import epoch_order
 from fd_large.errors import DataError
 from fd_large.probes.features import Features
 
+log = logging.getLogger(__name__)
+
 MOMENTUM, NORM_EPS = 0.9, 1e-6
 HELD_OUT = 10
+FEWEST_BATCHES = 4
+"""Batches an epoch has at least: one batch of all images would be one step an epoch."""
+ENOUGH_STEPS = 500
+"""Steps below which a probe may have learned too little."""
 # Rows a forward outside training.
 BLOCK = 8192
 
@@ -38,7 +45,7 @@ class Probe:
     Attributes:
         rates: Learning rates for batches of 256, all tried.
         epochs: Passes over the training images.
-        batch_size: Images a step.
+        batch_size: Most images a step; at most a quarter of the training images are taken.
         seed: Seed of the held-out tenth and of the order.
     """
 
@@ -101,6 +108,31 @@ def evaluate(
     return distributed.broadcast_object(Outcome(rate, tuple(held_out), predicted))
 
 
+def steps(num_train: int, probe: Probe) -> int:
+    """Returns the number of steps on all of so many training images."""
+    return probe.epochs * (num_train // _batch_of(num_train, probe))
+
+
+def warn_of_few_steps(num_train: int, probe: Probe) -> None:
+    """Logs a warning where a probe makes so few steps that it may have learned too little.
+
+    Args:
+        num_train: Number of training images.
+        probe: Settings of the training; `--probe_epochs` are its epochs.
+    """
+    made = steps(num_train, probe)
+    if made < ENOUGH_STEPS:
+        enough = -(-ENOUGH_STEPS * probe.epochs // made)
+        log.warning(
+            "--probe_epochs: the linear probe makes only %d steps on %d training images and may "
+            "have learned too little; with --probe_epochs %d it makes %d",
+            made,
+            num_train,
+            enough,
+            enough * made // probe.epochs,
+        )
+
+
 def work(num_train: int, probe: Probe) -> int:
     """Returns the number of images that `evaluate` reports to `progress` in all."""
     return probe.epochs * (num_train - num_train // HELD_OUT + num_train)
@@ -141,12 +173,12 @@ def _fit(
 ) -> _Layers:
     """SGD with momentum, each layer at its rate, which falls along half a cosine."""
     layers = _Layers(len(rates), num_classes, features.rows.shape[1])
-    size = min(probe.batch_size, len(numbers))
+    size = _batch_of(len(numbers), probe)
     scale = size / 256
     peak = torch.tensor(rates, device=layers.weight.device).view(-1, 1, 1) * scale
     parameters = [layers.weight.requires_grad_(), layers.bias.requires_grad_()]
     velocities = [torch.zeros_like(parameter) for parameter in parameters]
-    updates = probe.epochs * (len(numbers) // size)
+    updates = steps(len(numbers), probe)
     for update, chosen in enumerate(_batches(len(numbers), size, probe)):
         rows, labels = _read(features, numbers[chosen])
         logits = layers.logits(rows, training=True)
@@ -162,6 +194,11 @@ def _fit(
                 parameter.sub_(rate * velocity)
         progress(len(chosen))
     return layers
+
+
+def _batch_of(num_rows: int, probe: Probe) -> int:
+    # A batch norm cannot train on one image.
+    return min(probe.batch_size, max(2, num_rows // FEWEST_BATCHES))
 
 
 def _batches(num_rows: int, size: int, probe: Probe) -> Iterator[NDArray[np.int64]]:

@@ -54,9 +54,9 @@ def test_rates_together_are_rates_alone():
 
 
 def test_an_update_is_sgd_with_momentum_on_normed_rows():
-    train, size, rate = blobs(64, 1), 32, 0.1
+    train, size, rate = blobs(128, 1), 32, 0.1
     probe = linear.Probe(epochs=2, batch_size=size, seed=3)
-    found = linear._fit(train, np.arange(64), CLASSES, probe, (rate,), lambda count: None)
+    found = linear._fit(train, np.arange(128), CLASSES, probe, (rate,), lambda count: None)
     norm = torch.nn.BatchNorm1d(WIDTH, affine=False, eps=linear.NORM_EPS)
     layer = torch.nn.Linear(WIDTH, CLASSES)
     torch.nn.init.zeros_(layer.weight)
@@ -64,13 +64,13 @@ def test_an_update_is_sgd_with_momentum_on_normed_rows():
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, momentum=0.9)
     update = 0
     for epoch in (1, 2):
-        for start in (0, size):
-            chosen = epoch_order(64, 3, epoch, np.arange(start, start + size))
+        for start in range(0, 128, size):
+            chosen = epoch_order(128, 3, epoch, np.arange(start, start + size))
             rows, labels = (torch.from_numpy(part[chosen]) for part in train)
             loss = torch.nn.functional.cross_entropy(layer(norm(rows)), labels)
             optimizer.zero_grad()
             loss.backward()
-            cosine = 0.5 * (1 + math.cos(math.pi * update / 4))
+            cosine = 0.5 * (1 + math.cos(math.pi * update / 8))
             optimizer.param_groups[0]["lr"] = rate * size / 256 * cosine
             optimizer.step()
             update += 1
@@ -100,6 +100,24 @@ def test_what_is_told_adds_up_to_the_work():
         blobs(90, 1), blobs(9, 2), num_classes=CLASSES, probe=probe, progress=told.append
     )
     assert sum(told) == linear.work(90, probe)
+
+
+@pytest.mark.parametrize(
+    ("images", "steps"), [(9, 4 * 30), (120, 4 * 30), (1024, 4 * 30), (1_281_167, 5004 * 30)]
+)
+def test_an_epoch_of_few_images_has_four_batches(images, steps):
+    assert linear.steps(images, linear.Probe()) == steps
+
+
+def test_few_steps_are_warned_of_with_the_epochs_that_suffice(caplog):
+    linear.warn_of_few_steps(120, linear.Probe())
+    (warned,) = caplog.messages
+    assert "makes only 120 steps on 120 training images" in warned
+    assert warned.endswith("with --probe_epochs 125 it makes 500")
+    assert linear.steps(120, linear.Probe(epochs=125)) == 500
+    linear.warn_of_few_steps(120, linear.Probe(epochs=125))
+    linear.warn_of_few_steps(50_000, linear.Probe())
+    assert len(caplog.messages) == 1
 
 
 def test_too_few_pictures_are_refused():
