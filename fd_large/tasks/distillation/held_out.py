@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,8 @@ from fd_large.tasks.distillation.task import Distillation
 # An epoch that no training reaches, so that crops of training images are unseen ones.
 EVALUATION_EPOCH = 2**31 - 1
 PANEL_IMAGES = 4
+PANEL_CANDIDATES = 16
+"""Views of which the panel shows those that vary most; others may be blank, such as the sky."""
 TRIES = 10
 
 log = logging.getLogger(__name__)
@@ -117,7 +120,10 @@ class HeldOutViews:
         self._numbers: Sequence[int] = own or (0,)
         self._images = torch.stack([crops(view) for view in self._numbers])
         # The panel shows the same images on any number of ranks.
-        self._panel = torch.stack([crops(view) for view in range(PANEL_IMAGES)])
+        candidates = range(min(PANEL_CANDIDATES, len(crops)))
+        self._candidates = torch.stack([crops(view) for view in candidates])
+        self._images_of_candidates = [crops.name_of(view) for view in candidates]
+        self._in_panel: list[int] = []
 
     def measure(self, engine: Engine, between: Callable[[], None]) -> dict[str, float]:
         """Returns the mean loss and the task's metrics over all views, the same on every rank.
@@ -174,12 +180,36 @@ class HeldOutViews:
                 yield engine.task.references(**prepared)[number], weight
 
     def panel(self, engine: Engine) -> dict[str, np.ndarray]:
-        """Returns the maps of the first few views: see `feature_panel`."""
+        """Returns the maps of a few views, the same in every call: see `feature_panel`."""
         assert isinstance(engine.task, Distillation)
         with evaluating(engine):
-            shown = self._batch(self._panel, range(PANEL_IMAGES))
+            self._in_panel = self._in_panel or self._most_varied(engine)
+            shown = self._batch(self._candidates[self._in_panel], self._in_panel)
             maps = feature_panel(engine.task, engine.deepspeed, shown.images, shown.targets)
         return {name: value.numpy() for name, value in maps.items()}
+
+    def _most_varied(self, engine: Engine) -> list[int]:
+        """Returns the candidates whose teacher maps vary most from token to token, in order.
+
+        An image is shown a second time only after each of the others was shown once.
+        """
+        task = engine.task
+        assert isinstance(task, Distillation)
+        spreads = []
+        for numbers in torch.arange(len(self._candidates)).split(self._micro):
+            batch = self._batch(self._candidates[numbers], numbers.tolist())
+            with torch.no_grad():
+                references = task.references(**task.prepare(batch.images, batch.targets, None))
+            maps = [r for t, r in zip(task.targets, references, strict=True) if t.kind == MAP]
+            of_maps = [one.float().var(1).mean(-1) for one in maps]  # (b,) each
+            spreads.append(torch.stack(of_maps).sum(0).cpu())
+        order = torch.cat(spreads).argsort(descending=True, stable=True).tolist()
+        turns, taken = {}, Counter[str]()
+        for view in order:
+            image = self._images_of_candidates[view]
+            turns[view] = taken[image]
+            taken[image] += 1
+        return sorted(sorted(order, key=turns.__getitem__)[:PANEL_IMAGES])
 
     def _batches(self, engine: Engine) -> Iterator[tuple[dict[str, Any], int, int]]:
         words = f"{self.name.replace('_', ' ')} views"

@@ -89,7 +89,7 @@ def test_ranks_share_the_views(images, engine, monkeypatch, views, micro, world)
     assert (totals / counts).tolist() == pytest.approx(list(alone.values()), rel=1e-5)
     assert len(set(forwards)) == 1
     # All show the same images.
-    assert all(torch.equal(share._panel, shares[0]._panel) for share in shares)
+    assert all(torch.equal(share._candidates, shares[0]._candidates) for share in shares)
 
 
 def test_an_evaluation_that_is_left_goes_back_to_training(images, engine):
@@ -119,3 +119,26 @@ def test_the_panel_shows_whitened_teacher_and_projected_student(images, engine):
     assert panel["teacher"].shape == panel["student"].shape == (4, 4, 4, 16)
     np.testing.assert_allclose(panel["teacher"].var(-1), np.ones((4, 4, 4)), atol=1e-2)
     assert engine.task.training
+
+
+@pytest.mark.parametrize("micro", [1, 3, 16])
+def test_the_panel_shows_views_whose_maps_vary(images, engine, micro):
+    for number in (0, 2, 5, 6):
+        Image.new("RGB", (40, 48), (90, 120, 200)).save(images / f"{number}.png")
+    views = views_of(images, views=7, micro=micro)
+    blank = (views._candidates.flatten(2) == views._candidates[:, :, :1, 0]).all(2).all(1)
+    assert blank.sum() == 4
+    panel = views.panel(engine)
+    shown = torch.from_numpy(panel["images"]).permute(0, 3, 1, 2)
+    for view in views._candidates[~blank]:
+        assert any(torch.equal(view, image) for image in shown)
+    assert (views.panel(engine)["images"] == panel["images"]).all()
+    assert (views_of(images, views=7, micro=micro).panel(engine)["images"] == panel["images"]).all()
+
+
+def test_the_panel_shows_each_of_a_few_images(tmp_path, engine):
+    noise = np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    Image.fromarray(noise // 64).save(tmp_path / "dark.png")
+    panel = views_of(tmp_path, views=16).panel(engine)
+    assert sorted(image.max() > 4 for image in panel["images"]) == [False, False, True, True]
