@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from fd_large.activity import clock
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, parse_with_recipe
 from fd_large.cli.output import size, tables
 from fd_large.cli.paths import paths_of, require_paths, require_sources
-from fd_large.errors import CacheError, Exit
+from fd_large.cli.stopping import ending_with
 from fd_large.plan.cached_targets import SECONDS_TOLERANCE, CachedTargets
 from fd_large.plan.rates import rates_of
-from fd_large.processes import check_workers, handlers_to_replace
+from fd_large.processes import check_workers
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, positive, require
 from fd_large.recipes.run import Run
@@ -81,7 +78,7 @@ def main(arguments: list[str]) -> int:
         return 0
     check_workers(run.data.workers)
     require_sources(run)
-    with _saying_that_it_goes_on():
+    with ending_with(STOPPED):
         written = write(run, own.out, precision=own.precision)
     from fd_large import distributed
 
@@ -95,43 +92,11 @@ def main(arguments: list[str]) -> int:
     return distributed.leave(0)
 
 
-class _StoppedError(CacheError):
-    """A signal has stopped the command; started again it goes on."""
-
-    exit_code = Exit.AGAIN
-
-
-@contextmanager
-def _saying_that_it_goes_on() -> Iterator[None]:
-    """Ends the process with a sentence and code 75 where a signal stops it.
-
-    Whole records stay and the others are written anew, so that it may stop anywhere. The first
-    signal does; a launcher sends more of them after a Ctrl-C, which must neither interrupt the
-    clean-up nor change the exit code.
-
-    Raises: CacheError: after Ctrl-C, or what a scheduler sends before it takes the machine away.
-    """
-    before = handlers_to_replace()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for one in before:
-            signal.signal(one, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    try:
-        for number in before:
-            signal.signal(number, stop)
-        yield
-    except KeyboardInterrupt:
-        raise _StoppedError(
-            "cache: stopped before the end; got a signal, expected to store all maps. What is "
-            "stored stays. Start the same command again: it goes on from there."
-        ) from None
-    finally:
-        for number, handler in before.items():
-            # After a signal the process ends, and they stay ignored.
-            if handler is not None and signal.getsignal(number) == stop:
-                signal.signal(number, handler)
+# Whole records stay and the others are written anew, so that it may stop anywhere.
+STOPPED = (
+    "cache: stopped before the end; got a signal, expected to store all maps. What is "
+    "stored stays. Start the same command again: it goes on from there."
+)
 
 
 def _with_views(run: Run, views: int) -> Run:
@@ -258,6 +223,11 @@ def _rows(cost: CachedTargets, own: Cache, micro_batch: int) -> list[tuple[str, 
         when = f"if each view is used more than {fewest:.2g} times"
     return [
         ("maps", f"{cost.images:,} images x {cost.views} views, {size(cost.map_bytes)} each"),
+        (
+            "time to write",
+            f"about {clock(math.ceil(cost.writing_seconds))} on one {own.gpu}, for the teacher "
+            "alone; for this machine it is not reckoned, but its bar says it once writing begins",
+        ),
         ("disk", f"{size(cost.total_bytes)} ({own.precision})"),
         ("uses of a view", f"{cost.uses:.3g}, over all epochs and runs"),
         (

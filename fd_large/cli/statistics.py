@@ -8,11 +8,17 @@ from pathlib import Path
 from fd_large import activity
 from fd_large.atomic_files import check_new, out_folder
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, parse_with_recipe
+from fd_large.cli.stopping import ending_with
 from fd_large.cli.train import check_names
 from fd_large.errors import ConfigError, nearest
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
 from fd_large.recipes.run import Run
+
+STOPPED = (
+    "statistics: stopped before the end; got a signal, expected to measure all crops. Start the "
+    "same command again: it begins anew."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +54,14 @@ def main(arguments: list[str]) -> int:
     own = given.own
     check_names(given.run, deepspeed_config=own.deepspeed_config)
     check_new(Path(own.out), where="--out")
-    measure(
-        given.run,
-        deepspeed_config=own.deepspeed_config,
-        out=own.out,
-        views=own.views,
-        target=own.target,
-    )
+    with ending_with(STOPPED):
+        measure(
+            given.run,
+            deepspeed_config=own.deepspeed_config,
+            out=own.out,
+            views=own.views,
+            target=own.target,
+        )
     from fd_large import distributed
 
     if distributed.is_main():

@@ -41,6 +41,11 @@ class CachedTargets:
         return self.images * self.views * self.map_bytes
 
     @property
+    def writing_seconds(self) -> float:
+        """Seconds in which the teacher computes all maps, on a rank."""
+        return self.images * self.views * self.teacher_seconds
+
+    @property
     def read_seconds(self) -> float:
         """Seconds in which a rank reads a map."""
         return self.map_bytes / self.read_bytes_per_second

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 
@@ -9,7 +10,7 @@ import pytest
 import tiny_runs
 from pictures import write_pictures
 
-from fd_large.cli import cache, plan_workload
+from fd_large.cli import cache, plan_workload, stopping
 from fd_large.cli.main import main
 from fd_large.engine import frozen_run
 from fd_large.errors import ConfigError
@@ -80,6 +81,7 @@ def test_the_verdict_agrees_with_the_uses_from_which_it_pays(teacher, uses, told
     said = dict(cache._rows(cost, cache.Cache(recipe="quickstart", out="out"), 16))
     assert said["saves time"] == "if each view is used more than once"
     assert said["so here"] == told
+    assert said["time to write"].startswith(f"about 0:0{math.ceil(6 * teacher)} on one h100")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def test_what_ends_without_a_signal_gives_the_handlers_back(handlers, monkeypatc
     monkeypatch.setattr(frozen_run, "open_frozen", open_frozen)
     # None stands for a handler that is not Python's.
     replaced = {**handlers, signal.SIGUSR1: None}
-    monkeypatch.setattr(cache, "handlers_to_replace", lambda: replaced)
+    monkeypatch.setattr(stopping, "handlers_to_replace", lambda: replaced)
     assert command() == 2
     kept = [number for number in SIGNALS if signal.getsignal(number) == handlers[number]]
     assert kept == [number for number in SIGNALS if number != signal.SIGUSR1]

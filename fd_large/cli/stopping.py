@@ -1,0 +1,49 @@
+"""How a command that is no run ends after a signal: with one sentence, and code 75."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from fd_large.errors import Exit, FDError
+from fd_large.processes import handlers_to_replace
+
+
+class StoppedError(FDError):
+    """A signal has stopped the command; it may be started again."""
+
+    exit_code = Exit.AGAIN
+
+
+@contextmanager
+def ending_with(sentence: str) -> Iterator[None]:
+    """Ends the process with a sentence and code 75 where a signal stops it.
+
+    What is inside may stop anywhere. The first signal stops it; a launcher sends more of them after
+    a Ctrl-C, which must neither interrupt the clean-up nor change the exit code.
+
+    Args:
+        sentence: What has become of the work, and what to do.
+
+    Raises: StoppedError: after Ctrl-C, or what a scheduler sends before it takes the machine away.
+    """
+    before = handlers_to_replace()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for one in before:
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    except KeyboardInterrupt:
+        raise StoppedError(sentence) from None
+    finally:
+        for number, handler in before.items():
+            # After a signal the process ends, and they stay ignored.
+            if handler is not None and signal.getsignal(number) == stop:
+                signal.signal(number, handler)
