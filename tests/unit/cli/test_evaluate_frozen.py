@@ -29,6 +29,14 @@ def test_nearest_neighbours_of_the_class_token_stand_beside_the_mean(labelled_im
     assert [net["label"] for net in found] == [f"{name}, mean of patches", f"{name}, class token"]
 
 
+def test_a_probe_of_few_steps_is_warned_of_once(labelled_images, tmp_path, capsys):
+    words = ["--data.root", str(labelled_images), "--out", str(tmp_path), "--data.workers", "0"]
+    words += ["--data.image_size", "32", "--batch_size", "8", "--task", "linear"]
+    assert main(["evaluate", "timm:test_vit=random", *words, "--seeds", "2"]) == 0
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("the linear probe makes only") == 1
+
+
 def test_what_the_heads_of_a_run_make_of_its_map(labelled_images, tmp_path, capsys):
     run = tiny_runs.several_teachers(tiny_runs.tiny_run())
     task = tiny_runs.tiny_task(run)
