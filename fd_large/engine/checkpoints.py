@@ -197,14 +197,20 @@ class Checkpoints:
     def resume(self) -> int:
         """Restores the newest sound checkpoint; returns its step, 0 where there is none.
 
-        Raises: CheckpointError: if there are checkpoints and none is sound, or the newest belongs
-            to another model or training.
+        Raises: CheckpointError: if their folder is none, there are checkpoints and none is sound,
+            or the newest belongs to another model or training.
         """
+        place = store.checkpoints_of(self._folder)
+        if place.is_symlink() and not place.exists():
+            raise CheckpointError(
+                f"{place}: leads nowhere; got a link to {place.readlink()}, expected the folder "
+                "of the checkpoints. Mount its disk, or remove the link to start over."
+            )
         reader, complaints = self._newest()
         if reader is None:
             if complaints:
                 raise CheckpointError(
-                    f"{store.checkpoints_of(self._folder)}: no checkpoint is sound; got "
+                    f"{place}: no checkpoint is sound; got "
                     f"{complaints[0]}, expected files as they were written. Restore them, or "
                     "--fresh to start over."
                 )

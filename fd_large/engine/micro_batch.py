@@ -31,6 +31,7 @@ from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import FDError
 from fd_large.plan.peak_memory import HEADROOM
+from fd_large.runtime.run_folder import written_or_logged
 
 log = logging.getLogger(__name__)
 
@@ -283,7 +284,9 @@ def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
 def remember(folder: Path, setting: dict[str, Any], size: int) -> None:
     """Writes the size into the run's folder, on rank 0."""
     if distributed.is_main():
-        write_json(folder / "micro_batch.json", {"micro_batch_size": size, "setting": setting})
+        path = folder / "micro_batch.json"
+        with written_or_logged(path):
+            write_json(path, {"micro_batch_size": size, "setting": setting})
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

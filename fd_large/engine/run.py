@@ -11,6 +11,7 @@ from typing import Any
 
 from fd_large import activity, distributed, doors, failures
 from fd_large.checkpoint.lease import Lease
+from fd_large.checkpoint.store import checkpoints_of
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import Portion, updates_per_epoch
 from fd_large.engine.best import Best
@@ -25,7 +26,7 @@ from fd_large.engine.students import HooksOfAll, train_together
 from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.trust_ratio import scale_by_norms
-from fd_large.errors import Exit, FDError
+from fd_large.errors import CheckpointError, Exit, FDError
 from fd_large.plan.counts import StepFlops
 from fd_large.recipes.file_names import METRICS
 from fd_large.recipes.run import LENGTH, Run, difference
@@ -205,6 +206,11 @@ def _trainer_of(
         total = time_box.total
     best = _best_of(job, folder, first)
     done = distributed.broadcast_object(status_of(folder) == DONE)
+    if done and not first:
+        raise CheckpointError(
+            f"{checkpoints_of(folder)}: no checkpoint; got a run that has ended, expected what it "
+            "saved. Restore its checkpoints, or --fresh to start over."
+        )
     if done and (first >= total or (best is not None and best.exhausted)):
         why = f" ({best.reason()})" if first < total and best else ""
         log.info("%s: finished after %d steps%s; nothing to do", folder, first, why)

@@ -216,13 +216,14 @@ class Meter(Hook):
 
     def _append(self) -> None:
         """Writes whole rows or none: on a full disk they wait for the next interval."""
-        size = self._rows_file.stat().st_size
+        size = None
         try:
             self._setting.must_own()
             with self._rows_file.open("a") as file:
+                size = file.tell()
                 file.writelines(self._unwritten)
         except OSError as error:
-            if self._setting.owned():
+            if size is not None and self._setting.owned():
                 os.truncate(self._rows_file, size)
             log.error("%s: %d rows wait: %s", self._rows_file, len(self._unwritten), error)
             return

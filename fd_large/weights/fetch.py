@@ -86,7 +86,7 @@ def _of_hub(repository: str, folder: Path) -> str:
         snapshot_download(
             repository, allow_patterns=list(_FILES), ignore_patterns=twice, local_dir=folder
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # The hub's client raises many kinds.
         raise WeightsError(
             f"{WHERE}: cannot be fetched from Hugging Face; got {first_line(error)} for "
             f"{repository}, expected OWNER/NAME of a repository within reach. Run this where there "

@@ -84,6 +84,8 @@ class DetectionJob(Job):
     def check(self) -> None:
         """Opens the test images, and checks the headers of the weights."""
         super().check()
+        if "_categories" not in vars(self):
+            return  # The training images could not be opened, which is told.
         # A dataset may have no test split; eval.root then names another dataset.
         self._test_images = self.test_images(tuple(self._categories.values()), where="eval.root")
         if distributed.is_main():

@@ -146,8 +146,8 @@ class Canary(Hook):
 
     def _distance(self) -> float:
         """Returns how far the map is from that of the start, as a fraction of the latter's norm."""
-        now = self._map_of().float()
-        return ((now - self._map).norm() / self._map.norm()).item()
+        now, least = self._map_of().float(), torch.finfo(torch.float32).tiny
+        return ((now - self._map).norm() / self._map.norm().clamp_min(least)).item()
 
     def _report(self, done: int, changed: list[int], differs: list[int], distance: float) -> None:
         if changed:

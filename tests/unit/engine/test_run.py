@@ -23,7 +23,7 @@ from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.job import Job
 from fd_large.engine.run import hooks_of, train, watchdog_of
 from fd_large.engine.zero import state
-from fd_large.errors import ConfigError, DataError, WeightsError
+from fd_large.errors import CheckpointError, ConfigError, DataError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.runtime.hooks import Hook, Verdict, Wish
@@ -267,6 +267,19 @@ def said_in(folder):
     """Lines of the run's log, without what precedes the text of each."""
     found = (folder / "logs/rank_00000.log").read_text().splitlines()
     return [line.partition("fd_large.engine.run: ")[2] for line in found]
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_started_over(recipe, tmp_path):
+    checkpoints = tmp_path / "run/checkpoints"
+    assert start(recipe) == 0
+    rows = (tmp_path / "run/metrics.jsonl").read_text()
+    checkpoints.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"no checkpoint; got a run that has ended"):
+        start(recipe)
+    checkpoints.symlink_to(tmp_path / "disk")
+    with pytest.raises(CheckpointError, match=r"leads nowhere; got a link to .*disk"):
+        start(recipe)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == rows
 
 
 def test_a_finished_run_goes_on_to_more_steps_and_says_what_changes(recipe, tmp_path):

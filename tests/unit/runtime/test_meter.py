@@ -85,6 +85,16 @@ def test_every_update_and_evaluation_once_and_in_order_after_a_kill(
     assert summary()["loss_start"] == 0.0
 
 
+def test_rows_begin_anew_where_the_file_is_gone(make_setting, run_updates, rows, tmp_path):
+    class Removes(Tracker):
+        def on_rows(self, rows):
+            (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+
+    run_updates([Meter([Removes()])], make_setting(), 7)
+    run_updates([Meter([])], make_setting(first=7), 10)
+    assert [row["update"] for row in rows("metrics.jsonl")] == [7, 8, 9]
+
+
 def test_numbers_of_one_evaluation_come_together(make_setting, run_updates, rows, summary):
     meter = Meter()
     run_updates([meter], make_setting(), 0, end=None)

@@ -18,7 +18,7 @@ from fd_large.data.sampler import Portion
 from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.student import student_weights
 from fd_large.engine.zero.partition import load_weights
-from fd_large.errors import ConfigError, DataError
+from fd_large.errors import ConfigError, DataError, check_all
 from fd_large.tasks.dense.stages import LEFT_OUT
 from fd_large.tasks.detection.job import DetectionJob
 from fd_large.tasks.jobs import job_of
@@ -50,6 +50,22 @@ def test_missing_semantic_maps_are_told_beside_what_the_check_finds(tmp_path):
     with pytest.raises(DataError, match="stuffthingmaps"):
         job.open_samples()
     job.check()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.pop("images"),
+        lambda c: c.pop("categories"),
+        lambda c: c["images"][0].pop("height"),
+    ],
+)
+def test_what_is_wrong_with_the_training_images_is_told_alone(tmp_path, change):
+    root = pictures(tmp_path)
+    edit(root, change, "train")
+    job = DetectionJob(run_of(root))
+    with pytest.raises(DataError, match="instances_train"):
+        check_all(job.open_samples, job.check)
 
 
 def test_a_whole_data_set_is_fine(tmp_path):

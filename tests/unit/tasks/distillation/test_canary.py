@@ -96,6 +96,14 @@ def test_own_part_and_own_map_are_compared_with_those_of_the_start(start, ranks)
     assert after(canary, 4) == STOP
 
 
+def test_a_map_of_zeros_has_not_changed(start, ranks):
+    ranks.map = torch.zeros(2, 4, 8)
+    canary = start()
+    assert after(canary, 4) is None
+    ranks.map = ranks.map + 1e-3
+    assert after(canary, 8) == STOP
+
+
 @pytest.mark.parametrize("far", [0.02, math.nan, math.inf])
 def test_a_rank_that_maps_otherwise_is_named(start, ranks, caplog, far):
     canary = start()
