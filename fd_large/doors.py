@@ -300,8 +300,11 @@ def _own(source: str, where: str) -> Any:
 
 def _no_name(where: str, path: Path, name: str, names: Iterable[str]) -> str:
     # Of a file that only imports, what it imports.
-    shown = set(_defined_in(_tree(path))) or names
-    public = [known for known in shown if not known.startswith("_")]
+    defined, public = (
+        [known for known in some if not known.startswith("_")]
+        for some in (set(_defined_in(_tree(path))), names)
+    )
+    public = defined or public
     return f"{where}: no such name in {path}; got {name!r}, {nearest(name, public)}. Correct it."
 
 
@@ -326,7 +329,9 @@ def _defined_in(node: ast.AST) -> Iterator[str]:
             yield child.name
         elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
             yield child.id
-        elif isinstance(child, ast.stmt | ast.ExceptHandler | ast.Tuple):
+        elif isinstance(
+            child, ast.stmt | ast.ExceptHandler | ast.match_case | ast.Tuple | ast.List
+        ):
             yield from _defined_in(child)
 
 

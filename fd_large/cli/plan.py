@@ -186,8 +186,8 @@ def _with_students_of_weights(run: Run) -> Run:
 
     sources = sources_of(job_of)
     students = (run.student, *run.students.values())
-    student, *_ = check_all(*(partial(settle_student, one, sources) for one in students))
-    return replace(run, student=student)
+    student, *others = check_all(*(partial(settle_student, one, sources) for one in students))
+    return replace(run, student=student, students=dict(zip(run.students, others, strict=True)))
 
 
 def _phases_key(run: Run, rates: Rates) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import util
 
 POLL_SECONDS = 1.0
 _IGNORED = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
@@ -44,11 +44,15 @@ def start_worker(_number: int) -> None:
     sends it. A thread waits for that, and for the training process's end: torch's own watch misses
     it while a worker is held up on a full pipe.
     """
+    # The parent's folder of sockets is not the worker's to remove.
+    multiprocessing.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
     _shorten_socket_name()
     # Inherited: the training process would take the worker's signals for its own.
     signal.set_wakeup_fd(-1)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
+    # Once more: Python takes it back where it starts workers by spawning.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_watch, args=(os.getppid(),), name="watch parent", daemon=True).start()
 
 
@@ -72,6 +76,7 @@ def _watch(parent: int) -> None:
                 break
         else:
             time.sleep(POLL_SECONDS)
-    # Of its socket, which would stay behind.
-    shutil.rmtree(util.get_temp_dir(), ignore_errors=True)
+    # That of its socket would stay behind.
+    if folder := multiprocessing.current_process()._config.get("tempdir"):  # type: ignore[attr-defined]
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)

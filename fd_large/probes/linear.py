@@ -121,7 +121,7 @@ def warn_of_few_steps(num_train: int, probe: Probe) -> None:
         probe: Settings of the training; `--probe_epochs` are its epochs.
     """
     made = steps(num_train, probe)
-    if made < ENOUGH_STEPS:
+    if 0 < made < ENOUGH_STEPS:
         enough = -(-ENOUGH_STEPS * probe.epochs // made)
         log.warning(
             "--probe_epochs: the linear probe makes only %d steps on %d training images and may "

@@ -77,6 +77,8 @@ def draw_features(folder: Path, path: Path) -> bool:
     from matplotlib.figure import Figure
 
     newest = panels.get("after") or panels["before"]
+    # A run that an earlier version began showed other views at its start.
+    panels = {w: p for w, p in panels.items() if numpy.array_equal(p["images"], newest["images"])}
     images = newest["images"][:MOST_ROWS]
     columns: list[tuple[str, list[float] | None, numpy.ndarray]] = [("photograph", None, images)]
     sizes = []

@@ -143,7 +143,7 @@ def read_run(folder: str | Path) -> RunFiles:
 
 
 def _code(path: Path) -> tuple[str, ...]:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, LookupError, TypeError):
         return tuple(json.loads(path.read_text())[-1]["files"])
     return ()
 

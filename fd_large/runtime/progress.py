@@ -105,6 +105,7 @@ class Progress(Tracker):
                 f"  {per_second:.{0 if per_second >= 100 else 1}f} images/s"
             )
             self._bar.update(self._task, numbers=self._numbers, left=self._time_left(done))
+            self._draw(at_once=done == self._total)
         log.info(
             "%sstep %d/%d  epoch %d  loss %.5f  grad norm %.3f  lr %.3g  %.1f images/s%s  %s",
             self._whose,

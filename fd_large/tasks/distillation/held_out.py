@@ -90,6 +90,24 @@ class Crops:
         return int(samples_at(self.source, self.seed, EVALUATION_EPOCH, np.array([place]))[0])
 
 
+def most_varied(views: Sequence[Tensor], names: Sequence[str]) -> list[int]:
+    """Returns the places of the views for the panel, in order: not the sky, where there is more.
+
+    It goes by the pixels alone, so that a resumed run shows the views that it showed at its start.
+    An image is shown a second time only after each of the others was shown once.
+
+    Args:
+        views: (3, S, S) uint8 each.
+        names: The image that each is cut from.
+    """
+    spread = torch.stack([view.float().flatten(1).var(1).sum() for view in views])
+    turns, taken = {}, Counter[str]()
+    for view in spread.argsort(descending=True, stable=True).tolist():
+        turns[view] = taken[names[view]]
+        taken[names[view]] += 1
+    return sorted(sorted(turns, key=turns.__getitem__)[:PANEL_IMAGES])
+
+
 class HeldOutViews:
     """The views of one dataset, cut once and kept as uint8 in host memory.
 
@@ -120,10 +138,10 @@ class HeldOutViews:
         self._numbers: Sequence[int] = own or (0,)
         self._images = torch.stack([crops(view) for view in self._numbers])
         # The panel shows the same images on any number of ranks.
-        candidates = range(min(PANEL_CANDIDATES, len(crops)))
-        self._candidates = torch.stack([crops(view) for view in candidates])
-        self._images_of_candidates = [crops.name_of(view) for view in candidates]
-        self._in_panel: list[int] = []
+        candidates = [crops(view) for view in range(min(PANEL_CANDIDATES, len(crops)))]
+        names = [crops.name_of(view) for view in range(len(candidates))]
+        self._panel_numbers = most_varied(candidates, names)
+        self._panel = torch.stack([candidates[view] for view in self._panel_numbers])
 
     def measure(self, engine: Engine, between: Callable[[], None]) -> dict[str, float]:
         """Returns the mean loss and the task's metrics over all views, the same on every rank.
@@ -183,33 +201,9 @@ class HeldOutViews:
         """Returns the maps of a few views, the same in every call: see `feature_panel`."""
         assert isinstance(engine.task, Distillation)
         with evaluating(engine):
-            self._in_panel = self._in_panel or self._most_varied(engine)
-            shown = self._batch(self._candidates[self._in_panel], self._in_panel)
+            shown = self._batch(self._panel, self._panel_numbers)
             maps = feature_panel(engine.task, engine.deepspeed, shown.images, shown.targets)
         return {name: value.numpy() for name, value in maps.items()}
-
-    def _most_varied(self, engine: Engine) -> list[int]:
-        """Returns the candidates whose teacher maps vary most from token to token, in order.
-
-        An image is shown a second time only after each of the others was shown once.
-        """
-        task = engine.task
-        assert isinstance(task, Distillation)
-        spreads = []
-        for numbers in torch.arange(len(self._candidates)).split(self._micro):
-            batch = self._batch(self._candidates[numbers], numbers.tolist())
-            with torch.no_grad():
-                references = task.references(**task.prepare(batch.images, batch.targets, None))
-            maps = [r for t, r in zip(task.targets, references, strict=True) if t.kind == MAP]
-            of_maps = [one.float().var(1).mean(-1) for one in maps]  # (b,) each
-            spreads.append(torch.stack(of_maps).sum(0).cpu())
-        order = torch.cat(spreads).argsort(descending=True, stable=True).tolist()
-        turns, taken = {}, Counter[str]()
-        for view in order:
-            image = self._images_of_candidates[view]
-            turns[view] = taken[image]
-            taken[image] += 1
-        return sorted(sorted(order, key=turns.__getitem__)[:PANEL_IMAGES])
 
     def _batches(self, engine: Engine) -> Iterator[tuple[dict[str, Any], int, int]]:
         words = f"{self.name.replace('_', ' ')} views"

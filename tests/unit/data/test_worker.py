@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import psutil
+from waiting import until
 
 from fd_large.data.folder import ImageFolder
 from fd_large.data.loader import ViewBatches, build_loader
@@ -65,11 +66,7 @@ def start(
 
 def test_workers_do_not_outlive_their_parent(picture_folder, tmp_path):
     training, workers = start(picture_folder, temporary=tmp_path)
-    for _ in range(200):
-        if len(sockets := list(tmp_path.glob("*/listener*"))) == len(workers):
-            break
-        time.sleep(0.05)
-    assert len(sockets) == len(workers)
+    until(lambda: len([*tmp_path.glob("*/listener*")]) == len(workers), 30, "a socket of each")
     training.kill()
     training.wait(10)
     assert gone(workers, 10)

@@ -89,7 +89,7 @@ def test_ranks_share_the_views(images, engine, monkeypatch, views, micro, world)
     assert (totals / counts).tolist() == pytest.approx(list(alone.values()), rel=1e-5)
     assert len(set(forwards)) == 1
     # All show the same images.
-    assert all(torch.equal(share._candidates, shares[0]._candidates) for share in shares)
+    assert all(torch.equal(share._panel, shares[0]._panel) for share in shares)
 
 
 def test_an_evaluation_that_is_left_goes_back_to_training(images, engine):
@@ -121,19 +121,13 @@ def test_the_panel_shows_whitened_teacher_and_projected_student(images, engine):
     assert engine.task.training
 
 
-@pytest.mark.parametrize("micro", [1, 3, 16])
-def test_the_panel_shows_views_whose_maps_vary(images, engine, micro):
+def test_the_panel_shows_views_that_vary(images, engine):
     for number in (0, 2, 5, 6):
         Image.new("RGB", (40, 48), (90, 120, 200)).save(images / f"{number}.png")
-    views = views_of(images, views=7, micro=micro)
-    blank = (views._candidates.flatten(2) == views._candidates[:, :, :1, 0]).all(2).all(1)
-    assert blank.sum() == 4
-    panel = views.panel(engine)
-    shown = torch.from_numpy(panel["images"]).permute(0, 3, 1, 2)
-    for view in views._candidates[~blank]:
-        assert any(torch.equal(view, image) for image in shown)
-    assert (views.panel(engine)["images"] == panel["images"]).all()
-    assert (views_of(images, views=7, micro=micro).panel(engine)["images"] == panel["images"]).all()
+    shown = views_of(images, views=7).panel(engine)["images"]
+    # There are three others.
+    assert sum(image.std((0, 1)).max() > 0 for image in shown) == 3
+    assert (views_of(images, views=7).panel(engine)["images"] == shown).all()
 
 
 def test_the_panel_shows_each_of_a_few_images(tmp_path, engine):
