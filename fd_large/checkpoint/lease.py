@@ -23,6 +23,7 @@ from pathlib import Path
 
 from fd_large.checkpoint.owner import ASLEEP, Owner, Slurm
 from fd_large.errors import ConfigError, Exit
+from fd_large.recipes.file_names import LOGS, RECIPE
 from fd_large.recipes.sections import STUDENTS
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ STALE_SECONDS = 120.0
 """Seconds without one after which an owner counts as dead, if nothing better is known of it."""
 WATCH_SECONDS = 2 * BEAT_SECONDS
 """How long such an owner is watched first: after a file system stood still, all beats are old."""
+# What may stand in a folder whose run wrote no recipe.json yet: a start that was killed before, and
+# scripts that log there, leave it.
+_LEFT_BEFORE = ("owner.*", f"*{RECIPE}*", "stop", "*.log", "*.out", "*.err")
 LEAVING_SECONDS = 900.0
 """How long a new start waits for an owner that saves and leaves."""
 
@@ -98,20 +102,35 @@ class Lease:
         """Puts an empty folder of this owner's in place of one with files; rank 0 calls it.
 
         Returns: where the old folder is now; None where there was nothing to keep.
-        Raises: OwnedError: if another start made the folder in that moment.
+        Raises:
+            OwnedError: If another start made the folder in that moment.
+            ConfigError: If what is there is no run's, or if this process would move with it.
         """
         if not any(not path.name.startswith("owner.") for path in self.root.iterdir()):
             return None
+        root = self.root.resolve()
+        if not (root / RECIPE).exists() and (foreign := _foreign(root)):
+            raise ConfigError(
+                f"--fresh: {self.root}: not a run's folder, so it is not moved aside; got "
+                f"{foreign} and no {RECIPE}, expected a run or an empty folder. Set "
+                "--runtime.run_dir to another folder."
+            )
+        if not self.root.is_absolute() and Path.cwd().is_relative_to(root):
+            raise ConfigError(
+                f"--fresh: {self.root}: moving this folder aside moves the one that this command "
+                f"works in; got {Path.cwd()}, expected a folder outside {root}. Start it from "
+                "another one."
+            )
         number = 1
-        while (old := self.root.with_name(f"{self.root.name}.old-{number}")).exists():
+        while (old := root.with_name(f"{root.name}.old-{number}")).exists():
             number += 1
-        empty = self.root.with_name(f".{self.root.name}.{self.start}")
+        empty = root.with_name(f".{root.name}.{self.start}")
         empty.mkdir()
-        record = (self.root / OWNER).read_text()
+        record = (root / OWNER).read_text()
         _write(empty / OWNER, record)
-        self.root.rename(old)
+        root.rename(old)
         try:
-            empty.rename(self.root)
+            empty.rename(root)
         except OSError:
             (empty / OWNER).unlink()
             empty.rmdir()
@@ -201,7 +220,7 @@ def claim(
         OwnedError: Another start is alive, or may be.
         ConfigError: The folder cannot be made or written.
     """
-    own = Owner.here()
+    own = replace(Owner.here(), folder=str(folder.resolve()))
     lease = Lease(folder, own.start)
     try:
         lease._made = _make(folder)
@@ -307,6 +326,12 @@ def _silence(aside: Path, beat: float) -> float:
 
 
 def _refusal(folder: Path, owner: Owner, silent: float) -> OwnedError:
+    if _is_copy(folder, owner):
+        return OwnedError(
+            f"{folder}: a copy of {owner.folder}, whose run is alive; got an {OWNER} of that run "
+            f"({owner}), expected none. To use the copy, remove {folder / OWNER} and "
+            f"{folder / 'owner.*.json'}; the run goes on where it is."
+        )
     remedy = (
         f"kill {owner.pid}"
         if owner.is_seen
@@ -318,6 +343,29 @@ def _refusal(folder: Path, owner: Owner, silent: float) -> OwnedError:
         f"ago, expected nobody. Let it end, stop it (touch {folder / 'stop'}), or name another "
         f"--runtime.run_dir. If it is dead for certain: {remedy}."
     )
+
+
+def _is_copy(folder: Path, owner: Owner) -> bool:
+    """Whether an owner's own folder is another one that it still owns; False where unknown."""
+    if not owner.folder or Path(owner.folder) == folder.resolve():
+        return False
+    theirs = Path(owner.folder) / OWNER
+    with suppress(OSError):
+        # One file under two paths is one folder, mounted twice.
+        same_file = theirs.stat().st_ino == (folder / OWNER).stat().st_ino
+        return not same_file and _read(theirs)[0].start == owner.start
+    return False
+
+
+def _foreign(folder: Path) -> str:
+    """Returns the name of something that no start leaves before its recipe.json; or empty."""
+    for path in sorted(folder.iterdir()):
+        if path.name == LOGS and path.is_dir():
+            if inside := _foreign(path):
+                return f"{LOGS}/{inside}"
+        elif not any(path.match(pattern) for pattern in _LEFT_BEFORE):
+            return path.name
+    return ""
 
 
 # --- files -------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ class Owner:
         job: Number of the Slurm job, empty outside.
         restarts: How often Slurm has restarted that job.
         since: When the start began, by rank 0's clock.
+        folder: Whole path of the folder that it owns; empty where an earlier version wrote it.
     """
 
     start: str
@@ -52,6 +53,7 @@ class Owner:
     job: str = ""
     restarts: int = 0
     since: str = ""
+    folder: str = ""
 
     @classmethod
     def here(cls) -> Owner:

@@ -64,6 +64,30 @@ def require_paths(named: Mapping[str, str]) -> None:
         raise error
 
 
+def require_apart(run: Run, *, fresh: bool) -> None:
+    """Refuses a run's folder that is a folder of images, or that --fresh would move with images.
+
+    Raises: ConfigError: naming the field.
+    """
+    folder = Path(run.run_dir()).resolve()
+    for what, text in paths_of(run).items():
+        if not what.startswith(("data.root", "eval.")) or not text or not Path(text).is_dir():
+            continue
+        images = Path(text).resolve()
+        if folder == images:
+            wrong = f"it is the folder of images of {what}"
+        elif fresh and images.is_relative_to(folder):
+            wrong = f"it is a parent folder that contains {what}, which --fresh would move"
+        else:
+            continue
+        error = ConfigError(
+            f"--runtime.run_dir: {wrong}; got {run.run_dir()}, expected a folder without images. "
+            "Set --runtime.run_dir to another folder."
+        )
+        error.rank_local = is_first_of_node()
+        raise error
+
+
 def require_sources(run: Run) -> None:
     """Refuses teachers without weights; who mistypes the name of one of several makes another.
 

@@ -10,7 +10,7 @@ from functools import partial
 from fd_large import activity, imports
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, WithRecipe, parse_with_recipe
 from fd_large.cli.ownership import owning
-from fd_large.cli.paths import paths_of, require_paths, require_sources
+from fd_large.cli.paths import paths_of, require_apart, require_paths, require_sources
 from fd_large.data.packages import check_packages
 from fd_large.engine.zero import config as ds
 from fd_large.errors import Exit, LostRankError, check_all
@@ -119,6 +119,7 @@ def train_run(
     Raises:
         FDError: The user's mistake, or another rank that has ended.
     """
+    require_apart(run, fresh=fresh)
     with owning(run.run_dir()) as lease:
         with activity.work("loading DeepSpeed"), imports.for_good("deepspeed"):
             from fd_large import distributed, failures

@@ -24,6 +24,11 @@ INCIDENTS = "incidents"
 INCIDENT = "incident.json"
 EVALUATED = "evaluations"
 STEP = "update_"
+OVERWRITTEN = (
+    *(DEEPSPEED, CODE, ENVIRONMENT, METRICS, EVALUATIONS, SUMMARY, PAGE),
+    *(CHECKPOINTS, EVENTS, PICTURES, INCIDENTS, EVALUATED),
+)
+"""What a run writes after its recipe.json; in a folder without that, it is somebody else's."""
 
 
 def of_step(folder: Path, step: int) -> Path:

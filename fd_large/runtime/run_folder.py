@@ -18,7 +18,7 @@ from typing import Any
 from fd_large import distributed
 from fd_large.atomic_files import write_json
 from fd_large.errors import ConfigError
-from fd_large.recipes.file_names import CODE, DEEPSPEED, ENVIRONMENT, RECIPE, SUMMARY
+from fd_large.recipes.file_names import CODE, DEEPSPEED, ENVIRONMENT, OVERWRITTEN, RECIPE, SUMMARY
 
 log = logging.getLogger(__name__)
 
@@ -133,8 +133,19 @@ def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
                 f"{folder}: holds a run with other settings; got {changed}, expected the same. "
                 f"{remedy}"
             )
+    elif foreign := [name for name in OVERWRITTEN if _holds_something(folder / name)]:
+        raise ConfigError(
+            f"--runtime.run_dir: {folder}: not a run's folder, and a run would overwrite what is "
+            f"in it; got {', '.join(foreign)} and no {RECIPE}, expected a run or none of these. "
+            "Set --runtime.run_dir to another folder."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, recipe)
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether a path is a file, or a folder with something in it."""
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def status_of(folder: Path) -> str | None:

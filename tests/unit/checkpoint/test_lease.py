@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -382,14 +383,66 @@ def test_a_fresh_start_moves_the_old_files_and_stays_the_owner(folder):
     held = claim(folder)
     assert held.start_anew() is None
     for number in (1, 2):
-        (folder / "metrics.jsonl").write_text(str(number))
+        (folder / "recipe.json").write_text(str(number))
         old = held.start_anew()
         assert old == folder.with_name(f"a.old-{number}")
-        assert files(old) == ["metrics.jsonl"]
+        assert files(old) == ["recipe.json"]
         assert files(folder) == [OWNER]
         assert held.owned()
     assert files(folder.parent) == ["a", "a.old-1", "a.old-2"]
     held.release()
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "logs/notes.txt", "metrics.jsonl"])
+def test_a_fresh_start_moves_no_folder_that_is_not_a_run(name, folder):
+    held = claim(folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    with pytest.raises(leases.ConfigError, match=rf"not a run's folder.*got {name} "):
+        held.start_anew()
+    assert (folder / name).read_text() == "mine"
+    assert files(folder.parent) == ["a"]
+    held.release()
+
+
+def test_a_fresh_start_moves_what_a_start_left_before_its_recipe(folder):
+    held = claim(folder)
+    (folder / "logs").mkdir()
+    for name in ("logs/rank_00000.log", "slurm-fd-7.out", "stop"):
+        (folder / name).touch()
+    assert held.start_anew() == folder.with_name("a.old-1")
+    assert files(folder) == [OWNER]
+    held.release()
+
+
+def test_a_fresh_start_does_not_move_the_folder_that_it_works_in(folder, monkeypatch):
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    held = claim(Path())
+    assert held.start_anew() is None
+    (folder / "recipe.json").touch()
+    with pytest.raises(leases.ConfigError, match=r"works in; .*expected a folder outside"):
+        held.start_anew()
+    assert files(folder) == [OWNER, "recipe.json"]
+    held.release()
+
+
+def test_the_copy_of_a_living_run_is_called_a_copy(folder, process):
+    process().stdout.readline()
+    copy = folder.with_name("copy")
+    shutil.copytree(folder, copy)
+    with pytest.raises(OwnedError, match=rf"a copy of {folder}, .*remove {copy / OWNER}") as caught:
+        claim(copy, say=str)
+    assert "kill" not in str(caught.value)
+    with pytest.raises(OwnedError, match="kill"):
+        claim(folder, say=str)
+    record = json.loads((copy / OWNER).read_text())
+    del record["folder"]
+    (copy / OWNER).write_text(json.dumps(record))
+    with pytest.raises(OwnedError, match="kill"):
+        claim(copy, say=str)
+    (copy / OWNER).unlink()
+    claim(copy, say=str).release()
 
 
 def test_a_damaged_owner_counts_by_its_age(folder):

@@ -9,9 +9,17 @@ from pathlib import Path
 import pytest
 
 from fd_large import doors
-from fd_large.cli.paths import paths_of, paths_of_models, require_paths, require_sources
+from fd_large.cli.paths import (
+    paths_of,
+    paths_of_models,
+    require_apart,
+    require_paths,
+    require_sources,
+)
+from fd_large.cli.train import train_run
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
+from fd_large.recipes.fields import override
 
 ROOT = Path(__file__).resolve().parents[3]
 MISTAKES = {
@@ -118,3 +126,29 @@ def test_a_teacher_without_weights_is_told_with_the_nearest_name():
     with pytest.raises(ConfigError, match=r"package:NAME, hf:REPO.*cached:FOLDER or random\. Set"):
         require_sources(recipe.with_fields(fields))
     require_sources(recipe.with_fields(fields | {"teachers.corse.source": "random"}))
+
+
+@pytest.mark.parametrize("field", ["data.root", "eval.root"])
+def test_a_folder_of_images_is_no_folder_of_a_run(field, tmp_path, monkeypatch):
+    (tmp_path / "all" / "images").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    def start(folder, fresh):
+        fields = {field: str(tmp_path / "all/images"), "runtime.run_dir": folder}
+        require_apart(override(registry.get("quickstart"), fields), fresh=fresh)
+
+    for fresh in (False, True):
+        with pytest.raises(ConfigError, match=f"it is the folder of images of {field}"):
+            start("all/images", fresh)
+        start("all/images/run", fresh)
+        start("run", fresh)
+    start("all", fresh=False)
+    with pytest.raises(ConfigError, match=f"parent folder that contains {field}"):
+        start("all", fresh=True)
+
+
+def test_training_refuses_it_before_anything_is_written(tmp_path):
+    images = {"data.root": str(tmp_path), "runtime.run_dir": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"--runtime\.run_dir: it is the folder of images"):
+        train_run(override(registry.get("quickstart"), images), deepspeed_config="zero3")
+    assert not any(tmp_path.iterdir())

@@ -92,6 +92,25 @@ def test_a_fresh_start_takes_any_recipe(tmp_path, caplog):
     assert "the old run is in" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["summary.json", "report.html", "checkpoints/step_1"])
+def test_a_folder_of_somebody_else_is_not_written_to(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match=rf"not a run's folder.*got {name.partition('/')[0]} "):
+        enter(tmp_path)
+    assert path.read_text() == "mine"
+    assert not (tmp_path / "recipe.json").exists()
+
+
+def test_a_folder_that_a_script_or_a_killed_start_made_is_entered(tmp_path):
+    for name in ("logs/rank_00000.log", "slurm-fd-7.out", "owner.json", "transfer.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "checkpoints").mkdir()
+    enter(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"colour": 1}'])
 def test_a_damaged_recipe_is_named(tmp_path, text):
     (tmp_path / "recipe.json").write_text(text)
