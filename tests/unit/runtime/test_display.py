@@ -29,7 +29,7 @@ def test_a_line_after_every_silence_and_none_before():
     look = Lines(said.append)
     look((), 0.0)
     whole, part = Work("export"), Work("model.safetensors", 100, "tensors")
-    start = whole.began
+    whole.began = part.began = start = 0.0  # Seconds add up to whole ones.
     for second in range(0, 100):
         part.reach(second)
         look(activity.current(), start + second)
