@@ -10,7 +10,7 @@ from fd_large.recipes.file_names import PICTURES, SUMMARY
 from fd_large.report.closing import RUNNING, closing_text, next_steps
 from fd_large.report.features import draw_features
 from fd_large.report.loss_curve import draw_loss_curve
-from fd_large.report.run_files import read_run
+from fd_large.report.run_files import RunFiles, read_run
 from fd_large.report.run_page import write_run_page
 
 
@@ -23,24 +23,29 @@ def make_report(folder: str | Path, *, running: bool = False) -> str:
         folder: The run's folder.
         running: Whether somebody trains in it now: a summary is an earlier start's then.
 
-    Returns: the closing text.
+    Returns: the closing text; with a last line on what could not be written, if anything.
     Raises: ConfigError: if the folder is not a run's; DataError: if a file in it is damaged.
     """
     files = read_run(folder)
     if running:
         files = replace(files, summary={"status": RUNNING})
+    drawn: list[Path] = []
+    try:
+        _write(files, drawn, running=running)
+    except OSError as error:  # Another user's folder, a full disk.
+        return f"{closing_text(files, drawn)}\npictures and page: NOT WRITTEN: {error}"
+    return closing_text(files, drawn)
+
+
+def _write(files: RunFiles, drawn: list[Path], *, running: bool) -> None:
+    """Writes all, and adds to `drawn` the pictures that are there."""
     pictures = files.folder / PICTURES
     pictures.mkdir(exist_ok=True)
-    drawn = [
-        pictures / name
-        for name, is_drawn in (
-            ("loss_curve.png", draw_loss_curve(files, pictures / "loss_curve.png")),
-            ("features.png", draw_features(pictures, pictures / "features.png")),
-        )
-        if is_drawn
-    ]
+    if draw_loss_curve(files, pictures / "loss_curve.png"):
+        drawn.append(pictures / "loss_curve.png")
+    if draw_features(pictures, pictures / "features.png"):
+        drawn.append(pictures / "features.png")
     if files.summary and not running:
         files.summary["next"] = next_steps(files)
         write_json(files.folder / SUMMARY, files.summary)
     write_run_page(files)
-    return closing_text(files, drawn)

@@ -15,6 +15,7 @@ from fd_large.errors import ConfigError, DataError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import flat_plain
 from fd_large.recipes.file_names import CODE, ENVIRONMENT, EVALUATIONS, METRICS, SUMMARY
+from fd_large.recipes.row_files import lines_of, numbers_of
 from fd_large.recipes.stored import recipe_file
 
 
@@ -125,12 +126,13 @@ def read_run(folder: str | Path) -> RunFiles:
     Raises: ConfigError: if it is not a run's; DataError: if a file in it is damaged.
     """
     folder = Path(folder)
-    rows = _rows(folder / METRICS)
+    recipe = _recipe(recipe_file(folder, where="report"))
+    rows = _rows(folder / METRICS, "loss", "learning_rate")
     return RunFiles(
         folder=folder,
-        recipe=_object(recipe_file(folder, where="report")),
+        recipe=recipe,
         environment=_object(folder / ENVIRONMENT),
-        summary=_object(folder / SUMMARY),
+        summary=_summary(folder / SUMMARY),
         updates=numpy.array([row["update"] + 1 for row in rows], dtype=numpy.int64),
         loss=numpy.array(
             [numpy.nan if row.get("skipped") else row["loss"] for row in rows], dtype=numpy.float64
@@ -148,26 +150,63 @@ def _code(path: Path) -> tuple[str, ...]:
     return ()
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _object(path: Path, remedy: str = "Remove it and report again.") -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text()))
+        found = json.loads(path.read_bytes())
     except ValueError as error:
-        raise DataError(
-            f"report: {path} is damaged; got {error}, expected JSON. Remove it and report again."
-        ) from None
+        raise _damaged(path, error, "JSON", remedy) from None
+    if not isinstance(found, dict):
+        raise _damaged(path, json.dumps(found)[:40], "a JSON object", remedy)
+    return found
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _recipe(path: Path) -> dict[str, Any]:
+    remedy = "Restore it and report again."
+    found = _object(path, remedy)
+    if not isinstance(found.get("name"), str) or not isinstance(found.get("data"), dict):
+        raise _damaged(path, "a recipe without name or data", "what the run wrote", remedy)
+    return found
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    found = _object(path)
+    best = found.get("best")
+    if best is not None and not (
+        isinstance(best, dict)
+        and isinstance(best.get("metric"), str)
+        and all(_is_number(best.get(name)) for name in ("update", "value"))
+    ):
+        what = "an object with update, metric and value"
+        remedy = "Remove it and report again."
+        raise _damaged(path, f"best {json.dumps(best)[:40]}", what, remedy)
+    return found
+
+
+def _rows(path: Path, *numbers: str) -> list[dict[str, Any]]:
+    """Returns the rows, each with these numbers unless it was skipped."""
+    lines = lines_of(path)
     # The last line of a run that goes on, or was killed, may be torn.
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):
+    if lines and not lines[-1].raw.endswith(b"\n"):
         lines.pop()
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise DataError(
-            f"report: {path} is damaged; got {error}, expected a JSON object a line. Resume the "
-            "run, which drops what follows the damage."
-        ) from None
+    remedy = "Resume the run, which leaves out such lines and keeps the others; or delete them."
+    if damaged := [line for line in lines if line.row is None]:
+        raise _damaged(path, f"{numbers_of(damaged)} that cannot be read", "rows alone", remedy)
+    rows = [line.row for line in lines if line.row is not None]
+    for line, row in zip(lines, rows, strict=True):
+        for name in numbers:
+            skipped = row.get("skipped") and name == "loss"
+            known = name in row and (row[name] is None or _is_number(row[name]))
+            if not skipped and not known:
+                what = f"{numbers_of([line])} with {name} {json.dumps(row.get(name))[:40]}"
+                raise _damaged(path, what, "a number", "Correct or delete the line.")
+    return rows
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+def _damaged(path: Path, got: object, expected: str, remedy: str) -> DataError:
+    return DataError(f"report: {path} is damaged; got {got}, expected {expected}. {remedy}")

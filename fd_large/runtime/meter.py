@@ -23,7 +23,6 @@ from fd_large.runtime import step_clock
 from fd_large.runtime.hooks import Hook, Row, Setting, Tracker, Update
 from fd_large.runtime.run_folder import (
     cut_before,
-    rows_before,
     summary_of,
     written_or_logged,
 )
@@ -59,7 +58,7 @@ class Meter(Hook):
         else:
             self._note_losses(cut_before(self._rows_file, setting.first_update))
             # An evaluation after `first_update` steps belongs to what is kept.
-            for row in rows_before(self._evaluations_file, setting.first_update + 1):
+            for row in self._evaluations_before(setting.first_update + 1):
                 self._evaluations[row.pop("update")] = row
             self._write_evaluations()
         device = distributed.device()
@@ -228,6 +227,10 @@ class Meter(Hook):
             log.error("%s: %d rows wait: %s", self._rows_file, len(self._unwritten), error)
             return
         self._unwritten = []
+
+    def _evaluations_before(self, update: int) -> list[Row]:
+        path = self._evaluations_file
+        return cut_before(path, update) if path.exists() else []
 
     def _write_evaluations(self) -> None:
         path = self._evaluations_file

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from fd_large import distributed
-from fd_large.atomic_files import write_json
+from fd_large.atomic_files import replacing, write_json
 from fd_large.errors import ConfigError
 from fd_large.recipes.file_names import CODE, DEEPSPEED, ENVIRONMENT, OVERWRITTEN, RECIPE, SUMMARY
+from fd_large.recipes.row_files import Line, lines_of, numbers_of
 
 log = logging.getLogger(__name__)
 
@@ -219,32 +220,43 @@ def _starts(folder: Path) -> list[dict[str, Any]]:
 def rows_before(path: Path, update: int) -> list[dict[str, Any]]:
     """Returns the rows of a .jsonl file up to the first one of `update` or later.
 
-    A torn last line and all that follows are left out; an absent file has no rows.
+    Damaged lines, such as a torn last one, are left out; an absent file has no rows.
     """
-    return [row for _, row in _lines_before(path, update)]
+    return [line.row for line in _lines_before(path, update)[0] if line.row is not None]
 
 
 def cut_before(path: Path, update: int) -> list[dict[str, Any]]:
-    """Returns the same rows, and cuts off what follows them in the file.
+    """Returns the same rows, and leaves no others in the file.
 
-    They are the file's beginning, so that this needs no room on the disk and no copy.
+    Where no line among them is damaged they are the file's beginning: this needs no room on the
+    disk and no copy. Damaged lines that readable ones follow are warned about.
     """
-    kept = list(_lines_before(path, update))
+    before, goes_on = _lines_before(path, update)
+    last = max((index for index, line in enumerate(before, 1) if line.row is not None), default=0)
+    kept = before[:last]
     path.touch()
-    os.truncate(path, sum(size for size, _ in kept))
-    return [row for _, row in kept]
+    if damaged := [line for line in (before if goes_on else kept) if line.row is None]:
+        log.warning(
+            "%s: %s cannot be read: what stood there is LEFT OUT, all rows before and after are "
+            "kept",
+            path,
+            numbers_of(damaged),
+        )
+    # First, so that no later row stays where there is no room for a copy.
+    os.truncate(path, sum(len(line.raw) for line in kept))
+    if damaged:
+        with written_or_logged(path), replacing(path) as aside:
+            aside.write_bytes(b"".join(line.raw for line in kept if line.row is not None))
+    return [line.row for line in kept if line.row is not None]
 
 
-def _lines_before(path: Path, update: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (bytes on the disk, row)."""
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            return
-        if not line.endswith(b"\n") or row["update"] >= update:
-            return
-        yield len(line), row
+def _lines_before(path: Path, update: int) -> tuple[list[Line], bool]:
+    """Returns the lines up to the first row of `update` or later, and whether there is such."""
+    lines = lines_of(path)
+    for index, line in enumerate(lines):
+        if line.row is not None and line.row["update"] >= update:
+            return lines[:index], True
+    return lines, False
 
 
 def versions() -> dict[str, str | None]:

@@ -132,6 +132,38 @@ def test_no_run_and_a_damaged_file_are_one_sentence(make_run, tmp_path):
         make_report(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", b'{"update": 0, "loss": "\xff"}\n'),
+        ("metrics.jsonl", b"[1, 2]\n"),
+        ("metrics.jsonl", b'{"update": null, "loss": 1, "learning_rate": 1}\n'),
+        ("metrics.jsonl", b'{"update": 0, "loss": "x", "learning_rate": 1}\n'),
+        ("evaluations.jsonl", b'{"update": null}\n'),
+        ("summary.json", b"[1]"),
+        ("summary.json", b'{"best": "x"}'),
+        ("recipe.json", b"[]"),
+        ("recipe.json", b"{}"),
+        ("recipe.json", b'"\xff"'),
+    ],
+)
+def test_what_no_run_writes_is_told_in_one_sentence(name, content, make_run):
+    folder = make_run()
+    (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"^report: .*{name} is damaged; got .*, expected "):
+        make_report(folder)
+
+
+def test_a_folder_that_cannot_be_written_is_reported_all_the_same(make_run):
+    folder = make_run(features=())
+    (folder / "pictures").rmdir()
+    (folder / "pictures").write_text("in the way")
+    text = make_report(folder)
+    assert figures(text)["held-out cosine"] == "-0.0010 -> 0.4300"
+    assert text.splitlines()[-1].startswith("pictures and page: NOT WRITTEN: ")
+    assert "next" not in json.loads((folder / "summary.json").read_text())
+
+
 def test_it_needs_no_torch(make_run):
     lines = (
         "import sys; from fd_large.report.make import make_report; make_report(sys.argv[1]);"

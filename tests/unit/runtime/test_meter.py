@@ -95,6 +95,26 @@ def test_rows_begin_anew_where_the_file_is_gone(make_setting, run_updates, rows,
     assert [row["update"] for row in rows("metrics.jsonl")] == [7, 8, 9]
 
 
+def test_a_damaged_line_costs_a_resume_itself_alone_and_one_warning_a_file(
+    make_setting, run_updates, rows, tmp_path, caplog
+):
+    first_part = Meter()
+    run_updates([first_part], make_setting(), 5, evaluate=(2, 4), end=None)
+    first_part.on_save(5)
+    for name, line in (("metrics.jsonl", 2), ("evaluations.jsonl", 0)):
+        lines = (tmp_path / name).read_bytes().splitlines(keepends=True)
+        lines[line] = lines[line].replace(b":", b"\xff", 1)
+        (tmp_path / name).write_bytes(b"".join(lines))
+    run_updates([Meter()], make_setting(first=5), 10, evaluate=(6, 10))
+    assert [row["update"] for row in rows("metrics.jsonl")] == [0, 1, *range(3, 10)]
+    assert [row["update"] for row in rows("evaluations.jsonl")] == [4, 6, 10]
+    told = [text for text in caplog.messages if "cannot be read" in text]
+    assert ["metrics.jsonl: line 3" in told[0], "evaluations.jsonl: line 1" in told[1]] == [
+        True
+    ] * 2
+    assert len(told) == 2
+
+
 def test_numbers_of_one_evaluation_come_together(make_setting, run_updates, rows, summary):
     meter = Meter()
     run_updates([meter], make_setting(), 0, end=None)

@@ -156,6 +156,28 @@ def test_rows_are_cut_off_by_their_bytes_however_they_were_written(tmp_path):
     assert file.read_text(encoding="utf-8") == whole
 
 
+@pytest.mark.parametrize("bad", [b'{"update": 1, "n": "\xff"}', b"[1, 2]", b'{"update": null}'])
+def test_a_damaged_line_costs_itself_alone_and_is_named(bad, tmp_path, caplog):
+    file = tmp_path / "metrics.jsonl"
+    rows = [f'{{"update": {number}}}\n'.encode() for number in range(5)]
+    file.write_bytes(rows[0] + bad + b"\n" + b"".join(rows[2:]) + bad)
+    assert [row["update"] for row in rows_before(file, 4)] == [0, 2, 3]
+    assert not caplog.records, "who reads only says nothing"
+    assert [row["update"] for row in cut_before(file, 4)] == [0, 2, 3]
+    (warning,) = caplog.messages
+    assert f"{file}: line 2 cannot be read" in warning
+    assert "LEFT OUT" in warning
+    assert file.read_bytes() == rows[0] + rows[2] + rows[3]
+    assert [row["update"] for row in cut_before(file, 4)] == [0, 2, 3]
+    file.write_bytes(rows[0] + rows[2] + bad + b"\n" + rows[4])
+    assert [row["update"] for row in cut_before(file, 4)] == [0, 2]
+    assert "line 3" in caplog.messages[-1]
+    file.write_bytes(rows[0] + rows[2] + bad + b"\n" + bad)
+    assert [row["update"] for row in cut_before(file, 4)] == [0, 2]
+    assert len(caplog.messages) == 2, "a torn end is cut off silently"
+    assert file.read_bytes() == rows[0] + rows[2]
+
+
 def test_a_full_disk_is_logged_and_other_errors_are_not_hidden(caplog):
     with written_or_logged("summary.json"):
         raise OSError("No space left on device")

@@ -1,0 +1,46 @@
+"""The lines of a run's metrics.jsonl and evaluations.jsonl, readable or damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Line(NamedTuple):
+    """A line of such a file.
+
+    Attributes:
+        number: Its number, from 1.
+        raw: Its bytes.
+        row: What it holds; None where it is damaged.
+    """
+
+    number: int
+    raw: bytes
+    row: dict[str, Any] | None
+
+
+def lines_of(path: Path) -> list[Line]:
+    """Returns the lines of a .jsonl file of a run; none where it is absent.
+
+    A line is damaged that is not the JSON of an object with a whole number "update", or that does
+    not end.
+    """
+    raw = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [Line(number, line, _row(line)) for number, line in enumerate(raw, 1)]
+
+
+def numbers_of(lines: list[Line]) -> str:
+    """Returns which lines these are, in words: line 3, or lines 3, 5."""
+    numbers = ", ".join(str(line.number) for line in lines)
+    return f"line{'s' if len(lines) > 1 else ''} {numbers}"
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    is_row = isinstance(row, dict) and type(row.get("update")) is int and line.endswith(b"\n")
+    return row if is_row else None
