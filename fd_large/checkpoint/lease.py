@@ -23,7 +23,7 @@ from pathlib import Path
 
 from fd_large.checkpoint.owner import ASLEEP, Owner, Slurm
 from fd_large.errors import ConfigError, Exit
-from fd_large.recipes.file_names import LOGS, RECIPE
+from fd_large.recipes.file_names import LOGS, RECIPE, is_run
 from fd_large.recipes.sections import STUDENTS
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Lease:
         if not any(not path.name.startswith("owner.") for path in self.root.iterdir()):
             return None
         root = self.root.resolve()
-        if not (root / RECIPE).exists() and (foreign := _foreign(root)):
+        if not is_run(root) and (foreign := _foreign(root)):
             raise ConfigError(
                 f"--fresh: {self.root}: not a run's folder, so it is not moved aside; got "
                 f"{foreign} and no {RECIPE}, expected a run or an empty folder. Set "

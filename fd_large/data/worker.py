@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 POLL_SECONDS = 1.0
 _IGNORED = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
@@ -45,7 +46,7 @@ def start_worker(_number: int) -> None:
     it while a worker is held up on a full pipe.
     """
     # The parent's folder of sockets is not the worker's to remove.
-    multiprocessing.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
+    _settings().pop("tempdir", None)
     _shorten_socket_name()
     # Inherited: the training process would take the worker's signals for its own.
     signal.set_wakeup_fd(-1)
@@ -68,6 +69,11 @@ def _shorten_socket_name() -> None:
         tempfile.tempdir = short[0]
 
 
+def _settings() -> dict[str, Any]:
+    """What multiprocessing keeps of this process; empty where a later Python keeps it elsewhere."""
+    return vars(multiprocessing.current_process()).get("_config", {})
+
+
 def _watch(parent: int) -> None:
     while os.getppid() == parent:
         if hasattr(signal, "sigtimedwait"):
@@ -77,6 +83,6 @@ def _watch(parent: int) -> None:
         else:
             time.sleep(POLL_SECONDS)
     # That of its socket would stay behind.
-    if folder := multiprocessing.current_process()._config.get("tempdir"):  # type: ignore[attr-defined]
+    if folder := _settings().get("tempdir"):
         shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)

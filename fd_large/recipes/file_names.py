@@ -28,7 +28,12 @@ OVERWRITTEN = (
     *(DEEPSPEED, CODE, ENVIRONMENT, METRICS, EVALUATIONS, SUMMARY, PAGE),
     *(CHECKPOINTS, EVENTS, PICTURES, INCIDENTS, EVALUATED),
 )
-"""What a run writes after its recipe.json; in a folder without that, it is somebody else's."""
+"""What a run writes after its recipe.json; in a folder that is no run's, it is somebody else's."""
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's: it has a recipe, or has lost it and has checkpoints."""
+    return (folder / RECIPE).exists() or any((folder / CHECKPOINTS).glob("step_*"))
 
 
 def of_step(folder: Path, step: int) -> Path:

@@ -18,7 +18,15 @@ from typing import Any
 from fd_large import distributed
 from fd_large.atomic_files import replacing, write_json
 from fd_large.errors import ConfigError
-from fd_large.recipes.file_names import CODE, DEEPSPEED, ENVIRONMENT, OVERWRITTEN, RECIPE, SUMMARY
+from fd_large.recipes.file_names import (
+    CODE,
+    DEEPSPEED,
+    ENVIRONMENT,
+    OVERWRITTEN,
+    RECIPE,
+    SUMMARY,
+    is_run,
+)
 from fd_large.recipes.row_files import Line, lines_of, numbers_of
 
 log = logging.getLogger(__name__)
@@ -134,7 +142,9 @@ def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
                 f"{folder}: holds a run with other settings; got {changed}, expected the same. "
                 f"{remedy}"
             )
-    elif foreign := [name for name in OVERWRITTEN if _holds_something(folder / name)]:
+    elif not is_run(folder) and (
+        foreign := [name for name in OVERWRITTEN if _holds_something(folder / name)]
+    ):
         raise ConfigError(
             f"--runtime.run_dir: {folder}: not a run's folder, and a run would overwrite what is "
             f"in it; got {', '.join(foreign)} and no {RECIPE}, expected a run or none of these. "

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import util
 from pathlib import Path
 
 import psutil
@@ -121,6 +122,8 @@ def test_no_thread_of_a_worker_takes_a_signal(picture_folder):
 
 
 def test_a_worker_obeys_its_parent(picture_folder):
+    # It removes no folder of sockets but its own.
+    folder = Path(util.get_temp_dir())
     before = set(psutil.Process().children())
     batches = load(ImageFolder(picture_folder), 1)
     next(batches)
@@ -128,3 +131,4 @@ def test_a_worker_obeys_its_parent(picture_folder):
     worker.terminate()
     # The code is gone with the process if torch has asked for it first.
     assert worker.wait(10) in (0, None)
+    assert folder.is_dir()

@@ -269,6 +269,13 @@ def said_in(folder):
     return [line.partition("fd_large.engine.run: ")[2] for line in found]
 
 
+def test_a_run_that_has_lost_its_recipe_goes_on(recipe, tmp_path):
+    assert start(recipe, hooks=[Ending(wish=True)]) == 75
+    (tmp_path / "run/recipe.json").unlink()
+    assert start(recipe) == 0
+    assert [row["update"] for row in lines(tmp_path / "run", "metrics.jsonl")] == [0, 1, 2]
+
+
 def test_a_run_whose_checkpoints_are_gone_is_not_started_over(recipe, tmp_path):
     checkpoints = tmp_path / "run/checkpoints"
     assert start(recipe) == 0
