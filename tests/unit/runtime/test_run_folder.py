@@ -92,7 +92,7 @@ def test_a_fresh_start_takes_any_recipe(tmp_path, caplog):
     assert "the old run is in" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["summary.json", "report.html", "checkpoints/step_1"])
+@pytest.mark.parametrize("name", ["summary.json", "report.html", "checkpoints/best.pth"])
 def test_a_folder_of_somebody_else_is_not_written_to(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
