@@ -299,13 +299,13 @@ def _own(source: str, where: str) -> Any:
 
 
 def _no_name(where: str, path: Path, name: str, names: Iterable[str]) -> str:
-    # Of a file that only imports, what it imports.
-    defined, public = (
+    # A file that only imports is answered by what it imports.
+    defined, everything = (
         [known for known in some if not known.startswith("_")]
         for some in (set(_defined_in(_tree(path))), names)
     )
-    public = defined or public
-    return f"{where}: no such name in {path}; got {name!r}, {nearest(name, public)}. Correct it."
+    told = nearest(name, defined or everything)
+    return f"{where}: no such name in {path}; got {name!r}, {told}. Correct it."
 
 
 def _names_in(path: Path) -> set[str]:

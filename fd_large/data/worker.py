@@ -82,7 +82,7 @@ def _watch(parent: int) -> None:
                 break
         else:
             time.sleep(POLL_SECONDS)
-    # That of its socket would stay behind.
+    # The folder of its socket would stay behind.
     if folder := _settings().get("tempdir"):
         shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)

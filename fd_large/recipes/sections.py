@@ -271,8 +271,8 @@ class Data:
     # Largest number of pixels of an image. Larger images are skipped like damaged ones, before they
     # take memory. The default is 8192 x 8192, which takes up to 0.9 GB while it is decoded.
     max_pixels: int = 2**26
-    # Number of loader processes per rank, at most 16 for each core that the rank may use, or 64. 0
-    # loads in the training process.
+    # Number of loader processes per rank, at most 16 for each core that the rank may use, or 64
+    # where that is more. 0 loads in the training process.
     workers: int = 4
 
     def __post_init__(self) -> None:

@@ -41,19 +41,25 @@ def test_groups_have_to_divide_the_global_batch(run):
         LinearProbeJob(replace(run, task=task)).check()
 
 
-def test_parts_of_groups_are_counted_as_what_they_load_and_said(run, caplog):
-    job = LinearProbeJob(run)
-    part, whole = (step_flops(job, size, checkpointing=False).model for size in (1, 8))
-    # The layer alone is computed for one image: forward and the gradient of its weight.
-    assert whole - part == 7 * 2 * (2 * 16 * 1000)
+def counted_at(job, micro_batch_size):
+    """The counts of a micro batch on a card, without checkpoints."""
     (counts,) = count(
         job,
         Device((9, 0)),
         bfloat16=True,
         frozen_bfloat16=True,
         checkpointing=[False],
-        micro_batch_size=8,
+        micro_batch_size=micro_batch_size,
     ).values()
+    return counts
+
+
+def test_parts_of_groups_are_counted_as_what_they_load_and_said(run, caplog):
+    job = LinearProbeJob(run)
+    part, whole = (step_flops(job, size, checkpointing=False).model for size in (1, 8))
+    # The layer alone is computed for one image: forward and the gradient of its weight.
+    assert whole - part == 7 * 2 * (2 * 16 * 1000)
+    counts = counted_at(job, 8)
     assert counts.step_flops(8).model == whole
     (hook,) = job.hooks()
     for size, said in ((16, False), (4, True)):
@@ -68,14 +74,7 @@ def test_a_plan_counts_a_group_whose_images_are_all_its_own(run):
     job = LinearProbeJob(run)
     alone = step_flops(job, 4, checkpointing=False).frozen / 4
     for asked, images in (("auto", 4), (8, 8)):
-        (counts,) = count(
-            job,
-            Device((9, 0)),
-            bfloat16=True,
-            frozen_bfloat16=True,
-            checkpointing=[False],
-            micro_batch_size=asked,
-        ).values()
+        counts = counted_at(job, asked)
         assert counts.images == images
         assert counts.flops_per_image("inference") == alone
 
