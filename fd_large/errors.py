@@ -5,6 +5,7 @@ Every message reads `where: what; got X, expected Y. Remedy.` Our own mistakes s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from enum import IntEnum
@@ -20,6 +21,18 @@ class Exit(IntEnum):
     LOOK = 3  # Somebody has to look before the run is started again.
     AGAIN = 75  # The last checkpoint is complete; the same command goes on from it.
     INTERRUPTED = 130  # The user pressed Ctrl-C twice.
+
+
+_USER = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/?#]*@")
+_QUERY = re.compile(r"""(?i)\b([a-z][a-z0-9+.-]*://[^\s?"'<>]*\?)[^\s"'<>]+""")
+
+
+def without_secrets(text: str) -> str:
+    """Returns text with user, password and query of each URL in it replaced by `***`.
+
+    Whatever a person, a page, a log or a tracker gets to see of a source goes through here.
+    """
+    return _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text)) if "://" in text else text
 
 
 def printable(text: str) -> str:
@@ -43,7 +56,7 @@ class FDError(Exception):
     shown = False
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return without_secrets(printable(super().__str__()))
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in a notebook: the sentence, without the frames that lead to it."""

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from fd_large import processes
-from fd_large.atomic_files import write_json
 from fd_large.errors import Exit
+from fd_large.files import write_json
 from fd_large.launch import find_rank
 from fd_large.processes import briefly
 

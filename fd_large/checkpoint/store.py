@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fd_large.atomic_files import retried, write_json
 from fd_large.checkpoint.lease import Lease
 from fd_large.errors import CheckpointError, FDError
+from fd_large.files import retried, write_json
 from fd_large.recipes.file_names import CHECKPOINTS
 
 PART = ".part"

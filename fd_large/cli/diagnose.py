@@ -10,10 +10,10 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from fd_large import activity
-from fd_large.atomic_files import out_folder
 from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.cli.output import tables
 from fd_large.cli.paths import paths_of_models, require_paths
+from fd_large.files import out_folder
 from fd_large.recipes.fields import at_least
 
 

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from fd_large.atomic_files import out_folder
 from fd_large.cli.evaluate_flags import OWN_FEATURES, PROBES, ModelFlags
 from fd_large.cli.evaluate_results import Row, finish
 from fd_large.errors import ConfigError, nearest
+from fd_large.files import out_folder
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import RANDOM
 

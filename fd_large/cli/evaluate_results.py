@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fd_large.atomic_files import write_json
 from fd_large.cli.output import tables
 from fd_large.cli.sweep import Sweep
+from fd_large.files import write_json
 from fd_large.recipes.file_names import PAGE, SUMMARY
 
 if TYPE_CHECKING:

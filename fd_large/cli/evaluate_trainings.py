@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fd_large.atomic_files import out_folder
 from fd_large.cli import recorded_runs
 from fd_large.cli.evaluate_flags import ModelFlags
 from fd_large.cli.evaluate_results import Row, finish
@@ -23,6 +22,7 @@ from fd_large.cli.sweep import (
     with_point,
 )
 from fd_large.errors import ConfigError
+from fd_large.files import out_folder
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
 from fd_large.recipes.run import Run

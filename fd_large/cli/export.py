@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from fd_large.atomic_files import check_new
 from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.errors import CheckpointError
+from fd_large.files import check_new
 from fd_large.recipes.fields import require
 from fd_large.recipes.file_names import EVALUATIONS, SUMMARY
 from fd_large.recipes.stored import read_recipe, recipe_file, run_of_checkpoint

@@ -6,6 +6,7 @@ the help, the tables and the user's mistakes answer at once.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from contextlib import nullcontext
 from importlib import import_module
 
 import fd_large
-from fd_large import doors, failures
+from fd_large import doors, failures, files
 from fd_large.cli.arguments import HELP, HelpShown, choose
 from fd_large.errors import Exit, FDError
 from fd_large.launch import find_rank
@@ -66,14 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     except HelpShown:
         return 0
     except FDError as error:
-        failures.tell(error.exit_code, str(error))
-        # Every rank makes the same mistake and one reports it, unless only one has met it.
-        if rank == 0 or error.rank_local:
-            if not error.shown:
-                terminal.show_error(str(error))
-        else:
-            time.sleep(SECONDS_FOR_RANK_0)
-        return error.exit_code
+        return _refused(error, rank)
     except KeyboardInterrupt:
         failures.tell(Exit.INTERRUPTED, "interrupted")
         if rank == 0:
@@ -82,6 +76,27 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `... --help | head` closes the pipe early: no mistake of anybody.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # A path that no check had asked for. All else is a fault of ours or of a library.
+        if error.errno not in files.REFUSED and error.errno not in files.PASSING:
+            failures.tell(Exit.LOST, f"{type(error).__name__}: {error}")
+            raise
+        logging.getLogger(__name__).debug("the file system refused", exc_info=True)
+        refusal = files.unusable("", error)
+        refusal.rank_local = True
+        return _refused(refusal, rank)
     except Exception as error:
         failures.tell(Exit.LOST, f"{type(error).__name__}: {error}")
         raise
+
+
+def _refused(error: FDError, rank: int) -> int:
+    """Shows a mistake and returns its exit code."""
+    failures.tell(error.exit_code, str(error))
+    # Every rank makes the same mistake and one reports it, unless only one has met it.
+    if rank == 0 or error.rank_local:
+        if not error.shown:
+            terminal.show_error(str(error))
+    else:
+        time.sleep(SECONDS_FOR_RANK_0)
+    return error.exit_code

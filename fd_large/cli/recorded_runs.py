@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fd_large.atomic_files import out_folder, write_json
 from fd_large.errors import ConfigError, Exit
+from fd_large.files import out_folder, write_json
 from fd_large.recipes.file_names import SUMMARY
 from fd_large.recipes.run import Run, difference
 from fd_large.tasks.registry import kind_of

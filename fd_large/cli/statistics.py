@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fd_large import activity
-from fd_large.atomic_files import check_new, out_folder
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, parse_with_recipe
 from fd_large.cli.stopping import ending_with
 from fd_large.cli.train import check_names
 from fd_large.errors import ConfigError, nearest
+from fd_large.files import check_new, out_folder
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
 from fd_large.recipes.run import Run

@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from fd_large.atomic_files import out_folder, write_json
 from fd_large.cli import recorded_runs, transfer_cells, transfer_slurm
 from fd_large.cli.arguments import AllowsCode, parse_with_recipe
 from fd_large.cli.evaluate_trainings import refuse_other_task
@@ -29,6 +28,7 @@ from fd_large.cli.transfer_cells import Cell, Changes, RowKind, cells_of, rows_o
 from fd_large.cli.transfer_columns import COLUMNS, ColumnName
 from fd_large.cli.transfer_plan import cost_of, report
 from fd_large.errors import ConfigError, Exit, FDError, check_all, first_line
+from fd_large.files import out_folder, write_json
 from fd_large.plan.rates import rates_of
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import resolve

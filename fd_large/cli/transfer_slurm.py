@@ -7,8 +7,8 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from fd_large.atomic_files import write_json
 from fd_large.errors import ConfigError
+from fd_large.files import write_json
 from fd_large.recipes.fields import require
 from fd_large.recipes.run import Run
 

@@ -31,12 +31,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large.atomic_files import PARTIAL, STALE_SECONDS
 from fd_large.data.folder import MAX_FILE_BYTES
 from fd_large.data.listing import cache_folder
 from fd_large.data.objects import Stored
 from fd_large.data.sampler import Blocks
 from fd_large.errors import ConfigError, DataError, FDError
+from fd_large.files import PARTIAL, STALE_SECONDS
 from fd_large.recipes.sections import Data
 
 log = logging.getLogger(__name__)

@@ -31,8 +31,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fd_large import activity
-from fd_large.atomic_files import PARTIAL, STALE_SECONDS
 from fd_large.errors import DataError
+from fd_large.files import PARTIAL, STALE_SECONDS
 
 log = logging.getLogger(__name__)
 

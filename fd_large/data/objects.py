@@ -18,10 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from fd_large import meeting
-from fd_large.atomic_files import PASSING, retried
 from fd_large.data.packages import PARQUET, check_packages, is_url, scheme_of
 from fd_large.data.shards import expand_braces
 from fd_large.errors import DataError, named
+from fd_large.files import PASSING, retried
 
 T = TypeVar("T")
 

@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fd_large import activity, meeting
-from fd_large.atomic_files import write_json
 from fd_large.data.blocks import NO_LABEL, BlockImages, BlockWriter, block_key, the_cache
 from fd_large.data.listing import cache_folder
 from fd_large.data.objects import RANGE_BYTES, Stored, find_objects
@@ -28,6 +27,7 @@ from fd_large.data.packages import is_url
 from fd_large.data.shards import COMPRESSED, ENDINGS, sample_key
 from fd_large.data.tar_index import Torn, members
 from fd_large.errors import DataError
+from fd_large.files import write_json
 
 log = logging.getLogger(__name__)
 

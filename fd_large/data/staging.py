@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from fd_large import distributed, meeting
-from fd_large.atomic_files import PARTIAL, PASSING
 from fd_large.data.blocks import BlockImages
 from fd_large.data.folder import ImageFolder
 from fd_large.data.photographs import Photographs
 from fd_large.data.shards import TarShards
 from fd_large.data.source import ImageSource
 from fd_large.errors import DataError
+from fd_large.files import PARTIAL, PASSING
 
 log = logging.getLogger(__name__)
 

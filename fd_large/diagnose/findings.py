@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 from torch import Tensor
 
-from fd_large.atomic_files import replacing, write_json
+from fd_large.files import replacing, write_json
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from fd_large import distributed
-from fd_large.atomic_files import write_json
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import arguments_of_step, backward, completed
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import FDError
+from fd_large.files import write_json
 from fd_large.plan.peak_memory import HEADROOM
 from fd_large.runtime.run_folder import written_or_logged
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_large import distributed
-from fd_large.atomic_files import write_json
+from fd_large.files import write_json
 from fd_large.runtime.run_folder import written_or_logged
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fd_large.atomic_files import replacing
+from fd_large.files import replacing
 from fd_large.report import style
 
 if TYPE_CHECKING:

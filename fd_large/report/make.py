@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fd_large.atomic_files import write_json
+from fd_large.files import write_json
 from fd_large.recipes.file_names import PICTURES, SUMMARY
 from fd_large.report.closing import RUNNING, closing_text, next_steps
 from fd_large.report.features import draw_features

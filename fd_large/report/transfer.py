@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fd_large.atomic_files import replacing, write_json
 from fd_large.errors import ConfigError
+from fd_large.files import replacing, write_json
 from fd_large.recipes.file_names import PAGE, SUMMARY
 from fd_large.report import style
 from fd_large.report.evaluation_page import write_evaluation_page

@@ -15,8 +15,8 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
-from fd_large.atomic_files import write_json
 from fd_large.errors import ConfigError, first_line
+from fd_large.files import write_json
 from fd_large.recipes.file_names import EVALUATIONS, RECIPE
 from fd_large.runtime.hooks import Row, Setting, Tracker
 from fd_large.runtime.logs import FILE_ONLY

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fd_large import distributed
-from fd_large.atomic_files import write_json
+from fd_large.files import write_json
 from fd_large.recipes.file_names import INCIDENT, INCIDENTS, METRICS, STEP, of_step
 from fd_large.recipes.sections import Guard as Limits
 from fd_large.runtime.hooks import GUARD, Evidence, Hook, Setting, Update, Verdict

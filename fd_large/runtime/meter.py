@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fd_large import distributed
-from fd_large.atomic_files import replacing, write_json
+from fd_large.files import replacing, write_json
 from fd_large.plan.utilisation import peak_flops, shares
 from fd_large.recipes.file_names import EVALUATIONS, METRICS, SUMMARY
 from fd_large.runtime import step_clock

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fd_large import distributed
-from fd_large.atomic_files import replacing, write_json
 from fd_large.errors import ConfigError
+from fd_large.files import replacing, write_json
 from fd_large.recipes.file_names import (
     CODE,
     DEEPSPEED,

@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fd_large.atomic_files import check_new, new_folder, replacing, write_json
 from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import family_of
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError, nearest
+from fd_large.files import check_new, new_folder, replacing, write_json
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.export import NAME
 from fd_large.weights.sidecar import own_config

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from fd_large import activity, doors
-from fd_large.atomic_files import new_folder, replacing, write_json
 from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import family_of, parameter_shapes
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.translation import Shape, Shapes
 from fd_large.backbones.windows import WindowRule
 from fd_large.errors import ConfigError
+from fd_large.files import new_folder, replacing, write_json
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import check_finite
 from fd_large.weights.libraries import LIBRARIES, To

@@ -15,9 +15,9 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 from fd_large import activity
-from fd_large.atomic_files import check_new
 from fd_large.backbones.registry import family_of_source
 from fd_large.errors import WeightsError, first_line
+from fd_large.files import check_new
 from fd_large.weights.locate import HUB, OPEN_CLIP, locate
 from fd_large.weights.origin import CARD, UNKNOWN, licence_of_card
 

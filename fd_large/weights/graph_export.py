@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import doors
-from fd_large.atomic_files import new_folder, write_json
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import ConfigError
+from fd_large.files import new_folder, write_json
 from fd_large.kernels import choose
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import check_finite

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from fd_large.errors import ConfigError, DataError, FDError, check_all, first_line, named, nearest
+from fd_large.errors import (
+    ConfigError,
+    DataError,
+    FDError,
+    check_all,
+    first_line,
+    named,
+    nearest,
+    without_secrets,
+)
 
 
 def refuse(error: FDError) -> None:
@@ -74,3 +83,22 @@ def test_a_notebook_shows_the_sentence_without_frames(capsys) -> None:
     shell.user_ns["error"] = DataError("data.root: no images; got none.")
     shell.run_cell("raise error")
     assert capsys.readouterr().out.strip() == "DataError: data.root: no images; got none."
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:PW@host/x.tar?X-Sig=SIG", "https://***@host/x.tar?***"),
+        ("S3://key:a@b@host/x", "S3://***@host/x"),
+        ("https://u:it's@h/a.tar?b=c&d='", "https://***@h/a.tar?***'"),
+        (
+            "'https://h/{a,b}.tar?sig=1,2' and https://h/c?d",
+            "'https://h/{a,b}.tar?***' and https://h/c?***",
+        ),
+        ("0.5 s3://bucket/a + 0.5 hf://me:PW@b/c", "0.5 s3://bucket/a + 0.5 hf://***@b/c"),
+        ("me@example.org https://host/me@2x.png", "me@example.org https://host/me@2x.png"),
+    ],
+)
+def test_user_password_and_query_of_an_address_are_not_shown(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown
+    assert str(DataError(text)) == shown

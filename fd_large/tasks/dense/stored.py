@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fd_large import distributed
-from fd_large.atomic_files import out_folder, write_json
 from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
 from fd_large.data.decode import decode
@@ -21,6 +20,7 @@ from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.config import computes_in_bfloat16
 from fd_large.errors import DataError
+from fd_large.files import out_folder, write_json
 from fd_large.weights.read import Tensors
 
 Seen = tuple[Any, str, Path]

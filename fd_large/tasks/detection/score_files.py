@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fd_large.atomic_files import write_json
 from fd_large.errors import ConfigError
+from fd_large.files import write_json
 from fd_large.tasks.detection.scores.results import read_results
 from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
 from fd_large.tasks.detection.scores.tables import classes_table, numbers_table

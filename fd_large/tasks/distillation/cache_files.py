@@ -33,9 +33,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fd_large.atomic_files import retried, write_json
 from fd_large.checkpoint.tensor_file import Place, header_of
 from fd_large.errors import CacheError
+from fd_large.files import retried, write_json
 from fd_large.tasks.distillation.cache_precision import PRECISIONS, Stored, num_scales
 
 HEADER = "cache.json"

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import doors
-from fd_large.atomic_files import write_json
 from fd_large.backbones.exports import PROJECTION
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.checkpoint import stream
@@ -22,6 +21,7 @@ from fd_large.checkpoint.read import Reader
 from fd_large.checkpoint.stream import Shape
 from fd_large.engine.frozen import Frozen
 from fd_large.errors import ConfigError, WeightsError
+from fd_large.files import write_json
 from fd_large.tasks.distillation.heads import registry
 from fd_large.tasks.distillation.heads.map_head import MapHead, Maps, with_blocks
 from fd_large.tasks.distillation.model_fit import maps_of

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fd_large.atomic_files import replacing
 from fd_large.errors import ConfigError
+from fd_large.files import replacing
 from fd_large.tasks.distillation.rotations import phi_s_matrix
 
 WHERE = "objective.target_statistics"

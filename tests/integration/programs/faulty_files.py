@@ -16,7 +16,7 @@ from pathlib import Path
 
 from faults import Operation, watching
 
-from fd_large import atomic_files
+from fd_large import files
 from fd_large.checkpoint import read
 from fd_large.cli import main as cli
 
@@ -27,7 +27,7 @@ def main(words: list[str]) -> int:
     setting = json.loads(os.environ["FAULTS"])
     folder = Path(words[words.index("--runtime.run_dir") + 1])
     draw = random.Random(f"{setting['seed']} {os.environ.get('RANK')} {os.getpid()}")
-    atomic_files.PAUSES, read.SECONDS_BETWEEN_TRIES = (0.02,) * 6, 0.02
+    files.PAUSES, read.SECONDS_BETWEEN_TRIES = (0.02,) * 6, 0.02
     saves = 0
 
     def fails(operation: Operation) -> int | None:

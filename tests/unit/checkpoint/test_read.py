@@ -7,7 +7,7 @@ import torch
 from faults import watching
 from stored_run import store_tensors
 
-from fd_large import atomic_files
+from fd_large import files
 from fd_large.checkpoint import read, store
 from fd_large.checkpoint.read import Reader, newest_sound
 from fd_large.errors import CheckpointError, StorageError
@@ -16,7 +16,7 @@ from fd_large.errors import CheckpointError, StorageError
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     monkeypatch.setattr(read, "SECONDS_BETWEEN_TRIES", 0.0)
-    monkeypatch.setattr(atomic_files, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.0))
 
 
 @pytest.fixture

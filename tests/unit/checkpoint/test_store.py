@@ -8,7 +8,7 @@ import torch
 from faults import watching
 from stored_run import store_tensors
 
-from fd_large import atomic_files
+from fd_large import files
 from fd_large.checkpoint import store
 from fd_large.checkpoint.lease import OWNER, Lease
 from fd_large.errors import CheckpointError, StorageError
@@ -16,7 +16,7 @@ from fd_large.errors import CheckpointError, StorageError
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr(atomic_files, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.0))
 
 
 def test_the_last_and_every_nth_stay(folder, stored, updates_left):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from faults import watching
 
-from fd_large import atomic_files
+from fd_large import files
 from fd_large.checkpoint import read, store
 from fd_large.checkpoint.layout import EachTensor
 from fd_large.checkpoint.read import newest_sound
@@ -16,7 +16,7 @@ from fd_large.checkpoint.write import Piece, Saver
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     monkeypatch.setattr(read, "SECONDS_BETWEEN_TRIES", 0.0)
-    monkeypatch.setattr(atomic_files, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.0))
 
 
 @pytest.fixture

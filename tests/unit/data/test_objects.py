@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from fd_large import atomic_files
+from fd_large import files
 from fd_large.data import objects
 from fd_large.data.objects import Stored, asked, find
 from fd_large.errors import DataError, StorageError
@@ -12,7 +12,7 @@ from fd_large.errors import DataError, StorageError
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(atomic_files, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.0, 0.0))
 
 
 @pytest.fixture

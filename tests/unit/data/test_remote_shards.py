@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from object_store import CREDENTIALS, Store, serving
 
-from fd_large import atomic_files
+from fd_large import files
 from fd_large.data import blocks, objects, remote_shards, sampler
 from fd_large.data.labelled import open_labelled, open_split
 from fd_large.data.loader import ViewBatches, build_loader
@@ -38,7 +38,7 @@ def store(server: Store, monkeypatch, tmp_path) -> Store:
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-    monkeypatch.setattr(atomic_files, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.0, 0.0))
     monkeypatch.setattr(sampler, "WINDOW_BLOCKS", 2)
     monkeypatch.setattr(sampler, "WINDOW_SAMPLES", 1)
     monkeypatch.setattr(blocks, "_cache", [])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fd_large import distributed
-from fd_large.atomic_files import write_json
+from fd_large.files import write_json
 from fd_large.tasks.dense.evaluation import (
     SCORES,
     Drawn,

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fd_large.atomic_files import replacing
 from fd_large.errors import DataError
+from fd_large.files import replacing
 from fd_large.tasks.detection.data.objects import read_json
 
 Result = dict[str, Any]

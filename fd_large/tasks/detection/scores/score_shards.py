@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large.atomic_files import write_json
 from fd_large.data.decode_with_pillow import decode_with_pillow
 from fd_large.errors import DataError, FDError
+from fd_large.files import write_json
 from fd_large.tasks.detection.scores.evaluation_pictures import draw_evaluation
 from fd_large.tasks.detection.scores.results import merge, read_results, shard_of, write_results
 from fd_large.tasks.detection.scores.scoring import Scores, read_ground_truth, score

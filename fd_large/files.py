@@ -1,0 +1,310 @@
+"""Files and paths as the rest of the package meets them. No torch.
+
+Files that a reader sees whole or not at all: written aside, flushed, renamed. Errors that pass on a
+file system of many machines: tried again, not believed. Whether a path exists, and JSON within
+bounds: every refusal of the file system is a sentence (`unusable`).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from fd_large.errors import ConfigError, FDError, StorageError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PAUSES = (1.0, 3.0, 9.0)
+"""Seconds between the tries: a server that is busy or fails over answers within some of them."""
+PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.EBUSY,
+    errno.ENOLCK,
+    errno.EPROTO,
+    errno.EREMOTEIO,
+    # Lustre's words for a client that its server has thrown out, and that connects again.
+    errno.ESHUTDOWN,
+    errno.ENOTCONN,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+}
+
+REFUSED = {
+    errno.EACCES: "Ask for the right to it (chmod, or the owner), or name another path.",
+    errno.EPERM: "Ask for the right to it (chmod, or the owner), or name another path.",
+    errno.ENAMETOOLONG: "Name a shorter path: each part has at most 255 bytes.",
+    errno.ENOENT: "Correct the path.",
+    errno.ENOTDIR: "Correct the path: a part of it is a file.",
+    errno.EISDIR: "Name a file.",
+    errno.ENOTEMPTY: "Name a folder that is empty or not there.",
+    errno.EEXIST: "Name another path, or move what is there.",
+    errno.ELOOP: "Correct the link, which leads back to itself.",
+    errno.ENXIO: "Name a file or a folder.",
+    errno.ENODEV: "Name a file or a folder.",
+    errno.EROFS: "Name a path on a file system that can be written.",
+    errno.ENOSPC: "Make room, or name a path on another file system.",
+    errno.EDQUOT: "Make room, or name a path on another file system.",
+    errno.EFBIG: "Name a path on a file system that takes larger files.",
+}
+"""Remedies of the errors by which a file system refuses a path that the user named."""
+
+JSON_BYTES = 64 << 20
+"""Size that no JSON file of a run, a dataset's notes or a configuration reaches."""
+
+PARTIAL = ".partial-"
+"""What a name begins with that a process gives to what it writes aside, beside those of others."""
+STALE_SECONDS = 24 * 3600
+"""So long after its last change, what is aside was left by a process that was killed."""
+
+
+def retried(action: Callable[[], T], what: object) -> T:
+    """Does something with files, again after a pause where the error is one that passes.
+
+    Args:
+        action: What can be done again from its beginning.
+        what: The file or folder, for messages.
+
+    Raises:
+        OSError: At once, if it is of another kind: no such file, no permission, a full disk.
+        StorageError: If the error does not pass.
+    """
+    for pause in PAUSES:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            log.warning("%s: %s; tried again in %g s", what, error.strerror, pause)
+            time.sleep(pause)
+    try:
+        return action()
+    except OSError as error:
+        if error.errno not in PASSING:
+            raise
+        raise StorageError(
+            f"{what}: the file system does not answer; got {error.strerror} {len(PAUSES) + 1} "
+            "times, expected an answer. What is stored there stays: start the same command again "
+            "once the file system is well."
+        ) from error
+
+
+def unusable(
+    where: str, error: OSError, path: object = None, *, of: type[FDError] = ConfigError
+) -> FDError:
+    """Returns the sentence for a path that the file system refuses.
+
+    Args:
+        where: The field that the user set, or the command; "" where that is not known.
+        error: The file system's refusal.
+        path: The path, where the error does not name it.
+        of: Class of the sentence; an error that passes is a StorageError whatever this says.
+    """
+    named = error.filename if path is None else path
+    name = os.fsdecode(named) if isinstance(named, (str, bytes, os.PathLike)) else "a file"
+    shortened = name if len(name) <= 300 else f"{name[:200]}...{name[-60:]}"
+    start = f"{where}: {shortened}" if where else shortened
+    reason = (error.strerror or type(error).__name__).lower()
+    if error.errno in PASSING:
+        return StorageError(
+            f"{start}: the file system does not answer; got {reason}, expected an answer. Start "
+            "the same command again once the file system is well."
+        )
+    remedy = REFUSED.get(error.errno or 0, "Name another path.")
+    return of(
+        f"{start}: cannot be used; got {reason}, expected a path that the file system gives. "
+        f"{remedy}"
+    )
+
+
+def kind_of(
+    path: str | os.PathLike[str], *, where: str, of: type[FDError] = ConfigError
+) -> Literal["file", "folder", "other"] | None:
+    """Returns what stands at a path, links followed; None where nothing does.
+
+    This is the one place that asks whether a path exists: `Path.exists` and its sisters raise what
+    the file system says, or hide it.
+
+    Args:
+        path: The path; "other" is a pipe, a device or a socket.
+        where: The field that the user set, or the command, for messages.
+        of: Class of the sentence.
+
+    Raises: FDError: if the file system refuses to say, as for a folder that may not be entered or a
+        name that is too long, or the path is empty or has a NUL in it.
+    """
+    if not os.fspath(path):
+        raise of(f"{where}: an empty path; got '', expected a name. Name one.")
+    try:
+        mode = retried(lambda: os.stat(path), path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise unusable(where, error, path, of=of) from error
+    except ValueError as error:  # A NUL in the path.
+        raise of(
+            f"{where}: {path}: cannot be used; got {error}, expected a path. Correct it."
+        ) from error
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
+
+
+def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
+    """Returns what a JSON text holds.
+
+    Args:
+        text: The text; bytes are UTF-8.
+        finite: Refuse NaN and infinities, which JSON does not have and Python writes.
+
+    Raises: ValueError: with a reason of one line, if it is no JSON or is nested too deeply.
+    """
+    number = _finite if finite else None
+    try:
+        return json.loads(text, parse_float=number, parse_constant=number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(
+    path: Path,
+    *,
+    where: str,
+    holds: type | tuple[type, ...] = object,
+    remedy: str = "Restore it, or remove it.",
+    of: type[FDError] = ConfigError,
+    finite: bool = False,
+    max_bytes: int = JSON_BYTES,
+) -> Any:
+    """Returns what a JSON file holds, read within bounds of memory and time.
+
+    Args:
+        path: The file.
+        where: The field that the user set, or the command, for messages.
+        holds: Type of the whole, as dict or list.
+        remedy: What mends a damaged file.
+        of: Class of the sentence.
+        finite: Refuse NaN and infinities.
+        max_bytes: Size from which on it is refused.
+
+    Raises: FDError: if it is not there, cannot be read, is larger, or holds something else.
+    """
+    kind = kind_of(path, where=where, of=of)
+    try:
+        if kind != "file":
+            raise ValueError({None: "no such file", "folder": "a folder"}.get(kind, "no file"))
+        text = retried(lambda: _first_bytes(path, max_bytes + 1), path)
+        if len(text) > max_bytes:
+            raise ValueError(f"more than {max_bytes >> 20} MB")
+        value = parse_json(text, finite=finite)
+        if not isinstance(value, holds):
+            raise ValueError(f"{json.dumps(value)[:40]}")
+    except OSError as error:
+        raise unusable(where, error, path, of=of) from error
+    except ValueError as error:
+        expected = {dict: "a JSON object", list: "a JSON list"}.get(holds, "JSON")  # type: ignore[arg-type]
+        raise of(
+            f"{where}: {path}: cannot be read; got {str(error)[:200]}, expected {expected}. "
+            f"{remedy}"
+        ) from error
+    return value
+
+
+def _first_bytes(path: Path, number: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(number)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} for a number")
+    return number
+
+
+def check_new(path: Path, *, where: str) -> None:
+    """Refuses a name at which something stands.
+
+    Raises: ConfigError: if it does.
+    """
+    if kind := kind_of(path, where=where):
+        raise ConfigError(
+            f"{where}: {path}: something is there already; got a {kind}, expected a new name. "
+            "Move it, or name another."
+        )
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write to; at the end flushes that file and renames it."""
+    aside = path.with_name(path.name + ".part")
+    yield aside
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+@contextmanager
+def new_folder(out: Path, *, where: str) -> Iterator[Path]:
+    """Gives a folder to write into, which appears at `out` once the block has ended well.
+
+    Args:
+        out: A name at which nothing stands.
+        where: The command, for messages.
+
+    Raises: ConfigError: if something stands at `out`, or it cannot be written.
+    """
+    check_new(out, where=where)
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        part.rename(out)
+    except OSError as error:
+        raise ConfigError(
+            f"{where}: {out}: cannot be written; got {error}, expected a place with room for "
+            "the folder. Choose another."
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def out_folder(out: str | Path) -> Path:
+    """Makes the folder that a command's --out names, once there is something to write.
+
+    Raises: ConfigError: if it cannot be one.
+    """
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: cannot be used; got {error}, expected a folder that can be written. Choose "
+            "another."
+        ) from error
+    return folder
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file in place of one that may be there."""
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(value, indent=1) + "\n")

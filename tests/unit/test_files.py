@@ -1,0 +1,122 @@
+"""A file is whole or as it was, whatever happens while it is written."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from fd_large import files
+from fd_large.errors import ConfigError, DataError, StorageError
+from fd_large.files import (
+    kind_of,
+    new_folder,
+    out_folder,
+    parse_json,
+    read_json,
+    replacing,
+    unusable,
+    write_json,
+)
+
+
+def torn(path):
+    path.write_text("other")
+    raise OSError("torn")
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, {"a": 1})
+    with replacing(file) as aside:
+        aside.write_text("half")
+        assert json.loads(file.read_text()) == {"a": 1}
+    assert file.read_text() == "half"
+    with pytest.raises(OSError, match="torn"), replacing(file) as aside:
+        torn(aside)
+    assert file.read_text() == "half"
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert file.read_text() == "half"
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "a" / "new"
+    with (
+        pytest.raises(ConfigError, match="cannot be written; got torn"),
+        new_folder(out, where="export") as part,
+    ):
+        torn(part / "half")
+    assert list(out.parent.iterdir()) == []
+    with new_folder(out, where="export") as part:
+        (part / "whole").touch()
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["whole"]
+    with (
+        pytest.raises(ConfigError, match="something is there already"),
+        new_folder(out, where="export"),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    assert out_folder(tmp_path / "a" / "b").is_dir()
+    assert out_folder(str(tmp_path / "a")).is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="--out"):
+        out_folder(tmp_path / "file" / "b")
+
+
+def test_the_kind_of_a_path(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dangling").symlink_to("nothing")
+    os.mkfifo(tmp_path / "pipe")
+    kinds = {name: kind_of(tmp_path / name, where="--a") for name in os.listdir(tmp_path)}
+    assert kinds == {"file": "file", "link": "file", "dangling": None, "pipe": "other"}
+    assert kind_of(tmp_path, where="--a") == "folder"
+    assert kind_of(tmp_path / "file" / "below", where="--a") is None
+
+
+def test_what_the_file_system_refuses_is_a_sentence(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / ("a" * 300), tmp_path / "loop", "a\0b", ""):
+        with pytest.raises(DataError, match=r"--data\.root"):
+            kind_of(path, where="--data.root", of=DataError)
+
+
+def test_a_folder_that_may_not_be_entered_is_a_sentence(monkeypatch, tmp_path):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(files.os, "stat", refuse)
+    with pytest.raises(ConfigError, match="chmod"):
+        kind_of(tmp_path, where="--data.root")
+
+
+def test_an_error_that_passes_does_not_blame_the_path():
+    assert isinstance(unusable("--out", OSError(errno.EIO, "I/O error", "a")), StorageError)
+    assert "Make room" in str(unusable("--out", OSError(errno.ENOSPC, "No space left")))
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, "", "null", "[1]", "\udcff", "{", "1" * 5000]
+)
+def test_damaged_json_is_a_sentence(tmp_path, text):
+    file = tmp_path / "recipe.json"
+    file.write_text(text, errors="surrogateescape")
+    with pytest.raises(DataError, match=r"report: .*recipe\.json"):
+        read_json(file, where="report", holds=dict, of=DataError)
+
+
+def test_json_is_bounded_and_finite_where_that_is_asked(tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, {"a": 1})
+    assert read_json(file, where="report", holds=dict) == {"a": 1}
+    for path in (file, tmp_path, tmp_path / "absent", "/dev/zero"):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            read_json(tmp_path / path, where="report", max_bytes=3)
+    assert parse_json(b"[Infinity, 1e999]") == [float("inf")] * 2
+    for text in ("Infinity", "NaN", "-1e999"):
+        with pytest.raises(ValueError, match="for a number"):
+            parse_json(text, finite=True)
