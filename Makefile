@@ -2,6 +2,7 @@
 # make test    install into .venv, then run the tests; some of them: make test ARGS="tests/unit -k norm"
 # make test-all  the same with those that take minutes each (docs/development.md)
 # make check   style and types: ruff, mypy
+# make size    code lines by room, and what the working tree changes; against another commit: ARGS=COMMIT
 # make docs    docs/recipes.md from the recipes' docstrings, and the site in site/
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,7 @@ BIN := .venv/bin
 # Each rank of a test would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-all check docs
+.PHONY: train test test-all check size docs
 
 # One stamp an extra: the quick start does without the tests' packages. Errors alone are shown: a
 # build in place warns about a folder of the package's name, at length.
@@ -44,8 +45,11 @@ test-all:
 	$(MAKE) test MARK="-m ''"
 
 check: .venv/check
-	$(BIN)/ruff check fd_large tests benchmarks
+	$(BIN)/ruff check fd_large tests benchmarks .ci
 	$(BIN)/mypy
+
+size:
+	@$(PYTHON) .ci/size.py $(ARGS)
 
 docs: .venv/docs
 	$(BIN)/python -m fd_large.report.recipe_page

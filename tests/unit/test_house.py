@@ -113,6 +113,7 @@ OF_NO_FILE = {
     "test_house.py": "the package as a whole",
     "test_oracles.py": "tests/oracles.py",
     "test_pages.py": "README.md and docs/",
+    "test_size.py": ".ci/size.py",
     "test_slurm_script.py": "slurm/",
     "weights/test_hostile_files.py": "tests/hostile.py",
 }
