@@ -1,10 +1,11 @@
 """The one start that owns a run's folder: claimed before torch is imported, kept by a heartbeat.
 
 RUN/owner.json names the owner; its modification time is the heartbeat, judged against that of a
-file written beside it. Nothing here needs torch, or locks that a network file system may lack: a
-claim is a hard link, which exactly one process can make. Whoever replaces or removes the owner.json
-of a start S must first have made owner.S.next, so that two who both find S dead cannot undo each
-other's claim.
+file written beside it. One that is ahead of that, or long before it, may be of another clock: then
+a change counts that is seen while the file is watched. Nothing here needs torch, or locks that a
+network file system may lack: a claim is a hard link, which exactly one process can make. Whoever
+replaces or removes the owner.json of a start S must first have made owner.S.next, so that two who
+both find S dead cannot undo each other's claim.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from fd_large.checkpoint.owner import ASLEEP, Owner, Slurm
 from fd_large.errors import ConfigError, Exit
@@ -40,6 +42,8 @@ WATCH_SECONDS = 2 * BEAT_SECONDS
 _LEFT_BEFORE = ("owner.*", f"*{RECIPE}*", "stop", "*.log", "*.out", "*.err")
 LEAVING_SECONDS = 900.0
 """How long a new start waits for an owner that saves and leaves."""
+_MOST_BYTES = 1 << 16
+"""Size that no owner.json reaches."""
 
 
 class OwnedError(ConfigError):
@@ -177,8 +181,8 @@ class Lease:
                 if leaves:
                     _leaving(self.folder, self.start).touch()
                     leaves = False
-                with path.open() as file:
-                    found = Owner.parse(file.read())
+                with _opened(path) as file:
+                    found = Owner.parse(file.read(_MOST_BYTES))
                     if found.start == self.start:
                         os.utime(file.fileno())
                         missing = 0
@@ -251,22 +255,39 @@ def claimed(folder: Path) -> Iterator[Lease]:
         lease.release()
 
 
-def living_owner(folder: Path) -> Owner | None:
-    """Returns the owner that is alive or may be, None where there is none; writes nothing."""
+def living_owner(folder: Path, *, watch_seconds: float = 0.0) -> Owner | None:
+    """Returns the owner that is alive or may be, None where there is none; writes nothing.
+
+    Args:
+        folder: The run's folder.
+        watch_seconds: How long an owner that is elsewhere is watched, if its last sign of life is
+            not of the last two minutes by this machine's clock, before it counts as dead.
+    """
     try:
         owner, beat = _read(folder / OWNER)
+        own, slurm = Owner.here(), Slurm()
+        if owner.why_dead(own) or slurm.why_dead(owner, own):
+            return None
+        if owner.is_seen or slurm.state(owner, own) in ASLEEP:
+            return owner
+        if abs(time.time() - beat) <= STALE_SECONDS:
+            return owner
+        until = time.monotonic() + watch_seconds
+        while time.monotonic() < until:
+            time.sleep(min(1.0, watch_seconds))
+            if (now := _read(folder / OWNER)) != (owner, beat):
+                return now[0]
     except OSError:
-        return None
-    own = Owner.here()
-    if owner.why_dead(own) or time.time() - beat > STALE_SECONDS or Slurm().why_dead(owner, own):
-        return None
-    return owner
+        pass
+    return None
 
 
 def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) -> str:
     """Makes `aside` the owner.json; returns why the owner before counted as dead."""
     begin = time.monotonic()
-    waits, slurm = False, Slurm()
+    waits, warned, slurm = False, False, Slurm()
+    sign: tuple[str, float] | None = None
+    since, has_beaten = begin, False
     while True:
         chain = _chain(folder)
         if not chain:
@@ -274,9 +295,15 @@ def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) ->
                 return ""
             continue
         owner, beat = chain[-1]
+        if sign != (owner.start, beat):
+            has_beaten = sign is not None and sign[0] == owner.start
+            sign, since = (owner.start, beat), time.monotonic()
         why = owner.why_dead(own) or slurm.why_dead(owner, own)
         if not why:
-            silent = _silence(aside, beat)
+            age = _age(aside, beat)
+            is_ahead = age < -BEAT_SECONDS
+            # Its clock is another one's: what counts is how long the beat has stood still here.
+            silent = time.monotonic() - since if is_ahead or has_beaten else age
             # Who replaces or removes an owner.json is done in a moment.
             patience = 5.0 if len(chain) > 1 else 0.0
             if _leaving(folder, owner.start).exists():
@@ -288,16 +315,23 @@ def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) ->
                 time.sleep(1.0 if waits else 0.1)
                 continue
             asleep = slurm.state(owner, own) in ASLEEP
-            if silent < STALE_SECONDS or owner.is_seen or asleep:
-                raise _refusal(folder, owner, silent)
-            say(
-                f"{folder}: its owner ({owner}) has been silent for {silent:.0f} s; watched for "
-                f"{WATCH_SECONDS:.0f} s more"
-            )
-            time.sleep(WATCH_SECONDS)
-            if _chain(folder) != chain:
+            is_alive = silent < STALE_SECONDS and (has_beaten or not is_ahead)
+            if is_alive or owner.is_seen or asleep:
+                raise _refusal(folder, owner, max(0.0, silent))
+            watched = STALE_SECONDS if is_ahead else WATCH_SECONDS
+            if not warned:
+                what = "shows a time ahead" if is_ahead else f"has been silent for {silent:.0f} s"
+                say(f"{folder}: its owner ({owner}) {what}; watched for {watched:.0f} s")
+                warned = True
+            if is_ahead and silent < STALE_SECONDS:
+                time.sleep(min(1.0, STALE_SECONDS / 10))
                 continue
-            why = f"no sign of life for {silent + WATCH_SECONDS:.0f} s"
+            if not is_ahead:
+                time.sleep(WATCH_SECONDS)
+                if _chain(folder) != chain:
+                    continue
+                silent += WATCH_SECONDS
+            why = f"no sign of life for {silent:.0f} s"
         if _succeed(folder, [each.start for each, _ in chain], own.start, aside):
             return f"{folder}: taken over from a start that is dead: {owner}; {why}"
 
@@ -311,7 +345,7 @@ def _refuse_overlap(folder: Path, start: str) -> None:
     """
     others = [folder.parents[1]] if folder.parent.name == STUDENTS else []
     for other in (*others, *folder.glob(f"{STUDENTS}/*")):
-        if owner := living_owner(other):
+        if owner := living_owner(other, watch_seconds=WATCH_SECONDS):
             _remove(folder, start)
             raise OwnedError(
                 f"{folder}: another start owns {other}, whose files it would share; got {owner}, "
@@ -319,10 +353,10 @@ def _refuse_overlap(folder: Path, start: str) -> None:
             )
 
 
-def _silence(aside: Path, beat: float) -> float:
-    """Returns the seconds since a heartbeat, by the clock of the files."""
+def _age(aside: Path, beat: float) -> float:
+    """Returns the seconds since a heartbeat by the clock of the files; negative: it is ahead."""
     os.utime(aside)
-    return max(0.0, aside.stat().st_mtime - beat)
+    return aside.stat().st_mtime - beat
 
 
 def _refusal(folder: Path, owner: Owner, silent: float) -> OwnedError:
@@ -381,18 +415,32 @@ def _next(folder: Path, start: str) -> Path:
 
 def _read(path: Path) -> tuple[Owner, float]:
     """Returns an owner and its last sign of life; opening makes NFS ask its server."""
-    with path.open() as file:
-        return Owner.parse(file.read()), os.fstat(file.fileno()).st_mtime
+    with _opened(path) as file:
+        return Owner.parse(file.read(_MOST_BYTES)), os.fstat(file.fileno()).st_mtime
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Opens an owner.json; in a folder from elsewhere it may be a pipe, which must not wait."""
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 
 def _chain(folder: Path) -> list[tuple[Owner, float]]:
-    """Returns the owner, then who is about to follow it, and so on; seldom more than one."""
+    """Returns the owner, then who is about to follow it, and so on; seldom more than one.
+
+    Raises: ConfigError: if the files lead in a circle, as no start leaves them.
+    """
     found: list[tuple[Owner, float]] = []
     path = folder / OWNER
     with suppress(FileNotFoundError):
         while True:
-            found.append(_read(path))
-            path = _next(folder, found[-1][0].start)
+            owner, beat = _read(path)
+            if any(owner.start == before.start for before, _ in found):
+                raise ConfigError(
+                    f"--runtime.run_dir: {path}: names a start that an earlier file names; got "
+                    f"{owner.start} again, expected the one that follows it. Remove {path}."
+                )
+            found.append((owner, beat))
+            path = _next(folder, owner.start)
     return found
 
 

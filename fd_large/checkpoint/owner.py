@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 from uuid import uuid4
 
 from fd_large import processes
+from fd_large.files import parse_json
 
 SLURM_SECONDS = 30.0
 """How long Slurm may take to answer, and how long its answer is believed."""
@@ -72,21 +72,24 @@ class Owner:
         )
 
     @classmethod
-    def parse(cls, text: str) -> Owner:
-        """Returns an owner from its file; one of no known start where the file is not whole."""
-        try:
-            found = json.loads(text)
-            kinds: dict[str, Callable[[Any], Any]] = {
-                field.name: type(field.default) for field in fields(cls)
-            }
-            kinds["start"] = str
-            return cls(**{name: kind(found[name]) for name, kind in kinds.items() if name in found})
-        except (ValueError, TypeError, KeyError):
-            return cls(start="unknown", since="an unknown time")
+    def parse(cls, text: bytes) -> Owner:
+        """Returns an owner from its file; one of no known start where a value cannot be one's.
+
+        Anybody may have written the file, and the id of a start becomes a part of file names.
+        """
+        with suppress(ValueError):
+            record = parse_json(text)
+            if isinstance(record, dict) and "start" in record:
+                known = {field.name for field in fields(cls)} & record.keys()
+                if all(_may_be(name, record[name]) for name in known):
+                    return cls(**{name: record[name] for name in known})
+        return cls(start="unknown", since="an unknown time")
 
     def __str__(self) -> str:
         job = f", Slurm job {self.job}" if self.job else ""
-        return f"host {self.host}, process {self.pid}{job}, since {self.since}"
+        text = f"host {self.host}, process {self.pid}{job}, since {self.since}"
+        # A terminal would obey the escape sequences of a file that somebody else wrote.
+        return "".join(letter if letter.isprintable() else "?" for letter in text)
 
     @property
     def is_near(self) -> bool:
@@ -110,6 +113,17 @@ class Owner:
             if processes.started(self.pid) not in (processes.HIDDEN, self.pid_started):
                 return f"process {self.pid} has ended"
         return ""
+
+
+def _may_be(name: str, value: Any) -> bool:
+    """Says whether a value that a file holds may be one of an owner's."""
+    if name in ("pid", "pid_started", "restarts"):
+        # Of type int: True is one by inheritance. The kernel takes no larger number for a process.
+        return type(value) is int and 0 <= value < (2**31 if name == "pid" else 2**63)
+    if not isinstance(value, str) or len(value) > 4096 or "\0" in value:
+        return False
+    # "-end" marks a start that gives its folder back.
+    return name != "start" or re.fullmatch("[0-9a-f]{32}(-end)?", value) is not None
 
 
 class Slurm:

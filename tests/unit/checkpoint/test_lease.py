@@ -22,6 +22,8 @@ from fd_large.checkpoint.lease import OWNER, Lease, OwnedError, claim, living_ow
 from fd_large.checkpoint.owner import Owner
 
 ELSEWHERE = {"boot": "another machine", "host": "n7", "pid": 4242}
+# Ids of starts.
+BEFORE, HALF_WAY = "be" * 16, "4a" * 16
 # Claims, says what came of it, and owns until its input ends.
 CLAIM = """
 import sys
@@ -67,11 +69,11 @@ for number in range(60):
     here = folder / str(number)
     here.mkdir(parents=True)
     if number % 3:
-        dead = replace(lease.Owner.here(), start="dead", pid=2**22)
+        dead = replace(lease.Owner.here(), start="d" * 32, pid=2**22)
         (here / lease.OWNER).write_text(json.dumps(asdict(dead)))
     if number % 3 == 2:
-        dead = replace(dead, start="died while it took over")
-        (here / "owner.dead.next").write_text(json.dumps(asdict(dead)))
+        dead = replace(dead, start="e" * 32)
+        (here / f"owner.{'d' * 32}.next").write_text(json.dumps(asdict(dead)))
     barrier.wait()
     barrier.wait()
     owners = []
@@ -122,7 +124,7 @@ def process(folder):
 def leave_owner(folder, *, silent=0.0, **facts):
     """An owner.json of a start that this process is not; returns the start."""
     folder.mkdir(parents=True, exist_ok=True)
-    owner = replace(Owner.here(), start="before", **facts)
+    owner = replace(Owner.here(), start=BEFORE, **facts)
     (folder / OWNER).write_text(json.dumps(asdict(owner)))
     beat = time.time() - silent
     os.utime(folder / OWNER, (beat, beat))
@@ -280,7 +282,7 @@ def test_slurm_is_asked_seldom_while_an_owner_leaves(folder, monkeypatch):
 
     monkeypatch.setattr(leases.time, "sleep", sleep)
     leave_owner(folder, **ELSEWHERE, job="7")
-    (folder / "owner.before.leaving").touch()
+    (folder / f"owner.{BEFORE}.leaving").touch()
     claim(folder, say=str).release()
     assert asked == ["7"]
 
@@ -301,7 +303,7 @@ def test_a_taker_that_finds_out_late_undoes_nothing(folder, tmp_path):
     held = claim(folder)
     late = tmp_path / "late"
     late.write_text(json.dumps(asdict(Owner.here())))
-    assert not leases._succeed(folder, ["before"], "late", late)
+    assert not leases._succeed(folder, [BEFORE], "f" * 32, late)
     assert held.owned()
     assert files(folder) == [OWNER]
     held.release()
@@ -309,8 +311,8 @@ def test_a_taker_that_finds_out_late_undoes_nothing(folder, tmp_path):
 
 def test_who_dies_while_it_takes_over_is_followed(folder):
     leave_owner(folder, pid=2**22)
-    owner = replace(Owner.here(), start="half way", pid=2**22 + 1)
-    (folder / "owner.before.next").write_text(json.dumps(asdict(owner)))
+    owner = replace(Owner.here(), start=HALF_WAY, pid=2**22 + 1)
+    (folder / f"owner.{BEFORE}.next").write_text(json.dumps(asdict(owner)))
     held = claim(folder)
     assert "process 4194305 has ended" in held.taken_over
     assert files(folder) == [OWNER]
@@ -368,7 +370,7 @@ def test_who_lost_the_folder_is_told_and_does_not_touch_the_new_owner(how, folde
     assert ("host n7" if how == "taken" else "is gone") in told[0]
     held.release()
     if how == "taken":
-        assert leases._read(folder / OWNER)[0].start == "before"
+        assert leases._read(folder / OWNER)[0].start == BEFORE
         assert time.time() - (folder / OWNER).stat().st_mtime > 40, "no beat for another"
 
 
@@ -452,6 +454,147 @@ def test_a_damaged_owner_counts_by_its_age(folder):
         claim(folder)
     os.utime(folder / OWNER, (1, 1))
     claim(folder, say=str).release()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xff\xfe{}",
+        b"[" * 100_000,
+        b"[1]",
+        b"{}",
+        json.dumps({"start": "x/../../../y"}).encode(),
+        json.dumps({"start": BEFORE, "pid": float("inf")}).encode(),
+        json.dumps({"start": BEFORE, "pid": 10**30}).encode(),
+        json.dumps({"start": BEFORE, "pid": -1}).encode(),
+        json.dumps({"start": f"{BEFORE}\0"}).encode(),
+        json.dumps({"start": [BEFORE]}).encode(),
+        json.dumps({"start": BEFORE, "host": "h" * 5000}).encode(),
+        json.dumps({"start": BEFORE, "folder": "a\0b"}).encode(),
+    ],
+)
+def test_an_owner_with_values_of_no_start_is_unknown(text, folder):
+    folder.mkdir(parents=True)
+    (folder / OWNER).write_bytes(text)
+    assert Owner.parse(text).start == "unknown"
+    with pytest.raises(OwnedError, match="unknown"):
+        claim(folder)
+    os.utime(folder / OWNER, (1, 1))
+    claim(folder, say=str).release()
+    assert files(folder) == []
+
+
+def test_an_own_record_is_read_back_whatever_the_folder_is_called(tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xff \n\x1b") / "a"
+    held = claim(folder)
+    assert held.owned()
+    assert leases._read(folder / OWNER)[0].folder == str(folder)
+    held.release()
+
+
+def test_the_heartbeat_survives_a_file_that_is_not_text(folder):
+    told = []
+    held = claim(folder, on_lost=told.append)
+    (folder / OWNER).write_bytes(b"\xff" * 100)
+    until(lambda: told, 30, "the owner is told that it lost the folder")
+    assert "unknown" in told[0]
+    held.release()
+
+
+def test_escape_sequences_of_a_foreign_owner_reach_no_terminal(folder):
+    leave_owner(folder, **(ELSEWHERE | {"host": "\x1b]0;x\x07n7"}))
+    with pytest.raises(OwnedError) as refused:
+        claim(folder)
+    assert str(refused.value).isprintable()
+
+
+def test_a_pipe_as_owner_does_not_keep_a_start_waiting(folder):
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / OWNER)
+    with pytest.raises(OwnedError, match="unknown"):
+        claim(folder)
+
+
+def test_files_of_owners_that_lead_in_a_circle_are_a_mistake(folder):
+    leave_owner(folder, pid=2**22)
+    shutil.copy(folder / OWNER, folder / f"owner.{BEFORE}.next")
+    with pytest.raises(leases.ConfigError, match="names a start that an earlier file names"):
+        claim(folder)
+
+
+HOUR = 3600.0
+
+
+@pytest.mark.parametrize("ahead", [60.0, HOUR, 400 * 24 * HOUR])
+def test_a_dead_owner_whose_clock_was_ahead_is_believed_for_one_lease(ahead, folder, monkeypatch):
+    monkeypatch.setattr(leases, "STALE_SECONDS", 0.5)
+    leave_owner(folder, **ELSEWHERE, silent=-ahead)
+    said = []
+    begin = time.monotonic()
+    held = claim(folder, say=said.append)
+    assert time.monotonic() - begin >= 0.5
+    assert "shows a time ahead" in said[0]
+    assert "no sign of life" in held.taken_over
+    assert files(folder) == [OWNER]
+    held.release()
+
+
+@pytest.mark.parametrize("ahead", [HOUR, -HOUR])
+def test_a_living_owner_is_not_robbed_whatever_its_clock_says(ahead, folder, monkeypatch):
+    """Its beat changes while it is watched; the second start is refused as soon as it does."""
+    monkeypatch.setattr(leases, "STALE_SECONDS", 30.0)
+    leave_owner(folder, **ELSEWHERE, silent=-ahead)
+    beats = []
+
+    def sleep(seconds):
+        now = time.time() + ahead
+        os.utime(folder / OWNER, (now, now))
+        beats.append(now)
+
+    monkeypatch.setattr(leases.time, "sleep", sleep)
+    with pytest.raises(OwnedError, match=r"host n7, .*last sign of life 0 s ago"):
+        claim(folder, say=str)
+    assert len(beats) == 1
+    assert leases._read(folder / OWNER)[0].start == BEFORE
+
+
+@pytest.mark.parametrize("ahead", [HOUR, -HOUR])
+def test_an_owner_with_another_clock_of_a_student_is_seen_alive(ahead, folder, monkeypatch):
+    student = folder / "students" / "a"
+    leave_owner(student, **ELSEWHERE, silent=-ahead)
+    assert living_owner(student) is None
+
+    def sleep(seconds):
+        now = time.time() + ahead
+        os.utime(student / OWNER, (now, now))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(leases.time, "sleep", sleep)
+        with pytest.raises(OwnedError, match="whose files it would share"):
+            claim(folder)
+    # Nobody beats: it is dead.
+    claim(folder).release()
+
+
+def test_an_owner_that_stops_beating_while_it_leaves_is_followed(folder, monkeypatch):
+    """As long as it beats it is waited for; from its last beat on counts one lease."""
+    monkeypatch.setattr(leases, "STALE_SECONDS", 0.5)
+    leave_owner(folder, **ELSEWHERE, silent=-HOUR)
+    (folder / f"owner.{BEFORE}.leaving").touch()
+    slept, rest = [], time.sleep
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) < 4:
+            now = time.time() + HOUR
+            os.utime(folder / OWNER, (now, now))
+        rest(0.1)
+
+    monkeypatch.setattr(leases.time, "sleep", sleep)
+    held = claim(folder, say=str)
+    assert len(slept) > 4
+    assert "no sign of life" in held.taken_over
+    held.release()
 
 
 def test_a_folder_that_cannot_be_made_is_a_mistake_of_the_user(tmp_path):
