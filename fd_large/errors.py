@@ -6,7 +6,7 @@ Every message reads `where: what; got X, expected Y. Remedy.` Our own mistakes s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
 from enum import IntEnum
 from typing import Any
@@ -65,6 +65,45 @@ class FDError(Exception):
 
 class ConfigError(FDError):
     """A recipe, a flag or a DeepSpeed JSON that cannot be carried out as written."""
+
+
+class ConflictError(ConfigError):
+    """Values of several fields that exclude each other; the remedy names what the user set.
+
+    Args:
+        problem: The sentence before the remedy, "where: what; got X, expected Y."
+        fields: The fields, section.field.
+        remedy: Another way out, which follows "or"; empty: there is none.
+    """
+
+    def __init__(self, problem: str, fields: tuple[str, ...] = (), remedy: str = "") -> None:
+        self.problem, self.fields, self.remedy = problem, fields, remedy
+        super().__init__(self._text(fields, ()))
+
+    def told_to(self, given: Collection[str]) -> str:
+        """Returns the message for somebody who set some of the fields.
+
+        Args:
+            given: Names of what was set, fields of other kinds included.
+        """
+        own = [name for name in self.fields if name in given]
+        message = ConfigError(self._text(own, [name for name in self.fields if name not in given]))
+        return str(message)
+
+    def renamed(self, rename: Callable[[str], str]) -> ConflictError:
+        """Returns the same conflict in fields of other names."""
+        fields = tuple(map(rename, self.fields))
+        return ConflictError(rename(self.problem), fields, self.remedy and rename(self.remedy))
+
+    def _text(self, changeable: Iterable[str], settled: Iterable[str]) -> str:
+        """The message: fields that the user can change, and fields that the recipe alone set."""
+        ways = [" or ".join(f"--{name}" for name in changeable)]
+        if of_recipe := " or ".join(f"--{name}" for name in settled):
+            ways.append(f"{of_recipe}, which the recipe sets")
+        if not any(ways):
+            return self.problem
+        changes = f"Change {', or '.join(filter(None, ways))}"
+        return f"{self.problem} {changes}{f', or {self.remedy}' if self.remedy else ''}."
 
 
 class ShapeError(FDError):

@@ -217,6 +217,7 @@ class _Parser(Generic[Own]):
                 self._positional[name] = next(iter(metavars), name.upper())
         self._usage = " ".join(self._positional.values())
         self._mistakes: list[str] = []
+        # Flags of a wrong type, and those that an unknown one may stand for.
         self._invalid: set[str] = set()
         self._task: type[Task] = Task
 
@@ -246,7 +247,7 @@ class _Parser(Generic[Own]):
             self._print_help(base)
             raise HelpShown
         if base is not None:
-            run = accepted(given, base.with_fields, self._mistakes)
+            run = accepted(given, base.with_fields, self._mistakes, refused=self._invalid)
         if config := own.get(DEEPSPEED_CONFIG):
             try:
                 load(config)
@@ -256,7 +257,10 @@ class _Parser(Generic[Own]):
             self._mistakes += [self._missing(name) for name in missing if name not in self._invalid]
         else:
             built = accepted(
-                own, lambda values: from_plain(self._kind, nested(values), ""), self._mistakes
+                own,
+                lambda values: from_plain(self._kind, nested(values), ""),
+                self._mistakes,
+                refused=self._invalid,
             )
         if self._mistakes:
             raise ConfigError("\n".join(dict.fromkeys(self._mistakes)))
@@ -281,6 +285,7 @@ class _Parser(Generic[Own]):
         """Values by name, of the command's own arguments and of the recipe's fields."""
         flags: dict[str, tuple[Any, list[str], bool]] = {}
         loose: list[str] = []
+        meant: set[str] = set()
         for typed, texts, joined in _groups(arguments):
             known = self._known(typed)
             name = typed.replace("-", "_")
@@ -305,8 +310,10 @@ class _Parser(Generic[Own]):
                     f"--{typed}: unknown flag; {self._nearest(typed)}. Correct the name, or see "
                     f"{_program(self._command)} --help."
                 )
+                meant |= set(get_close_matches(typed, known, n=1))
                 if texts:  # One of them may be a positional argument.
                     self._invalid.update(self._positional)
+        self._invalid |= meant - flags.keys()
         values: dict[str, Any] = {}
         for name, (hint, texts, off) in flags.items():
             try:
@@ -361,6 +368,8 @@ class _Parser(Generic[Own]):
 
     def _nearest(self, typed: str) -> str:
         known = [name for name, _ in self._known(typed).values()]
+        if not known:
+            return f"expected {self._usage or 'no arguments'} and no flags"
         # A field without its section; the recipe's own before one of a named teacher or student.
         whole = sorted(
             (name for name in known if name.split(".")[-1] == typed), key=lambda n: n.count(".")
@@ -390,6 +399,7 @@ class _Parser(Generic[Own]):
                 recipe=recipe or str(self._recipe),
                 named=bool(recipe),
                 mistakes=self._mistakes,
+                refused=self._invalid,
             )
         except ConfigError as error:
             self._mistakes.append(str(error))

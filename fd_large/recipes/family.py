@@ -11,7 +11,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
-from fd_large.errors import ConfigError
+from fd_large.errors import ConflictError
 from fd_large.recipes.fields import check_types
 
 MOST_BLOCKS = 1000
@@ -90,13 +90,20 @@ class FamilyArchitecture:
     def _check(self) -> None:
         """Refuses values that no model can have."""
 
-    def _require(self, ok: bool, field: str, expected: str) -> None:
-        """Raises ConfigError for a field unless ok."""
+    def _require(self, ok: bool, field: str, expected: str, *beside: str) -> None:
+        """Raises ConflictError for a field unless ok.
+
+        Args:
+            ok: Whether its value will do.
+            field: The field.
+            expected: What would do.
+            beside: Other fields that decide this.
+        """
         if not ok:
-            raise ConfigError(
+            raise ConflictError(
                 f"architecture.{field}: invalid for a {self.family} model; got "
-                f"{getattr(self, field)!r}, expected {expected}. Change --student.architecture or "
-                "--teacher.architecture."
+                f"{getattr(self, field)!r}, expected {expected}.",
+                tuple(f"architecture.{name}" for name in (field, *beside)),
             )
 
     @property
@@ -197,7 +204,7 @@ class Transformer(FamilyArchitecture):
             "depths",
             f"1 to {_MOST_STAGES} stages of one or more blocks, at most {MOST_BLOCKS} in all",
         )
-        self._require(len(self.num_heads) == stages, "num_heads", f"{stages} numbers")
+        self._require(len(self.num_heads) == stages, "num_heads", f"{stages} numbers", "depths")
         for field in ("embed_dim", "patch_size", "image_size"):
             self._require(getattr(self, field) >= 1, field, "a positive whole number")
         self._require(self.mlp_ratio > 0, "mlp_ratio", "a positive number")
@@ -205,7 +212,10 @@ class Transformer(FamilyArchitecture):
         for stage, heads in enumerate(self.num_heads):
             width = self.embed_dim * 2**stage
             self._require(
-                heads >= 1 and width % heads == 0, "num_heads", f"divisors of width {width}"
+                heads >= 1 and width % heads == 0,
+                "num_heads",
+                f"divisors of width {width}",
+                "embed_dim",
             )
 
 

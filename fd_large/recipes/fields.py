@@ -14,9 +14,12 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fd_large import doors
-from fd_large.errors import ConfigError, nearest
+from fd_large.errors import ConfigError, ConflictError, nearest
 
 _Section = TypeVar("_Section")
+
+LARGEST_NUMBER = 2**63 - 1
+"""Magnitude that no number of a recipe or of a command exceeds: seeds go up to it."""
 
 
 def field_names(cls: type, prefix: str = "", *, like: str = "") -> dict[str, Any]:
@@ -159,10 +162,38 @@ def _check_type(where: str, value: Any, hint: Any) -> None:
             f"{where}: a value of the wrong type; got {value!r}, expected {describe_type(hint)}."
             " Change the value."
         )
+    for number in value if isinstance(value, tuple) else (value,):
+        # A NaN is not below the limit either.
+        if isinstance(number, (int, float)) and not abs(number) <= LARGEST_NUMBER:
+            raise ConfigError(
+                f"{where}: not a number that a run can use; got {number}, expected a finite number "
+                f"of at most {LARGEST_NUMBER:.2g}. Change --{where.removeprefix('--')}."
+            )
 
 
-def require(ok: bool, what: str, got: Any, expected: str, remedy: str = "") -> None:
-    """Raises ConfigError("WHAT; got GOT, expected EXPECTED. REMEDY.") unless ok."""
+def require(
+    ok: bool,
+    what: str,
+    got: Any,
+    expected: str,
+    remedy: str = "",
+    *,
+    beside: tuple[str, ...] = (),
+) -> None:
+    """Raises ConfigError("WHAT; got GOT, expected EXPECTED. REMEDY.") unless ok.
+
+    Args:
+        ok: Whether the value will do.
+        what: The field and what is wrong, "optim.warmup_epochs: warm-up longer than the run".
+        got: The value.
+        expected: What would do.
+        remedy: What mends it; empty: another value of the field. Beside other fields it is a
+            further way out, which follows "or".
+        beside: Other fields that decide whether the value will do.
+    """
+    if not ok and beside:
+        fields = (what.partition(":")[0], *beside)
+        raise ConflictError(f"{what}; got {got}, expected {expected}.", fields, remedy)
     if not ok:
         remedy = remedy or f"Change --{what.partition(':')[0].removeprefix('--')}"
         raise ConfigError(f"{what}; got {got}, expected {expected}. {remedy}.")
@@ -269,5 +300,7 @@ def _entry(cls: type[_Section], values: Any, prefix: str, key: str) -> _Section:
     """As `from_plain`, for an entry that calls itself PREFIX.NAME in what it refuses."""
     try:
         return from_plain(cls, values, f"{prefix}{key}.")
+    except ConflictError as error:
+        raise error.renamed(lambda n: n.replace(f"{prefix}NAME.", f"{prefix}{key}.")) from None
     except ConfigError as error:
         raise ConfigError(str(error).replace(f"{prefix}NAME.", f"{prefix}{key}.")) from None

@@ -7,15 +7,16 @@ ways to the same object. Standard library only.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from fd_large import doors
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, ConflictError
 from fd_large.recipes.architectures import Architecture, by_name, resolve
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.fields import (
@@ -223,6 +224,8 @@ class Run:
                 continue  # Known once the weights are open, or there is none.
             try:
                 resolve(section.model, section.architecture)
+            except ConflictError as error:
+                raise error.renamed(partial(operator.add, f"{where}.")) from None
             except ConfigError as error:
                 raise ConfigError(f"{where}.{error}") from None
         self._check_teachers()

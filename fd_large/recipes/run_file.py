@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from fd_large.errors import ConfigError, nearest
+from fd_large.errors import ConfigError, ConflictError, nearest
 from fd_large.recipes import registry
 from fd_large.recipes.fields import field_names
 from fd_large.recipes.run import Run, Task
@@ -131,7 +131,12 @@ def _note_lines(node: Any, prefix: str, lines: dict[str, int], twice: list[str])
 
 
 def run_of(
-    given: Given, *, recipe: str, named: bool = False, mistakes: list[str] | None = None
+    given: Given,
+    *,
+    recipe: str,
+    named: bool = False,
+    mistakes: list[str] | None = None,
+    refused: set[str] | None = None,
 ) -> Run | None:
     """Returns the recipe that nested values describe.
 
@@ -143,6 +148,7 @@ def run_of(
         recipe: Name of the recipe that is changed where the values name none.
         named: Whether the user named it, so that it wins over the values' own name.
         mistakes: Takes the lines of all mistakes; None: they are raised.
+        refused: Takes the names of the values that are refused, as `accepted` has them.
 
     Returns: the recipe; None where a mistake left none.
     Raises: ConfigError: with a line for each mistake, unless `mistakes` takes them.
@@ -164,7 +170,8 @@ def run_of(
             base = Run.from_dict(
                 {NAME: name, "student": {"model": values["student.model"]}, **_task_of(values)}
             )
-        run = accepted(values, base.with_fields, found, where=given.where)
+        refused = set() if refused is None else refused
+        run = accepted(values, base.with_fields, found, where=given.where, refused=refused)
     except ConfigError as error:
         found.append(f"{given.where(NAME)}{error}")
     if mistakes is not None:
@@ -232,21 +239,55 @@ def accepted(
     mistakes: list[str],
     *,
     where: Callable[[str], str] = lambda name: "",
+    refused: set[str] | None = None,
 ) -> T | None:
-    """Returns what is built of values; each one that is refused is noted and left out.
+    """Returns the object that is built of values; each one that is refused is noted and left out.
+
+    Without a refused value the recipe's own stands in its place, which the user never gave: a
+    mistake that may come of that is not told.
 
     Args:
         values: Values by name.
         build: Raises a ConfigError that begins with the name of the value it refuses.
         mistakes: Takes the messages.
         where: What a message begins with, by the name of the value.
+        refused: Names that were refused before; takes those that are refused here.
     """
-    left = dict(values)
+    accepted_values = dict(values)
+    refused = set() if refused is None else refused
     while True:
         try:
-            return build(left)
+            return build(accepted_values)
         except ConfigError as error:
-            name = str(error).partition(":")[0].lstrip("-")
-            mistakes.append(f"{where(name)}{error}")
-            if left.pop(name, None) is None:
+            fields = error.fields if isinstance(error, ConflictError) else _fields_of(error)
+            own = [name for name in fields if name in accepted_values]
+            if not _comes_of(refused, fields, error, given=bool(own)):
+                text = error.told_to(values) if isinstance(error, ConflictError) else str(error)
+                mistakes.append(f"{where((own or list(fields))[0])}{text}")
+            refused |= set(own)
+            for name in own:
+                del accepted_values[name]
+            if not own:
                 return None
+
+
+def _fields_of(error: ConfigError) -> tuple[str, ...]:
+    return (str(error).partition(":")[0].lstrip("-"),)
+
+
+def _comes_of(
+    refused: Collection[str], fields: Collection[str], error: ConfigError, *, given: bool
+) -> bool:
+    """Returns whether a mistake may come of values that stand in for refused ones.
+
+    Args:
+        refused: Names of values that were refused.
+        fields: The fields in which the mistake is.
+        error: The mistake.
+        given: Whether the user gave a value of one of these fields.
+    """
+    sections = {name.rpartition(".")[0] for name in refused}
+    return any(
+        name in fields or re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", str(error))
+        for name in refused
+    ) or (not given and any(name.rpartition(".")[0] in sections for name in fields))

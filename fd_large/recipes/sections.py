@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
-from fd_large.errors import ConfigError, nearest
+from fd_large.errors import ConfigError, ConflictError, nearest
 from fd_large.failures import LONGEST_WAIT_SECONDS
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.family import FamilyArchitecture
@@ -103,7 +103,7 @@ class Student:
                 f"{self.place}.{name}: only for window_rule official",
                 f"{getattr(self, name)} with window_rule {self.window_rule}",
                 "none",
-                f"Leave it out, or set --{self.place}.window_rule official --{self.place}.{name}",
+                beside=(f"{self.place}.window_rule",),
             )
         for side in self.stage_windows:
             at_least(f"{self.place}.stage_windows", side, 1, "tokens")
@@ -146,6 +146,8 @@ class NamedStudent(Student):
         super().__post_init__()
         try:
             self.optimised(Optim())
+        except ConflictError as error:
+            raise error.renamed(lambda n: n.replace("optim.", f"{self.place}.")) from None
         except ConfigError as error:
             raise ConfigError(str(error).replace("optim.", f"{self.place}.")) from None
 
@@ -292,7 +294,7 @@ class Data:
             "data.image_size: not one of data.image_sizes",
             self.image_size,
             f"one of {named}",
-            "Set --data.image_size to the size of evaluations",
+            beside=("data.image_sizes",),
         )
         require(
             0 < self.min_crop_scale <= 1,
@@ -387,7 +389,8 @@ class Optim:
                 f"optim.{name}: read by AdamW alone",
                 getattr(self, name),
                 f"{value} beside optim.name {self.name}",
-                "Set it in the optimiser's own file",
+                "set it in the optimiser's own file",
+                beside=("optim.name",),
             )
         for name in ("base_lr", "warmup_lr", "min_lr", "weight_decay", "clip_norm"):
             not_negative(f"optim.{name}", getattr(self, name))
@@ -417,6 +420,7 @@ class Optim:
             f"optim.drops: not those of optim.schedule {self.schedule}",
             self.drops,
             "shares of the run between 0 and 1" if steps else "none",
+            beside=("optim.schedule",),
         )
         at_least("optim.epochs", self.epochs, 1, "passes over the data")
         not_negative("optim.warmup_epochs", self.warmup_epochs)
@@ -427,12 +431,18 @@ class Optim:
             "optim.warmup_epochs: warm-up longer than the run",
             self.warmup_epochs,
             f"less than optim.epochs = {self.epochs}",
+            beside=("optim.epochs",),
         )
         require(
             self.min_lr <= self.base_lr and self.warmup_lr <= self.base_lr,
             "optim.base_lr: below the learning rate at an end of the schedule",
             f"base_lr {self.base_lr:g}, warmup_lr {self.warmup_lr:g}, min_lr {self.min_lr:g}",
             "base_lr to be the largest of the three",
+            beside=tuple(
+                f"optim.{name}"
+                for name in ("warmup_lr", "min_lr")
+                if getattr(self, name) > self.base_lr
+            ),
         )
 
     def rates(self, global_batch_size: int) -> tuple[float, float, float]:
@@ -463,7 +473,8 @@ class Batch:
                 f" = {self.global_batch_size}",
                 self.micro_batch_size,
                 "a divisor",
-                "Change one of the two, or pass --batch.micro_batch_size auto",
+                "pass --batch.micro_batch_size auto",
+                beside=("batch.global_batch_size",),
             )
 
 
@@ -522,14 +533,15 @@ class Eval:
             "eval.patience: needs a number to compare evaluations by",
             self.patience,
             "0 while eval.best_metric is empty",
-            "Set --eval.best_metric, for example held_out_loss",
+            "set --eval.best_metric, for example held_out_loss",
+            beside=("eval.best_metric",),
         )
         require(
             bool(self.every or self.knn_every) or not self.patience,
             "eval.patience: needs evaluations during training",
             self.patience,
-            "0 while eval.every is 0",
-            "Set --eval.every",
+            "0 while eval.every and eval.knn_every are 0",
+            beside=("eval.every", "eval.knn_every"),
         )
         at_least("eval.knn_every", self.knn_every, 0, "steps")
         require(
@@ -537,7 +549,7 @@ class Eval:
             "eval.knn_every: needs images to test the student on",
             self.knn_every,
             "0 while eval.knn_root is empty",
-            "Set --eval.knn_root FOLDER",
+            beside=("eval.knn_root",),
         )
         at_least("eval.every", self.every, 0, "steps")
         at_least("eval.views", self.views, 1, "views")

@@ -47,6 +47,7 @@ class SwinV2Architecture(WindowedTransformer):
             len(self.pretrained_window_sizes) == stages,
             "pretrained_window_sizes",
             f"{stages} numbers",
+            "depths",
         )
         self._require(self.qkv_bias in ("none", "qv"), "qkv_bias", "'qv' or 'none'")
         self._require(self.extra_norm_every >= 0, "extra_norm_every", "0 or more blocks")

@@ -47,6 +47,8 @@ class ViTArchitecture(Transformer):
             not self.distillation_token or (self.class_token and not has_tables),
             "distillation_token",
             "False without a class token, or with relative positions",
+            "class_token",
+            "relative_position",
         )
 
     @property

@@ -83,6 +83,7 @@ class Depth:
             "task.depth.min_depth: not below task.depth.max_depth",
             self.min_depth,
             f"less than {self.max_depth} metres",
+            beside=("task.depth.max_depth",),
         )
         nearest, farthest = self.valid_range
         require(

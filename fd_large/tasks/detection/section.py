@@ -125,12 +125,14 @@ class Detection:
                 f"task.detection.{name}: not a setting of heads {self.heads!r}",
                 value,
                 f"{default!r}, or task.detection.heads {' or '.join(heads)}",
+                beside=("task.detection.heads",),
             )
         require(
             self.cascade_form == "mmdet" or self.class_agnostic,
             "task.detection.class_agnostic: excluded by cascade_form detectron2",
             self.class_agnostic,
             "true",
+            beside=("task.detection.cascade_form",),
         )
         check_scale_range("task.detection", self.scale_range)
         least, most, longer = self.whole_size
@@ -145,6 +147,7 @@ class Detection:
             "task.detection.scale_range: excluded by whole_size",
             self.scale_range,
             "only one of the two to be set",
+            beside=("task.detection.whole_size",),
         )
         check_test_size("task.detection", self.test_size)
         check_test_scales("task.detection", self.test_scales)
@@ -159,6 +162,7 @@ class Detection:
             self.test_areas,
             f"for each of {len(self.test_scales)} scales some of the letters s, m and l, with "
             "--task.detection.test_merge areas",
+            beside=("task.detection.test_merge", "task.detection.test_scales"),
         )
 
 

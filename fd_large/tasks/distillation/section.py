@@ -160,8 +160,8 @@ class NamedTeacher(Teacher, Objective):
             not self.mosaic or self.targets == (MAP,),
             f"{self.place}.mosaic: a mosaic has one summary, which is of no image",
             f"{self.mosaic} with targets {' '.join(self.targets)}",
-            MAP,
-            f"Set --{self.place}.targets {MAP}",
+            f"0, or targets {MAP}",
+            beside=(f"{self.place}.targets",),
         )
         require(
             bool(self.targets) and len(set(self.targets)) == len(self.targets),
@@ -174,7 +174,7 @@ class NamedTeacher(Teacher, Objective):
             f"{self.place}.summary: the summary is not learnt",
             f"settings of it and the targets {' '.join(self.targets)}",
             "its fields left out",
-            f"Set --{self.place}.targets {MAP} {SUMMARY}",
+            f"Leave out its fields, or set --{self.place}.targets {MAP} {SUMMARY}",
         )
 
     @classmethod
@@ -349,8 +349,8 @@ class Views:
             bool(self.views) or not self.cache,
             "task.distillation.cache: only views that come again can be stored",
             f"{self.cache} with task.distillation.views 0",
-            "1 or more",
-            "Set --task.distillation.views",
+            "views of 1 or more",
+            beside=("task.distillation.views",),
         )
         at_least("task.distillation.views", self.views, 0, "views")
         require(

@@ -99,6 +99,7 @@ class Segmentation:
             f"task.segmentation.auxiliary_weight: {self.head} has one map and no second head",
             self.auxiliary_weight,
             f"0 beside task.segmentation.head {self.head}",
+            beside=("task.segmentation.head",),
         )
 
 

@@ -11,6 +11,8 @@ from tyro.conf import Positional, arg
 from fd_large import doors
 from fd_large.cli.arguments import AllowsCode, HelpShown, choose, parse, parse_with_recipe
 from fd_large.cli.evaluate import Evaluate
+from fd_large.cli.report import Report
+from fd_large.cli.train import parse_train
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, field_names, flat, override
@@ -73,6 +75,11 @@ def toy(text: str) -> Toy:
 
 def run_of(text: str) -> Run:
     return parse_with_recipe(WithRecipe, text.split(), command="plan", recipe="quickstart").run
+
+
+def run_of_file(path, text: str) -> Run:
+    arguments = ["--deepspeed_config", "zero1", "--config", str(path), *text.split()]
+    return parse_train(arguments).run
 
 
 def mistakes(call) -> list[str]:
@@ -255,3 +262,64 @@ def test_code_that_is_not_there_is_reported_at_once_and_nothing_is_imported(tmp_
     ]
     assert "nearest: cosine" in str(found)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        # The recipe's own value stands in for a refused one; its conflicts are nobody's mistakes.
+        ("--batch.micro_batch_size 3", ["batch.micro_batch_size"]),
+        ("--student.architecture.num_heads 3 5", ["student.architecture.num_heads"]),
+        ("--student.architecture.depths 0", ["student.architecture.depths"]),
+        ("--batch.global_batch_size -1 --batch.micro_batch_size 3", ["batch.global_batch_size"]),
+        ("--batch.global_batch_size x --batch.micro_batch_size 3", ["--batch.global_batch_size"]),
+        ("--batch.global_batch_size 100 --batch.micro_batch_sise 5", ["--batch.micro_batch_sise"]),
+        # Others are told beside.
+        ("--batch.micro_batch_size 3 --optim.eps 0", ["batch.micro_batch_size", "optim.eps"]),
+        ("--batch.micro_batch_size 0 --optim.max_stpes 1", None),
+    ],
+)
+def test_a_mistake_brings_no_second_one(text, named):
+    found = fields_of(mistakes(lambda: run_of(f"--recipe fd_swinv2g {text}")))
+    named = named or ["--optim.max_stpes", "batch.micro_batch_size"]
+    assert sorted(found) == sorted(named)
+
+
+@pytest.mark.parametrize(
+    ("text", "own", "of_recipe"),
+    [
+        ("--optim.epochs 5", ["optim.epochs"], ["optim.warmup_epochs"]),
+        ("--optim.min_lr 1", ["optim.min_lr"], ["optim.base_lr"]),
+        ("--batch.global_batch_size 100", ["batch.global_batch_size"], ["batch.micro_batch_size"]),
+        ("--batch.global_batch_size 9 --batch.micro_batch_size 2", ["batch.micro_batch_size"], []),
+        ("--eval.patience 3", ["eval.patience"], ["eval.best_metric"]),
+        (
+            "--student.architecture.depths 2 2",
+            ["student.architecture.depths"],
+            ["student.architecture.num_heads"],
+        ),
+    ],
+)
+def test_the_remedy_of_a_conflict_names_first_what_the_user_set(text, own, of_recipe):
+    (told,) = mistakes(lambda: run_of(f"--recipe fd_swinv2g {text}"))
+    _, _, remedy = told.rpartition(". Change ")
+    mine, _, theirs = remedy.partition(", or ")
+    assert all(f"--{name}" in mine for name in own), told
+    assert all(f"--{name}" in theirs for name in of_recipe), told
+    assert bool(of_recipe) == ("which the recipe sets" in theirs), told
+
+
+def test_a_conflict_in_a_file_has_the_line_of_what_stands_there(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("name: fd_swinv2g\noptim:\n  epochs: 5\n")
+    (told,) = mistakes(lambda: run_of_file(path, ""))
+    assert told.startswith(f"{path}:3: optim.warmup_epochs: ")
+    # A value of the file that is refused is no reason to complain of the flags.
+    path.write_text("name: fd_swinv2g\nbatch: {micro_batch_size: 3}\n")
+    (told,) = mistakes(lambda: run_of_file(path, "--batch.global_batch_size 100"))
+    assert told.startswith(f"{path}:2: batch.micro_batch_size: ")
+
+
+def test_a_command_without_flags_says_so():
+    (told,) = mistakes(lambda: parse(Report, ["RUN", "--optim.max_steps", "3"], command="report"))
+    assert told.startswith("--optim.max_steps: unknown flag; expected RUN and no flags. ")

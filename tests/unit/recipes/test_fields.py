@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 
 from fd_large.errors import ConfigError
+from fd_large.recipes import registry
 from fd_large.recipes.fields import (
     at_least,
     check_types,
@@ -23,7 +26,7 @@ from fd_large.recipes.fields import (
     plain,
     positive,
 )
-from fd_large.recipes.run import Run
+from fd_large.recipes.run import Run, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,3 +161,28 @@ def test_field_names_flatten_nested_sections():
     assert describe_type(names["batch.micro_batch_size"]) == "a whole number or auto"
     assert describe_type(names["student.architecture.depths"]) == "whole numbers or None"
     assert describe_type(names["optim.betas"]) == "2 numbers"
+
+
+def _unusable(hint):
+    """Values of a numeric type that no run can use, in the form of the type."""
+    if get_origin(hint) in (Union, UnionType):
+        return [value for part in get_args(hint) for value in _unusable(part)]
+    if get_origin(hint) is tuple:
+        parts = [part for part in get_args(hint) if part is not Ellipsis]
+        return [(value,) * len(parts) for value in _unusable(parts[0])]
+    whole = [10**24, -(10**24)]
+    return {int: whole, float: [math.inf, -math.inf, math.nan, 1e24, *whole]}.get(hint, [])
+
+
+def test_no_numeric_field_takes_a_number_that_no_run_can_use():
+    several = {"teachers.a.source": "a", "students.b.base_lr": 1.0}
+    run = registry.get("fd_swinv2g").with_fields(several)
+    tried: set[str] = set()
+    for name in flat(run):
+        own = name.partition("architecture.")[2] or name  # All models have the same fields.
+        hint = (field_names(Run, like=name) | field_names(Task, "task.", like=name))[name]
+        for value in _unusable(hint) if own not in tried else ():
+            with pytest.raises(ConfigError, match=rf"^{re.escape(name)}: "):
+                run.with_fields({name: value})
+        tried |= {own} if _unusable(hint) else set()
+    assert len(tried) > 80
