@@ -2,7 +2,10 @@
 
 import sys
 
-from fd_large.cli.main import main
+from fd_large.imports import forget_current_folder
 
 if __name__ == "__main__":
+    forget_current_folder()
+    from fd_large.cli.main import main
+
     sys.exit(main())

@@ -7,10 +7,10 @@ Where a recipe names a thing, the name is one of
 - `module:package.module:NAME`, a name in a module on Python's path,
 - the name of an entry point that an installed package has in the group `fd_large.KIND`.
 
-A file is imported only if it was allowed in this process: the command line allows what it names
-(`allow_named`), and a resumed run allows the files that have not changed since it wrote their
-hashes. So no recipe that came from elsewhere runs code. Entry points need no permission: whoever
-installed the package has given it.
+Code runs only if this start's command line has its name (`allow_named`) or its file
+(`--allow-code`), or if name and hash stand in the user's own list (`allowed_code`), which such
+starts write. Recipes, run folders and checkpoints allow nothing, since they may come from
+elsewhere. Entry points need no permission: whoever installed the package has given it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import importlib
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +32,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from fd_large import allowed_code
 from fd_large.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -48,9 +50,15 @@ _NAMED = re.compile(rf"(?:^|=)({PREFIX}.+)$")
 
 log = logging.getLogger(__name__)
 
-_allowed: set[Path] = set()
+# Files of which every name may run, names, and names of files that have a certain hash.
+_files: set[Path] = set()
+_names: set[str] = set()
+_unchanged: set[tuple[str, str]] = set()
+# Whether what this command line allows is added to the user's list.
+_remembers = False
 _modules: dict[Path, ModuleType] = {}
-_imported: dict[Path | None, str] = {}
+# SHA-256 of the text that this process has run.
+_imported: dict[Path, str] = {}
 # Files and folders of entry points, which stand among libraries that are not the user's affair.
 _plugins: set[str] = set()
 _LIBRARIES = re.compile(r"[/\\](?:site|dist)-packages[/\\]")
@@ -67,46 +75,55 @@ def absolute(source: str) -> str:
     where, name = _split(source)
     if not is_own(source) or not _is_path(where):
         return source
-    return f"{PREFIX}{Path(where).expanduser().resolve()}:{name}"
+    return f"{PREFIX}{_real(where)}:{name}"
 
 
 def allow(source: str | os.PathLike[str]) -> None:
-    """Allows the import of a file in this process.
+    """Allows code in this process, because the user has named it.
 
     Args:
-        source: A `module:` name, or the path of a file. What names no file is ignored here, and
-            refused by `load`.
+        source: A `module:` name, which is allowed alone; or the path of a file, of which every name
+            is.
     """
-    path = file_of(source) if isinstance(source, str) and is_own(source) else Path(source)
-    if path is not None:
-        _allowed.add(path.expanduser().resolve())
+    if isinstance(source, str) and is_own(source):
+        _names.add(absolute(source))
+    else:
+        _files.add(_real(os.fspath(source)))
 
 
 def is_allowed(source: str) -> bool:
-    """Returns whether the file of a `module:` name is there and may be imported."""
-    return file_of(source) in _allowed
+    """Returns whether the file of a `module:` name is there and the name may be imported."""
+    path = file_of(source)
+    return path is not None and _is_permitted(source, path, _imported.get(path))
 
 
-def allow_named(arguments: Iterable[str]) -> None:
-    """Allows the files that a command line names, as `module:...` or `NAME=module:...`."""
+def allow_named(arguments: Iterable[str], *, remember: bool = False) -> None:
+    """Allows the names that a command line has, as `module:...` or `NAME=module:...`.
+
+    Args:
+        arguments: The words of the command line.
+        remember: Add what this process allows and imports to the user's list; one rank does.
+    """
+    global _remembers
+    _remembers = remember
     for argument in arguments:
         if match := _NAMED.search(argument):
             allow(match[1])
 
 
-def allow_unchanged(recorded: Mapping[str, str]) -> None:
-    """Allows the files that still have the hash that a run of the user's own has recorded.
+def allow_unchanged(checked: Mapping[str, str]) -> None:
+    """Allows what the process that started this one may import, while it is as it was there.
+
+    Never what a file says: a run folder may come from elsewhere.
 
     Args:
-        recorded: {"module:...": SHA-256}, of `hashes`.
+        checked: {"module:...": SHA-256}, of `hashes`.
     """
-    for source, digest in recorded.items():
-        if is_own(source) and digest and _hash(file_of(source)) == digest:
-            allow(source)
+    _unchanged.update((absolute(name), digest) for name, digest in checked.items())
 
 
 def require_allowed(named: Mapping[str, str]) -> None:
-    """Refuses files that nobody has allowed, all of them at once.
+    """Refuses code that nobody has allowed, all of it at once.
 
     Args:
         named: What a recipe names, by its field; built-in names and absent files are passed over.
@@ -116,14 +133,12 @@ def require_allowed(named: Mapping[str, str]) -> None:
     refused = {
         where: path
         for where, source in named.items()
-        if is_own(source) and (path := file_of(source)) is not None and path not in _allowed
+        if is_own(source)
+        and (path := file_of(source)) is not None
+        and not _is_permitted(source, path, _imported.get(path))
     }
     if refused:
-        files = " ".join(map(str, dict.fromkeys(refused.values())))
-        raise ConfigError(
-            f"{', '.join(refused)}: code that nobody has allowed to run; got {files}, expected "
-            f"files that this command line names. Read them, then add --allow-code {files}."
-        )
+        raise _not_allowed(refused)
 
 
 def complaint(source: str, where: str) -> str:
@@ -223,12 +238,13 @@ def file_of(source: str) -> Path | None:
     """Returns the file of a `module:` name, imports nothing; None where there is none."""
     where, _ = _split(source)
     if _is_path(where):
-        path = Path(where).expanduser().resolve()
-        return path if path.is_file() else None
-    spec = _spec_of(where)
-    if spec is None or not spec.has_location or not spec.origin:
-        return None
-    return Path(spec.origin).resolve()
+        path = _real(where)
+    else:
+        spec = _spec_of(where)
+        if spec is None or not spec.has_location or not spec.origin:
+            return None
+        path = _real(spec.origin)
+    return path if os.path.isfile(path) else None
 
 
 def hashes(tree: Any) -> dict[str, str]:
@@ -249,7 +265,7 @@ def hashes(tree: Any) -> dict[str, str]:
             path = file_of(f"{PREFIX}{plugins[text].value}")
         else:
             continue
-        found[text] = _imported.get(path) or _hash(path)
+        found[text] = (_imported.get(path) or _hash(path)) if path else ""
     return found
 
 
@@ -276,8 +292,45 @@ def _is_path(where: str) -> bool:
     return where.endswith(".py") or "/" in where
 
 
-def _hash(path: Path | None) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
+def _real(path: str) -> Path:
+    """Returns an absolute path without links; of an impossible one what no file has."""
+    try:
+        return Path(os.path.realpath(os.path.expanduser(path)))
+    except ValueError:  # A NUL, which a recipe may hold.
+        return Path(path)
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_permitted(source: str, path: Path, digest: str | None) -> bool:
+    """Whether a name may be imported from a file whose text has a hash; None: as it is now."""
+    if _is_named(source, path):
+        return True
+    if path.suffix != ".py":  # Python loads it by itself, perhaps not what was hashed.
+        return False
+    name, digest = absolute(source), digest or _hash(path)
+    return (name, digest) in _unchanged or _listed(name).get(digest) == str(path)
+
+
+def _is_named(source: str, path: Path) -> bool:
+    """Whether this start's command line allows a name."""
+    return path in _files or absolute(source) in _names
+
+
+def _listed(name: str) -> Mapping[str, str]:
+    return allowed_code.read()[0].get(name, {})
+
+
+def _not_allowed(refused: Mapping[str, Path]) -> ConfigError:
+    files = " ".join(shlex.quote(str(path)) for path in dict.fromkeys(refused.values()))
+    reason = allowed_code.read()[1]
+    return ConfigError(
+        f"{', '.join(refused)}: code that nobody has allowed to run; got {files}, expected code "
+        "that this command line names, or that a start of yours named and that has not changed "
+        f"since. Read it, then add --allow-code {files}." + (f"\n{reason}" if reason else "")
+    )
 
 
 def _own(source: str, where: str) -> Any:
@@ -285,16 +338,26 @@ def _own(source: str, where: str) -> Any:
     path = file_of(source)
     if path is None or not name.isidentifier():
         raise ConfigError(complaint(source, where))
-    require_allowed({where: source})
     try:
-        if path not in _modules:
-            is_file = _is_path(module_name)
-            _modules[path] = _from_file(path) if is_file else importlib.import_module(module_name)
-    except Exception as error:  # The user's code may raise anything.
+        # What is hashed is what runs: the file may change in between.
+        text = b"" if path in _modules else path.read_bytes()
+    except OSError as error:
         raise _failed(where, str(path), error) from error
+    digest = _imported.get(path) or hashlib.sha256(text).hexdigest()
+    if not _is_permitted(source, path, digest):
+        raise _not_allowed({where: path})
+    if path not in _modules:
+        importer = _from_file if _is_path(module_name) else _from_path
+        try:
+            module = importer(module_name, path, text)
+        except Exception as error:  # The user's code may raise anything.
+            raise _failed(where, str(path), error) from error
+        _modules[path], _imported[path] = module, digest
     module = _modules[path]
     if not hasattr(module, name):
         raise ConfigError(_no_name(where, path, name, vars(module)))
+    if _remembers and path.suffix == ".py" and _is_named(source, path):
+        allowed_code.add(absolute(source), digest, path)
     return getattr(module, name)
 
 
@@ -359,20 +422,35 @@ def _is_theirs(file: str) -> bool:
     return not (file.startswith("<") or real.startswith(_NOT_THEIRS) or _LIBRARIES.search(real))
 
 
-def _from_file(path: Path) -> ModuleType:
+def _from_file(_: str, path: Path, text: bytes) -> ModuleType:
     # A name of its own, so that two files of the same name do not meet.
     name = f"fd_large_own_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     spec = spec_from_file_location(name, path)
     assert spec is not None
+    return _run(spec, path, text)
+
+
+def _from_path(name: str, path: Path, text: bytes) -> ModuleType:
+    """Imports a module on Python's path, whose package comes first as in any import."""
+    package, _, last = name.rpartition(".")
+    above = importlib.import_module(package) if package else None
+    spec = None if name in sys.modules or path.suffix != ".py" else _spec_of(name)
+    if spec is None:
+        return importlib.import_module(name)
+    module = _run(spec, path, text)
+    if above is not None:
+        setattr(above, last, module)
+    return module
+
+
+def _run(spec: ModuleSpec, path: Path, text: bytes) -> ModuleType:
     module = module_from_spec(spec)
-    sys.modules[name] = module  # Dataclasses and pickle look modules up there.
+    sys.modules[spec.name] = module  # Dataclasses and pickle look modules up there.
     try:
         # Not by the loader, which may run a cached compilation of an older text.
-        text = path.read_bytes()
-        _imported[path] = hashlib.sha256(text).hexdigest()
         exec(compile(text, str(path), "exec"), module.__dict__)
     except BaseException:
-        del sys.modules[name]
+        del sys.modules[spec.name]
         raise
     return module
 

@@ -1,12 +1,27 @@
-"""Imports that take less time than a library asks for."""
+"""Imports: where Python looks for them, and less time than a library asks for."""
 
 from __future__ import annotations
 
 import atexit
 import gc
+import os.path
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+def forget_current_folder() -> None:
+    """Takes the folder that Python puts first on its path for `-m` or a script off it.
+
+    A file there would stand in for a module: beside a run that came from elsewhere, such a file may
+    have come with it. The folder that holds this package stays, and so does PYTHONPATH.
+    """
+    package = os.path.dirname(os.path.realpath(__file__))
+    started_in = {package, os.path.realpath(os.curdir)}
+    if not sys.flags.safe_path and sys.path and os.path.realpath(sys.path[0]) in started_in:
+        del sys.path[0]
+    if (above := os.path.dirname(package)) not in map(os.path.realpath, sys.path):
+        sys.path.insert(0, above)
 
 
 @contextmanager

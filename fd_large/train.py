@@ -8,6 +8,9 @@ if __name__ == "__main__":
     if not __package__:
         # Python puts a script's folder first on the path; the package is found from its parent.
         sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from fd_large.imports import forget_current_folder
+
+    forget_current_folder()
     from fd_large.cli.main import main
 
     try:

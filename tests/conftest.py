@@ -7,8 +7,11 @@ import os
 import re
 import signal
 from importlib.metadata import requires
+from uuid import uuid4
 
 import pytest
+
+from fd_large import doors
 
 # What setup.py's test extra brings, by import name where it differs.
 IMPORT_NAMES = {
@@ -46,6 +49,23 @@ def pytest_collection():
 def cache_of_the_tests(tmp_path_factory):
     """Lists of images and annotations that ranks keep are kept here, not in the user's cache."""
     os.environ["FD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_of_the_session(tmp_path_factory):
+    """The list of allowed code is kept here, not in the user's home."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture(autouse=True)
+def state_of_the_test(state_of_the_session, monkeypatch):
+    """A test begins without code that another one has allowed."""
+    monkeypatch.setenv("XDG_STATE_HOME", f"{os.environ['XDG_STATE_HOME']}/{uuid4().hex}")
+    for name in ("_files", "_names", "_unchanged"):
+        monkeypatch.setattr(doors, name, set())
+    monkeypatch.setattr(doors, "_modules", {})
+    monkeypatch.setattr(doors, "_imported", {})
+    monkeypatch.setattr(doors, "_remembers", False)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,6 +13,7 @@ flags win, which is said of a named entry's; values may begin with a dash; `--sw
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 import textwrap
@@ -26,7 +27,7 @@ from typing import Annotated, Any, Generic, TypeVar, cast, get_type_hints
 
 from tyro.conf import Positional
 
-from fd_large import doors
+from fd_large import doors, files
 from fd_large.engine.zero.config import load
 from fd_large.errors import ConfigError, nearest
 from fd_large.launch import find_rank
@@ -64,14 +65,15 @@ class HelpShown(Exception):
 class AllowsCode:
     """An argument of commands that build models of stored runs and of exports."""
 
-    # Python files that may be imported where a stored recipe or an export names them
-    # (module:FILE.py:NAME). Others are not: what came from elsewhere must not run code.
+    # Python files of which any name may be imported where a recipe, a stored run or an export has
+    # it (module:FILE.py:NAME). Others are not: what came from elsewhere must not run code.
     allow_code: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for path in self.allow_code:
             require(
-                doors.is_own(path) or Path(path).expanduser().is_file(),
+                doors.is_own(path)
+                or files.kind_of(os.path.expanduser(path), where="--allow_code") == "file",
                 "--allow_code: no such file",
                 path,
                 "a Python file",

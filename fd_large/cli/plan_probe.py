@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fd_large
 from fd_large import doors
 from fd_large.errors import LaunchError
 from fd_large.plan.phases import Phases
@@ -43,9 +44,16 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
         request = json.dumps(asked)
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        paths = (str(Path(fd_large.__file__).parents[1]), os.environ.get("PYTHONPATH"))
         done = subprocess.run(
-            [sys.executable, "-m", *launcher, "--module", "fd_large.cli.plan_probe", request],
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            # -P, also of the ranks: a file of the working folder must not stand in for a module.
+            [sys.executable, "-P", "-m", *launcher, "--module", "fd_large.cli.plan_probe", request],
+            env=os.environ
+            | {
+                "OMP_NUM_THREADS": str(threads),
+                "PYTHONSAFEPATH": "1",
+                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            },
             check=False,
         )
         if done.returncode:

@@ -327,7 +327,6 @@ def submit(own: Transfer, cells: Sequence[Cell], environ: Mapping[str, str]) -> 
             job = transfer_slurm.submit_training(
                 cell.run,
                 deepspeed_config=own.deepspeed_config,
-                allow_code=own.allow_code,
                 options=own.sbatch,
                 environ=environ,
             )

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from fd_large import doors
 from fd_large.errors import ConfigError
 from fd_large.files import write_json
 from fd_large.recipes.fields import require
@@ -52,7 +53,6 @@ def submit_training(
     run: Run,
     *,
     deepspeed_config: str,
-    allow_code: Sequence[str],
     options: Sequence[str],
     environ: Mapping[str, str],
 ) -> int:
@@ -61,10 +61,14 @@ def submit_training(
     Args:
         run: The recipe.
         deepspeed_config: DeepSpeed's JSON, a name or a path.
-        allow_code: Files of the user's own that the recipe may import.
         options: Options of sbatch, without their dashes.
         environ: The environment that the job inherits.
+
+    Raises: ConfigError: if sbatch takes no job, or the recipe names code that this start may not
+        import: the job's command line is to allow no more.
     """
+    own_code = [name for name in run.code() if doors.is_own(name)]
+    doors.require_allowed({name: name for name in own_code})
     folder = Path(run.run_dir())
     write_json(folder / RUN_FILE, run.to_dict())
     # The paths besides, which the script looks for on every node.
@@ -77,8 +81,8 @@ def submit_training(
     if run.student.init:
         named["student.init"] = run.student.init
     words = [str(word) for name, value in named.items() for word in (f"--{name}", value)]
-    if allow_code:
-        words += ["--allow_code", *allow_code]
+    if own_code:
+        words += ["--allow_code", *own_code]
     own = [f"job-name={'-'.join(folder.parts[-3:])}", f"output={folder}/slurm-%j.out"]
     return _sbatch([*own, *options], script(TRAINING), words, environ)
 

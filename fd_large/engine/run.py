@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fd_large import activity, distributed, doors, failures
+from fd_large import activity, distributed, failures
 from fd_large.checkpoint.lease import Lease
 from fd_large.checkpoint.store import checkpoints_of
 from fd_large.data.loader import Batch
@@ -38,7 +38,6 @@ from fd_large.runtime.profiler import Profiler
 from fd_large.runtime.progress import Progress
 from fd_large.runtime.run_folder import (
     record_code,
-    recorded_code,
     rows_before,
     status_of,
     write_status,
@@ -79,11 +78,6 @@ def train(
     """
     runs = run.each_student()
     leases = [lease.inside(Path(one.run_dir())) if name else lease for name, one in runs.items()]
-    for one in runs.values():
-        # Files that are as this run's own folder recorded them; the command line allows all others.
-        # What the folder alone names stays refused, as the folder may have come from elsewhere.
-        recorded, named = recorded_code(Path(one.run_dir())), one.code()
-        doors.allow_unchanged({name: recorded[name] for name in named.keys() & recorded.keys()})
     watching: list[list[Hook]] = [[] for _ in runs]
     ends: list[tuple[Lease, list[Hook]]] = list(zip(leases, watching, strict=True))
     if run.students:

@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fd_large import doors
 from fd_large.backbones.custom.architecture import CustomArchitecture
 from fd_large.recipes.architectures import changed_words, full_name, image_side_of, model_of
 from fd_large.recipes.file_names import EVENTS, LOGS, METRICS, PAGE, SUMMARY
@@ -149,9 +148,6 @@ def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
         # No library has a model of the user's own.
         "{library}": "fd" if isinstance(student, CustomArchitecture) else "timm",
     }
-    own = dict.fromkeys(doors.file_of(source) for source in files.code if doors.is_own(source))
-    allowed = [str(path) for path in own if path]
-    allows = ["--allow-code", *allowed] if allowed else []
     found = []
     entries = _teachers(files)
     # What stands for a teacher knows the training views alone.
@@ -164,7 +160,7 @@ def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
         ]
         for placeholder, value in values.items():
             words = [word.replace(placeholder, value) for word in words]
-        found.append((why, [*_commands(files), *words, *allows]))
+        found.append((why, [*_commands(files), *words]))
     return found
 
 

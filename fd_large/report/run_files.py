@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy
 from fd_large.errors import ConfigError, DataError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import flat_plain
-from fd_large.recipes.file_names import CODE, ENVIRONMENT, EVALUATIONS, METRICS, SUMMARY
+from fd_large.recipes.file_names import ENVIRONMENT, EVALUATIONS, METRICS, SUMMARY
 from fd_large.recipes.row_files import lines_of, numbers_of
 from fd_large.recipes.stored import recipe_file
 
@@ -33,7 +32,6 @@ class RunFiles:
         learning_rate: Learning rate of each, (n,).
         rows: Rows of metrics.jsonl.
         evaluations: Rows of evaluations.jsonl: update (finished steps) and metrics.
-        code: Names of the code of the user's own that the run used last, module:...
     """
 
     folder: Path
@@ -45,7 +43,6 @@ class RunFiles:
     learning_rate: numpy.ndarray
     rows: list[dict[str, Any]]
     evaluations: list[dict[str, float]]
-    code: tuple[str, ...]
 
     @property
     def saved(self) -> int | None:
@@ -140,14 +137,7 @@ def read_run(folder: str | Path) -> RunFiles:
         learning_rate=numpy.array([row["learning_rate"] for row in rows], dtype=numpy.float64),
         rows=rows,
         evaluations=_rows(folder / EVALUATIONS),
-        code=_code(folder / CODE),
     )
-
-
-def _code(path: Path) -> tuple[str, ...]:
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        return tuple(json.loads(path.read_text())[-1]["files"])
-    return ()
 
 
 def _object(path: Path, remedy: str = "Remove it and report again.") -> dict[str, Any]:

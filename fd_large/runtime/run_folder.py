@@ -17,7 +17,7 @@ from typing import Any
 
 from fd_large import distributed
 from fd_large.errors import ConfigError
-from fd_large.files import replacing, write_json
+from fd_large.files import read_json, replacing, write_json
 from fd_large.recipes.file_names import (
     CODE,
     DEEPSPEED,
@@ -221,10 +221,21 @@ def record_code(folder: Path, files: Mapping[str, str], step: int) -> None:
 
 
 def _starts(folder: Path) -> list[dict[str, Any]]:
-    """Returns what code.json lists: {"update": first step, "files": {"module:...": SHA-256}}."""
-    with suppress(OSError, ValueError):
-        return json.loads((folder / CODE).read_text())
-    return []
+    """Returns what code.json lists: {"update": first step, "files": {"module:...": SHA-256}}.
+
+    A record for people, which allows nothing; what is damaged in it is left out.
+    """
+    try:
+        starts = read_json(folder / CODE, where=CODE, holds=list)
+    except ConfigError:
+        return []
+    return [
+        start
+        for start in starts
+        if isinstance(start, dict)
+        and isinstance(files := start.get("files"), dict)
+        and all(isinstance(digest, str) for digest in files.values())
+    ]
 
 
 def rows_before(path: Path, update: int) -> list[dict[str, Any]]:

@@ -156,13 +156,6 @@ def test_head_and_any_number_of_ranks(own, tmp_path):
         torch.testing.assert_close(second[name][: len(tensor)], tensor, rtol=1e-4, atol=1e-6)
 
 
-@pytest.fixture
-def nothing_allowed(monkeypatch):
-    monkeypatch.setattr(doors, "_allowed", set())
-    monkeypatch.setattr(doors, "_modules", {})
-
-
-@pytest.mark.usefixtures("nothing_allowed")
 def test_a_student_is_exported_measured_and_fine_tuned(own, distilled, tmp_path, capsys):
     code, out, data = own / "convnet.py", tmp_path / "out", f"module:{own}/arrays.py:Arrays"
     export = ["export", str(distilled), str(out), "--to", "fd"]
@@ -196,7 +189,6 @@ def test_a_student_is_exported_measured_and_fine_tuned(own, distilled, tmp_path,
     assert len(losses(tuned)) == STEPS
 
 
-@pytest.mark.usefixtures("nothing_allowed")
 def test_a_stored_run_imports_nothing(own, distilled, tmp_path, capsys):
     assert main(["report", str(distilled)]) == 0
     assert main(["checkpoint", "list", str(distilled)]) == 0
@@ -207,7 +199,6 @@ def test_a_stored_run_imports_nothing(own, distilled, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("field", ["student.model", "data.root", "task.name"])
-@pytest.mark.usefixtures("nothing_allowed")
 def test_a_file_that_is_another_or_gone(own, distilled, tmp_path, capsys, field):
     run, (section, key) = tmp_path / "run", field.split(".")
     shutil.copytree(distilled, run)

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import py_compile
 import sys
 from pathlib import Path
 
 import pytest
 from plugins import install
 
-from fd_large import doors
+from fd_large import allowed_code, doors
 from fd_large.errors import ConfigError
 
 WHERE = "objective.loss"
-
-
-@pytest.fixture(autouse=True)
-def _nothing_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doors, "_allowed", set())
-    monkeypatch.setattr(doors, "_modules", {})
-    monkeypatch.setattr(doors, "_imported", {})
 
 
 def written(path: Path, text: str = "def cosine():\n    return 1\n") -> str:
@@ -209,6 +203,155 @@ def test_a_command_line_allows_what_it_names(tmp_path: Path) -> None:
     doors.allow_named(["train", "--objective.loss", one, f"--optim.name={two}", "--x", "no"])
     assert load(one)() == load(two)() == 1
     refused(three, "--allow-code")
+
+
+def new_start(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """A process that knows nothing of those before, with a command line."""
+    for name in ("_files", "_names", "_unchanged"):
+        monkeypatch.setattr(doors, name, set())
+    monkeypatch.setattr(doors, "_modules", {})
+    monkeypatch.setattr(doors, "_imported", {})
+    doors.allow_named(arguments, remember=True)
+
+
+def test_a_name_allows_no_other_of_its_file(tmp_path: Path) -> None:
+    text = "from subprocess import run\ndef cosine():\n    return 1\n"
+    source = written(tmp_path / "mine.py", text)
+    assert allowed(source)() == 1
+    other = source.replace(":cosine", ":run")
+    assert not doors.is_allowed(other)
+    refused(other, "--allow-code")
+    doors.allow(tmp_path / "mine.py")
+    assert load(other)
+
+
+def test_what_a_start_named_needs_no_flag_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = written(tmp_path / "mine.py", "cosine = 1\nother = 2\n")
+    new_start(monkeypatch, "train", "--objective.loss", source)
+    assert load(source) == 1
+    new_start(monkeypatch, "train")
+    assert load(source) == 1
+    refused(source.replace(":cosine", ":other"), "--allow-code")
+    written(tmp_path / "mine.py", "cosine = 3\nother = 2\n")
+    assert load(source) == 1, "what runs is what was allowed"
+    new_start(monkeypatch, "train")
+    refused(source, "--allow-code")
+    doors.allow(tmp_path / "mine.py")
+    assert load(source) == 3
+    new_start(monkeypatch, "train")
+    assert load(source) == 3
+    written(tmp_path / "mine.py", "cosine = 1\nother = 2\n")
+    new_start(monkeypatch, "train")
+    assert load(source) == 1, "the hashes of before stay"
+
+
+def test_a_copy_of_allowed_code_elsewhere_is_not_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same text imports other files there, and a link to it is the file itself."""
+    source = written(tmp_path / "mine" / "own_losses.py")
+    written(tmp_path / "foreign" / "own_losses.py")
+    dotted = "module:own_losses:cosine"
+    with monkeypatch.context() as mine:
+        mine.syspath_prepend(tmp_path / "mine")
+        new_start(monkeypatch, "train", source, dotted)
+        assert load(source)() == load(dotted)() == 1
+        new_start(monkeypatch, "train")
+        sys.modules.pop("own_losses", None)
+        assert load(dotted)() == 1
+    sys.modules.pop("own_losses", None)
+    new_start(monkeypatch, "train")
+    (tmp_path / "link.py").symlink_to(tmp_path / "mine" / "own_losses.py")
+    assert load(f"module:{tmp_path}/link.py:cosine")() == 1
+    refused(f"module:{tmp_path}/foreign/own_losses.py:cosine", "--allow-code")
+    monkeypatch.syspath_prepend(tmp_path / "foreign")
+    refused(dotted, "--allow-code", str(tmp_path / "foreign"))
+
+
+@pytest.mark.parametrize("dotted", [False, True])
+def test_a_file_that_changes_before_its_import_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dotted: bool
+) -> None:
+    source = written(tmp_path / "changing.py")
+    if dotted:
+        monkeypatch.syspath_prepend(tmp_path)
+        source = "module:changing:cosine"
+    new_start(monkeypatch, "train", source)
+    assert load(source)() == 1
+    new_start(monkeypatch, "train")
+    sys.modules.pop("changing", None)
+    assert doors.is_allowed(source)
+    marker = tmp_path / "ran"
+    written(tmp_path / "changing.py", f"open({str(marker)!r}, 'w')\ncosine = 1\n")
+    refused(source, "--allow-code")
+    assert not marker.exists()
+
+
+def test_a_cached_compilation_of_another_text_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cached.py"
+    written(path, "cosine = 2\n")
+    py_compile.compile(str(path), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    written(path, "cosine = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert allowed("module:cached:cosine") == 1
+    monkeypatch.delitem(sys.modules, "cached")
+
+
+def test_a_process_that_starts_another_hands_on_what_it_may_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, edited = written(tmp_path / "mine.py"), written(tmp_path / "edited.py")
+    checked = doors.hashes([source, edited])
+    written(tmp_path / "edited.py", "cosine = 2\n")
+    new_start(monkeypatch)
+    doors.allow_unchanged(checked)
+    assert load(source)() == 1
+    refused(edited, "--allow-code")
+    new_start(monkeypatch)
+    refused(source, "--allow-code")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "module:a\0b.py:x",
+        "module:~no-such-user/a.py:x",
+        f"module:{'a' * 300}.py:x",
+        "module:/dev/zero/a.py:x",
+        "module:builtins:eval",
+        "module:os.path.:x",
+        "module:..:x",
+        "module:/:x",
+    ],
+)
+def test_impossible_names_are_sentences(source: str) -> None:
+    doors.allow(source)
+    assert not doors.is_allowed(source)
+    refused(source)
+    assert doors.hashes([source]) == {source: ""}
+
+
+def test_a_link_that_leads_back_to_itself_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "loop.py").symlink_to(tmp_path / "loop.py")
+    refused(f"module:{tmp_path}/loop.py:x", "no such file")
+
+
+def test_a_list_that_is_not_believed_is_said_where_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = written(tmp_path / "mine.py")
+    new_start(monkeypatch, source)
+    assert load(source)
+    new_start(monkeypatch)
+    place = allowed_code.place()
+    assert place is not None
+    place.chmod(0o666)
+    with pytest.raises(ConfigError, match="0666"):
+        load(source)
 
 
 def test_hashes_are_of_the_files_that_a_recipe_names(tmp_path: Path) -> None:

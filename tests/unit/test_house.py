@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "fd_large"
 FLOORS = {
     "errors": 0,
     "activity": 0,
+    "allowed_code": 0,
     "doors": 0,
     "files": 0,
     "launch": 0,
@@ -67,6 +68,7 @@ FOR_ALL = {
     "distributed",
     "meeting",
     "files",
+    "allowed_code",
     "doors",
     "failures",
     "processes",
@@ -81,6 +83,7 @@ WITHOUT_TORCH = {
     "plan",
     "errors",
     "activity",
+    "allowed_code",
     "doors",
     "files",
     "launch",

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 from page_examples import EXAMPLES
 
-from fd_large import doors, shipped
+from fd_large import shipped
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.checkpoint import store
 from fd_large.cli import arguments as cli_arguments
@@ -142,7 +142,6 @@ def parsed(monkeypatch, tmp_path):
 
     monkeypatch.setattr(cli_arguments._Parser, "parse", parse_alone)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(doors, "_allowed", set())
     for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, text in EXAMPLES.items():

@@ -140,7 +140,7 @@ def _build(name: str) -> str | None:
 def _compile(name: str, said: Path, turn: int) -> str | None:
     with open(said, "wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", BUILD, name],
+            [sys.executable, "-P", "-c", BUILD, name],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

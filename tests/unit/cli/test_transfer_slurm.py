@@ -98,3 +98,12 @@ def test_what_stands_in_the_way(toy, jobs, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main([*words, "--slurm"]) == 2
     assert "no sbatch here" in capsys.readouterr().err
+
+
+def test_a_job_is_handed_on_the_names_of_own_code_and_no_others(toy, jobs, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("class Lion: ...\n")
+    own, out = f"module:{tmp_path}/mine.py:Lion", tmp_path / "table"
+    words = [*transfer_toy.words(toy, out), "--rows", "student", "--only", "linear", "--slurm"]
+    assert main([*words, "--linear.optim.name", own]) == 0
+    job, _ = jobs()
+    assert job[-2:] == ["--allow_code", own]

@@ -185,7 +185,7 @@ def test_a_task_of_the_users_own_names_held_out_images_only_where_it_evaluates(r
 
 
 @pytest.mark.parametrize("task", ["distillation", "finetune"])
-def test_a_student_of_the_users_own_is_allowed_and_goes_out_as_fd(task, run_of, tmp_path):
+def test_a_student_of_the_users_own_goes_out_as_fd_and_no_code_is_allowed(task, run_of, tmp_path):
     folder, recipe = run_of(task)
     nets, heads = tmp_path / "my nets.py", tmp_path / "heads.py"
     for file in (nets, heads):
@@ -193,16 +193,13 @@ def test_a_student_of_the_users_own_is_allowed_and_goes_out_as_fd(task, run_of, 
     recipe = recipe.to_dict()
     recipe["student"] |= {"model": f"module:{nets}:Net", "architecture": {}}
     (folder / "recipe.json").write_text(json.dumps(recipe))
-    names = [f"module:{nets}:Net", f"module:{heads}:head", f"module:{nets}:other", "of_a_package"]
-    starts = [{"update": 0, "files": {}}, {"update": 5, "files": dict.fromkeys(names, "hash")}]
+    names = [f"module:{nets}:Net", f"module:{heads}:head"]
+    starts = [{"update": 0, "files": dict.fromkeys(names, "hash")}]
     (folder / "code.json").write_text(json.dumps(starts))
     found = dict(pasted(step["command"]) for step in next_steps(read_run(folder)))
     assert found["export"].to == "fd"
-    allowed = (str(nets), str(heads))
-    assert found["export"].allow_code == allowed
-    assert found["evaluate"].own.allow_code == allowed
-    if task == "distillation":
-        assert found["diagnose"].allow_code == allowed
+    # The folder may have come from elsewhere, and its code.json with it.
+    assert "allow" not in json.dumps(next_steps(read_run(folder)))
 
 
 def test_a_student_s_own_images_are_for_the_whole_group(make_run):

@@ -59,7 +59,6 @@ CONFIG = ["--deepspeed_config", "zero1.json"]
 def toy(tmp_path, monkeypatch):
     (tmp_path / "toy.py").write_text(TOY)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(doors, "_allowed", set())
     doors.allow("toy.py")
     return f"module:{tmp_path}/toy.py"
 
@@ -134,8 +133,9 @@ def test_what_its_job_raises_is_one_sentence(toy, kind, part):
 def test_a_stored_recipe_is_read_without_its_code(toy, monkeypatch):
     run = given("--task.name", "module:toy.py:KIND", "--task.toy.weight", "0.5")
     stored = json.loads(json.dumps(run.to_dict()))
-    monkeypatch.setattr(doors, "_allowed", set())
-    monkeypatch.setattr(doors, "_modules", {})
+    doors._names.clear()
+    doors._files.clear()
+    doors._modules.clear()
     read = Run.from_dict(stored)
     assert read.to_dict() == stored
     assert not read.frozen_models

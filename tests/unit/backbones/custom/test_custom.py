@@ -107,8 +107,6 @@ def _own_module(tmp_path, monkeypatch):
     (tmp_path / "own_nets" / "patches.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(doors, "_allowed", set())
-    monkeypatch.setattr(doors, "_modules", {})
     doors.allow("own_nets/patches.py")
     yield
     for name in ("own_nets", "own_nets.patches"):
@@ -218,8 +216,8 @@ def test_tensors_are_found_by_the_models_own_names(prefix):
 
 
 @pytest.mark.usefixtures("_own_module")
-def test_nothing_is_imported_that_was_not_allowed(monkeypatch):
-    monkeypatch.setattr(doors, "_allowed", set())
+def test_nothing_is_imported_that_was_not_allowed():
+    doors._files.clear()
     architecture = resolve("module:own_nets/patches.py:Student")
     assert (architecture.family, architecture.whole_first) == ("module", True)
     with pytest.raises(ConfigError, match="--allow-code"):

@@ -1,0 +1,176 @@
+"""The user's own list of code that may run again without being named. No torch.
+
+A start that names code of the user's own on its command line, or allows it there, adds its name and
+hash here, so that a run goes on without the flags. The list stands outside of every run folder,
+which may have come from elsewhere: `$XDG_STATE_HOME/fd_large/allowed_code.json`, or below
+`~/.local/state`. It is believed only where nobody but the user can write it. Without such a place
+there is no list, and each start names its code.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from fd_large.files import parse_json
+
+log = logging.getLogger(__name__)
+
+Entries = dict[str, dict[str, str]]
+"""{name: {SHA-256 of the file: the file's absolute path}}, the newest last."""
+
+FOLDER = "fd_large"
+LIST = "allowed_code.json"
+NAMES, HASHES = 1_000, 20
+"""Numbers of names, and of hashes of a name, that are kept."""
+_BYTES = 16 << 20
+_TURN_SECONDS = 2.0
+
+
+def place() -> Path | None:
+    """Returns the path of the list; None where the environment names no home."""
+    given, home = os.environ.get("XDG_STATE_HOME", ""), os.environ.get("HOME", "")
+    if os.path.isabs(given):  # Others are to be ignored, by the specification.
+        return Path(given) / FOLDER / LIST
+    return Path(home) / ".local" / "state" / FOLDER / LIST if os.path.isabs(home) else None
+
+
+def read() -> tuple[Entries, str]:
+    """Returns the entries of the list, and why it is not believed ("" if it is, or is not there).
+
+    Nothing is written, and no refusal of the file system ends anything.
+    """
+    path = place()
+    if path is None:
+        return {}, ""
+    try:
+        entries, reason = _believed(path)
+    except FileNotFoundError:
+        return {}, ""
+    except OSError as error:
+        return {}, _sentence(path, (error.strerror or str(error)).lower(), "a list to read")
+    return entries, reason
+
+
+def add(name: str, digest: str, file: Path) -> None:
+    """Adds code to the list, as far as there is a place for one.
+
+    Starts at the same time take turns; where the file system has no locks, the later one stays.
+
+    Args:
+        name: The absolute name, `module:...`.
+        digest: SHA-256 of the file.
+        file: The file's absolute path.
+    """
+    path = place()
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _turn(path.parent):
+            entries, reason = read()
+            if reason and not _may_replace(path):
+                log.warning("%s", reason)
+            elif entries.get(name, {}).get(digest) != str(file):
+                hashes = {**entries.pop(name, {}), digest: str(file)}
+                entries[name] = dict([*hashes.items()][-HASHES:])
+                _write(path, dict([*entries.items()][-NAMES:]))
+    except OSError as error:
+        log.info("%s: not written (%s): the next start has to name its code again", path, error)
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _believed(path: Path) -> tuple[Entries, str]:
+    folder = path.parent.lstat()
+    if reason := _open_to_others(folder, is_folder=True):
+        return {}, _sentence(path.parent, reason, "a folder that you alone can write (mode 0700)")
+    # Neither a link to a file that somebody else made nor a pipe, at which an open would wait.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        if reason := _open_to_others(os.fstat(descriptor), is_folder=False):
+            return {}, _sentence(path, reason, "a file that you alone can write (mode 0600)")
+        text = file.read(_BYTES + 1)
+    try:
+        if len(text) > _BYTES:
+            raise ValueError(f"more than {_BYTES >> 20} MB")
+        entries = parse_json(text)
+        if not _is_list(entries):
+            raise ValueError("JSON of another form")
+    except ValueError as error:
+        return {}, _sentence(path, str(error)[:100], "what a start of yours wrote")
+    return entries, ""
+
+
+def _sentence(path: Path, got: str, expected: str) -> str:
+    return (
+        f"{path}: the list of code that you have allowed is not believed; got {got}, expected "
+        f"{expected}. Remove it, or mend it after reading it."
+    )
+
+
+def _open_to_others(found: os.stat_result, *, is_folder: bool) -> str:
+    """Returns why others may have written a file or folder; empty if they cannot."""
+    if not (stat.S_ISDIR if is_folder else stat.S_ISREG)(found.st_mode):
+        return f"no {'folder' if is_folder else 'file'}"
+    if found.st_uid != os.geteuid():
+        return f"that of user {found.st_uid}"
+    return f"mode {stat.S_IMODE(found.st_mode):04o}" if found.st_mode & 0o022 else ""
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(hashes, dict) and all(isinstance(file, str) for file in hashes.values())
+        for hashes in value.values()
+    )
+
+
+def _may_replace(path: Path) -> bool:
+    """Whether a list that is not believed is damaged and nothing else."""
+    with suppress(OSError):
+        others = _open_to_others(path.parent.lstat(), is_folder=True)
+        return not (others or _open_to_others(path.lstat(), is_folder=False))
+    return False
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Waits a moment for other starts that write the list; goes on where there are no locks."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        until = time.monotonic() + _TURN_SECONDS
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, entries: Entries) -> None:
+    aside = path.with_name(f"{path.name}.{uuid4().hex}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(json.dumps(entries, indent=1) + "\n")
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(aside, path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink()
+        raise
