@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fd_large import distributed
+from fd_large import distributed, mapped_files
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.registry import build, is_module, statistics_of
 from fd_large.backbones.resize import resize_images
@@ -180,7 +180,8 @@ def built_from(
     Its parameters take no memory until the file's tensors take their places, one by one and in the
     type they are wanted in. On a CPU, tensors of a file in that type stay where they lie: pages of
     the file, which all processes of a host share and the system may drop and read again. A write
-    to one makes a copy of its page and leaves the file as it is.
+    to one makes a copy of its page and leaves the file as it is. `mapped_files.check` of the model
+    says whether somebody has changed the file since.
 
     Args:
         weights: The tensors of its backbone, on every rank.
@@ -223,6 +224,7 @@ def built_from(
     found = covered(expected, weights, where=where)
     if device.type == "cpu" and weights.is_file_of(dtype):
         distributed.together(lambda: fill(found))
+        mapped_files.hold(model, weights.files())
     else:
         fill(distributed.tensors_of_main(found))
     return model

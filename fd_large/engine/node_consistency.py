@@ -20,7 +20,7 @@ from fd_large import distributed
 from fd_large.data.source import ImageSource
 from fd_large.errors import DataError, FDError, LaunchError, WeightsError
 from fd_large.runtime.run_folder import source_commit
-from fd_large.weights.read import read_json
+from fd_large.weights.read import files_of
 from fd_large.weights.source import Sources
 
 log = logging.getLogger(__name__)
@@ -216,10 +216,7 @@ def _files(path: Path) -> list[Path]:
     if (path / "manifest.json").is_file():
         # A checkpoint, whose tensors rank 0 alone reads.
         return [path / "manifest.json"]
-    if path.suffix != ".json":
-        return [path]
-    names = read_json(path)["weight_map"].values()
-    return [path, *(path.parent / Path(name).name for name in sorted(set(names)))]
+    return files_of(path)
 
 
 def _version(name: str) -> str:

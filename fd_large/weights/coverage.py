@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fd_large.backbones.translation import Piece, Shape, Shapes
 from fd_large.errors import WeightsError
-from fd_large.weights.read import Tensors
+from fd_large.weights.read import Tensors, files_of
 from fd_large.weights.resize import resize_positions, resize_table, square_side
 
 log = logging.getLogger(__name__)
@@ -111,6 +112,10 @@ class Fitted:
     def is_file_of(self, dtype: torch.dtype) -> bool:
         """Returns whether all are read from files on this host, where they have this type."""
         return self._file.path is not None and self.dtypes == (str(dtype).removeprefix("torch."),)
+
+    def files(self) -> list[Path]:
+        """Returns the files that the tensors are read from; none if a library brings them."""
+        return files_of(self._file.path) if self._file.path else []
 
     def _refuse_other_types(self) -> None:
         for name in (name for piece in self._pieces.values() for name in piece.sources):

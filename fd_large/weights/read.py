@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fd_large import mapped_files
 from fd_large.errors import WeightsError, first_line
 from fd_large.recipes.file_names import CHECKPOINTS
 from fd_large.weights import torch_files
@@ -238,6 +239,17 @@ def file_of(path: Path, *, where: str = "weights") -> Path:
     )
 
 
+def files_of(path: Path) -> list[Path]:
+    """Returns an index of weights and its files, or the one file that a path is.
+
+    Raises: WeightsError: if the index cannot be read.
+    """
+    if path.suffix != ".json":
+        return [path]
+    names = read_json(path)["weight_map"].values()
+    return [path, *(path.parent / Path(name).name for name in sorted(set(names)))]
+
+
 def unwrap(
     contents: Any, where: str = "weights", part: str = ""
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -313,6 +325,7 @@ def _safetensors(path: Path) -> dict[str, _Slice]:
         header = int.from_bytes(begin.read(8), "little")
     if _HEADER_BYTES < header < path.stat().st_size:
         raise SafetensorError(f"a header of {header:,} bytes, more than {_HEADER_BYTES:,}")
+    mapped_files.opening(path)
     file = safe_open(path, framework="pt")
     return {name: _Slice(file, name) for name in file.keys()}  # noqa: SIM118
 
@@ -350,6 +363,7 @@ def _sharded(path: Path, where: str) -> dict[str, Any]:
 
 def _torch_file(path: Path, where: str) -> Any:
     try:
+        mapped_files.opening(path)
         return torch_files.load(path)
     except RefusedError as error:
         raise WeightsError(

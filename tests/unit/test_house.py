@@ -29,6 +29,7 @@ FLOORS = {
     "shipped": 0,
     "imports": 0,
     "distributed": 0,
+    "mapped_files": 0,
     "meeting": 0,
     "kernels": 0,
     "recipes": 0,
@@ -71,6 +72,7 @@ FOR_ALL = {
     "allowed_code",
     "doors",
     "failures",
+    "mapped_files",
     "processes",
 }
 ONLY_IN = {
@@ -87,6 +89,7 @@ WITHOUT_TORCH = {
     "doors",
     "files",
     "launch",
+    "mapped_files",
     "watch",
     "failures",
     "processes",

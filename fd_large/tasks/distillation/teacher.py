@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fd_large import distributed
+from fd_large import distributed, mapped_files
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.data.random_numbers import random_words
 from fd_large.engine.frozen import Frozen, built_from
@@ -55,9 +55,14 @@ class PlacedTeacher:
         Args:
             images: The images.
             options: Where the module is a `Mosaic`, the options of its forward.
+
+        Raises: WeightsError: on this rank, if its weights lie in a file that has changed meanwhile.
         """
         with torch.no_grad():
-            return (self._engine or self.module)(images, **options)
+            found = (self._engine or self.module)(images, **options)
+        # Afterwards, so that nothing is learned from what was changed while it was computed.
+        mapped_files.check(self.module)
+        return found
 
     def hash_now(self) -> str:
         """Hashes the weights as they are now; equal to `fingerprint` unless memory failed."""

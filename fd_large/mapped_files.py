@@ -1,0 +1,137 @@
+"""Weights files that are mapped into memory: an end in a sentence if one is changed. No torch.
+
+Pages of a mapped file are the file: whoever writes over it changes a model that is in use, and
+whoever cuts it takes pages away, for which the system sends SIGBUS. A file that is renamed over
+another is harmless: the old one stays mapped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from fd_large import failures
+from fd_large.errors import Exit, WeightsError
+from fd_large.processes import briefly
+
+log = logging.getLogger(__name__)
+
+
+class _Stamp(NamedTuple):
+    """A file as it was when it was opened; size in bytes, time of the last change in ns."""
+
+    device: int
+    inode: int
+    size: int
+    changed: int
+
+    def __str__(self) -> str:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.changed / 1e9))
+        return f"{self.size} bytes, written {when}"
+
+
+_opened: dict[Path, _Stamp] = {}
+_held: WeakKeyDictionary[object, tuple[Path, ...]] = WeakKeyDictionary()
+_SIGNAL_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_handler: ctypes._FuncPointer | None = None
+_handler_before: int | None = None
+
+
+def opening(path: Path) -> None:
+    """Notes a file that is about to be mapped; a SIGBUS that it leads to becomes a sentence.
+
+    Raises: OSError: if there is no such file.
+    """
+    _opened[path] = _stamp(path)
+    _catch()
+
+
+def hold(model: object, paths: Iterable[Path]) -> None:
+    """Notes that a model's weights lie in files that were opened, for as long as it lives."""
+    _held[model] = tuple(path for path in paths if path in _opened)
+
+
+def check(model: object) -> None:
+    """Refuses what a model has computed if a file that its weights lie in has changed.
+
+    Costs a question about each file, whose answer network file systems keep for some seconds.
+
+    Raises: WeightsError: with exit code 3, on this rank alone.
+    """
+    for path in _held.get(model, ()):
+        if sentence := _changed(path, in_place=True):
+            error = WeightsError(sentence)
+            error.exit_code, error.rank_local = Exit.LOOK, True
+            raise error
+
+
+def _stamp(path: Path) -> _Stamp:
+    found = os.stat(path)
+    return _Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _changed(path: Path, *, in_place: bool) -> str:
+    """Returns a sentence if a file is not what was opened.
+
+    Args:
+        path: The file.
+        in_place: Whether another file under that name is no change.
+    """
+    before = _opened[path]
+    try:
+        now = _stamp(path)
+    except OSError as error:
+        return "" if in_place else _sentence(path, error.strerror or str(error), before)
+    if now == before or (in_place and now[:2] != before[:2]):
+        return ""
+    return _sentence(path, str(now), before)
+
+
+def _sentence(path: Path, got: str, before: _Stamp) -> str:
+    return (
+        f"weights: {path}: the file was cut or written over while its weights were in use; got "
+        f"{got}, expected {before}. No machine is at fault. Restore the file, then start the same "
+        "command again, which goes on from its last checkpoint. Put new weights under a new name, "
+        "or rename them over the old."
+    )
+
+
+def _catch() -> None:
+    """Makes SIGBUS call `_on_bus_error`. Python's own handlers would run too late for it."""
+    global _handler, _handler_before
+    if _handler is not None:
+        return
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    _handler = _SIGNAL_HANDLER(_on_bus_error)
+    _handler_before = libc.signal(signal.SIGBUS, ctypes.cast(_handler, ctypes.c_void_p))
+
+
+def _on_bus_error(number: int) -> None:
+    """Ends the process, if a file explains the signal; else the handler of before gets it.
+
+    The signal comes from an access to memory, so the thread is inside no lock of malloc or Python.
+    """
+    sentences = [text for path in list(_opened) if (text := _changed(path, in_place=False))]
+    if not sentences:
+        ctypes.CDLL(None).signal(number, ctypes.c_void_p(_handler_before))
+        return  # The access is tried again.
+    try:
+        failures.tell(Exit.LOOK, sentences[0])
+        briefly(_last_words, sentences[0], seconds=failures.SECONDS_FOR_LAST_WORDS)
+        failures.kill_workers()
+    finally:
+        os._exit(Exit.LOOK)
+
+
+def _last_words(sentence: str) -> None:
+    log.error("%s", sentence)
+    for write in failures.last_words:
+        write(sentence)
