@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from fd_large import meeting
+from fd_large.data.braces import expand_braces
 from fd_large.data.packages import PARQUET, check_packages, is_url, scheme_of
-from fd_large.data.shards import expand_braces
 from fd_large.errors import DataError, named
 from fd_large.files import PASSING, retried
 

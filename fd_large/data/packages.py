@@ -6,6 +6,7 @@ import os
 import re
 from importlib.util import find_spec
 
+from fd_large.data.braces import check_braces
 from fd_large.data.weighted_roots import weighted_roots
 from fd_large.errors import DataError
 
@@ -38,14 +39,15 @@ def is_url(root: str) -> bool:
 
 
 def check_packages(root: str, *, where: str) -> None:
-    """Refuses what a package is missing for, as far as the name of a dataset tells.
+    """Refuses what a package is missing for, and braces that stand for too many names.
 
     Args:
         root: As `data.root` takes it.
         where: The field that names it, for messages.
 
-    Raises: DataError: with the command that installs it.
+    Raises: DataError: with the command that installs it, or the number of names.
     """
+    check_braces(root, where=where)
     for part in weighted_roots(root, where=where):
         check_packages(part.root, where=f"{where} ({part.name})")
     if is_url(root):

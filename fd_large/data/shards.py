@@ -19,13 +19,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from copy import copy
 from functools import partial
-from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fd_large import meeting
+from fd_large.data.braces import BRACES, expand_braces
 from fd_large.data.folder import EXTENSIONS, MAX_FILE_BYTES, walk
 from fd_large.data.listing import Add, Listing, filled, listed, settled
 from fd_large.data.tar_index import Torn, members
@@ -40,8 +40,6 @@ MOST_OPEN = 2048
 CHECK_SECONDS = 60.0
 # A label is a decimal number; what is longer is none.
 _MAX_LABEL_BYTES = 32
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -331,7 +329,7 @@ def _shards_of(root: str | Sequence[str], where: str) -> list[str]:
 
 
 def _is_pattern(root: str) -> bool:
-    return not os.path.isfile(root) and bool(_BRACES.search(root) or _GLOB.search(root))
+    return not os.path.isfile(root) and bool(BRACES.search(root) or _GLOB.search(root))
 
 
 def _anchor(root: str | Sequence[str]) -> tuple[str, str]:
@@ -340,30 +338,14 @@ def _anchor(root: str | Sequence[str]) -> tuple[str, str]:
         return root[0], hashlib.sha256("\0".join(root).encode()).hexdigest()
     if not _is_pattern(root):
         return root, ""
-    start = min(match.start() for find in (_BRACES, _GLOB) if (match := find.search(root)))
+    start = min(match.start() for find in (BRACES, _GLOB) if (match := find.search(root)))
     folder = os.path.dirname(root[:start])
     return folder or os.curdir, root[len(folder) :].lstrip("/")
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """Writes out "{00..12}" (leading zeros kept) and "{a,b}"; no nesting."""
-    parts = _BRACES.split(pattern)  # text, inside, text, inside, ..., text
-    choices = [[part] if i % 2 == 0 else _choices(part) for i, part in enumerate(parts)]
-    return ["".join(chosen) for chosen in product(*choices)]
-
-
-def _choices(inside: str) -> list[str]:
-    if match := _RANGE.fullmatch(inside):
-        first, last = match.groups()
-        step = 1 if int(first) <= int(last) else -1
-        numbers = range(int(first), int(last) + step, step)
-        return [str(number).zfill(len(first)) for number in numbers]
-    return inside.split(",") if "," in inside else [f"{{{inside}}}"]
-
-
 def _matching(pattern: str, where: str) -> list[str]:
     paths: list[str] = []
-    for name in expand_braces(pattern):
+    for name in expand_braces(pattern, where=where):
         found = sorted(glob.glob(name)) if _GLOB.search(name) else [name]
         if not found or not os.path.isfile(found[0]):
             raise DataError(

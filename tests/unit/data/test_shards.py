@@ -13,7 +13,7 @@ from fd_large import meeting
 from fd_large.data import listing
 from fd_large.data import shards as shards_module
 from fd_large.data.folder import ImageFolder
-from fd_large.data.shards import TarShards, expand_braces
+from fd_large.data.shards import TarShards
 from fd_large.data.source import open_images
 from fd_large.errors import DataError
 
@@ -27,12 +27,6 @@ def test_shards_are_the_data_set_that_their_folder_was(shards, picture_folder):
     for index in range(26):
         assert source.read(index) == copy.read(index) == folder.read(index)
         assert source[index].partition(".tar/")[2] == os.path.relpath(folder[index], folder.root)
-
-
-def test_braces_are_written_out():
-    assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
-    assert expand_braces("{a,b}{2..1}") == ["a2", "a1", "b2", "b1"]
-    assert expand_braces("{a}") == ["{a}"]
 
 
 def test_the_index_is_kept_until_a_shard_changes(shards, monkeypatch):
