@@ -122,6 +122,12 @@ class CheckpointError(FDError):
     """Checkpoints that cannot be read back or written."""
 
 
+class NotFiniteError(CheckpointError):
+    """Checkpoints that hold NaN or infinity, from which no run can go on."""
+
+    exit_code = Exit.LOOK
+
+
 class CacheError(FDError):
     """Cached targets that are missing, damaged, or of another teacher or other images."""
 

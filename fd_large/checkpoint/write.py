@@ -15,7 +15,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
@@ -45,6 +45,12 @@ class Piece(NamedTuple):
     values: Tensor
 
 
+def in_words(keys: Sequence[str]) -> str:
+    """Returns what pieces are in words, as "master of student.norm.weight, and 3 more"."""
+    kind, _, name = keys[0].partition(".")
+    return f"{kind} of {name}" + (f", and {len(keys) - 1} more," if len(keys) > 1 else "")
+
+
 ALIGNMENT = 64
 """Bytes of whose multiples each copy begins at one, so that it can be of any type."""
 
@@ -59,6 +65,10 @@ class Saver:
         lease: This start's right to write the folder; None where nobody else can be.
         copies: Whether the state is copied, so that training goes on; otherwise it is written from
             where it lies, which takes no memory, and must stay as it is until `wait` has returned.
+
+    Attributes:
+        begun: Whether a checkpoint is under way.
+        not_finite: Keys of this rank's pieces that kept the last checkpoint from being written.
     """
 
     def __init__(
@@ -75,16 +85,13 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._pruner: threading.Thread | None = None
         self._problem: str | None = None
+        self.begun, self._prunes = False, True
+        self.not_finite: Sequence[str] = ()
         self._manifest: dict[str, Any] = {}
         self._part = Path()
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self.ended = 0.0
         """When this rank had written its file, by time.monotonic."""
-
-    @property
-    def begun(self) -> bool:
-        """Whether a checkpoint is under way."""
-        return self._thread is not None
 
     @property
     def busy(self) -> bool:
@@ -96,12 +103,33 @@ class Saver:
         """Whether this rank could not write what it should have."""
         return self._problem is not None
 
-    def begin(self, manifest: dict[str, Any], pieces: Iterable[Piece]) -> None:
-        """Copies the state to host memory and starts to write it; blocks for the copy only."""
+    def begin(
+        self,
+        manifest: dict[str, Any],
+        pieces: Iterable[Piece],
+        *,
+        not_finite: Sequence[str] = (),
+        prunes: bool = True,
+    ) -> None:
+        """Copies the state to host memory and starts to write it; blocks for that copy only.
+
+        A state that is not finite is not written, and this rank has failed.
+
+        Args:
+            manifest: What manifest.json will say, but for its own checksum.
+            pieces: This rank's shards.
+            not_finite: Keys of those that hold NaN or infinity.
+            prunes: Whether old checkpoints go once this one is complete.
+        """
         assert not self.begun
         self.close()
-        self._manifest, self._problem = manifest, None
+        self.begun, self._manifest, self._problem, self._prunes = True, manifest, None, prunes
         self._part = store.part_of(self.folder, manifest["update"], self._lease)
+        self.not_finite = not_finite
+        if not_finite:
+            self._problem = f"{in_words(not_finite)} is not finite"
+            self.ended = time.monotonic()
+            return
         held = [Piece(key, values.detach()) for key, values in pieces]
         # Running statistics are on the device; they are small.
         tensors = self._copied(held) if self._copies else {key: t.cpu() for key, t in held}
@@ -128,13 +156,17 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
 
-    def finish(self, *, failed_anywhere: bool) -> bool:
+    def finish(self, *, failed_anywhere: bool, broken_anywhere: bool = False) -> bool:
         """Commits, or throws away if any rank failed; all ranks call it when none is busy.
+
+        Args:
+            failed_anywhere: Whether a rank failed, for whatever reason.
+            broken_anywhere: Whether a rank failed because its state is not finite.
 
         Returns: whether the checkpoint is complete now.
         """
         self.wait()
-        self._thread = None
+        self._thread, self.begun = None, False
         if not failed_anywhere and distributed.is_main():
             try:
                 final = store.commit(self._part, self._manifest, self._lease)
@@ -146,17 +178,18 @@ class Saver:
         # All ranks count the same failures.
         written = distributed.broadcast_object(not failed_anywhere and not self._problem)
         if distributed.is_main():
-            if written:
+            if written and self._prunes:
                 # Removing takes long for large files: beside training, done before the next save.
                 self._pruner = threading.Thread(target=self._prune, name="prune")
                 self._pruner.start()
-            else:
+            elif not written:
                 store.remove(self._part)
                 log.error(
-                    "CHECKPOINT of step %d was thrown away; the ones before it stay. Make room in "
-                    "%s.",
+                    "CHECKPOINT of step %d was thrown away; the ones before it stay. %s",
                     self._manifest["update"],
-                    self.folder,
+                    "No run can go on from numbers that are not finite."
+                    if broken_anywhere
+                    else f"Make room in {self.folder}.",
                 )
         self._problem = None
         return written

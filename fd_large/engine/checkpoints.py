@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from fd_large import distributed
 from fd_large.checkpoint import store
 from fd_large.checkpoint.lease import Lease
 from fd_large.checkpoint.read import Reader, newest_sound, on_main
-from fd_large.checkpoint.write import Saver
+from fd_large.checkpoint.write import Saver, in_words
 from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero import state
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import ADAMW_MOMENTS, kept_by
-from fd_large.errors import CheckpointError, FDError
+from fd_large.errors import CheckpointError, FDError, NotFiniteError
 from fd_large.recipes.sections import Runtime
 from fd_large.watch import hold
 
@@ -68,7 +69,7 @@ class Checkpoints:
             copies=engine.disk is None,
         )
         self._lease = lease
-        self._failures = 0
+        self._failures, self._written = 0, True
         self._saved: int | None = None
         self._manifest: dict[str, Any] = {}
         self._begun = 0.0
@@ -108,23 +109,31 @@ class Checkpoints:
 
     @property
     def flags(self) -> list[bool]:
-        """Whether this rank is still writing, and whether it failed; for the loop's all-reduce."""
-        return [self._saver.busy, self._saver.failed]
+        """What this rank tells the others in the loop's all-reduce.
 
-    def after_update(self, *, busy_anywhere: bool, failed_anywhere: bool) -> float | None:
+        Whether it is still writing, whether it failed, and whether it failed because its state is
+        not finite, which stays until a state is restored or saved.
+        """
+        return [self._saver.busy, self._saver.failed, bool(self._saver.not_finite)]
+
+    def after_update(
+        self, *, busy_anywhere: bool, failed_anywhere: bool, broken_anywhere: bool = False
+    ) -> float | None:
         """Commits a checkpoint once all ranks have written it; returns the seconds it took."""
         if self._saver.begun and not busy_anywhere:
-            return self._finish(failed_anywhere)
+            return self._finish(failed_anywhere, broken_anywhere)
         return None
 
-    def save(self, step: int, *, evaluated: bool = True) -> float | None:
+    def save(self, step: int, *, evaluated: bool = True, prunes: bool = True) -> float | None:
         """Starts to write the state after so many steps; all ranks call it.
 
-        State that lies on a disk is written to the end, while training stands still.
+        State that lies on a disk is written to the end, while training stands still. State that is
+        not finite on any rank becomes no checkpoint.
 
         Args:
             step: Number of finished steps.
             evaluated: Whether the evaluation that is due then, if any, was made.
+            prunes: Whether old checkpoints go once this one is complete.
 
         Returns: the seconds that a save took if it had to be waited for, an earlier one or this;
             else None.
@@ -147,7 +156,12 @@ class Checkpoints:
             **({"time_box": self.time_box.state()} if self.time_box else {}),
         }
         self._saved = step
-        self._saver.begin(manifest, state.shards(self._engine))
+        self._saver.begin(
+            manifest,
+            state.shards(self._engine),
+            not_finite=state.not_finite(self._engine),
+            prunes=prunes,
+        )
         if self._engine.disk is not None:
             waited = self._wait()
         stood_still = time.monotonic() - self._begun
@@ -184,7 +198,7 @@ class Checkpoints:
         """Waits for a save that has begun, on all ranks; returns whether the last one succeeded."""
         self._wait()
         self._saver.close()
-        return self._failures == 0
+        return self._written
 
     def _wait(self) -> float | None:
         if not self._saver.begun:
@@ -192,13 +206,16 @@ class Checkpoints:
         # A rank whose launcher has died may outlive its grace period for as long as this takes.
         with hold():
             self._saver.wait()
-            return self._finish(distributed.any_rank(self._saver.failed))
+            worst = distributed.max_rank(self._saver.failed + bool(self._saver.not_finite))
+            return self._finish(worst > 0, worst > 1)
 
     def resume(self) -> int:
         """Restores the newest sound checkpoint; returns its step, 0 where there is none.
 
-        Raises: CheckpointError: if their folder is none, there are checkpoints and none is sound,
-            or the newest belongs to another model or training.
+        Raises:
+            CheckpointError: If their folder is none, there are checkpoints and none is sound, or
+                the newest belongs to another model or training.
+            NotFiniteError: If no checkpoint is sound, and one holds numbers that are not finite.
         """
         place = store.checkpoints_of(self._folder)
         if place.is_symlink() and not place.exists():
@@ -206,17 +223,20 @@ class Checkpoints:
                 f"{place}: leads nowhere; got a link to {place.readlink()}, expected the folder "
                 "of the checkpoints. Mount its disk, or remove the link to start over."
             )
-        reader, complaints = self._newest()
-        if reader is None:
-            if complaints:
-                raise CheckpointError(
-                    f"{place}: no checkpoint is sound; got "
-                    f"{complaints[0]}, expected files as they were written. Restore them, or "
-                    "--fresh to start over."
-                )
-            return 0
-        self._restore(reader)
-        return reader.manifest["update"]
+        step, damaged, broken = self._restore_newest()
+        if step is None and broken:
+            raise NotFiniteError(
+                f"{place}: no checkpoint to go on from; got {'; '.join(broken[:3])}, expected "
+                "finite numbers. Put an older checkpoint back if you have a copy, or start over by "
+                "--fresh with a lower --optim.base_lr."
+            )
+        if step is None and damaged:
+            raise CheckpointError(
+                f"{place}: no checkpoint is sound; got "
+                f"{damaged[0]}, expected files as they were written. Restore them, or "
+                "--fresh to start over."
+            )
+        return step or 0
 
     def roll_back(self, at_most: int) -> int | None:
         """Restores the newest sound checkpoint of at most so many steps.
@@ -224,34 +244,66 @@ class Checkpoints:
         Returns: its step; None where there is none.
         """
         self.settle()
-        reader, _ = self._newest(at_most)
-        if reader is None:
-            return None
-        self._restore(reader)
-        return reader.manifest["update"]
+        return self._restore_newest(at_most)[0]
 
-    def _newest(self, at_most: int | None = None) -> tuple[Reader | None, list[str]]:
-        reader, complaints = newest_sound(self._folder, at_most=at_most)
-        for complaint in complaints:
-            log.error("DAMAGED CHECKPOINT, skipped: %s", complaint)
-        return reader, complaints
+    def _restore_newest(
+        self, at_most: int | None = None
+    ) -> tuple[int | None, list[str], list[str]]:
+        """Restores the newest checkpoint that is sound and finite; a collective.
+
+        Newer ones that are not finite are set aside, as damaged ones are.
+
+        Returns: its step, None where there is none; which newer ones are damaged, and which hold
+            numbers that are not finite.
+        """
+        damaged: list[str] = []
+        broken: dict[str, str] = {}
+        while True:
+            reader, complaints = newest_sound(self._folder, at_most=at_most)
+            for complaint in complaints:
+                log.error("DAMAGED CHECKPOINT, skipped: %s", complaint)
+            damaged += complaints
+            if reader is None:
+                return None, damaged, list(broken.values())
+            step: int = reader.manifest["update"]
+            try:
+                self._restore(reader)
+            except NotFiniteError as error:
+                log.error("BROKEN CHECKPOINT, skipped: %s", error)
+                broken[reader.path.name] = str(error)
+                at_most = step - 1
+                continue
+            # Or else they would count among the newest that stay.
+            on_main(partial(store.set_aside, self._folder, list(broken)))
+            return step, damaged, list(broken.values())
 
     def _restore(self, reader: Reader) -> None:
+        """Restores a checkpoint.
+
+        Raises:
+            CheckpointError: If it belongs to another model or training.
+            NotFiniteError: On all ranks, if what any of them read is not finite.
+        """
         self._check_fits(reader)
         manifest = reader.manifest
         self.optimizer_steps = manifest.get("optimizer_steps", manifest["update"])
         self.evaluated = manifest.get("evaluated", True)
         self.stored_time_box = manifest.get("time_box")
         self.stored_recipe = manifest.get("recipe", {})
-        distributed.together(
-            lambda: state.restore(
+
+        def restore() -> None:
+            state.restore(
                 self._engine,
                 reader.read,
                 finished=manifest["update"],
                 steps=self.optimizer_steps,
                 ema=manifest.get("ema", False),
             )
-        )
+            if found := state.not_finite(self._engine):
+                raise NotFiniteError(f"{reader.path}: {in_words(found)} is not finite")
+
+        distributed.together(restore)
+        self._saver.not_finite = ()
         state.complete(self._engine)
         self._saved = manifest["update"]
 
@@ -279,13 +331,18 @@ class Checkpoints:
                 "changed): the run goes on, in another order of images from here"
             )
 
-    def _finish(self, failed_anywhere: bool) -> float | None:
-        if self._saver.finish(failed_anywhere=failed_anywhere):
+    def _finish(self, failed_anywhere: bool, broken_anywhere: bool) -> float | None:
+        self._written = self._saver.finish(
+            failed_anywhere=failed_anywhere, broken_anywhere=broken_anywhere
+        )
+        if self._written:
             self._failures = 0
             self._link_best()
             # Up to the last byte, not until now: an evaluation may have come in between.
             return self._saver.ended - self._begun
         self._saved = None
+        if broken_anywhere:
+            return None
         self._failures += 1
         limit = self._runtime.max_failed_saves
         if limit and self._failures >= limit:

@@ -129,7 +129,8 @@ def import_checkpoint(
     opened.checkpoints.save(step)
     if not opened.checkpoints.settle():
         raise CheckpointError(
-            f"checkpoint import: {run_dir}: the checkpoint was not written; got a failed save, "
-            "expected room for it. Make room and start the same command again."
+            f"checkpoint import: {run_dir}: the checkpoint was not written; got a failed save, as "
+            "the log says, expected finite numbers and room for them. Import an older checkpoint, "
+            "or make room and start the same command again."
         )
     return step

@@ -75,6 +75,7 @@ class _Agreed(NamedTuple):
         save: Whether a rank wishes to save.
         busy: Whether a rank is still writing a checkpoint.
         failed: Whether a rank failed to write one.
+        broken: Whether a rank failed to, since its state is not finite.
         scored: Whether rank 0 has worked out the numbers of an evaluation.
         verdict: What the hooks decided about the step.
     """
@@ -84,6 +85,7 @@ class _Agreed(NamedTuple):
     save: bool
     busy: bool
     failed: bool
+    broken: bool
     scored: bool
     verdict: Verdict
 
@@ -134,6 +136,8 @@ class Trainer:
         self._begun = [] if begun is None else begun
         self._status = ""
         self._save_owed = False
+        # Whether the last step moved the weights on, and no roll-back undid it.
+        self._moved_on = True
         self._bad_images = BadImages()
         self._improved = self.stopped_early = False
         # At most one is pending; beside it stand the steps that it followed.
@@ -222,7 +226,11 @@ class Trainer:
             with step_clock.standing():
                 self._take_numbers(self._beat)
         self._report_saved(
-            self._checkpoints.after_update(busy_anywhere=agreed.busy, failed_anywhere=agreed.failed)
+            self._checkpoints.after_update(
+                busy_anywhere=agreed.busy,
+                failed_anywhere=agreed.failed,
+                broken_anywhere=agreed.broken,
+            )
         )
         if update.skipped:
             values = torch.stack(losses).tolist()
@@ -235,12 +243,21 @@ class Trainer:
                 self._plan = self._plan._replace(schedule=replace(self._plan.schedule, total=total))
                 update = replace(update, total=total)
         verdict = Verdict.all_of([verdict, *(h.after_update(update) for h in self._hooks)])
+        if agreed.broken and verdict.roll_back is None and not verdict.stop:
+            if distributed.is_main():
+                log.error(
+                    "the run ends: its state is not finite, and nothing that follows can be saved. "
+                    "Start the same command again: it goes on from the last checkpoint. With "
+                    "--guard.enabled True a run goes back by itself."
+                )
+            verdict = replace(verdict, stop=GUARD)
         if verdict.stop:
             self._status = verdict.stop
             return
         rolled_back = verdict.roll_back is not None and self._roll_back(update, verdict.roll_back)
         if self._status:
             return
+        self._moved_on = not (update.skipped or rolled_back)
         self._save_and_evaluate(agreed, rolled_back)
 
     def _forward_backward_step(
@@ -330,19 +347,17 @@ class Trainer:
             self._finished, self._total, epoch, loss_sum / ranks, norm_sum / ranks, learning_rate
         )
         verdict = Verdict.all_of(hook.judge(update) for hook in self._hooks)
-        return _Agreed(update, *(count > 0 for count in counts), verdict=verdict)
+        agreed = _Agreed(update, *(count > 0 for count in counts), verdict=verdict)
+        # What follows from a state that could not be saved could not be saved either.
+        return agreed._replace(verdict=replace(verdict, skip=verdict.skip or agreed.broken))
 
     def _roll_back(self, update: Update, at_most: int) -> bool:
         """Restores a checkpoint of at most so many steps; without one the run ends."""
         restored = self._checkpoints.roll_back(at_most)
         if restored is None:
-            # A checkpoint that a pre-emption wrote in this row of refused steps: no weight has
-            # moved since the row began.
-            restored = self._checkpoints.roll_back(self._finished)
-        if restored is None:
             if distributed.is_main():
                 log.error(
-                    "no checkpoint of at most %d steps to go back to: the run ends. Start it "
+                    "no sound checkpoint of at most %d steps to go back to: the run ends. Start it "
                     "anew (--fresh) with a lower --optim.base_lr, or save more often "
                     "(--runtime.save_every).",
                     at_most,
@@ -425,7 +440,9 @@ class Trainer:
             self._status = verdict.stop
             return
         self._save_owed = False
-        self._report_saved(self._checkpoints.save(self._finished, evaluated=evaluated))
+        # A good checkpoint is what a row of refused steps may be rolled back to.
+        seconds = self._checkpoints.save(self._finished, evaluated=evaluated, prunes=self._moved_on)
+        self._report_saved(seconds)
 
     @step_clock.standing()
     def _evaluate(self, *, last: bool) -> bool:

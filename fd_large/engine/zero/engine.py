@@ -39,6 +39,8 @@ class Engine(NamedTuple):
         gate: The gate in front of each optimiser step.
         disk: Holds the optimiser's float32 state; None: it is in memory.
         gradients: What stays in memory and holds gradients.
+        infinite_buffers: Names of the task's running statistics that are not finite from the start,
+            as a mask of the user's own may be.
     """
 
     deepspeed: Any
@@ -48,6 +50,7 @@ class Engine(NamedTuple):
     gate: StepGate
     disk: Disk | None = None
     gradients: Sequence[Tensor] = ()
+    infinite_buffers: frozenset[str] = frozenset()
 
 
 def build_engine(
@@ -128,5 +131,7 @@ def build_engine(
     if stage == 0:
         bucket = gradient_bucket(sum(parameter.numel() for parameter in task.parameters()))
     gradients = spare_passes(engine, bucket=bucket)
+    buffers = partition.running_statistics(task).items()
+    infinite = frozenset(name for name, buffer in buffers if not buffer.isfinite().all())
     host_memory.give_back()
-    return Engine(engine, task, stage, config, StepGate(optimizer), disk, gradients)
+    return Engine(engine, task, stage, config, StepGate(optimizer), disk, gradients, infinite)

@@ -7,6 +7,7 @@ reading copies nothing, and writing restores. Nothing here communicates but `red
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -86,6 +87,25 @@ def shards(engine: Engine) -> Iterator[Piece]:
             start, stop = layout.span(distributed.rank(), name)
             for kind in kinds if start < stop else ():
                 yield Piece(f"{kind}.{name}", buffer.float().view(-1)[start:stop])
+
+
+def not_finite(engine: Engine) -> list[str]:
+    """Returns KIND.NAME of this rank's shards that hold NaN or infinity.
+
+    One pass over the shards, which makes nothing of their size, and one read by the host a device.
+    """
+    extremes: dict[torch.device, list[Tensor]] = defaultdict(list)
+    keys: dict[torch.device, list[str]] = defaultdict(list)
+    for key, values in shards(engine):
+        if key.partition(".")[2] not in engine.infinite_buffers:
+            # NaN is both the smallest and the largest of the numbers that it is among.
+            extremes[values.device].append(torch.stack(torch.aminmax(values.detach())))
+            keys[values.device].append(key)
+    found = []
+    for device, rows in extremes.items():
+        finite = torch.stack(rows).isfinite().all(1).tolist()
+        found += [key for key, fine in zip(keys[device], finite, strict=True) if not fine]
+    return found
 
 
 def whole_masters(engine: Engine) -> Iterator[tuple[str, Tensor]]:

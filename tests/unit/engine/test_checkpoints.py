@@ -17,7 +17,7 @@ from fd_large.engine.ema import Ema
 from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.zero import state
 from fd_large.engine.zero.optimizer import set_learning_rate
-from fd_large.errors import CheckpointError
+from fd_large.errors import CheckpointError, NotFiniteError
 from fd_large.recipes.sections import Optim, Runtime
 
 
@@ -216,3 +216,93 @@ def test_a_disk_that_is_too_small_is_a_warning(make, monkeypatch, caplog, free, 
     (record,) = (r for r in caplog.records if r.getMessage().startswith("checkpoints:"))
     assert record.levelno == level
     assert "up to 7 at a time" in record.getMessage()
+
+
+def break_state(checkpoints, kind, value=torch.nan):
+    """Puts a number that is not finite into the state; returns the piece's key."""
+    pieces = state.shards(checkpoints._engine)
+    key, values = next(piece for piece in pieces if piece.key.startswith(f"{kind}."))
+    values.view(-1)[0] = value
+    return key
+
+
+def saved_unchecked(checkpoints, monkeypatch, *steps):
+    """Saves as a version did that asked nothing."""
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "not_finite", lambda engine: [])
+        for step in steps:
+            checkpoints.save(step)
+            assert checkpoints.settle()
+
+
+def updates_of(folder):
+    return [one.update for one in store.complete(folder)]
+
+
+@pytest.mark.parametrize("config", ["whole", "flat", "sharded", "disk"])
+@pytest.mark.parametrize("kind", ["master", "exp_avg_sq", "ema"])
+def test_a_state_that_is_not_finite_becomes_no_checkpoint_and_removes_none(
+    make, make_engine, tmp_path, caplog, config, kind
+):
+    checkpoints = make(engine=make_engine(config), average=True, keep_last=1, max_failed_saves=1)
+    expected = saved(checkpoints, 1)
+    key = break_state(checkpoints, kind, torch.inf)
+    checkpoints.save(2)
+    assert checkpoints.flags[2]
+    assert not checkpoints.settle()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [store.name_of(1)]
+    assert f"{kind} of {key.partition('.')[2]} is not finite" in caplog.text
+    assert checkpoints.roll_back(2) == 1
+    assert not checkpoints.flags[2]
+    assert same(state_of(checkpoints), expected)
+    checkpoints.save(3)
+    assert checkpoints.settle()
+    assert updates_of(tmp_path) == [3]
+
+
+def test_a_save_that_removes_no_older_ones(make, tmp_path):
+    checkpoints = make(keep_last=1)
+    saved(checkpoints, 1)
+    checkpoints.save(2, prunes=False)
+    checkpoints.settle()
+    assert updates_of(tmp_path) == [1, 2]
+    saved(checkpoints, 3)
+    assert updates_of(tmp_path) == [3]
+
+
+@pytest.mark.parametrize("kind", ["master", "exp_avg", "ema"])
+def test_stored_states_that_are_not_finite_are_passed_over_and_set_aside(
+    make, tmp_path, monkeypatch, caplog, kind
+):
+    writer = make(average=True)
+    expected = saved(writer, 1)
+    key = break_state(writer, kind)
+    saved_unchecked(writer, monkeypatch, 2, 3)
+    assert updates_of(tmp_path) == [1, 2, 3]
+    rolled = make(average=True)
+    assert rolled.roll_back(2) == 1
+    assert same(state_of(rolled), expected)
+    assert updates_of(tmp_path) == [1, 3], "a newer one is none of a roll-back's business"
+    resumed = make(average=True)
+    assert resumed.resume() == 1
+    assert same(state_of(resumed), expected)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    # Among the newest that stay they would drive out the sound ones.
+    assert names == {store.name_of(1), *(f"damaged_{store.name_of(step)}" for step in (2, 3))}
+    for step in (2, 3):
+        broken = f"{store.name_of(step)}: {kind} of {key.partition('.')[2]} is not finite"
+        assert broken in caplog.text
+
+
+def test_where_no_stored_state_is_finite_somebody_has_to_look(make, tmp_path, monkeypatch):
+    writer = make()
+    advance(writer, 1)
+    key = break_state(writer, "exp_avg")
+    saved_unchecked(writer, monkeypatch, 2, 3)
+    assert make().roll_back(3) is None
+    with pytest.raises(NotFiniteError) as caught:
+        make().resume()
+    assert caught.value.exit_code == 3
+    for told in (store.name_of(2), store.name_of(3), key.partition(".")[2], "exp_avg", "--fresh"):
+        assert told in str(caught.value)
+    assert updates_of(tmp_path) == [2, 3], "nothing is set aside where nothing is taken"

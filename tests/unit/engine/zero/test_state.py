@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from unit.engine.conftest import CONFIGS, batch_of
+from unit.engine.conftest import CONFIGS, Brightness, batch_of
 from whole_weights import whole_weights
 
 from fd_large.engine.ema import Ema
@@ -90,3 +90,45 @@ def test_an_average_takes_the_place_of_the_weights_and_begins_as_they_are(make_e
         torch.equal(again[f"ema.{n}"], again[f"master.{n}"])
         for n, _ in engine.task.named_parameters()
     )
+
+
+class Masked(Brightness):
+    """Keeps running statistics, and a mask that is infinite from the start."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+        self.register_buffer("running_mean", torch.zeros(5))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_each_tensor_of_the_state_that_is_not_finite_is_named(make_engine, config):
+    engine = make_engine(config, make_task=Masked)
+    Ema(engine, 0.5)
+    step(engine, 0)
+    assert state.not_finite(engine) == []
+    pieces = {key: values for key, values in state.shards(engine) if values.numel()}
+    kinds = {key.partition(".")[0] for key in pieces}
+    assert kinds == {"master", "exp_avg", "exp_avg_sq", "ema"}
+    bad = [torch.nan, torch.inf, -torch.inf]
+    named = [key for key in pieces if key.endswith((".head.bias", ".student.norm.weight"))]
+    assert len(named) == 8
+    for number, key in enumerate(named):
+        values, before = pieces[key].view(-1), pieces[key].clone()
+        values[-1] = bad[number % 3]
+        assert state.not_finite(engine) == [key]
+        pieces[key].copy_(before)
+    engine.task.running_mean[3] = torch.nan
+    broken = ["master.running_mean", "ema.running_mean"]
+    assert state.not_finite(engine) == broken
+    pieces[named[0]].view(-1)[0] = torch.inf
+    assert set(state.not_finite(engine)) == {named[0], *broken}
+
+
+@pytest.mark.parametrize("config", ["whole", "disk"])
+def test_the_look_for_what_is_not_finite_changes_no_bit(make_engine, config):
+    engine = make_engine(config)
+    step(engine, 0)
+    before = stored(engine)
+    assert state.not_finite(engine) == []
+    assert all(torch.equal(value, before[key]) for key, value in stored(engine).items())
