@@ -1,4 +1,4 @@
-"""What a skipped step was made of: its images, and how large each layer's output became.
+"""Images of a skipped step, how large each layer's output became, and what the state lacks.
 
 The step is run forward once more on the unchanged weights, on every rank alike, so that an ordinary
 step pays nothing for the record.
@@ -17,6 +17,7 @@ from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import arguments_of_step
 from fd_large.engine.task import Task
+from fd_large.engine.zero import state
 from fd_large.engine.zero.engine import Engine
 from fd_large.runtime.hooks import Evidence
 
@@ -46,6 +47,7 @@ def evidence_of(
         indices=torch.cat([batch.indices for batch in batches]),
         losses=list(losses),
         maxima=dict(zip(maxima, over_ranks, strict=True)),
+        not_finite=state.not_finite(engine),
     )
 
 

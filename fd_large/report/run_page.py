@@ -210,6 +210,11 @@ def _incidents(files: RunFiles) -> Iterator[str]:
         try:
             found = json.loads(path.read_text())
             off = ", ".join(f"{one['what']} {float(one['value']):.4g}" for one in found["off"])
+            broken = [
+                f"{one['kind']} of {one['tensor']} on rank {one['rank']}"
+                for one in found.get("state_not_finite", [])[:1]
+            ]
+            off = ", ".join([*filter(None, [off]), *broken])
             back = found.get("restored")
         except (OSError, ValueError, KeyError, TypeError):
             continue

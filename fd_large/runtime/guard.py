@@ -1,5 +1,8 @@
 """Refuses steps whose loss or gradient norm is off, and takes a run back when they keep coming.
 
+A run whose state itself is not finite is taken back at once: no later step could be accepted, or
+no later state saved. Where not one step is accepted after a roll-back, the next goes further back.
+
 Off means NaN, infinite, or far above the running spread of the last accepted steps. The spread is
 the median distance from the median, so that a spike does not widen what it is measured by; a floor
 keeps a flat curve from having none. What the guard knows follows from RUN/metrics.jsonl and
@@ -39,6 +42,8 @@ KNOWN = 20
 """Accepted steps before a finite number can be far off."""
 LOSS_FLOOR, NORM_FLOOR = 0.05, 0.25
 """Least spread: of the loss as a fraction of its median, of the norm in natural logarithms."""
+NAMED = 5
+"""Tensors that are not finite of which an incident names so many a rank."""
 INCIDENTS_WITH_IMAGES, RANKS_WITH_IMAGES = 20, 4
 """Newest incidents that keep their images, and ranks whose images are written for each."""
 MAD_TO_DEVIATION = 1.4826  # Exact for a normal distribution.
@@ -118,17 +123,20 @@ class _Past:
         accepted: The last accepted steps that the present weights descend from.
         refused: The refused steps since the last accepted one.
         roll_backs: How often the run was taken back.
+        restored: Steps of the state that it was taken back to, while no step was accepted since.
     """
 
     accepted: deque[Values]
     refused: list[int]
     roll_backs: int
+    restored: int | None = None
 
     def add(self, update: int, loss: float, norm: float, *, skipped: bool) -> None:
         if skipped:
             self.refused.append(update)
             return
         self.refused.clear()
+        self.restored = None
         if math.isfinite(loss) and math.isfinite(norm):
             self.accepted.append((update, loss, norm))
 
@@ -147,6 +155,7 @@ def past_of(rows: Iterable[Mapping[str, Any]], roll_backs: Mapping[int, int]) ->
         if (restored := roll_backs.get(update)) is not None:
             past.roll_backs += 1
             past.refused.clear()
+            past.restored = restored
             past.accepted = deque(item for item in past.accepted if item[0] < restored)
     past.accepted = deque(past.accepted, maxlen=WINDOW)
     return past
@@ -169,6 +178,7 @@ class Guard(Hook):
         self._setting = setting
         self._incidents = setting.folder / INCIDENTS
         self._findings: list[Finding] = []
+        self._broken: list[dict[str, Any]] = []
         self._incident: dict[str, Any] = {}
         if distributed.is_main():
             _set_aside(self._incidents, setting.first_update)
@@ -176,6 +186,7 @@ class Guard(Hook):
 
     def judge(self, update: Update) -> Verdict:
         """Refuses a step whose loss or gradient norm is off."""
+        self._broken = []
         self._findings = findings(update, self._past.accepted, self._limits.spread)
         return Verdict(skip=bool(self._findings))
 
@@ -188,6 +199,7 @@ class Guard(Hook):
             "positions": evidence.positions.tolist(),
             "indices": evidence.indices.tolist(),
             "names": [self._setting.name_of(index) for index in evidence.indices.tolist()],
+            "not_finite": evidence.not_finite[:NAMED],
         }
         folder = of_step(self._incidents, update.index + 1)
         part = folder.with_name(folder.name + ".part")
@@ -198,6 +210,11 @@ class Guard(Hook):
                 part.mkdir(parents=True)
         ranks = distributed.gather_objects(mine)
         culprits = culprits_of([entry["losses"] for entry in ranks])
+        self._broken = [
+            {"rank": entry["rank"], "kind": key.partition(".")[0], "tensor": key.partition(".")[2]}
+            for entry in ranks
+            for key in entry.pop("not_finite")
+        ]
         written = False
         if distributed.rank() in culprits[:RANKS_WITH_IMAGES]:
             name = images_of(distributed.rank())
@@ -218,6 +235,7 @@ class Guard(Hook):
             "accumulation": self._setting.accumulation,
             "culprits": culprits,
             "images": [images_of(rank) for rank in with_images],
+            "state_not_finite": self._broken,
             "first_layer_not_finite": not_finite[0] if not_finite else None,
             "layers": evidence.maxima,
             "ranks": ranks,
@@ -235,20 +253,29 @@ class Guard(Hook):
     def after_update(self, update: Update) -> Verdict | None:
         """Counts; asks for a roll-back after too many refusals in a row, or for the end."""
         self._past.add(update.index, update.loss, update.grad_norm, skipped=update.skipped)
-        refused, limits = self._past.refused, self._limits
-        if len(refused) < limits.skips:
+        past, limits = self._past, self._limits
+        broken = update.skipped and bool(self._broken)
+        if len(past.refused) < limits.skips and not broken:
             return None
-        if self._past.roll_backs < limits.roll_backs:
-            return Verdict(roll_back=refused[0])
+        # A broken state at the last step leaves no step to go on with: the next start makes the
+        # ones since the last checkpoint again.
+        if past.roll_backs < limits.roll_backs and not (
+            broken and update.index + 1 == update.total
+        ):
+            # What the last roll-back took was no better.
+            further = past.restored
+            return Verdict(roll_back=past.refused[0] if further is None else further - 1)
         if distributed.is_main():
             log.error(
-                "guard: the run ends: steps %d to %d were refused one after the other, and it "
-                "was taken back %d time%s before (--guard.roll_backs). See what %s says and "
-                "start the same command again, or anew with a lower --optim.base_lr.",
-                refused[0] + 1,
-                update.index + 1,
-                self._past.roll_backs,
-                "" if self._past.roll_backs == 1 else "s",
+                "guard: the run ends: %s, and it was taken back %d time%s before "
+                "(--guard.roll_backs). See what %s says and start the same command again, or anew "
+                "with a lower --optim.base_lr.",
+                f"its state is not finite at step {update.index + 1}"
+                if broken
+                else f"steps {past.refused[0] + 1} to {update.index + 1} were refused one after "
+                "the other",
+                past.roll_backs,
+                "" if past.roll_backs == 1 else "s",
                 self._incidents,
             )
         return Verdict(stop=GUARD)
@@ -264,9 +291,9 @@ class Guard(Hook):
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / INCIDENT, self._incident)
             log.warning(
-                "guard: %d refused in a row: weights and moments are those of %d steps "
+                "guard: %s: weights and moments are those of %d steps "
                 "again, and the run goes on with the next data (roll-back %d of %d)",
-                refused,
+                "the state is not finite" if self._broken else f"{refused} refused in a row",
                 restored,
                 roll_backs,
                 self._limits.roll_backs,
@@ -275,7 +302,7 @@ class Guard(Hook):
         # The steps that follow are no part of a row that ended there; and the incident may not
         # have been written.
         self._past.refused.clear()
-        self._past.roll_backs = roll_backs
+        self._past.roll_backs, self._past.restored = roll_backs, restored
 
     def _read(self, updates: int) -> _Past:
         """Returns what the first `updates` of the run have left, the same on every rank."""
@@ -318,6 +345,11 @@ def _in_words(incident: dict[str, Any], found: list[Finding], folder: Path) -> s
     layer = incident["first_layer_not_finite"]
     where = f"; {layer} is the first layer that is not finite" if layer else ""
     host = incident["ranks"][rank]["host"]
+    if broken := incident["state_not_finite"]:
+        first = broken[0]
+        others = f", and {len(broken) - 1} more," if len(broken) > 1 else ""
+        where += f"; {first['kind']} of {first['tensor']} on rank {first['rank']}{others} "
+        where += "is not finite"
     return (
         f"guard: step {incident['index'] + 1} skipped: {why}; worst on rank {rank}{more} ({host})"
         f"{where}; python -m fd_large replay {folder}"

@@ -54,8 +54,8 @@ class Verdict:
 
     Attributes:
         skip: Leave weights and moments as they were.
-        roll_back: Take the state of the newest checkpoint of at most so many steps, and go on
-            with the next data; None: go on as it is.
+        roll_back: Take the state of the newest sound checkpoint of at most so many steps, and go
+            on with the next data; None: go on as it is.
         stop: End without saving, under this status; empty: go on.
     """
 
@@ -168,6 +168,8 @@ class Evidence:
         losses: Loss of each of this rank's micro batches.
         maxima: Layer -> largest magnitude of its output on the unchanged weights, in execution
             order, over all ranks; infinite where one is not finite.
+        not_finite: KIND.NAME of the tensors of this rank's state that hold NaN or infinity; KIND is
+            master, ema, or a moment of the optimiser, such as exp_avg.
     """
 
     images: list[Tensor]
@@ -175,6 +177,7 @@ class Evidence:
     indices: Tensor
     losses: list[float]
     maxima: dict[str, float]
+    not_finite: list[str] = field(default_factory=list)
 
 
 class Hook:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from unit.engine.conftest import batch_of
 
 from fd_large.checkpoint import store
@@ -23,7 +24,9 @@ from fd_large.engine.students import train_together
 from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero import state
 from fd_large.errors import DataError
+from fd_large.recipes.sections import Guard as Limits
 from fd_large.recipes.sections import Runtime
+from fd_large.runtime.guard import Guard
 from fd_large.runtime.hooks import Hook, Verdict, Wish
 
 PER_EPOCH = 4
@@ -422,3 +425,108 @@ def test_a_failed_save_is_said_by_the_status(start, monkeypatch):
     run = start(total=2, save_every=2)
     monkeypatch.setattr(run.checkpoints, "settle", lambda: False)
     assert run.train() == "not saved"
+
+
+class Breaks(Hook):
+    """Puts NaN into a tensor of a kind after some of the steps."""
+
+    def __init__(self, run, kind, *steps):
+        self.run, self.kind, self.steps, self.named = run, kind, steps, ""
+
+    def after_update(self, update):
+        if update.index + 1 in self.steps:
+            pieces = state.shards(self.run.engine)
+            key, values = next(p for p in pieces if p.key.startswith(f"{self.kind}."))
+            values.view(-1)[0] = torch.nan
+            self.named = key.partition(".")[2]
+
+
+def guarded(run, *more, **limits):
+    """Lets the guard watch a run, first of all."""
+    run.trainer._hooks = [Guard(Limits(**limits)), *run.trainer._hooks, *more]
+    return run
+
+
+def stored_states(folder):
+    """Whether each checkpoint holds finite numbers alone."""
+    return {
+        one.update: all(
+            values.isfinite().all()
+            for path in one.path.glob("*.safetensors")
+            for values in load_file(path).values()
+        )
+        for one in store.complete(folder)
+    }
+
+
+@pytest.mark.parametrize("config", ["whole", "sharded", "disk"])
+@pytest.mark.parametrize("kind", ["master", "exp_avg", "exp_avg_sq", "ema"])
+def test_a_broken_state_is_never_stored_and_the_run_goes_back_by_itself(
+    start, tmp_path, config, kind
+):
+    run = start(config=config, average=True)
+    breaks = Breaks(run, kind, 8)
+    assert guarded(run, breaks).train() == "done"
+    assert stored_states(tmp_path) == {4: True, 9: True, 10: True}
+    assert indices(run, skipped=True) == [8], "what follows a state that is lost is lost"
+    assert [note for note in run.hook.notes if note.startswith("back")] == ["back to 4"]
+    incident = json.loads((tmp_path / "incidents/update_00000009/incident.json").read_text())
+    assert incident["state_not_finite"] == [{"rank": 0, "kind": kind, "tensor": breaks.named}]
+    assert incident["restored"] == 4
+    assert run.checkpoints.optimizer_steps == 5
+
+
+def test_a_broken_state_without_a_guard_ends_the_run_and_a_start_goes_on(start, tmp_path):
+    run = start(average=True)
+    run.trainer._hooks.append(Breaks(run, "ema", 8))
+    assert run.train() == "guard"
+    assert stored_states(tmp_path) == {4: True}
+    again = start(average=True)
+    assert again.hook is not run.hook
+    assert again.train() == "done"
+    assert indices(again) == list(range(4, 10))
+
+
+@pytest.mark.parametrize(
+    ("step", "status", "left"), [(9, "guard", [3, 6]), (10, "not saved", [3, 6, 9])]
+)
+def test_a_state_that_breaks_at_the_end_leaves_the_last_steps_to_the_next_start(
+    start, tmp_path, step, status, left
+):
+    run = start(save_every=3)
+    assert guarded(run, Breaks(run, "exp_avg", step)).train() == status
+    assert stored_states(tmp_path) == dict.fromkeys(left, True)
+    again = start(save_every=3)
+    assert guarded(again).train() == "done"
+    assert indices(again) == list(range(left[-1], 10))
+    assert stored_states(tmp_path)[10]
+
+
+def test_a_state_that_breaks_again_and_again_ends_the_run_beside_a_sound_checkpoint(
+    start, tmp_path
+):
+    run = start(total=40)
+    assert guarded(run, Breaks(run, "master", *range(8, 40)), roll_backs=2).train() == "guard"
+    assert all(stored_states(tmp_path).values())
+    assert 4 in stored_states(tmp_path)
+
+
+def test_where_no_step_is_accepted_a_roll_back_goes_further_back_and_removes_nothing(
+    start, tmp_path
+):
+    run = start(total=30, save_every=2)
+    run.checkpoints._saver.keep_last = 2
+    # Every step after the sixth is off: the checkpoints are finite, and lead nowhere.
+    run.hook.verdicts = {index: Verdict(skip=True) for index in range(6, 30)}
+    assert guarded(run, skips=2, roll_backs=9).train() == "guard"
+    back = [note for note in run.hook.notes if note.startswith("back")]
+    assert back == ["back to 6", "back to 4"]
+    assert {4, 6} <= stored_states(tmp_path).keys()
+    assert indices(run)[-1] == 11
+
+
+def test_a_stop_in_a_row_of_refused_steps_removes_no_checkpoint(start, tmp_path):
+    run = start(total=9, save_every=4, judge={4: Verdict(skip=True)}, wish={4: Wish(stop=True)})
+    run.checkpoints._saver.keep_last = 1
+    assert run.train() == "preempted"
+    assert list(stored_states(tmp_path)) == [4, 5]

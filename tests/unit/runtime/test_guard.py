@@ -23,11 +23,13 @@ def update(index=50, loss=1.0, norm=2.0, **more):
     return Update(index, 1000, 0, loss, norm, 1e-3, **more)
 
 
-def evidence(losses=(1.0, 2.0), maxima=None):
+def evidence(losses=(1.0, 2.0), maxima=None, not_finite=()):
     images = torch.arange(4 * 3 * 2 * 2, dtype=torch.uint8).view(4, 3, 2, 2)
     positions = torch.arange(100, 104)
     layers = {"teacher.a": 1.0, "student.b": 2.0} if maxima is None else maxima
-    return Evidence(list(images.split(2)), positions, positions + 1000, list(losses), layers)
+    return Evidence(
+        list(images.split(2)), positions, positions + 1000, list(losses), layers, [*not_finite]
+    )
 
 
 def noise(index):
@@ -151,6 +153,51 @@ def test_a_row_of_refused_updates_rolls_back_and_then_ends_the_run(started, tmp_
         for name in incidents
     ]
     assert restored == [None, None, 2, None, None, None]
+
+
+def test_a_roll_back_after_which_no_step_is_accepted_goes_further_back(started):
+    hooks = started(skips=2, roll_backs=4)
+    bad, taken = (4, 5, 6, 7, 9, 10, 12, 13), {}
+    for index in range(14):
+        verdict = one(hooks, update(index, NAN if index in bad else 1.0))
+        if verdict.roll_back is not None:
+            taken[index] = verdict.roll_back
+            for hook in hooks:
+                hook.on_save(index + 1)
+                hook.on_roll_back(update(index), {5: 3, 7: 2, 10: 8, 13: 11}[index])
+            # A resume knows it, too.
+            assert started(index + 1, skips=2, roll_backs=4)[1]._past == hooks[1]._past
+    # 6 and 7 follow at once on the way back to 3; one accepted step and all is as before.
+    assert taken == {5: 4, 7: 2, 10: 9, 13: 12}
+
+
+def test_a_state_that_is_not_finite_is_taken_back_at_once_and_named(started, tmp_path, caplog):
+    hooks = started(roll_backs=2)
+    broken = [f"exp_avg.student.{number}" for number in range(guard_module.NAMED + 3)]
+    for index in range(3):
+        one(hooks, update(index))
+    verdict = one(hooks, update(3, NAN), evidence(not_finite=broken))
+    assert (verdict.skip, verdict.roll_back) == (True, 3)
+    for hook in hooks:
+        hook.on_roll_back(update(3), 2)
+    said = json.loads((tmp_path / "incidents/update_00000004/incident.json").read_text())
+    assert said["state_not_finite"] == [
+        {"rank": 0, "kind": "exp_avg", "tensor": f"student.{number}"}
+        for number in range(guard_module.NAMED)
+    ]
+    assert said["restored"] == 2
+    assert "exp_avg of student.0 on rank 0" in caplog.text
+    # The next refusal is an ordinary one again, until the state is lost once more.
+    assert one(hooks, update(4, NAN)).roll_back is None
+    assert one(hooks, update(5, NAN), evidence(not_finite=broken)).roll_back == 1
+    for hook in hooks:
+        hook.on_roll_back(update(5), 1)
+    assert one(hooks, update(6, NAN), evidence(not_finite=broken)).stop == "guard"
+
+
+def test_a_state_that_is_not_finite_at_the_last_step_is_left_to_the_next_start(started):
+    verdict = one(started(), update(999, NAN), evidence(not_finite=["ema.student.norm"]))
+    assert (verdict.roll_back, verdict.stop) == (None, "guard")
 
 
 def test_no_roll_back_allowed_ends_the_run_at_once(started):
