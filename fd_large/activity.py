@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from fd_large.errors import without_secrets
+
 T = TypeVar("T")
 
 _works: list[Work] = []
@@ -32,7 +34,7 @@ class Work:
     def __init__(
         self, what: str, total: float | None = None, unit: str = "", *, done: float = 0
     ) -> None:
-        self.what, self.total, self.unit = what, total, unit
+        self.what, self.total, self.unit = without_secrets(what), total, unit
         self.done = self._first = done
         self.began = time.monotonic()
         _works.append(self)
@@ -41,7 +43,7 @@ class Work:
     def advance(self, amount: float = 1, what: str | None = None) -> None:
         """So much more is done."""
         self.reach(self.done + amount)
-        self.what = what or self.what
+        self.what = without_secrets(what or self.what)
 
     def reach(self, done: float, total: float | None = None) -> None:
         """So much is done in all."""

@@ -23,16 +23,43 @@ class Exit(IntEnum):
     INTERRUPTED = 130  # The user pressed Ctrl-C twice.
 
 
-_USER = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/?#]*@")
-_QUERY = re.compile(r"""(?i)\b([a-z][a-z0-9+.-]*://[^\s?"'<>]*\?)[^\s"'<>]+""")
+_WORD = re.compile(r'[^\s"]+')
+_USER = re.compile(r"(://)[^\s/?#]*@")
+_QUERY = re.compile(r"\?[\w.~%-]+=")
+_CLOSING = "'`),.;:]}>"
 
 
 def without_secrets(text: str) -> str:
     """Returns text with user, password and query of each URL in it replaced by `***`.
 
     Whatever a person, a page, a log or a tracker gets to see of a source goes through here.
+    Libraries tell the path and the query of a URL without its host, too: of these, the query.
     """
-    return _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text)) if "://" in text else text
+    return _WORD.sub(_masked_word, text) if "://" in text or "?" in text else text
+
+
+def _masked_word(match: re.Match[str]) -> str:
+    word = match[0]
+    start = word.find("://")
+    if start >= 0 and "@" in word:
+        word = _USER.sub(r"\1***@", word)
+    query = word.find("?", start) if start >= 0 else -1
+    if query < 0 and (found := _QUERY.search(word)):
+        query = found.start()
+    if query < 0 or not (hidden := word[query + 1 :].rstrip(_CLOSING)):
+        return word
+    return f"{word[: query + 1]}***{word[query + 1 + len(hidden) :]}"
+
+
+def masked(value: Any) -> Any:
+    """Returns plain values (dict, list, str, numbers) without secrets in any of their texts."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, dict):
+        return {masked(key): masked(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [masked(each) for each in value]
+    return value
 
 
 def printable(text: str) -> str:
@@ -160,8 +187,8 @@ class LostRankError(FDError):
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text; the name of its class where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Returns the first line of an error's text, masked; the name of its class without one."""
+    return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def named(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from fd_large import processes
-from fd_large.errors import Exit
+from fd_large.errors import Exit, without_secrets
 from fd_large.files import write_json
 from fd_large.launch import find_rank
 from fd_large.processes import briefly
@@ -284,6 +284,7 @@ def tell(code: int, reason: str) -> None:
     """
     if _leaver is not None and threading.current_thread() is not _leaver:
         _leaver.join()
+    reason = without_secrets(reason)
     # The others first: the disk of the exit file may be what hangs.
     if _watch is not None:
         _watch.stop(code, reason)

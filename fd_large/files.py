@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fd_large.errors import ConfigError, FDError, StorageError
+from fd_large.errors import ConfigError, FDError, StorageError, without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -305,6 +305,13 @@ def out_folder(out: str | Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file in place of one that may be there."""
+    """Writes a JSON file in place of one that may be there.
+
+    Only its owner may read it if it holds a secret: a URL with a user, a password or a query.
+    """
+    text = json.dumps(value, indent=1) + "\n"
     with replacing(path) as aside:
-        aside.write_text(json.dumps(value, indent=1) + "\n")
+        if without_secrets(text) != text:
+            aside.unlink(missing_ok=True)
+            aside.touch(0o600)
+        aside.write_text(text)

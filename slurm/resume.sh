@@ -51,6 +51,15 @@ try:
     words = words[1:] if words[:1] == ["train"] else words
     # What a launcher adds, and what would begin anew.
     words = [word for word in words if not word.startswith("--local_rank") and word != "--fresh"]
+    # environment.json keeps no secrets of URLs; recipe.json, which its owner alone may read, does.
+    name = ""
+    for place, word in enumerate(words):
+        name, mark, value = word.partition("=") if word.startswith("--") else (name, "", word)
+        if "***" in value:
+            held = fields
+            for part in name[2:].replace("-", "_").split("."):
+                held = held[part]
+            words[place] = name + mark + held if mark else held
     # First, since they may come from the recipe and stand in no argument.
     found = [fields["data"]["root"], fields["teacher"]["source"], *words]
     text = "".join(word + "\0" for word in found)

@@ -13,6 +13,7 @@ from fd_large import activity
 from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.cli.output import tables
 from fd_large.cli.paths import paths_of_models, require_paths
+from fd_large.errors import without_secrets
 from fd_large.files import out_folder
 from fd_large.recipes.fields import at_least
 
@@ -110,7 +111,7 @@ def diagnose(
             progress=lambda text: examining.advance(what=text),
         )
     facts = {
-        "root": sample.root,
+        "root": without_secrets(sample.root),
         "images": len(sample),
         "batch_size": batch_size,
         "device": _device(distributed.device()),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fd_large.cli.evaluate_flags import OWN_FEATURES, PROBES, ModelFlags
 from fd_large.cli.evaluate_results import Row, finish
-from fd_large.errors import ConfigError, nearest
+from fd_large.errors import ConfigError, nearest, without_secrets
 from fd_large.files import out_folder
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import RANDOM
@@ -112,7 +112,7 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
         rows,
         PROBES[task].title,
         task=task,
-        root=run.data.root,
+        root=without_secrets(run.data.root),
         seeds=seeds,
         settings=settings | {"batch_size": own.batch_size},
         classes=len(train.classes),

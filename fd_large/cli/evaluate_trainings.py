@@ -21,7 +21,7 @@ from fd_large.cli.sweep import (
     trials_of,
     with_point,
 )
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, without_secrets
 from fd_large.files import out_folder
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
@@ -101,7 +101,7 @@ def train_models(
         rows,
         kind.title,
         task=kind.name,
-        root=recipes[0].data.root,
+        root=without_secrets(recipes[0].data.root),
         seeds=seeds,
         **({"settings": {**grid, "sweep_held_out": HELD_OUT}} if own.sweep else {}),
     )

@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fd_large {fd_large.__version__}")
         return 0
     doors.allow_named(arguments, remember=rank == 0)
+    terminal.mask_uncaught()
     try:
         command, rest = choose(arguments, COMMANDS, note=_BEGIN)
         with shown(command) if rank == 0 else nullcontext():

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from fd_large import meeting
 from fd_large.data.braces import expand_braces
-from fd_large.data.packages import PARQUET, check_packages, is_url, scheme_of
+from fd_large.data.packages import PARQUET, check_packages, is_url, name_of, scheme_of
 from fd_large.errors import DataError, named
 from fd_large.files import PASSING, retried
 
@@ -140,7 +140,7 @@ def find_objects(root: str, where: str) -> list[Stored]:
     Raises: DataError: if there are both.
     """
     found = meeting.once(f"objects of {root}", lambda: find(root, READ_REMOTELY, where))
-    kinds = {os.path.splitext(stored.url.lower())[1] for stored in found}
+    kinds = {os.path.splitext(name_of(stored.url).lower())[1] for stored in found}
     if len(kinds) > 1:
         raise DataError(
             f"{where}: tar shards and parquet files in one place; got both below {root!r}, "
@@ -163,15 +163,15 @@ def _names(root: str, endings: tuple[str, ...]) -> Iterator[str]:
             yield root
         return
     client, path = _client(root)
-    if _GLOB.search(path):
+    if _GLOB.search(name_of(path)):
         found = asked(root, lambda: client.glob(path))
-    elif path.lower().endswith(endings):
+    elif name_of(path).lower().endswith(endings):
         found = [path]
     else:
         found = asked(root, lambda: client.find(path))
     below = len(path.rstrip("/"))
     for name in sorted(found):
-        if name.lower().endswith(endings) and "/." not in name[below:]:
+        if name_of(name).lower().endswith(endings) and "/." not in name[below:]:
             yield client.unstrip_protocol(name)
 
 

@@ -38,6 +38,11 @@ def is_url(root: str) -> bool:
     return bool(scheme_of(root))
 
 
+def name_of(url: str) -> str:
+    """The name of a file: a path, or a URL without its query."""
+    return url.partition("?")[0] if scheme_of(url) in ("http", "https") else url
+
+
 def check_packages(root: str, *, where: str) -> None:
     """Refuses what a package is missing for, and braces that stand for too many names.
 
@@ -52,7 +57,7 @@ def check_packages(root: str, *, where: str) -> None:
         check_packages(part.root, where=f"{where} ({part.name})")
     if is_url(root):
         _check_client(root, where)
-    if root.lower().endswith(PARQUET):
+    if name_of(root).lower().endswith(PARQUET):
         require("pyarrow", "parquet files", where)
     elif not is_url(root) and all(os.path.isfile(os.path.join(root, name)) for name in SAVED):
         require("datasets", "a saved dataset", where)

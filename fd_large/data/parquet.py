@@ -19,7 +19,7 @@ from fd_large import meeting
 from fd_large.data.blocks import BlockImages, BlockWriter
 from fd_large.data.folder import read_image
 from fd_large.data.objects import RANGE_BYTES, STREAMS, Stored, find, find_objects
-from fd_large.data.packages import PARQUET, is_url, require
+from fd_large.data.packages import PARQUET, is_url, name_of, require
 from fd_large.errors import DataError, FDError, first_line
 
 _ROWS = 64
@@ -110,9 +110,9 @@ def open_parquet(root: str, *, where: str) -> ParquetImages | None:
 
     Raises: DataError: if a file is missing or damaged, or a package is.
     """
-    named = root.lower().endswith(PARQUET)
+    named = name_of(root).lower().endswith(PARQUET)
     if is_url(root):
-        files = [f for f in find_objects(root, where) if f.url.lower().endswith(PARQUET)]
+        files = [f for f in find_objects(root, where) if name_of(f.url).lower().endswith(PARQUET)]
     elif named or _holds_parquet(root):
         files = meeting.once(f"parquet files of {root}", lambda: find(root, (PARQUET,), where))
     else:
@@ -182,7 +182,7 @@ def _looked_at(files: Sequence[Stored], where: str) -> _Table:
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     columns, digest, table = found[0][0], hashlib.sha256(), []
-    folder = os.path.commonpath([os.path.dirname(stored.url) for stored in files])
+    folder = os.path.commonpath([os.path.dirname(name_of(stored.url)) for stored in files])
     for number, (stored, (own, groups)) in enumerate(zip(files, found, strict=True)):
         if own != columns:
             raise DataError(
@@ -192,7 +192,7 @@ def _looked_at(files: Sequence[Stored], where: str) -> _Table:
         # A local file whose time alone changed is the same; an object's tag is of its content.
         stamp = stored.stamp if stored.is_remote else ""
         digest.update(
-            f"{stored.url[len(folder) :]}\0{stamp}\0{groups}\0".encode("utf-8", "replace")
+            f"{name_of(stored.url)[len(folder) :]}\0{stamp}\0{groups}\0".encode("utf-8", "replace")
         )
         table += [(number, g, rows, size) for g, (rows, size) in enumerate(groups) if rows]
     arrays = np.array(table, np.int64).reshape(-1, 4).T

@@ -23,10 +23,10 @@ from fd_large import activity, meeting
 from fd_large.data.blocks import NO_LABEL, BlockImages, BlockWriter, block_key, the_cache
 from fd_large.data.listing import cache_folder
 from fd_large.data.objects import RANGE_BYTES, Stored, find_objects
-from fd_large.data.packages import is_url
+from fd_large.data.packages import is_url, name_of
 from fd_large.data.shards import COMPRESSED, ENDINGS, sample_key
 from fd_large.data.tar_index import Torn, members
-from fd_large.errors import DataError
+from fd_large.errors import DataError, without_secrets
 from fd_large.files import write_json
 
 log = logging.getLogger(__name__)
@@ -65,9 +65,9 @@ class RemoteShards(BlockImages):
                 ".jpg, .png and the like. Name other shards."
             )
         digest = hashlib.sha256()
-        folder = os.path.commonpath([os.path.dirname(shard.url) for shard in shards])
+        folder = os.path.commonpath([os.path.dirname(name_of(shard.url)) for shard in shards])
         for (url, size, stamp), images in zip(shards, sizes.tolist(), strict=True):
-            digest.update(f"{url[len(folder) :]}\0{size}\0{stamp}\0{images}\0".encode())
+            digest.update(f"{name_of(url)[len(folder) :]}\0{size}\0{stamp}\0{images}\0".encode())
         used = np.flatnonzero(sizes)
         super().__init__(
             shards,
@@ -182,7 +182,7 @@ def _write(shard: Stored, writer: BlockWriter) -> str:
                 text = os.pread(writer.file.fileno(), min(size, _MAX_LABEL_BYTES), offset).strip()
                 labels[sample_key(name)] = int(text) if text.isdigit() else NO_LABEL
     except Torn as error:
-        torn = (
+        torn = without_secrets(
             f"{shard.url}: a shard that is not whole: {error}; {len(images)} images before that "
             "are used. Write the shard again."
         )

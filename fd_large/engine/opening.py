@@ -31,7 +31,7 @@ from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import Engine, build_engine
 from fd_large.engine.zero.optimizer import moments_of
-from fd_large.errors import FDError, check_all
+from fd_large.errors import FDError, check_all, masked
 from fd_large.kernels import check, choose
 from fd_large.kernels.precision import full_float32
 from fd_large.launch import Launch
@@ -186,7 +186,7 @@ def open_together(
             **job.facts(),
             "pictures": samples.fingerprint,
             "commit": commit,
-            "recipe": job.run.to_dict(),
+            "recipe": masked(job.run.to_dict()),
             **({"code": code} if code else {}),
         }
         checkpoints = Checkpoints(

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fd_large.errors import without_secrets
 from fd_large.files import replacing
 from fd_large.report import style
 
@@ -116,8 +117,8 @@ def write(
 
 
 def text(value: object) -> str:
-    """Returns plain text as HTML."""
-    return html.escape(str(value))
+    """Returns plain text as HTML, without the secrets of URLs in it."""
+    return html.escape(without_secrets(str(value)))
 
 
 def status(words: str, *, good: bool | None) -> str:

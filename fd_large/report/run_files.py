@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 
-from fd_large.errors import ConfigError, DataError
+from fd_large.errors import ConfigError, DataError, masked
 from fd_large.recipes import registry
 from fd_large.recipes.fields import flat_plain
 from fd_large.recipes.file_names import ENVIRONMENT, EVALUATIONS, METRICS, SUMMARY
@@ -123,7 +123,7 @@ def read_run(folder: str | Path) -> RunFiles:
     Raises: ConfigError: if it is not a run's; DataError: if a file in it is damaged.
     """
     folder = Path(folder)
-    recipe = _recipe(recipe_file(folder, where="report"))
+    recipe = masked(_recipe(recipe_file(folder, where="report")))
     rows = _rows(folder / METRICS, "loss", "learning_rate")
     return RunFiles(
         folder=folder,

@@ -15,7 +15,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
-from fd_large.errors import ConfigError, first_line
+from fd_large.errors import ConfigError, first_line, masked
 from fd_large.files import write_json
 from fd_large.recipes.file_names import EVALUATIONS, RECIPE
 from fd_large.runtime.hooks import Row, Setting, Tracker
@@ -128,7 +128,7 @@ class RemoteCurves(Curves):
 
         Args:
             setting: The run.
-            recipe: Content of recipe.json.
+            recipe: Content of recipe.json, without secrets.
             known: Id of the service's run that this one goes on in; None: a new one.
         """
         raise NotImplementedError
@@ -166,7 +166,7 @@ def run_name(setting: Setting, recipe: Mapping[str, Any]) -> str:
 
 
 def _recipe(setting: Setting) -> dict[str, Any]:
-    return json.loads((setting.folder / RECIPE).read_text())
+    return masked(json.loads((setting.folder / RECIPE).read_text()))
 
 
 def _ids(setting: Setting) -> dict[str, str]:

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 from fd_large import distributed
-from fd_large.errors import printable
+from fd_large.errors import printable, without_secrets
 from fd_large.recipes.file_names import LOGS
 from fd_large.runtime import terminal
 
@@ -21,6 +21,13 @@ WHOLE_LINES = {"whole_lines": True}
 _early: list[logging.LogRecord] = []
 
 
+class _Formatter(logging.Formatter):
+    """Formats records, and tracebacks in them, without the secrets of URLs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+
 class _Terminal(logging.Handler):
     """Shows fd_large's records through the console that the progress bar lives on."""
 
@@ -28,7 +35,7 @@ class _Terminal(logging.Handler):
         # Warnings are the same on all ranks; an error may be one rank's own.
         super().__init__(logging.INFO if rank == 0 else logging.ERROR)
         self._prefix = f"rank {rank}: " if rank else ""
-        self.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+        self.setFormatter(_Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
 
     def filter(self, record: logging.LogRecord) -> bool:
         if getattr(record, "file_only", False):
@@ -80,7 +87,7 @@ def set_up(folder: Path) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     path = logs / f"rank_{distributed.rank():05d}.log"
     file = logging.FileHandler(path)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for handler in list(root.handlers):
         if isinstance(handler, _Keep):
             root.removeHandler(handler)

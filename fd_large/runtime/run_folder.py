@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_large import distributed
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, masked
 from fd_large.files import read_json, replacing, write_json
 from fd_large.recipes.file_names import (
     CODE,
@@ -110,7 +110,7 @@ def write_environment(
             "device": device.type,
             "world_size": distributed.world_size(),
             "launcher": launcher,
-            "command": sys.argv,
+            "command": masked(sys.argv),
             "metrics": dict(metrics),
         },
     )

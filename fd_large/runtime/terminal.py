@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from fd_large.errors import without_secrets
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -94,7 +96,15 @@ def take() -> None:
     )
     # After a fatal signal Python runs no more: this writes the stack where the user looks.
     faulthandler.enable(_err)
+    mask_uncaught()
+
+
+def mask_uncaught() -> None:
+    """Lets uncaught errors, of threads too, be shown without the secrets of URLs."""
     sys.excepthook = _show_uncaught
+    threading.excepthook = lambda given: _show_uncaught(
+        given.exc_type, given.exc_value or given.exc_type(), given.exc_traceback
+    )
 
 
 def hand_over(path: Path) -> None:
@@ -124,7 +134,7 @@ def give_back() -> None:
         stream.flush()
         os.dup2(stream.fileno(), number)
     faulthandler.disable()
-    sys.excepthook = sys.__excepthook__
+    sys.excepthook, threading.excepthook = sys.__excepthook__, threading.__excepthook__
     for stream in (_out, _err):
         stream.close()
     before_errors.clear()
@@ -136,6 +146,7 @@ def give_back() -> None:
 def show_error(text: str) -> None:
     """Writes an error to the user and, once there is one, to the rank's log."""
     _clear_the_line()
+    text = without_secrets(text)
     if _handed_over:
         print(text, file=sys.stderr)
     print(text, file=err())
@@ -206,7 +217,7 @@ def _show_uncaught(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     _clear_the_line()
-    text = "".join(traceback.format_exception(kind, error, trace)).rstrip()
+    text = without_secrets("".join(traceback.format_exception(kind, error, trace)).rstrip())
     if _handed_over:
         print(text, file=sys.stderr)
     # After Ctrl-C the user needs no stack; the log keeps it.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from typing import Any
 
+from fd_large.errors import masked
 from fd_large.runtime.curves import RemoteCurves, run_name
 from fd_large.runtime.hooks import DONE, PREEMPTED, Setting
 
@@ -36,7 +38,12 @@ class WandB(RemoteCurves):
             tags=list(recipe["runtime"].get("tags", ())),
             config=recipe,
             dir=str(setting.folder),
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                # W&B would keep the command as it was given.
+                x_disable_meta=masked(sys.argv) != sys.argv,
+            ),
         )
         self.keep(setting, self._run.id)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from fd_large.errors import (
@@ -10,6 +12,7 @@ from fd_large.errors import (
     FDError,
     check_all,
     first_line,
+    masked,
     named,
     nearest,
     without_secrets,
@@ -96,9 +99,32 @@ def test_a_notebook_shows_the_sentence_without_frames(capsys) -> None:
             "'https://h/{a,b}.tar?***' and https://h/c?***",
         ),
         ("0.5 s3://bucket/a + 0.5 hf://me:PW@b/c", "0.5 s3://bucket/a + 0.5 hf://***@b/c"),
+        (
+            "Max retries exceeded with url: /x.tar?sig=SIG (Caused",
+            "Max retries exceeded with url: /x.tar?*** (Caused",
+        ),
+        (
+            "URL('https://h/x?SIG'), <https://h/y?SIG>.",
+            "URL('https://h/x?***'), <https://h/y?***>.",
+        ),
+        ('{"a": "https://u:PW@h/?x=SIG", "b": 1}', '{"a": "https://***@h/?***", "b": 1}'),
+        ("simplecache::https://u:PW@h/x", "simplecache::https://***@h/x"),
+        ("really? yes=no, /path? It's x=1", "really? yes=no, /path? It's x=1"),
         ("me@example.org https://host/me@2x.png", "me@example.org https://host/me@2x.png"),
     ],
 )
 def test_user_password_and_query_of_an_address_are_not_shown(text: str, shown: str) -> None:
     assert without_secrets(text) == shown
     assert str(DataError(text)) == shown
+
+
+@pytest.mark.parametrize("text", ["https://", "a.", "/?a=", "?", "a://@", "https://h/?'", "(')"])
+def test_a_long_text_is_masked_at_once(text: str) -> None:
+    begin = time.process_time()
+    without_secrets(text * 100_000 + " ? ://@")
+    assert time.process_time() - begin < 5  # Seconds; a square of the length takes hours.
+
+
+def test_values_are_masked_at_any_depth() -> None:
+    found = masked({"a": ["https://u:PW@h", 1, None], "b": {"c": ("x?y=SIG",)}})
+    assert found == {"a": ["https://***@h", 1, None], "b": {"c": ["x?***"]}}

@@ -120,3 +120,11 @@ def test_json_is_bounded_and_finite_where_that_is_asked(tmp_path):
     for text in ("Infinity", "NaN", "-1e999"):
         with pytest.raises(ValueError, match="for a number"):
             parse_json(text, finite=True)
+
+
+def test_a_file_with_a_secret_is_for_its_owner_alone(tmp_path):
+    file, url = tmp_path / "a.json", "https://u:PW@h"
+    for value, private in (("a", False), (url, True), ("https://h/?s", True), ("", False)):
+        write_json(file, {"root": value})
+        assert json.loads(file.read_text()) == {"root": value}
+        assert (file.stat().st_mode & 0o077 == 0) == private

@@ -454,6 +454,16 @@ def test_resume_takes_arguments_data_and_teacher_from_the_runs_folder(
     ]
 
 
+def test_resume_takes_what_is_masked_from_the_recipe(script: Script) -> None:
+    url, masked = "https://u:PW@h/x.tar?a=b c", "https://***@h/x.tar?***"
+    given = ("--batch", "3", "--data.root", masked, f"--data.root={masked}")
+    script.record(["fd_large/train.py", *given], url, "random")
+    code, said = script.resume()
+    assert code == 0, said
+    words = script.words()
+    assert words[words.index("--batch") :][:5] == [*given[:3], url, f"--data.root={url}"]
+
+
 @pytest.mark.parametrize("damaged", ["environment.json", "recipe.json"])
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"command": 3, "data": 3}'])
 def test_resume_of_a_damaged_run_is_one_sentence(damaged: str, text: str, script: Script) -> None:

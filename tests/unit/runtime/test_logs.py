@@ -75,3 +75,22 @@ def test_a_command_is_not_broken_on_a_terminal(extra, breaks, monkeypatch):
         shown = os.read(ours, 1 << 16).decode()
     os.close(ours)
     assert shown.rstrip().count("\n") == (2 if breaks else 0)
+
+
+def test_no_record_and_no_traceback_has_a_secret(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    logs.start(0)
+    ours = logging.getLogger("fd_large.x")
+    ours.warning("early %s", "https://u:PW@h/x?SIG")
+    logs.set_up(tmp_path)
+    try:
+        raise OSError("url: /x?a=SIG of https://u:PW@h")
+    except OSError:
+        ours.exception("it failed")
+        logging.getLogger("aiohttp").warning("%r", {"url": "https://u:PW@h/x?SIG"})
+    shown = capsys.readouterr()
+    (path,) = tmp_path.glob("logs/*")
+    for text in (shown.out + shown.err, path.read_text()):
+        assert "https://***@h" in text
+        assert "PW" not in text
+        assert "SIG" not in text
