@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 
+from fd_large.markdown import code, escaped
 from fd_large.recipes.file_names import PAGE
 from fd_large.report import html
 from fd_large.report.diagnosis import (
@@ -82,18 +83,18 @@ def write_page(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
     """Writes index.md beside the pictures; returns its path."""
     models = diagnosis["models"]
     rows = table(models)
-    head = ["", *(f"`{model['source']}`" for model in models)]
+    head = ["", *(code(model["source"]) for model in models)]
     lines = [
         "# Diagnosis",
         "",
-        f"{diagnosis['images']} images of `{diagnosis['root']}`, {diagnosis['seconds']:.0f} s on "
-        f"{diagnosis['device']}. Numbers: `diagnosis.json`, `averages.npz`.",
+        f"{diagnosis['images']} images of {code(diagnosis['root'])}, {diagnosis['seconds']:.0f} s "
+        f"on {diagnosis['device']}. Numbers: `diagnosis.json`, `averages.npz`.",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *(f"| {' | '.join(map(escaped, row))} |" for row in rows),
         "",
-        *(f"- {words}" for words in notes(models)),
+        *(f"- {escaped(words)}" for words in notes(models)),
     ]
     for picture in pictures:
         heading, text = SENTENCES[picture.stem]

@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fd_large import doors
+from fd_large import doors, markdown
 from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET, Statistics
+from fd_large.errors import masked
+from fd_large.markdown import escaped
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.sections import SIZE_FIELDS, Student
 from fd_large.weights.libraries import LIBRARIES, To
 from fd_large.weights.origin import UNKNOWN, Origin, origin_of, without_folders
+from fd_large.weights.push import REPOSITORY
 
 # Made from the recipe as recipe.json has it, and from `_facts`.
 _RECIPE = {
@@ -107,6 +110,7 @@ def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned)
         learned: The task's part.
     """
     architecture, manifest = exported.architecture, exported.manifest
+    recipe = masked(recipe)
     values = {**recipe, **_facts(recipe, manifest)}
     name, init = without_folders(recipe["student"]["model"]), recipe["student"]["init"]
     with torch.device("meta"):
@@ -135,7 +139,7 @@ def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned)
     }
     sections = [
         _metadata(exported, learned, origins),
-        f"# {name}, {learned.title}",
+        f"# {escaped(name)}, {escaped(learned.title)}",
         f"{learned.intro} Made by fd_large.",
         f"## Use\n\n{_use(exported, architecture, sizes, rows * columns, prefix, net.width)}",
         _images(side, exported.statistics),
@@ -156,16 +160,18 @@ def map_of(net: nn.Module, side: int) -> str:
 
 def _metadata(exported: ExportedStudent, learned: Learned, origins: Mapping[str, Origin]) -> str:
     bases = [exported.base_model] if exported.base_model else []
-    bases += [origin.repository for origin in origins.values() if origin.repository]
-    lines = [
-        f"library_name: {LIBRARIES[exported.to].package}",
-        "pipeline_tag: image-"
-        + ("segmentation" if LIBRARIES[exported.to].heads else "feature-extraction"),
-        f"license: {exported.licence or UNKNOWN}",
-    ]
-    if bases:
-        lines += ["base_model:", *(f"- {base}" for base in dict.fromkeys(bases))]
-    return "\n".join(["---", *lines, "tags:", f"- {learned.tag}", "---"])
+    named = (origin.repository for origin in origins.values())
+    bases += [repository for repository in named if REPOSITORY.fullmatch(repository)]
+    kind = "segmentation" if LIBRARIES[exported.to].heads else "feature-extraction"
+    return markdown.head(
+        {
+            "library_name": LIBRARIES[exported.to].package,
+            "pipeline_tag": f"image-{kind}",
+            "license": exported.licence or UNKNOWN,
+            **({"base_model": list(dict.fromkeys(bases))} if bases else {}),
+            "tags": [learned.tag],
+        }
+    )
 
 
 def _own_licence(exported: ExportedStudent) -> str:
@@ -217,8 +223,8 @@ def _filled(rows: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, str
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> str:
-    lines = [f"| {name} | {value} |" for name, value in rows.items()]
-    return "\n".join([f"## {title}\n", "| | |", "|---|---|", *lines])
+    lines = [f"| {escaped(name)} | {escaped(value)} |" for name, value in rows.items()]
+    return "\n".join([f"## {escaped(title)}\n", "| | |", "|---|---|", *lines])
 
 
 def _metrics(steps: int, summary: Mapping[str, Any], metrics: Mapping[str, str]) -> str:

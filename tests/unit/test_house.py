@@ -30,6 +30,7 @@ FLOORS = {
     "imports": 0,
     "distributed": 0,
     "mapped_files": 0,
+    "markdown": 0,
     "meeting": 0,
     "kernels": 0,
     "recipes": 0,
@@ -73,6 +74,7 @@ FOR_ALL = {
     "doors",
     "failures",
     "mapped_files",
+    "markdown",
     "processes",
 }
 ONLY_IN = {
@@ -90,6 +92,7 @@ WITHOUT_TORCH = {
     "files",
     "launch",
     "mapped_files",
+    "markdown",
     "watch",
     "failures",
     "processes",

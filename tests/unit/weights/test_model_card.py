@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 from card_code import run_code
 from loading import close
 from stored_run import STUDENTS, SWIN, store_student
@@ -103,6 +104,16 @@ def test_licences_and_the_base_model(exported):
     teacher = rows(card)["the teacher's weights"]
     # Known of the published file, and this may be another.
     assert all(word in teacher for word in ("MIT", "openai/CLIP", "unknown"))
+
+
+def test_names_from_elsewhere_are_no_markup(exported):
+    source = "hf:a/b<script>alert(1)</script>: |[x](y)\n---\n# z"
+    _, card = exported("plain vit", "fd", source=source)
+    assert "<script" not in card
+    assert "\n# z" not in card
+    head, _, text = card.removeprefix("---\n").partition("\n---\n")
+    assert "base_model" not in yaml.safe_load(head)
+    assert r"\|\[x\](y)" in text
 
 
 def test_licence_and_base_model_as_the_user_says(exported):

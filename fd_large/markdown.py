@@ -1,0 +1,35 @@
+"""Markdown around words from elsewhere: names, sources and labels show as they are written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# Links, pictures, emphasis, code, raw HTML, cells of a table. A `_` within a word is none.
+_MARKS = re.compile(r"([\\`*\[\]|])")
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+def escaped(text: object) -> str:
+    """Returns plain text as one line of Markdown, in a cell of a table too."""
+    line = " ".join(str(text).split())
+    return _MARKS.sub(r"\\\1", line.translate(str.maketrans(_ENTITIES)))
+
+
+def code(text: object) -> str:
+    """Returns plain text as code within a line; a backtick in it becomes an apostrophe."""
+    line = " ".join(str(text).split()).replace("`", "'")
+    return f"`{line}`".replace("|", r"\|")
+
+
+def head(values: Mapping[str, Any]) -> str:
+    """Returns the YAML between lines of dashes that a page begins with.
+
+    Args:
+        values: Texts and lists of texts by name, in the order in which they stand.
+    """
+    import yaml  # Commands that write no page do without.
+
+    text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=10_000)
+    return f"---\n{text}---"
