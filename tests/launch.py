@@ -5,7 +5,8 @@ Under plain python a rank is forked from a process that has torch and DeepSpeed 
 
 A program gets its arguments after those of the launcher (deepspeed adds `--local_rank=N`), and
 leaves its findings with `write_result(folder, value)` as its last act; the test reads them with
-`read_results(folder, ranks)`. Ranks run on the CPU with one thread each.
+`read_results(folder, ranks)`. Ranks run on the CPU with as many threads each as OMP_NUM_THREADS
+says, by default one.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def base_environ() -> dict[str, str]:
         ),
         "PYTHONWARNINGS": "ignore::FutureWarning",
         "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "DS_ACCELERATOR": "cpu",
         "PATH": os.pathsep.join([str(BESIDE), os.environ.get("PATH", "")]),
     }
@@ -161,7 +162,8 @@ def rank_server(rank: int, run: str = RUN) -> RankServer:
     """
     name = f"{run} {'odd' if rank % 2 else 'even'}"
     if name not in _servers:
-        _servers[name] = RankServer(name, base_environ())
+        # A second thread of the server's own would not live on in the ranks.
+        _servers[name] = RankServer(name, base_environ() | {"OMP_NUM_THREADS": "1"})
     return _servers[name]
 
 

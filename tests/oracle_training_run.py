@@ -57,7 +57,6 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     distributed.start()
     start.start()
     spec = json.loads((folder / "spec.json").read_text())

@@ -58,7 +58,6 @@ class Unic(Distillation):
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     distributed.start()
     start.start()
     spec = json.loads((folder / "spec.json").read_text())

@@ -217,6 +217,8 @@ def become(request: dict[str, Any], output: int) -> None:
     os.close(output)
     os.environ.clear()
     os.environ.update(request["environ"])
+    # The server's imports have read its own number of threads.
+    importlib.import_module("torch").set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     os.chdir(request["cwd"])
     sys.argv = request["words"]
     program = os.path.abspath(sys.argv[0])

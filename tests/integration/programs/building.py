@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
 from deepspeed.runtime.zero import partition_parameters
 from launch import write_result
 from torch import nn
@@ -20,7 +19,6 @@ from fd_large.engine.zero import partition, start
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     distributed.start()
     start.start()
     alive: list[nn.Module] = []

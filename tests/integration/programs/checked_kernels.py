@@ -11,7 +11,6 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
 from launch import write_result
 from scenarios import start_engine, take_step, tiny_run
 
@@ -24,7 +23,6 @@ from fd_large.tasks.distillation.job import DistillationJob
 
 def main(folder: Path) -> None:
     """Takes two steps, makes a kernel wrong, checks all, and takes another step."""
-    torch.set_num_threads(1)
     distributed.start()
     start.start()
     logging.basicConfig(format="%(message)s", level=logging.INFO)

@@ -184,7 +184,6 @@ def forget(engine: Engine) -> None:
 
 
 def main(folder: Path, batches: int, at_random: list[str]) -> None:
-    torch.set_num_threads(1)
     runs = {name: narrow_run(name) for name in (SWIN, VIT)}
     # CLIP's own model, whose position embedding no module but the whole model owns.
     clip = replace(runs[VIT].student, model="clip_vit_base_patch16")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-import torch
 import torch.distributed as dist
 from faults import Watched, watching
 from launch import write_result
@@ -105,7 +104,6 @@ def one(folder: Path, stage: int, rank: int, ranks: int) -> dict[str, dict[str, 
 
 
 def main(folder: Path, cases: list[list[int]]) -> None:
-    torch.set_num_threads(1)
     pretended = {
         "broadcast_object": lambda value, source=0: value,
         "gather_objects": lambda value: [value] * distributed.world_size(),

@@ -171,7 +171,6 @@ def neighbours(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def main(folder: Path, names: list[str]) -> None:
-    torch.set_num_threads(1)
     distributed.start()
     start.start()
     # Two images a block of neighbours, so that 19 are an uneven number of blocks.

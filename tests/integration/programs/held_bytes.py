@@ -90,7 +90,6 @@ def held(run: Run, zero: dict[str, Any]) -> dict[str, Any]:
 
 def main(folder: str) -> None:
     """Measures every run at every stage, in both types."""
-    torch.set_num_threads(1)
     distributed.start()
     start.start()
     module = f"module:{Path(folder, 'convnet.py')}:ConvNet"

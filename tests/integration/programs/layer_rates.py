@@ -91,7 +91,6 @@ def in_engine(run: Run, stage: int) -> tuple[Weights, dict[str, Any]]:
 
 
 def main(folder: Path, stages: list[int]) -> None:
-    torch.set_num_threads(1)
     distributed.start()
     start.start()
     run = tiny_run()

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 from launch import ROOT, write_result
 from scenarios import tiny_run
 from tensor_storages import storages
@@ -54,7 +53,6 @@ class Memory(Hook):
 
 
 def main(steps: int, pictures: str, folder: Path) -> None:
-    torch.set_num_threads(1)
     shape = {
         "embed_dim": 8,
         "depths": (1,),

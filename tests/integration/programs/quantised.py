@@ -88,7 +88,6 @@ def losses(*, quantised: bool) -> list[float]:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     distributed.start()
     start.start()
     compiled_ops.load = lambda name: None

@@ -10,7 +10,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from launch import ROOT
 
 from fd_large import distributed
@@ -20,7 +19,6 @@ from fd_large.tasks.jobs import job_of
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     run = Run.from_dict(json.loads((folder / "recipe.json").read_text()))
     run = replace(run, runtime=replace(run.runtime, run_dir=str(folder)))
     opened = open_run(run, job_of, deepspeed_config=str(ROOT / "ds_configs/zero3.json"))

@@ -334,19 +334,19 @@ def same_collectives() -> None:
 
 def main(folder: Path) -> None:
     """Runs all scenarios of the folder in one group of ranks."""
-    torch.set_num_threads(1)
     distributed.start()
     start.start()
     logging.basicConfig(format="%(message)s")
     # Says what runs.
     logging.getLogger("fd_large.kernels").setLevel(logging.DEBUG)
     same_collectives()
+    kernels = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     results = {}
     for name, scenario in json.loads((folder / "scenarios.json").read_text()).items():
         run = tiny_run(**scenario.get("run", {}))
         with watching_sums(scenario.get("few_ranks")) as summed:
             result = engine_result(run, scenario["zero"], scenario.get("updates", UPDATES))
-        results[name] = {**result, "summed": summed}
+        results[name] = {**result, "summed": summed, "kernels": kernels}
     write_result(folder, results)
     distributed.barrier()
 

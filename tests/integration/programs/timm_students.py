@@ -124,7 +124,6 @@ def result(name: str, folder: Path) -> dict[str, Any]:
 
 
 def main(folder: Path, name: str) -> None:
-    torch.set_num_threads(1)
     distributed.start()
     start.start()
     write_result(folder, result(name, folder))

@@ -56,7 +56,6 @@ def compare(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     distributed.start()
     start.start()
     result = {str(dtype): compare(dtype) for dtype in (torch.float32, torch.bfloat16)}
