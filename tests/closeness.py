@@ -1,9 +1,14 @@
-"""How close a kernel must come to a float64 reference."""
+"""How close a kernel comes to a float64 reference, and a run to one with sums in another order."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
+
+Numbers = Sequence[float] | np.ndarray | Tensor
 
 
 def assert_close(name: str, got: Tensor, exact: Tensor, eager: Tensor) -> None:
@@ -26,3 +31,18 @@ def assert_close(name: str, got: Tensor, exact: Tensor, eager: Tensor) -> None:
         f"{name}: {got.flatten()[worst].item()} for {exact.flatten()[worst].item()}, "
         f"off by {error.flatten()[worst].item():.3g}, bound {bound.flatten()[worst].item():.3g}"
     )
+
+
+def distance(found: Numbers, expected: Numbers) -> float:
+    """Largest difference of two series or tensors, relative to the largest number expected.
+
+    Sums in another order differ by the rounding of what they had to hold. A loss that has fallen
+    still has the rounding of the large ones before it, by way of the weights, and a gradient that
+    cancels that of its parts: neither is a measure of its own error. Returns nan where a number
+    is: no bound holds then.
+    """
+    ours, theirs = (torch.as_tensor(x, dtype=torch.float64) for x in (found, expected))
+    assert ours.shape == theirs.shape
+    if torch.equal(ours, theirs):
+        return 0.0
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()

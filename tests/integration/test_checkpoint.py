@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import distance
 from kills import kill_and_resume, state
 from launch import ROOT, read_results, run_ranks
 from pictures import write_pictures
@@ -82,6 +83,7 @@ def two_rates(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+@pytest.mark.closeness
 @pytest.mark.parametrize(
     ("ranks", "config"),
     [
@@ -106,7 +108,7 @@ def test_resumes_on_other_ranks_and_stages(
         config=config,
         program=PROGRAMS / "two_rates.py",
     )
-    assert losses(run_dir) == pytest.approx(losses(two_rates), rel=1e-5)
+    assert distance(losses(run_dir), losses(two_rates)) <= 1e-6
     # And back, to the bit: two ranks at ZeRO-3 read what that stage wrote, and save it at once.
     back = tmp_path / "back"
     back.mkdir()

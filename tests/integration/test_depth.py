@@ -27,6 +27,7 @@ def calm(nyu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(flags, nyu, tmp_path_factory.mktemp("calm") / "run", ranks=2)
 
 
+@pytest.mark.closeness
 def test_two_ranks_are_one_process(nyu: Path, calm: Path, tmp_path: Path) -> None:
     one = dense_runs.check_one_process(flags, nyu, calm, tmp_path / "one")
     first, second = (scores_in(run) for run in (calm, one))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import distance
 from kills import state
 from launch import ROOT, Finished, run_ranks
 from page_examples import EXAMPLES, PAGE
@@ -143,6 +144,7 @@ def test_task(own, tmp_path):
     assert recipe["teacher"]["source"] == ""
 
 
+@pytest.mark.closeness
 def test_head_and_any_number_of_ranks(own, tmp_path):
     given = flags(own, "head.py", "convnet.py", "arrays.py")
     whole, killed, _ = twice(own, tmp_path, given, ranks=1, config="zero2")
@@ -150,10 +152,10 @@ def test_head_and_any_number_of_ranks(own, tmp_path):
     assert "master.projection.2.bias" in state(whole, STEPS)
     other = [*given, "--student.activation_checkpointing", "every"]
     train(own, tmp_path / "other", other, ranks=2, config="zero3")
-    assert losses(tmp_path / "other") == pytest.approx(losses(whole), rel=1e-5)
+    assert distance(losses(tmp_path / "other"), losses(whole)) <= 1e-6
     first, second = state(whole, STEPS), state(tmp_path / "other", STEPS)
     for name, tensor in first.items():
-        torch.testing.assert_close(second[name][: len(tensor)], tensor, rtol=1e-4, atol=1e-6)
+        assert distance(second[name][: len(tensor)], tensor) <= 5e-6, name
 
 
 def test_a_student_is_exported_measured_and_fine_tuned(own, distilled, tmp_path, capsys):

@@ -6,6 +6,7 @@ The settings of one number of ranks share a launch.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from closeness import distance
 from launch import read_results, run_ranks
 
 PROGRAM = Path(__file__).parent / "programs" / "scenarios.py"
@@ -171,6 +174,7 @@ def results_on(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Resu
     return run
 
 
+@pytest.mark.closeness
 @pytest.mark.parametrize("ranks", SETTINGS)
 def test_losses_masters_and_bytes(
     ranks: int,
@@ -178,17 +182,17 @@ def test_losses_masters_and_bytes(
     plain_of_others: dict[str, list[tuple[float, float]]],
     results_on: Callable[[int], Results],
 ) -> None:
-    by_rank = results_on(ranks)
+    by_rank, threads = results_on(ranks), int(os.environ.get("OMP_NUM_THREADS", "1"))
     for name, setting in SETTINGS[ranks].items():
         result, updates = by_rank[0][name], setting.get("updates", len(plain))
         bound = BFLOAT16_BOUND if "bf16" in name else FLOAT32_BOUND
         expected = plain_of_others.get(name.partition(" ")[2], plain[:updates])
         for kind, wanted in zip(("losses", "norms"), zip(*expected, strict=True), strict=True):
-            pairs = zip(result[kind], wanted, strict=True)
-            worst = max(abs(a - b) / b for a, b in pairs)
+            worst = distance(result[kind], wanted)
             assert worst <= bound, f"{name}: {kind} {worst:.1e} from plain torch's"
         learns = updates < len(plain) or result["losses"][-1] < 0.5 * result["losses"][0]
         assert learns, f"{name}: it must learn"
+        assert result["kernels"] == [torch.backends.cpu.get_cpu_capability(), threads]
         assert result["master_error"] == 0.0, f"{name}: masters are not exact"
         shapes = 2 if "teachers" in name else 1
         assert len({h for r in by_rank for h in r[name]["teacher_hash"]}) == shapes, name
@@ -208,6 +212,7 @@ def test_no_gradient_of_many_ranks_is_summed_in_bfloat16(
         assert wide["float32"] > 1e5
 
 
+@pytest.mark.closeness
 def test_any_number_of_ranks_sees_the_same_teacher(results_on: Callable[[int], Results]) -> None:
     in_float32 = [
         (name, result)

@@ -27,6 +27,7 @@ def calm(ade: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(flags, ade, tmp_path_factory.mktemp("calm") / "run", ranks=2)
 
 
+@pytest.mark.closeness
 def test_two_ranks_are_one_process(ade: Path, calm: Path, tmp_path: Path) -> None:
     one = dense_runs.check_one_process(flags, ade, calm, tmp_path / "one")
     counts = [np.array(scores_in(run)["confusion"]) for run in (calm, one)]

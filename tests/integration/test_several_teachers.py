@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import distance
 from covering import covering, pairs_of
 from kills import state
 from launch import ROOT, run_ranks, start_ranks
@@ -18,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent / "programs"))
 import options
 from options import FACTORS
 
-BOUND = 1e-5
 
-
+@pytest.mark.closeness
 def test_every_two_options_meet_and_give_the_losses_of_one_process(tmp_path, monkeypatch):
     for name, head in options.SMALL_HEADS.items():
         monkeypatch.setitem(options.HEADS, name, head)
@@ -31,7 +31,7 @@ def test_every_two_options_meet_and_give_the_losses_of_one_process(tmp_path, mon
     for name, (ours, plain) in options.losses_of(rows, tmp_path).items():
         assert len(ours) == len(plain) == options.STEPS
         assert len(set(plain)) == options.STEPS, f"{rows[name]} learns nothing"
-        if not (worst := options.difference(ours, plain)) <= BOUND:
+        if not (worst := distance(ours, plain)) <= 2e-6:
             wrong[name] = (worst, rows[name])
     assert wrong == {}
 
@@ -56,6 +56,7 @@ FLAGS = """
 --runtime.save_every 2 --runtime.log_every 1 """
 
 
+@pytest.mark.closeness
 def test_killed_and_resumed_on_other_ranks_the_state_of_teachers_keeps_its_bits(tmp_path):
     """The queue has each image's summary: the mixed images of each dataset are the same too."""
     parts = [
@@ -83,4 +84,4 @@ def test_killed_and_resumed_on_other_ranks_the_state_of_teachers_keeps_its_bits(
     assert [name for name in kept if not torch.equal(calm[name], killed[name])] == []
     (queue,) = [calm[name] for name in kept if "queues." in name]
     assert queue.view(-1, 16).any(1).sum() == 6 * 12
-    assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "calm"), rel=1e-5)
+    assert distance(losses(tmp_path / "killed"), losses(tmp_path / "calm")) <= 4e-6

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from closeness import distance
 from launch import ROOT, run_ranks
 from PIL import Image
 
@@ -37,8 +39,12 @@ def write_labelled(root: Path) -> Path:
     return root
 
 
+@pytest.mark.closeness
 @pytest.mark.parametrize("name", ["distillation", "finetuning"])
 def test_it_resumes_and_reports(name, tmp_path, capsys):
+    kernels = torch.backends.cpu.get_cpu_capability()
+    if name == "distillation" and kernels not in ("AVX2", "AVX512"):
+        pytest.skip(f"its random teacher has other bits by torch's {kernels} kernels")
     folder = copied(name, tmp_path)
     assert main(["report", str(folder)]) == 0
     assert "5 of 16" in capsys.readouterr().out
@@ -53,7 +59,7 @@ def test_it_resumes_and_reports(name, tmp_path, capsys):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows] == list(range(16))
     # One rank in place of two, and perhaps another processor: the last digits may differ.
-    assert [row["loss"] for row in rows] == pytest.approx(expected["loss"], rel=1e-5)
+    assert distance([row["loss"] for row in rows], expected["loss"]) <= 1e-6
     assert json.loads((folder / "summary.json").read_text())["status"] == "done"
 
 

@@ -7,6 +7,7 @@ import pytest
 from oracle_files import FOLDER
 
 
+@pytest.mark.closeness
 @pytest.mark.skipif(
     not FOLDER.is_dir(), reason=f"no oracles at {FOLDER}; set FD_ORACLES to their folder"
 )

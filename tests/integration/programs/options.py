@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -232,12 +231,6 @@ def batches_of(job: Any, samples: Any, first: int, micro: int) -> Iterator[Batch
         yield from job.batches(samples, portion)
 
 
-def difference(ours: Sequence[float], plain: Sequence[float]) -> float:
-    """The largest relative difference of two lists of losses; inf where one is not finite."""
-    off = [abs(a - b) / b for a, b in zip(ours, plain, strict=True)]
-    return max(off) if all(map(math.isfinite, off)) else math.inf
-
-
 def plain_losses(run: Run) -> list[float]:
     """One process, no engine, whole batches."""
     job = DistillationJob(run)
@@ -312,7 +305,6 @@ def trained(opened: Opened, last: int) -> list[float]:
 
 def main(folder: Path) -> None:
     """Trains all runs that this number of ranks has a part in."""
-    torch.set_num_threads(1)
     # What is imported is not looked through again after each run.
     gc.freeze()
     small_heads()
