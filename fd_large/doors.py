@@ -24,7 +24,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -165,6 +165,38 @@ def complaint(source: str, where: str) -> str:
     return _no_name(where, path, name, names) if names and name not in names else ""
 
 
+def require_known(source: str, *, kind: Kind, where: str, built_in: Collection[str]) -> None:
+    """Refuses a name that stands for nothing, as far as that shows without an import.
+
+    Args:
+        source: The name.
+        kind: What is wanted; entry points are looked for in the group `fd_large.KIND`.
+        where: The field that the user set, for messages.
+        built_in: The names of the package.
+
+    Raises: ConfigError: with the nearest names.
+    """
+    if source in built_in:
+        return
+    if is_own(source):
+        if message := complaint(source, where):
+            raise ConfigError(message)
+        return
+    plugins = installed(kind)
+    if source in plugins:
+        return
+    if ":" in source or _is_path(source):
+        form = source if ":" in source else f"{source}:NAME"
+        raise ConfigError(
+            f"{where}: a file or module without {PREFIX!r} before it; got {source!r}, expected "
+            f"{PREFIX}{form}. Put {PREFIX} in front."
+        )
+    raise ConfigError(
+        f"{where}: no such name in {kind}; got {source!r}, "
+        f"{nearest(source, [*built_in, *plugins])}. Take one of these, or {FORMS}."
+    )
+
+
 def load(source: str, *, kind: Kind, where: str, built_in: Mapping[str, Any] | None = None) -> Any:
     """Returns the thing that a name stands for; a file is imported once in a process.
 
@@ -181,18 +213,8 @@ def load(source: str, *, kind: Kind, where: str, built_in: Mapping[str, Any] | N
         return known[source]
     if is_own(source):
         return _own(source, where)
+    require_known(source, kind=kind, where=where, built_in=known)
     plugins = installed(kind)
-    if source not in plugins:
-        if ":" in source or _is_path(source):
-            form = source if ":" in source else f"{source}:NAME"
-            raise ConfigError(
-                f"{where}: a file or module without {PREFIX!r} before it; got {source!r}, expected "
-                f"{PREFIX}{form}. Put {PREFIX} in front."
-            )
-        raise ConfigError(
-            f"{where}: no such name in {kind}; got {source!r}, "
-            f"{nearest(source, [*known, *plugins])}. Take one of these, or {FORMS}."
-        )
     value = plugins[source].value
     if path := file_of(f"{PREFIX}{value}"):
         alone = path.parent.name.endswith("-packages")

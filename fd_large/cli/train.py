@@ -9,6 +9,7 @@ from functools import partial
 
 from fd_large import activity, imports
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, WithRecipe, parse_with_recipe
+from fd_large.cli.names import require_names
 from fd_large.cli.ownership import owning
 from fd_large.cli.paths import paths_of, require_apart, require_paths, require_sources
 from fd_large.data.packages import check_packages
@@ -64,9 +65,9 @@ def main(arguments: list[str]) -> int:
 def check_names(run: Run, *, deepspeed_config: str) -> None:
     """Refuses what shows to be wrong without torch, all of it at once.
 
-    These are names of files, folders, datasets and teachers, the number of loading processes, and
-    what DeepSpeed's JSON says.
-    Importing torch and reading weights takes seconds; whoever mistypes a path knows it at once.
+    These are names of files, folders, datasets, teachers, losses, heads, optimisers and so on, the
+    number of loading processes, and what DeepSpeed's JSON says. Importing torch and reading weights
+    takes seconds; whoever mistypes a path or a name knows it at once.
 
     Args:
         run: The recipe.
@@ -81,6 +82,7 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
         partial(check_workers, run.data.workers),
         lambda: require_paths(paths_of(run)),
         partial(require_sources, run),
+        partial(require_names, run),
         *(partial(check_packages, root, where=where) for where, root in roots.items()),
     )
 

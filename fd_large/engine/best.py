@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_large import distributed
-from fd_large.errors import ConfigError, nearest
+from fd_large.errors import ConfigError
 from fd_large.recipes.file_names import EVALUATIONS
 from fd_large.runtime.run_folder import rows_before
 
@@ -115,21 +115,3 @@ class Best:
         if step is None:
             return None
         return {"metric": self.metric, "value": self._values[step], "update": step}
-
-
-def check_metric(metric: str, known: Mapping[str, str]) -> None:
-    """Refuses a metric that the task does not name.
-
-    Args:
-        metric: The name in the recipe.
-        known: As `Job.metrics`.
-
-    Raises: ConfigError: with the nearest names.
-    """
-    names = [name.replace("/", "_") for name in known if "/" in name]
-    names = [name for name in names if not name.endswith("_best_constant")]
-    if metric not in names:
-        raise ConfigError(
-            f"{FIELD}: no number that evaluations of this task measure; got {metric!r}, "
-            f"{nearest(metric, names)}. Change --{FIELD}."
-        )

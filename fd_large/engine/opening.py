@@ -20,7 +20,6 @@ from fd_large.data.blocks import keep_blocks_in
 from fd_large.data.sampler import check_batch_sizes
 from fd_large.data.source import ImageSource
 from fd_large.engine import micro_batch, node_consistency
-from fd_large.engine.best import check_metric
 from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.count import kernel_calls
@@ -39,6 +38,7 @@ from fd_large.plan.memory import Placement, held, persistence_threshold
 from fd_large.plan.workload import frozen_in_bfloat16
 from fd_large.recipes.run import Run
 from fd_large.recipes.stored import read_recipe
+from fd_large.recipes.task_kind import check_metric
 from fd_large.runtime import disks, logs
 from fd_large.runtime.run_folder import (
     open_folder,

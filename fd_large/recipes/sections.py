@@ -382,6 +382,13 @@ class Optim:
 
     def __post_init__(self) -> None:
         check_types(self, "optim")
+        require(
+            self.name != "muon",
+            "optim.name: Muon turns whole matrices, and ZeRO steps shards that are cut anywhere",
+            repr(self.name),
+            "an optimiser that acts element by element",
+            "Use adamw or lars",
+        )
         usual = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": "auto"}
         for name, value in usual.items() if self.name != ADAMW else ():
             require(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from fd_large.errors import ConfigError, nearest
 
 OF_VIEWS_WITHOUT_LABELS = (
     "data.color_jitter",
@@ -47,6 +49,10 @@ class TaskKind:
             the folder's `score_files.py` takes it.
         ignored_fields: Fields of the recipe, section.field, that no recipe of the task may set: its
             job refuses them, and pages leave them out.
+        check_names: Refuses names that stand for nothing in a recipe of the task, such as that of a
+            loss, as far as that shows without torch; None: what it names is found when it is made.
+        metrics: The words for what evaluations of a recipe of the task measure, "SET/METRIC" ->
+            words, as `Job.metrics` has them; None: only its job knows.
         next_steps: What is worth running after a run of it: why, and the words after the program's
             name, in which {run} is the run's folder, {data.root} its images, {library} a library
             that has its student, and the word {teachers} stands for RUN#NAME of each teacher.
@@ -66,4 +72,24 @@ class TaskKind:
     depends_on_passes: bool = False
     scored_files: type | None = None
     ignored_fields: tuple[str, ...] = ()
+    check_names: Callable[[Any], None] | None = None
+    metrics: Callable[[Any], Mapping[str, str]] | None = None
     next_steps: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+def check_metric(metric: str, known: Mapping[str, str]) -> None:
+    """Refuses a metric (`eval.best_metric`) that the task does not name.
+
+    Args:
+        metric: The name in the recipe.
+        known: As `Job.metrics`.
+
+    Raises: ConfigError: with the nearest names.
+    """
+    names = [name.replace("/", "_") for name in known if "/" in name]
+    names = [name for name in names if not name.endswith("_best_constant")]
+    if metric not in names:
+        raise ConfigError(
+            f"eval.best_metric: no number that evaluations of this task measure; got {metric!r}, "
+            f"{nearest(metric, names)}. Change --eval.best_metric."
+        )

@@ -20,12 +20,12 @@ from fd_large.engine.zero.own_optimizer import Kept, tried
 from fd_large.engine.zero.start import deepspeed
 from fd_large.errors import ConfigError
 from fd_large.kernels.choose import has_nvidia_apex
-from fd_large.recipes.sections import ADAMW, Optim
+from fd_large.recipes.sections import Optim
 
 log = logging.getLogger(__name__)
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
-OPTIMISERS: dict[str, Any] = {ADAMW: None, "lars": Lars}
+OPTIMISERS: dict[str, Any] = {"adamw": None, "lars": Lars}
 """The built-in optimisers, each a function of (groups, lr); AdamW has a choice of its own."""
 
 # Numbers of the tensors that a fused optimiser steps on trial; kernels cut them at powers of two.
@@ -54,11 +54,6 @@ def moments_of(optim: Optim, device: str = "cpu") -> tuple[str, ...]:
 
 def _maker_of(optim: Optim) -> Callable[..., torch.optim.Optimizer] | None:
     """Returns what makes an optimiser of (groups, lr=...); None for AdamW."""
-    if optim.name == "muon":
-        raise ConfigError(
-            "optim.name: Muon turns whole matrices, and ZeRO steps shards that are cut anywhere; "
-            "got 'muon', expected an optimiser that acts element by element. Use adamw or lars."
-        )
     return doors.load(optim.name, kind="optimisers", where="optim.name", built_in=OPTIMISERS)
 
 

@@ -29,6 +29,7 @@ from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.tasks.classification.mean_token import DISCARDED
 from fd_large.tasks.classification.named_model import named_student
 from fd_large.tasks.classification.scores import averaged
+from fd_large.tasks.classification.section import METRICS
 from fd_large.weights.source import Sources
 
 IMAGENET_CLASSES = 1000
@@ -41,12 +42,7 @@ class ClassificationJob(Job):
     section of the recipe has the field `statistics`.
     """
 
-    metrics: ClassVar = {
-        "loss": "cross-entropy",
-        "test/loss": "test loss",
-        "test/top1": "test top-1 accuracy (%)",
-        "test/top5": "test top-5 accuracy (%)",
-    }
+    metrics: ClassVar = METRICS
     loss_name = "cross-entropy"
 
     def open_samples(self) -> ImageSource:

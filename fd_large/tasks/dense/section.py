@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from fd_large import doors
 from fd_large.recipes.fields import require
+from fd_large.recipes.tables import keys_of
 from fd_large.recipes.task_kind import OF_VIEWS_WITHOUT_LABELS
 
 IGNORED_FIELDS = (*OF_VIEWS_WITHOUT_LABELS, "data.min_crop_scale", "data.val_fraction")
 """Fields of the recipe that their own views and tests do not read."""
+
+
+def check_head(name: str, *, where: str, file: str) -> None:
+    """Refuses the name of a head that stands for nothing; imports neither head nor torch.
+
+    Args:
+        name: The name in the recipe.
+        where: The field that names it.
+        file: File of the package with the table `HEADS`.
+
+    Raises: ConfigError: with the nearest names.
+    """
+    doors.require_known(name, kind="heads", where=where, built_in=keys_of(file, "HEADS"))
 
 
 def check_scale_range(where: str, scale_range: tuple[float, float]) -> None:

@@ -18,7 +18,7 @@ from fd_large.tasks.depth.data.views import TestViews, TrainingViews
 from fd_large.tasks.depth.scores.evaluation import Model, Outcome, evaluate, keep
 from fd_large.tasks.depth.scores.metrics import crop_of
 from fd_large.tasks.depth.scores.tables import numbers_table
-from fd_large.tasks.depth.section import KIND, ON_LAST_MAP
+from fd_large.tasks.depth.section import KIND, METRICS, ON_LAST_MAP
 from fd_large.tasks.depth.stored import predict_images
 from fd_large.tasks.depth.task import Depth
 from fd_large.weights.model_card import Learned
@@ -31,12 +31,7 @@ AS_THEY_ARE = Statistics((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 class DepthJob(DenseJob):
     """The student learns the depth of `data.root`'s train split, tested on its val split."""
 
-    metrics: ClassVar = {
-        "loss": "loss",
-        "val/rmse": "RMSE (m)",
-        "val/abs_rel": "relative error",
-        "val/d1": "share within a factor of 1.25",
-    }
+    metrics: ClassVar = METRICS
     lower_is_better: ClassVar = (
         *("loss", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog"),
     )

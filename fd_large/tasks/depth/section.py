@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fd_large.recipes.fields import at_least, check_types, not_negative, positive, require
 from fd_large.recipes.task_kind import TaskKind
-from fd_large.tasks.dense.section import IGNORED_FIELDS
+from fd_large.tasks.dense.section import IGNORED_FIELDS, check_head
 
 ON_LAST_MAP = {"linear"}
 """Heads that take the student's last map after its final norm, which others replace."""
@@ -119,6 +119,20 @@ HOW_TO_TEST = tuple(
     f"task.depth.{name}"
     for name in ("val_list", "min_depth", "test_windows", "test_flip", "test_crop")
 )
+METRICS = {
+    "loss": "loss",
+    "val/rmse": "RMSE (m)",
+    "val/abs_rel": "relative error",
+    "val/d1": "share within a factor of 1.25",
+}
+"""As `Job.metrics`."""
+
+
+def _check_names(run: Any) -> None:
+    own: Depth = run.task.depth
+    check_head(own.head, where="task.depth.head", file="tasks/depth/task.py")
+
+
 KIND = TaskKind(
     name="depth",
     folder="depth",
@@ -129,6 +143,8 @@ KIND = TaskKind(
     scores_runs=True,
     depends_on_passes=True,
     ignored_fields=IGNORED_FIELDS,
+    check_names=_check_names,
+    metrics=lambda _: METRICS,
     scoring_fields=(
         *HOW_TO_TEST,
         "task.depth.depth_scale",

@@ -41,7 +41,7 @@ from fd_large.tasks.detection.scores.evaluation import (
 )
 from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
 from fd_large.tasks.detection.scores.views import Model, TestViews
-from fd_large.tasks.detection.section import HEADS_SETTINGS, KIND
+from fd_large.tasks.detection.section import HEADS_SETTINGS, KIND, METRICS
 from fd_large.tasks.detection.stored import predict_images, score_stored
 from fd_large.tasks.detection.task import Ask, Detection
 from fd_large.weights.coverage import Fitted
@@ -57,11 +57,7 @@ OBJECTS_OF_PROBE = 64
 class DetectionJob(Job):
     """The student learns boxes and masks of `data.root`'s train split, tested on its val split."""
 
-    metrics: ClassVar = {
-        "loss": "sum of all losses",
-        **{f"box/{name}": f"box {name}" for name in ("AP", "AP50", "AP75")},
-        **{f"mask/{name}": f"mask {name}" for name in ("AP", "AP50", "AP75")},
-    }
+    metrics: ClassVar = METRICS
     ignored_fields = KIND.ignored_fields
 
     def open_samples(self) -> ImageSource:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fd_large.recipes.fields import at_least, check_types, require
 from fd_large.recipes.task_kind import TaskKind
 from fd_large.tasks.dense.section import (
     IGNORED_FIELDS,
+    check_head,
     check_scale_range,
     check_test_scales,
     check_test_size,
@@ -186,6 +187,19 @@ HOW_TO_TEST = tuple(
     )
 )
 
+METRICS = {
+    "loss": "sum of all losses",
+    **{f"box/{name}": f"box {name}" for name in ("AP", "AP50", "AP75")},
+    **{f"mask/{name}": f"mask {name}" for name in ("AP", "AP50", "AP75")},
+}
+"""As `Job.metrics`."""
+
+
+def _check_names(run: Any) -> None:
+    own: Detection = run.task.detection
+    check_head(own.heads, where="task.detection.heads", file="tasks/detection/task.py")
+
+
 KIND = TaskKind(
     name="detection",
     folder="detection",
@@ -199,6 +213,8 @@ KIND = TaskKind(
     # Training has these proposals too.
     scoring_fields=(*HOW_TO_TEST, "task.detection.proposals_per_image"),
     ignored_fields=IGNORED_FIELDS,
+    check_names=_check_names,
+    metrics=lambda _: METRICS,
     scored_files=ScoredFiles,
     next_steps=(
         ("all of COCO's numbers, and pictures", ("evaluate", "{run}", "--out", "{run}/evaluation")),

@@ -12,7 +12,6 @@ neither ranks nor micro batches change a step.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fd_large import doors
-from fd_large.errors import ConfigError, nearest
+from fd_large.errors import ConfigError
 from fd_large.kernels.whitened_loss import whitened_loss
+from fd_large.tasks.distillation.section import is_sum, loss_terms
 from fd_large.tasks.distillation.similarity import (
     SummaryQueue,
     queue_divergence,
@@ -32,7 +32,6 @@ from fd_large.tasks.distillation.similarity import (
 
 WHERE = "objective.loss"
 _SMALLEST = 1e-6  # For divisions, far below any difference that matters in units of the target.
-_TERM = re.compile(r"(\d+\.?\d*|\.\d+)\s+(\w+)")
 
 
 class Loss:
@@ -360,8 +359,9 @@ def make_loss(name: str, *, beta: float) -> Loss:
 
     Raises: ConfigError: if there is no such loss, or it cannot be made.
     """
-    if " " in name and not doors.is_own(name):
-        return WeightedSum(_terms(name, beta))
+    if is_sum(name):
+        known = [one for one, made in LOSSES.items() if made is not QueueDivergence]
+        return WeightedSum([(w, make_loss(term, beta=beta)) for w, term in loss_terms(name, known)])
     found = doors.load(name, kind="losses", where=WHERE, built_in=LOSSES)
     if not (isinstance(found, type) and issubclass(found, Loss)):
         return FunctionLoss(found)
@@ -416,25 +416,6 @@ class FunctionLoss(Loss):
 
 
 # ------------------------------------------------------------------------------------------------
-
-
-def _terms(name: str, beta: float) -> list[tuple[float, Loss]]:
-    """The terms of "0.9 cosine + 0.1 smooth_l1"."""
-    terms = []
-    for text in name.split(" + "):
-        found = _TERM.fullmatch(text.strip())
-        if found is None or not float(found[1]) > 0:
-            raise ConfigError(
-                f"{WHERE}: not a sum of losses by weight; got {text!r} in {name!r}, expected terms "
-                'as in "0.9 cosine + 0.1 smooth_l1", with weights above 0. Correct the term.'
-            )
-        if found[2] not in LOSSES or LOSSES[found[2]] is QueueDivergence:
-            raise ConfigError(
-                f"{WHERE}: no such loss for a sum; got {found[2]!r}, {nearest(found[2], LOSSES)}. "
-                "Take a built-in one; a function of your own can add what it likes itself."
-            )
-        terms.append((float(found[1]), make_loss(found[2], beta=beta)))
-    return terms
 
 
 def _towards(constant: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:

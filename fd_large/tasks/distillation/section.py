@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
-from fd_large.errors import FDError
+from fd_large import doors
+from fd_large.errors import ConfigError, FDError, check_all, nearest
 from fd_large.recipes.fields import at_least, check_types, hints_of, not_negative, positive, require
 from fd_large.recipes.sections import AUTO, FrozenModel
+from fd_large.recipes.tables import keys_of
 from fd_large.recipes.task_kind import TaskKind
 
 CACHED = "cached:"
@@ -361,6 +364,104 @@ class Views:
         )
 
 
+_WORDS = {
+    "held_out/loss": "held-out loss",
+    "held_out/cosine": "held-out cosine",
+    "held_out/best_constant": "held-out constant-prediction baseline",
+    "unseen_crops/loss": "unseen-crops loss",
+    "unseen_crops/cosine": "unseen-crops cosine",
+    "unseen_crops/best_constant": "unseen-crops constant-prediction baseline",
+    "test/knn": "test k-NN accuracy (%)",
+}
+
+
+def evaluated_words(teachers: Mapping[str, NamedTeacher]) -> dict[str, str]:
+    """Returns the words for each number of an evaluation, as `Job.metrics` has them.
+
+    Args:
+        teachers: Several teachers by name; empty: there is one.
+    """
+    words = dict(_WORDS)
+    for target in labels_of(teachers):
+        title = target.replace("_", " ")
+        for images in ("held_out", "unseen_crops"):
+            for name in ("loss", "cosine", "best_constant"):
+                words[f"{images}/{target}_{name}"] = f"{_WORDS[f'{images}/{name}']} ({title})"
+    return words
+
+
+_TERM = re.compile(r"(\d+\.?\d*|\.\d+)\s+(\w+)")
+
+
+def is_sum(loss: str) -> bool:
+    """Returns whether a recipe's loss is a sum of built-in ones by weight."""
+    return " " in loss and not doors.is_own(loss)
+
+
+def loss_terms(loss: str, known: Collection[str]) -> list[tuple[float, str]]:
+    """Returns weight and name of each term of "0.9 cosine + 0.1 smooth_l1".
+
+    Args:
+        loss: The sum.
+        known: Names of losses that may stand in a sum.
+
+    Raises: ConfigError: if a term is malformed, or its loss is not known.
+    """
+    terms = []
+    for text in loss.split(" + "):
+        term = _TERM.fullmatch(text.strip())
+        if term is None or not float(term[1]) > 0:
+            raise ConfigError(
+                f"objective.loss: not a sum of losses by weight; got {text!r} in {loss!r}, "
+                'expected terms as in "0.9 cosine + 0.1 smooth_l1", with weights above 0. Correct '
+                "the term."
+            )
+        if term[2] not in known:
+            raise ConfigError(
+                f"objective.loss: no such loss for a sum; got {term[2]!r}, "
+                f"{nearest(term[2], known)}. Take a built-in one; a function of your own can add "
+                "what it likes itself."
+            )
+        terms.append((float(term[1]), term[2]))
+    return terms
+
+
+NAMED: dict[str, tuple[doors.Kind, str, tuple[str, ...]]] = {
+    "loss": ("losses", "tasks/distillation/losses.py", ("LOSSES",)),
+    "head": ("heads", "tasks/distillation/heads/registry.py", ("HEADS",)),
+    "normaliser": (
+        "normalisers",
+        "tasks/distillation/normalisers.py",
+        ("NORMALISERS", "BY_STATISTICS", "RUNNING"),
+    ),
+}
+"""Fields of a target that name a thing: its kind, and the file of the package with its tables."""
+
+
+def _check_names(run: Any) -> None:
+    """Refuses names of losses, heads and normalisers that stand for nothing."""
+
+    def check(teacher: str, kind: str, field_name: str) -> None:
+        thing, file, tables = NAMED[field_name]
+        named, known = entries[teacher].setting(field_name, kind), keys_of(file, *tables)
+        with naming_target(teacher, kind):
+            if field_name == "loss" and is_sum(named):
+                loss_terms(named, known)
+            else:
+                where = f"objective.{field_name}"
+                doors.require_known(named, kind=thing, where=where, built_in=known)
+
+    entries: Mapping[str, NamedTeacher] = run.taught_by
+    check_all(
+        *(
+            partial(check, teacher, kind, field_name)
+            for teacher, entry in entries.items()
+            for kind in entry.targets
+            for field_name in NAMED
+        )
+    )
+
+
 KIND = TaskKind(
     name="distillation",
     folder="distillation",
@@ -378,6 +479,8 @@ KIND = TaskKind(
         "teachers.*.placement",
         "teachers.*.target_statistics",
     ),
+    check_names=_check_names,
+    metrics=lambda run: evaluated_words(run.teachers),
     next_steps=(
         (
             "what student and teacher attend to, and how alike their layers are",

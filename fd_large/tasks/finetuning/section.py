@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fd_large.recipes.fields import check_types, not_negative, require, statistics_or_none
 from fd_large.recipes.task_kind import OF_VIEWS_WITHOUT_LABELS, TaskKind
+from fd_large.tasks.classification.section import METRICS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ KIND = TaskKind(
     section=FineTune,
     trains_models=True,
     ignored_fields=OF_VIEWS_WITHOUT_LABELS,
+    metrics=lambda _: METRICS,
     next_steps=(
         (
             "its features by k-NN, without the classifier",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fd_large.recipes.fields import at_least, check_types, statistics_or_none
 from fd_large.recipes.task_kind import OF_VIEWS_WITHOUT_LABELS, TaskKind
+from fd_large.tasks.classification.section import METRICS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,4 +35,5 @@ KIND = TaskKind(
     section=LinearProbe,
     trains_models=True,
     ignored_fields=OF_VIEWS_WITHOUT_LABELS,
+    metrics=lambda _: METRICS,
 )

@@ -28,7 +28,7 @@ from fd_large.tasks.segmentation.data.views import LONG_SIDE, TestViews, Trainin
 from fd_large.tasks.segmentation.published import Heads, fitted_heads, whole_export
 from fd_large.tasks.segmentation.scores.evaluation import Model, Outcome, evaluate, keep
 from fd_large.tasks.segmentation.scores.tables import classes_table, numbers_table
-from fd_large.tasks.segmentation.section import KIND, ON_LAST_MAP
+from fd_large.tasks.segmentation.section import KIND, METRICS, ON_LAST_MAP
 from fd_large.tasks.segmentation.stored import predict_images
 from fd_large.tasks.segmentation.task import Segmentation
 from fd_large.weights.libraries import LIBRARIES, To
@@ -41,12 +41,7 @@ _HEAD_INIT = "task.segmentation.head_init"
 class SegmentationJob(DenseJob):
     """The student learns the pixels of `data.root`'s train split, tested on its val split."""
 
-    metrics: ClassVar = {
-        "loss": "sum of both heads' losses",
-        "val/mIoU": "mIoU (%)",
-        "val/mAcc": "mAcc (%)",
-        "val/aAcc": "aAcc (%)",
-    }
+    metrics: ClassVar = METRICS
     ignored_fields = KIND.ignored_fields
     on_last_map = ON_LAST_MAP
     truth = torch.int16

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fd_large.recipes.fields import at_least, check_types, not_negative, require
 from fd_large.recipes.task_kind import TaskKind
 from fd_large.tasks.dense.section import (
     IGNORED_FIELDS,
+    check_head,
     check_scale_range,
     check_test_scales,
     check_test_size,
@@ -106,6 +107,20 @@ class Segmentation:
 HOW_TO_TEST = tuple(
     f"task.segmentation.test_{name}" for name in ("mode", "stride", "size", "scales", "flip")
 )
+METRICS = {
+    "loss": "sum of both heads' losses",
+    "val/mIoU": "mIoU (%)",
+    "val/mAcc": "mAcc (%)",
+    "val/aAcc": "aAcc (%)",
+}
+"""As `Job.metrics`."""
+
+
+def _check_names(run: Any) -> None:
+    own: Segmentation = run.task.segmentation
+    check_head(own.head, where="task.segmentation.head", file="tasks/segmentation/task.py")
+
+
 KIND = TaskKind(
     name="segmentation",
     folder="segmentation",
@@ -116,6 +131,8 @@ KIND = TaskKind(
     scores_runs=True,
     depends_on_passes=True,
     ignored_fields=IGNORED_FIELDS,
+    check_names=_check_names,
+    metrics=lambda _: METRICS,
     scoring_fields=(*HOW_TO_TEST, "student.architecture.window_size", "student.stage_windows"),
     next_steps=(
         (

@@ -7,8 +7,9 @@ import math
 
 import pytest
 
-from fd_large.engine.best import Best, check_metric
+from fd_large.engine.best import Best
 from fd_large.errors import ConfigError
+from fd_large.recipes.task_kind import check_metric
 
 
 def noted(values, **more):

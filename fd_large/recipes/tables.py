@@ -1,0 +1,36 @@
+"""Names in the tables of the package, read from its files: importing them would import torch."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@cache
+def keys_of(file: str, *tables: str) -> tuple[str, ...]:
+    """Returns the keys of dicts that a file of the package defines, as they stand in its text.
+
+    A key is a text, or the name of one that the same file defines.
+
+    Args:
+        file: Path of the file in the package, "runtime/trackers.py".
+        tables: Names of the dicts.
+    """
+    values: dict[str, ast.expr] = {}
+    for node in ast.parse((_PACKAGE / file).read_bytes()).body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if isinstance(node, ast.AnnAssign) and node.value:
+            targets = [node.target]
+        for target in targets:
+            if isinstance(target, ast.Name):
+                values[target.id] = node.value  # type: ignore[attr-defined]
+    keys: list[str] = []
+    for table in tables:
+        displayed = values[table]
+        assert isinstance(displayed, ast.Dict)  # A table of ours.
+        for key in displayed.keys:
+            keys.append(ast.literal_eval(values[key.id] if isinstance(key, ast.Name) else key))  # type: ignore[arg-type]
+    return tuple(keys)
