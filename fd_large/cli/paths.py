@@ -8,11 +8,14 @@ from functools import partial
 from pathlib import Path
 
 from fd_large import doors
+from fd_large.data.roots import require_dataset
 from fd_large.data.weighted_roots import weighted_roots
-from fd_large.errors import ConfigError, check_all
+from fd_large.errors import ConfigError, FDError, check_all
 from fd_large.launch import is_first_of_node
 from fd_large.recipes.run import Run
-from fd_large.recipes.sections import RANDOM
+from fd_large.recipes.sections import RANDOM, Student
+from fd_large.tasks.registry import TASKS
+from fd_large.weights.named import TIMM, require_named
 
 # hf:REPO, timm:NAME, module:PATH/TO/FILE.py:NAME, builtin:NAME, s3://...
 _SCHEME = re.compile(r"[A-Za-z][\w.+-]*:")
@@ -64,6 +67,40 @@ def require_paths(named: Mapping[str, str]) -> None:
         raise error
 
 
+def require_contents(run: Run) -> None:
+    """Refuses datasets and weights that are none, as far as their names and a first look tell.
+
+    Raises: FDError: a line for each.
+    """
+    roots = {"data.root": run.data.root} if run.task.name in TASKS or run.data.root else {}
+    roots |= {
+        f"eval.{name}": root for name in ("root", "knn_root") if (root := getattr(run.eval, name))
+    }
+    students: dict[str, Student] = {
+        f"students.{name}": entry for name, entry in run.students.items()
+    }
+    students = students or {"student": run.student}
+    weights = {f"--{name}.init": entry.init for name, entry in students.items()}
+    weights |= {f"--{name}.source": entry.source for name, entry in run.frozen_models.items()}
+    named = {f"{name}.model": entry.model for name, entry in (students | run.frozen_models).items()}
+    weights |= {name: model for name, model in named.items() if model.startswith(TIMM)}
+    # Code of the run's own may register models with timm.
+    knows_timm = bool(run.code())
+    try:
+        check_all(
+            *(partial(require_dataset, root, where=where) for where, root in roots.items()),
+            *(
+                partial(require_named, source, where=where)
+                for where, source in weights.items()
+                if source not in ("", RANDOM) and not (knows_timm and source.startswith(TIMM))
+            ),
+        )
+    except FDError as error:
+        # Other nodes may have what this one lacks.
+        error.rank_local = is_first_of_node()
+        raise
+
+
 def require_apart(run: Run, *, fresh: bool) -> None:
     """Refuses a run's folder that is a folder of images, or that --fresh would move with images.
 
@@ -108,6 +145,7 @@ def require_sources(run: Run) -> None:
 
 
 def _is_missing(text: str) -> bool:
+    text = re.sub(r"#\w+$", "", text)  # FILE#student
     if text in ("", RANDOM) or _SCHEME.match(text) or _PATTERN.search(text):
         return False
     if Path(text).expanduser().exists():

@@ -11,7 +11,13 @@ from fd_large import activity, imports
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, WithRecipe, parse_with_recipe
 from fd_large.cli.names import require_names
 from fd_large.cli.ownership import owning
-from fd_large.cli.paths import paths_of, require_apart, require_paths, require_sources
+from fd_large.cli.paths import (
+    paths_of,
+    require_apart,
+    require_contents,
+    require_paths,
+    require_sources,
+)
 from fd_large.data.packages import check_packages
 from fd_large.engine.zero import config as ds
 from fd_large.errors import Exit, LostRankError, check_all
@@ -83,6 +89,7 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
         lambda: require_paths(paths_of(run)),
         partial(require_sources, run),
         partial(require_names, run),
+        partial(require_contents, run),
         *(partial(check_packages, root, where=where) for where, root in roots.items()),
     )
 

