@@ -8,7 +8,6 @@ logs, thread or setting of torch.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ from fd_large import doors
 from fd_large.checkpoint import store
 from fd_large.engine.guest import cuda_devices, guest
 from fd_large.errors import ConfigError, nearest
+from fd_large.files import kind_of, read_json
 from fd_large.recipes import registry
 from fd_large.recipes.fields import flat_plain, from_plain, hints_of
 from fd_large.recipes.file_names import SUMMARY
@@ -314,7 +314,7 @@ def evaluate(
     own |= {"models": named, "task": task, "out": os.fspath(out)}
     arguments = from_plain(command.Evaluate, {k: _listed(v) for k, v in own.items()}, "")
     summary = Path(out) / SUMMARY
-    before = summary.stat().st_mtime_ns if summary.is_file() else None
+    before = summary.stat().st_mtime_ns if kind_of(summary) == "file" else None
     with guest():
         code = command.evaluate(arguments, given, run)
     if code:
@@ -322,8 +322,10 @@ def evaluate(
             f"evaluate: a training ended early; got exit code {code}, expected 0. See the logs in "
             f"{out}."
         )
-    written = summary.is_file() and summary.stat().st_mtime_ns != before
-    return Evaluation(Path(out), json.loads(summary.read_text()) if written else {})
+    written = kind_of(summary) == "file" and summary.stat().st_mtime_ns != before
+    return Evaluation(
+        Path(out), read_json(summary, where="evaluate", holds=dict) if written else {}
+    )
 
 
 # ------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ The only wrapper of torch.distributed; it knows nothing of DeepSpeed's engine, w
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import socket
@@ -23,6 +22,7 @@ import torch.distributed as dist
 
 from fd_large import failures
 from fd_large.errors import ConfigError, FDError, LaunchError, first_line
+from fd_large.files import parse_json
 from fd_large.launch import Launch, find_launch
 from fd_large.watch import nearest_launcher, watch_launcher
 
@@ -298,7 +298,7 @@ def collectives_under_way() -> list[str]:
     # The first is NCCL's recorder, which torch for GPUs has; the second is gloo's.
     for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
         with suppress(AttributeError, RuntimeError, ValueError, KeyError):
-            trace = json.loads(getattr(torch._C._distributed_c10d, name)())
+            trace = parse_json(getattr(torch._C._distributed_c10d, name)())
             found += [
                 f"{entry['profiling_name']} {entry['collective_seq_id']} of "
                 f"{entry['process_group'][1] or 'a group'}, sizes {entry['input_sizes']}"

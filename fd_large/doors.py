@@ -33,7 +33,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fd_large import allowed_code
-from fd_large.errors import ConfigError, nearest
+from fd_large.errors import ConfigError, FDError, nearest
+from fd_large.files import kind_of
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint, EntryPoints
@@ -157,6 +158,11 @@ def complaint(source: str, where: str) -> str:
         return f"{where}: an incomplete name; got {source!r}, expected {FORMS}. Complete it."
     path = file_of(source)
     if path is None:
+        try:
+            if _is_path(module_name):
+                kind_of(os.path.expanduser(module_name), where=where)
+        except FDError as error:
+            return str(error)
         return (
             f"{where}: no such file; got {module_name}, expected a Python file or a module on "
             "Python's path. Correct the path, or set PYTHONPATH."

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from fd_large import processes
-from fd_large.errors import Exit, without_secrets
-from fd_large.files import write_json
+from fd_large.errors import Exit, FDError, without_secrets
+from fd_large.files import kind_of, parse_json, write_json
 from fd_large.launch import find_rank
 from fd_large.processes import briefly
 
@@ -170,7 +170,7 @@ class Watch:
         """Returns why the ranks end, if the store says so by now."""
         with suppress(RuntimeError):
             if self._store is not None and self._store.check([_END]):
-                return Ending(*json.loads(self._store.get(_END)))
+                return Ending(*parse_json(self._store.get(_END)))
         return None
 
     def _look(self) -> Ending | None:
@@ -192,7 +192,7 @@ class Watch:
                 return None
             ending = Ending(lost, Exit.LOST, "it was killed, or ended without a word")
             store.compare_set(_END, "", json.dumps(ending))
-        return Ending(*json.loads(store.get(_END)))
+        return Ending(*parse_json(store.get(_END)))
 
     def _lost_neighbour(self, store: Store) -> int | None:
         for rank, descriptor in list(self._neighbours.items()):
@@ -206,7 +206,7 @@ class Watch:
         """Looks for the process of a rank, once that has named it; returns whether it has ended."""
         if not store.check([f"{_PROCESS}/{rank}"]):
             return False
-        *space, pid = json.loads(store.get(f"{_PROCESS}/{rank}"))
+        *space, pid = parse_json(store.get(f"{_PROCESS}/{rank}"))
         try:
             # Ranks in containers of their own do not see each other's processes.
             if space == _this_process()[:-1]:
@@ -310,8 +310,8 @@ def write_exit_file(code: int, reason: str, environ: Mapping[str, str] = os.envi
     if not (folder := environ.get(EXITS_FOLDER)):
         return
     path = Path(folder) / f"rank_{find_rank(environ)}.json"
-    with suppress(OSError):
-        if not path.exists():
+    with suppress(OSError, FDError):
+        if not kind_of(path):
             write_json(path, {"code": code, "reason": reason})
 
 

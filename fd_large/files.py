@@ -14,9 +14,10 @@ import math
 import os
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -69,8 +70,8 @@ REFUSED = {
 }
 """Remedies of the errors by which a file system refuses a path that the user named."""
 
-JSON_BYTES = 64 << 20
-"""Size that no JSON file of a run, a dataset's notes or a configuration reaches."""
+JSON_BYTES, JSON_DEPTH = 64 << 20, 100
+"""Size and depth that no JSON file of a run, a dataset's notes or a configuration reaches."""
 
 PARTIAL = ".partial-"
 """What a name begins with that a process gives to what it writes aside, beside those of others."""
@@ -122,8 +123,7 @@ def unusable(
     """
     named = error.filename if path is None else path
     name = os.fsdecode(named) if isinstance(named, (str, bytes, os.PathLike)) else "a file"
-    shortened = name if len(name) <= 300 else f"{name[:200]}...{name[-60:]}"
-    start = f"{where}: {shortened}" if where else shortened
+    start = f"{where}: {_shortened(name)}".removeprefix(": ")
     reason = (error.strerror or type(error).__name__).lower()
     if error.errno in PASSING:
         return StorageError(
@@ -137,8 +137,12 @@ def unusable(
     )
 
 
+def _shortened(name: str) -> str:
+    return name if len(name) <= 300 else f"{name[:200]}...{name[-60:]}"
+
+
 def kind_of(
-    path: str | os.PathLike[str], *, where: str, of: type[FDError] = ConfigError
+    path: str | os.PathLike[str], *, where: str = "", of: type[FDError] = ConfigError
 ) -> Literal["file", "folder", "other"] | None:
     """Returns what stands at a path, links followed; None where nothing does.
 
@@ -147,14 +151,14 @@ def kind_of(
 
     Args:
         path: The path; "other" is a pipe, a device or a socket.
-        where: The field that the user set, or the command, for messages.
+        where: The field that the user set, or the command; "" where that is not known.
         of: Class of the sentence.
 
     Raises: FDError: if the file system refuses to say, as for a folder that may not be entered or a
         name that is too long, or the path is empty or has a NUL in it.
     """
     if not os.fspath(path):
-        raise of(f"{where}: an empty path; got '', expected a name. Name one.")
+        raise of(f"{where or 'a path'}: empty; got '', expected a file or a folder. Name one.")
     try:
         mode = retried(lambda: os.stat(path), path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -162,75 +166,105 @@ def kind_of(
     except OSError as error:
         raise unusable(where, error, path, of=of) from error
     except ValueError as error:  # A NUL in the path.
-        raise of(
-            f"{where}: {path}: cannot be used; got {error}, expected a path. Correct it."
-        ) from error
+        start = f"{where}: {_shortened(os.fspath(path))!r}".removeprefix(": ")
+        raise of(f"{start}: cannot be used; got {error}, expected a path. Correct it.") from error
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
 
-def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
+def parse_json(text: str | bytes, *, finite: bool = False, **hooks: Callable[[Any], Any]) -> Any:
     """Returns what a JSON text holds.
 
     Args:
         text: The text; bytes are UTF-8.
         finite: Refuse NaN and infinities, which JSON does not have and Python writes.
+        hooks: `object_hook` or `object_pairs_hook` of `json.loads`.
 
     Raises: ValueError: with a reason of one line, if it is no JSON or is nested too deeply.
     """
     number = _finite if finite else None
     try:
-        return json.loads(text, parse_float=number, parse_constant=number)
+        value = json.loads(text, parse_float=number, parse_constant=number, **hooks)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    # Whoever walks through the value later does so by recursion.
+    inside = [value] if isinstance(value, dict | list) and not hooks else []
+    for _ in range(JSON_DEPTH):
+        inside = [
+            child
+            for held in inside
+            for child in (held.values() if isinstance(held, dict) else held)
+            if isinstance(child, dict | list)
+        ]
+        if not inside:
+            return value
+    raise ValueError("nested too deeply")
 
 
 def read_json(
     path: Path,
     *,
-    where: str,
+    where: str = "",
     holds: type | tuple[type, ...] = object,
     remedy: str = "Restore it, or remove it.",
     of: type[FDError] = ConfigError,
     finite: bool = False,
     max_bytes: int = JSON_BYTES,
+    max_values: int | None = None,
+    **hooks: Callable[[Any], Any],
 ) -> Any:
     """Returns what a JSON file holds, read within bounds of memory and time.
 
     Args:
         path: The file.
-        where: The field that the user set, or the command, for messages.
+        where: The field that the user set, or the command; "" where that is not known.
         holds: Type of the whole, as dict or list.
         remedy: What mends a damaged file.
         of: Class of the sentence.
         finite: Refuse NaN and infinities.
         max_bytes: Size from which on it is refused.
+        max_values: Number of values from which on it is refused; None: any number.
+        hooks: As in `parse_json`.
 
     Raises: FDError: if it is not there, cannot be read, is larger, or holds something else.
     """
-    kind = kind_of(path, where=where, of=of)
+    kind, what = kind_of(path, where=where, of=of), "cannot be read"
     try:
         if kind != "file":
             raise ValueError({None: "no such file", "folder": "a folder"}.get(kind, "no file"))
+        what = "damaged or not JSON"
         text = retried(lambda: _first_bytes(path, max_bytes + 1), path)
         if len(text) > max_bytes:
             raise ValueError(f"more than {max_bytes >> 20} MB")
-        value = parse_json(text, finite=finite)
+        if max_values and sum(map(text.count, (b",", b"[", b"{"))) > max_values:
+            raise ValueError(f"more than {max_values:,} values")
+        value = parse_json(text, finite=finite, **hooks)
         if not isinstance(value, holds):
             raise ValueError(f"{json.dumps(value)[:40]}")
     except OSError as error:
         raise unusable(where, error, path, of=of) from error
     except ValueError as error:
         expected = {dict: "a JSON object", list: "a JSON list"}.get(holds, "JSON")  # type: ignore[arg-type]
+        start = f"{where}: {_shortened(str(path))}".removeprefix(": ")
         raise of(
-            f"{where}: {path}: cannot be read; got {str(error)[:200]}, expected {expected}. "
-            f"{remedy}"
+            f"{start}: {what}; got {str(error)[:200]}, expected {expected}. {remedy}"
         ) from error
     return value
 
 
+def json_or(path: Path, default: T) -> T:
+    """Returns what a JSON file holds if it is of the default's type, and else the default.
+
+    It is for what a run can do without: a file that is absent, damaged or refused counts as none.
+    """
+    with suppress(FDError):
+        return read_json(path, holds=type(default))
+    return default
+
+
 def _first_bytes(path: Path, number: int) -> bytes:
     with path.open("rb") as file:
-        return file.read(number)
+        # As much is allocated as is asked for.
+        return file.read(min(number, os.fstat(file.fileno()).st_size + 1))
 
 
 def _finite(text: str) -> float:
@@ -240,16 +274,36 @@ def _finite(text: str) -> float:
     return number
 
 
-def check_new(path: Path, *, where: str) -> None:
-    """Refuses a name at which something stands.
+def check_out(
+    out: str | Path, *, where: str, holds: Literal["nothing", "file", "folder"] = "nothing"
+) -> Path:
+    """Tries, before the work, whether its results can be written; leaves nothing behind.
 
-    Raises: ConfigError: if it does.
+    Args:
+        out: The path of the results.
+        where: The flag or the argument, for messages.
+        holds: What may stand there already.
+
+    Raises: ConfigError: if something else stands there, or the file system takes no file there.
     """
-    if kind := kind_of(path, where=where):
+    kind = kind_of(out, where=where)
+    out = Path(out)
+    if kind not in (None, holds) or (kind is None and out.is_symlink()):
+        what = f"a {kind}" if kind else "a link that leads nowhere"
+        expected = f"a {holds} or a new name" if holds != "nothing" else "a new name"
         raise ConfigError(
-            f"{where}: {path}: something is there already; got a {kind}, expected a new name. "
+            f"{where}: {out}: something is there already; got {what}, expected {expected}. "
             "Move it, or name another."
         )
+    places = [out] if kind == "folder" else [*out.absolute().parents]
+    folder = next(place for place in places if kind_of(place, where=where))
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"tried")
+            file.flush()
+    except OSError as error:
+        raise unusable(where, error, out) from error
+    return out
 
 
 @contextmanager
@@ -272,7 +326,7 @@ def new_folder(out: Path, *, where: str) -> Iterator[Path]:
 
     Raises: ConfigError: if something stands at `out`, or it cannot be written.
     """
-    check_new(out, where=where)
+    check_out(out, where=where)
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -280,10 +334,7 @@ def new_folder(out: Path, *, where: str) -> Iterator[Path]:
         yield part
         part.rename(out)
     except OSError as error:
-        raise ConfigError(
-            f"{where}: {out}: cannot be written; got {error}, expected a place with room for "
-            "the folder. Choose another."
-        ) from error
+        raise unusable(where, error, out) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -293,14 +344,11 @@ def out_folder(out: str | Path) -> Path:
 
     Raises: ConfigError: if it cannot be one.
     """
-    folder = Path(out)
+    folder = check_out(out, where="--out", holds="folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"--out: cannot be used; got {error}, expected a folder that can be written. Choose "
-            "another."
-        ) from error
+        raise unusable("--out", error, folder) from error
     return folder
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from fd_large.errors import ConfigError, nearest
+from fd_large.files import kind_of
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -16,7 +17,7 @@ _PACKAGE = Path(__file__).resolve().parent
 def folder(name: Literal["ds_configs", "slurm"]) -> Path:
     """Returns the folder of such files."""
     inside = _PACKAGE / name
-    return inside if inside.is_dir() else _PACKAGE.parent / name
+    return inside if kind_of(inside) == "folder" else _PACKAGE.parent / name
 
 
 def deepspeed_config(given: str) -> Path:
@@ -24,7 +25,7 @@ def deepspeed_config(given: str) -> Path:
 
     Raises: ConfigError: if there is neither.
     """
-    if Path(given).is_file():
+    if kind_of(Path(given)) == "file":
         return Path(given)
     shipped = {path.stem: path for path in sorted(folder("ds_configs").glob("*.json"))}
     # A path of the repository's, given where there is only the package.

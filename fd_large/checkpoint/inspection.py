@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from fd_large import activity
 from fd_large.checkpoint import store
 from fd_large.checkpoint.lease import Lease
 from fd_large.errors import CheckpointError, ConfigError
+from fd_large.files import read_json
 from fd_large.recipes.stored import recipe_file
 
 
@@ -22,9 +22,11 @@ def stored_of(run_dir: str) -> tuple[Path, list[store.Stored]]:
     recipe_file(folder, where="checkpoint")
     found = store.complete(folder)
     if not found:
+        damaged = "; ".join(without_manifest(folder))
         raise ConfigError(
-            f"checkpoint: {run_dir}: nothing is stored yet; got no complete checkpoint, expected "
-            "one. Train the run first."
+            f"checkpoint: {run_dir}: nothing that can be read is stored; got "
+            f"{damaged or 'no complete checkpoint'}, expected one. "
+            f"{'Restore its files' if damaged else 'Train the run first'}."
         )
     return folder, found
 
@@ -66,8 +68,16 @@ def prune_run(folder: Path, keep_last: int | None, lease: Lease) -> list[Path]:
 
     Raises: CheckpointError: if the newest that would stay is damaged.
     """
-    runtime = json.loads(recipe_file(folder, where="checkpoint prune").read_text())["runtime"]
-    keep = runtime["keep_last"] if keep_last is None else keep_last
+    path = recipe_file(folder, where="checkpoint prune")
+    runtime = read_json(path, where="checkpoint prune", holds=dict).get("runtime")
+    kept = runtime if isinstance(runtime, dict) else {}
+    last, every = kept.get("keep_last"), kept.get("keep_every")
+    if not isinstance(last, int) or not isinstance(every, int):
+        raise ConfigError(
+            f"checkpoint prune: {path}: damaged; got keep_last {last!r} and keep_every {every!r} "
+            "of runtime, expected what the run wrote. Restore it."
+        )
+    keep = last if keep_last is None else keep_last
     if keep < 1:
         raise ConfigError(
             f"checkpoint prune: --keep_last: nothing would stay; got {keep}, expected 1 or more. "
@@ -80,4 +90,4 @@ def prune_run(folder: Path, keep_last: int | None, lease: Lease) -> list[Path]:
             f"checkpoint prune: the newest is damaged; got {newest.path}: {problems[0]}, expected "
             "a sound one. Remove that folder by hand, then prune."
         )
-    return store.prune(folder, keep_last=keep, keep_every=runtime["keep_every"], lease=lease)
+    return store.prune(folder, keep_last=keep, keep_every=every, lease=lease)

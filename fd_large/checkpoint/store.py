@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from fd_large.checkpoint.lease import Lease
 from fd_large.errors import CheckpointError, FDError
-from fd_large.files import retried, write_json
+from fd_large.files import kind_of, parse_json, retried, write_json
 from fd_large.recipes.file_names import CHECKPOINTS
 
 PART = ".part"
@@ -102,7 +102,7 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
     """
     text = _read(path / "manifest.json", lambda file: file.read_bytes())
     try:
-        manifest = json.loads(text or b"")
+        manifest = parse_json(text or b"")
     except ValueError:
         return None
     if not isinstance(manifest, dict) or not manifest.keys() >= MANIFEST_KEYS:
@@ -140,7 +140,7 @@ def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str |
     """
     tensors, receipt = path / file_of(rank), path / receipt_of(rank)
     try:
-        expected = json.loads(_read(receipt, lambda file: file.read_bytes()) or b"")
+        expected = parse_json(_read(receipt, lambda file: file.read_bytes()) or b"")
         size, wanted = expected["bytes"], {"file": expected["crc32"]}
         if kinds is not None and "kinds" in expected:
             wanted = {kind: crc for kind, crc in expected["kinds"].items() if kind in kinds}
@@ -218,7 +218,7 @@ def set_aside(folder: Path, names: list[str]) -> None:
 
 
 def _rename_if_there(path: Path, aside: Path) -> None:
-    if path.exists():
+    if kind_of(path):
         path.rename(aside)
 
 
@@ -247,9 +247,9 @@ def commit(part: Path, manifest: dict[str, Any], lease: Lease | None = None) -> 
         lease.must_own()
 
     def rename() -> None:
-        if not part.exists() and _crc_of(manifest_of(final) or {}) == _crc_of(manifest):
+        if not kind_of(part) and _crc_of(manifest_of(final) or {}) == _crc_of(manifest):
             return  # Done by a try whose answer was lost.
-        if part.exists() and final.exists():  # A run that went back is at the same step again.
+        if kind_of(part) and kind_of(final):  # A run that went back is at the same step again.
             remove(old)
             final.rename(old)
         part.rename(final)
@@ -258,7 +258,7 @@ def commit(part: Path, manifest: dict[str, Any], lease: Lease | None = None) -> 
         retried(rename, final)
     except (OSError, FDError):
         with suppress(OSError):
-            if not final.exists():
+            if not kind_of(final):
                 old.rename(final)
         raise
     remove(old)
@@ -269,7 +269,7 @@ def commit(part: Path, manifest: dict[str, Any], lease: Lease | None = None) -> 
 def _check_all_there(part: Path, ranks: int) -> None:
     for rank in range(ranks):
         for name in (file_of(rank), receipt_of(rank)):
-            if not (part / name).is_file():
+            if kind_of(part / name) != "file":
                 raise OSError(f"{part / name} is missing: do all nodes share this folder?")
 
 
@@ -305,7 +305,7 @@ def amend(path: Path, entries: dict[str, Any], lease: Lease | None = None) -> No
 def best_of(folder: Path) -> Path | None:
     """Returns the checkpoint of the run's best evaluation; None where it keeps none."""
     link = checkpoints_of(folder) / BEST
-    return link.resolve() if link.is_symlink() and link.exists() else None
+    return link.resolve() if link.is_symlink() and kind_of(link) else None
 
 
 def set_best(folder: Path, update: int, lease: Lease | None = None) -> bool:
@@ -317,7 +317,7 @@ def set_best(folder: Path, update: int, lease: Lease | None = None) -> bool:
     if lease:
         lease.must_own()
     link, name = checkpoints_of(folder) / BEST, name_of(update)
-    if not link.with_name(name).is_dir():
+    if kind_of(link.with_name(name)) != "folder":
         return False
 
     def replace() -> None:
@@ -390,7 +390,7 @@ def _finish_replacing(old: Path) -> None:
     The new one counts if it is whole, or else the old one, which is put back.
     """
     final = old.with_suffix("")
-    if not final.exists():
+    if not kind_of(final):
         names = [name for name in _listed(old.parent) if name.startswith(f"{final.name}.")]
         parts = [old.with_name(name) for name in names if name.endswith(PART)]
         next((part for part in parts if _is_whole(part)), old).rename(final)

@@ -14,7 +14,7 @@ from fd_large import activity, distributed
 from fd_large.checkpoint import store
 from fd_large.checkpoint.read import Reader, damage, on_main
 from fd_large.errors import CheckpointError
-from fd_large.files import retried
+from fd_large.files import kind_of, retried
 
 STUDENT = "student."
 
@@ -55,7 +55,7 @@ def newest(folder: Path, *, where: str = "checkpoint") -> Reader:
                 "expected one that was written whole. Restore its files, or name the one before "
                 f"it: {path}."
             )
-        if path.exists():  # Otherwise a run that trains has pruned it.
+        if kind_of(path):  # Otherwise a run that trains has pruned it.
             damaged.append(f"{path.name}: {problem}")
     raise CheckpointError(
         f"{where}: {folder}: no sound checkpoint; got "

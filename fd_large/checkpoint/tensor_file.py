@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fd_large.files import parse_json
 from fd_large.weights.read import DTYPES
 
 CHUNK = 1 << 24
@@ -135,7 +136,7 @@ class TensorFile:
                 raise ValueError("no length of a header")
             self.header = self._bytes(0, 8 + size)
             if self.header not in headers:
-                headers[self.header] = _places(json.loads(self.header[8:]), 8 + size)
+                headers[self.header] = _places(parse_json(self.header[8:]), 8 + size)
             self.places = headers[self.header]
         except BaseException:
             self.close()

@@ -329,7 +329,12 @@ class _Parser(Generic[Own]):
         for name, usage in self._positional.items():
             several = "..." in usage
             taken, loose = (loose, []) if several else (loose[:1], loose[1:])
-            if taken:
+            if "" in taken:  # Path("") is the current folder.
+                self._invalid.add(name)
+                self._mistakes.append(
+                    f"{self._command}: {usage}: empty; got '', expected a name. Name one."
+                )
+            elif taken:
                 values[name] = tuple(taken) if several else taken[0]
         if loose:
             self._mistakes.append(

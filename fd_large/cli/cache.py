@@ -15,6 +15,7 @@ from fd_large.cli.arguments import AllowsCode, TakesRunFile, parse_with_recipe
 from fd_large.cli.output import size, tables
 from fd_large.cli.paths import paths_of, require_paths, require_sources
 from fd_large.cli.stopping import ending_with
+from fd_large.files import check_out, kind_of
 from fd_large.plan.cached_targets import SECONDS_TOLERANCE, CachedTargets
 from fd_large.plan.rates import rates_of
 from fd_large.processes import check_workers
@@ -78,6 +79,7 @@ def main(arguments: list[str]) -> int:
         return 0
     check_workers(run.data.workers)
     require_sources(run)
+    check_out(own.out, where="cache", holds="folder")
     with ending_with(STOPPED):
         written = write(run, own.out, precision=own.precision)
     from fd_large import distributed
@@ -206,7 +208,7 @@ def plan(run: Run, own: Cache) -> Table:
         for what, value in _rows(cost, own, micro_batch_of(job, load)):
             table.add_row(what, value)
     total = sum(cost.total_bytes for cost in costs.values())
-    folder = next(path for path in Path(own.out).absolute().parents if path.exists())
+    folder = next(path for path in Path(own.out).absolute().parents if kind_of(path))
     free = shutil.disk_usage(folder).free
     fits = "enough" if free >= total else f"TOO LITTLE: {size(total)} are needed"
     table.add_row("free disk", f"{size(free)} in {folder}: {fits}")

@@ -14,7 +14,13 @@ from fd_large.checkpoint.lease import claimed
 from fd_large.cli.arguments import AllowsCode, call_subcommand
 from fd_large.cli.output import tables
 from fd_large.cli.ownership import owning
+from fd_large.engine.zero.config import load
+from fd_large.errors import CheckpointError
+from fd_large.files import check_out, kind_of
 from fd_large.recipes.stored import recipe_file
+
+# DeepSpeed's name of the file that names its newest checkpoint.
+LATEST = "latest"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +91,8 @@ def list_checkpoints(run: str) -> int:
         table.caption = "ZeRO 0: one rank in float32 has nothing to split at stage 1 or 2."
         table.caption_justify = "left"
     tables().print(table)
+    for problem in inspection.without_manifest(folder):
+        print(f"damaged: {problem}")
     return 0
 
 
@@ -112,6 +120,9 @@ def prune(run: str, keep_last: int | None) -> int:
 
 def export(run: str, out: str, deepspeed_config: str) -> int:
     """Writes the newest checkpoint for DeepSpeed; a collective."""
+    inspection.stored_of(run)
+    check_out(out, where="checkpoint export", holds="folder")
+    load(deepspeed_config)
     from fd_large import distributed
     from fd_large.engine.deepspeed_checkpoints import export_checkpoint
     from fd_large.tasks.jobs import job_of
@@ -125,6 +136,12 @@ def export(run: str, out: str, deepspeed_config: str) -> int:
 def import_(source: str, run: str, deepspeed_config: str) -> int:
     """Stores a checkpoint of DeepSpeed's own as the run's newest; a collective."""
     recipe_file(Path(run), where="checkpoint import")
+    load(deepspeed_config)
+    if kind_of(Path(source) / LATEST, where="checkpoint import") != "file":
+        raise CheckpointError(
+            f"checkpoint import: {source}: no DeepSpeed checkpoint; got a path without {LATEST}, "
+            "expected the folder that save_checkpoint was given. Name that folder."
+        )
     with owning(run) as lease:
         from fd_large import distributed
         from fd_large.engine.deepspeed_checkpoints import import_checkpoint

@@ -14,7 +14,7 @@ from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.cli.output import tables
 from fd_large.cli.paths import paths_of_models, require_paths
 from fd_large.errors import without_secrets
-from fd_large.files import out_folder
+from fd_large.files import check_out, out_folder
 from fd_large.recipes.fields import at_least
 
 
@@ -85,6 +85,7 @@ def diagnose(
         batch_size: Images at a time.
         out: Folder for the results.
     """
+    check_out(out, where="--out", holds="folder")
     console = tables()
     began = time.monotonic()
     # Importing torch and deepspeed takes seconds.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from fd_large.errors import ConfigError, first_line
+from fd_large.files import kind_of
 from fd_large.runtime import disks
 
 Verdict = Literal["ok", "-", "slow", "low", "missing", "check", "STOPS"]
@@ -140,7 +141,7 @@ def torch_build() -> Finding:
     found = f"{torch.__version__}, {f'CUDA {cuda}' if cuda else 'built without CUDA'}"
     if cuda:
         found += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
-    if not cuda and os.path.exists("/proc/driver/nvidia/version"):
+    if not cuda and kind_of("/proc/driver/nvidia/version"):
         remedy = "Install a torch that is built for CUDA: training would run on the CPU."
         return Finding(f"{found}, beside an NVIDIA driver", "missing", remedy, found)
     return Finding(found, alike=found)
@@ -367,7 +368,7 @@ def disk(folder: str, *, needed: bool) -> Finding:
         needed: Whether a run cannot do without it.
     """
     path = Path(folder).absolute()
-    while not path.exists():
+    while not kind_of(path):
         path = path.parent
     free, kind = shutil.disk_usage(path).free, disks.file_system(path)
     said = f"{folder} ({kind}): {free / 1e9:,.1f} GB free"
@@ -405,7 +406,7 @@ def listings() -> Finding:
     from fd_large.data.listing import cache_folder
 
     folder = cache_folder() / "listings"
-    files = list(folder.glob("*.listing")) if folder.is_dir() else []
+    files = list(folder.glob("*.listing")) if kind_of(folder) == "folder" else []
     size = sum(path.stat().st_size for path in files)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from fd_large import files
 from fd_large.cli.arguments import parse_with_recipe
 from fd_large.cli.evaluate_flags import PROBES, TRAININGS, ModelFlags
 from fd_large.cli.evaluate_frozen import measure_frozen
@@ -82,7 +83,7 @@ def scored_run(models: Sequence[str], task: str) -> Run | None:
         says.
     """
     folder = run_of_checkpoint(models[0]) if models else None
-    if folder is None or not (folder / RECIPE).is_file():
+    if folder is None or files.kind_of(folder / RECIPE, where="evaluate") != "file":
         return None
     with suppress(ConfigError):
         run = read_recipe(folder, where="evaluate")
@@ -115,9 +116,10 @@ def evaluate(own: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
         )
     root = {name: value for name, value in changes.items() if name == "data.root"}
     require_paths(paths_of_models(own.models) | root)
+    files.check_out(own.out, where="--out", holds="folder")
     kind = TASKS.get(own.task)
     folder = run_of_checkpoint(own.models[0])
-    if own.task == "auto" and (folder / RECIPE).is_file():
+    if own.task == "auto" and files.kind_of(folder / RECIPE, where="evaluate") == "file":
         kind = kind_of(read_recipe(folder, where="evaluate").task.name)
     if kind and kind.scores_runs:
         allowed = (*SCORING_FIELDS, *kind.scoring_fields)

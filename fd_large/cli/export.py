@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -16,7 +15,7 @@ from tyro.conf import Positional, arg
 
 from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.errors import CheckpointError
-from fd_large.files import check_new
+from fd_large.files import check_out, json_or
 from fd_large.recipes.fields import require
 from fd_large.recipes.file_names import EVALUATIONS, SUMMARY
 from fd_large.recipes.stored import read_recipe, recipe_file, run_of_checkpoint
@@ -84,7 +83,9 @@ class Export(AllowsCode):
 def main(arguments: list[str]) -> int:
     """Exports and prints what was written."""
     given = parse(Export, arguments, command="export")
-    recipe_file(run_of_checkpoint(given.run), where="export")  # torch is not imported yet.
+    # torch is not imported yet.
+    recipe_file(run_of_checkpoint(given.run), where="export")
+    check_out(given.out, where="export")
     step, parameters, files = export(
         given.run,
         given.out,
@@ -150,7 +151,7 @@ def export(
     architecture = exports.resized(student.architecture, image_size)
     into = job.exported_into(architecture, to)
     check_packages(to)
-    check_new(Path(out), where="export")
+    check_out(Path(out), where="export")
     if repository:
         check_push(repository)
     shapes = parameter_shapes(architecture)
@@ -231,18 +232,10 @@ def _summary(folder: Path, step: int) -> dict[str, Any]:
     from fd_large.runtime.run_folder import rows_before
 
     run = run_of_checkpoint(folder)
-    summary = _json(run / SUMMARY)
+    summary = json_or(run / SUMMARY, dict[str, Any]())
     if run == folder or summary.get("updates") == step:
         return summary
     rows = rows_before(run / EVALUATIONS, step + 1)
     own = next((row for row in rows if row["update"] == step), {})
     measured = {name for row in rows for name in row} - {"update"}
     return summary | dict.fromkeys([*measured, "loss_end"]) | own | {"updates": step}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,18 @@ from tyro.conf import Positional, arg
 from fd_large import shipped
 from fd_large.cli.arguments import parse
 from fd_large.errors import ConfigError
+from fd_large.files import unusable
 
 # Needs the benchmarks, which only a checkout has.
 _OF_A_CHECKOUT = {"throughput.sh"}
+_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
     """Write the Slurm scripts, and site.sh with the settings of your site, to a folder of yours."""
 
-    # The folder; it is made, and files in it that are there already end the command.
+    # A new or empty folder, which is made if it is not there.
     folder: Annotated[str, Positional, arg(metavar="DIR")]
 
 
@@ -34,25 +37,22 @@ def main(arguments: list[str]) -> int:
 def write(folder: Path) -> None:
     """Copies the scripts.
 
-    Raises: ConfigError: if one of them is there already, or the folder cannot be written.
+    Raises: ConfigError: if the folder is not empty, or cannot be written.
     """
     scripts = sorted(shipped.folder("slurm").glob("*.sh"))
     scripts = [path for path in scripts if path.name not in _OF_A_CHECKOUT]
-    there = [path.name for path in scripts if (folder / path.name).exists()]
-    if there:
-        raise ConfigError(
-            f"init: files are there already; got {', '.join(there)} in {folder}, expected none of "
-            "them. Name another folder, or move them away."
-        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if there := sorted(name for name in os.listdir(folder) if not name.startswith(".")):
+            more = f" and {len(there) - _NAMED} more" if len(there) > _NAMED else ""
+            raise ConfigError(
+                f"init: {folder}: not empty; got {', '.join(there[:_NAMED])}{more}, expected a new "
+                "or empty folder. Name another."
+            )
         for path in scripts:
             shutil.copy(path, folder)
     except OSError as error:
-        raise ConfigError(
-            f"init: {folder}: cannot be written; got {error.strerror}, expected a folder of yours. "
-            "Name another."
-        ) from error
+        raise unusable("init", error, folder) from error
     print(f"{folder}: {', '.join(path.name for path in scripts)}")
     print(
         f"next: fill in {folder / 'site.sh'} (images, teacher, queue, Python), then submit from "

@@ -11,6 +11,7 @@ from fd_large import doors
 from fd_large.data.roots import require_dataset
 from fd_large.data.weighted_roots import weighted_roots
 from fd_large.errors import ConfigError, FDError, check_all
+from fd_large.files import kind_of
 from fd_large.launch import is_first_of_node
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import RANDOM, Student
@@ -42,7 +43,7 @@ def paths_of_models(models: Sequence[str]) -> dict[str, str]:
     named = {}
     for name in models:
         path = re.sub(r"#[\w.]+$", "", name)
-        named[f"model {name}"] = path if Path(path).exists() else path.rpartition("=")[2]
+        named[f"model {name}"] = path if kind_of(Path(path)) else path.rpartition("=")[2]
     return named
 
 
@@ -108,7 +109,11 @@ def require_apart(run: Run, *, fresh: bool) -> None:
     """
     folder = Path(run.run_dir()).resolve()
     for what, text in paths_of(run).items():
-        if not what.startswith(("data.root", "eval.")) or not text or not Path(text).is_dir():
+        if (
+            not what.startswith(("data.root", "eval."))
+            or not text
+            or kind_of(Path(text)) != "folder"
+        ):
             continue
         images = Path(text).resolve()
         if folder == images:
@@ -148,7 +153,7 @@ def _is_missing(text: str) -> bool:
     text = re.sub(r"#\w+$", "", text)  # FILE#student
     if text in ("", RANDOM) or _SCHEME.match(text) or _PATTERN.search(text):
         return False
-    if Path(text).expanduser().exists():
+    if kind_of(Path(text).expanduser()):
         return False
     # A word may be what an installed package brings.
     return "/" in text or text not in doors.installed("sources")

@@ -15,6 +15,7 @@ from fd_large.cli.paths import paths_of, require_paths
 from fd_large.cli.plan_report import report
 from fd_large.cli.plan_workload import Kernels, shape_fields, shared_step_bytes, workload
 from fd_large.errors import ConfigError, check_all
+from fd_large.files import check_out
 from fd_large.plan import kept_counts
 from fd_large.plan.cluster import Cluster, Machine
 from fd_large.plan.counts import NOTHING
@@ -90,6 +91,9 @@ def main(arguments: list[str]) -> int:
     """Plans and prints."""
     given = parse_with_recipe(Plan, arguments, command="plan", recipe=registry.DEFAULT_RECIPE)
     own = given.own
+    for flag, file in (("--write", own.write), ("--rates", own.rates if own.probe else "")):
+        if file:
+            check_out(file, where=flag, holds="file")
     cluster = Cluster(
         gpus=own.gpus,
         gpus_per_node=own.gpus_per_node,

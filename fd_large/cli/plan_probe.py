@@ -14,6 +14,7 @@ from typing import Any
 import fd_large
 from fd_large import doors
 from fd_large.errors import LaunchError
+from fd_large.files import parse_json, read_json
 from fd_large.plan.phases import Phases
 from fd_large.plan.rates import Rates
 from fd_large.recipes.run import Run
@@ -61,7 +62,7 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
                 f"--probe: a rank failed; got exit code {done.returncode}, expected 0. Read its "
                 "message above."
             )
-        found = json.loads(out.read_text())
+        found = read_json(out, where="--probe", holds=dict)
         phases = [one and Phases.from_plain(one, where="--probe") for one in found["phases"]]
         return Rates(**found["rates"]), phases
 
@@ -74,7 +75,7 @@ def main(request: str) -> None:
     from fd_large.engine import phases, probe
     from fd_large.tasks.jobs import job_of
 
-    asked: dict[str, Any] = json.loads(request)
+    asked: dict[str, Any] = parse_json(request)
     doors.allow_unchanged(asked["code"])
     on_gpu = torch.cuda.is_available()
     if on_gpu:

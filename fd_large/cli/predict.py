@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.errors import ConfigError
+from fd_large.files import check_out, kind_of
 from fd_large.recipes.fields import require
 from fd_large.recipes.stored import read_recipe, run_of_checkpoint
 
@@ -81,12 +82,13 @@ def predict(
             f"--score: the predictions of the task {recipe.task.name} have no scores; got {score}, "
             "expected none. Leave it out."
         )
-    missing = [path for path in images if not Path(path).is_file()]
+    missing = [path for path in images if kind_of(path, where="predict") != "file"]
     if missing:
         raise ConfigError(
             f"predict: not an image file; got {', '.join(missing)}, expected files that exist. "
             "Name image files."
         )
+    check_out(out, where="--out", holds="folder")
     # Importing torch takes seconds.
     from fd_large.checkpoint import stream
     from fd_large.tasks.jobs import job_of

@@ -7,13 +7,13 @@ on where it stopped, and a folder that holds a run of anything else is refused.
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fd_large import files
 from fd_large.errors import ConfigError, Exit
-from fd_large.files import out_folder, write_json
+from fd_large.files import out_folder, read_json, write_json
 from fd_large.recipes.file_names import SUMMARY
 from fd_large.recipes.run import Run, difference
 from fd_large.tasks.registry import kind_of
@@ -59,9 +59,9 @@ def train(run: Run, deepspeed_config: str) -> tuple[int, dict[str, Any]]:
         return code, {}
     # Rank 0 wrote it; the others may be here before it is written.
     file = Path(run.run_dir()) / SUMMARY
-    text = file.read_text() if distributed.is_main() else "{}"
+    summary = read_json(file, holds=dict) if distributed.is_main() else {}
     code = Exit.AGAIN if distributed.any_rank(preemption.asked_too_late()) else Exit.DONE
-    return code, distributed.broadcast_object(json.loads(text))
+    return code, distributed.broadcast_object(summary)
 
 
 def read_record(file: str, run: Run, inputs: Mapping[str, str], what: str) -> dict[str, Any]:
@@ -76,10 +76,10 @@ def read_record(file: str, run: Run, inputs: Mapping[str, str], what: str) -> di
     Raises: ConfigError: if the folder holds a run of another recipe, or with other inputs.
     """
     path = Path(run.run_dir()) / file
-    if not path.is_file():
+    if not files.kind_of(path, where="--out"):
         return {}
-    record = json.loads(path.read_text())
-    found = difference(Run.from_dict(record["recipe"]), run)
+    record = read_json(path, where="--out", holds=dict)
+    found = difference(Run.from_dict(record.get("recipe", {})), run)
     found |= {name: (record.get(name), now) for name, now in inputs.items()}
     changed = "; ".join(
         f"{name} {was!r} -> {now!r}"

@@ -10,7 +10,7 @@ from fd_large.cli.arguments import AllowsCode, TakesRunFile, parse_with_recipe
 from fd_large.cli.stopping import ending_with
 from fd_large.cli.train import check_names
 from fd_large.errors import ConfigError, nearest
-from fd_large.files import check_new, out_folder
+from fd_large.files import check_out, out_folder
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
 from fd_large.recipes.run import Run
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     )
     own = given.own
     check_names(given.run, deepspeed_config=own.deepspeed_config)
-    check_new(Path(own.out), where="--out")
+    check_out(own.out, where="--out")
     with ending_with(STOPPED):
         measure(
             given.run,

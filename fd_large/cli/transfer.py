@@ -28,7 +28,7 @@ from fd_large.cli.transfer_cells import Cell, Changes, RowKind, cells_of, rows_o
 from fd_large.cli.transfer_columns import COLUMNS, ColumnName
 from fd_large.cli.transfer_plan import cost_of, report
 from fd_large.errors import ConfigError, Exit, FDError, check_all, first_line
-from fd_large.files import out_folder, write_json
+from fd_large.files import check_out, out_folder, write_json
 from fd_large.plan.rates import rates_of
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import resolve
@@ -204,6 +204,7 @@ def transfer(own: Transfer, changes: Mapping[str, Changes]) -> int:
     datasets = {column.data: getattr(own, column.data) for column in COLUMNS.values()}
     folders = {f"--{name}": folder for name, folder in datasets.items()}
     require_paths(folders | {f"run {run}": run for run in own.runs})
+    check_out(own.out, where="--out", holds="folder")
     plans_all = own.plan and not any(datasets.values())
     columns = [
         column

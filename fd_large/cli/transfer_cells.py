@@ -6,7 +6,6 @@ with a record of what it is (`recorded_runs`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from fd_large.cli import recorded_runs
 from fd_large.cli.evaluate_trainings import started_from
 from fd_large.cli.transfer_columns import COLUMNS, Column
 from fd_large.errors import ConfigError, check_all, first_line
+from fd_large.files import read_json
 from fd_large.recipes import registry
 from fd_large.recipes.run import Run, difference
 from fd_large.recipes.stored import read_recipe, recipe_file, run_of_checkpoint
@@ -195,7 +195,7 @@ def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str
     found: dict[tuple[str, str, int], dict[str, Any]] = {}
     for row in rows:
         for file in sorted(out.glob(f"{row.name}/*/seed_*/{RECORD}")):
-            record = json.loads(file.read_text())
+            record = read_json(file, where="--out", holds=dict)
             column, seed = file.parts[-3], record["recipe"]["runtime"]["seed"]
             if column in COLUMNS and record["weights"] == row.weights:
                 found[row.name, column, seed] = _described(record)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fd_large import doors
 from fd_large.errors import ConfigError
-from fd_large.files import write_json
+from fd_large.files import kind_of, write_json
 from fd_large.recipes.fields import require
 from fd_large.recipes.run import Run
 
@@ -41,7 +41,7 @@ def script(name: str) -> str:
     Raises: ConfigError: if it is not there.
     """
     for path in (Path("slurm") / name, Path(name)):
-        if path.is_file():
+        if kind_of(path) == "file":
             return str(path)
     raise ConfigError(
         f"--slurm: no {name} here; got {Path.cwd()}, expected the repository or the folder of the "

@@ -13,6 +13,7 @@ from fd_large.cli.arguments import call_subcommand
 from fd_large.cli.output import tables
 from fd_large.cli.paths import require_paths
 from fd_large.errors import ConfigError, FDError, printable
+from fd_large.files import check_out
 from fd_large.recipes.architectures import Architecture, name_of, resolve, set_fields
 from fd_large.recipes.family import FamilyArchitecture
 
@@ -86,6 +87,7 @@ def inspect(source: str, model: str) -> int:
 def convert(source: str, out: str, to: str, model: str, architecture: Architecture) -> int:
     """Writes a model in another format and prints how much of the file it took."""
     require_paths({"weights convert": source})
+    check_out(out, where="weights convert")
     from fd_large.engine.checkpoint_models import sources_of
     from fd_large.tasks.jobs import job_of
     from fd_large.weights.convert import write
@@ -131,6 +133,7 @@ def _require_alone(held: FamilyArchitecture, model: str, given: Architecture) ->
 
 def fetch(source: str, out: str) -> int:
     """Downloads weights and prints what is there, and what a run would make of it."""
+    check_out(out, where="weights fetch")
     from fd_large.engine.checkpoint_models import sources_of
     from fd_large.recipes.sections import FrozenModel
     from fd_large.tasks.jobs import job_of

@@ -36,7 +36,7 @@ from fd_large.data.listing import cache_folder
 from fd_large.data.objects import Stored
 from fd_large.data.sampler import Blocks
 from fd_large.errors import ConfigError, DataError, FDError
-from fd_large.files import PARTIAL, STALE_SECONDS
+from fd_large.files import PARTIAL, STALE_SECONDS, kind_of
 from fd_large.recipes.sections import Data
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ class BlockCache(NamedTuple):
 
     def holds(self, key: str) -> bool:
         """Whether a block is there."""
-        return (self.folder / f"{key}.block").exists()
+        return kind_of(self.folder / f"{key}.block") is not None
 
     def _write(self, path: Path, make: Callable[[BlockWriter], None]) -> None:
         descriptor, aside = tempfile.mkstemp(prefix=PARTIAL, dir=self.folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from fd_large.errors import DataError
+from fd_large.files import parse_json
 
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "image_bytes", "bytes")
 LABELS = ("label", "labels", "cls", "class", "target", "fine_label")
@@ -102,7 +102,7 @@ def labels_of(
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
     try:
-        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        found = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: kind for name, kind in found.items() if isinstance(kind, dict)}
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from fd_large import doors
 from fd_large.errors import DataError
+from fd_large.files import kind_of
 
 # Images whose content makes the fingerprint of a source that states none.
 _SAMPLED = 16
@@ -58,7 +59,7 @@ def is_custom(root: str) -> bool:
     if doors.is_own(root):
         return True
     is_word = root.replace("-", "_").isidentifier()
-    return is_word and not Path(root).exists() and root in doors.installed("sources")
+    return is_word and not kind_of(Path(root)) and root in doors.installed("sources")
 
 
 class CustomImages:

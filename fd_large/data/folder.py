@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fd_large.data.listing import Add, filled, listed, settled
+from fd_large.data.packages import local_kind
 from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ class ImageFolder:
 
 def open_folder(root: str, *, where: str) -> ImageFolder | None:
     """Opens a folder of images; DataError if there is none in it."""
-    return ImageFolder(root, where=where) if os.path.isdir(root) else None
+    return ImageFolder(root, where=where) if local_kind(root, where=where) == "folder" else None
 
 
 def read_image(path: str) -> bytearray:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fd_large.data.balanced import open_balanced
 from fd_large.data.custom import is_custom, open_custom
 from fd_large.data.objects import find_objects, join
-from fd_large.data.packages import PARQUET, is_url
+from fd_large.data.packages import PARQUET, is_url, listed, local_kind
 from fd_large.data.sampler import Blocks
 from fd_large.data.source import ImageSource, open_images
 from fd_large.data.val_fraction import FIELD, Part, places_of
@@ -229,14 +229,15 @@ def _places(root: str, split: str, where: str) -> list[str]:
         urls = [stored.url for stored in find_objects(root, where)]
         files = [url[len(start) :] for url in urls if url.startswith(start)]
         folders = {file.partition("/")[0] for file in files if "/" in file}
-    elif not os.path.isdir(root):
+    elif local_kind(root, where=where) != "folder":
         return []
     else:
-        data = os.path.join(root, "data")
-        files = [name for name in sorted(os.listdir(root)) if name.endswith(PARQUET)]
-        if os.path.isdir(data):
-            files += [f"data/{n}" for n in sorted(os.listdir(data)) if n.endswith(PARQUET)]
-        folders = {name for name in SPLITS[split] if os.path.isdir(os.path.join(root, name))}
+        names = listed(root, where)
+        files = [name for name in names if name.endswith(PARQUET)]
+        if local_kind(root, "data", where=where) == "folder":
+            inside = listed(os.path.join(root, "data"), where)
+            files += [f"data/{name}" for name in inside if name.endswith(PARQUET)]
+        folders = {n for n in SPLITS[split] if local_kind(root, n, where=where) == "folder"}
     places = []
     for name in SPLITS[split]:
         if name in folders:

@@ -31,8 +31,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fd_large import activity
+from fd_large.data.packages import local_kind
 from fd_large.errors import DataError
-from fd_large.files import PARTIAL, STALE_SECONDS
+from fd_large.files import PARTIAL, STALE_SECONDS, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def listed(
     held: list[Listing] = []
 
     def here() -> Listing:
-        if not os.path.exists(anchor):
+        if not local_kind(anchor):
             return _timed(make)  # Which says what is missing.
         path = _path(what, anchor)
         listing = _load(path, is_current)
@@ -261,7 +262,7 @@ def _keep(listing: Listing, path: Path) -> Listing:
 def _open(path: Path) -> Listing:
     with safe_open(path, "pt") as file:  # Tensors of torch are mapped, NumPy's would be read.
         arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
-        return Listing(arrays, json.loads(file.metadata()["facts"]), path)
+        return Listing(arrays, parse_json(file.metadata()["facts"]), path)
 
 
 def _load(path: Path, is_current: Callable[[dict[str, Any]], bool]) -> Listing | None:

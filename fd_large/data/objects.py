@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from fd_large import meeting
 from fd_large.data.braces import expand_braces
-from fd_large.data.packages import PARQUET, check_packages, is_url, name_of, scheme_of
+from fd_large.data.packages import PARQUET, check_packages, is_url, local_kind, name_of, scheme_of
 from fd_large.errors import DataError, named
 from fd_large.files import PASSING, retried
 
@@ -151,13 +151,14 @@ def find_objects(root: str, where: str) -> list[Stored]:
 
 def _names(root: str, endings: tuple[str, ...]) -> Iterator[str]:
     if not is_url(root):
-        if os.path.isdir(root):
+        kind = local_kind(root)
+        if kind == "folder":
             found = []
             for folder, folders, files in os.walk(root):
                 folders[:] = [name for name in folders if not name.startswith(".")]
                 found += [os.path.join(folder, name) for name in files if name[0] != "."]
             yield from sorted(name for name in found if name.lower().endswith(endings))
-        elif _GLOB.search(root) and not os.path.exists(root):
+        elif _GLOB.search(root) and not kind:
             yield from (n for n in sorted(glob.glob(root)) if n.lower().endswith(endings))
         elif root.lower().endswith(endings):
             yield root

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 from importlib.util import find_spec
+from typing import Literal
 
 from fd_large.data.braces import check_braces
 from fd_large.data.weighted_roots import weighted_roots
 from fd_large.errors import DataError
+from fd_large.files import kind_of, unusable
 
 PARQUET = ".parquet"
 SAVED = ("state.json", "dataset_info.json")
@@ -24,6 +26,8 @@ CLIENTS = {
 }
 """What fsspec needs besides for a scheme; fsspec knows many more schemes."""
 
+# Bytes; a name that is longer cannot be.
+_LONGEST_NAME = 255
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://")
 
 
@@ -43,6 +47,35 @@ def name_of(url: str) -> str:
     return url.partition("?")[0] if scheme_of(url) in ("http", "https") else url
 
 
+def local_kind(
+    root: str, *inside: str, where: str = "data.root"
+) -> Literal["file", "folder", "other"] | None:
+    """Returns what stands at a root, or below it, on this machine; None: nothing, or it is a URL.
+
+    Args:
+        root: As `data.root` takes it.
+        inside: Names below it.
+        where: The field that names it, for messages.
+
+    Raises: DataError: if the file system refuses to say.
+    """
+    longest = max(map(len, os.fsencode(root).split(b"/")))
+    if is_url(root) or ("{" in root and longest > _LONGEST_NAME):  # A long list of names.
+        return None
+    return kind_of(os.path.join(root, *inside), where=where, of=DataError)
+
+
+def listed(folder: str, where: str) -> list[str]:
+    """Returns the names in a folder, sorted.
+
+    Raises: DataError: if the file system refuses to say.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise unusable(where, error, folder, of=DataError) from error
+
+
 def check_packages(root: str, *, where: str) -> None:
     """Refuses what a package is missing for, and braces that stand for too many names.
 
@@ -59,7 +92,7 @@ def check_packages(root: str, *, where: str) -> None:
         _check_client(root, where)
     if name_of(root).lower().endswith(PARQUET):
         require("pyarrow", "parquet files", where)
-    elif not is_url(root) and all(os.path.isfile(os.path.join(root, name)) for name in SAVED):
+    elif all(local_kind(root, name, where=where) == "file" for name in SAVED):
         require("datasets", "a saved dataset", where)
 
 

@@ -19,7 +19,7 @@ from fd_large import meeting
 from fd_large.data.blocks import BlockImages, BlockWriter
 from fd_large.data.folder import read_image
 from fd_large.data.objects import RANGE_BYTES, STREAMS, Stored, find, find_objects
-from fd_large.data.packages import PARQUET, is_url, name_of, require
+from fd_large.data.packages import PARQUET, is_url, listed, local_kind, name_of, require
 from fd_large.errors import DataError, FDError, first_line
 
 _ROWS = 64
@@ -113,7 +113,7 @@ def open_parquet(root: str, *, where: str) -> ParquetImages | None:
     named = name_of(root).lower().endswith(PARQUET)
     if is_url(root):
         files = [f for f in find_objects(root, where) if name_of(f.url).lower().endswith(PARQUET)]
-    elif named or _holds_parquet(root):
+    elif named or _holds_parquet(root, where):
         files = meeting.once(f"parquet files of {root}", lambda: find(root, (PARQUET,), where))
     else:
         return None
@@ -127,14 +127,16 @@ def open_parquet(root: str, *, where: str) -> ParquetImages | None:
     return ParquetImages(root, files, where=where)
 
 
-def _holds_parquet(root: str) -> bool:
+def _holds_parquet(root: str, where: str) -> bool:
     """Whether a local folder, or its folder `data`, has parquet files in it."""
-    if is_url(root) or not os.path.isdir(root):
+    if local_kind(root, where=where) != "folder":
         return False
 
     def look() -> bool:
-        folders = filter(os.path.isdir, (root, os.path.join(root, "data")))
-        names = (name for folder in folders for name in os.listdir(folder))
+        folders = [root]
+        if local_kind(root, "data", where=where) == "folder":
+            folders.append(os.path.join(root, "data"))
+        names = (name for folder in folders for name in listed(folder, where))
         return any(name.lower().endswith(PARQUET) for name in names)
 
     return bool(meeting.once(f"parquet in {root}", look))

@@ -8,13 +8,13 @@ images it holds; that is kept.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from fd_large.data.packages import is_url, name_of
 from fd_large.data.shards import COMPRESSED, ENDINGS, sample_key
 from fd_large.data.tar_index import Torn, members
 from fd_large.errors import DataError, without_secrets
-from fd_large.files import write_json
+from fd_large.files import json_or, write_json
 
 log = logging.getLogger(__name__)
 
@@ -124,9 +124,8 @@ def open_remote_shards(root: str, *, where: str) -> RemoteShards | None:
 def _counted(root: str, shards: Sequence[Stored], where: str) -> list[tuple[int, str]]:
     """The number of images of each shard, and what is wrong with it or ""."""
     name = hashlib.sha256(root.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    notes, kept = cache_folder() / "listings" / f"{name}.counts.json", {}
-    with suppress(OSError, ValueError):
-        kept = dict(json.loads(notes.read_text()))
+    notes = cache_folder() / "listings" / f"{name}.counts.json"
+    kept = json_or(notes, dict[str, Any]())
     keys = [block_key(shard, 0) for shard in shards]
     missing = [i for i, key in enumerate(keys) if key not in kept]
     cache = the_cache()

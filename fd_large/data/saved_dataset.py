@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fd_large import meeting
 from fd_large.data.folder import read_image
-from fd_large.data.packages import SAVED, require
+from fd_large.data.packages import SAVED, local_kind, require
 from fd_large.errors import DataError, first_line
 
 _PARTS = "dataset_dict.json"
@@ -121,13 +121,13 @@ def open_saved_dataset(root: str, *, where: str) -> SavedDataset | None:
 
     Raises: DataError: if it holds several parts, or the package is missing.
     """
-    if os.path.isfile(os.path.join(root, _PARTS)):
+    if local_kind(root, _PARTS, where=where) == "file":
         parts = sorted(e.name for e in os.scandir(root) if e.is_dir())
         raise DataError(
             f"{where}: a dataset of several parts; got {root!r} with {', '.join(parts)}, expected "
             f"one. Set --{where} {os.path.join(root, parts[0] if parts else 'PART')}."
         )
-    if not all(os.path.isfile(os.path.join(root, name)) for name in SAVED):
+    if not all(local_kind(root, name, where=where) == "file" for name in SAVED):
         return None
     require("datasets", "a saved dataset", where)
     return SavedDataset(root, where=where)

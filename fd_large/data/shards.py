@@ -28,8 +28,10 @@ from fd_large import meeting
 from fd_large.data.braces import BRACES, expand_braces
 from fd_large.data.folder import EXTENSIONS, MAX_FILE_BYTES, walk
 from fd_large.data.listing import Add, Listing, filled, listed, settled
+from fd_large.data.packages import local_kind
 from fd_large.data.tar_index import Torn, members
 from fd_large.errors import DataError
+from fd_large.files import kind_of
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ class TarShards:
         self._root, self._where = root, where
         self._anchor, self._rest = _anchor(root)
         # Where the run starts from does not matter to what is kept.
-        is_folder = os.path.isdir(self._anchor)
+        is_folder = kind_of(self._anchor) == "folder"
         self._folder = self._anchor if is_folder else os.path.dirname(self._anchor)
         self._listing = self._listed("shards")
         facts = self._listing.facts
@@ -310,9 +312,10 @@ def open_shards(root: str, *, where: str) -> TarShards | None:
 
     Raises: DataError: if a file of the pattern is missing, or they cannot be used.
     """
-    if os.path.isdir(root):
+    kind = local_kind(root, where=where)
+    if kind == "folder":
         found = meeting.once(f"shards in {root}", lambda: bool(_shards_of(root, where)))
-    elif os.path.isfile(root):
+    elif kind == "file":
         found = root.lower().endswith(".tar")
     else:
         found = _is_pattern(root)
@@ -323,13 +326,13 @@ def _shards_of(root: str | Sequence[str], where: str) -> list[str]:
     """The tar files that a root means; none if it is a folder with loose images."""
     if not isinstance(root, str):
         return list(root)
-    if os.path.isdir(root):
+    if local_kind(root, where=where) == "folder":
         return _only_shards(root, where)
     return _matching(root, where) if _is_pattern(root) else [root]
 
 
 def _is_pattern(root: str) -> bool:
-    return not os.path.isfile(root) and bool(BRACES.search(root) or _GLOB.search(root))
+    return local_kind(root) != "file" and bool(BRACES.search(root) or _GLOB.search(root))
 
 
 def _anchor(root: str | Sequence[str]) -> tuple[str, str]:
@@ -347,7 +350,7 @@ def _matching(pattern: str, where: str) -> list[str]:
     paths: list[str] = []
     for name in expand_braces(pattern, where=where):
         found = sorted(glob.glob(name)) if _GLOB.search(name) else [name]
-        if not found or not os.path.isfile(found[0]):
+        if not found or kind_of(found[0], where=where, of=DataError) != "file":
             raise DataError(
                 f"{where}: no such tar file; got {name!r} from {pattern!r}, expected a file. "
                 f"Set --{where} to a pattern of files that are there."

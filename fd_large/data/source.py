@@ -8,13 +8,13 @@ outside of it.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from typing import Protocol
 
 from fd_large.data.balanced import open_balanced
 from fd_large.data.custom import open_custom
 from fd_large.data.folder import open_folder
+from fd_large.data.packages import local_kind
 from fd_large.data.parquet import open_parquet
 from fd_large.data.photographs import open_photographs
 from fd_large.data.remote_shards import open_remote_shards
@@ -97,7 +97,11 @@ def open_images(root: str, *, where: str = "data.root") -> ImageSource:
             if kind := getattr(source, "kind", ""):
                 log.info("%s: %s images in %s: %s", where, f"{len(source):,}", kind, root)
             return source
-    what = "neither a folder nor a tar file" if os.path.isfile(root) else "no such folder"
+    what = (
+        "neither a folder nor a tar file"
+        if local_kind(root, where=where) == "file"
+        else "no such folder"
+    )
     raise DataError(
         f"{where}: {what}; got {root!r}, expected a folder of images, tar shards or parquet files, "
         f"FILE.tar, FILE.parquet, or a URL of such files. Set --{where} FOLDER."

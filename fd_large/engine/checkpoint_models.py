@@ -17,6 +17,7 @@ from fd_large.engine.job import JobOf, StoredStudent
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.errors import CheckpointError, ConfigError
+from fd_large.files import kind_of
 from fd_large.weights.read import Tensors
 from fd_large.weights.source import Sources
 from fd_large.weights.stored_models import Stored
@@ -90,7 +91,7 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
     Raises: CheckpointError: if no checkpoint is sound, or it is of another model than its recipe.
     """
     is_checkpoint = store.manifest_of(path) is not None
-    if not is_checkpoint and not store.checkpoints_of(path).is_dir():
+    if not is_checkpoint and kind_of(store.checkpoints_of(path)) != "folder":
         return None
     reader = stream.newest(path, where=where)
     try:

@@ -20,6 +20,7 @@ from fd_large.engine.zero import state
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import ADAMW_MOMENTS, kept_by
 from fd_large.errors import CheckpointError, FDError, NotFiniteError
+from fd_large.files import kind_of
 from fd_large.recipes.sections import Runtime
 from fd_large.watch import hold
 
@@ -218,7 +219,7 @@ class Checkpoints:
             NotFiniteError: If no checkpoint is sound, and one holds numbers that are not finite.
         """
         place = store.checkpoints_of(self._folder)
-        if place.is_symlink() and not place.exists():
+        if place.is_symlink() and not kind_of(place):
             raise CheckpointError(
                 f"{place}: leads nowhere; got a link to {place.readlink()}, expected the folder "
                 "of the checkpoints. Mount its disk, or remove the link to start over."

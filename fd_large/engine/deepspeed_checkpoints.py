@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
@@ -95,11 +94,6 @@ def import_checkpoint(
     Returns: the checkpoint's step.
     Raises: CheckpointError: if DeepSpeed cannot read it, or only by running code of its files.
     """
-    if not (Path(source) / "latest").is_file():
-        raise CheckpointError(
-            f"checkpoint import: {source}: no DeepSpeed checkpoint; got a folder without `latest`, "
-            "expected what save_checkpoint was given. Name that folder."
-        )
     opened = open_stored(
         run_dir, job_of, deepspeed_config=deepspeed_config, where="checkpoint", lease=lease
     )

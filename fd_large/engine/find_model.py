@@ -21,6 +21,7 @@ from fd_large.engine.job import Job, JobOf
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, nearest
+from fd_large.files import kind_of
 from fd_large.recipes.architectures import Architecture, by_name, resolve
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.sections import RANDOM, Data, FrozenModel
@@ -174,7 +175,7 @@ def slug(label: str) -> str:
 
 def _checkpoint_of(path: Path) -> Reader | None:
     """Returns a run's newest checkpoint, or the one of that path; None: it is neither's."""
-    if store.manifest_of(path) is None and not store.checkpoints_of(path).is_dir():
+    if store.manifest_of(path) is None and kind_of(store.checkpoints_of(path)) != "folder":
         return None
     return stream.newest(path, where=str(path))
 

@@ -19,6 +19,7 @@ import fd_large
 from fd_large import distributed
 from fd_large.data.source import ImageSource
 from fd_large.errors import DataError, FDError, LaunchError, WeightsError
+from fd_large.files import kind_of
 from fd_large.runtime.run_folder import source_commit
 from fd_large.weights.read import files_of
 from fd_large.weights.source import Sources
@@ -213,7 +214,7 @@ def _sample(descriptor: int, update: Callable[[bytes], object]) -> int:
 
 
 def _files(path: Path) -> list[Path]:
-    if (path / "manifest.json").is_file():
+    if kind_of(path / "manifest.json") == "file":
         # A checkpoint, whose tensors rank 0 alone reads.
         return [path / "manifest.json"]
     return files_of(path)

@@ -7,10 +7,10 @@ checkpoint holds the weights that the step ran on.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fd_large import distributed
+from fd_large import distributed, files
 from fd_large.checkpoint import store
 from fd_large.checkpoint.read import Reader
 from fd_large.data.loader import Batch
@@ -32,6 +32,7 @@ from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.config import computes_in_bfloat16
 from fd_large.errors import CheckpointError, ConfigError
+from fd_large.files import kind_of
 from fd_large.recipes.file_names import DEEPSPEED, INCIDENT, INCIDENTS, METRICS, RECIPE, STEP
 from fd_large.runtime.guard import INCIDENTS_WITH_IMAGES, roll_backs_of
 from fd_large.runtime.run_folder import rows_before
@@ -116,15 +117,15 @@ def read_incident(path: Path, job_of: JobOf) -> Incident:
     Raises: ConfigError: if there is no incident, or it is damaged, outside of its run, or without
         images.
     """
-    file = path / INCIDENT if path.is_dir() else path
-    if not file.is_file():
+    file = path / INCIDENT if kind_of(path) == "folder" else path
+    if kind_of(file) != "file":
         raise ConfigError(
             f"replay: {path}: no incident; got no such file, expected RUN/{INCIDENTS}/"
             f"{STEP}NNNNNNNN/{INCIDENT}. Name one that the guard has written."
         )
     said = _object(file)
     folder = file.absolute().parents[2]
-    if not (folder / RECIPE).is_file():
+    if kind_of(folder / RECIPE) != "file":
         raise ConfigError(
             f"replay: {file}: outside of its run; got no {RECIPE} in {folder}, expected the "
             "folder of a run. Put the incident back into RUN/incidents."
@@ -133,7 +134,7 @@ def read_incident(path: Path, job_of: JobOf) -> Incident:
     try:
         _check(said)
         for name in said["images"]:
-            if (file.parent / name).is_file():
+            if kind_of(file.parent / name) == "file":
                 stored = load_file(file.parent / name)
                 rank = int(name.split(".")[0].removeprefix("rank_"))
                 recorded = said["ranks"][rank]
@@ -273,6 +274,7 @@ def _job(folder: Path, job_of: JobOf) -> Job:
     return job
 
 
+_object = partial(files.read_json, where="replay", holds=dict, remedy="Restore it.")
 _NUMBER = (int, float)
 # What is used of an incident, here and in what is printed.
 _KEYS: dict[str, type | tuple[type, ...]] = {
@@ -298,19 +300,3 @@ def _check(said: Mapping[str, Any]) -> None:
     for name, value in numbers.items():
         if not isinstance(value, _NUMBER):
             raise TypeError(f"{name} {value!r}")
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """Reads a JSON object of the run.
-
-    Raises: ConfigError: if it is missing or damaged.
-    """
-    try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"replay: {path}: cannot be read; got {error}, expected what the run wrote. Restore it."
-        ) from None
-    return found

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fd_large.errors import ConfigError, WeightsError, first_line
+from fd_large.files import kind_of
 from fd_large.weights.locate import HUB, OPEN_CLIP
 
 PROMPTS = ("a photo of a {}.",)
@@ -99,7 +100,7 @@ def probabilities(embeddings: Tensor, classes: Classes) -> Tensor:
 
 def _tower(source: str) -> tuple[Callable[[list[str]], Tensor], float]:
     """Returns what encodes texts, (N, C), and the scale of cosines."""
-    is_open_clip = source.startswith(OPEN_CLIP) or (Path(source) / _SIDECAR).is_file()
+    is_open_clip = source.startswith(OPEN_CLIP) or kind_of(Path(source) / _SIDECAR) == "file"
     make = _of_open_clip if is_open_clip else _of_transformers
     try:
         return make(source)

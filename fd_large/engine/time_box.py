@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_large import distributed
-from fd_large.files import write_json
+from fd_large.files import json_or, write_json
 from fd_large.runtime.run_folder import written_or_logged
 
 log = logging.getLogger(__name__)
@@ -81,9 +80,8 @@ class TimeBox:
         """Seconds used so far, decisions by step, and whether there is more to measure."""
         if not first:
             return 0.0, {}, True
-        written: dict[str, Any] = {}
-        with suppress(OSError, ValueError):  # Absent or damaged: what the checkpoint has.
-            written = json.loads(self._path.read_text())
+        # Absent or damaged: what the checkpoint has.
+        written = json_or(self._path, dict[str, Any]())
         noted: dict[int, int] | None = None
         with suppress(KeyError, TypeError, ValueError):
             noted = _decisions_of(written)

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fd_large.files import read_json
 from fd_large.plan.counts import Counts
 
 FILE = Path(__file__).with_name("kept_counts.json")
@@ -43,7 +44,7 @@ def read(name: str) -> dict[bool, Counts] | None:
 @cache
 def _kept() -> dict[str, Any]:
     """The file, which a transfer's plan or a sweep asks for hundreds of counts."""
-    return json.loads(FILE.read_text())
+    return read_json(FILE)
 
 
 def write(found: Mapping[str, Mapping[bool, Counts]], path: Path = FILE) -> None:

@@ -7,13 +7,13 @@ ranks add (copies, hooks, collectives) is not in them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fd_large.errors import ConfigError
+from fd_large.files import read_json
 from fd_large.plan.counts import Line
 
 FIRST_PASS, FORWARD, BACKWARD = "first pass", "forward", "backward"
@@ -84,7 +84,7 @@ def read(file: str, key: str) -> Phases | None:
 
     Raises: ConfigError: if they are no phases.
     """
-    of_tasks = json.loads(Path(file).read_text(encoding="utf-8")).get("phases", {})
+    of_tasks = read_json(Path(file), where="--rates", holds=dict).get("phases", {})
     if not isinstance(of_tasks, dict) or key not in of_tasks:
         return None
     return Phases.from_plain(of_tasks[key], where=f"--rates: {file}")

@@ -8,13 +8,13 @@ the data sheet's per direction times 0.78, as 350 of 450 GB/s on the H100.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from math import inf
 from pathlib import Path
 from typing import Any
 
 from fd_large.errors import ConfigError, nearest
+from fd_large.files import read_json
 
 # Rates that may be 0: what they stand for costs nothing.
 MAY_BE_0 = ("launch_seconds", "start_seconds")
@@ -100,14 +100,7 @@ def rates_of(gpu: str, file: str = "") -> Rates:
         )
     if not file:
         return CARDS[gpu]
-    try:
-        given = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--rates: unreadable JSON; got {error}, expected an object. Correct {file}."
-        ) from None
-    if not isinstance(given, dict):
-        raise ConfigError(f"--rates: not an object; got {given!r}, expected rates. Correct {file}.")
+    given = read_json(Path(file), where="--rates", holds=dict, remedy="Correct the file.")
     # Those of single tasks; `plan.phases` reads them.
     given.pop("phases", None)
     known = {field.name: field.type for field in fields(Rates)}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fd_large.files import kind_of
+
 RECIPE = "recipe.json"
 DEEPSPEED = "deepspeed.json"
 CODE = "code.json"
@@ -33,7 +35,7 @@ OVERWRITTEN = (
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's: it has a recipe, or has lost it and has checkpoints."""
-    return (folder / RECIPE).exists() or any((folder / CHECKPOINTS).glob("step_*"))
+    return kind_of(folder / RECIPE) is not None or any((folder / CHECKPOINTS).glob("step_*"))
 
 
 def of_step(folder: Path, step: int) -> Path:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from fd_large.files import kind_of, parse_json
 
 
 class Line(NamedTuple):
@@ -27,7 +28,7 @@ def lines_of(path: Path) -> list[Line]:
     A line is damaged that is not the JSON of an object with a whole number "update", or that does
     not end.
     """
-    raw = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    raw = path.read_bytes().splitlines(keepends=True) if kind_of(path) == "file" else []
     return [Line(number, line, _row(line)) for number, line in enumerate(raw, 1)]
 
 
@@ -39,7 +40,7 @@ def numbers_of(lines: list[Line]) -> str:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         return None
     is_row = isinstance(row, dict) and type(row.get("update")) is int and line.endswith(b"\n")

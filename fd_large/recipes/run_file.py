@@ -7,7 +7,6 @@ only where the command line allows it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from fd_large.errors import ConfigError, ConflictError, nearest
+from fd_large.files import parse_json
 from fd_large.recipes import registry
 from fd_large.recipes.fields import field_names
 from fd_large.recipes.run import Run, Task
@@ -84,7 +84,7 @@ def read_run_file(path: str) -> Given:
     twice: list[str] = []
     try:
         with suppress(ValueError):
-            tree: Any = json.loads(text)
+            tree: Any = parse_json(text)
             with suppress(yaml.YAMLError):  # YAML refuses some JSON; its lines are then not known.
                 _note_lines(yaml.compose(text, Loader=_Loader), "", lines, twice)
             return _given(tree, path, lines, twice)

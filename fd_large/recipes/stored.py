@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from fd_large.errors import ConfigError
+from fd_large.files import kind_of, read_json
 from fd_large.recipes.file_names import CHECKPOINTS, RECIPE
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import STUDENTS
+
+_REMEDY = "Restore it, or use the release that wrote it."
 
 
 def recipe_file(folder: str | Path, *, where: str) -> Path:
@@ -21,12 +23,13 @@ def recipe_file(folder: str | Path, *, where: str) -> Path:
     Raises: ConfigError: if the folder is not that of a run.
     """
     path = Path(folder) / RECIPE
+    kind = kind_of(path, where=where)
     if students := sorted(one.parent for one in Path(folder).glob(f"{STUDENTS}/*/{RECIPE}")):
         raise ConfigError(
             f"{where}: {folder}: a run with several students; got the folder of all, expected that "
             f"of one. Name {' or '.join(map(str, students))}."
         )
-    if not path.is_file():
+    if kind != "file":
         raise ConfigError(
             f"{where}: {folder}: not a run; got a path without {RECIPE}, expected the folder of a "
             "run. Name one, for example runs/quickstart."
@@ -42,7 +45,7 @@ def run_of_checkpoint(path: str | Path) -> Path:
     """
     path = Path(path)
     above = path.parent.parent
-    return above if path.parent.name == CHECKPOINTS and (above / RECIPE).is_file() else path
+    return above if path.parent.name == CHECKPOINTS and kind_of(above / RECIPE) == "file" else path
 
 
 def read_recipe(folder: str | Path, *, where: str) -> Run:
@@ -52,10 +55,10 @@ def read_recipe(folder: str | Path, *, where: str) -> Run:
     Raises: ConfigError: if the folder holds none that can be read.
     """
     path = recipe_file(folder, where=where)
+    recipe = read_json(path, where=where, holds=dict, remedy=_REMEDY)
     try:
-        return Run.from_dict(json.loads(path.read_text()))
-    except (ValueError, ConfigError) as error:
+        return Run.from_dict(recipe)
+    except ConfigError as error:
         raise ConfigError(
-            f"{where}: {path}: cannot be read; got {error}, expected what the run wrote. Restore "
-            "it, or use the release that wrote it."
+            f"{where}: {path}: cannot be read; got {error}, expected what the run wrote. {_REMEDY}"
         ) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_large.backbones.custom.architecture import CustomArchitecture
+from fd_large.files import kind_of
 from fd_large.recipes.architectures import changed_words, full_name, image_side_of, model_of
 from fd_large.recipes.file_names import EVENTS, LOGS, METRICS, PAGE, SUMMARY
 from fd_large.recipes.sections import STUDENTS
@@ -232,7 +233,7 @@ def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
         kept = ["--deepspeed_config", "zero3", *_as_flags(files, left_out)]
     kept += [word for name, value in more.items() for word in (f"--{name}", value)]
     script = ["--module", "fd_large.train"]
-    if Path(first).name == "train.py" or Path("fd_large/train.py").exists():
+    if Path(first).name == "train.py" or kind_of(Path("fd_large/train.py")):
         script = ["fd_large/train.py"]
     match environment.get("launcher"):
         case "python":
@@ -259,7 +260,7 @@ def _program(name: str) -> str:
     """How to call a program of this environment from here: by name if that finds it."""
     beside = Path(sys.executable).parent / name
     found = shutil.which(name)
-    if not beside.exists() or (found and Path(found).parent == beside.parent):
+    if not kind_of(beside) or (found and Path(found).parent == beside.parent):
         return name
     relative = os.path.relpath(beside)
     return str(beside) if relative.startswith("..") else relative

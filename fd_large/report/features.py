@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy
 
+from fd_large.files import kind_of
 from fd_large.report import style
 
 MOST_ROWS = 4
@@ -69,7 +70,7 @@ def draw_features(folder: Path, path: Path) -> bool:
     """Draws the panel from FOLDER/features_*.npz as a PNG; returns False where there is none."""
     panels = {}
     for when in ("before", "after"):
-        if (file := folder / f"features_{when}.npz").exists():
+        if kind_of(file := folder / f"features_{when}.npz") == "file":
             with numpy.load(file) as arrays:
                 panels[when] = {name: arrays[name] for name in arrays.files}
     if not panels:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fd_large.errors import without_secrets
-from fd_large.files import replacing
+from fd_large.files import kind_of, replacing
 from fd_large.report import style
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def commands(steps: Iterable[tuple[str, str]]) -> str:
 
 def picture(path: Path, alt: str, caption: str = "") -> str:
     """Returns a PNG with its caption; of one that is too large, where it is."""
-    if not path.is_file():
+    if kind_of(path) != "file":
         return ""
     if path.stat().st_size > MOST_BYTES:
         return paragraph(f"{alt}: {path.name}, in the same folder, is too large for this page.")

@@ -11,11 +11,14 @@ from typing import Any
 import numpy
 
 from fd_large.errors import ConfigError, DataError, masked
+from fd_large.files import kind_of, read_json
 from fd_large.recipes import registry
 from fd_large.recipes.fields import flat_plain
 from fd_large.recipes.file_names import ENVIRONMENT, EVALUATIONS, METRICS, SUMMARY
 from fd_large.recipes.row_files import lines_of, numbers_of
 from fd_large.recipes.stored import recipe_file
+
+_WHERE = "report"
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class RunFiles:
 
     def has(self, name: str) -> bool:
         """Whether the folder holds a file or folder of that name."""
-        return (self.folder / name).exists()
+        return kind_of(self.folder / name) is not None
 
     @property
     def frozen_models(self) -> dict[str, dict[str, Any]]:
@@ -123,7 +126,7 @@ def read_run(folder: str | Path) -> RunFiles:
     Raises: ConfigError: if it is not a run's; DataError: if a file in it is damaged.
     """
     folder = Path(folder)
-    recipe = masked(_recipe(recipe_file(folder, where="report")))
+    recipe = masked(_recipe(recipe_file(folder, where=_WHERE)))
     rows = _rows(folder / METRICS, "loss", "learning_rate")
     return RunFiles(
         folder=folder,
@@ -140,21 +143,16 @@ def read_run(folder: str | Path) -> RunFiles:
     )
 
 
-def _object(path: Path, remedy: str = "Remove it and report again.") -> dict[str, Any]:
-    if not path.exists():
+def _object(path: Path) -> dict[str, Any]:
+    if not kind_of(path, where=_WHERE):
         return {}
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise _damaged(path, error, "JSON", remedy) from None
-    if not isinstance(found, dict):
-        raise _damaged(path, json.dumps(found)[:40], "a JSON object", remedy)
-    return found
+    remedy = "Remove it and report again."
+    return read_json(path, where=_WHERE, holds=dict, remedy=remedy, of=DataError)
 
 
 def _recipe(path: Path) -> dict[str, Any]:
     remedy = "Restore it and report again."
-    found = _object(path, remedy)
+    found = read_json(path, where=_WHERE, holds=dict, remedy=remedy, of=DataError)
     if not isinstance(found.get("name"), str) or not isinstance(found.get("data"), dict):
         raise _damaged(path, "a recipe without name or data", "what the run wrote", remedy)
     return found
@@ -199,4 +197,4 @@ def _is_number(value: object) -> bool:
 
 
 def _damaged(path: Path, got: object, expected: str, remedy: str) -> DataError:
-    return DataError(f"report: {path} is damaged; got {got}, expected {expected}. {remedy}")
+    return DataError(f"{_WHERE}: {path} is damaged; got {got}, expected {expected}. {remedy}")

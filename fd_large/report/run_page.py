@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import numpy
 
+from fd_large.errors import FDError
+from fd_large.files import read_json
 from fd_large.recipes.architectures import changed_words, full_name, image_side_of
 from fd_large.recipes.file_names import INCIDENT, INCIDENTS, PAGE, PICTURES, STEP
 from fd_large.report import html, style
@@ -208,7 +209,7 @@ def _incidents(files: RunFiles) -> Iterator[str]:
     rows = []
     for path in sorted(files.folder.glob(f"{INCIDENTS}/{STEP}*/{INCIDENT}")):
         try:
-            found = json.loads(path.read_text())
+            found = read_json(path)
             off = ", ".join(f"{one['what']} {float(one['value']):.4g}" for one in found["off"])
             broken = [
                 f"{one['kind']} of {one['tensor']} on rank {one['rank']}"
@@ -216,7 +217,7 @@ def _incidents(files: RunFiles) -> Iterator[str]:
             ]
             off = ", ".join([*filter(None, [off]), *broken])
             back = found.get("restored")
-        except (OSError, ValueError, KeyError, TypeError):
+        except (FDError, ValueError, KeyError, TypeError):
             continue
         did = "skipped" if back is None else f"skipped, and back to step {back}"
         rows.append((found["index"] + 1, off or "not finite", did))

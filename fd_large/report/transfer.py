@@ -5,15 +5,13 @@ All of it is made from summary.json and the folders of the runs that it names, w
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fd_large.errors import ConfigError
-from fd_large.files import replacing, write_json
+from fd_large.files import json_or, kind_of, read_json, replacing, write_json
 from fd_large.recipes.file_names import PAGE, SUMMARY
 from fd_large.report import style
 from fd_large.report.evaluation_page import write_evaluation_page
@@ -69,15 +67,11 @@ def read_cell(folder: Path) -> tuple[str, str, dict[str, Any]]:
 
     Returns: the status is `DONE`, `FAILED` or "".
     """
-    found = {}
-    for name in (SUMMARY, RECORD):
-        with suppress(OSError, ValueError):
-            found[name] = dict(json.loads((folder / name).read_text()))
-    summary = found.get(SUMMARY, {})
+    summary = json_or(folder / SUMMARY, dict[str, Any]())
     status = summary.get("status", "")
     if status == DONE:
         return DONE, "", summary
-    failure = found.get(RECORD, {}).get("failure", "")
+    failure = json_or(folder / RECORD, dict[str, Any]()).get("failure", "")
     if not failure and status and status not in _GOES_ON:
         reason = summary.get("reason", "")
         failure = reason if reason and status == FAILED else f"{status}: {reason}".rstrip(": ")
@@ -93,11 +87,12 @@ def write_table(folder: Path) -> tuple[dict[str, Any], list[Table], list[Path]]:
     Returns: the content of summary.json, the tables, and what was written.
     Raises: ConfigError: if it is not the folder of a table.
     """
+    there = kind_of(folder / SUMMARY, where="--out")
+    summary = read_json(folder / SUMMARY, where="--out", holds=dict) if there else {}
     try:
-        summary = json.loads((folder / SUMMARY).read_text())
         cells, columns = summary["cells"], {one["name"]: one for one in summary["columns"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        got = f"{'another' if (folder / SUMMARY).exists() else 'no'} {SUMMARY}"
+    except (KeyError, TypeError) as error:
+        got = f"{'another' if there else 'no'} {SUMMARY}"
         raise ConfigError(
             f"--out: {folder}: no table; got {got}, expected that of a transfer. Name the folder "
             "that transfer was started with."

@@ -6,17 +6,15 @@ that they followed, as on the progress bar.
 
 from __future__ import annotations
 
-import json
 import logging
 import queue
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
 from fd_large.errors import ConfigError, first_line, masked
-from fd_large.files import write_json
+from fd_large.files import json_or, read_json, write_json
 from fd_large.recipes.file_names import EVALUATIONS, RECIPE
 from fd_large.runtime.hooks import Row, Setting, Tracker
 from fd_large.runtime.logs import FILE_ONLY
@@ -166,10 +164,8 @@ def run_name(setting: Setting, recipe: Mapping[str, Any]) -> str:
 
 
 def _recipe(setting: Setting) -> dict[str, Any]:
-    return masked(json.loads((setting.folder / RECIPE).read_text()))
+    return masked(read_json(setting.folder / RECIPE, holds=dict))
 
 
 def _ids(setting: Setting) -> dict[str, str]:
-    with suppress(OSError, ValueError):
-        return dict(json.loads((setting.folder / "trackers.json").read_text()))
-    return {}
+    return json_or(setting.folder / "trackers.json", dict[str, Any]())

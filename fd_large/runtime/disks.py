@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fd_large.errors import ConfigError
+from fd_large.files import kind_of
 
 # A write test ends at whichever comes first.
 _WRITE_BYTES, _WRITE_SECONDS = 256 << 20, 2.0
@@ -60,8 +61,8 @@ def unfit_for_state(folder: str, needed: int) -> tuple[str, str] | None:
     Raises: ConfigError: if no file can be made there.
     """
     path = Path(folder)
-    if not path.is_dir():
-        got = "a file" if path.exists() else "no such folder here"
+    if kind_of(path) != "folder":
+        got = "a file" if kind_of(path) else "no such folder here"
         return got, "a folder on a local disk of each node"
     kind = file_system(path)
     if kind in IN_MEMORY:

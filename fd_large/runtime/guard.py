@@ -11,7 +11,6 @@ RUN/incidents alone, so a resumed run decides as one that was never interrupted.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -28,7 +27,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fd_large import distributed
-from fd_large.files import write_json
+from fd_large.errors import FDError
+from fd_large.files import read_json, write_json
 from fd_large.recipes.file_names import INCIDENT, INCIDENTS, METRICS, STEP, of_step
 from fd_large.recipes.sections import Guard as Limits
 from fd_large.runtime.hooks import GUARD, Evidence, Hook, Setting, Update, Verdict
@@ -380,8 +380,8 @@ def roll_backs_of(incidents: Path) -> dict[int, int]:
     found = {}
     for folder in _folders(incidents):
         try:
-            restored = json.loads((folder / INCIDENT).read_text())["restored"]
-        except (OSError, ValueError, KeyError) as error:
+            restored = read_json(folder / INCIDENT, holds=dict)["restored"]
+        except (FDError, KeyError) as error:
             log.warning("%s: cannot be read: %s", folder / INCIDENT, error)
             continue
         if restored is not None:

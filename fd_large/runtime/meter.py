@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fd_large import distributed
-from fd_large.files import replacing, write_json
+from fd_large.files import kind_of, replacing, write_json
 from fd_large.plan.utilisation import peak_flops, shares
 from fd_large.recipes.file_names import EVALUATIONS, METRICS, SUMMARY
 from fd_large.runtime import step_clock
@@ -230,11 +230,11 @@ class Meter(Hook):
 
     def _evaluations_before(self, update: int) -> list[Row]:
         path = self._evaluations_file
-        return cut_before(path, update) if path.exists() else []
+        return cut_before(path, update) if kind_of(path) else []
 
     def _write_evaluations(self) -> None:
         path = self._evaluations_file
-        if not self._evaluations and not path.exists():
+        if not self._evaluations and not kind_of(path):
             return
         rows = [{"update": index, **row} for index, row in sorted(self._evaluations.items())]
         # All rows each time: what a full disk did not take is written with the next evaluation.

@@ -24,6 +24,7 @@ from typing import Any
 
 from fd_large import distributed
 from fd_large.errors import Exit
+from fd_large.files import kind_of
 from fd_large.processes import briefly, handlers_to_replace
 from fd_large.runtime import terminal
 from fd_large.runtime.hooks import INTERRUPTED, NOTHING, Hook, Setting, Update, Wish
@@ -265,7 +266,7 @@ class Preemption(Hook):
                 return f"the job ends in {max(0.0, self._job_end - now):.0f} s"
         if self._file is not None and time.monotonic() - self._looked > SECONDS_BETWEEN_LOOKS:
             self._looked = time.monotonic()
-            if self._file.exists():
+            if kind_of(self._file):
                 return f"found {self._file}"
         return ""
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from fd_large import distributed
 from fd_large.errors import ConfigError, masked
-from fd_large.files import read_json, replacing, write_json
+from fd_large.files import json_or, kind_of, read_json, replacing, write_json
 from fd_large.recipes.file_names import (
     CODE,
     DEEPSPEED,
@@ -118,10 +117,10 @@ def write_environment(
 
 def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
     file = folder / RECIPE
-    if file.exists():
+    if kind_of(file, where="--runtime.run_dir"):
         remedy = "Set --runtime.run_dir to another folder, or --fresh to start over here."
+        stored = read_json(file, where="--runtime.run_dir", holds=dict, remedy=remedy)
         try:
-            stored = json.loads(file.read_text())
             found = changes(stored)
         except (ValueError, ConfigError, AttributeError) as error:
             raise ConfigError(
@@ -156,7 +155,8 @@ def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
 
 def _holds_something(path: Path) -> bool:
     """Whether a path is a file, or a folder with something in it."""
-    return any(path.iterdir()) if path.is_dir() else path.exists()
+    kind = kind_of(path, where="--runtime.run_dir")
+    return any(path.iterdir()) if kind == "folder" else kind is not None
 
 
 def status_of(folder: Path) -> str | None:
@@ -166,11 +166,7 @@ def status_of(folder: Path) -> str | None:
 
 def summary_of(folder: Path) -> dict[str, Any]:
     """Returns summary.json; empty where there is none that can be read."""
-    with suppress(OSError, ValueError):
-        summary = json.loads((folder / SUMMARY).read_text())
-        if isinstance(summary, dict):
-            return summary
-    return {}
+    return json_or(folder / SUMMARY, dict[str, Any]())
 
 
 def write_status(folder: Path, status: str, **more: Any) -> None:

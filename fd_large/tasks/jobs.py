@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fd_large import doors
+from fd_large import doors, files
 from fd_large.checkpoint import stream
 from fd_large.engine.job import Job
 from fd_large.errors import ConfigError, FDError
@@ -71,7 +71,7 @@ def heads_of(job: Job | None, source: Path) -> Mapping[str, nn.Module]:
     if job is not None:
         return job.stored_heads(stream.newest(source, where="heads"))
     config = source / HEADS / "config.json"
-    if not config.is_file():
+    if files.kind_of(config) != "file":
         return {}
     task = read_json(config, where=str(config)).get("task", "")
     return job_class(task).exported_heads(config.parent)

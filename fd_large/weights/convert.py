@@ -18,7 +18,7 @@ from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import family_of
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError, nearest
-from fd_large.files import check_new, new_folder, replacing, write_json
+from fd_large.files import check_out, new_folder, replacing, write_json
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.export import NAME
 from fd_large.weights.sidecar import own_config
@@ -53,7 +53,7 @@ def write(
             f"weights convert: no such format; got {to!r}, {nearest(to, FORMATS)}. Use one of "
             "these."
         )
-    check_new(out, where="weights convert")
+    check_out(out, where="weights convert")
     if to != "fd" and out.suffix not in (".safetensors", ".pth"):
         raise WeightsError(
             f"weights convert: {out}: unknown kind of file; got {out.suffix!r}, expected a name "

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from fd_large import activity
 from fd_large.backbones.registry import family_of_source
 from fd_large.errors import WeightsError, first_line
-from fd_large.files import check_new
+from fd_large.files import check_out, kind_of
 from fd_large.weights.locate import HUB, OPEN_CLIP, locate
 from fd_large.weights.origin import CARD, UNKNOWN, licence_of_card
 
@@ -37,7 +37,7 @@ def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
         if something stands at `out`.
     """
     write, out = _writer(source), Path(out)
-    check_new(out, where=WHERE)
+    check_out(out, where=WHERE)
     # An interrupted call is taken up again; files of another source must not get into this folder.
     aside = out.with_name(f"{out.name}.{sha256(source.encode()).hexdigest()[:12]}.part")
     try:
@@ -46,7 +46,7 @@ def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
             licence = write(aside)
         # The hub keeps notes on its downloads there.
         shutil.rmtree(aside / ".cache", ignore_errors=True)
-        files = sorted(str(p.relative_to(aside)) for p in aside.rglob("*") if p.is_file())
+        files = sorted(str(p.relative_to(aside)) for p in aside.rglob("*") if kind_of(p) == "file")
         aside.rename(out)
     except OSError as error:
         raise WeightsError(

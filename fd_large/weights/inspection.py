@@ -12,6 +12,7 @@ from fd_large.backbones.published import WeightFacts
 from fd_large.backbones.registry import parameter_shapes
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import ConfigError, ShapeError, printable
+from fd_large.files import kind_of
 from fd_large.recipes.architectures import (
     ARCHITECTURES,
     Architecture,
@@ -87,7 +88,7 @@ def inspect(
     """
     sources = sources or Sources()
     path = Path(source)
-    beside = path.name in (NAME, INDEX) and path.is_file()
+    beside = path.name in (NAME, INDEX) and kind_of(path) == "file"
     if own := sources.own(str(path.parent if beside else source)):
         if model != "auto":
             raise ConfigError(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from fd_large import doors
 from fd_large.backbones.registry import FAMILIES, family_of, family_of_source
 from fd_large.errors import WeightsError
+from fd_large.files import kind_of
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.sections import RANDOM
 from fd_large.weights.locate import HUB, OPEN_CLIP, PACKAGE
@@ -70,7 +71,7 @@ def origin_of(source: str, model: str, architecture: FamilyArchitecture | None) 
         repository = facts.origin if facts and REPOSITORY.fullmatch(facts.origin) else ""
         return Origin((facts.licence if facts else "") or UNKNOWN, repository)
     path = Path(source.partition("#")[0])
-    folder = path if path.is_dir() else path.parent
+    folder = path if kind_of(path) == "folder" else path.parent
     if stated := licence_of_card(folder / CARD) or _timm_licence(folder / "config.json"):
         return Origin(f"{stated}, as the files beside them say")
     published = family_of(architecture).published if architecture else None
@@ -110,7 +111,7 @@ def licence_of_card(card: Path | None) -> str:
 
 def _timm_licence(config: Path) -> str:
     """The licence in a configuration of timm's; empty if there is none."""
-    if not config.is_file():
+    if kind_of(config) != "file":
         return ""
     try:
         found = read_json(config, where="export")

@@ -6,9 +6,6 @@ so that the ranks of a host share one copy in its page cache.
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -19,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fd_large import mapped_files
+from fd_large import files, mapped_files
 from fd_large.errors import WeightsError, first_line
+from fd_large.files import kind_of
 from fd_large.recipes.file_names import CHECKPOINTS
 from fd_large.weights import torch_files
 from fd_large.weights.libraries import LIBRARIES
@@ -134,32 +132,14 @@ def read_json(path: Path, *, where: str = "weights") -> Any:
 
     Raises: WeightsError: if it is larger, no JSON, nested too deeply, or holds NaN or infinity.
     """
-    most = _INDEX_BYTES if path.name.endswith(_INDEX) else _JSON_BYTES
-    try:
-        with path.open("rb") as file:
-            text = file.read(most + 1)
-        if len(text) > most:
-            raise ValueError(f"more than {most >> 20} MB")
-        if sum(map(text.count, (b",", b"[", b"{"))) > _JSON_VALUES:
-            raise ValueError(f"more than {_JSON_VALUES:,} values")
-        return json.loads(text, parse_float=_finite, parse_constant=_finite)
-    except RecursionError as error:
-        raise _not_json(path, "nested too deeply", where) from error
-    except (ValueError, OSError) as error:
-        raise _not_json(path, str(error)[:_REASON_SHOWN], where) from error
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} for a number")
-    return number
-
-
-def _not_json(path: Path, got: str, where: str) -> WeightsError:
-    return WeightsError(
-        f"{where}: {path}: damaged or not JSON; got {got}, expected a configuration or an index "
-        "of weights with finite numbers. Fetch the file again, or move it away."
+    return files.read_json(
+        path,
+        where=where,
+        remedy="Fetch the file again, or move it away.",
+        of=WeightsError,
+        finite=True,
+        max_bytes=_INDEX_BYTES if path.name.endswith(_INDEX) else _JSON_BYTES,
+        max_values=_JSON_VALUES,
     )
 
 
@@ -169,7 +149,7 @@ def split_part(source: str | Path, *, where: str = "weights") -> tuple[str, str]
     Raises: WeightsError: if no file can have such a part.
     """
     name, mark, part = str(source).rpartition("#")
-    if not mark or os.path.exists(source):
+    if not mark or kind_of(source):
         return str(source), ""
     if part not in PARTS:
         raise WeightsError(
@@ -215,24 +195,30 @@ def file_of(path: Path, *, where: str = "weights") -> Path:
 
     Raises: WeightsError: if there is none.
     """
-    if path.is_file() and path.suffix not in _GRAPHS:
+    if kind_of(path) == "file" and path.suffix not in _GRAPHS:
         return path
-    if (path / CHECKPOINTS).is_dir():
+    if kind_of(path / CHECKPOINTS) == "folder":
         raise WeightsError(
             f"{where}: {path}: the folder of a run; got a folder, expected a weights file. Export "
             "the student first."
         )
     for name in _FOLDER_FILES:
-        if (path / name).is_file():
+        if kind_of(path / name) == "file":
             return path / name
     for suffix, library in _GRAPHS.items():
-        if (path / library.graph).is_file() or (path.suffix == suffix and path.is_file()):
+        if kind_of(path / library.graph) == "file" or (
+            path.suffix == suffix and kind_of(path) == "file"
+        ):
             raise WeightsError(
                 f"{where}: {path}: holds a model that runs without its code, not weights by name; "
                 f"got {library.holds}, expected a file or folder of weights. Export the run again "
                 "with --to fd, and name that folder."
             )
-    got = f"a folder without {', '.join(_FOLDER_FILES)}" if path.is_dir() else "nothing there"
+    got = (
+        f"a folder without {', '.join(_FOLDER_FILES)}"
+        if kind_of(path) == "folder"
+        else "nothing there"
+    )
     raise WeightsError(
         f"{where}: {path}: no such file; got {got}, expected a .safetensors, .pt or .pth file, or "
         "a folder of Hugging Face's. Check the path."
@@ -340,8 +326,7 @@ def _sharded(path: Path, where: str) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for name in files:
         file = path.parent / Path(name).name
-        # Path.is_file raises an error for a name that no file system takes.
-        if not os.path.isfile(file):
+        if kind_of(file, where=where, of=WeightsError) != "file":
             raise WeightsError(
                 f"{where}: {path}: one of its files is missing; got {len(files)} names without "
                 f"{name[:_NAME_SHOWN]}, expected them all beside the index. Fetch the files again."

@@ -20,6 +20,7 @@ from fd_large.backbones.registry import FAMILIES
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.timm.architecture import ARGUMENTS, strange_arguments
 from fd_large.errors import ConfigError, WeightsError, first_line
+from fd_large.files import kind_of, parse_json
 from fd_large.recipes.architectures import Architecture, field_names, set_fields, whole
 from fd_large.recipes.family import MOST_BLOCKS, FamilyArchitecture
 from fd_large.weights.read import read_json
@@ -109,8 +110,8 @@ def read_library(path: Path, where: str) -> Described | None:
 
     Raises: WeightsError: if the configuration is damaged, or names a model that nothing here reads.
     """
-    folder = path if path.is_dir() else path.parent
-    if not path.is_dir() and path.suffix not in _FILES_OF_LIBRARIES:
+    folder = path if kind_of(path) == "folder" else path.parent
+    if kind_of(path) != "folder" and path.suffix not in _FILES_OF_LIBRARIES:
         return None
     config = _json(folder / "config.json", where)
     if OWN in config or not _library_of(config):
@@ -273,7 +274,7 @@ def _made_by_timm(name: str, arguments: str) -> Any:
     if not timm.is_model(name):
         return None
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        return timm.create_model(name, **json.loads(arguments))
+        return timm.create_model(name, **parse_json(arguments))
 
 
 def _own(folder: Path, found: dict[str, Any], where: str) -> Architecture:
@@ -296,7 +297,7 @@ def _own(folder: Path, found: dict[str, Any], where: str) -> Architecture:
 
 
 def _json(path: Path, where: str) -> dict[str, Any]:
-    if not path.is_file():
+    if kind_of(path) != "file":
         return {}
     found = read_json(path, where=where)
     if too_deep := _deeper(found):

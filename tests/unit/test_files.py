@@ -43,7 +43,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
 def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
     out = tmp_path / "a" / "new"
     with (
-        pytest.raises(ConfigError, match="cannot be written; got torn"),
+        pytest.raises(ConfigError, match=r"export: .*new: cannot be used"),
         new_folder(out, where="export") as part,
     ):
         torn(part / "half")
@@ -114,7 +114,7 @@ def test_json_is_bounded_and_finite_where_that_is_asked(tmp_path):
     write_json(file, {"a": 1})
     assert read_json(file, where="report", holds=dict) == {"a": 1}
     for path in (file, tmp_path, tmp_path / "absent", "/dev/zero"):
-        with pytest.raises(ConfigError, match="cannot be read"):
+        with pytest.raises(ConfigError, match="report: "):
             read_json(tmp_path / path, where="report", max_bytes=3)
     assert parse_json(b"[Infinity, 1e999]") == [float("inf")] * 2
     for text in ("Infinity", "NaN", "-1e999"):

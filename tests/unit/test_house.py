@@ -109,6 +109,18 @@ NO_TASKS = {
     "tasks/depth/section.py": {"linear"},
     "tasks/segmentation/section.py": {"linear"},
 }
+# Questions and readers that `files.py` has for all, and where a file has its own.
+ASKED_IN_FILES = {"exists", "lexists", "is_file", "is_dir", "isfile", "isdir", "json.load"}
+ASKS_ITSELF = {
+    "files.py": ASKED_IN_FILES,
+    # Entries of os.scandir, which know their kind.
+    "data/folder.py": {"is_file", "is_dir"},
+    "data/saved_dataset.py": {"is_dir"},
+    # An impossible name is no file, whatever the system says: no code of it runs.
+    "doors.py": {"isfile"},
+    # Whose thread must not wait while a file system is busy.
+    "checkpoint/lease.py": {"exists", "is_dir"},
+}
 # Tests of what is no file of the package.
 OF_NO_FILE = {
     "kernels/test_blocks_rule.py": "benchmarks/kernels.py",
@@ -265,6 +277,27 @@ def test_torch_is_not_imported_where_help_must_be_quick() -> None:
             if room(path) in WITHOUT_TORCH
             for name in imports(path, top_level=True)
             if name in heavy
+        ]
+    )
+
+
+def test_whether_a_path_exists_and_what_json_holds_is_asked_in_files() -> None:
+    """Path.exists and its sisters raise what the system says, or hide it; json has no bounds."""
+    asked: dict[str, set[str]] = {}
+    for path in FILES:
+        for node in parsed(path)[1]:
+            if isinstance(node, ast.Attribute) and node.attr in ("load", "loads"):
+                name = ast.unparse(node).removesuffix("s")
+            else:
+                name = node.attr if isinstance(node, ast.Attribute) else ""
+            if name in ASKED_IN_FILES:
+                asked.setdefault(str(path.relative_to(PACKAGE)), set()).add(name)
+    asked["files.py"] = ASKED_IN_FILES
+    all_hold(
+        [
+            f"{file}: {', '.join(sorted(names))}: ask files.kind_of, read_json or parse_json"
+            for file in asked.keys() | ASKS_ITSELF.keys()
+            if (names := asked.get(file, set()) ^ ASKS_ITSELF.get(file, set()))
         ]
     )
 

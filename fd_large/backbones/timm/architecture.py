@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+from fd_large.files import parse_json
 from fd_large.recipes.family import FamilyArchitecture, is_plain
 
 # What published folders set beside a model's name; nothing among them names a file or a download.
@@ -64,7 +65,7 @@ def split_arguments(timm_name: str) -> tuple[str, dict[str, Any]]:
     Raises: ValueError: if these are no JSON.
     """
     name, mark, rest = timm_name.partition("{")
-    return name, json.loads(mark + rest) if mark else {}
+    return name, parse_json(mark + rest) if mark else {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ prefix tokens. Positions are resized by transformers' own rule to the images tha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from fd_large.backbones.token_positions import TokenPositions, image_positions
 from fd_large.backbones.transformers.architecture import TransformersArchitecture
 from fd_large.backbones.transformers.kinds import kind_of, library
 from fd_large.errors import ConfigError, ShapeError, WeightsError, first_line
+from fd_large.files import parse_json
 
 # DINOv3's ConvNeXt does not state it.
 _CONVNEXT_PATCH = 4
@@ -50,7 +50,7 @@ class TransformersBackbone(nn.Module):
         self.name = f"transformers:{model_type}"
         kind, package = kind_of(model_type, _WHERE), library(_WHERE)
         try:
-            settings = getattr(package, kind.config)(**json.loads(config) | dict(kind.without))
+            settings = getattr(package, kind.config)(**parse_json(config) | dict(kind.without))
             net = getattr(package, kind.model)(settings, **kind.arguments)
             self.width, self.stride = _width(settings), _stride(settings)
         except Exception as error:  # transformers' checks raise errors of many kinds.

@@ -31,6 +31,7 @@ import torch
 from fd_large import distributed
 from fd_large.engine.zero.private_names import get
 from fd_large.errors import named
+from fd_large.files import kind_of
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def _builder(name: str) -> Any:
 
 def _is_built(name: str) -> bool:
     installed = get("deepspeed.git_version_info:installed_ops")
-    return bool(installed.get(name)) or (folder() / name / f"{name}.so").exists()
+    return bool(installed.get(name)) or bool(kind_of(folder() / name / f"{name}.so"))
 
 
 def _build(name: str) -> str | None:
@@ -197,7 +198,7 @@ def _turn(name: str) -> Iterator[int]:
             except BlockingIOError:
                 _wait(until, f"another start compiles in {root}")
         lock = root / name / "lock"
-        while lock.exists():
+        while kind_of(lock):
             # Other nodes, and programs that take no turns, write to a folder of the user's.
             if root == _own_folder() or _unchanged_seconds(lock.parent) > BUILD_SECONDS:
                 log.warning("%s: left by a start that ended while it compiled; removed", lock)

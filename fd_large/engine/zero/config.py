@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from fd_large import shipped
 from fd_large.errors import ConfigError, check_all, nearest
+from fd_large.files import parse_json, read_json
 from fd_large.plan.buckets import gradient_bucket, prefetch_bucket
 from fd_large.plan.memory import persistence_threshold, sums_in_float32
 
@@ -189,23 +190,8 @@ def load(path: str | Path) -> dict[str, Any]:
                 )
         return dict(pairs)
 
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except json.JSONDecodeError as error:
-        what = error.msg[0].lower() + error.msg[1:]
-        raise ConfigError(
-            f"{path}: not JSON; got a mistake in line {error.lineno}, column {error.colno} "
-            f"({what}), expected an object. Correct the file."
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(
-            f"{path}: not JSON; got bytes that are not UTF-8, expected a text file. Name another "
-            "file."
-        ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read; got {error}, expected a JSON. Name another file."
-        ) from None
+    remedy = "Correct the file, or name another."
+    config = read_json(path, where="--deepspeed_config", remedy=remedy, object_pairs_hook=once)
     check(config, where=str(path))
     return config
 
@@ -413,7 +399,7 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
         bfloat16=numbers.bfloat16,
         nvme_path=numbers.nvme_path,
     )
-    filled = json.loads(json.dumps(config))
+    filled = parse_json(json.dumps(config))
     stage = stage_of(filled)
     filled["train_micro_batch_size_per_gpu"] = size
     filled["gradient_accumulation_steps"] = accumulation

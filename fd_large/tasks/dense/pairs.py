@@ -18,6 +18,7 @@ from fd_large.data.decode import decode
 from fd_large.data.folder import ImageFolder, read_image
 from fd_large.data.image_header import MAX_PIXELS
 from fd_large.errors import DataError
+from fd_large.files import kind_of
 
 FILES_CHECKED = 8
 """Files that are read before a run starts, spread over the dataset."""
@@ -220,7 +221,7 @@ def _layout_of(
     layouts: Sequence[Layout], root: str, split: str, what: str, where: str, otherwise: str
 ) -> Layout:
     for layout in layouts:
-        if all(os.path.isdir(folder) for folder in layout.folders(root, split)):
+        if all(kind_of(folder) == "folder" for folder in layout.folders(root, split)):
             return layout
     pairs = (
         dict.fromkeys(os.path.relpath(folder, root) for folder in layout.folders(root, split))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_large.errors import ConfigError
-from fd_large.files import write_json
+from fd_large.files import check_out, kind_of, write_json
 from fd_large.tasks.detection.scores.results import read_results
 from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
 from fd_large.tasks.detection.scores.tables import classes_table, numbers_table
@@ -25,11 +25,13 @@ def score_files(files: ScoredFiles) -> tuple[Sequence[Any], Sequence[Path]]:
             "--detections: scored against --annotations; got one of the two, expected both. Name "
             "both files."
         )
-    if files.json and not Path(files.json).resolve().parent.is_dir():
+    if files.json and kind_of(Path(files.json).resolve().parent, where="--json") != "folder":
         raise ConfigError(
             f"--json: no folder to write into; got {files.json!r}, expected a file in a folder "
             "that exists. Make the folder, or choose another."
         )
+    if files.json:
+        check_out(files.json, where="--json", holds="file")
     scores = score(read_ground_truth(files.annotations), read_results(files.detections))
     written = [Path(files.json)] if files.json else []
     for path in written:

@@ -33,9 +33,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fd_large import files
 from fd_large.checkpoint.tensor_file import Place, header_of
 from fd_large.errors import CacheError
-from fd_large.files import retried, write_json
+from fd_large.files import kind_of, retried, write_json
 from fd_large.tasks.distillation.cache_precision import PRECISIONS, Stored, num_scales
 
 HEADER = "cache.json"
@@ -167,8 +168,9 @@ class Header:
         Raises: CacheError: if there is none, or it is damaged.
         """
         path = folder / HEADER
+        remedy = "Name a folder that fd-large cache has written, or write it again."
+        stored = files.read_json(path, where=where, holds=dict, remedy=remedy, of=CacheError)
         try:
-            stored = json.loads(retried(path.read_bytes, path))
             if stored.pop("kind") != KIND:
                 raise ValueError("another kind of file")
             digest = stored.pop("digest")
@@ -176,10 +178,10 @@ class Header:
             if header.digest != digest:
                 raise ValueError(f"a content of hash {header.digest} that says {digest}")
             return header
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise CacheError(
                 f"{where}: {path}: no header of cached targets; got {error}, expected what "
-                "fd-large cache has written. Name that folder, or write it again."
+                f"fd-large cache has written. {remedy}"
             ) from error
 
 
@@ -354,7 +356,7 @@ class CacheWriter(_Files):
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / HEADER).exists():
+            if not kind_of(self.folder / HEADER):
                 write_json(self.folder / HEADER, self.header.to_dict())
         except OSError as error:
             raise CacheError(
@@ -375,7 +377,7 @@ class CacheWriter(_Files):
             (name, number)
             for name, number in self.header.shards()
             if only in ("", name)
-            and not (self.folder / self.header.layout(name, number).name).exists()
+            and not kind_of(self.folder / self.header.layout(name, number).name)
         ]
 
     def bytes_left(self) -> int:
@@ -384,7 +386,7 @@ class CacheWriter(_Files):
         for shard in self.unfinished():
             layout = self.header.layout(*shard)
             part = self._part(layout)
-            held = part.stat().st_blocks * 512 if part.exists() else 0
+            held = part.stat().st_blocks * 512 if kind_of(part) else 0
             left += max(0, layout.size - held)
         return left
 
@@ -395,7 +397,7 @@ class CacheWriter(_Files):
         """
         layout = self.header.layout(name, number)
         numbers = range(layout.first, layout.first + layout.count)
-        if not self._part(layout).exists():
+        if not kind_of(self._part(layout)):
             return numbers
         file = self._file(name, number)
         checks = np.empty(layout.count, np.int64)
@@ -444,7 +446,7 @@ class CacheWriter(_Files):
             self._open.pop((name, number)).close()
             self._part(layout).replace(self.folder / layout.name)
         except OSError as error:
-            if (self.folder / layout.name).exists():
+            if kind_of(self.folder / layout.name):
                 return  # Another start writes the same, and was faster.
             raise _not_written(self.folder, error) from error
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fd_large.data.views import ViewSettings
 from fd_large.errors import CacheError
+from fd_large.files import kind_of
 from fd_large.tasks.distillation.cache_files import HEADER, CacheReader, CacheWriter, Header
 from fd_large.tasks.distillation.cache_views import ViewsToStore
 from fd_large.tasks.distillation.cached_teacher import (
@@ -89,7 +90,7 @@ def reader_of(folder: Path, training: Header, facts: Mapping[str, Any]) -> Cache
     Raises: CacheError: if there are none, or they are of other views or another teacher.
     """
     own = folder / FOLDER
-    if not (own / HEADER).exists():
+    if not kind_of(own / HEADER):
         raise CacheError(
             f"eval.root: {folder} has no maps of held-out images; got no {FOLDER}/{HEADER}, "
             "expected those of this eval.root. Give the command that wrote the cache once more, "

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fd_large.errors import ConfigError
-from fd_large.files import replacing
+from fd_large.files import parse_json, replacing
 from fd_large.tasks.distillation.rotations import phi_s_matrix
 
 WHERE = "objective.target_statistics"
@@ -91,7 +91,7 @@ def read(path: str) -> TargetStatistics:
             metadata = file.metadata() or {}
             tensors = {name: torch.from_numpy(file.get_tensor(name)) for name in _NAMES}
         if metadata.get("kind") == _KIND:
-            return TargetStatistics(**tensors, facts=json.loads(metadata["facts"]), digest=digest)
+            return TargetStatistics(**tensors, facts=parse_json(metadata["facts"]), digest=digest)
         got = f"{path}, of another kind"
     except (OSError, SafetensorError) as error:
         got = f"{path}: {error}" if path else "nothing"

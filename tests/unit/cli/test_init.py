@@ -19,13 +19,22 @@ def test_the_scripts_are_written_once(tmp_path, capsys):
     for name, path in written.items():
         assert path.read_text() == (shipped.folder("slurm") / name).read_text()
         assert name in said
-    with pytest.raises(ConfigError, match=r"there already; got .*site\.sh"):
+    with pytest.raises(ConfigError, match=r"init: .*ade20k_swinv2g"):
         init.main([str(folder)])
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "photograph.png").touch()
+    with pytest.raises(ConfigError, match=r"got photograph\.png"):
+        init.main([str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["photograph.png"]
+    (tmp_path / "photograph.png").rename(tmp_path / ".git")
+    assert init.main([str(tmp_path)]) == 0
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(ConfigError, match="init: "):
         init.main([str(tmp_path / "file" / "folder")])
 
 

@@ -46,7 +46,7 @@ def test_loose_pictures_win_over_the_archive_they_came_from(shards, caplog):
 @pytest.mark.parametrize(
     ("root", "message"),
     [
-        ("", "no such folder"),
+        ("", "empty"),
         ("missing", "no such folder"),
         ("note.txt", "neither a folder nor a tar file"),
         ("empty", r"no image in the folder .*\.jpeg"),

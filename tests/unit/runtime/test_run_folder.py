@@ -112,7 +112,7 @@ def test_a_folder_that_a_script_or_a_killed_start_made_is_entered(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '{"colour": 1}'])
 def test_a_damaged_recipe_is_named(tmp_path, text):
     (tmp_path / "recipe.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"recipe\.json: not a recipe .*--fresh"):
+    with pytest.raises(ConfigError, match=r"recipe\.json: .*--fresh"):
         enter(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"--runtime\.run_dir: "):

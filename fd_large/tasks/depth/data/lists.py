@@ -17,6 +17,7 @@ import numpy as np
 
 from fd_large.data.listing import Add, Listing, filled, listed, settled
 from fd_large.errors import DataError
+from fd_large.files import kind_of
 from fd_large.tasks.dense.pairs import Pairs
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class _Paths(Sequence[str]):
 def default_list(root: str, split: str) -> str:
     """Returns the path of a split's list in the folder of the dataset; empty: there is none."""
     for name in DEFAULT_NAMES[split]:
-        if os.path.isfile(path := os.path.join(root, name)):
+        if kind_of(path := os.path.join(root, name)) == "file":
             return path
     return ""
 
@@ -152,6 +153,6 @@ def _found(
 def _start(root: str, names: Sequence[str]) -> str:
     """The folder below the root in which paths of a list start."""
     for folder in FOLDERS:
-        if os.path.isdir(os.path.join(root, folder, os.path.dirname(names[0]))):
+        if kind_of(os.path.join(root, folder, os.path.dirname(names[0]))) == "folder":
             return folder
     return ""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fd_large.data.folder import read_image
 from fd_large.data.listing import Made, listed, settled
 from fd_large.errors import DataError
+from fd_large.files import kind_of
 from fd_large.tasks.dense.geometry import whole_view
 from fd_large.tasks.dense.pairs import read_numbers
 from fd_large.tasks.detection.data.masks import coco_masks
@@ -96,7 +97,7 @@ class CocoSet:
 
     def check_semantic(self, num_classes: int, *, where: str) -> None:
         """Raises DataError unless there are semantic maps, and the first can be used."""
-        if not os.path.isdir(folder := os.path.join(self.root, SEMANTIC_FOLDER)):
+        if kind_of(folder := os.path.join(self.root, SEMANTIC_FOLDER)) != "folder":
             raise DataError(
                 f"{where}: no maps of classes; got no folder {folder}, expected COCO-Stuff's. "
                 "Unpack it there, or set --task.detection.semantic_classes 0."
@@ -198,7 +199,7 @@ def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
 def _find(root: str, split: str, where: str) -> tuple[str, str]:
     tried = [(json.format(split=split), folder.format(split=split)) for json, folder in LAYOUTS]
     for found, folder in tried:
-        if os.path.isfile(os.path.join(root, found)):
+        if kind_of(os.path.join(root, found)) == "file":
             return found, folder
     raise DataError(
         f"{where}: no annotations of the split {split!r}; got {root!r}, expected a folder with "

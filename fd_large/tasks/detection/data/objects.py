@@ -6,7 +6,6 @@ What cannot be used is left out, counted and named; nothing is mended in silence
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from array import array
@@ -14,11 +13,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fd_large import files
 from fd_large.data.listing import Listing, Made
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data import masks
@@ -26,6 +27,8 @@ from fd_large.tasks.detection.data import masks
 # Boxes that leave their image by less are clipped silently: COCO rounds them to two decimals.
 OUTSIDE_PIXELS = 1.0
 NUM_NAMED = 5
+MOST_BYTES = 16 << 30
+"""Size of a file of annotations; that of Objects365 has 6 GB."""
 
 
 @dataclass
@@ -168,19 +171,14 @@ def read_json(
 
     Raises: DataError: if it is missing or not JSON.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file, object_hook=hook)
-    except OSError as error:
-        raise DataError(
-            f"{where}: cannot be read; got {error.strerror or error} for {path!r}, expected a JSON "
-            f"file. Set {flag}."
-        ) from error
-    except ValueError as error:
-        raise DataError(
-            f"{where}: no JSON; got {error} in {path!r}, expected a whole file. Fetch it again, or "
-            f"set {flag}."
-        ) from error
+    return files.read_json(
+        Path(path),
+        where=where,
+        remedy=f"Fetch the file again, or set {flag}.",
+        of=DataError,
+        max_bytes=MOST_BYTES,
+        **({"object_hook": hook} if hook else {}),
+    )
 
 
 def read_objects(

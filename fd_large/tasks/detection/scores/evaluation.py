@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fd_large import activity, distributed
+from fd_large.files import kind_of
 from fd_large.recipes.file_names import STEP
 from fd_large.tasks.detection.data.annotations import CocoSet
 from fd_large.tasks.detection.data.loader import build_evaluation_loader
@@ -113,10 +114,10 @@ def left_in(folder: Path, last: int) -> tuple[int, Path] | None:
             number = one.name.removeprefix(STEP)
             # Not a copy that somebody has named otherwise.
             step = int(number) if number.isdecimal() else last + 1
-            if step <= last and ((one / NOTE).exists() or (one / SCORES).exists()):
+            if step <= last and (kind_of(one / NOTE) or kind_of(one / SCORES)):
                 found.append((step, one))
         found.sort()
-        scored = [place for place, (_, one) in enumerate(found) if not (one / NOTE).exists()]
+        scored = [place for place, (_, one) in enumerate(found) if not kind_of(one / NOTE)]
         if scored:
             for _, one in found[: scored[-1]]:
                 forget_shards(one)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fd_large.data.decode_with_pillow import decode_with_pillow
 from fd_large.errors import DataError, FDError
-from fd_large.files import write_json
+from fd_large.files import parse_json, read_json, write_json
 from fd_large.tasks.detection.scores.evaluation_pictures import draw_evaluation
 from fd_large.tasks.detection.scores.results import merge, read_results, shard_of, write_results
 from fd_large.tasks.detection.scores.scoring import Scores, read_ground_truth, score
@@ -87,7 +87,7 @@ def score_shards(request: Request) -> Scored:
     Raises: DataError: if a shard cannot be read, or the results cannot be scored.
     """
     folder = Path(request.folder)
-    note = Note(**json.loads((folder / NOTE).read_text()))
+    note = Note(**read_json(folder / NOTE, where="scores", holds=dict, of=DataError))
     results = merge(read_results(shard_of(folder, rank)) for rank in range(note.ranks))
     truth = read_ground_truth(request.annotations)
     scores = score(truth, results)
@@ -125,7 +125,7 @@ def _pixels(path: str, size: tuple[int, int], max_pixels: int) -> NDArray[np.uin
 
 def main() -> None:
     """Answers one request."""
-    asked = json.load(sys.stdin)
+    asked = parse_json(sys.stdin.read())
     _end_with(asked.pop("parent"))
     answer: dict[str, Any]
     try:

@@ -20,6 +20,7 @@ import fd_large
 from fd_large import distributed
 from fd_large.engine.evaluation import Pending, awaited
 from fd_large.errors import DataError
+from fd_large.files import parse_json
 from fd_large.tasks.detection.scores.results import SHARDS
 from fd_large.tasks.detection.scores.score_shards import NOTE, Request, Scored
 from fd_large.tasks.detection.scores.scoring import Scores
@@ -92,7 +93,7 @@ class ScoringProcess(Pending):
                 "first what is there."
             )
         try:
-            answer = json.loads(text)
+            answer = parse_json(text)
         except ValueError as error:
             raise DataError(
                 f"{self._folder}: the detections were not scored; got {text[:80]!r} from the "

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import colorsys
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 from fd_large.errors import ConfigError
+from fd_large.files import kind_of, read_json
 
 CITYSCAPES_CLASSES = (
     *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign"),
@@ -44,11 +44,11 @@ def classes_of(root: str, count: int, file: str) -> Classes:
     if file:
         return _classes_in(file, count)
     names = tuple(f"class {number}" for number in range(count))
-    if (Path(root) / "leftImg8bit").is_dir() and count == len(CITYSCAPES_CLASSES):
+    if kind_of(Path(root) / "leftImg8bit") == "folder" and count == len(CITYSCAPES_CLASSES):
         names = CITYSCAPES_CLASSES
     for folder in ("", "ADEChallengeData2016"):
         path = Path(root) / folder / "objectInfo150.txt"
-        if path.is_file():
+        if kind_of(path) == "file":
             found = _ade20k_names(path)
             names = found if len(found) == count else names
     return Classes(names, colors_of(count))
@@ -62,13 +62,7 @@ def _ade20k_names(path: Path) -> tuple[str, ...]:
 
 def _classes_in(file: str, count: int) -> Classes:
     where = "task.segmentation.classes"
-    try:
-        entries = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{where}: cannot be read; got {error} from {file}, expected a JSON list of names. "
-            "Correct the file."
-        ) from error
+    entries = read_json(Path(file), where=where, holds=list, remedy="Correct the file.")
     colors = list(colors_of(count))
     try:
         names = tuple(entry if isinstance(entry, str) else entry["name"] for entry in entries)

@@ -206,7 +206,7 @@ def test_a_name_cannot_lead_out_of_the_folder(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ("[]", "no list 'images'"),
         ('{"images": [], "annotations": []}', "no list 'categories'"),
         ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "without 'file_name'"),
