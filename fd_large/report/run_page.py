@@ -244,6 +244,8 @@ def _frozen(files: RunFiles) -> list[tuple[str, str]]:
         if side := image_side_of(section, files.recipe["data"]["image_size"]):
             shown["image_size"] = f"{side} px"
         rows += [(key.replace("_", " "), _plain(value)) for key, value in shown.items() if value]
+    if epochs := files.summary.get("epochs_from_stored_maps"):
+        rows.append(("epochs from maps that were stored before", _plain(epochs)))
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -75,3 +76,34 @@ def test_a_stop_while_the_cache_is_completed_changes_no_bit(tmp_path: Path) -> N
     wanted_state, found = state(calm, 4), state(run_dir, 4)
     assert wanted_state.keys() == found.keys()
     assert all(torch.equal(wanted_state[name], found[name]) for name in found)
+
+
+def test_a_second_run_beside_an_exact_cache_is_the_one_that_filled_it(tmp_path: Path) -> None:
+    """It learns from stored maps from the first step on, and says so; no bit differs."""
+    pictures = write_pictures(tmp_path / "pictures", 15)
+    cache = ("--task.distillation.views", "2", "--task.distillation.cache", str(tmp_path / "maps"))
+    flags = (*cache, "--task.distillation.precision", "fp32", "--optim.epochs", "4")
+    flags = (*flags, "--eval.root", "", "--runtime.save_every", "1", "--runtime.keep_last", "9")
+    filled, beside = tmp_path / "filled", tmp_path / "beside"
+    said = train(pictures, filled, *flags).outputs[0]
+    assert "learns from the maps" not in said
+    said = train(pictures, beside, *flags).outputs[0]
+    assert said.count("learns from the maps") == 2
+    assert losses(beside) == losses(filled)
+    wanted, found = state(filled, 4), state(beside, 4)
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+    def early(run_dir: Path, step: int) -> list[int]:
+        path = run_dir / f"checkpoints/step_{step:08d}/manifest.json"
+        return json.loads(path.read_text())["epochs_from_stored_maps"]
+
+    assert [early(filled, 4), early(beside, 4)] == [[], [1, 2]]
+    assert json.loads((beside / "summary.json").read_text())["epochs_from_stored_maps"] == [1, 2]
+    # The newest checkpoints are lost, and the run goes on from before its cache was full.
+    for step in (2, 3, 4):
+        shutil.rmtree(filled / f"checkpoints/step_{step:08d}")
+    said = train(pictures, filled, *flags).outputs[0]
+    assert "epoch 2 learns from the maps" in said
+    assert losses(filled) == losses(beside)
+    assert early(filled, 4) == [2]

@@ -7,6 +7,7 @@ from which a run went on) is written before a view comes for the second time.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.data.loader import Beside
 from fd_large.tasks.distillation.cache_files import CacheReader, CacheWriter, Record
-from fd_large.tasks.distillation.cache_precision import Stored, encode
+from fd_large.tasks.distillation.cache_precision import Stored, encode, num_scales
 from fd_large.tasks.distillation.cache_views import StoredMaps, ViewsToStore, set_of, thumbnail
 from fd_large.tasks.distillation.cache_write import prepared, write_cache
 from fd_large.tasks.distillation.cached_teacher import CachedTeacher, header_of
 from fd_large.tasks.distillation.section import NamedTeacher
 from fd_large.tasks.distillation.teacher import PlacedTeacher
+
+log = logging.getLogger(__name__)
 
 
 class ToRecord:
@@ -136,6 +139,8 @@ class Recorders:
 
     Attributes:
         by_name: The recorder of each teacher.
+        early: Epochs, counted from 1, that learn from maps that were stored before they began,
+            though a run that fills the cache learns them from its teacher.
     """
 
     def __init__(
@@ -152,6 +157,7 @@ class Recorders:
             name: Recorder(one, where="task.distillation.cache") for name, one in teachers.items()
         }
         self._readers: Mapping[str, CacheReader] = {}
+        self.early: list[int] = []
 
     def beside(
         self,
@@ -183,9 +189,26 @@ class Recorders:
         missing = [name for name, one in self.by_name.items() if not one.is_whole(view)]
         if epoch < count and missing:
             return ToRecord(tuple(missing), view)
+        if epoch < count and epoch + 1 not in self.early:
+            self.early.append(epoch + 1)
+            self._tell(epoch + 1)
         for recorder in self.by_name.values():
             recorder.complete(view, views, **options)
         return StoredMaps(self._readers, set_of(view), name_of)
+
+    def _tell(self, epoch: int) -> None:
+        """Says that an epoch learns from maps that another run, or an earlier start, has stored."""
+        exact = not num_scales(self._precision)
+        log.log(
+            logging.INFO if exact else logging.WARNING,
+            "task.distillation.cache: epoch %d learns from the maps in %s, which were all there "
+            "before; the run that stored them had its teacher in this epoch, %s",
+            epoch,
+            self._folder,
+            "and its maps were the same"
+            if exact
+            else f"and its losses differ from these by the rounding of {self._precision}",
+        )
 
     def _writer(self, name: str, facts: Mapping[str, Any]) -> CacheWriter:
         teacher, entry = self._teachers[name], self._entries[name]

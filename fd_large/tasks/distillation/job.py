@@ -86,6 +86,9 @@ from fd_large.weights.source import Sources
 
 log = logging.getLogger(__name__)
 
+EARLY = "epochs_from_stored_maps"
+"""What manifests and summary.json call the epochs of `Recorders.early`."""
+
 
 class DistillationJob(Job):
     """The student learns the teacher's feature map."""
@@ -572,18 +575,22 @@ class DistillationJob(Job):
     def summary(self) -> Mapping[str, Any]:
         """Returns the first entries of summary.json; several teachers have one of their own."""
         if not self.run.teachers:
-            return super().summary()
+            return {**super().summary(), **self._early()}
         teachers = {
             name: {"model": entry.model, "source": entry.source}
             for name, entry in self.run.teachers.items()
         }
         own = {"recipe": self.run.name, "student": self.run.student.model}
-        return {**own, "teacher": None, "teachers": teachers}
+        return {**own, "teacher": None, "teachers": teachers, **self._early()}
+
+    def _early(self) -> dict[str, list[int]]:
+        """The epochs that `Recorders.early` lists, which grow with the run."""
+        return {EARLY: self._recorders.early} if self._recorders else {}
 
     def facts(self) -> Mapping[str, Any]:
         """Returns each teacher's source and hash, and the hashes of its files of statistics."""
         facts = {name: self._facts_of(name) for name in self.run.taught_by}
-        return {"teachers": facts} if self.run.teachers else facts[ONLY]
+        return {**({"teachers": facts} if self.run.teachers else facts[ONLY]), **self._early()}
 
     def _facts_of(self, name: str) -> dict[str, Any]:
         cache = self._caches.readers.get(name)
@@ -593,6 +600,9 @@ class DistillationJob(Job):
         """Refuses a checkpoint that learned from another teacher, or by other statistics."""
         stored = facts_by_teacher(manifest, several=bool(self.run.teachers))
         require_same_teachers(self.run.taught_by, stored, self._facts_of)
+        if self._recorders:
+            early = self._recorders.early
+            early[:] = sorted({*early, *manifest.get(EARLY, ())})
 
     def exported_beside(
         self, reader: Reader, student: Mapping[str, Shape], to: To

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -79,3 +80,46 @@ def test_of_several_teachers_each_is_recorded_and_reckoned_for_itself(root, tmp_
     calls = load.counts[False].calls["inference"]
     both = sum(cost.teacher_seconds for cost in costs.values())
     assert both == pytest.approx(calls * card.launch_seconds / batch, rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+def test_a_run_beside_a_cache_that_is_full_says_so(precision, root, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    fields = {
+        "batch.global_batch_size": 8,
+        "task.distillation.precision": precision,
+        "task.distillation.cache": str(tmp_path / "cache"),
+    }
+
+    def learn(job):
+        """All maps of the epochs in which the cache is filled, and what is told of each."""
+        caplog.clear()
+        maps = []
+        for epoch in range(VIEWS + 1):
+            maps += [given["maps"][ONLY].tokens.clone() for _, given in prepared(job, epoch)]
+        told = [r.levelname for r in caplog.records if "task.distillation.cache" in r.getMessage()]
+        return maps, told
+
+    first = built(run_of(root, **fields))
+    live, told = learn(first)
+    assert told == []
+    assert first.facts()["epochs_from_stored_maps"] == []
+    # The second view's last images are stored when it comes again.
+    for _ in prepared(first, VIEWS + 1):
+        pass
+    second = built(run_of(root, **fields))
+    facts, summary = second.facts(), second.summary()
+    stored, told = learn(second)
+    assert told == [{"fp32": "INFO", "fp8": "WARNING"}[precision]] * VIEWS
+    # The manifests' facts are made before the first epoch.
+    assert facts["epochs_from_stored_maps"] == summary["epochs_from_stored_maps"] == [1, 2]
+    same = [torch.equal(mine, theirs) for mine, theirs in zip(stored, live, strict=True)]
+    assert all(same) == (precision == "fp32")
+    # One that falls back to a checkpoint of the first run's, from before the cache was full.
+    third = built(run_of(root, **fields))
+    third.check_stored({**first.facts(), "epochs_from_stored_maps": [1]})
+    caplog.clear()
+    for _ in prepared(third, 1):
+        pass
+    assert "epoch 2 learns from the maps" in caplog.text
+    assert third.facts()["epochs_from_stored_maps"] == [1, 2]
