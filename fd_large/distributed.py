@@ -23,7 +23,7 @@ import torch.distributed as dist
 from fd_large import failures
 from fd_large.errors import ConfigError, FDError, LaunchError, first_line
 from fd_large.files import parse_json
-from fd_large.launch import Launch, find_launch
+from fd_large.launch import LOOPBACK, Launch, find_launch, read_token
 from fd_large.watch import nearest_launcher, watch_launcher
 
 T = TypeVar("T")
@@ -61,8 +61,9 @@ def start(
 ) -> Launch:
     """Makes the process group of all ranks and starts the watch; once, at the start of a run.
 
-    Collectives run over NCCL on CUDA tensors and gloo on CPU tensors. The launch is also written
-    to the environment, in the variables that torch and DeepSpeed read.
+    Collectives run over NCCL on CUDA tensors and gloo on CPU tensors; ranks of one host use its
+    loopback interface alone, and a single rank opens no socket. The launch is also written to the
+    environment, in the variables that torch and DeepSpeed read.
 
     Args:
         launch: Where this rank stands; None asks `find_launch`.
@@ -91,11 +92,12 @@ def start(
         "MASTER_ADDR": launch.master_addr,
         "MASTER_PORT": str(launch.master_port),
     }
+    name = _name_of(launch) if launch.world_size > 1 else ""
     if launch.world_size > 1:
         first = launch.rank - launch.local_rank
         node = range(first, first + launch.local_world_size)
         failures.watch(
-            lambda seconds: _store_of(launch, seconds),
+            lambda seconds: _store_of(launch, name, seconds),
             launch.rank,
             launch.world_size,
             meeting_seconds=timeout_seconds,
@@ -111,23 +113,26 @@ def start(
                 "off."
             )
         torch.cuda.set_device(launch.local_rank)
-    elif launch.world_size == launch.local_world_size and "lo" in dict(
-        (name, index) for index, name in socket.if_nameindex()
-    ):
+    if launch.world_size == 1:
+        _make_group_of_one()
+        _launch, _is_guest = launch, is_guest
+        return launch
+    if launch.is_on_one_host and "lo" in (interface for _, interface in socket.if_nameindex()):
         # Ranks of one host need no network, nor a host name that resolves.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     try:
         # AMD GPUs go by the same names: torch's "cuda" is ROCm there, "nccl" is RCCL (docs/amd.md).
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if _has_cuda() else "gloo",
-            store=_store_of_group(launch, timedelta(seconds=timeout_seconds)),
+            store=_store_of_group(launch, name, timeout_seconds),
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
         # Connects each rank to the next one on the ring: from here on, one that ends is noticed.
         dist.all_reduce(torch.zeros(1))
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         said = first_line(error).rstrip(".")
         raise LaunchError(
             f"launch: rank {launch.rank} of {launch.world_size} did not meet the others at "
@@ -179,31 +184,95 @@ def leave(code: int) -> int:
     os._exit(code)
 
 
-def _store_of(launch: Launch, timeout_seconds: float) -> failures.Store:
-    """Connects to the store at which the ranks meet, once more, as soon as it is there."""
+def _make_group_of_one() -> None:
+    """Makes the group of a single rank, whose collectives copy within the process.
+
+    gloo and NCCL listen on a socket even for one rank. torch's "fake" group does nothing with what
+    other ranks would send, which with one rank is right.
+    """
+    # Its import makes the group known.
+    import torch.testing._internal.distributed.fake_pg
+
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)
+    given, gathered, scattered = torch.ones(2), torch.zeros(2), torch.zeros(2)
+    dist.all_gather_single(gathered, given)
+    dist.reduce_scatter_single(scattered, given)
+    if not gathered.equal(given) or not scattered.equal(given):
+        raise LaunchError(
+            f"launch: collectives of one rank; got {gathered.tolist()} and {scattered.tolist()}, "
+            f"expected {given.tolist()} from torch {torch.__version__}. Start two ranks, or "
+            "install torch 2.13."
+        )
+
+
+def _store_of(
+    launch: Launch, name: str, timeout_seconds: float, *, for_group: bool = False
+) -> dist.Store:
+    """Connects to the store at which the ranks meet, as soon as it is there.
+
+    Ranks of one host meet on a socket that is bound to the loopback interface, torch's own store
+    listens on all of them. So does that of torchrun, which there only says where the ranks meet.
+
+    Args:
+        launch: Where this rank stands.
+        name: What the store's keys begin with.
+        timeout_seconds: How long to try.
+        for_group: Whether the store is the process group's, which rank 0 opens, rather than one
+            more connection.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    opens = for_group and launch.rank == 0
+    address, port, listening = launch.master_addr, launch.master_port, None
+    if launch.is_on_one_host:
+        address, agent = LOOPBACK, None
+        if has_agent:
+            torchrun = dist.TCPStore(
+                launch.master_addr, port, timeout=timeout, wait_for_workers=False
+            )
+            agent = dist.PrefixStore(name, torchrun)
+        if opens:
+            listening, port = _listen(0 if agent else port)
+            if agent:
+                agent.set("port", str(port))
+        elif agent:
+            port = int(agent.get("port"))
     store = dist.TCPStore(
-        launch.master_addr,
-        launch.master_port,
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_seconds),
+        address,
+        port,
+        launch.world_size,
+        is_master=opens and (launch.is_on_one_host or not has_agent),
+        wait_for_workers=for_group,
+        timeout=timeout,
+        master_listen_fd=listening,
     )
-    return dist.PrefixStore(_name_of(launch), store)
+    return dist.PrefixStore(name, store)
 
 
-def _store_of_group(launch: Launch, timeout: timedelta) -> dist.Store:
+def _listen(port: int) -> tuple[int, int]:
+    """Listens on the loopback interface; returns descriptor and port, a free one where 0 is given.
+
+    Raises: OSError: if another socket listens at the port.
+    """
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((LOOPBACK, port))
+        listening.listen(socket.SOMAXCONN)
+        number = int(listening.getsockname()[1])
+        return listening.detach(), number
+
+
+def _store_of_group(launch: Launch, name: str, timeout_seconds: float) -> dist.Store:
     """Returns the store for the process group, once rank 0 of this very job holds it.
 
     A port that another job holds has that job's store, in which rank 0 of this job never says that
     it is there. This rank then waits, without writing anything that the other job reads, until
     rank 0 has failed at the port and the launcher ends all ranks, or until the timeout.
     """
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
-    own = dist.PrefixStore(_name_of(launch), store)
+    store = _store_of(launch, name, timeout_seconds, for_group=True)
     if launch.rank == 0:
-        own.set("met", "")
-    own.wait(["met"])
+        store.set("met", "")
+    store.wait(["met"])
     return dist.PrefixStore("default_pg", store)
 
 
@@ -211,7 +280,8 @@ def _name_of(launch: Launch) -> str:
     """Names this job among those that may meet at one port, as far as something tells them apart.
 
     A second job that is started with the port of a running one finds that one's store, and must
-    not end it by what it says there.
+    not end it by what it says there. A token of the launcher's, if it hands one over, is what
+    nobody else can guess.
     """
     if launch.launcher == "srun":
         job = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
@@ -222,7 +292,8 @@ def _name_of(launch: Launch) -> str:
         job = str(nearest_launcher()) if one_node else ""
     # torchrun's own store lives on when it starts the ranks again.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return f"fd_large/{job}/{attempt}"
+    token = read_token()
+    return f"fd_large/{job}/{attempt}" + (f"/{token}" if token else "")
 
 
 def _has_cuda() -> bool:

@@ -170,7 +170,7 @@ class Watch:
         """Returns why the ranks end, if the store says so by now."""
         with suppress(RuntimeError):
             if self._store is not None and self._store.check([_END]):
-                return Ending(*parse_json(self._store.get(_END)))
+                return _ending_of(self._store.get(_END))
         return None
 
     def _look(self) -> Ending | None:
@@ -192,7 +192,7 @@ class Watch:
                 return None
             ending = Ending(lost, Exit.LOST, "it was killed, or ended without a word")
             store.compare_set(_END, "", json.dumps(ending))
-        return Ending(*parse_json(store.get(_END)))
+        return _ending_of(store.get(_END))
 
     def _lost_neighbour(self, store: Store) -> int | None:
         for rank, descriptor in list(self._neighbours.items()):
@@ -206,8 +206,8 @@ class Watch:
         """Looks for the process of a rank, once that has named it; returns whether it has ended."""
         if not store.check([f"{_PROCESS}/{rank}"]):
             return False
-        *space, pid = parse_json(store.get(f"{_PROCESS}/{rank}"))
         try:
+            *space, pid = parse_json(store.get(f"{_PROCESS}/{rank}"))
             # Ranks in containers of their own do not see each other's processes.
             if space == _this_process()[:-1]:
                 self._neighbours[rank] = os.pidfd_open(pid)
@@ -216,6 +216,8 @@ class Watch:
             return True
         except (OSError, AttributeError):
             pass  # Kernels before 5.3 and other systems have no such call.
+        except (ValueError, TypeError, OverflowError):
+            pass  # No rank wrote that.
         del self._neighbours[rank]
         return False
 
@@ -239,6 +241,16 @@ class Watch:
         # A hung rank's watchdog writes its own.
         for write in last_words if ending.code != Exit.AGAIN else ():
             write(reason)
+
+
+def _ending_of(text: bytes) -> Ending:
+    """Reads why the ranks end; whoever reaches the store may have written it."""
+    with suppress(ValueError, TypeError):
+        rank, code, reason = parse_json(text)
+        if (type(rank), type(code), type(reason)) == (int, int, str):
+            shown = (letter if letter.isprintable() else " " for letter in reason)
+            return Ending(rank, code, "".join(shown))
+    return Ending(0, Exit.LOST, "the store at which the ranks met holds what no rank wrote")
 
 
 def code_after(ending: Ending | None) -> Exit:

@@ -28,6 +28,12 @@ _OPEN_MPI = (
 )
 _HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 
+LOOPBACK = "127.0.0.1"
+# A single rank meets nobody: nothing listens there.
+_PORT_OF_ONE = 29500
+TOKEN_FILE = "FD_LARGE_TOKEN_FILE"
+"""The variable that names a file with the ranks' secret; slurm/launch.sh sets it."""
+
 # Every launcher sets one of these.
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _LOCAL_RANK_VARIABLES = ("LOCAL_RANK", _OPEN_MPI[2], _HYDRA[2], "SLURM_LOCALID")
@@ -56,6 +62,38 @@ class Launch:
     master_addr: str
     master_port: int
     node_rank: int | None = None
+
+    @property
+    def is_on_one_host(self) -> bool:
+        """Whether all ranks share a host, as far as address and launcher tell.
+
+        Ranks that are set by hand may state no local size, and only then count as one node.
+        """
+        if self.master_addr == "localhost" or self.master_addr.startswith("127."):
+            return True
+        return self.launcher != "python" and self.world_size == self.local_world_size
+
+
+def read_token(environ: Mapping[str, str] = os.environ) -> str:
+    """Returns the secret that the launcher hands to the ranks of a job, "" if it hands none.
+
+    Raises: LaunchError: if the file that the environment names holds none.
+    """
+    if not (name := environ.get(TOKEN_FILE)):
+        return ""
+    try:
+        with open(name, encoding="ascii") as file:
+            token = file.read(256).strip()
+        if not re.fullmatch("[0-9A-Za-z]{16,}", token):
+            raise ValueError("no token")
+    except (OSError, ValueError) as error:
+        got = error.strerror if isinstance(error, OSError) else "something else"
+        raise LaunchError(
+            f"launch: {TOKEN_FILE}: {name}; got {got}, expected a file that every rank can read, "
+            "with 16 letters or digits at least. Put it where all nodes (and containers) see it: "
+            "slurm/launch.sh writes it to LOG_DIR."
+        ) from error
+    return token
 
 
 def find_rank(environ: Mapping[str, str] = os.environ) -> int:
@@ -169,8 +207,8 @@ def _from_rank_variables(
             local_world_size=_integer(
                 environ, "LOCAL_WORLD_SIZE", _integer(environ, "LOCAL_SIZE", world_size)
             ),
-            master_addr=environ.get("MASTER_ADDR") or "127.0.0.1",
-            master_port=_integer(environ, "MASTER_PORT", _free_port() if world_size == 1 else None),
+            master_addr=environ.get("MASTER_ADDR") or LOOPBACK,
+            master_port=_integer(environ, "MASTER_PORT", _PORT_OF_ONE if world_size == 1 else None),
             node_rank=_integer(environ, node_rank) if node_rank in environ else None,
         )
     )
@@ -181,6 +219,8 @@ def _from_mpi(environ: Mapping[str, str], names: tuple[str, ...]) -> Launch:
     one_node = world_size == local_world_size
     if environ.get("MASTER_ADDR") and environ.get("MASTER_PORT"):
         address, port = environ["MASTER_ADDR"], _integer(environ, "MASTER_PORT")
+    elif world_size == 1:
+        address, port = LOOPBACK, _PORT_OF_ONE
     else:
         address, port = _meet_over_mpi(world_size, one_node=one_node)
     return Launch(
@@ -214,7 +254,7 @@ def _meet_over_mpi(world_size: int, *, one_node: bool) -> tuple[str, int]:
         )
     place = None
     if world.rank == 0:
-        place = ("127.0.0.1" if one_node else _own_address(), _free_port())
+        place = (LOOPBACK if one_node else _own_address(), free_port())
     address, port = world.bcast(place)
     # A rank that later leaves by os._exit or a signal must not look to MPI like a crash of all.
     MPI.Finalize()
@@ -238,9 +278,10 @@ def _own_address() -> str:
         ) from error
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port of the loopback interface at which nobody listens now."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
 
 
@@ -303,7 +344,7 @@ def first_slurm_host(nodelist: str) -> str:
 
 def _slurm_address(environ: Mapping[str, str], num_nodes: int) -> str:
     if num_nodes == 1:
-        return "127.0.0.1"
+        return LOOPBACK
     # Not SLURM_LAUNCH_NODE_IPADDR: that is where srun was called, often a login node.
     host = first_slurm_host(environ.get("SLURM_STEP_NODELIST", ""))
     try:

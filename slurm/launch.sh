@@ -80,6 +80,11 @@ launch() {
     [[ $FD_LARGE_EXITS == /* ]] || FD_LARGE_EXITS=$PWD/$FD_LARGE_EXITS
     export TORCH_FR_DUMP_TEMP_FILE="$logs-collectives_of_rank_"
     mkdir -p "$FD_LARGE_EXITS" && rm -f "$FD_LARGE_EXITS"/*
+    # What nobody else can guess: the names begin with it under which the ranks speak to each other.
+    export FD_LARGE_TOKEN_FILE=$FD_LARGE_EXITS/token
+    (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$FD_LARGE_TOKEN_FILE") ||
+        refuse "LOG_DIR: cannot be written; got $LOG_DIR, expected a folder for the ranks' token." \
+            "Set it in $scripts/site.sh."
 
     # srun in the background: a trap runs at once while bash waits, but only after a command ends.
     trap 'hand_on USR1' USR1
@@ -118,7 +123,10 @@ check_settings() {
 }
 
 load_software() {
-    local mounts=$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
+    local mounts=$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS} place=$LOG_DIR
+    # The ranks read their token there, and leave their exit codes.
+    [[ $place == /* ]] || place=$PWD/$place
+    [[ $place/ == "$PWD"/* || ! -d $place ]] || mounts+=,$place:$place
     # None of them empty, which bash before 4.4 takes for unset.
     on_nodes=(srun) inside=(env)
     if [[ $MODULES ]]; then
@@ -153,7 +161,7 @@ sum=$(find ${sources:-/dev/null} -name "*.py" -o -name "*.json" | LC_ALL=C sort 
 printf "%s\t%s\t%s\n" "${SLURMD_NODENAME:-$(hostname)}" "${sum%% *}" "$absent"'
 
 check_nodes() {
-    local name path report nodes=${SLURM_JOB_NUM_NODES:-1} paths=(.)
+    local name path report nodes=${SLURM_JOB_NUM_NODES:-1} paths=(. "$FD_LARGE_TOKEN_FILE")
     for name in data.root eval.root teacher.source student.init; do
         path=$(value_of "$name" "${arguments[@]}")
         # Patterns, names of packages and hubs, and a part of a file (FILE#teacher) are train.py's.
@@ -170,7 +178,7 @@ check_nodes() {
     fi
     path=$(awk -F '\t' '$3 != "" { print $1 ":" $3; exit }' <<<"$report")
     [[ -z $path ]] || refuse "node $path: does not exist there, expected what every node of the" \
-        "job sees. Mend ${learns_from[1]}${learns_from[3]:+ or ${learns_from[3]}} in $scripts/site.sh," \
+        "job sees. Mend ${learns_from[1]}${learns_from[3]:+, ${learns_from[3]}} or LOG_DIR in $scripts/site.sh," \
         "or put the files there."
     if (($(cut -f 2 <<<"$report" | sort -u | wc -l) != 1)); then
         refuse "fd_large: the nodes see different sources; got" \
@@ -211,6 +219,7 @@ hand_on() {
 
 finish() {
     local status='' again='' number file failed='' code_left=
+    rm -f "$FD_LARGE_TOKEN_FILE"
     # 2 last, so that it wins: a mistake of the user's, rather than what followed from it.
     for number in 3 2; do
         file=$(grep -ls "\"code\": $number," "$FD_LARGE_EXITS"/*.json | head -n 1)

@@ -35,7 +35,7 @@ PYTHON=${PYTHON:-python}
 MODULES=${MODULES:-}
 # An image of the Dockerfile: IMAGE.sif runs under apptainer, all else is given to srun as
 # --container-image (pyxis with enroot: IMAGE.sqsh or a registry's name). Mounts, SOURCE:TARGET
-# separated by commas; the repository is mounted anyway.
+# separated by commas; the repository and LOG_DIR are mounted anyway.
 CONTAINER=${CONTAINER:-}
 CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-}
 

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import fd_large
 from fd_large import doors
 from fd_large.errors import LaunchError
 from fd_large.files import parse_json, read_json
+from fd_large.launch import LOOPBACK, Launch, free_port
 from fd_large.plan.phases import Phases
 from fd_large.plan.rates import Rates
 from fd_large.recipes.run import Run
@@ -44,55 +47,88 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
         asked = {"runs": [run.to_dict() for run in runs], "out": str(out), "code": code}
         request = json.dumps(asked)
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         paths = (str(Path(fd_large.__file__).parents[1]), os.environ.get("PYTHONPATH"))
-        done = subprocess.run(
-            # -P, also of the ranks: a file of the working folder must not stand in for a module.
-            [sys.executable, "-P", "-m", *launcher, "--module", "fd_large.cli.plan_probe", request],
-            env=os.environ
-            | {
-                "OMP_NUM_THREADS": str(threads),
-                "PYTHONSAFEPATH": "1",
-                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            },
-            check=False,
-        )
-        if done.returncode:
+        environ = os.environ | {
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONSAFEPATH": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        }
+        port = str(free_port())
+        processes = [
+            subprocess.Popen(
+                # A file of the working folder must not stand in for a module.
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "fd_large.cli.plan_probe",
+                    str(rank),
+                    str(ranks),
+                    port,
+                ],
+                env=environ,
+                stdin=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            for process in processes:
+                assert process.stdin is not None
+                with suppress(BrokenPipeError):
+                    process.stdin.write(request)
+                    process.stdin.close()
+            # Ranks that miss one which has failed are not waited for.
+            while None in (codes := [process.poll() for process in processes]) and not any(codes):
+                time.sleep(0.1)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        if any(codes):
             raise LaunchError(
-                f"--probe: a rank failed; got exit code {done.returncode}, expected 0. Read its "
-                "message above."
+                f"--probe: a rank failed; got exit codes {', '.join(map(str, codes))}, expected 0. "
+                "Read its message above."
             )
         found = read_json(out, where="--probe", holds=dict)
         phases = [one and Phases.from_plain(one, where="--probe") for one in found["phases"]]
         return Rates(**found["rates"]), phases
 
 
-def main(request: str) -> None:
-    """Runs one of the ranks that `probe` starts."""
+def main(rank: int, ranks: int, port: int) -> None:
+    """Runs one of the ranks that `probe` starts, which reads from its input what to measure."""
     import torch
-    import torch.distributed as dist
 
+    from fd_large import distributed
     from fd_large.engine import phases, probe
     from fd_large.tasks.jobs import job_of
 
-    asked: dict[str, Any] = parse_json(request)
+    asked: dict[str, Any] = parse_json(sys.stdin.read())
     doors.allow_unchanged(asked["code"])
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    distributed.start(
+        Launch(
+            launcher="python",
+            rank=rank,
+            world_size=ranks,
+            local_rank=rank,
+            local_world_size=ranks,
+            master_addr=LOOPBACK,
+            master_port=port,
+        )
+    )
     rates = probe.measure()
     # CPU ranks share the memory.
-    share = 1 if on_gpu else dist.get_world_size()
+    share = 1 if torch.cuda.is_available() else ranks
     measured = [
         phases.measure(job_of(Run.from_dict(run)), free_bytes=probe.free_bytes() / share)
         for run in asked["runs"]
     ]
-    if dist.get_rank() == 0:
+    if rank == 0:
         plain = [one.to_plain() if one else None for one in measured]
         Path(asked["out"]).write_text(json.dumps({"rates": rates, "phases": plain}))
-    dist.destroy_process_group()
+    distributed.barrier()
+    distributed.stop()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*map(int, sys.argv[1:]))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+import twin
+from labelled_folder import labelled_folder
 from launch import ROOT, Launcher, Started, free_port, read_results, run_ranks, start_ranks
+from pictures import write_pictures
 from waiting import until
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -51,6 +57,8 @@ def test_ranks_meet_under_every_launcher(launcher: Launcher, tmp_path: Path) -> 
             "groups_made": [[rank]],
             # Where it listens. Every pair of ranks would have a connection besides.
             "sockets_of_an_unused_group": 1,
+            # The store of rank 0, and gloo.
+            "listens_on": ["127.0.0.1"],
             "open_files": True,
             "stopped": [0, 1],
         }
@@ -63,12 +71,12 @@ def test_a_taken_port_is_one_sentence(tmp_path: Path) -> None:
         finished = run_ranks(
             PROGRAMS / "reductions.py",
             tmp_path,
-            ranks=1,
+            ranks=2,
             env={"MASTER_PORT": str(taken.getsockname()[1])},
             check=False,
         )
-    assert finished.returncodes == [1]
-    assert "LaunchError: launch: rank 0 of 1 did not meet the others" in finished.outputs[0]
+    assert finished.returncodes[0] == 1
+    assert "LaunchError: launch: rank 0 of 2 did not meet the others" in finished.outputs[0]
 
 
 def ready(folder: Path, ranks: int) -> Callable[[], bool]:
@@ -175,3 +183,60 @@ def test_an_orphan_with_a_handler_leaves_after_its_grace_or_its_save(
     said = (tmp_path / "log").read_text()
     assert "rank 0: mpirun, which started this rank, is gone; stopping" in said
     assert (tmp_path / "saved_0").exists() == (handler == "saves")
+
+
+@needs_proc
+def test_one_rank_listens_nowhere(tmp_path: Path) -> None:
+    """Neither training nor evaluating opens a socket that anybody could reach."""
+    pictures, run = write_pictures(tmp_path / "pictures", 16), tmp_path / "run"
+    root = labelled_folder(tmp_path / "labelled")
+    steps = ("--optim.max_steps", "2", "--runtime.save_every", "1")
+    commands = [
+        ["train", *twin.words(pictures, run, *twin.WITH_LOADERS, *steps, ranks=1)],
+        [
+            "evaluate",
+            str(run),
+            "--task",
+            "knn",
+            "--data.root",
+            str(root),
+            "--data.image_size",
+            "32",
+        ],
+        ["doctor"],
+    ]
+    run_ranks(
+        *(PROGRAMS / "listening.py", tmp_path, json.dumps(commands)), ranks=1, results=tmp_path
+    )
+    [found] = read_results(tmp_path, 1)
+    assert found["codes"][:2] == [0, 0]
+    assert found["listened"] == []
+
+
+@needs_proc
+def test_ranks_of_several_hosts_speak_under_a_name_that_nobody_guesses(tmp_path: Path) -> None:
+    """Who reaches their store and knows all but the token ends nobody."""
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    port = free_port()
+    # The loopback interface, in a form that the ranks take for another host's address.
+    meeting = {"MASTER_ADDR": "2130706433", "MASTER_PORT": str(port)}
+    run = tmp_path / "run"
+    started = start_ranks(
+        *(PROGRAMS / "same_port.py", run),
+        ranks=2,
+        env=meeting | {"FD_LARGE_TOKEN_FILE": str(token), "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    try:
+        started.until(ready(run, 2), 60)
+        store = dist.TCPStore("127.0.0.1", port, wait_for_workers=False)
+        guessed = dist.PrefixStore("fd_large//0", store)
+        ending = json.dumps([1, 2, "your disk is on fire"])
+        assert guessed.compare_set("end", "", ending) == ending.encode()
+        # It is heard by who knows the token: the ranks look once a second.
+        time.sleep(2.5)
+        (run / "go").touch()
+        assert [process.wait(60) for process in started.processes] == [0, 0]
+    finally:
+        outputs = started.kill()
+    assert read_results(run, 2) == [None, None], outputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from types import SimpleNamespace
 
@@ -316,20 +317,20 @@ def test_rates_are_measured_on_the_gpu(card: Card, monkeypatch) -> None:
     assert "synchronize" in card.notes
 
 
-def test_the_probe_s_ranks_meet_over_nccl(card: Card, monkeypatch, tmp_path) -> None:
+def test_the_probe_s_ranks_meet_and_measure(card: Card, monkeypatch, tmp_path) -> None:
     called = []
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    dist = torch.distributed
-    monkeypatch.setattr(dist, "init_process_group", called.append)
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: called.append("left"))
+    monkeypatch.setattr(distributed, "start", called.append)
+    monkeypatch.setattr(distributed, "stop", lambda: called.append("left"))
     monkeypatch.setattr(probe, "measure", lambda: {"matmul": 1.0})
     monkeypatch.setattr(phases, "UPDATED", 1000)
     out = tmp_path / "rates.json"
     asked = {"runs": [tiny_runs.tiny_run().to_dict()], "out": str(out), "code": {}}
-    plan_probe.main(json.dumps(asked))
-    assert called == ["nccl", "left"]
-    assert {"set_device", "synchronize"} <= set(card.notes)
+    monkeypatch.setattr(plan_probe.sys, "stdin", io.StringIO(json.dumps(asked)))
+    plan_probe.main(0, 1, 7)
+    launch, left = called
+    assert (launch.rank, launch.world_size, launch.master_port) == (0, 1, 7)
+    assert left == "left"
+    assert "synchronize" in card.notes
     found = json.loads(out.read_text())
     assert found["rates"] == {"matmul": 1.0}
     assert found["phases"][0]["seconds"].keys() == {"teacher", "forward", "backward"}

@@ -264,3 +264,32 @@ def test_the_reason_is_told_before_a_rank_ends(monkeypatch: pytest.MonkeyPatch) 
     ranks.watches[1].stop(2, "out of memory")
     assert ranks.ended() == {0: Exit.LOST}
     assert told == ["rank 1 has failed (exit code 2): out of memory"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1, 2]", '[1, 2, {"a": 1}]', '["1", 2, "x"]', "[" * 100_000, "\udc80"]
+)
+def test_what_no_rank_wrote_ends_the_ranks_and_not_the_watch_alone(
+    text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranks = Ranks(2).start()
+    ranks.store.keys["end"] = text.encode(errors="surrogateescape")
+    assert ranks.ended() == {0: Exit.LOST, 1: Exit.LOST}
+    assert "holds what no rank wrote" in caplog.text
+
+
+def test_escape_sequences_in_the_store_reach_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    ranks = Ranks(2).start()
+    ranks.store.set("end", json.dumps([1, 2, "\x1b]0;x\x07"]))
+    assert ranks.ended() == {0: Exit.LOST, 1: Exit.LOST}
+    assert caplog.text.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '["a", "b", "c"]', "null", "[" * 100_000])
+def test_a_neighbour_that_is_named_by_no_rank_is_not_watched(text: str) -> None:
+    ranks = Ranks(2, {0: [1]})
+    ranks.store.set("process/1", text)
+    ranks.watches[0].start()
+    until(lambda: not ranks.watches[0]._neighbours or ranks.left, 20, "the neighbour is left out")
+    assert ranks.left == {}
+    ranks.watches[0].stop()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fd_large.errors import LaunchError
-from fd_large.launch import Launch, find_launch, first_slurm_host
+from fd_large.launch import Launch, find_launch, first_slurm_host, read_token
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -154,6 +154,12 @@ def test_a_single_process_in_a_batch_job_of_several_tasks_warns(
     assert "not under srun" in caplog.text
 
 
+def test_a_single_rank_under_mpirun_asks_no_mpi() -> None:
+    one = {"PMI_RANK": "0", "PMI_SIZE": "1", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"}
+    found = find_launch(one)
+    assert (found.launcher, found.world_size, found.master_addr) == ("mpirun", 1, "127.0.0.1")
+
+
 def test_ranks_set_by_hand_are_plain_python_on_one_node() -> None:
     environ = {
         "RANK": "1",
@@ -236,3 +242,40 @@ def test_srun_on_one_node_asks_no_resolver() -> None:
 )
 def test_first_slurm_host(nodelist: str, host: str) -> None:
     assert first_slurm_host(nodelist) == host
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, True),
+        (DEEPSPEED, False),
+        (DEEPSPEED | {"LOCAL_SIZE": "4"}, True),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "4"}, True),
+        # Set by hand: whether they share a host is told by the address alone.
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"} | MEETING, False),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+            | {"MASTER_ADDR": "localhost", "MASTER_PORT": "7"},
+            True,
+        ),
+        (SRUN | MEETING, False),
+    ],
+)
+def test_whether_all_ranks_share_a_host(environ: dict[str, str], expected: bool) -> None:
+    assert find_launch(environ).is_on_one_host is expected
+
+
+def test_the_token_of_a_job(tmp_path: Path) -> None:
+    assert read_token({}) == ""
+    file = tmp_path / "token"
+    file.write_text("0123456789abcdef\n")
+    assert read_token({"FD_LARGE_TOKEN_FILE": str(file)}) == "0123456789abcdef"
+
+
+@pytest.mark.parametrize("text", [None, b"", b"short", b"a/b" * 20, b"\xff" * 20])
+def test_a_token_that_is_none_is_refused(text: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    if text is not None:
+        file.write_bytes(text)
+    with pytest.raises(LaunchError, match="FD_LARGE_TOKEN_FILE"):
+        read_token({"FD_LARGE_TOKEN_FILE": str(file)})

@@ -14,6 +14,7 @@ import pytest
 from waiting import until
 
 from fd_large.cli import init
+from fd_large.launch import read_token
 
 ROOT = Path(__file__).resolve().parents[2]
 # The check of the nodes runs here; of the ranks' start only the arguments are kept.
@@ -421,7 +422,8 @@ def test_a_container_holds_the_ranks_and_the_check(script: Script) -> None:
     assert code == 0, said
     words = script.words()
     start = words.index("apptainer")
-    mounts = f"{ROOT}:{ROOT},/data:/data"
+    logs = script.scratch / "logs"
+    mounts = f"{ROOT}:{ROOT},/data:/data,{logs}:{logs}"
     inside = ["--nv", "--pwd", str(ROOT), "--bind", mounts, "/images/fd.sif", "python"]
     assert words[start : start + 9] == ["apptainer", "exec", *inside]
     code, said = script.run(CONTAINER="/images/fd.sqsh")
@@ -429,8 +431,24 @@ def test_a_container_holds_the_ranks_and_the_check(script: Script) -> None:
     assert script.words()[:3] == [
         "--container-image=/images/fd.sqsh",
         f"--container-workdir={ROOT}",
-        f"--container-mounts={ROOT}:{ROOT}",
+        f"--container-mounts={ROOT}:{ROOT},{logs}:{logs}",
     ]
+
+
+def test_the_ranks_are_handed_a_token_that_no_command_line_shows(script: Script) -> None:
+    keep = (
+        'stat -c "%a %s" "$FD_LARGE_TOKEN_FILE" >$SCRATCH/mode; cp "$FD_LARGE_TOKEN_FILE" $SCRATCH'
+    )
+    tokens = []
+    for restart in ("0", "1"):
+        code, said = script.run(RANKS=keep, SLURM_RESTART_COUNT=restart)
+        assert code == 0, said
+        assert (script.scratch / "mode").read_text() == "600 64\n"
+        tokens.append((script.scratch / "token").read_text())
+        assert read_token({"FD_LARGE_TOKEN_FILE": str(script.scratch / "token")}) == tokens[-1]
+        assert tokens[-1] not in " ".join(script.words()) + said
+        assert not list((script.scratch / "logs").rglob("token")), "gone with the ranks"
+    assert tokens[0] != tokens[1]
 
 
 @pytest.mark.parametrize(

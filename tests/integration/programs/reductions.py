@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from launch import write_result
+from sockets import listening
 
 from fd_large import distributed
 from fd_large.launch import find_launch
@@ -18,6 +19,8 @@ def sockets() -> int:
     return sum(link.startswith("socket:") for link in links)
 
 
+# mpirun hands its own to its children.
+inherited = set(listening())
 folder = sys.argv[-1]  # the deepspeed launcher puts --local_rank first
 _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard_limit))
@@ -50,6 +53,7 @@ result = {
     "group_again": distributed.node_group(1) is group,
     "groups_made": made,
     "sockets_of_an_unused_group": (sockets() - before) // len(unused),
+    "listens_on": sorted({address for address, _ in set(listening()) - inherited}),
     "open_files": resource.getrlimit(resource.RLIMIT_NOFILE) == (hard_limit, hard_limit),
 }
 distributed.barrier()
