@@ -5,6 +5,9 @@
 # make size    code lines by room, and what the working tree changes; against another commit: ARGS=COMMIT
 # make docs    docs/recipes.md from the recipes' docstrings, and the site in site/
 PYTHON ?= python3
+# An index from which torch and torchvision alone are taken, and from no other; without it, torch
+# comes from where the other packages come from. An extra index would offer each of their names too.
+TORCH_INDEX ?=
 BIN := .venv/bin
 
 # Each rank of a test would compile the package anew.
@@ -17,6 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .venv/%: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) torch torchvision)
 	$(BIN)/python -m pip install --quiet --quiet --editable '.[$*]'
 	touch $@
 

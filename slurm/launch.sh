@@ -161,7 +161,8 @@ sum=$(find ${sources:-/dev/null} -name "*.py" -o -name "*.json" | LC_ALL=C sort 
 printf "%s\t%s\t%s\n" "${SLURMD_NODENAME:-$(hostname)}" "${sum%% *}" "$absent"'
 
 check_nodes() {
-    local name path report nodes=${SLURM_JOB_NUM_NODES:-1} paths=(. "$FD_LARGE_TOKEN_FILE")
+    local name path report nodes=${SLURM_JOB_NUM_NODES:-1} paths=(.)
+    paths+=("$FD_LARGE_TOKEN_FILE")
     for name in data.root eval.root teacher.source student.init; do
         path=$(value_of "$name" "${arguments[@]}")
         # Patterns, names of packages and hubs, and a part of a file (FILE#teacher) are train.py's.

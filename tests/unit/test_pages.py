@@ -295,3 +295,52 @@ def test_workflow_and_hooks_run_what_a_change_has_to_pass():
     assert "- run: .ci/run\n" in (ROOT / ".github/workflows/ci.yml").read_text()
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     assert re.findall(r"entry: (.*)", hooks) == ["make check", ".ci/run"]
+
+
+@pytest.mark.parametrize(
+    ("base", "refused"),
+    [
+        ("", True),
+        ("a/b:1.0", True),
+        ("a/b@sha256:12", True),
+        ("@sha256:" + "0" * 64, True),
+        ("a/b@sha256:" + "0" * 64, False),
+        ("a/b:1.0@sha256:" + "f" * 64, False),
+    ],
+)
+def test_an_image_is_built_on_a_digest_alone(base: str, refused: bool):
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
+    (check,) = re.findall(r"^RUN (printf .*)$", text, re.M)
+    done = subprocess.run(
+        ["sh", "-c", check], env={**os.environ, "BASE": base}, capture_output=True, text=True
+    )
+    assert done.returncode == refused
+    assert done.stderr.startswith("BASE: an image without its digest" if refused else "")
+    instructions = re.findall(r"^([A-Z]+) (.*)$", text, re.M)
+    assert ("ARG", "BASE") in instructions, "no default"
+    assert ("USER", "fd_large") in instructions
+
+
+def test_what_the_workflow_takes_from_elsewhere_is_named_by_its_hash():
+    text = (ROOT / ".github/workflows/ci.yml").read_text()
+    used = re.findall(r"uses: (\S+)", text)
+    assert used
+    assert all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", one) for one in used), used
+    assert "EXTRA_INDEX" not in text
+
+
+def test_torch_of_an_index_of_its_own_leaves_all_else_where_it_was(tmp_path):
+    (tmp_path / "setup.py").touch()
+
+    def commands(*more: str) -> list[str]:
+        words = ["make", "-n", "-f", ROOT / "Makefile", ".venv/test", *more]
+        environ = {name: value for name, value in os.environ.items() if name != "TORCH_INDEX"}
+        done = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [line for line in done.stdout.splitlines() if " pip install " in line]
+
+    usual, own = commands(), commands("TORCH_INDEX=INDEX")
+    (added,) = [line for line in own if line not in usual]
+    assert added.endswith("--index-url INDEX torch torchvision")
+    assert [line for line in own if line in usual] == usual
+    assert not any("index" in line for line in usual)

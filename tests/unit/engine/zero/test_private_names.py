@@ -204,8 +204,9 @@ def test_setup_and_the_backbones_refuse_the_same_timm():
 
 def test_the_image_carries_the_tested_torch():
     text = (PACKAGE.parent / "Dockerfile").read_text()
-    (carried,) = re.findall(r"^ARG BASE=pytorch/pytorch:([\d.]+)-cuda\S+-devel$", text, re.M)
-    assert carried == private_names.TESTED["torch"]
+    named = re.findall(r"pytorch/pytorch:([\d.]+)-cuda\S+-devel", text)
+    (checked,) = re.findall(r"assert torch\.__version__\S+ == '([\d.]+)'", text)
+    assert [*named, checked] == [private_names.TESTED["torch"]] * 2
     assert text.count("torch:") == 1
 
 
