@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fd_large.cli.arguments import TakesRunFile, parse_with_recipe
+from fd_large.cli.arguments import AllowsCode, TakesRunFile, parse_with_recipe
 from fd_large.cli.output import tables
 from fd_large.cli.paths import paths_of, require_paths
 from fd_large.cli.plan_report import report
@@ -36,7 +36,7 @@ NARROW = 96
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(TakesRunFile):
+class Plan(TakesRunFile, AllowsCode):
     """Plan a recipe on a cluster: memory, time, network, disk; from shapes, without a GPU.
 
     Fields of the recipe (--batch.global_batch_size 8192 ...) follow as in training;

@@ -170,7 +170,8 @@ def with_own_labels(models: Sequence[NamedModel]) -> list[NamedModel]:
 
 def slug(label: str) -> str:
     """Returns a label as the name of a folder."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", label).strip("_")
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", label).strip("_")
+    return name if name.strip(".") else "model"  # Dots alone lead out of the folder.
 
 
 def _checkpoint_of(path: Path) -> Reader | None:

@@ -180,7 +180,7 @@ class Job:
         Raises: FDError: for the user's mistake.
         """
         several = {name: type(entry)() for name, entry in self.run.teachers.items()}
-        usual = flat(Run(name="", student=self.run.student, teachers=several))
+        usual = flat(Run(name=self.run.name, student=self.run.student, teachers=several))
         own = flat(self.run)
         for name in self.ignored_fields:
             given, default = own[name], usual[name]

@@ -8,6 +8,7 @@ Source: Radford et al. (CLIP), arXiv 2103.00020, section 3.1.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fd_large.backbones.transformers.kinds import TEXT_KINDS, fields_of_kind, library
 from fd_large.errors import ConfigError, WeightsError, first_line
 from fd_large.files import kind_of
 from fd_large.weights.locate import HUB, OPEN_CLIP
+from fd_large.weights.read import Tensors, read, read_json
 
 PROMPTS = ("a photo of a {}.",)
 _WHERE = "zero_shot"
@@ -131,24 +134,103 @@ def _of_open_clip(source: str) -> tuple[Callable[[list[str]], Tensor], float]:
 
 
 def _of_transformers(source: str) -> tuple[Callable[[list[str]], Tensor], float]:
-    from transformers import AutoModel, AutoTokenizer
-
-    is_local = not source.startswith(HUB)
-    name = source.removeprefix(HUB)
-    # A name that is no folder would be looked for on the Hub, and code that comes along is not run.
-    options = {"local_files_only": is_local, "trust_remote_code": False}
-    model: Any = AutoModel.from_pretrained(name, **options).eval()
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    del model.vision_model
-
-    longest = model.config.text_config.max_position_embeddings
+    folder = _fetched(source.removeprefix(HUB)) if source.startswith(HUB) else Path(source)
+    package = library(_WHERE)
+    if not (folder / "config.json").is_file():
+        raise ValueError("no folder with config.json")
+    config = read_json(folder / "config.json", where=_WHERE)
+    name = config.get("model_type") if isinstance(config, dict) else None
+    if name not in TEXT_KINDS:
+        raise ValueError(f"model_type {str(name)[:50]!r}, known: {', '.join(TEXT_KINDS)}")
+    tensors = read(folder, where=_WHERE)
+    model = _text_model(package, name, config, tensors)
+    tokenizer = _tokenizer(package, folder)
+    longest = model.config.max_position_embeddings
 
     def encode(texts: list[str]) -> Tensor:
         # To the length that it was trained with: SigLIP reads the last place, whatever is there.
         given = tokenizer(
             texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
         )
-        found: Tensor = model.get_text_features(**given).pooler_output
-        return found
+        given = {key: value for key, value in given.items() if key in _TAKEN}
+        output = model(**given)
+        embeddings: Tensor | None = getattr(output, "text_embeds", None)
+        return output.pooler_output if embeddings is None else embeddings
 
-    return encode, model.logit_scale.exp().item()
+    return encode, tensors["logit_scale"].float().exp().item()
+
+
+_TAKEN = ("input_ids", "attention_mask")
+# Classes of transformers that read tables: those of the published models.
+_TOKENIZERS = (
+    *("CLIPTokenizer", "CLIPTokenizerFast", "SiglipTokenizer", "Siglip2Tokenizer"),
+    *("GemmaTokenizer", "GemmaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"),
+)
+_FILES = ("*.json", "*.safetensors", "*.bin", "merges.txt", "*.model")
+
+
+def _fetched(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repository, allow_patterns=list(_FILES)))
+
+
+def _text_model(package: Any, name: str, config: dict[str, Any], tensors: Tensors) -> Any:
+    """Returns the tower in float32, of transformers' class and of tensors that we have read.
+
+    Nothing is taken of the configuration but sizes and the like: what else stands there may name a
+    kernel or code.
+    """
+    kind = TEXT_KINDS[name]
+    # Early files repeat the tower's fields there, and transformers lets these win.
+    repeated = config.get(f"{kind.nested}_dict")
+    own = config.get(kind.nested) or {}
+    text = {**own, **repeated} if isinstance(repeated, dict) else own
+    fields, _ = fields_of_kind(kind, {kind.nested: text}, _WHERE)
+    values = json.loads(fields)
+    if name == "clip":
+        values["projection_dim"] = tensors.shape("text_projection.weight")[0]
+    settings = getattr(package, kind.config)(**values, attn_implementation="sdpa")
+    with torch.device("meta"):
+        model = getattr(package, kind.model)(settings)
+    wanted = {_plain_name(key): (key, tuple(t.shape)) for key, t in model.state_dict().items()}
+    stored = {
+        _plain_name(key): key for key in tensors if key.startswith(("text_model.", "text_project"))
+    }
+    unlike = [
+        key
+        for key, (_, shape) in wanted.items()
+        if key not in stored or tensors.shape(stored[key]) != shape
+    ]
+    unread = [key for key in stored if key not in wanted and not key.endswith("position_ids")]
+    if unlike or unread:
+        raise ValueError(
+            f"tensors that do not fit config.json: {', '.join([*unlike, *unread][:3])}"
+        )
+    # Only now, as large as the file.
+    state = {key: tensors[stored[plain]].float() for plain, (key, _) in wanted.items()}
+    model.load_state_dict(state, assign=True)
+    for module in model.modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                assert key == "position_ids", key
+                module.register_buffer(key, torch.arange(buffer.shape[1])[None], persistent=False)
+    return model.eval()
+
+
+def _plain_name(key: str) -> str:
+    """Returns a tensor's name without the modules around it, of which releases differ."""
+    return key.replace("text_model.", "")
+
+
+def _tokenizer(package: Any, folder: Path) -> Any:
+    """Returns the folder's tokenizer, if it is of one of the published models' classes."""
+    file = folder / "tokenizer_config.json"
+    config = read_json(file, where=_WHERE) if file.is_file() else {}
+    stated = config.get("tokenizer_class") if isinstance(config, dict) else config
+    if stated is not None and stated not in _TOKENIZERS:
+        raise ValueError(f"tokenizer_class {str(stated)[:50]!r}, known: {', '.join(_TOKENIZERS)}")
+    # Which of them a release takes for a type of model, it knows itself. Code is not run.
+    return package.AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )

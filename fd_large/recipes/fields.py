@@ -214,6 +214,18 @@ def at_least(where: str, value: int, least: int, unit: str) -> None:
     require(value >= least, f"{where}: too small", value, f"{least} or more {unit}")
 
 
+def is_name(where: str, text: str) -> None:
+    """Refuses a text that a folder cannot be called: a path would lead elsewhere."""
+    own = text.strip(" ") == text and text.isprintable() and not text.startswith(".")
+    require(
+        bool(text) and own and not {"/", "\\"} & set(text),
+        f"{where}: not a name",
+        repr(text),
+        "a name without slashes that does not begin with a dot; the folder is runtime.run_dir",
+        "Choose another name",
+    )
+
+
 def statistics_or_none(where: str, values: tuple[float, ...]) -> None:
     """Raises ConfigError unless there are no values, or means and deviations of three channels."""
     require(

@@ -24,6 +24,7 @@ from fd_large.recipes.fields import (
     flat,
     from_plain,
     hints_of,
+    is_name,
     override,
     plain,
     require,
@@ -218,6 +219,7 @@ class Run:
 
     def __post_init__(self) -> None:
         check_types(self, "run")
+        is_name("name", self.name)
         # Unknown models and overrides that fit no model are found here, before any rank starts.
         for where, section in self._models().items():
             if section.model == AUTO and isinstance(section, FrozenModel):

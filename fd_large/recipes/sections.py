@@ -17,6 +17,7 @@ from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.fields import (
     at_least,
     check_types,
+    is_name,
     not_negative,
     positive,
     require,
@@ -631,6 +632,8 @@ class Runtime:
 
     def __post_init__(self) -> None:
         check_types(self, "runtime")
+        if self.name:
+            is_name("runtime.name", self.name)
         at_least("runtime.log_every", self.log_every, 1, "steps")
         at_least("runtime.save_every", self.save_every, 0, "steps")
         not_negative("runtime.save_minutes", self.save_minutes)

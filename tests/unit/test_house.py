@@ -128,6 +128,7 @@ OF_NO_FILE = {
     "kernels/test_roofline.py": "benchmarks/roofline.py",
     "kernels/test_triton.py": "starts triton_*.py in Triton's interpreter",
     "plan/test_scaling_page.py": "docs/scaling.md",
+    "cli/test_foreign_runs.py": "every command on a run folder from elsewhere",
     "test_cuda_calls.py": "what only a GPU's rank calls",
     "test_devices.py": "the package on a card that is not here",
     "test_first_run.py": "docs/first_run.ipynb",

@@ -1,4 +1,4 @@
-"""The vision models of transformers that can teach: a fixed table, and their configurations.
+"""The models of transformers that are used: a fixed table, and their configurations.
 
 A model is built by transformers' own class of its type and nothing else: code that a repository
 brings is never run. Of a configuration only the fields of that type are taken, and only plain
@@ -12,9 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from packaging.version import Version
+
 from fd_large.backbones.statistics import IMAGENET, Statistics
-from fd_large.errors import WeightsError, nearest
+from fd_large.errors import VersionError, WeightsError, nearest
 from fd_large.recipes.family import is_plain
+
+OLDEST = "5.3"
+"""The first release that is not known to run code because a model's folder or its name says so:
+CVE-2026-4372 (config.json names a kernel of the hub, which is fetched and imported), CVE-2026-5241
+and CVE-2026-1839. What is tested, the extra's lower bound, is later."""
 
 HALF = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -68,6 +75,16 @@ KINDS = {
 }
 
 
+TEXT_KINDS = {
+    "clip": Kind(
+        config="CLIPTextConfig", model="CLIPTextModelWithProjection", nested="text_config"
+    ),
+    "siglip": _of_name("SiglipText", nested="text_config"),
+    "siglip2": _of_name("Siglip2Text", nested="text_config"),
+}
+"""The text towers of models of image and text, by the `model_type` of the whole."""
+
+
 def kind_of(name: str, where: str) -> Kind:
     """Returns the kind of a `model_type`.
 
@@ -85,7 +102,9 @@ def kind_of(name: str, where: str) -> Kind:
 def library(where: str) -> Any:
     """Returns transformers.
 
-    Raises: WeightsError: if it is not installed.
+    Raises:
+        WeightsError: It is not installed.
+        VersionError: It is too old a release.
     """
     try:
         import transformers
@@ -94,6 +113,12 @@ def library(where: str) -> Any:
             f"{where}: transformers is not installed; got the folder of a model of it, expected "
             "the package that builds it. pip install 'fd_large[transformers]'."
         ) from error
+    if Version(transformers.__version__) < Version(OLDEST):
+        raise VersionError(
+            f"{where}: too old a release of transformers, which may run code that a model's folder "
+            f"names; got {transformers.__version__}, expected {OLDEST} or later. pip install "
+            "'fd_large[transformers]'."
+        )
     return transformers
 
 
@@ -107,9 +132,14 @@ def fields_of(model_type: str, config: Mapping[str, Any], where: str) -> tuple[s
 
     Raises: WeightsError: for values that no published model has.
     """
+    return fields_of_kind(kind_of(model_type, where), config, where)
+
+
+def fields_of_kind(kind: Kind, config: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
+    """Returns the same of a model of a known kind."""
     from inspect import signature
 
-    kind, package = kind_of(model_type, where), library(where)
+    package = library(where)
     vision = config.get(kind.nested, {}) if kind.nested else config
     if not isinstance(vision, Mapping):
         vision = {}

@@ -30,7 +30,7 @@ from fd_large.engine.frozen import Frozen, frozen_weights
 from fd_large.engine.job import FrozenPart, Job
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
-from fd_large.errors import FDError, check_all
+from fd_large.errors import ConfigError, FDError, check_all
 from fd_large.recipes.run import ONLY, Run
 from fd_large.runtime.hooks import Hook
 from fd_large.tasks.distillation import cached_teacher, recipe_targets, target_statistics
@@ -669,7 +669,12 @@ class DistillationJob(Job):
         size = self._sides[name].get(
             self.run.data.image_size, self._settled.taught_by[name].teacher_image_size
         )
-        assert isinstance(size, int)
+        if not isinstance(size, int):
+            field = f"teachers.{name}" if name else "objective"
+            raise ConfigError(
+                f"{field}.teacher_image_size: not known of this run; got {size!r}, expected a side "
+                "in pixels, which a run records. Name the teacher by its own source instead."
+            )
         return size
 
     def in_one_process(self) -> Run:

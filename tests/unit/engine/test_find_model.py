@@ -15,7 +15,7 @@ from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.checkpoint import store
 from fd_large.cli import weights
-from fd_large.engine.find_model import find_model, with_own_labels
+from fd_large.engine.find_model import find_model, slug, with_own_labels
 from fd_large.engine.student import make_student
 from fd_large.errors import ConfigError, FDError
 from fd_large.recipes.architectures import overrides, resolve
@@ -188,3 +188,9 @@ def test_the_teacher_of_a_stored_run_is_not_asked_for(distillation, tmp_path):
 def test_what_is_not_there_is_named(distillation, source, named):
     with pytest.raises(FDError, match=named):
         find_model(source.replace("RUN", str(distillation[0])), job_of)
+
+
+@pytest.mark.parametrize("label", ["..", ".", "", "/", "../.."])
+def test_a_folder_that_is_named_after_a_label_is_one(label):
+    assert slug(label).strip(".")
+    assert "/" not in slug(label)

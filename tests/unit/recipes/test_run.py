@@ -232,6 +232,28 @@ def test_a_named_student_begins_as_the_recipes_own():
     assert vit.student == Student(model="vit_base_patch16", drop_path_rate=0.0)
 
 
+@pytest.mark.parametrize(
+    "name", ["../shared_run", "/tmp/run", "a/b", "a\\b", "..", ".", ".hidden", "a\nb", "a\0", " a"]
+)
+def test_names_are_no_paths(name):
+    """Folders are made of them: runs/NAME, where a foreign recipe would choose another."""
+    with pytest.raises(ConfigError, match=r"^name: not a name"):
+        replace(a_run(), name=name)
+    stored = a_run().to_dict()
+    stored["runtime"]["name"] = name
+    with pytest.raises(ConfigError, match=r"^runtime\.name: not a name"):
+        Run.from_dict(stored)
+    with pytest.raises(ConfigError, match=r": not a name"):
+        of_students(students={name: NamedStudent(model="vit_base_patch16")})
+
+
+def test_a_run_needs_a_name_and_a_service_does_not():
+    with pytest.raises(ConfigError, match=r"^name: not a name"):
+        replace(a_run(), name="")
+    assert a_run().runtime.name == ""
+    assert replace(a_run(), name="mine 2.0-b").run_dir() == "runs/mine 2.0-b"
+
+
 def test_what_is_wrong_of_a_student_names_it():
     with pytest.raises(ConfigError, match=r"^students\.Big: not a name"):
         of_students(students={"Big": NamedStudent(model="vit_base_patch16")})
