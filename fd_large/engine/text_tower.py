@@ -8,7 +8,7 @@ Source: Radford et al. (CLIP), arXiv 2103.00020, section 3.1.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fd_large.backbones.transformers.kinds import TEXT_KINDS, fields_of_kind, library
 from fd_large.errors import ConfigError, WeightsError, first_line
-from fd_large.files import kind_of
+from fd_large.files import kind_of, parse_json
+from fd_large.recipes.family import is_plain
 from fd_large.weights.locate import HUB, OPEN_CLIP
 from fd_large.weights.read import Tensors, read, read_json
 
@@ -124,19 +125,64 @@ def _tower(source: str) -> tuple[Callable[[list[str]], Tensor], float]:
 def _of_open_clip(source: str) -> tuple[Callable[[list[str]], Tensor], float]:
     import open_clip
 
-    name, _, tag = source.removeprefix(OPEN_CLIP).partition("/")
     if not source.startswith(OPEN_CLIP):
-        name, tag = f"local-dir:{source}", ""
-    model: Any = open_clip.create_model(name, pretrained=tag or None).eval()
+        return _of_open_clip_folder(open_clip, Path(source))
+    name, _, tag = source.removeprefix(OPEN_CLIP).partition("/")
+    if (name, tag) not in open_clip.list_pretrained():  # Else a folder or repository, or a file.
+        raise ValueError(f"no weights {tag!r} of a model {name!r}")
+    model: Any = open_clip.create_model(name, pretrained=tag).eval()
     tokenizer = open_clip.get_tokenizer(name)
     del model.visual
+    return lambda texts: model.encode_text(tokenizer(texts)), model.logit_scale.exp().item()
+
+
+# What stands for the image tower, which is not built as the folder says.
+_NO_VISION = {"image_size": 32, "patch_size": 32, "layers": 1, "width": 64}
+
+
+def _of_open_clip_folder(package: Any, folder: Path) -> tuple[Callable[[list[str]], Tensor], float]:
+    """A folder's own text tower, of open_clip's class and of tensors that we have read.
+
+    The configuration gives sizes and the like, and no names: those of a model or a tokenizer of the
+    hub would be fetched, and built as that one's files say.
+    """
+    config = read_json(folder / _SIDECAR, where=_WHERE)["model_cfg"]
+    text, cleaned = dict(config["text_cfg"]), {}
+    if "clean" in (kwargs := text.pop("tokenizer_kwargs", None) or {}):
+        cleaned = {"clean": str(kwargs["clean"])}
+    fields = {field.name for field in dataclasses.fields(package.CLIPTextCfg)}
+    unknown = [
+        name
+        for name, value in text.items()
+        if value is not None
+        and (
+            name not in fields
+            or name.startswith(("hf_", "tokenizer"))
+            or not is_plain(value, counts_blocks=name == "layers")
+        )
+    ]
+    if unknown:
+        raise ValueError(f"text_cfg: {', '.join(unknown)}, which no tower of a folder may have")
+    tensors = read(folder, where=_WHERE)
+    kind = package.CustomTextCLIP if "text.token_embedding.weight" in tensors else package.CLIP
+    arguments = (int(config["embed_dim"]), _NO_VISION, text, bool(config.get("quick_gelu")))
+    with torch.device("meta"):
+        wanted = kind(*arguments).state_dict()
+    shapes = {key: tuple(t.shape) for key, t in wanted.items() if not key.startswith("visual.")}
+    unlike = [k for k, shape in shapes.items() if k not in tensors or tensors.shape(k) != shape]
+    if unlike:
+        raise ValueError(f"tensors that do not fit {_SIDECAR}: {', '.join(unlike[:3])}")
+    model: Any = kind(*arguments).eval()  # Only now, as large as the file.
+    model.load_state_dict({key: tensors[key].float() for key in shapes}, strict=False)
+    del model.visual
+    tokenizer = package.SimpleTokenizer(context_length=model.context_length, **cleaned)
     return lambda texts: model.encode_text(tokenizer(texts)), model.logit_scale.exp().item()
 
 
 def _of_transformers(source: str) -> tuple[Callable[[list[str]], Tensor], float]:
     folder = _fetched(source.removeprefix(HUB)) if source.startswith(HUB) else Path(source)
     package = library(_WHERE)
-    if not (folder / "config.json").is_file():
+    if kind_of(folder / "config.json", where=_WHERE) != "file":
         raise ValueError("no folder with config.json")
     config = read_json(folder / "config.json", where=_WHERE)
     name = config.get("model_type") if isinstance(config, dict) else None
@@ -187,7 +233,7 @@ def _text_model(package: Any, name: str, config: dict[str, Any], tensors: Tensor
     own = config.get(kind.nested) or {}
     text = {**own, **repeated} if isinstance(repeated, dict) else own
     fields, _ = fields_of_kind(kind, {kind.nested: text}, _WHERE)
-    values = json.loads(fields)
+    values = parse_json(fields)
     if name == "clip":
         values["projection_dim"] = tensors.shape("text_projection.weight")[0]
     settings = getattr(package, kind.config)(**values, attn_implementation="sdpa")
@@ -226,7 +272,7 @@ def _plain_name(key: str) -> str:
 def _tokenizer(package: Any, folder: Path) -> Any:
     """Returns the folder's tokenizer, if it is of one of the published models' classes."""
     file = folder / "tokenizer_config.json"
-    config = read_json(file, where=_WHERE) if file.is_file() else {}
+    config = read_json(file, where=_WHERE) if kind_of(file, where=_WHERE) else {}
     stated = config.get("tokenizer_class") if isinstance(config, dict) else config
     if stated is not None and stated not in _TOKENIZERS:
         raise ValueError(f"tokenizer_class {str(stated)[:50]!r}, known: {', '.join(_TOKENIZERS)}")

@@ -161,3 +161,52 @@ def test_a_release_of_transformers_with_known_holes_is_refused(tmp_path, monkeyp
     monkeypatch.setattr(transformers, "__version__", "5.2.0")
     with pytest.raises(VersionError, match=r"5\.2\.0"):
         classes_of(str(tmp_path), NAMES, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hf_model_name": "evil/model"},
+        {"hf_tokenizer_name": "evil/tokenizer"},
+        {"tokenizer_mode": "syntax"},
+        {"layers": 10**9},
+        {"width": 24},
+        {"vocab_size": 10**9},
+        {"act_kwargs": {"evil": {}}},
+        {"unheard_of": 1},
+    ],
+    ids=str,
+)
+def test_a_folder_of_open_clip_names_nothing_to_fetch(tmp_path, change):
+    tiny_clip.open_clip_model(tmp_path / "clip")
+    file = tmp_path / "clip" / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["text_cfg"] |= change
+    file.write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="no text tower"):
+        classes_of(str(tmp_path / "clip"), NAMES, PROMPTS)
+
+
+def test_the_image_tower_of_a_folder_is_not_built(tmp_path):
+    tiny_clip.open_clip_model(tmp_path / "clip")
+    plain = classes_of(str(tmp_path / "clip"), NAMES, PROMPTS)
+    file = tmp_path / "clip" / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["vision_cfg"] = {"timm_model_name": "hf-hub:evil/model"}
+    file.write_text(json.dumps(config))
+    classes_of.cache_clear()
+    assert torch.equal(classes_of(str(tmp_path / "clip"), NAMES, PROMPTS).vectors, plain.vectors)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:evil/model", "local-dir:/evil/model", "ViT-B-32//a.pt"])
+def test_open_clip_takes_names_of_its_own_table_alone(name):
+    with pytest.raises(WeightsError, match="no text tower"):
+        classes_of(f"open_clip:{name}", NAMES, PROMPTS)
+
+
+@pytest.mark.parametrize("text", ["[]", "7", "{}", '{"model_cfg": 3}', "[" * 100_000])
+def test_a_damaged_configuration_of_open_clip_is_a_sentence(tmp_path, text):
+    tiny_clip.open_clip_model(tmp_path / "clip")
+    (tmp_path / "clip" / "open_clip_config.json").write_text(text)
+    with pytest.raises(WeightsError):
+        classes_of(str(tmp_path / "clip"), NAMES, PROMPTS)
