@@ -15,6 +15,7 @@ from fd_large.checkpoint import store
 from fd_large.checkpoint.lease import Lease
 from fd_large.checkpoint.read import Reader, newest_sound, on_main
 from fd_large.checkpoint.write import Saver, in_words
+from fd_large.data.bad_images import BadCount
 from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero import state
 from fd_large.engine.zero.engine import Engine
@@ -45,6 +46,8 @@ class Checkpoints:
         evaluated: Whether the evaluation due at the restored checkpoint was made.
         stored_time_box: State of the time box in the restored checkpoint; None: it has none.
         time_box: The time box whose state is stored; None: there is none.
+        bad_images: Images of this start and of earlier ones that could not be used, over all ranks,
+            as of the restored checkpoint; the trainer counts on.
         stored_recipe: The recipe of the restored checkpoint; empty where there is none.
     """
 
@@ -79,6 +82,7 @@ class Checkpoints:
         self.evaluated = True
         self.stored_time_box: dict[str, Any] | None = None
         self.time_box: TimeBox | None = None
+        self.bad_images = BadCount(0, 0)
         self.stored_recipe: dict[str, Any] = {}
 
     @property
@@ -148,6 +152,7 @@ class Checkpoints:
             "update": step,
             "optimizer_steps": self.optimizer_steps,
             "evaluated": evaluated,
+            "bad_images": list(self.bad_images),
             "ema": state.has_average(self._engine),
             "moments": list(kept_by(self._engine.gate.inner).moments),
             "samples": step * self._global_batch_size,
@@ -291,6 +296,7 @@ class Checkpoints:
         self.evaluated = manifest.get("evaluated", True)
         self.stored_time_box = manifest.get("time_box")
         self.stored_recipe = manifest.get("recipe", {})
+        self.bad_images = BadCount(*manifest.get("bad_images", (0, 0)))
 
         def restore() -> None:
             state.restore(

@@ -138,7 +138,7 @@ class Trainer:
         self._save_owed = False
         # Whether the last step moved the weights on, and no roll-back undid it.
         self._moved_on = True
-        self._bad_images = BadImages()
+        self._bad_images, self._bad_before = BadImages(), checkpoints.bad_images
         self._improved = self.stopped_early = False
         # At most one is pending; beside it stand the steps that it followed.
         self._pending: tuple[int, Pending] | None = None
@@ -376,10 +376,7 @@ class Trainer:
         evaluates = any(one.due(finished, last) for one in self._evaluations)
         too_bad = None
         if last or finished % plan.count_bad_every == 0:
-            tried = distributed.sum_tensor(torch.tensor(self._bad_images.count))
-            too_bad = agreed_error(
-                BadCount(*tried.tolist()), plan.max_bad_fraction, self._bad_images.names
-            )
+            too_bad = agreed_error(self._count_bad(), plan.max_bad_fraction, self._bad_images.names)
         self._save_owed |= agreed.save or self._checkpoints.due(finished, plan.steps_per_epoch)
         # Not in a row of refused steps: a good checkpoint is what they may be rolled back to.
         due = self._save_owed and not agreed.update.skipped
@@ -387,7 +384,7 @@ class Trainer:
         # Before the evaluation: what fails in it, on whatever rank, costs no step, and the next
         # start makes up for it.
         if saves:
-            self._save(evaluated=not evaluates)
+            self._save(evaluated=not evaluates, counts_anew=too_bad is not None)
         if too_bad:
             self._checkpoints.settle()
             raise too_bad
@@ -404,6 +401,11 @@ class Trainer:
                 self._after_evaluation(saved=saves)
         elif not saves:
             self._save(evaluated=False)
+
+    def _count_bad(self) -> BadCount:
+        """Returns how many images could not be used since the run began, over all ranks."""
+        own = distributed.sum_tensor(torch.tensor(self._bad_images.count)).tolist()
+        return BadCount(*(now + then for now, then in zip(own, self._bad_before, strict=True)))
 
     def _after_evaluation(self, *, saved: bool) -> None:
         """Keeps the checkpoint of the best evaluation; ends the run once patience is exhausted.
@@ -434,12 +436,20 @@ class Trainer:
             self._evaluate(last=True)
 
     @step_clock.standing()
-    def _save(self, *, evaluated: bool) -> None:
+    def _save(self, *, evaluated: bool, counts_anew: bool = False) -> None:
+        """Starts to write the state.
+
+        Args:
+            evaluated: Whether the evaluation that is due, if any, was made.
+            counts_anew: Whether a start from it forgets which images could not be used: whoever
+                makes it was told of them.
+        """
         verdict = Verdict.all_of(hook.on_save(self._finished) for hook in self._hooks)
         if verdict.stop:
             self._status = verdict.stop
             return
         self._save_owed = False
+        self._checkpoints.bad_images = BadCount(0, 0) if counts_anew else self._count_bad()
         # A good checkpoint is what a row of refused steps may be rolled back to.
         seconds = self._checkpoints.save(self._finished, evaluated=evaluated, prunes=self._moved_on)
         self._report_saved(seconds)

@@ -268,8 +268,9 @@ class Data:
     # every 128 images. Student and teachers see the mix.
     image_mixup: bool = False
     # Largest fraction of images that may be unusable, in [0, 1). Unusable images are skipped and
-    # named; above this fraction of the images tried (counted as at least 1000) the run stops and
-    # lists them. 0 stops the run at the first one.
+    # named; above this fraction of the images tried (counted as at least 1000, over all starts of
+    # the run) the run stops and lists them; the next start counts anew. 0 stops the run at the
+    # first one.
     max_bad_fraction: float = 0.01
     # Largest number of pixels of an image. Larger images are skipped like damaged ones, before they
     # take memory. The default is 8192 x 8192, which takes up to 0.9 GB while it is decoded.

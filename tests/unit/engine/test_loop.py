@@ -419,6 +419,37 @@ def test_too_many_images_that_cannot_be_used_end_the_run_after_a_save(start):
         run.train()
     assert caught.value.agreed
     assert run.hook.notes == ["save 2"]
+    # Whoever starts it again has read of them.
+    assert start().trainer._bad_before == (0, 0)
+
+
+def test_images_that_cannot_be_used_are_counted_over_starts(start):
+    def broken(run):
+        run.trainer._plan = run.trainer._plan._replace(max_bad_fraction=0.003, count_bad_every=2)
+        sound = run.batches
+        run.batches = lambda *place: (replace(b, bad=("a.png: broken",)) for b in sound(*place))
+        return run
+
+    first = broken(start(wish={1: Wish(stop=True)}))
+    assert first.train() == "preempted"
+    again = broken(start())
+    assert again.trainer._bad_before.num_bad == 2
+    # Three of a thousand may be broken; the third and fourth come in the second start.
+    with pytest.raises(DataError, match=r"got 4 of"):
+        again.train()
+
+
+def test_a_checkpoint_without_such_a_count_is_resumed(start, tmp_path):
+    run = start(wish={1: Wish(stop=True)})
+    begin = run.checkpoints._saver.begin
+    dropped = {"bad_images"}
+    run.checkpoints._saver.begin = lambda manifest, *rest, **more: begin(
+        {name: value for name, value in manifest.items() if name not in dropped}, *rest, **more
+    )
+    run.train()
+    (manifest,) = tmp_path.rglob("manifest.json")
+    assert "bad_images" not in json.loads(manifest.read_text())
+    assert start().trainer._bad_before == (0, 0)
 
 
 def test_a_failed_save_is_said_by_the_status(start, monkeypatch):
