@@ -25,6 +25,7 @@ from fd_large.processes import check_workers
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
 from fd_large.recipes.run import Run
+from fd_large.recipes.stored import require_same_settings
 from fd_large.runtime import terminal
 
 
@@ -129,6 +130,8 @@ def train_run(
         FDError: The user's mistake, or another rank that has ended.
     """
     require_apart(run, fresh=fresh)
+    if not fresh:
+        require_same_settings(run)
     with owning(run.run_dir()) as lease:
         with activity.work("loading DeepSpeed"), imports.for_good("deepspeed"):
             from fd_large import distributed, failures

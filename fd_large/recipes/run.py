@@ -174,6 +174,15 @@ _TEACHERS_NAME = re.compile(r"[a-z][a-z0-9_]*(?<!_summary)")
 # RUN#NAME means something else already.
 _TAKEN = ("student", "scratch", "projector")
 
+# What a job may complete once weights are open (`Job.settle`); a run's folder holds it completed.
+_COMPLETED_BY_WEIGHTS = (
+    "student",
+    "teacher",
+    "task.",
+    "objective.interpolation",
+    "objective.teacher_image_size",
+)
+
 # What decides the length of a run and of its schedule.
 LENGTH = ("optim.epochs", "optim.max_steps", "optim.max_seconds")
 
@@ -415,6 +424,20 @@ class Run:
             name: values
             for name, values in found.items()
             if not any(fnmatchcase(name, pattern) for pattern in free)
+        }
+
+    def changes_before_weights(self, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Returns those of `changes_since` that show before the run's weights complete its recipe.
+
+        Args: As `changes_since`.
+        """
+        if self.task.name not in TASKS:  # A job of the user's own may complete any field.
+            return {}
+        found = self.changes_since(stored)
+        return {
+            name: values
+            for name, values in found.items()
+            if name == "task.name" or not name.startswith(_COMPLETED_BY_WEIGHTS)
         }
 
     def code(self) -> dict[str, str]:

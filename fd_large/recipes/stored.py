@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, FDError
 from fd_large.files import kind_of, read_json
 from fd_large.recipes.file_names import CHECKPOINTS, RECIPE
 from fd_large.recipes.run import Run
@@ -62,3 +64,35 @@ def read_recipe(folder: str | Path, *, where: str) -> Run:
         raise ConfigError(
             f"{where}: {path}: cannot be read; got {error}, expected what the run wrote. {_REMEDY}"
         ) from error
+
+
+def require_same_settings(run: Run) -> None:
+    """Refuses a run whose folder holds one with other settings, as far as shows without weights.
+
+    A folder that cannot be read is passed over: whoever enters it says why.
+
+    Raises: ConfigError: naming the fields.
+    """
+    path = Path(run.run_dir()) / RECIPE
+    try:
+        stored = read_json(path, where="--runtime.run_dir", holds=dict)
+        changes = run.changes_before_weights(stored)
+    except (FDError, AttributeError):
+        return
+    # Runs of one student and of several are told apart by whoever enters the folder.
+    if changes and bool(stored.get("students")) == bool(run.students):
+        raise other_settings(path.parent, changes)
+
+
+def other_settings(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> ConfigError:
+    """Returns the error for a folder that holds a run with other settings.
+
+    Args:
+        folder: Folder of the run.
+        changes: {field: (value there, value now)}.
+    """
+    changed = "; ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in changes.items())
+    return ConfigError(
+        f"{folder}: holds a run with other settings; got {changed}, expected the same. Set "
+        "--runtime.run_dir to another folder, or --fresh to start over here."
+    )

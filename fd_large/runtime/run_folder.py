@@ -27,6 +27,7 @@ from fd_large.recipes.file_names import (
     is_run,
 )
 from fd_large.recipes.row_files import Line, lines_of, numbers_of
+from fd_large.recipes.stored import other_settings
 
 log = logging.getLogger(__name__)
 
@@ -136,11 +137,7 @@ def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
                 "command that began them; or set --runtime.run_dir to another folder."
             )
         if found:
-            changed = "; ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in found.items())
-            raise ConfigError(
-                f"{folder}: holds a run with other settings; got {changed}, expected the same. "
-                f"{remedy}"
-            )
+            raise other_settings(folder, found)
     elif not is_run(folder) and (
         foreign := [name for name in OVERWRITTEN if _holds_something(folder / name)]
     ):

@@ -8,7 +8,7 @@ import pytest
 
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
-from fd_large.recipes.stored import read_recipe, run_of_checkpoint
+from fd_large.recipes.stored import read_recipe, require_same_settings, run_of_checkpoint
 
 
 def test_a_stored_recipe_is_the_same_run(tmp_path):
@@ -40,3 +40,23 @@ def test_the_folder_of_several_students_names_theirs(tmp_path):
     with pytest.raises(ConfigError, match=rf"several students.* Name {tmp_path}/students/a\."):
         read_recipe(tmp_path, where="export")
     assert read_recipe(tmp_path / "students" / "a", where="export").name == "quickstart"
+
+
+def test_other_settings_are_told_before_weights_are_open(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    here = {"runtime.run_dir": str(folder)}
+    run = registry.get("quickstart").with_fields(here)
+    # As a run stores it: completed by its weights.
+    numbers = {"objective.interpolation": "none", "objective.teacher_image_size": 0}
+    settled = run.with_fields(numbers)
+    (folder / "recipe.json").write_text(json.dumps(settled.to_dict()))
+    require_same_settings(run)
+    require_same_settings(run.with_fields({"runtime.log_every": 3}))
+    for field, value in {"runtime.seed": 5, "optim.base_lr": 1.0, "objective.loss": "l1"}.items():
+        with pytest.raises(ConfigError, match=rf"holds a run with other settings.*{field} "):
+            require_same_settings(run.with_fields({field: value}))
+    # Whoever enters the folder says what is wrong with it.
+    (folder / "recipe.json").write_text("null")
+    require_same_settings(run.with_fields({"runtime.seed": 5}))
+    require_same_settings(run.with_fields({"runtime.run_dir": str(tmp_path / "new")}))
