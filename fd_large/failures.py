@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Protocol
 from fd_large import processes
 from fd_large.errors import Exit, FDError, without_secrets
 from fd_large.files import kind_of, parse_json, write_json
-from fd_large.launch import find_rank
+from fd_large.launch import find_rank, is_first_of_node
 from fd_large.processes import briefly
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ EXITS_FOLDER = "FD_LARGE_EXITS"
 LONGEST_WAIT_SECONDS = 1800.0
 """How long a collective waits for a rank before it fails."""
 SECONDS_BETWEEN_LOOKS = 1.0
+_GONE = "it, or the node that it ran on, is gone"
 GRACE_SECONDS = 5.0
 """In which the main thread may end by itself, with a message and an exit code of its own."""
 SECONDS_TO_CONNECT_AGAIN = 5.0
@@ -167,10 +168,14 @@ class Watch:
                 return
 
     def heard(self) -> Ending | None:
-        """Returns why the ranks end, if the store says so by now."""
-        with suppress(RuntimeError):
-            if self._store is not None and self._store.check([_END]):
+        """Returns why the ranks end, if the store says so by now, or is gone itself."""
+        if self._store is None:
+            return None
+        try:
+            if self._store.check([_END]):
                 return _ending_of(self._store.get(_END))
+        except RuntimeError:  # The store was rank 0's.
+            return Ending(0, Exit.LOST, _GONE)
         return None
 
     def _look(self) -> Ending | None:
@@ -181,7 +186,7 @@ class Watch:
         with suppress(RuntimeError):
             self._store = self._connect(SECONDS_TO_CONNECT_AGAIN)
             return self._ending()
-        return Ending(0, Exit.LOST, "it, or the node that it ran on, is gone")
+        return Ending(0, Exit.LOST, _GONE)
 
     def _ending(self) -> Ending | None:
         store = self._store
@@ -235,8 +240,8 @@ class Watch:
     def _last_words(self, ending: Ending) -> None:
         reason = str(ending)
         write_exit_file(code_after(ending), reason)
-        # The terminal shows what rank 0 says, and no other rank.
-        extra = {"file_only": self._rank != 0}
+        # The terminal shows what rank 0 says, and another rank only where it cannot.
+        extra = {"file_only": self._rank != 0 and not speaks_for(ending)}
         log.error("rank %d ends, since %s", self._rank, reason, extra=extra)
         # A hung rank's watchdog writes its own.
         for write in last_words if ending.code != Exit.AGAIN else ():
@@ -256,6 +261,20 @@ def _ending_of(text: bytes) -> Ending:
 def code_after(ending: Ending | None) -> Exit:
     """Returns the exit code of a rank that ends because of another's."""
     return Exit.AGAIN if ending is not None and ending.code == Exit.AGAIN else Exit.LOST
+
+
+def speaks_for(ending: Ending | None) -> bool:
+    """Returns whether this rank tells the terminal of the end of rank 0, which speaks for all.
+
+    That is rank 1, and the first rank of each node: with rank 0 its whole node may be gone.
+
+    Args:
+        ending: Why the ranks end, if that is known.
+    """
+    rank = find_rank()
+    if ending is None or ending.rank != 0 or rank == 0:
+        return False
+    return rank == 1 or is_first_of_node()
 
 
 last_words: list[Callable[[str], None]] = []

@@ -151,12 +151,13 @@ def train_run(
             if not distributed.peer_is_gone(error):
                 raise
             lost = failures.heard()
-            said = f"rank {lost.rank} says: {lost.reason}" if lost else "its own message says why"
+            said = str(lost) if lost else "its own message says why"
             lost_rank = LostRankError(
                 "train: another rank has ended; got a closed connection, expected an answer "
                 f"({said}). Start the same command again once that is fixed."
             )
             lost_rank.exit_code = failures.code_after(lost)
+            lost_rank.rank_local = failures.speaks_for(lost)
             raise lost_rank from error
         if then and code == 0 and distributed.is_main():
             for one in run.each_student().values():

@@ -34,3 +34,14 @@ def test_peers_in_a_collective_that_never_returns_end(
     assert f"rank 0 ends, since {told}" in outputs[0]
     codes = {path.name: json.loads(path.read_text())["code"] for path in tmp_path.iterdir()}
     assert codes == {"rank_0.json": 1} | ({"rank_2.json": 2} if code == 2 else {})
+
+
+def test_one_rank_speaks_for_rank_0_that_was_killed() -> None:
+    started = start_ranks(PROGRAM, "first", ranks=3)
+    try:
+        codes = [process.wait(60) for process in started.processes]
+    finally:
+        outputs = started.kill()
+    assert codes == [-signal.SIGKILL, 1, 1]
+    told = ["rank 0 has failed" in output for output in outputs]
+    assert told == [False, True, False]

@@ -293,3 +293,28 @@ def test_a_neighbour_that_is_named_by_no_rank_is_not_watched(text: str) -> None:
     until(lambda: not ranks.watches[0]._neighbours or ranks.left, 20, "the neighbour is left out")
     assert ranks.left == {}
     ranks.watches[0].stop()
+
+
+@pytest.mark.parametrize(
+    ("lost", "rank", "local_rank", "speaks"),
+    [(0, 1, 1, True), (0, 2, 2, False), (0, 8, 0, True), (0, 9, 1, False), (2, 1, 1, False)],
+)
+def test_one_rank_of_a_node_speaks_for_rank_0(
+    lost: int, rank: int, local_rank: int, speaks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert failures.speaks_for(failures.Ending(lost, 1, "")) is speaks
+    assert failures.speaks_for(None) is False
+
+
+def test_a_store_that_is_gone_is_heard_of_as_the_end_of_rank_0() -> None:
+    ranks = Ranks(2).start()
+    watch = ranks.watches[1]
+    until(lambda: watch._store is not None, 20, "rank 1 watches")
+    assert watch.heard() is None
+    ranks.store.gone = True
+    heard = watch.heard()
+    assert heard is not None
+    assert (heard.rank, heard.code) == (0, Exit.LOST)
+    assert ranks.ended() == {0: 1, 1: 1}
