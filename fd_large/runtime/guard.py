@@ -122,14 +122,27 @@ class _Past:
     Attributes:
         accepted: The last accepted steps that the present weights descend from.
         refused: The refused steps since the last accepted one.
-        roll_backs: How often the run was taken back.
-        restored: Steps of the state that it was taken back to, while no step was accepted since.
+        roll_backs: Step after which the run was taken back (from 0) -> steps of the state it took.
+        restored: Steps of the state that it was last taken back to, while no step was accepted
+            since.
     """
 
     accepted: deque[Values]
     refused: list[int]
-    roll_backs: int
+    roll_backs: dict[int, int]
     restored: int | None = None
+
+    @property
+    def at_most(self) -> int:
+        """Steps of the newest state that is worth a return."""
+        if self.restored is None:
+            return self.refused[0]
+        # What the last return took was no better; nor is what is a copy of it, as the checkpoint
+        # that is saved at once after a return.
+        step = self.restored
+        while (copied := self.roll_backs.get(step - 1)) is not None:
+            step = copied
+        return step - 1
 
     def add(self, update: int, loss: float, norm: float, *, skipped: bool) -> None:
         if skipped:
@@ -148,12 +161,12 @@ def past_of(rows: Iterable[Mapping[str, Any]], roll_backs: Mapping[int, int]) ->
         rows: Rows of metrics.jsonl.
         roll_backs: See `roll_backs_of`.
     """
-    past = _Past(deque(), [], 0)
+    past = _Past(deque(), [], {})
     for row in rows:
         update = row["update"]
         past.add(update, row["loss"], row["grad_norm"], skipped=row.get("skipped", False))
         if (restored := roll_backs.get(update)) is not None:
-            past.roll_backs += 1
+            past.roll_backs[update] = restored
             past.refused.clear()
             past.restored = restored
             past.accepted = deque(item for item in past.accepted if item[0] < restored)
@@ -259,12 +272,9 @@ class Guard(Hook):
             return None
         # A broken state at the last step leaves no step to go on with: the next start makes the
         # ones since the last checkpoint again.
-        if past.roll_backs < limits.roll_backs and not (
-            broken and update.index + 1 == update.total
-        ):
-            # What the last roll-back took was no better.
-            further = past.restored
-            return Verdict(roll_back=past.refused[0] if further is None else further - 1)
+        count = len(past.roll_backs)
+        if count < limits.roll_backs and not (broken and update.index + 1 == update.total):
+            return Verdict(roll_back=past.at_most)
         if distributed.is_main():
             log.error(
                 "guard: the run ends: %s, and it was taken back %d time%s before "
@@ -274,15 +284,16 @@ class Guard(Hook):
                 if broken
                 else f"steps {past.refused[0] + 1} to {update.index + 1} were refused one after "
                 "the other",
-                past.roll_backs,
-                "" if past.roll_backs == 1 else "s",
+                count,
+                "" if count == 1 else "s",
                 self._incidents,
             )
         return Verdict(stop=GUARD)
 
     def on_roll_back(self, update: Update, restored: int) -> None:
         """Forgets what the abandoned steps have shown, and records it for a resume."""
-        roll_backs, refused = self._past.roll_backs + 1, len(self._past.refused)
+        roll_backs = {**self._past.roll_backs, update.index: restored}
+        refused = len(self._past.refused)
         folder = of_step(self._incidents, update.index + 1)
         self._incident["restored"] = restored
         if distributed.is_main():
@@ -295,7 +306,7 @@ class Guard(Hook):
                 "again, and the run goes on with the next data (roll-back %d of %d)",
                 "the state is not finite" if self._broken else f"{refused} refused in a row",
                 restored,
-                roll_backs,
+                len(roll_backs),
                 self._limits.roll_backs,
             )
         self._past = self._read(restored)
