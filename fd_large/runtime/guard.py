@@ -140,7 +140,7 @@ class _Past:
         # What the last return took was no better; nor is what is a copy of it, as the checkpoint
         # that is saved at once after a return.
         step = self.restored
-        while (copied := self.roll_backs.get(step - 1)) is not None:
+        while (copied := self.roll_backs.get(step - 1, step)) < step:
             step = copied
         return step - 1
 
