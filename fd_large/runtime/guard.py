@@ -395,7 +395,7 @@ def roll_backs_of(incidents: Path) -> dict[int, int]:
         except (FDError, KeyError) as error:
             log.warning("%s: cannot be read: %s", folder / INCIDENT, error)
             continue
-        if restored is not None:
+        if isinstance(restored, int):
             found[_index(folder)] = restored
     return found
 

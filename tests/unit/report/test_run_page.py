@@ -25,7 +25,9 @@ def test_what_it_says(make_run):
         incident = folder / f"incidents/update_{number:08d}"
         incident.mkdir(parents=True)
         off = [{"what": "loss", "value": 1e4}, {"what": "gradient norm", "value": "nan"}]
+        broken = [{"rank": 3, "kind": "exp_avg", "tensor": "student.norm.weight"}]
         found = {"index": number - 1, "off": off, "restored": restored}
+        found |= {"state_not_finite": broken} if restored else {}
         (incident / "incident.json").write_text(json.dumps(found))
     (folder / "pictures" / "worst.png").write_bytes(b"")
     Image.new("RGB", (40, 30)).save(folder / "pictures" / "worst.png")
@@ -34,7 +36,12 @@ def test_what_it_says(make_run):
     for told in (
         *("fd_swinv2_base", "done", "60", "0.4300", "0.830 of the baseline"),
         *("optim.base_lr", "0.123", "teacher.pth", "swinv2_base", "worst.png"),
-        *("loss 1e+04, gradient norm nan", "skipped, and back to step 5", "2 in all"),
+        *(
+            "loss 1e+04, gradient norm nan",
+            "exp_avg of student.norm.weight on rank 3",
+            "skipped, and back to step 5",
+            "2 in all",
+        ),
         "--deepspeed_config z.json",
     ):
         assert told in words, told

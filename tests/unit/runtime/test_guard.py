@@ -172,6 +172,19 @@ def test_a_roll_back_after_which_no_step_is_accepted_goes_further_back(started):
     assert taken == {5: 4, 7: 2, 10: 9, 12: 1}
 
 
+@pytest.mark.parametrize("restored", [6, 10**9, "5", [5], {}])
+def test_an_incident_that_names_no_older_state_hangs_nothing(started, tmp_path, restored):
+    hooks = started(skips=1, roll_backs=9)
+    for index in range(6):
+        one(hooks, update(index, NAN if index == 5 else 1.0))
+    for hook in hooks:
+        hook.on_save(6)
+    path = tmp_path / "incidents/update_00000006/incident.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"restored": restored}))
+    hooks = started(6, skips=1, roll_backs=9)
+    assert 0 <= one(hooks, update(6, NAN)).roll_back < 10**9
+
+
 def test_a_state_that_is_not_finite_is_taken_back_at_once_and_named(started, tmp_path, caplog):
     hooks = started(roll_backs=2)
     broken = [f"exp_avg.student.{number}" for number in range(guard_module.NAMED + 3)]
