@@ -26,6 +26,7 @@ EXTENSIONS = (
 )  # fmt: skip
 # No image within the limit of pixels comes near it; a file that does is read for nothing.
 MAX_FILE_BYTES = 1 << 29
+_LONGEST_NAME = 4096  # No file system takes a longer path.
 
 
 class ImageFolder:
@@ -161,6 +162,35 @@ def read_image(path: str) -> bytearray:
             f"{path}: cannot be read; got {error.strerror or error}, expected an image. "
             "Restore the file or remove it from the folder."
         ) from error
+
+
+def paths_below(name: str) -> Iterator[tuple[str, ...]]:
+    """Yields the parts of paths below a dataset's folder that a name in its files may mean.
+
+    A root and ".." are left out, so that no name means a file outside of the folder; links in it
+    are followed, as everywhere. The first folders of a name may not be on this disk: they are left
+    out one by one.
+    """
+    if len(name) > _LONGEST_NAME or "\0" in name:
+        return
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    for start in range(len(parts)):
+        yield tuple(parts[start:])
+
+
+def read_below(folder: str, name: str) -> bytearray:
+    """The bytes of an image that a dataset's file names, below the folder of that file.
+
+    Raises: DataError: if there is none, or it cannot be read.
+    """
+    for parts in paths_below(name):
+        path = os.path.join(folder, *parts)
+        if os.path.lexists(path):
+            return read_image(path)
+    raise DataError(
+        f"{folder}: an image that the dataset names is not there; got {name[:200]!r}, expected a "
+        "file below the folder. Put it there, or write the dataset with the images in it."
+    )
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

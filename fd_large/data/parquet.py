@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fd_large import meeting
 from fd_large.data.blocks import BlockImages, BlockWriter
-from fd_large.data.folder import read_image
+from fd_large.data.folder import MAX_FILE_BYTES, read_below
 from fd_large.data.objects import RANGE_BYTES, STREAMS, Stored, find, find_objects
 from fd_large.data.packages import PARQUET, is_url, listed, local_kind, name_of, require
 from fd_large.errors import DataError, FDError, first_line
@@ -66,6 +66,7 @@ class ParquetImages(BlockImages):
         with stored.open() as file:
             try:
                 table = pq.ParquetFile(file, pre_buffer=False, buffer_size=RANGE_BYTES)
+                _refuse_large_cells(stored, table.metadata.row_group(part), self._columns.image)
                 row = 0
                 for batch in table.iter_batches(
                     _ROWS, row_groups=[part], columns=[self._columns.image],
@@ -74,7 +75,11 @@ class ParquetImages(BlockImages):
                     for encoded, path in cells(batch.column(0)):
                         if encoded is None:
                             encoded = _beside(stored, path)
-                        writer.add(f"{part}/{row}".encode(), encoded)
+                        name, size = f"{part}/{row}".encode(), len(encoded)
+                        if size > MAX_FILE_BYTES:  # Whoever reads it is told its size.
+                            writer.note(name, 0, size)
+                        else:
+                            writer.add(name, encoded)
                         row += 1
             except Exception as error:  # Arrow's, on damaged bytes; a store's are FDErrors.
                 raise _damaged(stored, error) from error
@@ -167,13 +172,7 @@ def _looked_at(files: Sequence[Stored], where: str) -> _Table:
                 groups = []
                 for number in range(facts.num_row_groups):
                     group = facts.row_group(number)
-                    chunks = map(group.column, range(group.num_columns))
-                    size = sum(
-                        chunk.total_uncompressed_size
-                        for chunk in chunks
-                        if chunk.path_in_schema.split(".")[0] == columns.image
-                    )
-                    groups.append((group.num_rows, size))
+                    groups.append((group.num_rows, _bytes_of(group, columns.image)))
                 return columns, groups
         except Exception as error:  # Arrow's, on damaged bytes; a store's are FDErrors.
             raise _damaged(stored, error) from error
@@ -201,11 +200,28 @@ def _looked_at(files: Sequence[Stored], where: str) -> _Table:
     return _Table(*arrays, columns, digest.hexdigest())
 
 
+def _bytes_of(group: Any, column: str) -> int:
+    """The bytes of a column in a row group, not compressed."""
+    chunks = map(group.column, range(group.num_columns))
+    own = (chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
+    return sum(chunk.total_uncompressed_size for chunk in own)
+
+
+def _refuse_large_cells(stored: Stored, group: Any, column: str) -> None:
+    """Raises DataError if a cell must be larger than a file may be; it is not inflated for that."""
+    mean = _bytes_of(group, column) // max(1, group.num_rows)
+    if mean > MAX_FILE_BYTES:
+        raise DataError(
+            f"{stored.url}: a cell too large for an image; got {mean} bytes, expected at most "
+            f"{MAX_FILE_BYTES}. Leave it out of column {column}."
+        )
+
+
 def _beside(stored: Stored, path: str) -> bytes | bytearray:
     """An image that a local table has by its path alone; empty if there is none."""
     if path and not stored.is_remote:
         try:
-            return read_image(os.path.join(os.path.dirname(stored.url), path))
+            return read_below(os.path.dirname(stored.url), path)
         except DataError:
             pass
     return b""
@@ -214,6 +230,12 @@ def _beside(stored: Stored, path: str) -> bytes | bytearray:
 def _damaged(stored: Stored, error: Exception) -> Exception:
     if isinstance(error, FDError):
         return error
+    if isinstance(error, MemoryError):
+        return DataError(
+            f"{stored.url}: a row group that memory does not hold; got {first_line(error)}, "
+            f"expected images of at most {MAX_FILE_BYTES} bytes. Write it with fewer rows in a "
+            "group, leave it out, or start fewer loading processes."
+        )
     return DataError(
         f"{stored.url}: cannot be read as parquet; got {first_line(error)}, expected a whole file. "
         "Write or fetch it again, or leave it out."

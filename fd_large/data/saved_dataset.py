@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fd_large import meeting
-from fd_large.data.folder import read_image
+from fd_large.data.folder import MAX_FILE_BYTES, read_below
 from fd_large.data.packages import SAVED, local_kind, require
 from fd_large.errors import DataError, first_line
 
@@ -82,14 +82,17 @@ class SavedDataset:
         try:
             column = self._images()[index].column(0).combine_chunks()
             ((encoded, path),) = cells(column)
+            if encoded is not None and encoded.size > MAX_FILE_BYTES:
+                raise ValueError(f"a cell of {encoded.size} bytes")
+            found = None if encoded is None else encoded.to_pybytes()
         except Exception as error:  # The library's, on damaged files.
             raise DataError(
                 f"{self[index]}: cannot be read; got {first_line(error)}, expected an image. Save "
                 "the dataset again."
             ) from error
-        if encoded is None and path:
-            return read_image(os.path.join(self.root, path))
-        return b"" if encoded is None else encoded.to_pybytes()
+        if found is None and path:
+            return read_below(self.root, path)
+        return found or b""
 
     def _labels(self) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
         return meeting.once(f"labels of {self.root}", self._read_labels)

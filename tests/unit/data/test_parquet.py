@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fd_large.data import packages, sampler
+from fd_large.data import blocks, packages, parquet, sampler
 from fd_large.data.folder import ImageFolder
 from fd_large.data.labelled import open_labelled, open_split, training_part
 from fd_large.data.loader import ViewBatches, build_loader
@@ -158,12 +159,55 @@ def test_a_file_that_changed_is_not_read(tables):
 
 def test_an_image_beside_the_table_is_found_by_its_path(tmp_path, picture_folder):
     folder = ImageFolder(picture_folder)
-    rows = [{"bytes": None, "path": folder[0]}, {"bytes": None, "path": "gone.jpg"}]
+    shutil.copytree(picture_folder, tmp_path / "data" / "images")
+    name = os.path.relpath(folder[0], picture_folder)
+    (tmp_path / "private.png").write_bytes(b"private")
+    names = [
+        f"images/{name}",
+        # As it was where the dataset was written.
+        f"/home/of/others/images/{name}",
+        "gone.jpg",
+        "../private.png",
+        "images/../../private.png",
+        str(tmp_path / "private.png"),
+        f"/{tmp_path}/private.png",
+        "\0",
+        "a/" * 100_000,
+        "images",
+    ]
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    pq.write_table(pa.table({"image": pa.array(rows, kind)}), tmp_path / "x.parquet")
-    source = open_images(str(tmp_path))
-    assert source.read(0) == folder.read(0)
-    assert source.read(1) == b""
+    cells = pa.array([{"bytes": None, "path": name} for name in names], kind)
+    pq.write_table(pa.table({"image": cells}), tmp_path / "data" / "x.parquet")
+    source = open_images(str(tmp_path / "data"))
+    found = [bytes(source.read(index)) for index in range(len(names))]
+    assert found == [bytes(folder.read(0))] * 2 + [b""] * 8
+
+
+def test_a_cell_larger_than_a_file_may_be_is_no_image(tmp_path, monkeypatch):
+    for module in (blocks, parquet):
+        monkeypatch.setattr(module, "MAX_FILE_BYTES", 1000)
+    tables = {"mixed": [b"\0" * 5000, *[b"image"] * 9], "alone": [b"\0" * 5000]}
+    sources = {}
+    for name, cells in tables.items():
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({"image": cells}), path, compression="zstd", use_dictionary=False)
+        sources[name] = open_images(str(path))
+    for source in sources.values():
+        with pytest.raises(DataError, match=r"50[0-9][0-9] bytes"):
+            source.read(0)
+    assert sources["mixed"].read(1) == b"image"
+
+
+def test_a_row_group_that_memory_does_not_hold_is_told(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"image": [b"image"]}), tmp_path / "x.parquet")
+    source = open_images(str(tmp_path / "x.parquet"))
+
+    def full(*_, **__):
+        raise pa.lib.ArrowMemoryError("malloc of size 9 failed")
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", full)
+    with pytest.raises(DataError, match=r"malloc of size 9 failed.*fewer rows"):
+        source.read(0)
 
 
 def test_mistakes_are_one_sentence(tmp_path, tables, monkeypatch):

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 
 import pytest
 
-from fd_large.data import packages
+from fd_large.data import packages, saved_dataset
 from fd_large.data.folder import ImageFolder
 from fd_large.data.labelled import open_split
 from fd_large.data.loader import ViewBatches, build_loader
@@ -81,3 +82,25 @@ def test_mistakes_are_one_sentence(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install datasets"):
         open_images(f"{saved}/train")
+
+
+def test_no_file_outside_and_no_cell_larger_than_a_file_is_read(saved, tmp_path, monkeypatch):
+    (tmp_path / "private.png").write_bytes(b"private")
+    names = ["../private.png", str(tmp_path / "private.png"), f"/{tmp_path}/private.png"]
+    cells = [{"bytes": None, "path": name} for name in names]
+    cells.append({"bytes": b"1" * 5000, "path": None})
+    # Of an `Image`, the library itself would store the bytes.
+    cell = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    whole = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features(image=cell))
+    whole.save_to_disk(tmp_path / "own")
+    source = open_images(str(tmp_path / "own"))
+    for index in range(3):
+        with pytest.raises(DataError, match="private"):
+            source.read(index)
+    # The same name is found below the dataset.
+    shutil.copy(tmp_path / "private.png", tmp_path / "own")
+    assert source.read(1) == b"private"
+    assert source.read(3) == b"1" * 5000
+    monkeypatch.setattr(saved_dataset, "MAX_FILE_BYTES", 4999)
+    with pytest.raises(DataError, match="5000 bytes"):
+        source.read(3)

@@ -15,6 +15,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from fd_large.data.folder import paths_below
 from fd_large.data.listing import Add, Listing, filled, listed, settled
 from fd_large.errors import DataError
 from fd_large.files import kind_of
@@ -110,7 +111,7 @@ def _lines(path: str, where: str) -> list[tuple[str, str]]:
             if words[1] == NO_DEPTH:
                 without += 1
             else:
-                pairs.append((words[0].lstrip("/"), words[1].lstrip("/")))
+                pairs.append((_below(words[0]), _below(words[1])))
     if not pairs:
         raise DataError(
             f"{where}: an empty list; got no image with a depth file in {path}, expected lines "
@@ -119,6 +120,11 @@ def _lines(path: str, where: str) -> list[tuple[str, str]]:
     if without:
         log.info("%s: %d images of %s have no depth and are left out", where, without, path)
     return pairs
+
+
+def _below(name: str) -> str:
+    """The path below the dataset's folder that a name means; "" if it means none."""
+    return "/".join(next(paths_below(name), ()))
 
 
 def _found(

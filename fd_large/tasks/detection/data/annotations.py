@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large.data.folder import read_image
+from fd_large.data.folder import paths_below, read_image
 from fd_large.data.listing import Made, listed, settled
 from fd_large.errors import DataError
 from fd_large.files import kind_of
@@ -231,9 +230,7 @@ class _Files:
 
     def find(self, name: str) -> str | None:
         """Returns the path below the root; the first folders of `name` may not be on the disk."""
-        parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
-        for start in range(len(parts)):
-            *folders, last = parts[start:]
+        for *folders, last in paths_below(name):
             inside = os.path.join(self._folder, *folders)
             if last in self._listing(inside):
                 return os.path.join(inside, last)

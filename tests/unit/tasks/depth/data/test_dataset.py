@@ -46,6 +46,14 @@ def test_a_list_elsewhere_may_name_a_part(nyu, tmp_path):
     assert images[0].endswith("kitchen_0001a/rgb_00002.jpg")
 
 
+def test_no_line_leads_out_of_the_folder(nyu, tmp_path):
+    line = (nyu / "train_list.txt").read_text().splitlines()[0].split()
+    for name in (f"../{nyu.name}{line[0]}", f"/a/../..{nyu}{line[0]}", f"/{nyu}{line[0]}"):
+        (tmp_path / "mine.txt").write_text(f"{name} {line[1]}\n")
+        with pytest.raises(DataError, match="are missing"):
+            open_depth(str(nyu), "train", list_file=str(tmp_path / "mine.txt"))
+
+
 def test_images_of_kitti_without_truth_are_left_out_and_all_are_cut(tmp_path):
     root = str(write_kitti(tmp_path))
     options = {"depth_scale": 256.0, "bottom_crop": (70, 240)}
