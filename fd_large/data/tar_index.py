@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 # Archives are padded to a multiple of the record, 10 kB by default.
 _MAX_PADDING = 1 << 20
@@ -28,6 +28,14 @@ class Torn(Exception):
 
 
 class _Header(tarfile.TarInfo):
+    @classmethod
+    def frombuf(cls, *args: Any, **named: Any) -> tarfile.TarInfo:
+        """Reads a header; GNU's numbers may be negative, and tarfile would go by such a size."""
+        found = super().frombuf(*args, **named)
+        if found.size < 0:
+            raise tarfile.InvalidHeaderError(f"a size of {found.size}")
+        return found
+
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
         """Reads a header; what tarfile would pass over in silence is `Torn`."""
@@ -56,7 +64,8 @@ def members(file: BinaryIO) -> Iterator[Member]:
         while (info := archive.next()) is not None:
             archive.members.clear()  # It would keep all of them.
             regular, rest = info.isreg() and not info.issparse(), end - info.offset_data
-            if archive.offset <= info.offset or (regular and info.size > rest):
+            # A pax header may have another size than the header that `frombuf` reads.
+            if info.size < 0 or archive.offset <= info.offset or (regular and info.size > rest):
                 raise Torn(f"the member at byte {info.offset} has {rest} of {info.size} bytes")
             if regular:
                 name = info.name.encode("utf-8", "surrogateescape")

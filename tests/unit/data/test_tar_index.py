@@ -140,3 +140,36 @@ def test_a_size_that_is_no_number_is_noticed(whole, tmp_path):
 def test_a_member_is_its_place(whole):
     with open(whole[0], "rb") as file:
         assert next(members(file)) == Member(b"0.jpg", 3 * BLOCK, 600)  # after a folder and a link
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.DIRTYPE])
+@pytest.mark.parametrize("size", [-1, -512, -(2**62)])
+def test_a_negative_size_is_a_damaged_header(tmp_path, kind, size):
+    path = tmp_path / "a.tar"
+    write(path, PLAIN, tarfile.GNU_FORMAT)
+    sound, _ = read(path)
+    info = tarfile.TarInfo("bad.jpg")
+    info.type = kind
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (size % 256**12).to_bytes(12, "big")  # Base 256, as GNU's tar has it.
+    header[124] = 0xFF
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+    content = path.read_bytes()
+    end = content.rstrip(b"\0")
+    place = -(-len(end) // BLOCK) * BLOCK
+    path.write_bytes(content[:place] + header + bytes(4 * BLOCK))
+    found, torn = read(path)
+    assert found == sound
+    assert f"header at byte {place} is damaged" in torn
+
+
+def test_a_negative_size_in_a_pax_header_is_torn(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo("a.jpg"))
+        bad = tarfile.TarInfo("b.jpg")
+        bad.pax_headers = {"size": "-700"}
+        archive.addfile(bad)
+    found, torn = read(path)
+    assert found == {"a.jpg": b""}
+    assert torn

@@ -29,6 +29,7 @@ OUTSIDE_PIXELS = 1.0
 NUM_NAMED = 5
 MOST_BYTES = 16 << 30
 """Size of a file of annotations; that of Objects365 has 6 GB."""
+_MOST_PIXELS = 1 << 31
 
 
 @dataclass
@@ -205,14 +206,15 @@ def read_objects(
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise _not_coco(path, f"no list {key!r}", where)
     try:
-        categories = sorted((int(c["id"]), str(c["name"])) for c in content["categories"])
+        categories = sorted((_whole(c["id"]), str(c["name"])) for c in content["categories"])
         # Here, so that a missing key is met before hours of training.
         facts = {
-            int(image["id"]): (_name_of(image), int(image["height"]), int(image["width"]))
-            for image in content["images"]
+            _whole(image["id"]): (_name_of(image), *_size_of(image)) for image in content["images"]
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
         raise _not_coco(path, f"an entry without {error}", where) from error
+    except (ValueError, OverflowError) as error:
+        raise _not_coco(path, f"an entry with {error}", where) from error
     if len(facts) < len(content["images"]) or len(dict(categories)) < len(categories):
         raise _not_coco(path, "two images or two categories of one id", where)
     by_image: dict[int, list[dict[str, Any]]] = {number: [] for number in facts}
@@ -323,7 +325,7 @@ class _Arrays:
         if not isinstance(category, int) or category not in self.labels_of:
             raise _Unusable(NO_CATEGORY, f"{name} of {category}")
         box = entry.get("bbox")
-        if not _numbers(box) or len(box) != 4:
+        if not is_box(box):
             raise _Unusable(NO_BOX, name)
         sides = (box[0], box[1], box[0] + box[2], box[1] + box[3])
         clipped = [max(sides[0], 0), max(sides[1], 0), min(sides[2], width), min(sides[3], height)]
@@ -360,7 +362,7 @@ def _packed(entry: dict[str, Any]) -> dict[str, Any]:
     polygons = entry.get("segmentation")
     if isinstance(polygons, list):
         # What is not a list of numbers stays, and is found when the annotation is looked at.
-        with suppress(TypeError):
+        with suppress(TypeError, OverflowError):
             entry["segmentation"] = [array("d", polygon) for polygon in polygons]
     return entry
 
@@ -385,10 +387,33 @@ def _segmentation(given: Any, height: int, width: int) -> list[array[float]] | b
     return polygons
 
 
-def _numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(number, (int, float)) and math.isfinite(number) for number in value
-    )
+def is_number(value: Any, most: float = 2.0**31) -> bool:
+    """Whether a value of a JSON file is a finite number of at most such a magnitude.
+
+    JSON has numbers of any length, which neither float nor an array of 64 bits holds.
+    """
+    return isinstance(value, (int, float)) and -most <= value <= most
+
+
+def is_box(value: Any) -> bool:
+    """Whether a value of a JSON file is a list of four numbers."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+
+
+def _whole(value: Any, most: int = 2**63 - 1) -> int:
+    """A number as int; ValueError or OverflowError if it is none, or larger."""
+    number = int(value)
+    if not -most <= number <= most:
+        raise ValueError(f"a number of more than {most}")
+    return number
+
+
+def _size_of(image: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of an image; ValueError or OverflowError if it can have no such size."""
+    height, width = (_whole(image[side], _MOST_PIXELS) for side in ("height", "width"))
+    if min(height, width) < 0 or height * width > _MOST_PIXELS:
+        raise ValueError(f"an image of {height} x {width} pixels")
+    return height, width
 
 
 def _name_of(image: Mapping[str, Any]) -> str:

@@ -8,14 +8,13 @@ own. No torch.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fd_large.errors import DataError
 from fd_large.files import replacing
-from fd_large.tasks.detection.data.objects import read_json
+from fd_large.tasks.detection.data.objects import is_box, is_number, read_json
 
 Result = dict[str, Any]
 
@@ -71,19 +70,14 @@ def _problem(result: Any) -> str | None:
     if not isinstance(result, dict):
         return f"{type(result).__name__}"
     for key in ("image_id", "category_id"):
-        if not isinstance(result.get(key), int):
+        if not isinstance(result.get(key), int) or not is_number(result[key], 2.0**62):
             return f"no whole number {key!r}"
     score = result.get("score")
-    if not isinstance(score, (int, float)) or not math.isfinite(score):
+    if not is_number(score):
         return "no number 'score'"
     if "bbox" not in result and "segmentation" not in result:
         return "neither 'bbox' nor 'segmentation'"
-    box = result.get("bbox", [0, 0, 0, 0])
-    if (
-        not isinstance(box, list)
-        or len(box) != 4
-        or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in box)
-    ):
+    if not is_box(result.get("bbox", [0, 0, 0, 0])):
         return "a 'bbox' that is not four numbers"
     segmentation = result.get("segmentation", {"size": [], "counts": ""})
     if (

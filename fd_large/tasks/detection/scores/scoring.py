@@ -14,7 +14,7 @@ import numpy as np
 
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data.masks import coco_masks
-from fd_large.tasks.detection.data.objects import read_json
+from fd_large.tasks.detection.data.objects import is_box, is_number, read_json
 from fd_large.tasks.detection.scores.results import Result
 
 NUMBERS = (
@@ -127,16 +127,26 @@ def read_ground_truth(path: str) -> dict[str, Any]:
             for entry in truth[entries]:
                 for key in keys:
                     entry[key]
+                _id(entry["id"])
         for number, entry in enumerate(truth["annotations"], start=1):
             # From 1: the evaluation takes an id of 0 for "not matched".
             entry["id"] = number
             entry["iscrowd"] = int(bool(entry.get("iscrowd")))
             of_box = entry["bbox"][2] * entry["bbox"][3]
             entry["area"] = of_box if entry.get("area") is None else entry["area"]
-            entry["image_id"], entry["category_id"]
+            if not is_box(entry["bbox"]) or not is_number(entry["area"], 2.0**62):
+                raise ValueError("a box that is not four numbers, or an area that is none")
+            _id(entry["image_id"]), _id(entry["category_id"])
     except (KeyError, TypeError, IndexError) as error:
         raise _no_truth(path, f"an entry without {error}") from error
+    except (ValueError, OverflowError) as error:
+        raise _no_truth(path, f"an entry with {error}") from error
     return truth
+
+
+def _id(value: Any) -> None:
+    if not is_number(value, 2.0**62):
+        raise ValueError("an id that is no number of 64 bits")
 
 
 def score(ground_truth: dict[str, Any], results: Sequence[Result]) -> Scores:

@@ -69,8 +69,10 @@ def _classes_in(file: str, count: int) -> Classes:
         for number, entry in enumerate(entries[:count]):
             if not isinstance(entry, str) and "color" in entry:
                 red, green, blue = (int(value) for value in entry["color"])
+                if not all(0 <= value <= 255 for value in (red, green, blue)):
+                    raise ValueError(f"a colour {red:g} {green:g} {blue:g}")
                 colors[number] = (red, green, blue)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"{where}: invalid list of names; got {type(error).__name__}: {error} in {file}, "
             'expected ["wall", ...] or [{"name": "wall", "color": [120, 120, 120]}, ...]. '

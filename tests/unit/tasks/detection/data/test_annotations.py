@@ -197,7 +197,8 @@ def test_a_name_cannot_lead_out_of_the_folder(tmp_path):
     (tmp_path / "outside.png").write_bytes(b"")
     path = tmp_path / "annotations" / "instances_train2017.json"
     text = path.read_text()
-    for name in ("../outside.png", str(tmp_path / "outside.png")):
+    outside = str(tmp_path / "outside.png")
+    for name in ("../outside.png", outside, f"/{outside}", "a/../../outside.png", "\\u0000"):
         path.write_text(text.replace("000000000005.png", name))
         with pytest.raises(DataError, match="without a file"):
             open_coco(str(tmp_path), "train")
@@ -224,6 +225,47 @@ def test_a_file_that_is_not_cocos_is_refused_with_a_remedy(tmp_path, content, me
     (tmp_path / "annotations" / "instances_train2017.json").write_text(content)
     with pytest.raises(DataError, match=f"{message}.*[sS]et --data.root"):
         open_coco(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "number"),
+    [
+        ("images", "id", "Infinity"),
+        ("images", "id", 2**70),
+        ("images", "height", "Infinity"),
+        ("images", "height", 2**40),
+        ("images", "width", "NaN"),
+        ("images", "width", -3),
+        ("categories", "id", "Infinity"),
+        ("categories", "id", 2**70),
+    ],
+)
+def test_numbers_that_nothing_has_are_refused_in_a_sentence(tmp_path, part, field, number):
+    write_set(tmp_path, [annotation(1, 5, [1, 1, 9, 9])], sizes=SIZES)
+    path = tmp_path / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    content[part][0][field] = "THE NUMBER"
+    path.write_text(json.dumps(content).replace('"THE NUMBER"', str(number)))
+    with pytest.raises(DataError, match=r"^annotations: .*Set --data\.root"):
+        open_coco(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bbox", [1, 1, 10**400, 9]),
+        ("bbox", [-(10**400), 1, 5, 9]),
+        ("segmentation", [[10**400, 1, 5, 1, 5, 5]]),
+        ("segmentation", {"size": [40, 60], "counts": [2**70]}),
+        ("category_id", 2**70),
+        ("image_id", 2**70),
+    ],
+)
+def test_objects_of_such_numbers_are_left_out_and_counted(tmp_path, field, value):
+    entries = [annotation(1, 5, [1, 1, 9, 9]), annotation(2, 5, [1, 1, 9, 9], **{field: value})]
+    opened = open_coco(str(write_set(tmp_path, entries, sizes=SIZES)), "train")
+    assert len(opened.objects(0).boxes) == 1
+    assert sum(opened.findings.counts.values()) >= 1
 
 
 def test_a_folder_without_the_split_is_refused(coco_tiny):

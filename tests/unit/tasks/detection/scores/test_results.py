@@ -71,3 +71,18 @@ def test_what_is_no_results_file_is_refused(tmp_path, content, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"No such file.*none\.json"):
         read_results(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_id": 2**70},
+        {"category_id": -(2**70)},
+        {"score": 10**400},
+        {"bbox": [0, 0, 10**400, 1]},
+    ],
+)
+def test_numbers_that_nothing_holds_are_refused(tmp_path, changes):
+    (tmp_path / "results.json").write_text(json.dumps([result(1), result(2, **changes)]))
+    with pytest.raises(DataError, match=r"in entry 1 of .*Set --detections"):
+        read_results(tmp_path / "results.json")

@@ -270,3 +270,27 @@ def test_annotations_that_are_none_are_refused(tmp_path, content, message):
         read_ground_truth(str(tmp_path / "a.json"))
     with pytest.raises(DataError, match="cannot be read"):
         read_ground_truth(str(tmp_path / "b.json"))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("images", {"id": 2**70}),
+        ("categories", {"id": 2**70}),
+        ("annotations", {"bbox": [1, 1, 10**400, 2]}),
+        ("annotations", {"area": 10**400}),
+        ("annotations", {"image_id": 2**70}),
+    ],
+)
+def test_truth_of_numbers_that_nothing_holds_is_refused(tmp_path, part, changes):
+    truth = {
+        "images": [{"id": 1, "height": 9, "width": 9}],
+        "categories": [{"id": 3, "name": "a"}],
+        "annotations": [{"image_id": 1, "category_id": 3, "bbox": [1, 1, 2, 2]}],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    read_ground_truth(str(tmp_path / "truth.json"))
+    truth[part][0] |= changes
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    with pytest.raises(DataError, match=r"^annotations: .*Set --annotations"):
+        read_ground_truth(str(tmp_path / "truth.json"))

@@ -121,7 +121,9 @@ def test_classes_come_from_the_dataset_a_file_or_their_numbers(tmp_path):
     found = classes_of(str(root), 2, str(file))
     assert found.names == ("a", "b")
     assert found.colors == (colors_of(2)[0], (1, 2, 3))
-    for content in ('{"a": 1}', '["a"]', "[1, 2]", "no json"):
+    colors = ("[1e999, 1, 1]", f"[1{'0' * 400}, 1, 1]", "[-1, 1, 1]", "[256, 1, 1]", "[NaN, 1, 1]")
+    wrong = (f'[{{"name": "a", "color": {color}}}, "b"]' for color in colors)
+    for content in ('{"a": 1}', '["a"]', "[1, 2]", "no json", *wrong):
         file.write_text(content)
         with pytest.raises(ConfigError, match=r"task\.segmentation\.classes"):
             classes_of(str(root), 2, str(file))
