@@ -49,7 +49,7 @@ def test_a_picture_of_two_shards_counts_once_and_so_do_equal_results():
     ("content", "message"),
     [
         ("{}", "got dict"),
-        ("[", "no JSON"),
+        ("[", "not JSON"),
         ("[3]", "got int in entry 0"),
         ([result(1), result("1")], "no whole number 'image_id' in entry 1"),
         ([result(1, category_id=None)], "'category_id'"),
@@ -69,7 +69,7 @@ def test_what_is_no_results_file_is_refused(tmp_path, content, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"No such file.*none\.json"):
+    with pytest.raises(DataError, match=r"none\.json.*no such file"):
         read_results(tmp_path / "none.json")
 
 

@@ -258,7 +258,7 @@ def test_results_of_other_data_are_refused_with_the_reason(val):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1", "no JSON"),
+        ("[1", "not JSON"),
         ("{}", "no list 'images'"),
         ('{"images": [], "annotations": [{"image_id": 1}], "categories": []}', "without 'bbox'"),
         ('{"images": [{}], "annotations": [], "categories": []}', "without 'id'"),
