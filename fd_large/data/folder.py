@@ -7,6 +7,7 @@ import os
 import stat
 from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,12 +185,11 @@ def read_below(folder: str, name: str) -> bytearray:
     Raises: DataError: if there is none, or it cannot be read.
     """
     for parts in paths_below(name):
-        path = os.path.join(folder, *parts)
-        if os.path.lexists(path):
-            return read_image(path)
+        with suppress(DataError):
+            return read_image(os.path.join(folder, *parts))
     raise DataError(
-        f"{folder}: an image that the dataset names is not there; got {name[:200]!r}, expected a "
-        "file below the folder. Put it there, or write the dataset with the images in it."
+        f"{folder}: no such image below it; got {name[:200]!r}, expected a "
+        "file that can be read. Put it there, or write the dataset with the images in it."
     )
 
 
