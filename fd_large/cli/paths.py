@@ -20,6 +20,7 @@ from fd_large.weights.named import TIMM, require_named
 
 # hf:REPO, timm:NAME, module:PATH/TO/FILE.py:NAME, builtin:NAME, s3://...
 _SCHEME = re.compile(r"[A-Za-z][\w.+-]*:")
+_CODE = re.compile(r"\.py:\w+$")
 _PATTERN = re.compile(r"[*?\[{]")
 
 
@@ -56,13 +57,7 @@ def require_paths(named: Mapping[str, str]) -> None:
     """
     missing = {what: text for what, text in named.items() if _is_missing(text)}
     if missing:
-        error = ConfigError(
-            "\n".join(
-                f"{what}: no such file or folder; got {text!r}, expected one that is there. "
-                "Check the path."
-                for what, text in missing.items()
-            )
-        )
+        error = ConfigError("\n".join(_no_such(what, text) for what, text in missing.items()))
         # Other nodes may have what this one lacks.
         error.rank_local = is_first_of_node()
         raise error
@@ -149,11 +144,22 @@ def require_sources(run: Run) -> None:
     )
 
 
+def _no_such(what: str, text: str) -> str:
+    if _CODE.search(text):
+        return (
+            f"{what}: a file without 'module:' before it; got {text!r}, expected module:{text}. "
+            "Put module: in front."
+        )
+    return (
+        f"{what}: no such file or folder; got {text!r}, expected one that is there. Check the path."
+    )
+
+
 def _is_missing(text: str) -> bool:
-    text = re.sub(r"#\w+$", "", text)  # FILE#student
     if text in ("", RANDOM) or _SCHEME.match(text) or _PATTERN.search(text):
         return False
-    if kind_of(Path(text).expanduser()):
+    paths = text, re.sub(r"#\w+$", "", text)  # FILE#student
+    if any(path and kind_of(Path(path).expanduser()) for path in paths):
         return False
     # A word may be what an installed package brings.
     return "/" in text or text not in doors.installed("sources")

@@ -43,6 +43,12 @@ MISTAKES = {
     "evaluate no/run#teacher vit=no.pt --data.root /no/a": [
         *("model no/run#teacher", "model vit=no.pt", "data.root"),
     ],
+    "train --deepspeed_config zero3 --data.root= --teacher.source tim:x --objective.loss smoth": [
+        *("data.root", "--teacher.source", "objective.loss"),
+    ],
+    "train --deepspeed_config zero3 --data.root mist.py:run --student.model timm:resnte50": [
+        *("data.root", "student.model"),
+    ],
     # What would take the machine down.
     "train --deepspeed_config zero3 --recipe quickstart --data.workers 100000": ["data.workers"],
     "evaluate x=random --data.workers 100000": ["data.workers"],
@@ -152,3 +158,13 @@ def test_training_refuses_it_before_anything_is_written(tmp_path):
     with pytest.raises(ConfigError, match=r"--runtime\.run_dir: it is the folder of images"):
         train_run(override(registry.get("quickstart"), images), deepspeed_config="zero3")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_part_of_a_file_is_a_path_and_a_name_may_have_such_a_mark(tmp_path):
+    for name in ("weights.pth", "images#1"):
+        (tmp_path / name).touch()
+    require_paths({"a": f"{tmp_path}/weights.pth#teacher", "b": f"{tmp_path}/images#1"})
+    with pytest.raises(ConfigError, match=r"^a: .*expected module:.*/mist\.py:run"):
+        require_paths({"a": f"{tmp_path}/mist.py:run"})
+    with pytest.raises(ConfigError, match=r"^a: no such file"):
+        require_paths({"a": f"{tmp_path}/gone.pth#teacher"})
