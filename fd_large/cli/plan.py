@@ -71,6 +71,7 @@ class Plan(TakesRunFile, AllowsCode):
     rows: int = 5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         rates_of(self.gpu)
         at_least("--gpus", self.gpus, 1, "ranks")
         at_least("--gpus_per_node", self.gpus_per_node, 1, "ranks")

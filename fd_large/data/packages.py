@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Literal
 
@@ -25,6 +26,12 @@ CLIENTS = {
     "hf": "huggingface_hub",
 }
 """What fsspec needs besides for a scheme; fsspec knows many more schemes."""
+
+# Schemes of fsspec whose files are templates, or whose servers run what they are sent; a chain
+# (`A::B`) reaches them as well.
+_PROGRAMS = {"reference", "dask", "jupyter", "jlab"}
+# The first release that does not unpickle what a file's schema holds: CVE-2023-47248.
+_OLDEST_PYARROW = (14, 0, 1)
 
 # Bytes; a name that is longer cannot be.
 _LONGEST_NAME = 255
@@ -99,17 +106,29 @@ def check_packages(root: str, *, where: str) -> None:
 def require(package: str, what: str, where: str) -> None:
     """Refuses a dataset whose package is missing.
 
-    Raises: DataError: with the command that installs it.
+    Raises: DataError: with the command that installs it, also in place of too old a release.
     """
     if find_spec(package) is None:
         raise DataError(
             f"{where}: {what}: the package {package} is needed; got nothing, expected it to be "
             f"installed. Install it: pip install {package}"
         )
+    # datasets reads with pyarrow, too.
+    numbers = re.findall(r"\d+", version("pyarrow"))[:3]
+    if tuple(map(int, numbers)) < _OLDEST_PYARROW:
+        raise DataError(
+            f"{where}: {what}: too old a release of pyarrow, which may run code that a file holds; "
+            f"got {version('pyarrow')}, expected 14.0.1 or later. pip install --upgrade pyarrow"
+        )
 
 
 def _check_client(root: str, where: str) -> None:
     scheme = scheme_of(root)
+    if "::" in root or scheme in _PROGRAMS:
+        raise DataError(
+            f"{where}: a URL that another file says how to read; got {root!r}, expected one of an "
+            "object store or a server. Name the images' own URL."
+        )
     packages = " ".join(filter(None, ("fsspec", CLIENTS.get(scheme))))
     try:
         import fsspec

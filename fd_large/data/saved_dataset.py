@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from fd_large import meeting
 from fd_large.data.folder import MAX_FILE_BYTES, read_below
 from fd_large.data.packages import SAVED, local_kind, require
 from fd_large.errors import DataError, first_line
+from fd_large.files import read_json
 
 _PARTS = "dataset_dict.json"
 
@@ -106,6 +108,12 @@ class SavedDataset:
     def _load(self) -> Any:
         import datasets
 
+        state = read_json(
+            Path(self.root) / "state.json", where=self._where, holds=dict, of=DataError
+        )
+        for file in state["_data_files"]:
+            if os.path.basename(file["filename"]) != file["filename"]:
+                raise ValueError(f"{file['filename'][:100]!r} as the name of one of its files")
         return datasets.load_from_disk(self.root)
 
     def _images(self) -> Any:

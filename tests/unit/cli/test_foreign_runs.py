@@ -138,3 +138,38 @@ def test_no_command_runs_code_that_a_foreign_run_names(
             refused.add(words[0])
     # What finds no code on its way goes on, or finds another mistake; some command has to find it.
     assert refused
+
+
+LOSS = """
+open({marker!r}, "w").close()
+def thing(projected, target):
+    return (projected - target).abs().mean()
+"""
+
+
+@pytest.mark.parametrize("command", ["plan", "diagnose"])
+def test_allowed_once_it_runs_until_it_changes(command, tensors, tmp_path, monkeypatch, capsys):
+    marker, own = tmp_path / "ran", tmp_path / "own_loss.py"
+    text = LOSS.format(marker=str(marker))
+    own.write_text(text)
+    name = f"module:{own}:thing"
+    folder = foreign(tmp_path / "shared_run", tensors, {"objective.loss": name}, name)
+    words = next(words for words in commands(folder, tmp_path) if words[0] == command)
+
+    def runs(*more: str) -> bool:
+        """A start that knows of those before what the list says."""
+        for kept in (doors._files, doors._names, doors._modules, doors._imported):
+            kept.clear()
+        marker.unlink(missing_ok=True)
+        code = main([*words, *more])
+        assert (code == 2) == ("--allow-code" in capsys.readouterr().err), code
+        return marker.exists()
+
+    assert not runs()
+    assert runs("--allow-code", str(own))
+    assert runs()
+    own.write_text(text + "\n# Edited.\n")
+    assert not runs()
+    for refused in (tmp_path, tmp_path / "gone.py"):
+        assert main([*words, "--allow-code", str(refused)]) == 2
+    assert not marker.exists()

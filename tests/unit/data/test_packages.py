@@ -7,6 +7,7 @@ import pytest
 
 from fd_large.data import packages
 from fd_large.data.packages import check_packages, is_url
+from fd_large.data.source import open_images
 from fd_large.errors import DataError
 
 
@@ -36,3 +37,26 @@ def test_a_missing_package_is_said_before_torch_is_imported(monkeypatch, tmp_pat
         check_packages(str(tmp_path), where="data.root")
     program = "import sys, fd_large.cli.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=300).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        "reference://a.tar",
+        "reference://a.tar::file:///a.json",
+        "s3://bucket/a.tar::file:///a.json",
+        "dask://host/a.tar",
+    ],
+)
+def test_a_url_that_a_file_says_how_to_read_is_refused(root):
+    """fsspec fills such a file's templates, which may call anything."""
+    with pytest.raises(DataError, match=r"data\.root"):
+        check_packages(root, where="data.root")
+    with pytest.raises(DataError, match=r"data\.root"):
+        open_images(root)
+
+
+def test_a_pyarrow_that_runs_what_a_schema_holds_is_refused(monkeypatch):
+    monkeypatch.setattr(packages, "version", lambda name: "14.0.0")
+    with pytest.raises(DataError, match=r"14\.0\.0"):
+        check_packages("a/*.parquet", where="data.root")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 
@@ -104,3 +105,14 @@ def test_no_file_outside_and_no_cell_larger_than_a_file_is_read(saved, tmp_path,
     monkeypatch.setattr(saved_dataset, "MAX_FILE_BYTES", 4999)
     with pytest.raises(DataError, match="5000 bytes"):
         source.read(3)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other/data-00000-of-00001.arrow", "a/b", 7])
+def test_a_file_of_another_folder_is_not_read(saved, tmp_path, name):
+    shutil.copytree(saved / "train", tmp_path / "train")
+    file = tmp_path / "train" / "state.json"
+    state = json.loads(file.read_text())
+    state["_data_files"] = [{"filename": name}]
+    file.write_text(json.dumps(state))
+    with pytest.raises(DataError, match="cannot be opened"):
+        open_images(str(tmp_path / "train"))
