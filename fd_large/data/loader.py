@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from fd_large.data import views
 from fd_large.data.image_sizes import ImageSizes
@@ -26,6 +26,7 @@ from fd_large.data.mixing import mixed_views, with_partners
 from fd_large.data.parcel import parcel
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import Blocks, MicroBatches, Portion, check_batch_sizes, samples_at
+from fd_large.data.slow_images import at_image
 from fd_large.data.source import ImageSource
 from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.data.worker import signals_blocked, start_worker
@@ -190,6 +191,7 @@ def load_samples(
     seed: int,
     epoch: int,
     blocks: Blocks | None = None,
+    name: Callable[[int], str] | None = None,
 ) -> list[Loaded[T]]:
     """Makes something of the sample at each position or, where that is bad, of a stand-in.
 
@@ -206,8 +208,10 @@ def load_samples(
         seed: The run's seed.
         epoch: Epoch, counted from 0.
         blocks: Those of a source that is read in blocks.
+        name: Returns where a sample lies, for whoever asks what is read for so long.
     """
-    loaded = []
+    loaded, worker = [], get_worker_info()
+    slot = 0 if worker is None else worker.id + 1
     with suppress_stderr():
         for place, position in enumerate(positions.tolist()):
             index, value, bad = int(indices[place]), None, []
@@ -221,7 +225,8 @@ def load_samples(
                         else blocks.stand_in(seed, epoch, position, draw)
                     )
                 try:
-                    value = make(place, index)
+                    with at_image(slot, index, name):
+                        value = make(place, index)
                     break
                 except DataError as error:
                     bad.append(str(error))
@@ -297,6 +302,7 @@ def _load_at(
         seed=seed,
         epoch=epoch,
         blocks=getattr(source, "blocks", None),
+        name=source.__getitem__,
     )
 
 

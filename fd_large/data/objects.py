@@ -13,6 +13,7 @@ import glob
 import io
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -185,6 +186,11 @@ def _looked_up(url: str) -> Stored:
                 f"no such file; got {url!r} ({error.strerror}), expected a file that can be read. "
                 "Correct the name."
             ) from error
+        if not stat.S_ISREG(status.st_mode):  # A named pipe would wait for a writer.
+            raise DataError(
+                f"not a file; got {url!r}, a folder, a pipe or a device, expected a file that can "
+                "be read. Leave it out, or correct the name."
+            )
         return Stored(url, status.st_size, str(status.st_mtime_ns))
     client, path = _client(url)
     facts = asked(url, lambda: client.info(path))

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from fd_large import distributed, failures
+from fd_large.data import slow_images
 from fd_large.errors import Exit
 from fd_large.failures import kill_workers
 from fd_large.runtime import terminal
@@ -118,6 +119,7 @@ class Watchdog(Hook):
         """Starts the clock, in the thread that will train."""
         self._interval = min(MOST_SECONDS_BETWEEN_LOOKS, self._limit / 20)
         self._training = threading.get_ident()
+        slow_images.watch()
         # Loading processes inherit it, so that they can be asked as well; descriptor 2 is the log.
         faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -167,7 +169,14 @@ class Watchdog(Hook):
 
     def _watch(self) -> None:
         silence = Silence(self._interval, self._clock())
+        told: set[str] = set()
         while not self._over.wait(self._interval):
+            for seconds, name in slow_images.longer_than(self._limit / 4):
+                if name not in told:
+                    log.warning(
+                        "one image has kept a loading process for %.0f s: %s", seconds, name
+                    )
+                told.add(name)
             limit = self._limit if self._stepped else self._start_limit
             if silence.lasts(self._clock(), self._beats + distributed.moves(), limit):
                 self._fired.set()
@@ -206,17 +215,19 @@ class Watchdog(Hook):
 
     def _say(self) -> None:
         frames = sys._current_frames()
+        images = slow_images.longer_than(self._limit / 4)
         log.error(
             "watchdog: rank %d (%s) has not moved for %.0f s, %s: %s. It ends with exit code %d; "
             "the same command goes on from the last checkpoint. If it waits in a collective, "
             "another rank may be the cause: one whose log has no such line, or other stacks. If it "
-            "is only slow, raise --runtime.watchdog_seconds.",
+            "is only slow, raise --runtime.watchdog_seconds.%s",
             distributed.rank(),
             distributed.node_name(),
             self._quiet,
             self._where,
             standpoint(frames[self._training]) if self._training in frames else "it has ended",
             Exit.AGAIN,
+            "".join(f" An image is read for {seconds:.0f} s: {name}." for seconds, name in images),
         )
         log.error("stacks of all threads:\n%s", stacks(frames), extra=FILE_ONLY)
 

@@ -71,6 +71,7 @@ class TrainingBatches(Dataset):
             num_samples=len(self.source),
             seed=self.seed,
             epoch=self.epoch,
+            name=self.source.__getitem__,
         )
         side = self.views.image_size
         black = torch.zeros(3, side, side, dtype=torch.uint8)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 
@@ -114,3 +115,9 @@ def test_what_does_not_pass_is_final(error):
 def test_a_stamp_is_no_path():
     assert Stored("s3://b/x", 1, "").is_remote
     assert not Stored("/a/b://x", 1, "").is_remote
+
+
+def test_a_pipe_among_the_files_is_refused_by_name(folder):
+    os.mkfifo(folder / "c.tar")
+    with pytest.raises(DataError, match=r"^x: not a file; got .*c\.tar"):
+        find(str(folder), (".tar",), "x")

@@ -11,6 +11,7 @@ import pytest
 from waiting import until
 
 from fd_large import distributed
+from fd_large.data.slow_images import at_image
 from fd_large.errors import ConfigError
 from fd_large.recipes.sections import Runtime
 from fd_large.runtime import watchdog as module
@@ -197,3 +198,27 @@ def test_a_save_that_may_be_taken_for_a_standstill_is_told(make_dog, caplog) -> 
 def test_seconds_out_of_range_are_refused(seconds) -> None:
     with pytest.raises(ConfigError, match=r"runtime\.watchdog_seconds"):
         Runtime(watchdog_seconds=seconds)
+
+
+def reads_for_ever() -> None:
+    with at_image(1, 3, lambda index: f"/data/{index}.jpg"):
+        time.sleep(600)
+
+
+def test_the_image_that_a_loading_process_waits_for_is_named_before_the_end(
+    make_dog, caplog
+) -> None:
+    _, left, ended = make_dog(seconds=2.0, start_seconds=2.0)
+    child = multiprocessing.get_context("fork").Process(target=reads_for_ever)
+    child.start()
+    try:
+        until(lambda: "/data/3.jpg" in caplog.text, 60, lambda: caplog.text)
+        named_after = [r.levelname for r in caplog.records if "/data/3.jpg" in r.getMessage()]
+        assert named_after[0] == "WARNING"
+        assert ended.wait(60)
+        assert left == [75]
+        (last,) = [r for r in caplog.records if "has not moved for" in r.getMessage()]
+        assert "/data/3.jpg" in last.getMessage()
+    finally:
+        child.kill()
+        child.join()

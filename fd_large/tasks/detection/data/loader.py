@@ -150,6 +150,7 @@ class _Samples(Dataset):
             num_samples=len(self.source),
             seed=self.seed,
             epoch=self.epoch,
+            name=self.source.__getitem__,
         )
         black = torch.zeros(3, BLACK_SIDE, BLACK_SIDE, dtype=torch.uint8)
         made = [

@@ -1,0 +1,68 @@
+"""Which image each loading process is at, and since when, where the training process can see it.
+
+A read that hangs (a server of files that is gone) can be told by nobody who hangs with it. So each
+process notes its image in memory that is shared from before it was forked.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from fd_large.errors import FDError
+
+_HEAD = struct.Struct("<dH")  # Since when, by the monotonic clock (0: at none); bytes of the name.
+_SLOT_BYTES, _SLOTS = 1024, 256
+_shared: mmap.mmap | None = None
+
+
+def watch() -> None:
+    """Lets this process, and those that it forks from now on, note what they are at."""
+    global _shared
+    _shared = mmap.mmap(-1, _SLOT_BYTES * _SLOTS)
+
+
+@contextmanager
+def at_image(slot: int, index: int, name: Callable[[int], str] | None = None) -> Iterator[None]:
+    """Notes an image for as long as the block lasts.
+
+    Args:
+        slot: The number of this process among those that load, from 0.
+        index: The image's place in the listing.
+        name: Returns where it lies; None: that is not known.
+    """
+    if _shared is None:
+        yield
+        return
+    place = slot % _SLOTS * _SLOT_BYTES
+    # First without the name, which may have to be read itself.
+    _note(place, time.monotonic(), f"image {index} of the listing")
+    try:
+        if name is not None:
+            with suppress(FDError, OSError, LookupError):
+                _note(place, time.monotonic(), name(index))
+        yield
+    finally:
+        _note(place, 0.0, "")
+
+
+def longer_than(seconds: float) -> list[tuple[float, str]]:
+    """Returns (seconds, name) of the images that processes have been at for longer."""
+    found = []
+    for place in range(0, 0 if _shared is None else len(_shared), _SLOT_BYTES):
+        assert _shared is not None
+        since, size = _HEAD.unpack_from(_shared, place)
+        if since and (lasted := time.monotonic() - since) > seconds:
+            start = place + _HEAD.size
+            found.append((lasted, _shared[start : start + size].decode(errors="replace")))
+    return found
+
+
+def _note(place: int, since: float, name: str) -> None:
+    assert _shared is not None
+    text = name.encode(errors="replace")[: _SLOT_BYTES - _HEAD.size]
+    _shared[place + _HEAD.size : place + _HEAD.size + len(text)] = text
+    _HEAD.pack_into(_shared, place, since, len(text))
