@@ -274,6 +274,18 @@ def test_code_that_is_not_there_is_reported_at_once_and_nothing_is_imported(tmp_
         ("--batch.global_batch_size -1 --batch.micro_batch_size 3", ["batch.global_batch_size"]),
         ("--batch.global_batch_size x --batch.micro_batch_size 3", ["--batch.global_batch_size"]),
         ("--batch.global_batch_size 100 --batch.micro_batch_sise 5", ["--batch.micro_batch_sise"]),
+        (
+            "--batch.global_batch_size 16 --batch.micro_batch_size 3",
+            ["batch.micro_batch_size"],
+        ),
+        (
+            "--student.architecture.depths 1 2 --student.architecture.num_heads 3 5",
+            ["student.architecture.num_heads"],
+        ),
+        (
+            "--student.architecture.depths 0 --student.architecture.num_heads 1 2",
+            ["student.architecture.depths"],
+        ),
         # Others are told beside.
         ("--batch.micro_batch_size 3 --optim.eps 0", ["batch.micro_batch_size", "optim.eps"]),
         ("--batch.micro_batch_size 0 --optim.max_stpes 1", None),
