@@ -200,6 +200,40 @@ def parse_json(text: str | bytes, *, finite: bool = False, **hooks: Callable[[An
     raise ValueError("nested too deeply")
 
 
+def read_bytes(
+    path: str | Path,
+    *,
+    where: str = "",
+    of: type[FDError] = ConfigError,
+    remedy: str = "Name a file.",
+    max_bytes: int = JSON_BYTES,
+) -> bytes:
+    """Returns the bytes of a file; neither a pipe nor a device holds it up.
+
+    Args:
+        path: The file.
+        where: The field that the user set, or the command; "" where that is not known.
+        of: Class of the sentence.
+        remedy: What helps where it is no file, or too large.
+        max_bytes: Size from which on it is refused.
+
+    Raises: FDError: if it is not there, cannot be read, or is larger.
+    """
+    kind = kind_of(path, where=where, of=of)
+    try:
+        if kind != "file":
+            raise ValueError({None: "no such file", "folder": "a folder"}.get(kind, "no file"))
+        data = retried(lambda: _first_bytes(Path(path), max_bytes + 1), path)
+        if len(data) > max_bytes:
+            raise ValueError(f"more than {max_bytes >> 20} MB")
+    except OSError as error:
+        raise unusable(where, error, path, of=of) from error
+    except ValueError as error:
+        start = f"{where}: {_shortened(os.fspath(path))}".removeprefix(": ")
+        raise of(f"{start}: cannot be read; got {error}, expected a file. {remedy}") from error
+    return data
+
+
 def read_json(
     path: Path,
     *,
@@ -227,26 +261,18 @@ def read_json(
 
     Raises: FDError: if it is not there, cannot be read, is larger, or holds something else.
     """
-    kind, what = kind_of(path, where=where, of=of), "cannot be read"
+    text = read_bytes(path, where=where, of=of, remedy=remedy, max_bytes=max_bytes)
     try:
-        if kind != "file":
-            raise ValueError({None: "no such file", "folder": "a folder"}.get(kind, "no file"))
-        what = "damaged or not JSON"
-        text = retried(lambda: _first_bytes(path, max_bytes + 1), path)
-        if len(text) > max_bytes:
-            raise ValueError(f"more than {max_bytes >> 20} MB")
         if max_values and sum(map(text.count, (b",", b"[", b"{"))) > max_values:
             raise ValueError(f"more than {max_values:,} values")
         value = parse_json(text, finite=finite, **hooks)
         if not isinstance(value, holds):
             raise ValueError(f"{json.dumps(value)[:40]}")
-    except OSError as error:
-        raise unusable(where, error, path, of=of) from error
     except ValueError as error:
         expected = {dict: "a JSON object", list: "a JSON list"}.get(holds, "JSON")  # type: ignore[arg-type]
         start = f"{where}: {_shortened(str(path))}".removeprefix(": ")
         raise of(
-            f"{start}: {what}; got {str(error)[:200]}, expected {expected}. {remedy}"
+            f"{start}: damaged or not JSON; got {str(error)[:200]}, expected {expected}. {remedy}"
         ) from error
     return value
 

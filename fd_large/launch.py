@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 Launcher = Literal["deepspeed", "torchrun", "srun", "mpirun", "python"]
 
 # Variables of the rank, the number of ranks, and both on this node.
+ACCELERATORS = ("cpu", "cuda")
+"""Devices of DeepSpeed that runs are trained on, as DS_ACCELERATOR names them."""
 _OPEN_MPI = (
     *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     *("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -106,6 +108,19 @@ def is_first_of_node() -> bool:
     """Whether this is the first rank of its node as the launcher states it, unchecked."""
     given = (os.environ.get(name, "") for name in _LOCAL_RANK_VARIABLES)
     return next((int(text) for text in given if text.isdigit()), 0) == 0
+
+
+def check_accelerator(environ: Mapping[str, str] = os.environ) -> None:
+    """Refuses a device that DeepSpeed is told to use and nothing here runs on.
+
+    Raises: LaunchError: if DS_ACCELERATOR names one.
+    """
+    name = environ.get("DS_ACCELERATOR", ACCELERATORS[0])
+    if name not in ACCELERATORS:
+        raise LaunchError(
+            f"DS_ACCELERATOR: no device that runs are trained on; got {name!r}, expected "
+            f"{' or '.join(ACCELERATORS)}. Correct the variable, or unset it."
+        )
 
 
 def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:

@@ -92,7 +92,7 @@ class Lease:
     def must_own(self) -> None:
         """Raises OSError, as a write would, once another start has taken the folder."""
         if not self.owned():
-            raise OSError(f"{self.folder} has a new owner")
+            raise OSError(f"{self.folder} is gone or has a new owner")
 
     def will_leave(self) -> None:
         """Tells a next start to wait a little: this one saves and leaves. Safe in a signal handler.

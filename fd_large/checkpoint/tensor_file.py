@@ -129,7 +129,7 @@ class TensorFile:
     def __init__(self, path: Path, headers: dict[bytes, dict[str, Place]] | None = None) -> None:
         headers = {} if headers is None else headers
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             size = int.from_bytes(self._bytes(0, 8), "little")
             if size > os.fstat(self._descriptor).st_size:

@@ -216,7 +216,9 @@ class Saver:
         path = self._part / store.file_of(rank)
 
         def write() -> None:
-            self._part.mkdir(parents=True, exist_ok=True)
+            # Not the run's folder: it may have been moved.
+            self._part.parent.mkdir(exist_ok=True)
+            self._part.mkdir(exist_ok=True)
             # A rank without a shard writes a file too, of no tensors.
             sums = tensor_file.write(path, tensors)
             receipt = {

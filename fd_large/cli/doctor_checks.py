@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from fd_large.errors import ConfigError, first_line
+from fd_large.errors import ConfigError, FDError, first_line
 from fd_large.files import kind_of
 from fd_large.runtime import disks
 
@@ -367,20 +367,24 @@ def disk(folder: str, *, needed: bool) -> Finding:
         folder: It need not exist; its nearest parent that does is measured.
         needed: Whether a run cannot do without it.
     """
+    flags = "--run_dir, and --runtime.run_dir of the run" if needed else "--local_disk"
+    remedy = f"Name a folder that can be written: {flags}."
+    verdict: Verdict = "STOPS" if needed else "missing"
     path = Path(folder).absolute()
-    while not kind_of(path):
-        path = path.parent
+    try:
+        there = kind_of(folder)
+        while not kind_of(path):
+            path = path.parent
+    except FDError as error:
+        return Finding(str(error), verdict, remedy)
+    if there not in (None, "folder"):
+        return Finding(f"{folder}: a {there}", verdict, remedy)
     free, kind = shutil.disk_usage(path).free, disks.file_system(path)
     said = f"{folder} ({kind}): {free / 1e9:,.1f} GB free"
     try:
         speed = disks.write_speed(path)
     except OSError as error:
-        flags = "--run_dir, and --runtime.run_dir of the run" if needed else "--local_disk"
-        return Finding(
-            f"{said}, cannot be written: {error.strerror}",
-            "STOPS" if needed else "missing",
-            f"Name a folder that can be written: {flags}.",
-        )
+        return Finding(f"{said}, cannot be written: {error.strerror}", verdict, remedy)
     said += f", writes {speed / 1e9:.2f} GB/s"
     if free < _LOW_DISK:
         return Finding(said, "low", "A checkpoint takes 12 bytes a parameter. Make room.")

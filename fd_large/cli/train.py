@@ -20,7 +20,8 @@ from fd_large.cli.paths import (
 )
 from fd_large.data.packages import check_packages
 from fd_large.engine.zero import config as ds
-from fd_large.errors import Exit, LostRankError, check_all
+from fd_large.errors import Exit, FDError, LostRankError, check_all
+from fd_large.launch import check_accelerator
 from fd_large.processes import check_workers
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
@@ -85,6 +86,7 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
     roots = {"data.root": run.data.root, "eval.root": run.eval.root}
     roots["eval.knn_root"] = run.eval.knn_root
     check_all(
+        check_accelerator,
         partial(_check_config, run, deepspeed_config),
         partial(check_workers, run.data.workers),
         lambda: require_paths(paths_of(run)),
@@ -184,6 +186,8 @@ def say_how_to_go_on(run: Run) -> None:
         students = [read_run(one.run_dir()) for one in run.each_student().values()]
         stopped = [files for files in students if files.summary.get("status") != "done"]
         log.info("%s", stopped_text((stopped or students)[0]), extra=WHOLE_LINES)
+    except FDError as error:
+        log.error("the run is saved, and the same command goes on; how it stands: %s", error)
     except Exception:
         log.exception("the run is saved, and the same command goes on; how it stands is not known")
 
@@ -194,6 +198,9 @@ def show_report(folder: str) -> None:
 
     try:
         text = make_report(folder)
+    except FDError as error:
+        logging.getLogger(__name__).error("no report is drawn, the run stands: %s", error)
+        return
     except Exception:
         logging.getLogger(__name__).exception(
             "its report failed, the run stands: python -m fd_large report %s", folder

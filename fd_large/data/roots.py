@@ -8,10 +8,10 @@ import tarfile
 from functools import partial
 
 from fd_large import doors
-from fd_large.data.packages import CLIENTS, PARQUET, is_url
+from fd_large.data.packages import CLIENTS, PARQUET, is_url, local_kind
 from fd_large.data.weighted_roots import weighted_roots
 from fd_large.errors import DataError, check_all, nearest
-from fd_large.files import kind_of, unusable
+from fd_large.files import unusable
 from fd_large.recipes.tables import keys_of
 
 BUILTIN = "builtin:"
@@ -46,7 +46,7 @@ def require_dataset(root: str, *, where: str) -> None:
     if root.startswith(BUILTIN):
         _require_builtin(root, where)
         return
-    kind = kind_of(root, where=where, of=DataError)
+    kind = local_kind(root, where=where)
     if kind == "file":
         _require_archive(root, where)
     elif kind == "folder":

@@ -350,7 +350,8 @@ def _matching(pattern: str, where: str) -> list[str]:
     paths: list[str] = []
     for name in expand_braces(pattern, where=where):
         found = sorted(glob.glob(name)) if _GLOB.search(name) else [name]
-        if not found or kind_of(found[0], where=where, of=DataError) != "file":
+        kinds = {kind_of(path, where=where, of=DataError) for path in found}
+        if kinds != {"file"}:
             raise DataError(
                 f"{where}: no such tar file; got {name!r} from {pattern!r}, expected a file. "
                 f"Set --{where} to a pattern of files that are there."

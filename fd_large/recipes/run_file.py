@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from fd_large.errors import ConfigError, ConflictError, nearest
-from fd_large.files import parse_json
+from fd_large.files import parse_json, read_bytes
 from fd_large.recipes import registry
 from fd_large.recipes.fields import field_names
 from fd_large.recipes.run import Run, Task
@@ -27,7 +27,7 @@ T = TypeVar("T")
 NAME = "name"
 WHERE = "--config"
 # A recipe has some hundred; a few lines of YAML can stand for millions, by aliases of aliases.
-MOST_NAMES = 10_000
+MOST_NAMES, MOST_BYTES = 10_000, 4 << 20
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,13 @@ def read_run_file(path: str) -> Given:
 
     Raises: ConfigError: if there is no such file, or it is not of this form.
     """
+    remedy = "Name a YAML or JSON file with fields of a recipe, such as the recipe.json of a run."
+    data = read_bytes(Path(path).expanduser(), where=WHERE, remedy=remedy, max_bytes=MOST_BYTES)
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = data.decode()
+    except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{WHERE}: cannot be read; got {path!r} ({error}), expected a YAML or JSON file with "
-            "fields of a recipe, such as the recipe.json of a run. Name one."
+            f"{WHERE}: {path}: cannot be read; got {error}, expected UTF-8. {remedy}"
         ) from None
     lines: dict[str, int] = {}
     twice: list[str] = []

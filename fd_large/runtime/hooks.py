@@ -124,7 +124,7 @@ class Setting:
     def must_own(self) -> None:
         """Raises OSError, as a write would, once another start has taken the folder over."""
         if not self.owned():
-            raise OSError(f"{self.folder} has a new owner")
+            raise OSError(f"{self.folder} is gone or has a new owner")
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def without_folders(source: str) -> str:
 
 def licence_of_card(card: Path | None) -> str:
     """Returns the licence in the metadata of a model card; empty if there is none."""
-    if card is None:
+    if card is None or kind_of(card) != "file":
         return ""
     try:
         with card.open("rb") as file:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fd_large import files, mapped_files
-from fd_large.errors import WeightsError, first_line
+from fd_large.errors import FDError, WeightsError, first_line
 from fd_large.files import kind_of
 from fd_large.recipes.file_names import CHECKPOINTS
 from fd_large.weights import torch_files
@@ -186,7 +186,7 @@ def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors
             tensors, wrapping = unwrap(contents, where, part)
             return Tensors(tensors, path, wrapping, OTHER.get(part, "") if has_both else "")
         return Tensors(_without_prefixes(entries, where), path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise _damaged(path, error, where) from error
 
 
@@ -376,7 +376,9 @@ _DAMAGES = (
 )
 
 
-def _damaged(path: Path, error: Exception, where: str) -> WeightsError:
+def _damaged(path: Path, error: Exception, where: str) -> FDError:
+    if isinstance(error, OSError) and error.errno in files.REFUSED:
+        return files.unusable(where, error, error.filename or path, of=WeightsError)
     reason = first_line(error)[:_REASON_SHOWN]
     return WeightsError(
         f"{where}: {path}: damaged, cut short, or not a weights file; got {path.stat().st_size} "

@@ -9,10 +9,13 @@ import pytest
 from fd_large import files
 from fd_large.errors import ConfigError, DataError, StorageError
 from fd_large.files import (
+    check_out,
+    json_or,
     kind_of,
     new_folder,
     out_folder,
     parse_json,
+    read_bytes,
     read_json,
     replacing,
     unusable,
@@ -128,3 +131,47 @@ def test_a_file_with_a_secret_is_for_its_owner_alone(tmp_path):
         write_json(file, {"root": value})
         assert json.loads(file.read_text()) == {"root": value}
         assert (file.stat().st_mode & 0o077 == 0) == private
+
+
+def test_json_that_is_nested_deeply_is_refused_before_anybody_walks_through_it(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text("[" * 150 + "]" * 150)
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        read_json(file)
+    assert json_or(file, {}) == {}
+
+
+def test_json_that_can_be_done_without(tmp_path):
+    file = tmp_path / "a.json"
+    assert json_or(file, [1]) == [1]
+    file.write_text('{"a": 1}')
+    assert json_or(file, [1]) == [1]
+    assert json_or(file, {}) == {"a": 1}
+
+
+def test_neither_a_pipe_nor_a_device_nor_a_folder_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path, tmp_path / "none"):
+        with pytest.raises(DataError, match=f"^--config: {path}: "):
+            read_bytes(path, where="--config", of=DataError)
+
+
+@pytest.mark.parametrize("holds", ["nothing", "file", "folder"])
+def test_results_are_tried_before_the_work_and_nothing_is_left_behind(tmp_path, holds):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("new", "a/b/new", *([] if holds == "nothing" else [holds])):
+        assert check_out(tmp_path / name, where="--out", holds=holds) == tmp_path / name
+    wrong = {"file", "folder", "link", "pipe", "file/below", "n" * 300, ""} - {holds}
+    for name in wrong:
+        with pytest.raises(ConfigError, match=r"^--out: "):
+            check_out(tmp_path / name if name else "", where="--out", holds=holds)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_place_that_takes_no_file_is_refused_before_the_work():
+    with pytest.raises(ConfigError, match=r"^--out: /proc/new: "):
+        check_out("/proc/new", where="--out")

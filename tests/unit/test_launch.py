@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fd_large.errors import LaunchError
-from fd_large.launch import Launch, find_launch, first_slurm_host, read_token
+from fd_large.launch import Launch, check_accelerator, find_launch, first_slurm_host, read_token
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -279,3 +279,14 @@ def test_a_token_that_is_none_is_refused(text: bytes | None, tmp_path: Path) -> 
         file.write_bytes(text)
     with pytest.raises(LaunchError, match="FD_LARGE_TOKEN_FILE"):
         read_token({"FD_LARGE_TOKEN_FILE": str(file)})
+
+
+@pytest.mark.parametrize("name", ["bogus", "", "xpu"])
+def test_a_device_that_nothing_runs_on_is_refused(name):
+    with pytest.raises(LaunchError, match=r"^DS_ACCELERATOR: "):
+        check_accelerator({"DS_ACCELERATOR": name})
+
+
+def test_devices_that_runs_are_trained_on():
+    for environ in ({}, {"DS_ACCELERATOR": "cpu"}, {"DS_ACCELERATOR": "cuda"}):
+        check_accelerator(environ)

@@ -15,7 +15,9 @@ from fd_large import distributed
 from fd_large.engine.zero import private_names
 from fd_large.engine.zero.gloo import gather_in_place, scatter_in_place
 from fd_large.imports import without
+from fd_large.launch import check_accelerator
 
+check_accelerator()
 if not torch.cuda.is_available():
     # Read at import: names the accelerator and keeps DeepSpeed from guessing with a warning.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

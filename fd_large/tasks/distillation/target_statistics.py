@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fd_large.errors import ConfigError
-from fd_large.files import parse_json, replacing
+from fd_large.files import parse_json, read_bytes, replacing
 from fd_large.tasks.distillation.rotations import phi_s_matrix
 
 WHERE = "objective.target_statistics"
+MOST_BYTES = 4 << 30
+"""Size of such a file; the rotation of 16,384 channels has 2 GB in float64."""
 _NAMES = ("mean", "deviation", "phi_s")
 _KIND = "fd_large target statistics 1"
 
@@ -85,8 +87,10 @@ def read(path: str) -> TargetStatistics:
 
     Raises: ConfigError: if it is none.
     """
+    remedy = "Name what fd-large statistics has written for this recipe."
+    data = read_bytes(path, where=WHERE, remedy=remedy, max_bytes=MOST_BYTES)
     try:
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        digest = hashlib.sha256(data).hexdigest()[:16]
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: torch.from_numpy(file.get_tensor(name)) for name in _NAMES}

@@ -69,6 +69,17 @@ def test_copies_stand_in_one_piece_of_memory_that_stays(folder):
     assert saver._copied([]) == {}
 
 
+def test_a_run_folder_that_was_moved_is_not_made_again(folder):
+    saver = Saver(folder / "run", keep_last=1, keep_every=0)
+    layout = EachTensor({"a": 5}, 1).to_dict()
+    manifest = {"update": 1, "samples": 4, "zero_stage": 3, "layout": layout, "world_size": 1}
+    saver.begin(manifest, [Piece("master.a", torch.ones(5))])
+    saver.wait()
+    assert saver.failed
+    saver.close()
+    assert not (folder / "run").exists()
+
+
 def test_state_on_a_disk_is_written_from_where_it_lies_and_is_the_same_to_the_byte(folder):
     state = torch.from_file(str(folder / "state"), shared=True, size=3000).normal_()
     pieces = [
@@ -81,6 +92,7 @@ def test_state_on_a_disk_is_written_from_where_it_lies_and_is_the_same_to_the_by
     manifest = {"update": 1, "samples": 4, "zero_stage": 3, "layout": layout, "world_size": 1}
     contents, buffers = [], []
     for copies in (True, False):
+        (folder / str(copies)).mkdir()
         saver = Saver(folder / str(copies), keep_last=1, keep_every=0, copies=copies)
         saver.begin(manifest, pieces)
         saver.wait()

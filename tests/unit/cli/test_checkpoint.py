@@ -78,3 +78,19 @@ def test_a_mistake_ends_with_2(run, arguments, named, capsys):
     assert main(["checkpoint", *arguments]) == 2
     assert named in capsys.readouterr().err
     assert [item.update for item in store.complete(run)] == [2, 4, 6]
+
+
+def test_list_names_a_newest_checkpoint_that_cannot_be_read(run, capsys):
+    newest = store.complete(run)[-1].path
+    (newest / "manifest.json").write_text("[" * 100_000)
+    assert main(["checkpoint", "list", str(run)]) == 0
+    assert f"damaged: {newest}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "null", '{"a": 1}', '{"runtime": 1}', "[" * 100_000])
+def test_prune_refuses_a_damaged_recipe(run, text, capsys):
+    (run / "recipe.json").write_text(text)
+    before = store.complete(run)
+    assert main(["checkpoint", "prune", str(run)]) == 2
+    assert "recipe.json" in capsys.readouterr().err
+    assert store.complete(run) == before

@@ -150,7 +150,9 @@ def test_a_report_that_fails_does_not_fail_the_run(engine, tmp_path, monkeypatch
     # No recipe.json in it: no run.
     words = ["train", "--deepspeed_config", "zero3", "--runtime.run_dir", str(tmp_path)]
     assert cli.main(words) == 0
-    assert f"the run stands: python -m fd_large report {tmp_path}" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "the run stands: " in said.out
+    assert "Traceback" not in said.out + said.err
 
 
 @pytest.mark.parametrize(
@@ -323,3 +325,17 @@ def test_a_closed_pipe_is_no_traceback():
 def test_the_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("fd_large 0.")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["report", ""], ["export", "", "out", "--to", "timm"], ["weights", "inspect", ""]),
+        *(["init", ""], ["checkpoint", "list", ""], ["evaluate", "run", ""], ["replay", ""]),
+    ],
+)
+def test_an_empty_string_is_no_folder(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 2
+    assert ": empty; got ''" in one_sentence(capsys)
+    assert not list(tmp_path.iterdir())

@@ -87,7 +87,7 @@ def test_mistakes_are_told_at_once_with_file_and_line(tmp_path):
 
 
 def test_what_is_no_run_file_is_refused_in_a_sentence(tmp_path):
-    assert said(str(tmp_path / "none"))[0].startswith("--config: cannot be read; got ")
+    assert said(str(tmp_path / "none"))[0].startswith(f"--config: {tmp_path / 'none'}: ")
     for text, what in (
         ("- 1\n", ": not fields of a recipe; got list"),
         ("a: [1\nb: 2\n", ":2: neither YAML nor JSON"),

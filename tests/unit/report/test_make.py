@@ -145,6 +145,8 @@ def test_no_run_and_a_damaged_file_are_one_sentence(make_run, tmp_path):
         ("recipe.json", b"[]"),
         ("recipe.json", b"{}"),
         ("recipe.json", b'"\xff"'),
+        *((name, b"[" * 100_000) for name in ("recipe.json", "summary.json", "environment.json")),
+        *((name, b"[" * 100_000 + b"\n") for name in ("metrics.jsonl", "evaluations.jsonl")),
     ],
 )
 def test_what_no_run_writes_is_told_in_one_sentence(name, content, make_run):

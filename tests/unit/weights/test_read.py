@@ -305,7 +305,7 @@ def test_index_whose_file_names_are_numbers(tmp_path):
 def test_json_from_elsewhere_is_read_within_bounds(tmp_path, text, got):
     path = tmp_path / "config.json"
     path.write_text(text, encoding="latin-1")
-    with pytest.raises(WeightsError, match=rf"config\.json: damaged or not JSON; got .*{got}"):
+    with pytest.raises(WeightsError, match=rf"config\.json: .*; got .*{got}"):
         read_json(path)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from fd_large.data.folder import paths_below
 from fd_large.data.listing import Add, Listing, filled, listed, settled
 from fd_large.errors import DataError
-from fd_large.files import kind_of
+from fd_large.files import kind_of, read_bytes
 from fd_large.tasks.dense.pairs import Pairs
 
 log = logging.getLogger(__name__)
@@ -71,13 +71,12 @@ def pairs_of_list(path: str, root: str, *, where: str, of_root: str) -> Pairs:
 
     Raises: DataError: if the list cannot be used, or files of it are missing.
     """
-    try:
-        status = os.stat(path)
-    except OSError as error:
+    if kind_of(path, where=where, of=DataError) != "file":
         raise DataError(
-            f"{where}: cannot be read; got {error.strerror} for {path!r}, expected a text file of "
+            f"{where}: cannot be read; got {path!r}, which is no file, expected a text file of "
             f'lines "IMAGE DEPTH", paths below {root}. Set --{where} to it.'
-        ) from error
+        )
+    status = os.stat(path)
     stamp = [status.st_mtime_ns, status.st_size]
 
     def fill(add: Add) -> dict[str, Any]:
@@ -98,20 +97,20 @@ def pairs_of_list(path: str, root: str, *, where: str, of_root: str) -> Pairs:
 def _lines(path: str, where: str) -> list[tuple[str, str]]:
     """The paths of a list, without those of images that have no depth file."""
     pairs, without = [], 0
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        for number, line in enumerate(file, 1):
-            words = line.split()
-            if not words:
-                continue
-            if len(words) < 2:
-                raise DataError(
-                    f"{where}: invalid line; got {line.strip()!r} as line {number} of {path}, "
-                    'expected "IMAGE DEPTH". Correct the list.'
-                )
-            if words[1] == NO_DEPTH:
-                without += 1
-            else:
-                pairs.append((_below(words[0]), _below(words[1])))
+    text = read_bytes(path, where=where, of=DataError).decode(errors="surrogateescape")
+    for number, line in enumerate(text.split("\n"), 1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) < 2:
+            raise DataError(
+                f"{where}: invalid line; got {line.strip()!r} as line {number} of {path}, "
+                'expected "IMAGE DEPTH". Correct the list.'
+            )
+        if words[1] == NO_DEPTH:
+            without += 1
+        else:
+            pairs.append((_below(words[0]), _below(words[1])))
     if not pairs:
         raise DataError(
             f"{where}: an empty list; got no image with a depth file in {path}, expected lines "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fd_large.errors import ConfigError
-from fd_large.files import kind_of, read_json
+from fd_large.files import kind_of, read_bytes, read_json
 
 CITYSCAPES_CLASSES = (
     *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign"),
@@ -56,7 +56,7 @@ def classes_of(root: str, count: int, file: str) -> Classes:
 
 def _ade20k_names(path: Path) -> tuple[str, ...]:
     """The first synonym in the last column of each line below the headings."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+    lines = read_bytes(path).decode(errors="replace").splitlines()[1:]
     return tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip())
 
 
