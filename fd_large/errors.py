@@ -24,8 +24,9 @@ class Exit(IntEnum):
 
 
 _WORD = re.compile(r'[^\s"]+')
-_USER = re.compile(r"(://)[^\s/?#]*@")
-_QUERY = re.compile(r"\?[\w.~%-]+=")
+# A password with a "/" that should have been written as %2F is one all the same; a port is none.
+_USER = re.compile(r"(://)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d+/)[^\s@]*)@")
+_QUERY = re.compile(r"[?#][\w.~%-]+=")
 _CLOSING = "'`),.;:]}>"
 
 
@@ -43,9 +44,10 @@ def _masked_word(match: re.Match[str]) -> str:
     start = word.find("://")
     if start >= 0 and "@" in word:
         word = _USER.sub(r"\1***@", word)
-    query = word.find("?", start) if start >= 0 else -1
-    if query < 0 and (found := _QUERY.search(word)):
-        query = found.start()
+    starts = [word.find("?", start)] if start >= 0 else []
+    # A fragment may hold a token, too; a place on a page has no "=".
+    starts += [found.start()] if (found := _QUERY.search(word)) else []
+    query = min((place for place in starts if place >= 0), default=-1)
     if query < 0 or not (hidden := word[query + 1 :].rstrip(_CLOSING)):
         return word
     return f"{word[: query + 1]}***{word[query + 1 + len(hidden) :]}"

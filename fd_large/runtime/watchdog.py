@@ -27,6 +27,7 @@ from fd_large import distributed, failures
 from fd_large.data import slow_images
 from fd_large.errors import Exit
 from fd_large.failures import kill_workers
+from fd_large.processes import briefly
 from fd_large.runtime import terminal
 from fd_large.runtime.hooks import Hook, Setting, Update
 from fd_large.runtime.logs import FILE_ONLY
@@ -173,9 +174,9 @@ class Watchdog(Hook):
         while not self._over.wait(self._interval):
             for seconds, name in slow_images.longer_than(self._limit / 4):
                 if name not in told:
-                    log.warning(
-                        "one image has kept a loading process for %.0f s: %s", seconds, name
-                    )
+                    words = "one image has kept a process that loads for %.0f s: %s"
+                    # The disk of the log may be what hangs.
+                    briefly(log.warning, words, seconds, name, seconds=self._interval)
                 told.add(name)
             limit = self._limit if self._stepped else self._start_limit
             if silence.lasts(self._clock(), self._beats + distributed.moves(), limit):
