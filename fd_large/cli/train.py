@@ -21,6 +21,7 @@ from fd_large.cli.paths import (
 from fd_large.data.packages import check_packages
 from fd_large.engine.zero import config as ds
 from fd_large.errors import Exit, FDError, LostRankError, check_all
+from fd_large.files import check_out
 from fd_large.launch import check_accelerator
 from fd_large.processes import check_workers
 from fd_large.recipes import registry
@@ -85,8 +86,11 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
     """
     roots = {"data.root": run.data.root, "eval.root": run.eval.root}
     roots["eval.knn_root"] = run.eval.knn_root
+    folders = {"--data.cache": run.data.cache, "--data.stage_to": run.data.stage_to}
+    outs = [(flag, path) for flag, path in folders.items() if path]
     check_all(
         check_accelerator,
+        *(partial(check_out, path, where=flag, holds="folder") for flag, path in outs),
         partial(_check_config, run, deepspeed_config),
         partial(check_workers, run.data.workers),
         lambda: require_paths(paths_of(run)),
