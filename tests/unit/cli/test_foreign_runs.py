@@ -40,7 +40,10 @@ FIELDS = {
         "objective": {},
         "teachers": {"a": ENTRY, "b": {"model": "auto", "source": name}},
     },
-    "students": lambda name: {"students": {"a": {"model": name}, "b": {"model": "swinv2_tiny"}}},
+    "students": lambda name: {
+        "student": {"model": "swinv2_tiny"},
+        "students": {"a": {"model": name}, "b": {"model": "swinv2_tiny"}},
+    },
     "images": lambda name: {"data.root": name},
     "held out": lambda name: {"eval.root": name},
     "k-NN": lambda name: {"eval.knn_root": name},
