@@ -49,7 +49,7 @@ test-all:
 	$(MAKE) test MARK="-m ''"
 
 check: .venv/check
-	$(BIN)/ruff check fd_large tests benchmarks .ci
+	$(BIN)/ruff check fd_large tests benchmarks examples .ci
 	$(BIN)/mypy
 
 size:

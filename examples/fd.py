@@ -1,0 +1,247 @@
+"""Feature distillation (arXiv 2205.14141) in one file of plain torch, on one process.
+
+    python examples/fd.py --images FOLDER --teacher vit_base_patch16_clip_224.openai --image 224
+
+A frozen teacher turns an image into a map of tokens, and a new student learns that map:
+
+    loss = smooth_l1(projection(student(image)), whiten(teacher(image)))
+
+Whitening takes mean and deviation out of each token. Drop path acts in the student alone. A test
+holds the losses and weights of the package, which does this at any size, to this file, to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BETA, EPS = 2.0, 1e-5  # Of smooth L1, and of whitening; as in the official code.
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Turns uint8 images (B, 3, H, W) into float32 ones of a mean and deviation per channel."""
+    means, stds = (torch.tensor(row, device=images.device).view(1, 3, 1, 1) for row in (mean, std))
+    return (images.float() / 255 - means) / stds
+
+
+class Block(nn.Module):
+    """A pre-norm block: attention over (B, N, C) tokens, then an MLP."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.attn = nn.ModuleDict(
+            {"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)}
+        )
+        self.mlp = nn.ModuleDict(
+            {"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)}
+        )
+
+    def forward(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
+        """Returns (B, N, C); `keep` (2, B) scales the two branches of each image, 0 drops one."""
+        scales = (1.0, 1.0) if keep is None else keep[:, :, None, None]
+        tokens = tokens + scales[0] * self.attention(self.norm1(tokens))
+        return tokens + scales[1] * self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(tokens))))
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        """Returns softmax(q k / sqrt(d)) v, projected, as it stands on the whiteboard."""
+        batch, number, width = tokens.shape
+        qkv = self.attn["qkv"](tokens).view(batch, number, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
+        mixed = (q * (width // self.heads) ** -0.5 @ k.mT).softmax(-1) @ v
+        return self.attn["proj"](mixed.transpose(1, 2).reshape(batch, number, width))
+
+
+class ViT(nn.Module):
+    """A plain ViT: images (B, 3, H, W) to (B, 1 + N, C) after the last norm, class token first."""
+
+    def __init__(
+        self, width: int, depth: int, heads: int, patch: int, image: int, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + (image // patch) ** 2, width) * 0.02)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        # Two branches a block; the rate rises from 0 in the first to `drop_path` in the last.
+        self.rates = [drop_path * i / max(depth - 1, 1) for i in range(depth) for _ in range(2)]
+
+    def forward(self, pixels: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Returns the tokens of normalised images; `keep` is what `draw_keep` returns."""
+        # Channels last: the convolution's result then is the tokens, without a copy.
+        patches = self.patch_embed["proj"](pixels.to(memory_format=torch.channels_last))
+        tokens = patches.permute(0, 2, 3, 1).flatten(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
+        tokens = tokens + self.pos_embed
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens, None if keep is None else keep[2 * i : 2 * i + 2])
+        return self.norm(tokens)
+
+    def draw_keep(self, batch: int) -> Tensor:
+        """Draws drop path (2 * depth, B): 0, or 1 / (1 - rate) where an image keeps a branch."""
+        rates = torch.tensor(self.rates)[:, None]
+        return (torch.rand(len(self.rates), batch) >= rates).float() / (1 - rates)
+
+
+class Teacher(nn.Module):
+    """A frozen model of timm: uint8 images to the tokens of its last feature map (B, N, C)."""
+
+    def __init__(self, name: str, image: int, *, pretrained: bool) -> None:
+        super().__init__()
+        sized = {"img_size": image} if "vit" in name or "swin" in name else {}
+        self.model = timm.create_model(name, pretrained=pretrained, num_classes=0, **sized)
+        self.mean, self.std = (self.model.default_cfg[key] for key in ("mean", "std"))
+        self.width = self.model.num_features
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the tokens of all places, with the class token in front if there is one."""
+        features = self.model.forward_features(normalise(images, self.mean, self.std))
+        if features.ndim == 4:  # (B, H, W, C) of Swin, (B, C, H, W) of a CNN.
+            is_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+            return (features if is_last else features.movedim(1, -1)).flatten(1, 2)
+        prefix = getattr(self.model, "num_prefix_tokens", 0)  # Class token, then registers.
+        return torch.cat([features[:, : min(prefix, 1)], features[:, prefix:]], 1)
+
+
+class Distilled(nn.Module):
+    """The student and its projection to the teacher's width: what is trained."""
+
+    def __init__(self, student: ViT, teacher_width: int) -> None:
+        super().__init__()
+        self.student = student
+        self.projection = nn.Linear(student.width, teacher_width)
+
+    def forward(self, images: Tensor, teacher_tokens: Tensor, keep: Tensor | None) -> Tensor:
+        """Returns the loss of uint8 images (B, 3, H, W) against (B, N, Ct) of the teacher."""
+        tokens = self.projection(self.student(normalise(images, MEAN, STD), keep))
+        if tokens.shape[1] == teacher_tokens.shape[1] + 1:
+            tokens = tokens[:, 1:]  # The teacher has no class token: the student's learns nothing.
+        whitened = F.layer_norm(teacher_tokens.float(), teacher_tokens.shape[-1:], eps=EPS)
+        return F.smooth_l1_loss(tokens.float(), whitened, beta=BETA)
+
+
+def learning_rate(
+    step: int, *, peak: float, start: float, least: float, warmup: int, steps: int
+) -> float:
+    """Linear warm-up, then half a cosine; as in the official loop the first two steps are alike."""
+    t = max(step - 1, 0)
+    if t < warmup:
+        return start + t * (peak - start) / warmup
+    return least + 0.5 * (peak - least) * (1 + math.cos(math.pi * (t - warmup) / (steps - warmup)))
+
+
+def make_optimiser(
+    model: nn.Module, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.AdamW:
+    """AdamW that decays matrices alone: no vector, bias, position or class token."""
+    by_decay: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
+        by_decay[weight_decay if is_matrix else 0.0].append(parameter)
+    groups = [{"params": params, "weight_decay": decay} for decay, params in by_decay.items()]
+    return torch.optim.AdamW(groups, betas=betas, eps=1e-8, fused=True)
+
+
+def train_step(
+    model: Distilled,
+    optimiser: torch.optim.Optimizer,
+    images: Tensor,
+    teacher_tokens: Tensor,
+    *,
+    keep: Tensor | None,
+    rate: float,
+    clip_norm: float,
+) -> float:
+    """Makes one step at a learning rate and returns its loss."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    loss = model(images, teacher_tokens, keep)
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    optimiser.step()
+    return loss.item()
+
+
+def views(paths: list[Path], batch: int, side: int) -> Iterator[Tensor]:
+    """Yields batches without end: random crops, flipped at random, uint8 (batch, 3, side, side)."""
+    crop = v2.Compose([v2.RandomResizedCrop(side, (0.4, 1.0)), v2.RandomHorizontalFlip()])
+    while True:
+        images = [Image.open(path).convert("RGB") for path in random.choices(paths, k=batch)]
+        yield torch.stack([crop(v2.functional.pil_to_tensor(image)) for image in images])
+
+
+def images_of(folder: str) -> list[Path]:
+    """Returns the image files below a folder, in the order of their names."""
+    ends = (".jpg", ".jpeg", ".png")
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in ends]
+    if not paths:
+        raise SystemExit(f"--images: no image; got {folder}, expected files {', '.join(ends)}.")
+    return paths
+
+
+def photographs() -> list[Path]:
+    """Returns the files of the two photographs that scikit-learn ships."""
+    import sklearn.datasets
+
+    return sorted(Path(sklearn.datasets.__path__[0], "images").glob("*.jpg"))
+
+
+def main() -> None:
+    """Reads the flags, trains, and saves the student's weights."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--images", help="a folder of images; without it two photographs")
+    parser.add_argument("--teacher", default="vit_tiny_patch16_224", help="a model of timm")
+    parser.add_argument("--random-teacher", action="store_true", help="download no weights")
+    parser.add_argument("--out", default="student.pt", help="the student's weights")
+    numbers = {"steps": 200, "batch": 16, "image": 64, "patch": 16, "width": 192, "depth": 4}
+    for name, value in {**numbers, "heads": 3}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    flags = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    paths = images_of(flags.images) if flags.images else photographs()
+    teacher = Teacher(flags.teacher, flags.image, pretrained=not flags.random_teacher).to(device)
+    student = ViT(flags.width, flags.depth, flags.heads, flags.patch, flags.image, drop_path=0.1)
+    blank = torch.zeros(1, 3, flags.image, flags.image, dtype=torch.uint8, device=device)
+    places, number = student.pos_embed.shape[1] - 1, teacher(blank).shape[1]
+    if number not in (places, places + 1):
+        raise SystemExit(
+            f"--patch: the student's map is not the teacher's; got {places} places of "
+            f"{flags.patch} pixels, expected the teacher's {number}. Set --patch to the teacher's "
+            "stride, or --image to a size at which the two meet."
+        )
+    model = Distilled(student, teacher.width).to(device).train()
+    optimiser = make_optimiser(model, 0.05, (0.9, 0.999))
+    shape = {"peak": flags.lr, "start": 5e-7, "least": 5e-6, "warmup": flags.steps // 10}
+    batches = views(paths, flags.batch, flags.image)
+    for step in range(flags.steps):
+        images = next(batches).to(device)
+        rate = learning_rate(step, steps=flags.steps, **shape)
+        keep = student.draw_keep(len(images)).to(device)
+        loss = train_step(
+            model, optimiser, images, teacher(images), keep=keep, rate=rate, clip_norm=3.0
+        )
+        if step % 10 == 0 or step == flags.steps - 1:
+            print(f"step {step}: loss {loss:.4f}, learning rate {rate:.2e}")
+    torch.save(student.state_dict(), flags.out)
+
+
+if __name__ == "__main__":
+    main()
