@@ -28,8 +28,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from fd_large.tasks.distillation.losses import make_loss  # noqa: E402
-from fd_large.tasks.distillation.similarity import pushed, queue_divergence, units  # noqa: E402
-from fd_large.tasks.distillation.weighting import (  # noqa: E402
+from fd_large.tasks.distillation.several.similarity import pushed, queue_divergence, units  # noqa: E402
+from fd_large.tasks.distillation.several.weighting import (  # noqa: E402
     coins,
     kept_beside_worst,
     kept_of_own_data,

@@ -11,9 +11,9 @@ from PIL import Image
 
 from fd_large.data.sampler import Portion
 from fd_large.recipes.fields import override
-from fd_large.tasks.distillation.cache_files import CacheWriter
-from fd_large.tasks.distillation.cache_write import write_cache
-from fd_large.tasks.distillation.cached_teacher import header_of, view_facts
+from fd_large.tasks.distillation.cached.files import CacheWriter
+from fd_large.tasks.distillation.cached.teacher import header_of, view_facts
+from fd_large.tasks.distillation.cached.write import write_cache
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.weights.source import Sources
 

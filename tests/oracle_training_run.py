@@ -31,7 +31,7 @@ from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import build_engine
 from fd_large.kernels.whitened_loss import whiten
 from fd_large.recipes import registry
-from fd_large.tasks.distillation.target import Target
+from fd_large.tasks.distillation.recipe_targets import make_target
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.distillation.teacher import place
 from fd_large.weights.formats import detect
@@ -81,7 +81,7 @@ def main(folder: Path) -> None:
 
     def make_task() -> Distillation:
         student, _, _ = nets(spec)
-        return Distillation(student, {"": teacher}, [Target(student.width, teacher.width)])
+        return Distillation(student, {"": teacher}, [make_target(student.width, teacher.width)])
 
     run = registry.get("fd_clip_vit_base")
     run = replace(

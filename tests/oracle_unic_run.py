@@ -34,8 +34,8 @@ from fd_large.recipes import registry
 from fd_large.tasks.distillation.heads.ladder import Ladder
 from fd_large.tasks.distillation.heads.map_head import Maps
 from fd_large.tasks.distillation.heads.registry import HEADS
+from fd_large.tasks.distillation.recipe_targets import make_target
 from fd_large.tasks.distillation.section import Weighting
-from fd_large.tasks.distillation.target import Target
 from fd_large.tasks.distillation.task import Distillation
 
 
@@ -109,7 +109,7 @@ def run(
         )
         grid = (side, side)
         targets = [
-            Target(
+            make_target(
                 student.width,
                 width,
                 teacher=name,

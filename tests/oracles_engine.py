@@ -24,7 +24,7 @@ from fd_large.backbones.statistics import IMAGENET
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.zero.optimizer import decays
 from fd_large.recipes.architectures import Architecture
-from fd_large.tasks.distillation.target import Target
+from fd_large.tasks.distillation.recipe_targets import make_target
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.finetuning.task import FineTuning
 from fd_large.weights.formats import FORMATS
@@ -155,7 +155,7 @@ def pretraining_rows(spec: dict) -> list[Row]:
         with torch.device("meta"):
             student = build(name)
             teachers = {"": lambda images: None}
-            task = Distillation(student, teachers, [Target(student.width, width)])
+            task = Distillation(student, teachers, [make_target(student.width, width)])
         groups = {True: set(), False: set()}
         for parameter_name, parameter in task.named_parameters():
             decay = decays(parameter_name, parameter.ndim, *task.no_weight_decay())

@@ -12,27 +12,30 @@ from torch import Tensor, nn
 
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.tasks.distillation.alignment import align
-from fd_large.tasks.distillation.losses import ClsAndPatches, make_loss
-from fd_large.tasks.distillation.normalisers import RUNNING, Affine
+from fd_large.tasks.distillation.losses import ClsAndPatches
+from fd_large.tasks.distillation.normalisers import Affine
+from fd_large.tasks.distillation.recipe_targets import make_loss
 from fd_large.tasks.distillation.rotations import hadamard, orthogonal, phi_s_matrix
-from fd_large.tasks.distillation.running_statistics import (
+from fd_large.tasks.distillation.several.running_statistics import (
+    RUNNING,
+    Moments,
     RunningStatistics,
     moments_of,
     momentum_at,
     sums_of,
 )
-from fd_large.tasks.distillation.similarity import (
+from fd_large.tasks.distillation.several.similarity import (
     pushed,
     queue_divergence,
     relation_divergence,
 )
-from fd_large.tasks.distillation.target_statistics import moments
-from fd_large.tasks.distillation.weighting import (
+from fd_large.tasks.distillation.several.weighting import (
     coins,
     kept_beside_worst,
     kept_of_own_data,
     weighted_loss,
 )
+from fd_large.tasks.distillation.target_statistics import moments
 
 NOT_YET_PARTS = {
     "featsharp_phi_standardize": "the way back, and rotation or scale alone",
@@ -173,6 +176,14 @@ def _running(spec: dict, width: int, dtype: torch.dtype) -> RunningStatistics:
     return RUNNING[name](width).to(dtype)
 
 
+def _in_step(module: RunningStatistics, tokens: Tensor, step: Moments) -> Tensor:
+    """Tokens normalised in training, by the statistics of their step where that is asked for."""
+    module.step = step if module.of_step else None
+    normalised = module.train()(tokens)
+    module.eval()
+    return normalised
+
+
 def check_unic_standardise(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
     """Tokens of each step, and the statistics after it; then by statistics that stay."""
     errors, config = Errors(spec, tensors), spec["config"]
@@ -193,7 +204,7 @@ def check_unic_standardise(spec: dict, tensors: Tensors, dtype: torch.dtype) -> 
 
         for number, (tokens, momentum) in enumerate(zip(steps, config["momentum"], strict=True)):
             step = moments_of(sums_of(tokens))
-            got = module(tokens, step) if module.of_step else module(tokens)
+            got = _in_step(module, tokens, step)
             compare(f"out.{kind}.{number}", got)
             module.move(step, momentum)
             errors.out(f"out.{kind}.mean.{number}", module.mean[1])
@@ -226,7 +237,7 @@ def check_statistics_of_ranks(spec: dict, tensors: Tensors, dtype: torch.dtype) 
         ranks = [tensors[f"input.rank{r}.{number}"].to(dtype) for r in range(config["ranks"])]
         step = moments_of(torch.stack([sums_of(tokens) for tokens in ranks]).sum(0))
         for rank, tokens in enumerate(ranks):
-            got = module(tokens, step) if module.of_step else module(tokens)
+            got = _in_step(module, tokens, step)
             errors.out(f"out.rank{rank}.{number}", got)
         module.move(step, momentum)
         errors.out(f"out.mean.{number}", module.mean[1])

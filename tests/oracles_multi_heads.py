@@ -24,7 +24,7 @@ from fd_large.tasks.distillation.heads.token_heads import (
     mlp_relu,
 )
 from fd_large.tasks.distillation.losses import make_loss
-from fd_large.tasks.distillation.similarity import units
+from fd_large.tasks.distillation.several.similarity import units
 
 # Names of RADIO's and DUNE's parameters, and ours, where Sequentials are numbered.
 _V1 = ((r"fc1\.", "0."), (r"norm\.", "1."), (r"fc2\.", "{last}."))

@@ -130,10 +130,10 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
     """
     # Importing torch and deepspeed takes seconds.
     from fd_large.engine.frozen_run import open_frozen
-    from fd_large.tasks.distillation import cached_held_out
-    from fd_large.tasks.distillation.cache_files import CacheWriter
-    from fd_large.tasks.distillation.cache_write import write_cache
-    from fd_large.tasks.distillation.cached_teacher import header_of, view_facts
+    from fd_large.tasks.distillation.cached import held_out as cached_held_out
+    from fd_large.tasks.distillation.cached.files import CacheWriter
+    from fd_large.tasks.distillation.cached.teacher import header_of, view_facts
+    from fd_large.tasks.distillation.cached.write import write_cache
     from fd_large.tasks.distillation.job import DistillationJob
     from fd_large.tasks.jobs import job_of
 
@@ -182,7 +182,7 @@ def plan(run: Run, own: Cache) -> Table:
     from fd_large.cli.plan import as_counted
     from fd_large.cli.plan_workload import workload
     from fd_large.engine.checkpoint_models import sources_of
-    from fd_large.tasks.distillation.cache_cost import costs_of, micro_batch_of
+    from fd_large.tasks.distillation.cached.cost import costs_of, micro_batch_of
     from fd_large.tasks.distillation.job import DistillationJob
     from fd_large.tasks.jobs import job_of
 

@@ -29,7 +29,7 @@ def prepared(task: Task, batch: Batch, seed: int) -> dict[str, Any]:
     if any(task.drop_path_rates):
         keep = _on_device(drop_path_keep(task.drop_path_rates, seed, batch.epoch, batch.positions))
     draws = task.draws(seed, batch.epoch, batch.positions)
-    more = {} if draws is None else {"draws": _on_device(draws)}
+    more = {"draws": {name: _on_device(drawn) for name, drawn in draws.items()}} if draws else {}
     with torch.no_grad():
         return task.prepare(batch.images, batch.targets, keep, **more)
 

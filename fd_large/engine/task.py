@@ -5,7 +5,7 @@ All tasks have this face. The engine knows nothing of teachers, heads or targets
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fd_large import distributed
 from fd_large.data.loader import Batch
+from fd_large.engine.parts import Part
 
 
 class Task(nn.Module):
@@ -25,12 +26,15 @@ class Task(nn.Module):
         student: The backbone; its weights are the result of a run.
         drop_path_rates: Drop-path rate of each site of the student, in execution order; the engine
             draws `keep` of shape (num_sites, B) for them.
+        parts: What needs sums over all images of a step (parts.py).
     """
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.student = student
         self.drop_path_rates: tuple[float, ...] = student.drop_path_rates
+        self.parts: tuple[Part, ...] = ()
+        self._sizes: list[int] = []
 
     def learnt(self, images: Tensor, targets: Any) -> Any:
         """Returns targets that hold what the frozen models say of the images, without gradient.
@@ -44,20 +48,20 @@ class Task(nn.Module):
         """
         return targets
 
-    def draws(self, seed: int, epoch: int, positions: Tensor) -> Tensor | None:
-        """Returns what is drawn for each image besides its view and its drop path; None: nothing.
+    def draws(self, seed: int, epoch: int, positions: Tensor) -> Mapping[str, Tensor]:
+        """Returns what is drawn for each image besides its view and its drop path, by name.
 
         A function of the arguments alone, so that ranks, micro batches, a resume and a replay
-        change nothing. `prepare` takes it, where it is not None, as the keyword `draws`.
+        change nothing. `prepare` takes it, where it is not empty, as the keyword `draws`.
 
         Args:
             seed: The run's seed.
             epoch: Epoch, counted from 0.
             positions: (B,) int64, places in the epoch's order, on the CPU.
 
-        Returns: (..., B), on the CPU.
+        Returns: (..., B) each, on the CPU.
         """
-        return None
+        return {}
 
     def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
         """Does what needs no gradient of the trained parameters, for example a teacher's forward.
@@ -84,11 +88,16 @@ class Task(nn.Module):
         The engine then prepares all micro batches of the step and holds them, adds up `sums` over
         them and over the ranks, and gives each micro batch the totals (`with_totals`). Numbers of
         ranks and of micro batches then change a step by no more than the rounding of float64 sums.
+        By default the parts decide it, and the sums are theirs.
 
         Args:
             micro_batches: Number of micro batches of a rank in the step.
         """
-        return False
+        return bool(self._parts_of_step)
+
+    @property
+    def _parts_of_step(self) -> list[Part]:
+        return [part for part in self.parts if part.of_step]
 
     def begin_sums(self, micro_batches: int) -> None:
         """Is called before the first `sums` of a step in two passes, on all ranks.
@@ -96,6 +105,8 @@ class Task(nn.Module):
         Args:
             micro_batches: Number of micro batches of a rank in the step.
         """
+        for part in self._parts_of_step:
+            part.begin(micro_batches)
 
     def sums(self, forward: Callable[..., Any], prepared: dict[str, Any]) -> Tensor:
         """Returns a micro batch's part of the sums over a step, (K,) float64; without gradient.
@@ -105,7 +116,10 @@ class Task(nn.Module):
                 need the student calls it, and pays for a second forward.
             prepared: What `prepare` returned.
         """
-        raise NotImplementedError
+        sums = [part.sums(self, prepared) for part in self._parts_of_step]
+        # The same on all ranks and for all micro batches, whatever their images.
+        self._sizes = [len(each) for each in sums]
+        return torch.cat(sums)
 
     def with_totals(
         self, prepared: dict[str, Any], totals: Tensor, *, parts: int
@@ -119,7 +133,9 @@ class Task(nn.Module):
             parts: Number of these micro batches. The engine averages their losses and gradients,
                 so that a loss that is a sum over the step is multiplied by it.
         """
-        raise NotImplementedError
+        for part, total in zip(self._parts_of_step, totals.split(self._sizes), strict=True):
+            part.take(total, parts)
+        return prepared
 
     def before_step(self, progress: float) -> None:
         """Is called before the first forward of a step, on all ranks.
@@ -127,6 +143,8 @@ class Task(nn.Module):
         Args:
             progress: Fraction of the run's steps that came before this one, in [0, 1).
         """
+        for part in self.parts:
+            part.before_step(progress)
 
     def after_step(self) -> None:
         """Is called after a step that was taken, not after one that the guard refused.
@@ -134,6 +152,14 @@ class Task(nn.Module):
         A task with running statistics moves them here, so that they are those of the steps that
         made its weights, and move once a step whatever the number of micro batches.
         """
+        notes = [part.noted() for part in self.parts]
+        present = [note for note in notes if note is not None]
+        if present:
+            sums = distributed.sum_tensor(torch.cat(present)).split([len(n) for n in present])
+            totals = iter(sums)
+            notes = [None if note is None else next(totals) for note in notes]
+        for part, note in zip(self.parts, notes, strict=True):
+            part.after_step(note)
 
     def shapes_only(self, batch: Batch) -> Tensor:
         """Runs the part of a step that shapes alone decide, for counting on the meta device.

@@ -50,8 +50,8 @@ from fd_large.tasks.detection.stored import predict_images
 from fd_large.tasks.distillation.canary import seconds_of_product
 from fd_large.tasks.distillation.held_out import Crops, HeldOutViews
 from fd_large.tasks.distillation.job import DistillationJob
-from fd_large.tasks.distillation.losses import LOSSES
 from fd_large.tasks.distillation.normalisers import NORMALISERS
+from fd_large.tasks.distillation.recipe_targets import LOSSES
 from fd_large.tasks.finetuning.job import FineTuningJob
 from fd_large.tasks.finetuning.task import FineTuning
 from fd_large.tasks.jobs import job_of
@@ -370,7 +370,7 @@ def test_the_canary(card: Card, monkeypatch) -> None:
     monkeypatch.setattr(torch, "mm", lambda a, b: None)  # 4096^3 is nothing for a CPU.
     assert seconds_of_product() > 0
     assert card.notes == ["synchronize"] * 14
-    teacher = distilling("vit_base_patch16")._teachers[""]
+    teacher = distilling("vit_base_patch16").teachers.by_name[""]
     assert teacher.map_of_fixed_images(SIDE).device.type == "cuda"
     assert teacher.hash_now() == teacher.fingerprint
     assert teacher.shard_hash() == teacher.shard_hash()

@@ -129,6 +129,7 @@ OF_NO_FILE = {
     "kernels/test_triton.py": "starts triton_*.py in Triton's interpreter",
     "plan/test_scaling_page.py": "docs/scaling.md",
     "cli/test_foreign_runs.py": "every command on a run folder from elsewhere",
+    "tasks/distillation/test_seams.py": "the seams of task.py, filled together",
     "test_cuda_calls.py": "what only a GPU's rank calls",
     "test_devices.py": "the package on a card that is not here",
     "test_first_run.py": "docs/first_run.ipynb",
@@ -333,6 +334,23 @@ def test_tests_mirror_the_house() -> None:
         if (PACKAGE / twin).is_file() == (str(path) in OF_NO_FILE):
             broken.append(f"{path}: a test of {twin}, or in OF_NO_FILE with a reason; not both")
     all_hold(broken)
+
+
+def test_the_core_of_distillation_names_no_wing() -> None:
+    """One table in job.py chooses; options of a teacher make targets and decide its grid."""
+    folder = PACKAGE / "tasks" / "distillation"
+    wings = tuple(f"fd_large.tasks.distillation.{wing}" for wing in ("several", "cached"))
+    allowed = {"job.py", "recipe_targets.py", "teacher_grids.py"}
+    core = [path for path in folder.rglob("*.py") if not {"several", "cached"} & set(path.parts)]
+    all_hold(
+        [
+            f"{path.relative_to(folder)}: imports {name}"
+            for path in core
+            if path.name not in allowed
+            for name in imports(path)
+            if name.startswith(wings)
+        ]
+    )
 
 
 def test_no_room_without_a_name() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fd_large.tasks.distillation.losses import Loss
+from fd_large.tasks.distillation.target import references
 from fd_large.tasks.distillation.task import Distillation
 
 Prepared = dict[str, Any]
@@ -38,7 +39,7 @@ def constant_prediction_losses(
     # Newton steps.
     for _ in range(MOST_PASSES):
         for prepared, weight in batches():
-            for search, tokens in zip(searches, task.references(**prepared), strict=True):
+            for search, tokens in zip(searches, references(task, **prepared), strict=True):
                 search.add(tokens, weight)
         for search in searches:
             search.step(summed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,9 @@ from fd_large.engine.evaluation import Evaluation, Panel, evaluating
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import DataError
 from fd_large.tasks.distillation.alignment import Grid, resized
-from fd_large.tasks.distillation.cache_files import CacheReader
-from fd_large.tasks.distillation.cache_views import StoredMaps
 from fd_large.tasks.distillation.constant_prediction import constant_prediction_losses
 from fd_large.tasks.distillation.section import MAP
+from fd_large.tasks.distillation.target import references
 from fd_large.tasks.distillation.task import Distillation
 
 # An epoch that no training reaches, so that crops of training images are unseen ones.
@@ -115,7 +114,8 @@ class HeldOutViews:
         name: Prefix of the metrics.
         crops: Cuts them.
         micro_batch_size: Views per forward.
-        stored: The caches that hold maps of these views, by the teacher's name.
+        stored: Maps of these views, `of(number, view)` by the teacher's name; None: the teachers
+            see the views.
 
     Raises: DataError: for an image that cannot be used, unless it is to be skipped.
     """
@@ -126,10 +126,10 @@ class HeldOutViews:
         crops: Crops,
         *,
         micro_batch_size: int,
-        stored: Mapping[str, CacheReader] | None = None,
+        stored: Any = None,
     ) -> None:
         self.name, self._micro = name, micro_batch_size
-        self._stored = StoredMaps(stored, name, crops.name_of) if stored else None
+        self._stored = stored
         world = distributed.world_size()
         own = range(distributed.rank(), crops.views, world)
         self._count = len(own)
@@ -182,7 +182,7 @@ class HeldOutViews:
             losses = constant_prediction_losses(task, batches, distributed.sum_tensor)
         pairs = list(zip(task.targets, losses, strict=True))
         own = {f"{target.label}_best_constant": loss for target, loss in pairs if target.label}
-        total = task.combined(losses)
+        total = task.join.combined(task.targets, losses)
         return {f"{self.name}_{key}": loss for key, loss in {**own, "best_constant": total}.items()}
 
     def targets(self, engine: Engine, number: int = 0) -> Iterator[tuple[Tensor, int]]:
@@ -195,7 +195,7 @@ class HeldOutViews:
         assert isinstance(engine.task, Distillation)
         with evaluating(engine):
             for prepared, weight, _ in self._batches(engine):
-                yield engine.task.references(**prepared)[number], weight
+                yield references(engine.task, **prepared)[number], weight
 
     def panel(self, engine: Engine) -> dict[str, np.ndarray]:
         """Returns the maps of a few views, the same in every call: see `feature_panel`."""
@@ -282,7 +282,7 @@ def feature_panel(
     with torch.no_grad():
         prepared = task.prepare(images, targets, None)
         forward(**prepared)
-        references = task.references(**prepared)
+        taught = references(task, **prepared)
     for handle in handles:
         handle.remove()
 
@@ -292,7 +292,7 @@ def feature_panel(
 
     own = task.student.grid(*images.shape[-2:])
     maps = {"images": rearrange(images, "n c h w -> n h w c").cpu()}
-    for target, reference in zip(task.targets, references, strict=True):
+    for target, reference in zip(task.targets, taught, strict=True):
         if target.kind == MAP:
             end = f"_{target.label}" if target.label else ""
             grid, _ = target.given(own, 0)

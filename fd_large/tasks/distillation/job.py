@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fd_large import distributed
+from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
 from fd_large.checkpoint.stream import Shape
@@ -33,11 +34,14 @@ from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError, FDError, check_all
 from fd_large.recipes.run import ONLY, Run
 from fd_large.runtime.hooks import Hook
-from fd_large.tasks.distillation import cached_teacher, recipe_targets, target_statistics
+from fd_large.tasks.distillation import recipe_targets, target_statistics
 from fd_large.tasks.distillation.built_teacher import built_teacher
-from fd_large.tasks.distillation.cache_recorder import Recorders
-from fd_large.tasks.distillation.cache_views import ViewsToStore, training_view
-from fd_large.tasks.distillation.cached_teacher import CachedTeacher
+from fd_large.tasks.distillation.cached.recorder import Recorders
+from fd_large.tasks.distillation.cached.run_caches import RunCaches
+from fd_large.tasks.distillation.cached.teacher import CachedTeacher, FromStored, view_facts
+from fd_large.tasks.distillation.cached.teacher import batch_size as cached_batch_size
+from fd_large.tasks.distillation.cached.teacher import settled as settled_by_cache
+from fd_large.tasks.distillation.cached.views import StoredMaps, ViewsToStore, training_view
 from fd_large.tasks.distillation.canary import Canary, seconds_of_product
 from fd_large.tasks.distillation.combinations import (
     check_fixed_views,
@@ -48,16 +52,23 @@ from fd_large.tasks.distillation.combinations import (
 )
 from fd_large.tasks.distillation.embedding import with_embedding
 from fd_large.tasks.distillation.feature_panel import FeaturePanel
+from fd_large.tasks.distillation.heads.map_head import HeardBlocks
 from fd_large.tasks.distillation.held_out import Crops, HeldOutViews, held_out_losses
 from fd_large.tasks.distillation.knn_accuracy import knn_accuracy
-from fd_large.tasks.distillation.metric_words import metric_words
 from fd_large.tasks.distillation.model_card import learned
 from fd_large.tasks.distillation.model_fit import check_fit
-from fd_large.tasks.distillation.normalisers import RUNNING
-from fd_large.tasks.distillation.own_data import teaches
 from fd_large.tasks.distillation.recipe_targets import AnyTeacher, statistics_file
-from fd_large.tasks.distillation.run_caches import RunCaches
-from fd_large.tasks.distillation.section import SUMMARY, labels_of, naming_target
+from fd_large.tasks.distillation.section import (
+    FIXED,
+    SUMMARY,
+    Weighting,
+    evaluated_words,
+    labels_of,
+    naming_target,
+)
+from fd_large.tasks.distillation.several.mosaic import AloneInEvaluation
+from fd_large.tasks.distillation.several.running_statistics import RUNNING
+from fd_large.tasks.distillation.several.weighting import DATASETS, Weighted, teaches
 from fd_large.tasks.distillation.stored_heads import (
     StoredHead,
     fill_heads,
@@ -70,8 +81,9 @@ from fd_large.tasks.distillation.stored_teachers import (
     facts_of,
     require_same_teachers,
 )
-from fd_large.tasks.distillation.target import Target
-from fd_large.tasks.distillation.task import DATASETS, Distillation
+from fd_large.tasks.distillation.target import NamedTarget
+from fd_large.tasks.distillation.task import Distillation, Sum, Teachers, Whole
+from fd_large.tasks.distillation.teacher import Beside as BesideStudent
 from fd_large.tasks.distillation.teacher import PlacedTeacher
 from fd_large.tasks.distillation.teacher_grids import (
     sides_of,
@@ -90,6 +102,49 @@ EARLY = "epochs_from_stored_maps"
 """What manifests and summary.json call the epochs of `Recorders.early`."""
 
 
+def composed(
+    student: nn.Module,
+    teachers: Mapping[str, Any],
+    targets: Sequence[NamedTarget],
+    *,
+    weighting: Weighting = FIXED,
+    teaches: Sequence[Sequence[bool]] = (),
+    mosaics: Collection[str] = (),
+    teachers_beside: bool = False,
+    sight: Any = None,
+    statistics: Statistics = IMAGENET,
+) -> Distillation:
+    """Returns the paper's task with the seams that a recipe fills otherwise.
+
+    Args:
+        student: A backbone of `fd_large.backbones`.
+        teachers: What gives a map of uint8 images, or stands in the place of a teacher, by name.
+        targets: What is learnt of them.
+        weighting: Which of several teachers each image learns from.
+        teaches: As `Weighted`.
+        mosaics: Names of the teachers that see several images at once.
+        teachers_beside: Whether the teachers compute on a CUDA stream of their own.
+        sight: What the student sees; None: whole images.
+        statistics: The student's normalisation.
+    """
+    shown: Any = Teachers(teachers)
+    for is_asked, around in (
+        (mosaics, partial(AloneInEvaluation, names=mosaics)),
+        (any(hasattr(teacher, "of_stored") for teacher in teachers.values()), FromStored),
+        (teachers_beside, BesideStudent),
+    ):
+        shown = around(shown) if is_asked else shown
+    sight = sight or Whole()
+    return Distillation(
+        student,
+        shown,
+        targets,
+        sight=HeardBlocks(sight) if any(target.reads_blocks for target in targets) else sight,
+        join=Sum() if weighting.rule == "fixed" else Weighted(weighting, targets, teaches),
+        statistics=statistics,
+    )
+
+
 class DistillationJob(Job):
     """The student learns the teacher's feature map."""
 
@@ -101,7 +156,10 @@ class DistillationJob(Job):
     @property
     def metrics(self) -> Mapping[str, str]:
         """The words for this task's numbers; the loss brings its own."""
-        return metric_words(self.run.teachers, self.run.objective)
+        objective, label = self.run.objective, "sum of the losses"
+        if not self.run.teachers:
+            label = recipe_targets.make_loss(objective.loss, beta=objective.beta).label
+        return {"loss": label, **evaluated_words(self.run.teachers)}
 
     @property
     def learns_from_images_alone(self) -> bool:  # type: ignore[override]
@@ -149,7 +207,7 @@ class DistillationJob(Job):
         settled, *models = check_all(
             lambda: settle(sources),
             *(
-                partial(cached_teacher.settled, entry, where=source_flag(name))
+                partial(settled_by_cache, entry, where=source_flag(name))
                 if name in self._caches
                 else partial(settle_model, entry, sources, where=source_flag(name))
                 for name, entry in entries.items()
@@ -258,7 +316,7 @@ class DistillationJob(Job):
         return samples
 
     def _view_facts(self, samples: ImageSource, fixed: FixedViews) -> dict[str, Any]:
-        return cached_teacher.view_facts(self.view_settings(), fixed, samples)
+        return view_facts(self.view_settings(), fixed, samples)
 
     @property
     def fixed_views(self) -> FixedViews | None:
@@ -293,7 +351,7 @@ class DistillationJob(Job):
         return ViewsToStore(
             partial(training_view, samples, settings, fixed),
             settings.image_size,
-            cached_teacher.batch_size(self.run.batch),
+            cached_batch_size(self.run.batch),
         )
 
     def held_out(self, samples: ImageSource) -> dict[str, Crops]:
@@ -451,7 +509,7 @@ class DistillationJob(Job):
                     target_statistics.require_same(stored, own, path)
         return task
 
-    def target_facts(self, task: Distillation, target: Target) -> Mapping[str, Any]:
+    def target_facts(self, task: Distillation, target: NamedTarget) -> Mapping[str, Any]:
         """Returns what decides the tokens that are learnt, besides the images.
 
         Args:
@@ -478,7 +536,7 @@ class DistillationJob(Job):
         entries, size = self._settled.taught_by, self.run.data.image_size
         several = bool(self.run.data.image_sizes)
         student = make_student(self.run.student, image_size=size, resizes_positions=several)
-        return Distillation(
+        return composed(
             student,
             teachers,
             recipe_targets.make_targets(student, teachers, entries, image_size=size),
@@ -517,13 +575,14 @@ class DistillationJob(Job):
                     "eval.root: held-out figures and pictures are of the quick start's "
                     "photographs, not of your images; --eval.root FOLDER names yours"
                 )
+            stored = self._caches.held_out
             sets = distributed.together(
                 lambda: [
                     HeldOutViews(
                         name,
                         crops,
                         micro_batch_size=micro_batch_size,
-                        stored=self._caches.held_out,
+                        stored=StoredMaps(stored, name, crops.name_of) if stored else None,
                     )
                     for name, crops in self.held_out(samples).items()
                 ]

@@ -12,7 +12,7 @@ neither ranks nor micro batches change a step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +23,6 @@ from fd_large import doors
 from fd_large.errors import ConfigError
 from fd_large.kernels.whitened_loss import whitened_loss
 from fd_large.tasks.distillation.section import is_sum, loss_terms
-from fd_large.tasks.distillation.similarity import (
-    SummaryQueue,
-    queue_divergence,
-    relation_divergence,
-    units,
-)
 
 WHERE = "objective.loss"
 _SMALLEST = 1e-6  # For divisions, far below any difference that matters in units of the target.
@@ -43,10 +37,12 @@ class Loss:
     Attributes:
         label: Its words in logs and plots.
         reads_beta: Whether `beta` changes it; a recipe that sets it in vain is told.
+        in_sums: Whether it may stand in a sum of losses by weight.
     """
 
     label = "loss"
     reads_beta = True
+    in_sums = True
     # Number of prefix tokens among those that are compared; the target sets it.
     num_prefix_tokens = 0
 
@@ -217,49 +213,6 @@ class CosineOfMap(Loss):
         return _towards(constant, directions)
 
 
-class Relation(Loss):
-    """The divergence between the similarities that the patches of an image have to each other.
-
-    Memory grows with the square of their number. Source: similarity.py.
-    """
-
-    label = "relation loss"
-    reads_beta = False
-
-    def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over images."""
-        return self.per_image(projected, target).mean()
-
-    def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns it for each image."""
-        student, teacher = (units(t[:, self.num_prefix_tokens :]) for t in (projected, target))
-        return relation_divergence(student, teacher)
-
-
-class QueueDivergence(Loss):
-    """The divergence between the similarities that summaries have to those of other images.
-
-    For summaries alone. Source: similarity.py.
-
-    Attributes:
-        queue: The other summaries; the target sets it. None: those of the images themselves.
-    """
-
-    label = "queue loss"
-    reads_beta = False
-    queue: SummaryQueue | None = None
-
-    def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean over images."""
-        return self.per_image(projected, target).mean()
-
-    def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns it for each image."""
-        student, teacher = (units(summaries[:, 0]) for summaries in (projected, target))
-        rows = teacher if self.queue is None else self.queue.now.to(teacher)
-        return queue_divergence(student, teacher, rows)
-
-
 class WeightedSum(Loss):
     """A sum of losses by weight.
 
@@ -343,26 +296,25 @@ LOSSES: dict[str, Any] = {
     "cosine": Cosine,
     "cosine_of_map": CosineOfMap,
     "cls_and_patches": ClsAndPatches,
-    "relation": Relation,
-    "queue": QueueDivergence,
 }
-"""The built-in losses: functions, or subclasses of `Loss`."""
+"""Built-in losses: functions, or subclasses of `Loss`."""
 
 
-def make_loss(name: str, *, beta: float) -> Loss:
+def make_loss(name: str, *, beta: float, known: Mapping[str, Any] = LOSSES) -> Loss:
     """Returns the loss that a recipe names.
 
     Args:
-        name: A name in `LOSSES`, one of the user's own (fd_large/doors.py), or a sum of names in
-            `LOSSES`, each with a weight before it.
+        name: A name in `known`, one of the user's own (fd_large/doors.py), or a sum of names in
+            `known`, each with a weight before it.
         beta: `objective.beta`.
+        known: Built-in losses by name.
 
     Raises: ConfigError: if there is no such loss, or it cannot be made.
     """
     if is_sum(name):
-        known = [one for one, made in LOSSES.items() if made is not QueueDivergence]
-        return WeightedSum([(w, make_loss(term, beta=beta)) for w, term in loss_terms(name, known)])
-    found = doors.load(name, kind="losses", where=WHERE, built_in=LOSSES)
+        terms = loss_terms(name, [one for one in known if getattr(known[one], "in_sums", True)])
+        return WeightedSum([(w, make_loss(term, beta=beta, known=known)) for w, term in terms])
+    found = doors.load(name, kind="losses", where=WHERE, built_in=known)
     if not (isinstance(found, type) and issubclass(found, Loss)):
         return FunctionLoss(found)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from fd_large.recipes.architectures import resolve
 from fd_large.tasks.distillation.heads.map_head import WHERE as HEAD_WHERE
 from fd_large.tasks.distillation.heads.map_head import MapHead, Maps, check_map_head, with_blocks
 from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher, naming_target
-from fd_large.tasks.distillation.target import Target, as_map, summary
+from fd_large.tasks.distillation.target import NamedTarget, as_map, summary
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.distillation.teacher_grids import (
     called,
@@ -82,7 +83,7 @@ def check_fit(
         )
 
 
-def _check_head(student: nn.Module, target: Target, name: str, width: int, size: int) -> None:
+def _check_head(student: nn.Module, target: NamedTarget, name: str, width: int, size: int) -> None:
     """Runs a target's head, on the meta device, on what it will be given."""
     head = target.head
     if not isinstance(head, MapHead):
@@ -90,9 +91,8 @@ def _check_head(student: nn.Module, target: Target, name: str, width: int, size:
         return
     pixels = torch.empty(1, 3, size, size, device="meta")
     with torch.no_grad():
-        last, blocks = (
-            with_blocks(student, pixels) if target.reads_blocks else (student(pixels), ())
-        )
+        run = partial(student, pixels)
+        last, blocks = with_blocks(student, run) if target.reads_blocks else (run(), ())
     if target.kind == SUMMARY:
         last, *blocks = (as_map(summary(map_)) for map_ in (last, *blocks))
     check_map_head(head, name, last, blocks, width)

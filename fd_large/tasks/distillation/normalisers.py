@@ -3,14 +3,15 @@
 Adding a normaliser is a line in `NORMALISERS`, or a file of the user's own
 (`objective.normaliser module:FILE.py:NAME`): a function from tokens (..., C) to float32 of the same
 shape. It works on the tokens of a micro batch, and so must treat each token alone. Of the built-in
-ones two read statistics of the teacher's channels from a file (target_statistics.py), and two
-follow them as the run goes on (running_statistics.py).
+ones two read statistics of the teacher's channels from a file (target_statistics.py). A normaliser
+that can be undone has a method `undo`, which returns an `Undo`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from fd_large import doors
 from fd_large.errors import ConfigError
 from fd_large.kernels.whitened_loss import whiten
 from fd_large.tasks.distillation import target_statistics
-from fd_large.tasks.distillation.running_statistics import RunningStatistics, StepStatistics
 from fd_large.tasks.distillation.target_statistics import TargetStatistics
 
 WHERE = "objective.normaliser"
@@ -64,6 +64,14 @@ class Affine:
         centred = tokens - mean
         return centred * factor if factor.ndim == 1 else centred @ factor.T
 
+    def undo(self) -> Undo:
+        """Returns the way back."""
+        mean, factor = (constant.double() for constant in self.constants)
+        both = mean.expand(2, -1)
+        if factor.ndim == 1:
+            return Undo(both, factor.reciprocal().expand(2, -1), None)
+        return Undo(both, None, torch.linalg.inv(factor))
+
 
 def standardise(statistics: TargetStatistics) -> Affine:
     """Gives every channel mean 0 and variance 1.
@@ -85,11 +93,6 @@ BY_STATISTICS: dict[str, Callable[[TargetStatistics], Affine]] = {
     "phi_s": phi_s,
 }
 """Those that are made of statistics."""
-RUNNING: dict[str, type[RunningStatistics]] = {
-    "running": RunningStatistics,
-    "batch": StepStatistics,
-}
-"""Those with statistics that training moves: Modules, made of the number of channels."""
 
 
 class Undo(nn.Module):
@@ -120,38 +123,31 @@ class Undo(nn.Module):
         return tokens.float() * self.scale[rows] + self.mean[rows]
 
 
-def undo_of(normaliser: Normaliser) -> Undo | None:
-    """Returns what undoes a normaliser; None: it forgets something, or is the user's own."""
-    if isinstance(normaliser, RunningStatistics):
-        return Undo(normaliser.mean, normaliser.divisor, None)
-    if not isinstance(normaliser, Affine):
-        return None
-    mean, factor = (constant.double() for constant in normaliser.constants)
-    both = mean.expand(2, -1)
-    if factor.ndim == 1:
-        return Undo(both, factor.reciprocal().expand(2, -1), None)
-    return Undo(both, None, torch.linalg.inv(factor))
-
-
 def make_normaliser(
-    name: str, *, eps: float, statistics: str = "", width: int = _TRIAL_WIDTH
+    name: str,
+    *,
+    eps: float,
+    statistics: str = "",
+    width: int = _TRIAL_WIDTH,
+    running: Mapping[str, Callable[[int], Normaliser]] = MappingProxyType({}),
 ) -> Normaliser:
     """Returns the normaliser that a recipe names.
 
     Args:
-        name: A name in `NORMALISERS`, `BY_STATISTICS` or `RUNNING`, or one of the user's own
+        name: A name in `NORMALISERS`, `BY_STATISTICS` or `running`, or one of the user's own
             (fd_large/doors.py).
         eps: `objective.whitening_eps`, for whitening.
         statistics: `objective.target_statistics`, a file.
-        width: Channels of the teacher's tokens, for a name in `RUNNING`.
+        width: Channels of the teacher's tokens, for a name in `running`.
+        running: Normalisers with statistics that training moves, made of the number of channels.
 
     Raises: ConfigError: if there is no such normaliser, or no such file.
     """
-    known = NORMALISERS | BY_STATISTICS | RUNNING
+    known = NORMALISERS | BY_STATISTICS | dict(running)
     found = doors.load(name, kind="normalisers", where=WHERE, built_in=known)
     if name in BY_STATISTICS:
         return found(target_statistics.read(statistics))
-    if name in RUNNING:
+    if name in running:
         return found(width)
     return partial(whiten, eps=eps) if name == WHITENING else found
 
@@ -161,9 +157,7 @@ def check_normaliser(normaliser: Normaliser, name: str) -> None:
 
     Raises: ConfigError: if that fails, changes the shape, or mixes tokens.
     """
-    width = (
-        normaliser.width if isinstance(normaliser, (Affine, RunningStatistics)) else _TRIAL_WIDTH
-    )
+    width = getattr(normaliser, "width", _TRIAL_WIDTH)
     tokens = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0))
     try:
         given = normaliser(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -11,24 +12,39 @@ from torch import Tensor, nn
 
 from fd_large import doors
 from fd_large.engine.frozen import Frozen
-from fd_large.tasks.distillation.cache_recorder import Recorder
-from fd_large.tasks.distillation.cached_teacher import CachedTeacher
+from fd_large.errors import ConfigError
+from fd_large.tasks.distillation import losses
+from fd_large.tasks.distillation.cached.recorder import Recorder
+from fd_large.tasks.distillation.cached.teacher import CachedTeacher
+from fd_large.tasks.distillation.heads import registry
 from fd_large.tasks.distillation.heads.map_head import WHERE as HEAD_WHERE
-from fd_large.tasks.distillation.heads.registry import HEADS
-from fd_large.tasks.distillation.losses import check_loss, make_loss
+from fd_large.tasks.distillation.heads.map_head import Maps
 from fd_large.tasks.distillation.model_fit import maps_of
 from fd_large.tasks.distillation.normalisers import (
     BY_STATISTICS,
+    NONE,
     WHITENING,
     check_normaliser,
     make_normaliser,
 )
 from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher, field_of, naming_target
-from fd_large.tasks.distillation.target import Target
+from fd_large.tasks.distillation.several.running_statistics import RUNNING
+from fd_large.tasks.distillation.several.similarity import (
+    SIMILARITIES,
+    QueueDivergence,
+    Relation,
+    SummaryQueue,
+)
+from fd_large.tasks.distillation.target import NamedTarget
 from fd_large.tasks.distillation.teacher import PlacedTeacher
 
 AnyTeacher = Frozen | PlacedTeacher | CachedTeacher | Recorder
 """A teacher on shapes alone, one that is built, and what stands in the place of one."""
+
+
+LOSSES = ChainMap(losses.LOSSES, SIMILARITIES)
+"""Built-in losses by name: of the paper and its neighbours, and between similarities."""
+make_loss = partial(losses.make_loss, known=LOSSES)
 
 
 def checks(name: str, entry: NamedTeacher, kind: str) -> Iterator[Callable[[], object]]:
@@ -50,11 +66,12 @@ def checks(name: str, entry: NamedTeacher, kind: str) -> Iterator[Callable[[], o
             check()
 
     for check in (
-        lambda: check_loss(make_loss(loss, beta=entry.beta), loss),
+        lambda: losses.check_loss(make_loss(loss, beta=entry.beta), loss),
         lambda: check_normaliser(
-            make_normaliser(normaliser, eps=entry.whitening_eps, statistics=file), normaliser
+            make_normaliser(normaliser, eps=entry.whitening_eps, statistics=file, running=RUNNING),
+            normaliser,
         ),
-        lambda: doors.load(head, kind="heads", where=HEAD_WHERE, built_in=HEADS),
+        lambda: doors.load(head, kind="heads", where=HEAD_WHERE, built_in=registry.HEADS),
     ):
         yield partial(told, check)
 
@@ -68,10 +85,10 @@ def ignored_fields(name: str, entry: NamedTeacher) -> list[str]:
     """
     of = partial(field_of, name)
     with naming_target(name):
-        losses = [make_loss(entry.setting("loss", kind), beta=entry.beta) for kind in entry.targets]
+        made = [make_loss(entry.setting("loss", kind), beta=entry.beta) for kind in entry.targets]
     normalisers = {kind: entry.setting("normaliser", kind) for kind in entry.targets}
     ignored = []
-    if not any(loss.reads_beta for loss in losses):
+    if not any(loss.reads_beta for loss in made):
         ignored.append(of("beta"))
     if WHITENING not in normalisers.values():
         ignored.append(of("whitening_eps"))
@@ -89,13 +106,94 @@ def statistics_file(entry: NamedTeacher, kind: str) -> str:
     return entry.setting("target_statistics", kind)
 
 
+def make_target(
+    width: int,
+    teacher_width: int,
+    *,
+    teacher: str = "",
+    kind: str = MAP,
+    loss: str = "smooth_l1",
+    normaliser: str = WHITENING,
+    head: str = "linear",
+    maps: Callable[[], Maps] | None = None,
+    beta: float = 2.0,
+    whitening_eps: float = 1e-5,
+    target_statistics: str = "",
+    interpolation: str = "none",
+    with_prefix: bool = True,
+    weight: float = 1.0,
+    projection: Tensor | None = None,
+) -> NamedTarget:
+    """Constructs a target from the names of its parts, the head with random weights.
+
+    Args:
+        width: Channels of the student's map.
+        teacher_width: Channels of what is learnt of the teacher.
+        teacher: The teacher's name; "" for the only one.
+        kind: "map" or "summary".
+        loss: Name of the loss (losses.py).
+        normaliser: Name of what is done to the teacher's tokens (normalisers.py).
+        head: Name of what projects the student's tokens to the teacher's width (heads/).
+        maps: Returns the grids of both, for a head that reads maps.
+        beta: Difference above which the loss is linear rather than quadratic, in whitened units.
+        whitening_eps: Constant added to the variance of a teacher's token.
+        target_statistics: File of statistics of the teacher's channels, for a normaliser that
+            needs them.
+        interpolation, with_prefix, weight, projection: As `NamedTarget`.
+
+    Raises: ConfigError: if a name stands for nothing, or they do not go together.
+    """
+    with naming_target(teacher, kind):
+        head_module = registry.make(head, width, teacher_width, maps)
+        made_loss = make_loss(loss, beta=beta)
+        normalise = make_normaliser(
+            normaliser,
+            eps=whitening_eps,
+            statistics=target_statistics,
+            width=teacher_width,
+            running=RUNNING,
+        )
+    if isinstance(made_loss, Relation) and kind == SUMMARY:
+        raise ConfigError(
+            f"{field_of(teacher, 'loss', kind)}: a summary alone has nothing to relate to; got "
+            f"{loss}, expected a loss between two summaries. Set "
+            f"--{field_of(teacher, 'loss', kind)} queue, cosine or mse."
+        )
+    if isinstance(made_loss, QueueDivergence):
+        if kind != SUMMARY:
+            raise ConfigError(
+                f"{field_of(teacher, 'loss')}: a queue holds summaries; got {loss} for a map, "
+                "expected it for the summary of one of several teachers. Set it in "
+                "--teachers.NAME.summary.loss."
+            )
+        if normaliser != NONE:
+            raise ConfigError(
+                f"{field_of(teacher, 'normaliser', kind)}: a queue holds summaries as the "
+                f"teacher gives them; got {normaliser}, expected {NONE}. Set "
+                f"--{field_of(teacher, 'normaliser', kind)} {NONE}."
+            )
+        made_loss.queue = SummaryQueue(teacher_width)
+    return NamedTarget(
+        head_module,
+        teacher=teacher,
+        normalise=normalise,
+        loss=made_loss,
+        weight=weight,
+        kind=kind,
+        fused_eps=whitening_eps if normaliser == WHITENING else None,
+        interpolation=interpolation,
+        with_prefix=with_prefix,
+        projection=projection,
+    )
+
+
 def make_targets(
     student: nn.Module,
     teachers: Mapping[str, AnyTeacher],
     entries: Mapping[str, NamedTeacher],
     *,
     image_size: int,
-) -> list[Target]:
+) -> list[NamedTarget]:
     """Constructs the targets of all teachers, their heads with random weights.
 
     Args:
@@ -115,7 +213,7 @@ def make_targets(
         }
     )
     return [
-        Target(
+        make_target(
             student.width,
             entry.width_of(kind, teachers[name].width),
             teacher=name,
@@ -153,7 +251,7 @@ def _projection(entry: NamedTeacher, kind: str, teacher: Any) -> Tensor | None:
 
 
 def target_facts(
-    target: Target,
+    target: NamedTarget,
     student: nn.Module,
     teacher: PlacedTeacher | CachedTeacher,
     entry: NamedTeacher,

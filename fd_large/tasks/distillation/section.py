@@ -426,24 +426,34 @@ def loss_terms(loss: str, known: Collection[str]) -> list[tuple[float, str]]:
     return terms
 
 
-NAMED: dict[str, tuple[doors.Kind, str, tuple[str, ...]]] = {
-    "loss": ("losses", "tasks/distillation/losses.py", ("LOSSES",)),
-    "head": ("heads", "tasks/distillation/heads/registry.py", ("HEADS",)),
+_FOLDER = "tasks/distillation"
+NAMED: dict[str, tuple[doors.Kind, dict[str, tuple[str, ...]]]] = {
+    "loss": (
+        "losses",
+        {
+            f"{_FOLDER}/losses.py": ("LOSSES",),
+            f"{_FOLDER}/several/similarity.py": ("SIMILARITIES",),
+        },
+    ),
+    "head": ("heads", {f"{_FOLDER}/heads/registry.py": ("HEADS",)}),
     "normaliser": (
         "normalisers",
-        "tasks/distillation/normalisers.py",
-        ("NORMALISERS", "BY_STATISTICS", "RUNNING"),
+        {
+            f"{_FOLDER}/normalisers.py": ("NORMALISERS", "BY_STATISTICS"),
+            f"{_FOLDER}/several/running_statistics.py": ("RUNNING",),
+        },
     ),
 }
-"""Fields of a target that name a thing: its kind, and the file of the package with its tables."""
+"""Fields of a target that name a thing: its kind, and the tables of the package by their files."""
 
 
 def _check_names(run: Any) -> None:
     """Refuses names of losses, heads and normalisers that stand for nothing."""
 
     def check(teacher: str, kind: str, field_name: str) -> None:
-        thing, file, tables = NAMED[field_name]
-        named, known = entries[teacher].setting(field_name, kind), keys_of(file, *tables)
+        thing, tables = NAMED[field_name]
+        named = entries[teacher].setting(field_name, kind)
+        known = [name for file, dicts in tables.items() for name in keys_of(file, *dicts)]
         with naming_target(teacher, kind):
             if field_name == "loss" and is_sum(named):
                 loss_terms(named, known)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from fd_large.files import write_json
 from fd_large.tasks.distillation.heads import registry
 from fd_large.tasks.distillation.heads.map_head import MapHead, Maps, with_blocks
 from fd_large.tasks.distillation.model_fit import maps_of
-from fd_large.tasks.distillation.normalisers import NONE, Undo, undo_of
+from fd_large.tasks.distillation.normalisers import NONE, Undo
+from fd_large.tasks.distillation.registered import register
 from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher
 from fd_large.tasks.distillation.target import guess, reads_blocks
 from fd_large.tasks.distillation.task import Distillation
@@ -92,7 +94,7 @@ class StoredHead(nn.Module):
         Raises: ConfigError: if the normaliser cannot be undone.
         """
         if reads_blocks(self.head):
-            student, blocks = with_blocks(backbone, pixels)
+            student, blocks = with_blocks(backbone, partial(backbone, pixels))
         else:
             student, blocks = backbone(pixels), ()
         found = guess(
@@ -162,13 +164,16 @@ def fill_heads(
             num_prefix_tokens=prefixes[target.teacher],
             normaliser=entry.setting("normaliser", target.kind),
         )
-        if target.running is not None:
-            target.running.to_empty(device="cpu")
+        for module in target.modules().values():
+            if module is not target.head:
+                module.to_empty(device="cpu")
         found[target] = StoredHead(facts, None)
-        task.put_head(target, found[target].head)
+        target.head = found[target].head
+        register(task, target.path, target.head)
     fill()
     for target, head in found.items():
-        head.undo = undo_of(target.normalise)
+        if undo := getattr(target.normalise, "undo", None):
+            head.undo = undo()
     return {target.label or "teacher": head for target, head in found.items()}
 
 

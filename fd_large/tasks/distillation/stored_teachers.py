@@ -7,7 +7,6 @@ from typing import Any
 
 from fd_large.errors import CheckpointError
 from fd_large.tasks.distillation import target_statistics
-from fd_large.tasks.distillation.cache_files import CacheReader
 from fd_large.tasks.distillation.normalisers import BY_STATISTICS
 from fd_large.tasks.distillation.recipe_targets import statistics_file
 from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher, field_of
@@ -17,7 +16,7 @@ from fd_large.tasks.distillation.teacher_grids import source_flag
 _STATISTICS = {MAP: "target_statistics", SUMMARY: "summary_target_statistics"}
 
 
-def facts_of(entry: NamedTeacher, fingerprint: str, cache: CacheReader | None) -> dict[str, Any]:
+def facts_of(entry: NamedTeacher, fingerprint: str, cache: Any | None) -> dict[str, Any]:
     """Returns a teacher's entries of a manifest: its source, and hashes of all that it teaches by.
 
     Args:

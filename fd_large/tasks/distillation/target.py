@@ -1,163 +1,125 @@
-"""What a student learns of one teacher: its map, or its summary.
+"""What a recipe lets a student learn of a teacher: its map, or its summary, on one grid.
 
-A run has a target for each teacher and kind; its loss is their sum by weight (task.py). All that a
-target needs beside the student stands here: head, alignment, normaliser, loss and weight.
+Beside the small `Target` of task.py these have names, kinds, prefix tokens and grids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Sequence
+from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from fd_large.backbones.feature_map import FeatureMap
-from fd_large.errors import ConfigError
+from fd_large.engine.parts import Part
 from fd_large.tasks.distillation.alignment import Grid, common_grid, match_grids, match_prefixes
-from fd_large.tasks.distillation.heads import registry
-from fd_large.tasks.distillation.heads.map_head import MapHead, Maps
-from fd_large.tasks.distillation.losses import QueueDivergence, Relation, make_loss
-from fd_large.tasks.distillation.normalisers import NONE, WHITENING, make_normaliser
-from fd_large.tasks.distillation.running_statistics import Moments, RunningStatistics
-from fd_large.tasks.distillation.section import MAP, SUMMARY, field_of, label, naming_target
-from fd_large.tasks.distillation.similarity import SummaryQueue
+from fd_large.tasks.distillation.heads.map_head import MapHead
+from fd_large.tasks.distillation.losses import Loss
+from fd_large.tasks.distillation.normalisers import Normaliser
+from fd_large.tasks.distillation.section import MAP, SUMMARY, label
+from fd_large.tasks.distillation.task import Distillation, Maps, Seen, Target
 
 
-class Target:
-    """A head on the student's tokens, and the loss between them and a teacher's.
+class NamedTarget(Target):
+    """A head on the student's tokens, and the loss between them and a teacher's map or summary.
 
-    It is no Module: the task registers its head and its running statistics, under the names that
-    checkpoints have.
+    Loss and normaliser may have a state that training moves: `state(label)` returns it by its name
+    in checkpoints, and `part(target)` the part of a step that moves it.
 
     Args:
-        width: Channels of the student's map.
-        teacher_width: Channels of what is learnt of the teacher.
-        teacher: The teacher's name; "" for the only one.
+        head: The Module from (B, N, width) to (B, N, teacher_width), or a `MapHead`.
+        teacher, weight: As `Target`.
+        normalise: From tokens (..., teacher_width) to the same in float32.
+        loss: The loss.
         kind: "map" or "summary".
-        loss: Name of the loss (losses.py).
-        normaliser: Name of what is done to the teacher's tokens (normalisers.py).
-        head: Name of what projects the student's tokens to the teacher's width (heads/).
-        maps: Returns the grids of both, for a head that reads maps.
-        beta: Difference above which the loss is linear rather than quadratic, in whitened units.
-        whitening_eps: Constant added to the variance of a teacher's token.
-        target_statistics: File of statistics of the teacher's channels, for a normaliser that
-            needs them.
+        fused_eps: What is added to a token's variance, where a kernel may whiten and take the loss
+            at once; None where it may not.
         interpolation: How maps of different grids are brought to one (alignment.py); "none"
             refuses them.
         with_prefix: Whether the map's prefix tokens (CLS) are learnt with it.
-        weight: Weight of its loss in the task's.
         projection: (teacher_width, channels of the teacher's map), by which the teacher's summary
             becomes its embedding; None: the summary itself is learnt.
 
     Attributes:
-        teacher, kind, weight: As given.
-        head: The Module from (B, N, width) to (B, N, teacher_width), or a `MapHead`.
         reads_blocks: Whether the head reads the maps of the student's blocks.
-        loss: The loss.
-        queue: Summaries of earlier steps, where the loss compares with them.
-        normalise: From tokens (..., teacher_width) to the same in float32.
-        running: `normalise`, where it has statistics that training moves; else None.
     """
+
+    loss: Loss
 
     def __init__(
         self,
-        width: int,
-        teacher_width: int,
+        head: nn.Module,
         *,
-        teacher: str = "",
+        teacher: str,
+        normalise: Normaliser,
+        loss: Loss,
+        weight: float = 1.0,
         kind: str = MAP,
-        loss: str = "smooth_l1",
-        normaliser: str = WHITENING,
-        head: str = "linear",
-        maps: Callable[[], Maps] | None = None,
-        beta: float = 2.0,
-        whitening_eps: float = 1e-5,
-        target_statistics: str = "",
+        fused_eps: float | None = None,
         interpolation: str = "none",
         with_prefix: bool = True,
-        weight: float = 1.0,
         projection: Tensor | None = None,
     ) -> None:
-        self._projection = projection
-        self.teacher, self.kind, self.weight = teacher, kind, weight
-        with naming_target(teacher, kind):
-            self.head = registry.make(head, width, teacher_width, maps)
-            self.loss = make_loss(loss, beta=beta)
-            self.normalise = make_normaliser(
-                normaliser, eps=whitening_eps, statistics=target_statistics, width=teacher_width
-            )
-        self.reads_blocks = reads_blocks(self.head)
-        if isinstance(self.loss, Relation) and kind == SUMMARY:
-            raise ConfigError(
-                f"{field_of(teacher, 'loss', kind)}: a summary alone has nothing to relate to; got "
-                f"{loss}, expected a loss between two summaries. Set "
-                f"--{field_of(teacher, 'loss', kind)} queue, cosine or mse."
-            )
-        self.queue: SummaryQueue | None = None
-        if isinstance(self.loss, QueueDivergence):
-            if kind != SUMMARY:
-                raise ConfigError(
-                    f"{field_of(teacher, 'loss')}: a queue holds summaries; got {loss} for a map, "
-                    "expected it for the summary of one of several teachers. Set it in "
-                    "--teachers.NAME.summary.loss."
-                )
-            if normaliser != NONE:
-                raise ConfigError(
-                    f"{field_of(teacher, 'normaliser', kind)}: a queue holds summaries as the "
-                    f"teacher gives them; got {normaliser}, expected {NONE}. Set "
-                    f"--{field_of(teacher, 'normaliser', kind)} {NONE}."
-                )
-            self.queue = self.loss.queue = SummaryQueue(teacher_width)
-        is_running = isinstance(self.normalise, RunningStatistics)
-        self.running = cast(RunningStatistics, self.normalise) if is_running else None
-        self._eps = whitening_eps if normaliser == WHITENING else None
+        super().__init__(head, teacher=teacher, normalise=normalise, loss=loss, weight=weight)
+        self.kind, self.reads_blocks = kind, reads_blocks(head)
+        self.label = label(teacher, kind)
+        self.path = f"heads.{teacher}.{kind}" if self.label else "projection"
+        self._eps, self._projection = fused_eps, projection
         self._interpolation, self._with_prefix = interpolation, with_prefix
 
     @property
-    def label(self) -> str:
-        """Its name in metrics and files: "" for the only teacher's map, else NAME, NAME_summary."""
-        return label(self.teacher, self.kind)
+    def stateful(self) -> list[Any]:
+        """Normaliser and loss, as far as they have a state."""
+        return [each for each in (self.normalise, self.loss) if hasattr(each, "part")]
 
-    def compared(
-        self, student: FeatureMap, blocks: Sequence[FeatureMap], teacher: FeatureMap
-    ) -> tuple[Tensor, Tensor]:
+    def modules(self) -> dict[str, nn.Module]:
+        """Returns head and state by their names in checkpoints."""
+        modules = {self.path: self.head}
+        for each in self.stateful:
+            modules |= each.state(self.label)
+        return modules
+
+    def parts(self) -> tuple[Part, ...]:
+        """Returns what moves the state."""
+        return tuple(each.part(self) for each in self.stateful)
+
+    def compared(self, seen: Seen, teacher: FeatureMap) -> tuple[Tensor, Tensor]:
         """Returns the tokens that are compared, (B, N, Ct): the student's after the head, and the
         teacher's. Of two summaries N is 1.
 
         Args:
-            student: The student's map, in the data type of the head.
-            blocks: The maps after its blocks, where the head reads them.
+            seen: The student's maps, in the data type of the head.
             teacher: The teacher's map, any floating-point dtype.
 
         Raises: ShapeError: if the grids of two maps differ and are not to be interpolated.
         """
         if self.kind == SUMMARY:
             teacher = as_map(self._summary_of(teacher))
-        student = self.guessed(student, blocks, teacher.num_prefix_tokens)
+        student = guess(
+            self.head,
+            seen.map,
+            seen.blocks,
+            kind=self.kind,
+            with_prefix=self._with_prefix,
+            num_prefix_tokens=teacher.num_prefix_tokens,
+        )
         student, teacher = match_prefixes(student, teacher, with_prefix=self._with_prefix)
         student, teacher = match_grids(student, teacher, interpolation=self._interpolation)
         self._note_prefix(student.num_prefix_tokens)
         return student.tokens, teacher.tokens
 
-    def guessed(
-        self, student: FeatureMap, blocks: Sequence[FeatureMap], num_prefix_tokens: int
-    ) -> FeatureMap:
-        """Returns what the head makes of the student's map, with `teacher_width` channels.
+    def tokens_of(self, task: Distillation, *, pixels: Tensor, maps: Maps, **_: Any) -> Tensor:
+        """Returns the teacher's tokens of `compared`, (B, N, Ct); the student is not run.
 
         Args:
-            student, blocks: As `compared`.
-            num_prefix_tokens: Tokens before the patches of the teacher's map; where the student's
-                are as many, and are learnt, the head is given them as well.
+            task: The task, of whose student grid and prefix count.
+            pixels: (B, 3, H, W), the student's.
+            maps: The teachers' maps by name.
         """
-        return guess(
-            self.head,
-            student,
-            blocks,
-            kind=self.kind,
-            with_prefix=self._with_prefix,
-            num_prefix_tokens=num_prefix_tokens,
-        )
+        student = task.student
+        outline = FeatureMap(pixels, student.grid(*pixels.shape[-2:]), student.num_prefix_tokens)
+        return self.teacher_tokens(outline, maps[self.teacher])
 
     def teacher_tokens(self, student: FeatureMap, teacher: FeatureMap) -> Tensor:
         """Returns the teacher's tokens of `compared`, (B, N, Ct).
@@ -185,9 +147,8 @@ class Target:
 
     def _note_prefix(self, number: int) -> None:
         """Tells loss and normaliser how many tokens of those that are compared are no patches."""
-        self.loss.num_prefix_tokens = number
-        if self.running is not None:
-            self.running.num_prefix_tokens = number
+        for each in (self.loss, *self.stateful):
+            each.num_prefix_tokens = number
 
     def given(self, grid: Grid, num_prefix_tokens: int) -> tuple[Grid, int]:
         """Returns grid and prefix tokens of what the head gives, of those of the student's map."""
@@ -202,48 +163,26 @@ class Target:
         """
         return common_grid(self.given(student, 0)[0], teacher, interpolation=self._interpolation)
 
-    def normalised(self, tokens: Tensor, step: Moments | None = None) -> Tensor:
-        """Returns the teacher's tokens (B, N, Ct) normalised, float32.
-
-        Args:
-            tokens: (B, N, Ct), any floating-point dtype.
-            step: The statistics of the step, where `running` is to normalise by them.
-        """
-        if step is None:
-            return self.normalise(tokens)
-        assert self.running is not None
-        return self.running(tokens, step)
-
-    def value(self, projected: Tensor, tokens: Tensor, step: Moments | None = None) -> Tensor:
-        """Returns the loss without its weight, a float32 scalar.
+    def value(self, projected: Tensor, tokens: Tensor) -> Tensor:
+        """Returns the loss without its weight, a float32 scalar; by a fused kernel if there is one.
 
         Args:
             projected: (B, N, Ct), the student's tokens after the head.
             tokens: (B, N, Ct), the teacher's, any floating-point dtype.
-            step: See `normalised`.
         """
         if self._eps is not None:
             fused = self.loss.fused(projected, tokens, self._eps)
             if fused is not None:
                 return fused
-        wanted = self.normalised(tokens.detach(), step)
-        return self.loss(projected.to(wanted.dtype), wanted)
+        return super().value(projected, tokens)
 
-    def per_image(self, projected: Tensor, tokens: Tensor, step: Moments | None = None) -> Tensor:
+    def per_image(self, projected: Tensor, tokens: Tensor) -> Tensor:
         """Returns the loss of each image without its weight, (B,) float32; its mean is `value`.
 
         Args: As `value`.
         """
-        wanted = self.normalised(tokens.detach(), step)
-        return self.loss.per_image(projected.to(wanted.dtype), wanted)
-
-    def cosine(self, projected: Tensor, tokens: Tensor) -> Tensor:
-        """Returns the mean cosine of projected and normalised tokens, a scalar.
-
-        Args: As `value`.
-        """
-        wanted = self.normalise(tokens)
-        return F.cosine_similarity(projected.float(), wanted, dim=-1).mean()
+        normalised = self.normalise(tokens.detach())
+        return self.loss.per_image(projected.to(normalised.dtype), normalised)
 
 
 def guess(
@@ -297,3 +236,16 @@ def summary(feature_map: FeatureMap) -> Tensor:
 def as_map(summaries: Tensor) -> FeatureMap:
     """Returns summaries (B, 1, C) as maps of one place, for heads that read maps."""
     return FeatureMap(summaries, (1, 1), 0)
+
+
+def references(task: Distillation, **prepared: Any) -> list[Tensor]:
+    """Returns the normalised tokens that each target compares with, (B, N, Ct) float32.
+
+    By running statistics, as in evaluation.
+
+    Args:
+        task: The task.
+        prepared: What its `prepare` returned.
+    """
+    with torch.no_grad():
+        return [target.normalise(target.tokens_of(task, **prepared)) for target in task.targets]

@@ -7,7 +7,7 @@ that the student may have any stage, and no gradient, no float32 copy and no ent
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from fd_large import distributed, mapped_files
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.data.random_numbers import random_words
 from fd_large.engine.frozen import Frozen, built_from
+from fd_large.engine.own_stream import beside
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.fingerprint import fingerprint, held_fingerprint
 from fd_large.engine.zero.partition import load_weights
@@ -157,3 +158,27 @@ def place(
     engine.eval()
     log.debug("teacher: sharded over %d ranks", shards)
     return PlacedTeacher(module, engine, group)
+
+
+class Beside:
+    """Around the teachers (task.py): in training they compute on a CUDA stream of their own.
+
+    Args:
+        teachers: The seam that it stands around.
+    """
+
+    def __init__(self, teachers: Any) -> None:
+        self._teachers, self.by_name = teachers, teachers.by_name
+
+    def __call__(
+        self, images: Tensor, given: Mapping[str, Any], training: bool
+    ) -> Mapping[str, Any]:
+        """Returns the maps by name, beside what else was given."""
+        if not training:
+            return self._teachers(images, given, training)
+
+        def maps() -> Mapping[str, Any]:
+            with torch.no_grad():
+                return self._teachers(images, given, training)
+
+        return beside(maps, (images, given), images.device)

@@ -19,8 +19,8 @@ from fd_large.recipes.architectures import image_side_of, resolve
 from fd_large.recipes.fields import require
 from fd_large.recipes.sections import AUTO, Student
 from fd_large.tasks.distillation.alignment import Grid, teacher_side
-from fd_large.tasks.distillation.mosaic import Mosaic
 from fd_large.tasks.distillation.section import NamedTeacher
+from fd_large.tasks.distillation.several.mosaic import Mosaic
 
 
 def source_flag(name: str) -> str:

@@ -28,7 +28,7 @@ from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.zero import config, start
 from fd_large.engine.zero.engine import build_engine
 from fd_large.recipes import registry
-from fd_large.tasks.distillation.target import Target
+from fd_large.tasks.distillation.recipe_targets import make_target
 from fd_large.tasks.distillation.task import Distillation
 
 FD = runpy.run_path(str(Path(__file__).resolve().parents[3] / "examples" / "fd.py"))
@@ -61,7 +61,7 @@ def of_engine(teacher: ViT, clip_norm: float) -> tuple[list[float], list[float],
 
     def task() -> Distillation:
         student = ViT(64, 3, 2, patch_size=16, image_size=SIDE, drop_path_rate=DROP_PATH)
-        return Distillation(student, {"": Frozen(teacher, IMAGENET)}, [Target(64, 48)])
+        return Distillation(student, {"": Frozen(teacher, IMAGENET)}, [make_target(64, 48)])
 
     weights = {name: value.detach().clone() for name, value in first_model().named_parameters()}
     engine = build_engine(task, filled, optim=optim, seed=0, weights=weights.items())

@@ -40,9 +40,10 @@ from fd_large.tasks.distillation.heads.convolutional import Convolutional
 from fd_large.tasks.distillation.heads.registry import HEADS
 from fd_large.tasks.distillation.heads.resizing import ResizedMLP
 from fd_large.tasks.distillation.job import DistillationJob
-from fd_large.tasks.distillation.losses import LOSSES
-from fd_large.tasks.distillation.normalisers import BY_STATISTICS, NORMALISERS, RUNNING
+from fd_large.tasks.distillation.normalisers import BY_STATISTICS, NORMALISERS
+from fd_large.tasks.distillation.recipe_targets import LOSSES
 from fd_large.tasks.distillation.section import NamedTeacher, Summary, Teacher
+from fd_large.tasks.distillation.several.running_statistics import RUNNING
 from fd_large.tasks.jobs import job_of
 
 STEPS, STOP = 3, 2

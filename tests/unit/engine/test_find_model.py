@@ -66,7 +66,7 @@ def test_the_models_of_a_run(distillation, part):
     assert not any(p.requires_grad for p in net.parameters())
     if part == "#teacher":
         # Random, and of the run's seed: the one that the run had.
-        own = task._teachers[""]
+        own = task.teachers.by_name[""]
         expected, statistics_then = own.net, own.statistics
     else:
         # The average of the weights, not the last ones.

@@ -10,7 +10,7 @@ from fd_large.backbones.swin.swin import Swin
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.backbones.vit.vit import ViT
 from fd_large.engine.block_wrappers import checkpoint_blocks
-from fd_large.tasks.distillation.target import Target
+from fd_large.tasks.distillation.recipe_targets import make_target
 from fd_large.tasks.distillation.task import Distillation
 
 NETS = {
@@ -51,7 +51,7 @@ def step(net, device, *, checkpointed=False):
     grid, prefix = net.grid(32, 32), net.num_prefix_tokens
     target = torch.randn(2, prefix + grid[0] * grid[1], 40, generator=generator).to(device)
     torch.manual_seed(3)
-    task = Distillation(net, {"": lambda images: images}, [Target(net.width, 40)]).to(device)
+    task = Distillation(net, {"": lambda images: images}, [make_target(net.width, 40)]).to(device)
     task.projection.to(next(net.parameters()).dtype)
     if checkpointed:
         checkpoint_blocks(net.blocks(), mode="every")

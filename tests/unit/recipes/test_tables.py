@@ -11,7 +11,7 @@ from fd_large.recipes.tables import keys_of
 from fd_large.tasks.distillation.section import NAMED
 
 READ = [
-    *((file, tables) for _, file, tables in NAMED.values()),
+    *(table for _, tables in NAMED.values() for table in tables.items()),
     *((file, (table,)) for _, _, file, table in (_OPTIMISERS, _TRACKERS)),
     *((f"tasks/{task}/task.py", ("HEADS",)) for task in ("segmentation", "depth", "detection")),
 ]

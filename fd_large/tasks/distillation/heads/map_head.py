@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from fd_large import doors
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.errors import ConfigError
 from fd_large.tasks.distillation.alignment import Grid
+from fd_large.tasks.distillation.task import Seen
 
 WHERE = "objective.head"
 
@@ -74,7 +76,9 @@ def patches_of(map_: FeatureMap) -> Tensor:
     return map_.tokens[:, map_.num_prefix_tokens :]
 
 
-def with_blocks(student: nn.Module, *arguments: Any) -> tuple[FeatureMap, tuple[FeatureMap, ...]]:
+def with_blocks(
+    student: nn.Module, run: Callable[[], FeatureMap]
+) -> tuple[FeatureMap, tuple[FeatureMap, ...]]:
     """Returns a student's map and the maps after its blocks.
 
     The blocks are heard by hooks of their modules, so that checkpointed, compiled and sharded ones
@@ -82,7 +86,7 @@ def with_blocks(student: nn.Module, *arguments: Any) -> tuple[FeatureMap, tuple[
 
     Args:
         student: A backbone whose blocks all give tokens (B, N, C) of one shape.
-        arguments: Those of its forward.
+        run: Runs its forward.
 
     Raises: ConfigError: if the blocks' maps are not of one shape.
     """
@@ -91,7 +95,7 @@ def with_blocks(student: nn.Module, *arguments: Any) -> tuple[FeatureMap, tuple[
         for block in student.blocks():
             hook = block.register_forward_hook(lambda _m, _i, output: heard.append(output))
             hooks.callback(hook.remove)
-        last = student(*arguments)
+        last = run()
     rows, columns = last.grid
     shapes = {tuple(getattr(output, "shape", ())) for output in heard}
     tokens = {shape[1] for shape in shapes if len(shape) == 3}
@@ -104,28 +108,51 @@ def with_blocks(student: nn.Module, *arguments: Any) -> tuple[FeatureMap, tuple[
     return last, tuple(FeatureMap(output, last.grid, prefix) for output in heard)
 
 
+class HeardBlocks:
+    """Around a sight (task.py): the maps after the student's blocks are heard as well."""
+
+    def __init__(self, sight: Any) -> None:
+        self._sight = sight
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sight, name)
+
+    def see(
+        self,
+        student: nn.Module,
+        pixels: Tensor,
+        keep: Tensor | None,
+        drawn: Mapping[str, Tensor],
+    ) -> Seen:
+        """Runs the student."""
+        run = partial(self._sight.see, student, pixels, keep, drawn)
+        last, blocks = with_blocks(student, lambda: run().map)
+        end = blocks[-1]._replace(tokens=BesideLoss.apply(blocks[-1].tokens, last.tokens))
+        return Seen(last, (*blocks[:-1], end))
+
+
 class BesideLoss(torch.autograd.Function):
-    """A loss as it is, whose backward also passes zeros to a tensor that it does not depend on.
+    """A tensor as it is, whose backward also passes zeros to one that it does not depend on.
 
     Where only blocks are read, the student's own last map is in no loss. The hooks of ZeRO-3 wait
     for its gradient to gather what the student owns directly (class token, positions).
     """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, beside: Tensor) -> Tensor:
-        """Returns the loss.
+    def forward(ctx: Any, tensor: Tensor, beside: Tensor) -> Tensor:
+        """Returns the tensor.
 
         Args:
             ctx: Holds the tensor's shape.
-            loss: A scalar.
+            tensor: Any tensor that a loss depends on.
             beside: Any tensor.
         """
         ctx.save_for_backward(beside)
-        return loss.clone()
+        return tensor.clone()
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the loss's own gradient, and zeros."""
+        """Returns the tensor's own gradient, and zeros."""
         (beside,) = ctx.saved_tensors
         return slopes[0], torch.zeros_like(beside)
 

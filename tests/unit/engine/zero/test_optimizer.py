@@ -11,7 +11,7 @@ from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.engine.zero import optimizer as module
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
-from fd_large.tasks.distillation.target import Target
+from fd_large.tasks.distillation.recipe_targets import make_target
 from fd_large.tasks.distillation.task import Distillation
 
 OPTIM = registry.get("fd_swinv2_base").optim
@@ -19,7 +19,7 @@ OPTIM = registry.get("fd_swinv2_base").optim
 
 def _task():
     net = SwinV2(8, (1, 1), (1, 2), window_size=4)
-    return Distillation(net, {"": lambda images: None}, [Target(net.width, 6)])
+    return Distillation(net, {"": lambda images: None}, [make_target(net.width, 6)])
 
 
 def test_two_groups_as_published():

@@ -9,7 +9,8 @@ from torch import nn
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.tasks.distillation.constant_prediction import constant_prediction_losses
-from fd_large.tasks.distillation.target import Target
+from fd_large.tasks.distillation.recipe_targets import make_target
+from fd_large.tasks.distillation.target import references
 from fd_large.tasks.distillation.task import Distillation
 
 
@@ -27,7 +28,7 @@ def prepared(seed: int, channels: int = 6, *, long: float = 0.0) -> dict:
 
 def task_of(loss: str, normaliser: str) -> Distillation:
     student = SwinV2(8, (1, 1), (1, 2), window_size=4)
-    target = Target(student.width, 6, loss=loss, normaliser=normaliser)
+    target = make_target(student.width, 6, loss=loss, normaliser=normaliser)
     return Distillation(student, {"": lambda images: None}, [target]).eval()
 
 
@@ -53,7 +54,7 @@ def test_it_is_the_minimum_over_constants(loss, normaliser, long, close):
         (prepared(1, long=long), 1),
     ]
     (found,) = constant_prediction_losses(task, lambda: iter(batches), lambda t: t)
-    target = torch.cat([task.references(**prepared(seed, long=long))[0] for seed in (0, 1)])
+    target = torch.cat([references(task, **prepared(seed, long=long))[0] for seed in (0, 1)])
     mean = target.mean((0, 1))
     # The median is on the side of most tokens.
     starts = mean, target.flatten(0, 1).median(0).values

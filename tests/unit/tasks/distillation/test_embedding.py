@@ -19,6 +19,7 @@ from fd_large.errors import ConfigError
 from fd_large.recipes.sections import Student
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.section import NamedTeacher, Objective, Summary, Teacher
+from fd_large.tasks.distillation.target import references
 from fd_large.tasks.jobs import job_of
 from fd_large.weights.source import Sources
 
@@ -61,7 +62,7 @@ def test_the_target_is_the_embedding_and_a_student_that_has_learnt_it_classifies
         prepared = task.prepare(IMAGES, None, None)
         statistics = job.placed["clip"].module.statistics
         expected = theirs.get_image_features(normalise(IMAGES, statistics)).pooler_output
-        (_, learnt) = task.references(**prepared)
+        (_, learnt) = references(task, **prepared)
         assert torch.allclose(learnt[:, 0], expected, atol=1e-5)
 
         # The teacher's own weights in the student and in its head: CLIP itself.

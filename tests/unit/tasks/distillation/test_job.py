@@ -22,7 +22,7 @@ from fd_large.recipes.run import ONLY
 from fd_large.tasks.distillation.canary import Canary
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.section import Objective, Teacher, Weighting
-from fd_large.tasks.distillation.task import DATASETS
+from fd_large.tasks.distillation.several.weighting import DATASETS
 
 
 @pytest.fixture
@@ -285,7 +285,7 @@ def test_images_come_with_their_dataset_which_chooses_their_teachers(two_dataset
     task = job.make_task()
     (arguments,) = arguments_of_step(task, task, [batch], 0, count=1)
     # Green ones learn from one of the two.
-    assert arguments["number"] == 8 - is_green.sum()
+    assert task.join._number == 8 - is_green.sum()
     assert task(**arguments)[0].isfinite()
 
 

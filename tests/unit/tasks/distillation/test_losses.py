@@ -18,10 +18,11 @@ from fd_large.tasks.distillation import losses
 from fd_large.tasks.distillation.constant_prediction import constant_prediction_losses
 from fd_large.tasks.distillation.heads.map_head import WHERE
 from fd_large.tasks.distillation.heads.registry import HEADS, reads_maps
-from fd_large.tasks.distillation.losses import SmoothL1, check_loss, make_loss
+from fd_large.tasks.distillation.losses import SmoothL1, check_loss
 from fd_large.tasks.distillation.normalisers import check_normaliser, make_normaliser
+from fd_large.tasks.distillation.recipe_targets import LOSSES, make_loss, make_target
 from fd_large.tasks.distillation.section import Objective
-from fd_large.tasks.distillation.target import Target
+from fd_large.tasks.distillation.target import references
 from fd_large.tasks.distillation.task import Distillation
 
 COSINE = """
@@ -43,7 +44,7 @@ def distillation(**objective: object) -> Distillation:
     torch.manual_seed(0)
     student = ViT(8, 1, 1, patch_size=8, image_size=16, absolute_position=True)
     teacher = Frozen(ViT(12, 1, 1, patch_size=8, image_size=16, absolute_position=True), IMAGENET)
-    target = Target(student.width, teacher.width, **objective)
+    target = make_target(student.width, teacher.width, **objective)
     return Distillation(student, {"": teacher}, [target])
 
 
@@ -63,7 +64,7 @@ def test_a_loss_of_the_users_own_is_trained_and_has_words_and_a_baseline(tmp_pat
     assert value.item() == pytest.approx(1 - metrics["cosine"].item(), abs=1e-6)
     value.backward()
     assert task.projection.weight.grad.abs().sum() > 0
-    target = task.references(**prepared)[0].flatten(0, 1)
+    target = references(task, **prepared)[0].flatten(0, 1)
     best = 1 - F.cosine_similarity(target.mean(0, keepdim=True), target).mean()
     batches = [(prepared, 1), (prepared, 0)]
     (found,) = constant_prediction_losses(task, lambda: iter(batches), _same)
@@ -90,7 +91,7 @@ def test_smooth_l1_is_the_same_fused_and_written_out():
 
 
 # That against a queue is a mean over images once it has one: test_task.py.
-@pytest.mark.parametrize("name", [name for name in losses.LOSSES if name != "queue"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "queue"])
 def test_built_in_losses_are_means_over_images_and_have_the_best_constant(name):
     target = (torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0)) + 0.3).exp()
     loss = make_loss(name, beta=0.5)
@@ -168,7 +169,7 @@ def test_a_normaliser_of_the_users_own_treats_each_token_alone(tmp_path):
     check_normaliser(make_normaliser(scaled, eps=1e-5), scaled)
     task = distillation(normaliser=scaled)
     prepared = task.prepare(images(), None, None)
-    assert torch.equal(task.references(**prepared)[0], prepared["maps"][""].tokens / 2)
+    assert torch.equal(references(task, **prepared)[0], prepared["maps"][""].tokens / 2)
     whole, half = task(**prepared)[0], distillation(normaliser="none")(**prepared)[0]
     assert whole != half
     for name, part in (("batch", "mixes"), ("narrow", "2, 3, 2"), ("broken", "own.py line 8")):

@@ -12,9 +12,10 @@ import fd_large
 from fd_large.cli.export import export
 from fd_large.engine.zero.partition import running_statistics
 from fd_large.errors import ConfigError, WeightsError
-from fd_large.tasks.distillation.normalisers import make_normaliser, undo_of
+from fd_large.tasks.distillation.normalisers import make_normaliser
 from fd_large.tasks.distillation.section import Objective
 from fd_large.tasks.distillation.target_statistics import statistics_of, write
+from fd_large.tasks.distillation.task import Seen
 
 
 def test_runs_and_exports_give_back_what_each_teacher_gives(tmp_path, caplog):
@@ -36,7 +37,7 @@ def test_runs_and_exports_give_back_what_each_teacher_gives(tmp_path, caplog):
             prepared = task.prepare(images, None, None)
             student = task.student(prepared["pixels"])
             for label, target in zip(labels, task.targets, strict=True):
-                expected, wanted = target.compared(student, (), prepared["maps"][target.teacher])
+                expected, wanted = target.compared(Seen(student), prepared["maps"][target.teacher])
                 guess = model.teacher_map(label, images).flatten(2).transpose(1, 2)
                 assert torch.equal(guess, expected[:, -guess.shape[1] :]), label
                 again = exported.teacher_map(label, images).flatten(2).transpose(1, 2)
@@ -67,7 +68,7 @@ def test_statistics_of_a_file_are_undone(tmp_path, name):
     write(tmp_path / "file", statistics_of(torch.rand(6).double(), mixed @ mixed.T, {}))
     normaliser = make_normaliser(name, eps=1e-5, statistics=str(tmp_path / "file"))
     tokens = torch.randn(2, 5, 6)
-    undo = undo_of(normaliser)
+    undo = normaliser.undo()
     assert torch.allclose(undo(normaliser(tokens), 1), tokens, atol=1e-4)
 
 

@@ -12,9 +12,12 @@ from fd_large.engine.frozen import Frozen
 from fd_large.errors import ConfigError
 from fd_large.tasks.distillation.heads.map_head import Maps
 from fd_large.tasks.distillation.held_out import feature_panel
+from fd_large.tasks.distillation.job import composed
+from fd_large.tasks.distillation.recipe_targets import make_target
 from fd_large.tasks.distillation.section import Weighting
-from fd_large.tasks.distillation.target import Target
-from fd_large.tasks.distillation.task import DATASETS, Distillation
+from fd_large.tasks.distillation.several.weighting import DATASETS
+from fd_large.tasks.distillation.target import references
+from fd_large.tasks.distillation.task import Distillation
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def task():
     torch.manual_seed(0)
     student = SwinV2(8, (1, 1), (1, 2), window_size=4, drop_path_rate=0.5)
     teacher = Frozen(SwinV2(12, (1, 1), (1, 2), window_size=4), IMAGENET)
-    return Distillation(student, {"": teacher}, [Target(student.width, teacher.width)])
+    return Distillation(student, {"": teacher}, [make_target(student.width, teacher.width)])
 
 
 @pytest.fixture
@@ -35,7 +38,7 @@ def images():
 def test_loss_is_the_formula_written_out(task, images):
     loss, metrics = task(**task.prepare(images, None, None))
     pixels = normalise(images, IMAGENET)
-    target = task._teachers[""].net(pixels).tokens
+    target = task.teachers.by_name[""].net(pixels).tokens
     mean, variance = target.mean(-1, keepdim=True), target.var(-1, keepdim=True, unbiased=False)
     white = (target - mean) / (variance + 1e-5).sqrt()
     difference = (task.projection(task.student(pixels).tokens) - white).abs()
@@ -46,7 +49,7 @@ def test_loss_is_the_formula_written_out(task, images):
 
 
 def test_the_teacher_is_frozen_and_stays_in_evaluation(task, images):
-    teacher = task._teachers[""]
+    teacher = task.teachers.by_name[""]
     assert not any(name.startswith("_teachers") for name, _ in task.named_parameters())
     assert sum(p.numel() for p in task.parameters()) < sum(
         p.numel() for p in [*task.parameters(), *teacher.parameters()]
@@ -91,7 +94,7 @@ def several(weights, *kinds, normalisers=("whitening", "whitening"), **more):
     teacher = Frozen(SwinV2(12, (1, 1), (1, 2), window_size=4), IMAGENET)
     teachers = {f"t{number}": teacher for number in range(len(weights))}
     targets = [
-        Target(
+        make_target(
             student.width,
             teacher.width,
             teacher=name,
@@ -104,7 +107,7 @@ def several(weights, *kinds, normalisers=("whitening", "whitening"), **more):
         )
         for kind in kinds or ("map",)
     ]
-    return Distillation(student, teachers, targets, **more)
+    return composed(student, teachers, targets, **more)
 
 
 def test_one_of_several_teachers_is_the_only_teacher_to_the_bit(task, images):
@@ -162,20 +165,20 @@ def test_heads_and_resizing_compare_maps_on_one_grid(images, head, options, toke
     patch = options.get("teacher_patch", 4)
     teacher = Frozen(ViT(12, 1, 2, patch_size=patch, image_size=32), IMAGENET)
     grid, theirs = student.grid(32, 32), teacher.grid(32)
-    target = Target(
+    target = make_target(
         student.width,
         teacher.width,
         head=head,
         maps=lambda: Maps(grid, theirs, student.num_prefix_tokens, 2),
         interpolation=options.get("interpolation", "none"),
     )
-    task = Distillation(student, {"": teacher}, [target])
+    task = composed(student, {"": teacher}, [target])
     prepared = task.prepare(images, None, None)
     task(**prepared)[0].backward()
     assert all(p.grad.abs().sum() > 0 for p in target.head.parameters())
     # What nothing is learnt of has a gradient all the same, which ZeRO-3 waits for.
     assert all(p.grad is not None for p in student.parameters())
-    assert task.references(**prepared)[0].shape == (3, tokens, 12)
+    assert references(task, **prepared)[0].shape == (3, tokens, 12)
     panel = feature_panel(task.eval(), task, images)
     side = round((tokens - tokens % 4) ** 0.5)
     assert panel["teacher"].shape == panel["student"].shape == (3, side, side, 12)
@@ -250,7 +253,7 @@ def test_what_is_counted_and_tested_needs_no_draws(images):
 
 
 def test_a_queue_holds_the_summaries_of_the_global_batch_whatever_its_division(monkeypatch):
-    monkeypatch.setattr("fd_large.tasks.distillation.similarity.QUEUE", 10)
+    monkeypatch.setattr("fd_large.tasks.distillation.several.similarity.QUEUE", 10)
     draw = torch.Generator().manual_seed(0)
     batches = torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8, generator=draw)
 
@@ -260,9 +263,9 @@ def test_a_queue_holds_the_summaries_of_the_global_batch_whatever_its_division(m
         student = ViT(16, 1, 2, patch_size=8, image_size=32)
         teacher = Frozen(ViT(12, 1, 2, patch_size=8, image_size=32), IMAGENET)
         own = {"loss": "queue", "normaliser": "none"}
-        targets = [Target(16, 12, teacher="a", kind="summary", **own)]
+        targets = [make_target(16, 12, teacher="a", kind="summary", **own)]
         task = Distillation(student, {"a": teacher}, targets).train()
-        place = "fd_large.tasks.distillation.similarity.distributed"
+        place = "fd_large.tasks.distillation.several.similarity.distributed"
         monkeypatch.setattr(f"{place}.world_size", lambda: ranks)
         losses = []
         for images in batches:
@@ -294,4 +297,4 @@ def test_a_queue_holds_the_summaries_of_the_global_batch_whatever_its_division(m
 
 def test_a_queue_is_refused_normalised_summaries():
     with pytest.raises(ConfigError, match=r"teachers\.a\.summary\.normaliser"):
-        Target(16, 12, teacher="a", kind="summary", loss="queue")
+        make_target(16, 12, teacher="a", kind="summary", loss="queue")

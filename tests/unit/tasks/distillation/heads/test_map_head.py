@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ def vit():
 def test_the_maps_after_the_blocks_are_heard_with_their_gradients(vit):
     images = torch.randn(2, 3, 32, 32)
     checkpoint_blocks(vit.blocks(), mode="every")
-    last, maps = with_blocks(vit, images)
+    last, maps = with_blocks(vit, partial(vit, images))
     for heard, tokens in zip(maps, vit.after_blocks(images), strict=True):
         assert torch.equal(heard.tokens, tokens)
         assert (heard.grid, heard.num_prefix_tokens) == (last.grid, last.num_prefix_tokens)
@@ -30,8 +32,9 @@ def test_the_maps_after_the_blocks_are_heard_with_their_gradients(vit):
 
 
 def test_blocks_of_several_grids_carry_no_ladder():
+    student = SwinV2(8, (1, 1), (1, 2), window_size=4)
     with pytest.raises(ConfigError, match=r"objective\.head.*blocks"):
-        with_blocks(SwinV2(8, (1, 1), (1, 2), window_size=4), torch.randn(1, 3, 32, 32))
+        with_blocks(student, partial(student, torch.randn(1, 3, 32, 32)))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +47,7 @@ def test_blocks_of_several_grids_carry_no_ladder():
     ],
 )
 def test_a_head_gives_the_teachers_width_and_trains_all_that_it_has(vit, make, teacher_grid):
-    last, maps = with_blocks(vit, torch.randn(2, 3, 32, 32))
+    last, maps = with_blocks(vit, partial(vit, torch.randn(2, 3, 32, 32)))
     head = make(16, 5, Maps((4, 4), teacher_grid, last.num_prefix_tokens, 2))
     out = head(maps if head.reads_blocks else last)
     assert out.grid == (last.grid if make is Ladder else teacher_grid)

@@ -10,6 +10,9 @@ is not published.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -83,3 +86,25 @@ class Mosaic(Frozen):
                 w=columns,
             )
             return FeatureMap(tokens[: count : k * k if alone else 1], (rows, columns), 0)
+
+
+class AloneInEvaluation:
+    """Around the teachers (task.py): in evaluation those with mosaics see each image alone.
+
+    A figure then does not depend on which images meet.
+
+    Args:
+        teachers: The seam that it stands around.
+        names: The teachers with mosaics.
+    """
+
+    def __init__(self, teachers: Any, names: Collection[str]) -> None:
+        self._teachers, self.by_name, self._names = teachers, teachers.by_name, tuple(names)
+
+    def __call__(
+        self, images: Tensor, given: Mapping[str, Any], training: bool
+    ) -> Mapping[str, Any]:
+        """Returns the maps by name, beside what else was given."""
+        alone = [] if training else [name for name in self._names if name not in given]
+        maps = {name: self.by_name[name](images, alone=True) for name in alone}
+        return self._teachers(images, {**given, **maps}, training)

@@ -17,14 +17,14 @@ from fd_large.data.views import FixedViews, ViewSettings
 from fd_large.errors import CacheError, ConfigError
 from fd_large.recipes.fields import from_plain, plain
 from fd_large.recipes.sections import AUTO, Batch
-from fd_large.tasks.distillation.cache_files import (
+from fd_large.tasks.distillation.cached.files import (
     CacheReader,
     Header,
     differences,
     records_per_shard,
 )
-from fd_large.tasks.distillation.cache_precision import PRECISIONS, Stored, decode
-from fd_large.tasks.distillation.cache_views import set_of
+from fd_large.tasks.distillation.cached.precision import PRECISIONS, Stored, decode
+from fd_large.tasks.distillation.cached.views import set_of
 from fd_large.tasks.distillation.section import NamedTeacher, Teacher, cached_folder
 from fd_large.tasks.distillation.teacher import PlacedTeacher
 
@@ -78,6 +78,30 @@ class CachedTeacher:
             "images, expected none. Name the teacher itself, whose maps were stored: "
             f"{self.reader.header.teacher['source']}."
         )
+
+
+class FromStored:
+    """Around the teachers (task.py): what a loader put beside the images becomes a teacher's map.
+
+    A `CachedTeacher` reads it; a `Recorder` reads it, or shows the images to its model and writes.
+
+    Args:
+        teachers: The seam that it stands around.
+    """
+
+    def __init__(self, teachers: Any) -> None:
+        self._teachers, self.by_name = teachers, teachers.by_name
+
+    def __call__(
+        self, images: Tensor, given: Mapping[str, Any], training: bool
+    ) -> Mapping[str, Any]:
+        """Returns the maps by name, beside what else was given."""
+        maps = {
+            name: teacher.of_stored(images, given[name])
+            for name, teacher in self.by_name.items()
+            if name in given and not isinstance(given[name], FeatureMap)
+        }
+        return self._teachers(images, {**given, **maps}, training)
 
 
 def settled(entry: NamedTeacher, *, where: str) -> NamedTeacher:

@@ -18,11 +18,11 @@ from torch import Tensor
 from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.data.loader import Beside
-from fd_large.tasks.distillation.cache_files import CacheReader, CacheWriter, Record
-from fd_large.tasks.distillation.cache_precision import Stored, encode, num_scales
-from fd_large.tasks.distillation.cache_views import StoredMaps, ViewsToStore, set_of, thumbnail
-from fd_large.tasks.distillation.cache_write import prepared, write_cache
-from fd_large.tasks.distillation.cached_teacher import CachedTeacher, header_of
+from fd_large.tasks.distillation.cached.files import CacheReader, CacheWriter, Record
+from fd_large.tasks.distillation.cached.precision import Stored, encode, num_scales
+from fd_large.tasks.distillation.cached.teacher import CachedTeacher, header_of
+from fd_large.tasks.distillation.cached.views import StoredMaps, ViewsToStore, set_of, thumbnail
+from fd_large.tasks.distillation.cached.write import prepared, write_cache
 from fd_large.tasks.distillation.section import NamedTeacher
 from fd_large.tasks.distillation.teacher import PlacedTeacher
 

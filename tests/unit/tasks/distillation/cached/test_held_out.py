@@ -10,8 +10,8 @@ import torch
 from cached_runs import built, cached, run_of, write, write_images
 
 from fd_large.errors import CacheError
-from fd_large.tasks.distillation import cached_held_out
-from fd_large.tasks.distillation.cache_write import write_cache
+from fd_large.tasks.distillation.cached import held_out as cached_held_out
+from fd_large.tasks.distillation.cached.write import write_cache
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from fd_large.backbones.feature_map import FeatureMap
 from fd_large.data.bad_images import BadImages, limit_error, past_limit
 from fd_large.data.loader import load_batches
 from fd_large.errors import CacheError
-from fd_large.tasks.distillation.cache_files import CacheWriter, Record
-from fd_large.tasks.distillation.cache_precision import Stored, encode
-from fd_large.tasks.distillation.cache_views import Place, ViewsToStore
+from fd_large.tasks.distillation.cached.files import CacheWriter, Record
+from fd_large.tasks.distillation.cached.precision import Stored, encode
+from fd_large.tasks.distillation.cached.views import Place, ViewsToStore
 
 
 @dataclass

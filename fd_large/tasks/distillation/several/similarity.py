@@ -7,12 +7,16 @@ teacher's by the Kullback-Leibler divergence. Source: distillation in lightly-tr
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fd_large import distributed
 from fd_large.engine.float32_buffers import Float32Buffers
+from fd_large.engine.parts import Part
+from fd_large.tasks.distillation.losses import Loss
 
 TEMPERATURE = 0.07
 QUEUE = 8192
@@ -65,10 +69,6 @@ class SummaryQueue(Float32Buffers):
         batch[number * size : (number + 1) * size] = units(summaries.double())
         return batch[:QUEUE].flatten()
 
-    def num_sums(self, images: int) -> int:
-        """Returns the length of what `placed` returns in a step of so many images."""
-        return min(images, QUEUE) * self.rows.shape[-1]
-
     def take(self, batch: Tensor) -> None:
         """Puts the summaries of a step, flat as of `placed`, in front for the time of the step."""
         self._of_step = pushed(self.rows, batch.view(-1, self.rows.shape[-1]).to(self.rows))
@@ -79,6 +79,29 @@ class SummaryQueue(Float32Buffers):
         assert self._of_step is not None
         self.rows.copy_(self._of_step)
         self._of_step = None
+
+
+class QueueOfStep(Part):
+    """The queue of a target's summaries, which the summaries of a step enter."""
+
+    def __init__(self, target: Any, queue: SummaryQueue) -> None:
+        self._target, self._queue = target, queue
+
+    def begin(self, micro_batches: int) -> None:
+        """Begins the passes of a step of so many micro batches of each rank."""
+        self._queue.begin(micro_batches)
+
+    def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
+        """Returns the teacher's summaries at their places in the global batch, flat."""
+        return self._queue.placed(self._target.tokens_of(task, **prepared)[:, 0])
+
+    def take(self, totals: Tensor, micro_batches: int) -> None:
+        """Puts the summaries of the step in front."""
+        self._queue.take(totals)
+
+    def after_step(self, noted: Tensor | None) -> None:
+        """Keeps them."""
+        self._queue.move()
 
 
 def units(tokens: Tensor) -> Tensor:
@@ -123,3 +146,63 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     log_student = F.log_softmax(student / TEMPERATURE, dim=-1)
     log_teacher = F.log_softmax(teacher.detach() / TEMPERATURE, dim=-1)
     return (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
+
+
+class Relation(Loss):
+    """The divergence between the similarities that the patches of an image have to each other.
+
+    Memory grows with the square of their number.
+    """
+
+    label = "relation loss"
+    reads_beta = False
+
+    def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns the mean over images."""
+        return self.per_image(projected, target).mean()
+
+    def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns it for each image."""
+        student, teacher = (units(t[:, self.num_prefix_tokens :]) for t in (projected, target))
+        return relation_divergence(student, teacher)
+
+
+class QueueDivergence(Loss):
+    """The divergence between the similarities that summaries have to those of other images.
+
+    For summaries alone.
+
+    Attributes:
+        queue: The other summaries; None on a trial, for those of the images themselves.
+    """
+
+    label = "queue loss"
+    reads_beta = in_sums = False
+    queue: SummaryQueue | None = None
+
+    def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns the mean over images."""
+        return self.per_image(projected, target).mean()
+
+    def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns it for each image."""
+        student, teacher = (units(summaries[:, 0]) for summaries in (projected, target))
+        rows = teacher if self.queue is None else self.queue.now.to(teacher)
+        return queue_divergence(student, teacher, rows)
+
+    def state(self, label: str) -> dict[str, nn.Module]:
+        """Returns the queue by its name in checkpoints."""
+        assert self.queue is not None
+        return {f"queues.{label}": self.queue}
+
+    def part(self, target: Any) -> Part:
+        """Returns what moves the queue, for the target whose loss this is."""
+        assert self.queue is not None
+        return QueueOfStep(target, self.queue)
+
+
+SIMILARITIES: dict[str, Any] = {
+    "relation": Relation,
+    "queue": QueueDivergence,
+}
+"""Losses between similarities, by name."""

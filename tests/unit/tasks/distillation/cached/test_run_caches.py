@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fd_large.errors import CacheError, ConfigError
-from fd_large.tasks.distillation.run_caches import RunCaches
+from fd_large.tasks.distillation.cached.run_caches import RunCaches
 from fd_large.tasks.distillation.section import NamedTeacher
 
 

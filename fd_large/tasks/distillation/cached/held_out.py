@@ -16,13 +16,13 @@ from torch import Tensor
 from fd_large.data.views import ViewSettings
 from fd_large.errors import CacheError
 from fd_large.files import kind_of
-from fd_large.tasks.distillation.cache_files import HEADER, CacheReader, CacheWriter, Header
-from fd_large.tasks.distillation.cache_views import ViewsToStore
-from fd_large.tasks.distillation.cached_teacher import (
+from fd_large.tasks.distillation.cached.files import HEADER, CacheReader, CacheWriter, Header
+from fd_large.tasks.distillation.cached.teacher import (
     TEACHER_FACTS,
     header_of,
     require_same_views,
 )
+from fd_large.tasks.distillation.cached.views import ViewsToStore
 from fd_large.tasks.distillation.held_out import Crops
 from fd_large.tasks.distillation.section import NamedTeacher
 from fd_large.tasks.distillation.teacher import PlacedTeacher

@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fd_large.tasks.distillation.normalisers import RUNNING, check_normaliser, make_normaliser
-from fd_large.tasks.distillation.running_statistics import moments_of, momentum_at, sums_of
+from fd_large.tasks.distillation.normalisers import check_normaliser, make_normaliser
+from fd_large.tasks.distillation.several.running_statistics import (
+    RUNNING,
+    moments_of,
+    momentum_at,
+    sums_of,
+)
 
 
 def tokens() -> torch.Tensor:
@@ -40,7 +45,7 @@ def test_the_first_step_takes_its_statistics_and_the_last_hardly_any():
 
 @pytest.mark.parametrize("name", RUNNING)
 def test_statistics_stay_in_float32_and_a_constant_channel_stays_finite(name):
-    module = make_normaliser(name, eps=1e-5, width=4)
+    module = make_normaliser(name, eps=1e-5, width=4, running=RUNNING)
     check_normaliser(module, name)
     module.move(moments_of(sums_of(tokens())), 1.0)
     kept = module.mean.clone()

@@ -1,6 +1,6 @@
 import torch
 
-from fd_large.tasks.distillation.similarity import (
+from fd_large.tasks.distillation.several.similarity import (
     pushed,
     queue_divergence,
     relation_divergence,

@@ -11,12 +11,15 @@ constants as in their code.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fd_large.engine.float32_buffers import Float32Buffers
+from fd_large.engine.parts import Part
+from fd_large.tasks.distillation.normalisers import Undo
+from fd_large.tasks.distillation.section import MAP
 
 FIRST_MOMENTUM, LAST_MOMENTUM = 1.0, 1e-3
 _ROWS = 8192  # Tokens that are turned into float64 at once.
@@ -87,6 +90,8 @@ class RunningStatistics(Float32Buffers):
 
     Attributes:
         num_prefix_tokens: Tokens of an image before its patches; the target sets it.
+        step: Statistics of the present step, where tokens are normalised by them.
+        noted: Sums over the tokens that this rank has seen in the step, (K,), or None.
     """
 
     of_step: ClassVar[bool] = False
@@ -101,18 +106,22 @@ class RunningStatistics(Float32Buffers):
         self.width, self.num_prefix_tokens = width, 0
         self.register_buffer("mean", torch.zeros(2, width))
         self.register_buffer("deviation", torch.ones(2, width))
+        self.step: Moments | None = None
+        self.noted: Tensor | None = None
 
-    def forward(self, tokens: Tensor, step: Moments | None = None) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         """Returns the tokens (B, N, C) in float32 (float64 stays), normalised.
 
         Args:
             tokens: (B, N, C), any floating-point dtype.
-            step: Statistics to normalise by; None: the running ones.
         """
+        if self.training and torch.is_grad_enabled() and not self.of_step:
+            sums = self.sums_of(tokens)
+            self.noted = sums if self.noted is None else self.noted + sums
         tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         mean, deviation = self.mean, self.deviation
-        if step is not None:
-            mean, deviation = step.mean, self._deviation(step)
+        if self.training and self.step is not None:
+            mean, deviation = self.step.mean, self._deviation(self.step)
         divisor = self._divisor(deviation).to(tokens)
         places = torch.arange(tokens.shape[-2], device=tokens.device)
         rows = (places >= self.num_prefix_tokens).long()
@@ -127,14 +136,21 @@ class RunningStatistics(Float32Buffers):
         return moments_of(sums.view(2, -1))
 
     @property
-    def num_sums(self) -> int:
-        """Length of `sums_of`."""
-        return 2 * (2 * self.width + 1)
-
-    @property
     def divisor(self) -> Tensor:
         """What tokens are divided by outside of a step, (2, C): prefix tokens, and patches."""
         return self._divisor(self.deviation)
+
+    def undo(self) -> Undo:
+        """Returns the way back from normalised tokens, by the running statistics."""
+        return Undo(self.mean, self.divisor, None)
+
+    def state(self, label: str) -> dict[str, nn.Module]:
+        """Returns itself by its name in checkpoints: running.LABEL."""
+        return {f"running.{label or MAP}": self}
+
+    def part(self, target: Any) -> Part:
+        """Returns what moves it, for the target that it normalises."""
+        return FollowsStep(target, self) if self.of_step else FollowsForwards(self)
 
     @torch.no_grad()
     def move(self, step: Moments, momentum: float) -> None:
@@ -165,3 +181,57 @@ class StepStatistics(RunningStatistics):
 
     def _divisor(self, deviation: Tensor) -> Tensor:
         return deviation.clamp(min=self._LEAST)
+
+
+class FollowsForwards(Part):
+    """Running statistics that move by the tokens that the forwards of a step have seen."""
+
+    of_step = False
+
+    def __init__(self, running: RunningStatistics) -> None:
+        self._running, self._momentum = running, 0.0
+
+    def before_step(self, progress: float) -> None:
+        """Drops what a trial has seen."""
+        self._momentum, self._running.noted = momentum_at(progress), None
+
+    def noted(self) -> Tensor | None:
+        """Returns the sums of this rank, (K,)."""
+        return self._running.noted
+
+    def after_step(self, noted: Tensor | None) -> None:
+        """Moves the statistics by the sums over the ranks."""
+        if noted is not None:
+            self._running.move(self._running.moments_of(noted), self._momentum)
+        self._running.noted = None
+
+
+class FollowsStep(Part):
+    """Statistics of a step that its tokens are normalised by, and that the running ones follow."""
+
+    def __init__(self, target: Any, running: RunningStatistics) -> None:
+        self._target, self._running, self._momentum = target, running, 0.0
+
+    def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
+        """Returns the sums over the teacher's tokens, (K,)."""
+        return self._running.sums_of(self._target.tokens_of(task, **prepared))
+
+    def take(self, totals: Tensor, micro_batches: int) -> None:
+        """Takes the step's statistics."""
+        self._running.step = self._running.moments_of(totals)
+
+    def before_step(self, progress: float) -> None:
+        """Drops the statistics of the step before, or of a trial."""
+        self._momentum, self._running.step = momentum_at(progress), None
+
+    def after_step(self, noted: Tensor | None) -> None:
+        """Moves the running statistics by the step's."""
+        assert self._running.step is not None
+        self._running.move(self._running.step, self._momentum)
+
+
+RUNNING: dict[str, type[RunningStatistics]] = {
+    "running": RunningStatistics,
+    "batch": StepStatistics,
+}
+"""Normalisers whose statistics training moves, made of the number of channels."""

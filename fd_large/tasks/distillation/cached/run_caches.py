@@ -13,10 +13,10 @@ from fd_large import meeting
 from fd_large.data.source import ImageSource
 from fd_large.data.views import ViewSettings
 from fd_large.recipes.fields import require
-from fd_large.tasks.distillation import cached_held_out
-from fd_large.tasks.distillation.cache_files import CacheReader, Header
-from fd_large.tasks.distillation.cache_views import StoredMaps, blank, set_of
-from fd_large.tasks.distillation.cached_teacher import CachedTeacher, require_same_views
+from fd_large.tasks.distillation.cached import held_out as cached_held_out
+from fd_large.tasks.distillation.cached.files import CacheReader, Header
+from fd_large.tasks.distillation.cached.teacher import CachedTeacher, require_same_views
+from fd_large.tasks.distillation.cached.views import StoredMaps, blank, set_of
 from fd_large.tasks.distillation.held_out import Crops
 from fd_large.tasks.distillation.section import CACHED, NamedTeacher, cached_folder
 from fd_large.tasks.distillation.teacher_grids import source_flag

@@ -4,7 +4,7 @@ FOLDER/cache.json says what is stored. FOLDER/SET-SHARD.safetensors holds the re
 begin at SHARD times `records_per_shard`, one of each image; a set is a view of all images. The
 tensors of a shard have a row for each record:
 
-    values (R, N, C)    the tokens, see cache_precision.py
+    values (R, N, C)    the tokens, see precision.py
     scales (R, N, 2)    shift and factor of each token; (R, N, 0) under fp32
     thumbnails (R, 64)  uint8, the view in grey, 8 x 8: whether it is the one that training sees
     checks (R,)         int64, what the record is and the CRC-32 of its bytes; 0: not written yet
@@ -37,7 +37,7 @@ from fd_large import files
 from fd_large.checkpoint.tensor_file import Place, header_of
 from fd_large.errors import CacheError
 from fd_large.files import kind_of, retried, write_json
-from fd_large.tasks.distillation.cache_precision import PRECISIONS, Stored, num_scales
+from fd_large.tasks.distillation.cached.precision import PRECISIONS, Stored, num_scales
 
 HEADER = "cache.json"
 KIND = "fd_large cached targets 1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fd_large.tasks.distillation.weighting import (
+from fd_large.tasks.distillation.several.weighting import (
     coins,
     kept_beside_worst,
     kept_of_own_data,

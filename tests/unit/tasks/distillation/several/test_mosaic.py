@@ -8,7 +8,7 @@ from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.engine.frozen import Frozen
 from fd_large.errors import ShapeError
-from fd_large.tasks.distillation.mosaic import Mosaic
+from fd_large.tasks.distillation.several.mosaic import Mosaic
 
 TILE, PATCH, WIDTH = 16, 4, 5
 

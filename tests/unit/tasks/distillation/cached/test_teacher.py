@@ -172,7 +172,7 @@ def test_no_other_images_are_shown_to_a_cache(root, cache):
 
 def test_too_small_a_disk_is_refused(live, tmp_path, monkeypatch):
     usage = shutil_usage(free=100)
-    monkeypatch.setattr("fd_large.tasks.distillation.cache_write.shutil.disk_usage", usage)
+    monkeypatch.setattr("fd_large.tasks.distillation.cached.write.shutil.disk_usage", usage)
     with pytest.raises(CacheError, match="too little room"):
         write(live, tmp_path / "cache")
 

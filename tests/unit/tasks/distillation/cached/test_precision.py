@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fd_large.kernels.whitened_loss import whiten
-from fd_large.tasks.distillation.cache_precision import PRECISIONS, decode, encode
+from fd_large.tasks.distillation.cached.precision import PRECISIONS, decode, encode
 
 
 def tokens() -> torch.Tensor:

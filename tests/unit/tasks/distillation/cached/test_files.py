@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from fd_large.errors import CacheError
-from fd_large.tasks.distillation.cache_files import (
+from fd_large.tasks.distillation.cached.files import (
     THUMBNAIL,
     CacheReader,
     CacheWriter,
@@ -19,7 +19,7 @@ from fd_large.tasks.distillation.cache_files import (
     Record,
     records_per_shard,
 )
-from fd_large.tasks.distillation.cache_precision import PRECISIONS, encode
+from fd_large.tasks.distillation.cached.precision import PRECISIONS, encode
 
 WHERE = "--teacher.source"
 COUNT = 5

@@ -17,7 +17,7 @@ from fd_large.plan.rates import CARDS
 from fd_large.plan.search import search
 from fd_large.recipes.fields import override
 from fd_large.recipes.run import ONLY
-from fd_large.tasks.distillation.cache_cost import costs_of
+from fd_large.tasks.distillation.cached.cost import costs_of
 from fd_large.tasks.distillation.job import DistillationJob
 
 

@@ -20,7 +20,7 @@ from fd_large.data.source import ImageSource
 from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.data.views import FixedViews, ViewSettings, jittered_view
 from fd_large.errors import CacheError, DataError
-from fd_large.tasks.distillation.cache_files import SIDE, CacheReader
+from fd_large.tasks.distillation.cached.files import SIDE, CacheReader
 
 # Grey levels: other processors may resize a view to pixels that differ by one.
 TOLERANCE = 2

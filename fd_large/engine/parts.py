@@ -1,0 +1,57 @@
+"""Parts of a step: what of a task needs sums over all images of a step.
+
+A queue of summaries, the statistics of a batch, the number of images or tokens that count: each is
+a function of the global batch, however ranks and micro batches divide it. A task lists its parts
+(`Task.parts`), and the engine adds up their numbers: one all-reduce before the step's first
+backward for those that are `of_step`, and at most one after the step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+
+class Part:
+    """Something that knows numbers of a whole step; all ranks call it alike.
+
+    A part that only follows training (`noted`, `after_step`) makes no second pass.
+    """
+
+    of_step: ClassVar[bool] = True
+    """Whether it needs its sums before the first backward of a step."""
+
+    def begin(self, micro_batches: int) -> None:
+        """Is called before the first `sums` of a step of so many micro batches of each rank."""
+
+    def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
+        """Returns a micro batch's share of the sums over the step, (K,) float64.
+
+        Args:
+            task: The task; its student is not run.
+            prepared: What its `prepare` returned.
+        """
+        raise NotImplementedError
+
+    def take(self, totals: Tensor, micro_batches: int) -> None:
+        """Takes the sums over all micro batches of all ranks; once for each micro batch.
+
+        Args:
+            totals: (K,) float64.
+            micro_batches: Their number, on all ranks.
+        """
+
+    def before_step(self, progress: float) -> None:
+        """Drops what was noted or taken outside of a step, such as in a trial.
+
+        Args:
+            progress: Fraction of the run's steps that came before, in [0, 1).
+        """
+
+    def noted(self) -> Tensor | None:
+        """Returns what this rank's forwards noted, to be summed over the ranks, or None."""
+        return None
+
+    def after_step(self, noted: Tensor | None) -> None:
+        """Is called after a step that was taken, with the sums over the ranks."""

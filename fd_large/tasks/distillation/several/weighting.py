@@ -1,0 +1,239 @@
+"""Which teachers each image learns from, decided on the images of a whole step.
+
+The loss of a step is the mean over all pairs of image and teacher that are kept. Public codes
+take that mean on each rank by itself, so that pairs of ranks that keep few weigh more, and another
+number of ranks is another loss. Here their number is known for the whole step before the student
+runs: dropping keeps the worst teacher of an image, and tosses a coin for each of the others. The
+k-th coin is for the k-th of the others, in the teachers' order, whichever the worst is. So the
+number of kept ones does not depend on the losses, and the distribution is the published one, where
+each of the others has a coin of its own.
+
+Source: Sariyildiz et al. (UNIC), arXiv 2408.05088, and Sariyildiz et al. (DUNE), arXiv 2503.14405.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+from fd_large.data.random_numbers import uniforms
+from fd_large.data.weighted_roots import weighted_roots
+from fd_large.engine.parts import Part
+from fd_large.recipes.fields import require
+from fd_large.tasks.distillation.section import Weighting
+from fd_large.tasks.distillation.task import Comparison, Drawn, Maps, Sum, Target
+
+DATASETS = ".datasets"
+"""The key, which no teacher has, of the images' datasets (B,) int64 among a batch's targets."""
+
+
+class Weighted(Part):
+    """The join (task.py) by which each image learns from some of the teachers.
+
+    The loss is the mean over the kept pairs of image and teacher of a step, in which an image
+    counts as much as the sight says.
+
+    Args:
+        weighting: The rule, and the probability to be dropped.
+        targets: What is learnt of the teachers.
+        teaches: For own_data, (teachers in the order of their names, datasets): whether a teacher
+            teaches the images of a dataset.
+    """
+
+    def __init__(
+        self,
+        weighting: Weighting,
+        targets: Sequence[Target],
+        teaches: Sequence[Sequence[bool]] = (),
+    ) -> None:
+        self._weighting = weighting
+        self._names = sorted({target.teacher for target in targets})
+        self._teaches = _Teaches(teaches)
+        self._number: Tensor | None = None
+        self._micro_batches = 1
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Returns the table of datasets, which has to be on the device."""
+        return {"teaches": self._teaches}
+
+    def parts(self) -> tuple[Part, ...]:
+        """Returns itself: the number of kept pairs is of a whole step."""
+        return (self,)
+
+    def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
+        """Returns the coins for the teachers that are not the worst, (teachers - 1, B) bool."""
+        if self._weighting.rule != "drop":
+            return {}
+        return {
+            "coins": coins(
+                seed,
+                epoch,
+                positions,
+                teachers=len(self._names),
+                drop_probability=self._weighting.drop_probability,
+            )
+        }
+
+    def __call__(self, comparisons: Sequence[Comparison], maps: Maps, drawn: Drawn) -> Tensor:
+        """Returns a micro batch's share of the loss in training."""
+        of_teachers: dict[str, Tensor] = {}
+        for comparison in comparisons:
+            target = comparison.target
+            losses = target.weight * comparison.per_image()
+            of_teachers[target.teacher] = of_teachers.get(target.teacher, 0) + losses
+        table = torch.stack([of_teachers[name] for name in self._names])
+        shares = comparisons[0].shares()
+        kept = self._kept(table, maps, drawn)
+        number = (kept * shares).sum() if self._number is None else self._number.squeeze()
+        return weighted_loss(table * shares, kept, number, parts=self._micro_batches)
+
+    def combined(self, targets: Sequence[Target], losses: Sequence[Any]) -> Any:
+        """Returns the loss of an evaluation: the mean over the teachers."""
+        return Sum().combined(targets, losses) / len(self._names)
+
+    def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
+        """Returns the number of kept pairs, (1,)."""
+        shares = task.sight.shares(prepared["drawn"], prepared["pixels"])
+        zeros = prepared["pixels"].new_zeros(len(self._names), len(shares))
+        kept = self._kept(zeros, prepared["maps"], prepared["drawn"])
+        return (kept * shares).sum().double().reshape(1)
+
+    def take(self, totals: Tensor, micro_batches: int) -> None:
+        """Takes the number of kept pairs of the step."""
+        self._number, self._micro_batches = totals, micro_batches
+
+    def before_step(self, progress: float) -> None:
+        """Drops the number of the step before, or of a trial."""
+        self._number, self._micro_batches = None, 1
+
+    def _kept(self, losses: Tensor, maps: Maps, drawn: Drawn) -> Tensor:
+        """Returns which teachers each image learns from, (teachers, B) bool.
+
+        Without draws or datasets, as where a step is counted on shapes, they are all kept.
+        """
+        if self._weighting.rule == "own_data" and DATASETS in maps:
+            return kept_of_own_data(maps[DATASETS], self._teaches.rows)
+        if "coins" in drawn:
+            return kept_beside_worst(losses, drawn["coins"])
+        return torch.ones_like(losses, dtype=torch.bool)
+
+
+class _Teaches(nn.Module):
+    """Table of which teacher teaches which dataset; a Module without an entry in checkpoints."""
+
+    rows: Tensor
+
+    def __init__(self, rows: Sequence[Sequence[bool]]) -> None:
+        super().__init__()
+        # Cell by cell: under deepspeed.zero.Init a tensor made of lists may have another type.
+        table = torch.zeros(len(rows), len(rows[0]) if rows else 0, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            for dataset, teaches in enumerate(row):
+                table[number, dataset] = teaches
+        self.register_buffer("rows", table, persistent=False)
+
+
+def coins(
+    seed: int, epoch: int, positions: ArrayLike, *, teachers: int, drop_probability: float
+) -> Tensor:
+    """Returns which of the teachers besides the worst are kept, (teachers - 1, B) bool, on the CPU.
+
+    Args:
+        seed: The run's seed.
+        epoch: Epoch, counted from 0.
+        positions: (B,), in the epoch's order.
+        teachers: T.
+        drop_probability: Probability of each to be dropped, in [0, 1].
+    """
+    draws = uniforms(seed, epoch, positions, "teachers", teachers - 1)
+    return torch.from_numpy(draws >= drop_probability).T.contiguous()
+
+
+def kept_beside_worst(losses: Tensor, coins: Tensor) -> Tensor:
+    """Returns which teachers each image learns from, (T, B) bool.
+
+    Args:
+        losses: (T, B), the loss of each image by each teacher. Of equal ones the first is the
+            worst.
+        coins: (T - 1, B) bool, which of the others are kept.
+    """
+    worst = losses.detach().argmax(0, keepdim=True)
+    numbers = torch.arange(len(losses), device=losses.device)[:, None]
+    others = (numbers - (numbers > worst).long()).clamp(max=len(coins) - 1)
+    return (numbers == worst) | coins.gather(0, others)
+
+
+def kept_of_own_data(datasets: Tensor, teaches: Tensor) -> Tensor:
+    """Returns which teachers each image learns from, (T, B) bool: those of its dataset.
+
+    Args:
+        datasets: (B,) int64, the number of each image's dataset.
+        teaches: (T, number of datasets) bool, whether a teacher teaches the images of a dataset.
+    """
+    return teaches[:, datasets]
+
+
+def weighted_loss(losses: Tensor, kept: Tensor, number: Tensor, *, parts: int) -> Tensor:
+    """Returns a micro batch's share of the mean over all kept pairs of a step, a scalar.
+
+    Args:
+        losses: (T, B), the loss of each image by each teacher.
+        kept: (T, B) bool.
+        number: How many are kept in the whole step, a scalar.
+        parts: Micro batches of the step on all ranks, whose losses and gradients are averaged.
+    """
+    # Not by a product: what is left out may be infinite.
+    return parts * losses.where(kept, 0).sum() / number.to(losses)
+
+
+def teaches(
+    datasets_of: Mapping[str, Collection[str]], root: str, *, image_mixup: bool
+) -> list[list[bool]]:
+    """Returns whether a teacher teaches a dataset, for teachers by name and datasets in order.
+
+    Args:
+        datasets_of: The names of each teacher's datasets.
+        root: `data.root`, a sum of named datasets by weight.
+        image_mixup: Whether images are mixed with their neighbours.
+
+    Raises: ConfigError or DataError: if a dataset has no teacher, there is no such dataset, or a
+        mixed image would be of two.
+    """
+    entries = sorted(datasets_of.items())
+    require(
+        not image_mixup,
+        "weighting.rule: a mixed image is of two datasets",
+        f"own_data with data.image_mixup {image_mixup}",
+        "one of the two",
+        "Leave data.image_mixup out",
+    )
+    names = [part.name for part in weighted_roots(root)]
+    require(
+        len(names) > 1,
+        "weighting.rule: own_data needs several datasets with names",
+        f"data.root {root!r}",
+        "a sum of them by weight",
+        "Name them as in docs/data.md",
+    )
+    for name, datasets in entries:
+        other = [dataset for dataset in datasets if dataset not in names]
+        require(
+            not other,
+            f"teachers.{name}.datasets: no such dataset in data.root",
+            ", ".join(other),
+            f"some of {', '.join(names)}",
+            "Correct the name",
+        )
+    taught = {dataset for _, datasets in entries for dataset in datasets}
+    require(
+        taught.issuperset(names),
+        "weighting.rule: own_data leaves images without a teacher",
+        f"no teacher of {', '.join(name for name in names if name not in taught)}",
+        "at least one for each dataset",
+        "Name them in --teachers.NAME.datasets",
+    )
+    return [[dataset in datasets for dataset in names] for _, datasets in entries]
