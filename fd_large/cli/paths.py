@@ -55,7 +55,7 @@ def require_paths(named: Mapping[str, str]) -> None:
 
     Raises: ConfigError: a line for each.
     """
-    missing = {what: text for what, text in named.items() if _is_missing(text)}
+    missing = {what: text for what, text in named.items() if _is_missing(text, what)}
     if missing:
         error = ConfigError("\n".join(_no_such(what, text) for what, text in missing.items()))
         # Other nodes may have what this one lacks.
@@ -155,7 +155,7 @@ def _no_such(what: str, text: str) -> str:
     )
 
 
-def _is_missing(text: str) -> bool:
+def _is_missing(text: str, where: str) -> bool:
     if text in ("", RANDOM) or _SCHEME.match(text) or _PATTERN.search(text):
         return False
     paths = text, re.sub(r"#\w+$", "", text)  # FILE#student

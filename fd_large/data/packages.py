@@ -99,7 +99,11 @@ def check_packages(root: str, *, where: str) -> None:
         _check_client(root, where)
     if name_of(root).lower().endswith(PARQUET):
         require("pyarrow", "parquet files", where)
-    elif all(local_kind(root, name, where=where) == "file" for name in SAVED):
+    elif (
+        root
+        and local_kind(root, where=where) == "folder"
+        and all(local_kind(root, name, where=where) == "file" for name in SAVED)
+    ):
         require("datasets", "a saved dataset", where)
 
 
