@@ -159,7 +159,7 @@ def _is_missing(text: str, where: str) -> bool:
     if text in ("", RANDOM) or _SCHEME.match(text) or _PATTERN.search(text):
         return False
     paths = text, re.sub(r"#\w+$", "", text)  # FILE#student
-    if any(path and kind_of(Path(path).expanduser()) for path in paths):
+    if any(path and kind_of(Path(path).expanduser(), where=where) for path in paths):
         return False
     # A word may be what an installed package brings.
     return "/" in text or text not in doors.installed("sources")
