@@ -88,13 +88,20 @@ def _require_archive(root: str, where: str) -> None:
 
 
 def _require_file_in(root: str, where: str) -> None:
-    refused: list[OSError] = []
-    folders = os.walk(root, followlinks=True, onerror=refused.append)
-    for number, (_, _, files) in enumerate(folders):
-        if any(not name.startswith(".") for name in files) or number >= _MOST_FOLDERS:
-            return
-    if not refused:
-        raise DataError(
-            f"{where}: no file in the folder or below it; got {root!r}, expected "
-            f"{_FORMS}. Set --{where} to a folder with images."
-        )
+    """Refuses a folder without a file; of one with millions, a few are listed."""
+    folders = [root]
+    for _ in range(_MOST_FOLDERS):
+        if not folders:
+            raise DataError(
+                f"{where}: no file in the folder or below it; got {root!r}, expected "
+                f"{_FORMS}. Set --{where} to a folder with images."
+            )
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        folders.append(entry.path)
+                    elif not entry.name.startswith("."):
+                        return
+        except OSError:
+            return  # Whoever lists it says why.

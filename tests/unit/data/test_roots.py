@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
+from contextlib import contextmanager
 
 import pytest
 
@@ -65,9 +67,31 @@ def test_a_name_of_nothing_is_refused(root, part):
 
 
 def test_a_folder_that_cannot_be_listed_is_not_called_empty(folder, monkeypatch):
-    def refusing(top, onerror, **_):
-        onerror(PermissionError(13, "Permission denied", top))
-        return iter(())
+    def refusing(path):
+        raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr("os.walk", refusing)
+    monkeypatch.setattr("os.scandir", refusing)
+    require_dataset(f"{folder}/empty", where="data.root")
+
+
+def test_of_many_files_one_is_looked_at(folder, monkeypatch):
+    scandir, taken = os.scandir, []
+
+    @contextmanager
+    def counting(path):
+        with scandir(path) as entries:
+            yield map(lambda entry: taken.append(entry.name) or entry, entries)
+
+    for number in range(100):
+        (folder / "images" / "a" / f"{number}.jpg").touch()
+    monkeypatch.setattr("os.scandir", counting)
+    require_dataset(f"{folder}/images", where="data.root")
+    assert len(taken) == 2
+
+
+def test_links_to_folders_are_followed_and_circles_end(folder):
+    (folder / "linked").mkdir()
+    (folder / "linked" / "a").symlink_to(folder / "images")
+    require_dataset(f"{folder}/linked", where="data.root")
+    (folder / "empty" / "again").symlink_to(folder / "empty")
     require_dataset(f"{folder}/empty", where="data.root")
