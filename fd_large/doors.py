@@ -30,7 +30,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 from fd_large import allowed_code
 from fd_large.errors import ConfigError, FDError, nearest
@@ -44,6 +44,8 @@ Kind = Literal[
 ]
 
 PREFIX = "module:"
+SCHEME = re.compile(r"[A-Za-z][\w.+-]*:")
+"""Beginning of names that are no paths: hf:REPO, builtin:NAME, s3://..., module:FILE.py:NAME."""
 FORMS = "module:PATH/TO/FILE.py:NAME, module:package.module:NAME or a name from an installed plugin"
 """What a name can be besides a built-in one, for help texts and messages."""
 
@@ -200,6 +202,26 @@ def require_known(source: str, *, kind: Kind, where: str, built_in: Collection[s
     raise ConfigError(
         f"{where}: no such name in {kind}; got {source!r}, "
         f"{nearest(source, [*built_in, *plugins])}. Take one of these, or {FORMS}."
+    )
+
+
+def refuse_scheme(
+    source: str, schemes: Collection[str], *, where: str, of: type[FDError]
+) -> NoReturn:
+    """Refuses a source, or a name of code without `module:`, that begins as no known one does.
+
+    Args:
+        source: The name, at whose path nothing stands.
+        schemes: Beginnings of sources, as "hf:".
+        where: The field that the user set, for messages.
+        of: Class of the error.
+    """
+    start = f"{source.partition(':')[0]}:"
+    if "." in start:  # FILE.py:NAME or package.module:NAME
+        require_known(source, kind="sources", where=where, built_in=())
+    raise of(
+        f"{where}: no such kind of source; got {source!r}, {nearest(start, schemes)}. Correct what "
+        "stands before the colon, or name a file or a folder."
     )
 
 

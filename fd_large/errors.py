@@ -218,7 +218,8 @@ def check_all(*checks: Callable[[], Any]) -> list[Any]:
     if len(found) == 1:
         raise found[0]
     if found:
-        raise type(found[0])("\n".join(dict.fromkeys(map(str, found))))
+        lines = dict.fromkeys(line for error in found for line in str(error).splitlines())
+        raise type(found[0])("\n".join(lines))
     return values
 
 

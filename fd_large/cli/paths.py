@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os.path
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from fd_large import doors
+from fd_large.data.packages import local_kind
 from fd_large.data.roots import require_dataset
 from fd_large.data.weighted_roots import weighted_roots
 from fd_large.errors import ConfigError, FDError, check_all
@@ -18,8 +20,6 @@ from fd_large.recipes.sections import RANDOM, Student
 from fd_large.tasks.registry import TASKS
 from fd_large.weights.named import TIMM, require_named
 
-# hf:REPO, timm:NAME, module:PATH/TO/FILE.py:NAME, builtin:NAME, s3://...
-_SCHEME = re.compile(r"[A-Za-z][\w.+-]*:")
 _CODE = re.compile(r"\.py:\w+$")
 _PATTERN = re.compile(r"[*?\[{]")
 
@@ -55,12 +55,7 @@ def require_paths(named: Mapping[str, str]) -> None:
 
     Raises: ConfigError: a line for each.
     """
-    missing = {what: text for what, text in named.items() if _is_missing(text, what)}
-    if missing:
-        error = ConfigError("\n".join(_no_such(what, text) for what, text in missing.items()))
-        # Other nodes may have what this one lacks.
-        error.rank_local = is_first_of_node()
-        raise error
+    _on_this_node(*(partial(_require_path, what, text) for what, text in named.items()))
 
 
 def require_contents(run: Run) -> None:
@@ -82,19 +77,14 @@ def require_contents(run: Run) -> None:
     weights |= {name: model for name, model in named.items() if model.startswith(TIMM)}
     # Code of the run's own may register models with timm.
     knows_timm = bool(run.code())
-    try:
-        check_all(
-            *(partial(require_dataset, root, where=where) for where, root in roots.items()),
-            *(
-                partial(require_named, source, where=where)
-                for where, source in weights.items()
-                if source not in ("", RANDOM) and not (knows_timm and source.startswith(TIMM))
-            ),
-        )
-    except FDError as error:
-        # Other nodes may have what this one lacks.
-        error.rank_local = is_first_of_node()
-        raise
+    _on_this_node(
+        *(partial(require_dataset, root, where=where) for where, root in roots.items()),
+        *(
+            partial(require_named, source, where=where)
+            for where, source in weights.items()
+            if source not in ("", RANDOM) and not (knows_timm and source.startswith(TIMM))
+        ),
+    )
 
 
 def require_apart(run: Run, *, fresh: bool) -> None:
@@ -104,11 +94,9 @@ def require_apart(run: Run, *, fresh: bool) -> None:
     """
     folder = Path(run.run_dir()).resolve()
     for what, text in paths_of(run).items():
-        if (
-            not what.startswith(("data.root", "eval."))
-            or not text
-            or kind_of(Path(text)) != "folder"
-        ):
+        if not text or not what.startswith(("data.root", "eval.")):
+            continue
+        if local_kind(text, where=what) != "folder":
             continue
         images = Path(text).resolve()
         if folder == images:
@@ -144,22 +132,29 @@ def require_sources(run: Run) -> None:
     )
 
 
-def _no_such(what: str, text: str) -> str:
+def _on_this_node(*checks: Callable[[], None]) -> None:
+    """Makes checks of what other nodes may have where this one lacks it: each speaks for itself."""
+    try:
+        check_all(*checks)
+    except FDError as error:
+        error.rank_local = is_first_of_node()
+        raise
+
+
+def _require_path(what: str, text: str) -> None:
+    if text in ("", RANDOM) or doors.SCHEME.match(text) or _PATTERN.search(text):
+        return
+    paths = text, re.sub(r"#\w+$", "", text)  # FILE#student
+    if any(path and kind_of(os.path.expanduser(path), where=what) for path in paths):
+        return
     if _CODE.search(text):
-        return (
+        raise ConfigError(
             f"{what}: a file without 'module:' before it; got {text!r}, expected module:{text}. "
             "Put module: in front."
         )
-    return (
-        f"{what}: no such file or folder; got {text!r}, expected one that is there. Check the path."
-    )
-
-
-def _is_missing(text: str, where: str) -> bool:
-    if text in ("", RANDOM) or _SCHEME.match(text) or _PATTERN.search(text):
-        return False
-    paths = text, re.sub(r"#\w+$", "", text)  # FILE#student
-    if any(path and kind_of(Path(path).expanduser(), where=where) for path in paths):
-        return False
     # A word may be what an installed package brings.
-    return "/" in text or text not in doors.installed("sources")
+    if "/" in text or text not in doors.installed("sources"):
+        raise ConfigError(
+            f"{what}: no such file or folder; got {text!r}, expected one that is there. Check the "
+            "path."
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tarfile
 from functools import partial
 
@@ -19,7 +18,6 @@ _FORMS = (
     "a folder of images, tar shards or parquet files, FILE.tar, FILE.parquet, or a URL of such "
     "files"
 )
-_SCHEME = re.compile(r"[A-Za-z][\w.+-]*:")
 _SCHEMES = (BUILTIN, doors.PREFIX, *(f"{scheme}://" for scheme in CLIENTS))
 # A folder with so many folders and no file is looked at when it is listed.
 _MOST_FOLDERS = 1000
@@ -51,13 +49,8 @@ def require_dataset(root: str, *, where: str) -> None:
         _require_archive(root, where)
     elif kind == "folder":
         _require_file_in(root, where)
-    elif kind is None and (scheme := _SCHEME.match(root)):
-        if "." in scheme[0]:  # FILE.py:NAME or package.module:NAME
-            doors.require_known(root, kind="sources", where=where, built_in=())
-        raise DataError(
-            f"{where}: no such kind of dataset; got {root!r}, {nearest(scheme[0], _SCHEMES)}. "
-            "Correct what stands before the colon, or name a folder."
-        )
+    elif kind is None and doors.SCHEME.match(root):
+        doors.refuse_scheme(root, _SCHEMES, where=where, of=DataError)
 
 
 def _require_builtin(root: str, where: str) -> None:

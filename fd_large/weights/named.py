@@ -24,7 +24,6 @@ from fd_large.weights.libraries import LIBRARIES
 HUB, OPEN_CLIP, PACKAGE, CACHED = "hf:", "open_clip:", "package:", "cached:"
 TIMM = "timm:"
 _SCHEMES = (HUB, OPEN_CLIP, PACKAGE, CACHED, *(f.prefix for f in FAMILIES.values() if f.prefix))
-_SCHEME = re.compile(r"[A-Za-z][\w.+-]*:")
 _REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 _PACKAGE_FILES = (".safetensors", ".pth", ".pt")
 # What is no file of tensors, or says where they are.
@@ -42,7 +41,6 @@ def require_named(source: str, *, where: str) -> None:
 
     Raises: WeightsError or ConfigError: naming the field.
     """
-    scheme = _SCHEME.match(source)
     if source.startswith(PACKAGE):
         file_in_package(source.removeprefix(PACKAGE), where)
     elif source.startswith(HUB):
@@ -60,27 +58,8 @@ def require_named(source: str, *, where: str) -> None:
         _require_tensors(Path(source), where)
     elif kind is None and (named := source.rpartition("#")[0]):  # FILE#student
         require_named(named, where=where)
-    elif kind is None and scheme:
-        _refuse_scheme(source, _SCHEMES, where)
-
-
-def _refuse_scheme(source: str, schemes: tuple[str, ...], where: str) -> None:
-    """Refuses a source that begins as none of the known ones do.
-
-    Args:
-        source: The source, at whose path nothing stands.
-        schemes: What a source may begin with.
-        where: The field that the user set, for messages.
-
-    Raises: ConfigError, WeightsError: if it does, or looks like code of the user's own.
-    """
-    scheme = source.partition(":")[0]
-    if "." in scheme:
-        doors.require_known(source, kind="sources", where=where, built_in=())
-    raise WeightsError(
-        f"{where}: no such kind of source; got {source!r}, {nearest(f'{scheme}:', schemes)}. "
-        "Correct what stands before the colon, or name a file or a folder."
-    )
+    elif kind is None and doors.SCHEME.match(source):
+        doors.refuse_scheme(source, _SCHEMES, where=where, of=WeightsError)
 
 
 def file_in_package(name: str, where: str) -> Path:
