@@ -25,7 +25,9 @@ def expand_braces(pattern: str, *, where: str = "data.root") -> list[str]:
 
     Raises: DataError: if it stands for more than a million names.
     """
-    return ["".join(chosen) for chosen in product(*_choices(pattern, where))]
+    parts = _parts(pattern, where)
+    written = ([format(choice, spec) for choice in choices] for choices, spec in parts)
+    return ["".join(chosen) for chosen in product(*written)]
 
 
 def check_braces(pattern: str, *, where: str) -> None:
@@ -33,26 +35,28 @@ def check_braces(pattern: str, *, where: str) -> None:
 
     Raises: DataError: if it does.
     """
-    _choices(pattern, where)
+    _parts(pattern, where)
 
 
-def _choices(pattern: str, where: str) -> list[Sequence[str]]:
-    """Texts to choose from, for each part of a pattern in order; ranges are lazy."""
-    parts = BRACES.split(pattern)  # text, inside, text, inside, ..., text
-    choices: list[Sequence[str]] = []
-    for index, part in enumerate(parts):
-        choices.append([part] if index % 2 == 0 else _inside(part, where))
-    count = math.prod(map(len, choices))
+def _parts(pattern: str, where: str) -> list[tuple[Sequence[Any], str]]:
+    """Choices for each part of a pattern in order, and the format in which they are written."""
+    # text, inside, text, inside, ..., text
+    parts = [
+        _inside(text, where) if index % 2 else ([text], "")
+        for index, text in enumerate(BRACES.split(pattern))
+    ]
+    count = math.prod(len(choices) for choices, _ in parts)
     if count > _MOST_NAMES or count * len(pattern) > _MOST_CHARACTERS:
         shown = pattern if len(pattern) <= 200 else f"{pattern[:200]}..."
+        got = f"{count:,}" if count < 10**15 else "more than 10^15"
         raise DataError(
-            f"{where}: {shown}: braces that stand for too many names; got {_amount(count)}, "
-            f"expected at most {_MOST_NAMES:,}. Correct the numbers, or name a folder."
+            f"{where}: {shown}: braces that stand for too many names; got {got}, expected at most "
+            f"{_MOST_NAMES:,}. Correct the numbers, or name a folder."
         )
-    return choices
+    return parts
 
 
-def _inside(text: str, where: str) -> Sequence[str]:
+def _inside(text: str, where: str) -> tuple[Sequence[Any], str]:
     if match := _RANGE.fullmatch(text):
         ends = [digits.lstrip("0") or "0" for digits in match.groups()]
         if max(map(len, ends)) > _MOST_DIGITS:
@@ -60,23 +64,7 @@ def _inside(text: str, where: str) -> Sequence[str]:
                 f"{where}: {{{text[:40]}}}: numbers too long for names of shards; got more than "
                 f"{_MOST_DIGITS} digits, expected fewer. Correct them."
             )
-        return _Numbers(int(ends[0]), int(ends[1]), len(match.group(1)))
-    return text.split(",") if "," in text else [f"{{{text}}}"]
-
-
-def _amount(count: int) -> str:
-    return f"{count:,}" if count < 10**15 else "more than 10^15"
-
-
-class _Numbers(Sequence[str]):
-    """Numbers of a range as text, made when asked for; of at least `digits` digits each."""
-
-    def __init__(self, first: int, last: int, digits: int) -> None:
+        first, last = map(int, ends)
         step = 1 if first <= last else -1
-        self._numbers, self._digits = range(first, last + step, step), digits
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: Any) -> Any:
-        return str(self._numbers[index]).zfill(self._digits)
+        return range(first, last + step, step), f"0{len(match[1])}d"
+    return text.split(",") if "," in text else [f"{{{text}}}"], ""

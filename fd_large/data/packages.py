@@ -72,6 +72,13 @@ def local_kind(
     return kind_of(os.path.join(root, *inside), where=where, of=DataError)
 
 
+def is_saved(root: str, where: str) -> bool:
+    """Whether a root is a folder that `datasets` wrote with `save_to_disk`."""
+    return local_kind(root, where=where) == "folder" and all(
+        local_kind(root, name, where=where) == "file" for name in SAVED
+    )
+
+
 def listed(folder: str, where: str) -> list[str]:
     """Returns the names in a folder, sorted.
 
@@ -99,11 +106,7 @@ def check_packages(root: str, *, where: str) -> None:
         _check_client(root, where)
     if name_of(root).lower().endswith(PARQUET):
         require("pyarrow", "parquet files", where)
-    elif (
-        root
-        and local_kind(root, where=where) == "folder"
-        and all(local_kind(root, name, where=where) == "file" for name in SAVED)
-    ):
+    elif root and is_saved(root, where):
         require("datasets", "a saved dataset", where)
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fd_large import meeting
 from fd_large.data.folder import MAX_FILE_BYTES, read_below
-from fd_large.data.packages import SAVED, local_kind, require
+from fd_large.data.packages import is_saved, local_kind, require
 from fd_large.errors import DataError, first_line
 from fd_large.files import read_json
 
@@ -138,7 +138,7 @@ def open_saved_dataset(root: str, *, where: str) -> SavedDataset | None:
             f"{where}: a dataset of several parts; got {root!r} with {', '.join(parts)}, expected "
             f"one. Set --{where} {os.path.join(root, parts[0] if parts else 'PART')}."
         )
-    if not all(local_kind(root, name, where=where) == "file" for name in SAVED):
+    if not is_saved(root, where):
         return None
     require("datasets", "a saved dataset", where)
     return SavedDataset(root, where=where)
