@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fd_large import doors
 from fd_large.recipes.fields import require
 from fd_large.recipes.tables import keys_of
@@ -11,17 +13,22 @@ IGNORED_FIELDS = (*OF_VIEWS_WITHOUT_LABELS, "data.min_crop_scale", "data.val_fra
 """Fields of the recipe that their own views and tests do not read."""
 
 
-def check_head(name: str, *, where: str, file: str) -> None:
-    """Refuses the name of a head that stands for nothing; imports neither head nor torch.
+def check_head(run: Any, *, task: str, field: str = "head") -> None:
+    """Refuses the name of a task's head that stands for nothing; imports neither head nor torch.
 
     Args:
-        name: The name in the recipe.
-        where: The field that names it.
-        file: File of the package with the table `HEADS`.
+        run: A recipe of the task.
+        task: Name of the task, of its folder and of its section.
+        field: The field of the section that names the head.
 
     Raises: ConfigError: with the nearest names.
     """
-    doors.require_known(name, kind="heads", where=where, built_in=keys_of(file, "HEADS"))
+    doors.require_known(
+        getattr(getattr(run.task, task), field),
+        kind="heads",
+        where=f"task.{task}.{field}",
+        built_in=keys_of(f"tasks/{task}/task.py", "HEADS"),
+    )
 
 
 def check_scale_range(where: str, scale_range: tuple[float, float]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 from fd_large.recipes.fields import at_least, check_types, not_negative, positive, require
 from fd_large.recipes.task_kind import TaskKind
@@ -127,12 +128,6 @@ METRICS = {
 }
 """As `Job.metrics`."""
 
-
-def _check_names(run: Any) -> None:
-    own: Depth = run.task.depth
-    check_head(own.head, where="task.depth.head", file="tasks/depth/task.py")
-
-
 KIND = TaskKind(
     name="depth",
     folder="depth",
@@ -143,7 +138,7 @@ KIND = TaskKind(
     scores_runs=True,
     depends_on_passes=True,
     ignored_fields=IGNORED_FIELDS,
-    check_names=_check_names,
+    check_names=partial(check_head, task="depth"),
     metrics=lambda _: METRICS,
     scoring_fields=(
         *HOW_TO_TEST,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 from fd_large.recipes.fields import at_least, check_types, require
 from fd_large.recipes.task_kind import TaskKind
@@ -194,12 +195,6 @@ METRICS = {
 }
 """As `Job.metrics`."""
 
-
-def _check_names(run: Any) -> None:
-    own: Detection = run.task.detection
-    check_head(own.heads, where="task.detection.heads", file="tasks/detection/task.py")
-
-
 KIND = TaskKind(
     name="detection",
     folder="detection",
@@ -213,7 +208,7 @@ KIND = TaskKind(
     # Training has these proposals too.
     scoring_fields=(*HOW_TO_TEST, "task.detection.proposals_per_image"),
     ignored_fields=IGNORED_FIELDS,
-    check_names=_check_names,
+    check_names=partial(check_head, task="detection", field="heads"),
     metrics=lambda _: METRICS,
     scored_files=ScoredFiles,
     next_steps=(

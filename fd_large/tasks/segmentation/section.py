@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 from fd_large.recipes.fields import at_least, check_types, not_negative, require
 from fd_large.recipes.task_kind import TaskKind
@@ -115,12 +116,6 @@ METRICS = {
 }
 """As `Job.metrics`."""
 
-
-def _check_names(run: Any) -> None:
-    own: Segmentation = run.task.segmentation
-    check_head(own.head, where="task.segmentation.head", file="tasks/segmentation/task.py")
-
-
 KIND = TaskKind(
     name="segmentation",
     folder="segmentation",
@@ -131,7 +126,7 @@ KIND = TaskKind(
     scores_runs=True,
     depends_on_passes=True,
     ignored_fields=IGNORED_FIELDS,
-    check_names=_check_names,
+    check_names=partial(check_head, task="segmentation"),
     metrics=lambda _: METRICS,
     scoring_fields=(*HOW_TO_TEST, "student.architecture.window_size", "student.stage_windows"),
     next_steps=(
