@@ -10,7 +10,6 @@ there is no list, and each start names its code.
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import stat
@@ -18,9 +17,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from uuid import uuid4
 
-from fd_large.files import parse_json
+from fd_large.files import parse_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +35,9 @@ _TURN_SECONDS = 2.0
 
 def place() -> Path | None:
     """Returns the path of the list; None where the environment names no home."""
-    given, home = os.environ.get("XDG_STATE_HOME", ""), os.environ.get("HOME", "")
-    if os.path.isabs(given):  # Others are to be ignored, by the specification.
-        return Path(given) / FOLDER / LIST
+    state, home = os.environ.get("XDG_STATE_HOME", ""), os.environ.get("HOME", "")
+    if os.path.isabs(state):  # Others are to be ignored, by the specification.
+        return Path(state) / FOLDER / LIST
     return Path(home) / ".local" / "state" / FOLDER / LIST if os.path.isabs(home) else None
 
 
@@ -82,7 +80,7 @@ def add(name: str, digest: str, file: Path) -> None:
             elif entries.get(name, {}).get(digest) != str(file):
                 hashes = {**entries.pop(name, {}), digest: str(file)}
                 entries[name] = dict([*hashes.items()][-HASHES:])
-                _write(path, dict([*entries.items()][-NAMES:]))
+                write_json(path, dict([*entries.items()][-NAMES:]), private=True)
     except OSError as error:
         log.info("%s: not written (%s): the next start has to name its code again", path, error)
 
@@ -118,13 +116,13 @@ def _sentence(path: Path, got: str, expected: str) -> str:
     )
 
 
-def _open_to_others(found: os.stat_result, *, is_folder: bool) -> str:
+def _open_to_others(status: os.stat_result, *, is_folder: bool) -> str:
     """Returns why others may have written a file or folder; empty if they cannot."""
-    if not (stat.S_ISDIR if is_folder else stat.S_ISREG)(found.st_mode):
+    if not (stat.S_ISDIR if is_folder else stat.S_ISREG)(status.st_mode):
         return f"no {'folder' if is_folder else 'file'}"
-    if found.st_uid != os.geteuid():
-        return f"that of user {found.st_uid}"
-    return f"mode {stat.S_IMODE(found.st_mode):04o}" if found.st_mode & 0o022 else ""
+    if status.st_uid != os.geteuid():
+        return f"that of user {status.st_uid}"
+    return f"mode {stat.S_IMODE(status.st_mode):04o}" if status.st_mode & 0o022 else ""
 
 
 def _is_list(value: object) -> bool:
@@ -159,18 +157,3 @@ def _turn(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _write(path: Path, entries: Entries) -> None:
-    aside = path.with_name(f"{path.name}.{uuid4().hex}")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(json.dumps(entries, indent=1) + "\n")
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(aside, path)
-    except BaseException:
-        with suppress(OSError):
-            aside.unlink()
-        raise

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from fd_large import processes
-from fd_large.errors import Exit, FDError, without_secrets
+from fd_large.errors import Exit, FDError, printable, without_secrets
 from fd_large.files import kind_of, parse_json, write_json
 from fd_large.launch import find_rank, is_first_of_node
 from fd_large.processes import briefly
@@ -253,8 +253,7 @@ def _ending_of(text: bytes) -> Ending:
     with suppress(ValueError, TypeError):
         rank, code, reason = parse_json(text)
         if (type(rank), type(code), type(reason)) == (int, int, str):
-            shown = (letter if letter.isprintable() else " " for letter in reason)
-            return Ending(rank, code, "".join(shown))
+            return Ending(rank, code, printable(" ".join(reason.split())))
     return Ending(0, Exit.LOST, "the store at which the ranks met holds what no rank wrote")
 
 

@@ -123,7 +123,7 @@ def unusable(
     """
     named = error.filename if path is None else path
     name = os.fsdecode(named) if isinstance(named, (str, bytes, os.PathLike)) else "a file"
-    start = f"{where}: {_shortened(name)}".removeprefix(": ")
+    start = _start(where, name)
     reason = (error.strerror or type(error).__name__).lower()
     if error.errno in PASSING:
         return StorageError(
@@ -137,8 +137,10 @@ def unusable(
     )
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= 300 else f"{name[:200]}...{name[-60:]}"
+def _start(where: str, name: str) -> str:
+    """The beginning of a sentence about a path: the field, where that is known, and the path."""
+    shown = name if len(name) <= 300 else f"{name[:200]}...{name[-60:]}"
+    return f"{where}: {shown}".removeprefix(": ")
 
 
 def kind_of(
@@ -166,7 +168,7 @@ def kind_of(
     except OSError as error:
         raise unusable(where, error, path, of=of) from error
     except ValueError as error:  # A NUL in the path.
-        start = f"{where}: {_shortened(os.fspath(path))!r}".removeprefix(": ")
+        start = _start(where, repr(os.fspath(path)))
         raise of(f"{start}: cannot be used; got {error}, expected a path. Correct it.") from error
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
@@ -229,7 +231,7 @@ def read_bytes(
     except OSError as error:
         raise unusable(where, error, path, of=of) from error
     except ValueError as error:
-        start = f"{where}: {_shortened(os.fspath(path))}".removeprefix(": ")
+        start = _start(where, os.fspath(path))
         raise of(f"{start}: cannot be read; got {error}, expected a file. {remedy}") from error
     return data
 
@@ -270,9 +272,9 @@ def read_json(
             raise ValueError(f"{json.dumps(value)[:40]}")
     except ValueError as error:
         expected = {dict: "a JSON object", list: "a JSON list"}.get(holds, "JSON")  # type: ignore[arg-type]
-        start = f"{where}: {_shortened(str(path))}".removeprefix(": ")
         raise of(
-            f"{start}: damaged or not JSON; got {str(error)[:200]}, expected {expected}. {remedy}"
+            f"{_start(where, str(path))}: damaged or not JSON; got {str(error)[:200]}, expected "
+            f"{expected}. {remedy}"
         ) from error
     return value
 
@@ -334,12 +336,20 @@ def check_out(
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; at the end flushes that file and renames it."""
+    """Yields a path beside `path` to write to; at the end flushes that file and renames it.
+
+    Of a file that could not be written nothing stays.
+    """
     aside = path.with_name(path.name + ".part")
-    yield aside
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink()
+        raise
 
 
 @contextmanager
@@ -378,14 +388,18 @@ def out_folder(out: str | Path) -> Path:
     return folder
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, private: bool = False) -> None:
     """Writes a JSON file in place of one that may be there.
 
-    Only its owner may read it if it holds a secret: a URL with a user, a password or a query.
+    Args:
+        path: The file.
+        value: What it will hold.
+        private: Whether only its owner may read and write it, as one that holds a secret anyway: a
+            URL with a user, a password or a query.
     """
     text = json.dumps(value, indent=1) + "\n"
     with replacing(path) as aside:
-        if without_secrets(text) != text:
+        if private or without_secrets(text) != text:
             aside.unlink(missing_ok=True)
             aside.touch(0o600)
         aside.write_text(text)

@@ -16,14 +16,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fd_large.errors import LaunchError
+from fd_large.files import read_bytes
 
 log = logging.getLogger(__name__)
 
 Launcher = Literal["deepspeed", "torchrun", "srun", "mpirun", "python"]
 
-# Variables of the rank, the number of ranks, and both on this node.
 ACCELERATORS = ("cpu", "cuda")
 """Devices of DeepSpeed that runs are trained on, as DS_ACCELERATOR names them."""
+
+# Variables of the rank, the number of ranks, and both on this node.
 _OPEN_MPI = (
     *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     *("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -83,19 +85,15 @@ def read_token(environ: Mapping[str, str] = os.environ) -> str:
     """
     if not (name := environ.get(TOKEN_FILE)):
         return ""
-    try:
-        with open(name, encoding="ascii") as file:
-            token = file.read(256).strip()
-        if not re.fullmatch("[0-9A-Za-z]{16,}", token):
-            raise ValueError("no token")
-    except (OSError, ValueError) as error:
-        got = error.strerror if isinstance(error, OSError) else "something else"
+    where = f"launch: {TOKEN_FILE}"
+    remedy = "Put it where all nodes (and containers) see it: slurm/launch.sh writes it to LOG_DIR."
+    token = read_bytes(name, where=where, of=LaunchError, remedy=remedy).decode(errors="replace")
+    if not re.fullmatch("[0-9A-Za-z]{16,256}", token.strip()):
         raise LaunchError(
-            f"launch: {TOKEN_FILE}: {name}; got {got}, expected a file that every rank can read, "
-            "with 16 letters or digits at least. Put it where all nodes (and containers) see it: "
-            "slurm/launch.sh writes it to LOG_DIR."
-        ) from error
-    return token
+            f"{where}: {name}: no token; got something else, expected 16 letters or digits at "
+            f"least. {remedy}"
+        )
+    return token.strip()
 
 
 def find_rank(environ: Mapping[str, str] = os.environ) -> int:

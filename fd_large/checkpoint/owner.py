@@ -14,6 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 from fd_large import processes
+from fd_large.errors import printable
 from fd_large.files import parse_json
 
 SLURM_SECONDS = 30.0
@@ -88,8 +89,7 @@ class Owner:
     def __str__(self) -> str:
         job = f", Slurm job {self.job}" if self.job else ""
         text = f"host {self.host}, process {self.pid}{job}, since {self.since}"
-        # A terminal would obey the escape sequences of a file that somebody else wrote.
-        return "".join(letter if letter.isprintable() else "?" for letter in text)
+        return printable(text)  # Somebody else may have written the file.
 
     @property
     def is_near(self) -> bool:
