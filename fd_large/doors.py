@@ -97,7 +97,7 @@ def allow(source: str | os.PathLike[str]) -> None:
 def is_allowed(source: str) -> bool:
     """Returns whether the file of a `module:` name is there and the name may be imported."""
     path = file_of(source)
-    return path is not None and _is_permitted(source, path, _imported.get(path))
+    return path is not None and _is_permitted(source, path)
 
 
 def allow_named(arguments: Iterable[str], *, remember: bool = False) -> None:
@@ -138,7 +138,7 @@ def require_allowed(named: Mapping[str, str]) -> None:
         for where, source in named.items()
         if is_own(source)
         and (path := file_of(source)) is not None
-        and not _is_permitted(source, path, _imported.get(path))
+        and not _is_permitted(source, path)
     }
     if refused:
         raise _not_allowed(refused)
@@ -315,7 +315,7 @@ def hashes(tree: Any) -> dict[str, str]:
             path = file_of(f"{PREFIX}{plugins[text].value}")
         else:
             continue
-        found[text] = (_imported.get(path) or _hash(path)) if path else ""
+        found[text] = _hash(path) if path else ""
     return found
 
 
@@ -351,26 +351,24 @@ def _real(path: str) -> Path:
 
 
 def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of the text that this process has run, else of the file as it is now."""
+    return _imported.get(path) or hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _is_permitted(source: str, path: Path, digest: str | None) -> bool:
-    """Whether a name may be imported from a file whose text has a hash; None: as it is now."""
+def _is_permitted(source: str, path: Path, digest: str = "") -> bool:
+    """Whether a name may be imported from a file whose text has a hash, "" for that of now."""
     if _is_named(source, path):
         return True
     if path.suffix != ".py":  # Python loads it by itself, perhaps not what was hashed.
         return False
     name, digest = absolute(source), digest or _hash(path)
-    return (name, digest) in _unchanged or _listed(name).get(digest) == str(path)
+    listed = allowed_code.read()[0].get(name, {})
+    return (name, digest) in _unchanged or listed.get(digest) == str(path)
 
 
 def _is_named(source: str, path: Path) -> bool:
     """Whether this start's command line allows a name."""
     return path in _files or absolute(source) in _names
-
-
-def _listed(name: str) -> Mapping[str, str]:
-    return allowed_code.read()[0].get(name, {})
 
 
 def _not_allowed(refused: Mapping[str, Path]) -> ConfigError:

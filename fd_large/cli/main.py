@@ -78,8 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        # A path that no check had asked for. All else is a fault of ours or of a library.
-        if error.errno not in files.REFUSED and error.errno not in files.PASSING:
+        # A path that no check had asked for. All else is a fault of ours or of a library; a
+        # connection that no path goes with is a server's and not the file system's.
+        of_server = isinstance(error, ConnectionError) and error.filename is None
+        if of_server or error.errno not in files.REFUSED.keys() | files.PASSING:
             failures.tell(Exit.LOST, f"{type(error).__name__}: {error}")
             raise
         logging.getLogger(__name__).debug("the file system refused", exc_info=True)

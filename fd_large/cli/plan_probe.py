@@ -38,14 +38,9 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
     ranks = min(ranks, torch.cuda.device_count() or ranks)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rates.json"
-        code = {
-            name: digest
-            for run in runs
-            for name, digest in run.code().items()
-            if doors.is_allowed(name)
-        }
+        named = {name: digest for run in runs for name, digest in run.code().items()}
+        code = {name: digest for name, digest in named.items() if doors.is_allowed(name)}
         asked = {"runs": [run.to_dict() for run in runs], "out": str(out), "code": code}
-        request = json.dumps(asked)
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         paths = (str(Path(fd_large.__file__).parents[1]), os.environ.get("PYTHONPATH"))
         environ = os.environ | {
@@ -53,19 +48,11 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
             "PYTHONSAFEPATH": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }
-        port = str(free_port())
+        # A file of the working folder must not stand in for a module: PYTHONSAFEPATH.
+        program, port = [sys.executable, "-m", "fd_large.cli.plan_probe"], free_port()
         processes = [
             subprocess.Popen(
-                # A file of the working folder must not stand in for a module.
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "fd_large.cli.plan_probe",
-                    str(rank),
-                    str(ranks),
-                    port,
-                ],
+                [*program, *map(str, (rank, ranks, port))],
                 env=environ,
                 stdin=subprocess.PIPE,
                 text=True,
@@ -76,7 +63,7 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
             for process in processes:
                 assert process.stdin is not None
                 with suppress(BrokenPipeError):
-                    process.stdin.write(request)
+                    process.stdin.write(json.dumps(asked))
                     process.stdin.close()
             # Ranks that miss one which has failed are not waited for.
             while None in (codes := [process.poll() for process in processes]) and not any(codes):
@@ -90,9 +77,9 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
                 f"--probe: a rank failed; got exit codes {', '.join(map(str, codes))}, expected 0. "
                 "Read its message above."
             )
-        found = read_json(out, where="--probe", holds=dict)
-        phases = [one and Phases.from_plain(one, where="--probe") for one in found["phases"]]
-        return Rates(**found["rates"]), phases
+        measured = read_json(out, where="--probe", holds=dict)
+        phases = [one and Phases.from_plain(one, where="--probe") for one in measured["phases"]]
+        return Rates(**measured["rates"]), phases
 
 
 def main(rank: int, ranks: int, port: int) -> None:

@@ -97,12 +97,9 @@ def open_images(root: str, *, where: str = "data.root") -> ImageSource:
             if kind := getattr(source, "kind", ""):
                 log.info("%s: %s images in %s: %s", where, f"{len(source):,}", kind, root)
             return source
-    what = (
-        "neither a folder nor a tar file"
-        if local_kind(root, where=where) == "file"
-        else "no such folder"
-    )
+    is_file = local_kind(root, where=where) == "file"
     raise DataError(
-        f"{where}: {what}; got {root!r}, expected a folder of images, tar shards or parquet files, "
+        f"{where}: {'neither a folder nor a tar file' if is_file else 'no such folder'}; got "
+        f"{root!r}, expected a folder of images, tar shards or parquet files, "
         f"FILE.tar, FILE.parquet, or a URL of such files. Set --{where} FOLDER."
     )

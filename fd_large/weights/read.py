@@ -195,7 +195,8 @@ def file_of(path: Path, *, where: str = "weights") -> Path:
 
     Raises: WeightsError: if there is none.
     """
-    if kind_of(path) == "file" and path.suffix not in _GRAPHS:
+    kind = kind_of(path, where=where, of=WeightsError)
+    if kind == "file" and path.suffix not in _GRAPHS:
         return path
     if kind_of(path / CHECKPOINTS) == "folder":
         raise WeightsError(
@@ -206,19 +207,13 @@ def file_of(path: Path, *, where: str = "weights") -> Path:
         if kind_of(path / name) == "file":
             return path / name
     for suffix, library in _GRAPHS.items():
-        if kind_of(path / library.graph) == "file" or (
-            path.suffix == suffix and kind_of(path) == "file"
-        ):
+        if kind_of(path / library.graph) == "file" or (path.suffix == suffix and kind == "file"):
             raise WeightsError(
                 f"{where}: {path}: holds a model that runs without its code, not weights by name; "
                 f"got {library.holds}, expected a file or folder of weights. Export the run again "
                 "with --to fd, and name that folder."
             )
-    got = (
-        f"a folder without {', '.join(_FOLDER_FILES)}"
-        if kind_of(path) == "folder"
-        else "nothing there"
-    )
+    got = f"a folder without {', '.join(_FOLDER_FILES)}" if kind == "folder" else "nothing there"
     raise WeightsError(
         f"{where}: {path}: no such file; got {got}, expected a .safetensors, .pt or .pth file, or "
         "a folder of Hugging Face's. Check the path."
