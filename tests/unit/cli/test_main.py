@@ -1,5 +1,6 @@
 """Commands, exit codes and mistakes in one sentence; no torch before it is needed."""
 
+import errno
 import json
 import logging
 import os
@@ -176,6 +177,17 @@ def test_a_users_mistake_in_the_engine_is_a_sentence_and_ours_a_traceback(engine
     assert one_sentence(capsys) == str(engine.raises)
     engine.raises = RuntimeError("ours")
     with pytest.raises(RuntimeError, match="ours"):
+        cli.main(arguments)
+
+
+def test_a_refused_path_is_a_sentence_and_a_servers_refusal_a_traceback(engine, capsys):
+    arguments = ["train", "--deepspeed_config", "zero3"]
+    for error, code in ((errno.ENOSPC, 2), (errno.ESTALE, 75), (errno.ECONNRESET, 75)):
+        engine.raises = OSError(error, os.strerror(error), "a/path")
+        assert cli.main(arguments) == code
+        assert one_sentence(capsys).startswith("a/path: ")
+    engine.raises = OSError(errno.ECONNREFUSED, "Connection refused")  # Of a tracker, say.
+    with pytest.raises(ConnectionError):
         cli.main(arguments)
 
 
