@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from fd_large import activity, imports
+from fd_large import activity, doors, imports
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, WithRecipe, parse_with_recipe
-from fd_large.cli.names import require_names
 from fd_large.cli.ownership import owning
 from fd_large.cli.paths import (
     paths_of,
@@ -28,7 +27,14 @@ from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
 from fd_large.recipes.run import Run
 from fd_large.recipes.stored import require_same_settings
+from fd_large.recipes.tables import keys_of
+from fd_large.recipes.task_kind import check_metric
 from fd_large.runtime import terminal
+
+_Table = tuple[str, doors.Kind, str, str]
+# The field, what it names, and the file of the package with the table.
+_OPTIMISERS: _Table = ("optim.name", "optimisers", "engine/zero/optimizer.py", "OPTIMISERS")
+_TRACKERS: _Table = ("runtime.trackers", "trackers", "runtime/trackers.py", "TRACKERS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +105,26 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
         partial(require_contents, run),
         *(partial(check_packages, root, where=where) for where, root in roots.items()),
     )
+
+
+def require_names(run: Run) -> None:
+    """Refuses names of optimisers, trackers, metrics and parts of the task that stand for nothing.
+
+    Raises: ConfigError: a line for each.
+    """
+    kind = run.task.kind()  # None for code that this process may not import.
+    named = [(run.optim.name, *_OPTIMISERS)]
+    named += [(name, *_TRACKERS) for name in run.runtime.trackers]
+    checks: list[Callable[[], None]] = [partial(_require, *one) for one in named]
+    if kind and kind.check_names:
+        checks.append(partial(kind.check_names, run))
+    if kind and kind.metrics and run.eval.best_metric:
+        checks.append(partial(check_metric, run.eval.best_metric, kind.metrics(run)))
+    check_all(*checks)
+
+
+def _require(name: str, where: str, kind: doors.Kind, file: str, table: str) -> None:
+    doors.require_known(name, kind=kind, where=where, built_in=keys_of(file, table))
 
 
 def _check_config(run: Run, deepspeed_config: str) -> None:

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 
-from fd_large.cli.names import _OPTIMISERS, _TRACKERS
+from fd_large.cli.train import _OPTIMISERS, _TRACKERS
 from fd_large.recipes.tables import keys_of
 from fd_large.tasks.distillation.section import NAMED
 

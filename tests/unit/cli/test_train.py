@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fd_large.cli.names import require_names
+from fd_large.cli.train import require_names
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.run import Run
