@@ -234,7 +234,7 @@ def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
     kept += [word for name, value in more.items() for word in (f"--{name}", value)]
     script = ["--module", "fd_large.train"]
     if Path(first).name == "train.py" or kind_of(Path("fd_large/train.py")):
-        script = ["fd_large/train.py"]
+        script = [_train_script(first)]
     match environment.get("launcher"):
         case "python":
             return [*_commands(files), "train", *kept]
@@ -254,6 +254,13 @@ def _as_flags(files: RunFiles, left_out: Collection[str]) -> list[str]:
         if name not in left_out:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
+
+
+def _train_script(first: str) -> str:
+    """How to call train.py from here: as from a clone's root, or by the path that was started."""
+    in_clone, own = Path("fd_large/train.py"), Path(__file__).parents[1] / "train.py"
+    is_elsewhere = not kind_of(in_clone) and os.path.realpath(first) == os.path.realpath(own)
+    return str(own if is_elsewhere else in_clone)
 
 
 def _program(name: str) -> str:

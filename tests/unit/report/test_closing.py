@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import fd_large
 from fd_large import shipped
 from fd_large.cli import diagnose, evaluate, export, predict, recipes
 from fd_large.cli.arguments import choose, parse, parse_with_recipe
@@ -125,6 +126,20 @@ def test_a_run_that_was_stopped_goes_on_by_the_same_recipe(task, launcher, run_o
     told, command = stopped_text(read_run(folder)).splitlines()
     assert told == "stopped and saved after step 5 of 60. To go on from there:"
     assert command.strip() == again["command"]
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_run_that_was_started_from_elsewhere_goes_on_from_there(
+    launcher, run_of, tmp_path, monkeypatch
+):
+    own = Path(fd_large.__file__).parent / "train.py"
+    folder, _ = run_of("distillation", launcher, status="preempted", command=[str(own), *FLAGS])
+    for here in (tmp_path, own.parents[1]):
+        monkeypatch.chdir(here)
+        again, *_ = next_steps(read_run(folder))
+        script = next(w for w in shlex.split(again["command"]) if w.endswith("train.py"))
+        assert (here / script).samefile(own)
+        assert (script == "fd_large/train.py") == (here != tmp_path)
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint(make_run):
