@@ -9,7 +9,7 @@ from typing import Any
 from fd_large.errors import ConfigError, FDError
 from fd_large.files import kind_of, read_json
 from fd_large.recipes.file_names import CHECKPOINTS, RECIPE
-from fd_large.recipes.run import Run
+from fd_large.recipes.run import LENGTH, Run
 from fd_large.recipes.sections import STUDENTS
 
 _REMEDY = "Restore it, or use the release that wrote it."
@@ -92,7 +92,10 @@ def other_settings(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> Conf
         changes: {field: (value there, value now)}.
     """
     changed = "; ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in changes.items())
+    longer = ""
+    if changes.keys() <= set(LENGTH):
+        longer = "Name the length that it has, or a larger one (with --optim.max_seconds 0), or set"
     return ConfigError(
-        f"{folder}: holds a run with other settings; got {changed}, expected the same. Set "
-        "--runtime.run_dir to another folder, or --fresh to start over here."
+        f"{folder}: holds a run with other settings; got {changed}, expected the same. "
+        f"{longer or 'Set'} --runtime.run_dir to another folder, or --fresh to start over here."
     )
