@@ -78,6 +78,11 @@ def start(
     if _launch is not None and dist.is_initialized():
         return _launch
     launch = launch or find_launch()
+    if os.environ.get("DS_ACCELERATOR") == "cuda" and not torch.cuda.is_available():
+        raise LaunchError(
+            "DS_ACCELERATOR: no GPU that torch can use on this node; got 'cuda', expected a GPU. "
+            "Unset the variable to train on CPUs, or see what the doctor says of devices."
+        )
     # As early as possible: a launcher that ends before this is not noticed.
     watch_launcher()
     raise_open_files()

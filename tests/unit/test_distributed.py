@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fd_large import distributed
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, LaunchError
 from fd_large.launch import find_launch
 
 
@@ -27,6 +27,14 @@ def test_without_a_group_there_is_one_rank() -> None:
     assert distributed.gather_objects("x") == ["x"]
     distributed.barrier()
     distributed.stop()
+
+
+def test_gpus_are_asked_for_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LaunchError, match=r"^DS_ACCELERATOR: .*got 'cuda'"):
+        distributed.initialize()
+    assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize("node_size", [0, 2])
