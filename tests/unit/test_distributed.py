@@ -33,7 +33,7 @@ def test_gpus_are_asked_for_where_there_are_none(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(LaunchError, match=r"^DS_ACCELERATOR: .*got 'cuda'"):
-        distributed.initialize()
+        distributed.start()
     assert not dist.is_initialized()
 
 
