@@ -199,13 +199,13 @@ def _make_group_of_one() -> None:
     import torch.testing._internal.distributed.fake_pg
 
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)
-    given, gathered, scattered = torch.ones(2), torch.zeros(2), torch.zeros(2)
-    dist.all_gather_single(gathered, given)
-    dist.reduce_scatter_single(scattered, given)
-    if not gathered.equal(given) or not scattered.equal(given):
+    sent, gathered, scattered = torch.ones(2), torch.zeros(2), torch.zeros(2)
+    dist.all_gather_single(gathered, sent)
+    dist.reduce_scatter_single(scattered, sent)
+    if not gathered.equal(sent) or not scattered.equal(sent):
         raise LaunchError(
             f"launch: collectives of one rank; got {gathered.tolist()} and {scattered.tolist()}, "
-            f"expected {given.tolist()} from torch {torch.__version__}. Start two ranks, or "
+            f"expected {sent.tolist()} from torch {torch.__version__}. Start two ranks, or "
             "install torch 2.13."
         )
 

@@ -46,7 +46,7 @@ def _masked_word(match: re.Match[str]) -> str:
         word = _USER.sub(r"\1***@", word)
     starts = [word.find("?", start)] if start >= 0 else []
     # A fragment may hold a token, too; a place on a page has no "=".
-    starts += [found.start()] if (found := _QUERY.search(word)) else []
+    starts += [place.start() for place in _QUERY.finditer(word)]
     query = min((place for place in starts if place >= 0), default=-1)
     if query < 0 or not (hidden := word[query + 1 :].rstrip(_CLOSING)):
         return word
@@ -115,8 +115,10 @@ class ConflictError(ConfigError):
         Args:
             given: Names of what was set, fields of other kinds included.
         """
-        own = [name for name in self.fields if name in given]
-        message = ConfigError(self._text(own, [name for name in self.fields if name not in given]))
+        changeable = [name for name in self.fields if name in given]
+        message = ConfigError(
+            self._text(changeable, [name for name in self.fields if name not in given])
+        )
         return str(message)
 
     def renamed(self, rename: Callable[[str], str]) -> ConflictError:

@@ -74,7 +74,7 @@ JSON_BYTES, JSON_DEPTH = 64 << 20, 100
 """Size and depth that no JSON file of a run, a dataset's notes or a configuration reaches."""
 
 PARTIAL = ".partial-"
-"""What a name begins with that a process gives to what it writes aside, beside those of others."""
+"""Beginning of the names of files that a process writes aside, beside those of others."""
 STALE_SECONDS = 24 * 3600
 """So long after its last change, what is aside was left by a process that was killed."""
 
@@ -193,8 +193,8 @@ def parse_json(text: str | bytes, *, finite: bool = False, **hooks: Callable[[An
     for _ in range(JSON_DEPTH):
         inside = [
             child
-            for held in inside
-            for child in (held.values() if isinstance(held, dict) else held)
+            for container in inside
+            for child in (container.values() if isinstance(container, dict) else container)
             if isinstance(child, dict | list)
         ]
         if not inside:
@@ -317,10 +317,10 @@ def check_out(
     kind = kind_of(out, where=where)
     out = Path(out)
     if kind not in (None, holds) or (kind is None and out.is_symlink()):
-        what = f"a {kind}" if kind else "a link that leads nowhere"
+        got = f"a {kind}" if kind else "a link that leads nowhere"
         expected = f"a {holds} or a new name" if holds != "nothing" else "a new name"
         raise ConfigError(
-            f"{where}: {out}: something is there already; got {what}, expected {expected}. "
+            f"{where}: {out}: something is there already; got {got}, expected {expected}. "
             "Move it, or name another."
         )
     places = [out] if kind == "folder" else [*out.absolute().parents]

@@ -73,8 +73,8 @@ def check(model: object) -> None:
 
 
 def _stamp(path: Path) -> _Stamp:
-    found = os.stat(path)
-    return _Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    status = os.stat(path)
+    return _Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _changed(path: Path, *, in_place: bool) -> str:

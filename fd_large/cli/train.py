@@ -115,7 +115,7 @@ def require_names(run: Run) -> None:
     kind = run.task.kind()  # None for code that this process may not import.
     named = [(run.optim.name, *_OPTIMISERS)]
     named += [(name, *_TRACKERS) for name in run.runtime.trackers]
-    checks: list[Callable[[], None]] = [partial(_require, *one) for one in named]
+    checks: list[Callable[[], None]] = [partial(_require, *entry) for entry in named]
     if kind and kind.check_names:
         checks.append(partial(kind.check_names, run))
     if kind and kind.metrics and run.eval.best_metric:

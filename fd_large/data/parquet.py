@@ -203,8 +203,11 @@ def _looked_at(files: Sequence[Stored], where: str) -> _Table:
 def _bytes_of(group: Any, column: str) -> int:
     """The bytes of a column in a row group, not compressed."""
     chunks = map(group.column, range(group.num_columns))
-    own = (chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
-    return sum(chunk.total_uncompressed_size for chunk in own)
+    return sum(
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        if chunk.path_in_schema.split(".")[0] == column
+    )
 
 
 def _refuse_large_cells(stored: Stored, group: Any, column: str) -> None:

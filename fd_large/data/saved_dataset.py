@@ -86,15 +86,15 @@ class SavedDataset:
             ((encoded, path),) = cells(column)
             if encoded is not None and encoded.size > MAX_FILE_BYTES:
                 raise ValueError(f"a cell of {encoded.size} bytes")
-            found = None if encoded is None else encoded.to_pybytes()
+            image = None if encoded is None else encoded.to_pybytes()
         except Exception as error:  # The library's, on damaged files.
             raise DataError(
                 f"{self[index]}: cannot be read; got {first_line(error)}, expected an image. Save "
                 "the dataset again."
             ) from error
-        if found is None and path:
+        if image is None and path:
             return read_below(self.root, path)
-        return found or b""
+        return image or b""
 
     def _labels(self) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
         return meeting.once(f"labels of {self.root}", self._read_labels)

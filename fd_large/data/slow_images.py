@@ -1,4 +1,4 @@
-"""Which image each loading process is at, and since when, where the training process can see it.
+"""Image that each loading process is at, and since when, where the training process can see it.
 
 A read that hangs (a server of files that is gone) can be told by nobody who hangs with it. So each
 process notes its image in memory that is shared from before it was forked.
@@ -51,14 +51,14 @@ def at_image(slot: int, index: int, name: Callable[[int], str] | None = None) ->
 
 def longer_than(seconds: float) -> list[tuple[float, str]]:
     """Returns (seconds, name) of the images that processes have been at for longer."""
-    found = []
+    slow = []
     for place in range(0, 0 if _shared is None else len(_shared), _SLOT_BYTES):
         assert _shared is not None
         since, size = _HEAD.unpack_from(_shared, place)
         if since and (lasted := time.monotonic() - since) > seconds:
             start = place + _HEAD.size
-            found.append((lasted, _shared[start : start + size].decode(errors="replace")))
-    return found
+            slow.append((lasted, _shared[start : start + size].decode(errors="replace")))
+    return slow
 
 
 def _note(place: int, since: float, name: str) -> None:

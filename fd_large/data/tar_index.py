@@ -31,10 +31,10 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, *args: Any, **named: Any) -> tarfile.TarInfo:
         """Reads a header; GNU's numbers may be negative, and tarfile would go by such a size."""
-        found = super().frombuf(*args, **named)
-        if found.size < 0:
-            raise tarfile.InvalidHeaderError(f"a size of {found.size}")
-        return found
+        header = super().frombuf(*args, **named)
+        if header.size < 0:
+            raise tarfile.InvalidHeaderError(f"a size of {header.size}")
+        return header
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:

@@ -114,7 +114,7 @@ class Checkpoints:
 
     @property
     def flags(self) -> list[bool]:
-        """What this rank tells the others in the loop's all-reduce.
+        """Flags of this rank for the loop's all-reduce.
 
         Whether it is still writing, whether it failed, and whether it failed because its state is
         not finite, which stays until a state is restored or saved.
@@ -306,8 +306,8 @@ class Checkpoints:
                 steps=self.optimizer_steps,
                 ema=manifest.get("ema", False),
             )
-            if found := state.not_finite(self._engine):
-                raise NotFiniteError(f"{reader.path}: {in_words(found)} is not finite")
+            if broken := state.not_finite(self._engine):
+                raise NotFiniteError(f"{reader.path}: {in_words(broken)} is not finite")
 
         distributed.together(restore)
         self._saver.not_finite = ()

@@ -404,8 +404,8 @@ class Trainer:
 
     def _count_bad(self) -> BadCount:
         """Returns how many images could not be used since the run began, over all ranks."""
-        own = distributed.sum_tensor(torch.tensor(self._bad_images.count)).tolist()
-        return BadCount(*(now + then for now, then in zip(own, self._bad_before, strict=True)))
+        counts = distributed.sum_tensor(torch.tensor(self._bad_images.count)).tolist()
+        return BadCount(*map(sum, zip(counts, self._bad_before, strict=True)))
 
     def _after_evaluation(self, *, saved: bool) -> None:
         """Keeps the checkpoint of the best evaluation; ends the run once patience is exhausted.

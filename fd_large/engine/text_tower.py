@@ -167,8 +167,8 @@ def _of_open_clip_folder(package: Any, folder: Path) -> tuple[Callable[[list[str
     kind = package.CustomTextCLIP if "text.token_embedding.weight" in tensors else package.CLIP
     arguments = (int(config["embed_dim"]), _NO_VISION, text, bool(config.get("quick_gelu")))
     with torch.device("meta"):
-        wanted = kind(*arguments).state_dict()
-    shapes = {key: tuple(t.shape) for key, t in wanted.items() if not key.startswith("visual.")}
+        expected = kind(*arguments).state_dict()
+    shapes = {key: tuple(t.shape) for key, t in expected.items() if not key.startswith("visual.")}
     unlike = [k for k, shape in shapes.items() if k not in tensors or tensors.shape(k) != shape]
     if unlike:
         raise ValueError(f"tensors that do not fit {_SIDECAR}: {', '.join(unlike[:3])}")
@@ -195,11 +195,10 @@ def _of_transformers(source: str) -> tuple[Callable[[list[str]], Tensor], float]
 
     def encode(texts: list[str]) -> Tensor:
         # To the length that it was trained with: SigLIP reads the last place, whatever is there.
-        given = tokenizer(
+        tokens = tokenizer(
             texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
         )
-        given = {key: value for key, value in given.items() if key in _TAKEN}
-        output = model(**given)
+        output = model(**{key: value for key, value in tokens.items() if key in _TAKEN})
         embeddings: Tensor | None = getattr(output, "text_embeds", None)
         return output.pooler_output if embeddings is None else embeddings
 
@@ -230,8 +229,8 @@ def _text_model(package: Any, name: str, config: dict[str, Any], tensors: Tensor
     kind = TEXT_KINDS[name]
     # Early files repeat the tower's fields there, and transformers lets these win.
     repeated = config.get(f"{kind.nested}_dict")
-    own = config.get(kind.nested) or {}
-    text = {**own, **repeated} if isinstance(repeated, dict) else own
+    text = config.get(kind.nested) or {}
+    text = {**text, **repeated} if isinstance(repeated, dict) else text
     fields, _ = fields_of_kind(kind, {kind.nested: text}, _WHERE)
     values = parse_json(fields)
     if name == "clip":
@@ -239,22 +238,22 @@ def _text_model(package: Any, name: str, config: dict[str, Any], tensors: Tensor
     settings = getattr(package, kind.config)(**values, attn_implementation="sdpa")
     with torch.device("meta"):
         model = getattr(package, kind.model)(settings)
-    wanted = {_plain_name(key): (key, tuple(t.shape)) for key, t in model.state_dict().items()}
+    expected = {_plain_name(key): (key, tuple(t.shape)) for key, t in model.state_dict().items()}
     stored = {
         _plain_name(key): key for key in tensors if key.startswith(("text_model.", "text_project"))
     }
     unlike = [
         key
-        for key, (_, shape) in wanted.items()
+        for key, (_, shape) in expected.items()
         if key not in stored or tensors.shape(stored[key]) != shape
     ]
-    unread = [key for key in stored if key not in wanted and not key.endswith("position_ids")]
+    unread = [key for key in stored if key not in expected and not key.endswith("position_ids")]
     if unlike or unread:
         raise ValueError(
             f"tensors that do not fit config.json: {', '.join([*unlike, *unread][:3])}"
         )
     # Only now, as large as the file.
-    state = {key: tensors[stored[plain]].float() for plain, (key, _) in wanted.items()}
+    state = {key: tensors[stored[plain]].float() for plain, (key, _) in expected.items()}
     model.load_state_dict(state, assign=True)
     for module in model.modules():
         for key, buffer in module.named_buffers(recurse=False):

@@ -216,9 +216,9 @@ def at_least(where: str, value: int, least: int, unit: str) -> None:
 
 def is_name(where: str, text: str) -> None:
     """Refuses a text that a folder cannot be called: a path would lead elsewhere."""
-    own = text.strip(" ") == text and text.isprintable() and not text.startswith(".")
+    is_trimmed = text.strip(" ") == text and text.isprintable() and not text.startswith(".")
     require(
-        bool(text) and own and not {"/", "\\"} & set(text),
+        bool(text) and is_trimmed and not {"/", "\\"} & set(text),
         f"{where}: not a name",
         repr(text),
         "a name without slashes that does not begin with a dot; the folder is runtime.run_dir",

@@ -433,10 +433,10 @@ class Run:
         """
         if self.task.name not in TASKS:  # A job of the user's own may complete any field.
             return {}
-        found = self.changes_since(stored)
+        changes = self.changes_since(stored)
         return {
             name: values
-            for name, values in found.items()
+            for name, values in changes.items()
             if name == "task.name" or not name.startswith(_COMPLETED_BY_WEIGHTS)
         }
 

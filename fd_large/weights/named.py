@@ -124,11 +124,11 @@ def _names_in_timm() -> Collection[str]:
     """Functions and quoted names in timm's files, its models among them; none without timm."""
     spec = find_spec("timm")
     folders = spec.submodule_search_locations if spec else None
-    found: set[str] = set()
+    names: set[str] = set()
     for folder in folders or ():
         for path in Path(folder, "models").glob("*.py"):
-            found.update(_NAMES.findall(path.read_text(encoding="utf-8", errors="replace")))
-    return found
+            names.update(_NAMES.findall(path.read_text(encoding="utf-8", errors="replace")))
+    return names
 
 
 def _require_repository(name: str, where: str) -> None:

@@ -101,11 +101,11 @@ def not_finite(engine: Engine) -> list[str]:
             # NaN is both the smallest and the largest of the numbers that it is among.
             extremes[values.device].append(torch.stack(torch.aminmax(values.detach())))
             keys[values.device].append(key)
-    found = []
+    broken = []
     for device, rows in extremes.items():
         finite = torch.stack(rows).isfinite().all(1).tolist()
-        found += [key for key, fine in zip(keys[device], finite, strict=True) if not fine]
-    return found
+        broken += [key for key, fine in zip(keys[device], finite, strict=True) if not fine]
+    return broken
 
 
 def whole_masters(engine: Engine) -> Iterator[tuple[str, Tensor]]:

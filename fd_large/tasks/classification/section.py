@@ -1,4 +1,4 @@
-"""What tasks with a class for each image have in common; no torch."""
+"""Metrics of tasks with a class for each image; no torch."""
 
 from __future__ import annotations
 

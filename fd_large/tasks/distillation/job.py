@@ -99,7 +99,7 @@ from fd_large.weights.source import Sources
 log = logging.getLogger(__name__)
 
 EARLY = "epochs_from_stored_maps"
-"""What manifests and summary.json call the epochs of `Recorders.early`."""
+"""Name, in manifests and summary.json, of the epochs of `Recorders.early`."""
 
 
 def composed(

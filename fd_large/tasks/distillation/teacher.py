@@ -60,10 +60,10 @@ class PlacedTeacher:
         Raises: WeightsError: on this rank, if its weights lie in a file that has changed meanwhile.
         """
         with torch.no_grad():
-            found = (self._engine or self.module)(images, **options)
+            feature_map = (self._engine or self.module)(images, **options)
         # Afterwards, so that nothing is learned from what was changed while it was computed.
         mapped_files.check(self.module)
-        return found
+        return feature_map
 
     def hash_now(self) -> str:
         """Hashes the weights as they are now; equal to `fingerprint` unless memory failed."""
