@@ -279,14 +279,14 @@ def read_json(
     return value
 
 
-def json_or(path: Path, default: T) -> T:
-    """Returns what a JSON file holds if it is of the default's type, and else the default.
+def json_object(path: Path) -> dict[str, Any]:
+    """Returns the object that a JSON file holds, empty where it holds none.
 
     It is for what a run can do without: a file that is absent, damaged or refused counts as none.
     """
     with suppress(FDError):
-        return read_json(path, holds=type(default))
-    return default
+        return read_json(path, holds=dict)
+    return {}
 
 
 def _first_bytes(path: Path, number: int) -> bytes:

@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 
 from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.errors import CheckpointError
-from fd_large.files import check_out, json_or
+from fd_large.files import check_out, json_object
 from fd_large.recipes.fields import require
 from fd_large.recipes.file_names import EVALUATIONS, SUMMARY
 from fd_large.recipes.stored import read_recipe, recipe_file, run_of_checkpoint
@@ -232,7 +232,7 @@ def _summary(folder: Path, step: int) -> dict[str, Any]:
     from fd_large.runtime.run_folder import rows_before
 
     run = run_of_checkpoint(folder)
-    summary = json_or(run / SUMMARY, dict[str, Any]())
+    summary = json_object(run / SUMMARY)
     if run == folder or summary.get("updates") == step:
         return summary
     rows = rows_before(run / EVALUATIONS, step + 1)

@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +26,7 @@ from fd_large.data.packages import is_url, name_of
 from fd_large.data.shards import COMPRESSED, ENDINGS, sample_key
 from fd_large.data.tar_index import Torn, members
 from fd_large.errors import DataError, without_secrets
-from fd_large.files import json_or, write_json
+from fd_large.files import json_object, write_json
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +124,7 @@ def _counted(root: str, shards: Sequence[Stored], where: str) -> list[tuple[int,
     """The number of images of each shard, and what is wrong with it or ""."""
     name = hashlib.sha256(root.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     notes = cache_folder() / "listings" / f"{name}.counts.json"
-    kept = json_or(notes, dict[str, Any]())
+    kept = json_object(notes)
     keys = [block_key(shard, 0) for shard in shards]
     missing = [i for i, key in enumerate(keys) if key not in kept]
     cache = the_cache()

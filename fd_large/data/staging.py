@@ -34,7 +34,7 @@ from fd_large.data.photographs import Photographs
 from fd_large.data.shards import TarShards
 from fd_large.data.source import ImageSource
 from fd_large.errors import DataError
-from fd_large.files import PARTIAL, PASSING, json_or
+from fd_large.files import PARTIAL, PASSING, json_object
 
 log = logging.getLogger(__name__)
 
@@ -247,7 +247,7 @@ class _Copy:
             raise _Stopped
         path = self.folder / file.name
         try:
-            note = json_or(_note(path), dict[str, Any]())
+            note = json_object(_note(path))
             if note["origin"] == file.origin:
                 if note["stamp"] == _stamp(path):
                     return str(note["sha256"])

@@ -29,7 +29,7 @@ from fd_large.engine.forward_backward import arguments_of_step, backward, comple
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import FDError
-from fd_large.files import json_or, parse_json, write_json
+from fd_large.files import json_object, parse_json, write_json
 from fd_large.plan.peak_memory import HEADROOM
 from fd_large.runtime.run_folder import written_or_logged
 
@@ -265,7 +265,7 @@ def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
         # Where the file is absent or damaged, the size is measured.
         with suppress(ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
             file = folder / "micro_batch.json"
-            stored = json_or(file, dict[str, Any]())
+            stored = json_object(file)
             before, now = stored["setting"], parse_json(json.dumps(setting))
             size = int(stored["micro_batch_size"])
             other = [n for n in sorted({*before, *now}) if before.get(n) != now.get(n)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_large import distributed
-from fd_large.files import json_or, write_json
+from fd_large.files import json_object, write_json
 from fd_large.runtime.run_folder import written_or_logged
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class TimeBox:
         if not first:
             return 0.0, {}, True
         # Absent or damaged: what the checkpoint has.
-        written = json_or(self._path, dict[str, Any]())
+        written = json_object(self._path)
         noted: dict[int, int] | None = None
         with suppress(KeyError, TypeError, ValueError):
             noted = _decisions_of(written)

@@ -423,6 +423,9 @@ class Optim:
             self.ema_decay,
             "a number in [0, 1), for example 0.9999",
         )
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
         steps = self.schedule == "steps"
         require(
             bool(self.drops) == steps and all(0 < drop < 1 for drop in self.drops),

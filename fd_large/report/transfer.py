@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fd_large.errors import ConfigError
-from fd_large.files import json_or, kind_of, read_json, replacing, write_json
+from fd_large.files import json_object, kind_of, read_json, replacing, write_json
 from fd_large.recipes.file_names import PAGE, SUMMARY
 from fd_large.report import style
 from fd_large.report.evaluation_page import write_evaluation_page
@@ -67,11 +67,11 @@ def read_cell(folder: Path) -> tuple[str, str, dict[str, Any]]:
 
     Returns: the status is `DONE`, `FAILED` or "".
     """
-    summary = json_or(folder / SUMMARY, dict[str, Any]())
+    summary = json_object(folder / SUMMARY)
     status = summary.get("status", "")
     if status == DONE:
         return DONE, "", summary
-    failure = json_or(folder / RECORD, dict[str, Any]()).get("failure", "")
+    failure = json_object(folder / RECORD).get("failure", "")
     if not failure and status and status not in _GOES_ON:
         reason = summary.get("reason", "")
         failure = reason if reason and status == FAILED else f"{status}: {reason}".rstrip(": ")

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from fd_large.errors import ConfigError, first_line, masked
-from fd_large.files import json_or, read_json, write_json
+from fd_large.files import json_object, read_json, write_json
 from fd_large.recipes.file_names import EVALUATIONS, RECIPE
 from fd_large.runtime.hooks import Row, Setting, Tracker
 from fd_large.runtime.logs import FILE_ONLY
@@ -168,4 +168,4 @@ def _recipe(setting: Setting) -> dict[str, Any]:
 
 
 def _ids(setting: Setting) -> dict[str, str]:
-    return json_or(setting.folder / "trackers.json", dict[str, Any]())
+    return json_object(setting.folder / "trackers.json")

@@ -16,7 +16,7 @@ from typing import Any
 
 from fd_large import distributed
 from fd_large.errors import ConfigError, masked
-from fd_large.files import json_or, kind_of, read_json, replacing, write_json
+from fd_large.files import json_object, kind_of, read_json, replacing, write_json
 from fd_large.recipes.file_names import (
     CODE,
     DEEPSPEED,
@@ -163,7 +163,7 @@ def status_of(folder: Path) -> str | None:
 
 def summary_of(folder: Path) -> dict[str, Any]:
     """Returns summary.json; empty where there is none that can be read."""
-    return json_or(folder / SUMMARY, dict[str, Any]())
+    return json_object(folder / SUMMARY)
 
 
 def write_status(folder: Path, status: str, **more: Any) -> None:

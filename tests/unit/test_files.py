@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from contextlib import suppress
 
 import pytest
 
@@ -10,7 +11,7 @@ from fd_large import files
 from fd_large.errors import ConfigError, DataError, StorageError
 from fd_large.files import (
     check_out,
-    json_or,
+    json_object,
     kind_of,
     new_folder,
     out_folder,
@@ -138,15 +139,26 @@ def test_json_that_is_nested_deeply_is_refused_before_anybody_walks_through_it(t
     file.write_text("[" * 150 + "]" * 150)
     with pytest.raises(ConfigError, match="nested too deeply"):
         read_json(file)
-    assert json_or(file, {}) == {}
+    assert json_object(file) == {}
 
 
 def test_json_that_can_be_done_without(tmp_path):
     file = tmp_path / "a.json"
-    assert json_or(file, [1]) == [1]
-    file.write_text('{"a": 1}')
-    assert json_or(file, [1]) == [1]
-    assert json_or(file, {}) == {"a": 1}
+    assert json_object(file) == {}
+    for text, held in (('{"a": 1}', {"a": 1}), ("[1]", {}), ("{", {}), ("", {})):
+        file.write_text(text)
+        assert json_object(file) == held
+
+
+def test_of_what_cannot_be_written_nothing_stays(tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, 1, private=True)
+    assert file.stat().st_mode & 0o077 == 0
+    with suppress(OSError), replacing(file) as aside:
+        aside.write_text("half")
+        raise OSError(28, "full")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert file.read_text() == "1\n"
 
 
 def test_neither_a_pipe_nor_a_device_nor_a_folder_is_read(tmp_path):
