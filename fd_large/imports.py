@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import atexit
 import gc
-import os.path
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_PACKAGE = os.path.dirname(os.path.realpath(__file__))
+_ABOVE = os.path.dirname(_PACKAGE)
 
 
 def forget_current_folder() -> None:
@@ -16,12 +19,20 @@ def forget_current_folder() -> None:
     A file there would stand in for a module: beside a run that came from elsewhere, such a file may
     have come with it. The folder that holds this package stays, and so does PYTHONPATH.
     """
-    package = os.path.dirname(os.path.realpath(__file__))
-    started_in = {package, os.path.realpath(os.curdir)}
+    started_in = {_PACKAGE, os.path.realpath(os.curdir)}
     if not sys.flags.safe_path and sys.path and os.path.realpath(sys.path[0]) in started_in:
         del sys.path[0]
-    if (above := os.path.dirname(package)) not in map(os.path.realpath, sys.path):
-        sys.path.insert(0, above)
+    if _ABOVE not in map(os.path.realpath, sys.path):
+        sys.path.insert(0, _ABOVE)
+
+
+def environ_of_program() -> dict[str, str]:
+    """Returns the environment for a program of this package, which this process starts.
+
+    It finds the package, and no file of the current folder stands in for a module.
+    """
+    paths = filter(None, (_ABOVE, os.environ.get("PYTHONPATH")))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import fd_large
 from fd_large import doors
 from fd_large.errors import LaunchError
 from fd_large.files import parse_json, read_json
+from fd_large.imports import environ_of_program
 from fd_large.launch import LOOPBACK, Launch, free_port
 from fd_large.plan.phases import Phases
 from fd_large.plan.rates import Rates
@@ -42,13 +42,7 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
         code = {name: digest for name, digest in named.items() if doors.is_allowed(name)}
         asked = {"runs": [run.to_dict() for run in runs], "out": str(out), "code": code}
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-        paths = (str(Path(fd_large.__file__).parents[1]), os.environ.get("PYTHONPATH"))
-        environ = os.environ | {
-            "OMP_NUM_THREADS": str(threads),
-            "PYTHONSAFEPATH": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        }
-        # A file of the working folder must not stand in for a module: PYTHONSAFEPATH.
+        environ = environ_of_program() | {"OMP_NUM_THREADS": str(threads)}
         program, port = [sys.executable, "-m", "fd_large.cli.plan_probe"], free_port()
         processes = [
             subprocess.Popen(

@@ -7,11 +7,11 @@ only where the command line allows it.
 
 from __future__ import annotations
 
+import os.path
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -74,7 +74,7 @@ def read_run_file(path: str) -> Given:
     Raises: ConfigError: if there is no such file, or it is not of this form.
     """
     remedy = "Name a YAML or JSON file with fields of a recipe, such as the recipe.json of a run."
-    data = read_bytes(Path(path).expanduser(), where=WHERE, remedy=remedy, max_bytes=MOST_BYTES)
+    data = read_bytes(os.path.expanduser(path), where=WHERE, remedy=remedy, max_bytes=MOST_BYTES)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

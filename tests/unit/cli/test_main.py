@@ -344,6 +344,7 @@ def test_the_version(capsys):
     [
         *(["report", ""], ["export", "", "out", "--to", "timm"], ["weights", "inspect", ""]),
         *(["init", ""], ["checkpoint", "list", ""], ["evaluate", "run", ""], ["replay", ""]),
+        ["train", "--deepspeed_config", "zero3", "--config", ""],
     ],
 )
 def test_an_empty_string_is_no_folder(words, tmp_path, monkeypatch, capsys):

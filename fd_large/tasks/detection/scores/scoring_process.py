@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
-import fd_large
 from fd_large import distributed
 from fd_large.engine.evaluation import Pending, awaited
 from fd_large.errors import DataError
 from fd_large.files import parse_json
+from fd_large.imports import environ_of_program
 from fd_large.tasks.detection.scores.results import SHARDS
 from fd_large.tasks.detection.scores.score_shards import NOTE, Request, Scored
 from fd_large.tasks.detection.scores.scoring import Scores
@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 PROGRAM = ("-m", "fd_large.tasks.detection.scores.score_shards")
 STDERR = 2
-# Where this package was imported from.
-PACKAGES = str(Path(fd_large.__file__).parents[1])
 
 
 class ScoringProcess(Pending):
@@ -55,18 +53,16 @@ class ScoringProcess(Pending):
             str(folder), annotations, {str(n): p for n, p in images.items()}, max_pixels
         )
         asked = json.dumps({**request._asdict(), "parent": os.getpid()})
-        paths = (PACKAGES, os.environ.get("PYTHONPATH"))
-        # -P: a file of the working folder must not stand in for a module.
         # A file in memory, and not its output, in which a library may write a line of its own.
         self._file = open(os.memfd_create("answer"), "w+", encoding="utf-8")  # noqa: SIM115
         answer = self._file.fileno()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", *PROGRAM, str(answer)],
+            [sys.executable, *PROGRAM, str(answer)],
             stdin=subprocess.PIPE,
             stdout=STDERR,
             text=True,
             pass_fds=[answer],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env=environ_of_program(),
         )
         self._scored = Future()
         # A daemon: after an exception it must not keep this process alive.
