@@ -167,7 +167,8 @@ def complaint(source: str, where: str) -> str:
             return str(error)
         return (
             f"{where}: no such file; got {module_name}, expected a Python file or a module on "
-            "Python's path. Correct the path, or set PYTHONPATH."
+            "Python's path. Correct the path, put the file or a link to it there, or set "
+            "PYTHONPATH."
         )
     names = _names_in(path)
     return _no_name(where, path, name, names) if names and name not in names else ""
