@@ -25,6 +25,7 @@ from typing import BinaryIO
 
 from fd_large.checkpoint.owner import ASLEEP, Owner, Slurm
 from fd_large.errors import ConfigError, Exit
+from fd_large.files import unusable
 from fd_large.recipes.file_names import LOGS, RECIPE, is_run
 from fd_large.recipes.sections import STUDENTS
 
@@ -237,10 +238,7 @@ def claim(
         _sweep(folder)
         _refuse_overlap(folder, own.start)
     except OSError as error:
-        raise ConfigError(
-            f"--runtime.run_dir: cannot be used; got {error}, expected a folder that can be "
-            "written. Choose another."
-        ) from error
+        raise unusable("--runtime.run_dir", error, folder) from error
     lease._keep(on_lost or lease._on_lost)
     return lease
 

@@ -604,6 +604,14 @@ def test_a_folder_that_cannot_be_made_is_a_mistake_of_the_user(tmp_path):
     assert isinstance(tmp_path, Path)
 
 
+def test_a_folder_that_cannot_be_made_is_named_without_the_systems_number(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(leases.ConfigError, match=rf"run_dir: {tmp_path}") as refused:
+            claim(folder)
+        assert "Errno" not in str(refused.value)
+
+
 def test_of_several_students_all_are_owned_or_one(folder, process, tmp_path):
     assert process().stdout.readline().startswith("owns")
     student = folder / "students" / "a"
