@@ -334,13 +334,23 @@ def check_out(
     return out
 
 
+def unlinked(path: Path) -> Path:
+    """Returns a path that is written next, after removing a link that stands there.
+
+    In a folder from elsewhere it may lead to any file of the user's, which would be overwritten.
+    """
+    if path.is_symlink():
+        path.unlink()
+    return path
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to; at the end flushes that file and renames it.
 
     Of a file that could not be written nothing stays.
     """
-    aside = path.with_name(path.name + ".part")
+    aside = unlinked(path.with_name(path.name + ".part"))
     try:
         yield aside
         with aside.open("rb") as file:

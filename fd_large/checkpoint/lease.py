@@ -26,7 +26,7 @@ from typing import BinaryIO
 from fd_large.checkpoint.owner import ASLEEP, Owner, Slurm
 from fd_large.errors import ConfigError, Exit
 from fd_large.files import unusable
-from fd_large.recipes.file_names import LOGS, RECIPE, is_run
+from fd_large.recipes.file_names import LOGS, RECIPE, is_run, refuse_links
 from fd_large.recipes.sections import STUDENTS
 
 log = logging.getLogger(__name__)
@@ -228,6 +228,8 @@ def claim(
     own = replace(Owner.here(), folder=str(folder.resolve()))
     lease = Lease(folder, own.start)
     try:
+        for one in (folder, *folder.glob(f"{STUDENTS}/*")):
+            refuse_links(one)
         lease._made = _make(folder)
         aside = folder / f"owner.{own.start}.json"
         _write(aside, json.dumps(asdict(own), indent=1) + "\n")

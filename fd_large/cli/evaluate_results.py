@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fd_large.cli.output import tables
 from fd_large.cli.sweep import Sweep
-from fd_large.files import write_json
+from fd_large.files import unlinked, write_json
 from fd_large.recipes.file_names import PAGE, SUMMARY
 
 if TYPE_CHECKING:
@@ -148,4 +148,4 @@ def _write_predictions(path: Path, rows: Sequence[Row]) -> None:
     }
     labels = next((row.labels for row in rows if row.labels is not None), None)
     if labels is not None:
-        np.savez_compressed(path, labels=labels, **kept)
+        np.savez_compressed(unlinked(path), labels=labels, **kept)

@@ -9,6 +9,8 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from fd_large.files import unlinked
+
 FILE = "predictions.npz"
 
 
@@ -25,7 +27,7 @@ class Predictions(NamedTuple):
 
     def write(self, folder: Path) -> None:
         """Writes them into the folder of a run."""
-        np.savez_compressed(folder / FILE, predicted=self.predicted, labels=self.labels)
+        np.savez_compressed(unlinked(folder / FILE), predicted=self.predicted, labels=self.labels)
 
     @classmethod
     def read(cls, folder: Path) -> Predictions | None:

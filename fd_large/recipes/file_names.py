@@ -5,8 +5,10 @@ They stay as they are: the folders of earlier runs and the tools of users have t
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from fd_large.errors import ConfigError
 from fd_large.files import kind_of
 
 RECIPE = "recipe.json"
@@ -36,6 +38,31 @@ OVERWRITTEN = (
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's: it has a recipe, or has lost it and has checkpoints."""
     return kind_of(folder / RECIPE) is not None or any((folder / CHECKPOINTS).glob("step_*"))
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuses links in a run's folder through which the run would write or remove what is others'.
+
+    A folder from elsewhere may have them. A folder of the run may be a link all the same, as to a
+    larger disk, unless it leads to another run's.
+
+    Raises: ConfigError: naming the first link.
+    """
+    own = folder.resolve()
+    logs = folder / LOGS
+    written = [folder / name for name in (RECIPE, *OVERWRITTEN, LOGS)]
+    written += [Path(entry.path) for entry in os.scandir(logs)] if kind_of(logs) == "folder" else []
+    for path in (one for one in written if one.is_symlink()):
+        target = path.resolve()
+        kind = kind_of(path, where="--runtime.run_dir")
+        if kind is None and path.name in (CHECKPOINTS, EVENTS, LOGS, PICTURES, INCIDENTS):
+            continue  # Its disk is not mounted; nothing is written through it.
+        if kind != "folder" or (own not in target.parents and is_run(target.parent)):
+            raise ConfigError(
+                f"--runtime.run_dir: {path}: a link, through which a run would write outside of "
+                f"its folder; got {target}, expected a file of this run, or a folder that no other "
+                "run has. Remove the link."
+            )
 
 
 def of_step(folder: Path, step: int) -> Path:

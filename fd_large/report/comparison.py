@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fd_large.files import unlinked
 from fd_large.report import style
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def draw_comparison(summary: dict[str, Any], title: str, path: Path) -> None:
     axes.grid(axis="x", color=style.LIGHT_GREY, linewidth=0.6)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", labelsize=style.TEXT_SIZE, length=0)
-    figure.savefig(path)
+    figure.savefig(unlinked(path))
 
 
 def _named(model: dict[str, Any]) -> str:

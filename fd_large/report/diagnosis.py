@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from fd_large.files import unlinked
 from fd_large.report import style
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def draw_diagnosis(folder: Path, diagnosis: dict[str, Any]) -> list[Path]:
         figure = draw(models, averages, diagnosis["cka"])
         if figure is not None:
             drawn.append(folder / f"{name}.png")
-            figure.savefig(drawn[-1])
+            figure.savefig(unlinked(drawn[-1]))
     return drawn
 
 

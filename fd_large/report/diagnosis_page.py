@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 
+from fd_large.files import unlinked
 from fd_large.markdown import code, escaped
 from fd_large.recipes.file_names import PAGE
 from fd_large.report import html
@@ -100,7 +101,7 @@ def write_page(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
         heading, text = SENTENCES[picture.stem]
         lines += ["", f"## {heading}", "", f"![{heading}]({picture.name})", "", text]
     path = folder / "index.md"
-    path.write_text("\n".join(lines) + "\n")
+    unlinked(path).write_text("\n".join(lines) + "\n")
     return path
 
 

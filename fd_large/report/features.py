@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy
 
-from fd_large.files import kind_of
+from fd_large.files import kind_of, unlinked
 from fd_large.report import style
 
 MOST_ROWS = 4
@@ -134,7 +134,7 @@ def draw_features(folder: Path, path: Path) -> bool:
         color=style.GREY,
         linespacing=1.4,
     )
-    figure.savefig(path)
+    figure.savefig(unlinked(path))
     return True
 
 

@@ -8,6 +8,7 @@ from textwrap import fill
 
 import numpy
 
+from fd_large.files import unlinked
 from fd_large.recipes.architectures import full_name
 from fd_large.report import style
 from fd_large.report.run_files import RunFiles
@@ -89,7 +90,7 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
     for axes in (upper, lower):
         style.plain_axes(axes)
         axes.yaxis.set_label_coords(-0.095, 0.5)
-    figure.savefig(path)
+    figure.savefig(unlinked(path))
     return True
 
 

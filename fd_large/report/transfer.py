@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fd_large.errors import ConfigError
-from fd_large.files import json_object, kind_of, read_json, replacing, write_json
+from fd_large.files import json_object, kind_of, read_json, replacing, unlinked, write_json
 from fd_large.recipes.file_names import PAGE, SUMMARY
 from fd_large.report import style
 from fd_large.report.evaluation_page import write_evaluation_page
@@ -219,7 +219,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         x=0.01,
         ha="left",
     )
-    figure.savefig(path)
+    figure.savefig(unlinked(path))
 
 
 # ------------------------------------------------------------------------------------------------

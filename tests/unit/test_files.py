@@ -187,3 +187,13 @@ def test_results_are_tried_before_the_work_and_nothing_is_left_behind(tmp_path, 
 def test_a_place_that_takes_no_file_is_refused_before_the_work():
     with pytest.raises(ConfigError, match=r"^--out: /proc/new: "):
         check_out("/proc/new", where="--out")
+
+
+def test_nothing_is_written_through_a_link_that_stands_where_a_file_is_written_aside(tmp_path):
+    theirs, path = tmp_path / "theirs", tmp_path / "own.json"
+    theirs.write_text("theirs")
+    (tmp_path / "own.json.part").symlink_to(theirs)
+    files.write_json(path, {"own": 1})
+    assert theirs.read_text() == "theirs"
+    assert not path.is_symlink()
+    assert files.read_json(path) == {"own": 1}

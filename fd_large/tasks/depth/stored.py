@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fd_large.engine.job import Predicted
+from fd_large.files import unlinked
 from fd_large.tasks.dense.stored import Seen, predict_files
 from fd_large.tasks.depth.scores.evaluation import Model
 from fd_large.tasks.depth.scores.pictures import draw_prediction
@@ -32,7 +33,7 @@ def predict_images(
         depth = model.predict(views, size).cpu().numpy()
         drawn, metres = folder / f"{stem}.png", folder / f"{stem}_depth.npy"
         draw_prediction(image.permute(1, 2, 0).numpy(), depth, drawn)
-        np.save(metres, depth)
+        np.save(unlinked(metres), depth)
         nearest, median, farthest = (float(x) for x in np.quantile(depth, (0, 0.5, 1)))
         seen = {"depth": metres.name, "nearest": nearest, "median": median, "farthest": farthest}
         return seen, f"{nearest:.2f} to {farthest:.2f} m, median {median:.2f} m", drawn

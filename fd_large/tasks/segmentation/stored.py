@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from fd_large.engine.job import Predicted
+from fd_large.files import unlinked
 from fd_large.tasks.dense.stored import Seen, predict_files
 from fd_large.tasks.segmentation.data.classes import Classes
 from fd_large.tasks.segmentation.scores.evaluation import Model
@@ -39,7 +40,7 @@ def predict_images(
         drawn, labels = folder / f"{stem}.png", folder / f"{stem}_labels.png"
         shares = draw_prediction(image.permute(1, 2, 0).numpy(), predicted, classes, drawn)
         small = len(classes.names) <= 256
-        Image.fromarray(predicted.astype(np.uint8 if small else np.uint16)).save(labels)
+        Image.fromarray(predicted.astype(np.uint8 if small else np.uint16)).save(unlinked(labels))
         text = ", ".join(f"{name} {100 * share:.0f}%" for name, share in shares[:NAMED])
         return {"labels": labels.name, "classes": dict(shares)}, text, drawn
 

@@ -20,6 +20,7 @@ from fd_large.checkpoint import lease as leases
 from fd_large.checkpoint import owner as owners
 from fd_large.checkpoint.lease import OWNER, Lease, OwnedError, claim, living_owner
 from fd_large.checkpoint.owner import Owner
+from fd_large.errors import ConfigError
 
 ELSEWHERE = {"boot": "another machine", "host": "n7", "pid": 4242}
 # Ids of starts.
@@ -630,3 +631,40 @@ def test_of_several_students_all_are_owned_or_one(folder, process, tmp_path):
     assert inner.owned()
     held.release()
     assert not inner.owned()
+
+
+def linked_run(tmp_path, folder):
+    """A run's folder, and another run with a file and a checkpoint."""
+    other = tmp_path / "other"
+    (other / "checkpoints" / "step_00000002").mkdir(parents=True)
+    (other / "recipe.json").write_text("{}")
+    folder.mkdir(parents=True)
+    (folder / "logs").mkdir()
+    return other
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "logs/rank_00000.log", "recipe.json", "students/a/metrics.jsonl"]
+)
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_run_is_not_written_through_a_link_to_a_file(name, is_there, folder, tmp_path):
+    linked_run(tmp_path, folder)
+    (link := folder / name).parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(target := tmp_path / "theirs")
+    if is_there:
+        target.write_text("theirs")
+    with pytest.raises(ConfigError, match=name):
+        claim(folder)
+    assert target.exists() == is_there
+    assert not (folder / OWNER).exists()
+
+
+def test_a_folder_of_a_run_may_be_elsewhere_but_not_in_another_run(folder, tmp_path):
+    other = linked_run(tmp_path, folder)
+    (disk := tmp_path / "disk").mkdir()
+    (folder / "checkpoints").symlink_to(disk)
+    claim(folder).release()
+    (folder / "checkpoints").unlink()
+    (folder / "checkpoints").symlink_to(other / "checkpoints")
+    with pytest.raises(ConfigError, match="checkpoints"):
+        claim(folder)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fd_large.files import unlinked
 from fd_large.report.style import GREY, LIGHT_GREY, own_look
 from fd_large.tasks.dense.headings import shortened
 
@@ -72,7 +73,7 @@ def draw_prediction(image: NDArray[np.uint8], depth: NDArray[np.floating[Any]], 
     for place in places:
         place.set_axis_off()
     _bar(figure.add_axes(((2 * wide + 0.14) / whole, 0.05, 0.14 / whole, 0.85)), drawn, "m")
-    figure.savefig(path)
+    figure.savefig(unlinked(path))
 
 
 @own_look
@@ -125,7 +126,7 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
         for place, drawn in ((axes[3], depth), (axes[5], wrong)):
             inside = place.inset_axes((0, 0.06, BAR_ITSELF, 0.9))
             _bar(inside, drawn, "m")
-    figure.savefig(path)
+    figure.savefig(unlinked(path))
 
 
 def _range(values: NDArray[np.floating[Any]]) -> tuple[float, float]:

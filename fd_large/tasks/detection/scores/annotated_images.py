@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fd_large.files import unlinked
 from fd_large.report.style import own_look
 from fd_large.tasks.detection.data import masks
 from fd_large.tasks.detection.scores.error_analysis import LEAST_IOU, LEAST_SCORE, Compared
@@ -158,7 +159,7 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
         fontsize=9,
         color="#5f5f5f",
     )
-    figure.savefig(path)
+    figure.savefig(unlinked(path))
 
 
 @own_look
@@ -170,7 +171,7 @@ def draw_image(image: NDArray[np.uint8], marks: Sequence[Mark], path: Path) -> N
     dpi = 100
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
     draw_marks(figure.add_axes((0, 0, 1, 1)), image, marks)
-    figure.savefig(path)
+    figure.savefig(unlinked(path))
 
 
 def draw_marks(axes: Axes, image: NDArray[np.uint8], marks: Sequence[Mark]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fd_large.files import unlinked
 from fd_large.report.style import own_look
 from fd_large.tasks.detection.scores.annotated_images import compared_rows, draw_rows
 from fd_large.tasks.detection.scores.error_analysis import compare, worst
@@ -91,4 +92,4 @@ def draw_curves(scores: Scores, path: Path) -> None:
         axes.grid(color=LIGHT_GREY, linewidth=0.6)
         axes.legend(fontsize=9, frameon=False, loc="best")
     panels[0].set_ylabel("precision, mean over classes", fontsize=10)
-    figure.savefig(path)
+    figure.savefig(unlinked(path))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fd_large.files import unlinked
 from fd_large.report.style import GREY, LIGHT_GREY, own_look
 from fd_large.tasks.dense.headings import shortened
 from fd_large.tasks.segmentation.data.classes import Classes
@@ -79,7 +80,7 @@ def draw_prediction(
     shares = _shares(predicted)
     names = [f"{of.names[number]} {100 * share:.0f}%" for number, share in shares]
     _legend(figure.add_axes((wide / (wide + legend), 0, 0, 1)), shares, names, of)
-    figure.savefig(path)
+    figure.savefig(unlinked(path))
     return [(of.names[number], share) for number, share in shares]
 
 
@@ -126,7 +127,7 @@ def draw_rows(rows: Sequence[Row], of: Classes, path: Path) -> None:
         named = min(NAMED, int((height - HEADING) / LINE) - 1)
         names = [of.names[number] for number, _ in shares]
         _legend(axes[-1], shares, names, of, named=named)
-    figure.savefig(path)
+    figure.savefig(unlinked(path))
 
 
 @own_look
@@ -182,7 +183,7 @@ def draw_confusion(counts: NDArray[np.int64], of: Classes, path: Path) -> None:
     figure.colorbar(drawn, ax=axes, fraction=0.04, pad=0.02).ax.tick_params(
         labelsize=8, colors=GREY
     )
-    figure.savefig(path)
+    figure.savefig(unlinked(path))
 
 
 def _shares(classes: NDArray[np.integer]) -> list[tuple[int, float]]:
