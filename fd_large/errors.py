@@ -54,9 +54,9 @@ def _masked_word(match: re.Match[str]) -> str:
 
 
 def masked(value: Any) -> Any:
-    """Returns plain values (dict, list, str, numbers) without secrets in any of their texts."""
+    """Returns plain values (dict, list, str, numbers) as `FDError` shows their texts."""
     if isinstance(value, str):
-        return without_secrets(value)
+        return without_secrets(printable(value))
     if isinstance(value, dict):
         return {masked(key): masked(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

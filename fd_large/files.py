@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -72,6 +73,11 @@ REFUSED = {
 
 JSON_BYTES, JSON_DEPTH = 64 << 20, 100
 """Size and depth that no JSON file of a run, a dataset's notes or a configuration reaches."""
+
+_MOST_DIGITS = 40
+"""Whoever calculates with whole numbers of more digits may find that no float holds them."""
+_LONG = re.compile(rf"\d{{{_MOST_DIGITS}}}")
+_LONG_BYTES = re.compile(_LONG.pattern.encode())
 
 PARTIAL = ".partial-"
 """Beginning of the names of files that a process writes aside, beside those of others."""
@@ -178,14 +184,20 @@ def parse_json(text: str | bytes, *, finite: bool = False, **hooks: Callable[[An
 
     Args:
         text: The text; bytes are UTF-8.
-        finite: Refuse NaN and infinities, which JSON does not have and Python writes.
+        finite: Refuse NaN and infinities, which JSON does not have and Python writes. Whole numbers
+            beyond all floats are always refused.
         hooks: `object_hook` or `object_pairs_hook` of `json.loads`.
 
     Raises: ValueError: with a reason of one line, if it is no JSON or is nested too deeply.
     """
     number = _finite if finite else None
+    # Asked for rarely, since it takes time at each number.
+    digits = _LONG if isinstance(text, str) else _LONG_BYTES
+    whole = _whole if digits.search(text) else None  # type: ignore[arg-type]
     try:
-        value = json.loads(text, parse_float=number, parse_constant=number, **hooks)
+        value = json.loads(
+            text, parse_int=whole, parse_float=number, parse_constant=number, **hooks
+        )
     except RecursionError:
         raise ValueError("nested too deeply") from None
     # Whoever walks through the value later does so by recursion.
@@ -293,6 +305,12 @@ def _first_bytes(path: Path, number: int) -> bytes:
     with path.open("rb") as file:
         # As much is allocated as is asked for.
         return file.read(min(number, os.fstat(file.fileno()).st_size + 1))
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"{text[:20]}... of {len(text)} digits for a number")
+    return int(text)
 
 
 def _finite(text: str) -> float:

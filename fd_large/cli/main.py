@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib import import_module
 
 import fd_large
@@ -61,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     doors.allow_named(arguments, remember=rank == 0)
     terminal.mask_uncaught()
+    with suppress(AttributeError):  # A name that is not UTF-8 is no reason to fail; see stderr.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         command, rest = choose(arguments, COMMANDS, note=_BEGIN)
         with shown(command) if rank == 0 else nullcontext():

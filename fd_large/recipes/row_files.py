@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from fd_large.files import kind_of, parse_json
 
+_MOST_STEPS = 1 << 53
+
 
 class Line(NamedTuple):
     """A line of such a file.
@@ -25,8 +27,8 @@ class Line(NamedTuple):
 def lines_of(path: Path) -> list[Line]:
     """Returns the lines of a .jsonl file of a run; none where it is absent.
 
-    A line is damaged that is not the JSON of an object with a whole number "update", or that does
-    not end.
+    A line is damaged that is not the JSON of an object with a number of steps "update", or that
+    does not end.
     """
     raw = path.read_bytes().splitlines(keepends=True) if kind_of(path) == "file" else []
     return [Line(number, line, _row(line)) for number, line in enumerate(raw, 1)]
@@ -43,5 +45,6 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = parse_json(line)
     except ValueError:
         return None
-    is_row = isinstance(row, dict) and type(row.get("update")) is int and line.endswith(b"\n")
+    update = row.get("update") if isinstance(row, dict) else None
+    is_row = type(update) is int and 0 <= update < _MOST_STEPS and line.endswith(b"\n")
     return row if is_row else None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_large.backbones.custom.architecture import CustomArchitecture
+from fd_large.errors import printable
 from fd_large.files import kind_of
 from fd_large.recipes.architectures import changed_words, full_name, image_side_of, model_of
 from fd_large.recipes.file_names import EVENTS, LOGS, METRICS, PAGE, SUMMARY
@@ -45,7 +46,7 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
     lines += ["next:"] if steps else []
     for step in steps:
         lines += [f"  {step['why']}:", f"    {step['command']}"]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def stopped_text(files: RunFiles) -> str:

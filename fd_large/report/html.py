@@ -112,7 +112,7 @@ def write(
         f"<header><h1>{text(title)}{beside}</h1>{quiet}</header>\n{body}\n</main>\n</body>\n</html>\n"
     )
     with replacing(path) as aside:
-        aside.write_text(page, encoding="utf-8")
+        aside.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
 
 

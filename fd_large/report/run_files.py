@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy
@@ -19,6 +20,14 @@ from fd_large.recipes.row_files import lines_of, numbers_of
 from fd_large.recipes.stored import recipe_file
 
 _WHERE = "report"
+_KINDS: dict[type | UnionType, tuple[str, ...]] = {
+    str: ("status", "reason", "start", "host", "platform", "device", "launcher", "python"),
+    int: ("world_size", "total_updates", "peak_memory_bytes"),
+    int | float: ("images_per_second",),
+    list: ("command", "next"),
+    dict: ("metrics", "packages"),
+}
+"""What stands in summary.json and environment.json under the names that a report uses."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,7 @@ def read_run(folder: str | Path) -> RunFiles:
         ),
         learning_rate=numpy.array([row["learning_rate"] for row in rows], dtype=numpy.float64),
         rows=rows,
-        evaluations=_rows(folder / EVALUATIONS),
+        evaluations=_evaluations(folder / EVALUATIONS),
     )
 
 
@@ -147,7 +156,17 @@ def _object(path: Path) -> dict[str, Any]:
     if not kind_of(path, where=_WHERE):
         return {}
     remedy = "Remove it and report again."
-    return read_json(path, where=_WHERE, holds=dict, remedy=remedy, of=DataError)
+    found = read_json(path, where=_WHERE, holds=dict, remedy=remedy, of=DataError)
+    for kind, names in _KINDS.items():
+        for name in names:
+            if found.get(name) is not None and not isinstance(found[name], kind):
+                what = f"{name} {json.dumps(found[name])[:40]}"
+                raise _damaged(path, what, "what the run wrote", remedy)
+    words = [*(found.get("command") or ()), *(found.get("metrics") or {}).values()]
+    if not all(isinstance(word, str) for word in words):
+        raise _damaged(path, "command or metrics without words", "what the run wrote", remedy)
+    # As absent: a field that is null.
+    return masked({name: value for name, value in found.items() if value is not None})
 
 
 def _recipe(path: Path) -> dict[str, Any]:
@@ -188,6 +207,16 @@ def _rows(path: Path, *numbers: str) -> list[dict[str, Any]]:
             known = name in row and (row[name] is None or _is_number(row[name]))
             if not skipped and not known:
                 what = f"{numbers_of([line])} with {name} {json.dumps(row.get(name))[:40]}"
+                raise _damaged(path, what, "a number", "Correct or delete the line.")
+    return rows
+
+
+def _evaluations(path: Path) -> list[dict[str, Any]]:
+    rows = _rows(path)
+    for row in rows:
+        for name, value in row.items():
+            if value is not None and not _is_number(value):
+                what = f"{name} {json.dumps(value)[:40]} of step {row['update']}"
                 raise _damaged(path, what, "a number", "Correct or delete the line.")
     return rows
 

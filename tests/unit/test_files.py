@@ -104,7 +104,8 @@ def test_an_error_that_passes_does_not_blame_the_path():
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 100_000, '{"a":' * 100_000, "", "null", "[1]", "\udcff", "{", "1" * 5000]
+    "text",
+    ["[" * 100_000, '{"a":' * 100_000, "", "null", "[1]", "\udcff", "{", "1" * 5000, "1" * 41],
 )
 def test_damaged_json_is_a_sentence(tmp_path, text):
     file = tmp_path / "recipe.json"

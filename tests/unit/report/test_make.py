@@ -187,3 +187,45 @@ def test_a_task_without_teacher_whose_numbers_are_no_losses(make_run):
     assert told["box AP"] == "0.4820"
     assert "teacher" not in told
     assert not [what for what in told if "mask" in what or "AP50" in what], "not listed"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("summary.json", {"status": ["done"]}),
+        ("summary.json", {"images_per_second": "fast"}),
+        ("environment.json", {"metrics": [1]}),
+        ("environment.json", {"metrics": {"loss": None}}),
+        ("environment.json", {"command": [1]}),
+        ("environment.json", {"packages": "torch"}),
+    ],
+)
+def test_values_of_kinds_that_no_run_writes_are_told_in_one_sentence(name, values, make_run):
+    file = make_run() / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    with pytest.raises(DataError, match=next(iter(values))):
+        make_report(file.parent)
+
+
+def test_fields_that_are_null_are_as_absent_ones(make_run):
+    folder = make_run()
+    for file in (folder / "summary.json", folder / "environment.json"):
+        file.write_text(json.dumps(dict.fromkeys(json.loads(file.read_text()))))
+    assert "not finished" in make_report(folder)
+
+
+def test_what_commands_a_terminal_and_halves_of_letters_are_not_said(make_run):
+    folder = make_run(status="\x1b[2J\ud800", root="x\x1b]0;y\x07")
+    told = make_report(folder)
+    assert told.replace("\n", "").isprintable()
+    told.encode()
+
+
+def test_no_file_elsewhere_is_drawn_over(make_run, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.write_text("theirs")
+    picture = make_run() / "pictures" / "loss_curve.png"
+    picture.symlink_to(theirs)
+    make_report(picture.parents[1])
+    assert theirs.read_text() == "theirs"
+    assert picture.stat().st_size > 10_000
