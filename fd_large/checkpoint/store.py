@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import zlib
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -187,12 +188,18 @@ def _listed(folder: Path) -> list[str]:
 
 
 def _read(file: Path, action: Callable[[Path], T]) -> T | None:
-    """What an action finds in a file; None where it is missing.
+    """What an action finds in a file; None where it is missing, or a pipe or a device instead.
 
     Raises: StorageError, CheckpointError: if it is there and cannot be read.
     """
+
+
+    def found() -> T | None:
+        mode = file.stat().st_mode  # A pipe would be waited for.
+        return action(file) if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else None
+
     try:
-        return retried(lambda: action(file), file)
+        return retried(found, file)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

@@ -52,9 +52,16 @@ def refuse_links(folder: Path) -> None:
     logs = folder / LOGS
     written = [folder / name for name in (RECIPE, *OVERWRITTEN, LOGS)]
     written += [Path(entry.path) for entry in os.scandir(logs)] if kind_of(logs) == "folder" else []
-    for path in (one for one in written if one.is_symlink()):
-        target = path.resolve()
+    for path in written:
         kind = kind_of(path, where="--runtime.run_dir")
+        if kind == "other":
+            raise ConfigError(
+                f"--runtime.run_dir: {path}: cannot be written; got a pipe or a device, expected a "
+                "file of this run. Remove it."
+            )
+        if not path.is_symlink():
+            continue
+        target = path.resolve()
         if kind is None and path.name in (CHECKPOINTS, EVENTS, LOGS, PICTURES, INCIDENTS):
             continue  # Its disk is not mounted; nothing is written through it.
         if kind != "folder" or (own not in target.parents and is_run(target.parent)):

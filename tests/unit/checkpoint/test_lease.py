@@ -668,3 +668,11 @@ def test_a_folder_of_a_run_may_be_elsewhere_but_not_in_another_run(folder, tmp_p
     (folder / "checkpoints").symlink_to(other / "checkpoints")
     with pytest.raises(ConfigError, match="checkpoints"):
         claim(folder)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "logs/rank_00000.log"])
+def test_a_run_does_not_write_into_a_pipe(name, folder, tmp_path):
+    linked_run(tmp_path, folder)
+    os.mkfifo(folder / name)
+    with pytest.raises(ConfigError, match=name):
+        claim(folder)

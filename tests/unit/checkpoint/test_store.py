@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import pytest
 import torch
@@ -245,3 +246,16 @@ def test_two_starts_write_the_same_step_to_folders_of_their_own(folder, stored, 
     path.rename(part)
     assert store.commit(part, manifest, lease) == path
     assert store.manifest_of(path)["start"] == lease.start
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "rank_00000.json", "rank_00000.safetensors"])
+def test_a_pipe_in_a_checkpoint_is_damage_and_not_waited_for(file, folder, stored, updates_left):
+    stored(2, ranks=1)
+    stored(4, ranks=1)
+    path = store.complete(folder)[-1].path / file
+    path.unlink()
+    os.mkfifo(path)
+    if file == "manifest.json":
+        assert updates_left() == [2]
+    else:
+        assert file.partition(".")[0] in store.verify(store.complete(folder)[-1])[0]
