@@ -193,7 +193,6 @@ def _read(file: Path, action: Callable[[Path], T]) -> T | None:
     Raises: StorageError, CheckpointError: if it is there and cannot be read.
     """
 
-
     def found() -> T | None:
         mode = file.stat().st_mode  # A pipe would be waited for.
         return action(file) if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else None
