@@ -69,7 +69,8 @@ def prune_run(folder: Path, keep_last: int | None, lease: Lease) -> list[Path]:
     Raises: CheckpointError: if the newest that would stay is damaged.
     """
     path = recipe_file(folder, where="checkpoint prune")
-    runtime = read_json(path, where="checkpoint prune", holds=dict).get("runtime")
+    stored = read_json(path, where="checkpoint prune", holds=dict, remedy="Restore it.")
+    runtime = stored.get("runtime")
     kept = runtime if isinstance(runtime, dict) else {}
     last, every = kept.get("keep_last"), kept.get("keep_every")
     if not isinstance(last, int) or not isinstance(every, int):
