@@ -260,7 +260,7 @@ class _Parser(Generic[Own]):
         else:
             built = accepted(
                 own,
-                lambda values: from_plain(self._kind, nested(values), ""),
+                lambda values: from_plain(self._kind, nested(values), "--"),
                 self._mistakes,
                 refused=self._invalid,
             )
