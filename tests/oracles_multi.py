@@ -178,7 +178,7 @@ def _running(spec: dict, width: int, dtype: torch.dtype) -> RunningStatistics:
 
 def _in_step(module: RunningStatistics, tokens: Tensor, step: Moments) -> Tensor:
     """Tokens normalised in training, by the statistics of their step where that is asked for."""
-    module.step = step if module.of_step else None
+    module.moments = step if module.of_step else None
     normalised = module.train()(tokens)
     module.eval()
     return normalised

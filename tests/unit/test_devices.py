@@ -20,7 +20,7 @@ from tiny_timm import tiny
 from fd_large import distributed
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET
-from fd_large.data.bad_images import BadImages
+from fd_large.data.bad_images import BadCount, BadImages
 from fd_large.data.centre_crops import NO_LABEL
 from fd_large.data.labelled import LabelledImages, open_labelled
 from fd_large.data.loader import Batch
@@ -263,7 +263,7 @@ def test_a_step_reads_the_device_once(card: Card) -> None:
         TrainingPlan(CosineSchedule(1e-3, 0.0, 0.0, 10, 0), 10, 2, 0),
         [],
         SimpleNamespace(first_update=0),
-        checkpoints=SimpleNamespace(flags=(False, False)),
+        checkpoints=SimpleNamespace(flags=(False,) * 3, bad_images=BadCount(0, 0)),
     )
     losses = [on_card(torch.tensor(1.0)), on_card(torch.tensor(3.0))]
     with card.waiting() as waits:
@@ -326,10 +326,13 @@ def test_features_of_labelled_images(card: Card, tmp_path: Path) -> None:
     assert found.rows.shape == (3, VIT.embed_dim)
 
 
-def test_the_evidence_of_a_refused_step(card: Card) -> None:
+def test_the_evidence_of_a_refused_step(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     task = distilling("swinv2_tiny").train()
+    state = [("master.w", on_card(torch.ones(2))), ("ema.w", on_card(torch.tensor([1.0, np.nan])))]
+    monkeypatch.setattr(ema.state, "shards", lambda engine: state)
     found = evidence_of(Engine(task, task, 0, {}, None), [batch_of(), batch_of()], [1.0, 2.0], 0)
     assert all(np.isfinite(value) for value in found.maxima.values())
+    assert found.not_finite == ["ema.w"]
     # What a thread writes to a file lies in host memory.
     on_host = [*found.images, found.positions, found.indices]
     assert {tensor.device.type for tensor in on_host} == {"cpu"}

@@ -44,6 +44,7 @@ def start(make_engine, make_setting, tmp_path):
             make_task = Taught if name == "a" else lambda: Taught(0.1)
             return make_engine(*given, make_task=make_task, seed=ord(name), **named)
 
+        (tmp_path / name).mkdir(exist_ok=True)
         run = Run(engine, make_setting, tmp_path / name, **more)
         run.trainer.setting = replace(run.trainer.setting, folder=tmp_path / name)
         return run

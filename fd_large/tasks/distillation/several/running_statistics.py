@@ -90,7 +90,7 @@ class RunningStatistics(Float32Buffers):
 
     Attributes:
         num_prefix_tokens: Tokens of an image before its patches; the target sets it.
-        step: Statistics of the present step, where tokens are normalised by them.
+        moments: Those of the present step, where tokens are normalised by them.
         noted: Sums over the tokens that this rank has seen in the step, (K,), or None.
     """
 
@@ -106,7 +106,7 @@ class RunningStatistics(Float32Buffers):
         self.width, self.num_prefix_tokens = width, 0
         self.register_buffer("mean", torch.zeros(2, width))
         self.register_buffer("deviation", torch.ones(2, width))
-        self.step: Moments | None = None
+        self.moments: Moments | None = None
         self.noted: Tensor | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -120,8 +120,8 @@ class RunningStatistics(Float32Buffers):
             self.noted = sums if self.noted is None else self.noted + sums
         tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         mean, deviation = self.mean, self.deviation
-        if self.training and self.step is not None:
-            mean, deviation = self.step.mean, self._deviation(self.step)
+        if self.training and self.moments is not None:
+            mean, deviation = self.moments.mean, self._deviation(self.moments)
         divisor = self._divisor(deviation).to(tokens)
         places = torch.arange(tokens.shape[-2], device=tokens.device)
         rows = (places >= self.num_prefix_tokens).long()
@@ -218,16 +218,16 @@ class FollowsStep(Part):
 
     def take(self, totals: Tensor, micro_batches: int) -> None:
         """Takes the step's statistics."""
-        self._running.step = self._running.moments_of(totals)
+        self._running.moments = self._running.moments_of(totals)
 
     def before_step(self, progress: float) -> None:
         """Drops the statistics of the step before, or of a trial."""
-        self._momentum, self._running.step = momentum_at(progress), None
+        self._momentum, self._running.moments = momentum_at(progress), None
 
     def after_step(self, noted: Tensor | None) -> None:
         """Moves the running statistics by the step's."""
-        assert self._running.step is not None
-        self._running.move(self._running.step, self._momentum)
+        assert self._running.moments is not None
+        self._running.move(self._running.moments, self._momentum)
 
 
 RUNNING: dict[str, type[RunningStatistics]] = {

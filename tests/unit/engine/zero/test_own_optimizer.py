@@ -90,10 +90,15 @@ class Undecayed(torch.optim.Optimizer):
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """Returns name -> the recipe's section with that optimiser."""
+def path(tmp_path_factory):
     path: Path = tmp_path_factory.mktemp("own") / "own.py"
     path.write_text(OWN)
+    return path
+
+
+@pytest.fixture
+def own(path):
+    """Returns name -> the recipe's section with that optimiser."""
     doors.allow(path)
     return lambda name, **fields: Optim(name=f"module:{path}:{name}", **fields)
 
