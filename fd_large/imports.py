@@ -17,11 +17,19 @@ def forget_current_folder() -> None:
     """Takes the folder that Python puts first on its path for `-m` or a script off it.
 
     A file there would stand in for a module: beside a run that came from elsewhere, such a file may
-    have come with it. The folder that holds this package stays, and so does PYTHONPATH.
+    have come with it. The folder that holds this package stays, and so do those that PYTHONPATH
+    names; an empty part of it, as `:FOLDER` has, means the current folder and names none.
     """
     started_in = {_PACKAGE, os.path.realpath(os.curdir)}
     if not sys.flags.safe_path and sys.path and os.path.realpath(sys.path[0]) in started_in:
         del sys.path[0]
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    named = list(filter(None, paths))
+    if named and len(named) < len(paths):
+        os.environ["PYTHONPATH"] = os.pathsep.join(named)  # Other programs inherit it.
+        here = os.path.realpath(os.curdir)
+        if here not in map(os.path.realpath, named):
+            sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]
     if _ABOVE not in map(os.path.realpath, sys.path):
         sys.path.insert(0, _ABOVE)
 

@@ -61,13 +61,14 @@ def test_the_interpreter_ends_without_a_word():
 
 @pytest.mark.parametrize("program", [["-m", "fd_large"], ["-m", "fd_large.train"]])
 @pytest.mark.parametrize("named", [False, True], ids=["", "PYTHONPATH"])
-def test_a_file_of_the_current_folder_stands_in_for_no_module(tmp_path, program, named):
+@pytest.mark.parametrize("form", ["{}", ":{}", "{}:"])
+def test_a_file_of_the_current_folder_stands_in_for_no_module(tmp_path, program, named, form):
     """Unless PYTHONPATH says so, which the user has set."""
     for name in ("yaml", "tyro", "torch"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     package = str(Path(imports.__file__).parents[1])
     paths = [str(tmp_path), package] if named else [package]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environ = {**os.environ, "PYTHONPATH": form.format(os.pathsep.join(paths))}
     environ.pop("PYTHONSAFEPATH", None)
     done = subprocess.run(
         [sys.executable, *program, "--help"], cwd=tmp_path, env=environ, capture_output=True
