@@ -25,7 +25,8 @@ class Exit(IntEnum):
 
 _WORD = re.compile(r'[^\s"]+')
 # A password with a "/" that should have been written as %2F is one all the same; a port is none.
-_USER = re.compile(r"(://)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d+/)[^\s@]*)@")
+# A path in which a URL was taken for one has a single slash, and a URL may have lost its scheme.
+_USER = re.compile(r"(:/{1,2}|(?<![\w/])//)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d+/)[^\s@]*)@")
 _QUERY = re.compile(r"[?#][\w.~%-]+=")
 _CLOSING = "'`),.;:]}>"
 
@@ -36,13 +37,13 @@ def without_secrets(text: str) -> str:
     Whatever a person, a page, a log or a tracker gets to see of a source goes through here.
     Libraries tell the path and the query of a URL without its host, too: of these, the query.
     """
-    return _WORD.sub(_masked_word, text) if "://" in text or "?" in text else text
+    return _WORD.sub(_masked_word, text) if "/" in text or "?" in text else text
 
 
 def _masked_word(match: re.Match[str]) -> str:
     word = match[0]
     start = word.find("://")
-    if start >= 0 and "@" in word:
+    if "@" in word:
         word = _USER.sub(r"\1***@", word)
     starts = [word.find("?", start)] if start >= 0 else []
     # A fragment may hold a token, too; a place on a page has no "=".

@@ -110,6 +110,8 @@ def test_a_notebook_shows_the_sentence_without_frames(capsys) -> None:
         ('{"a": "https://u:PW@h/?x=SIG", "b": 1}', '{"a": "https://***@h/?***", "b": 1}'),
         ("https://u:P/W@h/x, https://h:80/a@b", "https://***@h/x, https://h:80/a@b"),
         ("https://h/x#token=SIG, https://h/x#a-place", "https://h/x#***, https://h/x#a-place"),
+        ("weights: https:/u:PW@h/x: no such file", "weights: https:/***@h/x: no such file"),
+        ("got '//u:PW@x/y'. /a/b@c ./a//b@c", "got '//***@x/y'. /a/b@c ./a//b@c"),
         ("simplecache::https://u:PW@h/x", "simplecache::https://***@h/x"),
         ("really? yes=no, /path? It's x=1", "really? yes=no, /path? It's x=1"),
         ("me@example.org https://host/me@2x.png", "me@example.org https://host/me@2x.png"),
