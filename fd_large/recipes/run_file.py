@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from fd_large.errors import ConfigError, ConflictError, nearest
+from fd_large.errors import ConfigError, ConflictError, first_line, nearest
 from fd_large.files import parse_json, read_bytes
 from fd_large.recipes import registry
 from fd_large.recipes.fields import field_names
@@ -91,10 +91,11 @@ def read_run_file(path: str) -> Given:
             return _given(tree, path, lines, twice)
         _note_lines(yaml.compose(text, Loader=_Loader), "", lines, twice)
         tree = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # Such a number or date.
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or type(error).__name__
+        said = first_line(error) if isinstance(error, ValueError) else type(error).__name__
+        problem = getattr(error, "problem", None) or said
         raise ConfigError(
             f"{path}{place}: neither YAML nor JSON; got {problem}, expected names with values, "
             "for example optim: {max_steps: 20}. Correct the file."
