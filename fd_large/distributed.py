@@ -109,42 +109,11 @@ def start(
             neighbours=[rank for rank in node if rank != launch.rank],
         )
     if _has_cuda():
-        if launch.local_rank >= (visible := torch.cuda.device_count()):
-            raise LaunchError(
-                f"launch: GPUs that local rank {launch.local_rank} sees; got {visible}, expected "
-                f"{launch.local_world_size}. Start no more ranks than a node has GPUs and let "
-                "each see all of them (srun: --gres=gpu:N, not --gpus-per-task). Of a GPU that is "
-                "cut in slices (MIG) a process sees one: start one rank a node there, or turn MIG "
-                "off."
-            )
-        torch.cuda.set_device(launch.local_rank)
-    if launch.world_size == 1:
+        _take_gpu(launch)
+    if launch.world_size > 1:
+        _meet(launch, name, timeout_seconds)
+    else:
         _make_group_of_one()
-        _launch, _is_guest = launch, is_guest
-        return launch
-    if launch.is_on_one_host and "lo" in (interface for _, interface in socket.if_nameindex()):
-        # Ranks of one host need no network, nor a host name that resolves.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    try:
-        # AMD GPUs go by the same names: torch's "cuda" is ROCm there, "nccl" is RCCL (docs/amd.md).
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if _has_cuda() else "gloo",
-            store=_store_of_group(launch, name, timeout_seconds),
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
-        # Connects each rank to the next one on the ring: from here on, one that ends is noticed.
-        dist.all_reduce(torch.zeros(1))
-    except (RuntimeError, OSError) as error:
-        said = first_line(error).rstrip(".")
-        raise LaunchError(
-            f"launch: rank {launch.rank} of {launch.world_size} did not meet the others at "
-            f"{launch.master_addr}:{launch.master_port}; got {said}. "
-            "Choose a free port (MASTER_PORT, or the launcher's --master_port) on an address "
-            "that all ranks reach."
-        ) from error
     _launch, _is_guest = launch, is_guest
     return launch
 
@@ -189,6 +158,57 @@ def leave(code: int) -> int:
     os._exit(code)
 
 
+def _take_gpu(launch: Launch) -> None:
+    """Makes the GPU of this rank the current one.
+
+    Raises: LaunchError: if this rank has none of its own.
+    """
+    if launch.local_rank >= (visible := torch.cuda.device_count()):
+        raise LaunchError(
+            f"launch: GPUs that local rank {launch.local_rank} sees; got {visible}, expected "
+            f"{launch.local_world_size}. Start no more ranks than a node has GPUs and let "
+            "each see all of them (srun: --gres=gpu:N, not --gpus-per-task). Of a GPU that is "
+            "cut in slices (MIG) a process sees one: start one rank a node there, or turn MIG "
+            "off."
+        )
+    torch.cuda.set_device(launch.local_rank)
+
+
+def _meet(launch: Launch, name: str, timeout_seconds: float) -> None:
+    """Makes the process group of several ranks.
+
+    Args:
+        launch: Where this rank stands.
+        name: Beginning of the keys in the store at which they meet.
+        timeout_seconds: How long a collective waits for a rank before it fails.
+
+    Raises: LaunchError: if the ranks do not meet.
+    """
+    if launch.is_on_one_host and "lo" in (interface for _, interface in socket.if_nameindex()):
+        # Ranks of one host need no network, nor a host name that resolves.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    try:
+        # AMD GPUs go by the same names: torch's "cuda" is ROCm there, "nccl" is RCCL (docs/amd.md).
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if _has_cuda() else "gloo",
+            store=_store_of_group(launch, name, timeout_seconds),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+        # Connects each rank to the next one on the ring: from here on, one that ends is noticed.
+        dist.all_reduce(torch.zeros(1))
+    except (RuntimeError, OSError) as error:
+        said = first_line(error).rstrip(".")
+        raise LaunchError(
+            f"launch: rank {launch.rank} of {launch.world_size} did not meet the others at "
+            f"{launch.master_addr}:{launch.master_port}; got {said}. "
+            "Choose a free port (MASTER_PORT, or the launcher's --master_port) on an address "
+            "that all ranks reach."
+        ) from error
+
+
 def _make_group_of_one() -> None:
     """Makes the group of a single rank, whose collectives copy within the process.
 
@@ -220,7 +240,7 @@ def _store_of(
 
     Args:
         launch: Where this rank stands.
-        name: What the store's keys begin with.
+        name: Beginning of the keys in the store.
         timeout_seconds: How long to try.
         for_group: Whether the store is the process group's, which rank 0 opens, rather than one
             more connection.
