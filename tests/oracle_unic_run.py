@@ -32,11 +32,12 @@ from fd_large.engine.zero.engine import build_engine
 from fd_large.engine.zero.optimizer import set_learning_rate
 from fd_large.recipes import registry
 from fd_large.tasks.distillation.heads.ladder import Ladder
-from fd_large.tasks.distillation.heads.map_head import Maps
+from fd_large.tasks.distillation.heads.map_head import HeardBlocks, Maps
 from fd_large.tasks.distillation.heads.registry import HEADS
 from fd_large.tasks.distillation.recipe_targets import make_target
 from fd_large.tasks.distillation.section import Weighting
-from fd_large.tasks.distillation.task import Distillation
+from fd_large.tasks.distillation.several.weighting import Weighted
+from fd_large.tasks.distillation.task import Distillation, Whole
 
 
 def our_name(name: str) -> str:
@@ -127,7 +128,8 @@ def run(
             targets,
             # The images are normalised already.
             statistics=Statistics((0.0,) * 3, (1 / 255,) * 3),
-            weighting=Weighting(rule="drop", drop_probability=probability),
+            sight=HeardBlocks(Whole()),
+            join=Weighted(Weighting(rule="drop", drop_probability=probability), targets),
         )
 
     adamw = config["adamw"]
@@ -174,7 +176,7 @@ def run(
     for target in task.targets:
         for name, ours in (("mean", "mean"), ("std", "deviation")):
             for kind, statistics in zip(
-                ("cls", "patch"), getattr(target.running, ours), strict=True
+                ("cls", "patch"), getattr(target.normalise, ours), strict=True
             ):
                 found[f"{case}.final_statistics.{target.teacher}.{kind}.{name}"] = (
                     statistics.clone()

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from fd_large.checkpoint.lease import Lease
 from fd_large.errors import CheckpointError, FDError
-from fd_large.files import kind_of, parse_json, retried, write_json
+from fd_large.files import JSON_BYTES, kind_of, parse_json, retried, write_json
 from fd_large.recipes.file_names import CHECKPOINTS
 
 PART = ".part"
@@ -101,7 +101,7 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
 
     Raises: StorageError, CheckpointError: if it is there and cannot be read.
     """
-    text = _read(path / "manifest.json", lambda file: file.read_bytes())
+    text = _read(path / "manifest.json", _text)
     try:
         manifest = parse_json(text or b"")
     except ValueError:
@@ -141,7 +141,7 @@ def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str |
     """
     tensors, receipt = path / file_of(rank), path / receipt_of(rank)
     try:
-        expected = parse_json(_read(receipt, lambda file: file.read_bytes()) or b"")
+        expected = parse_json(_read(receipt, _text) or b"")
         size, wanted = expected["bytes"], {"file": expected["crc32"]}
         if kinds is not None and "kinds" in expected:
             wanted = {kind: crc for kind, crc in expected["kinds"].items() if kind in kinds}
@@ -163,8 +163,9 @@ def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str |
 
 def _state(file: Path, size: int, wanted: Collection[str]) -> tuple[int, dict[str, str]]:
     """The size of a file, and the checksums that are wanted if it has the size that it should."""
-    held = file.stat().st_size
-    if held != size:
+    status = file.stat()
+    held = status.st_size
+    if held != size or not stat.S_ISREG(status.st_mode):
         return held, {}
     if "file" in wanted:
         return held, {"file": checksum(file)}
@@ -182,23 +183,27 @@ def _state(file: Path, size: int, wanted: Collection[str]) -> tuple[int, dict[st
         opened.close()
 
 
+def _text(file: Path) -> bytes:
+    """The bytes of a JSON file, as many as one may have; none of a pipe, which is not waited for.
+
+    Without a question for its kind, which at each file of each rank would keep a server busy.
+    """
+    with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as text:
+        return text.read(JSON_BYTES) or b""
+
+
 def _listed(folder: Path) -> list[str]:
     """The names in a folder; none where it is missing."""
     return _read(folder, os.listdir) or []
 
 
 def _read(file: Path, action: Callable[[Path], T]) -> T | None:
-    """What an action finds in a file; None where it is missing, or a pipe or a device instead.
+    """Returns what an action gives for a file, or None if the file is missing.
 
     Raises: StorageError, CheckpointError: if it is there and cannot be read.
     """
-
-    def found() -> T | None:
-        mode = file.stat().st_mode  # A pipe would be waited for.
-        return action(file) if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else None
-
     try:
-        return retried(found, file)
+        return retried(lambda: action(file), file)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
