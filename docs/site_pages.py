@@ -19,12 +19,13 @@ PAGES = {
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages, and the plots of the benchmarks."""
-    plots = {
+    """Adds the pages, the plots of the benchmarks, and the examples as they are."""
+    others = {
         str(path.relative_to(ROOT)): str(path.relative_to(ROOT))
-        for path in (ROOT / "benchmarks" / "results").glob("*.png")
+        for pattern in ("benchmarks/results/*.png", "examples/*.py")
+        for path in ROOT.glob(pattern)
     }
-    for stands, shown in (PAGES | plots).items():
+    for stands, shown in (PAGES | others).items():
         files.append(File.generated(config, shown, abs_src_path=str(ROOT / stands)))
     return files
 
