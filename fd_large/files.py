@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -75,7 +76,7 @@ JSON_BYTES, JSON_DEPTH = 64 << 20, 100
 """Size and depth that no JSON file of a run, a dataset's notes or a configuration reaches."""
 
 _MOST_DIGITS = 40
-"""Whoever calculates with whole numbers of more digits may find that no float holds them."""
+"""Digits of a whole number from which on it is read as a float: no float may hold it."""
 _LONG = re.compile(rf"\d{{{_MOST_DIGITS}}}")
 _LONG_BYTES = re.compile(_LONG.pattern.encode())
 
@@ -184,8 +185,8 @@ def parse_json(text: str | bytes, *, finite: bool = False, **hooks: Callable[[An
 
     Args:
         text: The text; bytes are UTF-8.
-        finite: Refuse NaN and infinities, which JSON does not have and Python writes. Whole numbers
-            beyond all floats are always refused.
+        finite: Refuse NaN and infinities, which JSON does not have and Python writes. A whole
+            number of very many digits is the float next to it, or infinity.
         hooks: `object_hook` or `object_pairs_hook` of `json.loads`.
 
     Raises: ValueError: with a reason of one line, if it is no JSON or is nested too deeply.
@@ -193,7 +194,7 @@ def parse_json(text: str | bytes, *, finite: bool = False, **hooks: Callable[[An
     number = _finite if finite else None
     # Asked for rarely, since it takes time at each number.
     digits = _LONG if isinstance(text, str) else _LONG_BYTES
-    whole = _whole if digits.search(text) else None  # type: ignore[arg-type]
+    whole = partial(_whole, finite) if digits.search(text) else None  # type: ignore[arg-type]
     try:
         value = json.loads(
             text, parse_int=whole, parse_float=number, parse_constant=number, **hooks
@@ -307,10 +308,10 @@ def _first_bytes(path: Path, number: int) -> bytes:
         return file.read(min(number, os.fstat(file.fileno()).st_size + 1))
 
 
-def _whole(text: str) -> int:
-    if len(text) > _MOST_DIGITS:
-        raise ValueError(f"{text[:20]}... of {len(text)} digits for a number")
-    return int(text)
+def _whole(finite: bool, text: str) -> float:
+    if len(text.lstrip("-")) <= _MOST_DIGITS:
+        return int(text)
+    return _finite(text) if finite else float(text)
 
 
 def _finite(text: str) -> float:
