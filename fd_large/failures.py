@@ -109,6 +109,7 @@ class Watch:
         # Each with the descriptor that its end makes readable, once it is known.
         self._neighbours: dict[int, int | None] = dict.fromkeys(neighbours)
         self._store: Store | None = None
+        self._known: Ending | None = None
         self._connected, self._over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="failures", daemon=True)
 
@@ -160,7 +161,8 @@ class Watch:
         while not self._over.wait(SECONDS_BETWEEN_LOOKS):
             ending = self._look()
             if ending is not None:
-                # Rank 0 may close the store from here on.
+                # Rank 0 may close the store from here on, and the main thread ask why this ends.
+                self._known = ending if ending.code else None
                 with suppress(RuntimeError):
                     self._store.set(f"{_LEFT}/{self._rank}", "")
                 if ending.code:
@@ -169,8 +171,8 @@ class Watch:
 
     def heard(self) -> Ending | None:
         """Returns why the ranks end, if the store says so by now, or is gone itself."""
-        if self._store is None:
-            return None
+        if self._known is not None or self._store is None:
+            return self._known
         try:
             if self._store.check([_END]):
                 return _ending_of(self._store.get(_END))

@@ -318,3 +318,13 @@ def test_a_store_that_is_gone_is_heard_of_as_the_end_of_rank_0() -> None:
     assert heard is not None
     assert (heard.rank, heard.code) == (0, Exit.LOST)
     assert ranks.ended() == {0: 1, 1: 1}
+
+
+def test_a_reason_that_is_known_stays_where_the_store_goes_with_rank_0() -> None:
+    ranks = Ranks(2).start()
+    watch = ranks.watches[1]
+    until(lambda: watch._store is not None, 20, "rank 1 watches")
+    ranks.store.compare_set("end", "", '[0, 3, "the file was cut"]')
+    until(lambda: watch._known is not None, 20, "rank 1 hears of it")
+    ranks.store.gone = True
+    assert watch.heard() == (0, 3, "the file was cut")
