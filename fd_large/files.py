@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -180,13 +179,20 @@ def kind_of(
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
 
-def parse_json(text: str | bytes, *, finite: bool = False, **hooks: Callable[[Any], Any]) -> Any:
+def parse_json(
+    text: str | bytes,
+    *,
+    finite: bool = False,
+    long_as_float: bool = False,
+    **hooks: Callable[[Any], Any],
+) -> Any:
     """Returns what a JSON text holds.
 
     Args:
         text: The text; bytes are UTF-8.
-        finite: Refuse NaN and infinities, which JSON does not have and Python writes. A whole
-            number of very many digits is the float next to it, or infinity.
+        finite: Refuse NaN and infinities, which JSON does not have and Python writes.
+        long_as_float: Read a whole number of more digits than any float holds as infinity; or
+            else it is refused.
         hooks: `object_hook` or `object_pairs_hook` of `json.loads`.
 
     Raises: ValueError: with a reason of one line, if it is no JSON or is nested too deeply.
@@ -194,10 +200,14 @@ def parse_json(text: str | bytes, *, finite: bool = False, **hooks: Callable[[An
     number = _finite if finite else None
     # Asked for rarely, since it takes time at each number.
     digits = _LONG if isinstance(text, str) else _LONG_BYTES
-    whole = partial(_whole, finite) if digits.search(text) else None  # type: ignore[arg-type]
+    whole = _whole_or_float if long_as_float else _whole
     try:
         value = json.loads(
-            text, parse_int=whole, parse_float=number, parse_constant=number, **hooks
+            text,
+            parse_int=whole if digits.search(text) else None,  # type: ignore[arg-type]
+            parse_float=number,
+            parse_constant=number,
+            **hooks,
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -257,6 +267,7 @@ def read_json(
     remedy: str = "Restore it, or remove it.",
     of: type[FDError] = ConfigError,
     finite: bool = False,
+    long_as_float: bool = False,
     max_bytes: int = JSON_BYTES,
     max_values: int | None = None,
     **hooks: Callable[[Any], Any],
@@ -270,6 +281,7 @@ def read_json(
         remedy: What mends a damaged file.
         of: Class of the sentence.
         finite: Refuse NaN and infinities.
+        long_as_float: As in `parse_json`.
         max_bytes: Size from which on it is refused.
         max_values: Number of values from which on it is refused; None: any number.
         hooks: As in `parse_json`.
@@ -280,7 +292,7 @@ def read_json(
     try:
         if max_values and sum(map(text.count, (b",", b"[", b"{"))) > max_values:
             raise ValueError(f"more than {max_values:,} values")
-        value = parse_json(text, finite=finite, **hooks)
+        value = parse_json(text, finite=finite, long_as_float=long_as_float, **hooks)
         if not isinstance(value, holds):
             raise ValueError(f"{json.dumps(value)[:40]}")
     except ValueError as error:
@@ -308,10 +320,14 @@ def _first_bytes(path: Path, number: int) -> bytes:
         return file.read(min(number, os.fstat(file.fileno()).st_size + 1))
 
 
-def _whole(finite: bool, text: str) -> float:
-    if len(text.lstrip("-")) <= _MOST_DIGITS:
-        return int(text)
-    return _finite(text) if finite else float(text)
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"{text[:20]}... of {len(text)} digits for a number")
+    return int(text)
+
+
+def _whole_or_float(text: str) -> float:
+    return float(text) if len(text) > _MOST_DIGITS else int(text)
 
 
 def _finite(text: str) -> float:

@@ -105,7 +105,7 @@ def test_an_error_that_passes_does_not_blame_the_path():
 
 @pytest.mark.parametrize(
     "text",
-    ["[" * 100_000, '{"a":' * 100_000, "", "null", "[1]", "\udcff", "{", "1" * 5000],
+    ["[" * 100_000, '{"a":' * 100_000, "", "null", "[1]", "\udcff", "{", "1" * 5000, "1" * 41],
 )
 def test_damaged_json_is_a_sentence(tmp_path, text):
     file = tmp_path / "recipe.json"
@@ -122,8 +122,8 @@ def test_json_is_bounded_and_finite_where_that_is_asked(tmp_path):
         with pytest.raises(ConfigError, match="report: "):
             read_json(tmp_path / path, where="report", max_bytes=3)
     assert parse_json(b"[Infinity, 1e999]") == [float("inf")] * 2
-    assert parse_json("[" + "1" * 400 + ", 7]") == [float("inf"), 7]
-    for text in ("Infinity", "NaN", "-1e999", "1" * 400):
+    assert parse_json("[" + "1" * 400 + ", 7]", long_as_float=True) == [float("inf"), 7]
+    for text in ("Infinity", "NaN", "-1e999"):
         with pytest.raises(ValueError, match="for a number"):
             parse_json(text, finite=True)
 

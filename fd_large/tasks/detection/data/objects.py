@@ -178,6 +178,8 @@ def read_json(
         remedy=f"Fetch the file again, or set {flag}.",
         of=DataError,
         max_bytes=MOST_BYTES,
+        # An object with such a number is left out, not the file.
+        long_as_float=True,
         **({"object_hook": hook} if hook else {}),
     )
 
