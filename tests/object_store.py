@@ -138,6 +138,10 @@ CREDENTIALS = {
 def serving() -> Iterator[Store]:
     """Starts a server and its proxy."""
     from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
+
+    # Those of an earlier server, whose address stood in the environment, are kept by fsspec.
+    S3FileSystem.clear_instance_cache()
 
     logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
