@@ -208,7 +208,7 @@ def test_crash_mistake_and_time_limit(cluster: Cluster, folder: Path) -> None:
     """Jobs of one rank without training, side by side since the time limit takes a while."""
     ends: dict[str, tuple[str, str, str, int]] = {}
     programs = {
-        # Until the signal, which Slurm sends since the limit is less than the notice; then saved.
+        # Until the signal that Slurm sends before the limit; then saved.
         "limit": "[[ $(wc -l <$0.starts) == 2 ]] && exit 0\n"
         "trap 'exit 75' USR1; while sleep 0.1; do :; done",
         "crash": "exit 1",
@@ -228,7 +228,12 @@ def test_crash_mistake_and_time_limit(cluster: Cluster, folder: Path) -> None:
             folder,
             name,
             updates=1,
-            sbatch=("--nodes=1", "--time=1", f"--ntasks-per-node={1 + (name == 'killed')}"),
+            sbatch=(
+                *("--nodes=1", f"--ntasks-per-node={1 + (name == 'killed')}"),
+                # Slurm sends the signal up to 30 s early. A job whose limit is less than the notice
+                # may have it before its script has set a trap, and dies.
+                *(("--time=1", "--signal=B:USR1@20") if name == "limit" else ()),
+            ),
             environ={"PYTHON": str(program), "MAX_RESTARTS": "2"}
             | ({"DATA_ROOT": ""} if name == "site" else {}),
         )
