@@ -104,7 +104,6 @@ def side_by_side(root: Path, folder: Path, rounds: int, *, quick: bool) -> dict[
     """Returns the times of steps from caches and with the teacher, and their losses."""
     from engines import seconds_in_turns, zero_engine
 
-    from fd_large import distributed
     from fd_large.cli.cache import write
     from fd_large.data.loader import Batch
     from fd_large.data.sampler import Portion
@@ -112,6 +111,7 @@ def side_by_side(root: Path, folder: Path, rounds: int, *, quick: bool) -> dict[
     from fd_large.engine.forward_backward import forward_backward
     from fd_large.engine.zero import start
     from fd_large.engine.zero.optimizer import set_learning_rate
+    from fd_large.ranks import distributed
     from fd_large.recipes import registry
     from fd_large.recipes.architectures import Architecture
     from fd_large.recipes.fields import override

@@ -44,9 +44,9 @@ def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     import torch
     from engines import zero_engine
 
-    from fd_large import distributed
     from fd_large.checkpoint.write import Saver
     from fd_large.engine.zero import start, state
+    from fd_large.ranks import distributed
     from fd_large.recipes import registry
     from fd_large.recipes.architectures import Architecture
     from fd_large.tasks.distillation.job import DistillationJob
@@ -180,7 +180,7 @@ def main() -> int:
         arguments.rounds, arguments.kills = 2, 1
     if arguments.as_rank:
         found = saves(arguments, arguments.as_rank)
-        from fd_large import distributed
+        from fd_large.ranks import distributed
 
         if distributed.is_main():
             (arguments.as_rank / "found.json").write_text(json.dumps(found))

@@ -19,11 +19,11 @@ from engines import job_of, zero_engine
 from harness import ROOT
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import forward_backward, prepared
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups, set_learning_rate
+from fd_large.ranks import distributed
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from harness import ROOT, turns
 
-from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.opening import engine_of
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero.engine import Engine
+from fd_large.ranks import distributed
 from fd_large.recipes.run import Run
 from fd_large.tasks.distillation.job import DistillationJob
 

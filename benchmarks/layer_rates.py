@@ -55,10 +55,10 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
     """Builds all engines, lets them take turns; rank 0 reports."""
     from engines import job_of, noise, seconds_in_turns, zero_engine
 
-    from fd_large import distributed
     from fd_large.engine.forward_backward import forward_backward
     from fd_large.engine.zero import engine, layer_decay, start
     from fd_large.engine.zero.optimizer import set_learning_rate
+    from fd_large.ranks import distributed
     from fd_large.recipes import registry
     from fd_large.recipes.architectures import Architecture
 

@@ -100,12 +100,12 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
-    from fd_large import distributed
     from fd_large.backbones.registry import build
     from fd_large.engine.student import student_weights
     from fd_large.engine.zero import partition, start
     from fd_large.engine.zero.fingerprint import fingerprint
     from fd_large.engine.zero.partition import load_weights
+    from fd_large.ranks import distributed
     from fd_large.recipes import registry
     from fd_large.tasks.jobs import job_of
     from fd_large.weights.source import Sources
@@ -222,7 +222,7 @@ def main() -> int:
     name = named(arguments.quick)
     if arguments.as_rank:
         found = load(arguments.as_rank, name, arguments.loader)
-        from fd_large import distributed
+        from fd_large.ranks import distributed
 
         found_of(arguments.as_rank, distributed.rank()).write_text(json.dumps(found))
         return distributed.leave(0)

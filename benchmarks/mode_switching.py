@@ -36,10 +36,10 @@ def parse() -> argparse.Namespace:
 
 def measure(folder: str, arguments: argparse.Namespace, images: str) -> dict[str, Any]:
     """Returns the figures of each of a run's targets at each size, and what it was trained at."""
-    from fd_large import distributed
     from fd_large.checkpoint import stream
     from fd_large.data.source import open_images
     from fd_large.engine.checkpoint_models import sources_of, stored_task
+    from fd_large.ranks import distributed
     from fd_large.tasks.distillation.held_out import Crops, HeldOutViews
     from fd_large.tasks.distillation.job import DistillationJob
     from fd_large.tasks.jobs import job_of

@@ -20,9 +20,9 @@ import torch
 from contenders import RATE, Setting, Step, Unavailable
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, normalise
 from fd_large.data.loader import Batch
+from fd_large.ranks import distributed
 
 NEEDED = ("models/feature_distillation.py", "models/esvit.py", "optimizer.py")
 

@@ -74,7 +74,6 @@ def measure(arguments: argparse.Namespace) -> int:
     """Alternates probe and steps; rank 0 reports."""
     from engines import job_of, noise, seconds_of, zero_engine
 
-    from fd_large import distributed
     from fd_large.cli.plan_workload import workload
     from fd_large.engine import phases, probe
     from fd_large.engine.forward_backward import forward_backward
@@ -84,6 +83,7 @@ def measure(arguments: argparse.Namespace) -> int:
     from fd_large.plan.cluster import Cluster, Machine
     from fd_large.plan.rates import Rates
     from fd_large.plan.step_time import estimate
+    from fd_large.ranks import distributed
 
     distributed.start()
     start.start()

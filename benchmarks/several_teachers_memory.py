@@ -72,7 +72,6 @@ def measure(arguments: argparse.Namespace) -> int:
     from tensor_storages import storages
     from torch.profiler import ProfilerActivity, profile
 
-    from fd_large import distributed
     from fd_large.cli.plan_workload import workload
     from fd_large.engine.forward_backward import forward_backward
     from fd_large.engine.zero import start
@@ -81,6 +80,7 @@ def measure(arguments: argparse.Namespace) -> int:
     from fd_large.plan.cluster import Cluster, Machine
     from fd_large.plan.peak_memory import peak_memory
     from fd_large.plan.rates import CARDS
+    from fd_large.ranks import distributed
 
     distributed.start()
     start.start()

@@ -35,8 +35,8 @@ BIN = Path(sys.executable).parent
 def run_as_rank(timeline: Path) -> int:
     """Trains as train.py does; rank 0 notes what it does when."""
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from fd_large import activity
     from fd_large.cli.main import main
+    from fd_large.ranks import activity
 
     noted = [(BEGAN, 0.0, "reading the arguments")]
 

@@ -76,9 +76,9 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
     import torch
     from engines import job_of, noise, seconds_in_turns, zero_engine
 
-    from fd_large import distributed
     from fd_large.engine.forward_backward import forward_backward
     from fd_large.engine.zero import start
+    from fd_large.ranks import distributed
 
     distributed.start()
     start.start()

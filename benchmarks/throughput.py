@@ -86,8 +86,8 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
     from contenders import Setting, Unavailable, build, share
     from engines import noise, seconds_in_turns
 
-    from fd_large import distributed
     from fd_large.engine.zero import start
+    from fd_large.ranks import distributed
 
     distributed.start()
     start.start()
@@ -133,8 +133,8 @@ def _memory(*, reset: bool = False) -> int:
     """Returns the peak bytes of this rank since a reset, on its GPU or else in the process."""
     import torch
 
-    from fd_large import distributed
     from fd_large.engine.micro_batch import HostMemory
+    from fd_large.ranks import distributed
 
     if distributed.device().type == "cuda":
         if reset:
@@ -150,7 +150,7 @@ def report(
     arguments: argparse.Namespace, setting: Any, seconds: dict[str, list[float]]
 ) -> dict[str, Any]:
     """Returns figures of every contender; speeds are relative to the fastest complete one."""
-    from fd_large import distributed
+    from fd_large.ranks import distributed
 
     world = distributed.world_size()
     images = arguments.micro_batch * world

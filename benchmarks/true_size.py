@@ -156,10 +156,10 @@ def train_and_note(folder: Path) -> int:
     parts.now(IMPORTING)
     import psutil
 
-    from fd_large import activity
     from fd_large.cli.ownership import owning
     from fd_large.cli.train import parse_train
     from fd_large.engine.run import train
+    from fd_large.ranks import activity
     from fd_large.runtime.hooks import Hook, Setting, Update
     from fd_large.tasks.jobs import job_of
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from fd_large import failures
 from fd_large.errors import Exit, WeightsError
-from fd_large.processes import briefly
+from fd_large.ranks import failures
+from fd_large.ranks.processes import briefly
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@
 #   launch ARGUMENTS...    trains with these arguments of train.py, then ends the batch script
 #
 # One Python per GPU under srun; ranks and meeting place come from Slurm's own variables
-# (fd_large/launch.py). How the ranks end decides what follows:
+# (fd_large/ranks/launch.py). How the ranks end decides what follows:
 #
 #   0         done: a job that starts once more finds the run finished and does nothing
 #   2         a mistake of the user's: never requeued
@@ -14,7 +14,7 @@
 #   others    a crash, a lost rank, a node that srun cannot reach: requeued as well
 #
 # srun returns the largest code of all ranks, or 137 where it had to kill one. So every rank that
-# fails leaves its code in a file (fd_large/failures.py), and 2 or 3 found there is the job's.
+# fails leaves its code in a file (fd_large/ranks/failures.py), and 2 or 3 found there is the job's.
 #
 # A job is given up after MAX_RESTARTS restarts that brought no newer checkpoint.
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from translated_names import translate
 from whole_weights import whole_weights
 
-from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.data.loader import Batch
 from fd_large.engine.frozen import Frozen
@@ -30,6 +29,7 @@ from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import build_engine
 from fd_large.kernels.whitened_loss import whiten
+from fd_large.ranks import distributed
 from fd_large.recipes import registry
 from fd_large.tasks.distillation.recipe_targets import make_target
 from fd_large.tasks.distillation.task import Distillation

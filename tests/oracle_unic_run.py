@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from whole_weights import whole_weights
 
-from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.vit.vit import ViT
@@ -30,6 +29,7 @@ from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import build_engine
 from fd_large.engine.zero.optimizer import set_learning_rate
+from fd_large.ranks import distributed
 from fd_large.recipes import registry
 from fd_large.tasks.distillation.heads.ladder import Ladder
 from fd_large.tasks.distillation.heads.map_head import HeardBlocks, Maps

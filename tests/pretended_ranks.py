@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from fd_large import distributed
+from fd_large.ranks import distributed
 
 TIMEOUT_SECONDS = 60.0
 # None: the test itself.

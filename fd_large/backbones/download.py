@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from fd_large import meeting
 from fd_large.errors import WeightsError
+from fd_large.ranks import meeting
 
 T = TypeVar("T")
 

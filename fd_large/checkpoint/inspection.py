@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fd_large import activity
 from fd_large.checkpoint import store
 from fd_large.checkpoint.lease import Lease
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.files import read_json
+from fd_large.ranks import activity
 from fd_large.recipes.stored import recipe_file
 
 

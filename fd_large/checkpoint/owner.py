@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 from uuid import uuid4
 
-from fd_large import processes
 from fd_large.errors import printable
 from fd_large.files import parse_json
+from fd_large.ranks import processes
 
 SLURM_SECONDS = 30.0
 """How long Slurm may take to answer, and how long its answer is believed."""

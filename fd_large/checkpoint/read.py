@@ -12,13 +12,13 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.checkpoint import layout as layouts
 from fd_large.checkpoint import store
 from fd_large.checkpoint.layout import Span
 from fd_large.checkpoint.tensor_file import Place, TensorFile
 from fd_large.errors import CheckpointError, FDError, StorageError
 from fd_large.files import retried
+from fd_large.ranks import distributed
 
 TRIES = 4
 SECONDS_BETWEEN_TRIES = 1.0

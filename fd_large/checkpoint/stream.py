@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fd_large import activity, distributed
 from fd_large.checkpoint import store
 from fd_large.checkpoint.read import Reader, damage, on_main
 from fd_large.errors import CheckpointError
 from fd_large.files import kind_of, retried
+from fd_large.ranks import activity, distributed
 
 STUDENT = "student."
 

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.checkpoint import store, tensor_file
 from fd_large.checkpoint.lease import Lease
 from fd_large.errors import FDError
 from fd_large.files import replacing, retried
+from fd_large.ranks import distributed
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from tyro.conf import Positional
 from fd_large import doors, files
 from fd_large.engine.zero.config import load
 from fd_large.errors import ConfigError, nearest
-from fd_large.launch import find_rank
+from fd_large.ranks.launch import find_rank
 from fd_large.recipes import registry
 from fd_large.recipes.fields import (
     describe_type,

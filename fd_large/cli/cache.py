@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from fd_large.activity import clock
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, parse_with_recipe
 from fd_large.cli.output import size, tables
 from fd_large.cli.paths import paths_of, require_paths, require_sources
@@ -18,7 +17,8 @@ from fd_large.cli.stopping import ending_with
 from fd_large.files import check_out, kind_of
 from fd_large.plan.cached_targets import SECONDS_TOLERANCE, CachedTargets
 from fd_large.plan.rates import rates_of
-from fd_large.processes import check_workers
+from fd_large.ranks.activity import clock
+from fd_large.ranks.processes import check_workers
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, positive, require
 from fd_large.recipes.run import Run
@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     check_out(own.out, where="cache", holds="folder")
     with ending_with(STOPPED):
         written = write(run, own.out, precision=own.precision)
-    from fd_large import distributed
+    from fd_large.ranks import distributed
 
     if distributed.is_main():
         from fd_large.tasks.distillation.teacher_grids import source_flag

@@ -123,8 +123,8 @@ def export(run: str, out: str, deepspeed_config: str) -> int:
     inspection.stored_of(run)
     check_out(out, where="checkpoint export", holds="folder")
     load(deepspeed_config)
-    from fd_large import distributed
     from fd_large.engine.deepspeed_checkpoints import export_checkpoint
+    from fd_large.ranks import distributed
     from fd_large.tasks.jobs import job_of
 
     steps = export_checkpoint(run, out, job_of, deepspeed_config=deepspeed_config)
@@ -143,8 +143,8 @@ def import_(source: str, run: str, deepspeed_config: str) -> int:
             "expected the folder that save_checkpoint was given. Name that folder."
         )
     with owning(run) as lease:
-        from fd_large import distributed
         from fd_large.engine.deepspeed_checkpoints import import_checkpoint
+        from fd_large.ranks import distributed
         from fd_large.tasks.jobs import job_of
 
         steps = import_checkpoint(

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from fd_large import activity
 from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.cli.output import tables
 from fd_large.cli.paths import paths_of_models, require_paths
 from fd_large.errors import without_secrets
 from fd_large.files import check_out, out_folder
+from fd_large.ranks import activity
 from fd_large.recipes.fields import at_least
 
 
@@ -89,12 +89,12 @@ def diagnose(
     console = tables()
     began = time.monotonic()
     # Importing torch and deepspeed takes seconds.
-    from fd_large import distributed
     from fd_large.diagnose.examine import Extent, examine, num_steps
     from fd_large.diagnose.findings import write_findings
     from fd_large.diagnose.models import load_model
     from fd_large.diagnose.sample import Sample
     from fd_large.kernels.precision import full_float32
+    from fd_large.ranks import distributed
     from fd_large.report.diagnosis import draw_diagnosis
     from fd_large.report.diagnosis_page import write_html, write_page
 

@@ -19,7 +19,7 @@ from fd_large.cli.arguments import parse
 from fd_large.cli.doctor_checks import SEVERITY, Finding, check_node, look
 from fd_large.cli.output import tables
 from fd_large.errors import LaunchError, first_line
-from fd_large.launch import Launch, find_launch, find_rank
+from fd_large.ranks.launch import Launch, find_launch, find_rank
 from fd_large.runtime import terminal
 
 WIDTH = 100
@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
     if not (meets or speaks):
         return 0  # Rank 0 says what kept them apart.
     if meets:
-        from fd_large import distributed
+        from fd_large.ranks import distributed
 
         own = found if distributed.local_rank() == 0 else {}
         nodes = distributed.gather_objects((distributed.node_name(), own))
@@ -144,7 +144,7 @@ def _meet(launch: Launch) -> Finding:
     if launch.world_size == 1:
         return Finding("one process; several: srun -N2 python -m fd_large doctor", "-")
     try:
-        from fd_large import distributed
+        from fd_large.ranks import distributed
 
         start = time.perf_counter()
         distributed.start(launch, timeout_seconds=_MEET_SECONDS)
@@ -160,7 +160,7 @@ def _meet(launch: Launch) -> Finding:
 def _sum(meeting_seconds: float) -> Finding:
     import torch
 
-    from fd_large import distributed
+    from fd_large.ranks import distributed
 
     nodes = len(set(distributed.gather_objects(distributed.node_name())))
     device = distributed.device()

@@ -248,7 +248,7 @@ def limits(world_size: int) -> Finding:
     Args:
         world_size: Number of ranks that are to meet.
     """
-    from fd_large.distributed import open_files_needed
+    from fd_large.ranks.distributed import open_files_needed
 
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)

@@ -17,7 +17,7 @@ from fd_large.cli.evaluate_trainings import train_models
 from fd_large.cli.output import tables
 from fd_large.cli.paths import paths_of_models, require_paths
 from fd_large.errors import ConfigError
-from fd_large.processes import check_workers
+from fd_large.ranks.processes import check_workers
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override, require
 from fd_large.recipes.file_names import PAGE, RECIPE
@@ -202,9 +202,9 @@ def _score_run(own: Evaluate, changes: Mapping[str, Any]) -> int:
     if "data.root" in changes:  # Its val split, not another dataset that the run was tested on.
         run = override(run, {"eval.root": ""})
     # Importing torch takes seconds.
-    from fd_large import distributed
     from fd_large.checkpoint import stream
     from fd_large.kernels.precision import full_float32
+    from fd_large.ranks import distributed
     from fd_large.report.evaluation_page import write_evaluation_page
     from fd_large.runtime import logs
     from fd_large.tasks.jobs import job_of

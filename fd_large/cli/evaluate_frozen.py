@@ -31,13 +31,13 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
         own: How.
         run: A recipe with the images and the first seed.
     """
-    from fd_large import distributed, meeting
     from fd_large.data.blocks import keep_blocks_in
     from fd_large.data.labelled import open_split
     from fd_large.kernels.precision import full_float32
     from fd_large.probes import linear
     from fd_large.probes.features import Pool
     from fd_large.probes.measure import measure
+    from fd_large.ranks import distributed, meeting
     from fd_large.runtime import logs
 
     launch = distributed.start()

@@ -66,7 +66,7 @@ def finish(folder: Path, rows: Sequence[Row], title: str, **facts: Any) -> None:
         title: Words for the test.
         facts: What else summary.json says, such as task, root and seeds.
     """
-    from fd_large import distributed
+    from fd_large.ranks import distributed
 
     if not distributed.is_main():
         return

@@ -46,8 +46,8 @@ def train_models(
 
     Returns: The exit code of the first training that fails; 0 if none does.
     """
-    from fd_large import distributed
     from fd_large.engine.find_model import slug
+    from fd_large.ranks import distributed
     from fd_large.tasks.jobs import job_class
 
     if "runtime.run_dir" in changes and (own.sweep or not len(models) == own.seeds == 1):
@@ -112,9 +112,9 @@ def _sweep(
     rows: Sequence[Row], recipes: list[Run], own: ModelFlags, train: Callable[[Run], Trained]
 ) -> int:
     """Tries the grid for every row and puts the best into its recipe; returns the exit code."""
-    from fd_large import distributed, meeting
     from fd_large.engine.find_model import slug
     from fd_large.engine.node_consistency import weights_digest
+    from fd_large.ranks import distributed, meeting
     from fd_large.runtime import logs
 
     logs.start(distributed.start().rank)

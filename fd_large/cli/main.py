@@ -14,10 +14,11 @@ from contextlib import nullcontext, suppress
 from importlib import import_module
 
 import fd_large
-from fd_large import doors, failures, files
+from fd_large import doors, files
 from fd_large.cli.arguments import HELP, HelpShown, choose
 from fd_large.errors import Exit, FDError
-from fd_large.launch import find_rank
+from fd_large.ranks import failures
+from fd_large.ranks.launch import find_rank
 from fd_large.runtime import terminal
 from fd_large.runtime.display import shown
 

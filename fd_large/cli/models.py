@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from fd_large import activity
 from fd_large.backbones.timm.architecture import TimmArchitecture
 from fd_large.cli.arguments import parse
 from fd_large.cli.output import tables
 from fd_large.errors import ConfigError
+from fd_large.ranks import activity
 from fd_large.recipes.architectures import ARCHITECTURES, FAMILIES
 
 if TYPE_CHECKING:

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fd_large import activity, failures, imports
+from fd_large import imports
 from fd_large.checkpoint.lease import Lease, OwnedError, claim
 from fd_large.errors import Exit, FDError
-from fd_large.launch import find_launch, find_rank
+from fd_large.ranks import activity, failures
+from fd_large.ranks.launch import find_launch, find_rank
 from fd_large.runtime import terminal
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def owning(run_dir: str) -> Iterator[Lease]:
                 terminal.show_error(str(error))
                 refusal = str(error)
         with activity.work("loading torch"), imports.for_good("torch"):
-            from fd_large import distributed
+            from fd_large.ranks import distributed
             from fd_large.runtime import logs
 
         logs.start(find_rank())
@@ -65,7 +66,7 @@ def owning(run_dir: str) -> Iterator[Lease]:
 
 
 def _end(why: str) -> None:
-    from fd_large import distributed
+    from fd_large.ranks import distributed
 
     terminal.show_error(why)
     if distributed.is_guest():

@@ -14,7 +14,7 @@ from fd_large.data.roots import require_dataset
 from fd_large.data.weighted_roots import weighted_roots
 from fd_large.errors import ConfigError, FDError, check_all
 from fd_large.files import kind_of
-from fd_large.launch import is_first_of_node
+from fd_large.ranks.launch import is_first_of_node
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import RANDOM, Student
 from fd_large.tasks.registry import TASKS

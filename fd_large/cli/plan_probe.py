@@ -17,9 +17,9 @@ from fd_large import doors
 from fd_large.errors import LaunchError
 from fd_large.files import parse_json, read_json
 from fd_large.imports import environ_of_program
-from fd_large.launch import LOOPBACK, Launch, free_port
 from fd_large.plan.phases import Phases
 from fd_large.plan.rates import Rates
+from fd_large.ranks.launch import LOOPBACK, Launch, free_port
 from fd_large.recipes.run import Run
 
 
@@ -80,8 +80,8 @@ def main(rank: int, ranks: int, port: int) -> None:
     """Runs one of the ranks that `probe` starts, which reads from its input what to measure."""
     import torch
 
-    from fd_large import distributed
     from fd_large.engine import phases, probe
+    from fd_large.ranks import distributed
     from fd_large.tasks.jobs import job_of
 
     asked: dict[str, Any] = parse_json(sys.stdin.read())

@@ -43,9 +43,9 @@ def train(run: Run, deepspeed_config: str) -> tuple[int, dict[str, Any]]:
         run: The recipe.
         deepspeed_config: DeepSpeed's JSON, a name or a path.
     """
-    from fd_large import distributed
     from fd_large.cli.train import train_run
     from fd_large.engine.zero import start
+    from fd_large.ranks import distributed
     from fd_large.runtime import preemption
 
     preemption.asked_too_late()  # What an earlier run was asked.

@@ -33,9 +33,9 @@ def main(arguments: list[str]) -> int:
     given = parse(Replay, arguments, command="replay")
     require_paths({"replay": given.file})
     # Importing torch and deepspeed takes seconds.
-    from fd_large import distributed
     from fd_large.engine.replay import find_weights, read_incident, run_again
     from fd_large.kernels.precision import full_float32
+    from fd_large.ranks import distributed
     from fd_large.tasks.jobs import job_of
 
     full_float32(distributed.device())

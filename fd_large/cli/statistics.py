@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fd_large import activity
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, parse_with_recipe
 from fd_large.cli.stopping import ending_with
 from fd_large.cli.train import check_names
 from fd_large.errors import ConfigError, nearest
 from fd_large.files import check_out, out_folder
+from fd_large.ranks import activity
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
 from fd_large.recipes.run import Run
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
             views=own.views,
             target=own.target,
         )
-    from fd_large import distributed
+    from fd_large.ranks import distributed
 
     if distributed.is_main():
         print(f"{own.out}: {own.views} crops")
@@ -82,8 +82,8 @@ def measure(run: Run, *, deepspeed_config: str, out: str, views: int, target: st
     Raises: FDError: for the user's mistakes.
     """
     # Importing torch and deepspeed takes seconds.
-    from fd_large import distributed
     from fd_large.engine.opening import open_run
+    from fd_large.ranks import distributed
     from fd_large.tasks.distillation import target_statistics
     from fd_large.tasks.distillation.held_out import Crops, HeldOutViews
     from fd_large.tasks.distillation.job import DistillationJob

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from fd_large.errors import Exit, FDError
-from fd_large.processes import handlers_to_replace
+from fd_large.ranks.processes import handlers_to_replace
 
 
 class StoppedError(FDError):

@@ -224,7 +224,7 @@ def run_trials(trials: Sequence[Trial], train: Callable[[Run], Trained]) -> tupl
 
     Raises: ConfigError: if all of them diverge.
     """
-    from fd_large import distributed
+    from fd_large.ranks import distributed
 
     ended = []
     for trial in trials:
@@ -258,7 +258,7 @@ def finished(trial: Trial) -> Trial | None:
 
     Raises: ConfigError: if its folder holds a trial of another recipe, or with other inputs.
     """
-    from fd_large import distributed
+    from fd_large.ranks import distributed
 
     def read() -> tuple[bool, float | None]:
         if not distributed.is_main():
@@ -285,7 +285,7 @@ def _held_out(recipe: Run, part: str, folder: Path) -> Run:
 
 def _record(trial: Trial, **outcome: Any) -> None:
     """Writes what a trial is, before it trains, and how it ended; rank 0 writes, a collective."""
-    from fd_large import distributed
+    from fd_large.ranks import distributed
 
     def write() -> None:
         if distributed.is_main():
@@ -296,7 +296,7 @@ def _record(trial: Trial, **outcome: Any) -> None:
 
 def _has_diverged(trial: Trial) -> bool:
     """Whether the guard ended a trial, and not something that has to be mended; a collective."""
-    from fd_large import distributed
+    from fd_large.ranks import distributed
     from fd_large.runtime.hooks import GUARD
     from fd_large.runtime.run_folder import status_of
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from fd_large import activity, doors, imports
+from fd_large import doors, imports
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, WithRecipe, parse_with_recipe
 from fd_large.cli.ownership import owning
 from fd_large.cli.paths import (
@@ -21,8 +21,9 @@ from fd_large.data.packages import check_packages
 from fd_large.engine.zero import config as ds
 from fd_large.errors import Exit, FDError, LostRankError, check_all
 from fd_large.files import check_out
-from fd_large.launch import check_accelerator
-from fd_large.processes import check_workers
+from fd_large.ranks import activity
+from fd_large.ranks.launch import check_accelerator
+from fd_large.ranks.processes import check_workers
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
 from fd_large.recipes.run import Run
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> int:
         profile=given.own.profile,
         then=show_report,
     )
-    from fd_large import distributed
+    from fd_large.ranks import distributed
 
     if code == Exit.AGAIN and distributed.is_main():
         say_how_to_go_on(given.run)
@@ -166,8 +167,8 @@ def train_run(
         require_same_settings(run)
     with owning(run.run_dir()) as lease:
         with activity.work("loading DeepSpeed"), imports.for_good("deepspeed"):
-            from fd_large import distributed, failures
             from fd_large.engine.run import train
+            from fd_large.ranks import distributed, failures
             from fd_large.tasks.jobs import job_of
 
         try:

@@ -217,7 +217,7 @@ def transfer(own: Transfer, changes: Mapping[str, Changes]) -> int:
             f"{', '.join(own.only) or 'any'}, expected at least one of "
             f"{', '.join(f'--{name}' for name in datasets)}. Name one."
         )
-    from fd_large import distributed, meeting
+    from fd_large.ranks import distributed, meeting
     from fd_large.runtime import logs
 
     # Jobs inherit it, and must not meet at the port of this process.
@@ -284,7 +284,7 @@ def train_all(cells: Sequence[Cell], deepspeed_config: str) -> int:
     Returns: 0 if all are finished, 75 where the same command is to go on, else that of what failed.
     Raises: FDError: where several ranks train and one of them fails, which ends all of them.
     """
-    from fd_large import distributed
+    from fd_large.ranks import distributed
 
     worst: int = Exit.DONE
     for number, cell in enumerate(cells, 1):

@@ -333,7 +333,7 @@ def _elsewhere(out: Path, cell: Cell) -> Iterator[Path]:
 
 def record(cell: Cell, **outcome: Any) -> None:
     """Writes what a cell is; rank 0 writes, a collective."""
-    from fd_large import distributed
+    from fd_large.ranks import distributed
 
     distributed.together(lambda: write_record(cell, **outcome) if distributed.is_main() else None)
 

@@ -10,8 +10,8 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from fd_large import distributed
 from fd_large.errors import DataError
+from fd_large.ranks import distributed
 
 log = logging.getLogger(__name__)
 

@@ -30,10 +30,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fd_large import activity
 from fd_large.data.packages import local_kind
 from fd_large.errors import DataError
 from fd_large.files import PARTIAL, STALE_SECONDS, parse_json
+from fd_large.ranks import activity
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def listed(
         is_current: Says, given the facts, whether the dataset is still as it was.
     """
     # torch: seconds, of which scoring files of results has no need.
-    from fd_large import meeting
+    from fd_large.ranks import meeting
 
     name = f"{what} {anchor}"
     held: list[Listing] = []

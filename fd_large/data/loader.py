@@ -31,7 +31,7 @@ from fd_large.data.source import ImageSource
 from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.data.worker import signals_blocked, start_worker
 from fd_large.errors import DataError, FDError
-from fd_large.processes import check_workers
+from fd_large.ranks.processes import check_workers
 
 # Images tried for one place in a batch; where all are bad, so is the dataset.
 MAX_TRIES = 10

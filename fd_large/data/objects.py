@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from fd_large import meeting
 from fd_large.data.braces import expand_braces
 from fd_large.data.packages import PARQUET, check_packages, is_url, local_kind, name_of, scheme_of
 from fd_large.errors import DataError, named
 from fd_large.files import PASSING, retried
+from fd_large.ranks import meeting
 
 T = TypeVar("T")
 

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large import meeting
 from fd_large.data.blocks import BlockImages, BlockWriter
 from fd_large.data.folder import MAX_FILE_BYTES, read_below
 from fd_large.data.objects import RANGE_BYTES, STREAMS, Stored, find, find_objects
 from fd_large.data.packages import PARQUET, is_url, listed, local_kind, name_of, require
 from fd_large.errors import DataError, FDError, first_line
+from fd_large.ranks import meeting
 
 _ROWS = 64
 

@@ -18,7 +18,6 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large import activity, meeting
 from fd_large.data.blocks import NO_LABEL, BlockImages, BlockWriter, block_key, the_cache
 from fd_large.data.listing import cache_folder
 from fd_large.data.objects import RANGE_BYTES, Stored, find_objects
@@ -27,6 +26,7 @@ from fd_large.data.shards import COMPRESSED, ENDINGS, sample_key
 from fd_large.data.tar_index import Torn, members
 from fd_large.errors import DataError, without_secrets
 from fd_large.files import json_object, write_json
+from fd_large.ranks import activity, meeting
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large import meeting
 from fd_large.data.folder import MAX_FILE_BYTES, read_below
 from fd_large.data.packages import is_saved, local_kind, require
 from fd_large.errors import DataError, first_line
 from fd_large.files import read_json
+from fd_large.ranks import meeting
 
 _PARTS = "dataset_dict.json"
 

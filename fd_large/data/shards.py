@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large import meeting
 from fd_large.data.braces import BRACES, expand_braces
 from fd_large.data.folder import EXTENSIONS, MAX_FILE_BYTES, walk
 from fd_large.data.listing import Add, Listing, filled, listed, settled
@@ -32,6 +31,7 @@ from fd_large.data.packages import local_kind
 from fd_large.data.tar_index import Torn, members
 from fd_large.errors import DataError
 from fd_large.files import kind_of
+from fd_large.ranks import meeting
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from fd_large import distributed, meeting
 from fd_large.data.blocks import BlockImages
 from fd_large.data.folder import ImageFolder
 from fd_large.data.photographs import Photographs
@@ -35,6 +34,7 @@ from fd_large.data.shards import TarShards
 from fd_large.data.source import ImageSource
 from fd_large.errors import DataError
 from fd_large.files import PARTIAL, PASSING, json_object
+from fd_large.ranks import distributed, meeting
 
 log = logging.getLogger(__name__)
 

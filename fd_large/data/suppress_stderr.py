@@ -21,7 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils.data import get_worker_info
 
-from fd_large import distributed
+from fd_large.ranks import distributed
 
 # The texts of libjpeg's and libpng's warnings, and the shape of libtiff's.
 _CODEC_LINE = re.compile(

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fd_large import distributed
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.backbones.token_positions import TokenPositions
 from fd_large.diagnose.attention_maps import maps_to
@@ -22,6 +21,7 @@ from fd_large.diagnose.findings import Findings
 from fd_large.diagnose.landscape import curve, random_direction, surface
 from fd_large.diagnose.models import LoadedModel, Loss
 from fd_large.diagnose.sample import Sample, Views
+from fd_large.ranks import distributed
 
 MAP = "map"
 MOST_BATCHES = 4

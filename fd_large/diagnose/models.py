@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fd_large import distributed
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.checkpoint import stream
 from fd_large.diagnose.sample import Sample
@@ -21,6 +20,7 @@ from fd_large.engine.find_model import NamedModel, find_model
 from fd_large.engine.job import Job
 from fd_large.engine.task import Task
 from fd_large.errors import DataError, WeightsError
+from fd_large.ranks import distributed
 from fd_large.recipes.sections import RANDOM
 from fd_large.tasks.jobs import job_of
 

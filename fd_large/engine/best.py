@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fd_large import distributed
 from fd_large.errors import ConfigError
+from fd_large.ranks import distributed
 from fd_large.recipes.file_names import EVALUATIONS
 from fd_large.runtime.run_folder import rows_before
 

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fd_large import distributed
 from fd_large.errors import ConfigError
 from fd_large.kernels.compiled import backend
+from fd_large.ranks import distributed
 
 MODES = ("off", "every", "offload")
 

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fd_large import distributed
 from fd_large.checkpoint import store
 from fd_large.checkpoint.lease import Lease
 from fd_large.checkpoint.read import Reader, newest_sound, on_main
@@ -22,8 +21,9 @@ from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import ADAMW_MOMENTS, kept_by
 from fd_large.errors import CheckpointError, FDError, NotFiniteError
 from fd_large.files import kind_of
+from fd_large.ranks import distributed
+from fd_large.ranks.processes import hold
 from fd_large.recipes.sections import Runtime
-from fd_large.watch import hold
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fd_large import activity
 from fd_large.data.loader import Batch
 from fd_large.engine.block_wrappers import checkpoint_blocks
 from fd_large.engine.forward_backward import completed
@@ -43,6 +42,7 @@ from fd_large.plan.counts import (
     highest,
     through,
 )
+from fd_large.ranks import activity
 from fd_large.recipes.sections import AUTO
 
 log = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from fd_large import distributed, failures
 from fd_large.checkpoint.lease import Lease
 from fd_large.errors import Exit, first_line
+from fd_large.ranks import distributed, failures
 from fd_large.runtime.hooks import FAILED, INTERRUPTED, Hook
 from fd_large.runtime.run_folder import summary_of, write_status
 

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.engine.micro_batch import building_in_memory, out_of_memory_named
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.state import whole_masters
+from fd_large.ranks import distributed
 
 Panel = dict[str, Any]
 """Arrays to draw, by name."""

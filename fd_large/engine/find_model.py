@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fd_large import distributed
 from fd_large.backbones.registry import family_of_source, own_image_size
 from fd_large.backbones.statistics import Statistics
 from fd_large.checkpoint import store, stream
@@ -22,6 +21,7 @@ from fd_large.engine.zero import partition
 from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, nearest
 from fd_large.files import kind_of
+from fd_large.ranks import distributed
 from fd_large.recipes.architectures import Architecture, by_name, resolve
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.sections import RANDOM, Data, FrozenModel

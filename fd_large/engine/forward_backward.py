@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import drop_path_keep
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
+from fd_large.ranks import distributed
 
 
 def prepared(task: Task, batch: Batch, seed: int) -> dict[str, Any]:

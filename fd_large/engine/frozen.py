@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fd_large import distributed, mapped_files
+from fd_large import mapped_files
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.registry import build, is_module, statistics_of
 from fd_large.backbones.resize import resize_images
@@ -19,6 +19,7 @@ from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.engine.student import attention_memory
 from fd_large.engine.zero import partition
 from fd_large.errors import ConfigError
+from fd_large.ranks import distributed
 from fd_large.recipes.architectures import by_name, resolve
 from fd_large.recipes.sections import RANDOM, FrozenModel
 from fd_large.weights.coverage import Fitted, covered

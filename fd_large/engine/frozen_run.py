@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fd_large import activity, distributed, meeting
 from fd_large.data.blocks import keep_blocks_in
 from fd_large.data.source import ImageSource
 from fd_large.engine import micro_batch, node_consistency
@@ -15,6 +14,7 @@ from fd_large.engine.zero import start
 from fd_large.errors import check_all
 from fd_large.kernels.precision import full_float32
 from fd_large.plan.memory import persistence_threshold
+from fd_large.ranks import activity, distributed, meeting
 
 
 class FrozenRun(NamedTuple):

@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from fd_large.errors import LaunchError
-from fd_large.launch import find_launch
-from fd_large.processes import SIGNALS
+from fd_large.ranks.launch import find_launch
+from fd_large.ranks.processes import SIGNALS
 from fd_large.runtime import terminal
 
 
@@ -48,7 +48,7 @@ def guest() -> Iterator[None]:
     # Importing torch takes seconds.
     import torch
 
-    from fd_large import distributed
+    from fd_large.ranks import distributed
 
     if torch.distributed.is_initialized():
         raise LaunchError(

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import arguments_of_step
 from fd_large.engine.task import Task
 from fd_large.engine.zero import state
 from fd_large.engine.zero.engine import Engine
+from fd_large.ranks import distributed
 from fd_large.runtime.hooks import Evidence
 
 

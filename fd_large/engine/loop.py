@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fd_large import activity, distributed
 from fd_large.data.bad_images import BadCount, BadImages, agreed_error
 from fd_large.data.loader import Batch
 from fd_large.engine.best import Best
@@ -31,6 +30,7 @@ from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.layer_decay import LayerLearningRates
 from fd_large.engine.zero.optimizer import set_learning_rate
 from fd_large.errors import FDError
+from fd_large.ranks import activity, distributed
 from fd_large.runtime import step_clock
 from fd_large.runtime.hooks import (
     DONE,

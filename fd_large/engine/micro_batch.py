@@ -1,7 +1,7 @@
 """The largest micro batch whose step fits into memory, found without running out of memory.
 
 A rank that runs out of memory leaves the others waiting in a collective, and the run ends
-(`fd_large.failures`). So the probe climbs: after a step of one image, which makes the optimiser's
+(`ranks.failures`). So the probe climbs: after a step of one image, which makes the optimiser's
 moments, it runs a real step at 1, 2, 4 ... images, measures the peak of each phase, and tries the
 next size only if straight lines through the last two peaks predict that every phase fits on every
 rank. Each phase has its own line, because their maximum bends where one overtakes the other. So
@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import arguments_of_step, backward, completed
 from fd_large.engine.task import Task
@@ -31,6 +30,7 @@ from fd_large.engine.zero.engine import Engine
 from fd_large.errors import FDError
 from fd_large.files import json_object, parse_json, write_json
 from fd_large.plan.peak_memory import HEADROOM
+from fd_large.ranks import distributed
 from fd_large.runtime.run_folder import written_or_logged
 
 log = logging.getLogger(__name__)

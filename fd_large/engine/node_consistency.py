@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 
 import fd_large
-from fd_large import distributed
 from fd_large.data.source import ImageSource
 from fd_large.errors import DataError, FDError, LaunchError, WeightsError
 from fd_large.files import kind_of
+from fd_large.ranks import distributed
 from fd_large.runtime.run_folder import source_commit
 from fd_large.weights.read import files_of
 from fd_large.weights.source import Sources

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fd_large import activity, distributed, meeting
 from fd_large.checkpoint.lease import Lease
 from fd_large.data.blocks import keep_blocks_in
 from fd_large.data.sampler import check_batch_sizes
@@ -33,9 +32,10 @@ from fd_large.engine.zero.optimizer import moments_of
 from fd_large.errors import FDError, check_all, masked
 from fd_large.kernels import check, choose
 from fd_large.kernels.precision import full_float32
-from fd_large.launch import Launch
 from fd_large.plan.memory import Placement, held, persistence_threshold
 from fd_large.plan.workload import frozen_in_bfloat16
+from fd_large.ranks import activity, distributed, meeting
+from fd_large.ranks.launch import Launch
 from fd_large.recipes.run import Run
 from fd_large.recipes.stored import read_recipe
 from fd_large.recipes.task_kind import check_metric

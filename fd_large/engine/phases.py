@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fd_large import activity, distributed
 from fd_large.engine import block_wrappers
 from fd_large.engine.count import count
 from fd_large.engine.job import Job
@@ -30,6 +29,7 @@ from fd_large.kernels import choose
 from fd_large.plan.counts import Counts, sizes
 from fd_large.plan.phases import BACKWARD, FIRST_PASS, FORWARD, Phases, line
 from fd_large.plan.workload import frozen_in_bfloat16
+from fd_large.ranks import activity, distributed
 from fd_large.recipes.sections import Optim
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fd_large import distributed
 from fd_large.plan.utilisation import peak_flops
+from fd_large.ranks import distributed
 
 CACHE_ELEMENTS = 1 << 26
 PASSES = 5

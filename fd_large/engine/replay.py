@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fd_large import distributed, files
+from fd_large import files
 from fd_large.checkpoint import store
 from fd_large.checkpoint.read import Reader
 from fd_large.data.loader import Batch
@@ -33,6 +33,7 @@ from fd_large.engine.zero import partition
 from fd_large.engine.zero.config import computes_in_bfloat16
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.files import kind_of
+from fd_large.ranks import distributed
 from fd_large.recipes.file_names import DEEPSPEED, INCIDENT, INCIDENTS, METRICS, RECIPE, STEP
 from fd_large.runtime.guard import INCIDENTS_WITH_IMAGES, roll_backs_of
 from fd_large.runtime.run_folder import rows_before

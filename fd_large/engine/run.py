@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fd_large import activity, distributed, failures
 from fd_large.checkpoint.lease import Lease
 from fd_large.checkpoint.store import checkpoints_of
 from fd_large.data.loader import Batch
@@ -28,6 +27,7 @@ from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.trust_ratio import scale_by_norms
 from fd_large.errors import CheckpointError, Exit, FDError
 from fd_large.plan.counts import StepFlops
+from fd_large.ranks import activity, distributed, failures
 from fd_large.recipes.file_names import METRICS
 from fd_large.recipes.run import LENGTH, Run, difference
 from fd_large.runtime.guard import Guard

@@ -8,10 +8,10 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fd_large import distributed
 from fd_large.backbones.registry import build
 from fd_large.errors import ConfigError
 from fd_large.kernels import choose
+from fd_large.ranks import distributed
 from fd_large.recipes.architectures import by_name, overrides, resolve
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.sections import RANDOM, FrozenModel, Student

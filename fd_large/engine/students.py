@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.evaluation import Interrupted
 from fd_large.engine.forward_backward import completed
@@ -19,6 +18,7 @@ from fd_large.engine.host_memory import kept_from_children
 from fd_large.engine.loop import Trainer
 from fd_large.engine.prefetch import Batches, Prefetch, StepForSeveral
 from fd_large.engine.zero import state
+from fd_large.ranks import distributed
 from fd_large.runtime.hooks import PREEMPTED, Hook, Setting, Update, Wish
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.parts import Part
+from fd_large.ranks import distributed
 
 
 class Task(nn.Module):

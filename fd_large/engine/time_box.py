@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fd_large import distributed
 from fd_large.files import json_object, write_json
+from fd_large.ranks import distributed
 from fd_large.runtime.run_folder import written_or_logged
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fd_large import distributed
 from fd_large.kernels import choose
+from fd_large.ranks import distributed
 
 log = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.data.centre_crops import NO_LABEL, central_batches
 from fd_large.data.labelled import LabelledImages
 from fd_large.errors import ConfigError, DataError
+from fd_large.ranks import distributed
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.probes.features import Features
+from fd_large.ranks import distributed
 
 # A block of similarities is QUERY_BLOCK x BANK_BLOCK float32: 67 MB.
 QUERY_BLOCK, BANK_BLOCK = 1024, 16_384

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.data.sampler import epoch_order
 from fd_large.errors import DataError
 from fd_large.probes.features import Features
+from fd_large.ranks import distributed
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fd_large import activity, distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import Statistics
 from fd_large.data.labelled import LabelledImages
 from fd_large.probes import knn, linear
 from fd_large.probes.features import Pool, extract
+from fd_large.ranks import activity, distributed
 
 Method = Literal["knn", "linear"]
 

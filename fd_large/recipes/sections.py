@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 from fd_large.errors import ConfigError, ConflictError, nearest
-from fd_large.failures import LONGEST_WAIT_SECONDS
+from fd_large.ranks.failures import LONGEST_WAIT_SECONDS
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.fields import (

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from fd_large import activity
-from fd_large.activity import Work, clock, describe
+from fd_large.ranks import activity
+from fd_large.ranks.activity import Work, clock, describe
 from fd_large.runtime import terminal
 
 if TYPE_CHECKING:

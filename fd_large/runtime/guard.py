@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fd_large import distributed
 from fd_large.errors import FDError
 from fd_large.files import read_json, write_json
+from fd_large.ranks import distributed
 from fd_large.recipes.file_names import INCIDENT, INCIDENTS, METRICS, STEP, of_step
 from fd_large.recipes.sections import Guard as Limits
 from fd_large.runtime.hooks import GUARD, Evidence, Hook, Setting, Update, Verdict

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from fd_large import distributed
 from fd_large.errors import printable, without_secrets
+from fd_large.ranks import distributed
 from fd_large.recipes.file_names import LOGS
 from fd_large.runtime import terminal
 

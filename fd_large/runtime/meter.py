@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from fd_large import distributed
 from fd_large.files import kind_of, replacing, write_json
 from fd_large.plan.utilisation import peak_flops, shares
+from fd_large.ranks import distributed
 from fd_large.recipes.file_names import EVALUATIONS, METRICS, SUMMARY
 from fd_large.runtime import step_clock
 from fd_large.runtime.hooks import Hook, Row, Setting, Tracker, Update

@@ -22,14 +22,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fd_large import distributed
 from fd_large.errors import Exit
 from fd_large.files import kind_of
-from fd_large.processes import briefly, handlers_to_replace
+from fd_large.ranks import distributed
+from fd_large.ranks.processes import briefly, handlers_to_replace, hold
 from fd_large.runtime import terminal
 from fd_large.runtime.hooks import INTERRUPTED, NOTHING, Hook, Setting, Update, Wish
 from fd_large.runtime.logs import FILE_ONLY
-from fd_large.watch import hold
 
 log = logging.getLogger(__name__)
 

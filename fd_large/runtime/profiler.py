@@ -16,8 +16,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from fd_large import distributed
 from fd_large.files import write_json
+from fd_large.ranks import distributed
 from fd_large.runtime.hooks import Hook, Setting, Update
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import time
 from collections.abc import Collection, Iterable
 from itertools import groupby
 
-from fd_large import activity
-from fd_large.activity import clock
+from fd_large.ranks import activity
+from fd_large.ranks.activity import clock
 from fd_large.runtime import terminal
 from fd_large.runtime.hooks import Row, Setting, Tracker, Update
 from fd_large.runtime.logs import FILE_ONLY

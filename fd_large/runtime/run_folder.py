@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fd_large import distributed
 from fd_large.errors import ConfigError, masked
 from fd_large.files import json_object, kind_of, read_json, replacing, write_json
+from fd_large.ranks import distributed
 from fd_large.recipes.file_names import (
     CODE,
     DEEPSPEED,

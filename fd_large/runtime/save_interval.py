@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from fd_large import distributed
+from fd_large.ranks import distributed
 from fd_large.runtime.hooks import NOTHING, Hook, Setting, Wish
 
 

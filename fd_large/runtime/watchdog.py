@@ -23,11 +23,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fd_large import distributed, failures
 from fd_large.data import slow_images
 from fd_large.errors import Exit
-from fd_large.failures import kill_workers
-from fd_large.processes import briefly
+from fd_large.ranks import distributed, failures
+from fd_large.ranks.failures import kill_workers
+from fd_large.ranks.processes import briefly
 from fd_large.runtime import terminal
 from fd_large.runtime.hooks import Hook, Setting, Update
 from fd_large.runtime.logs import FILE_ONLY

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fd_large import activity, doors
+from fd_large import doors
 from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import family_of, parameter_shapes
 from fd_large.backbones.statistics import Statistics
@@ -25,6 +25,7 @@ from fd_large.backbones.translation import Shape, Shapes
 from fd_large.backbones.windows import WindowRule
 from fd_large.errors import ConfigError
 from fd_large.files import new_folder, replacing, write_json
+from fd_large.ranks import activity
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import check_finite
 from fd_large.weights.libraries import LIBRARIES, To

@@ -14,10 +14,10 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
-from fd_large import activity
 from fd_large.backbones.registry import family_of_source
 from fd_large.errors import WeightsError, first_line
 from fd_large.files import check_out, kind_of
+from fd_large.ranks import activity
 from fd_large.weights.locate import HUB, OPEN_CLIP, locate
 from fd_large.weights.origin import CARD, UNKNOWN, licence_of_card
 

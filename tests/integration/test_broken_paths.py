@@ -17,7 +17,7 @@ from pyarrow import parquet
 from tiny_runs import vit_file
 
 from fd_large.cli.main import COMMANDS
-from fd_large.launch import RANK_VARIABLES
+from fd_large.ranks.launch import RANK_VARIABLES
 
 pytestmark = pytest.mark.sweep
 

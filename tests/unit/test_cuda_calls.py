@@ -13,7 +13,6 @@ from fake_cuda import GB, Card, is_pinned, on_card
 from pretended_ranks import World
 from torch import nn
 
-from fd_large import distributed, meeting
 from fd_large.checkpoint.write import Piece, Saver
 from fd_large.cli import diagnose, doctor, doctor_checks, evaluate_results, plan_probe
 from fd_large.data.loader import Batch, load_batches
@@ -22,7 +21,8 @@ from fd_large.engine.prefetch import Prefetch
 from fd_large.engine.zero import config, engine, optimizer, start
 from fd_large.errors import LaunchError
 from fd_large.kernels import operation
-from fd_large.launch import Launch
+from fd_large.ranks import distributed, meeting
+from fd_large.ranks.launch import Launch
 from fd_large.recipes.sections import Optim
 from fd_large.runtime.meter import Meter, peak_memory_bytes
 from fd_large.runtime.profiler import Profiler
@@ -47,7 +47,7 @@ def rank_of(local_rank: int) -> Launch:
 def test_a_rank_takes_its_own_gpu_and_nccl(card: Card, monkeypatch) -> None:
     called = []
     monkeypatch.setattr(distributed, "_launch", None)
-    monkeypatch.setattr(distributed, "watch_launcher", lambda: None)
+    monkeypatch.setattr(distributed, "watch_launcher", lambda *_: None)
     # Its thread would miss the other rank.
     monkeypatch.setattr(distributed.failures, "watch", lambda *_, **__: None)
     monkeypatch.setattr(distributed, "_store_of_group", lambda *_: None)

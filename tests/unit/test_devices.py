@@ -17,7 +17,6 @@ from fake_cuda import Card, fake_cuda, on_card
 from PIL import Image
 from tiny_timm import tiny
 
-from fd_large import distributed
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.data.bad_images import BadCount, BadImages
@@ -40,6 +39,7 @@ from fd_large.engine.zero import partition
 from fd_large.engine.zero.engine import Engine
 from fd_large.probes import knn, linear
 from fd_large.probes.features import Features, extract
+from fd_large.ranks import distributed
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.fields import override

@@ -18,20 +18,14 @@ from fd_large.tasks.registry import TASKS
 PACKAGE = Path(__file__).resolve().parents[2] / "fd_large"
 FLOORS = {
     "errors": 0,
-    "activity": 0,
     "allowed_code": 0,
     "doors": 0,
     "files": 0,
-    "launch": 0,
-    "watch": 0,
-    "failures": 0,
-    "processes": 0,
+    "ranks": 0,
     "shipped": 0,
     "imports": 0,
-    "distributed": 0,
     "mapped_files": 0,
     "markdown": 0,
-    "meeting": 0,
     "kernels": 0,
     "recipes": 0,
     "backbones": 1,
@@ -66,16 +60,12 @@ SEE_A_RUN = (
 )
 FOR_ALL = {
     "errors",
-    "activity",
-    "distributed",
-    "meeting",
     "files",
+    "ranks",
     "allowed_code",
     "doors",
-    "failures",
     "mapped_files",
     "markdown",
-    "processes",
 }
 ONLY_IN = {
     "deepspeed": ("engine/zero", "checkpoint"),
@@ -86,20 +76,17 @@ WITHOUT_TORCH = {
     "recipes",
     "plan",
     "errors",
-    "activity",
     "allowed_code",
     "doors",
     "files",
-    "launch",
+    "ranks",
     "mapped_files",
     "markdown",
-    "watch",
-    "failures",
-    "processes",
     "shipped",
     "report",
     "cli",
 }
+TORCH_IN_RANKS = {"fd_large.ranks.distributed", "fd_large.ranks.meeting"}
 # Names of tasks that are compared as what else they name, such as kinds of a head.
 NO_TASKS = {
     "tasks/distillation/job.py": {"linear"},
@@ -204,9 +191,6 @@ def test_imports_come_from_lower_floors() -> None:
             if package == "fd_large" and rest and here != "__init__":
                 there = ROOMS.get(name, rest.split(".")[0])
                 allowed = there == here or there in FOR_ALL or FLOORS[there] < FLOORS[here]
-                # launch and watch are parts of distributed; the engine names the launch's type.
-                if here in ("distributed", "failures") and there in ("launch", "watch"):
-                    allowed = True
                 if not allowed:
                     broken.append(f"{inside}: {here} (floor {FLOORS[here]}) imports {name}")
             if package in ONLY_IN and not inside.startswith(ONLY_IN[package]):
@@ -272,12 +256,12 @@ def test_a_task_imports_no_other_task() -> None:
 
 
 def test_torch_is_not_imported_where_help_must_be_quick() -> None:
-    heavy = {"torch", "torchvision", "timm", "deepspeed", "fd_large.distributed"}
+    heavy = {"torch", "torchvision", "timm", "deepspeed", *TORCH_IN_RANKS}
     all_hold(
         [
             f"{path.relative_to(PACKAGE)} imports {name}"
             for path in FILES
-            if room(path) in WITHOUT_TORCH
+            if room(path) in WITHOUT_TORCH and module(path) not in TORCH_IN_RANKS
             for name in imports(path, top_level=True)
             if name in heavy
         ]

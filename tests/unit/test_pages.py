@@ -20,7 +20,7 @@ from fd_large.checkpoint import store
 from fd_large.cli import arguments as cli_arguments
 from fd_large.cli.arguments import WithRecipe
 from fd_large.cli.main import main
-from fd_large.launch import RANK_VARIABLES
+from fd_large.ranks.launch import RANK_VARIABLES
 from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.recipes.sections import AUTO
 from fd_large.weights.convert import write

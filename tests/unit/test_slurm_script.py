@@ -14,7 +14,7 @@ import pytest
 from waiting import until
 
 from fd_large.cli import init
-from fd_large.launch import read_token
+from fd_large.ranks.launch import read_token
 
 ROOT = Path(__file__).resolve().parents[2]
 # The check of the nodes runs here; of the ranks' start only the arguments are kept.
@@ -269,7 +269,7 @@ def test_the_rank_that_failed_decides_and_not_what_srun_returns(
     ranks: str, codes: dict[int, int], code: int, requeues: int, script: Script
 ) -> None:
     write = "".join(
-        f"RANK={rank} {sys.executable} -c 'from fd_large.failures import write_exit_file; "
+        f"RANK={rank} {sys.executable} -c 'from fd_large.ranks.failures import write_exit_file; "
         f'write_exit_file({left}, "data.root: damaged.")\'; '
         for rank, left in codes.items()
     )

@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fd_large import distributed
 from fd_large.engine.zero.private_names import get
 from fd_large.errors import named
 from fd_large.files import kind_of
+from fd_large.ranks import distributed
 
 log = logging.getLogger(__name__)
 

@@ -525,7 +525,7 @@ def _check_same(block: dict[str, Any], key: str, value: Any, field: str, prefix:
 def computes_in_bfloat16(precision: str) -> bool:
     """Resolves `engine.precision`: "auto" is bfloat16 on GPUs, and float32 on CPUs (faster)."""
     if precision == "auto":
-        from fd_large import distributed  # It imports torch.
+        from fd_large.ranks import distributed  # It imports torch.
 
         return distributed.device().type == "cuda"
     return precision == "bfloat16"
@@ -536,7 +536,7 @@ def ranks_of_a_node(stated: int, local_world_size: int) -> int:
 
     Raises: ConfigError: if the nodes would be of unequal size.
     """
-    from fd_large import distributed  # It imports torch.
+    from fd_large.ranks import distributed  # It imports torch.
 
     size = stated or local_world_size
     if distributed.world_size() % size:

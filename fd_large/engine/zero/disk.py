@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fd_large import distributed
 from fd_large.engine.zero.optimizer import kept_by
 from fd_large.engine.zero.private_names import get, replace
+from fd_large.ranks import distributed
 from fd_large.runtime import disks
 
 _STAGE_3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.engine import block_wrappers, host_memory
 from fd_large.engine.task import Task
 from fd_large.engine.zero import compiled_ops, partition
@@ -23,6 +22,7 @@ from fd_large.engine.zero.step_gate import StepGate
 from fd_large.errors import ConfigError
 from fd_large.plan.buckets import gradient_bucket
 from fd_large.plan.memory import DEFAULT_BUCKET_SIZE
+from fd_large.ranks import distributed
 from fd_large.recipes.sections import Optim
 
 log = logging.getLogger(__name__)

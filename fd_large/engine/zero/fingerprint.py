@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fd_large import distributed
 from fd_large.engine.zero.partition import is_partitioned, shard
+from fd_large.ranks import distributed
 
 _BITS = {
     torch.float32: torch.int32,

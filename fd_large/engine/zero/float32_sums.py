@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from fd_large import distributed
 from fd_large.engine.zero.gradient_buckets import Reductions, cuts
 from fd_large.engine.zero.gradient_shards import norm_of_shards
 from fd_large.engine.zero.private_names import replace
+from fd_large.ranks import distributed
 
 
 class Float32Sums:

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.engine.zero.start import deepspeed
 from fd_large.plan.buckets import MOST_OWNERS
+from fd_large.ranks import distributed
 
 MOST_COPIES = 2
 """Buckets that are on their way at a time in memory of their own."""

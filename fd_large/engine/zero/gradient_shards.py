@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fd_large import distributed
 from fd_large.engine.zero.gradient_buckets import (
     MOST_COPIES,
     InOrder,
@@ -17,6 +16,7 @@ from fd_large.engine.zero.gradient_buckets import (
     sums_have_owners,
 )
 from fd_large.engine.zero.private_names import replace
+from fd_large.ranks import distributed
 
 # Elements whose squares are summed at a time.
 _NORM_CHUNK = 1 << 16

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.engine.zero import state
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import kept_by
+from fd_large.ranks import distributed
 
 
 class LayerSlice(NamedTuple):

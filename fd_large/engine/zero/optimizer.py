@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fd_large import distributed, doors
+from fd_large import doors
 from fd_large.engine.task import Task
 from fd_large.engine.zero import compiled_ops
 from fd_large.engine.zero.lars import Lars
@@ -20,6 +20,7 @@ from fd_large.engine.zero.own_optimizer import Kept, tried
 from fd_large.engine.zero.start import deepspeed
 from fd_large.errors import ConfigError
 from fd_large.kernels.choose import has_nvidia_apex
+from fd_large.ranks import distributed
 from fd_large.recipes.sections import Optim
 
 log = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fd_large import distributed
 from fd_large.engine.zero.disk import Disk
 from fd_large.engine.zero.private_names import get
 from fd_large.engine.zero.start import deepspeed
+from fd_large.ranks import distributed
 from fd_large.weights.coverage import Fitted, covered
 
 

@@ -11,11 +11,11 @@ from types import ModuleType
 
 import torch
 
-from fd_large import distributed
 from fd_large.engine.zero import private_names
 from fd_large.engine.zero.gloo import gather_in_place, scatter_in_place
 from fd_large.imports import without
-from fd_large.launch import check_accelerator
+from fd_large.ranks import distributed
+from fd_large.ranks.launch import check_accelerator
 
 check_accelerator()
 if not torch.cuda.is_available():

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fd_large import distributed
 from fd_large.checkpoint.layout import EachTensor, FlatGroups, Layout, Span
 from fd_large.checkpoint.write import Piece
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import kept_by
 from fd_large.engine.zero.private_names import replace
+from fd_large.ranks import distributed
 
 EMA = "ema"
 """Key in the optimiser's state, and kind in a checkpoint, of the average that `ema.py` keeps."""

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.engine.zero import state
 from fd_large.engine.zero.engine import Engine
+from fd_large.ranks import distributed
 
 
 class _Part(NamedTuple):

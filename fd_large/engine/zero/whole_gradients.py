@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fd_large import distributed
 from fd_large.engine.zero.gradient_buckets import Reductions
 from fd_large.engine.zero.private_names import replace
+from fd_large.ranks import distributed
 
 
 class WholeGradients:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fd_large import activity, distributed
 from fd_large.backbones.registry import statistics_of
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.data.bad_images import BadCount, BadImages, agreed_error
@@ -24,6 +23,7 @@ from fd_large.engine.predictions import Predictions
 from fd_large.engine.student import student_weights
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
+from fd_large.ranks import activity, distributed
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.tasks.classification.mean_token import DISCARDED

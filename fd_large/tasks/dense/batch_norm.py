@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fd_large import distributed
 from fd_large.engine.float32_buffers import Float32Buffers
+from fd_large.ranks import distributed
 
 # torch's defaults, with which the published heads were trained.
 EPS, MOMENTUM = 1e-5, 0.1

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fd_large import activity, distributed
+from fd_large.ranks import activity, distributed
 from fd_large.tasks.dense.loader import TestImage, TestImages, TestViews, build_test_loader
 from fd_large.tasks.dense.pairs import PairedImages
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fd_large import distributed, meeting
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.checkpoint.read import Reader
 from fd_large.data.loader import Batch, build_loader
@@ -24,6 +23,7 @@ from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError
 from fd_large.files import out_folder
+from fd_large.ranks import distributed, meeting
 from fd_large.recipes.file_names import EVALUATED, of_step
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel, Student

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
 from fd_large.data.decode import decode
@@ -21,6 +20,7 @@ from fd_large.engine.zero import partition
 from fd_large.engine.zero.config import computes_in_bfloat16
 from fd_large.errors import DataError
 from fd_large.files import out_folder, write_json
+from fd_large.ranks import distributed
 from fd_large.weights.read import Tensors
 
 Seen = tuple[Any, str, Path]

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fd_large import distributed
+from fd_large.ranks import distributed
 
 Over = Literal["batch", "image"]
 

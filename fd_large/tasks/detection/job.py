@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fd_large import distributed, meeting
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.backbones.translation import Piece
 from fd_large.checkpoint import store, stream
@@ -25,6 +24,7 @@ from fd_large.engine.job import Job, Predicted, StoredScores, StoredStudent, tra
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError, DataError
+from fd_large.ranks import distributed, meeting
 from fd_large.recipes.file_names import EVALUATED, of_step
 from fd_large.recipes.run import Run
 from fd_large.tasks.dense.stages import LEFT_OUT

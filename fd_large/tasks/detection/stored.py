@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fd_large import activity, distributed
 from fd_large.engine.job import Predicted, StoredScores
 from fd_large.files import out_folder
+from fd_large.ranks import activity, distributed
 from fd_large.tasks.dense.geometry import resized_view, sizes_of
 from fd_large.tasks.dense.stored import Seen, predict_files
 from fd_large.tasks.detection.data.annotations import CocoSet

@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import uniforms
 from fd_large.engine.heads import make_head
 from fd_large.engine.task import Task
 from fd_large.errors import ConfigError
+from fd_large.ranks import distributed
 from fd_large.tasks.dense.pixels import normalised
 from fd_large.tasks.dense.stages import features, has_stages, pyramid_of, strides_of, strip
 from fd_large.tasks.detection.data.target import Target, Targets

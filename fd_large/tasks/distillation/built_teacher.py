@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from fd_large import distributed
 from fd_large.engine.frozen import Frozen, frozen_weights
+from fd_large.ranks import distributed
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.sections import RANDOM
 from fd_large.tasks.distillation.embedding import projection_of

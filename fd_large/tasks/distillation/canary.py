@@ -26,7 +26,7 @@ from statistics import median_low
 import torch
 from torch import Tensor
 
-from fd_large import distributed
+from fd_large.ranks import distributed
 from fd_large.runtime.hooks import Hook, Setting, Update, Verdict
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy
 
-from fd_large import distributed
 from fd_large.files import replacing
+from fd_large.ranks import distributed
 from fd_large.recipes.file_names import PICTURES
 from fd_large.runtime.hooks import Hook, Setting
 from fd_large.runtime.run_folder import written_or_logged

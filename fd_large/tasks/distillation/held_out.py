@@ -15,7 +15,6 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from fd_large import activity, distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import uniforms
@@ -25,6 +24,7 @@ from fd_large.data.views import NUM_DRAWS, ViewSettings, random_view
 from fd_large.engine.evaluation import Evaluation, Panel, evaluating
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import DataError
+from fd_large.ranks import activity, distributed
 from fd_large.tasks.distillation.alignment import Grid, resized
 from fd_large.tasks.distillation.constant_prediction import constant_prediction_losses
 from fd_large.tasks.distillation.section import MAP

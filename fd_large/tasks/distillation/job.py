@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
@@ -32,6 +31,7 @@ from fd_large.engine.job import FrozenPart, Job
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError, FDError, check_all
+from fd_large.ranks import distributed
 from fd_large.recipes.run import ONLY, Run
 from fd_large.runtime.hooks import Hook
 from fd_large.tasks.distillation import recipe_targets, target_statistics

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fd_large import activity, distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.data.labelled import LabelledImages
@@ -19,6 +18,7 @@ from fd_large.engine.evaluation import Evaluation, Panel, evaluating
 from fd_large.engine.zero.engine import Engine
 from fd_large.probes import knn
 from fd_large.probes.features import extract
+from fd_large.ranks import activity, distributed
 
 
 def knn_accuracy(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fd_large import distributed, mapped_files
+from fd_large import mapped_files
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.data.random_numbers import random_words
 from fd_large.engine.frozen import Frozen, built_from
@@ -22,6 +22,7 @@ from fd_large.engine.zero import partition
 from fd_large.engine.zero.fingerprint import fingerprint, held_fingerprint
 from fd_large.engine.zero.partition import load_weights
 from fd_large.engine.zero.start import deepspeed
+from fd_large.ranks import distributed
 from fd_large.weights.coverage import Fitted
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from fd_large import distributed
 from fd_large.data.labelled import LabelledImages
 from fd_large.data.loader import Batch, build_loader
 from fd_large.data.sampler import Portion
@@ -21,6 +20,7 @@ from fd_large.engine.student import make_student
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.fingerprint import fingerprint
 from fd_large.errors import CheckpointError, ConfigError
+from fd_large.ranks import distributed
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.runtime.hooks import Hook, Setting
 from fd_large.tasks.classification.job import ClassificationJob

@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fd_large import distributed
 from fd_large.backbones.initialization import NORMAL
 from fd_large.backbones.layers import Linear
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.data.loader import Batch
 from fd_large.engine.task import Task
+from fd_large.ranks import distributed
 from fd_large.tasks.classification.mean_token import mean_token, norm_of_mean
 from fd_large.tasks.classification.scores import summed
 from fd_large.tasks.dense.batch_norm import MOMENTUM

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fd_large import distributed
+from fd_large.ranks import distributed
 
 IGNORED = -1
 """Label of pixels that are neither learnt nor scored."""

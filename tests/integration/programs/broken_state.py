@@ -23,10 +23,10 @@ from launch import write_result
 def main(folder: Path) -> int:
     """Trains; returns the last run's exit code."""
     # After the launch's variables are read; seconds.
-    from fd_large import distributed
     from fd_large.cli import main as cli
     from fd_large.engine import opening, run
     from fd_large.engine.zero import start, state
+    from fd_large.ranks import distributed
     from fd_large.runtime.hooks import Hook, Update
 
     engines: list[Any] = []

@@ -13,9 +13,9 @@ from deepspeed.runtime.zero import partition_parameters
 from launch import write_result
 from torch import nn
 
-from fd_large import distributed
 from fd_large.backbones.registry import build
 from fd_large.engine.zero import partition, start
+from fd_large.ranks import distributed
 
 
 def main(folder: Path) -> None:

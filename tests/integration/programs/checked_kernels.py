@@ -14,10 +14,10 @@ from pathlib import Path
 from launch import write_result
 from scenarios import start_engine, take_step, tiny_run
 
-from fd_large import distributed
 from fd_large.engine.opening import check_kernels
 from fd_large.engine.zero import start
 from fd_large.kernels import choose, window_attention_launch
+from fd_large.ranks import distributed
 from fd_large.tasks.distillation.job import DistillationJob
 
 

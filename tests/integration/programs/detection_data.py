@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from launch import write_result
 
-from fd_large import distributed
 from fd_large.data.image_header import MAX_PIXELS
 from fd_large.data.sampler import Portion
+from fd_large.ranks import distributed
 from fd_large.tasks.detection.data.annotations import CocoSet, open_coco
 from fd_large.tasks.detection.data.loader import build_evaluation_loader, build_training_loader
 from fd_large.tasks.detection.data.views import LargeScaleJitter, ShortestEdge

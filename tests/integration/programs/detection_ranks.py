@@ -21,7 +21,6 @@ import torch
 from detection_batches import batch_of, narrow_run, part_of
 from launch import write_result
 
-from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import forward_backward, prepared
 from fd_large.engine.opening import engine_of
@@ -29,7 +28,8 @@ from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import partition, start
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups, set_learning_rate
-from fd_large.launch import find_launch
+from fd_large.ranks import distributed
+from fd_large.ranks.launch import find_launch
 from fd_large.recipes.run import Run
 from fd_large.tasks.detection import task
 from fd_large.tasks.detection.heads import rpn

@@ -23,13 +23,13 @@ from launch import write_result
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from unit.engine.conftest import Brightness
 
-from fd_large import distributed
 from fd_large.checkpoint import read, stream
 from fd_large.engine import checkpoints
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import partition, start
 from fd_large.engine.zero.engine import build_engine
 from fd_large.engine.zero.start import deepspeed
+from fd_large.ranks import distributed
 from fd_large.recipes.sections import Optim, Runtime
 
 T = TypeVar("T")

@@ -18,7 +18,6 @@ from launch import write_result
 from plain_steps import plain_adamw, plain_step
 from whole_weights import whole_weights
 
-from fd_large import distributed
 from fd_large.backbones.statistics import normalise
 from fd_large.data.centre_crops import central_batches
 from fd_large.data.random_numbers import drop_path_keep
@@ -35,6 +34,7 @@ from fd_large.engine.zero.optimizer import parameter_groups, set_learning_rate
 from fd_large.engine.zero.partition import load_weights
 from fd_large.probes import knn
 from fd_large.probes.features import extract, pooled
+from fd_large.ranks import distributed
 from fd_large.recipes.run import Run
 from fd_large.tasks.classification.scores import averaged
 from fd_large.tasks.finetuning.job import FineTuningJob

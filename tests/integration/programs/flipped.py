@@ -12,11 +12,11 @@ import torch
 from launch import write_result
 from twin import words
 
-from fd_large import distributed
 from fd_large.cli.ownership import owning
 from fd_large.cli.train import parse_train
 from fd_large.engine.run import train
 from fd_large.engine.zero import partition, start
+from fd_large.ranks import distributed
 from fd_large.runtime import logs
 from fd_large.runtime.hooks import Hook
 from fd_large.tasks.jobs import job_of

@@ -11,9 +11,9 @@ import torch
 from deepspeed.ops.op_builder import FusedAdamBuilder
 from launch import write_result
 
-from fd_large import distributed
 from fd_large.engine.zero import start
 from fd_large.engine.zero.optimizer import make_optimizer
+from fd_large.ranks import distributed
 from fd_large.recipes.sections import Optim
 
 

@@ -58,10 +58,10 @@ def _marked(images: Tensor, value: Any) -> Tensor:
 def main(folder: Path) -> int:
     """Trains under watch; returns the last run's exit code."""
     # After the launch's variables are read; seconds.
-    from fd_large import distributed
     from fd_large.cli import main as cli
     from fd_large.engine import job, opening, run
     from fd_large.engine.zero import partition, start, state
+    from fd_large.ranks import distributed
     from fd_large.runtime import guard
     from fd_large.runtime.hooks import Hook, Update
 

@@ -16,11 +16,12 @@ import torch
 from launch import write_result
 from tensor_storages import storages
 
-from fd_large import distributed, doors
+from fd_large import doors
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.zero import start
 from fd_large.engine.zero.optimizer import set_learning_rate
+from fd_large.ranks import distributed
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run

@@ -17,10 +17,10 @@ import torch
 from launch import ROOT, write_result
 from torch.overrides import TorchFunctionMode
 
-from fd_large import distributed
 from fd_large.cli import main as cli
 from fd_large.cli import train
 from fd_large.engine.loop import Trainer
+from fd_large.ranks import distributed
 
 READS = {
     getattr(torch.Tensor, name)

@@ -17,7 +17,6 @@ from plain_steps import plain_adamw, plain_step
 from scenarios import images_of, plain_task, schedule_of, start_engine, tiny_run
 from whole_weights import whole_weights
 
-from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import drop_path_keep
 from fd_large.engine.ema import Ema
@@ -25,6 +24,7 @@ from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.zero import start
 from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.optimizer import parameter_groups
+from fd_large.ranks import distributed
 from fd_large.recipes.run import Run
 
 UPDATES, DECAY, AVERAGE = 5, 0.6, 0.9

@@ -14,10 +14,10 @@ import time
 import torch
 import torch.distributed as dist
 
-from fd_large import distributed
 from fd_large.cli import main as cli
 from fd_large.cli import train
 from fd_large.errors import DataError
+from fd_large.ranks import distributed
 from fd_large.runtime import logs
 
 

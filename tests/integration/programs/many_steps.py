@@ -17,10 +17,10 @@ from launch import ROOT, write_result
 from scenarios import tiny_run
 from tensor_storages import storages
 
-from fd_large import distributed
 from fd_large.cli.ownership import owning
 from fd_large.engine import time_box
 from fd_large.engine.run import train
+from fd_large.ranks import distributed
 from fd_large.runtime.hooks import Hook, Update
 from fd_large.tasks.jobs import job_of
 

@@ -18,7 +18,6 @@ from launch import write_result
 from torch import Tensor
 from whole_weights import whole_weights
 
-from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.backbones.vit.vit import ViT
 from fd_large.data.loader import Batch
@@ -27,6 +26,7 @@ from fd_large.engine.frozen import Frozen
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.zero import config, start
 from fd_large.engine.zero.engine import build_engine
+from fd_large.ranks import distributed
 from fd_large.recipes import registry
 from fd_large.tasks.distillation.recipe_targets import make_target
 from fd_large.tasks.distillation.task import Distillation

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from launch import write_result
 
-from fd_large import distributed
 from fd_large.data import staging
 from fd_large.data.source import open_images
 from fd_large.engine import node_consistency
 from fd_large.errors import DataError, FDError
+from fd_large.ranks import distributed
 from fd_large.weights.source import Sources
 
 results, root, local, small, weights, other_weights = sys.argv[-6:]

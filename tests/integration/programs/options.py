@@ -22,7 +22,6 @@ from covering import Factors, Row
 from launch import read_results, run_ranks, write_result
 from pictures import write_pictures
 
-from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import Portion, updates_per_epoch
 from fd_large.engine.loop import Trainer, TrainingPlan
@@ -30,6 +29,7 @@ from fd_large.engine.opening import Opened, open_run
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.students import train_together
 from fd_large.engine.zero import start
+from fd_large.ranks import distributed
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run

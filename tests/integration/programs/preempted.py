@@ -18,11 +18,11 @@ from typing import Any
 
 from launch import write_result
 
-from fd_large import distributed
 from fd_large.checkpoint import tensor_file
 from fd_large.cli import main as cli
 from fd_large.engine import run
 from fd_large.engine.zero import start
+from fd_large.ranks import distributed
 from fd_large.runtime import preemption
 from fd_large.runtime.hooks import Hook, Setting, Update
 

@@ -18,13 +18,13 @@ from deepspeed.runtime.zero.partition_parameters import CUDAQuantizer
 from launch import write_result
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.opening import engine_of
 from fd_large.engine.zero import compiled_ops, start
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero.optimizer import set_learning_rate
+from fd_large.ranks import distributed
 from fd_large.recipes.sections import Student
 from fd_large.tasks.distillation.job import DistillationJob
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from launch import ROOT
 
-from fd_large import distributed
 from fd_large.engine.opening import open_run
+from fd_large.ranks import distributed
 from fd_large.recipes.run import Run
 from fd_large.tasks.jobs import job_of
 

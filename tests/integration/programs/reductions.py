@@ -10,8 +10,8 @@ import torch
 from launch import write_result
 from sockets import listening
 
-from fd_large import distributed
-from fd_large.launch import find_launch
+from fd_large.ranks import distributed
+from fd_large.ranks.launch import find_launch
 
 
 def sockets() -> int:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from launch import write_result
 
-from fd_large import distributed, failures
 from fd_large.cli import main as cli
 from fd_large.cli import train
+from fd_large.ranks import distributed, failures
 
 
 def wait(arguments: list[str]) -> int:

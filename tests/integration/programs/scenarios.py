@@ -27,7 +27,6 @@ from launch import write_result
 from plain_steps import plain_adamw, plain_step
 from tensor_storages import storages
 
-from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import arguments_of_step, backward
 from fd_large.engine.opening import engine_of
@@ -38,6 +37,7 @@ from fd_large.engine.zero import gloo, gradient_buckets, partition, start
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import parameter_groups, set_learning_rate
 from fd_large.plan import memory
+from fd_large.ranks import distributed
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from fd_large.launch import Launch, find_launch
+from fd_large.ranks.launch import Launch, find_launch
 
 
 def meet(launch: Launch, seconds: float = 60.0) -> list[int]:

@@ -16,10 +16,10 @@ import torch
 from launch import write_result
 from scenarios import ZERO3, start_engine, take_step, tiny_run
 
-from fd_large import distributed
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.zero import start, state
 from fd_large.engine.zero.engine import Engine
+from fd_large.ranks import distributed
 from fd_large.recipes.run import Run
 
 UPDATES, SAVED_AT = 4, 3

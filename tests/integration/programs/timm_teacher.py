@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from launch import write_result
 
-from fd_large import distributed
 from fd_large.backbones.registry import build, statistics_of
 from fd_large.engine.frozen import Frozen
 from fd_large.engine.zero import start
+from fd_large.ranks import distributed
 from fd_large.recipes.architectures import resolve
 from fd_large.tasks.distillation import teacher as sharded_teacher
 from fd_large.weights.source import Sources

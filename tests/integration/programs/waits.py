@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launch import write_result
 
-from fd_large import distributed, watch
+from fd_large.ranks import distributed, processes
 
 handler, folder = sys.argv[-2:]
 saving = False
@@ -25,13 +25,13 @@ def note(_signal: int, _frame: object) -> None:
 
 if handler != "default":
     signal.signal(signal.SIGTERM, note)
-    watch.ORPHAN_GRACE_SECONDS = 1.0
+    processes.ORPHAN_GRACE_SECONDS = 1.0
 distributed.start()
 write_result(folder, os.getpid())
 while True:
     time.sleep(0.1)
     if saving:
-        with watch.hold():
+        with processes.hold():
             time.sleep(3.0)
             (Path(folder) / f"saved_{distributed.rank()}").touch()
         saving = False

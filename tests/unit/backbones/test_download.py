@@ -10,11 +10,11 @@ import pytest
 import timm
 from pretended_ranks import World
 
-from fd_large import distributed, meeting
 from fd_large.backbones import download as download_module
 from fd_large.backbones.download import download, downloaded
 from fd_large.backbones.timm import published
 from fd_large.errors import WeightsError
+from fd_large.ranks import distributed, meeting
 from fd_large.weights.locate import locate
 
 is_offline = contextvars.ContextVar("is_offline", default=False)

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from waiting import until
 
-from fd_large import processes
 from fd_large.checkpoint import lease as leases
 from fd_large.checkpoint import owner as owners
 from fd_large.checkpoint.lease import OWNER, Lease, OwnedError, claim, living_owner
 from fd_large.checkpoint.owner import Owner
 from fd_large.errors import ConfigError
+from fd_large.ranks import processes
 
 ELSEWHERE = {"boot": "another machine", "host": "n7", "pid": 4242}
 # Ids of starts.

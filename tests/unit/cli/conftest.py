@@ -27,8 +27,8 @@ def own_process() -> Iterator[None]:
     yield
     if "fd_large.engine.zero.start" in sys.modules:
         sys.modules["fd_large.engine.zero.start"].stop()
-    if "fd_large.distributed" in sys.modules:
-        sys.modules["fd_large.distributed"].stop()
+    if "fd_large.ranks.distributed" in sys.modules:
+        sys.modules["fd_large.ranks.distributed"].stop()
     os.environ.clear()
     os.environ.update(before)
 

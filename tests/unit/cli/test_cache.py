@@ -15,7 +15,7 @@ from fd_large.cli.main import main
 from fd_large.engine import frozen_run
 from fd_large.errors import ConfigError
 from fd_large.plan.cached_targets import CachedTargets
-from fd_large.processes import SIGNALS
+from fd_large.ranks.processes import SIGNALS
 from fd_large.recipes.fields import flat
 
 TINY = [

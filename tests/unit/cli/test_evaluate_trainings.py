@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fd_large import distributed
 from fd_large.cli import evaluate
+from fd_large.ranks import distributed
 
 
 def test_a_rank_does_not_read_what_another_may_be_writing(tmp_path, monkeypatch):

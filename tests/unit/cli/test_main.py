@@ -16,7 +16,7 @@ import pytest
 from fd_large.cli import main as cli
 from fd_large.cli.train import Train, parse_train
 from fd_large.errors import ConfigError, DataError
-from fd_large.launch import RANK_VARIABLES
+from fd_large.ranks.launch import RANK_VARIABLES
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import ARCHITECTURES, FAMILIES
 from fd_large.recipes.fields import field_names
@@ -63,7 +63,7 @@ def engine(monkeypatch, tmp_path):
         return 0
 
     monkeypatch.chdir(tmp_path)  # Where the run's folder is made.
-    monkeypatch.setattr("fd_large.distributed.start", lambda launch: None)
+    monkeypatch.setattr("fd_large.ranks.distributed.start", lambda launch: None)
     module = types.ModuleType("fd_large.engine.run")
     module.train = train
     monkeypatch.setitem(sys.modules, "fd_large.engine.run", module)

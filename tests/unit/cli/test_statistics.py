@@ -9,7 +9,7 @@ import pytest
 
 from fd_large.cli import statistics
 from fd_large.cli.main import main
-from fd_large.processes import SIGNALS
+from fd_large.ranks.processes import SIGNALS
 
 
 @pytest.fixture(autouse=True)

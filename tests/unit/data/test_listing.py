@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 from pretended_ranks import World
 
-from fd_large import distributed, meeting
 from fd_large.data import listing
 from fd_large.data.folder import ImageFolder
 from fd_large.data.listing import Listing, filled, listed
+from fd_large.ranks import distributed, meeting
 
 OLD = time.time_ns() - 60 * 10**9
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fd_large import distributed
 from fd_large.data import photographs
 from fd_large.data.decode import decode
 from fd_large.data.photographs import HELD_OUT, REPEATS, TRAINING, Photographs
 from fd_large.data.source import open_images
 from fd_large.errors import DataError
+from fd_large.ranks import distributed
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["training", "held_out"])

@@ -9,13 +9,13 @@ from functools import partial
 import pytest
 from pretended_ranks import World
 
-from fd_large import meeting
 from fd_large.data import listing
 from fd_large.data import shards as shards_module
 from fd_large.data.folder import ImageFolder
 from fd_large.data.shards import TarShards
 from fd_large.data.source import open_images
 from fd_large.errors import DataError
+from fd_large.ranks import meeting
 
 
 def test_shards_are_the_data_set_that_their_folder_was(shards, picture_folder):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fd_large import distributed
 from fd_large.data.decode import decode
 from fd_large.data.suppress_stderr import suppress_stderr
+from fd_large.ranks import distributed
 
 NOISE = b"Corrupt JPEG data: 3826 extraneous bytes before marker 0xd9\n"
 

@@ -9,14 +9,14 @@ import torch
 from launch import free_port
 from torch import nn
 
-from fd_large import distributed
 from fd_large.backbones.vit.vit import ViT
 from fd_large.data.loader import Batch
 from fd_large.engine.task import Task
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import build_engine
-from fd_large.launch import Launch
+from fd_large.ranks import distributed
+from fd_large.ranks.launch import Launch
 from fd_large.recipes.sections import Optim
 
 CONFIGS = {
@@ -51,7 +51,7 @@ def one_rank():
     """Torch's process group and DeepSpeed on it, for the tests of a file."""
     before = dict(os.environ)
     patch = pytest.MonkeyPatch()
-    patch.setattr(distributed, "watch_launcher", lambda: None)
+    patch.setattr(distributed, "watch_launcher", lambda *_: None)
     # A command that failed in another test may have left its group to this process.
     start.stop()
     distributed.stop()

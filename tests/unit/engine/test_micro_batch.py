@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine import micro_batch
+from fd_large.ranks import distributed
 
 
 class FakeMemory:

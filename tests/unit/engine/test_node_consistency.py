@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fd_large import distributed
 from fd_large.engine import node_consistency
 from fd_large.engine.node_consistency import (
     Fact,
@@ -20,6 +19,7 @@ from fd_large.engine.node_consistency import (
     weights_digest,
 )
 from fd_large.errors import DataError, LaunchError, WeightsError
+from fd_large.ranks import distributed
 from fd_large.runtime import run_folder
 from fd_large.weights.source import Sources
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from loading import made
 
-from fd_large import distributed
 from fd_large.engine.student import attention_memory, make_student, student_weights
 from fd_large.errors import ConfigError, WeightsError
+from fd_large.ranks import distributed
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.sections import Student
 from fd_large.weights.source import Sources

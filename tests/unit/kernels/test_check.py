@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fd_large import distributed
 from fd_large.kernels import check, choose
+from fd_large.ranks import distributed
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 from waiting import until
 
-from fd_large import activity
-from fd_large.activity import Work
+from fd_large.ranks import activity
+from fd_large.ranks.activity import Work
 from fd_large.runtime import display, terminal
 from fd_large.runtime.display import Bar, Lines, say, shown
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from fd_large import distributed
+from fd_large.ranks import distributed
 from fd_large.runtime import logs
 
 

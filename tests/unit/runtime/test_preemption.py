@@ -14,8 +14,8 @@ from datetime import datetime
 import pytest
 from faults import watching
 
-from fd_large import distributed, watch
-from fd_large.processes import SIGNALS
+from fd_large.ranks import distributed, processes
+from fd_large.ranks.processes import SIGNALS
 from fd_large.runtime import preemption
 from fd_large.runtime.hooks import Wish
 from fd_large.runtime.preemption import Preemption
@@ -29,7 +29,7 @@ def handlers():
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     signal.set_wakeup_fd(-1)
-    watch._holds.clear()
+    processes._holds.clear()
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -108,19 +108,19 @@ def test_it_says_at_the_start_whether_a_save_fits(started, caplog):
 def test_a_next_start_and_the_watch_over_the_launcher_know_at_once(number, started):
     left = []
     hook = started(leaving=lambda: left.append(number))
-    assert (left, watch._holds) == ([], [])
+    assert (left, processes._holds) == ([], [])
     for _ in range(2):
         os.kill(os.getpid(), number)
-    assert (left, len(watch._holds)) == ([number], 1)
+    assert (left, len(processes._holds)) == ([number], 1)
     hook.on_end("preempted")
-    assert watch._holds == []
+    assert processes._holds == []
 
 
 def test_a_next_start_knows_of_a_reason_that_another_rank_has(started):
     left = []
     hook = started(leaving=lambda: left.append("leaving"))
     hook.on_stop()
-    assert (left, len(watch._holds)) == (["leaving"], 1)
+    assert (left, len(processes._holds)) == (["leaving"], 1)
     hook.on_end("preempted")
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
-from fd_large import activity
+from fd_large.ranks import activity
 from fd_large.runtime import logs, progress, terminal
 from fd_large.runtime.hooks import Update
 from fd_large.runtime.meter import Meter

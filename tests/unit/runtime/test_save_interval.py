@@ -1,6 +1,6 @@
 """A checkpoint by the clock: rank 0's, since the last one."""
 
-from fd_large import distributed
+from fd_large.ranks import distributed
 from fd_large.runtime import save_interval
 from fd_large.runtime.hooks import Wish
 from fd_large.runtime.save_interval import SaveInterval

@@ -8,13 +8,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# The log asks fd_large.distributed for the rank alone; the module itself would import torch.
+# The log asks fd_large.ranks.distributed for the rank alone; the module itself would import torch.
 START = """
 import os, sys, logging, types, warnings, subprocess
 from pathlib import Path
-import fd_large
-fd_large.distributed = sys.modules["fd_large.distributed"] = types.ModuleType("distributed")
-fd_large.distributed.rank = lambda: RANK
+from fd_large import ranks
+ranks.distributed = sys.modules["fd_large.ranks.distributed"] = types.ModuleType("distributed")
+ranks.distributed.rank = lambda: RANK
 from fd_large.runtime import logs, terminal
 terminal.take()
 logs.start(RANK)

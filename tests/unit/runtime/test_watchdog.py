@@ -10,9 +10,9 @@ import time
 import pytest
 from waiting import until
 
-from fd_large import distributed
 from fd_large.data.slow_images import at_image
 from fd_large.errors import ConfigError
+from fd_large.ranks import distributed
 from fd_large.recipes.sections import Runtime
 from fd_large.runtime import watchdog as module
 from fd_large.runtime.hooks import Update

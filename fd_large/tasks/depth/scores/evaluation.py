@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.files import write_json
+from fd_large.ranks import distributed
 from fd_large.tasks.dense.evaluation import (
     SCORES,
     Drawn,

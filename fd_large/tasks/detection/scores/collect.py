@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.errors import DataError
 from fd_large.files import write_json
+from fd_large.ranks import distributed
 from fd_large.tasks.detection.data import masks
 from fd_large.tasks.detection.heads.selection import Detections
 from fd_large.tasks.detection.scores.results import Result, shard_of, write_results

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from fd_large import activity, distributed
 from fd_large.files import kind_of
+from fd_large.ranks import activity, distributed
 from fd_large.recipes.file_names import STEP
 from fd_large.tasks.detection.data.annotations import CocoSet
 from fd_large.tasks.detection.data.loader import build_evaluation_loader

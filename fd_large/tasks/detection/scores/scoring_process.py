@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
-from fd_large import distributed
 from fd_large.engine.evaluation import Pending, awaited
 from fd_large.errors import DataError
 from fd_large.files import parse_json
 from fd_large.imports import environ_of_program
+from fd_large.ranks import distributed
 from fd_large.tasks.detection.scores.results import SHARDS
 from fd_large.tasks.detection.scores.score_shards import NOTE, Request, Scored
 from fd_large.tasks.detection.scores.scoring import Scores

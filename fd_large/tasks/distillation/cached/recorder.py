@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.data.loader import Beside
+from fd_large.ranks import distributed
 from fd_large.tasks.distillation.cached.files import CacheReader, CacheWriter, Record
 from fd_large.tasks.distillation.cached.precision import Stored, encode, num_scales
 from fd_large.tasks.distillation.cached.teacher import CachedTeacher, header_of

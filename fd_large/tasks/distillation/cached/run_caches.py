@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fd_large import meeting
 from fd_large.data.source import ImageSource
 from fd_large.data.views import ViewSettings
+from fd_large.ranks import meeting
 from fd_large.recipes.fields import require
 from fd_large.tasks.distillation.cached import held_out as cached_held_out
 from fd_large.tasks.distillation.cached.files import CacheReader, Header

@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.data.source import ImageSource
 from fd_large.data.views import FixedViews, ViewSettings
 from fd_large.errors import CacheError, ConfigError
+from fd_large.ranks import distributed
 from fd_large.recipes.fields import from_plain, plain
 from fd_large.recipes.sections import AUTO, Batch
 from fd_large.tasks.distillation.cached.files import (

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fd_large import activity, distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.data.bad_images import BadImages, limit_error, past_limit
 from fd_large.data.loader import load_batches
 from fd_large.errors import CacheError
+from fd_large.ranks import activity, distributed
 from fd_large.tasks.distillation.cached.files import CacheWriter, Record
 from fd_large.tasks.distillation.cached.precision import Stored, encode
 from fd_large.tasks.distillation.cached.views import Place, ViewsToStore

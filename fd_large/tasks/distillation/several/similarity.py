@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fd_large import distributed
 from fd_large.engine.float32_buffers import Float32Buffers
 from fd_large.engine.parts import Part
+from fd_large.ranks import distributed
 from fd_large.tasks.distillation.losses import Loss
 
 TEMPERATURE = 0.07

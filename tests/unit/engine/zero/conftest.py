@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fd_large import distributed
 from fd_large.engine.zero.start import deepspeed
+from fd_large.ranks import distributed
 
 
 @pytest.fixture

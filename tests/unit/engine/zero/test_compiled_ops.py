@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fd_large import distributed
 from fd_large.engine.zero import compiled_ops
+from fd_large.ranks import distributed
 
 # As torch.utils.cpp_extension.load: the library appears under a lock that it waits for.
 COMPILER = textwrap.dedent(

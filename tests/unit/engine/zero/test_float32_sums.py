@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fd_large import distributed
 from fd_large.engine.zero.float32_sums import Float32Sums
+from fd_large.ranks import distributed
 
 
 class Bf16Optimizer:

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fd_large import distributed
 from fd_large.engine.zero import gradient_buckets
 from fd_large.engine.zero.gradient_shards import OwnedShards, norm_of_shards
+from fd_large.ranks import distributed
 
 
 class ZeroOptimizer:

@@ -9,11 +9,12 @@ import torch
 from detection_batches import NUM_CLASSES, batch_of, narrow_run, part_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from fd_large import distributed, doors
+from fd_large import doors
 from fd_large.backbones.registry import build
 from fd_large.engine.zero.optimizer import parameter_groups
 from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, WeightsError
+from fd_large.ranks import distributed
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.sections import Student

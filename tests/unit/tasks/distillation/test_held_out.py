@@ -10,11 +10,11 @@ import tiny_runs
 import torch
 from PIL import Image
 
-from fd_large import distributed
 from fd_large.data.source import open_images
 from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Interrupted
 from fd_large.errors import DataError
+from fd_large.ranks import distributed
 from fd_large.tasks.distillation.held_out import Crops, HeldOutViews
 
 SETTINGS = ViewSettings(32, 0.5, 10**7, 0.0, 0.0)

@@ -2,7 +2,6 @@ import pretended_ranks
 import pytest
 import torch
 
-from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, normalise
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.backbones.vit.vit import ViT
@@ -10,6 +9,7 @@ from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import arguments_of_step
 from fd_large.engine.frozen import Frozen
 from fd_large.errors import ConfigError
+from fd_large.ranks import distributed
 from fd_large.tasks.distillation.heads.map_head import Maps
 from fd_large.tasks.distillation.held_out import feature_panel
 from fd_large.tasks.distillation.job import composed

@@ -15,9 +15,9 @@ from coco import annotation, square, write_set
 from pretended_ranks import World
 from pycocotools.coco import COCO
 
-from fd_large import meeting
 from fd_large.data import listing
 from fd_large.errors import ConfigError, DataError
+from fd_large.ranks import meeting
 from fd_large.tasks.detection.data import annotations as annotations_module
 from fd_large.tasks.detection.data import masks
 from fd_large.tasks.detection.data.annotations import open_coco

@@ -7,8 +7,8 @@ import pytest
 import torch
 from detection_batches import boxes
 
-from fd_large import distributed
 from fd_large.errors import DataError
+from fd_large.ranks import distributed
 from fd_large.tasks.detection.data import masks
 from fd_large.tasks.detection.heads.selection import Detections
 from fd_large.tasks.detection.scores.collect import keep_shard, paste, to_results

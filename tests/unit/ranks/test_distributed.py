@@ -9,9 +9,9 @@ import sockets
 import torch
 import torch.distributed as dist
 
-from fd_large import distributed
 from fd_large.errors import ConfigError, LaunchError
-from fd_large.launch import find_launch
+from fd_large.ranks import distributed
+from fd_large.ranks.launch import find_launch
 
 
 def test_without_a_group_there_is_one_rank() -> None:
@@ -66,7 +66,7 @@ def test_the_group_of_one_rank_copies_and_has_no_socket(monkeypatch: pytest.Monk
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
         # Given back after the test, in which `start` writes them.
         monkeypatch.setenv(name, "")
-    monkeypatch.setattr(distributed, "watch_launcher", lambda: None)
+    monkeypatch.setattr(distributed, "watch_launcher", lambda *_: None)
     before = sockets.listening()
     distributed.stop()
     distributed.start(find_launch({}))

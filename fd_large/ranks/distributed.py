@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from fd_large import failures
 from fd_large.errors import ConfigError, FDError, LaunchError, first_line
 from fd_large.files import parse_json
-from fd_large.launch import LOOPBACK, Launch, find_launch, read_token
-from fd_large.watch import nearest_launcher, watch_launcher
+from fd_large.ranks import failures
+from fd_large.ranks.launch import LOOPBACK, Launch, find_launch, read_token
+from fd_large.ranks.processes import nearest_launcher, watch_launcher
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ def start(
             "Unset the variable to train on CPUs, or see what the doctor says of devices."
         )
     # As early as possible: a launcher that ends before this is not noticed.
-    watch_launcher()
+    watch_launcher(failures.tell, failures.LONGEST_WAIT_SECONDS)
     raise_open_files()
     # gloo connects two ranks when one first sends to the other. Otherwise every rank would hold a
     # connection to every other, once for each group of all ranks.

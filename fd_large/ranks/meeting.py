@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from fd_large import distributed
 from fd_large.errors import FDError, LostRankError
+from fd_large.ranks import distributed
 
 T = TypeVar("T")
 

@@ -25,11 +25,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from fd_large import processes
 from fd_large.errors import Exit, FDError, printable, without_secrets
 from fd_large.files import kind_of, parse_json, write_json
-from fd_large.launch import find_rank, is_first_of_node
-from fd_large.processes import briefly
+from fd_large.ranks import processes
+from fd_large.ranks.launch import find_rank, is_first_of_node
+from fd_large.ranks.processes import briefly
 
 log = logging.getLogger(__name__)
 

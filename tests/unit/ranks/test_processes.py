@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
-from fd_large import processes
 from fd_large.errors import ConfigError
-from fd_large.processes import HIDDEN, briefly, check_workers, started, status
+from fd_large.ranks import processes
+from fd_large.ranks.processes import HIDDEN, briefly, check_workers, started, status
 
 
 def test_a_process_and_its_parent() -> None:
@@ -77,3 +78,42 @@ def test_a_call_that_hangs_is_left_behind() -> None:
     goes_on.set()
     briefly(done.append, 1, seconds=60)
     assert done == [1]
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("/v/bin/python3 /v/bin/deepspeed --num_gpus 8 train.py", "deepspeed"),
+        ("/v/bin/python3 -u -m deepspeed.launcher.launch --x", "deepspeed.launcher.launch"),
+        ("python -m torch.distributed.run train.py", "torch.distributed.run"),
+        ("python -W ignore -X dev /v/bin/torchrun train.py", "torchrun"),
+        ("/v/bin/mpirun -n 2 python train.py", "mpirun"),
+        ("/v/bin/hydra_pmi_proxy --control-port vm:1", "hydra_pmi_proxy"),
+        ("python train.py deepspeed", None),
+        ("python -c mpirun", None),
+        ("bash -c deepspeed train.py", None),
+        ("vim deepspeed", None),
+        ("python", None),
+        ("", None),
+    ],
+)
+def test_launchers_are_known_by_their_command_line(command: str, name: str | None) -> None:
+    assert processes._launcher_name(command.split(" ")) == name
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_the_line_of_ancestors_changes_when_one_of_them_ends() -> None:
+    assert next(processes._ancestors()) == os.getppid()
+    # A process whose parent ends at once: its line is another one then.
+    lines = (
+        "import os, time; from fd_large.ranks import processes\n"
+        "above = list(processes._ancestors())\n"
+        "read, write = os.pipe()\n"
+        "if os.fork(): os.read(read, 1); os._exit(0)\n"
+        "assert list(processes._ancestors())[1:] == above\n"
+        "parent = os.getppid(); os.write(write, b'.')\n"
+        "while os.getppid() == parent: time.sleep(0.01)\n"
+        "print(next(processes._ancestors()) != parent)"
+    )
+    told = subprocess.run([sys.executable, "-c", lines], stdout=subprocess.PIPE, text=True)
+    assert told.stdout == "True\n"

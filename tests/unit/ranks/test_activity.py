@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fd_large import activity
-from fd_large.activity import Work, clock, counted, current, describe, work
+from fd_large.ranks import activity
+from fd_large.ranks.activity import Work, clock, counted, current, describe, work
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from fd_large.errors import LaunchError
-from fd_large.launch import Launch, check_accelerator, find_launch, first_slurm_host, read_token
+from fd_large.ranks.launch import (
+    Launch,
+    check_accelerator,
+    find_launch,
+    first_slurm_host,
+    read_token,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,8 +8,8 @@ import time
 import pytest
 from pretended_ranks import World
 
-from fd_large import distributed, meeting
 from fd_large.errors import DataError, LostRankError
+from fd_large.ranks import distributed, meeting
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from waiting import until
 
-from fd_large import failures
 from fd_large.errors import Exit
-from fd_large.failures import Watch, write_exit_file
+from fd_large.ranks import failures
+from fd_large.ranks.failures import Watch, write_exit_file
 
 
 class Store:
