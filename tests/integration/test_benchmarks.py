@@ -8,18 +8,11 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny_runs
 from launch import ROOT
-
-from fd_large.data.source import open_images
-from fd_large.tasks.distillation.held_out import Crops, HeldOutViews
-from fd_large.tasks.distillation.job import DistillationJob
-from fd_large.weights.source import Sources
 
 BENCHMARKS = ROOT / "benchmarks"
 ENGINE = ("zero0", "zero1", "zero2", "zero3")
@@ -140,32 +133,6 @@ def test_a_folder_that_is_no_checkout_is_said_so(tmp_path: Path, monkeypatch) ->
     unavailable = importlib.import_module("contenders").Unavailable
     with pytest.raises(unavailable, match=r"peer-repo: no models/feature_distillation\.py in"):
         peer_module.build_peer(SimpleNamespace(peer_repo=tmp_path))
-
-
-def test_mode_switching_holds_a_runs_heads_against_its_teachers(
-    tmp_path: Path, monkeypatch
-) -> None:
-    run = tiny_runs.tiny_run()
-    held_out = replace(run.eval, root="builtin:photographs-held-out")
-    run = DistillationJob(replace(run, eval=held_out)).settle(Sources())
-    task = tiny_runs.tiny_task(run)
-    tiny_runs.store_task(tmp_path / "one", run, task)
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    out = tmp_path / "found.json"
-    words = [tmp_path / "one", "--sizes", 32, 48, "--views", 4, "--out", out]
-    monkeypatch.setattr(sys, "argv", ["mode_switching.py", *map(str, words)])
-    assert importlib.import_module("mode_switching").main() == 0
-    found = json.loads(out.read_text())["runs"]["one"]
-    assert found["trained_at"] == [32]
-    sizes = found["targets"][""]
-    assert sizes["32"]["loss"] != sizes["48"]["loss"]
-    # At its own size, the run's own figure.
-    crops = Crops(open_images(held_out.root), 4, DistillationJob(run).view_settings(), seed=0)
-    engine = SimpleNamespace(task=task, deepspeed=task)
-    own = HeldOutViews("own", crops, micro_batch_size=4).measure(engine, lambda: None)
-    assert sizes["32"]["loss"] == pytest.approx(own["own_loss"], rel=1e-5)
-    assert sizes["32"]["cosine"] == pytest.approx(own["own_cosine"], rel=1e-4)
-    assert out.with_suffix(".png").stat().st_size > 10_000
 
 
 SRUN = """#!/bin/bash
