@@ -207,13 +207,13 @@ def _score_run(own: Evaluate, changes: Mapping[str, Any]) -> int:
     from fd_large.ranks import distributed
     from fd_large.report.evaluation_page import write_evaluation_page
     from fd_large.runtime import logs
-    from fd_large.tasks.jobs import job_of
+    from fd_large.tasks.jobs import job_of, stored_run_of
 
     launch = distributed.start()
     logs.start(launch.rank)
     full_float32(distributed.device())
     reader = stream.newest_of_main(path, where="evaluate")
-    scores = job_of(run).score_stored(reader, Path(own.out))
+    scores = stored_run_of(job_of(run)).score(reader, Path(own.out))
     console = tables()
     for table in scores.tables:
         console.print(table)

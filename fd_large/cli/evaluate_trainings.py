@@ -47,8 +47,9 @@ def train_models(
     Returns: The exit code of the first training that fails; 0 if none does.
     """
     from fd_large.engine.find_model import slug
+    from fd_large.engine.predictions import Predictions
     from fd_large.ranks import distributed
-    from fd_large.tasks.jobs import job_class
+    from fd_large.tasks.jobs import transfer_of
 
     if "runtime.run_dir" in changes and (own.sweep or not len(models) == own.seeds == 1):
         raise ConfigError(
@@ -58,9 +59,11 @@ def train_models(
     if own.sweep:
         check_fields(changes)
     config = own.deepspeed_config or "zero1"
-    job = job_class(kind.name)
+    transfer = transfer_of(kind.name)
     bases = [
-        registry.get(own.recipe or job.recipe_for(model.architecture, run_recipe=run_recipe(model)))
+        registry.get(
+            own.recipe or transfer.recipe_for(model.architecture, run_recipe=run_recipe(model))
+        )
         for model in models
     ]
     for base in bases:
@@ -74,7 +77,7 @@ def train_models(
 
     def train(run: Run) -> Trained:
         code, summary = recorded_runs.train(run, config)
-        return Trained(code) if code else Trained(0, *job.compared(summary))
+        return Trained(code) if code else Trained(0, *transfer.compared(summary))
 
     if own.sweep:
         code = _sweep(rows, recipes, own, train)
@@ -92,7 +95,7 @@ def train_models(
                 return distributed.leave(code)
             row.values.append(accuracy)
             row.details.append({"run": str(where), **details})
-            if distributed.is_main() and (found := job.predictions(where)):
+            if distributed.is_main() and (found := Predictions.read(where)):
                 row.predicted.append(found.predicted)
                 row.labels = found.labels
     grid = {"sweep_rates": list(own.sweep_rates), "sweep_decays": list(own.sweep_decays)}
@@ -148,7 +151,7 @@ def _sweep(
 
 
 def run_recipe(model: NamedModel) -> str | None:
-    """Returns the name of the recipe of a named model's run, as `Job.recipe_for` takes it."""
+    """Returns the name of the recipe of a named model's run, as `Transfer.recipe_for` takes it."""
     if model.trained_by:
         return model.trained_by.run.name
     return "" if model.section.source == RANDOM else None
@@ -164,10 +167,11 @@ def started_from(model: NamedModel, base: Run, changes: Mapping[str, Any]) -> Ru
 
     Raises: ConfigError: for a field that does not exist, or that the model decides.
     """
-    from fd_large.tasks.jobs import job_of
+    from fd_large.tasks.jobs import transfer_of
 
     names = [name.removeprefix("student.") for name in changes if name.startswith("student.")]
-    started = job_of(override(base, changes)).starting_from(
+    started = transfer_of(base.task.name).starting_from(
+        override(base, changes),
         model.section,
         image_size=model.image_size,
         trained_as=model.trained_by.run.student if model.trained_by else None,

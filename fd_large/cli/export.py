@@ -137,19 +137,19 @@ def export(
     from fd_large.backbones.registry import parameter_shapes
     from fd_large.checkpoint import stream
     from fd_large.engine.checkpoint_models import student_tensors
-    from fd_large.tasks.jobs import job_of
+    from fd_large.tasks.jobs import job_of, stored_run_of
     from fd_large.weights import export as exports
+    from fd_large.weights import model_card
     from fd_large.weights.graph_export import check_packages, export_graph
-    from fd_large.weights.model_card import ExportedStudent
     from fd_large.weights.push import check_push
 
     folder, size = Path(run), exports.parse_size(shard_size)
     recipe = read_recipe(run_of_checkpoint(folder), where="export")
     job = job_of(recipe)
-    student = job.stored_student()
+    stored, student = stored_run_of(job), job.stored_student()
     sizes = recipe.student.sizes()
     architecture = exports.resized(student.architecture, image_size)
-    into = job.exported_into(architecture, to)
+    into = stored.exported_into(architecture, to)
     check_packages(to)
     check_out(Path(out), where="export")
     if repository:
@@ -160,9 +160,10 @@ def export(
     def write() -> tuple[int, list[Path]]:
         reader = stream.newest(folder, where="export")
         tensors = student_tensors(reader, student)
-        beside = job.exported_beside(reader, shapes, to)
-        card = job.model_card(
-            ExportedStudent(
+        beside = stored.exported_beside(reader, shapes, to)
+        card = model_card.card(
+            recipe.to_dict(),
+            model_card.ExportedStudent(
                 architecture=architecture,
                 statistics=student.statistics,
                 into=into,
@@ -174,7 +175,8 @@ def export(
                 repository=repository,
                 licence=licence,
                 base_model=base_model,
-            )
+            ),
+            stored.learned(reader.manifest, to),
         )
         own = ((name, tensors[name]) for name in shapes)
         if into is None:
@@ -202,7 +204,7 @@ def export(
                 statistics=student.statistics,
                 shard_size=size,
                 card=card,
-                beside=lambda folder: job.export_heads(reader, folder / exports.HEADS, size),
+                beside=lambda folder: stored.export_heads(reader, folder / exports.HEADS, size),
             )
         return reader.manifest["update"], files
 

@@ -17,7 +17,7 @@ from fd_large.recipes.fields import require
 from fd_large.recipes.stored import read_recipe, run_of_checkpoint
 
 if TYPE_CHECKING:
-    from fd_large.engine.job import Predicted
+    from fd_large.tasks.stored_run import Predicted
 
 LEAST_SCORE = 0.5
 
@@ -91,8 +91,9 @@ def predict(
     check_out(out, where="--out", holds="folder")
     # Importing torch takes seconds.
     from fd_large.checkpoint import stream
-    from fd_large.tasks.jobs import job_of
+    from fd_large.tasks.jobs import job_of, stored_run_of
 
     reader = stream.newest(Path(run), where="predict")
     least_score = LEAST_SCORE if score is None else score
-    return job_of(recipe).predict(reader, images, Path(out), least_score=least_score)
+    stored = stored_run_of(job_of(recipe))
+    return stored.predict(reader, images, Path(out), least_score=least_score)

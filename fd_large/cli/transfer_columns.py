@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from fd_large.recipes import registry
 from fd_large.recipes.dataset_sizes import ADE20K, COCO, IMAGENET, NYUV2
 from fd_large.recipes.family import FamilyArchitecture
-from fd_large.tasks.finetuning.recipe_name import recipe_name
+from fd_large.tasks.classification.recipe_name import recipe_name
 
 ColumnName = Literal["finetune", "linear", "ade20k", "coco", "nyuv2"]
 Figures = tuple[float, ...]
@@ -64,7 +64,7 @@ class Column(NamedTuple):
         title: Words for it.
         images: Training images of the published dataset, which decide the steps of an epoch.
         scores: What is measured.
-        recipe: (a model's architecture, `run_recipe` as in `Job.recipe_for`) -> name of a recipe.
+        recipe: (a model's architecture, `run_recipe` as in `Transfer.recipe_for`) -> its name.
         published: The paper's figures, by the recipe of the distillation.
     """
 

@@ -17,12 +17,12 @@ from fd_large.checkpoint import stream
 from fd_large.diagnose.sample import Sample
 from fd_large.engine.checkpoint_models import stored_task
 from fd_large.engine.find_model import NamedModel, find_model
-from fd_large.engine.job import Job
 from fd_large.engine.task import Task
 from fd_large.errors import DataError, WeightsError
 from fd_large.ranks import distributed
 from fd_large.recipes.sections import RANDOM
-from fd_large.tasks.jobs import job_of
+from fd_large.tasks.jobs import job_of, stored_run_of
+from fd_large.tasks.stored_run import StoredRun
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def load_model(source: str, sample: Sample) -> LoadedModel:
     """Builds a model with its weights, in float32, on this process's device.
 
     The loss of a run's task is computed besides the change of the model's own map where the task
-    says how (`Job.loss_name`), and the images have the classes that it needs.
+    says how (`StoredRun.loss_name`), and the images have the classes that it needs.
 
     Args:
         source: See `find_model`.
@@ -96,17 +96,18 @@ def load_model(source: str, sample: Sample) -> LoadedModel:
     """
     named = find_model(source, job_of)
     job = named.trained_by
+    stored = stored_run_of(job) if job is not None else None
     is_random = named.section.source == RANDOM
     task, losses, left_out = None, [], ""
-    if job is not None and job.loss_name and not is_random:
+    if stored is not None and stored.loss_name and not is_random:
         try:
-            task, loss = _of_task(named, job, sample)
+            task, loss = _of_task(named, stored, sample)
             losses.append(loss)
         except (DataError, WeightsError) as error:  # They may be gone. Code of its own is refused.
-            left_out = f"{job.loss_name} is left out: {error}"
+            left_out = f"{stored.loss_name} is left out: {error}"
             log.warning("%s: %s", named.label, left_out)
-    if task is not None and job is not None and not (stored := job.stored_student()).absent:
-        backbone, statistics = task.student, stored.statistics
+    if task is not None and job is not None and not (own := job.stored_student()).absent:
+        backbone, statistics = task.student, own.statistics
     else:
         backbone, statistics = named.build()
     backbone.eval()
@@ -129,10 +130,10 @@ def load_model(source: str, sample: Sample) -> LoadedModel:
     )
 
 
-def _of_task(named: NamedModel, job: Job, sample: Sample) -> tuple[Task, Loss]:
+def _of_task(named: NamedModel, stored: StoredRun, sample: Sample) -> tuple[Task, Loss]:
     """The task of the run whose student a model is, and the loss that it was trained by."""
     # Its weights come from the checkpoint; what they started from may be gone.
-    run = job.in_one_process()
+    run = stored.run.in_one_process()
     run = replace(
         run,
         student=replace(run.student, init=""),
@@ -140,7 +141,8 @@ def _of_task(named: NamedModel, job: Job, sample: Sample) -> tuple[Task, Loss]:
     )
     job = job_of(job_of(run).settle(named.weights))
     job.weights = named.weights
-    classes = job.classes()
+    stored = stored_run_of(job)
+    classes = stored.classes()
     known = None if classes is None else torch.from_numpy(sample.labels(classes))
     job.build(bfloat16=False, node_size=1, persistence_threshold=0)
     assert named.checkpoint is not None  # It is a run's student.
@@ -150,13 +152,13 @@ def _of_task(named: NamedModel, job: Job, sample: Sample) -> tuple[Task, Loss]:
 
     def on(images: Tensor, numbers: Sequence[int]) -> Measure:
         labels = None if known is None else known[list(numbers)].to(images.device)
-        return job.losses_on(task, images, labels)
+        return stored.losses_on(task, images, labels)
 
     # A run's own objective has a teacher, whose maps no other run's loss has: only labels are the
     # same for several runs.
     comparable = named.source
     if classes is not None:
-        comparable = f"{job.loss_name} {sha256(repr(classes).encode()).hexdigest()[:16]}"
+        comparable = f"{stored.loss_name} {sha256(repr(classes).encode()).hexdigest()[:16]}"
     return task, Loss(comparable, task, on)
 
 

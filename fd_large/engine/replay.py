@@ -265,7 +265,7 @@ def _job(folder: Path, job_of: JobOf) -> Job:
             f"{job.run.task.name}, expected one that learns from images alone. Look at the layers "
             "that the incident names."
         )
-    run = job.in_one_process()
+    run = job.run.in_one_process()
     # In the run's own precision, wherever it is replayed: bfloat16 rounds.
     config = _object(folder / DEEPSPEED)
     precision = "bfloat16" if config.get("bf16", {}).get("enabled") else "float32"

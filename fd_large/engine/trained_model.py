@@ -31,7 +31,7 @@ class TrainedModel(nn.Module):
         statistics: The normalisation of its images.
         image_size: Side of the images that it was trained with, in pixels.
         source: Where its weights come from.
-        heads: Reads the heads that guess teachers' maps, by name; see `Job.stored_heads`.
+        heads: Reads the heads that guess teachers' maps, by name; see `StoredRun.heads`.
 
     Attributes:
         backbone: The module.

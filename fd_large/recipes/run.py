@@ -174,7 +174,8 @@ _TEACHERS_NAME = re.compile(r"[a-z][a-z0-9_]*(?<!_summary)")
 # RUN#NAME means something else already.
 _TAKEN = ("student", "scratch", "projector")
 
-# What a job may complete once weights are open (`Job.settle`); a run's folder holds it completed.
+# What a job may complete once weights are open (`TrainingJob.settle`); a run's folder holds it
+# completed.
 _COMPLETED_BY_WEIGHTS = (
     "student",
     "teacher",
@@ -362,6 +363,11 @@ class Run:
             return replace(self, teachers=teachers)
         teacher, objective = teachers[ONLY].parted()
         return replace(self, teacher=teacher, objective=objective)
+
+    def in_one_process(self) -> Run:
+        """Returns the run for a single process: its teachers are whole."""
+        entries = self.taught_by.items()
+        return self.with_taught_by({n: replace(e, placement="replicated") for n, e in entries})
 
     def with_fields(self, values: Mapping[str, Any]) -> Run:
         """Returns the run with other values of some fields, {"optim.base_lr": 1e-4, ...}.

@@ -28,20 +28,25 @@ class TaskKind:
         name: Its name in a recipe (`task.name`). A task of the user's own is named there by the
             door that leads to it, and this is the name of its section alone.
         folder: Its folder in `tasks/`; empty for a task of the user's own.
-        job: Name of its class in the folder's `job.py`; the class itself for a task of the user's
-            own.
+        job: The class of its jobs (`TrainingJob` in engine/job.py), which the engine trains: its
+            dotted name in tasks/, or the class itself for a task of the user's own. This face every
+            task has; all three are imported when they are first asked for.
+        stored: The class of its stored runs (`StoredRun` in tasks/stored_run.py), named as `job`;
+            empty: commands export the student of such a run, and nothing else.
+        transfer: The class by which its trainings begin from named models (`Transfer` in
+            tasks/transfer.py), named as `job`; empty: they do not.
         title: Words for it in tables and plots; empty: its name.
         section: Dataclass of its own settings, `task.NAME.FIELD`; None if it has none.
         sections: Names of the recipe's sections that are read by this task and not by all.
         may_change: Fields of its own, section.field, that a resume may change: they do not change
             the result.
-        scores_runs: Whether its job scores a stored run (`Job.score_stored`); `evaluate RUN` then
-            does that unless another test is named.
+        scores_runs: Whether a stored run is scored by itself (`StoredRun.score`); `evaluate RUN`
+            then does that unless another test is named.
         scoring_fields: Fields of the recipe, section.field, that such an evaluation may change,
             besides those of the images.
         predicts_scores: Whether `predict` gives each thing that it finds a score.
-        trains_models: Whether `evaluate` trains named models by it (`Job.recipe_for`,
-            `Job.starting_from`, `Job.compared`).
+        trains_models: Whether `evaluate` trains named models by it and compares them
+            (`Transfer.recipe_for`, `Transfer.compared`).
         depends_on_passes: Whether the images of one pass decide the result, by batch norms; then
             the micro batch does too.
         scored_files: Flags of `evaluate` that name files of results which are scored without a
@@ -52,7 +57,7 @@ class TaskKind:
         check_names: Refuses names that stand for nothing in a recipe of the task, such as that of a
             loss, as far as that shows without torch; None: what it names is found when it is made.
         metrics: The words for what evaluations of a recipe of the task measure, "SET/METRIC" ->
-            words, as `Job.metrics` has them; None: only its job knows.
+            words, as `TrainingJob.metrics` has them; None: only its job knows.
         next_steps: What is worth running after a run of it: why, and the words after the program's
             name, in which {run} is the run's folder, {data.root} its images, {library} a library
             that has its student, and the word {teachers} stands for RUN#NAME of each teacher.
@@ -61,6 +66,8 @@ class TaskKind:
     name: str
     folder: str = ""
     job: str | Callable[[Any], Any]
+    stored: str | Callable[[Any], Any] = ""
+    transfer: str = ""
     title: str = ""
     section: type | None = None
     sections: tuple[str, ...] = ()
@@ -82,7 +89,7 @@ def check_metric(metric: str, known: Mapping[str, str]) -> None:
 
     Args:
         metric: The name in the recipe.
-        known: As `Job.metrics`.
+        known: As `TrainingJob.metrics`.
 
     Raises: ConfigError: with the nearest names.
     """

@@ -78,7 +78,7 @@ class Setting:
 
     Attributes:
         folder: The run's folder.
-        facts: First entries of summary.json (`Job.summary`).
+        facts: First entries of summary.json (`TrainingJob.summary`).
         first_update: Steps done before this start, after which the run goes on.
         total_updates: Steps of the whole run.
         max_seconds: Time limit of the run in seconds, which sets its number of steps (at most
@@ -94,9 +94,9 @@ class Setting:
         checkpoint_bytes: Size of a whole checkpoint, over all ranks.
         start: Id of this start of the run.
         owned: Returns whether this start still owns the folder.
-        metrics: The words for what evaluations measure (`Job.metrics`).
+        metrics: The words for what evaluations measure (`TrainingJob.metrics`).
         evaluated: Numbers of the first evaluation and the newest of every name -> their entries of
-            summary.json (`Job.evaluated`).
+            summary.json (`TrainingJob.evaluated`).
         name_of: A sample's place in the listing -> where it lies.
     """
 

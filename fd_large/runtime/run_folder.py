@@ -93,7 +93,7 @@ def write_environment(
         folder: The run's folder.
         deepspeed_config: The JSON that DeepSpeed got.
         launcher: What started the ranks.
-        metrics: The words for what evaluations measure (`Job.metrics`), for the report.
+        metrics: The words for what evaluations measure (`TrainingJob.metrics`), for the report.
     """
     if not distributed.is_main():
         return

@@ -1,4 +1,7 @@
-"""Makes the job that carries out the task of a recipe."""
+"""Finds the three faces of a task: its job, its stored runs, its transfer.
+
+Each is imported when it is first asked for, from the class that the task's `TaskKind` names.
+"""
 
 from __future__ import annotations
 
@@ -12,55 +15,88 @@ from torch import nn
 
 from fd_large import doors, files
 from fd_large.checkpoint import stream
-from fd_large.engine.job import Job
+from fd_large.engine.job import TrainingJob
 from fd_large.errors import ConfigError, FDError
 from fd_large.recipes.run import Run
 from fd_large.tasks.registry import TASKS, kind_of
+from fd_large.tasks.stored_run import StoredRun
+from fd_large.tasks.transfer import Transfer
 from fd_large.weights.export import HEADS
 from fd_large.weights.read import read_json
 
 # What a job does without a collective, and without a model in memory.
 _BEFORE_A_RUN = ("settle", "open_samples", "check", "parameter_sizes", "trained_sizes")
+# What a job of earlier versions had for commands that ask `StoredRun` now.
+_OF_A_STORED_RUN = {
+    "score_stored": "score",
+    "stored_heads": "heads",
+    **{name: name for name in ("predict", "learned", "exported_into", "losses_on")},
+}
 
 
-def job_class(task: str) -> type[Job]:
-    """Returns the class of the jobs of a task; imports that task only.
-
-    Raises: ConfigError: if it is code of the user's own that cannot be imported.
-    """
-    kind = kind_of(task)
-    if callable(kind.job):
-        return kind.job
-    return getattr(import_module(f"fd_large.tasks.{kind.folder}.job"), kind.job)
-
-
-def job_of(recipe: Run | Mapping[str, Any]) -> Job:
+def job_of(recipe: Run | Mapping[str, Any]) -> TrainingJob:
     """Makes the job of a recipe's task.
 
     Args:
         recipe: The recipe, or what recipe.json and manifests hold of it.
 
-    Raises: ConfigError: as `job_class`; if a stored recipe cannot be read, or the user's own job
-        fails, here or in what it does before a run.
+    Raises: ConfigError: if the task is code of the user's own that cannot be imported; if a stored
+        recipe cannot be read, or the user's own job fails, here or in what it does before a run.
     """
     run = recipe if isinstance(recipe, Run) else Run.from_dict(recipe)
     name = run.task.name
-    make = job_class(name)
+    make = _class_of(kind_of(name).job)
     if name in TASKS:
         return make(run)
     job = _said(name, make)(run)
-    if not isinstance(job, Job):
+    if not isinstance(job, TrainingJob):
         raise ConfigError(
             f"task.name: no job; got {type(job).__name__} from {name}, expected a subclass of "
-            "fd_large.engine.job.Job. docs/extending.md shows one."
+            "fd_large.engine.job.TrainingJob. docs/extending.md shows one."
         )
     for method in _BEFORE_A_RUN:
         setattr(job, method, _said(name, getattr(job, method)))
     return job
 
 
-def heads_of(job: Job | None, source: Path) -> Mapping[str, nn.Module]:
-    """Returns the heads of a run, or of an export of its student, by name; see `Job.stored_heads`.
+def stored_run_of(job: TrainingJob) -> StoredRun:
+    """Returns what a stored run is asked for.
+
+    Args:
+        job: The job of its recipe.
+
+    Raises: ConfigError: if the user's own job has what a `StoredRun` has now.
+    """
+    kind = job.run.task.kind()
+    if kind is None or not kind.stored:
+        for method, now in _OF_A_STORED_RUN.items():
+            if hasattr(job, method):
+                raise ConfigError(
+                    f"task.name: {type(job).__name__}.{method} is not asked by this version; got a "
+                    "job that has it, expected a subclass of fd_large.tasks.stored_run.StoredRun "
+                    f"with {now}(). Move it there, and name it: TaskKind(stored=...)."
+                )
+        return StoredRun(job)
+    return _class_of(kind.stored)(job)
+
+
+def transfer_of(task: str) -> Transfer:
+    """Returns how a task's trainings begin from named models.
+
+    Raises: ConfigError: if they do not.
+    """
+    kind = kind_of(task)
+    if not kind.transfer:
+        raise ConfigError(
+            f"transfer: this task begins from no model that is named; got {task}, expected one of "
+            f"{', '.join(name for name, kind in TASKS.items() if kind.transfer)}. Name a recipe of "
+            "one of them."
+        )
+    return _class_of(kind.transfer)()
+
+
+def heads_of(job: TrainingJob | None, source: Path) -> Mapping[str, nn.Module]:
+    """Returns the heads of a run, or of an export of its student, by name; see `StoredRun.heads`.
 
     Args:
         job: The job of the run; None: the source is no run.
@@ -69,12 +105,20 @@ def heads_of(job: Job | None, source: Path) -> Mapping[str, nn.Module]:
     Raises: FDError: if they cannot be read.
     """
     if job is not None:
-        return job.stored_heads(stream.newest(source, where="heads"))
+        return stored_run_of(job).heads(stream.newest(source, where="heads"))
     config = source / HEADS / "config.json"
     if files.kind_of(config) != "file":
         return {}
-    task = read_json(config, where=str(config)).get("task", "")
-    return job_class(task).exported_heads(config.parent)
+    kind = kind_of(read_json(config, where=str(config)).get("task", ""))
+    return _class_of(kind.stored or StoredRun).exported_heads(config.parent)
+
+
+def _class_of(face: str | Callable[[Any], Any]) -> Any:
+    """Returns what makes a face: a class of the user's own, or one of tasks/ by its dotted name."""
+    if callable(face):
+        return face
+    module, _, name = face.rpartition(".")
+    return getattr(import_module(f"fd_large.tasks.{module}"), name)
 
 
 def _said(task: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,9 +132,9 @@ def _said(task: str, function: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except Exception as error:  # The user's code may raise anything.
             raise ConfigError(
-                f"task.name: {task} fails before the run; got {doors.cause(error)}, expected a Job "
-                "that makes its Module; what it reads of task.SECTION is the section of its "
-                "TaskKind. Correct the file."
+                f"task.name: {task} fails before the run; got {doors.cause(error)}, expected a "
+                "TrainingJob that makes its Module; what it reads of task.SECTION is the section "
+                "of its TaskKind. Correct the file."
             ) from error
 
     return call

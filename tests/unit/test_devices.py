@@ -44,9 +44,9 @@ from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.fields import override
 from fd_large.recipes.sections import Student
-from fd_large.tasks.detection.job import DetectionJob, model_of
+from fd_large.tasks.detection.job import DetectionJob
 from fd_large.tasks.detection.scores.collect import to_results
-from fd_large.tasks.detection.stored import predict_images
+from fd_large.tasks.detection.stored import StoredDetection
 from fd_large.tasks.distillation.canary import seconds_of_product
 from fd_large.tasks.distillation.held_out import Crops, HeldOutViews
 from fd_large.tasks.distillation.job import DistillationJob
@@ -226,18 +226,15 @@ def test_detection(card: Card, recipe: str) -> None:
     assert len(results) == len(seen[0].boxes)
 
 
-def test_a_detector_s_pictures(card: Card, tmp_path: Path) -> None:
+def test_a_detector_s_pictures(card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = detection_batches.narrow_run(DETECTORS[1])
-    task = engine_ready(DetectionJob(run).make_task)
-    Image.new("RGB", (90, 60)).save(tmp_path / "a.png")
-    (found,) = predict_images(
-        model_of(run, task.eval().see),
-        [str(tmp_path / "a.png")],
-        tmp_path / "out",
-        class_names="abcde",
-        max_pixels=2**20,
-        least_score=0.5,
-    )
+    job = DetectionJob(run)
+    stored, task = StoredDetection(job), engine_ready(job.make_task)
+    monkeypatch.setattr(stored, "task", lambda reader: task.eval())
+    reader = SimpleNamespace(manifest={"categories": dict(enumerate("abcde"))})
+    image = tmp_path / "a.png"
+    Image.new("RGB", (90, 60)).save(image)
+    (found,) = stored.predict(reader, [str(image)], tmp_path / "out", least_score=0.5)
     assert not found.problem
 
 

@@ -57,6 +57,8 @@ SEE_A_RUN = (
     "engine/job.py",
     "tasks/jobs.py",
     "tasks/*/job.py",
+    "tasks/transfer.py",
+    "tasks/*/transfer.py",
 )
 FOR_ALL = {
     "errors",
@@ -89,7 +91,8 @@ WITHOUT_TORCH = {
 TORCH_IN_RANKS = {"fd_large.ranks.distributed", "fd_large.ranks.meeting"}
 # Names of tasks that are compared as what else they name, such as kinds of a head.
 NO_TASKS = {
-    "tasks/distillation/job.py": {"linear"},
+    "tasks/classification/recipe_name.py": {"finetune"},
+    "tasks/distillation/stored.py": {"linear"},
     "tasks/distillation/model_card.py": {"linear"},
     # A ViT of timm has a field of that name.
     "backbones/timm/architecture.py": {"depth"},
@@ -220,7 +223,7 @@ def test_a_whole_run_is_seen_by_few() -> None:
         inside = path.relative_to(PACKAGE)
         sees = any(inside.match(pattern) for pattern in SEE_A_RUN)
         if not sees and "fd_large.recipes.run" in imports(path):
-            broken.append(f"{inside}: take plain arguments, or a Job")
+            broken.append(f"{inside}: take plain arguments, or a TrainingJob")
     all_hold(broken)
 
 
@@ -322,10 +325,10 @@ def test_tests_mirror_the_house() -> None:
 
 
 def test_the_core_of_distillation_names_no_wing() -> None:
-    """One table in job.py chooses; options of a teacher make targets and decide its grid."""
+    """One table in job.py chooses; options make targets, their tensors on disk, and a grid."""
     folder = PACKAGE / "tasks" / "distillation"
     wings = tuple(f"fd_large.tasks.distillation.{wing}" for wing in ("several", "cached"))
-    allowed = {"job.py", "recipe_targets.py", "teacher_grids.py"}
+    allowed = {"job.py", "stored.py", "recipe_targets.py", "teacher_grids.py"}
     core = [path for path in folder.rglob("*.py") if not {"several", "cached"} & set(path.parts)]
     all_hold(
         [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,16 +18,13 @@ from fd_large.data.labelled import LabelledImages, open_labelled, open_split
 from fd_large.data.source import ImageSource
 from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Evaluation, in_float32
-from fd_large.engine.job import Job
+from fd_large.engine.job import StoredStudent, TrainingJob, trained_at
 from fd_large.engine.predictions import Predictions
-from fd_large.engine.student import student_weights
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 from fd_large.ranks import activity, distributed
 from fd_large.recipes.run import Run
-from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.tasks.classification.mean_token import DISCARDED
-from fd_large.tasks.classification.named_model import named_student
 from fd_large.tasks.classification.scores import averaged
 from fd_large.tasks.classification.section import METRICS
 from fd_large.weights.source import Sources
@@ -35,7 +32,7 @@ from fd_large.weights.source import Sources
 IMAGENET_CLASSES = 1000
 
 
-class ClassificationJob(Job):
+class ClassificationJob(TrainingJob):
     """A classifier learns the labels of `data.root`/train and is tested on val or test.
 
     Its task gives logits of images, and in evaluation what `scores.summed` makes of them. Its
@@ -43,7 +40,6 @@ class ClassificationJob(Job):
     """
 
     metrics: ClassVar = METRICS
-    loss_name = "cross-entropy"
 
     def open_samples(self) -> ImageSource:
         """Opens the training images."""
@@ -52,12 +48,12 @@ class ClassificationJob(Job):
     def settle(self, sources: Sources) -> Run:
         """Returns the recipe completed from the student's weights, their statistics included."""
         run, init = super().settle(sources), self.run.student.init
-        if self._own.statistics or not init:
+        if own_section(self.run).statistics or not init:
             return run
         student = run.student_architecture()
         found = sources.statistics(init, student, where="--student.init")
         found = found or statistics_of(run.student.model, student)
-        return self._with_statistics(run, (*found.mean, *found.std))
+        return with_statistics(run, (*found.mean, *found.std))
 
     def check(self) -> None:
         """Opens the test images, and checks the headers of the weights."""
@@ -76,16 +72,6 @@ class ClassificationJob(Job):
         if self._training is None:
             self._assumed_classes = IMAGENET_CLASSES
         return super().models_on_shapes()
-
-    def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
-        """Returns those of `student.init`, with shared position biases copied to every block."""
-        run = self.run
-        return student_weights(
-            run.student,
-            self.weights,
-            image_size=run.data.image_size,
-            without=self.discarded(),
-        )
 
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
@@ -107,33 +93,9 @@ class ClassificationJob(Job):
 
         return [Evaluation(measure, self.run.eval.every)]
 
-    def starting_from(
-        self,
-        model: FrozenModel,
-        *,
-        image_size: int,
-        trained_as: Student | None,
-        fields: Collection[str],
-    ) -> Run:
-        """Returns the recipe with a named model, and its statistics, in the student's place."""
-        run = self.run
-        student = named_student(
-            model, run.student, image_size=image_size, trained_as=trained_as, fields=fields
-        )
-        if not self._own.statistics and student.init:
-            run = self._with_statistics(run, model.statistics)
-        return replace(run, student=student, data=replace(run.data, image_size=image_size))
-
-    @staticmethod
-    def compared(summary: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-        """Returns the accuracy and the loss on the test images."""
-        return summary["test_top1"], {"test_loss": summary["test_loss"]}
-
-    predictions = staticmethod(Predictions.read)
-
     def statistics(self) -> Statistics:
         """Returns the statistics by which images are normalised; ImageNet's for random weights."""
-        stated = self._own.statistics
+        stated = own_section(self.run).statistics
         return Statistics(tuple(stated[:3]), tuple(stated[3:])) if stated else IMAGENET
 
     _assumed_classes = 0
@@ -146,18 +108,6 @@ class ClassificationJob(Job):
     def classes(self) -> tuple[str, ...]:
         """Returns the names of the classes of the training images."""
         return self._training_images().classes
-
-    def losses_on(
-        self, task: Task, images: Tensor, labels: Tensor | None
-    ) -> Callable[[], Mapping[str, float]]:
-        """Returns what computes the cross-entropy and the accuracy; see `Job.losses_on`."""
-        prepared = task.prepare(images, labels, None)
-
-        def losses() -> dict[str, float]:
-            found = averaged(task(**prepared)[1])
-            return {self.loss_name: found["loss"], "accuracy (%)": found["top1"]}
-
-        return losses
 
     def test_images(self) -> LabelledImages:
         """Returns the test images of `eval.root`, or if that is not set of `data.root`."""
@@ -228,22 +178,30 @@ class ClassificationJob(Job):
             raise error
         return averaged(sums), Predictions(*(distributed.sum_tensor(answers) - 1).cpu().numpy())
 
-    def discarded(self) -> Mapping[str, float]:
-        """Returns the values of the student's tensors that the task does without."""
-        return DISCARDED if self.run.student_architecture().mean_norm == "instead" else {}
+    def stored_student(self) -> StoredStudent:
+        """Describes the student with the statistics of this training.
 
-    @property
-    def _own(self) -> Any:
-        """The task's section of the recipe."""
-        return getattr(self.run.task, self._section)
+        The classifier normalises the mean of a ViT's tokens rather than the tokens, so that
+        checkpoints lack the ViT's final norm.
+        """
+        architecture = trained_at(self.run)
+        discarded = DISCARDED if architecture.mean_norm == "instead" else {}
+        return StoredStudent(architecture, discarded, self.statistics())
 
-    @property
-    def _section(self) -> str:
-        # A task of the user's own is named by the door that leads to it.
-        kind = self.run.task.kind()
-        assert kind is not None
-        return kind.name
 
-    def _with_statistics(self, run: Run, statistics: Sequence[float]) -> Run:
-        own = replace(self._own, statistics=tuple(map(float, statistics)))
-        return replace(run, task=replace(run.task, **{self._section: own}))
+def own_section(run: Run) -> Any:
+    """Returns the task's section of a recipe."""
+    return getattr(run.task, _section(run))
+
+
+def with_statistics(run: Run, statistics: Sequence[float]) -> Run:
+    """Returns a recipe that normalises images by these statistics."""
+    section = replace(own_section(run), statistics=tuple(map(float, statistics)))
+    return replace(run, task=replace(run.task, **{_section(run): section}))
+
+
+def _section(run: Run) -> str:
+    # A task of the user's own is named by the door that leads to it.
+    kind = run.task.kind()
+    assert kind is not None
+    return kind.name

@@ -8,4 +8,4 @@ METRICS = {
     "test/top1": "test top-1 accuracy (%)",
     "test/top5": "test top-5 accuracy (%)",
 }
-"""As `Job.metrics`."""
+"""As `TrainingJob.metrics`."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -13,34 +12,29 @@ import torch
 from torch import Tensor
 
 from fd_large.backbones.statistics import IMAGENET
-from fd_large.checkpoint.read import Reader
 from fd_large.data.loader import Batch, build_loader
 from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource
 from fd_large.engine.evaluation import Evaluation, evaluating
-from fd_large.engine.job import Job, StoredScores, StoredStudent, trained_at
-from fd_large.engine.student import make_student, student_weights
+from fd_large.engine.job import StoredStudent, TrainingJob, trained_at
+from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError
-from fd_large.files import out_folder
-from fd_large.ranks import distributed, meeting
+from fd_large.ranks import distributed
 from fd_large.recipes.file_names import EVALUATED, of_step
-from fd_large.recipes.run import Run
-from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.runtime.hooks import Hook, Setting
 from fd_large.tasks.classification.mean_token import DISCARDED
-from fd_large.tasks.dense.evaluation import SCORES, predict_some
+from fd_large.tasks.dense.evaluation import predict_some
 from fd_large.tasks.dense.loader import TrainingBatches
 from fd_large.tasks.dense.pixels import PADDING
 from fd_large.tasks.dense.stages import is_of_one_size
-from fd_large.tasks.dense.stored import task_to_test
 from fd_large.tasks.dense.target import Targets
 from fd_large.tasks.dense.task import DenseTask
 
 log = logging.getLogger(__name__)
 
 
-class DenseJob(Job):
+class DenseJob(TrainingJob):
     """The student learns the pixels of `data.root`'s train split, tested on its val split.
 
     A subclass names itself, opens images, makes its task, and says how it is tested.
@@ -100,10 +94,6 @@ class DenseJob(Job):
         """Writes scores, and draws what `predict_some` gave if it is not None; on rank 0 alone."""
         raise NotImplementedError
 
-    def tables(self, outcome: Any, images: Any) -> Sequence[Any]:
-        """Returns the tables of a test for the terminal."""
-        raise NotImplementedError
-
     def open_samples(self) -> ImageSource:
         """Opens the training images and their targets."""
         return cast(ImageSource, self.open_split(self.run.data.root, "train", "data.root"))
@@ -142,37 +132,9 @@ class DenseJob(Job):
                 raise ConfigError(problem)
         self.model_to_test(lambda images: images, 1)
 
-    def starting_from(
-        self,
-        model: FrozenModel,
-        *,
-        image_size: int,
-        trained_as: Student | None,
-        fields: Collection[str],
-    ) -> Run:
-        """Returns the recipe with a named model, with the next larger crop that its patch divides.
-
-        A model of several stages sees crops of any size.
-        """
-        run = super().starting_from(
-            model, image_size=image_size, trained_as=trained_as, fields=fields
-        )
-        architecture = run.student_architecture()
-        # Other families do not state a patch, or take any size.
-        patch = 1 if architecture.is_hierarchical else getattr(architecture, "patch_size", 1)
-        side = next_multiple(run.data.image_size, patch)
-        return replace(run, data=replace(run.data, image_size=side))
-
     def student_module(self) -> torch.nn.Module:
         """Constructs the student for the crop."""
         return make_student(self.run.student, image_size=self.run.data.image_size)
-
-    def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
-        """Returns those of `student.init`, positions resized to the crop."""
-        run = self.run
-        return student_weights(
-            run.student, self.weights, image_size=run.data.image_size, without=self.left_out()
-        )
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
         """Yields random crops with the targets of their pixels."""
@@ -240,34 +202,8 @@ class DenseJob(Job):
 
     def stored_student(self) -> StoredStudent:
         """On the grid of the crop, without the final norm where the head has no use for it."""
-        return StoredStudent(trained_at(self.run), self.left_out(), IMAGENET)
-
-    def score_stored(self, reader: Reader, folder: Path) -> StoredScores:
-        """The scores on the val split of `eval.root` or `data.root`."""
-        micro = self.run.batch.micro_batch_size
-        self.model_to_test(lambda images: images, 1)
-        images = meeting.meet(self.test_images)
-        task = distributed.together(lambda: self.stored_task(reader))
-        model = self.model_to_test(task.predict, 1 if micro == "auto" else micro)
-        out_folder(folder)
-        outcome = self.measure(model, images, lambda: None)
-        some = predict_some(outcome.errors, model, images)
-        if not distributed.is_main():
-            return StoredScores((), ())
-        drawn = self.keep(outcome, some, images, folder)
-        return StoredScores(self.tables(outcome, images), (folder / SCORES, *drawn))
-
-    def stored_task(self, reader: Reader) -> Any:
-        """Builds the task of a checkpoint, to be tested."""
-        return task_to_test(self.make_task, reader, precision=self.run.engine.precision)
-
-    def left_out(self) -> Mapping[str, float]:
-        """Returns the student's tensors that the task does without, and what stands for them."""
-        return {} if self.section.head in self.on_last_map else DISCARDED
-
-    def lacks(self) -> str:
-        """Returns what the model card says of it, after a space; "" where nothing is left out."""
-        return " It had no final norm, which only normalises here." if self.left_out() else ""
+        absent = {} if self.section.head in self.on_last_map else DISCARDED
+        return StoredStudent(trained_at(self.run), absent, IMAGENET)
 
 
 def next_multiple(size: int, of: int) -> int:

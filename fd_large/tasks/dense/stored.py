@@ -14,13 +14,15 @@ from fd_large.checkpoint.read import Reader
 from fd_large.data.decode import decode
 from fd_large.data.folder import read_image
 from fd_large.engine.checkpoint_models import AnyTask, stored_task
-from fd_large.engine.job import Predicted
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.config import computes_in_bfloat16
 from fd_large.errors import DataError
 from fd_large.files import out_folder, write_json
-from fd_large.ranks import distributed
+from fd_large.ranks import distributed, meeting
+from fd_large.tasks.dense.evaluation import SCORES, predict_some
+from fd_large.tasks.dense.job import DenseJob
+from fd_large.tasks.stored_run import Predicted, StoredRun, StoredScores
 from fd_large.weights.read import Tensors
 
 Seen = tuple[Any, str, Path]
@@ -104,3 +106,37 @@ def predict_files(
         seen[path], text, drawn = see(image, f"{len(seen) + 1}_{Path(path).stem}")
         yield Predicted(path, text, drawn)
     write_json(folder / "predictions.json", seen)
+
+
+class StoredDense(StoredRun):
+    """A run of segmentation or depth, scored and drawn as it was tested."""
+
+    job: DenseJob
+
+    def tables(self, outcome: Any, images: Any) -> Sequence[Any]:
+        """Returns the tables of a test for the terminal."""
+        raise NotImplementedError
+
+    def score(self, reader: Reader, folder: Path) -> StoredScores:
+        """The scores on the val split of `eval.root` or `data.root`."""
+        job, micro = self.job, self.run.batch.micro_batch_size
+        job.model_to_test(lambda images: images, 1)
+        images = meeting.meet(job.test_images)
+        task = distributed.together(lambda: self.task(reader))
+        model = job.model_to_test(task.predict, 1 if micro == "auto" else micro)
+        out_folder(folder)
+        outcome = job.measure(model, images, lambda: None)
+        some = predict_some(outcome.errors, model, images)
+        if not distributed.is_main():
+            return StoredScores((), ())
+        drawn = job.keep(outcome, some, images, folder)
+        return StoredScores(self.tables(outcome, images), (folder / SCORES, *drawn))
+
+    def task(self, reader: Reader) -> Any:
+        """Builds the task of a checkpoint, to be tested."""
+        return task_to_test(self.job.make_task, reader, precision=self.run.engine.precision)
+
+    def without_norm(self) -> str:
+        """Model card sentence about the student's final norm, with a leading space, or ""."""
+        absent = self.job.stored_student().absent
+        return " It had no final norm, which only normalises here." if absent else ""

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
 from fd_large.backbones.statistics import IMAGENET, Statistics
-from fd_large.checkpoint.read import Reader
-from fd_large.engine.job import Predicted, StoredStudent
+from fd_large.engine.job import StoredStudent
 from fd_large.tasks.dense.job import DenseJob
 from fd_large.tasks.depth.data.dataset import DepthSet, open_depth
 from fd_large.tasks.depth.data.views import TestViews, TrainingViews
 from fd_large.tasks.depth.scores.evaluation import Model, Outcome, evaluate, keep
 from fd_large.tasks.depth.scores.metrics import crop_of
-from fd_large.tasks.depth.scores.tables import numbers_table
 from fd_large.tasks.depth.section import KIND, METRICS, ON_LAST_MAP
-from fd_large.tasks.depth.stored import predict_images
 from fd_large.tasks.depth.task import Depth
-from fd_large.weights.model_card import Learned
-from fd_large.weights.origin import without_folders
 
 # Pixels between 0 and 1.
 AS_THEY_ARE = Statistics((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -118,33 +112,9 @@ class DepthJob(DenseJob):
         """Writes scores.json, and draws images with their depth and error."""
         return keep(outcome, some, images, folder)
 
-    def tables(self, outcome: Outcome, images: DepthSet) -> Sequence[Any]:
-        """Returns the table of the nine scores."""
-        return [numbers_table(outcome)]
-
     def stored_student(self) -> StoredStudent:
         """As for all dense tasks, with the normalisation that it was trained with."""
         return super().stored_student()._replace(statistics=self._statistics())
-
-    def learned(self, manifest: Mapping[str, Any]) -> Learned:
-        """Returns what the model card says of the depth."""
-        name = without_folders(self.run.data.root)
-        return replace(
-            super().learned(manifest),
-            title=f"trained to estimate depth on {name}",
-            intro="An image backbone that was trained to give the depth of each pixel; the head "
-            f"is left out.{self.lacks()}",
-            tag="depth-estimation-backbone",
-        )
-
-    def predict(
-        self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float
-    ) -> Iterator[Predicted]:
-        """The depth of each pixel, drawn beside the image with a colour bar, and as files."""
-        task = self.stored_task(reader)
-        return predict_images(
-            self.model_to_test(task.predict, 1), images, folder, max_pixels=self.run.data.max_pixels
-        )
 
     def _statistics(self) -> Statistics:
         return IMAGENET if self.section.normalise else AS_THEY_ARE

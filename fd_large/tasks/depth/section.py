@@ -126,12 +126,14 @@ METRICS = {
     "val/abs_rel": "relative error",
     "val/d1": "share within a factor of 1.25",
 }
-"""As `Job.metrics`."""
+"""As `TrainingJob.metrics`."""
 
 KIND = TaskKind(
     name="depth",
     folder="depth",
-    job="DepthJob",
+    job="depth.job.DepthJob",
+    stored="depth.stored.StoredDepth",
+    transfer="dense.transfer.DenseTransfer",
     title="Depth",
     section=Depth,
     may_change=("task.depth.train_list", *HOW_TO_TEST),

@@ -1,41 +1,66 @@
-"""The depth that a stored run sees in images of the user's."""
+"""The depth of a stored run: scored, or drawn on images of the user's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from fd_large.engine.job import Predicted
+from fd_large.checkpoint.read import Reader
 from fd_large.files import unlinked
-from fd_large.tasks.dense.stored import Seen, predict_files
-from fd_large.tasks.depth.scores.evaluation import Model
+from fd_large.tasks.dense.stored import Seen, StoredDense, predict_files
+from fd_large.tasks.depth.data.dataset import DepthSet
+from fd_large.tasks.depth.scores.evaluation import Outcome
 from fd_large.tasks.depth.scores.pictures import draw_prediction
+from fd_large.tasks.depth.scores.tables import numbers_table
+from fd_large.tasks.stored_run import Predicted
+from fd_large.weights.libraries import To
+from fd_large.weights.model_card import Learned
+from fd_large.weights.origin import without_folders
 
 
-def predict_images(
-    model: Model, images: Sequence[str], folder: Path, *, max_pixels: int
-) -> Iterator[Predicted]:
-    """Draws the depth of images, and writes it as .npy files and predictions.json.
+class StoredDepth(StoredDense):
+    """A run that estimates depth."""
 
-    Args:
-        model: The model, in evaluation.
-        images: Paths of image files.
-        folder: Folder for what is written.
-        max_pixels: Larger images are refused.
-    """
+    def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
+        """Returns what the model card says of the depth."""
+        name = without_folders(self.run.data.root)
+        return replace(
+            super().learned(manifest, to),
+            title=f"trained to estimate depth on {name}",
+            intro="An image backbone that was trained to give the depth of each pixel; the head "
+            f"is left out.{self.without_norm()}",
+            tag="depth-estimation-backbone",
+        )
 
-    def see(image: Tensor, stem: str) -> Seen:
-        size = (image.shape[-2], image.shape[-1])
-        views = [view.image(image) for view in model.views.views(*size)]
-        depth = model.predict(views, size).cpu().numpy()
-        drawn, metres = folder / f"{stem}.png", folder / f"{stem}_depth.npy"
-        draw_prediction(image.permute(1, 2, 0).numpy(), depth, drawn)
-        np.save(unlinked(metres), depth)
-        nearest, median, farthest = (float(x) for x in np.quantile(depth, (0, 0.5, 1)))
-        seen = {"depth": metres.name, "nearest": nearest, "median": median, "farthest": farthest}
-        return seen, f"{nearest:.2f} to {farthest:.2f} m, median {median:.2f} m", drawn
+    def tables(self, outcome: Outcome, images: DepthSet) -> Sequence[Any]:
+        """Returns the table of the nine scores."""
+        return [numbers_table(outcome)]
 
-    return predict_files(see, images, folder, max_pixels=max_pixels)
+    def predict(
+        self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float
+    ) -> Iterator[Predicted]:
+        """Draws the depth of each pixel beside the image, and writes .npy files."""
+        model = self.job.model_to_test(self.task(reader).predict, 1)
+
+        def see(image: Tensor, stem: str) -> Seen:
+            size = (image.shape[-2], image.shape[-1])
+            views = [view.image(image) for view in model.views.views(*size)]
+            depth = model.predict(views, size).cpu().numpy()
+            drawn, metres = folder / f"{stem}.png", folder / f"{stem}_depth.npy"
+            draw_prediction(image.permute(1, 2, 0).numpy(), depth, drawn)
+            np.save(unlinked(metres), depth)
+            nearest, median, farthest = (float(x) for x in np.quantile(depth, (0, 0.5, 1)))
+            seen = {
+                "depth": metres.name,
+                "nearest": nearest,
+                "median": median,
+                "farthest": farthest,
+            }
+            return seen, f"{nearest:.2f} to {farthest:.2f} m, median {median:.2f} m", drawn
+
+        return predict_files(see, images, folder, max_pixels=self.run.data.max_pixels)

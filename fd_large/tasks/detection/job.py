@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -15,20 +14,19 @@ from torch import Tensor
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.backbones.translation import Piece
 from fd_large.checkpoint import store, stream
-from fd_large.checkpoint.read import Reader
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource
 from fd_large.engine.evaluation import Evaluation, Pending, evaluating
-from fd_large.engine.job import Job, Predicted, StoredScores, StoredStudent, trained_at
+from fd_large.engine.job import StoredStudent, TrainingJob, trained_at
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError, DataError
-from fd_large.ranks import distributed, meeting
+from fd_large.ranks import distributed
 from fd_large.recipes.file_names import EVALUATED, of_step
 from fd_large.recipes.run import Run
 from fd_large.tasks.dense.stages import LEFT_OUT
-from fd_large.tasks.dense.stored import HeadTensors, head_shapes, task_to_test
+from fd_large.tasks.dense.stored import HeadTensors, head_shapes
 from fd_large.tasks.detection.data.annotations import CocoSet, open_coco
 from fd_large.tasks.detection.data.loader import build_training_loader
 from fd_large.tasks.detection.data.target import Target, Targets
@@ -42,11 +40,8 @@ from fd_large.tasks.detection.scores.evaluation import (
 from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
 from fd_large.tasks.detection.scores.views import Model, TestViews
 from fd_large.tasks.detection.section import HEADS_SETTINGS, KIND, METRICS
-from fd_large.tasks.detection.stored import predict_images, score_stored
 from fd_large.tasks.detection.task import Ask, Detection
 from fd_large.weights.coverage import Fitted
-from fd_large.weights.model_card import Learned
-from fd_large.weights.origin import without_folders
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +49,7 @@ log = logging.getLogger(__name__)
 OBJECTS_OF_PROBE = 64
 
 
-class DetectionJob(Job):
+class DetectionJob(TrainingJob):
     """The student learns boxes and masks of `data.root`'s train split, tested on its val split."""
 
     metrics: ClassVar = METRICS
@@ -243,55 +238,12 @@ class DetectionJob(Job):
             architecture = trained_at(self.run)
         return StoredStudent(architecture, LEFT_OUT, IMAGENET)
 
-    def learned(self, manifest: Mapping[str, Any]) -> Learned:
-        """Returns what the model card says of the objects."""
-        name = without_folders(self.run.data.root)
-        return replace(
-            super().learned(manifest),
-            title=f"trained to detect objects of {name}",
-            intro="An image backbone that was trained as a part of a detector; pyramid and heads "
-            "are left out. The detector had neither its final norm, which only normalises here, "
-            "nor class tokens, which are zeros here.",
-            tag="object-detection-backbone",
-        )
-
     def facts(self) -> Mapping[str, Any]:
         """Returns each class by its number in the annotations, and whether masks are learnt."""
         return {
             "categories": {str(number): name for number, name in self._categories.items()},
             "masks": self._has_masks,
         }
-
-    def score_stored(self, reader: Reader, folder: Path) -> StoredScores:
-        """COCO's numbers on the val split of `eval.root` or `data.root`."""
-        run, micro = self.run, self.run.batch.micro_batch_size
-        classes = tuple(reader.manifest["categories"].values())
-        images = meeting.meet(lambda: self.test_images(classes))
-        see = distributed.together(
-            lambda: task_to_test(self.make_task, reader, precision=run.engine.precision)
-        ).see
-        return score_stored(
-            model_of(run, see),
-            images,
-            folder,
-            batch_size=1 if micro == "auto" else micro,
-            workers=run.data.workers,
-            max_pixels=run.data.max_pixels,
-        )
-
-    def predict(
-        self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float
-    ) -> Iterator[Predicted]:
-        """Boxes and masks of objects."""
-        task = task_to_test(self.make_task, reader, precision=self.run.engine.precision)
-        return predict_images(
-            model_of(self.run, task.see),
-            images,
-            folder,
-            class_names=tuple(reader.manifest["categories"].values()),
-            max_pixels=self.run.data.max_pixels,
-            least_score=least_score,
-        )
 
     @property
     def folder(self) -> Path:

@@ -193,12 +193,14 @@ METRICS = {
     **{f"box/{name}": f"box {name}" for name in ("AP", "AP50", "AP75")},
     **{f"mask/{name}": f"mask {name}" for name in ("AP", "AP50", "AP75")},
 }
-"""As `Job.metrics`."""
+"""As `TrainingJob.metrics`."""
 
 KIND = TaskKind(
     name="detection",
     folder="detection",
-    job="DetectionJob",
+    job="detection.job.DetectionJob",
+    stored="detection.stored.StoredDetection",
+    transfer="transfer.Transfer",
     title="Detection",
     section=Detection,
     # What changes no training.

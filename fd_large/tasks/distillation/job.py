@@ -14,9 +14,6 @@ import torch
 from torch import nn
 
 from fd_large.backbones.statistics import IMAGENET, Statistics
-from fd_large.checkpoint import stream
-from fd_large.checkpoint.read import Reader
-from fd_large.checkpoint.stream import Shape
 from fd_large.data.balanced import Balanced
 from fd_large.data.labelled import LabelledImages, has_parts, open_split, open_training
 from fd_large.data.loader import Batch, Beside, ViewBatches
@@ -24,13 +21,12 @@ from fd_large.data.photographs import PREFIX as BUILTIN
 from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource, open_images
 from fd_large.data.views import FixedViews
-from fd_large.engine.checkpoint_models import fill_stored
 from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.frozen import Frozen, frozen_weights
-from fd_large.engine.job import FrozenPart, Job
+from fd_large.engine.job import FrozenPart, TrainingJob
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
-from fd_large.errors import ConfigError, FDError, check_all
+from fd_large.errors import ConfigError, check_all
 from fd_large.ranks import distributed
 from fd_large.recipes.run import ONLY, Run
 from fd_large.runtime.hooks import Hook
@@ -55,7 +51,6 @@ from fd_large.tasks.distillation.feature_panel import FeaturePanel
 from fd_large.tasks.distillation.heads.map_head import HeardBlocks
 from fd_large.tasks.distillation.held_out import Crops, HeldOutViews, held_out_losses
 from fd_large.tasks.distillation.knn_accuracy import knn_accuracy
-from fd_large.tasks.distillation.model_card import learned
 from fd_large.tasks.distillation.model_fit import check_fit
 from fd_large.tasks.distillation.recipe_targets import AnyTeacher, statistics_file
 from fd_large.tasks.distillation.section import (
@@ -67,15 +62,7 @@ from fd_large.tasks.distillation.section import (
     naming_target,
 )
 from fd_large.tasks.distillation.several.mosaic import AloneInEvaluation
-from fd_large.tasks.distillation.several.running_statistics import RUNNING
 from fd_large.tasks.distillation.several.weighting import DATASETS, Weighted, teaches
-from fd_large.tasks.distillation.stored_heads import (
-    StoredHead,
-    fill_heads,
-    projection_shapes,
-    read_heads,
-    write,
-)
 from fd_large.tasks.distillation.stored_teachers import (
     facts_by_teacher,
     facts_of,
@@ -91,8 +78,6 @@ from fd_large.tasks.distillation.teacher_grids import (
     teacher_maker,
     with_grid,
 )
-from fd_large.weights.libraries import To
-from fd_large.weights.model_card import Learned
 from fd_large.weights.settle import settle_model
 from fd_large.weights.source import Sources
 
@@ -145,11 +130,10 @@ def composed(
     )
 
 
-class DistillationJob(Job):
+class DistillationJob(TrainingJob):
     """The student learns the teacher's feature map."""
 
     memory_remedy = "--teacher.placement sharded"
-    loss_name = "the run's own objective"
     _teachers: Mapping[str, PlacedTeacher | CachedTeacher] | None = None
     _recorders: Recorders | None = None
 
@@ -379,7 +363,7 @@ class DistillationJob(Job):
         with torch.device("meta"):
             teachers = self.make_teachers()
             task = self.task_around(teachers)
-        run = self._settled
+        run = self.settled
         fits = partial(
             check_fit,
             *(task, teachers, run.taught_by),
@@ -405,7 +389,7 @@ class DistillationJob(Job):
         return trained
 
     @cached_property
-    def _settled(self) -> Run:
+    def settled(self) -> Run:
         """The recipe with what `settle` makes of its grids; itself once it is settled."""
         return self._with_grids(self.run)
 
@@ -444,14 +428,14 @@ class DistillationJob(Job):
 
     def make_teacher(self, name: str) -> Frozen:
         """Constructs a teacher with random weights; "" is the name of an only one."""
-        run = self._settled
+        run = self.settled
         size, sides = run.data.image_size, self._sides[name]
         return teacher_maker(name, run.taught_by[name], size, sides=sides)()
 
     @cached_property
     def _sides(self) -> Mapping[str, Mapping[int, int]]:
         """Side of each teacher's images by that of the student's, where these have several."""
-        run, sides = self._settled, self.run.data.image_sizes
+        run, sides = self.settled, self.run.data.image_sizes
         return {
             name: sides_of(name, entry, run.student, image_size=run.data.image_size, sides=sides)
             if sides
@@ -466,7 +450,7 @@ class DistillationJob(Job):
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
         """Builds the teachers; must run before the student's engine is built."""
         placed: dict[str, PlacedTeacher] = {}
-        entries = self._settled.taught_by
+        entries = self.settled.taught_by
         for name, entry in entries.items():
             if name not in self._caches:
                 placed[name] = built_teacher(
@@ -488,7 +472,7 @@ class DistillationJob(Job):
                 placed, entries, folder=said.cache, precision=said.precision
             )
 
-    def take_models_of(self, other: Job) -> None:
+    def take_models_of(self, other: TrainingJob) -> None:
         """Takes the teachers that the job of another student has built."""
         assert isinstance(other, DistillationJob)
         self._teachers, self._recorders = other.teachers, other._recorders
@@ -520,8 +504,8 @@ class DistillationJob(Job):
             target,
             task.student,
             self.teachers[target.teacher],
-            self._settled.taught_by[target.teacher],
-            image_size=self._settled.data.image_size,
+            self.settled.taught_by[target.teacher],
+            image_size=self.settled.data.image_size,
             teacher_image_size=self._teacher_image_size(target.teacher),
         )
 
@@ -533,7 +517,7 @@ class DistillationJob(Job):
 
     def task_around(self, teachers: Mapping[str, AnyTeacher]) -> Distillation:
         """Constructs student, heads and losses around teachers, which are given by name."""
-        entries, size = self._settled.taught_by, self.run.data.image_size
+        entries, size = self.settled.taught_by, self.run.data.image_size
         several = bool(self.run.data.image_sizes)
         student = make_student(self.run.student, image_size=size, resizes_positions=several)
         return composed(
@@ -663,59 +647,9 @@ class DistillationJob(Job):
             early = self._recorders.early
             early[:] = sorted({*early, *manifest.get(EARLY, ())})
 
-    def exported_beside(
-        self, reader: Reader, student: Mapping[str, Shape], to: To
-    ) -> Mapping[str, Shape]:
-        """Returns the projection if the library's files hold it.
-
-        The whole task is checked, whatever part of it goes out, but for a head of the user's own,
-        whose code may not be allowed.
-        """
-        if self.run.teachers or self.run.objective.head != "linear":
-            stream.check(reader, dict(student), prefix=stream.STUDENT)
-            return {}
-        is_running = self.run.objective.normaliser in RUNNING
-        projection = projection_shapes(reader, student, is_running=is_running)
-        return projection if to == "fd" else {}
-
-    def stored_heads(self, reader: Reader) -> Mapping[str, StoredHead]:
-        """Returns the heads of a checkpoint by their targets' labels; "teacher" for the only one.
-
-        Only they have memory; of all else the shapes are compared with the checkpoint's.
-
-        Args:
-            reader: The checkpoint.
-        """
-        with torch.device("meta"):
-            teachers = self.make_teachers()
-            task = self.task_around(teachers)
-        return fill_heads(
-            task,
-            teachers,
-            self._settled.taught_by,
-            image_size=self.run.data.image_size,
-            fill=lambda: fill_stored(task, reader, kind=stream.outcome(reader)),
-        )
-
-    def export_heads(self, reader: Reader, folder: Path, shard_size: int) -> None:
-        """Writes the heads of all teachers, where the models beside them can be made again."""
-        try:
-            heads = self.stored_heads(reader)
-        except FDError as error:
-            log.warning("export: the heads are left out, the student is whole: %s", error)
-            return
-        write(heads, folder, task=self.run.task.name, shard_size=shard_size)
-
-    exported_heads = staticmethod(read_heads)
-
-    def learned(self, manifest: Mapping[str, Any]) -> Learned:
-        """Returns what the model card says of teachers, losses and crops."""
-        facts = facts_by_teacher(manifest, several=bool(self.run.teachers))
-        return learned(self.run.taught_by, facts, self.run.data)
-
     def frozen_models(self) -> Mapping[str, FrozenPart]:
         """Returns the teachers, by their names; an only one is called teacher."""
-        entries = dict(self._settled.taught_by)
+        entries = dict(self.settled.taught_by)
         for name, source in self._caches.sources().items():
             entries[name] = replace(entries[name], source=source)
         return {
@@ -726,7 +660,7 @@ class DistillationJob(Job):
     def _teacher_image_size(self, name: str) -> int:
         """Side of a teacher's images in evaluations, 0 as in `frozen_maker`."""
         size = self._sides[name].get(
-            self.run.data.image_size, self._settled.taught_by[name].teacher_image_size
+            self.run.data.image_size, self.settled.taught_by[name].teacher_image_size
         )
         if not isinstance(size, int):
             field = f"teachers.{name}" if name else "objective"
@@ -735,13 +669,6 @@ class DistillationJob(Job):
                 "in pixels, which a run records. Name the teacher by its own source instead."
             )
         return size
-
-    def in_one_process(self) -> Run:
-        """Returns the recipe with the teachers whole on their rank."""
-        entries = self.run.taught_by.items()
-        return self.run.with_taught_by(
-            {name: replace(entry, placement="replicated") for name, entry in entries}
-        )
 
     @cached_property
     def _held_out_images(self) -> ImageSource:

@@ -376,7 +376,7 @@ _WORDS = {
 
 
 def evaluated_words(teachers: Mapping[str, NamedTeacher]) -> dict[str, str]:
-    """Returns the words for each number of an evaluation, as `Job.metrics` has them.
+    """Returns the words for each number of an evaluation, as `TrainingJob.metrics` has them.
 
     Args:
         teachers: Several teachers by name; empty: there is one.
@@ -475,7 +475,8 @@ def _check_names(run: Any) -> None:
 KIND = TaskKind(
     name="distillation",
     folder="distillation",
-    job="DistillationJob",
+    job="distillation.job.DistillationJob",
+    stored="distillation.stored.StoredDistillation",
     title="Distillation",
     sections=("teacher", "objective", "teachers", "weighting", "students"),
     section=Views,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 
@@ -13,15 +12,11 @@ from fd_large.data.loader import Batch, build_loader
 from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource
 from fd_large.engine.heads import check_head
-from fd_large.engine.job import StoredStudent, trained_at
 from fd_large.engine.student import make_student
 from fd_large.tasks.classification.job import ClassificationJob
-from fd_large.tasks.finetuning.recipe_name import recipe_name
 from fd_large.tasks.finetuning.section import KIND
 from fd_large.tasks.finetuning.task import HEAD, FineTuning
 from fd_large.tasks.finetuning.views import TrainingBatches
-from fd_large.weights.model_card import Learned
-from fd_large.weights.origin import without_folders
 
 
 class FineTuningJob(ClassificationJob):
@@ -80,25 +75,3 @@ class FineTuningJob(ClassificationJob):
             positions,
             targets=torch.full((size, num_classes), 1 / num_classes),
         )
-
-    def stored_student(self) -> StoredStudent:
-        """Describes the student with the statistics of this training.
-
-        The classifier normalises the mean of a ViT's tokens rather than the tokens, so that
-        checkpoints lack the ViT's final norm.
-        """
-        return StoredStudent(trained_at(self.run), self.discarded(), self.statistics())
-
-    def learned(self, manifest: Mapping[str, Any]) -> Learned:
-        """Returns what the model card says of the labels."""
-        name = without_folders(self.run.data.root)
-        norm = " Its final norm only normalises: the classifier had one of its own."
-        return replace(
-            super().learned(manifest),
-            title=f"fine-tuned on {name}",
-            intro="An image backbone, trained as a whole to name the class of an image; the "
-            f"classifier is left out.{norm if self.discarded() else ''}",
-            tag="image-classification-backbone",
-        )
-
-    recipe_for = staticmethod(recipe_name)

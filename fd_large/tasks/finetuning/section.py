@@ -58,7 +58,9 @@ class FineTune:
 KIND = TaskKind(
     name="finetune",
     folder="finetuning",
-    job="FineTuningJob",
+    job="finetuning.job.FineTuningJob",
+    stored="classification.stored.StoredClassification",
+    transfer="classification.transfer.ClassificationTransfer",
     title="Fine-tuning",
     section=FineTune,
     trains_models=True,

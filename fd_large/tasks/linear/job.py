@@ -16,12 +16,11 @@ from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource
 from fd_large.data.views import ViewSettings
 from fd_large.engine.job import StoredStudent
-from fd_large.engine.student import make_student
+from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.fingerprint import fingerprint
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.ranks import distributed
-from fd_large.recipes.family import FamilyArchitecture
 from fd_large.runtime.hooks import Hook, Setting
 from fd_large.tasks.classification.job import ClassificationJob
 from fd_large.tasks.classification.views import LabelledViews
@@ -49,7 +48,7 @@ class LinearProbeJob(ClassificationJob):
                 f"{group}, expected a divisor. Change one of the two."
             )
         super().check()
-        super().initial_weights()  # Refuses wrong ones before the frozen model is built.
+        self._frozen_weights()  # Refuses wrong ones before the frozen model is built.
 
     @property
     def _group(self) -> int:
@@ -64,7 +63,7 @@ class LinearProbeJob(ClassificationJob):
         tested = partition.build(
             self._feature, {}, partitioned=False, seed=self.run.runtime.seed + 1
         )
-        weights = super().initial_weights()
+        weights = self._frozen_weights()
         if weights is not None:
             partition.load_weights(tested.model, weights, where="--student.init")
         self._hash = fingerprint(tested.model)
@@ -74,6 +73,11 @@ class LinearProbeJob(ClassificationJob):
             learning = copy.deepcopy(tested)
             partition.to_bfloat16(learning)
         self._frozen = Frozen(learning, tested)
+
+    def _frozen_weights(self) -> Iterable[tuple[str, Tensor]] | None:
+        left_out = super().stored_student().absent
+        student, size = self.run.student, self.run.data.image_size
+        return student_weights(student, self.weights, image_size=size, without=left_out)
 
     def _feature(self) -> FrozenFeature:
         model = make_student(self.run.student, image_size=self.run.data.image_size)
@@ -148,11 +152,6 @@ class LinearProbeJob(ClassificationJob):
             f"{self.run.run_dir()}: a linear probe trains no model; got a run that stores a layer "
             f"alone, expected the model itself. Name {self.run.student.init or 'its weights'}."
         )
-
-    @staticmethod
-    def recipe_for(architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
-        """Returns the one recipe of linear probes."""
-        return "linear_probe"
 
 
 class _GroupWarning(Hook):

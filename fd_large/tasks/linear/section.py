@@ -30,7 +30,9 @@ class LinearProbe:
 KIND = TaskKind(
     name="linear",
     folder="linear",
-    job="LinearProbeJob",
+    job="linear.job.LinearProbeJob",
+    stored="classification.stored.StoredClassification",
+    transfer="classification.transfer.LinearTransfer",
     title="Linear probe",
     section=LinearProbe,
     trains_models=True,

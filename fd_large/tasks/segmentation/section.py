@@ -114,12 +114,14 @@ METRICS = {
     "val/mAcc": "mAcc (%)",
     "val/aAcc": "aAcc (%)",
 }
-"""As `Job.metrics`."""
+"""As `TrainingJob.metrics`."""
 
 KIND = TaskKind(
     name="segmentation",
     folder="segmentation",
-    job="SegmentationJob",
+    job="segmentation.job.SegmentationJob",
+    stored="segmentation.stored.StoredSegmentation",
+    transfer="dense.transfer.DenseTransfer",
     title="Segmentation",
     section=Segmentation,
     may_change=("task.segmentation.classes", *HOW_TO_TEST),

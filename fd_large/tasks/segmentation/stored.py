@@ -1,47 +1,131 @@
-"""What the segmentation of a stored run sees in images of the user's."""
+"""The segmentation of a stored run: exported, scored, or drawn on images of the user's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from fd_large.engine.job import Predicted
+from fd_large.backbones.exports import Export
+from fd_large.checkpoint.read import Reader
+from fd_large.checkpoint.stream import Shape
+from fd_large.errors import ConfigError
 from fd_large.files import unlinked
-from fd_large.tasks.dense.stored import Seen, predict_files
-from fd_large.tasks.segmentation.data.classes import Classes
-from fd_large.tasks.segmentation.scores.evaluation import Model
+from fd_large.recipes.family import FamilyArchitecture
+from fd_large.tasks.dense.stages import blocks_taken, has_stages, neck_of, scales_of
+from fd_large.tasks.dense.stored import Seen, StoredDense, head_shapes, predict_files
+from fd_large.tasks.segmentation.data.classes import Classes, classes_of
+from fd_large.tasks.segmentation.data.dataset import SegmentationSet
+from fd_large.tasks.segmentation.job import SegmentationJob, test_views
+from fd_large.tasks.segmentation.published import Heads, whole_export
+from fd_large.tasks.segmentation.scores.evaluation import Model, Outcome
 from fd_large.tasks.segmentation.scores.pictures import draw_prediction
+from fd_large.tasks.segmentation.scores.tables import classes_table, numbers_table
+from fd_large.tasks.stored_run import Predicted, StoredScores
+from fd_large.weights.export import export_of
+from fd_large.weights.libraries import LIBRARIES, To
+from fd_large.weights.model_card import Learned
+from fd_large.weights.origin import without_folders
 
 # Classes that are named in the line of an image.
 NAMED = 3
 
 
-def predict_images(
-    model: Model, images: Sequence[str], folder: Path, classes: Classes, *, max_pixels: int
-) -> Iterator[Predicted]:
-    """Draws the classes of images, and writes them as label files and predictions.json.
+class StoredSegmentation(StoredDense):
+    """A run whose heads go out too where the library's files hold them."""
 
-    Args:
-        model: The model, in evaluation.
-        images: Paths of image files.
-        folder: Folder for what is written.
-        classes: Names and colours.
-        max_pixels: Larger images are refused.
-    """
+    job: SegmentationJob
 
-    def see(image: Tensor, stem: str) -> Seen:
-        size = (image.shape[-2], image.shape[-1])
-        views = [view.image(image) for view in model.views.views(*size)]
-        predicted = model.predict(views, size).cpu().numpy()
-        drawn, labels = folder / f"{stem}.png", folder / f"{stem}_labels.png"
-        shares = draw_prediction(image.permute(1, 2, 0).numpy(), predicted, classes, drawn)
-        small = len(classes.names) <= 256
-        Image.fromarray(predicted.astype(np.uint8 if small else np.uint16)).save(unlinked(labels))
-        text = ", ".join(f"{name} {100 * share:.0f}%" for name, share in shares[:NAMED])
-        return {"labels": labels.name, "classes": dict(shares)}, text, drawn
+    def exported_into(self, architecture: FamilyArchitecture, to: To) -> Export | None:
+        """Returns what the student becomes, with its heads where the library's files have them."""
+        if not LIBRARIES[to].heads:
+            return super().exported_into(architecture, to)
+        own, student = self.job.section, self.run.student
+        if own.head != "uper":
+            raise ConfigError(
+                f"export: --to {to}: holds UPerNet; got task.segmentation.head {own.head}, "
+                "expected uper. Use another --to, which takes the backbone alone."
+            )
+        pads = student.size_rule == "pad"
+        backbone = export_of(architecture, to, pads=pads, window_rule=student.window_rule)
+        assert backbone is not None
+        with torch.device("meta"):
+            task = self.job.make_task()
+        staged = has_stages(task.student)
+        count, views = own.num_classes, test_views(self.run)
+        heads = Heads(
+            widths=neck_of(task.student)[1],
+            width=own.head_width,
+            names=classes_of(self.run.data.root, count, own.classes).names,
+            auxiliary_width=task.auxiliary.width if task.auxiliary else 0,
+            auxiliary_weight=own.auxiliary_weight,
+            scales=() if staged else scales_of(task.student.patch_size),
+            blocks=() if staged else blocks_taken(task.student.depths[0]),
+            window=views.crop,
+            window_stride=views.stride,
+        )
+        return whole_export(backbone, to, heads)
 
-    return predict_files(see, images, folder, max_pixels=max_pixels)
+    def exported_beside(
+        self, reader: Reader, student: Mapping[str, Shape], to: To
+    ) -> Mapping[str, Shape]:
+        """Returns the heads, and what makes their maps, if the library's files hold them."""
+        return head_shapes(self.job.make_task) if LIBRARIES[to].heads else {}
+
+    def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
+        """Returns what the model card says of the classes, and of heads that go out too."""
+        name = without_folders(self.run.data.root)
+        intro = (
+            "An image backbone that was trained to name the class of each pixel; the heads are "
+            f"left out.{self.without_norm()}"
+        )
+        if whole := LIBRARIES[to].heads:
+            intro = "An image backbone with UPerNet, trained to name the class of each pixel."
+        return replace(
+            super().learned(manifest, to),
+            title=f"trained to segment {name}",
+            intro=intro,
+            tag="image-segmentation" if whole else "image-segmentation-backbone",
+        )
+
+    def score(self, reader: Reader, folder: Path) -> StoredScores:
+        """The scores on the val split of `eval.root` or `data.root`."""
+        self.job.classes = _classes(reader)
+        return super().score(reader, folder)
+
+    def tables(self, outcome: Outcome, images: SegmentationSet) -> Sequence[Any]:
+        """Returns the tables of the means and of the classes."""
+        return [
+            numbers_table(outcome.scores, len(images)),
+            classes_table(outcome.scores, self.job.classes.names),
+        ]
+
+    def predict(
+        self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float
+    ) -> Iterator[Predicted]:
+        """Draws the class of each pixel with a legend, and writes label files."""
+        model, classes = Model(self.task(reader).predict, test_views(self.run)), _classes(reader)
+
+        def see(image: Tensor, stem: str) -> Seen:
+            size = (image.shape[-2], image.shape[-1])
+            views = [view.image(image) for view in model.views.views(*size)]
+            predicted = model.predict(views, size).cpu().numpy()
+            drawn, labels = folder / f"{stem}.png", folder / f"{stem}_labels.png"
+            shares = draw_prediction(image.permute(1, 2, 0).numpy(), predicted, classes, drawn)
+            pixel = np.uint8 if len(classes.names) <= 256 else np.uint16
+            Image.fromarray(predicted.astype(pixel)).save(unlinked(labels))
+            text = ", ".join(f"{name} {100 * share:.0f}%" for name, share in shares[:NAMED])
+            return {"labels": labels.name, "classes": dict(shares)}, text, drawn
+
+        return predict_files(see, images, folder, max_pixels=self.run.data.max_pixels)
+
+
+def _classes(reader: Reader) -> Classes:
+    stored = reader.manifest["classes"]
+    return Classes(tuple(stored["names"]), tuple((r, g, b) for r, g, b in stored["colors"]))

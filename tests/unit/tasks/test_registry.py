@@ -18,7 +18,7 @@ from fd_large.tasks.jobs import job_of
 
 TOY = """
 from dataclasses import dataclass
-from fd_large.engine.job import Job
+from fd_large.engine.job import TrainingJob
 from fd_large.recipes.fields import check_types, positive
 from fd_large.recipes.task_kind import TaskKind
 
@@ -32,7 +32,7 @@ class Toy:
         check_types(self, "task.toy")
         positive("task.toy.weight", self.weight)
 
-class ToyJob(Job):
+class ToyJob(TrainingJob):
     def make_task(self):
         return self.run.task.rotation
 

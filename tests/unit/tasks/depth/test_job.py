@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,8 @@ from depth_images import write_images
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.errors import ConfigError, DataError
 from fd_large.tasks.depth.job import DepthJob
-from fd_large.tasks.depth.scores.evaluation import Model
 from fd_large.tasks.depth.section import Depth
-from fd_large.tasks.depth.stored import predict_images
+from fd_large.tasks.depth.stored import StoredDepth
 
 SWIN, VIT, LINEAR = "nyuv2_swinv2_giant", "nyuv2_vit_base", "nyuv2_linear"
 
@@ -78,13 +78,14 @@ def test_the_backbone_is_exported_as_the_next_start_takes_it(name, to, tmp_path)
     assert (found.facts == IMAGENET) == run.task.depth.normalise
 
 
-def test_predictions_are_drawn_and_written(root, tmp_path):
+def test_predictions_are_drawn_and_written(root, tmp_path, monkeypatch):
     job = DepthJob(run_of(root))
-    model = job.model_to_test(lambda pixels: pixels[:, 0].float() / 100 + 1, 1)
-    assert isinstance(model, Model)
+    stored = StoredDepth(job)
+    bright = SimpleNamespace(predict=lambda pixels: pixels[:, 0].float() / 100 + 1)
+    monkeypatch.setattr(stored, "task", lambda reader: bright)
     image = str(next((root / "official_splits/test").rglob("*.jpg")))
     none = str(tmp_path / "none.jpg")
-    found = list(predict_images(model, [image, none], tmp_path / "out", max_pixels=10**8))
+    found = list(stored.predict(None, [image, none], tmp_path / "out", least_score=0.5))
     assert found[0].drawn.is_file()
     assert found[1].problem
     seen = json.loads((tmp_path / "out" / "predictions.json").read_text())[image]

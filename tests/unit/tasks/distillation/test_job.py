@@ -23,6 +23,7 @@ from fd_large.tasks.distillation.canary import Canary
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.section import Objective, Teacher, Weighting
 from fd_large.tasks.distillation.several.weighting import DATASETS
+from fd_large.tasks.jobs import stored_run_of
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_a_sound_recipe_passes_and_lists_its_sources(run, root):
     assert job.splits_models() == (run.teacher.placement != "replicated")
     sharded = override(run, {"teacher.placement": "sharded"})
     assert DistillationJob(sharded).splits_models()
-    assert not DistillationJob(DistillationJob(sharded).in_one_process()).splits_models()
+    assert not DistillationJob(sharded.in_one_process()).splits_models()
 
 
 @pytest.mark.parametrize("head", ["linear", "convolutional", "resized_mlp"])
@@ -222,7 +223,7 @@ def test_several_teachers_are_known_by_their_names(run):
     # A checkpoint of other teachers is refused by their names.
     facts = job.facts()
     job.check_stored(facts)
-    card = job.learned(facts)
+    card = stored_run_of(job).learned(facts, "fd")
     assert card.tables["Teacher b"]["hash of its weights"] == facts["teachers"]["b"]["teacher_hash"]
     assert card.metrics["held_out_b_summary_loss"] == "held-out loss of b summary"
     other = {"teachers": {"a": facts["teachers"]["a"], "c": facts["teachers"]["b"]}}

@@ -18,6 +18,7 @@ from stored_run import store_tensors
 from fd_large.backbones.statistics import OPENAI_CLIP
 from fd_large.cli.export import export
 from fd_large.data.centre_crops import NO_LABEL
+from fd_large.engine.predictions import Predictions
 from fd_large.errors import ConfigError, DataError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
@@ -63,7 +64,7 @@ def test_what_cannot_be_read_is_named_and_not_counted(run, tmp_path, caplog):
         found = measured(run)
     assert "4.png" in caplog.text
     assert found != whole
-    predictions = FineTuningJob.predictions(tmp_path)
+    predictions = Predictions.read(tmp_path)
     assert list(predictions.labels).count(NO_LABEL) == 1
     usable = predictions.labels != NO_LABEL
     right = (predictions.predicted == predictions.labels)[usable]

@@ -15,7 +15,7 @@ from fd_large.errors import CheckpointError, ConfigError
 from fd_large.kernels.choose import Device
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
-from fd_large.tasks.jobs import job_of
+from fd_large.tasks.jobs import job_of, transfer_of
 from fd_large.tasks.linear.job import LinearProbeJob
 
 TINY = Architecture(embed_dim=16, depths=(1,), num_heads=(2,), patch_size=8)
@@ -105,8 +105,7 @@ def test_a_checkpoint_is_of_one_frozen_model(run):
 
 def test_a_named_model_is_probed_by_the_one_recipe(run):
     named = find_model("vit_base_patch16=random", job_of)
-    assert LinearProbeJob.recipe_for(named.architecture, run_recipe=None) == "linear_probe"
-    started = LinearProbeJob(run).starting_from(
-        named.section, image_size=224, trained_as=None, fields=()
-    )
+    transfer = transfer_of("linear")
+    assert transfer.recipe_for(named.architecture, run_recipe=None) == "linear_probe"
+    started = transfer.starting_from(run, named.section, image_size=224, trained_as=None, fields=())
     assert (started.student.model, started.data.image_size) == ("vit_base_patch16", 224)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fd_large.engine.find_model import find_model
-from fd_large.tasks.finetuning.recipe_name import recipe_name
+from fd_large.tasks.classification.recipe_name import recipe_name
 from fd_large.tasks.jobs import job_of
 
 TINY = "vit_base_patch16=random"

@@ -8,7 +8,7 @@ from fd_large.engine.find_model import find_model
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
-from fd_large.tasks.jobs import job_of
+from fd_large.tasks.jobs import job_of, transfer_of
 
 TINY = "vit_base_patch16=random"
 BASE = registry.get("finetune_clip_vit_base")
@@ -16,8 +16,8 @@ BASE = registry.get("finetune_clip_vit_base")
 
 def started(source, base=BASE, fields=()):
     named = find_model(source, job_of)
-    return job_of(base).starting_from(
-        named.section, image_size=named.image_size, trained_as=None, fields=fields
+    return transfer_of("finetune").starting_from(
+        base, named.section, image_size=named.image_size, trained_as=None, fields=fields
     )
 
 

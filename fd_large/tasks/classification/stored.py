@@ -1,0 +1,53 @@
+"""What a stored classifier is asked for: its loss on images of its classes, and its model card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from fd_large.engine.task import Task
+from fd_large.tasks.classification.job import ClassificationJob
+from fd_large.tasks.classification.scores import averaged
+from fd_large.tasks.stored_run import StoredRun
+from fd_large.weights.libraries import To
+from fd_large.weights.model_card import Learned
+from fd_large.weights.origin import without_folders
+
+
+class StoredClassification(StoredRun):
+    """A fine-tuned student, or the layer of a linear probe, of which no student is exported."""
+
+    job: ClassificationJob
+    loss_name = "cross-entropy"
+
+    def classes(self) -> tuple[str, ...]:
+        """Returns the names of the classes of the training images."""
+        return self.job.classes()
+
+    def losses_on(
+        self, task: Task, images: Tensor, labels: Tensor | None
+    ) -> Callable[[], Mapping[str, float]]:
+        """Returns what computes the cross-entropy and the accuracy; see `StoredRun.losses_on`."""
+        prepared = task.prepare(images, labels, None)
+
+        def losses() -> dict[str, float]:
+            found = averaged(task(**prepared)[1])
+            return {self.loss_name: found["loss"], "accuracy (%)": found["top1"]}
+
+        return losses
+
+    def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
+        """Returns what the model card says of the labels."""
+        name = without_folders(self.run.data.root)
+        absent = self.job.stored_student().absent
+        norm = " Its final norm only normalises: the classifier had one of its own."
+        return replace(
+            super().learned(manifest, to),
+            title=f"fine-tuned on {name}",
+            intro="An image backbone, trained as a whole to name the class of an image; the "
+            f"classifier is left out.{norm if absent else ''}",
+            tag="image-classification-backbone",
+        )

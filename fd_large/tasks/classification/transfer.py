@@ -1,0 +1,62 @@
+"""Classifiers that begin from named models: the student of the recipe, and what is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from fd_large.engine.student import OWN_FIELDS, as_student, refuse_decided
+from fd_large.recipes.architectures import resolve
+from fd_large.recipes.family import FamilyArchitecture
+from fd_large.recipes.run import Run
+from fd_large.recipes.sections import FrozenModel, Student
+from fd_large.tasks.classification.job import own_section, with_statistics
+from fd_large.tasks.classification.recipe_name import recipe_name
+from fd_large.tasks.transfer import Transfer
+
+
+class ClassificationTransfer(Transfer):
+    """Fine-tuning of a named model."""
+
+    def starting_from(
+        self,
+        run: Run,
+        model: FrozenModel,
+        *,
+        image_size: int,
+        trained_as: Student | None,
+        fields: Collection[str],
+    ) -> Run:
+        """Returns the recipe with a named model, and its statistics, in the student's place.
+
+        The run that trained the model decides the other fields of the student, but for the drop
+        path and what the user set. Every block gets its own copy of a position bias that blocks
+        share.
+        """
+        refuse_decided(fields, OWN_FIELDS)
+        architecture = resolve(model.model, model.architecture).with_own_position_biases()
+        if architecture.resizes_positions:
+            architecture = architecture.at(image_size)
+        own = {name: getattr(run.student, name) for name in {"drop_path_rate", *fields}}
+        section = replace(trained_as or Student(model=model.model), **own)
+        student = as_student(model, architecture, section, trained_as=trained_as)
+        if student.init and not own_section(run).statistics:
+            run = with_statistics(run, model.statistics)
+        return replace(run, student=student, data=replace(run.data, image_size=image_size))
+
+    def recipe_for(self, architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
+        """Returns the recipe that fits the model."""
+        return recipe_name(architecture, run_recipe=run_recipe)
+
+    def compared(self, summary: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+        """Returns the accuracy and the loss on the test images."""
+        return summary["test_top1"], {"test_loss": summary["test_loss"]}
+
+
+class LinearTransfer(ClassificationTransfer):
+    """Linear probes of a named model."""
+
+    def recipe_for(self, architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
+        """Returns the one recipe of linear probes."""
+        return "linear_probe"

@@ -1,0 +1,37 @@
+"""Trainings of segmentation and depth that begin from named models."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from fd_large.recipes.run import Run
+from fd_large.recipes.sections import FrozenModel, Student
+from fd_large.tasks.dense.job import next_multiple
+from fd_large.tasks.transfer import Transfer
+
+
+class DenseTransfer(Transfer):
+    """Trainings on crops, whose side follows the model."""
+
+    def starting_from(
+        self,
+        run: Run,
+        model: FrozenModel,
+        *,
+        image_size: int,
+        trained_as: Student | None,
+        fields: Collection[str],
+    ) -> Run:
+        """Returns the recipe with a named model, with the next larger crop that its patch divides.
+
+        A model of several stages sees crops of any size.
+        """
+        run = super().starting_from(
+            run, model, image_size=image_size, trained_as=trained_as, fields=fields
+        )
+        architecture = run.student_architecture()
+        # Other families do not state a patch, or take any size.
+        patch = 1 if architecture.is_hierarchical else getattr(architecture, "patch_size", 1)
+        side = next_multiple(run.data.image_size, patch)
+        return replace(run, data=replace(run.data, image_size=side))

@@ -1,0 +1,83 @@
+"""How a training of a task begins from a named model, and what is compared of it.
+
+The third of a task's three faces (`fd_large/recipes/task_kind.py`), which `evaluate` and `transfer`
+ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from fd_large.engine.student import OWN_FIELDS, as_student, refuse_decided
+from fd_large.recipes.architectures import resolve
+from fd_large.recipes.family import FamilyArchitecture, WindowedTransformer
+from fd_large.recipes.run import Run
+from fd_large.recipes.sections import FrozenModel, Student
+
+_WINDOW = "architecture.window_size"
+_OF_THE_MODEL = {"model", "init", "init_allow"}
+
+
+class Transfer:
+    """Trainings of a task that begin from models which the user names."""
+
+    def starting_from(
+        self,
+        run: Run,
+        model: FrozenModel,
+        *,
+        image_size: int,
+        trained_as: Student | None,
+        fields: Collection[str],
+    ) -> Run:
+        """Returns a recipe with a named model in the student's place.
+
+        The window of its attention stays the recipe's, as does what the recipe says of images, but
+        for rules that the model's family does not have. Blocks have position biases of their own
+        where those of the recipe's student have.
+
+        Args:
+            run: The recipe.
+            model: The model and its weights, settled.
+            image_size: Side of its images, in pixels.
+            trained_as: The student's section in the run that trained the model; None: it is not a
+                run's student.
+            fields: Fields of the student that the user set in the recipe.
+
+        Raises: ConfigError: if the user set a field that the named model decides.
+        """
+        base, own = run.student, run.student_architecture()
+        decided = [f for f in fields if f in _OF_THE_MODEL or f.startswith("architecture.")]
+        refuse_decided(decided, (*OWN_FIELDS, "size_rule", _WINDOW))
+        architecture = resolve(model.model, model.architecture)
+        if own == own.with_own_position_biases():
+            architecture = architecture.with_own_position_biases()
+        window = base.architecture.window_size
+        # The windows of a Swin of the first version are those of its position tables.
+        takes_window = architecture.has_stage_windows or _WINDOW in fields
+        if window and takes_window and isinstance(architecture, WindowedTransformer):
+            architecture = architecture.with_window(window)
+        base = base.without_rules_unknown_to(architecture, kept=fields)
+        return replace(run, student=as_student(model, architecture, base, trained_as=trained_as))
+
+    def recipe_for(self, architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
+        """Returns the name of the recipe by which a model is trained where the user names none.
+
+        Args:
+            architecture: The model's.
+            run_recipe: Name of the recipe of the run whose student it is; "": it has random
+                weights, without a run; None: it has weights of its own.
+        """
+        raise NotImplementedError
+
+    def compared(self, summary: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+        """Returns what `evaluate` compares of a finished run.
+
+        Args:
+            summary: Content of its summary.json.
+
+        Returns: the accuracy in per cent, and more about it.
+        """
+        raise NotImplementedError
