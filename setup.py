@@ -47,6 +47,7 @@ setup(
     package_data={
         "fd_large": ["py.typed"],
         "fd_large.plan": ["kept_counts.json"],
+        "fd_large.report": ["page.css", "page.html"],
         "fd_large.ds_configs": ["*.json"],
         "fd_large.slurm": ["*.sh"],
     },
@@ -72,6 +73,8 @@ setup(
         # Every run writes TensorBoard events and ends with pictures of its curves.
         "tensorboard>=2.16",
         "matplotlib>=3.8",
+        # Pages of what came out; torch brings it too.
+        "jinja2>=3.1",
     ],
     extras_require={
         # Photographs, and a teacher trained on ImageNet, without a download at run time.

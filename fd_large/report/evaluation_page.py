@@ -32,7 +32,7 @@ def write_evaluation_page(
         path,
         title,
         (
-            *(html.section(str(table.title or ""), as_html(table)) for table in tables),
+            *(html.section(str(table.title or ""), *_parts(table)) for table in tables),
             html.section("Pictures", *(html.picture(one, _words(one)) for one in pictures)),
             html.section("How it was measured", html.table([(k, str(v)) for k, v in facts])),
         ),
@@ -40,15 +40,15 @@ def write_evaluation_page(
     )
 
 
-def as_html(table: Any) -> str:
-    """Returns a rich table as one of a page."""
+def _parts(table: Any) -> list[str]:
+    """A rich table as one of a page, and its caption."""
     rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
     shown = html.table(
         list(rows),
         head=[str(column.header) for column in table.columns],
         right=[column.justify == "right" for column in table.columns],
     )
-    return shown + "".join(map(html.paragraph, str(table.caption or "").splitlines()))
+    return [shown, *map(html.paragraph, str(table.caption or "").splitlines())]
 
 
 def _words(path: Path) -> str:
