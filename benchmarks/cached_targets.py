@@ -117,7 +117,7 @@ def side_by_side(root: Path, folder: Path, rounds: int, *, quick: bool) -> dict[
     from fd_large.recipes.fields import override
     from fd_large.tasks.distillation.cached.precision import PRECISIONS
     from fd_large.tasks.distillation.job import DistillationJob
-    from fd_large.weights.source import Sources
+    from fd_large.weights.resolve import Sources
 
     distributed.start()
     start.start()

@@ -108,7 +108,7 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
     from fd_large.ranks import distributed
     from fd_large.recipes import registry
     from fd_large.tasks.jobs import job_of
-    from fd_large.weights.source import Sources
+    from fd_large.weights.resolve import Sources
 
     torch.set_num_threads(1)
     distributed.start()

@@ -15,7 +15,7 @@ from fd_large.tasks.distillation.cached.files import CacheWriter
 from fd_large.tasks.distillation.cached.teacher import header_of, view_facts
 from fd_large.tasks.distillation.cached.write import write_cache
 from fd_large.tasks.distillation.job import DistillationJob
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 IMAGES, VIEWS = 12, 2
 

@@ -249,8 +249,8 @@ def read_all(folder: Path) -> str:
     from fd_large.errors import FDError
     from fd_large.recipes.sections import FrozenModel
     from fd_large.weights.inspection import inspect, table
+    from fd_large.weights.resolve import Sources
     from fd_large.weights.settle import settle_model
-    from fd_large.weights.source import Sources
 
     files = [path for path in folder.iterdir() if path.suffix in (".pth", ".pt")]
     source = files[0] if files else folder

@@ -17,6 +17,7 @@ from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.tasks.distillation.section import Objective, Teacher
 from fd_large.tasks.jobs import job_of
+from fd_large.weights.resolve import Sources
 
 # No test may ask a server.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -39,6 +40,11 @@ def teacher_run(source, model="auto", *, allow=(), statistics=(), **fields):
     )
     # The teacher keeps the image size of its weights.
     return settled(replace(run, teacher=teacher, objective=Objective()))
+
+
+def opened(source, where="weights"):
+    """The weights of a source in a published format."""
+    return Sources().resolve(source, where=where).published
 
 
 def loaded(source, model="auto", *, allow=(), statistics=(), **fields):

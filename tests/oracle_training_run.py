@@ -34,7 +34,7 @@ from fd_large.recipes import registry
 from fd_large.tasks.distillation.recipe_targets import make_target
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.distillation.teacher import place
-from fd_large.weights.formats import detect
+from fd_large.weights.published import detect
 
 
 def nets(spec: dict) -> tuple[nn.Module, nn.Module, tuple]:

@@ -17,7 +17,7 @@ from fd_large.engine.zero.optimizer import decays
 from fd_large.tasks.depth.heads.mim_head import MimHead
 from fd_large.tasks.depth.loss import silog_loss
 from fd_large.tasks.depth.task import Depth
-from fd_large.weights.formats import detect
+from fd_large.weights.published import detect
 
 PATCH = 4
 # Names of MIM-Depth, and ours.

@@ -27,7 +27,7 @@ from fd_large.recipes.architectures import Architecture
 from fd_large.tasks.distillation.recipe_targets import make_target
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.finetuning.task import FineTuning
-from fd_large.weights.formats import FORMATS
+from fd_large.weights.published import FORMATS
 
 PROGRAM = Path(__file__).parent / "oracle_training_run.py"
 UNIC_PROGRAM = Path(__file__).parent / "oracle_unic_run.py"

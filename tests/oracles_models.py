@@ -28,7 +28,7 @@ from fd_large.backbones.windows import StageWindows, coordinate_table
 from fd_large.kernels.whitened_loss import whiten, whitened_loss
 from fd_large.kernels.window_attention_reference import position_index, region_ids, region_mask
 from fd_large.weights.coverage import covered
-from fd_large.weights.formats import FORMATS, detect
+from fd_large.weights.published import FORMATS, detect
 from fd_large.weights.resize import resize_positions, resize_table
 
 Tensors = dict[str, Tensor]

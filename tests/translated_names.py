@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 from fd_large.backbones.translation import translated
-from fd_large.weights.formats import FORMATS
+from fd_large.weights.published import FORMATS
 
 
 def translate(form: str, items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -94,18 +94,18 @@ def convert(source: str, out: str, to: str, model: str, architecture: Architectu
     from fd_large.weights.settle import reconcile
 
     where = "weights convert"
-    sources = sources_of(job_of)
-    if own := sources.own(source, where=where):
+    resolved = sources_of(job_of).resolve(source, where=where)
+    if own := resolved.unpublished:
         _require_alone(own.architecture, model, architecture)
         settled = own.architecture
         statistics: Statistics | None = own.statistics
-        items = sources.fitted(source, settled, where=where)
+        items = resolved.fitted(settled)
     else:
-        weights = sources.open(source, where=where)
+        weights = resolved.published
         named = None if model == "auto" else resolve(model)
         settled = reconcile(weights, architecture, named, name=model, where=where, section="")
         statistics = weights.statistics
-        items = weights.fitted(settled, where=where)
+        items = resolved.fitted(settled)
     file = write(items, settled, to, out, statistics=statistics)
     print(f"{file}: {items.match.summary()}")
     return 0
@@ -137,10 +137,10 @@ def fetch(source: str, out: str) -> int:
     from fd_large.engine.checkpoint_models import sources_of
     from fd_large.recipes.sections import FrozenModel
     from fd_large.tasks.jobs import job_of
-    from fd_large.weights import fetch as weights_fetch
+    from fd_large.weights import download
     from fd_large.weights.settle import settle_model
 
-    files, licence = weights_fetch.fetch(source, out)
+    files, licence = download.fetch(source, out)
     print(printable(f"{out}: {', '.join(files)}; licence of the weights: {licence}"))
     try:
         settled = settle_model(

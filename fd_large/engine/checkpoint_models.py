@@ -19,8 +19,7 @@ from fd_large.engine.zero import partition
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.files import kind_of
 from fd_large.weights.read import Tensors
-from fd_large.weights.source import Sources
-from fd_large.weights.stored_models import Stored
+from fd_large.weights.resolve import Sources, Stored
 
 AnyTask = TypeVar("AnyTask", bound=Task)
 

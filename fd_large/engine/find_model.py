@@ -25,8 +25,8 @@ from fd_large.ranks import distributed
 from fd_large.recipes.architectures import Architecture, by_name, resolve
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.sections import RANDOM, Data, FrozenModel
+from fd_large.weights.resolve import Sources
 from fd_large.weights.settle import settle_model
-from fd_large.weights.source import Sources
 
 _STUDENT, _SCRATCH = "student", "scratch"
 _WHERE = "model"  # What messages call a model that no flag names.

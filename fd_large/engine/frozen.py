@@ -23,8 +23,8 @@ from fd_large.ranks import distributed
 from fd_large.recipes.architectures import by_name, resolve
 from fd_large.recipes.sections import RANDOM, FrozenModel
 from fd_large.weights.coverage import Fitted, covered
+from fd_large.weights.resolve import Sources
 from fd_large.weights.settle import stated_statistics
-from fd_large.weights.source import Sources
 
 
 class Frozen(nn.Module):
@@ -164,12 +164,8 @@ def frozen_weights(section: FrozenModel, sources: Sources, *, where: str) -> Fit
             f"If it is a model of timm, set {flags}.model timm:NAME. {flags}.allow NAMES does "
             "without tensors that the map does not need."
         )
-    return sources.fitted(
-        source,
-        resolve(section.model, section.architecture),
-        allow=section.allow,
-        where=where,
-        remedy=remedy,
+    return sources.resolve(source, where=where).fitted(
+        resolve(section.model, section.architecture), allow=section.allow, remedy=remedy
     )
 
 

@@ -48,7 +48,7 @@ def open_frozen(job: Job, job_of: JobOf) -> FrozenRun:
         samples, _ = check_all(job.open_samples, job.check)
         sizes = job.parameter_sizes()
         for where, source in job.sources().items():
-            weights.fetch(source, where=f"--{where}")
+            weights.resolve(source, where=f"--{where}").fetch()
         return samples, sizes
 
     with activity.work("checking the recipe"):

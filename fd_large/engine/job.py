@@ -33,8 +33,8 @@ from fd_large.recipes.fields import flat
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel
 from fd_large.runtime.hooks import Hook
+from fd_large.weights.resolve import Sources
 from fd_large.weights.settle import settle_student
-from fd_large.weights.source import Sources
 
 # Keys that summary.json has for every task, null where a task has no such number.
 _FOR_EVERY_TASK = ("held_out_loss_start", "held_out_loss", "held_out_cosine", "loss_best_constant")

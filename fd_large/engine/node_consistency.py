@@ -22,7 +22,7 @@ from fd_large.files import kind_of
 from fd_large.ranks import distributed
 from fd_large.runtime.run_folder import source_commit
 from fd_large.weights.read import files_of
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def weights_digest(source: str, weights: Sources) -> str:
 
     Raises: WeightsError: if there is no such file, or it cannot be read.
     """
-    located = weights.path(source) if source not in ("", "random") else None
+    located = weights.resolve(source).path if source not in ("", "random") else None
     if located is None:
         return ""
     digest, size = hashlib.sha256(), 0

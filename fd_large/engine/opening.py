@@ -47,7 +47,7 @@ from fd_large.runtime.run_folder import (
     write_environment,
 )
 from fd_large.runtime.trackers import trackers_of
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 log = logging.getLogger(__name__)
 
@@ -319,7 +319,7 @@ def _check(
         disks.check_state_folder(folder, needed)
     for job in jobs:
         for where, source in job.sources().items():
-            job.weights.fetch(source, where=f"--{where}")
+            job.weights.resolve(source, where=f"--{where}").fetch()
     return json_config, counted, samples
 
 

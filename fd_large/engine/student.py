@@ -15,7 +15,7 @@ from fd_large.ranks import distributed
 from fd_large.recipes.architectures import by_name, overrides, resolve
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.sections import RANDOM, FrozenModel, Student
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 OWN_FIELDS = (
     "drop_path_rate",
@@ -82,12 +82,10 @@ def student_weights(
     if not student.init:
         return None
     architecture = resolve(student.model, student.architecture)
-    return sources.fitted(
-        student.init,
+    return sources.resolve(student.init, where="--student.init").fitted(
         architecture.at(image_size) if image_size else architecture,
         without=without,
         allow=student.init_allow,
-        where="--student.init",
         remedy="Name the model of the file by --student.model and --student.architecture.*, or set "
         "--student.init_allow NAMES to do without.",
     )

@@ -22,7 +22,7 @@ from fd_large.backbones.transformers.kinds import TEXT_KINDS, fields_of_kind, li
 from fd_large.errors import ConfigError, WeightsError, first_line
 from fd_large.files import kind_of, parse_json
 from fd_large.recipes.family import is_plain
-from fd_large.weights.locate import HUB, OPEN_CLIP
+from fd_large.weights.named import HUB, OPEN_CLIP
 from fd_large.weights.read import Tensors, read, read_json
 
 PROMPTS = ("a photo of a {}.",)

@@ -27,12 +27,10 @@ from fd_large.recipes.architectures import (
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import Match, listed, match
 from fd_large.weights.export import INDEX, NAME
-from fd_large.weights.formats import FORMATS
-from fd_large.weights.opened import Weights
+from fd_large.weights.published import FORMATS, PublishedWeights
 from fd_large.weights.read import OTHER
+from fd_large.weights.resolve import ResolvedWeights, Sources, Stored
 from fd_large.weights.sidecar import Described
-from fd_large.weights.source import Sources
-from fd_large.weights.stored_models import Stored
 
 
 @dataclass(frozen=True)
@@ -89,16 +87,17 @@ def inspect(
     sources = sources or Sources()
     path = Path(source)
     beside = path.name in (NAME, INDEX) and kind_of(path) == "file"
-    if own := sources.own(str(path.parent if beside else source)):
+    if own := sources.resolve(path.parent if beside else source).unpublished:
         if model != "auto":
             raise ConfigError(
                 f"--model: the weights are of {name_of(own.architecture)}, whose tensors have "
                 f"names of their own; got {model}, expected auto. Leave it out."
             )
         return _of_own(source, own)
-    if model == "auto" and (described := sources.described(str(source))):
-        return _of_library(str(source), described, sources)
-    weights = sources.open(source)
+    resolved = sources.resolve(source)
+    if model == "auto" and resolved.described:
+        return _of_library(resolved, resolved.described)
+    weights = resolved.published
     published, form = weights.published, FORMATS[weights.form].format
     known = _merged(weights)
     unknown = sorted(
@@ -131,13 +130,13 @@ def inspect(
     )
 
 
-def _of_library(source: str, described: Described, sources: Sources) -> Inspection:
+def _of_library(weights: ResolvedWeights, described: Described) -> Inspection:
     """Inspects the folder of a library's model, whose configuration names it."""
     family = described.family.architecture.family
     architecture = resolve(family, described.architecture)
-    fitted = sources.fitted(source, architecture)
+    fitted = weights.fitted(architecture)
     return Inspection(
-        source=source,
+        source=weights.source,
         form=family,
         what=f"folder of {architecture.own_name}",
         own=False,
@@ -178,14 +177,14 @@ def _of_own(source: str | Path, own: Stored) -> Inspection:
     )
 
 
-def _merged(weights: Weights) -> Architecture:
+def _merged(weights: PublishedWeights) -> Architecture:
     """What is known of the architecture; a configuration knows the size better than tensors."""
     stated = set_fields(weights.stated)
     sizes = {name: stated[name] for name in ("image_size", "window_size") if name in stated}
     return replace(filled(weights.found, weights.stated), **sizes)
 
 
-def _compared(weights: Weights, architecture: FamilyArchitecture) -> Match:
+def _compared(weights: PublishedWeights, architecture: FamilyArchitecture) -> Match:
     expected = parameter_shapes(architecture)
     pieces, _ = weights.adapted(architecture, expected)
     return match(

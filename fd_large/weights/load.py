@@ -13,7 +13,7 @@ from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.windows import WindowRule
 from fd_large.errors import WeightsError
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 
 def load_model(
@@ -37,8 +37,9 @@ def load_model(
         statistics by which images are normalised.
     Raises: WeightsError: if the folder holds no such model.
     """
-    sources, where = Sources(), "load_model"
-    stored = sources.ours(str(folder), where=where)
+    where = "load_model"
+    weights = Sources().resolve(folder, where=where)
+    stored = weights.stored
     if stored is None:
         raise WeightsError(
             f"{where}: {folder}: not an export of this project; got no config.json that describes "
@@ -52,7 +53,7 @@ def load_model(
         shift_stages=shift_stages,
         stage_windows=stage_windows,
     )
-    fill(net, sources.fitted(str(folder), stored.architecture, where=where))
+    fill(net, weights.fitted(stored.architecture))
     return net.requires_grad_(False).eval(), stored.statistics
 
 

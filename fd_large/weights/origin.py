@@ -13,7 +13,7 @@ from fd_large.errors import WeightsError
 from fd_large.files import kind_of
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.sections import RANDOM
-from fd_large.weights.locate import HUB, OPEN_CLIP, PACKAGE
+from fd_large.weights.named import HUB, OPEN_CLIP, PACKAGE
 from fd_large.weights.push import REPOSITORY
 from fd_large.weights.read import read_json
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from fd_large.backbones.family import Family
 from fd_large.backbones.published import Settling
-from fd_large.backbones.registry import family_of, family_of_source
+from fd_large.backbones.registry import family_of
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import (
@@ -29,10 +29,9 @@ from fd_large.recipes.architectures import (
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.fields import hints_of
 from fd_large.recipes.sections import AUTO, RANDOM, FrozenModel, Student
-from fd_large.weights.opened import Weights
+from fd_large.weights.published import PublishedWeights
+from fd_large.weights.resolve import Sources, other_model
 from fd_large.weights.sidecar import Described
-from fd_large.weights.source import Sources
-from fd_large.weights.stored_models import Stored, other_model
 
 log = logging.getLogger(__name__)
 
@@ -49,42 +48,109 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
 
     Args:
         section: The section as the user set it.
-        sources: Opens the weights.
+        sources: Resolves the weights.
         where: The flag of the source, for messages.
 
     Raises: WeightsError: if a file cannot be read, does not hold the named model, or leaves fields
         open that nothing determines; ConfigError: if a model cannot be as it is described.
     """
-    if brought := family_of_source(section.source):
-        family, rest = brought
-        assert family.scheme is not None
-        untrained = family.scheme.untrained(rest)
-        source = section.source if untrained is None else RANDOM
-        rest = rest if untrained is None else untrained
-        architecture, notes = family.scheme.settle(rest, section.architecture, where)
-        for note in notes:
-            log.info("%s: %s", where, note)
-        model = family.architecture.family
-        facts = family.facts_of(resolve(model, architecture))
-        statistics = section.statistics or _numbers(facts.statistics if facts else None)
-        return replace(
-            section, model=model, source=source, architecture=architecture, statistics=statistics
-        )
     if section.source in ("", RANDOM):
         return section
-    if own := sources.own(section.source, where=where):
-        return _of_own(section, own)
-    described = sources.described(section.source, where=where)
-    # Runs of earlier versions name a model of ours where the library's is taken now.
-    is_ours = described and described.read_here and not _is_of(section, described.family)
-    if described and not is_ours:
-        return _of_library(section, described, where)
-    if _tells_nothing(section):
-        return section
-    # A family alone names no model: its fields are all the user's, or a settled run's.
-    by_itself = section.model == AUTO or by_name(section.model) is None
-    weights = sources.open(section.source, where=where)
-    named = None if by_itself else resolve(section.model)
+    weights = sources.resolve(section.source, where=where)
+    if weights.brought:
+        return _brought(section, *weights.brought, where)
+    if own := weights.unpublished:
+        architecture = filled(section.architecture, overrides(own.architecture))
+        section = replace(section, source=str(own.path))
+        return _whole(section, own.architecture.family, architecture, own.statistics)
+    named = by_name(section.model)
+    if described := weights.described:
+        family = described.family.architecture.family
+        # Runs of earlier versions name a model of ours where the library's is taken now.
+        is_of_library = section.model in (AUTO, family) or (named and named.family == family)
+        if is_of_library or not described.read_here:
+            return _of_library(section, described, where)
+    if section.model != AUTO:
+        wanted = resolve(section.model, section.architecture)
+        if family_of(wanted).published is None:  # Names and shapes do not show its model.
+            return section
+    return _of_published(section, named, weights.published, sources, where)
+
+
+def _whole(
+    section: FrozenModel, model: str, architecture: Architecture, statistics: Statistics | None
+) -> FrozenModel:
+    """The section of a model that is described whole."""
+    return replace(
+        section,
+        model=model,
+        architecture=architecture,
+        statistics=section.statistics or _numbers(statistics),
+    )
+
+
+def _brought(section: FrozenModel, family: Family, name: str, where: str) -> FrozenModel:
+    """The section of a model that comes with its weights, or of the same model with random ones."""
+    assert family.scheme is not None
+    untrained = family.scheme.untrained(name)
+    if untrained is not None:
+        section, name = replace(section, source=RANDOM), untrained
+    architecture, notes = family.scheme.settle(name, section.architecture, where)
+    for note in notes:
+        log.info("%s: %s", where, note)
+    model = family.architecture.family
+    facts = family.facts_of(resolve(model, architecture))
+    return _whole(section, model, architecture, facts.statistics if facts else None)
+
+
+def _of_library(section: FrozenModel, found: Described, where: str) -> FrozenModel:
+    """The section of a library's model, which its folder describes.
+
+    Raises: WeightsError: if the user named another model.
+    """
+    described = resolve(found.family.architecture.family, found.architecture)
+    if section.model != AUTO:
+        wanted = resolve(section.model, section.architecture)
+        if (type(wanted), wanted.own_name) != (type(described), described.own_name):
+            raise WeightsError(
+                f"{where}: {section.source}: not the model of the run; its config.json says "
+                f"{name_of(described)}, expected {name_of(wanted)} (model {section.model}). Set "
+                f"{where.removesuffix('.source')}.model auto to take the model of the folder."
+            )
+    statistics = found.statistics
+    if statistics is None and not section.statistics:
+        facts = found.family.facts_of(described)
+        statistics = facts.statistics if facts else None
+        log.warning(
+            "%s: the folder of %s does not state its image statistics: those of the published "
+            "model are used (%s.statistics)",
+            where,
+            name_of(described),
+            where.removesuffix(".source"),
+        )
+    architecture = filled(section.architecture, found.architecture)
+    return _whole(section, described.family, architecture, statistics)
+
+
+def _of_published(
+    section: FrozenModel,
+    named: FamilyArchitecture | None,
+    weights: PublishedWeights,
+    sources: Sources,
+    where: str,
+) -> FrozenModel:
+    """The section of a model that the names and shapes of its tensors show.
+
+    Args:
+        section: The section as the user set it.
+        named: The model that it names; None for a family alone, whose fields are all the user's,
+            or a settled run's.
+        weights: The tensors.
+        sources: Know which statistics were settled earlier.
+        where: The flag of the source, for messages.
+
+    Raises: WeightsError: if they are of another model, or leave fields open.
+    """
     flags = where.removeprefix("--").removesuffix(".source") if where.startswith("--") else None
     statistics = (
         section.statistics
@@ -114,63 +180,10 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
         )
     return replace(
         section,
-        model=architecture.family if by_itself else section.model,
+        model=section.model if named else architecture.family,
         source=weights.source,
         architecture=overrides(architecture, named),
         statistics=tuple(map(float, statistics)),
-    )
-
-
-def _of_own(section: FrozenModel, own: Stored) -> FrozenModel:
-    """The section of a model of ours whose family has no published names."""
-    return replace(
-        section,
-        model=own.architecture.family,
-        source=str(own.path),
-        architecture=filled(section.architecture, overrides(own.architecture)),
-        statistics=section.statistics or _numbers(own.statistics),
-    )
-
-
-def _is_of(section: FrozenModel, family: Family) -> bool:
-    """Whether a section names a model of a family, or leaves it open."""
-    if section.model in (AUTO, family.architecture.family):
-        return True
-    named = by_name(section.model)
-    return named is not None and named.family == family.architecture.family
-
-
-def _of_library(section: FrozenModel, found: Described, where: str) -> FrozenModel:
-    """The section of a library's model, which its folder describes.
-
-    Raises: WeightsError: if the user named another model.
-    """
-    described = resolve(found.family.architecture.family, found.architecture)
-    architecture = filled(section.architecture, found.architecture)
-    if section.model != AUTO:
-        wanted = resolve(section.model, section.architecture)
-        if (type(wanted), wanted.own_name) != (type(described), described.own_name):
-            raise WeightsError(
-                f"{where}: {section.source}: not the model of the run; its config.json says "
-                f"{name_of(described)}, expected {name_of(wanted)} (model {section.model}). Set "
-                f"{where.removesuffix('.source')}.model auto to take the model of the folder."
-            )
-    statistics = found.statistics
-    if statistics is None and not section.statistics:
-        facts = found.family.facts_of(described)
-        statistics = facts.statistics if facts else None
-        log.warning(
-            "%s: the folder of %s does not state its image statistics: those of the published "
-            "model are used (%s.statistics)",
-            where,
-            name_of(described),
-            where.removesuffix(".source"),
-        )
-    return replace(
-        section,
-        model=described.family,
-        architecture=architecture,
-        statistics=section.statistics or _numbers(statistics),
     )
 
 
@@ -182,24 +195,25 @@ def settle_student(student: Student, sources: Sources) -> Student:
     if not student.init:
         return student
     where, name = "--student.init", student.model
-    wanted = resolve(name, student.architecture)
-    if family_of(wanted).published is None:
-        # Names and shapes do not show its model, which is what the user says.
-        ours = sources.ours(student.init, where=where)
-        if ours and ours.architecture.family != wanted.family:
-            raise other_model(student.init, ours.architecture, wanted, where)
-        return replace(student, init=str(ours.path)) if ours else student
-    if own := sources.own(student.init, where=where):
-        raise other_model(student.init, own.architecture, wanted, where)
-    weights, named = sources.open(student.init, where=where), resolve(name)
-    architecture = reconcile(
-        weights, student.architecture, named, name=name, where=where, section="student"
+    wanted, weights = (
+        resolve(name, student.architecture),
+        sources.resolve(student.init, where=where),
     )
-    return replace(student, init=weights.source, architecture=overrides(architecture, named))
+    is_shown = family_of(wanted).published is not None
+    stored = weights.unpublished if is_shown else weights.stored
+    if stored and stored.architecture.family != wanted.family:
+        raise other_model(student.init, stored.architecture, wanted, where)
+    if not is_shown:  # Names and shapes do not show its model, which is what the user says.
+        return replace(student, init=str(stored.path)) if stored else student
+    named, published = resolve(name), weights.published
+    architecture = reconcile(
+        published, student.architecture, named, name=name, where=where, section="student"
+    )
+    return replace(student, init=published.source, architecture=overrides(architecture, named))
 
 
 def reconcile(
-    weights: Weights,
+    weights: PublishedWeights,
     given: Architecture,
     named: FamilyArchitecture | None,
     *,
@@ -287,13 +301,6 @@ def _placeholder(field: str) -> str:
         if get_origin(part) is tuple:
             return "NUMBERS"
     return "NUMBER"
-
-
-def _tells_nothing(section: FrozenModel) -> bool:
-    """Whether the named model is of a family whose files have no names that show a model."""
-    if section.model == AUTO:
-        return False
-    return family_of(resolve(section.model, section.architecture)).published is None
 
 
 def stated_statistics(section: FrozenModel) -> Statistics | None:

@@ -27,7 +27,7 @@ from fd_large.recipes.run import Run
 from fd_large.tasks.classification.mean_token import DISCARDED
 from fd_large.tasks.classification.scores import averaged
 from fd_large.tasks.classification.section import METRICS
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 IMAGENET_CLASSES = 1000
 
@@ -51,7 +51,7 @@ class ClassificationJob(TrainingJob):
         if own_section(self.run).statistics or not init:
             return run
         student = run.student_architecture()
-        found = sources.statistics(init, student, where="--student.init")
+        found = sources.resolve(init, where="--student.init").statistics_for(student)
         found = found or statistics_of(run.student.model, student)
         return with_statistics(run, (*found.mean, *found.std))
 

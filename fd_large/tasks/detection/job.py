@@ -122,7 +122,7 @@ class DetectionJob(TrainingJob):
         Layers for other classes, and heads of another kind, start from random weights.
         """
         source = self.run.student.init
-        stored = self.weights.ours(source, where="--student.init") if source else None
+        stored = self.weights.resolve(source, where="--student.init").stored if source else None
         manifest = stored and store.manifest_of(stored.path)
         if not manifest or manifest["recipe"]["task"]["name"] != KIND.name:
             return {}

@@ -15,7 +15,7 @@ from fd_large.tasks.distillation.embedding import projection_of
 from fd_large.tasks.distillation.section import NamedTeacher
 from fd_large.tasks.distillation.teacher import PlacedTeacher, place
 from fd_large.tasks.distillation.teacher_grids import called, source_flag
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 log = logging.getLogger(__name__)
 

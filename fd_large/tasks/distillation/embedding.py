@@ -15,7 +15,7 @@ from fd_large.recipes.architectures import resolve
 from fd_large.recipes.sections import RANDOM
 from fd_large.tasks.distillation.section import EMBEDDING, SUMMARY, NamedTeacher, cached_folder
 from fd_large.tasks.distillation.teacher_grids import source_flag
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 
 def with_embedding(name: str, entry: NamedTeacher, sources: Sources) -> NamedTeacher:
@@ -31,7 +31,7 @@ def with_embedding(name: str, entry: NamedTeacher, sources: Sources) -> NamedTea
             f"with layer {entry.layer}, expected last. Leave one of them out."
         )
     tensor, is_transposed = _named(name, entry, sources)
-    shape = sources.tensors(entry.source).shape(tensor)
+    shape = sources.resolve(entry.source).tensors.shape(tensor)
     width = shape[1] if is_transposed else shape[0]
     return replace(entry, summary=replace(entry.summary, width=width))
 
@@ -42,7 +42,7 @@ def projection_of(name: str, entry: NamedTeacher, sources: Sources) -> Tensor:
     Raises: ConfigError: if the weights have none.
     """
     tensor, is_transposed = _named(name, entry, sources)
-    found = sources.tensors(entry.source)[tensor]
+    found = sources.resolve(entry.source).tensors[tensor]
     return found.T if is_transposed else found
 
 
@@ -50,7 +50,7 @@ def _named(name: str, entry: NamedTeacher, sources: Sources) -> tuple[str, bool]
     """The name of the projection in the teacher's weights, and whether it is transposed."""
     got = f"{entry.source or 'none'}"
     if entry.source and entry.source != RANDOM and not cached_folder(entry.source):
-        tensors = sources.tensors(entry.source, where=source_flag(name))
+        tensors = sources.resolve(entry.source, where=source_flag(name)).tensors
         named = next((one for one in TEXT_PROJECTIONS if one in tensors), None)
         if named is not None:
             is_transposed = TEXT_PROJECTIONS[named]

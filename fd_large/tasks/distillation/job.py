@@ -78,8 +78,8 @@ from fd_large.tasks.distillation.teacher_grids import (
     teacher_maker,
     with_grid,
 )
+from fd_large.weights.resolve import Sources
 from fd_large.weights.settle import settle_model
-from fd_large.weights.source import Sources
 
 log = logging.getLogger(__name__)
 

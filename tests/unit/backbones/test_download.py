@@ -15,7 +15,7 @@ from fd_large.backbones.download import download, downloaded
 from fd_large.backbones.timm import published
 from fd_large.errors import WeightsError
 from fd_large.ranks import distributed, meeting
-from fd_large.weights.locate import locate
+from fd_large.weights.download import locate
 
 is_offline = contextvars.ContextVar("is_offline", default=False)
 

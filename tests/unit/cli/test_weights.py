@@ -21,7 +21,7 @@ from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import Statistics
 from fd_large.cli import main as cli
 from fd_large.recipes.architectures import resolve
-from fd_large.weights import fetch
+from fd_large.weights import download
 from fd_large.weights.convert import write
 from fd_large.weights.export import export, export_of
 from fd_large.weights.sidecar import own_config
@@ -171,11 +171,11 @@ def test_fetch_says_what_there_is_and_whether_it_teaches(tmp_path, capsys, monke
         return ["config.json", "model.safetensors"], "mit"
 
     architecture = resolve("dino_vit_base_patch16", TINY["dino_vit_base_patch16"])
-    monkeypatch.setattr(fetch, "fetch", fetched)
+    monkeypatch.setattr(download, "fetch", fetched)
     assert cli.main(["weights", "fetch", "hf:some/one", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "config.json, model.safetensors; licence of the weights: mit" in said
     assert f"--teacher.source {tmp_path / 'out'}" in said
-    monkeypatch.setattr(fetch, "fetch", lambda source, out: ([], "mit"))
+    monkeypatch.setattr(download, "fetch", lambda source, out: ([], "mit"))
     assert cli.main(["weights", "fetch", "hf:some/one", str(tmp_path / "none")]) == 0
     assert "not a teacher by itself: " in capsys.readouterr().out

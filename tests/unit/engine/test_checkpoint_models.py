@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from loading import close, initial, loaded, scattered, student_run
+from loading import close, initial, loaded, opened, scattered, student_run
 from stored_run import store_tensors
 
 from fd_large.backbones.registry import build
@@ -16,7 +16,6 @@ from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.tasks.finetuning.section import FineTune
 from fd_large.tasks.jobs import job_of
-from fd_large.weights.source import Sources
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 SWIN = {"embed_dim": 16, "num_heads": (2, 4), "depths": (2, 3), "window_size": 4, "patch_size": 2}
@@ -118,4 +117,4 @@ def test_other_paths_are_left_to_others(tmp_path):
 def test_without_a_reader_a_run_is_no_source(stored, tmp_path):
     stored("vit_base_patch16", VIT, 3)
     with pytest.raises(WeightsError, match="Export the student first"):
-        Sources().open(tmp_path)
+        opened(tmp_path)

@@ -15,7 +15,7 @@ from fd_large.backbones.vit.vit import ViT
 from fd_large.engine.frozen import Frozen, built_from, frozen_maker, frozen_weights
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes.sections import FrozenModel
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 IMAGES = torch.randint(
     0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)

@@ -21,7 +21,7 @@ from fd_large.engine.node_consistency import (
 from fd_large.errors import DataError, LaunchError, WeightsError
 from fd_large.ranks import distributed
 from fd_large.runtime import run_folder
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 
 def node(name, code="abc", images="7 images"):

@@ -11,7 +11,7 @@ from fd_large.errors import ConfigError, WeightsError
 from fd_large.ranks import distributed
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.sections import Student
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 VIT = Architecture(embed_dim=32, depths=(2,), num_heads=(2,), patch_size=8)
 

@@ -60,7 +60,7 @@ def test_names_are_no_markup_and_no_commands_to_a_terminal(tmp_path, capsys):
     Console().print(table(inspect(tmp_path / "[bold].safetensors")))
     shown = capsys.readouterr().out
     assert "[/red]?[2J" in shown
-    assert "[bold]" in shown
+    assert "[bold]" in shown.replace("\n", "")  # Long paths are wrapped.
     assert "\x1b[2J" not in shown
     assert str(WeightsError("a\x1b[2Jb\nc")) == "a?[2Jb\nc"
 

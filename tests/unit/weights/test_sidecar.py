@@ -16,6 +16,7 @@ from loading import (
     close,
     loaded,
     made,
+    opened,
     saved,
     scattered,
     student_run,
@@ -30,8 +31,8 @@ from fd_large.engine.frozen import frozen_weights
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture, overrides, resolve, set_fields
 from fd_large.weights.convert import write
+from fd_large.weights.resolve import Sources
 from fd_large.weights.settle import reconcile
-from fd_large.weights.source import Sources
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_a_model_that_normalises_the_mean_of_its_tokens_is_timms(tmp_path, name)
     with torch.no_grad():
         assert net(IMAGES).tokens.equal(theirs.forward_features(IMAGES)[:, 1:])
     # A run that an earlier version began names a model of ours, with a norm added, and keeps it.
-    weights = Sources().open(tmp_path)
+    weights = opened(tmp_path)
     earlier = reconcile(weights, Architecture(), None, name="auto", where="", section="teacher")
     net, teacher = loaded(tmp_path, "vit", **set_fields(overrides(earlier)))
     assert teacher.model == "vit"
@@ -170,11 +171,11 @@ def test_a_damaged_config_is_named(tmp_path):
     write(net.state_dict().items(), architecture, "fd", tmp_path / "net")
     (tmp_path / "net" / "config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"config\.json: damaged or not JSON"):
-        Sources().open(tmp_path / "net")
+        opened(tmp_path / "net")
     bad = {"fd_large": {"architecture": {"colour": 1}}}
     (tmp_path / "net" / "config.json").write_text(json.dumps(bad))
     with pytest.raises(WeightsError, match="fields of no architecture"):
-        Sources().open(tmp_path / "net")
+        opened(tmp_path / "net")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_a_malformed_configuration_is_one_sentence(config, tmp_path):
     torch.save(made("vit_base_patch16").state_dict(), tmp_path / "net.pth")
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError, match=r"not what its format has|config"):
-        Sources().open(tmp_path / "net.pth")
+        opened(tmp_path / "net.pth")
 
 
 @pytest.mark.parametrize(
@@ -234,11 +235,11 @@ def test_a_configuration_of_ours_that_no_model_has_is_refused(tmp_path, changes)
     write(net.state_dict().items(), architecture, "fd", tmp_path / "net", statistics=IMAGENET)
     config = json.loads((tmp_path / "net" / "config.json").read_text())
     own = config["fd_large"]
-    Sources().open(tmp_path / "net")
+    opened(tmp_path / "net")
     changed = {k: own[k] | v if isinstance(v, dict) else v for k, v in changes.items()}
     (tmp_path / "net" / "config.json").write_text(json.dumps({"fd_large": own | changed}))
     with pytest.raises(WeightsError, match=r"config\.json|configuration"):
-        Sources().open(tmp_path / "net")
+        opened(tmp_path / "net")
 
 
 @pytest.mark.parametrize(

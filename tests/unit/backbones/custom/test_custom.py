@@ -20,7 +20,7 @@ from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.sections import Student
 from fd_large.tasks.distillation.job import DistillationJob
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 OWN = """
 import torch

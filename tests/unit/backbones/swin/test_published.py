@@ -9,6 +9,7 @@ from loading import (
     TIMM_SWIN,
     close,
     loaded,
+    opened,
     saved,
     scattered,
     tokens,
@@ -18,13 +19,12 @@ from timm.models.swin_transformer import SwinTransformer
 
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.errors import WeightsError
-from fd_large.weights.source import Sources
 
 
 def test_swin_of_timm(tmp_path):
     theirs = scattered(SwinTransformer(**TIMM_SWIN, num_classes=3))
     path = saved(theirs, tmp_path / "swin.pth")
-    assert Sources().open(path).form == "timm_swin"
+    assert opened(path).form == "timm_swin"
     net, _ = loaded(path)
     close(net(IMAGES).tokens, tokens(theirs))
 
@@ -50,7 +50,7 @@ def test_esvit_under_student_and_module(name, tmp_path):
     student = {f"module.{n}": t for n, t in state.items()}
     file = {"student": student, "teacher": {n: t + 1 for n, t in student.items()}, "epoch": 3}
     torch.save(file, tmp_path / "esvit.pth")
-    assert Sources().open(tmp_path / "esvit.pth").form == "esvit"
+    assert opened(tmp_path / "esvit.pth").form == "esvit"
     net, teacher = loaded(tmp_path / "esvit.pth")
     assert teacher.statistics == (*IMAGENET.mean, *IMAGENET.std)
     assert_matches(net, spec, tensors, "out.whitened")
@@ -63,7 +63,7 @@ def test_swin_of_simmim(tmp_path):
     state["encoder.mask_token"] = torch.ones(1, 1, 16)
     state["decoder.0.weight"] = torch.ones(2, 2, 1, 1)
     torch.save({"model": state}, tmp_path / "simmim.pth")
-    assert Sources().open(tmp_path / "simmim.pth").form == "simmim_swin"
+    assert opened(tmp_path / "simmim.pth").form == "simmim_swin"
     same, teacher = loaded(tmp_path / "simmim.pth")
     assert teacher.statistics == (*IMAGENET.mean, *IMAGENET.std)
     close(same(IMAGES).tokens, tokens(theirs))

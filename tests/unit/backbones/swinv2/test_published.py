@@ -11,6 +11,7 @@ from loading import (
     TINY_SWIN,
     close,
     loaded,
+    opened,
     saved,
     scattered,
     tokens,
@@ -23,7 +24,6 @@ from fd_large.backbones.registry import build
 from fd_large.backbones.windows import coordinate_table
 from fd_large.errors import WeightsError
 from fd_large.kernels.window_attention_reference import position_index
-from fd_large.weights.source import Sources
 
 
 @pytest.mark.parametrize("pretrained", [(0, 0), (3, 2)])
@@ -32,7 +32,7 @@ def test_swinv2_of_timm(tmp_path, pretrained):
         SwinTransformerV2(**TIMM_SWIN, pretrained_window_sizes=pretrained, num_classes=3)
     )
     path = saved(theirs, tmp_path / "swinv2.pth")
-    assert Sources().open(path).form == "timm_swinv2"
+    assert opened(path).form == "timm_swinv2"
     with pytest.raises(WeightsError, match="no pretrained_window_sizes, window_size"):
         loaded(path)
     net, _ = loaded(path, window_size=4, pretrained_window_sizes=pretrained)
@@ -44,7 +44,7 @@ def test_the_other_swinv2_of_timm_is_refused(tmp_path):
         "swinv2_cr_tiny_224", pretrained=False, embed_dim=8, depths=(1, 1), num_heads=(1, 1)
     )
     with pytest.raises(WeightsError, match="another position bias"):
-        Sources().open(saved(net, tmp_path / "cr.pth"))
+        opened(saved(net, tmp_path / "cr.pth"))
 
 
 @pytest.mark.parametrize("head", [True, False])
@@ -79,7 +79,7 @@ def test_official_files_tell_windows_and_image_size(tmp_path):
         state[at] = made_table.view(1, 7, 7, 2)
     state["layers.0.blocks.1.attn_mask"] = torch.zeros(16, 16, 16)
     torch.save({"model": state}, tmp_path / "v2.pth")
-    found = Sources().open(tmp_path / "v2.pth").found
+    found = opened(tmp_path / "v2.pth").found
     assert (found.window_size, found.pretrained_window_sizes) == (4, (3, 2))
     assert found.image_size == 32
 
@@ -113,7 +113,7 @@ def test_simmim_swinv2_encoder_map(tmp_path):
     """Through the loader with nothing masked, since the mask token belongs to pre-training."""
     spec, tensors = oracle("simmim_swinv2")
     torch.save({"model": weights_of(tensors)}, tmp_path / "simmim.pth")
-    found = Sources().open(tmp_path / "simmim.pth")
+    found = opened(tmp_path / "simmim.pth")
     assert found.form == "simmim_swinv2"
     assert "encoder.mask_token" in found.dropped
     assert any(name.startswith("decoder.") for name in found.dropped)

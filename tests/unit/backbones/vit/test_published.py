@@ -15,6 +15,7 @@ from loading import (
     TIMM_VIT,
     close,
     loaded,
+    opened,
     saved,
     scattered,
     tokens,
@@ -27,7 +28,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from fd_large.backbones.statistics import OPENAI_CLIP
 from fd_large.errors import WeightsError
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 HEADS = {"num_heads": (2,), "statistics": (0.5,) * 6}
 
@@ -41,7 +42,7 @@ def normalised(x):
 def test_vit_of_timm(tmp_path, suffix, scale):
     theirs = scattered(VisionTransformer(**TIMM_VIT, num_classes=3, init_values=scale))
     path = saved(theirs, tmp_path / f"vit{suffix}")
-    assert Sources().open(path).form == "timm_vit"
+    assert opened(path).form == "timm_vit"
     net, _ = loaded(path, **HEADS)
     close(net(IMAGES).tokens, tokens(theirs))
 
@@ -58,7 +59,7 @@ def test_vit_of_a_clip_of_timm_asks_for_its_activation(tmp_path, activation):
     norm = timm.layers.LayerNorm  # eps 1e-5
     theirs = scattered(VisionTransformer(**TIMM_VIT, pre_norm=True, act_layer=act, norm_layer=norm))
     path = saved(theirs, tmp_path / "clip.pth")
-    assert Sources().open(path).form == "timm_clip"
+    assert opened(path).form == "timm_clip"
     with pytest.raises(WeightsError, match=r"no activation.*--teacher\.architecture\.activation"):
         loaded(path, **HEADS)
     norm_eps = theirs.norm.eps
@@ -177,7 +178,7 @@ def test_beit_of_transformers(transformers, tmp_path, shared, pool, head):
     make = transformers.BeitForImageClassification if head else transformers.BeitModel
     model = scattered(make(config))
     model.save_pretrained(tmp_path)
-    assert Sources().open(tmp_path).form == "hf_beit"
+    assert opened(tmp_path).form == "hf_beit"
     net, teacher = loaded(tmp_path)
     assert teacher.architecture.norm_eps == 1e-12
     with torch.no_grad():
@@ -209,7 +210,7 @@ def test_open_clip(open_clip, tmp_path, quick, wrapping):
     if wrapping == "trained":
         state = {"epoch": 3, "state_dict": {f"module.{n}": t for n, t in state.items()}}
     torch.save(state, tmp_path / "open_clip.pt")
-    assert Sources().open(tmp_path / "open_clip.pt").form == "open_clip"
+    assert opened(tmp_path / "open_clip.pt").form == "open_clip"
     with pytest.raises(WeightsError, match="activation"):
         loaded(tmp_path / "open_clip.pt", num_heads=(4,), statistics=(0.5,) * 6)
     activation = "quick_gelu" if quick else "gelu"

@@ -168,7 +168,7 @@ def test_a_detector_goes_on_from_a_detector(name, tmp_path):
         assert torch.equal(parameter, tensors[f"student.{key}"]), key
     # Whoever wants the whole model gets a final norm that only normalises, and a class token of 0.
     net = build(again.student.model, again.student.architecture)
-    weights = sources.open(tmp_path)
+    weights = sources.resolve(tmp_path).published
     shapes = {key: tuple(p.shape) for key, p in net.named_parameters()}
     assert weights.shapes() == shapes
     for key in shapes.keys() & LEFT_OUT.keys():

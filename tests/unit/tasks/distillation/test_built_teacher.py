@@ -10,7 +10,7 @@ import tiny_runs
 from fd_large.recipes.run import ONLY
 from fd_large.tasks.distillation.built_teacher import built_teacher
 from fd_large.tasks.distillation.teacher_grids import teacher_maker
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 
 @pytest.mark.parametrize(

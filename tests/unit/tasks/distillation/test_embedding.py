@@ -21,7 +21,7 @@ from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.section import NamedTeacher, Objective, Summary, Teacher
 from fd_large.tasks.distillation.target import references
 from fd_large.tasks.jobs import job_of
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 IMAGES = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
 

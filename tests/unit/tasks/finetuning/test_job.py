@@ -26,7 +26,7 @@ from fd_large.recipes.run import Run
 from fd_large.tasks.finetuning.job import FineTuningJob
 from fd_large.tasks.finetuning.section import FineTune
 from fd_large.weights.load import load_model
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 TINY = Architecture(embed_dim=16, depths=(1,), num_heads=(2,), patch_size=8)
 

@@ -24,7 +24,7 @@ from fd_large.tasks.classification.mean_token import DISCARDED
 from fd_large.tasks.classification.scores import averaged
 from fd_large.tasks.finetuning import mixing
 from fd_large.tasks.finetuning.task import FineTuning
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 TINY = Architecture(embed_dim=16, depths=(2,), num_heads=(2,), patch_size=8, image_size=16)
 

@@ -20,7 +20,7 @@ from fd_large.recipes.sections import Optim
 from fd_large.tasks.classification.mean_token import DISCARDED
 from fd_large.tasks.classification.scores import averaged
 from fd_large.tasks.linear.task import Frozen, FrozenFeature, LinearProbing, probe_batch
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 TINY = Architecture(embed_dim=16, depths=(1,), num_heads=(2,), patch_size=8, image_size=16)
 

@@ -23,7 +23,7 @@ from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
 from fd_large.tasks.jobs import job_of
 from fd_large.tasks.segmentation.task import Segmentation
-from fd_large.weights.source import Sources
+from fd_large.weights.resolve import Sources
 
 
 def swin() -> Run:

@@ -1,20 +1,27 @@
-"""Where weights come from: a path, or a scheme that ends in a file.
+"""Where weights come from: paths, installed packages, and what libraries download.
 
-A source is a path (also `FILE#teacher` and the like), `package:NAME`, `hf:REPO`,
-`open_clip:ARCH/TAG`, or the scheme of a family (`timm:NAME`, `module:PATH/TO/FILE.py:NAME`), which
-brings its tensors itself.
+`locate` finds the file of a source. `fetch` writes what is downloaded into a folder that is a
+source wherever it is copied to, for clusters whose nodes have no network: with the configuration,
+image statistics and licence that belong to the weights.
 """
 
 from __future__ import annotations
 
+import glob
+import json
+import shutil
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from fd_large.backbones.download import downloaded
 from fd_large.backbones.registry import family_of_source
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError, first_line, nearest
+from fd_large.files import check_out, kind_of
+from fd_large.ranks import activity
 from fd_large.weights.named import (
     HUB,
     OPEN_CLIP,
@@ -22,9 +29,12 @@ from fd_large.weights.named import (
     file_in_package,
     no_open_clip,
 )
+from fd_large.weights.origin import CARD, UNKNOWN, licence_of_card
 from fd_large.weights.read import Tensors
 
 _HUB_FILES = ("*.json", "*.safetensors", "*.bin")
+_FETCHED = (*_HUB_FILES, CARD, "LICEN?E*", "NOTICE*")
+_WHERE = "weights fetch"
 
 
 class Located(NamedTuple):
@@ -115,3 +125,86 @@ def _from_open_clip(name: str, where: str) -> Located:
         statistics = Statistics(tuple(pretrained["mean"]), tuple(pretrained["std"]))
     described_by = {**config, "quick_gelu": quick}
     return Located(Path(path), None, "open_clip", described_by, statistics)
+
+
+def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
+    """Downloads the weights of a source into a new folder, which appears once it is whole.
+
+    Args:
+        source: `hf:REPO`, `open_clip:ARCH/TAG` or `timm:NAME`.
+        out: The folder.
+
+    Returns: the names of its files, and the licence of the weights as their publisher states it.
+    Raises: WeightsError: if the source is none that is downloaded, or cannot be had; ConfigError:
+        if something stands at `out`.
+    """
+    write, out = _writer(source), Path(out)
+    check_out(out, where=_WHERE)
+    # An interrupted call is taken up again; files of another source must not get into this folder.
+    aside = out.with_name(f"{out.name}.{sha256(source.encode()).hexdigest()[:12]}.part")
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        with activity.work(f"downloading {source}"):
+            licence = write(aside)
+        # The hub keeps notes on its downloads there.
+        shutil.rmtree(aside / ".cache", ignore_errors=True)
+        files = sorted(str(p.relative_to(aside)) for p in aside.rglob("*") if kind_of(p) == "file")
+        aside.rename(out)
+    except OSError as error:
+        raise WeightsError(
+            f"{_WHERE}: {out}: cannot be written; got {error}, expected a place with room for the "
+            "weights. Choose another."
+        ) from error
+    return files, licence or UNKNOWN
+
+
+def _writer(source: str) -> Callable[[Path], str]:
+    """What writes the files of a source into a folder, and returns the licence."""
+    if source.startswith(HUB):
+        return partial(_folder_of_hub, source.removeprefix(HUB))
+    if source.startswith(OPEN_CLIP):
+        return partial(_folder_of_open_clip, source)
+    brought = family_of_source(source)
+    if brought and brought[0].scheme.save:
+        return partial(brought[0].scheme.save, brought[1], _WHERE)
+    raise WeightsError(
+        f"{_WHERE}: not a source that is downloaded; got {source}, expected hf:REPO, timm:NAME or "
+        "open_clip:ARCH/TAG. Files and folders are sources as they are: copy them."
+    )
+
+
+def _folder_of_hub(repository: str, folder: Path) -> str:
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        files = [PurePosixPath(name) for name in HfApi().list_repo_files(repository)]
+        # Many folders hold the same weights twice.
+        safe = {file.parent for file in files if file.suffix == ".safetensors"}
+        twice = [
+            glob.escape(str(file))
+            for file in files
+            if file.suffix == ".bin" and file.parent in safe
+        ]
+        snapshot_download(
+            repository, allow_patterns=list(_FETCHED), ignore_patterns=twice, local_dir=folder
+        )
+    except Exception as error:  # The hub's client raises many kinds.
+        raise WeightsError(
+            f"{_WHERE}: cannot be fetched from Hugging Face; got {first_line(error)} for "
+            f"{repository}, expected OWNER/NAME of a repository within reach. Run this where there "
+            "is a network, and log in by `hf auth login` where the repository asks for it."
+        ) from error
+    return licence_of_card(folder / CARD)
+
+
+def _folder_of_open_clip(source: str, folder: Path) -> str:
+    located = locate(source, where=_WHERE)
+    is_safe = located.path.suffix == ".safetensors"
+    name = "open_clip_model.safetensors" if is_safe else "open_clip_pytorch_model.bin"
+    shutil.copyfile(located.path, folder / name)
+    described = {"model_cfg": located.config}
+    if located.statistics:
+        mean, std = map(list, located.statistics)
+        described["preprocess_cfg"] = {"mean": mean, "std": std}
+    (folder / "open_clip_config.json").write_text(json.dumps(described, indent=1))
+    return ""

@@ -1,23 +1,27 @@
-"""The weights of a start are located and opened once."""
+"""A source is resolved once a start, whatever it is: a file, a run, an export."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
 from loading import scattered, teacher_run
+from safetensors.torch import save_file
 
+from fd_large import doors
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.engine.frozen import frozen_weights
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes.architectures import Architecture, resolve
-from fd_large.recipes.sections import FrozenModel
-from fd_large.weights import source as module
+from fd_large.recipes.sections import FrozenModel, Student
+from fd_large.weights import resolve as module
 from fd_large.weights.inspection import inspect
 from fd_large.weights.read import Tensors
-from fd_large.weights.settle import settle_model
-from fd_large.weights.source import Sources
-from fd_large.weights.stored_models import Stored
+from fd_large.weights.resolve import Sources, Stored, exported
+from fd_large.weights.settle import settle_model, settle_student
+from fd_large.weights.sidecar import own_config
 
 VIT = Architecture(embed_dim=32, depths=(1,), num_heads=(2,), patch_size=8, image_size=32)
 
@@ -47,19 +51,19 @@ def test_a_file_is_read_once_from_the_recipe_to_the_tensors(vit, reads):
     settled = settle_model(section, sources, where="--teacher.source")
     weights = dict(frozen_weights(settled, sources, where="--teacher.source"))
     assert weights.keys() == torch.load(vit, weights_only=True).keys()
-    assert sources.path(settled.source) == vit
+    assert sources.resolve(settled.source).path == vit
     assert reads == [str(vit)]
     sources.forget()
-    sources.open(vit)
+    assert sources.resolve(vit).published.form == "dino"
     assert len(reads) == 2
 
 
 def test_files_of_a_library_too(tmp_path, reads):
     torch.save(build("timm:test_resnet").net.state_dict(), tmp_path / "resnet.pth")
-    sources, model = Sources(), resolve("timm:test_resnet")
+    weights, model = Sources().resolve(tmp_path / "resnet.pth"), resolve("timm:test_resnet")
     for _ in range(2):
-        assert len(dict(sources.fitted(str(tmp_path / "resnet.pth"), model))) > 20
-    assert sources.path(str(tmp_path / "resnet.pth")) == tmp_path / "resnet.pth"
+        assert len(dict(weights.fitted(model))) > 20
+    assert weights.path == tmp_path / "resnet.pth"
     assert len(reads) == 1
 
 
@@ -74,10 +78,10 @@ def test_what_is_no_file_is_asked_of_the_reader_once(tmp_path):
         return Stored(tmp_path / "step_7", Tensors(net.state_dict()), model, IMAGENET, {})
 
     sources = Sources(reader)
-    weights = sources.open(tmp_path / "run")
+    weights = sources.resolve(tmp_path / "run").published
     assert (weights.source, weights.own) == (str(tmp_path / "step_7"), True)
-    assert sources.open(weights.source) is weights
-    assert sources.path(weights.source) == tmp_path / "step_7"
+    assert sources.resolve(weights.source).published is weights
+    assert sources.resolve(weights.source).path == tmp_path / "step_7"
     assert asked == [tmp_path / "run"]
 
 
@@ -100,3 +104,39 @@ def test_a_name_that_no_file_can_have(tmp_path):
         for act in (inspect, teacher_run):
             with pytest.raises(WeightsError, match="more than 255 bytes"):
                 act(source)
+
+
+HELD = "timm:resnet18"
+
+
+def test_an_export_that_only_its_config_describes_is_located_by_its_file(tmp_path):
+    architecture = resolve("timm:resnet18")
+    config = own_config(architecture, IMAGENET)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"encoder.bn1.weight": torch.ones(64)}, tmp_path / "model.safetensors")
+    weights = Sources().resolve(tmp_path)
+    assert weights.unpublished.architecture == architecture
+    assert weights.path == tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("student", ["swinv2_tiny", "module:other.py:Net"])
+def test_init_from_another_model_names_it(tmp_path, student):
+    (tmp_path / "config.json").write_text(json.dumps(own_config(resolve(HELD), IMAGENET)))
+    save_file({"bn1.weight": torch.ones(64)}, tmp_path / "model.safetensors")
+    section = Student(model=student, init=str(tmp_path))
+    with pytest.raises(WeightsError, match=f"--student.model {HELD}"):
+        settle_student(section, Sources())
+
+
+def test_code_that_changed_since_the_export_is_told(tmp_path, caplog):
+    code = tmp_path / "toy.py"
+    code.write_text("class Toy: width = 8\n")
+    toy = resolve(f"module:{code}:Toy")
+    config = own_config(toy, IMAGENET, code_hash=doors.hashes(toy.code)[toy.code])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"a": torch.ones(64)}, tmp_path / "model.safetensors")
+    assert exported(tmp_path, "--teacher.source").sizes == {"a": 64}
+    assert not caplog.text
+    code.write_text("class Toy: width = 9\n")
+    assert exported(tmp_path, "--teacher.source").architecture == toy
+    assert "toy.py:Toy is NOT THE FILE that made this model" in caplog.text

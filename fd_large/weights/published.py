@@ -1,29 +1,84 @@
-"""A file of a model, opened: its tensors in our names, and what is known of the model."""
+"""Weights in a published format: which format it is, their tensors in our names, their model."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 from fd_large.backbones.family import Family
-from fd_large.backbones.published import Published, Wanted
-from fd_large.backbones.registry import parameter_shapes
+from fd_large.backbones.published import Format, Published, Wanted
+from fd_large.backbones.registry import FAMILIES, parameter_shapes
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.translation import Piece, Pieces, Shape, Shapes, translated
 from fd_large.errors import WeightsError
-from fd_large.recipes.architectures import Architecture, filled, overrides, set_fields
+from fd_large.recipes.architectures import Architecture, filled, set_fields
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import Fitted
-from fd_large.weights.formats import FORMATS, detect
-from fd_large.weights.locate import Located
+from fd_large.weights.download import Located
 from fd_large.weights.read import Tensors
 from fd_large.weights.sidecar import Sidecar, described, read_sidecar
-from fd_large.weights.stored_models import Stored
+
+_TEACHER = "feature_model."
+# What stands between a backbone and its heads, under the backbone's name.
+_BETWEEN = re.compile(r"backbone\.(norm\d|hidden_states_norms|fpn\d|fpn)\.")
+
+
+class Known(NamedTuple):
+    """A format, and the family whose models it holds."""
+
+    family: Family
+    format: Format
+
+
+# No file is of the formats of two families.
+FORMATS: dict[str, Known] = {
+    name: Known(family, form)
+    for family in FAMILIES.values()
+    if family.published
+    for name, form in family.published.formats.items()
+}
+
+
+def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str, ...] = ()) -> str:
+    """Returns the format's name.
+
+    Args:
+        names: Names of a file's tensors.
+        where: What the user set, for messages.
+        wrapping: Keys that the tensors stood under, outermost first.
+
+    Raises: WeightsError: if the names are of no known format, or of one that no model here takes.
+    """
+    names = frozenset(names)
+    for name, (_, form) in FORMATS.items():
+        if form.is_it(names, wrapping):
+            if form.refusal:
+                taken = ", ".join(name for name, (_, form) in FORMATS.items() if not form.refusal)
+                raise WeightsError(
+                    f"{where}: weights that no model here can take; got {form.what}, expected one "
+                    f"of {taken}: {form.refusal}"
+                )
+            return name
+    known = "; ".join(form.what for _, form in FORMATS.values() if not form.refusal)
+    section, _, flag = where.removeprefix("--").rpartition(".")
+    if where.startswith("--") and section:
+        own = f"--{section}.{'model' if flag == 'init' else flag}"
+        remedy = (
+            f"If timm has the model, name it beside the file: --{section}.model timm:NAME. Another "
+            f"model can be a function of your own: {own} module:PATH/TO/FILE.py:NAME."
+        )
+    else:
+        remedy = "Name such a file, or a folder that the export of a run has written."
+    raise WeightsError(
+        f"{where}: names of no known format; got {', '.join(sorted(names)[:5])}, ..., expected one "
+        f"of: {known}. {remedy}"
+    )
 
 
 @dataclass(frozen=True)
-class Weights:
+class PublishedWeights:
     """An opened file of a model, in our names; nothing is read yet.
 
     Attributes:
@@ -37,7 +92,6 @@ class Weights:
         stated: What the format and a configuration beside the file state about it.
         statistics: Image statistics that it was trained with; None if unknown.
         own: Whether this project wrote it.
-        path: The file, the index of several, or the checkpoint; None if a library brings it.
     """
 
     source: str
@@ -50,7 +104,6 @@ class Weights:
     stated: Architecture
     statistics: Statistics | None
     own: bool
-    path: Path | None
 
     @property
     def family(self) -> Family:
@@ -154,9 +207,9 @@ def in_our_names(
     part: str,
     ignored: list[str],
     located: Located,
-    stored: Stored | None,
+    beside: Sidecar | None,
     where: str,
-) -> Weights:
+) -> PublishedWeights:
     """Finds the format of a file, and what it and a configuration beside it show of its model.
 
     Args:
@@ -165,7 +218,8 @@ def in_our_names(
         part: The part of the file that they are; empty: nobody named one.
         ignored: Names of the file's other tensors.
         located: Where the file was found.
-        stored: The model of a run or a checkpoint that it is; None: it is a file.
+        beside: What the recipe of a run states; None for a file, whose folder may hold a
+            configuration.
         where: What the user set, for messages.
 
     Raises: WeightsError: if it is of no known format, or of no model of its family.
@@ -184,11 +238,9 @@ def in_our_names(
     else:
         pieces = {n: p for n, p in pieces.items() if n not in projector}
         dropped += [name for piece in projector.values() for name in piece.sources]
-    beside = Sidecar(Architecture(), None)
-    if stored is not None:
-        beside = Sidecar(overrides(stored.architecture), stored.statistics, own=True)
-    elif file.path:
-        beside = read_sidecar(file.path, published, line.library, where)
+    if beside is None:
+        nothing = Sidecar(Architecture(), None)
+        beside = read_sidecar(file.path, published, line.library, where) if file.path else nothing
     stated = filled(
         described(published, located.library, located.config, where), beside.architecture
     )
@@ -207,7 +259,7 @@ def in_our_names(
             "with its config.json is read as it is. If timm has the model, set "
             f"{_model_flag(where)} timm:NAME with this file."
         )
-    return Weights(
+    return PublishedWeights(
         source=source,
         form=form,
         file=file,
@@ -218,7 +270,6 @@ def in_our_names(
         stated=filled(stated, published.guess(found)),
         statistics=statistics,
         own=beside.own,
-        path=stored.path if stored else file.path,
     )
 
 
@@ -252,3 +303,45 @@ def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Ar
             f"{shapes['patch_embed.proj.weight']} and others ({error}), expected (width, 3, patch, "
             "patch) and tables of its kind. Use the weights of another model."
         ) from error
+
+
+def part_of(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, list[str]]:
+    """Returns one model of a file of Feature-Distillation, and the names of all other tensors.
+
+    Args:
+        file: The file's tensors.
+        part: Name of the model, as after # in a source; empty: the student.
+        name: The file.
+        where: What the user set, for messages.
+
+    Raises: WeightsError: if the file holds no such part.
+    """
+    taught = {n.removeprefix(_TEACHER): n for n in file if n.startswith(_TEACHER)}
+    has_projector = "decoder.0.weight" in file
+    if part == "teacher" and taught:
+        return file.under(taught), [n for n in file if n not in set(taught.values())]
+    found = part in ("", "student") or part in file.wrapping
+    if not found and not (part == "projector" and has_projector):
+        raise WeightsError(
+            f"{where}: {name}: no such part in the file; got #{part}, expected the file alone"
+            f"{', #teacher' if taught else ''}{', #projector' if has_projector else ''}. Leave "
+            "the part out."
+        )
+    rest = {n: n for n in file if not n.startswith(_TEACHER)}
+    return file.under(rest), list(taught.values())
+
+
+def backbone_of(file: Tensors) -> tuple[Tensors, list[str]]:
+    """Returns the backbone of a whole segmentation model, and the names of all other tensors.
+
+    Any other file is returned as it is.
+    """
+    if not any(name.startswith("decode_head.") for name in file):
+        return file, []
+    own = {
+        name.removeprefix("backbone."): name
+        for name in file
+        if name.startswith("backbone.") and not _BETWEEN.match(name)
+    }
+    taken = set(own.values())
+    return file.under(own), [name for name in file if name not in taken]

@@ -1,0 +1,371 @@
+"""The one way from a source, as a user writes it, to weights: `Sources.resolve`.
+
+A source is a model that a library or the user's code brings (`timm:NAME`, `module:FILE.py:NAME`);
+a run, one of its checkpoints or an export, whose model this project has written down; a folder
+whose configuration names a library's model; tensors in a published format, which show their model;
+or other tensors, for a model that the user names.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Collection, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fd_large import doors
+from fd_large.backbones.family import Scheme
+from fd_large.backbones.registry import family_of, family_of_source, statistics_of
+from fd_large.backbones.statistics import Statistics
+from fd_large.errors import WeightsError
+from fd_large.recipes.architectures import brings_model, name_of, overrides, set_fields, whole
+from fd_large.recipes.family import FamilyArchitecture
+from fd_large.weights.coverage import Fitted
+from fd_large.weights.download import Located, locate
+from fd_large.weights.named import OPEN_CLIP
+from fd_large.weights.published import PublishedWeights, backbone_of, detect, in_our_names, part_of
+from fd_large.weights.read import OTHER, Tensors, file_of, read, split_part
+from fd_large.weights.sidecar import Described, Sidecar, read_library, read_own
+
+log = logging.getLogger(__name__)
+
+_LONGEST_NAME = 255  # File systems take no longer one.
+
+
+class Stored(NamedTuple):
+    """A model of this project's: in a run, in a checkpoint, or in the folder of an export.
+
+    Attributes:
+        path: Path by which it is opened again, whatever is stored since.
+        file: Its tensors in our names.
+        architecture: The model.
+        statistics: Mean and deviation by which its images are normalised.
+        sizes: Number of elements of each tensor, by the name that it is stored under.
+    """
+
+    path: Path
+    file: Tensors
+    architecture: FamilyArchitecture
+    statistics: Statistics
+    sizes: Mapping[str, int]
+
+
+StoredReader = Callable[[Path, str], Stored | None]
+"""(path, what the user set) -> the model, or None where the path means nothing to it."""
+
+
+class Sources:
+    """The weights that one start uses; each source is resolved once.
+
+    Args:
+        readers: Asked of a path before it is taken for a file; without collectives.
+        guesses: Whether image statistics that nothing states are guessed, with a warning, where
+            they would be asked for: there is nobody to set them.
+        settled: {source: image statistics by which it was settled earlier, empty: a guess}, for
+            where nothing states them; of such a source they are not asked for again. If its file
+            holds a student and a teacher and it names neither, it is the student.
+    """
+
+    def __init__(
+        self,
+        *readers: StoredReader,
+        guesses: bool = False,
+        settled: Mapping[str, tuple[float, ...]] | None = None,
+    ) -> None:
+        self._readers = readers
+        self.guesses = guesses
+        self.settled = dict(settled or {})
+        self._resolved: dict[str, ResolvedWeights] = {}
+        self._stored: dict[Path, Stored | None] = {}
+
+    def resolve(self, source: str | Path, *, where: str = "weights") -> ResolvedWeights:
+        """Returns the weights of a source; nothing is read or fetched yet.
+
+        Args:
+            source: See above; `#student`, `#teacher` or `#projector` after a path name a part.
+            where: What the user set, for messages.
+        """
+        source = str(source)
+        if source not in self._resolved:
+            # What a settled recipe names is the same weights under another name.
+            known = (one for one in self._resolved.values() if one.settled_source == source)
+            new = ResolvedWeights(source, self._read_stored, was_settled=source in self.settled)
+            self._resolved[source] = next(known, new)
+        self._resolved[source].where = where
+        return self._resolved[source]
+
+    def forget(self) -> None:
+        """Lets go of all files; some are in memory whole. What is asked for is opened again."""
+        self._resolved.clear()
+        self._stored.clear()
+
+    def _read_stored(self, path: Path, where: str) -> Stored | None:
+        # Once: a run that trains on must not show a start two checkpoints.
+        if path not in self._stored:
+            answers = (reader(path, where) for reader in self._readers)
+            self._stored[path] = next((found for found in answers if found), None)
+        return self._stored[path]
+
+
+class ResolvedWeights:
+    """The weights of one source; each fact is found when it is first asked for, and kept.
+
+    Every property raises FDError where the source cannot be fetched or read, or is damaged.
+
+    Args:
+        source: As the user wrote it.
+        read_stored: Opens runs and checkpoints.
+        was_settled: Whether an earlier start settled the source.
+
+    Attributes:
+        source: As the user wrote it.
+        settled_source: The source by which a settled recipe names the same weights: of a run the
+            checkpoint that was taken, of a file with two models FILE#PART.
+        where: What the user set, for messages.
+        brought: The family that brings the model with its weights, and its name there; None for
+            sources that end in a file.
+    """
+
+    def __init__(self, source: str, read_stored: StoredReader, *, was_settled: bool) -> None:
+        self.source = self.settled_source = source
+        self.where = "weights"
+        self.brought = family_of_source(source)
+        self._read_stored, self._was_settled = read_stored, was_settled
+        self._files: dict[str, Tensors] = {}
+
+    @cached_property
+    def stored(self) -> Stored | None:
+        """The model that this project stored; None if the source is another. Imports no code."""
+        path = Path(self.source)
+        if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+            raise WeightsError(
+                f"{self.where}: {self.source[:200]}: no such file; got a name of more than "
+                f"{_LONGEST_NAME} bytes, expected the path of a file. Check it."
+            )
+        if self.brought:
+            return None
+        found = self._read_stored(path, self.where) or exported(path, self.where)
+        if found is not None:
+            self.settled_source = str(found.path)
+        return found
+
+    @property
+    def unpublished(self) -> Stored | None:
+        """The stored model, if its family has no published names by which tensors show a model."""
+        found = self.stored
+        return found if found and family_of(found.architecture).published is None else None
+
+    @cached_property
+    def described(self) -> Described | None:
+        """The library's model that a folder says it is; None if names of tensors tell it.
+
+        Raises: WeightsError: if its configuration names a model that nothing here reads.
+        """
+        if brings_model(self.source) or self.source.startswith(OPEN_CLIP):
+            return None
+        return read_library(self._located.path, self.where)
+
+    @cached_property
+    def published(self) -> PublishedWeights:
+        """The weights by our names, and what they show of their model.
+
+        Raises: WeightsError: if they are of no published format.
+        """
+        source, located, where = self.source, self._located, self.where
+        name, part = split_part(located.path, where=where)
+        file, beside, ignored = located.tensors, None, []
+        is_student = file is None and part in ("", "student")
+        if is_student and (stored := self._read_stored(Path(name), where)):
+            file, source = stored.file, str(stored.path)
+            beside = Sidecar(overrides(stored.architecture), stored.statistics, own=True)
+        if file is None:
+            # Recipes name the part; those of earlier versions do not, and mean the student.
+            is_open = source == name and not self._was_settled
+            file = self._file(part or ("" if is_open else "student"))
+            # Feature-Distillation learns from EsViT's student; DINO's and iBOT's own code evaluates
+            # the teacher.
+            unnamed = file.other_part == "student" and not part
+            if unnamed and detect(file, where=where, wrapping=file.wrapping) == "esvit":
+                file = self._file("student")
+            if file.other_part and not part:
+                taken = OTHER[file.other_part]
+                source = f"{source}#{taken}" if is_open else source
+                _tell_part(file, name, taken, where)
+            file, ignored = part_of(file, part, name, where)
+            file, heads = backbone_of(file)
+            ignored += heads
+        self.settled_source = source
+        return in_our_names(
+            file,
+            source,
+            part=part,
+            ignored=ignored,
+            located=located,
+            beside=beside,
+            where=where,
+        )
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """The tensors under their own names, of a file with two models the student's."""
+        if self.brought:
+            family, rest = self.brought
+            assert family.scheme is not None
+            return _Brought(family.scheme, rest, self.where)
+        name, part = split_part(self._located.path, where=self.where)
+        file = self._file(part or "student")
+        if file.other_part and not part:
+            _tell_part(file, name, "student", self.where)
+        return file
+
+    @property
+    def path(self) -> Path | None:
+        """The file, index or checkpoint; None if a library brings the weights."""
+        if self.brought:
+            return None
+        if self.stored:
+            return self.stored.file.path or self.stored.path
+        return file_of(Path(split_part(self._located.path)[0]), where=self.where)
+
+    def statistics_for(self, architecture: FamilyArchitecture) -> Statistics | None:
+        """Returns the image statistics that are stated for a model; None if there are none."""
+        if family_of(architecture).matched is None:
+            return self.published.statistics
+        return self.unpublished.statistics if self.unpublished else None
+
+    def fitted(
+        self,
+        architecture: FamilyArchitecture,
+        *,
+        without: Collection[str] = (),
+        allow: tuple[str, ...] = (),
+        remedy: str = "",
+    ) -> Fitted:
+        """Returns the tensors for a model of any family, checked against its shapes.
+
+        Args:
+            architecture: The model.
+            without: Names of tensors that are not wanted.
+            allow: Patterns of names that may be missing or left over.
+            remedy: What the user can do about tensors that do not fit.
+
+        Raises: WeightsError: if they do not cover the model.
+        """
+        matched = family_of(architecture).matched
+        if matched is None:
+            return self.published.fitted(
+                architecture, without=without, allow=allow, where=self.where, remedy=remedy
+            )
+        own = self.unpublished
+        file = own.file if own else self.tensors
+        try:
+            found = matched(architecture, {name: file.shape(name) for name in file}, self.where)
+        except WeightsError as error:
+            if own is None or own.architecture == architecture:
+                raise
+            raise other_model(self.source, own.architecture, architecture, self.where) from error
+        return Fitted(
+            found.pieces,
+            file,
+            found.shapes,
+            allow=allow,
+            what=f"{self.source} ({found.what})",
+            where=self.where,
+            notes=found.notes,
+            remedy=remedy_for(own.architecture) if own else found.remedy,
+            resize=False,
+        )
+
+    def fetch(self) -> None:
+        """Downloads what a library would download once tensors are read; in a meeting of all ranks.
+
+        Raises: WeightsError: if it cannot be had.
+        """
+        if self.brought and self.brought[0].scheme.fetch:
+            self.brought[0].scheme.fetch(self.brought[1], self.where)
+
+    @cached_property
+    def _located(self) -> Located:
+        return locate(self.source, where=self.where)
+
+    def _file(self, part: str) -> Tensors:
+        """The tensors of one model of the file, or "" for the one that it is evaluated by."""
+        if part not in self._files:
+            name, _ = split_part(self._located.path, where=self.where)
+            self._files[part] = read(name, where=self.where, part=part)
+        return self._files[part]
+
+
+class _Brought(Tensors):
+    """The tensors of a library's module, which is built when the first of them is read."""
+
+    def __init__(self, scheme: Scheme, rest: str, where: str) -> None:
+        assert scheme.weightless is not None
+        super().__init__(scheme.weightless(rest, where))
+        self._scheme, self._rest, self._where = scheme, rest, where
+        self._is_there = False
+
+    def __getitem__(self, name: str) -> Tensor:
+        if not self._is_there:
+            loaded = self._scheme.load(self._rest, self._where)
+            self._entries, self._is_there = dict(loaded.net.state_dict()), True
+        return super().__getitem__(name)
+
+
+def _tell_part(file: Tensors, name: str, taken: str, where: str) -> None:
+    """Says in the log which of two models of a file is taken."""
+    log.info(
+        "%s: %s holds a student and a teacher: the %s is taken; %s#%s is the other",
+        where,
+        name,
+        taken,
+        name,
+        file.other_part,
+    )
+
+
+def exported(path: Path, where: str) -> Stored | None:
+    """Opens a folder that `export` wrote, whose config.json describes the model whole.
+
+    Args:
+        path: The folder.
+        where: What the user set, for messages.
+
+    Returns: None if it is no such folder.
+    """
+    found = read_own(path, where)
+    if found is None or not found.architecture.family:
+        return None
+    architecture = whole(set_fields(found.architecture))
+    code_hash = doors.hashes(architecture.code).get(architecture.code, "")
+    if code_hash and code_hash != found.code_hash:
+        log.warning(
+            "%s: %s is NOT THE FILE that made this model (its hash was %s, now %s)",
+            path,
+            architecture.code,
+            found.code_hash[:12],
+            code_hash[:12],
+        )
+    statistics = found.statistics or statistics_of("", architecture)
+    file = read(str(path), where=where)
+    return Stored(path, file, architecture, statistics, {n: math.prod(file.shape(n)) for n in file})
+
+
+def other_model(
+    source: str, held: FamilyArchitecture, wanted: FamilyArchitecture, where: str
+) -> WeightsError:
+    """Returns the refusal of what this project stored, where it is not the model that is wanted."""
+    return WeightsError(
+        f"{where}: {source}: another model; it holds {name_of(held)}, expected {name_of(wanted)}. "
+        f"{remedy_for(held)}"
+    )
+
+
+def remedy_for(held: FamilyArchitecture) -> str:
+    """Returns what to do about weights that hold another model than the one that is wanted."""
+    return f"Set --student.model {name_of(held)}, which it holds."
