@@ -107,7 +107,7 @@ def side_by_side(root: Path, folder: Path, rounds: int, *, quick: bool) -> dict[
     from fd_large.cli.cache import write
     from fd_large.data.loader import Batch
     from fd_large.data.sampler import Portion
-    from fd_large.engine.count import step_flops
+    from fd_large.engine.counting.count import step_flops
     from fd_large.engine.forward_backward import forward_backward
     from fd_large.engine.zero import start
     from fd_large.engine.zero.optimizer import set_learning_rate

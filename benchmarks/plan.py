@@ -3,12 +3,13 @@
     python benchmarks/plan.py [--quick] [--ranks 2] [--model swinv2_tiny] [--images 1 2 4 8 16]
 
 Starts its own CPU ranks (or one per GPU) and builds an engine at ZeRO 1, 2 and 3 (on one rank at 0
-and 3). Each round times the phases of the plain task (`engine/phases.py`) before the steps of all
-engines with each micro-batch, so that other work on the machine meets all alike; half-way the
-machine's rates are measured (`engine/probe.py`). `--clock cpu` counts processor time, which other
-work stretches less. A figure is the shortest measured step over what the shortest phases foretell;
-beside it stands what the rates of single operations foretell alone. Teacher and student are the
-same model; images are noise in memory. Writes benchmarks/results/plan_MODEL_RANKS.json.
+and 3). Each round times the phases of the plain task (`engine/counting/phases.py`) before the steps
+of all engines with each micro-batch, so that other work on the machine meets all alike; half-way
+the machine's rates are measured (`engine/counting/rates.py`). `--clock cpu` counts processor time,
+which other work stretches less. A figure is the shortest measured step over what the shortest
+phases foretell; beside it stands what the rates of single operations foretell alone. Teacher and
+student are the same model; images are noise in memory. Writes
+benchmarks/results/plan_MODEL_RANKS.json.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def measure(arguments: argparse.Namespace) -> int:
     from engines import job_of, noise, seconds_of, zero_engine
 
     from fd_large.cli.plan_workload import workload
-    from fd_large.engine import phases, probe
+    from fd_large.engine.counting import phases
+    from fd_large.engine.counting.rates import measure as measure_rates
     from fd_large.engine.forward_backward import forward_backward
     from fd_large.engine.zero import start
     from fd_large.engine.zero.optimizer import set_learning_rate
@@ -112,7 +114,7 @@ def measure(arguments: argparse.Namespace) -> int:
     count = 3 if arguments.quick else arguments.rounds
     for turn in range(1 + count):
         if turn == 1 + count // 2:  # Half-way, and medians of several passes themselves.
-            rates = Rates(**probe.measure(clock=clock))
+            rates = Rates(**measure_rates(clock=clock))
         row: dict[str, Any] = {"load": os.getloadavg()[0], "steps": {}}
         timer.round()  # As often as each step, so that the shortest are as lucky.
         for images, batch in batches.items():

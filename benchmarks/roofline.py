@@ -47,7 +47,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from fd_large.engine.recorder import Recorder, bytes_of, place_of  # noqa: E402
+from fd_large.engine.counting.recorder import Recorder, bytes_of, place_of  # noqa: E402
 from fd_large.kernels import choose  # noqa: E402
 from fd_large.kernels.operation import recording  # noqa: E402
 from fd_large.plan.rates import Rates, rates_of  # noqa: E402

@@ -60,7 +60,7 @@ def recipe(teacher: int, student: int, size: int) -> Any:
 
 def teachers_share(runs: list[Any], images: int) -> float:
     """Returns the teacher's forward as a share of all FLOPs of a step of each of the runs."""
-    from fd_large.engine.count import count
+    from fd_large.engine.counting.count import count
     from fd_large.kernels.choose import Device
     from fd_large.tasks.jobs import job_of
 

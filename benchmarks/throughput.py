@@ -133,7 +133,7 @@ def _memory(*, reset: bool = False) -> int:
     """Returns the peak bytes of this rank since a reset, on its GPU or else in the process."""
     import torch
 
-    from fd_large.engine.micro_batch import HostMemory
+    from fd_large.engine.memory import HostMemory
     from fd_large.ranks import distributed
 
     if distributed.device().type == "cuda":

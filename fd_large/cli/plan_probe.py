@@ -80,7 +80,8 @@ def main(rank: int, ranks: int, port: int) -> None:
     """Runs one of the ranks that `probe` starts, which reads from its input what to measure."""
     import torch
 
-    from fd_large.engine import phases, probe
+    from fd_large.engine.counting import phases, rates
+    from fd_large.engine.memory import free_bytes
     from fd_large.ranks import distributed
     from fd_large.tasks.jobs import job_of
 
@@ -97,16 +98,16 @@ def main(rank: int, ranks: int, port: int) -> None:
             master_port=port,
         )
     )
-    rates = probe.measure()
+    measured_rates = rates.measure()
     # CPU ranks share the memory.
     share = 1 if torch.cuda.is_available() else ranks
     measured = [
-        phases.measure(job_of(Run.from_dict(run)), free_bytes=probe.free_bytes() / share)
+        phases.measure(job_of(Run.from_dict(run)), free_bytes=free_bytes() / share)
         for run in asked["runs"]
     ]
     if rank == 0:
         plain = [one.to_plain() if one else None for one in measured]
-        Path(asked["out"]).write_text(json.dumps({"rates": rates, "phases": plain}))
+        Path(asked["out"]).write_text(json.dumps({"rates": measured_rates, "phases": plain}))
     distributed.barrier()
     distributed.stop()
 

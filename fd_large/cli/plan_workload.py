@@ -77,7 +77,7 @@ def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
     Raises: FDError: if the run's models cannot be built.
     """
     # They import torch, which a recipe of record does without.
-    from fd_large.engine.count import count
+    from fd_large.engine.counting.count import count
     from fd_large.tasks.jobs import job_of
 
     each = [
@@ -96,7 +96,7 @@ def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
 
 def shared_step_bytes(run: Run, rates: Rates, kernels: Kernels) -> Line:
     """Returns the bytes of a micro-batch that several students take one after another."""
-    from fd_large.engine.count import shared_bytes
+    from fd_large.engine.counting.count import shared_bytes
     from fd_large.tasks.jobs import job_of
 
     half = frozen_in_bfloat16(run.frozen_dtype, rates.bfloat16)

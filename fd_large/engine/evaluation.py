@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fd_large.engine.micro_batch import building_in_memory, out_of_memory_named
+from fd_large.engine.memory import building_in_memory, out_of_memory_named
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.engine import Engine

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from fd_large.data.blocks import keep_blocks_in
 from fd_large.data.source import ImageSource
-from fd_large.engine import micro_batch, node_consistency
+from fd_large.engine import memory, node_consistency
 from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.job import Job, JobOf
 from fd_large.engine.zero import config as ds
@@ -58,7 +58,7 @@ def open_frozen(job: Job, job_of: JobOf) -> FrozenRun:
         samples = job.stage(samples)
     start.start()
     full_float32(distributed.device())
-    with activity.work("building the models"), micro_batch.building_in_memory(job.memory_remedy):
+    with activity.work("building the models"), memory.building_in_memory(job.memory_remedy):
         job.build(
             bfloat16=ds.computes_in_bfloat16(run.engine.precision),
             node_size=ds.ranks_of_a_node(run.engine.node_size, launch.local_world_size),

@@ -21,7 +21,7 @@ from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import Evaluation, Interrupted, Panel, Pending, steps_between
 from fd_large.engine.forward_backward import arguments_of_step, backward
 from fd_large.engine.incident_evidence import evidence_of
-from fd_large.engine.micro_batch import out_of_memory_named
+from fd_large.engine.memory import out_of_memory_named
 from fd_large.engine.prefetch import Batches
 from fd_large.engine.schedule import Schedule
 from fd_large.engine.task import Task

@@ -18,10 +18,11 @@ from fd_large.checkpoint.lease import Lease
 from fd_large.data.blocks import keep_blocks_in
 from fd_large.data.sampler import check_batch_sizes
 from fd_large.data.source import ImageSource
-from fd_large.engine import micro_batch, node_consistency
+from fd_large.engine import memory, node_consistency
 from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.checkpoints import Checkpoints
-from fd_large.engine.count import kernel_calls
+from fd_large.engine.counting import micro_batch
+from fd_large.engine.counting.count import kernel_calls
 from fd_large.engine.ema import Ema
 from fd_large.engine.job import Job, JobOf
 from fd_large.engine.task import Task
@@ -160,7 +161,7 @@ def open_together(
     threshold = _persistence(
         configs[0], numbers.parameter_sizes, splits_models=first.splits_models()
     )
-    with activity.work("building the models"), micro_batch.building_in_memory(first.memory_remedy):
+    with activity.work("building the models"), memory.building_in_memory(first.memory_remedy):
         first.build(
             bfloat16=numbers.bfloat16,
             node_size=numbers.node_size,
@@ -221,7 +222,7 @@ def _built(job: Job, config: dict[str, Any]) -> tuple[Engine, Ema | None]:
     decay = job.run.optim.ema_decay
     with (
         activity.work("building the engine"),
-        micro_batch.building_in_memory(job.memory_remedy),
+        memory.building_in_memory(job.memory_remedy),
     ):
         engine = engine_of(
             job.run,
@@ -400,7 +401,7 @@ def _probed(
     """Returns the folder's micro batch, or that of a probe on engines that are thrown away."""
     world_size = distributed.world_size()
     setting, *others = (_memory_of(job, config) for job, config in zip(jobs, configs, strict=True))
-    setting |= micro_batch.memory_setting()
+    setting |= memory.memory_setting()
     if distributed.is_main():
         setting["software"] = {**versions(), "fd_large": node_consistency.code_hash()}
     if others:

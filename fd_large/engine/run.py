@@ -14,7 +14,7 @@ from fd_large.checkpoint.store import checkpoints_of
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import Portion, updates_per_epoch
 from fd_large.engine.best import Best
-from fd_large.engine.count import step_flops
+from fd_large.engine.counting.count import step_flops
 from fd_large.engine.ending import end_by, write_end
 from fd_large.engine.job import Job, JobOf
 from fd_large.engine.loop import Trainer, TrainingPlan

@@ -14,8 +14,8 @@ from pathlib import Path
 from fd_large.data.loader import Batch
 from fd_large.engine.evaluation import Interrupted
 from fd_large.engine.forward_backward import completed
-from fd_large.engine.host_memory import kept_from_children
 from fd_large.engine.loop import Trainer
+from fd_large.engine.memory import kept_from_children
 from fd_large.engine.prefetch import Batches, Prefetch, StepForSeveral
 from fd_large.engine.zero import state
 from fd_large.ranks import distributed

@@ -1,7 +1,7 @@
 """What a step of a task computes, moves, starts and keeps: counts as data, for any micro-batch.
 
-`engine/count.py` counts the real task at two sizes. Everything is a straight line in the images of
-a micro-batch, but for the peak of memory, which is the highest of several lines.
+`engine/counting/count.py` counts the real task at two sizes. Everything is a straight line in the
+images of a micro-batch, but for the peak of memory, which is the highest of several lines.
 """
 
 from __future__ import annotations

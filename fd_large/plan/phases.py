@@ -1,8 +1,8 @@
 """Seconds of the phases of a real step, measured on one device, for any micro-batch.
 
-`engine/phases.py` times a task's own step at two micro-batches. Seconds are taken for a straight
-line in the images (docs/scaling.md compares what they foretell with measured steps). What several
-ranks add (copies, hooks, collectives) is not in them.
+`engine/counting/phases.py` times a task's own step at two micro-batches. Seconds are taken for a
+straight line in the images (docs/scaling.md compares what they foretell with measured steps). What
+several ranks add (copies, hooks, collectives) is not in them.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from torch import nn
 from fd_large.checkpoint.write import Piece, Saver
 from fd_large.cli import diagnose, doctor, doctor_checks, evaluate_results, plan_probe
 from fd_large.data.loader import Batch, load_batches
-from fd_large.engine import block_wrappers, count, micro_batch, opening, phases, probe
+from fd_large.engine import block_wrappers, memory, opening
+from fd_large.engine.counting import count, micro_batch, phases, rates
 from fd_large.engine.prefetch import Prefetch
 from fd_large.engine.zero import config, engine, optimizer, start
 from fd_large.errors import LaunchError
@@ -198,12 +199,12 @@ def test_a_kernel_is_launched_on_its_tensors_device(
 
 
 def test_the_memory_of_a_gpu(card: Card) -> None:
-    memory = micro_batch.GpuMemory()
-    memory.reset()
+    gpu = memory.GpuMemory()
+    gpu.reset()
     assert card.notes == ["empty_cache", "reset_peak_memory_stats"]
-    assert memory.peak() == card.peak
+    assert gpu.peak() == card.peak
     assert card.notes[2:] == ["synchronize"]
-    assert memory.capacity() == card.free + card.reserved
+    assert gpu.capacity() == card.free + card.reserved
     assert peak_memory_bytes() == card.peak
 
 
@@ -225,8 +226,8 @@ def test_the_probe_of_a_gpu_frees_what_it_took(card: Card, monkeypatch, tmp_path
 
 def test_out_of_memory_on_a_gpu(card: Card) -> None:
     with (
-        pytest.raises(micro_batch.OutOfMemory, match="while the models are built"),
-        micro_batch.building_in_memory(),
+        pytest.raises(memory.OutOfMemory, match="while the models are built"),
+        memory.building_in_memory(),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -303,13 +304,13 @@ def test_flops_are_counted_as_this_card_runs_them(card: Card, monkeypatch) -> No
 
 
 def test_rates_are_measured_on_the_gpu(card: Card, monkeypatch) -> None:
-    monkeypatch.setattr(probe.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(rates.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(
-        probe.dist, "all_gather_object", lambda everyone, found: everyone.__setitem__(0, found)
+        rates.dist, "all_gather_object", lambda everyone, found: everyone.__setitem__(0, found)
     )
     for name in ("COPY_ELEMENTS", "SIDE_ON_GPU", "PASSES"):
-        monkeypatch.setattr(probe, name, 1)
-    found = probe.measure()
+        monkeypatch.setattr(rates, name, 1)
+    found = rates.measure()
     assert found["name"] == "NVIDIA H100 80GB HBM3, measured"
     assert found["capability"] == "9.0"
     assert found["memory_bytes"] == 80 * GB
@@ -321,7 +322,7 @@ def test_the_probe_s_ranks_meet_and_measure(card: Card, monkeypatch, tmp_path) -
     called = []
     monkeypatch.setattr(distributed, "start", called.append)
     monkeypatch.setattr(distributed, "stop", lambda: called.append("left"))
-    monkeypatch.setattr(probe, "measure", lambda: {"matmul": 1.0})
+    monkeypatch.setattr(rates, "measure", lambda: {"matmul": 1.0})
     monkeypatch.setattr(phases, "UPDATED", 1000)
     out = tmp_path / "rates.json"
     asked = {"runs": [tiny_runs.tiny_run().to_dict()], "out": str(out), "code": {}}

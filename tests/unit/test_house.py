@@ -215,6 +215,20 @@ def test_the_engine_imports_no_task() -> None:
     )
 
 
+def test_of_the_engine_only_what_opens_a_run_imports_counting() -> None:
+    """What is counted before a run is nothing that the loop has to know."""
+    folder = PACKAGE / "engine"
+    all_hold(
+        [
+            f"{path.relative_to(PACKAGE)} imports {name}"
+            for path in folder.rglob("*.py")
+            if path.name not in ("opening.py", "run.py") and "counting" not in path.parts
+            for name in imports(path)
+            if name.startswith("fd_large.engine.counting")
+        ]
+    )
+
+
 def test_a_whole_run_is_seen_by_few() -> None:
     broken = []
     for path in FILES:

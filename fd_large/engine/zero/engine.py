@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fd_large.engine import block_wrappers, host_memory
+from fd_large.engine import block_wrappers, memory
 from fd_large.engine.task import Task
 from fd_large.engine.zero import compiled_ops, partition
 from fd_large.engine.zero import config as ds
@@ -133,5 +133,5 @@ def build_engine(
     gradients = spare_passes(engine, bucket=bucket)
     buffers = partition.running_statistics(task).items()
     infinite = frozenset(name for name, buffer in buffers if not buffer.isfinite().all())
-    host_memory.give_back()
+    memory.give_back()
     return Engine(engine, task, stage, config, StepGate(optimizer), disk, gradients, infinite)

@@ -21,7 +21,7 @@ from fd_large.engine.evaluation import (
     in_float32,
     steps_between,
 )
-from fd_large.engine.micro_batch import OutOfMemory
+from fd_large.engine.memory import OutOfMemory
 from fd_large.engine.zero import partition, state
 from fd_large.errors import DataError
 

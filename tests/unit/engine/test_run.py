@@ -392,7 +392,7 @@ def test_a_micro_batch_is_probed_once(recipe, tmp_path, monkeypatch):
     auto = replace(recipe, batch=replace(recipe.batch, micro_batch_size="auto"))
     assert start(auto, hooks=[Ending(wish=True)]) == 75
     assert json.loads((tmp_path / "run/micro_batch.json").read_text())["micro_batch_size"] == 4
-    monkeypatch.setattr("fd_large.engine.micro_batch.probe", None)
+    monkeypatch.setattr("fd_large.engine.counting.micro_batch.probe", None)
     assert start(auto) == 0
 
 
@@ -403,7 +403,7 @@ def test_a_probe_holds_the_average_too(recipe, tmp_path, monkeypatch):
         averages.append(state.has_average(engine))
         raise ConfigError("enough")
 
-    monkeypatch.setattr("fd_large.engine.micro_batch.probe", probe)
+    monkeypatch.setattr("fd_large.engine.counting.micro_batch.probe", probe)
     for decay in (0.9, 0.0):
         run = replace(
             recipe,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fd_large.engine.count import on_shapes
+from fd_large.engine.counting.step import on_shapes
 from fd_large.kernels.choose import Device
 from fd_large.plan.cached_targets import CachedTargets
 from fd_large.plan.candidate import Candidate

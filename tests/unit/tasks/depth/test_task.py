@@ -7,7 +7,7 @@ import torch
 from depth_batches import batch_of, narrow_run
 from torch.utils.flop_counter import FlopCounterMode
 
-from fd_large.engine.count import step_flops
+from fd_large.engine.counting.count import step_flops
 from fd_large.engine.forward_backward import arguments_of_step
 from fd_large.recipes import registry
 from fd_large.tasks.depth.job import DepthJob

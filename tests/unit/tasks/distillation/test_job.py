@@ -11,9 +11,9 @@ import torch
 from loading import settled
 
 from fd_large.data.sampler import Portion
-from fd_large.engine.count import on_shapes, run_on_shapes
+from fd_large.engine.counting.count import record
+from fd_large.engine.counting.step import models_of, on_shapes
 from fd_large.engine.forward_backward import arguments_of_step
-from fd_large.engine.recorder import Recorder
 from fd_large.errors import CheckpointError, ConfigError, FDError, check_all
 from fd_large.kernels import choose
 from fd_large.recipes import registry
@@ -294,10 +294,10 @@ def test_a_micro_batch_waits_with_its_targets(run):
     """What a plan counts of it is what is held: pixels and the teacher's map."""
     job = DistillationJob(override(run, {"objective.normaliser": "batch"}))
     with on_shapes(choose.Device(None, on_gpu=False)):
-        task, frozen = job.models_on_shapes()
+        models = models_of(job, bfloat16=False, frozen_bfloat16=False)
         batch = job.probe_batch(4)
-        one = run_on_shapes(task, frozen, batch, Recorder((task, *frozen)))
-        prepared = task.prepare(batch.images, None, None)
+        recorder = record(models, batch)
+        prepared = models.task.prepare(batch.images, None, None)
     tensors = prepared["pixels"], prepared["maps"][ONLY].tokens
     expected = sum(t.untyped_storage().nbytes() for t in tensors)
-    assert one.recorder.held == pytest.approx(expected, rel=0.01)
+    assert recorder.held == pytest.approx(expected, rel=0.01)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from labelled_folder import labelled_folder
 
-from fd_large.engine.count import count, step_flops
+from fd_large.engine.counting.count import count, step_flops
 from fd_large.engine.find_model import find_model
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.kernels.choose import Device

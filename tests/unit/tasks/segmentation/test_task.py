@@ -7,7 +7,7 @@ import torch
 from segmentation_batches import NUM_CLASSES, batch_of, narrow_run
 from torch.utils.flop_counter import FlopCounterMode
 
-from fd_large.engine.count import step_flops
+from fd_large.engine.counting.count import step_flops
 from fd_large.recipes import registry
 from fd_large.tasks.segmentation.job import SegmentationJob
 from fd_large.tasks.segmentation.task import Segmentation

@@ -20,8 +20,16 @@ from torch.utils.flop_counter import flop_registry
 
 from fd_large.kernels import choose
 from fd_large.plan.counts import Phase
+from fd_large.plan.phases import BACKWARD, FIRST_PASS, FORWARD
 
 aten = torch.ops.aten
+
+PHASES: dict[str, Phase] = {
+    FORWARD: "forward",
+    FIRST_PASS: "first_pass",
+    BACKWARD: "backward",
+}
+"""Phases of a step as counts have them; all others are forwards of frozen models."""
 
 FREE = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"),
@@ -42,8 +50,8 @@ def _convolution_backward(out: Tensor, x: Tensor, weight: Tensor, *rest: Any, **
     return sum(rest[-1][:2]) * 2 * places * weight[0].numel()
 
 
+# Beside torch's registry, to which fused operations add theirs when they are imported.
 FORMULAS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
     aten.convolution_backward: _convolution_backward,
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
         aten._scaled_dot_product_flash_attention
@@ -90,12 +98,14 @@ class Recorder(TorchDispatchMode):
         like: Names of the calls that are expected; None: any.
 
     Attributes:
-        phase: What runs now; the caller sets it.
-        inside: How many modules are running now.
+        phase: What runs now.
+        inside: How many modules are running now; the caller counts.
+        modules: Forwards of modules by phase; the caller counts.
         operations: What computed or moved something.
         calls: All calls by phase, views included.
         live: Bytes of storages now.
-        held: Bytes of what was prepared when a first pass began; the caller sets it.
+        held: Live bytes when the first pass of a step in two passes began.
+        kept: Live bytes when backward began.
         names: Names of all calls.
         trail: Live bytes at each call.
         fused: Whether a fused kernel was called.
@@ -108,7 +118,8 @@ class Recorder(TorchDispatchMode):
         self._like = like
         self.names: list[str] = []
         self.phase: Phase = "forward"
-        self.inside = self.live = self.held = 0
+        self.inside = self.live = self.held = self.kept = 0
+        self.modules: Counter[str] = Counter()
         self.fused = False
         device = choose.stood_for()
         self._on_cpu = device is not None and not device.on_gpu
@@ -118,6 +129,14 @@ class Recorder(TorchDispatchMode):
         self._known: dict[Any, _Known] = {}
         own = (t for model in models for t in (*model.parameters(), *model.buffers()))
         self._storages: dict[int, Any] = {t.untyped_storage()._cdata: None for t in own}
+
+    def to(self, phase: str) -> None:
+        """Begins a phase, as `run_step` names it."""
+        self.phase = PHASES.get(phase, "inference")
+        if phase == FIRST_PASS:
+            self.held = self.live
+        elif phase == BACKWARD:
+            self.kept = self.live
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -168,7 +187,7 @@ class Recorder(TorchDispatchMode):
             bool(views) or name in FREE,
             tuple(bool(a.alias_info and a.alias_info.is_write) for a in func._schema.arguments),
             tuple(r.alias_info is None for r in returns),
-            FORMULAS.get(func._overloadpacket),
+            FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket),
         )
         return known
 

@@ -1,25 +1,26 @@
-"""Processes that are forked beside training do not hold what it writes."""
+"""Memory of a rank is seen, runs out in one sentence, and is kept from forked processes."""
 
 from __future__ import annotations
 
 import mmap
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 from unit.engine.conftest import CONFIGS, Brightness, batch_of
 
 from fd_large.backbones.vit.vit import ViT
+from fd_large.engine import memory
 from fd_large.engine.forward_backward import forward_backward
-from fd_large.engine.host_memory import kept_from_children
+from fd_large.engine.memory import kept_from_children
 from fd_large.engine.task import Task
 from fd_large.engine.zero import state
 from fd_large.engine.zero.optimizer import set_learning_rate
-
-pytestmark = pytest.mark.skipif(
-    not hasattr(mmap, "MADV_DONTFORK"), reason="only Linux keeps pages from children"
-)
 
 
 class Wide(Brightness):
@@ -50,6 +51,9 @@ def seen_by_a_child(tensors) -> list[bool]:
     return found
 
 
+@pytest.mark.skipif(
+    not hasattr(mmap, "MADV_DONTFORK"), reason="only Linux keeps pages from children"
+)
 @pytest.mark.parametrize("config", [*CONFIGS, (1, False), (2, True)])
 def test_a_child_does_not_hold_weights_and_state(make_engine, config):
     engine = make_engine(config, make_task=Wide)
@@ -67,3 +71,46 @@ def test_a_child_does_not_hold_weights_and_state(make_engine, config):
     forward_backward(engine, batch_of(1), seed=0)
     engine.deepspeed.step()
     assert any(not one.equal(other) for one, other in zip(large, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "remedy"),
+    [
+        (16, MemoryError(), "--batch.micro_batch_size 8."),
+        (1, RuntimeError("DefaultCPUAllocator: can't allocate memory: x"), "--student.activation_"),
+        (6, torch.OutOfMemoryError("CUDA out of memory"), "--batch.micro_batch_size 3."),
+    ],
+)
+def test_out_of_memory_is_one_sentence_with_the_next_value(size, error, remedy):
+    with (
+        pytest.raises(memory.OutOfMemory, match=re.escape(remedy)),
+        memory.out_of_memory_named(size),
+    ):
+        raise error
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="another"), memory.out_of_memory_named(1):
+        raise RuntimeError("another")
+
+
+def test_host_memory_sees_an_allocation():
+    # In a process of its own: threads that earlier tests left here may free memory meanwhile.
+    script = """
+from fd_large.engine.memory import HostMemory
+memory = HostMemory()
+memory.reset()
+before = memory.peak()
+block = bytearray(64 << 20)
+print(memory.peak() - before)
+del block
+memory.reset()
+print(memory.peak() - before, memory.capacity() - memory.peak())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
+    grown, left, free = map(int, done.stdout.split())
+    assert grown >= 60 << 20
+    assert left < 32 << 20
+    assert free > 0

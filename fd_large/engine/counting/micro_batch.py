@@ -14,70 +14,25 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import arguments_of_step, backward, completed
+from fd_large.engine.memory import GpuMemory, HostMemory, OutOfMemory, out_of_memory_named
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
-from fd_large.errors import FDError
 from fd_large.files import json_object, parse_json, write_json
 from fd_large.plan.peak_memory import HEADROOM
 from fd_large.ranks import distributed
 from fd_large.runtime.run_folder import written_or_logged
 
 log = logging.getLogger(__name__)
-
-
-class OutOfMemory(FDError):
-    """A step that does not fit into memory; names the field and the next value to try."""
-
-    rank_local = True
-
-
-class GpuMemory:
-    """The memory of torch's allocator on this rank's GPU, in bytes."""
-
-    def reset(self) -> None:
-        """Starts a new peak."""
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-    def peak(self) -> int:
-        """Returns the most that was reserved since `reset`."""
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_reserved()
-
-    def capacity(self) -> int:
-        """Returns what this process could reserve: free memory and what it holds already."""
-        free, _ = torch.cuda.mem_get_info()
-        return free + torch.cuda.memory_reserved()
-
-
-class HostMemory:
-    """The resident memory of a CPU rank's process, in bytes (Linux)."""
-
-    def reset(self) -> None:
-        """Starts a new peak; writing 5 to clear_refs resets VmHWM."""
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")
-
-    def peak(self) -> int:
-        """Returns the largest resident size since `reset`."""
-        return _kib(Path("/proc/self/status"), "VmHWM") * 1024
-
-    def capacity(self) -> int:
-        """Returns this rank's part of the host's free memory, and what it holds already."""
-        available = _kib(Path("/proc/meminfo"), "MemAvailable") * 1024
-        held = _kib(Path("/proc/self/status"), "VmRSS") * 1024
-        return available // max(1, distributed.local_world_size()) + held
 
 
 def candidates(share: int) -> tuple[int, ...]:
@@ -196,62 +151,6 @@ def _copies(task: Task, batch: Batch, count: int) -> list[Tensor]:
     return [tensor.clone() for _ in range(count) for tensor in whole.tensors()]
 
 
-@contextmanager
-def building_in_memory(remedy: str = "", *, what: str = "the models are") -> Iterator[None]:
-    """Turns an allocator's error while models are built into one sentence.
-
-    Args:
-        remedy: A flag that saves memory besides ZeRO; empty: there is none.
-        what: What is built, and its verb.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise OutOfMemory(
-            f"engine: out of memory on rank {distributed.rank()} while {what} built; got "
-            "too little room for parameters and optimiser, expected enough. Use "
-            f"ds_configs/zero3.json or zero3_offload.json, {remedy}{', ' if remedy else ''}or more "
-            "ranks."
-        ) from error
-
-
-@contextmanager
-def out_of_memory_named(size: int) -> Iterator[None]:
-    """Turns an allocator's error inside the block into one sentence with the next value to try.
-
-    Args:
-        size: The micro batch size that was tried.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        smaller = size // 2
-        remedy = (
-            f"Set --batch.micro_batch_size {smaller}"
-            if smaller
-            else "Set --student.activation_checkpointing every, or use more GPUs"
-        )
-        raise OutOfMemory(
-            f"batch.micro_batch_size: out of memory on rank {distributed.rank()}; got {size} "
-            f"images per micro batch, expected fewer. {remedy}."
-        ) from error
-
-
-def memory_setting() -> dict[str, Any]:
-    """Returns the device of rank 0, and the least memory of any rank's, in bytes; a collective."""
-    device = distributed.device()
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        name, total = properties.name, properties.total_memory
-    else:
-        name, total = "cpu", _kib(Path("/proc/meminfo"), "MemTotal") * 1024
-    return {"device": name, "memory_bytes": -distributed.max_rank(-total)}
-
-
 def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
     """Returns the size that an earlier probe found in the same setting, else None.
 
@@ -287,17 +186,3 @@ def remember(folder: Path, setting: dict[str, Any], size: int) -> None:
         path = folder / "micro_batch.json"
         with written_or_logged(path):
             write_json(path, {"micro_batch_size": size, "setting": setting})
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    # Torch's CPU allocator raises a plain RuntimeError.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
-
-
-def _kib(path: Path, key: str) -> int:
-    for line in path.read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1])
-    raise AssertionError(f"{path} has no {key}")

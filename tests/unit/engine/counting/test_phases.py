@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import tiny_runs
 
-from fd_large.engine import phases
+from fd_large.engine.counting import phases
 from fd_large.recipes import registry
 from fd_large.recipes.sections import Student
 from fd_large.recipes.several_teachers import unic_vit_base

@@ -1,13 +1,11 @@
-import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fd_large.data.loader import Batch
-from fd_large.engine import micro_batch
+from fd_large.engine.counting import micro_batch
+from fd_large.engine.memory import OutOfMemory, memory_setting
 from fd_large.ranks import distributed
 
 
@@ -80,51 +78,8 @@ def test_moments_that_the_first_step_makes_count_as_held_and_not_as_images():
 
 
 def test_not_even_one_image():
-    with pytest.raises(micro_batch.OutOfMemory):
+    with pytest.raises(OutOfMemory):
         _climb(8, 10, (5, 0), (10, 1))
-
-
-@pytest.mark.parametrize(
-    ("size", "error", "remedy"),
-    [
-        (16, MemoryError(), "--batch.micro_batch_size 8."),
-        (1, RuntimeError("DefaultCPUAllocator: can't allocate memory: x"), "--student.activation_"),
-        (6, torch.OutOfMemoryError("CUDA out of memory"), "--batch.micro_batch_size 3."),
-    ],
-)
-def test_out_of_memory_is_one_sentence_with_the_next_value(size, error, remedy):
-    with (
-        pytest.raises(micro_batch.OutOfMemory, match=re.escape(remedy)),
-        micro_batch.out_of_memory_named(size),
-    ):
-        raise error
-
-
-def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="another"), micro_batch.out_of_memory_named(1):
-        raise RuntimeError("another")
-
-
-def test_host_memory_sees_an_allocation():
-    # In a process of its own: threads that earlier tests left here may free memory meanwhile.
-    script = """
-from fd_large.engine.micro_batch import HostMemory
-memory = HostMemory()
-memory.reset()
-before = memory.peak()
-block = bytearray(64 << 20)
-print(memory.peak() - before)
-del block
-memory.reset()
-print(memory.peak() - before, memory.capacity() - memory.peak())
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
-    )
-    grown, left, free = map(int, done.stdout.split())
-    assert grown >= 60 << 20
-    assert left < 32 << 20
-    assert free > 0
 
 
 def test_a_found_size_is_remembered_for_the_same_setting_only(tmp_path, caplog):
@@ -148,12 +103,12 @@ def test_a_resume_on_smaller_cards_probes_again(tmp_path, monkeypatch):
     properties = SimpleNamespace(name="A100", total_memory=80 << 30)
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    micro_batch.remember(tmp_path, {"world_size": 2, **micro_batch.memory_setting()}, 8)
-    same = {"world_size": 2, **micro_batch.memory_setting()}
+    micro_batch.remember(tmp_path, {"world_size": 2, **memory_setting()}, 8)
+    same = {"world_size": 2, **memory_setting()}
     assert same == {"world_size": 2, "device": "A100", "memory_bytes": 80 << 30}
     assert micro_batch.remembered(tmp_path, same, 16) == 8
     properties.total_memory = 40 << 30
-    smaller = {"world_size": 2, **micro_batch.memory_setting()}
+    smaller = {"world_size": 2, **memory_setting()}
     assert micro_batch.remembered(tmp_path, smaller, 16) is None
 
 

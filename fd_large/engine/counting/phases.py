@@ -10,31 +10,29 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from fd_large.engine import block_wrappers
-from fd_large.engine.count import count
-from fd_large.engine.job import Job
-from fd_large.engine.task import Task
+from fd_large.engine.counting.count import count
+from fd_large.engine.counting.rates import device_clock
+from fd_large.engine.counting.step import models_of, run_step
+from fd_large.engine.job import TrainingJob
 from fd_large.engine.zero.optimizer import make_optimizer
-from fd_large.engine.zero.partition import to_bfloat16
 from fd_large.kernels import choose
 from fd_large.plan.counts import Counts, sizes
-from fd_large.plan.phases import BACKWARD, FIRST_PASS, FORWARD, Phases, line
+from fd_large.plan.phases import Phases, line
 from fd_large.plan.workload import frozen_in_bfloat16
 from fd_large.ranks import activity, distributed
 from fd_large.recipes.sections import Optim
 
 log = logging.getLogger(__name__)
 
-# Largest micro-batch that is timed, times `Job.images_together`. On a GPU small ones wait for
+# Largest micro-batch that is timed, times `images_together`. On a GPU small ones wait for
 # Python, which the plan counts by itself.
 MOST_IMAGES, MOST_IMAGES_ON_GPU = 4, 16
 ROUNDS = 5
@@ -46,7 +44,7 @@ UPDATED = 2**24
 
 
 def measure(
-    job: Job, *, free_bytes: float, clock: Callable[[], float] = time.perf_counter
+    job: TrainingJob, *, free_bytes: float, clock: Callable[[], float] = time.perf_counter
 ) -> Phases | None:
     """Times the phases on this rank, beside the others, in torch's process group.
 
@@ -108,7 +106,7 @@ class Timer:
 
     def __init__(
         self,
-        job: Job,
+        job: TrainingJob,
         sizes: tuple[int, ...],
         clock: Callable[[], float],
         *,
@@ -117,33 +115,23 @@ class Timer:
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda" if on_gpu else "cpu")
         with torch.random.fork_rng(devices=[]), device:
-            self._task, frozen = job.models_on_shapes()
+            self._models = models_of(job, bfloat16=on_gpu, frozen_bfloat16=frozen_bfloat16)
             self._batches = {images: job.probe_batch(images) for images in sizes}
-        if on_gpu:
-            to_bfloat16(self._task)
-        for model in frozen if frozen_bfloat16 else ():
-            to_bfloat16(model)
-        self._task.train()
+        self._models.task.train()
         if job.run.engine.compile == "blocks":
-            block_wrappers.compile_blocks(self._task.student.blocks())
-        self._laps = _Laps(clock, on_gpu=on_gpu)
-        self._frozen = _named(job, frozen)
+            block_wrappers.compile_blocks(self._models.task.student.blocks())
+        self._laps = _Laps(device_clock(clock))
         self._update = _update(job.run.optim, device)
         self._is_warm = False
 
     def round(self) -> None:
         """Runs and times each micro-batch and the optimiser once; the first round is forgotten."""
-        laps, task = self._laps, self._task
-        with _as_phases(laps, task, self._frozen):
-            for images, batch in self._batches.items():
-                for parameter in task.parameters():
-                    parameter.grad = None
-                laps.begin(images)
-                laps.to(FORWARD)
-                loss = task.shapes_only(batch)
-                laps.to(BACKWARD)
-                loss.backward()
-                laps.end()
+        laps = self._laps
+        for images, batch in self._batches.items():
+            self._models.task.zero_grad()
+            laps.begin(images)
+            run_step(self._models, batch, laps.to)
+            laps.end()
         laps.begin(0)
         laps.to(UPDATE)
         self._update()
@@ -183,13 +171,6 @@ def _bytes(counts: Counts, size: int, frozen_size: int) -> int:
     return 2 * size * trained + frozen_size * frozen
 
 
-def _named(job: Job, frozen: tuple[nn.Module, ...]) -> dict[str, nn.Module]:
-    names = list(job.run.frozen_models)
-    if len(names) != len(frozen):  # Some are stored maps, or they have no section.
-        names = [f"frozen model {i}" for i in range(1, len(frozen) + 1)]
-    return dict(zip(names, frozen, strict=True))
-
-
 def _update(optim: Optim, device: torch.device) -> Callable[[], None]:
     """Returns the optimiser's part of a step: norm, clipping, step, of `UPDATED` parameters."""
     parameter = nn.Parameter(torch.zeros(UPDATED, device=device))
@@ -206,27 +187,22 @@ def _update(optim: Optim, device: torch.device) -> Callable[[], None]:
 class _Laps:
     """Seconds of phases that follow one another; of several passes, the shortest."""
 
-    def __init__(self, clock: Callable[[], float], *, on_gpu: bool) -> None:
-        self._now = clock
-        self._wait: Callable[[], Any] = torch.cuda.synchronize if on_gpu else lambda: None
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
         self.shortest: dict[int, dict[str, float]] = {}
-        self.phase = ""
 
     def begin(self, images: int) -> None:
         """Begins a pass with so many images, at the same time on all ranks."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.barrier()
         self._images, self._pass = images, defaultdict[str, float](float)
-        self._wait()
-        self._since, self.phase = self._now(), ""
+        self._since, self._phase = self._now(), ""
 
-    def to(self, phase: str) -> str:
-        """Begins a phase; returns the one that ends."""
-        self._wait()
-        now, last = self._now(), self.phase
-        self._pass[last] += now - self._since
-        self._since, self.phase = now, phase
-        return last
+    def to(self, phase: str) -> None:
+        """Begins a phase; "" is outside of all."""
+        now = self._now()
+        self._pass[self._phase] += now - self._since
+        self._since, self._phase = now, phase
 
     def end(self) -> None:
         """Ends the pass."""
@@ -234,40 +210,6 @@ class _Laps:
         best = self.shortest.setdefault(self._images, {})
         for phase, seconds in self._pass.items():
             best[phase] = min(seconds, best.get(phase, seconds))
-
-
-@contextmanager
-def _as_phases(laps: _Laps, task: Task, frozen: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Has frozen models and the sums of a step in two passes begin and end phases of their own."""
-    handles, before = [], list[str]()
-    sums = task.sums
-
-    def first_pass(*arguments: Any) -> Tensor:
-        last = laps.to(FIRST_PASS)
-        try:
-            return sums(*arguments)
-        finally:
-            laps.to(last)
-
-    def enter(name: str) -> Callable[..., None]:
-        def begins(*_: Any) -> None:
-            before.append(laps.to(name))
-
-        return begins
-
-    def leave(*_: Any) -> None:
-        laps.to(before.pop())
-
-    task.sums = first_pass  # type: ignore[method-assign]
-    for name, model in frozen.items():
-        handles.append(model.register_forward_pre_hook(enter(name)))
-        handles.append(model.register_forward_hook(leave))
-    try:
-        yield
-    finally:
-        del task.sums
-        for handle in handles:
-            handle.remove()
 
 
 def _slowest(mine: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:

@@ -1,7 +1,7 @@
 """Measures this machine's rates: matrix products, memory, calls, collectives.
 
 All ranks measure at the same time, because they share memory and caches. Rates are medians of
-several passes. What a real step of the task takes is measured in `engine/phases.py`.
+several passes. What a real step of the task takes is measured in `phases.py`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from fd_large.engine.counting.recorder import Recorder
+from fd_large.engine.memory import free_bytes
 from fd_large.plan.utilisation import peak_flops
 from fd_large.ranks import distributed
 
@@ -84,15 +85,16 @@ def _machine(on_gpu: bool, world: int, matmul: float) -> dict[str, Any]:
     }
 
 
-def free_bytes() -> float:
-    """Returns the bytes that are free, on the GPU or in the machine."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info()[0])
-    return next(
-        int(line.split()[1]) * 1024.0
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable")
-    )
+def device_clock(clock: Callable[[], float]) -> Callable[[], float]:
+    """Returns a clock that first waits for what a GPU was asked to do, where there is one."""
+    if not torch.cuda.is_available():
+        return clock
+
+    def now() -> float:
+        torch.cuda.synchronize()
+        return clock()
+
+    return now
 
 
 class _Clock:
@@ -102,8 +104,7 @@ class _Clock:
     """
 
     def __init__(self, on_gpu: bool, clock: Callable[[], float]) -> None:
-        self._now = clock
-        self._wait: Callable[[], Any] = torch.cuda.synchronize if on_gpu else lambda: None
+        self._now = device_clock(clock)
         self._other = None if on_gpu else torch.empty(CACHE_ELEMENTS)
 
     def __call__(self, call: Callable[[], Any]) -> float:
@@ -111,10 +112,8 @@ class _Clock:
         for _ in range(PASSES + 1):
             if self._other is not None:
                 self._other.fill_(1)
-            self._wait()
             begin = self._now()
             call()
-            self._wait()
             taken.append(self._now() - begin)
         return statistics.median(taken[1:])
 
@@ -135,17 +134,6 @@ def _products(seconds: _Clock, device: torch.device, dtype: torch.dtype) -> floa
 
 def _start(seconds: _Clock, device: torch.device) -> float:
     """Returns the seconds of a call from Python, forward and backward of tiny layers."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Count(TorchDispatchMode):
-        calls = 0
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            Count.calls += 1
-            return func(*args, **(kwargs or {}))
-
     layers = [
         layer for _ in range(30) for layer in (nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU())
     ]
@@ -157,6 +145,6 @@ def _start(seconds: _Clock, device: torch.device) -> float:
             parameter.grad = None
         model(x).sum().backward()
 
-    with Count():
+    with Recorder() as recorder:
         both()
-    return seconds(both) / Count.calls
+    return seconds(both) / sum(recorder.calls.values())

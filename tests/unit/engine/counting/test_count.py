@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fd_large import doors
 from fd_large.backbones.registry import build
 from fd_large.engine.block_wrappers import checkpoint_blocks
-from fd_large.engine.count import count, on_shapes, run_on_shapes, step_flops
-from fd_large.engine.recorder import Recorder
-from fd_large.engine.zero.partition import to_bfloat16
+from fd_large.engine.counting.count import count, record, step_flops
+from fd_large.engine.counting.recorder import Recorder
+from fd_large.engine.counting.step import models_of, on_shapes
 from fd_large.errors import ConfigError
 from fd_large.kernels.choose import Device, standing_in
 from fd_large.plan.counts import Counts, Line
@@ -164,35 +164,30 @@ def test_two_counts_give_every_batch(name, device):
     found = counted(run, device, bfloat16=bfloat16)
     with on_shapes(device):
         job = job_of(run)
-        task, frozen = job.models_on_shapes()
-        for model in (task, *frozen) if bfloat16 else ():
-            to_bfloat16(model)
+        models = models_of(job, bfloat16=bfloat16, frozen_bfloat16=bfloat16)
         with torch.no_grad():  # A frozen model keeps its tables from then on.
-            task.shapes_only(job.probe_batch(2))
-    held = [sum(p.numel() for p in model.parameters()) for model in frozen]
-    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+            models.task.shapes_only(job.probe_batch(2))
+    held = [sum(p.numel() for p in model.parameters()) for model in models.frozen.values()]
+    trained = sum(p.numel() for p in models.task.parameters() if p.requires_grad)
     for wrapped, counts in found.items():
         assert counts.images == 0
         assert sum(size * times for size, times in counts.student) == trained
         assert [sum(size * times for size, times in one) for one in counts.frozen] == held
         if wrapped:
-            checkpoint_blocks(
-                task.student.blocks(), mode="every", every=run.student.checkpoint_every
-            )
+            models.checkpoint(run.student.checkpoint_every)
         for batch in (8, 32):
             with on_shapes(device):
-                recorder = Recorder((task, *frozen))
-                alone = run_on_shapes(task, frozen, job.probe_batch(batch), recorder)
-            operations = alone.recorder.operations
+                alone = record(models, job.probe_batch(batch))
+            operations = alone.operations
             flops = sum(o.flops for o in operations)
             assert counts.step_flops(batch).hardware == flops
             beside = sum(o.read + o.written for o in operations if not o.flops)
             assert sum(line.at(batch) for line in counts.moved.values()) == beside
             within = sum(o.read + o.written for o in operations if o.flops)
             assert sum(p.times * p.moved.at(batch) for p in counts.products) == within
-            assert counts.calls == alone.recorder.calls
+            assert counts.calls == alone.calls
             assert counts.kept.at(batch) == alone.kept
-            assert counts.peak_at(batch) == max(alone.recorder.trail)
+            assert counts.peak_at(batch) == max(alone.trail)
 
 
 @pytest.mark.parametrize("name", ["swinv2", "vit"])

@@ -1,0 +1,271 @@
+"""What a step of the real task computes, moves, keeps and starts, counted on the meta device.
+
+The task of a job is built on the meta device, where tensors have shapes but no values, and runs a
+step there (`step.py`) under a `Recorder`.
+
+Counts at two micro-batches give all others, because everything is a straight line in the images
+(`plan/counts.py`). Where it is not, as in attention by a few windows at a time, one micro-batch
+alone is counted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fd_large.data.loader import Batch
+from fd_large.engine.counting.recorder import NotLinear, Recorder, bytes_of
+from fd_large.engine.counting.step import Models, models_of, on_shapes, run_step
+from fd_large.engine.forward_backward import completed
+from fd_large.engine.job import TrainingJob
+from fd_large.errors import FDError
+from fd_large.kernels import choose
+from fd_large.kernels.check import IMAGES, Call, recording
+from fd_large.plan.counts import (
+    NOTHING,
+    Counts,
+    Line,
+    Product,
+    StepFlops,
+    grouped,
+    highest,
+    through,
+)
+from fd_large.ranks import activity
+from fd_large.recipes.sections import AUTO
+
+log = logging.getLogger(__name__)
+
+# The micro-batches that are counted, times `images_together`. Not 1, where copies turn into
+# views.
+SIZES = (2, 4)
+
+
+def record(models: Models, batch: Batch, *, like: Recorder | None = None) -> Recorder:
+    """Runs a step and returns what it does.
+
+    Args:
+        models: The task and its frozen models, on the meta device.
+        batch: On the meta device.
+        like: Has recorded another micro-batch.
+
+    Raises: NotLinear: if it calls other operations than that.
+    """
+    recorder = Recorder(models.all(), like=like.names if like else None)
+    for t in tree_leaves((batch.images, batch.targets)):
+        if isinstance(t, Tensor):
+            recorder.follow(t)
+    with _modules_noted(recorder, models), recorder:
+        run_step(models, batch, recorder.to)
+    if recorder.held:  # The images of a batch are released once the batch is prepared.
+        recorder.held -= bytes_of(batch.images)
+    if like and len(recorder.names) != len(like.names):
+        raise NotLinear
+    return recorder
+
+
+@contextmanager
+def _modules_noted(recorder: Recorder, models: Models) -> Iterator[None]:
+    """Tells the recorder which modules run; drops gradients of parameters once they are made."""
+    handles = []
+
+    def enter(*_: Any) -> None:
+        recorder.inside += 1
+        recorder.modules[recorder.phase] += 1
+
+    def leave(*_: Any) -> None:
+        recorder.inside -= 1
+
+    def drop(p: Tensor) -> None:
+        p.grad = None
+
+    for module in (module for model in models.all() for module in model.modules()):
+        handles.append(module.register_forward_pre_hook(enter))
+        # Recomputation ends by an exception once it has what it needs.
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    for p in models.task.parameters():
+        if p.requires_grad:
+            handles.append(p.register_post_accumulate_grad_hook(drop))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def count(
+    job: TrainingJob,
+    device: choose.Device,
+    *,
+    bfloat16: bool,
+    frozen_bfloat16: bool,
+    checkpointing: Iterable[bool] = (False, True),
+    micro_batch_size: int | str = AUTO,
+    image_size: int = 0,
+) -> dict[bool, Counts]:
+    """Counts a micro-batch of a job's task as a device would run it.
+
+    Args:
+        job: Its weights and its images are not touched.
+        device: Decides the kernels.
+        bfloat16: Whether the task computes in bfloat16.
+        frozen_bfloat16: Whether frozen models do.
+        checkpointing: False for no checkpoints, True for those of each `checkpoint_every`-th block
+            of the student; False comes first.
+        micro_batch_size: Counted alone if the task is not linear in its images; auto: as many
+            images as belong together.
+        image_size: Side of the images; 0: that of the job's probe batch, the largest.
+
+    Returns: the counts with and without checkpoints, as asked.
+    Raises: FDError: if the models cannot be built, or cannot run without values.
+    """
+    result: dict[bool, Counts] = {}
+    with activity.work("counting the operations of a step"), on_shapes(device):
+        models = models_of(job, bfloat16=bfloat16, frozen_bfloat16=frozen_bfloat16)
+        with torch.no_grad():  # Fills caches, whose tables would be counted with the first.
+            models.task.shapes_only(_probe(job, SIZES[0], image_size))
+        together = job.images_together()
+        small, large = (size * together for size in SIZES)
+        for wrapped in checkpointing:
+            if wrapped:
+                models.checkpoint(job.run.student.checkpoint_every)
+            if small:
+                try:
+                    first = record(models, _probe(job, small, image_size))
+                    second = record(models, _probe(job, large, image_size), like=first)
+                except NotLinear:
+                    small, large = 0, together
+                    if micro_batch_size != AUTO:
+                        large = int(micro_batch_size)
+            if not small:
+                first = second = record(models, _probe(job, large, image_size))
+            result[wrapped] = _counts(first, second, (small, large), models)
+    return result
+
+
+def shared_bytes(job: TrainingJob, device: choose.Device, *, frozen_bfloat16: bool) -> Line:
+    """Returns the bytes of a micro-batch's images and of what the frozen models say of them.
+
+    Args:
+        job: Its weights and its images are not touched.
+        device: Decides the kernels.
+        frozen_bfloat16: Whether frozen models compute in bfloat16.
+
+    Raises: FDError: if the models cannot be built, or cannot run without values.
+    """
+    with on_shapes(device):
+        task, _ = models_of(job, bfloat16=False, frozen_bfloat16=frozen_bfloat16)
+        small, large = (size * job.images_together() for size in SIZES)
+        first, second = (
+            sum(bytes_of(tensor) for tensor in completed(task, job.probe_batch(size)).tensors())
+            for size in (small, large)
+        )
+    return through(first, second, (small, large))
+
+
+def _probe(job: TrainingJob, images: int, image_size: int) -> Batch:
+    """A probe batch, of images of another side unless that is 0."""
+    batch = job.probe_batch(images)
+    if image_size:
+        shape = (*batch.images.shape[:2], image_size, image_size)
+        batch = replace(batch, images=batch.images.new_empty(shape))
+    return batch
+
+
+def step_flops(
+    job: TrainingJob,
+    micro_batch_size: int,
+    *,
+    checkpointing: bool,
+    micro_batches: int = 1,
+    image_size: int = 0,
+) -> StepFlops | None:
+    """Returns the FLOPs of a micro-batch as this device runs it; None if it cannot be counted.
+
+    Args:
+        job: Its weights and its images are not touched.
+        micro_batch_size: Images.
+        checkpointing: Whether the student's blocks are checkpointed.
+        micro_batches: Number of a rank's micro-batches in a step.
+        image_size: See `count`.
+    """
+    # What a CPU computes is that of fused kernels, which are counted in the shortest time.
+    device = choose.Device((9, 0))
+    if torch.cuda.is_available():
+        capability = None if torch.version.hip else torch.cuda.get_device_capability()
+        device = choose.Device(capability, wish=choose.wished())
+    try:
+        with on_shapes(device):
+            models = models_of(job, bfloat16=True, frozen_bfloat16=True)
+            if checkpointing:
+                models.checkpoint(job.run.student.checkpoint_every)
+            recorder = record(models, _probe(job, micro_batch_size, image_size))
+            counts = _counts(recorder, recorder, (0, micro_batch_size), models)
+            return counts.in_step_of(micro_batches).step_flops(micro_batch_size)
+    except FDError as error:
+        log.debug("FLOPs and utilisation are not reported: %s", error)
+        return None
+
+
+def kernel_calls(
+    job: TrainingJob, device: choose.Device, *, bfloat16: bool, frozen_bfloat16: bool
+) -> list[Call]:
+    """Returns the calls of fused operations in a step of two images; see `kernels/check.py`.
+
+    Args:
+        job: Its weights and its images are not touched.
+        device: What will run them.
+        bfloat16: Whether the task computes in bfloat16.
+        frozen_bfloat16: Whether frozen models do.
+
+    Raises: FDError: if a step cannot run without values.
+    """
+    with on_shapes(device), recording() as calls:
+        task, _ = models_of(job, bfloat16=bfloat16, frozen_bfloat16=frozen_bfloat16)
+        task.shapes_only(job.probe_batch(IMAGES))
+    return list(calls)
+
+
+def _counts(first: Recorder, second: Recorder, at: tuple[int, int], models: Models) -> Counts:
+    """Returns the counts of any micro-batch, of steps of two; of one alone (0, images)."""
+    products: Counter[tuple] = Counter()
+    moved: dict[str, Line] = {}
+    again = NOTHING
+    for one, two in zip(first.operations, second.operations, strict=True):
+        bytes_ = through(one.read + one.written, two.read + two.written, at)
+        if not one.flops:
+            moved[one.phase] = moved.get(one.phase, NOTHING) + bytes_
+            continue
+        flops = through(one.flops, two.flops, at)
+        products[one.phase, one.again, flops, bytes_] += 1
+        # The backward of attention computes one product of five again.
+        if "attention" in one.name and one.name.endswith("backward"):
+            again += Line(flops.fixed / 5, flops.each / 5)
+    trail = zip(first.trail, second.trail, strict=True)
+    return Counts(
+        products=tuple(
+            Product(phase, again, times, flops, bytes_)
+            for (phase, again, flops, bytes_), times in products.items()
+        ),
+        again=again,
+        moved=moved,
+        calls=dict(second.calls),
+        modules=dict(second.modules),
+        held=through(first.held, second.held, at),
+        kept=through(first.kept, second.kept, at),
+        peak=highest([through(a, b, at) for a, b in trail]),
+        student=grouped(p.numel() for p in models.task.parameters() if p.requires_grad),
+        frozen=tuple(
+            grouped(p.numel() for p in model.parameters()) for model in models.frozen.values()
+        ),
+        images=0 if at[0] else at[1],
+        fused=second.fused,
+    )

@@ -1,0 +1,199 @@
+"""The memory of a rank: how much there is, what is said when it runs out, and what is given back.
+
+Host memory is as the C library and the kernel of Linux manage it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fd_large.errors import FDError
+from fd_large.ranks import distributed
+
+log = logging.getLogger(__name__)
+
+
+class OutOfMemory(FDError):
+    """A step that does not fit into memory; names the field and the next value to try."""
+
+    rank_local = True
+
+
+class GpuMemory:
+    """The memory of torch's allocator on this rank's GPU, in bytes."""
+
+    def reset(self) -> None:
+        """Starts a new peak."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        """Returns the most that was reserved since `reset`."""
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_reserved()
+
+    def capacity(self) -> int:
+        """Returns what this process could reserve: free memory and what it holds already."""
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved()
+
+
+class HostMemory:
+    """The resident memory of a CPU rank's process, in bytes (Linux)."""
+
+    def reset(self) -> None:
+        """Starts a new peak; writing 5 to clear_refs resets VmHWM."""
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """Returns the largest resident size since `reset`."""
+        return _proc_bytes("self/status", "VmHWM")
+
+    def capacity(self) -> int:
+        """Returns this rank's part of the host's free memory, and what it holds already."""
+        available = _proc_bytes("meminfo", "MemAvailable")
+        held = _proc_bytes("self/status", "VmRSS")
+        return available // max(1, distributed.local_world_size()) + held
+
+
+def free_bytes() -> int:
+    """Returns the bytes that are free, on the GPU or in the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return _proc_bytes("meminfo", "MemAvailable")
+
+
+def memory_setting() -> dict[str, Any]:
+    """Returns the device of rank 0, and the least memory of any rank's, in bytes; a collective."""
+    device = distributed.device()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, total = properties.name, properties.total_memory
+    else:
+        name, total = "cpu", _proc_bytes("meminfo", "MemTotal")
+    return {"device": name, "memory_bytes": -distributed.max_rank(-total)}
+
+
+def _proc_bytes(file: str, key: str) -> int:
+    """Returns a number of a file in /proc."""
+    path = Path("/proc", file)
+    for line in path.read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"{path} has no {key}")
+
+
+@contextmanager
+def building_in_memory(remedy: str = "", *, what: str = "the models are") -> Iterator[None]:
+    """Turns an allocator's error while models are built into one sentence.
+
+    Args:
+        remedy: A flag that saves memory besides ZeRO; empty: there is none.
+        what: What is built, and its verb.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"engine: out of memory on rank {distributed.rank()} while {what} built; got "
+            "too little room for parameters and optimiser, expected enough. Use "
+            f"ds_configs/zero3.json or zero3_offload.json, {remedy}{', ' if remedy else ''}or more "
+            "ranks."
+        ) from error
+
+
+@contextmanager
+def out_of_memory_named(size: int) -> Iterator[None]:
+    """Turns an allocator's error inside the block into one sentence with the next value to try.
+
+    Args:
+        size: The micro batch size that was tried.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        smaller = size // 2
+        remedy = (
+            f"Set --batch.micro_batch_size {smaller}"
+            if smaller
+            else "Set --student.activation_checkpointing every, or use more GPUs"
+        )
+        raise OutOfMemory(
+            f"batch.micro_batch_size: out of memory on rank {distributed.rank()}; got {size} "
+            f"images per micro batch, expected fewer. {remedy}."
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # Torch's CPU allocator raises a plain RuntimeError.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+def give_back() -> None:
+    """Gives freed memory back to the system: building a model leaves holes between what stays."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(ctypes.c_size_t(0))
+
+
+@contextmanager
+def kept_from_children(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Keeps tensors in host memory out of processes that are forked in the block.
+
+    A forked process has the pages of its parent as they were: each that the parent writes
+    afterwards is in memory twice. A child that reads such a tensor is ended by a signal.
+
+    Args:
+        tensors: What the children do not need.
+    """
+    advise = getattr(ctypes.CDLL(None, use_errno=True), "madvise", None)
+    if advise is None or not hasattr(mmap, "MADV_DONTFORK"):
+        yield
+        return
+    kept = [span for span in _pages(tensors) if _advised(advise, span, mmap.MADV_DONTFORK)]
+    log.debug("kept from loading processes: %.2f GB", sum(size for _, size in kept) / 1e9)
+    try:
+        yield
+    finally:
+        # The memory may be freed, and taken by what the next children need.
+        for span in kept:
+            _advised(advise, span, mmap.MADV_DOFORK)
+
+
+def _pages(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Returns (address, bytes) of the whole pages of tensors' storages in host memory."""
+    spans = {}
+    for tensor in tensors:
+        if tensor.device.type == "cpu":
+            storage = tensor.untyped_storage()
+            begin = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+            if begin < end:
+                spans[begin] = end - begin
+    return list(spans.items())
+
+
+def _advised(advise: Callable[..., int], span: tuple[int, int], advice: int) -> bool:
+    """Gives the kernel advice on (address, bytes); returns whether it takes it."""
+    address, size = span
+    if advise(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(advice)) == 0:
+        return True
+    log.debug("madvise(%d): %s", advice, os.strerror(ctypes.get_errno()))
+    return False
