@@ -35,7 +35,7 @@ WITH_TORCH = (
     *("torch", "torch._dynamo", "torchvision", "torchvision.transforms.v2", "deepspeed", "timm"),
     *("matplotlib.pyplot", "matplotlib.backends.backend_agg", "transformers"),
     *("fd_large.engine.run", "fd_large.tasks.jobs", "fd_large.tasks.distillation.job"),
-    *("fd_large.tasks.finetuning.job", "fd_large.tasks.segmentation.job"),
+    *("fd_large.tasks.classification.job", "fd_large.tasks.segmentation.job"),
     *("fd_large.tasks.depth.job", "fd_large.report.make", "fd_large.weights.read"),
 )
 _NEEDS_TORCH = 99

@@ -24,9 +24,9 @@ from fd_large.backbones.statistics import IMAGENET
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.zero.optimizer import decays
 from fd_large.recipes.architectures import Architecture
+from fd_large.tasks.classification.task import FineTuning
 from fd_large.tasks.distillation.recipe_targets import make_target
 from fd_large.tasks.distillation.task import Distillation
-from fd_large.tasks.finetuning.task import FineTuning
 from fd_large.weights.published import FORMATS
 
 PROGRAM = Path(__file__).parent / "oracle_training_run.py"

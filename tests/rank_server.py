@@ -46,7 +46,7 @@ PRELOADED = (
     *("deepspeed.module_inject.auto_ep_layer", "setuptools", "matplotlib.backends.backend_agg"),
     *("fd_large.cli.main", "fd_large.cli.train", "fd_large.engine.run", "fd_large.report.make"),
     *("fd_large.tasks.distillation.job", "fd_large.tasks.detection.job"),
-    *("fd_large.tasks.finetuning.job", "fd_large.tasks.jobs"),
+    *("fd_large.tasks.classification.job", "fd_large.tasks.jobs"),
 )
 # DeepSpeed imports it where it is installed, and with it pyarrow, whose allocator starts a thread.
 WITHOUT = "mlflow"

@@ -25,6 +25,8 @@ OWN_FIELDS = (
     "checkpoint_every",
 )
 """Fields of the section student that a user sets for named models; the others come with them."""
+FINAL_NORM = {"norm.weight": 1.0, "norm.bias": 0.0}
+"""A ViT's final norm, which a task may do without, and the values that a whole model then has."""
 
 
 def make_student(

@@ -23,7 +23,7 @@ from fd_large.recipes.architectures import overrides, resolve
 from fd_large.recipes.run import Run, Task
 from fd_large.recipes.sections import Batch, Data, Optim, Student
 from fd_large.recipes.students import DISTILLED_AT_192
-from fd_large.tasks.finetuning.section import FineTune
+from fd_large.tasks.classification.section import FineTune
 
 
 def _finetune(

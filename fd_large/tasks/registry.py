@@ -5,28 +5,17 @@ Like the `section.py` of each task, this file does not import torch, and recipes
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from fd_large import doors
 from fd_large.errors import ConfigError
 from fd_large.recipes.task_kind import TaskKind
+from fd_large.tasks.classification.section import FINETUNE, LINEAR
+from fd_large.tasks.depth.section import KIND as DEPTH
+from fd_large.tasks.detection.section import KIND as DETECTION
+from fd_large.tasks.distillation.section import KIND as DISTILLATION
+from fd_large.tasks.segmentation.section import KIND as SEGMENTATION
 
-FOLDERS = (
-    "distillation",
-    "finetuning",
-    "linear",
-    "detection",
-    "segmentation",
-    "depth",
-)
-
-
-def _kinds() -> dict[str, TaskKind]:
-    kinds = (import_module(f"fd_large.tasks.{folder}.section").KIND for folder in FOLDERS)
-    return {kind.name: kind for kind in kinds}
-
-
-TASKS = _kinds()
+_KINDS = (DISTILLATION, FINETUNE, LINEAR, DETECTION, SEGMENTATION, DEPTH)
+TASKS = {kind.name: kind for kind in _KINDS}
 """The kinds of tasks, by their name in recipes (`task.name`)."""
 
 

@@ -44,6 +44,8 @@ from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.fields import override
 from fd_large.recipes.sections import Student
+from fd_large.tasks.classification.job import FineTuningJob
+from fd_large.tasks.classification.task import FineTuning
 from fd_large.tasks.detection.job import DetectionJob
 from fd_large.tasks.detection.scores.collect import to_results
 from fd_large.tasks.detection.stored import StoredDetection
@@ -52,8 +54,6 @@ from fd_large.tasks.distillation.held_out import Crops, HeldOutViews
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.normalisers import NORMALISERS
 from fd_large.tasks.distillation.recipe_targets import LOSSES
-from fd_large.tasks.finetuning.job import FineTuningJob
-from fd_large.tasks.finetuning.task import FineTuning
 from fd_large.tasks.jobs import job_of
 
 SIDE = 32

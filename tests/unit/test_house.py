@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 
 from fd_large.recipes.architectures import FAMILIES
-from fd_large.tasks.registry import FOLDERS as TASK_FOLDERS
 from fd_large.tasks.registry import TASKS
 
 PACKAGE = Path(__file__).resolve().parents[2] / "fd_large"
@@ -91,7 +90,6 @@ WITHOUT_TORCH = {
 TORCH_IN_RANKS = {"fd_large.ranks.distributed", "fd_large.ranks.meeting"}
 # Names of tasks that are compared as what else they name, such as kinds of a head.
 NO_TASKS = {
-    "tasks/classification/recipe_name.py": {"finetune"},
     "tasks/distillation/stored.py": {"linear"},
     "tasks/distillation/model_card.py": {"linear"},
     # A ViT of timm has a field of that name.
@@ -131,7 +129,7 @@ OF_NO_FILE = {
     "test_slurm_script.py": "slurm/",
     "weights/test_hostile_files.py": "tests/hostile.py",
 }
-FOLDERS = set(TASK_FOLDERS)
+FOLDERS = {kind.folder for kind in TASKS.values()}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -266,7 +264,7 @@ def test_a_task_imports_no_other_task() -> None:
     for path in sorted(PACKAGE.glob("tasks/*/**/*.py")):
         inside = path.relative_to(PACKAGE)
         own = inside.parts[1]
-        for name in imports(path) if own in FOLDERS | {"dense", "classification"} else ():
+        for name in imports(path) if own in FOLDERS | {"dense"} else ():
             if name.startswith("fd_large.tasks.") and name.split(".")[2] in FOLDERS - {own}:
                 broken.append(f"{inside} imports {name}")
     all_hold(broken)

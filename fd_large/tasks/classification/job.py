@@ -1,11 +1,13 @@
-"""What the jobs share that train a classifier: labelled images of both splits, and the test."""
+"""The jobs that train a classifier: labelled images of both splits, the test, and the two heads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +17,37 @@ from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.data.bad_images import BadCount, BadImages, agreed_error
 from fd_large.data.centre_crops import NO_LABEL, CentralBatch, central_batches
 from fd_large.data.labelled import LabelledImages, open_labelled, open_split
+from fd_large.data.loader import Batch, build_loader
+from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource
 from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Evaluation, in_float32
+from fd_large.engine.heads import check_head
 from fd_large.engine.job import StoredStudent, TrainingJob, trained_at
 from fd_large.engine.predictions import Predictions
+from fd_large.engine.student import FINAL_NORM, make_student, student_weights
 from fd_large.engine.task import Task
+from fd_large.engine.zero import partition
 from fd_large.engine.zero.engine import Engine
+from fd_large.engine.zero.fingerprint import fingerprint
+from fd_large.errors import CheckpointError, ConfigError
 from fd_large.ranks import activity, distributed
 from fd_large.recipes.run import Run
-from fd_large.tasks.classification.mean_token import DISCARDED
+from fd_large.runtime.hooks import Hook, Setting
 from fd_large.tasks.classification.scores import averaged
-from fd_large.tasks.classification.section import METRICS
+from fd_large.tasks.classification.section import FINETUNE, LINEAR, METRICS
+from fd_large.tasks.classification.task import (
+    HEAD,
+    FineTuning,
+    Frozen,
+    FrozenFeature,
+    LinearProbing,
+    probe_batch,
+)
+from fd_large.tasks.classification.views import GroupedBatches, LabelledViews, MixedBatches
 from fd_large.weights.resolve import Sources
+
+log = logging.getLogger(__name__)
 
 IMAGENET_CLASSES = 1000
 
@@ -185,8 +205,209 @@ class ClassificationJob(TrainingJob):
         checkpoints lack the ViT's final norm.
         """
         architecture = trained_at(self.run)
-        discarded = DISCARDED if architecture.mean_norm == "instead" else {}
+        discarded = FINAL_NORM if architecture.mean_norm == "instead" else {}
         return StoredStudent(architecture, discarded, self.statistics())
+
+
+class FineTuningJob(ClassificationJob):
+    """The whole student learns the labels."""
+
+    ignored_fields = FINETUNE.ignored_fields
+
+    def check(self) -> None:
+        """Tries the classifier besides."""
+        super().check()
+        with torch.device("meta"):
+            task = self.make_task()
+        name, classes = self.run.task.finetune.head, len(self.classes())
+        check_head(task.head, name, (2, task.student.width), classes, where=HEAD)
+
+    def make_task(self) -> FineTuning:
+        """Constructs the student, without a ViT's final norm, and a classifier."""
+        return FineTuning(
+            make_student(self.run.student, image_size=self.run.data.image_size),
+            self.num_classes,
+            statistics=self.statistics(),
+            head=self.run.task.finetune.head,
+        )
+
+    def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
+        """Yields augmented and mixed images."""
+        run = self.run
+        size = run.batch.global_batch_size
+        batches = MixedBatches(
+            cast(LabelledImages, samples),
+            run.task.finetune,
+            self.statistics(),
+            self.view_settings(),
+            run.runtime.seed,
+            portion.epoch,
+            size,
+        )
+        return iter(
+            build_loader(
+                batches,
+                len(samples),
+                portion,
+                global_batch_size=size,
+                workers=run.data.workers,
+            )
+        )
+
+    def probe_batch(self, size: int) -> Batch:
+        """Makes grey images with uniform targets."""
+        side, num_classes = self.run.data.image_size, self.num_classes
+        positions = torch.arange(size)
+        return Batch(
+            torch.zeros(size, 3, side, side),
+            0,
+            positions,
+            positions,
+            targets=torch.full((size, num_classes), 1 / num_classes),
+        )
+
+
+class LinearProbeJob(ClassificationJob):
+    """A linear layer learns the labels from features of `student.init`, which stays as it is."""
+
+    ignored_fields = LINEAR.ignored_fields
+
+    _frozen: Frozen | None = None
+    _hash = ""
+
+    def check(self) -> None:
+        """Checks the groups of the batch norm besides."""
+        size, group = self.run.batch.global_batch_size, self.run.task.linear.norm_batch
+        if size % self._group:
+            raise ConfigError(
+                f"task.linear.norm_batch: does not divide batch.global_batch_size = {size}; got "
+                f"{group}, expected a divisor. Change one of the two."
+            )
+        super().check()
+        self._frozen_weights()  # Refuses wrong ones before the frozen model is built.
+
+    @property
+    def _group(self) -> int:
+        return min(self.run.task.linear.norm_batch, self.run.batch.global_batch_size)
+
+    def view_settings(self) -> ViewSettings:
+        """Returns how the recipe makes an image a view: boxes that do not fit are cut."""
+        return replace(super().view_settings(), cuts_boxes=True)
+
+    def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
+        """Builds the frozen model, whole on every rank."""
+        tested = partition.build(
+            self._feature, {}, partitioned=False, seed=self.run.runtime.seed + 1
+        )
+        weights = self._frozen_weights()
+        if weights is not None:
+            partition.load_weights(tested.model, weights, where="--student.init")
+        self._hash = fingerprint(tested.model)
+        tested.to(distributed.device())
+        learning = tested
+        if bfloat16:
+            learning = copy.deepcopy(tested)
+            partition.to_bfloat16(learning)
+        self._frozen = Frozen(learning, tested)
+
+    def _frozen_weights(self) -> Iterable[tuple[str, Tensor]] | None:
+        left_out = super().stored_student().absent
+        student, size = self.run.student, self.run.data.image_size
+        return student_weights(student, self.weights, image_size=size, without=left_out)
+
+    def _feature(self) -> FrozenFeature:
+        model = make_student(self.run.student, image_size=self.run.data.image_size)
+        return FrozenFeature(model, self.statistics())
+
+    def make_task(self) -> LinearProbing:
+        """Constructs norm and layer around the frozen model; before `build` around another."""
+        frozen = self._frozen
+        if frozen is None:
+            feature = self._feature()
+            frozen = Frozen(feature, feature)
+        return LinearProbing(frozen, self.num_classes, norm_batch=self._group)
+
+    def models_on_shapes(self) -> tuple[LinearProbing, tuple[nn.Module, ...]]:
+        """Constructs the task around a frozen model of its own."""
+        built, self._frozen = self._frozen, None
+        task = cast(LinearProbing, super().models_on_shapes()[0])
+        self._frozen = built
+        return task, (task.models()["frozen."],)
+
+    def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
+        """Returns None: what is trained starts from random weights."""
+        return None
+
+    def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
+        """Yields random crops and flips, in whole groups."""
+        run = self.run
+        views = LabelledViews(
+            cast(LabelledImages, samples), self.view_settings(), run.runtime.seed, portion.epoch
+        )
+        return iter(
+            build_loader(
+                GroupedBatches(views, self._group),
+                len(samples),
+                portion,
+                global_batch_size=run.batch.global_batch_size,
+                workers=run.data.workers,
+            )
+        )
+
+    def probe_batch(self, size: int) -> Batch:
+        """Makes grey images, in whole groups."""
+        return probe_batch(size, self.run.data.image_size, norm_batch=self._group)
+
+    def images_together(self) -> int:
+        """Returns the images of a group."""
+        return self._group
+
+    def hooks(self) -> Sequence[Hook]:
+        """Returns what warns of micro batches that are parts of groups."""
+        return (_GroupWarning(self._group),)
+
+    def facts(self) -> Mapping[str, Any]:
+        """Returns the source and the hash of the frozen model."""
+        return {"frozen_source": self.run.student.init, "frozen_hash": self._hash}
+
+    def check_stored(self, manifest: Mapping[str, Any]) -> None:
+        """Refuses a checkpoint whose layer belongs to another model."""
+        if manifest.get("frozen_hash") != self._hash:
+            raise CheckpointError(
+                "student.init: not the model that this probe began with; got hash "
+                f"{self._hash}, expected {manifest.get('frozen_hash')} "
+                f"({manifest.get('frozen_source')}). Give that file, or --fresh."
+            )
+
+    def stored_student(self) -> StoredStudent:
+        """Refuses: only the layer is stored.
+
+        Raises: CheckpointError: always.
+        """
+        raise CheckpointError(
+            f"{self.run.run_dir()}: a linear probe trains no model; got a run that stores a layer "
+            f"alone, expected the model itself. Name {self.run.student.init or 'its weights'}."
+        )
+
+
+class _GroupWarning(Hook):
+    """Says at the start that images are loaded again, once the micro batch is known."""
+
+    def __init__(self, group: int) -> None:
+        self._group = group
+
+    def on_start(self, setting: Setting) -> None:
+        size = setting.micro_batch_size
+        if size % self._group and distributed.is_main():
+            log.warning(
+                "batch.micro_batch_size: statistics of the batch norm want whole groups of %d "
+                "images (task.linear.norm_batch); got %d, so that each micro batch loads and "
+                "computes at least %d. Set a multiple of %d, or use fewer ranks.",
+                self._group,
+                size,
+                -(-size // self._group) * self._group,
+                self._group,
+            )
 
 
 def own_section(run: Run) -> Any:

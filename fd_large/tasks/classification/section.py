@@ -1,6 +1,17 @@
-"""Metrics of tasks with a class for each image; no torch."""
+"""Fine-tuning and the linear probe in recipes, and what others know of them without torch."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fd_large.recipes.fields import (
+    at_least,
+    check_types,
+    not_negative,
+    require,
+    statistics_or_none,
+)
+from fd_large.recipes.task_kind import OF_VIEWS_WITHOUT_LABELS, TaskKind
 
 METRICS = {
     "loss": "cross-entropy",
@@ -9,3 +20,104 @@ METRICS = {
     "test/top5": "test top-5 accuracy (%)",
 }
 """As `TrainingJob.metrics`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTune:
+    """Classification by the whole model; data.root holds labelled train/, val/ or test/."""
+
+    # The classifier of the mean token. linear: one linear layer. A module of your own, made of
+    # (width, number of classes): module:FILE.py:NAME (docs/extending.md).
+    head: str = "linear"
+    # Magnitude of RandAugment's two operations per image, in [0, 10]. 0 turns it off.
+    randaugment: float = 9.0
+    # Standard deviation of that magnitude from operation to operation.
+    randaugment_std: float = 0.5
+    # Probability that a box of 2% to 33% of an image is filled with noise, in [0, 1]. 0 turns it
+    # off.
+    erasing: float = 0.25
+    # Alpha of the beta distribution of mixup's weights, in [0, 2]. 0 turns mixup off.
+    mixup: float = 0.8
+    # Alpha of the beta distribution of CutMix's areas, in [0, 2]. 0 turns CutMix off.
+    cutmix: float = 1.0
+    # Probability that CutMix rather than mixup is applied to a global batch, if both are on.
+    switch_probability: float = 0.5
+    # Label smoothing: the probability taken from the label and spread over all classes, in [0, 1].
+    smoothing: float = 0.1
+    # Mean and standard deviation of red, green and blue with which images are normalised, in
+    # training and in tests: six numbers for pixel values in 0..1. Empty uses those that the
+    # student's weights were trained with, else ImageNet's.
+    statistics: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_types(self, "task.finetune")
+        not_negative("task.finetune.randaugment_std", self.randaugment_std)
+        for name, most in (("randaugment", 10), ("mixup", 2), ("cutmix", 2)):
+            value = getattr(self, name)
+            require(
+                0 <= value <= most,
+                f"task.finetune.{name}: out of range",
+                value,
+                f"a number in [0, {most}]",
+            )
+        for name in ("erasing", "switch_probability", "smoothing"):
+            value = getattr(self, name)
+            require(
+                0 <= value <= 1, f"task.finetune.{name}: out of range", value, "a number in [0, 1]"
+            )
+        statistics_or_none("task.finetune.statistics", self.statistics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbe:
+    """One linear layer on a frozen model; data.root holds labelled train/, val/ or test/."""
+
+    # Number of neighbouring images of a global batch that share the statistics of the batch norm,
+    # as the images of a GPU do in the official code. It divides the global batch, or is larger.
+    norm_batch: int = 128
+    # Mean and standard deviation of red, green and blue with which images are normalised, in
+    # training and in tests: six numbers for pixel values in 0..1. Empty uses those that the
+    # student's weights were trained with, else ImageNet's.
+    statistics: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_types(self, "task.linear")
+        at_least("task.linear.norm_batch", self.norm_batch, 2, "images")
+        statistics_or_none("task.linear.statistics", self.statistics)
+
+
+FINETUNE = TaskKind(
+    name="finetune",
+    folder="classification",
+    job="classification.job.FineTuningJob",
+    stored="classification.stored.StoredClassification",
+    transfer="classification.transfer.ClassificationTransfer",
+    title="Fine-tuning",
+    section=FineTune,
+    trains_models=True,
+    ignored_fields=OF_VIEWS_WITHOUT_LABELS,
+    metrics=lambda _: METRICS,
+    next_steps=(
+        (
+            "its features by k-NN, without the classifier",
+            (
+                *("evaluate", "{run}", "--task", "knn", "--data.root", "{data.root}"),
+                *("--out", "{run}/evaluation"),
+            ),
+        ),
+        ("the model for other programs", ("export", "{run}", "{run}/export", "--to", "{library}")),
+    ),
+)
+
+LINEAR = TaskKind(
+    name="linear",
+    folder="classification",
+    job="classification.job.LinearProbeJob",
+    stored="classification.stored.StoredClassification",
+    transfer="classification.transfer.LinearTransfer",
+    title="Linear probe",
+    section=LinearProbe,
+    trains_models=True,
+    ignored_fields=OF_VIEWS_WITHOUT_LABELS,
+    metrics=lambda _: METRICS,
+)

@@ -1,4 +1,8 @@
-"""Random views of labelled images, by their positions in an epoch."""
+"""Labelled images to batches for training: random views, mixed and augmented, or in whole groups.
+
+What happens to an image is a function of (seed, epoch, position), and so is the image that it is
+mixed with: a rank whose micro batch ends between two partners loads the other one too.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.data.labelled import LabelledImages
-from fd_large.data.loader import load_views
+from fd_large.data.loader import Batch, load_views
+from fd_large.data.mixing import group_starts, with_partners
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.views import ViewSettings
+from fd_large.tasks.classification import augment, mixing
+from fd_large.tasks.classification.section import FineTune
 
 
 class Labelled(NamedTuple):
@@ -69,3 +78,131 @@ class LabelledViews:
     def draws(self, positions: NDArray[np.int64], stream: str, count: int) -> list[list[float]]:
         """Returns (B, count) numbers in [0, 1) of a stream."""
         return uniforms(self.seed, self.epoch, positions, stream, count).tolist()
+
+
+@dataclass(frozen=True)
+class MixedBatches(Dataset):
+    """Positions of a micro batch to a `Batch`; runs in the workers.
+
+    Its images are (B, 3, S, S) float32, normalised, its targets (B, K) float32 distributions over
+    the classes.
+
+    Attributes:
+        source: The images.
+        recipe: Augmentation and mixing.
+        statistics: Mean and deviation by which the images are normalised.
+        settings: How an image becomes a view.
+        seed: The run's seed.
+        epoch: Epoch, counted from 0.
+        global_batch_size: Images a step over all ranks; they are mixed among each other.
+    """
+
+    source: LabelledImages
+    recipe: FineTune
+    statistics: Statistics
+    settings: ViewSettings
+    seed: int
+    epoch: int
+    global_batch_size: int
+
+    def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
+        """Loads, augments and mixes."""
+        recipe, own = self.recipe, len(positions)
+        every, others = positions, torch.arange(own)
+        if recipe.mixup or recipe.cutmix:
+            every, others = with_partners(positions, self.global_batch_size)
+        views = LabelledViews(self.source, self.settings, self.seed, self.epoch)
+        augmentations = views.draws(every, "augmentation", augment.NUM_AUGMENTATION_DRAWS)
+        loaded = views.load(every, lambda view, place: self._augmented(view, augmentations[place]))
+        images, labels = normalise(loaded.images, self.statistics), loaded.labels
+        self._erase(images, views.draws(every, "erasing", augment.NUM_ERASING_DRAWS), every)
+        starts = group_starts(positions, self.global_batch_size)
+        mixed, targets = [], []
+        for first in np.unique(starts).tolist():
+            mix = mixing.draw_mix(
+                self.seed,
+                self.epoch,
+                first,
+                image_size=self.settings.image_size,
+                mixup=recipe.mixup,
+                cutmix=recipe.cutmix,
+                switch_probability=recipe.switch_probability,
+            )
+            group = torch.from_numpy(np.flatnonzero(starts == first))
+            mixed.append(mixing.mix_images(images[group], images[others[group]], mix))
+            targets.append(
+                mixing.mix_labels(
+                    labels[group],
+                    labels[others[group]],
+                    mix,
+                    num_classes=len(self.source.classes),
+                    smoothing=recipe.smoothing,
+                )
+            )
+        return Batch(
+            torch.cat(mixed),
+            self.epoch,
+            torch.from_numpy(positions),
+            loaded.indices[:own],
+            sum(loaded.bad[:own], ()),
+            torch.cat(targets),
+        )
+
+    def _augmented(self, view: Tensor, draws: list[float]) -> Tensor:
+        if self.recipe.randaugment == 0:
+            return view
+        return augment.augment(
+            view,
+            draws,
+            magnitude=self.recipe.randaugment,
+            std=self.recipe.randaugment_std,
+            statistics=self.statistics,
+        )
+
+    def _erase(
+        self, pixels: Tensor, draws: list[list[float]], positions: NDArray[np.int64]
+    ) -> None:
+        """Fills a box of some images with standard normal noise, in place."""
+        for place, position in enumerate(positions.tolist()):
+            box = augment.erasing_box(
+                *pixels.shape[-2:], draws[place], probability=self.recipe.erasing
+            )
+            if box is None:
+                continue
+            top, left, rows, columns = box
+            pairs = uniforms(
+                self.seed, self.epoch, [position], "erasing_noise", 6 * rows * columns
+            )[0].reshape(3, rows, columns, 2)
+            noise = augment.normals(pairs[..., 0], pairs[..., 1])
+            pixels[place, :, top : top + rows, left : left + columns] = torch.from_numpy(noise)
+
+
+@dataclass(frozen=True)
+class GroupedBatches(Dataset):
+    """Positions of a micro batch to a `Batch`; runs in the workers.
+
+    Its images are those of all groups that the positions touch, (M, 3, S, S) uint8, one group after
+    the other: where a micro batch ends inside a group, two ranks or micro batches load the rest.
+
+    Attributes:
+        views: Loads the views.
+        group: Images of a group; positions k*group to (k+1)*group - 1 are one.
+    """
+
+    views: LabelledViews
+    group: int
+
+    def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
+        """Loads the groups."""
+        starts = np.unique(positions // self.group) * self.group
+        every = (starts[:, None] + np.arange(self.group)).ravel()
+        loaded = self.views.load(every)
+        places = torch.from_numpy(np.searchsorted(every, positions))
+        return Batch(
+            loaded.images,
+            self.views.epoch,
+            torch.from_numpy(positions),
+            loaded.indices[places],
+            sum((loaded.bad[place] for place in places.tolist()), ()),
+            {"labels": loaded.labels[places], "places": places},
+        )

@@ -17,13 +17,12 @@ from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource
 from fd_large.engine.evaluation import Evaluation, evaluating
 from fd_large.engine.job import StoredStudent, TrainingJob, trained_at
-from fd_large.engine.student import make_student
+from fd_large.engine.student import FINAL_NORM, make_student
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError
 from fd_large.ranks import distributed
 from fd_large.recipes.file_names import EVALUATED, of_step
 from fd_large.runtime.hooks import Hook, Setting
-from fd_large.tasks.classification.mean_token import DISCARDED
 from fd_large.tasks.dense.evaluation import predict_some
 from fd_large.tasks.dense.loader import TrainingBatches
 from fd_large.tasks.dense.pixels import PADDING
@@ -202,7 +201,7 @@ class DenseJob(TrainingJob):
 
     def stored_student(self) -> StoredStudent:
         """On the grid of the crop, without the final norm where the head has no use for it."""
-        absent = {} if self.section.head in self.on_last_map else DISCARDED
+        absent = {} if self.section.head in self.on_last_map else FINAL_NORM
         return StoredStudent(trained_at(self.run), absent, IMAGENET)
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fd_large.engine.student import FINAL_NORM
 from fd_large.errors import ConfigError
-from fd_large.tasks.classification.mean_token import DISCARDED
 from fd_large.tasks.dense.pyramids import (
     FeaturePyramid,
     NormedStages,
@@ -23,7 +23,7 @@ from fd_large.tasks.dense.windowed_vit import check, windowed_map
 NUM_STAGES = 4
 # Parameters of a distilled student that `strip` takes out, with the values that a whole student has
 # in their place: its final norm then only normalises.
-LEFT_OUT = {**DISCARDED, "cls_token": 0.0, "dist_token": 0.0}
+LEFT_OUT = {**FINAL_NORM, "cls_token": 0.0, "dist_token": 0.0}
 
 
 def strip(student: nn.Module, *, windowed: bool = True) -> None:

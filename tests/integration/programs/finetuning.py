@@ -36,9 +36,9 @@ from fd_large.probes import knn
 from fd_large.probes.features import extract, pooled
 from fd_large.ranks import distributed
 from fd_large.recipes.run import Run
+from fd_large.tasks.classification.job import FineTuningJob
 from fd_large.tasks.classification.scores import averaged
-from fd_large.tasks.finetuning.job import FineTuningJob
-from fd_large.tasks.finetuning.task import FineTuning
+from fd_large.tasks.classification.task import FineTuning
 from fd_large.tasks.jobs import job_of
 
 UPDATES, TEST_BATCH = 10, 4

@@ -27,9 +27,9 @@ from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.sections import Data, Student
 from fd_large.recipes.stored import read_recipe
+from fd_large.tasks.classification.job import FineTuningJob
+from fd_large.tasks.classification.task import FineTuning
 from fd_large.tasks.distillation.section import Teacher
-from fd_large.tasks.finetuning.job import FineTuningJob
-from fd_large.tasks.finetuning.task import FineTuning
 
 IMAGES = torch.randint(
     0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ from fd_large.engine.checkpoint_models import student_of
 from fd_large.errors import CheckpointError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
-from fd_large.tasks.finetuning.section import FineTune
+from fd_large.tasks.classification.section import FineTune
 from fd_large.tasks.jobs import job_of
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -10,9 +10,9 @@ from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run, Task, difference
 from fd_large.recipes.sections import Data, NamedStudent, Optim, Runtime, Student
+from fd_large.tasks.classification.section import FineTune
 from fd_large.tasks.detection.section import Detection
 from fd_large.tasks.distillation.section import Teacher
-from fd_large.tasks.finetuning.section import FineTune
 
 
 def a_run(**sections) -> Run:

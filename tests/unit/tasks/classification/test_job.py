@@ -1,4 +1,4 @@
-"""Fine-tuning as a job, without an engine: what is refused, what a test counts."""
+"""Both heads as jobs, without an engine: what is refused, counted in a test, and stored."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from stored_run import store_tensors
 from fd_large.backbones.statistics import OPENAI_CLIP
 from fd_large.cli.export import export
 from fd_large.data.centre_crops import NO_LABEL
+from fd_large.engine.counting.count import count, step_flops
+from fd_large.engine.find_model import find_model
 from fd_large.engine.predictions import Predictions
-from fd_large.errors import ConfigError, DataError
+from fd_large.errors import CheckpointError, ConfigError, DataError
+from fd_large.kernels.choose import Device
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
-from fd_large.tasks.finetuning.job import FineTuningJob
-from fd_large.tasks.finetuning.section import FineTune
+from fd_large.tasks.classification.job import FineTuningJob, LinearProbeJob
+from fd_large.tasks.classification.section import FineTune
+from fd_large.tasks.jobs import job_of, transfer_of
 from fd_large.weights.load import load_model
 from fd_large.weights.resolve import Sources
 
@@ -126,3 +130,95 @@ def test_the_backbone_of_a_fine_tuned_model_is_exported(run, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "the classifier is left out. Its final norm only normalises" in card
     assert str(tmp_path) not in card
+
+
+@pytest.fixture
+def probe(tmp_path):
+    probe = registry.get("linear_probe")
+    return replace(
+        probe,
+        student=replace(probe.student, architecture=TINY),
+        data=replace(probe.data, root=str(labelled_folder(tmp_path)), image_size=16, workers=0),
+        batch=replace(probe.batch, global_batch_size=8),
+    )
+
+
+def test_groups_have_to_divide_the_global_batch(probe):
+    LinearProbeJob(probe).check()
+    # Fewer images than a group are one.
+    assert LinearProbeJob(probe).make_task()._norm_batch == 8
+    task = replace(probe.task, linear=replace(probe.task.linear, norm_batch=3))
+    with pytest.raises(ConfigError, match=r"task\.linear\.norm_batch: .*got 3"):
+        LinearProbeJob(replace(probe, task=task)).check()
+
+
+def counted_at(job, micro_batch_size):
+    """The counts of a micro batch on a card, without checkpoints."""
+    (counts,) = count(
+        job,
+        Device((9, 0)),
+        bfloat16=True,
+        frozen_bfloat16=True,
+        checkpointing=[False],
+        micro_batch_size=micro_batch_size,
+    ).values()
+    return counts
+
+
+def test_parts_of_groups_are_counted_as_what_they_load_and_said(probe, caplog):
+    job = LinearProbeJob(probe)
+    part, whole = (step_flops(job, size, checkpointing=False).model for size in (1, 8))
+    # The layer alone is computed for one image: forward and the gradient of its weight.
+    assert whole - part == 7 * 2 * (2 * 16 * 1000)
+    counts = counted_at(job, 8)
+    assert counts.step_flops(8).model == whole
+    (hook,) = job.hooks()
+    for size, said in ((16, False), (4, True)):
+        hook.on_start(SimpleNamespace(micro_batch_size=size))
+        assert ("got 4, so that each micro batch loads" in caplog.text) == said
+
+
+def test_a_plan_counts_a_group_whose_images_are_all_its_own(probe):
+    batch = replace(probe.batch, global_batch_size=16)
+    task = replace(probe.task, linear=replace(probe.task.linear, norm_batch=4))
+    probe = replace(probe, batch=batch, task=task)
+    job = LinearProbeJob(probe)
+    alone = step_flops(job, 4, checkpointing=False).frozen / 4
+    for asked, images in (("auto", 4), (8, 8)):
+        counts = counted_at(job, asked)
+        assert counts.images == images
+        assert counts.flops_per_image("inference") == alone
+
+
+def test_training_learns_from_bfloat16_and_tests_from_float32(probe):
+    job = LinearProbeJob(probe)
+    job.build(bfloat16=True, node_size=1, persistence_threshold=0)
+    frozen = job.make_task()._frozen[0]
+    assert {p.dtype for p in frozen.learning.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in frozen.tested.parameters()} == {torch.float32}
+    _, (counted,) = job.models_on_shapes()
+    assert counted is not frozen.learning
+    assert not any(p.requires_grad for p in counted.parameters())
+
+
+def test_a_checkpoint_is_of_one_frozen_model(probe):
+    job, other = (
+        LinearProbeJob(replace(probe, runtime=replace(probe.runtime, seed=seed))) for seed in (0, 1)
+    )
+    for one in (job, other):
+        one.build(bfloat16=False, node_size=1, persistence_threshold=0)
+    job.check_stored(job.facts())
+    with pytest.raises(CheckpointError, match=r"student\.init: not the model"):
+        job.check_stored(other.facts())
+    with pytest.raises(CheckpointError, match="trains no model"):
+        job.stored_student()
+
+
+def test_a_named_model_is_probed_by_the_one_recipe(probe):
+    named = find_model("vit_base_patch16=random", job_of)
+    transfer = transfer_of("linear")
+    assert transfer.recipe_for(named.architecture, run_recipe=None) == "linear_probe"
+    started = transfer.starting_from(
+        probe, named.section, image_size=224, trained_as=None, fields=()
+    )
+    assert (started.student.model, started.data.image_size) == ("vit_base_patch16", 224)

@@ -12,7 +12,7 @@ from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
 
 from fd_large.backbones.statistics import OPENAI_CLIP
-from fd_large.tasks.finetuning import augment
+from fd_large.tasks.classification import augment
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8).repeat(4, 0)
 IMAGE = torch.from_numpy(PICTURE).permute(2, 0, 1).contiguous()

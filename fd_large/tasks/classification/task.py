@@ -1,40 +1,144 @@
-"""The linear probe as a task: features of a frozen model, a batch norm without affine, one layer.
+"""Two heads that learn to name the class of an image: fine-tuning and the official linear probe.
 
-The feature is that of fine-tuning before its first step (`classification/mean_token.py`): of a ViT
-the mean of the patch tokens before the final norm, normalised without affine; of a Swin model the
-mean of what its final norm gives.
+What is classified is the mean of an image's patch tokens. That of a ViT is normalised by a norm of
+its own, and the ViT's final norm is discarded. A Swin model keeps its norm. The map of a model of
+timm may be raw: its mean is normalised too, and what norms it has stay.
 
-Statistics of the norm are those of a group of neighbouring images of the global batch, so that they
-depend on no rank and no micro batch. The running statistics, by which tests normalise, move once a
-step that is taken, by the mean over all groups.
+In fine-tuning the whole model learns. Every block has its own copy of a position bias that blocks
+shared before (the families' `published.py` make the copies).
 
-Source: main_linear.py and models/vision_transformer.py of SwinTransformer/Feature-Distillation,
-after He et al. (MAE), arXiv 2111.06377, appendix A.1. There a group is the batch of a GPU, the
-running statistics of the first GPU count, and drop path of the frozen model is on in training where
-it is configured; here it is off.
+In the linear probe a batch norm without affine and one layer learn from the features of a frozen
+model, which are those of fine-tuning before its first step: of a ViT the mean of the patch tokens
+before the final norm, normalised without affine; of a Swin model the mean of what its final norm
+gives. Statistics of the norm are those of a group of neighbouring images of the global batch, so
+that they depend on no rank and no micro batch. The running statistics, by which tests normalise,
+move once a step that is taken, by the mean over all groups.
+
+Sources: the official code of SwinTransformer/Feature-Distillation (models/vision_transformer.py,
+models/swin_transformer_v2.py, main_finetune.py, main_linear.py), whose probe is that of He et al.
+(MAE), arXiv 2111.06377, appendix A.1. There a group is the batch of a GPU, the running statistics
+of the first GPU count, and drop path of the frozen model is on in training where it is configured;
+here it is off.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.initialization import NORMAL
-from fd_large.backbones.layers import Linear
+from fd_large.backbones.layers import LayerNorm, Linear
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.data.loader import Batch
+from fd_large.engine.heads import make_head
 from fd_large.engine.task import Task
 from fd_large.ranks import distributed
-from fd_large.tasks.classification.mean_token import mean_token, norm_of_mean
+from fd_large.recipes.family import FamilyArchitecture
 from fd_large.tasks.classification.scores import summed
 from fd_large.tasks.dense.batch_norm import MOMENTUM
 
+# Published for ViT: predictions start all alike.
+HEAD_SCALE = 1e-3
+# The field of the recipe that names the classifier.
+HEAD = "task.finetune.head"
 NORM_EPS = 1e-6
 # The published standard deviation of the layer's first weights.
 HEAD_STD = 0.01
+
+
+def has_norm_instead(model: nn.Module) -> bool:
+    """Returns whether a norm of the mean token takes the place of a model's final norm."""
+    return _kind(model) == "instead"
+
+
+def norm_of_mean(model: nn.Module) -> LayerNorm | None:
+    """Makes the norm of a model's mean token; takes a ViT's final norm away.
+
+    Args:
+        model: A backbone of `fd_large.backbones`.
+
+    Returns: a norm that begins as the identity of normalised numbers; None for a model that keeps
+        its own.
+    """
+    if has_norm_instead(model):
+        norm = LayerNorm(model.width, model.norm.eps)
+        model.norm = nn.Identity()
+        return norm
+    return LayerNorm(model.width, NORM_EPS) if _kind(model) == "also" else None
+
+
+def mean_token(features: FeatureMap, norm: LayerNorm | None) -> Tensor:
+    """Returns (B, C) float32.
+
+    Args:
+        features: The map of a model that `norm_of_mean` has prepared.
+        norm: What it made.
+    """
+    mean = features.tokens[:, features.num_prefix_tokens :].float().mean(1)
+    return mean if norm is None else norm(mean)
+
+
+def _kind(model: nn.Module) -> str:
+    return getattr(model, "mean_norm", FamilyArchitecture.mean_norm)
+
+
+class FineTuning(Task):
+    """A backbone and a classifier of its mean token, by default linear.
+
+    Args:
+        student: A backbone of `fd_large.backbones`.
+        num_classes: K.
+        statistics: The normalisation of its images, in training and in tests.
+        head: Name of the classifier of the mean token: "linear", or one of the user's own, a
+            function or Module class of (width, num_classes).
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        num_classes: int,
+        *,
+        statistics: Statistics,
+        head: str = "linear",
+    ) -> None:
+        super().__init__(student)
+        self.statistics = statistics
+        self.fc_norm = norm_of_mean(student)
+        draw = NORMAL.divided(1 / HEAD_SCALE) if has_norm_instead(student) else NORMAL
+        heads = {"linear": partial(Linear, draw=draw)}
+        self.head = make_head(head, student.width, num_classes, built_in=heads, where=HEAD)
+
+    def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
+        """Returns the pixels, normalised if they are still uint8, and the targets."""
+        pixels = images if images.is_floating_point() else normalise(images, self.statistics)
+        return {"pixels": pixels, "targets": targets, "keep": keep}
+
+    def forward(
+        self, *, pixels: Tensor, targets: Tensor, keep: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the cross-entropy and, in evaluation, sums over the images and `predicted`, (B,).
+
+        Args:
+            pixels: (B, 3, H, W) float32, normalised.
+            targets: (B, K) float32, distributions; in evaluation (B,) int64, labels, where
+                images with `NO_LABEL` are not counted.
+            keep: (num_sites, B) bool, or None.
+        """
+        logits = self.logits(pixels, keep)
+        if self.training:
+            return -(targets * F.log_softmax(logits, -1)).sum(-1).mean(), {}
+        return summed(logits, targets)
+
+    def logits(self, pixels: Tensor, keep: Tensor | None) -> Tensor:
+        """Returns (B, K) float32."""
+        dtype = next(self.student.parameters()).dtype
+        mean = mean_token(self.student(pixels.to(dtype), keep), self.fc_norm)
+        return self.head(mean.to(dtype)).float()
 
 
 class FrozenFeature(nn.Module):

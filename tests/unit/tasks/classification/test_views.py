@@ -1,8 +1,9 @@
-"""Batches of labelled images: the same on any number of ranks."""
+"""Batches of labelled images: the same on any number of ranks, and in whole groups."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ from fd_large.data.labelled import LabelledImages, open_labelled
 from fd_large.data.loader import Batch, build_loader
 from fd_large.data.sampler import Portion
 from fd_large.data.views import ViewSettings
-from fd_large.tasks.finetuning import mixing
-from fd_large.tasks.finetuning.section import FineTune
-from fd_large.tasks.finetuning.views import TrainingBatches
+from fd_large.tasks.classification import mixing
+from fd_large.tasks.classification.section import FineTune
+from fd_large.tasks.classification.views import GroupedBatches, Labelled, MixedBatches
 
 GLOBAL, SIZE, EPOCH = 12, 16, 2
 PLAIN = {"randaugment": 0.0, "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
@@ -43,9 +44,7 @@ def update(
     parts = []
     for rank in range(ranks):
         settings = ViewSettings(SIZE, 0.3, 2**20, interpolation="bicubic")
-        batches = TrainingBatches(
-            source, FineTune(**recipe), OPENAI_CLIP, settings, 5, EPOCH, GLOBAL
-        )
+        batches = MixedBatches(source, FineTune(**recipe), OPENAI_CLIP, settings, 5, EPOCH, GLOBAL)
         portion = Portion(EPOCH, number, micro, rank, ranks)
         loaded = iter(
             build_loader(batches, len(source), portion, global_batch_size=GLOBAL, workers=workers)
@@ -174,3 +173,21 @@ def test_ranks_share_the_test_pictures_batch_by_batch(pictures):
         assert one.start == other.start
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.labels, other.labels)
+
+
+def load(positions):
+    """An image is its position; the label is ten times as much."""
+    at = torch.from_numpy(positions)
+    return Labelled(at.byte(), at + 100, 10 * at, tuple((f"bad {p}",) for p in positions))
+
+
+def test_a_micro_batch_that_ends_inside_a_group_brings_the_rest():
+    batches = GroupedBatches(SimpleNamespace(load=load, epoch=3), 4)
+    batch = batches[np.arange(6, 10)]
+    assert batch.images.tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
+    places = batch.targets["places"]
+    assert batch.images[places].tolist() == batch.positions.tolist() == [6, 7, 8, 9]
+    assert batch.targets["labels"].tolist() == [60, 70, 80, 90]
+    assert batch.indices.tolist() == [106, 107, 108, 109]
+    # What is bad among the others is their own micro batches' to count.
+    assert batch.bad == ("bad 6", "bad 7", "bad 8", "bad 9")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from timm.data.mixup import Mixup
 
-from fd_large.tasks.finetuning import mixing
-from fd_large.tasks.finetuning.mixing import Mix
+from fd_large.tasks.classification import mixing
+from fd_large.tasks.classification.mixing import Mix
 
 SIZE, CLASSES, PUBLISHED = 24, 7, {"mixup": 0.8, "cutmix": 1.0, "switch_probability": 0.5}
 
