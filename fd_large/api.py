@@ -164,7 +164,7 @@ def distill(
 
         fd_large.distill(
             data="photos/", teacher="timm:vit_small_patch16_224", student="swinv2_tiny",
-            out="runs/first", optim={"max_steps": 500, "max_seconds": 0.0},
+            out="runs/first", optim={"max_steps": 500},
         )
 
     Args:

@@ -41,6 +41,7 @@ from fd_large.recipes.fields import (
     nested,
     require,
 )
+from fd_large.recipes.left import refusal
 from fd_large.recipes.run import Run, Task
 from fd_large.recipes.run_file import accepted, read_run_file, run_of
 from fd_large.tasks.registry import TASKS, kind_of
@@ -308,10 +309,11 @@ class _Parser(Generic[Own]):
                 flags[name] = flag
                 loose += texts[count:]
             elif name != IGNORED:
-                self._mistakes.append(
-                    f"--{typed}: unknown flag; {self._nearest(typed)}. Correct the name, or see "
+                message = refusal(name, " ".join(texts)) or (
+                    f"{typed}: unknown flag; {self._nearest(typed)}. Correct the name, or see "
                     f"{_program(self._command)} --help."
                 )
+                self._mistakes.append(f"--{message}")
                 meant |= set(get_close_matches(typed, known, n=1))
                 if texts:  # One of them may be a positional argument.
                     self._invalid.update(self._positional)

@@ -15,14 +15,14 @@ from fd_large.checkpoint.lease import Lease
 from fd_large.checkpoint.read import Reader, newest_sound, on_main
 from fd_large.checkpoint.write import Saver, in_words
 from fd_large.data.bad_images import BadCount
-from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero import state
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import ADAMW_MOMENTS, kept_by
 from fd_large.errors import CheckpointError, FDError, NotFiniteError
-from fd_large.files import kind_of
+from fd_large.files import json_object, kind_of
 from fd_large.ranks import distributed
 from fd_large.ranks.processes import hold
+from fd_large.recipes.left import decided_steps, recorded_length
 from fd_large.recipes.sections import Runtime
 
 log = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ class Checkpoints:
     Attributes:
         optimizer_steps: Number of steps that were not skipped; the trainer adds to it.
         evaluated: Whether the evaluation due at the restored checkpoint was made.
-        stored_time_box: State of the time box in the restored checkpoint; None: it has none.
-        time_box: The time box whose state is stored; None: there is none.
+        decided_steps: Length that a time limit of an earlier version gave the restored run, which
+            later checkpoints record again; None if none did, or if the recipe has another since.
         bad_images: Images of this start and of earlier ones that could not be used, over all ranks,
             as of the restored checkpoint; the trainer counts on.
         stored_recipe: The recipe of the restored checkpoint; empty where there is none.
@@ -80,8 +80,7 @@ class Checkpoints:
         self._best: int | None = None
         self.optimizer_steps = 0
         self.evaluated = True
-        self.stored_time_box: dict[str, Any] | None = None
-        self.time_box: TimeBox | None = None
+        self.decided_steps: int | None = None
         self.bad_images = BadCount(0, 0)
         self.stored_recipe: dict[str, Any] = {}
 
@@ -159,7 +158,7 @@ class Checkpoints:
             "world_size": distributed.world_size(),
             "zero_stage": self._engine.stage,
             "layout": state.layout_of(self._engine).to_dict(),
-            **({"time_box": self.time_box.state()} if self.time_box else {}),
+            **recorded_length(step, self.decided_steps),
         }
         self._saved = step
         self._saver.begin(
@@ -294,7 +293,7 @@ class Checkpoints:
         manifest = reader.manifest
         self.optimizer_steps = manifest.get("optimizer_steps", manifest["update"])
         self.evaluated = manifest.get("evaluated", True)
-        self.stored_time_box = manifest.get("time_box")
+        self.decided_steps = self._decided_steps(manifest)
         self.stored_recipe = manifest.get("recipe", {})
         self.bad_images = BadCount(*manifest.get("bad_images", (0, 0)))
 
@@ -313,6 +312,12 @@ class Checkpoints:
         self._saver.not_finite = ()
         state.complete(self._engine)
         self._saved = manifest["update"]
+
+    def _decided_steps(self, manifest: Mapping[str, Any]) -> int | None:
+        before, now = (of.get("recipe", {}).get("optim", {}) for of in (manifest, self._facts))
+        if any(before.get(name) != now.get(name) for name in ("epochs", "max_steps")):
+            return None
+        return decided_steps(manifest, json_object(self._folder / "time_box.json"))
 
     def _check_fits(self, reader: Reader) -> None:
         own, stored = state.layout_of(self._engine).sizes, reader.layout.sizes

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -76,11 +75,6 @@ class Evaluation(NamedTuple):
     def due(self, step: int, last: bool) -> bool:
         """Returns whether it is made after so many steps."""
         return last or step == 0 or (bool(self.every) and step % self.every == 0)
-
-
-def steps_between(evaluations: Sequence[Evaluation]) -> int:
-    """Returns the steps after which some evaluation may be due; 0: at start and end only."""
-    return math.gcd(*(evaluation.every for evaluation in evaluations))
 
 
 def awaited(work: futures.Future[T] | None, meanwhile: Callable[[], None]) -> T | None:

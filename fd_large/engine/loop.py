@@ -18,14 +18,13 @@ from fd_large.data.loader import Batch
 from fd_large.engine.best import Best
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
-from fd_large.engine.evaluation import Evaluation, Interrupted, Panel, Pending, steps_between
+from fd_large.engine.evaluation import Evaluation, Interrupted, Panel, Pending
 from fd_large.engine.forward_backward import arguments_of_step, backward
 from fd_large.engine.incident_evidence import evidence_of
 from fd_large.engine.memory import out_of_memory_named
 from fd_large.engine.prefetch import Batches
 from fd_large.engine.schedule import Schedule
 from fd_large.engine.task import Task
-from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.layer_decay import LayerLearningRates
 from fd_large.engine.zero.optimizer import set_learning_rate
@@ -100,7 +99,6 @@ class Trainer:
         setting: What the hooks are given before the first step.
         checkpoints: The run's checkpoints, with the state restored if there was one.
         evaluations: What is measured before, during and after training.
-        time_box: Decides the length, and corrects it; None: the plan's length stays.
         layer_rates: Steps each layer at its own learning rate; None: all have the same.
         ema: The average of the weights; None: there is none.
         best: Keeps the checkpoint of the best evaluation, and may end the run early; None: neither.
@@ -122,16 +120,14 @@ class Trainer:
         *,
         checkpoints: Checkpoints,
         evaluations: Sequence[Evaluation] = (),
-        time_box: TimeBox | None = None,
         layer_rates: LayerLearningRates | None = None,
         ema: Ema | None = None,
         best: Best | None = None,
         begun: list[Hook] | None = None,
     ) -> None:
         self.engine, self._plan, self._hooks, self.setting = engine, plan, hooks, setting
-        self._checkpoints, self._evaluations, self._time_box = checkpoints, evaluations, time_box
+        self._checkpoints, self._evaluations = checkpoints, evaluations
         self._layer_rates, self._ema, self.best = layer_rates, ema, best
-        self._evaluate_every = steps_between(evaluations)
         self._finished = setting.first_update
         self._begun = [] if begun is None else begun
         self._status = ""
@@ -237,11 +233,6 @@ class Trainer:
             evidence = evidence_of(self.engine, batches, values, self._plan.seed)
             for hook in self._hooks:
                 hook.on_skip(update, evidence)
-        if self._time_box is not None:
-            total = self._time_box.after_step(self._finished, self._evaluate_every)
-            if total != self._total:
-                self._plan = self._plan._replace(schedule=replace(self._plan.schedule, total=total))
-                update = replace(update, total=total)
         verdict = Verdict.all_of([verdict, *(h.after_update(update) for h in self._hooks)])
         if agreed.broken and verdict.roll_back is None and not verdict.stop:
             if distributed.is_main():
@@ -460,9 +451,8 @@ class Trainer:
         due = [one for one in self._evaluations if one.due(self._finished, last)]
         if not due:
             return True
-        # The run ends, or what it does next follows from the numbers, or from how long they took.
-        waits = bool(last or self.best or self._time_box)
-        begin = time.monotonic()
+        # The run ends, or what it does next follows from the numbers.
+        waits = bool(last or self.best)
         metrics: dict[str, float] = {}
         panel: Panel | None = None
         try:
@@ -482,8 +472,6 @@ class Trainer:
         except Interrupted:
             self._stop()
             return False
-        if self._time_box is not None:
-            self._time_box.after_evaluation(time.monotonic() - begin)
         if self.best is not None:
             made = len(due) == len(self._evaluations)
             self._improved = self.best.note(self._finished, metrics, all_made=made)

@@ -22,7 +22,6 @@ from fd_large.engine.opening import Opened, open_together
 from fd_large.engine.run_page import RunPage
 from fd_large.engine.schedule import SCHEDULES, Schedule
 from fd_large.engine.students import HooksOfAll, train_together
-from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.trust_ratio import scale_by_norms
 from fd_large.errors import CheckpointError, Exit, FDError
@@ -192,12 +191,7 @@ def _trainer_of(
     record_code(folder, run.code(), first)
     per_epoch = updates_per_epoch(len(samples), run.batch.global_batch_size)
     total = run.optim.max_steps or run.optim.epochs * per_epoch
-    time_box = None
-    if run.optim.max_seconds:
-        time_box = checkpoints.time_box = TimeBox(
-            run.optim.max_seconds, folder, total, first=first, stored=checkpoints.stored_time_box
-        )
-        total = time_box.total
+    total = min(total, checkpoints.decided_steps or total)
     best = _best_of(job, folder, first)
     done = distributed.broadcast_object(status_of(folder) == DONE)
     if done and not first:
@@ -215,7 +209,7 @@ def _trainer_of(
 
     peak, warmup_start, minimum = run.optim.rates(run.batch.global_batch_size)
     warmup = int(run.optim.warmup_epochs * per_epoch)
-    if total <= warmup and not run.optim.max_seconds:
+    if total <= warmup:
         log.warning(
             "optim.warmup_epochs: the whole run of %d steps is warm-up (%d steps): the learning "
             "rate never reaches its peak",
@@ -245,7 +239,6 @@ def _trainer_of(
         accumulation=opened.accumulation,
         world_size=opened.launch.world_size,
         log_every=run.runtime.log_every,
-        max_seconds=run.optim.max_seconds,
         flops=_step_flops(job, size, opened.accumulation),
         image_sizes=run.data.image_sizes,
         checkpoint_bytes=checkpoints.bytes,
@@ -267,7 +260,6 @@ def _trainer_of(
         setting,
         checkpoints=checkpoints,
         evaluations=evaluations,
-        time_box=time_box,
         layer_rates=layer_rates,
         ema=opened.ema,
         best=best,

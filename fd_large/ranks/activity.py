@@ -45,10 +45,9 @@ class Work:
         self.reach(self.done + amount)
         self.what = without_secrets(what or self.what)
 
-    def reach(self, done: float, total: float | None = None) -> None:
+    def reach(self, done: float) -> None:
         """So much is done in all."""
         self.done = done
-        self.total = total or self.total
         _changed()
 
     def end(self) -> None:

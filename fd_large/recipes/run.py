@@ -29,6 +29,7 @@ from fd_large.recipes.fields import (
     plain,
     require,
 )
+from fd_large.recipes.left import without_left
 from fd_large.recipes.sections import (
     AUTO,
     RANDOM,
@@ -185,19 +186,15 @@ _COMPLETED_BY_WEIGHTS = (
 )
 
 # What decides the length of a run and of its schedule.
-LENGTH = ("optim.epochs", "optim.max_steps", "optim.max_seconds")
+LENGTH = ("optim.epochs", "optim.max_steps")
 
 
 def _is_longer(before: Optim, now: Optim) -> bool:
     """Whether a run may go on to another length: to a larger one, as far as a recipe shows.
 
-    Numbers of different units (epochs and steps, or a time limit that is lifted) are compared once
-    the length of an epoch is known.
+    Numbers of different units (epochs and steps) are compared once the length of an epoch is known.
     """
-    if now.max_seconds:
-        # The limit has decided a length, or will; a larger maximum alone changes nothing.
-        return False
-    if before.max_seconds or bool(before.max_steps) != bool(now.max_steps):
+    if bool(before.max_steps) != bool(now.max_steps):
         return True
     if now.max_steps:
         return now.max_steps > before.max_steps and now.epochs == before.epochs
@@ -492,12 +489,14 @@ class Run:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Run:
-        """Returns the run that `to_dict` gave; an absent key takes the field's default.
+        """Returns the run that `to_dict` gave, without fields that left since.
+
+        An absent key takes the field's default.
 
         Raises:
             ConfigError: A key is unknown, a needed one absent, or a value of the wrong type.
         """
-        return from_plain(cls, values, "")
+        return from_plain(cls, without_left(values), "")
 
 
 def difference(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:

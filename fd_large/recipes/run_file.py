@@ -20,6 +20,7 @@ from fd_large.errors import ConfigError, ConflictError, first_line, nearest
 from fd_large.files import parse_json, read_bytes
 from fd_large.recipes import registry
 from fd_large.recipes.fields import field_names
+from fd_large.recipes.left import LEFT, refusal
 from fd_large.recipes.run import Run, Task
 
 T = TypeVar("T")
@@ -204,8 +205,9 @@ def named_fields(given: Given, mistakes: list[str]) -> dict[str, Any]:
         known = fixed if name in fixed else field_names(Run, like=name)
         if name in known or _is_of_own_task(name, task):
             values[name] = value
-        else:
-            mistakes.append(f"{given.where(name)}{name}: no such field; {_nearest(name, fixed)}")
+        elif name not in LEFT or value != LEFT[name].idle:  # A stored recipe has all fields.
+            message = refusal(name, value) or f"{name}: no such field; {_nearest(name, fixed)}"
+            mistakes.append(f"{given.where(name)}{message}")
     return values
 
 

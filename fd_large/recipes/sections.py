@@ -374,10 +374,6 @@ class Optim:
     warmup_epochs: float = 10.0
     # Number of optimiser steps of the run and of its schedule, instead of epochs. 0 uses epochs.
     max_steps: int = 0
-    # Time limit of training, in seconds. After 20 steps the run shortens itself and its schedule to
-    # the number of steps that fit, at most max_steps, and every 20 steps it corrects that number
-    # if the speed has changed. 0 sets no limit.
-    max_seconds: float = 0.0
     # Which implementation of AdamW to use. auto: DeepSpeed's where it builds, else NVIDIA apex's
     # where it is installed, else torch's.
     fused: Literal["auto", "deepspeed", "apex", "torch"] = "auto"
@@ -437,7 +433,6 @@ class Optim:
         at_least("optim.epochs", self.epochs, 1, "passes over the data")
         not_negative("optim.warmup_epochs", self.warmup_epochs)
         at_least("optim.max_steps", self.max_steps, 0, "steps")
-        not_negative("optim.max_seconds", self.max_seconds)
         require(
             bool(self.max_steps) or self.warmup_epochs < self.epochs,
             "optim.warmup_epochs: warm-up longer than the run",

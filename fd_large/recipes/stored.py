@@ -94,7 +94,7 @@ def other_settings(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> Conf
     changed = "; ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in changes.items())
     longer = ""
     if changes.keys() <= set(LENGTH):
-        longer = "Name the length that it has, or a larger one (with --optim.max_seconds 0), or set"
+        longer = "Name the length that it has, or a larger one, or set"
     return ConfigError(
         f"{folder}: holds a run with other settings; got {changed}, expected the same. "
         f"{longer or 'Set'} --runtime.run_dir to another folder, or --fresh to start over here."

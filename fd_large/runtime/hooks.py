@@ -81,8 +81,6 @@ class Setting:
         facts: First entries of summary.json (`TrainingJob.summary`).
         first_update: Steps done before this start, after which the run goes on.
         total_updates: Steps of the whole run.
-        max_seconds: Time limit of the run in seconds, which sets its number of steps (at most
-            `total_updates`); 0 turns it off.
         global_batch_size: Images a step, over all ranks.
         micro_batch_size: Images per rank and forward.
         accumulation: Micro batches per step.
@@ -109,7 +107,6 @@ class Setting:
     accumulation: int
     world_size: int
     log_every: int
-    max_seconds: float = 0.0
     flops: Mapping[int, StepFlops] = field(default_factory=dict)
     image_sizes: tuple[int, ...] = ()
     checkpoint_bytes: int = 0
@@ -133,7 +130,7 @@ class Update:
 
     Attributes:
         index: Number of the step, from 0.
-        total: Steps of the whole run, as known now; a time box sets it after the first ones.
+        total: Steps of the whole run.
         epoch: Number of the epoch, from 0.
         loss: Mean over ranks and micro batches.
         grad_norm: Global L2 norm before clipping.

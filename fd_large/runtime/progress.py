@@ -8,7 +8,6 @@ be copied into forked loader processes.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Collection, Iterable
 from itertools import groupby
@@ -41,15 +40,11 @@ class Progress(Tracker):
 
         self._images, self._metrics = setting.global_batch_size, setting.metrics
         self._total = setting.total_updates
-        self._ends = time.monotonic() + (setting.max_seconds or math.inf)
-        # Until it has set its own length, nobody knows how much there is to do.
-        self._open = setting.total_updates if setting.max_seconds else None
         self._seconds_per_update: float | None = None
         self._drawn = 0.0
         self._numbers = ""
         first = setting.first_update
-        known = None if self._open else self._total
-        self._work = activity.Work(f"{self._whose}training", known, "steps", done=first)
+        self._work = activity.Work(f"{self._whose}training", self._total, "steps", done=first)
         self._bar: Bar | None = None
         console = terminal.console()
         if console.is_terminal and not console.is_dumb_terminal and not self._several:
@@ -91,7 +86,7 @@ class Progress(Tracker):
                 numbers=self._numbers,
             )
             self._draw(at_once=done == update.total)
-        self._work.reach(done, None if update.total == self._open else update.total)
+        self._work.reach(done)
 
     def on_rows(self, rows: list[Row]) -> None:
         """Shows the last of the rows."""
@@ -163,8 +158,7 @@ class Progress(Tracker):
     def _time_left(self, done: int) -> str:
         if self._seconds_per_update is None:
             return ""
-        seconds = (self._total - done) * self._seconds_per_update
-        return f"{clock(min(seconds, max(0.0, self._ends - time.monotonic())))} left"
+        return f"{clock((self._total - done) * self._seconds_per_update)} left"
 
 
 def _parted(words: str, all_words: Collection[str]) -> tuple[str, str]:

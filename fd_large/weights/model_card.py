@@ -20,6 +20,7 @@ from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.errors import masked
 from fd_large.markdown import escaped
 from fd_large.recipes.family import FamilyArchitecture
+from fd_large.recipes.left import decided_steps
 from fd_large.recipes.sections import SIZE_FIELDS, Student
 from fd_large.weights.libraries import LIBRARIES, To
 from fd_large.weights.origin import UNKNOWN, Origin, origin_of, without_folders
@@ -206,16 +207,10 @@ def _facts(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, 
 
 def _length(optim: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     """How long the whole run is, by its recipe or by what fitted into its time."""
+    if decided := decided_steps(manifest):
+        return f"{decided:,}, as many as its time limit allowed"
     most = optim["max_steps"]
-    allowed = f"{most:,}" if most else f"{optim['epochs']} epochs"
-    if not optim.get("max_seconds"):
-        return allowed
-    limit = f"as many as the time limit of {optim['max_seconds']:g} seconds"
-    decisions = manifest.get("time_box", {}).get("decisions", [])
-    decided = [one["updates"] for one in decisions if one["step"] <= manifest["update"]]
-    if not decided:
-        return f"at most {allowed}, {limit} allows"
-    return f"{min(decided[-1], most or decided[-1]):,}, {limit} allowed"
+    return f"{most:,}" if most else f"{optim['epochs']} epochs"
 
 
 def _filled(rows: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -40,10 +39,3 @@ def test_many_updates_leave_memory_flat(updates: int, tmp_path: Path) -> None:
         assert max(tensors) - min(tensors) < 64 << 10
         growth = rows[-1]["resident"] - rows[2]["resident"]
         assert growth < 8 << 20, "pages of the allocator may come and go"
-    # The time box shortened the run and, as steps became faster, gave it its whole length back: by
-    # the clock of rank 0, on both ranks, which would not have met otherwise.
-    decided = json.loads((tmp_path / "run/time_box.json").read_text())["decisions"]
-    assert decided[0]["step"] == 20
-    assert decided[0]["updates"] < updates == decided[-1]["updates"]
-    last = sorted((tmp_path / "run/checkpoints").glob("step_*"))[-1]
-    assert json.loads((last / "manifest.json").read_text())["time_box"]["decisions"] == decided

@@ -12,7 +12,7 @@ import pytest
 from launch import ROOT
 
 THREE_STEPS = """
---optim.max_steps 3 --optim.max_seconds 0 --eval.every 0 --eval.views 2 --data.workers 0
+--optim.max_steps 3 --eval.every 0 --eval.views 2 --data.workers 0
 --data.image_size 64 --student.architecture.image_size 64 --student.architecture.embed_dim 12
 --student.architecture.depths 1 1 --student.architecture.num_heads 1 2
 --batch.global_batch_size 4 --batch.micro_batch_size 4

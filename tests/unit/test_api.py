@@ -51,7 +51,7 @@ def images(tmp_path_factory):
 
 
 def distill(images: Path, out: Path, **more):
-    fields = {**TINY, "data": {**TINY["data"], "root": images}, "optim.max_seconds": 0.0, **more}
+    fields = {**TINY, "data": {**TINY["data"], "root": images}, **more}
     return fd_large.distill(out=out, **fields)
 
 

@@ -172,7 +172,7 @@ def test_commands_of_the_pages_are_read(command, parsed, capsys):
 # ------------------------------------------------------------------------------------------------
 
 SHORT = """
-    --optim.max_steps 1 --optim.max_seconds 0 --optim.epochs 1 --optim.warmup_epochs 0
+    --optim.max_steps 1 --optim.epochs 1 --optim.warmup_epochs 0
     --batch.global_batch_size 2 --batch.micro_batch_size 1 --data.workers 0
 """
 # What only a long run leaves behind; these commands run in the tests of their files.

@@ -1,9 +1,7 @@
 """Rank program: many steps by the trainer itself; memory after each tenth of them.
 
 many_steps.py STEPS PICTURES FOLDER writes, per rank, the bytes of all tensors alive, the resident
-size and the last learning rate. Loader, hooks, checkpoints and evaluation are those of any run. A
-time box decides the length by clocks of this program: rank 0's steps become faster, and the clock
-of the other ranks stands still.
+size and the last learning rate. Loader, hooks, checkpoints and evaluation are those of any run.
 """
 
 from __future__ import annotations
@@ -11,16 +9,13 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 from launch import ROOT, write_result
 from scenarios import tiny_run
 from tensor_storages import storages
 
 from fd_large.cli.ownership import owning
-from fd_large.engine import time_box
 from fd_large.engine.run import train
-from fd_large.ranks import distributed
 from fd_large.runtime.hooks import Hook, Update
 from fd_large.tasks.jobs import job_of
 
@@ -38,16 +33,9 @@ class Memory(Hook):
     def __init__(self, every: int) -> None:
         self.every = every
         self.rows: list[dict[str, float]] = []
-        self.finished = 0
-
-    def seconds(self) -> float:
-        """The clock of the time box."""
-        slow = min(self.finished, 60)
-        return 1000.0 * slow + 125.0 * (self.finished - slow) if distributed.is_main() else 0.0
 
     def after_update(self, update: Update) -> None:
-        self.finished = update.index + 1
-        if self.finished % self.every == 0:
+        if (update.index + 1) % self.every == 0:
             row = {"tensors": sum(storages().values()), "resident": resident()}
             self.rows.append({**row, "rate": update.learning_rate})
 
@@ -68,9 +56,8 @@ def main(steps: int, pictures: str, folder: Path) -> None:
         runtime={"run_dir": str(folder / "run"), "log_every": 50, "save_every": steps // 4},
         eval={"root": pictures, "every": steps // 5, "views": 4},
     )
-    run = replace(run, optim=replace(run.optim, max_steps=steps, max_seconds=500.0 * steps))
+    run = replace(run, optim=replace(run.optim, max_steps=steps))
     memory = Memory(steps // 10)
-    time_box.time = SimpleNamespace(monotonic=memory.seconds)  # type: ignore[assignment]
     with owning(run.run_dir()) as lease:
         train(
             run,

@@ -19,7 +19,6 @@ from fd_large.engine.evaluation import (
     awaited,
     evaluating,
     in_float32,
-    steps_between,
 )
 from fd_large.engine.memory import OutOfMemory
 from fd_large.engine.zero import partition, state
@@ -32,13 +31,6 @@ from fd_large.errors import DataError
 def test_start_and_end_are_always_due(every, due):
     evaluation = Evaluation(lambda *_: ({}, None), every)
     assert [step for step in range(13) if evaluation.due(step, last=step == 12)] == due
-
-
-@pytest.mark.parametrize(
-    ("every", "between"), [([], 0), ([0, 0], 0), ([6, 4], 2), ([0, 5], 5), ([3, 7, 0], 1)]
-)
-def test_the_loop_stops_wherever_one_may_be_due(every, between):
-    assert steps_between([Evaluation(lambda *_: ({}, None), n) for n in every]) == between
 
 
 def test_ranks_wait_for_the_work_of_rank_0_in_short_turns(monkeypatch):

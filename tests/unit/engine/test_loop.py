@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from safetensors.torch import load_file
 from unit.engine.conftest import batch_of
 
 from fd_large.checkpoint import store
-from fd_large.engine import time_box
 from fd_large.engine.best import Best
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
@@ -21,7 +18,6 @@ from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.loop import Trainer, TrainingPlan
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.students import train_together
-from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero import state
 from fd_large.errors import DataError
 from fd_large.recipes.sections import Guard as Limits
@@ -89,7 +85,6 @@ class Run:
         evaluate_every=0,
         average=False,
         config="whole",
-        seconds=0.0,
         **answers,
     ):
         self.engine = make_engine(config, seed=3, accumulation=accumulation)
@@ -103,12 +98,6 @@ class Run:
             check_stored=lambda manifest: None,
         )
         first = self.checkpoints.resume()
-        box = None
-        if seconds:
-            box = self.checkpoints.time_box = TimeBox(
-                seconds, folder, total, first=first, stored=self.checkpoints.stored_time_box
-            )
-            total = box.total
         self.hook = Recorder(**answers)
         self.measured = []
         plan = TrainingPlan(
@@ -122,7 +111,6 @@ class Run:
             checkpoints=self.checkpoints,
             evaluations=[Evaluation(self.measure, evaluate_every)] if evaluate_every else (),
             ema=ema,
-            time_box=box,
         )
         self.accumulation = accumulation
 
@@ -183,49 +171,6 @@ def test_a_run_in_two_parts_is_the_run_in_one_to_the_bit(start, tmp_path, config
     assert losses == [u.loss for u in whole.hook.updates]
     assert second.state.keys() == whole.state.keys()
     assert all(torch.equal(second.state[key], value) for key, value in whole.state.items())
-
-
-def test_a_time_box_that_is_not_filled_changes_no_bit(start, tmp_path):
-    free = start()
-    assert free.train() == "done"
-    shutil.rmtree(tmp_path / "checkpoints")
-    boxed = start(seconds=1e6)
-    assert boxed.train() == "done"
-    assert [u.learning_rate for u in boxed.hook.updates] == [
-        u.learning_rate for u in free.hook.updates
-    ]
-    assert all(torch.equal(boxed.state[key], values) for key, values in free.state.items())
-
-
-def test_a_time_box_decides_the_same_again_after_a_resume(start, tmp_path, monkeypatch):
-    clock = {"t": 0.0}
-    monkeypatch.setattr(time_box, "time", SimpleNamespace(monotonic=lambda: clock["t"]))
-    monkeypatch.setattr(time_box, "DECIDED_EVERY", 2)
-    monkeypatch.setattr(time_box, "WARM_UP", 0)
-    monkeypatch.setattr(time_box, "MEASURED", 2)
-
-    def train(run, *seconds):
-        class Clock(Hook):
-            def judge(self, update):
-                clock["t"] += seconds[update.index]
-
-        run.trainer._hooks = [*run.trainer._hooks, Clock()]
-        return run.train()
-
-    # It is shortened after step 2, as the first steps are slow, and lengthened after step 6.
-    slow_first = [2.0] * 4 + [0.5] * 30
-    whole = start(total=30, seconds=16.0)
-    assert train(whole, *slow_first) == "done"
-    totals = [u.total for u in whole.hook.updates]
-    assert totals[1] < totals[6] < 30
-    assert len(totals) == totals[-1]
-    for path in list((tmp_path / "checkpoints").iterdir()):
-        if path.name != store.name_of(4):
-            shutil.rmtree(path)
-    again = start(total=30, seconds=16.0)
-    assert train(again, *slow_first) == "done"
-    assert [u.total for u in again.hook.updates] == totals[4:]
-    assert all(torch.equal(again.state[key], values) for key, values in whole.state.items())
 
 
 def test_a_wish_to_save_is_granted_after_the_step(start):
@@ -326,11 +271,9 @@ def test_training_goes_on_while_numbers_are_worked_out(start):
     ]
 
 
-@pytest.mark.parametrize("decides", ["best", "time_box"])
-def test_a_run_waits_for_numbers_that_it_goes_by(start, decides):
-    run = start(total=4, seconds=1e6 if decides == "time_box" else 0.0)
-    if decides == "best":
-        run.trainer.best = Best("loss", lower_is_better=True, patience=9)
+def test_a_run_waits_for_numbers_that_it_goes_by(start):
+    run = start(total=4)
+    run.trainer.best = Best("loss", lower_is_better=True, patience=9)
     notes = slow(run, every=2, ready={})
     assert [note for note in notes if "waited" in note] == [
         *("waited for 0 at 0", "waited for 2 at 2", "waited for 4 at 4")

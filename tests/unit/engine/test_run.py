@@ -155,7 +155,7 @@ def recipe(one_rank, tmp_path):
         student=replace(run.student, model="vit_base_patch16", architecture=vit),
         data=replace(run.data, image_size=8),
         batch=replace(run.batch, global_batch_size=4, micro_batch_size=2),
-        optim=replace(run.optim, max_steps=3, max_seconds=0.0),
+        optim=replace(run.optim, max_steps=3),
         eval=replace(run.eval, root="", views=type(run.eval)().views),
         runtime=replace(run.runtime, run_dir=str(tmp_path / "run"), **off),
     )

@@ -174,9 +174,6 @@ def test_what_only_a_distillation_reads_is_refused_field_by_field(name):
         # In another unit, of which the recipe does not say which is longer.
         ({"epochs": 20}, {"epochs": 20, "max_steps": 5}, set()),
         ({"max_steps": 10}, {"max_steps": 11, "epochs": 400}, {"optim.max_steps", "optim.epochs"}),
-        # What limits the time has decided the length.
-        ({"max_seconds": 9.0}, {"max_seconds": 9.0, "max_steps": 99}, {"optim.max_steps"}),
-        ({"max_seconds": 9.0}, {"max_steps": 99}, set()),
         ({"max_steps": 10}, {"max_steps": 11, "base_lr": 1.0}, {"optim.base_lr"}),
     ],
 )

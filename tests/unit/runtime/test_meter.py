@@ -183,11 +183,6 @@ def test_each_step_counts_by_the_size_of_its_images(
     assert found["images_per_second_of_sizes"] == {"16": pytest.approx(8), "32": pytest.approx(4)}
 
 
-def test_a_time_box_ends_the_run_where_the_updates_say(make_setting, run_updates, summary):
-    run_updates([Meter()], make_setting(total=1000), 6, total=6)
-    assert (summary()["updates"], summary()["total_updates"]) == (6, 6)
-
-
 def test_a_run_that_stops_before_its_first_update_has_a_summary(make_setting, run_updates, summary):
     run_updates([Meter()], make_setting(), 0, end="stopped")
     found = summary()

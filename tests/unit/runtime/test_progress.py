@@ -9,7 +9,6 @@ from rich.console import Console
 
 from fd_large.ranks import activity
 from fd_large.runtime import logs, progress, terminal
-from fd_large.runtime.hooks import Update
 from fd_large.runtime.meter import Meter
 from fd_large.runtime.progress import Progress
 
@@ -126,33 +125,6 @@ def test_a_failure_is_told_below_the_bar(shown, make_setting, run_updates, capsy
     terminal.show_error("data.root: gone")
     assert shown.text().endswith("\n")
     assert capsys.readouterr().err == "data.root: gone\n"
-
-
-def test_the_bar_follows_a_time_box(shown, make_setting, run_updates):
-    shown.open(is_terminal=True)
-    run_updates(hooks(), make_setting(total=1000), 6, total=6)
-    assert "6/6" in shown.text().splitlines()[-1]
-
-
-def test_a_line_knows_the_length_that_its_own_step_decided(shown, make_setting):
-    shown.open(is_terminal=False)
-    (meter,) = hooks()
-    meter.on_start(make_setting(total=2000, log_every=2))
-    for index, total in enumerate((2000, 80, 80, 72)):
-        meter.after_update(Update(index, total, 0, 0.5, 1.5, 1e-3))
-    assert re.findall(r"step (\S+)", shown.text()) == ["2/80", "4/72"]
-
-
-def test_a_time_box_says_how_long_it_takes_before_its_length_is_set(
-    shown, make_setting, run_updates
-):
-    shown.open(is_terminal=False)
-    setting = make_setting(total=10**9, log_every=1, max_seconds=240.0)
-    run_updates(hooks(), setting, 2, end=None)
-    assert re.findall(r"(\S+) left", shown.text()) == ["4:00", "4:00"]
-    *_, work = activity.current()
-    assert str(work) == "training, 2 steps"
-    work.end()
 
 
 def test_what_is_done_between_two_steps_takes_the_place_of_the_numbers(

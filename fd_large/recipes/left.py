@@ -1,0 +1,101 @@
+"""Fields of earlier versions that left: in which version, and what to do instead.
+
+A stored recipe is read without them; whoever sets one, by a flag, in a run file or from Python, is
+told the remedy. docs/runs.md shows the table.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+log = logging.getLogger(__name__)
+
+
+class Left(NamedTuple):
+    """A field that left.
+
+    Attributes:
+        version: The first version without it.
+        idle: The value with which it did nothing.
+        remedy: What to do instead, a sentence.
+    """
+
+    version: str
+    idle: Any
+    remedy: str
+
+
+LEFT = {
+    "optim.max_seconds": Left(
+        "0.2.0", 0, "Name a number of steps with --optim.max_steps, and leave it out."
+    ),
+}
+"""Fields that left, by their name in a recipe."""
+
+
+def refusal(name: str, value: Any) -> str | None:
+    """Returns why a field cannot be set, or None if it is none that left.
+
+    Args:
+        name: The field, as it was typed.
+        value: What it was set to.
+    """
+    left = LEFT.get(name)
+    if left is None:
+        return None
+    return (
+        f"{name}: left in version {left.version}; got {value}, expected no such field. "
+        f"{left.remedy}"
+    )
+
+
+def without_left(recipe: Any) -> Any:
+    """Returns a stored recipe without fields that left; logs those that did something, once.
+
+    Args:
+        recipe: What a run or a checkpoint stored; anything but nested dicts stays as it is.
+    """
+    active = []
+    for name, left in LEFT.items():
+        section, _, key = name.partition(".")
+        values = recipe.get(section) if isinstance(recipe, dict) else None
+        if isinstance(values, dict) and key in values:
+            if values[key] != left.idle:
+                active.append(f"{name} {values[key]!r}")
+            recipe = {**recipe, section: {k: v for k, v in values.items() if k != key}}
+    if active:
+        _log(", ".join(active))
+    return recipe
+
+
+@cache  # A start reads the recipe of its run several times.
+def _log(fields: str) -> None:
+    log.info("the stored recipe is read without fields that left: %s (docs/runs.md)", fields)
+
+
+def decided_steps(
+    manifest: Mapping[str, Any], first_release: Mapping[str, Any] = MappingProxyType({})
+) -> int | None:
+    """Returns the number of steps that a time limit (optim.max_seconds) gave a run, if one did.
+
+    Args:
+        manifest: That of a checkpoint; decisions after its step do not count.
+        first_release: The run's time_box.json, the only place of the first release's one decision.
+    """
+    decisions = manifest.get("time_box", {}).get("decisions", [])
+    made = [one["updates"] for one in decisions if one["step"] <= manifest["update"]]
+    had_limit = manifest.get("recipe", {}).get("optim", {}).get("max_seconds")
+    if not made and had_limit and "updates" in first_release:
+        made = [int(first_release["updates"])]
+    return made[-1] if made else None
+
+
+def recorded_length(step: int, decided: int | None) -> dict[str, Any]:
+    """Returns the entry of a manifest from which `decided_steps` reads the length again."""
+    if decided is None:
+        return {}
+    return {"time_box": {"decisions": [{"step": step, "updates": decided}]}}
