@@ -97,10 +97,10 @@ def test_a_task_is_built_on_the_gpu_with_an_optimiser_for_it(card: Card, monkeyp
 
     def initialize(**made):
         given.update(made)
-        return SimpleNamespace(destroy=lambda: None), None, None, None
+        return SimpleNamespace(destroy=lambda: None, optimizer=None), None, None, None
 
     monkeypatch.setattr(engine, "deepspeed", SimpleNamespace(initialize=initialize))
-    monkeypatch.setattr(engine, "check_engine", lambda *made: None)
+    monkeypatch.setattr(engine, "check_optimizer", lambda *made: None)
     monkeypatch.setattr(engine, "spare_passes", lambda made, bucket: None)
     monkeypatch.setattr(
         engine.partition, "set_masters", lambda task, exact: given.update(exact=exact)

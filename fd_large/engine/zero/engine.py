@@ -16,7 +16,7 @@ from fd_large.engine.zero import config as ds
 from fd_large.engine.zero.disk import Disk
 from fd_large.engine.zero.gradient_reduction import spare_passes
 from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups
-from fd_large.engine.zero.private_names import check_engine
+from fd_large.engine.zero.private_names import check_optimizer
 from fd_large.engine.zero.start import deepspeed
 from fd_large.engine.zero.step_gate import StepGate
 from fd_large.errors import ConfigError
@@ -124,7 +124,7 @@ def build_engine(
         )
     with holding:
         engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=given)
-    check_engine(engine, optimizer, ds.optimizer_class(config))
+    check_optimizer(engine.optimizer, optimizer, ds.optimizer_class(config))
     if exact:
         partition.set_masters(task, exact)
     bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)
