@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from fd_large.engine.replay import Incident, Replayed, Weights
+    from fd_large.engine.replay import Replayed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,114 +33,67 @@ def main(arguments: list[str]) -> int:
     given = parse(Replay, arguments, command="replay")
     require_paths({"replay": given.file})
     # Importing torch and deepspeed takes seconds.
-    from fd_large.engine.replay import find_weights, read_incident, run_again
+    from fd_large.engine.replay import replay
     from fd_large.kernels.precision import full_float32
     from fd_large.ranks import distributed
     from fd_large.tasks.jobs import job_of
 
     full_float32(distributed.device())
-    incident = read_incident(Path(given.file), job_of)
-    weights = find_weights(incident)
+    replayed = replay(Path(given.file), job_of)
     console = tables()
-    _print_incident(console, incident, weights, str(distributed.device()))
-    replayed = run_again(incident, weights)
-    _print_losses(console, incident, replayed)
-    _print_layers(console, incident, replayed)
+    _print_step(console, replayed, str(distributed.device()))
+    _print_losses(console, replayed)
     if replayed.other_training:
         console.print(f"NOT THE TRAINING of the run: {replayed.other_training}", style="red")
     return 0
 
 
-def _print_incident(console: Console, incident: Incident, weights: Weights, device: str) -> None:
-    said, step = incident.said, incident.said["index"]
+def _print_step(console: Console, replayed: Replayed, device: str) -> None:
+    incident, weights = replayed.incident, replayed.checkpoint
+    step = incident["index"]
     console.print(
-        f"step {step + 1} of {incident.folder}", style="bold", markup=False, soft_wrap=True
+        f"step {step + 1} of {replayed.folder}", style="bold", markup=False, soft_wrap=True
     )
-    for off in said["off"]:
+    for off in incident["off"]:
         usual = "" if off["median"] is None else f", median before it {off['median']:.6g}"
         limit = "" if off["limit"] is None else f", limit {off['limit']:.6g}"
         console.print(f"  {off['what']} {off['value']:.6g}{usual}{limit}")
-    console.print(f"  {incident.job.run.engine.precision} on {device}")
-    if weights.accepted_between is None:
-        console.print(
-            f"  weights: checkpoint of {weights.update} steps, {weights.update - step} LATER "
-            "than the step (older ones are gone): losses will differ",
-            style="yellow",
-        )
-    elif weights.accepted_between:
-        console.print(
-            f"  weights: checkpoint of {weights.update} steps, {weights.accepted_between} earlier "
-            "than the step: losses will differ",
-            style="yellow",
-        )
+    console.print(f"  {replayed.precision} on {device}")
+    text = f"  weights: checkpoint of {weights} steps, "
+    if weights == step:
+        console.print(f"{text}those of the step")
+    elif weights < step:
+        text += f"{step - weights} earlier than the step: losses will differ"
+        console.print(f"{text}, unless these were refused too", style="yellow")
     else:
-        console.print(f"  weights: checkpoint of {weights.update} steps, those of the step")
+        text += f"{weights - step} LATER than the step (older ones are gone): losses will differ"
+        console.print(text, style="yellow")
 
 
-def _print_losses(console: Console, incident: Incident, replayed: Replayed) -> None:
+def _print_losses(console: Console, replayed: Replayed) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    said = incident.said
     table = Table(title="Losses", title_justify="left")
-    for column in ("rank", "micro batch", "recorded", "now"):
+    for column in ("rank", "recorded", "now"):
         table.add_column(column, justify="right")
-    table.add_column("images", overflow="fold")
-    size = said["micro_batch_size"]
-    for own in incident.images:
-        names = said["ranks"][own.rank]["names"]
-        for number, (before, now) in enumerate(
-            zip(own.losses, replayed.losses[own.rank], strict=True)
-        ):
-            table.add_row(
-                str(own.rank),
-                str(number),
-                _number(before),
-                _number(now),
-                Text("\n".join(names[number * size : (number + 1) * size])),
-            )
+    table.add_column("images of the micro batch", overflow="fold")
+    for one, loss in zip(replayed.micro_batches, replayed.losses, strict=True):
+        names = Text("\n".join(one.names))
+        table.add_row(str(one.rank), _number(one.recorded), _number(loss), names)
     console.print(table)
-    whole = len(incident.images) == said["world_size"]
+    ranks = {one.rank for one in replayed.micro_batches}
+    whole = len(ranks) == replayed.incident["world_size"]
     console.print(
         Text("gradient norm: ").append_text(_number(replayed.grad_norm)),
-        Text("of the images above; recorded")
-        if whole
-        else Text("of the images above; recorded, of all ranks,"),
-        _number(said["grad_norm"]),
+        Text(f"of the images above; recorded{'' if whole else ', of all ranks'}:"),
+        _number(replayed.incident["grad_norm"]),
     )
 
 
-def _print_layers(console: Console, incident: Incident, replayed: Replayed) -> None:
-    from rich.table import Table
+def _number(value: float) -> Text:
     from rich.text import Text
 
-    table = Table(title="Largest magnitude at each layer's output", title_justify="left")
-    table.add_column("layer, in execution order", overflow="fold")
-    for column in ("recorded, all ranks", "forward now", "gradient now"):
-        table.add_column(column, justify="right")
-    for name, value in replayed.forward.items():
-        table.add_row(
-            Text(name),
-            _number(incident.said["layers"].get(name)),
-            _number(value),
-            _number(replayed.gradient.get(name)),
-        )
-    console.print(table)
-    # Last, where a terminal stands when a long table has passed.
-    for what, maxima, order in (
-        ("forward", replayed.forward, list(replayed.forward)),
-        ("gradient", replayed.gradient, list(replayed.forward)[::-1]),
-    ):
-        bad = [n for n in order if n in maxima and not math.isfinite(maxima[n])]
-        text = f"{bad[0]} is the first layer that is not finite" if bad else "finite at every layer"
-        console.print(Text(f"{what}: {text}", style="bold red" if bad else ""))
-
-
-def _number(value: float | None) -> Text:
-    from rich.text import Text
-
-    if value is None:
-        return Text("")
     if math.isfinite(value):
         return Text(f"{value:.6g}")
     return Text(f"{value:g} !", style="bold red")

@@ -52,40 +52,29 @@ def evidence_of(
 
 
 @contextmanager
-def layer_maxima(
-    task: Task, gradients: dict[str, Tensor] | None = None
-) -> Iterator[dict[str, Tensor]]:
+def layer_maxima(task: Task) -> Iterator[dict[str, Tensor]]:
     """Records the largest magnitude of each layer's output inside the block.
 
     A layer is a module with parameters of its own. The yielded dictionary grows in execution order:
     layer -> float32 scalar on the device.
-
-    Args:
-        task: The task whose models are watched.
-        gradients: Filled in the same way with the gradients at these outputs, as backward runs.
     """
-    outputs: dict[str, Tensor] = {}
+    maxima: dict[str, Tensor] = {}
 
-    def note(maxima: dict[str, Tensor], name: str, values: Tensor) -> None:
-        largest = values.detach().abs().amax().float()
-        maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
-
-    def watch(name: str, output: Any) -> None:
+    def note(name: str, output: Any) -> None:
         # A feature map, and what a norm with a residual returns, begins with the tokens.
         values = output[0] if isinstance(output, tuple) else output
         if isinstance(values, Tensor) and values.is_floating_point() and values.numel():
-            note(outputs, name, values)
-            if gradients is not None and values.requires_grad:
-                values.register_hook(lambda gradient: note(gradients, name, gradient))
+            largest = values.detach().abs().amax().float()
+            maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
 
     hooks = [
-        module.register_forward_hook(lambda _m, _i, output, name=prefix + name: watch(name, output))
+        module.register_forward_hook(lambda _m, _i, output, name=prefix + name: note(name, output))
         for prefix, model in task.models().items()
         for name, module in model.named_modules()
         if next(module.parameters(recurse=False), None) is not None
     ]
     try:
-        yield outputs
+        yield maxima
     finally:
         for hook in hooks:
             hook.remove()

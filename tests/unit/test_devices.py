@@ -31,7 +31,7 @@ from fd_large.diagnose.sample import Sample
 from fd_large.engine import ema, forward_backward
 from fd_large.engine.incident_evidence import evidence_of
 from fd_large.engine.loop import Trainer, TrainingPlan
-from fd_large.engine.replay import find_weights, read_incident, run_again
+from fd_large.engine.replay import replay
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.student import make_student
 from fd_large.engine.task import Task
@@ -399,6 +399,5 @@ def test_a_refused_step_is_run_again(card: Card, tmp_path: Path, checkpointing: 
     (tmp_path / "deepspeed.json").write_text('{"bf16": {"enabled": true}}')
     images = list(batch_of(4).images.split(2))
     file = tiny_runs.store_incident(tmp_path, 4, images, [0.5, 0.25])
-    incident = read_incident(file, job_of)
-    replayed = run_again(incident, find_weights(incident))
-    assert all(np.isfinite([*replayed.losses[0], replayed.grad_norm]))
+    replayed = replay(file, job_of)
+    assert all(np.isfinite([*replayed.losses, replayed.grad_norm]))

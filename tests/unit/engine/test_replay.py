@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from fd_large.checkpoint import store
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import prepared
-from fd_large.engine.replay import find_weights, read_incident, run_again
+from fd_large.engine.replay import _read, replay
 from fd_large.errors import CheckpointError, ConfigError, FDError
 from fd_large.recipes import registry
 from fd_large.tasks.jobs import job_of
@@ -57,94 +56,62 @@ def test_the_numbers_are_those_of_the_step(made, checkpointing):
     student = replace(run.student, activation_checkpointing=checkpointing)
     recipe = replace(run, student=student).to_dict()
     (folder / "recipe.json").write_text(json.dumps(recipe))
-    incident = read_incident(file, job_of)
-    assert [image.losses for image in incident.images] == [[0.5, 0.25]]
-    replayed = run_again(incident, find_weights(incident))
+    replayed = replay(file, job_of)
+    assert [(one.rank, one.recorded) for one in replayed.micro_batches] == [(0, 0.5), (0, 0.25)]
     losses, norm = expected_numbers(run, task)
-    assert replayed.losses == {0: pytest.approx(losses, rel=1e-6)}
+    assert replayed.losses == pytest.approx(losses, rel=1e-6)
     assert replayed.grad_norm == pytest.approx(norm, rel=1e-5)
-    assert list(replayed.forward)[-1] == "projection"
-    # The teacher has no gradient, and a first layer with none at its input has one at its output.
-    trained = [name for name in replayed.forward if not name.startswith("teacher.")]
-    assert len(trained) < len(replayed.forward)
-    assert replayed.gradient.keys() == set(trained)
-    assert all(math.isfinite(value) for value in replayed.gradient.values())
 
 
 def test_images_come_back_in_the_sizes_of_their_micro_batches(made):
     folder, *_ = made
     parts = [IMAGES[:2], IMAGES[2:, :, :20, :28]]
     file = tiny_runs.store_incident(folder, STEP + 1, parts, [0.5, 0.25])
-    (own,) = read_incident(file, job_of).images
-    assert all(map(torch.equal, own.images, parts))
+    found = [one.batch.images for one in _read(file)[1]]
+    assert all(map(torch.equal, found, parts))
     # An older file has one size and does not say which.
     at = file.parent / "rank_00000.safetensors"
     stored = load_file(at)
     save_file({name: stored[name] for name in ("images", "positions")}, at)
-    (own,) = read_incident(file, job_of).images
-    assert [tuple(part.shape) for part in own.images] == [(2, 3, 32, 32)] * 2
+    found = [one.batch.images for one in _read(file)[1]]
+    assert [tuple(part.shape) for part in found] == [(2, 3, 32, 32)] * 2
 
 
 def test_another_teacher_is_told(made):
     folder, run, task, file = made
-    incident = read_incident(file, job_of)
-    weights = find_weights(incident)
-    assert "hash" in run_again(incident, weights).other_training
-    own = incident.job.facts()
-    tiny_runs.store_task(folder, run, task, update=STEP, facts=own)
-    assert run_again(incident, find_weights(incident)).other_training == ""
+    assert "hash" in replay(file, job_of).other_training
+    job = job_of(run)
+    job.build(bfloat16=False, node_size=1, persistence_threshold=0)
+    tiny_runs.store_task(folder, run, task, update=STEP, facts=job.facts())
+    assert replay(file, job_of).other_training == ""
 
 
 def test_bfloat16_rounds_as_the_run_did(made):
     folder, _, _, file = made
-    exact = run_again(incident := read_incident(file, job_of), find_weights(incident))
+    exact = replay(file, job_of)
     (folder / "deepspeed.json").write_text('{"bf16": {"enabled": true}}')
-    low = run_again(incident := read_incident(file, job_of), find_weights(incident))
-    assert low.losses[0] != exact.losses[0]
-    assert low.losses[0] == pytest.approx(exact.losses[0], rel=0.05)
+    low = replay(file, job_of)
+    assert low.losses != exact.losses
+    assert low.losses == pytest.approx(exact.losses, rel=0.05)
 
 
-def rows(folder, updates, skipped=()):
-    lines = [json.dumps({"update": i, "skipped": i in skipped}) + "\n" for i in updates]
-    (folder / "metrics.jsonl").write_text("".join(lines))
-
-
-@pytest.mark.parametrize(
-    ("gone", "skipped", "taken_back", "found"),
-    [
-        ([], (), {}, (8, 1)),
-        ([], (8,), {}, (8, 0)),
-        ([8], (7,), {}, (5, 3)),
-        ([8, 5], (3, 4), {}, (3, 4)),
-        # Steps 6 to 8 were undone: the weights of the step are those after 5, and step 9 came.
-        ([], (), {7: 5}, (8, 1)),
-        ([8], (), {7: 5}, (5, 1)),
-        ([3, 5, 8], (), {}, (12, None)),
-    ],
-)
-def test_weights_from_before_the_step(made, gone, skipped, taken_back, found):
+@pytest.mark.parametrize(("gone", "found"), [([], 8), ([8], 5), ([8, 5], 3), ([3, 5, 8], 12)])
+def test_weights_are_the_newest_from_before_the_step(made, gone, found):
     folder, _, _, file = made
-    rows(folder, range(STEP + 3), skipped)
-    for index, restored in taken_back.items():
-        at = folder / "incidents" / f"update_{index + 1:08d}"
-        at.mkdir()
-        (at / "incident.json").write_text(json.dumps({"restored": restored}))
     for update in gone:
         shutil.rmtree(store.checkpoints_of(folder) / store.name_of(update))
-    assert find_weights(read_incident(file, job_of))[1:] == found
+    assert replay(file, job_of).checkpoint == found
 
 
 def test_a_damaged_checkpoint_is_passed_over(made, caplog):
     folder, _, _, file = made
-    rows(folder, range(STEP))
     part = store.checkpoints_of(folder) / store.name_of(8) / store.file_of(1)
     part.write_bytes(part.read_bytes()[:-1])
-    incident = read_incident(file.parent, job_of)
-    assert find_weights(incident)[1:] == (5, 4)
+    assert replay(file.parent, job_of).checkpoint == 5
     assert "step_00000008: rank_00001" in caplog.text
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(CheckpointError, match="no sound checkpoint; got none"):
-        find_weights(incident)
+        replay(file, job_of)
 
 
 def no_teacher(folder):
@@ -170,13 +137,13 @@ def test_what_cannot_be_replayed_is_one_sentence(made, spoil, said):
     folder, _, _, file = made
     spoil(folder, file.parent)
     with pytest.raises(FDError, match=said):
-        run_again(incident := read_incident(file.parent, job_of), find_weights(incident))
+        replay(file.parent, job_of)
 
 
 @pytest.mark.parametrize(
-    "name", ["index", "off", "layers", "epoch", "world_size", "micro_batch_size", "grad_norm"]
+    "name", ["index", "off", "epoch", "world_size", "micro_batch_size", "grad_norm"]
 )
-@pytest.mark.parametrize("value", [None, ""], ids=["missing", "of another type"])
+@pytest.mark.parametrize("value", [None, "x"], ids=["missing", "of another type"])
 def test_a_damaged_incident_is_told_when_it_is_read(made, name, value):
     file = made[-1]
     said = json.loads(file.read_text())
@@ -184,8 +151,8 @@ def test_a_damaged_incident_is_told_when_it_is_read(made, name, value):
     if value is None:
         del said[name]
     file.write_text(json.dumps(said))
-    with pytest.raises(ConfigError, match=f"damaged; got (KeyError|TypeError) '?{name}"):
-        read_incident(file, job_of)
+    with pytest.raises(ConfigError, match=r"damaged; got (KeyError|TypeError) "):
+        replay(file, job_of)
 
 
 def test_a_task_with_targets_is_refused(made):
@@ -193,4 +160,4 @@ def test_a_task_with_targets_is_refused(made):
     recipe = registry.get("finetune_clip_vit_base").to_dict()
     (folder / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(ConfigError, match="the task finetune"):
-        read_incident(file, job_of)
+        replay(file, job_of)
