@@ -11,6 +11,7 @@ import torch
 from oracles_models import GRADIENT_FACTOR, Row, Tensors, max_relative
 from torch import Tensor, nn
 
+from fd_large.backbones.translation import NOWHERE, our_name
 from fd_large.backbones.vit.vit import ViT
 from fd_large.engine.schedule import PolynomialSchedule, RiseAndFall, Schedule, StepSchedule
 from fd_large.engine.zero.optimizer import decays
@@ -22,7 +23,7 @@ from fd_large.tasks.segmentation.data.labels import class_labels
 from fd_large.tasks.segmentation.heads.fcn_head import FcnHead
 from fd_large.tasks.segmentation.heads.uper_head import UperHead
 from fd_large.tasks.segmentation.loss import IGNORED, pixel_loss
-from fd_large.tasks.segmentation.published import our_name
+from fd_large.tasks.segmentation.published import HEADS
 from fd_large.tasks.segmentation.scores.areas import confusion, scores_of
 from fd_large.tasks.segmentation.scores.views import averaged, resized
 from fd_large.tasks.segmentation.task import Segmentation
@@ -31,7 +32,8 @@ from fd_large.tasks.segmentation.task import Segmentation
 def ours(name: str) -> str:
     """Our name of a parameter of a published model, or of a pyramid by itself."""
     name = re.sub(r"^upsample_", "neck.upsample_", re.sub(r"^fpn", "backbone.fpn", name))
-    return our_name(name) or re.sub(r"^backbone\.", "student.", name)
+    ours, _ = our_name(name, HEADS)
+    return re.sub(r"^backbone\.", "student.", name) if ours == NOWHERE else ours
 
 
 def _load(model: nn.Module, tensors: Tensors, dtype: torch.dtype) -> nn.Module:

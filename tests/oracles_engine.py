@@ -21,6 +21,7 @@ from translated_names import translate
 
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET
+from fd_large.backbones.translation import our_name
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.zero.optimizer import decays
 from fd_large.recipes.architectures import Architecture
@@ -124,7 +125,7 @@ def finetuning_rows(published: dict) -> list[Row]:
         # A head and a norm of the mean are no tensors of a backbone's file.
         own = {name: name for name in spec["parameters"] if name.startswith(("head.", "fc_norm."))}
         rest = {name for name in spec["parameters"] if name not in own}
-        inside = {n: FORMATS[form].format.rule(n).name for n in rest}
+        inside = {n: our_name(n, FORMATS[form].format.rows)[0] for n in rest}
         names = own | {theirs: f"student.{mine}" for theirs, mine in inside.items()}
         wrong = len(set(names.values()) ^ ours.keys())
         for theirs, (layer, group) in spec["parameters"].items():

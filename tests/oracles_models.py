@@ -444,9 +444,9 @@ def _resize_row(name: str, facts: dict, tensors: Tensors, dtype: torch.dtype) ->
 
 def _expansion_row(case: str, facts: dict) -> Row:
     """A shared position bias for every block, by names alone."""
-    rule = FORMATS["fd_swinv2"].format.rule
-    wanted = {name: () for name in translated(facts["keys_out"], rule).pieces}
-    pieces = translated(facts["keys_in"], rule).pieces
+    rows = FORMATS["fd_swinv2"].format.rows
+    wanted = {name: () for name in translated(facts["keys_out"], rows).pieces}
+    pieces = translated(facts["keys_in"], rows).pieces
     got = expanded(pieces, wanted, shared_bias)
     wrong = len(got.keys() ^ wanted.keys())
     for name, piece in got.items():

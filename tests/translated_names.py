@@ -1,4 +1,4 @@
-"""A state dict in our names, by the rule of a published format."""
+"""A state dict in our names, by the table of a published format."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def translate(form: str, items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[
     The projection of a student's file comes as `projection.weight` (Ct, Cs) and `projection.bias`.
     """
     tensors = dict(items)
-    for name, piece in translated(tensors, FORMATS[form].format.rule).pieces.items():
+    for name, piece in translated(tensors, FORMATS[form].format.rows).pieces.items():
         yield name, piece.read(tensors)

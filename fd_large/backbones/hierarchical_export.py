@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from fd_large.backbones.exports import Output, same, timm_config
+from fd_large.backbones.exports import timm_config
 from fd_large.backbones.statistics import Statistics
-from fd_large.backbones.translation import Shape, replaced, to_unfolded
 from fd_large.recipes.family import WindowedTransformer
 
 NAMES = "the names of the Swin-Transformer repository"
-
-
-def timm_name(name: str, a: WindowedTransformer) -> str:
-    """Returns timm's name of a tensor: merging, which closes a stage here, opens the next there."""
-    merging = re.match(r"layers\.(\d+)\.downsample\.", name)
-    if not merging:
-        return name
-    return f"layers.{int(merging[1]) + 1}.downsample.{name[merging.end() :]}"
 
 
 def lacks(a: WindowedTransformer, pads: bool) -> str:
@@ -46,22 +36,6 @@ def config(
         **arguments,
     }
     return timm_config(a, statistics, entry=entry, pool="avg", arguments=own)
-
-
-_MMSEG = (
-    ("patch_embed.proj.", "patch_embed.projection."),
-    (".attn.", ".attn.w_msa."),
-    (".mlp.fc1.", ".ffn.layers.0.0."),
-    (".mlp.fc2.", ".ffn.layers.1."),
-)
-
-
-def mmseg_outputs(name: str, shape: Shape, a: WindowedTransformer) -> list[Output]:
-    """Returns a tensor as mmsegmentation's Swin has it, which merges patches by nn.Unfold."""
-    theirs = replaced(re.sub(r"^layers\.", "stages.", name), _MMSEG)
-    if ".downsample." in name:
-        return [Output(theirs, shape, to_unfolded)]
-    return same(theirs, shape)
 
 
 def _fits(a: WindowedTransformer) -> bool:

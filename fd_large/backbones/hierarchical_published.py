@@ -5,31 +5,94 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from fd_large.backbones.published import Names, Wanted, any_has
+from fd_large.backbones.published import Wanted
 from fd_large.backbones.recognition import activation_named, count_of, mlp_ratio, qkv_bias, side_of
 from fd_large.backbones.translation import (
-    RECOMPUTED,
+    COMPUTED,
     Pieces,
+    Rows,
     Shapes,
-    Target,
     fresh_norm,
-    replaced,
+    table,
 )
 
-_HUGGING_FACE = (
-    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
-    ("embeddings.norm.", "patch_embed.norm."),
-    ("embeddings.position_embeddings", "absolute_pos_embed"),
-    ("encoder.layers.", "layers."),
-    (".attention.self.continuous_position_bias_mlp.", ".attn.cpb_mlp."),
-    (".attention.self.", ".attn."),
-    (".attention.output.dense.", ".attn.proj."),
-    (".layernorm_before.", ".norm1."),
-    (".layernorm_after.", ".norm2."),
-    (".intermediate.dense.", ".mlp.fc1."),
-    (".output.dense.", ".mlp.fc2."),
+# --- tables of names; what no row has keeps its name ---
+
+# Swin-Transformer's, EsViT's and our own files.
+OF_OFFICIAL = f"""
+{COMPUTED}
+head.*              -
+head_dense.*        -
+"""
+OFFICIAL = table(OF_OFFICIAL)
+OF_SIMMIM = f"""
+{OF_OFFICIAL}
+mask_token          -
+decoder.*           -
+*                   *
+"""
+# Merging opens a stage there and closes the one before here.
+TIMM = OFFICIAL + table("""
+*.k_bias                -
+layers.+.downsample.*   layers.#.downsample.*
+""")
+_MMSEG_BLOCK = """
+attn.w_msa.*            attn.*
+ffn.layers.0.0.*        mlp.fc1.*
+ffn.layers.1.*          mlp.fc2.*
+"""
+# Patches are merged by nn.Unfold.
+MMSEG = (
+    *OFFICIAL,
+    *table(_MMSEG_BLOCK, start="stages.#.blocks.#.", into="layers.#.blocks.#."),
+    *table("""
+patch_embed.projection.*    patch_embed.proj.*
+stages.#.downsample.*       layers.#.downsample.*   unfolded
+stages.*                    layers.*
+"""),
 )
-_THIRDS = {"query": 0, "key": 1, "value": 2}
+_HF_BLOCK = """
+layernorm_before.*                                  norm1.*
+layernorm_after.*                                   norm2.*
+attention.output.dense.*                            attn.proj.*
+attention.self.query.*                              attn.qkv.*      q
+attention.self.key.*                                attn.qkv.*      k
+attention.self.value.*                              attn.qkv.*      v
+attention.self.continuous_position_bias_mlp.*       attn.cpb_mlp.*
+attention.self.*                                    attn.*
+intermediate.dense.*                                mlp.fc1.*
+output.dense.*                                      mlp.fc2.*
+"""
+_HF_BIASES = """
+attention.self.query.bias       attn.q_bias
+attention.self.key.bias         attn.k_bias
+attention.self.value.bias       attn.v_bias
+"""
+_OF_HF = """
+classifier.*                                -
+pooler.*                                    -
+decoder.*                                   -
+embeddings.mask_token                       -
+embeddings.patch_embeddings.projection.*    patch_embed.proj.*
+embeddings.norm.*                           patch_embed.norm.*
+embeddings.position_embeddings              absolute_pos_embed
+encoder.layers.*                            layers.*
+layernorm.*                                 norm.*
+*                                           *
+"""
+
+
+def _hugging_face(block: str) -> Rows:
+    either = "{|swinv2.|swin.}"
+    return (
+        *table(COMPUTED),
+        *table(block, start=f"{either}encoder.layers.#.blocks.#.", into="layers.#.blocks.#."),
+        *table(_OF_HF, start=either),
+    )
+
+
+HF_SWIN = _hugging_face(_HF_BLOCK)
+HF_SWINV2 = _hugging_face(_HF_BIASES + _HF_BLOCK)
 
 
 def _has_first(fact: tuple[int, ...], wanted: tuple[int, ...], depths: tuple[int, ...]) -> bool:
@@ -39,71 +102,6 @@ def _has_first(fact: tuple[int, ...], wanted: tuple[int, ...], depths: tuple[int
 FREE = frozenset({"image_size", "window_size"})
 # A model may have the first stages alone.
 AGREE = {"depths": _has_first, "num_heads": _has_first}
-
-
-def official(name: str) -> Target | None:
-    """Swin-Transformer, EsViT and our own files: the names are ours; heads are dropped."""
-    if name.endswith(RECOMPUTED) or name.startswith(("head.", "head_dense.")):
-        return None
-    return Target(name)
-
-
-def simmim(name: str) -> Target | None:
-    """SimMIM: the encoder is official; mask token and decoder are dropped."""
-    name = name.removeprefix("encoder.")
-    if name == "mask_token" or name.startswith("decoder."):
-        return None
-    return official(name)
-
-
-def timm(name: str) -> Target | None:
-    """Merging opens a stage there and closes the one before here; otherwise the official names."""
-    number = re.match(r"layers\.(\d+)\.downsample\.", name)
-    if number:
-        name = f"layers.{int(number[1]) - 1}.downsample.{name[number.end() :]}"
-    return None if name.endswith(".k_bias") else official(name)
-
-
-_MMSEG = (
-    ("patch_embed.projection.", "patch_embed.proj."),
-    (".attn.w_msa.", ".attn."),
-    (".ffn.layers.0.0.", ".mlp.fc1."),
-    (".ffn.layers.1.", ".mlp.fc2."),
-)
-
-
-def mmseg(name: str) -> Target | None:
-    """mmsegmentation's own Swin, which merges patches by nn.Unfold."""
-    target = official(replaced(re.sub(r"^stages\.", "layers.", name), _MMSEG))
-    return target and target._replace(form="unfolded" if ".downsample." in name else "")
-
-
-def hugging_face(name: str, *, fused_bias: bool) -> Target | None:
-    """Hugging Face's Swin models; separate queries, keys and values become one tensor.
-
-    Args:
-        name: The file's.
-        fused_bias: Whether the three biases become one vector; otherwise query and value have one.
-    """
-    name = name.removeprefix("swinv2.").removeprefix("swin.")
-    if name.endswith(RECOMPUTED) or name.startswith(("classifier.", "pooler.", "decoder.")):
-        return None
-    if name == "embeddings.mask_token":
-        return None
-    if name.startswith("layernorm."):
-        return Target(name.replace("layernorm.", "norm."))
-    name = replaced(name, _HUGGING_FACE)
-    part = re.fullmatch(r"(.*\.attn\.)(query|key|value)\.(weight|bias)", name)
-    if part is None:
-        return Target(name)
-    if part[3] == "bias" and not fused_bias:
-        return Target(f"{part[1]}{part[2][0]}_bias")
-    return Target(f"{part[1]}qkv.{part[3]}", _THIRDS[part[2]])
-
-
-def is_timm(names: Names) -> bool:
-    """Whether a Swin is timm's, which merges at the start of a stage: the first has no merging."""
-    return any_has(names, "layers.1.downsample.") and not any_has(names, "layers.0.downsample.")
 
 
 def first_stages(pieces: Pieces, wanted: Wanted) -> tuple[Pieces, list[str]]:

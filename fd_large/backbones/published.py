@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from fd_large.backbones.statistics import Statistics
-from fd_large.backbones.translation import Pieces, Rule, Shape, Shapes
+from fd_large.backbones.translation import Pieces, Rows, Shape, Shapes
 from fd_large.recipes.architectures import Architecture
-
-Names = frozenset[str]
-
-
-def any_has(names: Names, *parts: str) -> bool:
-    """Whether any name contains all parts."""
-    return any(all(part in name for part in parts) for name in names)
-
-
-def any_starts(names: Names, prefix: str) -> bool:
-    """Whether any name starts so."""
-    return any(name.startswith(prefix) for name in names)
 
 
 @dataclass(frozen=True)
@@ -31,9 +20,10 @@ class Format:
 
     Attributes:
         what: The format in words, for messages.
-        is_it: Whether names, and the keys that they stood under, are of this format; the first
-            format of a family for which this holds is taken.
-        rule: Gives a name's target; None drops it on purpose.
+        marks: Patterns of which each is found in a name of a file; the first format of a family
+            whose marks are all there is taken. The keys that the tensors stood under are one more
+            name, "in KEY.KEY".
+        rows: The table of its names.
         facts: Fields that all its files have in common and no name shows.
         ask: Fields in which its files differ and that no name shows: a configuration beside the
             file or the user has to.
@@ -44,12 +34,13 @@ class Format:
         models: Start of the names of the models that are published in it; empty if there is none.
         resize_margin: Number added to the side of the grid in the scale by which its positions are
             resized.
+        without: Pattern that is found in none of its names; empty: none.
         refusal: Why its models cannot be read; empty if they can.
     """
 
     what: str
-    is_it: Callable[[Names, tuple[str, ...]], bool]
-    rule: Rule
+    marks: tuple[str, ...]
+    rows: Rows
     facts: Architecture = field(default_factory=Architecture)
     ask: tuple[str, ...] = ()
     statistics: Statistics | None = None
@@ -57,7 +48,15 @@ class Format:
     library: str = ""
     models: str = ""
     resize_margin: float = 0.0
+    without: str = ""
     refusal: str = ""
+
+    def is_it(self, names: Collection[str], wrapping: tuple[str, ...]) -> bool:
+        """Whether names are of this format, given the keys that they stood under."""
+        lines = "\n".join((f"in {'.'.join(wrapping)}", *names))
+        if self.without and re.search(self.without, lines, re.MULTILINE):
+            return False
+        return all(re.search(mark, lines, re.MULTILINE) for mark in self.marks)
 
 
 class WeightFacts(NamedTuple):

@@ -1,13 +1,15 @@
-"""Translates a file's names to a model's: which tensors make each of ours, joined and reshaped how.
+"""Names of published files: a format is a table of rows, which serves reading and exporting.
 
-Made from names alone: what fits and what is missing is known before a tensor is read.
+What fits and what is missing is known from names alone, before a tensor is read.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,28 +18,141 @@ from torch import Tensor
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
-# Tables that a model computes for itself.
-RECOMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
+NOWHERE = "-"
+_THIRDS = ("q", "k", "v")
 
 
-class Target(NamedTuple):
-    """Where a tensor of a file goes.
+class Row(NamedTuple):
+    """One line of a table: names of a published file, ours, and what differs in the tensors.
+
+    In a pattern `#` is a number, `*` any text, and `{a|b}` one of these, of which the first is
+    written. `+` is a number that is larger by one than `#` on the other side.
 
     Attributes:
-        name: Name in our model.
-        third: 0, 1 or 2 for the rows of query, key or value in a fused tensor; None is the whole
-            tensor.
-        form: "token" reshapes (C) to (1, 1, C); "batched" (N, C) to (1, N, C); "matrix" a
-            convolution of side 1 to (out, in); "unfolded" brings merged patches from the order of
-            nn.Unfold to ours; "" leaves it as it is.
+        theirs: Pattern of names in the file; "-" for a tensor that an export leaves out.
+        ours: Pattern of our names; "-" for a tensor that is left out on purpose.
+        form: The tensor in the file. "q", "k" and "v" are thirds of our rows; "token" is (C) for
+            our (1, 1, C), "batched" (N, C) for (1, N, C), "matrix" a convolution of side 1 for
+            (out, in); "unfolded" are merged patches in the order of nn.Unfold. "" is as it is.
     """
 
-    name: str
-    third: int | None = None
+    theirs: str
+    ours: str
     form: str = ""
 
 
-Rule = Callable[[str], Target | None]
+Rows = tuple[Row, ...]
+
+
+def table(text: str, *, start: str = "", into: str = "") -> Rows:
+    """Returns the rows of a text: on each line their pattern, ours, and the form if there is one.
+
+    Args:
+        text: The lines.
+        start: Start of all their patterns.
+        into: Start of all of ours.
+    """
+    rows = (Row(*line.split()) for line in text.splitlines() if line.strip())
+    return under(start, tuple(rows), into=into)
+
+
+def under(start: str, rows: Rows, *, into: str = "") -> Rows:
+    """Returns rows whose patterns begin with these; see `table`."""
+    return tuple(
+        row._replace(
+            theirs=row.theirs if row.theirs == NOWHERE else start + row.theirs,
+            ours=row.ours if row.ours == NOWHERE else into + row.ours,
+        )
+        for row in rows
+    )
+
+
+# Tables that a model computes for itself.
+COMPUTED = """
+*relative_position_index    -
+*relative_coords_table      -
+*attn_mask                  -
+"""
+RECOMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
+# The projection of a student is a convolution of side 1 there.
+FEATURE_DISTILLATION = table("""
+decoder.0.*     projection.*    matrix
+encoder.*       *
+""")
+
+_WILD = re.compile(r"(\{.*?\}|[#+*])")
+_PATTERNS = {"#": r"(\d+)", "+": r"([1-9]\d{0,3})", "*": "(.*)"}
+
+
+@cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    def part(text: str) -> str:
+        if text.startswith("{"):
+            longest_first = sorted(text[1:-1].split("|"), key=len, reverse=True)
+            return f"(?:{'|'.join(map(re.escape, longest_first))})"
+        return _PATTERNS.get(text) or re.escape(text)
+
+    return re.compile("".join(map(part, _WILD.split(pattern))))
+
+
+def renamed(name: str, before: str, after: str) -> str | None:
+    """Returns a name of one pattern as the other pattern has it; None if it is not of the first."""
+    found = _regex(before).fullmatch(name)
+    if found is None:
+        return None
+    texts, step = iter(found.groups()), after.count("+") - before.count("+")
+
+    def part(wild: re.Match[str]) -> str:
+        if wild[0].startswith("{"):
+            return wild[0][1:-1].split("|")[0]
+        text = next(texts)
+        return str(int(text) + step) if step and wild[0] != "*" else text
+
+    return _WILD.sub(part, after)
+
+
+def our_name(name: str, rows: Rows) -> tuple[str, str]:
+    """Returns our name and the form of a tensor of a file, by the first row that has it.
+
+    A name that no row has stays as it is: the model then lacks it or has it.
+    """
+    for row in rows:
+        if (ours := renamed(name, row.theirs, row.ours)) is not None:
+            return ours, row.form
+    return name, ""
+
+
+class Output(NamedTuple):
+    """A tensor of an exported file.
+
+    Attributes:
+        name: Name in the file.
+        shape: Shape in the file.
+        take: Makes it from our tensor.
+    """
+
+    name: str
+    shape: Shape
+    take: Callable[[Tensor], Tensor]
+
+
+def outputs(name: str, shape: Shape, rows: Rows) -> list[Output]:
+    """Returns what one of our tensors becomes in a file, by the first row that has it.
+
+    Query, key and value have a row each.
+    """
+    forms: dict[str, str] = {}
+    for row in rows:
+        if (theirs := renamed(name, row.ours, row.theirs)) is not None:
+            forms.setdefault(row.form, theirs)
+    first = next(iter(forms), "")
+    chosen = [form for form in _THIRDS if form in forms] if first in _THIRDS else [first]
+    return [
+        Output(theirs, tuple(take(torch.empty(shape, device="meta")).shape), take)
+        for form in chosen
+        if (theirs := forms.get(form, name)) != NOWHERE
+        for take in [_WRITTEN[form]]
+    ]
 
 
 @dataclass(frozen=True)
@@ -47,7 +162,7 @@ class Piece:
     Attributes:
         sources: Names of the file's tensors, which are joined along their first axis; none for a
             constant.
-        form: See `Target`.
+        form: See `Row`.
         value: Value of a constant.
         length: Number of elements of a constant.
     """
@@ -101,25 +216,25 @@ class Translation(NamedTuple):
     unfit: list[str]
 
 
-def translated(names: Iterable[str], rule: Rule) -> Translation:
-    """Applies a format's rule to the names of a file."""
+def translated(names: Iterable[str], rows: Rows) -> Translation:
+    """Applies a format's table to the names of a file."""
     pieces: Pieces = {}
-    thirds: dict[str, dict[int, str]] = {}
+    thirds: dict[str, dict[str, str]] = {}
     dropped, unfit = [], []
     for name in names:
-        target = rule(name)
-        if target is None:
+        ours, form = our_name(name, rows)
+        if ours == NOWHERE:
             dropped.append(name)
-        elif target.third is not None:
-            thirds.setdefault(target.name, {})[target.third] = name
-            pieces.setdefault(target.name, Piece(()))  # Keeps the file's order.
-        elif target.name in pieces:
+        elif form in _THIRDS:
+            thirds.setdefault(ours, {})[form] = name
+            pieces.setdefault(ours, Piece(()))  # Keeps the file's order.
+        elif ours in pieces:
             unfit.append(name)
         else:
-            pieces[target.name] = Piece((name,), target.form)
+            pieces[ours] = Piece((name,), form)
     for ours, parts in thirds.items():
         if len(parts) == 3 and not pieces[ours].sources:
-            pieces[ours] = Piece(tuple(parts[i] for i in range(3)))
+            pieces[ours] = Piece(tuple(parts[form] for form in _THIRDS))
         else:
             del pieces[ours]
             unfit += parts.values()
@@ -140,11 +255,17 @@ def from_unfolded(tensor: Tensor) -> Tensor:
     return tensor.unflatten(-1, (-1, 2, 2)).transpose(-1, -2).movedim(-3, -1).flatten(-3)
 
 
-def replaced(name: str, pairs: Iterable[tuple[str, str]]) -> str:
-    """Returns a name with parts of it replaced, one pair after the other."""
-    for theirs, ours in pairs:
-        name = name.replace(theirs, ours)
-    return name
+# What undoes the reading of each form.
+_WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda tensor: tensor,
+    "q": lambda tensor: tensor.chunk(3)[0],
+    "k": lambda tensor: tensor.chunk(3)[1],
+    "v": lambda tensor: tensor.chunk(3)[2],
+    "token": lambda tensor: tensor[0, 0],
+    "batched": lambda tensor: tensor[0],
+    "matrix": lambda tensor: tensor.unsqueeze(-1) if tensor.dim() == 2 else tensor,
+    "unfolded": to_unfolded,
+}
 
 
 def expanded(pieces: Pieces, shapes: Shapes, own: Callable[[str], str]) -> Pieces | None:
@@ -174,8 +295,3 @@ def fresh_norm(width: int) -> Pieces:
         "norm.weight": Piece((), value=1.0, length=width),
         "norm.bias": Piece((), value=0.0, length=width),
     }
-
-
-def projection(name: str) -> Target:
-    """Gives Feature-Distillation's 1x1 convolution (Ct, Cs, 1) as a linear layer's (Ct, Cs)."""
-    return Target(f"projection.{name.removeprefix('decoder.0.')}", form="matrix")

@@ -17,6 +17,7 @@ from torch import Tensor
 from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import family_of
 from fd_large.backbones.statistics import Statistics
+from fd_large.backbones.translation import outputs
 from fd_large.errors import WeightsError, nearest
 from fd_large.files import check_out, new_folder, replacing, write_json
 from fd_large.recipes.family import FamilyArchitecture
@@ -66,8 +67,12 @@ def write(
             "timm."
         )
     theirs = _timm(architecture) if to == "timm" else None
-    rename = theirs.rename if theirs else lambda name, architecture: name
-    renamed = {rename(name, architecture): tensor.contiguous() for name, tensor in items}
+    rows = theirs.rows(architecture) if theirs else ()
+    renamed = {
+        output.name: output.take(tensor).contiguous()
+        for name, tensor in items
+        for output in outputs(name, tuple(tensor.shape), rows)
+    }
     if theirs:
         renamed |= theirs.added(architecture)
     try:

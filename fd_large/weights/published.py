@@ -230,7 +230,7 @@ def in_our_names(
     family, line = FORMATS[form]
     published = family.published
     assert published is not None
-    translation = translated(file, line.rule)
+    translation = translated(file, line.rows)
     pieces, dropped = translation.pieces, [*ignored, *translation.dropped]
     projector = {n: p for n, p in pieces.items() if n.startswith("projection.")}
     if part == "projector":

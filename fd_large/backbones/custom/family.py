@@ -9,10 +9,10 @@ import torch
 from fd_large import doors
 from fd_large.backbones.custom.architecture import CustomArchitecture
 from fd_large.backbones.custom.custom import build_custom
-from fd_large.backbones.exports import Export, feature_distillation
+from fd_large.backbones.exports import Export
 from fd_large.backbones.family import Family, Loaded, Options, Scheme
 from fd_large.backbones.published import Matched
-from fd_large.backbones.translation import Piece, Shapes
+from fd_large.backbones.translation import FEATURE_DISTILLATION, Piece, Shapes
 from fd_large.recipes.architectures import Architecture
 
 
@@ -60,7 +60,7 @@ CUSTOM = Family(
     exports={
         "fd": Export(
             names=lambda a: f"Feature-Distillation's, around those of {_without_folders(a).code}",
-            outputs=lambda name, shape, a: feature_distillation(name, shape),
+            rows=lambda a: FEATURE_DISTILLATION,
             becomes=_without_folders,
         )
     },

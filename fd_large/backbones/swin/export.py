@@ -8,19 +8,12 @@ from fd_large.backbones import hierarchical_export as shared
 from fd_large.backbones.exports import (
     Export,
     Exports,
-    hugging_face,
     hugging_face_config,
     hugging_face_preprocessor,
-    same,
 )
+from fd_large.backbones.hierarchical_published import HF_SWIN, MMSEG, TIMM
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.swin.architecture import SwinArchitecture
-
-_HUGGING_FACE = (
-    ("patch_embed.norm.", "embeddings.norm."),
-    ("layers.", "encoder.layers."),
-    (".attn.", ".attention.self."),
-)
 
 
 def _timm_has_no_place(a: SwinArchitecture) -> str:
@@ -73,29 +66,28 @@ def _mmseg_config(a: SwinArchitecture, statistics: Statistics) -> dict[str, Any]
 EXPORTS: Exports = {
     "timm": Export(
         names=lambda a: "timm's Swin",
-        outputs=lambda name, shape, a: same(shared.timm_name(name, a), shape),
+        rows=lambda a: TIMM,
         lacks=shared.lacks,
         config=lambda a, statistics: shared.config(a, statistics, "swin_base_patch4_window7_224"),
         class_name=lambda a: "timm.models.swin_transformer.SwinTransformer",
-        rename=shared.timm_name,
         lacks_place=_timm_has_no_place,
         window_rule="masked",
     ),
     "mmseg": Export(
         names=lambda a: "mmsegmentation's SwinTransformer",
-        outputs=shared.mmseg_outputs,
+        rows=lambda a: MMSEG,
         lacks=_dense_lacks,
         config=_mmseg_config,
         window_rule="official",
     ),
     "upernet": Export(
         names=lambda a: "Hugging Face's SwinBackbone",
-        outputs=lambda name, shape, a: hugging_face(name, shape, _HUGGING_FACE),
+        rows=lambda a: HF_SWIN,
         lacks=_dense_lacks,
         config=_hugging_face_config,
         preprocessor=hugging_face_preprocessor,
         window_rule="official",
     ),
     # Feature-Distillation has no such model.
-    "fd": Export(names=lambda a: shared.NAMES, outputs=lambda name, shape, a: same(name, shape)),
+    "fd": Export(names=lambda a: shared.NAMES),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from fd_large.backbones import hierarchical_published as names
@@ -11,60 +10,52 @@ from fd_large.backbones.published import (
     Published,
     TensorFile,
     WeightFacts,
-    any_has,
-    any_starts,
 )
 from fd_large.backbones.recognition import count_of, grid_of, size_to_compare
 from fd_large.backbones.statistics import IMAGENET
-from fd_large.backbones.translation import Shapes
+from fd_large.backbones.translation import Shapes, table
 from fd_large.recipes.architectures import Architecture
 
 _TABLE = ".relative_position_bias_table"
 _EPS_5 = Architecture(norm_eps=1e-5)
 
 
-def _has_tables(names: frozenset[str]) -> bool:
-    return any_has(names, "layers.", ".blocks.", _TABLE)
-
+_TABLES = r"layers\.\d+\.blocks\.\d+\.attn\.relative_position_bias_table$"
 
 FORMATS = {
     "hf_swin": Format(
         "Hugging Face Swin",
-        lambda n, w: any_has(n, "attention.self" + _TABLE),
-        partial(names.hugging_face, fused_bias=True),
+        (r"attention\.self\.relative_position_bias_table",),
+        names.HF_SWIN,
         ask=("norm_eps",),
         library="hf",
     ),
     "mmseg_swin": Format(
         "mmsegmentation's Swin",
-        lambda n, w: any_has(n, "stages.", ".attn.w_msa" + _TABLE),
-        names.mmseg,
+        (r"stages\.\d+\.blocks\.\d+\.attn\.w_msa\.relative_position_bias_table",),
+        names.MMSEG,
         _EPS_5,
         statistics=IMAGENET,
     ),
     "simmim_swin": Format(
         "SimMIM's Swin",
-        lambda n, w: any_starts(n, "encoder.layers.") and _has_tables(n),
-        names.simmim,
+        (rf"^encoder\.{_TABLES}",),
+        table(names.OF_SIMMIM, start="{|encoder.}"),
         _EPS_5,
         statistics=IMAGENET,
     ),
     "timm_swin": Format(
         "timm's Swin",
-        lambda n, w: _has_tables(n) and names.is_timm(n),
-        names.timm,
+        (_TABLES, r"layers\.1\.downsample\."),
+        names.TIMM,
         _EPS_5,
         statistics=IMAGENET,
+        without=r"layers\.0\.downsample\.",
     ),
     "esvit": Format(
         "EsViT's Swin",
-        lambda n, w: (
-            _has_tables(n)
-            and (
-                any_starts(n, "head_dense.") or any_starts(n, "head.mlp.") or w[-1:] == ("student",)
-            )
-        ),
-        names.official,
+        (_TABLES, r"^head_dense\.|^head\.mlp\.|^in (.*\.)?student$"),
+        names.OFFICIAL,
         # FD's teacher; EsViT itself trained with 1e-6.
         _EPS_5,
         statistics=IMAGENET,
@@ -72,8 +63,8 @@ FORMATS = {
     ),
     "swin": Format(
         "Swin-Transformer's Swin V1",
-        lambda n, w: _has_tables(n),
-        names.official,
+        (_TABLES,),
+        names.OFFICIAL,
         _EPS_5,
         statistics=IMAGENET,
     ),

@@ -8,16 +8,13 @@ from fd_large.backbones import hierarchical_export as shared
 from fd_large.backbones.exports import (
     Export,
     Exports,
-    Output,
-    feature_distillation,
-    hugging_face,
     hugging_face_config,
     hugging_face_preprocessor,
-    same,
 )
+from fd_large.backbones.hierarchical_published import HF_SWINV2, TIMM
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.swinv2.architecture import SwinV2Architecture
-from fd_large.backbones.translation import Shape
+from fd_large.backbones.swinv2.published import STUDENT
 
 # timm's entry whose arguments are the nearest; config.json overrides all of them.
 _TIMM_ENTRIES = {
@@ -25,13 +22,6 @@ _TIMM_ENTRIES = {
     (96, (2, 2, 18, 2)): "swinv2_small_window8_256",
     (192, (2, 2, 18, 2)): "swinv2_large_window12_192",
 }
-_FD = ((".position_bias.", ".rel_pos_bias."), (".cpb_mlp.", ".rpe_mlp."))
-_HUGGING_FACE = (
-    ("patch_embed.norm.", "embeddings.norm."),
-    ("layers.", "encoder.layers."),
-    (".cpb_mlp.", ".continuous_position_bias_mlp."),
-    (".attn.", ".attention.self."),
-)
 
 
 def _lacks(a: SwinV2Architecture, pads: bool) -> str:
@@ -84,25 +74,19 @@ def _fd_names(a: SwinV2Architecture) -> str:
     return "the names of the Feature-Distillation repository"
 
 
-def _fd_outputs(name: str, shape: Shape, a: SwinV2Architecture) -> list[Output]:
-    # Feature-Distillation has no norms on the main path.
-    return same(name, shape) if a.has_extra_norms else feature_distillation(name, shape, _FD)
-
-
 EXPORTS: Exports = {
     "timm": Export(
         names=lambda a: "timm's SwinV2",
-        outputs=lambda name, shape, a: same(shared.timm_name(name, a), shape),
+        rows=lambda a: TIMM,
         lacks=_timm_lacks,
         config=_timm_config,
         class_name=lambda a: "timm.models.swin_transformer_v2.SwinTransformerV2",
-        rename=shared.timm_name,
         lacks_place=_timm_has_no_place,
         window_rule="masked",
     ),
     "hf": Export(
         names=lambda a: "Hugging Face's Swinv2Model",
-        outputs=lambda name, shape, a: hugging_face(name, shape, _HUGGING_FACE),
+        rows=lambda a: HF_SWINV2,
         lacks=_lacks,
         config=_hugging_face_config,
         preprocessor=hugging_face_preprocessor,
@@ -110,6 +94,7 @@ EXPORTS: Exports = {
         window_rule="masked",
     ),
     # mmsegmentation has no SwinV2: names for code of the user's own.
-    "mmseg": Export(names=lambda a: shared.NAMES, outputs=lambda name, shape, a: same(name, shape)),
-    "fd": Export(names=_fd_names, outputs=_fd_outputs),
+    "mmseg": Export(names=lambda a: shared.NAMES),
+    # Feature-Distillation has no norms on the main path.
+    "fd": Export(names=_fd_names, rows=lambda a: () if a.has_extra_norms else STUDENT),
 }

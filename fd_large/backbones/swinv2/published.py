@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from functools import partial
 from typing import Any
 
 from fd_large.backbones import hierarchical_published as names
@@ -15,89 +14,76 @@ from fd_large.backbones.published import (
     TensorFile,
     Wanted,
     WeightFacts,
-    any_has,
-    any_starts,
 )
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.backbones.swinv2.architecture import trained_windows
 from fd_large.backbones.translation import (
+    FEATURE_DISTILLATION,
     Pieces,
     Shapes,
-    Target,
     expanded,
-    projection,
-    replaced,
+    table,
 )
 from fd_large.recipes.architectures import Architecture
 
-_FD = (
-    (".rel_pos_bias.", ".position_bias."),
-    (".rpe_mlp.", ".cpb_mlp."),
-    (".enorm.", ".extra_norm."),
+_OF_FD = """
+layers.#.rel_pos_bias.{rpe|cpb}_mlp.*       layers.#.position_bias.cpb_mlp.*
+layers.#.blocks.#.attn.{rpe|cpb}_mlp.*      layers.#.blocks.#.attn.cpb_mlp.*
+layers.#.blocks.#.enorm.*                   layers.#.blocks.#.extra_norm.*
+"""
+# Feature-Distillation's student, with its projection and beside its teacher.
+STUDENT = (
+    *table("feature_model.* -"),
+    *table(_OF_FD + names.OF_OFFICIAL, start="{encoder.|}"),
+    *FEATURE_DISTILLATION,
 )
-
-
-def feature_distillation(name: str) -> Target | None:
-    """Feature-Distillation: the student and its projection."""
-    if name.startswith("decoder.0."):
-        return projection(name)
-    if name.startswith("feature_model."):
-        return None
-    target = names.official(name.removeprefix("encoder."))
-    return target and Target(replaced(target.name, _FD))
-
-
-def simmim(name: str) -> Target | None:
-    """SimMIM in the Swin-Transformer repository, with Feature-Distillation's position bias."""
-    target = names.simmim(name)
-    return target and Target(replaced(target.name, _FD))
-
+# In the Swin-Transformer repository, with Feature-Distillation's position bias.
+_SIMMIM = table(_OF_FD + names.OF_SIMMIM, start="{|encoder.}")
 
 _EPS_5 = Architecture(norm_eps=1e-5)
 
 FORMATS = {
     "simmim_swinv2": Format(
         "SimMIM's SwinV2",
-        lambda n, w: (
-            any_has(n, "mask_token") and (any_has(n, ".cpb_mlp.") or any_has(n, ".rpe_mlp."))
-        ),
-        simmim,
+        ("mask_token", r"\.cpb_mlp\.|\.rpe_mlp\."),
+        _SIMMIM,
         _EPS_5,
         statistics=IMAGENET,
         models="swinv2_1b",
     ),
     "hf_swinv2": Format(
         "Hugging Face Swin V2",
-        lambda n, w: any_has(n, "attention.self.continuous_position_bias_mlp."),
-        partial(names.hugging_face, fused_bias=False),
+        (r"attention\.self\.continuous_position_bias_mlp\.",),
+        names.HF_SWINV2,
         ask=("norm_eps",),
         library="hf",
     ),
     "timm_swinv2_cr": Format(
         "timm's other SwinV2 (swinv2_cr_*)",
-        lambda n, w: any_starts(n, "stages.") and any_has(n, ".meta_mlp."),
-        Target,
+        (r"^stages\.", r"\.meta_mlp\."),
+        (),
         refusal="it is another model: another position bias, another order in merging, no final "
         "norm. Use --teacher.source timm:swinv2_cr_...",
     ),
     "fd_swinv2": Format(
         "Feature-Distillation SwinV2 student",
-        lambda n, w: any_has(n, ".rpe_mlp."),
-        feature_distillation,
+        (r"\.rpe_mlp\.",),
+        STUDENT,
         _EPS_5,
         statistics=IMAGENET,
     ),
     "timm_swinv2": Format(
         "timm's SwinV2",
-        lambda n, w: any_has(n, ".cpb_mlp.") and names.is_timm(n),
-        names.timm,
+        (r"\.cpb_mlp\.", r"layers\.1\.downsample\."),
+        names.TIMM,
         _EPS_5,
         statistics=IMAGENET,
+        without=r"layers\.0\.downsample\.",
     ),
     "swinv2": Format(
         "Swin-Transformer's SwinV2",
-        lambda n, w: any_has(n, ".cpb_mlp."),
-        names.official,
+        (r"\.cpb_mlp\.",),
+        names.OFFICIAL,
         _EPS_5,
         statistics=IMAGENET,
         models="swinv2_",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 
-from fd_large.backbones.exports import Export, feature_distillation, same
+from fd_large.backbones.exports import Export
 from fd_large.backbones.family import Family, Scheme
 from fd_large.backbones.later import later
 from fd_large.backbones.timm.architecture import TimmArchitecture
+from fd_large.backbones.translation import FEATURE_DISTILLATION, table
 
 _RANDOM = "=random"
+_OWN = table("* net.*")
+_IN_STUDENT = table("encoder.* net.*") + FEATURE_DISTILLATION
 
 
 def _untrained(rest: str) -> str | None:
@@ -30,17 +33,16 @@ TIMM = Family(
     exports={
         "timm": Export(
             names=lambda a: f"those of timm's {a.timm_name}",
-            outputs=lambda name, shape, a: same(name.removeprefix("net."), shape),
+            rows=lambda a: _OWN,
             lacks=_later("export", "lacks"),
             added=_later("export", "added"),
             config=_later("export", "config"),
             class_name=_later("export", "class_name"),
-            rename=lambda name, a: name.removeprefix("net."),
             lacks_place=_later("export", "lacks"),
         ),
         "fd": Export(
             names=lambda a: f"Feature-Distillation's, around those of timm's {a.timm_name}",
-            outputs=lambda name, shape, a: feature_distillation(name.removeprefix("net."), shape),
+            rows=lambda a: _IN_STUDENT,
         ),
     },
     scheme=Scheme(

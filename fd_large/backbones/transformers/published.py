@@ -7,7 +7,6 @@ in one form of their names.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,24 +20,27 @@ from fd_large.backbones.published import Matched, WeightFacts
 from fd_large.backbones.transformers.architecture import TransformersArchitecture
 from fd_large.backbones.transformers.kinds import KINDS, fields_of, kind_of
 from fd_large.backbones.transformers.transformers_backbone import build
-from fd_large.backbones.translation import Piece, Shape, Shapes, replaced
+from fd_large.backbones.translation import Piece, Shape, Shapes, our_name, table
 from fd_large.recipes.architectures import Architecture
 
 log = logging.getLogger(__name__)
 
-# Models around the vision model, whose names stand before its own.
-_AROUND = re.compile(
-    r"^(vision_model|dinov2|dinov2_with_registers|convnext|convnextv2|ijepa|hiera)\."
-)
-_LAYERS = re.compile(r"^(encoder\.|model\.)?layers?\.(?=\d)")
-_PARTS = (
-    (".attention.attention.query.", ".attention.q_proj."),
-    (".attention.attention.key.", ".attention.k_proj."),
-    (".attention.attention.value.", ".attention.v_proj."),
-    (".attention.output.dense.", ".attention.o_proj."),
-    (".intermediate.dense.", ".mlp.fc1."),
-    (".output.dense.", ".mlp.fc2."),
-    (".mlp.weights_out.", ".mlp.down_proj."),
+# The form in which the names of all releases agree, and those of models around the vision model.
+_AROUND = "{|vision_model.|dinov2.|dinov2_with_registers.|convnext.|convnextv2.|ijepa.|hiera.}"
+_BLOCK = """
+attention.{attention.query|q_proj}.*    attention.q_proj.*
+attention.{attention.key|k_proj}.*      attention.k_proj.*
+attention.{attention.value|v_proj}.*    attention.v_proj.*
+attention.{output.dense|o_proj}.*       attention.o_proj.*
+{intermediate.dense|mlp.fc1}.*          mlp.fc1.*
+{output.dense|mlp.fc2}.*                mlp.fc2.*
+mlp.{weights_out|down_proj}.*           mlp.down_proj.*
+*                                       *
+"""
+_COMMON = (
+    *table(_BLOCK, start=f"{_AROUND}{{|encoder.|model.}}{{layers|layer}}.#.", into="layers.#."),
+    *table("{model.|}stages.* stages.*", start=_AROUND),
+    *table("* *", start=_AROUND),
 )
 # One tensor of DINOv2's files is two of the module's, in this order.
 _JOINED, _HALVES = ".mlp.weights_in.", (".mlp.gate_proj.", ".mlp.up_proj.")
@@ -136,10 +138,7 @@ def facts_of(architecture: TransformersArchitecture) -> WeightFacts:
 
 
 def _common(name: str) -> str:
-    """A name in the form in which those of all releases agree."""
-    name = _AROUND.sub("", name)
-    name = _LAYERS.sub("layers.", name)
-    return replaced(re.sub(r"^model\.(?=stages\.)", "", name), _PARTS)
+    return our_name(name, _COMMON)[0]
 
 
 def _norm_of_mean(architecture: TransformersArchitecture, where: str) -> tuple[str, ...]:

@@ -12,38 +12,16 @@ from torch import Tensor
 from fd_large.backbones.exports import (
     Export,
     Exports,
-    Output,
-    feature_distillation,
-    hugging_face,
     hugging_face_config,
     hugging_face_preprocessor,
-    same,
     timm_config,
 )
 from fd_large.backbones.statistics import Statistics
-from fd_large.backbones.translation import Shape, replaced
+from fd_large.backbones.translation import FEATURE_DISTILLATION
 from fd_large.backbones.vit.architecture import ViTArchitecture
+from fd_large.backbones.vit.published import HF_BEIT, HF_VIT, MMSEG, TIMM_VIT
 
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
-_HUGGING_FACE = (
-    ("cls_token", "embeddings.cls_token"),
-    ("pos_embed", "embeddings.position_embeddings"),
-    ("rel_pos_bias.", "encoder.relative_position_bias."),
-    ("blocks.", "encoder.layer."),
-    (".attn.relative", ".attn.relative_position_bias.relative"),
-    (".attn.", ".attention.attention."),
-    (".gamma_", ".lambda_"),
-)
-
-
-_MMSEG = (
-    ("blocks.", "layers."),
-    ("patch_embed.proj.", "patch_embed.projection."),
-    (".norm1.", ".ln1."),
-    (".norm2.", ".ln2."),
-    (".mlp.fc1.", ".ffn.layers.0.0."),
-    (".mlp.fc2.", ".ffn.layers.1."),
-)
 
 
 def is_beit(a: ViTArchitecture) -> bool:
@@ -51,25 +29,11 @@ def is_beit(a: ViTArchitecture) -> bool:
     return a.relative_position != "none" or a.qkv_bias == "qv"
 
 
-def _timm_name(name: str, a: ViTArchitecture) -> str:
-    if is_beit(a):
-        return name
-    return name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma")
-
-
-def _timm_outputs(name: str, shape: Shape, a: ViTArchitecture) -> list[Output]:
-    return _in_blocks(_timm_name(name, a), shape, a)
-
-
-def _in_blocks(name: str, shape: Shape, a: ViTArchitecture) -> list[Output]:
-    """A tensor as it is; a shared table in every block, as timm's beit_* models have it."""
+def _in_blocks(name: str, a: ViTArchitecture) -> list[str]:
+    """A shared table in every block, as timm's beit_* models have it."""
     if name != _SHARED_TABLE:
-        return same(name, shape)
-    return [
-        output
-        for i in range(a.depths[0])
-        for output in same(f"blocks.{i}.attn.relative_position_bias_table", shape)
-    ]
+        return [name]
+    return [f"blocks.{i}.attn.relative_position_bias_table" for i in range(a.depths[0])]
 
 
 def _timm_has_no_place(a: ViTArchitecture) -> str:
@@ -223,17 +187,17 @@ def _upernet_config(a: ViTArchitecture, statistics: Statistics) -> dict[str, Any
 EXPORTS: Exports = {
     "timm": Export(
         names=lambda a: "timm's BEiT" if is_beit(a) else "timm's ViT",
-        outputs=_timm_outputs,
+        rows=lambda a: () if is_beit(a) else TIMM_VIT,
+        copies=_in_blocks,
         lacks=_timm_lacks,
         becomes=lambda a: a.with_own_position_biases(),
         config=_timm_config,
         class_name=_timm_class,
-        rename=_timm_name,
         lacks_place=_timm_has_no_place,
     ),
     "hf": Export(
         names=lambda a: f"Hugging Face's {_hugging_face_class(a)}",
-        outputs=lambda name, shape, a: hugging_face(name, shape, _HUGGING_FACE),
+        rows=lambda a: HF_BEIT if is_beit(a) else HF_VIT,
         lacks=_hugging_face_lacks,
         config=_hugging_face_config,
         preprocessor=hugging_face_preprocessor,
@@ -241,10 +205,8 @@ EXPORTS: Exports = {
     ),
     "mmseg": Export(
         names=lambda a: f"mmsegmentation's {'MAE' if a.absolute_position else 'BEiT'}",
-        outputs=lambda name, shape, a: [
-            output._replace(name=replaced(output.name, _MMSEG))
-            for output in _in_blocks(name, shape, a)
-        ],
+        rows=lambda a: MMSEG,
+        copies=_in_blocks,
         lacks=_mmseg_lacks,
         added=_mmseg_added,
         becomes=lambda a: replace(a, relative_position="block", layer_scale=a.layer_scale or 1.0),
@@ -253,11 +215,8 @@ EXPORTS: Exports = {
     "upernet": Export(
         names=lambda a: "Hugging Face's BeitBackbone",
         # transformers 5 does not find a shared table under the backbone of another model.
-        outputs=lambda name, shape, a: [
-            output
-            for own in _in_blocks(name, shape, a)
-            for output in hugging_face(own.name, shape, _HUGGING_FACE)
-        ],
+        rows=lambda a: HF_BEIT,
+        copies=_in_blocks,
         lacks=_upernet_lacks,
         becomes=lambda a: a.with_own_position_biases(),
         config=_upernet_config,
@@ -265,6 +224,6 @@ EXPORTS: Exports = {
     ),
     "fd": Export(
         names=lambda a: "the names of the Feature-Distillation repository",
-        outputs=lambda name, shape, a: feature_distillation(name, shape),
+        rows=lambda a: FEATURE_DISTILLATION,
     ),
 }

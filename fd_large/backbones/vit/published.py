@@ -13,8 +13,6 @@ from fd_large.backbones.published import (
     TensorFile,
     Wanted,
     WeightFacts,
-    any_has,
-    any_starts,
 )
 from fd_large.backbones.recognition import (
     activation_named,
@@ -27,188 +25,172 @@ from fd_large.backbones.recognition import (
 )
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.backbones.translation import (
-    RECOMPUTED,
+    COMPUTED,
+    FEATURE_DISTILLATION,
     Pieces,
     Shapes,
-    Target,
     expanded,
     fresh_norm,
-    projection,
-    replaced,
+    table,
 )
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture
-
-_CLIP_PARTS = (
-    ("ln_pre.", "norm_pre."),
-    ("ln_post.", "norm."),
-    ("transformer.resblocks.", "blocks."),
-    (".ln_1.", ".norm1."),
-    (".ln_2.", ".norm2."),
-    (".attn.in_proj_weight", ".attn.qkv.weight"),
-    (".attn.in_proj_bias", ".attn.qkv.bias"),
-    (".attn.out_proj.", ".attn.proj."),
-    (".mlp.c_fc.", ".mlp.fc1."),
-    (".mlp.c_proj.", ".mlp.fc2."),
-    (".ls_1.gamma", ".gamma_1"),
-    (".ls_2.gamma", ".gamma_2"),
-    ("conv1.weight", "patch_embed.proj.weight"),
-)
-_HF_CLIP_PARTS = (
-    ("embeddings.patch_embedding.", "patch_embed.proj."),
-    ("pre_layrnorm.", "norm_pre."),
-    ("post_layernorm.", "norm."),
-    ("encoder.layers.", "blocks."),
-    (".layer_norm1.", ".norm1."),
-    (".layer_norm2.", ".norm2."),
-    (".self_attn.", ".attn."),
-    (".out_proj.", ".proj."),
-)
-# Names that transformers stored up to version 4 and stores still; then those of 5 in memory.
-_HF_VIT_PARTS = (
-    ("embeddings.cls_token", "cls_token"),
-    ("embeddings.distillation_token", "dist_token"),
-    ("embeddings.position_embeddings", "pos_embed"),
-    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
-    ("encoder.layer.", "blocks."),
-    ("layers.", "blocks."),
-    (".attention.attention.query.", ".attn.q_proj."),
-    (".attention.attention.key.", ".attn.k_proj."),
-    (".attention.attention.value.", ".attn.v_proj."),
-    (".attention.output.dense.", ".attn.proj."),
-    (".attention.o_proj.", ".attn.proj."),
-    (".attention.", ".attn."),
-    (".intermediate.dense.", ".mlp.fc1."),
-    (".output.dense.", ".mlp.fc2."),
-    (".layernorm_before.", ".norm1."),
-    (".layernorm_after.", ".norm2."),
-)
-# BEiT's names are replaced before those of the ViT.
-_HF_BEIT_PARTS = (
-    ("encoder.relative_position_bias.", "rel_pos_bias."),
-    ("shared_position_bias.", "rel_pos_bias."),
-    (".attention.attention.relative_position_bias.", ".attn."),
-    (".relative_position_bias.", ".attn."),
-    (".lambda_", ".gamma_"),
-)
-_LAYER_SCALE = ((".ls1.gamma", ".gamma_1"), (".ls2.gamma", ".gamma_2"))
-_THIRDS = {"q": 0, "k": 1, "v": 2}
 
 TEXT_PROJECTIONS = {"visual.proj": True, "visual_projection.weight": False}
 """The projection of CLIP's class token into the space of texts, in the names of OpenAI and
 open_clip and in those of transformers, and whether it is transposed: (width, embedding)."""
 
-# --- rules of names ---
+# --- tables of names; what no row has keeps its name ---
 
-
-def clip(name: str) -> Target | None:
-    """OpenAI's and open_clip's image tower; the text tower and the projection are dropped."""
-    if not name.startswith("visual.") or name == "visual.proj":
-        return None
-    name = name.removeprefix("visual.")
-    if name == "class_embedding":
-        return Target("cls_token", form="token")
-    if name == "positional_embedding":
-        return Target("pos_embed", form="batched")
-    return Target(replaced(name, _CLIP_PARTS))
-
-
-def open_clip_trunk(name: str) -> Target | None:
-    """An image tower that open_clip took from timm."""
-    if not name.startswith("visual.trunk."):
-        return None
-    return plain(name.removeprefix("visual.trunk."))
-
-
-def hugging_face_clip(name: str) -> Target | None:
-    """Hugging Face's CLIP, whole or the image tower alone."""
-    if name.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale")):
-        return None
-    name = name.removeprefix("vision_model.")
-    if name.endswith("position_ids") or name.startswith("classifier."):
-        return None
-    if name == "embeddings.class_embedding":
-        return Target("cls_token", form="token")
-    if name == "embeddings.position_embedding.weight":
-        return Target("pos_embed", form="batched")
-    return _fused(replaced(name, _HF_CLIP_PARTS))
-
-
-def hugging_face_vit(name: str) -> Target | None:
-    """Hugging Face's ViT and DeiT."""
-    name = name.removeprefix("vit.").removeprefix("deit.")
-    heads = ("classifier.", "cls_classifier.", "distillation_classifier.", "pooler.", "decoder.")
-    if name.startswith(heads) or name == "embeddings.mask_token":
-        return None
-    if name.startswith("layernorm."):
-        return Target(name.replace("layernorm.", "norm."))
-    return _fused(replaced(name, _HF_VIT_PARTS))
-
-
-def hugging_face_beit(name: str) -> Target | None:
-    """Hugging Face's BEiT; a norm for the mean of the tokens is its pooler's, and dropped."""
-    name = name.removeprefix("beit.")
-    if name.startswith("lm_head.") or name.endswith(RECOMPUTED):
-        return None
-    target = hugging_face_vit(replaced(name, _HF_BEIT_PARTS))
-    if target and (bias := re.fullmatch(r"(.*\.attn\.)qkv\.bias", target.name)):
-        return Target(f"{bias[1]}{'qkv'[target.third]}_bias")
-    return target
-
-
-def plain(name: str) -> Target | None:
-    """DINO, DeiT and timm share our names; their heads are dropped, also a head's own norm.
-
-    So is what iBOT's student puts in the place of masked patches.
-    """
-    if name.startswith(("head.", "head_dist.", "fc_norm.", "masked_embed")):
-        return None
-    return Target(replaced(name, _LAYER_SCALE))
-
-
-def feature_distillation(name: str) -> Target | None:
-    """Feature-Distillation and BEiT: heads are dropped, the projection is kept."""
-    if name.startswith("decoder.0."):
-        return projection(name)
-    name = name.removeprefix("encoder.")
-    if name.endswith(RECOMPUTED) or name == "mask_token":
-        return None
-    if name.startswith(("feature_model.", "head.", "fc_norm.", "lm_head.")):
-        return None
-    return Target(name)
-
-
-_MMSEG = (
-    ("patch_embed.projection.", "patch_embed.proj."),
-    (".ln1.", ".norm1."),
-    (".ln2.", ".norm2."),
-    (".ffn.layers.0.0.", ".mlp.fc1."),
-    (".ffn.layers.1.", ".mlp.fc2."),
-    (".attn.attn.in_proj_", ".attn.qkv."),
-    (".attn.attn.out_proj.", ".attn.proj."),
+# OpenAI's and open_clip's: the text tower is left out.
+_CLIP_BLOCK = """
+ln_#.*              norm#.*
+ls_#.gamma          gamma_#
+attn.in_proj_*      attn.qkv.*
+attn.out_proj.*     attn.proj.*
+mlp.c_fc.*          mlp.fc1.*
+mlp.c_proj.*        mlp.fc2.*
+*                   *
+"""
+_CLIP = (
+    *table(_CLIP_BLOCK, start="visual.transformer.resblocks.#.", into="blocks.#."),
+    *table("""
+visual.proj                     -
+visual.class_embedding          cls_token           token
+visual.positional_embedding     pos_embed           batched
+visual.conv1.*                  patch_embed.proj.*
+visual.ln_pre.*                 norm_pre.*
+visual.ln_post.*                norm.*
+visual.*                        *
+*                               -
+"""),
 )
-
-
-def mmseg(name: str) -> Target | None:
-    """mmsegmentation's BEiT, MAE and VisionTransformer."""
-    if name.endswith(RECOMPUTED):
-        return None
-    name = re.sub(r"^layers\.", "blocks.", name)
-    return Target(replaced(re.sub(r"^ln1\.", "norm.", name), _MMSEG))
-
-
-def _fused(name: str) -> Target:
-    part = re.fullmatch(r"(.*\.attn\.)([qkv])_proj\.(weight|bias)", name)
-    return Target(f"{part[1]}qkv.{part[3]}", _THIRDS[part[2]]) if part else Target(name)
+_HF_CLIP_BLOCK = """
+layer_norm#.*           norm#.*
+self_attn.q_proj.*      attn.qkv.*      q
+self_attn.k_proj.*      attn.qkv.*      k
+self_attn.v_proj.*      attn.qkv.*      v
+self_attn.out_proj.*    attn.proj.*
+*                       *
+"""
+_OF_HF_CLIP = """
+*position_ids                           -
+classifier.*                            -
+embeddings.class_embedding              cls_token           token
+embeddings.position_embedding.weight    pos_embed           batched
+embeddings.patch_embedding.*            patch_embed.proj.*
+pre_layrnorm.*                          norm_pre.*
+post_layernorm.*                        norm.*
+*                                       *
+"""
+_HF_CLIP = (
+    *table("""
+text_model.*                            -
+text_projection.*                       -
+visual_projection.*                     -
+logit_scale*                            -
+"""),
+    *table(_HF_CLIP_BLOCK, start="{|vision_model.}encoder.layers.#.", into="blocks.#."),
+    *table(_OF_HF_CLIP, start="{|vision_model.}"),
+)
+# Names that transformers stored up to version 4 and stores still; then those of 5 in memory.
+_HF_BLOCK = """
+layernorm_before.*                      norm1.*
+layernorm_after.*                       norm2.*
+attention.{attention.query|q_proj}.*    attn.qkv.*      q
+attention.{attention.key|k_proj}.*      attn.qkv.*      k
+attention.{attention.value|v_proj}.*    attn.qkv.*      v
+attention.{output.dense|o_proj}.*       attn.proj.*
+{intermediate.dense|mlp.fc1}.*          mlp.fc1.*
+{output.dense|mlp.fc2}.*                mlp.fc2.*
+*                                       *
+"""
+_OF_HF = """
+classifier.*                                                -
+cls_classifier.*                                            -
+distillation_classifier.*                                   -
+pooler.*                                                    -
+decoder.*                                                   -
+lm_head.*                                                   -
+embeddings.mask_token                                       -
+embeddings.cls_token                                        cls_token
+embeddings.distillation_token                               dist_token
+embeddings.position_embeddings                              pos_embed
+embeddings.patch_embeddings.projection.*                    patch_embed.proj.*
+{encoder.relative_position_bias|shared_position_bias}.*     rel_pos_bias.*
+layernorm.*                                                 norm.*
+*                                                           *
+"""
+_HF_BEIT_BLOCK = """
+{attention.attention.|}relative_position_bias.relative_*    attn.relative_*
+attention.{attention.query|q_proj}.bias                     attn.q_bias
+attention.{attention.key|k_proj}.bias                       attn.k_bias
+attention.{attention.value|v_proj}.bias                     attn.v_bias
+lambda_#                                                    gamma_#
+"""
+HF_VIT = (
+    *table(_HF_BLOCK, start="{|vit.|deit.}{encoder.layer|layers}.#.", into="blocks.#."),
+    *table(_OF_HF, start="{|vit.|deit.}"),
+)
+# A norm for the mean of the tokens is its pooler's, and left out.
+HF_BEIT = (
+    *table(COMPUTED),
+    *table(
+        _HF_BEIT_BLOCK + _HF_BLOCK,
+        start="{|beit.}{encoder.layer|layers}.#.",
+        into="blocks.#.",
+    ),
+    *table(_OF_HF, start="{|beit.}"),
+)
+# DINO, DeiT and timm share our names. Left out are heads, also a head's own norm, and what iBOT's
+# student puts in the place of masked patches.
+_OF_TIMM = """
+head.*                  -
+head_dist.*             -
+fc_norm.*               -
+masked_embed*           -
+blocks.#.ls#.gamma      blocks.#.gamma_#
+*                       *
+"""
+TIMM_VIT = table(_OF_TIMM)
+_OPEN_CLIP_TRUNK = table(_OF_TIMM, start="visual.trunk.") + table("* -")
+# Feature-Distillation's students, with their projection and beside their teacher, and BEiT.
+_STUDENT = (
+    *table(
+        f"""
+{COMPUTED}
+mask_token          -
+feature_model.*     -
+head.*              -
+fc_norm.*           -
+lm_head.*           -
+""",
+        start="{encoder.|}",
+    ),
+    *FEATURE_DISTILLATION,
+)
+_MMSEG_BLOCK = """
+ln#.*                           norm#.*
+ffn.layers.0.0.*                mlp.fc1.*
+ffn.layers.1.*                  mlp.fc2.*
+attn.{qkv.|attn.in_proj_}*      attn.qkv.*
+attn.{|attn.out_}proj.*         attn.proj.*
+*                               *
+"""
+MMSEG = (
+    *table(COMPUTED),
+    *table(_MMSEG_BLOCK, start="layers.#.", into="blocks.#."),
+    *table("""
+patch_embed.projection.*    patch_embed.proj.*
+{norm|ln1}.*                norm.*
+"""),
+)
 
 
 # --- formats ---
 
 
-def _is_plain(names: frozenset[str]) -> bool:
-    return "blocks.0.attn.qkv.weight" in names and "patch_embed.proj.weight" in names
-
-
+_PLAIN = (r"^blocks\.0\.attn\.qkv\.weight$", r"^patch_embed\.proj\.weight$")
 _PUBLISHERS = (
     "0.485 0.456 0.406 0.229 0.224 0.225 for DINO, DeiT and MAE, 0.5 0.5 0.5 0.5 0.5 0.5 for "
     "timm's augreg and SigLIP; the page of the weights says which"
@@ -230,30 +212,30 @@ _ASK = ("norm_eps", "activation")
 FORMATS = {
     "clip_resnet": Format(
         "a CLIP's ResNet",
-        lambda n, w: any_starts(n, "visual.attnpool."),
-        clip,
+        (r"^visual\.attnpool\.",),
+        _CLIP,
         refusal="timm has these models with their weights: --teacher.source timm:resnet50_clip, "
         "timm:resnet101_clip, timm:resnet50x4_clip, timm:resnet50x16_clip, timm:resnet50x64_clip.",
     ),
     "openai_clip": Format(
         "OpenAI CLIP's image tower",
-        lambda n, w: "visual.class_embedding" in n and "input_resolution" in n,
-        clip,
+        (r"^visual\.class_embedding$", r"^input_resolution$"),
+        _CLIP,
         Architecture(norm_eps=1e-5, activation="quick_gelu"),
         statistics=OPENAI_CLIP,
         models="clip_",
     ),
     "open_clip_timm": Format(
         "open_clip with an image tower of timm",
-        lambda n, w: "visual.trunk.blocks.0.attn.qkv.weight" in n,
-        open_clip_trunk,
+        (r"^visual\.trunk\.blocks\.0\.attn\.qkv\.weight$",),
+        _OPEN_CLIP_TRUNK,
         ask=_ASK,
         library="open_clip",
     ),
     "open_clip": Format(
         "open_clip's image tower",
-        lambda n, w: "visual.class_embedding" in n,
-        clip,
+        (r"^visual\.class_embedding$",),
+        _CLIP,
         _EPS_5,
         ask=("activation",),
         trained_with=_CLIPS,
@@ -261,88 +243,81 @@ FORMATS = {
     ),
     "hf_clip": Format(
         "Hugging Face CLIP",
-        lambda n, w: any_has(n, "embeddings.class_embedding"),
-        hugging_face_clip,
+        (r"embeddings\.class_embedding",),
+        _HF_CLIP,
         ask=_ASK,
         statistics=OPENAI_CLIP,
         library="hf",
     ),
     "hf_beit": Format(
         "Hugging Face BEiT",
-        lambda n, w: (
-            any_has(n, "embeddings.cls_token")
-            and (any_has(n, ".lambda_1") or any_has(n, ".relative_position_bias_table"))
-        ),
-        hugging_face_beit,
+        (r"embeddings\.cls_token", r"\.lambda_1|\.relative_position_bias_table"),
+        HF_BEIT,
         ask=_ASK,
         library="hf",
     ),
     "hf_vit": Format(
         "Hugging Face ViT or DeiT",
-        lambda n, w: (
-            any_has(n, "embeddings.cls_token") and any_has(n, "embeddings.patch_embeddings.")
-        ),
-        hugging_face_vit,
+        (r"embeddings\.cls_token", r"embeddings\.patch_embeddings\."),
+        HF_VIT,
         ask=_ASK,
         library="hf",
     ),
     "mmseg_vit": Format(
         "mmsegmentation's BEiT, MAE or VisionTransformer",
-        lambda n, w: "layers.0.ln1.weight" in n and "patch_embed.projection.weight" in n,
-        mmseg,
+        (r"^layers\.0\.ln1\.weight$", r"^patch_embed\.projection\.weight$"),
+        MMSEG,
         _GELU_6,
         trained_with=_BEITS,
     ),
     # Shares a bias among its blocks, as Feature-Distillation's students do.
     "beit_pretraining": Format(
         "BEiT's masked pre-training",
-        lambda n, w: "lm_head.weight" in n and any_starts(n, "rel_pos_bias."),
-        feature_distillation,
+        (r"^lm_head\.weight$", r"^rel_pos_bias\."),
+        _STUDENT,
         _GELU_6,
     ),
     "fd_vit": Format(
         "Feature-Distillation ViT student",
-        lambda n, w: any_starts(n, "encoder.blocks.") or any_starts(n, "rel_pos_bias."),
-        feature_distillation,
+        (r"^encoder\.blocks\.|^rel_pos_bias\.",),
+        _STUDENT,
         _GELU_6,
         statistics=IMAGENET,
     ),
     "beit": Format(
         "BEiT (timm's or its own), or a fine-tuned Feature-Distillation ViT",
-        lambda n, w: "blocks.0.attn.q_bias" in n,
-        feature_distillation,
+        (r"^blocks\.0\.attn\.q_bias$",),
+        _STUDENT,
         _GELU_6,
         trained_with=_BEITS,
     ),
     "deit": Format(
         "DeiT",
-        lambda n, w: _is_plain(n) and ("dist_token" in n or (w == ("model",) and "head.bias" in n)),
-        plain,
+        (*_PLAIN, "^dist_token$|^in model$", r"^dist_token$|^head\.bias$"),
+        TIMM_VIT,
         _GELU_6,
         statistics=IMAGENET,
         models="deit_",
     ),
     "timm_clip": Format(
         "timm's ViT of a CLIP",
-        lambda n, w: _is_plain(n) and any_starts(n, "norm_pre."),
-        plain,
+        (*_PLAIN, r"^norm_pre\."),
+        TIMM_VIT,
         _EPS_5,
         ask=("activation",),
         trained_with=_CLIPS,
     ),
     "timm_vit": Format(
         "timm's ViT",
-        lambda n, w: (
-            _is_plain(n) and (any_starts(n, "head.") or any_starts(n, "fc_norm.")) and not w
-        ),
-        plain,
+        (*_PLAIN, r"^head\.|^fc_norm\.", "^in $"),
+        TIMM_VIT,
         _GELU_6,
         trained_with=_PUBLISHERS,
     ),
     "dino_training": Format(
         "DINO's training, student or teacher",
-        lambda n, w: _is_plain(n) and w[-1:] in (("student",), ("teacher",)),
-        plain,
+        (*_PLAIN, r"^in (.*\.)?(student|teacher)$"),
+        TIMM_VIT,
         _GELU_6,
         statistics=IMAGENET,
         models="dino_",
@@ -350,8 +325,8 @@ FORMATS = {
     ),
     "dino": Format(
         "DINO, for which any ViT of these names without a head is taken",
-        lambda n, w: _is_plain(n),
-        plain,
+        _PLAIN,
+        TIMM_VIT,
         _GELU_6,
         trained_with=_PUBLISHERS,
         models="dino_",

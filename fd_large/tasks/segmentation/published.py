@@ -9,14 +9,13 @@ code (norms and pyramid under the backbone's name), transformers 5 (UperNetForSe
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from fd_large.backbones.exports import Export, Output, same
+from fd_large.backbones.exports import Export
 from fd_large.backbones.statistics import Statistics
-from fd_large.backbones.translation import Piece, Shape, Shapes
+from fd_large.backbones.translation import Rows, Shapes, table, translated, under
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.tasks.segmentation.heads.uper_head import POOLS
 from fd_large.weights.coverage import Fitted
@@ -24,72 +23,52 @@ from fd_large.weights.libraries import To
 from fd_large.weights.read import Tensors
 
 CLASSIFIER = "head.classifier.convolution.weight"
-# A convolution with its norm: ours, theirs; {} is a number.
-_NORMED = (
-    ("head.pools.{}.", "decode_head.psp_modules.{}.1."),
-    ("head.pooled.", "decode_head.bottleneck."),
-    ("head.laterals.{}.", "decode_head.lateral_convs.{}."),
-    ("head.outputs.{}.", "decode_head.fpn_convs.{}."),
-    ("head.fused.", "decode_head.fpn_bottleneck."),
-    ("auxiliary.convolution.", "auxiliary_head.convs.0."),
+
+
+def _layout(norm: str, classifier: str, maps: str) -> Rows:
+    """Returns the table of a library's names, given those of norms and of the last layer."""
+    return table(f"""
+decode_head.psp_modules.#.1.conv.*          head.pools.#.convolution.*
+decode_head.psp_modules.#.1.{norm}.*        head.pools.#.norm.*
+decode_head.bottleneck.conv.*               head.pooled.convolution.*
+decode_head.bottleneck.{norm}.*             head.pooled.norm.*
+decode_head.lateral_convs.#.conv.*          head.laterals.#.convolution.*
+decode_head.lateral_convs.#.{norm}.*        head.laterals.#.norm.*
+decode_head.fpn_convs.#.conv.*              head.outputs.#.convolution.*
+decode_head.fpn_convs.#.{norm}.*            head.outputs.#.norm.*
+decode_head.fpn_bottleneck.conv.*           head.fused.convolution.*
+decode_head.fpn_bottleneck.{norm}.*         head.fused.norm.*
+decode_head.{classifier}.*                  head.classifier.convolution.*
+auxiliary_head.convs.0.conv.*               auxiliary.convolution.convolution.*
+auxiliary_head.convs.0.{norm}.*             auxiliary.convolution.norm.*
+auxiliary_head.{classifier}.*               auxiliary.classifier.convolution.*
+{maps}
+""")
+
+
+# A linear head, as DINOv2 has it, is a norm and the last layer.
+_MMSEG = """
+backbone.norm#.*                            neck.norm#.*
+neck.upsample_4x.*                          neck.fourfold.*
+neck.upsample_2x.0.*                        neck.twofold.*
+decode_head.bn.*                            head.norm.*
+"""
+_TRANSFORMERS = """
+backbone.hidden_states_norms.stage+.*       neck.norm#.*
+backbone.fpn1.*                             neck.fourfold.*
+backbone.fpn2.0.*                           neck.twofold.*
+"""
+LAYOUTS: Mapping[str, Rows] = {
+    "mmseg": _layout("bn", "conv_seg", _MMSEG),
+    "upernet": _layout("batch_norm", "classifier", _TRANSFORMERS),
+}
+# A norm with a fixed momentum has no use for the number of its batches.
+HEADS = (
+    *table("*.num_batches_tracked -"),
+    *LAYOUTS["mmseg"],
+    *LAYOUTS["upernet"],
+    *table("* -"),
 )
-_FPN = (("neck.fourfold.", "backbone.fpn1."), ("neck.twofold.", "backbone.fpn2.0."))
-Pairs = tuple[tuple[str, str], ...]
-
-
-def _pairs(norm: str, classifier: str, *maps: tuple[str, str]) -> Pairs:
-    """Starts of names, ours and theirs."""
-    normed = tuple(
-        (f"{ours}{part}.", f"{theirs}{name}.")
-        for ours, theirs in _NORMED
-        for part, name in (("convolution", "conv"), ("norm", norm))
-    )
-    last = (
-        ("head.classifier.convolution.", f"decode_head.{classifier}."),
-        ("auxiliary.classifier.convolution.", f"auxiliary_head.{classifier}."),
-    )
-    return (*normed, *last, *maps)
-
-
-_MMSEG = _pairs(
-    "bn",
-    "conv_seg",
-    ("neck.norm{}.", "backbone.norm{}."),
-    ("neck.fourfold.", "neck.upsample_4x."),
-    ("neck.twofold.", "neck.upsample_2x.0."),
-    # A linear head, as DINOv2 has it.
-    ("head.norm.", "decode_head.bn."),
-)
-_TRANSFORMERS = _pairs(
-    "batch_norm",
-    "classifier",
-    *((f"neck.norm{i}.", f"backbone.hidden_states_norms.stage{i + 1}.") for i in range(4)),
-    *_FPN,
-)
-LAYOUTS: Mapping[str, Pairs] = {"mmseg": _MMSEG, "upernet": _TRANSFORMERS}
-
-
-def their_name(name: str, pairs: Pairs) -> str | None:
-    """Returns the published name of one of our tensors of heads and neck; None if it has none."""
-    return _renamed(name, pairs)
-
-
-def our_name(name: str) -> str | None:
-    """Returns our name of a tensor of heads and neck in any published layout; None for others."""
-    if name.endswith(".num_batches_tracked"):  # A norm with a fixed momentum has no use for it.
-        return None
-    for pairs in (_MMSEG, _TRANSFORMERS):
-        if found := _renamed(name, tuple((theirs, ours) for ours, theirs in pairs)):
-            return found
-    return None
-
-
-def _renamed(name: str, pairs: Pairs) -> str | None:
-    for before, after in pairs:
-        pattern = re.escape(before).replace(r"\{\}", r"(\d+)")
-        if found := re.match(pattern, name):
-            return after.format(*found.groups()) + name[found.end() :]
-    return None
 
 
 class Heads(NamedTuple):
@@ -128,7 +107,6 @@ def whole_export(backbone: Export, to: To, heads: Heads) -> Export:
 
     Raises: ConfigError: if the library has no such heads.
     """
-    pairs = LAYOUTS[to]
     if len(set(heads.blocks)) < len(heads.blocks):
         raise ConfigError(
             f"export: --to {to}: takes four different blocks of a ViT; got {heads.blocks}, "
@@ -141,14 +119,10 @@ def whole_export(backbone: Export, to: To, heads: Heads) -> Export:
             "1, 0.5, which a patch of more than 8 pixels gives. Use --to mmseg."
         )
 
-    def outputs(name: str, shape: Shape, architecture: Any) -> list[Output]:
-        theirs = their_name(name, pairs)
-        if theirs is not None:
-            return same(theirs, shape)
-        if name.startswith("norm."):  # The final norm, which stands before no head.
-            return []
-        own = backbone.outputs(name, shape, architecture)
-        return [output._replace(name=f"backbone.{output.name}") for output in own]
+    def rows(architecture: Any) -> Rows:
+        own = backbone.rows(architecture) + table("* *")
+        # The final norm stands before no head.
+        return (*LAYOUTS[to], *table("- norm.*"), *under("backbone.", own))
 
     def config(architecture: Any, statistics: Statistics) -> dict[str, Any]:
         own = backbone.config(architecture, statistics)
@@ -159,7 +133,7 @@ def whole_export(backbone: Export, to: To, heads: Heads) -> Export:
     return replace(
         backbone,
         names=lambda a: f"{backbone.names(a)}, with heads",
-        outputs=outputs,
+        rows=rows,
         added=lambda a: {f"backbone.{n}": t for n, t in backbone.added(a).items()},
         config=config if backbone.config else None,
         class_name=lambda a: "UperNetForSemanticSegmentation" if to == "upernet" else "",
@@ -259,14 +233,14 @@ def fitted_heads(file: Tensors, expected: Shapes, *, what: str, where: str) -> d
     Returns: for each module of the task, its (name, full tensor).
     Raises: WeightsError: if the file has no such heads, or of another number of classes.
     """
-    found = {ours: name for name in file if (ours := our_name(name)) is not None}
+    found = translated(file, HEADS).pieces
     if CLASSIFIER not in found:
         raise WeightsError(
             f"{where}: {what}: no heads of segmentation; got {', '.join(sorted(file)[:3])}, ..., "
             "expected decode_head.* in the names of mmsegmentation or transformers. Leave it out: "
             "new heads start from random weights."
         )
-    classes, wanted = file.shape(found[CLASSIFIER])[0], expected[CLASSIFIER][0]
+    classes, wanted = found[CLASSIFIER].shape(file.shape)[0], expected[CLASSIFIER][0]
     if classes != wanted:
         raise WeightsError(
             f"{where}: {what}: heads for other classes; got {classes} classes, expected {wanted} "
@@ -276,7 +250,7 @@ def fitted_heads(file: Tensors, expected: Shapes, *, what: str, where: str) -> d
     modules = dict.fromkeys(name.partition(".")[0] for name in expected)
     return {
         module: Fitted(
-            _under(module, {ours: Piece((name,)) for ours, name in found.items()}),
+            _under(module, found),
             file,
             _under(module, expected),
             what=f"{what}, {module}",

@@ -188,7 +188,7 @@ def test_esvit_with_its_heads_and_swin_without():
 def test_first_stages_end_with_a_norm_that_only_normalises():
     whole, target = swin(), swin(stages=3)
     state = whole.state_dict()
-    pieces = translated(state, FORMATS["swin"].format.rule).pieces
+    pieces = translated(state, FORMATS["swin"].format.rows).pieces
     three = resolve("swin_base_esvit_s3", Architecture(embed_dim=8, num_heads=(1, 1, 2)))
     wanted = Wanted(three, {}, Architecture(depths=(1, 1, 1, 1)), [])
     pieces, _ = FAMILIES["swin"].published.adapt(pieces, wanted)
