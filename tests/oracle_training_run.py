@@ -31,7 +31,7 @@ from fd_large.engine.zero.engine import build_engine
 from fd_large.kernels.whitened_loss import whiten
 from fd_large.ranks import distributed
 from fd_large.recipes import registry
-from fd_large.tasks.distillation.recipe_targets import make_target
+from fd_large.tasks.distillation.objective import make_target
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.distillation.teacher import place
 from fd_large.weights.published import detect

@@ -31,10 +31,10 @@ from fd_large.engine.zero.engine import build_engine
 from fd_large.engine.zero.optimizer import set_learning_rate
 from fd_large.ranks import distributed
 from fd_large.recipes import registry
-from fd_large.tasks.distillation.heads.ladder import Ladder
 from fd_large.tasks.distillation.heads.map_head import HeardBlocks, Maps
+from fd_large.tasks.distillation.heads.map_heads import Ladder
 from fd_large.tasks.distillation.heads.registry import HEADS
-from fd_large.tasks.distillation.recipe_targets import make_target
+from fd_large.tasks.distillation.objective import make_target
 from fd_large.tasks.distillation.section import Weighting
 from fd_large.tasks.distillation.several.weighting import Weighted
 from fd_large.tasks.distillation.task import Distillation, Whole

@@ -26,7 +26,7 @@ from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.zero.optimizer import decays
 from fd_large.recipes.architectures import Architecture
 from fd_large.tasks.classification.task import FineTuning
-from fd_large.tasks.distillation.recipe_targets import make_target
+from fd_large.tasks.distillation.objective import make_target
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.weights.published import FORMATS
 

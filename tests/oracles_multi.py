@@ -14,8 +14,7 @@ from fd_large.backbones.feature_map import FeatureMap
 from fd_large.tasks.distillation.alignment import align
 from fd_large.tasks.distillation.losses import ClsAndPatches
 from fd_large.tasks.distillation.normalisers import Affine
-from fd_large.tasks.distillation.recipe_targets import make_loss
-from fd_large.tasks.distillation.rotations import hadamard, orthogonal, phi_s_matrix
+from fd_large.tasks.distillation.objective import make_loss
 from fd_large.tasks.distillation.several.running_statistics import (
     RUNNING,
     Moments,
@@ -35,7 +34,12 @@ from fd_large.tasks.distillation.several.weighting import (
     kept_of_own_data,
     weighted_loss,
 )
-from fd_large.tasks.distillation.target_statistics import moments
+from fd_large.tasks.distillation.target_statistics import (
+    hadamard,
+    moments,
+    orthogonal,
+    phi_s_matrix,
+)
 
 NOT_YET_PARTS = {
     "featsharp_phi_standardize": "the way back, and rotation or scale alone",

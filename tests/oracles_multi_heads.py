@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.tasks.distillation.alignment import align
-from fd_large.tasks.distillation.heads.convolutional import Convolutional
-from fd_large.tasks.distillation.heads.ladder import Ladder
 from fd_large.tasks.distillation.heads.map_head import MapHead, Maps
-from fd_large.tasks.distillation.heads.resizing import ResizedMLP, UpsamplingMLP
+from fd_large.tasks.distillation.heads.map_heads import (
+    Convolutional,
+    Ladder,
+    ResizedMLP,
+    UpsamplingMLP,
+)
 from fd_large.tasks.distillation.heads.token_heads import (
     MLP,
     attention_mlp,

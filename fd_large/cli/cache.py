@@ -22,8 +22,7 @@ from fd_large.ranks.processes import check_workers
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, positive, require
 from fd_large.recipes.run import Run
-from fd_large.tasks.distillation.combinations import check_storable
-from fd_large.tasks.distillation.section import CACHED
+from fd_large.tasks.distillation.section import CACHED, source_flag
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -85,8 +84,6 @@ def main(arguments: list[str]) -> int:
     from fd_large.ranks import distributed
 
     if distributed.is_main():
-        from fd_large.tasks.distillation.teacher_grids import source_flag
-
         for name, count in written.items():
             folder = Path(own.out, name)
             source = f"{source_flag(name)} {CACHED}{folder}"
@@ -110,6 +107,8 @@ def _with_views(run: Run, views: int) -> Run:
         "a recipe of distillation",
         "Choose another",
     )
+    from fd_large.tasks.distillation.cached.views import check_storable
+
     mosaics = {name: entry.mosaic for name, entry in run.taught_by.items()}
     check_storable(run.data.image_sizes, mosaics)
     said = run.task.distillation

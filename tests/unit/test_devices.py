@@ -53,7 +53,7 @@ from fd_large.tasks.distillation.canary import seconds_of_product
 from fd_large.tasks.distillation.held_out import Crops, HeldOutViews
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.normalisers import NORMALISERS
-from fd_large.tasks.distillation.recipe_targets import LOSSES
+from fd_large.tasks.distillation.objective import LOSSES
 from fd_large.tasks.jobs import job_of
 
 SIDE = 32

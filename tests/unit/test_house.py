@@ -340,7 +340,7 @@ def test_the_core_of_distillation_names_no_wing() -> None:
     """One table in job.py chooses; options make targets, their tensors on disk, and a grid."""
     folder = PACKAGE / "tasks" / "distillation"
     wings = tuple(f"fd_large.tasks.distillation.{wing}" for wing in ("several", "cached"))
-    allowed = {"job.py", "stored.py", "recipe_targets.py", "teacher_grids.py"}
+    allowed = {"job.py", "stored.py", "objective.py", "grids.py"}
     core = [path for path in folder.rglob("*.py") if not {"several", "cached"} & set(path.parts)]
     all_hold(
         [

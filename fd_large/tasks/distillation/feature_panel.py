@@ -6,15 +6,30 @@ needs neither the models nor torch.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
+import torch
+from einops import rearrange
+from torch import Tensor
 
+from fd_large.backbones.feature_map import FeatureMap
 from fd_large.files import replacing
 from fd_large.ranks import distributed
 from fd_large.recipes.file_names import PICTURES
 from fd_large.runtime.hooks import Hook, Setting
 from fd_large.runtime.run_folder import written_or_logged
+from fd_large.tasks.distillation.alignment import Grid, resized
+from fd_large.tasks.distillation.section import MAP
+from fd_large.tasks.distillation.target import references
+from fd_large.tasks.distillation.task import Distillation
+
+PANEL_IMAGES = 4
+PANEL_CANDIDATES = 16
+"""Views of which the panel shows those that vary most; others may be blank, such as the sky."""
 
 
 class FeaturePanel(Hook):
@@ -56,3 +71,72 @@ def write_panel(path: Path, index: int, panel: dict[str, numpy.ndarray]) -> None
                 update=numpy.int64(index),
                 **{name: values.astype(numpy.float32) for name, values in maps.items()},
             )
+
+
+def feature_panel(
+    task: Distillation, forward: Callable[..., Any], images: Tensor, targets: Any = None
+) -> dict[str, Tensor]:
+    """Computes the maps of a few images, without gradient.
+
+    Args:
+        task: The task, in evaluation mode.
+        forward: Runs the task (its engine).
+        images: (n, 3, S, S) uint8, on the device.
+        targets: See `Distillation.learnt`.
+
+    Returns: "images" (n, S, S, 3) uint8; "teacher" (n, h, w, C), normalised, and "student"
+        (n, h, w, C), projected, float32; of several teachers teacher_NAME and student_NAME. All in
+        host memory.
+    """
+    seen: dict[str, Tensor] = {}
+    shown = [target for target in task.targets if target.kind == MAP]
+
+    def note(label: str) -> Callable[..., None]:
+        def hook(_module: Any, _inputs: Any, output: Tensor | FeatureMap) -> None:
+            tokens = output.tokens if isinstance(output, FeatureMap) else output
+            seen[label] = tokens.detach().float().cpu()
+
+        return hook
+
+    handles = [target.head.register_forward_hook(note(target.label)) for target in shown]
+    with torch.no_grad():
+        prepared = task.prepare(images, targets, None)
+        forward(**prepared)
+        taught = references(task, **prepared)
+    for handle in handles:
+        handle.remove()
+
+    def as_map(tokens: Tensor, grid: Grid) -> Tensor:
+        h, w = grid
+        return rearrange(tokens[:, tokens.shape[1] - h * w :], "n (h w) c -> n h w c", h=h, w=w)
+
+    own = task.student.grid(*images.shape[-2:])
+    maps = {"images": rearrange(images, "n c h w -> n h w c").cpu()}
+    for target, reference in zip(task.targets, taught, strict=True):
+        if target.kind == MAP:
+            end = f"_{target.label}" if target.label else ""
+            grid, _ = target.given(own, 0)
+            places = target.places(own, prepared["maps"][target.teacher].grid)
+            maps[f"teacher{end}"] = as_map(reference.cpu(), places)
+            tokens = as_map(seen[target.label], grid).flatten(1, 2)
+            projected = resized(FeatureMap(tokens, grid, 0), places, antialias=False)
+            maps[f"student{end}"] = as_map(projected.tokens, places)
+    return maps
+
+
+def most_varied(views: Sequence[Tensor], names: Sequence[str]) -> list[int]:
+    """Returns the places of the views for the panel, in order: not the sky, where there is more.
+
+    It goes by the pixels alone, so that a resumed run shows the views that it showed at its start.
+    An image is shown a second time only after each of the others was shown once.
+
+    Args:
+        views: (3, S, S) uint8 each.
+        names: The image that each is cut from.
+    """
+    spread = torch.stack([view.float().flatten(1).var(1).sum() for view in views])
+    turns, taken = {}, Counter[str]()
+    for view in spread.argsort(descending=True, stable=True).tolist():
+        turns[view] = taken[names[view]]
+        taken[names[view]] += 1
+    return sorted(sorted(turns, key=turns.__getitem__)[:PANEL_IMAGES])

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from fd_large.backbones.feature_map import FeatureMap
 from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import samples_at
@@ -25,17 +22,18 @@ from fd_large.engine.evaluation import Evaluation, Panel, evaluating
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import DataError
 from fd_large.ranks import activity, distributed
-from fd_large.tasks.distillation.alignment import Grid, resized
-from fd_large.tasks.distillation.constant_prediction import constant_prediction_losses
-from fd_large.tasks.distillation.section import MAP
+from fd_large.tasks.distillation.feature_panel import (
+    PANEL_CANDIDATES,
+    PANEL_IMAGES,
+    feature_panel,
+    most_varied,
+)
+from fd_large.tasks.distillation.losses import Loss
 from fd_large.tasks.distillation.target import references
 from fd_large.tasks.distillation.task import Distillation
 
 # An epoch that no training reaches, so that crops of training images are unseen ones.
 EVALUATION_EPOCH = 2**31 - 1
-PANEL_IMAGES = 4
-PANEL_CANDIDATES = 16
-"""Views of which the panel shows those that vary most; others may be blank, such as the sky."""
 TRIES = 10
 
 log = logging.getLogger(__name__)
@@ -87,24 +85,6 @@ class Crops:
         # Spread over the dataset, which may list its classes one after the other.
         place = view % min(len(self), len(self.source))
         return int(samples_at(self.source, self.seed, EVALUATION_EPOCH, np.array([place]))[0])
-
-
-def most_varied(views: Sequence[Tensor], names: Sequence[str]) -> list[int]:
-    """Returns the places of the views for the panel, in order: not the sky, where there is more.
-
-    It goes by the pixels alone, so that a resumed run shows the views that it showed at its start.
-    An image is shown a second time only after each of the others was shown once.
-
-    Args:
-        views: (3, S, S) uint8 each.
-        names: The image that each is cut from.
-    """
-    spread = torch.stack([view.float().flatten(1).var(1).sum() for view in views])
-    turns, taken = {}, Counter[str]()
-    for view in spread.argsort(descending=True, stable=True).tolist():
-        turns[view] = taken[names[view]]
-        taken[names[view]] += 1
-    return sorted(sorted(turns, key=turns.__getitem__)[:PANEL_IMAGES])
 
 
 class HeldOutViews:
@@ -253,52 +233,96 @@ def held_out_losses(sets: Sequence[HeldOutViews], engine: Engine, *, every: int)
     return Evaluation(measure, every)
 
 
-def feature_panel(
-    task: Distillation, forward: Callable[..., Any], images: Tensor, targets: Any = None
-) -> dict[str, Tensor]:
-    """Computes the maps of a few images, without gradient.
+Prepared = dict[str, Any]
+MOST_PASSES = 12
+ENOUGH = 1e-3  # Share of the loss below which a step is the last one, from the third pass on.
+
+
+def constant_prediction_losses(
+    task: Distillation,
+    batches: Callable[[], Iterator[tuple[Prepared, int]]],
+    summed: Callable[[Tensor], Tensor],
+) -> list[float]:
+    """Computes the loss of the best constant, one number per channel, for each target.
+
+    That is the constant-prediction baseline: a student that learnt only the mean of its targets has
+    about these losses. Where a loss gives slope and curvature (`Loss.newton`), steps go on from the
+    mean towards the minimum.
 
     Args:
-        task: The task, in evaluation mode.
-        forward: Runs the task (its engine).
-        images: (n, 3, S, S) uint8, on the device.
-        targets: See `Distillation.learnt`.
+        task: The task, in evaluation mode; gives the targets.
+        batches: Called once per pass; yields (prepared, weight), with weight 0 for padding.
+        summed: Sums a tensor over the ranks.
 
-    Returns: "images" (n, S, S, 3) uint8; "teacher" (n, h, w, C), normalised, and "student"
-        (n, h, w, C), projected, float32; of several teachers teacher_NAME and student_NAME. All in
-        host memory.
+    Returns: the loss without its weight, for each of `task.targets`.
     """
-    seen: dict[str, Tensor] = {}
-    shown = [target for target in task.targets if target.kind == MAP]
+    searches = [_Search(target.loss) for target in task.targets]
+    # Pass 0 gives the means; each later one the losses by the constants before it, and their
+    # Newton steps.
+    for _ in range(MOST_PASSES):
+        for prepared, weight in batches():
+            for search, tokens in zip(searches, references(task, **prepared), strict=True):
+                search.add(tokens, weight)
+        for search in searches:
+            search.step(summed)
+        if all(search.done for search in searches):
+            break
+    return [search.least for search in searches]
 
-    def note(label: str) -> Callable[..., None]:
-        def hook(_module: Any, _inputs: Any, output: Tensor | FeatureMap) -> None:
-            tokens = output.tokens if isinstance(output, FeatureMap) else output
-            seen[label] = tokens.detach().float().cpu()
 
-        return hook
+class _Search:
+    """The best constant of one target, found pass by pass.
 
-    handles = [target.head.register_forward_hook(note(target.label)) for target in shown]
-    with torch.no_grad():
-        prepared = task.prepare(images, targets, None)
-        forward(**prepared)
-        taught = references(task, **prepared)
-    for handle in handles:
-        handle.remove()
+    Args:
+        loss: The target's loss.
 
-    def as_map(tokens: Tensor, grid: Grid) -> Tensor:
-        h, w = grid
-        return rearrange(tokens[:, tokens.shape[1] - h * w :], "n (h w) c -> n h w c", h=h, w=w)
+    Attributes:
+        least: The least loss so far.
+        done: Whether another pass would not lower it.
+    """
 
-    own = task.student.grid(*images.shape[-2:])
-    maps = {"images": rearrange(images, "n c h w -> n h w c").cpu()}
-    for target, reference in zip(task.targets, taught, strict=True):
-        if target.kind == MAP:
-            end = f"_{target.label}" if target.label else ""
-            grid, _ = target.given(own, 0)
-            places = target.places(own, prepared["maps"][target.teacher].grid)
-            maps[f"teacher{end}"] = as_map(reference.cpu(), places)
-            tokens = as_map(seen[target.label], grid).flatten(1, 2)
-            projected = resized(FeatureMap(tokens, grid, 0), places, antialias=False)
-            maps[f"student{end}"] = as_map(projected.tokens, places)
-    return maps
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
+        self._constant: Tensor | None = None
+        self._totals: Tensor | None = None
+        self._passes, self._moves = 0, True
+        self._last, self.least, self.done = float("nan"), float("inf"), False
+
+    def add(self, tokens: Tensor, weight: int) -> None:
+        """Adds the tokens (B, N, C) float32 of a batch to a pass; weight 0: they are padding."""
+        if self.done:
+            return
+        if self._constant is None:
+            self._constant = torch.zeros_like(tokens[0, 0])
+        constant = self._constant
+        rows = [tokens.sum((0, 1)), torch.zeros_like(constant)]
+        if self._passes and (slopes := self._loss.newton(constant, tokens)):
+            rows = list(slopes)
+        else:
+            self._moves = not self._passes
+        lost = self._loss(constant.expand_as(tokens), tokens) * len(tokens)
+        sums = torch.stack([*rows, lost.expand_as(constant)]).double()
+        counts = sums.new_tensor([[len(tokens)], [tokens[..., 0].numel()]])
+        part = torch.cat([sums, counts.expand(2, sums.shape[1])]) * weight
+        self._totals = part if self._totals is None else self._totals + part
+
+    def step(self, summed: Callable[[Tensor], Tensor]) -> None:
+        """Ends a pass: moves the constant, unless it is as good as it gets; a collective."""
+        if self.done:
+            return
+        assert self._totals is not None
+        assert self._constant is not None
+        first, second, lost_sum, images, places = summed(self._totals)
+        before, loss = self._last, (lost_sum[0] / images[0]).item()
+        number, self._totals, self._last = self._passes, None, loss
+        self._passes += 1
+        if number == 0:
+            self._constant = (first / places).float()
+            return
+        self.least = min(self.least, loss)
+        if not self._moves or (number >= 3 and not loss < before * (1 - ENOUGH)):
+            self.done = True
+            return
+        step_down = torch.where(second > 0, first / second, 0.0)
+        self._constant = (self._constant - step_down).float()
+        self._moves = True

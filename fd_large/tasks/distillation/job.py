@@ -30,29 +30,35 @@ from fd_large.errors import ConfigError, check_all
 from fd_large.ranks import distributed
 from fd_large.recipes.run import ONLY, Run
 from fd_large.runtime.hooks import Hook
-from fd_large.tasks.distillation import recipe_targets, target_statistics
-from fd_large.tasks.distillation.built_teacher import built_teacher
+from fd_large.tasks.distillation import target_statistics
 from fd_large.tasks.distillation.cached.recorder import Recorders
 from fd_large.tasks.distillation.cached.run_caches import RunCaches
 from fd_large.tasks.distillation.cached.teacher import CachedTeacher, FromStored, view_facts
 from fd_large.tasks.distillation.cached.teacher import batch_size as cached_batch_size
 from fd_large.tasks.distillation.cached.teacher import settled as settled_by_cache
-from fd_large.tasks.distillation.cached.views import StoredMaps, ViewsToStore, training_view
-from fd_large.tasks.distillation.canary import Canary, seconds_of_product
-from fd_large.tasks.distillation.combinations import (
+from fd_large.tasks.distillation.cached.views import (
+    StoredMaps,
+    ViewsToStore,
     check_fixed_views,
-    check_mosaics_full,
     check_storable,
     check_stored_summary,
-    check_stream,
+    training_view,
 )
-from fd_large.tasks.distillation.embedding import with_embedding
+from fd_large.tasks.distillation.canary import Canary, seconds_of_product
 from fd_large.tasks.distillation.feature_panel import FeaturePanel
+from fd_large.tasks.distillation.grids import check_fit, sides_of, teacher_maker, with_grid
 from fd_large.tasks.distillation.heads.map_head import HeardBlocks
 from fd_large.tasks.distillation.held_out import Crops, HeldOutViews, held_out_losses
 from fd_large.tasks.distillation.knn_accuracy import knn_accuracy
-from fd_large.tasks.distillation.model_fit import check_fit
-from fd_large.tasks.distillation.recipe_targets import AnyTeacher, statistics_file
+from fd_large.tasks.distillation.objective import (
+    AnyTeacher,
+    fields_not_read,
+    make_loss,
+    make_targets,
+    statistics_file,
+    target_checks,
+    target_facts,
+)
 from fd_large.tasks.distillation.section import (
     FIXED,
     SUMMARY,
@@ -60,8 +66,9 @@ from fd_large.tasks.distillation.section import (
     evaluated_words,
     labels_of,
     naming_target,
+    source_flag,
 )
-from fd_large.tasks.distillation.several.mosaic import AloneInEvaluation
+from fd_large.tasks.distillation.several.mosaic import AloneInEvaluation, check_mosaics_full
 from fd_large.tasks.distillation.several.weighting import DATASETS, Weighted, teaches
 from fd_large.tasks.distillation.stored_teachers import (
     facts_by_teacher,
@@ -71,12 +78,11 @@ from fd_large.tasks.distillation.stored_teachers import (
 from fd_large.tasks.distillation.target import NamedTarget
 from fd_large.tasks.distillation.task import Distillation, Sum, Teachers, Whole
 from fd_large.tasks.distillation.teacher import Beside as BesideStudent
-from fd_large.tasks.distillation.teacher import PlacedTeacher
-from fd_large.tasks.distillation.teacher_grids import (
-    sides_of,
-    source_flag,
-    teacher_maker,
-    with_grid,
+from fd_large.tasks.distillation.teacher import (
+    PlacedTeacher,
+    built_teacher,
+    check_stream,
+    with_embedding,
 )
 from fd_large.weights.resolve import Sources
 from fd_large.weights.settle import settle_model
@@ -142,7 +148,7 @@ class DistillationJob(TrainingJob):
         """The words for this task's numbers; the loss brings its own."""
         objective, label = self.run.objective, "sum of the losses"
         if not self.run.teachers:
-            label = recipe_targets.make_loss(objective.loss, beta=objective.beta).label
+            label = make_loss(objective.loss, beta=objective.beta).label
         return {"loss": label, **evaluated_words(self.run.teachers)}
 
     @property
@@ -176,7 +182,7 @@ class DistillationJob(TrainingJob):
         if rule != "own_data":
             ignored += [f"teachers.{name}.datasets" for name in self.run.teachers]
         for name, entry in self.run.taught_by.items():
-            ignored += recipe_targets.ignored_fields(name, entry)
+            ignored += fields_not_read(name, entry)
         return tuple(ignored)
 
     # --- before anything heavy ---
@@ -223,7 +229,7 @@ class DistillationJob(TrainingJob):
                 check
                 for name, entry in entries
                 for kind in entry.targets
-                for check in recipe_targets.checks(name, entry, kind)
+                for check in target_checks(name, entry, kind)
             ),
             self._teaches,
             lambda: self.run.eval.root and self._held_out_images,
@@ -500,7 +506,7 @@ class DistillationJob(TrainingJob):
             task: The task around the run's teachers.
             target: One of its targets.
         """
-        return recipe_targets.target_facts(
+        return target_facts(
             target,
             task.student,
             self.teachers[target.teacher],
@@ -523,7 +529,7 @@ class DistillationJob(TrainingJob):
         return composed(
             student,
             teachers,
-            recipe_targets.make_targets(student, teachers, entries, image_size=size),
+            make_targets(student, teachers, entries, image_size=size),
             weighting=self.run.weighting,
             teaches=self._teaches(),
             mosaics=[name for name, entry in entries.items() if entry.mosaic],

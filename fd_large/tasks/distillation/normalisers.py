@@ -82,7 +82,7 @@ def standardise(statistics: TargetStatistics) -> Affine:
 
 
 def phi_s(statistics: TargetStatistics) -> Affine:
-    """Rotates so that every channel has variance 1; one number scales all: see rotations.py."""
+    """Rotates so that every channel has variance 1; one number scales all: see `phi_s_matrix`."""
     return Affine(statistics.mean, statistics.phi_s)
 
 

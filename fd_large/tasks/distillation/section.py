@@ -288,6 +288,16 @@ def field_of(teacher: str, name: str, kind: str = MAP) -> str:
     return ".".join(("teachers", teacher, *([SUMMARY] if kind == SUMMARY else []), name))
 
 
+def source_flag(name: str) -> str:
+    """Returns the flag of a teacher's source."""
+    return f"--teachers.{name}.source" if name else "--teacher.source"
+
+
+def called(name: str) -> str:
+    """What a teacher is called in messages."""
+    return f"teacher {name}" if name else "teacher"
+
+
 @contextmanager
 def naming_target(teacher: str, kind: str = MAP) -> Iterator[None]:
     """Lets mistakes in one of several teachers' targets name its fields, not those of `objective`.

@@ -1,33 +1,276 @@
-"""What a stored distillation is asked for: its export, its heads, its loss, its model card."""
+"""What a stored distillation is asked for: its export, its heads, its loss, its model card.
+
+The heads guess each teacher's map from the student's. An export keeps them in a folder beside the
+student: their tensors, and what each is made of.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from fd_large import doors
+from fd_large.backbones.exports import PROJECTION
+from fd_large.backbones.feature_map import FeatureMap
 from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
 from fd_large.checkpoint.stream import Shape
 from fd_large.engine.checkpoint_models import fill_stored
-from fd_large.errors import FDError
+from fd_large.engine.frozen import Frozen
+from fd_large.errors import ConfigError, FDError, WeightsError
+from fd_large.files import write_json
+from fd_large.tasks.distillation.grids import maps_of
+from fd_large.tasks.distillation.heads import registry
+from fd_large.tasks.distillation.heads.map_head import MapHead, Maps, with_blocks
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.model_card import learned
+from fd_large.tasks.distillation.normalisers import NONE, Undo
+from fd_large.tasks.distillation.registered import register
+from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher
 from fd_large.tasks.distillation.several.running_statistics import RUNNING
-from fd_large.tasks.distillation.stored_heads import (
-    StoredHead,
-    fill_heads,
-    projection_shapes,
-    read_heads,
-    write,
-)
 from fd_large.tasks.distillation.stored_teachers import facts_by_teacher
+from fd_large.tasks.distillation.target import guess, reads_blocks
+from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.stored_run import StoredRun
+from fd_large.weights import read
+from fd_large.weights.export import write_shards
 from fd_large.weights.libraries import To
 from fd_large.weights.model_card import Learned
+
+_FILE = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadFacts:
+    """What a head is made of, and how it is given the student's map.
+
+    Attributes:
+        head: Its name in the recipe.
+        width: Channels of the student's tokens.
+        teacher_width: Channels of what it gives.
+        maps: What a head that reads maps is made for.
+        kind: "map" or "summary".
+        with_prefix: Whether the map's prefix tokens (CLS) are learnt with it.
+        num_prefix_tokens: Tokens before the patches of the teacher's map.
+        normaliser: Name of what was done to the teacher's tokens.
+    """
+
+    head: str
+    width: int
+    teacher_width: int
+    maps: Maps
+    kind: str
+    with_prefix: bool
+    num_prefix_tokens: int
+    normaliser: str
+
+
+class StoredHead(nn.Module):
+    """A trained head, with how it is given the student's map.
+
+    Args:
+        facts: What it is made of; it is made with random weights.
+        undo: The way back from what was learnt to what the teacher gives; None: there is none, or
+            nothing is to be undone.
+
+    Attributes:
+        facts: As given.
+        head: The head.
+    """
+
+    def __init__(self, facts: HeadFacts, undo: Undo | None) -> None:
+        super().__init__()
+        self.facts, self.undo = facts, undo
+        self.head = registry.make(facts.head, facts.width, facts.teacher_width, lambda: facts.maps)
+
+    def forward(
+        self, backbone: nn.Module, pixels: Tensor, *, in_teacher_units: bool = False
+    ) -> FeatureMap:
+        """Returns the guess; of a summary it is one place.
+
+        Args:
+            backbone: The run's student.
+            pixels: (B, 3, H, W) float32, normalised for it.
+            in_teacher_units: Whether it is what the teacher gives; else it is in the units that
+                were learnt, those of the target's normaliser.
+
+        Raises: ConfigError: if the normaliser cannot be undone.
+        """
+        if reads_blocks(self.head):
+            student, blocks = with_blocks(backbone, partial(backbone, pixels))
+        else:
+            student, blocks = backbone(pixels), ()
+        found = guess(
+            self.head,
+            student,
+            blocks,
+            kind=self.facts.kind,
+            with_prefix=self.facts.with_prefix,
+            num_prefix_tokens=self.facts.num_prefix_tokens,
+        )
+        if not in_teacher_units or self.facts.normaliser == NONE:
+            return found
+        if self.undo is None:
+            raise ConfigError(
+                "teacher_map: what the head gives cannot be turned into the teacher's units; got "
+                f"the normaliser {self.facts.normaliser}, expected one that keeps length and mean "
+                f"of a token, such as {NONE} or phi_s. Train with that."
+            )
+        return found._replace(tokens=self.undo(found.tokens, found.num_prefix_tokens))
+
+    def prefix_tokens(self, of_student: int) -> int:
+        """Returns the tokens before the patches in the guess.
+
+        Args:
+            of_student: Those of the student's map.
+        """
+        if isinstance(self.head, MapHead):
+            return self.head.num_prefix_tokens
+        of_map = self.facts.kind == MAP and self.facts.with_prefix
+        return of_student if of_map and of_student == self.facts.num_prefix_tokens else 0
+
+
+def fill_heads(
+    task: Distillation,
+    teachers: Mapping[str, Frozen],
+    entries: Mapping[str, NamedTeacher],
+    *,
+    image_size: int,
+    fill: Callable[[], object],
+) -> dict[str, StoredHead]:
+    """Returns the heads of a task by their targets' labels; "teacher" for the only one.
+
+    Only they have memory.
+
+    Args:
+        task: The task around `teachers`, on the meta device.
+        teachers: The teachers by name.
+        entries: What the settled recipe says of each.
+        image_size: Side of the student's images, in pixels.
+        fill: Fills what of the task has memory, once the heads have.
+    """
+    images = torch.empty(1, 3, image_size, image_size, dtype=torch.uint8, device="meta")
+    prefixes = {name: one(images).num_prefix_tokens for name, one in teachers.items()}
+    found = {}
+    for target in task.targets:
+        entry, teacher = entries[target.teacher], teachers[target.teacher]
+        with_prefix = SUMMARY not in entry.targets
+        facts = HeadFacts(
+            head=entry.setting("head", target.kind),
+            width=task.student.width,
+            teacher_width=entry.width_of(target.kind, teacher.width),
+            maps=maps_of(
+                task.student, teacher, image_size, kind=target.kind, with_prefix=with_prefix
+            ),
+            kind=target.kind,
+            with_prefix=with_prefix,
+            num_prefix_tokens=prefixes[target.teacher],
+            normaliser=entry.setting("normaliser", target.kind),
+        )
+        for module in target.modules().values():
+            if module is not target.head:
+                module.to_empty(device="cpu")
+        found[target] = StoredHead(facts, None)
+        target.head = found[target].head
+        register(task, target.path, target.head)
+    fill()
+    for target, head in found.items():
+        if undo := getattr(target.normalise, "undo", None):
+            head.undo = undo()
+    return {target.label or "teacher": head for target, head in found.items()}
+
+
+def projection_shapes(
+    reader: Reader, student: Mapping[str, Shape], *, is_running: bool
+) -> dict[str, Shape]:
+    """Returns the shapes of the linear head of a run with one teacher, as its checkpoint has it.
+
+    Args:
+        reader: The checkpoint, of which the whole task is checked.
+        student: Shapes of the student's tensors by their own names.
+        is_running: Whether the normaliser has statistics that training moves.
+
+    Raises: CheckpointError: if the checkpoint is of another task.
+    """
+    sizes = reader.layout.sizes
+    width = sizes.get(f"{PROJECTION}bias", 0)
+    projection: dict[str, Shape] = {
+        f"{PROJECTION}weight": (width, sizes.get(f"{PROJECTION}weight", 0) // max(width, 1)),
+        f"{PROJECTION}bias": (width,),
+    }
+    whole = {f"{stream.STUDENT}{name}": shape for name, shape in student.items()}
+    if is_running:
+        whole |= {f"running.{MAP}.{name}": (2, width) for name in ("mean", "deviation")}
+    stream.check(reader, whole | projection)
+    return projection
+
+
+def write(heads: Mapping[str, StoredHead], folder: Path, *, task: str, shard_size: int) -> None:
+    """Writes heads into a new folder.
+
+    Args:
+        heads: By their targets' labels.
+        folder: Does not exist.
+        task: The task that reads them.
+        shard_size: Most bytes of a file of tensors.
+    """
+    folder.mkdir()
+    tensors = _module(heads).state_dict()
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    write_shards(folder, shapes, tensors.items(), shard_size)
+    facts = {label: asdict(head.facts) for label, head in heads.items()}
+    write_json(folder / _FILE, {"task": task, "heads": facts})
+
+
+def read_heads(folder: Path) -> dict[str, StoredHead]:
+    """Reads what `write` wrote, with code of the user's own where it was allowed.
+
+    Raises: WeightsError: if it is damaged; ConfigError: for a head of the user's own whose code was
+        not allowed.
+    """
+    where = str(folder)
+    tensors = read.read(folder, where=where)
+    try:
+        listed = {
+            label: HeadFacts(**{**facts, "maps": _maps(facts["maps"])})
+            for label, facts in read.read_json(folder / _FILE, where=where)["heads"].items()
+        }
+        doors.require_allowed({f"{where}: {n}": facts.head for n, facts in listed.items()})
+        heads = {
+            label: StoredHead(facts, _undo(tensors, f"heads.{label}.undo."))
+            for label, facts in listed.items()
+        }
+        _module(heads).load_state_dict(dict(tensors))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{where}: not the heads that an export wrote; got {type(error).__name__} "
+            f"{str(error)[:200]}, expected its files as they were. Export the run again."
+        ) from error
+    return heads
+
+
+def _module(heads: Mapping[str, StoredHead]) -> nn.Module:
+    return nn.ModuleDict({"heads": nn.ModuleDict(dict(heads))})
+
+
+def _maps(values: Any) -> Maps:
+    student, teacher, prefix, blocks = values
+    return Maps(tuple(student), tuple(teacher), prefix, blocks)
+
+
+def _undo(tensors: Mapping[str, Tensor], prefix: str) -> Undo | None:
+    held = {name: tensors.get(f"{prefix}{name}") for name in ("mean", "scale", "rotation")}
+    if held["mean"] is None:
+        return None
+    return Undo(**held)
+
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,8 @@ from typing import Any
 from fd_large.errors import CheckpointError
 from fd_large.tasks.distillation import target_statistics
 from fd_large.tasks.distillation.normalisers import BY_STATISTICS
-from fd_large.tasks.distillation.recipe_targets import statistics_file
-from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher, field_of
-from fd_large.tasks.distillation.teacher_grids import source_flag
+from fd_large.tasks.distillation.objective import statistics_file
+from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher, field_of, source_flag
 
 # The entries of a manifest for the files of statistics, by kind of target.
 _STATISTICS = {MAP: "target_statistics", SUMMARY: "summary_target_statistics"}

@@ -1,4 +1,4 @@
-"""The frozen teacher: whole on every rank, sharded over all ranks, or sharded inside each node.
+"""A frozen teacher with its weights: whole on each rank, sharded over all, or inside each node.
 
 A sharded teacher is a second ZeRO-3 engine without an optimiser. It has its own configuration, so
 that the student may have any stage, and no gradient, no float32 copy and no entry in a checkpoint.
@@ -7,7 +7,8 @@ that the student may have any stage, and no gradient, no float32 copy and no ent
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,15 +16,29 @@ from torch import Tensor
 
 from fd_large import mapped_files
 from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.vit.published import TEXT_PROJECTIONS
 from fd_large.data.random_numbers import random_words
-from fd_large.engine.frozen import Frozen, built_from
+from fd_large.engine.frozen import Frozen, built_from, frozen_weights
 from fd_large.engine.own_stream import beside
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.fingerprint import fingerprint, held_fingerprint
 from fd_large.engine.zero.partition import load_weights
 from fd_large.engine.zero.start import deepspeed
+from fd_large.errors import ConfigError
 from fd_large.ranks import distributed
+from fd_large.recipes.architectures import resolve
+from fd_large.recipes.fields import require
+from fd_large.recipes.sections import RANDOM
+from fd_large.tasks.distillation.section import (
+    EMBEDDING,
+    SUMMARY,
+    NamedTeacher,
+    cached_folder,
+    called,
+    source_flag,
+)
 from fd_large.weights.coverage import Fitted
+from fd_large.weights.resolve import Sources
 
 log = logging.getLogger(__name__)
 
@@ -183,3 +198,130 @@ class Beside:
                 return self._teachers(images, given, training)
 
         return beside(maps, (images, given), images.device)
+
+
+def check_stream(placements: Collection[str], *, stored_maps: bool) -> None:
+    """Refuses a stream of the teachers' own where they are gathered, or stored maps are read.
+
+    Gathers of teacher and student would wait for one another in the order of their calls.
+
+    Args:
+        placements: Those of the teachers.
+        stored_maps: Whether maps are read or written.
+    """
+    unfit = {*placements, *(["stored maps"] if stored_maps else [])} - {"replicated"}
+    require(
+        not unfit,
+        "task.distillation.teacher_stream: only for teachers that are whole on each rank",
+        ", ".join(sorted(unfit)),
+        "replicated ones",
+        "Leave it out, or set the teacher's placement to replicated",
+    )
+
+
+log = logging.getLogger(__name__)
+
+
+def built_teacher(
+    name: str,
+    entry: NamedTeacher,
+    make: Callable[[], Frozen],
+    sources: Sources,
+    *,
+    student_type: str,
+    seed: int,
+    node_size: int,
+    persistence_threshold: int,
+) -> PlacedTeacher:
+    """Builds a teacher, as `place` does, and says in the log what came of it; a collective.
+
+    Args:
+        name: The teacher's name; "" for an only one.
+        entry: What the settled recipe says of it.
+        make: Constructs it with random weights.
+        sources: Opens its weights.
+        student_type: Data type of the student's matrix products, which is the teacher's unless its
+            entry names one.
+        seed: Seed of random weights.
+        node_size: Number of ranks per node.
+        persistence_threshold: Tensors of at most so many elements stay whole.
+    """
+    where, title = source_flag(name), called(name)
+    weights = frozen_weights(entry, sources, where=where)
+    if entry.source == RANDOM:
+        log.warning("%s: RANDOM weights (%s random): there is nothing to learn", title, where)
+    teacher = place(
+        make,
+        placement=entry.placement,
+        dtype=getattr(torch, student_type if entry.dtype == "auto" else entry.dtype),
+        seed=seed,
+        node_size=node_size,
+        persistence_threshold=persistence_threshold,
+        weights=weights,
+        whole_first=resolve(entry.model, entry.architecture).whole_first,
+        where=where,
+    )
+    log.debug(
+        "%s: %s, %s, %.1f MB on this rank, hash %s",
+        title,
+        entry.model,
+        entry.placement,
+        teacher.held_bytes() / 1e6,
+        teacher.fingerprint,
+    )
+    if entry.embedding_width:
+        found = projection_of(name, entry, sources)
+        teacher.projection = found.float().to(distributed.device())
+    return teacher
+
+
+def with_embedding(name: str, entry: NamedTeacher, sources: Sources) -> NamedTeacher:
+    """Returns a settled entry with the width of its embedding, if that is learnt.
+
+    The image embedding of a CLIP teacher is its summary, projected into the space of its texts. The
+    projection stands in the teacher's weights after its final norm, where no map needs it.
+
+    Raises: ConfigError: if its weights have no embedding.
+    """
+    if entry.summary.layer != EMBEDDING or SUMMARY not in entry.targets:
+        return entry
+    if entry.layer != "last":
+        raise ConfigError(
+            f"teachers.{name}.summary.layer: an embedding follows the final norm; got {EMBEDDING} "
+            f"with layer {entry.layer}, expected last. Leave one of them out."
+        )
+    tensor, is_transposed = _named(name, entry, sources)
+    shape = sources.resolve(entry.source).tensors.shape(tensor)
+    width = shape[1] if is_transposed else shape[0]
+    return replace(entry, summary=replace(entry.summary, width=width))
+
+
+def projection_of(name: str, entry: NamedTeacher, sources: Sources) -> Tensor:
+    """Returns the projection, (channels of the embedding, channels of the map).
+
+    Raises: ConfigError: if the weights have none.
+    """
+    tensor, is_transposed = _named(name, entry, sources)
+    found = sources.resolve(entry.source).tensors[tensor]
+    return found.T if is_transposed else found
+
+
+def _named(name: str, entry: NamedTeacher, sources: Sources) -> tuple[str, bool]:
+    """The name of the projection in the teacher's weights, and whether it is transposed."""
+    got = f"{entry.source or 'none'}"
+    if entry.source and entry.source != RANDOM and not cached_folder(entry.source):
+        tensors = sources.resolve(entry.source, where=source_flag(name)).tensors
+        named = next((one for one in TEXT_PROJECTIONS if one in tensors), None)
+        if named is not None:
+            is_transposed = TEXT_PROJECTIONS[named]
+            into = tensors.shape(named)[0 if is_transposed else 1]
+            width = getattr(resolve(entry.model, entry.architecture), "width", 0)
+            if into == width:
+                return named, is_transposed
+            got = f"{named} of {into} channels for a map of {width}"
+    raise ConfigError(
+        f"teachers.{name}.summary.layer: no projection into the space of texts in the teacher's "
+        f"weights; got {got}, expected the file or folder of a CLIP ViT with "
+        f"{' or '.join(TEXT_PROJECTIONS)}. Name one, for example open_clip:ViT-B-16/openai, or "
+        f"leave {EMBEDDING} out."
+    )

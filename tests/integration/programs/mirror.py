@@ -28,7 +28,7 @@ from fd_large.engine.zero import config, start
 from fd_large.engine.zero.engine import build_engine
 from fd_large.ranks import distributed
 from fd_large.recipes import registry
-from fd_large.tasks.distillation.recipe_targets import make_target
+from fd_large.tasks.distillation.objective import make_target
 from fd_large.tasks.distillation.task import Distillation
 
 FD = runpy.run_path(str(Path(__file__).resolve().parents[3] / "examples" / "fd.py"))

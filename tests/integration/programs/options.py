@@ -36,12 +36,11 @@ from fd_large.recipes.run import Run
 from fd_large.recipes.sections import Student
 from fd_large.runtime.hooks import Hook, Setting, Update, Wish
 from fd_large.tasks.distillation import target_statistics
-from fd_large.tasks.distillation.heads.convolutional import Convolutional
+from fd_large.tasks.distillation.heads.map_heads import Convolutional, ResizedMLP
 from fd_large.tasks.distillation.heads.registry import HEADS
-from fd_large.tasks.distillation.heads.resizing import ResizedMLP
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.normalisers import BY_STATISTICS, NORMALISERS
-from fd_large.tasks.distillation.recipe_targets import LOSSES
+from fd_large.tasks.distillation.objective import LOSSES
 from fd_large.tasks.distillation.section import NamedTeacher, Summary, Teacher
 from fd_large.tasks.distillation.several.running_statistics import RUNNING
 from fd_large.tasks.jobs import job_of

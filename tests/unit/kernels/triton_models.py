@@ -10,7 +10,7 @@ from fd_large.backbones.swin.swin import Swin
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.backbones.vit.vit import ViT
 from fd_large.engine.block_wrappers import checkpoint_blocks
-from fd_large.tasks.distillation.recipe_targets import make_target
+from fd_large.tasks.distillation.objective import make_target
 from fd_large.tasks.distillation.task import Distillation
 
 NETS = {

@@ -18,8 +18,7 @@ from fd_large.tasks.distillation.cached.files import CacheReader, Header
 from fd_large.tasks.distillation.cached.teacher import CachedTeacher, require_same_views
 from fd_large.tasks.distillation.cached.views import StoredMaps, blank, set_of
 from fd_large.tasks.distillation.held_out import Crops
-from fd_large.tasks.distillation.section import CACHED, NamedTeacher, cached_folder
-from fd_large.tasks.distillation.teacher_grids import source_flag
+from fd_large.tasks.distillation.section import CACHED, NamedTeacher, cached_folder, source_flag
 
 
 class RunCaches:

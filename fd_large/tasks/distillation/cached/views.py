@@ -20,7 +20,9 @@ from fd_large.data.source import ImageSource
 from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.data.views import FixedViews, ViewSettings, jittered_view
 from fd_large.errors import CacheError, DataError
+from fd_large.recipes.fields import require
 from fd_large.tasks.distillation.cached.files import SIDE, CacheReader
+from fd_large.tasks.distillation.section import MAP, NamedTeacher, field_of
 
 # Grey levels: other processors may resize a view to pixels that differ by one.
 TOLERANCE = 2
@@ -162,3 +164,56 @@ def blank(reader: CacheReader) -> tuple[Tensor, Tensor]:
     (dtype, values), (_, scales) = (reader.header.rows(1)[name] for name in ("values", "scales"))
     bytes_of_values = (values[1], values[2] * dtype.itemsize)
     return torch.zeros(bytes_of_values, dtype=torch.uint8), torch.zeros(scales[1:])
+
+
+def check_fixed_views(views: int, *, image_mixup: bool) -> None:
+    """Refuses mixed images beside views that come again: a mixed one does not."""
+    require(
+        not image_mixup,
+        "data.image_mixup: views that come again are not mixed, nor are stored maps",
+        f"{image_mixup} with {views} views",
+        "False",
+        "Leave it out, or set --task.distillation.views 0",
+    )
+
+
+def check_storable(image_sizes: Sequence[int], mosaics: Mapping[str, int]) -> None:
+    """Refuses stored maps of images of several sizes, or of several at once.
+
+    Args:
+        image_sizes: Those that a run draws from; empty: its images have one size.
+        mosaics: Images along each side of a teacher's input, by its name; 0 for a single image.
+    """
+    require(
+        not image_sizes,
+        "data.image_sizes: stored maps are of views of one size",
+        " ".join(map(str, image_sizes)),
+        "none",
+        "Leave it out, or store no maps",
+    )
+    for name, mosaic in mosaics.items():
+        require(
+            not mosaic,
+            f"teachers.{name}.mosaic: a map out of a mosaic is not the map of one view, as stored "
+            "maps are",
+            mosaic,
+            "0",
+            "Leave it out, or store no maps",
+        )
+
+
+def check_stored_summary(name: str, entry: NamedTeacher, *, gives_summary: bool) -> None:
+    """Refuses stored maps of a teacher whose summary is learnt and is not in its map.
+
+    Args:
+        name: The teacher's name; "" for an only one.
+        entry: What the recipe says of it.
+        gives_summary: Whether the model gives a summary besides its map.
+    """
+    require(
+        not (entry.embedding_width or gives_summary),
+        f"{field_of(name, 'targets')}: a stored map does not hold this summary",
+        " ".join(entry.targets),
+        MAP,
+        "Learn the map alone, or store no maps",
+    )

@@ -14,10 +14,13 @@ from torch import nn
 
 from fd_large import doors
 from fd_large.engine.heads import Make, make_head
-from fd_large.tasks.distillation.heads.convolutional import Convolutional
-from fd_large.tasks.distillation.heads.ladder import Ladder
 from fd_large.tasks.distillation.heads.map_head import WHERE, MapHead, Maps
-from fd_large.tasks.distillation.heads.resizing import ResizedMLP, UpsamplingMLP
+from fd_large.tasks.distillation.heads.map_heads import (
+    Convolutional,
+    Ladder,
+    ResizedMLP,
+    UpsamplingMLP,
+)
 from fd_large.tasks.distillation.heads.token_heads import (
     MLP,
     attention_mlp,

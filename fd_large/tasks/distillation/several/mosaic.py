@@ -22,6 +22,7 @@ from fd_large.backbones.resize import resize_images
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.engine.frozen import Frozen
 from fd_large.errors import ShapeError
+from fd_large.recipes.fields import require
 
 
 class Mosaic(Frozen):
@@ -108,3 +109,21 @@ class AloneInEvaluation:
         alone = [] if training else [name for name in self._names if name not in given]
         maps = {name: self.by_name[name](images, alone=True) for name in alone}
         return self._teachers(images, {**given, **maps}, training)
+
+
+def check_mosaics_full(images: int, micro_batch_size: int | str) -> None:
+    """Refuses micro-batches that mosaics do not fill.
+
+    The map of an image depends on those beside it: these must not change with the ranks.
+
+    Args:
+        images: The number of images of which all mosaics are full.
+        micro_batch_size: Images of a rank; "auto" may be any number.
+    """
+    require(
+        images == 1 or (not isinstance(micro_batch_size, str) and micro_batch_size % images == 0),
+        "batch.micro_batch_size: mosaics that are not full",
+        f"{micro_batch_size} images with mosaics of {images}",
+        f"a multiple of {images}",
+        f"Set --batch.micro_batch_size {images}",
+    )

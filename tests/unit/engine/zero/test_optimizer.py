@@ -11,7 +11,7 @@ from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.engine.zero import optimizer as module
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
-from fd_large.tasks.distillation.recipe_targets import make_target
+from fd_large.tasks.distillation.objective import make_target
 from fd_large.tasks.distillation.task import Distillation
 
 OPTIM = registry.get("fd_swinv2_base").optim

@@ -15,12 +15,12 @@ from fd_large.engine.frozen import Frozen
 from fd_large.engine.heads import check_head
 from fd_large.errors import ConfigError
 from fd_large.tasks.distillation import losses
-from fd_large.tasks.distillation.constant_prediction import constant_prediction_losses
 from fd_large.tasks.distillation.heads.map_head import WHERE
 from fd_large.tasks.distillation.heads.registry import HEADS, reads_maps
+from fd_large.tasks.distillation.held_out import constant_prediction_losses
 from fd_large.tasks.distillation.losses import SmoothL1, check_loss
 from fd_large.tasks.distillation.normalisers import check_normaliser, make_normaliser
-from fd_large.tasks.distillation.recipe_targets import LOSSES, make_loss, make_target
+from fd_large.tasks.distillation.objective import LOSSES, make_loss, make_target
 from fd_large.tasks.distillation.section import Objective
 from fd_large.tasks.distillation.target import references
 from fd_large.tasks.distillation.task import Distillation

@@ -23,7 +23,7 @@ from fd_large.engine.frozen import Frozen
 from fd_large.engine.parts import Part
 from fd_large.errors import ConfigError
 from fd_large.tasks.distillation.job import composed
-from fd_large.tasks.distillation.recipe_targets import make_target
+from fd_large.tasks.distillation.objective import make_target
 from fd_large.tasks.distillation.section import FIXED, Weighting
 from fd_large.tasks.distillation.task import Comparison, Distillation, Drawn, Maps, Seen, Whole
 

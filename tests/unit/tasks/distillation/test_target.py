@@ -8,7 +8,7 @@ import torch
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.errors import ConfigError
 from fd_large.tasks.distillation.heads.map_head import Maps
-from fd_large.tasks.distillation.recipe_targets import LOSSES, make_target
+from fd_large.tasks.distillation.objective import LOSSES, make_target
 from fd_large.tasks.distillation.target import summary
 from fd_large.tasks.distillation.task import Seen
 

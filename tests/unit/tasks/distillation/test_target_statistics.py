@@ -7,9 +7,10 @@ import torch
 
 from fd_large.errors import ConfigError
 from fd_large.tasks.distillation.normalisers import check_normaliser, make_normaliser
-from fd_large.tasks.distillation.rotations import hadamard, orthogonal
 from fd_large.tasks.distillation.target_statistics import (
+    hadamard,
     moments,
+    orthogonal,
     read,
     require_same,
     statistics_of,

@@ -10,10 +10,10 @@ from fd_large.engine.forward_backward import arguments_of_step
 from fd_large.engine.frozen import Frozen
 from fd_large.errors import ConfigError
 from fd_large.ranks import distributed
+from fd_large.tasks.distillation.feature_panel import feature_panel
 from fd_large.tasks.distillation.heads.map_head import Maps
-from fd_large.tasks.distillation.held_out import feature_panel
 from fd_large.tasks.distillation.job import composed
-from fd_large.tasks.distillation.recipe_targets import make_target
+from fd_large.tasks.distillation.objective import make_target
 from fd_large.tasks.distillation.section import Weighting
 from fd_large.tasks.distillation.several.weighting import DATASETS
 from fd_large.tasks.distillation.target import references

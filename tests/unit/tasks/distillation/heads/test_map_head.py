@@ -7,10 +7,13 @@ from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.backbones.vit.vit import ViT
 from fd_large.engine.block_wrappers import checkpoint_blocks
 from fd_large.errors import ConfigError
-from fd_large.tasks.distillation.heads.convolutional import Convolutional
-from fd_large.tasks.distillation.heads.ladder import Ladder
 from fd_large.tasks.distillation.heads.map_head import Maps, with_blocks
-from fd_large.tasks.distillation.heads.resizing import ResizedMLP, UpsamplingMLP
+from fd_large.tasks.distillation.heads.map_heads import (
+    Convolutional,
+    Ladder,
+    ResizedMLP,
+    UpsamplingMLP,
+)
 
 
 @pytest.fixture(scope="module")

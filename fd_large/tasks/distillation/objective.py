@@ -1,4 +1,4 @@
-"""The targets that a recipe describes: tried before a start, constructed, and told apart."""
+"""What a recipe has the student learn: its targets tried before a start, built, and told apart."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fd_large.errors import ConfigError
 from fd_large.tasks.distillation import losses
 from fd_large.tasks.distillation.cached.recorder import Recorder
 from fd_large.tasks.distillation.cached.teacher import CachedTeacher
+from fd_large.tasks.distillation.grids import maps_of
 from fd_large.tasks.distillation.heads import registry
 from fd_large.tasks.distillation.heads.map_head import WHERE as HEAD_WHERE
 from fd_large.tasks.distillation.heads.map_head import Maps
-from fd_large.tasks.distillation.model_fit import maps_of
 from fd_large.tasks.distillation.normalisers import (
     BY_STATISTICS,
     NONE,
@@ -47,7 +47,7 @@ LOSSES = ChainMap(losses.LOSSES, SIMILARITIES)
 make_loss = partial(losses.make_loss, known=LOSSES)
 
 
-def checks(name: str, entry: NamedTeacher, kind: str) -> Iterator[Callable[[], object]]:
+def target_checks(name: str, entry: NamedTeacher, kind: str) -> Iterator[Callable[[], object]]:
     """Yields what tries loss and normaliser of a target on a few tokens, and finds its head.
 
     The head's shapes wait for the models.
@@ -76,7 +76,7 @@ def checks(name: str, entry: NamedTeacher, kind: str) -> Iterator[Callable[[], o
         yield partial(told, check)
 
 
-def ignored_fields(name: str, entry: NamedTeacher) -> list[str]:
+def fields_not_read(name: str, entry: NamedTeacher) -> list[str]:
     """Returns the fields of a teacher's targets that its losses and normalisers do not read.
 
     Args:

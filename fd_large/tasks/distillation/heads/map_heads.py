@@ -1,0 +1,309 @@
+"""Heads that read maps: MLPs on all blocks, convolutions, and MLPs on a resized map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.initialization import NORMAL
+from fd_large.backbones.layers import Linear
+from fd_large.errors import ConfigError
+from fd_large.tasks.distillation.alignment import Grid
+from fd_large.tasks.distillation.heads.map_head import (
+    WHERE,
+    MapHead,
+    Maps,
+    grids_named,
+    patches_of,
+)
+from fd_large.tasks.distillation.heads.token_heads import MLP
+
+
+class Ladder(MapHead):
+    """One MLP for each block and each of CLS token and patches, whose results are summed.
+
+    Registers are left out. Source: Sariyildiz et al. (UNIC), arXiv 2408.05088; sizes as in its
+    code.
+
+    Args:
+        width: Channels of the student's tokens.
+        teacher_width: Channels of the teacher's.
+        maps: Their grids, and the number of blocks.
+        hidden: Hidden channels of the MLPs; None: as many as the student's, 768 in UNIC.
+        last_hidden: Those of the last block's; None: four times as many, 3072 in UNIC.
+        blocks: Numbers of the blocks that are read, counted from 0; None: all.
+        pre_norm: Whether a norm stands before each MLP.
+        mid_norm: Whether a norm stands before the GELU.
+    """
+
+    reads_blocks = True
+
+    def __init__(
+        self,
+        width: int,
+        teacher_width: int,
+        maps: Maps,
+        *,
+        hidden: int | None = None,
+        last_hidden: int | None = None,
+        blocks: Sequence[int] | None = None,
+        pre_norm: bool = False,
+        mid_norm: bool = False,
+    ) -> None:
+        super().__init__(maps.student_grid, min(maps.num_prefix_tokens, 1))
+        last = maps.num_blocks - 1
+        self.numbers = tuple(range(maps.num_blocks) if blocks is None else blocks)
+        sizes = {
+            number: (last_hidden or 4 * width) if number == last else (hidden or width)
+            for number in self.numbers
+        }
+
+        def rungs() -> nn.ModuleDict:
+            return nn.ModuleDict(
+                {
+                    str(number): _mlp(width, size, teacher_width, pre_norm, mid_norm)
+                    for number, size in sizes.items()
+                }
+            )
+
+        self.cls = rungs() if self.num_prefix_tokens else None
+        self.patch = rungs()
+
+    def grid_from(self, student: Grid) -> Grid:
+        """Returns the student's grid."""
+        return student
+
+    def forward(self, student: tuple[FeatureMap, ...]) -> FeatureMap:
+        """Returns CLS token, where the student has one, and patches.
+
+        Args:
+            student: The maps after the student's blocks.
+        """
+        parts = [self._sum(self.patch, [patches_of(map_) for map_ in student])]
+        if self.cls is not None:
+            parts.insert(0, self._sum(self.cls, [map_.tokens[:, :1] for map_ in student]))
+        tokens = torch.cat(parts, dim=1)
+        return FeatureMap(tokens, student[0].grid, self.num_prefix_tokens)
+
+    def _sum(self, rungs: nn.ModuleDict, tokens: list[Tensor]) -> Tensor:
+        total = rungs[str(self.numbers[0])](tokens[self.numbers[0]])
+        for number in self.numbers[1:]:
+            total = total + rungs[str(number)](tokens[number])
+        return total
+
+
+def _mlp(width: int, hidden: int, out_width: int, pre_norm: bool, mid_norm: bool) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.LayerNorm(width)] if pre_norm else []
+    layers.append(Linear(width, hidden, draw=NORMAL))
+    layers += [nn.LayerNorm(hidden)] if mid_norm else []
+    layers += [nn.GELU(), Linear(hidden, out_width, draw=NORMAL)]
+    return nn.Sequential(*layers)
+
+
+class Convolutional(MapHead):
+    """Two convolutions with norms and ReLU, and a last layer.
+
+    The norms are of whole maps, with a factor for each channel and place, so that the head is made
+    for one pair of grids; the student itself is not. Source: Shang et al. (Theia), arXiv
+    2407.20179, whose translators are made for grids of 14, 16 and 64 a side; here the same layers
+    take any grids in those proportions.
+
+    They keep the grid, or make it four times as fine or a quarter as fine; before that, a
+    transposed convolution adds a place on each border where the teacher's grid asks for it. One
+    convolution alone halves the grid.
+
+    Args:
+        width: Channels of the student's tokens.
+        teacher_width: Channels of the teacher's.
+        maps: Their grids, both square.
+        hidden: Channels between; None: as many as the convolutions are given.
+        adapted: Channels of a norm and a linear layer that come first; 0: there are none.
+        last_side: Side of the last convolution; 1 is a linear layer.
+
+    Raises: ConfigError: if the grids are in none of these proportions.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        teacher_width: int,
+        maps: Maps,
+        *,
+        hidden: int | None = None,
+        adapted: int = 0,
+        last_side: int = 1,
+    ) -> None:
+        super().__init__(maps.teacher_grid)
+        (side, columns), (wanted, wanted_columns) = maps.student_grid, maps.teacher_grid
+        self.first = (
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, adapted)) if adapted else None
+        )
+        width = adapted or width
+        padded = side + 2 if wanted in (side + 2, 4 * (side + 2)) else side
+        fits = wanted in (padded, 4 * padded) or side in (2 * wanted, 4 * wanted)
+        if not fits or (side, wanted) != (columns, wanted_columns):
+            raise ConfigError(
+                f"{WHERE}: convolutions do not lead from the student's grid to the teacher's; got "
+                f"{grids_named(maps)}, expected square grids of n and n, n + 2, 4n, 4(n + 2), "
+                "n / 2 or n / 4 a side. Set teacher_image_size, or take another head."
+            )
+        self.pad = nn.ConvTranspose2d(width, width, 3) if padded != side else None
+        hidden = hidden or width
+        sides, convolutions = _convolutions(padded, wanted, width, hidden)
+        layers: list[nn.Module] = [nn.LayerNorm([width, padded, padded])]
+        for out_side, convolution in zip(sides, convolutions, strict=True):
+            layers += [convolution, nn.ReLU(), nn.LayerNorm([hidden, out_side, out_side])]
+        self.layers = nn.Sequential(*layers)
+        make_last = nn.ConvTranspose2d if wanted > padded else nn.Conv2d
+        self.last = (
+            nn.Linear(hidden, teacher_width)
+            if last_side == 1
+            else make_last(hidden, teacher_width, last_side, padding=last_side // 2)
+        )
+
+    def forward(self, student: FeatureMap) -> FeatureMap:
+        """Returns patches on the teacher's grid.
+
+        Args:
+            student: The student's map; its prefix tokens are left out.
+        """
+        tokens = patches_of(student)
+        if self.first is not None:
+            tokens = self.first(tokens)
+        map_ = tokens.transpose(1, 2).unflatten(2, student.grid)
+        if self.pad is not None:
+            map_ = self.pad(map_)
+        map_ = self.layers(map_)
+        if isinstance(self.last, nn.Linear):
+            return FeatureMap(self.last(_tokens(map_)), self.grid, 0)
+        return FeatureMap(_tokens(self.last(map_)), self.grid, 0)
+
+
+def _tokens(map_: Tensor) -> Tensor:
+    """(B, H * W, C) of a map (B, C, H, W)."""
+    return map_.flatten(2).transpose(1, 2)
+
+
+def _convolutions(
+    side: int, wanted: int, width: int, hidden: int
+) -> tuple[list[int], list[nn.Module]]:
+    """The convolutions from one grid to another, and the side of each one's map."""
+    if wanted == 4 * side:
+        return [2 * side - 1, wanted], [
+            nn.ConvTranspose2d(width, hidden, 3, stride=2, padding=1),
+            nn.ConvTranspose2d(hidden, hidden, 3, stride=2, output_padding=1),
+        ]
+    if side == 2 * wanted:
+        return [wanted], [nn.Conv2d(width, hidden, 4, stride=2, padding=1)]
+    stride = 1 if wanted == side else 2
+    return [side // stride, wanted], [
+        nn.Conv2d(channels, hidden, 3, stride=stride, padding=1) for channels in (width, hidden)
+    ]
+
+
+class ResizedMLP(MapHead):
+    """A norm and a linear layer, the nearest place of each of the teacher's, and an MLP with ReLU.
+
+    Source: Shang et al. (Theia), arXiv 2407.20179, the translator `mlp`, whose first two layers
+    serve all teachers; here each teacher has its own.
+
+    Args:
+        width: Channels of the student's tokens.
+        teacher_width: Channels of the teacher's.
+        maps: Their grids.
+        hidden: Channels of the first linear layer; the MLP has twice as many.
+        layers: Linear layers of the MLP, at least one.
+    """
+
+    def __init__(
+        self, width: int, teacher_width: int, maps: Maps, *, hidden: int = 1024, layers: int = 3
+    ) -> None:
+        super().__init__(maps.teacher_grid)
+        self.first = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden))
+        channels = [hidden, *[2 * hidden] * (layers - 1)]
+        inner: list[nn.Module] = []
+        for before, after in pairwise(channels):
+            inner += [nn.Linear(before, after), nn.ReLU()]
+        self.mlp = nn.Sequential(*inner, nn.Linear(channels[-1], teacher_width))
+
+    def forward(self, student: FeatureMap) -> FeatureMap:
+        """Returns patches on the teacher's grid.
+
+        Args:
+            student: The student's map; its prefix tokens are left out.
+        """
+        tokens = self.first(patches_of(student))
+        if student.grid != self.grid:
+            map_ = F.interpolate(tokens.transpose(1, 2).unflatten(2, student.grid), self.grid)
+            tokens = map_.flatten(2).transpose(1, 2)
+        return FeatureMap(self.mlp(tokens), self.grid, 0)
+
+
+class UpsamplingMLP(MapHead):
+    """An `MLP` that gives u x u places of the teacher's map for each of the student's.
+
+    Source: the option `fd_upsample_factor` of RADIO's heads (arXiv 2312.06709, in its code).
+
+    Args:
+        width: Channels of the student's tokens.
+        teacher_width: Channels of the teacher's.
+        maps: Their grids; the teacher's is a multiple u of the student's.
+        hidden: See `MLP`.
+        inner: See `MLP`.
+        pre_norm: See `MLP`.
+
+    Raises: ConfigError: if the teacher's grid is no such multiple.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        teacher_width: int,
+        maps: Maps,
+        *,
+        hidden: int | None = None,
+        inner: int = 0,
+        pre_norm: bool = False,
+    ) -> None:
+        super().__init__(maps.teacher_grid)
+        self.factor = max(1, maps.teacher_grid[0] // maps.student_grid[0])
+        if tuple(self.factor * side for side in maps.student_grid) != maps.teacher_grid:
+            raise ConfigError(
+                f"{WHERE}: the teacher's grid is no multiple of the student's; got "
+                f"{grids_named(maps)}, expected as 14x14 and 28x28. Set teacher_image_size, or "
+                "take another head."
+            )
+        self.mlp = MLP(
+            width,
+            self.factor**2 * teacher_width,
+            hidden=hidden,
+            inner=inner,
+            pre_norm=pre_norm,
+        )
+
+    def grid_from(self, student: Grid) -> Grid:
+        """Returns a grid u times as fine as the student's."""
+        return self.factor * student[0], self.factor * student[1]
+
+    def forward(self, student: FeatureMap) -> FeatureMap:
+        """Returns patches on the finer grid.
+
+        Args:
+            student: The student's map; its prefix tokens are left out.
+        """
+        (rows, columns), u = student.grid, self.factor
+        tokens = rearrange(
+            self.mlp(patches_of(student)),
+            "b (h w) (i j c) -> b (h i w j) c",
+            h=rows,
+            w=columns,
+            i=u,
+            j=u,
+        )
+        return FeatureMap(tokens, self.grid_from(student.grid), 0)
