@@ -53,7 +53,7 @@ def rounding(names: list[str], root: str, crops: int) -> dict[str, dict[str, Any
     from fd_large.data.views import FixedViews, ViewSettings, jittered_view
     from fd_large.engine.find_model import find_models
     from fd_large.kernels.whitened_loss import whiten
-    from fd_large.tasks.distillation.cached.precision import PRECISIONS, decode, encode
+    from fd_large.tasks.distillation.cached.files import PRECISIONS, decode, encode
     from fd_large.tasks.jobs import job_of
 
     images, found = open_images(root), {}
@@ -115,7 +115,7 @@ def side_by_side(root: Path, folder: Path, rounds: int, *, quick: bool) -> dict[
     from fd_large.recipes import registry
     from fd_large.recipes.architectures import Architecture
     from fd_large.recipes.fields import override
-    from fd_large.tasks.distillation.cached.precision import PRECISIONS
+    from fd_large.tasks.distillation.cached.files import PRECISIONS
     from fd_large.tasks.distillation.job import DistillationJob
     from fd_large.weights.resolve import Sources
 

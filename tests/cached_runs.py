@@ -11,9 +11,8 @@ from PIL import Image
 
 from fd_large.data.sampler import Portion
 from fd_large.recipes.fields import override
-from fd_large.tasks.distillation.cached.files import CacheWriter
-from fd_large.tasks.distillation.cached.teacher import header_of, view_facts
-from fd_large.tasks.distillation.cached.write import write_cache
+from fd_large.tasks.distillation.cached.views import view_facts
+from fd_large.tasks.distillation.cached.write import CacheWriter, header_of, write_cache
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.weights.resolve import Sources
 

@@ -129,10 +129,12 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
     """
     # Importing torch and deepspeed takes seconds.
     from fd_large.engine.frozen_run import open_frozen
-    from fd_large.tasks.distillation.cached import held_out as cached_held_out
-    from fd_large.tasks.distillation.cached.files import CacheWriter
-    from fd_large.tasks.distillation.cached.teacher import header_of, view_facts
-    from fd_large.tasks.distillation.cached.write import write_cache
+    from fd_large.tasks.distillation.cached.caches import (
+        held_out_views,
+        held_out_writer,
+    )
+    from fd_large.tasks.distillation.cached.views import view_facts
+    from fd_large.tasks.distillation.cached.write import CacheWriter, header_of, write_cache
     from fd_large.tasks.distillation.job import DistillationJob
     from fd_large.tasks.jobs import job_of
 
@@ -149,10 +151,8 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
         ]
         if run.eval.root:
             crops = job.held_out(samples)
-            writer = cached_held_out.writer_of(
-                folder, teacher, entry, crops, settings, precision=precision
-            )
-            to_write.append((writer, cached_held_out.views_of(crops, settings, views.batch_size)))
+            writer = held_out_writer(folder, teacher, entry, crops, settings, precision=precision)
+            to_write.append((writer, held_out_views(crops, settings, views.batch_size)))
         written[name] = sum(
             write_cache(
                 writer,

@@ -36,6 +36,8 @@ from fd_large.tasks.distillation.several.mosaic import Mosaic
 from fd_large.tasks.distillation.target import NamedTarget, as_map, summary
 from fd_large.tasks.distillation.task import Distillation
 
+log = logging.getLogger(__name__)
+
 
 def teacher_maker(
     name: str,
@@ -245,9 +247,6 @@ def _meeting(
                 own_size=own_image_size(entry.model, resolve(entry.model, entry.architecture)),
             )
     return side, *at(side)
-
-
-log = logging.getLogger(__name__)
 
 
 def check_fit(

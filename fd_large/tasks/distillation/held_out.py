@@ -35,6 +35,11 @@ from fd_large.tasks.distillation.task import Distillation
 # An epoch that no training reaches, so that crops of training images are unseen ones.
 EVALUATION_EPOCH = 2**31 - 1
 TRIES = 10
+# Of the search for the best constant: passes over the views, and the share of the loss below which
+# a step is the last one, from the third pass on.
+MOST_PASSES, ENOUGH = 12, 1e-3
+
+Prepared = dict[str, Any]
 
 log = logging.getLogger(__name__)
 
@@ -231,11 +236,6 @@ def held_out_losses(sets: Sequence[HeldOutViews], engine: Engine, *, every: int)
         return metrics, sets[0].panel(engine) if step == 0 or last else None
 
     return Evaluation(measure, every)
-
-
-Prepared = dict[str, Any]
-MOST_PASSES = 12
-ENOUGH = 1e-3  # Share of the loss below which a step is the last one, from the third pass on.
 
 
 def constant_prediction_losses(

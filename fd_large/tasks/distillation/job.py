@@ -31,19 +31,19 @@ from fd_large.ranks import distributed
 from fd_large.recipes.run import ONLY, Run
 from fd_large.runtime.hooks import Hook
 from fd_large.tasks.distillation import target_statistics
-from fd_large.tasks.distillation.cached.recorder import Recorders
-from fd_large.tasks.distillation.cached.run_caches import RunCaches
-from fd_large.tasks.distillation.cached.teacher import CachedTeacher, FromStored, view_facts
-from fd_large.tasks.distillation.cached.teacher import batch_size as cached_batch_size
-from fd_large.tasks.distillation.cached.teacher import settled as settled_by_cache
+from fd_large.tasks.distillation.cached.caches import RunCaches
+from fd_large.tasks.distillation.cached.read import CachedTeacher, FromStored, StoredMaps
+from fd_large.tasks.distillation.cached.read import settled as settled_by_cache
+from fd_large.tasks.distillation.cached.recorder import Recorder, Recorders
 from fd_large.tasks.distillation.cached.views import (
-    StoredMaps,
     ViewsToStore,
     check_fixed_views,
     check_storable,
     check_stored_summary,
     training_view,
+    view_facts,
 )
+from fd_large.tasks.distillation.cached.views import batch_size as cached_batch_size
 from fd_large.tasks.distillation.canary import Canary, seconds_of_product
 from fd_large.tasks.distillation.feature_panel import FeaturePanel
 from fd_large.tasks.distillation.grids import check_fit, sides_of, teacher_maker, with_grid
@@ -51,10 +51,12 @@ from fd_large.tasks.distillation.heads.map_head import HeardBlocks
 from fd_large.tasks.distillation.held_out import Crops, HeldOutViews, held_out_losses
 from fd_large.tasks.distillation.knn_accuracy import knn_accuracy
 from fd_large.tasks.distillation.objective import (
-    AnyTeacher,
+    facts_by_teacher,
+    facts_of,
     fields_not_read,
     make_loss,
     make_targets,
+    require_same_teachers,
     statistics_file,
     target_checks,
     target_facts,
@@ -70,11 +72,6 @@ from fd_large.tasks.distillation.section import (
 )
 from fd_large.tasks.distillation.several.mosaic import AloneInEvaluation, check_mosaics_full
 from fd_large.tasks.distillation.several.weighting import DATASETS, Weighted, teaches
-from fd_large.tasks.distillation.stored_teachers import (
-    facts_by_teacher,
-    facts_of,
-    require_same_teachers,
-)
 from fd_large.tasks.distillation.target import NamedTarget
 from fd_large.tasks.distillation.task import Distillation, Sum, Teachers, Whole
 from fd_large.tasks.distillation.teacher import Beside as BesideStudent
@@ -88,6 +85,9 @@ from fd_large.weights.resolve import Sources
 from fd_large.weights.settle import settle_model
 
 log = logging.getLogger(__name__)
+
+AnyTeacher = Frozen | PlacedTeacher | CachedTeacher | Recorder
+"""A teacher on shapes alone, one that is built, and what stands in the place of one."""
 
 EARLY = "epochs_from_stored_maps"
 """Name, in manifests and summary.json, of the epochs of `Recorders.early`."""

@@ -1,4 +1,7 @@
-"""What a recipe has the student learn: its targets tried before a start, built, and told apart."""
+"""What a recipe has the student learn: its targets tried before a start, built, and told apart.
+
+What decides them stands in a checkpoint's manifest too, and is held against that of a resume.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import doors
-from fd_large.engine.frozen import Frozen
-from fd_large.errors import ConfigError
-from fd_large.tasks.distillation import losses
-from fd_large.tasks.distillation.cached.recorder import Recorder
-from fd_large.tasks.distillation.cached.teacher import CachedTeacher
+from fd_large.errors import CheckpointError, ConfigError
+from fd_large.tasks.distillation import losses, target_statistics
 from fd_large.tasks.distillation.grids import maps_of
 from fd_large.tasks.distillation.heads import registry
 from fd_large.tasks.distillation.heads.map_head import WHERE as HEAD_WHERE
@@ -27,7 +27,14 @@ from fd_large.tasks.distillation.normalisers import (
     check_normaliser,
     make_normaliser,
 )
-from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher, field_of, naming_target
+from fd_large.tasks.distillation.section import (
+    MAP,
+    SUMMARY,
+    NamedTeacher,
+    field_of,
+    naming_target,
+    source_flag,
+)
 from fd_large.tasks.distillation.several.running_statistics import RUNNING
 from fd_large.tasks.distillation.several.similarity import (
     SIMILARITIES,
@@ -36,15 +43,14 @@ from fd_large.tasks.distillation.several.similarity import (
     SummaryQueue,
 )
 from fd_large.tasks.distillation.target import NamedTarget
-from fd_large.tasks.distillation.teacher import PlacedTeacher
-
-AnyTeacher = Frozen | PlacedTeacher | CachedTeacher | Recorder
-"""A teacher on shapes alone, one that is built, and what stands in the place of one."""
-
 
 LOSSES = ChainMap(losses.LOSSES, SIMILARITIES)
 """Built-in losses by name: of the paper and its neighbours, and between similarities."""
 make_loss = partial(losses.make_loss, known=LOSSES)
+
+
+# The entries of a manifest for the files of statistics, by kind of target.
+_STATISTICS = {MAP: "target_statistics", SUMMARY: "summary_target_statistics"}
 
 
 def target_checks(name: str, entry: NamedTeacher, kind: str) -> Iterator[Callable[[], object]]:
@@ -189,7 +195,7 @@ def make_target(
 
 def make_targets(
     student: nn.Module,
-    teachers: Mapping[str, AnyTeacher],
+    teachers: Mapping[str, Any],
     entries: Mapping[str, NamedTeacher],
     *,
     image_size: int,
@@ -253,7 +259,7 @@ def _projection(entry: NamedTeacher, kind: str, teacher: Any) -> Tensor | None:
 def target_facts(
     target: NamedTarget,
     student: nn.Module,
-    teacher: PlacedTeacher | CachedTeacher,
+    teacher: Any,
     entry: NamedTeacher,
     *,
     image_size: int,
@@ -288,3 +294,92 @@ def target_facts(
         "prefix_tokens": 0 if SUMMARY in entry.targets else prefix,
         "width": teacher.width,
     }
+
+
+def facts_of(entry: NamedTeacher, fingerprint: str, cache: Any | None) -> dict[str, Any]:
+    """Returns a teacher's entries of a manifest: its source, and hashes of all that it teaches by.
+
+    Args:
+        entry: What the recipe says of it.
+        fingerprint: Hash of its weights.
+        cache: What reads its maps; None: the teacher itself computes them.
+    """
+    facts = {"teacher_source": entry.source, "teacher_hash": fingerprint}
+    if cache is not None:
+        facts |= {"teacher_source": cache.header.teacher["source"]}
+        facts |= {"cached_targets": f"{cache.header.digest}, {cache.header.precision}"}
+    for kind, key in _STATISTICS.items():
+        if path := statistics_file(entry, kind):
+            facts[key] = target_statistics.read(path).digest
+    return facts
+
+
+def facts_by_teacher(manifest: Mapping[str, Any], *, several: bool) -> Mapping[str, Any]:
+    """Returns what a manifest says of each teacher, by its name; "" is that of an only one.
+
+    Args:
+        manifest: The checkpoint's.
+        several: Whether the run has several teachers, which the manifest then lists.
+    """
+    return manifest.get("teachers", {}) if several else {"": manifest}
+
+
+def require_same_teachers(
+    entries: Mapping[str, NamedTeacher],
+    stored: Mapping[str, Any],
+    ours: Callable[[str], Mapping[str, Any]],
+) -> None:
+    """Refuses other teachers than a run began with.
+
+    Args:
+        entries: What the recipe says of each, by name.
+        stored: What the manifest says of each.
+        ours: Returns the same of a teacher that is there now.
+
+    Raises: CheckpointError: naming what differs.
+    """
+    if stored.keys() != entries.keys():
+        raise CheckpointError(
+            "teachers: not the teachers that this run began with; got "
+            f"{', '.join(entries)}, expected {', '.join(stored) or 'one teacher'}. "
+            "Give those, or --fresh."
+        )
+    for name, entry in entries.items():
+        _require_same_teacher(name, entry, stored[name], ours(name))
+
+
+def _require_same_teacher(
+    name: str, entry: NamedTeacher, theirs: Mapping[str, Any], ours: Mapping[str, Any]
+) -> None:
+    """Refuses another teacher, other cached targets or other statistics than a run began with.
+
+    Args:
+        name: The teacher's name; "" for an only one.
+        entry: Its entry.
+        theirs: What the manifest says of it.
+        ours: The same of the teacher that is there now.
+
+    Raises: CheckpointError: naming what differs.
+    """
+    for kind, key in _STATISTICS.items():
+        if entry.setting("normaliser", kind) in BY_STATISTICS and (
+            theirs.get(key) != ours.get(key)
+        ):
+            raise CheckpointError(
+                f"{field_of(name, 'target_statistics', kind)}: not the file that this "
+                f"run began with; got hash {ours.get(key)}, expected {theirs.get(key)}. "
+                "Give that file, or --fresh."
+            )
+    if theirs.get("cached_targets") != ours.get("cached_targets"):
+        raise CheckpointError(
+            f"{source_flag(name).removeprefix('--')}: not the cached targets that this run "
+            f"began with; got {ours.get('cached_targets')}, expected "
+            f"{theirs.get('cached_targets')}. Give those, or --fresh."
+        )
+    if theirs.get("teacher_hash") != ours["teacher_hash"]:
+        raise CheckpointError(
+            f"{source_flag(name).removeprefix('--')}: not the teacher that this run began "
+            f"with; got hash {ours['teacher_hash']}, expected "
+            f"{theirs.get('teacher_hash')} ({theirs.get('teacher_source')}). Give that "
+            "file, or --fresh."
+        )

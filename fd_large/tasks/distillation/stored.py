@@ -32,10 +32,10 @@ from fd_large.tasks.distillation.heads.map_head import MapHead, Maps, with_block
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.model_card import learned
 from fd_large.tasks.distillation.normalisers import NONE, Undo
+from fd_large.tasks.distillation.objective import facts_by_teacher
 from fd_large.tasks.distillation.registered import register
 from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher
 from fd_large.tasks.distillation.several.running_statistics import RUNNING
-from fd_large.tasks.distillation.stored_teachers import facts_by_teacher
 from fd_large.tasks.distillation.target import guess, reads_blocks
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.stored_run import StoredRun
@@ -43,6 +43,8 @@ from fd_large.weights import read
 from fd_large.weights.export import write_shards
 from fd_large.weights.libraries import To
 from fd_large.weights.model_card import Learned
+
+log = logging.getLogger(__name__)
 
 _FILE = "config.json"
 
@@ -270,9 +272,6 @@ def _undo(tensors: Mapping[str, Tensor], prefix: str) -> Undo | None:
     if held["mean"] is None:
         return None
     return Undo(**held)
-
-
-log = logging.getLogger(__name__)
 
 
 class StoredDistillation(StoredRun):

@@ -7,7 +7,7 @@ that the student may have any stage, and no gradient, no float32 copy and no ent
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,7 @@ from fd_large.tasks.distillation.section import (
     called,
     source_flag,
 )
+from fd_large.tasks.distillation.task import Maps
 from fd_large.weights.coverage import Fitted
 from fd_large.weights.resolve import Sources
 
@@ -186,14 +187,12 @@ class Beside:
     def __init__(self, teachers: Any) -> None:
         self._teachers, self.by_name = teachers, teachers.by_name
 
-    def __call__(
-        self, images: Tensor, given: Mapping[str, Any], training: bool
-    ) -> Mapping[str, Any]:
+    def __call__(self, images: Tensor, given: Maps, training: bool) -> Maps:
         """Returns the maps by name, beside what else was given."""
         if not training:
             return self._teachers(images, given, training)
 
-        def maps() -> Mapping[str, Any]:
+        def maps() -> Maps:
             with torch.no_grad():
                 return self._teachers(images, given, training)
 
@@ -217,9 +216,6 @@ def check_stream(placements: Collection[str], *, stored_maps: bool) -> None:
         "replicated ones",
         "Leave it out, or set the teacher's placement to replicated",
     )
-
-
-log = logging.getLogger(__name__)
 
 
 def built_teacher(

@@ -16,7 +16,8 @@ from fd_large.plan.counts import without_inference
 from fd_large.plan.rates import Rates
 from fd_large.plan.step_time import estimate
 from fd_large.plan.workload import Workload
-from fd_large.tasks.distillation.cached.teacher import batch_size, header_for
+from fd_large.tasks.distillation.cached.views import batch_size
+from fd_large.tasks.distillation.cached.write import header_for
 from fd_large.tasks.distillation.job import DistillationJob
 
 

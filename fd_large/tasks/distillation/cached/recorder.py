@@ -18,11 +18,10 @@ from torch import Tensor
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.data.loader import Beside
 from fd_large.ranks import distributed
-from fd_large.tasks.distillation.cached.files import CacheReader, CacheWriter, Record
-from fd_large.tasks.distillation.cached.precision import Stored, encode, num_scales
-from fd_large.tasks.distillation.cached.teacher import CachedTeacher, header_of
-from fd_large.tasks.distillation.cached.views import StoredMaps, ViewsToStore, set_of, thumbnail
-from fd_large.tasks.distillation.cached.write import prepared, write_cache
+from fd_large.tasks.distillation.cached.files import Record, Stored, encode, num_scales
+from fd_large.tasks.distillation.cached.read import CachedTeacher, CacheReader, StoredMaps
+from fd_large.tasks.distillation.cached.views import ViewsToStore, set_of, thumbnail
+from fd_large.tasks.distillation.cached.write import CacheWriter, header_of, prepared, write_cache
 from fd_large.tasks.distillation.section import NamedTeacher
 from fd_large.tasks.distillation.teacher import PlacedTeacher
 

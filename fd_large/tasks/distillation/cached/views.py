@@ -1,15 +1,10 @@
-"""The views whose maps a cache holds, on the way into it and out of it; runs in the loader.
-
-Besides each map stands a thumbnail of the view that it was computed from, as the teacher saw it. A
-run compares it with the view that it made itself: an image that was replaced under its old name,
-or a view that is cut otherwise than it was, is found before anything is learnt from it.
-"""
+"""The views whose maps a cache holds, on the way into it; and which maps can be stored."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +14,14 @@ from torch.utils.data import Dataset
 from fd_large.data.source import ImageSource
 from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.data.views import FixedViews, ViewSettings, jittered_view
-from fd_large.errors import CacheError, DataError
+from fd_large.errors import DataError
 from fd_large.recipes.fields import require
-from fd_large.tasks.distillation.cached.files import SIDE, CacheReader
+from fd_large.recipes.sections import AUTO, Batch
+from fd_large.tasks.distillation.cached.files import SIDE
 from fd_large.tasks.distillation.section import MAP, NamedTeacher, field_of
 
-# Grey levels: other processors may resize a view to pixels that differ by one.
-TOLERANCE = 2
+BATCH_SIZE = 32
+"""Images of a forward where the recipe leaves the micro-batch to a trial step."""
 
 
 def set_of(view: int) -> str:
@@ -111,59 +107,30 @@ class ViewsToStore(Dataset):
         return ToStore(images, torch.stack([thumbnail(image) for image in images]), tuple(bad))
 
 
-@dataclass(frozen=True)
-class StoredMaps:
-    """Reads the maps of a set of views: a `Beside` of the loader.
+def view_facts(settings: ViewSettings, fixed: FixedViews, samples: ImageSource) -> dict[str, Any]:
+    """Returns what decides the views of a dataset, by the fields that say it.
 
-    Attributes:
-        readers: The caches, by the teacher's name.
-        name: The set.
-        name_of: Returns the name of the image of a record.
+    Args:
+        settings: How an image becomes a view.
+        fixed: Draws the views.
+        samples: The images.
     """
-
-    readers: Mapping[str, CacheReader]
-    name: str
-    name_of: Callable[[int], str]
-
-    def of(self, index: int, view: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Returns the stored map of an image by the teacher's name: see `CachedTeacher.of_stored`.
-
-        Raises:
-            DataError: if the image could not be used when the cache was written.
-            CacheError: if the cache is damaged, or holds the map of another view.
-        """
-        maps = {}
-        for name, reader in self.readers.items():
-            record = reader.read(self.name, index)
-            if record is None:
-                raise DataError(
-                    f"{self.name_of(index)}: no map in {reader.folder}; got an image that could "
-                    "not be used when that was written, expected one that can. Write the cache "
-                    "again."
-                )
-            off = (record.thumbnail.int() - thumbnail(view).int()).abs().max().item()
-            if off > TOLERANCE:
-                error = CacheError(
-                    f"{reader.folder}: the map of another view; {self.name_of(index)}, "
-                    f"{self.name}, differs by {off} grey levels from what the teacher saw, "
-                    f"expected at most {TOLERANCE}. The image has changed since the cache was "
-                    "written: restore it, or write the cache again."
-                )
-                error.rank_local = True
-                raise error
-            maps[name] = (record.map.values.view(torch.uint8), record.map.scales)
-        return maps
-
-    def blank(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Returns zeros in the shapes of stored maps."""
-        return {name: blank(reader) for name, reader in self.readers.items()}
+    return {
+        "data.image_size": settings.image_size,
+        "data.min_crop_scale": settings.min_crop_scale,
+        "data.color_jitter": settings.color_jitter,
+        "data.grayscale_probability": settings.grayscale_probability,
+        "interpolation": settings.interpolation,
+        "task.distillation.views": fixed.count,
+        "task.distillation.view_seed": fixed.seed,
+        "images": len(samples),
+        "hash of the list of images": samples.fingerprint,
+    }
 
 
-def blank(reader: CacheReader) -> tuple[Tensor, Tensor]:
-    """Returns the map of a place where no image can be used: zeros."""
-    (dtype, values), (_, scales) = (reader.header.rows(1)[name] for name in ("values", "scales"))
-    bytes_of_values = (values[1], values[2] * dtype.itemsize)
-    return torch.zeros(bytes_of_values, dtype=torch.uint8), torch.zeros(scales[1:])
+def batch_size(batch: Batch) -> int:
+    """Returns the images of a forward of a teacher alone: as in training, if the recipe says it."""
+    return BATCH_SIZE if batch.micro_batch_size == AUTO else batch.micro_batch_size
 
 
 def check_fixed_views(views: int, *, image_mixup: bool) -> None:

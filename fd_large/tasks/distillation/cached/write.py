@@ -6,10 +6,14 @@ forward is a collective, so all ranks make as many as the one with most to do.
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,10 +21,209 @@ from fd_large.backbones.feature_map import FeatureMap
 from fd_large.data.bad_images import BadImages, limit_error, past_limit
 from fd_large.data.loader import load_batches
 from fd_large.errors import CacheError
+from fd_large.files import kind_of, write_json
 from fd_large.ranks import activity, distributed
-from fd_large.tasks.distillation.cached.files import CacheWriter, Record
-from fd_large.tasks.distillation.cached.precision import Stored, encode
-from fd_large.tasks.distillation.cached.views import Place, ViewsToStore
+from fd_large.recipes.fields import plain
+from fd_large.tasks.distillation.cached.files import (
+    HEADER,
+    MAP,
+    UNUSABLE,
+    Header,
+    Layout,
+    Record,
+    ShardFile,
+    ShardFiles,
+    Stored,
+    check_of,
+    differences,
+    encode,
+    records_per_shard,
+)
+from fd_large.tasks.distillation.cached.views import Place, ViewsToStore, set_of
+from fd_large.tasks.distillation.section import NamedTeacher
+from fd_large.tasks.distillation.teacher import PlacedTeacher
+
+TEACHER_FACTS = ("teacher_hash", "layer", "teacher_image_size", "statistics", "stored")
+"""The facts of a header that are the teacher's."""
+
+
+def teacher_facts(teacher: PlacedTeacher, entry: NamedTeacher) -> dict[str, Any]:
+    """Returns what decides the map of a view: a value for each of `TEACHER_FACTS`."""
+    values = (
+        teacher.fingerprint,
+        entry.layer,
+        entry.teacher_image_size,
+        [list(part) for part in teacher.module.statistics],
+        "the teacher's own map, before interpolation and normaliser",
+    )
+    return dict(zip(TEACHER_FACTS, values, strict=True))
+
+
+def header_for(given: FeatureMap, precision: str) -> Header:
+    """Returns a header of maps like one (1, N, C), of no images yet."""
+    header = Header(
+        facts={},
+        teacher={},
+        precision=precision,
+        tokens=given.tokens.shape[1],
+        width=given.tokens.shape[2],
+        grid=given.grid,
+        prefix_tokens=given.num_prefix_tokens,
+        dtype=str(given.tokens.dtype).removeprefix("torch."),
+        sets={},
+        records_per_shard=1,
+    )
+    return replace(header, records_per_shard=records_per_shard(header.record_bytes))
+
+
+def header_of(
+    teacher: PlacedTeacher,
+    entry: NamedTeacher,
+    views: Mapping[str, Any],
+    *,
+    precision: str,
+    sets: Mapping[str, int] | None = None,
+) -> Header:
+    """Returns the header of a cache of a teacher's maps; a collective.
+
+    Args:
+        teacher: The teacher; it is shown a grey image.
+        entry: What the recipe says of it.
+        views: The facts of the views.
+        precision: How the maps are stored.
+        sets: Records of each set; None: the training views of these `view_facts`.
+    """
+    if sets is None:
+        sets = {set_of(view): views["images"] for view in range(views["task.distillation.views"])}
+    side = views["data.image_size"]
+    grey = torch.full((1, 3, side, side), 128, dtype=torch.uint8, device=distributed.device())
+    return replace(
+        header_for(teacher(grey), precision),
+        facts={**teacher_facts(teacher, entry), **views},
+        teacher=plain(asdict(entry.parted()[0])),
+        sets=sets,
+    )
+
+
+class CacheWriter(ShardFiles):
+    """Writes records, in any order and from any number of processes; see `prepare`.
+
+    Args:
+        folder: The cache.
+        header: What is to be stored.
+    """
+
+    def prepare(self, *, where: str) -> None:
+        """Makes the folder and its header, or goes on in it; one process calls it before all write.
+
+        Raises: CacheError: if the folder holds another cache, or cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not kind_of(self.folder / HEADER):
+                write_json(self.folder / HEADER, self.header.to_dict())
+        except OSError as error:
+            raise CacheError(
+                f"{where}: cannot be used; got {error}, expected a folder that can be written. "
+                "Choose another."
+            ) from error
+        stored = Header.read(self.folder, where=where)
+        if stored.digest != self.header.digest:
+            raise CacheError(
+                f"{where}: {self.folder}: holds maps that another command stores; got "
+                f"{_other_maps(stored, self.header)}, expected the same. Give the command that "
+                "began it, or another folder."
+            )
+
+    def unfinished(self, only: str = "") -> list[tuple[str, int]]:
+        """Returns (set, number) of the shards, of one set or of all, that are not whole yet."""
+        return [
+            (name, number)
+            for name, number in self.header.shards()
+            if only in ("", name)
+            and not kind_of(self.folder / self.header.layout(name, number).name)
+        ]
+
+    def bytes_left(self) -> int:
+        """Returns the bytes that the disk must still take."""
+        left = 0
+        for shard in self.unfinished():
+            layout = self.header.layout(*shard)
+            part = self._part(layout)
+            held = part.stat().st_blocks * 512 if kind_of(part) else 0
+            left += max(0, layout.size - held)
+        return left
+
+    def unwritten(self, name: str, number: int) -> Sequence[int]:
+        """Returns the records of a shard that are not there, or were not written whole.
+
+        Among them are those whose image could not be used: it is tried again.
+        """
+        layout = self.header.layout(name, number)
+        numbers = range(layout.first, layout.first + layout.count)
+        if not kind_of(self._part(layout)):
+            return numbers
+        file = self._file(name, number)
+        checks = np.empty(layout.count, np.int64)
+        file.fill(checks, "checks", 0)
+        rows, missing = self._empty(1), []
+        for row, record in enumerate(numbers):
+            is_map = checks[row] >> 32 == MAP
+            if is_map:
+                for tensor, array in rows.items():
+                    file.fill(array, tensor, row)
+            if not is_map or checks[row] != check_of(name, record, rows, MAP):
+                missing.append(record)
+        return missing
+
+    def write(self, name: str, record: int, content: Record | None) -> None:
+        """Writes a record; None: its image cannot be used.
+
+        Raises: CacheError: if the disk does not take it.
+        """
+        rows = self._empty(1)
+        if content is None:
+            state = UNUSABLE
+            for array in rows.values():
+                array.fill(0)
+        else:
+            state = MAP
+            parts = (*content.map, content.thumbnail)
+            for array, part in zip(rows.values(), parts, strict=True):
+                array[0] = part.contiguous().view(-1).view(torch.uint8).numpy()
+        try:
+            file, row = self._place(name, record)
+            for tensor, array in rows.items():
+                file.put(array, tensor, row)
+            # Last: a record counts once its check is there.
+            check = np.array([check_of(name, record, rows, state)], np.int64)
+            file.put(check, "checks", row)
+        except OSError as error:
+            raise _not_written(self.folder, error) from error
+
+    def finish(self, name: str, number: int) -> None:
+        """Gives a shard whose records are all written its name; the disk then holds it."""
+        layout = self.header.layout(name, number)
+        try:
+            file = self._file(name, number)
+            os.fsync(file.descriptor)
+            self._open.pop((name, number)).close()
+            self._part(layout).replace(self.folder / layout.name)
+        except OSError as error:
+            if kind_of(self.folder / layout.name):
+                return  # Another start writes the same, and was faster.
+            raise _not_written(self.folder, error) from error
+
+    def _part(self, layout: Layout) -> Path:
+        return self.folder / f"{layout.name}.part"
+
+    def _opened(self, name: str, number: int) -> ShardFile:
+        layout = self.header.layout(name, number)
+        file = ShardFile(self._part(layout), layout, os.O_RDWR | os.O_CREAT)
+        # The same bytes, whichever process comes first.
+        os.pwrite(file.descriptor, layout.header, 0)
+        os.ftruncate(file.descriptor, layout.size)
+        return file
 
 
 @dataclass
@@ -156,3 +359,24 @@ def _finish(
             raise error
         writer.finish(*shard)
         del left[shard]
+
+
+def _other_maps(stored: Header, own: Header) -> str:
+    """Returns what differs between two headers, without what follows from it."""
+    words = {"teacher_hash": "hash of the teacher's weights", "stored": "kind of map"}
+    facts, sections, all_ = [], [], []
+    for header in (stored, own):
+        said = {words.get(name, name): value for name, value in header.facts.items()}
+        facts.append(said | {"precision": header.precision, "type of the maps": header.dtype})
+        sections.append({f"teacher.{name}": value for name, value in header.teacher.items()})
+        all_.append(asdict(header))
+    return differences(*facts) or differences(*sections) or differences(*all_)
+
+
+def _not_written(folder: Path, error: OSError) -> CacheError:
+    refused = CacheError(
+        f"{folder}: cannot be written; got {error}, expected room for the cache. What is written "
+        "stays: give the same command again once there is."
+    )
+    refused.rank_local = True
+    return refused

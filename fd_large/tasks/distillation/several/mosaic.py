@@ -10,7 +10,7 @@ is not published.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.engine.frozen import Frozen
 from fd_large.errors import ShapeError
 from fd_large.recipes.fields import require
+from fd_large.tasks.distillation.task import Maps
 
 
 class Mosaic(Frozen):
@@ -102,9 +103,7 @@ class AloneInEvaluation:
     def __init__(self, teachers: Any, names: Collection[str]) -> None:
         self._teachers, self.by_name, self._names = teachers, teachers.by_name, tuple(names)
 
-    def __call__(
-        self, images: Tensor, given: Mapping[str, Any], training: bool
-    ) -> Mapping[str, Any]:
+    def __call__(self, images: Tensor, given: Maps, training: bool) -> Maps:
         """Returns the maps by name, beside what else was given."""
         alone = [] if training else [name for name in self._names if name not in given]
         maps = {name: self.by_name[name](images, alone=True) for name in alone}

@@ -86,8 +86,6 @@ def test_a_settled_run_says_what_is_automatic_whatever_it_was(run):
     assert part.image_size == 0
 
 
-
-
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [

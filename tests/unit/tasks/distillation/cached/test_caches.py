@@ -1,4 +1,4 @@
-"""Held-out figures from stored maps: those of the live teacher, and refused where they are not."""
+"""The caches of a run: which it opens, and those of held-out views."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import pytest
 import torch
 from cached_runs import built, cached, run_of, write, write_images
 
-from fd_large.errors import CacheError
-from fd_large.tasks.distillation.cached import held_out as cached_held_out
+from fd_large.errors import CacheError, ConfigError
+from fd_large.tasks.distillation.cached.caches import (
+    RunCaches,
+    held_out_views,
+    held_out_writer,
+)
 from fd_large.tasks.distillation.cached.write import write_cache
+from fd_large.tasks.distillation.section import NamedTeacher
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +28,8 @@ def stored(tmp_path_factory):
     write(job, cache)
     (teacher,), (entry,) = job.placed.values(), job.run.taught_by.values()
     crops, settings = job.held_out(job.samples), job.view_settings()
-    writer = cached_held_out.writer_of(cache, teacher, entry, crops, settings, precision="fp32")
-    views = cached_held_out.views_of(crops, settings, batch_size=2)
+    writer = held_out_writer(cache, teacher, entry, crops, settings, precision="fp32")
+    views = held_out_views(crops, settings, batch_size=2)
     options = {"workers": 0, "max_bad_fraction": 0.0, "where": "OUT"}
     assert write_cache(writer, teacher, views, **options) == 2 * 5
     return job, cache
@@ -62,3 +67,17 @@ def test_other_held_out_views_are_refused(stored, fields, named):
     root = live.run.data.root
     with pytest.raises(CacheError, match=named):
         cached(root, cache, **{"eval.root": root, "eval.views": 5, **fields})
+
+
+def test_a_cache_is_opened_when_it_is_asked_for_and_not_stored_again(tmp_path):
+    models = {"shown": NamedTeacher(model="dino_vit_base_patch16", source="random")}
+    assert not RunCaches(models)
+    assert RunCaches(models).blank_maps(3) is None
+    caches = RunCaches({**models, "stored": NamedTeacher(source=f"cached:{tmp_path}")})
+    assert caches
+    assert "shown" not in caches
+    assert caches.folders == {"stored": tmp_path}
+    with pytest.raises(ConfigError, match=r"no teacher whose maps .*--teachers\.stored"):
+        caches.check("stored", also_stored="elsewhere")
+    with pytest.raises(CacheError, match=r"--teachers\.stored\.source"):
+        caches.check("stored", also_stored="")

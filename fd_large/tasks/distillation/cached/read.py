@@ -1,0 +1,284 @@
+"""What reads a cache: records held against their checksums, and what stands in a teacher's place.
+
+Beside each map lies a thumbnail of the view that it was computed from, as the teacher saw it. A run
+compares it with the view that it made itself: an image that was replaced under its old name, or a
+view that is cut otherwise than it was, is found before anything is learnt from it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.errors import CacheError, ConfigError, DataError
+from fd_large.files import retried
+from fd_large.recipes.fields import from_plain
+from fd_large.recipes.sections import AUTO
+from fd_large.tasks.distillation.cached.files import (
+    HEADER,
+    PRECISIONS,
+    UNUSABLE,
+    Header,
+    Record,
+    ShardFile,
+    ShardFiles,
+    Stored,
+    check_of,
+    damaged,
+    decode,
+    differences,
+)
+from fd_large.tasks.distillation.cached.views import thumbnail
+from fd_large.tasks.distillation.section import NamedTeacher, Teacher, cached_folder
+from fd_large.tasks.distillation.task import Maps
+
+# Grey levels: other processors may resize a view to pixels that differ by one.
+TOLERANCE = 2
+
+
+class CacheReader(ShardFiles):
+    """Reads records, each held against its checksum. It can be pickled.
+
+    Args:
+        folder: The cache.
+        header: Its header.
+    """
+
+    def check_whole(self, *, where: str) -> None:
+        """Looks at the names and sizes of all shards.
+
+        Args:
+            where: The field that names the cache, for messages.
+
+        Raises: CacheError: if a shard is missing, or was cut.
+        """
+        sizes = {
+            entry.name: entry.stat().st_size
+            for entry in retried(lambda: list(os.scandir(self.folder)), self.folder)
+        }
+        layouts = [self.header.layout(*shard) for shard in self.header.shards()]
+        missing = [layout.name for layout in layouts if layout.name not in sizes]
+        if missing:
+            raise CacheError(
+                f"{where}: {self.folder}: not finished; got {len(layouts) - len(missing)} of "
+                f"{len(layouts)} shards ({missing[0]} is missing), expected all. Give the command "
+                "that wrote it once more: it goes on where it was."
+            )
+        for layout in layouts:
+            if sizes[layout.name] != layout.size:
+                path = self.folder / layout.name
+                raise damaged(path, f"{sizes[layout.name]:,} bytes", f"{layout.size:,}")
+
+    def read(self, name: str, record: int) -> Record | None:
+        """Returns a record; None: its image could not be used when the cache was written.
+
+        Raises: CacheError: if the file is damaged, with its name and the record.
+        """
+        file, row = self._place(name, record)
+        rows = self._empty(1)
+        try:
+            for tensor, array in rows.items():
+                file.fill(array, tensor, row)
+            check = np.empty(1, np.int64)
+            file.fill(check, "checks", row)
+        except OSError as error:
+            raise damaged(file.path, f"{error}", "a whole file", record) from error
+        expected = check_of(name, record, rows, int(check[0]) >> 32)
+        if check[0] != expected or not expected >> 32:
+            got = f"bytes of checksum {expected & 0xFFFFFFFF:08x}"
+            raise damaged(file.path, got, f"{int(check[0]) & 0xFFFFFFFF:08x}", record)
+        if expected >> 32 == UNUSABLE:
+            return None
+        made = {}
+        for tensor, (dtype, shape) in self.header.rows(1).items():
+            if tensor != "checks":
+                flat = torch.from_numpy(rows[tensor][0])
+                # An empty tensor cannot be viewed as another type.
+                made[tensor] = (flat.view(dtype) if len(flat) else flat.to(dtype)).view(shape[1:])
+        return Record(Stored(made["values"], made["scales"]), made["thumbnails"])
+
+    def _opened(self, name: str, number: int) -> ShardFile:
+        layout = self.header.layout(name, number)
+        path = self.folder / layout.name
+        try:
+            file = ShardFile(path, layout, os.O_RDONLY)
+        except OSError as error:
+            raise damaged(path, f"{error}", "a file that can be read") from error
+        header = retried(lambda: os.pread(file.descriptor, len(layout.header), 0), path)
+        size = os.fstat(file.descriptor).st_size
+        if header != layout.header or size != layout.size:
+            file.close()
+            got = f"{size:,} bytes" if header == layout.header else "a header of other bytes"
+            raise damaged(path, got, f"{layout.size:,} bytes and the header that {HEADER} gives")
+        return file
+
+
+@dataclass(frozen=True)
+class StoredMaps:
+    """Reads the maps of a set of views: a `Beside` of the loader.
+
+    Attributes:
+        readers: The caches, by the teacher's name.
+        name: The set.
+        name_of: Returns the name of the image of a record.
+    """
+
+    readers: Mapping[str, CacheReader]
+    name: str
+    name_of: Callable[[int], str]
+
+    def of(self, index: int, view: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Returns the stored map of an image by the teacher's name: see `CachedTeacher.of_stored`.
+
+        Raises:
+            DataError: if the image could not be used when the cache was written.
+            CacheError: if the cache is damaged, or holds the map of another view.
+        """
+        maps = {}
+        for name, reader in self.readers.items():
+            record = reader.read(self.name, index)
+            if record is None:
+                raise DataError(
+                    f"{self.name_of(index)}: no map in {reader.folder}; got an image that could "
+                    "not be used when that was written, expected one that can. Write the cache "
+                    "again."
+                )
+            off = (record.thumbnail.int() - thumbnail(view).int()).abs().max().item()
+            if off > TOLERANCE:
+                error = CacheError(
+                    f"{reader.folder}: the map of another view; {self.name_of(index)}, "
+                    f"{self.name}, differs by {off} grey levels from what the teacher saw, "
+                    f"expected at most {TOLERANCE}. The image has changed since the cache was "
+                    "written: restore it, or write the cache again."
+                )
+                error.rank_local = True
+                raise error
+            maps[name] = (record.map.values.view(torch.uint8), record.map.scales)
+        return maps
+
+    def blank(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Returns zeros in the shapes of stored maps."""
+        return {name: blank(reader) for name, reader in self.readers.items()}
+
+
+def blank(reader: CacheReader) -> tuple[Tensor, Tensor]:
+    """Returns the map of a place where no image can be used: zeros."""
+    (dtype, values), (_, scales) = (reader.header.rows(1)[name] for name in ("values", "scales"))
+    bytes_of_values = (values[1], values[2] * dtype.itemsize)
+    return torch.zeros(bytes_of_values, dtype=torch.uint8), torch.zeros(scales[1:])
+
+
+class CachedTeacher:
+    """Gives back the maps that a cache holds.
+
+    Args:
+        reader: The cache.
+        where: The field that names it, for messages.
+
+    Attributes:
+        reader: As given.
+        width: Number of channels of the map.
+        fingerprint: Hash of the weights of the teacher that made the maps.
+    """
+
+    def __init__(self, reader: CacheReader, *, where: str) -> None:
+        self.reader, self._where = reader, where
+        self.width = reader.header.width
+        self.fingerprint: str = reader.header.facts["teacher_hash"]
+
+    def grid(self, image_size: int) -> tuple[int, int]:
+        """Returns rows and columns of the map, whatever the side of the student's images."""
+        return self.reader.header.grid
+
+    def of_stored(self, images: Tensor, stored: Sequence[Tensor]) -> FeatureMap:
+        """Returns the map of a batch.
+
+        Args:
+            images: (B, 3, S, S) uint8, which are of no use here.
+            stored: The loader's: values (B, N, bytes of C values) uint8, and scales (B, N, 2).
+        """
+        header, (values, scales) = self.reader.header, stored
+        kept = Stored(values.view(PRECISIONS[header.precision]), scales)
+        tokens = decode(kept, getattr(torch, header.dtype))
+        return FeatureMap(tokens, header.grid, header.prefix_tokens)
+
+    def __call__(self, images: Tensor) -> NoReturn:
+        """Refuses: there is no model that other images could be shown to.
+
+        Raises: ConfigError: always.
+        """
+        raise ConfigError(
+            f"{self._where}: cached targets are of training views alone; got {len(images)} other "
+            "images, expected none. Name the teacher itself, whose maps were stored: "
+            f"{self.reader.header.teacher['source']}."
+        )
+
+
+class FromStored:
+    """Around the teachers (task.py): what a loader put beside the images becomes a teacher's map.
+
+    A `CachedTeacher` reads it; a `Recorder` reads it, or shows the images to its model and writes.
+
+    Args:
+        teachers: The seam that it stands around.
+    """
+
+    def __init__(self, teachers: Any) -> None:
+        self._teachers, self.by_name = teachers, teachers.by_name
+
+    def __call__(self, images: Tensor, given: Maps, training: bool) -> Maps:
+        """Returns the maps by name, beside what else was given."""
+        maps = {
+            name: teacher.of_stored(images, given[name])
+            for name, teacher in self.by_name.items()
+            if name in given and not isinstance(given[name], FeatureMap)
+        }
+        return self._teachers(images, {**given, **maps}, training)
+
+
+def settled(entry: NamedTeacher, *, where: str) -> NamedTeacher:
+    """Returns a teacher's entry as its cache says it is: the model that made the maps.
+
+    Raises: CacheError: if there is no cache, or the recipe asks for maps of another kind.
+    """
+    header = Header.read(Path(cached_folder(entry.source)), where=where)
+    made_by = from_plain(Teacher, dict(header.teacher), "teacher.")
+    stored = {
+        "model": made_by.model,
+        "architecture": made_by.architecture,
+        "statistics": made_by.statistics,
+        "residual_dtype": made_by.residual_dtype,
+        **{name: header.facts[name] for name in ("layer", "teacher_image_size")},
+    }
+    usual = NamedTeacher()
+    # What was left to the weights, or to the teacher's grid, is the cache's to say.
+    free = {name: (getattr(usual, name), AUTO) for name in stored if name != "layer"}
+    free["layer"] = ()
+    own = {name: getattr(entry, name) for name in stored if getattr(entry, name) not in free[name]}
+    if other := differences({name: stored[name] for name in own}, own):
+        raise CacheError(
+            f"{where}: maps of another kind than the recipe's; got {other}, expected the same. "
+            "Leave these fields out, or write a cache for them."
+        )
+    return replace(entry, **stored)
+
+
+def require_same_views(header: Header, views: Mapping[str, Any], *, where: str) -> None:
+    """Refuses a cache of other views than those of a run.
+
+    Raises: CacheError: naming what differs.
+    """
+    stored = {name: header.facts[name] for name in views}
+    if other := differences(stored, views):
+        raise CacheError(
+            f"{where}: cached targets of other views than this run's; got {other}, expected the "
+            "same. Set these fields as they were, or write a cache for this run: fd-large cache."
+        )
