@@ -59,7 +59,7 @@ def start(program: str, *arguments: object, ranks: int, launcher: str = "") -> i
     environment = {
         "OMP_NUM_THREADS": str(threads),
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *map(str, (ROOT / "tests/support").iterdir())]),
         "PYTHONWARNINGS": "ignore",
     }
     return subprocess.run([*command, *map(str, arguments)], env=environment, check=False).returncode

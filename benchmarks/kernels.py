@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from harness import RESULTS, ROOT
 from torch import Tensor
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), *map(str, (ROOT / "tests/support").iterdir())]
 BF16 = torch.bfloat16
 
 

@@ -30,7 +30,7 @@ from PIL import Image
 
 from fd_large.probes.paired import difference
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = map(str, (ROOT / "tests/support").iterdir())
 
 from cifar import read_cifar
 

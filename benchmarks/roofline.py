@@ -45,7 +45,7 @@ from harness import RESULTS, ROOT
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), *map(str, (ROOT / "tests/support").iterdir())]
 
 from fd_large.engine.counting.recorder import Recorder, bytes_of, place_of  # noqa: E402
 from fd_large.kernels import choose  # noqa: E402

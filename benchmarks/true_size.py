@@ -34,7 +34,7 @@ from typing import Any
 import harness
 from harness import RESULTS, ROOT
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), *map(str, (ROOT / "tests/support").iterdir())]
 
 IMPORTING, BETWEEN = "importing", "between steps"
 PASSES, STEP = "teacher, forward, backward", "optimiser step"

@@ -24,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), *map(str, (ROOT / "tests/support").iterdir())]
 
 import torch  # noqa: E402
 import twin  # noqa: E402

@@ -4,7 +4,7 @@
 
 Half by the signal that comes before a time limit, half by a job of higher priority; a quarter while
 the ranks still start. Took 13 minutes on two busy cores; needs root and Slurm's packages (see
-tests/slurm_cluster.py). Writes benchmarks/results/preemptions.json and exits 1 if a loss differs in
+slurm_cluster.py). Writes benchmarks/results/preemptions.json and exits 1 if a loss differs in
 one bit from the uninterrupted run's, a step was made twice, or the job ran once too often.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), *map(str, (ROOT / "tests/support").iterdir())]
 
 from pictures import write_pictures  # noqa: E402
 from slurm_cluster import Cluster, ended, missing  # noqa: E402

@@ -1,4 +1,4 @@
-"""What only a GPU's rank calls, against stand-ins of torch.cuda (tests/fake_cuda.py)."""
+"""What only a GPU's rank calls, against stand-ins of torch.cuda (fake_cuda.py)."""
 
 from __future__ import annotations
 

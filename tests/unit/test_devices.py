@@ -1,4 +1,4 @@
-"""The package on a card that is not here (tests/fake_cuda.py): where each tensor lies."""
+"""The package on a card that is not here (fake_cuda.py): where each tensor lies."""
 
 from __future__ import annotations
 

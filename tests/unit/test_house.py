@@ -123,11 +123,11 @@ OF_NO_FILE = {
     "test_devices.py": "the package on a card that is not here",
     "test_first_run.py": "docs/first_run.ipynb",
     "test_house.py": "the package as a whole",
-    "test_oracles.py": "tests/oracles.py",
+    "test_oracles.py": "tests/oracles/oracles.py",
     "test_pages.py": "README.md and docs/",
     "test_size.py": ".ci/size.py",
     "test_slurm_script.py": "slurm/",
-    "weights/test_hostile_files.py": "tests/hostile.py",
+    "weights/test_hostile_files.py": "tests/support/models/hostile.py",
 }
 FOLDERS = {kind.folder for kind in TASKS.values()}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""The published numbers: `tests/oracles.py` on the folder of FD_ORACLES.
+"""The published numbers: `tests/oracles/oracles.py` on the folder of FD_ORACLES.
 
 But for training runs, which are replayed on ranks: tests/integration/test_training_oracles.py.
 """

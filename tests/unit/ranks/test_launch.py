@@ -16,7 +16,7 @@ from fd_large.ranks.launch import (
     read_token,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from fd_large.kernels import choose, compiled
 
-PACKAGE = str(Path(__file__).parents[1] / "fd_large")
+PACKAGE = str(Path(__file__).parents[3] / "fd_large")
 CARD = torch.device("cuda", 0)
 GB = 2**30
 

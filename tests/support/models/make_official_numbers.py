@@ -1,6 +1,6 @@
 """Runs the official fine-tuning and linear probe on the inputs of `official.py`, in float64.
 
-python tests/make_official_numbers.py CHECKOUT
+python tests/support/models/make_official_numbers.py CHECKOUT
 
 CHECKOUT is one of SwinTransformer/Feature-Distillation; `yacs` and timm 0.4.12, which it asks for
 (later versions scale learning rates of layers once more), must come first on PYTHONPATH. Its own
@@ -191,7 +191,7 @@ def main(checkout: Path) -> None:
     as_on_a_gpu()
     with tempfile.TemporaryDirectory() as folder:
         found = {
-            "source": "SwinTransformer/Feature-Distillation, by tests/make_official_numbers.py",
+            "source": "SwinTransformer/Feature-Distillation, by tests' make_official_numbers.py",
             "commit": subprocess.run(
                 ["git", "-C", checkout, "rev-parse", "HEAD"],
                 capture_output=True,

@@ -1,7 +1,7 @@
 """Rank program: replays a stored training run in the engine under ZeRO-3.
 
-python tests/oracle_training_run.py FOLDER, with spec.json and tensors.safetensors in it; writes
-found.safetensors and each rank's losses, norms and rates.
+python tests/oracles/oracle_training_run.py FOLDER, with spec.json and tensors.safetensors in it;
+writes found.safetensors and each rank's losses, norms and rates.
 """
 
 from __future__ import annotations

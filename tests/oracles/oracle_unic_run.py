@@ -1,6 +1,6 @@
 """Rank program: replays UNIC's stored training runs in the engine under ZeRO-3.
 
-python tests/oracle_unic_run.py FOLDER, with spec.json and tensors.safetensors in it; writes
+python tests/oracles/oracle_unic_run.py FOLDER, with spec.json and tensors.safetensors in it; writes
 found.safetensors and each rank's losses by the probability with which teachers are dropped.
 """
 

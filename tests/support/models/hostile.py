@@ -1,6 +1,6 @@
 """Weights files as somebody with bad intentions would write them: each is read or refused.
 
-    python tests/hostile.py --cases 10000 --out benchmarks/results/hostile_files.json
+    python tests/support/models/hostile.py --cases 10000 --out benchmarks/results/hostile_files.json
 
 Sound files are changed (headers, pickles, archives, configurations) as hypothesis draws it.
 Children of this process, which has imported everything, inspect each, settle a teacher on it and
@@ -400,7 +400,7 @@ def main() -> int:
         outcome = run(arguments.cases, Path(scratch), start=arguments.seed, keep=arguments.keep)
     results = {
         "question": __doc__.splitlines()[0],
-        "command": f"python tests/hostile.py --cases {arguments.cases} --seed {arguments.seed}",
+        "command": f"python hostile.py --cases {arguments.cases} --seed {arguments.seed}",
         "memory_limit_bytes": MEMORY_BYTES,
         "ends": dict(outcome.ends),
         "by_kind": {kind: dict(ends) for kind, ends in sorted(outcome.by_kind.items())},

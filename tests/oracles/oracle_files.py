@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fd_large.kernels.whitened_loss import whiten
 
-FOLDER = Path(os.environ.get("FD_ORACLES", Path(__file__).resolve().parents[2] / "shared/oracles"))
+FOLDER = Path(os.environ.get("FD_ORACLES", Path(__file__).resolve().parents[3] / "shared/oracles"))
 
 
 def oracle(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

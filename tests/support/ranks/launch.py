@@ -29,8 +29,9 @@ from typing import IO, Any, Literal
 from rank_server import ForkedRank, RankServer
 from waiting import until
 
-ROOT = Path(__file__).resolve().parents[1]
-HIDDEN = ROOT / "tests" / "hidden"
+ROOT = Path(__file__).resolve().parents[3]
+HELPERS = [str(path) for path in (ROOT / "tests/support").iterdir() if path.is_dir()]
+HIDDEN = Path(__file__).with_name("hidden")
 BESIDE = Path(sys.executable).parent
 Launcher = Literal["plain", "deepspeed", "torchrun", "mpirun"]
 
@@ -144,7 +145,7 @@ def base_environ() -> dict[str, str]:
     }
     return inherited | {
         "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")])
+            filter(None, [str(ROOT), *HELPERS, str(ROOT / "tests"), os.environ.get("PYTHONPATH")])
         ),
         "PYTHONWARNINGS": "ignore::FutureWarning",
         "PYTHONUNBUFFERED": "1",

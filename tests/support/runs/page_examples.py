@@ -5,5 +5,5 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "extending.md").read_text()
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "extending.md").read_text()
 EXAMPLES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))

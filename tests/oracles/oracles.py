@@ -1,4 +1,4 @@
-"""Checks every oracle file in a folder: `python tests/oracles.py FOLDER`.
+"""Checks every oracle file in a folder: `python tests/oracles/oracles.py FOLDER`.
 
 The kind of a file is read from its JSON, never from its name, so that any folder of such files can
 be checked. Prints a table of errors beside tolerances and exits 1 past any of them. Nothing is
@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+sys.path[:0] = map(str, (Path(__file__).resolve().parents[1] / "support").iterdir())
+
 from oracles_dense import CHECKS as DENSE_CHECKS
 from oracles_depth import CHECKS as DEPTH_CHECKS
 from oracles_detection import CHECKS as DETECTION_CHECKS
@@ -139,7 +142,7 @@ def check_folder(folder: Path, dtype: torch.dtype = torch.float32) -> list[Verdi
 def main(arguments: list[str]) -> int:
     """Prints the table; returns 1 if any file is past its tolerance, or there is none."""
     if len(arguments) != 1 or not Path(arguments[0]).is_dir():
-        print("usage: python tests/oracles.py FOLDER (a folder of oracle files)")
+        print("usage: python tests/oracles/oracles.py FOLDER (a folder of oracle files)")
         return 2
     verdicts = check_folder(Path(arguments[0]))
     width = max((len(v.file) for v in verdicts), default=4)
