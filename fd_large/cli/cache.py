@@ -128,7 +128,7 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
     Raises: FDError: for the user's mistakes.
     """
     # Importing torch and deepspeed takes seconds.
-    from fd_large.engine.frozen_run import open_frozen
+    from fd_large.engine.opening import open_frozen
     from fd_large.tasks.distillation.cached.caches import (
         held_out_views,
         held_out_writer,
@@ -138,7 +138,7 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
     from fd_large.tasks.distillation.job import DistillationJob
     from fd_large.tasks.jobs import job_of
 
-    job, samples = open_frozen(job_of(run), job_of)
+    job, samples = open_frozen(run, job_of)
     assert isinstance(job, DistillationJob)
     run, settings, fixed = job.run, job.view_settings(), job.fixed_views
     assert fixed is not None

@@ -130,12 +130,12 @@ def _require(name: str, where: str, kind: doors.Kind, file: str, table: str) -> 
 
 def _check_config(run: Run, deepspeed_config: str) -> None:
     """Holds the JSON against the recipe, as far as that can be done without ranks and device."""
-    precision, size = run.engine.precision, run.batch.micro_batch_size
+    precision = run.engine.precision
     ds.check_owned(
         ds.load(deepspeed_config),
         clip_norm=run.optim.clip_norm,
         global_batch_size=run.batch.global_batch_size,
-        micro_batch_size=None if size == "auto" else size,
+        micro_batch_size=run.batch.micro_batch_size,
         accumulation=None,
         bfloat16=None if precision == "auto" else precision == "bfloat16",
         nvme_path=run.engine.nvme_path,

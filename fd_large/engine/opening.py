@@ -1,4 +1,10 @@
-"""Opening a run: all checks before anything heavy, then its models, its engine, its checkpoints."""
+"""Opening a run: what its weights decide, all of its mistakes, its folder, then what is heavy.
+
+Four stages, each a function of one run that returns what the next one takes: `settle`, `check`,
+`enter`, `build`. `open_together` leads the runs of several students through them in step; what
+these share (mistakes, images, frozen models, the start of DeepSpeed, the probe of a micro batch)
+stands between two stages. Whoever opens a run has claimed its folder before all of them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +31,15 @@ from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.counting import micro_batch
 from fd_large.engine.counting.count import kernel_calls
 from fd_large.engine.ema import Ema
-from fd_large.engine.job import Job, JobOf
+from fd_large.engine.job import JobOf, TrainingJob
 from fd_large.engine.task import Task
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import Engine, build_engine
 from fd_large.engine.zero.optimizer import moments_of
 from fd_large.errors import FDError, check_all, masked
-from fd_large.kernels import check, choose
+from fd_large.kernels import check as kernel_check
+from fd_large.kernels import choose
 from fd_large.kernels.precision import full_float32
 from fd_large.plan.memory import Placement, held, persistence_threshold
 from fd_large.plan.workload import frozen_in_bfloat16
@@ -43,6 +51,7 @@ from fd_large.recipes.task_kind import check_metric
 from fd_large.runtime import disks, logs
 from fd_large.runtime.run_folder import (
     open_folder,
+    record_code,
     source_commit,
     versions,
     write_environment,
@@ -53,315 +62,340 @@ from fd_large.weights.resolve import Sources
 log = logging.getLogger(__name__)
 
 
+class Checked(NamedTuple):
+    """A settled run in which no mistake was found; nothing of it is built.
+
+    Attributes:
+        job: The job of the settled recipe.
+        samples: The training images, which all students share.
+        numbers: What recipe, ranks and model say to DeepSpeed.
+        config: The filled DeepSpeed JSON; its micro batch is 1 until a probe has found it.
+    """
+
+    job: TrainingJob
+    samples: ImageSource
+    numbers: ds.RunNumbers
+    config: dict[str, Any]
+
+
 class Opened(NamedTuple):
     """A run with everything built and nothing trained or restored yet."""
 
-    run: Run
-    folder: Path
-    launch: Launch
-    job: Job
+    job: TrainingJob
     samples: ImageSource
     engine: Engine
     checkpoints: Checkpoints
-    micro_batch_size: int
-    accumulation: int
     ema: Ema | None
 
+    @property
+    def run(self) -> Run:
+        """The settled recipe."""
+        return self.job.run
 
-def open_run(
-    run: Run,
-    job_of: JobOf,
-    *,
-    deepspeed_config: str,
-    lease: Lease | None = None,
-    fresh: bool = False,
-) -> Opened:
-    """Checks everything, then builds the task and its engine on all ranks.
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.run_dir())
 
-    Args:
-        run: The recipe.
-        job_of: Makes the job of the recipe's task.
-        deepspeed_config: Path of the DeepSpeed JSON.
-        lease: This start's right to write the run's folder; None: nothing is written to it.
-        fresh: Start over instead of resuming; the old run's files are moved aside.
+    @property
+    def micro_batch_size(self) -> int:
+        """Images per rank and forward."""
+        return self.engine.config[ds.MICRO_BATCH]
 
-    Raises: FDError: for the user's mistakes, before anything heavy where that is possible.
-    """
-    leases = [lease] if lease else []
-    (opened,) = open_together([run], job_of, deepspeed_config, leases, fresh=fresh)
-    return opened
+    @property
+    def accumulation(self) -> int:
+        """Micro batches per step."""
+        return self.engine.config[ds.ACCUMULATION]
 
 
 def open_together(
     runs: Sequence[Run],
     job_of: JobOf,
     deepspeed_config: str,
-    leases: Sequence[Lease],
+    leases: Sequence[Lease | None],
     *,
-    whole: Run | None = None,
+    whole: tuple[Run, Lease] | None = None,
     fresh: bool = False,
 ) -> list[Opened]:
     """Opens runs that differ in their students alone; they share images and frozen models.
 
     Args:
         runs: The recipes.
-        job_of, deepspeed_config, fresh: See `open_run`.
-        leases: This start's right to write each run's folder; none: nothing is written.
-        whole: The recipe of all, in whose folder theirs stand; None: there is none.
+        job_of: Makes the job of the recipes' task.
+        deepspeed_config: Path of the DeepSpeed JSON.
+        leases: This start's right to write each run's folder; None: nothing is written to it.
+        whole: The recipe of all, and the right to write the folder in which theirs stand; None:
+            there is none.
+        fresh: Start over instead of resuming; the old run's files are moved aside.
 
-    Raises: FDError: as `open_run`.
+    Raises: FDError: for the user's mistakes, before anything heavy where that is possible.
     """
     launch = distributed.start()
     _share_cores(launch.local_world_size)
-    settled_before: dict[str, tuple[float, ...]] = {}
-    for run in () if fresh else runs:
-        settled_before |= _settled_statistics(run.run_dir())
-    weights = sources_of(job_of, settled=distributed.broadcast_object(settled_before))
-    # What a weights file decides (model, window, statistics) is part of the recipe from here on.
-    with activity.work("reading images and weights"):
-        settled = meeting.meet(
-            lambda: [_settle(job_of(run), weights, deepspeed_config) for run in runs]
-        )
-    # If a source is still being trained, ranks may have found different checkpoints.
-    runs = distributed.broadcast_object(settled)
-    jobs = [job_of(run) for run in runs]
-    for job in jobs:
-        job.weights = weights
-    first = jobs[0]
-    keep_blocks_in(first.run.data.cache, first.run.data.cache_gb)
-    with activity.work("checking the recipe"):
-        json_config, counted, samples = meeting.meet(lambda: _check(jobs, deepspeed_config, launch))
-    for job in jobs:
-        node_consistency.check(samples, job.sources(), weights, job.run.code())
-    with activity.work("copying images"):
-        samples = first.stage(samples)
+    weights = sources_of(job_of, settled=_settled_before([] if fresh else runs))
+    load_config = cache(partial(ds.load, deepspeed_config))
+    jobs = _settle_each(runs, job_of, weights, load_config)
+    checked = _check_each(jobs, load_config, launch)
 
-    folders = [Path(run.run_dir()) for run in runs]
-    start_anew = leases[0].start_anew if leases and fresh else None
-    if whole:
-        open_folder(leases[0].root, whole.to_dict(), whole.changes_since, start_anew=start_anew)
-        start_anew = None
-    for run, lease in zip(runs, leases, strict=bool(leases)):
-        open_folder(lease.folder, run.to_dict(), run.changes_since, start_anew=start_anew)
-        lease.entered, start_anew = True, None
-    if leases:
-        logs.set_up(leases[0].root)
-    with activity.work("starting DeepSpeed"):
-        start.start()
-    full_float32(distributed.device())
-    configs = [ds.fill(json_config, numbers) for numbers in counted]
-    log.debug(
-        "gradients: summed over %d ranks in %s",
-        launch.world_size,
-        configs[0]["communication_data_type"],
-    )
-    for job, numbers in zip(jobs, counted, strict=True):
-        check_kernels(job, bfloat16=numbers.bfloat16)
-    numbers = counted[0]
-    threshold = _persistence(
-        configs[0], numbers.parameter_sizes, splits_models=first.splits_models()
-    )
-    with activity.work("building the models"), memory.building_in_memory(first.memory_remedy):
-        first.build(
-            bfloat16=numbers.bfloat16,
-            node_size=numbers.node_size,
-            persistence_threshold=threshold,
-        )
-        for job in jobs[1:]:
-            job.take_models_of(first)
-    if first.run.batch.micro_batch_size == "auto":
-        share = numbers.micro_batch_size * numbers.accumulation
-        root = leases[0].root if leases else folders[0]
-        size = _probed(jobs, configs, root, share, keep=bool(leases))
-        counted = [numbers.with_micro_batch(size) for numbers in counted]
-        configs = [ds.fill(json_config, numbers) for numbers in counted]
-    for job, config, lease in zip(jobs, configs, leases, strict=bool(leases)):
-        write_environment(lease.folder, config, launch.launcher, job.metrics)
+    entered = [whole] if whole else []
+    entered += [(job.run, lease) for job, lease in zip(jobs, leases, strict=True) if lease]
+    for number, (recipe, own) in enumerate(entered):
+        # The folder of the first holds those of the others.
+        enter(recipe, own, fresh=fresh and number == 0)
+    if entered:
+        logs.set_up(entered[0][1].root)
 
-    commit = distributed.broadcast_object(source_commit() if distributed.is_main() else None)
-    found = []
-    for number, (job, config, numbers) in enumerate(zip(jobs, configs, counted, strict=True)):
-        engine, ema = _built(job, config)
-        code = job.run.code()
-        facts = {
-            **job.facts(),
-            "pictures": samples.fingerprint,
-            "commit": commit,
-            "recipe": masked(job.run.to_dict()),
-            **({"code": code} if code else {}),
-        }
-        checkpoints = Checkpoints(
-            folders[number],
-            engine,
-            runtime=job.run.runtime,
-            global_batch_size=job.run.batch.global_batch_size,
-            facts=facts,
-            check_stored=job.check_stored,
-            lease=leases[number] if leases else None,
-        )
-        found.append(
-            Opened(
-                job.run,
-                folders[number],
-                launch,
-                job,
-                samples,
-                engine,
-                checkpoints,
-                numbers.micro_batch_size,
-                numbers.accumulation,
-                ema,
-            )
-        )
+    _start_deepspeed()
+    _build_models(checked)
+    if jobs[0].run.batch.micro_batch_size == "auto":
+        folder = entered[0][1].root if entered else Path(jobs[0].run.run_dir())
+        checked = _with_probed_micro_batch(checked, folder, keep=bool(entered))
+    opened = [build(one, lease, launch) for one, lease in zip(checked, leases, strict=True)]
     weights.forget()
-    return found
+    return opened
 
 
-def _built(job: Job, config: dict[str, Any]) -> tuple[Engine, Ema | None]:
-    """Builds a job's engine with its initial weights, and the average of the weights if any."""
-    decay = job.run.optim.ema_decay
-    with (
-        activity.work("building the engine"),
-        memory.building_in_memory(job.memory_remedy),
-    ):
-        engine = engine_of(
-            job.run,
-            job.make_task,
-            config,
-            initial=job.initial_weights(),
-            heads=job.initial_heads(),
-        )
-    # The average is made before any resume, which restores it too.
-    return engine, Ema(engine, decay) if decay else None
+def _share_cores(local_world_size: int) -> None:
+    """Divides a host's cores between its CPU ranks, unless OMP_NUM_THREADS is set.
 
-
-def open_stored(
-    folder: str, job_of: JobOf, *, deepspeed_config: str, where: str, lease: Lease | None = None
-) -> Opened:
-    """Opens the run of a folder again, wherever the folder stands now.
-
-    Args:
-        folder: Folder of the run.
-        job_of, deepspeed_config, lease: See `open_run`.
-        where: The command, for messages.
+    A launcher may have given each rank cores of its own already; it never takes more than these.
     """
-    run = read_recipe(folder, where=where)
-    run = replace(run, runtime=replace(run.runtime, run_dir=folder))
-    if not ds.offloads_to_disk(ds.load(deepspeed_config)):
-        run = replace(run, engine=replace(run.engine, nvme_path=""))
-    return open_run(run, job_of, deepspeed_config=deepspeed_config, lease=lease)
+    if distributed.device().type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        share = (os.cpu_count() or 1) // local_world_size
+        torch.set_num_threads(max(1, min(share, len(os.sched_getaffinity(0)))))
 
 
-def _settled_statistics(folder: str) -> dict[str, tuple[float, ...]]:
-    """Returns {source: image statistics} of the models that the folder's run uses, if it has one.
+# --- what weights decide ---
 
-    The source of the student's initial weights is among them. Earlier versions settled what is
+
+def _settled_before(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
+    """Returns {source: image statistics} of the models that runs use whose folders exist already.
+
+    The sources of the students' initial weights are among them. Earlier versions settled what is
     asked for now; their runs go on as they began.
     """
-    with suppress(FDError, OSError, AttributeError):  # `open_folder` says what is wrong.
-        stored = read_recipe(folder, where="--runtime.run_dir")
-        models = stored.frozen_models.values()
-        return {stored.student.init: (), **{one.source: one.statistics for one in models}}
-    return {}
+    statistics: dict[str, tuple[float, ...]] = {}
+    for run in runs:
+        with suppress(FDError, OSError, AttributeError):  # `open_folder` says what is wrong.
+            stored = read_recipe(run.run_dir(), where="--runtime.run_dir")
+            models = stored.frozen_models.values()
+            statistics |= {stored.student.init: ()} | {m.source: m.statistics for m in models}
+    return distributed.broadcast_object(statistics)
 
 
-def _settle(job: Job, weights: Sources, deepspeed_config: str) -> Run:
-    """Returns the recipe with what its weights decide.
+def _settle_each(
+    runs: Sequence[Run], job_of: JobOf, weights: Sources, *others: Callable[[], Any]
+) -> list[TrainingJob]:
+    """Returns the jobs of the settled recipes; a collective.
+
+    Args:
+        runs, job_of, weights: See `open_together`.
+        others: Checks whose mistakes are told beside those of weights.
+    """
+    with activity.work("reading images and weights"):
+        settled = meeting.meet(
+            lambda: check_all(*(partial(settle, job_of(run), weights, others) for run in runs))
+        )
+    # If a source is still being trained, ranks may have found different checkpoints.
+    jobs = [job_of(run) for run in distributed.broadcast_object(settled)]
+    for job in jobs:
+        job.weights = weights
+    keep_blocks_in(jobs[0].run.data.cache, jobs[0].run.data.cache_gb)
+    return jobs
+
+
+def settle(job: TrainingJob, weights: Sources, others: Sequence[Callable[[], Any]] = ()) -> Run:
+    """Returns the recipe with what its weights decide: models, windows, statistics.
 
     Raises: FDError: telling the mistakes in what does not depend on weights, too.
     """
     try:
         return job.settle(weights)
-    except FDError:
-        # Once more, beside what it hides.
-        check_all(lambda: job.settle(weights), lambda: ds.load(deepspeed_config), job.open_samples)
-        raise
+    except FDError as error:
+        mistake = error
+
+    def refused() -> Run:
+        raise mistake
+
+    settled, *_ = check_all(refused, *others, job.open_samples)
+    return settled
 
 
-def _check(
-    jobs: Sequence[Job], deepspeed_config: str, launch: Launch
-) -> tuple[dict[str, Any], list[ds.RunNumbers], ImageSource]:
+# --- mistakes ---
+
+
+def _check_each(
+    jobs: Sequence[TrainingJob], load_config: Callable[[], dict[str, Any]], launch: Launch
+) -> list[Checked]:
+    """Finds the mistakes of all runs, and what differs between nodes; a collective.
+
+    Args:
+        jobs: Their jobs.
+        load_config: Reads the DeepSpeed JSON, once.
+        launch: The ranks.
+
+    Returns: the runs, with the images on the nodes' own disks if the recipe says so.
+    """
+    open_samples = cache(jobs[0].open_samples)
+
+    def check_all_runs() -> list[Checked]:
+        checks = (partial(check, job, load_config, open_samples, launch) for job in jobs)
+        checked: list[Checked] = check_all(*checks)
+        if folder := jobs[0].run.engine.nvme_path:
+            needed = sum(map(_disk_bytes, checked)) * launch.local_world_size
+            disks.check_state_folder(folder, needed)
+        for job in jobs:
+            _fetch_weights(job)
+        return checked
+
+    with activity.work("checking the recipe"):
+        checked = meeting.meet(check_all_runs)
+    samples = _on_all_nodes(jobs, checked[0].samples)
+    return [one._replace(samples=samples) for one in checked]
+
+
+def check(
+    job: TrainingJob,
+    load_config: Callable[[], dict[str, Any]],
+    open_samples: Callable[[], ImageSource],
+    launch: Launch,
+) -> Checked:
     """Finds the user's mistakes; without a collective, and without a model in memory.
 
-    Returns: the DeepSpeed JSON, the numbers to fill it with for each job (micro batch 1 where it is
-        "auto"), and the training samples.
+    Args:
+        job: The job of a settled recipe.
+        load_config, open_samples: Read the DeepSpeed JSON and the training images.
+        launch: The ranks.
+
+    Raises: FDError: telling all of them that can be found at once.
     """
-    first = jobs[0]
-    checks: list[Callable[[], Any]] = [lambda: ds.load(deepspeed_config), first.open_samples]
-    for job in jobs:
-        checks += _checks_of(job)
-    json_config, samples, *_ = check_all(*checks)
-    fixed = first.run.batch.micro_batch_size
-    size = 1 if fixed == "auto" else fixed
-    check_batch_sizes(
-        len(samples),
-        global_batch_size=first.run.batch.global_batch_size,
-        micro_batch_size=size,
-        world_size=launch.world_size,
-    )
-    counted = []
-    for job in jobs:
-        run = job.run
-        numbers = ds.RunNumbers(
-            micro_batch_size=size,
-            accumulation=run.batch.global_batch_size // launch.world_size // size,
-            world_size=launch.world_size,
-            node_size=ds.ranks_of_a_node(run.engine.node_size, launch.local_world_size),
-            clip_norm=run.optim.clip_norm,
-            bfloat16=ds.computes_in_bfloat16(run.engine.precision),
-            parameter_sizes=job.parameter_sizes(),
-            nvme_path=run.engine.nvme_path,
-            trained_sizes=job.trained_sizes(),
-        )
-        ds.fill(json_config, numbers)
-        counted.append(numbers)
-    if folder := first.run.engine.nvme_path:
-        needed = _disk_bytes(jobs, counted, json_config) * launch.local_world_size
-        disks.check_state_folder(folder, needed)
-    for job in jobs:
-        for where, source in job.sources().items():
-            job.weights.resolve(source, where=f"--{where}").fetch()
-    return json_config, counted, samples
-
-
-def _disk_bytes(
-    jobs: Sequence[Job], counted: Sequence[ds.RunNumbers], json_config: dict[str, Any]
-) -> int:
-    """Returns how much a rank keeps on a disk."""
-    total = 0
-    for job, numbers in zip(jobs, counted, strict=True):
-        place = Placement(
-            stage=3,
-            world_size=numbers.world_size,
-            node_size=numbers.node_size,
-            bfloat16=numbers.bfloat16,
-            teacher_bfloat16=numbers.bfloat16,
-            offload_optimizer=True,
-            optimizer_on_disk=True,
-            weights_on_disk=ds.offloads_to_disk(json_config, "offload_param"),
-        )
-        optim = job.run.optim
-        kept = len(moments_of(optim)) + bool(optim.ema_decay)
-        total += held(numbers.trained_sizes, (), place, moments=kept).disk.total
-    return total
-
-
-def _checks_of(job: Job) -> list[Callable[[], Any]]:
     run = job.run
-    return [
+    config, samples, *_ = check_all(
+        load_config,
+        open_samples,
         job.check,
         lambda: run.eval.best_metric and check_metric(run.eval.best_metric, job.metrics),
         lambda: moments_of(run.optim, distributed.device().type),
         lambda: trackers_of(run.runtime.trackers),
-    ]
+    )
+    size = run.batch.micro_batch_size
+    check_batch_sizes(
+        len(samples),
+        global_batch_size=run.batch.global_batch_size,
+        micro_batch_size=1 if size == "auto" else size,
+        world_size=launch.world_size,
+    )
+    numbers = _numbers(job, launch)
+    return Checked(job, samples, numbers, ds.fill(config, numbers))
 
 
-def check_kernels(job: Job, *, bfloat16: bool) -> None:
+def _numbers(job: TrainingJob, launch: Launch) -> ds.RunNumbers:
+    """Returns what recipe, ranks and model say to DeepSpeed."""
+    run, size = job.run, job.run.batch.micro_batch_size
+    is_probed = size == "auto"
+    size = 1 if size == "auto" else size
+    return ds.RunNumbers(
+        micro_batch_size=size,
+        accumulation=run.batch.global_batch_size // launch.world_size // size,
+        world_size=launch.world_size,
+        node_size=ds.ranks_of_a_node(run.engine.node_size, launch.local_world_size),
+        clip_norm=run.optim.clip_norm,
+        bfloat16=ds.computes_in_bfloat16(run.engine.precision),
+        parameter_sizes=job.parameter_sizes(),
+        nvme_path=run.engine.nvme_path,
+        trained_sizes=job.trained_sizes(),
+        is_probed=is_probed,
+    )
+
+
+def _disk_bytes(checked: Checked) -> int:
+    """Returns how much a rank keeps of a run on a disk."""
+    optim, numbers = checked.job.run.optim, checked.numbers
+    place = Placement(
+        stage=3,
+        world_size=numbers.world_size,
+        node_size=numbers.node_size,
+        bfloat16=numbers.bfloat16,
+        teacher_bfloat16=numbers.bfloat16,
+        offload_optimizer=True,
+        optimizer_on_disk=True,
+        weights_on_disk=ds.offloads_to_disk(checked.config, "offload_param"),
+    )
+    moments = len(moments_of(optim)) + bool(optim.ema_decay)
+    return held(numbers.trained_sizes, (), place, moments=moments).disk.total
+
+
+def _fetch_weights(job: TrainingJob) -> None:
+    """Downloads what a library would download once tensors are read; in a meeting of all ranks."""
+    for where, source in job.sources().items():
+        job.weights.resolve(source, where=f"--{where}").fetch()
+
+
+def _on_all_nodes(jobs: Sequence[TrainingJob], samples: ImageSource) -> ImageSource:
+    """Compares code, images and weights of all nodes; a collective.
+
+    Returns: the images, copied to the nodes' own disks if the recipe says so.
+    """
+    for job in jobs:
+        node_consistency.check(samples, job.sources(), job.weights, job.run.code())
+    with activity.work("copying images"):
+        return jobs[0].stage(samples)
+
+
+# --- the folder ---
+
+
+def enter(run: Run, lease: Lease, *, fresh: bool) -> None:
+    """Writes the settled recipe into the run's folder, which is this start's from here on.
+
+    Raises: ConfigError: if the folder cannot be used or holds a run with other settings.
+    """
+    start_anew = lease.start_anew if fresh else None
+    open_folder(lease.folder, run.to_dict(), run.changes_since, start_anew=start_anew)
+    lease.entered = True
+
+
+# --- what is heavy ---
+
+
+def _start_deepspeed() -> None:
+    with activity.work("starting DeepSpeed"):
+        start.start()
+    full_float32(distributed.device())
+
+
+def _build_models(checked: Sequence[Checked]) -> None:
+    """Builds what the students share and do not train."""
+    for one in checked:
+        check_kernels(one.job, bfloat16=one.numbers.bfloat16)
+    first, *others = (one.job for one in checked)
+    numbers, config = checked[0].numbers, checked[0].config
+    log.debug(
+        "gradients: summed over %d ranks in %s",
+        numbers.world_size,
+        config["communication_data_type"],
+    )
+    sizes, zero = numbers.parameter_sizes, config["zero_optimization"]
+    threshold = zero.get("stage3_param_persistence_threshold", persistence_threshold(sizes))
+    if zero["stage"] == 3 or first.splits_models():
+        kept = sum(size for size in sizes if size <= threshold)
+        log.debug(
+            "whole on every rank where models are split: tensors of at most %d elements, %.2f%% of "
+            "all",
+            threshold,
+            100 * kept / sum(sizes),
+        )
+    _build_frozen(first, numbers, threshold)
+    for other in others:
+        other.take_models_of(first)
+
+
+def check_kernels(job: TrainingJob, *, bfloat16: bool) -> None:
     """Holds the kernels that will run against their references, and gives up what is off."""
     device = distributed.device()
     if not choose.may_run_kernels(device.type):
         return
-    calls: list[check.Call] = []
+    calls: list[kernel_check.Call] = []
     if distributed.is_main():
         teacher = job.run.frozen_dtype
         # Interpreted on a CPU, they are those of the newest card.
@@ -377,80 +411,51 @@ def check_kernels(job: Job, *, bfloat16: bool) -> None:
             )
         except FDError as error:
             log.warning("kernels are not held against their references: %s", error)
-    check.check(distributed.broadcast_object(calls), device)
+    kernel_check.check(distributed.broadcast_object(calls), device)
 
 
-def _persistence(config: dict[str, Any], sizes: tuple[int, ...], *, splits_models: bool) -> int:
-    """Returns the size up to which tensors stay whole in an engine that splits models."""
-    zero = config["zero_optimization"]
-    threshold = zero.get("stage3_param_persistence_threshold", persistence_threshold(sizes))
-    if zero["stage"] == 3 or splits_models:
-        kept = sum(size for size in sizes if size <= threshold)
-        log.debug(
-            "whole on every rank where models are split: tensors of at most %d elements, %.2f%% of "
-            "all",
-            threshold,
-            100 * kept / sum(sizes),
+def _build_frozen(job: TrainingJob, numbers: ds.RunNumbers, persistence_threshold: int) -> None:
+    """Builds what a task uses and does not train; a collective."""
+    with activity.work("building the models"), memory.building_in_memory(job.memory_remedy):
+        job.build(
+            bfloat16=numbers.bfloat16,
+            node_size=numbers.node_size,
+            persistence_threshold=persistence_threshold,
         )
-    return threshold
 
 
-def _probed(
-    jobs: Sequence[Job], configs: Sequence[dict[str, Any]], folder: Path, share: int, *, keep: bool
-) -> int:
-    """Returns the folder's micro batch, or that of a probe on engines that are thrown away."""
-    world_size = distributed.world_size()
-    setting, *others = (_memory_of(job, config) for job, config in zip(jobs, configs, strict=True))
+def _with_probed_micro_batch(
+    checked: Sequence[Checked], folder: Path, *, keep: bool
+) -> list[Checked]:
+    """Returns the runs with the micro batch that the folder holds, or that a probe finds.
+
+    Args:
+        checked: The runs, their frozen models built.
+        folder: The folder of all.
+        keep: Whether the folder takes what the probe finds.
+    """
+    share = checked[0].numbers.accumulation
+    setting, *others = map(_memory_of, checked)
     setting |= memory.memory_setting()
     if distributed.is_main():
         setting["software"] = {**versions(), "fd_large": node_consistency.code_hash()}
     if others:
         setting["others"] = others
     size = micro_batch.remembered(folder, setting, share)
-    if size is not None:
-        return size
-    with activity.work("trying micro batches"):
-        engines, averages = [], []
-        for job, config in zip(jobs, configs, strict=True):
-            # Every step of the probe is a whole step, moments included.
-            whole = {
-                **config,
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": 1,
-                "train_batch_size": world_size,
-            }
-            engine = engine_of(job.run, job.make_task, whole)
-            decay = job.run.optim.ema_decay
-            averages.append(Ema(engine, decay) if decay else None)
-            engines.append(engine)
-        size = share
-        for _ in range(2 if others else 1):
-            # Once more beside the moments that all have made.
-            for engine in engines:
-                size = micro_batch.probe(
-                    engine,
-                    jobs[0].probe_batch,
-                    share=share,
-                    at_most=size,
-                    seed=jobs[0].run.runtime.seed,
-                    several=bool(others),
-                )
-        for engine in engines:
-            engine.deepspeed.destroy()
-        del engine, engines, averages
-        start.forget_engines()
-        gc.collect()
-        if distributed.device().type == "cuda":
-            torch.cuda.empty_cache()
-    if keep:
-        micro_batch.remember(folder, setting, size)
-    log.info("micro batch %d per rank, accumulation %d", size, share // size)
-    return size
+    if size is None:
+        with activity.work("trying micro batches"):
+            size = _probed(checked, share)
+        if keep:
+            micro_batch.remember(folder, setting, size)
+        log.info("micro batch %d per rank, accumulation %d", size, share // size)
+    return [
+        one._replace(config=ds.with_micro_batch(one.config, size, share // size)) for one in checked
+    ]
 
 
-def _memory_of(job: Job, config: dict[str, Any]) -> dict[str, Any]:
+def _memory_of(checked: Checked) -> dict[str, Any]:
     """Returns what decides the memory of a step."""
-    run = job.run
+    run, config = checked.job.run, checked.config
     return {
         "world_size": distributed.world_size(),
         "deepspeed": config["zero_optimization"],
@@ -461,8 +466,80 @@ def _memory_of(job: Job, config: dict[str, Any]) -> dict[str, Any]:
         "compile": run.engine.compile,
         "ema": bool(run.optim.ema_decay),
         "kernels": choose.wished(),
-        **job.memory_facts(),
+        **checked.job.memory_facts(),
     }
+
+
+def _probed(checked: Sequence[Checked], share: int) -> int:
+    """Returns the micro batch that a probe finds on engines that are thrown away."""
+    first, engines, averages = checked[0].job, [], []
+    for one in checked:
+        # Every step of the probe is a whole step, moments included.
+        run, config = one.job.run, ds.with_micro_batch(one.config, 1, 1)
+        engine = engine_of(run, one.job.make_task, config)
+        averages.append(_average_of(engine, run))
+        engines.append(engine)
+    size = share
+    for _ in range(2 if len(engines) > 1 else 1):
+        # Once more beside the moments that all have made.
+        for engine in engines:
+            size = micro_batch.probe(
+                engine,
+                first.probe_batch,
+                share=share,
+                at_most=size,
+                seed=first.run.runtime.seed,
+                several=len(engines) > 1,
+            )
+    for engine in engines:
+        engine.deepspeed.destroy()
+    del engine, engines, averages
+    start.forget_engines()
+    gc.collect()
+    if distributed.device().type == "cuda":
+        torch.cuda.empty_cache()
+    return size
+
+
+def build(checked: Checked, lease: Lease | None, launch: Launch) -> Opened:
+    """Builds the engine with its initial weights, and what saves and restores its state.
+
+    Args:
+        checked: The run, its frozen models built.
+        lease: This start's right to write the run's folder; None: nothing is written to it.
+        launch: The ranks.
+    """
+    job, run = checked.job, checked.job.run
+    if lease:
+        write_environment(lease.folder, checked.config, launch.launcher, job.metrics)
+    with activity.work("building the engine"), memory.building_in_memory(job.memory_remedy):
+        engine = engine_of(
+            run,
+            job.make_task,
+            checked.config,
+            initial=job.initial_weights(),
+            heads=job.initial_heads(),
+        )
+    # The average is made before any resume, which restores it too.
+    ema = _average_of(engine, run)
+    code, commit = run.code(), source_commit() if distributed.is_main() else None
+    facts = {
+        **job.facts(),
+        "pictures": checked.samples.fingerprint,
+        "commit": distributed.broadcast_object(commit),
+        "recipe": masked(run.to_dict()),
+        **({"code": code} if code else {}),
+    }
+    checkpoints = Checkpoints(
+        Path(run.run_dir()),
+        engine,
+        runtime=run.runtime,
+        global_batch_size=run.batch.global_batch_size,
+        facts=facts,
+        check_stored=job.check_stored,
+        lease=lease,
+    )
+    return Opened(job, checked.samples, engine, checkpoints, ema)
 
 
 def engine_of(
@@ -488,11 +565,78 @@ def engine_of(
     )
 
 
-def _share_cores(local_world_size: int) -> None:
-    """Divides a host's cores between its CPU ranks, unless OMP_NUM_THREADS is set.
+def _average_of(engine: Engine, run: Run) -> Ema | None:
+    """Returns the moving average of an engine's weights, if the recipe has one."""
+    return Ema(engine, run.optim.ema_decay) if run.optim.ema_decay else None
 
-    A launcher may have given each rank cores of its own already; it never takes more than these.
+
+def resume(opened: Opened) -> int:
+    """Restores the newest sound checkpoint; returns its step, 0 where there is none."""
+    opened.checkpoints.sweep()
+    with activity.work("reading the last checkpoint"):
+        finished = opened.checkpoints.resume()
+    record_code(opened.folder, opened.run.code(), finished)
+    return finished
+
+
+# --- other ways to open ---
+
+
+def open_run(
+    run: Run,
+    job_of: JobOf,
+    *,
+    deepspeed_config: str,
+    lease: Lease | None = None,
+) -> Opened:
+    """Opens one run, of which nothing is resumed; see `open_together`."""
+    (opened,) = open_together([run], job_of, deepspeed_config, [lease])
+    return opened
+
+
+def open_stored(
+    folder: str, job_of: JobOf, *, deepspeed_config: str, where: str, lease: Lease | None = None
+) -> Opened:
+    """Opens the run of a folder again, wherever the folder stands now.
+
+    Args:
+        folder: Folder of the run.
+        job_of, deepspeed_config, lease: As those of `open_together`.
+        where: The command, for messages.
     """
-    if distributed.device().type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        share = (os.cpu_count() or 1) // local_world_size
-        torch.set_num_threads(max(1, min(share, len(os.sched_getaffinity(0)))))
+    run = read_recipe(folder, where=where)
+    run = replace(run, runtime=replace(run.runtime, run_dir=folder))
+    if not ds.offloads_to_disk(ds.load(deepspeed_config)):
+        run = replace(run, engine=replace(run.engine, nvme_path=""))
+    return open_run(run, job_of, deepspeed_config=deepspeed_config, lease=lease)
+
+
+def open_frozen(run: Run, job_of: JobOf) -> tuple[TrainingJob, ImageSource]:
+    """Checks a recipe and builds the models that it does not train; a collective.
+
+    They are held and compute as in the run itself. No student, no engine.
+
+    Args:
+        run: The recipe.
+        job_of: Makes the job of the recipe's task.
+
+    Returns: the job of the settled recipe, and the training images.
+    Raises: FDError: for the user's mistakes, before anything heavy.
+    """
+    launch = distributed.start()
+    weights = sources_of(job_of)
+    (job,) = _settle_each([run], job_of, weights)
+
+    def check_frozen() -> tuple[ImageSource, ds.RunNumbers]:
+        samples, _ = check_all(job.open_samples, job.check)
+        numbers = _numbers(job, launch)
+        _fetch_weights(job)
+        return samples, numbers
+
+    with activity.work("checking the recipe"):
+        samples, numbers = meeting.meet(check_frozen)
+    samples = _on_all_nodes([job], samples)
+    _start_deepspeed()
+    _build_frozen(job, numbers, persistence_threshold(numbers.parameter_sizes))
+    weights.forget()
+    return job, samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +15,29 @@ from fd_large.data.loader import Batch
 from fd_large.data.sampler import Portion, updates_per_epoch
 from fd_large.engine.best import Best
 from fd_large.engine.counting.count import step_flops
-from fd_large.engine.ending import end_by, write_end
-from fd_large.engine.job import Job, JobOf
+from fd_large.engine.job import JobOf, TrainingJob
 from fd_large.engine.loop import Trainer, TrainingPlan
-from fd_large.engine.opening import Opened, open_together
+from fd_large.engine.opening import Opened, open_together, resume
 from fd_large.engine.run_page import RunPage
 from fd_large.engine.schedule import SCHEDULES, Schedule
 from fd_large.engine.students import HooksOfAll, train_together
 from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.trust_ratio import scale_by_norms
-from fd_large.errors import CheckpointError, Exit, FDError
+from fd_large.errors import CheckpointError, Exit, FDError, first_line
 from fd_large.plan.counts import StepFlops
 from fd_large.ranks import activity, distributed, failures
 from fd_large.recipes.file_names import METRICS
 from fd_large.recipes.run import LENGTH, Run, difference
 from fd_large.runtime.guard import Guard
-from fd_large.runtime.hooks import DONE, FAILED, PREEMPTED, Hook, Setting
+from fd_large.runtime.hooks import DONE, FAILED, INTERRUPTED, PREEMPTED, Hook, Setting
 from fd_large.runtime.meter import Meter
 from fd_large.runtime.preemption import Preemption
 from fd_large.runtime.profiler import Profiler
 from fd_large.runtime.progress import Progress
 from fd_large.runtime.run_folder import (
-    record_code,
     rows_before,
     status_of,
+    summary_of,
     write_status,
 )
 from fd_large.runtime.save_interval import SaveInterval
@@ -77,54 +76,38 @@ def train(
     """
     runs = run.each_student()
     leases = [lease.inside(Path(one.run_dir())) if name else lease for name, one in runs.items()]
-    watching: list[list[Hook]] = [[] for _ in runs]
-    ends: list[tuple[Lease, list[Hook]]] = list(zip(leases, watching, strict=True))
-    if run.students:
-        ends.append((lease, []))
-
-    def lost(reason: str) -> None:
-        for each, _ in ends:
-            write_end(each, FAILED, reason, first=False)
-
-    failures.last_words.append(lost)
-    with activity.work("meeting the other ranks"):
-        launch = distributed.start()
-    # From the moment on that the ranks have met.
-    preemption = preemption_of(run, lease, launch.launcher)
-    watchdog = watchdog_of(run, lease)
-    if watchdog:
-        watchdog.start()
-    try:
+    begun: list[list[Hook]] = [[] for _ in runs]
+    ends = [*zip(leases, begun, strict=True), *([(lease, [])] if run.students else [])]
+    with _watched(run, lease) as shared, ends_told(ends):
         opened = open_together(
             list(runs.values()),
             job_of,
             deepspeed_config,
             leases,
-            whole=run if run.students else None,
+            whole=(run, lease) if run.students else None,
             fresh=fresh,
         )
-        lease.entered = True
+        trainers = []
+        for name, one, inner, told in zip(runs, opened, leases, begun, strict=True):
+            # torch takes one trace at a time: the first student's is taken.
+            own = hooks_of(one.job, profile if one is opened[0] else 0, hooks, student=name)
+            trainers.append(_trainer_of(one, inner, [*own, shared], told))
+        return _train([trainer for trainer in trainers if trainer], opened[0], lease, shared)
+
+
+@contextmanager
+def _watched(run: Run, lease: Lease) -> Iterator[HooksOfAll]:
+    """Catches signals and watches for hangs, from the moment on that the ranks have met."""
+    with activity.work("meeting the other ranks"):
+        launch = distributed.start()
+    preemption = preemption_of(run, lease, launch.launcher)
+    watchdog = watchdog_of(run, lease)
+    if watchdog:
+        watchdog.start()
+    try:
         # The watchdog is the last, so that it watches what the others do at the end as well.
-        shared = HooksOfAll([hook for hook in (preemption, watchdog) if hook])
-        made = [
-            _trainer_of(
-                one,
-                each,
-                # torch takes one trace at a time: the first student's is taken.
-                [
-                    *hooks_of(one.job, profile if one is opened[0] else 0, hooks, student=name),
-                    shared,
-                ],
-                begun,
-            )
-            for name, one, each, begun in zip(runs, opened, leases, watching, strict=True)
-        ]
-        return _train([trainer for trainer in made if trainer], opened[0], lease, shared)
-    except BaseException as error:
-        end_by(error, ends)
-        raise
+        yield HooksOfAll([hook for hook in (preemption, watchdog) if hook])
     finally:
-        failures.last_words.remove(lost)
         if watchdog:
             watchdog.stop()
         if preemption:
@@ -142,10 +125,11 @@ def _train(trainers: Sequence[Trainer], opened: Opened, lease: Lease, shared: Ho
     """
     if not trainers:
         return 0
-    job, launch, size = opened.job, opened.launch, opened.micro_batch_size
+    job, size = opened.job, opened.micro_batch_size
 
     def batches(epoch: int, first_update: int) -> Iterator[Batch]:
-        portion = Portion(epoch, first_update, size, launch.rank, launch.world_size)
+        ranks = distributed.rank(), distributed.world_size()
+        portion = Portion(epoch, first_update, size, *ranks)
         return job.batches(opened.samples, portion)
 
     # A job may have much to do before an epoch, such as maps to store.
@@ -183,44 +167,18 @@ def _trainer_of(
         hooks: What watches it.
         begun: Takes the hooks that know of the start.
     """
-    run, job, folder, engine = opened.run, opened.job, opened.folder, opened.engine
-    samples, checkpoints, size = opened.samples, opened.checkpoints, opened.micro_batch_size
-    checkpoints.sweep()
-    with activity.work("reading the last checkpoint"):
-        first = checkpoints.resume()
-    record_code(folder, run.code(), first)
-    per_epoch = updates_per_epoch(len(samples), run.batch.global_batch_size)
+    run, job, engine, checkpoints = opened.run, opened.job, opened.engine, opened.checkpoints
+    finished = resume(opened)
+    per_epoch = updates_per_epoch(len(opened.samples), run.batch.global_batch_size)
     total = run.optim.max_steps or run.optim.epochs * per_epoch
     total = min(total, checkpoints.decided_steps or total)
-    best = _best_of(job, folder, first)
-    done = distributed.broadcast_object(status_of(folder) == DONE)
-    if done and not first:
-        raise CheckpointError(
-            f"{checkpoints_of(folder)}: no checkpoint; got a run that has ended, expected what it "
-            "saved. Restore its checkpoints, or --fresh to start over."
-        )
-    if done and (first >= total or (best is not None and best.exhausted)):
-        why = f" ({best.reason()})" if first < total and best else ""
-        log.info("%s: finished after %d steps%s; nothing to do", folder, first, why)
+    best = _best_of(job, opened.folder, finished)
+    if _is_over(opened, finished, total, best):
         return None
-    if first:
-        log.info("resumed after step %d of %d", first, total)
     checkpoints.log_disk_use(total)
-
-    peak, warmup_start, minimum = run.optim.rates(run.batch.global_batch_size)
-    warmup = int(run.optim.warmup_epochs * per_epoch)
-    if total <= warmup:
-        log.warning(
-            "optim.warmup_epochs: the whole run of %d steps is warm-up (%d steps): the learning "
-            "rate never reaches its peak",
-            total,
-            warmup,
-        )
-    drops = {"drops": run.optim.drops} if run.optim.drops else {}
-    make = SCHEDULES[run.optim.schedule]
-    schedule = make(peak, warmup_start, minimum, total, warmup, **drops)
-    if first:
-        _log_other_length(checkpoints.stored_recipe, run, folder, schedule, first)
+    schedule = _schedule_of(run, per_epoch, total)
+    if finished:
+        _log_other_length(checkpoints.stored_recipe, run, opened.folder, schedule, finished)
     plan = TrainingPlan(
         schedule,
         per_epoch,
@@ -229,28 +187,9 @@ def _trainer_of(
         max_bad_fraction=run.data.max_bad_fraction,
         count_bad_every=run.runtime.log_every,
     )
-    setting = Setting(
-        folder=folder,
-        facts=job.summary(),
-        first_update=first,
-        total_updates=total,
-        global_batch_size=run.batch.global_batch_size,
-        micro_batch_size=size,
-        accumulation=opened.accumulation,
-        world_size=opened.launch.world_size,
-        log_every=run.runtime.log_every,
-        flops=_step_flops(job, size, opened.accumulation),
-        image_sizes=run.data.image_sizes,
-        checkpoint_bytes=checkpoints.bytes,
-        start=lease.start,
-        owned=lease.owned,
-        metrics=job.metrics,
-        evaluated=job.evaluated,
-        name_of=samples.__getitem__,
-    )
-
+    setting = _setting_of(opened, lease, finished, total)
     with activity.work("cutting the evaluations' images"):
-        evaluations = job.evaluations(engine, samples, size)
+        evaluations = job.evaluations(engine, opened.samples, opened.micro_batch_size)
     layer_rates = by_layer(engine, run.optim.layer_decay)
     scale_by_norms(engine)
     return Trainer(
@@ -267,7 +206,66 @@ def _trainer_of(
     )
 
 
-def _best_of(job: Job, folder: Path, finished: int) -> Best | None:
+def _is_over(opened: Opened, finished: int, total: int, best: Best | None) -> bool:
+    """Returns whether nothing of a run is left to train, and says how it stands."""
+    folder = opened.folder
+    done = distributed.broadcast_object(status_of(folder) == DONE)
+    if done and not finished:
+        raise CheckpointError(
+            f"{checkpoints_of(folder)}: no checkpoint; got a run that has ended, expected what it "
+            "saved. Restore its checkpoints, or --fresh to start over."
+        )
+    if done and (finished >= total or (best is not None and best.exhausted)):
+        why = f" ({best.reason()})" if finished < total and best else ""
+        log.info("%s: finished after %d steps%s; nothing to do", folder, finished, why)
+        return True
+    if finished:
+        log.info("resumed after step %d of %d", finished, total)
+    return False
+
+
+def _schedule_of(run: Run, steps_per_epoch: int, total: int) -> Schedule:
+    """Returns the learning rates of a run of so many steps."""
+    peak, warmup_start, minimum = run.optim.rates(run.batch.global_batch_size)
+    warmup = int(run.optim.warmup_epochs * steps_per_epoch)
+    if total <= warmup:
+        log.warning(
+            "optim.warmup_epochs: the whole run of %d steps is warm-up (%d steps): the learning "
+            "rate never reaches its peak",
+            total,
+            warmup,
+        )
+    drops = {"drops": run.optim.drops} if run.optim.drops else {}
+    make = SCHEDULES[run.optim.schedule]
+    return make(peak, warmup_start, minimum, total, warmup, **drops)
+
+
+def _setting_of(opened: Opened, lease: Lease, finished: int, total: int) -> Setting:
+    """Returns what the hooks are told of a run before its first step."""
+    run, job = opened.run, opened.job
+    size, accumulation = opened.micro_batch_size, opened.accumulation
+    return Setting(
+        folder=opened.folder,
+        facts=job.summary(),
+        first_update=finished,
+        total_updates=total,
+        global_batch_size=run.batch.global_batch_size,
+        micro_batch_size=size,
+        accumulation=accumulation,
+        world_size=distributed.world_size(),
+        log_every=run.runtime.log_every,
+        flops=_step_flops(job, size, accumulation),
+        image_sizes=run.data.image_sizes,
+        checkpoint_bytes=opened.checkpoints.bytes,
+        start=lease.start,
+        owned=lease.owned,
+        metrics=job.metrics,
+        evaluated=job.evaluated,
+        name_of=opened.samples.__getitem__,
+    )
+
+
+def _best_of(job: TrainingJob, folder: Path, finished: int) -> Best | None:
     """Returns what compares the run's evaluations; None where the recipe names no metric."""
     wanted = job.run.eval
     if not wanted.best_metric:
@@ -308,7 +306,9 @@ def _log_other_length(
         )
 
 
-def _step_flops(job: Job, micro_batch_size: int, micro_batches: int) -> dict[int, StepFlops]:
+def _step_flops(
+    job: TrainingJob, micro_batch_size: int, micro_batches: int
+) -> dict[int, StepFlops]:
     """Counts on rank 0, which alone reports them; see `Setting.flops`."""
     if not distributed.is_main():
         return {}
@@ -327,7 +327,7 @@ def _step_flops(job: Job, micro_batch_size: int, micro_batches: int) -> dict[int
 
 
 def hooks_of(
-    job: Job, profile: int = 0, more: Sequence[Hook] = (), *, student: str = ""
+    job: TrainingJob, profile: int = 0, more: Sequence[Hook] = (), *, student: str = ""
 ) -> list[Hook]:
     """Returns what watches a run, in the order in which it is asked.
 
@@ -377,3 +377,60 @@ def watchdog_of(run: Run, lease: Lease) -> Watchdog | None:
         lambda: lease.entered and lease.owned(),
         start=lease.start,
     )
+
+
+@contextmanager
+def ends_told(runs: Sequence[tuple[Lease, Sequence[Hook]]]) -> Iterator[None]:
+    """Lets an error that ends the block, or a lost rank, say so in the folders of runs.
+
+    Args:
+        runs: This start's right to write a run's folder, and the hooks that know of the start.
+    """
+
+    def lost(reason: str) -> None:
+        for lease, _ in runs:
+            write_end(lease, FAILED, reason, first=False)
+
+    failures.last_words.append(lost)
+    try:
+        yield
+    except BaseException as error:
+        end_by(error, runs)
+        raise
+    finally:
+        failures.last_words.remove(lost)
+
+
+def end_by(error: BaseException, runs: Sequence[tuple[Lease, Sequence[Hook]]]) -> None:
+    """Lets an error end runs so that their folders say so; no collective, others may be gone.
+
+    Args:
+        error: What ends them.
+        runs: This start's right to write a run's folder, and the hooks that know of the start.
+    """
+    status, code = FAILED, getattr(error, "exit_code", Exit.LOST)
+    if isinstance(error, KeyboardInterrupt):
+        status, code = INTERRUPTED, Exit.INTERRUPTED
+    reason = first_line(error)
+    first = not distributed.peer_is_gone(error)
+    if first:
+        # The other ranks at once, which wait: a hook, a file may be slow.
+        failures.tell(code, reason)
+    elif heard := failures.heard():
+        reason = str(heard)
+    for lease, watching in runs:
+        for hook in watching:
+            try:
+                hook.on_failure(status, reason)
+            except Exception:
+                log.exception("%s could not end", type(hook).__name__)
+        write_end(lease, status, reason, first=first)
+
+
+def write_end(lease: Lease, status: str, reason: str, *, first: bool) -> None:
+    """Writes how a run ended; not `first`, only if no rank that knows more has done so."""
+    known = summary_of(lease.folder).get("start") == lease.start
+    # Before it is entered the folder may hold another run.
+    if lease.entered and lease.owned() and (first or not known):
+        entry = {"start": lease.start, "rank": distributed.rank(), "reason": reason}
+        write_status(lease.folder, status, **entry)

@@ -24,6 +24,7 @@ from fd_large.plan.buckets import gradient_bucket, prefetch_bucket
 from fd_large.plan.memory import persistence_threshold, sums_in_float32
 
 AUTO = "auto"
+MICRO_BATCH, ACCUMULATION = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
 EIGHT_BIT_GROUP = 8
 """Elements of which a shard that DeepSpeed 0.19.8 quantises is a multiple."""
 
@@ -154,6 +155,7 @@ class RunNumbers(NamedTuple):
         parameter_sizes: Number of elements of each tensor that may be split.
         nvme_path: Folder on a disk that holds the optimiser's state; "": it is in memory.
         trained_sizes: Number of elements of each trained tensor.
+        is_probed: Whether a probe is to find the micro batch, which is 1 here.
     """
 
     micro_batch_size: int
@@ -165,11 +167,7 @@ class RunNumbers(NamedTuple):
     parameter_sizes: tuple[int, ...]
     nvme_path: str = ""
     trained_sizes: tuple[int, ...] = ()
-
-    def with_micro_batch(self, size: int) -> RunNumbers:
-        """Returns these numbers for another micro batch of the same global batch."""
-        share = self.micro_batch_size * self.accumulation
-        return self._replace(micro_batch_size=size, accumulation=share // size)
+    is_probed: bool = False
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -343,8 +341,8 @@ def check_owned(
     *,
     clip_norm: float,
     global_batch_size: int,
-    micro_batch_size: int | None,
-    accumulation: int | None,
+    micro_batch_size: int | str,
+    accumulation: int | str | None,
     bfloat16: bool | None,
     nvme_path: str,
 ) -> None:
@@ -354,15 +352,16 @@ def check_owned(
         config: What `load` returned.
         clip_norm, nvme_path: See `RunNumbers`.
         global_batch_size: Images of a step.
-        micro_batch_size, accumulation, bfloat16: See `RunNumbers`; None where it is not known yet.
+        micro_batch_size, accumulation, bfloat16: See `RunNumbers`; "auto" where a probe is to find
+            it, and None where it is not known yet.
 
     Raises: ConfigError: with a line for each.
     """
     bf16, types = config.get("bf16", {}), config.get("data_types", {})
     batch, micro = "--batch.global_batch_size", "--batch.micro_batch_size"
     owned = [
-        (config, "train_micro_batch_size_per_gpu", micro_batch_size, micro, ""),
-        (config, "gradient_accumulation_steps", accumulation, batch, ""),
+        (config, MICRO_BATCH, micro_batch_size, micro, ""),
+        (config, ACCUMULATION, accumulation, batch, ""),
         (config, "train_batch_size", global_batch_size, batch, ""),
         (config, "gradient_clipping", float(clip_norm), "--optim.clip_norm", ""),
         (bf16, "enabled", bfloat16, "--engine.precision", "bf16."),
@@ -394,15 +393,15 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
         config,
         clip_norm=numbers.clip_norm,
         global_batch_size=global_batch,
-        micro_batch_size=size,
-        accumulation=accumulation,
+        micro_batch_size=AUTO if numbers.is_probed else size,
+        accumulation=AUTO if numbers.is_probed else accumulation,
         bfloat16=numbers.bfloat16,
         nvme_path=numbers.nvme_path,
     )
     filled = parse_json(json.dumps(config))
     stage = stage_of(filled)
-    filled["train_micro_batch_size_per_gpu"] = size
-    filled["gradient_accumulation_steps"] = accumulation
+    filled[MICRO_BATCH] = size
+    filled[ACCUMULATION] = accumulation
     filled["train_batch_size"] = global_batch
     filled["gradient_clipping"] = float(numbers.clip_norm)
     bf16 = filled.setdefault("bf16", {})
@@ -426,6 +425,13 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
     filled["zero_force_ds_cpu_optimizer"] = False
     filled.setdefault("steps_per_print", 10**9)
     return filled
+
+
+def with_micro_batch(filled: dict[str, Any], size: int, accumulation: int) -> dict[str, Any]:
+    """Returns a filled JSON for so many images per rank and forward, and forwards per step."""
+    world_size = filled["train_batch_size"] // (filled[MICRO_BATCH] * filled[ACCUMULATION])
+    numbers = {MICRO_BATCH: size, ACCUMULATION: accumulation}
+    return {**filled, **numbers, "train_batch_size": size * accumulation * world_size}
 
 
 def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fd_large.engine import block_wrappers, memory
 from fd_large.engine.task import Task
@@ -82,47 +82,24 @@ def build_engine(
         initial: (name, full tensor) of `task.student` alone.
         heads: The same of other modules of the task, by the module's name.
     """
-    stage = ds.stage_of(config)
-    zero = config["zero_optimization"]
-    if (zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients")) and (
-        reason := compiled_ops.load("Quantizer")
-    ):
-        raise ConfigError(
-            f"zero_optimization: DeepSpeed's quantiser cannot be used; got {reason}, expected a "
-            "working one. Remove zero_quantized_* from the JSON, or see docs/clusters.md."
-        )
+    stage, zero = ds.stage_of(config), config["zero_optimization"]
+    _check_quantiser(zero)
     folder, given = ds.nvme_path(config), ds.for_deepspeed(config)
     disk = Disk(folder) if folder else None
     task = partition.build(
         make, given, partitioned=stage == 3, seed=seed, whole_first=whole_first, disk=disk
     )
-    if weights is not None:
-        partition.load_weights(task, weights, where="--student.init")
-    elif initial is not None:
-        partition.load_weights(task.student, initial, where="--student.init")
-    for name, tensors in (heads or {}).items():
-        partition.load_weights(getattr(task, name), tensors, where=name)
+    _load_weights(task, weights, initial, heads or {})
     exact = partition.to_bfloat16(task, keep_exact=True) if config["bf16"]["enabled"] else {}
     if stage < 3:
         task.to(distributed.device())
-    blocks = task.student.blocks()
     if compile_blocks:
-        block_wrappers.compile_blocks(blocks)
-    wrapped = block_wrappers.checkpoint_blocks(
-        blocks, mode=activation_checkpointing, every=checkpoint_every
-    )
-    if wrapped:
-        log.debug("activation checkpointing: %d of %d blocks", wrapped, len(blocks))
+        block_wrappers.compile_blocks(task.student.blocks())
+    _checkpoint_blocks(task.student.blocks(), mode=activation_checkpointing, every=checkpoint_every)
     on_gpu = distributed.device().type == "cuda" and not ds.offloads(config, "offload_optimizer")
     optimizer = make_optimizer(parameter_groups(task, optim.weight_decay), optim, on_gpu=on_gpu)
-    holding: Any = nullcontext()
-    if disk:
-        named = task.named_parameters() if exact else ()
-        holding = disk.holds_state(
-            {p.ds_id: exact.pop(name) for name, p in named},
-            weights=ds.offloads_to_disk(config, "offload_param"),
-        )
-    with holding:
+    on_disk = ds.offloads_to_disk(config, "offload_param")
+    with _holding_state(disk, task, exact, weights=on_disk):
         engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=given)
     check_optimizer(engine.optimizer, optimizer, ds.optimizer_class(config))
     if exact:
@@ -135,3 +112,45 @@ def build_engine(
     infinite = frozenset(name for name, buffer in buffers if not buffer.isfinite().all())
     memory.give_back()
     return Engine(engine, task, stage, config, StepGate(optimizer), disk, gradients, infinite)
+
+
+def _check_quantiser(zero: Mapping[str, Any]) -> None:
+    """Refuses a JSON that quantises where DeepSpeed's compiled quantiser cannot be used."""
+    if (zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients")) and (
+        reason := compiled_ops.load("Quantizer")
+    ):
+        raise ConfigError(
+            f"zero_optimization: DeepSpeed's quantiser cannot be used; got {reason}, expected a "
+            "working one. Remove zero_quantized_* from the JSON, or see docs/clusters.md."
+        )
+
+
+def _load_weights(
+    task: Task,
+    weights: Iterable[tuple[str, Tensor]] | None,
+    initial: Iterable[tuple[str, Tensor]] | None,
+    heads: Mapping[str, Iterable[tuple[str, Tensor]]],
+) -> None:
+    """Fills a task, or its student and heads, with the weights that `build_engine` was given."""
+    if weights is not None:
+        partition.load_weights(task, weights, where="--student.init")
+    elif initial is not None:
+        partition.load_weights(task.student, initial, where="--student.init")
+    for name, tensors in heads.items():
+        partition.load_weights(getattr(task, name), tensors, where=name)
+
+
+def _holding_state(
+    disk: Disk | None, task: Task, exact: dict[str, Tensor], *, weights: bool
+) -> AbstractContextManager[Any]:
+    """Lets a disk, if there is one, hold the state that DeepSpeed makes, with these masters."""
+    if disk is None:
+        return nullcontext()
+    named = task.named_parameters() if exact else ()
+    return disk.holds_state({p.ds_id: exact.pop(name) for name, p in named}, weights=weights)
+
+
+def _checkpoint_blocks(blocks: Sequence[nn.Module], *, mode: str, every: int) -> None:
+    wrapped = block_wrappers.checkpoint_blocks(blocks, mode=mode, every=every)
+    if wrapped:
+        log.debug("activation checkpointing: %d of %d blocks", wrapped, len(blocks))

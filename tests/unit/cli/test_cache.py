@@ -12,7 +12,7 @@ from pictures import write_pictures
 
 from fd_large.cli import cache, plan_workload, stopping
 from fd_large.cli.main import main
-from fd_large.engine import frozen_run
+from fd_large.engine import opening
 from fd_large.errors import ConfigError
 from fd_large.plan.cached_targets import CachedTargets
 from fd_large.ranks.processes import SIGNALS
@@ -122,7 +122,7 @@ def test_the_first_signal_ends_it_and_its_clean_up_is_not_interrupted(
                 os.kill(os.getpid(), again)
             cleaned_up.append(True)
 
-    monkeypatch.setattr(frozen_run, "open_frozen", open_frozen)
+    monkeypatch.setattr(opening, "open_frozen", open_frozen)
     assert command() == 75
     assert cleaned_up
     assert "same command" in capsys.readouterr().err
@@ -133,7 +133,7 @@ def test_what_ends_without_a_signal_gives_the_handlers_back(handlers, monkeypatc
         assert signal.getsignal(signal.SIGTERM) != handlers[signal.SIGTERM]
         raise ConfigError("wrong")
 
-    monkeypatch.setattr(frozen_run, "open_frozen", open_frozen)
+    monkeypatch.setattr(opening, "open_frozen", open_frozen)
     # None stands for a handler that is not Python's.
     replaced = {**handlers, signal.SIGUSR1: None}
     monkeypatch.setattr(stopping, "handlers_to_replace", lambda: replaced)

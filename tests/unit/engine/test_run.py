@@ -381,10 +381,7 @@ def test_what_a_job_does_before_an_epoch_shows_life_and_can_be_left(tmp_path, mo
     trainer = SimpleNamespace(
         setting=SimpleNamespace(folder=tmp_path), best=None, between_batches=between_batches
     )
-    launch = SimpleNamespace(rank=0, world_size=1)
-    opened = SimpleNamespace(
-        job=Storing(), launch=launch, micro_batch_size=1, samples=None, folder=tmp_path
-    )
+    opened = SimpleNamespace(job=Storing(), micro_batch_size=1, samples=None, folder=tmp_path)
     assert engine_run._train([trainer], opened, SimpleNamespace(folder=tmp_path), shared) == 0
 
 

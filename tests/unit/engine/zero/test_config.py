@@ -224,3 +224,16 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     with pytest.raises(ConfigError) as caught:
         ds.fill({"gradient_clipping": 1.0, "train_batch_size": 3}, NUMBERS)
     assert len(str(caught.value).splitlines()) == 3  # The third: stage 0 in bfloat16.
+
+
+def test_a_micro_batch_that_a_probe_finds_is_not_the_jsons():
+    probed = NUMBERS._replace(micro_batch_size=1, accumulation=8, is_probed=True)
+    filled = ds.fill(_zero(3), probed)
+    other = ds.with_micro_batch(filled, 4, 2)
+    assert [other[name] for name in (ds.MICRO_BATCH, ds.ACCUMULATION)] == [4, 2]
+    assert {**other, ds.MICRO_BATCH: 1, ds.ACCUMULATION: 8} == filled
+    alone = ds.with_micro_batch(filled, 1, 1)
+    assert alone["train_batch_size"] == NUMBERS.world_size
+    for name in (ds.MICRO_BATCH, ds.ACCUMULATION):
+        with pytest.raises(ConfigError, match=f"{name}: the JSON and the run disagree"):
+            ds.fill({**_zero(3), name: 1}, probed)
