@@ -49,8 +49,8 @@ def attention_maps(
         q, k = F.normalize(q, dim=-1, eps=1e-12), F.normalize(k, dim=-1, eps=1e-12)
     logits = (q * scale) @ k.transpose(-2, -1)
     if table is not None:
-        has_prefix = bool((positions.index == PREFIX).any())
-        index = position_index(*positions.window, has_prefix, table.device)
+        prefix = int((positions.index == PREFIX).sum())
+        index = position_index(*positions.window, prefix, table.device)
         logits = logits + table.float()[index].permute(2, 0, 1)
     if not bool(positions.whole.all()):
         regions = region_ids(*positions.grid, positions.window, shift, logits.device)

@@ -34,6 +34,7 @@ class Format:
         models: Start of the names of the models that are published in it; empty if there is none.
         resize_margin: Number added to the side of the grid in the scale by which its positions are
             resized.
+        resize_antialias: Whether its positions are resized with a wider filter onto a smaller grid.
         without: Pattern that is found in none of its names; empty: none.
         refusal: Why its models cannot be read; empty if they can.
     """
@@ -48,6 +49,7 @@ class Format:
     library: str = ""
     models: str = ""
     resize_margin: float = 0.0
+    resize_antialias: bool = False
     without: str = ""
     refusal: str = ""
 

@@ -65,7 +65,7 @@ def reference(
         qkv = (qkv + bias).to(qkv.dtype)
     index = regions = None
     if table is not None:
-        index = position_index(*window, qkv.shape[1] > height * width, qkv.device)
+        index = position_index(*window, qkv.shape[1] - height * width, qkv.device)
     if isinstance(scale, Tensor):
         scale = scale.view(-1, 1, 1)
     split = {"three": 3, "h": num_heads}
@@ -204,25 +204,26 @@ def _axis_regions(length: int, window: int, shift: int) -> tuple[np.ndarray, np.
 
 
 @torch.compiler.assume_constant_result
-def position_index(rows: int, columns: int, class_token: bool, device: torch.device) -> Tensor:
+def position_index(rows: int, columns: int, prefix: int, device: torch.device) -> Tensor:
     """Returns the row of the table for every (query, key) pair of a grid: (N, N) int64.
 
-    Row (dy + rows - 1)(2 columns - 1) + dx + columns - 1, with (dy, dx) = query - key. A class
-    token comes first and has the last three rows: CLS to any, any to CLS, CLS to itself.
+    Row (dy + rows - 1)(2 columns - 1) + dx + columns - 1, with (dy, dx) = query - key. Prefix
+    tokens come first and share the last three rows, as those of BEiT's CLS: from one to a patch,
+    from a patch to one, among themselves.
     """
-    return _position_index(rows, columns, class_token, device)
+    return _position_index(rows, columns, prefix, device)
 
 
 @lru_cache(maxsize=64)
-def _position_index(rows: int, columns: int, class_token: bool, device: torch.device) -> Tensor:
+def _position_index(rows: int, columns: int, prefix: int, device: torch.device) -> Tensor:
     y, x = (axis.reshape(-1) for axis in np.mgrid[:rows, :columns])
     dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
     index = (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1
-    if class_token:
+    if prefix:
         n = (2 * rows - 1) * (2 * columns - 1)
-        patches, index = index, np.empty((rows * columns + 1,) * 2, dtype=np.int64)
-        index[1:, 1:] = patches
-        index[0, :], index[:, 0], index[0, 0] = n, n + 1, n + 2
+        patches, index = index, np.empty((rows * columns + prefix,) * 2, dtype=np.int64)
+        index[prefix:, prefix:] = patches
+        index[:prefix, :], index[:, :prefix], index[:prefix, :prefix] = n, n + 1, n + 2
     return _tensor(index, device)
 
 

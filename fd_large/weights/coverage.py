@@ -13,10 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fd_large.backbones.recognition import side_of
 from fd_large.backbones.translation import Piece, Shape, Shapes
 from fd_large.errors import WeightsError
 from fd_large.weights.read import Tensors, files_of
@@ -39,7 +41,7 @@ class Fitted:
         allow: Patterns (*, ?) of names that may be missing or left over.
         what: The file in words, for messages and the log.
         where: What the user set, for messages.
-        margin: See `resize_positions`.
+        margin, antialias: See `resize_positions`.
         notes: What was done to the file's tensors already, for the log.
         remedy: What the user can do about tensors that do not fit.
         resize: Whether position tables may have another grid.
@@ -62,11 +64,13 @@ class Fitted:
         what: str,
         where: str = "weights",
         margin: float = 0.0,
+        antialias: bool = False,
         notes: Iterable[str] = (),
         remedy: str = "",
         resize: bool = True,
     ):
-        self._file, self._expected, self._margin = file, dict(expected), margin
+        self._file, self._expected = file, dict(expected)
+        self._scaling: dict[str, Any] = {"margin": margin, "antialias": antialias}
         self._what, self._where, self._notes = what, where, list(notes)
         self._pieces = {name: piece for name, piece in pieces.items() if name in expected}
         shapes = {name: piece.shape(file.shape) for name, piece in pieces.items()}
@@ -95,7 +99,9 @@ class Fitted:
             check_finite(name, tensor, self._what, self._where)
             if tuple(tensor.shape) != shape:
                 changed[name.rpartition(".")[2], tuple(tensor.shape), shape] += 1
-                tensor = resized(name, tensor, shape, self._expected, self._margin, self._where)
+                tensor = resized(
+                    name, tensor, shape, self._expected, where=self._where, **self._scaling
+                )
             yield name, tensor
         for (name, old, new), count in changed.items():
             how = "by geometric progression" if name == _TABLE else "bicubic"
@@ -208,7 +214,9 @@ def resized(
     tensor: Tensor,
     shape: Shape,
     expected: Shapes,
+    *,
     margin: float = 0.0,
+    antialias: bool = False,
     where: str = "weights",
 ) -> Tensor:
     """Returns a position table for the grid of a model.
@@ -218,16 +226,18 @@ def resized(
         tensor: The file's.
         shape: The model's.
         expected: Shapes of the model, which show its class tokens.
-        margin: See `resize_positions`.
+        margin, antialias: See `resize_positions`.
         where: What the user set, for messages.
     """
     where = f"{where}: {name}"
     if name.endswith(_TABLE):
-        extra = 3 if "cls_token" in expected else 0
+        extra = 3 if expected.keys() & {"cls_token", "reg_token"} else 0
         return resize_table(tensor, shape[0], extra, where=where)
     prefix = sum(token in expected for token in ("cls_token", "dist_token"))
+    if not side_of(shape[1] - prefix):
+        prefix = 0  # No class token has a position.
     side = square_side(shape[1] - prefix, where=where)
-    return resize_positions(tensor, prefix, side, margin=margin, where=where)
+    return resize_positions(tensor, prefix, side, margin=margin, antialias=antialias, where=where)
 
 
 def check_finite(name: str, tensor: Tensor, what: str, where: str) -> None:

@@ -187,6 +187,7 @@ class PublishedWeights:
             what=self.what,
             where=where,
             margin=0.0 if self.own else FORMATS[self.form].format.resize_margin,
+            antialias=not self.own and FORMATS[self.form].format.resize_antialias,
             notes=notes,
             remedy=remedy,
         )

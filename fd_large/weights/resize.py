@@ -24,7 +24,13 @@ from fd_large.errors import WeightsError
 
 
 def resize_positions(
-    positions: Tensor, prefix: int, side: int, *, margin: float = 0.0, where: str = "weights"
+    positions: Tensor,
+    prefix: int,
+    side: int,
+    *,
+    margin: float = 0.0,
+    antialias: bool = False,
+    where: str = "weights",
 ) -> Tensor:
     """Resizes a position embedding to another square grid, bicubic with corners not aligned.
 
@@ -33,6 +39,7 @@ def resize_positions(
         prefix: Number of class and distillation tokens, whose rows stay as they are.
         side: Side of the new grid.
         margin: Number added to the new side in the scale alone (DINO's 0.1).
+        antialias: Whether the filter is widened for a smaller grid (DINOv2 with registers).
         where: What the user set, for the message.
 
     Returns: (1, prefix + side * side, C), float32 at least.
@@ -45,7 +52,9 @@ def resize_positions(
         scale = (side + margin) / old
         grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
     else:
-        grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+        grid = F.interpolate(
+            grid, size=(side, side), mode="bicubic", align_corners=False, antialias=antialias
+        )
     assert grid.shape[-2:] == (side, side), grid.shape
     return torch.cat([wide[:, :prefix], rearrange(grid, "one c h w -> one (h w) c")], dim=1)
 

@@ -17,6 +17,9 @@ class ViTArchitecture(Transformer):
         class_token: Whether a CLS token stands before the patches.
         distillation_token: Whether a second prefix token follows CLS (DeiT).
         keep_distillation_token: Whether the distillation token stays in the feature map.
+        class_position: Whether the absolute positions have rows for class and distillation tokens.
+        num_registers: Number of learnt tokens between those and the patches, which all tokens see;
+            they have no absolute position and are no part of the feature map.
         relative_position: Table of relative positions: none, one for all blocks ("shared"), or one
             in each ("block").
         layer_scale: Initial factor of the residual branches, one per channel; 0 is no such factor.
@@ -32,6 +35,8 @@ class ViTArchitecture(Transformer):
     layer_scale: float
     activation: Literal["gelu", "quick_gelu"]
     pre_norm_layer: bool
+    class_position: bool = True
+    num_registers: int = 0
 
     family: ClassVar[str] = "vit"
     example: ClassVar[str] = "vit_base_patch16"
@@ -42,6 +47,7 @@ class ViTArchitecture(Transformer):
         self._require(len(self.depths) == 1, "depths", "one number for a ViT")
         super()._check()
         self._require(self.layer_scale >= 0, "layer_scale", "0 (none) or more")
+        self._require(self.num_registers >= 0, "num_registers", "0 or more tokens")
         has_tables = self.relative_position != "none"
         self._require(
             not self.distillation_token or (self.class_token and not has_tables),

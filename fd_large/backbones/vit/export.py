@@ -37,6 +37,10 @@ def _in_blocks(name: str, a: ViTArchitecture) -> list[str]:
 
 
 def _timm_has_no_place(a: ViTArchitecture) -> str:
+    if a.num_registers and (is_beit(a) or (a.class_token and a.class_position)):
+        return "its registers are of a ViT whose class token has no position"
+    if is_beit(a) and not a.class_position:
+        return "the class token of its BEiT has a position"
     if is_beit(a):
         fits = a.qkv_bias == "qv" and a.class_token and not a.pre_norm_layer and a.patch_bias
         return "" if fits else "a BEiT has q and v biases, a class token, and no norm before"
@@ -76,6 +80,8 @@ def _timm_config(a: ViTArchitecture, statistics: Statistics) -> dict[str, Any]:
             "act_layer": a.activation,
             "fc_norm": False,
         }
+        if a.num_registers or not a.class_position:
+            arguments |= {"reg_tokens": a.num_registers, "no_embed_class": True}
     size = "large" if (a.embed_dim, a.depths) == (1024, (24,)) else "base"
     return timm_config(
         a,
@@ -98,6 +104,8 @@ def _hugging_face_class(a: ViTArchitecture) -> str:
 def _hugging_face_lacks(a: ViTArchitecture, pads: bool) -> str:
     if a.distillation_token:
         return "a distillation token, expected none"
+    if a.num_registers or not a.class_position:
+        return "registers, or a class token without a position, expected neither"
     if is_beit(a):
         fits = a.qkv_bias == "qv" and a.class_token
     else:
@@ -134,6 +142,7 @@ def _hugging_face_config(a: ViTArchitecture, statistics: Statistics) -> dict[str
 def _mmseg_lacks(a: ViTArchitecture, pads: bool) -> str:
     biases = ("fused",) if a.absolute_position else ("qv", "none")
     fits = a.qkv_bias in biases and a.class_token and not a.distillation_token and a.patch_bias
+    fits = fits and a.class_position and not a.num_registers
     if fits and not a.pre_norm_layer and a.activation == "gelu" and a.mlp_ratio % 1 == 0:
         return ""
     return (

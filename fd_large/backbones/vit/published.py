@@ -153,6 +153,19 @@ blocks.#.ls#.gamma      blocks.#.gamma_#
 *                       *
 """
 TIMM_VIT = table(_OF_TIMM)
+_OF_DINOV2 = f"""
+mask_token          -
+register_tokens     reg_token
+{_OF_TIMM}
+"""
+_DINOV2 = table(_OF_DINOV2)
+# An encoder of DINOv2's code, whose blocks are one chunk, beside its projectors.
+_UNIC = (
+    *table("lp.* -"),
+    *table("blocks.0.#.ls#.gamma blocks.#.gamma_#", start="encoder."),
+    *table("blocks.0.#.* blocks.#.*", start="encoder."),
+    *table(_OF_DINOV2, start="encoder."),
+)
 _OPEN_CLIP_TRUNK = table(_OF_TIMM, start="visual.trunk.") + table("* -")
 # Feature-Distillation's students, with their projection and beside their teacher, and BEiT.
 _STUDENT = (
@@ -270,6 +283,30 @@ FORMATS = {
         _GELU_6,
         trained_with=_BEITS,
     ),
+    "dinov2_registers": Format(
+        "DINOv2 with registers",
+        (*_PLAIN, "^register_tokens$"),
+        _DINOV2,
+        _GELU_6,
+        statistics=IMAGENET,
+        resize_antialias=True,
+    ),
+    "dinov2": Format(
+        "DINOv2",
+        (*_PLAIN, "^mask_token$", r"^blocks\.0\.ls1\.gamma$"),
+        _DINOV2,
+        _GELU_6,
+        statistics=IMAGENET,
+        resize_margin=_DINO_MARGIN,
+    ),
+    "unic": Format(
+        "UNIC's student",
+        (r"^encoder\.blocks\.0\.0\.attn\.qkv\.weight$",),
+        _UNIC,
+        _GELU_6,
+        statistics=IMAGENET,
+        resize_margin=_DINO_MARGIN,
+    ),
     # Shares a bias among its blocks, as Feature-Distillation's students do.
     "beit_pretraining": Format(
         "BEiT's masked pre-training",
@@ -339,8 +376,8 @@ FORMATS = {
 # Published models of these widths have so many heads, whoever trained them: a guess, for where no
 # table, configuration or user says.
 KNOWN_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
-# Relations of CLS in a table: CLS to any token, any token to CLS, CLS to itself.
-_CLASS_TOKEN_ROWS = 3
+# Relations of prefix tokens in a table: to a patch, of a patch to them, among themselves.
+_PREFIX_ROWS = 3
 _CLIP_HEAD_WIDTH = 64
 _HF_TYPES = (
     "clip",
@@ -357,13 +394,18 @@ def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
     """Returns what tensors show: all but activation, eps, and heads where there is no table."""
     width, _, _, patch = shapes["patch_embed.proj.weight"]
     tokens = [name in shapes for name in ("cls_token", "dist_token")]
+    registers = shapes["reg_token"][1] if "reg_token" in shapes else 0
+    with_position = True
     table = shapes.get("rel_pos_bias.relative_position_bias_table")
     own_table = shapes.get("blocks.0.attn.relative_position_bias_table")
     grid = 0
     if "pos_embed" in shapes:
-        grid = side_of(shapes["pos_embed"][1] - sum(tokens))
+        positions = shapes["pos_embed"][1]
+        with_position = not tokens[0] or side_of(positions - sum(tokens)) > 0
+        grid = side_of(positions - sum(tokens) if with_position else positions)
     elif table or own_table:
-        grid = grid_of((table or own_table)[0] - _CLASS_TOKEN_ROWS * tokens[0])
+        has_prefix = tokens[0] or registers > 0
+        grid = grid_of((table or own_table)[0] - _PREFIX_ROWS * has_prefix)
     heads = (table or own_table or (0, 0))[1]
     return Architecture(
         family="vit",
@@ -381,11 +423,13 @@ def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
         relative_position="shared" if table else "block" if own_table else "none",
         layer_scale=0.0 if "blocks.0.gamma_1" not in shapes else 0.1,
         pre_norm_layer="norm_pre.weight" in shapes,
+        class_position=with_position,
+        num_registers=registers,
     )
 
 
 _BEYOND = (
-    (r"(^|\.)(reg_token|register_tokens|storage_tokens)$", "register tokens"),
+    (r"(^|\.)storage_tokens$", "register tokens as DINOv3 has them, beside rotary positions"),
     (r"layer_scale1\.lambda1$", "DINOv2's or DINOv3's names, which a config.json has to explain"),
     (r"\.(q_norm|k_norm|attn\.norm|mlp\.norm)\.", "norms inside attention or MLP"),
     (r"\.mlp\.(w12|fc1_g|w1|gate_proj)\.", "a gated MLP"),
@@ -415,7 +459,9 @@ def _beyond(shapes: Shapes) -> str:
             "have the same names"
         )
     count = shapes["pos_embed"][1] if len(shapes["pos_embed"]) == 3 else 0
-    if side_of(count) and not side_of(count - prefix):
+    if "reg_token" in shapes and not side_of(count) and not side_of(count - prefix):
+        return "positions of its register tokens"
+    if "reg_token" not in shapes and side_of(count) and not side_of(count - prefix):
         return (
             "positions without one for the class token, as in DeiT III, FlexiViT and some models "
             "with rotary positions, which no name tells apart"

@@ -68,7 +68,7 @@ class ViT(nn.Module):
         width: Channels of the map.
         stride: Pixels per token, each way.
         attends_in_windows: Whether its blocks can attend within windows (`Block.forward`).
-        num_prefix_tokens: Number of CLS and distillation tokens of the map.
+        num_prefix_tokens: Number of CLS and distillation tokens of the map, which has no registers.
         depths: Number of blocks, as of a model with one stage.
         drop_path_rates: One rate per site, attention then MLP of each block in order.
 
@@ -96,6 +96,8 @@ class ViT(nn.Module):
         layer_scale: float = 0.0,
         qkv_bias: QkvBias = "fused",
         pre_norm_layer: bool = False,
+        class_position: bool = True,
+        num_registers: int = 0,
         patch_bias: bool = True,
         activation: str = "gelu",
         norm_eps: float = 1e-6,
@@ -120,9 +122,11 @@ class ViT(nn.Module):
         self.residual = residual_dtype
         self.depths = (depth,)
         self.drop_path_rates = linear_rates(drop_path_rate, depth)
-        self.drop_distillation_token = distillation_token and not keep_distillation_token
+        self.class_position = class_position
         num_tokens = int(class_token) + int(distillation_token)
-        self.num_prefix_tokens = num_tokens - int(self.drop_distillation_token)
+        dropped = int(distillation_token and not keep_distillation_token)
+        self.num_prefix_tokens = num_tokens - dropped
+        self.left_out = slice(self.num_prefix_tokens, num_tokens + num_registers)
 
         def token(*shape: int) -> nn.Parameter:
             parameter = nn.Parameter(torch.empty(1, *shape))
@@ -132,13 +136,14 @@ class ViT(nn.Module):
         rows, columns = self.image_grid
         self.cls_token = token(1, embed_dim) if class_token else None
         self.dist_token = token(1, embed_dim) if distillation_token else None
-        self.pos_embed = (
-            token(num_tokens + rows * columns, embed_dim) if absolute_position else None
-        )
+        positions = rows * columns + (num_tokens if class_position else 0)
+        self.pos_embed = token(positions, embed_dim) if absolute_position else None
+        self.reg_token = token(num_registers, embed_dim) if num_registers else None
         self.patch_embed = PatchEmbed(
             embed_dim, patch_size=patch_size, in_chans=in_chans, scheme=initial, bias=patch_bias
         )
-        table_rows = (2 * rows - 1) * (2 * columns - 1) + (3 if class_token else 0)
+        self.prefix_rows = 3 if num_tokens + num_registers else 0
+        table_rows = (2 * rows - 1) * (2 * columns - 1) + self.prefix_rows
         self.has_relative_position = relative_position != "none"
         self.rel_pos_bias = (
             RelativePositionBias(table_rows, num_heads, initial.table)
@@ -166,7 +171,7 @@ class ViT(nn.Module):
 
     def no_weight_decay(self) -> frozenset[str]:
         """Returns names of parameters without weight decay."""
-        return frozenset({"pos_embed", "cls_token", "dist_token"})
+        return frozenset({"pos_embed", "cls_token", "dist_token", "reg_token"})
 
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
         """Returns no substrings of names: tables decay, as published."""
@@ -184,7 +189,8 @@ class ViT(nn.Module):
 
         Source: the official fine-tuning code, optimizer.py get_vit_layer.
         """
-        if name.startswith(("cls_token", "dist_token", "pos_embed", "patch_embed.")):
+        tokens = ("cls_token", "dist_token", "reg_token")
+        if name.startswith((*tokens, "pos_embed", "patch_embed.")):
             return 0
         block = re.match(r"blocks\.(\d+)\.", name)
         return int(block[1]) + 1 if block else self.last_layer
@@ -212,7 +218,7 @@ class ViT(nn.Module):
         return grid
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> FeatureMap:
-        """Maps normalised images to tokens after the final norm, prefix tokens included.
+        """Maps normalised images to tokens after the final norm, CLS included, without registers.
 
         Args:
             images: (B, 3, H, W), any float dtype.
@@ -229,15 +235,15 @@ class ViT(nn.Module):
         for x in self.after_blocks(images, keep):  # noqa: B007 (the last one)
             pass
         x = self.norm(x)
-        if self.drop_distillation_token:
-            x = torch.cat([x[:, :1], x[:, 2:]], dim=1)
+        if self.left_out.stop > self.left_out.start:
+            x = torch.cat([x[:, : self.left_out.start], x[:, self.left_out.stop :]], dim=1)
         return FeatureMap(x, self.grid(*images.shape[-2:]), self.num_prefix_tokens)
 
     def after_blocks(self, images: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
         """Yields the residual stream after each block, without a norm.
 
         Args: See `forward`.
-        Yields: (B, prefix tokens + N, C), the distillation token among them where there is one.
+        Yields: (B, prefix tokens + N, C): CLS and distillation token, registers, patches.
         """
         grid = self.grid(*images.shape[-2:])
         x, scales, table = self._before_blocks(images, keep, grid)
@@ -254,15 +260,22 @@ class ViT(nn.Module):
         dtype = residual_dtype(self.residual, self.patch_embed.proj.weight.dtype)
         patches = rearrange(self.patch_embed(images, dtype), "b h w c -> b (h w) c")
         prefix = [t for t in (self.cls_token, self.dist_token) if t is not None]
-        x = torch.cat([t.to(dtype).expand(batch_size, -1, -1) for t in prefix] + [patches], dim=1)
-        if self.pos_embed is not None:
-            x = x + self._positions(grid).to(dtype)
+        tokens = [t.to(dtype).expand(batch_size, -1, -1) for t in prefix]
+        positions = None if self.pos_embed is None else self._positions(grid).to(dtype)
+        if positions is not None and not self.class_position:
+            patches, positions = patches + positions, None
+        x = torch.cat([*tokens, patches], dim=1)
+        if positions is not None:
+            x = x + positions
+        if self.reg_token is not None:
+            registers = self.reg_token.to(dtype).expand(batch_size, -1, -1)
+            x = torch.cat([x[:, : len(prefix)], registers, x[:, len(prefix) :]], dim=1)
         if self.norm_pre is not None:
             x = self.norm_pre(x)
         return x, scales, None if self.rel_pos_bias is None else self._offsets(grid)
 
     def _positions(self, grid: Grid) -> Tensor:
-        """The absolute positions of prefix tokens and patches, (1, prefix + N, C)."""
+        """The absolute positions of CLS, if it has one, and patches, (1, prefix + N, C)."""
         if grid == self.image_grid:
             return self.pos_embed
         prefix = self.pos_embed.shape[1] - self.image_grid[0] * self.image_grid[1]
@@ -270,14 +283,12 @@ class ViT(nn.Module):
         return torch.cat([self.pos_embed[:, :prefix].to(patches.dtype), patches], dim=1)
 
     def _offsets(self, grid: Grid) -> Tensor:
-        """The shared table of relative positions, whose last rows are those of the CLS token."""
+        """The shared table of relative positions, whose last rows are those of prefix tokens."""
         table = self.rel_pos_bias()
         if grid == self.image_grid:
             return table
         rows, columns = self.image_grid
-        patches, prefix = table.split(
-            [(2 * rows - 1) * (2 * columns - 1), 3 if self.cls_token is not None else 0]
-        )
+        patches, prefix = table.split([(2 * rows - 1) * (2 * columns - 1), self.prefix_rows])
         return torch.cat([fit_offsets(patches, self.image_grid, grid), prefix])
 
 

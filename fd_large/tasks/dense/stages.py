@@ -23,7 +23,7 @@ from fd_large.tasks.dense.windowed_vit import check, windowed_map
 NUM_STAGES = 4
 # Parameters of a distilled student that `strip` takes out, with the values that a whole student has
 # in their place: its final norm then only normalises.
-LEFT_OUT = {**FINAL_NORM, "cls_token": 0.0, "dist_token": 0.0}
+LEFT_OUT = {**FINAL_NORM, "cls_token": 0.0, "dist_token": 0.0, "reg_token": 0.0}
 
 
 def strip(student: nn.Module, *, windowed: bool = True) -> None:
@@ -53,7 +53,7 @@ def strip(student: nn.Module, *, windowed: bool = True) -> None:
     elif getattr(student, "attends_in_windows", False):
         if windowed:
             check(student)
-            student.cls_token = student.dist_token = None
+            student.cls_token = student.dist_token = student.reg_token = None
     else:
         raise ConfigError(
             f"student.model: no pyramid stands on this model; got {type(student).__name__}, "

@@ -23,6 +23,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 
 from fd_large.backbones.registry import build
+from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import resolve
 from fd_large.weights.convert import write
 
@@ -38,6 +39,28 @@ def test_our_vit_in_timm(tmp_path):
     theirs = VisionTransformer(**TIMM_VIT, num_classes=0).eval()
     theirs.load_state_dict(load_file(file))
     close(tokens(theirs), net(IMAGES).tokens)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_our_vit_with_registers_in_timm(tmp_path, class_token):
+    own = {"class_token": class_token, "num_registers": 4, "class_position": False}
+    net, architecture = ours("dino_vit_base_patch16", replace(TINY_VIT, **own))
+    file = write(net.state_dict().items(), architecture, "timm", tmp_path / "vit.safetensors")
+    reg4 = {"reg_tokens": 4, "no_embed_class": True, "class_token": class_token}
+    pool = "token" if class_token else "avg"
+    theirs = VisionTransformer(
+        **TIMM_VIT, num_classes=0, global_pool=pool, fc_norm=False, **reg4
+    ).eval()
+    theirs.load_state_dict(load_file(file))
+    expected, k = tokens(theirs), int(class_token)
+    close(torch.cat([expected[:, :k], expected[:, k + 4 :]], 1), net(IMAGES).tokens)
+    with pytest.raises(WeightsError, match="registers"):
+        write(
+            [],
+            replace(architecture, class_token=True, class_position=True),
+            "timm",
+            tmp_path / "other.pth",
+        )
 
 
 def test_our_student_vit_in_timms_beit(tmp_path):

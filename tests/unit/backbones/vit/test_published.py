@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from loading import (
     IMAGES,
     TIMM_VIT,
     close,
+    initial,
     loaded,
     opened,
     saved,
@@ -24,9 +26,10 @@ from oracle_files import assert_matches, oracle, weights_of
 from oracles_models import max_relative
 from safetensors.torch import load_file, save_file
 from timm.models.beit import Beit
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from fd_large.backbones.statistics import OPENAI_CLIP
+from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
+from fd_large.backbones.vit.vit import ViT
 from fd_large.errors import WeightsError
 from fd_large.weights.resolve import Sources
 
@@ -228,6 +231,64 @@ def clip_tokens(tower):
     with torch.no_grad():
         tower(IMAGES)
         return tower.ln_post(blocks["out"])
+
+
+DINOV2 = [(".gamma_1", ".ls1.gamma"), (".gamma_2", ".ls2.gamma"), ("reg_token", "register_tokens")]
+
+
+def of_dinov2(registers):
+    """A ViT, and its weights in the names of DINOv2's code."""
+    net = ViT(32, 2, 2, patch_size=8, image_size=32, layer_scale=0.1, num_registers=registers)
+    state = {}
+    for name, tensor in scattered(net).state_dict().items():
+        for ours, theirs in DINOV2:
+            name = name.replace(ours, theirs)
+        state[name] = tensor
+    return net.eval(), state | {"mask_token": torch.zeros(1, 32)}
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_dinov2_and_its_map_as_timm_converts_it(tmp_path, registers):
+    _, state = of_dinov2(registers)
+    torch.save(state, tmp_path / "dinov2.pth")
+    form = "dinov2_registers" if registers else "dinov2"
+    assert Sources().open(tmp_path / "dinov2.pth").form == form
+    net, teacher = loaded(tmp_path / "dinov2.pth", num_heads=(2,))
+    assert teacher.architecture.num_registers == registers
+    assert teacher.statistics == (*IMAGENET.mean, *IMAGENET.std)
+    theirs = VisionTransformer(
+        **TIMM_VIT,
+        num_classes=0,
+        reg_tokens=registers,
+        no_embed_class=registers > 0,
+        init_values=0.1,
+    ).eval()
+    theirs.load_state_dict(checkpoint_filter_fn(dict(state), theirs))
+    expected = tokens(theirs)
+    close(net(IMAGES).tokens, torch.cat([expected[:, :1], expected[:, 1 + registers :]], 1))
+
+
+def test_a_student_of_unic_with_registers(tmp_path):
+    net, state = of_dinov2(2)
+    chunk = {re.sub(r"^blocks\.", "blocks.0.", name): tensor for name, tensor in state.items()}
+    model = {f"module.encoder.{name}": tensor for name, tensor in chunk.items()}
+    model["module.lp.heads.dino.cls.0.layers.0.weight"] = torch.zeros(2, 2)
+    torch.save({"model": model, "epoch": 3}, tmp_path / "unic.pth")
+    assert Sources().open(tmp_path / "unic.pth").form == "unic"
+    again, _ = loaded(tmp_path / "unic.pth", num_heads=(2,))
+    close(again(IMAGES).tokens, net(IMAGES).tokens)
+    student, _ = initial(
+        tmp_path / "unic.pth",
+        "dino_vit_base_patch16",
+        32,
+        embed_dim=32,
+        depths=(2,),
+        num_heads=(2,),
+        patch_size=8,
+        layer_scale=0.1,
+        num_registers=2,
+    )
+    close(student(IMAGES).tokens, net(IMAGES).tokens)
 
 
 def test_open_clip_with_a_tower_of_timm(tmp_path):

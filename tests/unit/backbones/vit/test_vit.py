@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from loading import IMAGES, TIMM_VIT, close, scattered, tokens
+from timm.models.vision_transformer import VisionTransformer
+from translated_names import translate
 
 from fd_large.backbones.vit.vit import ViT
 from fd_large.errors import ConfigError, ShapeError
+from fd_large.kernels.window_attention_reference import position_index
 from fd_large.weights.resize import resize_positions, resize_table
 
 STUDENT = {
@@ -118,7 +122,71 @@ def test_positions_are_resized_to_images_of_another_size(options):
         tiny(relative_position="block", resizes_positions=True)
 
 
+@pytest.mark.parametrize("options", [{}, {"class_token": False}])
+@pytest.mark.parametrize("scale", [None, 0.1])
+def test_registers_are_those_of_timms_reg4_models(options, scale):
+    theirs = scattered(
+        VisionTransformer(
+            **TIMM_VIT,
+            num_classes=0,
+            reg_tokens=4,
+            no_embed_class=True,
+            init_values=scale,
+            global_pool="avg",
+            fc_norm=False,
+            **options,
+        )
+    )
+    net = ViT(
+        32,
+        2,
+        2,
+        patch_size=8,
+        image_size=32,
+        class_position=False,
+        num_registers=4,
+        layer_scale=scale or 0.0,
+        **options,
+    )
+    net.load_state_dict(dict(translate("dino", theirs.state_dict().items())))
+    expected, k = tokens(theirs), net.num_prefix_tokens
+    found = net(IMAGES)
+    assert found.num_prefix_tokens == k == int(net.cls_token is not None)
+    close(found.tokens, torch.cat([expected[:, :k], expected[:, k + 4 :]], 1))
+    assert list(net.after_blocks(IMAGES))[-1].shape == expected.shape
+
+
+def test_registers_join_the_relations_of_the_class_token():
+    """Where all tokens but the patches are alike, so is what a shared table adds for them."""
+    net = scattered(tiny(**STUDENT, num_registers=2))
+    rows = net.rel_pos_bias.relative_position_bias_table.shape[0]
+    assert rows == 7 * 7 + 3
+    index = position_index(4, 4, 3, torch.device("cpu"))
+    assert index.shape == (19, 19)
+    assert torch.equal(index[2:, 2:], position_index(4, 4, 1, torch.device("cpu")))
+    for prefix in (0, 1, 2):
+        assert index[prefix, 3:].unique().tolist() == [rows - 3]
+        assert index[3:, prefix].unique().tolist() == [rows - 2]
+    assert index[:3, :3].unique().tolist() == [rows - 1]
+    images = torch.randn(2, 3, 16, 16)
+    found = net(images)
+    assert found.tokens.shape == (2, 17, 16)
+    found.tokens.square().sum().backward()
+    assert (net.reg_token.grad != 0).all()
+    assert (net.rel_pos_bias.relative_position_bias_table.grad != 0).all()
+    with torch.no_grad():
+        net.reg_token.normal_()
+        assert not torch.allclose(net(images).tokens, found.tokens)
+
+
+def test_registers_are_of_the_first_layer_and_leave_other_weights_alone():
+    with_registers, without = tiny(num_registers=2), tiny()
+    assert with_registers.layer_id("reg_token") == 0
+    assert with_registers.pos_embed.shape == without.pos_embed.shape
+    assert names(with_registers) - names(without) == {"reg_token"}
+
+
 def test_position_tables_decay_and_tokens_do_not():
     net = tiny(**STUDENT)
-    assert net.no_weight_decay() == {"pos_embed", "cls_token", "dist_token"}
+    assert net.no_weight_decay() == {"pos_embed", "cls_token", "dist_token", "reg_token"}
     assert net.no_weight_decay_keywords() == ()
