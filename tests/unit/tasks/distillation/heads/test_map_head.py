@@ -64,3 +64,24 @@ def test_a_head_gives_the_teachers_width_and_trains_all_that_it_has(vit, make, t
 def test_grids_that_a_head_cannot_reach_are_named(make):
     with pytest.raises(ConfigError, match=r"14x14 and 37x37"):
         make(16, 5, Maps((14, 14), (37, 37), 1, 2))
+
+
+def test_a_ladder_reads_the_class_token_and_the_patches_of_a_student_with_registers():
+    torch.manual_seed(0)
+    student, images = (
+        ViT(16, 2, 2, patch_size=8, image_size=32, num_registers=2),
+        torch.rand(2, 3, 32, 32),
+    )
+    last, maps = with_blocks(student, partial(student, images))
+    assert (last.num_prefix_tokens, last.tokens.shape[1]) == (1, 17)
+    assert {(map_.num_prefix_tokens, map_.tokens.shape[1]) for map_ in maps} == {(3, 19)}
+    head = Ladder(16, 5, Maps(last.grid, last.grid, last.num_prefix_tokens, 2))
+    out = head(maps)
+    assert out.tokens.shape == (2, 17, 5)
+    without = [
+        map_._replace(tokens=map_.tokens[:, [0, *range(3, 19)]], num_prefix_tokens=1)
+        for map_ in maps
+    ]
+    assert torch.equal(head(tuple(without)).tokens, out.tokens)
+    out.tokens.square().sum().backward()
+    assert (student.reg_token.grad != 0).any(-1).all()
