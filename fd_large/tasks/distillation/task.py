@@ -39,7 +39,7 @@ Maps = Mapping[str, Any]
 """The teachers' maps by name, and what else a batch holds beside its images."""
 Drawn = Mapping[str, Tensor]
 """What is drawn for each image of a batch by name, (..., B)."""
-
+UNDRAWN: Drawn = MappingProxyType({})
 
 smooth_l1 = partial(F.smooth_l1_loss, beta=2.0)
 
@@ -218,11 +218,7 @@ class Distillation(Task):
         }
 
     def prepare(
-        self,
-        images: Tensor,
-        targets: Maps | None,
-        keep: Tensor | None,
-        draws: Drawn = MappingProxyType({}),
+        self, images: Tensor, targets: Maps | None, keep: Tensor | None, draws: Drawn = UNDRAWN
     ) -> dict[str, Any]:
         """Returns the student's pixels, its drop path, and what the teachers give."""
         maps = self.learnt(images, targets)
@@ -231,12 +227,7 @@ class Distillation(Task):
         return {"pixels": pixels, "keep": keep, "maps": maps, "drawn": draws}
 
     def forward(
-        self,
-        *,
-        pixels: Tensor,
-        keep: Tensor | None,
-        maps: Maps,
-        drawn: Drawn = MappingProxyType({}),
+        self, *, pixels: Tensor, keep: Tensor | None, maps: Maps, drawn: Drawn = UNDRAWN
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss and, in evaluation, how near the student is to each target.
 
