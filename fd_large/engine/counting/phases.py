@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -116,33 +117,31 @@ class Timer:
         device = torch.device("cuda" if on_gpu else "cpu")
         with torch.random.fork_rng(devices=[]), device:
             self._models = models_of(job, bfloat16=on_gpu, frozen_bfloat16=frozen_bfloat16)
-            self._batches = {images: job.probe_batch(images) for images in sizes}
+            batches = {images: job.probe_batch(images) for images in sizes}
         self._models.task.train()
         if job.run.engine.compile == "blocks":
             block_wrappers.compile_blocks(self._models.task.student.blocks())
-        self._laps = _Laps(device_clock(clock))
-        self._update = _update(job.run.optim, device)
+        self._now = device_clock(clock)
+        self._passes: dict[int, Callable[[Callable[[str], None]], None]] = {
+            images: partial(run_step, self._models, batch) for images, batch in batches.items()
+        }
+        self._passes[0] = _update(job.run.optim, device)
+        self._shortest: dict[int, dict[str, float]] = {}
         self._is_warm = False
 
     def round(self) -> None:
         """Runs and times each micro-batch and the optimiser once; the first round is forgotten."""
-        laps = self._laps
-        for images, batch in self._batches.items():
+        for images, one_pass in self._passes.items():
             self._models.task.zero_grad()
-            laps.begin(images)
-            run_step(self._models, batch, laps.to)
-            laps.end()
-        laps.begin(0)
-        laps.to(UPDATE)
-        self._update()
-        laps.end()
-        if not self._is_warm:
-            laps.shortest.clear()
-            self._is_warm = True
+            seconds = _seconds_of(one_pass, self._now)
+            if self._is_warm:
+                best = self._shortest.setdefault(images, seconds)
+                best |= {phase: min(best[phase], seconds[phase]) for phase in seconds}
+        self._is_warm = True
 
     def phases(self) -> Phases:
         """Returns the phases by the shortest times of all rounds, of the slowest rank."""
-        found = _slowest(self._laps.shortest)
+        found = _slowest(self._shortest)
         update = found.pop(0)[UPDATE]
         names = dict.fromkeys(name for one in found.values() for name in one)
         return Phases(
@@ -171,45 +170,46 @@ def _bytes(counts: Counts, size: int, frozen_size: int) -> int:
     return 2 * size * trained + frozen_size * frozen
 
 
-def _update(optim: Optim, device: torch.device) -> Callable[[], None]:
-    """Returns the optimiser's part of a step: norm, clipping, step, of `UPDATED` parameters."""
+def _update(optim: Optim, device: torch.device) -> Callable[[Callable[[str], None]], None]:
+    """Returns the optimiser's part of a step: norm, clipping, step, of `UPDATED` parameters.
+
+    As `run_step`, it tells what it is given that its phase begins, and that it is over.
+    """
     parameter = nn.Parameter(torch.zeros(UPDATED, device=device))
     parameter.grad = torch.ones_like(parameter)
     optimizer = make_optimizer([{"params": [parameter]}], optim, on_gpu=device.type == "cuda")
 
-    def update() -> None:
+    def update(to: Callable[[str], None]) -> None:
+        to(UPDATE)
         nn.utils.clip_grad_norm_([parameter], optim.clip_norm or 1.0)
         optimizer.step()
+        to("")
 
     return update
 
 
-class _Laps:
-    """Seconds of phases that follow one another; of several passes, the shortest."""
+def _seconds_of(
+    one_pass: Callable[[Callable[[str], None]], None], now: Callable[[], float]
+) -> dict[str, float]:
+    """Returns the seconds of each phase that a pass tells of; all ranks begin it together.
 
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
-        self.shortest: dict[int, dict[str, float]] = {}
+    Args:
+        one_pass: Runs, and tells each phase when it begins.
+        now: Returns seconds.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+    running, since = "", now()
 
-    def begin(self, images: int) -> None:
-        """Begins a pass with so many images, at the same time on all ranks."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.barrier()
-        self._images, self._pass = images, defaultdict[str, float](float)
-        self._since, self._phase = self._now(), ""
+    def to(phase: str) -> None:
+        nonlocal running, since
+        begins = now()
+        seconds[running] += begins - since
+        running, since = phase, begins
 
-    def to(self, phase: str) -> None:
-        """Begins a phase; "" is outside of all."""
-        now = self._now()
-        self._pass[self._phase] += now - self._since
-        self._since, self._phase = now, phase
-
-    def end(self) -> None:
-        """Ends the pass."""
-        self.to("")
-        best = self.shortest.setdefault(self._images, {})
-        for phase, seconds in self._pass.items():
-            best[phase] = min(seconds, best.get(phase, seconds))
+    one_pass(to)
+    return dict(seconds)
 
 
 def _slowest(mine: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
