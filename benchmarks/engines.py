@@ -55,8 +55,8 @@ def zero_engine(
         node,
         run.optim.clip_norm,
         ds.computes_in_bfloat16(run.engine.precision),
-        job.parameter_sizes(),
-        trained_sizes=job.trained_sizes(),
+        sum(job.tensor_sizes(), ()),
+        trained_sizes=job.tensor_sizes().trained,
     )
     engine = engine_of(run, make_task, ds.fill(config, numbers))
     engine.task.train()

@@ -119,9 +119,7 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
             **harness.conditions(__file__, __doc__),
             "ranks": world,
             "blocks": sum(DEPTHS),
-            "trained_parameters": sum(job.parameter_sizes()) - sum(
-                p.numel() for p in job.teachers[""].module.parameters()
-            ),
+            "trained_parameters": sum(job.tensor_sizes().trained),
             "image_size": size,
             "micro_batch": arguments.micro_batch,
             "groups": {n: len(e.deepspeed.optimizer.param_groups) for n, e in engines.items()},

@@ -16,7 +16,7 @@ from fd_large.checkpoint import store, stream
 from fd_large.checkpoint.read import Reader
 from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.frozen import frozen_maker, frozen_weights
-from fd_large.engine.job import Job, JobOf
+from fd_large.engine.job import JobOf, TrainingJob
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, nearest
@@ -52,7 +52,7 @@ class NamedModel:
     source: str
     section: FrozenModel
     image_size: int
-    trained_by: Job | None = None
+    trained_by: TrainingJob | None = None
     seed: int = 0
     weights: Sources = field(default_factory=Sources, compare=False, repr=False)
     checkpoint: Path | None = None

@@ -6,13 +6,12 @@ first of a task's three faces (`fd_large/recipes/task_kind.py`), and all that a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fd_large.backbones.custom.custom import check_map
 from fd_large.backbones.statistics import IMAGENET, Statistics
@@ -21,12 +20,11 @@ from fd_large.data.labelled import open_training
 from fd_large.data.loader import Batch, ViewBatches, build_loader
 from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource, open_images
-from fd_large.data.staging import stage
 from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.task import Task
-from fd_large.engine.zero.engine import Engine
+from fd_large.engine.zero.engine import Engine, InitialWeights
 from fd_large.errors import ConfigError
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.fields import flat
@@ -66,11 +64,23 @@ class FrozenPart(NamedTuple):
     image_size: int
 
 
+class TensorSizes(NamedTuple):
+    """Numbers of elements of tensors.
+
+    Attributes:
+        trained: Of each tensor that is trained.
+        frozen: Of each tensor of frozen models that may be split too.
+    """
+
+    trained: tuple[int, ...]
+    frozen: tuple[int, ...]
+
+
 class TrainingJob:
     """What one task brings to a training; made again once the recipe is settled.
 
     The engine calls `settle`, then `open_samples` and `check` (nothing heavy and no collective: the
-    user's mistakes end here), `stage`, `build`, and then `make_task` as often as it likes.
+    user's mistakes end here), `build`, and then `make_task` as often as it likes.
 
     Args:
         run: The recipe.
@@ -149,35 +159,15 @@ class TrainingJob:
             if self.run.optim.layer_decay != 1.0:
                 student.layer_id(next(name for name, _ in student.named_parameters()))
         self.initial_weights()
-        self.initial_heads()
 
     def sources(self) -> Mapping[str, str]:
         """Returns the sources of the weights that the recipe names, by field."""
         return {"student.init": self.run.student.init}
 
-    def stage(self, samples: ImageSource) -> ImageSource:
-        """Copies samples to the nodes' own disks if the recipe sets `data.stage_to`; a collective.
-
-        Raises: DataError or ConfigError: if that is not possible.
-        """
-        return stage(samples, self.run.data.stage_to)
-
-    def parameter_sizes(self) -> tuple[int, ...]:
-        """Returns the number of elements of each tensor that may be split; allocates none."""
-        return self._sizes_of_task
-
-    def trained_sizes(self) -> tuple[int, ...]:
-        """Returns the number of elements of each trained tensor; allocates none."""
-        return self._sizes_of_task
-
-    @cached_property
-    def _sizes_of_task(self) -> tuple[int, ...]:
+    def tensor_sizes(self) -> TensorSizes:
+        """Returns how large the tensors are that may be split; allocates none."""
         with torch.device("meta"):
-            return tuple(parameter.numel() for parameter in self.make_task().parameters())
-
-    def splits_models(self) -> bool:
-        """Returns whether a model beside the student is sharded, whatever the ZeRO stage."""
-        return False
+            return TensorSizes(sizes_of(self.make_task()), ())
 
     def memory_facts(self) -> Mapping[str, Any]:
         """Returns what else decides the memory of a step, besides the student's fields, by name."""
@@ -211,26 +201,18 @@ class TrainingJob:
         """
         return self.make_task(), ()
 
-    def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
-        """Returns (name, full tensor) of `task.student`, on every rank; None for random weights.
+    def initial_weights(self) -> InitialWeights:
+        """Returns the weights of the modules of the task that do not start at random.
 
         Raises: WeightsError: if `student.init` does not fit the student.
         """
-        return student_weights(
+        tensors = student_weights(
             self.run.student,
             self.weights,
             image_size=self.run.data.image_size,
             without=self.stored_student().absent,
         )
-
-    def initial_heads(self) -> Mapping[str, Iterable[tuple[str, Tensor]]]:
-        """Returns (name, full tensor) of other modules of the task that do not start at random.
-
-        By the module's name, on every rank.
-
-        Raises: WeightsError: if they do not fit the task.
-        """
-        return {}
+        return {} if tensors is None else {"student": tensors}
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
         """Yields a rank's micro batches from a step of an epoch to the epoch's end.
@@ -343,3 +325,8 @@ JobOf = Callable[[Run | Mapping[str, Any]], TrainingJob]
 def trained_at(run: Run) -> FamilyArchitecture:
     """Returns the student's architecture with the image size that its tables are for."""
     return run.student_architecture().at(run.data.image_size)
+
+
+def sizes_of(*models: nn.Module) -> tuple[int, ...]:
+    """Returns the number of elements of each parameter of some models."""
+    return tuple(parameter.numel() for model in models for parameter in model.parameters())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from fd_large.checkpoint.lease import Lease
 from fd_large.data.blocks import keep_blocks_in
 from fd_large.data.sampler import check_batch_sizes
 from fd_large.data.source import ImageSource
+from fd_large.data.staging import stage
 from fd_large.engine import memory, node_consistency
 from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.checkpoints import Checkpoints
@@ -35,7 +35,7 @@ from fd_large.engine.job import JobOf, TrainingJob
 from fd_large.engine.task import Task
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import start
-from fd_large.engine.zero.engine import Engine, build_engine
+from fd_large.engine.zero.engine import Engine, InitialWeights, build_engine
 from fd_large.engine.zero.optimizer import moments_of
 from fd_large.errors import FDError, check_all, masked
 from fd_large.kernels import check as kernel_check
@@ -292,7 +292,7 @@ def check(
 def _numbers(job: TrainingJob, launch: Launch) -> ds.RunNumbers:
     """Returns what recipe, ranks and model say to DeepSpeed."""
     run, size = job.run, job.run.batch.micro_batch_size
-    is_probed = size == "auto"
+    sizes, is_probed = job.tensor_sizes(), size == "auto"
     size = 1 if size == "auto" else size
     return ds.RunNumbers(
         micro_batch_size=size,
@@ -301,9 +301,9 @@ def _numbers(job: TrainingJob, launch: Launch) -> ds.RunNumbers:
         node_size=ds.ranks_of_a_node(run.engine.node_size, launch.local_world_size),
         clip_norm=run.optim.clip_norm,
         bfloat16=ds.computes_in_bfloat16(run.engine.precision),
-        parameter_sizes=job.parameter_sizes(),
+        parameter_sizes=sizes.trained + sizes.frozen,
         nvme_path=run.engine.nvme_path,
-        trained_sizes=job.trained_sizes(),
+        trained_sizes=sizes.trained,
         is_probed=is_probed,
     )
 
@@ -339,7 +339,7 @@ def _on_all_nodes(jobs: Sequence[TrainingJob], samples: ImageSource) -> ImageSou
     for job in jobs:
         node_consistency.check(samples, job.sources(), job.weights, job.run.code())
     with activity.work("copying images"):
-        return jobs[0].stage(samples)
+        return stage(samples, jobs[0].run.data.stage_to)
 
 
 # --- the folder ---
@@ -377,14 +377,12 @@ def _build_models(checked: Sequence[Checked]) -> None:
     )
     sizes, zero = numbers.parameter_sizes, config["zero_optimization"]
     threshold = zero.get("stage3_param_persistence_threshold", persistence_threshold(sizes))
-    if zero["stage"] == 3 or first.splits_models():
-        kept = sum(size for size in sizes if size <= threshold)
-        log.debug(
-            "whole on every rank where models are split: tensors of at most %d elements, %.2f%% of "
-            "all",
-            threshold,
-            100 * kept / sum(sizes),
-        )
+    kept = sum(size for size in sizes if size <= threshold)
+    log.debug(
+        "whole on every rank where models are split: tensors of at most %d elements, %.2f%% of all",
+        threshold,
+        100 * kept / sum(sizes),
+    )
     _build_frozen(first, numbers, threshold)
     for other in others:
         other.take_models_of(first)
@@ -518,7 +516,6 @@ def build(checked: Checked, lease: Lease | None, launch: Launch) -> Opened:
             job.make_task,
             checked.config,
             initial=job.initial_weights(),
-            heads=job.initial_heads(),
         )
     # The average is made before any resume, which restores it too.
     ema = _average_of(engine, run)
@@ -547,8 +544,7 @@ def engine_of(
     make: Callable[[], Task],
     config: dict[str, Any],
     *,
-    initial: Iterable[tuple[str, Tensor]] | None = None,
-    heads: Mapping[str, Iterable[tuple[str, Tensor]]] | None = None,
+    initial: InitialWeights | None = None,
 ) -> Engine:
     """Builds a task in its engine as the recipe says; see `build_engine`."""
     return build_engine(
@@ -561,7 +557,6 @@ def engine_of(
         checkpoint_every=run.student.checkpoint_every,
         whole_first=run.student_architecture().whole_first,
         initial=initial,
-        heads=heads,
     )
 
 

@@ -25,7 +25,7 @@ from fd_large.data.loader import Batch
 from fd_large.engine.block_wrappers import checkpoint_blocks
 from fd_large.engine.checkpoint_models import sources_of, stored_task
 from fd_large.engine.forward_backward import arguments_of_step
-from fd_large.engine.job import Job, JobOf
+from fd_large.engine.job import JobOf, TrainingJob
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.config import computes_in_bfloat16
@@ -67,8 +67,8 @@ class Replayed(NamedTuple):
         micro_batches: Those whose images were kept.
         losses: The loss of each of them now.
         grad_norm: L2 norm of the gradient of their mean loss.
-        other_training: Why the checkpoint belongs to another training (`Job.check_stored`); empty
-            if it does not.
+        other_training: Why the checkpoint belongs to another training
+            (`TrainingJob.check_stored`); empty if it does not.
     """
 
     folder: Path
@@ -185,7 +185,7 @@ def _weights(folder: Path, step: int) -> Reader:
     )
 
 
-def _job(folder: Path, job_of: JobOf) -> tuple[Job, str]:
+def _job(folder: Path, job_of: JobOf) -> tuple[TrainingJob, str]:
     """Returns the run's job on one process, and the precision that the run computed in."""
     if kind_of(folder / RECIPE) != "file":
         raise ConfigError(
@@ -209,7 +209,7 @@ def _job(folder: Path, job_of: JobOf) -> tuple[Job, str]:
     return job, precision
 
 
-def _task(job: Job, reader: Reader, *, bfloat16: bool) -> Task:
+def _task(job: TrainingJob, reader: Reader, *, bfloat16: bool) -> Task:
     student, task = job.run.student, stored_task(job.make_task, reader, kind="master")
     if bfloat16:
         partition.to_bfloat16(task)

@@ -25,7 +25,7 @@ from fd_large.weights.export import HEADS
 from fd_large.weights.read import read_json
 
 # What a job does without a collective, and without a model in memory.
-_BEFORE_A_RUN = ("settle", "open_samples", "check", "parameter_sizes", "trained_sizes")
+_BEFORE_A_RUN = ("settle", "open_samples", "check", "tensor_sizes")
 # What a job of earlier versions had for commands that ask `StoredRun` now.
 _OF_A_STORED_RUN = {
     "score_stored": "score",

@@ -27,6 +27,9 @@ from fd_large.recipes.sections import Optim
 
 log = logging.getLogger(__name__)
 
+InitialWeights = Mapping[str, Iterable[tuple[str, Tensor]]]
+"""(name, full tensor) of modules of a task, by the module's name, on every rank; "" is the task."""
+
 
 class Engine(NamedTuple):
     """A task inside its DeepSpeed engine.
@@ -63,9 +66,7 @@ def build_engine(
     activation_checkpointing: str = "off",
     checkpoint_every: int = 1,
     whole_first: bool = False,
-    weights: Iterable[tuple[str, Tensor]] | None = None,
-    initial: Iterable[tuple[str, Tensor]] | None = None,
-    heads: Mapping[str, Iterable[tuple[str, Tensor]]] | None = None,
+    initial: InitialWeights | None = None,
 ) -> Engine:
     """Builds a task in its DeepSpeed engine.
 
@@ -78,9 +79,7 @@ def build_engine(
         activation_checkpointing: "off", "every" or "offload" (see `block_wrappers.py`).
         checkpoint_every: Checkpoint each k-th block.
         whole_first: See `partition.build`.
-        weights: (name, full tensor) of the whole task, on every rank; None for random weights.
-        initial: (name, full tensor) of `task.student` alone.
-        heads: The same of other modules of the task, by the module's name.
+        initial: Of the modules that do not start at random.
     """
     stage, zero = ds.stage_of(config), config["zero_optimization"]
     _check_quantiser(zero)
@@ -89,7 +88,9 @@ def build_engine(
     task = partition.build(
         make, given, partitioned=stage == 3, seed=seed, whole_first=whole_first, disk=disk
     )
-    _load_weights(task, weights, initial, heads or {})
+    for name, tensors in (initial or {}).items():
+        where = "--student.init" if name in ("", "student") else name
+        partition.load_weights(task.get_submodule(name), tensors, where=where)
     exact = partition.to_bfloat16(task, keep_exact=True) if config["bf16"]["enabled"] else {}
     if stage < 3:
         task.to(distributed.device())
@@ -123,21 +124,6 @@ def _check_quantiser(zero: Mapping[str, Any]) -> None:
             f"zero_optimization: DeepSpeed's quantiser cannot be used; got {reason}, expected a "
             "working one. Remove zero_quantized_* from the JSON, or see docs/clusters.md."
         )
-
-
-def _load_weights(
-    task: Task,
-    weights: Iterable[tuple[str, Tensor]] | None,
-    initial: Iterable[tuple[str, Tensor]] | None,
-    heads: Mapping[str, Iterable[tuple[str, Tensor]]],
-) -> None:
-    """Fills a task, or its student and heads, with the weights that `build_engine` was given."""
-    if weights is not None:
-        partition.load_weights(task, weights, where="--student.init")
-    elif initial is not None:
-        partition.load_weights(task.student, initial, where="--student.init")
-    for name, tensors in heads.items():
-        partition.load_weights(getattr(task, name), tensors, where=name)
 
 
 def _holding_state(

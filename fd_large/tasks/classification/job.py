@@ -28,7 +28,7 @@ from fd_large.engine.predictions import Predictions
 from fd_large.engine.student import FINAL_NORM, make_student, student_weights
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
-from fd_large.engine.zero.engine import Engine
+from fd_large.engine.zero.engine import Engine, InitialWeights
 from fd_large.engine.zero.fingerprint import fingerprint
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.ranks import activity, distributed
@@ -334,9 +334,9 @@ class LinearProbeJob(ClassificationJob):
         self._frozen = built
         return task, (task.models()["frozen."],)
 
-    def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
-        """Returns None: what is trained starts from random weights."""
-        return None
+    def initial_weights(self) -> InitialWeights:
+        """Returns none: what is trained starts from random weights."""
+        return {}
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
         """Yields random crops and flips, in whole groups."""

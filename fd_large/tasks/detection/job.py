@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -20,7 +20,7 @@ from fd_large.data.source import ImageSource
 from fd_large.engine.evaluation import Evaluation, Pending, evaluating
 from fd_large.engine.job import StoredStudent, TrainingJob, trained_at
 from fd_large.engine.student import make_student, student_weights
-from fd_large.engine.zero.engine import Engine
+from fd_large.engine.zero.engine import Engine, InitialWeights
 from fd_large.errors import ConfigError, DataError
 from fd_large.ranks import distributed
 from fd_large.recipes.file_names import EVALUATED, of_step
@@ -112,15 +112,15 @@ class DetectionJob(TrainingJob):
             seed=self.run.runtime.seed,
         )
 
-    def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
-        """Returns those of `student.init`."""
-        return student_weights(self.run.student, self.weights, without=LEFT_OUT)
-
-    def initial_heads(self) -> Mapping[str, Iterable[tuple[str, Tensor]]]:
-        """Returns pyramid and heads where `student.init` is a run of detection: what fits of them.
+    def initial_weights(self) -> InitialWeights:
+        """Returns those of `student.init`; of a run of detection those of pyramid and heads too.
 
         Layers for other classes, and heads of another kind, start from random weights.
         """
+        student = student_weights(self.run.student, self.weights, without=LEFT_OUT)
+        return {} if student is None else {"student": student, **self._initial_heads()}
+
+    def _initial_heads(self) -> InitialWeights:
         source = self.run.student.init
         stored = self.weights.resolve(source, where="--student.init").stored if source else None
         manifest = stored and store.manifest_of(stored.path)

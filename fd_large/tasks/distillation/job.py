@@ -23,7 +23,7 @@ from fd_large.data.source import ImageSource, open_images
 from fd_large.data.views import FixedViews
 from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.frozen import Frozen, frozen_weights
-from fd_large.engine.job import FrozenPart, TrainingJob
+from fd_large.engine.job import FrozenPart, TensorSizes, TrainingJob, sizes_of
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError, check_all
@@ -363,9 +363,11 @@ class DistillationJob(TrainingJob):
         """Makes a batch of grey images, and of empty maps where these are stored."""
         return replace(super().probe_batch(size), targets=self._caches.blank_maps(size))
 
-    @cached_property
-    def _sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The sizes of the tensors that are trained, and of the teachers'; checks the grids."""
+    def tensor_sizes(self) -> TensorSizes:
+        """Returns the sizes of the tensors of student and heads, and of teachers; checks the grids.
+
+        Raises: ShapeError: if the maps of student and teacher cannot be aligned.
+        """
         with torch.device("meta"):
             teachers = self.make_teachers()
             task = self.task_around(teachers)
@@ -378,21 +380,7 @@ class DistillationJob(TrainingJob):
         )
         check_all(*(partial(fits, size) for size in run.data.sides))
         whole = [teachers[name] for name in teachers.keys() - self._caches.folders.keys()]
-        frozen = tuple(p.numel() for model in whole for p in model.parameters())
-        return tuple(p.numel() for p in task.parameters()), frozen
-
-    def parameter_sizes(self) -> tuple[int, ...]:
-        """Returns the sizes of the tensors of student, heads and teachers; checks the grids.
-
-        Raises: ShapeError: if the maps of student and teacher cannot be aligned.
-        """
-        trained, frozen = self._sizes
-        return trained + frozen
-
-    def trained_sizes(self) -> tuple[int, ...]:
-        """Returns the sizes of the tensors of student and heads."""
-        trained, _ = self._sizes
-        return trained
+        return TensorSizes(sizes_of(task), sizes_of(*whole))
 
     @cached_property
     def settled(self) -> Run:
@@ -419,11 +407,6 @@ class DistillationJob(TrainingJob):
             for name, entry in run.taught_by.items()
         }
         return run if entries == run.taught_by else run.with_taught_by(entries)
-
-    def splits_models(self) -> bool:
-        """Returns whether a teacher is sharded."""
-        entries = self.run.taught_by.items()
-        return any(e.placement != "replicated" for n, e in entries if n not in self._caches)
 
     def memory_facts(self) -> Mapping[str, Any]:
         """Returns where the teachers' weights are held."""

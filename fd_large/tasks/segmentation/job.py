@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fd_large.data.source import ImageSource
+from fd_large.engine.zero.engine import InitialWeights
 from fd_large.recipes.fields import require
 from fd_large.recipes.run import Run
 from fd_large.tasks.dense.job import DenseJob
@@ -78,13 +79,19 @@ class SegmentationJob(DenseJob):
         own = {_HEAD_INIT: self.section.head_init} if self.section.head_init else {}
         return {**super().sources(), **own}
 
-    def initial_heads(self) -> Mapping[str, Iterable[tuple[str, Tensor]]]:
-        """Returns the heads and what makes their maps from `task.segmentation.head_init`."""
-        source = self.section.head_init
+    def initial_weights(self) -> InitialWeights:
+        """Returns those of the student, and from `task.segmentation.head_init` those of the heads.
+
+        What makes the heads' maps is among the latter.
+        """
+        source, student = self.section.head_init, super().initial_weights()
         if not source:
-            return {}
-        file = self.weights.resolve(source, where=f"--{_HEAD_INIT}").tensors
-        return fitted_heads(file, head_shapes(self.make_task), what=source, where=f"--{_HEAD_INIT}")
+            return student
+        where = f"--{_HEAD_INIT}"
+        where = f"--{_HEAD_INIT}"
+        file = self.weights.resolve(source, where=where).tensors
+        heads = fitted_heads(file, head_shapes(self.make_task), what=source, where=where)
+        return {**student, **heads}
 
     def model_to_test(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Model:
         """Returns what is tested: logits, and how an image is seen."""

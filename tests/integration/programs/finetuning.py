@@ -58,7 +58,7 @@ def job_from(run: Run) -> FineTuningJob:
 def initial_task(job: FineTuningJob) -> FineTuning:
     torch.manual_seed(job.run.runtime.seed)
     task = job.make_task()
-    load_weights(task.student, job.initial_weights(), where="test")
+    load_weights(task.student, job.initial_weights()["student"], where="test")
     return task
 
 
@@ -117,7 +117,7 @@ def in_engine(run: Run) -> tuple[dict[str, torch.Tensor], list[float], dict[str,
         node_size=ds.ranks_of_a_node(run.engine.node_size, world),
         clip_norm=run.optim.clip_norm,
         bfloat16=False,
-        parameter_sizes=job.parameter_sizes(),
+        parameter_sizes=job.tensor_sizes().trained,
     )
     config = ds.fill({"zero_optimization": ZERO3}, numbers)
     engine = engine_of(run, job.make_task, config, initial=job.initial_weights())

@@ -64,7 +64,7 @@ def of_engine(teacher: ViT, clip_norm: float) -> tuple[list[float], list[float],
         return Distillation(student, {"": Frozen(teacher, IMAGENET)}, [make_target(64, 48)])
 
     weights = {name: value.detach().clone() for name, value in first_model().named_parameters()}
-    engine = build_engine(task, filled, optim=optim, seed=0, weights=weights.items())
+    engine = build_engine(task, filled, optim=optim, seed=0, initial={"": weights.items()})
     engine.task.train()
     schedule = CosineSchedule(PEAK, START, LEAST, STEPS, WARMUP)
     losses, norms = [], []

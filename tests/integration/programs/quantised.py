@@ -70,8 +70,8 @@ def losses(*, quantised: bool) -> list[float]:
         2,
         run.optim.clip_norm,
         False,
-        job.parameter_sizes(),
-        trained_sizes=job.trained_sizes(),
+        sum(job.tensor_sizes(), ()),
+        trained_sizes=job.tensor_sizes().trained,
     )
     engine = engine_of(run, job.make_task, ds.fill(config, numbers))
     engine.task.train()

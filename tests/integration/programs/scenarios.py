@@ -131,7 +131,7 @@ def plain_task(run: Run) -> Task:
     task = seeded(lambda: job.task_around(teachers), run.runtime.seed)
     if run.student.init:
         initial = DistillationJob(run).initial_weights()
-        partition.load_weights(task.student, initial, where="--student.init")
+        partition.load_weights(task.student, initial["student"], where="--student.init")
     return task
 
 
@@ -208,7 +208,7 @@ def start_engine(run: Run, zero: dict[str, Any]) -> tuple[Engine, DistillationJo
         node_size=node_size,
         clip_norm=run.optim.clip_norm,
         bfloat16=bfloat16,
-        parameter_sizes=job.parameter_sizes(),
+        parameter_sizes=sum(job.tensor_sizes(), ()),
     )
     config = ds.fill({"zero_optimization": zero}, numbers)
     job.build(bfloat16=bfloat16, node_size=node_size, persistence_threshold=0)

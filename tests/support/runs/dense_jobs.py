@@ -64,5 +64,5 @@ def exported(run: Run, folder: Path, to: str, *, told: str) -> Exported:
     assert told in card
     assert "somewhere" in run.data.root
     assert "somewhere" not in card
-    stored = sources_of(job_of).open(folder / "run").file
+    stored = sources_of(job_of).resolve(folder / "run").stored.file
     return Exported(trained, stored, *load_model(folder / "out"))

@@ -284,6 +284,12 @@ def test_what_a_kill_left_is_swept_and_another_run_is_waited_for(root, local, ca
     assert not list(local.glob(".partial-*"))
 
 
+def test_samples_that_cannot_be_copied_are_refused_and_not_forgotten():
+    with pytest.raises(DataError, match=r"data\.stage_to: .*'/disk'"):
+        stage([], "/disk")
+    assert stage([], "") == []
+
+
 def test_what_needs_no_copy_is_left_alone(root, local):
     source = open_images(str(root))
     assert stage(source, "") is source

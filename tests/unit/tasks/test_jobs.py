@@ -110,6 +110,6 @@ def test_a_job_of_earlier_versions_trains_and_its_commands_have_moved(run_of):
     assert Job is TrainingJob
     assert job_of(run_of("EARLIER")).make_task().head.out_features == 3
     job = job_of(run_of("SCORED"))
-    assert job.parameter_sizes()
+    assert job.tensor_sizes()
     with pytest.raises(ConfigError, match=r"^task\.name: EarlierScored\.score_stored .*score\(\)"):
         stored_run_of(job)

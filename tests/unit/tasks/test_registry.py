@@ -127,7 +127,7 @@ def test_mistakes_name_the_field(toy, arguments, field):
 def test_what_its_job_raises_is_one_sentence(toy, kind, part):
     run = given("--task.name", f"module:toy.py:{kind}", "--student.model", "vit_base_patch16")
     with pytest.raises(ConfigError, match=rf"^task\.name: .*{part}"):
-        job_of(run).parameter_sizes()
+        job_of(run).tensor_sizes()
 
 
 def test_a_stored_recipe_is_read_without_its_code(toy, monkeypatch):

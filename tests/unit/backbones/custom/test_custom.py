@@ -196,10 +196,10 @@ def test_a_forward_that_returns_no_map_or_draws_is_refused(name, part):
 def test_a_teacher_that_returns_no_map_is_refused():
     run = teacher_run("module:own_nets/patches.py:Deaf", "clip_vit_base_patch16")
     run = replace(run, objective=replace(run.objective, interpolation="bilinear"))
-    DistillationJob(run).parameter_sizes()  # A teacher is called with images alone.
+    DistillationJob(run).tensor_sizes()  # A teacher is called with images alone.
     run = teacher_run("module:own_nets/patches.py:Wide", "clip_vit_base_patch16")
     with pytest.raises(ConfigError, match=r"teacher\.source.*24"):
-        DistillationJob(run).parameter_sizes()
+        DistillationJob(run).tensor_sizes()
 
 
 @pytest.mark.usefixtures("_own_module")

@@ -37,18 +37,18 @@ def test_random_weights_follow_the_seed_alone(make_engine, config):
 def test_given_weights_are_exact_masters(make_engine, config):
     """Also those that bfloat16 cannot hold."""
     given = {name: torch.randn_like(p) for name, p in alone().student.named_parameters()}
-    engine = make_engine(config, initial=list(given.items()))
+    engine = make_engine(config, initial={"student": list(given.items())})
     found = masters(engine)
     for name, value in given.items():
         assert torch.equal(found[f"student.{name}"], value.flatten()), name
     # The head is new: as the seed draws it.
     assert torch.equal(found["head.weight"], alone().head.weight.detach().flatten())
     head = {"weight": torch.full((1, 8), 0.1), "bias": torch.full((1,), 0.1)}
-    found = masters(make_engine(config, heads={"head": list(head.items())}))
+    found = masters(make_engine(config, initial={"head": list(head.items())}))
     assert all(torch.equal(found[f"head.{name}"], v.flatten()) for name, v in head.items())
     whole = {f"student.{name}": value for name, value in given.items()}
     whole |= {"head.weight": torch.ones(1, 8), "head.bias": torch.ones(1)}
-    again = masters(make_engine(config, weights=list(whole.items())))
+    again = masters(make_engine(config, initial={"": list(whole.items())}))
     assert all(torch.equal(again[name], value.flatten()) for name, value in whole.items())
 
 

@@ -111,7 +111,7 @@ def test_it_learns_as_in_the_official_code(make_engine, tmp_path):
     engine = make_engine(
         make_task=make,
         optim=Optim(weight_decay=settings["weight_decay"], layer_decay=decay),
-        initial=student_weights(student, Sources(), image_size=32, without=FINAL_NORM),
+        initial={"student": student_weights(student, Sources(), image_size=32, without=FINAL_NORM)},
     )
     schedule, rates = official.schedule(settings), by_layer(engine, decay)
     losses = []
@@ -180,7 +180,7 @@ def test_a_probe_learns_as_in_the_official_code(make_engine, frozen, config):
         weights[name] = official.weight(name, tuple(weights[name].shape))
     optim = Optim(name="lars", weight_decay=settings["weight_decay"], clip_norm=0.0)
     engine = make_engine(
-        config, make_task=make, optim=optim, clip_norm=0.0, weights=weights.items()
+        config, make_task=make, optim=optim, clip_norm=0.0, initial={"": weights.items()}
     )
     scale_by_norms(engine)
     losses, schedule = [], official.schedule(settings)

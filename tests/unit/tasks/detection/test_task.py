@@ -273,7 +273,7 @@ def test_a_distilled_student_is_loaded_as_it_is_for_any_window(name, shape, tmp_
         replace(run, student=replace(run.student, init=str(path), architecture=architecture))
     )
     task = job.make_task()
-    load_weights(task.student, job.initial_weights(), where="--student.init")
+    load_weights(task.student, job.initial_weights()["student"], where="--student.init")
     for key, parameter in task.student.named_parameters():
         assert torch.equal(parameter, state[key]), key
     if shape:

@@ -44,7 +44,7 @@ def test_the_teachers_image_and_positions_follow(
     assert settled(run) == run
     fits = interpolation == "bilinear" or side or run.data.image_size == 32
     with nullcontext() if fits else pytest.raises(ShapeError, match="6x6"):
-        DistillationJob(run).parameter_sizes()
+        DistillationJob(run).tensor_sizes()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_teacher_has_its_size_for_each_of_the_students(
     assert run.objective.interpolation == interpolation
     assert settled(run) == run
     job = DistillationJob(run)
-    job.parameter_sizes()
+    job.tensor_sizes()
     teacher = job.make_teachers()[""]
     assert {size: teacher.side(size) for size in SIZES["data.image_sizes"]} == sides
     assert job.frozen_models()["teacher"].image_size in (sides[48], 0)
@@ -81,7 +81,7 @@ def test_a_teacher_has_its_size_for_each_of_the_students(
 def test_a_settled_run_says_what_is_automatic_whatever_it_was(run):
     """A job that is not settled, as `plan` counts it, sees the same teacher."""
     automatic = override(run, AUTO)
-    assert DistillationJob(automatic).parameter_sizes() == DistillationJob(run).parameter_sizes()
+    assert DistillationJob(automatic).tensor_sizes() == DistillationJob(run).tensor_sizes()
     (part,) = DistillationJob(automatic).frozen_models().values()
     assert part.image_size == 0
 
@@ -96,12 +96,12 @@ def test_a_settled_run_says_what_is_automatic_whatever_it_was(run):
 )
 def test_maps_that_do_not_fit_are_refused(run, field, value, named):
     with pytest.raises(ShapeError, match=named):
-        DistillationJob(override(run, {field: value})).parameter_sizes()
+        DistillationJob(override(run, {field: value})).tensor_sizes()
 
 
 def test_a_ladder_stands_on_blocks_of_one_shape_and_learns_summaries_too(run):
     with pytest.raises(ConfigError, match=r"objective\.head.*blocks"):
-        DistillationJob(override(run, {"objective.head": "ladder"})).parameter_sizes()
+        DistillationJob(override(run, {"objective.head": "ladder"})).tensor_sizes()
     vit = {"model": "vit_base_patch16", "architecture.depths": (2,), "architecture.embed_dim": 8}
     vit |= {"architecture.num_heads": (2,), "architecture.patch_size": 8}
     fields = {f"student.{name}": value for name, value in vit.items()}
@@ -112,12 +112,12 @@ def test_a_ladder_stands_on_blocks_of_one_shape_and_learns_summaries_too(run):
     assert [heads[kind].cls for kind in ("map", "summary")] == [None, None]
     assert heads["map"].grid == (4, 4)
     assert heads["summary"].grid == (1, 1)
-    DistillationJob(run).parameter_sizes()
+    DistillationJob(run).tensor_sizes()
 
 
 def test_a_line_says_how_the_grids_meet(run, caplog):
     with caplog.at_level("INFO"):
-        DistillationJob(override(run, {"data.image_size": 48})).parameter_sizes()
+        DistillationJob(override(run, {"data.image_size": 48})).tensor_sizes()
     assert "teacher 4x4 (images of 32 px), student 6x6 (images of 48 px)" in caplog.text
 
 
@@ -135,4 +135,4 @@ def test_a_line_says_how_the_grids_meet(run, caplog):
 def test_a_size_that_does_not_fit_is_refused(run, fields, named):
     run = run.with_fields({**SIZES, **AUTO, **fields})
     with pytest.raises(FDError, match=named):
-        DistillationJob(settled(run)).parameter_sizes()
+        DistillationJob(settled(run)).tensor_sizes()

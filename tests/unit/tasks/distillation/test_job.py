@@ -73,10 +73,10 @@ def test_a_sound_recipe_passes_and_lists_its_sources(run, root):
     job.check()
     assert dict(job.sources()) == {"teacher.source": "random", "student.init": ""}
     assert job.summary()["teacher"] == {"model": "clip_vit_base_patch16", "source": "random"}
-    assert job.splits_models() == (run.teacher.placement != "replicated")
     sharded = override(run, {"teacher.placement": "sharded"})
-    assert DistillationJob(sharded).splits_models()
-    assert not DistillationJob(sharded.in_one_process()).splits_models()
+    assert DistillationJob(sharded).memory_facts() == {"teacher_placement": "sharded"}
+    one = DistillationJob(sharded.in_one_process())
+    assert one.memory_facts() == {"teacher_placement": "replicated"}
 
 
 @pytest.mark.parametrize("head", ["linear", "convolutional", "resized_mlp"])
@@ -84,7 +84,7 @@ def test_sizes_of_all_that_may_be_split(built, head):
     job, engine = built(objective__head=head)
     models = (engine.task, job.teachers[""].module)
     expected = sorted(p.numel() for model in models for p in model.parameters())
-    assert sorted(job.parameter_sizes()) == expected
+    assert sorted(sum(job.tensor_sizes(), ())) == expected
 
 
 TILED = {
@@ -105,7 +105,7 @@ def test_maps_out_of_mosaics_are_those_of_full_ones(run):
     assert job.run.teachers["sam"].teacher_image_size == 64
     assert job.run.teachers["sam"].interpolation == "none"
     job.check()
-    job.parameter_sizes()
+    job.tensor_sizes()
     job.build(bfloat16=False, node_size=1, persistence_threshold=0)
     task = job.make_task()
     images = torch.randint(0, 256, (8, 3, 32, 32)).byte()
@@ -129,7 +129,7 @@ def test_maps_out_of_mosaics_are_those_of_full_ones(run):
 def test_mosaics_that_do_not_fit_are_refused(run, fields, named):
     job = DistillationJob(settled(run.with_fields({**TILED, **fields})))
     with pytest.raises(FDError, match=named):
-        check_all(job.check, job.parameter_sizes)
+        check_all(job.check, job.tensor_sizes)
 
 
 def test_a_mosaic_has_no_summary(run):
@@ -211,7 +211,7 @@ def test_several_teachers_are_known_by_their_names(run):
     assert job.summary()["teachers"].keys() == job.frozen_models().keys() == {"a", "b"}
     assert "held_out/b_summary_loss" in job.metrics
     assert "b_summary_loss" in job.lower_is_better
-    job.parameter_sizes()
+    job.tensor_sizes()
     job.build(bfloat16=False, node_size=1, persistence_threshold=0)
     heads = {name for name, _ in job.make_task().named_parameters() if name.startswith("heads.")}
     assert {name.rpartition(".")[0] for name in heads} == {

@@ -89,8 +89,7 @@ def started(run: Run, source: Path) -> Segmentation:
     job = job_of(job_of(run).settle(sources))
     job.weights = sources
     task = job.make_task().eval()
-    partition.load_weights(task.student, job.initial_weights(), where="student")
-    for name, tensors in job.initial_heads().items():
+    for name, tensors in job.initial_weights().items():
         partition.load_weights(getattr(task, name), tensors, where=name)
     return task
 
@@ -227,7 +226,7 @@ def test_other_heads_are_refused(tmp_path):
     start = {n.removeprefix("backbone."): t for n, t in held.items() if "backbone.st" in n}
     save_file(start, tmp_path / "backbone.safetensors")
     with pytest.raises(WeightsError, match=r"head_init.*no heads of segmentation"):
-        job_of(other(head_init=str(tmp_path / "backbone.safetensors"))).initial_heads()
+        job_of(other(head_init=str(tmp_path / "backbone.safetensors"))).initial_weights()
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_no_other_images_are_shown_to_a_cache(root, cache):
     # But a micro-batch can be tried, and a step counted.
     batch = job.probe_batch(3)
     job.make_task().shapes_only(batch).backward()
-    assert job.parameter_sizes() == tuple(p.numel() for p in job.make_task().parameters())
+    assert job.tensor_sizes() == (tuple(p.numel() for p in job.make_task().parameters()), ())
     _, frozen = job.models_on_shapes()
     assert frozen == ()
     assert job.frozen_models()["teacher"].section.source == "random"
