@@ -1,14 +1,18 @@
 """Do the phases that `plan --probe` times foretell how long a step takes?
 
     python benchmarks/plan.py [--quick] [--ranks 2] [--model swinv2_tiny] [--images 1 2 4 8 16]
+    python benchmarks/plan.py --public
 
-Starts its own CPU ranks (or one per GPU) and builds an engine at ZeRO 1, 2 and 3 (on one rank at 0
-and 3). Each round times the phases of the plain task (`engine/counting/phases.py`) before the steps
-of all engines with each micro-batch, so that other work on the machine meets all alike; half-way
-the machine's rates are measured (`engine/counting/rates.py`). `--clock cpu` counts processor time,
-which other work stretches less. A figure is the shortest measured step over what the shortest
-phases foretell; beside it stands what the rates of single operations foretell alone. Teacher and
-student are the same model; images are noise in memory. Writes
+With --public nothing is timed: what the time model says is compared with measured steps of other
+software on GPUs (public_rates.py), and a clean one that leaves its range makes the exit code 1.
+
+Else it starts its own CPU ranks (or one per GPU) and builds an engine at ZeRO 1, 2 and 3 (on one
+rank at 0 and 3). Each round times the phases of the plain task (`engine/counting/phases.py`) before
+the steps of all engines with each micro-batch, so that other work on the machine meets all alike;
+half-way the machine's rates are measured (`engine/counting/rates.py`). `--clock cpu` counts
+processor time, which other work stretches less. A figure is the shortest measured step over what
+the shortest phases foretell; beside it stands what the rates of single operations foretell alone.
+Teacher and student are the same model; images are noise in memory. Writes
 benchmarks/results/plan_MODEL_RANKS.json.
 """
 
@@ -47,6 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine with other work"
     )
+    parser.add_argument("--public", action="store_true", help="compare with public measurements")
     parser.add_argument("--json", type=Path, help="default: results/plan_MODEL_RANKS.json")
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -184,6 +189,10 @@ def report(
 
 if __name__ == "__main__":
     flags = parse()
+    if flags.public:
+        import public_rates
+
+        sys.exit(public_rates.report())
     if flags.as_rank:
         sys.exit(measure(flags))
     sys.exit(harness.start(__file__, *sys.argv[1:], "--as-rank", ranks=flags.ranks))

@@ -31,8 +31,8 @@ from fd_large.recipes.fields import at_least, flat, plain, positive, require
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import AUTO, RANDOM, FrozenModel
 
-NARROW = 96
-"""Columns of a terminal below which the table leaves out times that the lines after it give."""
+NARROW = 104
+"""Columns of a terminal below which the table leaves out what the lines after it give."""
 
 
 @dataclass(frozen=True, kw_only=True)

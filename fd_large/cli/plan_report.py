@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
@@ -20,28 +19,28 @@ from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Machine
 from fd_large.plan.disk import on_disk
 from fd_large.plan.search import SAME_TIME, Refused, checkpoint_bytes
-from fd_large.plan.step_time import Estimate
+from fd_large.plan.step_time import WITH_HOOKS, WITHOUT_HOOKS, Between, Estimate
 from fd_large.plan.workload import Workload
 from fd_large.recipes.architectures import brings_model
 from fd_large.recipes.run import Run
 from fd_large.runtime import disks
 
 LEAST = 0.001
-"""The least number of hours or days that is shown."""
+"""The least number of seconds or hours that is shown."""
 
 
 def figure(value: float) -> str:
-    """Returns a number of hours or days as text."""
+    """Returns a number of seconds or hours as text, with two figures."""
     if value < LEAST:
         return f"<{LEAST}"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    rounded = float(f"{value:.1e}")
+    return f"{rounded:,.{max(0, 1 - math.floor(math.log10(rounded)))}f}"
 
 
-def figures(values: Sequence[float]) -> list[str]:
-    """Returns the numbers of a column, all with the digits that three figures of the least take."""
-    least = min((value for value in values if value >= LEAST), default=LEAST)
-    digits = max(0, 2 - math.floor(math.log10(least)))
-    return [f"{value:,.{digits}f}" if value >= LEAST else f"<{LEAST}" for value in values]
+def figures(between: Between) -> str:
+    """Returns what a plan says of seconds or hours."""
+    low, high = map(figure, between)
+    return low if low == high else f"{low}-{high}"
 
 
 def report(
@@ -62,7 +61,7 @@ def report(
         load, machine, good, bad: As `plan` returns them.
         images: Images of the dataset, which decide the steps of an epoch.
         rows: How many settings are shown of those that fit, and of those that do not.
-        narrow: Whether the table leaves out times that the lines after it give.
+        narrow: Whether the table leaves out what the lines after it give.
     """
     parts: list[Table | Text] = [_heading(run, load, machine)]
     if good:
@@ -150,37 +149,30 @@ def _best_table(
         "Settings that fit, fastest first\n"
         f"(of those within {100 * SAME_TIME:.0f} %, what communicates least)"
     )
-    names = ["micro\nx accum.", "GB per\nrank", "compute\nms", "comm.\nms"]
-    names += ["step\ns", "images\n/s", "MFU\n%", "days", "GPU-\nhours"]
-    if narrow:
-        names[2:4] = []
+    names = ["micro\nx accum.", "GB per\nrank", "step\ns", "hours", "GPU-\nhours"]
+    if not narrow:
+        names += ["compute\nms", "comm.\nms", "images\n/s", "MFU\n%"]
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    hours = [one.seconds.total * steps / 3600 for one in good]
-    in_digits = zip(
-        figures([one.seconds.total for one in good]),
-        figures([each / 24 for each in hours]),
-        figures([each * machine.cluster.gpus for each in hours]),
-        strict=True,
-    )
-    for one, (total, days, gpu_hours) in zip(good, in_digits, strict=True):
+    for one in good:
         seconds = one.seconds
+        hours = seconds.between.scaled(steps / 3600)
+        cells = [
+            f"{seconds.computation * 1e3:,.0f}",
+            f"{seconds.communication * 1e3:,.0f}",
+            f"{one.images_per_second:,.0f}",
+            f"{100 * one.mfu:.1f}",
+        ]
         table.add_row(
             _zero(one.candidate),
             _teacher(one.candidate, load),
             "blocks" if one.candidate.checkpointing else "off",
             f"{one.candidate.micro_batch_size} x {seconds.accumulation}",
             f"{one.memory.total / 1e9:.1f}",
-            *(
-                []
-                if narrow
-                else [f"{seconds.computation * 1e3:,.0f}", f"{seconds.communication * 1e3:,.0f}"]
-            ),
-            total,
-            f"{one.images_per_second:,.0f}",
-            f"{100 * one.mfu:.1f}",
-            days,
-            gpu_hours,
+            figures(seconds.between),
+            figures(hours),
+            figures(hours.scaled(machine.cluster.gpus)),
+            *([] if narrow else cells),
         )
     return table
 
@@ -235,15 +227,16 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
 def _said_of_times(load: Workload, machine: Machine) -> list[str]:
     """Says where the times come from, and how far off such times were."""
     if load.phases:
-        return [
-            "These times go by a step of this task that was timed on one device, and by measured "
-            "collectives (docs/scaling.md says how far off such times were)"
-        ]
-    if machine.rates.name.endswith("measured"):
-        return ["These times go by measured rates of single operations, not by a step of this task"]
+        where = "a step of this task that was timed on one device, and by measured collectives"
+    elif machine.rates.name.endswith("measured"):
+        where = "measured rates of single operations, not by a step of this task"
+    else:
+        where = "data sheets and what whole steps of other software reach of them"
     return [
-        "These times go by data sheets, are lower bounds, and were compared with no GPU; on CPU "
-        "ranks steps took 0.7 to 1.4 times as long as measured rates say. --probe measures them"
+        f"These times go by {where}. The table has them from {WITHOUT_HOOKS.low:g} to "
+        f"{WITHOUT_HOOKS.high:g} times, with ZeRO-3's hooks {WITH_HOOKS.low:g} to "
+        f"{WITH_HOOKS.high:g}, as clean public steps are (docs/scaling.md); waiting for images is "
+        "not in them" + ("" if load.phases else ". --probe measures this machine")
     ]
 
 

@@ -12,10 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fd_large.cli.plan import plan
-from fd_large.cli.plan_report import figure
+from fd_large.cli.plan_report import figures
 from fd_large.cli.plan_workload import steps_of
 from fd_large.errors import FDError, first_line
 from fd_large.plan.cluster import Cluster
+from fd_large.plan.step_time import Between
 from fd_large.recipes.run import Run
 
 _NODE = 8
@@ -27,14 +28,14 @@ class Cost(NamedTuple):
     Attributes:
         steps: Its steps.
         gpus: GPUs that it is planned on.
-        hours: GPU-hours of its steps; None: it does not fit, or cannot be planned.
+        hours: GPU-hours that its steps may take; None: it does not fit, or cannot be planned.
         memory_bytes: Memory of a rank.
         why: Why there are no hours, without a remedy: the model is the row's.
     """
 
     steps: int
     gpus: int
-    hours: float | None
+    hours: Between | None
     memory_bytes: float = 0.0
     why: str = ""
 
@@ -58,7 +59,7 @@ def cost_of(run: Run, images: int, *, gpus: int, gpu: str) -> Cost:
     if not good:
         return Cost(steps, ranks, None, why="no setting fits into memory")
     best = good[0]
-    hours = best.seconds.total * steps / 3600 * ranks
+    hours = best.seconds.between.scaled(steps / 3600 * ranks)
     return Cost(steps, ranks, hours, best.memory.total)
 
 
@@ -87,7 +88,7 @@ def report(
     names = ("recipe", "model", "steps", "GPUs", "GB per\nrank", "time")
     each = _table("Each training", names)
     for row, _, run, cost in costs:
-        time = _time(cost.hours / cost.gpus) if cost.hours is not None else "-"
+        time = _time(cost.hours.scaled(1 / cost.gpus)) if cost.hours is not None else "-"
         memory = f"{cost.memory_bytes / 1e9:.1f}" if cost.hours is not None else "-"
         each.add_row(run.name, row, f"{cost.steps:,}", str(cost.gpus), memory, time)
     lines = [
@@ -130,16 +131,21 @@ def _reasons(missing: Sequence[tuple[str, str, str]]) -> list[str]:
     return [f"Not planned: {on} for {'; '.join(of)} ({why})." for (on, why), of in rows.items()]
 
 
-def _time(hours: float) -> str:
-    return f"{figure(hours)} h" if hours < 24 else f"{figure(hours / 24)} days"
+def _time(hours: Between) -> str:
+    days = hours.high >= 24
+    return f"{figures(hours.scaled(1 / 24))} days" if days else f"{figures(hours)} h"
 
 
 def _hours(cost: Cost | None) -> str:
     if cost is None:
         return ""
-    return "-" if cost.hours is None else figure(cost.hours)
+    return "-" if cost.hours is None else figures(cost.hours)
 
 
 def _sum(costs: Iterable[Cost | None], *, times: int = 1) -> str:
     hours = [cost.hours for cost in costs if cost and cost.hours is not None]
-    return figure(times * sum(hours)) if hours else "-"
+    if not hours:
+        return "-"
+    # No better known together: what makes one slower makes all slower.
+    low, high = map(sum, zip(*hours, strict=True))
+    return figures(Between(low, high).scaled(times))

@@ -1,9 +1,10 @@
 """Rates of a card and its links: of named cards, or from a file of measured rates.
 
-`peak` is the data sheet's dense bfloat16 rate, the denominator of MFU. The other rates of the H100
-are published measurements (800 of 989 TFLOP/s in large products, 3.0 TB/s of 3.35); those of the
-other cards are the data sheet's times the same fractions, 0.81 and 0.90. The link inside a node is
-the data sheet's per direction times 0.78, as 350 of 450 GB/s on the H100.
+They are those of single operations; `plan.step_time` says what whole steps reach of them. `peak` is
+the data sheet's dense bfloat16 rate, the denominator of MFU. The other rates of the H100 are
+published measurements (800 of 989 TFLOP/s in large products, 3.0 TB/s of 3.35); those of the other
+cards are the data sheet's times the same fractions, 0.81 and 0.90. The link inside a node is the
+data sheet's per direction times 0.78, as 350 of 450 GB/s on the H100.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fd_large.errors import ConfigError, nearest
 from fd_large.files import read_json
 
 # Rates that may be 0: what they stand for costs nothing.
-MAY_BE_0 = ("launch_seconds", "start_seconds")
+MAY_BE_0 = ("launch_seconds", "start_seconds", "hooked_share", "hpz_wait_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,10 @@ class Rates:
             empty: no fused kernel runs.
         launch_seconds: Seconds to start an operation from Python; assumed for the named cards.
         start_seconds: Seconds to start a collective; assumed for the named cards.
+        hooked_share: Fraction of the passes of modules that have DeepSpeed's hooks where parameters
+            are gathered; less where blocks are leaf modules, 0 for software without hooks.
+        hpz_wait_seconds: Seconds a step that the host waits for the GPU for each trained tensor
+            under hpZ; 0: not measured.
     """
 
     name: str
@@ -52,15 +57,27 @@ class Rates:
     capability: str = ""
     launch_seconds: float = 5e-6
     start_seconds: float = 30e-6
+    hooked_share: float = 1.0
+    hpz_wait_seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as `--rates` reads them."""
         return asdict(self)
 
 
-def _card(
+def of_data_sheet(
     name: str, capability: str, gigabytes: float, teraflops: float, terabytes: float, link: float
 ) -> Rates:
+    """Returns the rates of a card by its data sheet.
+
+    Args:
+        name: Name in tables.
+        capability: Compute capability.
+        gigabytes: Memory in GB.
+        teraflops: Dense bfloat16 (or float16) rate in TFLOP/s.
+        terabytes: Bandwidth of the memory in TB/s.
+        link: GB/s per direction to the other cards of a node.
+    """
     return Rates(
         name=name,
         capability=capability,
@@ -75,12 +92,12 @@ def _card(
 # From data sheets: GB of memory, TFLOP/s (dense bfloat16), TB/s of memory, GB/s per direction
 # inside a node (NVLink; PCIe for the L40S).
 CARDS = {
-    "h100": _card("H100 SXM 80 GB", "9.0", 80, 989, 3.35, 450),
-    "h200": _card("H200 SXM 141 GB", "9.0", 141, 989, 4.8, 450),
-    "b200": _card("B200 180 GB", "10.0", 180, 2250, 7.7, 900),
-    "a100": _card("A100 SXM 80 GB", "8.0", 80, 312, 2.039, 300),
-    "a100_40": _card("A100 SXM 40 GB", "8.0", 40, 312, 1.555, 300),
-    "l40s": _card("L40S 48 GB", "8.9", 48, 362, 0.864, 32),
+    "h100": of_data_sheet("H100 SXM 80 GB", "9.0", 80, 989, 3.35, 450),
+    "h200": of_data_sheet("H200 SXM 141 GB", "9.0", 141, 989, 4.8, 450),
+    "b200": of_data_sheet("B200 180 GB", "10.0", 180, 2250, 7.7, 900),
+    "a100": of_data_sheet("A100 SXM 80 GB", "8.0", 80, 312, 2.039, 300),
+    "a100_40": of_data_sheet("A100 SXM 40 GB", "8.0", 40, 312, 1.555, 300),
+    "l40s": of_data_sheet("L40S 48 GB", "8.9", 48, 362, 0.864, 32),
 }
 
 

@@ -1,54 +1,68 @@
-"""How long a step takes: computation, communication, optimizer.
+"""How long a step takes: four constants, held against public measurements.
 
-Computation of a micro-batch, where the phases of a real step were measured (`plan.phases`), is
-their seconds, and what ZeRO adds: passes over gradients and gathered parameters, hooks. Else:
+    step = micro-batches x max(products + bytes + hooks, communication) + after the last one
 
-- matrix products: each takes the longer of FLOPs / product rate and bytes / bandwidth;
-- the rest: bytes moved / bandwidth, with the gradients of the parameters and the copies of gathered
-  parameters;
-- starting the operations from Python, and DeepSpeed's hooks around each module at stage 3. Python
-  runs ahead of a GPU, so this counts only if it takes longer than all the rest; on CPU ranks it is
-  added.
+- products: each matrix product takes the longer of FLOPs / product rate and bytes / bandwidth;
+- bytes: what all else reads and writes / bandwidth, with the gradients of the parameters and the
+  copies of gathered ones. Where Python needs longer to start the operations, that counts;
+- hooks: those of DeepSpeed around each module whose parameters are gathered. They are added: a
+  measured step at stage 3 takes them longer, however long its products are;
+- communication: beside computation on GPUs; CPU ranks, whose cores do both, take the sum;
+- after the last micro-batch: the collectives of the step and the optimiser, which moves 46 bytes
+  (bfloat16) for each parameter of the rank's shard.
 
-Communication of a micro-batch, where S and T are one gather or scatter of student and teacher
-(`plan.cluster`):
+Where the phases of a real step were measured (`plan.phases`), their seconds stand for products and
+bytes, and what ZeRO adds is added to them.
 
-| ZeRO | student, each micro-batch            | student, each step           |
-|------|--------------------------------------|------------------------------|
-| 0    | none                                 | gradients 2 S                |
-| 1    | none                                 | gradients 2 S, parameters S  |
-| 2    | gradients 2 S                        | parameters S                 |
-| 3    | S forward, R backward, gradients S   | none                         |
-
-Parameters travel in their data type, and gradients in that of their sums, which is float32 over
-more than `MOST_BFLOAT16_SUMMANDS` ranks. At stages 0 to 2 their sums go to all ranks, a scatter and
-a gather; on up to `MOST_OWNERS` ranks, at stages 1 and 2, each goes to the rank that steps its
-parameter alone, and takes S (engine/zero/gradient_reduction.py). R is S without what is still whole
-when the backward pass begins: layers that are used again within `stage3_max_reuse_distance`
-elements, forward and back, stay whole.
-
-A split teacher adds T per micro-batch, over all ranks or inside each node. With hpZ the backward
-pass gathers inside a node. On GPUs communication runs beside computation, and the longer of the two
-counts; CPU ranks, whose cores do both, take the sum. After the last micro-batch come the
-collectives of the step and the optimiser, which moves 46 bytes (bfloat16) for each parameter of the
-rank's shard.
+The constants are what whole steps on GPUs reach of the rates of single operations (`plan.rates`;
+of the data sheet that is 0.73, 0.45 and 0.51). Three are least squares over 17 measurements of
+other software, benchmarks/public_rates.json: `fitted` in tests/unit/plan/test_step_time.py finds
+them again. All rows ran PyTorch's own kernels; no fused kernel was measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from fd_large.plan.buckets import MOST_OWNERS, gradient_bucket
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Machine
+from fd_large.plan.communication import gathered_again, of_micro_batch, of_step
 from fd_large.plan.counts import Counts, StepFlops
 from fd_large.plan.peak_memory import PeakMemory, peak_memory
 from fd_large.plan.rates import Rates
 from fd_large.plan.workload import Workload
 
+# Matrix products: 9 rows on A100 and RTX 3090, 8 on H100 and H200. Of other generations there is no
+# clean row; they are taken for the nearer one.
+AMPERE_PRODUCTS = 0.90
+HOPPER_PRODUCTS = 0.55
+# All other operations: all rows, of which the three of Swin models tell it from the products.
+BYTES = 0.57
+# DeepSpeed's hooks before and after a module, in calls of Python: 0.24 ms a pass where a call took
+# 9 us, measured with 0.19.8 on an idle CPU rank. 135 us at the 5 us of a GPU's host. Not fitted:
+# the two rows with ZeRO-3 (68 and 212 us) lie on both sides of it.
+HOOK_CALLS = 27
+HOPPER = 9  # Compute capability.
+
+
+class Between(NamedTuple):
+    """A least and a greatest number."""
+
+    low: float
+    high: float
+
+    def scaled(self, factor: float) -> Between:
+        """Returns both times a factor."""
+        return Between(factor * self.low, factor * self.high)
+
+
+# Measured steps over the model's, of the rows without and with hooks. Software decides it: the same
+# model on the same cards took 1.7 and 2.3 times as long in other runs.
+WITHOUT_HOOKS, WITH_HOOKS = Between(0.8, 1.25), Between(0.75, 1.45)
 # What a step computes: names for tables.
-PRODUCTS, REST, ADDED = "matrix products", "the rest", "ZeRO's copies and hooks"
+PRODUCTS, REST, HOOKS, ADDED = "matrix products", "the rest", "ZeRO-3's hooks", "ZeRO's copies"
 # Bytes that a step moves per parameter of the rank's shard, in float32: 4 for the norm, 8 for
 # clipping, 12 for the optimiser (reads gradient and master, writes the master). Each moment is read
 # and written.
@@ -56,11 +70,6 @@ OPTIMIZER_BYTES, MOMENT_BYTES = 24, 8
 # A parameter's gradient is written, copied into a bucket (read, written), and added to the
 # accumulated one (read), half in the data type of the parameters, half in that of the sums.
 GRADIENT_PASSES = 4
-# DeepSpeed's hooks at stage 3 run before and after each module, and take as long as HOOK_CALLS
-# calls (measured with 0.19.8 on an idle CPU rank: 0.24 ms per module and pass, 9 us per call).
-HOOK_CALLS = 27
-# Half of DeepSpeed's `stage3_max_reuse_distance`, which counts forward and back.
-KEPT_ELEMENTS = 500_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +78,7 @@ class StepSeconds:
 
     Attributes:
         parts: Computation of a micro-batch, by what it is: phases where they were measured, else
-            `PRODUCTS` and `REST`.
+            `PRODUCTS` and `REST`; what ZeRO adds.
         communication: Communication of a micro-batch.
         finish: Collectives and optimizer after the last micro-batch.
         accumulation: Number of micro-batches.
@@ -92,6 +101,11 @@ class StepSeconds:
         """The whole step."""
         both = self.computation, self.communication
         return self.accumulation * (max(both) if self.overlap else sum(both)) + self.finish
+
+    @property
+    def between(self) -> Between:
+        """What the whole step may take."""
+        return (WITH_HOOKS if self.parts.get(HOOKS) else WITHOUT_HOOKS).scaled(self.total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +143,7 @@ class Estimate:
         """FLOPs with recomputation over the peak."""
         return self._share(self.flops.hardware)
 
-    def _share(self, count: int) -> float:
+    def _share(self, count: float) -> float:
         return count * self.seconds.accumulation / self.seconds.total / self.peak
 
 
@@ -140,8 +154,8 @@ def estimate(load: Workload, candidate: Candidate, machine: Machine) -> Estimate
         memory=peak_memory(load, candidate, machine),
         seconds=StepSeconds(
             parts=_computation(load, candidate, machine),
-            communication=_communication(load, candidate, machine),
-            finish=_finish(load, candidate, machine),
+            communication=of_micro_batch(load, candidate, machine),
+            finish=_update(load, candidate, machine) + of_step(load, candidate, machine),
             accumulation=load.accumulation(candidate, machine),
             overlap=machine.rates.overlap,
         ),
@@ -153,25 +167,39 @@ def estimate(load: Workload, candidate: Candidate, machine: Machine) -> Estimate
 
 def _computation(load: Workload, candidate: Candidate, machine: Machine) -> dict[str, float]:
     rates, images = machine.rates, candidate.micro_batch_size
-    counts = load.counts_of(candidate, machine)
-    calls, hooks = sum(counts.calls.values()), HOOK_CALLS * _hooked(load, candidate, counts)
-    added = _added_bytes(load, candidate, machine) / rates.bandwidth
+    counts, (flops, bandwidth) = load.counts_of(candidate, machine), reached(rates)
+    added = _added_bytes(load, candidate, machine) / bandwidth
     if load.phases:
         first_pass = bool(counts.modules.get("first_pass"))
         again = _computed_again(load, candidate)
         parts = load.phases.at(images, first_pass=first_pass, again=again)
-        # What is timed has its own calls of Python.
-        starting = hooks * rates.launch_seconds
-        if rates.overlap:
-            starting = max(0.0, (calls + hooks) * rates.launch_seconds - sum(parts.values()))
-            return parts | {ADDED: max(added, starting)}
-        return parts | {ADDED: added + starting}
-    matrix, other = seconds_of(counts, images, rates)
-    other += load.compute_bytes(machine) * load.parameters / rates.bandwidth + added
-    starting = (calls + hooks) * rates.launch_seconds
-    if not rates.overlap:
-        return {PRODUCTS: matrix, REST: other + starting}
-    return {PRODUCTS: matrix, REST: max(other, starting - matrix)}
+        parts[ADDED] = added
+    else:
+        products = sum(
+            one.times * max(one.flops.at(images) / flops, one.moved.at(images) / bandwidth)
+            for one in counts.products
+        )
+        moved = sum(line.at(images) for line in counts.moved.values())
+        moved += load.compute_bytes(machine) * load.parameters
+        parts = {PRODUCTS: products, REST: moved / bandwidth + added}
+    calls = sum(counts.calls.values()) * rates.launch_seconds
+    if rates.overlap:  # Python runs ahead of a GPU, unless it needs longer.
+        calls = max(0.0, calls - sum(parts.values()))
+    elif load.phases:  # What is timed has its own calls of Python.
+        calls = 0.0
+    parts[ADDED if load.phases else REST] += calls
+    if hooked := rates.hooked_share * _hooked(load, candidate, counts):
+        parts[HOOKS] = HOOK_CALLS * rates.launch_seconds * hooked
+    return parts
+
+
+def reached(rates: Rates) -> tuple[float, float]:
+    """Returns FLOP/s of matrix products and bytes/s of all else in a step."""
+    if not rates.overlap:  # A CPU rank computes one operation after the other.
+        return rates.matmul, rates.bandwidth
+    generation = int(rates.capability.partition(".")[0] or HOPPER)
+    share = HOPPER_PRODUCTS if generation >= HOPPER else AMPERE_PRODUCTS
+    return share * rates.matmul, BYTES * rates.bandwidth
 
 
 def _added_bytes(load: Workload, candidate: Candidate, machine: Machine) -> float:
@@ -181,7 +209,7 @@ def _added_bytes(load: Workload, candidate: Candidate, machine: Machine) -> floa
         # Backward itself writes each gradient once.
         moved += GRADIENT_PASSES * (size + load.sum_bytes(machine)) / 2 - size
     if candidate.stage == 3:  # What is gathered, forward and backward, is copied in place.
-        moved += 2 * (1 + _gathered_again(load)) * size
+        moved += 2 * (1 + gathered_again(load)) * size
     moved *= load.parameters
     own = 2 if load.teacher_bfloat16(machine) else 4
     return moved + 2 * own * sum(load.split_sizes(candidate))
@@ -196,22 +224,6 @@ def _computed_again(load: Workload, candidate: Candidate) -> float:
     return (with_them - without) / load.counts[False].flops("forward", images)
 
 
-def seconds_of(counts: Counts, images: int, rates: Rates) -> tuple[float, float]:
-    """Returns the seconds of a micro-batch's matrix products, and of the rest without its starts.
-
-    Args:
-        counts: What it computes and moves.
-        images: Images of the micro-batch.
-        rates: Those of the card.
-    """
-    matrix = sum(
-        product.times
-        * max(product.flops.at(images) / rates.matmul, product.moved.at(images) / rates.bandwidth)
-        for product in counts.products
-    )
-    return matrix, sum(line.at(images) for line in counts.moved.values()) / rates.bandwidth
-
-
 def _hooked(load: Workload, candidate: Candidate, counts: Counts) -> float:
     """Returns the forwards and backwards of modules around which DeepSpeed's hooks run."""
     modules, hooked = counts.modules, 0.0
@@ -224,60 +236,15 @@ def _hooked(load: Workload, candidate: Candidate, counts: Counts) -> float:
     return hooked
 
 
-def _communication(load: Workload, candidate: Candidate, machine: Machine) -> float:
-    cluster, rates = machine.cluster, machine.rates
-    whole = load.compute_bytes(machine) * load.parameters
-    calls = sum(1 for n in load.student_sizes if n > load.threshold)
-    gradients, buckets = load.sum_bytes(machine) * load.parameters, _buckets(load)
-    total = 0.0
-    if candidate.stage == 3:
-        again, span = _gathered_again(load), "node" if candidate.hpz else "all"
-        total += cluster.seconds(whole, rates, calls=calls)
-        if load.counts_of(candidate, machine).modules.get("first_pass"):
-            total += cluster.seconds(whole, rates, calls=calls)
-        total += again * cluster.seconds(whole, rates, span=span, calls=calls)
-        total += cluster.seconds(gradients, rates, calls=buckets)
-    elif candidate.stage == 2:
-        total += _scatters(candidate, machine) * cluster.seconds(gradients, rates, calls=buckets)
-    if split := load.split_sizes(candidate):
-        size = 2 if load.teacher_bfloat16(machine) else 4
-        calls = sum(1 for n in split if n > load.threshold)
-        span = "node" if candidate.teacher == "node" else "all"
-        total += cluster.seconds(size * sum(split), rates, span=span, calls=calls)
-    return total
-
-
-def _scatters(candidate: Candidate, machine: Machine) -> int:
-    """Returns how many scatters a sum of the gradients at stages 0 to 2 takes as long as."""
-    return 1 if candidate.stage and machine.cluster.gpus <= MOST_OWNERS else 2
-
-
-def _gathered_again(load: Workload) -> float:
-    """Returns the fraction of parameters that ZeRO-3 gathers again for the backward pass."""
-    return max(0.0, 1 - KEPT_ELEMENTS / load.parameters)
-
-
-def _buckets(load: Workload) -> int:
-    return -(-load.parameters // gradient_bucket(load.parameters))
-
-
-def _finish(load: Workload, candidate: Candidate, machine: Machine) -> float:
-    cluster, rates = machine.cluster, machine.rates
-    # Stage 0 steps the parameters themselves, without a copy.
-    split = 1 if candidate.stage == 0 else cluster.gpus
-    # Each master is read, and the new parameter is written.
+def _update(load: Workload, candidate: Candidate, machine: Machine) -> float:
+    """Returns the seconds of the optimiser, and of hpZ's waits for its copies."""
+    bandwidth = reached(machine.rates)[1]
+    # Each master is read, and the new parameter is written. Stage 0 steps the parameters
+    # themselves, without a copy.
     copied = 4 + load.compute_bytes(machine) if candidate.stage else 0
     if load.phases:
-        update = load.phases.update + copied / rates.bandwidth
+        update = load.phases.update + copied / bandwidth
     else:
-        update = (OPTIMIZER_BYTES + MOMENT_BYTES * load.moments + copied) / rates.bandwidth
-    total = update * load.parameters / split
-    whole = load.compute_bytes(machine) * load.parameters
-    if candidate.stage in (1, 2):
-        total += cluster.seconds(whole, rates)
-    if candidate.stage <= 1:
-        gradients = load.sum_bytes(machine) * load.parameters
-        total += _scatters(candidate, machine) * cluster.seconds(
-            gradients, rates, calls=_buckets(load)
-        )
-    return total
+        update = (OPTIMIZER_BYTES + MOMENT_BYTES * load.moments + copied) / bandwidth
+    waits = machine.rates.hpz_wait_seconds * len(load.student_sizes) if candidate.hpz else 0.0
+    return update * load.parameters / (machine.cluster.gpus if candidate.stage else 1) + waits

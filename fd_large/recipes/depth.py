@@ -71,7 +71,7 @@ def nyuv2_vit_base() -> Run:
     """MIM-Depth's decoder on the student of CLIP ViT-B/16 (fd_clip_vit_base).
 
     Hardware: 8 GPUs x 3 images; NYUv2
-    Duration: 25,225 steps; about 1.0 GPU-hours
+    Duration: 25,225 steps; 1.0 to 1.6 GPU-hours
     Memory: 4.5 GB of each GPU
     Result: NYUv2 0.352 m RMSE (paper); CLIP itself 0.416
 
@@ -87,7 +87,7 @@ def nyuv2_swinv2_base() -> Run:
     """MIM-Depth's decoder on a SwinV2-B, window 30 (for the student of fd_swinv2_base).
 
     Hardware: 8 GPUs x 3 images; NYUv2
-    Duration: 25,225 steps; about 1.2 GPU-hours
+    Duration: 25,225 steps; 1.0 to 1.6 GPU-hours
     Memory: 5.0 GB of each GPU
     Result: not published (SwinV2-B of SimMIM: 0.304 m RMSE)
 
@@ -101,7 +101,7 @@ def nyuv2_swinv2_large() -> Run:
     """MIM-Depth's decoder on a SwinV2-L, window 30 (for the student of fd_swinv2_large).
 
     Hardware: 8 GPUs x 3 images; NYUv2
-    Duration: 25,225 steps; about 1.8 GPU-hours
+    Duration: 25,225 steps; 1.9 to 2.9 GPU-hours
     Memory: 6.9 GB of each GPU
     Result: not published (SwinV2-L of SimMIM: 0.287 m RMSE)
 
@@ -116,7 +116,7 @@ def nyuv2_swinv2_giant() -> Run:
     """MIM-Depth's decoder on a SwinV2-G (3.0B), window 30 (for the student of fd_swinv2g).
 
     Hardware: 8 GPUs of 80 GB x 3 images; NYUv2
-    Duration: 25,225 steps; about 15.6 GPU-hours
+    Duration: 25,225 steps; 23 to 44 GPU-hours
     Memory: 25.0 GB of each GPU
     Result: not published
 
@@ -137,7 +137,7 @@ def nyuv2_linear() -> Run:
     """A linear layer on the last map of a frozen ViT-B/16: how much depth its features tell.
 
     Hardware: 8 GPUs x 2 images; NYUv2
-    Duration: 38,400 steps; about 23 GPU-minutes
+    Duration: 38,400 steps; 22 to 35 GPU-minutes
     Memory: 2.7 GB of each GPU
     Result: not published
 

@@ -74,7 +74,7 @@ def coco_mask_rcnn_vit_base() -> Run:
     """Mask R-CNN on the student of CLIP ViT-B/16 (fd_clip_vit_base), the paper's comparison.
 
     Hardware: 16 GPUs x 4 images; COCO 2017
-    Duration: 184,800 steps; about 283 GPU-hours
+    Duration: 184,800 steps; 370 to 580 GPU-hours
     Memory: 7.2 GB of each GPU
     Result: COCO 48.2 box, 42.5 mask AP; CLIP itself 45.0, 39.8
 
@@ -101,7 +101,7 @@ def coco_mask_rcnn_swinv2_tiny() -> Run:
     """Mask R-CNN on a SwinV2-T, window 16.
 
     Hardware: 8 GPUs x 2 images; COCO 2017
-    Duration: 266,112 steps; about 19.1 GPU-hours
+    Duration: 266,112 steps; 21 to 33 GPU-hours
     Memory: 4.3 GB of each GPU
     Result: not published
 
@@ -124,7 +124,7 @@ def coco_mask_rcnn_swinv2_base() -> Run:
     """Mask R-CNN on a SwinV2-B, window 16 (for the student of fd_swinv2_base).
 
     Hardware: 8 GPUs x 2 images; COCO 2017
-    Duration: 266,112 steps; about 30 GPU-hours
+    Duration: 266,112 steps; 32 to 50 GPU-hours
     Memory: 6.0 GB of each GPU
     Result: not published
 
@@ -143,7 +143,7 @@ def coco_mask_rcnn_swinv2_giant() -> Run:
     """Mask R-CNN on a SwinV2-G (3.0B), 1536 px, window 32 (for the student of fd_swinv2g).
 
     Hardware: 96 GPUs of 80 GB x 1 image; COCO 2017
-    Duration: 44,352 steps; about 1,134 GPU-hours
+    Duration: 44,352 steps; 1,200 to 2,400 GPU-hours
     Memory: 16.2 GB of each GPU
     Result: not published (paper's G, HTC++ and Objects365: 64.2 box)
 
@@ -195,7 +195,7 @@ def coco_cascade_vit_base() -> Run:
     """Cascade Mask R-CNN on the student of CLIP ViT-B/16 (fd_clip_vit_base).
 
     Hardware: 16 GPUs x 4 images; COCO 2017
-    Duration: 184,800 steps; about 301 GPU-hours
+    Duration: 184,800 steps; 390 to 610 GPU-hours
     Memory: 7.4 GB of each GPU
     Result: not published (ViTDet, MAE's weights: 54.0 box, 46.7 mask)
 
@@ -210,7 +210,7 @@ def coco_cascade_vit_large() -> Run:
     """Cascade Mask R-CNN on the student of CLIP ViT-L/14 (fd_clip_vit_large).
 
     Hardware: 64 GPUs x 1 image; COCO 2017
-    Duration: 184,800 steps; about 1,013 GPU-hours
+    Duration: 184,800 steps; 1,300 to 2,000 GPU-hours
     Memory: 19.8 GB of each GPU
     Result: not published (ViTDet, MAE's weights: 57.6 box, 50.0 mask)
 
@@ -237,7 +237,7 @@ def coco_cascade_swinv2_base() -> Run:
     """Cascade Mask R-CNN on a SwinV2-B, window 16 (for the student of fd_swinv2_base).
 
     Hardware: 8 GPUs x 2 images; COCO 2017
-    Duration: 266,112 steps; about 43 GPU-hours
+    Duration: 266,112 steps; 46 to 72 GPU-hours
     Memory: 6.9 GB of each GPU
     Result: not published (Swin-B, labels of ImageNet-1K: 51.9 box, 45.0 mask)
 
@@ -254,7 +254,7 @@ def coco_cascade_swinv2_large() -> Run:
     """Cascade Mask R-CNN on a SwinV2-L, window 16 (for the student of fd_swinv2_large).
 
     Hardware: 32 GPUs x 2 images; COCO 2017
-    Duration: 66,528 steps; about 65 GPU-hours
+    Duration: 66,528 steps; 67 to 100 GPU-hours
     Memory: 8.6 GB of each GPU
     Result: not published (SwinV2-L with HTC++ at 1536 px: 58.8 box, 51.1 mask)
 
@@ -280,7 +280,7 @@ def coco_htc_swinv2_giant() -> Run:
     """HTC++ on a SwinV2-G (3.0B), 1536 px, window 32, after Objects365.
 
     Hardware: 96 GPUs of 80 GB x 1 image; COCO 2017 and COCO-Stuff's maps
-    Duration: 44,352 steps; about 1,181 GPU-hours
+    Duration: 44,352 steps; 1,300 to 2,600 GPU-hours
     Memory: 18.1 GB of each GPU
     Result: not published (paper's G: 64.2 box; SwinV2-G: 63.1 box, 54.4 mask; several scales)
 
@@ -308,7 +308,7 @@ def o365_cascade_swinv2_giant() -> Run:
     """Boxes of Objects365 on a SwinV2-G (3.0B), 1024 px, window 32, before COCO.
 
     Hardware: 96 GPUs of 80 GB x 1 image; Objects365 v2
-    Duration: 67,500 steps; about 842 GPU-hours
+    Duration: 67,500 steps; 1,200 to 2,200 GPU-hours
     Memory: 12.5 GB of each GPU
     Result: not published
 

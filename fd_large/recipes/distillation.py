@@ -57,7 +57,7 @@ def fd_clip_vit_base() -> Run:
     """OpenAI-CLIP ViT-B/16 into a ViT-B/16, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; CLIP ViT-B/16 weights
-    Duration: 187,500 steps; about 87 GPU-hours
+    Duration: 187,500 steps; 91 to 140 GPU-hours
     Memory: 12.7 GB of each GPU
     Result: ImageNet-1K fine-tuned 82.9 -> 85.0 (README: 84.9)
 
@@ -76,7 +76,7 @@ def fd_clip_vit_base_100ep() -> Run:
     """OpenAI-CLIP ViT-B/16 into a ViT-B/16, 100 epochs: larger crops, less drop path.
 
     Hardware: 16 GPUs x 128 images; CLIP ViT-B/16 weights
-    Duration: 62,500 steps; about 29 GPU-hours
+    Duration: 62,500 steps; 30 to 47 GPU-hours
     Memory: 12.7 GB of each GPU
     Result: no figure known (300 epochs: 85.0)
 
@@ -96,7 +96,7 @@ def fd_clip_vit_large() -> Run:
     """OpenAI-CLIP ViT-L/14 into a ViT-L/14, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; CLIP ViT-L/14 weights
-    Duration: 187,500 steps; about 365 GPU-hours
+    Duration: 187,500 steps; 370 to 580 GPU-hours
     Memory: 38.1 GB of each GPU
     Result: ImageNet-1K fine-tuned 86.1 -> 87.7
 
@@ -116,7 +116,7 @@ def fd_dino_vit_base() -> Run:
     """DINO ViT-B/16 into a ViT-B/16, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; DINO ViT-B/16 weights
-    Duration: 187,500 steps; about 83 GPU-hours
+    Duration: 187,500 steps; 85 to 130 GPU-hours
     Memory: 12.7 GB of each GPU
     Result: ImageNet-1K fine-tuned 82.8 -> 83.8
 
@@ -135,7 +135,7 @@ def fd_deit_vit_base() -> Run:
     """DeiT ViT-B/16 (the plain one, without a distillation token) into a ViT-B/16, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; DeiT-B/16 weights
-    Duration: 187,500 steps; about 83 GPU-hours
+    Duration: 187,500 steps; 85 to 130 GPU-hours
     Memory: 12.7 GB of each GPU
     Result: ImageNet-1K fine-tuned 81.8 -> 83.0
 
@@ -153,7 +153,7 @@ def fd_esvit_swin_base() -> Run:
     """EsViT Swin-B (V1, window 14) into a SwinV2-B with window 14, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; EsViT Swin-B W14 weights
-    Duration: 187,500 steps; about 90 GPU-hours
+    Duration: 187,500 steps; 100 to 160 GPU-hours
     Memory: 16.4 GB of each GPU
     Result: ImageNet-1K fine-tuned 83.9 -> 85.1
 

@@ -85,7 +85,7 @@ def fd_swinv2_base() -> Run:
     """SwinV2-B (ImageNet-22K classifier) into a SwinV2-B, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; SwinV2-B 192/w12 22K weights
-    Duration: 187,500 steps; about 66 GPU-hours
+    Duration: 187,500 steps; 73 to 110 GPU-hours
     Memory: 12.8 GB of each GPU
     Result: not published
 
@@ -100,7 +100,7 @@ def fd_swinv2_large() -> Run:
     """SwinV2-L (ImageNet-22K classifier) into a SwinV2-L, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; SwinV2-L 192/w12 22K weights
-    Duration: 187,500 steps; about 128 GPU-hours
+    Duration: 187,500 steps; 130 to 210 GPU-hours
     Memory: 18.6 GB of each GPU
     Result: not published
 
@@ -113,7 +113,7 @@ def fd_swinv2_1b() -> Run:
     """The 1.06B SwinV2 (width 448) into itself: the largest Swin teacher with public weights.
 
     Hardware: 16 GPUs of 80 GB x 128 images; 1.06B SimMIM weights
-    Duration: 187,500 steps; about 715 GPU-hours
+    Duration: 187,500 steps; 690 to 1,100 GPU-hours
     Memory: 19.8 GB of each GPU
     Result: not published; expect little (masked teacher)
 
@@ -132,7 +132,7 @@ def fd_swinv2h() -> Run:
     """SwinV2-H (0.66B, a norm on the main branch every 6 blocks) into itself, 300 epochs.
 
     Hardware: 16 GPUs of 40 GB x 128 images; SwinV2-H weights
-    Duration: 187,500 steps; about 487 GPU-hours
+    Duration: 187,500 steps; 490 to 770 GPU-hours
     Memory: 14.4 GB of each GPU
     Result: not published
 
@@ -149,7 +149,7 @@ def fd_swinv2g() -> Run:
     """SwinV2-G (3.0B, width 512, depths 2-2-42-4) into itself, 300 epochs.
 
     Hardware: 64 GPUs of 40 GB (8 nodes) x 32 images; SwinV2-G weights, not public
-    Duration: 187,500 steps; about 1,960 GPU-hours, 31 h on 64
+    Duration: 187,500 steps; 2,600 to 5,000 GPU-hours, 41 to 78 h on 64
     Memory: 10.7 GB of each GPU
     Result: not published (paper's G, unknown recipe: 89.2 -> 89.4)
 
@@ -161,33 +161,37 @@ def fd_swinv2g() -> Run:
     Its width, 8 x 448 = 3584, is reached by the projection (4096 -> 3584); both grids are 6 x 6 at
     192 px, and where an override makes them differ, the teacher's image or its map is resized
     (docs/weights.md).
-    It costs 3 x 741 + 276 + 741 = 3.2 instead of 3.7 TFLOP per image, 1,730 GPU-hours.
+    It costs 3 x 741 + 276 + 741 = 3.2 instead of 3.7 TFLOP per image, 2,300 to 4,400
+    GPU-hours.
 
     Work: 5 x 741 GFLOP x 3.84e8 images = 1.42e21 FLOP (one forward pass of the teacher, four
     forward passes' worth of the student with recomputation).
 
     Memory and time on 64 GPUs in nodes of 8, as `python -m fd_large plan --recipe fd_swinv2g
-    --gpus 64 --gpu a100_40 --network 100` counts them (32 images per GPU, fused kernels):
+    --gpus 64 --gpu a100_40 --network 100` counts them (GB of a GPU; 32 images per
+    GPU, ZeRO-3 with hpZ, fused kernels):
 
-    | teacher    | checkpoints | states | teacher | activations | buffers | all     | GPU-hours |
-    |------------|-------------|--------|---------|-------------|---------|---------|-----------|
-    | node       | every block | 1.6 GB | 0.8 GB  | 3.9 GB      | 4.4 GB  | 10.7 GB | 1,963     |
-    | node       | none        | 1.6 GB | 0.8 GB  | 17.8 GB     | 4.4 GB  | 24.6 GB | 1,595     |
-    | replicated | none        | 1.6 GB | 6.0 GB  | 17.8 GB     | 4.4 GB  | 29.8 GB | 1,567     |
+    | teacher    | checkpoints | states | teacher | activations | buffers | all  | GPU-hours      |
+    |------------|-------------|--------|---------|-------------|---------|------|----------------|
+    | node       | every block | 1.6    | 0.8     | 3.9         | 4.4     | 10.7 | 2,600 to 5,000 |
+    | node       | none        | 1.6    | 0.8     | 17.8        | 4.4     | 24.6 | 2,100 to 4,100 |
+    | replicated | none        | 1.6    | 6.0     | 17.8        | 4.4     | 29.8 | 1,900 to 3,700 |
 
-    The first line is this recipe. `plan` prefers the last one, a fifth faster, which 40 GB hold as
-    well: `--teacher.placement replicated --student.activation_checkpointing off`. The recipe does
-    not take it as long as no GPU has confirmed the figures: with plain torch kernels the GPU-hours
-    double (3,879 in the first line), and the lines without checkpoints take 2.2 GB more. States
-    include the second copy of the weights, split over the ranks of a node, that hpZ keeps so that
-    the backward pass gathers inside the node.
+    The first line is this recipe; 0.3 of the 1.0 s of its step are DeepSpeed's hooks
+    (docs/scaling.md). The last one is a quarter faster, and 40 GB hold it as well:
+    `--teacher.placement replicated --student.activation_checkpointing off`. With the same flags and
+    zero2.json, which `plan` prefers, it is 33.2 GB and 1,700 to 2,600 GPU-hours. The recipe does
+    not take them as long as no GPU has confirmed the figures: with plain torch kernels the
+    GPU-hours double (5,100 to 9,900 in the first line), and the lines without checkpoints take 2.2
+    GB more. States include the second copy of the weights, split over the ranks of a node, that hpZ
+    keeps so that the backward pass gathers inside the node.
 
     What `plan` chooses on larger cards and a faster network:
 
         python -m fd_large plan --recipe fd_swinv2g --gpus 64 --gpu h100 --network 400
 
-    ZeRO-2, the whole teacher on each rank, no checkpoints: 33.2 GB, 574 GPU-hours. This recipe's
-    own settings take 10.7 GB of H100s there and 1,212 GPU-hours.
+    ZeRO-2, the whole teacher on each rank, no checkpoints: 33.2 GB, 790 to 1,200 GPU-hours. This
+    recipe's own settings take 10.7 GB of H100s there and 1,700 to 3,200 GPU-hours.
 
     Network: one gather or scatter of the model is S = 2.998e9 x 2 = 6.0 GB; a node's cards carry
     S (N-1)/N of it, at 8 nodes of 8 x 100 Gb/s (100 GB/s, of which `plan` expects 80) 66 ms. ZeRO-3

@@ -81,7 +81,7 @@ def finetune_clip_vit_base() -> Run:
     """Fine-tune the student of CLIP ViT-B/16 after 300 epochs (fd_clip_vit_base).
 
     Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
-    Duration: 62,500 steps; about 21 GPU-hours
+    Duration: 62,500 steps; 21 to 33 GPU-hours
     Memory: 12.3 GB of each GPU
     Result: ImageNet-1K 84.9 (README), 85.0 (paper); CLIP itself 82.9
 
@@ -100,7 +100,7 @@ def finetune_clip_vit_base_100ep() -> Run:
     """Fine-tune the student of CLIP ViT-B/16 after 100 epochs (fd_clip_vit_base_100ep).
 
     Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
-    Duration: 62,500 steps; about 21 GPU-hours
+    Duration: 62,500 steps; 21 to 33 GPU-hours
     Memory: 12.3 GB of each GPU
     Result: no figure known (300 epochs: 84.9)
     """
@@ -117,7 +117,7 @@ def finetune_clip_vit_large() -> Run:
     """Fine-tune the student of CLIP ViT-L/14 (fd_clip_vit_large).
 
     Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
-    Duration: 31,250 steps; about 44 GPU-hours
+    Duration: 31,250 steps; 44 to 69 GPU-hours
     Memory: 37.0 GB of each GPU
     Result: ImageNet-1K 87.7; CLIP itself 86.1
 
@@ -139,7 +139,7 @@ def finetune_dino_vit_base() -> Run:
     """Fine-tune the student of DINO ViT-B/16 (fd_dino_vit_base).
 
     Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
-    Duration: 62,500 steps; about 21 GPU-hours
+    Duration: 62,500 steps; 21 to 33 GPU-hours
     Memory: 12.3 GB of each GPU
     Result: ImageNet-1K 83.8; DINO itself 82.8
     """
@@ -156,7 +156,7 @@ def finetune_deit_vit_base() -> Run:
     """Fine-tune the student of DeiT ViT-B/16 (fd_deit_vit_base).
 
     Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
-    Duration: 62,500 steps; about 21 GPU-hours
+    Duration: 62,500 steps; 21 to 33 GPU-hours
     Memory: 12.3 GB of each GPU
     Result: ImageNet-1K 83.0; DeiT itself 81.8
     """
@@ -173,7 +173,7 @@ def finetune_esvit_swin_base() -> Run:
     """Fine-tune the student of EsViT Swin-B (fd_esvit_swin_base).
 
     Hardware: 16 GPUs x 64 images; ImageNet-1K in train/ and val/
-    Duration: 125,100 steps; about 24 GPU-hours
+    Duration: 125,100 steps; 26 to 41 GPU-hours
     Memory: 9.4 GB of each GPU
     Result: ImageNet-1K 85.1; EsViT itself 83.9
 
@@ -194,7 +194,7 @@ def finetune_clip_vit_large_22k() -> Run:
     """Fine-tune the student of CLIP ViT-L/14 on ImageNet-22K, on its way to ImageNet-1K.
 
     Hardware: 32 GPUs x 128 images; ImageNet-22K, a folder for each of its 21,841 classes
-    Duration: 311,940 steps; about 904 GPU-hours
+    Duration: 311,940 steps; 900 to 1,400 GPU-hours
     Memory: 36.9 GB of each GPU
     Result: no figure of its own; ImageNet-1K 88.3 after finetune_clip_vit_large_22k_1k
 
@@ -219,7 +219,7 @@ def finetune_clip_vit_large_22k_1k() -> Run:
     """Fine-tune the ViT-L/14 of finetune_clip_vit_large_22k on ImageNet-1K.
 
     Hardware: 16 GPUs x 64 images; ImageNet-1K in train/ and val/
-    Duration: 25,020 steps; about 18.7 GPU-hours
+    Duration: 25,020 steps; 18 to 29 GPU-hours
     Memory: 20.6 GB of each GPU
     Result: ImageNet-1K 88.3
 
@@ -235,7 +235,7 @@ def finetune_clip_vit_large_22k_1k_336() -> Run:
     """Fine-tune the ViT-L/14 of finetune_clip_vit_large_22k on ImageNet-1K at 336 px.
 
     Hardware: 32 GPUs x 32 images; ImageNet-1K in train/ and val/
-    Duration: 25,020 steps; about 45 GPU-hours
+    Duration: 25,020 steps; 43 to 67 GPU-hours
     Memory: 22.5 GB of each GPU
     Result: ImageNet-1K 89.0
 
@@ -295,7 +295,7 @@ def finetune_swinv2_base() -> Run:
     """Fine-tune a SwinV2-B that was distilled at 192 px (fd_swinv2_base).
 
     Hardware: 16 GPUs x 64 images; ImageNet-1K in train/ and val/
-    Duration: 125,100 steps; about 24 GPU-hours
+    Duration: 125,100 steps; 26 to 41 GPU-hours
     Memory: 9.4 GB of each GPU
     Result: not published (the paper's SwinV2-B, a student of EsViT: 85.1)
 
@@ -318,7 +318,7 @@ def finetune_swinv2_large() -> Run:
     """Fine-tune a SwinV2-L that was distilled at 192 px (fd_swinv2_large).
 
     Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
-    Duration: 62,500 steps; about 44 GPU-hours
+    Duration: 62,500 steps; 46 to 71 GPU-hours
     Memory: 23.6 GB of each GPU
     Result: not published
 
@@ -341,7 +341,7 @@ def finetune_swinv2_giant() -> Run:
     """Fine-tune a SwinV2-G (3.0B) that was distilled at 192 px (fd_swinv2g), at 640 px.
 
     Hardware: 64 GPUs of 80 GB x 9 images; ImageNet-1K in train/ and val/
-    Duration: 22,240 steps; about 594 GPU-hours
+    Duration: 22,240 steps; 600 to 1,200 GPU-hours
     Memory: 18.6 GB of each GPU
     Result: ImageNet-1K 89.4 (paper); SwinV2-G itself 89.2, at a size that is not published
 
@@ -372,7 +372,7 @@ def finetune_clip_vit_base_plain() -> Run:
     """Fine-tune CLIP ViT-B/16 itself, carefully: what a distilled student is held against.
 
     Hardware: 8 GPUs x 256 images; ImageNet-1K in train/ and val/
-    Duration: 31,250 steps; about 12.4 GPU-hours
+    Duration: 31,250 steps; 14 to 21 GPU-hours
     Memory: 24.3 GB of each GPU
     Result: ImageNet-1K 85.7, tested with the average of the weights
 
@@ -395,7 +395,7 @@ def finetune_clip_vit_large_plain() -> Run:
     """Fine-tune CLIP ViT-L/14 itself, carefully: what a distilled student is held against.
 
     Hardware: 8 GPUs x 256 images; ImageNet-1K in train/ and val/
-    Duration: 18,750 steps; about 31 GPU-hours
+    Duration: 18,750 steps; 33 to 51 GPU-hours
     Memory: 40.9 GB of each GPU
     Result: ImageNet-1K 88.0, tested with the average of the weights
 

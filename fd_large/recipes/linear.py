@@ -15,7 +15,7 @@ def linear_probe() -> Run:
     """Train a linear layer on the frozen features of any model.
 
     Hardware: 16 GPUs x 1024 images; ImageNet-1K in train/ and val/
-    Duration: 7,020 steps; about 6 GPU-hours for a ViT-B/16
+    Duration: 7,020 steps; 6.3 to 9.9 GPU-hours for a ViT-B/16
     Result: no figure known: its settings are not the paper's
 
     Work: 35.1 GFLOP x 1.15e8 images = 4.0e18 FLOP, at an assumed 200 TFLOP/s per GPU. MAE's

@@ -73,7 +73,7 @@ def ade20k_upernet_vit_base() -> Run:
     """UPerNet on the student of CLIP ViT-B/16 (fd_clip_vit_base), the paper's comparison.
 
     Hardware: 8 GPUs x 2 images; ADE20K
-    Duration: 160,000 steps; about 17.5 GPU-hours
+    Duration: 160,000 steps; 18 to 28 GPU-hours
     Memory: 6.1 GB of each GPU
     Result: ADE20K 51.7 mIoU; CLIP itself 49.5
 
@@ -98,7 +98,7 @@ def ade20k_upernet_vit_large() -> Run:
     """UPerNet on the student of CLIP ViT-L/14 (fd_clip_vit_large).
 
     Hardware: 8 GPUs x 2 images; ADE20K
-    Duration: 160,000 steps; about 43 GPU-hours
+    Duration: 160,000 steps; 42 to 65 GPU-hours
     Memory: 10.9 GB of each GPU
     Result: not published
 
@@ -121,7 +121,7 @@ def ade20k_upernet_swinv2_base() -> Run:
     """UPerNet on a SwinV2-B, window 16 (for the student of fd_swinv2_base).
 
     Hardware: 8 GPUs x 2 images; ADE20K
-    Duration: 160,000 steps; about 10.9 GPU-hours
+    Duration: 160,000 steps; 12 to 18 GPU-hours
     Memory: 5.9 GB of each GPU
     Result: not published (Swin-B on labels of ImageNet-1K: 48.1)
 
@@ -147,7 +147,7 @@ def ade20k_upernet_swinv2_giant() -> Run:
     """UPerNet on a SwinV2-G (3.0B), 640 px, window 40 (for the student of fd_swinv2g).
 
     Hardware: 32 GPUs of 80 GB x 1 image; ADE20K
-    Duration: 80,000 steps; about 222 GPU-hours
+    Duration: 80,000 steps; 280 to 540 GPU-hours
     Memory: 10.6 GB of each GPU
     Result: ADE20K 61.4 mIoU (paper); SwinV2-G itself 59.9, both with several scales in the test
 
@@ -179,7 +179,7 @@ def ade20k_linear() -> Run:
     """A linear layer on the last map of a frozen ViT-B/16: how well they part classes.
 
     Hardware: 8 GPUs x 2 images; ADE20K
-    Duration: 40,000 steps; about 34 GPU-minutes
+    Duration: 40,000 steps; 38 to 59 GPU-minutes
     Memory: 3.6 GB of each GPU
     Result: not published
 

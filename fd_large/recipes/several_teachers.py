@@ -30,7 +30,7 @@ def unic_vit_base() -> Run:
     """UNIC: DINO, DeiT-III, iBOT and dBOT into a ViT-B/16, 200 epochs, teachers dropped by image.
 
     Hardware: 4 GPUs x 128 images; weights of the four ViT-B/16
-    Duration: 500,400 steps; about 143 GPU-hours
+    Duration: 500,400 steps; 150 to 240 GPU-hours
     Memory: 21.7 GB of each GPU
     Result: ImageNet-1K classification 83.8, ADE20K linear 39.6 (its README)
 
@@ -78,7 +78,7 @@ def theia_vit_base() -> Run:
     """Theia: ViT-H, DINOv2-L and CLIP-L into a DeiT-B/16 by convolutions, 50 epochs.
 
     Hardware: 8 GPUs x 16 images; weights of CLIP ViT-L/14
-    Duration: 500,450 steps; about 81 GPU-hours
+    Duration: 500,450 steps; 80 to 130 GPU-hours
     Memory: 7.0 GB of each GPU
     Result: published for robots (CortexBench), not for ImageNet
 
@@ -124,7 +124,7 @@ def sak_vit_base() -> Run:
     """SAK's first stage: DINOv2-B, CLIP-B and SAM-B into a ViT-B/16 at 384 px, 30 epochs.
 
     Hardware: 8 GPUs x 16 images; weights of CLIP ViT-B/16
-    Duration: 300,270 steps; about 129 GPU-hours
+    Duration: 300,270 steps; 150 to 240 GPU-hours
     Memory: 17.5 GB of each GPU
     Result: published after its second stage, on Pascal-Context and NYUv2
 
@@ -168,7 +168,7 @@ def agglomerative_vit_large() -> Run:
     """CLIP-L, DINOv2-g and SAM-L into a ViT-L/14: our own choices, after RADIO.
 
     Hardware: 16 GPUs x 128 images; weights of CLIP ViT-L/14
-    Duration: 187,500 steps; about 2,977 GPU-hours
+    Duration: 187,500 steps; 3,300 to 5,200 GPU-hours
     Memory: 45.7 GB of each GPU
     Result: not trained yet
 
@@ -193,7 +193,7 @@ def agglomerative_swinv2_giant() -> Run:
     """The teachers of agglomerative_vit_large into SwinV2-G, three billion parameters.
 
     Hardware: 64 GPUs of 80 GB x 32 images; weights of CLIP ViT-L/14
-    Duration: 187,500 steps; about 4,104 GPU-hours
+    Duration: 187,500 steps; 4,800 to 9,200 GPU-hours
     Memory: 47.8 GB of each GPU
     Result: not trained yet
 
@@ -220,7 +220,7 @@ def proxy_vit_giant() -> Run:
     """Two Perception Encoders and DINOv3-H+ into a ViT-g/14 of 1.1 billion: first of two commands.
 
     Hardware: 64 GPUs of 80 GB x 32 images; the weights are downloaded
-    Duration: 187,500 steps; about 2,858 GPU-hours
+    Duration: 187,500 steps; 2,800 to 4,400 GPU-hours
     Memory: 21.5 GB of each GPU
     Result: not trained yet
 
@@ -254,7 +254,7 @@ def proxy_vit_base() -> Run:
     """The proxy of proxy_vit_giant into a ViT-B/16, 300 epochs: second of two commands.
 
     Hardware: 16 GPUs x 128 images; the run folder of proxy_vit_giant
-    Duration: 187,500 steps; about 283 GPU-hours
+    Duration: 187,500 steps; 280 to 430 GPU-hours
     Memory: 15.2 GB of each GPU
     Result: not trained yet
 

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from fd_large.cli.plan import plan
+from fd_large.cli.plan_report import figures
 from fd_large.cli.transfer_plan import Cost, cost_of, report
 from fd_large.plan.cluster import Cluster
 from fd_large.recipes import registry
@@ -21,7 +22,7 @@ def test_a_cost_is_that_of_the_plan():
     best = plan(ADE20K, cluster)[2][0]
     cost = cost_of(ADE20K, IMAGES, gpus=8, gpu="h100")
     assert (cost.steps, cost.gpus) == (160_000, 8)
-    assert cost.hours == pytest.approx(best.seconds.total * 160_000 * 8 / 3600)
+    assert cost.hours == pytest.approx(best.seconds.between.scaled(160_000 * 8 / 3600))
     # No more GPUs than divide the 16 images of a step.
     assert cost_of(ADE20K, IMAGES, gpus=64, gpu="h100").gpus == 16
     assert cost_of(ADE20K, IMAGES, gpus=12, gpu="h100").gpus == 4
@@ -36,14 +37,14 @@ def test_sums_and_what_cannot_be_planned():
     costs = [("a", "x", ADE20K, ade), ("b", "x", ADE20K, ade), ("a", "y", giant, large)]
     console.print(report(costs, columns=["x", "y"], seeds=3, gpu="h100"))
     text = console.export_text()
-    sums = f"{2 * ade.hours:.3g}"
+    sums = figures(ade.hours.scaled(2))
     assert text.count(sums) == 2, "of the column, and of all"
-    assert f"3 seeds: {6 * ade.hours:.3g} GPU-hours." in text
+    assert f"3 seeds: {figures(ade.hours.scaled(6))} GPU-hours." in text
     (total,) = (line.split() for line in text.splitlines() if line.strip().startswith("all"))
     assert total == ["all", sums, "-", sums], "a column of which nothing is known has no sum"
     assert "Not planned: y for a (no setting fits into memory)." in text
     assert "160,000" in text
-    assert f"{ade.hours / 8:.3g} h " in text, "less than a day, on 8 GPUs"
+    assert f"{figures(ade.hours.scaled(1 / 8))} h " in text, "less than a day, on 8 GPUs"
 
 
 def test_a_reason_is_told_once_and_names_are_whole_at_80_columns():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fd_large.cli.plan_report import figures
 from fd_large.cli.plan_workload import workload
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Cluster, Machine
@@ -14,12 +15,17 @@ from fd_large.plan.memory import Placement, held
 from fd_large.plan.peak_memory import FIXED_BYTES, HEADROOM
 from fd_large.plan.rates import CARDS
 from fd_large.plan.search import checkpoint_bytes, num_steps, search
-from fd_large.plan.step_time import estimate
+from fd_large.plan.step_time import Between, estimate
 from fd_large.recipes import registry
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "scaling.md"
 GIANT = workload(registry.get("fd_swinv2g"))
 CASES = ((1, 2048), (8, 2048), (64, 2048), (256, 2048), (256, 8192), (1024, 2048), (1024, 8192))
+
+
+def said(between: Between) -> str:
+    """A range as pages and docstrings have it."""
+    return figures(between).replace("-", " to ")
 
 
 def machine(gpus: int, gpu: str, gigabits: int) -> Machine:
@@ -31,7 +37,7 @@ def machine(gpus: int, gpu: str, gigabits: int) -> Machine:
 def test_the_table_of_the_page(gpus, images):
     good, _ = search(replace(GIANT, global_batch_size=images), machine(gpus, "h100", 400))
     best, seconds, chosen = good[0], good[0].seconds, good[0].candidate
-    hours = seconds.total * num_steps(300, 1_281_167, images) / 3600
+    hours = seconds.between.scaled(num_steps(300, 1_281_167, images) / 3600)
     cells = (
         f"{gpus:,}",
         f"{images:,}",
@@ -43,11 +49,10 @@ def test_the_table_of_the_page(gpus, images):
         f"{best.memory.total / 1e9:.1f}",
         " + ".join(f"{part * 1e3:,.0f}" for part in seconds.parts.values()),
         f"{seconds.communication * 1e3:,.0f}, {seconds.finish * 1e3:,.0f}",
-        f"{seconds.total:,.2f}",
-        f"{best.images_per_second:,.0f}",
         f"{100 * best.mfu:.0f} %",
-        f"{hours:,.1f}",
-        f"{hours * gpus:,.0f}",
+        said(seconds.between),
+        said(hours),
+        said(hours.scaled(gpus)),
     )
     assert "| " + " | ".join(cells) + " |" in PAGE.read_text().splitlines()
 
@@ -74,8 +79,8 @@ def test_the_page_s_arithmetic_of_one_small_gpu():
         "transit": 3 * 200_000_000,
         "libraries": FIXED_BYTES,
     }
-    said = PAGE.read_text().split("## SwinV2-G on one GPU")[1].split("## ")[0]
-    found = [float(number) for number in re.findall(r"\b\d+\.\d\b", said)]
+    section = PAGE.read_text().split("## SwinV2-G on one GPU")[1].split("## ")[0]
+    found = [float(number) for number in re.findall(r"\b\d+\.\d\b", section)]
     total = sum(parts.values())
     expected = [*parts.values(), total, HEADROOM * 24e9, 16 * GIANT.parameters, memory.host.total]
     assert found == [round(n / 1e9, 1) for n in (*expected, checkpoint_bytes(GIANT))]
@@ -90,13 +95,13 @@ def test_the_table_of_the_recipe(teacher, checkpointing):
     )
     one = estimate(GIANT, candidate, machine(64, "a100_40", 100))
     memory = one.memory
-    figures = (memory.states, memory.teacher, memory.activations, memory.buffers, memory.total)
-    hours = one.seconds.total * num_steps(300, 1_281_167, 2048) / 3600 * 64
+    parts = (memory.states, memory.teacher, memory.activations, memory.buffers, memory.total)
+    hours = one.seconds.between.scaled(num_steps(300, 1_281_167, 2048) / 3600 * 64)
     cells = (
         teacher,
         "every block" if checkpointing else "none",
-        *(f"{bytes_ / 1e9:.1f} GB" for bytes_ in figures),
-        f"{hours:,.0f}",
+        *(f"{bytes_ / 1e9:.1f}" for bytes_ in parts),
+        said(hours),
     )
     docstring = inspect.getdoc(registry.RECIPES["fd_swinv2g"]).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in docstring]
@@ -129,32 +134,43 @@ def planned(name):
     tried = (estimate(load, replace(candidate, micro_batch_size=s), there) for s in sizes)
     one = next(one for one in tried if one.memory.fits(there.rates))
     steps = int(facts.duration.split(" ")[0].replace(",", ""))
-    return one, one.seconds.total * steps / 3600 * int(gpus)
+    return one, one.seconds.between.scaled(steps / 3600 * int(gpus))
 
 
 @pytest.mark.parametrize("name", [name for name in registry.RECIPES if name not in NOT_PLANNED])
 def test_a_recipe_states_memory_and_duration_as_planned(name):
     facts = registry.facts(name)
     one, hours = planned(name)
-    stated, unit = re.search(r"about ([\d,.]+) GPU-(hours|minutes)", facts.duration).groups()
-    stated_hours = float(stated.replace(",", "")) / (60 if unit == "minutes" else 1)
-    assert stated_hours == pytest.approx(hours, rel=0.05)
+    if "GPU-minutes" in facts.duration:
+        assert f"; {said(hours.scaled(60))} GPU-minutes" in facts.duration
+    else:
+        assert f"; {said(hours)} GPU-hours" in facts.duration
     gigabytes = float(re.fullmatch(r"([\d.]+) GB of each GPU", facts.memory)[1])
     assert gigabytes == pytest.approx(one.memory.total / 1e9, rel=0.05)
 
 
 def test_the_linear_probe_states_flops_and_duration_as_planned():
-    said, (_, hours) = inspect.getdoc(registry.RECIPES["linear_probe"]), planned("linear_probe")
+    text, (_, hours) = inspect.getdoc(registry.RECIPES["linear_probe"]), planned("linear_probe")
     load = workload(registry.get("linear_probe"))
     # Published: 17.6 G multiply-adds of a ViT-B/16 at 224, head and attention included.
     gflop = load.counts[False].flops_per_image("inference") / 1e9
     assert gflop == pytest.approx(2 * 17.58, rel=0.005)
-    assert f"Work: {gflop:.1f} GFLOP" in said
-    assert f"about {hours:.0f} GPU-hours" in said
+    assert f"Work: {gflop:.1f} GFLOP" in text
+    assert f"; {said(hours)} GPU-hours" in text
     best = search(load, machine(8, "h100", 400))[0][0]
     steps = num_steps(90, 1_281_167, 16384)
     evaluation = PAGE.with_name("evaluation.md").read_text()
-    assert f"{best.seconds.total * steps / 3600 * 8:.1f} for the probe" in evaluation
+    hours = best.seconds.between.scaled(steps / 3600 * 8)
+    assert f"{said(hours)} for the probe" in evaluation
+
+
+def test_the_recipe_says_what_is_planned_first_on_its_own_cards():
+    best = search(GIANT, machine(64, "a100_40", 100))[0][0]
+    assert (best.candidate.stage, best.candidate.teacher) == (2, "replicated")
+    assert not best.candidate.checkpointing
+    hours = said(best.seconds.between.scaled(num_steps(300, 1_281_167, 2048) / 3600 * 64))
+    text = " ".join(inspect.getdoc(registry.RECIPES["fd_swinv2g"]).split())
+    assert f"it is {best.memory.total / 1e9:.1f} GB and {hours} GPU-hours" in text
 
 
 def test_the_recipe_says_what_larger_cards_are_planned_with():
@@ -163,7 +179,9 @@ def test_the_recipe_says_what_larger_cards_are_planned_with():
     own = estimate(GIANT, planned("fd_swinv2g")[0].candidate, there)
     assert (best.candidate.stage, best.candidate.teacher) == (2, "replicated")
     assert not best.candidate.checkpointing
-    best_hours, own_hours = (one.seconds.total * steps / 3600 * 64 for one in (best, own))
-    said = " ".join(inspect.getdoc(registry.RECIPES["fd_swinv2g"]).split())
-    assert f"no checkpoints: {best.memory.total / 1e9:.1f} GB, {best_hours:,.0f} GPU-hours" in said
-    assert f"take {own.memory.total / 1e9:.1f} GB of H100s there and {own_hours:,.0f} GPU-h" in said
+    best_hours, own_hours = (
+        said(one.seconds.between.scaled(steps / 3600 * 64)) for one in (best, own)
+    )
+    text = " ".join(inspect.getdoc(registry.RECIPES["fd_swinv2g"]).split())
+    assert f"no checkpoints: {best.memory.total / 1e9:.1f} GB, {best_hours} GPU-hours" in text
+    assert f"take {own.memory.total / 1e9:.1f} GB of H100s there and {own_hours} GPU-hours" in text

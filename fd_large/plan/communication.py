@@ -1,0 +1,82 @@
+"""How long ranks send to one another in a step, beside or after what they compute.
+
+Of a micro-batch, where S and T are one gather or scatter of student and teacher (`plan.cluster`):
+
+| ZeRO | student, each micro-batch            | student, each step           |
+|------|--------------------------------------|------------------------------|
+| 0    | none                                 | gradients 2 S                |
+| 1    | none                                 | gradients 2 S, parameters S  |
+| 2    | gradients 2 S                        | parameters S                 |
+| 3    | S forward, R backward, gradients S   | none                         |
+
+Parameters travel in their data type, and gradients in that of their sums, which is float32 over
+more than `MOST_BFLOAT16_SUMMANDS` ranks. At stages 0 to 2 their sums go to all ranks, a scatter and
+a gather; on up to `MOST_OWNERS` ranks, at stages 1 and 2, each goes to the rank that steps its
+parameter alone, and takes S (engine/zero/gradient_reduction.py). R is S without what is still whole
+when the backward pass begins: layers that are used again within `stage3_max_reuse_distance`
+elements, forward and back, stay whole.
+
+A split teacher adds T per micro-batch, over all ranks or inside each node. With hpZ the backward
+pass gathers inside a node.
+"""
+
+from __future__ import annotations
+
+from fd_large.plan.buckets import MOST_OWNERS, gradient_bucket
+from fd_large.plan.candidate import Candidate
+from fd_large.plan.cluster import Machine
+from fd_large.plan.workload import Workload
+
+# Half of DeepSpeed's `stage3_max_reuse_distance`, which counts forward and back.
+KEPT_ELEMENTS = 500_000_000
+
+
+def of_micro_batch(load: Workload, candidate: Candidate, machine: Machine) -> float:
+    """Returns the seconds of the collectives of each micro-batch."""
+    cluster, rates = machine.cluster, machine.rates
+    whole = load.compute_bytes(machine) * load.parameters
+    calls = sum(1 for n in load.student_sizes if n > load.threshold)
+    total = 0.0
+    if candidate.stage == 3:
+        span = "node" if candidate.hpz else "all"
+        total += cluster.seconds(whole, rates, calls=calls)
+        if load.counts_of(candidate, machine).modules.get("first_pass"):
+            total += cluster.seconds(whole, rates, calls=calls)
+        total += gathered_again(load) * cluster.seconds(whole, rates, span=span, calls=calls)
+        total += _scatter(load, machine)
+    elif candidate.stage == 2:
+        total += _scatters(candidate, machine) * _scatter(load, machine)
+    if split := load.split_sizes(candidate):
+        size = 2 if load.teacher_bfloat16(machine) else 4
+        calls = sum(1 for n in split if n > load.threshold)
+        span = "node" if candidate.teacher == "node" else "all"
+        total += cluster.seconds(size * sum(split), rates, span=span, calls=calls)
+    return total
+
+
+def of_step(load: Workload, candidate: Candidate, machine: Machine) -> float:
+    """Returns the seconds of the collectives after the last micro-batch."""
+    total = 0.0
+    if candidate.stage in (1, 2):
+        whole = load.compute_bytes(machine) * load.parameters
+        total += machine.cluster.seconds(whole, machine.rates)
+    if candidate.stage <= 1:
+        total += _scatters(candidate, machine) * _scatter(load, machine)
+    return total
+
+
+def gathered_again(load: Workload) -> float:
+    """Returns the fraction of parameters that ZeRO-3 gathers again for the backward pass."""
+    return max(0.0, 1 - KEPT_ELEMENTS / load.parameters)
+
+
+def _scatter(load: Workload, machine: Machine) -> float:
+    """Returns the seconds of one scatter of all gradients, bucket by bucket."""
+    buckets = -(-load.parameters // gradient_bucket(load.parameters))
+    gradients = load.sum_bytes(machine) * load.parameters
+    return machine.cluster.seconds(gradients, machine.rates, calls=buckets)
+
+
+def _scatters(candidate: Candidate, machine: Machine) -> int:
+    """Returns how many scatters a sum of the gradients at stages 0 to 2 takes as long as."""
+    return 1 if candidate.stage and machine.cluster.gpus <= MOST_OWNERS else 2
