@@ -11,7 +11,7 @@ from page_examples import EXAMPLES
 from tiny_timm import tiny
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from fd_large import doors
 from fd_large.backbones.registry import build
@@ -67,6 +67,14 @@ def test_a_convolution_in_groups_counts_its_own_channels():
     forward, backward = (o.flops for o in recorder.operations if o.flops)
     assert forward == 2 * y.numel() * 2 * 9
     assert backward == 2 * forward
+
+
+def test_a_kernel_that_is_registered_after_the_recorder_brings_its_flops(monkeypatch):
+    op = torch.ops.aten.erfinv
+    monkeypatch.setitem(flop_registry, op, lambda x, *, out_val: 7 * x.numel())
+    with Recorder() as recorder:
+        torch.empty(3, device="meta").erfinv()
+    assert [o.flops for o in recorder.operations] == [21]
 
 
 @pytest.mark.parametrize(
