@@ -178,10 +178,10 @@ def plan(run: Run, own: Cache) -> Table:
     """
     from rich.table import Table
 
+    from fd_large.cli.cache_costs import costs_of, micro_batch_of
     from fd_large.cli.plan import as_counted
     from fd_large.cli.plan_workload import workload
     from fd_large.engine.checkpoint_models import sources_of
-    from fd_large.tasks.distillation.cached.cost import costs_of, micro_batch_of
     from fd_large.tasks.distillation.job import DistillationJob
     from fd_large.tasks.jobs import job_of
 

@@ -11,13 +11,13 @@ import torch
 from cached_runs import IMAGES, VIEWS, built, cached, prepared, run_of, write_images
 from loading import settled
 
+from fd_large.cli.cache_costs import costs_of
 from fd_large.cli.plan_workload import workload
 from fd_large.plan.cluster import Cluster, Machine
 from fd_large.plan.rates import CARDS
 from fd_large.plan.search import search
 from fd_large.recipes.fields import override
 from fd_large.recipes.run import ONLY
-from fd_large.tasks.distillation.cached.cost import costs_of
 from fd_large.tasks.distillation.job import DistillationJob
 
 

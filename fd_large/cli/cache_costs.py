@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from fd_large.engine.counting.step import on_shapes
-from fd_large.kernels.choose import Device
 from fd_large.plan.cached_targets import CachedTargets
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Cluster, Machine
@@ -16,13 +12,15 @@ from fd_large.plan.counts import without_inference
 from fd_large.plan.rates import Rates
 from fd_large.plan.step_time import estimate
 from fd_large.plan.workload import Workload
-from fd_large.tasks.distillation.cached.views import batch_size
-from fd_large.tasks.distillation.cached.write import header_for
-from fd_large.tasks.distillation.job import DistillationJob
+
+if TYPE_CHECKING:
+    from fd_large.tasks.distillation.job import DistillationJob
 
 
 def micro_batch_of(job: DistillationJob, load: Workload) -> int:
     """Returns the images of a forward for which times are reckoned."""
+    from fd_large.tasks.distillation.cached.views import batch_size
+
     batch = job.run.batch
     return load.counts[False].images or min(batch_size(batch), batch.global_batch_size)
 
@@ -51,6 +49,14 @@ def costs_of(
         runs: Runs like this one that use them.
         read_bytes_per_second: Rate at which a rank reads the maps.
     """
+    # Importing torch takes seconds.
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from fd_large.engine.counting.step import on_shapes
+    from fd_large.kernels.choose import Device
+    from fd_large.tasks.distillation.cached.write import header_for
+
     run, fixed = job.run, job.fixed_views
     assert fixed is not None
     side = run.data.image_size
