@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_large.backbones.exports import timm_config
+from fd_large.backbones.exports import hugging_face_config, timm_config
 from fd_large.backbones.statistics import Statistics
 from fd_large.recipes.family import WindowedTransformer
 
@@ -36,6 +36,22 @@ def config(
         **arguments,
     }
     return timm_config(a, statistics, entry=entry, pool="avg", arguments=own)
+
+
+def hugging_face(a: WindowedTransformer, class_name: str, **own: Any) -> dict[str, Any]:
+    """Returns transformers' configuration of a Swin model, with the family's own values."""
+    return hugging_face_config(a, class_name) | {
+        "embed_dim": a.embed_dim,
+        "depths": list(a.depths),
+        "num_heads": list(a.num_heads),
+        "window_size": a.window_size,
+        "mlp_ratio": a.mlp_ratio,
+        "qkv_bias": a.qkv_bias != "none",
+        "hidden_act": "gelu",
+        "use_absolute_embeddings": False,
+        "drop_path_rate": 0.0,
+        **own,
+    }
 
 
 def _fits(a: WindowedTransformer) -> bool:

@@ -3,96 +3,84 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
-from fd_large.backbones.published import Wanted
+from fd_large.backbones.published import Format, Wanted
 from fd_large.backbones.recognition import activation_named, count_of, mlp_ratio, qkv_bias, side_of
+from fd_large.backbones.statistics import IMAGENET
 from fd_large.backbones.translation import (
     COMPUTED,
     Pieces,
-    Rows,
     Shapes,
     fresh_norm,
     table,
 )
+from fd_large.recipes.architectures import Architecture
+
+# What all files have in common but those of transformers.
+imagenet_format = partial(Format, facts=Architecture(norm_eps=1e-5), statistics=IMAGENET)
 
 # --- tables of names; what no row has keeps its name ---
 
 # Swin-Transformer's, EsViT's and our own files.
 OF_OFFICIAL = f"""
 {COMPUTED}
-head.*              -
-head_dense.*        -
+{{head|head_dense}}.*   -
 """
 OFFICIAL = table(OF_OFFICIAL)
 OF_SIMMIM = f"""
 {OF_OFFICIAL}
-mask_token          -
-decoder.*           -
-*                   *
+mask_token              -
+decoder.*               -
+*                       *
 """
 # Merging opens a stage there and closes the one before here.
-TIMM = OFFICIAL + table("""
+_OF_TIMM = """
 *.k_bias                -
 layers.+.downsample.*   layers.#.downsample.*
-""")
-_MMSEG_BLOCK = """
-attn.w_msa.*            attn.*
-ffn.layers.0.0.*        mlp.fc1.*
-ffn.layers.1.*          mlp.fc2.*
 """
+TIMM = table(OF_OFFICIAL + _OF_TIMM)
 # Patches are merged by nn.Unfold.
-MMSEG = (
-    *OFFICIAL,
-    *table(_MMSEG_BLOCK, start="stages.#.blocks.#.", into="layers.#.blocks.#."),
-    *table("""
+_OF_MMSEG = """
 patch_embed.projection.*    patch_embed.proj.*
+stages.#.blocks.#.          layers.#.blocks.#.
+    attn.w_msa.*            attn.*
+    ffn.layers.0.0.*        mlp.fc1.*
+    ffn.layers.1.*          mlp.fc2.*
 stages.#.downsample.*       layers.#.downsample.*   unfolded
 stages.*                    layers.*
-"""),
-)
-_HF_BLOCK = """
-layernorm_before.*                                  norm1.*
-layernorm_after.*                                   norm2.*
-attention.output.dense.*                            attn.proj.*
-attention.self.query.*                              attn.qkv.*      q
-attention.self.key.*                                attn.qkv.*      k
-attention.self.value.*                              attn.qkv.*      v
-attention.self.continuous_position_bias_mlp.*       attn.cpb_mlp.*
-attention.self.*                                    attn.*
-intermediate.dense.*                                mlp.fc1.*
-output.dense.*                                      mlp.fc2.*
 """
-_HF_BIASES = """
-attention.self.query.bias       attn.q_bias
-attention.self.key.bias         attn.k_bias
-attention.self.value.bias       attn.v_bias
-"""
+MMSEG = table(OF_OFFICIAL + _OF_MMSEG)
 _OF_HF = """
-classifier.*                                -
-pooler.*                                    -
-decoder.*                                   -
-embeddings.mask_token                       -
-embeddings.patch_embeddings.projection.*    patch_embed.proj.*
-embeddings.norm.*                           patch_embed.norm.*
-embeddings.position_embeddings              absolute_pos_embed
-encoder.layers.*                            layers.*
-layernorm.*                                 norm.*
-*                                           *
+{classifier|pooler|decoder}.*                       -
+embeddings.mask_token                               -
+embeddings.patch_embeddings.projection.*            patch_embed.proj.*
+embeddings.norm.*                                   patch_embed.norm.*
+embeddings.position_embeddings                      absolute_pos_embed
+encoder.layers.#.blocks.#.                          layers.#.blocks.#.
+    layernorm_before.*                              norm1.*
+    layernorm_after.*                               norm2.*
+    attention.output.dense.*                        attn.proj.*
+    attention.self.query.*                          attn.qkv.*      q
+    attention.self.key.*                            attn.qkv.*      k
+    attention.self.value.*                          attn.qkv.*      v
+    attention.self.continuous_position_bias_mlp.*   attn.cpb_mlp.*
+    attention.self.*                                attn.*
+    intermediate.dense.*                            mlp.fc1.*
+    output.dense.*                                  mlp.fc2.*
+encoder.layers.*                                    layers.*
+layernorm.*                                         norm.*
+*                                                   *
 """
-
-
-def _hugging_face(block: str) -> Rows:
-    either = "{|swinv2.|swin.}"
-    return (
-        *table(COMPUTED),
-        *table(block, start=f"{either}encoder.layers.#.blocks.#.", into="layers.#.blocks.#."),
-        *table(_OF_HF, start=either),
-    )
-
-
-HF_SWIN = _hugging_face(_HF_BLOCK)
-HF_SWINV2 = _hugging_face(_HF_BIASES + _HF_BLOCK)
+_OF_HF_SWINV2 = """
+encoder.layers.#.blocks.#.                          layers.#.blocks.#.
+    attention.self.query.bias                       attn.q_bias
+    attention.self.key.bias                         attn.k_bias
+    attention.self.value.bias                       attn.v_bias
+"""
+HF_SWIN = table(COMPUTED + _OF_HF, start="{|swin.}")
+HF_SWINV2 = table(COMPUTED + _OF_HF_SWINV2 + _OF_HF, start="{|swinv2.}")
 
 
 def _has_first(fact: tuple[int, ...], wanted: tuple[int, ...], depths: tuple[int, ...]) -> bool:

@@ -44,34 +44,39 @@ class Row(NamedTuple):
 Rows = tuple[Row, ...]
 
 
-def table(text: str, *, start: str = "", into: str = "") -> Rows:
+def table(text: str, *, start: str = "") -> Rows:
     """Returns the rows of a text: on each line their pattern, ours, and the form if there is one.
+
+    A line whose patterns end with a dot holds for the indented lines after it, whose patterns go
+    on there.
 
     Args:
         text: The lines.
         start: Start of all their patterns.
-        into: Start of all of ours.
     """
-    rows = (Row(*line.split()) for line in text.splitlines() if line.strip())
-    return under(start, tuple(rows), into=into)
+    rows, block = [], ("", "")
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        theirs, ours, *form = line.split()
+        if theirs.endswith("."):
+            block = theirs, ours
+            continue
+        in_file, in_model = block if line.startswith(" ") else ("", "")
+        rows.append(Row(in_file + theirs, ours if ours == NOWHERE else in_model + ours, *form))
+    return under(start, tuple(rows))
 
 
-def under(start: str, rows: Rows, *, into: str = "") -> Rows:
-    """Returns rows whose patterns begin with these; see `table`."""
+def under(start: str, rows: Rows) -> Rows:
+    """Returns rows of a file in which all names begin so."""
     return tuple(
-        row._replace(
-            theirs=row.theirs if row.theirs == NOWHERE else start + row.theirs,
-            ours=row.ours if row.ours == NOWHERE else into + row.ours,
-        )
-        for row in rows
+        row if row.theirs == NOWHERE else row._replace(theirs=start + row.theirs) for row in rows
     )
 
 
 # Tables that a model computes for itself.
 COMPUTED = """
-*relative_position_index    -
-*relative_coords_table      -
-*attn_mask                  -
+*{relative_position_index|relative_coords_table|attn_mask}  -
 """
 RECOMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
 # The projection of a student is a convolution of side 1 there.

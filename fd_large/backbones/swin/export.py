@@ -8,7 +8,6 @@ from fd_large.backbones import hierarchical_export as shared
 from fd_large.backbones.exports import (
     Export,
     Exports,
-    hugging_face_config,
     hugging_face_preprocessor,
 )
 from fd_large.backbones.hierarchical_published import HF_SWIN, MMSEG, TIMM
@@ -31,19 +30,8 @@ def _dense_lacks(a: SwinArchitecture, pads: bool) -> str:
 
 
 def _hugging_face_config(a: SwinArchitecture, statistics: Statistics) -> dict[str, Any]:
-    return hugging_face_config(a, "SwinBackbone") | {
-        "model_type": "swin",
-        "embed_dim": a.embed_dim,
-        "depths": list(a.depths),
-        "num_heads": list(a.num_heads),
-        "window_size": a.window_size,
-        "mlp_ratio": a.mlp_ratio,
-        "qkv_bias": a.qkv_bias != "none",
-        "hidden_act": "gelu",
-        "use_absolute_embeddings": False,
-        "drop_path_rate": 0.0,
-        "out_features": [f"stage{stage + 1}" for stage in range(len(a.depths))],
-    }
+    stages = [f"stage{stage + 1}" for stage in range(len(a.depths))]
+    return shared.hugging_face(a, "SwinBackbone", model_type="swin", out_features=stages)
 
 
 def _mmseg_config(a: SwinArchitecture, statistics: Statistics) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from fd_large.backbones.translation import Shapes, table
 from fd_large.recipes.architectures import Architecture
 
 _TABLE = ".relative_position_bias_table"
-_EPS_5 = Architecture(norm_eps=1e-5)
 
 
 _TABLES = r"layers\.\d+\.blocks\.\d+\.attn\.relative_position_bias_table$"
@@ -30,44 +29,30 @@ FORMATS = {
         ask=("norm_eps",),
         library="hf",
     ),
-    "mmseg_swin": Format(
+    "mmseg_swin": names.imagenet_format(
         "mmsegmentation's Swin",
         (r"stages\.\d+\.blocks\.\d+\.attn\.w_msa\.relative_position_bias_table",),
         names.MMSEG,
-        _EPS_5,
-        statistics=IMAGENET,
     ),
-    "simmim_swin": Format(
+    "simmim_swin": names.imagenet_format(
         "SimMIM's Swin",
         (rf"^encoder\.{_TABLES}",),
         table(names.OF_SIMMIM, start="{|encoder.}"),
-        _EPS_5,
-        statistics=IMAGENET,
     ),
-    "timm_swin": Format(
+    "timm_swin": names.imagenet_format(
         "timm's Swin",
         (_TABLES, r"layers\.1\.downsample\."),
         names.TIMM,
-        _EPS_5,
-        statistics=IMAGENET,
         without=r"layers\.0\.downsample\.",
     ),
-    "esvit": Format(
+    # Feature-Distillation's teacher; EsViT itself trained with eps 1e-6.
+    "esvit": names.imagenet_format(
         "EsViT's Swin",
         (_TABLES, r"^head_dense\.|^head\.mlp\.|^in (.*\.)?student$"),
         names.OFFICIAL,
-        # FD's teacher; EsViT itself trained with 1e-6.
-        _EPS_5,
-        statistics=IMAGENET,
         models="swin_base_esvit",
     ),
-    "swin": Format(
-        "Swin-Transformer's Swin V1",
-        (_TABLES,),
-        names.OFFICIAL,
-        _EPS_5,
-        statistics=IMAGENET,
-    ),
+    "swin": names.imagenet_format("Swin-Transformer's Swin V1", (_TABLES,), names.OFFICIAL),
 }
 
 

@@ -8,7 +8,6 @@ from fd_large.backbones import hierarchical_export as shared
 from fd_large.backbones.exports import (
     Export,
     Exports,
-    hugging_face_config,
     hugging_face_preprocessor,
 )
 from fd_large.backbones.hierarchical_published import HF_SWINV2, TIMM
@@ -54,18 +53,8 @@ def _timm_config(a: SwinV2Architecture, statistics: Statistics) -> dict[str, Any
 
 
 def _hugging_face_config(a: SwinV2Architecture, statistics: Statistics) -> dict[str, Any]:
-    return hugging_face_config(a, "Swinv2Model") | {
-        "embed_dim": a.embed_dim,
-        "depths": list(a.depths),
-        "num_heads": list(a.num_heads),
-        "window_size": a.window_size,
-        "pretrained_window_sizes": list(a.pretrained_window_sizes),
-        "mlp_ratio": a.mlp_ratio,
-        "qkv_bias": a.qkv_bias != "none",
-        "hidden_act": "gelu",
-        "use_absolute_embeddings": False,
-        "drop_path_rate": 0.0,
-    }
+    windows = list(a.pretrained_window_sizes)
+    return shared.hugging_face(a, "Swinv2Model", pretrained_window_sizes=windows)
 
 
 def _fd_names(a: SwinV2Architecture) -> str:

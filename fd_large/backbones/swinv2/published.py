@@ -40,15 +40,11 @@ STUDENT = (
 # In the Swin-Transformer repository, with Feature-Distillation's position bias.
 _SIMMIM = table(_OF_FD + names.OF_SIMMIM, start="{|encoder.}")
 
-_EPS_5 = Architecture(norm_eps=1e-5)
-
 FORMATS = {
-    "simmim_swinv2": Format(
+    "simmim_swinv2": names.imagenet_format(
         "SimMIM's SwinV2",
         ("mask_token", r"\.cpb_mlp\.|\.rpe_mlp\."),
         _SIMMIM,
-        _EPS_5,
-        statistics=IMAGENET,
         models="swinv2_1b",
     ),
     "hf_swinv2": Format(
@@ -65,27 +61,21 @@ FORMATS = {
         refusal="it is another model: another position bias, another order in merging, no final "
         "norm. Use --teacher.source timm:swinv2_cr_...",
     ),
-    "fd_swinv2": Format(
+    "fd_swinv2": names.imagenet_format(
         "Feature-Distillation SwinV2 student",
         (r"\.rpe_mlp\.",),
         STUDENT,
-        _EPS_5,
-        statistics=IMAGENET,
     ),
-    "timm_swinv2": Format(
+    "timm_swinv2": names.imagenet_format(
         "timm's SwinV2",
         (r"\.cpb_mlp\.", r"layers\.1\.downsample\."),
         names.TIMM,
-        _EPS_5,
-        statistics=IMAGENET,
         without=r"layers\.0\.downsample\.",
     ),
-    "swinv2": Format(
+    "swinv2": names.imagenet_format(
         "Swin-Transformer's SwinV2",
         (r"\.cpb_mlp\.",),
         names.OFFICIAL,
-        _EPS_5,
-        statistics=IMAGENET,
         models="swinv2_",
     ),
 }

@@ -27,21 +27,20 @@ log = logging.getLogger(__name__)
 
 # The form in which the names of all releases agree, and those of models around the vision model.
 _AROUND = "{|vision_model.|dinov2.|dinov2_with_registers.|convnext.|convnextv2.|ijepa.|hiera.}"
-_BLOCK = """
-attention.{attention.query|q_proj}.*    attention.q_proj.*
-attention.{attention.key|k_proj}.*      attention.k_proj.*
-attention.{attention.value|v_proj}.*    attention.v_proj.*
-attention.{output.dense|o_proj}.*       attention.o_proj.*
-{intermediate.dense|mlp.fc1}.*          mlp.fc1.*
-{output.dense|mlp.fc2}.*                mlp.fc2.*
-mlp.{weights_out|down_proj}.*           mlp.down_proj.*
-*                                       *
+_OF_COMMON = """
+{|encoder.|model.}{layers|layer}.#.         layers.#.
+    attention.{attention.query|q_proj}.*    attention.q_proj.*
+    attention.{attention.key|k_proj}.*      attention.k_proj.*
+    attention.{attention.value|v_proj}.*    attention.v_proj.*
+    attention.{output.dense|o_proj}.*       attention.o_proj.*
+    {intermediate.dense|mlp.fc1}.*          mlp.fc1.*
+    {output.dense|mlp.fc2}.*                mlp.fc2.*
+    mlp.{weights_out|down_proj}.*           mlp.down_proj.*
+    *                                       *
+{model.|}stages.*                           stages.*
+*                                           *
 """
-_COMMON = (
-    *table(_BLOCK, start=f"{_AROUND}{{|encoder.|model.}}{{layers|layer}}.#.", into="layers.#."),
-    *table("{model.|}stages.* stages.*", start=_AROUND),
-    *table("* *", start=_AROUND),
-)
+_COMMON = table(_OF_COMMON, start=_AROUND)
 # One tensor of DINOv2's files is two of the module's, in this order.
 _JOINED, _HALVES = ".mlp.weights_in.", (".mlp.gate_proj.", ".mlp.up_proj.")
 # What follows the map or only pre-training has, and the text model.

@@ -32,6 +32,7 @@ from fd_large.backbones.translation import (
     expanded,
     fresh_norm,
     table,
+    under,
 )
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture
@@ -43,75 +44,48 @@ open_clip and in those of transformers, and whether it is transposed: (width, em
 # --- tables of names; what no row has keeps its name ---
 
 # OpenAI's and open_clip's: the text tower is left out.
-_CLIP_BLOCK = """
-ln_#.*              norm#.*
-ls_#.gamma          gamma_#
-attn.in_proj_*      attn.qkv.*
-attn.out_proj.*     attn.proj.*
-mlp.c_fc.*          mlp.fc1.*
-mlp.c_proj.*        mlp.fc2.*
-*                   *
-"""
-_CLIP = (
-    *table(_CLIP_BLOCK, start="visual.transformer.resblocks.#.", into="blocks.#."),
-    *table("""
-visual.proj                     -
-visual.class_embedding          cls_token           token
-visual.positional_embedding     pos_embed           batched
-visual.conv1.*                  patch_embed.proj.*
-visual.ln_pre.*                 norm_pre.*
-visual.ln_post.*                norm.*
-visual.*                        *
-*                               -
-"""),
-)
-_HF_CLIP_BLOCK = """
-layer_norm#.*           norm#.*
-self_attn.q_proj.*      attn.qkv.*      q
-self_attn.k_proj.*      attn.qkv.*      k
-self_attn.v_proj.*      attn.qkv.*      v
-self_attn.out_proj.*    attn.proj.*
-*                       *
-"""
-_OF_HF_CLIP = """
-*position_ids                           -
-classifier.*                            -
-embeddings.class_embedding              cls_token           token
-embeddings.position_embedding.weight    pos_embed           batched
-embeddings.patch_embedding.*            patch_embed.proj.*
-pre_layrnorm.*                          norm_pre.*
-post_layernorm.*                        norm.*
-*                                       *
-"""
-_HF_CLIP = (
-    *table("""
-text_model.*                            -
-text_projection.*                       -
-visual_projection.*                     -
-logit_scale*                            -
-"""),
-    *table(_HF_CLIP_BLOCK, start="{|vision_model.}encoder.layers.#.", into="blocks.#."),
-    *table(_OF_HF_CLIP, start="{|vision_model.}"),
+_CLIP = table("""
+visual.transformer.resblocks.#.     blocks.#.
+    ln_#.*                          norm#.*
+    ls_#.gamma                      gamma_#
+    attn.in_proj_*                  attn.qkv.*
+    attn.out_proj.*                 attn.proj.*
+    mlp.c_fc.*                      mlp.fc1.*
+    mlp.c_proj.*                    mlp.fc2.*
+    *                               *
+visual.proj                         -
+visual.class_embedding              cls_token               token
+visual.positional_embedding         pos_embed               batched
+visual.conv1.*                      patch_embed.proj.*
+visual.ln_pre.*                     norm_pre.*
+visual.ln_post.*                    norm.*
+visual.*                            *
+*                                   -
+""")
+_HF_CLIP = table(
+    """
+{text_model|text_projection|visual_projection|classifier}.*     -
+logit_scale*                                                    -
+*position_ids                                                   -
+embeddings.class_embedding                  cls_token           token
+embeddings.position_embedding.weight        pos_embed           batched
+embeddings.patch_embedding.*                patch_embed.proj.*
+pre_layrnorm.*                              norm_pre.*
+post_layernorm.*                            norm.*
+encoder.layers.#.                           blocks.#.
+    layer_norm#.*                           norm#.*
+    self_attn.q_proj.*                      attn.qkv.*          q
+    self_attn.k_proj.*                      attn.qkv.*          k
+    self_attn.v_proj.*                      attn.qkv.*          v
+    self_attn.out_proj.*                    attn.proj.*
+    *                                       *
+*                                           *
+""",
+    start="{|vision_model.}",
 )
 # Names that transformers stored up to version 4 and stores still; then those of 5 in memory.
-_HF_BLOCK = """
-layernorm_before.*                      norm1.*
-layernorm_after.*                       norm2.*
-attention.{attention.query|q_proj}.*    attn.qkv.*      q
-attention.{attention.key|k_proj}.*      attn.qkv.*      k
-attention.{attention.value|v_proj}.*    attn.qkv.*      v
-attention.{output.dense|o_proj}.*       attn.proj.*
-{intermediate.dense|mlp.fc1}.*          mlp.fc1.*
-{output.dense|mlp.fc2}.*                mlp.fc2.*
-*                                       *
-"""
-_OF_HF = """
-classifier.*                                                -
-cls_classifier.*                                            -
-distillation_classifier.*                                   -
-pooler.*                                                    -
-decoder.*                                                   -
-lm_head.*                                                   -
+_HF = """
+{classifier|cls_classifier|distillation_classifier|pooler|decoder|lm_head}.*    -
 embeddings.mask_token                                       -
 embeddings.cls_token                                        cls_token
 embeddings.distillation_token                               dist_token
@@ -119,85 +93,68 @@ embeddings.position_embeddings                              pos_embed
 embeddings.patch_embeddings.projection.*                    patch_embed.proj.*
 {encoder.relative_position_bias|shared_position_bias}.*     rel_pos_bias.*
 layernorm.*                                                 norm.*
+{encoder.layer|layers}.#.                                   blocks.#.
+    layernorm_before.*                                      norm1.*
+    layernorm_after.*                                       norm2.*
+    attention.{attention.query|q_proj}.*                    attn.qkv.*      q
+    attention.{attention.key|k_proj}.*                      attn.qkv.*      k
+    attention.{attention.value|v_proj}.*                    attn.qkv.*      v
+    attention.{output.dense|o_proj}.*                       attn.proj.*
+    {intermediate.dense|mlp.fc1}.*                          mlp.fc1.*
+    {output.dense|mlp.fc2}.*                                mlp.fc2.*
+    *                                                       *
 *                                                           *
 """
-_HF_BEIT_BLOCK = """
-{attention.attention.|}relative_position_bias.relative_*    attn.relative_*
-attention.{attention.query|q_proj}.bias                     attn.q_bias
-attention.{attention.key|k_proj}.bias                       attn.k_bias
-attention.{attention.value|v_proj}.bias                     attn.v_bias
-lambda_#                                                    gamma_#
-"""
-HF_VIT = (
-    *table(_HF_BLOCK, start="{|vit.|deit.}{encoder.layer|layers}.#.", into="blocks.#."),
-    *table(_OF_HF, start="{|vit.|deit.}"),
-)
+HF_VIT = table(_HF, start="{|vit.|deit.}")
 # A norm for the mean of the tokens is its pooler's, and left out.
-HF_BEIT = (
-    *table(COMPUTED),
-    *table(
-        _HF_BEIT_BLOCK + _HF_BLOCK,
-        start="{|beit.}{encoder.layer|layers}.#.",
-        into="blocks.#.",
-    ),
-    *table(_OF_HF, start="{|beit.}"),
-)
+_HF_BEIT = """
+{encoder.layer|layers}.#.                                       blocks.#.
+    {attention.attention.|}relative_position_bias.relative_*    attn.relative_*
+    attention.{attention.query|q_proj}.bias                     attn.q_bias
+    attention.{attention.key|k_proj}.bias                       attn.k_bias
+    attention.{attention.value|v_proj}.bias                     attn.v_bias
+    lambda_#                                                    gamma_#
+"""
+HF_BEIT = table(COMPUTED + _HF_BEIT + _HF, start="{|beit.}")
 # DINO, DeiT and timm share our names. Left out are heads, also a head's own norm, and what iBOT's
 # student puts in the place of masked patches.
-_OF_TIMM = """
-head.*                  -
-head_dist.*             -
-fc_norm.*               -
-masked_embed*           -
-blocks.#.ls#.gamma      blocks.#.gamma_#
-*                       *
-"""
-TIMM_VIT = table(_OF_TIMM)
-_OF_DINOV2 = f"""
+TIMM_VIT = table("""
+{head|head_dist|fc_norm}.*  -
+masked_embed*               -
+blocks.#.ls#.gamma          blocks.#.gamma_#
+*                           *
+""")
+_OPEN_CLIP_TRUNK = under("visual.trunk.", TIMM_VIT) + table("* -")
+_OF_DINOV2 = """
 mask_token          -
 register_tokens     reg_token
-{_OF_TIMM}
 """
-_DINOV2 = table(_OF_DINOV2)
+_DINOV2 = table(_OF_DINOV2) + TIMM_VIT
 # An encoder of DINOv2's code, whose blocks are one chunk, beside its projectors.
-_UNIC = (
-    *table("lp.* -"),
-    *table("blocks.0.#.ls#.gamma blocks.#.gamma_#", start="encoder."),
-    *table("blocks.0.#.* blocks.#.*", start="encoder."),
-    *table(_OF_DINOV2, start="encoder."),
-)
-_OPEN_CLIP_TRUNK = table(_OF_TIMM, start="visual.trunk.") + table("* -")
-# Feature-Distillation's students, with their projection and beside their teacher, and BEiT.
-_STUDENT = (
-    *table(
-        f"""
-{COMPUTED}
-mask_token          -
-feature_model.*     -
-head.*              -
-fc_norm.*           -
-lm_head.*           -
-""",
-        start="{encoder.|}",
-    ),
-    *FEATURE_DISTILLATION,
-)
-_MMSEG_BLOCK = """
-ln#.*                           norm#.*
-ffn.layers.0.0.*                mlp.fc1.*
-ffn.layers.1.*                  mlp.fc2.*
-attn.{qkv.|attn.in_proj_}*      attn.qkv.*
-attn.{|attn.out_}proj.*         attn.proj.*
-*                               *
+_OF_UNIC = """
+lp.*                            -
+encoder.blocks.0.#.ls#.gamma    blocks.#.gamma_#
+encoder.blocks.0.*              blocks.*
 """
-MMSEG = (
-    *table(COMPUTED),
-    *table(_MMSEG_BLOCK, start="layers.#.", into="blocks.#."),
-    *table("""
-patch_embed.projection.*    patch_embed.proj.*
-{norm|ln1}.*                norm.*
-"""),
-)
+_UNIC = table(_OF_UNIC) + under("encoder.", _DINOV2)
+# Feature-Distillation's students, with their projection and beside their teacher, and BEiT.
+_OF_STUDENT = """
+mask_token                                  -
+{feature_model|head|fc_norm|lm_head}.*      -
+"""
+_STUDENT = table(COMPUTED + _OF_STUDENT, start="{encoder.|}") + FEATURE_DISTILLATION
+_OF_MMSEG = """
+patch_embed.projection.*            patch_embed.proj.*
+{norm|ln1}.*                        norm.*
+layers.#.                           blocks.#.
+    ln#.*                           norm#.*
+    ffn.layers.0.0.*                mlp.fc1.*
+    ffn.layers.1.*                  mlp.fc2.*
+    attn.{qkv.|attn.in_proj_}*      attn.qkv.*
+    attn.{|attn.out_}proj.*         attn.proj.*
+    *                               *
+"""
+MMSEG = table(COMPUTED + _OF_MMSEG)
 
 
 # --- formats ---

@@ -90,14 +90,15 @@ def test_constants_need_no_file():
 QUERY_KEY_VALUE = ("query", "key", "value")
 BLOCKS = table(
     """
+layer.#.                blocks.#.
     norm#.*             norm#.*
     {query|q_proj}.*    qkv.*       q
     {key|k_proj}.*      qkv.*       k
     {value|v_proj}.*    qkv.*       v
+    pooled.*            -
     *                   *
-    """,
-    start="{|vit.}layer.#.",
-    into="blocks.#.",
+""",
+    start="{|vit.}",
 )
 
 
@@ -107,6 +108,7 @@ BLOCKS = table(
         ("layer.11.norm2.weight", ("blocks.11.norm2.weight", "")),
         ("vit.layer.0.k_proj.bias", ("blocks.0.qkv.bias", "k")),
         ("vit.layer.0.mlp.fc1.bias", ("blocks.0.mlp.fc1.bias", "")),
+        ("layer.0.pooled.weight", ("-", "")),
         ("layer.a.norm1.weight", ("layer.a.norm1.weight", "")),
         ("xlayer.0.norm1.weight", ("xlayer.0.norm1.weight", "")),
     ],
