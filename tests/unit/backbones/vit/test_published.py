@@ -252,7 +252,7 @@ def test_dinov2_and_its_map_as_timm_converts_it(tmp_path, registers):
     _, state = of_dinov2(registers)
     torch.save(state, tmp_path / "dinov2.pth")
     form = "dinov2_registers" if registers else "dinov2"
-    assert Sources().open(tmp_path / "dinov2.pth").form == form
+    assert opened(tmp_path / "dinov2.pth").form == form
     net, teacher = loaded(tmp_path / "dinov2.pth", num_heads=(2,))
     assert teacher.architecture.num_registers == registers
     assert teacher.statistics == (*IMAGENET.mean, *IMAGENET.std)
@@ -274,7 +274,7 @@ def test_a_student_of_unic_with_registers(tmp_path):
     model = {f"module.encoder.{name}": tensor for name, tensor in chunk.items()}
     model["module.lp.heads.dino.cls.0.layers.0.weight"] = torch.zeros(2, 2)
     torch.save({"model": model, "epoch": 3}, tmp_path / "unic.pth")
-    assert Sources().open(tmp_path / "unic.pth").form == "unic"
+    assert opened(tmp_path / "unic.pth").form == "unic"
     again, _ = loaded(tmp_path / "unic.pth", num_heads=(2,))
     close(again(IMAGES).tokens, net(IMAGES).tokens)
     student, _ = initial(
