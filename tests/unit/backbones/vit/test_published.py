@@ -457,7 +457,7 @@ def test_a_file_of_dinos_training_is_its_teacher(tmp_path, caplog):
     assert net.norm.weight.equal(2 * state["norm.weight"])
     # A run that an earlier version began names no part, and learns from the student.
     earlier = Sources(settled={str(path): teacher.statistics})
-    assert earlier.open(str(path)).file["norm.weight"].equal(2 * state["norm.weight"])
+    assert earlier.resolve(str(path)).published.file["norm.weight"].equal(2 * state["norm.weight"])
 
 
 @pytest.mark.parametrize(
