@@ -118,6 +118,7 @@ OF_NO_FILE = {
     "kernels/test_triton.py": "starts triton_*.py in Triton's interpreter",
     "plan/test_scaling_page.py": "docs/scaling.md",
     "cli/test_foreign_runs.py": "every command on a run folder from elsewhere",
+    "probes/test_claim.py": "benchmarks/claim.py",
     "tasks/distillation/test_seams.py": "the seams of task.py, filled together",
     "test_cuda_calls.py": "what only a GPU's rank calls",
     "test_devices.py": "the package on a card that is not here",

