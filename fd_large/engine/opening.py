@@ -29,7 +29,7 @@ from fd_large.engine import memory, node_consistency
 from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.counting import micro_batch
-from fd_large.engine.counting.count import kernel_calls
+from fd_large.engine.counting.count import check_kernels
 from fd_large.engine.ema import Ema
 from fd_large.engine.job import JobOf, TrainingJob
 from fd_large.engine.task import Task
@@ -38,11 +38,9 @@ from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import Engine, InitialWeights, build_engine
 from fd_large.engine.zero.optimizer import moments_of
 from fd_large.errors import FDError, check_all, masked
-from fd_large.kernels import check as kernel_check
 from fd_large.kernels import choose
 from fd_large.kernels.precision import full_float32
 from fd_large.plan.memory import Placement, held, persistence_threshold
-from fd_large.plan.workload import frozen_in_bfloat16
 from fd_large.ranks import activity, distributed, meeting
 from fd_large.ranks.launch import Launch
 from fd_large.recipes.run import Run
@@ -388,30 +386,6 @@ def _build_models(checked: Sequence[Checked]) -> None:
         other.take_models_of(first)
 
 
-def check_kernels(job: TrainingJob, *, bfloat16: bool) -> None:
-    """Holds the kernels that will run against their references, and gives up what is off."""
-    device = distributed.device()
-    if not choose.may_run_kernels(device.type):
-        return
-    calls: list[kernel_check.Call] = []
-    if distributed.is_main():
-        teacher = job.run.frozen_dtype
-        # Interpreted on a CPU, they are those of the newest card.
-        capability = choose.CAPABILITIES[-1]
-        if device.type == "cuda":
-            capability = torch.cuda.get_device_capability()
-        try:
-            calls = kernel_calls(
-                job,
-                choose.Device(capability, on_gpu=device.type == "cuda", wish=choose.wished()),
-                bfloat16=bfloat16,
-                frozen_bfloat16=frozen_in_bfloat16(teacher, bfloat16),
-            )
-        except FDError as error:
-            log.warning("kernels are not held against their references: %s", error)
-    kernel_check.check(distributed.broadcast_object(calls), device)
-
-
 def _build_frozen(job: TrainingJob, numbers: ds.RunNumbers, persistence_threshold: int) -> None:
     """Builds what a task uses and does not train; a collective."""
     with activity.work("building the models"), memory.building_in_memory(job.memory_remedy):
@@ -477,18 +451,8 @@ def _probed(checked: Sequence[Checked], share: int) -> int:
         engine = engine_of(run, one.job.make_task, config)
         averages.append(_average_of(engine, run))
         engines.append(engine)
-    size = share
-    for _ in range(2 if len(engines) > 1 else 1):
-        # Once more beside the moments that all have made.
-        for engine in engines:
-            size = micro_batch.probe(
-                engine,
-                first.probe_batch,
-                share=share,
-                at_most=size,
-                seed=first.run.runtime.seed,
-                several=len(engines) > 1,
-            )
+    seed = first.run.runtime.seed
+    size = micro_batch.probe(engines, first.probe_batch, share=share, seed=seed)
     for engine in engines:
         engine.deepspeed.destroy()
     del engine, engines, averages

@@ -28,7 +28,7 @@ from fd_large.engine.forward_backward import completed
 from fd_large.engine.job import TrainingJob
 from fd_large.errors import FDError
 from fd_large.kernels import choose
-from fd_large.kernels.check import IMAGES, Call, recording
+from fd_large.kernels.check import IMAGES, Call, check, recording
 from fd_large.plan.counts import (
     NOTHING,
     Counts,
@@ -39,7 +39,8 @@ from fd_large.plan.counts import (
     highest,
     through,
 )
-from fd_large.ranks import activity
+from fd_large.plan.workload import frozen_in_bfloat16
+from fd_large.ranks import activity, distributed
 from fd_large.recipes.sections import AUTO
 
 log = logging.getLogger(__name__)
@@ -232,6 +233,30 @@ def kernel_calls(
         task, _ = models_of(job, bfloat16=bfloat16, frozen_bfloat16=frozen_bfloat16)
         task.shapes_only(job.probe_batch(IMAGES))
     return list(calls)
+
+
+def check_kernels(job: TrainingJob, *, bfloat16: bool) -> None:
+    """Holds the kernels that will run against their references, and gives up what is off."""
+    device = distributed.device()
+    if not choose.may_run_kernels(device.type):
+        return
+    calls: list[Call] = []
+    if distributed.is_main():
+        teacher = job.run.frozen_dtype
+        # Interpreted on a CPU, they are those of the newest card.
+        capability = choose.CAPABILITIES[-1]
+        if device.type == "cuda":
+            capability = torch.cuda.get_device_capability()
+        try:
+            calls = kernel_calls(
+                job,
+                choose.Device(capability, on_gpu=device.type == "cuda", wish=choose.wished()),
+                bfloat16=bfloat16,
+                frozen_bfloat16=frozen_in_bfloat16(teacher, bfloat16),
+            )
+        except FDError as error:
+            log.warning("kernels are not held against their references: %s", error)
+    check(distributed.broadcast_object(calls), device)
 
 
 def _counts(first: Recorder, second: Recorder, at: tuple[int, int], models: Models) -> Counts:

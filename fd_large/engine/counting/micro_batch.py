@@ -58,10 +58,8 @@ def largest_that_fits(
     """
     best = 0
     measured: list[tuple[int, list[int]]] = []
-    # The first step makes the moments; measured, it would make each image seem to need them.
-    with out_of_memory_named(1):
-        for phase in phases:
-            phase(1)
+    # Measured, the moments of the first step would make each image seem to need them.
+    _take_first(phases)
     largest = candidates(share)[-1]
     for size in candidates(share):
         if measured:
@@ -98,35 +96,55 @@ def largest_that_fits(
 
 
 def probe(
-    engine: Engine,
-    batch_of: Callable[[int], Batch],
-    *,
-    share: int,
-    seed: int,
-    at_most: int | None = None,
-    several: bool = False,
+    engines: Sequence[Engine], batch_of: Callable[[int], Batch], *, share: int, seed: int
 ) -> int:
-    """Finds the largest micro batch of an engine; all ranks return the same size.
+    """Finds the largest micro batch whose step fits; all ranks return the same size.
 
     Args:
-        engine: An engine that does not accumulate, so that each of its steps is a whole one. Its
-            weights and moments are spoiled.
+        engines: Engines of one student or of several, which learn from the same steps. They do not
+            accumulate, so that each of their steps is a whole one. Their weights and moments are
+            spoiled.
         batch_of: Makes a batch of that many of the largest images.
         share: Images of a rank per step.
         seed: Seed of the drop path.
-        at_most: Images of the largest micro batch that is tried; None: all of the step's.
-        several: Whether other students learn from the same step, so that all of its micro batches
-            stay on the device.
 
     Raises: OutOfMemory: if not even one image fits.
     """
+    several = len(engines) > 1
+    steps = [_phases(engine, batch_of, share, seed, keeps=several) for engine in engines]
+    memory = GpuMemory() if distributed.device().type == "cuda" else HostMemory()
+    gc.collect()
+    # What is measured of one student has the moments of all beside it.
+    for phases in steps if several else ():
+        _take_first(phases)
+    size = share
+    for phases in steps:
+        size = largest_that_fits(size, phases, memory)
+    return size
 
+
+def _take_first(phases: Sequence[Callable[[int], None]]) -> None:
+    """Takes a step of one image, which makes the optimiser's moments."""
+    with out_of_memory_named(1):
+        for phase in phases:
+            phase(1)
+
+
+def _phases(
+    engine: Engine, batch_of: Callable[[int], Batch], share: int, seed: int, *, keeps: bool
+) -> tuple[Callable[[int], None], ...]:
+    """Returns forward and backward, and the optimiser's step, as functions of a micro batch.
+
+    Args:
+        engine, batch_of, share, seed: See `probe`.
+        keeps: Whether all micro batches of a step stay on the device, for other students.
+    """
     # What `StepForSeveral` keeps of the other micro batches until the step is over.
     kept: list[Tensor] = []
 
     def through(size: int) -> None:
         count = share // size
-        if several and count > 1:
+        if keeps and count > 1:
             kept.extend(_copies(engine.task, batch_of(size), count - 1))
         arguments = arguments_of_step(
             engine.task, engine.deepspeed, repeat(batch_of(size), count), seed, count=count
@@ -140,9 +158,7 @@ def probe(
         kept.clear()
 
     engine.task.train()
-    memory = GpuMemory() if distributed.device().type == "cuda" else HostMemory()
-    gc.collect()
-    return largest_that_fits(at_most or share, (through, step), memory)
+    return through, step
 
 
 def _copies(task: Task, batch: Batch, count: int) -> list[Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from launch import write_result
 from scenarios import start_engine, take_step, tiny_run
 
-from fd_large.engine.opening import check_kernels
+from fd_large.engine.counting.count import check_kernels
 from fd_large.engine.zero import start
 from fd_large.kernels import choose, window_attention_launch
 from fd_large.ranks import distributed

@@ -396,8 +396,8 @@ def test_a_micro_batch_is_probed_once(recipe, tmp_path, monkeypatch):
 def test_a_probe_holds_the_average_too(recipe, tmp_path, monkeypatch):
     averages = []
 
-    def probe(engine, *_, **__):
-        averages.append(state.has_average(engine))
+    def probe(engines, *_, **__):
+        averages.extend(map(state.has_average, engines))
         raise ConfigError("enough")
 
     monkeypatch.setattr("fd_large.engine.counting.micro_batch.probe", probe)

@@ -139,8 +139,9 @@ def test_a_probe_keeps_what_several_students_take_of_the_whole_step(monkeypatch,
     monkeypatch.setattr(micro_batch, "arguments_of_step", lambda *_, **__: (e for e in [{}]))
     monkeypatch.setattr(micro_batch, "largest_that_fits", climb)
     engine = SimpleNamespace(task=Taught(), deepspeed=SimpleNamespace(step=lambda: None))
-    found = micro_batch.probe(engine, batch_of, share=8, at_most=4, seed=0, several=several)
-    assert (found, seen) == (2, [4])
+    engines = [engine] * (2 if several else 1)
+    found = micro_batch.probe(engines, batch_of, share=8, seed=0)
+    assert (found, seen) == (2, [8, 2] if several else [8])
     # What is kept of a step's 8 images: those of the other micro batches, and their targets.
     assert kept == ({1: 14, 2: 12, 4: 8} if several else {})
 
