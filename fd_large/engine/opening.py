@@ -77,33 +77,31 @@ class Checked(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A run with everything built and nothing trained or restored yet."""
+    """A run with everything built.
 
+    Attributes:
+        run: The settled recipe.
+        folder: The run's folder.
+        job: The recipe's job, its frozen models built.
+        samples: The training images.
+        engine: The task in its engine.
+        checkpoints: Saves and restores its state.
+        micro_batch_size: Images per rank and forward.
+        accumulation: Micro batches per step.
+        ema: The average of the weights; None: there is none.
+        finished: Steps of the checkpoint that was restored; 0: none was.
+    """
+
+    run: Run
+    folder: Path
     job: TrainingJob
     samples: ImageSource
     engine: Engine
     checkpoints: Checkpoints
+    micro_batch_size: int
+    accumulation: int
     ema: Ema | None
-
-    @property
-    def run(self) -> Run:
-        """The settled recipe."""
-        return self.job.run
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return Path(self.run.run_dir())
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Images per rank and forward."""
-        return self.engine.config[ds.MICRO_BATCH]
-
-    @property
-    def accumulation(self) -> int:
-        """Micro batches per step."""
-        return self.engine.config[ds.ACCUMULATION]
+    finished: int = 0
 
 
 def open_together(
@@ -114,6 +112,7 @@ def open_together(
     *,
     whole: tuple[Run, Lease] | None = None,
     fresh: bool = False,
+    resumes: bool = False,
 ) -> list[Opened]:
     """Opens runs that differ in their students alone; they share images and frozen models.
 
@@ -124,7 +123,8 @@ def open_together(
         leases: This start's right to write each run's folder; None: nothing is written to it.
         whole: The recipe of all, and the right to write the folder in which theirs stand; None:
             there is none.
-        fresh: Start over instead of resuming; the old run's files are moved aside.
+        fresh: Start over; the old run's files are moved aside.
+        resumes: Whether the newest checkpoints are restored.
 
     Raises: FDError: for the user's mistakes, before anything heavy where that is possible.
     """
@@ -150,7 +150,7 @@ def open_together(
         checked = _with_probed_micro_batch(checked, folder, keep=bool(entered))
     opened = [build(one, lease, launch) for one, lease in zip(checked, leases, strict=True)]
     weights.forget()
-    return opened
+    return [resume(one) for one in opened] if resumes else opened
 
 
 def _share_cores(local_world_size: int) -> None:
@@ -472,6 +472,7 @@ def build(checked: Checked, lease: Lease | None, launch: Launch) -> Opened:
         launch: The ranks.
     """
     job, run = checked.job, checked.job.run
+    folder = Path(run.run_dir())
     if lease:
         write_environment(lease.folder, checked.config, launch.launcher, job.metrics)
     with activity.work("building the engine"), memory.building_in_memory(job.memory_remedy):
@@ -492,7 +493,7 @@ def build(checked: Checked, lease: Lease | None, launch: Launch) -> Opened:
         **({"code": code} if code else {}),
     }
     checkpoints = Checkpoints(
-        Path(run.run_dir()),
+        folder,
         engine,
         runtime=run.runtime,
         global_batch_size=run.batch.global_batch_size,
@@ -500,7 +501,17 @@ def build(checked: Checked, lease: Lease | None, launch: Launch) -> Opened:
         check_stored=job.check_stored,
         lease=lease,
     )
-    return Opened(job, checked.samples, engine, checkpoints, ema)
+    return Opened(
+        run,
+        folder,
+        job,
+        checked.samples,
+        engine,
+        checkpoints,
+        checked.config[ds.MICRO_BATCH],
+        checked.config[ds.ACCUMULATION],
+        ema,
+    )
 
 
 def engine_of(
@@ -529,13 +540,13 @@ def _average_of(engine: Engine, run: Run) -> Ema | None:
     return Ema(engine, run.optim.ema_decay) if run.optim.ema_decay else None
 
 
-def resume(opened: Opened) -> int:
-    """Restores the newest sound checkpoint; returns its step, 0 where there is none."""
+def resume(opened: Opened) -> Opened:
+    """Restores the newest sound checkpoint, if there is one; the last part of `build`."""
     opened.checkpoints.sweep()
     with activity.work("reading the last checkpoint"):
         finished = opened.checkpoints.resume()
     record_code(opened.folder, opened.run.code(), finished)
-    return finished
+    return opened._replace(finished=finished)
 
 
 # --- other ways to open ---

@@ -17,7 +17,7 @@ from fd_large.engine.best import Best
 from fd_large.engine.counting.count import step_flops
 from fd_large.engine.job import JobOf, TrainingJob
 from fd_large.engine.loop import Trainer, TrainingPlan
-from fd_large.engine.opening import Opened, open_together, resume
+from fd_large.engine.opening import Opened, open_together
 from fd_large.engine.run_page import RunPage
 from fd_large.engine.schedule import SCHEDULES, Schedule
 from fd_large.engine.students import HooksOfAll, train_together
@@ -86,6 +86,7 @@ def train(
             leases,
             whole=(run, lease) if run.students else None,
             fresh=fresh,
+            resumes=True,
         )
         trainers = []
         for name, one, inner, told in zip(runs, opened, leases, begun, strict=True):
@@ -159,7 +160,7 @@ def _train(trainers: Sequence[Trainer], opened: Opened, lease: Lease, shared: Ho
 def _trainer_of(
     opened: Opened, lease: Lease, hooks: Sequence[Hook], begun: list[Hook]
 ) -> Trainer | None:
-    """Resumes an opened run and makes what trains it; None where it is finished.
+    """Returns what trains an opened run from where it stands; None where it is finished.
 
     Args:
         opened: The run.
@@ -168,12 +169,12 @@ def _trainer_of(
         begun: Takes the hooks that know of the start.
     """
     run, job, engine, checkpoints = opened.run, opened.job, opened.engine, opened.checkpoints
-    finished = resume(opened)
+    finished = opened.finished
     per_epoch = updates_per_epoch(len(opened.samples), run.batch.global_batch_size)
     total = run.optim.max_steps or run.optim.epochs * per_epoch
     total = min(total, checkpoints.decided_steps or total)
     best = _best_of(job, opened.folder, finished)
-    if _is_over(opened, finished, total, best):
+    if _is_over(opened, total, best):
         return None
     checkpoints.log_disk_use(total)
     schedule = _schedule_of(run, per_epoch, total)
@@ -187,7 +188,7 @@ def _trainer_of(
         max_bad_fraction=run.data.max_bad_fraction,
         count_bad_every=run.runtime.log_every,
     )
-    setting = _setting_of(opened, lease, finished, total)
+    setting = _setting_of(opened, lease, total)
     with activity.work("cutting the evaluations' images"):
         evaluations = job.evaluations(engine, opened.samples, opened.micro_batch_size)
     layer_rates = by_layer(engine, run.optim.layer_decay)
@@ -206,9 +207,9 @@ def _trainer_of(
     )
 
 
-def _is_over(opened: Opened, finished: int, total: int, best: Best | None) -> bool:
+def _is_over(opened: Opened, total: int, best: Best | None) -> bool:
     """Returns whether nothing of a run is left to train, and says how it stands."""
-    folder = opened.folder
+    folder, finished = opened.folder, opened.finished
     done = distributed.broadcast_object(status_of(folder) == DONE)
     if done and not finished:
         raise CheckpointError(
@@ -240,14 +241,14 @@ def _schedule_of(run: Run, steps_per_epoch: int, total: int) -> Schedule:
     return make(peak, warmup_start, minimum, total, warmup, **drops)
 
 
-def _setting_of(opened: Opened, lease: Lease, finished: int, total: int) -> Setting:
+def _setting_of(opened: Opened, lease: Lease, total: int) -> Setting:
     """Returns what the hooks are told of a run before its first step."""
     run, job = opened.run, opened.job
     size, accumulation = opened.micro_batch_size, opened.accumulation
     return Setting(
         folder=opened.folder,
         facts=job.summary(),
-        first_update=finished,
+        first_update=opened.finished,
         total_updates=total,
         global_batch_size=run.batch.global_batch_size,
         micro_batch_size=size,
