@@ -118,7 +118,7 @@ def _device(rates: Rates, kernels: Kernels) -> Device:
 def shape_fields(run: Run) -> dict[str, Any]:
     """Returns the fields that may decide what a step computes, where they differ from defaults.
 
-    What is automatic follows from the others.
+    What is automatic, or has no value and is the named model's own, follows from the others.
     """
     default = flat(Run(name=run.name, student=Student(model=run.student.model)))
     default.pop("student.model")
@@ -127,7 +127,7 @@ def shape_fields(run: Run) -> dict[str, Any]:
         name: value
         for name, value in fields.items()
         if not any(fnmatchcase(name, pattern) for pattern in NO_SHAPES)
-        and value not in (AUTO, plain(default.get(name, "")))
+        and value not in (None, AUTO, plain(default.get(name, "")))
     }
 
 
