@@ -91,6 +91,7 @@ launch() {
     trap 'hand_on TERM' TERM
     load_software
     check_nodes
+    if [[ $STAGE_TO && ! $asked ]] && ((code == 0)); then stage_data; fi
     if [[ $asked ]]; then code=75; elif ((code == 0)); then run_ranks; fi
     finish
 }
@@ -127,6 +128,7 @@ load_software() {
     # The ranks read their token there, and leave their exit codes.
     [[ $place == /* ]] || place=$PWD/$place
     [[ $place/ == "$PWD"/* || ! -d $place ]] || mounts+=,$place:$place
+    [[ ! $STAGE_TO ]] || mounts+=,$STAGE_TO:$STAGE_TO
     # None of them empty, which bash before 4.4 takes for unset.
     on_nodes=(srun) inside=(env)
     if [[ $MODULES ]]; then
@@ -163,6 +165,7 @@ printf "%s\t%s\t%s\n" "${SLURMD_NODENAME:-$(hostname)}" "${sum%% *}" "$absent"'
 check_nodes() {
     local name path report nodes=${SLURM_JOB_NUM_NODES:-1} paths=(.)
     paths+=("$FD_LARGE_TOKEN_FILE")
+    [[ ! $STAGE_TO ]] || paths+=("$STAGE_TO")
     for name in data.root eval.root teacher.source student.init; do
         path=$(value_of "$name" "${arguments[@]}")
         # Patterns, names of packages and hubs, and a part of a file (FILE#teacher) are train.py's.
@@ -179,8 +182,8 @@ check_nodes() {
     fi
     path=$(awk -F '\t' '$3 != "" { print $1 ":" $3; exit }' <<<"$report")
     [[ -z $path ]] || refuse "node $path: does not exist there, expected what every node of the" \
-        "job sees. Mend ${learns_from[1]}${learns_from[3]:+, ${learns_from[3]}} or LOG_DIR in $scripts/site.sh," \
-        "or put the files there."
+        "job sees. Mend ${learns_from[1]}${learns_from[3]:+, ${learns_from[3]}}, LOG_DIR or" \
+        "STAGE_TO in $scripts/site.sh, or put the files there."
     if (($(cut -f 2 <<<"$report" | sort -u | wc -l) != 1)); then
         refuse "fd_large: the nodes see different sources; got" \
             "$(cut -f 1,2 <<<"$report" | tr '\t\n' '= '), expected one checksum. Submit from a" \
@@ -188,19 +191,97 @@ check_nodes() {
     fi
 }
 
-# Blocks of ranks share a node (hpZ and a split teacher rely on it). The other ranks get a minute
-# after the first one has ended, time to say why they end. srun does not take --cpus-per-task over
-# from sbatch.
-run_ranks() {
-    local caught
-    say "the output of rank N is in $logs-rank_N.log"
-    "${on_nodes[@]}" \
-        --export=ALL --distribution=block --kill-on-bad-exit=0 --wait=60 \
-        --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-        --open-mode=append --output="$logs-rank_%t.log" \
-        "${inside[@]}" "$PYTHON" "${program[@]}" "${arguments[@]}" &
+# Run on every node: copies a folder to the node's own disk, each file read back against the
+# checksum of what was read, and prints the checksum of all. A copy that nothing has touched is not
+# read again; one that differs from its checksums, or whose origin has changed, is made anew.
+# shellcheck disable=SC2016 # expanded on the nodes
+stage_on_a_node='
+set -o pipefail
+source=$1 copy=$2 node=${SLURMD_NODENAME:-$(hostname)}
+answer() { printf "%s\t%s\t%s\n" "$node" "$1" "$2"; exit 0; }
+listed() { find -L "$1" -type f -printf "%P %s %T@$2\n" | LC_ALL=C sort | cksum; }
+# Another boot may have lost what was written.
+stamp() { cat /proc/sys/kernel/random/boot_id; listed "$copy" " %C@ %i"; }
+mkdir -p "${copy%/*}" && exec 9>"$copy.lock" && flock 9 || answer "" "$copy: cannot be written"
+origin=$(listed "$source") || answer "" "$source: cannot be read"
+if [ -d "$copy" ] && [ "$origin" != "$(cat "$copy.origin" 2>&1)" ]; then
+    echo "$node: $source has changed since it was copied" >&2
+    rm -rf "$copy"
+fi
+if [ -d "$copy" ] && [ "$(stamp)" != "$(cat "$copy.stamp" 2>&1)" ]; then
+    if (cd "$copy" && sha256sum --quiet --check "$copy.sums" >&2); then
+        stamp >"$copy.stamp"
+    else
+        echo "$node: $copy: DAMAGED, copied again" >&2
+        rm -rf "$copy"
+    fi
+fi
+if [ ! -d "$copy" ]; then
+    rm -rf "$copy.part"
+    need=$(find -L "$source" -type f -printf "%s\n" | awk "{ n += \$1 } END { printf \"%d\", n }")
+    free=$(df --output=avail -B1 "${copy%/*}" | tail -n 1)
+    [ "$((need + 67108864))" -le "$free" ] ||
+        answer "" "$copy: too little room, $((free / 1000000)) MB for $((need / 1000000))"
+    (
+        cd "$source" && mkdir "$copy.part" || exit 1
+        find -L . -type d -exec mkdir -p "$copy.part/{}" \; || exit 1
+        find -L . -type f -print0 | xargs -0 -r -n 16 -P 8 bash -c "$3" "$copy.part" |
+            LC_ALL=C sort -k 2 >"$copy.sums"
+    ) && echo "$origin" >"$copy.origin" && mv "$copy.part" "$copy" && stamp >"$copy.stamp" ||
+        answer "" "$source: cannot be copied to $copy"
+    echo "$node: $copy: $(wc -l <"$copy.sums") files copied" >&2
+else
+    echo "$node: $copy: all $(wc -l <"$copy.sums") files are there" >&2
+fi
+answer "$(cksum <"$copy.sums")" ""'
+# Its part for some files, whose lines of sha256sum it prints; 255 ends xargs.
+# shellcheck disable=SC2016
+copy_files='
+set -o pipefail
+for path; do
+    sum=$(tee -- "$0/$path" <"$path" | sha256sum) && sync -- "$0/$path" &&
+        dd if="$0/$path" iflag=nocache count=0 status=none &&
+        [ "$sum" = "$(sha256sum <"$0/$path")" ] && touch -r "$path" -- "$0/$path" || exit 255
+    printf "%s  %s\n" "${sum%% *}" "$path"
+done'
+
+# Copies the folder that data.root names to STAGE_TO on every node, where the ranks then read it.
+stage_data() {
+    local source copy problem report=$FD_LARGE_EXITS/staged nodes=${SLURM_JOB_NUM_NODES:-1}
+    source=$(value_of data.root "${arguments[@]}")
+    if [[ ! -d $source ]]; then
+        say "STAGE_TO: only a folder is copied; $source is read where it is"
+        return
+    fi
+    source=$(realpath "$source")
+    # Folders of one name in two places are two copies.
+    copy=$STAGE_TO/fd_large_staged-$(cksum <<<"$source" | cut -d ' ' -f 1)/${source##*/}
+    say "STAGE_TO: copying $source to $copy, where it is not there yet"
+    "${on_nodes[@]}" --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 "${inside[@]}" \
+        bash -c "$stage_on_a_node" stage "$source" "$copy" "$copy_files" >"$report" &
     ranks=$!
-    # A trap ends wait early; then it has to be called again for srun's own code.
+    await
+    [[ ! $asked ]] || return
+    if ((code != 0)); then
+        say "srun returned $code: no answer from every node"
+        code=1
+        return
+    fi
+    problem=$(awk -F '\t' '$3 != "" { print $1 ": " $3; exit }' "$report")
+    [[ -z $problem ]] || refuse "STAGE_TO: node $problem. Mend that, or set STAGE_TO= in" \
+        "$scripts/site.sh to read the images where they are."
+    if (($(cut -f 2 "$report" | sort -u | wc -l) != 1)); then
+        refuse "STAGE_TO: the copies differ; got" \
+            "$(cut -f 1,2 "$report" | tr '\t\n' '= '), expected one checksum. Remove $copy on" \
+            "the nodes that differ, and submit again."
+    fi
+    # Both, for resume.sh.
+    arguments+=(--data.root "$source" --data.root "$copy")
+}
+
+# Waits for srun. A trap ends wait early; then it has to be called again for srun's own code.
+await() {
+    local caught
     while :; do
         caught=$asked asked=
         wait "$ranks"
@@ -208,6 +289,20 @@ run_ranks() {
         [[ $asked ]] || break
     done
     asked=$caught ranks=
+}
+
+# Blocks of ranks share a node (hpZ and a split teacher rely on it). The other ranks get a minute
+# after the first one has ended, time to say why they end. srun does not take --cpus-per-task over
+# from sbatch.
+run_ranks() {
+    say "the output of rank N is in $logs-rank_N.log"
+    "${on_nodes[@]}" \
+        --export=ALL --distribution=block --kill-on-bad-exit=0 --wait=60 \
+        --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+        --open-mode=append --output="$logs-rank_%t.log" \
+        "${inside[@]}" "$PYTHON" "${program[@]}" "${arguments[@]}" &
+    ranks=$!
+    await
 }
 
 # At USR1 ranks save and end. srun passes it on to all of them; at a TERM, which Slurm sends to the

@@ -60,8 +60,12 @@ try:
             for part in name[2:].replace("-", "_").split("."):
                 held = held[part]
             words[place] = name + mark + held if mark else held
+    root = fields["data"]["root"]
+    # launch.sh names the images and then their copy, which the new nodes may not have.
+    if words[-4::2] == ["--data.root"] * 2 and words[-1] == root:
+        words, root = words[:-4], words[-3]
     # First, since they may come from the recipe and stand in no argument.
-    found = [fields["data"]["root"], fields["teacher"]["source"], *words]
+    found = [root, fields["teacher"]["source"], *words]
     text = "".join(word + "\0" for word in found)
 except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     text = f"{type(error).__name__}: {error}\0"

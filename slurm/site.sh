@@ -22,6 +22,10 @@ ADE_ROOT=${ADE_ROOT:-}
 NYU_ROOT=${NYU_ROOT:-}
 STUDENT_INIT=${STUDENT_INIT:-}
 
+# A folder on each node's own disk to which the folder of images is copied before the ranks start;
+# empty: they read it where it is (docs/clusters.md).
+STAGE_TO=${STAGE_TO:-}
+
 # ---- queue --------------------------------------------------------------------------------------
 # sbatch has read its options before it runs a script. It also reads these two variables: set them
 # here and `source slurm/site.sh` in the shell that you submit from.

@@ -47,7 +47,7 @@ class Doctor:
 
     # Folder that runs are written to.
     run_dir: str = "runs"
-    # Folder that data.stage_to would copy to; empty: SLURM_TMPDIR, TMPDIR or /tmp.
+    # Folder for copies of images (STAGE_TO of slurm/site.sh); empty: SLURM_TMPDIR, TMPDIR or /tmp.
     local_disk: str = ""
     # Folder that engine.nvme_path would name, for the optimiser's state; empty: none.
     nvme_path: str = ""

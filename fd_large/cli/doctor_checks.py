@@ -64,7 +64,7 @@ def check_node(
 
     Args:
         run_dir: Folder that runs are written to.
-        local_disk: Folder that `data.stage_to` would copy to.
+        local_disk: Folder for copies of images (STAGE_TO of slurm/site.sh).
         world_size: Number of ranks that are to meet.
         nvme_path: Folder that `engine.nvme_path` would name; "": none.
     """

@@ -93,11 +93,10 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
     """
     roots = {"data.root": run.data.root, "eval.root": run.eval.root}
     roots["eval.knn_root"] = run.eval.knn_root
-    folders = {"--data.cache": run.data.cache, "--data.stage_to": run.data.stage_to}
-    outs = [(flag, path) for flag, path in folders.items() if path]
+    caches = [run.data.cache] if run.data.cache else []
     check_all(
         check_accelerator,
-        *(partial(check_out, path, where=flag, holds="folder") for flag, path in outs),
+        *(partial(check_out, path, where="--data.cache", holds="folder") for path in caches),
         partial(_check_config, run, deepspeed_config),
         partial(check_workers, run.data.workers),
         lambda: require_paths(paths_of(run)),

@@ -44,7 +44,6 @@ class ImageFolder:
     Attributes:
         root: The folder.
         fingerprint: A hash of the paths in order.
-        modified: The newest modification time of a folder, in ns.
     """
 
     kind = "a folder"
@@ -69,7 +68,6 @@ class ImageFolder:
                 "files."
             )
         self.fingerprint = self._listing.fingerprint
-        self.modified: int = self._listing.facts["modified"]
         if shards := self._listing.facts["num_tars"]:
             log.warning(
                 "%s: %s holds %d .tar files beside images; only the images are read. "

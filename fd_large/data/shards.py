@@ -17,7 +17,6 @@ import resource
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from copy import copy
 from functools import partial
 from typing import Any
 
@@ -143,19 +142,6 @@ class TarShards:
                 "change."
             )
         return listing.arrays["label"], None
-
-    def at(self, paths: Sequence[str]) -> TarShards:
-        """The same samples, read from copies of the shards.
-
-        Args:
-            paths: The copies, in the order of `self.paths`.
-        """
-        assert len(paths) == len(self.paths)
-        moved = copy(self)
-        moved.paths, moved.sizes_and_times, moved._files = list(paths), [], _Files()
-        for path in paths:
-            moved.sizes_and_times.append(_size_and_time(os.stat(path)))
-        return moved
 
     def _listed(self, what: str, *, with_labels: bool = False) -> Listing:
         columns = ("offset", "size", "shard", *(["label"] if with_labels else []))

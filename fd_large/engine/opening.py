@@ -24,7 +24,6 @@ from fd_large.checkpoint.lease import Lease
 from fd_large.data.blocks import keep_blocks_in
 from fd_large.data.sampler import check_batch_sizes
 from fd_large.data.source import ImageSource
-from fd_large.data.staging import stage
 from fd_large.engine import memory, node_consistency
 from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.checkpoints import Checkpoints
@@ -231,8 +230,6 @@ def _check_each(
         jobs: Their jobs.
         load_config: Reads the DeepSpeed JSON, once.
         launch: The ranks.
-
-    Returns: the runs, with the images on the nodes' own disks if the recipe says so.
     """
     open_samples = cache(jobs[0].open_samples)
 
@@ -248,8 +245,8 @@ def _check_each(
 
     with activity.work("checking the recipe"):
         checked = meeting.meet(check_all_runs)
-    samples = _on_all_nodes(jobs, checked[0].samples)
-    return [one._replace(samples=samples) for one in checked]
+    _compare_nodes(jobs, checked[0].samples)
+    return checked
 
 
 def check(
@@ -329,15 +326,10 @@ def _fetch_weights(job: TrainingJob) -> None:
         job.weights.resolve(source, where=f"--{where}").fetch()
 
 
-def _on_all_nodes(jobs: Sequence[TrainingJob], samples: ImageSource) -> ImageSource:
-    """Compares code, images and weights of all nodes; a collective.
-
-    Returns: the images, copied to the nodes' own disks if the recipe says so.
-    """
+def _compare_nodes(jobs: Sequence[TrainingJob], samples: ImageSource) -> None:
+    """Compares code, images and weights of all nodes; a collective."""
     for job in jobs:
         node_consistency.check(samples, job.sources(), job.weights, job.run.code())
-    with activity.work("copying images"):
-        return stage(samples, jobs[0].run.data.stage_to)
 
 
 # --- the folder ---
@@ -605,7 +597,7 @@ def open_frozen(run: Run, job_of: JobOf) -> tuple[TrainingJob, ImageSource]:
 
     with activity.work("checking the recipe"):
         samples, numbers = meeting.meet(check_frozen)
-    samples = _on_all_nodes([job], samples)
+    _compare_nodes([job], samples)
     _start_deepspeed()
     _build_frozen(job, numbers, persistence_threshold(numbers.parameter_sizes))
     weights.forget()

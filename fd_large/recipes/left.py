@@ -33,6 +33,12 @@ LEFT = {
     "optim.max_seconds": Left(
         "0.2.0", 0, "Name a number of steps with --optim.max_steps, and leave it out."
     ),
+    "data.stage_to": Left(
+        "0.2.0",
+        "",
+        "Under Slurm set STAGE_TO in site.sh; elsewhere copy the dataset to each node before the "
+        "start, and name the copy in --data.root.",
+    ),
 }
 """Fields that left, by their name in a recipe."""
 

@@ -136,7 +136,6 @@ _MAY_CHANGE = {
     "data.cache_gb",
     "data.max_bad_fraction",
     "data.root",
-    "data.stage_to",
     "data.workers",
     "engine.node_size",
     "engine.nvme_path",

@@ -242,9 +242,6 @@ class Data:
     # and used for tests: k-NN, linear probes, fine-tuning. Which ones follows from the names of the
     # files, so images that are added move no other. 0 holds none out.
     val_fraction: float = 0.0
-    # Folder on a local disk of each node, to which the dataset is copied once and verified before
-    # training. Empty reads the dataset where it is.
-    stage_to: str = ""
     # Folder on a local disk of each node for what is read from an object store and unpacked from
     # parquet files. Empty: the folder `blocks` of the cache (FD_CACHE, else ~/.cache/fd_large).
     cache: str = ""

@@ -93,7 +93,6 @@ READ = {
 # Commands with a hole for a path that is written.
 WRITTEN = {
     "train --runtime.run_dir": f"{TRAIN} --data.root {{images}} --runtime.run_dir {{}}",
-    "train --data.stage_to": f"{TRAIN} {RUN} --data.root {{images}} --data.stage_to {{}}",
     "train --data.cache": f"{TRAIN} {RUN} --data.root {{parquet}} --data.cache {{}}",
     "train --task.distillation.cache": f"{TRAIN} {RUN} --task.distillation.cache {{}}",
     "train --engine.nvme_path": (
@@ -121,7 +120,7 @@ WRITTEN = {
 MAY_BE_EMPTY = {
     *("train --config", "statistics --config", "cache --config", "plan --config", "plan --rates"),
     *("train --student.init", "train --objective.target_statistics", "train --eval.root"),
-    *("train --eval.knn_root", "train --data.stage_to", "train --data.cache"),
+    *("train --eval.knn_root", "train --data.cache"),
     *("train --task.distillation.cache", "train --runtime.run_dir", "train --engine.nvme_path"),
     *("train segmentation.classes", "train segmentation.head_init", "train depth.train_list"),
     *("train depth.val_list", "plan --write", "plan --probe", "evaluate --json"),

@@ -256,6 +256,38 @@ def test_crash_mistake_and_time_limit(cluster: Cluster, folder: Path) -> None:
     assert "slurm/site.sh: DATA_ROOT is empty" in jobs["site"].said()
 
 
+def test_images_are_copied_to_each_node_once(cluster: Cluster, folder: Path) -> None:
+    """Both nodes share this machine and its folder of copies: one copies, one finds the copy."""
+    program = stand_in(folder, "staged", 'echo "${@: -1}" >>$0.roots')
+    local = folder / "local"
+    local.mkdir()
+    images = write_pictures(folder / "to_stage", 40)
+
+    def run(name: str) -> str:
+        environ = {"PYTHON": str(program), "STAGE_TO": str(local), "DATA_ROOT": str(images)}
+        job = start(cluster, folder, name, updates=1, environ=environ)
+        shown = cluster.wait(job.number, ended)
+        assert shown["JobState"] == "COMPLETED", job.said()
+        return job.said()
+
+    def same() -> bool:
+        done = subprocess.run(["diff", "-r", images, copy], capture_output=True, check=False)
+        return done.returncode == 0
+
+    said = run("stage-first")
+    copy = (folder / "staged.roots").read_text().splitlines()[-1]
+    assert copy.startswith(f"{local}/fd_large_staged-")
+    assert said.count(": 40 files copied") == said.count(": all 40 files are there") == 1, said
+    assert same()
+    said = run("stage-again")
+    assert said.count(": all 40 files are there") == 2, said
+    damaged = next(path for path in Path(copy).rglob("*") if path.is_file())
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    said = run("stage-damaged")
+    assert said.count("DAMAGED, copied again") == said.count(": 40 files copied") == 1, said
+    assert same()
+
+
 def test_eight_nodes_of_eight_gpus(folder: Path) -> None:
     """fd_swinv2g.sh as it stands, on nodes that claim 96 processors and 8 GPUs each."""
     results = folder / "layout"

@@ -472,6 +472,106 @@ def test_resume_takes_arguments_data_and_teacher_from_the_runs_folder(
     ]
 
 
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of files whose names are hard on a shell."""
+    for name in ("a.png", "b c/ü 1.png", "b c/-n.png", "d/e.tar"):
+        path = tmp_path / "the images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode() * 1000)
+    return tmp_path / "the images"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_images_are_copied_to_the_node_and_read_there(
+    script: Script, images: Path, tmp_path: Path
+) -> None:
+    local = tmp_path / "local"
+    local.mkdir()
+    given = {"DATA_ROOT": str(images), "STAGE_TO": str(local)}
+    code, said = script.run("--x", "1", **given)
+    assert code == 0, said
+    assert "4 files copied" in said
+    *_, source, flag, copy = script.words()
+    assert (source, flag) == (str(images), "--data.root")
+    assert Path(copy).name == images.name
+    assert contents(Path(copy)) == contents(images)
+    assert Path(copy, "a.png").stat().st_mtime == (images / "a.png").stat().st_mtime
+    # The next start finds it, and does not read it as long as nothing has touched it.
+    code, said = script.run(**given)
+    assert (code, "all 4 files are there" in said) == (0, True), said
+    Path(copy, "a.png").touch()
+    code, said = script.run(**given)
+    assert (code, "all 4 files are there" in said) == (0, True), said
+    Path(copy, "b c/-n.png").write_bytes(b"x" * 6000)
+    code, said = script.run(**given)
+    assert code == 0, said
+    assert "DAMAGED, copied again" in said
+    assert contents(Path(copy)) == contents(images)
+    (images / "new.png").write_bytes(b"new")
+    code, said = script.run(**given)
+    assert (code, "has changed since" in said, "5 files copied" in said) == (0, True, True), said
+    assert contents(Path(copy)) == contents(images)
+    # resume.sh goes on from the images themselves, and copies them where they are not yet.
+    words = script.words()
+    script.record(words[words.index("fd_large/train.py") :], copy, "random")
+    code, said = script.resume(STAGE_TO="")
+    assert code == 0, said
+    words = script.words()
+    assert copy not in words
+    assert words[words.index("--data.root") + 1] == str(images)
+
+
+def test_what_cannot_be_copied_is_one_sentence(
+    script: Script, images: Path, tmp_path: Path
+) -> None:
+    given = {"DATA_ROOT": str(images), "STAGE_TO": str(tmp_path / "none")}
+    code, said = script.run(**given)
+    assert code == 2
+    assert f"{tmp_path}/none: does not exist there" in said.splitlines()[-1]
+    # A node that reads other bytes.
+    srun = """#!/bin/bash
+[[ $* != *" stage "* ]] || printf 'n1\t12\t\nn2\t34\t\n'
+"""
+    (tmp_path / "none").mkdir()
+    (script.scratch / "srun").write_text(srun)
+    code, said = script.run(**given)
+    assert code == 2, said
+    assert "STAGE_TO: the copies differ; got n1=12 n2=34" in said
+
+
+def test_a_disk_that_does_not_give_back_what_was_written_is_named(
+    script: Script, images: Path, tmp_path: Path
+) -> None:
+    tee = script.scratch / "tee"
+    tee.write_text('#!/bin/sh\necho other >"$2"; cat\n')
+    tee.chmod(0o755)
+    code, said = script.run(DATA_ROOT=str(images), STAGE_TO=str(tmp_path))
+    assert code == 2, said
+    assert f"{images}: cannot be copied to {tmp_path}/fd_large_staged-" in said.splitlines()[-1]
+
+
+def test_a_disk_without_room_is_named(script: Script, images: Path, tmp_path: Path) -> None:
+    df = script.scratch / "df"
+    df.write_text("#!/bin/sh\necho Avail\necho 1000\n")
+    df.chmod(0o755)
+    code, said = script.run(DATA_ROOT=str(images), STAGE_TO=str(tmp_path))
+    assert code == 2, said
+    assert "too little room, 0 MB for 0. Mend that" in said.splitlines()[-1]
+
+
+def test_what_is_no_folder_is_read_where_it_is(script: Script, tmp_path: Path) -> None:
+    given = {"DATA_ROOT": "builtin:photographs", "STAGE_TO": str(tmp_path)}
+    code, said = script.run(**given)
+    assert code == 0, said
+    assert "only a folder is copied" in said
+    assert script.words().count("--data.root") == 1
+
+
 def test_resume_takes_what_is_masked_from_the_recipe(script: Script) -> None:
     url, masked = "https://u:PW@h/x.tar?a=b c", "https://***@h/x.tar?***"
     given = ("--batch", "3", "--data.root", masked, f"--data.root={masked}")

@@ -14,7 +14,6 @@ from fd_large import doors
 from fd_large.data.decode import decode
 from fd_large.data.labelled import open_split
 from fd_large.data.source import open_images
-from fd_large.data.staging import stage
 from fd_large.errors import ConfigError, DataError
 
 SOURCE = """
@@ -163,11 +162,6 @@ def test_what_is_no_source(own, tmp_path, name, error, words):
 def test_what_are_no_labels(own, name, words):
     with pytest.raises(DataError, match=words):
         open_split(f"{own}:{name}", "train")
-
-
-def test_a_source_of_ones_own_is_not_copied(own, tmp_path):
-    with pytest.raises(DataError, match=r"data\.stage_to"):
-        stage(open_images(f"{own}:Arrays"), str(tmp_path / "copy"))
 
 
 def test_a_spawned_loading_process_opens_it_again(own):

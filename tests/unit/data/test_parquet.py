@@ -16,7 +16,6 @@ from fd_large.data.loader import ViewBatches, build_loader
 from fd_large.data.parquet import ParquetImages
 from fd_large.data.sampler import Portion
 from fd_large.data.source import open_images
-from fd_large.data.staging import stage
 from fd_large.data.views import ViewSettings
 from fd_large.errors import DataError
 
@@ -227,8 +226,6 @@ def test_mistakes_are_one_sentence(tmp_path, tables, monkeypatch):
         with pytest.raises(DataError, match=f"^eval.root: .*{message}") as info:
             open_images(f"{tmp_path}/{name}.parquet", where="eval.root")
         assert "\n" not in str(info.value)
-    with pytest.raises(DataError, match=r"data\.stage_to: .* Set --data\.cache /x "):
-        stage(open_images(str(tables)), "/x")
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"data\.root: .*: pip install pyarrow"):
         open_images(str(tables))

@@ -18,7 +18,7 @@ from fd_large.recipes.left import LEFT
 from fd_large.recipes.run import Run
 from fd_large.recipes.stored import read_recipe
 
-IN_USE = {"optim.max_seconds": 240.0}
+IN_USE = {"optim.max_seconds": 240.0, "data.stage_to": "/disk"}
 TRAIN = ["--deepspeed_config", "zero1"]
 
 
