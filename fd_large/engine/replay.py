@@ -140,13 +140,15 @@ def _read(file: Path) -> tuple[dict[str, Any], list[MicroBatch]]:
 
 
 def _require_numbers(incident: dict[str, Any]) -> None:
-    """Raises KeyError or TypeError where what is compared or shown is no number."""
+    """Raises KeyError, TypeError or ValueError where what is used or shown is no number."""
     values = [incident[name] for name in ("index", "epoch", "world_size", "grad_norm")]
     for off in incident["off"]:
         values += [off["value"], *(off[n] for n in ("median", "limit") if off[n] is not None)]
     for value in values:
         if not isinstance(value, (int, float)):
             raise TypeError(f"{value!r}, no number")
+    if incident["micro_batch_size"] < 1:
+        raise ValueError(f"micro_batch_size {incident['micro_batch_size']}")
 
 
 def _of_rank(images: Path, incident: dict[str, Any]) -> list[MicroBatch]:
@@ -158,8 +160,10 @@ def _of_rank(images: Path, incident: dict[str, Any]) -> list[MicroBatch]:
     if "sizes" in stored:  # Files of older versions have one size.
         sizes = zip(parts, stored["sizes"].tolist(), strict=True)
         parts = [part[..., :height, :width] for part, (height, width) in sizes]
-    positions = stored["positions"].split(size)
-    names = recorded["names"]
+    names, positions = recorded["names"], stored["positions"].split(size)
+    counts = {len(names), len(stored["positions"]), len(stored["images"])}
+    if len(counts) > 1:
+        raise ValueError(f"{images.name}: {counts} images")
     names = [names[first : first + size] for first in range(0, len(names), size)]
     return [
         MicroBatch(rank, Batch(pixels, incident["epoch"], places, places), part_names, loss)

@@ -155,6 +155,19 @@ def test_a_damaged_incident_is_told_when_it_is_read(made, name, value):
         replay(file, job_of)
 
 
+@pytest.mark.parametrize("spoil", ["micro batch", "names"])
+def test_counts_that_do_not_fit_are_told(made, spoil):
+    file = made[-1]
+    said = json.loads(file.read_text())
+    if spoil == "names":
+        said["ranks"][0]["names"].pop()
+    else:
+        said["micro_batch_size"] = 0
+    file.write_text(json.dumps(said))
+    with pytest.raises(ConfigError, match="damaged; got ValueError"):
+        replay(file, job_of)
+
+
 def test_a_task_with_targets_is_refused(made):
     folder, _, _, file = made
     recipe = registry.get("finetune_clip_vit_base").to_dict()
