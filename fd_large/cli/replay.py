@@ -15,7 +15,6 @@ from fd_large.cli.paths import require_paths
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
     from fd_large.engine.replay import Replayed
 
@@ -71,29 +70,15 @@ def _print_step(console: Console, replayed: Replayed, device: str) -> None:
 
 
 def _print_losses(console: Console, replayed: Replayed) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="Losses", title_justify="left")
-    for column in ("rank", "recorded", "now"):
-        table.add_column(column, justify="right")
-    table.add_column("images of the micro batch", overflow="fold")
     for one, loss in zip(replayed.micro_batches, replayed.losses, strict=True):
-        names = Text("\n".join(one.names))
-        table.add_row(str(one.rank), _number(one.recorded), _number(loss), names)
-    console.print(table)
+        numbers = f"loss {_number(one.recorded)} recorded, {_number(loss)} now"
+        text = f"  rank {one.rank}: {numbers}; {', '.join(one.names)}"
+        console.print(text, markup=False, soft_wrap=True)
     ranks = {one.rank for one in replayed.micro_batches}
-    whole = len(ranks) == replayed.incident["world_size"]
-    console.print(
-        Text("gradient norm: ").append_text(_number(replayed.grad_norm)),
-        Text(f"of the images above; recorded{'' if whole else ', of all ranks'}:"),
-        _number(replayed.incident["grad_norm"]),
-    )
+    kept = "" if len(ranks) == replayed.incident["world_size"] else " of the images above"
+    recorded, now = _number(replayed.incident["grad_norm"]), _number(replayed.grad_norm)
+    console.print(f"  gradient norm {recorded} recorded, {now} now{kept}")
 
 
-def _number(value: float) -> Text:
-    from rich.text import Text
-
-    if math.isfinite(value):
-        return Text(f"{value:.6g}")
-    return Text(f"{value:g} !", style="bold red")
+def _number(value: float) -> str:
+    return f"{value:.6g}" if math.isfinite(value) else f"{value:g} !"
