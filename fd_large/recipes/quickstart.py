@@ -13,7 +13,7 @@ def quickstart() -> Run:
 
     Hardware: two CPU cores, or any GPUs; no data, no download (pip install '.[quickstart]')
     Duration: 400 steps; about 4 minutes
-    Result: loss relative to a constant prediction: at most 0.87 held out, 0.78 on unseen crops
+    Result: loss relative to a constant prediction: 0.70 held out, 0.52 on unseen crops
 
     The teacher is trained on ImageNet; only its part up to stride 8 is built (55,504 parameters).
     Its map is the output of a block without a final norm; whitening gives every token the same
