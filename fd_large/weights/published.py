@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,9 +16,8 @@ from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture, filled, set_fields
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import Fitted
-from fd_large.weights.download import Located
 from fd_large.weights.read import Tensors
-from fd_large.weights.sidecar import Sidecar, described, read_sidecar
+from fd_large.weights.sidecar import Stated
 
 _TEACHER = "feature_model."
 # What stands between a backbone and its heads, under the backbone's name.
@@ -205,23 +204,20 @@ def in_our_names(
     file: Tensors,
     source: str,
     *,
-    part: str,
-    ignored: list[str],
-    located: Located,
-    beside: Sidecar | None,
+    stated: Callable[[Published, str], Stated],
     where: str,
+    part: str = "",
+    ignored: Sequence[str] = (),
 ) -> PublishedWeights:
     """Finds the format of a file, and what it and a configuration beside it show of its model.
 
     Args:
         file: The tensors of one model.
-        source: The source as the user gave it.
+        source: The source by which a settled recipe names it.
+        stated: Returns what is stated of a model, given its family and the library of the format.
+        where: What the user set, for messages.
         part: The part of the file that they are; empty: nobody named one.
         ignored: Names of the file's other tensors.
-        located: Where the file was found.
-        beside: What the recipe of a run states; None for a file, whose folder may hold a
-            configuration.
-        where: What the user set, for messages.
 
     Raises: WeightsError: if it is of no known format, or of no model of its family.
     """
@@ -239,17 +235,14 @@ def in_our_names(
     else:
         pieces = {n: p for n, p in pieces.items() if n not in projector}
         dropped += [name for piece in projector.values() for name in piece.sources]
-    if beside is None:
-        nothing = Sidecar(Architecture(), None)
-        beside = read_sidecar(file.path, published, line.library, where) if file.path else nothing
-    stated = filled(
-        described(published, located.library, located.config, where), beside.architecture
-    )
+    known = stated(published, line.library)
     # The size of its images says nothing of how a model computes.
-    explained = beside.own or bool(set_fields(stated).keys() - {"image_size"})
-    statistics = located.statistics or beside.statistics
-    if not beside.own:  # Names that are ours alone say nothing of who trained the weights.
-        stated, statistics = filled(stated, line.facts), statistics or line.statistics
+    explained = known.own or bool(set_fields(known.architecture).keys() - {"image_size"})
+    if not known.own:  # Names that are ours alone say nothing of who trained the weights.
+        known = known._replace(
+            architecture=filled(known.architecture, line.facts),
+            statistics=known.statistics or line.statistics,
+        )
     shapes = {ours: piece.shape(file.shape) for ours, piece in pieces.items()}
     found = _recognised(family, shapes, file, f"{where}: {source}")
     doubtful = not explained and part != "projector"
@@ -268,9 +261,9 @@ def in_our_names(
         dropped=dropped,
         unfit=translation.unfit,
         found=found,
-        stated=filled(stated, published.guess(found)),
-        statistics=statistics,
-        own=beside.own,
+        stated=filled(known.architecture, published.guess(found)),
+        statistics=known.statistics,
+        own=known.own,
     )
 
 

@@ -23,6 +23,7 @@ from fd_large.backbones.family import Scheme
 from fd_large.backbones.registry import family_of, family_of_source, statistics_of
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError
+from fd_large.files import kind_of
 from fd_large.recipes.architectures import brings_model, name_of, overrides, set_fields, whole
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import Fitted
@@ -30,11 +31,12 @@ from fd_large.weights.download import Located, locate
 from fd_large.weights.named import OPEN_CLIP
 from fd_large.weights.published import PublishedWeights, backbone_of, detect, in_our_names, part_of
 from fd_large.weights.read import OTHER, Tensors, file_of, read, split_part
-from fd_large.weights.sidecar import Described, Sidecar, read_library, read_own
+from fd_large.weights.sidecar import Configuration, Described, Stated
 
 log = logging.getLogger(__name__)
 
 _LONGEST_NAME = 255  # File systems take no longer one.
+_FILES_OF_LIBRARIES = (".safetensors", ".bin", ".json")
 
 
 class Stored(NamedTuple):
@@ -149,9 +151,10 @@ class ResolvedWeights:
             )
         if self.brought:
             return None
-        found = self._read_stored(path, self.where) or exported(path, self.where)
-        if found is not None:
-            self.settled_source = str(found.path)
+        found = self._read_stored(path, self.where)
+        if found is None:
+            return self._exported()
+        self.settled_source = str(found.path)
         return found
 
     @property
@@ -168,7 +171,10 @@ class ResolvedWeights:
         """
         if brings_model(self.source) or self.source.startswith(OPEN_CLIP):
             return None
-        return read_library(self._located.path, self.where)
+        path = self._located.path
+        if kind_of(path) != "folder" and path.suffix not in _FILES_OF_LIBRARIES:
+            return None
+        return self._configuration.model
 
     @cached_property
     def published(self) -> PublishedWeights:
@@ -176,38 +182,22 @@ class ResolvedWeights:
 
         Raises: WeightsError: if they are of no published format.
         """
-        source, located, where = self.source, self._located, self.where
-        name, part = split_part(located.path, where=where)
-        file, beside, ignored = located.tensors, None, []
-        is_student = file is None and part in ("", "student")
-        if is_student and (stored := self._read_stored(Path(name), where)):
-            file, source = stored.file, str(stored.path)
-            beside = Sidecar(overrides(stored.architecture), stored.statistics, own=True)
-        if file is None:
-            # Recipes name the part; those of earlier versions do not, and mean the student.
-            is_open = source == name and not self._was_settled
-            file = self._file(part or ("" if is_open else "student"))
-            # Feature-Distillation learns from EsViT's student; DINO's and iBOT's own code evaluates
-            # the teacher.
-            unnamed = file.other_part == "student" and not part
-            if unnamed and detect(file, where=where, wrapping=file.wrapping) == "esvit":
-                file = self._file("student")
-            if file.other_part and not part:
-                taken = OTHER[file.other_part]
-                source = f"{source}#{taken}" if is_open else source
-                _tell_part(file, name, taken, where)
-            file, ignored = part_of(file, part, name, where)
-            file, heads = backbone_of(file)
-            ignored += heads
-        self.settled_source = source
+        name, part = self._name_and_part
+        is_student = part in ("", "student") and not self.brought
+        if is_student and (stored := self._read_stored(Path(name), self.where)):
+            self.settled_source = str(stored.path)
+            recipe = Stated(overrides(stored.architecture), stored.statistics, own=True)
+            return in_our_names(
+                stored.file, self.settled_source, stated=lambda *_: recipe, where=self.where
+            )
+        file, ignored = self._backbone()
         return in_our_names(
             file,
-            source,
+            self.settled_source,
             part=part,
             ignored=ignored,
-            located=located,
-            beside=beside,
-            where=where,
+            stated=self._configuration.stated,
+            where=self.where,
         )
 
     @cached_property
@@ -217,7 +207,7 @@ class ResolvedWeights:
             family, rest = self.brought
             assert family.scheme is not None
             return _Brought(family.scheme, rest, self.where)
-        name, part = split_part(self._located.path, where=self.where)
+        name, part = self._name_and_part
         file = self._file(part or "student")
         if file.other_part and not part:
             _tell_part(file, name, "student", self.where)
@@ -230,7 +220,7 @@ class ResolvedWeights:
             return None
         if self.stored:
             return self.stored.file.path or self.stored.path
-        return file_of(Path(split_part(self._located.path)[0]), where=self.where)
+        return file_of(Path(self._name_and_part[0]), where=self.where)
 
     def statistics_for(self, architecture: FamilyArchitecture) -> Statistics | None:
         """Returns the image statistics that are stated for a model; None if there are none."""
@@ -293,12 +283,64 @@ class ResolvedWeights:
     def _located(self) -> Located:
         return locate(self.source, where=self.where)
 
+    @cached_property
+    def _name_and_part(self) -> tuple[str, str]:
+        return split_part(self._located.path, where=self.where)
+
+    @cached_property
+    def _configuration(self) -> Configuration:
+        path = Path(self._name_and_part[0])
+        folder = path if kind_of(path) == "folder" else path.parent
+        return Configuration(self._located, folder, self.where)
+
+    def _backbone(self) -> tuple[Tensors, list[str]]:
+        """The tensors of one backbone, and the names of all others that stand beside them."""
+        if self._located.tensors is not None:
+            return self._located.tensors, []
+        (name, part), where = self._name_and_part, self.where
+        # Recipes name the part; those of earlier versions do not, and mean the student.
+        is_open = self.source == name and not self._was_settled
+        file = self._file(part or ("" if is_open else "student"))
+        # Feature-Distillation learns from EsViT's student; DINO's and iBOT's own code evaluates
+        # the teacher.
+        unnamed = file.other_part == "student" and not part
+        if unnamed and detect(file, where=where, wrapping=file.wrapping) == "esvit":
+            file = self._file("student")
+        if file.other_part and not part:
+            taken = OTHER[file.other_part]
+            if is_open:
+                self.settled_source = f"{self.source}#{taken}"
+            _tell_part(file, name, taken, where)
+        file, others = part_of(file, part, name, where)
+        file, heads = backbone_of(file)
+        return file, [*others, *heads]
+
     def _file(self, part: str) -> Tensors:
-        """The tensors of one model of the file, or "" for the one that it is evaluated by."""
+        """The tensors of one model of the file; "" is the one that is evaluated."""
         if part not in self._files:
-            name, _ = split_part(self._located.path, where=self.where)
+            name, _ = self._name_and_part
             self._files[part] = read(name, where=self.where, part=part)
         return self._files[part]
+
+    def _exported(self) -> Stored | None:
+        """The model of a folder that `export` wrote, if its config.json describes it whole."""
+        is_folder = kind_of(self._located.path) == "folder"
+        own = self._configuration.own if is_folder else None
+        if own is None or not own.architecture.family:
+            return None
+        architecture = whole(set_fields(own.architecture))
+        code_hash = doors.hashes(architecture.code).get(architecture.code, "")
+        if code_hash and code_hash != own.code_hash:
+            log.warning(
+                "%s: %s is NOT THE FILE that made this model (its hash was %s, now %s)",
+                self.source,
+                architecture.code,
+                own.code_hash[:12],
+                code_hash[:12],
+            )
+        statistics, file = own.statistics or statistics_of("", architecture), self._file("")
+        sizes = {name: math.prod(file.shape(name)) for name in file}
+        return Stored(Path(self.source), file, architecture, statistics, sizes)
 
 
 class _Brought(Tensors):
@@ -327,33 +369,6 @@ def _tell_part(file: Tensors, name: str, taken: str, where: str) -> None:
         name,
         file.other_part,
     )
-
-
-def exported(path: Path, where: str) -> Stored | None:
-    """Opens a folder that `export` wrote, whose config.json describes the model whole.
-
-    Args:
-        path: The folder.
-        where: What the user set, for messages.
-
-    Returns: None if it is no such folder.
-    """
-    found = read_own(path, where)
-    if found is None or not found.architecture.family:
-        return None
-    architecture = whole(set_fields(found.architecture))
-    code_hash = doors.hashes(architecture.code).get(architecture.code, "")
-    if code_hash and code_hash != found.code_hash:
-        log.warning(
-            "%s: %s is NOT THE FILE that made this model (its hash was %s, now %s)",
-            path,
-            architecture.code,
-            found.code_hash[:12],
-            code_hash[:12],
-        )
-    statistics = found.statistics or statistics_of("", architecture)
-    file = read(str(path), where=where)
-    return Stored(path, file, architecture, statistics, {n: math.prod(file.shape(n)) for n in file})
 
 
 def other_model(

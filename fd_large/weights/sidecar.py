@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +21,17 @@ from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.timm.architecture import ARGUMENTS, strange_arguments
 from fd_large.errors import ConfigError, WeightsError, first_line
 from fd_large.files import kind_of, parse_json
-from fd_large.recipes.architectures import Architecture, field_names, set_fields, whole
+from fd_large.recipes.architectures import Architecture, field_names, filled, set_fields, whole
 from fd_large.recipes.family import MOST_BLOCKS, FamilyArchitecture
+from fd_large.weights.download import Located
 from fd_large.weights.read import read_json
 
 # Our own exports write their architecture under this key.
 OWN = "fd_large"
-_FILES_OF_LIBRARIES = (".safetensors", ".bin", ".json")
 
 
-class Sidecar(NamedTuple):
-    """What a configuration states.
+class Stated(NamedTuple):
+    """What a configuration states of a model.
 
     Attributes:
         architecture: None in fields that it does not state.
@@ -44,44 +44,6 @@ class Sidecar(NamedTuple):
     statistics: Statistics | None
     own: bool = False
     code_hash: str = ""
-
-
-def read_sidecar(path: Path, published: Published, library: str, where: str) -> Sidecar:
-    """Reads the configuration in a weights file's folder, if there is one that goes with it.
-
-    Args:
-        path: The weights file or index.
-        published: What the file's family says of its files.
-        library: The one whose configuration goes with the file's format; "" is none.
-        where: What the user set, for messages.
-
-    Raises: WeightsError: if it is damaged, or describes something that no model here has.
-    """
-    with _plain_errors(path.parent, where):
-        return _read(path.parent, published, library, where)
-
-
-def _read(folder: Path, published: Published, library: str, where: str) -> Sidecar:
-    if own := read_own(folder, where):
-        return own
-    config = _json(folder / "config.json", where)
-    said = _library_of(config)
-    if said == "timm" or (said and said == library):
-        reader = _family_that_reads(config, where)
-        if reader is None or reader.published is not published:
-            raise WeightsError(
-                f"{where}: {folder / 'config.json'}: another model than one with these names of "
-                f"tensors; got {_called(config)}, expected the model of the file. --teacher.model "
-                "auto takes the model of the folder as a teacher; --student.model timm:NAME is a "
-                "student of timm. If the file does not belong there, move it away."
-            )
-        stated = _stated(published, said, config, where) or Architecture()
-        return Sidecar(stated, _statistics_of(folder, config, where))
-    config = _json(folder / "open_clip_config.json", where)
-    if library == "open_clip" and "model_cfg" in config:
-        stated = described(published, "open_clip", config["model_cfg"], where)
-        return Sidecar(stated, _statistics(config.get("preprocess_cfg", {})))
-    return Sidecar(Architecture(), None)
 
 
 class Described(NamedTuple):
@@ -101,35 +63,168 @@ class Described(NamedTuple):
     read_here: bool = False
 
 
-def read_library(path: Path, where: str) -> Described | None:
-    """Reads which library's model a folder is by its config.json; None for models read by names.
+class Configuration:
+    """The configuration beside weights: our own, timm's, transformers', open_clip's, or none.
+
+    Every property raises WeightsError for a file that is damaged, or that describes a model which
+    nothing here reads.
 
     Args:
-        path: The folder, or a weights file in it as libraries write them.
+        located: Where the weights are; a library that has them in its list describes them there.
+        folder: The folder that they stand in.
         where: What the user set, for messages.
-
-    Raises: WeightsError: if the configuration is damaged, or names a model that nothing here reads.
     """
-    folder = path if kind_of(path) == "folder" else path.parent
-    if kind_of(path) != "folder" and path.suffix not in _FILES_OF_LIBRARIES:
-        return None
-    config = _json(folder / "config.json", where)
-    if OWN in config or not _library_of(config):
-        return None
-    with _plain_errors(folder, where):
-        read_here = _family_that_reads(config, where) is not None
-        # transformers' wrapper of timm's models writes its own name before timm's.
-        is_wrapped = config.get("model_type") == "timm_wrapper"
-        if read_here and not is_wrapped and not _lacks_norm(config, where):
+
+    def __init__(self, located: Located, folder: Path, where: str) -> None:
+        self._located, self._folder, self._where = located, folder, where
+
+    @cached_property
+    def own(self) -> Stated | None:
+        """What our own export wrote; None if the folder holds nothing of it."""
+        own = self._config.get(OWN)
+        if not own:
             return None
-        for family in FAMILIES.values():
-            if family.of_config and (found := family.of_config(config, where)) is not None:
-                return Described(found, _statistics_of(folder, config, where), family, read_here)
-    raise WeightsError(
-        f"{where}: {folder / 'config.json'}: a model that nothing here reads; got "
-        f"{_called(config)}, expected one that docs/weights.md lists. If timm has this model, set "
-        "--teacher.source timm:NAME."
-    )
+        with _plain_errors(self._folder, self._where):
+            values = own.get("architecture", {})
+            try:
+                architecture = Architecture(
+                    **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+                )
+                if not isinstance(architecture.family, str | None):
+                    raise TypeError(f"{architecture.family!r} for a family")
+                fields = set_fields(architecture)
+                # An older release may have written fewer fields.
+                if architecture.family and fields.keys() >= set(field_names(architecture.family)):
+                    whole(fields)
+            except (TypeError, ConfigError) as error:
+                raise WeightsError(
+                    f"{self._where}: {self._folder / 'config.json'}: fields of no architecture; "
+                    f"got {error}, expected what fd_large wrote. Use the release that wrote it."
+                ) from error
+            code_hash = own.get("code_sha256", "")
+            return Stated(architecture, _statistics(own), own=True, code_hash=code_hash)
+
+    @cached_property
+    def model(self) -> Described | None:
+        """The library's model that config.json names; None for models read by names of tensors."""
+        config, where = self._config, self._where
+        if OWN in config or not self._library:
+            return None
+        with _plain_errors(self._folder, where):
+            read_here = self._reader is not None
+            # transformers' wrapper of timm's models writes its own name before timm's.
+            is_wrapped = config.get("model_type") == "timm_wrapper"
+            if read_here and not is_wrapped and not self._lacks_norm:
+                return None
+            for family in FAMILIES.values():
+                if family.of_config and (found := family.of_config(config, where)) is not None:
+                    return Described(found, self._statistics(), family, read_here)
+        raise WeightsError(
+            f"{where}: {self._folder / 'config.json'}: a model that nothing here reads; got "
+            f"{self._called}, expected one that docs/weights.md lists. If timm has this model, "
+            "set --teacher.source timm:NAME."
+        )
+
+    def stated(self, published: Published, library: str) -> Stated:
+        """Returns what is stated of a model whose tensors are in a published format.
+
+        Args:
+            published: What the model's family says of its files.
+            library: The one whose configuration goes with the format; "" is none.
+
+        Raises: WeightsError: if the file is damaged, or describes another family's model.
+        """
+        listed = _stated(published, self._located.library, self._located.config, self._where)
+        with _plain_errors(self._folder, self._where):
+            beside = self._beside(published, library)
+        return beside._replace(
+            architecture=filled(listed or Architecture(), beside.architecture),
+            statistics=self._located.statistics or beside.statistics,
+        )
+
+    def _beside(self, published: Published, library: str) -> Stated:
+        if self.own:
+            return self.own
+        config, where = self._config, self._where
+        if self._library == "timm" or (self._library and self._library == library):
+            if self._reader is None or self._reader.published is not published:
+                raise WeightsError(
+                    f"{where}: {self._folder / 'config.json'}: another model than one with these "
+                    f"names of tensors; got {self._called}, expected the model of the file. "
+                    "--teacher.model auto takes the model of the folder as a teacher; "
+                    "--student.model timm:NAME is a student of timm. If the file does not belong "
+                    "there, move it away."
+                )
+            stated = _stated(published, self._library, config, where) or Architecture()
+            return Stated(stated, self._statistics())
+        if library == "open_clip":
+            config = self._read("open_clip_config.json")
+            if "model_cfg" in config:
+                stated = _stated(published, library, config["model_cfg"], where) or Architecture()
+                return Stated(stated, _statistics(config.get("preprocess_cfg", {})))
+        return Stated(Architecture(), None)
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        return self._read("config.json")
+
+    @property
+    def _library(self) -> str:
+        """The library whose config.json this is; "" if it is no library's."""
+        if isinstance(self._config.get("architecture"), str):
+            return "timm"
+        return "hf" if isinstance(self._config.get("model_type"), str) else ""
+
+    @property
+    def _called(self) -> str:
+        if self._library == "timm":
+            return f"timm's {self._config['architecture'][:100]!r}"
+        return f"transformers' {self._config['model_type'][:100]!r}"
+
+    @cached_property
+    def _reader(self) -> Family | None:
+        """The family whose published names the model of config.json has."""
+        read_by = (
+            family
+            for family in FAMILIES.values()
+            if family.published
+            and _stated(family.published, self._library, self._config, self._where)
+        )
+        return next(read_by, None)
+
+    @property
+    def _lacks_norm(self) -> bool:
+        """Whether config.json names a model of timm without a norm of its tokens.
+
+        Most of these have one of the mean of the tokens, for the head (`fc_norm`).
+        """
+        if self._library != "timm":
+            return False
+        module = _timm_module(self._config, self._where)
+        return isinstance(getattr(module, "norm", None), nn.Identity)
+
+    def _statistics(self) -> Statistics | None:
+        if self._library == "timm":
+            # Folders of old releases have these fields at the top.
+            return _statistics(self._config.get("pretrained_cfg", self._config))
+        preprocessing = self._read("preprocessor_config.json")
+        return _statistics(preprocessing, "image_mean", "image_std")
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self._folder / name
+        # What a library brings has no folder.
+        if self._located.tensors is not None or kind_of(path) != "file":
+            return {}
+        found = read_json(path, where=self._where)
+        if too_deep := _deeper(found):
+            raise WeightsError(
+                f"{self._where}: {path}: more blocks than a model has; got {too_deep}, expected at "
+                f"most {MOST_BLOCKS}. Fetch the file again."
+            )
+        found = found if isinstance(found, dict) else {}
+        # The backbone's, where the file is a whole segmentation model of transformers.
+        inner = found.get("backbone_config") if found.get("model_type") == "upernet" else None
+        return found if OWN in found or not isinstance(inner, dict) else inner
 
 
 @contextmanager
@@ -152,85 +247,13 @@ def _plain_errors(folder: Path, where: str) -> Iterator[None]:
         ) from error
 
 
-def _library_of(config: dict[str, Any]) -> str:
-    """The library whose configuration this is; "" if it is no library's."""
-    if isinstance(config.get("architecture"), str):
-        return "timm"
-    return "hf" if isinstance(config.get("model_type"), str) else ""
-
-
-def _lacks_norm(config: dict[str, Any], where: str) -> bool:
-    """Whether a configuration is of a model of timm without a norm of its tokens.
-
-    Most of these have one of the mean of the tokens, for the head (`fc_norm`).
-    """
-    if _library_of(config) != "timm":
-        return False
-    return isinstance(getattr(_timm_module(config, where), "norm", None), nn.Identity)
-
-
-def _called(config: dict[str, Any]) -> str:
-    if _library_of(config) == "timm":
-        return f"timm's {config['architecture'][:100]!r}"
-    return f"transformers' {config['model_type'][:100]!r}"
-
-
-def _family_that_reads(config: dict[str, Any], where: str) -> Family | None:
-    """The family whose published names the model of a configuration has."""
-    library = _library_of(config)
-    for family in FAMILIES.values():
-        if family.published and _stated(family.published, library, config, where) is not None:
-            return family
-    return None
-
-
 def _stated(published: Published, library: str, config: Any, where: str) -> Architecture | None:
-    """What a configuration says of a model; None where it describes another family's."""
-    reader = published.configs.get(library)
-    if library == "timm" and isinstance(config, dict):
-        config = _timm_module(config, where)
-    return None if reader is None or config is None else reader(config, where)
-
-
-def _statistics_of(folder: Path, config: dict[str, Any], where: str) -> Statistics | None:
-    if _library_of(config) == "timm":
-        # Folders of old releases have these fields at the top.
-        return _statistics(config.get("pretrained_cfg", config))
-    preprocessing = _json(folder / "preprocessor_config.json", where)
-    return _statistics(preprocessing, "image_mean", "image_std")
-
-
-def read_own(folder: Path, where: str) -> Sidecar | None:
-    """Reads what our own export wrote beside its weights; None if the folder holds nothing of it.
-
-    Raises: WeightsError: if it is damaged.
-    """
-    own = _json(folder / "config.json", where).get(OWN)
-    if not own:
-        return None
-    with _plain_errors(folder, where):
-        code_hash = own.get("code_sha256", "")
-        return Sidecar(_own(folder, own, where), _statistics(own), own=True, code_hash=code_hash)
-
-
-def own_config(
-    architecture: FamilyArchitecture, statistics: Statistics | None, *, code_hash: str = ""
-) -> dict[str, dict[str, Any]]:
-    """Returns the config.json of our own exports; see `Sidecar`."""
-    own: dict[str, Any] = {"architecture": architecture.values()}
-    if statistics is not None:
-        own |= {"mean": list(statistics.mean), "std": list(statistics.std)}
-    if code_hash:
-        own["code_sha256"] = code_hash
-    return {OWN: own}
-
-
-def described(published: Published, library: str, config: Any, where: str) -> Architecture:
-    """Returns what a library's configuration states about a model; nothing for another kind.
+    """What a library's configuration states of a model; None where it describes another family's.
 
     Args:
         published: What the model's family says of its files.
-        library: "timm", with a config.json or a module; "open_clip", with a model configuration.
+        library: "timm", with a config.json or a module; "hf"; "open_clip", with a model
+            configuration.
         config: The configuration.
         where: What the user set, for messages.
 
@@ -238,9 +261,25 @@ def described(published: Published, library: str, config: Any, where: str) -> Ar
     """
     if library == "open_clip" and "timm_model_name" in config.get("vision_cfg", {}):
         vision = config["vision_cfg"]
-        stated = described(published, "timm", {"architecture": vision["timm_model_name"]}, where)
+        named = {"architecture": vision["timm_model_name"]}
+        stated = _stated(published, "timm", named, where) or Architecture()
         return replace(stated, image_size=vision.get("image_size") or stated.image_size)
-    return _stated(published, library, config, where) or Architecture()
+    reader = published.configs.get(library)
+    if library == "timm" and isinstance(config, dict):
+        config = _timm_module(config, where)
+    return None if reader is None or config is None else reader(config, where)
+
+
+def own_config(
+    architecture: FamilyArchitecture, statistics: Statistics | None, *, code_hash: str = ""
+) -> dict[str, dict[str, Any]]:
+    """Returns the config.json of our own exports; see `Stated`."""
+    own: dict[str, Any] = {"architecture": architecture.values()}
+    if statistics is not None:
+        own |= {"mean": list(statistics.mean), "std": list(statistics.std)}
+    if code_hash:
+        own["code_sha256"] = code_hash
+    return {OWN: own}
 
 
 def _timm_module(config: dict[str, Any], where: str) -> Any:
@@ -262,8 +301,8 @@ def _timm_module(config: dict[str, Any], where: str) -> Any:
     except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{where}: config.json: timm cannot make this model; got {first_line(error)} for "
-            f"{_called(config)} with {text[:200]}, expected a folder as timm writes it. Fetch it "
-            "again."
+            f"timm's {config['architecture'][:100]!r} with {text[:200]}, expected a folder as timm "
+            "writes it. Fetch it again."
         ) from error
 
 
@@ -275,40 +314,6 @@ def _made_by_timm(name: str, arguments: str) -> Any:
         return None
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return timm.create_model(name, **parse_json(arguments))
-
-
-def _own(folder: Path, found: dict[str, Any], where: str) -> Architecture:
-    values = found.get("architecture", {})
-    try:
-        stated = Architecture(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        )
-        # An older release may have written fewer fields.
-        if not isinstance(stated.family, str | None):
-            raise TypeError(f"{stated.family!r} for a family")
-        if stated.family and set_fields(stated).keys() >= set(field_names(stated.family)):
-            whole(set_fields(stated))
-        return stated
-    except (TypeError, ConfigError) as error:
-        raise WeightsError(
-            f"{where}: {folder / 'config.json'}: fields of no architecture; got {error}, "
-            "expected what fd_large wrote. Use the release that wrote it."
-        ) from error
-
-
-def _json(path: Path, where: str) -> dict[str, Any]:
-    if kind_of(path) != "file":
-        return {}
-    found = read_json(path, where=where)
-    if too_deep := _deeper(found):
-        raise WeightsError(
-            f"{where}: {path}: more blocks than a model has; got {too_deep}, expected at most "
-            f"{MOST_BLOCKS}. Fetch the file again."
-        )
-    found = found if isinstance(found, dict) else {}
-    # The backbone's, where the file is a whole segmentation model of transformers.
-    inner = found.get("backbone_config") if found.get("model_type") == "upernet" else None
-    return found if OWN in found or not isinstance(inner, dict) else inner
 
 
 def _deeper(config: Any) -> str:

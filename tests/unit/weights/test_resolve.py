@@ -19,7 +19,7 @@ from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.weights import resolve as module
 from fd_large.weights.inspection import inspect
 from fd_large.weights.read import Tensors
-from fd_large.weights.resolve import Sources, Stored, exported
+from fd_large.weights.resolve import Sources, Stored
 from fd_large.weights.settle import settle_model, settle_student
 from fd_large.weights.sidecar import own_config
 
@@ -135,8 +135,8 @@ def test_code_that_changed_since_the_export_is_told(tmp_path, caplog):
     config = own_config(toy, IMAGENET, code_hash=doors.hashes(toy.code)[toy.code])
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"a": torch.ones(64)}, tmp_path / "model.safetensors")
-    assert exported(tmp_path, "--teacher.source").sizes == {"a": 64}
+    assert Sources().resolve(tmp_path).stored.sizes == {"a": 64}
     assert not caplog.text
     code.write_text("class Toy: width = 9\n")
-    assert exported(tmp_path, "--teacher.source").architecture == toy
+    assert Sources().resolve(tmp_path).stored.architecture == toy
     assert "toy.py:Toy is NOT THE FILE that made this model" in caplog.text
