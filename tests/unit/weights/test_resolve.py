@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from hub import hub
 from loading import scattered, teacher_run
 from safetensors.torch import save_file
 
@@ -117,6 +118,20 @@ def test_an_export_that_only_its_config_describes_is_located_by_its_file(tmp_pat
     weights = Sources().resolve(tmp_path)
     assert weights.unpublished.architecture == architecture
     assert weights.path == tmp_path / "model.safetensors"
+
+
+def test_an_export_on_the_hub_is_that_export(tmp_path):
+    folder, architecture = tmp_path / "net", resolve(HELD)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(own_config(architecture, IMAGENET)))
+    save_file({"encoder.bn1.weight": torch.ones(64)}, folder / "model.safetensors")
+    with hub({"someone/net": folder}, tmp_path / "cache"):
+        sources = Sources()
+        section = FrozenModel(source="hf:someone/net")
+        settled = settle_model(section, sources, where="--teacher.source")
+        assert resolve(settled.model, settled.architecture) == architecture
+        assert settled.source == section.source
+        assert sources.resolve(section.source).path.name == "model.safetensors"
 
 
 @pytest.mark.parametrize("student", ["swinv2_tiny", "module:other.py:Net"])
