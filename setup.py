@@ -48,6 +48,7 @@ setup(
         "fd_large": ["py.typed"],
         "fd_large.plan": ["kept_counts.json"],
         "fd_large.report": ["page.css", "page.html"],
+        "fd_large.weights": ["model_card.md"],
         "fd_large.ds_configs": ["*.json"],
         "fd_large.slurm": ["*.sh"],
     },
