@@ -10,6 +10,7 @@ from loading import (
     IMAGES,
     TIMM_SWIN,
     TIMM_VIT,
+    TINY,
     TINY_SWIN,
     TINY_VIT,
     close,
@@ -22,10 +23,12 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 
-from fd_large.backbones.registry import build
+from fd_large.backbones.registry import build, family_of
+from fd_large.backbones.translation import translated
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import resolve
 from fd_large.weights.convert import write
+from fd_large.weights.published import FORMATS, detect
 
 
 def ours(name, fields):
@@ -86,3 +89,37 @@ def test_our_swins_in_timm(tmp_path, name):
     theirs = make(**TIMM_SWIN, num_classes=0).eval()
     theirs.load_state_dict(torch.load(file, weights_only=True))
     close(tokens(theirs), net(IMAGES).tokens)
+
+
+TINY_MODELS = {name: resolve(name, fields) for name, fields in TINY.items()}
+TINY_MODELS["deit"] = resolve("deit_vit_base_patch16", TINY_VIT)
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        (name, to)
+        for name, model in TINY_MODELS.items()
+        for to, export in family_of(model).exports.items()
+        if not export.lacks(model, False)
+    ],
+)
+def test_every_format_is_read_back_to_the_bit(name, to):
+    model = TINY_MODELS[name]
+    export, net = family_of(model).exports[to], scattered(build(model, seed=0))
+    state = {
+        output.name: output.take(tensor)
+        for ours, tensor in net.state_dict().items()
+        for output in export.outputs(ours, tuple(tensor.shape), model)
+    }
+    again = translated(state, FORMATS[detect(state)].format.rows)
+    assert not again.dropped
+    assert not again.unfit
+    expected = {
+        copy: tensor
+        for ours, tensor in net.state_dict().items()
+        for copy in export.copies(ours, model)
+    }
+    assert again.pieces.keys() == expected.keys()
+    for ours, piece in again.pieces.items():
+        assert torch.equal(piece.read(state), expected[ours]), ours
