@@ -3,6 +3,11 @@
 Parameter names are those of the Swin-Transformer and EsViT repositories. With three stages it is
 FD's stage-3 target: no merging after the last stage, the final norm on its width.
 
+timm's Swin is the same function where windows divide every map, and another one elsewhere: its
+padding is seen, and whether windows shift follows from the size that it was built for. Maps of
+140x100 pixels differ by half of their largest value from those with `window_rule` masked, by a
+quarter from official ones, so that students who pad need this module.
+
 Source: Liu et al., arXiv 2103.14030; Li et al., arXiv 2106.09785.
 """
 
