@@ -215,12 +215,18 @@ def test_the_probe_of_a_gpu_frees_what_it_took(card: Card, monkeypatch, tmp_path
         deepspeed=SimpleNamespace(step=lambda: None, destroy=lambda: None), task=nn.Identity()
     )
     monkeypatch.setattr(opening, "engine_of", lambda *_, **__: thrown_away)
-    job = DistillationJob(tiny_runs.tiny_run())
-    zero = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}
-    assert opening._probed([job], [zero], tmp_path, 4, keep=True) == 4
+    numbers = config.RunNumbers(1, 4, 1, 1, 1.0, True, (8,))
+    filled = config.fill({"zero_optimization": {"stage": 1}}, numbers)
+    checked = opening.Checked(DistillationJob(tiny_runs.tiny_run()), [], numbers, filled)
+
+    def found() -> int:
+        (probed,) = opening._with_probed_micro_batch([checked], tmp_path, keep=True)
+        return probed.config[config.MICRO_BATCH]
+
+    assert found() == 4
     assert card.notes[-1] == "empty_cache"
     card.notes.clear()
-    assert opening._probed([job], [zero], tmp_path, 4, keep=True) == 4
+    assert found() == 4
     assert card.notes == [], "remembered"
 
 
