@@ -24,7 +24,7 @@ TITLES = {
     "student": "student of the teacher's map",
 }
 COMPARISONS = (("student", "control"), ("student", "teacher"), ("control", "teacher"))
-"""The first decides; the second is the paper's own."""
+"""The first two decide; the second is the paper's own."""
 MARGIN = 1.0
 """Points within which a difference counts as none."""
 COLOURS = {"teacher": "#5f5f5f", "control": "#D55E00", "student": "#0072B2"}
@@ -32,12 +32,14 @@ COLOURS = {"teacher": "#5f5f5f", "control": "#D55E00", "student": "#0072B2"}
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 """Student's t that 95% lie within, for 1 degree of freedom and more."""
 
+Interval = Sequence[float]
 Rows = Mapping[tuple[int, str], Mapping[str, Any]]
 
 
-def judgement(low: float, high: float) -> str:
-    """Returns what an interval of the deciding difference says, by the registered rule."""
-    if low > 0:
+def judgement(control: Interval, teacher: Interval) -> str:
+    """Returns what the student less each of the two says, by the registered rule."""
+    low, high = control
+    if low > 0 and teacher[0] > 0:
         return "shown"
     if high < 0 or (low > -MARGIN and high < MARGIN):
         return "refuted at this size"
@@ -95,7 +97,7 @@ def table_of(rows: Rows, rates: Sequence[float], pairs: int) -> dict[str, Any]:
     gaps = [gap for gap in found if gap]
     judged = f"not judged before all {pairs} pairs are finished"
     if len(rows) == pairs * len(TITLES):
-        judged = judgement(*gaps[0]["interval"])
+        judged = judgement(gaps[0]["interval"], gaps[1]["interval"])
     return {
         "rates": list(rates),
         "rows": kinds,
@@ -145,7 +147,7 @@ def text_of(table: Mapping[str, Any]) -> str:
         ends = gap["interval"]
         interval = f"({ends[0]:+.2f} to {ends[1]:+.2f})" if ends else "(one pair: no interval)"
         lines.append(f"{gap['row']} less {gap['other']}: {gap['mean']:+.2f} {interval}")
-    lines.append(f"student less control: {table['judgement']}")
+    lines.append(f"the claim: {table['judgement']}")
     return "\n".join(lines)
 
 
@@ -181,7 +183,7 @@ def draw(table: Mapping[str, Any], path: Path) -> None:
     right.set_ylim(len(gaps) - 0.5, -0.5)
     right.set_xlabel("points, 95% interval (strokes: pairs; grey: within one point)")
     if gaps:
-        right.set_title(f"student less control: {table['judgement']}", loc="left", fontsize=10)
+        right.set_title(f"the claim: {table['judgement']}", loc="left", fontsize=10)
     harness.save(figure, path)
 
 

@@ -133,18 +133,21 @@ def test_an_archive_runs_nothing(tmp_path, listed):
 
 
 @pytest.mark.parametrize(
-    ("interval", "expected"),
+    ("control", "teacher", "expected"),
     [
-        ((0.1, 0.9), "shown"),
-        ((1.2, 3.0), "shown"),
-        ((-0.9, 0.9), "refuted at this size"),
-        ((-3.0, -0.1), "refuted at this size"),
-        ((-0.9, 1.1), "open"),
-        ((-1.1, 0.9), "open"),
+        ((0.1, 0.9), (0.1, 3.0), "shown"),
+        ((1.2, 3.0), (0.1, 3.0), "shown"),
+        # Better than a control that became worse than the teacher.
+        ((1.2, 3.0), (-0.1, 3.0), "open"),
+        ((0.1, 0.9), (-0.1, 3.0), "refuted at this size"),
+        ((-0.9, 0.9), (1.0, 3.0), "refuted at this size"),
+        ((-3.0, -0.1), (1.0, 3.0), "refuted at this size"),
+        ((-0.9, 1.1), (1.0, 3.0), "open"),
+        ((-1.1, 0.9), (1.0, 3.0), "open"),
     ],
 )
-def test_the_judgement_is_the_registered_one(interval, expected):
-    assert claim_table.judgement(*interval) == expected
+def test_the_judgement_is_the_registered_one(control, teacher, expected):
+    assert claim_table.judgement(control, teacher) == expected
 
 
 def rows_of(rng, *, gap: float, pairs: int = 6, seeds: int = 2, images: int = 2000):
