@@ -102,6 +102,7 @@ QUICK = replace(
 IMAGE_SIZE, TEACHER_IMAGE_SIZE, BATCH = 32, 96, 64
 DISTILLATION_RATE = 12e-3
 OUTPUT, CPU_SECONDS, WEIGHTS = "output.txt", "cpu_seconds.txt", "model.safetensors"
+TRAINED = "trained.json"
 # Freed memory stays with the process: of a step on a CPU a fifth is its return to the system.
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
 RETRY = 75
@@ -200,15 +201,11 @@ class Claim:
         work, kept = self.work / f"pair_{pair}" / row, self._row(pair, row)
         for folder in (work, kept):
             folder.mkdir(parents=True, exist_ok=True)
-        run = work / "run"
-        self._call(work, "train", *self._training(pair, row), "--runtime.run_dir", run)
-        model = run
-        if row == "teacher":
-            model = kept / "weights"
-            for folder in (work / "export", model):
-                shutil.rmtree(folder, ignore_errors=True)
-            self._call(work, "export", run, work / "export", "--to", "fd")
-            _round(work / "export", model)
+        # A teacher stays trained where its folder of results is carried over before it is finished.
+        place = kept if row == "teacher" else work
+        if not (place / TRAINED).is_file():
+            self._train(pair, row, work, place)
+        model = place / "weights" if row == "teacher" else work / "run"
         predicted, labels = self._finetune(work, model, seed=1000 * pair)
         np.savez_compressed(
             kept / "predictions.npz",
@@ -216,23 +213,34 @@ class Claim:
             labels=labels.astype(np.uint8),
             held_out=is_held_out(self.work / "images"),
         )
-        summary = json.loads((run / "summary.json").read_text())
-        hours = _cpu_hours(work)
+        trained = json.loads((place / TRAINED).read_text())
+        hours = {**_cpu_hours(work), "train": trained.pop("cpu_hours")}
         figures = {
-            **{"pair": pair, "row": row, "commit": _commit()},
-            **{name: summary[name] for name in ("loss_start", "loss_end")},
+            **{"pair": pair, "row": row, "commit": _commit(), **trained},
             "cpu_hours": {command: round(value, 3) for command, value in hours.items()},
             "design": asdict(self.design),
         }
         # Last and whole: a row is finished once it stands there.
-        harness.write(figures, kept / "row.new")
-        (kept / "row.new").replace(kept / "row.json")
+        _write(figures, kept / "row.json")
         left, total = len(self.left()), sum(hours.values())
         print(
             f"pair {pair}, {row}: {total:.2f} CPU hours; left: {left} of "
             f"{self.design.pairs * len(ROWS)} rows, about {total * left:.1f} CPU hours",
             flush=True,
         )
+
+    def _train(self, pair: int, row: str, work: Path, place: Path) -> None:
+        """Trains a row's model without labels; a teacher's weights go into `place` as float16."""
+        run = work / "run"
+        self._call(work, "train", *self._training(pair, row), "--runtime.run_dir", run)
+        if row == "teacher":
+            for folder in (work / "export", place / "weights"):
+                shutil.rmtree(folder, ignore_errors=True)
+            self._call(work, "export", run, work / "export", "--to", "fd")
+            _round(work / "export", place / "weights")
+        summary = json.loads((run / "summary.json").read_text())
+        figures = {name: summary[name] for name in ("loss_start", "loss_end")}
+        _write({**figures, "cpu_hours": _cpu_hours(work)["train"]}, place / TRAINED)
 
     def _finetune(self, work: Path, model: Path, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the classes that each rate and seed gives, (R, S, N), and the true ones, (N,)."""
@@ -368,6 +376,12 @@ def _round(export: Path, folder: Path) -> None:
         tensors = {name: stored.get_tensor(name).half() for name in stored.keys()}  # noqa: SIM118
         save_file(tensors, folder / WEIGHTS, stored.metadata())
     shutil.copy(export / "config.json", folder)
+
+
+def _write(figures: dict[str, Any], path: Path) -> None:
+    """Writes JSON that stands there whole or not at all."""
+    harness.write(figures, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
 
 
 def _commit() -> str:
