@@ -64,6 +64,7 @@ def record(models: Models, batch: Batch, *, like: Recorder | None = None) -> Rec
     for t in tree_leaves((batch.images, batch.targets)):
         if isinstance(t, Tensor):
             recorder.follow(t)
+    models.task.before_step(0.0)  # Drops what an earlier micro-batch noted.
     with _modules_noted(recorder, models), recorder:
         run_step(models, batch, recorder.to)
     if recorder.held:  # The images of a batch are released once the batch is prepared.
