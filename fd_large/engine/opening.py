@@ -136,9 +136,10 @@ def open_together(
 
     entered = [whole] if whole else []
     entered += [(job.run, lease) for job, lease in zip(jobs, leases, strict=True) if lease]
-    for number, (recipe, own) in enumerate(entered):
-        # The folder of the first holds those of the others.
-        enter(recipe, own, fresh=fresh and number == 0)
+    for recipe, own in entered:
+        # The folder of the first holds those of the others, and is moved aside with them.
+        is_outermost = own is entered[0][1]
+        enter(recipe, own, fresh=fresh and is_outermost)
     if entered:
         logs.set_up(entered[0][1].root)
 

@@ -7,15 +7,17 @@ from torch import nn
 from fd_large.errors import ConfigError
 
 
-def register(task: nn.Module, path: str, module: nn.Module) -> None:
-    """Registers a Module under a path, in place of one that may be there.
+def register(task: nn.Module, path: str, module: nn.Module, *, replace: bool = False) -> None:
+    """Registers a Module under a path.
 
     Args:
         task: The Module that gets it.
         path: Its name, such as heads.NAME.map, with a ModuleDict for each part but the last.
         module: The Module.
+        replace: Whether one that is there already gives way.
 
-    Raises: ConfigError: if a part of the path is a teacher's name that torch's modules use.
+    Raises: ConfigError: if a part of the path is a teacher's name that torch's modules use, or if
+        the path is taken.
     """
     *above, last = path.split(".")
     place = task
@@ -29,5 +31,9 @@ def register(task: nn.Module, path: str, module: nn.Module) -> None:
                 )
             place.add_module(name, nn.ModuleDict())
         place = getattr(place, name)
-    place._modules.pop(last, None)
+    if place._modules.pop(last, None) is not None and not replace:
+        raise ConfigError(
+            f"targets: two Modules of one name; got {path!r} twice, expected a name for each. Give "
+            "the second Target another label and path."
+        )
     place.add_module(last, module)

@@ -181,7 +181,7 @@ def fill_heads(
                 module.to_empty(device="cpu")
         found[target] = StoredHead(facts, None)
         target.head = found[target].head
-        register(task, target.path, target.head)
+        register(task, target.path, target.head, replace=True)
     fill()
     for target, head in found.items():
         if undo := getattr(target.normalise, "undo", None):

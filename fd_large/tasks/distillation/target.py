@@ -61,10 +61,17 @@ class NamedTarget(Target):
         with_prefix: bool = True,
         projection: Tensor | None = None,
     ) -> None:
-        super().__init__(head, teacher=teacher, normalise=normalise, loss=loss, weight=weight)
+        name = label(teacher, kind)
+        super().__init__(
+            head,
+            teacher=teacher,
+            normalise=normalise,
+            loss=loss,
+            weight=weight,
+            label=name,
+            path=f"heads.{teacher}.{kind}" if name else "projection",
+        )
         self.kind, self.reads_blocks = kind, reads_blocks(head)
-        self.label = label(teacher, kind)
-        self.path = f"heads.{teacher}.{kind}" if self.label else "projection"
         self._eps, self._projection = fused_eps, projection
         self._interpolation, self._with_prefix = interpolation, with_prefix
 

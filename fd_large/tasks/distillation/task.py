@@ -32,6 +32,7 @@ from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
 from fd_large.engine.parts import Part
 from fd_large.engine.task import Task
+from fd_large.errors import ShapeError
 from fd_large.kernels.whitened_loss import whiten
 from fd_large.tasks.distillation.registered import register
 
@@ -54,19 +55,18 @@ class Seen(NamedTuple):
 class Target:
     """A head on the student's tokens, and the loss between them and a teacher's whitened map.
 
+    Recipes make `NamedTarget`s of it (target.py), which bring other grids and prefix tokens to one
+    another, and whose losses may be fused kernels; without these they are this, to the bit.
+
     Args:
         head: From tokens (B, N, C) to the teacher's width, (B, N, Ct).
         teacher: The teacher's name; "" for the only one.
         normalise: From the teacher's tokens (B, N, Ct) to the same in float32.
         loss: From two (B, N, Ct) to a scalar.
         weight: Weight of its loss in the task's.
-
-    Attributes:
         label: Its name in metrics; "" for the only teacher's map.
-        path: Name of its head in checkpoints.
+        path: Name of its head in checkpoints; no two targets have the same.
     """
-
-    label, path = "", "projection"
 
     def __init__(
         self,
@@ -76,8 +76,11 @@ class Target:
         normalise: Callable[[Tensor], Tensor] = whiten,
         loss: Callable[[Tensor, Tensor], Tensor] = smooth_l1,
         weight: float = 1.0,
+        label: str = "",
+        path: str = "projection",
     ) -> None:
         self.head, self.teacher, self.weight = head, teacher, weight
+        self.label, self.path = label, path
         self.normalise, self.loss = normalise, loss
 
     def modules(self) -> dict[str, nn.Module]:
@@ -89,13 +92,28 @@ class Target:
         return ()
 
     def compared(self, seen: Seen, teacher: FeatureMap) -> tuple[Tensor, Tensor]:
-        """Returns the projected tokens of the student and the teacher's, (B, N, Ct) each."""
-        return self.head(seen.map.tokens), teacher.tokens
+        """Returns the projected tokens of the student and the teacher's, (B, N, Ct) each.
+
+        Raises: ShapeError: if they are not tokens of the same places.
+        """
+        projected = self.head(seen.map.tokens)
+        if projected.shape != teacher.tokens.shape:
+            raise ShapeError(
+                f"targets: maps of other tokens; got {tuple(projected.shape)} of the student and "
+                f"{tuple(teacher.tokens.shape)} of the teacher, expected the same. Use a "
+                "NamedTarget, which aligns grids and prefix tokens."
+            )
+        return projected, teacher.tokens
 
     def value(self, projected: Tensor, tokens: Tensor) -> Tensor:
         """Returns the loss of `compared` without its weight, a float32 scalar."""
         whitened = self.normalise(tokens.detach())
         return self.loss(projected.to(whitened.dtype), whitened)
+
+    def per_image(self, projected: Tensor, tokens: Tensor) -> Tensor:
+        """Returns `value` of each image, (B,); it is the mean of these."""
+        pairs = zip(projected.split(1), tokens.split(1), strict=True)
+        return torch.stack([self.value(*pair) for pair in pairs])
 
     def cosine(self, projected: Tensor, tokens: Tensor) -> Tensor:
         """Returns the mean cosine of projected and normalised tokens, a scalar."""

@@ -1,14 +1,16 @@
 import pretended_ranks
 import pytest
 import torch
+from torch import nn
 
+from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import IMAGENET, normalise
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.backbones.vit.vit import ViT
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import arguments_of_step
 from fd_large.engine.frozen import Frozen
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, ShapeError
 from fd_large.ranks import distributed
 from fd_large.tasks.distillation.feature_panel import feature_panel
 from fd_large.tasks.distillation.heads.map_head import Maps
@@ -17,7 +19,7 @@ from fd_large.tasks.distillation.objective import make_target
 from fd_large.tasks.distillation.section import Weighting
 from fd_large.tasks.distillation.several.weighting import DATASETS
 from fd_large.tasks.distillation.target import references
-from fd_large.tasks.distillation.task import Distillation
+from fd_large.tasks.distillation.task import Distillation, Seen, Target
 
 
 @pytest.fixture
@@ -298,3 +300,29 @@ def test_a_queue_holds_the_summaries_of_the_global_batch_whatever_its_division(m
 def test_a_queue_is_refused_normalised_summaries():
     with pytest.raises(ConfigError, match=r"teachers\.a\.summary\.normaliser"):
         make_target(16, 12, teacher="a", kind="summary", loss="queue")
+
+
+def test_the_small_target_is_the_named_one_to_the_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    named = make_target(8, 12)
+    small = Target(named.head)
+    projected, tokens = (torch.randn(3, 5, 12, generator=generator) for _ in range(2))
+    assert torch.equal(small.value(projected, tokens), named.value(projected, tokens))
+    assert torch.equal(small.cosine(projected, tokens), named.cosine(projected, tokens))
+    torch.testing.assert_close(
+        small.per_image(projected, tokens), named.per_image(projected, tokens)
+    )
+    assert (small.label, small.path) == (named.label, named.path)
+
+
+def test_two_targets_of_one_name_and_maps_of_other_tokens_are_refused(task, images) -> None:
+    targets = [Target(nn.Linear(task.student.width, 24), teacher=name) for name in "ab"]
+    teachers = dict.fromkeys("ab", task.teachers.by_name[""])
+    with pytest.raises(ConfigError, match="projection"):
+        Distillation(task.student, teachers, targets)
+    targets[1].label, targets[1].path = "b", "heads.b"
+    both = Distillation(task.student, teachers, targets)
+    assert {"projection.weight", "heads.b.weight"} <= dict(both.named_parameters()).keys()
+    seen = Seen(FeatureMap(torch.zeros(1, 4, task.student.width), (2, 2), 0))
+    with pytest.raises(ShapeError):
+        targets[0].compared(seen, FeatureMap(torch.zeros(1, 5, 24), (2, 2), 1))
