@@ -98,6 +98,8 @@ launch() {
 
 check_settings() {
     local recipe place setting what site=()
+    [[ ! $STAGE_TO || $STAGE_TO == /* ]] || refuse "STAGE_TO: no whole path; got $STAGE_TO, expected" \
+        "a folder of every node that begins with /. Set it in $scripts/site.sh."
     for ((place = 0; place < ${#learns_from[@]}; place += 2)); do
         setting=${learns_from[place + 1]}
         site+=("--${learns_from[place]}" "${!setting}")
@@ -253,11 +255,12 @@ stage_data() {
         say "STAGE_TO: only a folder is copied; $source is read where it is"
         return
     fi
-    source=$(realpath "$source")
+    source=$(realpath -s "$source")
     # Folders of one name in two places are two copies.
     copy=$STAGE_TO/fd_large_staged-$(cksum <<<"$source" | cut -d ' ' -f 1)/${source##*/}
     say "STAGE_TO: copying $source to $copy, where it is not there yet"
-    "${on_nodes[@]}" --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 "${inside[@]}" \
+    "${on_nodes[@]}" --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
+        --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${inside[@]}" \
         bash -c "$stage_on_a_node" stage "$source" "$copy" "$copy_files" >"$report" &
     ranks=$!
     await

@@ -51,6 +51,11 @@ try:
     words = words[1:] if words[:1] == ["train"] else words
     # What a launcher adds, and what would begin anew.
     words = [word for word in words if not word.startswith("--local_rank") and word != "--fresh"]
+    # Fields that left (docs/runs.md), which the command line refuses.
+    for name in ("--optim.max_seconds", "--data.stage_to"):
+        words = [word for word in words if not word.startswith(name + "=")]
+        while name in words:
+            del words[words.index(name) : words.index(name) + 2]
     # environment.json keeps no secrets of URLs; recipe.json, which its owner alone may read, does.
     name = ""
     for place, word in enumerate(words):

@@ -15,6 +15,7 @@ from fd_large.errors import printable
 from fd_large.files import kind_of
 from fd_large.recipes.architectures import changed_words, full_name, image_side_of, model_of
 from fd_large.recipes.file_names import EVENTS, LOGS, METRICS, PAGE, SUMMARY
+from fd_large.recipes.left import LEFT
 from fd_large.recipes.sections import STUDENTS
 from fd_large.report.run_files import RunFiles
 from fd_large.tasks.distillation.section import cached_folder
@@ -227,7 +228,7 @@ def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
             values = flags.setdefault(name, [])
         values.append(word)
     # The launcher gives the first; the second would throw away what the run has done.
-    left_out = {"local_rank", "fresh", *more}
+    left_out = {"local_rank", "fresh", *LEFT, *more}
     kept = [word for name in flags if name not in left_out for word in flags[name]]
     if "deepspeed_config" not in flags:
         # Started from Python: what differs from the recipe, as flags.

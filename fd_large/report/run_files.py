@@ -16,6 +16,7 @@ from fd_large.files import kind_of, read_json
 from fd_large.recipes import registry
 from fd_large.recipes.fields import flat_plain
 from fd_large.recipes.file_names import ENVIRONMENT, EVALUATIONS, METRICS, SUMMARY
+from fd_large.recipes.left import LEFT
 from fd_large.recipes.row_files import lines_of, numbers_of
 from fd_large.recipes.stored import recipe_file
 
@@ -84,7 +85,11 @@ class RunFiles:
         except ConfigError:  # A recipe of the user's own, or of an earlier version.
             return {}
         own = flat_plain(self.recipe)
-        names = [name for name in own if own[name] != usual.get(name)]
+        names = [
+            name
+            for name in own
+            if own[name] != (LEFT[name].idle if name in LEFT else usual.get(name))
+        ]
         return {name: (own[name], usual.get(name)) for name in names}
 
     @property

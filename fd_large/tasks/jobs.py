@@ -34,6 +34,14 @@ _OF_A_STORED_RUN = {
 }
 
 
+# What the engine asked a job until version 0.1, and what it asks instead.
+_FORMER = {
+    "initial_heads": "its tensors in initial_weights(), a mapping by the names of modules",
+    "parameter_sizes": "tensor_sizes()",
+    "trained_sizes": "tensor_sizes()",
+}
+
+
 def job_of(recipe: Run | Mapping[str, Any]) -> TrainingJob:
     """Makes the job of a recipe's task.
 
@@ -54,6 +62,12 @@ def job_of(recipe: Run | Mapping[str, Any]) -> TrainingJob:
             f"task.name: no job; got {type(job).__name__} from {name}, expected a subclass of "
             "fd_large.engine.job.TrainingJob. docs/extending.md shows one."
         )
+    for former, now in _FORMER.items():
+        if hasattr(job, former):
+            raise ConfigError(
+                f"task.name: {type(job).__name__}.{former} is not asked by this version; got a job "
+                f"that has it, expected {now}. Move it there."
+            )
     for method in _BEFORE_A_RUN:
         setattr(job, method, _said(name, getattr(job, method)))
     return job
@@ -76,6 +90,10 @@ def stored_run_of(job: TrainingJob) -> StoredRun:
                     "job that has it, expected a subclass of fd_large.tasks.stored_run.StoredRun "
                     f"with {now}(). Move it there, and name it: TaskKind(stored=...)."
                 )
+        # A job of the user's own that is one of ours is stored as ours is.
+        for known in TASKS.values():
+            if known.stored and isinstance(job, _class_of(known.job)):
+                return _class_of(known.stored)(job)
         return StoredRun(job)
     return _class_of(kind.stored)(job)
 

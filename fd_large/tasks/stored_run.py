@@ -1,4 +1,4 @@
-"""What a stored run is asked for: export, scores, predictions, heads, its loss on given images.
+"""A stored run as commands see it: export, scores, predictions, heads, loss on given images.
 
 The second of a task's three faces (`fd_large/recipes/task_kind.py`), which commands ask and the
 engine does not. A task that has none of its own has this one: its student is exported, and nothing

@@ -85,12 +85,12 @@ class Sources:
         self._resolved: dict[str, ResolvedWeights] = {}
         self._stored: dict[Path, Stored | None] = {}
 
-    def resolve(self, source: str | Path, *, where: str = "weights") -> ResolvedWeights:
+    def resolve(self, source: str | Path, *, where: str = "") -> ResolvedWeights:
         """Returns the weights of a source; nothing is read or fetched yet.
 
         Args:
             source: See above; `#student`, `#teacher` or `#projector` after a path name a part.
-            where: What the user set, for messages.
+            where: What the user set, for messages; "": as it was named before.
         """
         source = str(source)
         if source not in self._resolved:
@@ -98,7 +98,7 @@ class Sources:
             known = (one for one in self._resolved.values() if one.settled_source == source)
             new = ResolvedWeights(source, self._read_stored, was_settled=source in self.settled)
             self._resolved[source] = next(known, new)
-        self._resolved[source].where = where
+        self._resolved[source].where = where or self._resolved[source].where
         return self._resolved[source]
 
     def forget(self) -> None:
@@ -165,7 +165,7 @@ class ResolvedWeights:
 
     @cached_property
     def described(self) -> Described | None:
-        """The library's model that a folder says it is; None if names of tensors tell it.
+        """The library model that config.json names; None where names of tensors show the model.
 
         Raises: WeightsError: if its configuration names a model that nothing here reads.
         """

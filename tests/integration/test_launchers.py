@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 import twin
 from labelled_folder import labelled_folder
-from launch import ROOT, Launcher, Started, free_port, read_results, run_ranks, start_ranks
+from launch import HELPERS, ROOT, Launcher, Started, free_port, read_results, run_ranks, start_ranks
 from pictures import write_pictures
 from waiting import until
 
@@ -168,7 +168,7 @@ def test_an_orphan_with_a_handler_leaves_after_its_grace_or_its_save(
     program = [sys.executable, str(PROGRAMS / "waits.py"), handler, str(tmp_path)]
     command = [sys.executable, str(launcher), *program]
     started = Started(mark=f"FD_TEST_MARK={tmp_path}")
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT), *HELPERS])
     environ = os.environ | {"PYTHONPATH": paths, "FD_TEST_MARK": str(tmp_path)}
     environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("wb") as log:

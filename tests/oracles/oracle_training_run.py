@@ -108,7 +108,7 @@ def main(folder: Path) -> None:
         for n, t in translate(form, learnt.items())
     }
     engine = build_engine(
-        make_task, filled, optim=run.optim, seed=run.runtime.seed, weights=weights.items()
+        make_task, filled, optim=run.optim, seed=run.runtime.seed, initial={"": weights.items()}
     )
     engine.task.train()
     schedule = CosineSchedule(

@@ -154,7 +154,7 @@ def run(
         weights[f"running.{name}.mean"] = torch.zeros(2, width)
         weights[f"running.{name}.deviation"] = torch.ones(2, width)
     engine = build_engine(
-        make_task, filled, optim=optim, seed=recipe.runtime.seed, weights=weights.items()
+        make_task, filled, optim=optim, seed=recipe.runtime.seed, initial={"": weights.items()}
     )
     task, case, losses = engine.task, f"drop{round(100 * probability)}", []
     task.train()

@@ -582,6 +582,16 @@ def test_resume_takes_what_is_masked_from_the_recipe(script: Script) -> None:
     assert words[words.index("--batch") :][:5] == [*given[:3], url, f"--data.root={url}"]
 
 
+def test_resume_leaves_out_fields_that_left(script: Script) -> None:
+    given = ("--batch", "3", "--data.stage_to", "/local", "--optim.max_seconds=9", "--x", "1")
+    script.record(["fd_large/train.py", *given], "builtin:photographs", "random")
+    code, said = script.resume()
+    assert code == 0, said
+    words = script.words()
+    assert words[words.index("--batch") :][:4] == ["--batch", "3", "--x", "1"]
+    assert not [word for word in words if "stage_to" in word or "max_seconds" in word]
+
+
 @pytest.mark.parametrize("damaged", ["environment.json", "recipe.json"])
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"command": 3, "data": 3}'])
 def test_resume_of_a_damaged_run_is_one_sentence(damaged: str, text: str, script: Script) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -46,12 +47,16 @@ _servers: dict[str, RankServer] = {}
 
 
 def free_ports(count: int) -> list[int]:
-    """Returns so many TCP ports that nobody listens on now."""
-    with contextlib.ExitStack() as all_open:
-        probes = [all_open.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    """Returns so many TCP ports that nobody listens on now.
+
+    Below those that the system gives to clients, one of which might take a port before its server.
+    """
+    found: set[int] = set()
+    while len(found) < count:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(16_000, 32_000)))
+            found.add(int(probe.getsockname()[1]))
+    return list(found)
 
 
 def free_port() -> int:

@@ -264,7 +264,7 @@ def test_the_quick_start_needs_no_files():
     # Both maps have stride 8.
     student, teacher = run.student_architecture(), run.teacher_architecture()
     assert student.patch_size * 2 ** (len(student.depths) - 1) == teacher.feature_stride == 8
-    # The warm-up is the 20 steps that the time limit measures.
+    # The warm-up is 20 steps.
     steps_per_epoch = 18 * 256 // run.batch.global_batch_size
     assert int(run.optim.warmup_epochs * steps_per_epoch) == 20
 

@@ -227,3 +227,14 @@ def test_a_student_s_own_images_are_for_the_whole_group(make_run):
 def test_stored_targets_are_of_their_images_alone(make_run):
     steps = next_steps(read_run(make_run(source="cached:targets")))
     assert "own images" not in " ".join(step["why"] for step in steps)
+
+
+@pytest.mark.parametrize("name", ["time_box", "staging"])
+def test_fields_that_left_are_in_no_command_and_no_difference(name, tmp_path):
+    stored = Path(fd_large.__file__).parents[1] / "tests/stored_runs" / name
+    files = read_run(stored)
+    commands = " ".join(step["command"] for step in next_steps(files))
+    assert "max_seconds" not in commands
+    assert "stage_to" not in commands
+    idle = {"time_box": "data.stage_to", "staging": "optim.max_seconds"}[name]
+    assert idle not in files.changed

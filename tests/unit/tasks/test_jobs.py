@@ -16,11 +16,13 @@ from fd_large.cli.main import main
 from fd_large.cli.train import parse_train
 from fd_large.engine.job import Job, TrainingJob
 from fd_large.errors import ConfigError
+from fd_large.tasks.distillation.stored import StoredDistillation
 from fd_large.tasks.jobs import heads_of, job_of, stored_run_of
 from fd_large.tasks.stored_run import StoredRun
 
 MORE = """
 from fd_large.engine.job import Job
+from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.stored_run import StoredRun, StoredScores
 
 
@@ -38,6 +40,17 @@ class ColourRun(StoredRun):
         return StoredScores((self.job.run.name,), ())
 
 
+class EarlierHeads(Earlier):
+    def initial_heads(self):
+        return {}
+
+
+class OwnDistillation(DistillationJob):
+    pass
+
+
+HEADS = TaskKind(name="colour", job=EarlierHeads, section=Colour)
+OURS = TaskKind(name="colour", job=OwnDistillation, section=Colour)
 EARLIER = TaskKind(name="colour", job=Earlier, section=Colour)
 SCORED = TaskKind(name="colour", job=EarlierScored, section=Colour)
 BOTH = TaskKind(name="colour", job=ColourJob, section=Colour, stored=ColourRun)
@@ -113,3 +126,15 @@ def test_a_job_of_earlier_versions_trains_and_its_commands_have_moved(run_of):
     assert job.tensor_sizes()
     with pytest.raises(ConfigError, match=r"^task\.name: EarlierScored\.score_stored .*score\(\)"):
         stored_run_of(job)
+
+
+def test_what_the_engine_no_longer_asks_a_job_is_refused(run_of):
+    with pytest.raises(ConfigError, match=r"^task\.name: EarlierHeads\.initial_heads "):
+        job_of(run_of("HEADS"))
+
+
+def test_a_job_that_is_one_of_ours_is_stored_as_ours_is(run_of):
+    run = run_of("OURS")
+    job = object.__new__(run.task.kind().job)  # Made without a recipe that has a teacher.
+    job.run = run
+    assert type(stored_run_of(job)) is StoredDistillation
