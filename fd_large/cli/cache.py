@@ -22,7 +22,7 @@ from fd_large.ranks.processes import check_workers
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, positive, require
 from fd_large.recipes.run import Run
-from fd_large.tasks.distillation.section import CACHED, source_flag
+from fd_large.tasks.distillation.section import CACHED, check_storable, source_flag
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -107,8 +107,6 @@ def _with_views(run: Run, views: int) -> Run:
         "a recipe of distillation",
         "Choose another",
     )
-    from fd_large.tasks.distillation.cached.views import check_storable
-
     mosaics = {name: entry.mosaic for name, entry in run.taught_by.items()}
     check_storable(run.data.image_sizes, mosaics)
     said = run.task.distillation

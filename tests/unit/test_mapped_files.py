@@ -62,7 +62,8 @@ PROGRAM = """
 import mmap, os, sys
 from pathlib import Path
 import torch
-from fd_large import failures, mapped_files
+from fd_large import mapped_files
+from fd_large.ranks import failures
 
 torch.set_num_threads(2)
 noted, path = sys.argv[1] == "noted", Path(sys.argv[2])

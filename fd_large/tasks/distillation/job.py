@@ -38,7 +38,6 @@ from fd_large.tasks.distillation.cached.recorder import Recorder, Recorders
 from fd_large.tasks.distillation.cached.views import (
     ViewsToStore,
     check_fixed_views,
-    check_storable,
     check_stored_summary,
     training_view,
     view_facts,
@@ -65,6 +64,7 @@ from fd_large.tasks.distillation.section import (
     FIXED,
     SUMMARY,
     Weighting,
+    check_storable,
     evaluated_words,
     labels_of,
     naming_target,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -523,3 +523,28 @@ KIND = TaskKind(
         ),
     ),
 )
+
+
+def check_storable(image_sizes: Sequence[int], mosaics: Mapping[str, int]) -> None:
+    """Refuses stored maps of images of several sizes, or of several at once.
+
+    Args:
+        image_sizes: Those that a run draws from; empty: its images have one size.
+        mosaics: Images along each side of a teacher's input, by its name; 0 for a single image.
+    """
+    require(
+        not image_sizes,
+        "data.image_sizes: stored maps are of views of one size",
+        " ".join(map(str, image_sizes)),
+        "none",
+        "Leave it out, or store no maps",
+    )
+    for name, mosaic in mosaics.items():
+        require(
+            not mosaic,
+            f"teachers.{name}.mosaic: a map out of a mosaic is not the map of one view, as stored "
+            "maps are",
+            mosaic,
+            "0",
+            "Leave it out, or store no maps",
+        )

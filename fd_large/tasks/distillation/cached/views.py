@@ -1,8 +1,8 @@
-"""The views whose maps a cache holds, on the way into it; and which maps can be stored."""
+"""The views whose maps a cache holds, on the way into it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -142,31 +142,6 @@ def check_fixed_views(views: int, *, image_mixup: bool) -> None:
         "False",
         "Leave it out, or set --task.distillation.views 0",
     )
-
-
-def check_storable(image_sizes: Sequence[int], mosaics: Mapping[str, int]) -> None:
-    """Refuses stored maps of images of several sizes, or of several at once.
-
-    Args:
-        image_sizes: Those that a run draws from; empty: its images have one size.
-        mosaics: Images along each side of a teacher's input, by its name; 0 for a single image.
-    """
-    require(
-        not image_sizes,
-        "data.image_sizes: stored maps are of views of one size",
-        " ".join(map(str, image_sizes)),
-        "none",
-        "Leave it out, or store no maps",
-    )
-    for name, mosaic in mosaics.items():
-        require(
-            not mosaic,
-            f"teachers.{name}.mosaic: a map out of a mosaic is not the map of one view, as stored "
-            "maps are",
-            mosaic,
-            "0",
-            "Leave it out, or store no maps",
-        )
 
 
 def check_stored_summary(name: str, entry: NamedTeacher, *, gives_summary: bool) -> None:
