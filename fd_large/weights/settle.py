@@ -272,22 +272,30 @@ def reconcile(
     unset = {field for field, value in values.items() if value is None}
     asked = sorted(unset.union(weights.unknown(given)))
     if asked or trained_with:
-        start, remedy = f"--{section}." if section else "--", "Set"
-        if section is None:
-            remedy = (
-                f"Name the folder that this writes: python -m fd_large weights convert "
-                f"{weights.source} DIR --to fd"
-            )
-        flags = [f"{start}architecture.{field} {_placeholder(field)}" for field in asked]
-        if trained_with:
-            flags.append(f"{start}statistics MEAN MEAN MEAN STD STD STD ({trained_with})")
-            asked.append("image statistics")
-        raise WeightsError(
-            f"{where}: {weights.what}: neither its tensors nor a config.json beside it show "
-            f"everything; got no {', '.join(asked)}, expected every field of a {family} model. "
-            f"{remedy} {' '.join(flags)}"
-        )
+        raise _nothing_shows(weights, asked, where, section, trained_with)
     return whole(values)
+
+
+def _nothing_shows(
+    weights: PublishedWeights, fields: list[str], where: str, section: str | None, trained_with: str
+) -> WeightsError:
+    """The refusal of weights that leave fields open; the other arguments are `reconcile`'s."""
+    start, remedy = f"--{section}." if section else "--", "Set"
+    if section is None:
+        remedy = (
+            f"Name the folder that this writes: python -m fd_large weights convert "
+            f"{weights.source} DIR --to fd"
+        )
+    flags = [f"{start}architecture.{field} {_placeholder(field)}" for field in fields]
+    missing = list(fields)
+    if trained_with:
+        flags.append(f"{start}statistics MEAN MEAN MEAN STD STD STD ({trained_with})")
+        missing.append("image statistics")
+    return WeightsError(
+        f"{where}: {weights.what}: neither its tensors nor a config.json beside it show "
+        f"everything; got no {', '.join(missing)}, expected every field of a "
+        f"{weights.family.architecture.family} model. {remedy} {' '.join(flags)}"
+    )
 
 
 def _placeholder(field: str) -> str:
