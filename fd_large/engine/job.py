@@ -68,8 +68,8 @@ class TensorSizes(NamedTuple):
     """Numbers of elements of tensors.
 
     Attributes:
-        trained: Of each tensor that is trained.
-        frozen: Of each tensor of frozen models that may be split too.
+        trained: Elements of each tensor that is trained.
+        frozen: Elements of each tensor of frozen models that may be split too.
     """
 
     trained: tuple[int, ...]

@@ -89,7 +89,7 @@ def decided_steps(
     """Returns the number of steps that a time limit (optim.max_seconds) gave a run, if one did.
 
     Args:
-        manifest: That of a checkpoint; decisions after its step do not count.
+        manifest: Manifest of a checkpoint; decisions after its step do not count.
         first_release: The run's time_box.json, the only place of the first release's one decision.
     """
     decisions = manifest.get("time_box", {}).get("decisions", [])

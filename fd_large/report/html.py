@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup, escape
+
 from fd_large.errors import without_secrets
 from fd_large.files import kind_of, replacing
 from fd_large.report import style
@@ -46,7 +48,7 @@ def write(
         beside: HTML beside the title.
         below: Plain text below it.
     """
-    css = _as_html(Path(__file__).with_name("page.css").read_text(encoding="utf-8"))
+    css = Markup(Path(__file__).with_name("page.css").read_text(encoding="utf-8"))
     page = _parts().page(title, beside, below, list(filter(None, parts)), css)
     with replacing(path) as aside:
         aside.write_text(page + "\n", encoding="utf-8", errors="backslashreplace")
@@ -55,8 +57,6 @@ def write(
 
 def text(value: object) -> str:
     """Returns plain text as HTML, without the secrets of URLs in it."""
-    from markupsafe import escape
-
     return escape(without_secrets(str(value)))
 
 
@@ -143,7 +143,7 @@ def chart(figure: Figure, name: str, alt: str) -> str:
     drawn = drawn.replace(
         "<svg ", f'<svg role="img" aria-label="{text(alt)}" fill="var(--ink)" ', 1
     )
-    return _parts().chart(_as_html(drawn))
+    return _parts().chart(Markup(drawn))
 
 
 def charts(drawn: Iterable[str]) -> str:
@@ -156,7 +156,6 @@ def charts(drawn: Iterable[str]) -> str:
 def _parts() -> Any:
     """The macros of page.html, which return HTML."""
     from jinja2 import Environment, FileSystemLoader
-    from markupsafe import Markup
 
     def plain(value: Any) -> Any:
         return value if isinstance(value, Markup) else without_secrets(str(value))
@@ -165,13 +164,6 @@ def _parts() -> Any:
     return (
         Environment(loader=folder, autoescape=True, finalize=plain).get_template("page.html").module
     )
-
-
-def _as_html(text: str) -> str:
-    """Marks what this package wrote as HTML."""
-    from markupsafe import Markup
-
-    return Markup(text)
 
 
 def _is_number(cell: object) -> bool:

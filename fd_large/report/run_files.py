@@ -80,17 +80,16 @@ class RunFiles:
     @cached_property
     def changed(self) -> dict[str, tuple[Any, Any]]:
         """Settings that differ from the recipe of that name: (the run's, the recipe's)."""
+        usual = {name: field.idle for name, field in LEFT.items()}
         try:
-            usual = flat_plain(registry.get(self.recipe["name"]).to_dict())
+            usual |= flat_plain(registry.get(self.recipe["name"]).to_dict())
         except ConfigError:  # A recipe of the user's own, or of an earlier version.
             return {}
-        own = flat_plain(self.recipe)
-        names = [
-            name
-            for name in own
-            if own[name] != (LEFT[name].idle if name in LEFT else usual.get(name))
-        ]
-        return {name: (own[name], usual.get(name)) for name in names}
+        return {
+            name: (value, usual.get(name))
+            for name, value in flat_plain(self.recipe).items()
+            if value != usual.get(name)
+        }
 
     @property
     def trained_loss(self) -> numpy.ndarray:

@@ -32,8 +32,6 @@ _OF_A_STORED_RUN = {
     "stored_heads": "heads",
     **{name: name for name in ("predict", "learned", "exported_into", "losses_on")},
 }
-
-
 # What the engine asked a job until version 0.1, and what it asks instead.
 _FORMER = {
     "initial_heads": "its tensors in initial_weights(), a mapping by the names of modules",
@@ -91,8 +89,9 @@ def stored_run_of(job: TrainingJob) -> StoredRun:
                     f"with {now}(). Move it there, and name it: TaskKind(stored=...)."
                 )
         # A job of the user's own that is one of ours is stored as ours is.
+        bases = {f"{base.__module__}.{base.__qualname__}" for base in type(job).__mro__}
         for known in TASKS.values():
-            if known.stored and isinstance(job, _class_of(known.job)):
+            if known.stored and f"fd_large.tasks.{known.job}" in bases:
                 return _class_of(known.stored)(job)
         return StoredRun(job)
     return _class_of(kind.stored)(job)

@@ -15,6 +15,7 @@ from waiting import until
 
 from fd_large.cli import init
 from fd_large.ranks.launch import read_token
+from fd_large.recipes.left import LEFT
 
 ROOT = Path(__file__).resolve().parents[2]
 # The check of the nodes runs here; of the ranks' start only the arguments are kept.
@@ -583,13 +584,14 @@ def test_resume_takes_what_is_masked_from_the_recipe(script: Script) -> None:
 
 
 def test_resume_leaves_out_fields_that_left(script: Script) -> None:
-    given = ("--batch", "3", "--data.stage_to", "/local", "--optim.max_seconds=9", "--x", "1")
+    gone = [word for name in LEFT for word in (f"--{name}", "9", f"--{name}=9")]
+    given = ("--batch", "3", *gone, "--x", "1")
     script.record(["fd_large/train.py", *given], "builtin:photographs", "random")
     code, said = script.resume()
     assert code == 0, said
     words = script.words()
     assert words[words.index("--batch") :][:4] == ["--batch", "3", "--x", "1"]
-    assert not [word for word in words if "stage_to" in word or "max_seconds" in word]
+    assert not [word for word in words for name in LEFT if name in word]
 
 
 @pytest.mark.parametrize("damaged", ["environment.json", "recipe.json"])

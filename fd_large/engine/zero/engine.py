@@ -79,7 +79,7 @@ def build_engine(
         activation_checkpointing: "off", "every" or "offload" (see `block_wrappers.py`).
         checkpoint_every: Checkpoint each k-th block.
         whole_first: See `partition.build`.
-        initial: Of the modules that do not start at random.
+        initial: Weights of the modules that do not start at random.
     """
     stage, zero = ds.stage_of(config), config["zero_optimization"]
     _check_quantiser(zero)

@@ -93,7 +93,7 @@ def check_optimizer(optimizer: Any, inner: Any, wrapper: str | None) -> None:
     """Looks whether an engine steps the optimiser that it was given.
 
     Args:
-        optimizer: That of the engine.
+        optimizer: The engine's optimiser.
         inner: The one that was given.
         wrapper: Name of the class that DeepSpeed wraps it in; None: it is not wrapped.
 

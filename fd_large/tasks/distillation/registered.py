@@ -31,9 +31,10 @@ def register(task: nn.Module, path: str, module: nn.Module, *, replace: bool = F
                 )
             place.add_module(name, nn.ModuleDict())
         place = getattr(place, name)
-    if place._modules.pop(last, None) is not None and not replace:
+    if last in place._modules and not replace:
         raise ConfigError(
             f"targets: two Modules of one name; got {path!r} twice, expected a name for each. Give "
             "the second Target another label and path."
         )
+    place._modules.pop(last, None)
     place.add_module(last, module)
