@@ -14,30 +14,25 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import sys
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import dataclass
 from difflib import get_close_matches
 from inspect import getdoc
-from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, cast, get_type_hints
+from typing import Any, Generic, TypeVar, cast, get_type_hints
 
 from tyro.conf import Positional
 
 from fd_large import doors, files
+from fd_large.cli import help
 from fd_large.engine.zero.config import load
 from fd_large.errors import ConfigError, nearest
 from fd_large.ranks.launch import find_rank
 from fd_large.recipes import registry
 from fd_large.recipes.fields import (
     describe_type,
-    entry_type,
     field_names,
     from_plain,
-    hints_of,
     nested,
     require,
 )
@@ -127,7 +122,7 @@ def parse_with_recipe(
     *,
     command: str,
     recipe: str,
-    in_help: bool = False,
+    often: Mapping[str, str] | None = None,
     base_of: Callable[[Mapping[str, Any]], Run | None] = lambda own: None,
 ) -> WithRecipe[Own]:
     """Reads the arguments of a command that takes a recipe and its fields as well.
@@ -137,13 +132,14 @@ def parse_with_recipe(
         arguments: What follows the command.
         command: Its name, for messages and the help.
         recipe: Name of the recipe where none is given.
-        in_help: Whether the help lists the fields of the recipe with their values.
+        often: Flags that the help shows on one screen, with words for each, before it names the
+            sections; None: the help shows all flags of the command's own.
         base_of: The command's own arguments that are given -> a recipe that stands in for that of
             the name, if any.
 
     Raises: As `parse`.
     """
-    return _Parser(kind, command, recipe, in_help, base_of).parse(arguments)
+    return _Parser(kind, command, recipe, often, base_of).parse(arguments)
 
 
 def choose(
@@ -165,7 +161,7 @@ def choose(
     if name in HELP:
         width = max(map(len, commands))
         lines = [f"  {known:<{width}}  {summary}" for known, summary in commands.items()]
-        print(f"usage: {_program(command)} COMMAND [--help] [ARGUMENTS]\n\ncommands:")
+        print(f"usage: {help.program(command)} COMMAND [--help] [ARGUMENTS]\n\ncommands:")
         print("\n".join(lines), *([f"\n{note}"] if note else []), sep="\n")
         raise HelpShown
     if name not in commands:
@@ -207,11 +203,11 @@ class _Parser(Generic[Own]):
         kind: type[Own],
         command: str,
         recipe: str | None = None,
-        in_help: bool = False,
+        often: Mapping[str, str] | None = None,
         base_of: Callable[[Mapping[str, Any]], Run | None] = lambda own: None,
     ) -> None:
-        self._base_of = base_of
-        self._kind, self._command, self._recipe, self._in_help = kind, command, recipe, in_help
+        self._base_of, self._often = base_of, often
+        self._kind, self._command, self._recipe = kind, command, recipe
         self._positional = {}
         for name, hint in get_type_hints(kind, include_extras=True).items():
             marks = getattr(hint, "__metadata__", ())
@@ -232,7 +228,8 @@ class _Parser(Generic[Own]):
             self._task = type(from_file.task)
         if own_task:  # Its section's fields are flags too.
             self._task = Task.class_for({"name": own_task})
-        values = self._values([argument for argument in arguments if argument not in HELP])
+        arguments, asked = self._without_help(arguments)
+        values = self._values(arguments)
         # Not by the first part of a name: evaluate has a --task of its own.
         is_own = {name: name in field_names(self._kind, like=name) for name in values}
         own = {name: value for name, value in values.items() if is_own[name]}
@@ -245,9 +242,11 @@ class _Parser(Generic[Own]):
                 base = base or registry.get(own.get("recipe") or self._recipe, where=where)
                 base = base.with_fields({"task.name": own_task}) if own_task else base
             except ConfigError as error:
+                if asked is not None:
+                    raise
                 self._mistakes.append(str(error))
-        if not HELP.isdisjoint(arguments):
-            self._print_help(base)
+        if asked is not None:
+            self._print_help(base, asked)
             raise HelpShown
         if base is not None:
             run = accepted(given, base.with_fields, self._mistakes, refused=self._invalid)
@@ -256,7 +255,7 @@ class _Parser(Generic[Own]):
                 load(config)
             except ConfigError as error:
                 self._mistakes.append(str(error))
-        if missing := [name for name in _required(self._kind) if name not in own]:
+        if missing := [name for name in help.required(self._kind) if name not in own]:
             self._mistakes += [self._missing(name) for name in missing if name not in self._invalid]
         else:
             built = accepted(
@@ -311,7 +310,7 @@ class _Parser(Generic[Own]):
             elif name != IGNORED:
                 message = refusal(name, " ".join(texts)) or (
                     f"{typed}: unknown flag; {self._nearest(typed)}. Correct the name, or see "
-                    f"{_program(self._command)} --help."
+                    f"{help.program(self._command)} --help."
                 )
                 self._mistakes.append(f"--{message}")
                 meant |= set(get_close_matches(typed, known, n=1))
@@ -415,7 +414,7 @@ class _Parser(Generic[Own]):
             return None
 
     def _missing(self, name: str) -> str:
-        see = f"See {_program(self._command)} --help."
+        see = f"See {help.program(self._command)} --help."
         if name in self._positional:
             metavar = self._positional[name]
             return f"{self._command}: {metavar} is missing; expected {self._usage}. {see}"
@@ -424,36 +423,37 @@ class _Parser(Generic[Own]):
             expected = "DeepSpeed's JSON, by name or path, such as --deepspeed_config zero3"
         return f"--{name}: not given; expected {expected}. {see}"
 
-    def _print_help(self, base: Run | None) -> None:
-        import tyro
+    def _without_help(self, arguments: Sequence[str]) -> tuple[list[str], str | None]:
+        """Takes --help and the section after it out of the arguments.
 
-        shown: type = self._kind
-        if base is not None and self._in_help:
-            missing = dict.fromkeys(_required(self._kind), tyro.MISSING)
-            kind: Callable[..., Any] = self._kind
-            own = kind(recipe=base.name, **missing)
-            # The command's own flags without a prefix, then the sections.
-            parts = [("own", Annotated[self._kind, tyro.conf.arg(name="")], field(default=own))]
-            parts += [
-                (name, _with_name(hint), _default_in_help(hint, getattr(base, name)))
-                for name, hint in (hints_of(Run) | {"task": self._task}).items()
-                if name != "name"
-            ]
-            shown = make_dataclass("Shown", parts, frozen=True, kw_only=True)
-        with suppress(SystemExit):
-            tyro.cli(
-                shown,
-                args=["--help"],
-                prog=_program(self._command),
-                description=_wrapped(getdoc(self._kind) or ""),
-                use_underscores=True,
+        Returns: the other arguments, and the section, "" for none; None if no help is asked for.
+        Raises: ConfigError: if there is no such section.
+        """
+        first = next((n for n, argument in enumerate(arguments) if argument in HELP), None)
+        if first is None:
+            return list(arguments), None
+        others = [argument for argument in arguments if argument not in HELP]
+        typed = others[first] if first < len(others) else "--"
+        if self._recipe is None or typed.startswith("--"):
+            return others, ""
+        if section := help.section_named(typed, self._task):
+            del others[first]
+        elif not self._positional:
+            known = [*help.sections_of(self._task), help.ALL]
+            raise ConfigError(
+                f"--help: no such section of a recipe; got {typed!r}, {nearest(typed, known)}. "
+                "Correct the name, or leave it out."
             )
+        return others, section
 
-
-def _program(command: str) -> str:
-    """The command as it was called: by the installed script or by the module."""
-    script = Path(sys.argv[0]).name
-    return f"{script if script == 'fd-large' else 'python -m fd_large'} {command}".strip()
+    def _print_help(self, base: Run | None, section: str) -> None:
+        if base is None or (not section and self._often is None):
+            help.print_own(self._kind, self._command, of_recipe=base is not None)
+        elif section:
+            help.print_sections(self._kind, self._command, base, self._task, section)
+        else:
+            assert self._often is not None
+            help.print_overview(self._kind, self._command, base, self._task, self._often)
 
 
 def _groups(arguments: Sequence[str]) -> Iterator[tuple[str, list[str], bool]]:
@@ -505,18 +505,6 @@ def _value(hint: Any, texts: list[str], *, off: bool = False) -> Any:
     return spec.instance_from_str(texts)
 
 
-def _required(kind: type, prefix: str = "") -> Iterator[str]:
-    """Names of the fields without a default, nested ones included."""
-    for own in fields(kind):
-        hint = hints_of(kind)[own.name]
-        if own.default is not MISSING or own.default_factory is not MISSING:
-            continue
-        if isinstance(hint, type) and is_dataclass(hint):
-            yield from _required(hint, f"{prefix}{own.name}.")
-        else:
-            yield prefix + own.name
-
-
 def _own_task(arguments: Sequence[str]) -> str:
     """Returns the task of the user's own that the last --task.name names; empty if there is none.
 
@@ -532,21 +520,3 @@ def _own_task(arguments: Sequence[str]) -> str:
             raise
         return ""  # A mistyped name, which is refused with the other mistakes.
     return doors.absolute(named[-1])
-
-
-def _with_name(hint: Any) -> Any:
-    """A type for the help: of dict[str, Section] an entry that is called NAME."""
-    section = entry_type(hint)
-    return make_dataclass("Entries", [("NAME", section)]) if section else hint
-
-
-def _default_in_help(hint: Any, value: Any) -> Any:
-    """A field with the value of a run; of dict[str, Section] without: NAME is nobody's."""
-    return field() if entry_type(hint) else field(default=value)
-
-
-def _wrapped(text: str) -> str:
-    """Paragraphs in the width of the terminal; tyro joins lines that begin with a letter."""
-    width = shutil.get_terminal_size().columns
-    paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
-    return "\n\n".join(textwrap.fill(part, width, subsequent_indent="  ") for part in paragraphs)

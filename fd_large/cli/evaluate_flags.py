@@ -66,7 +66,7 @@ class ModelFlags(SweepFlags, AllowsCode):
     """Flags of `evaluate` that measure models."""
 
     # Models to measure.
-    models: Annotated[tuple[str, ...], Positional, arg(metavar="MODEL [MODEL ...]")] = ()
+    models: Annotated[tuple[str, ...], Positional, arg(metavar="[MODEL ...]")] = ()
     # knn: k nearest neighbours of frozen features; linear: a linear probe on them; finetune: the
     # whole model learns the labels; or the task of one run that is scored as it was trained, such
     # as detection. auto: that of the first run's task, else knn.

@@ -28,7 +28,7 @@ class Models:
     """List the models that a student or a teacher may be, by the names that recipes take."""
 
     # Part of a name: lists the models that have it, timm's as well.
-    part: Annotated[str, Positional, arg(metavar="PART")] = ""
+    part: Annotated[str, Positional, arg(metavar="[PART]")] = ""
 
 
 def main(arguments: list[str]) -> int:

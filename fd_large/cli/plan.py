@@ -39,8 +39,7 @@ NARROW = 104
 class Plan(TakesRunFile, AllowsCode):
     """Plan a recipe on a cluster: memory, time, network, disk; from shapes, without a GPU.
 
-    Fields of the recipe (--batch.global_batch_size 8192 ...) follow as in training;
-    `python -m fd_large train --help` lists them.
+    Fields of the recipe (--batch.global_batch_size 8192 ...) follow as in training.
     """
 
     # Run of record that is planned; without it quickstart.

@@ -25,7 +25,7 @@ class Recipes:
     """
 
     # Recipe to show; without it all are listed.
-    name: Annotated[str, Positional, arg(metavar="NAME")] = ""
+    name: Annotated[str, Positional, arg(metavar="[NAME]")] = ""
 
 
 def main(arguments: list[str]) -> int:

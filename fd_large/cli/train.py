@@ -37,12 +37,36 @@ _Table = tuple[str, doors.Kind, str, str]
 _OPTIMISERS: _Table = ("optim.name", "optimisers", "engine/zero/optimizer.py", "OPTIMISERS")
 _TRACKERS: _Table = ("runtime.trackers", "trackers", "runtime/trackers.py", "TRACKERS")
 
+# What `train --help` shows; `train --help SECTION` has the rest.
+_OFTEN = {
+    "deepspeed_config": "DeepSpeed's JSON: zero1, zero2, zero3, ... or a path",
+    "recipe": "the run of record to start from; `recipes` lists them",
+    "config": "a run file: YAML or JSON with fields of a recipe",
+    "fresh": "start anew although the run's folder holds checkpoints",
+    "profile": "steps to trace with torch's profiler, into RUN/profile/",
+    "allow_code": "Python files of yours that a stored recipe may name",
+    "student.model": "the model that is trained; `models` lists them",
+    "student.init": "weights to start from: a file or a run",
+    "teacher.model": "the frozen model; auto: that of its weights",
+    "teacher.source": "its weights: a file, a folder, timm:, hf: or open_clip:NAME",
+    "data.root": "training images: folder, tars, parquet or URL",
+    "data.image_size": "side of the crop in pixels",
+    "batch.global_batch_size": "images in a step, over all ranks",
+    "batch.micro_batch_size": "images in one pass on a rank",
+    "optim.base_lr": "peak learning rate per 512 images",
+    "optim.epochs": "passes over the images",
+    "optim.max_steps": "steps of the run, instead of epochs",
+    "eval.root": "held-out images",
+    "runtime.run_dir": "folder of the run; empty: runs/RECIPE",
+    "runtime.trackers": "tensorboard, wandb, mlflow or your own",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train(TakesRunFile, AllowsCode):
     """Train a recipe. A recipe gives every field its value; flags override field by field.
 
-    deepspeed fd_large/train.py --deepspeed_config JSON [--recipe NAME] [--section.field VALUE ...]
+    On several GPUs: deepspeed fd_large/train.py, with the same flags.
     """
 
     # Run of record whose values are the defaults below; without it quickstart.
@@ -200,7 +224,7 @@ def train_run(
 def parse_train(arguments: list[str]) -> WithRecipe[Train]:
     """Reads the arguments after `train`."""
     return parse_with_recipe(
-        Train, arguments, command="train", recipe=registry.DEFAULT_RECIPE, in_help=True
+        Train, arguments, command="train", recipe=registry.DEFAULT_RECIPE, often=_OFTEN
     )
 
 

@@ -212,7 +212,7 @@ def test_only_rank_0_tells_a_mistake(variable, monkeypatch, capsys):
 
 def test_help_lists_every_field_with_help_and_the_recipes_default(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")  # One column of boxes.
-    assert cli.main(["train", "--help", "--recipe", "fd_swinv2g"]) == 0
+    assert cli.main(["train", "--help", "all", "--recipe", "fd_swinv2g"]) == 0
     text = capsys.readouterr().out.replace("│", " ")
     names = {*field_names(Train), *field_names(Run)} - {"name"}
     for name in names:
@@ -224,6 +224,72 @@ def test_help_lists_every_field_with_help_and_the_recipes_default(capsys, monkey
         assert len(told.split()) > 3, (name, told)
     assert "(default: fd_swinv2g)" in " ".join(text.split())
     assert "7.5e-05" in text
+
+
+@pytest.mark.parametrize("recipe", registry.RECIPES)
+def test_help_of_train_is_one_screen(recipe, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main(["train", "--help", "--recipe", recipe]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 100
+    flags = {line.split()[0].removeprefix("--") for line in lines if line.startswith("  --")}
+    assert {"deepspeed_config", "recipe", "data.root", "optim.base_lr"} <= flags
+    run = registry.get(recipe)
+    kind = run.task.kind()
+    # What is shown is a flag of this recipe's, and a section that its task refuses is not there.
+    assert flags <= field_names(Train).keys() | field_names(Run).keys()
+    named = {line.split()[0] for line in lines if re.match(r"  [a-z]+ ", line)}
+    assert {"student", "optim", "runtime"} <= named
+    assert ("teacher" in named) == ("teacher" in kind.sections) == ("teacher.source" in flags)
+    assert f"({run.optim.base_lr})" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "plan", "cache", "statistics", "evaluate", "transfer"]
+)
+@pytest.mark.parametrize("asked", ["optim", "optim.eps", "task.detection", "teachers", "all"])
+def test_help_shows_a_section_in_full(command, asked, capsys):
+    assert cli.main([command, "--help", asked]) == 0
+    text = capsys.readouterr().out
+    for section, sample in (
+        ("optim", "--optim.ema_decay"),
+        ("task.detection", "--task.detection.num_classes"),
+        ("teachers", "--teachers.NAME.layer"),
+        ("data", "--data.root"),
+    ):
+        is_shown = asked in (section, "all") or asked.startswith(f"{section}.")
+        assert (f"{sample} " in text) == is_shown, section
+
+
+def test_a_section_that_is_not_there_has_the_nearest_name(capsys):
+    assert cli.main(["train", "--help", "optm"]) == 2
+    assert "nearest: optim" in one_sentence(capsys)
+    assert cli.main(["train", "--recipe", "quickstrat", "--help"]) == 2
+    assert "nearest: quickstart" in one_sentence(capsys)
+
+
+def test_help_lists_the_section_of_a_task_of_the_users_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "colour.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from fd_large.recipes.task_kind import TaskKind\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Colour:\n"
+        '    """Of a colour."""\n'
+        "    # Factor of the loss.\n"
+        "    weight: float = 1.0\n"
+        "KIND = TaskKind(name='colour', job='', section=Colour)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    asked = ["train", "--task.name", "module:colour.py:KIND", "--help", "task.colour"]
+    assert cli.main(asked) == 0
+    assert "--task.colour.weight" in capsys.readouterr().out
+
+
+def test_usage_shows_which_arguments_are_optional(capsys):
+    for command, usage in (("recipes", "[NAME]"), ("models", "[PART]"), ("report", "RUN")):
+        assert cli.main([command, "--help"]) == 0
+        assert f"{command} [-h] {usage}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
@@ -288,6 +354,7 @@ print(json.dumps([code, heavy]))
     [
         ["--help"],
         ["train", "--help"],
+        ["train", "--help", "optim"],
         ["recipes"],
         ["recipes", "quickstart"],
         ["models"],
@@ -323,7 +390,7 @@ def test_the_module_exits_with_mains_code():
 
 
 def test_a_closed_pipe_is_no_traceback():
-    command = [sys.executable, "-m", "fd_large", "train", "--help"]
+    command = [sys.executable, "-m", "fd_large", "train", "--help", "all"]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as running:

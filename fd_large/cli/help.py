@@ -1,0 +1,197 @@
+"""The help of a command: tyro prints its own flags, and sections of the recipe when asked for.
+
+A recipe has some three hundred fields. A command that is mostly about them (`train`) shows on one
+screen those that are set often and the names of the sections; `--help SECTION` shows a section in
+full, and `--help all` everything.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
+from inspect import getdoc
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, Any
+
+from fd_large.recipes.fields import entry_type, field_names, hints_of
+from fd_large.recipes.run import Run, Task
+from fd_large.tasks.registry import TASKS
+
+ALL = "all"
+
+
+def program(command: str) -> str:
+    """The command as it was called: by the installed script or by the module."""
+    script = Path(sys.argv[0]).name
+    return f"{script if script == 'fd-large' else 'python -m fd_large'} {command}".strip()
+
+
+def required(kind: type, prefix: str = "") -> Iterator[str]:
+    """Names of the fields without a default, nested ones included."""
+    for own in fields(kind):
+        hint = hints_of(kind)[own.name]
+        if own.default is not MISSING or own.default_factory is not MISSING:
+            continue
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from required(hint, f"{prefix}{own.name}.")
+        else:
+            yield prefix + own.name
+
+
+def sections_of(task: type[Task]) -> dict[str, Any]:
+    """Returns {"optim": type, "task.detection": type, ...}: sections of a recipe, and their parts.
+
+    Args:
+        task: The section `task`, to which a task of the user's own adds its section.
+    """
+    return dict(_parts(hints_of(Run) | {"task": task}))
+
+
+def section_named(typed: str, task: type[Task]) -> str:
+    """Returns the section that a name after --help means, "optim" for "optim.eps", too; or "".
+
+    Args:
+        typed: What follows --help.
+        task: As in `sections_of`.
+    """
+    known = sections_of(task).keys() | {ALL}
+    name = typed.replace("-", "_")
+    while name and name not in known:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def print_own(kind: type, command: str, *, of_recipe: bool) -> None:
+    """Prints a command's own arguments in full.
+
+    Args:
+        kind: The dataclass of its arguments.
+        command: Its name.
+        of_recipe: Whether fields of a recipe are flags as well, which is said then.
+    """
+    _print_by_tyro(kind, command, getdoc(kind) or "")
+    if of_recipe:
+        names = ", ".join(name for name in sections_of(Task) if "." not in name)
+        print(_filled(f"Fields of the recipe are flags, too: see --help SECTION, of {names}."))
+
+
+def print_sections(kind: type, command: str, base: Run, task: type[Task], section: str) -> None:
+    """Prints a section of a recipe in full, with the recipe's values as defaults; or all of them.
+
+    Args:
+        kind: The dataclass of the command's own arguments, which `ALL` shows as well.
+        command: Its name.
+        base: The recipe.
+        task: As in `sections_of`.
+        section: A key of `sections_of`, or `ALL`.
+    """
+    import tyro
+
+    sections, text = sections_of(task), f"Flags of {section}, with the values of {base.name}."
+    names, shown = [section], {}
+    if section == ALL:
+        names, text = [name for name in sections if "." not in name], getdoc(kind) or ""
+        values = dict.fromkeys(required(kind), tyro.MISSING)
+        values |= dict.fromkeys(field_names(kind).keys() & {"recipe"}, base.name)
+        shown[""] = kind, field(default=kind(**values))
+    for name in names:
+        if entry := entry_type(sections[name]):  # An entry of the dict, which is called NAME.
+            shown[name] = make_dataclass("Entries", [("NAME", entry)]), field()
+        else:
+            shown[name] = sections[name], field(default=attrgetter(name)(base))
+    parts = [
+        (f"part_{number}", Annotated[hint, tyro.conf.arg(name=name)], default)
+        for number, (name, (hint, default)) in enumerate(shown.items())
+    ]
+    _print_by_tyro(make_dataclass("Shown", parts, frozen=True, kw_only=True), command, text)
+
+
+def print_overview(
+    kind: type, command: str, base: Run, task: type[Task], often: Mapping[str, str]
+) -> None:
+    """Prints the flags that are set often and the names of the sections: one screen.
+
+    Args:
+        kind: The dataclass of the command's own arguments.
+        command: Its name.
+        base: The recipe, whose values are shown, and whose task decides which sections are.
+        task: As in `sections_of`.
+        often: Flags, and what is said of each: the command's own, and fields of the recipe.
+    """
+    sections, read = sections_of(task), _read_by(base.task)
+    own, flags, about = {}, {}, {}
+    for name, text in often.items():
+        if name in field_names(kind):
+            own[f"--{name}"] = text
+        elif name.partition(".")[0] in read:
+            value = attrgetter(name)(base)
+            told = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            flags[f"--{name}"] = f"{text} ({told})" if told else text
+    for name in read:
+        text = (getdoc(entry_type(sections[name]) or sections[name]) or "").partition(".")[0]
+        parts = [part for part in sections if part.rpartition(".")[0] == name]
+        about[name] = f"{text}; also {', '.join(parts)}" if parts else text
+    given = "".join(f" --{name} VALUE" for name in required(kind))
+    print(f"usage: {program(command)} [--help [SECTION]]{given} [--FLAG VALUE ...]\n")
+    print(_filled(getdoc(kind) or ""))
+    width = max(map(len, own | flags))
+    _print_rows("flags of the command", own, width)
+    _print_rows(f"flags of the recipe that are set often (values of {base.name})", flags, width)
+    _print_rows(f"its sections; {command} --help SECTION, or {ALL}, has every flag", about)
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _parts(hints: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, hint in hints.items():
+        if entry_type(hint):
+            yield prefix + name, hint
+        elif isinstance(hint, type) and is_dataclass(hint):
+            yield prefix + name, hint
+            yield from _parts(hints_of(hint), f"{prefix}{name}.")
+
+
+def _read_by(task: Task) -> list[str]:
+    """Sections of a recipe that its task reads; all of them for code that is not imported."""
+    kind = task.kind()
+    of_tasks = {name for other in TASKS.values() for name in other.sections}
+    unread = of_tasks.difference(kind.sections) if kind else set()
+    return [name for name in sections_of(Task) if "." not in name and name not in unread]
+
+
+def _print_rows(title: str, rows: Mapping[str, str], width: int = 0) -> None:
+    """Prints words in two columns, below a title."""
+    width = width or max(map(len, rows))
+    print(f"\n{title}:")
+    for name, text in rows.items():
+        first = f"  {name:<{width}}  "
+        columns = max(len(first) + 20, shutil.get_terminal_size().columns)
+        print(
+            textwrap.fill(text, columns, initial_indent=first, subsequent_indent=" " * len(first))
+        )
+
+
+def _print_by_tyro(kind: type, command: str, text: str) -> None:
+    import tyro
+
+    with suppress(SystemExit):
+        tyro.cli(
+            kind,
+            args=["--help"],
+            prog=program(command),
+            description=_filled(text),
+            use_underscores=True,
+        )
+
+
+def _filled(text: str) -> str:
+    """Paragraphs in the width of the terminal; tyro joins lines that begin with a letter."""
+    width = shutil.get_terminal_size().columns
+    paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
+    return "\n\n".join(textwrap.fill(part, width, subsequent_indent="  ") for part in paragraphs)
