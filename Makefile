@@ -1,8 +1,10 @@
 # make train   install into .venv, then the quick start: minutes, on all GPUs or on two CPU ranks
 # make test    install into .venv, then run the tests; some of them: make test ARGS="tests/unit -k norm"
 # make test-all  the same with those that take minutes each (docs/development.md)
+# make test-changed  the nearest tests of what the working tree changes (ARGS=COMMIT)
+# make mutate  what the tests of a room do not notice: ARGS="engine/zero --number 20 --seed 1"
 # make check   style and types: ruff, mypy
-# make size    code lines by room, and what the working tree changes; against another commit: ARGS=COMMIT
+# make size    code lines by room, and what the working tree changes (ARGS=COMMIT)
 # make docs    docs/recipes.md from the recipes' docstrings, and the site in site/
 PYTHON ?= python3
 # An index from which torch and torchvision alone are taken, and from no other; without it, torch
@@ -13,7 +15,7 @@ BIN := .venv/bin
 # Each rank of a test would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-all check size docs
+.PHONY: train test test-all test-changed mutate check size docs
 
 # One stamp an extra: the quick start does without the tests' packages. Errors alone are shown: a
 # build in place warns about a folder of the package's name, at length.
@@ -47,6 +49,14 @@ endif
 # An empty expression takes back the default one, which leaves the sweep out.
 test-all:
 	$(MAKE) test MARK="-m ''"
+
+test-changed mutate: export OMP_NUM_THREADS := 1
+
+test-changed: .venv/test
+	$(BIN)/python .ci/changed.py $(ARGS)
+
+mutate: .venv/test
+	$(BIN)/python .ci/mutate.py $(ARGS)
 
 check: .venv/check
 	$(BIN)/ruff check fd_large tests benchmarks examples .ci
