@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,13 +29,13 @@ _MESSAGE_BYTES = 64 << 20
 _STYLES = {"ok": "green", "-": "dim", "STOPS": "bold red"}
 # What belongs together, in the order in which one looks when a run does not start.
 GROUPS = (
-    ("packages", "code", "torch", "devices", "CPU/memory", "limits"),
+    ("packages", "code", "devices", "fused code", "CPU/memory", "limits"),
     ("launcher", "ranks meet", "interfaces", "InfiniBand", "NCCL/gloo"),
     ("run folder", "local disk", "state disk", "/dev/shm", "listings"),
-    ("DeepSpeed ops", "compiler", "optional"),
 )
+REPORTS = ("torch.utils.collect_env", "deepspeed.env_report")
 # Nodes that differ in these cannot train together.
-_SAME = ("packages", "code", "torch")
+_SAME = ("packages", "code")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ class Doctor:
     local_disk: str = ""
     # Folder that engine.nvme_path would name, for the optimiser's state; empty: none.
     nvme_path: str = ""
+    # Print the reports of torch and DeepSpeed as well: what an issue should say.
+    full: bool = False
 
 
 def main(arguments: list[str]) -> int:
@@ -80,6 +83,8 @@ def main(arguments: list[str]) -> int:
     stops = any(finding.verdict == "STOPS" for finding in found.values())
     if speaks:
         _print(found)
+        for module in REPORTS if given.full else ():
+            subprocess.run([sys.executable, "-m", module], stdout=terminal.out(), check=False)
     return distributed.leave(int(stops)) if meets else int(stops)
 
 
@@ -87,7 +92,7 @@ def merged(nodes: Sequence[tuple[str, Mapping[str, Finding]]]) -> dict[str, Find
     """Returns the first node's findings, with what other nodes have differently.
 
     A node is named where its verdict is worse, or where what must be alike is not: that stops a
-    run only for packages, code and torch.
+    run only for packages and code.
 
     Args:
         nodes: Names and findings, those of the first rank's node first.

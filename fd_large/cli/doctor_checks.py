@@ -1,4 +1,8 @@
-"""The doctor's checks of one node: software, devices, limits, network and disks."""
+"""The doctor's checks of one node: software, devices, limits, network and disks.
+
+Versions, compilers and operations are in the reports of torch and DeepSpeed, which `doctor --full`
+prints; here stands what these do not judge: whether a run starts, and what makes it slow.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ _SLOW_DISK, _LOW_DISK = 100e6, 10e9  # Bytes/s, bytes.
 _LOW_SHARED_MEMORY = 1e9
 _FABRIC = Path("/sys/class/infiniband")
 # Packages whose versions are shown, and must be the same on every node.
-_SHOWN = ("deepspeed", "torchvision", "timm", "numpy")
+_SHOWN = ("torch", "torchvision", "deepspeed", "timm", "numpy")
 
 
 class Finding(NamedTuple):
@@ -71,7 +75,6 @@ def check_node(
     checks: dict[str, Callable[[], Finding]] = {
         "packages": packages,
         "code": code,
-        "torch": torch_build,
         "devices": devices,
         "CPU/memory": cpu_and_memory,
         "limits": lambda: limits(world_size),
@@ -83,9 +86,7 @@ def check_node(
         "state disk": lambda: state_disk(nvme_path),
         "/dev/shm": shared_memory,
         "listings": listings,
-        "DeepSpeed ops": deepspeed_ops,
-        "compiler": compiler,
-        "optional": optional,
+        "fused code": fused_code,
     }
     return {name: look(check) for name, check in checks.items()}
 
@@ -131,76 +132,27 @@ def code() -> Finding:
     return Finding(found, alike=found)
 
 
-def torch_build() -> Finding:
-    """The version of torch and what it is built for."""
-    try:
-        import torch
-    except Exception as error:
-        return Finding(f"cannot be imported: {error}", "STOPS", "Install it again.")
-    cuda = torch.version.cuda
-    found = f"{torch.__version__}, {f'CUDA {cuda}' if cuda else 'built without CUDA'}"
-    if cuda:
-        found += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
-    if not cuda and kind_of("/proc/driver/nvidia/version"):
-        remedy = "Install a torch that is built for CUDA: training would run on the CPU."
-        return Finding(f"{found}, beside an NVIDIA driver", "missing", remedy, found)
-    return Finding(found, alike=found)
+def fused_code() -> Finding:
+    """Whether the optimiser is fused, and which kernels are installed."""
+    from fd_large.kernels.choose import has_nvidia_apex
 
-
-def deepspeed_ops() -> Finding:
-    """Which of DeepSpeed's compiled operations are built or can be."""
     try:
         from fd_large.engine.zero.compiled_ops import ops
     except Exception as error:
-        return Finding(f"cannot be imported: {first_line(error)}", "STOPS", "Install it again.")
-    found = ops()
-    states: dict[str, list[str]] = {}
-    for op in found:
-        state = "built" if op.built else "can be built" if op.buildable else "cannot be built"
-        states.setdefault(state, []).append(op.name)
-    said = "; ".join(f"{state}: {', '.join(names)}" for state, names in states.items())
-    fused = found[0]
-    if not (fused.built or fused.buildable) and _has_gpu():
-        remedy = "Install nvcc of torch's CUDA version, a C++ compiler and ninja: AdamW is fused."
-        return Finding(said, "slow", remedy)
-    return Finding(said)
-
-
-def compiler() -> Finding:
-    """What compiles DeepSpeed's operations and Triton's launchers."""
-    from torch.utils import collect_env
-
-    commands = {
-        "C++": (f"{os.environ.get('CXX', 'c++')} --version", r"(\d+\.[\d.]+)"),
-        "ninja": ("ninja --version", r"(\d+\.[\d.]+)"),
-        "nvcc": ("nvcc --version", r"release ([\d.]+)"),
-    }
-    versions = {
-        name: collect_env.run_and_parse_first_match(collect_env.run, command, pattern)
-        for name, (command, pattern) in commands.items()
-    }
-    found = [f"{name} {number}" for name, number in versions.items() if number]
-    missing = [name for name, number in versions.items() if not number]
-    if not _has_gpu():
-        missing = [name for name in missing if name != "nvcc"]
-    said = ", ".join(found) or "none"
-    if missing:
-        remedy = "Needed where DeepSpeed's ops and Triton's launchers are not built yet."
-        return Finding(f"{said}; no {', '.join(missing)}", "missing", remedy)
-    return Finding(said)
-
-
-def optional() -> Finding:
-    """Packages that make training faster where they are installed."""
-    from fd_large.kernels.choose import has_nvidia_apex
-
-    found = [f"{name} {version(name)}" for name in ("triton", "fairscale") if find_spec(name)]
+        return Finding(f"DeepSpeed: {first_line(error)}", "STOPS", "Install deepspeed again.")
+    adam = ops()[0]
+    state = "is built" if adam.built else "can be built" if adam.buildable else "cannot be built"
+    found = [f"{adam.name} {state}"]
+    found += [f"{name} {version(name)}" for name in ("triton", "fairscale") if find_spec(name)]
     found += ["NVIDIA apex"] if has_nvidia_apex() else []
     if wish := os.environ.get("FD_KERNELS"):
         found.append(f"FD_KERNELS={wish}")
-    said = ", ".join(found) or "neither triton nor fairscale nor apex"
+    said = ", ".join(found)
+    if _has_gpu() and not (adam.built or adam.buildable):
+        remedy = "Install nvcc of torch's CUDA version, a C++ compiler and ninja."
+        return Finding(said, "slow", remedy)
     if _has_gpu() and not find_spec("triton"):
-        return Finding(f"{said}; no triton", "slow", "pip install triton: fused kernels on GPUs.")
+        return Finding(f"{said}, no triton", "slow", "pip install triton: fused kernels on GPUs.")
     return Finding(said)
 
 
@@ -209,10 +161,14 @@ def optional() -> Finding:
 
 def devices() -> Finding:
     """The GPUs, each of which adds some numbers."""
-    import torch
-    from torch.utils import collect_env
-
+    try:
+        import torch
+    except Exception as error:
+        return Finding(f"torch: {first_line(error)}", "STOPS", "Install torch again.")
     if not torch.cuda.is_available():
+        if kind_of("/proc/driver/nvidia/version"):
+            remedy = "Install a torch that is built for CUDA, and look at nvidia-smi."
+            return Finding("no GPU for torch, beside an NVIDIA driver", "missing", remedy, "no GPU")
         remedy = "Fine for the quick start. A big model needs GPUs."
         return Finding("no GPU", "slow", remedy, "no GPU")
     names = []
@@ -225,8 +181,6 @@ def devices() -> Finding:
         facts = torch.cuda.get_device_properties(index)
         names.append(f"{facts.name} ({facts.total_memory / 2**30:.0f} GiB)")
     said = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
-    if driver := collect_env.get_nvidia_driver_version(collect_env.run):
-        said += f", driver {driver}"
     return Finding(said, alike=said)
 
 
@@ -406,21 +360,18 @@ def shared_memory() -> Finding:
 
 
 def listings() -> Finding:
-    """The cache of dataset listings."""
+    """The folder that keeps listings of datasets."""
     from fd_large.data.listing import cache_folder
 
     folder = cache_folder() / "listings"
-    files = list(folder.glob("*.listing")) if kind_of(folder) == "folder" else []
-    size = sum(path.stat().st_size for path in files)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            pass
+            return Finding(f"kept in {folder}")
     except OSError as error:
         said = f"{folder} cannot be written: {error.strerror}"
         remedy = "Every start walks over the dataset. Set FD_CACHE to a folder that can be written."
         return Finding(said, "slow", remedy)
-    return Finding(f"{len(files)} kept, {size / 1e6:.0f} MB, in {folder}")
 
 
 def _has_gpu() -> bool:

@@ -346,16 +346,23 @@ def test_the_probe_s_ranks_meet_and_measure(card: Card, monkeypatch, tmp_path) -
 def test_the_doctor_looks_at_the_card(card: Card, monkeypatch) -> None:
     found = doctor_checks.devices()
     assert (found.verdict, found.found[:36]) == ("ok", "1 x NVIDIA H100 80GB HBM3 (80 GiB)"[:36])
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
-    assert "CUDA 12.8, NCCL 2.27.3" in doctor_checks.torch_build().found
 
 
 def test_without_a_compiler_the_optimiser_is_slow(card: Card, monkeypatch) -> None:
     op = SimpleNamespace(name="FusedAdam", built=False, buildable=False)
     monkeypatch.setattr("fd_large.engine.zero.compiled_ops.ops", lambda: [op])
-    found = doctor_checks.deepspeed_ops()
-    assert (found.verdict, found.found) == ("slow", "cannot be built: FusedAdam")
+    found = doctor_checks.fused_code()
+    assert (found.verdict, "FusedAdam cannot be built" in found.found) == ("slow", True)
+    assert "nvcc" in found.remedy
+
+
+def test_without_triton_the_kernels_are_slow(card: Card, monkeypatch) -> None:
+    op = SimpleNamespace(name="FusedAdam", built=True, buildable=True)
+    monkeypatch.setattr("fd_large.engine.zero.compiled_ops.ops", lambda: [op])
+    monkeypatch.setattr(doctor_checks, "find_spec", lambda name: None)
+    found = doctor_checks.fused_code()
+    assert (found.verdict, "triton" in found.remedy) == ("slow", True)
+    assert "FusedAdam is built" in found.found
 
 
 def test_a_card_that_does_not_compute(card: Card, monkeypatch) -> None:
