@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import oracles
 import pytest
-from oracle_files import FOLDER
+from oracle_files import oracle_paths
 
 
 @pytest.mark.closeness
-@pytest.mark.skipif(
-    not FOLDER.is_dir(), reason=f"no oracles at {FOLDER}; set FD_ORACLES to their folder"
-)
 @pytest.mark.parametrize(
     "path",
-    sorted([*FOLDER.glob("*_training_run*.json"), *FOLDER.glob("multi/*_training_run.json")]),
+    oracle_paths("*_training_run*", "multi/*_training_run"),
     ids=lambda path: path.stem,
 )
 def test_oracle(path):

@@ -14,15 +14,25 @@ from torch import Tensor
 
 from fd_large.kernels.whitened_loss import whiten
 
-FOLDER = Path(os.environ.get("FD_ORACLES", Path(__file__).resolve().parents[3] / "shared/oracles"))
+FILES = Path(__file__).parent / "files"
+
+
+def oracle_paths(*patterns: str) -> list[Path]:
+    """JSON files of published numbers: those in this repository, then the others of FD_ORACLES."""
+    folders = [FILES, *map(Path, filter(None, [os.environ.get("FD_ORACLES")]))]
+    paths: dict[str, Path] = {}
+    for folder in folders:
+        for pattern in patterns:
+            for path in sorted(folder.glob(f"{pattern}.json")):
+                paths.setdefault(str(path.relative_to(folder)), path)
+    return list(paths.values())
 
 
 def oracle(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A published number's settings and tensors; skips the test where there are none."""
-    if not FOLDER.is_dir():
-        pytest.skip(f"no oracles at {FOLDER}; set FD_ORACLES to their folder")
-    spec = json.loads((FOLDER / f"{name}.json").read_text())
-    return spec, load_file(FOLDER / f"{name}.safetensors")
+    """A published number's settings and tensors; skips the test where the file is not here."""
+    for path in oracle_paths(name):
+        return json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
+    pytest.skip(f"{name} is not in tests/oracles/files; set FD_ORACLES to a folder that has it")
 
 
 def weights_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

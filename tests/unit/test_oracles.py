@@ -1,4 +1,4 @@
-"""The published numbers: `tests/oracles/oracles.py` on the folder of FD_ORACLES.
+"""The published numbers: `tests/oracles/oracles.py` on those in tests/oracles/files and FD_ORACLES.
 
 But for training runs, which are replayed on ranks: tests/integration/test_training_oracles.py.
 """
@@ -10,19 +10,14 @@ import json
 import oracles
 import pytest
 import torch
-from oracle_files import FOLDER
+from oracle_files import FILES, oracle_paths
 from oracles_models import Skipped
 from safetensors.torch import load_file, save_file
 
-needs_oracles = pytest.mark.skipif(
-    not FOLDER.is_dir(), reason=f"no oracles at {FOLDER}; set FD_ORACLES to their folder"
-)
 
-
-@needs_oracles
 @pytest.mark.parametrize(
     "path",
-    sorted(path for path in FOLDER.glob("*.json") if "_training_run" not in path.name),
+    [path for path in oracle_paths("*") if "_training_run" not in path.name],
     ids=lambda path: path.stem,
 )
 def test_oracle(path):
@@ -32,10 +27,9 @@ def test_oracle(path):
         pytest.skip(verdict.text)
 
 
-@needs_oracles
 @pytest.mark.parametrize(
     "path",
-    sorted([*FOLDER.glob("dense/*.json"), *FOLDER.glob("multi/*.json")]),
+    oracle_paths("dense/*", "multi/*"),
     ids=lambda path: f"{path.parent.name}-{path.stem}",
 )
 def test_oracle_in_float64(path):
@@ -46,23 +40,30 @@ def test_oracle_in_float64(path):
     assert verdict.worst.error < 1e-6
 
 
-@needs_oracles
-@pytest.mark.parametrize("name", ["fd_swinv2_a", "fd_vit_shared_rpb_a", "fd_teacher_esvit"])
+@pytest.mark.parametrize(
+    "name", ["fd_swinv2_b_shared_rpb", "fd_vit_shared_rpb_a", "fd_teacher_esvit_s3"]
+)
 def test_float64_is_below_a_millionth(name):
-    verdict = oracles.check_file(FOLDER / f"{name}.json", torch.float64)
+    verdict = oracles.check_file(FILES / f"{name}.json", torch.float64)
     assert verdict.worst.error < 1e-6
 
 
-@needs_oracles
 def test_any_name_will_do_and_mistakes_show(tmp_path):
-    spec = (FOLDER / "fd_swinv2_a.json").read_text()
-    tensors = load_file(FOLDER / "fd_swinv2_a.safetensors")
+    spec = (FILES / "fd_vit_shared_rpb_a.json").read_text()
+    tensors = load_file(FILES / "fd_vit_shared_rpb_a.safetensors")
     (tmp_path / "renamed.json").write_text(spec)
     save_file(tensors, tmp_path / "renamed.safetensors")
     assert oracles.main([str(tmp_path)]) == 0
-    tensors["grad.layers.0.blocks.0.attn.q_bias"] *= 1.001
+    tensors["grad.blocks.0.attn.q_bias"] *= 1.001
     save_file(tensors, tmp_path / "renamed.safetensors")
     assert oracles.main([str(tmp_path)]) == 1
+
+
+def test_where_each_file_comes_from_stands_beside_it():
+    table = (FILES / "README.md").read_text()
+    names = [path.relative_to(FILES).with_suffix("").as_posix() for path in FILES.rglob("*.json")]
+    assert [name for name in names if f"| {name} |" not in table] == []
+    assert len(names) == table.count("\n| ") - 1
 
 
 def test_unknown_kinds_and_lonely_tensors_fail(tmp_path):

@@ -15,13 +15,10 @@ import pytest
 
 pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
-ORACLES = Path(os.environ.get("FD_ORACLES", HERE.parents[3] / "shared/oracles"))
 
 # The attention takes as long as all others; its sweep is in two, so that two processes share it.
 ATTENTION = "triton_window_attention"
 OTHERS = [path.stem for path in sorted(HERE.glob("triton_*.py")) if path.stem != ATTENTION]
-if not ORACLES.is_dir():
-    OTHERS.remove("triton_oracles")
 
 
 @pytest.mark.parametrize(
@@ -56,8 +53,3 @@ def test_in_the_interpreter(files, only, marked):
     # A file whose every test was skipped shows nothing.
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout, done.stdout[-2000:]
-
-
-def test_there_are_oracles():
-    if "triton_oracles" not in OTHERS:
-        pytest.skip(f"no oracles at {ORACLES}; set FD_ORACLES to their folder")

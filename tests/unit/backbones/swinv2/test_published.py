@@ -138,8 +138,9 @@ def test_simmim_swinv2_encoder_map(tmp_path):
 
 
 def test_norms_inside_the_mlp_are_named_as_left_over(tmp_path):
-    _, tensors = oracle("swinv2_giant_like_b_endnorm_mlpnorm")
+    _, tensors = oracle("swinv2_giant_like_a_endnorm")
     state = {f"encoder.{n}": t for n, t in weights_of(tensors).items()}
+    state["encoder.layers.1.blocks.0.mlp.norm.weight"] = torch.ones(128)
     torch.save({"model": state}, tmp_path / "fd.pth")
     with pytest.raises(WeightsError, match=r"left over: layers\.1\.blocks\.0\.mlp\.norm"):
         loaded(tmp_path / "fd.pth", window_size=4, pretrained_window_sizes=(0, 0))
