@@ -22,21 +22,16 @@ Duration and memory are what `plan` computes (docs/scaling.md), not measured.
 from __future__ import annotations
 
 from fd_large.recipes.architectures import Architecture
-from fd_large.recipes.run import Run, Task
+from fd_large.recipes.run import UNNAMED, Run, Task
 from fd_large.recipes.sections import Batch, Data, Optim, Student
 from fd_large.recipes.students import DISTILLED_AT_192, vit
 from fd_large.tasks.depth.section import Depth
 
 
-def _nyuv2(name: str, student: Student, *, layer_decay: float, head_width: int) -> Run:
-    own = Depth(
-        normalise=False,
-        head_width=head_width,
-        test_windows=2,
-        test_crop="nyu",
-    )
+def _nyuv2(student: Student, *, layer_decay: float, head_width: int) -> Run:
+    own = Depth(normalise=False, head_width=head_width, test_windows=2, test_crop="nyu")
     return Run(
-        name=name,
+        name=UNNAMED,
         student=student,
         data=Data(image_size=480),
         # The sections of tasks are fields that are made from the table of tasks.
@@ -80,7 +75,7 @@ def nyuv2_vit_base() -> Run:
     doubled once less by interpolation. MIM-Depth's settings of a SwinV2-B: layer decay .9, drop
     path .3. A table of relative positions for each block, resized to 30 x 30 patches.
     """
-    return _nyuv2("nyuv2_vit_base", vit("vit_base_patch16", 0.3), layer_decay=0.9, head_width=128)
+    return _nyuv2(vit("vit_base_patch16", 0.3), layer_decay=0.9, head_width=128)
 
 
 def nyuv2_swinv2_base() -> Run:
@@ -94,7 +89,7 @@ def nyuv2_swinv2_base() -> Run:
     MIM-Depth's settings of a SwinV2-B: layer decay .9, drop path .3, windows of 30, 30, 30 and 15
     after those of 12, 12, 12 and 6, no shift in the last two stages.
     """
-    return _nyuv2("nyuv2_swinv2_base", _swinv2("swinv2_base", 0.3), layer_decay=0.9, head_width=128)
+    return _nyuv2(_swinv2("swinv2_base", 0.3), layer_decay=0.9, head_width=128)
 
 
 def nyuv2_swinv2_large() -> Run:
@@ -107,9 +102,7 @@ def nyuv2_swinv2_large() -> Run:
 
     MIM-Depth's settings of a SwinV2-L: layer decay .85, drop path .5.
     """
-    return _nyuv2(
-        "nyuv2_swinv2_large", _swinv2("swinv2_large", 0.5), layer_decay=0.85, head_width=192
-    )
+    return _nyuv2(_swinv2("swinv2_large", 0.5), layer_decay=0.85, head_width=192)
 
 
 def nyuv2_swinv2_giant() -> Run:
@@ -125,12 +118,7 @@ def nyuv2_swinv2_giant() -> Run:
     blocks: `plan` says 25 GB for each GPU. Run it with ds_configs/zero3.json
     (slurm/nyuv2_swinv2g.sh).
     """
-    return _nyuv2(
-        "nyuv2_swinv2_giant",
-        _swinv2("swinv2_giant", 0.5),
-        layer_decay=0.85,
-        head_width=512,
-    )
+    return _nyuv2(_swinv2("swinv2_giant", 0.5), layer_decay=0.85, head_width=512)
 
 
 def nyuv2_linear() -> Run:
@@ -148,15 +136,10 @@ def nyuv2_linear() -> Run:
     moments are kept.
     """
     own = Depth(
-        head="linear",
-        frozen=True,
-        loss_lambda=0.85,
-        cut_depth=0.0,
-        test_windows=2,
-        test_crop="nyu",
+        head="linear", frozen=True, loss_lambda=0.85, cut_depth=0.0, test_windows=2, test_crop="nyu"
     )
     return Run(
-        name="nyuv2_linear",
+        name=UNNAMED,
         student=vit("vit_base_patch16", 0.0),
         data=Data(image_size=480),
         task=Task(name="depth", depth=own),  # type: ignore[call-arg]

@@ -24,13 +24,12 @@ from dataclasses import replace
 from typing import Any
 
 from fd_large.recipes.architectures import Architecture
-from fd_large.recipes.run import Run, Task
+from fd_large.recipes.run import UNNAMED, Run, Task
 from fd_large.recipes.sections import Batch, Data, Optim, Student
 from fd_large.tasks.detection.section import Detection
 
 
 def _detector(
-    name: str,
     student: Student,
     *,
     batch: Batch,
@@ -42,7 +41,7 @@ def _detector(
     **optim: Any,
 ) -> Run:
     return Run(
-        name=name,
+        name=UNNAMED,
         student=student,
         data=Data(image_size=image_size),
         # The sections of tasks are fields that are made from the table of tasks.
@@ -86,7 +85,6 @@ def coco_mask_rcnn_vit_base() -> Run:
     Work: 3 x (0.92 + 0.56) TFLOP x 1.18e7 images = 5.3e19 FLOP.
     """
     return _detector(
-        "coco_mask_rcnn_vit_base",
         Student(model="vit_base_patch16", drop_path_rate=0.1),
         batch=Batch(global_batch_size=64),
         base_lr=8e-4,
@@ -110,7 +108,6 @@ def coco_mask_rcnn_swinv2_tiny() -> Run:
     Work: 3 x (0.21 + 0.56) TFLOP x 4.26e6 images = 9.9e18 FLOP.
     """
     return _detector(
-        "coco_mask_rcnn_swinv2_tiny",
         _swinv2("swinv2_tiny", 16, drop_path_rate=0.2),
         batch=Batch(global_batch_size=16),
         base_lr=3.2e-3,
@@ -133,9 +130,7 @@ def coco_mask_rcnn_swinv2_base() -> Run:
     Work: 3 x (0.70 + 0.56) TFLOP x 4.26e6 images = 1.6e19 FLOP.
     """
     return replace(
-        coco_mask_rcnn_swinv2_tiny(),
-        name="coco_mask_rcnn_swinv2_base",
-        student=_swinv2("swinv2_base", 16, drop_path_rate=0.3),
+        coco_mask_rcnn_swinv2_tiny(), student=_swinv2("swinv2_base", 16, drop_path_rate=0.3)
     )
 
 
@@ -158,7 +153,6 @@ def coco_mask_rcnn_swinv2_giant() -> Run:
     Work: (4 x 51.3 + 3 x 0.94) TFLOP x 4.26e6 images = 8.9e20 FLOP.
     """
     return _detector(
-        "coco_mask_rcnn_swinv2_giant",
         _swinv2("swinv2_giant", 32, drop_path_rate=0.3, activation_checkpointing="every"),
         batch=Batch(global_batch_size=96, micro_batch_size=1),
         base_lr=3.2e-3,
@@ -171,11 +165,11 @@ def coco_mask_rcnn_swinv2_giant() -> Run:
     )
 
 
-def _with_heads(run: Run, name: str, **detection: Any) -> Run:
-    """A recipe with other heads, and another name."""
+def _with_heads(run: Run, **detection: Any) -> Run:
+    """A recipe with other heads."""
     own = replace(run.task.detection, **detection)
     task = replace(run.task, detection=own)  # type: ignore[call-arg]
-    return replace(run, name=name, task=task)
+    return replace(run, task=task)
 
 
 # detectron2's form, as ViTDet has it.
@@ -203,7 +197,7 @@ def coco_cascade_vit_base() -> Run:
     ViTDet trains both alike.
     Work: 3 x (0.92 + 0.88) TFLOP x 1.18e7 images = 6.4e19 FLOP.
     """
-    return _with_heads(coco_mask_rcnn_vit_base(), "coco_cascade_vit_base", **_VITDET)
+    return _with_heads(coco_mask_rcnn_vit_base(), **_VITDET)
 
 
 def coco_cascade_vit_large() -> Run:
@@ -220,7 +214,6 @@ def coco_cascade_vit_large() -> Run:
     Work: 3 x (4.68 + 1.12) TFLOP x 1.18e7 images = 2.1e20 FLOP.
     """
     run = _detector(
-        "coco_cascade_vit_large",
         Student(model="vit_large_patch14", drop_path_rate=0.4),
         batch=Batch(global_batch_size=64),
         base_lr=8e-4,
@@ -230,7 +223,7 @@ def coco_cascade_vit_large() -> Run:
         weight_decay=0.1,
         layer_decay=0.8,
     )
-    return _with_heads(run, "coco_cascade_vit_large", **_VITDET)
+    return _with_heads(run, **_VITDET)
 
 
 def coco_cascade_swinv2_base() -> Run:
@@ -247,7 +240,7 @@ def coco_cascade_swinv2_base() -> Run:
     (--task.detection.whole_size 480 800 1333), where these are jittered as all here.
     Work: 3 x (0.70 + 1.12) TFLOP x 4.26e6 images = 2.3e19 FLOP.
     """
-    return _with_heads(coco_mask_rcnn_swinv2_base(), "coco_cascade_swinv2_base", **_SWIN)
+    return _with_heads(coco_mask_rcnn_swinv2_base(), **_SWIN)
 
 
 def coco_cascade_swinv2_large() -> Run:
@@ -264,7 +257,6 @@ def coco_cascade_swinv2_large() -> Run:
     Work: 3 x (1.52 + 1.12) TFLOP x 4.26e6 images = 3.4e19 FLOP.
     """
     run = _detector(
-        "coco_cascade_swinv2_large",
         _swinv2("swinv2_large", 16, drop_path_rate=0.4),
         batch=Batch(global_batch_size=64),
         base_lr=3.2e-3,
@@ -273,7 +265,40 @@ def coco_cascade_swinv2_large() -> Run:
         detection=Detection(test_size=(800, 1333)),
         layer_decay=0.87,
     )
-    return _with_heads(run, "coco_cascade_swinv2_large", **_SWIN)
+    return _with_heads(run, **_SWIN)
+
+
+def o365_cascade_swinv2_giant() -> Run:
+    """Boxes of Objects365 on a SwinV2-G (3.0B), 1024 px, window 32, before COCO.
+
+    Hardware: 96 GPUs of 80 GB x 1 image; Objects365 v2
+    Duration: 67,500 steps; 1,200 to 2,200 GPU-hours
+    Memory: 12.5 GB of each GPU
+    Result: not published
+
+    SwinV2's settings: 1.2e-3 at batch 96, weight decay .05, 67,500 steps (3.7 epochs of 1.74
+    million images), window 32, images of "[800, 1024]", HTC++ without masks. Without masks HTC++ is
+    a cascade with a layer of attention before the pyramid; GIoU and one box for a proposal are
+    those of its open re-builds. The sizes are not explained: here large-scale jitter and crops of
+    1024 px. Layer decay, drop path and the average of the weights as in
+    coco_mask_rcnn_swinv2_giant, warm-up of a thousand steps: none is published. The mask heads
+    learn nothing. Tests take 80,000 images: give a part of them as --eval.root.
+    Run it with ds_configs/zero3_hpz.json (slurm/coco_swinv2g.sh).
+    Work: (4 x 22.8 + 3 x 1.17) TFLOP x 6.48e6 images = 6.1e20 FLOP.
+    """
+    return _detector(
+        _swinv2("swinv2_giant", 32, drop_path_rate=0.3, activation_checkpointing="every"),
+        batch=Batch(global_batch_size=96, micro_batch_size=1),
+        base_lr=6.4e-3,
+        epochs=4,
+        warmup_epochs=0.055,
+        detection=Detection(
+            num_classes=365, heads="cascade", sequential_stages=2, **_HTC_PLUS_PLUS
+        ),
+        layer_decay=0.87,
+        ema_decay=0.9999,
+        max_steps=67_500,
+    )
 
 
 def coco_htc_swinv2_giant() -> Run:
@@ -296,46 +321,8 @@ def coco_htc_swinv2_giant() -> Run:
     """
     return _with_heads(
         coco_mask_rcnn_swinv2_giant(),
-        "coco_htc_swinv2_giant",
         heads="htc",
         semantic_classes=183,
         copy_instances=0.5,
         **_HTC_PLUS_PLUS,
-    )
-
-
-def o365_cascade_swinv2_giant() -> Run:
-    """Boxes of Objects365 on a SwinV2-G (3.0B), 1024 px, window 32, before COCO.
-
-    Hardware: 96 GPUs of 80 GB x 1 image; Objects365 v2
-    Duration: 67,500 steps; 1,200 to 2,200 GPU-hours
-    Memory: 12.5 GB of each GPU
-    Result: not published
-
-    SwinV2's settings: 1.2e-3 at batch 96, weight decay .05, 67,500 steps (3.7 epochs of 1.74
-    million images), window 32, images of "[800, 1024]", HTC++ without masks. Without masks HTC++ is
-    a cascade with a layer of attention before the pyramid; GIoU and one box for a proposal are
-    those of its open re-builds. The sizes are not explained: here large-scale jitter and crops of
-    1024 px. Layer decay, drop path and the average of the weights as in
-    coco_mask_rcnn_swinv2_giant, warm-up of a thousand steps: none is published. The mask heads
-    learn nothing. Tests take 80,000 images: give a part of them as --eval.root.
-    Run it with ds_configs/zero3_hpz.json (slurm/coco_swinv2g.sh).
-    Work: (4 x 22.8 + 3 x 1.17) TFLOP x 6.48e6 images = 6.1e20 FLOP.
-    """
-    return _detector(
-        "o365_cascade_swinv2_giant",
-        _swinv2("swinv2_giant", 32, drop_path_rate=0.3, activation_checkpointing="every"),
-        batch=Batch(global_batch_size=96, micro_batch_size=1),
-        base_lr=6.4e-3,
-        epochs=4,
-        warmup_epochs=0.055,
-        detection=Detection(
-            num_classes=365,
-            heads="cascade",
-            sequential_stages=2,
-            **_HTC_PLUS_PLUS,
-        ),
-        layer_decay=0.87,
-        ema_decay=0.9999,
-        max_steps=67_500,
     )

@@ -16,7 +16,9 @@ image (3 x student + teacher, 2 per multiply-add) x 300 x 1,281,167 images.
 
 from __future__ import annotations
 
-from fd_large.recipes.run import Run
+from typing import Any
+
+from fd_large.recipes.run import UNNAMED, Run
 from fd_large.recipes.sections import Batch, Data, Optim, Student
 from fd_large.tasks.distillation.section import AUTOMATIC, Teacher
 
@@ -28,7 +30,6 @@ SWIN_RATES = (2e-4, 1e-6, 1e-5)
 
 
 def distillation(
-    name: str,
     student: Student,
     teacher: Teacher,
     *,
@@ -41,7 +42,7 @@ def distillation(
     """Returns a run with the settings that all distillations of record share."""
     base_lr, warmup_lr, min_lr = rates
     return Run(
-        name=name,
+        name=UNNAMED,
         student=student,
         teacher=teacher,
         objective=AUTOMATIC,
@@ -50,6 +51,15 @@ def distillation(
             base_lr=base_lr, warmup_lr=warmup_lr, min_lr=min_lr, epochs=epochs, warmup_epochs=10
         ),
         batch=batch,
+    )
+
+
+def _into_vit(student: str, teacher: str, *, drop_path_rate: float, **changed: Any) -> Run:
+    return distillation(
+        Student(model=student, drop_path_rate=drop_path_rate),
+        Teacher(model=teacher),
+        rates=VIT_RATES,
+        **changed,
     )
 
 
@@ -64,12 +74,7 @@ def fd_clip_vit_base() -> Run:
     Also published: linear 79.5 -> 80.1, ADE20K 49.5 -> 51.7, COCO box/mask 45.0/39.8 -> 48.2/42.5.
     Work: 4 x 35.1 GFLOP x 3.84e8 images = 5.4e19 FLOP.
     """
-    return distillation(
-        "fd_clip_vit_base",
-        Student(model="vit_base_patch16", drop_path_rate=0.2),
-        Teacher(model="clip_vit_base_patch16"),
-        rates=VIT_RATES,
-    )
+    return _into_vit("vit_base_patch16", "clip_vit_base_patch16", drop_path_rate=0.2)
 
 
 def fd_clip_vit_base_100ep() -> Run:
@@ -82,11 +87,10 @@ def fd_clip_vit_base_100ep() -> Run:
 
     A short run regularises less: drop path .1, and crops of at least .67 of the image.
     """
-    return distillation(
-        "fd_clip_vit_base_100ep",
-        Student(model="vit_base_patch16", drop_path_rate=0.1),
-        Teacher(model="clip_vit_base_patch16"),
-        rates=VIT_RATES,
+    return _into_vit(
+        "vit_base_patch16",
+        "clip_vit_base_patch16",
+        drop_path_rate=0.1,
         epochs=100,
         min_crop_scale=0.67,
     )
@@ -104,12 +108,7 @@ def fd_clip_vit_large() -> Run:
     summary of the paper's third version).
     Work: 4 x 162 GFLOP x 3.84e8 images = 2.5e20 FLOP.
     """
-    return distillation(
-        "fd_clip_vit_large",
-        Student(model="vit_large_patch14", drop_path_rate=0.3),
-        Teacher(model="clip_vit_large_patch14"),
-        rates=VIT_RATES,
-    )
+    return _into_vit("vit_large_patch14", "clip_vit_large_patch14", drop_path_rate=0.3)
 
 
 def fd_dino_vit_base() -> Run:
@@ -123,12 +122,7 @@ def fd_dino_vit_base() -> Run:
     Also published: ADE20K 46.2 -> 47.7; linear falls, 78.2 -> 76.1 (from a summary of the paper's
     third version).
     """
-    return distillation(
-        "fd_dino_vit_base",
-        Student(model="vit_base_patch16", drop_path_rate=0.3),
-        Teacher(model="dino_vit_base_patch16"),
-        rates=VIT_RATES,
-    )
+    return _into_vit("vit_base_patch16", "dino_vit_base_patch16", drop_path_rate=0.3)
 
 
 def fd_deit_vit_base() -> Run:
@@ -141,12 +135,7 @@ def fd_deit_vit_base() -> Run:
 
     Also published: ADE20K 47.0 -> 48.0 (from a summary of the paper's third version).
     """
-    return distillation(
-        "fd_deit_vit_base",
-        Student(model="vit_base_patch16", drop_path_rate=0.3),
-        Teacher(model="deit_vit_base_patch16"),
-        rates=VIT_RATES,
-    )
+    return _into_vit("vit_base_patch16", "deit_vit_base_patch16", drop_path_rate=0.3)
 
 
 def fd_esvit_swin_base() -> Run:
@@ -163,7 +152,6 @@ def fd_esvit_swin_base() -> Run:
     Work: 4 x 32.6 GFLOP x 3.84e8 images = 5.0e19 FLOP.
     """
     return distillation(
-        "fd_esvit_swin_base",
         Student(model="swinv2_base", drop_path_rate=0.3),
         Teacher(model="swin_base_esvit"),
         rates=SWIN_RATES,

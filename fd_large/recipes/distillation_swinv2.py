@@ -57,7 +57,6 @@ WINDOW_12 = Architecture(window_size=12)
 
 
 def _into_itself(
-    name: str,
     model: str,
     *,
     rates: Rates = SWIN_RATES,
@@ -67,7 +66,6 @@ def _into_itself(
     micro_batch_size: int | Literal["auto"] = "auto",
 ) -> Run:
     return distillation(
-        name,
         Student(
             model=model,
             architecture=architecture,
@@ -93,7 +91,7 @@ def fd_swinv2_base() -> Run:
     for masked image models (MAE-B 83.6 -> 83.8).
     Work: 4 x 23.5 GFLOP x 3.84e8 = 3.6e19 FLOP.
     """
-    return _into_itself("fd_swinv2_base", "swinv2_base", architecture=WINDOW_12)
+    return _into_itself("swinv2_base", architecture=WINDOW_12)
 
 
 def fd_swinv2_large() -> Run:
@@ -106,7 +104,7 @@ def fd_swinv2_large() -> Run:
 
     Work: 4 x 51.9 GFLOP x 3.84e8 = 8.0e19 FLOP.
     """
-    return _into_itself("fd_swinv2_large", "swinv2_large", architecture=WINDOW_12)
+    return _into_itself("swinv2_large", architecture=WINDOW_12)
 
 
 def fd_swinv2_1b() -> Run:
@@ -123,9 +121,7 @@ def fd_swinv2_1b() -> Run:
     The teacher's 2.1 GB are replicated because that is small and costs no network.
     Work: 5 x 276 GFLOP x 3.84e8 = 5.3e20 FLOP.
     """
-    return _into_itself(
-        "fd_swinv2_1b", "swinv2_1b", rates=(1e-4, 5e-7, 5e-6), checkpoint_blocks=True
-    )
+    return _into_itself("swinv2_1b", rates=(1e-4, 5e-7, 5e-6), checkpoint_blocks=True)
 
 
 def fd_swinv2h() -> Run:
@@ -140,9 +136,7 @@ def fd_swinv2h() -> Run:
     `--teacher.architecture.extra_norm_every 0`. The student keeps the norms of the SwinV2 paper.
     Work: 5 x 171 GFLOP x 3.84e8 = 3.3e20 FLOP.
     """
-    return _into_itself(
-        "fd_swinv2h", "swinv2_huge", rates=(1e-4, 5e-7, 5e-6), checkpoint_blocks=True
-    )
+    return _into_itself("swinv2_huge", rates=(1e-4, 5e-7, 5e-6), checkpoint_blocks=True)
 
 
 def fd_swinv2g() -> Run:
@@ -204,7 +198,6 @@ def fd_swinv2g() -> Run:
     alone. With one 100 Gb/s card per node the network takes 1.1 s: use fewer, larger nodes.
     """
     return _into_itself(
-        "fd_swinv2g",
         "swinv2_giant",
         rates=(7.5e-5, 3.75e-7, 3.75e-6),
         checkpoint_blocks=True,

@@ -19,41 +19,36 @@ random weights. Duration and memory are what `plan` computes (docs/scaling.md), 
 
 from __future__ import annotations
 
+from typing import Any
+
 from fd_large.recipes.architectures import overrides, resolve
-from fd_large.recipes.run import Run, Task
+from fd_large.recipes.run import UNNAMED, Run, Task
 from fd_large.recipes.sections import Batch, Data, Optim, Student
 from fd_large.recipes.students import DISTILLED_AT_192
 from fd_large.tasks.classification.section import FineTune
 
 
 def _finetune(
-    name: str,
     model: str,
     *,
-    base_lr: float,
-    warmup_lr: float | None = None,
-    end_lr: float = 2.5e-7,
-    layer_decay: float,
     drop_path_rate: float,
+    end_lr: float = 2.5e-7,
     image_size: int = 224,
-    epochs: int = 100,
-    warmup_epochs: int = 20,
     global_batch_size: int = 2048,
-    clip_norm: float = 5.0,
-    ema_decay: float = 0.0,
     mixing: bool = True,
     window_size: int | None = None,
-    pretrained_window_sizes: tuple[int, ...] | None = None,
     checkpoint_blocks: bool = False,
+    **optim: Any,
 ) -> Run:
     named = resolve(model)
     shape = named.with_own_position_biases()
-    if pretrained_window_sizes:
-        given = {"window_size": window_size, "pretrained_window_sizes": pretrained_window_sizes}
+    if window_size:
+        given = {"window_size": window_size, "pretrained_window_sizes": DISTILLED_AT_192}
         shape = shape.overridden(given)
     own = FineTune() if mixing else FineTune(mixup=0.0, cutmix=0.0)
+    common: dict[str, Any] = {"epochs": 100, "warmup_epochs": 20, "clip_norm": 5.0}
     return Run(
-        name=name,
+        name=UNNAMED,
         student=Student(
             model=model,
             architecture=overrides(shape, named),
@@ -63,16 +58,7 @@ def _finetune(
         data=Data(image_size=image_size, min_crop_scale=0.08),
         # The sections of tasks are fields that are made from the table of tasks.
         task=Task(name="finetune", finetune=own),  # type: ignore[call-arg]
-        optim=Optim(
-            base_lr=base_lr,
-            warmup_lr=end_lr if warmup_lr is None else warmup_lr,
-            min_lr=end_lr,
-            epochs=epochs,
-            warmup_epochs=warmup_epochs,
-            clip_norm=clip_norm,
-            layer_decay=layer_decay,
-            ema_decay=ema_decay,
-        ),
+        optim=Optim(**{"warmup_lr": end_lr, "min_lr": end_lr, **common, **optim}),
         batch=Batch(global_batch_size=global_batch_size),
     )
 
@@ -87,13 +73,7 @@ def finetune_clip_vit_base() -> Run:
 
     Work: 3 x 35.1 GFLOP x 1.28e8 images = 1.3e19 FLOP, and the same for the other base models.
     """
-    return _finetune(
-        "finetune_clip_vit_base",
-        "vit_base_patch16",
-        base_lr=1.25e-3,
-        layer_decay=0.60,
-        drop_path_rate=0.3,
-    )
+    return _finetune("vit_base_patch16", base_lr=1.25e-3, layer_decay=0.60, drop_path_rate=0.3)
 
 
 def finetune_clip_vit_base_100ep() -> Run:
@@ -104,13 +84,7 @@ def finetune_clip_vit_base_100ep() -> Run:
     Memory: 12.3 GB of each GPU
     Result: no figure known (300 epochs: 84.9)
     """
-    return _finetune(
-        "finetune_clip_vit_base_100ep",
-        "vit_base_patch16",
-        base_lr=1.25e-3,
-        layer_decay=0.65,
-        drop_path_rate=0.1,
-    )
+    return _finetune("vit_base_patch16", base_lr=1.25e-3, layer_decay=0.65, drop_path_rate=0.1)
 
 
 def finetune_clip_vit_large() -> Run:
@@ -124,7 +98,6 @@ def finetune_clip_vit_large() -> Run:
     Work: 3 x 162 GFLOP x 6.4e7 images = 3.1e19 FLOP.
     """
     return _finetune(
-        "finetune_clip_vit_large",
         "vit_large_patch14",
         base_lr=2.5e-4,
         end_lr=5e-7,
@@ -143,13 +116,7 @@ def finetune_dino_vit_base() -> Run:
     Memory: 12.3 GB of each GPU
     Result: ImageNet-1K 83.8; DINO itself 82.8
     """
-    return _finetune(
-        "finetune_dino_vit_base",
-        "vit_base_patch16",
-        base_lr=1.5e-3,
-        layer_decay=0.60,
-        drop_path_rate=0.2,
-    )
+    return _finetune("vit_base_patch16", base_lr=1.5e-3, layer_decay=0.60, drop_path_rate=0.2)
 
 
 def finetune_deit_vit_base() -> Run:
@@ -160,13 +127,7 @@ def finetune_deit_vit_base() -> Run:
     Memory: 12.3 GB of each GPU
     Result: ImageNet-1K 83.0; DeiT itself 81.8
     """
-    return _finetune(
-        "finetune_deit_vit_base",
-        "vit_base_patch16",
-        base_lr=1.25e-3,
-        layer_decay=0.65,
-        drop_path_rate=0.3,
-    )
+    return _finetune("vit_base_patch16", base_lr=1.25e-3, layer_decay=0.65, drop_path_rate=0.3)
 
 
 def finetune_esvit_swin_base() -> Run:
@@ -181,12 +142,7 @@ def finetune_esvit_swin_base() -> Run:
     Work: 3 x 32.6 GFLOP x 1.28e8 images = 1.3e19 FLOP.
     """
     return _finetune(
-        "finetune_esvit_swin_base",
-        "swinv2_base",
-        base_lr=1.25e-3,
-        layer_decay=0.80,
-        drop_path_rate=0.4,
-        global_batch_size=1024,
+        "swinv2_base", base_lr=1.25e-3, layer_decay=0.80, drop_path_rate=0.4, global_batch_size=1024
     )
 
 
@@ -205,7 +161,6 @@ def finetune_clip_vit_large_22k() -> Run:
     Work: 3 x 162 GFLOP x 14.2e6 images x 90 = 6.2e20 FLOP.
     """
     return _intermediate(
-        "finetune_clip_vit_large_22k",
         peak=6e-4,
         global_batch_size=4096,
         layer_decay=0.75,
@@ -228,7 +183,7 @@ def finetune_clip_vit_large_22k_1k() -> Run:
     before it, are new (BEiTv2 keeps that norm).
     Work: 3 x 162 GFLOP x 2.6e7 images = 1.2e19 FLOP.
     """
-    return _after_intermediate("finetune_clip_vit_large_22k_1k", image_size=224)
+    return _after_intermediate(image_size=224)
 
 
 def finetune_clip_vit_large_22k_1k_336() -> Run:
@@ -243,43 +198,25 @@ def finetune_clip_vit_large_22k_1k_336() -> Run:
     positions are resized from 16 x 16 to 24 x 24 patches, as published (docs/weights.md).
     Work: 3 x 382 GFLOP x 2.6e7 images = 2.9e19 FLOP.
     """
-    return _after_intermediate("finetune_clip_vit_large_22k_1k_336", image_size=336)
+    return _after_intermediate(image_size=336)
 
 
-def _intermediate(
-    name: str,
-    *,
-    peak: float,
-    global_batch_size: int,
-    layer_decay: float,
-    drop_path_rate: float,
-    epochs: int,
-    warmup_epochs: int,
-    image_size: int = 224,
-    mixing: bool = True,
-) -> Run:
+def _intermediate(*, peak: float, global_batch_size: int, **changed: Any) -> Run:
     # BEiT states its rates for the batch that it has.
     per_512 = 512 / global_batch_size
     return _finetune(
-        name,
         "vit_large_patch14",
         base_lr=peak * per_512,
         warmup_lr=0.0,
         end_lr=1e-6 * per_512,
-        layer_decay=layer_decay,
-        drop_path_rate=drop_path_rate,
-        image_size=image_size,
-        epochs=epochs,
-        warmup_epochs=warmup_epochs,
         global_batch_size=global_batch_size,
         clip_norm=0.0,
-        mixing=mixing,
+        **changed,
     )
 
 
-def _after_intermediate(name: str, *, image_size: int) -> Run:
+def _after_intermediate(*, image_size: int) -> Run:
     return _intermediate(
-        name,
         peak=7e-5,
         global_batch_size=1024,
         layer_decay=0.8,
@@ -303,14 +240,12 @@ def finetune_swinv2_base() -> Run:
     of 12 (6 in the last stage) in distillation, as SimMIM fine-tunes its SwinV2-B.
     """
     return _finetune(
-        "finetune_swinv2_base",
         "swinv2_base",
         base_lr=1.25e-3,
         layer_decay=0.80,
         drop_path_rate=0.4,
         global_batch_size=1024,
         window_size=14,
-        pretrained_window_sizes=DISTILLED_AT_192,
     )
 
 
@@ -327,13 +262,11 @@ def finetune_swinv2_large() -> Run:
     Work: 3 x 72 GFLOP x 1.28e8 images = 2.8e19 FLOP.
     """
     return _finetune(
-        "finetune_swinv2_large",
         "swinv2_large",
         base_lr=1.25e-3,
         layer_decay=0.70,
         drop_path_rate=0.2,
         window_size=14,
-        pretrained_window_sizes=DISTILLED_AT_192,
     )
 
 
@@ -353,7 +286,6 @@ def finetune_swinv2_giant() -> Run:
     Work: 4 x 9,297 GFLOP x 1.28e7 images = 4.8e20 FLOP.
     """
     return _finetune(
-        "finetune_swinv2_giant",
         "swinv2_giant",
         base_lr=2.1e-5 * 512 / 576,
         layer_decay=0.87,
@@ -363,7 +295,6 @@ def finetune_swinv2_giant() -> Run:
         warmup_epochs=1,
         global_batch_size=576,
         window_size=40,
-        pretrained_window_sizes=DISTILLED_AT_192,
         checkpoint_blocks=True,
     )
 
@@ -382,12 +313,7 @@ def finetune_clip_vit_base_plain() -> Run:
     the weights: --student.init FILE or open_clip:ViT-B-16/openai.
     """
     return _plain(
-        "finetune_clip_vit_base_plain",
-        "clip_vit_base_patch16",
-        base_lr=1.5e-4,
-        layer_decay=0.60,
-        epochs=50,
-        warmup_epochs=10,
+        "clip_vit_base_patch16", base_lr=1.5e-4, layer_decay=0.60, epochs=50, warmup_epochs=10
     )
 
 
@@ -402,27 +328,11 @@ def finetune_clip_vit_large_plain() -> Run:
     Source: as finetune_clip_vit_base_plain.
     """
     return _plain(
-        "finetune_clip_vit_large_plain",
-        "clip_vit_large_patch14",
-        base_lr=1e-4,
-        layer_decay=0.65,
-        epochs=30,
-        warmup_epochs=5,
+        "clip_vit_large_patch14", base_lr=1e-4, layer_decay=0.65, epochs=30, warmup_epochs=5
     )
 
 
-def _plain(
-    name: str, model: str, *, base_lr: float, layer_decay: float, epochs: int, warmup_epochs: int
-) -> Run:
+def _plain(model: str, **optim: Any) -> Run:
     return _finetune(
-        name,
-        model,
-        base_lr=base_lr,
-        layer_decay=layer_decay,
-        drop_path_rate=0.0,
-        epochs=epochs,
-        warmup_epochs=warmup_epochs,
-        clip_norm=0.0,
-        ema_decay=0.9998,
-        mixing=False,
+        model, drop_path_rate=0.0, clip_norm=0.0, ema_decay=0.9998, mixing=False, **optim
     )

@@ -7,7 +7,7 @@ settings are those of He et al. (MAE), arXiv 2111.06377, appendix A.1, whose pro
 
 from __future__ import annotations
 
-from fd_large.recipes.run import Run, Task
+from fd_large.recipes.run import UNNAMED, Run, Task
 from fd_large.recipes.sections import Batch, Data, Optim, Student
 
 
@@ -22,7 +22,7 @@ def linear_probe() -> Run:
     learning rate is 0.1 for 256 images: 0.2 for 512. Name the weights: --student.init RUN_OR_FILE.
     """
     return Run(
-        name="linear_probe",
+        name=UNNAMED,
         student=Student(model="vit_base_patch16", drop_path_rate=0.0),
         data=Data(image_size=224, min_crop_scale=0.08),
         task=Task(name="linear"),

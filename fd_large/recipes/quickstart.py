@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fd_large.recipes.architectures import Architecture
-from fd_large.recipes.run import Run
+from fd_large.recipes.run import UNNAMED, Run
 from fd_large.recipes.sections import Batch, Data, Eval, Optim, Runtime, Student
 from fd_large.tasks.distillation.section import AUTOMATIC, Teacher
 
@@ -40,7 +40,7 @@ def quickstart() -> Run:
     batch: 16 is divisible by 1, 2, 4, 8 and 16 ranks.
     """
     return Run(
-        name="quickstart",
+        name=UNNAMED,
         student=Student(
             model="swinv2_tiny",
             architecture=Architecture(
@@ -54,11 +54,7 @@ def quickstart() -> Run:
             placement="sharded",
         ),
         objective=AUTOMATIC,
-        data=Data(
-            root="builtin:photographs",
-            image_size=128,
-            workers=1,
-        ),
+        data=Data(root="builtin:photographs", image_size=128, workers=1),
         optim=Optim(
             base_lr=0.128,
             warmup_lr=3.2e-4,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import wraps
+from types import ModuleType
 
 from fd_large.errors import ConfigError, nearest
 from fd_large.recipes import (
@@ -14,71 +16,44 @@ from fd_large.recipes import (
     distillation_swinv2,
     finetuning,
     linear,
+    quickstart,
     segmentation,
     several_teachers,
 )
-from fd_large.recipes.quickstart import quickstart
 from fd_large.recipes.run import Run
 
-RECIPES: dict[str, Callable[[], Run]] = {
-    recipe.__name__: recipe
-    for recipe in (
-        quickstart,
-        distillation.fd_clip_vit_base,
-        distillation.fd_clip_vit_base_100ep,
-        distillation.fd_clip_vit_large,
-        distillation.fd_dino_vit_base,
-        distillation.fd_deit_vit_base,
-        distillation.fd_esvit_swin_base,
-        distillation_swinv2.fd_swinv2_base,
-        distillation_swinv2.fd_swinv2_large,
-        distillation_swinv2.fd_swinv2_1b,
-        distillation_swinv2.fd_swinv2h,
-        distillation_swinv2.fd_swinv2g,
-        several_teachers.unic_vit_base,
-        several_teachers.theia_vit_base,
-        several_teachers.sak_vit_base,
-        several_teachers.agglomerative_vit_large,
-        several_teachers.agglomerative_swinv2_giant,
-        several_teachers.proxy_vit_giant,
-        several_teachers.proxy_vit_base,
-        finetuning.finetune_clip_vit_base,
-        finetuning.finetune_clip_vit_base_100ep,
-        finetuning.finetune_clip_vit_large,
-        finetuning.finetune_dino_vit_base,
-        finetuning.finetune_deit_vit_base,
-        finetuning.finetune_esvit_swin_base,
-        finetuning.finetune_clip_vit_large_22k,
-        finetuning.finetune_clip_vit_large_22k_1k,
-        finetuning.finetune_clip_vit_large_22k_1k_336,
-        finetuning.finetune_swinv2_base,
-        finetuning.finetune_swinv2_large,
-        finetuning.finetune_swinv2_giant,
-        finetuning.finetune_clip_vit_base_plain,
-        finetuning.finetune_clip_vit_large_plain,
-        linear.linear_probe,
-        detection.coco_mask_rcnn_vit_base,
-        detection.coco_mask_rcnn_swinv2_tiny,
-        detection.coco_mask_rcnn_swinv2_base,
-        detection.coco_mask_rcnn_swinv2_giant,
-        detection.coco_cascade_vit_base,
-        detection.coco_cascade_vit_large,
-        detection.coco_cascade_swinv2_base,
-        detection.coco_cascade_swinv2_large,
-        detection.o365_cascade_swinv2_giant,
-        detection.coco_htc_swinv2_giant,
-        segmentation.ade20k_upernet_vit_base,
-        segmentation.ade20k_upernet_vit_large,
-        segmentation.ade20k_upernet_swinv2_base,
-        segmentation.ade20k_upernet_swinv2_giant,
-        segmentation.ade20k_linear,
-        depth.nyuv2_vit_base,
-        depth.nyuv2_swinv2_base,
-        depth.nyuv2_swinv2_large,
-        depth.nyuv2_swinv2_giant,
-        depth.nyuv2_linear,
-    )
-}
+_MODULES = (
+    quickstart,
+    distillation,
+    distillation_swinv2,
+    several_teachers,
+    finetuning,
+    linear,
+    detection,
+    segmentation,
+    depth,
+)
+
+
+def _recipes_in(module: ModuleType) -> Iterator[Callable[[], Run]]:
+    """Yields the recipes of a file: its own public functions that take nothing."""
+    for name, make in vars(module).items():
+        is_own = inspect.isfunction(make) and make.__module__ == module.__name__
+        if is_own and not name.startswith("_") and not inspect.signature(make).parameters:
+            yield _named(make)
+
+
+def _named(make: Callable[[], Run]) -> Callable[[], Run]:
+    """A recipe whose run has the name of its function."""
+
+    @wraps(make)
+    def recipe() -> Run:
+        return replace(make(), name=make.__name__)
+
+    return recipe
+
+
+RECIPES = {recipe.__name__: recipe for module in _MODULES for recipe in _recipes_in(module)}
 
 DEFAULT_RECIPE = "quickstart"
 # What a command that carries models on takes its defaults from.

@@ -69,6 +69,10 @@ else:
     )
 
 
+UNNAMED = "unnamed"
+"""Name of a run of record until the registry names it after its function."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task(_TaskSections):
     """What the student is trained to do, and the settings of single tasks."""

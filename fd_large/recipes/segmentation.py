@@ -24,7 +24,7 @@ from typing import Any
 
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.dataset_sizes import ADE20K
-from fd_large.recipes.run import Run, Task
+from fd_large.recipes.run import UNNAMED, Run, Task
 from fd_large.recipes.sections import Batch, Data, Optim, Student
 from fd_large.recipes.students import vit
 from fd_large.tasks.segmentation.section import Segmentation
@@ -35,7 +35,6 @@ WARMUP_STEPS = 1500.5
 
 
 def _ade20k(
-    name: str,
     student: Student,
     *,
     image_size: int,
@@ -49,7 +48,7 @@ def _ade20k(
     base_lr = peak * 512 / global_batch_size
     own = Segmentation(num_classes=150, reduce_zero_label=True, **segmentation)
     return Run(
-        name=name,
+        name=UNNAMED,
         student=student,
         data=Data(image_size=image_size),
         # The sections of tasks are fields that are made from the table of tasks.
@@ -83,7 +82,6 @@ def ade20k_upernet_vit_base() -> Run:
     patches; tests by windows of 512 px, 341 apart.
     """
     return _ade20k(
-        "ade20k_upernet_vit_base",
         vit("vit_base_patch16", 0.15),
         image_size=512,
         peak=5e-5,
@@ -106,7 +104,6 @@ def ade20k_upernet_vit_large() -> Run:
     decay .05, 1024 channels. 518 px, as 512 are no multiple of 14.
     """
     return _ade20k(
-        "ade20k_upernet_vit_large",
         vit("vit_large_patch14", 0.2),
         image_size=518,
         peak=4e-5,
@@ -130,7 +127,6 @@ def ade20k_upernet_swinv2_base() -> Run:
     divide all four maps of 512 px.
     """
     return _ade20k(
-        "ade20k_upernet_swinv2_base",
         Student(
             model="swinv2_base",
             architecture=Architecture(window_size=16),
@@ -159,7 +155,6 @@ def ade20k_upernet_swinv2_giant() -> Run:
     with ds_configs/zero3_hpz.json.
     """
     return _ade20k(
-        "ade20k_upernet_swinv2_giant",
         Student(
             model="swinv2_giant",
             architecture=Architecture(window_size=40),
@@ -188,7 +183,6 @@ def ade20k_linear() -> Run:
     its masters and moments are kept. Weight decay .001, the schedule and the crops are ours.
     """
     return _ade20k(
-        "ade20k_linear",
         vit("vit_base_patch16", 0.0),
         image_size=512,
         peak=1e-3,

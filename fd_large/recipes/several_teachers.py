@@ -18,7 +18,7 @@ from typing import Any
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.distillation import VIT_RATES, distillation
 from fd_large.recipes.distillation_swinv2 import WINDOW_12
-from fd_large.recipes.run import Run
+from fd_large.recipes.run import UNNAMED, Run
 from fd_large.recipes.sections import Batch, Data, Optim, Student
 from fd_large.tasks.distillation.section import NamedTeacher, Summary, Teacher, Weighting
 
@@ -54,7 +54,7 @@ def unic_vit_base() -> Run:
     plain = {name: NamedTeacher(model="dino_vit_base_patch16", **learnt) for name in names}
     deit = _timm("deit3_base_patch16_224.fb_in1k", **learnt)
     return Run(
-        name="unic_vit_base",
+        name=UNNAMED,
         student=Student(model="dino_vit_base_patch16", drop_path_rate=0.1),
         teachers={**plain, "deit3": deit},
         weighting=Weighting(rule="drop", drop_probability=0.5),
@@ -99,7 +99,7 @@ def theia_vit_base() -> Run:
         "weight": 1 / 3,
     }
     return Run(
-        name="theia_vit_base",
+        name=UNNAMED,
         student=Student(model="deit_vit_base_patch16"),
         teachers={
             "vit": _timm("vit_huge_patch14_224.orig_in21k", **learnt),
@@ -142,7 +142,7 @@ def sak_vit_base() -> Run:
         "interpolation": "bilinear_larger",
     }
     return Run(
-        name="sak_vit_base",
+        name=UNNAMED,
         student=Student(model="deit_vit_base_patch16"),
         teachers={
             "dino": _timm("vit_base_patch14_dinov2.lvd142m", image_size=336, **learnt),
@@ -178,7 +178,6 @@ def agglomerative_vit_large() -> Run:
     Work: (3 x 162 + 162 + 590 + 2,988 of SAM) GFLOP x 3.84e8 images = 1.6e21 FLOP.
     """
     return _agglomerative(
-        "agglomerative_vit_large",
         Student(model="vit_large_patch14", drop_path_rate=0.3),
         {
             "clip": NamedTeacher(model="clip_vit_large_patch14", **_AGGLOMERATIVE),
@@ -202,7 +201,6 @@ def agglomerative_swinv2_giant() -> Run:
     Work: (4 x 743 + 162 + 393 + 2,988) GFLOP x 3.84e8 images = 2.5e21 FLOP.
     """
     return _agglomerative(
-        "agglomerative_swinv2_giant",
         Student(
             model="swinv2_giant",
             architecture=WINDOW_12,
@@ -234,7 +232,6 @@ def proxy_vit_giant() -> Run:
         train --recipe proxy_vit_base --teacher.source runs/proxy
     """
     return _agglomerative(
-        "proxy_vit_giant",
         Student(
             model="vit_large_patch14",
             architecture=_GIANT,
@@ -262,7 +259,6 @@ def proxy_vit_base() -> Run:
     patches of 14 is the student's.
     """
     return distillation(
-        "proxy_vit_base",
         Student(model="vit_base_patch16", drop_path_rate=0.2),
         Teacher(model="vit_large_patch14", architecture=_GIANT),
         rates=VIT_RATES,
@@ -286,7 +282,6 @@ def _timm(name: str, *, image_size: int | None = None, **fields: Any) -> NamedTe
 
 
 def _agglomerative(
-    name: str,
     student: Student,
     teachers: dict[str, NamedTeacher],
     *,
@@ -296,7 +291,7 @@ def _agglomerative(
     """Settings of the distillations of record, for several teachers."""
     base_lr, warmup_lr, min_lr = rates
     return Run(
-        name=name,
+        name=UNNAMED,
         student=student,
         teachers=teachers,
         data=Data(image_size=image_size),
