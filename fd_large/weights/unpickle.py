@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import pickletools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -92,79 +93,39 @@ _DTYPES = {
 _STORAGES = {
     f"torch.{name}Storage": dtype
     for name, dtype in {
-        "Double": torch.float64,
-        "Float": torch.float32,
-        "Half": torch.float16,
-        "BFloat16": torch.bfloat16,
-        "ComplexFloat": torch.complex64,
-        "ComplexDouble": torch.complex128,
-        "Long": torch.int64,
-        "Int": torch.int32,
-        "Short": torch.int16,
-        "Char": torch.int8,
-        "Byte": torch.uint8,
-        "Bool": torch.bool,
-        "Untyped": torch.uint8,
+        **{"Double": torch.float64, "Float": torch.float32, "Half": torch.float16},
+        **{"BFloat16": torch.bfloat16, "ComplexFloat": torch.complex64},
+        **{"ComplexDouble": torch.complex128, "Long": torch.int64, "Int": torch.int32},
+        **{"Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool},
+        **{"Untyped": torch.uint8, "storage.Untyped": torch.uint8},
     }.items()
-} | {"torch.storage.UntypedStorage": torch.uint8}
+}
 _TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
 _TYPED_TENSOR = "torch._utils._rebuild_tensor_v3"
 _OF_TYPE = "torch._tensor._rebuild_from_type_v2"
 # Calls that return their first argument.
-_FIRST = (
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_parameter_with_state",
-    *(
-        f"torch.jit._pickle.{name}"
-        for name in (
-            "build_intlist",
-            "build_tensorlist",
-            "build_doublelist",
-            "build_boollist",
-            "restore_type_tag",
-        )
-    ),
+_FIRST = re.compile(
+    r"torch\._utils\._rebuild_parameter(_with_state)?"
+    r"|torch\.jit\._pickle\.(build_(int|tensor|double|bool)list|restore_type_tag)"
 )
 # Dictionaries, also those with methods: their items are what they hold.
-_DICTIONARIES = (
-    "collections.OrderedDict",
-    "collections.defaultdict",
-    "collections.Counter",
-    "yacs.config.CfgNode",
-    "fvcore.common.config.CfgNode",
-    "addict.addict.Dict",
+_DICTIONARIES = re.compile(
+    r"collections\.(OrderedDict|defaultdict|Counter)"
+    r"|(yacs|fvcore\.common)\.config\.CfgNode|addict\.addict\.Dict"
 )
-_PATHS = ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
-_ARRAYS = ("scalar", "_reconstruct")
-_PASSIVE = (
-    "argparse.Namespace",
-    "_codecs.encode",
-    "numpy.dtype",
-    "numpy.ndarray",
-    *(f"{numpy}.multiarray.{n}" for numpy in ("numpy.core", "numpy._core") for n in _ARRAYS),
-    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),
-    *(
-        f"{module}.{name}"
-        for module in ("builtins", "__builtin__")
-        for name in (
-            *("set", "frozenset", "complex", "bytearray", "slice", "range", "list", "dict"),
-            *("tuple", "int", "long", "float", "bool", "str", "bytes"),
-        )
-    ),
-    *(f"torch.{name}" for name in ("Size", "device", "Generator", "Tensor")),
-    "torch.nn.parameter.Parameter",
-    "torch.serialization._get_layout",
+_PASSIVE = re.compile(
+    r"argparse\.Namespace|_codecs\.encode|numpy\.(dtype|ndarray)"
+    r"|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)"
+    r"|pathlib(\._local)?\.(Path|(Pure)?(Posix|Windows)Path)"
+    r"|(builtins|__builtin__)\.(set|frozenset|complex|bytearray|slice|range|list|dict|tuple|int"
+    r"|long|float|bool|str|bytes)"
+    r"|torch\.(Size|device|Generator|Tensor|nn\.parameter\.Parameter|serialization\._get_layout)"
     # Tensors without values of their own: sparse, quantised, of the meta device.
-    "torch._utils._rebuild_sparse_tensor",
-    "torch._utils._rebuild_qtensor",
-    "torch._utils._rebuild_nested_tensor",
-    "torch._utils._rebuild_meta_tensor_no_storage",
-    "torch._utils._rebuild_wrapper_subclass",
-    "torch._tensor._rebuild_from_type",
+    r"|torch\._utils\._rebuild_(sparse_tensor|qtensor|nested_tensor|meta_tensor_no_storage"
+    r"|wrapper_subclass)|torch\._tensor\._rebuild_from_type"
 )
-_KNOWN = frozenset(
-    (*_DTYPES, *_STORAGES, *_TENSORS, _TYPED_TENSOR, _OF_TYPE, *_FIRST, *_DICTIONARIES, *_PASSIVE)
-)
+_NAMES = frozenset((*_DTYPES, *_STORAGES, *_TENSORS, _TYPED_TENSOR, _OF_TYPE))
+_PATTERNS = (_FIRST, _DICTIONARIES, _PASSIVE)
 _VALUES = frozenset(
     (
         *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
@@ -287,7 +248,7 @@ def unpickled(pickle: BinaryIO, storages: Storages, budget: Budget, *, script: b
 
 def _known(name: str, script: bool) -> _Global:
     own = script and name.startswith("__torch__.") and len(name) <= NAME_LENGTH
-    if own or name in _KNOWN:
+    if own or name in _NAMES or any(known.fullmatch(name) for known in _PATTERNS):
         return _Global(name)
     raise RefusedError(name[:200])
 
@@ -297,7 +258,7 @@ def _made(of: Any) -> Any:
         raise RefusedError("an object of no named class")
     if of.name.startswith("__torch__."):
         return Module(of.name)
-    return {} if of.name in _DICTIONARIES else Passive()
+    return {} if _DICTIONARIES.fullmatch(of.name) else Passive()
 
 
 def _called(function: Any, arguments: Any, budget: Budget) -> Any:
@@ -314,9 +275,9 @@ def _called(function: Any, arguments: Any, budget: Budget) -> Any:
         plain = of in (_Global("torch.Tensor"), _Global("torch.nn.parameter.Parameter"))
         # What it calls is no call of this kind again, which could go on without end.
         return _called(inner, given, budget) if plain and inner != function else Passive()
-    if function.name in _FIRST:
+    if _FIRST.fullmatch(function.name):
         return arguments[0]
-    if function.name in _DICTIONARIES:
+    if _DICTIONARIES.fullmatch(function.name):
         found: dict[Any, Any] = {}
         items = arguments[0] if arguments else ()
         if isinstance(items, dict | list | tuple):
