@@ -75,12 +75,13 @@ def require_contents(run: Run) -> None:
     weights |= {f"--{name}.source": entry.source for name, entry in run.frozen_models.items()}
     named = {f"{name}.model": entry.model for name, entry in (students | run.frozen_models).items()}
     weights |= {name: model for name, model in named.items() if model.startswith(TIMM)}
+    folders = tuple(s for entry in run.frozen_models.values() for s in entry.folder_schemes)
     # Code of the run's own may register models with timm.
     knows_timm = bool(run.code())
     _on_this_node(
         *(partial(require_dataset, root, where=where) for where, root in roots.items()),
         *(
-            partial(require_named, source, where=where)
+            partial(require_named, source, where=where, folders=folders)
             for where, source in weights.items()
             if source not in ("", RANDOM) and not (knows_timm and source.startswith(TIMM))
         ),

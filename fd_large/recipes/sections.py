@@ -177,8 +177,8 @@ class FrozenModel:
     """A model that is used as it is: its name, and where its weights are."""
 
     place: ClassVar[str] = "model"
-    more_sources: ClassVar[tuple[str, ...]] = ()
-    """Forms of `source` that only sections of this kind take, for messages."""
+    folder_schemes: ClassVar[tuple[str, ...]] = ()
+    """What may stand before the path of a folder in `source`, in sections of this kind alone."""
 
     # Name of the model, which also decides its image statistics and its final norm. auto: the model
     # that the weights of `source` belong to.
@@ -214,7 +214,8 @@ class FrozenModel:
         others = list(others)
         hint = f" ({nearest(where.rpartition('.')[2], others)})" if others else ""
         # Random weights show no model.
-        forms = (*_SOURCES, *self.more_sources, *([RANDOM] if self.model != AUTO else []))
+        folders = (f"{scheme}FOLDER" for scheme in self.folder_schemes)
+        forms = (*_SOURCES, *folders, *([RANDOM] if self.model != AUTO else []))
         expected = f"{', '.join(forms[:-1])} or {forms[-1]}"
         if self.model == AUTO:
             raise ConfigError(

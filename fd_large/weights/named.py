@@ -21,9 +21,8 @@ from fd_large.files import kind_of, unusable
 from fd_large.recipes.architectures import FAMILIES
 from fd_large.weights.libraries import LIBRARIES
 
-HUB, OPEN_CLIP, PACKAGE, CACHED = "hf:", "open_clip:", "package:", "cached:"
-TIMM = "timm:"
-_SCHEMES = (HUB, OPEN_CLIP, PACKAGE, CACHED, *(f.prefix for f in FAMILIES.values() if f.prefix))
+HUB, OPEN_CLIP, PACKAGE, TIMM = "hf:", "open_clip:", "package:", "timm:"
+_SCHEMES = (HUB, OPEN_CLIP, PACKAGE, *(f.prefix for f in FAMILIES.values() if f.prefix))
 _REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 _PACKAGE_FILES = (".safetensors", ".pth", ".pt")
 # What is no file of tensors, or says where they are.
@@ -32,12 +31,13 @@ _OTHER_FILES = {".json", *(Path(made.graph).suffix for made in LIBRARIES.values(
 _NAMES = re.compile(r"(?:^def |')(\w+)(?=[('])", re.MULTILINE)
 
 
-def require_named(source: str, *, where: str) -> None:
+def require_named(source: str, *, where: str, folders: tuple[str, ...] = ()) -> None:
     """Refuses a source of weights that stands for nothing, as far as shows without torch.
 
     Args:
         source: As a recipe has it; a path at which nothing stands is passed over.
         where: The field that the user set, for messages.
+        folders: Schemes before the path of a folder, where the section takes more than weights.
 
     Raises: WeightsError or ConfigError: naming the field.
     """
@@ -50,8 +50,8 @@ def require_named(source: str, *, where: str) -> None:
             raise no_open_clip(source, where)
     elif source.startswith(TIMM):
         require_in_timm(source.removeprefix(TIMM), where)
-    elif source.startswith(CACHED):
-        _require_folder(source.removeprefix(CACHED), where)
+    elif source.startswith(folders):
+        _require_folder(source, where)
     elif source.startswith(_SCHEMES):
         return
     elif (kind := kind_of(source, where=where, of=WeightsError)) == "file":
@@ -59,7 +59,7 @@ def require_named(source: str, *, where: str) -> None:
     elif kind is None and (named := source.rpartition("#")[0]):  # FILE#student
         require_named(named, where=where)
     elif kind is None and doors.SCHEME.match(source):
-        doors.refuse_scheme(source, _SCHEMES, where=where, of=WeightsError)
+        doors.refuse_scheme(source, (*_SCHEMES, *folders), where=where, of=WeightsError)
 
 
 def file_in_package(name: str, where: str) -> Path:
@@ -139,11 +139,12 @@ def _require_repository(name: str, where: str) -> None:
         )
 
 
-def _require_folder(folder: str, where: str) -> None:
+def _require_folder(source: str, where: str) -> None:
+    scheme, _, folder = source.partition(":")
     if kind_of(folder, where=where, of=WeightsError) != "folder":
         raise WeightsError(
-            f"{where}: no such folder; got {CACHED}{folder}, expected {CACHED}FOLDER of cached "
-            "targets. Correct the path, or write it: python -m fd_large cache."
+            f"{where}: no such folder; got {source}, expected {scheme}:FOLDER. Correct the "
+            "path, or write the folder first."
         )
 
 

@@ -25,7 +25,7 @@ class Teacher(FrozenModel):
     """The frozen model whose last feature map is the target."""
 
     place: ClassVar[str] = "teacher"
-    more_sources: ClassVar[tuple[str, ...]] = (f"{CACHED}FOLDER",)
+    folder_schemes: ClassVar[tuple[str, ...]] = (CACHED,)
 
     # Where the weights are held. replicated: whole on every rank. sharded: split over all ranks.
     # node: split over the ranks of a node, whole in every node.
