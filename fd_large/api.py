@@ -26,7 +26,6 @@ from fd_large.recipes.fields import flat_plain, from_plain, hints_of
 from fd_large.recipes.file_names import SUMMARY
 from fd_large.recipes.run import Run
 from fd_large.recipes.run_file import Given, accepted, named_fields, run_of
-from fd_large.recipes.sections import RANDOM
 
 if TYPE_CHECKING:
     from fd_large.engine.trained_model import TrainedModel
@@ -252,14 +251,11 @@ def load_student(
         named = find_model(os.fspath(run), job_of)
         backbone, statistics = named.build()
     # Not all of `named`, whose weights keep files open.
-    job, source = named.trained_by, named.checkpoint or Path(named.source)
-    has_heads = named.section.source != RANDOM
+    job, folder = named.trained_by, named.folder
 
     def heads() -> Mapping[str, Any]:
-        if not has_heads:
-            return {}
         with torch.random.fork_rng(devices=cuda_devices()):
-            return heads_of(job, source)
+            return heads_of(job, folder)
 
     return TrainedModel(
         backbone,

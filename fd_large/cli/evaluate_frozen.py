@@ -133,7 +133,7 @@ def _heads_of(model: NamedModel, features: Sequence[str]) -> dict[str, Any]:
 
     if tuple(features) == (OWN_FEATURES,) or model.section.source == RANDOM:
         return {}
-    heads = heads_of(model.trained_by, model.checkpoint or Path(model.source))
+    heads = heads_of(model.trained_by, model.folder)
     found: dict[str, Any] = {}
     for feature in features if heads else ():
         label = feature.replace(".", "_")  # NAME.KIND

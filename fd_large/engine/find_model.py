@@ -62,6 +62,13 @@ class NamedModel:
         """The model's architecture, every field set."""
         return resolve(self.section.model, self.section.architecture)
 
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint, or the folder that its weights stand in; None if there is neither."""
+        if self.checkpoint or self.section.source == RANDOM:
+            return self.checkpoint
+        return self.weights.resolve(self.section.source).folder
+
     def build(self) -> tuple[nn.Module, Statistics]:
         """Builds the model with its weights, in float32 on this process's device.
 

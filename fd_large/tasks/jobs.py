@@ -112,18 +112,20 @@ def transfer_of(task: str) -> Transfer:
     return _class_of(kind.transfer)()
 
 
-def heads_of(job: TrainingJob | None, source: Path) -> Mapping[str, nn.Module]:
+def heads_of(job: TrainingJob | None, folder: Path | None) -> Mapping[str, nn.Module]:
     """Returns the heads of a run, or of an export of its student, by name; see `StoredRun.heads`.
 
     Args:
-        job: The job of the run; None: the source is no run.
-        source: The folder of a run or of a checkpoint, or what else a model was loaded from.
+        job: The job of the run; None: it is no run's.
+        folder: Where its weights stand (`NamedModel.folder`); None: nowhere.
 
     Raises: FDError: if they cannot be read.
     """
+    if folder is None:
+        return {}
     if job is not None:
-        return stored_run_of(job).heads(stream.newest(source, where="heads"))
-    config = source / HEADS / "config.json"
+        return stored_run_of(job).heads(stream.newest(folder, where="heads"))
+    config = folder / HEADS / "config.json"
     if files.kind_of(config) != "file":
         return {}
     kind = kind_of(read_json(config, where=str(config)).get("task", ""))

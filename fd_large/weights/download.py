@@ -32,8 +32,8 @@ from fd_large.weights.named import (
 from fd_large.weights.origin import CARD, UNKNOWN, licence_of_card
 from fd_large.weights.read import Tensors
 
-_HUB_FILES = ("*.json", "*.safetensors", "*.bin")
-_FETCHED = (*_HUB_FILES, CARD, "LICEN?E*", "NOTICE*")
+_HUB_FILES = ("*.json", "*.safetensors", "*.bin", CARD)
+_FETCHED = (*_HUB_FILES, "LICEN?E*", "NOTICE*")
 _WHERE = "weights fetch"
 
 

@@ -41,15 +41,15 @@ class Inspection:
         source: The source as the user gave it.
         form: Name of the format.
         what: The format in words.
-        own: Whether this project wrote it.
         architecture: What is known of the architecture; None in other fields.
-        unknown: Fields that neither file nor configuration shows.
         statistics: Image statistics that it was trained with; None if unknown.
         named: A named model with this architecture; "" if there is none.
-        facts: Licence and origin, where the published weights are known.
         parameters: Elements of the model in the file.
         dtypes: Types of its tensors.
         match: How it fits the model it shows, or the one asked for; None if too little is known.
+        own: Whether this project wrote it.
+        unknown: Fields that neither file nor configuration shows.
+        facts: Licence and origin, where the published weights are known.
         dropped: Names that are left out on purpose.
         other_part: What a file of a training holds beside the model: "student" or "teacher"; empty
             if nothing.
@@ -58,16 +58,16 @@ class Inspection:
     source: str
     form: str
     what: str
-    own: bool
     architecture: Architecture
-    unknown: tuple[str, ...]
     statistics: Statistics | None
     named: str
-    facts: WeightFacts | None
     parameters: int
     dtypes: tuple[str, ...]
     match: Match | None
-    dropped: tuple[str, ...]
+    own: bool = False
+    unknown: tuple[str, ...] = ()
+    facts: WeightFacts | None = None
+    dropped: tuple[str, ...] = ()
     other_part: str = ""
 
 
@@ -139,16 +139,12 @@ def _of_library(weights: ResolvedWeights, described: Described) -> Inspection:
         source=weights.source,
         form=family,
         what=f"folder of {architecture.own_name}",
-        own=False,
         architecture=described.architecture,
-        unknown=(),
         statistics=described.statistics,
         named=architecture.own_name,
-        facts=None,
         parameters=fitted.match.total,
         dtypes=fitted.dtypes,
         match=fitted.match,
-        dropped=(),
     )
 
 
@@ -166,10 +162,8 @@ def _of_own(source: str | Path, own: Stored) -> Inspection:
         what="exported student" if is_file else f"student of a run, {own.path.name}",
         own=True,
         architecture=overrides(own.architecture),
-        unknown=(),
         statistics=own.statistics,
         named=name_of(own.architecture),
-        facts=None,
         parameters=sum(size for name, size in own.sizes.items() if name not in dropped),
         dtypes=tuple(sorted(dtype.removeprefix("torch.") for dtype in dtypes)),
         match=None,

@@ -1,4 +1,8 @@
-"""Whose weights a model learned from: their licence and repository, as far as anything says it."""
+"""Whose weights a model learned from: their licence and repository, as far as anything says it.
+
+It is asked of the source's name and not of the resolved weights, since the card of a stored run is
+written where its teacher may be gone, and must neither open nor fetch it.
+"""
 
 from __future__ import annotations
 

@@ -222,6 +222,11 @@ class ResolvedWeights:
             return self.stored.file.path or self.stored.path
         return file_of(Path(self._name_and_part[0]), where=self.where)
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder that the file stands in; None if a library brings the weights."""
+        return self.path.parent if self.path else None
+
     def statistics_for(self, architecture: FamilyArchitecture) -> Statistics | None:
         """Returns the image statistics that are stated for a model; None if there are none."""
         if family_of(architecture).matched is None:

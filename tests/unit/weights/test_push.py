@@ -6,16 +6,30 @@ import base64
 import hashlib
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub
 import pytest
+import tiny_runs
+import torch
+import yaml
 from card_code import run_code
+from hub import hub as serving
 from huggingface_hub import constants
 from stored_run import STUDENTS, store_student
 
+import fd_large
+from fd_large.backbones.registry import build
 from fd_large.cli import export as command
+from fd_large.engine.frozen import frozen_weights
+from fd_large.engine.student import student_weights
 from fd_large.errors import ConfigError, WeightsError
+from fd_large.recipes.sections import FrozenModel
+from fd_large.weights.load import fill
+from fd_large.weights.origin import Origin, origin_of
+from fd_large.weights.resolve import Sources
+from fd_large.weights.settle import settle_model, settle_student
 
 TOKEN, REPOSITORY = "hf_standin", "group/student"
 
@@ -153,6 +167,40 @@ def test_all_files_arrive_in_a_private_repository(hub, export, tmp_path, monkeyp
     found, _ = run_code(card, tmp_path, tmp_path)
     assert found["tokens"].shape == (1, 17, 32)
     assert f"uploaded, private: {hub.url}/{REPOSITORY}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to", ["fd", "timm"])
+def test_an_upload_comes_back_to_the_bit(hub, tmp_path, to):
+    """As a model, with the head of its teacher; as a teacher; as the weights of a student."""
+    run, repository = tiny_runs.tiny_run(), f"group/{to}"  # One name is fetched once.
+    tiny_runs.store_task(tmp_path / "run", run, tiny_runs.tiny_task(run))
+    arguments = [str(tmp_path / "run"), str(tmp_path / "out"), "--to", to, "--push", repository]
+    assert command.main([*arguments, "--license", "mit"]) == 0
+    for name, content in hub.repositories[repository].items():
+        path = tmp_path / "hub" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == {"fd": "fd_large"}.get(to, to)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    source, net = f"hf:{repository}", build(run.student.model, run.student.architecture)
+    with serving({repository: tmp_path / "hub"}, tmp_path / "cache"), torch.no_grad():
+        model, again = fd_large.load_student(tmp_path / "run"), fd_large.load_student(source)
+        assert torch.equal(again(images), model(images))
+        guess = model.teacher_map("teacher", images)
+        assert torch.equal(again.teacher_map("teacher", images), guess)
+        assert origin_of(source, "auto", None) == Origin("mit", repository)
+        state, sources = model.backbone.state_dict(), Sources()
+        teacher = settle_model(FrozenModel(source=source), sources, where="--teacher.source")
+        student = settle_student(replace(run.student, init=source), sources)
+        for weights in (
+            frozen_weights(teacher, sources, where="--teacher.source"),
+            student_weights(student, sources, image_size=32),
+        ):
+            fill(net, weights)
+            assert all(
+                torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items()
+            )
 
 
 def test_what_is_there_already_stays_and_nothing_is_exported(hub, export, tmp_path):
