@@ -11,7 +11,6 @@ it is written aside and renamed.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -22,8 +21,8 @@ import time
 from abc import abstractmethod
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -32,9 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fd_large.data.folder import MAX_FILE_BYTES
-from fd_large.data.listing import cache_folder
+from fd_large.data.listing import cache_folder, locked
 from fd_large.data.objects import Stored
 from fd_large.data.sampler import Blocks
+from fd_large.data.tar_index import NO_LABEL
 from fd_large.errors import ConfigError, DataError, FDError
 from fd_large.files import PARTIAL, STALE_SECONDS, kind_of
 from fd_large.recipes.sections import Data
@@ -43,10 +43,8 @@ log = logging.getLogger(__name__)
 
 # Blocks that a process holds open.
 MOST_OPEN = 256
-NO_LABEL = -1
 _TRAILER = struct.Struct("<qq8s")
-_MAGIC = b"fdblock1"
-_COLUMNS = ("starts", "sizes", "labels", "name_ends")
+_MAGIC = b"fdblock2"
 _NUM_LOCKS = 256
 
 
@@ -59,54 +57,49 @@ class BlockWriter:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
-        self._columns = {name: array("q") for name in _COLUMNS}
+        self._rows = array("q")  # Start, size, label and end of the name of each image.
         self._names = bytearray()
 
-    def add(self, name: bytes, encoded: Any, label: int = NO_LABEL) -> None:
+    def add(self, name: bytes, encoded: Any) -> None:
         """Writes an image."""
         start = self.file.tell()
         self.file.write(encoded)
-        self.note(name, start, self.file.tell() - start, label)
+        self.note(name, start, self.file.tell() - start)
 
     def note(self, name: bytes, start: int, size: int, label: int = NO_LABEL) -> None:
         """Notes an image whose bytes are written."""
         self._names += name
-        for column, value in zip(
-            self._columns.values(), (start, size, label, len(self._names)), strict=True
-        ):
-            column.append(value)
+        self._rows.extend((start, size, label, len(self._names)))
 
     def finish(self) -> None:
         """Writes the index."""
         self.file.seek(0, os.SEEK_END)
-        for column in self._columns.values():
-            self.file.write(column.tobytes())
-        self.file.write(self._names)
-        num = len(self._columns["starts"])
-        self.file.write(_TRAILER.pack(num, len(self._names), _MAGIC))
+        self.file.write(self._rows.tobytes() + self._names)
+        self.file.write(_TRAILER.pack(len(self._rows) // 4, len(self._names), _MAGIC))
 
 
 class BlockFile:
-    """An open block; `len` of it is the number of its images."""
+    """An open block; `len` of it is the number of its images.
+
+    Attributes:
+        labels: (len,) int64.
+    """
 
     def __init__(self, path: Path) -> None:
         self._number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        size = os.fstat(self._number).st_size
-        trailer = os.pread(self._number, _TRAILER.size, max(0, size - _TRAILER.size))
+        end = os.fstat(self._number).st_size - _TRAILER.size
+        trailer = os.pread(self._number, _TRAILER.size, max(0, end))
         if len(trailer) < _TRAILER.size or trailer[-len(_MAGIC) :] != _MAGIC:
             raise ValueError("not a block")
         num, num_bytes, _ = _TRAILER.unpack(trailer)
-        wanted = num * 8 * len(_COLUMNS) + num_bytes
-        index = os.pread(self._number, wanted, max(0, size - _TRAILER.size - wanted))
-        if len(index) < wanted:
-            raise ValueError("not a block")
-        numbers = np.frombuffer(index, np.int64, num * len(_COLUMNS)).reshape(len(_COLUMNS), num)
-        self.starts, self.sizes, self.labels, self._name_ends = numbers
-        self._names = index[len(index) - num_bytes :]
+        index = os.pread(self._number, num * 32 + num_bytes, end - num * 32 - num_bytes)
+        rows = np.frombuffer(index, np.int64, num * 4).reshape(num, 4)
+        self._starts, self._sizes, self.labels, self._name_ends = rows.T
+        self._names = index[num * 32 :]
         os.utime(self._number)  # Used: others make room first.
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.labels)
 
     def name(self, place: int) -> str:
         """The name of an image."""
@@ -115,11 +108,11 @@ class BlockFile:
 
     def read(self, place: int) -> bytearray:
         """The bytes of an image; OSError if they cannot be read."""
-        size = int(self.sizes[place])
+        size = int(self._sizes[place])
         if size > MAX_FILE_BYTES:
             raise OSError(f"an image of {size} bytes")
         encoded = bytearray(size)
-        done = os.preadv(self._number, [encoded], int(self.starts[place])) if size else 0
+        done = os.preadv(self._number, [encoded], int(self._starts[place])) if size else 0
         if done < size:
             raise OSError(f"{done} of {size} bytes")
         return encoded
@@ -156,8 +149,9 @@ class BlockCache(NamedTuple):
         try:
             if (found := _opened(path)) is not None:
                 return found
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(self.folder / f"{int(key[:8], 16) % _NUM_LOCKS:02x}.lock", wait) as mine:
+            with locked(
+                self.folder / f"{int(key[:8], 16) % _NUM_LOCKS:02x}.lock", wait=wait
+            ) as mine:
                 if not mine:
                     return None
                 if (found := _opened(path)) is None:
@@ -176,28 +170,28 @@ class BlockCache(NamedTuple):
         return kind_of(self.folder / f"{key}.block") is not None
 
     def _write(self, path: Path, make: Callable[[BlockWriter], None]) -> None:
-        descriptor, aside = tempfile.mkstemp(prefix=PARTIAL, dir=self.folder)
-        try:
-            with os.fdopen(descriptor, "w+b") as file:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=PARTIAL, dir=self.folder, delete=False) as file:
+            try:
                 writer = BlockWriter(file)
                 make(writer)
                 writer.finish()
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(aside)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
         self._make_room(path)
 
     def _make_room(self, added: Path) -> None:
         blocks, total = [], 0
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                with suppress(FileNotFoundError):
+                with suppress(FileNotFoundError):  # Another process was faster.
                     status = entry.stat()
                     if entry.name.endswith(".block"):
-                        blocks.append((status.st_mtime_ns, status.st_size, entry.path))
+                        blocks.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
                         total += status.st_size
                     elif (
                         entry.name.startswith(PARTIAL)
@@ -207,9 +201,8 @@ class BlockCache(NamedTuple):
         for _, size, path in sorted(blocks):
             if total <= self.limit_bytes:
                 break
-            if path != str(added):
-                with suppress(FileNotFoundError):
-                    os.unlink(path)  # Those who have it open read on.
+            if path != added:
+                path.unlink(missing_ok=True)  # Those who have it open read on.
                 total -= size
 
 
@@ -405,17 +398,3 @@ def _opened(path: Path) -> BlockFile | None:
     except ValueError:  # Cut by a crash of the machine.
         path.unlink(missing_ok=True)
         return None
-
-
-@contextmanager
-def _locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Holds a lock, which the system frees when its holder dies; False if another holds it."""
-    with open(path, "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError as error:  # A file system without locks: each makes its own.
-            log.debug("no lock on %s: %s", path, error)
-        yield True

@@ -124,7 +124,7 @@ def listed(
         path = _path(what, anchor)
         listing = _load(path, is_current)
         if listing is None:
-            with _only_one(path):
+            with locked(path.with_suffix(".lock")):
                 listing = _load(path, is_current) or _keep(_timed(make), path)
         return listing
 
@@ -184,6 +184,29 @@ def cache_folder() -> Path:
         return Path(folder)
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(home) / "fd_large"
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds a lock, which the system frees when its holder dies.
+
+    In a folder that cannot be written, or on a file system without locks, each goes on by itself.
+
+    Args:
+        path: The file of the lock.
+        wait: Whether to wait for another holder; else False is yielded if there is one.
+    """
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(path, "ab"))
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            log.debug("no lock on %s: %s", path, error)
+        yield True
 
 
 def settled(modified_ns: int, listed_at: float) -> bool:
@@ -293,17 +316,6 @@ def _reopen(path: Path, fingerprint: str) -> Listing:
         )
     found.facts.pop("stamps", None)
     return found
-
-
-@contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Holds the lock of a file to be, which the system frees when its holder dies."""
-    with ExitStack() as stack:
-        with suppress(OSError):  # Not to be written to, or a file system without locks.
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(path.with_suffix(".lock"), "ab"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _remove_stale(folder: Path) -> None:

@@ -9,19 +9,21 @@ fsspec makes a new client in a forked process.
 from __future__ import annotations
 
 import errno
-import glob
-import io
 import os
 import re
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from fd_large.data.braces import expand_braces
 from fd_large.data.packages import PARQUET, check_packages, is_url, local_kind, name_of, scheme_of
 from fd_large.errors import DataError, named
-from fd_large.files import PASSING, retried
+from fd_large.files import PASSING, retried, unusable
 from fd_large.ranks import meeting
 
 T = TypeVar("T")
@@ -81,7 +83,8 @@ class Stored(NamedTuple):
                 f"expected {self.size} ({self.stamp}). Restore it, or start again to list it anew."
             )
         if self.is_remote:
-            return io.BufferedReader(_Ranges(self), 1 << 20)
+            client, path = _client(self.url)
+            return _Ranges(client, path, size=self.size, cache_type="none")
         return open(self.url, "rb")
 
 
@@ -106,6 +109,8 @@ def asked(url: str, action: Callable[[], T]) -> T:
         except Exception as error:
             if _passes(error):
                 raise OSError(errno.EREMOTEIO, named(error)) from error
+            if isinstance(error, OSError) and not is_url(url):
+                raise unusable("", error, url, of=DataError) from error
             raise DataError(
                 f"{url}: cannot be read; got {named(error)}, expected an object that this user "
                 "may read. Check the name, and the credentials that the store's client uses."
@@ -151,49 +156,28 @@ def find_objects(root: str, where: str) -> list[Stored]:
 
 
 def _names(root: str, endings: tuple[str, ...]) -> Iterator[str]:
-    if not is_url(root):
-        kind = local_kind(root)
-        if kind == "folder":
-            found = []
-            for folder, folders, files in os.walk(root):
-                folders[:] = [name for name in folders if not name.startswith(".")]
-                found += [os.path.join(folder, name) for name in files if name[0] != "."]
-            yield from sorted(name for name in found if name.lower().endswith(endings))
-        elif _GLOB.search(root) and not kind:
-            yield from (n for n in sorted(glob.glob(root)) if n.lower().endswith(endings))
-        elif root.lower().endswith(endings):
-            yield root
-        return
     client, path = _client(root)
-    if _GLOB.search(name_of(path)):
+    kind = local_kind(root)  # None for a URL, too.
+    if not kind and _GLOB.search(name_of(path)):
         found = asked(root, lambda: client.glob(path))
-    elif name_of(path).lower().endswith(endings):
+    elif kind != "folder" and name_of(path).lower().endswith(endings):
         found = [path]
     else:
         found = asked(root, lambda: client.find(path))
     below = len(path.rstrip("/"))
     for name in sorted(found):
         if name_of(name).lower().endswith(endings) and "/." not in name[below:]:
-            yield client.unstrip_protocol(name)
+            yield client.unstrip_protocol(name) if is_url(root) else name
 
 
 def _looked_up(url: str) -> Stored:
-    if not is_url(url):
-        try:
-            status = os.stat(url)
-        except OSError as error:
-            raise DataError(
-                f"no such file; got {url!r} ({error.strerror}), expected a file that can be read. "
-                "Correct the name."
-            ) from error
-        if not stat.S_ISREG(status.st_mode):  # A named pipe would wait for a writer.
-            raise DataError(
-                f"not a file; got {url!r}, a folder, a pipe or a device, expected a file that can "
-                "be read. Leave it out, or correct the name."
-            )
-        return Stored(url, status.st_size, str(status.st_mtime_ns))
     client, path = _client(url)
     facts = asked(url, lambda: client.info(path))
+    if facts.get("type", "file") != "file":  # A named pipe would wait for a writer.
+        raise DataError(
+            f"not a file; got {url!r}, a folder, a pipe or a device, expected a file that can "
+            "be read. Leave it out, or correct the name."
+        )
     if facts.get("size") is None:
         raise DataError(
             f"{url}: a server that does not say how long a file is; got no size, expected one. "
@@ -203,50 +187,26 @@ def _looked_up(url: str) -> Stored:
     return Stored(url, int(facts["size"]), str(next(filter(None, stamps), "")).strip('"'))
 
 
-class _Ranges(io.RawIOBase):
-    """An object that is read in ranges."""
+class _Ranges(AbstractBufferedFile):
+    """An object that is read in ranges, each asked for again where the store fails."""
 
-    def __init__(self, stored: Stored) -> None:
-        self._stored, self._place = stored, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._stored.size}[whence]
-        self._place = start + offset
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-    def readinto(self, into: Any) -> int:
-        url, size, _ = self._stored
-        stop = min(self._place + min(len(into), RANGE_BYTES), size)
-        if stop <= self._place:
-            return 0
-        start = self._place
-
-        def get() -> bytes:
-            client, path = _client(url)
-            found = client.cat_file(path, start=start, end=stop)
-            if len(found) != stop - start:
-                raise ConnectionError(f"{len(found)} of {stop - start} bytes")
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        def get(start: int, end: int) -> bytes:
+            found: bytes = self.fs.cat_file(self.path, start=start, end=end)
+            if len(found) != end - start:
+                raise ConnectionError(f"{len(found)} of {end - start} bytes")
             return found
 
-        found = asked(url, get)
-        into[: len(found)] = found
-        self._place = stop
-        return len(found)
+        end = min(end, self.size)
+        starts = range(start, end, RANGE_BYTES)
+        ranges = [(place, min(place + RANGE_BYTES, end)) for place in starts]
+        return b"".join(asked(self.full_name, partial(get, *one)) for one in ranges)
 
 
 def _client(url: str) -> tuple[Any, str]:
     """fsspec's client, the same one within a process and another in a forked one; and the path."""
-    import fsspec
-
+    if not is_url(url):  # Of which fsspec would take `A::B` and `~` for more than names.
+        return LocalFileSystem(), os.path.abspath(url)
     scheme, options = scheme_of(url), {}
     # The pauses between tries are ours: clients that try again as well would multiply them.
     if scheme in ("s3", "s3a"):
@@ -263,7 +223,7 @@ def _client(url: str) -> tuple[Any, str]:
                 total=None, sock_connect=ANSWER_SECONDS, sock_read=ANSWER_SECONDS
             )
         }
-    client, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+    client, path = url_to_fs(url, use_listings_cache=False, **options)
     if scheme in ("s3", "s3a"):
         client.retries = 1
     _clients[id(client)] = client

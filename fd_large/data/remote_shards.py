@@ -18,13 +18,12 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large.data.blocks import NO_LABEL, BlockImages, BlockWriter, block_key, the_cache
+from fd_large.data.blocks import BlockImages, BlockWriter, block_key, the_cache
 from fd_large.data.listing import cache_folder
 from fd_large.data.objects import RANGE_BYTES, Stored, find_objects
 from fd_large.data.packages import is_url, name_of
-from fd_large.data.shards import COMPRESSED, ENDINGS, sample_key
-from fd_large.data.tar_index import Torn, members
-from fd_large.errors import DataError, without_secrets
+from fd_large.data.tar_index import NO_LABEL, images_in, label_of
+from fd_large.errors import DataError
 from fd_large.files import json_object, write_json
 from fd_large.ranks import activity, meeting
 
@@ -32,7 +31,6 @@ log = logging.getLogger(__name__)
 
 # Shards fetched at a time while they are counted.
 STREAMS = 8
-_MAX_LABEL_BYTES = 32
 
 
 class RemoteShards(BlockImages):
@@ -100,7 +98,7 @@ class RemoteShards(BlockImages):
         return np.concatenate(found)
 
     def _make(self, stored: Stored, part: int, writer: BlockWriter) -> None:
-        _write(stored, writer)
+        _write(stored, writer, self._where)
 
 
 def open_remote_shards(root: str, *, where: str) -> RemoteShards | None:
@@ -131,7 +129,7 @@ def _counted(root: str, shards: Sequence[Stored], where: str) -> list[tuple[int,
 
     def count(place: int) -> tuple[int, str]:
         torn: list[str] = []
-        found = cache.open(keys[place], lambda w: torn.append(_write(shards[place], w)))
+        found = cache.open(keys[place], lambda w: torn.append(_write(shards[place], w, where)))
         assert found is not None
         return len(found), "".join(torn)
 
@@ -152,38 +150,15 @@ def _counted(root: str, shards: Sequence[Stored], where: str) -> list[tuple[int,
     return [(int(kept[key][0]), str(kept[key][1])) for key in keys]
 
 
-def _write(shard: Stored, writer: BlockWriter) -> str:
+def _write(shard: Stored, writer: BlockWriter, where: str) -> str:
     """Writes a shard and its index; returns what is wrong with it, or "".
 
     Raises: DataError: if it is compressed or changed; StorageError: if the store does not answer.
     """
     with shard.open() as remote:
         shutil.copyfileobj(remote, writer.file, RANGE_BYTES)
-    writer.file.flush()
     writer.file.seek(0)
-    if kind := COMPRESSED.get(writer.file.read(2)):
-        raise DataError(
-            f"{shard.url}: a compressed shard; got {kind}, expected a plain tar file, whose "
-            "members can be read in place. Decompress it (images gain nothing)."
-        )
-    writer.file.seek(0)
-    images: list[tuple[bytes, int, int]] = []
-    labels: dict[bytes, int] = {}
-    torn = ""
-    try:
-        for name, offset, size in members(writer.file):
-            if name.startswith(b".") or b"/." in name:
-                continue
-            if name.lower().endswith(ENDINGS):
-                images.append((name, offset, size))
-            elif name.endswith(b".cls"):
-                text = os.pread(writer.file.fileno(), min(size, _MAX_LABEL_BYTES), offset).strip()
-                labels[sample_key(name)] = int(text) if text.isdigit() else NO_LABEL
-    except Torn as error:
-        torn = without_secrets(
-            f"{shard.url}: a shard that is not whole: {error}; {len(images)} images before that "
-            "are used. Write the shard again."
-        )
-    for name, offset, size in images:
-        writer.note(name, offset, size, labels.get(sample_key(name), NO_LABEL))
+    images, torn = images_in(writer.file, shard.url, where=where)
+    for image in images:
+        writer.note(image.name, image.offset, image.size, label_of(image.label))
     return torn

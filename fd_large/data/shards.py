@@ -1,9 +1,4 @@
-"""Images in tar shards, read in place: nothing is unpacked.
-
-WebDataset's naming (KEY.jpg, KEY.cls, KEY.json ...) and any other tar of images do: every member
-with an image's extension is a sample, other members are passed over. KEY is the name up to the
-first dot after the last slash, and KEY.cls holds a label as a decimal number.
-"""
+"""Images in tar shards, read in place: nothing is unpacked."""
 
 from __future__ import annotations
 
@@ -27,20 +22,16 @@ from fd_large.data.braces import BRACES, expand_braces
 from fd_large.data.folder import EXTENSIONS, MAX_FILE_BYTES, walk
 from fd_large.data.listing import Add, Listing, filled, listed, settled
 from fd_large.data.packages import local_kind
-from fd_large.data.tar_index import Torn, members
+from fd_large.data.tar_index import NO_LABEL, TarImage, images_in, label_of
 from fd_large.errors import DataError
 from fd_large.files import kind_of
 from fd_large.ranks import meeting
 
 log = logging.getLogger(__name__)
 
-ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 # Shards that a process keeps open, and how long one is taken for the one that was indexed.
 MOST_OPEN = 2048
 CHECK_SECONDS = 60.0
-# A label is a decimal number; what is longer is none.
-_MAX_LABEL_BYTES = 32
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -156,33 +147,21 @@ class TarShards:
         found: list[tuple[Any, ...]] = []
         paths, torn, shards = _shards_of(self._root, self._where), [], []
         for number, path in enumerate(paths):
-            images: list[tuple[bytes, int, int]] = []
-            labels: dict[bytes, int] = {}
             try:
                 with open(path, "rb", buffering=0) as file:
                     shards.append(_size_and_time(os.fstat(file.fileno())))
-                    self._refuse_compressed(path, os.pread(file.fileno(), 2, 0))
-                    for name, offset, size in members(file):
-                        if name.startswith(b".") or b"/." in name:
-                            continue
-                        if name.lower().endswith(ENDINGS):
-                            images.append((name, offset, size))
-                        elif with_labels and name.endswith(b".cls"):
-                            text = os.pread(file.fileno(), min(size, _MAX_LABEL_BYTES), offset)
-                            labels[sample_key(name)] = self._label(text, path, name)
-            except Torn as error:
-                torn.append(
-                    f"{path}: a shard that is not whole: {error}; {len(images)} images before "
-                    "that are used. Fetch or write the shard again."
-                )
+                    images, wrong = images_in(
+                        file, path, where=self._where, with_labels=with_labels
+                    )
             except OSError as error:
                 raise DataError(
                     f"{self._where}: a shard cannot be read; got {error.strerror or error} for "
                     f"{path!r}, expected a tar file. Mend its permissions or leave it out."
                 ) from error
-            for name, offset, size in images:
-                label = [self._found(labels, path, name)] if with_labels else []
-                found.append((name, number, offset, size, *label))
+            torn += [wrong] if wrong else []
+            for image in images:
+                label = [self._label(image, path)] if with_labels else []
+                found.append((image.name, number, image.offset, image.size, *label))
         for name, number, offset, size, *label in sorted(found):
             add(name, offset, size, number, *label)
         return {"torn": torn, "paths": self._below(paths), "shards": shards}
@@ -197,31 +176,13 @@ class TarShards:
     def _below(self, paths: Sequence[str]) -> list[str]:
         return [os.path.relpath(path, self._folder or os.curdir) for path in paths]
 
-    def _refuse_compressed(self, path: str, start: bytes) -> None:
-        if kind := COMPRESSED.get(start):
+    def _label(self, image: TarImage, path: str) -> int:
+        if (label := label_of(image.label)) == NO_LABEL:
+            text = f"{image.label[:20]!r} beside " if image.label else ""
             raise DataError(
-                f"{self._where}: a compressed shard; got {kind} for {path!r}, expected a plain tar "
-                "file, whose members can be read in place. Decompress it (images gain nothing)."
-            )
-
-    def _found(self, labels: dict[bytes, int], path: str, name: bytes) -> int:
-        if sample_key(name) not in labels:
-            raise DataError(
-                f"{self._where}: an image without a label; got {os.fsdecode(name)} in {path}, "
-                "expected KEY.cls beside each KEY.jpg. Write the shards with labels, or use class "
-                "folders."
-            )
-        return labels[sample_key(name)]
-
-    def _label(self, text: bytes, path: str, name: bytes) -> int:
-        try:
-            label = int(text)
-        except ValueError:
-            label = -1
-        if label < 0:
-            raise DataError(
-                f"{self._where}: an invalid label; got {text[:20]!r} in {os.fsdecode(name)} of "
-                f"{path}, expected a whole number from 0 up. Write the shard again."
+                f"{self._where}: an image without a label; got {text}{os.fsdecode(image.name)} in "
+                f"{path}, expected KEY.cls, a whole number from 0 up, beside each KEY.jpg. Write "
+                "the shards with labels, or use class folders."
             )
         return label
 
@@ -359,9 +320,3 @@ def _only_shards(root: str, where: str) -> list[str]:
 
 def _size_and_time(status: os.stat_result) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
-
-
-def sample_key(name: bytes) -> bytes:
-    """The name up to the first dot after the last slash."""
-    folder, slash, last = name.rpartition(b"/")
-    return folder + slash + last.partition(b".")[0]

@@ -1,4 +1,8 @@
-"""Where the members of a tar archive lie, and whether the archive is whole.
+"""Where the images of a tar archive lie, and whether the archive is whole.
+
+WebDataset's naming (KEY.jpg, KEY.cls, KEY.json ...) and any other tar of images do: every member
+with an image's extension is a sample, other members are passed over. KEY is the name up to the
+first dot after the last slash, and KEY.cls holds a label as a decimal number.
 
 Python's tarfile ends in silence at a header that is damaged. Here the end of an archive is the
 block of zeros that every archive has; anything else in a header's place is reported as `Torn`.
@@ -11,6 +15,14 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+from fd_large.data.folder import EXTENSIONS
+from fd_large.errors import DataError, without_secrets
+
+NO_LABEL = -1
+_ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+# A label is a decimal number; what is longer is none.
+_MAX_LABEL_BYTES = 32
 # Archives are padded to a multiple of the record, 10 kB by default.
 _MAX_PADDING = 1 << 20
 
@@ -25,6 +37,73 @@ class Member(NamedTuple):
 
 class Torn(Exception):
     """An archive that does not go on where it should; the message says where and how."""
+
+
+class TarImage(NamedTuple):
+    """An image in an archive: its bytes are [offset, offset + size) of the archive.
+
+    Attributes:
+        name: Its name there.
+        offset: See above.
+        size: See above.
+        label: The text of KEY.cls; empty if there is none, or labels were not asked for.
+    """
+
+    name: bytes
+    offset: int
+    size: int
+    label: bytes
+
+
+def images_in(
+    file: BinaryIO, path: str, *, where: str, with_labels: bool = True
+) -> tuple[list[TarImage], str]:
+    """Lists the images of an open archive, as far as it is sound; hidden members are left out.
+
+    Args:
+        file: The archive, at its beginning.
+        path: What it is called, for messages.
+        where: The field that names it, for messages.
+        with_labels: Whether to read the labels.
+
+    Returns: the images in the archive's order, and what is wrong with the archive or "".
+    Raises: DataError: if it is compressed.
+    """
+    if kind := _COMPRESSED.get(os.pread(file.fileno(), 2, 0)):
+        raise DataError(
+            f"{where}: a compressed shard; got {kind} for {path!r}, expected a plain tar file, "
+            "whose members can be read in place. Decompress it (images gain nothing)."
+        )
+    images: list[Member] = []
+    labels: dict[bytes, bytes] = {}
+    torn = ""
+    try:
+        for member in members(file):
+            name, offset, size = member
+            if name.startswith(b".") or b"/." in name:
+                continue
+            if name.lower().endswith(_ENDINGS):
+                images.append(member)
+            elif with_labels and name.endswith(b".cls"):
+                text = os.pread(file.fileno(), min(size, _MAX_LABEL_BYTES), offset)
+                labels[_key(name)] = text
+    except Torn as error:
+        torn = without_secrets(
+            f"{path}: a shard that is not whole: {error}; {len(images)} images before that are "
+            "used. Fetch or write the shard again."
+        )
+    return [TarImage(*image, labels.get(_key(image.name), b"")) for image in images], torn
+
+
+def label_of(text: bytes) -> int:
+    """Returns the label that the text of a KEY.cls is, or `NO_LABEL`."""
+    return int(text) if text.strip().isdigit() else NO_LABEL
+
+
+def _key(name: bytes) -> bytes:
+    """The name up to the first dot after the last slash."""
+    folder, slash, last = name.rpartition(b"/")
+    return folder + slash + last.partition(b".")[0]
 
 
 class _Header(tarfile.TarInfo):

@@ -35,7 +35,9 @@ class Texts(BlockImages):
         if part == 2:
             raise DataError("damaged")
         for place in range(5):
-            writer.add(f"n{place}".encode(), f"{part}/{place}".encode() * 50, label=place)
+            text = f"{part}/{place}".encode() * 50
+            writer.file.write(text)
+            writer.note(f"n{place}".encode(), writer.file.tell() - len(text), len(text), place)
 
 
 @pytest.fixture(autouse=True)
