@@ -281,8 +281,8 @@ def evaluate(
         *models: Results, run folders or other models, as `load_student` takes them.
         data: The labelled images (data.root), or several fields of the section: {"root": ...,
             "val_fraction": 0.1}.
-        task: knn, linear, finetune, or the task of a run that is scored by itself; auto: as the
-            command line.
+        task: knn, linear, finetune, the task of a run that is scored by itself, or a protocol of
+            the user's own, module:FILE.py:NAME; auto: as the command line.
         out: Folder for the results.
         **options: Other arguments of the command (k=10, seeds=3) and fields of the recipe, as
             `distill` takes them.
@@ -291,7 +291,9 @@ def evaluate(
     """
     from fd_large.cli import evaluate as command
 
-    known = hints_of(command.Evaluate)
+    doors.allow_named([task])  # Named by this call, as others are on the command line.
+    kind = command.with_flags_of(task)
+    known = hints_of(kind)
     own = {name: value for name, value in options.items() if name in known}
     values = _texts({name: value for name, value in options.items() if name not in known})
     root = dict(data) if isinstance(data, Mapping) else {"root": os.fspath(data)}
@@ -308,7 +310,7 @@ def evaluate(
     run = _run_of(base, values)
     given = named_fields(Given(values), [])
     own |= {"models": named, "task": task, "out": os.fspath(out)}
-    arguments = from_plain(command.Evaluate, {k: _listed(v) for k, v in own.items()}, "")
+    arguments = from_plain(kind, {k: _listed(v) for k, v in own.items()}, "")
     summary = Path(out) / SUMMARY
     before = summary.stat().st_mtime_ns if kind_of(summary) == "file" else None
     with guest():

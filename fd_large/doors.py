@@ -40,7 +40,15 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint, EntryPoints
 
 Kind = Literal[
-    "losses", "heads", "normalisers", "backbones", "sources", "tasks", "optimisers", "trackers"
+    "losses",
+    "heads",
+    "normalisers",
+    "backbones",
+    "sources",
+    "tasks",
+    "optimisers",
+    "trackers",
+    "protocols",
 ]
 
 PREFIX = "module:"

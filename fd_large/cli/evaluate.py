@@ -6,38 +6,36 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib import import_module
-from pathlib import Path
-from typing import Any
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
-from fd_large import files
-from fd_large.cli.arguments import parse_with_recipe
-from fd_large.cli.evaluate_flags import PROBES, TRAININGS, ModelFlags
-from fd_large.cli.evaluate_frozen import measure_frozen
-from fd_large.cli.evaluate_trainings import train_models
+from tyro.conf import Positional, arg
+
+from fd_large import doors, files
+from fd_large.cli import train
+from fd_large.cli.arguments import AllowsCode, parse_with_recipe
 from fd_large.cli.output import tables
 from fd_large.cli.paths import paths_of_models, require_paths
 from fd_large.errors import ConfigError
+from fd_large.evaluation.protocol import Asked, Protocol
+from fd_large.evaluation.registry import PROTOCOLS, protocol_of
+from fd_large.evaluation.scored_runs import scored_by
 from fd_large.ranks.processes import check_workers
 from fd_large.recipes import registry
-from fd_large.recipes.fields import override, require
-from fd_large.recipes.file_names import PAGE, RECIPE
+from fd_large.recipes.file_names import RECIPE
 from fd_large.recipes.run import Run
 from fd_large.recipes.stored import read_recipe, run_of_checkpoint
 from fd_large.recipes.task_kind import TaskKind
 from fd_large.tasks.registry import TASKS, kind_of
 
-# Fields of a recipe that scoring a run by its own task reads.
-SCORING_FIELDS = ("data.root", "data.workers", "data.max_pixels")
-TESTS = tuple(
-    dict.fromkeys((*PROBES, *TRAININGS, *(k.name for k in TASKS.values() if k.scores_runs)))
-)
-
-
 _SCORED_FILES = {kind.scored_files: kind for kind in TASKS.values() if kind.scored_files}
+_FLAGS = tuple(dict.fromkeys(protocol.flags for protocol in PROTOCOLS))
+# A class stands before what it inherits.
+_MOST_SPECIAL = [one for one in _FLAGS if not any(one in other.__mro__[1:] for other in _FLAGS)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(*_SCORED_FILES, ModelFlags):  # type: ignore[misc]
+class Evaluate(*_SCORED_FILES, *_MOST_SPECIAL, AllowsCode):  # type: ignore[misc]
     """Measure models on labelled images, side by side.
 
     python -m fd_large evaluate MODEL [MODEL ...] --task knn --data.root FOLDER
@@ -54,22 +52,55 @@ class Evaluate(*_SCORED_FILES, ModelFlags):  # type: ignore[misc]
     `python -m fd_large train --help` lists them. docs/evaluation.md explains the figures.
     """
 
+    # Models to measure.
+    models: Annotated[tuple[str, ...], Positional, arg(metavar="[MODEL ...]")] = ()
+    # knn: k nearest neighbours of frozen features; linear: a linear probe on them; finetune: the
+    # whole model learns the labels; or the task of one run that is scored as it was trained, such
+    # as detection. auto: that of the first run's task, else knn. module:FILE.py:NAME: a protocol of
+    # your own (docs/extending.md).
+    task: str = "auto"
+    # How a linear probe is made. cached: in minutes, on features of the centre crops. official: as
+    # in Feature-Distillation, on random crops, by the recipe linear_probe, through the engine.
+    protocol: Literal["cached", "official"] = "cached"
+    # Folder for summary.json, the plot, and the runs of what is trained.
+    out: str = "evaluation"
+
     def __post_init__(self) -> None:
-        super().__post_init__()
-        names = ("auto", *TESTS)
-        require(self.task in names, "--task: unknown test", self.task, ", ".join(names))
+        for base in type(self).__mro__:  # Each checks its own flags.
+            check = vars(base).get("__post_init__")
+            if check and base is not Evaluate:
+                check(self)
+        if self.task != "auto":
+            protocol_of(self.task, self.protocol)
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command."""
+    tasks = [later for flag, later in pairwise(arguments) if flag == "--task"]
+    tasks += [word.removeprefix("--task=") for word in arguments if word.startswith("--task=")]
     given = parse_with_recipe(
-        Evaluate,
+        with_flags_of(tasks[-1] if tasks else "auto"),
         arguments,
         command="evaluate",
         recipe=registry.FINETUNING_RECIPE,
         base_of=lambda own: scored_run(own.get("models", ()), own.get("task", "auto")),
     )
     return evaluate(given.own, given.fields, given.run)
+
+
+def with_flags_of(task: str) -> type[Evaluate]:
+    """Returns the command's arguments, with the flags of a protocol of the user's own if named.
+
+    Raises: ConfigError: if there is no such protocol.
+    """
+    if not doors.is_own(task) or issubclass(Evaluate, flags := protocol_of(task).flags):
+        return Evaluate
+
+    @dataclass(frozen=True, kw_only=True)
+    class WithOwn(Evaluate, flags):  # type: ignore[misc, valid-type]
+        __doc__ = Evaluate.__doc__
+
+    return WithOwn
 
 
 def scored_run(models: Sequence[str], task: str) -> Run | None:
@@ -117,32 +148,34 @@ def evaluate(own: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
     root = {name: value for name, value in changes.items() if name == "data.root"}
     require_paths(paths_of_models(own.models) | root)
     files.check_out(own.out, where="--out", holds="folder")
-    kind = TASKS.get(own.task)
-    folder = run_of_checkpoint(own.models[0])
-    if own.task == "auto" and files.kind_of(folder / RECIPE, where="evaluate") == "file":
-        kind = kind_of(read_recipe(folder, where="evaluate").task.name)
-    if kind and kind.scores_runs:
-        allowed = (*SCORING_FIELDS, *kind.scoring_fields)
-        _refuse(own, "a run that is scored by its own task", ("models",), changes, allowed)
-        return _score_run(own, changes)
-    from fd_large.engine.find_model import find_models
-    from fd_large.tasks.jobs import job_of
+    protocol = _protocol_of_run(own) if own.task == "auto" else protocol_of(own.task, own.protocol)
+    names = ["models", *(field.name for field in fields(protocol.flags))]
+    if sum(one.name == protocol.name for one in PROTOCOLS) > 1:
+        names.append("protocol")
+    _refuse(own, protocol.name, names, changes, protocol.fields)
+    found = protocol.measure(
+        # Looked up when a run is trained: importing DeepSpeed takes seconds.
+        Asked(protocol, own, changes, run, lambda run, **how: train.train_run(run, **how))
+    )
+    from fd_large.ranks import distributed
 
-    models = find_models(own.models, job_of, image_size=changes.get("data.image_size", 0))
-    task = own.task
-    if task == "auto":
-        first = models[0].trained_by
-        kind = kind_of(first.run.task.name) if first else None
-        task = kind.name if kind and kind.name in TRAININGS else "knn"
-    trains = task in TRAININGS and (task not in PROBES or own.protocol == "official")
-    test = (TRAININGS if trains else PROBES)[task]
-    _refuse(own, task, ("models", *test.flags), changes, test.fields)
-    if trains:
-        return train_models(models, TASKS[task], own, changes)
-    return measure_frozen(models, task, own, run)
+    _print(found.tables, found.files)
+    return distributed.leave(found.code)
 
 
 # ------------------------------------------------------------------------------------------------
+
+
+def _protocol_of_run(own: Evaluate) -> Protocol:
+    """Returns what `--task auto` stands for: by the task of the first model's run, else k-NN."""
+    folder = run_of_checkpoint(own.models[0].removesuffix("#scratch"))
+    if files.kind_of(folder / RECIPE, where="evaluate") == "file":
+        kind = kind_of(read_recipe(folder, where="evaluate").task.name)
+        if kind.scores_runs:
+            return scored_by(kind)
+        if kind.trains_models:
+            return protocol_of(kind.name, own.protocol)
+    return PROTOCOLS[0]
 
 
 def _refuse(
@@ -182,47 +215,13 @@ def _score_files(own: Evaluate, kind: TaskKind) -> int:
     """Scores files of results, without a model."""
     score = import_module(f"fd_large.tasks.{kind.folder}.score_files").score_files
     shown, written = score(own)
+    _print(shown, [f"written: {path}" for path in written])
+    return 0
+
+
+def _print(shown: Sequence[Any], written: Sequence[object]) -> None:
     console = tables()
     for table in shown:
         console.print(table)
     for path in written:
-        console.print(f"written: {path}", soft_wrap=True)
-    return 0
-
-
-def _score_run(own: Evaluate, changes: Mapping[str, Any]) -> int:
-    """Scores one run by its own task; all ranks that were started share the work."""
-    if len(own.models) > 1:
-        raise ConfigError(
-            f"evaluate: one run at a time is scored; got {' '.join(own.models)}, expected one. "
-            "Name one."
-        )
-    path = Path(own.models[0])
-    run = override(read_recipe(run_of_checkpoint(path), where="evaluate"), changes)
-    if "data.root" in changes:  # Its val split, not another dataset that the run was tested on.
-        run = override(run, {"eval.root": ""})
-    # Importing torch takes seconds.
-    from fd_large.checkpoint import stream
-    from fd_large.kernels.precision import full_float32
-    from fd_large.ranks import distributed
-    from fd_large.report.evaluation_page import write_evaluation_page
-    from fd_large.runtime import logs
-    from fd_large.tasks.jobs import job_of, stored_run_of
-
-    launch = distributed.start()
-    logs.start(launch.rank)
-    full_float32(distributed.device())
-    reader = stream.newest_of_main(path, where="evaluate")
-    scores = stored_run_of(job_of(run)).score(reader, Path(own.out))
-    console = tables()
-    for table in scores.tables:
-        console.print(table)
-    files = [*scores.files]
-    if distributed.is_main():
-        pictures = [file for file in files if file.suffix == ".png"]
-        page = Path(own.out) / PAGE
-        title = f"{run.name}: {kind_of(run.task.name).title or run.task.name}"
-        files.append(write_evaluation_page(page, title, scores.tables, pictures, below=str(path)))
-    for file in files:
-        console.print(str(file), soft_wrap=True)
-    return distributed.leave(0)
+        console.print(str(path), soft_wrap=True)

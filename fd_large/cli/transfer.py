@@ -19,15 +19,16 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from fd_large.cli import recorded_runs, transfer_cells, transfer_slurm
+from fd_large.cli import train, transfer_cells, transfer_slurm
 from fd_large.cli.arguments import AllowsCode, parse_with_recipe
-from fd_large.cli.evaluate_trainings import refuse_other_task
 from fd_large.cli.output import tables
 from fd_large.cli.paths import require_paths
 from fd_large.cli.transfer_cells import Cell, Changes, RowKind, cells_of, rows_of
 from fd_large.cli.transfer_columns import COLUMNS, ColumnName
 from fd_large.cli.transfer_plan import cost_of, report
 from fd_large.errors import ConfigError, Exit, FDError, check_all, first_line
+from fd_large.evaluation import recorded_runs
+from fd_large.evaluation.trainings import refuse_other_task
 from fd_large.files import check_out, out_folder, write_json
 from fd_large.plan.rates import rates_of
 from fd_large.recipes import registry
@@ -291,7 +292,7 @@ def train_all(cells: Sequence[Cell], deepspeed_config: str) -> int:
         log.info("transfer: %s (%d of %d)", cell.folder, number, len(cells))
         transfer_cells.record(cell)
         try:
-            code, _ = recorded_runs.train(cell.run, deepspeed_config)
+            code, _ = recorded_runs.train(cell.run, deepspeed_config, train.train_run)
             reason = read_cell(cell.folder)[1] or f"exit code {code}"
         except Exception as error:
             code, reason = getattr(error, "exit_code", Exit.LOST), first_line(error)

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from fd_large.cli import recorded_runs
-from fd_large.cli.evaluate_trainings import started_from
 from fd_large.cli.transfer_columns import COLUMNS, Column
 from fd_large.errors import ConfigError, check_all, first_line
+from fd_large.evaluation import recorded_runs
+from fd_large.evaluation.trainings import started_from
 from fd_large.files import read_json
 from fd_large.recipes import registry
 from fd_large.recipes.run import Run, difference

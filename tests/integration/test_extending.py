@@ -100,7 +100,7 @@ def assert_same(whole: Path, killed: Path) -> None:
 
 
 def test_the_examples_are_short_and_complete():
-    assert len(EXAMPLES) == 8
+    assert len(EXAMPLES) == 9
     for name, text in EXAMPLES.items():
         assert len(text.splitlines()) < LINES, name
         compile(text, name, "exec")

@@ -14,13 +14,14 @@ from pretended_ranks import World
 from torch import nn
 
 from fd_large.checkpoint.write import Piece, Saver
-from fd_large.cli import diagnose, doctor, doctor_checks, evaluate_results, plan_probe
+from fd_large.cli import diagnose, doctor, doctor_checks, plan_probe
 from fd_large.data.loader import Batch, load_batches
 from fd_large.engine import block_wrappers, memory, opening
 from fd_large.engine.counting import count, micro_batch, phases, rates
 from fd_large.engine.prefetch import Prefetch
 from fd_large.engine.zero import config, engine, optimizer, start
 from fd_large.errors import LaunchError
+from fd_large.evaluation import results
 from fd_large.kernels import operation
 from fd_large.ranks import distributed, meeting
 from fd_large.ranks.launch import Launch
@@ -380,8 +381,8 @@ def test_a_card_that_does_not_compute(card: Card, monkeypatch) -> None:
 def test_tables_name_the_card(card: Card, tmp_path) -> None:
     assert diagnose._device(distributed.device()) == card.name
     model = SimpleNamespace(label="a", source="a", image_size=32)
-    rows = [evaluate_results.Row(model, [50.0], [{}], [])]
+    rows = [results.Row(model, [50.0], [{}], [])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fd_large.report.comparison.draw_comparison", lambda *_: None)
-        evaluate_results.finish(tmp_path, rows, "title", task="knn")
+        results.finish(tmp_path, rows, "title", task="knn")
     assert json.loads((tmp_path / "summary.json").read_text())["device"] == f"1 x {card.name}"

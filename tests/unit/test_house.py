@@ -38,6 +38,7 @@ FLOORS = {
     "probes": 4,
     "tasks": 5,
     "diagnose": 6,
+    "evaluation": 6,
     "cli": 7,
     "__main__": 8,
     "api": 8,
@@ -49,6 +50,7 @@ DESCRIPTIONS = ("tasks/*/section.py", "tasks/registry.py", "backbones/*/architec
 # All other functions take plain arguments.
 SEE_A_RUN = (
     "cli/*.py",
+    "evaluation/*.py",
     "__init__.py",
     "api.py",
     "engine/run.py",
@@ -85,6 +87,7 @@ WITHOUT_TORCH = {
     "markdown",
     "shipped",
     "report",
+    "evaluation",
     "cli",
 }
 TORCH_IN_RANKS = {"fd_large.ranks.distributed", "fd_large.ranks.meeting"}

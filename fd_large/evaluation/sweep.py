@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fd_large.cli.recorded_runs import read_record, write_record
 from fd_large.errors import ConfigError, DataError, Exit
+from fd_large.evaluation.recorded_runs import read_record, write_record
 from fd_large.recipes.fields import require
 from fd_large.recipes.file_names import CHECKPOINTS
 from fd_large.recipes.run import Run

@@ -1,14 +1,14 @@
-"""What came out of `evaluate`: the table, the plot, summary.json, predictions.npz and the page."""
+"""What came out of a protocol: the table, the plot, summary.json, predictions.npz and the page."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fd_large.cli.output import tables
-from fd_large.cli.sweep import Sweep
+from fd_large.evaluation.protocol import Result
+from fd_large.evaluation.sweep import Sweep
 from fd_large.files import unlinked, write_json
 from fd_large.recipes.file_names import PAGE, SUMMARY
 
@@ -36,13 +36,22 @@ class Row:
     """
 
     model: NamedModel
-    values: list[float]
-    details: list[dict[str, Any]]
-    predicted: list[NDArray[np.int64]]
+    values: list[float] = field(default_factory=list)
+    details: list[dict[str, Any]] = field(default_factory=list)
+    predicted: list[NDArray[np.int64]] = field(default_factory=list)
     labels: NDArray[np.int64] | None = None
     recipe: str = ""
     sweep: Sweep | None = None
     feature: str = ""
+
+    def add(
+        self, value: float, details: Mapping[str, Any], predicted: NDArray[np.int64] | None
+    ) -> None:
+        """Adds what came out with the next seed."""
+        self.values.append(value)
+        self.details.append(dict(details))
+        if predicted is not None:
+            self.predicted.append(predicted)
 
     def right(self) -> NDArray[np.bool_] | None:
         """Returns (seeds, images with a label), whether each was classified correctly."""
@@ -57,8 +66,8 @@ class Row:
 _FACTS = {"pictures": "test images"}
 
 
-def finish(folder: Path, rows: Sequence[Row], title: str, **facts: Any) -> None:
-    """Prints the table, draws the plot, writes summary.json and predictions.npz, on rank 0.
+def finish(folder: Path, rows: Sequence[Row], title: str, **facts: Any) -> Result:
+    """Makes the table, the plot, the page, summary.json and predictions.npz, on rank 0.
 
     Args:
         folder: Where the files go.
@@ -69,7 +78,7 @@ def finish(folder: Path, rows: Sequence[Row], title: str, **facts: Any) -> None:
     from fd_large.ranks import distributed
 
     if not distributed.is_main():
-        return
+        return Result()
     import torch
 
     from fd_large.report.comparison import draw_comparison, spread, tables_of
@@ -99,10 +108,7 @@ def finish(folder: Path, rows: Sequence[Row], title: str, **facts: Any) -> None:
         ],
         below=f"{', '.join(map(_label, rows))}; {summary['device']}",
     )
-    console = tables()
-    for one in shown:
-        console.print(one)
-    console.print(f"{folder}/{SUMMARY}, {plot}, {page}", soft_wrap=True)
+    return Result(shown, (folder / SUMMARY, plot, page))
 
 
 def _as_json(row: Row, first: Row) -> dict[str, Any]:

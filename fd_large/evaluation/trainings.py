@@ -1,18 +1,20 @@
-"""`evaluate` by training on labels: every model with every seed, each into its own run folder."""
+"""Protocols that train on labels: every model with every seed, each into its own run folder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fd_large.cli import recorded_runs
-from fd_large.cli.evaluate_flags import ModelFlags
-from fd_large.cli.evaluate_results import Row, finish
-from fd_large.cli.output import tables
-from fd_large.cli.sweep import (
+from fd_large.errors import ConfigError, without_secrets
+from fd_large.evaluation import recorded_runs
+from fd_large.evaluation.protocol import Asked, Protocol, Repeated, Result
+from fd_large.evaluation.results import Row, finish
+from fd_large.evaluation.sweep import (
     HELD_OUT,
+    SweepFlags,
     Trained,
     check_fields,
     divisible_part,
@@ -21,7 +23,6 @@ from fd_large.cli.sweep import (
     trials_of,
     with_point,
 )
-from fd_large.errors import ConfigError, without_secrets
 from fd_large.files import out_folder
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
@@ -33,57 +34,75 @@ if TYPE_CHECKING:
     from fd_large.engine.find_model import NamedModel
 
 
-def train_models(
-    models: Sequence[NamedModel], kind: TaskKind, own: ModelFlags, changes: Mapping[str, Any]
-) -> int:
-    """Trains every model with every seed through the engine, each into its own run folder.
+@dataclass(frozen=True, kw_only=True)
+class TrainingFlags(Repeated):
+    """Flags of protocols that train models."""
+
+    # Recipe of what is trained; empty: the published one that fits the model.
+    recipe: str = ""
+    # DeepSpeed's JSON for what is trained, a path or a name; empty: zero1.
+    deepspeed_config: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweptTrainingFlags(SweepFlags, TrainingFlags):
+    """Flags of protocols that train the whole model, whose rate and layer decay may be swept."""
+
+
+def trained_by(kind: TaskKind, *, variant: str = "cached", swept: bool = True) -> Protocol:
+    """Returns the protocol that trains named models by a task.
 
     Args:
-        models: What starts each training.
         kind: The task.
-        own: How.
-        changes: Fields of the recipe.
+        variant: See `Protocol`.
+        swept: Whether `--sweep` may try learning rates and layer decays before.
+    """
+    return Protocol(
+        name=kind.name,
+        title=kind.title,
+        measure=partial(_measure, kind),
+        flags=SweptTrainingFlags if swept else TrainingFlags,
+        fields=None,
+        variant=variant,
+    )
 
-    Returns: The exit code of the first training that fails; 0 if none does.
+
+def _measure(kind: TaskKind, asked: Asked) -> Result:
+    """Trains every model with every seed through the engine.
+
+    Returns: the exit code of the first training that fails, or what came out.
     """
     from fd_large.engine.find_model import slug
     from fd_large.engine.predictions import Predictions
     from fd_large.ranks import distributed
     from fd_large.tasks.jobs import transfer_of
 
-    if "runtime.run_dir" in changes and (own.sweep or not len(models) == own.seeds == 1):
+    flags, changes, models = asked.flags, asked.changes, asked.models()
+    if "runtime.run_dir" in changes and (flags.sweep or not len(models) == flags.seeds == 1):
         raise ConfigError(
             "--runtime.run_dir: one folder for several runs; got a sweep, or several models or "
             "seeds, expected one run. Set --out, in which each has a folder."
         )
-    if own.sweep:
+    if flags.sweep:
         check_fields(changes)
-    config = own.deepspeed_config or "zero1"
     transfer = transfer_of(kind.name)
-    bases = [
-        registry.get(
-            own.recipe or transfer.recipe_for(model.architecture, run_recipe=run_recipe(model))
-        )
-        for model in models
-    ]
-    for base in bases:
+    rows, recipes = [], []
+    for model in models:
+        name = flags.recipe or transfer.recipe_for(model.architecture, run_recipe=run_recipe(model))
+        base = registry.get(name)
         refuse_other_task("--recipe", base, kind.name)
-    recipes = [started_from(m, base, changes) for m, base in zip(models, bases, strict=True)]
-    seeds = own.seeds_from(recipes[0].runtime.seed)
-    rows = [
-        Row(model, [], [], [], recipe=recipe.name)
-        for model, recipe in zip(models, recipes, strict=True)
-    ]
+        recipes.append(started_from(model, base, changes))
+        rows.append(Row(model, recipe=base.name))
+    seeds = flags.seeds_from(recipes[0].runtime.seed)
 
     def train(run: Run) -> Trained:
-        code, summary = recorded_runs.train(run, config)
+        config = flags.deepspeed_config or "zero1"
+        code, summary = recorded_runs.train(run, config, asked.train)
         return Trained(code) if code else Trained(0, *transfer.compared(summary))
 
-    if own.sweep:
-        code = _sweep(rows, recipes, own, train)
-        if code:
-            return distributed.leave(code)
-    folder = out_folder(own.out)
+    if flags.sweep and (code := _sweep(rows, recipes, flags, train)):
+        return Result(code=code)
+    folder = out_folder(flags.out)
     for seed in seeds:
         for row, recipe in zip(rows, recipes, strict=True):
             where = folder / f"{slug(row.model.label)}_seed_{seed}"
@@ -92,33 +111,30 @@ def train_models(
             runtime = replace(recipe.runtime, run_dir=str(where), seed=seed)
             code, accuracy, details = train(replace(recipe, runtime=runtime))
             if code:
-                return distributed.leave(code)
-            row.values.append(accuracy)
-            row.details.append({"run": str(where), **details})
-            if distributed.is_main() and (found := Predictions.read(where)):
-                row.predicted.append(found.predicted)
-                row.labels = found.labels
-    grid = {"sweep_rates": list(own.sweep_rates), "sweep_decays": list(own.sweep_decays)}
-    finish(
+                return Result(code=code)
+            found = Predictions.read(where) if distributed.is_main() else None
+            row.add(accuracy, {"run": str(where), **details}, found and found.predicted)
+            row.labels = found.labels if found else row.labels
+    grid = {"sweep_rates": list(flags.sweep_rates), "sweep_decays": list(flags.sweep_decays)}
+    return finish(
         folder,
         rows,
         kind.title,
         task=kind.name,
         root=without_secrets(recipes[0].data.root),
         seeds=seeds,
-        **({"settings": {**grid, "sweep_held_out": HELD_OUT}} if own.sweep else {}),
+        **({"settings": {**grid, "sweep_held_out": HELD_OUT}} if flags.sweep else {}),
     )
-    return distributed.leave(0)
 
 
 def _sweep(
-    rows: Sequence[Row], recipes: list[Run], own: ModelFlags, train: Callable[[Run], Trained]
+    rows: Sequence[Row], recipes: list[Run], flags: Any, train: Callable[[Run], Trained]
 ) -> int:
     """Tries the grid for every row and puts the best into its recipe; returns the exit code."""
     from fd_large.engine.find_model import slug
     from fd_large.engine.node_consistency import weights_digest
     from fd_large.ranks import distributed, meeting
-    from fd_large.runtime import logs
+    from fd_large.runtime import logs, terminal
 
     logs.start(distributed.start().rank)
     images = meeting.meet(lambda: divisible_part(recipes[0].data.root))
@@ -126,15 +142,17 @@ def _sweep(
     digests = meeting.meet(
         lambda: [weights_digest(recipe.student.init, row.model.weights) for row, recipe in pairs]
     )
-    folder = Path(own.out) / "sweep"
+    folder = Path(flags.out) / "sweep"
     grids = [
-        trials_of(recipe, own, images=images, weights=digest, folder=folder / slug(row.model.label))
+        trials_of(
+            recipe, flags, images=images, weights=digest, folder=folder / slug(row.model.label)
+        )
         for (row, recipe), digest in zip(pairs, digests, strict=True)
     ]
     done = sum(finished(trial) is not None for grid in grids for trial in grid)
-    num_trials, num_runs = sum(map(len, grids)), len(rows) * own.seeds
+    num_trials, num_runs = sum(map(len, grids)), len(rows) * flags.seeds
     if distributed.is_main():
-        tables().print(
+        terminal.console().print(
             f"--sweep: {num_trials} trials ({done} of them done before) on nine tenths of the "
             f"training images, {' + '.join(str(len(grid)) for grid in grids)} for the models in "
             f"turn, the point of each one's recipe among them; then {num_runs} runs on all of "

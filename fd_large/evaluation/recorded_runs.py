@@ -7,7 +7,7 @@ on where it stopped, and a folder that holds a run of anything else is refused.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ def decides(field: str, task: str) -> bool:
     return field not in _FREE and (field == "runtime.seed" or not field.startswith("runtime."))
 
 
-def train(run: Run, deepspeed_config: str) -> tuple[int, dict[str, Any]]:
+def train(
+    run: Run, deepspeed_config: str, train_run: Callable[..., int]
+) -> tuple[int, dict[str, Any]]:
     """Trains a run; returns the exit code and, where it is finished, its summary.json.
 
     A finished run gives 75 where it was asked to stop while it ended: others are not to follow.
@@ -42,8 +44,8 @@ def train(run: Run, deepspeed_config: str) -> tuple[int, dict[str, Any]]:
     Args:
         run: The recipe.
         deepspeed_config: DeepSpeed's JSON, a name or a path.
+        train_run: What trains it: (run, deepspeed_config=...) -> exit code.
     """
-    from fd_large.cli.train import train_run
     from fd_large.engine.zero import start
     from fd_large.ranks import distributed
     from fd_large.runtime import preemption

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from fd_large.cli import recorded_runs, train
 from fd_large.errors import Exit
+from fd_large.evaluation import recorded_runs
 from fd_large.recipes import registry
 from fd_large.runtime.preemption import Preemption
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_no_run_follows_one_that_was_asked_to_stop_while_it_ended(tmp_path, monkeypatch, asked):
+def test_no_run_follows_one_that_was_asked_to_stop_while_it_ended(tmp_path, asked):
     run = registry.get("quickstart")
     run = replace(run, runtime=replace(run.runtime, run_dir=str(tmp_path)))
 
@@ -28,9 +28,8 @@ def test_no_run_follows_one_that_was_asked_to_stop_while_it_ended(tmp_path, monk
         return 0
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(train, "train_run", finished)
     try:
-        code, summary = recorded_runs.train(run, "zero1")
+        code, summary = recorded_runs.train(run, "zero1", finished)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert (code, summary) == (Exit.AGAIN if asked else Exit.DONE, {"steps": 3})

@@ -1,0 +1,354 @@
+"""Protocols of models as they are: their features, classified by k-NN, a probe or code of others.
+
+Such a protocol is one function. It gets the features of the training and the test images of one
+model (`FrozenFeatures`) and returns a class for each test image (`Classified`); images, heads,
+pooling, seeds, the table, the page and the intervals are the same for all of them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from fd_large import doors
+from fd_large.errors import ConfigError, FDError, nearest, without_secrets
+from fd_large.evaluation.protocol import Asked, Protocol, Result
+from fd_large.evaluation.results import Row, finish
+from fd_large.files import out_folder
+from fd_large.recipes.fields import at_least, require
+from fd_large.recipes.sections import RANDOM
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from fd_large.backbones.feature_map import FeatureMap
+    from fd_large.backbones.statistics import Statistics
+    from fd_large.data.labelled import LabelledImages
+    from fd_large.engine.find_model import NamedModel
+    from fd_large.probes.features import Features, Pool
+
+OWN_FEATURES = "own"
+# What tables call the features of `--pool`.
+_POOLS = {"mean": "mean of patches", "cls": "class token"}
+# What the features of a frozen model depend on.
+_FIELDS = (
+    "data.root",
+    "data.val_fraction",
+    "data.cache",
+    "data.cache_gb",
+    "data.image_size",
+    "data.workers",
+    "data.max_pixels",
+    "runtime.seed",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenFlags:
+    """Flags of all protocols that measure features of frozen models."""
+
+    # What is measured of the student of a distillation run, or of an export of one: own, its map;
+    # NAME or NAME.summary, what its head for that teacher's map or summary makes of it, where the
+    # only teacher of a run is called teacher. Several are measured side by side. Other models are
+    # measured by their own map.
+    features: tuple[str, ...] = (OWN_FEATURES,)
+    # Feature of an image of a frozen model: the mean of its patch tokens, or its class token. auto:
+    # k-NN of each that the model has, a probe of the mean.
+    pool: Literal["auto", "mean", "cls"] = "auto"
+    # Images at a time while the model is frozen.
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        at_least("--batch_size", self.batch_size, 1, "images")
+        require(
+            bool(self.features) and len(set(self.features)) == len(self.features),
+            "--features: each at most once, and one at least",
+            " ".join(self.features) or "nothing",
+            f"{OWN_FEATURES}, NAME or NAME.summary of the run's teachers",
+        )
+
+
+class FrozenFeatures(NamedTuple):
+    """One feature of all images of a model.
+
+    Attributes:
+        train: Features of the training images: rows (N, C) float32, labels (N,) int64, -1 where an
+            image could not be used. Both are mapped from files, and on every rank the same.
+        test: Features of the test images; their labels are for counting alone.
+        classes: Names of the classes.
+        seed: Seed of the repetition.
+        flags: The command's own arguments.
+        label: What the model is called.
+        pool: The feature: "mean" of the patches, or "cls", the class token.
+    """
+
+    train: Features
+    test: Features
+    classes: Sequence[str]
+    seed: int
+    flags: Any
+    label: str
+    pool: Pool
+
+    def working(self, what: str, images: int) -> AbstractContextManager[Callable[[float], None]]:
+        """Shows progress while it is open; it gives what this rank's finished images are told.
+
+        Args:
+            what: Words for the work.
+            images: Number of images of all ranks.
+        """
+        return _working(f"{self.label}: {what}", images)
+
+
+class Classified(NamedTuple):
+    """What a protocol makes of the features of a model.
+
+    Attributes:
+        predicted: (N,) int64, the class that each test image is given, on every rank.
+        details: More about it, for summary.json.
+    """
+
+    predicted: NDArray[np.int64]
+    details: Mapping[str, Any] = {}
+
+
+Classify = Callable[[FrozenFeatures], Classified]
+
+
+class _How(NamedTuple):
+    """How a function of frozen features is made a protocol; see `of_features`."""
+
+    classify: Classify
+    pools: tuple[Pool, ...]
+    settings: Mapping[str, str]
+    check: Callable[[int, Any], None] | None
+
+
+def of_features(
+    name: str,
+    title: str,
+    classify: Classify,
+    *,
+    flags: type = FrozenFlags,
+    pools: tuple[Pool, ...] = ("mean",),
+    settings: Mapping[str, str] | None = None,
+    check: Callable[[int, Any], None] | None = None,
+) -> Protocol:
+    """Makes a protocol of a function of frozen features.
+
+    Args:
+        name, title: See `Protocol`.
+        classify: The function, called once for each model, feature and seed, on all ranks alike.
+        flags: A dataclass of the flags that it reads: `FrozenFlags`, or what inherits it.
+        pools: Features of an image that are measured side by side where `--pool` is left out; the
+            class token only of models that have one.
+        settings: Names in summary.json of flags that it reads; without it their own.
+        check: Called with the number of training images and the flags, before hours of features.
+    """
+    if settings is None:
+        common = {one.name for one in fields(FrozenFlags)} | {"seeds"}
+        settings = {one.name: one.name for one in fields(flags) if one.name not in common}
+    how = _How(classify, pools, settings, check)
+    return Protocol(
+        name=name, title=title, measure=partial(_measure, how), flags=flags, fields=_FIELDS
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+class _Subject(NamedTuple):
+    """A model, or what one of its heads makes of its map.
+
+    Attributes:
+        model: The model.
+        feature: Words for the head; "": the model's own map.
+        forward: Normalised images -> FeatureMap, in evaluation.
+        statistics: Normalisation of its images.
+        has_class_token: Whether its map has one.
+    """
+
+    model: NamedModel
+    feature: str
+    forward: Callable[[Tensor], FeatureMap]
+    statistics: Statistics
+    has_class_token: bool
+
+
+def _measure(how: _How, asked: Asked) -> Result:
+    """Features of every model, classified with every seed."""
+    from fd_large.data.blocks import keep_blocks_in
+    from fd_large.data.labelled import open_split
+    from fd_large.kernels.precision import full_float32
+    from fd_large.ranks import distributed, meeting
+    from fd_large.runtime import logs
+
+    models, flags, data = asked.models(), asked.flags, asked.run.data
+    logs.start(distributed.start().rank)
+    full_float32(distributed.device())
+    keep_blocks_in(data.cache, data.cache_gb)
+    train = meeting.meet(lambda: open_split(data.root, "train", val_fraction=data.val_fraction))
+    test = meeting.meet(
+        lambda: open_split(data.root, "val", train.classes, val_fraction=data.val_fraction)
+    )
+    if how.check is not None:
+        how.check(len(train), flags)
+    seeds = flags.seeds_from(asked.run.runtime.seed)
+    rows = [
+        row
+        for subject in _subjects(models, flags.features)
+        for row in _rows(how, subject, train, test, seeds, asked)
+    ]
+    settings = {name: getattr(flags, flag) for name, flag in how.settings.items()}
+    return finish(
+        Path(flags.out),
+        rows,
+        asked.protocol.title,
+        task=asked.protocol.name,
+        root=without_secrets(data.root),
+        seeds=seeds,
+        settings=settings | {"batch_size": flags.batch_size},
+        classes=len(train.classes),
+        training_images=len(train),
+        pictures=len(test),
+    )
+
+
+def _subjects(models: Sequence[NamedModel], features: Sequence[str]) -> Iterator[_Subject]:
+    """Yields what is measured, one model in memory at a time.
+
+    Raises: ConfigError: if a head is named that a model lacks, or that none has.
+    """
+    from fd_large.ranks import distributed
+
+    heads = [_heads_of(model, features) for model in models]
+    if tuple(features) != (OWN_FEATURES,) and not any(heads):
+        raise ConfigError(
+            f"--features: none of the models has heads; got {' '.join(features)}, expected a "
+            "run of distillation, or an export of one that has a folder heads. Leave it out."
+        )
+    for model, chosen in zip(models, heads, strict=True):
+        net: Any  # A type checker does not know the methods of a backbone.
+        net, statistics = model.build()
+        net.grid(model.image_size, model.image_size)  # Refuses a size that does not fit.
+        for feature, head in (chosen or {OWN_FEATURES: None}).items():
+            forward, prefix, words = net, net.num_prefix_tokens, ""
+            if head is not None:
+                forward = partial(head.eval().to(distributed.device()), net)
+                prefix, words = head.prefix_tokens(prefix), f"head {feature}"
+            yield _Subject(model, words, forward, statistics, bool(prefix))
+
+
+def _heads_of(model: NamedModel, features: Sequence[str]) -> dict[str, Any]:
+    """Returns what is measured of a model with heads, by the names of `--features`.
+
+    None is its own map; nothing is listed for a model without heads.
+
+    Raises: ConfigError: if it has heads, but not one of these.
+    """
+    from fd_large.tasks.jobs import heads_of
+
+    if tuple(features) == (OWN_FEATURES,) or model.section.source == RANDOM:
+        return {}
+    heads = heads_of(model.trained_by, model.folder)
+    found: dict[str, Any] = {}
+    for feature in features if heads else ():
+        label = feature.replace(".", "_")  # NAME.KIND
+        if feature != OWN_FEATURES and label not in heads:
+            raise ConfigError(
+                f"--features: {model.label} has no such head; got {feature}, "
+                f"{nearest(label, [OWN_FEATURES, *heads])}. Name one of these."
+            )
+        found[feature] = heads.get(label)
+    return found
+
+
+def _rows(
+    how: _How,
+    subject: _Subject,
+    train: LabelledImages,
+    test: LabelledImages,
+    seeds: Sequence[int],
+    asked: Asked,
+) -> Iterator[Row]:
+    """Yields a row for each pool of a subject; its features stand in files meanwhile."""
+    import numpy as np
+
+    from fd_large.probes.features import extract
+    from fd_large.ranks import distributed
+
+    flags, folder = asked.flags, out_folder(asked.flags.out) / "features"
+    pools: Sequence[Pool] = [flags.pool]
+    if flags.pool == "auto":
+        pools = [pool for pool in how.pools if pool == "mean" or subject.has_class_token]
+    label = ", ".join(filter(None, (subject.model.label, subject.feature)))
+    features = []
+    for name, images in (("training", train), ("test", test)):
+        with _working(f"{label}: {name} features", len(images)) as progress:
+            features.append(
+                extract(
+                    subject.forward,
+                    subject.statistics,
+                    images,
+                    folder / name,
+                    image_size=subject.model.image_size,
+                    batch_size=flags.batch_size,
+                    pools=pools,
+                    workers=asked.run.data.workers,
+                    max_pixels=asked.run.data.max_pixels,
+                    progress=progress,
+                )
+            )
+    for pool, voting, tested in zip(pools, *features, strict=True):
+        words = [subject.feature, _POOLS[pool] if len(pools) > 1 else ""]
+        row = Row(subject.model, feature=", ".join(filter(None, words)))
+        row.labels = np.array(tested.labels)  # Copied: the files are removed.
+        for seed in seeds:
+            given = FrozenFeatures(voting, tested, train.classes, seed, flags, label, pool)
+            predicted, details = _classified(how.classify, given)
+            row.add(tested.percent(predicted), details, predicted)
+        yield row
+    distributed.barrier()
+    if distributed.is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _classified(classify: Classify, features: FrozenFeatures) -> Classified:
+    """Calls a protocol's function, which may be the user's own.
+
+    Raises: ConfigError: if the user's own raises, or returns no class for each test image.
+    """
+    if not doors.is_own(features.flags.task):
+        return classify(features)
+    import numpy as np
+
+    try:
+        predicted, details = classify(features)
+        predicted = np.asarray(predicted)
+        if predicted.shape != features.test.labels.shape or predicted.dtype.kind not in "iu":
+            raise ValueError(f"classes {predicted.shape} of {predicted.dtype}")
+    except FDError:
+        raise
+    except Exception as error:  # The user's code may raise anything.
+        raise ConfigError(
+            f"--task: {features.flags.task} does not classify; got {doors.cause(error)}, expected "
+            f"Classified with {len(features.test.labels)} whole numbers, a class for each test "
+            "image. Correct the file."
+        ) from error
+    return Classified(predicted, details)
+
+
+@contextmanager
+def _working(what: str, images: int) -> Iterator[Callable[[float], None]]:
+    """Yields what this rank's finished images are reported to; they stand for all ranks'."""
+    from fd_large.ranks import activity, distributed
+
+    with activity.work(what, -(-images // distributed.world_size()), "images") as work:
+        yield work.advance

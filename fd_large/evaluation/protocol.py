@@ -1,0 +1,99 @@
+"""The contract of a protocol: how models are measured, what that needs and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fd_large.recipes.fields import at_least
+from fd_large.recipes.run import Run
+
+if TYPE_CHECKING:
+    from fd_large.engine.find_model import NamedModel
+
+
+class Result(NamedTuple):
+    """What a protocol made, on rank 0; empty on the others.
+
+    Attributes:
+        tables: The rich tables that the command prints.
+        files: What was written.
+        code: The exit code; not 0 where a training ended early.
+    """
+
+    tables: Sequence[Any] = ()
+    files: Sequence[Path] = ()
+    code: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeated:
+    """The flag of protocols that repeat what is random."""
+
+    # Number of repetitions, with runtime.seed and the seeds after it; k-NN has no randomness.
+    seeds: int = 1
+
+    def __post_init__(self) -> None:
+        at_least("--seeds", self.seeds, 1, "repetitions")
+
+    def seeds_from(self, first: int) -> list[int]:
+        """Returns the seed of each repetition.
+
+        Args:
+            first: Seed of the first repetition.
+        """
+        return list(range(first, first + self.seeds))
+
+
+class Asked(NamedTuple):
+    """What is to be measured, and how.
+
+    Attributes:
+        protocol: The protocol.
+        flags: The command's own arguments; those of all protocols are among them.
+        changes: Fields of a recipe that are given, by name.
+        run: A recipe with these fields.
+        train: Trains a run: (run, deepspeed_config=...) -> exit code.
+    """
+
+    protocol: Protocol
+    flags: Any
+    changes: Mapping[str, Any]
+    run: Run
+    train: Callable[..., int]
+
+    def models(self) -> list[NamedModel]:
+        """Finds the models that the user named; reads headers only.
+
+        Raises: FDError: if one is not there, or is there twice.
+        """
+        from fd_large.engine.find_model import find_models
+        from fd_large.tasks.jobs import job_of
+
+        size = self.changes.get("data.image_size", 0)
+        return find_models(self.flags.models, job_of, image_size=size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """A way to measure models, a row of the table in `registry.py`.
+
+    Attributes:
+        name: As `--task` names it; also in summary.json and in the plot's name.
+        title: Words for it in tables and plots.
+        measure: What is asked -> tables and files. `frozen.of_features` makes it of a function of
+            frozen features.
+        flags: A dataclass of the flags that it reads, all with defaults; fields that several
+            protocols read stand in a base of theirs.
+        fields: Fields of a recipe that it reads, section.field; None: all.
+        variant: Which of several protocols of the same name it is, as `--protocol` names them.
+    """
+
+    name: str
+    title: str
+    measure: Callable[[Asked], Result]
+    flags: type
+    fields: tuple[str, ...] | None
+    variant: str = "cached"

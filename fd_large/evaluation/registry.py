@@ -1,0 +1,59 @@
+"""The table of protocols; `--task module:FILE.py:NAME` is one of the user's own beside them.
+
+Adding one is its file and its row here. No torch: the command line reads flags and names.
+"""
+
+from __future__ import annotations
+
+from fd_large import doors
+from fd_large.errors import ConfigError
+from fd_large.evaluation.cached_probe import CACHED_PROBE
+from fd_large.evaluation.knn import KNN
+from fd_large.evaluation.protocol import Protocol
+from fd_large.evaluation.scored_runs import scored_by
+from fd_large.evaluation.trainings import trained_by
+from fd_large.tasks.registry import TASKS
+
+_FROZEN = {protocol.name: protocol for protocol in (KNN, CACHED_PROBE)}
+PROTOCOLS: tuple[Protocol, ...] = (
+    *_FROZEN.values(),
+    *(
+        # One layer on a frozen model has no layer decay.
+        trained_by(kind, variant="official", swept=False)
+        if kind.name in _FROZEN
+        else trained_by(kind)
+        for kind in TASKS.values()
+        if kind.trains_models
+    ),
+    *(scored_by(kind) for kind in TASKS.values() if kind.scores_runs),
+)
+"""What `evaluate` measures by; of two of one name the first is what `--task` alone means."""
+
+
+def protocol_of(name: str, variant: str = "cached") -> Protocol:
+    """Returns a protocol, which may be the user's own.
+
+    Args:
+        name: As `--task`.
+        variant: Which of several of that name.
+
+    Raises: ConfigError: if there is no such protocol, or it cannot be imported.
+    """
+    built_in: dict[str, Protocol] = {}
+    for one in PROTOCOLS:
+        if one.name not in built_in or one.variant == variant:
+            built_in[one.name] = one
+    # A file that lacks the name is not imported.
+    doors.require_known(name, kind="protocols", where="--task", built_in=built_in)
+    found = doors.load(name, kind="protocols", where="--task", built_in=built_in)
+    if not isinstance(found, Protocol):
+        raise ConfigError(
+            f"--task: no protocol; got {type(found).__name__} from {name}, expected a Protocol, "
+            "such as of_features makes. docs/extending.md shows one."
+        )
+    if name not in built_in and (found.name in built_in or not found.name.isidentifier()):
+        raise ConfigError(
+            f"--task: the name of a protocol that others have, or no word; got {found.name!r} "
+            f"from {name}, expected none of {', '.join(built_in)}. Give it another name."
+        )
+    return found

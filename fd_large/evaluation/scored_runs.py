@@ -1,0 +1,65 @@
+"""Protocols of runs that their own task scores, as a run that detects by COCO's numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fd_large.errors import ConfigError
+from fd_large.evaluation.protocol import Asked, Protocol, Result
+from fd_large.recipes.fields import override
+from fd_large.recipes.file_names import PAGE
+from fd_large.recipes.stored import read_recipe, run_of_checkpoint
+from fd_large.recipes.task_kind import TaskKind
+
+_FIELDS = ("data.root", "data.workers", "data.max_pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _NoFlags:
+    """A run says by itself how it is scored."""
+
+
+def scored_by(kind: TaskKind) -> Protocol:
+    """Returns the protocol of the runs of a task."""
+    return Protocol(
+        name=kind.name,
+        title=kind.title or kind.name,
+        measure=_measure,
+        flags=_NoFlags,
+        fields=(*_FIELDS, *kind.scoring_fields),
+    )
+
+
+def _measure(asked: Asked) -> Result:
+    """Scores one run; all ranks that were started share the work."""
+    models = asked.flags.models
+    if len(models) > 1:
+        raise ConfigError(
+            f"evaluate: one run at a time is scored; got {' '.join(models)}, expected one. "
+            "Name one."
+        )
+    path, changes = Path(models[0]), asked.changes
+    run = override(read_recipe(run_of_checkpoint(path), where="evaluate"), changes)
+    if "data.root" in changes:  # Its val split, not another dataset that the run was tested on.
+        run = override(run, {"eval.root": ""})
+    # Importing torch takes seconds.
+    from fd_large.checkpoint import stream
+    from fd_large.kernels.precision import full_float32
+    from fd_large.ranks import distributed
+    from fd_large.report.evaluation_page import write_evaluation_page
+    from fd_large.runtime import logs
+    from fd_large.tasks.jobs import job_of, stored_run_of
+
+    logs.start(distributed.start().rank)
+    full_float32(distributed.device())
+    reader = stream.newest_of_main(path, where="evaluate")
+    out = Path(asked.flags.out)
+    scores = stored_run_of(job_of(run)).score(reader, out)
+    files = [*scores.files]
+    if distributed.is_main():
+        pictures = [file for file in files if file.suffix == ".png"]
+        title = f"{run.name}: {asked.protocol.title}"
+        page = write_evaluation_page(out / PAGE, title, scores.tables, pictures, below=str(path))
+        files.append(page)
+    return Result(scores.tables, files)
