@@ -19,6 +19,7 @@ from pyarrow import parquet
 import fd_large
 from fd_large.checkpoint import stream
 from fd_large.engine import opening
+from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 
 ROOT = Path(fd_large.__file__).resolve().parents[1]
@@ -153,6 +154,13 @@ def test_the_student_is_loaded_with_its_preprocessing(trained, images):
         torch.testing.assert_close(model.features(batch), found.mean((2, 3)))
     with pytest.raises(fd_large.FDError, match=r"preprocess: not an image; got torch\.float32"):
         model.preprocess(batch[0] / 255)
+
+
+@pytest.mark.parametrize("name", ["{run}#scratch", "vit_base_patch16=random"])
+def test_random_weights_have_learnt_no_teachers_map(trained, name):
+    model = fd_large.load_student(name.format(run=trained[0].folder))
+    with pytest.raises(ConfigError, match=r"no head .*'teacher'"):
+        model.teacher_map("teacher", torch.zeros(1, 3, 8, 8))
 
 
 def test_models_are_evaluated_side_by_side(trained, images, tmp_path):

@@ -11,6 +11,7 @@ import tiny_runs
 import torch
 from fake_cuda import GB, Card, is_pinned, on_card
 from pretended_ranks import World
+from safetensors.torch import load_file
 from torch import nn
 
 from fd_large.checkpoint.write import Piece, Saver
@@ -273,7 +274,26 @@ def test_a_checkpoint_is_copied_to_pinned_memory(card: Card, tmp_path) -> None:
     writer.wait()
     assert not writer.failed
     assert is_pinned(writer._buffer)
+    # A copy that nobody waits for arrives after the thread has written.
+    (file,) = tmp_path.rglob("rank_00000.safetensors")
+    written = load_file(file)
+    assert {name: written[name].tolist() for name in state} == {
+        "master.w": [0, 1, 2, 3],
+        "ema.w": [1],
+    }
     writer.finish(failed_anywhere=True)
+
+
+def test_a_copy_without_a_wait_arrives_when_somebody_waits(card: Card) -> None:
+    """What the card of the tests does, so that one that is read too early shows."""
+    there, held = on_card(torch.ones(2)), torch.zeros(4).pin_memory()
+    held[2:].copy_(there, non_blocking=True)
+    beside = there.to("cpu", non_blocking=True)
+    assert [held.sum(), beside.sum()] == [0, 0]
+    torch.cuda.synchronize()
+    assert [held.tolist(), beside.tolist()] == [[0, 0, 1, 1], [1, 1]]
+    torch.zeros(2).copy_(there, non_blocking=True)  # Pageable memory is waited for.
+    assert card.late == []
 
 
 # --- what is measured and said of a card ---

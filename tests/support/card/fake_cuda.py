@@ -131,6 +131,11 @@ def run(func: Any, args: Any, kwargs: Any, note: Callable[[str], None]) -> Any:
     if not there and not goes_there:
         return func(*args, **kwargs)
     check(func, args, tensors, there)
+    if there and not goes_there and is_late(func, args, kwargs):
+        source = there[0].values.clone()
+        target = args[0] if name == "copy_" else torch.zeros_like(source)
+        card_of_thread().late.append((target, source))
+        return target
     if (waits := waits_for(func, args, kwargs, tensors, there, goes_there)) is not None:
         note(waits)
     if kwargs.get("generator") is not None and not there:
@@ -199,6 +204,15 @@ def waits_for(
     return None
 
 
+def is_late(func: Any, args: Any, kwargs: Any) -> bool:
+    """Says whether a copy to the CPU returns before the memory holds what was copied."""
+    beside = kwargs.get("non_blocking", False) or args[2:] == (True,)
+    # Memory that `to` makes for such a copy is pinned.
+    return beside and (
+        name_of(func) == "_to_copy" or (name_of(func) == "copy_" and is_pinned(args[0]))
+    )
+
+
 def _on_cpu(leaf: Any) -> Any:
     if isinstance(leaf, torch.device):
         return torch.device("cpu")
@@ -212,8 +226,9 @@ def _empty(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def is_pinned(tensor: torch.Tensor) -> bool:
-    """Says whether a CPU tensor came from `pin_memory`."""
-    return getattr(tensor, "page_locked", False)
+    """Says whether a CPU tensor, or what it is a view of, came from `pin_memory`."""
+    whole = tensor if tensor._base is None else tensor._base
+    return getattr(whole, "page_locked", False)
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
@@ -238,6 +253,7 @@ class Stream:
 
     def synchronize(self) -> None:
         card_of_thread().waits.append("synchronize")
+        card_of_thread().arrive()
 
 
 class Card(TorchDispatchMode):
@@ -246,6 +262,8 @@ class Card(TorchDispatchMode):
     Attributes:
         waits: What made the host wait, as "file.function: what".
         notes: What was asked of streams and of the allocator, in order.
+        late: Memory of the CPU that copies without a wait will fill, each with its values: it is
+            filled once somebody waits for the device.
         fused: The fused kernels that were called; their results are zeros.
         capability, name, free, total, reserved: What torch.cuda says of the card.
     """
@@ -254,6 +272,7 @@ class Card(TorchDispatchMode):
         super().__init__()
         self.waits: list[str] = []
         self.notes: list[str] = []
+        self.late: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.fused: set[str] = set()
         self.capability, self.name = (9, 0), "NVIDIA H100 80GB HBM3"
         self.free, self.total, self.reserved, self.peak = 60 * GB, 80 * GB, 4 * GB, 5 * GB
@@ -275,6 +294,13 @@ class Card(TorchDispatchMode):
             frame = frame.f_back
         where = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}" if frame else "test"
         self.waits.append(f"{where}: {what}")
+        self.arrive()
+
+    def arrive(self) -> None:
+        """Fills the memory that copies without a wait go to."""
+        for target, values in self.late:
+            torch.Tensor.copy_(target, values)
+        self.late.clear()
 
     @contextmanager
     def waiting(self) -> Iterator[list[str]]:
@@ -352,6 +378,10 @@ def stand_ins(card: Card) -> dict[str, Any]:
 
         return called
 
+    def synchronize(device: Any = None) -> None:
+        card.notes.append("synchronize")
+        card.arrive()
+
     properties = SimpleNamespace(
         name=card.name, major=9, minor=0, total_memory=card.total, multi_processor_count=132
     )
@@ -374,7 +404,7 @@ def stand_ins(card: Card) -> dict[str, Any]:
         "Stream": Stream,
         "stream": stream,
         "current_stream": lambda device=None: card.streams[-1],
-        "synchronize": note("synchronize"),
+        "synchronize": synchronize,
         "empty_cache": note("empty_cache"),
         "reset_peak_memory_stats": note("reset_peak_memory_stats"),
         "max_memory_allocated": lambda device=None: card.peak,

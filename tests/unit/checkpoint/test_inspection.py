@@ -1,8 +1,11 @@
 """What `checkpoint list|verify|prune` shows and removes."""
 
+import json
+
 import pytest
 
 from fd_large.checkpoint import inspection, store
+from fd_large.checkpoint.lease import OWNER
 from fd_large.errors import CheckpointError, ConfigError
 
 
@@ -17,6 +20,23 @@ def test_list_verify_and_prune(folder, stored, updates_left, lease):
     assert [path.name for path in removed] == ["step_00000002"]
     inspection.prune_run(folder, 1, lease)
     assert updates_left() == [4, 6]
+
+
+def test_prune_removes_nothing_once_another_start_owns_the_folder(
+    folder, stored, updates_left, lease
+):
+    stored(2, 5, 6)
+    (folder / OWNER).write_text('{"start": "other", "host": "n7"}')
+    assert inspection.prune_run(folder, 1, lease) == []
+    assert updates_left() == [2, 5, 6]
+
+
+@pytest.mark.parametrize("runtime", [{"keep_last": 2}, {"keep_every": 4, "keep_last": "2"}, [], {}])
+def test_prune_refuses_a_recipe_that_does_not_say_what_to_keep(folder, stored, lease, runtime):
+    (folder / "recipe.json").write_text(json.dumps({"runtime": runtime}))
+    stored(4, 6)
+    with pytest.raises(ConfigError, match=r"recipe\.json.*keep_last.*keep_every"):
+        inspection.prune_run(folder, 1, lease)
 
 
 def test_what_prune_and_verify_refuse_and_name(folder, stored, lease):

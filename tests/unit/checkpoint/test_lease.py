@@ -61,6 +61,11 @@ def racer(folder, barrier, wins):
         if held:
             held.release()
 
+def no_links(*paths):
+    raise PermissionError(1, "Operation not permitted")
+
+if sys.argv[2] == "False":
+    lease.os.link = no_links
 context = multiprocessing.get_context("fork")
 folder, barrier, wins = Path(sys.argv[1]), context.Barrier(7), context.SimpleQueue()
 racers = [context.Process(target=racer, args=(folder, barrier, wins)) for _ in range(6)]
@@ -288,10 +293,14 @@ def test_slurm_is_asked_seldom_while_an_owner_leaves(folder, monkeypatch):
     assert asked == ["7"]
 
 
-def test_of_many_that_find_it_dead_exactly_one_wins(folder):
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_of_many_that_find_it_dead_exactly_one_wins(folder, links):
     """Each round all begin at once; the winner owns it until all have tried."""
     told = subprocess.run(
-        [sys.executable, "-c", RACE, str(folder)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", RACE, str(folder), str(links)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert told.returncode == 0, told.stderr
     rounds = [json.loads(line) for line in told.stdout.splitlines()]
@@ -331,6 +340,29 @@ def test_without_hard_links(folder, monkeypatch):
     assert held.owned()
     assert files(folder) == [OWNER]
     held.release()
+
+
+def test_a_link_whose_answer_was_lost_was_made(tmp_path, monkeypatch):
+    """NFS asks again where no answer came, and is then told that the name exists."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text("this start")
+    made = os.link
+
+    def answer_lost(one, other):
+        made(one, other)
+        raise FileExistsError
+
+    def vanished(one, other):
+        raise FileExistsError
+
+    monkeypatch.setattr(os, "link", answer_lost)
+    assert leases._link(source, target)
+    target.unlink()
+    target.write_text("another start")
+    monkeypatch.setattr(os, "link", vanished)
+    assert not leases._link(source, target)
+    target.unlink()
+    assert not leases._link(source, target)
 
 
 def test_an_owner_that_leaves_is_waited_for(folder, process):

@@ -153,6 +153,30 @@ def test_landscapes_share_a_scale_unless_one_model_is_far_steeper(
     assert bars == [pytest.approx(limits) for limits in titles.values()]
 
 
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_curve_has_a_band_of_one_deviation_around_it(
+    batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = {}
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.update({path.stem: figure}))
+    numpy.savez(tmp_path / "averages.npz")
+    losses = numpy.array([[1.5, 1.2, 1.0, 1.1, 1.4], [2.6, 2.1, 2.0, 2.3, 2.4], [3, 3, 3, 3, 3.3]])
+    own = losses[:batches, 2]
+    found = landscape(value=own.tolist(), curves=[losses[:batches].tolist()], images=[4] * batches)
+    draw_diagnosis(tmp_path, diagnosis(model("a", [], landscapes=[found])))
+    (panel,) = figures["landscape"].axes
+    change = losses[:batches] - own[:, None]
+    mean = own.mean() + change.mean(0)
+    assert panel.lines[0].get_ydata() == pytest.approx(mean)
+    (band,) = panel.collections
+    corners = band.get_paths()[0].vertices
+    for step, middle, spread in zip(
+        found["steps"], mean, change.std(0, ddof=1) if batches > 1 else [0.0] * 5, strict=True
+    ):
+        at = corners[numpy.isclose(corners[:, 0], step), 1]
+        assert (at.min(), at.max()) == pytest.approx((middle - spread, middle + spread))
+
+
 def test_the_table_has_means_over_layers_and_batches() -> None:
     layers = [layer("0"), layer("1"), layer("2", distance_pixels=[20.0, 40.0], head_similarity=0.8)]
     found = {name: cells for name, *cells in table([model("a", layers, CROSS_ENTROPY)])}

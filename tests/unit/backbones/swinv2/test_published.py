@@ -39,6 +39,17 @@ def test_swinv2_of_timm(tmp_path, pretrained):
     close(net(IMAGES).tokens, tokens(theirs))
 
 
+def test_a_folder_of_timm_on_the_hub_is_this_family(tmp_path):
+    """It would be timm's own module otherwise, whose map is the same: without its fields."""
+    arguments = {**TIMM_SWIN, "pretrained_window_sizes": (3, 0)}
+    theirs = scattered(timm.create_model("swinv2_tiny_window8_256", num_classes=0, **arguments))
+    timm.models.save_for_hf(theirs, tmp_path, model_args=arguments, safe_serialization=True)
+    net, teacher = loaded(tmp_path)
+    assert teacher.model == "swinv2"
+    assert teacher.architecture.pretrained_window_sizes == (3, 4)
+    close(net(IMAGES).tokens, tokens(theirs))
+
+
 def test_the_other_swinv2_of_timm_is_refused(tmp_path):
     net = timm.create_model(
         "swinv2_cr_tiny_224", pretrained=False, embed_dim=8, depths=(1, 1), num_heads=(1, 1)

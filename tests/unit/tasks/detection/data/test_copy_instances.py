@@ -173,3 +173,25 @@ def test_a_covered_object_is_left_out():
     draws = np.array([[0.5, 0.5, 0.5, 0.5], [0.99, 0.5, 0.0, 0.5]])
     _, moved, _ = copy_instances(noise(), objects, draws)
     assert (moved.labels.tolist(), len(moved.boxes), len(moved.segmentations)) == ([1], 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("half", "box", "polygon"),
+    [
+        (np.s_[:, :60], [12, 20, 40, 70], [0, 20, 40, 70]),
+        (np.s_[:, 60:], [80, 20, 108, 70], [80, 20, 120, 70]),
+        (np.s_[:45], [60, 12, 100, 30], [60, 0, 100, 30]),
+        (np.s_[45:], [60, 60, 100, 78], [60, 60, 100, 90]),
+    ],
+    ids=["left", "right", "top", "bottom"],
+)
+def test_an_object_past_its_box_takes_its_classes_from_its_edge_of_the_image(half, box, polygon):
+    """Turned, a pixel of its rim comes from outside of the image by less than a pixel."""
+    left, top, right, bottom = polygon
+    corners = [[left, top], [right, top], [right, bottom], [left, bottom]]
+    objects = octagons([box])._replace(segmentations=[[np.array(corners, dtype=float)]])
+    classes = np.full(SIZE, 9, np.int32)
+    classes[half] = 1
+    for draws in np.random.default_rng(0).random((100, 1, DRAWS_PER_OBJECT)):
+        _, moved, now = copy_instances(noise(), objects, draws, classes)
+        assert (now[filled(moved.segmentations[0]) > 0] == 1).all()
