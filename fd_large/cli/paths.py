@@ -9,9 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from fd_large import doors
-from fd_large.data.packages import local_kind
-from fd_large.data.roots import require_dataset
-from fd_large.data.weighted_roots import weighted_roots
+from fd_large.data.roots import local_kind, require_dataset, weighted_roots
 from fd_large.errors import ConfigError, FDError, check_all
 from fd_large.files import kind_of
 from fd_large.ranks.launch import is_first_of_node

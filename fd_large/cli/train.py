@@ -17,7 +17,7 @@ from fd_large.cli.paths import (
     require_paths,
     require_sources,
 )
-from fd_large.data.packages import check_packages
+from fd_large.data.roots import check_packages
 from fd_large.engine.zero import config as ds
 from fd_large.errors import Exit, FDError, LostRankError, check_all
 from fd_large.files import check_out

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fd_large.data.roots import WeightedRoot, weighted_roots
 from fd_large.data.sampler import epoch_order
-from fd_large.data.weighted_roots import WeightedRoot, weighted_roots
 
 # Draws know no later epoch; evaluations take one that no training reaches.
 _EPOCHS = 2**32

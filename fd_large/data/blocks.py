@@ -232,10 +232,8 @@ class BlockImages:
 
     Args:
         files: The files or objects that the blocks lie in.
-        file_of: (num_blocks,) the file of each block.
-        parts: (num_blocks,) the number of each block in its file.
-        sizes: (num_blocks,) the number of images in each, at least one.
-        num_bytes: (num_blocks,) about what each takes on the disk.
+        table: (num_blocks, 4) of each block its file, its number there, the number of its images,
+            at least one, and about what it takes on the disk, in bytes.
         fingerprint: A hash of the samples.
         kind: What the dataset is, in words.
 
@@ -248,20 +246,17 @@ class BlockImages:
     def __init__(
         self,
         files: Sequence[Stored],
+        table: NDArray[np.int64],
         *,
-        file_of: NDArray[np.int64],
-        parts: NDArray[np.int64],
-        sizes: NDArray[np.int64],
-        num_bytes: NDArray[np.int64],
         fingerprint: str,
         kind: str,
     ) -> None:
         self.files, self.fingerprint, self.kind = files, fingerprint, kind
-        self.blocks = Blocks(np.cumsum(sizes))
-        self._file_of, self._parts, self._num_bytes = file_of, parts, num_bytes
+        self._file_of, self._parts, self._sizes, self._num_bytes = table.T
+        self.blocks = Blocks(np.cumsum(self._sizes))
         self._cache = the_cache()
         self._process = _Process()
-        window = int(num_bytes.sum() / len(sizes) * min(len(sizes), self.blocks.per_window))
+        window = int(self._num_bytes.mean() * min(len(table), self.blocks.per_window))
         if window > self._cache.limit_bytes:
             log.warning(
                 "data.cache_gb: too small for the %.1f GB of blocks that are mixed at a time, "
@@ -317,9 +312,11 @@ class BlockImages:
         return self.files[self._file_of[number]].url
 
     def _fetched(self, number: int, *, wait: bool) -> BlockFile | None:
-        stored, part = self.files[self._file_of[number]], int(self._parts[number])
-        make = partial(self._make, stored, part)
-        return self._cache.open(block_key(stored, part), make, wait=wait)
+        make = partial(self._make, *self._where_is(number))
+        return self._cache.open(block_key(*self._where_is(number)), make, wait=wait)
+
+    def _where_is(self, number: int) -> tuple[Stored, int]:
+        return self.files[self._file_of[number]], int(self._parts[number])
 
     def _open(self, number: int) -> BlockFile:
         process = self._here()
@@ -330,11 +327,10 @@ class BlockImages:
             try:
                 found = self._fetched(number, wait=True)
                 assert found is not None
-                size = self.blocks.ends[number] - (self.blocks.ends[number - 1] if number else 0)
-                if len(found) != size:
+                if len(found) != self._sizes[number]:
                     raise DataError(
-                        f"a file of {len(found)} images, expected {size}. It changed since it was "
-                        "listed: start again."
+                        f"a file of {len(found)} images, expected {self._sizes[number]}. It "
+                        "changed since it was listed: start again."
                     )
             except DataError as error:
                 process.failed[number] = str(error)
@@ -352,7 +348,7 @@ class BlockImages:
                 room -= int(self._num_bytes[number])
                 if wanted is not process.wanted or room < 0:
                     break
-                key = block_key(self.files[self._file_of[number]], int(self._parts[number]))
+                key = block_key(*self._where_is(number))
                 if number in process.failed or self._cache.holds(key):
                     continue
                 try:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fd_large.data.listing import Add, filled, listed, settled
-from fd_large.data.packages import local_kind
+from fd_large.data.roots import local_kind
 from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fd_large.data.balanced import open_balanced
 from fd_large.data.custom import is_custom, open_custom
 from fd_large.data.objects import find_objects, join
-from fd_large.data.packages import PARQUET, is_url, listed, local_kind
+from fd_large.data.roots import PARQUET, is_url, listed, local_kind
 from fd_large.data.sampler import Blocks
 from fd_large.data.source import ImageSource, open_images
 from fd_large.data.val_fraction import FIELD, Part, places_of

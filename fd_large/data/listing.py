@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fd_large.data.packages import local_kind
+from fd_large.data.roots import local_kind
 from fd_large.errors import DataError
 from fd_large.files import PARTIAL, STALE_SECONDS, parse_json
 from fd_large.ranks import activity

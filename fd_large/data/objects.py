@@ -20,8 +20,15 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 
-from fd_large.data.braces import expand_braces
-from fd_large.data.packages import PARQUET, check_packages, is_url, local_kind, name_of, scheme_of
+from fd_large.data.roots import (
+    PARQUET,
+    check_packages,
+    expand_braces,
+    is_url,
+    local_kind,
+    name_of,
+    scheme_of,
+)
 from fd_large.errors import DataError, named
 from fd_large.files import PASSING, retried, unusable
 from fd_large.ranks import meeting

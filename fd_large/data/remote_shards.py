@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from fd_large.data.blocks import BlockImages, BlockWriter, block_key, the_cache
 from fd_large.data.listing import cache_folder
-from fd_large.data.objects import RANGE_BYTES, Stored, find_objects
-from fd_large.data.packages import is_url, name_of
+from fd_large.data.objects import RANGE_BYTES, Stored
+from fd_large.data.roots import name_of
 from fd_large.data.tar_index import NO_LABEL, images_in, label_of
 from fd_large.errors import DataError
 from fd_large.files import json_object, write_json
@@ -34,7 +34,7 @@ STREAMS = 8
 
 
 class RemoteShards(BlockImages):
-    """The images of some tar shards behind a URL; `open_remote_shards` opens them.
+    """The images of some tar shards behind a URL.
 
     Attributes:
         torn: What is wrong with those that are not whole.
@@ -65,13 +65,14 @@ class RemoteShards(BlockImages):
         folder = os.path.commonpath([os.path.dirname(name_of(shard.url)) for shard in shards])
         for (url, size, stamp), images in zip(shards, sizes.tolist(), strict=True):
             digest.update(f"{name_of(url)[len(folder) :]}\0{size}\0{stamp}\0{images}\0".encode())
-        used = np.flatnonzero(sizes)
+        blocks = [
+            (number, 0, images, shard.size)
+            for number, (shard, images) in enumerate(zip(shards, sizes.tolist(), strict=True))
+            if images
+        ]
         super().__init__(
             shards,
-            file_of=used,
-            parts=np.zeros(len(used), np.int64),
-            sizes=sizes[used],
-            num_bytes=np.array([shard.size for shard in shards], np.int64)[used],
+            np.array(blocks, np.int64),
             fingerprint=digest.hexdigest(),
             kind=f"{len(shards)} tar shards in an object store",
         )
@@ -99,23 +100,6 @@ class RemoteShards(BlockImages):
 
     def _make(self, stored: Stored, part: int, writer: BlockWriter) -> None:
         _write(stored, writer, self._where)
-
-
-def open_remote_shards(root: str, *, where: str) -> RemoteShards | None:
-    """Opens tar shards behind a URL: one, a pattern, or all below it.
-
-    Raises: DataError: if there is none, or the store does not give them.
-    """
-    if not is_url(root):
-        return None
-    shards = find_objects(root, where)
-    if not shards:
-        raise DataError(
-            f"{where}: neither tar shards nor parquet files; got {root!r}, expected objects ending "
-            "in .tar or .parquet at that URL or below it. Correct it; loose images have to be "
-            "packed, or copied to a folder."
-        )
-    return RemoteShards(root, shards, where=where)
 
 
 def _counted(root: str, shards: Sequence[Stored], where: str) -> list[tuple[int, str]]:

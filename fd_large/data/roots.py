@@ -1,18 +1,63 @@
-"""Names of datasets, looked at before torch is imported; what is in them is read later."""
+"""Names of datasets, as `data.root` takes them, looked at before torch is imported.
+
+A path, a URL, names of shards by braces, or several datasets, each with its share of the images:
+
+    0.5 /data/imagenet + 0.3 web=/data/web/shards + 0.2 s3://bucket/places/
+
+A weight stands before each, and a name may, which otherwise is the last part of the path.
+"""
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import tarfile
+from collections.abc import Sequence
+from fractions import Fraction
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import product
+from typing import Any, Literal, NamedTuple
 
 from fd_large import doors
-from fd_large.data.packages import CLIENTS, PARQUET, is_url, local_kind
-from fd_large.data.weighted_roots import weighted_roots
 from fd_large.errors import DataError, check_all, nearest
-from fd_large.files import unusable
+from fd_large.files import kind_of, unusable
 from fd_large.recipes.tables import keys_of
 
+PARQUET = ".parquet"
+SAVED = ("state.json", "dataset_info.json")
+"""Files that `datasets` writes beside a saved dataset."""
+SAVED_PARTS = "dataset_dict.json"
+"""The file that it writes beside several."""
+CLIENTS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "hf": "huggingface_hub",
+}
+"""What fsspec needs besides for a scheme; fsspec knows many more schemes."""
+
+# Schemes of fsspec whose files are templates, or whose servers run what they are sent; a chain
+# (`A::B`) reaches them as well.
+_PROGRAMS = {"reference", "dask", "jupyter", "jlab"}
+# The first release that does not unpickle what a file's schema holds: CVE-2023-47248.
+_OLDEST_PYARROW = (14, 0, 1)
+
+# Bytes; a name that is longer cannot be.
+_LONGEST_NAME = 255
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://")
+BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_MOST_NAMES, _MOST_DIGITS = 1_000_000, 18
+_MOST_CHARACTERS = 1 << 28
+_TERM = re.compile(r"(\d+\.?\d*|\.\d+)\s+(?:([A-Za-z]\w*)=)?(\S.*)")
+# More than any weights that somebody means; the pattern of an order has as many entries.
+MAX_PERIOD = 100_000
 BUILTIN = "builtin:"
 _FORMS = (
     "a folder of images, tar shards or parquet files, FILE.tar, FILE.parquet, or a URL of such "
@@ -21,6 +66,230 @@ _FORMS = (
 _SCHEMES = (BUILTIN, doors.PREFIX, *(f"{scheme}://" for scheme in CLIENTS))
 # A folder with so many folders and no file is looked at when it is listed.
 _MOST_FOLDERS = 1000
+
+
+def scheme_of(root: str) -> str:
+    """The scheme of a URL; "" for a path."""
+    match = _URL.match(root)
+    return match.group(1) if match else ""
+
+
+def is_url(root: str) -> bool:
+    """Whether a root is a URL and no path."""
+    return bool(scheme_of(root))
+
+
+def name_of(url: str) -> str:
+    """The name of a file: a path, or a URL without its query."""
+    return url.partition("?")[0] if scheme_of(url) in ("http", "https") else url
+
+
+def local_kind(
+    root: str, *inside: str, where: str = "data.root"
+) -> Literal["file", "folder", "other"] | None:
+    """Returns what stands at a root, or below it, on this machine; None: nothing, or it is a URL.
+
+    Args:
+        root: As `data.root` takes it.
+        inside: Names below it.
+        where: The field that names it, for messages.
+
+    Raises: DataError: if the file system refuses to say.
+    """
+    longest = max(map(len, os.fsencode(root).split(b"/")))
+    if is_url(root) or ("{" in root and longest > _LONGEST_NAME):  # A long list of names.
+        return None
+    return kind_of(os.path.join(root, *inside), where=where, of=DataError)
+
+
+def is_saved(root: str, where: str) -> bool:
+    """Whether a root is a folder that `datasets` wrote with `save_to_disk`."""
+    return local_kind(root, where=where) == "folder" and all(
+        local_kind(root, name, where=where) == "file" for name in SAVED
+    )
+
+
+def listed(folder: str, where: str) -> list[str]:
+    """Returns the names in a folder, sorted.
+
+    Raises: DataError: if the file system refuses to say.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise unusable(where, error, folder, of=DataError) from error
+
+
+def check_packages(root: str, *, where: str) -> None:
+    """Refuses what a package is missing for, and braces that stand for too many names.
+
+    Args:
+        root: As `data.root` takes it.
+        where: The field that names it, for messages.
+
+    Raises: DataError: with the command that installs it, or the number of names.
+    """
+    check_braces(root, where=where)
+    for part in weighted_roots(root, where=where):
+        check_packages(part.root, where=f"{where} ({part.name})")
+    if is_url(root):
+        _check_client(root, where)
+    if name_of(root).lower().endswith(PARQUET):
+        require("pyarrow", "parquet files", where)
+    elif root and is_saved(root, where):
+        require("datasets", "a saved dataset", where)
+
+
+def require(package: str, what: str, where: str) -> None:
+    """Refuses a dataset whose package is missing.
+
+    Raises: DataError: with the command that installs it, also in place of too old a release.
+    """
+    if find_spec(package) is None:
+        raise DataError(
+            f"{where}: {what}: the package {package} is needed; got nothing, expected it to be "
+            f"installed. Install it: pip install {package}"
+        )
+    # datasets reads with pyarrow, too.
+    numbers = re.findall(r"\d+", version("pyarrow"))[:3]
+    if tuple(map(int, numbers)) < _OLDEST_PYARROW:
+        raise DataError(
+            f"{where}: {what}: too old a release of pyarrow, which may run code that a file holds; "
+            f"got {version('pyarrow')}, expected 14.0.1 or later. pip install --upgrade pyarrow"
+        )
+
+
+def _check_client(root: str, where: str) -> None:
+    scheme = scheme_of(root)
+    if "::" in root or scheme in _PROGRAMS:
+        raise DataError(
+            f"{where}: a URL that another file says how to read; got {root!r}, expected one of an "
+            "object store or a server. Name the images' own URL."
+        )
+    packages = " ".join(filter(None, ("fsspec", CLIENTS.get(scheme))))
+    try:
+        import fsspec
+
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        raise DataError(
+            f"{where}: {scheme}:// needs a package that is not installed; got {error}, expected "
+            f"it. Install it: pip install {packages}"
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"{where}: no such kind of URL; got {root!r}, expected s3://, gs://, https:// or "
+            "another that fsspec knows. Correct it, or name a folder."
+        ) from error
+
+
+def expand_braces(pattern: str, *, where: str = "data.root") -> list[str]:
+    """Writes out "{00..12}" (leading zeros kept) and "{a,b}"; no nesting.
+
+    Args:
+        pattern: A name of shards.
+        where: The field that names it, for messages.
+
+    Raises: DataError: if it stands for more than a million names.
+    """
+    parts = _parts(pattern, where)
+    written = ([format(choice, spec) for choice in choices] for choices, spec in parts)
+    return ["".join(chosen) for chosen in product(*written)]
+
+
+def check_braces(pattern: str, *, where: str) -> None:
+    """Refuses a pattern that stands for more than a million names; writes none out.
+
+    Raises: DataError: if it does.
+    """
+    _parts(pattern, where)
+
+
+def _parts(pattern: str, where: str) -> list[tuple[Sequence[Any], str]]:
+    """Choices for each part of a pattern in order, and the format in which they are written."""
+    # text, inside, text, inside, ..., text
+    parts = [
+        _inside(text, where) if index % 2 else ([text], "")
+        for index, text in enumerate(BRACES.split(pattern))
+    ]
+    count = math.prod(len(choices) for choices, _ in parts)
+    if count > _MOST_NAMES or count * len(pattern) > _MOST_CHARACTERS:
+        shown = pattern if len(pattern) <= 200 else f"{pattern[:200]}..."
+        got = f"{count:,}" if count < 10**15 else "more than 10^15"
+        raise DataError(
+            f"{where}: {shown}: braces that stand for too many names; got {got}, expected at most "
+            f"{_MOST_NAMES:,}. Correct the numbers, or name a folder."
+        )
+    return parts
+
+
+def _inside(text: str, where: str) -> tuple[Sequence[Any], str]:
+    if match := _RANGE.fullmatch(text):
+        ends = [digits.lstrip("0") or "0" for digits in match.groups()]
+        if max(map(len, ends)) > _MOST_DIGITS:
+            raise DataError(
+                f"{where}: {{{text[:40]}}}: numbers too long for names of shards; got more than "
+                f"{_MOST_DIGITS} digits, expected fewer. Correct them."
+            )
+        first, last = map(int, ends)
+        step = 1 if first <= last else -1
+        return range(first, last + step, step), f"0{len(match[1])}d"
+    return text.split(",") if "," in text else [f"{{{text}}}"], ""
+
+
+class WeightedRoot(NamedTuple):
+    """A dataset of a sum.
+
+    Attributes:
+        name: What it is called, for messages and for what is chosen by dataset.
+        root: As `open_images` takes it.
+        share: Images of it among each `period` images of the sum, the sum of all shares.
+    """
+
+    name: str
+    root: str
+    share: int
+
+
+def weighted_roots(root: str, *, where: str = "data.root") -> tuple[WeightedRoot, ...]:
+    """Returns the datasets of a sum; none if the text is no sum of several.
+
+    Args:
+        root: As `data.root` takes it.
+        where: The field that says it, for messages.
+
+    Raises: DataError: if a term is malformed, or two have one name.
+    """
+    texts = root.split(" + ")
+    found = [_TERM.fullmatch(text.strip()) for text in texts]
+    if len(texts) < 2 or found[0] is None:
+        return ()
+    terms: dict[str, tuple[str, Fraction]] = {}
+    for text, term in zip(texts, found, strict=True):
+        if term is None or not Fraction(term[1]):
+            raise DataError(
+                f"{where}: not a sum of datasets by weight; got {text!r}, expected a weight above "
+                "0 and a dataset, as in '0.7 /data/imagenet + 0.3 /data/web'. Correct the term."
+            )
+        name = term[2] or term[3].rstrip("/").rpartition("/")[2]
+        if name in terms:
+            raise DataError(
+                f"{where}: two datasets of one name; got {name!r} twice, expected different names. "
+                f"Give one a name: '{term[1]} NAME={term[3]}'."
+            )
+        terms[name] = term[3].strip(), Fraction(term[1])
+    scale = math.lcm(*(weight.denominator for _, weight in terms.values()))
+    shares = [int(weight * scale) for _, weight in terms.values()]
+    divisor = math.gcd(*shares)
+    if sum(shares) // divisor > MAX_PERIOD:
+        raise DataError(
+            f"{where}: weights of too many digits; got {root!r}, expected such that the shares "
+            f"are whole numbers of {MAX_PERIOD:,} at most. Round them."
+        )
+    return tuple(
+        WeightedRoot(name, path, share // divisor)
+        for (name, (path, _)), share in zip(terms.items(), shares, strict=True)
+    )
 
 
 def require_dataset(root: str, *, where: str) -> None:

@@ -15,16 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fd_large.data.folder import MAX_FILE_BYTES, read_below
-from fd_large.data.packages import is_saved, local_kind, require
+from fd_large.data.tables import cells, find_columns, labels_of
 from fd_large.errors import DataError, first_line
 from fd_large.files import read_json
 from fd_large.ranks import meeting
 
-_PARTS = "dataset_dict.json"
-
 
 class SavedDataset:
-    """The images of a column of a dataset; `open_saved_dataset` opens it.
+    """The images of a column of a dataset; it needs the package datasets.
 
     Attributes:
         fingerprint: A hash of the dataset's own fingerprint and of the number of rows.
@@ -43,8 +41,6 @@ class SavedDataset:
 
         Raises: DataError: if it is damaged or empty, or has no column of images.
         """
-        from fd_large.data.columns import find_columns
-
         self.root, self._where = root, where
         self._opened: tuple[int, Any] | None = None
         try:
@@ -79,8 +75,6 @@ class SavedDataset:
 
         Raises: DataError: if they cannot be read, or the cell is empty.
         """
-        from fd_large.data.columns import cells
-
         try:
             column = self._images()[index].column(0).combine_chunks()
             ((encoded, path),) = cells(column)
@@ -100,8 +94,6 @@ class SavedDataset:
         return meeting.once(f"labels of {self.root}", self._read_labels)
 
     def _read_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
-        from fd_large.data.columns import labels_of
-
         table = self._load().select_columns([self._columns.label]).with_format("arrow")[:]
         return labels_of(table.column(0), self._columns, self._where)
 
@@ -125,20 +117,3 @@ class SavedDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
-
-
-def open_saved_dataset(root: str, *, where: str) -> SavedDataset | None:
-    """Opens a folder that `datasets` wrote with `save_to_disk`.
-
-    Raises: DataError: if it holds several parts, or the package is missing.
-    """
-    if local_kind(root, _PARTS, where=where) == "file":
-        parts = sorted(e.name for e in os.scandir(root) if e.is_dir())
-        raise DataError(
-            f"{where}: a dataset of several parts; got {root!r} with {', '.join(parts)}, expected "
-            f"one. Set --{where} {os.path.join(root, parts[0] if parts else 'PART')}."
-        )
-    if not is_saved(root, where):
-        return None
-    require("datasets", "a saved dataset", where)
-    return SavedDataset(root, where=where)

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large.data.braces import BRACES, expand_braces
 from fd_large.data.folder import EXTENSIONS, MAX_FILE_BYTES, walk
 from fd_large.data.listing import Add, Listing, filled, listed, settled
-from fd_large.data.packages import local_kind
+from fd_large.data.roots import BRACES, expand_braces, local_kind
 from fd_large.data.tar_index import NO_LABEL, TarImage, images_in, label_of
 from fd_large.errors import DataError
 from fd_large.files import kind_of

@@ -8,19 +8,29 @@ outside of it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from fd_large.data.balanced import open_balanced
 from fd_large.data.custom import open_custom
 from fd_large.data.folder import open_folder
-from fd_large.data.packages import local_kind
-from fd_large.data.parquet import open_parquet
+from fd_large.data.objects import Stored, find, find_objects, join
 from fd_large.data.photographs import open_photographs
-from fd_large.data.remote_shards import open_remote_shards
-from fd_large.data.saved_dataset import open_saved_dataset
+from fd_large.data.remote_shards import RemoteShards
+from fd_large.data.roots import (
+    PARQUET,
+    SAVED_PARTS,
+    is_saved,
+    is_url,
+    listed,
+    local_kind,
+    name_of,
+    require,
+)
 from fd_large.data.shards import open_shards
 from fd_large.errors import DataError
+from fd_large.ranks import meeting
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +70,80 @@ class ImageSource(Protocol):
         """
 
 
+def _open_objects(root: str, *, where: str) -> ImageSource | None:
+    """Opens the tar shards or parquet files behind a URL: one, a pattern, or all below it.
+
+    Raises: DataError: if there is none, the store does not give them, or a package is missing.
+    """
+    if not is_url(root):
+        return None
+    if not (found := find_objects(root, where)):
+        raise DataError(
+            f"{where}: neither tar shards nor parquet files; got {root!r}, expected objects ending "
+            "in .tar or .parquet at that URL or below it. Correct it; loose images have to be "
+            "packed, or copied to a folder."
+        )
+    is_table = name_of(found[0].url).lower().endswith(PARQUET)
+    return (_open_tables if is_table else RemoteShards)(root, found, where=where)
+
+
+def _open_parquet(root: str, *, where: str) -> ImageSource | None:
+    """Opens a parquet file, a pattern of them, or a folder that holds them or has them in `data/`.
+
+    Raises: DataError: if a file is missing or damaged, or a package is.
+    """
+
+    def holds_parquet() -> bool:
+        folders = [f for f in (root, join(root, "data")) if local_kind(f, where=where) == "folder"]
+        names = (name for folder in folders for name in listed(folder, where))
+        return any(name.lower().endswith(PARQUET) for name in names)
+
+    if not root.lower().endswith(PARQUET):
+        is_folder = local_kind(root, where=where) == "folder"
+        if not (is_folder and meeting.once(f"parquet in {root}", holds_parquet)):
+            return None
+    files = meeting.once(f"parquet files of {root}", lambda: find(root, (PARQUET,), where))
+    if not files:
+        raise DataError(
+            f"{where}: no such parquet file; got {root!r}, expected at least one. Correct the name."
+        )
+    return _open_tables(root, files, where=where)
+
+
+def _open_tables(root: str, files: Sequence[Stored], *, where: str) -> ImageSource:
+    require("pyarrow", "parquet files", where)
+    from fd_large.data.tables import ParquetImages
+
+    return ParquetImages(root, files, where=where)
+
+
+def _open_saved_dataset(root: str, *, where: str) -> ImageSource | None:
+    """Opens a folder that `datasets` wrote with `save_to_disk`.
+
+    Raises: DataError: if it holds several parts, or the package is missing.
+    """
+    if local_kind(root, SAVED_PARTS, where=where) == "file":
+        parts = sorted(e.name for e in os.scandir(root) if e.is_dir())
+        raise DataError(
+            f"{where}: a dataset of several parts; got {root!r} with {', '.join(parts)}, expected "
+            f"one. Set --{where} {os.path.join(root, parts[0] if parts else 'PART')}."
+        )
+    if not is_saved(root, where):
+        return None
+    require("datasets", "a saved dataset", where)
+    from fd_large.data.saved_dataset import SavedDataset
+
+    return SavedDataset(root, where=where)
+
+
 # Each takes what `data.root` says, and `where`, the field that says it, for messages. It returns
 # None if that is no source of its kind, and raises DataError if it is and cannot be used.
 SOURCES: tuple[Callable[..., ImageSource | None], ...] = (
     open_custom,
     open_photographs,
-    open_saved_dataset,
-    open_parquet,
-    open_remote_shards,
+    _open_saved_dataset,
+    _open_objects,
+    _open_parquet,
     open_shards,
     open_folder,
 )
@@ -82,7 +158,7 @@ def open_images(root: str, *, where: str = "data.root") -> ImageSource:
             "train-*.tar"; the same of parquet files; a URL of tar or parquet files, or of what
             holds them, as "s3://bucket/data/"; a dataset that Hugging Face's `datasets` saved; a
             dataset that comes along, "builtin:photographs"; a source of the user's own,
-            "module:PATH/TO/FILE.py:NAME"; or several of these by weight (weighted_roots.py).
+            "module:PATH/TO/FILE.py:NAME"; or several of these by weight (roots.py).
         where: The field that names it, for messages.
 
     Raises: DataError: if there is nothing of the kind, or no image in it; ConfigError: if code of

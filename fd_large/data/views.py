@@ -1,17 +1,18 @@
-"""One view of an image: a random resized crop and a flip, from numbers drawn by the caller."""
+"""One view of an image: random crop, flip and colours, from numbers drawn by the caller."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Literal, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
 from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as transforms
 
-from fd_large.data import color
 from fd_large.data.decode import decode, size_before_decoding
 from fd_large.data.image_header import MAX_PIXELS
 from fd_large.data.random_numbers import uniforms
@@ -21,6 +22,10 @@ NUM_TRIES = 10
 NUM_DRAWS = 3 + 2 * NUM_TRIES  # flip, top, left, then area and aspect of each try
 MIN_ASPECT, MAX_ASPECT = 3 / 4, 4 / 3
 FLIP_PROBABILITY = 0.5
+NUM_COLOR_DRAWS = 6  # brightness, contrast, saturation, hue, order, grayscale
+# SimCLR's proportion of the four: 0.8, 0.8, 0.8 and 0.2 times the strength.
+HUE_SHARE = 0.25
+_ORDERS = tuple(permutations(range(4)))
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Draws(NamedTuple):
 
     Attributes:
         crop: `NUM_DRAWS` numbers for box and flip.
-        color: `color.NUM_DRAWS` numbers.
+        color: `NUM_COLOR_DRAWS` numbers.
     """
 
     crop: Sequence[float]
@@ -67,7 +72,7 @@ def view_draws(seed: int, epoch: int, places: ArrayLike) -> list[Draws]:
         places: (B,), whole numbers from 0, such as positions in the epoch's order.
     """
     crops = uniforms(seed, epoch, places, "view", NUM_DRAWS).tolist()
-    colors = uniforms(seed, epoch, places, "color", color.NUM_DRAWS).tolist()
+    colors = uniforms(seed, epoch, places, "color", NUM_COLOR_DRAWS).tolist()
     return [Draws(*one) for one in zip(crops, colors, strict=True)]
 
 
@@ -97,7 +102,7 @@ def jittered_view(
 
     Raises: DataError: if the image cannot be used.
     """
-    return color.jitter_color(
+    return jitter_color(
         random_view(source, index, draws.crop, settings),
         draws.color,
         strength=settings.color_jitter,
@@ -116,7 +121,7 @@ def random_view(
         source: The images.
         index: The image's number.
         draws: `NUM_DRAWS` numbers in [0, 1).
-        settings: Size, crop and limit; color is another step (`color.py`).
+        settings: Size, crop and limit; color is another step (`jitter_color`).
 
     Returns: (3, image_size, image_size) uint8, contiguous.
     Raises: DataError: if the image cannot be used.
@@ -219,3 +224,38 @@ def box_view(
     if draws[0] < FLIP_PROBABILITY:
         view = view.flip(-1)
     return view.contiguous()
+
+
+def jitter_color(
+    image: torch.Tensor, draws: Sequence[float], *, strength: float, grayscale_probability: float
+) -> torch.Tensor:
+    """Changes brightness, contrast, saturation and hue in a random order, then perhaps to gray.
+
+    The factors are uniform as in torchvision's ColorJitter(strength, strength, strength,
+    strength / 4): brightness, contrast and saturation in 1 -+ strength, hue by -+ strength / 4 of
+    the circle.
+
+    Args:
+        image: (3, H, W) uint8.
+        draws: `NUM_COLOR_DRAWS` numbers in [0, 1).
+        strength: 0 (none) to 1.
+        grayscale_probability: Probability of three equal channels, in [0, 1].
+
+    Returns: (3, H, W) uint8.
+    Source: Chen et al., "A simple framework for contrastive learning of visual representations",
+        ICML 2020, appendix A.
+    """
+    *amounts, order, gray = draws
+    if strength > 0:
+        brightness, contrast, saturation, hue = (strength * (2 * draw - 1) for draw in amounts)
+        steps = (
+            lambda x: transforms.adjust_brightness(x, 1 + brightness),
+            lambda x: transforms.adjust_contrast(x, 1 + contrast),
+            lambda x: transforms.adjust_saturation(x, 1 + saturation),
+            lambda x: transforms.adjust_hue(x, HUE_SHARE * hue),
+        )
+        for number in _ORDERS[int(order * len(_ORDERS))]:
+            image = steps[number](image)
+    if gray < grayscale_probability:
+        image = transforms.rgb_to_grayscale(image, num_output_channels=3)
+    return image

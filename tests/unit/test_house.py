@@ -107,7 +107,7 @@ ASKS_ITSELF = {
     # Entries of os.scandir, which know their kind.
     "data/folder.py": {"is_file", "is_dir"},
     "data/roots.py": {"is_dir"},
-    "data/saved_dataset.py": {"is_dir"},
+    "data/source.py": {"is_dir"},
     # An impossible name is no file, whatever the system says: no code of it runs.
     "doors.py": {"isfile"},
     # Whose thread must not wait while a file system is busy.

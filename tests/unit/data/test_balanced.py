@@ -4,9 +4,9 @@ from pictures import write_pictures
 
 from fd_large.data.balanced import Balanced
 from fd_large.data.labelled import open_training
+from fd_large.data.roots import WeightedRoot, weighted_roots
 from fd_large.data.sampler import Blocks, samples_at
 from fd_large.data.source import open_images
-from fd_large.data.weighted_roots import WeightedRoot, weighted_roots
 from fd_large.errors import DataError
 
 

@@ -22,10 +22,7 @@ class Texts(BlockImages):
         every = np.arange(num_blocks)
         super().__init__(
             [Stored("/x", 1, "1")],
-            file_of=every * 0,
-            parts=every,
-            sizes=every * 0 + 5,
-            num_bytes=every * 0 + 1000,
+            np.stack([every * 0, every, every * 0 + 5, every * 0 + 1000], axis=1),
             fingerprint="",
             kind="texts",
         )

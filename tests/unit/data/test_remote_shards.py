@@ -12,11 +12,11 @@ from fd_large import files
 from fd_large.data import blocks, objects, remote_shards, sampler
 from fd_large.data.labelled import open_labelled, open_split
 from fd_large.data.loader import ViewBatches, build_loader
-from fd_large.data.parquet import ParquetImages
 from fd_large.data.remote_shards import RemoteShards
 from fd_large.data.sampler import Portion
 from fd_large.data.shards import TarShards
 from fd_large.data.source import open_images
+from fd_large.data.tables import ParquetImages
 from fd_large.data.views import ViewSettings
 from fd_large.errors import DataError, StorageError
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from fd_large.data import packages, saved_dataset
+from fd_large.data import roots, saved_dataset
 from fd_large.data.folder import ImageFolder
 from fd_large.data.labelled import open_split
 from fd_large.data.loader import ViewBatches, build_loader
@@ -80,7 +80,7 @@ def test_mistakes_are_one_sentence(saved, tmp_path, monkeypatch):
         (tmp_path / name).write_text("{}")
     with pytest.raises(DataError, match=r"^data\.root: a saved dataset cannot be opened; got "):
         open_images(str(tmp_path))
-    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    monkeypatch.setattr(roots, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install datasets"):
         open_images(f"{saved}/train")
 

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from fd_large.data.random_numbers import uniforms
-from fd_large.data.weighted_roots import weighted_roots
+from fd_large.data.roots import weighted_roots
 from fd_large.engine.parts import Part
 from fd_large.recipes.fields import require
 from fd_large.tasks.distillation.section import Weighting

@@ -1,5 +1,8 @@
+"""Tables of images: parquet files, and what columns and cells hold."""
+
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -9,13 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fd_large.data import blocks, packages, parquet, sampler
+from fd_large.data import blocks, roots, sampler
+from fd_large.data import tables as table_images
 from fd_large.data.folder import ImageFolder
 from fd_large.data.labelled import open_labelled, open_split, training_part
 from fd_large.data.loader import ViewBatches, build_loader
-from fd_large.data.parquet import ParquetImages
 from fd_large.data.sampler import Portion
 from fd_large.data.source import open_images
+from fd_large.data.tables import Columns, ParquetImages, cells, find_columns, labels_of
 from fd_large.data.views import ViewSettings
 from fd_large.errors import DataError
 
@@ -183,13 +187,13 @@ def test_an_image_beside_the_table_is_found_by_its_path(tmp_path, picture_folder
 
 
 def test_a_cell_larger_than_a_file_may_be_is_no_image(tmp_path, monkeypatch):
-    for module in (blocks, parquet):
+    for module in (blocks, table_images):
         monkeypatch.setattr(module, "MAX_FILE_BYTES", 1000)
     tables = {"mixed": [b"\0" * 5000, *[b"image"] * 9], "alone": [b"\0" * 5000]}
     sources = {}
-    for name, cells in tables.items():
+    for name, content in tables.items():
         path = tmp_path / f"{name}.parquet"
-        pq.write_table(pa.table({"image": cells}), path, compression="zstd", use_dictionary=False)
+        pq.write_table(pa.table({"image": content}), path, compression="zstd", use_dictionary=False)
         sources[name] = open_images(str(path))
     for source in sources.values():
         with pytest.raises(DataError, match=r"50[0-9][0-9] bytes"):
@@ -226,6 +230,74 @@ def test_mistakes_are_one_sentence(tmp_path, tables, monkeypatch):
         with pytest.raises(DataError, match=f"^eval.root: .*{message}") as info:
             open_images(f"{tmp_path}/{name}.parquet", where="eval.root")
         assert "\n" not in str(info.value)
-    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    monkeypatch.setattr(roots, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"data\.root: .*: pip install pyarrow"):
         open_images(str(tables))
+
+
+CELL = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+
+def with_features(schema, **features):
+    stated = json.dumps({"info": {"features": features}})
+    return schema.with_metadata({"huggingface": stated})
+
+
+def test_features_name_the_columns():
+    schema = pa.schema({"mask": CELL, "photo": CELL, "id": pa.int64(), "kind": pa.int64()})
+    stated = with_features(
+        schema, photo={"_type": "Image"}, kind={"_type": "ClassLabel", "names": ["a", "b"]}
+    )
+    assert find_columns(stated, "data.root") == Columns("photo", "kind", ("a", "b"))
+    with pytest.raises(DataError, match=r"^data\.root: several columns of images; got mask, photo"):
+        find_columns(schema, "data.root")
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        ({"image": pa.binary(), "label": pa.int32()}, ("image", "label")),
+        ({"jpg": pa.large_binary(), "cls": pa.string()}, ("jpg", "cls")),
+        ({"anything": pa.binary(), "label": pa.float32()}, ("anything", None)),
+        ({"image": pa.binary(), "thumbnail": pa.binary()}, ("image", None)),
+    ],
+)
+def test_types_and_names_tell_the_columns(columns, found):
+    assert find_columns(pa.schema(columns), "x")[:2] == found
+
+
+def test_a_table_without_images_says_what_it_has():
+    with pytest.raises(DataError, match=r"no column of images; got text \(string\), expected"):
+        find_columns(pa.schema({"text": pa.string()}), "x")
+
+
+def test_a_cell_has_bytes_or_a_path_or_nothing():
+    rows = [{"bytes": b"x", "path": "a.jpg"}, {"bytes": None, "path": "b.jpg"}, None]
+    found = cells(pa.array(rows, CELL))
+    assert [(data and data.to_pybytes(), path) for data, path in found] == [
+        (b"x", "a.jpg"),
+        (None, "b.jpg"),
+        (None, ""),
+    ]
+    assert [data and data.to_pybytes() for data, _ in cells(pa.array([b"y", None]))] == [b"y", None]
+
+
+def test_words_are_classes_in_their_order():
+    column = pa.chunked_array([["dog", "cat"], ["dog"]])
+    labels, names = labels_of(column, Columns("image", "label", None), "x")
+    assert labels.tolist() == [1, 0, 1]
+    assert labels.dtype == np.int64
+    assert names == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("values", "classes", "message"),
+    [
+        ([0, None], None, "1 empty cells of column label"),
+        ([0, -1], None, "invalid label; got -1 to 0"),
+        ([0, 2], ("a", "b"), "invalid label; got 0 to 2 .* up to 1"),
+    ],
+)
+def test_what_is_no_class_is_refused(values, classes, message):
+    with pytest.raises(DataError, match=message):
+        labels_of(pa.chunked_array([values]), Columns("image", "label", classes), "x")
