@@ -226,9 +226,10 @@ def _empty(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def is_pinned(tensor: torch.Tensor) -> bool:
-    """Says whether a CPU tensor, or what it is a view of, came from `pin_memory`."""
-    whole = tensor if tensor._base is None else tensor._base
-    return getattr(whole, "page_locked", False)
+    """Says whether the memory of a CPU tensor came from `pin_memory`."""
+    if isinstance(tensor, CardTensor):
+        return False
+    return getattr(tensor.untyped_storage(), "page_locked", False)
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
@@ -238,7 +239,7 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
             "cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned"
         )
     copy = tensor.clone()
-    copy.page_locked = True
+    copy.untyped_storage().page_locked = True
     return copy
 
 
@@ -285,7 +286,7 @@ class Card(TorchDispatchMode):
         if not kwargs.get("pin_memory"):
             return run(func, args, kwargs, self._note)
         out = run(func, args, {**kwargs, "pin_memory": False}, self._note)
-        out.page_locked = True
+        out.untyped_storage().page_locked = True
         return out
 
     def _note(self, what: str) -> None:
