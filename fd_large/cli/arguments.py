@@ -1,7 +1,7 @@
 """The one parser of the command line: arguments to a dataclass, and to fields of a recipe.
 
-A command's arguments are a frozen dataclass. Its fields are flags; those marked `Positional` are
-arguments without a name; nested dataclasses are flags with dots; a field `dict[str, Section]` takes
+A command's arguments are a frozen dataclass. Its fields are flags; those marked `Positional` may
+stand without a name; nested dataclasses are flags with dots; a field `dict[str, Section]` takes
 entries whose names stand on the command line alone (`--teachers.NAME.model VALUE`). A command that
 takes a recipe takes the fields of `recipes/run.py` beside its own.
 
@@ -328,15 +328,19 @@ class _Parser(Generic[Own]):
                     f" expected {describe_type(hint)}. Change the value."
                 )
         for name, usage in self._positional.items():
-            several = "..." in usage
-            taken, loose = (loose, []) if several else (loose[:1], loose[1:])
-            if "" in taken:  # Path("") is the current folder.
+            if name not in values and loose:
+                several = "..." in usage
+                taken, loose = (loose, []) if several else (loose[:1], loose[1:])
+                values[name] = tuple(taken) if several else taken[0]
+            # Path("") is the current folder.
+            if values.get(name) == "" or (
+                isinstance(values.get(name), tuple) and "" in values[name]
+            ):
+                del values[name]
                 self._invalid.add(name)
                 self._mistakes.append(
                     f"{self._command}: {usage}: empty; got '', expected a name. Name one."
                 )
-            elif taken:
-                values[name] = tuple(taken) if several else taken[0]
         if loose:
             self._mistakes.append(
                 f"{self._command}: unexpected argument; got {' '.join(loose)!r}, expected "
@@ -356,11 +360,7 @@ class _Parser(Generic[Own]):
             names = field_names(Run, like=like) | field_names(self._task, "task.", like=like)
             names.pop("name")
         names |= field_names(self._kind, like=like)
-        return {
-            name.replace("-", "_"): (name, hint)
-            for name, hint in names.items()
-            if name not in self._positional
-        }
+        return {name.replace("-", "_"): (name, hint) for name, hint in names.items()}
 
     def _say_twice(self, name: str, texts: list[str]) -> None:
         """Says that the later value of an entry's field holds: two entries may have been meant."""
@@ -375,7 +375,8 @@ class _Parser(Generic[Own]):
             )
 
     def _nearest(self, typed: str) -> str:
-        known = [name for name, _ in self._known(typed).values()]
+        names = (name for name, _ in self._known(typed).values())
+        known = [name for name in names if name not in self._positional]
         if not known:
             return f"expected {self._usage or 'no arguments'} and no flags"
         # A field without its section; the recipe's own before one of a named teacher or student.
@@ -393,17 +394,18 @@ class _Parser(Generic[Own]):
 
         Read before the flags: its task decides which of them there are.
         """
-        texts: dict[str, list[str]] = {
-            name.replace("-", "_"): values for name, values, _ in _groups(arguments)
-        }
-        if not texts.get("config") or "config" not in field_names(self._kind):
+        if "config" not in field_names(self._kind):
             return None
-        for path in texts.get("allow_code", ()):
+        # Its mistakes are told by the parser that knows the task.
+        own = _Parser(self._kind, self._command, self._recipe)._values(arguments)
+        if "config" not in own:
+            return None
+        for path in own.get("allow_code", ()):
             doors.allow(path)
-        recipe = (texts.get("recipe") or [""])[0]
+        recipe = own.get("recipe", "")
         try:
             return run_of(
-                read_run_file(texts["config"][0]),
+                read_run_file(own["config"]),
                 recipe=recipe or str(self._recipe),
                 named=bool(recipe),
                 mistakes=self._mistakes,

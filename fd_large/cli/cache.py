@@ -1,4 +1,4 @@
-"""`python -m fd_large cache RECIPE OUT`, started by the same launchers as `train`."""
+"""`python -m fd_large cache [RECIPE] OUT`, started by the same launchers as `train`."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Cache(TakesRunFile, AllowsCode):
     With eval.root it stores the maps of held-out views as well.
     """
 
-    # Recipe of the runs that are to use the maps.
-    recipe: Annotated[str, Positional, arg(metavar="RECIPE")]
-    # Folder to write. Several teachers get a folder each in it, by their names.
+    # Recipe of the runs that are to use the maps (or --recipe NAME).
+    recipe: Annotated[str, Positional, arg(metavar="[RECIPE]")] = registry.DEFAULT_RECIPE
+    # Folder to write (or --out FOLDER). Several teachers get a folder each in it, by their names.
     out: Annotated[str, Positional, arg(metavar="OUT")]
     # Stored views of each image: random crops, flipped or not. The epochs of a run take them in
     # turn. 0: as many as the recipe's task.distillation.views, and 1 if that is 0.

@@ -1,9 +1,12 @@
-"""`python -m fd_large statistics`, started by the same launchers as `train`."""
+"""`python -m fd_large statistics [RECIPE] OUT`, started by the same launchers as `train`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
 
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, parse_with_recipe
 from fd_large.cli.stopping import ending_with
@@ -29,12 +32,12 @@ class Statistics(TakesRunFile, AllowsCode):
     a run refuses statistics of another teacher, layer or size.
     """
 
-    # Recipe of the run that is to use the file.
-    recipe: str = registry.DEFAULT_RECIPE
+    # Recipe of the run that is to use the file (or --recipe NAME).
+    recipe: Annotated[str, Positional, arg(metavar="[RECIPE]")] = registry.DEFAULT_RECIPE
+    # The file to write, of the format safetensors (or --out FILE).
+    out: Annotated[str, Positional, arg(metavar="OUT")]
     # DeepSpeed's JSON: a name (zero1, zero2, zero3, zero3_hpz, ...) or a path.
     deepspeed_config: str
-    # The file to write, of the format safetensors.
-    out: str
     # Which of several teachers is measured: NAME for its map, NAME_summary for its summary. Empty:
     # the map of the only one.
     target: str = ""

@@ -10,8 +10,10 @@ from tyro.conf import Positional, arg
 
 from fd_large import doors
 from fd_large.cli.arguments import AllowsCode, HelpShown, choose, parse, parse_with_recipe
+from fd_large.cli.cache import Cache
 from fd_large.cli.evaluate import Evaluate
 from fd_large.cli.report import Report
+from fd_large.cli.statistics import Statistics
 from fd_large.cli.train import parse_train
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
@@ -98,6 +100,9 @@ def fields_of(said: list[str]) -> list[str]:
         ("s --to a", {}),
         ("--to=b s", {"to": "b"}),
         ("--to b s o p", {"to": "b", "others": ("o", "p")}),
+        ("--source s --to a o", {"others": ("o",)}),
+        ("o --to a --source s", {"others": ("o",)}),
+        ("s --to a --others o p", {"others": ("o", "p")}),
         ("s --to a --to b", {"to": "b"}),
         ("--numbers 1 -2e-3 s --to a", {"numbers": (1.0, -2e-3)}),
         ("--pair 1 2 s o --to a", {"pair": (1, 2), "others": ("o",)}),
@@ -172,6 +177,32 @@ def test_a_mistake_is_one_sentence(text, found):
 )
 def test_all_mistakes_are_reported_at_once(text, named):
     assert fields_of(mistakes(lambda: toy(text))) == named
+
+
+@pytest.mark.parametrize(("command", "kind"), [("cache", Cache), ("statistics", Statistics)])
+@pytest.mark.parametrize(
+    ("text", "recipe"),
+    [
+        ("fd_swinv2g here", "fd_swinv2g"),
+        ("--recipe fd_swinv2g --out here", "fd_swinv2g"),
+        ("here --recipe fd_swinv2g", "fd_swinv2g"),
+        ("fd_swinv2g --out here", "fd_swinv2g"),
+        ("--out here", "quickstart"),
+        # A recipe that is named wins over the name in the file, however it is named.
+        ("--out here --config {file}", "fd_clip_vit_base"),
+        ("--config {file} --out here --recipe fd_swinv2g", "fd_swinv2g"),
+        ("fd_swinv2g here --config {file}", "fd_swinv2g"),
+        ("--config {file} fd_swinv2g here", "fd_swinv2g"),
+    ],
+)
+def test_commands_that_read_teachers_take_a_recipe_alike(command, kind, text, recipe, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("name: fd_clip_vit_base\noptim: {epochs: 7, warmup_epochs: 1}\n")
+    arguments = text.format(file=file).split()
+    arguments += ["--deepspeed_config", "zero1"] if kind is Statistics else []
+    given = parse_with_recipe(kind, arguments, command=command, recipe="quickstart")
+    assert (given.own.out, given.run.name) == ("here", recipe)
+    assert (given.run.optim.epochs == 7) == ("--config" in text)
 
 
 @pytest.mark.parametrize("name", registry.RECIPES)

@@ -158,7 +158,7 @@ def test_a_report_that_fails_does_not_fail_the_run(engine, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("words", "found"),
-    [("", "RUN"), ("one two", "two"), ("--run one", "--run"), ("nowhere", "nowhere")],
+    [("", "RUN"), ("one two", "two"), ("--rum one", "--rum"), ("nowhere", "nowhere")],
 )
 def test_a_mistake_in_report_is_one_sentence(words, found, capsys):
     assert cli.main(["report", *words.split()]) == 2
