@@ -22,7 +22,7 @@ from fd_large.data.blocks import BlockImages, BlockWriter, block_key, the_cache
 from fd_large.data.listing import cache_folder
 from fd_large.data.objects import RANGE_BYTES, Stored
 from fd_large.data.roots import name_of
-from fd_large.data.tar_index import NO_LABEL, images_in, label_of
+from fd_large.data.tar_index import NO_LABEL, images_in
 from fd_large.errors import DataError
 from fd_large.files import json_object, write_json
 from fd_large.ranks import activity, meeting
@@ -144,5 +144,5 @@ def _write(shard: Stored, writer: BlockWriter, where: str) -> str:
     writer.file.seek(0)
     images, torn = images_in(writer.file, shard.url, where=where)
     for image in images:
-        writer.note(image.name, image.offset, image.size, label_of(image.label))
+        writer.note(*image)
     return torn

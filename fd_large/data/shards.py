@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fd_large.data.folder import EXTENSIONS, MAX_FILE_BYTES, walk
-from fd_large.data.listing import Add, Listing, filled, listed, settled
+from fd_large.data.listing import Add, filled, listed, settled
 from fd_large.data.roots import BRACES, expand_braces, local_kind
-from fd_large.data.tar_index import NO_LABEL, TarImage, images_in, label_of
+from fd_large.data.tar_index import NO_LABEL, images_in
 from fd_large.errors import DataError
 from fd_large.files import kind_of
 from fd_large.ranks import meeting
@@ -68,7 +68,12 @@ class TarShards:
         # Where the run starts from does not matter to what is kept.
         is_folder = kind_of(self._anchor) == "folder"
         self._folder = self._anchor if is_folder else os.path.dirname(self._anchor)
-        self._listing = self._listed("shards")
+        self._listing = listed(
+            f"tar files {self._rest}".rstrip(),
+            self._anchor,
+            make=partial(filled, ("offset", "size", "shard", "label"), self._fill),
+            is_current=self._is_current,
+        )
         facts = self._listing.facts
         self.paths = [os.path.join(self._folder, path) for path in facts["paths"]]
         self.fingerprint = self._listing.fingerprint
@@ -124,45 +129,32 @@ class TarShards:
 
         Raises: DataError: if an image has none.
         """
-        listing = self._listed("labels", with_labels=True)
-        if listing.fingerprint != self.fingerprint:
+        labels = self._listing.arrays["label"]
+        if len(without := np.flatnonzero(labels == NO_LABEL)):
             raise DataError(
-                f"{self._where}: shards changed while they were indexed; got another list of "
-                f"images in {self._root}, expected the same. Start again once they no longer "
-                "change."
+                f"{self._where}: an image without a label; got {self[int(without[0])]}, expected "
+                "KEY.cls, a whole number from 0 up, beside each KEY.jpg. Write the shards with "
+                "labels, or use class folders."
             )
-        return listing.arrays["label"], None
+        return labels, None
 
-    def _listed(self, what: str, *, with_labels: bool = False) -> Listing:
-        columns = ("offset", "size", "shard", *(["label"] if with_labels else []))
-        return listed(
-            f"{what} {self._rest}".rstrip(),
-            self._anchor,
-            make=partial(filled, columns, partial(self._fill, with_labels=with_labels)),
-            is_current=self._is_current,
-        )
-
-    def _fill(self, add: Add, *, with_labels: bool) -> dict[str, Any]:
-        found: list[tuple[Any, ...]] = []
+    def _fill(self, add: Add) -> dict[str, Any]:
+        found: list[tuple[bytes, int, int, int, int]] = []
         paths, torn, shards = _shards_of(self._root, self._where), [], []
         for number, path in enumerate(paths):
             try:
                 with open(path, "rb", buffering=0) as file:
                     shards.append(_size_and_time(os.fstat(file.fileno())))
-                    images, wrong = images_in(
-                        file, path, where=self._where, with_labels=with_labels
-                    )
+                    images, wrong = images_in(file, path, where=self._where)
             except OSError as error:
                 raise DataError(
                     f"{self._where}: a shard cannot be read; got {error.strerror or error} for "
                     f"{path!r}, expected a tar file. Mend its permissions or leave it out."
                 ) from error
             torn += [wrong] if wrong else []
-            for image in images:
-                label = [self._label(image, path)] if with_labels else []
-                found.append((image.name, number, image.offset, image.size, *label))
-        for name, number, offset, size, *label in sorted(found):
-            add(name, offset, size, number, *label)
+            found += [(name, number, *numbers) for name, *numbers in images]
+        for name, number, offset, size, label in sorted(found):
+            add(name, offset, size, number, label)
         return {"torn": torn, "paths": self._below(paths), "shards": shards}
 
     def _is_current(self, facts: dict[str, Any]) -> bool:
@@ -174,16 +166,6 @@ class TarShards:
 
     def _below(self, paths: Sequence[str]) -> list[str]:
         return [os.path.relpath(path, self._folder or os.curdir) for path in paths]
-
-    def _label(self, image: TarImage, path: str) -> int:
-        if (label := label_of(image.label)) == NO_LABEL:
-            text = f"{image.label[:20]!r} beside " if image.label else ""
-            raise DataError(
-                f"{self._where}: an image without a label; got {text}{os.fsdecode(image.name)} in "
-                f"{path}, expected KEY.cls, a whole number from 0 up, beside each KEY.jpg. Write "
-                "the shards with labels, or use class folders."
-            )
-        return label
 
 
 class _Files:

@@ -46,25 +46,22 @@ class TarImage(NamedTuple):
         name: Its name there.
         offset: See above.
         size: See above.
-        label: The text of KEY.cls; empty if there is none, or labels were not asked for.
+        label: The number in KEY.cls, or `NO_LABEL` if there is none.
     """
 
     name: bytes
     offset: int
     size: int
-    label: bytes
+    label: int
 
 
-def images_in(
-    file: BinaryIO, path: str, *, where: str, with_labels: bool = True
-) -> tuple[list[TarImage], str]:
+def images_in(file: BinaryIO, path: str, *, where: str) -> tuple[list[TarImage], str]:
     """Lists the images of an open archive, as far as it is sound; hidden members are left out.
 
     Args:
         file: The archive, at its beginning.
         path: What it is called, for messages.
         where: The field that names it, for messages.
-        with_labels: Whether to read the labels.
 
     Returns: the images in the archive's order, and what is wrong with the archive or "".
     Raises: DataError: if it is compressed.
@@ -75,7 +72,7 @@ def images_in(
             "whose members can be read in place. Decompress it (images gain nothing)."
         )
     images: list[Member] = []
-    labels: dict[bytes, bytes] = {}
+    labels: dict[bytes, int] = {}
     torn = ""
     try:
         for member in members(file):
@@ -84,20 +81,15 @@ def images_in(
                 continue
             if name.lower().endswith(_ENDINGS):
                 images.append(member)
-            elif with_labels and name.endswith(b".cls"):
-                text = os.pread(file.fileno(), min(size, _MAX_LABEL_BYTES), offset)
-                labels[_key(name)] = text
+            elif name.endswith(b".cls"):
+                text = os.pread(file.fileno(), min(size, _MAX_LABEL_BYTES), offset).strip()
+                labels[_key(name)] = int(text) if text.isdigit() else NO_LABEL
     except Torn as error:
         torn = without_secrets(
             f"{path}: a shard that is not whole: {error}; {len(images)} images before that are "
             "used. Fetch or write the shard again."
         )
-    return [TarImage(*image, labels.get(_key(image.name), b"")) for image in images], torn
-
-
-def label_of(text: bytes) -> int:
-    """Returns the label that the text of a KEY.cls is, or `NO_LABEL`."""
-    return int(text) if text.strip().isdigit() else NO_LABEL
+    return [TarImage(*image, labels.get(_key(image.name), NO_LABEL)) for image in images], torn
 
 
 def _key(name: bytes) -> bytes:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import random
@@ -7,7 +8,8 @@ import tarfile
 
 import pytest
 
-from fd_large.data.tar_index import Member, Torn, members
+from fd_large.data.tar_index import NO_LABEL, Member, Torn, images_in, members
+from fd_large.errors import DataError
 
 BLOCK = tarfile.BLOCKSIZE
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -173,3 +175,40 @@ def test_a_negative_size_in_a_pax_header_is_torn(tmp_path):
     found, torn = read(path)
     assert found == {"a.jpg": b""}
     assert torn
+
+
+def test_images_come_with_the_labels_beside_them(tmp_path):
+    files = {
+        "x/1.cls": b" 7\n",
+        "x/1.small.JPG": b"one",
+        "x/2.png": b"two",
+        "x/3.png": b"three",
+        "x/3.cls": b"-1",
+        ".x/4.png": b"hidden",
+        "x/.5.png": b"hidden",
+        "x/6.txt": b"no image",
+    }
+    write(tmp_path / "a.tar", files, tarfile.GNU_FORMAT)
+    with open(tmp_path / "a.tar", "rb", buffering=0) as file:
+        images, torn = images_in(file, "a.tar", where="x")
+        found = [os.pread(file.fileno(), image.size, image.offset) for image in images]
+    assert [(image.name, image.label) for image in images] == [
+        (b"x/1.small.JPG", 7),
+        (b"x/2.png", NO_LABEL),
+        (b"x/3.png", NO_LABEL),
+    ]
+    assert found == [b"one", b"two", b"three"]
+    assert torn == ""
+
+
+def test_an_archive_that_is_cut_has_its_first_images_and_a_compressed_one_none(tmp_path):
+    path = tmp_path / "a.tar"
+    write(path, {"1.png": b"1", "2.png": b"2" * 5000}, tarfile.GNU_FORMAT)
+    path.write_bytes(path.read_bytes()[:4000])
+    with open(path, "rb", buffering=0) as file:
+        images, torn = images_in(file, "a.tar", where="x")
+    assert [image.name for image in images] == [b"1.png"]
+    assert torn.startswith("a.tar: ")
+    path.write_bytes(gzip.compress(b"x"))
+    with open(path, "rb", buffering=0) as file, pytest.raises(DataError, match=r"^x: .*gzip"):
+        images_in(file, "a.tar", where="x")
