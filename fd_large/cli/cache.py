@@ -131,16 +131,14 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
         held_out_views,
         held_out_writer,
     )
-    from fd_large.tasks.distillation.cached.views import view_facts
     from fd_large.tasks.distillation.cached.write import CacheWriter, header_of, write_cache
     from fd_large.tasks.distillation.job import DistillationJob
     from fd_large.tasks.jobs import job_of
 
     job, samples = open_frozen(run, job_of)
     assert isinstance(job, DistillationJob)
-    run, settings, fixed = job.run, job.view_settings(), job.fixed_views
-    assert fixed is not None
-    facts, views = view_facts(settings, fixed, samples), job.views_to_store(samples)
+    run, settings, caches = job.run, job.view_settings(), job.caches
+    facts, views = caches.facts(samples), caches.views_to_store(samples)
     written = {}
     for name, teacher in job.placed.items():
         folder, entry = Path(out, name), run.taught_by[name]

@@ -22,7 +22,8 @@ def micro_batch_of(job: DistillationJob, load: Workload) -> int:
     from fd_large.tasks.distillation.cached.views import batch_size
 
     batch = job.run.batch
-    return load.counts[False].images or min(batch_size(batch), batch.global_batch_size)
+    usual = batch_size(batch.micro_batch_size)
+    return load.counts[False].images or min(usual, batch.global_batch_size)
 
 
 def costs_of(
@@ -57,7 +58,7 @@ def costs_of(
     from fd_large.kernels.choose import Device
     from fd_large.tasks.distillation.cached.write import header_for
 
-    run, fixed = job.run, job.fixed_views
+    run, fixed = job.run, job.caches.fixed
     assert fixed is not None
     side = run.data.image_size
     flops, bytes_ = {}, {}

@@ -34,6 +34,7 @@ from fd_large.recipes import registry
 from fd_large.tasks.distillation.heads.map_head import HeardBlocks, Maps
 from fd_large.tasks.distillation.heads.map_heads import Ladder
 from fd_large.tasks.distillation.heads.registry import HEADS
+from fd_large.tasks.distillation.job import KNOWN
 from fd_large.tasks.distillation.objective import make_target
 from fd_large.tasks.distillation.section import Weighting
 from fd_large.tasks.distillation.several.weighting import Weighted
@@ -117,6 +118,7 @@ def run(
                 loss="cls_and_patches",
                 beta=1.0,
                 normaliser="running",
+                known=KNOWN,
                 head="ladder_of_the_file",
                 maps=lambda: Maps(grid, grid, 1, sizes["depth"]),
             )

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.tasks.distillation.alignment import align
+from fd_large.tasks.distillation.job import KNOWN, RUNNING
 from fd_large.tasks.distillation.losses import ClsAndPatches
 from fd_large.tasks.distillation.normalisers import Affine
-from fd_large.tasks.distillation.objective import make_loss
 from fd_large.tasks.distillation.several.running_statistics import (
-    RUNNING,
     Moments,
     RunningStatistics,
     moments_of,
@@ -73,11 +72,11 @@ def check_theia_loss(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[R
         total = f"{0.9 * share} cosine_of_map + {0.1 * weight} smooth_l1"
         for name, student in students.items():
             for term, loss in _TERMS_OF_THEIA.items():
-                got = make_loss(loss, beta=1.0)(student, teachers[name])
+                got = KNOWN.loss(loss, beta=1.0)(student, teachers[name])
                 expected = torch.tensor(terms[f"{term}_losses_per_model"][name])
                 errors.add(f"{case}.{term}.{name}", got, expected)
             (slope,) = torch.autograd.grad(
-                make_loss(total, beta=1.0)(student, teachers[name]), student
+                KNOWN.loss(total, beta=1.0)(student, teachers[name]), student
             )
             errors.gradient(f"grad.{case}.{name}", slope, tensors[f"grad.{case}.{name}"])
     return errors.rows
@@ -92,7 +91,7 @@ def check_sak_loss(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row
         return FeatureMap(_tokens(map_), tuple(map_.shape[-2:]), 0)
 
     for case, name in _TERMS_OF_SAK.items():
-        loss, losses = make_loss(name, beta=1.0), {}
+        loss, losses = KNOWN.loss(name, beta=1.0), {}
         for level, student in students.items():
             pair = align(tokens(student), tokens(teachers[level]), interpolation="bilinear_larger")
             teacher, _, number = level.rpartition(".")

@@ -51,9 +51,8 @@ from fd_large.tasks.detection.scores.collect import to_results
 from fd_large.tasks.detection.stored import StoredDetection
 from fd_large.tasks.distillation.canary import seconds_of_product
 from fd_large.tasks.distillation.held_out import Crops, HeldOutViews
-from fd_large.tasks.distillation.job import DistillationJob
+from fd_large.tasks.distillation.job import KNOWN, DistillationJob
 from fd_large.tasks.distillation.normalisers import NORMALISERS
-from fd_large.tasks.distillation.objective import LOSSES
 from fd_large.tasks.jobs import job_of
 
 SIDE = 32
@@ -353,10 +352,10 @@ def test_the_average_of_the_weights(card: Card, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)
-@pytest.mark.parametrize("loss", [*(name for name in LOSSES if name != "queue"), "cosine"])
+@pytest.mark.parametrize("loss", [*(name for name in KNOWN.losses if name != "queue"), "cosine"])
 def test_losses_and_normalisers(card: Card, monkeypatch, normaliser: str, loss: str) -> None:
     own = lambda projected, target: 1 - F.cosine_similarity(projected, target, dim=-1).mean()  # noqa: E731
-    monkeypatch.setitem(LOSSES, "cosine", own)
+    monkeypatch.setitem(KNOWN.losses, "cosine", own)
     task = distilling("vit_base_patch16", loss=loss, normaliser=normaliser)
     step(task, batch_of())
     with card.waiting() as waits:

@@ -20,8 +20,10 @@ import logging
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median_low
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,6 +192,26 @@ class Canary(Hook):
     def _names(self, ranks: list[int]) -> str:
         more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
         return ", ".join(self._places[rank] for rank in ranks[:4]) + more
+
+
+def canaries(teachers: Mapping[str, Any], every: int, image_size: int) -> list[Canary]:
+    """Returns the canaries of teachers; the first measures how fast each rank is.
+
+    Args:
+        teachers: The placed teachers by name.
+        every: Steps between two checks; 0: there are no canaries.
+        image_size: Side of the images of which maps are computed, in pixels.
+    """
+    return [
+        Canary(
+            every,
+            teacher=name,
+            shard_of=teacher.shard_hash,
+            map_of=partial(teacher.map_of_fixed_images, image_size),
+            seconds=None if number else seconds_of_product,
+        )
+        for number, (name, teacher) in enumerate(teachers.items() if every else ())
+    ]
 
 
 def _odd_holders(shards: list[str]) -> list[int]:

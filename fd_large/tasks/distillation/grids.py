@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from types import MappingProxyType
 
 import torch
@@ -32,11 +32,17 @@ from fd_large.tasks.distillation.section import (
     naming_target,
     source_flag,
 )
-from fd_large.tasks.distillation.several.mosaic import Mosaic
 from fd_large.tasks.distillation.target import NamedTarget, as_map, summary
 from fd_large.tasks.distillation.task import Distillation
 
 log = logging.getLogger(__name__)
+
+Around = Callable[[Frozen, NamedTeacher, int], Frozen]
+
+
+def as_it_is(frozen: Frozen, entry: NamedTeacher, image_size: int) -> Frozen:
+    """Returns a teacher that sees each image alone."""
+    return frozen
 
 
 def teacher_maker(
@@ -45,6 +51,7 @@ def teacher_maker(
     image_size: int,
     *,
     sides: Mapping[int, int] = MappingProxyType({}),
+    around: Around = as_it_is,
 ) -> Callable[[], Frozen]:
     """Returns a constructor of a teacher with random weights.
 
@@ -53,6 +60,8 @@ def teacher_maker(
         entry: Its entry.
         image_size: Side of the student's images, in pixels; of several, that of evaluations.
         sides: Side of the teacher's images for each of several of the student's.
+        around: Returns what stands around the teacher, by its entry and the side of the student's
+            images.
 
     Raises: ConfigError: if the model is still `auto`; the weights decide it, once opened.
     """
@@ -74,14 +83,7 @@ def teacher_maker(
         residual_dtype=entry.residual_dtype,
         before_norm=entry.layer == "before_norm",
     )
-    if not entry.mosaic:
-        return make
-
-    def tiled() -> Frozen:
-        frozen = make()
-        return Mosaic(frozen.net, frozen.statistics, image_size=side, tiles=entry.mosaic)
-
-    return tiled
+    return lambda: around(make(), entry, image_size)
 
 
 def grid_of(whose: str, of_side: Callable[[int, int], Grid], side: int) -> Grid:
@@ -116,137 +118,167 @@ def grid_of_student(net: nn.Module, side: int, *, several: bool) -> Grid:
     return grid
 
 
-def with_grid(
-    name: str,
-    entry: NamedTeacher,
-    student: Student,
-    *,
-    image_size: int,
-    sides: Sequence[int] = (),
-    follows: bool,
-) -> NamedTeacher:
-    """Returns a teacher's entry with numbers where it says auto: the size of its images, its grid.
-
-    Where the student's images have several sizes, and the teacher's go with them, its size stays
-    auto: `sides_of` says what that comes to.
+class TeacherOnShapes:
+    """A teacher beside the student, without weights: how large it sees an image, and its grid.
 
     Args:
         name: The teacher's name; "" for an only one.
         entry: Its entry, the model settled.
         student: The student's section, settled.
         image_size: Side of the student's images, in pixels; of several, that of evaluations.
-        sides: All sides of the student's images; none: `image_size` alone.
-        follows: Whether positions may be resized to the teacher's images.
-    """
-    is_automatic = AUTO in (entry.interpolation, entry.teacher_image_size)
-    if not is_automatic or entry.model == AUTO:
-        return entry
-    architecture = resolve(entry.model, entry.architecture)
-    if entry.mosaic and entry.teacher_image_size in (0, AUTO):
-        # The mosaic has the size that the teacher was trained at.
-        own = architecture.fixed_image_size or own_image_size(entry.model, architecture)
-        require(
-            bool(own),
-            f"teachers.{name}.mosaic: the size of the mosaic is not known",
-            f"{entry.mosaic} with teacher_image_size {entry.teacher_image_size}",
-            "pixels",
-            f"Set --teachers.{name}.teacher_image_size",
-        )
-        entry = replace(entry, teacher_image_size=own)
-    follows = follows and family_of(architecture).resizes(architecture)
-    several = tuple(sides) if set(sides) - {image_size} else ()
-    wanted = _grids_of_student(student, image_size, several)
-    side, grid, met = _meeting(
-        name, entry, wanted[image_size], image_size=image_size, follows=follows
-    )
-    agree = grid in (wanted[image_size], None)
-    if several:
-        met = replace(met, teacher_image_size=entry.teacher_image_size)
-        found = {size: _seen(name, met, wanted[size], image_size=size) for size in several}
-        agree = all(grid in (wanted[size], None) for size, (_, grid) in found.items())
-        if entry.teacher_image_size == AUTO:
-            seen = {size: side for size, (side, _) in found.items()}
-            same = set(seen.values())
-            side = same.pop() if len(same) == 1 else AUTO
-            if all(size == own for size, own in seen.items()):
-                side = 0
-    interpolation = entry.interpolation
-    if interpolation == AUTO:
-        interpolation = "none" if agree else "bilinear"
-    return replace(met, teacher_image_size=side, interpolation=interpolation)
-
-
-def sides_of(
-    name: str, entry: NamedTeacher, student: Student, *, image_size: int, sides: Sequence[int]
-) -> dict[int, int]:
-    """Returns the side of a teacher's images for each of several sides of the student's.
-
-    Args:
-        name: The teacher's name; "" for an only one.
-        entry: What `with_grid` gave.
-        student, image_size, sides: As there.
-    """
-    if entry.teacher_image_size != AUTO:
-        section = asdict(entry)
-        return {size: image_side_of(section, size) for size in sides}
-    wanted = _grids_of_student(student, image_size, sides)
-    return {size: _seen(name, entry, wanted[size], image_size=size)[0] for size in sides}
-
-
-def _grids_of_student(student: Student, image_size: int, sides: Sequence[int]) -> dict[int, Grid]:
-    """The student's grid at each side of its images."""
-    with torch.device("meta"):
-        net = make_student(student, image_size=image_size, resizes_positions=bool(sides))
-    every = sides or [image_size]
-    return {side: grid_of_student(net, side, several=bool(sides)) for side in every}
-
-
-def _seen(
-    name: str, entry: NamedTeacher, wanted: Grid, *, image_size: int
-) -> tuple[int, Grid | None]:
-    """The side of a teacher's images for one side of the student's, and its grid there."""
-    side, grid, _ = _meeting(name, entry, wanted, image_size=image_size, follows=False)
-    seen = asdict(replace(entry, teacher_image_size=side))
-    return image_side_of(seen, image_size), grid
-
-
-def _meeting(
-    name: str, entry: NamedTeacher, wanted: Grid, *, image_size: int, follows: bool
-) -> tuple[int, Grid | None, NamedTeacher]:
-    """How a teacher sees the student's images.
-
-    Args:
-        name, entry, follows: See `with_grid`.
-        wanted: The student's grid.
-        image_size: Side of the student's images.
-
-    Returns: the side of the teacher's images, 0 as in `frozen_maker`; its grid, None if it takes no
-        such images; and its entry, positions made for them.
+        sizes: All sides of the student's images; empty: they have `image_size` alone.
+        around: As of `teacher_maker`.
     """
 
-    @cache  # The side that is chosen has been tried.
-    def at(side: int) -> tuple[Grid | None, NamedTeacher]:
-        """The teacher's grid for images of a side, 0 as in `frozen_maker`; and its entry."""
-        resized = replace(entry, architecture=replace(entry.architecture, image_size=side))
-        for model in (entry, resized) if follows and side else (entry,):
-            # What is wrong at any size is told by the first call.
-            with torch.device("meta"), suppress(FDError if side else ShapeError):
-                make = teacher_maker(name, replace(model, teacher_image_size=side), image_size)
-                return make().grid(image_size), model
-        return None, entry
+    def __init__(
+        self,
+        name: str,
+        entry: NamedTeacher,
+        student: Student,
+        *,
+        image_size: int,
+        sizes: Sequence[int] = (),
+        around: Around = as_it_is,
+    ) -> None:
+        self.name, self.entry, self._around = name, entry, around
+        self._student, self._image_size, self._sizes = student, image_size, tuple(sizes)
 
-    side = entry.teacher_image_size
-    if side == AUTO:
-        side, as_it_is = 0, at(0)[0]
-        given = as_it_is and entry.interpolation == "bilinear"
-        if as_it_is != wanted and not given:
-            side = teacher_side(
-                wanted,
-                lambda side: at(side)[0],
-                image_size=image_size,
-                own_size=own_image_size(entry.model, resolve(entry.model, entry.architecture)),
+    def make(self) -> Frozen:
+        """Constructs it with random weights, of a settled entry."""
+        return teacher_maker(
+            self.name, self.entry, self._image_size, sides=self.sides, around=self._around
+        )()
+
+    @property
+    def gives_summary(self) -> bool:
+        """Whether the model gives a summary besides its map."""
+        with torch.device("meta"):
+            return getattr(self.make().net, "gives_summary", False)
+
+    @cached_property
+    def sides(self) -> dict[int, int]:
+        """Side of its images for each of several sides of the student's, of a settled entry."""
+        if not self._sizes:
+            return {}
+        if self.entry.teacher_image_size != AUTO:
+            section = asdict(self.entry)
+            return {size: image_side_of(section, size) for size in self._sizes}
+        wanted = self._grids_of_student(self._sizes)
+        return {size: self._seen(self.entry, wanted[size], size)[0] for size in self._sizes}
+
+    @property
+    def image_size(self) -> int:
+        """Side of its images in evaluations, 0 as in `frozen_maker`.
+
+        Raises: ConfigError: if its weights decide that, and were not opened.
+        """
+        size = self.sides.get(self._image_size, self.entry.teacher_image_size)
+        if not isinstance(size, int):
+            field = f"teachers.{self.name}" if self.name else "objective"
+            raise ConfigError(
+                f"{field}.teacher_image_size: not known of this run; got {size!r}, expected a side "
+                "in pixels, which a run records. Name the teacher by its own source instead."
             )
-    return side, *at(side)
+        return size
+
+    def settled(self, *, follows: bool) -> NamedTeacher:
+        """Returns its entry with numbers where it says auto: the size of its images, its grid.
+
+        Where the student's images have several sizes, and the teacher's go with them, its size
+        stays auto: `sides` says what that comes to.
+
+        Args:
+            follows: Whether positions may be resized to the teacher's images.
+        """
+        entry, image_size = self.entry, self._image_size
+        is_automatic = AUTO in (entry.interpolation, entry.teacher_image_size)
+        if not is_automatic or entry.model == AUTO:
+            return entry
+        architecture = resolve(entry.model, entry.architecture)
+        if entry.mosaic and entry.teacher_image_size in (0, AUTO):
+            # The mosaic has the size that the teacher was trained at.
+            own = architecture.fixed_image_size or own_image_size(entry.model, architecture)
+            require(
+                bool(own),
+                f"teachers.{self.name}.mosaic: the size of the mosaic is not known",
+                f"{entry.mosaic} with teacher_image_size {entry.teacher_image_size}",
+                "pixels",
+                f"Set --teachers.{self.name}.teacher_image_size",
+            )
+            entry = replace(entry, teacher_image_size=own)
+        follows = follows and family_of(architecture).resizes(architecture)
+        several = self._sizes if set(self._sizes) - {image_size} else ()
+        wanted = self._grids_of_student(several)
+        side, grid, met = self._meeting(entry, wanted[image_size], image_size, follows=follows)
+        agree = grid in (wanted[image_size], None)
+        if several:
+            met = replace(met, teacher_image_size=entry.teacher_image_size)
+            found = {size: self._seen(met, wanted[size], size) for size in several}
+            agree = all(grid in (wanted[size], None) for size, (_, grid) in found.items())
+            if entry.teacher_image_size == AUTO:
+                seen = {size: side for size, (side, _) in found.items()}
+                same = set(seen.values())
+                side = same.pop() if len(same) == 1 else AUTO
+                if all(size == own for size, own in seen.items()):
+                    side = 0
+        interpolation = entry.interpolation
+        if interpolation == AUTO:
+            interpolation = "none" if agree else "bilinear"
+        return replace(met, teacher_image_size=side, interpolation=interpolation)
+
+    def _grids_of_student(self, sizes: Sequence[int]) -> dict[int, Grid]:
+        """The student's grid at each of several sides of its images, or at the only one."""
+        with torch.device("meta"):
+            net = make_student(
+                self._student, image_size=self._image_size, resizes_positions=bool(sizes)
+            )
+        every = sizes or [self._image_size]
+        return {side: grid_of_student(net, side, several=bool(sizes)) for side in every}
+
+    def _seen(self, entry: NamedTeacher, wanted: Grid, size: int) -> tuple[int, Grid | None]:
+        """The side of its images for one side of the student's, and its grid there."""
+        side, grid, _ = self._meeting(entry, wanted, size, follows=False)
+        return image_side_of(asdict(replace(entry, teacher_image_size=side)), size), grid
+
+    def _meeting(
+        self, entry: NamedTeacher, wanted: Grid, size: int, *, follows: bool
+    ) -> tuple[int, Grid | None, NamedTeacher]:
+        """How it sees the student's images.
+
+        Args:
+            entry: Its entry.
+            wanted: The student's grid.
+            size: Side of the student's images.
+            follows: As of `settled`.
+
+        Returns: the side of its images, 0 as in `frozen_maker`; its grid, None if it takes no such
+            images; and its entry, positions made for them.
+        """
+
+        @cache  # The side that is chosen has been tried.
+        def at(side: int) -> tuple[Grid | None, NamedTeacher]:
+            """The teacher's grid for images of a side, 0 as in `frozen_maker`; and its entry."""
+            resized = replace(entry, architecture=replace(entry.architecture, image_size=side))
+            for model in (entry, resized) if follows and side else (entry,):
+                # What is wrong at any size is told by the first call.
+                with torch.device("meta"), suppress(FDError if side else ShapeError):
+                    tried = replace(model, teacher_image_size=side)
+                    make = teacher_maker(self.name, tried, size, around=self._around)
+                    return make().grid(size), model
+            return None, entry
+
+        side = entry.teacher_image_size
+        if side == AUTO:
+            side, here = 0, at(0)[0]
+            given = here and entry.interpolation == "bilinear"
+            if here != wanted and not given:
+                side = teacher_side(
+                    wanted,
+                    lambda side: at(side)[0],
+                    image_size=size,
+                    own_size=own_image_size(entry.model, resolve(entry.model, entry.architecture)),
+                )
+        return side, *at(side)
 
 
 def check_fit(

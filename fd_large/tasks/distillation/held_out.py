@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,16 +214,31 @@ class HeldOutViews:
         return batch.to(distributed.device())
 
 
-def held_out_losses(sets: Sequence[HeldOutViews], engine: Engine, *, every: int) -> Evaluation:
+def held_out_losses(
+    crops: Mapping[str, Crops],
+    engine: Engine,
+    *,
+    every: int,
+    micro_batch_size: int,
+    stored: Callable[[str, Crops], Any],
+) -> Evaluation:
     """Returns what measures all sets of views, and at the end the constant-prediction baseline.
 
-    Its panel, before the first step and after the last, is of the first set.
+    Its panel, before the first step and after the last, is of the first set. A collective.
 
     Args:
-        sets: The sets of views.
+        crops: What cuts the views of each set, by the prefix of its metrics.
         engine: The engine of the task that is measured.
         every: Number of steps between two evaluations.
+        micro_batch_size: Views per forward.
+        stored: Returns what loads the maps of a set: see `HeldOutViews`.
     """
+    sets = distributed.together(
+        lambda: [
+            HeldOutViews(name, cut, micro_batch_size=micro_batch_size, stored=stored(name, cut))
+            for name, cut in crops.items()
+        ]
+    )
 
     def measure(
         step: int, last: bool, between: Callable[[], None]

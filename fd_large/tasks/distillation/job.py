@@ -1,77 +1,78 @@
-"""The job of distillation: images without labels, a frozen teacher, held-out losses."""
+"""The job of distillation: images without labels, a frozen teacher, held-out losses.
+
+What a recipe asks beyond the paper stands in wings, `several/` and `cached/`. They are chosen here,
+in the first part of this file, and no other file beside them knows them.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+from collections import ChainMap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from fd_large.backbones.statistics import IMAGENET, Statistics
-from fd_large.data.balanced import Balanced
 from fd_large.data.labelled import LabelledImages, has_parts, open_split, open_training
-from fd_large.data.loader import Batch, Beside, ViewBatches
+from fd_large.data.loader import Batch, ViewBatches
 from fd_large.data.photographs import PREFIX as BUILTIN
 from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource, open_images
-from fd_large.data.views import FixedViews
 from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.frozen import Frozen, frozen_weights
 from fd_large.engine.job import FrozenPart, TensorSizes, TrainingJob, sizes_of
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
-from fd_large.errors import ConfigError, check_all
-from fd_large.ranks import distributed
+from fd_large.errors import check_all
 from fd_large.recipes.run import ONLY, Run
 from fd_large.runtime.hooks import Hook
-from fd_large.tasks.distillation import target_statistics
+from fd_large.tasks.distillation import losses
 from fd_large.tasks.distillation.cached.caches import RunCaches
-from fd_large.tasks.distillation.cached.read import CachedTeacher, FromStored, StoredMaps
+from fd_large.tasks.distillation.cached.read import CachedTeacher, FromStored
 from fd_large.tasks.distillation.cached.read import settled as settled_by_cache
-from fd_large.tasks.distillation.cached.recorder import Recorder, Recorders
-from fd_large.tasks.distillation.cached.views import (
-    ViewsToStore,
-    check_fixed_views,
-    check_stored_summary,
-    training_view,
-    view_facts,
-)
-from fd_large.tasks.distillation.cached.views import batch_size as cached_batch_size
-from fd_large.tasks.distillation.canary import Canary, seconds_of_product
+from fd_large.tasks.distillation.cached.recorder import Recorder
+from fd_large.tasks.distillation.canary import canaries
 from fd_large.tasks.distillation.feature_panel import FeaturePanel
-from fd_large.tasks.distillation.grids import check_fit, sides_of, teacher_maker, with_grid
+from fd_large.tasks.distillation.grids import TeacherOnShapes, check_fit
 from fd_large.tasks.distillation.heads.map_head import HeardBlocks
-from fd_large.tasks.distillation.held_out import Crops, HeldOutViews, held_out_losses
+from fd_large.tasks.distillation.held_out import Crops, held_out_losses
 from fd_large.tasks.distillation.knn_accuracy import knn_accuracy
 from fd_large.tasks.distillation.objective import (
+    Known,
+    check_statistics,
     facts_by_teacher,
     facts_of,
     fields_not_read,
-    make_loss,
     make_targets,
     require_same_teachers,
-    statistics_file,
     target_checks,
     target_facts,
 )
 from fd_large.tasks.distillation.section import (
     FIXED,
-    SUMMARY,
+    NamedTeacher,
     Weighting,
-    check_storable,
     evaluated_words,
     labels_of,
-    naming_target,
     source_flag,
 )
-from fd_large.tasks.distillation.several.mosaic import AloneInEvaluation, check_mosaics_full
-from fd_large.tasks.distillation.several.weighting import DATASETS, Weighted, teaches
+from fd_large.tasks.distillation.several.mosaic import (
+    AloneInEvaluation,
+    Mosaic,
+    check_mosaics_full,
+)
+from fd_large.tasks.distillation.several.running_statistics import (
+    RunningStatistics,
+    StepStatistics,
+)
+from fd_large.tasks.distillation.several.similarity import QueueDivergence, Relation
+from fd_large.tasks.distillation.several.weighting import Weighted, teaches, with_datasets
 from fd_large.tasks.distillation.target import NamedTarget
 from fd_large.tasks.distillation.task import Distillation, Sum, Teachers, Whole
 from fd_large.tasks.distillation.teacher import Beside as BesideStudent
@@ -89,8 +90,34 @@ log = logging.getLogger(__name__)
 AnyTeacher = Frozen | PlacedTeacher | CachedTeacher | Recorder
 """A teacher on shapes alone, one that is built, and what stands in the place of one."""
 
-EARLY = "epochs_from_stored_maps"
-"""Name, in manifests and summary.json, of the epochs of `Recorders.early`."""
+# --- which wing stands where ---
+
+SIMILARITIES: dict[str, Any] = {
+    "relation": Relation,
+    "queue": QueueDivergence,
+}
+"""Losses between similarities, by name."""
+RUNNING: dict[str, type[RunningStatistics]] = {
+    "running": RunningStatistics,
+    "batch": StepStatistics,
+}
+"""Normalisers whose statistics training moves, by name."""
+KNOWN = Known(ChainMap(losses.LOSSES, SIMILARITIES), RUNNING)
+"""What the names of losses and normalisers in a recipe stand for."""
+
+
+def tiled(frozen: Frozen, entry: NamedTeacher, image_size: int) -> Frozen:
+    """Returns a teacher that sees several images at once, where its entry asks for mosaics.
+
+    Args:
+        frozen: The teacher.
+        entry: What the recipe says of it.
+        image_size: Side of the student's images, in pixels.
+    """
+    if not entry.mosaic:
+        return frozen
+    side = frozen.side(image_size)
+    return Mosaic(frozen.net, frozen.statistics, image_size=side, tiles=entry.mosaic)
 
 
 def composed(
@@ -99,7 +126,7 @@ def composed(
     targets: Sequence[NamedTarget],
     *,
     weighting: Weighting = FIXED,
-    teaches: Sequence[Sequence[bool]] = (),
+    taught: Sequence[Sequence[bool]] = (),
     mosaics: Collection[str] = (),
     teachers_beside: bool = False,
     sight: Any = None,
@@ -112,7 +139,7 @@ def composed(
         teachers: What gives a map of uint8 images, or stands in the place of a teacher, by name.
         targets: What is learnt of them.
         weighting: Which of several teachers each image learns from.
-        teaches: As `Weighted`.
+        taught: Whether a teacher teaches a dataset: see `teaches`.
         mosaics: Names of the teachers that see several images at once.
         teachers_beside: Whether the teachers compute on a CUDA stream of their own.
         sight: What the student sees; None: whole images.
@@ -131,31 +158,36 @@ def composed(
         shown,
         targets,
         sight=HeardBlocks(sight) if any(target.reads_blocks for target in targets) else sight,
-        join=Sum() if weighting.rule == "fixed" else Weighted(weighting, targets, teaches),
+        join=Sum() if weighting.rule == "fixed" else Weighted(weighting, targets, taught),
         statistics=statistics,
     )
 
 
+# ------------------------------------------------------------------------------------------------
+
+
 class DistillationJob(TrainingJob):
-    """The student learns the teacher's feature map."""
+    """The student learns the teacher's feature map.
+
+    Attributes:
+        teachers: The frozen teachers by name, "" for an only one; once `build` has run.
+    """
 
     memory_remedy = "--teacher.placement sharded"
-    _teachers: Mapping[str, PlacedTeacher | CachedTeacher] | None = None
-    _recorders: Recorders | None = None
+    teachers: Mapping[str, PlacedTeacher | CachedTeacher]
 
     @property
     def metrics(self) -> Mapping[str, str]:
         """The words for this task's numbers; the loss brings its own."""
         objective, label = self.run.objective, "sum of the losses"
         if not self.run.teachers:
-            label = make_loss(objective.loss, beta=objective.beta).label
+            label = KNOWN.loss(objective.loss, beta=objective.beta).label
         return {"loss": label, **evaluated_words(self.run.teachers)}
 
     @property
     def learns_from_images_alone(self) -> bool:  # type: ignore[override]
         """Not where its dataset or a stored map is needed too: an incident does not hold it."""
-        stored = self._caches or self.run.task.distillation.cache
-        return self.run.weighting.rule != "own_data" and not stored
+        return self.run.weighting.rule != "own_data" and not (self.caches or self.caches.stores)
 
     @property
     def lower_is_better(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -163,14 +195,8 @@ class DistillationJob(TrainingJob):
         return ("loss", *(f"{one}_loss" for one in labels_of(self.run.teachers)))
 
     @property
-    def teachers(self) -> Mapping[str, PlacedTeacher | CachedTeacher]:
-        """The frozen teachers by name, "" for an only one; only after `build`."""
-        assert self._teachers is not None
-        return self._teachers
-
-    @property
     def placed(self) -> Mapping[str, PlacedTeacher]:
-        """Those that are models; only after `build`."""
+        """The teachers that are models; only after `build`."""
         return {n: one for n, one in self.teachers.items() if isinstance(one, PlacedTeacher)}
 
     @property
@@ -182,8 +208,15 @@ class DistillationJob(TrainingJob):
         if rule != "own_data":
             ignored += [f"teachers.{name}.datasets" for name in self.run.teachers]
         for name, entry in self.run.taught_by.items():
-            ignored += fields_not_read(name, entry)
+            ignored += fields_not_read(name, entry, KNOWN)
         return tuple(ignored)
+
+    @cached_property
+    def caches(self) -> RunCaches:
+        """The teachers' maps on disk that the run reads or stores."""
+        run = self.run
+        section, size = run.task.distillation, run.batch.micro_batch_size
+        return RunCaches(run.taught_by, section, self.view_settings(), size)
 
     # --- before anything heavy ---
 
@@ -198,7 +231,7 @@ class DistillationJob(TrainingJob):
             lambda: settle(sources),
             *(
                 partial(settled_by_cache, entry, where=source_flag(name))
-                if name in self._caches
+                if name in self.caches
                 else partial(settle_model, entry, sources, where=source_flag(name))
                 for name, entry in entries.items()
             ),
@@ -208,79 +241,65 @@ class DistillationJob(TrainingJob):
             for name, entry in zip(entries, models, strict=True)
         }
         run = self._with_grids(settled.with_taught_by(named))
-        said = run.task.distillation
-        if said.views or not self._caches:
-            return run
-        section = replace(said, **self._caches.view_fields())
+        section = self.caches.with_views(run.task.distillation)
         return replace(run, task=replace(run.task, distillation=section))
 
     @cached_property
-    def _caches(self) -> RunCaches:
-        return RunCaches(self.run.taught_by)
+    def settled(self) -> Run:
+        """The recipe with what `settle` makes of its grids; itself once it is settled."""
+        return self._with_grids(self.run)
+
+    def _with_grids(self, run: Run) -> Run:
+        """Returns the recipe with numbers where it says auto: the teachers' images, the grids.
+
+        Positions follow a teacher's images, unless this job's recipe says their size.
+
+        Args:
+            run: The recipe, its models settled.
+        """
+        entries = {
+            name: teacher.settled(follows=self.run.taught_by[name].architecture.image_size is None)
+            for name, teacher in teachers_on_shapes(run).items()
+        }
+        return run if entries == run.taught_by else run.with_taught_by(entries)
+
+    @cached_property
+    def _on_shapes(self) -> Mapping[str, TeacherOnShapes]:
+        return teachers_on_shapes(self.settled)
 
     def check(self) -> None:
         """Opens held-out and labelled images, and checks the headers of all weights.
 
         Losses and normalisers are tried on a few random tokens.
         """
-        entries, stored = self.run.taught_by.items(), self.run.task.distillation.cache
+        run, entries = self.run, self.run.taught_by.items()
+        beside = run.task.distillation.teacher_stream
+        stored = bool(self.caches or self.caches.stores)
+        placements = {entry.placement for _, entry in entries}
         check_all(
             *(
                 check
                 for name, entry in entries
                 for kind in entry.targets
-                for check in target_checks(name, entry, kind)
+                for check in target_checks(name, entry, kind, KNOWN)
             ),
-            self._teaches,
-            lambda: self.run.eval.root and self._held_out_images,
-            lambda: self.run.eval.knn_root and self._labelled_images,
+            partial(teaches, run.weighting, run.teachers, run.data),
+            lambda: run.eval.root and self._held_out_images,
+            lambda: run.eval.knn_root and self._labelled_images,
             *(
                 partial(frozen_weights, entry, self.weights, where=source_flag(name))
                 for name, entry in entries
-                if name not in self._caches
+                if name not in self.caches
             ),
-            *(
-                partial(self._caches.check, name, also_stored=stored)
-                for name in self._caches.folders
-            ),
-            self._check_combinations,
-            self._check_stored_summaries,
+            *([partial(check_stream, placements, stored_maps=stored)] if beside else []),
+            lambda: check_mosaics_full(self.images_together(), run.batch.micro_batch_size),
+            *self.caches.checks(run.data, lambda name: self._on_shapes[name].gives_summary),
             super().check,
         )
-
-    def _teaches(self) -> list[list[bool]]:
-        """Whether a teacher teaches a dataset, as `teaches`; empty if all teach all."""
-        if self.run.weighting.rule != "own_data":
-            return []
-        datasets_of = {name: entry.datasets for name, entry in self.run.teachers.items()}
-        return teaches(datasets_of, self.run.data.root, image_mixup=self.run.data.image_mixup)
 
     def images_together(self) -> int:
         """Returns the number of images of which all mosaics are full."""
         return math.lcm(*(max(1, entry.mosaic) ** 2 for entry in self.run.taught_by.values()))
-
-    def _check_combinations(self) -> None:
-        """Refuses settings that do not go together."""
-        data, task = self.run.data, self.run.task.distillation
-        entries = self.run.taught_by
-        stores = bool(self._caches or task.cache)
-        if task.teacher_stream:
-            check_stream({entry.placement for entry in entries.values()}, stored_maps=stores)
-        if self.fixed_views:
-            check_fixed_views(task.views, image_mixup=data.image_mixup)
-        if stores:
-            check_storable(data.image_sizes, {name: e.mosaic for name, e in entries.items()})
-        check_mosaics_full(self.images_together(), self.run.batch.micro_batch_size)
-
-    def _check_stored_summaries(self) -> None:
-        """Refuses stored maps of a teacher whose summary is not in its map."""
-        stores = bool(self.run.task.distillation.cache)
-        for name, entry in self.run.taught_by.items():
-            if SUMMARY in entry.targets and (stores or name in self._caches):
-                with torch.device("meta"):
-                    net = self.make_teacher(name).net
-                gives_summary = getattr(net, "gives_summary", False)
-                check_stored_summary(name, entry, gives_summary=gives_summary)
 
     def sources(self) -> Mapping[str, str]:
         """Returns the sources of teachers and student."""
@@ -288,7 +307,7 @@ class DistillationJob(TrainingJob):
         own = {
             source_flag(name).removeprefix("--"): entry.source
             for name, entry in entries
-            if name not in self._caches
+            if name not in self.caches
         }
         return {**own, **super().sources()}
 
@@ -299,50 +318,26 @@ class DistillationJob(TrainingJob):
         """
         data = self.run.data
         samples = open_training(data.root, val_fraction=data.val_fraction)
-        if self.fixed_views is not None and self._caches:
-            self._caches.require_views(self._view_facts(samples, self.fixed_views))
-        if self.run.eval.root and self._caches:
-            self._caches.open_held_out(self.held_out(samples), self.view_settings())
+        if self.caches:
+            if self.caches.fixed:
+                self.caches.require_views(samples)
+            if self.run.eval.root:
+                self.caches.open_held_out(self.held_out(samples))
         return samples
-
-    def _view_facts(self, samples: ImageSource, fixed: FixedViews) -> dict[str, Any]:
-        return view_facts(self.view_settings(), fixed, samples)
-
-    @property
-    def fixed_views(self) -> FixedViews | None:
-        """What draws views that come again; None: every epoch draws new ones."""
-        views = self.run.task.distillation
-        return FixedViews(views.views, views.view_seed) if views.views else None
 
     def view_batches(self, samples: ImageSource, epoch: int) -> ViewBatches:
         """Returns what loads the views of an epoch, and their maps where these are stored."""
-        usual, fixed = super().view_batches(samples, epoch), self.fixed_views
+        usual, fixed, data = super().view_batches(samples, epoch), self.caches.fixed, self.run.data
         if fixed is None:
             return usual
-        beside: Beside | None = None
-        if self._recorders is not None:
-            beside = self._recorders.beside(
-                epoch,
-                self._view_facts(samples, fixed),
-                self.views_to_store(samples),
-                name_of=samples.__getitem__,
-                workers=self.run.data.workers,
-                max_bad_fraction=self.run.data.max_bad_fraction,
-                between=self.between_batches,
-            )
-        elif self._caches:
-            beside = self._caches.beside(epoch % fixed.count, samples)
-        return replace(usual, fixed=fixed, beside=beside)
-
-    def views_to_store(self, samples: ImageSource) -> ViewsToStore:
-        """Returns what loads the views that come again, on the way into a cache."""
-        settings, fixed = self.view_settings(), self.fixed_views
-        assert fixed is not None
-        return ViewsToStore(
-            partial(training_view, samples, settings, fixed),
-            settings.image_size,
-            cached_batch_size(self.run.batch),
+        beside = self.caches.beside(
+            epoch,
+            samples,
+            workers=data.workers,
+            max_bad_fraction=data.max_bad_fraction,
+            between=self.between_batches,
         )
+        return replace(usual, fixed=fixed, beside=beside)
 
     def held_out(self, samples: ImageSource) -> dict[str, Crops]:
         """Returns what cuts the views of which held-out losses are measured, by their prefix.
@@ -352,16 +347,30 @@ class DistillationJob(TrainingJob):
         Args:
             samples: The training images, of which other crops are shown.
         """
-        seed = self.fixed_views.seed if self.fixed_views else self.run.runtime.seed
-        of = partial(Crops, views=self.run.eval.views, settings=self.view_settings(), seed=seed)
+        fixed, run = self.caches.fixed, self.run
+        seed = fixed.seed if fixed else run.runtime.seed
+        of = partial(Crops, views=run.eval.views, settings=self.view_settings(), seed=seed)
         return {
             "held_out": of(self._held_out_images),
             "unseen_crops": of(samples, skip_bad=True),
         }
 
+    @cached_property
+    def _held_out_images(self) -> ImageSource:
+        return open_images(self.run.eval.root, where="eval.root")
+
+    @cached_property
+    def _labelled_images(self) -> tuple[LabelledImages, LabelledImages]:
+        root, where = self.run.eval.knn_root, "eval.knn_root"
+        fraction = 0.0 if has_parts(root, where=where) else self.run.data.val_fraction
+        train_set = open_split(root, "train", val_fraction=fraction, where=where)
+        return train_set, open_split(
+            root, "val", train_set.classes, val_fraction=fraction, where=where
+        )
+
     def probe_batch(self, size: int) -> Batch:
         """Makes a batch of grey images, and of empty maps where these are stored."""
-        return replace(super().probe_batch(size), targets=self._caches.blank_maps(size))
+        return replace(super().probe_batch(size), targets=self.caches.blank_maps(size))
 
     def tensor_sizes(self) -> TensorSizes:
         """Returns the sizes of the tensors of student and heads, and of teachers; checks the grids.
@@ -379,34 +388,8 @@ class DistillationJob(TrainingJob):
             sizes=run.data.image_sizes,
         )
         check_all(*(partial(fits, size) for size in run.data.sides))
-        whole = [teachers[name] for name in teachers.keys() - self._caches.folders.keys()]
+        whole = [teachers[name] for name in teachers.keys() - self.caches.folders.keys()]
         return TensorSizes(sizes_of(task), sizes_of(*whole))
-
-    @cached_property
-    def settled(self) -> Run:
-        """The recipe with what `settle` makes of its grids; itself once it is settled."""
-        return self._with_grids(self.run)
-
-    def _with_grids(self, run: Run) -> Run:
-        """Returns the recipe with numbers where it says auto: the teachers' images, the grids.
-
-        Positions follow a teacher's images, unless this job's recipe says their size.
-
-        Args:
-            run: The recipe, its models settled.
-        """
-        entries = {
-            name: with_grid(
-                name,
-                entry,
-                run.student,
-                image_size=run.data.image_size,
-                sides=run.data.image_sizes,
-                follows=self.run.taught_by[name].architecture.image_size is None,
-            )
-            for name, entry in run.taught_by.items()
-        }
-        return run if entries == run.taught_by else run.with_taught_by(entries)
 
     def memory_facts(self) -> Mapping[str, Any]:
         """Returns where the teachers' weights are held."""
@@ -417,20 +400,7 @@ class DistillationJob(TrainingJob):
 
     def make_teacher(self, name: str) -> Frozen:
         """Constructs a teacher with random weights; "" is the name of an only one."""
-        run = self.settled
-        size, sides = run.data.image_size, self._sides[name]
-        return teacher_maker(name, run.taught_by[name], size, sides=sides)()
-
-    @cached_property
-    def _sides(self) -> Mapping[str, Mapping[int, int]]:
-        """Side of each teacher's images by that of the student's, where these have several."""
-        run, sides = self.settled, self.run.data.image_sizes
-        return {
-            name: sides_of(name, entry, run.student, image_size=run.data.image_size, sides=sides)
-            if sides
-            else {}
-            for name, entry in run.taught_by.items()
-        }
+        return self._on_shapes[name].make()
 
     def make_teachers(self) -> dict[str, Frozen]:
         """Constructs the teachers with random weights."""
@@ -438,48 +408,40 @@ class DistillationJob(TrainingJob):
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
         """Builds the teachers; must run before the student's engine is built."""
-        placed: dict[str, PlacedTeacher] = {}
         entries = self.settled.taught_by
-        for name, entry in entries.items():
-            if name not in self._caches:
-                placed[name] = built_teacher(
-                    name,
-                    entry,
-                    partial(self.make_teacher, name),
-                    self.weights,
-                    student_type="bfloat16" if bfloat16 else "float32",
-                    # The same for all: a model is the same one whatever it is called.
-                    seed=self.run.runtime.seed + 1,
-                    node_size=node_size,
-                    persistence_threshold=persistence_threshold,
-                )
-        found = {**placed, **self._caches.teachers()}
-        self._teachers = {name: found[name] for name in entries}
-        said = self.run.task.distillation
-        if said.cache:
-            self._recorders = Recorders(
-                placed, entries, folder=said.cache, precision=said.precision
+        placed = {
+            name: built_teacher(
+                name,
+                entry,
+                partial(self.make_teacher, name),
+                self.weights,
+                student_type="bfloat16" if bfloat16 else "float32",
+                # The same for all: a model is the same one whatever it is called.
+                seed=self.run.runtime.seed + 1,
+                node_size=node_size,
+                persistence_threshold=persistence_threshold,
             )
+            for name, entry in entries.items()
+            if name not in self.caches
+        }
+        found = {**placed, **self.caches.teachers()}
+        self.teachers = {name: found[name] for name in entries}
+        self.caches.record(placed)
 
     def take_models_of(self, other: TrainingJob) -> None:
         """Takes the teachers that the job of another student has built."""
         assert isinstance(other, DistillationJob)
-        self._teachers, self._recorders = other.teachers, other._recorders
-        self._caches.held_out = other._caches.held_out
+        self.teachers, self.caches = other.teachers, other.caches
 
     def make_task(self) -> Distillation:
         """Constructs student, heads and losses around the run's teachers.
 
         Raises: ConfigError: if the statistics in a file are of other targets.
         """
-        recorders = self._recorders.by_name if self._recorders else {}
-        task = self.task_around({**self.teachers, **recorders})
+        task = self.task_around({**self.teachers, **self.caches.recorders})
         for target in task.targets:
-            if path := statistics_file(self.run.taught_by[target.teacher], target.kind):
-                stored = target_statistics.read(path).facts
-                own = self.target_facts(task, target)
-                with naming_target(target.teacher, target.kind):
-                    target_statistics.require_same(stored, own, path)
+            entry = self.run.taught_by[target.teacher]
+            check_statistics(target, entry, partial(self.target_facts, task, target))
         return task
 
     def target_facts(self, task: Distillation, target: NamedTarget) -> Mapping[str, Any]:
@@ -495,28 +457,28 @@ class DistillationJob(TrainingJob):
             self.teachers[target.teacher],
             self.settled.taught_by[target.teacher],
             image_size=self.settled.data.image_size,
-            teacher_image_size=self._teacher_image_size(target.teacher),
+            teacher_image_size=self._on_shapes[target.teacher].image_size,
         )
 
     def models_on_shapes(self) -> tuple[Distillation, tuple[nn.Module, ...]]:
         """Constructs the task around teachers of its own."""
         teachers = self.make_teachers()
-        models = tuple(teachers[name] for name in teachers if name not in self._caches)
-        return self.task_around(teachers | self._caches.teachers()), models
+        models = tuple(teachers[name] for name in teachers if name not in self.caches)
+        return self.task_around(teachers | self.caches.teachers()), models
 
     def task_around(self, teachers: Mapping[str, AnyTeacher]) -> Distillation:
         """Constructs student, heads and losses around teachers, which are given by name."""
-        entries, size = self.settled.taught_by, self.run.data.image_size
-        several = bool(self.run.data.image_sizes)
-        student = make_student(self.run.student, image_size=size, resizes_positions=several)
+        run, entries, size = self.run, self.settled.taught_by, self.run.data.image_size
+        several = bool(run.data.image_sizes)
+        student = make_student(run.student, image_size=size, resizes_positions=several)
         return composed(
             student,
             teachers,
-            make_targets(student, teachers, entries, image_size=size),
-            weighting=self.run.weighting,
-            teaches=self._teaches(),
+            make_targets(student, teachers, entries, image_size=size, known=KNOWN),
+            weighting=run.weighting,
+            taught=teaches(run.weighting, run.teachers, run.data),
             mosaics=[name for name, entry in entries.items() if entry.mosaic],
-            teachers_beside=self.run.task.distillation.teacher_stream,
+            teachers_beside=run.task.distillation.teacher_stream,
         )
 
     # --- training ---
@@ -524,74 +486,49 @@ class DistillationJob(TrainingJob):
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
         """Yields micro batches of views, with their datasets where these decide the teachers."""
         batches = super().batches(samples, portion)
-        if self.run.weighting.rule != "own_data":
-            return batches
-        datasets_of = cast(Balanced, samples).datasets_of
-
-        def with_datasets(batch: Batch) -> Batch:
-            datasets = torch.from_numpy(datasets_of(batch.indices.numpy()))
-            if batch.images.is_pinned():
-                datasets = datasets.pin_memory()
-            return replace(batch, targets={**(batch.targets or {}), DATASETS: datasets})
-
-        return map(with_datasets, batches)
+        own_data = self.run.weighting.rule == "own_data"
+        return with_datasets(batches, samples) if own_data else batches
 
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:
         """Returns losses on images and crops that training never sees, and k-NN accuracy."""
-        evaluations = []
-        if self.run.eval.root:
-            own = not self.run.data.root.startswith(BUILTIN)
-            if own and self.run.eval.root.startswith(BUILTIN):
+        evaluations, run = [], self.run
+        if run.eval.root:
+            if run.eval.root.startswith(BUILTIN) and not run.data.root.startswith(BUILTIN):
                 log.warning(
                     "eval.root: held-out figures and pictures are of the quick start's "
                     "photographs, not of your images; --eval.root FOLDER names yours"
                 )
-            stored = self._caches.held_out
-            sets = distributed.together(
-                lambda: [
-                    HeldOutViews(
-                        name,
-                        crops,
-                        micro_batch_size=micro_batch_size,
-                        stored=StoredMaps(stored, name, crops.name_of) if stored else None,
-                    )
-                    for name, crops in self.held_out(samples).items()
-                ]
+            evaluations.append(
+                held_out_losses(
+                    self.held_out(samples),
+                    engine,
+                    every=run.eval.every,
+                    micro_batch_size=micro_batch_size,
+                    stored=self.caches.held_out,
+                )
             )
-            evaluations.append(held_out_losses(sets, engine, every=self.run.eval.every))
-        if self.run.eval.knn_root:
+        if run.eval.knn_root:
             evaluations.append(
                 knn_accuracy(
                     engine,
                     *self._labelled_images,
-                    Path(self.run.run_dir()) / "features",
-                    every=self.run.eval.knn_every,
-                    image_size=self.run.data.image_size,
+                    Path(run.run_dir()) / "features",
+                    every=run.eval.knn_every,
+                    image_size=run.data.image_size,
                     micro_batch_size=micro_batch_size,
-                    workers=self.run.data.workers,
-                    max_pixels=self.run.data.max_pixels,
-                    blank_maps=self._caches.blank_maps(1),
+                    workers=run.data.workers,
+                    max_pixels=run.data.max_pixels,
+                    blank_maps=self.caches.blank_maps(1),
                 )
             )
         return evaluations
 
     def hooks(self) -> Sequence[Hook]:
         """Returns what writes the maps of some images, and the canaries of the teachers."""
-        every, size = self.run.runtime.canary_every, self.run.data.image_size
-        hooks: list[Hook] = [FeaturePanel()]
-        for name, teacher in self.placed.items() if every else ():
-            hooks.append(
-                Canary(
-                    every,
-                    teacher=name,
-                    shard_of=teacher.shard_hash,
-                    map_of=partial(teacher.map_of_fixed_images, size),
-                    seconds=seconds_of_product if len(hooks) == 1 else None,
-                )
-            )
-        return hooks
+        every = self.run.runtime.canary_every
+        return [FeaturePanel(), *canaries(self.placed, every, self.run.data.image_size)]
 
     def evaluated(self, first: Mapping[str, float], last: Mapping[str, float]) -> Mapping[str, Any]:
         """Returns the newest numbers, and the held-out loss before training."""
@@ -607,67 +544,51 @@ class DistillationJob(TrainingJob):
     def summary(self) -> Mapping[str, Any]:
         """Returns the first entries of summary.json; several teachers have one of their own."""
         if not self.run.teachers:
-            return {**super().summary(), **self._early()}
+            return {**super().summary(), **self.caches.early()}
         teachers = {
             name: {"model": entry.model, "source": entry.source}
             for name, entry in self.run.teachers.items()
         }
         own = {"recipe": self.run.name, "student": self.run.student.model}
-        return {**own, "teacher": None, "teachers": teachers, **self._early()}
-
-    def _early(self) -> dict[str, list[int]]:
-        """The epochs that `Recorders.early` lists, which grow with the run."""
-        return {EARLY: self._recorders.early} if self._recorders else {}
+        return {**own, "teacher": None, "teachers": teachers, **self.caches.early()}
 
     def facts(self) -> Mapping[str, Any]:
         """Returns each teacher's source and hash, and the hashes of its files of statistics."""
         facts = {name: self._facts_of(name) for name in self.run.taught_by}
-        return {**({"teachers": facts} if self.run.teachers else facts[ONLY]), **self._early()}
+        several = {"teachers": facts} if self.run.teachers else facts[ONLY]
+        return {**several, **self.caches.early()}
 
     def _facts_of(self, name: str) -> dict[str, Any]:
-        cache = self._caches.readers.get(name)
+        cache = self.caches.readers.get(name)
         return facts_of(self.run.taught_by[name], self.teachers[name].fingerprint, cache)
 
     def check_stored(self, manifest: Mapping[str, Any]) -> None:
         """Refuses a checkpoint that learned from another teacher, or by other statistics."""
         stored = facts_by_teacher(manifest, several=bool(self.run.teachers))
         require_same_teachers(self.run.taught_by, stored, self._facts_of)
-        if self._recorders:
-            early = self._recorders.early
-            early[:] = sorted({*early, *manifest.get(EARLY, ())})
+        self.caches.resume(manifest)
 
     def frozen_models(self) -> Mapping[str, FrozenPart]:
         """Returns the teachers, by their names; an only one is called teacher."""
-        entries = dict(self.settled.taught_by)
-        for name, source in self._caches.sources().items():
-            entries[name] = replace(entries[name], source=source)
         return {
-            name or "teacher": FrozenPart(entry, self._teacher_image_size(name))
-            for name, entry in entries.items()
+            name or "teacher": FrozenPart(
+                replace(one.entry, source=self.caches.source_of(name)), one.image_size
+            )
+            for name, one in self._on_shapes.items()
         }
 
-    def _teacher_image_size(self, name: str) -> int:
-        """Side of a teacher's images in evaluations, 0 as in `frozen_maker`."""
-        size = self._sides[name].get(
-            self.run.data.image_size, self.settled.taught_by[name].teacher_image_size
-        )
-        if not isinstance(size, int):
-            field = f"teachers.{name}" if name else "objective"
-            raise ConfigError(
-                f"{field}.teacher_image_size: not known of this run; got {size!r}, expected a side "
-                "in pixels, which a run records. Name the teacher by its own source instead."
-            )
-        return size
 
-    @cached_property
-    def _held_out_images(self) -> ImageSource:
-        return open_images(self.run.eval.root, where="eval.root")
-
-    @cached_property
-    def _labelled_images(self) -> tuple[LabelledImages, LabelledImages]:
-        root, where = self.run.eval.knn_root, "eval.knn_root"
-        fraction = 0.0 if has_parts(root, where=where) else self.run.data.val_fraction
-        train_set = open_split(root, "train", val_fraction=fraction, where=where)
-        return train_set, open_split(
-            root, "val", train_set.classes, val_fraction=fraction, where=where
+def teachers_on_shapes(run: Run) -> dict[str, TeacherOnShapes]:
+    """Returns the teachers of a recipe, whose models are settled, beside its student."""
+    data = run.data
+    return {
+        name: TeacherOnShapes(
+            name,
+            entry,
+            run.student,
+            image_size=data.image_size,
+            sizes=data.image_sizes,
+            around=tiled,
         )
+        for name, entry in run.taught_by.items()
+    }

@@ -49,6 +49,18 @@ class Loss:
     def __init__(self, beta: float = 2.0) -> None:
         self.beta = beta
 
+    def begin(self, teacher: str, kind: str, *, width: int, normaliser: str) -> None:
+        """Is told once what it will compare.
+
+        Args:
+            teacher: The teacher's name; "" for the only one.
+            kind: "map" or "summary".
+            width: Channels of the tokens.
+            normaliser: Name of what is done to the teacher's.
+
+        Raises: ConfigError: if that is nothing for it.
+        """
+
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns the loss, a scalar.
 
@@ -226,6 +238,11 @@ class WeightedSum(Loss):
         words = (f"{weight:g} x {loss.label.replace(' loss', '')}" for weight, loss in terms)
         self.label = f"{' + '.join(words)} loss"
         self.reads_beta = any(loss.reads_beta for _, loss in terms)
+
+    def begin(self, teacher: str, kind: str, **names: Any) -> None:
+        """Tells its terms."""
+        for _, loss in self.terms:
+            loss.begin(teacher, kind, **names)
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns the sum of the means."""

@@ -5,16 +5,16 @@ What decides them stands in a checkpoint's manifest too, and is held against tha
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fd_large import doors
-from fd_large.errors import CheckpointError, ConfigError
+from fd_large.errors import CheckpointError
 from fd_large.tasks.distillation import losses, target_statistics
 from fd_large.tasks.distillation.grids import maps_of
 from fd_large.tasks.distillation.heads import registry
@@ -22,8 +22,8 @@ from fd_large.tasks.distillation.heads.map_head import WHERE as HEAD_WHERE
 from fd_large.tasks.distillation.heads.map_head import Maps
 from fd_large.tasks.distillation.normalisers import (
     BY_STATISTICS,
-    NONE,
     WHITENING,
+    Normaliser,
     check_normaliser,
     make_normaliser,
 )
@@ -35,25 +35,40 @@ from fd_large.tasks.distillation.section import (
     naming_target,
     source_flag,
 )
-from fd_large.tasks.distillation.several.running_statistics import RUNNING
-from fd_large.tasks.distillation.several.similarity import (
-    SIMILARITIES,
-    QueueDivergence,
-    Relation,
-    SummaryQueue,
-)
 from fd_large.tasks.distillation.target import NamedTarget
 
-LOSSES = ChainMap(losses.LOSSES, SIMILARITIES)
-"""Built-in losses by name: of the paper and its neighbours, and between similarities."""
-make_loss = partial(losses.make_loss, known=LOSSES)
 
+class Known(NamedTuple):
+    """What the names of losses and normalisers in a recipe stand for.
+
+    Attributes:
+        losses: Built-in losses by name.
+        moving: Normalisers beside those of normalisers.py, by name: made of the number of channels,
+            with statistics that training moves.
+    """
+
+    losses: Mapping[str, Any] = losses.LOSSES
+    moving: Mapping[str, Callable[[int], Normaliser]] = MappingProxyType({})
+
+    def loss(self, name: str, *, beta: float) -> losses.Loss:
+        """Returns a loss: see `make_loss`."""
+        return losses.make_loss(name, beta=beta, known=self.losses)
+
+    def normaliser(self, name: str, **options: Any) -> Normaliser:
+        """Returns a normaliser: see `make_normaliser`."""
+        return make_normaliser(name, running=self.moving, **options)
+
+
+OF_THE_PAPER = Known()
+"""The losses and normalisers of this folder."""
 
 # The entries of a manifest for the files of statistics, by kind of target.
 _STATISTICS = {MAP: "target_statistics", SUMMARY: "summary_target_statistics"}
 
 
-def target_checks(name: str, entry: NamedTeacher, kind: str) -> Iterator[Callable[[], object]]:
+def target_checks(
+    name: str, entry: NamedTeacher, kind: str, known: Known
+) -> Iterator[Callable[[], object]]:
     """Yields what tries loss and normaliser of a target on a few tokens, and finds its head.
 
     The head's shapes wait for the models.
@@ -62,6 +77,7 @@ def target_checks(name: str, entry: NamedTeacher, kind: str) -> Iterator[Callabl
         name: The teacher's name; "" for an only one.
         entry: What the recipe says of it.
         kind: "map" or "summary".
+        known: What the names stand for.
     """
     loss, normaliser, head, file = (
         entry.setting(one, kind) for one in ("loss", "normaliser", "head", "target_statistics")
@@ -72,26 +88,26 @@ def target_checks(name: str, entry: NamedTeacher, kind: str) -> Iterator[Callabl
             check()
 
     for check in (
-        lambda: losses.check_loss(make_loss(loss, beta=entry.beta), loss),
+        lambda: losses.check_loss(known.loss(loss, beta=entry.beta), loss),
         lambda: check_normaliser(
-            make_normaliser(normaliser, eps=entry.whitening_eps, statistics=file, running=RUNNING),
-            normaliser,
+            known.normaliser(normaliser, eps=entry.whitening_eps, statistics=file), normaliser
         ),
         lambda: doors.load(head, kind="heads", where=HEAD_WHERE, built_in=registry.HEADS),
     ):
         yield partial(told, check)
 
 
-def fields_not_read(name: str, entry: NamedTeacher) -> list[str]:
+def fields_not_read(name: str, entry: NamedTeacher, known: Known) -> list[str]:
     """Returns the fields of a teacher's targets that its losses and normalisers do not read.
 
     Args:
         name: The teacher's name; "" for an only one.
         entry: What the recipe says of it.
+        known: What the names stand for.
     """
     of = partial(field_of, name)
     with naming_target(name):
-        made = [make_loss(entry.setting("loss", kind), beta=entry.beta) for kind in entry.targets]
+        made = [known.loss(entry.setting("loss", kind), beta=entry.beta) for kind in entry.targets]
     normalisers = {kind: entry.setting("normaliser", kind) for kind in entry.targets}
     ignored = []
     if not any(loss.reads_beta for loss in made):
@@ -112,6 +128,22 @@ def statistics_file(entry: NamedTeacher, kind: str) -> str:
     return entry.setting("target_statistics", kind)
 
 
+def check_statistics(
+    target: NamedTarget, entry: NamedTeacher, facts: Callable[[], Mapping[str, Any]]
+) -> None:
+    """Refuses a file of statistics of other targets than the run's.
+
+    Args:
+        target: The target.
+        entry: What the recipe says of its teacher.
+        facts: Returns the `target_facts` of the run.
+    """
+    if path := statistics_file(entry, target.kind):
+        stored = target_statistics.read(path).facts
+        with naming_target(target.teacher, target.kind):
+            target_statistics.require_same(stored, facts(), path)
+
+
 def make_target(
     width: int,
     teacher_width: int,
@@ -129,6 +161,7 @@ def make_target(
     with_prefix: bool = True,
     weight: float = 1.0,
     projection: Tensor | None = None,
+    known: Known = OF_THE_PAPER,
 ) -> NamedTarget:
     """Constructs a target from the names of its parts, the head with random weights.
 
@@ -137,8 +170,8 @@ def make_target(
         teacher_width: Channels of what is learnt of the teacher.
         teacher: The teacher's name; "" for the only one.
         kind: "map" or "summary".
-        loss: Name of the loss (losses.py).
-        normaliser: Name of what is done to the teacher's tokens (normalisers.py).
+        loss: Name of the loss.
+        normaliser: Name of what is done to the teacher's tokens.
         head: Name of what projects the student's tokens to the teacher's width (heads/).
         maps: Returns the grids of both, for a head that reads maps.
         beta: Difference above which the loss is linear rather than quadratic, in whitened units.
@@ -146,39 +179,17 @@ def make_target(
         target_statistics: File of statistics of the teacher's channels, for a normaliser that
             needs them.
         interpolation, with_prefix, weight, projection: As `NamedTarget`.
+        known: What the names of losses and normalisers stand for.
 
     Raises: ConfigError: if a name stands for nothing, or they do not go together.
     """
     with naming_target(teacher, kind):
         head_module = registry.make(head, width, teacher_width, maps)
-        made_loss = make_loss(loss, beta=beta)
-        normalise = make_normaliser(
-            normaliser,
-            eps=whitening_eps,
-            statistics=target_statistics,
-            width=teacher_width,
-            running=RUNNING,
+        made_loss = known.loss(loss, beta=beta)
+        normalise = known.normaliser(
+            normaliser, eps=whitening_eps, statistics=target_statistics, width=teacher_width
         )
-    if isinstance(made_loss, Relation) and kind == SUMMARY:
-        raise ConfigError(
-            f"{field_of(teacher, 'loss', kind)}: a summary alone has nothing to relate to; got "
-            f"{loss}, expected a loss between two summaries. Set "
-            f"--{field_of(teacher, 'loss', kind)} queue, cosine or mse."
-        )
-    if isinstance(made_loss, QueueDivergence):
-        if kind != SUMMARY:
-            raise ConfigError(
-                f"{field_of(teacher, 'loss')}: a queue holds summaries; got {loss} for a map, "
-                "expected it for the summary of one of several teachers. Set it in "
-                "--teachers.NAME.summary.loss."
-            )
-        if normaliser != NONE:
-            raise ConfigError(
-                f"{field_of(teacher, 'normaliser', kind)}: a queue holds summaries as the "
-                f"teacher gives them; got {normaliser}, expected {NONE}. Set "
-                f"--{field_of(teacher, 'normaliser', kind)} {NONE}."
-            )
-        made_loss.queue = SummaryQueue(teacher_width)
+    made_loss.begin(teacher, kind, width=teacher_width, normaliser=normaliser)
     return NamedTarget(
         head_module,
         teacher=teacher,
@@ -199,6 +210,7 @@ def make_targets(
     entries: Mapping[str, NamedTeacher],
     *,
     image_size: int,
+    known: Known = OF_THE_PAPER,
 ) -> list[NamedTarget]:
     """Constructs the targets of all teachers, their heads with random weights.
 
@@ -207,6 +219,7 @@ def make_targets(
         teachers: The teachers by name.
         entries: What the settled recipe says of each.
         image_size: Side of the student's images, in pixels; of several, that of evaluations.
+        known: What the names of losses and normalisers stand for.
 
     Raises: FDError: if code of the user's own was not allowed.
     """
@@ -242,6 +255,7 @@ def make_targets(
             with_prefix=SUMMARY not in entry.targets,
             weight=entry.weight_of(kind),
             projection=_projection(entry, kind, teachers[name]),
+            known=known,
         )
         for name, entry in entries.items()
         for kind in entry.targets

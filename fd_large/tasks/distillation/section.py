@@ -442,7 +442,7 @@ NAMED: dict[str, tuple[doors.Kind, dict[str, tuple[str, ...]]]] = {
         "losses",
         {
             f"{_FOLDER}/losses.py": ("LOSSES",),
-            f"{_FOLDER}/several/similarity.py": ("SIMILARITIES",),
+            f"{_FOLDER}/job.py": ("SIMILARITIES",),
         },
     ),
     "head": ("heads", {f"{_FOLDER}/heads/registry.py": ("HEADS",)}),
@@ -450,7 +450,7 @@ NAMED: dict[str, tuple[doors.Kind, dict[str, tuple[str, ...]]]] = {
         "normalisers",
         {
             f"{_FOLDER}/normalisers.py": ("NORMALISERS", "BY_STATISTICS"),
-            f"{_FOLDER}/several/running_statistics.py": ("RUNNING",),
+            f"{_FOLDER}/job.py": ("RUNNING",),
         },
     ),
 }

@@ -29,13 +29,12 @@ from fd_large.files import write_json
 from fd_large.tasks.distillation.grids import maps_of
 from fd_large.tasks.distillation.heads import registry
 from fd_large.tasks.distillation.heads.map_head import MapHead, Maps, with_blocks
-from fd_large.tasks.distillation.job import DistillationJob
+from fd_large.tasks.distillation.job import KNOWN, DistillationJob
 from fd_large.tasks.distillation.model_card import learned
 from fd_large.tasks.distillation.normalisers import NONE, Undo
 from fd_large.tasks.distillation.objective import facts_by_teacher
 from fd_large.tasks.distillation.registered import register
 from fd_large.tasks.distillation.section import MAP, SUMMARY, NamedTeacher
-from fd_large.tasks.distillation.several.running_statistics import RUNNING
 from fd_large.tasks.distillation.target import guess, reads_blocks
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.stored_run import StoredRun
@@ -190,14 +189,15 @@ def fill_heads(
 
 
 def projection_shapes(
-    reader: Reader, student: Mapping[str, Shape], *, is_running: bool
+    reader: Reader, student: Mapping[str, Shape], state: Callable[[int], Any] | None
 ) -> dict[str, Shape]:
     """Returns the shapes of the linear head of a run with one teacher, as its checkpoint has it.
 
     Args:
         reader: The checkpoint, of which the whole task is checked.
         student: Shapes of the student's tensors by their own names.
-        is_running: Whether the normaliser has statistics that training moves.
+        state: Makes a normaliser with statistics that training moves, of the number of channels;
+            None: the run has another one.
 
     Raises: CheckpointError: if the checkpoint is of another task.
     """
@@ -208,8 +208,8 @@ def projection_shapes(
         f"{PROJECTION}bias": (width,),
     }
     whole = {f"{stream.STUDENT}{name}": shape for name, shape in student.items()}
-    if is_running:
-        whole |= {f"running.{MAP}.{name}": (2, width) for name in ("mean", "deviation")}
+    for path, module in state(width).state("").items() if state else ():
+        whole |= {f"{path}.{name}": tuple(one.shape) for name, one in module.named_buffers()}
     stream.check(reader, whole | projection)
     return projection
 
@@ -291,8 +291,8 @@ class StoredDistillation(StoredRun):
         if self.run.teachers or self.run.objective.head != "linear":
             stream.check(reader, dict(student), prefix=stream.STUDENT)
             return {}
-        is_running = self.run.objective.normaliser in RUNNING
-        projection = projection_shapes(reader, student, is_running=is_running)
+        state = KNOWN.moving.get(self.run.objective.normaliser)
+        projection = projection_shapes(reader, student, state)
         return projection if to == "fd" else {}
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:

@@ -38,11 +38,9 @@ from fd_large.runtime.hooks import Hook, Setting, Update, Wish
 from fd_large.tasks.distillation import target_statistics
 from fd_large.tasks.distillation.heads.map_heads import Convolutional, ResizedMLP
 from fd_large.tasks.distillation.heads.registry import HEADS
-from fd_large.tasks.distillation.job import DistillationJob
+from fd_large.tasks.distillation.job import KNOWN, RUNNING, DistillationJob
 from fd_large.tasks.distillation.normalisers import BY_STATISTICS, NORMALISERS
-from fd_large.tasks.distillation.objective import LOSSES
 from fd_large.tasks.distillation.section import NamedTeacher, Summary, Teacher
-from fd_large.tasks.distillation.several.running_statistics import RUNNING
 from fd_large.tasks.jobs import job_of
 
 STEPS, STOP = 3, 2
@@ -83,7 +81,7 @@ FACTORS = Factors(
     },
     part={
         "targets": ("map", "summary", "map summary"),
-        "loss": (*LOSSES, "0.9 cosine_of_map + 0.1 smooth_l1"),
+        "loss": (*KNOWN.losses, "0.9 cosine_of_map + 0.1 smooth_l1"),
         "normaliser": ALL_NORMALISERS,
         "head": tuple(HEADS),
         "grid": tuple(GRIDS),

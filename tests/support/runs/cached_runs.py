@@ -11,7 +11,6 @@ from PIL import Image
 
 from fd_large.data.sampler import Portion
 from fd_large.recipes.fields import override
-from fd_large.tasks.distillation.cached.views import view_facts
 from fd_large.tasks.distillation.cached.write import CacheWriter, header_of, write_cache
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.weights.resolve import Sources
@@ -56,16 +55,15 @@ def built(run) -> DistillationJob:
 
 def write(job, folder, *, precision="fp32", most=None, max_bad_fraction=0.5, **more) -> int:
     """Writes the cache of a job; `most`: it is killed after so many records."""
-    fixed, settings = job.fixed_views, job.view_settings()
     (teacher,), (entry,) = job.placed.values(), job.run.taught_by.values()
-    facts = view_facts(settings, fixed, job.samples)
+    facts = job.caches.facts(job.samples)
     header = replace(
         header_of(teacher, entry, facts, precision=precision), records_per_shard=IMAGES // 2
     )
     writer = CacheWriter(folder, header)
     if most is not None:
         writer.write = killed_after(writer.write, most)
-    views = replace(job.views_to_store(job.samples), batch_size=2)
+    views = replace(job.caches.views_to_store(job.samples), batch_size=2)
     return write_cache(
         writer, teacher, views, workers=0, max_bad_fraction=max_bad_fraction, where="OUT", **more
     )

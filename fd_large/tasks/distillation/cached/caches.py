@@ -1,24 +1,29 @@
 """The caches of a run: those of training views, each in a teacher's place, and of held-out views.
 
+`RunCaches` is what the job asks of this wing; `FromStored` (read.py) fills a seam of the task.
+
 CACHE/held_out is a cache like that of the training views, with two sets. So it can be written
 later, and what a run is evaluated on says nothing about the maps that it learns from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
+from fd_large.data.loader import Beside
 from fd_large.data.source import ImageSource
-from fd_large.data.views import ViewSettings
+from fd_large.data.views import FixedViews, ViewSettings
 from fd_large.errors import CacheError
 from fd_large.files import kind_of
 from fd_large.ranks import meeting
 from fd_large.recipes.fields import require
+from fd_large.recipes.sections import Data
 from fd_large.tasks.distillation.cached.files import HEADER, Header
 from fd_large.tasks.distillation.cached.read import (
     CachedTeacher,
@@ -27,31 +32,64 @@ from fd_large.tasks.distillation.cached.read import (
     blank,
     require_same_views,
 )
-from fd_large.tasks.distillation.cached.views import ViewsToStore, set_of
+from fd_large.tasks.distillation.cached.recorder import Recorder, Recorders
+from fd_large.tasks.distillation.cached.views import (
+    ViewsToStore,
+    batch_size,
+    check_fixed_views,
+    check_stored_summary,
+    set_of,
+    training_view,
+    view_facts,
+)
 from fd_large.tasks.distillation.cached.write import TEACHER_FACTS, CacheWriter, header_of
 from fd_large.tasks.distillation.held_out import Crops
-from fd_large.tasks.distillation.section import CACHED, NamedTeacher, cached_folder, source_flag
+from fd_large.tasks.distillation.section import (
+    CACHED,
+    SUMMARY,
+    NamedTeacher,
+    Views,
+    cached_folder,
+    check_storable,
+    source_flag,
+)
 from fd_large.tasks.distillation.teacher import PlacedTeacher
 
 # Folder, in a cache, of the maps of held-out views.
 FOLDER = "held_out"
+EARLY = "epochs_from_stored_maps"
+"""Name, in manifests and summary.json, of the epochs of `Recorders.early`."""
 
 
 class RunCaches:
-    """The caches that the teachers' sources name; none is opened before it is asked for.
+    """The maps of a run's teachers on disk: caches that it reads, and those that it fills.
+
+    It reads those that the teachers' sources name, and opens none before it is asked for.
 
     Args:
         entries: What the recipe says of each teacher, by its name.
+        section: What it says of views, and of a folder in which maps are stored.
+        settings: How an image becomes a view.
+        micro_batch_size: The recipe's.
 
     Attributes:
-        folders: The folder of each cache, by the teacher's name.
-        held_out: What reads the maps of held-out views, once `open_held_out` has run.
+        folders: The folder of each cache that is read, by the teacher's name.
+        stores: Whether the run stores maps.
     """
 
-    def __init__(self, entries: Mapping[str, NamedTeacher]) -> None:
+    def __init__(
+        self,
+        entries: Mapping[str, NamedTeacher],
+        section: Views,
+        settings: ViewSettings,
+        micro_batch_size: int | Literal["auto"],
+    ) -> None:
         named = {name: cached_folder(entry.source) for name, entry in entries.items()}
         self.folders = {name: Path(folder) for name, folder in named.items() if folder}
-        self.held_out: Mapping[str, CacheReader] = {}
+        self._entries, self._section, self.stores = entries, section, bool(section.cache)
+        self._settings, self._batch_size = settings, batch_size(micro_batch_size)
+        self._held_out: Mapping[str, CacheReader] = {}
+        self._recorders: Recorders | None = None
 
     def __contains__(self, name: str) -> bool:
         return name in self.folders
@@ -74,61 +112,141 @@ class RunCaches:
         """Returns what stands in the teachers' places."""
         return {n: CachedTeacher(one, where=source_flag(n)) for n, one in self.readers.items()}
 
-    def sources(self) -> dict[str, str]:
-        """Returns the sources of the teachers that made the maps."""
-        return {name: one.header.teacher["source"] for name, one in self.readers.items()}
+    def source_of(self, name: str) -> str:
+        """Returns the source of a teacher: of stored maps that of the teacher that made them."""
+        if name in self.readers:
+            return self.readers[name].header.teacher["source"]
+        return self._entries[name].source
 
-    def view_fields(self) -> dict[str, Any]:
-        """Returns the fields of `task.distillation` that say which views the caches hold."""
-        for reader in self.readers.values():
-            facts = reader.header.facts
-            return {name: facts[f"task.distillation.{name}"] for name in ("views", "view_seed")}
-        return {}
+    # --- views that come again ---
 
-    def check(self, name: str, *, also_stored: str) -> None:
+    @property
+    def fixed(self) -> FixedViews | None:
+        """What draws views that come again; None: every epoch draws new ones."""
+        views = self._section
+        return FixedViews(views.views, views.view_seed) if views.views else None
+
+    def with_views(self, section: Views) -> Views:
+        """Returns a section with the views that the caches hold, unless it says which."""
+        if section.views or not self.folders:
+            return section
+        facts = next(iter(self.readers.values())).header.facts
+        fields = {name: facts[f"task.distillation.{name}"] for name in ("views", "view_seed")}
+        return replace(section, **fields)
+
+    def facts(self, samples: ImageSource) -> dict[str, Any]:
+        """Returns the `view_facts` of the run."""
+        assert self.fixed is not None
+        return view_facts(self._settings, self.fixed, samples)
+
+    def views_to_store(self, samples: ImageSource) -> ViewsToStore:
+        """Returns what loads the views that come again, on the way into a cache."""
+        assert self.fixed is not None
+        return ViewsToStore(
+            partial(training_view, samples, self._settings, self.fixed),
+            self._settings.image_size,
+            self._batch_size,
+        )
+
+    # --- before anything heavy ---
+
+    def checks(
+        self, data: Data, gives_summary: Callable[[str], bool]
+    ) -> Iterator[Callable[[], None]]:
+        """Yields what refuses caches that are not whole, and settings that do not go with them.
+
+        All ranks call each.
+
+        Args:
+            data: The recipe's section.
+            gives_summary: Whether a teacher's model gives a summary besides its map.
+        """
+        for name in self.folders:
+            yield partial(self.check, name)
+        if self.fixed:
+            yield partial(check_fixed_views, self.fixed.count, image_mixup=data.image_mixup)
+        if self or self.stores:
+            mosaics = {name: entry.mosaic for name, entry in self._entries.items()}
+            yield partial(check_storable, data.image_sizes, mosaics)
+        for name, entry in self._entries.items():
+            if SUMMARY in entry.targets and (self.stores or name in self):
+                yield partial(check_stored_summary, name, entry, gives_summary)
+
+    def check(self, name: str) -> None:
         """Refuses a cache that is not whole; all ranks call it.
 
         Args:
             name: The teacher's name.
-            also_stored: The folder in which the run is to store maps; empty: it stores none.
         """
         where, folder = source_flag(name), self.folders[name]
         require(
-            not also_stored,
+            not self.stores,
             "task.distillation.cache: there is no teacher whose maps could be stored",
-            f"{also_stored} beside {where} {CACHED}{folder}",
+            f"{self._section.cache} beside {where} {CACHED}{folder}",
             "one of the two",
             "Leave one of them out",
         )
         meeting.once(f"cache {folder}", lambda: self.readers[name].check_whole(where=where))
 
-    def require_views(self, facts: Mapping[str, Any]) -> None:
-        """Refuses caches of other views than those of the run.
-
-        Args:
-            facts: The run's `view_facts`.
-        """
+    def require_views(self, samples: ImageSource) -> None:
+        """Refuses caches of other views than those of the run."""
         for name, reader in self.readers.items():
-            require_same_views(reader.header, facts, where=source_flag(name))
+            require_same_views(reader.header, self.facts(samples), where=source_flag(name))
 
-    def open_held_out(self, crops: Mapping[str, Crops], settings: ViewSettings) -> None:
+    def open_held_out(self, crops: Mapping[str, Crops]) -> None:
         """Opens the maps of the views that held-out losses are measured on.
 
         Args:
             crops: Cuts the views of each set.
-            settings: How an image becomes a view.
 
         Raises: CacheError: if there are none, or they are of other views or another teacher.
         """
-        facts = held_out_facts(crops, settings)
-        self.held_out = {
+        facts = held_out_facts(crops, self._settings)
+        self._held_out = {
             name: _held_out_reader(reader.folder, reader.header, facts)
             for name, reader in self.readers.items()
         }
 
-    def beside(self, view: int, samples: ImageSource) -> StoredMaps:
-        """Returns what loads the maps of a view number beside the views."""
-        return StoredMaps(self.readers, set_of(view), samples.__getitem__)
+    # --- in training ---
+
+    def record(self, teachers: Mapping[str, PlacedTeacher]) -> None:
+        """Has the maps of teachers stored, where the recipe names a folder for them."""
+        if self.stores:
+            self._recorders = Recorders(
+                teachers,
+                self._entries,
+                folder=self._section.cache,
+                precision=self._section.precision,
+            )
+
+    @property
+    def recorders(self) -> Mapping[str, Recorder]:
+        """What stands around the teachers whose maps are stored, by name."""
+        return self._recorders.by_name if self._recorders else {}
+
+    def beside(self, epoch: int, samples: ImageSource, **options: Any) -> Beside | None:
+        """Returns what stores or loads the maps of an epoch's view; a collective.
+
+        Args:
+            epoch: Number of the epoch.
+            samples: The images.
+            options: As of `write_cache`.
+        """
+        if self._recorders:
+            return self._recorders.beside(
+                epoch,
+                self.facts(samples),
+                self.views_to_store(samples),
+                name_of=samples.__getitem__,
+                **options,
+            )
+        if not self.folders or self.fixed is None:
+            return None
+        return StoredMaps(self.readers, set_of(epoch % self.fixed.count), samples.__getitem__)
+
+    def held_out(self, name: str, crops: Crops) -> StoredMaps | None:
+        """Returns what loads the maps of a set of held-out views; None: the teachers see them."""
+        return StoredMaps(self._held_out, name, crops.name_of) if self._held_out else None
 
     def blank_maps(self, size: int) -> dict[str, tuple[Tensor, ...]] | None:
         """Returns empty maps of so many images by the teacher's name; None without a cache."""
@@ -138,6 +256,16 @@ class RunCaches:
             name: tuple(part.expand(size, *part.shape) for part in blank(reader))
             for name, reader in self.readers.items()
         }
+
+    def early(self) -> dict[str, list[int]]:
+        """Returns the epochs that `Recorders.early` lists, which grow with the run, by its name."""
+        return {EARLY: self._recorders.early} if self._recorders else {}
+
+    def resume(self, manifest: Mapping[str, Any]) -> None:
+        """Takes up what `early` has put into a checkpoint's manifest."""
+        if self._recorders:
+            early = self._recorders.early
+            early[:] = sorted({*early, *manifest.get(EARLY, ())})
 
 
 def held_out_facts(crops: Mapping[str, Crops], settings: ViewSettings) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.data.views import FixedViews, ViewSettings, jittered_view
 from fd_large.errors import DataError
 from fd_large.recipes.fields import require
-from fd_large.recipes.sections import AUTO, Batch
+from fd_large.recipes.sections import AUTO
 from fd_large.tasks.distillation.cached.files import SIDE
 from fd_large.tasks.distillation.section import MAP, NamedTeacher, field_of
 
@@ -128,9 +128,9 @@ def view_facts(settings: ViewSettings, fixed: FixedViews, samples: ImageSource) 
     }
 
 
-def batch_size(batch: Batch) -> int:
+def batch_size(micro_batch_size: int | Literal["auto"]) -> int:
     """Returns the images of a forward of a teacher alone: as in training, if the recipe says it."""
-    return BATCH_SIZE if batch.micro_batch_size == AUTO else batch.micro_batch_size
+    return BATCH_SIZE if micro_batch_size == AUTO else micro_batch_size
 
 
 def check_fixed_views(views: int, *, image_mixup: bool) -> None:
@@ -144,16 +144,18 @@ def check_fixed_views(views: int, *, image_mixup: bool) -> None:
     )
 
 
-def check_stored_summary(name: str, entry: NamedTeacher, *, gives_summary: bool) -> None:
+def check_stored_summary(
+    name: str, entry: NamedTeacher, gives_summary: Callable[[str], bool]
+) -> None:
     """Refuses stored maps of a teacher whose summary is learnt and is not in its map.
 
     Args:
         name: The teacher's name; "" for an only one.
         entry: What the recipe says of it.
-        gives_summary: Whether the model gives a summary besides its map.
+        gives_summary: Whether its model gives a summary besides its map.
     """
     require(
-        not (entry.embedding_width or gives_summary),
+        not (entry.embedding_width or gives_summary(name)),
         f"{field_of(name, 'targets')}: a stored map does not hold this summary",
         " ".join(entry.targets),
         MAP,

@@ -228,10 +228,3 @@ class FollowsStep(Part):
         """Moves the running statistics by the step's."""
         assert self._running.moments is not None
         self._running.move(self._running.moments, self._momentum)
-
-
-RUNNING: dict[str, type[RunningStatistics]] = {
-    "running": RunningStatistics,
-    "batch": StepStatistics,
-}
-"""Normalisers whose statistics training moves, made of the number of channels."""

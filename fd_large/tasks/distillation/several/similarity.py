@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from fd_large.engine.float32_buffers import Float32Buffers
 from fd_large.engine.parts import Part
+from fd_large.errors import ConfigError
 from fd_large.ranks import distributed
 from fd_large.tasks.distillation.losses import Loss
+from fd_large.tasks.distillation.normalisers import NONE
+from fd_large.tasks.distillation.section import SUMMARY, field_of
 
 TEMPERATURE = 0.07
 QUEUE = 8192
@@ -157,6 +160,15 @@ class Relation(Loss):
     label = "relation loss"
     reads_beta = False
 
+    def begin(self, teacher: str, kind: str, *, width: int, normaliser: str) -> None:
+        """Refuses a summary."""
+        field = field_of(teacher, "loss", kind)
+        if kind == SUMMARY:
+            raise ConfigError(
+                f"{field}: a summary alone has nothing to relate to; got relation, expected a loss "
+                f"between two summaries. Set --{field} queue, cosine or mse."
+            )
+
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns the mean over images."""
         return self.per_image(projected, target).mean()
@@ -180,6 +192,22 @@ class QueueDivergence(Loss):
     reads_beta = in_sums = False
     queue: SummaryQueue | None = None
 
+    def begin(self, teacher: str, kind: str, *, width: int, normaliser: str) -> None:
+        """Makes the queue, of summaries as the teacher gives them."""
+        if kind != SUMMARY:
+            raise ConfigError(
+                f"{field_of(teacher, 'loss')}: a queue holds summaries; got queue for a map, "
+                "expected it for the summary of one of several teachers. Set it in "
+                "--teachers.NAME.summary.loss."
+            )
+        field = field_of(teacher, "normaliser", kind)
+        if normaliser != NONE:
+            raise ConfigError(
+                f"{field}: a queue holds summaries as the teacher gives them; got {normaliser}, "
+                f"expected {NONE}. Set --{field} {NONE}."
+            )
+        self.queue = SummaryQueue(width)
+
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns the mean over images."""
         return self.per_image(projected, target).mean()
@@ -199,10 +227,3 @@ class QueueDivergence(Loss):
         """Returns what moves the queue, for the target whose loss this is."""
         assert self.queue is not None
         return QueueOfStep(target, self.queue)
-
-
-SIMILARITIES: dict[str, Any] = {
-    "relation": Relation,
-    "queue": QueueDivergence,
-}
-"""Losses between similarities, by name."""

@@ -13,18 +13,23 @@ Source: Sariyildiz et al. (UNIC), arXiv 2408.05088, and Sariyildiz et al. (DUNE)
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from fd_large.data.balanced import Balanced
+from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.roots import weighted_roots
+from fd_large.data.source import ImageSource
 from fd_large.engine.parts import Part
 from fd_large.recipes.fields import require
-from fd_large.tasks.distillation.section import Weighting
+from fd_large.recipes.sections import Data
+from fd_large.tasks.distillation.section import NamedTeacher, Weighting
 from fd_large.tasks.distillation.task import Comparison, Drawn, Maps, Sum, Target
 
 DATASETS = ".datasets"
@@ -190,32 +195,48 @@ def weighted_loss(losses: Tensor, kept: Tensor, number: Tensor, *, parts: int) -
     return parts * losses.where(kept, 0).sum() / number.to(losses)
 
 
+def with_datasets(batches: Iterator[Batch], samples: ImageSource) -> Iterator[Batch]:
+    """Yields micro batches with the number of each image's dataset among their targets.
+
+    Args:
+        batches: The micro batches.
+        samples: A balanced sum of datasets.
+    """
+    datasets_of = cast(Balanced, samples).datasets_of
+    for batch in batches:
+        datasets = torch.from_numpy(datasets_of(batch.indices.numpy()))
+        if batch.images.is_pinned():
+            datasets = datasets.pin_memory()
+        yield replace(batch, targets={**(batch.targets or {}), DATASETS: datasets})
+
+
 def teaches(
-    datasets_of: Mapping[str, Collection[str]], root: str, *, image_mixup: bool
+    weighting: Weighting, teachers: Mapping[str, NamedTeacher], data: Data
 ) -> list[list[bool]]:
     """Returns whether a teacher teaches a dataset, for teachers by name and datasets in order.
 
     Args:
-        datasets_of: The names of each teacher's datasets.
-        root: `data.root`, a sum of named datasets by weight.
-        image_mixup: Whether images are mixed with their neighbours.
+        weighting, teachers, data: What the recipe says.
 
+    Returns: nothing, if all teach all.
     Raises: ConfigError or DataError: if a dataset has no teacher, there is no such dataset, or a
         mixed image would be of two.
     """
-    entries = sorted(datasets_of.items())
+    if weighting.rule != "own_data":
+        return []
+    entries = sorted((name, entry.datasets) for name, entry in teachers.items())
     require(
-        not image_mixup,
+        not data.image_mixup,
         "weighting.rule: a mixed image is of two datasets",
-        f"own_data with data.image_mixup {image_mixup}",
+        f"own_data with data.image_mixup {data.image_mixup}",
         "one of the two",
         "Leave data.image_mixup out",
     )
-    names = [part.name for part in weighted_roots(root)]
+    names = [part.name for part in weighted_roots(data.root)]
     require(
         len(names) > 1,
         "weighting.rule: own_data needs several datasets with names",
-        f"data.root {root!r}",
+        f"data.root {data.root!r}",
         "a sum of them by weight",
         "Name them as in docs/data.md",
     )

@@ -18,9 +18,10 @@ from fd_large.tasks.distillation import losses
 from fd_large.tasks.distillation.heads.map_head import WHERE
 from fd_large.tasks.distillation.heads.registry import HEADS, reads_maps
 from fd_large.tasks.distillation.held_out import constant_prediction_losses
-from fd_large.tasks.distillation.losses import SmoothL1, check_loss
+from fd_large.tasks.distillation.job import KNOWN
+from fd_large.tasks.distillation.losses import SmoothL1, check_loss, make_loss
 from fd_large.tasks.distillation.normalisers import check_normaliser, make_normaliser
-from fd_large.tasks.distillation.objective import LOSSES, make_loss, make_target
+from fd_large.tasks.distillation.objective import make_target
 from fd_large.tasks.distillation.section import Objective
 from fd_large.tasks.distillation.target import references
 from fd_large.tasks.distillation.task import Distillation
@@ -91,10 +92,10 @@ def test_smooth_l1_is_the_same_fused_and_written_out():
 
 
 # That against a queue is a mean over images once it has one: test_task.py.
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "queue"])
+@pytest.mark.parametrize("name", [name for name in KNOWN.losses if name != "queue"])
 def test_built_in_losses_are_means_over_images_and_have_the_best_constant(name):
     target = (torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0)) + 0.3).exp()
-    loss = make_loss(name, beta=0.5)
+    loss = KNOWN.loss(name, beta=0.5)
     check_loss(loss, name)
     constant = target.mean((0, 1)).requires_grad_()
 

@@ -22,7 +22,7 @@ from fd_large.engine.forward_backward import arguments_of_step, completed, prepa
 from fd_large.engine.frozen import Frozen
 from fd_large.engine.parts import Part
 from fd_large.errors import ConfigError
-from fd_large.tasks.distillation.job import composed
+from fd_large.tasks.distillation.job import KNOWN, composed
 from fd_large.tasks.distillation.objective import make_target
 from fd_large.tasks.distillation.section import FIXED, Weighting
 from fd_large.tasks.distillation.task import Comparison, Distillation, Drawn, Maps, Seen, Whole
@@ -120,12 +120,12 @@ def made(*options: str) -> Distillation:
     """A task with the options of a name; teacher b is stored if they say so."""
     normaliser = "batch" if "batch" in options else "whitening"
     teachers: dict[str, Any] = {"a": teacher(10)}
-    targets = [make_target(16, 12, teacher="a", normaliser=normaliser, weight=0.7)]
+    targets = [make_target(16, 12, teacher="a", normaliser=normaliser, weight=0.7, known=KNOWN)]
     if "two" in options:
         teachers["b"] = OnlyStored() if "stored" in options else teacher(11)
-        targets.append(make_target(16, 12, teacher="b", normaliser="running"))
+        targets.append(make_target(16, 12, teacher="b", normaliser="running", known=KNOWN))
     if "queue" in options:
-        summaries = {"kind": "summary", "loss": "queue", "normaliser": "none"}
+        summaries = {"kind": "summary", "loss": "queue", "normaliser": "none", "known": KNOWN}
         targets.append(make_target(16, 12, teacher="a", **summaries))
     weighting = Weighting(rule="drop") if "drop" in options else FIXED
     sight = Mask() if "mask" in options else None

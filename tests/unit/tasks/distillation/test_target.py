@@ -8,7 +8,9 @@ import torch
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.errors import ConfigError
 from fd_large.tasks.distillation.heads.map_head import Maps
-from fd_large.tasks.distillation.objective import LOSSES, make_target
+from fd_large.tasks.distillation.job import KNOWN
+from fd_large.tasks.distillation.losses import LOSSES
+from fd_large.tasks.distillation.objective import make_target
 from fd_large.tasks.distillation.target import summary
 from fd_large.tasks.distillation.task import Seen
 
@@ -39,13 +41,13 @@ def test_a_map_is_learnt_with_its_cls_token_unless_that_is_a_target_of_its_own()
     [
         (loss, kind)
         for kind in ("map", "summary")
-        for loss in [*LOSSES, "0.9 cosine_of_map + 0.1 smooth_l1"]
+        for loss in [*KNOWN.losses, "0.9 cosine_of_map + 0.1 smooth_l1"]
         if loss != "queue" and (loss, kind) != ("relation", "summary")
     ],
 )
 def test_the_loss_is_the_mean_of_what_each_image_has(loss, kind):
     torch.manual_seed(0)
-    target = make_target(4, 6, kind=kind, loss=loss)
+    target = make_target(4, 6, kind=kind, loss=loss, known=KNOWN)
     projected, wanted = target.compared(Seen(a_map(4)), a_map(6, seed=1))
     each = target.per_image(projected, wanted)
     assert each.shape == (3,)
@@ -56,7 +58,7 @@ def test_the_loss_is_the_mean_of_what_each_image_has(loss, kind):
 
 def test_a_summary_alone_has_no_relations():
     with pytest.raises(ConfigError, match=r"teachers\.a\.summary\.loss: .* got relation"):
-        make_target(4, 6, teacher="a", kind="summary", loss="relation")
+        make_target(4, 6, teacher="a", kind="summary", loss="relation", known=KNOWN)
 
 
 def test_a_loss_of_the_users_own_has_a_value_for_each_image(monkeypatch):

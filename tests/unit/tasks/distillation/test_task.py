@@ -14,7 +14,7 @@ from fd_large.errors import ConfigError, ShapeError
 from fd_large.ranks import distributed
 from fd_large.tasks.distillation.feature_panel import feature_panel
 from fd_large.tasks.distillation.heads.map_head import Maps
-from fd_large.tasks.distillation.job import composed
+from fd_large.tasks.distillation.job import KNOWN, composed
 from fd_large.tasks.distillation.objective import make_target
 from fd_large.tasks.distillation.section import Weighting
 from fd_large.tasks.distillation.several.weighting import DATASETS
@@ -103,6 +103,7 @@ def several(weights, *kinds, normalisers=("whitening", "whitening"), **more):
             kind=kind,
             weight=weight,
             normaliser=normaliser,
+            known=KNOWN,
         )
         for (name, weight), normaliser in zip(
             zip(teachers, weights, strict=True), normalisers, strict=False
@@ -218,7 +219,7 @@ def test_a_step_is_the_same_in_any_parts_and_on_any_ranks(normalisers, rule, mon
 
     def made():
         weighting = Weighting(rule=rule)
-        own = {"weighting": weighting, "teaches": teaches, "normalisers": normalisers}
+        own = {"weighting": weighting, "taught": teaches, "normalisers": normalisers}
         return several([0.5, 1.0], "map", "summary", **own)
 
     def batch(places):
@@ -264,7 +265,7 @@ def test_a_queue_holds_the_summaries_of_the_global_batch_whatever_its_division(m
         torch.manual_seed(0)
         student = ViT(16, 1, 2, patch_size=8, image_size=32)
         teacher = Frozen(ViT(12, 1, 2, patch_size=8, image_size=32), IMAGENET)
-        own = {"loss": "queue", "normaliser": "none"}
+        own = {"loss": "queue", "normaliser": "none", "known": KNOWN}
         targets = [make_target(16, 12, teacher="a", kind="summary", **own)]
         task = Distillation(student, {"a": teacher}, targets).train()
         place = "fd_large.tasks.distillation.several.similarity.distributed"
@@ -299,7 +300,7 @@ def test_a_queue_holds_the_summaries_of_the_global_batch_whatever_its_division(m
 
 def test_a_queue_is_refused_normalised_summaries():
     with pytest.raises(ConfigError, match=r"teachers\.a\.summary\.normaliser"):
-        make_target(16, 12, teacher="a", kind="summary", loss="queue")
+        make_target(16, 12, teacher="a", kind="summary", loss="queue", known=KNOWN)
 
 
 def test_the_small_target_is_the_named_one_to_the_bit() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cached_runs import built, cached, run_of, write, write_images
 
+from fd_large.data.views import ViewSettings
 from fd_large.errors import CacheError, ConfigError
 from fd_large.tasks.distillation.cached.caches import (
     RunCaches,
@@ -16,7 +17,7 @@ from fd_large.tasks.distillation.cached.caches import (
     held_out_writer,
 )
 from fd_large.tasks.distillation.cached.write import write_cache
-from fd_large.tasks.distillation.section import NamedTeacher
+from fd_large.tasks.distillation.section import NamedTeacher, Views
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +72,18 @@ def test_other_held_out_views_are_refused(stored, fields, named):
 
 def test_a_cache_is_opened_when_it_is_asked_for_and_not_stored_again(tmp_path):
     models = {"shown": NamedTeacher(model="dino_vit_base_patch16", source="random")}
-    assert not RunCaches(models)
-    assert RunCaches(models).blank_maps(3) is None
-    caches = RunCaches({**models, "stored": NamedTeacher(source=f"cached:{tmp_path}")})
+
+    def caches_of(entries, **section):
+        return RunCaches(entries, Views(**section), ViewSettings(32, 0.5), "auto")
+
+    assert not caches_of(models)
+    assert caches_of(models).blank_maps(3) is None
+    both = {**models, "stored": NamedTeacher(source=f"cached:{tmp_path}")}
+    caches = caches_of(both)
     assert caches
     assert "shown" not in caches
     assert caches.folders == {"stored": tmp_path}
     with pytest.raises(ConfigError, match=r"no teacher whose maps .*--teachers\.stored"):
-        caches.check("stored", also_stored="elsewhere")
+        caches_of(both, cache="elsewhere", views=1).check("stored")
     with pytest.raises(CacheError, match=r"--teachers\.stored\.source"):
-        caches.check("stored", also_stored="")
+        caches.check("stored")

@@ -54,8 +54,8 @@ def test_of_several_teachers_each_is_recorded_and_reckoned_for_itself(root, tmp_
     several = settled(tiny_runs.with_teachers(run_of(root), "first", "second"))
     job = built(override(several, {"task.distillation.cache": str(tmp_path)}))
     assert job.view_batches(job.samples, 0).beside.blank().keys() == {"first", "second"}
-    views = replace(job.views_to_store(job.samples), batch_size=4)
-    job._recorders.by_name["first"].complete(0, views, workers=0, max_bad_fraction=0.5)
+    views = replace(job.caches.views_to_store(job.samples), batch_size=4)
+    job.caches.recorders["first"].complete(0, views, workers=0, max_bad_fraction=0.5)
     assert job.view_batches(job.samples, 0).beside.blank().keys() == {"second"}
     # What is left of a step without the one has the other.
     run = override(several, {"optim.max_steps": 2 * IMAGES, "batch.micro_batch_size": "auto"})

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fd_large.tasks.distillation.job import RUNNING
 from fd_large.tasks.distillation.normalisers import check_normaliser, make_normaliser
 from fd_large.tasks.distillation.several.running_statistics import (
-    RUNNING,
     moments_of,
     momentum_at,
     sums_of,
