@@ -119,7 +119,7 @@ def measure(run: Run, *, deepspeed_config: str, out: str, views: int, target: st
     )
     crops = HeldOutViews("crops", cut, micro_batch_size=opened.micro_batch_size)
     mean, covariance = target_statistics.moments(
-        crops.targets(opened.engine, labels.index(target)), distributed.sum_tensor
+        crops.tokens(opened.engine, labels.index(target)), distributed.sum_tensor
     )
     if distributed.is_main():
         with activity.work("rotating"):

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -63,6 +63,21 @@ class TrainingPlan(NamedTuple):
     seed: int
     max_bad_fraction: float = 1.0
     count_bad_every: int = 20
+
+
+@dataclass
+class _Passed:
+    """The forwards and backwards of a step.
+
+    Attributes:
+        batches: This rank's micro batches.
+        losses: Their losses, on the device.
+        waited: Seconds that this rank waited for the images.
+    """
+
+    batches: list[Batch] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    waited: float = 0.0
 
 
 class _Agreed(NamedTuple):
@@ -215,7 +230,8 @@ class Trainer:
 
     def take_step(self, micro_batches: Batches, epoch: int) -> None:
         """Takes one step, and does what follows it: hooks, roll-back, evaluation, checkpoint."""
-        agreed, batches, losses = self._forward_backward_step(micro_batches, epoch)
+        passed = self._forward_backward(micro_batches)
+        agreed = self._step_agreed(passed, epoch, micro_batches.students)
         update, verdict = agreed.update, agreed.verdict
         self._finished += 1
         if agreed.scored:
@@ -229,8 +245,8 @@ class Trainer:
             )
         )
         if update.skipped:
-            values = torch.stack(losses).tolist()
-            evidence = evidence_of(self.engine, batches, values, self._plan.seed)
+            values = torch.stack(passed.losses).tolist()
+            evidence = evidence_of(self.engine, passed.batches, values, self._plan.seed)
             for hook in self._hooks:
                 hook.on_skip(update, evidence)
         verdict = Verdict.all_of([verdict, *(h.after_update(update) for h in self._hooks)])
@@ -251,36 +267,24 @@ class Trainer:
         self._moved_on = not (update.skipped or rolled_back)
         self._save_and_evaluate(agreed, rolled_back)
 
-    def _forward_backward_step(
-        self, micro_batches: Batches, epoch: int
-    ) -> tuple[_Agreed, list[Batch], list[Tensor]]:
-        """Forward, backward, agreement, and the optimiser's step unless it is refused.
-
-        Returns: what the ranks agreed, this rank's micro batches, and their losses.
-        """
+    def _forward_backward(self, micro_batches: Batches) -> _Passed:
+        """Forward and backward of all micro batches of a step."""
         engine, plan = self.engine, self._plan
-        learning_rate = plan.schedule.at_step(self._finished)
-        set_learning_rate(engine.deepspeed.optimizer, learning_rate)
-        if self._layer_rates is not None:
-            self._layer_rates.at_scale = partial(plan.schedule.scaled_at, self._finished)
-        batches: list[Batch] = []
-        losses: list[Tensor] = []
-        waited = 0.0
+        passed = _Passed()
 
         def fetched() -> Iterator[Batch]:
-            nonlocal waited
             for _ in range(plan.accumulation):
                 self._beat()
                 begin = time.perf_counter()
                 batch, on_device = next(micro_batches)
-                waited += time.perf_counter() - begin
+                passed.waited += time.perf_counter() - begin
                 self._bad_images.add(len(batch.positions), batch.bad)
-                batches.append(batch)
+                passed.batches.append(batch)
                 yield micro_batches.completed(on_device)
                 # Once it is queued, and before the host waits for the device in `_agree`.
                 begin = time.perf_counter()
                 micro_batches.stage()
-                waited += time.perf_counter() - begin
+                passed.waited += time.perf_counter() - begin
 
         engine.task.before_step(self._finished / self._total)
         with out_of_memory_named(self.setting.micro_batch_size):
@@ -288,32 +292,48 @@ class Trainer:
                 engine.task, engine.deepspeed, fetched(), plan.seed, count=plan.accumulation
             ):
                 self._beat()
-                losses.append(backward(engine, arguments))
-                if len(losses) < plan.accumulation:
+                passed.losses.append(backward(engine, arguments))
+                if len(passed.losses) < plan.accumulation:
                     engine.deepspeed.step()
+        return passed
+
+    def _step_agreed(self, passed: _Passed, epoch: int, students: int) -> _Agreed:
+        """The ranks' agreement, and the optimiser's step unless it is refused.
+
+        Args:
+            passed: The forwards and backwards of the step.
+            epoch: Number of the epoch.
+            students: Students that take the step together.
+        """
+        engine, schedule, size = self.engine, self._plan.schedule, len(passed.batches[-1].positions)
+        learning_rate = schedule.at_step(self._finished)
+        set_learning_rate(engine.deepspeed.optimizer, learning_rate)
+        if self._layer_rates is not None:
+            self._layer_rates.at_scale = partial(schedule.scaled_at, self._finished)
         agreements: list[_Agreed] = []
 
         def ask() -> bool:
-            agreements.append(self._agree(losses, epoch, learning_rate))
+            agreements.append(self._agree(passed.losses, epoch, learning_rate))
             return not agreements[0].verdict.skip
 
-        with out_of_memory_named(len(batches[-1].positions)):
+        with out_of_memory_named(size):
             moved = engine.gate.step(engine.deepspeed, ask)
         # DeepSpeed refuses a norm that is not finite by itself, and then does not ask.
-        agreed = agreements[0] if agreements else self._agree(losses, epoch, learning_rate)
+        agreed = agreements[0] if agreements else self._agree(passed.losses, epoch, learning_rate)
         self._checkpoints.optimizer_steps += moved
         if moved:
             engine.task.after_step()
             if self._ema is not None:
                 self._ema.update()
+        side = passed.batches[-1].images.shape[-1]
         update = replace(
             agreed.update,
             skipped=not moved,
-            data_seconds=waited,
-            students=micro_batches.students,
-            image_size=batches[-1].images.shape[-1] if self.setting.image_sizes else 0,
+            data_seconds=passed.waited,
+            students=students,
+            image_size=side if self.setting.image_sizes else 0,
         )
-        return agreed._replace(update=update), batches, losses
+        return agreed._replace(update=update)
 
     def _agree(self, losses: list[Tensor], epoch: int, learning_rate: float) -> _Agreed:
         """Makes the one collective and the one read by the host of a step."""
@@ -334,9 +354,7 @@ class Trainer:
         summed = distributed.sum_tensor(torch.cat([loss, norm, flags])).tolist()
         loss_sum, norm_sum, *counts = summed
         ranks = distributed.world_size()
-        update = Update(
-            self._finished, self._total, epoch, loss_sum / ranks, norm_sum / ranks, learning_rate
-        )
+        update = Update(self._finished, epoch, loss_sum / ranks, norm_sum / ranks, learning_rate)
         verdict = Verdict.all_of(hook.judge(update) for hook in self._hooks)
         agreed = _Agreed(update, *(count > 0 for count in counts), verdict=verdict)
         # What follows from a state that could not be saved could not be saved either.

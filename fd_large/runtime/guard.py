@@ -273,7 +273,9 @@ class Guard(Hook):
         # A broken state at the last step leaves no step to go on with: the next start makes the
         # ones since the last checkpoint again.
         count = len(past.roll_backs)
-        if count < limits.roll_backs and not (broken and update.index + 1 == update.total):
+        if count < limits.roll_backs and not (
+            broken and update.index + 1 == self._setting.total_updates
+        ):
             return Verdict(roll_back=past.at_most)
         if distributed.is_main():
             log.error(

@@ -130,7 +130,6 @@ class Update:
 
     Attributes:
         index: Number of the step, from 0.
-        total: Steps of the whole run.
         epoch: Number of the epoch, from 0.
         loss: Mean over ranks and micro batches.
         grad_norm: Global L2 norm before clipping.
@@ -142,7 +141,6 @@ class Update:
     """
 
     index: int
-    total: int
     epoch: int
     loss: float
     grad_norm: float

@@ -45,7 +45,7 @@ class Meter(Hook):
 
     def on_start(self, setting: Setting) -> None:
         """Opens the files, without the rows that the run will write again."""
-        self._setting, self._total = setting, setting.total_updates
+        self._setting = setting
         self._pending: list[Update] = []
         self._written = 0
         self._losses: tuple[float, float] | None = None
@@ -83,11 +83,9 @@ class Meter(Hook):
             self._seconds_of[update.image_size] += now - self._mark
         self._mark = now
         self._pending.append(update)
-        self._total = update.total
-        # Before its row: the step may have changed how many there are in all.
         self._trackers.tell("on_step", update)
         done = update.index + 1
-        if done == update.total or done % self._setting.log_every == 0:
+        if done == self._setting.total_updates or done % self._setting.log_every == 0:
             self._flush()
 
     def on_save(self, index: int) -> None:
@@ -141,7 +139,7 @@ class Meter(Hook):
             "start": setting.start,
             **setting.facts,
             "updates": setting.first_update + self._written,
-            "total_updates": self._total,
+            "total_updates": self._setting.total_updates,
             "world_size": setting.world_size,
             "device": distributed.device().type,
             "global_batch_size": setting.global_batch_size,

@@ -75,17 +75,15 @@ class Progress(Tracker):
 
     def on_step(self, update: Update) -> None:
         """Moves the bar."""
-        self._total = update.total
         done = update.index + 1
         if self._bar is not None:
             self._bar.update(
                 self._task,
                 completed=done,
-                total=update.total,
                 left=self._time_left(done),
                 numbers=self._numbers,
             )
-            self._draw(at_once=done == update.total)
+            self._draw(at_once=done == self._total)
         self._work.reach(done)
 
     def on_rows(self, rows: list[Row]) -> None:

@@ -110,7 +110,7 @@ class Watchdog(Hook):
         self._folder, self._owned, self._start = folder, owned, start
         longer = min(max(START_FACTOR * seconds, LEAST_START_SECONDS), MOST_START_SECONDS)
         self._start_limit = max(seconds, longer) if start_seconds is None else start_seconds
-        self._stepped = False
+        self._stepped, self._total = False, 0
         self._where = "before its first step"
         self._beats = 0
         self._over, self._fired = threading.Event(), threading.Event()
@@ -129,7 +129,8 @@ class Watchdog(Hook):
     def on_start(self, setting: Setting) -> None:
         """Moves, and knows from where."""
         self.beat()
-        self._where = f"after step {setting.first_update} of {setting.total_updates}"
+        self._total = setting.total_updates
+        self._where = f"after step {setting.first_update} of {self._total}"
 
     def beat(self, *_: object, **__: object) -> None:
         """The run moves."""
@@ -141,7 +142,7 @@ class Watchdog(Hook):
         """Moves, and knows from where."""
         self.beat()
         self._stepped = True
-        self._where = f"after step {update.index + 1} of {update.total}"
+        self._where = f"after step {update.index + 1} of {self._total}"
 
     def on_saved(self, seconds: float) -> None:
         """Moves; warns of saves that are nearly long enough to count as a standstill."""

@@ -31,7 +31,7 @@ from fd_large.engine.zero.engine import build_engine
 from fd_large.engine.zero.optimizer import set_learning_rate
 from fd_large.ranks import distributed
 from fd_large.recipes import registry
-from fd_large.tasks.distillation.heads.map_head import HeardBlocks, Maps
+from fd_large.tasks.distillation.heads.map_head import HeardBlocks, MapShapes
 from fd_large.tasks.distillation.heads.map_heads import Ladder
 from fd_large.tasks.distillation.heads.registry import HEADS
 from fd_large.tasks.distillation.job import KNOWN
@@ -120,7 +120,7 @@ def run(
                 normaliser="running",
                 known=KNOWN,
                 head="ladder_of_the_file",
-                maps=lambda: Maps(grid, grid, 1, sizes["depth"]),
+                maps=lambda: MapShapes(grid, grid, 1, sizes["depth"]),
             )
             for name, width in widths.items()
         ]

@@ -93,7 +93,8 @@ def check_sak_loss(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row
     for case, name in _TERMS_OF_SAK.items():
         loss, losses = KNOWN.loss(name, beta=1.0), {}
         for level, student in students.items():
-            pair = align(tokens(student), tokens(teachers[level]), interpolation="bilinear_larger")
+            maps = tokens(student), tokens(teachers[level])
+            pair = [map_.tokens for map_ in align(*maps, interpolation="bilinear_larger")]
             teacher, _, number = level.rpartition(".")
             term = f"{teacher}_level{int(number) + 1}"
             losses[level] = loss(*pair)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.tasks.distillation.alignment import align
-from fd_large.tasks.distillation.heads.map_head import MapHead, Maps
+from fd_large.tasks.distillation.heads.map_head import MapHead, MapShapes
 from fd_large.tasks.distillation.heads.map_heads import (
     Convolutional,
     Ladder,
@@ -111,7 +111,7 @@ def check_radio_head_v2(spec: dict, tensors: Tensors, dtype: torch.dtype) -> lis
     grid = tuple(side // config["patch_size"] for side in config["image"][-2:])
     finer = tuple(factor * side for side in grid)
     width = tensors["out"].shape[-1]
-    head = UpsamplingMLP(config["input"], width, Maps(grid, finer, 0, 1), **sizes)
+    head = UpsamplingMLP(config["input"], width, MapShapes(grid, finer, 0, 1), **sizes)
     names = {name: f"mlp.{ours}" for name, ours in names.items()}
     return _check_head(
         spec,
@@ -171,7 +171,7 @@ def check_unic_projector(spec: dict, tensors: Tensors, dtype: torch.dtype) -> li
         head = heads[teacher] = Ladder(
             config["input_dim"],
             width,
-            Maps(grid, grid, 1, depth),
+            MapShapes(grid, grid, 1, depth),
             hidden=config["hidden"],
             last_hidden=config["last_hidden"],
             blocks=numbers,
@@ -224,7 +224,7 @@ def check_theia_translator(spec: dict, tensors: Tensors, dtype: torch.dtype) -> 
         names = [n.partition(".")[2] for n in tensors if n.startswith("weights.")]
         names = [name for name in names if name.startswith(used)]
         last = max(int(found[1]) for n in names if (found := re.search(r"\badapter\.(\d+)", n)))
-        maps = Maps(tuple(grid), tuple(places), prefix, 1)
+        maps = MapShapes(tuple(grid), tuple(places), prefix, 1)
         head: nn.Module
         if not places:
             head, rules = nn.Linear(width, channels), ((r"adapter\.0\.", ""),)
@@ -273,7 +273,7 @@ def check_theia_translator(spec: dict, tensors: Tensors, dtype: torch.dtype) -> 
 def _resized(tokens: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
     """Tokens on the teacher's grid, where the engine resizes the student's map."""
     teacher = FeatureMap(tokens.new_empty(len(tokens), wanted[0] * wanted[1], 0), wanted, 0)
-    return align(FeatureMap(tokens, grid, 0), teacher, interpolation="bilinear_student")[0]
+    return align(FeatureMap(tokens, grid, 0), teacher, interpolation="bilinear_student")[0].tokens
 
 
 def check_lightly_v2(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:

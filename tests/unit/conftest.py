@@ -51,13 +51,12 @@ def make_setting(tmp_path):
 def run_updates():
     """Runs hooks over steps first..last-1; update i has loss i / 100, plus `shift`."""
 
-    def run(hooks, setting, last, *, total=None, shift=0.0, evaluate=(), end="done"):
+    def run(hooks, setting, last, *, shift=0.0, evaluate=(), end="done"):
         for hook in hooks:
             hook.on_start(setting)
-        total = total or setting.total_updates
         for index in range(setting.first_update, last):
             for hook in hooks:
-                hook.after_update(Update(index, total, 0, index / 100 + shift, 1.5, 1e-3))
+                hook.after_update(Update(index, 0, index / 100 + shift, 1.5, 1e-3))
             if index + 1 in evaluate:
                 for hook in hooks:
                     hook.on_evaluation(index + 1, {"held_out_loss": index + 1.0 + shift})

@@ -84,16 +84,15 @@ def align(
     *,
     interpolation: str = "none",
     with_prefix: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Returns the tokens of two maps, (B, N, Cs) and (B, N, Ct), that stand for the same places.
+) -> tuple[FeatureMap, FeatureMap]:
+    """Returns two maps whose tokens, (B, N, Cs) and (B, N, Ct), stand for the same places.
 
     See `match_prefixes` and `match_grids`.
 
     Raises: ShapeError: if the grids differ and interpolation is "none".
     """
     matched = match_prefixes(student, teacher, with_prefix=with_prefix)
-    student, teacher = match_grids(*matched, interpolation=interpolation)
-    return student.tokens, teacher.tokens
+    return match_grids(*matched, interpolation=interpolation)
 
 
 def match_prefixes(

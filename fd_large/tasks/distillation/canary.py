@@ -102,7 +102,7 @@ class Canary(Hook):
         """Records the teacher's hash and map; compares ranks that hold the same part of it."""
         self._map = self._map_of().float()
         self._shard = self._shard_of()
-        self._good = setting.first_update
+        self._good, self._total = setting.first_update, setting.total_updates
         device = str(distributed.device())
         ranks = distributed.gather_objects((self._shard, distributed.node_name(), device))
         self._places = [f"rank {r} ({host}, {dev})" for r, (_, host, dev) in enumerate(ranks)]
@@ -122,7 +122,7 @@ class Canary(Hook):
     def after_update(self, update: Update) -> Verdict | None:
         """Checks when it is time; a changed teacher ends the run."""
         done = update.index + 1
-        if not self._changed and (done % self._every == 0 or done == update.total):
+        if not self._changed and (done % self._every == 0 or done == self._total):
             self._check(done)
             self._check_speed()
         return Verdict(stop=TEACHER_CHANGED) if self._changed else None

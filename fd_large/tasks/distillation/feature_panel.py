@@ -74,7 +74,7 @@ def write_panel(path: Path, index: int, panel: dict[str, numpy.ndarray]) -> None
 
 
 def feature_panel(
-    task: Distillation, forward: Callable[..., Any], images: Tensor, targets: Any = None
+    task: Distillation, forward: Callable[..., Any], images: Tensor, given: Any = None
 ) -> dict[str, Tensor]:
     """Computes the maps of a few images, without gradient.
 
@@ -82,7 +82,7 @@ def feature_panel(
         task: The task, in evaluation mode.
         forward: Runs the task (its engine).
         images: (n, 3, S, S) uint8, on the device.
-        targets: See `Distillation.learnt`.
+        given: See `Distillation.learnt`.
 
     Returns: "images" (n, S, S, 3) uint8; "teacher" (n, h, w, C), normalised, and "student"
         (n, h, w, C), projected, float32; of several teachers teacher_NAME and student_NAME. All in
@@ -100,7 +100,7 @@ def feature_panel(
 
     handles = [target.head.register_forward_hook(note(target.label)) for target in shown]
     with torch.no_grad():
-        prepared = task.prepare(images, targets, None)
+        prepared = task.prepare(images, given, None)
         forward(**prepared)
         taught = references(task, **prepared)
     for handle in handles:

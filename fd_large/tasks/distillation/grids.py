@@ -23,7 +23,12 @@ from fd_large.recipes.fields import require
 from fd_large.recipes.sections import AUTO, Student
 from fd_large.tasks.distillation.alignment import Grid, teacher_side
 from fd_large.tasks.distillation.heads.map_head import WHERE as HEAD_WHERE
-from fd_large.tasks.distillation.heads.map_head import MapHead, Maps, check_map_head, with_blocks
+from fd_large.tasks.distillation.heads.map_head import (
+    MapHead,
+    MapShapes,
+    check_map_head,
+    with_blocks,
+)
 from fd_large.tasks.distillation.section import (
     MAP,
     SUMMARY,
@@ -350,9 +355,9 @@ def _check_head(student: nn.Module, target: NamedTarget, name: str, width: int, 
     check_map_head(head, name, last, blocks, width)
 
 
-def maps_of(
+def shapes_of(
     student: nn.Module, teacher: Frozen, side: int, *, kind: str, with_prefix: bool
-) -> Maps:
+) -> MapShapes:
     """Returns what a head that reads maps is made for.
 
     Args:
@@ -364,6 +369,6 @@ def maps_of(
     """
     blocks = len(student.blocks())
     if kind == SUMMARY:
-        return Maps((1, 1), (1, 1), 0, blocks)
+        return MapShapes((1, 1), (1, 1), 0, blocks)
     prefix = student.num_prefix_tokens if with_prefix else 0
-    return Maps(student.grid(side, side), teacher.grid(side), prefix, blocks)
+    return MapShapes(student.grid(side, side), teacher.grid(side), prefix, blocks)

@@ -170,7 +170,7 @@ class HeldOutViews:
         total = task.join.combined(task.targets, losses)
         return {f"{self.name}_{key}": loss for key, loss in {**own, "best_constant": total}.items()}
 
-    def targets(self, engine: Engine, number: int = 0) -> Iterator[tuple[Tensor, int]]:
+    def tokens(self, engine: Engine, number: int = 0) -> Iterator[tuple[Tensor, int]]:
         """Yields the tokens of a target, (B, N, C) float32, and their weight, 0 for padding.
 
         Args:

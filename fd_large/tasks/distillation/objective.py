@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from fd_large import doors
 from fd_large.errors import CheckpointError
 from fd_large.tasks.distillation import losses, target_statistics
-from fd_large.tasks.distillation.grids import maps_of
+from fd_large.tasks.distillation.grids import shapes_of
 from fd_large.tasks.distillation.heads import registry
 from fd_large.tasks.distillation.heads.map_head import WHERE as HEAD_WHERE
-from fd_large.tasks.distillation.heads.map_head import Maps
+from fd_large.tasks.distillation.heads.map_head import MapShapes
 from fd_large.tasks.distillation.normalisers import (
     BY_STATISTICS,
     WHITENING,
@@ -153,7 +153,7 @@ def make_target(
     loss: str = "smooth_l1",
     normaliser: str = WHITENING,
     head: str = "linear",
-    maps: Callable[[], Maps] | None = None,
+    maps: Callable[[], MapShapes] | None = None,
     beta: float = 2.0,
     whitening_eps: float = 1e-5,
     target_statistics: str = "",
@@ -241,7 +241,7 @@ def make_targets(
             normaliser=entry.setting("normaliser", kind),
             head=entry.setting("head", kind),
             maps=partial(
-                maps_of,
+                shapes_of,
                 student,
                 getattr(teachers[name], "module", teachers[name]),
                 image_size,

@@ -26,9 +26,9 @@ from fd_large.engine.checkpoint_models import fill_stored
 from fd_large.engine.frozen import Frozen
 from fd_large.errors import ConfigError, FDError, WeightsError
 from fd_large.files import write_json
-from fd_large.tasks.distillation.grids import maps_of
+from fd_large.tasks.distillation.grids import shapes_of
 from fd_large.tasks.distillation.heads import registry
-from fd_large.tasks.distillation.heads.map_head import MapHead, Maps, with_blocks
+from fd_large.tasks.distillation.heads.map_head import MapHead, MapShapes, with_blocks
 from fd_large.tasks.distillation.job import KNOWN, DistillationJob
 from fd_large.tasks.distillation.model_card import learned
 from fd_large.tasks.distillation.normalisers import NONE, Undo
@@ -66,7 +66,7 @@ class HeadFacts:
     head: str
     width: int
     teacher_width: int
-    maps: Maps
+    maps: MapShapes
     kind: str
     with_prefix: bool
     num_prefix_tokens: int
@@ -167,7 +167,7 @@ def fill_heads(
             head=entry.setting("head", target.kind),
             width=task.student.width,
             teacher_width=entry.width_of(target.kind, teacher.width),
-            maps=maps_of(
+            maps=shapes_of(
                 task.student, teacher, image_size, kind=target.kind, with_prefix=with_prefix
             ),
             kind=target.kind,
@@ -262,9 +262,9 @@ def _module(heads: Mapping[str, StoredHead]) -> nn.Module:
     return nn.ModuleDict({"heads": nn.ModuleDict(dict(heads))})
 
 
-def _maps(values: Any) -> Maps:
+def _maps(values: Any) -> MapShapes:
     student, teacher, prefix, blocks = values
-    return Maps(tuple(student), tuple(teacher), prefix, blocks)
+    return MapShapes(tuple(student), tuple(teacher), prefix, blocks)
 
 
 def _undo(tensors: Mapping[str, Tensor], prefix: str) -> Undo | None:

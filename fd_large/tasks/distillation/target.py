@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.engine.parts import Part
-from fd_large.tasks.distillation.alignment import Grid, common_grid, match_grids, match_prefixes
+from fd_large.tasks.distillation.alignment import Grid, align, common_grid
 from fd_large.tasks.distillation.heads.map_head import MapHead
 from fd_large.tasks.distillation.losses import Loss
 from fd_large.tasks.distillation.normalisers import Normaliser
@@ -111,9 +111,7 @@ class NamedTarget(Target):
             with_prefix=self._with_prefix,
             num_prefix_tokens=teacher.num_prefix_tokens,
         )
-        student, teacher = match_prefixes(student, teacher, with_prefix=self._with_prefix)
-        student, teacher = match_grids(student, teacher, interpolation=self._interpolation)
-        self._note_prefix(student.num_prefix_tokens)
+        student, teacher = self._aligned(student, teacher)
         return student.tokens, teacher.tokens
 
     def tokens_of(self, task: Distillation, *, pixels: Tensor, maps: Maps, **_: Any) -> Tensor:
@@ -140,12 +138,15 @@ class NamedTarget(Target):
             return self._summary_of(teacher)
         grid, prefix = self.given(student.grid, student.num_prefix_tokens)
         tokens = teacher.tokens.new_empty(len(teacher.tokens), prefix + grid[0] * grid[1], 1)
-        matched = match_prefixes(
-            FeatureMap(tokens, grid, prefix), teacher, with_prefix=self._with_prefix
+        return self._aligned(FeatureMap(tokens, grid, prefix), teacher)[1].tokens
+
+    def _aligned(self, student: FeatureMap, teacher: FeatureMap) -> tuple[FeatureMap, FeatureMap]:
+        """The map that the head gives and the teacher's, on one grid."""
+        student, teacher = align(
+            student, teacher, interpolation=self._interpolation, with_prefix=self._with_prefix
         )
-        student, teacher = match_grids(*matched, interpolation=self._interpolation)
         self._note_prefix(student.num_prefix_tokens)
-        return teacher.tokens
+        return student, teacher
 
     def _summary_of(self, teacher: FeatureMap) -> Tensor:
         """The teacher's summary (B, 1, Ct), or its embedding, in float32."""

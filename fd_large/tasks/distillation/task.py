@@ -222,10 +222,10 @@ class Distillation(Task):
                 register(self, path, module)
             self.parts += getattr(filler, "parts", tuple)()
 
-    def learnt(self, images: Tensor, targets: Maps | None) -> Maps:
+    def learnt(self, images: Tensor, given: Maps | None) -> Maps:
         """Returns what the teachers give for uint8 images (B, 3, H, W), by name."""
         with torch.no_grad():
-            return self.teachers(images, targets or {}, self.training)
+            return self.teachers(images, given or {}, self.training)
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
         """Returns what the seams draw."""
@@ -236,10 +236,10 @@ class Distillation(Task):
         }
 
     def prepare(
-        self, images: Tensor, targets: Maps | None, keep: Tensor | None, draws: Drawn = UNDRAWN
+        self, images: Tensor, given: Maps | None, keep: Tensor | None, draws: Drawn = UNDRAWN
     ) -> dict[str, Any]:
         """Returns the student's pixels, its drop path, and what the teachers give."""
-        maps = self.learnt(images, targets)
+        maps = self.learnt(images, given)
         with torch.no_grad():
             pixels = normalise(images, self.statistics)
         return {"pixels": pixels, "keep": keep, "maps": maps, "drawn": draws}

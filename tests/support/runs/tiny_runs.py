@@ -101,7 +101,7 @@ def store_incident(
         **facts,
     )
     guard.on_start(setting)
-    update = Update(step, 100, 2, math.nan, 1.5, 1e-3)
+    update = Update(step, 2, math.nan, 1.5, 1e-3)
     guard.judge(update)
     positions = torch.arange(count) + 40
     guard.on_skip(update, Evidence(images, positions, positions + 100, losses, {"projection": 2.0}))

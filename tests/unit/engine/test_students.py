@@ -187,7 +187,7 @@ def test_hooks_of_all_hear_once_of_a_step_of_all(make_setting, tmp_path):
     assert (counting.setting.first_update, counting.setting.total_updates) == (0, 4)
     assert (counting.setting.folder, counting.setting.checkpoint_bytes) == (tmp_path, 10)
     for index in (0, 1, 2, 2, 3, 3):
-        shared.after_update(Update(index, 4, 0, 1.0, 1.0, 1e-3))
+        shared.after_update(Update(index, 0, 1.0, 1.0, 1e-3))
         shared.beat()
     shared.on_save(4)
     shared.end("done")

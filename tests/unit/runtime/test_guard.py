@@ -20,7 +20,7 @@ NAN, INF = math.nan, math.inf
 
 
 def update(index=50, loss=1.0, norm=2.0, **more):
-    return Update(index, 1000, 0, loss, norm, 1e-3, **more)
+    return Update(index, 0, loss, norm, 1e-3, **more)
 
 
 def evidence(losses=(1.0, 2.0), maxima=None, not_finite=()):

@@ -195,7 +195,7 @@ def test_losses_of_the_summary_are_of_updates_that_moved_the_weights(make_settin
     meter, nan = Meter(), float("nan")
     meter.on_start(make_setting(total=4))
     for index, (loss, skipped) in enumerate([(nan, True), (0.5, False), (0.4, False), (9.0, True)]):
-        meter.after_update(Update(index, 4, 0, loss, 1.0, 1e-3, skipped))
+        meter.after_update(Update(index, 0, loss, 1.0, 1e-3, skipped))
     meter.on_end("done")
     assert (summary()["loss_start"], summary()["loss_end"]) == (0.5, 0.4)
     skipped = [row.get("skipped", False) for row in rows("metrics.jsonl")]
@@ -231,7 +231,7 @@ def test_who_lost_the_folder_writes_nothing(make_setting, run_updates, rows, tmp
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     lost.append(True)
     for index in range(4, 8):
-        meter.after_update(Update(index, 10, 0, 0.5, 1.0, 1e-3))
+        meter.after_update(Update(index, 0, 0.5, 1.0, 1e-3))
     meter.on_evaluation(8, {"loss": 1.0})
     meter.on_end("done")
     meter.on_failure("failed", "x")

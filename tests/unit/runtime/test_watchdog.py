@@ -68,7 +68,7 @@ def test_a_standstill_leaves_stacks_a_status_and_75(make_dog, tmp_path, caplog, 
     (tmp_path / "summary.json").write_text('{"updates": 3, "status": "preempted"}')
     dog, left, ended = make_dog(first=3)
     dog.beat()
-    dog.after_update(Update(3, 10, 0, 1.0, 1.0, 1e-3))
+    dog.after_update(Update(3, 0, 1.0, 1.0, 1e-3))
     assert ended.wait(60)
     assert left == [75]
     assert json.loads((tmp_path / "summary.json").read_text()) == {
@@ -94,7 +94,7 @@ def test_a_start_may_take_longer_than_a_step_and_is_watched_too(make_dog, tmp_pa
     before = distributed.moves()
     distributed.moved()
     assert distributed.moves() == before + 1
-    dog.after_update(Update(0, 10, 0, 1.0, 1.0, 1e-3))
+    dog.after_update(Update(0, 0, 1.0, 1.0, 1e-3))
     assert ended.wait(60)
     caplog.clear()
     # Hung while models are built; the folder may still be another's.
@@ -167,7 +167,7 @@ def test_a_log_that_hangs_does_not_hold_the_end_up(make_dog, tmp_path, monkeypat
 
 def test_every_kind_of_progress_counts_and_the_end_stops_the_clock(make_dog) -> None:
     dog, left, _ = make_dog(seconds=600.0)
-    update = Update(0, 10, 0, 1.0, 1.0, 1e-3)
+    update = Update(0, 0, 1.0, 1.0, 1e-3)
     counts = [dog._beats]
     for move in (
         dog.beat,

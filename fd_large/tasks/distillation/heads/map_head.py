@@ -19,7 +19,7 @@ from fd_large.tasks.distillation.task import Seen
 WHERE = "objective.head"
 
 
-class Maps(NamedTuple):
+class MapShapes(NamedTuple):
     """What a head is made for besides the two widths.
 
     Attributes:
@@ -186,7 +186,7 @@ def check_map_head(
         )
 
 
-def grids_named(maps: Maps) -> str:
+def grids_named(maps: MapShapes) -> str:
     """Returns the two grids in words."""
     grids = (maps.student_grid, maps.teacher_grid)
     return " and ".join(f"{rows}x{columns}" for rows, columns in grids)

@@ -18,7 +18,7 @@ from fd_large.tasks.distillation.alignment import Grid
 from fd_large.tasks.distillation.heads.map_head import (
     WHERE,
     MapHead,
-    Maps,
+    MapShapes,
     grids_named,
     patches_of,
 )
@@ -48,7 +48,7 @@ class Ladder(MapHead):
         self,
         width: int,
         teacher_width: int,
-        maps: Maps,
+        maps: MapShapes,
         *,
         hidden: int | None = None,
         last_hidden: int | None = None,
@@ -133,7 +133,7 @@ class Convolutional(MapHead):
         self,
         width: int,
         teacher_width: int,
-        maps: Maps,
+        maps: MapShapes,
         *,
         hidden: int | None = None,
         adapted: int = 0,
@@ -222,7 +222,13 @@ class ResizedMLP(MapHead):
     """
 
     def __init__(
-        self, width: int, teacher_width: int, maps: Maps, *, hidden: int = 1024, layers: int = 3
+        self,
+        width: int,
+        teacher_width: int,
+        maps: MapShapes,
+        *,
+        hidden: int = 1024,
+        layers: int = 3,
     ) -> None:
         super().__init__(maps.teacher_grid)
         self.first = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden))
@@ -265,7 +271,7 @@ class UpsamplingMLP(MapHead):
         self,
         width: int,
         teacher_width: int,
-        maps: Maps,
+        maps: MapShapes,
         *,
         hidden: int | None = None,
         inner: int = 0,

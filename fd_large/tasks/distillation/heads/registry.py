@@ -14,7 +14,7 @@ from torch import nn
 
 from fd_large import doors
 from fd_large.engine.heads import Make, make_head
-from fd_large.tasks.distillation.heads.map_head import WHERE, MapHead, Maps
+from fd_large.tasks.distillation.heads.map_head import WHERE, MapHead, MapShapes
 from fd_large.tasks.distillation.heads.map_heads import (
     Convolutional,
     Ladder,
@@ -44,7 +44,9 @@ HEADS: dict[str, Make] = {
 """The built-in heads."""
 
 
-def make(name: str, width: int, teacher_width: int, maps: Callable[[], Maps] | None) -> nn.Module:
+def make(
+    name: str, width: int, teacher_width: int, maps: Callable[[], MapShapes] | None
+) -> nn.Module:
     """Returns the head that a recipe names.
 
     Args:

@@ -12,9 +12,13 @@ def _map(grid, prefix=0, width=4, seed=0):
     return FeatureMap(tokens, grid, prefix)
 
 
+def tokens_of(*maps, **options):
+    return [map_.tokens for map_ in align(*maps, **options)]
+
+
 def test_equal_prefixes_are_matched():
     student, teacher = _map((3, 2), 1), _map((3, 2), 1, width=6)
-    s, t = align(student, teacher)
+    s, t = tokens_of(student, teacher)
     assert torch.equal(s, student.tokens)
     assert torch.equal(t, teacher.tokens)
 
@@ -22,7 +26,7 @@ def test_equal_prefixes_are_matched():
 @pytest.mark.parametrize(("mine", "theirs"), [(0, 1), (1, 0), (1, 2)])
 def test_unequal_prefixes_are_dropped(mine, theirs):
     student, teacher = _map((3, 2), mine), _map((3, 2), theirs)
-    s, t = align(student, teacher)
+    s, t = tokens_of(student, teacher)
     assert torch.equal(s, student.tokens[:, mine:])
     assert torch.equal(t, teacher.tokens[:, theirs:])
 
@@ -38,10 +42,10 @@ def test_interpolation_gives_the_teachers_map_the_students_grid():
     teacher = _map((4, 4))
     constant = FeatureMap(torch.full_like(teacher.tokens, 2.5), (4, 4), 0)
     for grid in ((2, 2), (4, 6), (8, 3)):
-        s, t = align(_map(grid), constant, interpolation="bilinear")
+        s, t = tokens_of(_map(grid), constant, interpolation="bilinear")
         assert s.shape[1] == t.shape[1] == grid[0] * grid[1]
         assert torch.allclose(t, torch.full_like(t, 2.5))
-    _, t = align(_map((2, 2)), teacher, interpolation="bilinear")
+    _, t = tokens_of(_map((2, 2)), teacher, interpolation="bilinear")
     # Antialiased halving weighs each source column by a triangle of half-width two.
     weights = torch.tensor([[3, 3, 1, 0], [0, 1, 3, 3]]) / 7
     image = teacher.tokens.view(2, 4, 4, 4)
@@ -60,7 +64,7 @@ def test_interpolation_gives_the_teachers_map_the_students_grid():
 )
 def test_the_students_map_is_resized_where_it_is_asked_for(interpolation, student, wanted):
     maps = [_map(student, 1), _map((4, 4), 1)]
-    pair = align(*maps, interpolation=interpolation)
+    pair = tokens_of(*maps, interpolation=interpolation)
     for resized, map_ in zip(pair, maps, strict=True):
         assert resized.shape[1] == 1 + wanted[0] * wanted[1]
         assert torch.equal(resized[:, 0], map_.tokens[:, 0])

@@ -7,7 +7,7 @@ import torch
 
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.errors import ConfigError
-from fd_large.tasks.distillation.heads.map_head import Maps
+from fd_large.tasks.distillation.heads.map_head import MapShapes
 from fd_large.tasks.distillation.job import KNOWN
 from fd_large.tasks.distillation.losses import LOSSES
 from fd_large.tasks.distillation.objective import make_target
@@ -71,7 +71,7 @@ def test_a_loss_of_the_users_own_has_a_value_for_each_image(monkeypatch):
 def test_a_ladder_of_summaries_reads_the_cls_tokens_of_the_blocks():
     maps = [a_map(4, seed=number) for number in range(3)]
     target = make_target(
-        4, 6, kind="summary", head="ladder", maps=lambda: Maps((1, 1), (1, 1), 0, 3)
+        4, 6, kind="summary", head="ladder", maps=lambda: MapShapes((1, 1), (1, 1), 0, 3)
     )
     projected, wanted = target.compared(Seen(maps[-1], tuple(maps)), a_map(6))
     assert projected.shape == wanted.shape == (3, 1, 6)

@@ -13,7 +13,7 @@ from fd_large.engine.frozen import Frozen
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.ranks import distributed
 from fd_large.tasks.distillation.feature_panel import feature_panel
-from fd_large.tasks.distillation.heads.map_head import Maps
+from fd_large.tasks.distillation.heads.map_head import MapShapes
 from fd_large.tasks.distillation.job import KNOWN, composed
 from fd_large.tasks.distillation.objective import make_target
 from fd_large.tasks.distillation.section import Weighting
@@ -172,7 +172,7 @@ def test_heads_and_resizing_compare_maps_on_one_grid(images, head, options, toke
         student.width,
         teacher.width,
         head=head,
-        maps=lambda: Maps(grid, theirs, student.num_prefix_tokens, 2),
+        maps=lambda: MapShapes(grid, theirs, student.num_prefix_tokens, 2),
         interpolation=options.get("interpolation", "none"),
     )
     task = composed(student, {"": teacher}, [target])

@@ -7,7 +7,7 @@ from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.backbones.vit.vit import ViT
 from fd_large.engine.block_wrappers import checkpoint_blocks
 from fd_large.errors import ConfigError
-from fd_large.tasks.distillation.heads.map_head import Maps, with_blocks
+from fd_large.tasks.distillation.heads.map_head import MapShapes, with_blocks
 from fd_large.tasks.distillation.heads.map_heads import (
     Convolutional,
     Ladder,
@@ -51,7 +51,7 @@ def test_blocks_of_several_grids_carry_no_ladder():
 )
 def test_a_head_gives_the_teachers_width_and_trains_all_that_it_has(vit, make, teacher_grid):
     last, maps = with_blocks(vit, partial(vit, torch.randn(2, 3, 32, 32)))
-    head = make(16, 5, Maps((4, 4), teacher_grid, last.num_prefix_tokens, 2))
+    head = make(16, 5, MapShapes((4, 4), teacher_grid, last.num_prefix_tokens, 2))
     out = head(maps if head.reads_blocks else last)
     assert out.grid == (last.grid if make is Ladder else teacher_grid)
     assert out.tokens.shape == (2, out.num_prefix_tokens + out.grid[0] * out.grid[1], 5)
@@ -63,7 +63,7 @@ def test_a_head_gives_the_teachers_width_and_trains_all_that_it_has(vit, make, t
 @pytest.mark.parametrize("make", [Convolutional, UpsamplingMLP])
 def test_grids_that_a_head_cannot_reach_are_named(make):
     with pytest.raises(ConfigError, match=r"14x14 and 37x37"):
-        make(16, 5, Maps((14, 14), (37, 37), 1, 2))
+        make(16, 5, MapShapes((14, 14), (37, 37), 1, 2))
 
 
 def test_a_ladder_reads_the_class_token_and_the_patches_of_a_student_with_registers():
@@ -75,7 +75,7 @@ def test_a_ladder_reads_the_class_token_and_the_patches_of_a_student_with_regist
     last, maps = with_blocks(student, partial(student, images))
     assert (last.num_prefix_tokens, last.tokens.shape[1]) == (1, 17)
     assert {(map_.num_prefix_tokens, map_.tokens.shape[1]) for map_ in maps} == {(3, 19)}
-    head = Ladder(16, 5, Maps(last.grid, last.grid, last.num_prefix_tokens, 2))
+    head = Ladder(16, 5, MapShapes(last.grid, last.grid, last.num_prefix_tokens, 2))
     out = head(maps)
     assert out.tokens.shape == (2, 17, 5)
     without = [
