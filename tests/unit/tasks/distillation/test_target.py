@@ -56,9 +56,10 @@ def test_the_loss_is_the_mean_of_what_each_image_has(loss, kind):
     assert each[1].item() == pytest.approx(alone.item(), rel=1e-5)
 
 
-def test_a_summary_alone_has_no_relations():
+@pytest.mark.parametrize("loss", ["relation", "0.5 mse + 0.5 relation"])
+def test_a_summary_alone_has_no_relations(loss):
     with pytest.raises(ConfigError, match=r"teachers\.a\.summary\.loss: .* got relation"):
-        make_target(4, 6, teacher="a", kind="summary", loss="relation", known=KNOWN)
+        make_target(4, 6, teacher="a", kind="summary", loss=loss, known=KNOWN)
 
 
 def test_a_loss_of_the_users_own_has_a_value_for_each_image(monkeypatch):
