@@ -1,16 +1,22 @@
-"""Positions of a ViT on other grids than the one that they were learned on, made in every forward.
+"""Positions on other grids than the one that they were learned on.
 
-Absolute positions are resized bicubically. FD's ViTs own one table of relative positions for all
-blocks. A larger grid needs offsets that the table lacks: they are made from it by the spline on a
-geometric progression with which BEiT and Feature-Distillation resize such tables when they
-fine-tune. A smaller grid takes the inner part, whose offsets mean the same. So one table learns
-from images of all sizes, and from windows of a large image as from the whole of it.
+Absolute positions are resized bicubically. A table of relative positions lacks the offsets of a
+larger grid: they are made from it by a spline on a geometric progression, as BEiT and
+Feature-Distillation do when they fine-tune.
 
-Source: Bao et al., arXiv 2106.08254, and the code of Feature-Distillation (table resize).
+`fit_...` are made in every forward of a ViT, and differentiable: there a smaller grid takes the
+inner part of the table, whose offsets mean the same, so that one table learns from images of all
+sizes, and from windows of a large image as from the whole of it. `resize_...` change the weights of
+a file once. SwinV2 needs neither: its bias is an MLP on coordinates, which are scaled by the window
+of pre-training.
+
+Sources: Bao et al., arXiv 2106.08254, and the code of Feature-Distillation (table resize); Caron et
+al., arXiv 2104.14294 (DINO's scale).
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -19,24 +25,34 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from fd_large.errors import WeightsError
+
 Grid = tuple[int, int]
 
 
-def fit_positions(embedding: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Makes absolute positions of patches for another grid, bicubic; differentiable.
+def fit_positions(
+    embedding: Tensor, old: Grid, new: Grid, *, margin: float = 0.0, antialias: bool = False
+) -> Tensor:
+    """Makes absolute positions of patches for another grid, bicubic with corners not aligned.
 
     Args:
         embedding: (1, prefix + H W, C) of the old grid; rows of prefix tokens come first.
         old: (H, W).
         new: (H', W').
+        margin: Number added to the new sides in the scale alone (DINO's 0.1).
+        antialias: Whether the filter is widened for a smaller grid (DINOv2 with registers).
 
     Returns: (1, H', W', C), float32 at least, without the prefix.
     """
     patches = embedding[:, embedding.shape[1] - old[0] * old[1] :]
     wide = patches.to(torch.promote_types(patches.dtype, torch.float32))
     grid = rearrange(wide, "one (h w) c -> one c h w", h=old[0])
-    if old != new:
-        grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
+    if old != new and margin:
+        scale = tuple((after + margin) / before for before, after in zip(old, new, strict=True))
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+        assert grid.shape[-2:] == new, grid.shape
+    elif old != new:
+        grid = F.interpolate(grid, size=new, mode="bicubic", antialias=antialias)
     return grid.permute(0, 2, 3, 1)
 
 
@@ -64,14 +80,85 @@ def fit_offsets(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
 def _matrix(old: int, new: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Returns the matrix from offsets along `old` tokens to `new` ones: (2new - 1, 2old - 1)."""
     before, after = 2 * old - 1, 2 * new - 1
-    if new <= old:
-        matrix = np.eye(before)[old - new : old + new - 1]
-    else:
-        knots = progression(before, after)
-        wanted = np.clip(np.arange(after) - (new - 1.0), knots[0], knots[-1])
-        matrix = spline_matrix(knots, wanted)
+    matrix = np.eye(before)[old - new : old + new - 1] if new <= old else _stretched(before, after)
     with torch.inference_mode(False):
         return torch.from_numpy(matrix.copy()).to(device, dtype)
+
+
+def resize_positions(
+    positions: Tensor,
+    prefix: int,
+    side: int,
+    *,
+    margin: float = 0.0,
+    antialias: bool = False,
+    where: str = "weights",
+) -> Tensor:
+    """Resizes a position embedding to another square grid.
+
+    Args:
+        positions: (1, prefix + n * n, C).
+        prefix: Number of class and distillation tokens, whose rows stay as they are.
+        side: Side of the new grid.
+        margin, antialias: See `fit_positions`.
+        where: What the user set, for the message.
+
+    Returns: (1, prefix + side * side, C), float32 at least.
+    Raises: WeightsError: if the grid of the file is no square.
+    """
+    old = square_side(positions.shape[1] - prefix, where=where)
+    grid = fit_positions(
+        positions, (old, old), (side, side), margin=margin, antialias=antialias
+    ).flatten(1, 2)
+    return torch.cat([positions[:, :prefix].to(grid.dtype), grid], dim=1)
+
+
+def resize_table(table: Tensor, rows: int, extra: int, *, where: str = "weights") -> Tensor:
+    """Resizes a table of relative positions to another square grid.
+
+    The old offsets are spread over the range of the new ones by a geometric progression, so that
+    near offsets stay nearly as they are and far ones stretch; a cubic spline through them gives
+    the new entries.
+
+    Args:
+        table: ((2n - 1)^2 + extra, heads).
+        rows: Number of rows wanted, extra ones included.
+        extra: Number of rows at the end for class tokens, which stay as they are.
+        where: What the user set, for the message.
+
+    Returns: (rows, heads), float32 at least.
+    Raises: WeightsError: if the offsets of the file form no square.
+    """
+    old = square_side(table.shape[0] - extra, where=where)
+    new = square_side(rows - extra, where=where)
+    wide = table.to(torch.promote_types(table.dtype, torch.float32))
+    along = torch.from_numpy(_stretched(old, new))
+    offsets = rearrange(wide[: len(wide) - extra].double(), "(y x) heads -> heads y x", y=old)
+    resized = rearrange(along @ offsets @ along.T, "heads y x -> (y x) heads").to(wide.dtype)
+    return torch.cat([resized, wide[len(wide) - extra :]])
+
+
+def square_side(cells: int, *, where: str = "weights") -> int:
+    """Returns the side of a square of so many cells.
+
+    Raises: WeightsError: if it is none.
+    """
+    side = math.isqrt(max(cells, 0))
+    if side < 1 or side * side != cells:
+        raise WeightsError(
+            f"{where}: positions of no square grid; got {cells} of them, expected a square number. "
+            "Only square grids are resized: set --teacher.architecture.image_size as in the file."
+        )
+    return side
+
+
+@lru_cache(maxsize=16)
+def _stretched(old: int, new: int) -> np.ndarray:
+    """What a spline through the old offsets makes of the new: (new, old) float64."""
+    at = progression(old, new)
+    wanted = np.arange(new, dtype=np.float64) - new // 2
+    # Beyond the outermost old offset its value holds.
+    return spline_matrix(at, np.clip(wanted, at[0], at[-1]))
 
 
 def progression(old: int, new: int) -> np.ndarray:

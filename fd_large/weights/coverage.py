@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fd_large.backbones.position_tables import resize_positions, resize_table, square_side
 from fd_large.backbones.recognition import side_of
 from fd_large.backbones.translation import Piece, Shape, Shapes
 from fd_large.errors import WeightsError
 from fd_large.weights.read import Tensors, files_of
-from fd_large.weights.resize import resize_positions, resize_table, square_side
 
 log = logging.getLogger(__name__)
 

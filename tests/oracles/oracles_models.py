@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from translated_names import translate
 
 from fd_large.backbones.feature_map import FeatureMap
-from fd_large.backbones.position_tables import progression
+from fd_large.backbones.position_tables import progression, resize_positions, resize_table
 from fd_large.backbones.resize import resize_images
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.backbones.swin.swin import Swin
@@ -29,7 +29,6 @@ from fd_large.kernels.whitened_loss import whiten, whitened_loss
 from fd_large.kernels.window_attention_reference import position_index, region_ids, region_mask
 from fd_large.weights.coverage import covered
 from fd_large.weights.published import FORMATS, detect
-from fd_large.weights.resize import resize_positions, resize_table
 
 Tensors = dict[str, Tensor]
 CPU = torch.device("cpu")

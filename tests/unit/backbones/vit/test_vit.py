@@ -6,10 +6,10 @@ from loading import IMAGES, TIMM_VIT, close, scattered, tokens
 from timm.models.vision_transformer import VisionTransformer
 from translated_names import translate
 
+from fd_large.backbones.position_tables import resize_positions, resize_table
 from fd_large.backbones.vit.vit import ViT
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels.window_attention_reference import position_index
-from fd_large.weights.resize import resize_positions, resize_table
 
 STUDENT = {
     "absolute_position": False,
