@@ -153,9 +153,9 @@ def test_a_repository_of_the_hub(tmp_path):
     (folder / "LICENSE").write_text("Apache")
     (folder / "pytorch_model.bin").write_bytes(b"the same weights once more")
     (folder / "run_me.py").write_text("raise AssertionError")
-    with hub({"someone/vit": folder}, tmp_path / "cache") as asked:
+    with hub({"someone/vit": folder}, tmp_path / "cache") as server:
         files, licence = fetch("hf:someone/vit", tmp_path / "fetched")
-    assert asked
+    assert server.asked
     assert files == [
         "LICENSE",
         "README.md",

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub
 import pytest
@@ -15,7 +11,8 @@ import tiny_runs
 import torch
 import yaml
 from card_code import run_code
-from hub import hub as serving
+from hub import TOKEN
+from hub import hub as stand_in
 from huggingface_hub import constants
 from stored_run import STUDENTS, store_student
 
@@ -31,109 +28,21 @@ from fd_large.weights.origin import Origin, origin_of
 from fd_large.weights.resolve import Sources
 from fd_large.weights.settle import settle_model, settle_student
 
-TOKEN, REPOSITORY = "hf_standin", "group/student"
-
-
-class Hub(ThreadingHTTPServer):
-    """What it was sent: {repository: {file: bytes}}."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.repositories, self.objects, self.created = {}, {}, []
-        self.may_write = True
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-    def body(self):
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-
-    def answer(self, content, status=200, **headers):
-        text = json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": len(text), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def do_GET(self):
-        path = self.path.partition("?")[0]
-        if path == "/api/whoami-v2":
-            known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
-            self.answer({"name": "me", "type": "user"}, 200 if known else 401)
-        elif path.removeprefix("/api/models/") in self.server.repositories:
-            self.answer({"id": path.removeprefix("/api/models/"), "siblings": []})
-        else:
-            self.answer({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
-
-    def do_PUT(self):
-        self.server.objects[self.path.rpartition("/")[2]] = self.body()
-        self.answer({})
-
-    def do_POST(self):
-        path, body = self.path.partition("?")[0], self.body()
-        hub = self.server
-        if path == "/api/repos/create":
-            asked = json.loads(body)
-            if not hub.may_write:
-                self.answer({"error": "no write access"}, 403)
-                return
-            name = f"{asked['organization']}/{asked['name']}"
-            hub.created.append(asked)
-            hub.repositories[name] = {}
-            self.answer({"url": f"{hub.url}/{name}"})
-        elif path.endswith("/preupload/main"):
-            files = [
-                {
-                    "path": file["path"],
-                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
-                    "shouldIgnore": False,
-                }
-                for file in json.loads(body)["files"]
-            ]
-            self.answer({"files": files})
-        elif path.endswith("/objects/batch"):
-            objects = [
-                {**it, "actions": {"upload": {"href": f"{hub.url}/objects/{it['oid']}"}}}
-                for it in json.loads(body)["objects"]
-            ]
-            self.answer({"transfer": "basic", "objects": objects})
-        elif path.endswith("/commit/main"):
-            name = path.split("/api/models/")[1].removesuffix("/commit/main")
-            files, oid = hub.repositories[name], "1" * 40
-            for line in body.splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    content = base64.b64decode(entry["value"]["content"])
-                    files[entry["value"]["path"]] = content
-                elif entry["key"] == "lfsFile":
-                    files[entry["value"]["path"]] = hub.objects[entry["value"]["oid"]]
-            self.answer({"commitUrl": f"{hub.url}/{name}/commit/{oid}", "commitOid": oid})
-        else:  # What it asks about the card's metadata.
-            self.answer({})
+REPOSITORY = "group/student"
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    # Its own protocol of uploads goes to another server.
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with stand_in({}, tmp_path / "cache") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+def contents(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.fixture
@@ -153,10 +62,8 @@ def test_all_files_arrive_in_a_private_repository(hub, export, tmp_path, monkeyp
     assert export("--license", "mit") == 0
     (created,) = hub.created
     assert created["visibility"] == "private"
-    out = tmp_path / "out"
-    files = [path for path in out.rglob("*") if path.is_file()]
-    written = {path.relative_to(out).as_posix(): path.read_bytes() for path in files}
-    assert hub.repositories[REPOSITORY] == written
+    written = contents(tmp_path / "out")
+    assert contents(hub.repositories[REPOSITORY]) == written
     digest = hashlib.sha256(written["model.safetensors"]).hexdigest()
     assert digest in hub.objects
     card = written["README.md"].decode()
@@ -176,15 +83,11 @@ def test_an_upload_comes_back_to_the_bit(hub, tmp_path, to):
     tiny_runs.store_task(tmp_path / "run", run, tiny_runs.tiny_task(run))
     arguments = [str(tmp_path / "run"), str(tmp_path / "out"), "--to", to, "--push", repository]
     assert command.main([*arguments, "--license", "mit"]) == 0
-    for name, content in hub.repositories[repository].items():
-        path = tmp_path / "hub" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    card = (tmp_path / "hub" / "README.md").read_text()
+    card = (hub.repositories[repository] / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["library_name"] == {"fd": "fd_large"}.get(to, to)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     source, net = f"hf:{repository}", build(run.student.model, run.student.architecture)
-    with serving({repository: tmp_path / "hub"}, tmp_path / "cache"), torch.no_grad():
+    with torch.no_grad():
         model, again = fd_large.load_student(tmp_path / "run"), fd_large.load_student(source)
         assert torch.equal(again(images), model(images))
         guess = model.teacher_map("teacher", images)
@@ -204,11 +107,12 @@ def test_an_upload_comes_back_to_the_bit(hub, tmp_path, to):
 
 
 def test_what_is_there_already_stays_and_nothing_is_exported(hub, export, tmp_path):
-    hub.repositories[REPOSITORY] = {"README.md": b"another"}
+    (tmp_path / "there").mkdir()
+    hub.repositories[REPOSITORY] = tmp_path / "there"
     with pytest.raises(ConfigError, match=rf"--push: .*there already; got {REPOSITORY}.*another"):
         export()
     assert not (tmp_path / "out").exists()
-    assert hub.repositories[REPOSITORY] == {"README.md": b"another"}
+    assert not contents(tmp_path / "there")
 
 
 @pytest.mark.parametrize(
