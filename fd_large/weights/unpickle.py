@@ -1,14 +1,16 @@
 """Reads the pickles of torch files as data.
 
-A pickle is a program for a stack machine. The one here knows tensors, containers and plain values;
-it imports nothing, calls nothing of the file or of a package, and takes settings that published
-files carry beside their tensors as passive objects. torch's own restricted reader is not enough: it
-hashes whatever a file asks for. Every step has a bound.
+A pickle is a program for a stack machine: the standard library's, here without what imports, calls
+or hashes whatever a file asks for. It knows tensors, containers and plain values, and takes
+settings that published files carry beside their tensors as passive objects. Its operations are
+looked at before the first is carried out, and every step has a bound. torch's own restricted reader
+is not enough: it hashes whatever a file asks for.
 """
 
 from __future__ import annotations
 
 import math
+import pickle
 import pickletools
 import re
 from collections.abc import Callable
@@ -124,33 +126,21 @@ _PASSIVE = re.compile(
     r"|torch\._utils\._rebuild_(sparse_tensor|qtensor|nested_tensor|meta_tensor_no_storage"
     r"|wrapper_subclass)|torch\._tensor\._rebuild_from_type"
 )
+# Make an object by a call of its class, look in a registry, or are of no file.
 _NAMES = frozenset((*_DTYPES, *_STORAGES, *_TENSORS, _TYPED_TENSOR, _OF_TYPE))
 _PATTERNS = (_FIRST, _DICTIONARIES, _PASSIVE)
-_VALUES = frozenset(
-    (
-        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-        *("STRING", "BINSTRING", "SHORT_BINSTRING"),
-        *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-        *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-    )
-)
-_EMPTY: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-    "EMPTY_SET": Passive,
-}
-_SHORT_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+# Make an object by calling its class.
+_CALLS = ("INST", "OBJ")
+# Look into registries of this process or at memory beside the file, which torch files never do.
+_REFUSED = ("EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER")
+_PROTOCOL = 5
 
 
-def unpickled(pickle: BinaryIO, storages: Storages, budget: Budget, *, script: bool = False) -> Any:
+def unpickled(file: BinaryIO, storages: Storages, budget: Budget, *, script: bool = False) -> Any:
     """Carries out the next pickle of a file.
 
     Args:
-        pickle: The file, at the pickle; it is read up to its end.
+        file: In memory, at the pickle; it is read up to its end.
         storages: Returns the storage of a key, a type and a number of elements.
         budget: What the pickles of the file may ask for together.
         script: Whether classes of TorchScript become `Module`.
@@ -158,99 +148,92 @@ def unpickled(pickle: BinaryIO, storages: Storages, budget: Budget, *, script: b
     Raises: RefusedError: if it asks for anything that is not known here; another exception if it is
         damaged or larger than a bound.
     """
-    stack: list[Any] = []
-    marked: list[list[Any]] = []
-    memo: dict[int, Any] = {}
-    for count, (operation, argument, _) in enumerate(pickletools.genops(pickle)):
+    begin = file.tell()
+    # This finds lengths that go beyond the file, for which the machine would make room.
+    for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
         if count > _OPERATIONS:
             raise ValueError(f"a pickle of more than {_OPERATIONS:,} operations")
-        name = operation.name
-        if name in _VALUES:
-            stack.append(argument)
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(memo[argument])
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name in _EMPTY:
-            stack.append(_EMPTY[name]())
-        elif name == "MARK":
-            marked.append(stack)
-            stack = []
-        elif name == "TUPLE":
-            stack, items = marked.pop(), stack
-            stack.append(tuple(items))
-        elif name in _SHORT_TUPLES:
-            number = _SHORT_TUPLES[name]
-            if len(stack) < number:
-                raise ValueError("a pickle that takes from an empty stack")
-            stack[-number:] = [tuple(stack[-number:])]
-        elif name == "GLOBAL":
-            stack.append(_known(argument.replace(" ", ".", 1), script))
-        elif name == "STACK_GLOBAL":
-            last, module = stack.pop(), stack.pop()
-            # Written out, a tuple that holds another twice doubles with every level.
-            if not isinstance(module, str) or not isinstance(last, str):
-                raise ValueError("a name that is no text")
-            stack.append(_known(f"{module}.{last}", script))
-        elif name == "BINPERSID":
-            stack.append(_storage(stack.pop(), storages))
-        elif name == "REDUCE":
-            arguments = stack.pop()
-            stack.append(_called(stack.pop(), arguments, budget))
-        elif name in ("NEWOBJ", "NEWOBJ_EX"):
-            del stack[-1 if name == "NEWOBJ" else -2 :]
-            stack.append(_made(stack.pop()))
-        elif name == "BUILD":
-            state = stack.pop()
-            if isinstance(stack[-1], Module):
-                if not isinstance(state, dict):
-                    raise RefusedError(f"{stack[-1].name}.__setstate__"[:200])
-                stack[-1].attributes = state
-        elif name in ("SETITEM", "SETITEMS", "DICT"):
-            if name == "SETITEM":
-                items = stack[-2:]
-                del stack[-2:]
-            else:
-                stack, items = marked.pop(), stack
-            if name == "DICT":
-                stack.append({})
-            _set_items(stack[-1], items)
-        elif name in ("APPEND", "APPENDS", "LIST"):
-            if name == "APPEND":
-                items = [stack.pop()]
-            else:
-                stack, items = marked.pop(), stack
-            if name == "LIST":
-                stack.append([])
-            if not isinstance(stack[-1], list):
-                raise ValueError("a pickle that appends to something else than a list")
-            stack[-1].extend(items)
-        elif name in ("ADDITEMS", "FROZENSET"):
-            stack = marked.pop()
-            if name == "FROZENSET":
-                stack.append(Passive())
-        elif name == "POP":
-            stack.pop()
-        elif name == "POP_MARK":
-            stack = marked.pop()
-        elif name == "DUP":
-            stack.append(stack[-1])
-        elif name == "STOP":
-            return stack.pop()
-        elif name in ("INST", "OBJ"):
-            raise RefusedError(str(argument or name)[:200])
-        elif name not in ("PROTO", "FRAME"):
-            raise ValueError(f"the pickle operation {name}")
-    raise ValueError("a pickle without an end")
+        if operation.name in _CALLS:
+            raise RefusedError(str(argument or operation.name)[:200])
+        if operation.name in _REFUSED or operation.proto > _PROTOCOL:
+            raise ValueError(f"the pickle operation {operation.name}")
+    file.seek(begin)
+    try:
+        return _Reader(file, storages, budget, script).load()
+    except pickle.UnpicklingError as error:
+        raise ValueError(str(error)) from error
 
 
-def _known(name: str, script: bool) -> _Global:
-    own = script and name.startswith("__torch__.") and len(name) <= NAME_LENGTH
-    if own or name in _NAMES or any(known.fullmatch(name) for known in _PATTERNS):
-        return _Global(name)
-    raise RefusedError(name[:200])
+class _Reader(pickle._Unpickler):
+    """The standard library's machine in Python; C's makes room for any index that a file names."""
+
+    def __init__(self, file: BinaryIO, storages: Storages, budget: Budget, script: bool) -> None:
+        super().__init__(file, encoding="latin1")
+        self._storages, self._budget, self._script = storages, budget, script
+
+    def find_class(self, module: str, name: str) -> _Global:
+        """Returns a name that is known here; imports nothing."""
+        name = f"{module}.{name}"
+        own = self._script and name.startswith("__torch__.") and len(name) <= NAME_LENGTH
+        if own or name in _NAMES or any(known.fullmatch(name) for known in _PATTERNS):
+            return _Global(name)
+        raise RefusedError(name[:200])
+
+    def persistent_load(self, identity: Any) -> Held:
+        """Returns a storage."""
+        return _storage(identity, self._storages)
+
+    def _reduce(self) -> None:
+        arguments = self.stack.pop()
+        self.stack[-1] = _called(self.stack[-1], arguments, self._budget)
+
+    def _new(self) -> None:
+        del self.stack[-1]
+        self.stack[-1] = _made(self.stack[-1])
+
+    def _new_by_names(self) -> None:
+        del self.stack[-1]
+        self._new()
+
+    def _build(self) -> None:
+        state, built = self.stack.pop(), self.stack[-1]
+        if isinstance(built, Module):
+            if not isinstance(state, dict):
+                raise RefusedError(f"{built.name}.__setstate__"[:200])
+            built.attributes = state
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        _set_items(self.stack[-1], [key, value])
+
+    def _set_items(self) -> None:
+        items = self.pop_mark()
+        _set_items(self.stack[-1], items)
+
+    def _dict(self) -> None:
+        items = self.pop_mark()
+        self.stack.append({})
+        _set_items(self.stack[-1], items)
+
+    def _empty_set(self) -> None:
+        self.stack.append(Passive())
+
+    def _frozen_set(self) -> None:
+        self.pop_mark()
+        self._empty_set()
+
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.REDUCE[0]: _reduce,
+        pickle.NEWOBJ[0]: _new,
+        pickle.NEWOBJ_EX[0]: _new_by_names,
+        pickle.BUILD[0]: _build,
+        pickle.SETITEM[0]: _set_item,
+        pickle.SETITEMS[0]: _set_items,
+        pickle.DICT[0]: _dict,
+        pickle.EMPTY_SET[0]: _empty_set,
+        pickle.ADDITEMS[0]: lambda reader: reader.pop_mark(),
+        pickle.FROZENSET[0]: _frozen_set,
+    }
 
 
 def _made(of: Any) -> Any:

@@ -55,13 +55,19 @@ def looped():
         (b"\x80\x02r\xff\xff\xff\xff.", "damaged"),
         (b"\x80\x04\x8e" + struct.pack("<Q", 1 << 60) + b".", "damaged"),
         (b"\x80\x02\x8b" + struct.pack("<i", 1 << 30) + b".", "damaged"),
+        (b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".", "damaged"),
+        (b"\x80\x04\x95" + struct.pack("<Q", 1 << 40) + b"N.", "no tensors by name"),
+        (b"\x80\x02\x82\x01.", "damaged.*EXT1"),
+        (b"\x80\x05\x97.", "damaged.*NEXT_BUFFER"),
         (b"\x80\x02(i" + b"os\nsystem\n.", "got os system"),
+        (b"\x80\x02(cos\nsystem\nX\x04\x00\x00\x00trueo.", "got OBJ"),
         (b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.", r"got os\.system"),
         (b"\x80\x02c__torch__.os\nsystem\n)\x81}b.", r"got __torch__\.os\.system"),
     ],
     ids=[
         *("tuples as key", "dict in itself", "operations", "marks", "memo", "bytes", "integer"),
-        *("instance", "global", "class of TorchScript elsewhere"),
+        *("array of bytes", "frame", "extension", "buffer"),
+        *("instance", "object", "global", "class of TorchScript elsewhere"),
     ],
 )
 def test_pickles_that_ask_for_time_memory_or_code_are_refused(tmp_path, data, message):
@@ -74,7 +80,7 @@ def test_pickles_that_ask_for_time_memory_or_code_are_refused(tmp_path, data, me
 def test_a_name_is_a_text(tmp_path, parts):
     """Written out, this one would have hundreds of megabytes."""
     archive(tmp_path / "a.pth", b"\x80\x04" + b"".join(parts) + b"\x93.")
-    with pytest.raises(WeightsError, match="a name that is no text"):
+    with pytest.raises(WeightsError, match=r"damaged, cut short.*STACK_GLOBAL"):
         read(tmp_path / "a.pth")
 
 
@@ -97,3 +103,23 @@ def test_a_tensor_has_few_dimensions(tmp_path):
         with pytest.raises(WeightsError, match="damaged, cut short") as error:
             read(tmp_path / "a.pth")
         assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [b"K\x00K\x01s", b"(K\x00K\x01u", b"K\x01a", b"(K\x01e", b"R", b"\x81"],
+)
+def test_nothing_is_done_to_a_tensor(tmp_path, operations):
+    """Items are neither set nor appended, and it is neither called nor made again."""
+    data = tensor_pickle(0, (4,), (1,))
+    end = data.rindex(b"R") + 1
+    archive(tmp_path / "a.pth", data[:end] + operations + data[end:], more=DATA)
+    with pytest.raises(WeightsError):
+        read(tmp_path / "a.pth")
+
+
+def test_a_state_for_a_tensor_is_passed_over(tmp_path):
+    data = tensor_pickle(0, (4,), (1,))
+    end = data.rindex(b"R") + 1
+    archive(tmp_path / "a.pth", data[:end] + b"}b" + data[end:], more=DATA)
+    assert read(tmp_path / "a.pth")["a"].tolist() == [0, 0, 0, 0]
