@@ -115,15 +115,21 @@ def timm_config(
             "qkv_bias": architecture.qkv_bias != "none",
             **arguments,
         },
-        "pretrained_cfg": {
-            "num_classes": 0,
-            "input_size": [3, size, size],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "mean": list(statistics.mean),
-            "std": list(statistics.std),
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
+        "pretrained_cfg": timm_weights(size, statistics),
+    }
+
+
+def timm_weights(size: int, statistics: Statistics, **others: Any) -> dict[str, Any]:
+    """Returns what timm states of weights: the images that they were trained with, and the like."""
+    return {
+        "num_classes": 0,
+        "input_size": [3, size, size],
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "mean": list(statistics.mean),
+        "std": list(statistics.std),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        **others,
     }

@@ -273,7 +273,7 @@ _WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def expanded(pieces: Pieces, shapes: Shapes, own: Callable[[str], str]) -> Pieces | None:
+def expanded(pieces: Pieces, shapes: Shapes, own: Callable[[str], str]) -> tuple[Pieces, list[str]]:
     """Gives every block its own copy of a position bias that a file shares (FD's fine-tuning).
 
     Args:
@@ -281,7 +281,7 @@ def expanded(pieces: Pieces, shapes: Shapes, own: Callable[[str], str]) -> Piece
         shapes: Shapes of the model that is to be filled.
         own: Gives the shared tensor's name for that of a block's own.
 
-    Returns: None if nothing is to be copied.
+    Returns: the pieces, and in words what was done.
     """
     copies = {
         name: pieces[own(name)]
@@ -289,9 +289,10 @@ def expanded(pieces: Pieces, shapes: Shapes, own: Callable[[str], str]) -> Piece
         if name not in pieces and own(name) != name and own(name) in pieces
     }
     if not copies:
-        return None
+        return pieces, []
     shared = {own(name) for name in copies}
-    return {name: piece for name, piece in pieces.items() if name not in shared} | copies
+    kept = {name: piece for name, piece in pieces.items() if name not in shared}
+    return kept | copies, ["the shared position bias is copied to every block"]
 
 
 def fresh_norm(width: int) -> Pieces:

@@ -117,7 +117,9 @@ class Sources:
 class ResolvedWeights:
     """The weights of one source; each fact is found when it is first asked for, and kept.
 
-    Every property raises FDError where the source cannot be fetched or read, or is damaged.
+    Every property raises FDError where the source cannot be fetched or read, or is damaged. Licence
+    and repository are no property: cards ask the source's name for them (origin.py). Nor is a hash:
+    that of a teacher is of the model as built, and nodes compare samples of the file at `path`.
 
     Args:
         source: As the user wrote it.

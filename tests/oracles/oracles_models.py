@@ -446,7 +446,7 @@ def _expansion_row(case: str, facts: dict) -> Row:
     rows = FORMATS["fd_swinv2"].format.rows
     wanted = {name: () for name in translated(facts["keys_out"], rows).pieces}
     pieces = translated(facts["keys_in"], rows).pieces
-    got = expanded(pieces, wanted, shared_bias)
+    got, _ = expanded(pieces, wanted, shared_bias)
     wrong = len(got.keys() ^ wanted.keys())
     for name, piece in got.items():
         stage, last = name.split(".")[1], name.split("cpb_mlp.")[-1]

@@ -165,10 +165,8 @@ def shared_bias(name: str) -> str:
 
 def _adapt(pieces: Pieces, wanted: Wanted) -> tuple[Pieces, list[str]]:
     pieces, notes = names.first_stages(pieces, wanted)
-    if copies := expanded(pieces, wanted.shapes, shared_bias):
-        pieces = copies
-        notes.append("the shared position bias is copied to every block")
-    return pieces, notes
+    pieces, copied = expanded(pieces, wanted.shapes, shared_bias)
+    return pieces, [*notes, *copied]
 
 
 def _complete(values: dict[str, Any], settling: Settling) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fd_large.backbones.exports import timm_weights
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.timm.architecture import TimmArchitecture, split_arguments
 from fd_large.backbones.timm.models import config_of, create, size_arguments, strides
@@ -50,17 +51,13 @@ def config(architecture: TimmArchitecture, statistics: Statistics) -> dict[str, 
         "architecture": timm_name,
         "num_classes": 0,
         "model_args": arguments,
-        "pretrained_cfg": {
-            "num_classes": 0,
-            "input_size": [3, size, size],
-            "fixed_input_size": bool(known.fixed_input_size),
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "mean": list(statistics.mean),
-            "std": list(statistics.std),
-            "first_conv": known.first_conv,
-            "classifier": known.classifier,
-        },
+        "pretrained_cfg": timm_weights(
+            size,
+            statistics,
+            fixed_input_size=bool(known.fixed_input_size),
+            first_conv=known.first_conv,
+            classifier=known.classifier,
+        ),
     }
 
 

@@ -519,10 +519,7 @@ def shared_bias(name: str) -> str:
 
 
 def _adapt(pieces: Pieces, wanted: Wanted) -> tuple[Pieces, list[str]]:
-    notes = []
-    if copies := expanded(pieces, wanted.shapes, shared_bias):
-        pieces = copies
-        notes.append("the shared position bias is copied to every block")
+    pieces, notes = expanded(pieces, wanted.shapes, shared_bias)
     if "norm.weight" not in pieces and any(_OF_THE_MEAN.search(n) for n in wanted.dropped):
         pieces = pieces | fresh_norm(wanted.architecture.embed_dim)
         notes.append(
