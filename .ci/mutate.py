@@ -324,7 +324,8 @@ def _wrong_calls(call: ast.Call) -> Iterator[tuple[str, ast.expr, str]]:
         return
     if len(call.args) > 1 and name not in ASKS:
         first, second, *rest = call.args
-        yield "swapped arguments", call, _with(call, args=[second, first, *rest])
+        if ast.dump(first) != ast.dump(second):
+            yield "swapped arguments", call, _with(call, args=[second, first, *rest])
     if name == "range":
         at = min(len(call.args) - 1, 1)
         less = ast.BinOp(call.args[at], ast.Sub(), ast.Constant(1))

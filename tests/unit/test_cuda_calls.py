@@ -17,10 +17,10 @@ from torch import nn
 from fd_large.checkpoint.write import Piece, Saver
 from fd_large.cli import diagnose, doctor, doctor_checks, plan_probe
 from fd_large.data.loader import Batch, load_batches
-from fd_large.engine import block_wrappers, memory, opening
+from fd_large.engine import memory, opening
 from fd_large.engine.counting import count, micro_batch, phases, rates
 from fd_large.engine.prefetch import Prefetch
-from fd_large.engine.zero import config, engine, optimizer, start
+from fd_large.engine.zero import config, engine, optimizer
 from fd_large.errors import LaunchError
 from fd_large.evaluation import results
 from fd_large.kernels import operation
@@ -28,7 +28,6 @@ from fd_large.ranks import distributed, meeting
 from fd_large.ranks.launch import Launch
 from fd_large.recipes.sections import Optim
 from fd_large.runtime.meter import Meter, peak_memory_bytes
-from fd_large.runtime.profiler import Profiler
 from fd_large.tasks.distillation.job import DistillationJob
 
 
@@ -64,20 +63,11 @@ def test_a_rank_takes_its_own_gpu_and_nccl(card: Card, monkeypatch) -> None:
     assert called == ["cpu:gloo,cuda:nccl"]
     assert card.notes == ["set_device"]
     assert distributed.device() == torch.device("cuda:0")
+    assert config.computes_in_bfloat16("auto")
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed.dist, "barrier", lambda **given: called.append(given))
     distributed.barrier()
     assert called[1:] == [{"device_ids": [0]}]
-
-
-def test_deepspeed_is_given_nccl(card: Card, monkeypatch) -> None:
-    called = []
-    monkeypatch.setattr(
-        start.deepspeed, "init_distributed", lambda backend, **_: called.append(backend)
-    )
-    start.start()
-    assert called == ["nccl"]
-    assert config.computes_in_bfloat16("auto")
 
 
 def test_a_check_beside_meetings_has_its_rank_s_gpu(card: Card, monkeypatch) -> None:
@@ -173,15 +163,6 @@ def test_deepspeed_s_kernel_is_first_and_torch_s_last(card: Card, monkeypatch) -
     assert isinstance(made, torch.optim.AdamW)
     owner = on_card(torch.ones(2))
     assert optimizer.kept_by(made).count(owner, 3).device.type == "cuda"
-
-
-def test_blocks_are_compiled_by_inductor(card: Card, monkeypatch) -> None:
-    backends = []
-    monkeypatch.setattr(
-        torch, "compile", lambda forward, backend, **_: backends.append(backend) or forward
-    )
-    block_wrappers.compile_blocks([nn.Identity()])
-    assert backends == ["inductor"]
 
 
 def test_a_kernel_is_launched_on_its_tensors_device(
@@ -306,17 +287,6 @@ def test_utilisation_is_of_this_card(card: Card, make_setting, tmp_path) -> None
     meter.on_end("done")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["device"], summary["peak_memory_bytes"]) == ("cuda", card.peak)
-
-
-def test_the_profiler_traces_the_gpu(card: Card, monkeypatch, make_setting) -> None:
-    asked = {}
-    stand_in = SimpleNamespace(start=lambda: None, stop=lambda: None)
-    monkeypatch.setattr(
-        "fd_large.runtime.profiler.profile", lambda **given: asked.update(given) or stand_in
-    )
-    profiler = Profiler(1)
-    profiler.on_start(make_setting())
-    assert [activity.name for activity in asked["activities"]] == ["CPU", "CUDA"]
 
 
 def test_flops_are_counted_as_this_card_runs_them(card: Card, monkeypatch) -> None:

@@ -67,6 +67,17 @@ def test_what_rank_0_reads_as_it_should_be_is_not_set_aside(folder, stored, name
     assert names() == before
 
 
+def test_a_file_that_goes_while_it_is_read_is_told_from_one_that_cannot_be_read(folder, stored):
+    path = stored(1) / store.file_of(0)
+    one = store.Stored(path.parent, store.manifest_of(path.parent))
+    path.write_bytes(b"{" * 100)
+    with pytest.raises(CheckpointError, match=path.name):
+        Reader(one).read("master", "w", 0, 5)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        Reader(one).read("master", "w", 0, 5)
+
+
 def _resume(folder):
     reader, complaints = newest_sound(folder)
     return reader.manifest["update"], complaints, reader.read("master", "w", 0, 5).tolist()

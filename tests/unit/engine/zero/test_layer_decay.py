@@ -64,6 +64,25 @@ def test_neighbours_of_one_scale_are_one_slice_with_the_padding_between_them():
     assert _joined(cuts) == [LayerSlice(0, 8, 1.0), LayerSlice(8, 9, 0.5)]
 
 
+def test_steps_are_read_where_apex_counts_them():
+    """In the group, of which each scale has a copy."""
+
+    flat = nn.Parameter(torch.ones(8))
+    inner = make_optimizer([{"params": [flat], "weight_decay": 0.1}], Optim(), on_gpu=False)
+
+    def count() -> None:
+        for group in inner.param_groups:
+            group["step"] = group.get("step", 0) + 1
+
+    slices = [LayerSlice(0, 4, 0.5), LayerSlice(4, 8, 1.0)]
+    rates = LayerLearningRates(inner, count, {id(flat): slices})
+    rates.at_scale = lambda scale: PEAK * scale
+    for step in (1, 2, 3):
+        flat.grad = torch.ones(8)
+        rates.step()
+        assert inner.param_groups[0]["step"] == step
+
+
 @pytest.mark.parametrize(
     "cuts",
     [

@@ -1,6 +1,8 @@
 import torch
 
 from fd_large.tasks.distillation.several.similarity import (
+    QUEUE,
+    SummaryQueue,
     pushed,
     queue_divergence,
     relation_divergence,
@@ -32,3 +34,20 @@ def test_a_queue_holds_the_newest_whatever_the_batches():
         queue = pushed(queue, batch)
     assert queue.flatten().tolist() == [5, 6, 3, 4]
     assert pushed(queue, summaries).flatten().tolist() == [1, 2, 3, 4]
+
+
+def test_the_summaries_of_a_step_enter_the_queue_once_it_is_taken():
+    queue = SummaryQueue(2)
+    assert queue.rows.shape == (QUEUE, 2)
+    step = torch.tensor([[3.0, 0], [0, 2], [0, -4], [-1, 0]])
+    for _ in range(2):  # The first one is a trial that is not taken.
+        queue.begin(micro_batches=2)
+        queue.take(queue.placed(step[:2]) + queue.placed(step[2:]))
+        assert queue.now[:5].tolist() == [[1, 0], [0, 1], [0, -1], [-1, 0], [0, 0]]
+        with torch.no_grad():
+            assert not queue.now.any(), "what teaches nothing sees the queue of before"
+    queue.move()
+    queue.begin(micro_batches=1)
+    assert queue.now[3:5].tolist() == [[-1, 0], [0, 0]]
+    many = queue.placed(torch.ones(QUEUE + 3, 2))
+    assert many.shape == (QUEUE * 2,)
