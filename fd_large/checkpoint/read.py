@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -107,16 +107,16 @@ def on_main(action: Callable[[], T]) -> T:
     Raises: FDError: on all ranks, if the action does; any OSError has become one.
     """
 
-    def alone() -> T | None:
+    def told() -> T:
         try:
-            return action() if distributed.is_main() else None
+            return action()
         except OSError as error:
             raise CheckpointError(
                 f"{error.filename}: not possible; got {error.strerror}, expected a folder of "
                 "checkpoints that this user may change. Mend its permissions."
             ) from error
 
-    return cast(T, distributed.broadcast_object(distributed.together(alone)))
+    return distributed.of_main(told)
 
 
 def newest_sound(folder: Path, *, at_most: int | None = None) -> tuple[Reader | None, list[str]]:

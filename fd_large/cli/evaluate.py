@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 from fd_large import doors, files
 from fd_large.cli import train
 from fd_large.cli.arguments import AllowsCode, parse_with_recipe
-from fd_large.cli.output import tables
+from fd_large.cli.output import show
 from fd_large.cli.paths import paths_of_models, require_paths
 from fd_large.errors import ConfigError
 from fd_large.evaluation.protocol import Asked, Protocol
@@ -153,14 +153,23 @@ def evaluate(own: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
     if sum(one.name == protocol.name for one in PROTOCOLS) > 1:
         names.append("protocol")
     _refuse(own, protocol.name, names, changes, protocol.fields)
-    found = protocol.measure(
-        # Looked up when a run is trained: importing DeepSpeed takes seconds.
-        Asked(protocol, own, changes, run, lambda run, **how: train.train_run(run, **how))
-    )
+    return measured(protocol, own, changes, run)
+
+
+def measured(
+    protocol: Protocol, own: Any, changes: Mapping[str, Any], run: Run | None = None
+) -> int:
+    """Measures by a protocol and prints what came out; returns the exit code.
+
+    Args: As `Asked`.
+    """
+    # Looked up when a run is trained: importing DeepSpeed takes seconds.
+    train_run = lambda run, **how: train.train_run(run, **how)  # noqa: E731
+    made = protocol.measure(Asked(protocol, own, changes, run, train_run))
     from fd_large.ranks import distributed
 
-    _print(found.tables, found.files)
-    return distributed.leave(found.code)
+    show(made.tables, made.files)
+    return distributed.leave(made.code)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -215,13 +224,5 @@ def _score_files(own: Evaluate, kind: TaskKind) -> int:
     """Scores files of results, without a model."""
     score = import_module(f"fd_large.tasks.{kind.folder}.score_files").score_files
     shown, written = score(own)
-    _print(shown, [f"written: {path}" for path in written])
+    show(shown, [f"written: {path}" for path in written])
     return 0
-
-
-def _print(shown: Sequence[Any], written: Sequence[object]) -> None:
-    console = tables()
-    for table in shown:
-        console.print(table)
-    for path in written:
-        console.print(str(path), soft_wrap=True)

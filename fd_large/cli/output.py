@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from fd_large.runtime import terminal
 
@@ -27,6 +28,15 @@ def tables(*, most: int = 1000) -> Console:
     return Console(
         file=out, width=width, highlight=False, markup=False, emoji=False, force_jupyter=False
     )
+
+
+def show(shown: Iterable[Any], written: Iterable[object]) -> None:
+    """Prints tables, and below them what was written, a line each."""
+    console = tables()
+    for table in shown:
+        console.print(table)
+    for path in written:
+        console.print(str(path), soft_wrap=True)
 
 
 def size(count: float) -> str:

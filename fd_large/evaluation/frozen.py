@@ -21,7 +21,7 @@ from fd_large.evaluation.protocol import Asked, Protocol, Result
 from fd_large.evaluation.results import Row, finish
 from fd_large.files import out_folder
 from fd_large.recipes.fields import at_least, require
-from fd_large.recipes.sections import RANDOM
+from fd_large.recipes.sections import RANDOM, Data
 
 if TYPE_CHECKING:
     import numpy as np
@@ -190,6 +190,7 @@ def _measure(how: _How, asked: Asked) -> Result:
     from fd_large.ranks import distributed, meeting
     from fd_large.runtime import logs
 
+    assert asked.run is not None  # `evaluate` takes one.
     models, flags, data = asked.models(), asked.flags, asked.run.data
     logs.start(distributed.start().rank)
     full_float32(distributed.device())
@@ -204,7 +205,7 @@ def _measure(how: _How, asked: Asked) -> Result:
     rows = [
         row
         for subject in _subjects(models, flags.features)
-        for row in _rows(how, subject, train, test, seeds, asked)
+        for row in _rows(how, subject, train, test, seeds, flags, data)
     ]
     settings = {name: getattr(flags, flag) for name, flag in how.settings.items()}
     return finish(
@@ -276,7 +277,8 @@ def _rows(
     train: LabelledImages,
     test: LabelledImages,
     seeds: Sequence[int],
-    asked: Asked,
+    flags: Any,
+    data: Data,
 ) -> Iterator[Row]:
     """Yields a row for each pool of a subject; its features stand in files meanwhile."""
     import numpy as np
@@ -284,7 +286,7 @@ def _rows(
     from fd_large.probes.features import extract
     from fd_large.ranks import distributed
 
-    flags, folder = asked.flags, out_folder(asked.flags.out) / "features"
+    folder = out_folder(flags.out) / "features"
     pools: Sequence[Pool] = [flags.pool]
     if flags.pool == "auto":
         pools = [pool for pool in how.pools if pool == "mean" or subject.has_class_token]
@@ -301,8 +303,8 @@ def _rows(
                     image_size=subject.model.image_size,
                     batch_size=flags.batch_size,
                     pools=pools,
-                    workers=asked.run.data.workers,
-                    max_pixels=asked.run.data.max_pixels,
+                    workers=data.workers,
+                    max_pixels=data.max_pixels,
                     progress=progress,
                 )
             )

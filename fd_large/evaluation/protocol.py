@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fd_large.recipes.fields import at_least
@@ -19,12 +18,12 @@ class Result(NamedTuple):
 
     Attributes:
         tables: The rich tables that the command prints.
-        files: What was written.
+        files: What was written, and more lines to print.
         code: The exit code; not 0 where a training ended early.
     """
 
     tables: Sequence[Any] = ()
-    files: Sequence[Path] = ()
+    files: Sequence[object] = ()
     code: int = 0
 
 
@@ -54,14 +53,14 @@ class Asked(NamedTuple):
         protocol: The protocol.
         flags: The command's own arguments; those of all protocols are among them.
         changes: Fields of a recipe that are given, by name.
-        run: A recipe with these fields.
+        run: A recipe with these fields; None for a command that takes none.
         train: Trains a run: (run, deepspeed_config=...) -> exit code.
     """
 
     protocol: Protocol
     flags: Any
     changes: Mapping[str, Any]
-    run: Run
+    run: Run | None
     train: Callable[..., int]
 
     def models(self) -> list[NamedModel]:
@@ -89,6 +88,7 @@ class Protocol:
             protocols read stand in a base of theirs.
         fields: Fields of a recipe that it reads, section.field; None: all.
         variant: Which of several protocols of the same name it is, as `--protocol` names them.
+        command: The command that measures by it.
     """
 
     name: str
@@ -97,3 +97,4 @@ class Protocol:
     flags: type
     fields: tuple[str, ...] | None
     variant: str = "cached"
+    command: str = "evaluate"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fd_large import files
 from fd_large.errors import ConfigError, Exit
@@ -60,43 +60,56 @@ def train(
     if code:
         return code, {}
     # Rank 0 wrote it; the others may be here before it is written.
-    file = Path(run.run_dir()) / SUMMARY
-    summary = read_json(file, holds=dict) if distributed.is_main() else {}
-    code = Exit.AGAIN if distributed.any_rank(preemption.asked_too_late()) else Exit.DONE
-    return code, distributed.broadcast_object(summary)
+    summary = distributed.of_main(lambda: read_json(Path(run.run_dir()) / SUMMARY, holds=dict))
+    return Exit.AGAIN if distributed.any_rank(preemption.asked_too_late()) else Exit.DONE, summary
 
 
-def read_record(file: str, run: Run, inputs: Mapping[str, str], what: str) -> dict[str, Any]:
-    """Returns the record of an earlier start; empty: there is none.
+class RecordedRun(NamedTuple):
+    """A run with the file in its folder that says what it is.
 
-    Args:
-        file: Its name in the run's folder.
-        run: The recipe.
-        inputs: What the recipe does not say: {"weights": a digest}.
+    Attributes:
+        file: The file's name.
         what: Words for such a run.
-
-    Raises: ConfigError: if the folder holds a run of another recipe, or with other inputs.
+        run: The recipe.
+        inputs: What the recipe does not say and decides the result: {"weights": a digest}.
+        known: What the file says besides.
     """
-    path = Path(run.run_dir()) / file
-    if not files.kind_of(path, where="--out"):
-        return {}
-    record = read_json(path, where="--out", holds=dict)
-    found = difference(Run.from_dict(record.get("recipe", {})), run)
-    found |= {name: (record.get(name), now) for name, now in inputs.items()}
-    changed = "; ".join(
-        f"{name} {was!r} -> {now!r}"
-        for name, (was, now) in found.items()
-        if was != now and decides(name, run.task.name)
-    )
-    if changed:
-        raise ConfigError(
-            f"{path.parent}: holds {what} of another recipe, other images or other weights; "
-            f"got {changed}, expected the same. Set --out to another folder."
+
+    file: str
+    what: str
+    run: Run
+    inputs: Mapping[str, str]
+    known: Mapping[str, Any] = {}
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.run_dir())
+
+    def read(self) -> dict[str, Any]:
+        """Returns the record of an earlier start; empty: there is none.
+
+        Raises: ConfigError: if the folder holds a run of another recipe, or with other inputs.
+        """
+        path = self.folder / self.file
+        if not files.kind_of(path, where="--out"):
+            return {}
+        record = read_json(path, where="--out", holds=dict)
+        found = difference(Run.from_dict(record.get("recipe", {})), self.run)
+        found |= {name: (record.get(name), now) for name, now in self.inputs.items()}
+        changed = "; ".join(
+            f"{name} {was!r} -> {now!r}"
+            for name, (was, now) in found.items()
+            if was != now and decides(name, self.run.task.name)
         )
-    return record
+        if changed:
+            raise ConfigError(
+                f"{path.parent}: holds {self.what} of another recipe, other images or other "
+                f"weights; got {changed}, expected the same. Set --out to another folder."
+            )
+        return record
 
-
-def write_record(file: str, run: Run, inputs: Mapping[str, str], **outcome: Any) -> None:
-    """Writes what a run is, and how it ended where that is known; makes its folder."""
-    known = {"recipe": run.to_dict(), **inputs}
-    write_json(out_folder(run.run_dir()) / file, {**known, **outcome})
+    def write(self, **outcome: Any) -> None:
+        """Writes what the run is, and how it ended where that is known; makes its folder."""
+        known = {"recipe": self.run.to_dict(), **self.inputs, **self.known}
+        write_json(out_folder(self.folder) / self.file, {**known, **outcome})

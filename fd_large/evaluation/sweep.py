@@ -16,11 +16,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fd_large.errors import ConfigError, DataError, Exit
-from fd_large.evaluation.recorded_runs import read_record, write_record
+from fd_large.evaluation.recorded_runs import RecordedRun
 from fd_large.recipes.fields import require
 from fd_large.recipes.file_names import CHECKPOINTS
 from fd_large.recipes.run import Run
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 HELD_OUT = 0.1
 """Fraction of the training images on which trials are tested."""
-_RECORD = "trial.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +89,14 @@ class Trial(NamedTuple):
     Attributes:
         rate: Multiple of the learning rate of the model's recipe.
         decay: The layer decay.
-        run: The recipe of the trial.
-        inputs: What the recipe does not say of them: `images`, the fingerprint of the training
-            images; `weights`, the digest of those that it starts from.
+        recorded: The trial's run; its inputs are `images`, the fingerprint of the training images,
+            and `weights`, the digest of those that it starts from.
         accuracy: On the held-out images, in per cent; None: not trained yet, or diverged.
     """
 
     rate: float
     decay: float
-    run: Run
-    inputs: Mapping[str, str]
+    recorded: RecordedRun
     accuracy: float | None = None
 
 
@@ -205,7 +203,8 @@ def trials_of(
                 run = with_point(recipe, rate, decay)
             except ConfigError as error:
                 raise ConfigError(f"--sweep_rates {rate:g}: of {recipe.name}, {error}") from None
-            trials.append(Trial(rate, decay, _held_out(run, images.root, where), inputs))
+            run = _held_out(run, images.root, where)
+            trials.append(Trial(rate, decay, RecordedRun("trial.json", "a trial", run, inputs)))
     return trials
 
 
@@ -225,26 +224,35 @@ def run_trials(trials: Sequence[Trial], train: Callable[[Run], Trained]) -> tupl
     Raises: ConfigError: if all of them diverge.
     """
     from fd_large.ranks import distributed
+    from fd_large.runtime.hooks import GUARD
+    from fd_large.runtime.run_folder import status_of
 
     ended = []
     for trial in trials:
-        found = finished(trial)
+        found, recorded = finished(trial), trial.recorded
         if found is None:
-            _record(trial)
-            code, accuracy, _ = train(trial.run)
-            diverged = code == Exit.LOOK and _has_diverged(trial)
+            distributed.of_main(recorded.write)
+            code, accuracy, _ = train(recorded.run)
+            # The guard ended it, and not something that has to be mended.
+            diverged = (
+                code == Exit.LOOK
+                and distributed.of_main(partial(status_of, recorded.folder)) == GUARD
+            )
             if code and not diverged:
                 return code, Sweep(())
             found = trial._replace(accuracy=None if diverged else accuracy)
             status = "diverged" if diverged else "done"
-            _record(found, status=status, held_out_accuracy=found.accuracy)
+            distributed.of_main(
+                partial(recorded.write, status=status, held_out_accuracy=found.accuracy)
+            )
         if distributed.is_main():
-            shutil.rmtree(Path(trial.run.run_dir()) / CHECKPOINTS, ignore_errors=True)
+            shutil.rmtree(recorded.folder / CHECKPOINTS, ignore_errors=True)
         ended.append(found)
     if all(trial.accuracy is None for trial in ended):
-        rates = sorted({trial.run.optim.base_lr for trial in ended})
+        runs = [trial.recorded.run for trial in ended]
+        rates = sorted({run.optim.base_lr for run in runs})
         raise ConfigError(
-            f"--sweep_rates: every trial of {ended[0].run.name} diverged; got the learning rates "
+            f"--sweep_rates: every trial of {runs[0].name} diverged; got the learning rates "
             f"{', '.join(f'{rate:g}' for rate in rates)}, expected one that trains. Lower "
             "--optim.base_lr."
         )
@@ -260,14 +268,10 @@ def finished(trial: Trial) -> Trial | None:
     """
     from fd_large.ranks import distributed
 
-    def read() -> tuple[bool, float | None]:
-        if not distributed.is_main():
-            return False, None
-        record = read_record(_RECORD, trial.run, trial.inputs, "a trial")
-        return "status" in record, record.get("held_out_accuracy")
-
-    is_finished, accuracy = distributed.broadcast_object(distributed.together(read))
-    return trial._replace(accuracy=accuracy) if is_finished else None
+    record = distributed.of_main(trial.recorded.read)
+    if "status" not in record:
+        return None
+    return trial._replace(accuracy=record.get("held_out_accuracy"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -283,33 +287,12 @@ def _held_out(recipe: Run, part: str, folder: Path) -> Run:
     )
 
 
-def _record(trial: Trial, **outcome: Any) -> None:
-    """Writes what a trial is, before it trains, and how it ended; rank 0 writes, a collective."""
-    from fd_large.ranks import distributed
-
-    def write() -> None:
-        if distributed.is_main():
-            write_record(_RECORD, trial.run, trial.inputs, **outcome)
-
-    distributed.together(write)
-
-
-def _has_diverged(trial: Trial) -> bool:
-    """Whether the guard ended a trial, and not something that has to be mended; a collective."""
-    from fd_large.ranks import distributed
-    from fd_large.runtime.hooks import GUARD
-    from fd_large.runtime.run_folder import status_of
-
-    is_main = distributed.is_main()
-    return distributed.broadcast_object(is_main and status_of(Path(trial.run.run_dir())) == GUARD)
-
-
 def _as_json(trial: Trial) -> dict[str, Any]:
-    optim = trial.run.optim
+    optim = trial.recorded.run.optim
     return {
         "rate": trial.rate,
         "base_lr": optim.base_lr,
         "layer_decay": optim.layer_decay,
         "held_out_accuracy": trial.accuracy,
-        "run": trial.run.run_dir(),
+        "run": str(trial.recorded.folder),
     }

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -460,6 +460,11 @@ def broadcast_object(value: T) -> T:
     dist.broadcast_object_list(box, src=0, device=device())
     moved()
     return box[0]
+
+
+def of_main(make: Callable[[], T]) -> T:
+    """Returns on all ranks what rank 0 makes, picklable; where that fails, all fail."""
+    return cast(T, broadcast_object(together(lambda: make() if is_main() else None)))
 
 
 def tensors_of_main(

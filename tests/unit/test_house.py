@@ -52,6 +52,7 @@ DESCRIPTIONS = ("tasks/*/section.py", "tasks/registry.py", "backbones/*/architec
 SEE_A_RUN = (
     "cli/*.py",
     "evaluation/*.py",
+    "evaluation/*/*.py",
     "__init__.py",
     "api.py",
     "engine/run.py",

@@ -23,7 +23,7 @@ def test_without_a_group_there_is_one_rank() -> None:
     assert distributed.sum_tensor(torch.arange(2)).tolist() == [0, 1]
     assert distributed.local_world_size() == 1
     assert distributed.max_rank(3) == 3
-    assert distributed.broadcast_object("x") == "x"
+    assert distributed.broadcast_object("x") == distributed.of_main(lambda: "x") == "x"
     assert distributed.gather_objects("x") == ["x"]
     distributed.barrier()
     distributed.stop()

@@ -329,8 +329,6 @@ def prepared(writer: CacheWriter, *, where: str, only: str = "") -> list[tuple[s
     """
 
     def prepare() -> list[tuple[str, int]]:
-        if not distributed.is_main():
-            return []
         writer.prepare(where=where)
         needed, free = writer.bytes_left(), shutil.disk_usage(writer.folder).free
         if needed > free:
@@ -341,7 +339,7 @@ def prepared(writer: CacheWriter, *, where: str, only: str = "") -> list[tuple[s
             )
         return writer.unfinished(only)
 
-    return distributed.broadcast_object(distributed.together(prepare))
+    return distributed.of_main(prepare)
 
 
 def _finish(

@@ -1,7 +1,6 @@
 """The columns of `transfer`: what models are carried on to, the recipes, the paper's figures.
 
-Adding a column is an entry of `COLUMNS`, its name in `ColumnName`, and a flag of its dataset where
-that is new (cli/transfer.py).
+Adding a column is an entry of `COLUMNS`, and a flag of its dataset where that is new (table.py).
 
 Source of the figures: Wei et al., arXiv 2205.14141: Table 1 for CLIP ViT-B/16, the ICCV text; for
 the others what the repository's README and, of ADE20K, a summary of the third version state.
@@ -10,15 +9,14 @@ the others what the repository's README and, of ADE20K, a summary of the third v
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from fd_large.recipes import registry
 from fd_large.recipes.dataset_sizes import ADE20K, COCO, IMAGENET, NYUV2
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.tasks.classification.recipe_name import recipe_name
 
-ColumnName = Literal["finetune", "linear", "ade20k", "coco", "nyuv2"]
 Figures = tuple[float, ...]
 
 
@@ -64,7 +62,7 @@ class Column(NamedTuple):
         title: Words for it.
         images: Training images of the published dataset, which decide the steps of an epoch.
         scores: What is measured.
-        recipe: (a model's architecture, `run_recipe` as in `Transfer.recipe_for`) -> its name.
+        recipes: Beginnings of the names of its recipes; empty: as the task fine-tuning chooses.
         published: The paper's figures, by the recipe of the distillation.
     """
 
@@ -73,44 +71,36 @@ class Column(NamedTuple):
     title: str
     images: int
     scores: tuple[Score, ...]
-    recipe: Callable[[FamilyArchitecture, str | None], str]
+    recipes: tuple[str, ...]
     published: Mapping[str, Published]
 
+    def recipe(self, architecture: FamilyArchitecture, run_recipe: str | None) -> str:
+        """Returns the recipe whose model is nearest in kind, then in width and depth.
 
-def nearest_recipe(*prefixes: str) -> Callable[[FamilyArchitecture, str | None], str]:
-    """Returns what chooses the recipe whose model is nearest in kind, then in width and depth.
+        Args:
+            architecture: That of the model that is trained.
+            run_recipe: As in `Transfer.recipe_for`.
+        """
+        if not self.recipes:
+            return recipe_name(architecture, run_recipe=run_recipe)
 
-    Args:
-        prefixes: Beginnings of the names of the recipes.
-    """
-    names = [name for name in registry.RECIPES if name.startswith(prefixes)]
-
-    def choose(architecture: FamilyArchitecture, run_recipe: str | None) -> str:
         def distance(name: str) -> tuple[bool, float, float]:
-            own = registry.get(name).student_architecture()
-            differs = own.is_hierarchical != architecture.is_hierarchical
-            width, depth = (_ratio(own, architecture, of) for of in (_width, _depth))
-            return differs, width, depth
+            other = registry.get(name).student_architecture()
+            (width, depth), (own_width, own_depth) = _size(other), _size(architecture)
+            differs = other.is_hierarchical != architecture.is_hierarchical
+            return differs, _ratio(width, own_width), _ratio(depth, own_depth)
 
-        return min(names, key=distance)
-
-    return choose
+        return min((n for n in registry.RECIPES if n.startswith(self.recipes)), key=distance)
 
 
-def _ratio(
-    a: FamilyArchitecture, b: FamilyArchitecture, of: Callable[[FamilyArchitecture], int]
-) -> float:
-    """How far two sizes are apart; 0 where a library alone knows one of them."""
-    sizes = of(a), of(b)
-    return abs(math.log(sizes[0] / sizes[1])) if all(sizes) else 0.0
+def _size(architecture: FamilyArchitecture) -> tuple[int, int]:
+    """Width and depth; 0 where a library alone knows them."""
+    return getattr(architecture, "embed_dim", 0), sum(getattr(architecture, "depths", ()))
 
 
-def _width(architecture: FamilyArchitecture) -> int:
-    return getattr(architecture, "embed_dim", 0)
-
-
-def _depth(architecture: FamilyArchitecture) -> int:
-    return sum(getattr(architecture, "depths", ()))
+def _ratio(a: int, b: int) -> float:
+    """How far two sizes are apart; 0 where one is not known."""
+    return abs(math.log(a / b)) if a and b else 0.0
 
 
 COLUMNS = {
@@ -122,7 +112,7 @@ COLUMNS = {
             "ImageNet fine-tuning",
             IMAGENET,
             (Score("test_top1", "fine-tuned, top-1 %"),),
-            lambda architecture, run_recipe: recipe_name(architecture, run_recipe=run_recipe),
+            (),
             {
                 "fd_clip_vit_base": Published((85.0,), (82.9,), "finetune_clip_vit_base"),
                 "fd_clip_vit_large": Published((87.7,), (86.1,), "finetune_clip_vit_large"),
@@ -138,7 +128,7 @@ COLUMNS = {
             "ImageNet linear probe",
             IMAGENET,
             (Score("test_top1", "linear, top-1 %"),),
-            lambda architecture, run_recipe: "linear_probe",
+            ("linear_probe",),
             {
                 "fd_clip_vit_base": Published((80.1,), (79.5,)),
                 "fd_dino_vit_base": Published((76.1,), (78.2,)),
@@ -150,7 +140,7 @@ COLUMNS = {
             "ADE20K segmentation",
             ADE20K,
             (Score("val_mIoU", "ADE20K, mIoU %"),),
-            nearest_recipe("ade20k_upernet_"),
+            ("ade20k_upernet_",),
             {
                 "fd_clip_vit_base": Published((51.7,), (49.5,)),
                 "fd_clip_vit_large": Published((55.7,), (53.5,)),
@@ -169,7 +159,7 @@ COLUMNS = {
                 Score("box_AP", "COCO, box AP", scale=100.0),
                 Score("mask_AP", "COCO, mask AP", scale=100.0),
             ),
-            nearest_recipe("coco_mask_rcnn_"),
+            ("coco_mask_rcnn_",),
             {"fd_clip_vit_base": Published((48.2, 42.5), (45.0, 39.8))},
         ),
         Column(
@@ -178,7 +168,7 @@ COLUMNS = {
             "NYUv2 depth",
             NYUV2,
             (Score("val_rmse", "NYUv2, RMSE m", digits=3, lower_is_better=True),),
-            nearest_recipe("nyuv2_vit_", "nyuv2_swinv2_"),
+            ("nyuv2_vit_", "nyuv2_swinv2_"),
             {"fd_clip_vit_base": Published((0.352,), (0.416,))},
         ),
     )

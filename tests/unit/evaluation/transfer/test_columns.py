@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from fd_large.backbones.registry import parameter_shapes
-from fd_large.cli.transfer_columns import COLUMNS
 from fd_large.engine.find_model import find_model
 from fd_large.engine.job import trained_at
 from fd_large.engine.student import make_student
 from fd_large.evaluation.trainings import started_from
+from fd_large.evaluation.transfer.columns import COLUMNS
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import resolve
 from fd_large.tasks.jobs import job_of

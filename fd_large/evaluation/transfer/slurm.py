@@ -6,12 +6,15 @@ import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fd_large import doors
 from fd_large.errors import ConfigError
+from fd_large.evaluation.transfer.cells import Cell
 from fd_large.files import kind_of, write_json
 from fd_large.recipes.fields import require
 from fd_large.recipes.run import Run
+from fd_large.runtime import terminal
 
 RUN_FILE = "run.json"
 """The recipe of a job, in the run's folder."""
@@ -100,6 +103,42 @@ def submit_table(
     after = [f"dependency=afterany:{':'.join(map(str, jobs))}", f"output={out}/slurm-%j.out"]
     kept = [option for option in options if option.partition("=")[0] in _OF_ALL]
     return _sbatch([*after, *kept], script(TABLE), ["--out", out], environ)
+
+
+def submit(cells: Sequence[Cell], flags: Any, environ: Mapping[str, str]) -> bool:
+    """Submits the trainings of cells, and the job that makes the table; prints what was submitted.
+
+    Args:
+        cells: What is not finished; of these, what waits or runs as a job stays as it is.
+        flags: What is asked.
+        environ: The environment that jobs inherit.
+
+    Returns: whether there is anything to wait for.
+    """
+    jobs: list[int] = []
+    console = terminal.console()
+    for cell in cells:
+        recorded = cell.recorded
+        job = recorded.read().get("job", 0)
+        before = job and is_queued(job)
+        if not before:
+            recorded.write()
+            job = submit_training(
+                recorded.run,
+                deepspeed_config=flags.deepspeed_config,
+                options=flags.sbatch,
+                environ=environ,
+            )
+            recorded.write(job=job)
+        told = ", submitted before" if before else ""
+        console.print(f"{recorded.folder}: job {job}{told}", soft_wrap=True)
+        jobs.append(job)
+    if jobs:
+        last = submit_table(flags.out, jobs, options=flags.sbatch, environ=environ)
+        console.print(
+            f"{flags.out}: job {last} makes the table once they have ended", soft_wrap=True
+        )
+    return bool(jobs)
 
 
 def is_queued(job: int) -> bool:

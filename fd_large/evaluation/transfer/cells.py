@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from fd_large.cli.transfer_columns import COLUMNS, Column
 from fd_large.errors import ConfigError, check_all, first_line
-from fd_large.evaluation import recorded_runs
+from fd_large.evaluation.recorded_runs import RecordedRun, decides
 from fd_large.evaluation.trainings import started_from
+from fd_large.evaluation.transfer.columns import COLUMNS, Column
 from fd_large.files import read_json
 from fd_large.recipes import registry
 from fd_large.recipes.run import Run, difference
@@ -76,30 +76,13 @@ class Cell(NamedTuple):
     Attributes:
         row: Its model.
         column: What it is trained on.
-        run: The recipe.
-        changed: What the user changes of the recipe of its name that may decide a score: the
-            recipe's own value and the user's, by field.
+        recorded: Its run. Its record says besides what the user changes of the recipe of its name
+            that may decide a score: the recipe's own value and the user's, by field.
     """
 
     row: Row
     column: Column
-    run: Run
-    changed: Mapping[str, tuple[Any, Any]]
-
-    @property
-    def known(self) -> dict[str, Any]:
-        """What its record and the table say of its recipe."""
-        return {"unchanged": not self.changed, "changed": dict(self.changed)}
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return Path(self.run.run_dir())
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        """What the recipe does not say of what is trained."""
-        return {"weights": self.row.weights}
+    recorded: RecordedRun
 
 
 def rows_of(runs: Sequence[str], kinds: Sequence[RowKind]) -> list[Row]:
@@ -181,10 +164,13 @@ def _cell(row: Row, column: Column, changes: Changes, root: str, out: str, seed:
     changed = {
         name: values
         for name, values in difference(base, run).items()
-        if name in changes.fields and recorded_runs.decides(name, run.task.name)
+        if name in changes.fields and decides(name, run.task.name)
     }
     changed.pop("data.root", None)
-    return Cell(row, column, run, changed)
+    known = {"unchanged": not changed, "changed": changed}
+    return Cell(
+        row, column, RecordedRun(RECORD, "a training", run, {"weights": row.weights}, known)
+    )
 
 
 def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str, Any]:
@@ -200,8 +186,9 @@ def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str
             if column in COLUMNS and record["weights"] == row.weights:
                 found[row.name, column, seed] = _described(record)
     for cell in cells:
-        key = cell.row.name, cell.column.name, cell.run.runtime.seed
-        found[key] = _described({"recipe": cell.run.to_dict(), **cell.known})
+        run, known = cell.recorded.run, cell.recorded.known
+        key = cell.row.name, cell.column.name, run.runtime.seed
+        found[key] = _described({"recipe": run.to_dict(), **known})
     return {
         "rows": [
             {"name": row.name, "label": row.model.label, "kind": row.kind}
@@ -278,7 +265,7 @@ def untrainable(cells: Iterable[Cell]) -> dict[tuple[str, str], str]:
         if cell.column.data != "imagenet":
             try:
                 with torch.device("meta"):
-                    job_of(cell.run).make_task()
+                    job_of(cell.recorded.run).make_task()
             except ConfigError as error:
                 # Its remedy is for who sets the student.
                 why = first_line(error).rsplit(". ", 1)[0]
@@ -298,7 +285,7 @@ def opens(cell: Cell) -> Callable[[], object]:
     """Opens the dataset of a cell, whose mistakes are said before hours of training."""
     from fd_large.tasks.jobs import job_of
 
-    return job_of(cell.run).open_samples
+    return job_of(cell.recorded.run).open_samples
 
 
 def states_of(out: str, cells: Sequence[Cell]) -> list[str]:
@@ -308,7 +295,7 @@ def states_of(out: str, cells: Sequence[Cell]) -> list[str]:
     """
     others = {}
     for cell in cells:
-        if not recorded_runs.read_record(RECORD, cell.run, cell.inputs, "a training"):
+        if not cell.recorded.read():
             others.update(dict.fromkeys(_elsewhere(Path(out), cell), cell.row.name))
     rows = {cell.row.name for cell in cells}
     if mistakes := [
@@ -319,25 +306,14 @@ def states_of(out: str, cells: Sequence[Cell]) -> list[str]:
         if folder.name not in rows
     ]:
         raise ConfigError("\n".join(mistakes))
-    return [read_cell(cell.folder)[0] for cell in cells]
+    return [read_cell(cell.recorded.folder)[0] for cell in cells]
 
 
 def _elsewhere(out: Path, cell: Cell) -> Iterator[Path]:
     """Folders of other rows that hold the training of a cell."""
-    for file in sorted(out.glob(f"*/{cell.column.name}/{cell.folder.name}/{RECORD}")):
-        there = replace(cell.run, runtime=replace(cell.run.runtime, run_dir=str(file.parent)))
+    run, seed = cell.recorded.run, cell.recorded.folder.name
+    for file in sorted(out.glob(f"*/{cell.column.name}/{seed}/{RECORD}")):
+        there = replace(run, runtime=replace(run.runtime, run_dir=str(file.parent)))
         with suppress(ConfigError):
-            recorded_runs.read_record(RECORD, there, cell.inputs, "a training")
+            cell.recorded._replace(run=there).read()
             yield file.parents[2]
-
-
-def record(cell: Cell, **outcome: Any) -> None:
-    """Writes what a cell is; rank 0 writes, a collective."""
-    from fd_large.ranks import distributed
-
-    distributed.together(lambda: write_record(cell, **outcome) if distributed.is_main() else None)
-
-
-def write_record(cell: Cell, **outcome: Any) -> None:
-    """Writes what a cell is, and how it ended where that is known."""
-    recorded_runs.write_record(RECORD, cell.run, cell.inputs, **cell.known, **outcome)

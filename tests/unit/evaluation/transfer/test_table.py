@@ -14,11 +14,11 @@ import transfer_toy
 from html_page import check_page
 
 from fd_large.cli.main import main
-from fd_large.cli.transfer_cells import Row, _published
-from fd_large.cli.transfer_columns import COLUMNS
 from fd_large.engine.find_model import slug
 from fd_large.errors import ConfigError, Exit, ShapeError
 from fd_large.evaluation.recorded_runs import decides
+from fd_large.evaluation.transfer.cells import Row, _published
+from fd_large.evaluation.transfer.columns import COLUMNS
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
 

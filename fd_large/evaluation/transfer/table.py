@@ -1,0 +1,239 @@
+"""Trains what is missing of a table of transfers, and makes it.
+
+A cell is a training of its own, in OUT/ROW/COLUMN/seed_N, a run folder that resumes: of a model (a
+row: a student, its teacher, random weights) by the recipe of a column. One that is finished is not
+trained again, so the same command goes on where it stopped; a folder that holds a training of
+another recipe, dataset or other weights is refused. A cell that fails is named and the others go
+on; the next start tries it after them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from fd_large.errors import ConfigError, Exit, FDError, check_all, first_line
+from fd_large.evaluation import recorded_runs
+from fd_large.evaluation.protocol import Asked, Protocol, Result
+from fd_large.evaluation.transfer import cells as cells_
+from fd_large.evaluation.transfer import slurm
+from fd_large.evaluation.transfer.cells import Cell, Changes, Row, RowKind
+from fd_large.evaluation.transfer.columns import COLUMNS, Column
+from fd_large.files import out_folder, write_json
+from fd_large.recipes.fields import at_least, require
+from fd_large.recipes.file_names import SUMMARY
+from fd_large.report.transfer import DONE, FAILED, read_cell, write_table
+from fd_large.runtime import terminal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferFlags:
+    """Flags of the table, its rows, its columns and its trainings."""
+
+    # ImageNet, or any folder with train/ and val/ that hold a folder for each class.
+    imagenet: str = ""
+    # ADE20K, or any dataset that segmentation takes (docs/segmentation.md).
+    ade20k: str = ""
+    # COCO, or any dataset that detection takes (docs/detection.md).
+    coco: str = ""
+    # NYUv2, or any dataset that depth takes (docs/depth.md).
+    nyuv2: str = ""
+    # Columns that are trained: finetune, linear, ade20k, coco, nyuv2; empty: all whose dataset is
+    # named.
+    only: tuple[str, ...] = ()
+    # Rows of each run: its student, its teacher, its student's architecture with random weights.
+    rows: tuple[RowKind, ...] = ("student", "teacher", "scratch")
+    # Number of repetitions of each cell, with runtime.seed and the seeds after it.
+    seeds: int = 1
+    # Folder of the table and of all trainings.
+    out: str = "transfer"
+    # DeepSpeed's JSON of the trainings, a name or a path.
+    deepspeed_config: str = "zero1"
+    # Make the table of what stands in --out by now, and train nothing.
+    table: bool = False
+    # Submit every training as a job of Slurm, and a last one that makes the table.
+    slurm: bool = False
+    # Options of sbatch for these jobs, without dashes: nodes=2 partition=gpu time=12:00:00. They
+    # win over those of slurm/transfer.sh.
+    sbatch: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        at_least("--seeds", self.seeds, 1, "repetitions")
+        require(bool(self.rows), "--rows: no row", "none", "at least one")
+        for name in self.only:
+            require(name in COLUMNS, "--only: no such column", name, ", ".join(COLUMNS))
+        slurm.check_options(self.sbatch)
+        require(
+            self.slurm or not self.sbatch, "--sbatch: no job is submitted", self.sbatch, "--slurm"
+        )
+
+    @property
+    def datasets(self) -> dict[str, str]:
+        """The dataset of each flag that names one; empty where it is left out."""
+        return {column.data: getattr(self, column.data) for column in COLUMNS.values()}
+
+
+def columns_of(flags: TransferFlags, *, of_all: bool = False) -> list[Column]:
+    """Returns the columns whose dataset is named.
+
+    Args:
+        flags: What is asked.
+        of_all: Whether all have a dataset.
+
+    Raises: ConfigError: if there is none.
+    """
+    columns = [
+        column
+        for column in COLUMNS.values()
+        if (of_all or flags.datasets[column.data]) and (not flags.only or column.name in flags.only)
+    ]
+    if not columns:
+        raise ConfigError(
+            "transfer: no column to train; got no dataset for "
+            f"{', '.join(flags.only) or 'any'}, expected at least one of "
+            f"{', '.join(f'--{name}' for name in flags.datasets)}. Name one."
+        )
+    return columns
+
+
+def cells_of_table(
+    runs: Sequence[str],
+    flags: TransferFlags,
+    columns: Sequence[Column],
+    changes: Mapping[str, Changes],
+) -> tuple[list[Row], list[list[Cell]]]:
+    """Returns the rows, and for each seed the cells of all columns; a collective.
+
+    Args:
+        runs: Folders of the runs that distilled the students.
+        flags: What is asked.
+        columns: The columns.
+        changes: What is changed of the recipes of each column.
+
+    Raises: FDError: for models that are not there, and recipes that cannot be changed so.
+    """
+    from fd_large.ranks import distributed, meeting
+    from fd_large.runtime import logs
+
+    logs.start(distributed.start().rank)
+    rows = meeting.meet(lambda: cells_.rows_of(runs, flags.rows))
+    return rows, [
+        [
+            cell
+            for column in columns
+            for cell in cells_.cells_of(
+                rows,
+                column,
+                changes[column.name],
+                root=flags.datasets[column.data],
+                out=flags.out,
+                seed=seed,
+            )
+        ]
+        for seed in range(flags.seeds)
+    ]
+
+
+def show(folder: Path) -> Result:
+    """Makes the table of what stands in a folder.
+
+    Raises: ConfigError: if it is not the folder of a table.
+    """
+    _, tables, files = write_table(folder)
+    return Result(tables, files)
+
+
+def _measure(asked: Asked) -> Result:
+    """Trains what is missing of the table, or submits it, and makes the table."""
+    # Jobs inherit it, and must not meet at the port of this process.
+    environ = dict(os.environ)
+    flags = asked.flags
+    columns = columns_of(flags)
+    from fd_large.ranks import distributed, meeting
+
+    rows, of_seeds = cells_of_table(flags.runs, flags, columns, asked.changes)
+    refused = meeting.meet(lambda: cells_.untrainable(of_seeds[0]))
+    cells = [
+        cell
+        for of_seed in of_seeds
+        for cell in of_seed
+        if (cell.row.model.label, cell.column.name) not in refused
+    ]
+    why = cells_.named(refused)
+    if not cells:
+        raise ConfigError(
+            f"transfer: nothing can be trained; got {why}, expected a cell that can. "
+            "Set --rows or --only to others, or name another run."
+        )
+    if refused and distributed.is_main():
+        log.warning("transfer: cannot be trained, and are left out: %s", why)
+    first = {cell.column.name: cell for cell in reversed(cells)}
+    meeting.meet(lambda: check_all(*map(cells_.opens, reversed(first.values()))))
+    states = distributed.of_main(lambda: cells_.states_of(flags.out, cells))
+    out, done = out_folder(flags.out), states.count(DONE)
+    if distributed.is_main():
+        write_json(out / SUMMARY, cells_.described(out, rows, cells))
+        terminal.console().print(f"transfer: {len(cells)} trainings, {done} of them done before")
+    # What failed before comes last: it may fail again, and end all ranks.
+    ordered = sorted(zip(states, cells, strict=True), key=lambda pair: pair[0] == FAILED)
+    missing = [cell for state, cell in ordered if state != DONE]
+    if flags.slurm:
+        if not distributed.is_main() or slurm.submit(missing, flags, environ):
+            return Result()
+        return show(out)
+    code = train_all(missing, flags.deepspeed_config, asked.train)
+    return show(out)._replace(code=code) if distributed.is_main() else Result(code=code)
+
+
+def train_all(cells: Sequence[Cell], deepspeed_config: str, train_run: Callable[..., int]) -> int:
+    """Trains cells one after the other; returns the exit code.
+
+    Args:
+        cells: What is not finished.
+        deepspeed_config: DeepSpeed's JSON, a name or a path.
+        train_run: See `Asked.train`.
+
+    Returns: 0 if all are finished, 75 where the same command is to go on, else that of what failed.
+    Raises: FDError: where several ranks train and one of them fails, which ends all of them.
+    """
+    from fd_large.ranks import distributed
+
+    worst: int = Exit.DONE
+    for number, cell in enumerate(cells, 1):
+        recorded, folder = cell.recorded, cell.recorded.folder
+        log.info("transfer: %s (%d of %d)", folder, number, len(cells))
+        distributed.of_main(recorded.write)
+        try:
+            code, _ = recorded_runs.train(recorded.run, deepspeed_config, train_run)
+            reason = read_cell(folder)[1] or f"exit code {code}"
+        except Exception as error:
+            code, reason = getattr(error, "exit_code", Exit.LOST), first_line(error)
+            if distributed.world_size() > 1:
+                if distributed.is_main():
+                    recorded.write(failure=reason)
+                raise
+            if not isinstance(error, FDError):
+                log.exception("%s: FAILED", folder)
+        if code == Exit.AGAIN:
+            return code
+        if code:
+            distributed.of_main(partial(recorded.write, failure=reason))
+            worst = max(worst, code)
+            log.error("%s: FAILED: %s; the others go on", folder, reason)
+    return worst
+
+
+TRANSFER = Protocol(
+    name="transfer",
+    title="Transfer",
+    command="transfer",
+    measure=_measure,
+    flags=TransferFlags,
+    fields=None,
+)
