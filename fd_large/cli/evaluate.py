@@ -29,7 +29,7 @@ from fd_large.recipes.task_kind import TaskKind
 from fd_large.tasks.registry import TASKS, kind_of
 
 _SCORED_FILES = {kind.scored_files: kind for kind in TASKS.values() if kind.scored_files}
-_FLAGS = tuple(dict.fromkeys(protocol.flags for protocol in PROTOCOLS))
+_FLAGS = tuple(dict.fromkeys(one.flags for one in PROTOCOLS if one.command == "evaluate"))
 # A class stands before what it inherits.
 _MOST_SPECIAL = [one for one in _FLAGS if not any(one in other.__mro__[1:] for other in _FLAGS)]
 

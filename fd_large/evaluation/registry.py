@@ -8,10 +8,12 @@ from __future__ import annotations
 from fd_large import doors
 from fd_large.errors import ConfigError
 from fd_large.evaluation.cached_probe import CACHED_PROBE
+from fd_large.evaluation.diagnosis.protocol import DIAGNOSIS
 from fd_large.evaluation.knn import KNN
 from fd_large.evaluation.protocol import Protocol
 from fd_large.evaluation.scored_runs import scored_by
 from fd_large.evaluation.trainings import trained_by
+from fd_large.evaluation.transfer.table import TRANSFER
 from fd_large.tasks.registry import TASKS
 
 _FROZEN = {protocol.name: protocol for protocol in (KNN, CACHED_PROBE)}
@@ -26,8 +28,10 @@ PROTOCOLS: tuple[Protocol, ...] = (
         if kind.trains_models
     ),
     *(scored_by(kind) for kind in TASKS.values() if kind.scores_runs),
+    TRANSFER,
+    DIAGNOSIS,
 )
-"""What `evaluate` measures by; of two of one name the first is what `--task` alone means."""
+"""The ways to measure models; of two of one name the first is what `--task` alone means."""
 
 
 def protocol_of(name: str, variant: str = "cached") -> Protocol:
@@ -41,7 +45,7 @@ def protocol_of(name: str, variant: str = "cached") -> Protocol:
     """
     built_in: dict[str, Protocol] = {}
     for one in PROTOCOLS:
-        if one.name not in built_in or one.variant == variant:
+        if one.command == "evaluate" and (one.name not in built_in or one.variant == variant):
             built_in[one.name] = one
     # A file that lacks the name is not imported.
     doors.require_known(name, kind="protocols", where="--task", built_in=built_in)

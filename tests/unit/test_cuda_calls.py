@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fd_large.checkpoint.write import Piece, Saver
-from fd_large.cli import diagnose, doctor, doctor_checks, plan_probe
+from fd_large.cli import doctor, doctor_checks, plan_probe
 from fd_large.data.loader import Batch, load_batches
 from fd_large.engine import memory, opening
 from fd_large.engine.counting import count, micro_batch, phases, rates
@@ -23,6 +23,7 @@ from fd_large.engine.prefetch import Prefetch
 from fd_large.engine.zero import config, engine, optimizer
 from fd_large.errors import LaunchError
 from fd_large.evaluation import results
+from fd_large.evaluation.diagnosis.protocol import device_name
 from fd_large.kernels import operation
 from fd_large.ranks import distributed, meeting
 from fd_large.ranks.launch import Launch
@@ -369,7 +370,7 @@ def test_a_card_that_does_not_compute(card: Card, monkeypatch) -> None:
 
 
 def test_tables_name_the_card(card: Card, tmp_path) -> None:
-    assert diagnose._device(distributed.device()) == card.name
+    assert device_name(distributed.device()) == card.name
     model = SimpleNamespace(label="a", source="a", image_size=32)
     rows = [results.Row(model, [50.0], [{}], [])]
     with pytest.MonkeyPatch.context() as patch:

@@ -25,9 +25,6 @@ from fd_large.data.labelled import LabelledImages, open_labelled
 from fd_large.data.loader import Batch
 from fd_large.data.photographs import Photographs
 from fd_large.data.views import ViewSettings
-from fd_large.diagnose.examine import Extent, examine
-from fd_large.diagnose.models import load_model
-from fd_large.diagnose.sample import Sample
 from fd_large.engine import ema, forward_backward
 from fd_large.engine.incident_evidence import evidence_of
 from fd_large.engine.loop import Trainer, TrainingPlan
@@ -37,6 +34,9 @@ from fd_large.engine.student import make_student
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.engine import Engine
+from fd_large.evaluation.diagnosis.examine import Extent, examine
+from fd_large.evaluation.diagnosis.models import load_model
+from fd_large.evaluation.diagnosis.sample import Sample
 from fd_large.probes import knn, linear
 from fd_large.probes.features import Features, extract
 from fd_large.ranks import distributed

@@ -29,12 +29,16 @@ def words(labelled_images, tmp_path, monkeypatch):
 
 
 def test_each_name_with_each_variant_is_one_protocol():
-    keys = [(protocol.name, protocol.variant) for protocol in PROTOCOLS]
+    keys = [(one.name, one.variant) for one in PROTOCOLS]
     assert len(set(keys)) == len(keys)
-    for protocol in PROTOCOLS:
+    assert {one.name: one.command for one in PROTOCOLS if one.command != "evaluate"} == {
+        "transfer": "transfer",
+        "diagnose": "diagnose",
+    }
+    for protocol in (one for one in PROTOCOLS if one.command == "evaluate"):
         assert protocol_of(protocol.name, protocol.variant) is protocol
     measured = {kind.name for kind in TASKS.values() if kind.trains_models or kind.scores_runs}
-    assert {name for name, _ in keys} == {"knn", "linear", *measured}
+    assert {name for name, _ in keys} == {"knn", "linear", *measured, "transfer", "diagnose"}
     assert protocol_of("linear").flags is not protocol_of("linear", "official").flags
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fd_large.backbones.token_positions import image_positions, window_positions
-from fd_large.diagnose.attention_measures import (
+from fd_large.evaluation.diagnosis.attention_measures import (
     LayerFigures,
     average_map,
     head_distances,

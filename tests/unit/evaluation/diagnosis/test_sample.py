@@ -8,9 +8,9 @@ import pytest
 import torch
 from torchvision.io import write_png
 
-from fd_large.diagnose.examine import num_batches
-from fd_large.diagnose.sample import Sample
 from fd_large.errors import DataError
+from fd_large.evaluation.diagnosis.examine import num_batches
+from fd_large.evaluation.diagnosis.sample import Sample
 
 
 @pytest.fixture

@@ -17,13 +17,13 @@ from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP, normalise
 from fd_large.data.centre_crops import central_view
-from fd_large.diagnose.examine import blocks_of
-from fd_large.diagnose.landscape import curve, random_direction
-from fd_large.diagnose.models import DRIFT, LoadedModel, Loss
-from fd_large.diagnose.models import load_model as load
-from fd_large.diagnose.sample import Sample
 from fd_large.engine.find_model import NamedModel
 from fd_large.errors import ConfigError
+from fd_large.evaluation.diagnosis.examine import blocks_of
+from fd_large.evaluation.diagnosis.landscape import curve, random_direction
+from fd_large.evaluation.diagnosis.models import DRIFT, LoadedModel, Loss
+from fd_large.evaluation.diagnosis.models import load_model as load
+from fd_large.evaluation.diagnosis.sample import Sample
 from fd_large.recipes import registry
 from fd_large.recipes.sections import Data, Student
 from fd_large.recipes.stored import read_recipe

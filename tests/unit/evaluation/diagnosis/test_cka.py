@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fd_large.diagnose.cka import Similarity, gram, hsic
+from fd_large.evaluation.diagnosis.cka import Similarity, gram, hsic
 
 
 def cka(a: Tensor, b: Tensor, batch_size: int) -> float:

@@ -14,12 +14,12 @@ from PIL import Image
 from fd_large.backbones.statistics import OPENAI_CLIP, normalise
 from fd_large.backbones.token_positions import TokenPositions
 from fd_large.cli import main as cli
-from fd_large.diagnose import examine
-from fd_large.diagnose.attention_maps import maps_to
-from fd_large.diagnose.attention_measures import prefix_share
-from fd_large.diagnose.examine import Extent
-from fd_large.diagnose.models import load_model
-from fd_large.diagnose.sample import Sample
+from fd_large.evaluation.diagnosis import examine
+from fd_large.evaluation.diagnosis.attention_maps import maps_to
+from fd_large.evaluation.diagnosis.attention_measures import prefix_share
+from fd_large.evaluation.diagnosis.examine import Extent
+from fd_large.evaluation.diagnosis.models import load_model
+from fd_large.evaluation.diagnosis.sample import Sample
 from fd_large.report.diagnosis_page import SENTENCES
 
 ROOT = "builtin:photographs"

@@ -7,20 +7,22 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.backbones.token_positions import TokenPositions
-from fd_large.diagnose.attention_maps import maps_to
-from fd_large.diagnose.attention_measures import LayerFigures
-from fd_large.diagnose.cka import LEAST_IMAGES, Similarity, gram
-from fd_large.diagnose.findings import Findings
-from fd_large.diagnose.landscape import curve, random_direction, surface
-from fd_large.diagnose.models import LoadedModel, Loss
-from fd_large.diagnose.sample import Sample, Views
+from fd_large.evaluation.diagnosis.attention_maps import maps_to
+from fd_large.evaluation.diagnosis.attention_measures import LayerFigures
+from fd_large.evaluation.diagnosis.cka import LEAST_IMAGES, Similarity, gram
+from fd_large.evaluation.diagnosis.landscape import curve, random_direction, surface
+from fd_large.evaluation.diagnosis.models import LoadedModel, Loss
+from fd_large.evaluation.diagnosis.sample import Sample, Views
+from fd_large.files import replacing, write_json
 from fd_large.ranks import distributed
 
 MAP = "map"
@@ -57,6 +59,21 @@ class Extent:
     def losses(self) -> int:
         """Steps at which a loss is computed."""
         return self.seeds * self.points + self.side**2
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found.
+
+    Attributes:
+        models: The figures of each model, as plain values.
+        cka: {"layers": names by model, "matrix": rows of all models' layers, one after the other}.
+        averages: The average attention of each model by layer, (P, P) float64.
+    """
+
+    models: list[dict[str, Any]]
+    cka: dict[str, Any]
+    averages: list[dict[str, Tensor]]
 
 
 def num_batches(images: int, batch_size: int) -> int:
@@ -127,6 +144,29 @@ def examine(
     matrix = similarity.matrix().tolist() if names else []
     cka = {"layers": by_model, "matrix": [[_plain(v) for v in row] for row in matrix]}
     return Findings(figures, cka, averages)
+
+
+def write_findings(folder: Path, findings: Findings, facts: dict[str, Any]) -> dict[str, Any]:
+    """Writes both files; returns the content of diagnosis.json.
+
+    Args:
+        folder: Folder of the diagnosis; it exists.
+        findings: What was found.
+        facts: Further plain values for diagnosis.json, such as the number of images.
+    """
+    arrays = {}
+    for number, (model, averages) in enumerate(
+        zip(findings.models, findings.averages, strict=True)
+    ):
+        for place, layer in enumerate(model["attention"]):
+            if layer["layer"] in averages:
+                average = averages[layer["layer"]].numpy().astype(numpy.float32)
+                arrays[f"model_{number}_layer_{place}"] = average
+    with replacing(folder / "averages.npz") as aside, aside.open("wb") as file:
+        numpy.savez_compressed(file, **arrays)
+    diagnosis = {**facts, "models": findings.models, "cka": findings.cka}
+    write_json(folder / "diagnosis.json", diagnosis)
+    return diagnosis
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:

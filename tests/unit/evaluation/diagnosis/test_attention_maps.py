@@ -22,7 +22,7 @@ from fd_large.backbones.token_positions import (
     window_positions,
 )
 from fd_large.backbones.vit.vit import ViT
-from fd_large.diagnose.attention_maps import maps_to
+from fd_large.evaluation.diagnosis.attention_maps import maps_to
 
 vit = partial(ViT, 32, 2, 4, patch_size=8, image_size=(24, 32))
 NETS: dict[str, tuple[Any, tuple[int, int]]] = {

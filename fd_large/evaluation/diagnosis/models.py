@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.checkpoint import stream
-from fd_large.diagnose.sample import Sample
 from fd_large.engine.checkpoint_models import stored_task
 from fd_large.engine.find_model import NamedModel, find_model
 from fd_large.engine.task import Task
 from fd_large.errors import DataError, WeightsError
+from fd_large.evaluation.diagnosis.sample import Sample
 from fd_large.ranks import distributed
 from fd_large.recipes.sections import RANDOM
 from fd_large.tasks.jobs import job_of, stored_run_of

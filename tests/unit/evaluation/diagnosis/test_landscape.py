@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fd_large.diagnose.examine import Extent
-from fd_large.diagnose.landscape import curve, random_direction, surface
+from fd_large.evaluation.diagnosis.examine import Extent
+from fd_large.evaluation.diagnosis.landscape import curve, random_direction, surface
 
 
 def net() -> nn.Module:
