@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from fd_large.cli.arguments import AllowsCode, parse_with_recipe
 from fd_large.cli.evaluate import measured
-from fd_large.cli.output import show, tables
+from fd_large.cli.output import tables
 from fd_large.cli.paths import require_paths
 from fd_large.cli.transfer_plan import cost_of, report
 from fd_large.errors import ConfigError, check_all
 from fd_large.evaluation.trainings import refuse_other_task
 from fd_large.evaluation.transfer import table
-from fd_large.evaluation.transfer.cells import Cell, Changes
+from fd_large.evaluation.transfer.cells import Changes
 from fd_large.evaluation.transfer.columns import COLUMNS
 from fd_large.files import check_out
 from fd_large.plan.rates import rates_of
@@ -153,9 +152,7 @@ def transfer(own: Transfer, changes: Mapping[str, Changes]) -> int:
     Raises: FDError: for the user's mistakes.
     """
     if own.table:
-        made = table.show(Path(own.out))
-        show(made.tables, made.files)
-        return made.code
+        return measured(table.TRANSFER, own, changes)
     if not own.runs:
         raise ConfigError(
             "transfer: RUN is missing; got none, expected the folder of a run. Name one, for "
@@ -167,24 +164,19 @@ def transfer(own: Transfer, changes: Mapping[str, Changes]) -> int:
     columns = table.columns_of(own, of_all=own.plan and not any(own.datasets.values()))
     if not own.plan:
         return measured(table.TRANSFER, own, changes)
-    _, (cells, *_) = table.cells_of_table(own.runs, own, columns, changes)
+    rows, cells = table.cells_of_table(own, columns, changes)
+    of_seed = cells[: len(rows) * len(columns)]
+    costs = [
+        (cell, cost_of(cell.recorded.run, cell.column.images, gpus=own.gpus, gpu=own.gpu))
+        for cell in of_seed
+    ]
+    tables().print(
+        report(
+            [(c.row.model.label, c.column.name, c.recorded.run, cost) for c, cost in costs],
+            seeds=own.seeds,
+            gpu=own.gpu,
+        )
+    )
     from fd_large.ranks import distributed
 
-    show_plan(own, cells)
     return distributed.leave(0)
-
-
-def show_plan(own: Transfer, cells: Sequence[Cell]) -> None:
-    """Prints what the trainings of one seed cost, and all of them."""
-    runs = [(cell, cell.recorded.run) for cell in cells]
-    costs = [
-        (
-            cell.row.model.label,
-            cell.column.name,
-            run,
-            cost_of(run, cell.column.images, gpus=own.gpus, gpu=own.gpu),
-        )
-        for cell, run in runs
-    ]
-    columns = dict.fromkeys(cell.column.name for cell in cells)
-    tables().print(report(costs, columns=columns, seeds=own.seeds, gpu=own.gpu))

@@ -63,18 +63,15 @@ def cost_of(run: Run, images: int, *, gpus: int, gpu: str) -> Cost:
     return Cost(steps, ranks, hours, best.memory.total)
 
 
-def report(
-    costs: Sequence[tuple[str, str, Run, Cost]], *, columns: Iterable[str], seeds: int, gpu: str
-) -> Group:
+def report(costs: Sequence[tuple[str, str, Run, Cost]], *, seeds: int, gpu: str) -> Group:
     """Returns what is printed.
 
     Args:
         costs: Label of the row, name of the column, recipe and cost of each training of a seed.
-        columns: The names of the columns, in order.
         seeds: Number of repetitions.
         gpu: Name of the card.
     """
-    columns = list(columns)
+    columns = list(dict.fromkeys(column for _, column, _, _ in costs))
     table = _table(f"GPU-hours of the table on {gpu}, one seed", ("model", *columns, "all"))
     found = {(row, column): cost for row, column, _, cost in costs}
     rows = list(dict.fromkeys(row for row, _ in found))

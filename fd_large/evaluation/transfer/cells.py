@@ -125,24 +125,30 @@ def rows_of(runs: Sequence[str], kinds: Sequence[RowKind]) -> list[Row]:
 
 
 def cells_of(
-    rows: Sequence[Row], column: Column, changes: Changes, *, root: str, out: str, seed: int
+    rows: Sequence[Row],
+    columns: Sequence[Column],
+    changes: Mapping[str, Changes],
+    flags: Any,
+    seed: int,
 ) -> list[Cell]:
-    """Returns the cells of a column, one for each row.
+    """Returns the cells of a repetition, by columns, one for each row.
 
     Args:
         rows: The models.
-        column: The column.
-        changes: What the user changes of its recipes.
-        root: Folder of its dataset.
-        out: Folder of the table.
+        columns: The columns.
+        changes: What the user changes of the recipes of each column.
+        flags: The flags of the table.
         seed: Number of the repetition.
 
     Raises: ConfigError: if a recipe cannot be changed so, or takes no such model; all of them.
     """
-    return check_all(*(partial(_cell, row, column, changes, root, out, seed) for row in rows))
+    each = [(row, column) for column in columns for row in rows]
+    return check_all(
+        *(partial(_cell, row, column, changes[column.name], flags, seed) for row, column in each)
+    )
 
 
-def _cell(row: Row, column: Column, changes: Changes, root: str, out: str, seed: int) -> Cell:
+def _cell(row: Row, column: Column, changes: Changes, flags: Any, seed: int) -> Cell:
     from fd_large.engine.find_model import find_model
     from fd_large.tasks.jobs import job_of
 
@@ -154,12 +160,12 @@ def _cell(row: Row, column: Column, changes: Changes, root: str, out: str, seed:
     if size and kind_of(base.task.name).trains_models:
         # The model's positions are resized, which other tasks do by themselves.
         model = find_model(model.source, job_of, image_size=size)
-    fields = {**changes.fields, "data.root": root}
+    fields = {**changes.fields, "data.root": flags.datasets[column.data]}
     if not hasattr(base.student_architecture(), "window_size"):
         fields.pop("student.architecture.window_size", None)
     started = started_from(model, base, fields)
     seed += started.runtime.seed
-    folder = Path(out) / row.name / column.name / f"seed_{seed}"
+    folder = Path(flags.out) / row.name / column.name / f"seed_{seed}"
     run = replace(started, runtime=replace(started.runtime, run_dir=str(folder), seed=seed))
     changed = {
         name: values

@@ -14,7 +14,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from fd_large.errors import ConfigError, Exit, FDError, check_all, first_line
 from fd_large.evaluation import recorded_runs
@@ -103,15 +105,11 @@ def columns_of(flags: TransferFlags, *, of_all: bool = False) -> list[Column]:
 
 
 def cells_of_table(
-    runs: Sequence[str],
-    flags: TransferFlags,
-    columns: Sequence[Column],
-    changes: Mapping[str, Changes],
-) -> tuple[list[Row], list[list[Cell]]]:
-    """Returns the rows, and for each seed the cells of all columns; a collective.
+    flags: Any, columns: Sequence[Column], changes: Mapping[str, Changes]
+) -> tuple[list[Row], list[Cell]]:
+    """Returns the rows and all cells, seed by seed; a collective.
 
     Args:
-        runs: Folders of the runs that distilled the students.
         flags: What is asked.
         columns: The columns.
         changes: What is changed of the recipes of each column.
@@ -122,49 +120,24 @@ def cells_of_table(
     from fd_large.runtime import logs
 
     logs.start(distributed.start().rank)
-    rows = meeting.meet(lambda: cells_.rows_of(runs, flags.rows))
-    return rows, [
-        [
-            cell
-            for column in columns
-            for cell in cells_.cells_of(
-                rows,
-                column,
-                changes[column.name],
-                root=flags.datasets[column.data],
-                out=flags.out,
-                seed=seed,
-            )
-        ]
-        for seed in range(flags.seeds)
-    ]
-
-
-def show(folder: Path) -> Result:
-    """Makes the table of what stands in a folder.
-
-    Raises: ConfigError: if it is not the folder of a table.
-    """
-    _, tables, files = write_table(folder)
-    return Result(tables, files)
+    rows = meeting.meet(lambda: cells_.rows_of(flags.runs, flags.rows))
+    of_seeds = (cells_.cells_of(rows, columns, changes, flags, n) for n in range(flags.seeds))
+    return rows, [*chain.from_iterable(of_seeds)]
 
 
 def _measure(asked: Asked) -> Result:
     """Trains what is missing of the table, or submits it, and makes the table."""
+    flags = asked.flags
+    if flags.table:
+        return _made(Path(flags.out))
     # Jobs inherit it, and must not meet at the port of this process.
     environ = dict(os.environ)
-    flags = asked.flags
     columns = columns_of(flags)
     from fd_large.ranks import distributed, meeting
 
-    rows, of_seeds = cells_of_table(flags.runs, flags, columns, asked.changes)
-    refused = meeting.meet(lambda: cells_.untrainable(of_seeds[0]))
-    cells = [
-        cell
-        for of_seed in of_seeds
-        for cell in of_seed
-        if (cell.row.model.label, cell.column.name) not in refused
-    ]
+    rows, cells = cells_of_table(flags, columns, asked.changes)
+    refused = meeting.meet(lambda: cells_.untrainable(cells[: len(rows) * len(columns)]))
+    cells = [c for c in cells if (c.row.model.label, c.column.name) not in refused]
     why = cells_.named(refused)
     if not cells:
         raise ConfigError(
@@ -186,9 +159,15 @@ def _measure(asked: Asked) -> Result:
     if flags.slurm:
         if not distributed.is_main() or slurm.submit(missing, flags, environ):
             return Result()
-        return show(out)
+        return _made(out)
     code = train_all(missing, flags.deepspeed_config, asked.train)
-    return show(out)._replace(code=code) if distributed.is_main() else Result(code=code)
+    return _made(out)._replace(code=code) if distributed.is_main() else Result(code=code)
+
+
+def _made(folder: Path) -> Result:
+    """The table of what stands in a folder."""
+    _, tables, files = write_table(folder)
+    return Result(tables, files)
 
 
 def train_all(cells: Sequence[Cell], deepspeed_config: str, train_run: Callable[..., int]) -> int:
