@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -234,58 +234,7 @@ def load_samples(
     return loaded
 
 
-class LoadedViews(NamedTuple):
-    """Views of some positions.
-
-    Attributes:
-        images: (B, 3, S, S) uint8; black where no image could be used.
-        indices: (B,) int64, the samples that were taken.
-        bad: For each position the messages of samples that were tried and cannot be used.
-    """
-
-    images: torch.Tensor
-    indices: torch.Tensor
-    bad: tuple[tuple[str, ...], ...]
-
-
-def load_views(
-    source: ImageSource,
-    positions: NDArray[np.int64],
-    settings: views.ViewSettings,
-    change: Callable[[torch.Tensor, int], torch.Tensor],
-    *,
-    seed: int,
-    epoch: int,
-) -> LoadedViews:
-    """Loads the random views of some positions of an epoch.
-
-    Args:
-        source: The images.
-        positions: (B,), places in the epoch's order.
-        settings: How an image becomes a view.
-        change: What else is done to a view, given its place in `positions`.
-        seed: The run's seed.
-        epoch: Epoch, counted from 0.
-    """
-    crops = uniforms(seed, epoch, positions, "view", views.NUM_DRAWS).tolist()
-    loaded = _load_at(
-        lambda place, index: change(
-            views.random_view(source, index, crops[place], settings), place
-        ),
-        source,
-        positions,
-        seed=seed,
-        epoch=epoch,
-    )
-    black = torch.zeros(3, *[settings.image_size] * 2, dtype=torch.uint8)
-    return LoadedViews(
-        torch.stack([black if sample.value is None else sample.value for sample in loaded]),
-        torch.tensor([sample.index for sample in loaded]),
-        tuple(sample.bad for sample in loaded),
-    )
-
-
-def _load_at(
+def load_at(
     make: Callable[[int, int], T],
     source: ImageSource,
     positions: NDArray[np.int64],
@@ -293,7 +242,15 @@ def _load_at(
     seed: int,
     epoch: int,
 ) -> list[Loaded[T]]:
-    """`load_samples` of the samples that the epoch's order has at some positions."""
+    """Makes something of the samples that the epoch's order has at some positions.
+
+    Args:
+        make: Takes a place in `positions` and a sample's number; DataError if it cannot be used.
+        source: The images.
+        positions: (B,), places in the epoch's order.
+        seed: The run's seed.
+        epoch: Epoch, counted from 0.
+    """
     return load_samples(
         make,
         positions,
@@ -372,7 +329,7 @@ class ViewBatches(Dataset):
             view = views.jittered_view(self.source, index, draws_at(place, index), settings)
             return view, self.beside.of(index, view) if self.beside else None
 
-        loaded = _load_at(make, self.source, positions, seed=self.seed, epoch=self.epoch)
+        loaded = load_at(make, self.source, positions, seed=self.seed, epoch=self.epoch)
         black = torch.zeros(3, *[settings.image_size] * 2, dtype=torch.uint8)
         blank = black, self.beside.blank() if self.beside else None
         pairs = [blank if one.value is None else one.value for one in loaded]

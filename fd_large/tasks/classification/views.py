@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.data.labelled import LabelledImages
-from fd_large.data.loader import Batch, load_views
+from fd_large.data.loader import Batch, load_at
 from fd_large.data.mixing import group_starts, with_partners
 from fd_large.data.random_numbers import uniforms
-from fd_large.data.views import ViewSettings
+from fd_large.data.views import NUM_DRAWS, ViewSettings, random_view
 from fd_large.tasks.classification import augment, mixing
 from fd_large.tasks.classification.section import FineTune
 
@@ -69,11 +69,19 @@ class LabelledViews:
             positions: (B,) in the epoch's order.
             change: What else is done to a view, given which of the positions it is of.
         """
-        loaded = load_views(
-            self.source, positions, self.settings, change, seed=self.seed, epoch=self.epoch
+        crops = self.draws(positions, "view", NUM_DRAWS)
+
+        def make(place: int, index: int) -> Tensor:
+            return change(random_view(self.source, index, crops[place], self.settings), place)
+
+        loaded = load_at(make, self.source, positions, seed=self.seed, epoch=self.epoch)
+        black = torch.zeros(3, *[self.settings.image_size] * 2, dtype=torch.uint8)
+        return Labelled(
+            torch.stack([black if one.value is None else one.value for one in loaded]),
+            torch.tensor([one.index for one in loaded]),
+            torch.tensor([self.source.label(one.index) for one in loaded]),
+            tuple(one.bad for one in loaded),
         )
-        labels = [self.source.label(index) for index in loaded.indices.tolist()]
-        return Labelled(loaded.images, loaded.indices, torch.tensor(labels), loaded.bad)
 
     def draws(self, positions: NDArray[np.int64], stream: str, count: int) -> list[list[float]]:
         """Returns (B, count) numbers in [0, 1) of a stream."""
