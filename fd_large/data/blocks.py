@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large.data.folder import MAX_FILE_BYTES
+from fd_large.data.folder import OpenFile
 from fd_large.data.listing import cache_folder, locked
 from fd_large.data.objects import Stored
 from fd_large.data.sampler import Blocks
@@ -78,7 +78,7 @@ class BlockWriter:
         self.file.write(_TRAILER.pack(len(self._rows) // 4, len(self._names), _MAGIC))
 
 
-class BlockFile:
+class BlockFile(OpenFile):
     """An open block; `len` of it is the number of its images.
 
     Attributes:
@@ -86,17 +86,17 @@ class BlockFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        end = os.fstat(self._number).st_size - _TRAILER.size
-        trailer = os.pread(self._number, _TRAILER.size, max(0, end))
+        super().__init__(path)
+        end = os.fstat(self.number).st_size - _TRAILER.size
+        trailer = os.pread(self.number, _TRAILER.size, max(0, end))
         if len(trailer) < _TRAILER.size or trailer[-len(_MAGIC) :] != _MAGIC:
             raise ValueError("not a block")
         num, num_bytes, _ = _TRAILER.unpack(trailer)
-        index = os.pread(self._number, num * 32 + num_bytes, end - num * 32 - num_bytes)
+        index = os.pread(self.number, num * 32 + num_bytes, end - num * 32 - num_bytes)
         rows = np.frombuffer(index, np.int64, num * 4).reshape(num, 4)
         self._starts, self._sizes, self.labels, self._name_ends = rows.T
         self._names = index[num * 32 :]
-        os.utime(self._number)  # Used: others make room first.
+        os.utime(self.number)  # Used: others make room first.
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -106,20 +106,9 @@ class BlockFile:
         start = int(self._name_ends[place - 1]) if place else 0
         return os.fsdecode(self._names[start : int(self._name_ends[place])])
 
-    def read(self, place: int) -> bytearray:
+    def image(self, place: int) -> bytearray:
         """The bytes of an image; OSError if they cannot be read."""
-        size = int(self._sizes[place])
-        if size > MAX_FILE_BYTES:
-            raise OSError(f"an image of {size} bytes")
-        encoded = bytearray(size)
-        done = os.preadv(self._number, [encoded], int(self._starts[place])) if size else 0
-        if done < size:
-            raise OSError(f"{done} of {size} bytes")
-        return encoded
-
-    def __del__(self) -> None:
-        if hasattr(self, "_number"):
-            os.close(self._number)
+        return self.read(int(self._starts[place]), int(self._sizes[place]))
 
 
 class BlockCache(NamedTuple):
@@ -285,7 +274,7 @@ class BlockImages:
         """
         number, place = self.blocks.block(index)
         try:
-            return self._open(number).read(place)
+            return self._open(number).image(place)
         except (DataError, OSError) as error:
             raise DataError(
                 f"{self[index]}: cannot be read; got {getattr(error, 'strerror', None) or error}"

@@ -163,6 +163,33 @@ def read_image(path: str) -> bytearray:
         ) from error
 
 
+class OpenFile:
+    """An open file with many images, closed with the last reference to it.
+
+    Nothing is read by the descriptor's own offset, which forked processes share.
+
+    Attributes:
+        number: The descriptor.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, offset: int, size: int) -> bytearray:
+        """The bytes of an image; OSError if they cannot be read, or are too many for one."""
+        if size > MAX_FILE_BYTES:
+            raise OSError(f"an image of {size} bytes")
+        encoded = bytearray(size)
+        done = os.preadv(self.number, [encoded], offset) if size else 0
+        if done < size:
+            raise OSError(f"{done} of {size} bytes")
+        return encoded
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
 def paths_below(name: str) -> Iterator[tuple[str, ...]]:
     """Yields the parts of paths below a dataset's folder that a name in its files may mean.
 

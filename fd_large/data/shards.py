@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large.data.folder import EXTENSIONS, MAX_FILE_BYTES, walk
+from fd_large.data.folder import EXTENSIONS, OpenFile, walk
 from fd_large.data.listing import Add, filled, listed, settled
 from fd_large.data.roots import BRACES, expand_braces, local_kind
 from fd_large.data.tar_index import NO_LABEL, images_in
@@ -103,21 +103,11 @@ class TarShards:
 
         Raises: DataError: if the shard cannot be read or is no longer the one that was indexed.
         """
-        number = self._listing.number("shard", index)
-        size = self._listing.number("size", index)
+        number, offset, size = (
+            self._listing.number(column, index) for column in ("shard", "offset", "size")
+        )
         try:
-            if size > MAX_FILE_BYTES:
-                raise OSError(f"a member of {size} bytes")
-            encoded = bytearray(size)
-            done = self._files.read(
-                self.paths[number],
-                self.sizes_and_times[number],
-                encoded,
-                self._listing.number("offset", index),
-            )
-            if done < size:
-                raise OSError(f"{done} of {size} bytes")
-            return encoded
+            return self._files.read(self.paths[number], self.sizes_and_times[number], offset, size)
         except OSError as error:
             raise DataError(
                 f"{self[index]}: cannot be read; got {error.strerror or error}, expected an "
@@ -173,34 +163,33 @@ class _Files:
 
     Opening a shard for each image would cost a parallel file system as much as loose images do. A
     descriptor says nothing of a shard that has taken another's place, so that path and descriptor
-    are looked at again now and then. Nothing is read by a descriptor's own offset, which forked
-    processes share.
+    are looked at again now and then.
     """
 
     def __init__(self) -> None:
         # path -> descriptor, and when its shard was last found to be the one that was indexed.
-        self._open: OrderedDict[str, tuple[_Descriptor, float]] = OrderedDict()
+        self._open: OrderedDict[str, tuple[OpenFile, float]] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Files, ()
 
-    def read(self, path: str, indexed: list[int], into: bytearray, offset: int) -> int:
-        """Reads bytes of a shard; returns how many there were.
+    def read(self, path: str, indexed: list[int], offset: int, size: int) -> bytearray:
+        """Reads bytes of a shard.
 
-        Raises: OSError: if it cannot be read, or is no longer the one that was indexed.
+        Raises: OSError: if they cannot be read, or it is no longer the one that was indexed.
         """
         try:
-            return self._file(path, indexed).read(into, offset)
+            return self._file(path, indexed).read(offset, size)
         except OSError:
             if self._open.pop(path, None) is None:
                 raise  # It could not be opened, or is another.
-            return self._file(path, indexed).read(into, offset)
+            return self._file(path, indexed).read(offset, size)
 
-    def _file(self, path: str, indexed: list[int]) -> _Descriptor:
+    def _file(self, path: str, indexed: list[int]) -> OpenFile:
         now = time.monotonic()
         file, checked = self._open.pop(path, (None, -math.inf))
         if file is None:
-            file = _Descriptor(path)
+            file = OpenFile(path)
             self._check(os.fstat(file.number), indexed)
             checked = now
         elif now - checked > CHECK_SECONDS:
@@ -214,20 +203,6 @@ class _Files:
     def _check(self, status: os.stat_result, indexed: list[int]) -> None:
         if _size_and_time(status) != indexed:
             raise OSError("a shard that changed since it was indexed")
-
-
-class _Descriptor:
-    """An open file, closed with the last reference to it."""
-
-    def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def read(self, into: bytearray, offset: int) -> int:
-        return os.preadv(self.number, [into], offset)
-
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
 
 
 def _most_open() -> int:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fd_large.data import blocks, roots, sampler
+from fd_large.data import folder, roots, sampler
 from fd_large.data import tables as table_images
 from fd_large.data.folder import ImageFolder
 from fd_large.data.labelled import open_labelled, open_split, training_part
@@ -187,7 +187,7 @@ def test_an_image_beside_the_table_is_found_by_its_path(tmp_path, picture_folder
 
 
 def test_a_cell_larger_than_a_file_may_be_is_no_image(tmp_path, monkeypatch):
-    for module in (blocks, table_images):
+    for module in (folder, table_images):
         monkeypatch.setattr(module, "MAX_FILE_BYTES", 1000)
     tables = {"mixed": [b"\0" * 5000, *[b"image"] * 9], "alone": [b"\0" * 5000]}
     sources = {}
