@@ -37,9 +37,7 @@ class Profiler(Hook):
         assert steps >= 1
         self._steps = steps
         self._profile: profile | None = None
-        self._written = ""
-        self._shares: dict[str, float] = {}
-        self._index = -1
+        self._over = False
 
     def on_start(self, setting: Setting) -> None:
         """Prepares the trace, on rank 0."""
@@ -48,23 +46,13 @@ class Profiler(Hook):
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
-        first = setting.first_update + UNTRACED + WARM_UP
 
         def write(finished: profile) -> None:
+            self._over = True
+            first = setting.first_update + UNTRACED + WARM_UP
             # A run may end before the last step that was asked for.
-            name = f"updates_{first}_to_{self._index}.pt.trace.json.gz"
-            path = setting.folder / "profile" / name
-            shares = communication_shares(finished.events())
-            try:
-                setting.must_own()
-                path.parent.mkdir(exist_ok=True)
-                finished.export_chrome_trace(str(path))
-                write_json(path.with_name("communication.json"), shares)
-            except (OSError, RuntimeError) as error:  # A full disk is no reason to end a run.
-                log.error("--profile: %s was not written: %s", path, error)
-                return
-            self._written = str(path)
-            self._shares = shares
+            name = f"updates_{first}_to_{setting.first_update + finished.step_num - 1}"
+            _write(finished, setting, f"{name}.pt.trace.json.gz")
 
         self._profile = profile(
             activities=activities,
@@ -76,26 +64,15 @@ class Profiler(Hook):
 
     def after_update(self, update: Update) -> None:
         """Counts the step; after the last traced one, writes the trace."""
-        self._index = update.index
         if self._profile is not None:
             self._profile.step()
-            if self._written:
+            if self._over:
                 self._stop()
 
     def on_end(self, status: str) -> None:
-        """Logs where the trace is; a run that ends too early has a shorter one, or none."""
-        if not distributed.is_main():
-            return
+        """Writes what there is; a run that ends too early has a shorter trace, or none."""
         self._stop()
-        if self._written:
-            log.info("profile: %s; open it in ui.perfetto.dev or TensorBoard", self._written)
-            log.info(
-                "profile: communication took %.1f %% of the traced time; %.1f %% with nothing "
-                "computed beside it",
-                100 * self._shares["communication"],
-                100 * self._shares["communication_alone"],
-            )
-        else:
+        if distributed.is_main() and not self._over:
             log.warning(
                 "--profile: nothing was traced: the run ended within its first %d steps",
                 UNTRACED + WARM_UP,
@@ -106,6 +83,27 @@ class Profiler(Hook):
             # In the middle of the traced steps this writes what there is.
             ending, self._profile = self._profile, None
             ending.stop()
+
+
+def _write(finished: profile, setting: Setting, name: str) -> None:
+    """Writes a trace and the shares of communication, and logs both; a failure ends no run."""
+    path = setting.folder / "profile" / name
+    shares = communication_shares(finished.events())
+    try:
+        setting.must_own()
+        path.parent.mkdir(exist_ok=True)
+        finished.export_chrome_trace(str(path))
+        write_json(path.with_name("communication.json"), shares)
+    except (OSError, RuntimeError) as error:  # A full disk is no reason to end a run.
+        log.error("--profile: %s was not written: %s", path, error)
+        return
+    log.info("profile: %s; open it in ui.perfetto.dev or TensorBoard", path)
+    log.info(
+        "profile: communication took %.1f %% of the traced time; %.1f %% with nothing computed "
+        "beside it",
+        100 * shares["communication"],
+        100 * shares["communication_alone"],
+    )
 
 
 Interval = tuple[float, float]

@@ -39,15 +39,15 @@ class Progress(Tracker):
         from rich.progress import Progress as Bar
 
         self._images, self._metrics = setting.global_batch_size, setting.metrics
-        self._total = setting.total_updates
         self._seconds_per_update: float | None = None
         self._drawn = 0.0
         self._numbers = ""
-        first = setting.first_update
-        self._work = activity.Work(f"{self._whose}training", self._total, "steps", done=first)
-        self._bar: Bar | None = None
+        total, first = setting.total_updates, setting.first_update
+        self._work = activity.Work(f"{self._whose}training", total, "steps", done=first)
         console = terminal.console()
+        self._bar: Bar | None = None
         if console.is_terminal and not console.is_dumb_terminal and not self._several:
+            terminal.claim(True)
             self._bar = Bar(
                 TextColumn("{task.description}", style="bold"),
                 BarColumn(bar_width=None),
@@ -60,57 +60,39 @@ class Progress(Tracker):
                 redirect_stdout=False,
                 redirect_stderr=False,
             )
-            self._task = self._bar.add_task(
-                # At 80 columns the numbers need the name's room.
-                setting.facts["recipe"] if console.width >= 100 else "",
-                total=self._total,
-                completed=setting.first_update,
-                numbers="",
-                left="",
-            )
-            terminal.claim(True)
+            # At 80 columns the numbers need the name's room.
+            name = setting.facts["recipe"] if console.width >= 100 else ""
+            self._bar.add_task(name, total=total, completed=first, numbers="", left="")
             self._bar.start()
             terminal.before_errors.append(self._bar.stop)
-            activity.on_change.append(self._show_part)
+            activity.on_change.append(self._draw)
 
     def on_step(self, update: Update) -> None:
         """Moves the bar."""
-        done = update.index + 1
-        if self._bar is not None:
-            self._bar.update(
-                self._task,
-                completed=done,
-                left=self._time_left(done),
-                numbers=self._numbers,
-            )
-            self._draw(at_once=done == self._total)
-        self._work.reach(done)
+        self._work.reach(update.index + 1)
 
     def on_rows(self, rows: list[Row]) -> None:
         """Shows the last of the rows."""
         last = rows[-1]
-        done = last["update"] + 1
         per_second = last["images_per_second"]
         self._seconds_per_update = self._images / per_second
-        if self._bar is not None:
-            self._numbers = (
-                f"loss {last['loss']:.4f}  lr {last['learning_rate']:.2g}"
-                f"  {per_second:.{0 if per_second >= 100 else 1}f} images/s"
-            )
-            self._bar.update(self._task, numbers=self._numbers, left=self._time_left(done))
-            self._draw(at_once=done == self._total)
+        self._numbers = (
+            f"loss {last['loss']:.4f}  lr {last['learning_rate']:.2g}"
+            f"  {per_second:.{0 if per_second >= 100 else 1}f} images/s"
+        )
+        self._draw()
         log.info(
             "%sstep %d/%d  epoch %d  loss %.5f  grad norm %.3f  lr %.3g  %.1f images/s%s  %s",
             self._whose,
-            done,
-            self._total,
+            last["update"] + 1,
+            self._work.total,
             last["epoch"],
             last["loss"],
             last["grad_norm"],
             last["learning_rate"],
             per_second,
             _beside_speed(last),
-            self._time_left(done),
+            self._time_left(last["update"] + 1),
             extra=FILE_ONLY if self._bar is not None else None,
         )
 
@@ -133,30 +115,37 @@ class Progress(Tracker):
     def on_end(self, status: str) -> None:
         """Leaves the bar as it stands and frees the terminal."""
         if self._bar is not None:
-            activity.on_change.remove(self._show_part)
-            self._bar.update(self._task, left=status, numbers=self._numbers)
+            activity.on_change.remove(self._draw)
+            self._draw(status, at_once=True)
             self._bar.stop()
             self._bar = None
             terminal.claim(False)
         self._work.end()
 
-    def _show_part(self) -> None:
-        """Shows what is done between two steps, such as an evaluation, in the place of numbers."""
-        *_, part = (self._work, *activity.current())
-        if self._bar is not None and part is not self._work:
-            self._bar.update(self._task, numbers=str(part))
-            self._draw()
+    def _draw(self, status: str = "", *, at_once: bool = False) -> None:
+        """Draws the bar, unless that was a moment ago.
 
-    def _draw(self, *, at_once: bool = False) -> None:
-        now = time.monotonic()
-        if self._bar is not None and (at_once or now - self._drawn >= SECONDS_BETWEEN_DRAWINGS):
-            self._drawn = now
-            self._bar.refresh()
+        What is done between two steps, such as an evaluation, stands in the place of the numbers.
+        """
+        now, done = time.monotonic(), self._work.done
+        part = (self._work, *activity.current())[-1]
+        at_once = at_once or (part is self._work and done == self._work.total)
+        if self._bar is None or not (at_once or now - self._drawn >= SECONDS_BETWEEN_DRAWINGS):
+            return
+        self._drawn = now
+        self._bar.update(
+            self._bar.task_ids[0],
+            completed=done,
+            total=self._work.total,
+            numbers=self._numbers if status or part is self._work else str(part),
+            left=status or self._time_left(done),
+            refresh=True,
+        )
 
-    def _time_left(self, done: int) -> str:
-        if self._seconds_per_update is None:
+    def _time_left(self, done: float) -> str:
+        if self._seconds_per_update is None or self._work.total is None:
             return ""
-        return f"{clock((self._total - done) * self._seconds_per_update)} left"
+        return f"{clock((self._work.total - done) * self._seconds_per_update)} left"
 
 
 def _parted(words: str, all_words: Collection[str]) -> tuple[str, str]:

@@ -142,3 +142,19 @@ def test_what_is_done_between_two_steps_takes_the_place_of_the_numbers(
     used[0].on_end("done")
     assert "loss 0.0700" in shown.text().rstrip().splitlines()[-1]
     assert not terminal.is_claimed()
+
+
+def test_many_small_parts_after_the_last_step_do_not_draw_each(
+    shown, make_setting, run_updates, monkeypatch
+):
+    shown.open(is_terminal=True)
+    used = hooks()
+    run_updates(used, make_setting(total=8), 8, end=None)
+    assert "8/8" in shown.text(), "the last step is drawn at once"
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_DRAWINGS", 1e9)
+    drawings = shown.text().count("\r")
+    for _ in activity.counted(range(100), "test images", "batches"):
+        pass
+    # The numbers stand there again at their end.
+    assert shown.text().count("\r") == drawings + 1
+    used[0].on_end("done")
