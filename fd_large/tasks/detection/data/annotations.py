@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fd_large.data.folder import paths_below, read_image
-from fd_large.data.listing import Made, listed, settled
+from fd_large.data.listing import Listing, Made, listed, settled
 from fd_large.errors import DataError
 from fd_large.files import kind_of
 from fd_large.tasks.dense.geometry import whole_view
@@ -20,7 +21,6 @@ from fd_large.tasks.detection.data.objects import (
     NO_FILE,
     Findings,
     ImageObjects,
-    Objects,
     read_objects,
 )
 from fd_large.tasks.detection.data.target import UNLABELLED, Target, make_target
@@ -55,20 +55,20 @@ class CocoSet:
         category_names: The name of each label.
     """
 
-    def __init__(self, root: str, annotations: str, objects: Objects) -> None:
-        self.root, self.annotations, self._objects = root, annotations, objects
-        facts = objects.listing.facts
+    def __init__(self, root: str, annotations: str, listing: Listing) -> None:
+        self.root, self.annotations, self._listing = root, annotations, listing
+        facts = listing.facts
         self.findings = Findings(facts["counts"], facts["examples"])
-        self.fingerprint = objects.fingerprint
-        self.has_masks = objects.has_masks
-        self.category_ids = objects.category_ids
-        self.category_names = objects.category_names
+        self.fingerprint = listing.fingerprint
+        self.has_masks: bool = facts["has_masks"]
+        self.category_ids = tuple(facts["category_ids"])
+        self.category_names = tuple(facts["category_names"])
 
     def __len__(self) -> int:
-        return len(self._objects.image_ids)
+        return len(self._listing)
 
     def __getitem__(self, index: int) -> str:
-        return os.path.join(self.root, self._objects.file_name(index))
+        return os.path.join(self.root, self._file_name(index))
 
     def read(self, index: int) -> bytearray:
         """Reads the bytes of image `index`.
@@ -79,16 +79,27 @@ class CocoSet:
 
     def image_id(self, index: int) -> int:
         """Returns the dataset's number of image `index`."""
-        return int(self._objects.image_ids[index])
+        return self._listing.number("image_ids", index)
 
     def size(self, index: int) -> tuple[int, int]:
         """Returns height and width of image `index`, as the annotations state them."""
-        height, width = self._objects.sizes[index].tolist()
+        height, width = self._listing.arrays["sizes"][index].tolist()
         return height, width
 
     def objects(self, index: int) -> ImageObjects:
         """Returns the objects of image `index` as they are stored, in its own pixels."""
-        return self._objects.of(index)
+        arrays = self._listing.arrays
+        start, stop = arrays["first"][index : index + 2].tolist()
+        crowd = arrays["crowd"][start:stop]
+        wanted = np.flatnonzero(~crowd) + start
+        return ImageObjects(
+            arrays["boxes"][wanted],
+            arrays["labels"][wanted],
+            [self._segmentation(number) for number in wanted.tolist()] if self.has_masks else [],
+            arrays["boxes"][start:stop][crowd],
+            self.image_id(index),
+            *self.size(index),
+        )
 
     def target(self, index: int) -> Target:
         """Returns the objects of image `index` with filled masks, in its own pixels."""
@@ -110,7 +121,7 @@ class CocoSet:
 
         Raises: DataError: if the file cannot be read, or has another size or other numbers.
         """
-        name = os.path.splitext(self._objects.file_name(index))[0] + ".png"
+        name = os.path.splitext(self._file_name(index))[0] + ".png"
         path = os.path.join(self.root, SEMANTIC_FOLDER, name)
         numbers = read_numbers(path, ("L", "P"), "a map of classes, one byte a pixel")
         known = numbers[numbers != UNLABELLED]
@@ -126,18 +137,33 @@ class CocoSet:
 
     def landscape(self) -> NDArray[np.bool_]:
         """Returns whether each image is at least as wide as high, (len,)."""
-        heights, widths = self._objects.sizes.T
+        heights, widths = self._listing.arrays["sizes"].T
         return widths >= heights
 
     def summary(self) -> str:
         """Returns some lines: what the dataset holds, then what was found."""
-        crowds = int(self._objects.crowd.sum())
+        crowd = self._listing.arrays["crowd"]
+        crowds = int(crowd.sum())
         held = (
             f"{self.annotations}: {len(self):,} images, "
-            f"{len(self._objects.labels) - crowds:,} objects, {crowds:,} crowds, "
+            f"{len(crowd) - crowds:,} objects, {crowds:,} crowds, "
             f"{len(self.category_ids)} categories"
         )
         return "\n".join([held, *(f"  {line}" for line in self.findings.lines())])
+
+    def _file_name(self, index: int) -> str:
+        """The path of an image below the folder."""
+        return os.fsdecode(self._listing.name(index))
+
+    def _segmentation(self, number: int) -> list[NDArray[np.float64]] | bytes:
+        """The polygons of an object, or its run lengths."""
+        arrays = self._listing.arrays
+        start, stop = arrays["rle_first"][number : number + 2].tolist()
+        if start < stop:
+            return arrays["rle"][start:stop].tobytes()
+        first, last = arrays["polygon_first"][number : number + 2].tolist()
+        ends = arrays["point_first"][first : last + 1].tolist()
+        return [arrays["points"][start:stop] for start, stop in pairwise(ends)]
 
 
 def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
@@ -172,10 +198,9 @@ def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
         )
 
     what = "annotations with images" if training else "annotations"
-    objects = Objects(listed(what, path, make=make, is_current=is_current))
-    opened = CocoSet(root, path, objects)
+    opened = CocoSet(root, path, listed(what, path, make=make, is_current=is_current))
     findings = opened.findings
-    missing, found = findings.counts.get(NO_FILE, 0), len(objects.image_ids)
+    missing, found = findings.counts.get(NO_FILE, 0), len(opened)
     if missing and not (training and found):
         names = ", ".join(findings.names[NO_FILE])
         raise DataError(

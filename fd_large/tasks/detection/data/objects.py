@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fd_large import files
-from fd_large.data.listing import Listing, Made
+from fd_large.data.listing import Made
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data import masks
 
@@ -87,74 +87,6 @@ class ImageObjects(NamedTuple):
     width: int
 
 
-class Objects:
-    """All images of a file, by rising id, and their objects in the file's order.
-
-    Object j of image i lies at `first[i] <= j < first[i + 1]`; its polygons are
-    `polygon_first[j]` to `polygon_first[j + 1]`, the points of a polygon likewise, and its run
-    lengths bytes `rle_first[j]` to `rle_first[j + 1]`: one of the two is empty.
-
-    Attributes:
-        listing: The names of the images below the dataset's folder, and all arrays.
-        image_ids: (images,) int64.
-        sizes: (images, 2) int32, height and width.
-        first: (images + 1,) int64.
-        boxes: (objects, 4) float32.
-        labels: (objects,) int64.
-        crowd: (objects,) bool.
-        category_ids: The file's number of each label.
-        category_names: The name of each label.
-        has_masks: Whether objects have segmentations.
-        fingerprint: A hash of names, categories and objects.
-    """
-
-    def __init__(self, listing: Listing) -> None:
-        self.listing, arrays, facts = listing, listing.arrays, listing.facts
-        self.image_ids, self.sizes, self.first = (
-            arrays[name] for name in ("image_ids", "sizes", "first")
-        )
-        self.boxes, self.labels, self.crowd = (
-            arrays[name] for name in ("boxes", "labels", "crowd")
-        )
-        self._polygon_first, self._point_first, self._points = (
-            arrays[name] for name in ("polygon_first", "point_first", "points")
-        )
-        self._rle_first, self._rle = arrays["rle_first"], arrays["rle"]
-        self.category_ids = tuple(facts["category_ids"])
-        self.category_names = tuple(facts["category_names"])
-        self.has_masks: bool = facts["has_masks"]
-        self.fingerprint = listing.fingerprint
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Objects, (self.listing,)
-
-    def file_name(self, image: int) -> str:
-        """Returns the path of an image below the dataset's folder, by its place in the file."""
-        return os.fsdecode(self.listing.name(image))
-
-    def of(self, image: int) -> ImageObjects:
-        """Returns the objects of an image, by its place in the file."""
-        span = slice(int(self.first[image]), int(self.first[image + 1]))
-        crowd = self.crowd[span]
-        wanted = np.flatnonzero(~crowd) + span.start
-        height, width = self.sizes[image].tolist()
-        return ImageObjects(
-            self.boxes[wanted],
-            self.labels[wanted],
-            [self._segmentation(int(number)) for number in wanted] if self.has_masks else [],
-            self.boxes[span][crowd],
-            int(self.image_ids[image]),
-            height,
-            width,
-        )
-
-    def _segmentation(self, number: int) -> list[NDArray[np.float64]] | bytes:
-        if self._rle_first[number] < self._rle_first[number + 1]:
-            return self._rle[self._rle_first[number] : self._rle_first[number + 1]].tobytes()
-        polygons = range(int(self._polygon_first[number]), int(self._polygon_first[number + 1]))
-        return [self._points[self._point_first[p] : self._point_first[p + 1]] for p in polygons]
-
-
 def read_json(
     path: str,
     *,
@@ -192,7 +124,16 @@ def read_objects(
     keep_empty: bool,
     where: str = "data.root",
 ) -> Made:
-    """Reads a file of COCO's or Objects365's kind; returns what `Objects` is made of.
+    """Reads a file of COCO's or Objects365's kind: what a `CocoSet` is made of.
+
+    Images come by rising id, and their objects in the file's order. Object j of image i lies at
+    first[i] <= j < first[i + 1]; its polygons are polygon_first[j] to polygon_first[j + 1], the
+    points of a polygon likewise, and its run lengths bytes rle_first[j] to rle_first[j + 1]: one of
+    the two is empty. The arrays besides the names are
+
+        image_ids (images,) int64; sizes (images, 2) int32, height and width; first (images + 1,)
+        boxes (objects, 4) float32; labels (objects,) int64; crowd (objects,) bool
+        polygon_first, point_first, rle_first: int64; points (points, 2) float64; rle: uint8
 
     Args:
         path: The JSON file.
@@ -270,7 +211,7 @@ def read_objects(
 
 
 class _Arrays:
-    """Grows the columns of `Objects`, object by object."""
+    """Grows the arrays of objects, one by one."""
 
     def __init__(self, findings: Findings, labels: Mapping[int, int], has_masks: bool) -> None:
         self.findings, self.labels_of, self.has_masks = findings, labels, has_masks
