@@ -9,6 +9,7 @@ resumed run goes on exactly, whatever the number of ranks.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from fd_large.data.roots import WeightedRoot, weighted_roots
 from fd_large.data.sampler import epoch_order
+
+log = logging.getLogger(__name__)
 
 # Draws know no later epoch; evaluations take one that no training reaches.
 _EPOCHS = 2**32
@@ -36,7 +39,9 @@ def open_balanced(root: str, where: str, open_part: Callable[[str, str], Any]) -
     parts = weighted_roots(root, where=where)
     if not parts:
         return None
-    return Balanced([(part, open_part(part.root, f"{where} ({part.name})")) for part in parts])
+    opened = Balanced([(part, open_part(part.root, f"{where} ({part.name})")) for part in parts])
+    log.info("%s: %s images in %s", where, f"{len(opened):,}", opened.kind)
+    return opened
 
 
 class Balanced:

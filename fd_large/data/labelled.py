@@ -110,7 +110,6 @@ def open_training(root: str, *, val_fraction: float = 0.0, where: str = "data.ro
         root, where, lambda part, name: open_training(part, val_fraction=val_fraction, where=name)
     )
     if balanced is not None:
-        log.info("%s: %s images in %s", where, f"{len(balanced):,}", balanced.kind)
         return balanced
     if not val_fraction:
         return open_images(training_part(root, where=where), where=where)

@@ -9,9 +9,10 @@ fsspec makes a new client in a forked process.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -160,6 +161,16 @@ def find_objects(root: str, where: str) -> list[Stored]:
             f"expected one kind. Set --{where} '{root.rstrip('/')}/*.parquet' or '*.tar'."
         )
     return found
+
+
+def fingerprint_of(files: Sequence[Stored], facts: Iterable[str]) -> str:
+    """Returns a hash of the names of files below their common folder, and of a fact of each."""
+    folder = os.path.commonpath([os.path.dirname(name_of(file.url)) for file in files])
+    digest = hashlib.sha256()
+    for file, fact in zip(files, facts, strict=True):
+        name = name_of(file.url)[len(folder) :]
+        digest.update(f"{name}\0{fact}\0".encode("utf-8", "replace"))
+    return digest.hexdigest()
 
 
 def _names(root: str, endings: tuple[str, ...]) -> Iterator[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -20,8 +19,7 @@ from numpy.typing import NDArray
 
 from fd_large.data.blocks import BlockImages, BlockWriter, block_key, the_cache
 from fd_large.data.listing import cache_folder
-from fd_large.data.objects import RANGE_BYTES, Stored
-from fd_large.data.roots import name_of
+from fd_large.data.objects import RANGE_BYTES, Stored, fingerprint_of
 from fd_large.data.tar_index import NO_LABEL, images_in
 from fd_large.errors import DataError
 from fd_large.files import json_object, write_json
@@ -61,19 +59,12 @@ class RemoteShards(BlockImages):
                 f"{where}: no image in the tar shards; got {root!r}, expected names ending in "
                 ".jpg, .png and the like. Name other shards."
             )
-        digest = hashlib.sha256()
-        folder = os.path.commonpath([os.path.dirname(name_of(shard.url)) for shard in shards])
-        for (url, size, stamp), images in zip(shards, sizes.tolist(), strict=True):
-            digest.update(f"{name_of(url)[len(folder) :]}\0{size}\0{stamp}\0{images}\0".encode())
-        blocks = [
-            (number, 0, images, shard.size)
-            for number, (shard, images) in enumerate(zip(shards, sizes.tolist(), strict=True))
-            if images
-        ]
+        counts = list(zip(shards, sizes.tolist(), strict=True))
+        blocks = [(i, 0, images, shard.size) for i, (shard, images) in enumerate(counts) if images]
         super().__init__(
             shards,
             np.array(blocks, np.int64),
-            fingerprint=digest.hexdigest(),
+            fingerprint=fingerprint_of(shards, (f"{s.size}\0{s.stamp}\0{n}" for s, n in counts)),
             kind=f"{len(shards)} tar shards in an object store",
         )
         self._where = where

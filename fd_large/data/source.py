@@ -166,7 +166,6 @@ def open_images(root: str, *, where: str = "data.root") -> ImageSource:
     """
     balanced = open_balanced(root, where, lambda part, name: open_images(part, where=name))
     if balanced is not None:
-        log.info("%s: %s images in %s", where, f"{len(balanced):,}", balanced.kind)
         return balanced
     for open_source in SOURCES:
         if (source := open_source(root, where=where)) is not None:

@@ -7,7 +7,6 @@ file needs the package pyarrow.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +21,7 @@ from numpy.typing import NDArray
 
 from fd_large.data.blocks import BlockImages, BlockWriter
 from fd_large.data.folder import MAX_FILE_BYTES, read_below
-from fd_large.data.objects import RANGE_BYTES, STREAMS, Stored
-from fd_large.data.roots import name_of
+from fd_large.data.objects import RANGE_BYTES, STREAMS, Stored, fingerprint_of
 from fd_large.errors import DataError, FDError, first_line
 from fd_large.files import parse_json
 from fd_large.ranks import meeting
@@ -201,21 +199,23 @@ def _looked_at(files: Sequence[Stored], where: str) -> tuple[NDArray[np.int64], 
             found = list(pool.map(look, files))
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-    columns, digest, table = found[0][0], hashlib.sha256(), []
-    folder = os.path.commonpath([os.path.dirname(name_of(stored.url)) for stored in files])
-    for number, (stored, (own, groups)) in enumerate(zip(files, found, strict=True)):
+    columns = found[0][0]
+    for stored, (own, _) in zip(files, found, strict=True):
         if own != columns:
             raise DataError(
                 f"{where}: parquet files of different kinds; got columns {own} in {stored.url}, "
                 f"expected {columns} as in {files[0].url}. Name the files of one dataset."
             )
-        # A local file whose time alone changed is the same; an object's tag is of its content.
-        stamp = stored.stamp if stored.is_remote else ""
-        digest.update(
-            f"{name_of(stored.url)[len(folder) :]}\0{stamp}\0{groups}\0".encode("utf-8", "replace")
-        )
-        table += [(number, g, rows, size) for g, (rows, size) in enumerate(groups) if rows]
-    return np.array(table, np.int64).reshape(-1, 4), columns, digest.hexdigest()
+    table = [
+        (number, group, rows, size)
+        for number, (_, groups) in enumerate(found)
+        for group, (rows, size) in enumerate(groups)
+        if rows
+    ]
+    # A local file whose time alone changed is the same; an object's tag is of its content.
+    stamps = (stored.stamp if stored.is_remote else "" for stored in files)
+    facts = (f"{stamp}\0{groups}" for stamp, (_, groups) in zip(stamps, found, strict=True))
+    return np.array(table, np.int64).reshape(-1, 4), columns, fingerprint_of(files, facts)
 
 
 def _bytes_of(group: Any, column: str) -> int:
