@@ -12,13 +12,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import wraps
-from pkgutil import resolve_name
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fd_large.kernels import choose
 from fd_large.ranks import distributed
@@ -30,7 +30,8 @@ IMAGES = 2
 FUSED = ("triton", "compiled")
 
 
-class Shape(NamedTuple):
+@dataclass(frozen=True)
+class Shape:
     """A tensor without its values.
 
     Attributes:
@@ -44,17 +45,18 @@ class Shape(NamedTuple):
     learns: bool
 
 
-class Call(NamedTuple):
+@dataclass(frozen=True)
+class Call:
     """A call of an operation that ran on a kernel, ours or one that torch.compile makes.
 
     Attributes:
-        function: Module:name of the function.
+        function: The operation's public function.
         arguments: Its arguments; a `Shape` for a tensor.
         named: Its named arguments.
         kernels: The operations in it for which kernels were chosen, as `choose` knows them.
     """
 
-    function: str
+    function: Callable[..., Any]
     arguments: tuple[Any, ...]
     named: tuple[tuple[str, Any], ...]
     kernels: tuple[str, ...]
@@ -86,9 +88,12 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
         kernels = tuple(dict.fromkeys(op for op, choice in heard if choice in FUSED))
         if kernels:
             learns = torch.is_grad_enabled()
-            shapes = tree_map(lambda leaf: _shape(leaf, learns), (arguments, named))
-            where = f"{function.__module__}:{function.__qualname__}"
-            _calls[Call(where, shapes[0], tuple(shapes[1].items()), kernels)] = None
+            shapes, named_shapes = tree_map_only(
+                Tensor,
+                lambda t: Shape(tuple(t.shape), t.dtype, learns and t.requires_grad),
+                (arguments, named),
+            )
+            _calls[Call(call, shapes, tuple(named_shapes.items()), kernels)] = None
         return result
 
     return call
@@ -132,13 +137,14 @@ def beside_references(calls: Sequence[Call], device: torch.device) -> dict[str, 
 
 
 def _off(one: Call, device: torch.device) -> str | None:
-    shapes = [leaf for leaf in _leaves(one) if isinstance(leaf, Shape)]
+    leaves = tree_leaves((one.arguments, dict(one.named)))
+    shapes = [leaf for leaf in leaves if isinstance(leaf, Shape)]
     generator = torch.Generator(device).manual_seed(0)
     values = [
         torch.randn(s.size, generator=generator, device=device, dtype=torch.float32).to(s.dtype)
         for s in shapes
     ]
-    what = f"{one.function.partition(':')[2]} of {', '.join(str(s.size) for s in shapes)}"
+    what = f"{one.function.__name__} of {', '.join(str(s.size) for s in shapes)}"
     narrow = any(s.dtype == torch.bfloat16 for s in shapes)
     try:
         # Before the kernel: one that writes where it should not would spoil these too.
@@ -186,13 +192,10 @@ def _run(
         leaves.append(value)
         return value
 
-    def is_leaf(node: Any) -> bool:
-        return isinstance(node, Shape)
-
-    arguments, named = tree_map(fill, (one.arguments, dict(one.named)), is_leaf=is_leaf)
+    arguments, named = tree_map(fill, (one.arguments, dict(one.named)))
     learning = [leaf for leaf in leaves if leaf.requires_grad]
     with nullcontext() if fused else choose.references(), torch.set_grad_enabled(bool(learning)):
-        results = tree_leaves(resolve_name(one.function)(*arguments, **named))
+        results = tree_leaves(one.function(*arguments, **named))
         differentiable = [r for r in results if r.requires_grad]
         if not differentiable:
             return results
@@ -205,15 +208,3 @@ def _run(
             differentiable, learning, weights, allow_unused=True, materialize_grads=True
         )
     return [r.detach() for r in results] + list(gradients)
-
-
-def _shape(leaf: Any, learns: bool) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return Shape(tuple(leaf.shape), leaf.dtype, learns and leaf.requires_grad)
-
-
-def _leaves(one: Call) -> list[Any]:
-    return tree_leaves(
-        (one.arguments, dict(one.named)), is_leaf=lambda node: isinstance(node, Shape)
-    )

@@ -44,6 +44,7 @@ _FILES = ("quick_gelu", "residual_norm", "whitened_loss", "window_attention")
 # A100, H100 and H200, for which the kernels are compiled ahead of time. Other cards of 8.x have
 # less shared memory per program than some kernels need.
 CAPABILITIES = ((8, 0), (9, 0))
+_NO_TRITON = "no package triton, expected triton>=3.2"
 
 
 class _Operation(NamedTuple):
@@ -53,8 +54,6 @@ class _Operation(NamedTuple):
 
 _operations: dict[str, _Operation] = {}
 _refused: dict[str, str] = {}
-_heard: list[tuple[str, Implementation]] | None = None
-_references = False
 
 
 class Device(NamedTuple):
@@ -70,25 +69,6 @@ class Device(NamedTuple):
     capability: tuple[int, int] | None
     on_gpu: bool = True
     wish: str = "auto"
-
-
-_stood_for: Device | None = None
-
-
-@contextmanager
-def standing_in(device: Device) -> Iterator[None]:
-    """Within it the meta device runs what that device would run, whatever this machine has."""
-    global _stood_for
-    before, _stood_for = _stood_for, device
-    try:
-        yield
-    finally:
-        _stood_for = before
-
-
-def stood_for() -> Device | None:
-    """Returns the device for which the meta device stands in; None outside of `standing_in`."""
-    return _stood_for
 
 
 def register(
@@ -124,28 +104,48 @@ def refused() -> Mapping[str, str]:
     return _refused
 
 
+# What `with` blocks set, for all threads: those of autograd choose too, in a recomputed forward.
+_only_references = False
+_stood_for: Device | None = None
+_listeners: list[list[tuple[str, Implementation]]] = []
+
+
 @contextmanager
 def references() -> Iterator[None]:
     """Within it every operation runs on its reference."""
-    global _references
-    _references = True
+    global _only_references
+    before, _only_references = _only_references, True
     try:
         yield
     finally:
-        _references = False
+        _only_references = before
+
+
+@contextmanager
+def standing_in(device: Device) -> Iterator[None]:
+    """Within it the meta device runs what that device would run, whatever this machine has."""
+    global _stood_for
+    before, _stood_for = _stood_for, device
+    try:
+        yield
+    finally:
+        _stood_for = before
+
+
+def stood_for() -> Device | None:
+    """Returns the device for which the meta device stands in; None outside of `standing_in`."""
+    return _stood_for
 
 
 @contextmanager
 def hearing() -> Iterator[list[tuple[str, Implementation]]]:
     """Writes down what is chosen within it: operation and implementation."""
-    global _heard
-    before, _heard = _heard, []
+    heard: list[tuple[str, Implementation]] = []
+    _listeners.append(heard)
     try:
-        yield _heard
+        yield heard
     finally:
-        if before is not None:
-            before += _heard
-        _heard = before
+        _listeners.pop()
 
 
 def may_run_kernels(device_type: str) -> bool:
@@ -207,21 +207,23 @@ def implementation(op: str, device_type: str, **case: Any) -> Implementation:
 
     Raises: ConfigError: if the requested implementation cannot run on this device.
     """
-    if _references:
+    if _only_references:
         return "reference"
     device = _stood_for if device_type == "meta" else None
     general, single = _wishes(device.wish if device else wished())
-    choice = _implementation(
-        op,
-        device_type,
-        single.get(op, general),
-        _interpreted(),
-        device,
-        tuple(sorted(case.items())),
-    )
-    if _heard is not None:
-        _heard.append((op, choice))
+    wish, items = single.get(op, general), tuple(sorted(case.items()))
+    choice, why = _implementation(op, device_type, wish, _interpreted(), device, items)
+    if device_type != "meta":
+        _say(op, device_type, choice, why)
+    for heard in _listeners:
+        heard.append((op, choice))
     return choice
+
+
+@lru_cache(maxsize=256)
+def _say(op: str, device_type: str, choice: str, why: str) -> None:
+    # Cached: one line per operation and reason, not per shape.
+    log.debug("%s on %s: %s (%s)", op, device_type, choice, why)
 
 
 @lru_cache(maxsize=4096)
@@ -231,104 +233,80 @@ def _implementation(
     wish: str,
     interpreted: bool,
     device: Device | None,
-    case: tuple[tuple[str, Any], ...],
-) -> Implementation:
-    if device is not None:
-        return _of_device(op, device, wish, dict(case))
-    choice, why = _choose(op, device_type, wish, interpreted, dict(case))
-    if device_type != "meta":
-        _say(op, device_type, choice, why)
-    return choice
-
-
-def _of_device(op: str, device: Device, wish: str, case: dict[str, Any]) -> Implementation:
-    untested = _operations[op].untested
-    if op in _refused or wish == "reference":
-        return "reference"
-    if wish == "compiled":
-        return "compiled"
-    if untested is None:
-        return "compiled" if device.on_gpu and device.capability is not None else "reference"
-    runs = wish in ("auto", "triton") and device.capability in CAPABILITIES
-    return "triton" if runs and not untested(**case) else "reference"
-
-
-@lru_cache(maxsize=256)
-def _say(op: str, device_type: str, choice: str, why: str) -> None:
-    # Cached: one line per operation and reason, not per shape.
-    log.debug("%s on %s: %s (%s)", op, device_type, choice, why)
-
-
-def _choose(
-    op: str, device_type: str, wish: str, interpreted: bool, case: dict[str, Any]
+    items: tuple[tuple[str, Any], ...],
 ) -> tuple[Implementation, str]:
-    operation = _operations[op]
+    """Returns what runs an operation, and why; a device that is stood for refuses no wish."""
+    operation, case = _operations[op], dict(items)
     if wish == "reference":
         return "reference", "FD_KERNELS=reference"
     if op in _refused:
         return "reference", _refused[op]
-    if wish == "apex" and operation.apex_untested is not None:
-        if device_type not in (*APEX_DEVICES, "meta"):
+    if wish == "apex" and operation.apex_untested is not None and device_type != "meta":
+        if device_type not in APEX_DEVICES:
             raise ConfigError(
                 f"FD_KERNELS: apex has no kernel for this device; got {device_type}, expected "
                 f"{' or '.join(APEX_DEVICES)}. Unset FD_KERNELS here."
             )
-        if device_type in APEX_DEVICES and not operation.apex_untested(**case):
+        if not operation.apex_untested(**case):
             return "apex", "FD_KERNELS=apex"
+    no_compiler = _compile_problem(device_type, device)
+    no_triton = _triton_problem(device_type, interpreted, device)
+    problem = {"compiled": no_compiler, "triton": no_triton}.get(wish)
+    if problem and device is None:
+        program = "torch.compile" if wish == "compiled" else wish
+        raise ConfigError(
+            f"FD_KERNELS: {program} cannot run here; got {problem}. Unset FD_KERNELS here."
+        )
     if wish == "compiled":
-        if problem := _compile_problem(device_type):
-            raise ConfigError(
-                f"FD_KERNELS: torch.compile cannot run here; got {problem}. Unset FD_KERNELS here."
-            )
-        return "compiled", f"FD_KERNELS={wish}"
-    problem = _triton_problem(device_type, interpreted)
-    if wish == "triton":
-        if problem:
-            raise ConfigError(
-                f"FD_KERNELS: triton cannot run here; got {problem}. Unset FD_KERNELS here."
-            )
-    elif device_type != "cuda":
+        return "compiled", "FD_KERNELS=compiled"
+    on_gpu = device_type == "cuda" if device is None else device.on_gpu
+    if wish != "triton" and device is None and not on_gpu:
         return "reference", "fused kernels are for CUDA"
     if operation.untested is None:
-        problem = _compile_problem(device_type) if device_type == "cuda" else "plain on CPUs"
+        problem = no_compiler if on_gpu else "plain on CPUs"
         return ("reference", problem) if problem else ("compiled", "torch.compile, no own kernel")
-    if problem:
-        return "reference", f"no Triton: got {problem}"
+    if no_triton:
+        return "reference", f"no Triton: got {no_triton}"
     untested = operation.untested(**case)
     if untested:
         return "reference", f"not tested in Triton: {untested}"
     return "triton", "interpreted" if device_type == "cpu" else f"FD_KERNELS={wish}"
 
 
-def _triton_problem(device_type: str, interpreted: bool) -> str:
-    """Returns why Triton cannot run on a device, or "" if it can."""
-    if device_type == "meta":
+def _triton_problem(device_type: str, interpreted: bool, device: Device | None) -> str:
+    """Returns why our kernels cannot run on a device, or "" if they can."""
+    if device is not None:
+        capability = device.capability
+    elif device_type == "meta":
+        return ""
+    elif find_spec("triton") is None:
+        return _NO_TRITON
+    elif device_type == "cpu":
+        return "" if interpreted else "device cpu, expected cuda or TRITON_INTERPRET=1"
+    elif device_type != "cuda":
+        return f"device {device_type}, expected cuda"
+    elif torch.version.hip:
+        # By its capability an MI200 could not be distinguished from an H100: both say (9, 0).
+        return "an AMD GPU, where the kernels were never tried (docs/amd.md)"
+    else:
+        capability = torch.cuda.get_device_capability()
+    if capability in CAPABILITIES:
+        return ""
+    return f"compute capability {capability}, expected one of {CAPABILITIES}"
+
+
+def _compile_problem(device_type: str, device: Device | None) -> str:
+    """Returns why torch.compile cannot run on a device, or "" as far as can be known before."""
+    if device is not None:
+        return "" if device.capability else "another GPU"
+    if device_type != "cuda":
         return ""
     if find_spec("triton") is None:
-        return "no package triton, expected triton>=3.2"
-    if device_type == "cuda":
-        if torch.version.hip:
-            # By its capability an MI200 could not be distinguished from an H100: both say (9, 0).
-            return "an AMD GPU, where the kernels were never tried (docs/amd.md)"
-        capability = torch.cuda.get_device_capability()
-        if capability not in CAPABILITIES:
-            return f"compute capability {capability}, expected one of {CAPABILITIES}"
-        return ""
-    if device_type == "cpu":
-        return "" if interpreted else "device cpu, expected cuda or TRITON_INTERPRET=1"
-    return f"device {device_type}, expected cuda"
-
-
-def _compile_problem(device_type: str) -> str:
-    """Returns why torch.compile cannot run on a device, or "" as far as can be known before."""
-    if device_type == "cuda":
-        if find_spec("triton") is None:
-            return "no package triton, expected triton>=3.2"
-        if torch.cuda.get_device_capability() < (7, 0):
-            return (
-                f"compute capability {torch.cuda.get_device_capability()}, expected (7, 0) or more"
-            )
-    return ""
+        return _NO_TRITON
+    capability = torch.cuda.get_device_capability()
+    return (
+        "" if capability >= (7, 0) else f"compute capability {capability}, expected (7, 0) or more"
+    )
 
 
 def has_nvidia_apex() -> bool:

@@ -21,17 +21,9 @@ def device() -> str:
 
 
 @pytest.fixture
-def chosen(monkeypatch):
+def chosen():
     """Which operations ran on what, in order; fresh choices for a test that changes the wish."""
     choose._implementation.cache_clear()
-    found = []
-    choice = choose.implementation
-
-    def noted(op, device_type, **case):
-        made = choice(op, device_type, **case)
-        found.append((op, made))
-        return made
-
-    monkeypatch.setattr(choose, "implementation", noted)
-    yield found
+    with choose.hearing() as heard:
+        yield heard
     choose._implementation.cache_clear()

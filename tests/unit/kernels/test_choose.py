@@ -234,3 +234,10 @@ def test_apex_where_it_has_no_kernel_is_refused(monkeypatch):
     assert choose.implementation("layer_norm", "cuda", **NORM) == "apex"
     with pytest.raises(ConfigError, match="got cpu, expected cuda"):
         choose.implementation("layer_norm", "cpu", **NORM)
+
+
+def test_a_start_holds_the_other_kernels_against_their_references_beside_apex(monkeypatch):
+    device = choose.Device((9, 0), wish="apex")
+    with choose.standing_in(device):
+        assert choose.implementation("residual_norm", "meta", **CASE) == "triton"
+        assert choose.implementation("whitened_loss", "meta") == "compiled"
