@@ -297,6 +297,7 @@ def whole_blocks(samples: int) -> int:
 def norm_questions(compiled: bool) -> list[Question]:
     """Returns questions of residual_norm, layer_norm and add_norm."""
     from fd_large.kernels import residual_norm as rn
+    from fd_large.kernels.add_norm import add_norm, add_norm_reference
 
     def random(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
         return torch.randn(shape, device="cuda").to(dtype).requires_grad_()
@@ -346,8 +347,8 @@ def norm_questions(compiled: bool) -> list[Question]:
             [random(32, tokens, width, dtype=torch.float32), random(32, tokens, width)]
             + [random(width) for _ in range(3)],
             against(
-                lambda x, f, w, b, g: rn.add_norm(x, f, w, b, 1e-6, scale, g, dtype=BF16),
-                lambda x, f, w, b, g: rn.add_norm_reference(x, f, w, b, 1e-6, scale, g, BF16),
+                lambda x, f, w, b, g: add_norm(x, f, w, b, 1e-6, scale, g, dtype=BF16),
+                lambda x, f, w, b, g: add_norm_reference(x, f, w, b, 1e-6, scale, g, BF16),
             ),
         )
     )

@@ -11,14 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_large.backbones.initialization import Draw, Scheme, fill
+from fd_large.kernels.add_norm import add_norm
 from fd_large.kernels.quick_gelu import quick_gelu
-from fd_large.kernels.residual_norm import (
-    add_norm,
-    layer_norm,
-    residual_norm,
-    stream_norm,
-    takes_bias,
-)
+from fd_large.kernels.residual_norm import layer_norm, residual_norm, stream_norm, takes_bias
 
 
 class Linear(nn.Linear):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fd_large.errors import ConfigError
-from fd_large.kernels.compiled import backend
+from fd_large.kernels.operation import backend
 from fd_large.ranks import distributed
 
 MODES = ("off", "every", "offload")

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 APEX_DEVICES = ("cuda",)
 _WISHES = ("auto", "triton", "compiled", "apex", "reference")
 # The files of this room that register operations.
-_FILES = ("quick_gelu", "residual_norm", "whitened_loss", "window_attention")
+_FILES = ("add_norm", "quick_gelu", "residual_norm", "whitened_loss", "window_attention")
 # A100, H100 and H200, for which the kernels are compiled ahead of time. Other cards of 8.x have
 # less shared memory per program than some kernels need.
 CAPABILITIES = ((8, 0), (9, 0))

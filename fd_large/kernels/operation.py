@@ -1,24 +1,34 @@
-"""Operations of torch over Triton kernels: the launcher is the operation, and tells its shapes.
+"""What every operation of this room is made of: launches of kernels, its plain twin, its checks.
 
-A launcher makes the results and hands each kernel to `launch`. Where tensors have no values (on the
-meta device, or while torch.compile traces), `launch` starts nothing, so that the same function says
-what comes out. Triton is imported when the first kernel starts.
+A launcher is an operation of torch over Triton kernels: it makes the results and hands each kernel
+to `launch`. Where tensors have no values (on the meta device, or while torch.compile traces),
+`launch` starts nothing, so that the same function says what comes out. Triton is imported when the
+first kernel starts. A backward pass is an operation of its own, so that torch.compile and the meta
+device see every tensor that is read or written.
 
-Operations take and give contiguous tensors. A result that was not asked for has no elements,
-because an operation's result cannot be None. A backward pass is an operation of its own, so that
-torch.compile and the meta device see every tensor that is read or written.
+The plain twin goes through torch.compile where that was chosen, one compiled function for each
+case. A function is compiled, not the module around it: there is no graph break under ZeRO-3, and
+all blocks of a width share one graph. Batches of any size share it too. Within a region that is
+itself being compiled, the twin is a part of that region.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import lru_cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fd_large.errors import ShapeError
+from fd_large.kernels import choose
+
+log = logging.getLogger(__name__)
 
 
 class Launch(NamedTuple):
@@ -70,25 +80,100 @@ def function_of(kernel: str) -> Any:
 
 
 def operation(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
-    """Registers a launcher as torch.ops.fd_large.NAME, by its annotations."""
+    """Registers a launcher as torch.ops.fd_large.NAME, by its annotations.
 
-    def register(launcher: Callable[..., Any]) -> torch.library.CustomOpDef:
-        def shapes(*arguments: Any) -> Any:
+    It is given contiguous tensors. Where it returns None for a result that was not asked for, the
+    operation returns a tensor without elements, because its results cannot be None.
+    """
+
+    def register(launcher: Callable[..., tuple[Tensor | None, ...]]) -> torch.library.CustomOpDef:
+        def run(*arguments: Any) -> tuple[Tensor, ...]:
+            arguments = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in arguments)
+            like = next(a for a in arguments if isinstance(a, Tensor))
+            return tuple(like.new_empty(0) if r is None else r for r in launcher(*arguments))
+
+        def shapes(*arguments: Any) -> tuple[Tensor, ...]:
             with recording():
-                return launcher(*arguments)
+                return run(*arguments)
 
-        defined = torch.library.custom_op(f"fd_large::{name}", launcher, mutates_args=())
+        defined = torch.library.custom_op(
+            f"fd_large::{name}",
+            run,
+            mutates_args=(),
+            schema=torch.library.infer_schema(launcher, mutates_args=()),
+        )
         defined.register_fake(shapes)
         return defined
 
     return register
 
 
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """Returns a contiguous tensor, or None for None."""
-    return None if tensor is None else tensor.contiguous()
-
-
 def blocks(size: int, block: int) -> int:
     """Returns how many blocks hold so many elements."""
     return -(-size // block)
+
+
+def check_shapes(where: str, beside: str, **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Checks shapes, because a kernel sees addresses only and would read past the end.
+
+    Args:
+        where: Name of the function.
+        beside: What the tensors have to fit.
+        tensors: Each with the expected shape; None fits.
+
+    Raises: ShapeError: if one has another shape.
+    """
+    for name, (tensor, shape) in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ShapeError(
+                f"{where}: {name} does not fit {beside}; got {tuple(tensor.shape)}, expected "
+                f"{tuple(shape)}. Pass one that does."
+            )
+
+
+def backend(device_type: str) -> str:
+    """Returns torch.compile's backend for a device.
+
+    On CPUs the graphs that a GPU's compiler would be given are traced and differentiated, but run
+    in eager kernels, which needs no C++ compiler.
+    """
+    return "inductor" if device_type == "cuda" else "aot_eager"
+
+
+def twin(
+    op: str, choice: choose.Implementation, reference: Callable[..., Any], *batched: Tensor | None
+) -> Callable[..., Any]:
+    """Returns the plain twin of an operation, through torch.compile where that was chosen.
+
+    Args:
+        op: Name of the operation.
+        choice: What `choose.implementation` said.
+        reference: The twin.
+        batched: Those of its arguments whose first dimension is the batch.
+    """
+    first = batched[0]
+    if choice != "compiled" or first is None or first.is_meta or torch.compiler.is_compiling():
+        return reference
+    for tensor in batched:
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return _compiled(op, reference, backend(first.device.type), first.shape[-1])
+
+
+@lru_cache(maxsize=256)
+def _compiled(
+    op: str, reference: Callable[..., Any], backend: str, channels: int
+) -> Callable[..., Any]:
+    """A function for each number of channels, because torch limits the graphs of one."""
+    compiled = torch.compile(reference, backend=backend, isolate_recompiles=True)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        try:
+            return compiled(*arguments, **named)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            said = str(error).strip().partition("\n")[0]
+            log.warning("%s: torch.compile failed, and plain torch runs instead: %s", op, said)
+            choose.refuse(op, "torch.compile failed")
+            return reference(*arguments, **named)
+
+    return call

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fd_large.kernels import choose
 from fd_large.kernels.check import checked
-from fd_large.kernels.compiled import twin
+from fd_large.kernels.operation import twin
 
 
 @checked

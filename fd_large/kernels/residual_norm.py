@@ -1,10 +1,11 @@
-"""Norms and residual sums: LayerNorm, x + scale * LayerNorm(branch), and LayerNorm(x + branch).
+"""LayerNorm, and x + scale * LayerNorm(branch): norms and residual sums of SwinV2's blocks.
 
 Statistics are always float32 (float64 in a float64 run). Under ZeRO-3 a weight is whole only inside
 its own module's forward, so the modules that own these weights call the functions here.
 
-Each function has a plain twin (`..._reference`) and operations over Triton kernels, launched in
-`residual_norm_launch.py`; `choose.py` decides what runs.
+From top to bottom: these functions; their plain twins (`..._reference`); the operation over the
+kernels of `residual_norm_triton.py`, and its gradients; what `add_norm.py` shares with all that.
+`choose.py` decides what runs.
 """
 
 from __future__ import annotations
@@ -15,12 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fd_large.errors import ShapeError
 from fd_large.kernels import choose
 from fd_large.kernels.check import checked
-from fd_large.kernels.compiled import twin
-from fd_large.kernels.operation import contiguous
-from fd_large.kernels.residual_norm_launch import Twice, add_norm_forward, residual_norm_forward
+from fd_large.kernels.operation import blocks, check_shapes, launch, operation, twin
 
 
 @checked
@@ -44,17 +42,9 @@ def layer_norm(
     Returns: (..., C).
     """
     dtype = dtype or x.dtype
-    choice = choose.implementation(
-        "layer_norm",
-        x.device.type,
-        width=x.shape[-1],
-        empty=not x.numel(),
-        stream=dtype,
-        branch=x.dtype,
-        weight=weight.dtype,
-    )
+    choice = implementation("layer_norm", x, stream=dtype, weight=weight.dtype)
     if choice == "triton":
-        return _launch(None, x, weight, bias, None, None, eps, dtype, None)[0]
+        return _fused(None, x, weight, bias, None, None, eps, dtype, None)[0]
     if choice == "apex":
         return choose.apex_layer_norm()(x, weight, bias, weight.shape, eps)
     norm = twin("layer_norm", choice, layer_norm_reference, x)
@@ -76,18 +66,9 @@ def stream_norm(
     Args and returns: as in `layer_norm` and `residual_norm`.
     """
     dtype = dtype or x.dtype
-    choice = choose.implementation(
-        "residual_norm",
-        x.device.type,
-        width=x.shape[-1],
-        empty=not x.numel(),
-        stream=dtype,
-        branch=x.dtype,
-        weight=weight.dtype,
-        copy=copy,
-    )
+    choice = implementation("residual_norm", x, stream=dtype, weight=weight.dtype, copy=copy)
     if choice == "triton":
-        return _launch(None, x, weight, bias, None, None, eps, dtype, copy)
+        return _fused(None, x, weight, bias, None, None, eps, dtype, copy)
     if choice == "compiled":
         norm = twin("residual_norm", choice, stream_norm_reference, x)
         return norm(x, weight, bias, eps, dtype, copy)
@@ -125,20 +106,18 @@ def residual_norm(
         pass (the same numbers in memory where the dtypes are equal).
     Raises: ShapeError: if branch, vectors or scale do not fit x.
     """
-    _check("residual_norm", x, branch, scale, weight=weight, bias=bias, branch_bias=branch_bias)
-    choice = choose.implementation(
+    vectors = {"weight": weight, "bias": bias, "branch_bias": branch_bias}
+    check_stream("residual_norm", x, branch, scale, **vectors)
+    choice = implementation(
         "residual_norm",
-        x.device.type,
-        width=x.shape[-1],
-        empty=not x.numel(),
+        branch,
         stream=x.dtype,
-        branch=branch.dtype,
         weight=weight.dtype,
         copy=copy or x.dtype,
         biased=branch_bias is not None,
     )
     if choice == "triton":
-        return _launch(x, branch, weight, bias, branch_bias, scale, eps, x.dtype, copy)
+        return _fused(x, branch, weight, bias, branch_bias, scale, eps, x.dtype, copy)
     norm = twin("residual_norm", choice, residual_norm_reference, x, branch, scale)
     return norm(x, branch, weight, bias, eps, scale, branch_bias, copy)
 
@@ -150,18 +129,10 @@ def takes_bias(branch: Tensor, width: int) -> bool:
         branch: The input of that layer.
         width: C, channels of its output.
     """
-    choice = choose.implementation(
-        "residual_norm",
-        branch.device.type,
-        width=width,
-        empty=not branch.numel(),
-        branch=branch.dtype,
-        biased=True,
-    )
-    return choice == "triton"
+    return implementation("residual_norm", branch, width=width, biased=True) == "triton"
 
 
-def _launch(
+def _fused(
     x: Tensor | None,
     branch: Tensor,
     weight: Tensor,
@@ -173,107 +144,12 @@ def _launch(
     copy: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     narrow = None if copy == dtype else copy
-    inputs = (
-        None if x is None else x.contiguous(),
-        branch.contiguous(),
-        weight.contiguous(),
-        bias.contiguous(),
-        contiguous(branch_bias),
-        _factors(scale),
-        eps,
-        dtype,
-        narrow,
-    )
+    inputs = (x, branch, weight, bias, branch_bias, factors(scale), eps, dtype, narrow)
     if copy == dtype and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         y, copied, _, _ = Twice.apply(*inputs)
         return y, copied
     y, copied, _, _ = residual_norm_forward(*inputs)
     return y, y if narrow is None else copied
-
-
-@checked
-def add_norm(
-    x: Tensor,
-    branch: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    scale: Tensor | None = None,
-    gamma: Tensor | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Adds a pre-norm branch, y = x + scale * gamma * branch, and applies the next norm to y.
-
-    Args:
-        x: (B, ..., C), the stream.
-        branch: (B, ..., C), any float dtype.
-        weight: (C,), weight of the norm.
-        bias: (C,), bias of the norm.
-        eps: Added to the variance.
-        scale: (B,) float32, drop path's factor per sample, takes no gradient; None: 1.
-        gamma: (C,), LayerScale; None: 1.
-        dtype: Data type of the normalised sum; None: that of x.
-
-    Returns: y (B, ..., C) in the dtype of x, and its norm (B, ..., C).
-    Raises: ShapeError: if branch, vectors or scale do not fit x.
-    """
-    _check("add_norm", x, branch, scale, weight=weight, bias=bias, gamma=gamma)
-    dtype = dtype or x.dtype
-    choice = _add_choice(x, branch, gamma, dtype, weight)
-    if choice == "triton":
-        y, normed, _, _ = add_norm_forward(
-            x.contiguous(),
-            branch.contiguous(),
-            contiguous(gamma),
-            _factors(scale),
-            weight.contiguous(),
-            bias.contiguous(),
-            eps,
-            dtype,
-        )
-        return y, normed
-    if choice == "compiled":
-        norm = twin("add_norm", choice, add_norm_reference, x, branch, scale)
-        return norm(x, branch, weight, bias, eps, scale, gamma, dtype)
-    y = add_branch_reference(x, branch, scale, gamma)
-    # A separate choice, because a norm alone may run where the pair does not.
-    return y, layer_norm(y, weight, bias, eps, dtype=dtype)
-
-
-@checked
-def add_branch(
-    x: Tensor, branch: Tensor, scale: Tensor | None = None, gamma: Tensor | None = None
-) -> Tensor:
-    """Adds a pre-norm branch with no norm after it: x + scale * gamma * branch, in the dtype of x.
-
-    Raises: ShapeError: if branch, gamma or scale do not fit x.
-    """
-    _check("add_branch", x, branch, scale, gamma=gamma)
-    choice = _add_choice(x, branch, gamma, x.dtype, None)
-    if choice == "triton":
-        vectors = contiguous(gamma), _factors(scale), None, None
-        return add_norm_forward(x.contiguous(), branch.contiguous(), *vectors, 0.0, x.dtype)[0]
-    add = twin("add_norm", choice, add_branch_reference, x, branch, scale)
-    return add(x, branch, scale, gamma)
-
-
-def _check(
-    where: str, x: Tensor, branch: Tensor, scale: Tensor | None, **vectors: Tensor | None
-) -> None:
-    """Checks shapes, because a kernel sees addresses only and would read past the end."""
-    expected = {"branch": (branch, x.shape), "scale": (scale, x.shape[:1])}
-    expected |= {name: (vector, x.shape[-1:]) for name, vector in vectors.items()}
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ShapeError(
-                f"{where}: {name} does not fit the stream {tuple(x.shape)}; got "
-                f"{tuple(tensor.shape)}, expected {tuple(shape)}. Pass one that does."
-            )
-
-
-def _factors(scale: Tensor | None) -> Tensor | None:
-    return None if scale is None else scale.float().contiguous()
 
 
 def layer_norm_reference(
@@ -314,39 +190,197 @@ def residual_norm_reference(
     return y, y if copy is None else y.to(copy)
 
 
-def add_norm_reference(
-    x: Tensor,
-    branch: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    scale: Tensor | None,
-    gamma: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The plain twin of `add_norm`."""
-    y = add_branch_reference(x, branch, scale, gamma)
-    return y, layer_norm_reference(y, weight, bias, eps, dtype)
-
-
-def add_branch_reference(
-    x: Tensor, branch: Tensor, scale: Tensor | None = None, gamma: Tensor | None = None
-) -> Tensor:
-    """The plain twin of `add_branch`: summed in float32 and rounded once."""
-    branch = branch.to(torch.promote_types(x.dtype, torch.float32))
-    if gamma is not None:
-        branch = branch * gamma.to(branch.dtype)
-    if scale is not None:
-        branch = branch * scale.view(-1, *[1] * (x.dim() - 1)).to(branch.dtype)
-    return (x + branch).to(x.dtype)
-
-
 def _wide_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
 
 
-# The tested cases; all others run on the reference.
+@operation("residual_norm")
+def residual_norm_forward(
+    x: Tensor | None,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    branch_bias: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    copy: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x + scale * norm(branch + branch_bias) in `dtype` and in `copy`, and the rows' statistics.
+
+    Without x and scale it is LayerNorm. The statistics are the mean and 1/deviation.
+    """
+    rows, constants = rows_of(branch), tile(branch.shape[-1])
+    y = torch.empty_like(branch, dtype=dtype)
+    narrow = None if copy is None else torch.empty_like(branch, dtype=copy)
+    mean, rstd = (branch.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    launch(
+        "residual_norm_triton._residual_norm_forward", (blocks(rows, constants["ROWS"]),),
+        x, branch, weight, bias, branch_bias, scale, y, narrow, mean, rstd, rows,
+        rows // branch.shape[0], eps,
+        **constants,
+    )  # fmt: skip
+    return y, narrow, mean, rstd
+
+
+@operation("residual_norm_backward")
+def residual_norm_backward(
+    dy: Tensor | None,
+    dcopy: Tensor | None,
+    branch: Tensor,
+    weight: Tensor,
+    branch_bias: Tensor | None,
+    scale: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dx: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dy + dcopy in `dx`, and the gradients of branch, weight, bias and branch_bias."""
+    rows = rows_of(branch)
+    constants, tiles, programs = backward_launch(rows, branch.shape[-1])
+    total = None if dx is None else torch.empty_like(branch, dtype=dx)
+    dbranch = torch.empty_like(branch)
+    vectors = weight, weight, branch_bias
+    partials = [partial_sums(programs, vector) for vector in vectors]
+    launch(
+        "residual_norm_triton._residual_norm_backward", (programs,),
+        dy, dcopy, branch, weight, branch_bias, scale, mean, rstd, total, dbranch, *partials, rows,
+        rows // branch.shape[0], tiles, programs,
+        **constants,
+    )  # fmt: skip
+    return total, dbranch, *map(summed, partials, vectors)
+
+
+def _residual_norm_setup(ctx, inputs, output):
+    x, branch, weight, _, branch_bias, scale, _, _, _ = inputs
+    _, narrow, mean, rstd = output
+    ctx.save_for_backward(branch, weight, branch_bias, scale, mean, rstd)
+    ctx.stream = None if x is None else x.dtype
+    ctx.mark_non_differentiable(mean, rstd, *(() if narrow.numel() else (narrow,)))
+    # Otherwise an unused copy would cost a map of zeros.
+    ctx.set_materialize_grads(False)
+
+
+def _residual_norm_gradients(ctx, dy, dcopy, _mean, _rstd):
+    if dy is None and dcopy is None:
+        return (None,) * 9
+    _, _, branch_bias, *_ = saved = ctx.saved_tensors
+    # The gradient of a sum is that of its terms; it is written only if two gradients meet.
+    both = dcopy is not None and ctx.stream is not None
+    total, dbranch, dweight, dbias, dlast = residual_norm_backward(
+        dy, dcopy, *saved, ctx.stream if both else None
+    )
+    dx = None if ctx.stream is None else total if both else dy
+    return dx, dbranch, dweight, dbias, None if branch_bias is None else dlast, *(None,) * 4
+
+
+residual_norm_forward.register_autograd(
+    _residual_norm_gradients, setup_context=_residual_norm_setup
+)
+
+
+class Twice(torch.autograd.Function):
+    """The operation with one result in two tensors over the same memory.
+
+    Their gradients are then summed in the backward kernel; those of one tensor used twice would be
+    summed in a pass of their own. A custom operation may not return such a pair.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        """Takes and returns what the operation does, with the sum in place of its copy."""
+        y, _, mean, rstd = residual_norm_forward(*inputs)
+        output = y, y.detach(), mean, rstd
+        _residual_norm_setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_residual_norm_gradients)
+
+
+def implementation(
+    op: str, branch: Tensor, *, width: int | None = None, **case: Any
+) -> choose.Implementation:
+    """Returns what runs an operation on a branch whose norm has `width` channels; None: as it."""
+    return choose.implementation(
+        op,
+        branch.device.type,
+        width=width or branch.shape[-1],
+        empty=not branch.numel(),
+        branch=branch.dtype,
+        **case,
+    )
+
+
+def check_stream(
+    where: str, x: Tensor, branch: Tensor, scale: Tensor | None, **vectors: Tensor | None
+) -> None:
+    """Checks that a branch, a factor per sample and vectors of channels fit the stream."""
+    check_shapes(
+        where,
+        f"the stream {tuple(x.shape)}",
+        branch=(branch, x.shape),
+        scale=(scale, x.shape[:1]),
+        **{name: (vector, x.shape[-1:]) for name, vector in vectors.items()},
+    )
+
+
+def factors(scale: Tensor | None) -> Tensor | None:
+    """Returns drop path's factors as the kernels take them."""
+    return None if scale is None else scale.float()
+
+
+# About one program for each of an H100's 132 multiprocessors. A backward has as many programs as
+# partial rows, and fewer would leave memory bandwidth unused.
+PARTIALS = 128
+# Elements of a tile, 16 per thread, unless a row is longer.
+_TILE = 4096
+
+
+def rows_of(values: Tensor) -> int:
+    """Returns the number of rows, over which the last dimension runs."""
+    return values.numel() // values.shape[-1]
+
+
+def tile(width: int) -> dict[str, int]:
+    """Returns the constants of a launch for rows of `width` channels, 32 to 8192."""
+    block = 1 << (int(width) - 1).bit_length()
+    rows = max(1, _TILE // block)
+    return {"C": int(width), "ROWS": rows, "BLOCK": block, "num_warps": rows * block // 512}
+
+
+def backward_launch(
+    rows: int, width: int, layer_scale: bool = False
+) -> tuple[dict[str, int], int, int]:
+    """Returns the constants of a backward's launch, its tiles, and its programs."""
+    constants = tile(width)
+    if width % 8:
+        # Rows that cannot be loaded in vectors take more registers for addresses.
+        constants["ROWS"] = max(1, constants["ROWS"] // 2)
+    # The next tiles are loaded while one is worked on, as far as shared memory (163 KB on an A100)
+    # and registers allow. With LayerScale four maps are loaded, else three.
+    stages = 3 if constants["BLOCK"] <= (_TILE // 2 if layer_scale else _TILE) else 2
+    constants["STAGES"] = stages if constants["BLOCK"] <= _TILE else 1
+    # Twice the threads of a forward, because sums per channel stay in registers from tile to tile;
+    # all registers that so many threads can have, because the compiler spills rather than use more
+    # than half.
+    constants["num_warps"], constants["maxnreg"] = 16, 128
+    tiles = blocks(rows, constants["ROWS"])
+    return constants, tiles, min(PARTIALS, tiles)
+
+
+def partial_sums(programs: int, vector: Tensor | None) -> Tensor | None:
+    """Returns the partial rows of a vector's gradient, one for each program; None for None."""
+    if vector is None:
+        return None
+    return vector.new_empty(programs, vector.shape[0], dtype=torch.float32)
+
+
+def summed(partial: Tensor | None, vector: Tensor | None) -> Tensor | None:
+    """Returns the gradient of a vector: the sum of its partial rows, in the vector's dtype."""
+    return None if partial is None else partial.sum(0).to(vector.dtype)
+
+
 _DTYPES = (torch.float32, torch.bfloat16)
 _WIDTHS = range(32, 8193)
 # With more channels, a program's registers do not hold three sums per channel, or the addresses of
@@ -355,25 +389,17 @@ _WIDTHS_OF_THREE = range(32, 4097)
 _ODD_WIDTHS = range(32, 2049)
 
 
-def untested(*, width: int, empty: bool, **dtypes: torch.dtype) -> str:
+def untested(
+    *, width: int, empty: bool, biased: bool = False, gamma: bool = False, **dtypes: torch.dtype
+) -> str:
     """Returns why the kernels were not tested in a case, or "" if they were."""
     if width not in _WIDTHS or (width % 8 and width not in _ODD_WIDTHS):
         return f"{width} channels"
+    if (biased or gamma) and width not in _WIDTHS_OF_THREE:
+        return f"{'LayerScale' if gamma else 'a bias of the branch'} of {width} channels"
     if empty:
         return "no rows"
     return ", ".join(f"{k} {v}" for k, v in dtypes.items() if v not in _DTYPES)
-
-
-def _residual_untested(*, biased: bool = False, **case: Any) -> str:
-    if biased and case["width"] not in _WIDTHS_OF_THREE:
-        return f"a branch's bias of {case['width']} channels"
-    return untested(**case)
-
-
-def _add_untested(*, gamma: bool, **case: Any) -> str:
-    if gamma and case["width"] not in _WIDTHS_OF_THREE:
-        return f"LayerScale of {case['width']} channels"
-    return untested(**case)
 
 
 def _apex_untested(
@@ -383,21 +409,4 @@ def _apex_untested(
 
 
 choose.register("layer_norm", untested, _apex_untested)
-choose.register("residual_norm", _residual_untested)
-choose.register("add_norm", _add_untested)
-
-
-def _add_choice(
-    x: Tensor, branch: Tensor, gamma: Tensor | None, dtype: torch.dtype, weight: Tensor | None
-) -> choose.Implementation:
-    return choose.implementation(
-        "add_norm",
-        x.device.type,
-        width=x.shape[-1],
-        empty=not x.numel(),
-        stream=x.dtype,
-        branch=branch.dtype,
-        weight=torch.float32 if weight is None else weight.dtype,
-        gamma=gamma is not None,
-        normed=dtype,
-    )
+choose.register("residual_norm", untested)

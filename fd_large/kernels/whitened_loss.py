@@ -15,7 +15,7 @@ from torch import Tensor
 from fd_large.errors import ShapeError
 from fd_large.kernels import choose
 from fd_large.kernels.check import checked
-from fd_large.kernels.compiled import twin
+from fd_large.kernels.operation import twin
 
 
 def whiten(feature_map: Tensor, eps: float = 1e-5) -> Tensor:

@@ -18,11 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fd_large.errors import ConfigError, ShapeError
+from fd_large.errors import ConfigError
 from fd_large.kernels import choose
 from fd_large.kernels.check import checked
-from fd_large.kernels.compiled import twin
-from fd_large.kernels.operation import contiguous
+from fd_large.kernels.operation import check_shapes, twin
 from fd_large.kernels.window_attention_launch import forward
 from fd_large.kernels.window_attention_reference import Memory, reference
 
@@ -132,11 +131,12 @@ def _attention(
     table: Tensor | None,
     memory: Memory,
 ) -> Tensor:
+    prefix = qkv.shape[1] - height * width
     choice = choose.implementation(
         "window_attention",
         qkv.device.type,
         window=window,
-        prefix=qkv.shape[1] - height * width,
+        prefix=prefix,
         head_width=qkv.shape[2] // (3 * num_heads),
         table=table is not None,
         shifted_product=bool(shift) and not cosine,
@@ -147,15 +147,17 @@ def _attention(
     if choice == "triton":
         if not isinstance(scale, Tensor):
             scale = qkv.new_full((num_heads,), scale, dtype=torch.float32)
-        _check(qkv, num_heads, window, height * width, bias=bias, table=table, scale=scale)
+        offsets = (2 * window[0] - 1) * (2 * window[1] - 1)
+        check_shapes(
+            "window_attention",
+            f"qkv {tuple(qkv.shape)}",
+            bias=(bias, (2, qkv.shape[2] // 3)),
+            table=(table, (offsets + 3 * prefix, num_heads)),
+            scale=(scale, (num_heads,)),
+        )
+        table = None if table is None else table.float()
         numbers = (num_heads, height, width, *window, shift, int(cosine))
-        return forward(
-            qkv.contiguous(),
-            contiguous(bias),
-            None if table is None else table.float(),
-            scale.float().contiguous(),
-            numbers,
-        )[0]
+        return forward(qkv, bias, table, scale.float(), numbers)[0]
     if memory == "keep" and qkv.is_cuda and torch.is_grad_enabled():
         raise ConfigError(
             "student.attention_memory: attention maps must not be kept on a GPU; got 'keep', "
@@ -174,20 +176,6 @@ def _attention(
         cosine=cosine,
         memory=memory,
     )
-
-
-def _check(
-    qkv: Tensor, num_heads: int, window: tuple[int, int], places: int, **small: Tensor | None
-) -> None:
-    """Checks shapes, because kernels see addresses only and would read past the end."""
-    rows = (2 * window[0] - 1) * (2 * window[1] - 1) + 3 * (qkv.shape[1] - places)
-    shapes = {"bias": (2, qkv.shape[2] // 3), "table": (rows, num_heads), "scale": (num_heads,)}
-    for name, tensor in small.items():
-        if tensor is not None and tensor.shape != shapes[name]:
-            raise ShapeError(
-                f"window_attention: {name} does not fit qkv {tuple(qkv.shape)}; got "
-                f"{tuple(tensor.shape)}, expected {shapes[name]}. Pass one that does."
-            )
 
 
 def untested(

@@ -1,25 +1,184 @@
 """Triton kernels of `window_attention.py`: tokens are read and written in the image's layout.
 
-The logits of a tile stay in registers, so there is no (N, N) map; logits, softmax and sums are
-float32. This file has the forward kernel; what the kernels share is in
-`window_attention_tiles_triton.py`, the backward in `window_attention_backward_triton.py` and
-`window_attention_table_triton.py`, the launches in `window_attention_launch.py`.
+A window's tokens are found by arithmetic, so there is no roll, no copy of windows and no mask. The
+logits of a tile stay in registers, so there is no (N, N) map; logits, softmax and sums are float32.
+First what the kernels share (where tokens are, tiles of q, k and v, logits), then the forward. The
+backward is in `window_attention_backward_triton.py`.
 """
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
-from fd_large.kernels.window_attention_tiles_triton import (
-    LOG2_E,
-    add_bias,
-    dot,
-    load_bias,
-    load_keys,
-    load_queries,
-    narrowed,
-)
+LOG2_E = tl.constexpr(math.log2(math.e))
+PENALTY = tl.constexpr(-100.0 * math.log2(math.e))
+EPS = tl.constexpr(1e-12)
+
+
+@triton.jit
+def dot(a, b, INTERPRETED: tl.constexpr):
+    """Multiplies in float32 where Triton's interpreter would multiply bfloat16 wrongly."""
+    if INTERPRETED:
+        product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        product = tl.dot(a, b, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Rounds float32 to nearest even, as a GPU does."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def place(
+    number, window, H, W,
+    PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    """Returns of a window's tokens: rows of the tensor, which exist, table offsets, region ids.
+
+    Numbers below PREFIX are the image's own tokens, the others count along the window's rows.
+    """
+    columns = tl.cdiv(W, WW)
+    of_image = columns * tl.cdiv(H, WH)
+    image = (window // of_image).to(tl.int64) * (H * W + PREFIX)
+    top = (window % of_image) // columns * WH
+    left = window % columns * WW
+    inside = number < PREFIX + WH * WW
+    patch = tl.where(inside & (number >= PREFIX), number - PREFIX, 0)
+    offset = patch // WW * (2 * WW - 1) + patch % WW
+    # In the frame that the shift makes, then in the image's.
+    y, x = top + patch // WW, left + patch % WW
+    region = y * 0
+    if SHIFT > 0:
+        bottom, right = tl.cdiv(H, WH) * WH, columns * WW
+        region = 3 * ((y >= bottom - WH).to(tl.int32) + (y >= bottom - SHIFT).to(tl.int32))
+        region += (x >= right - WW).to(tl.int32) + (x >= right - SHIFT).to(tl.int32)
+        y, x = y + SHIFT, x + SHIFT
+        y, x = tl.where(y >= bottom, y - bottom, y), tl.where(x >= right, x - right, x)
+    if PADDED:
+        inside = inside & (y < H) & (x < W)
+    row = image + PREFIX + y * W + x
+    if PREFIX > 0:
+        row = tl.where(number < PREFIX, image + number, row)
+    return row, inside, offset, region
+
+
+@triton.jit
+def load_head(POINTER, row, inside, column, stride, D: tl.constexpr, BD: tl.constexpr):
+    """Returns a head's D numbers of each token; 0 where there is none."""
+    d = tl.arange(0, BD)
+    at = row[:, None] * stride + (column + d)[None, :]
+    return tl.load(POINTER + at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_bias(BIAS, column, D: tl.constexpr, BD: tl.constexpr):
+    """Returns a head's D biases as float32; 0 where there is no bias."""
+    d = tl.arange(0, BD)
+    bias = tl.zeros([BD], tl.float32)
+    if BIAS is not None:
+        bias += tl.load(BIAS + column + d, mask=d < D, other=0.0).to(tl.float32)
+    return bias[None, :]
+
+
+@triton.jit
+def unit_factor(x, COSINE: tl.constexpr):
+    """Returns by how much vectors are multiplied to have length 1; 1 for a dot product."""
+    x = x.to(tl.float32)
+    factor = tl.full([x.shape[0]], 1.0, tl.float32)
+    if COSINE:
+        factor = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), EPS)
+    return factor
+
+
+@triton.jit
+def load_queries(
+    number, QKV, BIAS, head, window, H, W, C,
+    PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
+    PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
+):  # fmt: skip
+    """Returns of queries: rows, which exist, offsets, regions, unit vectors and their factors."""
+    row, inside, offset, region = place(number, window, H, W, PREFIX, WH, WW, SHIFT, PADDED)
+    q = load_head(QKV, row, inside, head * D, 3 * C, D, BD).to(tl.float32)
+    q += load_bias(BIAS, head * D, D, BD)
+    factor = unit_factor(q, COSINE)
+    return row, inside, offset, region, q * factor[:, None], factor
+
+
+@triton.jit
+def load_keys(
+    number, QKV, head, window, H, W, C,
+    PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
+    PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
+):  # fmt: skip
+    """Returns of keys: rows, which exist, offsets, regions, k, v and the factors of k.
+
+    As they are stored: k has no bias, and that of v can wait, since weights sum to 1.
+    """
+    row, inside, offset, region = place(number, window, H, W, PREFIX, WH, WW, SHIFT, PADDED)
+    k = load_head(QKV, row, inside, C + head * D, 3 * C, D, BD)
+    v = load_head(QKV, row, inside, 2 * C + head * D, 3 * C, D, BD)
+    return row, inside, offset, region, k, v, unit_factor(k, COSINE)
+
+
+@triton.jit
+def add_bias(
+    logits, TABLE, number_i, number_j, offset_i, offset_j, region_i, region_j,
+    PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Adds a head's position bias and the penalty between regions, both in units of log 2.
+
+    i are queries and j keys; which of them are rows is the caller's choice.
+    """
+    if TABLE is not None:
+        at = offset_i - offset_j + ((WH - 1) * (2 * WW - 1) + WW - 1)
+        if PREFIX > 0:
+            n = (2 * WH - 1) * (2 * WW - 1)
+            to_prefix = tl.where(number_i < PREFIX, n + 2, n + 1)
+            at = tl.where(number_j < PREFIX, to_prefix, tl.where(number_i < PREFIX, n, at))
+        logits += tl.load(TABLE + at)
+    if SHIFT > 0:
+        logits += tl.where(region_i != region_j, PENALTY, 0.0)
+    return logits
+
+
+@triton.jit
+def output_terms(
+    row, inside, BIAS, OUT, DOUT, LSE, rows, head, C,
+    D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Returns of queries: the gradient of their outputs, lse, and delta = sum(do * (o - bias))."""
+    dout = load_head(DOUT, row, inside, head * D, C, D, BD)
+    out = load_head(OUT, row, inside, head * D, C, D, BD).to(tl.float32)
+    out -= load_bias(BIAS, C + head * D, D, BD)
+    # Infinite where there is no query: all its weights are 0 then.
+    lse = tl.load(LSE + head * rows + row, mask=inside, other=float("inf"))
+    return dout, lse, tl.sum(dout.to(tl.float32) * out, 1)
+
+
+@triton.jit
+def softmax_gradient(
+    rows, columns, drows, dcolumns, scale, bias, lse, delta, key_inside,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Returns a tile's products, its weights, made again from lse, and its logits' gradient.
+
+    Rows are queries and columns keys, or the other way round; the rest has shapes to match.
+    """
+    product = dot(rows, tl.trans(columns), INTERPRETED)
+    weight = tl.where(key_inside, tl.exp2(product * scale + bias - lse), 0.0)
+    dweight = dot(drows, tl.trans(dcolumns), INTERPRETED)
+    return product, weight, weight * (dweight - delta)
 
 
 @triton.jit

@@ -35,7 +35,7 @@ from fd_large.backbones.swin.architecture import SwinArchitecture
 from fd_large.backbones.token_positions import TokenPositions, positions_in
 from fd_large.backbones.windows import StageWindows, WindowRule, Windows
 from fd_large.errors import ConfigError, ShapeError
-from fd_large.kernels.residual_norm import add_branch
+from fd_large.kernels.add_norm import add_branch
 from fd_large.kernels.window_attention import window_attention
 from fd_large.kernels.window_attention_reference import Memory
 

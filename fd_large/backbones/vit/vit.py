@@ -38,7 +38,7 @@ from fd_large.backbones.position_tables import Grid, fit_offsets, fit_positions
 from fd_large.backbones.token_positions import TokenPositions, image_positions, window_positions
 from fd_large.backbones.vit.architecture import ViTArchitecture
 from fd_large.errors import ConfigError, ShapeError
-from fd_large.kernels.residual_norm import add_branch
+from fd_large.kernels.add_norm import add_branch
 from fd_large.kernels.window_attention import image_attention, window_attention
 from fd_large.kernels.window_attention_reference import Memory
 

@@ -23,8 +23,9 @@ FLOAT32_WIDTHS = (1001, 2048, 4096, 8192)
 def norms(
     width: int, stream: torch.dtype, rows: int = 4608, *, other: torch.dtype = BFLOAT16
 ) -> None:
-    """Launches the kernels of `residual_norm.py`; branches, weights, copies have dtype `other`."""
-    from fd_large.kernels import residual_norm_launch as kernels
+    """Launches the kernels of both norms; branches, weights and copies have dtype `other`."""
+    from fd_large.kernels.add_norm import add_norm_backward, add_norm_forward
+    from fd_large.kernels.residual_norm import residual_norm_backward, residual_norm_forward
 
     x = _meta(2, rows // 2, width, dtype=stream)
     f = _meta(2, rows // 2, width, dtype=other)
@@ -32,21 +33,19 @@ def norms(
     copy = other if stream != other else None
     # Three sums a channel run up to this width.
     last = gamma = w if width <= 4096 else None
-    kernels.residual_norm_forward(x, f, w, w, last, scale, 1e-5, stream, copy)
-    kernels.residual_norm_backward(x, f, f, w, last, scale, statistics, statistics, stream)
+    residual_norm_forward(x, f, w, w, last, scale, 1e-5, stream, copy)
+    residual_norm_backward(x, f, f, w, last, scale, statistics, statistics, stream)
     # A norm on the stream, and a plain one from it to what the products take.
-    kernels.residual_norm_forward(None, x, w, w, None, None, 1e-5, stream, copy)
-    kernels.residual_norm_backward(x, f, x, w, None, None, statistics, statistics, None)
+    residual_norm_forward(None, x, w, w, None, None, 1e-5, stream, copy)
+    residual_norm_backward(x, f, x, w, None, None, statistics, statistics, None)
     if stream != other:
-        kernels.residual_norm_forward(None, x, w, w, None, None, 1e-5, other, None)
-        kernels.residual_norm_backward(f, None, x, w, None, None, statistics, statistics, None)
+        residual_norm_forward(None, x, w, w, None, None, 1e-5, other, None)
+        residual_norm_backward(f, None, x, w, None, None, statistics, statistics, None)
     branch = None if gamma is None else f
-    kernels.add_norm_forward(x, f, gamma, scale, w, w, 1e-5, other)
-    kernels.add_norm_backward(x, f, x, branch, gamma, scale, w, statistics, statistics, other)
-    kernels.add_norm_forward(x, f, gamma, scale, None, None, 0.0, stream)
-    kernels.add_norm_backward(
-        x, None, None, branch, gamma, scale, None, statistics, statistics, other
-    )
+    add_norm_forward(x, f, gamma, scale, w, w, 1e-5, other)
+    add_norm_backward(x, f, x, branch, gamma, scale, w, statistics, statistics, other)
+    add_norm_forward(x, f, gamma, scale, None, None, 0.0, stream)
+    add_norm_backward(x, None, None, branch, gamma, scale, None, statistics, statistics, other)
 
 
 def attention(

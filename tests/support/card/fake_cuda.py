@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from fd_large.kernels import choose, compiled
+from fd_large.kernels import choose, operation
 
 PACKAGE = str(Path(__file__).parents[3] / "fd_large")
 CARD = torch.device("cuda", 0)
@@ -343,7 +343,7 @@ def fake_cuda() -> Iterator[Card]:
     for name, stand_in in stand_ins(card).items():
         patch.setattr(torch.cuda, name, stand_in)
     # Without a card there is nothing to compile for.
-    patch.setattr(compiled, "_compiled", lambda op, reference, *_: reference)
+    patch.setattr(operation, "_compiled", lambda op, reference, *_: reference)
     patch.setattr(torch.Tensor, "pin_memory", pinned)
     patch.setattr(torch.Tensor, "to", _to(torch.Tensor.to))
     patch.setattr(torch.Tensor, "is_pinned", is_pinned)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fd_large.errors import ShapeError
-from fd_large.kernels.residual_norm import add_branch, add_norm, layer_norm, residual_norm
+from fd_large.kernels.residual_norm import layer_norm, residual_norm
 
 
 def tensors(dtype=torch.float32):
@@ -57,23 +57,6 @@ def test_layer_norm_takes_mixed_dtypes(x_dtype, weight_dtype):
     assert layer_norm(x, weight, bias, 1e-5).dtype == x_dtype
 
 
-def test_add_norm_is_the_scaled_sum_and_its_norm():
-    x, branch, weight, bias = tensors()
-    scale, gamma = torch.tensor([0.0, 1.0, 1.25]), torch.linspace(0.1, 0.8, 8)
-    y, normed = add_norm(x, branch, weight, bias, 1e-6, scale, gamma)
-    for b in range(3):
-        torch.testing.assert_close(y[b], x[b] + scale[b] * gamma * branch[b])
-    torch.testing.assert_close(normed, F.layer_norm(y, (8,), weight, bias, 1e-6))
-    assert torch.equal(add_branch(x, branch, scale, gamma), y)
-
-
-def test_add_norm_rounds_the_stream_once_and_norms_what_it_stored():
-    x, branch, weight, bias = tensors(torch.bfloat16)
-    y, normed = add_norm(x, branch, weight, bias, 1e-6, dtype=torch.float32)
-    assert torch.equal(y, (x.float() + branch.float()).bfloat16())
-    torch.testing.assert_close(normed, F.layer_norm(y.float(), (8,), weight, bias, 1e-6))
-
-
 @pytest.mark.parametrize(
     ("call", "name"),
     [
@@ -81,9 +64,6 @@ def test_add_norm_rounds_the_stream_once_and_norms_what_it_stored():
         (lambda x, f, w, b: residual_norm(x, f, w[:4], b, 1e-5), "weight"),
         (lambda x, f, w, b: residual_norm(x, f, w, b, 1e-5, branch_bias=b[:1]), "branch_bias"),
         (lambda x, f, w, b: residual_norm(x, f, w, b, 1e-5, torch.ones(2)), "scale"),
-        (lambda x, f, w, b: add_norm(x, f[..., :4], w, b, 1e-5), "branch"),
-        (lambda x, f, w, b: add_norm(x, f, w, b, 1e-5, None, w[:4]), "gamma"),
-        (lambda x, f, w, b: add_branch(x, f[:, :1]), "branch"),
     ],
 )
 def test_what_does_not_go_together_is_refused(call, name):

@@ -13,7 +13,7 @@ from fd_large.kernels.window_attention import (
     untested,
     window_attention,
 )
-from fd_large.kernels.window_attention_geometry import Geometry
+from fd_large.kernels.window_attention_launch import Geometry
 from fd_large.kernels.window_attention_reference import (
     PADDING,
     position_index,

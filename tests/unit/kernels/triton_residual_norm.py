@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fd_large.kernels import add_norm as an
 from fd_large.kernels import residual_norm as rn
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -80,7 +81,7 @@ def compare(kernel, reference, inputs, seed):
 
 def add_norm_reference(x, f, w, b, scale, gamma, dtype=None):
     """In the dtypes given, or in float64 throughout."""
-    y = rn.add_branch_reference(x, f, scale, gamma)
+    y = an.add_branch_reference(x, f, scale, gamma)
     dtype = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
     return y, rn.layer_norm_reference(y, w, b, 1e-6, dtype)
 
@@ -158,8 +159,8 @@ def test_add_norm(shape, stream, branch, weight, out, scaled, with_gamma, with_n
     def kernel(x, f, w, b, gamma):
         gamma = gamma if with_gamma else None
         if not with_norm:
-            return (rn.add_branch(x, f, scale, gamma),)
-        return rn.add_norm(x, f, w, b, 1e-6, scale, gamma, dtype=out)
+            return (an.add_branch(x, f, scale, gamma),)
+        return an.add_norm(x, f, w, b, 1e-6, scale, gamma, dtype=out)
 
     def reference(x, f, w, b, gamma):
         y, normed = add_norm_reference(x, f, w, b, scale, gamma if with_gamma else None, out)
@@ -190,14 +191,12 @@ def test_norm_of_the_stream_in_two_dtypes(dtype, copy, device):
 @pytest.mark.sweep
 @pytest.mark.parametrize(("width", "rows"), [(3000, 150), (8192, 130)])
 def test_more_tiles_than_programs(width, rows, device):
-    from fd_large.kernels.residual_norm_launch import PARTIALS, tile
-
-    assert rows > PARTIALS * tile(width)["ROWS"]
+    assert rows > rn.PARTIALS * rn.tile(width)["ROWS"]
     shape = (2, rows // 2, width)  # Some programs have two tiles, some one.
     (x, f, w, b, last), scale = tensors(shape, *[torch.float32] * 3, device, 1)
     gamma = last.detach() if width <= 4096 else None
     compare(
-        lambda x, f, w, b: rn.add_norm(x, f, w, b, 1e-6, scale, gamma),
+        lambda x, f, w, b: an.add_norm(x, f, w, b, 1e-6, scale, gamma),
         lambda x, f, w, b: add_norm_reference(x, f, w, b, scale, gamma),
         (x, f, w, b),
         2,
@@ -226,7 +225,7 @@ def test_gradients_have_the_same_bits_every_time(device):
         for leaf in (x, f, w, b, gamma):
             leaf.grad = None
         y, copy = rn.residual_norm(x, f, w, b, 1e-5, scale, copy=torch.float32, branch_bias=gamma)
-        y, normed = rn.add_norm(y, f, w, b, 1e-5, scale, gamma)
+        y, normed = an.add_norm(y, f, w, b, 1e-5, scale, gamma)
         (copy.float().sin() + y.float().cos() * normed.float()).sum().backward()
         return [leaf.grad.clone() for leaf in (x, f, w, b, gamma)]
 
@@ -253,7 +252,7 @@ def test_gradients_of_one_result_alone(device):
     bf16 = torch.bfloat16
     for index in range(2):
         compare(
-            lambda *a, i=index: [rn.add_norm(*a, 1e-6, scale)[i]],
+            lambda *a, i=index: [an.add_norm(*a, 1e-6, scale)[i]],
             lambda *a, i=index: [add_norm_reference(*a, scale, None)[i]],
             (x, f, w, b),
             6,
@@ -283,8 +282,8 @@ def test_vectors_in_any_layout_and_dtype(device):
     odd = (odd[0], odd[1], odd[2].bfloat16(), torch.stack([scale, scale], dim=-1).double()[:, 0])
     for function in (
         lambda w, b, c, s: rn.residual_norm(x, f, w, b, 1e-5, s, branch_bias=c)[0],
-        lambda w, b, c, s: rn.add_norm(x, f, w, b, 1e-5, s, c)[1],
-        lambda w, b, c, s: rn.add_branch(x, f, s, c),
+        lambda w, b, c, s: an.add_norm(x, f, w, b, 1e-5, s, c)[1],
+        lambda w, b, c, s: an.add_branch(x, f, s, c),
         lambda w, b, c, s: rn.layer_norm(x, w, b, 1e-5),
     ):
         assert torch.equal(function(*plain), function(*odd))
@@ -308,7 +307,7 @@ def test_compiles_without_graph_breaks(device):
 
     def block(x, f):
         y, copy = rn.residual_norm(x, f, w, b, 1e-5, scale, copy=torch.bfloat16)
-        y, normed = rn.add_norm(y, copy, w, b, 1e-5, scale, gamma)
+        y, normed = an.add_norm(y, copy, w, b, 1e-5, scale, gamma)
         return rn.layer_norm(y, w, b, 1e-5) + normed
 
     eager = block(x, f)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from fd_large.kernels import choose, compiled
+from fd_large.kernels import choose, operation
+from fd_large.kernels.add_norm import add_branch, add_norm
 from fd_large.kernels.quick_gelu import quick_gelu
-from fd_large.kernels.residual_norm import add_branch, add_norm, layer_norm, residual_norm
+from fd_large.kernels.residual_norm import layer_norm, residual_norm
 from fd_large.kernels.residual_norm import stream_norm as both_norms
 from fd_large.kernels.whitened_loss import whitened_loss
 from fd_large.kernels.window_attention import window_attention
@@ -43,11 +44,11 @@ CALLS = {
 def fresh(monkeypatch):
     monkeypatch.setattr(choose, "_refused", {})
     torch._dynamo.reset()
-    for cached in (choose._implementation, choose._say, compiled._compiled):
+    for cached in (choose._implementation, choose._say, operation._compiled):
         cached.cache_clear()
     counters.clear()
     yield
-    for cached in (choose._implementation, compiled._compiled):
+    for cached in (choose._implementation, operation._compiled):
         cached.cache_clear()
 
 
@@ -86,7 +87,7 @@ def test_where_compiling_fails_the_plain_twin_runs_and_the_log_says_so(monkeypat
     x = torch.randn(2, 4, 12)
     expected = quick_gelu(x)
     monkeypatch.setenv("FD_KERNELS", "compiled")
-    monkeypatch.setattr(compiled, "backend", lambda device_type: failing)
+    monkeypatch.setattr(operation, "backend", lambda device_type: failing)
     with caplog.at_level(logging.WARNING, logger="fd_large"):
         assert torch.equal(quick_gelu(x), expected)
     assert "quick_gelu: torch.compile failed" in caplog.text
