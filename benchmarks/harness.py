@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("FD_BENCHMARK_RESULTS") or ROOT / "benchmarks" / "results")
 
 # Contenders of a step (contenders.py), in the order that they are built in: hpZ's group is global
 # to the process, and an engine built after it would use it too.

@@ -3,6 +3,7 @@
     python benchmarks/kernels.py [--quick]    # on a CUDA device
     python benchmarks/kernels.py --blocks     # whole blocks, and which kernels to delete
     python benchmarks/kernels.py --aot        # anywhere: registers, shared memory and spills
+    TRITON_INTERPRET=1 python benchmarks/kernels.py --blocks --dry   # every line on a CPU, small
 
 Each operation runs forward and backward separately, at the shapes of a SwinV2-G stage (192 px,
 window 12, 32 images) and of ViT-B: our Triton kernels, plain torch, torch.compile of it, and, if
@@ -28,6 +29,7 @@ import importlib
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +43,9 @@ from torch import Tensor
 
 sys.path[:0] = [str(ROOT), *map(str, (ROOT / "tests/support").iterdir())]
 BF16 = torch.bfloat16
+# With --dry a CPU, where sizes are such as Triton's interpreter does in seconds.
+DEVICE = "cuda"
+IMAGES = 32
 
 
 @dataclass
@@ -71,6 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few samples, no torch.compile")
     parser.add_argument("--blocks", action="store_true", help="whole blocks, what to delete")
     parser.add_argument("--aot", action="store_true", help="compile for sm_80 and sm_90, no GPU")
+    parser.add_argument("--dry", action="store_true", help="every line on a CPU, small")
     return parser.parse_args()
 
 
@@ -166,11 +172,16 @@ def vit_block(width: int, heads: int, side: int, device: str, images: int) -> Bl
 def block_cases() -> list[Callable[[], BlockCase]]:
     """Returns the blocks of record, those first that are most of the time of a student."""
     f32 = torch.float32
+    if DEVICE == "cpu":
+        return [
+            lambda: swinv2_block(32, 1, 4, 4, f32, DEVICE, 1),
+            lambda: vit_block(32, 1, 4, DEVICE, 1),
+        ]
     return [
-        lambda: swinv2_block(2048, 64, 12, 12, f32, "cuda", 32),
-        lambda: vit_block(768, 12, 14, "cuda", 128),
-        lambda: swinv2_block(2048, 64, 12, 12, BF16, "cuda", 32),
-        lambda: swinv2_block(512, 16, 48, 12, f32, "cuda", 32),
+        lambda: swinv2_block(2048, 64, 12, 12, f32, DEVICE, IMAGES),
+        lambda: vit_block(768, 12, 14, DEVICE, 4 * IMAGES),
+        lambda: swinv2_block(2048, 64, 12, 12, BF16, DEVICE, IMAGES),
+        lambda: swinv2_block(512, 16, 48, 12, f32, DEVICE, IMAGES),
     ]
 
 
@@ -286,11 +297,12 @@ def whole_blocks(samples: int) -> int:
             taken = row.get("failed") or f"{row['microseconds']:9.0f} us"
             print(f"{row['block']:52} {row['way']:48} {taken}", flush=True)
         decided = verdicts(rows)
-        # After each, so that a time limit leaves what was timed.
+        # After each, so that a time limit leaves what was timed, and says what it means.
         write("kernels_blocks.json", {"rows": rows, "kernels": decided})
-    for group, verdict in decided.items():
-        ratios = ", ".join(f"{ratio:.3f}" for ratio in verdict["ratios"].values()) or "not timed"
-        print(f"{'DELETE' if verdict['delete'] else 'keep':6} {group}: without it {ratios}")
+        for group, verdict in decided.items():
+            ratios = ", ".join(f"{ratio:.3f}" for ratio in verdict["ratios"].values())
+            decision = "DELETE" if verdict["delete"] else "keep"
+            print(f"{decision:6} {group}: without it {ratios or 'not timed'}", flush=True)
     return 0
 
 
@@ -300,15 +312,16 @@ def norm_questions(compiled: bool) -> list[Question]:
     from fd_large.kernels.add_norm import add_norm, add_norm_reference
 
     def random(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-        return torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+        return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
 
     def against(kernel: Callable, plain: Callable) -> dict[str, Callable]:
         contenders = {"triton (ours)": kernel, "torch": plain}
         return contenders | ({"torch.compile": torch.compile(plain)} if compiled else {})
 
     questions = []
-    for width, tokens in ((512, 48 * 48), (1024, 24 * 24), (2048, 12 * 12), (4096, 36)):
-        n, scale = 32 * tokens * width, torch.ones(32, device="cuda")
+    sizes = ((512, 48 * 48), (1024, 24 * 24), (2048, 12 * 12), (4096, 36))
+    for width, tokens in ((32, 4),) if DEVICE == "cpu" else sizes:
+        n, scale = IMAGES * tokens * width, torch.ones(IMAGES, device=DEVICE)
         for stream, s in ((torch.float32, 4), (BF16, 2)):
             narrow = stream == torch.float32
             questions.append(
@@ -318,7 +331,7 @@ def norm_questions(compiled: bool) -> list[Question]:
                     n * (2 * s + 2 + 2 * narrow),
                     # Gradients of stream and copy, branch; the branch's and the stream's out.
                     n * (s + 2 + 2 + 2 + s),
-                    [random(32, tokens, width, dtype=stream), random(32, tokens, width)]
+                    [random(IMAGES, tokens, width, dtype=stream), random(IMAGES, tokens, width)]
                     + [random(width) for _ in range(3)],
                     against(
                         lambda x, f, w, b, c, scale=scale: rn.residual_norm(
@@ -334,17 +347,17 @@ def norm_questions(compiled: bool) -> list[Question]:
             lambda x, w, b: rn.layer_norm(x, w, b, 1e-5),
             lambda x, w, b: rn.layer_norm_reference(x, w, b, 1e-5, x.dtype),
         )
-        norm = [random(32, tokens, width), random(width), random(width)]
+        norm = [random(IMAGES, tokens, width), random(width), random(width)]
         question = Question(f"layer_norm {width}", 4 * n, 6 * n, norm, plain | other_norms())
         questions.append(question)
-    width, tokens = 768, 197
-    n, scale = 32 * tokens * width, torch.ones(32, device="cuda")
+    width, tokens = (32, 5) if DEVICE == "cpu" else (768, 197)
+    n, scale = IMAGES * tokens * width, torch.ones(IMAGES, device=DEVICE)
     questions.append(
         Question(
-            "add_norm 768, float32 stream",
+            f"add_norm {width}, float32 stream",
             n * (4 + 2 + 4 + 2),
             n * (4 + 2 + 4 + 2 + 4 + 2),
-            [random(32, tokens, width, dtype=torch.float32), random(32, tokens, width)]
+            [random(IMAGES, tokens, width, dtype=torch.float32), random(IMAGES, tokens, width)]
             + [random(width) for _ in range(3)],
             against(
                 lambda x, f, w, b, g: add_norm(x, f, w, b, 1e-6, scale, g, dtype=BF16),
@@ -382,17 +395,12 @@ def attention_questions(quick: bool) -> list[Question]:
 
     flex = torch.compile(flex_attention)
     questions = []
-    for window, side, heads in (
-        (8, 64, 16),
-        (12, 48, 16),
-        (16, 64, 16),
-        (24, 48, 16),
-        (48, 48, 16),
-    ):
-        batch, width, n = 8, heads * 32, window * window
-        qkv = torch.randn(batch, side, side, 3 * width, device="cuda").to(BF16).requires_grad_()
-        table = torch.rand((2 * window - 1) ** 2, heads, device="cuda").mul(16).requires_grad_()
-        scale = torch.full((heads,), 10.0, device="cuda").requires_grad_()
+    sizes = ((8, 64, 16), (12, 48, 16), (16, 64, 16), (24, 48, 16), (48, 48, 16))
+    for window, side, heads in ((4, 4, 1),) if DEVICE == "cpu" else sizes:
+        batch, width, n = IMAGES // 4, heads * 32, window * window
+        qkv = torch.randn(batch, side, side, 3 * width, device=DEVICE).to(BF16).requires_grad_()
+        table = torch.rand((2 * window - 1) ** 2, heads, device=DEVICE).mul(16).requires_grad_()
+        scale = torch.full((heads,), 10.0, device=DEVICE).requires_grad_()
 
         def ours(qkv, table, scale, window=window, heads=heads):
             return window_attention(
@@ -435,7 +443,8 @@ def attention_questions(quick: bool) -> list[Question]:
 
 def copy_bandwidth() -> float:
     """Returns bytes per second, read and written, of copying 1 GiB."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    size = 2**20 if DEVICE == "cpu" else 2**30
+    source = torch.empty(size, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     samples = [seconds(lambda: target.copy_(source)) for _ in range(20)]
     return 2 * source.numel() / statistics.median(samples[5:])
@@ -443,6 +452,10 @@ def copy_bandwidth() -> float:
 
 def seconds(call: Callable[[], Any]) -> float:
     """Returns the time of a call on the GPU."""
+    if DEVICE == "cpu":
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -453,7 +466,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 def answer(question: Question, samples: int, bandwidth: float) -> None:
     """Times the contenders in turns and appends their rows."""
-    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(2**10 if DEVICE == "cpu" else 2**28, dtype=torch.uint8, device=DEVICE)
     times: dict[str, tuple[list[float], list[float]]] = {}
     failed = {}
     for sample in range(samples + 3):
@@ -544,15 +557,18 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> int:
     """Runs what this machine can run."""
+    global DEVICE, IMAGES
     arguments = parse()
     if arguments.aot:
         return ahead_of_time()
-    if not torch.cuda.is_available():
+    if arguments.dry:
+        DEVICE, IMAGES = "cpu", 4
+    elif not torch.cuda.is_available():
         print("No CUDA device, so there is nothing to time. To compile the kernels without one:")
         print("python benchmarks/kernels.py --aot")
         return 0
     if arguments.blocks:
-        return whole_blocks(20)
+        return whole_blocks(2 if arguments.dry else 20)
     os.environ["FD_KERNELS"] = "triton"
     bandwidth = copy_bandwidth()
     compiled = not arguments.quick
@@ -561,7 +577,7 @@ def main() -> int:
     print(f"copy of 1 GiB: {bandwidth / 1e9:.0f} GB/s, reads and writes counted")
     rows: list[dict[str, Any]] = []
     for question in questions:
-        answer(question, 15 if arguments.quick else 60, bandwidth)
+        answer(question, 2 if arguments.dry else 15 if arguments.quick else 60, bandwidth)
         question.inputs.clear()
         rows += question.rows
         print(*map(line, question.rows), sep="\n", flush=True)

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from launch import ROOT
@@ -176,3 +176,65 @@ def test_the_batch_script_doubles_the_nodes(tmp_path: Path) -> None:
     assert steps[4].endswith(f"benchmarks/scaling.py {files} --out {folder}/scaling.csv")
     assert len(steps) == 5
     assert done.stdout.splitlines()[-1] == "the table"
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("script", ["gpu.sh", "gpu_kernels.sh"])
+def test_every_line_of_the_scripts_for_gpus_runs_on_cpus(script: str) -> None:
+    done = subprocess.run(
+        ["bash", str(BENCHMARKS / script)],
+        env={**os.environ, "FD_DRY_RUN": "1", "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    assert "no time left" not in done.stdout
+
+
+@pytest.fixture
+def gpu_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    monkeypatch.setenv("FD_BENCHMARK_RESULTS", str(tmp_path))
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.reload(importlib.import_module("gpu_rows"))
+
+
+def stored_gpu_run(folder: Path, images_per_second: float, losses: list[float]) -> Path:
+    (folder / "logs").mkdir(parents=True)
+    (folder / "logs/rank_00000.log").write_text(
+        "12:00 optimiser: AdamW of torch; not deepspeed's: no compiler\n"
+        "12:00 residual_norm on cuda: triton (FD_KERNELS=auto)\n"
+    )
+    rows = [
+        {"loss": loss, "images_per_second": images_per_second, "mfu": None, "memory_bytes": 2e9}
+        for loss in losses
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text + '{"loss": 1')  # The run was killed here.
+    (folder / "profile").mkdir()
+    calls = ["ProfilerStep#4", "ProfilerStep#5", *["cudaStreamSynchronize"] * 6]
+    events = {"traceEvents": [{"name": name} for name in calls]}
+    (folder / "profile/trace.json").write_text(json.dumps(events))
+    return folder
+
+
+def test_a_run_on_gpus_says_what_it_decides(
+    gpu_rows: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = [1.0, 0.9, 0.8, 0.7, 0.6]
+    for name, rate, own_losses in (
+        ("ViT-B_zero1", 300.0, losses),
+        ("ViT-B_plain", 200.0, losses),
+        ("ViT-B_zero3", 150.0, [1.0, 0.91, 0.8, 0.7, 0.6]),
+        ("ViT-B_zero1_again", 300.0, [1.0, 0.9, 0.8, 0.7, 0.61]),
+    ):
+        folder = stored_gpu_run(tmp_path / name, rate, own_losses)
+        assert gpu_rows.main(name, folder, tmp_path / "log") == 0
+    decided = [line for line in capsys.readouterr().out.splitlines() if "DECIDED" in line]
+    assert "fused kernels for ViT-B: yes, 1.500" in decided[0]
+    assert "ZeRO-3 for ViT-B: no, 0.500" in decided[1]
+    assert "first 1 losses are equal" in decided[2]
+    assert "first 5 losses are not equal" in decided[3]
+    rows = json.loads((tmp_path / "gpu.json").read_text())["runs"]
+    assert [len(row["chosen"]) for row in rows] == [2] * 4
+    assert rows[0]["waits_per_step"]["cudaStreamSynchronize"] == 3
+    assert gpu_rows.main("Swin-B_fused", tmp_path / "nowhere", tmp_path / "log") == 1

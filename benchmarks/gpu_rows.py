@@ -1,0 +1,135 @@
+"""What a training run of gpu.sh measured, and what it decides beside the runs before it.
+
+    python benchmarks/gpu_rows.py NAME RUN_FOLDER LOG
+
+Prints a line, then a line for each question that this run answers, and adds the run to gpu.json.
+Exit code 1 if the run made no step.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import statistics
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(os.environ.get("FD_BENCHMARK_RESULTS") or Path(__file__).parent / "results")
+# Steps that count for nothing: kernels are compiled in them.
+FIRST = 3
+RATES = ("images_per_second", "mfu", "hardware_utilisation", "data_wait")
+WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
+# A run, the one that it is set against, and what is done where the first is the faster.
+QUESTIONS = (
+    ("ViT-B_zero3", "ViT-B_zero1", "ZeRO-3 for ViT-B"),
+    ("ViT-B_zero1", "ViT-B_plain", "fused kernels for ViT-B"),
+    ("Swin-B_fused", "Swin-B_plain", "fused kernels for Swin-B"),
+    ("G_keeps_all", "G_every_block", "SwinV2-G without checkpoints"),
+    ("G_every_block", "G_every_block_plain", "fused kernels for SwinV2-G"),
+    ("G_zero3", "G_every_block", "ZeRO-3 for SwinV2-G"),
+    ("G_zero3_hpz", "G_zero3", "hpZ for SwinV2-G"),
+    ("ViT-B_teacher_stream", "ViT-B_zero1", "a stream of its own for the teacher"),
+)
+# Pairs whose losses should have the same bits: of all steps, or of the first.
+SAME = (("ViT-B_zero1_again", "ViT-B_zero1", None), ("ViT-B_zero3", "ViT-B_zero1", 1))
+
+
+def measured(name: str, folder: Path, log: Path) -> dict[str, Any]:
+    """Returns the row of a run."""
+    metrics, ranks_log = folder / "metrics.jsonl", folder / "logs/rank_00000.log"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    steps = []
+    for line in lines:
+        try:
+            steps.append(json.loads(line))
+        except ValueError:
+            break  # The run was killed while it wrote.
+    steps = [step for step in steps if "loss" in step]
+    row: dict[str, Any] = {"run": name, "updates": len(steps)}
+    text = ranks_log.read_text(errors="replace") if ranks_log.exists() else ""
+    # Which AdamW, which kernels, and those that were given up.
+    said = re.findall(r"(?:optimi[sz]er: |\S+ on \w+: |\S+: its kernel |kernels agree).*", text)
+    row["chosen"] = list(dict.fromkeys(said))
+    if len(steps) <= FIRST:
+        output = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+        return row | {"failed": (output or ["no output"])[-1][:200]}
+    row["losses"] = [step["loss"] for step in steps]
+    for key in RATES:
+        values = [step[key] for step in steps[FIRST:] if step.get(key) is not None]
+        row[key] = statistics.median(values) if values else None
+    row["memory_gigabytes"] = steps[-1]["memory_bytes"] / 1e9
+    return row | waits(folder / "profile")
+
+
+def waits(folder: Path) -> dict[str, Any]:
+    """Returns how often the host waited in the traced steps, by call; empty without a trace."""
+    traces = [path for path in folder.glob("*") if path.name.endswith((".json", ".json.gz"))]
+    traces = [path for path in traces if path.name != "communication.json"]
+    if not traces:
+        return {}
+    data = traces[0].read_bytes()
+    if traces[0].suffix == ".gz":
+        data = gzip.decompress(data)
+    events = json.loads(data)["traceEvents"]
+    counted = Counter(event.get("name") for event in events)
+    steps = len({e["name"] for e in events if str(e.get("name")).startswith("ProfilerStep")}) or 1
+    return {"waits_per_step": {call: counted[call] / steps for call in WAITS}}
+
+
+def shown(row: dict[str, Any]) -> str:
+    """Returns the line of a run."""
+    if "failed" in row:
+        return f"{row['run']:24} did not run: {row['failed']}"
+    shares = (f"{key} {'-' if row[key] is None else format(row[key], '.1%')}" for key in RATES[1:])
+    host = "".join(f", {count:g} {call}" for call, count in row.get("waits_per_step", {}).items())
+    return (
+        f"{row['run']:24} {row['images_per_second']:.1f} images/s, {', '.join(shares)}, "
+        f"{row['memory_gigabytes']:.1f} GB{host and ' | a step:' + host[1:]}"
+    )
+
+
+def decisions(rows: dict[str, dict[str, Any]], newest: str) -> list[str]:
+    """Returns a line for each question that the newest run answers beside an earlier one."""
+    made = []
+    for name, other, what in QUESTIONS:
+        pair = [rows.get(name, {}), rows.get(other, {})]
+        if newest not in (name, other) or not all(row.get("images_per_second") for row in pair):
+            continue
+        ratio = pair[0]["images_per_second"] / pair[1]["images_per_second"]
+        verdict = "yes" if ratio > 1.0 else "no"
+        made.append(f"DECIDED: {what}: {verdict}, {ratio:.3f} of the images/s of {other}")
+    for name, other, steps in SAME:
+        losses = [rows.get(run, {}).get("losses") for run in (name, other)]
+        if newest in (name, other) and all(losses):
+            count = min(steps or len(losses[0]), len(losses[0]), len(losses[1]))
+            equal = losses[0][:count] == losses[1][:count]
+            made.append(
+                f"DECIDED: {name} and {other}: the first {count} losses are "
+                f"{'equal to the last digit' if equal else 'not equal'}"
+            )
+    return made
+
+
+def main(name: str, folder: Path, log: Path) -> int:
+    """Adds a run; returns the exit code."""
+    out = RESULTS / "gpu.json"
+    rows = json.loads(out.read_text())["runs"] if out.exists() else []
+    row = measured(name, folder, log)
+    # A row of an earlier session would be another machine's.
+    session = os.environ.get("FD_GPU_SESSION", "")
+    rows = [r for r in rows if r.get("session", "") == session and r["run"] != name]
+    rows.append(row | {"session": session})
+    result = {"command": "bash benchmarks/gpu.sh", "runs": rows}
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(shown(row))
+    for line in decisions({r["run"]: r for r in rows}, name):
+        print(line)
+    return 1 if "failed" in row else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], *map(Path, sys.argv[2:4])))
