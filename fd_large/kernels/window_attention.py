@@ -23,7 +23,7 @@ from fd_large.kernels import choose
 from fd_large.kernels.check import checked
 from fd_large.kernels.operation import check_shapes, twin
 from fd_large.kernels.window_attention_launch import forward
-from fd_large.kernels.window_attention_reference import Memory, reference
+from fd_large.kernels.window_attention_reference import Layout, Memory, reference
 
 
 @checked
@@ -59,19 +59,8 @@ def window_attention(
     Raises: ConfigError: for "keep" on a GPU without kernels: the maps would fill its memory.
     """
     height, width = qkv.shape[1:3]
-    out = _attention(
-        qkv.flatten(1, 2),
-        num_heads=num_heads,
-        height=height,
-        width=width,
-        window=(window, window),
-        shift=shift,
-        scale=scale,
-        cosine=cosine,
-        bias=bias,
-        table=table,
-        memory=memory,
-    )
+    layout = Layout(num_heads, height, width, (window, window), shift, cosine)
+    out = _attention(qkv.flatten(1, 2), bias, table, scale, layout, memory)
     return out.unflatten(1, (height, width))
 
 
@@ -102,35 +91,19 @@ def image_attention(
     """
     if table is None:
         grid = (1, qkv.shape[1])
-    return _attention(
-        qkv,
-        num_heads=num_heads,
-        height=grid[0],
-        width=grid[1],
-        window=grid,
-        shift=0,
-        scale=scale,
-        cosine=False,
-        bias=bias,
-        table=table,
-        memory=memory,
-    )
+    layout = Layout(num_heads, *grid, window=grid, shift=0, cosine=False)
+    return _attention(qkv, bias, table, scale, layout, memory)
 
 
 def _attention(
     qkv: Tensor,
-    *,
-    num_heads: int,
-    height: int,
-    width: int,
-    window: tuple[int, int],
-    shift: int,
-    scale: Tensor | float,
-    cosine: bool,
     bias: Tensor | None,
     table: Tensor | None,
+    scale: Tensor | float,
+    layout: Layout,
     memory: Memory,
 ) -> Tensor:
+    num_heads, height, width, window, shift, cosine = layout
     prefix = qkv.shape[1] - height * width
     choice = choose.implementation(
         "window_attention",
@@ -163,19 +136,8 @@ def _attention(
             "student.attention_memory: attention maps must not be kept on a GPU; got 'keep', "
             "expected 'recompute'. Set --student.attention_memory auto."
         )
-    return twin("window_attention", choice, reference, qkv)(
-        qkv,
-        bias,
-        table,
-        scale,
-        num_heads=num_heads,
-        height=height,
-        width=width,
-        window=window,
-        shift=shift,
-        cosine=cosine,
-        memory=memory,
-    )
+    attend = twin("window_attention", choice, reference, qkv)
+    return attend(qkv, bias, table, scale, layout, memory)
 
 
 def untested(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,18 +28,32 @@ PADDING = -1
 _SEQUENTIAL_ELEMENTS = 2**26
 
 
+class Layout(NamedTuple):
+    """What attends to what: heads, and the windows of a map.
+
+    Attributes:
+        num_heads: h.
+        height: Rows of the map.
+        width: Columns of the map.
+        window: Rows and columns of a window.
+        shift: Offset of the windows in both directions, in tokens.
+        cosine: Whether logits are cosines of q and k instead of dot products.
+    """
+
+    num_heads: int
+    height: int
+    width: int
+    window: tuple[int, int]
+    shift: int
+    cosine: bool
+
+
 def reference(
     qkv: Tensor,
     bias: Tensor | None,
     table: Tensor | None,
     scale: Tensor | float,
-    *,
-    num_heads: int,
-    height: int,
-    width: int,
-    window: tuple[int, int],
-    shift: int,
-    cosine: bool,
+    layout: Layout,
     memory: Memory = "keep",
 ) -> Tensor:
     """Computes the operation in plain torch, with autograd's backward.
@@ -50,16 +64,12 @@ def reference(
         bias: (2, C) or None.
         table: (R, h) or None.
         scale: A number or (h,).
-        num_heads: h.
-        height: Rows of the map.
-        width: Columns of the map.
-        window: Rows and columns of a window.
-        shift: Offset of the windows in both directions, in tokens.
-        cosine: As in `window_attention`.
+        layout: Heads and windows.
         memory: As in `window_attention`.
 
     Returns: (B, N, C).
     """
+    num_heads, height, width, window, shift, cosine = layout
     if bias is not None:
         bias = torch.cat([bias[0], torch.zeros_like(bias[0]), bias[1]])
         qkv = (qkv + bias).to(qkv.dtype)

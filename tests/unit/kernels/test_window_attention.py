@@ -16,6 +16,7 @@ from fd_large.kernels.window_attention import (
 from fd_large.kernels.window_attention_launch import Geometry
 from fd_large.kernels.window_attention_reference import (
     PADDING,
+    Layout,
     position_index,
     reference,
     region_ids,
@@ -327,12 +328,7 @@ def test_reference_is_the_function_without_kernels():
         bias,
         table,
         scale,
-        num_heads=HEADS,
-        height=SIZE[0],
-        width=SIZE[1],
-        window=(WINDOW, WINDOW),
-        shift=SHIFT,
-        cosine=True,
+        Layout(HEADS, *SIZE, window=(WINDOW, WINDOW), shift=SHIFT, cosine=True),
     )
     assert torch.equal(out.unflatten(1, SIZE), attend(qkv, bias, table, scale))
 
@@ -342,18 +338,8 @@ def test_a_window_as_large_as_the_map_may_be_shifted():
     torch.manual_seed(0)
     side, shift, heads, head_width = 4, 2, 2, 16
     qkv = torch.randn(1, side * side, 3 * heads * head_width)
-    out = reference(
-        qkv,
-        None,
-        None,
-        0.25,
-        num_heads=heads,
-        height=side,
-        width=side,
-        window=(side, side),
-        shift=shift,
-        cosine=False,
-    )
+    layout = Layout(heads, side, side, (side, side), shift, cosine=False)
+    out = reference(qkv, None, None, 0.25, layout)
     for rows in (slice(0, 2), slice(2, 4)):
         for columns in (slice(0, 2), slice(2, 4)):
             part = qkv.view(1, side, side, -1)[:, rows, columns].reshape(1, 4, -1)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fd_large.kernels.window_attention import image_attention, window_attention
-from fd_large.kernels.window_attention_reference import position_index, reference
+from fd_large.kernels.window_attention_reference import Layout, position_index, reference
 
 NAMES = ("out", "qkv", "bias", "table", "scale")
 # Cases of COMPARED that take minutes in the interpreter in bfloat16; smaller windows run the same
@@ -104,7 +104,7 @@ def in_windows(geometry):
             table=table,
         ).flatten(1, 2)
 
-    return kernel, lambda *tensors: reference(*tensors, **geometry)
+    return kernel, lambda *tensors: reference(*tensors, Layout(**geometry))
 
 
 @pytest.mark.sweep
@@ -166,7 +166,7 @@ def test_windows_that_are_no_squares(window, device):
     }
     compare(
         lambda *tensors: torch.ops.fd_large.window_attention(*tensors, numbers)[0],
-        lambda *tensors: reference(*tensors, **geometry),
+        lambda *tensors: reference(*tensors, Layout(**geometry)),
         tensors,
         cotangent,
         device,
