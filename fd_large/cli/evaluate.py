@@ -93,7 +93,8 @@ def with_flags_of(task: str) -> type[Evaluate]:
 
     Raises: ConfigError: if there is no such protocol.
     """
-    if not doors.is_own(task) or issubclass(Evaluate, flags := protocol_of(task).flags):
+    others = doors.is_own(task) or task in doors.installed("protocols")
+    if not others or issubclass(Evaluate, flags := protocol_of(task).flags):
         return Evaluate
 
     @dataclass(frozen=True, kw_only=True)

@@ -323,11 +323,11 @@ def _rows(
 
 
 def _classified(classify: Classify, features: FrozenFeatures) -> Classified:
-    """Calls a protocol's function, which may be the user's own.
+    """Calls a protocol's function, which may be the user's own or a plugin's.
 
-    Raises: ConfigError: if the user's own raises, or returns no class for each test image.
+    Raises: ConfigError: if such a one raises, or returns no class for each test image.
     """
-    if not doors.is_own(features.flags.task):
+    if getattr(classify, "__module__", "").startswith("fd_large."):
         return classify(features)
     import numpy as np
 

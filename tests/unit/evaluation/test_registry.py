@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from html_page import check_page
 from page_examples import EXAMPLES
+from plugins import install
 
 import fd_large
 from fd_large import doors
@@ -79,6 +80,14 @@ def test_from_python_it_is_named_alike(words, labelled_images, tmp_path):
         TINY[0], data={"root": labelled_images, "image_size": 32, "workers": 0}, task=task, shots=2
     )
     assert found.summary["settings"]["shots"] == 2
+
+
+def test_a_protocol_of_an_installed_package_brings_its_flags(words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "protocol_of_a_test.py").write_text(EXAMPLES["nearest_mean.py"])
+    install(tmp_path, "protocols", "nearest = protocol_of_a_test:NEAREST_MEAN")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main([*words, "--task", "nearest", "--shots", "2"]) == 0
+    assert json.loads((tmp_path / "evaluation/summary.json").read_text())["settings"]["shots"] == 2
 
 
 OF_FEATURES = "from fd_large.evaluation.frozen import Classified, of_features\n"
