@@ -28,6 +28,7 @@ from fd_large.recipes.run import Run
 
 if TYPE_CHECKING:
     from fd_large.data.folder import ImageFolder
+    from fd_large.engine.find_model import NamedModel
 
 HELD_OUT = 0.1
 """Fraction of the training images on which trials are tested."""
@@ -116,6 +117,10 @@ class Sweep:
         ended = (trial for trial in self.trials if trial.accuracy is not None)
         return max(ended, key=lambda trial: trial.accuracy or 0.0)
 
+    def best_of(self, recipe: Run) -> Run:
+        """Returns the recipe of the model with the rate and the decay of the best trial."""
+        return _with_point(recipe, self.winner.rate, self.winner.decay)
+
     def at_edge(self) -> list[str]:
         """Returns the names of what a wider grid might find better values of."""
         rates = {trial.rate for trial in self.trials}
@@ -158,7 +163,67 @@ def check_fields(changes: Mapping[str, Any]) -> None:
         raise ConfigError("\n".join(found))
 
 
-def divisible_part(root: str) -> ImageFolder:
+def settings_of(flags: SweepFlags) -> dict[str, Any]:
+    """Returns the grid, for summary.json."""
+    grid = {"sweep_rates": list(flags.sweep_rates), "sweep_decays": list(flags.sweep_decays)}
+    return {**grid, "sweep_held_out": HELD_OUT}
+
+
+def sweep(
+    models: Sequence[NamedModel],
+    recipes: Sequence[Run],
+    flags: Any,
+    train: Callable[[Run], Trained],
+) -> tuple[int, list[Sweep]]:
+    """Tries the grid for every model; returns the exit code, and what came out of each.
+
+    Args:
+        models: The models.
+        recipes: The recipes that they would be trained by without a sweep.
+        flags: The grid, the number of seeds and the folder.
+        train: Trains a run.
+
+    Raises: FDError: if the images cannot be divided, or all trials of a model diverge.
+    """
+    from fd_large.engine.find_model import slug
+    from fd_large.engine.node_consistency import weights_digest
+    from fd_large.ranks import distributed, meeting
+    from fd_large.runtime import logs, terminal
+
+    logs.start(distributed.start().rank)
+    images = meeting.meet(lambda: _divisible_part(recipes[0].data.root))
+    pairs = list(zip(models, recipes, strict=True))
+    digests = meeting.meet(
+        lambda: [weights_digest(recipe.student.init, model.weights) for model, recipe in pairs]
+    )
+    folder = Path(flags.out) / "sweep"
+    grids = [
+        _trials_of(recipe, flags, images=images, weights=digest, folder=folder / slug(model.label))
+        for (model, recipe), digest in zip(pairs, digests, strict=True)
+    ]
+    done = sum(_finished(trial) is not None for grid in grids for trial in grid)
+    num_trials, num_runs = sum(map(len, grids)), len(models) * flags.seeds
+    if distributed.is_main():
+        terminal.console().print(
+            f"--sweep: {num_trials} trials ({done} of them done before) on nine tenths of the "
+            f"training images, {' + '.join(str(len(grid)) for grid in grids)} for the models in "
+            f"turn, the point of each one's recipe among them; then {num_runs} runs on all of "
+            f"them: {num_trials - done + num_runs} runs in all",
+            soft_wrap=True,
+        )
+    sweeps = []
+    for grid in grids:
+        code, found = _run_trials(grid, train)
+        if code:
+            return code, []
+        sweeps.append(found)
+    return 0, sweeps
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _divisible_part(root: str) -> ImageFolder:
     """Returns the training images, a part of which can be held out.
 
     Args:
@@ -181,7 +246,7 @@ def divisible_part(root: str) -> ImageFolder:
     return images
 
 
-def trials_of(
+def _trials_of(
     recipe: Run, flags: SweepFlags, *, images: ImageFolder, weights: str, folder: Path
 ) -> list[Trial]:
     """Returns the trials of one model, in the order of rates, then of decays.
@@ -200,7 +265,7 @@ def trials_of(
         for decay in sorted({*flags.sweep_decays, recipe.optim.layer_decay}):
             where = folder / f"rate_{rate:g}_decay_{decay:g}"
             try:
-                run = with_point(recipe, rate, decay)
+                run = _with_point(recipe, rate, decay)
             except ConfigError as error:
                 raise ConfigError(f"--sweep_rates {rate:g}: of {recipe.name}, {error}") from None
             run = _held_out(run, images.root, where)
@@ -208,13 +273,13 @@ def trials_of(
     return trials
 
 
-def with_point(recipe: Run, rate: float, decay: float) -> Run:
+def _with_point(recipe: Run, rate: float, decay: float) -> Run:
     """Returns a recipe at a point of the grid."""
     optim = replace(recipe.optim, base_lr=rate * recipe.optim.base_lr, layer_decay=decay)
     return replace(recipe, optim=optim)
 
 
-def run_trials(trials: Sequence[Trial], train: Callable[[Run], Trained]) -> tuple[int, Sweep]:
+def _run_trials(trials: Sequence[Trial], train: Callable[[Run], Trained]) -> tuple[int, Sweep]:
     """Trains the trials that are not finished; returns the exit code, and what came out.
 
     Args:
@@ -229,7 +294,7 @@ def run_trials(trials: Sequence[Trial], train: Callable[[Run], Trained]) -> tupl
 
     ended = []
     for trial in trials:
-        found, recorded = finished(trial), trial.recorded
+        found, recorded = _finished(trial), trial.recorded
         if found is None:
             distributed.of_main(recorded.write)
             code, accuracy, _ = train(recorded.run)
@@ -259,7 +324,7 @@ def run_trials(trials: Sequence[Trial], train: Callable[[Run], Trained]) -> tupl
     return 0, Sweep(tuple(ended))
 
 
-def finished(trial: Trial) -> Trial | None:
+def _finished(trial: Trial) -> Trial | None:
     """Returns a trial with the accuracy of an earlier start; None: it is not finished.
 
     A collective.
@@ -272,9 +337,6 @@ def finished(trial: Trial) -> Trial | None:
     if "status" not in record:
         return None
     return trial._replace(accuracy=record.get("held_out_accuracy"))
-
-
-# ------------------------------------------------------------------------------------------------
 
 
 def _held_out(recipe: Run, part: str, folder: Path) -> Run:

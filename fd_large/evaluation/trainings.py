@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,17 +12,7 @@ from fd_large.errors import ConfigError, without_secrets
 from fd_large.evaluation import recorded_runs
 from fd_large.evaluation.protocol import Asked, Protocol, Repeated, Result
 from fd_large.evaluation.results import Row, finish
-from fd_large.evaluation.sweep import (
-    HELD_OUT,
-    SweepFlags,
-    Trained,
-    check_fields,
-    divisible_part,
-    finished,
-    run_trials,
-    trials_of,
-    with_point,
-)
+from fd_large.evaluation.sweep import SweepFlags, Trained, check_fields, settings_of, sweep
 from fd_large.files import out_folder
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
@@ -86,13 +76,8 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
     if flags.sweep:
         check_fields(changes)
     transfer = transfer_of(kind.name)
-    rows, recipes = [], []
-    for model in models:
-        name = flags.recipe or transfer.recipe_for(model.architecture, run_recipe=run_recipe(model))
-        base = registry.get(name)
-        refuse_other_task("--recipe", base, kind.name)
-        recipes.append(started_from(model, base, changes))
-        rows.append(Row(model, recipe=base.name))
+    recipes = [_recipe_of(model, kind, flags.recipe, changes) for model in models]
+    rows = [Row(model, recipe=recipe.name) for model, recipe in zip(models, recipes, strict=True)]
     seeds = flags.seeds_from(recipes[0].runtime.seed)
 
     def train(run: Run) -> Trained:
@@ -100,8 +85,13 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
         code, summary = recorded_runs.train(run, config, asked.train)
         return Trained(code) if code else Trained(0, *transfer.compared(summary))
 
-    if flags.sweep and (code := _sweep(rows, recipes, flags, train)):
-        return Result(code=code)
+    if flags.sweep:
+        code, sweeps = sweep(models, recipes, flags, train)
+        if code:
+            return Result(code=code)
+        for row, found in zip(rows, sweeps, strict=True):
+            row.sweep = found
+        recipes = [one.best_of(recipe) for one, recipe in zip(sweeps, recipes, strict=True)]
     folder = out_folder(flags.out)
     for seed in seeds:
         for row, recipe in zip(rows, recipes, strict=True):
@@ -112,10 +102,9 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
             code, accuracy, details = train(replace(recipe, runtime=runtime))
             if code:
                 return Result(code=code)
-            found = Predictions.read(where) if distributed.is_main() else None
-            row.add(accuracy, {"run": str(where), **details}, found and found.predicted)
-            row.labels = found.labels if found else row.labels
-    grid = {"sweep_rates": list(flags.sweep_rates), "sweep_decays": list(flags.sweep_decays)}
+            tested = Predictions.read(where) if distributed.is_main() else None
+            row.add(accuracy, {"run": str(where), **details}, tested and tested.predicted)
+            row.labels = tested.labels if tested else row.labels
     return finish(
         folder,
         rows,
@@ -123,56 +112,22 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
         task=kind.name,
         root=without_secrets(recipes[0].data.root),
         seeds=seeds,
-        **({"settings": {**grid, "sweep_held_out": HELD_OUT}} if flags.sweep else {}),
+        **({"settings": settings_of(flags)} if flags.sweep else {}),
     )
 
 
-def _sweep(
-    rows: Sequence[Row], recipes: list[Run], flags: Any, train: Callable[[Run], Trained]
-) -> int:
-    """Tries the grid for every row and puts the best into its recipe; returns the exit code."""
-    from fd_large.engine.find_model import slug
-    from fd_large.engine.node_consistency import weights_digest
-    from fd_large.ranks import distributed, meeting
-    from fd_large.runtime import logs, terminal
+def _recipe_of(model: NamedModel, kind: TaskKind, name: str, changes: Mapping[str, Any]) -> Run:
+    """The recipe by which a model is trained: that of a name, or the one that fits the model."""
+    from fd_large.tasks.jobs import transfer_of
 
-    logs.start(distributed.start().rank)
-    images = meeting.meet(lambda: divisible_part(recipes[0].data.root))
-    pairs = list(zip(rows, recipes, strict=True))
-    digests = meeting.meet(
-        lambda: [weights_digest(recipe.student.init, row.model.weights) for row, recipe in pairs]
-    )
-    folder = Path(flags.out) / "sweep"
-    grids = [
-        trials_of(
-            recipe, flags, images=images, weights=digest, folder=folder / slug(row.model.label)
-        )
-        for (row, recipe), digest in zip(pairs, digests, strict=True)
-    ]
-    done = sum(finished(trial) is not None for grid in grids for trial in grid)
-    num_trials, num_runs = sum(map(len, grids)), len(rows) * flags.seeds
-    if distributed.is_main():
-        terminal.console().print(
-            f"--sweep: {num_trials} trials ({done} of them done before) on nine tenths of the "
-            f"training images, {' + '.join(str(len(grid)) for grid in grids)} for the models in "
-            f"turn, the point of each one's recipe among them; then {num_runs} runs on all of "
-            f"them: {num_trials - done + num_runs} runs in all",
-            soft_wrap=True,
-        )
-    for place, (row, grid) in enumerate(zip(rows, grids, strict=True)):
-        code, row.sweep = run_trials(grid, train)
-        if code:
-            return code
-        winner = row.sweep.winner
-        recipes[place] = with_point(recipes[place], winner.rate, winner.decay)
-    return 0
-
-
-def run_recipe(model: NamedModel) -> str | None:
-    """Returns the name of the recipe of a named model's run, as `Transfer.recipe_for` takes it."""
+    of_run = "" if model.section.source == RANDOM else None  # See Transfer.recipe_for.
     if model.trained_by:
-        return model.trained_by.run.name
-    return "" if model.section.source == RANDOM else None
+        of_run = model.trained_by.run.name
+    base = registry.get(
+        name or transfer_of(kind.name).recipe_for(model.architecture, run_recipe=of_run)
+    )
+    refuse_other_task("--recipe", base, kind.name)
+    return started_from(model, base, changes)
 
 
 def started_from(model: NamedModel, base: Run, changes: Mapping[str, Any]) -> Run:
