@@ -108,6 +108,14 @@ def is_allowed(source: str) -> bool:
     return path is not None and _is_permitted(source, path)
 
 
+def reset() -> None:
+    """Forgets all that was allowed and imported, as a new process does."""
+    global _remembers
+    _remembers = False
+    for known in (_files, _names, _unchanged, _modules, _imported):
+        known.clear()
+
+
 def allow_named(arguments: Iterable[str], *, remember: bool = False) -> None:
     """Allows the names that a command line has, as `module:...` or `NAME=module:...`.
 

@@ -61,11 +61,7 @@ def state_of_the_session(tmp_path_factory):
 def state_of_the_test(state_of_the_session, monkeypatch):
     """A test begins without code that another one has allowed."""
     monkeypatch.setenv("XDG_STATE_HOME", f"{os.environ['XDG_STATE_HOME']}/{uuid4().hex}")
-    for name in ("_files", "_names", "_unchanged"):
-        monkeypatch.setattr(doors, name, set())
-    monkeypatch.setattr(doors, "_modules", {})
-    monkeypatch.setattr(doors, "_imported", {})
-    monkeypatch.setattr(doors, "_remembers", False)
+    doors.reset()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -205,12 +205,9 @@ def test_a_command_line_allows_what_it_names(tmp_path: Path) -> None:
     refused(three, "--allow-code")
 
 
-def new_start(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+def new_start(*arguments: str) -> None:
     """A process that knows nothing of those before, with a command line."""
-    for name in ("_files", "_names", "_unchanged"):
-        monkeypatch.setattr(doors, name, set())
-    monkeypatch.setattr(doors, "_modules", {})
-    monkeypatch.setattr(doors, "_imported", {})
+    doors.reset()
     doors.allow_named(arguments, remember=True)
 
 
@@ -225,25 +222,23 @@ def test_a_name_allows_no_other_of_its_file(tmp_path: Path) -> None:
     assert load(other)
 
 
-def test_what_a_start_named_needs_no_flag_until_it_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_start_named_needs_no_flag_until_it_changes(tmp_path: Path) -> None:
     source = written(tmp_path / "mine.py", "cosine = 1\nother = 2\n")
-    new_start(monkeypatch, "train", "--objective.loss", source)
+    new_start("train", "--objective.loss", source)
     assert load(source) == 1
-    new_start(monkeypatch, "train")
+    new_start("train")
     assert load(source) == 1
     refused(source.replace(":cosine", ":other"), "--allow-code")
     written(tmp_path / "mine.py", "cosine = 3\nother = 2\n")
     assert load(source) == 1, "what runs is what was allowed"
-    new_start(monkeypatch, "train")
+    new_start("train")
     refused(source, "--allow-code")
     doors.allow(tmp_path / "mine.py")
     assert load(source) == 3
-    new_start(monkeypatch, "train")
+    new_start("train")
     assert load(source) == 3
     written(tmp_path / "mine.py", "cosine = 1\nother = 2\n")
-    new_start(monkeypatch, "train")
+    new_start("train")
     assert load(source) == 1, "the hashes of before stay"
 
 
@@ -256,13 +251,13 @@ def test_a_copy_of_allowed_code_elsewhere_is_not_allowed(
     dotted = "module:own_losses:cosine"
     with monkeypatch.context() as mine:
         mine.syspath_prepend(tmp_path / "mine")
-        new_start(monkeypatch, "train", source, dotted)
+        new_start("train", source, dotted)
         assert load(source)() == load(dotted)() == 1
-        new_start(monkeypatch, "train")
+        new_start("train")
         sys.modules.pop("own_losses", None)
         assert load(dotted)() == 1
     sys.modules.pop("own_losses", None)
-    new_start(monkeypatch, "train")
+    new_start("train")
     (tmp_path / "link.py").symlink_to(tmp_path / "mine" / "own_losses.py")
     assert load(f"module:{tmp_path}/link.py:cosine")() == 1
     refused(f"module:{tmp_path}/foreign/own_losses.py:cosine", "--allow-code")
@@ -278,9 +273,9 @@ def test_a_file_that_changes_before_its_import_is_refused(
     if dotted:
         monkeypatch.syspath_prepend(tmp_path)
         source = "module:changing:cosine"
-    new_start(monkeypatch, "train", source)
+    new_start("train", source)
     assert load(source)() == 1
-    new_start(monkeypatch, "train")
+    new_start("train")
     sys.modules.pop("changing", None)
     assert doors.is_allowed(source)
     marker = tmp_path / "ran"
@@ -301,17 +296,15 @@ def test_a_cached_compilation_of_another_text_is_not_run(
     monkeypatch.delitem(sys.modules, "cached")
 
 
-def test_a_process_that_starts_another_hands_on_what_it_may_import(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_starts_another_hands_on_what_it_may_import(tmp_path: Path) -> None:
     source, edited = written(tmp_path / "mine.py"), written(tmp_path / "edited.py")
     checked = doors.hashes([source, edited])
     written(tmp_path / "edited.py", "cosine = 2\n")
-    new_start(monkeypatch)
+    new_start()
     doors.allow_unchanged(checked)
     assert load(source)() == 1
     refused(edited, "--allow-code")
-    new_start(monkeypatch)
+    new_start()
     refused(source, "--allow-code")
 
 
@@ -340,13 +333,11 @@ def test_a_link_that_leads_back_to_itself_is_no_file(tmp_path: Path) -> None:
     refused(f"module:{tmp_path}/loop.py:x", "symbolic links")
 
 
-def test_a_list_that_is_not_believed_is_said_where_code_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_list_that_is_not_believed_is_said_where_code_is_refused(tmp_path: Path) -> None:
     source = written(tmp_path / "mine.py")
-    new_start(monkeypatch, source)
+    new_start(source)
     assert load(source)
-    new_start(monkeypatch)
+    new_start()
     place = allowed_code.place()
     assert place is not None
     place.chmod(0o666)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import datetime
 
@@ -51,6 +52,12 @@ def test_a_signal_is_kept_until_it_is_asked_for_also_one_before_the_start(number
     hook.on_start(make_setting())
     assert hook.wish() == STOP
     assert hook.wish() == STOP
+
+
+def test_the_end_of_a_process_waits_for_no_signal(started):
+    started()
+    listeners = [thread for thread in threading.enumerate() if thread.name == "signals"]
+    assert [thread.daemon for thread in listeners] == [True] * len(listeners) != []
 
 
 def test_the_file_is_found_obeyed_and_removed(started, tmp_path, monkeypatch):

@@ -135,6 +135,7 @@ def test_what_is_done_between_two_steps_takes_the_place_of_the_numbers(
     used = hooks()
     run_updates(used, make_setting(), 8, end=None)
     assert terminal.is_claimed(), "no other bar beside it"
+    assert activity.current()[-1].done == 8
     with activity.work("evaluation"):
         for _ in activity.counted("ab", "test images", "batches"):
             pass

@@ -133,9 +133,7 @@ def test_what_its_job_raises_is_one_sentence(toy, kind, part):
 def test_a_stored_recipe_is_read_without_its_code(toy, monkeypatch):
     run = given("--task.name", "module:toy.py:KIND", "--task.toy.weight", "0.5")
     stored = json.loads(json.dumps(run.to_dict()))
-    doors._names.clear()
-    doors._files.clear()
-    doors._modules.clear()
+    doors.reset()
     read = Run.from_dict(stored)
     assert read.to_dict() == stored
     assert not read.frozen_models

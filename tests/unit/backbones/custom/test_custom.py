@@ -217,7 +217,7 @@ def test_tensors_are_found_by_the_models_own_names(prefix):
 
 @pytest.mark.usefixtures("_own_module")
 def test_nothing_is_imported_that_was_not_allowed():
-    doors._files.clear()
+    doors.reset()
     architecture = resolve("module:own_nets/patches.py:Student")
     assert (architecture.family, architecture.whole_first) == ("module", True)
     with pytest.raises(ConfigError, match="--allow-code"):
