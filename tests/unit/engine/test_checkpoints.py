@@ -109,7 +109,7 @@ def test_nothing_to_resume_and_nothing_sound(make, tmp_path):
     assert make().resume() == 0
     saved(make(), 2)
     (tmp_path / "checkpoints" / store.name_of(2) / store.file_of(0)).unlink()
-    with pytest.raises(CheckpointError, match=r"no checkpoint is sound.*--fresh"):
+    with pytest.raises(CheckpointError, match=r"--fresh"):
         make().resume()
 
 
@@ -168,7 +168,7 @@ class Wider(Brightness):
 
 def test_another_model_another_training_and_other_images(make, make_engine, caplog):
     saved(make(), 1)
-    with pytest.raises(CheckpointError, match=r"2 tensors that differ \(head\.bias, head\.weight"):
+    with pytest.raises(CheckpointError, match=r"2 .*\(head\.bias, head\.weight"):
         make(engine=make_engine(make_task=Wider)).resume()
 
     def refuse(manifest):

@@ -281,17 +281,17 @@ def test_a_run_whose_checkpoints_are_gone_is_not_started_over(recipe, tmp_path):
     assert start(recipe) == 0
     rows = (tmp_path / "run/metrics.jsonl").read_text()
     checkpoints.rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match=r"no checkpoint; got a run that has ended"):
+    with pytest.raises(CheckpointError, match=r"run that has ended"):
         start(recipe)
     checkpoints.symlink_to(tmp_path / "disk")
-    with pytest.raises(CheckpointError, match=r"leads nowhere; got a link to .*disk"):
+    with pytest.raises(CheckpointError, match=r"a link to .*disk"):
         start(recipe)
     assert (tmp_path / "run/metrics.jsonl").read_text() == rows
 
 
 def test_a_finished_run_goes_on_to_more_steps_and_says_what_changes(recipe, tmp_path):
     assert start(recipe) == 0
-    with pytest.raises(ConfigError, match=r"other settings; got optim\.max_steps 3 -> 2"):
+    with pytest.raises(ConfigError, match=r"optim\.max_steps 3 -> 2"):
         start(steps(recipe, 2))
     for _ in range(2):  # The second time nothing is left to do, and nothing to say.
         assert start(steps(recipe, 5)) == 0
@@ -349,13 +349,13 @@ def test_the_best_checkpoint_stays_and_a_run_without_progress_ends(interrupted, 
 
 
 def test_a_metric_that_is_not_measured_is_refused(recipe):
-    with pytest.raises(ConfigError, match=r"eval\.best_metric: no number .* nearest: test_loss"):
+    with pytest.raises(ConfigError, match=r"eval\.best_metric: .*nearest: test_loss"):
         start(replace(recipe, eval=replace(recipe.eval, best_metric="test_lose")))
 
     class Promised(BrightnessJob):
         metrics: ClassVar = {"test/loss": "test loss", "test/top1": "accuracy"}
 
-    with pytest.raises(ConfigError, match="does not measure it; got 'test_top1', expected one of"):
+    with pytest.raises(ConfigError, match="got 'test_top1'"):
         start(replace(recipe, eval=replace(recipe.eval, best_metric="test_top1")), job=Promised)
 
 

@@ -49,6 +49,25 @@ def test_a_difference_is_called_one_only_where_its_interval_excludes_zero():
     }
 
 
+def test_a_sweep_is_a_row_for_each_decay_and_a_column_for_each_rate():
+    trials = [
+        {"rate": rate, "layer_decay": decay, "held_out_accuracy": accuracy}
+        for rate, decay, accuracy in ((2, 0.8, 71), (1, 0.8, 70.5), (1, 0.9, None), (2, 0.9, 69))
+    ]
+    sweep = {"trials": trials, "rate": 2.0, "layer_decay": 0.8, "base_lr": 0.5, "at_edge": ["rate"]}
+    net = {**SUMMARY["nets"][0], "recipe": "r", "sweep": sweep}
+    _, grid = tables_of({**SUMMARY, "nets": [net]}, "k-NN")
+    assert [column.header for column in grid.columns[2:]] == ["rate x 1", "rate x 2", "best"]
+    rows = [
+        [str(cell) for cell in row] for row in zip(*(c.cells for c in grid.columns), strict=True)
+    ]
+    assert rows == [
+        ["student", "0.8", "70.50", "71.00", "rate x 2"],
+        ["student", "0.9", "diverged", "69.00", ""],
+    ]
+    assert "student: " in str(grid.caption), "its best is at an edge"
+
+
 def test_no_axis_goes_beyond_100_per_cent(tmp_path, monkeypatch):
     figures, new_figure = [], style.new_figure
     monkeypatch.setattr(

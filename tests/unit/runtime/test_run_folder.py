@@ -95,7 +95,7 @@ def test_a_folder_of_somebody_else_is_not_written_to(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")
-    with pytest.raises(ConfigError, match=rf"not a run's folder.*got {name.partition('/')[0]} "):
+    with pytest.raises(ConfigError, match=rf"got {name.partition('/')[0]} "):
         enter(tmp_path)
     assert path.read_text() == "mine"
     assert not (tmp_path / "recipe.json").exists()

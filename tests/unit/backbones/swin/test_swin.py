@@ -32,7 +32,7 @@ def test_larger_images_use_the_same_tables():
 
 
 def test_smaller_images_are_named():
-    with pytest.raises(ShapeError, match="2x2 tokens, expected at least 4x4"):
+    with pytest.raises(ShapeError, match=r"2x2 .*4x4"):
         tiny()(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ShapeError, match="stage 0") as caught:
         tiny()(torch.zeros(1, 3, 20, 20))

@@ -283,10 +283,10 @@ def test_random_weights_of_a_model_of_timm():
 
 
 def test_backbones_that_timm_lacks():
-    with pytest.raises(ConfigError, match=r"no such model.*; got 'resnet10', nearest: ") as refused:
+    with pytest.raises(ConfigError, match=r"got 'resnet10', nearest: ") as refused:
         teacher_run("timm:resnet10")
     assert len(str(refused.value)) < 300
-    with pytest.raises(ConfigError, match=r"no such model.*; got 'nosuch'") as refused:
+    with pytest.raises(ConfigError, match=r"got 'nosuch'") as refused:
         teacher_run("timm:nosuch")
     assert len(str(refused.value)) < 300
     untrained = next(
@@ -303,7 +303,7 @@ def test_weights_of_timm_out_of_reach(monkeypatch):
     run = teacher_run("timm:resnet10t", feature_stride=8)
     items = frozen_weights(run.teacher, Sources(), where="--teacher.source")
     monkeypatch.setattr(timm_published.timm, "create_model", offline)
-    with pytest.raises(WeightsError, match=r"timm cannot get the weights; got no route to host"):
+    with pytest.raises(WeightsError, match=r"no route to host"):
         list(items)
 
 

@@ -395,7 +395,7 @@ def test_options_of_open_clips_layers_are_not_passed_over(options, open_clip, tm
     vision = {"image_size": 32, "layers": 2, "width": 128, "head_width": 32, **options}
     config = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match=f"no model here has; got {next(iter(options))}"):
+    with pytest.raises(WeightsError, match=f"got {next(iter(options))}"):
         loaded(tmp_path)
 
 
@@ -408,7 +408,7 @@ def test_an_open_clip_tower_that_is_another_model_of_timms_is_sent_there(tmp_pat
     vision = {"timm_model_name": "vit_base_patch16_siglip_224", "image_size": 32}
     config = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match=r"of another kind.*attention pool.*timm:NAME"):
+    with pytest.raises(WeightsError, match=r"attention pool.*timm:NAME"):
         loaded(tmp_path)
 
 
@@ -431,7 +431,7 @@ def test_open_clip_folder_with_a_tower_of_timm(tmp_path):
 def test_a_bare_vit_of_unknown_training_asks_for_its_statistics(tmp_path, classes):
     theirs = scattered(VisionTransformer(**TIMM_VIT, num_classes=classes))
     path = saved(theirs, tmp_path / "vit.pth")
-    with pytest.raises(WeightsError, match=r"got no num_heads, image statistics") as caught:
+    with pytest.raises(WeightsError, match=r"num_heads, image statistics") as caught:
         loaded(path)
     assert "--teacher.statistics" in str(caught.value)
     _, teacher = loaded(path, **HEADS)
@@ -485,7 +485,7 @@ def test_models_of_other_kinds_are_sent_to_timm(tmp_path, arguments, told):
 def test_tensors_left_over_by_the_model_of_the_file_itself(tmp_path):
     state = scattered(VisionTransformer(**TIMM_VIT, num_classes=0)).state_dict()
     torch.save(state | {"blocks.0.extra.weight": torch.ones(2)}, tmp_path / "vit.pth")
-    with pytest.raises(WeightsError, match=r"left over: blocks\.0\.extra") as caught:
+    with pytest.raises(WeightsError, match=r"blocks\.0\.extra") as caught:
         loaded(tmp_path / "vit.pth", **HEADS)
     assert "--teacher.model timm:NAME" in str(caught.value)
     assert "model auto" not in str(caught.value)

@@ -89,9 +89,9 @@ def test_key_bias_cannot_change_the_output():
 
 
 def test_sizes_that_do_not_fit_are_named():
-    with pytest.raises(ShapeError, match="18x16 pixels, expected multiples of 4"):
+    with pytest.raises(ShapeError, match=r"18x16 .*multiples of 4"):
         tiny()(torch.zeros(1, 3, 18, 16))
-    with pytest.raises(ShapeError, match=r"5x4 patches \(20x16 pixels\), expected 4x4"):
+    with pytest.raises(ShapeError, match=r"5x4 .*4x4"):
         tiny(**STUDENT)(torch.zeros(1, 3, 20, 16))
     free = tiny(absolute_position=False)
     assert free(torch.zeros(1, 3, 20, 8)).grid == (5, 2)

@@ -80,12 +80,12 @@ def test_load_refuses_with_the_remedy(tmp_path, config, said):
 def test_load_refuses_a_missing_file_no_json_and_a_repeated_key(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         ds.load(tmp_path / "none.json")
-    with pytest.raises(ConfigError, match=r"not JSON; got .*line 2 column 8"):
+    with pytest.raises(ConfigError, match=r"line 2 column 8"):
         ds.load(_write(tmp_path, '{\n"a": 1,}'))
     (tmp_path / "latin.json").write_bytes(b'{"\xe9": 1}')
     with pytest.raises(ConfigError, match="not JSON"):
         ds.load(tmp_path / "latin.json")
-    with pytest.raises(ConfigError, match="appears 2 times"):
+    with pytest.raises(ConfigError, match="2 times"):
         ds.load(_write(tmp_path, '{"bf16": {}, "bf16": {}}'))
 
 
@@ -153,7 +153,7 @@ def test_gradients_that_deepspeed_quantises_keep_their_data_type():
     numbers = NUMBERS._replace(world_size=512, node_size=8)
     filled = ds.fill(_zero(3, zero_quantized_gradients=True), numbers)
     assert filled["communication_data_type"] == "bf16"
-    with pytest.raises(ConfigError, match=r"zero_quantized_gradients: .*one node of 8 ranks"):
+    with pytest.raises(ConfigError, match=r"zero_quantized_gradients: .* 8 ranks"):
         ds.fill(_zero(3, zero_quantized_gradients=True), numbers._replace(world_size=8))
     filled = ds.fill(_zero(3), numbers._replace(bfloat16=False))
     assert filled["communication_data_type"] == "fp32"
@@ -164,7 +164,7 @@ def test_weights_in_eight_bits_come_in_groups_of_eight():
     filled = ds.fill(_zero(3, zero_quantized_weights=True), numbers)
     assert filled["zero_optimization"]["zero_quantized_weights"]
     odd = numbers._replace(trained_sizes=(16, 33, 4096))
-    with pytest.raises(ConfigError, match=r"quantized_weights: .*got tensors of 33 elements over"):
+    with pytest.raises(ConfigError, match=r"quantized_weights: .* 33 elements"):
         ds.fill(_zero(3, zero_quantized_weights=True), odd)
 
 
@@ -235,5 +235,5 @@ def test_a_micro_batch_that_a_probe_finds_is_not_the_jsons():
     alone = ds.with_micro_batch(filled, 1, 1)
     assert alone["train_batch_size"] == NUMBERS.world_size
     for name in (ds.MICRO_BATCH, ds.ACCUMULATION):
-        with pytest.raises(ConfigError, match=f"{name}: the JSON and the run disagree"):
+        with pytest.raises(ConfigError, match=f"{name}: "):
             ds.fill({**_zero(3), name: 1}, probed)

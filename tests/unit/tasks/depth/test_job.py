@@ -37,21 +37,21 @@ def test_a_whole_dataset_is_fine(name, root):
 
 
 def test_mistakes_name_their_field(root):
-    with pytest.raises(ConfigError, match=r"test_windows.*images of one size; got 0"):
+    with pytest.raises(ConfigError, match=r"test_windows.*got 0"):
         check(run_of(root, VIT, test_windows=0))
     run = run_of(root, VIT)
     shape = replace(run.student.architecture, patch_size=14)
     with pytest.raises(ConfigError, match=r"data\.image_size: .*got 64 .*--data\.image_size 70"):
         check(replace(run, student=replace(run.student, architecture=shape)))
-    with pytest.raises(ConfigError, match=r"test_crop: nyu .*got an image of 72 x 96"):
+    with pytest.raises(ConfigError, match=r"test_crop: .*72 x 96"):
         check(run_of(root, test_crop="nyu"))
     with pytest.raises(DataError, match=r"task\.depth\.val_list"):
         check(run_of(root, val_list="nowhere.txt"))
     run = run_of(root, LINEAR)
-    with pytest.raises(ConfigError, match=r"student\.drop_path_rate: a frozen student"):
+    with pytest.raises(ConfigError, match=r"student\.drop_path_rate: "):
         check(replace(run, student=replace(run.student, drop_path_rate=0.1)))
     run = run_of(root)
-    with pytest.raises(ConfigError, match=r"data\.color_jitter: nothing"):
+    with pytest.raises(ConfigError, match=r"data\.color_jitter: "):
         check(replace(run, data=replace(run.data, color_jitter=0.4)))
     for field, value in (
         ("depth_scale", 0.0),

@@ -77,14 +77,14 @@ def test_other_classes_in_the_test_are_refused(tmp_path):
     root = pictures(tmp_path)
     names = {3: "cat", 7: "brush", 90: "dog"}
     edit(root, lambda c: [one.update(name=names[one["id"]]) for one in c["categories"]])
-    with pytest.raises(DataError, match=r"other classes.*got 'brush' for label 1.*'dog'"):
+    with pytest.raises(DataError, match=r"'brush' for label 1.*'dog'"):
         check(run_of(root))
 
 
 def test_no_split_for_tests_names_the_field_for_another(tmp_path):
     root = pictures(tmp_path)
     (root / ANNOTATIONS.format("val")).unlink()
-    with pytest.raises(DataError, match=r"split 'val'.*Set --eval\.root"):
+    with pytest.raises(DataError, match=r"'val'.*--eval\.root"):
         check(run_of(root))
     other = pictures(tmp_path / "other")
     check(run_of(root, eval={"root": str(other)}))
@@ -125,7 +125,7 @@ def test_whole_pictures_of_one_orientation_in_a_batch(tmp_path):
     assert probe.images.shape == (2, 3, 60, 90)
     assert probe.targets.targets[0].masks.shape[1:] == (60, 90)
     assert probe.targets.sizes.tolist() == [[60, 90]] * 2
-    with pytest.raises(ConfigError, match="scale_range: excluded by whole_size"):
+    with pytest.raises(ConfigError, match=r"scale_range.*whole_size"):
         replace(numbers, scale_range=(1.0, 1.0))
     with pytest.raises(ConfigError, match="whole_size: invalid"):
         replace(numbers, whole_size=(60, 40, 90))
@@ -145,7 +145,7 @@ def test_a_set_of_boxes_alone_is_learnt_from(tmp_path):
     loss.backward()
     assert terms["mask"] == 0 < terms["box"] + terms["rpn_box"]
     copied = replace(run.task.detection, copy_instances=0.5)
-    with pytest.raises(ConfigError, match=r"task\.detection\.copy_instances: .* no masks"):
+    with pytest.raises(ConfigError, match=r"task\.detection\.copy_instances: .*masks"):
         DetectionJob(replace(run, task=replace(run.task, detection=copied))).open_samples()
 
 

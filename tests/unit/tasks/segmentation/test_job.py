@@ -35,17 +35,17 @@ def test_a_whole_dataset_is_fine(root):
 
 
 def test_mistakes_name_their_field(root):
-    with pytest.raises(ConfigError, match=r"test_mode.*images of one size; got whole"):
+    with pytest.raises(ConfigError, match=r"test_mode.*got whole"):
         check(run_of(root, VIT, test_mode="whole"))
-    with pytest.raises(DataError, match="invalid label; got 4, expected 1 to 3"):
+    with pytest.raises(DataError, match="got 4, expected 1 to 3"):
         check(run_of(root, num_classes=3))
-    with pytest.raises(ConfigError, match=r"test_stride: windows leave gaps; got 65, .* = 64"):
+    with pytest.raises(ConfigError, match=r"test_stride: .*got 65, .* = 64"):
         check(run_of(root, VIT, test_stride=65))
     run = run_of(root, LINEAR)
-    with pytest.raises(ConfigError, match=r"student\.drop_path_rate: a frozen student"):
+    with pytest.raises(ConfigError, match=r"student\.drop_path_rate: "):
         check(replace(run, student=replace(run.student, drop_path_rate=0.1)))
     run = run_of(root)
-    with pytest.raises(ConfigError, match=r"data\.color_jitter: nothing"):
+    with pytest.raises(ConfigError, match=r"data\.color_jitter: "):
         check(replace(run, data=replace(run.data, color_jitter=0.4)))
     for field, value in (
         ("scale_range", (2.0, 1.0)),

@@ -214,9 +214,9 @@ def test_other_heads_are_refused(tmp_path):
         return replace(run, task=replace(run.task, segmentation=replace(own, **fields)))
 
     own, out = run.task.segmentation, alone(tmp_path / "out")
-    with pytest.raises(WeightsError, match=r"head_init.*other classes; got 4 .*expected 7"):
+    with pytest.raises(WeightsError, match=r"head_init.*got 4 .*expected 7"):
         started(other(num_classes=7), out)
-    with pytest.raises(WeightsError, match=r"head_init.*head: .*of another shape.*head_width"):
+    with pytest.raises(WeightsError, match=r"head_init.*head_width"):
         started(other(head_width=16), out)
     held = load_file(out)
     save_file({n: t for n, t in held.items() if "auxiliary" not in n}, tmp_path / "one.safetensors")
@@ -225,7 +225,7 @@ def test_other_heads_are_refused(tmp_path):
     assert started(other(auxiliary_weight=0.0), tmp_path / "one.safetensors").auxiliary is None
     start = {n.removeprefix("backbone."): t for n, t in held.items() if "backbone.st" in n}
     save_file(start, tmp_path / "backbone.safetensors")
-    with pytest.raises(WeightsError, match=r"head_init.*no heads of segmentation"):
+    with pytest.raises(WeightsError, match=r"head_init.*segmentation"):
         job_of(other(head_init=str(tmp_path / "backbone.safetensors"))).initial_weights()
 
 

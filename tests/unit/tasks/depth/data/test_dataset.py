@@ -82,14 +82,14 @@ def test_files_without_any_depth_are_refused(tmp_path):
         names = (tmp_path / name.format(f"image_{number}") for name in FOLDERS["kinds"])
         image, depths = image_and_depths(number)
         save(image, 0 * depths, tuple(names), 500)
-    with pytest.raises(DataError, match=r"no depth in any .*; got 0 in every pixel"):
+    with pytest.raises(DataError, match=r"got 0 in every pixel"):
         open_depth(str(tmp_path), "train", depth_scale=500)
 
 
 def test_mistakes_are_named_all_at_once(tmp_path):
     with pytest.raises(DataError, match=r"data\.root: .*'val'.*test_list\.txt.*task\.depth\.val_"):
         open_depth(str(tmp_path), "val")
-    with pytest.raises(DataError, match=r"task\.depth\.train_list: cannot be read"):
+    with pytest.raises(DataError, match=r"task\.depth\.train_list: "):
         open_depth(str(tmp_path), "train", list_file=str(tmp_path / "none.txt"))
     root = write_images(tmp_path / "nyu", 3)
     listed = root / "train_list.txt"
@@ -105,14 +105,14 @@ def test_mistakes_are_named_all_at_once(tmp_path):
     Image.fromarray(np.zeros((72, 96), np.uint8)).save(
         root / "official_splits/test/kitchen/sync_depth_00000.png"
     )
-    with pytest.raises(DataError, match="got an image of mode L, expected a depth file"):
+    with pytest.raises(DataError, match="mode L"):
         open_depth(str(root), "val")
 
 
 def test_depths_of_other_units_are_refused_and_invalid_ones_unknown(nyu):
     options = {"limits": (0.001, 10.0)}
     open_depth(str(nyu), "train", **options)
-    with pytest.raises(DataError, match=r"data\.root: .*median of 4\d.* m .*less than 10\.0 m"):
+    with pytest.raises(DataError, match=r"data\.root: .* 4\d.* m .* 10\.0 m"):
         open_depth(str(nyu), "train", depth_scale=100.0, **options)
     images = open_depth(str(nyu), "train", valid_range=(2.0, 4.5), **options)
     depths, expected = images.truth(1), image_and_depths(1)[1]

@@ -196,7 +196,7 @@ def test_a_picture_of_another_size_than_its_annotations_is_bad(tmp_path):
     path = root / "annotations" / "instances_train2017.json"
     path.write_text(path.read_text().replace('"height": 40', '"height": 41'))
     source = open_coco(str(root), "train")
-    with pytest.raises(DataError, match="got 60 x 40 pixels, expected 60 x 41"):
+    with pytest.raises(DataError, match=r"60 x 40 .*60 x 41"):
         read_image(source, 0)
 
 

@@ -69,7 +69,7 @@ def test_what_is_no_results_file_is_refused(tmp_path, content, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"none\.json.*no such file"):
+    with pytest.raises(DataError, match=r"none\.json"):
         read_results(tmp_path / "none.json")
 
 
@@ -84,5 +84,5 @@ def test_a_missing_file_is_named(tmp_path):
 )
 def test_numbers_that_nothing_holds_are_refused(tmp_path, changes):
     (tmp_path / "results.json").write_text(json.dumps([result(1), result(2, **changes)]))
-    with pytest.raises(DataError, match=r"in entry 1 of .*Set --detections"):
+    with pytest.raises(DataError, match=r"entry 1 .*--detections"):
         read_results(tmp_path / "results.json")

@@ -292,5 +292,5 @@ def test_truth_of_numbers_that_nothing_holds_is_refused(tmp_path, part, changes)
     read_ground_truth(str(tmp_path / "truth.json"))
     truth[part][0] |= changes
     (tmp_path / "truth.json").write_text(json.dumps(truth))
-    with pytest.raises(DataError, match=r"^annotations: .*Set --annotations"):
+    with pytest.raises(DataError, match=r"^annotations: .*--annotations"):
         read_ground_truth(str(tmp_path / "truth.json"))

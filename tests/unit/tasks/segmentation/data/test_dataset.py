@@ -78,20 +78,20 @@ def test_labels_of_palettes_and_of_16_bits(tmp_path):
 
 
 def test_mistakes_of_the_user_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"data\.root: no images with labels of the split 'train'"):
+    with pytest.raises(DataError, match=r"data\.root: .*'train'"):
         opened(tmp_path)
     root = write(tmp_path / "a", "folders")
-    with pytest.raises(DataError, match="invalid label; got 2, expected 0 to 1"):
+    with pytest.raises(DataError, match="got 2, expected 0 to 1"):
         opened(root, num_classes=2)
     (root / "labels/train/image_1.png").unlink()
-    with pytest.raises(DataError, match=r"images without labels.*1 of 3 \(image_1\)"):
+    with pytest.raises(DataError, match=r"1 of 3 \(image_1\)"):
         opened(root)
     root = write(tmp_path / "b", "folders", labels=np.zeros((2, 2, 3), np.uint8))
-    with pytest.raises(DataError, match="got an image of mode RGB, expected a label file"):
+    with pytest.raises(DataError, match="mode RGB"):
         opened(root)
     root = write(tmp_path / "c", "folders")
     Image.fromarray(np.zeros((5, 4), np.uint8)).save(root / "labels/train/image_0.png")
-    with pytest.raises(DataError, match="not the size of its image; got 4 x 5 pixels, expected 2"):
+    with pytest.raises(DataError, match="got 4 x 5 pixels, expected 2"):
         opened(root).sample(0)
     (root / "labels/train/image_0.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="cannot be decoded"):
@@ -106,7 +106,7 @@ def test_numbers_that_int16_would_change_are_refused(number, reduces, tmp_path):
     for file in (root / "labels/train").iterdir():
         # PIL reads by the content, and a PNG has no 32 bits.
         Image.fromarray(labels).save(file, format="TIFF")
-    with pytest.raises(DataError, match=rf"invalid label; got {number}, expected {int(reduces)} "):
+    with pytest.raises(DataError, match=rf"got {number}, expected {int(reduces)} "):
         opened(root, reduce_zero_label=reduces)
 
 
