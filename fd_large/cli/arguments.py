@@ -308,9 +308,11 @@ class _Parser(Generic[Own]):
                 flags[name] = flag
                 loose += texts[count:]
             elif name != IGNORED:
+                section = help.section_named(typed, self._task) if self._recipe else ""
+                asked = f"{help.program(self._command)} --help {section}".rstrip()
                 message = refusal(name, " ".join(texts)) or (
                     f"{typed}: unknown flag; {self._nearest(typed)}. Correct the name, or see "
-                    f"{help.program(self._command)} --help."
+                    f"{asked}."
                 )
                 self._mistakes.append(f"--{message}")
                 meant |= set(get_close_matches(typed, known, n=1))

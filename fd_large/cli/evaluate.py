@@ -48,8 +48,8 @@ class Evaluate(*_SCORED_FILES, *_MOST_SPECIAL, AllowsCode):  # type: ignore[misc
     on, or on those of another --data.root. --sweep tries a grid of learning rates and layer decays
     before fine-tuning, for every model alike, on a held-out tenth of the training images.
 
-    Fields of a recipe (--data.image_size, --optim.epochs ...) follow as in training;
-    `python -m fd_large train --help` lists them. docs/evaluation.md explains the figures.
+    Fields of a recipe (--data.image_size, --optim.epochs ...) follow as in training.
+    docs/evaluation.md explains the figures.
     """
 
     # Models to measure.

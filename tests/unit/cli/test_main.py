@@ -269,6 +269,13 @@ def test_a_section_that_is_not_there_has_the_nearest_name(capsys):
     assert "nearest: quickstart" in one_sentence(capsys)
 
 
+def test_an_unknown_flag_names_the_help_of_its_section(capsys):
+    assert cli.main(["plan", "--optim.base_rl", "1"]) == 2
+    assert "plan --help optim." in one_sentence(capsys)
+    assert cli.main(["plan", "--gpsu", "1"]) == 2
+    assert "plan --help." in one_sentence(capsys)
+
+
 def test_help_lists_the_section_of_a_task_of_the_users_own(tmp_path, monkeypatch, capsys):
     (tmp_path / "colour.py").write_text(
         "from dataclasses import dataclass\n"
