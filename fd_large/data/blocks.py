@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 # Blocks that a process holds open.
 MOST_OPEN = 256
 _TRAILER = struct.Struct("<qq8s")
-_MAGIC = b"fdblock2"
+_MAGIC = b"fdblock1"
 _NUM_LOCKS = 256
 
 
@@ -74,8 +74,9 @@ class BlockWriter:
     def finish(self) -> None:
         """Writes the index."""
         self.file.seek(0, os.SEEK_END)
-        self.file.write(self._rows.tobytes() + self._names)
-        self.file.write(_TRAILER.pack(len(self._rows) // 4, len(self._names), _MAGIC))
+        columns = np.array(self._rows, np.int64).reshape(-1, 4).T
+        self.file.write(columns.tobytes() + self._names)
+        self.file.write(_TRAILER.pack(columns.shape[1], len(self._names), _MAGIC))
 
 
 class BlockFile(OpenFile):
@@ -93,8 +94,8 @@ class BlockFile(OpenFile):
             raise ValueError("not a block")
         num, num_bytes, _ = _TRAILER.unpack(trailer)
         index = os.pread(self.number, num * 32 + num_bytes, end - num * 32 - num_bytes)
-        rows = np.frombuffer(index, np.int64, num * 4).reshape(num, 4)
-        self._starts, self._sizes, self.labels, self._name_ends = rows.T
+        columns = np.frombuffer(index, np.int64, num * 4).reshape(4, num)
+        self._starts, self._sizes, self.labels, self._name_ends = columns
         self._names = index[num * 32 :]
         os.utime(self.number)  # Used: others make room first.
 
