@@ -355,7 +355,7 @@ def test_of_the_core_of_distillation_only_its_job_knows_a_wing() -> None:
     """What a recipe may name stands in tables of job.py; what others need of a wing is given."""
     folder = PACKAGE / "tasks" / "distillation"
     wings = {"several", "cached"}
-    named = re.compile(rf"\b({'|'.join(wings)})[./]")
+    named = re.compile(rf"\b({'|'.join(wings)})[./]\w")
     all_hold(
         [
             f"{path.relative_to(folder)}: line {number} names a wing"

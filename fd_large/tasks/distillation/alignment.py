@@ -18,31 +18,6 @@ INTERPOLATIONS = ("none", "bilinear", "bilinear_student", "bilinear_larger")
 Grid = tuple[int, int]
 
 
-def check_grids(student: Grid, teacher: Grid, *, interpolation: str = "none") -> None:
-    """Refuses maps that cannot be aligned.
-
-    Args:
-        student: Rows and columns of the student's map.
-        teacher: Rows and columns of the teacher's map.
-        interpolation: One of `INTERPOLATIONS`.
-
-    Raises: ShapeError: if the grids differ and interpolation is "none"; ConfigError: if it is none
-        of these.
-    """
-    if interpolation not in INTERPOLATIONS:
-        raise ConfigError(
-            f"objective.interpolation: unknown mode; got {interpolation!r}, expected one of "
-            f"{', '.join(INTERPOLATIONS)}. Choose one of these."
-        )
-    if student != teacher and interpolation == "none":
-        raise ShapeError(
-            "distill: the student's grid differs from the teacher's; got "
-            f"{student[0]}x{student[1]} and {teacher[0]}x{teacher[1]}, expected equal grids. Set "
-            "--data.image_size or --objective.teacher_image_size so that both agree, or "
-            "--objective.interpolation bilinear to resize the teacher's map."
-        )
-
-
 def teacher_side(
     student: Grid, grid_at: Callable[[int], Grid | None], *, image_size: int, own_size: int
 ) -> int:
@@ -87,32 +62,8 @@ def align(
 ) -> tuple[FeatureMap, FeatureMap]:
     """Returns two maps whose tokens, (B, N, Cs) and (B, N, Ct), stand for the same places.
 
-    See `match_prefixes` and `match_grids`.
-
-    Raises: ShapeError: if the grids differ and interpolation is "none".
-    """
-    matched = match_prefixes(student, teacher, with_prefix=with_prefix)
-    return match_grids(*matched, interpolation=interpolation)
-
-
-def match_prefixes(
-    student: FeatureMap, teacher: FeatureMap, *, with_prefix: bool = True
-) -> tuple[FeatureMap, FeatureMap]:
-    """Returns two maps with equally many prefix tokens.
-
     Equal numbers of prefix tokens (CLS) are matched one to one; otherwise, and where they are not
     wanted (`with_prefix`), both maps drop theirs.
-    """
-    if with_prefix and student.num_prefix_tokens == teacher.num_prefix_tokens:
-        return student, teacher
-    patches = [FeatureMap(_split(map_)[1], map_.grid, 0) for map_ in (student, teacher)]
-    return patches[0], patches[1]
-
-
-def match_grids(
-    student: FeatureMap, teacher: FeatureMap, *, interpolation: str = "none"
-) -> tuple[FeatureMap, FeatureMap]:
-    """Returns two maps on one grid; prefix tokens stay as they are.
 
     With "bilinear" interpolation the teacher's map is resized to the student's grid, before
     whitening, so that the targets have unit variance per token. With "bilinear_student" the
@@ -121,16 +72,35 @@ def match_grids(
 
     Raises: ShapeError: if the grids differ and interpolation is "none".
     """
+    if not with_prefix or student.num_prefix_tokens != teacher.num_prefix_tokens:
+        student, teacher = (FeatureMap(_split(one)[1], one.grid, 0) for one in (student, teacher))
     grid = common_grid(student.grid, teacher.grid, interpolation=interpolation)
     return resized(student, grid, antialias=False), resized(teacher, grid, antialias=True)
 
 
 def common_grid(student: Grid, teacher: Grid, *, interpolation: str = "none") -> Grid:
-    """Returns the grid on which two maps are compared; see `match_grids`.
+    """Returns the grid on which two maps are compared; see `align`.
 
-    Raises: ShapeError: if the grids differ and interpolation is "none".
+    Args:
+        student: Rows and columns of the student's map.
+        teacher: Rows and columns of the teacher's map.
+        interpolation: One of `INTERPOLATIONS`.
+
+    Raises: ShapeError: if the grids differ and interpolation is "none"; ConfigError: if it is none
+        of these.
     """
-    check_grids(student, teacher, interpolation=interpolation)
+    if interpolation not in INTERPOLATIONS:
+        raise ConfigError(
+            f"objective.interpolation: unknown mode; got {interpolation!r}, expected one of "
+            f"{', '.join(INTERPOLATIONS)}. Choose one of these."
+        )
+    if student != teacher and interpolation == "none":
+        raise ShapeError(
+            "distill: the student's grid differs from the teacher's; got "
+            f"{student[0]}x{student[1]} and {teacher[0]}x{teacher[1]}, expected equal grids. Set "
+            "--data.image_size or --objective.teacher_image_size so that both agree, or "
+            "--objective.interpolation bilinear to resize the teacher's map."
+        )
     is_coarser = math.prod(student) < math.prod(teacher)
     if interpolation == "bilinear_student" or (interpolation == "bilinear_larger" and is_coarser):
         return teacher

@@ -45,52 +45,6 @@ log = logging.getLogger(__name__)
 Around = Callable[[Frozen, NamedTeacher, int], Frozen]
 
 
-def as_it_is(frozen: Frozen, entry: NamedTeacher, image_size: int) -> Frozen:
-    """Returns a teacher that sees each image alone."""
-    return frozen
-
-
-def teacher_maker(
-    name: str,
-    entry: NamedTeacher,
-    image_size: int,
-    *,
-    sides: Mapping[int, int] = MappingProxyType({}),
-    around: Around = as_it_is,
-) -> Callable[[], Frozen]:
-    """Returns a constructor of a teacher with random weights.
-
-    Args:
-        name: The teacher's name; "" for an only one.
-        entry: Its entry.
-        image_size: Side of the student's images, in pixels; of several, that of evaluations.
-        sides: Side of the teacher's images for each of several of the student's.
-        around: Returns what stands around the teacher, by its entry and the side of the student's
-            images.
-
-    Raises: ConfigError: if the model is still `auto`; the weights decide it, once opened.
-    """
-    where = source_flag(name)
-    side = sides.get(image_size, entry.teacher_image_size)
-    require(
-        entry.model != AUTO and side != AUTO,
-        f"{where.removesuffix('.source')}.model: auto means the model that the weights belong to",
-        f"{where} {entry.source!r}",
-        "opened weights",
-        f"Set {where}, or name a model",
-    )
-    assert isinstance(side, int)
-    make = frozen_maker(
-        entry,
-        image_size=image_size,
-        own_image_size=side,
-        sides=sides,
-        residual_dtype=entry.residual_dtype,
-        before_norm=entry.layer == "before_norm",
-    )
-    return lambda: around(make(), entry, image_size)
-
-
 def grid_of(whose: str, of_side: Callable[[int, int], Grid], side: int) -> Grid:
     """Returns the grid of a model's map.
 
@@ -132,7 +86,8 @@ class TeacherOnShapes:
         student: The student's section, settled.
         image_size: Side of the student's images, in pixels; of several, that of evaluations.
         sizes: All sides of the student's images; empty: they have `image_size` alone.
-        around: As of `teacher_maker`.
+        around: Returns what stands around the teacher, by its entry and the side of the student's
+            images; None: nothing does.
     """
 
     def __init__(
@@ -143,16 +98,45 @@ class TeacherOnShapes:
         *,
         image_size: int,
         sizes: Sequence[int] = (),
-        around: Around = as_it_is,
+        around: Around | None = None,
     ) -> None:
         self.name, self.entry, self._around = name, entry, around
         self._student, self._image_size, self._sizes = student, image_size, tuple(sizes)
 
     def make(self) -> Frozen:
-        """Constructs it with random weights, of a settled entry."""
-        return teacher_maker(
-            self.name, self.entry, self._image_size, sides=self.sides, around=self._around
+        """Constructs it with random weights, of a settled entry.
+
+        Raises: ConfigError: if the model is still `auto`; the weights decide it, once opened.
+        """
+        return self._made(self.entry, self._image_size, self.sides)
+
+    def _made(
+        self,
+        entry: NamedTeacher,
+        image_size: int,
+        sides: Mapping[int, int] = MappingProxyType({}),
+    ) -> Frozen:
+        """The teacher of an entry, for images of a side, or of several."""
+        where = source_flag(self.name)
+        side = sides.get(image_size, entry.teacher_image_size)
+        require(
+            entry.model != AUTO and side != AUTO,
+            f"{where.removesuffix('.source')}.model: auto means the model that the weights belong "
+            "to",
+            f"{where} {entry.source!r}",
+            "opened weights",
+            f"Set {where}, or name a model",
+        )
+        assert isinstance(side, int)
+        frozen = frozen_maker(
+            entry,
+            image_size=image_size,
+            own_image_size=side,
+            sides=sides,
+            residual_dtype=entry.residual_dtype,
+            before_norm=entry.layer == "before_norm",
         )()
+        return self._around(frozen, entry, image_size) if self._around else frozen
 
     @property
     def gives_summary(self) -> bool:
@@ -268,8 +252,7 @@ class TeacherOnShapes:
                 # What is wrong at any size is told by the first call.
                 with torch.device("meta"), suppress(FDError if side else ShapeError):
                     tried = replace(model, teacher_image_size=side)
-                    make = teacher_maker(self.name, tried, size, around=self._around)
-                    return make().grid(size), model
+                    return self._made(tried, size).grid(size), model
             return None, entry
 
         side = entry.teacher_image_size

@@ -8,6 +8,7 @@ later, and what a run is evaluated on says nothing about the maps that it learns
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
@@ -16,7 +17,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fd_large.data.loader import Beside
 from fd_large.data.source import ImageSource
 from fd_large.data.views import FixedViews, ViewSettings
 from fd_large.errors import CacheError
@@ -24,7 +24,7 @@ from fd_large.files import kind_of
 from fd_large.ranks import meeting
 from fd_large.recipes.fields import require
 from fd_large.recipes.sections import Data
-from fd_large.tasks.distillation.cached.files import HEADER, Header
+from fd_large.tasks.distillation.cached.files import HEADER, Header, num_scales
 from fd_large.tasks.distillation.cached.read import (
     CachedTeacher,
     CacheReader,
@@ -32,7 +32,7 @@ from fd_large.tasks.distillation.cached.read import (
     blank,
     require_same_views,
 )
-from fd_large.tasks.distillation.cached.recorder import Recorder, Recorders
+from fd_large.tasks.distillation.cached.recorder import Recorder, ToRecord
 from fd_large.tasks.distillation.cached.views import (
     ViewsToStore,
     batch_size,
@@ -58,7 +58,9 @@ from fd_large.tasks.distillation.teacher import PlacedTeacher
 # Folder, in a cache, of the maps of held-out views.
 FOLDER = "held_out"
 EARLY = "epochs_from_stored_maps"
-"""Name, in manifests and summary.json, of the epochs of `Recorders.early`."""
+"""Name, in manifests and summary.json, of the epochs of `RunCaches.early`."""
+
+log = logging.getLogger(__name__)
 
 
 class RunCaches:
@@ -74,7 +76,9 @@ class RunCaches:
 
     Attributes:
         folders: The folder of each cache that is read, by the teacher's name.
-        stores: Whether the run stores maps.
+        stores: Whether the run stores maps; those of several teachers go into a folder of each
+            one's name.
+        recorders: What stands around the teachers whose maps are stored, by name.
     """
 
     def __init__(
@@ -89,7 +93,9 @@ class RunCaches:
         self._entries, self._section, self.stores = entries, section, bool(section.cache)
         self._settings, self._batch_size = settings, batch_size(micro_batch_size)
         self._held_out: Mapping[str, CacheReader] = {}
-        self._recorders: Recorders | None = None
+        self.recorders: Mapping[str, Recorder] = {}
+        self._filled: Mapping[str, CacheReader] = {}
+        self._early: list[int] = []
 
     def __contains__(self, name: str) -> bool:
         return name in self.folders
@@ -210,39 +216,63 @@ class RunCaches:
     # --- in training ---
 
     def record(self, teachers: Mapping[str, PlacedTeacher]) -> None:
-        """Has the maps of teachers stored, where the recipe names a folder for them."""
+        """Puts a recorder around each teacher, where the recipe names a folder for their maps."""
         if self.stores:
-            self._recorders = Recorders(
-                teachers,
-                self._entries,
-                folder=self._section.cache,
-                precision=self._section.precision,
-            )
+            where = "task.distillation.cache"
+            self.recorders = {n: Recorder(one, where=where) for n, one in teachers.items()}
 
-    @property
-    def recorders(self) -> Mapping[str, Recorder]:
-        """What stands around the teachers whose maps are stored, by name."""
-        return self._recorders.by_name if self._recorders else {}
+    def beside(
+        self, epoch: int, samples: ImageSource, **options: Any
+    ) -> StoredMaps | ToRecord | None:
+        """Returns what loads the maps of an epoch's view, or stores them where some are missing.
 
-    def beside(self, epoch: int, samples: ImageSource, **options: Any) -> Beside | None:
-        """Returns what stores or loads the maps of an epoch's view; a collective.
+        A collective.
 
         Args:
             epoch: Number of the epoch.
             samples: The images.
             options: As of `write_cache`.
         """
-        if self._recorders:
-            return self._recorders.beside(
-                epoch,
-                self.facts(samples),
-                self.views_to_store(samples),
-                name_of=samples.__getitem__,
-                **options,
-            )
-        if not self.folders or self.fixed is None:
+        if self.fixed is None or not (self.folders or self.recorders):
             return None
-        return StoredMaps(self.readers, set_of(epoch % self.fixed.count), samples.__getitem__)
+        view = epoch % self.fixed.count
+        if not self.recorders:
+            return StoredMaps(self.readers, set_of(view), samples.__getitem__)
+        if not self._filled:
+            facts, section = self.facts(samples), self._section
+            self._filled = {
+                name: recorder.begin(
+                    Path(section.cache, name),
+                    self._entries[name],
+                    facts,
+                    precision=section.precision,
+                )
+                for name, recorder in self.recorders.items()
+            }
+        missing = [name for name, one in self.recorders.items() if not one.is_whole(view)]
+        if epoch < self.fixed.count and missing:
+            return ToRecord(tuple(missing), view)
+        if epoch < self.fixed.count and epoch + 1 not in self._early:
+            self._early.append(epoch + 1)
+            self._tell(epoch + 1)
+        for recorder in self.recorders.values():
+            recorder.complete(view, self.views_to_store(samples), **options)
+        return StoredMaps(self._filled, set_of(view), samples.__getitem__)
+
+    def _tell(self, epoch: int) -> None:
+        """Says that an epoch learns from maps that another run, or an earlier start, has stored."""
+        precision = self._section.precision
+        exact = not num_scales(precision)
+        log.log(
+            logging.INFO if exact else logging.WARNING,
+            "task.distillation.cache: epoch %d learns from the maps in %s, which were all there "
+            "before; the run that stored them had its teacher in this epoch, %s",
+            epoch,
+            self._section.cache,
+            "and its maps were the same"
+            if exact
+            else f"and its losses differ from these by the rounding of {precision}",
+        )
 
     def held_out(self, name: str, crops: Crops) -> StoredMaps | None:
         """Returns what loads the maps of a set of held-out views; None: the teachers see them."""
@@ -258,14 +288,15 @@ class RunCaches:
         }
 
     def early(self) -> dict[str, list[int]]:
-        """Returns the epochs that `Recorders.early` lists, which grow with the run, by its name."""
-        return {EARLY: self._recorders.early} if self._recorders else {}
+        """Returns the epochs, counted from 1, that learn from maps stored before they began.
+
+        A run that fills the cache learns these from its teacher. They grow with the run.
+        """
+        return {EARLY: self._early} if self.recorders else {}
 
     def resume(self, manifest: Mapping[str, Any]) -> None:
         """Takes up what `early` has put into a checkpoint's manifest."""
-        if self._recorders:
-            early = self._recorders.early
-            early[:] = sorted({*early, *manifest.get(EARLY, ())})
+        self._early[:] = sorted({*self._early, *manifest.get(EARLY, ())})
 
 
 def held_out_facts(crops: Mapping[str, Crops], settings: ViewSettings) -> dict[str, Any]:

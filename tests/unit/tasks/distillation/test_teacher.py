@@ -18,7 +18,7 @@ from fd_large.engine.trained_model import TrainedModel
 from fd_large.errors import ConfigError
 from fd_large.recipes.run import ONLY
 from fd_large.recipes.sections import Student
-from fd_large.tasks.distillation.grids import teacher_maker
+from fd_large.tasks.distillation.grids import TeacherOnShapes
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.section import NamedTeacher, Objective, Summary, Teacher
 from fd_large.tasks.distillation.target import references
@@ -97,12 +97,12 @@ def test_the_fixed_images_are_noise_and_always_the_same(teacher) -> None:
     ],
 )
 def test_its_type_and_that_random_weights_are_said(dtype, student_type, held, caplog):
-    usual = tiny_runs.tiny_run().taught_by[ONLY]
-    entry = replace(usual, dtype=dtype, teacher_image_size=0)
+    run = tiny_runs.tiny_run()
+    entry = replace(run.taught_by[ONLY], dtype=dtype, teacher_image_size=0)
     teacher = built_teacher(
         "",
         entry,
-        teacher_maker("", entry, 32),
+        TeacherOnShapes("", entry, run.student, image_size=32).make,
         Sources(),
         student_type=student_type,
         seed=1,
