@@ -86,6 +86,15 @@ def test_mistakes_are_told_at_once_with_file_and_line(tmp_path):
     assert all(line.startswith(start) for line, start in zip(found, expected, strict=True)), found
 
 
+def test_whoever_takes_the_mistakes_has_the_run_without_them():
+    given, mistakes = Given({"optim": {"base_rl": 1.0, "max_steps": 3}}), []
+    with pytest.raises(ConfigError, match=r"optim\.base_rl"):
+        run_of(given, recipe="fd_clip_vit_base")
+    run = run_of(given, recipe="fd_clip_vit_base", mistakes=mistakes)
+    assert run.optim.max_steps == 3
+    assert ["optim.base_rl" in line for line in mistakes] == [True]
+
+
 def test_what_is_no_run_file_is_refused_in_a_sentence(tmp_path):
     assert said(str(tmp_path / "none"))[0].startswith(f"--config: {tmp_path / 'none'}: ")
     for text, what in (

@@ -147,6 +147,7 @@ def test_landscapes_share_a_scale_unless_one_model_is_far_steeper(
     for title, (low, high) in titles.items():
         margin = 0.04 * (high - low)
         assert panels[title].get_ylim() == pytest.approx((low - margin, high + margin))
+    assert figures["landscape"].get_figwidth() > 6, "a panel for each model, as wide as one alone"
     *maps, first, second = figures["landscape_map"].axes
     assert [axes.get_title(loc="left") for axes in maps] == list(titles)
     bars = [bar.get_ylim() for bar in (first, second)]

@@ -39,6 +39,15 @@ def test_it_is_the_published_function_and_slope(mean_share):
     assert wrong.item() == pytest.approx((1 - mean_share) ** 0.5 * math.log(2), abs=1e-7)
 
 
+@pytest.mark.parametrize("over", ["batch", "image"])
+def test_one_pixel_is_enough(over):
+    predicted, depths = pair(1)
+    depths = torch.zeros_like(depths)
+    depths[0, 2, 3] = 4.0
+    expected = published(predicted, depths, 0.5)
+    torch.testing.assert_close(silog_loss(predicted, depths, mean_share=0.5, over=over), expected)
+
+
 def test_of_images_it_is_the_mean_of_their_own():
     predicted, depths = pair(3)
     depths[1] = 0

@@ -41,6 +41,7 @@ def test_mistakes_name_their_field(root):
         check(run_of(root, num_classes=3))
     with pytest.raises(ConfigError, match=r"test_stride: .*got 65, .* = 64"):
         check(run_of(root, VIT, test_stride=65))
+    check(run_of(root, VIT, test_stride=64))
     run = run_of(root, LINEAR)
     with pytest.raises(ConfigError, match=r"student\.drop_path_rate: "):
         check(replace(run, student=replace(run.student, drop_path_rate=0.1)))
