@@ -21,6 +21,8 @@ from typing import Any
 RESULTS = Path(os.environ.get("FD_BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 # Steps that count for nothing: kernels are compiled in them.
 FIRST = 3
+# Medians of a few steps that differ by less decide nothing.
+SAME_SPEED = 0.03
 RATES = ("images_per_second", "mfu", "hardware_utilisation", "data_wait")
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
 # A run, the one that it is set against, and what is done where the first is the faster.
@@ -100,7 +102,7 @@ def decisions(rows: dict[str, dict[str, Any]], newest: str) -> list[str]:
         if newest not in (name, other) or not all(row.get("images_per_second") for row in pair):
             continue
         ratio = pair[0]["images_per_second"] / pair[1]["images_per_second"]
-        verdict = "yes" if ratio > 1.0 else "no"
+        verdict = "as fast" if abs(ratio - 1) <= SAME_SPEED else "yes" if ratio > 1 else "no"
         made.append(f"DECIDED: {what}: {verdict}, {ratio:.3f} of the images/s of {other}")
     for name, other, steps in SAME:
         losses = [rows.get(run, {}).get("losses") for run in (name, other)]

@@ -226,6 +226,7 @@ def test_a_run_on_gpus_says_what_it_decides(
         ("ViT-B_plain", 200.0, losses),
         ("ViT-B_zero3", 150.0, [1.0, 0.91, 0.8, 0.7, 0.6]),
         ("ViT-B_zero1_again", 300.0, [1.0, 0.9, 0.8, 0.7, 0.61]),
+        ("ViT-B_teacher_stream", 295.0, losses),
     ):
         folder = stored_gpu_run(tmp_path / name, rate, own_losses)
         assert gpu_rows.main(name, folder, tmp_path / "log") == 0
@@ -234,7 +235,8 @@ def test_a_run_on_gpus_says_what_it_decides(
     assert "ZeRO-3 for ViT-B: no, 0.500" in decided[1]
     assert "first 1 losses are equal" in decided[2]
     assert "first 5 losses are not equal" in decided[3]
+    assert "teacher: as fast, 0.983" in decided[4]
     rows = json.loads((tmp_path / "gpu.json").read_text())["runs"]
-    assert [len(row["chosen"]) for row in rows] == [2] * 4
+    assert [len(row["chosen"]) for row in rows] == [2] * 5
     assert rows[0]["waits_per_step"]["cudaStreamSynchronize"] == 3
     assert gpu_rows.main("Swin-B_fused", tmp_path / "nowhere", tmp_path / "log") == 1
