@@ -98,7 +98,7 @@ PY
   fi
   train ViT-B_zero1_again 35 auto zero1 $VIT_IMAGES $VIT --profile 3
   train ViT-B_teacher_stream 35 auto zero1 $VIT_IMAGES $VIT \
-    --task.distillation.teacher_stream true
+    --teacher.placement replicated --task.distillation.teacher_stream True
   step adam 30 "$PYTHON" benchmarks/gpu_adam.py
 }
 ends

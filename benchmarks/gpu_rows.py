@@ -57,8 +57,10 @@ def measured(name: str, folder: Path, log: Path) -> dict[str, Any]:
     said = re.findall(r"(?:optimi[sz]er: |\S+ on \w+: |\S+: its kernel |kernels agree).*", text)
     row["chosen"] = list(dict.fromkeys(said))
     if len(steps) <= FIRST:
-        output = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-        return row | {"failed": (output or ["no output"])[-1][:200]}
+        output = log.read_text(errors="replace").splitlines() if log.exists() else []
+        # A launcher says more after a rank's own sentence.
+        reasons = [line for line in output if "; got " in line or "Error: " in line]
+        return row | {"failed": (reasons or output[-1:] or ["no output"])[0][:200]}
     row["losses"] = [step["loss"] for step in steps]
     for key in RATES:
         values = [step[key] for step in steps[FIRST:] if step.get(key) is not None]

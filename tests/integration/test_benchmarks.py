@@ -239,4 +239,7 @@ def test_a_run_on_gpus_says_what_it_decides(
     rows = json.loads((tmp_path / "gpu.json").read_text())["runs"]
     assert [len(row["chosen"]) for row in rows] == [2] * 5
     assert rows[0]["waits_per_step"]["cudaStreamSynchronize"] == 3
+    reason = "--optim.flag: unknown; got it, expected another. Leave it out."
+    (tmp_path / "log").write_text(f"{reason}\nChildFailedError: fd_large\n=====\n")
     assert gpu_rows.main("Swin-B_fused", tmp_path / "nowhere", tmp_path / "log") == 1
+    assert f"did not run: {reason}" in capsys.readouterr().out
