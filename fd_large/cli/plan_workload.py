@@ -50,6 +50,7 @@ def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused")
         frozen_dtype=run.frozen_dtype,
         moments=_moments(run),
         may_split_frozen=bool(run.frozen_models),
+        norm_group=_norm_group(run),
     )
 
 
@@ -59,6 +60,17 @@ def counts_kept_of(run: Run, rates: Rates, kernels: Kernels = "fused") -> dict[b
     if not rates.overlap or not rates.bfloat16 or cached_folders(run):
         return None
     return kept_counts.read(kept_counts.key(shape_fields(run), rates.capability, kernels))
+
+
+def _norm_group(run: Run) -> int:
+    """Returns how many images share statistics of the student's batch norms; 1: it has none."""
+    group = run.norm_batch()
+    if not group or not run.student_architecture().has_batch_norms:
+        return 1
+    # It imports torch, which a recipe of record does without.
+    from fd_large.engine.student import with_batch_norms
+
+    return group if with_batch_norms(run.student, run.data.image_size) else 1
 
 
 def _moments(run: Run) -> int:

@@ -249,12 +249,12 @@ def check_batch_sizes(
         near = " or ".join(str(size) for size in (below, below + step) if size)
         remedy = f"Set --batch.global_batch_size to {near}"
         if global_batch_size % world_size == 0:
-            near = " or ".join(map(str, _nearest_divisors(
+            near = " or ".join(map(str, nearest_divisors(
                 global_batch_size // world_size, micro_batch_size
             )))  # fmt: skip
             remedy += f", or --batch.micro_batch_size to {near}"
         elif global_batch_size % micro_batch_size == 0:
-            ranks = _nearest_divisors(global_batch_size // micro_batch_size, world_size)
+            ranks = nearest_divisors(global_batch_size // micro_batch_size, world_size)
             remedy += f", or start {' or '.join(map(str, ranks))} ranks"
         raise ConfigError(
             "batch.global_batch_size: does not divide into micro batches on all ranks; "
@@ -276,8 +276,8 @@ def check_batch_sizes(
         )
 
 
-def _nearest_divisors(number: int, wanted: int) -> list[int]:
-    """The largest divisor of number below wanted and the smallest above."""
+def nearest_divisors(number: int, wanted: int) -> list[int]:
+    """Returns the largest divisor of a number below the wanted one, and the smallest above."""
     below = next(size for size in range(min(wanted, number), 0, -1) if number % size == 0)
     above = next((size for size in range(wanted, number + 1) if number % size == 0), None)
     return [below] if above is None or above == below else [below, above]

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fd_large.backbones import batch_norm
 from fd_large.engine.evaluation import Interrupted
 from fd_large.engine.zero import state
 from fd_large.engine.zero.engine import Engine
@@ -21,7 +22,8 @@ from fd_large.engine.zero.engine import Engine
 class Ema:
     """Keeps ema = decay * ema + (1 - decay) * weight after each step, in float32.
 
-    It begins as the weights themselves.
+    It begins as the weights themselves. Running statistics of batch norms are averaged likewise:
+    live ones are those of other weights.
 
     Args:
         engine: The engine, before its first step or restored.
@@ -30,6 +32,10 @@ class Ema:
 
     def __init__(self, engine: Engine, decay: float) -> None:
         self._engine, self._decay = engine, decay
+        self._statistics = batch_norm.statistics_of(engine.task)
+        self._averages = {name: live.clone() for name, live in self._statistics.items()}
+        if engine.averages is not None:
+            engine.averages.update(self._averages)
         with torch.no_grad():
             for owner in self._owners():
                 beside = (
@@ -42,6 +48,8 @@ class Ema:
         with torch.no_grad():
             for owner in self._owners():
                 self._state(owner)[state.EMA].lerp_(owner, 1 - self._decay)
+            for name, average in self._averages.items():
+                average.lerp_(self._statistics[name], 1 - self._decay)
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
@@ -62,6 +70,11 @@ class Ema:
                 weights = owner.detach().clone()
                 owner.copy_(average)
                 average.copy_(weights)
+            for name, average in self._averages.items():
+                live = self._statistics[name]
+                kept = live.clone()
+                live.copy_(average)
+                average.copy_(kept)
         state.redistribute(self._engine)
 
     def _owners(self) -> list[Tensor]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache, partial
+from math import lcm
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from fd_large.engine.counting import micro_batch
 from fd_large.engine.counting.count import check_kernels
 from fd_large.engine.ema import Ema
 from fd_large.engine.job import JobOf, TrainingJob
+from fd_large.engine.student import check_norm_batch, group_norms
 from fd_large.engine.task import Task
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import start
@@ -281,6 +283,8 @@ def check(
         micro_batch_size=1 if size == "auto" else size,
         world_size=launch.world_size,
     )
+    side, ranks = run.data.image_size, launch.world_size
+    check_norm_batch(run.student, run.norm_batch(), run.batch, image_size=side, world_size=ranks)
     numbers = _numbers(job, launch)
     return Checked(job, samples, numbers, ds.fill(config, numbers))
 
@@ -445,7 +449,9 @@ def _probed(checked: Sequence[Checked], share: int) -> int:
         averages.append(_average_of(engine, run))
         engines.append(engine)
     seed = first.run.runtime.seed
-    size = micro_batch.probe(engines, first.probe_batch, share=share, seed=seed)
+    norms = (norm for engine in engines for norm in engine.task.student_norms())
+    together = lcm(*(max(norm.norm_groups.size, 1) for norm in norms))
+    size = micro_batch.probe(engines, first.probe_batch, share=share, together=together, seed=seed)
     for engine in engines:
         engine.deepspeed.destroy()
     del engine, engines, averages
@@ -514,8 +520,8 @@ def engine_of(
     *,
     initial: InitialWeights | None = None,
 ) -> Engine:
-    """Builds a task in its engine as the recipe says; see `build_engine`."""
-    return build_engine(
+    """Builds a task in its engine as the recipe says; see `build_engine` and `group_norms`."""
+    engine = build_engine(
         make,
         config,
         optim=run.optim,
@@ -526,6 +532,9 @@ def engine_of(
         whole_first=run.student_architecture().whole_first,
         initial=initial,
     )
+    images, micro_batch = run.batch.global_batch_size, config[ds.MICRO_BATCH]
+    group_norms(engine.task, run.norm_batch(), global_batch=images, micro_batch=micro_batch)
+    return engine
 
 
 def _average_of(engine: Engine, run: Run) -> Ema | None:

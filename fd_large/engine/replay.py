@@ -26,6 +26,7 @@ from fd_large.engine.block_wrappers import checkpoint_blocks
 from fd_large.engine.checkpoint_models import sources_of, stored_task
 from fd_large.engine.forward_backward import arguments_of_step
 from fd_large.engine.job import JobOf, TrainingJob
+from fd_large.engine.student import group_norms
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.config import computes_in_bfloat16
@@ -44,7 +45,7 @@ class MicroBatch(NamedTuple):
     """One micro batch of a refused step.
 
     Attributes:
-        rank: The rank that had it.
+        rank: The rank that had it; 0 where one stands for those of all ranks.
         batch: Its images as the rank had them, uint8, and their places in the epoch's order.
         names: The images' names.
         recorded: Its loss in the run.
@@ -102,6 +103,7 @@ def replay(path: Path, job_of: JobOf) -> Replayed:
     bfloat16 = computes_in_bfloat16(precision)
     job.build(bfloat16=bfloat16, node_size=1, persistence_threshold=0)
     task = _task(job, reader, bfloat16=bfloat16)
+    micro_batches = _with_whole_groups(task, job.run.norm_batch(), micro_batches)
     losses, grad_norm = _step(task, [one.batch for one in micro_batches], job.run.runtime.seed)
     other_training = ""
     try:
@@ -222,6 +224,26 @@ def _task(job: TrainingJob, reader: Reader, *, bfloat16: bool) -> Task:
         # Offloading the inputs would make no difference to the numbers.
         checkpoint_blocks(task.student.blocks(), mode="every", every=student.checkpoint_every)
     return task
+
+
+def _with_whole_groups(task: Task, group: int, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    """Returns the micro batches, as one where images that share statistics lay on several ranks.
+
+    Args:
+        task: Its batch norms are told their groups.
+        group: Images of a group of batch norms.
+        micro_batches: All of the step, in the order of the ranks.
+    """
+    group_norms(task, group)
+    if not task.student_norms() or not group or len(micro_batches[0].names) % group == 0:
+        return micro_batches
+    batches = [one.batch for one in micro_batches]
+    images, places = (
+        torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "positions")
+    )
+    names = [name for one in micro_batches for name in one.names]
+    recorded = sum(one.recorded for one in micro_batches) / len(micro_batches)
+    return [MicroBatch(0, Batch(images, batches[0].epoch, places, places), names, recorded)]
 
 
 def _step(task: Task, batches: list[Batch], seed: int) -> tuple[list[float], float]:

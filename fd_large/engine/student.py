@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from fd_large.backbones import batch_norm
 from fd_large.backbones.registry import build
+from fd_large.data.sampler import nearest_divisors
+from fd_large.engine.task import Task
 from fd_large.errors import ConfigError
 from fd_large.kernels import choose
 from fd_large.ranks import distributed
 from fd_large.recipes.architectures import by_name, overrides, resolve
 from fd_large.recipes.family import FamilyArchitecture
-from fd_large.recipes.sections import RANDOM, FrozenModel, Student
+from fd_large.recipes.sections import RANDOM, Batch, FrozenModel, Student
 from fd_large.weights.resolve import Sources
 
 OWN_FIELDS = (
@@ -23,8 +26,11 @@ OWN_FIELDS = (
     "attention_memory",
     "activation_checkpointing",
     "checkpoint_every",
+    "norm_batch",
 )
 """Fields of the section student that a user sets for named models; the others come with them."""
+FEWEST_VALUES = 16
+"""Fewer values have no statistics that a batch norm can go by."""
 FINAL_NORM = {"norm.weight": 1.0, "norm.bias": 0.0}
 """A ViT's final norm, which a task may do without, and the values that a whole model then has."""
 
@@ -58,13 +64,79 @@ def make_student(
         is_trained=True,
         resizes_positions=resizes_positions,
     )
-    if not student.init and any(isinstance(module, _BatchNorm) for module in net.modules()):
+    if not student.norm_batch and not student.init and batch_norm.norms_of(net):
         raise ConfigError(
-            f"student.model: {student.model} has batch normalisation, whose running statistics are "
-            "used as they are loaded (a batch's own depend on micro batch and rank); got no "
-            "--student.init, expected trained weights. Set it, or choose a model with another norm."
+            f"student.norm_batch: {student.model} has batch norms, and random weights have no "
+            "running statistics to be used as they are; got 0 without --student.init, expected a "
+            "number of images. Set --student.norm_batch 32, or --student.init to trained weights."
         )
     return net
+
+
+def with_batch_norms(student: Student, image_size: int) -> nn.Module | None:
+    """Returns the student on the meta device if it has batch norms, else None."""
+    if not resolve(student.model, student.architecture).has_batch_norms:
+        return None
+    with torch.device("meta"):
+        net = make_student(student, image_size=image_size)
+    return net if batch_norm.norms_of(net) else None
+
+
+def check_norm_batch(
+    student: Student, group: int, batch: Batch, *, image_size: int, world_size: int
+) -> None:
+    """Refuses groups of images for batch norms that the batch does not divide into.
+
+    Args:
+        student: The section of a settled recipe; without batch norms anything will do.
+        group: Images that share statistics (`Run.norm_batch`); 0: none do.
+        batch: The recipe's section.
+        image_size: Side of the images, in pixels.
+        world_size: The number of ranks.
+
+    Raises: ConfigError: naming the nearest numbers that would do.
+    """
+    net = with_batch_norms(student, image_size) if group else None
+    if not net:
+        return
+    images = batch.global_batch_size
+    if images % group:
+        near = " or ".join(map(str, nearest_divisors(images, group)))
+        raise ConfigError(
+            f"student.norm_batch: images that share statistics have to divide the global batch; "
+            f"got {group} of {images}, expected a divisor. Set --student.norm_batch {near}."
+        )
+    if group * net.fewest_places < FEWEST_VALUES:
+        least = -(-FEWEST_VALUES // net.fewest_places)
+        raise ConfigError(
+            f"student.norm_batch: too few values for statistics; got {group} images of "
+            f"{net.fewest_places} places in the smallest map of {student.model}, expected "
+            f"{FEWEST_VALUES} values. Set --student.norm_batch {least} or more."
+        )
+    share, micro_batch = images // world_size, batch.micro_batch_size
+    if micro_batch not in ("auto", share) and micro_batch % group:
+        inside = " or ".join(map(str, nearest_divisors(micro_batch, group)))
+        whole = f"{group} or {share}" if share % group == 0 else str(share)
+        raise ConfigError(
+            f"batch.micro_batch_size: a pass would divide a group of images that share statistics; "
+            f"got {micro_batch} images with groups of {group}, expected a multiple of {group}, or "
+            f"all {share} that a rank has of a step. Set --batch.micro_batch_size {whole}, or "
+            f"--student.norm_batch {inside}."
+        )
+
+
+def group_norms(task: Task, group: int, *, global_batch: int = 0, micro_batch: int = 0) -> None:
+    """Lets the student's batch norms normalise by groups of images; a collective.
+
+    Args:
+        task: Its student may have none.
+        group: Images that share statistics (`Run.norm_batch`); 0: none do.
+        global_batch: Images of a step; 0: groups begin with each micro batch.
+        micro_batch: Images of a rank and pass.
+    """
+    for groups in {norm.norm_groups for norm in task.student_norms()}:
+        groups.size = group
+        groups.lie_in(global_batch, micro_batch)
 
 
 def student_weights(

@@ -6,11 +6,13 @@ All tasks have this face. The engine knows nothing of teachers, heads or targets
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fd_large.backbones import batch_norm
 from fd_large.data.loader import Batch
 from fd_large.engine.parts import Part
 from fd_large.ranks import distributed
@@ -143,6 +145,7 @@ class Task(nn.Module):
         Args:
             progress: Fraction of the run's steps that came before this one, in [0, 1).
         """
+        batch_norm.forget(self.norms)
         for part in self.parts:
             part.before_step(progress)
 
@@ -152,6 +155,7 @@ class Task(nn.Module):
         A task with running statistics moves them here, so that they are those of the steps that
         made its weights, and move once a step whatever the number of micro batches.
         """
+        batch_norm.move(self.norms)
         notes = [part.noted() for part in self.parts]
         present = [note for note in notes if note is not None]
         if present:
@@ -160,6 +164,15 @@ class Task(nn.Module):
             notes = [None if note is None else next(totals) for note in notes]
         for part, note in zip(self.parts, notes, strict=True):
             part.after_step(note)
+
+    @cached_property
+    def norms(self) -> list[Any]:
+        """The batch norms of the task; their running statistics move once a step."""
+        return batch_norm.norms_of(self)
+
+    def student_norms(self) -> list[Any]:
+        """Returns the student's batch norms that may normalise by groups of images."""
+        return batch_norm.norms_of(self.student)
 
     def shapes_only(self, batch: Batch) -> Tensor:
         """Runs the part of a step that shapes alone decide, for counting on the meta device.

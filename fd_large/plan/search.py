@@ -43,7 +43,8 @@ def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refus
             "or another --gpus."
         )
     counted = load.counts[False].images
-    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    whole = range(load.norm_group, share + 1, load.norm_group)
+    sizes = [size for size in whole if share % size == 0] or [share]
     if counted in sizes:  # The counts hold for no other size.
         sizes = [counted]
     elif counted:  # Less takes at most as much; of more nothing is known.

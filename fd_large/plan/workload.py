@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +28,8 @@ class Workload:
             several that differ, float32.
         moments: Float32 numbers that the optimiser keeps of each parameter.
         may_split_frozen: Whether the frozen models may be split over ranks, as teachers may.
+        norm_group: Images that share statistics of batch norms: a micro-batch holds so many or a
+            multiple, or all that a rank has of a step.
         phases: Measured seconds of a step's phases; None: the rates of the card say how long what
             is counted takes.
     """
@@ -36,6 +39,7 @@ class Workload:
     frozen_dtype: str = "auto"
     moments: int = 2
     may_split_frozen: bool = True
+    norm_group: int = 1
     phases: Phases | None = None
 
     @cached_property
@@ -115,7 +119,8 @@ def together(loads: Sequence[Workload], shared: Line = NOTHING) -> Workload:
     phases = None
     if len(measured) == len(loads):
         phases = students_phases(measured, [load.parameters for load in loads])
-    return replace(first, counts=counts, phases=phases)
+    group = math.lcm(*(load.norm_group for load in loads))
+    return replace(first, counts=counts, phases=phases, norm_group=group)
 
 
 def frozen_in_bfloat16(dtype: str, bfloat16: bool) -> bool:

@@ -41,7 +41,7 @@ _PEER_IS_GONE = (
 _launch: Launch | None = None
 _is_guest = False
 _moves = 0
-_node_groups: dict[int, dist.ProcessGroup] = {}
+_neighbours: dict[int, dist.ProcessGroup] = {}
 
 
 def open_files_needed(num_ranks: int) -> int:
@@ -134,7 +134,7 @@ def stop() -> None:
     """Destroys the process group without waiting for other ranks; harmless when there is none."""
     global _launch, _is_guest
     failures.stop_watching()
-    _node_groups.clear()
+    _neighbours.clear()
     _launch, _is_guest = None, False
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -565,7 +565,7 @@ def node_group(node_size: int) -> dist.ProcessGroup:
             f"engine.node_size: ranks of a node; got {node_size}, expected a divisor of the "
             f"{world_size()} ranks. Set engine.node_size to the number of ranks on each node."
         )
-    if node_size not in _node_groups:
+    if node_size not in _neighbours:
         assert dist.is_initialized(), "node_group comes after start"
         hosts = gather_objects(socket.gethostname())
         first = rank() // node_size * node_size
@@ -576,8 +576,21 @@ def node_group(node_size: int) -> dist.ProcessGroup:
                 "Place ranks block by block (mpirun --map-by, srun --distribution=block), or mend "
                 "--engine.node_size."
             )
+    return neighbours(node_size)
+
+
+def neighbours(number: int) -> dist.ProcessGroup:
+    """Returns the process group of this rank and its neighbours, of so many ranks in all.
+
+    All ranks must call it alike; it is made once.
+
+    Args:
+        number: A divisor of the number of ranks.
+    """
+    if number not in _neighbours:
+        first = rank() // number * number
         # By its own ranks alone: with thousands of nodes, all groups on all ranks take long.
-        _node_groups[node_size] = dist.new_group(
-            list(range(first, first + node_size)), use_local_synchronization=True
+        _neighbours[number] = dist.new_group(
+            list(range(first, first + number)), use_local_synchronization=True
         )
-    return _node_groups[node_size]
+    return _neighbours[number]

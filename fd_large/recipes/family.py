@@ -75,6 +75,8 @@ class FamilyArchitecture:
     """How fine-tuning normalises the mean of the tokens. none: the model's final norm is enough.
     instead: a new norm takes the place of the final norm, which is discarded. also: a new norm
     follows, whatever the model ends in."""
+    has_batch_norms: ClassVar[bool] = False
+    """Whether models of the family may have batch norms (`student.norm_batch`)."""
     has_sequential_stages: ClassVar[bool] = False
     """Whether the first stages can attend to a few windows at a time."""
 

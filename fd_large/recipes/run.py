@@ -7,6 +7,7 @@ ways to the same object. Standard library only.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ from fd_large.recipes.sections import (
     AUTO,
     RANDOM,
     STUDENTS,
+    USUAL_NORM_BATCH,
     Batch,
     Data,
     Engine,
@@ -445,6 +447,16 @@ class Run:
             for name, values in changes.items()
             if name == "task.name" or not name.startswith(_COMPLETED_BY_WEIGHTS)
         }
+
+    def norm_batch(self) -> int:
+        """Returns how many images share the statistics of the student's batch norms; 0: none do."""
+        student, size = self.student, self.batch.global_batch_size
+        if student.norm_batch != "auto":
+            return min(student.norm_batch, size)
+        if student.init:
+            return 0
+        divisors = (number for number in range(1, size + 1) if size % number == 0)
+        return min(divisors, key=lambda number: abs(math.log(number / USUAL_NORM_BATCH)))
 
     def code(self) -> dict[str, str]:
         """Returns {name: SHA-256} of the files of the user's own that the run names."""

@@ -36,6 +36,10 @@ STUDENTS = "students"
 SIZE_FIELDS = ("size_rule", "window_rule", "shift_stages", "stage_windows")
 
 
+USUAL_NORM_BATCH = 32
+"""Images that share the statistics of a batch norm where nothing else is said."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Student:
     """The model that is trained. It starts from random weights or from a file."""
@@ -61,6 +65,11 @@ class Student:
     # Name patterns (with * and ?) of tensors that may be missing from these weights, and then stay
     # random, or that the weights may hold in excess.
     init_allow: tuple[str, ...] = ()
+    # Neighbouring images of the global batch that share the statistics of a batch norm in training,
+    # where the model has batch norms (a ResNet). 0: the running statistics of student.init are used
+    # as they are. auto: 0 with student.init, else the divisor of batch.global_batch_size that is
+    # nearest to 32.
+    norm_batch: int | Literal["auto"] = "auto"
     # What to do with an image size that is not a multiple of the patch size. drop: ignore the
     # remainder, as published. pad: pad the image, and maps as window_rule says.
     size_rule: Literal["drop", "pad"] = "drop"
@@ -98,6 +107,8 @@ class Student:
             "a number in [0, 1)",
         )
         at_least(f"{self.place}.checkpoint_every", self.checkpoint_every, 1, "blocks")
+        if self.norm_batch != "auto" and self.norm_batch != 0:
+            at_least(f"{self.place}.norm_batch", self.norm_batch, 2, "images, or auto, or 0")
         for name in ("shift_stages", "stage_windows"):
             require(
                 self.window_rule == "official" or not getattr(self, name),

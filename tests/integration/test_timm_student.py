@@ -24,8 +24,9 @@ import scenarios  # noqa: E402
 from timm_students import STUDENTS, UPDATES, student_run, write_weights  # noqa: E402
 
 BOUND = 1e-5
-# Maps of a convolutional model, tokens of one with checkpointing, running statistics of a third.
-IN_SUITE = ("convnextv2_atto", "vit_tiny_patch16_224", "resnet18")
+# Maps of a convolutional model, tokens of one with checkpointing, running statistics of a third,
+# batch statistics of a fourth.
+IN_SUITE = ("convnextv2_atto", "vit_tiny_patch16_224", "resnet18", "mobilenetv3_small_050")
 NAMES = [
     name if name in IN_SUITE else pytest.param(name, marks=pytest.mark.sweep) for name in STUDENTS
 ]

@@ -11,11 +11,11 @@ import torch
 from oracles_models import GRADIENT_FACTOR, Row, Tensors, max_relative
 from torch import Tensor, nn
 
+from fd_large.backbones.batch_norm import BatchNorm
 from fd_large.backbones.translation import NOWHERE, our_name
 from fd_large.backbones.vit.vit import ViT
 from fd_large.engine.schedule import PolynomialSchedule, RiseAndFall, Schedule, StepSchedule
 from fd_large.engine.zero.optimizer import decays
-from fd_large.tasks.dense.batch_norm import BatchNorm
 from fd_large.tasks.dense.pyramids import RescaledMaps
 from fd_large.tasks.dense.stages import maps_of_blocks, strip
 from fd_large.tasks.dense.windows import mean_of_windows, windows

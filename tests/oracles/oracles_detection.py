@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 from torchvision.ops.poolers import LevelMapper
 
-from fd_large.tasks.dense.batch_norm import BatchNorm
+from fd_large.backbones.batch_norm import BatchNorm
 from fd_large.tasks.dense.convolution import ChannelNorm, NormedConvolution
 from fd_large.tasks.detection.data.target import SEMANTIC_STRIDE, Target
 from fd_large.tasks.detection.heads import box_coder, pooling

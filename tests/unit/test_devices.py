@@ -339,7 +339,8 @@ def test_the_average_of_the_weights(card: Card, monkeypatch) -> None:
     monkeypatch.setattr(ema.state, "owned", lambda engine: [("w", owner, 0, 4)])
     monkeypatch.setattr(ema.state, "optimizer_state", lambda optimizer, owner: kept)
     monkeypatch.setattr(ema.state, "redistribute", lambda engine: None)
-    engine = SimpleNamespace(gate=SimpleNamespace(inner=None), disk=None)
+    task = torch.nn.Identity()
+    engine = SimpleNamespace(gate=SimpleNamespace(inner=None), disk=None, task=task, averages={})
     average = ema.Ema(engine, 0.75)
     owner.add_(4)
     with card.waiting() as waits:

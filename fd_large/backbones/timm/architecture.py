@@ -88,6 +88,7 @@ class TimmArchitecture(FamilyArchitecture):
     prefix: ClassVar[str] = "timm:"
     example: ClassVar[str] = "timm"
     whole_first: ClassVar[bool] = True
+    has_batch_norms: ClassVar[bool] = True
     resizes_positions: ClassVar[bool] = True
 
     @classmethod

@@ -6,6 +6,7 @@ numbers: timm does not say so, and its models differ.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache, partial
@@ -15,11 +16,14 @@ import torch
 from timm.layers import DropPath
 from timm.models import group_parameters
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from fd_large.backbones.random_draws import Draws
 from fd_large.backbones.timm.models import create, cut, map_of, sized
 from fd_large.errors import ConfigError, first_line
+
+log = logging.getLogger(__name__)
 
 _BATCH_SIZE = 2
 # Finds the blocks of a model that is trained without drop path.
@@ -36,6 +40,7 @@ class Measured(NamedTuple):
         blocks: Paths of the modules whose activations can be computed again, in order.
         layers: Layer of each parameter, from 0; empty if the model does not say.
         last_layer: The deepest layer: the head's.
+        fewest_places: Places of the smallest map that a batch norm normalises; 0: there is none.
     """
 
     arguments: Mapping[str, Any]
@@ -44,6 +49,7 @@ class Measured(NamedTuple):
     blocks: tuple[str, ...]
     layers: Mapping[str, int]
     last_layer: int
+    fewest_places: int
 
 
 @lru_cache(maxsize=64)
@@ -70,10 +76,7 @@ def measure(name: str, stride: int, image_size: int, drop_path_rate: float) -> M
         layers, has_head = _layers(whole)
         drops = _run(whole, name, stride, image_size)
     if drop_path_rate and not drops.order:
-        raise ConfigError(
-            f"student.drop_path_rate: {name} has no drop path; got {drop_path_rate:g}, expected 0. "
-            "Set --student.drop_path_rate 0."
-        )
+        log.info("%s has no drop path and is trained without (student.drop_path_rate)", name)
     kinds = {type(module) for path, module in whole.named_modules() if path in drops.owner.values()}
     return Measured(
         arguments,
@@ -86,19 +89,21 @@ def measure(name: str, stride: int, image_size: int, drop_path_rate: float) -> M
         ),
         layers,
         _last_layer(layers, whole, has_head=has_head),
+        drops.fewest_places,
     )
 
 
-class _DropPaths(NamedTuple):
+class _Seen(NamedTuple):
     """What was seen; `growing` are modules that are given a list, which may have grown since when
     they are computed again."""
 
     order: tuple[tuple[str, float], ...]
     owner: dict[str, str]
     growing: set[str]
+    fewest_places: int
 
 
-def _run(net: Any, name: str, stride: int, image_size: int) -> _DropPaths:
+def _run(net: Any, name: str, stride: int, image_size: int) -> _Seen:
     """Cuts a model on the meta device and runs it."""
     stage = cut(net, name, stride, image_size)
     still(net)
@@ -120,6 +125,7 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _DropPaths:
     runs: Counter[str] = Counter()
     batches: dict[str, int] = {}
     growing: set[str] = set()
+    places: list[int] = []
 
     def called(path: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         order.append(path)
@@ -130,12 +136,20 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _DropPaths:
         if any(isinstance(value, list) for value in inputs):
             growing.add(path)
 
+    def normalises(path: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        (x,) = inputs
+        if len(x) % _BATCH_SIZE:
+            raise _refused(name, f"batch norm {path} of {len(x)} rows for {_BATCH_SIZE} images")
+        places.append(x.numel() // (_BATCH_SIZE * x.shape[1]))
+
     for path, module in modules.items():
         if path in rates:
             module.drop_prob = 0.0  # timm's own module then draws nothing.
             module.register_forward_pre_hook(partial(called, path))
         else:
             module.register_forward_pre_hook(partial(ran, path))
+        if isinstance(module, _BatchNorm):
+            module.register_forward_pre_hook(partial(normalises, path))
     images = torch.empty(_BATCH_SIZE, 3, side, side, device="meta")
     try:
         with Draws() as draws:
@@ -173,7 +187,8 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _DropPaths:
         if batches[path] % _BATCH_SIZE:
             raise _refused(name, f"drop path of {batches[path]} rows for {_BATCH_SIZE} images")
         owner[path] = above
-    return _DropPaths(tuple((path, rates[path]) for path in order), owner, growing)
+    sites = tuple((path, rates[path]) for path in order)
+    return _Seen(sites, owner, growing, min(places, default=0))
 
 
 def still(net: nn.Module) -> None:

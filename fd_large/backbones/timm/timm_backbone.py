@@ -23,6 +23,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fd_large.backbones import batch_norm
 from fd_large.backbones.drop_path import branch_scales
 from fd_large.backbones.family import Options
 from fd_large.backbones.feature_map import FeatureMap
@@ -52,8 +53,7 @@ class TimmBackbone(nn.Module):
 
     Parameters and buffers have timm's names, after `net.`. Under `zero.Init` it cannot be built:
     timm's constructors write to their children's parameters, which are split by then. It is
-    built whole and split afterwards. Batch normalisation uses its running statistics, which do not
-    change, in training too: those of a batch would depend on the micro batch and the rank.
+    built whole and split afterwards. Batch normalisation is `batch_norm.py`'s.
 
     Args:
         name: timm's name of the model.
@@ -72,6 +72,7 @@ class TimmBackbone(nn.Module):
         stage_strides: Pixels per place of each map of `stages`, finest first.
         stage_widths: Their channels.
         drop_path_rates: Rate of each call of a drop path, in order.
+        fewest_places: Places of the smallest map that a batch norm of a student normalises.
 
     Raises: ConfigError: if timm has no such model, the model no map of that stride, or it cannot be
         trained.
@@ -107,9 +108,8 @@ class TimmBackbone(nn.Module):
         is_only = size.is_only or (stage.last is not None and not stage.last.layout.is_regular)
         self.fixed_size = size.side if is_only else 0
         still(net)
-        for module in net.modules():
-            if isinstance(module, _BatchNorm):
-                module.forward = partial(_batch_norm, module)
+        self._groups = batch_norm.adopt(net)
+        self.fewest_places = self._measured.fewest_places if self._measured else 0
         # timm reaches inner maps by a method; the hooks of ZeRO-3 want the model itself called, or
         # parameters that it owns directly (class token, positions) would not be gathered.
         net.forward = partial(_maps, net, stage, self.gives_summary)
@@ -256,6 +256,7 @@ class TimmBackbone(nn.Module):
         """
         grid = self._grid(*images.shape[-2:])
         self._scales.now = branch_scales(keep, self.drop_path_rates, images.shape[0], images.device)
+        self._groups.images = len(images)
         summary, tokens = None, self.net(images)
         if self.gives_summary:
             summary, tokens = tokens
@@ -299,6 +300,7 @@ class TimmBackbone(nn.Module):
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % self.stride, 0, -height % self.stride))
         self._scales.now = branch_scales(keep, self.drop_path_rates, images.shape[0], images.device)
+        self._groups.images = len(images)
         maps = self.net(images, stages=self._stages)
         self._scales.now = None
         return tuple(rearrange(x, "b c h w -> b h w c") for x in maps)
@@ -310,33 +312,6 @@ def _maps(
     if stages:
         return inner_maps(net, stages, images)
     return (class_token_and_map_of if gives_summary else map_of)(net, stage, images)
-
-
-def _batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Batch normalisation by running statistics, in float32 whatever the dtype of the weights.
-
-    The statistics are buffers and stay float32 when parameters become bfloat16; torch refuses the
-    mixture, and bfloat16 variances would be wrong by up to 0.4%.
-
-    Args:
-        norm: A BatchNorm of torch or of timm, whose class adds dropout and an activation.
-        x: (B, C, ...).
-
-    Returns: of the shape and dtype of x.
-    """
-    y = F.batch_norm(
-        x.float(),
-        norm.running_mean.float(),
-        norm.running_var.float(),
-        None if norm.weight is None else norm.weight.float(),
-        None if norm.bias is None else norm.bias.float(),
-        training=False,
-        eps=norm.eps,
-    ).to(x.dtype)
-    for name in ("drop", "act"):
-        after = getattr(norm, name, None)
-        y = y if after is None else after(y)
-    return y
 
 
 def build(architecture: TimmArchitecture, options: Options) -> TimmBackbone:

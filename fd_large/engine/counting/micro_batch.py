@@ -35,16 +35,29 @@ from fd_large.runtime.run_folder import written_or_logged
 log = logging.getLogger(__name__)
 
 
-def candidates(share: int) -> tuple[int, ...]:
-    """Returns the powers of two that divide a rank's images of a step, in rising order."""
-    sizes = [1]
+def candidates(share: int, together: int = 1) -> tuple[int, ...]:
+    """Returns the sizes that are tried, in rising order: powers of two up to those that may be had.
+
+    Args:
+        share: Images of a rank per step, which a micro batch divides.
+        together: Images that share statistics of batch norms. A micro batch holds so many or a
+            multiple; if they lie on several ranks, it holds the whole share.
+    """
+    least, sizes = together if share % together == 0 else share, [1]
+    while 2 * sizes[-1] < least:
+        sizes.append(2 * sizes[-1])
+    sizes += [least] if least > 1 else []
     while share % (2 * sizes[-1]) == 0:
         sizes.append(2 * sizes[-1])
     return tuple(sizes)
 
 
 def largest_that_fits(
-    share: int, phases: Sequence[Callable[[int], None]], memory: GpuMemory | HostMemory
+    share: int,
+    phases: Sequence[Callable[[int], None]],
+    memory: GpuMemory | HostMemory,
+    *,
+    together: int = 1,
 ) -> int:
     """Climbs through the candidates; all ranks return the same size.
 
@@ -53,15 +66,17 @@ def largest_that_fits(
         phases: Functions of a number of images, which together run a whole step: forward and
             backward, then the optimiser's step.
         memory: The memory of this rank.
+        together: See `candidates`.
 
-    Raises: OutOfMemory: if not even one image fits.
+    Raises: OutOfMemory: if not even one image fits, or not those that share statistics.
     """
     best = 0
     measured: list[tuple[int, list[int]]] = []
     # Measured, the moments of the first step would make each image seem to need them.
     _take_first(phases)
-    largest = candidates(share)[-1]
-    for size in candidates(share):
+    sizes = candidates(share, together)
+    largest = sizes[-1]
+    for size in sizes:
         if measured:
             s1, last = measured[-1]
             if distributed.max_rank(max(last) * largest / s1 / memory.capacity()) <= HEADROOM:
@@ -84,8 +99,16 @@ def largest_that_fits(
         log.debug("micro batch %d: peak %.2f GB on this rank", size, max(peaks) / 1e9)
         if distributed.max_rank(float(max(peaks) / memory.capacity())) > 1:
             break
-        best = size
+        if size % together == 0 or size == share:
+            best = size
         measured.append((size, peaks))
+    if not best and measured:
+        fitting = measured[-1][0]
+        raise OutOfMemory(
+            "student.norm_batch: the images that share statistics of batch norms do not fit; got "
+            f"groups of {together}, of which {fitting} images fit, expected a whole group. Set "
+            f"--student.norm_batch {fitting}, or --student.activation_checkpointing every."
+        )
     if not best:
         raise OutOfMemory(
             "batch.micro_batch_size: not even one image fits; got micro batch 1, expected a step "
@@ -96,7 +119,12 @@ def largest_that_fits(
 
 
 def probe(
-    engines: Sequence[Engine], batch_of: Callable[[int], Batch], *, share: int, seed: int
+    engines: Sequence[Engine],
+    batch_of: Callable[[int], Batch],
+    *,
+    share: int,
+    seed: int,
+    together: int = 1,
 ) -> int:
     """Finds the largest micro batch whose step fits; all ranks return the same size.
 
@@ -107,6 +135,7 @@ def probe(
         batch_of: Makes a batch of that many of the largest images.
         share: Images of a rank per step.
         seed: Seed of the drop path.
+        together: See `candidates`.
 
     Raises: OutOfMemory: if not even one image fits.
     """
@@ -119,7 +148,7 @@ def probe(
         _take_first(phases)
     size = share
     for phases in steps:
-        size = largest_that_fits(size, phases, memory)
+        size = largest_that_fits(size, phases, memory, together=together)
     return size
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fd_large.data.loader import Batch
 from fd_large.engine.block_wrappers import checkpoint_blocks
 from fd_large.engine.job import TrainingJob
+from fd_large.engine.student import group_norms
 from fd_large.engine.task import Task
 from fd_large.engine.zero.partition import to_bfloat16
 from fd_large.errors import ConfigError, FDError
@@ -56,6 +57,7 @@ def models_of(job: TrainingJob, *, bfloat16: bool, frozen_bfloat16: bool) -> Mod
         frozen_bfloat16: Whether frozen models do.
     """
     task, frozen = job.models_on_shapes()
+    group_norms(task, job.run.norm_batch())
     for model in (*([task] if bfloat16 else []), *(frozen if frozen_bfloat16 else [])):
         to_bfloat16(model)
     names = list(job.run.frozen_models)

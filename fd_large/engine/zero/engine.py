@@ -44,6 +44,8 @@ class Engine(NamedTuple):
         gradients: What stays in memory and holds gradients.
         infinite_buffers: Names of the task's running statistics that are not finite from the start,
             as a mask of the user's own may be.
+        averages: Moving averages of the running statistics of batch norms, by name, where the
+            recipe has an average of the weights (`ema.py`).
     """
 
     deepspeed: Any
@@ -54,6 +56,7 @@ class Engine(NamedTuple):
     disk: Disk | None = None
     gradients: Sequence[Tensor] = ()
     infinite_buffers: frozenset[str] = frozenset()
+    averages: dict[str, Tensor] | None = None
 
 
 def build_engine(
@@ -112,7 +115,7 @@ def build_engine(
     buffers = partition.running_statistics(task).items()
     infinite = frozenset(name for name, buffer in buffers if not buffer.isfinite().all())
     memory.give_back()
-    return Engine(engine, task, stage, config, StepGate(optimizer), disk, gradients, infinite)
+    return Engine(engine, task, stage, config, StepGate(optimizer), disk, gradients, infinite, {})
 
 
 def _check_quantiser(zero: Mapping[str, Any]) -> None:
@@ -140,3 +143,9 @@ def _checkpoint_blocks(blocks: Sequence[nn.Module], *, mode: str, every: int) ->
     wrapped = block_wrappers.checkpoint_blocks(blocks, mode=mode, every=every)
     if wrapped:
         log.debug("activation checkpointing: %d of %d blocks", wrapped, len(blocks))
+    elif mode != "off":
+        log.warning(
+            "student.activation_checkpointing: %s has no effect, as the student has no blocks that "
+            "it knows",
+            mode,
+        )

@@ -85,8 +85,10 @@ def shards(engine: Engine) -> Iterator[Piece]:
         kinds = ("master", EMA) if has_average(engine) else ("master",)
         for name, buffer in statistics.items():
             start, stop = layout.span(distributed.rank(), name)
-            for kind in kinds if start < stop else ():
-                yield Piece(f"{kind}.{name}", buffer.float().view(-1)[start:stop])
+            average = (engine.averages or {}).get(name, buffer)
+            for kind, held in zip(kinds, (buffer, average), strict=False):
+                if start < stop:
+                    yield Piece(f"{kind}.{name}", held.float().view(-1)[start:stop])
 
 
 def not_finite(engine: Engine) -> list[str]:
@@ -181,6 +183,9 @@ def restore(engine: Engine, read: Read, *, finished: int, steps: int, ema: bool 
         for name, buffer in _statistics(engine).items():
             span = _own_span(buffer)
             buffer.view(-1)[slice(*span)].copy_(read("master", name, *span))
+            average = (engine.averages or {}).get(name)
+            if average is not None:
+                average.view(-1)[slice(*span)].copy_(read(EMA if ema else "master", name, *span))
     for owner in owners.values():
         _set_steps(inner, owner, steps)
     for group in inner.param_groups:
@@ -207,6 +212,7 @@ def complete(engine: Engine) -> None:
 def _wholes(engine: Engine) -> Iterator[Tensor]:
     """What every rank holds whole: the statistics, and at stage 0 the state of the optimiser."""
     yield from _statistics(engine).values()
+    yield from (engine.averages or {}).values()
     if engine.stage == 0:
         inner = engine.gate.inner
         for parameter in engine.task.parameters():

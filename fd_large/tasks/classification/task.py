@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fd_large.backbones.batch_norm import MOMENTUM
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.initialization import NORMAL
 from fd_large.backbones.layers import LayerNorm, Linear
@@ -40,7 +41,6 @@ from fd_large.engine.task import Task
 from fd_large.ranks import distributed
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.tasks.classification.scores import summed
-from fd_large.tasks.dense.batch_norm import MOMENTUM
 
 # Published for ViT: predictions start all alike.
 HEAD_SCALE = 1e-3

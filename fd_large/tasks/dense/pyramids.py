@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fd_large.backbones.batch_norm import BatchNorm
 from fd_large.backbones.initialization import FAN_IN_UNIFORM, Draw
 from fd_large.backbones.layers import LayerNorm
-from fd_large.tasks.dense.batch_norm import BatchNorm
 from fd_large.tasks.dense.convolution import (
     NORM_EPS,
     ChannelNorm,

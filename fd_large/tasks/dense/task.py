@@ -1,13 +1,14 @@
-"""What tasks with dense targets have in common: a frozen student, statistics of batch norms."""
+"""What tasks with dense targets have in common: pixels, and a student that may be frozen."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.engine.task import Task
-from fd_large.tasks.dense.batch_norm import BatchNorm
 from fd_large.tasks.dense.pixels import normalised
 
 
@@ -45,15 +46,6 @@ class DenseTask(Task):
             return 0.0
         return super().layer_scale(name, decay)
 
-    def before_step(self, progress: float) -> None:
-        """Drops what batch norms noted outside of a step, such as in a trial."""
-        for norm in self._norms():
-            norm.forget()
-
-    def after_step(self) -> None:
-        """Moves the running statistics of the batch norms."""
-        for norm in self._norms():
-            norm.move()
-
-    def _norms(self) -> list[BatchNorm]:
-        return [module for module in self.modules() if isinstance(module, BatchNorm)]
+    def student_norms(self) -> list[Any]:
+        """Returns the student's batch norms; none of a frozen one, which uses what it loaded."""
+        return [] if self.frozen else super().student_norms()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fd_large.backbones import batch_norm
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.backbones.translation import Piece
 from fd_large.checkpoint import store, stream
@@ -95,8 +96,15 @@ class DetectionJob(TrainingJob):
                 f"task.detection.sequential_stages: {student.model} has no such stages; got "
                 f"{numbers.sequential_stages}, expected 0. Leave it out."
             )
+        net = make_student(student, sequential_stages=numbers.sequential_stages)
+        if self.run.norm_batch() and batch_norm.norms_of(net):
+            raise ConfigError(
+                "student.norm_batch: statistics of a batch would depend on how a micro batch is "
+                f"padded; got {self.run.norm_batch()} for {student.model}, expected 0 with trained "
+                "weights. Set --student.norm_batch 0 and --student.init."
+            )
         return Detection(
-            make_student(student, sequential_stages=numbers.sequential_stages),
+            net,
             numbers.num_classes,
             heads=numbers.heads,
             heads_settings={

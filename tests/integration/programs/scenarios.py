@@ -31,6 +31,7 @@ from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import arguments_of_step, backward
 from fd_large.engine.opening import engine_of
 from fd_large.engine.schedule import CosineSchedule
+from fd_large.engine.student import group_norms
 from fd_large.engine.task import Task
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import gloo, gradient_buckets, partition, start
@@ -132,6 +133,8 @@ def plain_task(run: Run) -> Task:
     if run.student.init:
         initial = DistillationJob(run).initial_weights()
         partition.load_weights(task.student, initial["student"], where="--student.init")
+    images = run.batch.global_batch_size
+    group_norms(task, run.norm_batch(), global_batch=images, micro_batch=images)
     return task
 
 

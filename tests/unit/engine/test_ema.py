@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from unit.engine.conftest import CONFIGS, batch_of
+from unit.engine.conftest import CONFIGS, Brightness, batch_of
 
+from fd_large.backbones.batch_norm import BatchNorm
 from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import Interrupted
 from fd_large.engine.forward_backward import forward_backward
@@ -77,3 +78,45 @@ def test_the_task_computes_with_it_inside_and_with_the_weights_after(make_engine
     assert loss() == after
     for kind, was in (("master", weights), ("ema", average)):
         assert all(torch.equal(value, was[key]) for key, value in kept(engine, kind).items())
+
+
+class Normed(Brightness):
+    """With a batch norm of the pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = BatchNorm(3)
+
+    def forward(self, *, pixels, targets, keep):
+        pixels = self.norm(pixels.to(self.head.weight.dtype))
+        return super().forward(pixels=pixels, targets=targets, keep=keep)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_running_statistics_of_batch_norms_are_averaged_stored_and_restored(make_engine, config):
+    engine = make_engine(config, make_task=Normed)
+    ema, average = Ema(engine, DECAY), torch.zeros(3)
+    for number in range(3):
+        engine.task.before_step(0.0)
+        step(engine, number)
+        engine.task.after_step()
+        ema.update()
+        average = DECAY * average + (1 - DECAY) * engine.task.norm.running_mean
+    live = engine.task.norm.running_mean.clone()
+    assert not torch.allclose(live, average, rtol=0.1)
+    stored = {key: value.clone() for key, value in state.shards(engine)}
+    torch.testing.assert_close(stored["ema.norm.running_mean"], average)
+    assert torch.equal(stored["master.norm.running_mean"], live)
+    with ema.in_place_of_weights():
+        torch.testing.assert_close(engine.task.norm.running_mean, average)
+    assert torch.equal(engine.task.norm.running_mean, live)
+    engine.averages["norm.running_mean"].zero_()
+    state.restore(
+        engine,
+        lambda kind, name, start, stop: stored[f"{kind}.{name}"],
+        finished=3,
+        steps=3,
+        ema=True,
+    )
+    state.complete(engine)
+    torch.testing.assert_close(engine.averages["norm.running_mean"], average)

@@ -15,8 +15,11 @@ from fd_large.checkpoint import store
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import prepared
 from fd_large.engine.replay import _read, replay
+from fd_large.engine.student import group_norms
 from fd_large.errors import CheckpointError, ConfigError, FDError
 from fd_large.recipes import registry
+from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.sections import Student
 from fd_large.tasks.jobs import job_of
 
 IMAGES = torch.randint(
@@ -174,3 +177,23 @@ def test_a_task_with_targets_is_refused(made):
     (folder / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(ConfigError, match="the task finetune"):
         replay(file, job_of)
+
+
+def test_images_that_share_statistics_on_several_ranks_are_one_micro_batch(tmp_path):
+    student = Student(
+        model="timm:mobilenetv3_small_050",
+        architecture=Architecture(feature_stride=8),
+        norm_batch=4,
+    )
+    run = replace(tiny_runs.tiny_run(), student=student)
+    task = tiny_runs.tiny_task(run)
+    buffers = {name: b for name, b in task.named_buffers() if b.is_floating_point()}
+    tiny_runs.store_task(tmp_path, run, task, buffers, update=8)
+    file = tiny_runs.store_incident(tmp_path, STEP, list(IMAGES.split(2)), [0.5, 0.25])
+    (replayed,) = (found := replay(file, job_of)).micro_batches
+    assert (replayed.recorded, len(replayed.names)) == (0.375, 4)
+    group_norms(task.train(), 4)
+    positions = torch.arange(4) + 40
+    batch = Batch(IMAGES, 2, positions, positions)
+    expected, _ = task(**prepared(task, batch, run.runtime.seed))
+    assert found.losses == pytest.approx([expected.item()], rel=1e-6)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from loading import made
 
-from fd_large.engine.student import attention_memory, make_student, student_weights
+from fd_large.engine.student import (
+    attention_memory,
+    check_norm_batch,
+    make_student,
+    student_weights,
+)
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.ranks import distributed
+from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
-from fd_large.recipes.sections import Student
+from fd_large.recipes.sections import Batch, Student
 from fd_large.weights.resolve import Sources
 
 VIT = Architecture(embed_dim=32, depths=(2,), num_heads=(2,), patch_size=8)
@@ -31,6 +39,70 @@ def test_it_is_built_as_the_section_says():
     assert net.width == 16
     assert len(net.blocks()) == 4
     assert net(torch.zeros(1, 3, 36, 36)).grid == (9, 9)  # 18 by 18 patches, padded to windows.
+
+
+def of_batch(batch=64, micro_batch="auto", model="timm:resnet18", size=64, **student):
+    """A run of a student with batch norms, from random weights."""
+    run = registry.get("quickstart")
+    return replace(
+        run,
+        student=Student(model=model, **student),
+        data=replace(run.data, image_size=size),
+        batch=Batch(global_batch_size=batch, micro_batch_size=micro_batch),
+    )
+
+
+def check(run, world_size):
+    size = run.data.image_size
+    check_norm_batch(
+        run.student, run.norm_batch(), run.batch, image_size=size, world_size=world_size
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "student", "images"),
+    [
+        (256, {}, 32),
+        (100, {}, 25),
+        (16, {}, 16),
+        (97, {}, 97),
+        (256, {"norm_batch": 8}, 8),
+        (4, {"norm_batch": 8}, 4),
+        (256, {"init": "resnet18.pth"}, 0),
+        (256, {"init": "resnet18.pth", "norm_batch": 64}, 64),
+    ],
+)
+def test_images_that_share_statistics(batch, student, images):
+    assert of_batch(batch, **student).norm_batch() == images
+
+
+@pytest.mark.parametrize(
+    ("world_size", "run", "field"),
+    [
+        (1, of_batch(64, norm_batch=24), "student.norm_batch"),
+        (2, of_batch(64, 16), "batch.micro_batch_size"),
+        (2, of_batch(64, 8, norm_batch=16), "batch.micro_batch_size"),
+        (1, of_batch(64, norm_batch=8, size=32), "student.norm_batch"),
+    ],
+)
+def test_a_batch_that_would_divide_groups_is_refused(world_size, run, field):
+    with pytest.raises(ConfigError, match=f"^{field}: "):
+        check(run, world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "run"),
+    [
+        (1, of_batch(64, 32)),
+        (4, of_batch(64, 16)),  # Each rank's whole share: a group lies on two ranks.
+        (2, of_batch(64, "auto")),
+        (2, of_batch(64, 16, norm_batch=16)),
+        (2, of_batch(64, 8, model="timm:convnextv2_atto")),
+        (1, of_batch(64, 16, init="resnet18.pth")),
+    ],
+)
+def test_a_batch_of_whole_groups_is_taken(world_size, run):
+    check(run, world_size)
 
 
 @pytest.mark.parametrize("size", [0, 32, 48])

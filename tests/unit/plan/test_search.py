@@ -210,6 +210,13 @@ def test_gradients_travel_as_the_stage_sends_them(gpus, sums):
     assert passes == {1: (0.0, sums + 1), 2: (sums, 1.0), 3: (2.8, 0.0)}
 
 
+@pytest.mark.parametrize(("group", "sizes"), [(1, {1, 2, 4, 8}), (4, {4, 8}), (16, {8})])
+def test_a_micro_batch_holds_whole_groups_of_batch_norms_or_the_whole_share(group, sizes):
+    load = replace(GIANT, global_batch_size=8 * 64, norm_group=group)
+    good, _ = search(load, machine(64))
+    assert {one.candidate.micro_batch_size for one in good} <= sizes
+
+
 def test_every_divisor_is_a_micro_batch():
     good, _ = search(replace(GIANT, global_batch_size=3 * 64), machine(64))
     assert good[0].candidate.micro_batch_size == 3

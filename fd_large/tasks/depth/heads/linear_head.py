@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fd_large.backbones.batch_norm import BatchNorm
 from fd_large.backbones.initialization import Draw
-from fd_large.tasks.dense.batch_norm import BatchNorm
 from fd_large.tasks.dense.convolution import Convolution
 
 # The last layers of segmentation begin so too.

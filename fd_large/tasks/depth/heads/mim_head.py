@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fd_large.backbones.batch_norm import BatchNorm
 from fd_large.backbones.initialization import Draw
-from fd_large.tasks.dense.batch_norm import BatchNorm
 from fd_large.tasks.dense.convolution import Convolution, Doubling
 
 FILTERS, KERNELS = (32, 32, 32), (2, 2, 2)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fd_large.engine.float32_buffers import Float32Buffers
+from fd_large.backbones.float32_buffers import Float32Buffers
 from fd_large.engine.parts import Part
 from fd_large.tasks.distillation.normalisers import Undo
 from fd_large.tasks.distillation.section import MAP

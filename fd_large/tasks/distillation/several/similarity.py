@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fd_large.engine.float32_buffers import Float32Buffers
+from fd_large.backbones.float32_buffers import Float32Buffers
 from fd_large.engine.parts import Part
 from fd_large.errors import ConfigError
 from fd_large.ranks import distributed

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fd_large.tasks.dense.batch_norm import BatchNorm
+from fd_large.backbones.batch_norm import BatchNorm
 from fd_large.tasks.segmentation.heads.classifier import Classifier
 
 

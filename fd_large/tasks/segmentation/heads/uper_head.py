@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fd_large.tasks.dense.batch_norm import BatchNorm
+from fd_large.backbones.batch_norm import BatchNorm
 from fd_large.tasks.dense.convolution import NormedConvolution
 from fd_large.tasks.segmentation.heads.classifier import Classifier
 

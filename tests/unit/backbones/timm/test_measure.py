@@ -69,7 +69,6 @@ def test_a_model_without_a_head_leaves_a_layer_for_one():
     ("name", "rate", "field"),
     [
         ("convnext_attoo", 0.1, "student.model.*: .*convnext_atto"),
-        ("vgg11", 0.1, "student.drop_path_rate"),
         ("vit_that_forgets", 0.1, "student.model: .*does not depend on all .* spare the first"),
         ("vit_that_drops_patches", 0.1, "student.model: .*bernoulli|rand"),
         ("test_vit", 0.1, "does not take .*8x8 pixels"),
@@ -81,10 +80,24 @@ def test_what_cannot_be_trained_is_refused_in_a_sentence(name, rate, field):
         TimmBackbone(name, image_size=size, drop_path_rate=rate, is_trained=True)
 
 
-def test_batch_normalisation_needs_weights_to_start_from():
-    student = Student(model="timm:resnet18")
-    with pytest.raises(ConfigError, match=r"^student\.model: .*--student\.init"):
-        make_student(student)
+def test_batch_norms_without_groups_need_weights_to_start_from():
+    make_student(Student(model="timm:resnet18"))
+    with pytest.raises(ConfigError, match=r"^student\.norm_batch: .*--student\.init"):
+        make_student(Student(model="timm:resnet18", norm_batch=0))
+
+
+def test_a_model_without_drop_path_is_trained_without():
+    with torch.device("meta"):
+        net = TimmBackbone("vgg11", drop_path_rate=0.1, is_trained=True)
+    assert net.drop_path_rates == ()
+
+
+def test_the_smallest_map_of_a_batch_norm_is_known():
+    with torch.device("meta"):
+        small, large = (
+            TimmBackbone("resnet18", image_size=size, is_trained=True) for size in (32, 64)
+        )
+    assert (small.fewest_places, large.fewest_places) == (1, 4)
 
 
 def test_dropout_that_a_model_has_by_default_is_off():

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
+from functools import partial
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from tiny_timm import tiny
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fd_large.backbones import batch_norm
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET, normalise
 from fd_large.backbones.timm import models
@@ -234,6 +238,15 @@ vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224 xception41
 """
 
 
+# With batch norms, as students from random weights.
+TRAINED = """
+cspdarknet53 densenet121 dla34 dpn68 edgenext_xx_small efficientformer_l1 efficientvit_b0 fastvit_t8
+ghostnet_100 gcresnext26ts hrnet_w18_small mobilenetv3_small_050 mobilenetv4_conv_small_050
+mobilevit_xxs regnety_004 repghostnet_050 repvgg_a0 res2net50_14w_8s resnet50 resnest14d rexnet_100
+selecsls42 shvit_s1 skresnet18 tresnet_m vgg11_bn visformer_tiny xception41
+"""
+
+
 def small_size(name):
     """The side of small images that a model takes; 0 is its own."""
     size, layout = models.sized(name, 0), models.last_map(name, 0).layout
@@ -277,6 +290,56 @@ def test_a_model_of_each_family_teaches_in_bfloat16(name):
 
     # Rounding takes the map of some models far (Gemma's by a third), whoever computes it.
     assert distance(rounded) < 1.5 * distance(theirs) + 0.02
+
+
+def by_torch(norm, moments, x):
+    """Torch's own norm of each pair of images, and the activation that timm's class adds."""
+    found = []
+    for pair in x.split(len(x) // 2):
+        mean, variance = torch.zeros_like(norm.running_mean), torch.ones_like(norm.running_var)
+        weights = (norm.weight, norm.bias)
+        found.append(F.batch_norm(pair, mean, variance, *weights, True, 1.0, norm.eps))
+        moments[norm].append(torch.stack([mean, variance]))
+    y = torch.cat(found)
+    for name in ("drop", "act"):
+        y = getattr(norm, name)(y) if getattr(norm, name, None) else y
+    return y
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet18", "efficientnet_b0", "levit_128s"),
+        *(pytest.param(name, marks=pytest.mark.sweep) for name in TRAINED.split()),
+    ],
+)
+def test_batch_norms_of_a_student_are_torch_s_of_each_group(name):
+    size = small_size(name)
+    side = size or models.sized(name, 0).side
+    torch.manual_seed(0)
+    net = TimmBackbone(name, image_size=size, is_trained=True).double().train()
+    theirs, images = copy.deepcopy(net), torch.randn(4, 3, side, side, dtype=torch.float64)
+    moments = defaultdict(list)
+    for module in theirs.modules():
+        if isinstance(module, _BatchNorm):
+            module.forward = partial(by_torch, module, moments)
+    for groups in {norm.norm_groups for norm in batch_norm.norms_of(net)}:
+        groups.size = 2
+    for model in (net, theirs):
+        tokens = model(images).tokens
+        (tokens * torch.linspace(-1, 1, tokens.numel()).view_as(tokens)).sum().backward()
+    torch.testing.assert_close(net(images).tokens, theirs(images).tokens, rtol=1e-7, atol=1e-9)
+    largest = max(p.grad.abs().max().item() for p in theirs.parameters())
+    for ours, plain in zip(net.parameters(), theirs.parameters(), strict=True):
+        assert (ours.grad - plain.grad).abs().max() <= 1e-6 * largest
+    batch_norm.move(batch_norm.norms_of(net))
+    for ours, plain in zip(net.modules(), theirs.modules(), strict=True):
+        if plain in moments:
+            mean, variance = torch.stack(moments[plain][:2]).mean(0)
+            torch.testing.assert_close(ours.running_mean, ours.momentum * mean)
+            torch.testing.assert_close(
+                ours.running_var, 1 - ours.momentum + ours.momentum * variance
+            )
 
 
 @pytest.mark.sweep

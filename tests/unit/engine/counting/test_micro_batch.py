@@ -25,7 +25,7 @@ class FakeMemory:
         return self.room
 
 
-def _climb(share, capacity, *phases):
+def _climb(share, capacity, *phases, together=1):
     """Runs the climb over (base, slope) phases; returns the size and all sizes that ran."""
     memory, ran = FakeMemory(capacity), []
 
@@ -36,13 +36,28 @@ def _climb(share, capacity, *phases):
 
         return run
 
-    found = micro_batch.largest_that_fits(share, [phase(*p) for p in phases], memory)
+    found = micro_batch.largest_that_fits(
+        share, [phase(*p) for p in phases], memory, together=together
+    )
     return found, sorted(set(ran))
 
 
 def test_candidates_are_powers_of_two_that_divide_the_share():
     assert micro_batch.candidates(24) == (1, 2, 4, 8)
     assert micro_batch.candidates(7) == (1,)
+
+
+def test_candidates_of_images_that_share_statistics_hold_whole_groups():
+    assert micro_batch.candidates(64, 16) == (1, 2, 4, 8, 16, 32, 64)
+    assert micro_batch.candidates(100, 25) == (1, 2, 4, 8, 16, 25, 50, 100)
+    assert micro_batch.candidates(12, 32) == (1, 2, 4, 8, 12)  # A group lies on several ranks.
+
+
+def test_less_than_a_group_is_tried_and_not_taken():
+    # 16 images need 260.
+    assert _climb(64, 300, (100, 10), together=16)[0] == 16
+    with pytest.raises(OutOfMemory, match=r"student\.norm_batch: .*16, of which 8 .* 8,"):
+        _climb(64, 250, (100, 10), together=16)
 
 
 def test_takes_the_largest_that_fits_and_never_runs_one_that_would_not():
@@ -127,7 +142,7 @@ def test_a_probe_keeps_what_several_students_take_of_the_whole_step(monkeypatch,
         kept[len(batch.images)] = sum(tensor.numel() for tensor in found)
         return found
 
-    def climb(share, phases, memory):
+    def climb(share, phases, memory, *, together):
         seen.append(share)
         for size in (1, 2, 4):
             for phase in phases:

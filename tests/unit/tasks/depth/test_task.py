@@ -91,7 +91,7 @@ def test_a_step_is_counted_on_shapes_as_torch_counts_it(name):
 def test_micro_batches_of_a_step_have_one_root():
     """With a head that has no statistics of a pass; one of the parts has no depth."""
     task = depth()
-    for norm in task._norms():
+    for norm in task.norms:
         norm.eval()
     batch = batch_of([0, 1, 2])
     found = {}

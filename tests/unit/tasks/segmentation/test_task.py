@@ -71,11 +71,11 @@ def test_what_a_loss_is_divided_by():
 def test_statistics_move_with_a_step_that_is_taken_and_with_no_other():
     task = segmentation()
     before = {name: b.clone() for name, b in task.named_buffers()}
-    loss_of(task, batch_of([0, 1]))
+    loss_of(task, batch_of([0, 1]))[0].backward()
     task.before_step(0)
     task.after_step()
     assert all(torch.equal(b, before[name]) for name, b in task.named_buffers())
-    loss_of(task, batch_of([0, 1]))
+    loss_of(task, batch_of([0, 1]))[0].backward()
     task.after_step()
     moved = [name for name, b in task.named_buffers() if not torch.equal(b, before[name])]
     assert moved == [name for name in before if "running" in name]

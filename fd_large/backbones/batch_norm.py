@@ -1,0 +1,271 @@
+"""Batch normalisation over groups of neighbouring images of the global batch.
+
+In training each channel is normalised by the mean and variance of a group of images, whatever the
+ranks and micro batches that they lie on. The sums over the places of an image are taken first, in
+float32, and those of the images of a group are added in float64, so that the ranks that a group
+lies on change a digit of float64. Running statistics move once a step that is taken, by the mean
+over its groups, each variance unbiased.
+
+The statistics of a step are noted in backward: it runs once a forward however often that is
+recomputed, and never for an evaluation, a trial or the first of two passes.
+
+Source: Ioffe and Szegedy, arXiv 1502.03167.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from math import lcm
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fd_large.backbones.float32_buffers import Float32Buffers
+from fd_large.ranks import distributed
+
+PASS = -1
+"""In place of the size of a group: all images of a pass, on all ranks."""
+# torch's defaults, with which published heads were trained.
+EPS, MOMENTUM = 1e-5, 0.1
+
+
+class Groups:
+    """The images that share statistics, for all norms of a model.
+
+    Args:
+        size: Images of a group; 0: no group, the running statistics are used as they are, in
+            training too; PASS: see there.
+
+    Attributes:
+        images: Images of the forward under way, which a model may flatten with other dimensions
+            into the first; 0: the first dimension is that of the images.
+    """
+
+    def __init__(self, size: int = 0) -> None:
+        self.size, self.images = size, 0
+        self._first, self._number = 0, 0
+        self._over_ranks, self._ranks = size == PASS, None
+
+    def lie_in(self, global_batch: int, micro_batch: int) -> None:
+        """Lets groups lie on several ranks, if a micro batch is all that a rank has of a step.
+
+        Otherwise they begin with each micro batch, which holds whole ones, or is a trial. A
+        collective.
+
+        Args:
+            global_batch: Images of a step on all ranks, a multiple of the group.
+            micro_batch: Images of a rank and pass.
+        """
+        whole_share = micro_batch * distributed.world_size() == global_batch
+        if self.size <= 0 or micro_batch % self.size == 0 or not whole_share:
+            return
+        span = lcm(self.size, micro_batch)  # Images of the fewest ranks that hold whole groups.
+        ranks = span // micro_batch
+        self._first = distributed.rank() % ranks * micro_batch
+        self._number = span // self.size
+        self._over_ranks = ranks > 1
+        if 1 < ranks < distributed.world_size():
+            self._ranks = distributed.neighbours(ranks)
+
+    def of(self, images: int, device: torch.device) -> Tensor:
+        """Returns the group of each of so many images of a pass, (B,) int64."""
+        if self.size == PASS:
+            return torch.zeros(images, dtype=torch.int64, device=device)
+        return (torch.arange(images, device=device) + self._first) // self.size
+
+    def sums(self, of_images: Tensor) -> Tensor:
+        """Adds (B, K) float64 up over each group, on all of its ranks: (groups, K)."""
+        if self.size == PASS:
+            table = of_images.sum(0, keepdim=True)
+        else:
+            images = len(of_images)
+            number = self._number or -(-images // self.size)
+            # Zeros stand for the images that other ranks have; no sum depends on the order of adds.
+            after = number * self.size - self._first - images
+            padded = F.pad(of_images, (0, 0, self._first, after))
+            table = padded.unflatten(0, (number, self.size)).sum(1)
+        return distributed.sum_tensor(table, self._ranks) if self._over_ranks else table
+
+
+class BatchNorm(Float32Buffers):
+    """A batch norm of maps whose groups are all images of a pass, unless others are set.
+
+    A step of one pass does not depend on the number of ranks; one of several passes has the
+    statistics of each pass by itself.
+
+    Args:
+        width: C.
+    """
+
+    eps, momentum = EPS, MOMENTUM
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+        self.norm_groups = Groups(PASS)
+        self.seen: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the same shape and dtype; in training a collective."""
+        return normalised(self, x)
+
+
+def adopt(net: nn.Module) -> Groups:
+    """Gives the batch norms of a model of torch or timm this forward; returns their groups.
+
+    Names and classes stay, and so do the dropout and the activation that timm's classes add. At
+    first the running statistics are used as they are.
+    """
+    groups = Groups()
+    for module in net.modules():
+        if isinstance(module, _BatchNorm):
+            module.norm_groups, module.seen = groups, None
+            module.forward = partial(normalised, module)
+    return groups
+
+
+def norms_of(net: nn.Module) -> list[Any]:
+    """Returns the norms of a model that have groups."""
+    return [module for module in net.modules() if hasattr(module, "norm_groups")]
+
+
+def statistics_of(net: nn.Module) -> dict[str, Tensor]:
+    """Returns the running statistics of the norms that have groups, by name."""
+    return {
+        f"{path}.{name}": getattr(module, name)
+        for path, module in net.named_modules()
+        if hasattr(module, "norm_groups")
+        for name in ("running_mean", "running_var")
+    }
+
+
+@torch.compiler.disable
+def normalised(norm: Any, x: Tensor) -> Tensor:
+    """Returns x normalised in float32: in training by groups, else by the running statistics.
+
+    Args:
+        norm: Has weight, bias, running_mean, running_var, eps, norm_groups, seen.
+        x: (B, C, ...).
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # Copies: under ZeRO-3 the parameters themselves are empty again after this forward.
+    weight, bias = (
+        torch.full_like(norm.running_mean, value, dtype=wide)
+        if parameter is None
+        else parameter.to(wide, copy=True)
+        for parameter, value in ((norm.weight, 1.0), (norm.bias, 0.0))
+    )
+    if norm.training and norm.norm_groups.size:
+        y = _Normalise.apply(x, weight, bias, norm, torch.is_grad_enabled())
+    else:
+        mean, variance = norm.running_mean.to(wide), norm.running_var.to(wide)
+        y = F.batch_norm(x.to(wide), mean, variance, weight, bias, eps=norm.eps).to(x.dtype)
+    for name in ("drop", "act"):
+        after = getattr(norm, name, None)
+        y = y if after is None else after(y)
+    return y
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, with mean and variance of x's group.
+
+    Of tensors of the size of x only x itself is kept for backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: Any, learns: bool
+    ) -> Tensor:
+        groups: Groups = norm.norm_groups
+        rows = _by_image(x, groups).to(weight.dtype)
+        images, width = rows.shape[0], rows.shape[2]
+        variance, mean = (each.double() for each in torch.var_mean(rows, (1, 3), correction=0))
+        places = mean.new_full((images, 1), rows[0].numel() // width)
+        of_images = torch.cat([mean, variance + mean.square(), torch.ones_like(places)], 1) * places
+        first, second, count = groups.sums(of_images).split([width, width, 1], 1)
+        count = count.clamp(min=1)  # A trial may have no image of a group.
+        mean = first / count
+        variance = (second / count - mean.square()).clamp(min=0)
+        inverse = (variance + norm.eps).rsqrt().to(rows.dtype)
+        ctx.statistics = torch.cat([mean, variance * count / (count - 1).clamp(min=1)], 1)
+        mean = mean.to(rows.dtype)
+        ctx.save_for_backward(x, weight, mean, inverse, count)
+        ctx.norm, ctx.images = norm, images
+        own = groups.of(images, x.device)
+        scale = inverse * weight
+        shift = bias - mean * scale
+        # Written into a tensor that is no view: activations in place may follow.
+        y = torch.empty(x.shape, dtype=rows.dtype, device=x.device)
+        shift, scale = (each[own][:, None, :, None] for each in (shift, scale))
+        torch.addcmul(shift, rows, scale, out=_by_image(y, groups))
+        if learns and not any(ctx.needs_input_grad):  # No backward follows.
+            _note(ctx)
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight, mean, inverse, count = ctx.saved_tensors
+        groups: Groups = ctx.norm.norm_groups
+        rows, gradients = (_by_image(t, groups).to(weight.dtype) for t in (x, gradient))
+        own = groups.of(ctx.images, x.device)
+        mean, inverse = (each[own][:, None, :, None] for each in (mean, inverse))
+        normal = (rows - mean) * inverse
+        of_bias = gradients.sum((1, 3)).double()
+        of_weight = (gradients * normal).sum((1, 3)).double()
+        # The losses of all ranks depend on this rank's x through mean and variance. The engine
+        # averages gradients of parameters, so those of weight and bias stay this rank's own.
+        means = (groups.sums(torch.cat([of_bias, of_weight], 1)) / count).to(rows.dtype)
+        first, second = (each[own][:, None, :, None] for each in means.chunk(2, 1))
+        of_x = (gradients - first - normal * second) * (inverse * weight[None, None, :, None])
+        _note(ctx)
+        return (
+            of_x.to(x.dtype).view(x.shape),
+            of_weight.sum(0).to(weight.dtype),
+            of_bias.sum(0).to(weight.dtype),
+            None,
+            None,
+        )
+
+
+def _note(ctx: Any) -> None:
+    """Adds up the statistics of each image's group, and the images: (2 C + 1,) float64."""
+    groups: Groups = ctx.norm.norm_groups
+    sums = ctx.statistics[groups.of(ctx.images, ctx.statistics.device)].sum(0)
+    noted = torch.cat([sums, sums.new_full((1,), ctx.images)])
+    before = ctx.norm.seen
+    ctx.norm.seen = noted if before is None else before + noted
+
+
+def _by_image(x: Tensor, groups: Groups) -> Tensor:
+    """(B', C, ...) to (B, B' / B, C, places)."""
+    images = groups.images or len(x)
+    return x.reshape(images, len(x) // images, x.shape[1], -1)
+
+
+def forget(norms: Sequence[Any]) -> None:
+    """Drops what norms noted outside of a step, such as in a trial."""
+    for norm in norms:
+        norm.seen = None
+
+
+@torch.no_grad()
+def move(norms: Sequence[Any]) -> None:
+    """Moves running statistics by what the norms of a task noted; a collective for all together."""
+    norms = [norm for norm in norms if norm.seen is not None]
+    if not norms:
+        return
+    total = distributed.sum_tensor(torch.cat([norm.seen for norm in norms]))
+    for norm, sums in zip(norms, total.split([norm.seen.numel() for norm in norms]), strict=True):
+        mean, variance = (sums[:-1] / sums[-1]).chunk(2)
+        norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
+        norm.running_var.lerp_(variance.to(norm.running_var), norm.momentum)
+    forget(norms)
