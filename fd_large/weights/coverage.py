@@ -113,7 +113,7 @@ class Fitted:
     def dtypes(self) -> tuple[str, ...]:
         """The types of the file's tensors that the model takes."""
         sources = (name for piece in self._pieces.values() for name in piece.sources)
-        return tuple(sorted({str(self._file.dtype(n)).removeprefix("torch.") for n in sources}))
+        return self._file.dtypes(sources)
 
     def is_file_of(self, dtype: torch.dtype) -> bool:
         """Returns whether all are read from files on this host, where they have this type."""

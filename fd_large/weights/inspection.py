@@ -123,7 +123,7 @@ def inspect(
         named=named,
         facts=published.facts.get(named),
         parameters=sum(map(math.prod, weights.shapes().values())),
-        dtypes=tuple(sorted({str(weights.file.dtype(n)).removeprefix("torch.") for n in held})),
+        dtypes=weights.file.dtypes(held),
         match=compared,
         dropped=tuple(weights.dropped),
         other_part=weights.file.other_part,
@@ -149,12 +149,8 @@ def _of_library(weights: ResolvedWeights, described: Described) -> Inspection:
 
 
 def _of_own(source: str | Path, own: Stored) -> Inspection:
-    """Inspects what this project stored of a model without published names; imports nothing.
-
-    The tensors of a run's checkpoint are float32.
-    """
+    """Inspects what this project stored of a model without published names; imports nothing."""
     is_file = own.file.path is not None
-    dtypes = {str(own.file.dtype(n)) for n in own.sizes} if is_file else {"float32"}
     dropped = [name for name in own.sizes if is_file and name.startswith(DECODER)]
     return Inspection(
         source=str(source),
@@ -165,7 +161,7 @@ def _of_own(source: str | Path, own: Stored) -> Inspection:
         statistics=own.statistics,
         named=name_of(own.architecture),
         parameters=sum(size for name, size in own.sizes.items() if name not in dropped),
-        dtypes=tuple(sorted(dtype.removeprefix("torch.") for dtype in dtypes)),
+        dtypes=own.file.dtypes(own.sizes),
         match=None,
         dropped=tuple(dropped),
     )

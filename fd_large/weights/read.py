@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,6 +116,10 @@ class Tensors(Mapping[str, Tensor]):
         if isinstance(entry, _Slice):
             return DTYPES.get(entry.header().get_dtype(), entry.header().get_dtype())
         return entry.dtype
+
+    def dtypes(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Returns the types of some of the tensors, in words."""
+        return tuple(sorted({str(self.dtype(name)).removeprefix("torch.") for name in names}))
 
     def under(self, names: Mapping[str, str]) -> Tensors:
         """Returns some of the tensors under other names: {new name: old name}."""
