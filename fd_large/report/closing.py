@@ -22,6 +22,8 @@ from fd_large.tasks.distillation.section import cached_folder
 from fd_large.tasks.registry import TASKS
 
 RUNNING = "running"
+FEW_VIEWS = 16
+"""A constant that is fitted to fewer views has a loss that is low by more than about 6 %."""
 
 
 def closing_text(files: RunFiles, pictures: list[Path]) -> str:
@@ -40,14 +42,56 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
     if reason := files.summary.get("reason"):
         rows.append(("why it ended", reason))
     width = max(len(what) for what, _ in rows)
-    status = files.summary.get("status") or "not finished"
+    status = status_words(files)
     lines = [f"{files.recipe['name']}: {status}, {progress(files)}; {files.folder}"]
+    lines += filter(None, [nothing_learned(files)])
     lines += [f"  {what:<{width}}  {text}" for what, text in rows]
     steps = next_steps(files)
     lines += ["next:"] if steps else []
     for step in steps:
         lines += [f"  {step['why']}:", f"    {step['command']}"]
     return printable("\n".join(lines))
+
+
+def has_learned(files: RunFiles) -> bool | None:
+    """Whether a finished run's student is better than a constant on held-out images.
+
+    The baseline's constant is fitted to the views that it is compared on: of n views its loss is
+    low by about one part in n. None: in between, or nothing was measured that says so.
+    """
+    _, losses = files.evaluated("held_out_loss")
+    _, constants = files.evaluated("held_out_best_constant")
+    views = files.recipe.get("eval", {}).get("views")
+    if files.summary.get("status") != "done" or not len(losses) or not len(constants):
+        return None
+    if losses[-1] < constants[-1]:
+        return True
+    is_worse = isinstance(views, int) and losses[-1] * (views - 1) > constants[-1] * views
+    return False if is_worse else None
+
+
+def status_words(files: RunFiles) -> str:
+    """Returns how the run ended."""
+    if has_learned(files) is False:
+        return "done, but NOTHING LEARNED"
+    return files.summary.get("status") or "not finished"
+
+
+def nothing_learned(files: RunFiles) -> str:
+    """Returns what shows that a finished run's student learned nothing, and what to try.
+
+    Empty unless it did not.
+    """
+    if has_learned(files) is not False:
+        return ""
+    _, losses = files.evaluated("held_out_loss")
+    _, constants = files.evaluated("held_out_best_constant")
+    return (
+        f"The student is worse than a constant on held-out images: its loss is {losses[-1]:.4f}, "
+        f"that of the best map that is the same everywhere {constants[-1]:.4f}. Try another "
+        "learning rate (a lower one first), more steps, and larger images if a map has but a few "
+        "tokens (--data.image_size)."
+    )
 
 
 def stopped_text(files: RunFiles) -> str:
@@ -87,6 +131,9 @@ def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
         if name.endswith("_loss") and len(baseline):
             ratio = values[-1] / baseline[-1]
             text += f", {ratio:.3f} of the constant-prediction baseline's {baseline[-1]:.4f}"
+            views = files.recipe.get("eval", {}).get("views")
+            if isinstance(views, int) and views < FEW_VIEWS:
+                text += f" (fitted to these {views} views, so too low; --eval.views takes more)"
         if not name.endswith("_best_constant"):
             rows.append((files.words(name), text))
     if best := summary.get("best"):
@@ -108,18 +155,18 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
     """Returns what is worth running after this run, as {"why", "command"}."""
     status = files.summary.get("status")
     steps: list[tuple[str, list[str]]] = []
-    if status == "done":
+    if has_learned(files) is False:
+        steps.append(("the same at a quarter of the learning rate", _at_lower_rate(files)))
+    elif status == "done":
         # What is stored of a teacher is of these images alone.
         stored = any(cached_folder(one.get("source", "")) for one in _teachers(files).values())
         if str(files.recipe["data"]["root"]).startswith("builtin:") and not stored:
             own = {"data.root": "FOLDER"}
             if _evaluates(files):
                 own["eval.root"] = "HELD_OUT_FOLDER"
-            # The command of one of several students is that of all.
-            is_one_of_several = files.folder.parent.name == STUDENTS
-            group = files.folder.parents[1] if is_one_of_several else files.folder
-            own["runtime.run_dir"] = f"{group}-2"
+            own["runtime.run_dir"] = f"{_group(files)}-2"
             steps.append(("the same on your own images", _again(files, own)))
+    if status == "done":
         steps += _of_task(files)
     elif status != RUNNING:
         again = f"go on from the last checkpoint ({files.saved} steps)"
@@ -133,6 +180,18 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
         why = "the runs of record: what they need, how long they take, what to expect"
         steps.append((why, [*_commands(files), "recipes"]))
     return [{"why": why, "command": shlex.join(words)} for why, words in steps]
+
+
+def _at_lower_rate(files: RunFiles) -> list[str]:
+    """The command of the run once more, with every learning rate of its schedule divided by 4."""
+    optim = files.recipe["optim"]
+    rates = {f"optim.{n}": f"{optim[n] / 4:g}" for n in ("base_lr", "warmup_lr", "min_lr")}
+    return _again(files, {**rates, "runtime.run_dir": f"{_group(files)}-2"})
+
+
+def _group(files: RunFiles) -> Path:
+    """The folder that the run's command names: that of one of several students is that of all."""
+    return files.folder.parents[1] if files.folder.parent.name == STUDENTS else files.folder
 
 
 def _teachers(files: RunFiles) -> dict[str, dict[str, Any]]:
@@ -156,6 +215,8 @@ def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
     # What stands for a teacher knows the training views alone.
     teachers = [name for name, one in entries.items() if not cached_folder(one.get("source", ""))]
     for why, steps in TASKS[name].next_steps:
+        if steps[0] == "export" and has_learned(files) is False:
+            continue  # Nobody wants that student.
         words = [
             each
             for word in steps

@@ -18,7 +18,9 @@ from fd_large.report.closing import (
     RUNNING,
     closing_rows,
     next_steps,
+    nothing_learned,
     progress,
+    status_words,
     when_measured,
 )
 from fd_large.report.loss_curve import DASHES, LOOKS, smoothed
@@ -42,13 +44,15 @@ OF_SEVERAL_TEACHERS = (
 @style.own_look
 def write_run_page(files: RunFiles) -> Path:
     """Writes RUN/report.html; returns its path."""
-    words = files.summary.get("status") or "not finished"
+    words = status_words(files)
     good = {"done": True, RUNNING: None, "preempted": None, "not finished": None}.get(words, False)
     steps = next_steps(files)
+    doubt = nothing_learned(files)
     return html.write(
         files.folder / PAGE,
         files.recipe["name"],
         (
+            html.paragraph(doubt) if doubt else "",
             html.tiles(_tiles(files)),
             html.section("Curves", html.charts(_charts(files))),
             html.section("Images", *_pictures(files)),

@@ -17,7 +17,13 @@ from fd_large.cli.main import COMMANDS
 from fd_large.cli.train import parse_train
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
-from fd_large.report.closing import closing_rows, next_steps, stopped_text
+from fd_large.report.closing import (
+    closing_rows,
+    closing_text,
+    has_learned,
+    next_steps,
+    stopped_text,
+)
 from fd_large.report.run_files import read_run
 from fd_large.tasks.registry import TASKS
 
@@ -156,6 +162,46 @@ def test_the_quick_start_leads_to_images_of_ones_own(run_of, make_run):
     _, given = pasted(first["command"])
     assert (given.run.data.root, given.run.eval.root) == ("FOLDER", "HELD_OUT_FOLDER")
     assert given.run.runtime.run_dir == f"{folder}-2"
+
+
+def with_losses(folder, student, constant, *, views=256):
+    recipe = json.loads((folder / "recipe.json").read_text())
+    recipe["eval"]["views"] = views
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    row = {"update": 60, "held_out_loss": student, "held_out_best_constant": constant}
+    (folder / "evaluations.jsonl").write_text(json.dumps(row) + "\n")
+    return read_run(folder)
+
+
+def test_a_student_that_is_worse_than_a_constant_is_not_offered(run_of):
+    folder, recipe = run_of("distillation", words=["--optim.min_lr", "1e-4"])
+    good = dict(pasted(one["command"]) for one in next_steps(with_losses(folder, 0.1, 0.2)))
+    files = with_losses(folder, 0.236, 0.138)
+    first, *others = next_steps(files)
+    assert "export" in good
+    assert "export" not in dict(pasted(one["command"]) for one in others)
+    _, given = pasted(first["command"])
+    assert given.run.optim.base_lr == pytest.approx(recipe.optim.base_lr / 4)
+    assert given.run.optim.min_lr == pytest.approx(recipe.optim.min_lr / 4)
+    assert given.run.runtime.run_dir == f"{folder}-2"
+    told, why, *_ = closing_text(files, []).splitlines()
+    assert "done, but NOTHING LEARNED, 60 of 60 steps" in told
+    assert "0.2360" in why
+    assert "0.1380" in why
+
+
+@pytest.mark.parametrize(
+    ("student", "views", "learned"),
+    [(0.19, 2, True), (0.21, 256, False), (0.39, 2, None), (0.41, 2, False), (9.0, 1, None)],
+)
+def test_a_constant_that_is_fitted_to_few_views_condemns_no_student(
+    student, views, learned, run_of
+):
+    folder, _ = run_of("distillation")
+    files = with_losses(folder, student, 0.2, views=views)
+    assert has_learned(files) is learned
+    assert ("NOTHING LEARNED" in closing_text(files, [])) == (learned is False)
+    assert (f"these {views} views" in dict(closing_rows(files))["held out loss"]) == (views < 16)
 
 
 def test_a_run_that_python_started_goes_on_by_what_differs(run_of):

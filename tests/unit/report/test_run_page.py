@@ -49,6 +49,15 @@ def test_what_it_says(make_run):
     assert page.tags.count("img") == 1
 
 
+def test_a_run_that_learned_nothing_says_so_before_anything_else(make_run):
+    folder = make_run()
+    row = {"update": 60, "held_out_loss": 0.5, "held_out_best_constant": 0.4}
+    (folder / "evaluations.jsonl").write_text(json.dumps(row) + "\n")
+    words = " ".join(check_page(write_run_page(read_run(folder))).words)
+    assert words.index("NOTHING LEARNED") < words.index("worse than a constant")
+    assert words.index("worse than a constant") < words.index("training loss")
+
+
 @pytest.mark.parametrize(
     ("features", "said"),
     [(("before",), "the student's before training."), (("before", "after"), "before and after")],
