@@ -139,7 +139,7 @@ def frozen_maker(
 
 
 def frozen_weights(section: FrozenModel, sources: Sources, *, where: str) -> Fitted | None:
-    """Finds the weights of a settled section's model; reads headers only.
+    """Finds the weights of a settled section's model; of a file only headers are read.
 
     Args:
         section: The settled section.

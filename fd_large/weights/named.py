@@ -1,7 +1,7 @@
 """Sources of weights, looked at before torch is imported: what can be known without a library.
 
 Whether the Hub has a repository only its server knows, whether timm or open_clip have weights of a
-name and a tag only they; so much is found when the source is opened (`locate.py`).
+name and a tag only they; so much is found when the source is opened (`download.py`).
 """
 
 from __future__ import annotations
