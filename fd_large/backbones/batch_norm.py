@@ -49,7 +49,8 @@ class Groups:
     def __init__(self, size: int = 0) -> None:
         self.size, self.images = size, 0
         self._first, self._number = 0, 0
-        self._over_ranks, self._ranks = size == PASS, None
+        self._over_ranks = size == PASS
+        self._ranks: Any = None
 
     def lie_in(self, global_batch: int, micro_batch: int) -> None:
         """Lets groups lie on several ranks, if a micro batch is all that a rank has of a step.
@@ -80,15 +81,17 @@ class Groups:
 
     def sums(self, of_images: Tensor) -> Tensor:
         """Adds (B, K) float64 up over each group, on all of its ranks: (groups, K)."""
-        if self.size == PASS:
+        images, before = len(of_images), self._first % self.size
+        number = -(-(before + images) // self.size) if self.size != PASS else 1
+        if number == 1:
             table = of_images.sum(0, keepdim=True)
-        else:
-            images = len(of_images)
-            number = self._number or -(-images // self.size)
-            # Zeros stand for the images that other ranks have; no sum depends on the order of adds.
-            after = number * self.size - self._first - images
-            padded = F.pad(of_images, (0, 0, self._first, after))
+        else:  # Zeros stand for the images of a group that other ranks have.
+            padded = F.pad(of_images, (0, 0, before, number * self.size - before - images))
             table = padded.unflatten(0, (number, self.size)).sum(1)
+        if self._number:
+            own, first = table, self._first // self.size
+            table = own.new_zeros(self._number, own.shape[1])
+            table[first : first + number] = own
         return distributed.sum_tensor(table, self._ranks) if self._over_ranks else table
 
 
@@ -185,7 +188,7 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: Any, learns: bool
     ) -> Tensor:
         groups: Groups = norm.norm_groups
-        rows = _by_image(x, groups).to(weight.dtype)
+        rows = _by_image(x, groups.images or len(x)).to(weight.dtype)
         images, width = rows.shape[0], rows.shape[2]
         variance, mean = (each.double() for each in torch.var_mean(rows, (1, 3), correction=0))
         places = mean.new_full((images, 1), rows[0].numel() // width)
@@ -205,7 +208,7 @@ class _Normalise(torch.autograd.Function):
         # Written into a tensor that is no view: activations in place may follow.
         y = torch.empty(x.shape, dtype=rows.dtype, device=x.device)
         shift, scale = (each[own][:, None, :, None] for each in (shift, scale))
-        torch.addcmul(shift, rows, scale, out=_by_image(y, groups))
+        torch.addcmul(shift, rows, scale, out=_by_image(y, images))
         if learns and not any(ctx.needs_input_grad):  # No backward follows.
             _note(ctx)
         return y.to(x.dtype)
@@ -215,7 +218,7 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, mean, inverse, count = ctx.saved_tensors
         groups: Groups = ctx.norm.norm_groups
-        rows, gradients = (_by_image(t, groups).to(weight.dtype) for t in (x, gradient))
+        rows, gradients = (_by_image(t, ctx.images).to(weight.dtype) for t in (x, gradient))
         own = groups.of(ctx.images, x.device)
         mean, inverse = (each[own][:, None, :, None] for each in (mean, inverse))
         normal = (rows - mean) * inverse
@@ -245,9 +248,8 @@ def _note(ctx: Any) -> None:
     ctx.norm.seen = noted if before is None else before + noted
 
 
-def _by_image(x: Tensor, groups: Groups) -> Tensor:
+def _by_image(x: Tensor, images: int) -> Tensor:
     """(B', C, ...) to (B, B' / B, C, places)."""
-    images = groups.images or len(x)
     return x.reshape(images, len(x) // images, x.shape[1], -1)
 
 

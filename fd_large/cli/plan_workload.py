@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,13 +65,17 @@ def counts_kept_of(run: Run, rates: Rates, kernels: Kernels = "fused") -> dict[b
 
 def _norm_group(run: Run) -> int:
     """Returns how many images share statistics of the student's batch norms; 1: it has none."""
-    group = run.norm_batch()
-    if not group or not run.student_architecture().has_batch_norms:
+    if not run.student_architecture().has_batch_norms:
         return 1
-    # It imports torch, which a recipe of record does without.
-    from fd_large.engine.student import with_batch_norms
+    # They import torch, which a recipe of record does without.
+    from fd_large.engine.student import check_norm_batch, with_batch_norms
+    from fd_large.tasks.jobs import job_of
 
-    return group if with_batch_norms(run.student, run.data.image_size) else 1
+    group, batch, side = job_of(run).norm_group(), run.batch, min(run.data.sides)
+    check_norm_batch(
+        run.student, group, replace(batch, micro_batch_size="auto"), image_size=side, world_size=1
+    )
+    return group if group and with_batch_norms(run.student, side) else 1
 
 
 def _moments(run: Run) -> int:

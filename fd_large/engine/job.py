@@ -265,6 +265,13 @@ class TrainingJob:
         """Returns of how many images the loaded ones are a multiple, whatever the micro batch."""
         return 1
 
+    def norm_group(self) -> int:
+        """Returns how many images share statistics of the student's batch norms, if it has any.
+
+        0 where a task trains none of them: then any micro batch will do.
+        """
+        return self.run.norm_batch()
+
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:

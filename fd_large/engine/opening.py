@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from fd_large.checkpoint.lease import Lease
 from fd_large.data.blocks import keep_blocks_in
@@ -283,8 +284,8 @@ def check(
         micro_batch_size=1 if size == "auto" else size,
         world_size=launch.world_size,
     )
-    side, ranks = run.data.image_size, launch.world_size
-    check_norm_batch(run.student, run.norm_batch(), run.batch, image_size=side, world_size=ranks)
+    side, ranks = min(run.data.sides), launch.world_size
+    check_norm_batch(run.student, job.norm_group(), run.batch, image_size=side, world_size=ranks)
     numbers = _numbers(job, launch)
     return Checked(job, samples, numbers, ds.fill(config, numbers))
 
@@ -481,6 +482,7 @@ def build(checked: Checked, lease: Lease | None, launch: Launch) -> Opened:
             checked.config,
             initial=job.initial_weights(),
         )
+    _say_without_drop_path(run, engine.task.student)
     # The average is made before any resume, which restores it too.
     ema = _average_of(engine, run)
     code, commit = run.code(), source_commit() if distributed.is_main() else None
@@ -511,6 +513,14 @@ def build(checked: Checked, lease: Lease | None, launch: Launch) -> Opened:
         checked.config[ds.ACCUMULATION],
         ema,
     )
+
+
+def _say_without_drop_path(run: Run, student: nn.Module) -> None:
+    wanted = run.student.drop_path_rate and any(True for _ in student.parameters())
+    if wanted and not any(student.drop_path_rates):
+        log.info(
+            "student.drop_path_rate: %s has no drop path and is trained without", run.student.model
+        )
 
 
 def engine_of(

@@ -103,7 +103,9 @@ def replay(path: Path, job_of: JobOf) -> Replayed:
     bfloat16 = computes_in_bfloat16(precision)
     job.build(bfloat16=bfloat16, node_size=1, persistence_threshold=0)
     task = _task(job, reader, bfloat16=bfloat16)
-    micro_batches = _with_whole_groups(task, job.run.norm_batch(), micro_batches)
+    micro_batches = _with_whole_groups(
+        task, job.run.norm_batch(), micro_batches, ranks=len(incident["ranks"]), file=file
+    )
     losses, grad_norm = _step(task, [one.batch for one in micro_batches], job.run.runtime.seed)
     other_training = ""
     try:
@@ -226,17 +228,29 @@ def _task(job: TrainingJob, reader: Reader, *, bfloat16: bool) -> Task:
     return task
 
 
-def _with_whole_groups(task: Task, group: int, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+def _with_whole_groups(
+    task: Task, group: int, micro_batches: list[MicroBatch], *, ranks: int, file: Path
+) -> list[MicroBatch]:
     """Returns the micro batches, as one where images that share statistics lay on several ranks.
 
     Args:
         task: Its batch norms are told their groups.
         group: Images of a group of batch norms.
-        micro_batches: All of the step, in the order of the ranks.
+        micro_batches: Those that were kept, in the order of the ranks.
+        ranks: The number of ranks of the run.
+        file: The incident, for messages.
+
+    Raises: ConfigError: if images of a group were not kept.
     """
     group_norms(task, group)
     if not task.student_norms() or not group or len(micro_batches[0].names) % group == 0:
         return micro_batches
+    if len(kept := {one.rank for one in micro_batches}) < ranks:
+        raise ConfigError(
+            f"replay: {file}: images that share statistics of batch norms lay on several ranks; "
+            f"got those of {len(kept)} of {ranks} ranks, expected all. Look at the layers that the "
+            "incident names."
+        )
     batches = [one.batch for one in micro_batches]
     images, places = (
         torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "positions")

@@ -101,27 +101,31 @@ def check_norm_batch(
         return
     images = batch.global_batch_size
     if images % group:
-        near = " or ".join(map(str, nearest_divisors(images, group)))
+        near = " or ".join(str(size) for size in nearest_divisors(images, group) if size > 1)
         raise ConfigError(
             f"student.norm_batch: images that share statistics have to divide the global batch; "
             f"got {group} of {images}, expected a divisor. Set --student.norm_batch {near}."
         )
     if group * net.fewest_places < FEWEST_VALUES:
         least = -(-FEWEST_VALUES // net.fewest_places)
+        enough = next((size for size in range(least, images + 1) if images % size == 0), None)
+        remedy = (
+            f"--student.norm_batch {enough}" if enough else f"--batch.global_batch_size {least}"
+        )
         raise ConfigError(
             f"student.norm_batch: too few values for statistics; got {group} images of "
             f"{net.fewest_places} places in the smallest map of {student.model}, expected "
-            f"{FEWEST_VALUES} values. Set --student.norm_batch {least} or more."
+            f"{FEWEST_VALUES} values. Set {remedy}, or a larger --data.image_size."
         )
     share, micro_batch = images // world_size, batch.micro_batch_size
     if micro_batch not in ("auto", share) and micro_batch % group:
-        inside = " or ".join(map(str, nearest_divisors(micro_batch, group)))
+        inside = [size for size in nearest_divisors(micro_batch, group) if size > 1]
+        smaller = f", or --student.norm_batch {' or '.join(map(str, inside))}" if inside else ""
         whole = f"{group} or {share}" if share % group == 0 else str(share)
         raise ConfigError(
             f"batch.micro_batch_size: a pass would divide a group of images that share statistics; "
             f"got {micro_batch} images with groups of {group}, expected a multiple of {group}, or "
-            f"all {share} that a rank has of a step. Set --batch.micro_batch_size {whole}, or "
-            f"--student.norm_batch {inside}."
+            f"all {share} that a rank has of a step. Set --batch.micro_batch_size {whole}{smaller}."
         )
 
 
@@ -129,14 +133,15 @@ def group_norms(task: Task, group: int, *, global_batch: int = 0, micro_batch: i
     """Lets the student's batch norms normalise by groups of images; a collective.
 
     Args:
-        task: Its student may have none.
+        task: Its student may have none; those of a user's own model keep the groups that they have.
         group: Images that share statistics (`Run.norm_batch`); 0: none do.
         global_batch: Images of a step; 0: groups begin with each micro batch.
         micro_batch: Images of a rank and pass.
     """
     for groups in {norm.norm_groups for norm in task.student_norms()}:
-        groups.size = group
-        groups.lie_in(global_batch, micro_batch)
+        if groups.size != batch_norm.PASS:
+            groups.size = group
+            groups.lie_in(global_batch, micro_batch)
 
 
 def student_weights(

@@ -42,6 +42,8 @@ _launch: Launch | None = None
 _is_guest = False
 _moves = 0
 _neighbours: dict[int, dist.ProcessGroup] = {}
+# Sizes of nodes that were held against the names of hosts.
+_nodes: set[int] = set()
 
 
 def open_files_needed(num_ranks: int) -> int:
@@ -135,6 +137,7 @@ def stop() -> None:
     global _launch, _is_guest
     failures.stop_watching()
     _neighbours.clear()
+    _nodes.clear()
     _launch, _is_guest = None, False
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -565,7 +568,7 @@ def node_group(node_size: int) -> dist.ProcessGroup:
             f"engine.node_size: ranks of a node; got {node_size}, expected a divisor of the "
             f"{world_size()} ranks. Set engine.node_size to the number of ranks on each node."
         )
-    if node_size not in _neighbours:
+    if node_size not in _nodes:
         assert dist.is_initialized(), "node_group comes after start"
         hosts = gather_objects(socket.gethostname())
         first = rank() // node_size * node_size
@@ -576,6 +579,7 @@ def node_group(node_size: int) -> dist.ProcessGroup:
                 "Place ranks block by block (mpirun --map-by, srun --distribution=block), or mend "
                 "--engine.node_size."
             )
+        _nodes.add(node_size)
     return neighbours(node_size)
 
 

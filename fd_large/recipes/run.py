@@ -33,6 +33,7 @@ from fd_large.recipes.fields import (
 from fd_large.recipes.left import without_left
 from fd_large.recipes.sections import (
     AUTO,
+    FEWEST_OF_NORM,
     RANDOM,
     STUDENTS,
     USUAL_NORM_BATCH,
@@ -455,7 +456,8 @@ class Run:
             return min(student.norm_batch, size)
         if student.init:
             return 0
-        divisors = (number for number in range(1, size + 1) if size % number == 0)
+        sizes = range(min(FEWEST_OF_NORM, size), size + 1)
+        divisors = (number for number in sizes if size % number == 0)
         return min(divisors, key=lambda number: abs(math.log(number / USUAL_NORM_BATCH)))
 
     def code(self) -> dict[str, str]:

@@ -36,8 +36,8 @@ STUDENTS = "students"
 SIZE_FIELDS = ("size_rule", "window_rule", "shift_stages", "stage_windows")
 
 
-USUAL_NORM_BATCH = 32
-"""Images that share the statistics of a batch norm where nothing else is said."""
+USUAL_NORM_BATCH, FEWEST_OF_NORM = 32, 8
+"""Images that share the statistics of a batch norm where nothing else is said, and at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Student:
     # Neighbouring images of the global batch that share the statistics of a batch norm in training,
     # where the model has batch norms (a ResNet). 0: the running statistics of student.init are used
     # as they are. auto: 0 with student.init, else the divisor of batch.global_batch_size that is
-    # nearest to 32.
+    # nearest to 32, 8 at least.
     norm_batch: int | Literal["auto"] = "auto"
     # What to do with an image size that is not a multiple of the patch size. drop: ignore the
     # remainder, as published. pad: pad the image, and maps as window_rule says.

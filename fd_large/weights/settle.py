@@ -44,7 +44,8 @@ _STATED_BESIDE = (
 def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> FrozenModel:
     """Returns the section of a frozen model as its weights show it.
 
-    A file of the Hub is downloaded; of a file only headers are read. To be called before anything is built; a settled section is settled again without change.
+    A file of the Hub is downloaded; of a file only headers are read. To be called before anything
+    is built; a settled section is settled again without change.
 
     Args:
         section: The section as the user set it.

@@ -6,7 +6,6 @@ numbers: timm does not say so, and its models differ.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache, partial
@@ -22,8 +21,6 @@ from torch.nn.modules.dropout import _DropoutNd
 from fd_large.backbones.random_draws import Draws
 from fd_large.backbones.timm.models import create, cut, map_of, sized
 from fd_large.errors import ConfigError, first_line
-
-log = logging.getLogger(__name__)
 
 _BATCH_SIZE = 2
 # Finds the blocks of a model that is trained without drop path.
@@ -75,8 +72,6 @@ def measure(name: str, stride: int, image_size: int, drop_path_rate: float) -> M
             whole = create(name, **arguments)
         layers, has_head = _layers(whole)
         drops = _run(whole, name, stride, image_size)
-    if drop_path_rate and not drops.order:
-        log.info("%s has no drop path and is trained without (student.drop_path_rate)", name)
     kinds = {type(module) for path, module in whole.named_modules() if path in drops.owner.values()}
     return Measured(
         arguments,

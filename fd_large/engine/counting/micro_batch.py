@@ -99,15 +99,17 @@ def largest_that_fits(
         log.debug("micro batch %d: peak %.2f GB on this rank", size, max(peaks) / 1e9)
         if distributed.max_rank(float(max(peaks) / memory.capacity())) > 1:
             break
-        if size % together == 0 or size == share:
+        if size == share or (size % together == 0 and share % size == 0):
             best = size
         measured.append((size, peaks))
     if not best and measured:
         fitting = measured[-1][0]
+        less = [size for size in range(2, fitting + 1) if share % size == 0]
+        smaller = f"--student.norm_batch {less[-1]}, or " if less else ""
         raise OutOfMemory(
             "student.norm_batch: the images that share statistics of batch norms do not fit; got "
-            f"groups of {together}, of which {fitting} images fit, expected a whole group. Set "
-            f"--student.norm_batch {fitting}, or --student.activation_checkpointing every."
+            f"groups of {together} images and memory for {fitting}, expected a whole group. Set "
+            f"{smaller}--student.activation_checkpointing every, or use more GPUs."
         )
     if not best:
         raise OutOfMemory(

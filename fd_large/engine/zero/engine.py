@@ -144,8 +144,8 @@ def _checkpoint_blocks(blocks: Sequence[nn.Module], *, mode: str, every: int) ->
     if wrapped:
         log.debug("activation checkpointing: %d of %d blocks", wrapped, len(blocks))
     elif mode != "off":
+        why = "the student has fewer blocks than student.checkpoint_every" if blocks else ""
         log.warning(
-            "student.activation_checkpointing: %s has no effect, as the student has no blocks that "
-            "it knows",
-            mode,
+            "student.activation_checkpointing: nothing is computed again, as %s",
+            why or "the student has no blocks for which that is known to be right",
         )

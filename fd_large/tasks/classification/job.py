@@ -358,6 +358,10 @@ class LinearProbeJob(ClassificationJob):
         """Makes grey images, in whole groups."""
         return probe_batch(size, self.run.data.image_size, norm_batch=self._group)
 
+    def norm_group(self) -> int:
+        """Returns 0: the frozen model uses the statistics that it loaded."""
+        return 0
+
     def images_together(self) -> int:
         """Returns the images of a group."""
         return self._group

@@ -106,6 +106,10 @@ class DenseJob(TrainingJob):
         where = "eval.root" if root else "data.root"
         return self.open_split(root or self.run.data.root, "val", where)
 
+    def norm_group(self) -> int:
+        """Returns 0 for a frozen student, which uses the statistics that it loaded."""
+        return 0 if self.section.frozen else super().norm_group()
+
     def check(self) -> None:
         """Opens the test images, and checks the headers of the weights and the way of testing."""
         super().check()

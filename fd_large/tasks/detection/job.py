@@ -84,6 +84,10 @@ class DetectionJob(TrainingJob):
             # Annotations that cannot be scored are refused before hours of training.
             score(read_ground_truth(self._test_images.annotations), [])
 
+    def norm_group(self) -> int:
+        """Returns 0: `make_task` refuses batch norms whose statistics are those of a batch."""
+        return 0
+
     def make_task(self) -> Detection:
         """The student, a pyramid, and the heads.
 

@@ -8,7 +8,17 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fd_large.backbones.batch_norm import BatchNorm, Groups, adopt, forget, move, statistics_of
+from fd_large.backbones.batch_norm import (
+    PASS,
+    BatchNorm,
+    Groups,
+    adopt,
+    forget,
+    move,
+    statistics_of,
+)
+from fd_large.engine.student import group_norms
+from fd_large.engine.task import Task
 
 RUNNING = ("running_mean", "running_var")
 
@@ -151,6 +161,30 @@ def test_images_that_a_model_flattens_with_places_stay_together():
     maps, _ = adopted(2)
     as_maps = rows.view(4, 9, 5).transpose(1, 2).unflatten(2, (3, 3))
     torch.testing.assert_close(flat(rows).view(4, 9, 5).mT.unflatten(2, (3, 3)), maps(as_maps))
+
+
+def test_a_pass_of_another_size_before_backward_changes_nothing():
+    alone, _ = adopted(2)
+    both, groups = adopted(2)
+    images = torch.randn(4, 5, 3, 3, dtype=torch.float64)
+    gradients = []
+    for norm, more in ((alone, False), (both, True)):
+        groups.images, leaf = 4, images.clone().requires_grad_()
+        y = norm(leaf)
+        if more:
+            groups.images = 2
+            norm(images[:2])
+        y.square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_norms_of_a_users_own_keep_their_groups():
+    student = nn.Sequential(BatchNorm(3))
+    student.drop_path_rates = ()
+    task = Task(student)
+    group_norms(task, 2, global_batch=4, micro_batch=2)
+    assert task.student[0].norm_groups.size == PASS
 
 
 def test_without_groups_the_running_statistics_are_used_in_training():

@@ -197,3 +197,20 @@ def test_images_that_share_statistics_on_several_ranks_are_one_micro_batch(tmp_p
     batch = Batch(IMAGES, 2, positions, positions)
     expected, _ = task(**prepared(task, batch, run.runtime.seed))
     assert found.losses == pytest.approx([expected.item()], rel=1e-6)
+
+
+def test_images_of_some_of_the_ranks_that_share_statistics_are_not_enough(tmp_path):
+    student = Student(
+        model="timm:mobilenetv3_small_050",
+        architecture=Architecture(feature_stride=8),
+        norm_batch=4,
+    )
+    run = replace(tiny_runs.tiny_run(), student=student)
+    task = tiny_runs.tiny_task(run)
+    buffers = {name: b for name, b in task.named_buffers() if b.is_floating_point()}
+    tiny_runs.store_task(tmp_path, run, task, buffers, update=8)
+    file = tiny_runs.store_incident(tmp_path, STEP, [IMAGES[:2]], [0.5])
+    incident = json.loads(file.read_text())
+    file.write_text(json.dumps(incident | {"ranks": incident["ranks"] * 2}))
+    with pytest.raises(ConfigError, match="1 of 2 ranks"):
+        replay(file, job_of)

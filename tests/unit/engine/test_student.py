@@ -66,6 +66,8 @@ def check(run, world_size):
         (100, {}, 25),
         (16, {}, 16),
         (97, {}, 97),
+        (2 * 97, {}, 97),
+        (4, {}, 4),
         (256, {"norm_batch": 8}, 8),
         (4, {"norm_batch": 8}, 4),
         (256, {"init": "resnet18.pth"}, 0),
@@ -88,6 +90,19 @@ def test_images_that_share_statistics(batch, student, images):
 def test_a_batch_that_would_divide_groups_is_refused(world_size, run, field):
     with pytest.raises(ConfigError, match=f"^{field}: "):
         check(run, world_size)
+
+
+@pytest.mark.parametrize(
+    ("run", "remedy"),
+    [
+        (of_batch(15, norm_batch=2), r"--student\.norm_batch 3\."),
+        (of_batch(64, norm_batch=8, size=32), r"--student\.norm_batch 16, "),
+        (of_batch(8, size=32), r"--batch\.global_batch_size 16, "),
+    ],
+)
+def test_the_remedy_is_one_that_is_taken(run, remedy):
+    with pytest.raises(ConfigError, match=f"Set {remedy}"):
+        check(run, 1)
 
 
 @pytest.mark.parametrize(

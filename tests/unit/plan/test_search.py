@@ -214,6 +214,7 @@ def test_gradients_travel_as_the_stage_sends_them(gpus, sums):
 def test_a_micro_batch_holds_whole_groups_of_batch_norms_or_the_whole_share(group, sizes):
     load = replace(GIANT, global_batch_size=8 * 64, norm_group=group)
     good, _ = search(load, machine(64))
+    assert good
     assert {one.candidate.micro_batch_size for one in good} <= sizes
 
 

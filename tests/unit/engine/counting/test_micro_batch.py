@@ -56,8 +56,17 @@ def test_candidates_of_images_that_share_statistics_hold_whole_groups():
 def test_less_than_a_group_is_tried_and_not_taken():
     # 16 images need 260.
     assert _climb(64, 300, (100, 10), together=16)[0] == 16
-    with pytest.raises(OutOfMemory, match=r"student\.norm_batch: .*16, of which 8 .* 8,"):
+    with pytest.raises(OutOfMemory, match=r"^student\.norm_batch: .*16 .* 8, .*norm_batch 8,"):
         _climb(64, 250, (100, 10), together=16)
+    with pytest.raises(OutOfMemory, match=r"^student\.norm_batch: .*Set --student\.activation"):
+        _climb(64, 115, (100, 10), together=16)
+
+
+@pytest.mark.parametrize(("share", "together"), [(48, 32), (24, 16)])
+def test_a_group_that_does_not_divide_the_share_needs_all_of_it(share, together):
+    assert _climb(share, 110 + 11 * share, (100, 10), together=together)[0] == share
+    with pytest.raises(OutOfMemory, match=r"^student\.norm_batch: "):
+        _climb(share, 110 + 11 * together, (100, 10), together=together)
 
 
 def test_takes_the_largest_that_fits_and_never_runs_one_that_would_not():
