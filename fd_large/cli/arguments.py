@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from inspect import getdoc
 from typing import Any, Generic, TypeVar, cast, get_type_hints
 
@@ -38,7 +39,7 @@ from fd_large.recipes.fields import (
 )
 from fd_large.recipes.left import refusal
 from fd_large.recipes.run import Run, Task
-from fd_large.recipes.run_file import accepted, read_run_file, run_of
+from fd_large.recipes.run_file import accepted, named_fields, read_run_file, run_of
 from fd_large.tasks.registry import TASKS, kind_of
 
 log = logging.getLogger(__name__)
@@ -219,6 +220,8 @@ class _Parser(Generic[Own]):
         # Flags of a wrong type, and those that an unknown one may stand for.
         self._invalid: set[str] = set()
         self._task: type[Task] = Task
+        # Names of the fields that the file of --config sets.
+        self._in_file: Collection[str] = ()
 
     def parse(self, arguments: Sequence[str]) -> WithRecipe[Own]:
         self._check_code(arguments)
@@ -249,7 +252,8 @@ class _Parser(Generic[Own]):
             self._print_help(base, asked)
             raise HelpShown
         if base is not None:
-            run = accepted(given, base.with_fields, self._mistakes, refused=self._invalid)
+            build = partial(base.with_fields, stay=self._in_file)
+            run = accepted(given, build, self._mistakes, refused=self._invalid)
         if config := own.get(DEEPSPEED_CONFIG):
             try:
                 load(config)
@@ -406,8 +410,10 @@ class _Parser(Generic[Own]):
             doors.allow(path)
         recipe = own.get("recipe", "")
         try:
+            file = read_run_file(own["config"])
+            self._in_file = named_fields(file, [])
             return run_of(
-                read_run_file(own["config"]),
+                file,
                 recipe=recipe or str(self._recipe),
                 named=bool(recipe),
                 mistakes=self._mistakes,

@@ -144,7 +144,7 @@ def started_from(model: NamedModel, base: Run, changes: Mapping[str, Any]) -> Ru
 
     names = [name.removeprefix("student.") for name in changes if name.startswith("student.")]
     started = transfer_of(base.task.name).starting_from(
-        override(base, changes),
+        override(base, {**changes, **base.optim.implied(changes)}),
         model.section,
         image_size=model.image_size,
         trained_as=model.trained_by.run.student if model.trained_by else None,

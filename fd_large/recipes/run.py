@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -372,13 +372,18 @@ class Run:
         entries = self.taught_by.items()
         return self.with_taught_by({n: replace(e, placement="replicated") for n, e in entries})
 
-    def with_fields(self, values: Mapping[str, Any]) -> Run:
+    def with_fields(self, values: Mapping[str, Any], *, stay: Collection[str] = ()) -> Run:
         """Returns the run with other values of some fields, {"optim.base_lr": 1e-4, ...}.
 
         A model of another family keeps none of the fields of the run's own, and another task
         nothing that the run says to its own task alone. Where the run names a teacher's weights,
         other weights bring their own model. The first of several teachers take the place of the
-        run's only one. A new one of several students begins as the run's own.
+        run's only one. A new one of several students begins as the run's own. Some fields follow
+        others (`Optim.implied`).
+
+        Args:
+            values: The values by name.
+            stay: Names of fields that follow none.
 
         Raises: ConfigError: as `override`; or if the task cannot be imported.
         """
@@ -398,7 +403,9 @@ class Run:
             values = {f"students.{name}.{n}": v for n, v in of_all.items()} | dict(values)
         for where, section in base._models().items():
             base = base._with_model(where, _with_other_model(section, where, values))
-        return override(base, values)
+        implied = base.optim.implied(values)
+        follow = {name: value for name, value in implied.items() if name not in stay}
+        return override(base, {**values, **follow})
 
     def changes_since(self, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Returns how the run differs from a stored one in what a resume may not change.

@@ -6,7 +6,7 @@ on the command line.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -27,6 +27,8 @@ from fd_large.recipes.fields import (
 # Learning rates are stated per this many images of a global batch, as in the paper's
 # configurations.
 RATE_BATCH_SIZE = 512
+FOLLOWING = ("optim.warmup_lr", "optim.min_lr", "optim.warmup_epochs")
+"""Fields that may follow others (`Optim.implied`)."""
 
 AUTO, ADAMW, RANDOM = "auto", "adamw", "random"
 STUDENTS = "students"
@@ -342,9 +344,11 @@ class Optim:
     name: str = ADAMW
     # Peak learning rate per 512 images.
     base_lr: float = 3e-4
-    # Learning rate per 512 images at which the warm-up starts.
+    # Learning rate per 512 images at which the warm-up starts. With another base_lr it keeps its
+    # ratio to it unless it is set, too.
     warmup_lr: float = 5e-7
-    # Learning rate per 512 images at which the schedule ends.
+    # Learning rate per 512 images at which the schedule ends. With another base_lr it keeps its
+    # ratio to it unless it is set, too.
     min_lr: float = 5e-6
     # How the learning rate falls. cosine: half a cosine after the warm-up. linear: in a straight
     # line over all steps, with the warm-up multiplied into it, as in the published segmentation
@@ -379,7 +383,7 @@ class Optim:
     # Number of passes over the dataset, which also sets the length of the schedule.
     epochs: int = 300
     # Number of passes, or a fraction of one, over which the learning rate rises. 0 turns warm-up
-    # off.
+    # off. In a run of fewer epochs than that it keeps its share of them unless it is set, too.
     warmup_epochs: float = 10.0
     # Number of optimiser steps of the run and of its schedule, instead of epochs. 0 uses epochs.
     max_steps: int = 0
@@ -460,6 +464,26 @@ class Optim:
                 if getattr(self, name) > self.base_lr
             ),
         )
+
+    def implied(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """Returns what follows other values of this recipe, by full name, {"optim.min_lr": 1e-6}.
+
+        Both ends of the schedule keep their ratio to base_lr, and a warm-up that would not fit into
+        fewer epochs keeps its share of them.
+
+        Args:
+            values: Values of fields by full name; none that is given follows another.
+        """
+        found: dict[str, float] = {}
+        peak = values.get("optim.base_lr")
+        if isinstance(peak, int | float) and self.base_lr:
+            ends = {"optim.warmup_lr": self.warmup_lr, "optim.min_lr": self.min_lr}
+            found |= {name: rate * (peak / self.base_lr) for name, rate in ends.items()}
+        epochs = values.get("optim.epochs")
+        by_steps = values.get("optim.max_steps", self.max_steps)
+        if isinstance(epochs, int) and epochs <= self.warmup_epochs and not by_steps:
+            found["optim.warmup_epochs"] = self.warmup_epochs * (epochs / self.epochs)
+        return {name: value for name, value in found.items() if name not in values}
 
     def rates(self, global_batch_size: int) -> tuple[float, float, float]:
         """Returns the learning rates (peak, start of warm-up, end) for a global batch size."""

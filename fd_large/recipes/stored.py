@@ -10,7 +10,7 @@ from fd_large.errors import ConfigError, FDError
 from fd_large.files import kind_of, read_json
 from fd_large.recipes.file_names import CHECKPOINTS, RECIPE
 from fd_large.recipes.run import LENGTH, Run
-from fd_large.recipes.sections import STUDENTS
+from fd_large.recipes.sections import FOLLOWING, STUDENTS
 
 _REMEDY = "Restore it, or use the release that wrote it."
 
@@ -95,6 +95,9 @@ def other_settings(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> Conf
     longer = ""
     if changes.keys() <= set(LENGTH):
         longer = "Name the length that it has, or a larger one, or set"
+    elif changes.keys() <= set(FOLLOWING):
+        kept = " ".join(f"--{name} {was!r}" for name, (was, _) in changes.items())
+        longer = f"They follow other fields: go on with {kept}, or set"
     return ConfigError(
         f"{folder}: holds a run with other settings; got {changed}, expected the same. "
         f"{longer or 'Set'} --runtime.run_dir to another folder, or --fresh to start over here."

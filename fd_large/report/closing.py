@@ -14,9 +14,10 @@ from fd_large.backbones.custom.architecture import CustomArchitecture
 from fd_large.errors import printable
 from fd_large.files import kind_of
 from fd_large.recipes.architectures import changed_words, full_name, image_side_of, model_of
+from fd_large.recipes.fields import flat_plain
 from fd_large.recipes.file_names import EVENTS, LOGS, METRICS, PAGE, SUMMARY
 from fd_large.recipes.left import LEFT
-from fd_large.recipes.sections import STUDENTS
+from fd_large.recipes.sections import FOLLOWING, STUDENTS
 from fd_large.report.run_files import RunFiles
 from fd_large.tasks.distillation.section import cached_folder
 from fd_large.tasks.registry import TASKS
@@ -313,7 +314,12 @@ def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
 def _as_flags(files: RunFiles, left_out: Collection[str]) -> list[str]:
     """The run's settings that differ from those of its recipe, as flags."""
     words = ["--recipe", files.recipe["name"]]
-    for name, (value, _) in files.changed.items():
+    changed = {name: value for name, (value, _) in files.changed.items()}
+    if {"optim.base_lr", "optim.epochs"} & changed.keys():
+        # As they are, even where the recipe has the same: else they would follow.
+        values = flat_plain(files.recipe)
+        changed |= {name: values[name] for name in FOLLOWING if name in values}
+    for name, value in changed.items():
         if name not in left_out:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words

@@ -262,7 +262,7 @@ def _settings(files: RunFiles) -> Iterator[str]:
     if rows:
         yield html.table(rows, head=("field", "this run", "recipe"))
         yield html.paragraph(
-            "Some are decided by the weights that the run starts from. All settings: recipe.json."
+            "Some follow others or the weights that the run starts from. All settings: recipe.json."
         )
     else:
         yield html.paragraph("None. All settings: recipe.json.")

@@ -331,7 +331,7 @@ def test_a_mistake_brings_no_second_one(text, named):
 @pytest.mark.parametrize(
     ("text", "own", "of_recipe"),
     [
-        ("--optim.epochs 5", ["optim.epochs"], ["optim.warmup_epochs"]),
+        ("--optim.warmup_epochs 5e2", ["optim.warmup_epochs"], ["optim.epochs"]),
         ("--optim.min_lr 1", ["optim.min_lr"], ["optim.base_lr"]),
         ("--batch.global_batch_size 100", ["batch.global_batch_size"], ["batch.micro_batch_size"]),
         ("--batch.global_batch_size 9 --batch.micro_batch_size 2", ["batch.micro_batch_size"], []),
@@ -354,13 +354,20 @@ def test_the_remedy_of_a_conflict_names_first_what_the_user_set(text, own, of_re
 
 def test_a_conflict_in_a_file_has_the_line_of_what_stands_there(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("name: fd_swinv2g\noptim:\n  epochs: 5\n")
+    path.write_text("name: fd_swinv2g\noptim:\n  warmup_epochs: 500\n")
     (told,) = mistakes(lambda: run_of_file(path, ""))
     assert told.startswith(f"{path}:3: optim.warmup_epochs: ")
     # A value of the file that is refused is no reason to complain of the flags.
     path.write_text("name: fd_swinv2g\nbatch: {micro_batch_size: 3}\n")
     (told,) = mistakes(lambda: run_of_file(path, "--batch.global_batch_size 100"))
     assert told.startswith(f"{path}:2: batch.micro_batch_size: ")
+
+
+def test_what_a_file_sets_follows_no_flag(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("name: quickstart\noptim: {min_lr: 0.001}\n")
+    optim = run_of_file(path, "--optim.base_lr 0.064").optim
+    assert (optim.min_lr, optim.warmup_lr) == (0.001, 1.6e-4)
 
 
 def test_a_command_without_flags_says_so():

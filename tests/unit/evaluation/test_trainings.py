@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fd_large.cli import evaluate
 from fd_large.ranks import distributed
+from fd_large.recipes import registry
 
 
 def test_a_rank_does_not_read_what_another_may_be_writing(tmp_path, monkeypatch):
@@ -21,3 +24,20 @@ def test_a_rank_does_not_read_what_another_may_be_writing(tmp_path, monkeypatch)
     monkeypatch.setattr("fd_large.cli.train.train_run", train)
     assert evaluate.main([*words, str(tmp_path)]) == 0
     assert trained == [str(tmp_path / "vit_base_patch16_random_seed_0")]
+
+
+def test_fewer_epochs_than_the_warm_up_of_the_model_s_recipe_shorten_it(tmp_path, monkeypatch):
+    trained = []
+
+    def train(run, *, deepspeed_config):
+        trained.append(run)
+        return 2
+
+    monkeypatch.setattr("fd_large.cli.train.train_run", train)
+    words = ["vit_base_patch16=random", "--task", "finetune", "--data.root", "builtin:photographs"]
+    words += ["--optim.epochs", "1", "--optim.base_lr", "1e-3", "--out", str(tmp_path)]
+    evaluate.main(words)
+    (run,) = trained
+    own = registry.get(run.name).optim
+    assert run.optim.warmup_epochs == pytest.approx(own.warmup_epochs / own.epochs)
+    assert run.optim.min_lr / run.optim.base_lr == pytest.approx(own.min_lr / own.base_lr)

@@ -101,6 +101,35 @@ def test_a_model_of_another_family_keeps_none_of_the_recipes_shape():
     assert other.student.sizes() == Student(model="timm:x").sizes()
 
 
+def test_the_ends_of_the_schedule_follow_the_rate_unless_they_are_set():
+    run = a_run(optim=Optim(base_lr=0.128, warmup_lr=3.2e-4, min_lr=0.064))
+    lower = run.with_fields({"optim.base_lr": 0.016}).optim
+    assert (lower.warmup_lr, lower.min_lr) == (4e-5, 0.008)
+    own = run.with_fields({"optim.base_lr": 0.016, "optim.min_lr": 0.001}).optim
+    assert (own.warmup_lr, own.min_lr) == (4e-5, 0.001)
+    kept = run.with_fields({"optim.base_lr": 0.128, "optim.eps": 1e-6}).optim
+    assert kept == replace(run.optim, eps=1e-6)
+    stay = run.with_fields({"optim.base_lr": 0.256}, stay=["optim.min_lr"]).optim
+    assert (stay.warmup_lr, stay.min_lr) == (6.4e-4, 0.064)
+    with pytest.raises(ConfigError, match=r"optim\.base_lr: a value of the wrong type"):
+        run.with_fields({"optim.base_lr": "low"})
+
+
+@pytest.mark.parametrize(
+    ("values", "warmup"),
+    [
+        ({"optim.epochs": 1}, 0.1),
+        ({"optim.epochs": 10}, 1.0),
+        ({"optim.epochs": 11}, 10.0),
+        ({"optim.epochs": 1, "optim.max_steps": 9}, 10.0),
+        ({"optim.epochs": 2, "optim.warmup_epochs": 1}, 1.0),
+    ],
+)
+def test_a_warm_up_that_does_not_fit_is_shortened(values, warmup):
+    run = a_run(optim=Optim(epochs=100, warmup_epochs=10))
+    assert run.with_fields(values).optim.warmup_epochs == warmup
+
+
 def test_other_weights_of_a_teacher_bring_their_own_model():
     run = a_run(
         teacher=Teacher(

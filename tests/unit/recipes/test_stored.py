@@ -42,6 +42,11 @@ def test_the_folder_of_several_students_names_theirs(tmp_path):
     assert read_recipe(tmp_path / "students" / "a", where="export").name == "quickstart"
 
 
+def with_a_rate(run):
+    """The section optim of an earlier version, where nothing followed the rate."""
+    return {"optim": run.to_dict()["optim"] | {"base_lr": 0.25}}
+
+
 def test_other_settings_are_told_before_weights_are_open(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -56,6 +61,11 @@ def test_other_settings_are_told_before_weights_are_open(tmp_path):
     for field, value in {"runtime.seed": 5, "optim.base_lr": 1.0, "objective.loss": "l1"}.items():
         with pytest.raises(ConfigError, match=rf"holds a run with other settings.*{field} "):
             require_same_settings(run.with_fields({field: value}))
+    rates = {"optim.base_lr": 0.25}
+    (folder / "recipe.json").write_text(json.dumps(settled.to_dict() | with_a_rate(settled)))
+    with pytest.raises(ConfigError, match=r"go on with --optim\.warmup_lr .*--optim\.min_lr 0\."):
+        require_same_settings(run.with_fields(rates))
+    (folder / "recipe.json").write_text(json.dumps(settled.to_dict()))
     # A length alone may be changed in ways that the sentence names.
     with pytest.raises(ConfigError, match=r"optim\.max_steps .*or a larger one"):
         require_same_settings(run.with_fields({"optim.max_steps": 5}))
