@@ -367,15 +367,15 @@ def _refusal(folder: Path, owner: Owner, silent: float) -> OwnedError:
             f"{folder / 'owner.*.json'}; the run goes on where it is."
         )
     remedy = (
-        f"kill {owner.pid}"
+        f"If it hangs for certain, end it: kill {owner.pid}."
         if owner.is_seen
-        else f"remove {folder / OWNER}, or wait: it is taken over {STALE_SECONDS:.0f} s after its "
-        "last sign of life"
+        else f"If it is dead for certain: remove {folder / OWNER}, or wait: it is taken over "
+        f"{STALE_SECONDS:.0f} s after its last sign of life."
     )
     return OwnedError(
         f"{folder}: another start owns this folder; got {owner}, last sign of life {silent:.0f} s "
         f"ago, expected nobody. Let it end, stop it (touch {folder / 'stop'}), or name another "
-        f"--runtime.run_dir. If it is dead for certain: {remedy}."
+        f"--runtime.run_dir. {remedy}"
     )
 
 

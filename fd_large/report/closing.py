@@ -43,8 +43,7 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
     if reason := files.summary.get("reason"):
         rows.append(("why it ended", reason))
     width = max(len(what) for what, _ in rows)
-    status = status_words(files)
-    lines = [f"{files.recipe['name']}: {status}, {progress(files)}; {files.folder}"]
+    lines = [f"{called(files)}: {status_words(files)}, {progress(files)}; {files.folder}"]
     lines += filter(None, [nothing_learned(files)])
     lines += [f"  {what:<{width}}  {text}" for what, text in rows]
     steps = next_steps(files)
@@ -69,6 +68,13 @@ def has_learned(files: RunFiles) -> bool | None:
         return True
     is_worse = isinstance(views, int) and losses[-1] * (views - 1) > constants[-1] * views
     return False if is_worse else None
+
+
+def called(files: RunFiles) -> str:
+    """Returns what a run is called: its own name, if it has one, with that of its recipe."""
+    recipe: str = files.recipe["name"]
+    own = files.recipe.get("runtime", {}).get("name")
+    return f"{own} ({recipe})" if own else recipe
 
 
 def status_words(files: RunFiles) -> str:
@@ -116,8 +122,11 @@ def when_measured(files: RunFiles, name: str) -> str:
 
 def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
     """Returns what came out, in words."""
-    summary = files.summary
-    rows = [
+    summary, student = files.summary, files.recipe["student"]
+    model, changed = full_name(student), changed_words(student)
+    model += f" ({changed})" if changed else ""
+    rows = [("student", f"{model}, begun from {student.get('init') or 'random weights'}")]
+    rows += [
         (name, _frozen(name, section, image_side_of(section, files.recipe["data"]["image_size"])))
         for name, section in files.frozen_models.items()
     ]

@@ -6,23 +6,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fd_large.recipes.architectures import full_name
 from fd_large.recipes.file_names import PICTURES
 from fd_large.report import html
-from fd_large.report.closing import closing_rows, progress
+from fd_large.report.closing import (
+    called,
+    closing_rows,
+    nothing_learned,
+    progress,
+    status_words,
+)
 from fd_large.report.run_files import RunFiles
 
 
 def run_html(files: RunFiles) -> str:
     """Returns a run's figures and pictures as HTML that needs no other file."""
-    rows = [*closing_rows(files), ("student", full_name(files.recipe["student"]))]
+    rows = closing_rows(files)
+    if doubt := nothing_learned(files):
+        rows.insert(0, ("nothing learned", doubt))
     if reason := files.summary.get("reason"):
         rows.append(("why it ended", str(reason)))
     rows.append(("folder", str(files.folder)))
-    status = files.summary.get("status", "not finished")
     pictures = files.folder / PICTURES
     return _shown(
-        f"{files.recipe['name']}: {status}, {progress(files)}",
+        f"{called(files)}: {status_words(files)}, {progress(files)}",
         rows,
         [pictures / "loss_curve.png", pictures / "features.png"],
     )

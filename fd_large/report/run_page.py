@@ -16,6 +16,7 @@ from fd_large.recipes.file_names import INCIDENT, INCIDENTS, PAGE, PICTURES, STE
 from fd_large.report import html, style
 from fd_large.report.closing import (
     RUNNING,
+    called,
     closing_rows,
     next_steps,
     nothing_learned,
@@ -50,7 +51,7 @@ def write_run_page(files: RunFiles) -> Path:
     doubt = nothing_learned(files)
     return html.write(
         files.folder / PAGE,
-        files.recipe["name"],
+        called(files),
         (
             html.paragraph(doubt) if doubt else "",
             html.tiles(_tiles(files)),

@@ -166,7 +166,7 @@ def _listed(numbers: Iterable[tuple[str, float]]) -> str:
 def _beside_speed(row: Row) -> str:
     """Returns what is known of utilisation, waiting and memory, each after two spaces."""
     parts = []
-    if "tflops_per_gpu" in row:
+    if row.get("tflops_per_gpu", 0) >= 0.1:  # A CPU has so few that they tell nothing.
         parts.append(f"{row['tflops_per_gpu']:.3g} TFLOP/s per rank")
     if "mfu" in row:
         again = f" ({100 * row['hardware_utilisation']:.1f}% with recomputation)"

@@ -23,7 +23,7 @@ from fd_large.errors import ConfigError, ShapeError, VersionError, first_line
 OLDEST = "1.0.31"
 """The only release that was seen not to run code that a model's configuration names."""
 
-_WHERE = "student.model or teacher.model"
+_WHERE = "model"  # A section of a recipe, or what a command was given.
 
 
 def create(name: str, **arguments: Any) -> nn.Module:

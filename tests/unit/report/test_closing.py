@@ -164,6 +164,19 @@ def test_the_quick_start_leads_to_images_of_ones_own(run_of, make_run):
     assert given.run.runtime.run_dir == f"{folder}-2"
 
 
+def test_the_end_names_the_run_and_its_student(run_of):
+    folder, recipe = run_of("distillation")
+    head, student, *_ = closing_text(read_run(folder), []).splitlines()
+    assert head.startswith(f"{recipe.name}: done")
+    assert recipe.student.model in student
+    assert student.endswith("from random weights")
+    named = override(recipe, {"runtime.name": "wide images", "student.init": "a.safetensors"})
+    (folder / "recipe.json").write_text(json.dumps(named.to_dict()))
+    head, student, *_ = closing_text(read_run(folder), []).splitlines()
+    assert head.startswith(f"wide images ({recipe.name}): done")
+    assert student.endswith("from a.safetensors")
+
+
 def with_losses(folder, student, constant, *, views=256):
     recipe = json.loads((folder / "recipe.json").read_text())
     recipe["eval"]["views"] = views

@@ -68,7 +68,7 @@ def test_a_model_without_a_head_leaves_a_layer_for_one():
 @pytest.mark.parametrize(
     ("name", "rate", "field"),
     [
-        ("convnext_attoo", 0.1, "student.model.*: .*convnext_atto"),
+        ("convnext_attoo", 0.1, "^model: .*convnext_atto"),
         ("vit_that_forgets", 0.1, "student.model: .*does not depend on all .* spare the first"),
         ("vit_that_drops_patches", 0.1, "student.model: .*bernoulli|rand"),
         ("test_vit", 0.1, "does not take .*8x8 pixels"),

@@ -177,7 +177,7 @@ def test_bfloat16_weights_keep_float32_statistics():
 @pytest.mark.parametrize(
     ("override", "match"),
     [
-        (Architecture(timm_name="resnet19"), "student.model.*: .*resnet1"),
+        (Architecture(timm_name="resnet19"), "^model: .*resnet1"),
         (Architecture(timm_name="resnet18", feature_stride=7), "expected one of 2, 4, 8, 16, 32"),
         (Architecture(feature_stride=-1), "feature_stride: .*positive"),
         (Architecture(depths=(2,)), "timm model without that option"),
