@@ -474,7 +474,9 @@ def build(checked: Checked, lease: Lease | None, launch: Launch) -> Opened:
     job, run = checked.job, checked.job.run
     folder = Path(run.run_dir())
     if lease:
-        write_environment(lease.folder, checked.config, launch.launcher, job.metrics)
+        write_environment(
+            lease.folder, checked.config, launch.launcher, job.metrics, job.lower_is_better
+        )
     with activity.work("building the engine"), memory.building_in_memory(job.memory_remedy):
         engine = engine_of(
             run,

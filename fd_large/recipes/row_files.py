@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fd_large.files import kind_of, parse_json
 
 _MOST_STEPS = 1 << 53
+_END_BYTES = 1 << 16
 
 
 class Line(NamedTuple):
@@ -32,6 +34,21 @@ def lines_of(path: Path) -> list[Line]:
     """
     raw = path.read_bytes().splitlines(keepends=True) if kind_of(path) == "file" else []
     return [Line(number, line, _row(line)) for number, line in enumerate(raw, 1)]
+
+
+def newest_line(path: Path) -> list[Line]:
+    """Returns the last readable line of such a file, as number -1; none where there is none.
+
+    Only the end of the file is read, where a run that goes on or was killed may leave a torn line.
+    """
+    if kind_of(path) != "file":
+        return []
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _END_BYTES))
+        lines = file.read(_END_BYTES).splitlines(keepends=True)
+    rows = ((line, _row(line)) for line in reversed(lines))
+    return next(([Line(-1, line, row)] for line, row in rows if row is not None), [])
 
 
 def numbers_of(lines: list[Line]) -> str:

@@ -58,6 +58,7 @@ class TaskKind:
             loss, as far as that shows without torch; None: what it names is found when it is made.
         metrics: The words for what evaluations of a recipe of the task measure, "SET/METRIC" ->
             words, as `TrainingJob.metrics` has them; None: only its job knows.
+        lower_is_better: As `TrainingJob.lower_is_better`, for commands without torch.
         next_steps: What is worth running after a run of it: why, and the words after the program's
             name, in which {run} is the run's folder, {data.root} its images, {library} a library
             that has its student, and the word {teachers} stands for RUN#NAME of each teacher.
@@ -81,6 +82,7 @@ class TaskKind:
     ignored_fields: tuple[str, ...] = ()
     check_names: Callable[[Any], None] | None = None
     metrics: Callable[[Any], Mapping[str, str]] | None = None
+    lower_is_better: tuple[str, ...] = ("loss",)
     next_steps: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 

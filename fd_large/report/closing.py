@@ -210,8 +210,7 @@ def _teachers(files: RunFiles) -> dict[str, dict[str, Any]]:
 
 def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
     """What the run's task says is worth running after it."""
-    name = _task(files)
-    if name not in TASKS:
+    if files.task not in TASKS:
         return []  # The user's own, whose code a report does not run.
     student = model_of(files.recipe["student"])
     values = {
@@ -224,7 +223,7 @@ def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
     entries = _teachers(files)
     # What stands for a teacher knows the training views alone.
     teachers = [name for name, one in entries.items() if not cached_folder(one.get("source", ""))]
-    for why, steps in TASKS[name].next_steps:
+    for why, steps in TASKS[files.task].next_steps:
         if steps[0] == "export" and has_learned(files) is False:
             continue  # Nobody wants that student.
         words = [
@@ -238,14 +237,9 @@ def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
     return found
 
 
-def _task(files: RunFiles) -> str:
-    name: str = files.recipe.get("task", {}).get("name", "distillation")
-    return name
-
-
 def _evaluates(files: RunFiles) -> bool:
     """Whether the run measures anything on held-out images, which a task of one's own may not."""
-    return _task(files) in TASKS or bool(files.evaluations)
+    return files.task in TASKS or bool(files.evaluations)
 
 
 def _commands(files: RunFiles) -> list[str]:

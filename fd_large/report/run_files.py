@@ -17,15 +17,16 @@ from fd_large.recipes import registry
 from fd_large.recipes.fields import flat_plain
 from fd_large.recipes.file_names import ENVIRONMENT, EVALUATIONS, METRICS, SUMMARY
 from fd_large.recipes.left import LEFT
-from fd_large.recipes.row_files import lines_of, numbers_of
+from fd_large.recipes.row_files import Line, lines_of, newest_line, numbers_of
 from fd_large.recipes.stored import recipe_file
+from fd_large.tasks.registry import TASKS
 
 _WHERE = "report"
 _KINDS: dict[type | UnionType, tuple[str, ...]] = {
     str: ("status", "reason", "start", "host", "platform", "device", "launcher", "python"),
     int: ("world_size", "total_updates", "peak_memory_bytes"),
     int | float: ("images_per_second",),
-    list: ("command", "next"),
+    list: ("command", "next", "lower_is_better"),
     dict: ("metrics", "packages"),
 }
 """What stands in summary.json and environment.json under the names that a report uses."""
@@ -123,6 +124,22 @@ class RunFiles:
         metrics = self.environment.get("metrics", {})
         return {key.replace("/", "_"): words for key, words in metrics.items()}
 
+    @property
+    def task(self) -> str:
+        """Name of the task; empty where the recipe has something else there."""
+        section = self.recipe.get("task", {})
+        name = section.get("name", "distillation") if isinstance(section, dict) else ""
+        return name if isinstance(name, str) else ""
+
+    def lower_is_better(self, name: str) -> bool:
+        """Whether less of an evaluated number is better, as the run's task says."""
+        kind, known = self.kind(name), self.environment.get("lower_is_better")
+        if known is not None and kind != name:
+            return kind in known
+        # An earlier version did not record it, or the number has no words.
+        usual = TASKS[self.task].lower_is_better if self.task in TASKS else ("loss",)
+        return any(kind == one or kind.endswith(f"_{one}") for one in usual)
+
     def column(self, name: str) -> numpy.ndarray:
         """Returns a number of each training row, (n,); NaN where it is not known."""
         return numpy.array([row.get(name, numpy.nan) for row in self.rows], dtype=numpy.float64)
@@ -133,14 +150,19 @@ class RunFiles:
         return numpy.array([row["update"] for row in rows]), numpy.array([r[name] for r in rows])
 
 
-def read_run(folder: str | Path) -> RunFiles:
+def read_run(folder: str | Path, *, newest_row: bool = False) -> RunFiles:
     """Reads a run's folder.
+
+    Args:
+        folder: The run's folder.
+        newest_row: Read of metrics.jsonl the newest whole row alone, which is quick.
 
     Raises: ConfigError: if it is not a run's; DataError: if a file in it is damaged.
     """
     folder = Path(folder)
     recipe = masked(_recipe(recipe_file(folder, where=_WHERE)))
-    rows = _rows(folder / METRICS, "loss", "learning_rate")
+    lines = newest_line(folder / METRICS) if newest_row else lines_of(folder / METRICS)
+    rows = _rows(folder / METRICS, lines, "loss", "learning_rate")
     return RunFiles(
         folder=folder,
         recipe=recipe,
@@ -195,9 +217,8 @@ def _summary(path: Path) -> dict[str, Any]:
     return found
 
 
-def _rows(path: Path, *numbers: str) -> list[dict[str, Any]]:
-    """Returns the rows, each with these numbers unless it was skipped."""
-    lines = lines_of(path)
+def _rows(path: Path, lines: list[Line], *numbers: str) -> list[dict[str, Any]]:
+    """Returns the rows of a file's lines, each with these numbers unless it was skipped."""
     # The last line of a run that goes on, or was killed, may be torn.
     if lines and not lines[-1].raw.endswith(b"\n"):
         lines.pop()
@@ -216,7 +237,7 @@ def _rows(path: Path, *numbers: str) -> list[dict[str, Any]]:
 
 
 def _evaluations(path: Path) -> list[dict[str, Any]]:
-    rows = _rows(path)
+    rows = _rows(path, lines_of(path))
     for row in rows:
         for name, value in row.items():
             if value is not None and not _is_number(value):

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -83,7 +83,11 @@ def open_folder(
 
 
 def write_environment(
-    folder: Path, deepspeed_config: dict[str, Any], launcher: str, metrics: Mapping[str, str]
+    folder: Path,
+    deepspeed_config: dict[str, Any],
+    launcher: str,
+    metrics: Mapping[str, str],
+    lower_is_better: Collection[str],
 ) -> None:
     """Records where and how the run is started, in environment.json and deepspeed.json.
 
@@ -94,6 +98,7 @@ def write_environment(
         deepspeed_config: The JSON that DeepSpeed got.
         launcher: What started the ranks.
         metrics: The words for what evaluations measure (`TrainingJob.metrics`), for the report.
+        lower_is_better: Of which of them less is better (`TrainingJob.lower_is_better`).
     """
     if not distributed.is_main():
         return
@@ -112,6 +117,7 @@ def write_environment(
             "launcher": launcher,
             "command": masked(sys.argv),
             "metrics": dict(metrics),
+            "lower_is_better": list(lower_is_better),
         },
     )
 

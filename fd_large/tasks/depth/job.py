@@ -26,9 +26,7 @@ class DepthJob(DenseJob):
     """The student learns the depth of `data.root`'s train split, tested on its val split."""
 
     metrics: ClassVar = METRICS
-    lower_is_better: ClassVar = (
-        *("loss", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog"),
-    )
+    lower_is_better = KIND.lower_is_better
     ignored_fields = KIND.ignored_fields
     on_last_map = ON_LAST_MAP
 

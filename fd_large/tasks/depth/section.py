@@ -142,6 +142,7 @@ KIND = TaskKind(
     ignored_fields=IGNORED_FIELDS,
     check_names=partial(check_head, task="depth"),
     metrics=lambda _: METRICS,
+    lower_is_better=("loss", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog"),
     scoring_fields=(
         *HOW_TO_TEST,
         "task.depth.depth_scale",

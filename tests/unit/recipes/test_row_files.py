@@ -1,6 +1,6 @@
 """Which lines of a run's .jsonl files are rows, and which are damaged."""
 
-from fd_large.recipes.row_files import lines_of, numbers_of
+from fd_large.recipes.row_files import lines_of, newest_line, numbers_of
 
 
 def test_a_line_is_a_row_or_damaged(tmp_path):
@@ -14,3 +14,15 @@ def test_a_line_is_a_row_or_damaged(tmp_path):
     assert b"".join(line.raw for line in lines) == file.read_bytes()
     assert numbers_of(lines[1:2]) == "line 2"
     assert numbers_of(lines[1:3]) == "lines 2, 3"
+
+
+def test_the_newest_line_is_read_from_the_end(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert newest_line(path) == []
+    rows = "".join(f'{{"update": {n}, "pad": "{"x" * 90}"}}\n' for n in range(2000))
+    path.write_text(rows)
+    assert [line.row["update"] for line in newest_line(path)] == [1999]
+    path.write_text(rows + '{"update": 2000, "pa')
+    assert newest_line(path)[0].row["update"] == 1999
+    path.write_text("no row\n")
+    assert newest_line(path) == []

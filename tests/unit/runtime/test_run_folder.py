@@ -120,10 +120,11 @@ def test_a_damaged_recipe_is_named(tmp_path, text):
 
 
 def test_where_and_how_it_was_started(tmp_path):
-    write_environment(tmp_path, {"a": 1}, "torchrun", {"test/top1": "top-1"})
+    write_environment(tmp_path, {"a": 1}, "torchrun", {"test/top1": "top-1"}, ("loss",))
     found = json.loads((tmp_path / "environment.json").read_text())
     assert (found["launcher"], found["world_size"], found["device"]) == ("torchrun", 1, "cpu")
     assert found["metrics"] == {"test/top1": "top-1"}
+    assert found["lower_is_better"] == ["loss"]
     assert found["packages"]["torch"]
     assert json.loads((tmp_path / "deepspeed.json").read_text()) == {"a": 1}
 
