@@ -67,6 +67,8 @@ def masked(value: Any) -> Any:
 
 def printable(text: str) -> str:
     """Returns text from elsewhere without what commands a terminal."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 

@@ -30,6 +30,7 @@ COMMANDS = {
     "statistics": "Measure a teacher's channels, for targets that are standardised or rotated.",
     "cache": "Store a teacher's maps of fixed views, from which runs learn without the teacher.",
     "plan": "Say whether a recipe fits a cluster, and how long it takes there.",
+    "runs": "List the runs below a folder: how each stands, and the best by a metric.",
     "report": "Draw a run's curves and say what came out.",
     "checkpoint": "List, verify, prune, export or import a run's checkpoints.",
     "weights": "Inspect a file of weights, convert it to another format, or download it.",

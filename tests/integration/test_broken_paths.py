@@ -56,6 +56,7 @@ READ = {
     "plan --config": "plan --config {}",
     "plan --rates": "plan --rates {}",
     "report": "report {}",
+    "runs": "runs {}",
     "checkpoint list": "checkpoint list {}",
     "checkpoint verify": "checkpoint verify {}",
     "checkpoint prune": "checkpoint prune {}",

@@ -29,7 +29,7 @@ from typing import IO, Any, NamedTuple
 COMMANDS = (
     *("main", "train", "init", "recipes", "models", "statistics", "cache", "plan", "report"),
     *("checkpoint", "weights", "export", "doctor", "replay", "predict", "evaluate", "transfer"),
-    *("diagnose", "output"),
+    *("diagnose", "runs", "output"),
 )
 WITH_TORCH = (
     *("torch", "torch._dynamo", "torchvision", "torchvision.transforms.v2", "deepspeed", "timm"),

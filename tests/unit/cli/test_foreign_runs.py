@@ -93,6 +93,8 @@ def commands(folder: Path, out: Path) -> list[list[str]]:
         ["cache", "quickstart", f"{out}/cache", "--config", recipe],
         ["plan", "--config", recipe, "--gpus", "1", "--images", "100"],
         ["report", run],
+        ["runs", run, "--best", "held_out_loss"],
+        ["runs", run, "--csv"],
         ["checkpoint", "list", run],
         ["checkpoint", "verify", run],
         ["checkpoint", "export", run, f"{out}/ds", "--deepspeed_config", "zero1"],

@@ -1,0 +1,263 @@
+"""`python -m fd_large runs FOLDER`."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from fd_large.checkpoint.lease import OWNER, living_owner
+from fd_large.checkpoint.owner import Owner
+from fd_large.cli.arguments import parse
+from fd_large.cli.output import tables
+from fd_large.errors import ConfigError, FDError, nearest, printable
+from fd_large.files import kind_of, read_bytes
+from fd_large.recipes.sections import STUDENTS
+from fd_large.report.closing import RUNNING
+from fd_large.report.run_files import RunFiles, read_run
+from fd_large.report.run_list import DAMAGED, FAILED, KILLED, ListedRun, find_runs, state_of
+from fd_large.runtime import terminal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """List the runs below a folder: how each stands, and what it has reached.
+
+    Without --best, runs come in the order of their names, each with the newest value of its main
+    metric: the recipe's eval.best_metric, or the first number that its evaluations measure.
+    """
+
+    # Folder with runs in it, at any depth, for example runs.
+    folder: Annotated[str, Positional, arg(metavar="FOLDER")]
+    # Numbers of evaluations, SET/METRIC or as in evaluations.jsonl (held_out_loss, test_top1): the
+    # best value of each run and its step. The runs come in the order of the first one, the best on
+    # top; whether less is better, their task says. The evaluation before training does not count.
+    best: tuple[str, ...] = ()
+    # Fields of the recipe to show beside each run, for example optim.base_lr.
+    show: tuple[str, ...] = ()
+    # Only runs with these values, as FIELD=VALUE: fields of the recipe, or state, recipe, student.
+    where: tuple[str, ...] = ()
+    # Print comma-separated values, with the newest value of every number that was measured.
+    csv: bool = False
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the table; sentences on folders that cannot be read go to stderr."""
+    given = parse(Runs, arguments, command="runs")
+    root = Path(given.folder)
+    runs = _listed(root)
+    best = [_metric(name, runs) for name in given.best]
+    for name in given.show:
+        _require_known(name, "--show", runs)
+    runs = _chosen(runs, given.where)
+    if best:
+        runs.sort(key=lambda run: _rank(run, best[0]))
+    if given.csv:
+        _print_csv(root, runs, best, given.show)
+    else:
+        tables().print(_table(root, runs, best, given.show))
+        for run in runs:
+            if run.problem:
+                print(printable(f"{_name(run, root)}: {run.problem}"))
+    return 0
+
+
+def _listed(root: Path) -> list[ListedRun]:
+    """Reads all runs below a folder.
+
+    Raises: ConfigError: if it is no folder, or holds none.
+    """
+    kind = kind_of(root, where="runs")
+    if kind != "folder":
+        got = {"file": "a file", "other": "a pipe or a device", None: "nothing there"}[kind]
+        raise ConfigError(
+            f"runs: {root}: no folder; got {got}, expected a folder with runs in it. Name one, for "
+            "example runs."
+        )
+    runs = [_read(folder) for folder in find_runs(root, _say)]
+    if not runs:
+        raise ConfigError(
+            f"runs: {root}: no run in it; got no folder with a recipe.json, expected one or more. "
+            "Name the folder that --runtime.run_dir is in, for example runs."
+        )
+    return runs
+
+
+def _say(error: FDError) -> None:
+    terminal.show_error(str(error))
+
+
+def _read(folder: Path) -> ListedRun:
+    # All students of a run are one start's.
+    owned = folder.parents[1] if folder.parent.name == STUDENTS else folder
+    is_alive = any(living_owner(each) for each in dict.fromkeys((folder, owned)))
+    try:
+        files = read_run(folder, newest_row=True)
+        state = RUNNING if is_alive else KILLED if _was_killed(owned, files) else state_of(files)
+        return ListedRun(folder, state, files, _reason(files) if state == FAILED else "")
+    except FDError as error:
+        return ListedRun(folder, RUNNING if is_alive else DAMAGED, problem=str(error))
+    except OSError as error:  # Removed or closed while it was read.
+        return ListedRun(folder, DAMAGED, problem=f"cannot be read: {error.strerror}")
+
+
+def _was_killed(owned: Path, files: RunFiles) -> bool:
+    """Whether the last start left its owner.json behind, and no word on how it ended."""
+    if not kind_of(owned / OWNER):
+        return False
+    return Owner.parse(read_bytes(owned / OWNER)).start != files.summary.get("start")
+
+
+def _reason(files: RunFiles) -> str:
+    status, reason = files.summary.get("status", ""), files.summary.get("reason", "")
+    return f"{status}: {reason}" if reason else status
+
+
+def _chosen(runs: list[ListedRun], wanted: Sequence[str]) -> list[ListedRun]:
+    """Returns the runs that have all of the values.
+
+    Raises: ConfigError: if a word is not FIELD=VALUE, or no run has the field.
+    """
+    chosen = runs
+    for word in wanted:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"--where: no field with a value; got {word!r}, expected FIELD=VALUE. Write for "
+                "example --where state=running."
+            )
+        _require_known(name, "--where", runs)
+        chosen = [r for r in chosen if name in r.fields and _same(r.fields[name], value)]
+    return chosen
+
+
+def _require_known(name: str, where: str, runs: Iterable[ListedRun]) -> None:
+    known = {field for run in runs for field in run.fields}
+    if name not in known:
+        raise ConfigError(
+            f"{where}: no field of these runs; got {name!r}, {nearest(name, known)}. "
+            f"Change {where}."
+        )
+
+
+def _same(value: Any, text: str) -> bool:
+    """Whether a recipe's value is the one that a text means: 1e-4 is 0.0001, true is True."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(text) == value
+        except ValueError:
+            return False
+    return _text(value).lower() == text.lower()
+
+
+def _metric(name: str, runs: Iterable[ListedRun]) -> str:
+    """Returns the name of a number as evaluations.jsonl has it.
+
+    Raises: ConfigError: if no run has measured it.
+    """
+    known = list(dict.fromkeys(each for run in runs for each in run.measured))
+    metric = name.replace("/", "_")
+    if metric not in known:
+        among = nearest(metric, known) if known else "expected a number that evaluations measure"
+        raise ConfigError(
+            f"--best: no number that these runs have measured; got {name!r}, {among}. "
+            "Change --best, or leave it out."
+        )
+    return metric
+
+
+def _rank(run: ListedRun, metric: str) -> tuple[bool, float]:
+    best = run.best(metric)
+    if best is None:
+        return True, 0.0
+    return False, best.value if run.lower_is_better(metric) else -best.value
+
+
+def _table(
+    root: Path, runs: Sequence[ListedRun], best: Sequence[str], fields: Sequence[str]
+) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=printable(f"{len(runs)} runs in {root}"), title_justify="left")
+    table.add_column("run", overflow="fold")
+    for column in ("recipe", "student", *fields, "state"):
+        table.add_column(column, overflow="fold")
+    table.add_column("step", justify="right")
+    table.add_column("loss", justify="right")
+    for name in best or ["newest value"]:
+        table.add_column(printable(f"best {name}" if best else name), overflow="fold")
+    table.add_column("last written", no_wrap=True)
+    for run in runs:
+        progress = f"{run.step} of {run.steps}" if run.steps else str(run.step)
+        if best:
+            found = [run.best(name) for name in best]
+            values = [f"{one.value:.5g} at {one.step}" if one else "" for one in found]
+        else:
+            last = run.last(run.main_metric)
+            values = [f"{run.main_metric} {last.value:.5g} at {last.step}" if last else ""]
+        cells = [
+            *(_name(run, root), run.recipe.get("name", ""), run.student),
+            *(_text(run.fields.get(name, "")) for name in fields),
+            *(run.state, progress if run.files else "", _number(run.loss), *values),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(run.written)) if run.written else "",
+        ]
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    return table
+
+
+def _print_csv(
+    root: Path, runs: Sequence[ListedRun], best: Sequence[str], fields: Sequence[str]
+) -> None:
+    measured = list(dict.fromkeys(name for run in runs for name in run.measured))
+    of_best = [column for name in best for column in (f"best {name}", f"step of best {name}")]
+    writer = csv.writer(terminal.out(), lineterminator="\n")
+    titles = ["run", "recipe", "student", "state", "step", "steps", "written", "loss"]
+    writer.writerow(map(_cell, [*titles, *fields, *of_best, *measured, "problem"]))
+    for run in runs:
+        found = [run.best(name) for name in best]
+        newest = [run.last(name) for name in measured]
+        written = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(run.written or 0))
+        row = [
+            *(_name(run, root), run.recipe.get("name", ""), run.student, run.state),
+            *(run.step if run.files else None, run.steps, written if run.written else None),
+            *(run.loss, *(_value(run.fields.get(name)) for name in fields)),
+            *(value for one in found for value in (one or (None, None))),
+            *(one.value if one else None for one in newest),
+            run.problem,
+        ]
+        writer.writerow(map(_cell, row))
+
+
+def _cell(value: Any) -> Any:
+    """A cell that a spreadsheet takes for a number or a text, and for no formula to work out."""
+    if not isinstance(value, str):
+        return value
+    text = " ".join(printable(value).split("\n"))
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
+
+
+def _name(run: ListedRun, root: Path) -> str:
+    name = str(run.folder.relative_to(root))
+    return run.folder.resolve().name if name == "." else name
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _value(value: Any) -> Any:
+    """A number as it is, so that a cell may hold a negative one; all else as text."""
+    return value if value is None or isinstance(value, int | float) else _text(value)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.5g}"

@@ -1,0 +1,199 @@
+"""The runs below a folder: where they are, and what each has come to, from its files alone."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fd_large.errors import FDError
+from fd_large.files import unusable
+from fd_large.recipes.architectures import full_name
+from fd_large.recipes.fields import flat_plain
+from fd_large.recipes.file_names import (
+    CHECKPOINTS,
+    EVALUATED,
+    EVALUATIONS,
+    EVENTS,
+    INCIDENTS,
+    LOGS,
+    METRICS,
+    PICTURES,
+    RECIPE,
+    is_run,
+)
+from fd_large.recipes.sections import STUDENTS
+from fd_large.report.closing import RUNNING
+from fd_large.report.run_files import RunFiles
+
+# Folders of a run that hold no other run.
+_OWN_FOLDERS = {CHECKPOINTS, EVALUATED, EVENTS, INCIDENTS, LOGS, PICTURES}
+DONE, STOPPED, FAILED, KILLED, DAMAGED = "done", "stopped", "failed", "killed", "damaged"
+"""How a run stands that is not running: at its end; saved and left; ended by a failure or a guard;
+ended without a word, or damaged so that its files cannot be read."""
+_STATES = {DONE: DONE, "preempted": STOPPED, "interrupted": STOPPED, "": KILLED}
+
+
+class Value(NamedTuple):
+    """A number of an evaluation.
+
+    Attributes:
+        value: The number.
+        step: Finished steps at which it was measured.
+    """
+
+    value: float
+    step: int
+
+
+@dataclass(frozen=True)
+class ListedRun:
+    """A run among others.
+
+    Attributes:
+        folder: Its folder.
+        state: `running`, or one of the states above.
+        files: What its folder holds; None where that cannot be read.
+        problem: Why it cannot be read, or why it failed; empty where there is nothing to say.
+    """
+
+    folder: Path
+    state: str
+    files: RunFiles | None = None
+    problem: str = ""
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Content of recipe.json; empty where that cannot be read."""
+        return self.files.recipe if self.files else {}
+
+    @property
+    def student(self) -> str:
+        """Name of the model that is trained; empty where the recipe names none."""
+        section = self.recipe.get("student")
+        named = isinstance(section, dict) and isinstance(section.get("model"), str)
+        return full_name(section) if named else ""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The recipe's fields, section.field, and besides `recipe`, `student` and `state`."""
+        named = {"recipe": self.recipe.get("name", ""), "student": self.student}
+        return {**flat_plain(self.recipe), **named, "state": self.state}
+
+    @property
+    def step(self) -> int:
+        """Finished steps."""
+        return int(self.files.updates[-1]) if self.files and len(self.files.updates) else 0
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of the whole run; None where its files do not say."""
+        if self.files is None:
+            return None
+        recorded = self.files.summary.get("total_updates")
+        optim = self.recipe.get("optim")
+        named = optim.get("max_steps") if isinstance(optim, dict) else None
+        # The summary of a run that goes on is an earlier start's.
+        goes_on = self.state in (RUNNING, KILLED)
+        steps = (named or recorded) if goes_on else (recorded or named)
+        return steps if isinstance(steps, int) and steps > 0 else None
+
+    @property
+    def loss(self) -> float | None:
+        """Training loss of the newest step; None where that was skipped, or there is none."""
+        losses = self.files.trained_loss if self.files else ()
+        return float(losses[-1]) if len(losses) else None
+
+    @property
+    def written(self) -> float | None:
+        """When the run last wrote a number, or its recipe, in seconds of Unix time."""
+        times = []
+        for name in (METRICS, EVALUATIONS, RECIPE):
+            try:
+                times.append((self.folder / name).stat().st_mtime)
+            except OSError:
+                continue
+        return max(times, default=None)
+
+    @property
+    def measured(self) -> list[str]:
+        """Names of all numbers of the evaluations, in order, the baselines last."""
+        rows = self.files.evaluations if self.files else []
+        names = list(dict.fromkeys(key for row in rows for key in row if key != "update"))
+        first = self.files.measured if self.files else []
+        return sorted(names, key=lambda name: (name not in first, name.endswith("_best_constant")))
+
+    @property
+    def main_metric(self) -> str:
+        """The number by which the recipe names the best checkpoint, or the first one measured."""
+        section = self.recipe.get("eval")
+        named = section.get("best_metric") if isinstance(section, dict) else None
+        return named if named in self.measured else next(iter(self.measured), "")
+
+    def last(self, metric: str) -> Value | None:
+        """Returns the newest value of a number; None where it was not measured."""
+        return next(reversed(self._values(metric)), None)
+
+    def best(self, metric: str) -> Value | None:
+        """Returns the best value of a number, the first of equals; None where there is none.
+
+        As for the best checkpoint, the evaluation before the first step does not count.
+        """
+        sign = 1 if self.lower_is_better(metric) else -1
+        values = [each for each in self._values(metric) if each.step and math.isfinite(each.value)]
+        return min(values, key=lambda each: (sign * each.value, each.step), default=None)
+
+    def lower_is_better(self, metric: str) -> bool:
+        """Whether less of a number is better."""
+        return self.files is not None and self.files.lower_is_better(metric)
+
+    def _values(self, metric: str) -> list[Value]:
+        rows = self.files.evaluations if self.files else []
+        return [Value(row[metric], row["update"]) for row in rows if row.get(metric) is not None]
+
+
+def find_runs(root: Path, on_error: Callable[[FDError], None]) -> Iterator[Path]:
+    """Yields the folders of the runs below a folder, itself included, in the order of names.
+
+    Of a run with several students these are the students' own. Links are followed to runs outside
+    of the folder alone.
+
+    Args:
+        root: The folder.
+        on_error: Called with the sentence for a folder that cannot be read.
+    """
+    whole, folders = root.resolve(), [root]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                inner = sorted(entry.name for entry in entries if _leads_on(entry, whole))
+            holds_run = is_run(folder)
+        except OSError as error:
+            on_error(unusable("runs", error, folder))
+            continue
+        except FDError as error:
+            on_error(error)
+            continue
+        if holds_run:
+            inner = [name for name in inner if name not in _OWN_FOLDERS]
+            if not any(folder.glob(f"{STUDENTS}/*/{RECIPE}")):
+                yield folder
+        folders += [folder / name for name in reversed(inner)]
+
+
+def _leads_on(entry: os.DirEntry[str], root: Path) -> bool:
+    if entry.name.startswith("."):  # Also what a start that moves a run aside makes for a moment.
+        return False
+    if not entry.is_symlink():
+        return entry.is_dir()
+    target = Path(entry.path).resolve()
+    return entry.is_dir() and root not in target.parents and target != root and is_run(target)
+
+
+def state_of(files: RunFiles) -> str:
+    """Returns how a run stands that nobody works on, by its summary.json."""
+    return _STATES.get(files.summary.get("status", ""), FAILED)
