@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,17 @@ def test_ranks_stages_passes_and_recomputation_change_nothing(tmp_path: Path) ->
         for losses in others:
             assert distance(losses, first) <= 1e-6
     assert distance(found[4][0]["losses"], found[12][0]["losses"]) > 1e-4
+
+
+@pytest.mark.parametrize("micro", [6, 2], ids=["a group on both ranks", "three passes"])
+def test_running_statistics_move_alike_on_both_ranks(tmp_path: Path, micro: int) -> None:
+    layout = {"group": 4 if micro == 6 else 2, "zero": scenarios.ZERO1, "micro": micro}
+    program = PROGRAM.with_name("running_statistics.py")
+    run_ranks(program, tmp_path, json.dumps(setting(layout)), ranks=2, results=tmp_path)
+    first, second = read_results(tmp_path, 2)
+    names = first[0].keys()
+    assert names
+    for mine, other in zip(first, second, strict=True):
+        assert [name for name in names if mine[name] != other[name]] == []
+    for before, after in pairwise(first):
+        assert [name for name in names if before[name] == after[name]] == []

@@ -11,7 +11,7 @@ import torch
 from oracles_models import GRADIENT_FACTOR, Row, Tensors, max_relative
 from torch import Tensor, nn
 
-from fd_large.backbones.batch_norm import BatchNorm
+from fd_large.backbones import batch_norm
 from fd_large.backbones.translation import NOWHERE, our_name
 from fd_large.backbones.vit.vit import ViT
 from fd_large.engine.schedule import PolynomialSchedule, RiseAndFall, Schedule, StepSchedule
@@ -88,9 +88,7 @@ class Errors:
 
 
 def move_statistics(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, BatchNorm):
-            module.move()
+    batch_norm.move(batch_norm.norms_of(model))
 
 
 class _Heads(nn.Module):

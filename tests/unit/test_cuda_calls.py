@@ -195,8 +195,10 @@ def test_the_memory_of_a_gpu(card: Card) -> None:
 def test_the_probe_of_a_gpu_frees_what_it_took(card: Card, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(micro_batch, "backward", lambda engine, arguments: None)
     monkeypatch.setattr(micro_batch, "arguments_of_step", lambda *_, **__: (each for each in [{}]))
+    task = nn.Identity()
+    task.student_norms = list
     thrown_away = SimpleNamespace(
-        deepspeed=SimpleNamespace(step=lambda: None, destroy=lambda: None), task=nn.Identity()
+        deepspeed=SimpleNamespace(step=lambda: None, destroy=lambda: None), task=task
     )
     monkeypatch.setattr(opening, "engine_of", lambda *_, **__: thrown_away)
     numbers = config.RunNumbers(1, 4, 1, 1, 1.0, True, (8,))

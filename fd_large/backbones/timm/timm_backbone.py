@@ -256,7 +256,8 @@ class TimmBackbone(nn.Module):
         """
         grid = self._grid(*images.shape[-2:])
         self._scales.now = branch_scales(keep, self.drop_path_rates, images.shape[0], images.device)
-        self._groups.images = len(images)
+        if self.training:
+            self._groups.images = len(images)
         summary, tokens = None, self.net(images)
         if self.gives_summary:
             summary, tokens = tokens
@@ -300,7 +301,8 @@ class TimmBackbone(nn.Module):
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % self.stride, 0, -height % self.stride))
         self._scales.now = branch_scales(keep, self.drop_path_rates, images.shape[0], images.device)
-        self._groups.images = len(images)
+        if self.training:
+            self._groups.images = len(images)
         maps = self.net(images, stages=self._stages)
         self._scales.now = None
         return tuple(rearrange(x, "b c h w -> b h w c") for x in maps)

@@ -326,6 +326,21 @@ def test_a_recipe_is_shown_as_the_run_file_that_it_is(name, tmp_path, capsys):
     assert given.run == registry.get(name)
 
 
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["quickstrat"], ["'quickstrat'", "nearest: quickstart"]),
+        (["NOPE"], ["'NOPE'", "known: "]),
+        (["quickstart", "fd_swinv2g"], ["'fd_swinv2g'"]),
+    ],
+)
+def test_a_recipe_that_is_not_there_is_one_sentence_with_names_that_are(words, found, capsys):
+    assert cli.main(["recipes", *words]) == 2
+    said = one_sentence(capsys)
+    for part in ["recipes: ", *found]:
+        assert part in said
+
+
 @pytest.mark.parametrize("columns", ["", "wide", "-3"])
 def test_a_width_that_is_no_number_is_passed_by(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", columns)

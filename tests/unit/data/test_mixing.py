@@ -9,7 +9,7 @@ from pictures import write_pictures
 
 from fd_large.data.folder import ImageFolder
 from fd_large.data.loader import ViewBatches
-from fd_large.data.mixing import group_starts, partners
+from fd_large.data.mixing import group_starts, partners, with_partners
 from fd_large.data.views import ViewSettings
 
 
@@ -21,6 +21,22 @@ def test_partners_are_pairs_inside_a_global_batch(size):
     assert (partners(other, size) == positions).all()
     alone = positions[other == positions]
     assert len(alone) == (4 if size % 2 else 0)
+
+
+@pytest.mark.parametrize(
+    ("positions", "behind"),
+    [
+        ([4, 9, 2], [3, 5, 10]),  # No partner is there.
+        ([11, 7, 10, 12], [8, 9]),  # The partner of 11 is there. A global batch begins at 7.
+        ([3, 2, 0, 1], []),
+        ([6, 13], []),  # The odd one out of each global batch is its own partner.
+    ],
+)
+def test_partners_that_are_not_there_come_behind_once(positions, behind):
+    given = np.array(positions)
+    every, places = with_partners(given, 7)
+    assert every.tolist() == positions + behind
+    assert (every[places.numpy()] == partners(given, 7)).all()
 
 
 @pytest.mark.parametrize("size", [96, 128, 200, 256, 300])
