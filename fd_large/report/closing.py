@@ -95,9 +95,9 @@ def nothing_learned(files: RunFiles) -> str:
     _, constants = files.evaluated("held_out_best_constant")
     return (
         f"The student is worse than a constant on held-out images: its loss is {losses[-1]:.4f}, "
-        f"that of the best map that is the same everywhere {constants[-1]:.4f}. Try another "
-        "learning rate (a lower one first), more steps, and larger images if a map has but a few "
-        "tokens (--data.image_size)."
+        f"that of the best map that is the same everywhere {constants[-1]:.4f}. Try more "
+        "steps, another learning rate (a lower one if the loss rose), and larger images if a map "
+        "has but a few tokens (--data.image_size)."
     )
 
 
@@ -123,9 +123,8 @@ def when_measured(files: RunFiles, name: str) -> str:
 def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
     """Returns what came out, in words."""
     summary, student = files.summary, files.recipe["student"]
-    model, changed = full_name(student), changed_words(student)
-    model += f" ({changed})" if changed else ""
-    rows = [("student", f"{model}, begun from {student.get('init') or 'random weights'}")]
+    begun = f"begun from {student.get('init') or 'random weights'}"
+    rows = [("student", f"{full_name(student)}, {begun}")]
     rows += [
         (name, _frozen(name, section, image_side_of(section, files.recipe["data"]["image_size"])))
         for name, section in files.frozen_models.items()
@@ -166,7 +165,7 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
     status = files.summary.get("status")
     steps: list[tuple[str, list[str]]] = []
     if has_learned(files) is False:
-        steps.append(("the same at a quarter of the learning rate", _at_lower_rate(files)))
+        steps.append(_to_learn(files))
     elif status == "done":
         # What is stored of a teacher is of these images alone.
         stored = any(cached_folder(one.get("source", "")) for one in _teachers(files).values())
@@ -192,11 +191,20 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
     return [{"why": why, "command": shlex.join(words)} for why, words in steps]
 
 
-def _at_lower_rate(files: RunFiles) -> list[str]:
-    """The command of the run once more, with every learning rate of its schedule divided by 4."""
+def _to_learn(files: RunFiles) -> tuple[str, list[str]]:
+    """What may help a student that learned nothing: more steps if its loss fell, or a lower rate.
+
+    All rates of the schedule go down with its peak: those that a flag has set do not follow.
+    """
     optim = files.recipe["optim"]
+    _, losses = files.evaluated("held_out_loss")
+    folder = {"runtime.run_dir": f"{_group(files)}-2"}
+    if losses[-1] < losses[0]:
+        length = "max_steps" if optim.get("max_steps") else "epochs"
+        more = {f"optim.{length}": str(4 * optim[length])}
+        return "the same with four times as many steps", _again(files, more | folder)
     rates = {f"optim.{n}": f"{optim[n] / 4:g}" for n in ("base_lr", "warmup_lr", "min_lr")}
-    return _again(files, {**rates, "runtime.run_dir": f"{_group(files)}-2"})
+    return "the same at a quarter of the learning rate", _again(files, rates | folder)
 
 
 def _group(files: RunFiles) -> Path:

@@ -197,6 +197,12 @@ def test_a_student_that_is_worse_than_a_constant_is_not_offered(run_of):
     assert given.run.optim.base_lr == pytest.approx(recipe.optim.base_lr / 4)
     assert given.run.optim.min_lr == pytest.approx(recipe.optim.min_lr / 4)
     assert given.run.runtime.run_dir == f"{folder}-2"
+    before = json.dumps({"update": 0, "held_out_loss": 0.3}) + "\n"
+    evaluations = folder / "evaluations.jsonl"
+    evaluations.write_text(before + evaluations.read_text())
+    _, given = pasted(next_steps(read_run(folder))[0]["command"])
+    assert given.run.optim.max_steps == 4 * recipe.optim.max_steps
+    assert given.run.optim.base_lr == recipe.optim.base_lr
     told, why, *_ = closing_text(files, []).splitlines()
     assert "done, but NOTHING LEARNED, 60 of 60 steps" in told
     assert "0.2360" in why
