@@ -187,7 +187,7 @@ def _table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=printable(f"{len(runs)} runs in {root}"), title_justify="left")
+    table = Table(title=printable(f"Runs below {root}: {len(runs)}"), title_justify="left")
     table.add_column("run", overflow="fold")
     for column in ("recipe", "student", *fields, "state"):
         table.add_column(column, overflow="fold")
