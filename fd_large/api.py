@@ -26,6 +26,7 @@ from fd_large.recipes.fields import flat_plain, from_plain, hints_of
 from fd_large.recipes.file_names import SUMMARY
 from fd_large.recipes.run import Run
 from fd_large.recipes.run_file import Given, accepted, named_fields, run_of
+from fd_large.recipes.stored import with_stored_ends
 
 if TYPE_CHECKING:
     from fd_large.engine.trained_model import TrainedModel
@@ -204,6 +205,8 @@ def distill(
         )
     from fd_large.cli.train import check_names, train_run
 
+    if not fresh:
+        run = with_stored_ends(run, named_fields(Given(values), []))
     check_names(run, deepspeed_config=deepspeed_config)
     with guest():
         train_run(run, deepspeed_config=deepspeed_config, fresh=fresh, then=_draw_report)

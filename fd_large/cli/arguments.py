@@ -95,11 +95,13 @@ class WithRecipe(Generic[Own]):
         own: The command's own arguments.
         run: The recipe with the given fields.
         fields: The given fields alone, {"optim.base_lr": 1e-4, ...}.
+        in_file: Names of the fields that the file of --config sets.
     """
 
     own: Own
     run: Run
     fields: dict[str, Any]
+    in_file: Collection[str] = ()
 
 
 def parse(kind: type[Own], arguments: Sequence[str], *, command: str) -> Own:
@@ -271,7 +273,7 @@ class _Parser(Generic[Own]):
         if self._mistakes:
             raise ConfigError("\n".join(dict.fromkeys(self._mistakes)))
         # Only a command that takes no recipe has no run, and does not ask for it.
-        return WithRecipe(cast(Own, built), cast(Run, run), given)
+        return WithRecipe(cast(Own, built), cast(Run, run), given, self._in_file)
 
     def _check_code(self, arguments: Sequence[str]) -> None:
         """Refuses files that are not there and names that they lack, all at once; imports nothing.

@@ -27,7 +27,7 @@ from fd_large.ranks.processes import check_workers
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
 from fd_large.recipes.run import Run
-from fd_large.recipes.stored import require_same_settings
+from fd_large.recipes.stored import require_same_settings, with_stored_ends
 from fd_large.recipes.tables import keys_of
 from fd_large.recipes.task_kind import check_metric
 from fd_large.runtime import terminal
@@ -87,9 +87,12 @@ class Train(TakesRunFile, AllowsCode):
 def main(arguments: list[str]) -> int:
     """Trains, and ends with the report."""
     given = parse_train(arguments)
-    check_names(given.run, deepspeed_config=given.own.deepspeed_config)
+    run = given.run
+    if not given.own.fresh:
+        run = with_stored_ends(run, {*given.fields, *given.in_file})
+    check_names(run, deepspeed_config=given.own.deepspeed_config)
     code = train_run(
-        given.run,
+        run,
         deepspeed_config=given.own.deepspeed_config,
         fresh=given.own.fresh,
         profile=given.own.profile,
@@ -98,7 +101,7 @@ def main(arguments: list[str]) -> int:
     from fd_large.ranks import distributed
 
     if code == Exit.AGAIN and distributed.is_main():
-        say_how_to_go_on(given.run)
+        say_how_to_go_on(run)
     return distributed.leave(code)
 
 

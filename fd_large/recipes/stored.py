@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from fd_large.errors import ConfigError, FDError
 from fd_large.files import kind_of, read_json
+from fd_large.recipes.fields import override
 from fd_large.recipes.file_names import CHECKPOINTS, RECIPE
 from fd_large.recipes.run import LENGTH, Run
 from fd_large.recipes.sections import FOLLOWING, STUDENTS
@@ -84,6 +85,27 @@ def require_same_settings(run: Run) -> None:
         raise other_settings(path.parent, changes)
 
 
+def with_stored_ends(run: Run, named: Collection[str]) -> Run:
+    """Returns a run that goes on with the schedule's ends of its folder, where nobody set others.
+
+    A run of an earlier version began with the recipe's own, whatever its base_lr.
+
+    Args:
+        run: The run as it is asked for now.
+        named: Full names of the fields that were set.
+    """
+    path = Path(run.run_dir()) / RECIPE
+    try:
+        before = read_json(path, where="--runtime.run_dir", holds=dict)["optim"]
+        values = {name: before[name.removeprefix("optim.")] for name in FOLLOWING}
+        is_same_rate = before["base_lr"] == run.optim.base_lr
+    except (FDError, LookupError, TypeError, AttributeError):
+        return run  # Whoever enters the folder says what is wrong.
+    if not is_same_rate or not all(isinstance(value, int | float) for value in values.values()):
+        return run
+    return override(run, {name: value for name, value in values.items() if name not in named})
+
+
 def other_settings(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> ConfigError:
     """Returns the error for a folder that holds a run with other settings.
 
@@ -95,9 +117,6 @@ def other_settings(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> Conf
     longer = ""
     if changes.keys() <= set(LENGTH):
         longer = "Name the length that it has, or a larger one, or set"
-    elif changes.keys() <= set(FOLLOWING):
-        kept = " ".join(f"--{name} {was!r}" for name, (was, _) in changes.items())
-        longer = f"They follow other fields: go on with {kept}, or set"
     return ConfigError(
         f"{folder}: holds a run with other settings; got {changed}, expected the same. "
         f"{longer or 'Set'} --runtime.run_dir to another folder, or --fresh to start over here."

@@ -8,7 +8,12 @@ import pytest
 
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
-from fd_large.recipes.stored import read_recipe, require_same_settings, run_of_checkpoint
+from fd_large.recipes.stored import (
+    read_recipe,
+    require_same_settings,
+    run_of_checkpoint,
+    with_stored_ends,
+)
 
 
 def test_a_stored_recipe_is_the_same_run(tmp_path):
@@ -42,11 +47,6 @@ def test_the_folder_of_several_students_names_theirs(tmp_path):
     assert read_recipe(tmp_path / "students" / "a", where="export").name == "quickstart"
 
 
-def with_a_rate(run):
-    """The section optim of an earlier version, where nothing followed the rate."""
-    return {"optim": run.to_dict()["optim"] | {"base_lr": 0.25}}
-
-
 def test_other_settings_are_told_before_weights_are_open(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -61,11 +61,6 @@ def test_other_settings_are_told_before_weights_are_open(tmp_path):
     for field, value in {"runtime.seed": 5, "optim.base_lr": 1.0, "objective.loss": "l1"}.items():
         with pytest.raises(ConfigError, match=rf"holds a run with other settings.*{field} "):
             require_same_settings(run.with_fields({field: value}))
-    rates = {"optim.base_lr": 0.25}
-    (folder / "recipe.json").write_text(json.dumps(settled.to_dict() | with_a_rate(settled)))
-    with pytest.raises(ConfigError, match=r"go on with --optim\.warmup_lr .*--optim\.min_lr 0\."):
-        require_same_settings(run.with_fields(rates))
-    (folder / "recipe.json").write_text(json.dumps(settled.to_dict()))
     # A length alone may be changed in ways that the sentence names.
     with pytest.raises(ConfigError, match=r"optim\.max_steps .*or a larger one"):
         require_same_settings(run.with_fields({"optim.max_steps": 5}))
@@ -74,3 +69,28 @@ def test_other_settings_are_told_before_weights_are_open(tmp_path):
     (folder / "recipe.json").write_text("null")
     require_same_settings(run.with_fields({"runtime.seed": 5}))
     require_same_settings(run.with_fields({"runtime.run_dir": str(tmp_path / "new")}))
+
+
+def test_a_run_goes_on_with_the_ends_that_it_began_with(tmp_path):
+    """Those of an earlier version did not follow the rate."""
+    recipe = registry.get("quickstart")
+    ends = {"warmup_lr": recipe.optim.warmup_lr, "min_lr": recipe.optim.min_lr}
+    stored = recipe.to_dict()
+    stored["optim"] |= {"base_lr": 0.25}
+    (tmp_path / "recipe.json").write_text(json.dumps(stored))
+    now = recipe.with_fields({"optim.base_lr": 0.25, "runtime.run_dir": str(tmp_path)})
+    assert now.optim.min_lr != ends["min_lr"]
+
+    def ends_of(run, named=("optim.base_lr",)):
+        optim = with_stored_ends(run, named).optim
+        return {"warmup_lr": optim.warmup_lr, "min_lr": optim.min_lr}
+
+    assert ends_of(now) == ends
+    require_same_settings(with_stored_ends(now, ["optim.base_lr"]))
+    # What is set is as it is set; another rate is another run; a new folder has none.
+    assert ends_of(now, ["optim.min_lr"]) == ends | {"min_lr": now.optim.min_lr}
+    for fields in ({"optim.base_lr": 0.5}, {"runtime.run_dir": str(tmp_path / "new")}):
+        other = now.with_fields(fields)
+        assert with_stored_ends(other, []) == other
+    (tmp_path / "recipe.json").write_text("null")
+    assert with_stored_ends(now, []) == now
