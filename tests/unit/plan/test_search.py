@@ -8,6 +8,7 @@ import pytest
 from fd_large.cli.plan_workload import workload
 from fd_large.engine.zero import config as ds
 from fd_large.errors import ConfigError
+from fd_large.plan.buckets import gradient_bucket
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import PER_NODE_SECONDS, Cluster, Machine
 from fd_large.plan.counts import Line
@@ -230,6 +231,22 @@ def test_the_peak_starts_from_the_states_between_steps():
     memory = held(GIANT.student_sizes, GIANT.teacher_sizes, place)
     peak = peak_memory(GIANT, candidate, there)
     assert peak.states + peak.teacher == memory.device.total - memory.device.buckets
+
+
+def test_gradients_of_several_passes_are_all_there_in_float32_and_summed_at_once_in_bfloat16():
+    """At stage 1; those of one pass in float32 go as soon as their bucket is complete."""
+    load = replace(GIANT, global_batch_size=16 * 4)
+    buffers = {}
+    for rates in (CPU, CARDS["h100"]):
+        there = machine(16, rates=rates)
+        one, four = (
+            peak_memory(load, Candidate(stage=1, micro_batch_size=size), there).buffers
+            for size in (4, 1)
+        )
+        buffers[rates.bfloat16] = one, four
+    one, four = buffers[False]
+    assert four - one == 4 * (load.parameters - gradient_bucket(load.parameters))
+    assert len(set(buffers[True])) == 1
 
 
 def test_a_step_in_two_passes_holds_its_micro_batches_and_pays_a_forward():
