@@ -89,9 +89,9 @@ class Groups:
             padded = F.pad(of_images, (0, 0, before, number * self.size - before - images))
             table = padded.unflatten(0, (number, self.size)).sum(1)
         if self._number:
-            own, first = table, self._first // self.size
-            table = own.new_zeros(self._number, own.shape[1])
-            table[first : first + number] = own
+            before = self._first // self.size
+            after = self._number - before - number
+            table = F.pad(table, (0, 0, before, after))  # Rows of groups of other ranks alone.
         return distributed.sum_tensor(table, self._ranks) if self._over_ranks else table
 
 
@@ -209,12 +209,12 @@ class _Normalise(torch.autograd.Function):
         mean = mean.to(rows.dtype)
         ctx.save_for_backward(x, weight, mean, inverse, count)
         ctx.norm, ctx.images = norm, images
-        own = groups.of(images, x.device)
+        group = groups.of(images, x.device)
         scale = inverse * weight
         shift = bias - mean * scale
         # Written into a tensor that is no view: activations in place may follow.
         y = torch.empty(x.shape, dtype=rows.dtype, device=x.device)
-        shift, scale = (each[own][:, None, :, None] for each in (shift, scale))
+        shift, scale = (each[group][:, None, :, None] for each in (shift, scale))
         torch.addcmul(shift, rows, scale, out=_by_image(y, images))
         if learns and not any(ctx.needs_input_grad):  # No backward follows.
             _note(ctx)
@@ -226,15 +226,15 @@ class _Normalise(torch.autograd.Function):
         x, weight, mean, inverse, count = ctx.saved_tensors
         groups: Groups = ctx.norm.norm_groups
         rows, gradients = (_by_image(t, ctx.images).to(weight.dtype) for t in (x, gradient))
-        own = groups.of(ctx.images, x.device)
-        mean, inverse = (each[own][:, None, :, None] for each in (mean, inverse))
+        group = groups.of(ctx.images, x.device)
+        mean, inverse = (each[group][:, None, :, None] for each in (mean, inverse))
         normal = (rows - mean) * inverse
         of_bias = gradients.sum((1, 3)).double()
         of_weight = (gradients * normal).sum((1, 3)).double()
         # The losses of all ranks depend on this rank's x through mean and variance. The engine
         # averages gradients of parameters, so those of weight and bias stay this rank's own.
         means = (groups.sums(torch.cat([of_bias, of_weight], 1)) / count).to(rows.dtype)
-        first, second = (each[own][:, None, :, None] for each in means.chunk(2, 1))
+        first, second = (each[group][:, None, :, None] for each in means.chunk(2, 1))
         of_x = (gradients - first - normal * second) * (inverse * weight[None, None, :, None])
         _note(ctx)
         return (

@@ -68,14 +68,12 @@ def _norm_group(run: Run) -> int:
     if not run.student_architecture().has_batch_norms:
         return 1
     # They import torch, which a recipe of record does without.
-    from fd_large.engine.student import check_norm_batch, with_batch_norms
+    from fd_large.engine.student import check_norm_batch
     from fd_large.tasks.jobs import job_of
 
-    group, batch, side = job_of(run).norm_group(), run.batch, min(run.data.sides)
-    check_norm_batch(
-        run.student, group, replace(batch, micro_batch_size="auto"), image_size=side, world_size=1
-    )
-    return group if group and with_batch_norms(run.student, side) else 1
+    group, side = job_of(run).norm_group(), min(run.data.sides)
+    batch = replace(run.batch, micro_batch_size="auto")  # The plan chooses it.
+    return check_norm_batch(run.student, group, batch, image_size=side, world_size=1) or 1
 
 
 def _moments(run: Run) -> int:

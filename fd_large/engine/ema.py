@@ -33,9 +33,7 @@ class Ema:
     def __init__(self, engine: Engine, decay: float) -> None:
         self._engine, self._decay = engine, decay
         self._statistics = batch_norm.statistics_of(engine.task)
-        self._averages = {name: live.clone() for name, live in self._statistics.items()}
-        if engine.averages is not None:
-            engine.averages.update(self._averages)
+        engine.averages.update({name: live.clone() for name, live in self._statistics.items()})
         with torch.no_grad():
             for owner in self._owners():
                 beside = (
@@ -48,7 +46,7 @@ class Ema:
         with torch.no_grad():
             for owner in self._owners():
                 self._state(owner)[state.EMA].lerp_(owner, 1 - self._decay)
-            for name, average in self._averages.items():
+            for name, average in self._engine.averages.items():
                 average.lerp_(self._statistics[name], 1 - self._decay)
 
     @contextmanager
@@ -70,7 +68,7 @@ class Ema:
                 weights = owner.detach().clone()
                 owner.copy_(average)
                 average.copy_(weights)
-            for name, average in self._averages.items():
+            for name, average in self._engine.averages.items():
                 live = self._statistics[name]
                 kept = live.clone()
                 live.copy_(average)

@@ -73,18 +73,9 @@ def make_student(
     return net
 
 
-def with_batch_norms(student: Student, image_size: int) -> nn.Module | None:
-    """Returns the student on the meta device if it has batch norms, else None."""
-    if not resolve(student.model, student.architecture).has_batch_norms:
-        return None
-    with torch.device("meta"):
-        net = make_student(student, image_size=image_size)
-    return net if batch_norm.norms_of(net) else None
-
-
 def check_norm_batch(
     student: Student, group: int, batch: Batch, *, image_size: int, world_size: int
-) -> None:
+) -> int:
     """Refuses groups of images for batch norms that the batch does not divide into.
 
     Args:
@@ -94,11 +85,15 @@ def check_norm_batch(
         image_size: Side of the images, in pixels.
         world_size: The number of ranks.
 
+    Returns: the images of a group; 0 if the student has no batch norms or they have no groups.
     Raises: ConfigError: naming the nearest numbers that would do.
     """
-    net = with_batch_norms(student, image_size) if group else None
-    if not net:
-        return
+    if not group or not resolve(student.model, student.architecture).has_batch_norms:
+        return 0
+    with torch.device("meta"):
+        net = make_student(student, image_size=image_size)
+    if not batch_norm.norms_of(net):
+        return 0
     images = batch.global_batch_size
     if images % group:
         near = " or ".join(str(size) for size in nearest_divisors(images, group) if size > 1)
@@ -127,6 +122,7 @@ def check_norm_batch(
             f"got {micro_batch} images with groups of {group}, expected a multiple of {group}, or "
             f"all {share} that a rank has of a step. Set --batch.micro_batch_size {whole}{smaller}."
         )
+    return group
 
 
 def group_norms(task: Task, group: int, *, global_batch: int = 0, micro_batch: int = 0) -> None:

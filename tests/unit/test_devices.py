@@ -239,7 +239,7 @@ def test_a_detector_s_pictures(card: Card, tmp_path: Path, monkeypatch: pytest.M
 
 def test_held_out_views(card: Card) -> None:
     task = distilling("swinv2_tiny")
-    engine = Engine(task, task, 0, {}, None)
+    engine = Engine(task, task, 0, {}, None, {})
     crops = Crops(Photographs(held_out=True), 3, ViewSettings(SIDE, 0.5), seed=0)
     views = HeldOutViews("held_out", crops, micro_batch_size=2)
     with card.waiting() as waits:
@@ -255,7 +255,7 @@ def test_held_out_views(card: Card) -> None:
 def test_a_step_reads_the_device_once(card: Card) -> None:
     optimizer = SimpleNamespace(_global_grad_norm=on_card(torch.tensor(2.0)))
     trainer = Trainer(
-        Engine(SimpleNamespace(optimizer=optimizer), torch.nn.Identity(), 0, {}, None),
+        Engine(SimpleNamespace(optimizer=optimizer), torch.nn.Identity(), 0, {}, None, {}),
         TrainingPlan(CosineSchedule(1e-3, 0.0, 0.0, 10, 0), 10, 2, 0),
         [],
         SimpleNamespace(first_update=0),
@@ -285,7 +285,7 @@ def test_accuracy_on_test_images(card: Card, monkeypatch, tmp_path: Path) -> Non
     student = Student(model="swinv2_tiny", architecture=SWIN)
     task = engine_ready(lambda: FineTuning(make_student(student), 2, statistics=IMAGENET))
     found, predictions = job._measure(
-        Engine(task, task, 0, {"bf16": {"enabled": False}}, None),
+        Engine(task, task, 0, {"bf16": {"enabled": False}}, None, {}),
         images,
         BadImages(),
         2,
@@ -326,7 +326,9 @@ def test_the_evidence_of_a_refused_step(card: Card, monkeypatch: pytest.MonkeyPa
     task = distilling("swinv2_tiny").train()
     state = [("master.w", on_card(torch.ones(2))), ("ema.w", on_card(torch.tensor([1.0, np.nan])))]
     monkeypatch.setattr(ema.state, "shards", lambda engine: state)
-    found = evidence_of(Engine(task, task, 0, {}, None), [batch_of(), batch_of()], [1.0, 2.0], 0)
+    found = evidence_of(
+        Engine(task, task, 0, {}, None, {}), [batch_of(), batch_of()], [1.0, 2.0], 0
+    )
     assert all(np.isfinite(value) for value in found.maxima.values())
     assert found.not_finite == ["ema.w"]
     # What a thread writes to a file lies in host memory.

@@ -40,12 +40,12 @@ class Engine(NamedTuple):
         stage: The ZeRO stage, 0 to 3.
         config: The JSON that DeepSpeed was given.
         gate: The gate in front of each optimiser step.
+        averages: Moving averages of the running statistics of batch norms, by name, where the
+            recipe has an average of the weights (`ema.py`).
         disk: Holds the optimiser's float32 state; None: it is in memory.
         gradients: What stays in memory and holds gradients.
         infinite_buffers: Names of the task's running statistics that are not finite from the start,
             as a mask of the user's own may be.
-        averages: Moving averages of the running statistics of batch norms, by name, where the
-            recipe has an average of the weights (`ema.py`).
     """
 
     deepspeed: Any
@@ -53,10 +53,10 @@ class Engine(NamedTuple):
     stage: int
     config: dict[str, Any]
     gate: StepGate
+    averages: dict[str, Tensor]
     disk: Disk | None = None
     gradients: Sequence[Tensor] = ()
     infinite_buffers: frozenset[str] = frozenset()
-    averages: dict[str, Tensor] | None = None
 
 
 def build_engine(
@@ -115,7 +115,7 @@ def build_engine(
     buffers = partition.running_statistics(task).items()
     infinite = frozenset(name for name, buffer in buffers if not buffer.isfinite().all())
     memory.give_back()
-    return Engine(engine, task, stage, config, StepGate(optimizer), disk, gradients, infinite, {})
+    return Engine(engine, task, stage, config, StepGate(optimizer), {}, disk, gradients, infinite)
 
 
 def _check_quantiser(zero: Mapping[str, Any]) -> None:

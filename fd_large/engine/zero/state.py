@@ -85,7 +85,7 @@ def shards(engine: Engine) -> Iterator[Piece]:
         kinds = ("master", EMA) if has_average(engine) else ("master",)
         for name, buffer in statistics.items():
             start, stop = layout.span(distributed.rank(), name)
-            average = (engine.averages or {}).get(name, buffer)
+            average = engine.averages.get(name, buffer)
             for kind, held in zip(kinds, (buffer, average), strict=False):
                 if start < stop:
                     yield Piece(f"{kind}.{name}", held.float().view(-1)[start:stop])
@@ -183,7 +183,7 @@ def restore(engine: Engine, read: Read, *, finished: int, steps: int, ema: bool 
         for name, buffer in _statistics(engine).items():
             span = _own_span(buffer)
             buffer.view(-1)[slice(*span)].copy_(read("master", name, *span))
-            average = (engine.averages or {}).get(name)
+            average = engine.averages.get(name)
             if average is not None:
                 average.view(-1)[slice(*span)].copy_(read(EMA if ema else "master", name, *span))
     for owner in owners.values():
@@ -212,7 +212,7 @@ def complete(engine: Engine) -> None:
 def _wholes(engine: Engine) -> Iterator[Tensor]:
     """What every rank holds whole: the statistics, and at stage 0 the state of the optimiser."""
     yield from _statistics(engine).values()
-    yield from (engine.averages or {}).values()
+    yield from engine.averages.values()
     if engine.stage == 0:
         inner = engine.gate.inner
         for parameter in engine.task.parameters():

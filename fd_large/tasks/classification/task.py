@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fd_large.backbones.batch_norm import MOMENTUM
+from fd_large.backbones import batch_norm
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.initialization import NORMAL
 from fd_large.backbones.layers import LayerNorm, Linear
@@ -38,7 +38,6 @@ from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.data.loader import Batch
 from fd_large.engine.heads import make_head
 from fd_large.engine.task import Task
-from fd_large.ranks import distributed
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.tasks.classification.scores import summed
 
@@ -203,6 +202,8 @@ class LinearProbing(Task):
         norm_batch: Images of a group.
     """
 
+    momentum = batch_norm.MOMENTUM
+
     def __init__(self, frozen: Frozen, num_classes: int, *, norm_batch: int) -> None:
         super().__init__(_NothingTrained())
         self._frozen, self._norm_batch = (frozen,), norm_batch
@@ -212,7 +213,7 @@ class LinearProbing(Task):
         self.register_buffer("running_mean", torch.zeros(width))
         self.register_buffer("running_var", torch.ones(width))
         # Sums over the images of this step: of their groups' mean and variance, and their number.
-        self._seen: Tensor | None = None
+        self.seen: Tensor | None = None
 
     def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
         """Returns features, labels and, in training, which of the images are this micro batch's.
@@ -251,7 +252,7 @@ class LinearProbing(Task):
             unbiased = variance * (len(group) / max(1, len(group) - 1))
             ones = torch.ones(1, device=mean.device)
             found = count * torch.cat([mean, unbiased, ones]).double()
-            self._seen = found if self._seen is None else self._seen + found
+            self.seen = found if self.seen is None else self.seen + found
         logits = self._logits(torch.cat(rows)[places])
         return F.cross_entropy(logits, labels), {}
 
@@ -261,15 +262,11 @@ class LinearProbing(Task):
 
     def before_step(self, progress: float) -> None:
         """Drops what was seen outside of a step, such as in a trial."""
-        self._seen = None
+        batch_norm.forget([self])
 
     def after_step(self) -> None:
         """Moves the running statistics."""
-        assert self._seen is not None
-        *sums, count = distributed.sum_tensor(self._seen).split([*[len(self.running_mean)] * 2, 1])
-        running = (self.running_mean, self.running_var)
-        for statistic, total in zip(running, sums, strict=True):
-            statistic.lerp_((total / count).to(statistic), MOMENTUM)
+        batch_norm.move([self])
 
     def models(self) -> dict[str, nn.Module]:
         """Returns the frozen model and this task."""

@@ -179,7 +179,9 @@ def test_a_task_with_targets_is_refused(made):
         replay(file, job_of)
 
 
-def test_images_that_share_statistics_on_several_ranks_are_one_micro_batch(tmp_path):
+@pytest.fixture
+def normed(tmp_path):
+    """A run whose student has batch norms, and its task; stored in a folder."""
     student = Student(
         model="timm:mobilenetv3_small_050",
         architecture=Architecture(feature_stride=8),
@@ -189,6 +191,11 @@ def test_images_that_share_statistics_on_several_ranks_are_one_micro_batch(tmp_p
     task = tiny_runs.tiny_task(run)
     buffers = {name: b for name, b in task.named_buffers() if b.is_floating_point()}
     tiny_runs.store_task(tmp_path, run, task, buffers, update=8)
+    return run, task
+
+
+def test_images_that_share_statistics_on_several_ranks_are_one_micro_batch(normed, tmp_path):
+    run, task = normed
     file = tiny_runs.store_incident(tmp_path, STEP, list(IMAGES.split(2)), [0.5, 0.25])
     (replayed,) = (found := replay(file, job_of)).micro_batches
     assert (replayed.recorded, len(replayed.names)) == (0.375, 4)
@@ -199,16 +206,8 @@ def test_images_that_share_statistics_on_several_ranks_are_one_micro_batch(tmp_p
     assert found.losses == pytest.approx([expected.item()], rel=1e-6)
 
 
+@pytest.mark.usefixtures("normed")
 def test_images_of_some_of_the_ranks_that_share_statistics_are_not_enough(tmp_path):
-    student = Student(
-        model="timm:mobilenetv3_small_050",
-        architecture=Architecture(feature_stride=8),
-        norm_batch=4,
-    )
-    run = replace(tiny_runs.tiny_run(), student=student)
-    task = tiny_runs.tiny_task(run)
-    buffers = {name: b for name, b in task.named_buffers() if b.is_floating_point()}
-    tiny_runs.store_task(tmp_path, run, task, buffers, update=8)
     file = tiny_runs.store_incident(tmp_path, STEP, [IMAGES[:2]], [0.5])
     incident = json.loads(file.read_text())
     file.write_text(json.dumps(incident | {"ranks": incident["ranks"] * 2}))

@@ -248,7 +248,7 @@ def test_only_the_layer_is_trained_and_any_number_of_images_probed(frozen):
         counted = LinearProbing(Frozen(feature, feature), 3, norm_batch=8)
     counted.shapes_only(probe_batch(9, 16, norm_batch=8).to("meta")).backward()
     task.before_step(0)
-    assert task._seen is None, "trials leave nothing behind"
+    assert task.seen is None, "trials leave nothing behind"
 
 
 def whole(parameter):
