@@ -154,7 +154,7 @@ def square_side(cells: int, *, where: str = "weights") -> int:
 
 @lru_cache(maxsize=16)
 def _stretched(old: int, new: int) -> np.ndarray:
-    """What a spline through the old offsets makes of the new: (new, old) float64."""
+    """Returns the matrix of a spline through the old offsets: (new, old) float64."""
     at = progression(old, new)
     wanted = np.arange(new, dtype=np.float64) - new // 2
     # Beyond the outermost old offset its value holds.

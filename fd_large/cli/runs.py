@@ -199,8 +199,8 @@ def _table(
     for run in runs:
         progress = f"{run.step} of {run.steps}" if run.steps else str(run.step)
         if best:
-            found = [run.best(name) for name in best]
-            values = [f"{one.value:.5g} at {one.step}" if one else "" for one in found]
+            bests = [run.best(name) for name in best]
+            values = [f"{each.value:.5g} at {each.step}" if each else "" for each in bests]
         else:
             last = run.last(run.main_metric)
             values = [f"{run.main_metric} {last.value:.5g} at {last.step}" if last else ""]
@@ -223,15 +223,15 @@ def _print_csv(
     titles = ["run", "recipe", "student", "state", "step", "steps", "written", "loss"]
     writer.writerow(map(_cell, [*titles, *fields, *of_best, *measured, "problem"]))
     for run in runs:
-        found = [run.best(name) for name in best]
+        bests = [run.best(name) for name in best]
         newest = [run.last(name) for name in measured]
         written = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(run.written or 0))
         row = [
             *(_name(run, root), run.recipe.get("name", ""), run.student, run.state),
             *(run.step if run.files else None, run.steps, written if run.written else None),
             *(run.loss, *(_value(run.fields.get(name)) for name in fields)),
-            *(value for one in found for value in (one or (None, None))),
-            *(one.value if one else None for one in newest),
+            *(value for each in bests for value in (each or (None, None))),
+            *(each.value if each else None for each in newest),
             run.problem,
         ]
         writer.writerow(map(_cell, row))

@@ -40,7 +40,7 @@ CLIENTS = {
     "https": "aiohttp",
     "hf": "huggingface_hub",
 }
-"""What fsspec needs besides for a scheme; fsspec knows many more schemes."""
+"""Packages that fsspec needs for a scheme besides itself; it knows many more schemes."""
 
 # Schemes of fsspec whose files are templates, or whose servers run what they are sent; a chain
 # (`A::B`) reaches them as well.

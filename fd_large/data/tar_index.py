@@ -1,4 +1,4 @@
-"""Where the images of a tar archive lie, and whether the archive is whole.
+"""The index of a tar archive: where its images lie, and whether it is whole.
 
 WebDataset's naming (KEY.jpg, KEY.cls, KEY.json ...) and any other tar of images do: every member
 with an image's extension is a sample, other members are passed over. KEY is the name up to the

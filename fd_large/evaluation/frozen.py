@@ -76,7 +76,7 @@ class FrozenFlags:
 
 
 class FrozenFeatures(NamedTuple):
-    """One feature of all images of a model.
+    """Features of all images, by one model.
 
     Attributes:
         train: Features of the training images: rows (N, C) float32, labels (N,) int64, -1 where an
@@ -108,7 +108,7 @@ class FrozenFeatures(NamedTuple):
 
 
 class Classified(NamedTuple):
-    """What a protocol makes of the features of a model.
+    """Predictions that a protocol makes from the features of a model.
 
     Attributes:
         predicted: (N,) int64, the class that each test image is given, on every rank.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Result(NamedTuple):
-    """What a protocol made, on rank 0; empty on the others.
+    """Tables and files of a protocol, on rank 0; empty on the others.
 
     Attributes:
         tables: The rich tables that the command prints.
@@ -47,7 +47,7 @@ class Repeated:
 
 
 class Asked(NamedTuple):
-    """What is to be measured, and how.
+    """A measurement that a user asks for.
 
     Attributes:
         protocol: The protocol.

@@ -44,20 +44,21 @@ def protocol_of(name: str, variant: str = "cached") -> Protocol:
     Raises: ConfigError: if there is no such protocol, or it cannot be imported.
     """
     built_in: dict[str, Protocol] = {}
-    for one in PROTOCOLS:
-        if one.command == "evaluate" and (one.name not in built_in or one.variant == variant):
-            built_in[one.name] = one
+    for protocol in PROTOCOLS:
+        is_asked = protocol.name not in built_in or protocol.variant == variant
+        if protocol.command == "evaluate" and is_asked:
+            built_in[protocol.name] = protocol
     # A file that lacks the name is not imported.
     doors.require_known(name, kind="protocols", where="--task", built_in=built_in)
-    found = doors.load(name, kind="protocols", where="--task", built_in=built_in)
-    if not isinstance(found, Protocol):
+    loaded = doors.load(name, kind="protocols", where="--task", built_in=built_in)
+    if not isinstance(loaded, Protocol):
         raise ConfigError(
-            f"--task: no protocol; got {type(found).__name__} from {name}, expected a Protocol, "
+            f"--task: no protocol; got {type(loaded).__name__} from {name}, expected a Protocol, "
             "such as of_features makes. docs/extending.md shows one."
         )
-    if name not in built_in and (found.name in built_in or not found.name.isidentifier()):
+    if name not in built_in and (loaded.name in built_in or not loaded.name.isidentifier()):
         raise ConfigError(
-            f"--task: the name of a protocol that others have, or no word; got {found.name!r} "
+            f"--task: the name of a protocol that others have, or no word; got {loaded.name!r} "
             f"from {name}, expected none of {', '.join(built_in)}. Give it another name."
         )
-    return found
+    return loaded

@@ -1,4 +1,4 @@
-"""What came out of a protocol: the table, the plot, summary.json, predictions.npz and the page."""
+"""Results of a protocol: the table, the plot, summary.json, predictions.npz and the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every operation of this room is made of: launches of kernels, its plain twin, its checks.
+"""The parts of every fused operation: launches of kernels, its plain twin, its checks.
 
 A launcher is an operation of torch over Triton kernels: it makes the results and hands each kernel
 to `launch`. Where tensors have no values (on the meta device, or while torch.compile traces),

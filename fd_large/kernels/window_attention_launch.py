@@ -28,7 +28,7 @@ class Partials(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the tokens are, and in which tiles the kernels take them.
+    """Places of the tokens, and the tiles in which the kernels take them.
 
     Attributes:
         num_heads: h.

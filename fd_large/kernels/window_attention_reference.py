@@ -29,7 +29,7 @@ _SEQUENTIAL_ELEMENTS = 2**26
 
 
 class Layout(NamedTuple):
-    """What attends to what: heads, and the windows of a map.
+    """Tokens that attend to one another: heads, and the windows of a map.
 
     Attributes:
         num_heads: h.

@@ -63,7 +63,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found.
+    """Figures of a diagnosis.
 
     Attributes:
         models: The figures of each model, as plain values.

@@ -103,7 +103,7 @@ RUNNING: dict[str, type[RunningStatistics]] = {
 }
 """Normalisers whose statistics training moves, by name."""
 KNOWN = Known(ChainMap(losses.LOSSES, SIMILARITIES), RUNNING)
-"""What the names of losses and normalisers in a recipe stand for."""
+"""Losses and normalisers, by their names in a recipe."""
 
 
 def tiled(frozen: Frozen, entry: NamedTeacher, image_size: int) -> Frozen:

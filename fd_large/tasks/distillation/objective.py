@@ -39,7 +39,7 @@ from fd_large.tasks.distillation.target import NamedTarget
 
 
 class Known(NamedTuple):
-    """What the names of losses and normalisers in a recipe stand for.
+    """Losses and normalisers, by their names in a recipe.
 
     Attributes:
         losses: Built-in losses by name.

@@ -128,7 +128,7 @@ class RunCaches:
 
     @property
     def fixed(self) -> FixedViews | None:
-        """What draws views that come again; None: every epoch draws new ones."""
+        """The source of views that come again; None: every epoch draws new ones."""
         views = self._section
         return FixedViews(views.views, views.view_seed) if views.views else None
 
