@@ -18,6 +18,7 @@ from fd_large.recipes import registry
 from fd_large.recipes.fields import override
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import RANDOM
+from fd_large.recipes.stored import with_stored_ends
 from fd_large.recipes.task_kind import TaskKind
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
             if recipe.runtime.run_dir:
                 where = Path(recipe.runtime.run_dir)
             runtime = replace(recipe.runtime, run_dir=str(where), seed=seed)
-            code, accuracy, details = train(replace(recipe, runtime=runtime))
+            run = with_stored_ends(replace(recipe, runtime=runtime), changes)
+            code, accuracy, details = train(run)
             if code:
                 return Result(code=code)
             tested = Predictions.read(where) if distributed.is_main() else None

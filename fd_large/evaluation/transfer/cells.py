@@ -20,7 +20,12 @@ from fd_large.evaluation.transfer.columns import COLUMNS, Column
 from fd_large.files import read_json
 from fd_large.recipes import registry
 from fd_large.recipes.run import Run, difference
-from fd_large.recipes.stored import read_recipe, recipe_file, run_of_checkpoint
+from fd_large.recipes.stored import (
+    read_recipe,
+    recipe_file,
+    run_of_checkpoint,
+    with_stored_ends,
+)
 from fd_large.report.transfer import RECORD, read_cell
 from fd_large.tasks.registry import kind_of
 
@@ -167,6 +172,7 @@ def _cell(row: Row, column: Column, changes: Changes, flags: Any, seed: int) -> 
     seed += started.runtime.seed
     folder = Path(flags.out) / row.name / column.name / f"seed_{seed}"
     run = replace(started, runtime=replace(started.runtime, run_dir=str(folder), seed=seed))
+    run = with_stored_ends(run, fields)
     changed = {
         name: values
         for name, values in difference(base, run).items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from fd_large.cli import evaluate
@@ -41,3 +43,23 @@ def test_fewer_epochs_than_the_warm_up_of_the_model_s_recipe_shorten_it(tmp_path
     own = registry.get(run.name).optim
     assert run.optim.warmup_epochs == pytest.approx(own.warmup_epochs / own.epochs)
     assert run.optim.min_lr / run.optim.base_lr == pytest.approx(own.min_lr / own.base_lr)
+
+
+def test_a_training_that_an_earlier_version_began_goes_on_with_its_ends(tmp_path, monkeypatch):
+    trained = []
+
+    def train(run, *, deepspeed_config):
+        trained.append(run)
+        return 2
+
+    monkeypatch.setattr("fd_large.cli.train.train_run", train)
+    words = ["vit_base_patch16=random", "--task", "finetune", "--data.root", "builtin:photographs"]
+    words += ["--optim.base_lr", "1e-3", "--out", str(tmp_path)]
+    evaluate.main(words)
+    begun = trained[0].to_dict()
+    begun["optim"] |= {"min_lr": 2e-6, "warmup_lr": 3e-6}
+    folder = tmp_path / "vit_base_patch16_random_seed_0"
+    folder.mkdir()
+    (folder / "recipe.json").write_text(json.dumps(begun))
+    evaluate.main(words)
+    assert (trained[1].optim.min_lr, trained[1].optim.warmup_lr) == (2e-6, 3e-6)
