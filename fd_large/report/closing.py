@@ -44,7 +44,7 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
         rows.append(("why it ended", reason))
     width = max(len(what) for what, _ in rows)
     lines = [f"{called(files)}: {status_words(files)}, {progress(files)}; {files.folder}"]
-    lines += filter(None, [nothing_learned(files)])
+    lines += filter(None, [worse_than_constant(files)])
     lines += [f"  {what:<{width}}  {text}" for what, text in rows]
     steps = next_steps(files)
     lines += ["next:"] if steps else []
@@ -53,7 +53,7 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
     return printable("\n".join(lines))
 
 
-def has_learned(files: RunFiles) -> bool | None:
+def beats_constant(files: RunFiles) -> bool | None:
     """Whether a finished run's student is better than a constant on held-out images.
 
     The baseline's constant is fitted to the views that it is compared on: of n views its loss is
@@ -79,17 +79,17 @@ def called(files: RunFiles) -> str:
 
 def status_words(files: RunFiles) -> str:
     """Returns how the run ended."""
-    if has_learned(files) is False:
-        return "done, but NOTHING LEARNED"
+    if beats_constant(files) is False:
+        return "done, but WORSE THAN A CONSTANT"
     return files.summary.get("status") or "not finished"
 
 
-def nothing_learned(files: RunFiles) -> str:
-    """Returns what shows that a finished run's student learned nothing, and what to try.
+def worse_than_constant(files: RunFiles) -> str:
+    """Returns the losses of a student that is worse than a constant, and what to try.
 
-    Empty unless it did not.
+    Empty for all other runs.
     """
-    if has_learned(files) is not False:
+    if beats_constant(files) is not False:
         return ""
     _, losses = files.evaluated("held_out_loss")
     _, constants = files.evaluated("held_out_best_constant")
@@ -164,8 +164,8 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
     """Returns what is worth running after this run, as {"why", "command"}."""
     status = files.summary.get("status")
     steps: list[tuple[str, list[str]]] = []
-    if has_learned(files) is False:
-        steps.append(_to_learn(files))
+    if beats_constant(files) is False:
+        steps.append(_to_beat_it(files))
     elif status == "done":
         # What is stored of a teacher is of these images alone.
         stored = any(cached_folder(one.get("source", "")) for one in _teachers(files).values())
@@ -191,8 +191,8 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
     return [{"why": why, "command": shlex.join(words)} for why, words in steps]
 
 
-def _to_learn(files: RunFiles) -> tuple[str, list[str]]:
-    """What may help a student that learned nothing: more steps if its loss fell, or a lower rate.
+def _to_beat_it(files: RunFiles) -> tuple[str, list[str]]:
+    """Returns the command that may help: with more steps if the loss fell, or a lower rate.
 
     All rates of the schedule go down with its peak: those that a flag has set do not follow.
     """
@@ -232,7 +232,7 @@ def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
     # What stands for a teacher knows the training views alone.
     teachers = [name for name, one in entries.items() if not cached_folder(one.get("source", ""))]
     for why, steps in TASKS[files.task].next_steps:
-        if steps[0] == "export" and has_learned(files) is False:
+        if steps[0] == "export" and beats_constant(files) is False:
             continue  # Nobody wants that student.
         words = [
             each

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fd_large.files import write_json
 from fd_large.recipes.file_names import PICTURES, SUMMARY
-from fd_large.report.closing import RUNNING, closing_text, has_learned, next_steps
+from fd_large.report.closing import RUNNING, beats_constant, closing_text, next_steps
 from fd_large.report.features import draw_features
 from fd_large.report.loss_curve import draw_loss_curve
 from fd_large.report.run_files import RunFiles, read_run
@@ -47,7 +47,7 @@ def _write(files: RunFiles, drawn: list[Path], *, running: bool) -> None:
         drawn.append(pictures / "features.png")
     if files.summary and not running:
         files.summary["next"] = next_steps(files)
-        learned = has_learned(files)
-        first = {} if learned is None else {"learned": learned}
+        better = beats_constant(files)
+        first = {} if better is None else {"better_than_constant": better}
         write_json(files.folder / SUMMARY, {**first, **files.summary})
     write_run_page(files)

@@ -11,9 +11,9 @@ from fd_large.report import html
 from fd_large.report.closing import (
     called,
     closing_rows,
-    nothing_learned,
     progress,
     status_words,
+    worse_than_constant,
 )
 from fd_large.report.run_files import RunFiles
 
@@ -21,8 +21,8 @@ from fd_large.report.run_files import RunFiles
 def run_html(files: RunFiles) -> str:
     """Returns a run's figures and pictures as HTML that needs no other file."""
     rows = closing_rows(files)
-    if doubt := nothing_learned(files):
-        rows.insert(0, ("nothing learned", doubt))
+    if doubt := worse_than_constant(files):
+        rows.insert(0, ("worse than a constant", doubt))
     if reason := files.summary.get("reason"):
         rows.append(("why it ended", str(reason)))
     rows.append(("folder", str(files.folder)))

@@ -19,10 +19,10 @@ from fd_large.report.closing import (
     called,
     closing_rows,
     next_steps,
-    nothing_learned,
     progress,
     status_words,
     when_measured,
+    worse_than_constant,
 )
 from fd_large.report.loss_curve import DASHES, LOOKS, smoothed
 from fd_large.report.run_files import RunFiles
@@ -48,7 +48,7 @@ def write_run_page(files: RunFiles) -> Path:
     words = status_words(files)
     good = {"done": True, RUNNING: None, "preempted": None, "not finished": None}.get(words, False)
     steps = next_steps(files)
-    doubt = nothing_learned(files)
+    doubt = worse_than_constant(files)
     return html.write(
         files.folder / PAGE,
         called(files),

@@ -18,9 +18,9 @@ from fd_large.cli.train import parse_train
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
 from fd_large.report.closing import (
+    beats_constant,
     closing_rows,
     closing_text,
-    has_learned,
     next_steps,
     stopped_text,
 )
@@ -204,7 +204,7 @@ def test_a_student_that_is_worse_than_a_constant_is_not_offered(run_of):
     assert given.run.optim.max_steps == 4 * recipe.optim.max_steps
     assert given.run.optim.base_lr == recipe.optim.base_lr
     told, why, *_ = closing_text(files, []).splitlines()
-    assert "done, but NOTHING LEARNED, 60 of 60 steps" in told
+    assert "done, but WORSE THAN A CONSTANT, 60 of 60 steps" in told
     assert "0.2360" in why
     assert "0.1380" in why
 
@@ -218,8 +218,8 @@ def test_a_constant_that_is_fitted_to_few_views_condemns_no_student(
 ):
     folder, _ = run_of("distillation")
     files = with_losses(folder, student, 0.2, views=views)
-    assert has_learned(files) is learned
-    assert ("NOTHING LEARNED" in closing_text(files, [])) == (learned is False)
+    assert beats_constant(files) is learned
+    assert ("WORSE THAN A CONSTANT" in closing_text(files, [])) == (learned is False)
     assert (f"these {views} views" in dict(closing_rows(files))["held out loss"]) == (views < 16)
 
 

@@ -47,7 +47,7 @@ def test_the_text_and_the_summary(make_run, monkeypatch, tmp_path, pages):
         assert (tmp_path / "runs/made_up/pictures" / name).stat().st_size > 10_000
     summary = json.loads((tmp_path / "runs/made_up/summary.json").read_text())
     assert summary["status"] == "done"
-    assert next(iter(summary.items())) == ("learned", True)
+    assert next(iter(summary.items())) == ("better_than_constant", True)
     commands = [step["command"] for step in summary["next"]]
     assert commands[0].endswith(
         "deepspeed --num_accelerators 2 fd_large/train.py --deepspeed_config z.json"

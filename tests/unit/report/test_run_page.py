@@ -54,7 +54,7 @@ def test_a_run_that_learned_nothing_says_so_before_anything_else(make_run):
     row = {"update": 60, "held_out_loss": 0.5, "held_out_best_constant": 0.4}
     (folder / "evaluations.jsonl").write_text(json.dumps(row) + "\n")
     words = " ".join(check_page(write_run_page(read_run(folder))).words)
-    assert words.index("NOTHING LEARNED") < words.index("worse than a constant")
+    assert words.index("WORSE THAN A CONSTANT") < words.index("worse than a constant")
     assert words.index("worse than a constant") < words.index("training loss")
 
 
