@@ -97,7 +97,7 @@ def worse_than_constant(files: RunFiles) -> str:
         f"The student is worse than a constant on held-out images: its loss is {losses[-1]:.4f}, "
         f"that of the best map that is the same everywhere {constants[-1]:.4f}. Try more "
         "steps, another learning rate (a lower one if the loss rose), and larger images if a map "
-        "has but a few tokens (--data.image_size)."
+        "has but a few tokens (data.image_size)."
     )
 
 
