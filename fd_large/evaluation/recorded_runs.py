@@ -34,6 +34,31 @@ def decides(field: str, task: str) -> bool:
     return field not in _FREE and (field == "runtime.seed" or not field.startswith("runtime."))
 
 
+def unlike(first: Run, run: Run) -> dict[str, tuple[Any, Any]]:
+    """Returns where a training's recipe differs from that of another one, {field: (there, here)}.
+
+    The model, its normalisation and its weights are what is compared, and not among the fields; of
+    those of the student's section, drop path is.
+
+    Args:
+        first: The other recipe, with which it is compared.
+        run: The recipe.
+    """
+    found = {
+        "recipe" if field == "name" else field: values
+        for field, values in difference(first, run).items()
+        if decides(field, run.task.name) and not _is_of_the_model(field)
+    }
+    return dict(sorted(found.items(), key=lambda item: item[0] != "recipe"))
+
+
+def _is_of_the_model(field: str) -> bool:
+    section, _, name = field.partition(".")
+    if section == "student":
+        return name != "drop_path_rate"
+    return field == "data.root" or section == "runtime" or name.endswith(".statistics")
+
+
 def train(
     run: Run, deepspeed_config: str, train_run: Callable[..., int]
 ) -> tuple[int, dict[str, Any]]:

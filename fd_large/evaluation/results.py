@@ -31,6 +31,8 @@ class Row:
             seeds where a run was made before they were kept.
         labels: (N,), the class of each test image; `NO_LABEL` where it could not be used.
         recipe: Name of the recipe that the model was trained by, if any.
+        unlike_first: Where that recipe, as it was trained, differs from the first row's: the first
+            row's value and its own, by field.
         sweep: What was tried before, if anything.
         feature: Words for its feature where a model has several rows.
     """
@@ -41,6 +43,7 @@ class Row:
     predicted: list[NDArray[np.int64]] = field(default_factory=list)
     labels: NDArray[np.int64] | None = None
     recipe: str = ""
+    unlike_first: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     sweep: Sweep | None = None
     feature: str = ""
 
@@ -123,7 +126,7 @@ def _as_json(row: Row, first: Row) -> dict[str, Any]:
         "details": row.details,
     }
     if row.recipe:
-        found["recipe"] = row.recipe
+        found |= {"recipe": row.recipe, "unlike_first": dict(row.unlike_first)}
     if row.sweep:
         found["sweep"] = row.sweep.as_json()
     right, other = row.right(), first.right()

@@ -1,9 +1,10 @@
-"""`evaluate --sweep`: learning rates and layer decays, tried on a part of the training images.
+"""`evaluate --sweep`: recipes, learning rates and layer decays, tried on held-out training images.
 
-A small change of the learning rate moves fine-tuning by more than models differ, and the rate that
-suits one model does not suit another. So the same grid is tried for every model: a trial trains on
-nine tenths of the training images and is tested on the rest, held out by a hash of the names of the
-files (data/val_fraction.py). The point of the model's own recipe is always in its grid. The best
+A small change of the learning rate moves fine-tuning by more than models differ, and so does the
+recipe; what suits one model does not suit another. So the same is tried for every model: each
+recipe that is published for any of them, at each rate and decay of a grid, the recipe's own among
+them; random weights have no layer decay. A trial trains on nine tenths of the training images and
+is tested on the rest, held out by a hash of the names of the files (data/val_fraction.py). The best
 then trains on all training images, with every seed, and only these runs see the test images.
 
 Each trial is a run of its own below OUT/sweep. One that is finished leaves its accuracy and not its
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fd_large.errors import ConfigError, DataError, Exit
+from fd_large.evaluation.held_out import runs_that_saw
 from fd_large.evaluation.recorded_runs import RecordedRun
 from fd_large.recipes.fields import require
 from fd_large.recipes.file_names import CHECKPOINTS
@@ -38,14 +40,15 @@ HELD_OUT = 0.1
 class SweepFlags:
     """Flags of `evaluate` that say which recipes are tried before a model is trained."""
 
-    # Try learning rates and layer decays for every model, on a tenth of the training images that is
-    # held out, and train the best of them on all training images.
+    # Try the recipes of all models, at several learning rates and layer decays, for every model, on
+    # a tenth of the training images that is held out; train the best of them on all training
+    # images.
     sweep: bool = False
-    # Learning rates of the sweep, as multiples of the peak learning rate of each model's recipe,
-    # which is always tried, too.
+    # Learning rates of the sweep, as multiples of the peak learning rate of each recipe, which is
+    # always tried, too.
     sweep_rates: tuple[float, ...] = (0.5, 1.0, 2.0)
-    # Layer decays of the sweep (optim.layer_decay); that of each model's recipe is always tried,
-    # too.
+    # Layer decays of the sweep (optim.layer_decay); that of each recipe is always tried, too.
+    # Random weights have none.
     sweep_decays: tuple[float, ...] = (0.6, 0.7, 0.8)
 
     def __post_init__(self) -> None:
@@ -88,7 +91,7 @@ class Trial(NamedTuple):
     """A point of the grid.
 
     Attributes:
-        rate: Multiple of the learning rate of the model's recipe.
+        rate: Multiple of the learning rate of the trial's recipe.
         decay: The layer decay.
         recorded: The trial's run; its inputs are `images`, the fingerprint of the training images,
             and `weights`, the digest of those that it starts from.
@@ -100,31 +103,43 @@ class Trial(NamedTuple):
     recorded: RecordedRun
     accuracy: float | None = None
 
+    @property
+    def recipe(self) -> str:
+        """Name of its recipe."""
+        return self.recorded.run.name
+
 
 @dataclass(frozen=True)
 class Sweep:
     """What came out for one model.
 
     Attributes:
-        trials: The grid; rates and decays rise.
+        trials: The grid, recipe by recipe; rates and decays rise.
+        seen_by: Runs that led to the model and trained on the held-out images.
     """
 
     trials: tuple[Trial, ...]
+    seen_by: tuple[str, ...] = ()
 
     @property
     def winner(self) -> Trial:
-        """The best trial; of equal ones that with the smaller rate, then the smaller decay."""
+        """The best trial; of equal ones the first."""
         ended = (trial for trial in self.trials if trial.accuracy is not None)
         return max(ended, key=lambda trial: trial.accuracy or 0.0)
 
-    def best_of(self, recipe: Run) -> Run:
-        """Returns the recipe of the model with the rate and the decay of the best trial."""
+    def best_of(self, recipes: Sequence[Run]) -> Run:
+        """Returns the recipe of the best trial, with its rate and its decay.
+
+        Args:
+            recipes: What was tried.
+        """
+        (recipe,) = (one for one in recipes if one.name == self.winner.recipe)
         return _with_point(recipe, self.winner.rate, self.winner.decay)
 
     def at_edge(self) -> list[str]:
         """Returns the names of what a wider grid might find better values of."""
-        rates = {trial.rate for trial in self.trials}
-        decays = {trial.decay for trial in self.trials}
+        beside = [trial for trial in self.trials if trial.recipe == self.winner.recipe]
+        rates, decays = {trial.rate for trial in beside}, {trial.decay for trial in beside}
         rate, decay, *_ = self.winner
         found = {
             "rate": len(rates) > 1 and rate in (min(rates), max(rates)),
@@ -138,6 +153,7 @@ class Sweep:
         return {
             **_as_json(self.winner),
             "at_edge": self.at_edge(),
+            "held_out_seen_by": list(self.seen_by),
             "trials": [_as_json(trial) for trial in self.trials],
         }
 
@@ -171,7 +187,7 @@ def settings_of(flags: SweepFlags) -> dict[str, Any]:
 
 def sweep(
     models: Sequence[NamedModel],
-    recipes: Sequence[Run],
+    recipes: Sequence[Sequence[Run]],
     flags: Any,
     train: Callable[[Run], Trained],
 ) -> tuple[int, list[Sweep]]:
@@ -179,7 +195,7 @@ def sweep(
 
     Args:
         models: The models.
-        recipes: The recipes that they would be trained by without a sweep.
+        recipes: The recipes of each that are tried; all begin from the same weights.
         flags: The grid, the number of seeds and the folder.
         train: Trains a run.
 
@@ -191,15 +207,18 @@ def sweep(
     from fd_large.runtime import logs, terminal
 
     logs.start(distributed.start().rank)
-    images = meeting.meet(lambda: _divisible_part(recipes[0].data.root))
+    images = meeting.meet(lambda: _divisible_part(recipes[0][0].data.root))
     pairs = list(zip(models, recipes, strict=True))
     digests = meeting.meet(
-        lambda: [weights_digest(recipe.student.init, model.weights) for model, recipe in pairs]
+        lambda: [weights_digest(own[0].student.init, model.weights) for model, own in pairs]
+    )
+    seen_by = distributed.of_main(
+        lambda: [runs_that_saw(own[0].student.init, images.root, HELD_OUT) for _, own in pairs]
     )
     folder = Path(flags.out) / "sweep"
     grids = [
-        _trials_of(recipe, flags, images=images, weights=digest, folder=folder / slug(model.label))
-        for (model, recipe), digest in zip(pairs, digests, strict=True)
+        _trials_of(own, flags, images=images, weights=digest, folder=folder / slug(model.label))
+        for (model, own), digest in zip(pairs, digests, strict=True)
     ]
     done = sum(_finished(trial) is not None for grid in grids for trial in grid)
     num_trials, num_runs = sum(map(len, grids)), len(models) * flags.seeds
@@ -207,16 +226,16 @@ def sweep(
         terminal.console().print(
             f"--sweep: {num_trials} trials ({done} of them done before) on nine tenths of the "
             f"training images, {' + '.join(str(len(grid)) for grid in grids)} for the models in "
-            f"turn, the point of each one's recipe among them; then {num_runs} runs on all of "
-            f"them: {num_trials - done + num_runs} runs in all",
+            f"turn, by {', '.join(recipe.name for recipe in recipes[0])}; then {num_runs} runs on "
+            f"all of them: {num_trials - done + num_runs} runs in all",
             soft_wrap=True,
         )
     sweeps = []
-    for grid in grids:
+    for grid, seen in zip(grids, seen_by, strict=True):
         code, found = _run_trials(grid, train)
         if code:
             return code, []
-        sweeps.append(found)
+        sweeps.append(replace(found, seen_by=tuple(seen)))
     return 0, sweeps
 
 
@@ -247,13 +266,14 @@ def _divisible_part(root: str) -> ImageFolder:
 
 
 def _trials_of(
-    recipe: Run, flags: SweepFlags, *, images: ImageFolder, weights: str, folder: Path
+    recipes: Sequence[Run], flags: SweepFlags, *, images: ImageFolder, weights: str, folder: Path
 ) -> list[Trial]:
-    """Returns the trials of one model, in the order of rates, then of decays.
+    """Returns the trials of one model: recipe by recipe in the order of rates, then of decays.
 
     Args:
-        recipe: The recipe that the model would be trained by without a sweep.
-        flags: The grid, to which the recipe's own rate and decay are added.
+        recipes: The recipes, that which fits the model first; its trials have the folders that they
+            had when it was the only one.
+        flags: The grid, to which a recipe's own rate and decay are added.
         images: The training images, of which a tenth is held out.
         weights: The digest of the weights that the recipe starts from.
         folder: The folder of the trials' folders.
@@ -261,15 +281,21 @@ def _trials_of(
     Raises: ConfigError: if a rate falls below those at the ends of the recipe's schedule.
     """
     trials, inputs = [], {"images": images.fingerprint, "weights": weights}
-    for rate in sorted({*flags.sweep_rates, 1.0}):
-        for decay in sorted({*flags.sweep_decays, recipe.optim.layer_decay}):
-            where = folder / f"rate_{rate:g}_decay_{decay:g}"
-            try:
-                run = _with_point(recipe, rate, decay)
-            except ConfigError as error:
-                raise ConfigError(f"--sweep_rates {rate:g}: of {recipe.name}, {error}") from None
-            run = _held_out(run, images.root, where)
-            trials.append(Trial(rate, decay, RecordedRun("trial.json", "a trial", run, inputs)))
+    for place, recipe in enumerate(recipes):
+        beginning = f"{recipe.name}_" if place else ""
+        # Random weights have no layer decay.
+        decays = flags.sweep_decays if recipe.student.init else ()
+        for rate in sorted({*flags.sweep_rates, 1.0}):
+            for decay in sorted({*decays, recipe.optim.layer_decay}):
+                where = folder / f"{beginning}rate_{rate:g}_decay_{decay:g}"
+                try:
+                    run = _with_point(recipe, rate, decay)
+                except ConfigError as error:
+                    raise ConfigError(
+                        f"--sweep_rates {rate:g}: of {recipe.name}, {error}"
+                    ) from None
+                run = _held_out(run, images.root, where)
+                trials.append(Trial(rate, decay, RecordedRun("trial.json", "a trial", run, inputs)))
     return trials
 
 
@@ -352,6 +378,7 @@ def _held_out(recipe: Run, part: str, folder: Path) -> Run:
 def _as_json(trial: Trial) -> dict[str, Any]:
     optim = trial.recorded.run.optim
     return {
+        "recipe": trial.recipe,
         "rate": trial.rate,
         "base_lr": optim.base_lr,
         "layer_decay": optim.layer_decay,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 class TrainingFlags(Repeated):
     """Flags of protocols that train models."""
 
-    # Recipe of what is trained; empty: the published one that fits the model.
+    # Recipe of what is trained, of all models alike; empty: the published one that fits the first
+    # model. --sweep tries those that fit any of them.
     recipe: str = ""
     # DeepSpeed's JSON for what is trained, a path or a name; empty: zero1.
     deepspeed_config: str = ""
@@ -77,8 +78,9 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
     if flags.sweep:
         check_fields(changes)
     transfer = transfer_of(kind.name)
-    recipes = [_recipe_of(model, kind, flags.recipe, changes) for model in models]
-    rows = [Row(model, recipe=recipe.name) for model, recipe in zip(models, recipes, strict=True)]
+    tried = _recipes_of(models, kind, flags, changes)
+    recipes = [of_model[0] for of_model in tried]
+    rows = [Row(model) for model in models]
     seeds = flags.seeds_from(recipes[0].runtime.seed)
 
     def train(run: Run) -> Trained:
@@ -87,12 +89,14 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
         return Trained(code) if code else Trained(0, *transfer.compared(summary))
 
     if flags.sweep:
-        code, sweeps = sweep(models, recipes, flags, train)
+        code, sweeps = sweep(models, tried, flags, train)
         if code:
             return Result(code=code)
         for row, found in zip(rows, sweeps, strict=True):
             row.sweep = found
-        recipes = [one.best_of(recipe) for one, recipe in zip(sweeps, recipes, strict=True)]
+        recipes = [one.best_of(of_model) for one, of_model in zip(sweeps, tried, strict=True)]
+    for row, recipe in zip(rows, recipes, strict=True):
+        row.recipe, row.unlike_first = recipe.name, recorded_runs.unlike(recipes[0], recipe)
     folder = out_folder(flags.out)
     for seed in seeds:
         for row, recipe in zip(rows, recipes, strict=True):
@@ -118,22 +122,38 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
     )
 
 
-def _recipe_of(model: NamedModel, kind: TaskKind, name: str, changes: Mapping[str, Any]) -> Run:
-    """The recipe by which a model is trained: that of a name, or the one that fits the model."""
+def _recipes_of(
+    models: Sequence[NamedModel], kind: TaskKind, flags: Any, changes: Mapping[str, Any]
+) -> list[list[Run]]:
+    """The recipes by which each model may be trained, that which fits it best first.
+
+    One for all, that of the first model, unless a sweep is to choose among those of all of them.
+    """
+    fitting = [flags.recipe or _fitting(model, kind) for model in models]
+    for name in fitting:
+        refuse_other_task("--recipe", registry.get(name), kind.name)
+    found = []
+    for model, own in zip(models, fitting, strict=True):
+        names = dict.fromkeys([own, *fitting]) if getattr(flags, "sweep", False) else fitting[:1]
+        found.append([started_from(model, registry.get(name), changes) for name in names])
+    return found
+
+
+def _fitting(model: NamedModel, kind: TaskKind) -> str:
+    """The name of the published recipe that fits a model."""
     from fd_large.tasks.jobs import transfer_of
 
     of_run = "" if model.section.source == RANDOM else None  # See Transfer.recipe_for.
     if model.trained_by:
         of_run = model.trained_by.run.name
-    base = registry.get(
-        name or transfer_of(kind.name).recipe_for(model.architecture, run_recipe=of_run)
-    )
-    refuse_other_task("--recipe", base, kind.name)
-    return started_from(model, base, changes)
+    return transfer_of(kind.name).recipe_for(model.architecture, run_recipe=of_run)
 
 
 def started_from(model: NamedModel, base: Run, changes: Mapping[str, Any]) -> Run:
     """Returns a recipe with other values of some fields and a named model in the student's place.
+
+    Random weights have no layer decay unless one is given: the lower layers of published recipes
+    hardly learn, as they are for weights that have learnt before.
 
     Args:
         model: What the training starts from.
@@ -144,6 +164,8 @@ def started_from(model: NamedModel, base: Run, changes: Mapping[str, Any]) -> Ru
     """
     from fd_large.tasks.jobs import transfer_of
 
+    if model.section.source == RANDOM:
+        changes = {"optim.layer_decay": 1.0, **changes}
     names = [name.removeprefix("student.") for name in changes if name.startswith("student.")]
     started = transfer_of(base.task.name).starting_from(
         override(base, {**changes, **base.optim.implied(changes)}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from fd_large.report import style
 if TYPE_CHECKING:
     from rich.table import Table
 
+MARK = "*"
+"""Stands at a row or cell whose recipe is not the first row's."""
 COLORS = (style.BLUE, style.VERMILLION, style.GREEN, style.GREY)
 
 
@@ -57,7 +60,8 @@ def _accuracies(summary: dict[str, Any], title: str) -> Table:
     if compared := any("difference" in model for model in summary["nets"]):
         found.add_column("less the first", overflow="fold")
     for model in summary["nets"]:
-        cells = [Text(model["label"]), *([Text(model["recipe"])] if trained else [])]
+        mark = f" {MARK}" if model.get("unlike_first") else ""
+        cells = [Text(model["label"]), *([Text(model["recipe"] + mark)] if trained else [])]
         if swept:
             cells += [f"{model['sweep'][name]:g}" for name in ("base_lr", "layer_decay")]
         cells += [str(model["image_size"]), f"{model['mean']:.2f}"]
@@ -67,13 +71,40 @@ def _accuracies(summary: dict[str, Any], title: str) -> Table:
         if compared:
             cells.append(_difference(model.get("difference")))
         found.add_row(*cells)
+    said = []
     if compared:
-        found.caption = (
+        said.append(
             "In brackets: where 95% of paired draws of the test images put the difference; "
             "none is shown where that includes 0."
         )
-        found.caption_justify = "left"
+    said += [
+        f"{MARK} {model['label']}: not trained as the first row, whose values are in brackets: "
+        f"{in_words(model['unlike_first'])}."
+        for model in summary["nets"]
+        if model.get("unlike_first")
+    ]
+    found.caption, found.caption_justify = Text("\n".join(said)), "left"
     return found
+
+
+def in_words(changes: Mapping[str, Sequence[Any]]) -> str:
+    """Returns fields with their values, and in brackets the values that they are compared with.
+
+    Args:
+        changes: The value that is compared with, and the field's own, by field.
+    """
+    return ", ".join(
+        f"{name} {_plain(own)} ({_plain(other)})" for name, (other, own) in changes.items()
+    )
+
+
+def _plain(value: Any) -> str:
+    """A field's value as it is typed."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(_plain, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value in (None, "") else str(value)
 
 
 def _grid(models: list[dict[str, Any]]) -> Table:
@@ -87,25 +118,26 @@ def _grid(models: list[dict[str, Any]]) -> Table:
         caption_justify="left",
     )
     found.add_column("model", overflow="fold")
+    found.add_column("recipe", overflow="fold")
     found.add_column("decay", justify="right")
-    rates = sorted({trial["rate"] for trial in models[0]["sweep"]["trials"]})
+    rates = sorted({trial["rate"] for model in models for trial in model["sweep"]["trials"]})
     for rate in rates:
         found.add_column(f"rate x {rate:g}", justify="right")
     found.add_column("best")
     for model in models:
-        sweep = model["sweep"]
-        accuracy = {
-            (trial["rate"], trial["layer_decay"]): trial["held_out_accuracy"]
-            for trial in sweep["trials"]
-        }
-        for decay in sorted({trial["layer_decay"] for trial in sweep["trials"]}):
-            best = f"rate x {sweep['rate']:g}" if decay == sweep["layer_decay"] else ""
-            found_here = (accuracy[rate, decay] for rate in rates)
-            cells = ["diverged" if one is None else f"{one:.2f}" for one in found_here]
-            found.add_row(Text(model["label"]), f"{decay:g}", *cells, best)
+        sweep, of_point = model["sweep"], {}
+        for trial in sweep["trials"]:
+            of_rates = of_point.setdefault((trial["recipe"], trial["layer_decay"]), {})
+            accuracy = trial["held_out_accuracy"]
+            of_rates[trial["rate"]] = "diverged" if accuracy is None else f"{accuracy:.2f}"
+        for (recipe, decay), of_rates in of_point.items():
+            is_best = (recipe, decay) == (sweep["recipe"], sweep["layer_decay"])
+            best = f"rate x {sweep['rate']:g}" if is_best else ""
+            cells = [of_rates.get(rate, "") for rate in rates]
+            found.add_row(Text(model["label"]), Text(recipe), f"{decay:g}", *cells, best)
     said = [
-        "Rates are multiples of that of each model's recipe, whose own rate (x 1) and decay are in "
-        "its grid. The best of each model was then trained on all training images."
+        "Rates are multiples of the recipe's, whose own rate (x 1) and decay are in the grid. The "
+        "best of each model was then trained on all training images."
     ]
     said += [
         f"{model['label']}: the best is at an edge of the grid "
@@ -113,6 +145,15 @@ def _grid(models: list[dict[str, Any]]) -> Table:
         for model in models
         if model["sweep"]["at_edge"]
     ]
+    seen = {m["label"]: m["sweep"]["held_out_seen_by"] for m in models}
+    said += [
+        f"{label}: the images that chose were in the training of {', '.join(runs)}; a choice by "
+        "them is not fair against a row that never saw them."
+        for label, runs in seen.items()
+        if runs
+    ]
+    if not any(seen.values()):
+        said.append("No run that led to a model trained on the images that chose.")
     found.caption = Text("\n".join(said))
     return found
 

@@ -14,6 +14,7 @@ from fd_large.errors import ConfigError
 from fd_large.files import json_object, kind_of, read_json, replacing, unlinked, write_json
 from fd_large.recipes.file_names import PAGE, SUMMARY
 from fd_large.report import style
+from fd_large.report.comparison import MARK, in_words
 from fd_large.report.evaluation_page import write_evaluation_page
 
 if TYPE_CHECKING:
@@ -308,7 +309,8 @@ def _cell_text(summary: dict[str, Any], row: str, column: str, score: dict[str, 
             return "-"
         states = {cell["status"] for cell in cells}
         return "failed" if FAILED in states else "..." if "" in states else ""
-    return value.text(score["digits"]) + (f" ({missing} missing)" if missing else "")
+    mark = f" {MARK}" if any(cell.get("unlike_first") for cell in cells) else ""
+    return value.text(score["digits"]) + mark + (f" ({missing} missing)" if missing else "")
 
 
 def _notes(summary: dict[str, Any]) -> Iterator[str]:
@@ -328,9 +330,22 @@ def _notes(summary: dict[str, Any]) -> Iterator[str]:
     others = [o["title"] for o in summary["columns"] if o["name"] not in _trained(summary)]
     if others:
         yield f"Not trained: {', '.join(others)}."
+    yield from _unlike(summary)
     for cell in summary["cells"]:
         if cell["status"] == FAILED:
             yield f"FAILED {cell['run']}: {cell['reason']}"
+
+
+def _unlike(summary: dict[str, Any]) -> Iterator[str]:
+    """Lines that name the cells whose recipe is not that of the first row, and what differs."""
+    labels = {row["name"]: row["label"] for row in summary["rows"]}
+    titles = {one["name"]: one["title"] for one in summary["columns"]}
+    for cell in {(c["row"], c["column"]): c for c in summary["cells"]}.values():
+        if unlike := cell.get("unlike_first"):
+            yield (
+                f"{MARK} {labels[cell['row']]}, {titles[cell['column']]}: not trained as the first "
+                f"row, whose values are in brackets: {in_words(unlike)}."
+            )
 
 
 def _lower_is_better(summary: dict[str, Any]) -> list[str]:
@@ -353,19 +368,10 @@ def _changes(cell: dict[str, Any]) -> str:
     """What is changed of a cell's recipe, with the recipe's own values in brackets."""
     if cell["unchanged"]:
         return ""
-    changed = cell.get("changed", {}).items()
-    return (
-        ", changed"
-        + " (the recipe's own in brackets):" * bool(changed)
-        + ",".join(f" {name} {_plain(value)} ({_plain(own)})" for name, (own, value) in changed)
+    changed = cell.get("changed", {})
+    return ", changed" + (
+        f" (the recipe's own in brackets): {in_words(changed)}" if changed else ""
     )
-
-
-def _plain(value: Any) -> str:
-    """A field's value as it is typed."""
-    if isinstance(value, list):
-        return " ".join(map(_plain, value)) or "none"
-    return "none" if value in (None, "") else str(value)
 
 
 def _table(title: str, scores: list[tuple[str, dict[str, Any]]]) -> Table:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fd_large.errors import ConfigError, check_all, first_line
-from fd_large.evaluation.recorded_runs import RecordedRun, decides
+from fd_large.evaluation.recorded_runs import RecordedRun, decides, unlike
 from fd_large.evaluation.trainings import started_from
 from fd_large.evaluation.transfer.columns import COLUMNS, Column
 from fd_large.files import read_json
@@ -35,6 +35,13 @@ if TYPE_CHECKING:
 RowKind = Literal["student", "teacher", "scratch"]
 # Fields of a distillation that may differ where its student is one of the paper's.
 _ANY_TEACHER_FILE = {f"teacher.{name}" for name in ("source", "statistics", "allow", "placement")}
+
+
+# What a training costs: of the first row in all rows, whatever their recipes.
+_BUDGET = (
+    *("optim.epochs", "optim.max_steps", "optim.warmup_epochs", "optim.ema_decay"),
+    "batch.global_batch_size",
+)
 
 
 class Changes(NamedTuple):
@@ -138,6 +145,10 @@ def cells_of(
 ) -> list[Cell]:
     """Returns the cells of a repetition, by columns, one for each row.
 
+    All rows take the recipe of the first one, so that none is trained longer or otherwise. Where
+    that is of another kind of models than a row's (ViT, Swin), the row takes the recipe of its own
+    kind, for as many images and steps.
+
     Args:
         rows: The models.
         columns: The columns.
@@ -149,23 +160,37 @@ def cells_of(
     """
     each = [(row, column) for column in columns for row in rows]
     return check_all(
-        *(partial(_cell, row, column, changes[column.name], flags, seed) for row, column in each)
+        *(
+            partial(_cell, row, rows[0], column, changes[column.name], flags, seed)
+            for row, column in each
+        )
     )
 
 
-def _cell(row: Row, column: Column, changes: Changes, flags: Any, seed: int) -> Cell:
+def _fitting(row: Row, column: Column) -> str:
+    """The name of the published recipe that fits a row."""
+    # Random weights take the recipe of their run's student: the difference is one of weights.
+    of_run = None if row.kind == "teacher" else row.run.name
+    return column.recipe(row.model.architecture, of_run)
+
+
+def _cell(row: Row, first: Row, column: Column, changes: Changes, flags: Any, seed: int) -> Cell:
     from fd_large.engine.find_model import find_model
     from fd_large.tasks.jobs import job_of
 
     model = row.model
-    # Random weights take the recipe of their run's student: the difference is one of weights.
-    of_run = None if row.kind == "teacher" else row.run.name
-    base = registry.get(changes.recipe or column.recipe(model.architecture, of_run))
+    base = registry.get(changes.recipe or _fitting(first, column))
+    budget: dict[str, Any] = {}
+    kinds = [one.model.architecture.is_hierarchical for one in (row, first)]
+    if not changes.recipe and kinds[0] != kinds[1] and column.is_of_one_kind:
+        of_first, base = base, registry.get(_fitting(row, column))
+        values = difference(base, of_first)
+        budget = {name: values[name][1] for name in _BUDGET if name in values}
     size = changes.fields.get("data.image_size")
     if size and kind_of(base.task.name).trains_models:
         # The model's positions are resized, which other tasks do by themselves.
         model = find_model(model.source, job_of, image_size=size)
-    fields = {**changes.fields, "data.root": flags.datasets[column.data]}
+    fields = {**budget, **changes.fields, "data.root": flags.datasets[column.data]}
     if not hasattr(base.student_architecture(), "window_size"):
         fields.pop("student.architecture.window_size", None)
     started = started_from(model, base, fields)
@@ -176,7 +201,7 @@ def _cell(row: Row, column: Column, changes: Changes, flags: Any, seed: int) -> 
     changed = {
         name: values
         for name, values in difference(base, run).items()
-        if name in changes.fields and decides(name, run.task.name)
+        if name in fields and decides(name, run.task.name)
     }
     changed.pop("data.root", None)
     known = {"unchanged": not changed, "changed": changed}
@@ -191,16 +216,24 @@ def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str
     Cells of other columns that earlier starts have trained, of the same weights, are among them.
     """
     found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    recipes: dict[tuple[str, str, int], Run] = {}
     for row in rows:
         for file in sorted(out.glob(f"{row.name}/*/seed_*/{RECORD}")):
             record = read_json(file, where="--out", holds=dict)
             column, seed = file.parts[-3], record["recipe"]["runtime"]["seed"]
             if column in COLUMNS and record["weights"] == row.weights:
                 found[row.name, column, seed] = _described(record)
+                recipes[row.name, column, seed] = Run.from_dict(record["recipe"])
     for cell in cells:
         run, known = cell.recorded.run, cell.recorded.known
         key = cell.row.name, cell.column.name, run.runtime.seed
-        found[key] = _described({"recipe": run.to_dict(), **known})
+        found[key], recipes[key] = _described({"recipe": run.to_dict(), **known}), run
+    firsts: dict[str, Run] = {}
+    for row in rows:
+        for key in (key for key in found if key[0] == row.name):
+            found[key]["unlike_first"] = unlike(
+                firsts.setdefault(key[1], recipes[key]), recipes[key]
+            )
     return {
         "rows": [
             {"name": row.name, "label": row.model.label, "kind": row.kind}

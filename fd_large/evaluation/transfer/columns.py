@@ -74,6 +74,16 @@ class Column(NamedTuple):
     recipes: tuple[str, ...]
     published: Mapping[str, Published]
 
+    @property
+    def is_of_one_kind(self) -> bool:
+        """Whether each of its recipes is for models of one kind, ViT or Swin."""
+        kinds = {registry.get(n).student_architecture().is_hierarchical for n in self._names()}
+        return len(kinds) > 1
+
+    def _names(self) -> list[str]:
+        """Its recipes."""
+        return [name for name in registry.RECIPES if self.recipes and name.startswith(self.recipes)]
+
     def recipe(self, architecture: FamilyArchitecture, run_recipe: str | None) -> str:
         """Returns the recipe whose model is nearest in kind, then in width and depth.
 
@@ -90,7 +100,7 @@ class Column(NamedTuple):
             differs = other.is_hierarchical != architecture.is_hierarchical
             return differs, _ratio(width, own_width), _ratio(depth, own_depth)
 
-        return min((n for n in registry.RECIPES if n.startswith(self.recipes)), key=distance)
+        return min(self._names(), key=distance)
 
 
 def _size(architecture: FamilyArchitecture) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,18 @@ import fd_large
 from fd_large.cli.main import main
 from fd_large.recipes import registry
 
-WORDS = ["vit_base_patch16=random", "--task", "finetune", "--sweep", "--sweep_rates", "1", "2", "4"]
+WORDS = ["--task", "finetune", "--sweep", "--sweep_rates", "1", "2", "4"]
 WORDS += ["--sweep_decays", "0.8", "1", "--optim.base_lr", "1e-3", "--seeds", "2"]
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return labelled_folder(tmp_path_factory.mktemp("images"), train=54, val=6, side=2)
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    return str(tiny_runs.vit_file(tmp_path_factory.mktemp("weights")))
 
 
 @pytest.fixture
@@ -48,9 +54,9 @@ def trained(monkeypatch):
 
 
 def test_the_best_of_held_out_images_trains_on_all_with_every_seed(
-    images, trained, tmp_path, capsys
+    images, vit, trained, tmp_path, capsys
 ):
-    words = ["evaluate", *WORDS, "--data.root", str(images), "--out", str(tmp_path / "out")]
+    words = ["evaluate", vit, *WORDS, "--data.root", str(images), "--out", str(tmp_path / "out")]
     assert main(words) == 0
     trials, runs = trained[:9], trained[9:]
     assert "9 trials (0 of them done before)" in capsys.readouterr().out
@@ -89,8 +95,8 @@ def test_the_best_of_held_out_images_trains_on_all_with_every_seed(
     del trained[:]
     shutil.copytree(images, tmp_path / "copy")
     others = {
-        "optim.epochs 100 -> 30": ["--optim.epochs", "30"],
-        "optim.epochs 100 -> 130": ["--optim.epochs", "130"],
+        "optim.epochs 50 -> 30": ["--optim.epochs", "30"],
+        "optim.epochs 50 -> 130": ["--optim.epochs", "130"],
         "data.root": ["--data.root", str(tmp_path / "copy")],
     }
     for said, more in others.items():
@@ -115,7 +121,7 @@ def test_the_best_of_held_out_images_trains_on_all_with_every_seed(
 
 
 @pytest.mark.parametrize(("code", "status"), [(3, "not saved"), (75, "preempted")])
-def test_what_is_no_divergence_ends_the_sweep(images, tmp_path, monkeypatch, code, status):
+def test_what_is_no_divergence_ends_the_sweep(images, vit, tmp_path, monkeypatch, code, status):
     runs = []
 
     def train(run, *, deepspeed_config):
@@ -124,7 +130,7 @@ def test_what_is_no_divergence_ends_the_sweep(images, tmp_path, monkeypatch, cod
         return code
 
     monkeypatch.setattr("fd_large.cli.train.train_run", train)
-    words = ["evaluate", *WORDS, "--data.root", str(images), "--out", str(tmp_path / "out")]
+    words = ["evaluate", vit, *WORDS, "--data.root", str(images), "--out", str(tmp_path / "out")]
     assert main(words) == code
     assert main(words) == code
     assert runs == runs[:1] * 2, "the trial is not finished"
@@ -165,7 +171,66 @@ def test_a_sweep_that_trains(images, tmp_path):
         evaluate()
 
 
-def test_what_cannot_be_swept(images, trained, tmp_path, capsys):
+def test_every_row_tries_the_recipes_of_all_and_random_weights_no_layer_decay(
+    images, vit, tmp_path, monkeypatch, capsys
+):
+    runs = []
+
+    def train(run, *, deepspeed_config):
+        runs.append(run)
+        folder = Path(run.run_dir())
+        folder.mkdir(parents=True, exist_ok=True)
+        # The teacher's recipe is the better one for the student, too.
+        accuracy = 60.0 if run.name == "finetune_clip_vit_base_plain" else 50.0
+        told = {"test_top1": accuracy, "test_loss": 1.0}
+        (folder / "summary.json").write_text(json.dumps(told))
+        return 0
+
+    monkeypatch.setattr("fd_large.cli.train.train_run", train)
+    run = tiny_runs.tiny_run()
+    run = replace(run, name="fd_swinv2_base", data=replace(run.data, root=str(images / "train")))
+    tiny_runs.store_task(tmp_path / "mine", run, tiny_runs.tiny_task(run))
+    models = [str(tmp_path / "mine"), vit, f"{tmp_path / 'mine'}#scratch"]
+    words = [
+        *models,
+        "--task",
+        "finetune",
+        "--sweep",
+        "--sweep_rates",
+        "1",
+        "--sweep_decays",
+        "0.7",
+    ]
+    assert (
+        main(["evaluate", *words, "--data.root", str(images), "--out", str(tmp_path / "out")]) == 0
+    )
+    recipes = ["finetune_swinv2_base", "finetune_clip_vit_base_plain"]
+    tried = {}
+    for one in runs[:-3]:
+        row = Path(one.run_dir()).parent.name
+        tried.setdefault(row, []).append((one.name, one.optim.layer_decay))
+    assert tried["mine"] == [
+        (recipes[0], 0.7),
+        (recipes[0], 0.8),
+        (recipes[1], 0.6),
+        (recipes[1], 0.7),
+    ]
+    assert sorted(tried["vit"]) == sorted(tried["mine"])
+    assert tried["vit"][0][0] == recipes[1], "a model's own comes first"
+    assert tried["mine_from_scratch"] == [(recipes[0], 1.0), (recipes[1], 1.0)]
+    assert {one.name for one in runs[-3:]} == {recipes[1]}
+
+    nets = json.loads((tmp_path / "out" / "summary.json").read_text())["nets"]
+    assert [net["recipe"] for net in nets] == [recipes[1]] * 3
+    assert [net["unlike_first"] for net in nets] == [{}, {}, {"optim.layer_decay": [0.6, 1.0]}]
+    seen = [net["sweep"]["held_out_seen_by"] for net in nets]
+    assert seen == [[f"{tmp_path / 'mine'} (fd_swinv2_base)"], [], []]
+    told = " ".join(capsys.readouterr().out.split())
+    assert "mine: the images that chose were in the training of" in told
+    assert "optim.layer_decay 1 (0.6)" in told
+
+
+def test_what_cannot_be_swept(images, vit, trained, tmp_path, capsys):
     both = ["--data.root", str(images), "--out", str(tmp_path / "out")]
     (tmp_path / "source.py").write_text(
         "import numpy as np\n"
@@ -183,7 +248,7 @@ def test_what_cannot_be_swept(images, trained, tmp_path, capsys):
         "--sweep: only a folder of images": ["--data.root", f"module:{tmp_path}/source.py:Source"],
     }
     for said, more in cases.items():
-        assert main(["evaluate", *WORDS, *more]) == 2
+        assert main(["evaluate", vit, *WORDS, *more]) == 2
         assert said in capsys.readouterr().err
     assert main(["evaluate", "x", "--task", "finetune", "--sweep_rates", "3"]) == 2
     assert "--sweep: left out" in capsys.readouterr().err

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import tiny_runs
 
 from fd_large.cli import evaluate
+from fd_large.evaluation.recorded_runs import unlike
 from fd_large.ranks import distributed
 from fd_large.recipes import registry
 
@@ -63,3 +66,38 @@ def test_a_training_that_an_earlier_version_began_goes_on_with_its_ends(tmp_path
     (folder / "recipe.json").write_text(json.dumps(begun))
     evaluate.main(words)
     assert (trained[1].optim.min_lr, trained[1].optim.warmup_lr) == (2e-6, 3e-6)
+
+
+def test_all_models_take_the_recipe_of_the_first_one(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train(run, *, deepspeed_config):
+        trained.append(run)
+        Path(run.run_dir()).mkdir(parents=True)
+        told = {"test_top1": 50.0, "test_loss": 1.0}
+        Path(run.run_dir(), "summary.json").write_text(json.dumps(told))
+        return 0
+
+    monkeypatch.setattr("fd_large.cli.train.train_run", train)
+    models = [str(tiny_runs.vit_file(tmp_path)), "swinv2_tiny=random"]
+    words = ["--task", "finetune", "--data.root", "builtin:photographs"]
+    words += ["--data.image_size", "32", "--out"]
+    assert evaluate.main([*models, *words, str(tmp_path / "out")]) == 0
+    first, random = trained
+    assert first.name == random.name == "finetune_clip_vit_base_plain"
+    assert first.optim.layer_decay == 0.6
+    assert random.optim.layer_decay == 1.0, "random weights have none"
+    assert unlike(first, random) == {"optim.layer_decay": (0.6, 1.0)}
+    assert first.student.model != random.student.model
+    nets = json.loads((tmp_path / "out" / "summary.json").read_text())["nets"]
+    assert [net["unlike_first"] for net in nets] == [{}, {"optim.layer_decay": [0.6, 1.0]}]
+    told = capsys.readouterr().out
+    assert "finetune_clip_vit_base_plain *" in " ".join(told.split())
+    assert "optim.layer_decay 1 (0.6)" in " ".join(told.split())
+
+    # A decay that the user sets is every row's, and so is a recipe.
+    del trained[:]
+    given = ["--recipe", "finetune_dino_vit_base", "--optim.layer_decay", "0.7"]
+    assert evaluate.main([*models, *words, str(tmp_path / "given"), *given]) == 0
+    assert [run.optim.layer_decay for run in trained] == [0.7, 0.7]
+    assert unlike(*trained) == {}

@@ -50,22 +50,39 @@ def test_a_difference_is_called_one_only_where_its_interval_excludes_zero():
 
 
 def test_a_sweep_is_a_row_for_each_decay_and_a_column_for_each_rate():
+    points = ((2, 0.8, 71), (1, 0.8, 70.5), (1, 0.9, None), (2, 0.9, 69))
     trials = [
-        {"rate": rate, "layer_decay": decay, "held_out_accuracy": accuracy}
-        for rate, decay, accuracy in ((2, 0.8, 71), (1, 0.8, 70.5), (1, 0.9, None), (2, 0.9, 69))
+        {"recipe": "r", "rate": rate, "layer_decay": decay, "held_out_accuracy": accuracy}
+        for rate, decay, accuracy in points
     ]
-    sweep = {"trials": trials, "rate": 2.0, "layer_decay": 0.8, "base_lr": 0.5, "at_edge": ["rate"]}
+    trials.append({"recipe": "s", "rate": 1, "layer_decay": 0.8, "held_out_accuracy": 60})
+    sweep = {"trials": trials, "recipe": "r", "rate": 2.0, "layer_decay": 0.8, "base_lr": 0.5}
+    sweep |= {"at_edge": ["rate"], "held_out_seen_by": []}
     net = {**SUMMARY["nets"][0], "recipe": "r", "sweep": sweep}
     _, grid = tables_of({**SUMMARY, "nets": [net]}, "k-NN")
-    assert [column.header for column in grid.columns[2:]] == ["rate x 1", "rate x 2", "best"]
+    assert [column.header for column in grid.columns[3:]] == ["rate x 1", "rate x 2", "best"]
     rows = [
         [str(cell) for cell in row] for row in zip(*(c.cells for c in grid.columns), strict=True)
     ]
     assert rows == [
-        ["student", "0.8", "70.50", "71.00", "rate x 2"],
-        ["student", "0.9", "diverged", "69.00", ""],
+        ["student", "r", "0.8", "70.50", "71.00", "rate x 2"],
+        ["student", "r", "0.9", "diverged", "69.00", ""],
+        ["student", "s", "0.8", "60.00", "", ""],
     ]
     assert "student: " in str(grid.caption), "its best is at an edge"
+    assert "No run" in str(grid.caption)
+    sweep["held_out_seen_by"] = ["runs/mine (fd)"]
+    _, grid = tables_of({**SUMMARY, "nets": [net]}, "k-NN")
+    assert "in the training of runs/mine (fd)" in str(grid.caption)
+
+
+def test_a_row_whose_recipe_differs_from_the_first_is_marked_with_the_difference():
+    nets = [{**net, "recipe": "r", "unlike_first": {}} for net in SUMMARY["nets"]]
+    nets[1]["unlike_first"] = {"recipe": ["q", "r"], "optim.layer_decay": [0.6, 1.0]}
+    (table,) = tables_of({**SUMMARY, "nets": nets}, "k-NN")
+    assert [str(cell) for cell in table.columns[1].cells] == ["r", "r *"]
+    assert "* scratch: " in str(table.caption)
+    assert "recipe r (q), optim.layer_decay 1 (0.6)" in str(table.caption)
 
 
 def test_no_axis_goes_beyond_100_per_cent(tmp_path, monkeypatch):

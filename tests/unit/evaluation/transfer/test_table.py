@@ -61,7 +61,7 @@ def test_a_table_of_all_rows_and_columns(toy, trained, tmp_path, capsys):
     names = {Path(run.run_dir()).parts[-3:-1]: run.name for run in trained}
     assert names["mine", "finetune"] == "finetune_swinv2_base"
     assert names["mine_from_scratch", "finetune"] == names["mine", "finetune"]
-    assert names["mine_teacher", "finetune"] == "finetune_clip_vit_base_plain"
+    assert names["mine_teacher", "finetune"] == names["mine", "finetune"]
     assert names["mine_teacher", "linear"] == "linear_probe"
     assert names["mine", "ade20k"] == "ade20k_upernet_swinv2_base"
     assert names["mine_teacher", "ade20k"] == "ade20k_upernet_vit_base"
@@ -76,15 +76,26 @@ def test_a_table_of_all_rows_and_columns(toy, trained, tmp_path, capsys):
 
     found = summary_of(out)
     assert {cell["status"] for cell in found["cells"]} == {"done"}
+    unlike = {(c["row"], c["column"]): c["unlike_first"] for c in found["cells"]}
+    size = {"data.image_size": [64, 32]}
+    assert [unlike[row, "linear"] for row in rows] == [{}, size, {}]
+    assert [unlike[row, "finetune"] for row in rows[:2]] == [{}, size]
+    assert unlike["mine_from_scratch", "finetune"] == {"optim.layer_decay": [0.8, 1.0]}
+    assert unlike["mine_from_scratch", "coco"] == {}, "that recipe has no layer decay"
+    recipes = ["ade20k_upernet_swinv2_base", "ade20k_upernet_vit_base"]
+    assert unlike["mine_teacher", "ade20k"]["recipe"] == recipes
     difference = next(d for d in found["differences"] if d["score"] == "val_mIoU")
     assert (difference["of"], difference["less"], difference["mean"]) == (*rows[:2], 10.0)
     assert found["published"] == []
     told = capsys.readouterr().out
     assert "30 trainings, 0 of them done before" in told
     assert "80.50 +- 0.71" in told
-    assert "+10.00 +- 0.00" in (out / "transfer.txt").read_text()
+    text = (out / "transfer.txt").read_text()
+    assert "+10.00 +- 0.00" in text
+    assert "70.50 +- 0.71 *" in text
+    assert "optim.layer_decay 1 (0.8)" in text
     page = check_page(out / "report.html")
-    assert {"mine: teacher", "30.00 +- 0.00"} <= set(page.words)
+    assert {"mine: teacher", "30.00 +- 0.00", "40.00 +- 0.00 *"} <= set(page.words)
     assert (out / "transfer.png").stat().st_size > 10_000
 
     # Nothing is left to train, and columns of earlier starts stay in the table.
@@ -98,6 +109,33 @@ def test_a_table_of_all_rows_and_columns(toy, trained, tmp_path, capsys):
     key = lambda cell: cell["run"]  # noqa: E731
     assert sorted(after.pop("cells"), key=key) == sorted(before.pop("cells"), key=key)
     assert after == before
+
+
+def test_a_row_of_another_kind_is_trained_as_long_as_the_first(toy, trained, tmp_path):
+    words = transfer_toy.words(toy, tmp_path)
+    for field in ("--optim.max_steps", "--batch.global_batch_size"):  # And the one after it.
+        place = words.index(field)
+        words[place : place + 4] = []
+    rows = ["--rows", "student", "teacher"]
+    assert main([*words, *rows, "--only", "coco"]) == 0
+    student, teacher = trained
+    assert [run.name for run in trained] == [
+        "coco_mask_rcnn_swinv2_tiny",
+        "coco_mask_rcnn_vit_base",
+    ]
+    for field in ("epochs", "max_steps", "warmup_epochs", "ema_decay"):
+        assert getattr(teacher.optim, field) == getattr(student.optim, field)
+    assert teacher.batch.global_batch_size == student.batch.global_batch_size
+    assert teacher.optim.layer_decay == 0.7
+    cells = {cell["row"]: cell for cell in summary_of(tmp_path)["cells"]}
+    assert cells["mine_teacher"]["changed"]["optim.epochs"] == [100, 36]
+    assert "optim.epochs" not in cells["mine_teacher"]["unlike_first"]
+
+    # A recipe that is named is every row's.
+    del trained[:]
+    named = ["--coco.recipe", "coco_mask_rcnn_swinv2_base", "--out", str(tmp_path / "named")]
+    assert main([*words, *rows, "--only", "coco", *named]) == 0
+    assert [run.name for run in trained] == ["coco_mask_rcnn_swinv2_base"] * 2
 
 
 def test_what_fails_is_named_and_the_others_go_on(toy, trained, tmp_path, monkeypatch, capsys):
