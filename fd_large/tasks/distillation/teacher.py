@@ -24,6 +24,7 @@ from fd_large.engine.zero import partition
 from fd_large.engine.zero.fingerprint import fingerprint, held_fingerprint
 from fd_large.engine.zero.partition import load_weights
 from fd_large.engine.zero.start import deepspeed
+from fd_large.engine.zero.stream_order import order_gathers
 from fd_large.errors import ConfigError
 from fd_large.ranks import distributed
 from fd_large.recipes.architectures import resolve
@@ -173,6 +174,7 @@ def place(
         return PlacedTeacher(module, None, None)
     engine, *_ = deepspeed.initialize(model=module, config=config)
     engine.eval()
+    order_gathers(engine)
     log.debug("teacher: sharded over %d ranks", shards)
     return PlacedTeacher(module, engine, group)
 

@@ -104,6 +104,7 @@ NAMES = {
     "deepspeed.comm.torch:TorchBackend.reduce_scatter_tensor": PRESENT,
     # These outlive an engine.
     "deepspeed.runtime.zero.parameter_offload:FWD_MODULE_STACK": PRESENT,
+    "deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload.get_param_coordinator": PRESENT,
     f"{_COORDINATOR}:PartitionedParameterCoordinator": PRESENT,
     "deepspeed.utils:groups": PRESENT,
     "deepspeed.utils.groups:_ZERO_PARAM_INTRA_PARALLEL_GROUP": PRESENT,
@@ -148,6 +149,7 @@ ATTRIBUTES = {
         "fp16_partitioned_groups_flat_numel",
         "fp32_partitioned_groups_flat",
         "grad_partitions_flat_buffer",
+        "parameter_offload",
         "param_groups_fp16_flat_cpu_memory",
         "trainable_param_groups",
         "grad_position",
@@ -157,6 +159,7 @@ ATTRIBUTES = {
         "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
     ),
     "offloaded optimizer of stage 3": ("subgroup_to_device",),
+    "PartitionedParameterCoordinator": ("_PartitionedParameterCoordinator__allgather_stream",),
     "flattened parameter": ("_hp_mapping",),
     "sharded parameter": (
         "ds_id",
@@ -178,6 +181,7 @@ LISTED = {
 # DeepSpeed's documented interface, as far as it is used.
 PUBLIC = {
     *("deepspeed.initialize", "deepspeed.init_distributed", "deepspeed.zero.Init"),
+    "deepspeed.accelerator.get_accelerator",
     *("deepspeed.comm.all_reduce", "deepspeed.comm.destroy_process_group", "deepspeed.comm.reduce"),
     *("deepspeed.ops.adam", "deepspeed.ops.adam.FusedAdam"),
     *("backward", "destroy", "gradient_clipping", "is_gradient_accumulation_boundary"),
@@ -385,6 +389,8 @@ def test_an_engine_has_the_attributes_that_are_read(make_engine, config):
     parameters = list(engine.module.parameters())
     if config in ("sharded", "disk"):
         objects["sharded parameter"] = parameters[0]
+        coordinator = optimizer.parameter_offload.get_param_coordinator()
+        objects[type(coordinator).__name__] = coordinator
         if optimizer.offload_optimizer:
             objects["offloaded optimizer of stage 3"] = optimizer
     elif config == "flat":
