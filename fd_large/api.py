@@ -304,7 +304,8 @@ def evaluate(
     for name in values:
         if name.split(".")[0] not in hints_of(Run):
             raise ConfigError(
-                f"{name}: no such argument of evaluate; {nearest(name, [*known, *hints_of(Run)])}"
+                f"{name}: no such argument of evaluate; "
+                f"{nearest(name, [*known, *hints_of(Run)])}. Correct the name."
             )
     named = [os.fspath(model) for model in models]
     base = command.scored_run(named, task) or registry.get(

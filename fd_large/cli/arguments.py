@@ -169,7 +169,10 @@ def choose(
         raise HelpShown
     if name not in commands:
         where = f"{command} {name}".strip()
-        raise ConfigError(f"{where}: unknown command; {nearest(name, commands)}")
+        raise ConfigError(
+            f"{where}: unknown command; {nearest(name, commands)}. Correct the name, or see "
+            f"{help.program(command)} --help."
+        )
     return name, rest
 
 

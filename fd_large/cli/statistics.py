@@ -105,7 +105,7 @@ def measure(run: Run, *, deepspeed_config: str, out: str, views: int, target: st
     if target not in labels:
         raise ConfigError(
             f"--target: no such target of this recipe; got {target!r}, "
-            f"{nearest(target, [one for one in labels if one])}"
+            f"{nearest(target, [one for one in labels if one])}. Name one of these."
         )
     raw = run.with_taught_by({name: entry.as_it_is() for name, entry in entries})
     opened = open_run(raw, job_of, deepspeed_config=deepspeed_config)

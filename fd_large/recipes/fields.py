@@ -290,7 +290,7 @@ def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
     for name, value in values.items():
         if name not in hints:
             close = nearest(prefix + name, [prefix + known for known in hints])
-            raise ConfigError(f"{prefix}{name}: no such field; {close}")
+            raise ConfigError(f"{prefix}{name}: no such field; {close}. Correct the name.")
         hint = hints[name]
         if isinstance(hint, type) and is_dataclass(hint):
             value = from_plain(hint, value, f"{prefix}{name}.")

@@ -87,8 +87,10 @@ def get(name: str, *, where: str = "--recipe") -> Run:
         ConfigError: No recipe has that name; the message gives the nearest ones.
     """
     if name not in RECIPES:
-        close = nearest(name, RECIPES)
-        raise ConfigError(f"{where}: no such recipe; got {name!r}, {close}")
+        raise ConfigError(
+            f"{where}: no such recipe; got {name!r}, {nearest(name, RECIPES)}. Correct the name, "
+            "or see python -m fd_large recipes."
+        )
     return RECIPES[name]()
 
 

@@ -206,7 +206,9 @@ def named_fields(given: Given, mistakes: list[str]) -> dict[str, Any]:
         if name in known or _is_of_own_task(name, task):
             values[name] = value
         elif name not in LEFT or value != LEFT[name].idle:  # A stored recipe has all fields.
-            message = refusal(name, value) or f"{name}: no such field; {_nearest(name, fixed)}"
+            message = refusal(name, value) or (
+                f"{name}: no such field; {_nearest(name, fixed)}. Correct the name."
+            )
             mistakes.append(f"{given.where(name)}{message}")
     return values
 

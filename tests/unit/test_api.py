@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def test_names_are_imported_when_they_are_used():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'distil'"):
+    with pytest.raises(AttributeError, match="'distil'"):
         _ = fd_large.distil
 
 
@@ -152,14 +153,14 @@ def test_the_student_is_loaded_with_its_preprocessing(trained, images):
         assert tuple(found.shape) == (2, 8, 2, 2)
         torch.testing.assert_close(model(batch / 255), found)
         torch.testing.assert_close(model.features(batch), found.mean((2, 3)))
-    with pytest.raises(fd_large.FDError, match=r"preprocess: not an image; got torch\.float32"):
+    with pytest.raises(fd_large.FDError, match=r"preprocess: .*torch\.float32"):
         model.preprocess(batch[0] / 255)
 
 
 @pytest.mark.parametrize("name", ["{run}#scratch", "vit_base_patch16=random"])
 def test_random_weights_have_learnt_no_teachers_map(trained, name):
     model = fd_large.load_student(name.format(run=trained[0].folder))
-    with pytest.raises(ConfigError, match=r"no head .*'teacher'"):
+    with pytest.raises(ConfigError, match=r"'teacher'"):
         model.teacher_map("teacher", torch.zeros(1, 3, 8, 8))
 
 
@@ -236,16 +237,14 @@ def test_mistakes_are_the_command_lines_sentences_all_at_once(tmp_path):
     found = said(
         fd_large.distill, out=tmp_path / "run", optim={"max_stpes": 3, "base_lr": -1.0}
     ).splitlines()
-    assert found[0].startswith("optim.max_stpes: no such field; nearest: optim.max_steps")
-    assert found[1].startswith("optim.base_lr: must not be negative; got -1.0")
+    assert re.match(r"optim\.max_stpes: .*nearest: optim\.max_steps", found[0])
+    assert re.match(r"optim\.base_lr: .*got -1\.0", found[1])
     assert "data.root: given twice" in said(
         fd_large.distill, out="x", data="a", **{"data.root": "b"}
     )
-    assert "no such recipe" in said(fd_large.distill, out="x", recipe="quikstart")
+    assert "nearest: quickstart." in said(fd_large.distill, out="x", recipe="quikstart")
     assert "distils no teacher" in said(fd_large.distill, out="x", recipe="finetune_clip_vit_base")
-    assert said(fd_large.evaluate, "x", data="y", sead=3).startswith(
-        "sead: no such argument of evaluate; nearest: seeds"
-    )
+    assert re.match("sead: .*nearest: seeds", said(fd_large.evaluate, "x", data="y", sead=3))
     assert said(fd_large.evaluate, "x", data="y", k=0).startswith("--k: too small")
     assert not (tmp_path / "run").exists()
 

@@ -133,12 +133,12 @@ def test_an_override_leaves_the_rest_and_the_original():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "n", "innr": {}}, "innr: no such field; nearest: inner"),
-        ({"name": "n", "inner": {"rte": 1}}, r"inner\.rte: no such field; nearest: inner\.rate"),
-        ({"name": "n", "inner": {"depths": "x"}}, r"inner\.depths: .*got 'x', expected whole num"),
+        ({"name": "n", "innr": {}}, "innr: .*nearest: inner"),
+        ({"name": "n", "inner": {"rte": 1}}, r"inner\.rte: .*nearest: inner\.rate"),
+        ({"name": "n", "inner": {"depths": "x"}}, r"inner\.depths: .*got 'x', .*whole num"),
         ({"name": "n", "inner": {"depths": [1.5]}}, r"inner\.depths: "),
-        ({"name": "n", "inner": 3}, "^inner: not a section; got 3"),
-        ({"name": "n", "several": {"a": {"rte": 1}}}, r"several\.a\.rte: no such field"),
+        ({"name": "n", "inner": 3}, "^inner: .*got 3"),
+        ({"name": "n", "several": {"a": {"rte": 1}}}, r"several\.a\.rte: .*rate"),
         ({"inner": {}}, "^recipe: incomplete; .*'name'"),
         ([], "^recipe: not a section"),
     ],

@@ -42,13 +42,13 @@ def test_from_dict_takes_the_default_for_an_absent_field():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("optim.base_rl", 1.0, "optim.base_rl: no such field; nearest: optim.base_lr"),
-        ("optimiser", {}, "optimiser: no such field; nearest: optim"),
-        ("student.architecture.dephts", [1], "student.architecture.dephts: no such field"),
+        ("optim.base_rl", 1.0, r"optim\.base_rl: .*nearest: optim\.base_lr"),
+        ("optimiser", {}, r"optimiser: .*nearest: optim, "),
+        ("student.architecture.dephts", [1], r"student\.architecture\.dephts: .*depths"),
         ("student.architecture.depths", "many", "student.architecture.depths: .*got 'many'"),
         ("optim.epochs", "many", "optim.epochs: .*got 'many'"),
         ("optim.epochs", True, "optim.epochs: .*got True"),
-        ("batch", 3, "batch: not a section; got 3"),
+        ("batch", 3, "batch: .*got 3"),
         ("teacher.placement", "nod", "teacher.placement: .*one of replicated, sharded, node"),
     ],
 )
@@ -111,7 +111,7 @@ def test_the_ends_of_the_schedule_follow_the_rate_unless_they_are_set():
     assert kept == replace(run.optim, eps=1e-6)
     stay = run.with_fields({"optim.base_lr": 0.256}, stay=["optim.min_lr"]).optim
     assert (stay.warmup_lr, stay.min_lr) == (6.4e-4, 0.064)
-    with pytest.raises(ConfigError, match=r"optim\.base_lr: a value of the wrong type"):
+    with pytest.raises(ConfigError, match=r"optim\.base_lr: "):
         run.with_fields({"optim.base_lr": "low"})
 
 
@@ -263,30 +263,30 @@ def test_a_named_student_begins_as_the_recipes_own():
 )
 def test_names_are_no_paths(name):
     """Folders are made of them: runs/NAME, where a foreign recipe would choose another."""
-    with pytest.raises(ConfigError, match=r"^name: not a name"):
+    with pytest.raises(ConfigError, match=r"^name: "):
         replace(a_run(), name=name)
     stored = a_run().to_dict()
     stored["runtime"]["name"] = name
-    with pytest.raises(ConfigError, match=r"^runtime\.name: not a name"):
+    with pytest.raises(ConfigError, match=r"^runtime\.name: "):
         Run.from_dict(stored)
     with pytest.raises(ConfigError, match=r": not a name"):
         of_students(students={name: NamedStudent(model="vit_base_patch16")})
 
 
 def test_a_run_needs_a_name_and_a_service_does_not():
-    with pytest.raises(ConfigError, match=r"^name: not a name"):
+    with pytest.raises(ConfigError, match=r"^name: "):
         replace(a_run(), name="")
     assert a_run().runtime.name == ""
     assert replace(a_run(), name="mine 2.0-b").run_dir() == "runs/mine 2.0-b"
 
 
 def test_what_is_wrong_of_a_student_names_it():
-    with pytest.raises(ConfigError, match=r"^students\.Big: not a name"):
+    with pytest.raises(ConfigError, match=r"^students\.Big: "):
         of_students(students={"Big": NamedStudent(model="vit_base_patch16")})
     for field, value in (("drop_path_rate", 1.0), ("ema_decay", 2.0), ("model", "no_such")):
         with pytest.raises(ConfigError, match=rf"^students\.base\.{field}"):
             of_students().with_fields({f"students.base.{field}": value})
-    with pytest.raises(ConfigError, match=r"students\.base.*the task finetune ignores"):
+    with pytest.raises(ConfigError, match=r"students\.base.*finetune"):
         of_students(teacher=Teacher(), task=Task(name="finetune"))
 
 
