@@ -32,6 +32,14 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     assert init.main([str(tmp_path)]) == 0
 
 
+@pytest.mark.parametrize(("number", "told"), [(5, "4, expected"), (7, "4 and 2 more, expected")])
+def test_five_of_its_files_are_named(tmp_path, number, told):
+    for name in range(number):
+        (tmp_path / str(name)).touch()
+    with pytest.raises(ConfigError, match=f"got 0, 1, 2, 3, {told}"):
+        init.main([str(tmp_path)])
+
+
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="init: "):

@@ -1,6 +1,7 @@
 """Commands, exit codes and mistakes in one sentence; no torch before it is needed."""
 
 import errno
+import inspect
 import json
 import logging
 import os
@@ -222,7 +223,9 @@ def test_help_lists_every_field_with_help_and_the_recipes_default(capsys, monkey
         assert entry, name
         _flag, told = entry.group().split("\n", 1)
         assert len(told.split()) > 3, (name, told)
-    assert "(default: fd_swinv2g)" in " ".join(text.split())
+    words = " ".join(text.split())
+    assert "(default: fd_swinv2g)" in words
+    assert inspect.getdoc(Train).splitlines()[0] in words
     assert "7.5e-05" in text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 import tiny_runs
 import torch
 
@@ -12,12 +13,20 @@ import fd_large
 from fd_large.cli.export import export
 from fd_large.cli.main import main
 from fd_large.engine.zero.partition import running_statistics
+from fd_large.errors import ConfigError
+from fd_large.evaluation.frozen import FrozenFlags
 
 
 def test_an_image_size_that_the_model_does_not_take(labelled_images, capsys):
     words = ["timm:test_vit=random", "--task", "knn", "--data.root", str(labelled_images)]
     assert main(["evaluate", *words, "--data.image_size", "40"]) == 2
     assert "--data.image_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("features", "got"), [(("own", "own"), "own own"), ((), "nothing")])
+def test_features_are_given_once_each(features, got):
+    with pytest.raises(ConfigError, match=f"^--features: .*got {got}, "):
+        FrozenFlags(features=features)
 
 
 def test_nearest_neighbours_of_the_class_token_stand_beside_the_mean(labelled_images, tmp_path):

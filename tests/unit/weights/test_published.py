@@ -64,7 +64,7 @@ def test_tensors_without_numbers_or_of_strange_shapes(tmp_path):
         opened(path)
     name = "patch_embed.proj.weight"
     torch.save({**state, name: state[name].flatten(1)}, path)
-    with pytest.raises(WeightsError, match=r"shapes of no vit model; got .*\(32, 192\)"):
+    with pytest.raises(WeightsError, match=r"vit .*\(32, 192\)"):
         opened(path)
 
 
@@ -269,17 +269,17 @@ def test_beit_and_fine_tuned_fd_vits():
 
 
 def test_unknown_names_list_the_known_formats():
-    with pytest.raises(WeightsError, match="OpenAI CLIP") as caught:
-        detect(["a.weight"])
-    assert "a.weight" in str(caught.value)
-    assert "--" not in str(caught.value)
+    for where in ("weights", "net.pth"):
+        with pytest.raises(WeightsError, match=rf"^{where}: .*a\.weight.*OpenAI CLIP") as caught:
+            detect(["a.weight"], where=where)
+        assert "--" not in str(caught.value)
     with pytest.raises(
         WeightsError, match=r"--teachers\.a\.model timm:.* --teachers\.a\.source mod"
     ):
         detect(["a.weight"], where="--teachers.a.source")
     with pytest.raises(WeightsError, match=r"--student\.model timm:.* --student\.model module:"):
         detect(["a.weight"], where="--student.init")
-    with pytest.raises(WeightsError, match="no known format"):
+    with pytest.raises(WeightsError, match="known format"):
         detect(["visual.conv1.weight", "visual.layer1.0.conv1.weight"])  # A CLIP's ResNet.
 
 
@@ -369,5 +369,5 @@ def test_a_projector_is_no_net(tmp_path):
     }
     torch.save({"model": state}, tmp_path / "fd.pth")
     assert opened(f"{tmp_path / 'fd.pth'}#projector").pieces.keys() == {"projection.weight"}
-    with pytest.raises(WeightsError, match=r"no such part.*got #teacher.*expected .*#projector"):
+    with pytest.raises(WeightsError, match=r"got #teacher.*#projector"):
         opened(f"{tmp_path / 'fd.pth'}#teacher")
