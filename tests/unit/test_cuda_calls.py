@@ -58,7 +58,7 @@ def test_a_rank_takes_its_own_gpu_and_nccl(card: Card, monkeypatch) -> None:
         distributed.dist, "init_process_group", lambda backend, **_: called.append(backend)
     )
     monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor: None)
-    with pytest.raises(LaunchError, match="local rank 1 sees; got 1, expected 2"):
+    with pytest.raises(LaunchError, match=r"local rank 1 .* 1, .* 2"):
         distributed.start(rank_of(1))
     assert distributed.start(rank_of(0)) == rank_of(0)
     assert called == ["cpu:gloo,cuda:nccl"]
@@ -218,7 +218,7 @@ def test_the_probe_of_a_gpu_frees_what_it_took(card: Card, monkeypatch, tmp_path
 
 def test_out_of_memory_on_a_gpu(card: Card) -> None:
     with (
-        pytest.raises(memory.OutOfMemory, match="while the models are built"),
+        pytest.raises(memory.OutOfMemory, match="models are built"),
         memory.building_in_memory(),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -47,7 +47,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
 def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
     out = tmp_path / "a" / "new"
     with (
-        pytest.raises(ConfigError, match=r"export: .*new: cannot be used"),
+        pytest.raises(ConfigError, match=r"export: .*new: "),
         new_folder(out, where="export") as part,
     ):
         torn(part / "half")
@@ -57,7 +57,7 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
         assert not out.exists()
     assert [path.name for path in out.iterdir()] == ["whole"]
     with (
-        pytest.raises(ConfigError, match="something is there already"),
+        pytest.raises(ConfigError, match=r"^export: .*new: .*already"),
         new_folder(out, where="export"),
     ):
         pass
@@ -139,7 +139,7 @@ def test_a_file_with_a_secret_is_for_its_owner_alone(tmp_path):
 def test_json_that_is_nested_deeply_is_refused_before_anybody_walks_through_it(tmp_path):
     file = tmp_path / "a.json"
     file.write_text("[" * 150 + "]" * 150)
-    with pytest.raises(ConfigError, match="nested too deeply"):
+    with pytest.raises(ConfigError, match="too deeply"):
         read_json(file)
     assert json_object(file) == {}
 

@@ -27,5 +27,5 @@ def test_a_name_is_the_file_that_travels_with_the_package(given, tmp_path, monke
 
 @pytest.mark.parametrize("given", ["zero4", "/no/such.json", ""])
 def test_another_is_told_with_the_names(given):
-    with pytest.raises(ConfigError, match=r"--deepspeed_config: no such file; got .* zero3"):
+    with pytest.raises(ConfigError, match=r"--deepspeed_config: .* zero3"):
         shipped.deepspeed_config(given)

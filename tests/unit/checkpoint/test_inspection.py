@@ -10,7 +10,7 @@ from fd_large.errors import CheckpointError, ConfigError
 
 
 def test_list_verify_and_prune(folder, stored, updates_left, lease):
-    with pytest.raises(ConfigError, match="no complete checkpoint"):
+    with pytest.raises(ConfigError, match="complete checkpoint"):
         inspection.stored_of(str(folder))
     stored(2, 4, 5, 6)
     _, found = inspection.stored_of(str(folder))

@@ -226,7 +226,7 @@ def test_a_process_that_proc_hides_is_judged_by_its_heartbeat(folder, monkeypatc
 
     leave_owner(folder, pid=2**22)
     monkeypatch.setattr(os, "kill", hide)
-    with pytest.raises(OwnedError, match="wait: it is taken over"):
+    with pytest.raises(OwnedError, match="taken over"):
         claim(folder)
     assert living_owner(folder)
     os.utime(folder / OWNER, (1, 1))
@@ -456,7 +456,7 @@ def test_a_fresh_start_does_not_move_the_folder_that_it_works_in(folder, monkeyp
     held = claim(Path())
     assert held.start_anew() is None
     (folder / "recipe.json").touch()
-    with pytest.raises(leases.ConfigError, match=r"works in; .*expected a folder outside"):
+    with pytest.raises(leases.ConfigError, match=r"a folder outside"):
         held.start_anew()
     assert files(folder) == [OWNER, "recipe.json"]
     held.release()
@@ -551,7 +551,7 @@ def test_a_pipe_as_owner_does_not_keep_a_start_waiting(folder):
 def test_files_of_owners_that_lead_in_a_circle_are_a_mistake(folder):
     leave_owner(folder, pid=2**22)
     shutil.copy(folder / OWNER, folder / f"owner.{BEFORE}.next")
-    with pytest.raises(leases.ConfigError, match="names a start that an earlier file names"):
+    with pytest.raises(leases.ConfigError, match="earlier file"):
         claim(folder)
 
 
@@ -603,7 +603,7 @@ def test_an_owner_with_another_clock_of_a_student_is_seen_alive(ahead, folder, m
 
     with monkeypatch.context() as patch:
         patch.setattr(leases.time, "sleep", sleep)
-        with pytest.raises(OwnedError, match="whose files it would share"):
+        with pytest.raises(OwnedError, match="would share"):
             claim(folder)
     # Nobody beats: it is dead.
     claim(folder).release()
@@ -648,14 +648,14 @@ def test_a_folder_that_cannot_be_made_is_named_without_the_systems_number(tmp_pa
 def test_of_several_students_all_are_owned_or_one(folder, process, tmp_path):
     assert process().stdout.readline().startswith("owns")
     student = folder / "students" / "a"
-    with pytest.raises(OwnedError, match="whose files it would share"):
+    with pytest.raises(OwnedError, match="would share"):
         claim(student)
     assert not (student / OWNER).exists()
     all_of_them = tmp_path / "all"
     one = all_of_them / "students" / "a"
     one.mkdir(parents=True)
     (one / OWNER).write_text((folder / OWNER).read_text())
-    with pytest.raises(OwnedError, match="whose files it would share"):
+    with pytest.raises(OwnedError, match="would share"):
         claim(all_of_them)
     (one / OWNER).unlink()
     held = claim(all_of_them)

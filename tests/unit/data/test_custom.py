@@ -137,7 +137,7 @@ def test_a_source_is_opened_if_one_of_ten_images_can_be_read(own):
     with pytest.raises(DataError, match="bad row 0"):
         images.read(0)
     assert images.read(39)
-    with pytest.raises(DataError, match=r"image 0: cannot be read; got ValueError: bad row 0 in "):
+    with pytest.raises(DataError, match=r"image 0: .*ValueError: bad row 0"):
         open_images(f"{own}:Never")
 
 
@@ -180,6 +180,6 @@ def test_an_installed_package_brings_a_source(own, tmp_path, monkeypatch):
     assert len(open_split("arrays", "val")) == 4
     monkeypatch.chdir(tmp_path)
     (tmp_path / "arrays").mkdir()
-    with pytest.raises(DataError, match="no image in the folder"):
+    with pytest.raises(DataError, match=r"^data\.root: .*got 'arrays'"):
         open_images("arrays")  # A folder of that name comes first.
     monkeypatch.delitem(sys.modules, "arrays")

@@ -56,7 +56,7 @@ def test_a_folder_that_cannot_be_listed_ends_the_start(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", fails)
-    with pytest.raises(DataError, match=r"^eval\.root: a folder cannot be listed; got Permission"):
+    with pytest.raises(DataError, match=r"^eval\.root: .*Permission"):
         ImageFolder(tmp_path, where="eval.root")
 
 
@@ -71,6 +71,6 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("fd_large.data.folder.MAX_FILE_BYTES", 4)
     messages = ("No such file", "no regular file", "a file of 5 bytes", "No such file")
     for index, (name, message) in enumerate(zip("abcd", messages, strict=True)):
-        with pytest.raises(DataError, match=rf"{name}\.jpg: cannot be read; got {message}"):
+        with pytest.raises(DataError, match=rf"{name}\.jpg: .*{message}"):
             folder.read(index)
     assert names(ImageFolder(tmp_path)) == ["c.jpg", "d.jpg"]

@@ -112,7 +112,7 @@ def test_a_cut_file_is_noticed_though_the_cut_is_below_the_rows_wanted(photograp
 def test_a_size_over_the_limit_is_refused_before_decoding(photograph):
     for format in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"):
         data = encoded(photograph(40, 50), format)
-        with pytest.raises(DataError, match=r"x: too large; got 50 x 40 pixels, expected .* 1999"):
+        with pytest.raises(DataError, match=r"x: .*50 x 40 .* 1999"):
             decode(data, "x", max_pixels=1999)
         decode(data, "x", max_pixels=2000)
 

@@ -96,7 +96,7 @@ def test_length_counts_micro_batches(picture_folder):
 
 
 def test_processes_that_take_the_machine_down_are_not_started(picture_folder):
-    with pytest.raises(ConfigError, match=r"data\.workers: too many .* got 100000, "):
+    with pytest.raises(ConfigError, match=r"data\.workers: .*got 100000, "):
         loader(ImageFolder(picture_folder), workers=100_000)
 
 

@@ -71,14 +71,14 @@ def test_it_travels_to_workers(source):
 
 def test_a_missing_package_is_one_sentence_with_its_remedy(monkeypatch):
     monkeypatch.setattr(photographs, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"pip install scikit-image, or set --data.root"):
+    with pytest.raises(DataError, match=r"pip install scikit-image, .*--data.root"):
         Photographs(False)
 
 
 def test_a_lost_file_is_named(monkeypatch):
     pytest.importorskip("skimage")
     monkeypatch.setattr(photographs, "TRAINING", ("skimage/lost.png",))
-    with pytest.raises(DataError, match=r"lost\.png.*Install that package again"):
+    with pytest.raises(DataError, match=r"lost\.png"):
         Photographs(False)
 
 
@@ -89,5 +89,5 @@ def test_they_open_by_name(source):
     assert found.fingerprint == source.fingerprint
     other = Photographs(not held_out)
     assert other.fingerprint != source.fingerprint
-    with pytest.raises(DataError, match="no such built-in set; got 'builtin:photos'"):
+    with pytest.raises(DataError, match="got 'builtin:photos'"):
         open_images("builtin:photos")

@@ -134,7 +134,7 @@ def test_another_content_is_another_fingerprint(store, bucket, shards):
     after = open_images(f"{bucket}/shards/")
     assert before.fingerprint != after.fingerprint
     blocks.keep_blocks_in(blocks.the_cache().folder.with_name("empty"), 1)
-    with pytest.raises(DataError, match=r"train-001\.tar/0/0: cannot be read; got .*changed since"):
+    with pytest.raises(DataError, match=r"train-001\.tar/0/0: .*changed"):
         _again(before).read(9)
 
 

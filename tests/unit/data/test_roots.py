@@ -141,11 +141,11 @@ def test_urls_and_paths_are_told_apart():
 
 
 def test_a_client_that_is_missing_is_named():
-    with pytest.raises(DataError, match=r"data\.root: no such kind of URL; got 'zzz://a'"):
+    with pytest.raises(DataError, match=r"data\.root: .*'zzz://a'"):
         check_packages("zzz://a", where="data.root")
     fsspec = pytest.importorskip("fsspec")
     fsspec.register_implementation("missing", "no_such_module.Class", errtxt="none")
-    with pytest.raises(DataError, match=r"missing:// needs a package .* pip install fsspec"):
+    with pytest.raises(DataError, match=r"missing://.* pip install fsspec"):
         check_packages("missing://a", where="data.root")
 
 
@@ -153,9 +153,9 @@ def test_a_missing_package_is_said_before_torch_is_imported(monkeypatch, tmp_pat
     for name in roots.SAVED:
         (tmp_path / name).write_text("{}")
     monkeypatch.setattr(roots, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"eval\.root: parquet files: .* pip install pyarrow"):
+    with pytest.raises(DataError, match=r"eval\.root: .* pip install pyarrow"):
         check_packages("a/*.parquet", where="eval.root")
-    with pytest.raises(DataError, match=r"a saved dataset: .* pip install datasets"):
+    with pytest.raises(DataError, match=r"pip install datasets"):
         check_packages(str(tmp_path), where="data.root")
     program = "import sys, fd_large.cli.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=300).returncode == 0

@@ -74,14 +74,14 @@ def test_its_parts_and_classes_are_known(saved):
 
 
 def test_mistakes_are_one_sentence(saved, tmp_path, monkeypatch):
-    with pytest.raises(DataError, match=r"a dataset of several parts; got .* with test, train"):
+    with pytest.raises(DataError, match=r"with test, train"):
         open_images(str(saved))
     for name in ("state.json", "dataset_info.json"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(DataError, match=r"^data\.root: a saved dataset cannot be opened; got "):
+    with pytest.raises(DataError, match=r"^data\.root: .*opened; got "):
         open_images(str(tmp_path))
     monkeypatch.setattr(roots, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match="pip install datasets"):
+    with pytest.raises(DataError, match="install datasets"):
         open_images(f"{saved}/train")
 
 
@@ -114,5 +114,5 @@ def test_a_file_of_another_folder_is_not_read(saved, tmp_path, name):
     state = json.loads(file.read_text())
     state["_data_files"] = [{"filename": name}]
     file.write_text(json.dumps(state))
-    with pytest.raises(DataError, match="cannot be opened"):
+    with pytest.raises(DataError, match=r"^data\.root: .*opened"):
         open_images(str(tmp_path / "train"))

@@ -148,7 +148,7 @@ def test_a_damaged_row_group_costs_its_own_images(tmp_path, picture_folder):
     source = open_images(str(path))
     for index in (0, 3, 8, 15):
         assert source.read(index) == good.read(index)
-    with pytest.raises(DataError, match=r"x\.parquet/1/1: cannot be read; got .*x\.parquet: "):
+    with pytest.raises(DataError, match=r"x\.parquet/1/1: .*x\.parquet: "):
         source.read(5)
 
 
@@ -156,7 +156,7 @@ def test_a_file_that_changed_is_not_read(tables):
     source = open_images(str(tables))
     path = tables / "data" / "train-00000-of-00001.parquet"
     os.utime(path, (1e9, 1e9))
-    with pytest.raises(DataError, match="changed since it was listed"):
+    with pytest.raises(DataError, match="changed since"):
         source.read(0)
 
 
@@ -209,7 +209,7 @@ def test_a_row_group_that_memory_does_not_hold_is_told(tmp_path, monkeypatch):
         raise pa.lib.ArrowMemoryError("malloc of size 9 failed")
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", full)
-    with pytest.raises(DataError, match=r"malloc of size 9 failed.*fewer rows"):
+    with pytest.raises(DataError, match=r"size 9 .*fewer rows"):
         source.read(0)
 
 
@@ -231,7 +231,7 @@ def test_mistakes_are_one_sentence(tmp_path, tables, monkeypatch):
             open_images(f"{tmp_path}/{name}.parquet", where="eval.root")
         assert "\n" not in str(info.value)
     monkeypatch.setattr(roots, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"data\.root: .*: pip install pyarrow"):
+    with pytest.raises(DataError, match=r"data\.root: .* pyarrow"):
         open_images(str(tables))
 
 
@@ -249,7 +249,7 @@ def test_features_name_the_columns():
         schema, photo={"_type": "Image"}, kind={"_type": "ClassLabel", "names": ["a", "b"]}
     )
     assert find_columns(stated, "data.root") == Columns("photo", "kind", ("a", "b"))
-    with pytest.raises(DataError, match=r"^data\.root: several columns of images; got mask, photo"):
+    with pytest.raises(DataError, match=r"^data\.root: .*got mask, photo"):
         find_columns(schema, "data.root")
 
 
@@ -267,7 +267,7 @@ def test_types_and_names_tell_the_columns(columns, found):
 
 
 def test_a_table_without_images_says_what_it_has():
-    with pytest.raises(DataError, match=r"no column of images; got text \(string\), expected"):
+    with pytest.raises(DataError, match=r"got text \(string\)"):
         find_columns(pa.schema({"text": pa.string()}), "x")
 
 

@@ -82,15 +82,15 @@ def test_a_folder_with_parts_and_what_is_no_folder_are_refused(tmp_path):
         lambda: open_split(root, "train", val_fraction=0.25),
         lambda: open_training(root, val_fraction=0.25),
     ):
-        with pytest.raises(DataError, match=r"data\.val_fraction: the folder has parts of its own"):
+        with pytest.raises(DataError, match=r"data\.val_fraction: .*parts of its own"):
             refused()
     images = open_training(write(tmp_path / "train", names(8)))
-    with pytest.raises(DataError, match="only a folder of images is divided"):
+    with pytest.raises(DataError, match=r"^data\.val_fraction: .*got Part"):
         places_of(Part(images, np.arange(8)), "train", 0.25, where="data.root")
 
 
 def test_an_empty_part_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"got 0 of the 2 images of .* held out by 1e-06"):
+    with pytest.raises(DataError, match=r"0 of the 2 .* 1e-06"):
         open_training(write(tmp_path, names(2)), val_fraction=1e-6)
 
 

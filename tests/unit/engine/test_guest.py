@@ -50,7 +50,7 @@ def test_one_of_several_ranks_is_refused(monkeypatch):
 def test_a_process_with_a_group_of_its_own_is_refused():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(LaunchError, match="without a process group; got one"), guest():
+        with pytest.raises(LaunchError, match="process group"), guest():
             pass
         assert dist.is_initialized()
     finally:

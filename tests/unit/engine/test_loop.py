@@ -343,7 +343,7 @@ def test_what_fails_in_an_evaluation_loses_no_step_and_the_next_start_makes_up_f
 
     run.measure = measure
     run.trainer._evaluations = [Evaluation(measure, 4)]
-    with pytest.raises(OSError, match="results is full"):
+    with pytest.raises(OSError, match="is full"):
         run.train()
     assert evaluated(tmp_path) == {4: True, 8: True, 10: False}
     again = start(evaluate_every=4)

@@ -154,7 +154,7 @@ def test_a_damaged_incident_is_told_when_it_is_read(made, name, value):
     if value is None:
         del said[name]
     file.write_text(json.dumps(said))
-    with pytest.raises(ConfigError, match=r"damaged; got (KeyError|TypeError) "):
+    with pytest.raises(ConfigError, match=r"got (KeyError|TypeError) "):
         replay(file, job_of)
 
 
@@ -167,7 +167,7 @@ def test_counts_that_do_not_fit_are_told(made, spoil):
     else:
         said["micro_batch_size"] = 0
     file.write_text(json.dumps(said))
-    with pytest.raises(ConfigError, match="damaged; got ValueError"):
+    with pytest.raises(ConfigError, match="got ValueError"):
         replay(file, job_of)
 
 
@@ -175,7 +175,7 @@ def test_a_task_with_targets_is_refused(made):
     folder, _, _, file = made
     recipe = registry.get("finetune_clip_vit_base").to_dict()
     (folder / "recipe.json").write_text(json.dumps(recipe))
-    with pytest.raises(ConfigError, match="the task finetune"):
+    with pytest.raises(ConfigError, match="task finetune"):
         replay(file, job_of)
 
 

@@ -37,11 +37,11 @@ def test_mistakes(tmp_path):
     classes = classes_of(str(tmp_path), NAMES, PROMPTS)
     with pytest.raises(ConfigError, match=r"16 .* 12 .*layer embedding"):
         probabilities(torch.zeros(2, 16), classes)
-    with pytest.raises(WeightsError, match="no text tower"):
+    with pytest.raises(WeightsError, match="text tower"):
         classes_of(str(tmp_path / "nowhere"), NAMES, PROMPTS)
-    with pytest.raises(ConfigError, match="no list of class names"):
+    with pytest.raises(ConfigError, match="class names"):
         check_prompts("cat", PROMPTS)
-    with pytest.raises(ConfigError, match="no list of prompts"):
+    with pytest.raises(ConfigError, match="prompts"):
         check_prompts(NAMES, ("a photo",))
 
 
@@ -183,7 +183,7 @@ def test_a_folder_of_open_clip_names_nothing_to_fetch(tmp_path, change):
     config = json.loads(file.read_text())
     config["model_cfg"]["text_cfg"] |= change
     file.write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match="no text tower"):
+    with pytest.raises(WeightsError, match="text tower"):
         classes_of(str(tmp_path / "clip"), NAMES, PROMPTS)
 
 
@@ -200,7 +200,7 @@ def test_the_image_tower_of_a_folder_is_not_built(tmp_path):
 
 @pytest.mark.parametrize("name", ["hf-hub:evil/model", "local-dir:/evil/model", "ViT-B-32//a.pt"])
 def test_open_clip_takes_names_of_its_own_table_alone(name):
-    with pytest.raises(WeightsError, match="no text tower"):
+    with pytest.raises(WeightsError, match="text tower"):
         classes_of(f"open_clip:{name}", NAMES, PROMPTS)
 
 

@@ -43,5 +43,5 @@ def test_add_norm_rounds_the_stream_once_and_norms_what_it_stored():
     ],
 )
 def test_what_does_not_go_together_is_refused(call, name):
-    with pytest.raises(ShapeError, match=f": {name} does not fit"):
+    with pytest.raises(ShapeError, match=f": {name} "):
         call(*tensors())

@@ -67,5 +67,5 @@ def test_layer_norm_takes_mixed_dtypes(x_dtype, weight_dtype):
     ],
 )
 def test_what_does_not_go_together_is_refused(call, name):
-    with pytest.raises(ShapeError, match=f": {name} does not fit"):
+    with pytest.raises(ShapeError, match=f": {name} "):
         call(*tensors())

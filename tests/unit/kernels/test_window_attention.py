@@ -362,7 +362,7 @@ def test_what_a_kernel_would_read_past_the_end_of_is_refused(name, monkeypatch):
     qkv = torch.empty(1, 5, 5, 96, **meta)
     window_attention(qkv, **arguments, **tensors)
     tensors[name] = tensors[name][:1]
-    with pytest.raises(ShapeError, match=f": {name} does not fit"):
+    with pytest.raises(ShapeError, match=f": {name} "):
         window_attention(qkv, **arguments, **tensors)
 
 

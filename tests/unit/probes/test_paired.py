@@ -44,5 +44,5 @@ def test_equal_models_differ_by_nothing():
     found = difference(one, one)
     assert found == (0.0, 0.0, 0.0)
     assert not found.is_shown
-    with pytest.raises(ValueError, match="not the same images"):
+    with pytest.raises(ValueError, match="got 100 and 50"):
         difference(one, one[:, :50])

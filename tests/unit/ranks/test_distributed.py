@@ -39,7 +39,7 @@ def test_gpus_are_asked_for_where_there_are_none(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("node_size", [0, 2])
 def test_node_group_refuses_nodes_that_do_not_fill_the_ranks(node_size: int) -> None:
-    with pytest.raises(ConfigError, match=f"got {node_size}, expected a divisor of the 1 ranks"):
+    with pytest.raises(ConfigError, match=rf"got {node_size}, .* 1 ranks"):
         distributed.node_group(node_size)
 
 

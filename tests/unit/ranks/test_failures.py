@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import threading
 from pathlib import Path
@@ -94,8 +95,8 @@ def test_the_first_failure_ends_all_others_with_its_reason(
     # A consequence: it is not what the others hear.
     ranks.watches[1].stop(1, "lost a peer")
     assert ranks.ended() == {0: Exit.LOST, 3: Exit.LOST}
-    assert "rank 0 ends, since rank 2 has failed (exit code 2): data.root: damaged." in caplog.text
-    assert "rank 3 ends, since rank 2 has failed" in caplog.text
+    assert re.search(r"rank 0 .*rank 2 .*exit code 2.*: data\.root: damaged\.", caplog.text)
+    assert re.search(r"rank 3 .*rank 2 ", caplog.text)
 
 
 def test_ranks_that_wait_for_a_hung_one_can_be_started_again(tmp_path, monkeypatch) -> None:
@@ -140,7 +141,7 @@ def test_the_loss_of_the_store_is_the_loss_of_rank_0(caplog: pytest.LogCaptureFi
     ranks.start()
     ranks.store.gone = True
     assert ranks.ended() == {1: Exit.LOST, 2: Exit.LOST}
-    assert "rank 1 ends, since rank 0 has failed (exit code 1): it, or the node that" in caplog.text
+    assert re.search(r"rank 1 .*rank 0 .*exit code 1.*node", caplog.text)
 
 
 def test_a_connection_that_breaks_ends_nobody() -> None:
@@ -200,7 +201,7 @@ def test_a_rank_of_this_node_that_was_killed_is_missed(caplog: pytest.LogCapture
     child.kill()
     assert ranks.ended() == {0: Exit.LOST, 1: Exit.LOST}
     # Rank 1, of another node, hears it from rank 0.
-    assert "rank 1 ends, since rank 7 has failed (exit code 1): it was killed" in caplog.text
+    assert re.search(r"rank 1 .*rank 7 .*exit code 1.*killed", caplog.text)
     child.wait()
 
 

@@ -42,7 +42,7 @@ def test_the_folder_of_several_students_names_theirs(tmp_path):
     for folder in (tmp_path, tmp_path / "students" / "a"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.json").write_text(json.dumps(registry.get("quickstart").to_dict()))
-    with pytest.raises(ConfigError, match=rf"several students.* Name {tmp_path}/students/a\."):
+    with pytest.raises(ConfigError, match=rf"several .*{tmp_path}/students/a\."):
         read_recipe(tmp_path, where="export")
     assert read_recipe(tmp_path / "students" / "a", where="export").name == "quickstart"
 
@@ -59,10 +59,10 @@ def test_other_settings_are_told_before_weights_are_open(tmp_path):
     require_same_settings(run)
     require_same_settings(run.with_fields({"runtime.log_every": 3}))
     for field, value in {"runtime.seed": 5, "optim.base_lr": 1.0, "objective.loss": "l1"}.items():
-        with pytest.raises(ConfigError, match=rf"holds a run with other settings.*{field} "):
+        with pytest.raises(ConfigError, match=rf"other settings.*{field} "):
             require_same_settings(run.with_fields({field: value}))
     # A length alone may be changed in ways that the sentence names.
-    with pytest.raises(ConfigError, match=r"optim\.max_steps .*or a larger one"):
+    with pytest.raises(ConfigError, match=r"optim\.max_steps .*larger"):
         require_same_settings(run.with_fields({"optim.max_steps": 5}))
     require_same_settings(run.with_fields({"optim.max_steps": 3000}))
     # Whoever enters the folder says what is wrong with it.

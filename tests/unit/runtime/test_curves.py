@@ -105,7 +105,7 @@ def test_what_is_not_installed_is_told_with_the_command(service, monkeypatch, tm
     class Absent(service):
         name, package = "no_such_service", "no-such-package"
 
-    with pytest.raises(ConfigError, match="pip install no-such-package"):
+    with pytest.raises(ConfigError, match="install no-such-package"):
         Absent()
     # A folder of the library's files is no library.
     (tmp_path / "no_such_service").mkdir()

@@ -92,9 +92,7 @@ def test_transformers_load_it(exported, what, sharded):
 @pytest.mark.parametrize("size", ["5GB", "30KB"])
 def test_we_load_it(exported, what, to, size):
     if to == "hf" and what == "swin":
-        with pytest.raises(
-            ConfigError, match=r"got a swin model.*Use --to timm, --to fd, --to onnx or"
-        ):
+        with pytest.raises(ConfigError, match=r"swin .*--to timm, --to fd, --to onnx or"):
             exported(what, to)
         return
     net, out = exported(what, to, "--shard_size", size)
@@ -134,7 +132,7 @@ def test_names_of_feature_distillation(exported):
 def test_what_the_others_have_not(tmp_path, fields, options, words):
     net = store_student(tmp_path / "run", "swinv2_base", {**SWIN, **fields}, **options)
     for to in ("timm", "hf"):
-        with pytest.raises(ConfigError, match=rf"{words}.*Use --to fd, --to onnx or "):
+        with pytest.raises(ConfigError, match=rf"{words}.*--to fd, --to onnx or "):
             export(tmp_path, to)
     export(tmp_path, "fd")
     if not options:
@@ -158,7 +156,7 @@ def test_what_the_others_have_not(tmp_path, fields, options, words):
 )
 def test_vits_that_transformers_has_not(tmp_path, name, fields):
     store_student(tmp_path / "run", name, {**VIT, **fields})
-    with pytest.raises(ConfigError, match="a vit model of another make"):
+    with pytest.raises(ConfigError, match="another make"):
         export(tmp_path, "hf")
 
 
@@ -207,14 +205,14 @@ def test_a_model_without_positions_for_images_of_another_size(exported, to):
 
 
 def test_positions_are_made_for_one_size(exported):
-    with pytest.raises(ConfigError, match=r"--image_size: .*got 64, expected 32\. Export it at 32"):
+    with pytest.raises(ConfigError, match=r"--image_size: .*got 64, .*32"):
         exported("plain vit", "timm", "--image_size", "64")
 
 
 def test_what_stands_there_stays(tmp_path):
     store_student(tmp_path / "run", "vit_base_patch16", VIT)
     (tmp_path / "out").mkdir()
-    with pytest.raises(ConfigError, match="something is there already"):
+    with pytest.raises(ConfigError, match=r"^export: .*out: .*already"):
         export(tmp_path, "timm")
 
 
@@ -259,7 +257,7 @@ def test_a_checkpoint_that_goes_and_leaves_none(tmp_path, monkeypatch):
         return read(reader, *arguments, **named)
 
     monkeypatch.setattr(stream, "read", gone)
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="complete checkpoint"):
         export(tmp_path, "timm")
 
 

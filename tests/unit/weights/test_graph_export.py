@@ -115,7 +115,7 @@ def test_a_model_that_looks_at_values_is_refused_in_one_sentence(tmp_path, monke
         return net
 
     monkeypatch.setattr(graph_export, "build", looking)
-    with pytest.raises(ConfigError, match=r"vit model cannot be traced; got .*Use --to fd"):
+    with pytest.raises(ConfigError, match=r"vit .*traced; got .*--to fd"):
         export(tmp_path, "program")
     assert not (tmp_path / "out").exists()
 
@@ -136,7 +136,7 @@ def test_a_graph_that_is_off_the_model_is_refused(tmp_path, monkeypatch):
             return self.net(images * self.calls)
 
     monkeypatch.setattr(graph_export, "build", lambda *a, **k: Counting(build(*a, **k)))
-    with pytest.raises(ConfigError, match=r"graph of this vit model is off the model; got "):
+    with pytest.raises(ConfigError, match=r"vit .*off the model; got "):
         export(tmp_path, "program")
     assert not (tmp_path / "out").exists()
 
@@ -145,10 +145,10 @@ def test_missing_packages_are_named_at_once(tmp_path, monkeypatch):
     name, fields = STUDENTS["plain vit"]
     store_student(tmp_path / "run", name, fields)
     monkeypatch.setattr(graph_export, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"no onnx, onnxscript, onnxruntime.*fd_large\[onnx\]"):
+    with pytest.raises(ConfigError, match=r"onnx, onnxscript, onnxruntime.*fd_large\[onnx\]"):
         export(tmp_path, "onnx")
 
 
 def test_a_graph_has_no_shards(tmp_path):
-    with pytest.raises(ConfigError, match=r"--shard_size: --to program has one graph"):
+    with pytest.raises(ConfigError, match=r"--shard_size: --to program"):
         export(tmp_path, "program", "--shard_size", "1GB")

@@ -83,7 +83,7 @@ def test_parts_of_a_path(tmp_path):
     assert split_part("a/b.pth#teacher") == ("a/b.pth", "teacher")
     (tmp_path / "a#teacher").touch()
     assert split_part(tmp_path / "a#teacher") == (str(tmp_path / "a#teacher"), "")
-    with pytest.raises(WeightsError, match="got #tutor, expected one of #student"):
+    with pytest.raises(WeightsError, match=r"got #tutor, .*#student"):
         split_part("a.pth#tutor")
 
 
@@ -105,9 +105,9 @@ def test_torchscript_archives(tmp_path):
 
 
 def test_missing_files_and_folders(tmp_path):
-    with pytest.raises(WeightsError, match=r"--teacher.source: .*none.pth: no such file"):
+    with pytest.raises(WeightsError, match=r"--teacher.source: .*none.pth: "):
         read(tmp_path / "none.pth", where="--teacher.source")
-    with pytest.raises(WeightsError, match=r"a folder without model\.safetensors"):
+    with pytest.raises(WeightsError, match=r"without model\.safetensors"):
         read(tmp_path)
 
 
@@ -131,7 +131,7 @@ def test_folders(tmp_path):
 
 def test_the_folder_of_a_run_says_what_to_do(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(WeightsError, match=r"the folder of a run.*Export the student first"):
+    with pytest.raises(WeightsError, match=r"of a run.*Export"):
         read(tmp_path)
 
 
@@ -147,7 +147,7 @@ def test_sharded_files(tmp_path, kind):
     path.write_text(json.dumps({"weight_map": index}))
     same(read(tmp_path))
     path.write_text(json.dumps({"weight_map": {**index, "c": index["a.bias"]}}))
-    with pytest.raises(WeightsError, match="got no c, expected 3 tensors"):
+    with pytest.raises(WeightsError, match=r"got no c, .* 3"):
         read(tmp_path)
     (tmp_path / index["a.bias"]).unlink()
     with pytest.raises(WeightsError, match=r"without .*-1"):
@@ -165,7 +165,7 @@ def test_files_cut_short(tmp_path, name, keep):
     save_file(big, path) if name.endswith("safetensors") else torch.save(big, path)
     content = path.read_bytes()
     path.write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
-    with pytest.raises(WeightsError, match="damaged, cut short"):
+    with pytest.raises(WeightsError, match="damaged"):
         read(path)
 
 
@@ -173,7 +173,7 @@ def test_files_cut_short(tmp_path, name, keep):
 def test_files_of_another_kind(tmp_path, name):
     path = tmp_path / name
     path.write_text("<html><body>404 not found</body></html>" * 9)
-    with pytest.raises(WeightsError, match="not a weights file"):
+    with pytest.raises(WeightsError, match="weights file"):
         read(path)
 
 
@@ -233,9 +233,7 @@ def test_files_that_want_to_run_code_are_refused(tmp_path, new_format):
         path,
         _use_new_zipfile_serialization=new_format,
     )
-    with pytest.raises(
-        WeightsError, match=r"got (io\.|builtins\.|_io\.)?open.*If you trust the file"
-    ):
+    with pytest.raises(WeightsError, match=r"got (io\.|builtins\.|_io\.)?open.*trust"):
         read(path)
     assert not trap.exists()
     path.write_bytes(pickle.dumps({"model": Bomb(trap)}))
@@ -257,7 +255,7 @@ def test_altered_and_cut_files_of_both_formats(tmp_path):
     torch.save(dict(TENSORS), path)
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"PK\x01\x02", b"XXXX"))  # Its table of contents.
-    with pytest.raises(WeightsError, match="damaged, cut short"):
+    with pytest.raises(WeightsError, match="damaged"):
         read(path)
     torch.save(dict(TENSORS), path, _use_new_zipfile_serialization=False)
     whole = path.read_bytes()
@@ -269,21 +267,21 @@ def test_altered_and_cut_files_of_both_formats(tmp_path):
 
 def test_names_that_are_numbers(tmp_path):
     torch.save({0: torch.zeros(1)}, tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match="not only dense tensors in it; got 0,"):
+    with pytest.raises(WeightsError, match=r"dense tensors .*got 0,"):
         read(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("hollow", [torch.zeros(2, 2).to_sparse(), torch.empty(2, device="meta")])
 def test_tensors_without_values(tmp_path, hollow):
     torch.save({"model": {**TENSORS, "hollow": hollow}}, tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match="dense tensors in it; got hollow,"):
+    with pytest.raises(WeightsError, match=r"dense tensors .*got hollow,"):
         read(tmp_path / "a.pth")
 
 
 def test_index_whose_file_names_are_numbers(tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"a": 1, "b": "x.safetensors"}}))
-    with pytest.raises(WeightsError, match="one of its files is missing"):
+    with pytest.raises(WeightsError, match="got 2 names without 1, "):
         read(path)
 
 
@@ -330,6 +328,6 @@ def test_messages_have_an_end(tmp_path):
     torch.save({f"{i}" + "x" * 400: 1 for i in range(9)}, tmp_path / "a.pth")
     torch.save({"x" * 1_000_000: 1}, tmp_path / "b.pth")
     for name in ("a.pth", "b.pth"):
-        with pytest.raises(WeightsError, match="not only dense tensors") as error:
+        with pytest.raises(WeightsError, match="dense tensors") as error:
             read(tmp_path / name)
         assert len(str(error.value)) < 1000

@@ -83,7 +83,7 @@ def test_a_named_net_must_be_the_net_of_the_file(tmp_path):
     with pytest.raises(WeightsError, match="embed_dim 32 for 768") as caught:
         loaded(path, "dino_vit_base_patch16")
     assert "--teacher.model auto" in str(caught.value)
-    with pytest.raises(WeightsError, match="another family; got vit, expected swinv2"):
+    with pytest.raises(WeightsError, match=r"got vit, .*swinv2"):
         loaded(path, "swinv2_base")
     with pytest.raises(WeightsError, match="class_token True for False"):
         loaded(path, num_heads=(2,), class_token=False)
@@ -101,7 +101,7 @@ def test_an_open_clip_file_must_not_pass_for_openais(tmp_path):
 
 def test_widths_that_nobody_published_ask_for_their_heads(tmp_path):
     path = saved(made("dino_vit_base_patch16", **SMALL), tmp_path)
-    with pytest.raises(WeightsError, match=r"got no num_heads.*--teacher\.architecture\.num_heads"):
+    with pytest.raises(WeightsError, match=r"no num_heads.*--teacher\.architecture\.num_heads"):
         loaded(path)
 
 
@@ -246,7 +246,7 @@ def test_files_with_numbers_that_are_none(tmp_path, value, dtype):
         state["blocks.1.mlp.fc2.bias"][7] = value
 
     path = saved(made("dino_vit_base_patch16", **SMALL), tmp_path, change)
-    with pytest.raises(WeightsError, match="got 1 of 32 elements NaN or infinite in blocks"):
+    with pytest.raises(WeightsError, match=r"1 of 32 .* in blocks"):
         loaded(path, **KNOWN)
 
 
@@ -256,7 +256,7 @@ def test_files_of_another_type(tmp_path, dtype):
         state["norm.bias"] = state["norm.bias"].to(dtype)
 
     path = saved(made("dino_vit_base_patch16", **SMALL), tmp_path, change)
-    with pytest.raises(WeightsError, match=f"got norm.bias in {str(dtype).split('.')[1]}"):
+    with pytest.raises(WeightsError, match=rf"norm.bias in {str(dtype).split('.')[1]}"):
         loaded(path, **KNOWN)
 
 

@@ -170,11 +170,11 @@ def test_a_damaged_config_is_named(tmp_path):
     )
     write(net.state_dict().items(), architecture, "fd", tmp_path / "net")
     (tmp_path / "net" / "config.json").write_text("{")
-    with pytest.raises(WeightsError, match=r"config\.json: damaged or not JSON"):
+    with pytest.raises(WeightsError, match=r"config\.json: .*JSON"):
         opened(tmp_path / "net")
     bad = {"fd_large": {"architecture": {"colour": 1}}}
     (tmp_path / "net" / "config.json").write_text(json.dumps(bad))
-    with pytest.raises(WeightsError, match="fields of no architecture"):
+    with pytest.raises(WeightsError, match="no architecture"):
         opened(tmp_path / "net")
 
 
@@ -212,7 +212,7 @@ def test_timms_configuration_sets_plain_values_alone(tmp_path, name, value):
     torch.save(made("vit_base_patch16").state_dict(), tmp_path / "net.pth")
     config = {"architecture": "vit_tiny_patch16_224", "model_args": {name: value}}
     (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {}}))
-    with pytest.raises(WeightsError, match=r"not passed on|cannot make this model|more blocks"):
+    with pytest.raises(WeightsError, match=r"not passed|cannot make|more blocks"):
         teacher_run(tmp_path / "net.pth")
 
 
@@ -253,7 +253,7 @@ def test_a_configuration_of_ours_that_no_model_has_is_refused(tmp_path, changes)
 def test_a_depth_that_no_model_has_is_refused_before_anything_is_built(tmp_path, config):
     torch.save(made("vit_base_patch16").state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match="more blocks than a model has"):
+    with pytest.raises(WeightsError, match="more blocks"):
         teacher_run(tmp_path)
 
 

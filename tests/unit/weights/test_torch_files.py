@@ -236,7 +236,7 @@ class Restored(nn.Module):
 def test_code_of_an_archive_does_not_run(tmp_path):
     trap = tmp_path / "written"
     torch.jit.script(Restored(str(trap))).save(tmp_path / "a.pt")
-    with pytest.raises(WeightsError, match=r"got __torch__.*__setstate__.*If you trust the file"):
+    with pytest.raises(WeightsError, match=r"got __torch__.*__setstate__.*trust"):
         read(tmp_path / "a.pt")
     assert not trap.exists()
     torch.jit.load(tmp_path / "a.pt")
@@ -251,7 +251,7 @@ def test_the_name_of_a_storage_is_a_text(tmp_path):
     keys = b"\x80\x02]" + NESTED + b"a."
     content = b"".join(pickle.dumps(part, 2) for part in header) + keys
     (tmp_path / "a.pth").write_bytes(content)
-    with pytest.raises(WeightsError, match="a storage without a name"):
+    with pytest.raises(WeightsError, match="without a name"):
         read(tmp_path / "a.pth")
 
 
@@ -268,7 +268,7 @@ def test_a_module_that_is_held_often_is_counted_each_time(tmp_path):
     code = f"class M(Module):\n  __parameters__ = [{names}]\n  __buffers__ = []\n"
     more = (("constants.pkl", b"\x80\x02)."), ("code/__torch__.py", code.encode()), *DATA)
     archive(tmp_path / "a.pt", data + b"ub.", more=more)
-    with pytest.raises(WeightsError, match="modules without end"):
+    with pytest.raises(WeightsError, match="without end"):
         read(tmp_path / "a.pt")
 
 
@@ -287,20 +287,20 @@ def test_views_of_a_file_of_before_share_their_storage(tmp_path):
 def test_members_are_inflated_within_bounds_and_storages_are_not_inflated(tmp_path):
     path = tmp_path / "a.pth"
     archive(path, b"\x80\x02" + b"N0" * (20 << 20), compress=zipfile.ZIP_DEFLATED)
-    with pytest.raises(WeightsError, match="more than 32 MB of pickles"):
+    with pytest.raises(WeightsError, match="32 MB"):
         read(path)
     archive(path, tensor_pickle(0, (4,), (1,)), compress=zipfile.ZIP_DEFLATED, more=DATA)
-    with pytest.raises(WeightsError, match="a storage that is compressed"):
+    with pytest.raises(WeightsError, match="is compressed"):
         read(path)
     archive(path, tensor_pickle(0, (4,), (1,)), compress=zipfile.ZIP_BZIP2, more=DATA)
-    with pytest.raises(WeightsError, match="a compression that torch does not use"):
+    with pytest.raises(WeightsError, match="does not use"):
         read(path)
 
 
 def test_the_table_of_contents_of_an_archive_is_bounded(tmp_path):
     more = [(f"data/{'n' * 1000}{i}", b"") for i in range(9000)]
     archive(tmp_path / "a.pth", pickle.dumps({}, 2), more=more)
-    with pytest.raises(WeightsError, match="more than 8 MB of names"):
+    with pytest.raises(WeightsError, match="8 MB"):
         read(tmp_path / "a.pth")
 
 
@@ -318,7 +318,7 @@ def test_modules_without_end_are_refused(tmp_path):
     for pickled in (loop, b"\x80\x02" + data + b"."):
         more = (("constants.pkl", b"\x80\x02)."), ("code/__torch__.py", code))
         archive(tmp_path / "a.pt", pickled, more=more)
-        with pytest.raises(WeightsError, match="modules without end"):
+        with pytest.raises(WeightsError, match="without end"):
             read(tmp_path / "a.pt")
 
 
@@ -327,5 +327,5 @@ def test_numbers_of_another_byte_order_are_refused(tmp_path):
         file.writestr("archive/data.pkl", tensor_pickle(0, (4,), (1,)))
         file.writestr("archive/byteorder", b"big")
         file.writestr("archive/data/0", b"\x00" * 16)
-    with pytest.raises(WeightsError, match="another byte order"):
+    with pytest.raises(WeightsError, match="byte order"):
         read(tmp_path / "a.pth")

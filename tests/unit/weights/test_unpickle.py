@@ -31,7 +31,7 @@ def test_a_tensor_lies_in_its_data_and_is_no_larger(tmp_path, offset, size, stri
     archive(tmp_path / "a.pth", tensor_pickle(0, (4,), (1,)), more=DATA)
     assert read(tmp_path / "a.pth").shape("a") == (4,)
     archive(tmp_path / "a.pth", tensor_pickle(offset, size, stride, numel), more=DATA)
-    with pytest.raises(WeightsError, match="damaged, cut short"):
+    with pytest.raises(WeightsError, match="damaged"):
         read(tmp_path / "a.pth")
 
 
@@ -80,7 +80,7 @@ def test_pickles_that_ask_for_time_memory_or_code_are_refused(tmp_path, data, me
 def test_a_name_is_a_text(tmp_path, parts):
     """Written out, this one would have hundreds of megabytes."""
     archive(tmp_path / "a.pth", b"\x80\x04" + b"".join(parts) + b"\x93.")
-    with pytest.raises(WeightsError, match=r"damaged, cut short.*STACK_GLOBAL"):
+    with pytest.raises(WeightsError, match=r"damaged.*STACK_GLOBAL"):
         read(tmp_path / "a.pth")
 
 
@@ -100,7 +100,7 @@ def test_a_tensor_has_few_dimensions(tmp_path):
     assert read(tmp_path / "a.pth").shape("a") == (1,) * 64
     for size in ((1,) * 65, (1 << 62,) * 2000):
         archive(tmp_path / "a.pth", tensor_pickle(0, size, (0,) * len(size)), more=DATA)
-        with pytest.raises(WeightsError, match="damaged, cut short") as error:
+        with pytest.raises(WeightsError, match="damaged") as error:
             read(tmp_path / "a.pth")
         assert len(str(error.value)) < 1000
 

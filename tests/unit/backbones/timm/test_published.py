@@ -292,7 +292,7 @@ def test_backbones_that_timm_lacks():
     untrained = next(
         name for name in timm.list_models() if not timm.get_pretrained_cfg(name).has_weights
     )
-    with pytest.raises(WeightsError, match="timm has no weights for this model"):
+    with pytest.raises(WeightsError, match="no weights"):
         timm_published.load(untrained, "weights")
 
 
@@ -317,7 +317,7 @@ def test_a_student_starts_from_a_net_of_timm():
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         close(net(images).tokens, theirs.forward_features(images))
-    with pytest.raises(WeightsError, match="names of no known format"):
+    with pytest.raises(WeightsError, match="known format"):
         student_run("timm:resnet10t", "vit_base_patch16")
 
 

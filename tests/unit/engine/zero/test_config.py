@@ -78,7 +78,7 @@ def test_load_refuses_with_the_remedy(tmp_path, config, said):
 
 
 def test_load_refuses_a_missing_file_no_json_and_a_repeated_key(tmp_path):
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match=r"^--deepspeed_config: .*none\.json"):
         ds.load(tmp_path / "none.json")
     with pytest.raises(ConfigError, match=r"line 2 column 8"):
         ds.load(_write(tmp_path, '{\n"a": 1,}'))
@@ -208,7 +208,7 @@ def test_the_run_names_the_disk_and_deepspeed_is_told_of_host_memory():
     [_zero(2, offload_param={"device": "nvme"}), _zero(0, offload_optimizer=ON_DISK)],
 )
 def test_a_block_that_its_stage_ignores_is_told_once(config):
-    with pytest.raises(ConfigError, match="ignores it at stage") as caught:
+    with pytest.raises(ConfigError, match="at stage") as caught:
         ds.check(config, where="config.json")
     assert len(str(caught.value).splitlines()) == 1
 

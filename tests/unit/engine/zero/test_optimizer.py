@@ -67,7 +67,7 @@ def test_apex_is_called_as_its_interface_says_with_a_stand_in(monkeypatch):
         monkeypatch.setitem(sys.modules, name, stand_in)
     wanted = replace(OPTIM, fused="apex")
     groups = module.parameter_groups(_task(), 0.05)
-    with pytest.raises(ConfigError, match="NVIDIA apex is not installed"):
+    with pytest.raises(ConfigError, match="apex is not installed"):
         module.make_optimizer(groups, wanted, on_gpu=True)
     other["apex.optimizers"].FusedAdam = FusedAdam
     other["apex.normalization"].FusedLayerNorm = object
@@ -85,5 +85,5 @@ def test_a_fused_kernel_is_tried_beside_plain_adamw(wrong, monkeypatch, caplog):
     assert isinstance(chosen, FusedAdam if wrong == 1.0 else torch.optim.AdamW)
     assert ("left out on all ranks" in caplog.text) == (wrong != 1.0)
     if wrong != 1.0:
-        with pytest.raises(ConfigError, match="off those of plain AdamW"):
+        with pytest.raises(ConfigError, match="plain AdamW"):
             module.make_optimizer(groups, replace(OPTIM, fused="deepspeed"), on_gpu=True)

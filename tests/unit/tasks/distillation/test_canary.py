@@ -1,6 +1,7 @@
 """The canary: who is named, when the run ends, and what is not saved."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_a_rank_whose_part_changed_is_named_and_all_stop(start, ranks, caplog):
     assert after(canary, 7) is None
     assert after(canary, 8) == STOP
     [said] = caplog.messages
-    assert "after step 4, seen after step 8, on rank 2 (n2, cuda:7): the bits held" in said
+    assert re.search(r"step 4, .*step 8, .*rank 2 \(n2, cuda:7\): .*bits", said)
 
 
 def test_own_part_and_own_map_are_compared_with_those_of_the_start(start, ranks):
@@ -111,7 +112,7 @@ def test_a_rank_that_maps_otherwise_is_named(start, ranks, caplog, far):
     assert after(canary, 4) is None
     ranks.far[1] = far
     assert after(canary, 8) == STOP
-    assert "on rank 1 (n1, cuda:7): the weights have the bits of the start, but" in caplog.text
+    assert "rank 1 (n1, cuda:7): " in caplog.text
 
 
 def test_no_checkpoint_is_written_that_learned_from_a_changed_teacher(start, ranks, caplog):
@@ -120,7 +121,7 @@ def test_no_checkpoint_is_written_that_learned_from_a_changed_teacher(start, ran
     assert canary.on_save(4) is None
     ranks.wrong[1] = True
     assert canary.on_save(6) == STOP
-    assert "without a checkpoint of what it learned since" in caplog.text
+    assert "without a checkpoint" in caplog.text
     assert canary.on_save(6) == STOP
     assert sum("THE TEACHER CHANGED" in said for said in caplog.messages) == 1
 
@@ -128,7 +129,7 @@ def test_no_checkpoint_is_written_that_learned_from_a_changed_teacher(start, ran
 def test_ranks_that_hold_the_same_part_are_compared_at_the_start(start, ranks, caplog):
     ranks.shards[1] = "1/1 bb"
     assert after(start(), 1) == STOP
-    assert "NOT THE SAME ON ALL RANKS at the start: rank 1 (n1, cuda:7); got" in caplog.text
+    assert "NOT THE SAME ON ALL RANKS at the start: rank 1 (n1, cuda:7)" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_a_whole_dataset_is_fine(root):
 def test_mistakes_name_their_field(root):
     with pytest.raises(ConfigError, match=r"test_mode.*got whole"):
         check(run_of(root, VIT, test_mode="whole"))
-    with pytest.raises(DataError, match="got 4, expected 1 to 3"):
+    with pytest.raises(DataError, match=r"got 4, .* 1 to 3"):
         check(run_of(root, num_classes=3))
     with pytest.raises(ConfigError, match=r"test_stride: .*got 65, .* = 64"):
         check(run_of(root, VIT, test_stride=65))

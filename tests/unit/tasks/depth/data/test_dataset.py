@@ -63,7 +63,7 @@ def test_images_of_kitti_without_truth_are_left_out_and_all_are_cut(tmp_path):
     image, depths = images.sample(1)
     assert image.shape == (3, 70, 240)
     np.testing.assert_allclose(depths, image_and_depths(2, 75, 250)[1][5:, 5:245], atol=0.002)
-    with pytest.raises(DataError, match=r"bottom_crop; got 250 x 75 pixels, expected .* 240 x 76"):
+    with pytest.raises(DataError, match=r"bottom_crop; got 250 x 75 .* 240 x 76"):
         open_depth(root, "val", depth_scale=256.0, bottom_crop=(76, 240)).sample(0)
 
 
@@ -82,7 +82,7 @@ def test_files_without_any_depth_are_refused(tmp_path):
         names = (tmp_path / name.format(f"image_{number}") for name in FOLDERS["kinds"])
         image, depths = image_and_depths(number)
         save(image, 0 * depths, tuple(names), 500)
-    with pytest.raises(DataError, match=r"got 0 in every pixel"):
+    with pytest.raises(DataError, match=r"got 0 "):
         open_depth(str(tmp_path), "train", depth_scale=500)
 
 

@@ -83,7 +83,7 @@ def test_a_cache_is_opened_when_it_is_asked_for_and_not_stored_again(tmp_path):
     assert caches
     assert "shown" not in caches
     assert caches.folders == {"stored": tmp_path}
-    with pytest.raises(ConfigError, match=r"no teacher whose maps .*--teachers\.stored"):
+    with pytest.raises(ConfigError, match=r"maps .*--teachers\.stored"):
         caches_of(both, cache="elsewhere", views=1).check("stored")
     with pytest.raises(CacheError, match=r"--teachers\.stored\.source"):
         caches.check("stored")

@@ -78,7 +78,7 @@ def test_what_differs_is_named(root, cache, fields, named):
 def test_other_images_are_refused(cache, tmp_path):
     write_images(tmp_path)
     (tmp_path / "11.png").unlink()
-    with pytest.raises(CacheError, match=r"images 12 there and 11 here.*hash of the list"):
+    with pytest.raises(CacheError, match=r"images 12 .* 11 .*hash"):
         cached(tmp_path, cache)
 
 
@@ -173,7 +173,7 @@ def test_no_other_images_are_shown_to_a_cache(root, cache):
 def test_too_small_a_disk_is_refused(live, tmp_path, monkeypatch):
     usage = shutil_usage(free=100)
     monkeypatch.setattr("fd_large.tasks.distillation.cached.write.shutil.disk_usage", usage)
-    with pytest.raises(CacheError, match="too little room"):
+    with pytest.raises(CacheError, match="little room"):
         write(live, tmp_path / "cache")
 
 

@@ -81,7 +81,7 @@ def test_mistakes_of_the_user_are_named(tmp_path):
     with pytest.raises(DataError, match=r"data\.root: .*'train'"):
         opened(tmp_path)
     root = write(tmp_path / "a", "folders")
-    with pytest.raises(DataError, match="got 2, expected 0 to 1"):
+    with pytest.raises(DataError, match=r"got 2, .* 0 to 1"):
         opened(root, num_classes=2)
     (root / "labels/train/image_1.png").unlink()
     with pytest.raises(DataError, match=r"1 of 3 \(image_1\)"):
@@ -91,10 +91,10 @@ def test_mistakes_of_the_user_are_named(tmp_path):
         opened(root)
     root = write(tmp_path / "c", "folders")
     Image.fromarray(np.zeros((5, 4), np.uint8)).save(root / "labels/train/image_0.png")
-    with pytest.raises(DataError, match="got 4 x 5 pixels, expected 2"):
+    with pytest.raises(DataError, match=r"got 4 x 5 .* 2"):
         opened(root).sample(0)
     (root / "labels/train/image_0.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match="cannot be decoded"):
+    with pytest.raises(DataError, match=r"image_0\.png: .*decoded"):
         opened(root)
 
 
