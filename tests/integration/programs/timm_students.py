@@ -29,8 +29,16 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "swin_tiny_patch4_window7_224": {"activation_checkpointing": "offload"},
     "eva02_tiny_patch14_224": {},
     "resnet18": {},
-    # Its batch norms, from random weights, have groups that lie on both ranks.
+    # Their batch norms, from random weights, have groups that lie on both ranks.
     "mobilenetv3_small_050": {"norm_batch": 4, "activation_checkpointing": "every"},
+    "resnet10t": {"norm_batch": 4},
+    "resnet50": {"norm_batch": 4, "activation_checkpointing": "every"},
+    "efficientnet_b0": {"norm_batch": 4, "activation_checkpointing": "every"},
+    "regnety_004": {"norm_batch": 4},
+    "ghostnet_100": {"norm_batch": 4},
+    "repvgg_a0": {"norm_batch": 4},
+    "mobilevit_xxs": {"norm_batch": 4, "activation_checkpointing": "every"},
+    "cspdarknet53": {"norm_batch": 4},
 }
 
 
