@@ -40,7 +40,7 @@ Value = str | os.PathLike[str] | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of a run; a notebook shows it as a table with its curves.
+    """The result of a run; a notebook shows it as a table with its curves.
 
     Attributes:
         folder: The run's folder, which all commands take.
@@ -111,7 +111,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out of `evaluate`; a notebook shows it as a table with its plot.
+    """The result of `evaluate`; a notebook shows it as a table with its plot.
 
     Attributes:
         folder: The folder of the results.

@@ -295,7 +295,7 @@ def installed(kind: Kind) -> dict[str, EntryPoint]:
 
 @lru_cache(maxsize=1)
 def _entry_points(path: tuple[str, ...]) -> EntryPoints:
-    """What packages on the path bring, of any kind; all of them are read for it."""
+    """Returns the entry points of packages on the path, of any kind; all are read for it."""
     from importlib.metadata import entry_points  # Slow to import, and rarely needed.
 
     return entry_points()

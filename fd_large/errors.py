@@ -91,7 +91,7 @@ class FDError(Exception):
         return without_secrets(printable(super().__str__()))
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows in a notebook: the sentence, without the frames that lead to it."""
+        """Returns the sentence that IPython shows in a notebook, without the frames above it."""
         return [f"{type(self).__name__}: {self}"]
 
 

@@ -1,4 +1,4 @@
-"""What a library fetches from the network: by one rank for all, and not at all by the others.
+"""Downloads that libraries make: one rank fetches for all, the others wait and read.
 
 Hundreds of ranks that ask a hub at once are refused by it, and write one cache at the same time.
 """
@@ -43,7 +43,7 @@ def download(what: str, get: Callable[[], object]) -> None:
 
 
 def _first(what: str, get: Callable[[], T]) -> list[T]:
-    """What this rank has got, if it is one of those that get it for others."""
+    """Returns the download of this rank, if it is one of those that fetch for others."""
     got: list[T] = []
     if what in _cached:
         return got

@@ -1,4 +1,4 @@
-"""What the rest of the package asks of a family of backbones; its folder answers it once."""
+"""The interface of a backbone family to the rest of the package; each family's folder fills it."""
 
 from __future__ import annotations
 

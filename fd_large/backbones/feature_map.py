@@ -1,4 +1,4 @@
-"""What every backbone yields: a map of tokens that knows its grid."""
+"""The map that every backbone yields: tokens that know their grid."""
 
 from __future__ import annotations
 

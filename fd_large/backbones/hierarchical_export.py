@@ -1,4 +1,4 @@
-"""What the exports of both Swin models have in common."""
+"""Export code that both Swin families share."""
 
 from __future__ import annotations
 

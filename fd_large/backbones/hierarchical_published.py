@@ -1,4 +1,4 @@
-"""What the published files of both Swin models have in common."""
+"""Names in published files that both Swin families share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a family says of its published weights files, for `weights/` to read them by."""
+"""The description of a family's published weights files, by which `weights/` reads them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Format:
 
 
 class WeightFacts(NamedTuple):
-    """What is known of one published checkpoint beside its numbers.
+    """Facts of one published checkpoint beside its numbers.
 
     Attributes:
         statistics: Normalisation that it was trained with.
@@ -127,7 +127,7 @@ class Wanted(NamedTuple):
 
 
 class Settling(NamedTuple):
-    """What a model is settled from, for fields that follow from others.
+    """The known facts from which a model's undecided fields are settled.
 
     Attributes:
         known: What file, format and configuration show.

@@ -1,4 +1,4 @@
-"""What would make a step depend on more than images, weights and `keep`, and is refused."""
+"""Refuses models whose step would depend on more than images, weights and `keep`."""
 
 from __future__ import annotations
 

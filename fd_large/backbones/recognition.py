@@ -1,4 +1,4 @@
-"""What names and shapes of tensors, and the terms of other libraries, say of an architecture."""
+"""Architectures recognised from names and shapes of tensors, and from other libraries' terms."""
 
 from __future__ import annotations
 

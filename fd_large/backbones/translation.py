@@ -162,7 +162,7 @@ def outputs(name: str, shape: Shape, rows: Rows) -> list[Output]:
 
 @dataclass(frozen=True)
 class Piece:
-    """What makes one tensor of a model.
+    """The recipe for one tensor of a model.
 
     Attributes:
         sources: Names of the file's tensors, which are joined along their first axis; none for a

@@ -1,4 +1,4 @@
-"""What `checkpoint list|verify|prune RUN` shows and removes, without torch."""
+"""The commands `checkpoint list|verify|prune RUN`, without torch."""
 
 from __future__ import annotations
 

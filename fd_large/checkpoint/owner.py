@@ -1,4 +1,4 @@
-"""Who owns a run's folder, and whether it can still be alive. No torch."""
+"""The owner of a run's folder, and whether it can still be alive. No torch."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _may_be(name: str, value: Any) -> bool:
 
 
 class Slurm:
-    """What Slurm says of other owners' jobs.
+    """Slurm's answers about other owners' jobs.
 
     It is asked seldom: a start that waits must not keep the controller busy.
     """

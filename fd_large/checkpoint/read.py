@@ -156,7 +156,7 @@ def newest_sound(folder: Path, *, at_most: int | None = None) -> tuple[Reader | 
 
 
 def _problem(path: Path, files: int) -> str:
-    """What is wrong with a checkpoint in the eyes of rank 0 too; "" if it is sound.
+    """Returns the fault that rank 0 also sees in a checkpoint; "" if it is sound.
 
     Raises: StorageError: if a rank reads other bytes than rank 0.
     """

@@ -89,7 +89,7 @@ class TakesRunFile:
 
 @dataclass(frozen=True)
 class WithRecipe(Generic[Own]):
-    """What a command was given that takes the fields of a recipe.
+    """The arguments of a command that takes the fields of a recipe.
 
     Attributes:
         own: The command's own arguments.

@@ -211,7 +211,7 @@ def plan(run: Run, own: Cache) -> Table:
 
 
 def _rows(cost: CachedTargets, own: Cache, micro_batch: int) -> list[tuple[str, str]]:
-    """What is said of one teacher's maps."""
+    """Returns the rows of the table about one teacher's maps."""
     fewest = cost.fewest_uses
     when = "if each view is used more than once"
     if fewest == math.inf:

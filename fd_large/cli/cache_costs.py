@@ -1,4 +1,4 @@
-"""What it takes to store the maps of a recipe's teachers, reckoned from shapes alone."""
+"""The costs of storing the maps of a recipe's teachers, reckoned from shapes alone."""
 
 from __future__ import annotations
 

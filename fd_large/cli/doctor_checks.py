@@ -38,7 +38,7 @@ _SHOWN = ("torch", "torchvision", "deepspeed", "timm", "numpy")
 
 
 class Finding(NamedTuple):
-    """What a check found.
+    """The finding of a check.
 
     Attributes:
         found: A few words.

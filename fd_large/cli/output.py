@@ -1,4 +1,4 @@
-"""What commands show: tables."""
+"""Tables that commands print."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command names on disk, looked for before torch is imported, which takes seconds."""
+"""Checks paths on a command line before torch, which takes seconds, is imported."""
 
 from __future__ import annotations
 

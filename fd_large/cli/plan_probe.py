@@ -1,4 +1,4 @@
-"""What `plan --probe` starts: the ranks that measure this machine."""
+"""The ranks that `plan --probe` starts to measure this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `plan` prints: the settings that fit, what the best one takes, and what does not fit."""
+"""The output of `plan`: settings that fit, the best one's costs, and settings that do not fit."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def _said_of_times(load: Workload, machine: Machine) -> list[str]:
 
 
 def _teachers_share(run: Run, load: Workload, best: Estimate, machine: Machine) -> str:
-    """What the teacher costs, and when storing its maps would save it; empty without one."""
+    """Returns the teacher's costs, and when storing its maps saves them; empty without one."""
     counts = load.counts[False]
     teacher = counts.flops_per_image("inference")
     rest = counts.flops_per_image("forward") + counts.flops_per_image("backward")

@@ -1,4 +1,4 @@
-"""What `plan` plans of a run: the counts of a step, kept or made anew, and what decides them."""
+"""The workload of `plan`: a step's counts, kept or made anew, and the fields that decide them."""
 
 from __future__ import annotations
 

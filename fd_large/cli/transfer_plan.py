@@ -23,7 +23,7 @@ _NODE = 8
 
 
 class Cost(NamedTuple):
-    """What a training costs.
+    """The cost of a training.
 
     Attributes:
         steps: Its steps.

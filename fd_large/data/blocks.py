@@ -357,7 +357,7 @@ class BlockImages:
 
 
 class _Process:
-    """What one process holds of a dataset."""
+    """The part of a dataset that one process holds."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()

@@ -1,4 +1,4 @@
-"""What an image file says of itself before any pixel is decoded: format and size, and their limit.
+"""Headers of image files: format, size and their limit, before any pixel is decoded.
 
 Only as far as torchvision's decoders need a guard (JPEG, PNG, WebP); Pillow reads the headers of
 other formats without decoding.
@@ -23,7 +23,7 @@ _ORIENTATION, _SHORT = 0x0112, 3
 
 @dataclass(frozen=True)
 class Header:
-    """What a header says.
+    """The format and size that a header states.
 
     Attributes:
         format: "JPEG", "PNG" or "WEBP".
@@ -38,7 +38,7 @@ class Header:
 
 @dataclass(frozen=True)
 class JpegHeader(Header):
-    """What the header of a JPEG says besides.
+    """The further fields of a JPEG's header.
 
     Attributes:
         upright: Whether EXIF asks for no turn.

@@ -220,7 +220,7 @@ def settled(modified_ns: int, listed_at: float) -> bool:
 
 
 class _Note(NamedTuple):
-    """What a rank says of a listing that it holds.
+    """A rank's note on a listing that it holds.
 
     Attributes:
         path: The file of it; None: there is none.
@@ -234,7 +234,7 @@ class _Note(NamedTuple):
 
 
 def _identity(anchor: str) -> tuple[int, ...]:
-    """What all clients of one file system see alike, and of a copy nobody."""
+    """Returns a file's identity, which all clients of one file system see alike, and of no copy."""
     try:
         status = os.stat(anchor)
     except OSError:

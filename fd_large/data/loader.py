@@ -169,7 +169,7 @@ def _raising(batches: Iterator[Any]) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Loaded(Generic[T]):
-    """What came of one position.
+    """The result of loading one position.
 
     Attributes:
         value: What was made of a sample; None if no sample that was tried can be used.
@@ -264,7 +264,7 @@ def load_at(
 
 
 class Beside(Protocol):
-    """What is stored of the views of images, and goes into a batch's targets."""
+    """Values stored beside the views of images, which go into a batch's targets."""
 
     def of(self, index: int, view: torch.Tensor) -> Any:
         """Returns what belongs to the view of image `index`: tensors, in tuples or dicts.

@@ -1,4 +1,4 @@
-"""What the C decoders print on stderr, kept out of the log.
+"""Keeps messages of C decoders on stderr out of the log.
 
 libjpeg, libpng and libtiff write straight to file descriptor 2. Within `suppress_stderr()` that
 descriptor leads to memory; afterwards the decoders' lines are dropped and whatever else was written

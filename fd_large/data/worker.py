@@ -70,7 +70,7 @@ def _shorten_socket_name() -> None:
 
 
 def _settings() -> dict[str, Any]:
-    """What multiprocessing keeps of this process; empty where a later Python keeps it elsewhere."""
+    """Returns multiprocessing's settings of this process; empty where a later Python has none."""
     return vars(multiprocessing.current_process()).get("_config", {})
 
 

@@ -1,4 +1,4 @@
-"""What is wrapped around a student's blocks: activation checkpointing and torch.compile.
+"""Wrappers around a student's blocks: activation checkpointing and torch.compile.
 
 Checkpointing mode `every` is torch's non-reentrant checkpoint: exact under ZeRO-3, nests with
 recomputed attention, and needs no saved random state, since drop path is an input. `offload` is

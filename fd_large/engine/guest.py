@@ -87,7 +87,7 @@ def guest() -> Iterator[None]:
 
 
 def _logging() -> list[Any]:
-    """What puts Python's loggers back as they are now."""
+    """Returns calls that put Python's loggers back as they are now."""
 
     def restoring(logger: logging.Logger) -> Any:
         kept, level, propagate = list(logger.handlers), logger.level, logger.propagate
@@ -109,7 +109,7 @@ def _logging() -> list[Any]:
 
 
 def _signal_handlers() -> list[Any]:
-    """What puts the handlers of signals back; nothing outside of the main thread."""
+    """Returns calls that put signal handlers back; none outside of the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return []
     kept = {number: signal.getsignal(number) for number in SIGNALS}

@@ -1,4 +1,4 @@
-"""What the engine asks of a task to train it: samples, a Module, batches, evaluations, hooks.
+"""The engine's requests to a task: samples, a Module, batches, evaluations, hooks.
 
 The engine builds, trains, stores and resumes any task through this face and knows none. It is the
 first of a task's three faces (`fd_large/recipes/task_kind.py`), and all that a task needs to have.
@@ -77,7 +77,7 @@ class TensorSizes(NamedTuple):
 
 
 class TrainingJob:
-    """What one task brings to a training; made again once the recipe is settled.
+    """A task's part in a training; made again once the recipe is settled.
 
     The engine calls `settle`, then `open_samples` and `check` (nothing heavy and no collective: the
     user's mistakes end here), `build`, and then `make_task` as often as it likes.

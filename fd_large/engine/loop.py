@@ -81,7 +81,7 @@ class _Passed:
 
 
 class _Agreed(NamedTuple):
-    """What all ranks know before the optimiser steps.
+    """The facts that all ranks share before the optimiser steps.
 
     Attributes:
         update: The step's numbers, for the hooks.

@@ -1,4 +1,4 @@
-"""What a run predicted of its test images, in its folder: for comparisons image by image."""
+"""Predictions of a run's test images, in its folder: for comparisons image by image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engine trains: a Module that maps a batch to a loss and named metrics.
+"""The task that the engine trains: a Module that maps a batch to a loss and named metrics.
 
 All tasks have this face. The engine knows nothing of teachers, heads or targets.
 """

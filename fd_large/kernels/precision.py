@@ -1,4 +1,4 @@
-"""What float32 means on a GPU: products and convolutions of float32 numbers, without TF32."""
+"""The precision of float32 on a GPU: products and convolutions without TF32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan chooses among: ZeRO stage, placement of the teacher, checkpoints, micro-batch."""
+"""The choices of a plan: ZeRO stage, placement of the teacher, checkpoints, micro-batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step of a task computes, moves, starts and keeps: counts as data, for any micro-batch.
+"""Counts of a task's step as data, for any micro-batch: products, bytes, starts, memory.
 
 `engine/counting/count.py` counts the real task at two sizes. Everything is a straight line in the
 images of a micro-batch, but for the peak of memory, which is the highest of several lines.

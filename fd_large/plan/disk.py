@@ -1,4 +1,4 @@
-"""What a run takes whose optimiser keeps its state on a disk (ds_configs/zero3_nvme.json)."""
+"""Disk, memory and time of a run whose optimiser's state is on a disk (zero3_nvme.json)."""
 
 from __future__ import annotations
 

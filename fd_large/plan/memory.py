@@ -67,7 +67,7 @@ MOST_BFLOAT16_SUMMANDS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """What decides where bytes are held: the ZeRO block of the JSON, ranks, data types."""
+    """The facts that decide where bytes are held: the JSON's ZeRO block, ranks, data types."""
 
     stage: Literal[0, 1, 2, 3]
     world_size: int

@@ -104,7 +104,7 @@ class StepSeconds:
 
     @property
     def between(self) -> Between:
-        """What the whole step may take."""
+        """Returns the range of the whole step."""
         return (WITH_HOOKS if self.parts.get(HOOKS) else WITHOUT_HOOKS).scaled(self.total)
 
 

@@ -1,4 +1,4 @@
-"""What a run reports of FLOPs and seconds: TFLOP/s, MFU and hardware utilisation.
+"""Utilisation that a run reports from FLOPs and seconds: TFLOP/s, MFU, hardware utilisation.
 
 MFU is the FLOPs that the run needs (student forward and backward, teacher forward) over the card's
 peak; hardware utilisation also counts what is computed again. Of several students each counts its

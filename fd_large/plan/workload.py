@@ -1,4 +1,4 @@
-"""What is planned: a task's counts and the images of a step."""
+"""The workload of a plan: a task's counts and the images of a step."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Probe:
 
 
 class Outcome(NamedTuple):
-    """What came out.
+    """The result of a linear probe.
 
     Attributes:
         rate: The best learning rate.

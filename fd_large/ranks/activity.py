@@ -1,4 +1,4 @@
-"""What this process is busy with, for whoever shows it: see `runtime/display.py`.
+"""The activity of this process, for whoever shows it: see `runtime/display.py`.
 
 Whatever may take longer than a few seconds is a piece of work; one that is begun while another
 lasts is a part of it. Noting it costs nothing, and nothing is shown by itself.

@@ -1,4 +1,4 @@
-"""What one rank meets alone ends all ranks: told through the store at which the ranks met.
+"""Failures of one rank end all ranks: they are told through the store at which the ranks met.
 
 A rank that fails leaves its peers in a collective. Over gloo they see a closed connection; over
 NCCL they wait in a kernel, for as long as the launcher lets them. So a rank that ends with an exit
@@ -66,7 +66,7 @@ class Ending(NamedTuple):
 
 
 class Store(Protocol):
-    """What is used of torch's stores; every method raises RuntimeError once the server is gone."""
+    """The methods used of torch's stores; each raises RuntimeError once the server is gone."""
 
     def set(self, key: str, value: str) -> None:
         """Sets a key."""

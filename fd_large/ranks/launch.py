@@ -45,7 +45,7 @@ _LOCAL_RANK_VARIABLES = ("LOCAL_RANK", _OPEN_MPI[2], _HYDRA[2], "SLURM_LOCALID")
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Who started this rank, and where the ranks meet.
+    """The launcher of this rank, and the address where the ranks meet.
 
     Attributes:
         launcher: The program that started the ranks.

@@ -100,7 +100,7 @@ class _Made(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What a rank says when all meet.
+    """A rank's message when all meet.
 
     Attributes:
         node: Its node.
@@ -230,7 +230,7 @@ class _Meeting:
         return None if self._outcome is None else self._outcome.get()
 
     def _state(self, is_late: bool) -> tuple[_State, dict[_Name, _Made]]:
-        """What this rank says, and what it has made for all."""
+        """Returns this rank's message, and the object that it has made for all."""
         # Before what was made is looked at, which is then complete.
         ended = self._outcome is not None or self._crash is not None
         with self._changed:

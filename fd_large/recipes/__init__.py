@@ -1,4 +1,4 @@
-"""What a run is: the sections of a recipe, the table of named models, and the runs of record.
+"""Recipes: their sections, the table of named models, and the runs of record.
 
 No torch and nothing that computes: `--help` imports this room and must not wait.
 """

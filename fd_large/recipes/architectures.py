@@ -56,7 +56,7 @@ def field_names(family: str) -> tuple[str, ...]:
 
 
 def _descriptions(cls: type) -> dict[str, str]:
-    """What the docstrings of a class and of its bases say of each field, under "Attributes:"."""
+    """Returns each field's description, from "Attributes:" of a class and of its bases."""
     found: dict[str, str] = {}
     for base in cls.__mro__:
         _, _, section = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")

@@ -1,4 +1,4 @@
-"""What a family of backbones says of its models before any is built; no torch.
+"""The description of a backbone family before any model is built; no torch.
 
 Each family declares its fields once, in a dataclass of `backbones/NAME/architecture.py` that
 derives from `FamilyArchitecture`. What the rest of the package needs to know of a family it reads

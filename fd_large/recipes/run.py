@@ -1,4 +1,4 @@
-"""What a run is: a name and its sections.
+"""The recipe of a run: a name and its sections.
 
 `Run` holds everything that decides a run, except what the DeepSpeed JSON decides (ZeRO stage,
 buckets, offload, hpZ). The command line, `recipe.json` of a run folder and the recipes are three
@@ -78,7 +78,7 @@ UNNAMED = "unnamed"
 
 @dataclass(frozen=True, kw_only=True)
 class Task(_TaskSections):
-    """What the student is trained to do, and the settings of single tasks."""
+    """The name of the task that the student is trained for, and the settings of single tasks."""
 
     # What the student learns. distillation: the teacher's feature map. finetune: the labels of
     # images. linear: nothing; it stays as it is, and a linear layer on its features learns the

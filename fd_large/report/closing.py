@@ -1,4 +1,4 @@
-"""What stands at the end of a run: the figures in words, and what to run next."""
+"""The closing lines of a run: its figures in words, and the commands that come next."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def _teachers(files: RunFiles) -> dict[str, dict[str, Any]]:
 
 
 def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
-    """What the run's task says is worth running after it."""
+    """Returns the commands that the run's task suggests after it."""
     if files.task not in TASKS:
         return []  # The user's own, whose code a report does not run.
     student = model_of(files.recipe["student"])

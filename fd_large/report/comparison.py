@@ -108,7 +108,7 @@ def _plain(value: Any) -> str:
 
 
 def _grid(models: list[dict[str, Any]]) -> Table:
-    """What a sweep found: a row for each model and decay, a column for each rate."""
+    """Returns a sweep's table: a row for each model and decay, a column for each rate."""
     from rich.table import Table
     from rich.text import Text
 

@@ -243,7 +243,7 @@ def _of_batches(part: Landscape | None, values_of: Callable[[Landscape], numpy.n
 
 
 def _near(part: Landscape) -> numpy.ndarray:
-    """What steps of a tenth change on each batch: the mean over directions, both ways."""
+    """Returns what steps of a tenth change on each batch: the mean over directions, both ways."""
     near = [i for i, step in enumerate(part["steps"]) if abs(abs(step) - 0.1) < 1e-6]
     return numpy.mean([changes(part, along)[:, near].mean(1) for along in part["curves"]], axis=0)
 

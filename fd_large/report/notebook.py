@@ -1,4 +1,4 @@
-"""What results show of themselves in a notebook: tables with their pictures inside."""
+"""Results in a notebook: tables with their pictures inside."""
 
 from __future__ import annotations
 

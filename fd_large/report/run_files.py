@@ -105,7 +105,7 @@ class RunFiles:
         return listed or [name for name in names if name != "update"]
 
     def words(self, name: str) -> str:
-        """What a number is called; `loss` is the training loss."""
+        """Returns a number's name in words; `loss` is the training loss."""
         return self._metrics.get(name, name.replace("_", " "))
 
     @property
@@ -114,7 +114,7 @@ class RunFiles:
         return [name for name in self.measured if self.kind(name) == "loss"]
 
     def kind(self, name: str) -> str:
-        """What a number is, without the images that it was measured on: loss of held_out_loss."""
+        """Returns a number's kind, without the images it was measured on: loss of held_out_loss."""
         pairs = (key.partition("/") for key in self.environment.get("metrics", {}))
         kinds = {f"{images}_{kind}": kind for images, _, kind in pairs}
         return kinds.get(name, "loss" if name.endswith("_loss") else name)

@@ -1,4 +1,4 @@
-"""What trackers with curves share: the names of the curves, and calls that may wait on a network.
+"""Names of curves, and calls that may wait on a network: shared by trackers with curves.
 
 A step is the number of finished steps: training rows stand at step + 1, evaluations at the steps
 that they followed, as on the progress bar.

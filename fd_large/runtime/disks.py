@@ -1,4 +1,4 @@
-"""What kind of disk a folder lies on, how much of it is free, and how fast it is written."""
+"""The kind of disk that a folder lies on, its free space, and its speed of writing."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def _off(
 
 @dataclass
 class _Past:
-    """What the guard remembers of the steps so far.
+    """The guard's memory of the steps so far.
 
     Attributes:
         accepted: The last accepted steps that the present weights descend from.

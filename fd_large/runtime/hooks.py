@@ -1,4 +1,4 @@
-"""What observes a run, and what it may ask for.
+"""Hooks: observers of a run, and their requests.
 
 A hook never stops, saves or skips by itself. What one rank alone knows (a signal came) is a Wish,
 which the loop agrees over the ranks; what all ranks know alike (the loss is not finite) is a
@@ -34,7 +34,7 @@ known, mfu and hardware_utilisation (plan/utilisation.py; those of several stude
 
 @dataclass(frozen=True)
 class Wish:
-    """What this rank would like after the step under way; done if any rank wishes it.
+    """A rank's request after the step under way; it is done if any rank makes it.
 
     Attributes:
         stop: Save, and end as `preempted`.
@@ -50,7 +50,7 @@ NOTHING = Wish()
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be done with a step; the same on every rank.
+    """The decision about a step; the same on every rank.
 
     Attributes:
         skip: Leave weights and moments as they were.
@@ -74,7 +74,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a run is, passed to the hooks once before the first step.
+    """The facts of a run, passed to the hooks once before the first step.
 
     Attributes:
         folder: The run's folder.

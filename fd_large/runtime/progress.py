@@ -1,4 +1,4 @@
-"""What the user sees while a run goes: a progress bar on a terminal, plain lines anywhere else.
+"""The progress of a run on the screen: a bar on a terminal, plain lines anywhere else.
 
 The numbers are those of the Meter's rows; the bar itself moves with every step. It is drawn from
 the training thread: a drawing thread would compete with the ranks of a CPU run, and its lock would

@@ -26,7 +26,7 @@ from fd_large.weights.model_card import LOSSES, Learned
 
 
 class StoredScores(NamedTuple):
-    """What came out of scoring a stored run.
+    """The scores of a stored run.
 
     Attributes:
         tables: Tables for the terminal.
@@ -38,7 +38,7 @@ class StoredScores(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """What a stored run sees in an image.
+    """A stored run's prediction for an image.
 
     Attributes:
         path: The image file.

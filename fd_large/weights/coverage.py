@@ -163,7 +163,7 @@ class Match:
 
     @property
     def complaints(self) -> list[str]:
-        """What keeps a model from being filled; empty if nothing does."""
+        """Returns the reasons why a model cannot be filled; empty if there are none."""
         return _complaints(self.missing, self.left_over, self.misfits)
 
     def summary(self) -> str:

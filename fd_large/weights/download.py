@@ -159,7 +159,7 @@ def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
 
 
 def _writer(source: str) -> Callable[[Path], str]:
-    """What writes the files of a source into a folder, and returns the licence."""
+    """Returns the function that writes a source's files into a folder and returns the licence."""
     if source.startswith(HUB):
         return partial(_folder_of_hub, source.removeprefix(HUB))
     if source.startswith(OPEN_CLIP):

@@ -149,7 +149,7 @@ _WRITERS = {"onnx": _write_onnx, "program": _write_program}
 
 
 def _metadata(side: int, found: FeatureMap, statistics: Statistics) -> dict[str, str]:
-    """What the graph's own file says of its input and output, in text."""
+    """Returns the graph's own description of its input and output, in text."""
     return {
         "image_size": str(side),
         "image_mean": " ".join(map(str, statistics.mean)),

@@ -1,4 +1,4 @@
-"""What a weights file is: format, architecture, parameters, and what would match a model."""
+"""The inspection of a weights file: format, architecture, parameters, and models that match."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from fd_large.weights.sidecar import Described
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found.
+    """The findings of an inspection.
 
     Attributes:
         source: The source as the user gave it.
@@ -168,7 +168,7 @@ def _of_own(source: str | Path, own: Stored) -> Inspection:
 
 
 def _merged(weights: PublishedWeights) -> Architecture:
-    """What is known of the architecture; a configuration knows the size better than tensors."""
+    """Returns the known architecture; a configuration knows the size better than tensors."""
     stated = set_fields(weights.stated)
     sizes = {name: stated[name] for name in ("image_size", "window_size") if name in stated}
     return replace(filled(weights.found, weights.stated), **sizes)

@@ -35,7 +35,7 @@ LOSSES = {"loss_start": "training loss, first step", "loss_end": "training loss,
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedStudent:
-    """What a model card says about an exported student, besides its recipe.
+    """The entries of a model card about an exported student, besides its recipe.
 
     Attributes:
         architecture: The student, with the image size of the export.
@@ -66,7 +66,7 @@ class ExportedStudent:
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """What a task says of a student on its card.
+    """A task's sentences about a student on its card.
 
     Attributes:
         title: The heading, after the student's name.

@@ -111,7 +111,7 @@ class PublishedWeights:
 
     @property
     def published(self) -> Published:
-        """What the family says of its files."""
+        """Returns the family's description of its files."""
         assert self.family.published is not None
         return self.family.published
 
@@ -274,7 +274,7 @@ def _model_flag(where: str) -> str:
 
 
 def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Architecture:
-    """What the tensors show.
+    """Returns the architecture that the tensors show.
 
     Raises: WeightsError: if one has no elements, or has a shape that no model of the family has.
     """

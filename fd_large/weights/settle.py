@@ -300,7 +300,7 @@ def _nothing_shows(
 
 
 def _placeholder(field: str) -> str:
-    """What stands for the value of a field in a flag: "gelu|quick_gelu", "NUMBER"."""
+    """Returns the placeholder for a field's value in a flag: "gelu|quick_gelu", "NUMBER"."""
     hint = hints_of(Architecture)[field]
     for part in (hint, *get_args(hint)):
         if get_origin(part) is Literal:

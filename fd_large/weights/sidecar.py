@@ -31,7 +31,7 @@ OWN = "fd_large"
 
 
 class Stated(NamedTuple):
-    """What a configuration states of a model.
+    """A configuration's statements about a model.
 
     Attributes:
         architecture: None in fields that it does not state.
@@ -80,7 +80,7 @@ class Configuration:
 
     @cached_property
     def own(self) -> Stated | None:
-        """What our own export wrote; None if the folder holds nothing of it."""
+        """Returns the statements of our own export; None if the folder holds nothing of it."""
         own = self._config.get(OWN)
         if not own:
             return None
@@ -248,7 +248,7 @@ def _plain_errors(folder: Path, where: str) -> Iterator[None]:
 
 
 def _stated(published: Published, library: str, config: Any, where: str) -> Architecture | None:
-    """What a library's configuration states of a model; None where it describes another family's.
+    """Returns a library's statements about a model; None where they describe another family's.
 
     Args:
         published: What the model's family says of its files.

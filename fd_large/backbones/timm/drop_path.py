@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Scales:
-    """What all sites of a model read.
+    """The scales of drop path that all sites of a model read.
 
     Attributes:
         now: The factors of the forward under way, (num_sites, B) float32; None: no drop path.

@@ -1,4 +1,4 @@
-"""What becomes of a student that is a model of timm: the same model, without its head."""
+"""The export of a student that is a model of timm: the same model, without its head."""
 
 from __future__ import annotations
 

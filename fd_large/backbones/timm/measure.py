@@ -1,4 +1,4 @@
-"""What a model of timm needs to be trained, seen in one run on the meta device.
+"""Measures on the meta device how a model of timm can be trained.
 
 Which drop path is called when, which modules are its blocks, and whether anything else draws random
 numbers: timm does not say so, and its models differ.
@@ -28,7 +28,7 @@ _ANY_RATE = 0.1
 
 
 class Measured(NamedTuple):
-    """What a model needs to be trained.
+    """The facts of a model that its training depends on.
 
     Attributes:
         arguments: Arguments of `timm.create_model`.

@@ -192,7 +192,7 @@ class Layout(NamedTuple):
 
 
 class LastMap(NamedTuple):
-    """What one run of `forward_features` on the meta device shows.
+    """The map of a model, as one run of `forward_features` on the meta device shows it.
 
     Attributes:
         side: Side of the image in pixels.
@@ -264,7 +264,7 @@ def layout_of(net: Any, name: str, side: int, found: Any) -> Layout:
 def _watched(
     net: nn.Module, run: Callable[[], Any], name: str, side: int
 ) -> tuple[Any, tuple[str, ...]]:
-    """What a run returns, and the paths of the modules of which it uses no parameter.
+    """Returns a run's result, and the paths of modules none of whose parameters it used.
 
     Raises: ShapeError: if the model does not take the images.
     """

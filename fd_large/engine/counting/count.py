@@ -1,4 +1,4 @@
-"""What a step of the real task computes, moves, keeps and starts, counted on the meta device.
+"""Counts on the meta device what a step of the real task computes, moves, keeps and starts.
 
 The task of a job is built on the meta device, where tensors have shapes but no values, and runs a
 step there (`step.py`) under a `Recorder`.

@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 
 class Models(NamedTuple):
-    """What runs in a step.
+    """The models that run in a step.
 
     Attributes:
         task: The task.

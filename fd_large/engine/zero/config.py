@@ -143,7 +143,7 @@ _OWNED_ELSEWHERE = {
 
 
 class RunNumbers(NamedTuple):
-    """What the recipe and the machine fill into the JSON.
+    """The numbers that recipe and machine fill into the JSON.
 
     Attributes:
         micro_batch_size: Images per rank and forward.

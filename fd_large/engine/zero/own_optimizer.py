@@ -22,7 +22,7 @@ RESERVED = ("master", "ema")
 
 
 class Kept(NamedTuple):
-    """What an optimiser keeps of each tensor that it steps.
+    """The state that an optimiser keeps of each tensor that it steps.
 
     Attributes:
         moments: Name of each float32 tensor of the parameter's shape -> its value at first.

@@ -210,7 +210,7 @@ def complete(engine: Engine) -> None:
 
 
 def _wholes(engine: Engine) -> Iterator[Tensor]:
-    """What every rank holds whole: the statistics, and at stage 0 the state of the optimiser."""
+    """Yields tensors that each rank holds whole: statistics, the optimiser's state at stage 0."""
     yield from _statistics(engine).values()
     yield from engine.averages.values()
     if engine.stage == 0:

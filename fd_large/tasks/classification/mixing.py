@@ -26,7 +26,7 @@ MAX_ALPHA = 2.0
 
 
 class Mix(NamedTuple):
-    """What becomes of every image of a group.
+    """The mixing of every image of a group.
 
     Attributes:
         share: The part of pixels and labels that stays the image's own; the partner has the rest.

@@ -1,4 +1,4 @@
-"""What a stored classifier is asked for: its loss on images of its classes, and its model card."""
+"""A stored classifier: its loss on images of its classes, and its model card."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ NUM_IMAGES = 4
 
 
 class Model(Protocol):
-    """What is tested; in evaluation mode, and called by all ranks alike where it is sharded."""
+    """The model under test; in evaluation mode, called by all ranks alike where it is sharded."""
 
     @property
     def views(self) -> TestViews:

@@ -1,4 +1,4 @@
-"""What the jobs of segmentation and depth share: a target for each pixel, learnt and tested."""
+"""The job that segmentation and depth share: a target for each pixel, learnt and tested."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class TrainingViews(Protocol):
 
     @property
     def unknown(self) -> np.number[Any]:
-        """What stands for the truth of a pixel of which nothing is known."""
+        """Returns the target of a pixel of which nothing is known."""
 
     def draws(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> Sequence[Any]:
         """Draws what the view at each position depends on."""

@@ -1,4 +1,4 @@
-"""What the sections of tasks with dense targets have in common; no torch."""
+"""Fields that the sections of tasks with dense targets share; no torch."""
 
 from __future__ import annotations
 

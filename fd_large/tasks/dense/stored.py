@@ -52,7 +52,7 @@ def head_shapes(make: Callable[[], Task]) -> dict[str, tuple[int, ...]]:
 
 
 class HeadTensors(Tensors):
-    """What a checkpoint holds beside its student; each tensor is read when it is asked for.
+    """The tensors of a checkpoint beside its student's; each is read when it is asked for.
 
     Args:
         reader: The checkpoint.

@@ -1,4 +1,4 @@
-"""What heads are taught of each pixel: its class, its depth.
+"""The target of each pixel: its class, its depth.
 
 A NamedTuple, because a batch is moved to the device and pinned by walking through tuples.
 """

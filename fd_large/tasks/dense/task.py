@@ -1,4 +1,4 @@
-"""What tasks with dense targets have in common: pixels, and a student that may be frozen."""
+"""The task that dense targets share: pixels, and a student that may be frozen."""
 
 from __future__ import annotations
 

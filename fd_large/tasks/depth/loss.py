@@ -13,7 +13,7 @@ Over = Literal["batch", "image"]
 
 
 class Whole(NamedTuple):
-    """What is known of a step before it is gone through again.
+    """The sums of a whole step, known before its second pass.
 
     Attributes:
         sums: (3,) float64, `silog_sums` over all images of the step.

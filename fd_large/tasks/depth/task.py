@@ -95,7 +95,7 @@ class Depth(DenseTask):
         return {"pixels": pixels, "keep": keep, "depths": targets.truth}
 
     def two_passes(self, micro_batches: int) -> bool:
-        """One root over the images of several micro batches needs their sums beforehand."""
+        """Whether one root over the images of several micro batches needs their sums beforehand."""
         return self.over == "batch" and micro_batches > 1
 
     def sums(self, forward: Callable[..., Any], prepared: dict[str, Any]) -> Tensor:

@@ -45,7 +45,7 @@ BEFORE_NMS_TRAINING, BEFORE_NMS = 2000, 1000
 
 
 class Ask(NamedTuple):
-    """What a test that merges several views asks of the images of one.
+    """The question of a test with several views about the images of one.
 
     Attributes:
         what: "proposals" (`Proposals` of each image), "candidates" (`Candidates` of each), or

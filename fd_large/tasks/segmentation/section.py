@@ -1,4 +1,4 @@
-"""What a recipe says of segmentation, and what others may know of it without torch."""
+"""The section of segmentation, and the facts that need no torch."""
 
 from __future__ import annotations
 

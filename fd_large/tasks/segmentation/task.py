@@ -143,7 +143,7 @@ class Segmentation(DenseTask):
         return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
 
     def _maps(self, pixels: Tensor, keep: Tensor | None) -> Any:
-        """What the neck takes; without one the last map, (B, C, h, w), in a list."""
+        """Returns the neck's maps; without a neck the last map, (B, C, h, w), in a list."""
         if self.on_last_map:
             return [normed_last_map(self.student, pixels, keep)]
         if has_stages(self.student):

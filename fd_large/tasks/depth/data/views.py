@@ -1,4 +1,4 @@
-"""What is seen of an image: a random square in training, squares or all of it in tests.
+"""Views of an image: a random square in training, squares or all of it in tests.
 
 Sources: the training views of GLPDepth (arXiv 2201.07436) and MIM-Depth (arXiv 2205.13543), which
 take colours from albumentations; the test of MIM-Depth. Oracles hold the test to it.
@@ -33,7 +33,7 @@ StripBytes = Literal["scaled", "wrapped"]
 
 
 class Drawn(NamedTuple):
-    """What a training view depends on: numbers in [0, 1).
+    """The draws of a training view: numbers in [0, 1).
 
     Attributes:
         place: Flip, top and left.

@@ -1,1 +1,1 @@
-"""What makes a depth of a map: MIM-Depth's decoder, a linear layer."""
+"""Heads that make depth of a map: MIM-Depth's decoder, a linear layer."""

@@ -38,7 +38,7 @@ from fd_large.tasks.depth.scores.pictures import Row, draw_rows
 
 
 class Outcome(NamedTuple):
-    """What all ranks have after a test.
+    """The scores that all ranks have after a test.
 
     Attributes:
         scores: The scores of each image and of the dataset.
@@ -62,7 +62,7 @@ class Outcome(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What is tested.
+    """The model under test.
 
     Attributes:
         depths: Maps pixels (B, 3, h, w) uint8, on the device, to depths (B, h, w) in metres; in

@@ -31,7 +31,7 @@ KITTI = {
 
 
 class Scored(NamedTuple):
-    """What of an image is scored.
+    """The pixels of an image that are scored.
 
     Attributes:
         limits: Only true depths strictly between these are, in metres.

@@ -1,4 +1,4 @@
-"""What the heads are taught of an image: the boxes, classes and masks that a view of it shows.
+"""The target of an image: boxes, classes and masks that a view of it shows.
 
 NamedTuples, because a batch is moved to the device and pinned by walking through tuples.
 """

@@ -86,7 +86,7 @@ FORMS: dict[FormName, Form] = {
 
 
 class Stage(NamedTuple):
-    """What a box head made of rois.
+    """The output of a box head for its rois.
 
     Attributes:
         rois: (n, 4) float32 of each image.
@@ -100,7 +100,7 @@ class Stage(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What boxes are cut out of.
+    """The maps that boxes are cut out of.
 
     Attributes:
         maps: Levels of the pyramid, finest first.

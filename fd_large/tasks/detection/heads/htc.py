@@ -93,7 +93,7 @@ class HtcHeads(CascadeHeads):
         return [head.logits(x) for head, x in zip(self.mask_heads, found, strict=True)]
 
     def _flow(self, cuts: Tensor, num_heads: int) -> list[Tensor]:
-        """What the first mask heads' convolutions give, each with what the one before gave."""
+        """Returns the maps of the first mask heads' convolutions, each given the one before."""
         found = [self.mask_heads[0].convolutions(cuts)]
         for number in range(1, num_heads):
             passed = F.relu(self.mask_flows[number - 1](found[-1]))

@@ -59,7 +59,7 @@ def of_class(masks: Tensor, labels: Tensor) -> Tensor:
 
 
 class Taught(NamedTuple):
-    """What a mask head is taught.
+    """The target of a mask head.
 
     Attributes:
         rois: (p, 4) float32 of each image, for an object each.

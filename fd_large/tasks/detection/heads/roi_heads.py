@@ -44,7 +44,7 @@ Terms = Mapping[str, tuple[Tensor, int]]
 
 
 class Candidates(NamedTuple):
-    """What the proposals of one image may be.
+    """The possible classes and boxes of one image's proposals.
 
     Attributes:
         boxes: (R, K, 4) float32, one for each class, or (R, 1, 4), the same for all; in pixels, not

@@ -16,7 +16,7 @@ MASK_THRESHOLD = 0.5
 
 
 class Detections(NamedTuple):
-    """What was seen in one image, best first.
+    """The detections in one image, best first.
 
     Attributes:
         boxes: (n, 4) float32, left, top, right, bottom in pixels.

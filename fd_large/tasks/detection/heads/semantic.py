@@ -1,4 +1,4 @@
-"""What each place of an image is of, stuff included, as a help for boxes and masks.
+"""The semantic branch: the class of each place, stuff included, as a help for boxes and masks.
 
 Source: Chen et al., arXiv 1901.07518 (HTC), as mmdetection 3.3 has it (fused_semantic_head.py).
 """

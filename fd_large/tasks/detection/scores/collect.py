@@ -1,4 +1,4 @@
-"""What a model saw in resized images, as results in their own pixels, in a file for each rank."""
+"""Detections in resized images as results in the images' own pixels, a file for each rank."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class Request(NamedTuple):
-    """What is to be scored.
+    """The request to score the shards in a folder.
 
     Attributes:
         folder: Folder with a shard of each rank, and with the note that says how many there are.
@@ -52,7 +52,7 @@ class Request(NamedTuple):
 
 
 class Note(NamedTuple):
-    """What is known of the shards in a folder, in scoring.json; it is there until they are scored.
+    """The note on a folder's shards, scoring.json; it is there until they are scored.
 
     Attributes:
         ranks: How many shards there are.

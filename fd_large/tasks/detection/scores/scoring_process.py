@@ -32,7 +32,7 @@ STDERR = 2
 
 
 class ScoringProcess(Pending):
-    """What the ranks have found, while it is scored; all ranks have one, and rank 0 the process.
+    """The scoring of the ranks' detections; all ranks have one, and rank 0 the process.
 
     Args:
         folder: Folder with the shards and the note.

@@ -91,7 +91,7 @@ class ShownView(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What is tested.
+    """The model under test.
 
     Attributes:
         see: Maps (images (B, 3, H, W) uint8, sizes (B, 2), what is asked of them) to the answer of

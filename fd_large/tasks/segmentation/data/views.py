@@ -1,4 +1,4 @@
-"""What is seen of an image: a random crop in training, whole at some sizes in tests."""
+"""Views of an image: a random crop in training, whole at some sizes in tests."""
 
 from __future__ import annotations
 

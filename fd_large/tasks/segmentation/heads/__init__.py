@@ -1,1 +1,1 @@
-"""What makes classes of maps: UPerNet, a convolutional head, a linear one."""
+"""Heads that make classes of maps: UPerNet, a convolutional head, a linear one."""

@@ -32,7 +32,7 @@ from fd_large.tasks.segmentation.scores.views import Logits, averaged, resized
 
 
 class Outcome(NamedTuple):
-    """What all ranks have after a test.
+    """The scores that all ranks have after a test.
 
     Attributes:
         scores: Over the whole dataset.
@@ -47,7 +47,7 @@ class Outcome(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What is tested.
+    """The model under test.
 
     Attributes:
         logits: Maps pixels (B, 3, h, w) uint8, on the device, to logits (B, K, h, w); in
