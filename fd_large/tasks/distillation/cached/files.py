@@ -264,21 +264,32 @@ class ShardFile:
         """Closes the file."""
         os.close(self.descriptor)
 
+    def begin(self) -> None:
+        """Writes the header, the same in all processes, and gives the file its size."""
+        self._move(self._write, memoryview(self.layout.header), 0)
+        os.ftruncate(self.descriptor, self.layout.size)
+
     def fill(self, array: NDArray, name: str, row: int) -> None:
         """Fills an array with a tensor's rows from one on."""
-        self._move(lambda view, at: os.preadv(self.descriptor, [view], at), array, name, row)
+        self._move(self._read, *self._place(array, name, row))
 
     def put(self, array: NDArray, name: str, row: int) -> None:
         """Writes a tensor's rows from one on."""
-        self._move(lambda view, at: os.pwrite(self.descriptor, view, at), array, name, row)
+        self._move(self._write, *self._place(array, name, row))
 
-    def _move(
-        self, call: Callable[[memoryview, int], int], array: NDArray, name: str, row: int
-    ) -> None:
-        """Has a system call read or write an array, as often as it moves a part only."""
+    def _read(self, view: memoryview, at: int) -> int:
+        return os.preadv(self.descriptor, [view], at)
+
+    def _write(self, view: memoryview, at: int) -> int:
+        return os.pwrite(self.descriptor, view, at)
+
+    def _place(self, array: NDArray, name: str, row: int) -> tuple[memoryview, int]:
         place = self.layout.places[name]
         at = place.start + row * ((place.stop - place.start) // self.layout.count)
-        view = memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
+        return memoryview(array.reshape(-1).view(np.uint8) if array.size else b""), at
+
+    def _move(self, call: Callable[[memoryview, int], int], view: memoryview, at: int) -> None:
+        """Has a system call read or write bytes, as often as it moves a part only."""
         while len(view):
             count = retried(partial(call, view, at), self.path)
             if count == 0:

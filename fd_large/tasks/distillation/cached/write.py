@@ -220,9 +220,7 @@ class CacheWriter(ShardFiles):
     def _opened(self, name: str, number: int) -> ShardFile:
         layout = self.header.layout(name, number)
         file = ShardFile(self._part(layout), layout, os.O_RDWR | os.O_CREAT)
-        # The same bytes, whichever process comes first.
-        os.pwrite(file.descriptor, layout.header, 0)
-        os.ftruncate(file.descriptor, layout.size)
+        file.begin()
         return file
 
 

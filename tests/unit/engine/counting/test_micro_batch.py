@@ -72,6 +72,7 @@ def test_a_group_that_does_not_divide_the_share_needs_all_of_it(share, together)
 def test_takes_the_largest_that_fits_and_never_runs_one_that_would_not():
     # 8 images need 180; 16 would need 260 of 250.
     assert _climb(64, 250, (100, 10)) == (8, [1, 2, 4, 8])
+    assert _climb(64, 250, (70, 10))[0] == 16  # 230 are just its 92%.
     assert _climb(64, 810, (100, 10)) == (64, [1, 2, 4, 8, 16, 32, 64])
     assert _climb(12, 300, (100, 10)) == (4, [1, 2])
 

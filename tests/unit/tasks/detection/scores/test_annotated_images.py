@@ -55,11 +55,13 @@ def test_a_picture_shows_masks_boxes_and_keeps_its_size(tmp_path):
     inside = np.zeros((90, 120), dtype=np.uint8)
     inside[40:70, 20:60] = 1
     mark = Mark([20, 40, 40, 30], "cat 0.75", COLOURS[1], inside, False)
-    draw_image(GREY, [mark], tmp_path / "p.png")
+    box_alone = Mark([70, 10, 40, 30], "dog", COLOURS[0], None, False)
+    draw_image(GREY, [mark, box_alone], tmp_path / "p.png")
     drawn = np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).astype(float)
     assert drawn.shape == (90, 120, 3)
     np.testing.assert_allclose(drawn[65, 50], mixed(COLOURS[1]), atol=3)
-    np.testing.assert_allclose(drawn[85, 110], 128, atol=3)
+    for nothing in (drawn[85, 110], drawn[35, 105]):
+        np.testing.assert_allclose(nothing, 128, atol=3)
     edge = drawn[55, 18:23].sum(-1)
     assert edge.min() < 250  # the box's dark border
 

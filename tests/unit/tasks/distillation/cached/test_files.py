@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from dataclasses import replace
 
@@ -99,6 +100,18 @@ def test_records_come_back(tmp_path, precision):
         assert file.metadata()["first_record"] == "4"
     sizes = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     assert stored.total_bytes == sizes
+
+
+def test_a_system_call_may_move_a_part_alone(tmp_path, monkeypatch):
+    write_all(tmp_path / "whole", header())
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, view, at: pwrite(file, view[:7], at))
+    write_all(tmp_path / "parts", header())
+    whole, parts = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}
+        for name in ("whole", "parts")
+    )
+    assert whole == parts
 
 
 def test_a_flipped_byte_is_named_wherever_it_lies(tmp_path):
