@@ -38,6 +38,7 @@ COMMANDS = {
     "doctor": "Say what a run finds on this machine, and what to fix.",
     "replay": "Run a step again that the guard refused.",
     "predict": "Draw what a run's model sees in images: objects, classes or depth.",
+    "embed": "Write the features of a folder's images to a table.",
     "evaluate": "Measure models on labelled images.",
     "transfer": "Carry models on to labels, segmentation, detection and depth: one table.",
     "diagnose": "Show attention, loss landscape and similar layers of models.",

@@ -26,7 +26,7 @@ from fd_large.recipes.sections import RANDOM, Data
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from fd_large.backbones.feature_map import FeatureMap
     from fd_large.backbones.statistics import Statistics
@@ -164,7 +164,7 @@ def of_features(
 # ------------------------------------------------------------------------------------------------
 
 
-class _Subject(NamedTuple):
+class Subject(NamedTuple):
     """A model, or what one of its heads makes of its map.
 
     Attributes:
@@ -173,6 +173,7 @@ class _Subject(NamedTuple):
         forward: Normalised images -> FeatureMap, in evaluation.
         statistics: Normalisation of its images.
         has_class_token: Whether its map has one.
+        modules: The backbone, and the head if it is one's.
     """
 
     model: NamedModel
@@ -180,6 +181,7 @@ class _Subject(NamedTuple):
     forward: Callable[[Tensor], FeatureMap]
     statistics: Statistics
     has_class_token: bool
+    modules: tuple[nn.Module, ...]
 
 
 def _measure(how: _How, asked: Asked) -> Result:
@@ -204,7 +206,7 @@ def _measure(how: _How, asked: Asked) -> Result:
     seeds = flags.seeds_from(asked.run.runtime.seed)
     rows = [
         row
-        for subject in _subjects(models, flags.features)
+        for subject in subjects(models, flags.features)
         for row in _rows(how, subject, train, test, seeds, flags, data)
     ]
     settings = {name: getattr(flags, flag) for name, flag in how.settings.items()}
@@ -222,7 +224,7 @@ def _measure(how: _How, asked: Asked) -> Result:
     )
 
 
-def _subjects(models: Sequence[NamedModel], features: Sequence[str]) -> Iterator[_Subject]:
+def subjects(models: Sequence[NamedModel], features: Sequence[str]) -> Iterator[Subject]:
     """Yields what is measured, one model in memory at a time.
 
     Raises: ConfigError: if a head is named that a model lacks, or that none has.
@@ -244,7 +246,8 @@ def _subjects(models: Sequence[NamedModel], features: Sequence[str]) -> Iterator
             if head is not None:
                 forward = partial(head.eval().to(distributed.device()), net)
                 prefix, words = head.prefix_tokens(prefix), f"head {feature}"
-            yield _Subject(model, words, forward, statistics, bool(prefix))
+            modules = (net,) if head is None else (net, head)
+            yield Subject(model, words, forward, statistics, bool(prefix), modules)
 
 
 def _heads_of(model: NamedModel, features: Sequence[str]) -> dict[str, Any]:
@@ -273,7 +276,7 @@ def _heads_of(model: NamedModel, features: Sequence[str]) -> dict[str, Any]:
 
 def _rows(
     how: _How,
-    subject: _Subject,
+    subject: Subject,
     train: LabelledImages,
     test: LabelledImages,
     seeds: Sequence[int],

@@ -28,7 +28,7 @@ from fd_large.ranks import distributed
 
 log = logging.getLogger(__name__)
 
-Pool = Literal["mean", "cls"]
+Pool = Literal["mean", "cls", "map"]
 # With more of a dataset missing, it is not that dataset that is measured.
 MAX_BAD_FRACTION = 0.01
 
@@ -62,6 +62,8 @@ class Features(NamedTuple):
 def pooled(features: FeatureMap, pool: Pool) -> Tensor:
     """Returns (B, C) float32 of a map: the mean over its patches, or its first token.
 
+    Of `map` it is all patches, one after the other.
+
     Raises: ConfigError: if the map has no class token and `pool` asks for it.
     """
     if pool == "cls":
@@ -70,7 +72,8 @@ def pooled(features: FeatureMap, pool: Pool) -> Tensor:
                 "--pool: the model has no class token; got cls, expected mean. Set --pool mean."
             )
         return features.tokens[:, 0].float()
-    return features.tokens[:, features.num_prefix_tokens :].float().mean(1)
+    patches = features.tokens[:, features.num_prefix_tokens :].float()
+    return patches.flatten(1) if pool == "map" else patches.mean(1)
 
 
 def extract(
@@ -84,6 +87,7 @@ def extract(
     pools: Sequence[Pool] = ("mean",),
     workers: int = 0,
     max_pixels: int = 2**26,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
     progress: Callable[[int], None] = lambda count: None,
     between: Callable[[], None] = lambda: None,
 ) -> list[Features]:
@@ -99,11 +103,12 @@ def extract(
         pools: Features of an image, of one forward: the mean of its patches, its class token.
         workers: Loader processes of each rank.
         max_pixels: Larger images are refused before they are decoded.
+        max_bad_fraction: Largest fraction of the images that may be unusable.
         progress: Called with the number of this rank's images that are done.
         between: Called before each batch, on every rank alike; may raise to end it.
 
     Returns: the features of each pool.
-    Raises: DataError: if more than a hundredth of the images cannot be used; ConfigError: if the
+    Raises: DataError: if more of the images cannot be used; ConfigError: if the
         folder has no room.
     """
     rank, world = distributed.rank(), distributed.world_size()
@@ -148,7 +153,7 @@ def extract(
     labels.flush()
     bad = int(distributed.sum_tensor(torch.tensor(bad)))
     distributed.barrier()
-    if bad > MAX_BAD_FRACTION * len(images):
+    if bad > max_bad_fraction * len(images):
         raise DataError(
             f"data.root: too many images cannot be used; got {bad} of {len(images)}, expected "
             "at most one in a hundred. Replace the files that the warnings name."

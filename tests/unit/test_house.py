@@ -99,6 +99,7 @@ TORCH_INSIDE = (
         f"fd_large.evaluation.diagnosis.{name}"
         for name in ("attention", "cka", "examine", "landscape", "models", "sample")
     ),
+    "fd_large.evaluation.embedding",
 )
 # Names of tasks that are compared as what else they name, such as kinds of a head.
 NO_TASKS = {

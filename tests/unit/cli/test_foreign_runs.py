@@ -104,6 +104,7 @@ def commands(folder: Path, out: Path) -> list[list[str]]:
         ["diagnose", run, *images, "--images", "2", "--out", f"{out}/d"],
         ["diagnose", f"{run}#teacher", *images, "--images", "2", "--out", f"{out}/dt"],
         ["evaluate", run, "--task", "knn", *images, "--out", f"{out}/e"],
+        ["embed", run, *images, "--out", f"{out}/e.csv"],
         ["predict", run, f"{out}/a.png", "--out", f"{out}/p"],
         ["replay", f"{run}/incidents/update_00000004"],
         ["transfer", run, "--imagenet", str(out), "--out", f"{out}/t", "--plan"],

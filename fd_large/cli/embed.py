@@ -1,0 +1,133 @@
+"""`python -m fd_large embed MODEL --data.root FOLDER --out FILE`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from fd_large.cli.arguments import AllowsCode, parse
+from fd_large.cli.paths import paths_of_models, require_paths
+from fd_large.cli.stopping import ending_with
+from fd_large.data.roots import require, require_dataset
+from fd_large.errors import ConfigError
+from fd_large.files import check_out
+from fd_large.ranks.processes import check_workers
+from fd_large.recipes import sections
+from fd_large.recipes.fields import at_least
+
+_FORMATS = (".parquet", ".npz", ".csv")
+_STOPPED = (
+    "embed: stopped before the end; got a signal, expected to embed all images. Whole parts stay. "
+    "Start the same command again: it goes on behind them."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The images, and how they are read."""
+
+    # Images as for training, without labels: a folder, tar shards, or builtin:photographs.
+    root: str
+    # Side of the centre crops in pixels; 0: as the model was trained.
+    image_size: int = 0
+    # Number of loader processes per rank.
+    workers: int = sections.Data.workers
+    # Largest number of pixels of an image; larger ones are left out.
+    max_pixels: int = sections.Data.max_pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed(AllowsCode):
+    """Write the features of all images of a folder to a table, in the order of their names.
+
+    MODEL is RUN (its student), RUN#teacher or RUN#scratch; a file or folder of weights, an export,
+    hf:REPO, open_clip:ARCH/TAG, timm:NAME or module:PATH/TO/FILE.py:NAME; or NAME=SOURCE for
+    weights that do not show their model.
+
+    A row has the image's path below the folder and its feature, in float32. Start several ranks by
+    torchrun or deepspeed: the table is the same to the bit. What is stopped or killed goes on when
+    the same command is given again. Images that cannot be read are named and left out.
+    """
+
+    # The model.
+    model: Annotated[str, Positional, arg(metavar="MODEL")]
+    # The images.
+    data: Data
+    # The table: a new FILE.parquet, FILE.npz or FILE.csv.
+    out: str
+    # Feature of an image: the mean of its patch tokens, its class token, or its whole map (height,
+    # width, channels), which is written to .npz alone.
+    pool: Literal["mean", "cls", "map"] = "mean"
+    # What is embedded of the student of a distillation run, or of an export of one: own, its map;
+    # NAME or NAME.summary, what its head for that teacher makes of it.
+    features: str = "own"
+    # Images at a time; the last bits of the features depend on it.
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("--batch_size", self.batch_size, 1, "images")
+        at_least("--data.image_size", self.data.image_size, 0, "pixels, or 0")
+        at_least("--data.max_pixels", self.data.max_pixels, 0, "pixels")
+        at_least("--data.workers", self.data.workers, 0, "processes")
+        suffix = Path(self.out).suffix
+        formats = (".npz",) if self.pool == "map" else _FORMATS
+        if suffix not in formats:
+            raise ConfigError(
+                f"--out: no table of --pool {self.pool}; got {self.out!r}, expected a name that "
+                f"ends in {' or '.join(formats)}. Name such a file."
+            )
+
+
+def main(arguments: list[str]) -> int:
+    """Writes the table and says what is in it."""
+    given = parse(Embed, arguments, command="embed")
+    data, out = given.data, Path(given.out)
+    require_paths(paths_of_models([given.model]) | {"data.root": data.root})
+    require_dataset(data.root, where="data.root")
+    check_workers(data.workers)
+    check_out(out, where="--out")
+    if out.suffix == ".parquet":
+        require("pyarrow", given.out, "--out")
+    with ending_with(_STOPPED):
+        rows = embed(given)
+    from fd_large.ranks import distributed
+
+    if distributed.is_main():
+        print(f"{out}: {rows:,} rows, {given.pool} of {given.model}")
+    return distributed.leave(0)
+
+
+def embed(given: Embed) -> int:
+    """Writes the table; every rank calls it. Returns the number of rows.
+
+    Raises: FDError: for the user's mistakes.
+    """
+    # Importing torch takes seconds.
+    from fd_large.data.source import open_images
+    from fd_large.engine.find_model import find_model
+    from fd_large.evaluation import embedding
+    from fd_large.kernels.precision import full_float32
+    from fd_large.ranks import distributed, meeting
+    from fd_large.runtime import logs
+    from fd_large.tasks.jobs import job_of
+
+    data = given.data
+    logs.start(distributed.start().rank)
+    full_float32(distributed.device())
+    images = meeting.meet(lambda: open_images(data.root))
+    model = meeting.meet(lambda: find_model(given.model, job_of, image_size=data.image_size))
+    return embedding.embed(
+        model,
+        images,
+        Path(given.out),
+        root=data.root,
+        feature=given.features,
+        pool=given.pool,
+        batch_size=given.batch_size,
+        workers=data.workers,
+        max_pixels=data.max_pixels,
+    )

@@ -1,0 +1,256 @@
+"""Features of all images of a dataset, as a table in the order of their names.
+
+All ranks extract chunks of images into FILE.parts/, where a chunk appears once it is whole, so that
+a start after a kill goes on behind it, on any ranks. The last step joins the chunks to the table.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fd_large.backbones.statistics import normalise
+from fd_large.data.labelled import LabelledImages
+from fd_large.data.source import ImageSource
+from fd_large.data.val_fraction import Part
+from fd_large.engine.find_model import NamedModel
+from fd_large.engine.zero.fingerprint import fingerprint
+from fd_large.errors import ConfigError, DataError
+from fd_large.evaluation.frozen import Subject, subjects
+from fd_large.files import kind_of, read_json, replacing, write_json
+from fd_large.probes.features import MAX_BAD_FRACTION, NO_LABEL, Pool, extract
+from fd_large.ranks import activity, distributed
+
+log = logging.getLogger(__name__)
+
+CHUNK = 4096
+"""Images of a chunk, or the least number above it that batches divide."""
+_SETTINGS, _ROWS, _LABELS = "settings.json", "rows.npy", "labels.npy"
+
+
+class Chunk(NamedTuple):
+    """Features of some neighbouring images.
+
+    Attributes:
+        names: Names of the images, without those that cannot be used.
+        rows: (N, C) float32, or (N, H, W, C) of maps.
+    """
+
+    names: list[str]
+    rows: NDArray[np.float32]
+
+
+Chunks = Callable[[], Iterator[Chunk]]
+
+
+def embed(
+    model: NamedModel,
+    images: ImageSource,
+    out: Path,
+    *,
+    root: str,
+    feature: str,
+    pool: Pool,
+    batch_size: int,
+    workers: int,
+    max_pixels: int,
+) -> int:
+    """Writes a table of features; a collective.
+
+    Args:
+        model: The model.
+        images: The images.
+        out: A file that is not there, with an ending of `WRITERS`.
+        root: Where the images are; names are relative to it.
+        feature: The model's own map, or one of its heads, as `evaluate --features` names them.
+        pool: Feature of an image: the mean of its patches, its class token, or its map.
+        batch_size: Images per forward; the last bits of the result depend on it.
+        workers: Loader processes of each rank.
+        max_pixels: Larger images are refused before they are decoded.
+
+    Returns: the number of rows.
+    Raises: FDError: if there is no such feature, more than a hundredth of the images cannot be
+        used, or a start with other settings has left chunks.
+    """
+    (subject,) = subjects([model], [feature])
+    folder = out.with_name(f"{out.name}.parts")
+    settings = {
+        "images": images.fingerprint,
+        "model": fingerprint(nn.ModuleList(subject.modules)),
+        "image_size": model.image_size,
+        "features": feature,
+        "pool": pool,
+        "batch_size": batch_size,
+    }
+    distributed.together(partial(_begin, folder, settings))
+    size = batch_size * -(-CHUNK // batch_size)
+    chunks = {folder / f"{start:012d}": start for start in range(0, len(images), size)}
+    # No two starts write one file, even if they should run at once.
+    start_id = distributed.broadcast_object(uuid.uuid4().hex)
+    own_images = -(-len(images) // distributed.world_size())
+    with activity.work(f"{model.label}: features", own_images, "images") as work:
+        for chunk, start in chunks.items():
+            if distributed.broadcast_object(_is_there(chunk)):
+                continue
+            places = np.arange(start, min(start + size, len(images)))
+            aside = folder / f"{chunk.name}.{start_id}"
+            extract(
+                subject.forward,
+                subject.statistics,
+                LabelledImages(Part(images, places), np.zeros(len(places), np.int64), ("",)),
+                aside,
+                image_size=model.image_size,
+                batch_size=batch_size,
+                pools=[pool],
+                workers=workers,
+                max_pixels=max_pixels,
+                max_bad_fraction=1.0,
+                progress=work.advance,
+            )
+            distributed.barrier()  # All have mapped the files at their first name.
+            distributed.together(partial(_appear, aside, chunk))
+    shape = _shape(subject, model.image_size) if pool == "map" else (-1,)
+
+    def read() -> Iterator[Chunk]:
+        for chunk, start in chunks.items():
+            rows, labels = (np.load(chunk / name, mmap_mode="r") for name in (_ROWS, _LABELS))
+            usable = np.flatnonzero(labels != NO_LABEL)
+            names = [_name(images[start + place], root) for place in usable.tolist()]
+            yield Chunk(names, rows[usable].reshape(len(usable), *shape))
+
+    def join() -> int:
+        if not distributed.is_main():
+            return 0
+        usable = sum(
+            int((np.load(chunk / _LABELS, mmap_mode="r") != NO_LABEL).sum()) for chunk in chunks
+        )
+        if len(images) - usable > MAX_BAD_FRACTION * len(images):
+            raise DataError(
+                f"data.root: too many images cannot be used; got {len(images) - usable} of "
+                f"{len(images)}, expected at most one in a hundred. Replace the files that the "
+                f"warnings name, and remove {folder}."
+            )
+        with replacing(out) as path:
+            WRITERS[out.suffix](path, read)
+        shutil.rmtree(folder, ignore_errors=True)
+        return usable
+
+    with activity.work(f"writing {out.name}"):
+        return distributed.broadcast_object(distributed.together(join))
+
+
+def _begin(folder: Path, settings: dict[str, object]) -> None:
+    """Makes the folder of the chunks, by rank 0, or finds those of a start with these settings."""
+    if not distributed.is_main():
+        return
+    path = folder / _SETTINGS
+    if not _is_there(folder):
+        folder.mkdir(parents=True)
+        write_json(path, settings)
+    before = read_json(path, where="--out", holds=dict, remedy=f"Remove {folder}.")
+    differing = [name for name in settings if before.get(name) != settings[name]]
+    if differing:
+        raise ConfigError(
+            f"--out: {folder} holds features of other settings; got {', '.join(differing)} that "
+            "differ, expected the same. Remove the folder to start over, or name another --out."
+        )
+    if done := sum(1 for one in folder.iterdir() if not one.suffix):
+        log.info("--out: going on behind %d parts of an earlier start", done)
+
+
+def _is_there(folder: Path) -> bool:
+    return kind_of(folder, where="--out") == "folder"
+
+
+def _appear(aside: Path, chunk: Path) -> None:
+    """Gives a chunk its name, by rank 0, once its files are on the disk."""
+    if not distributed.is_main():
+        return
+    for name in (_ROWS, _LABELS):
+        with (aside / name).open("rb") as file:
+            os.fsync(file.fileno())
+    if _is_there(chunk):
+        shutil.rmtree(aside)
+    else:
+        aside.rename(chunk)
+
+
+def _shape(subject: Subject, side: int) -> tuple[int, ...]:
+    """Returns the shape of a map, its channels open."""
+    blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=distributed.device())
+    with torch.no_grad():
+        return (*subject.forward(normalise(blank, subject.statistics)).grid, -1)
+
+
+def _name(name: str, root: str) -> str:
+    return os.path.relpath(name, root) if name.startswith(f"{root.rstrip('/')}/") else name
+
+
+# --- tables ---
+
+
+def _write_csv(path: Path, chunks: Chunks) -> None:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer, is_first = csv.writer(file), True
+        for chunk in chunks():
+            if is_first:
+                writer.writerow(["name", *(f"f{number}" for number in range(chunk.rows.shape[1]))])
+                is_first = False
+            # The shortest digits that are read as the same float32.
+            writer.writerows([name, *map(str, row)] for name, row in _pairs(chunk))
+
+
+def _write_npz(path: Path, chunks: Chunks) -> None:
+    first, names = next(chunks()), [name for chunk in chunks() for name in chunk.names]
+    whole = path.with_name(f"{path.name}.npy")
+    try:
+        shape = (len(names), *first.rows.shape[1:])
+        array, done = np.lib.format.open_memmap(whole, "w+", np.float32, shape), 0
+        for chunk in chunks():
+            array[done : done + len(chunk.rows)] = chunk.rows
+            done += len(chunk.rows)
+        with path.open("wb") as file:
+            np.savez(file, names=np.array(names), features=array)
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def _write_parquet(path: Path, chunks: Chunks) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    writer = None
+    try:
+        for chunk in chunks():
+            values = pa.array(chunk.rows.reshape(-1))
+            lists = pa.FixedSizeListArray.from_arrays(values, chunk.rows.shape[1])
+            table = pa.table({"name": chunk.names, "features": lists})
+            writer = writer or parquet.ParquetWriter(path, table.schema)
+            writer.write_table(table)
+    finally:
+        if writer:
+            writer.close()
+
+
+def _pairs(chunk: Chunk) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    return zip(chunk.names, chunk.rows, strict=True)
+
+
+WRITERS: dict[str, Callable[[Path, Chunks], None]] = {
+    ".csv": _write_csv,
+    ".npz": _write_npz,
+    ".parquet": _write_parquet,
+}
+"""What writes a table, by the ending of its file."""
