@@ -24,7 +24,7 @@ from fd_large.files import kind_of, read_json
 from fd_large.recipes import registry
 from fd_large.recipes.fields import flat_plain, from_plain, hints_of
 from fd_large.recipes.file_names import SUMMARY
-from fd_large.recipes.run import Run
+from fd_large.recipes.run import Run, difference
 from fd_large.recipes.run_file import Given, accepted, named_fields, run_of
 from fd_large.recipes.stored import with_stored_ends
 
@@ -205,11 +205,20 @@ def distill(
         )
     from fd_large.cli.train import check_names, train_run
 
+    named = {*named_fields(Given(values), [])}
+    if isinstance(recipe, Run) and recipe.name in registry.RECIPES:
+        named |= difference(registry.get(recipe.name), recipe).keys()
     if not fresh:
-        run = with_stored_ends(run, named_fields(Given(values), []))
+        run = with_stored_ends(run, named)
     check_names(run, deepspeed_config=deepspeed_config)
     with guest():
-        train_run(run, deepspeed_config=deepspeed_config, fresh=fresh, then=_draw_report)
+        train_run(
+            run,
+            deepspeed_config=deepspeed_config,
+            fresh=fresh,
+            then=_draw_report,
+            named=named,
+        )
     return result(run.run_dir())
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from fd_large import doors, imports
 from fd_large.cli.arguments import AllowsCode, TakesRunFile, WithRecipe, parse_with_recipe
@@ -20,13 +21,15 @@ from fd_large.cli.paths import (
 from fd_large.data.roots import check_packages
 from fd_large.engine.zero import config as ds
 from fd_large.errors import Exit, FDError, LostRankError, check_all
-from fd_large.files import check_out
+from fd_large.files import check_out, kind_of
 from fd_large.ranks import activity
 from fd_large.ranks.launch import check_accelerator
 from fd_large.ranks.processes import check_workers
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
+from fd_large.recipes.file_names import RECIPE
 from fd_large.recipes.run import Run
+from fd_large.recipes.small_data import Images, fit, fitted_fields
 from fd_large.recipes.stored import require_same_settings, with_stored_ends
 from fd_large.recipes.tables import keys_of
 from fd_large.recipes.task_kind import check_metric
@@ -87,9 +90,9 @@ class Train(TakesRunFile, AllowsCode):
 def main(arguments: list[str]) -> int:
     """Trains, and ends with the report."""
     given = parse_train(arguments)
-    run = given.run
+    run, named = given.run, {*given.fields, *given.in_file}
     if not given.own.fresh:
-        run = with_stored_ends(run, {*given.fields, *given.in_file})
+        run = with_stored_ends(run, named)
     check_names(run, deepspeed_config=given.own.deepspeed_config)
     code = train_run(
         run,
@@ -97,6 +100,7 @@ def main(arguments: list[str]) -> int:
         fresh=given.own.fresh,
         profile=given.own.profile,
         then=show_report,
+        named=named,
     )
     from fd_large.ranks import distributed
 
@@ -175,6 +179,7 @@ def train_run(
     fresh: bool = False,
     profile: int = 0,
     then: Callable[[str], None] | None = None,
+    named: Collection[str] | None = None,
 ) -> int:
     """Trains with everything that watches a run; returns the exit code.
 
@@ -184,6 +189,8 @@ def train_run(
         fresh: Whether it starts anew although its folder holds checkpoints.
         profile: Steps to trace; 0 turns it off.
         then: What rank 0 does with the folder of a finished run, while the run still owns it.
+        named: Full names of the fields that the user set: others may follow from the images
+            (`small_data.fit`). None: none does.
 
     Raises:
         FDError: The user's mistake, or another rank that has ended.
@@ -197,6 +204,8 @@ def train_run(
             from fd_large.ranks import distributed, failures
             from fd_large.tasks.jobs import job_of
 
+        if named is not None:
+            run = _fitted(run, named, fresh=fresh)
         try:
             code = train(
                 run,
@@ -222,6 +231,32 @@ def train_run(
             for one in run.each_student().values():
                 then(one.run_dir())
         return code
+
+
+def _fitted(run: Run, named: Collection[str], *, fresh: bool) -> Run:
+    """Returns a new run with what follows from its images, and says so; one that goes on as it is.
+
+    Images that cannot be opened are told with the other mistakes, when the run is opened.
+    """
+    stored = Path(run.run_dir()) / RECIPE
+    is_new = fresh or kind_of(stored, where="--runtime.run_dir") != "file"
+    if not is_new or not fitted_fields(run):
+        return run
+    from fd_large.data.folder import ImageFolder
+    from fd_large.data.labelled import evaluation_part, has_parts, open_training
+    from fd_large.ranks import distributed
+
+    root = run.data.root
+    try:
+        samples = open_training(root)
+        tested = evaluation_part(root) if has_parts(root) else ""
+    except FDError:
+        return run
+    can_divide = isinstance(samples, ImageFolder) and not tested
+    images = Images(len(samples), can_divide=can_divide, tested=tested)
+    run, line = fit(run, images, distributed.world_size(), named)
+    logging.getLogger(__name__).info("%s: %s", run.name, line)
+    return run
 
 
 def parse_train(arguments: list[str]) -> WithRecipe[Train]:

@@ -113,9 +113,21 @@ def open_training(root: str, *, val_fraction: float = 0.0, where: str = "data.ro
         return balanced
     if not val_fraction:
         return open_images(training_part(root, where=where), where=where)
+    return _part(root, "train", val_fraction, where)
+
+
+def open_held_out(root: str, val_fraction: float, *, where: str) -> ImageSource:
+    """Opens the images of a folder that `open_training` leaves out, without labels.
+
+    Args: As `open_training`.
+    """
+    return _part(root, "val", val_fraction, where)
+
+
+def _part(root: str, part: str, val_fraction: float, where: str) -> ImageSource:
     _check_no_parts(root, where)
     images = open_images(root, where=where)
-    return Part(images, places_of(images, "train", val_fraction, where=where))
+    return Part(images, places_of(images, part, val_fraction, where=where))
 
 
 def has_parts(root: str, *, where: str = "data.root") -> bool:

@@ -14,6 +14,9 @@ from typing import Any, ClassVar, Literal, Self
 from fd_large.errors import ConflictError
 from fd_large.recipes.fields import check_types
 
+Kind = Literal["convolutions", "attention", "windows"]
+"""What a model mixes its tokens by: convolutions, attention over all of them, or in windows."""
+
 MOST_BLOCKS = 1000
 """More blocks than any model has; a number beyond it is a mistake, or meant to cost time."""
 _MOST_STAGES = 8
@@ -107,6 +110,11 @@ class FamilyArchitecture:
                 f"{getattr(self, field)!r}, expected {expected}.",
                 tuple(f"architecture.{name}" for name in (field, *beside)),
             )
+
+    @property
+    def kind(self) -> Kind:
+        """What the model mixes its tokens by, as far as its name tells."""
+        return "attention"
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -236,6 +244,11 @@ class WindowedTransformer(Transformer):
     is_hierarchical: ClassVar[bool] = True
     mean_norm: ClassVar[Literal["none", "instead", "also"]] = "none"
     can_pad: ClassVar[bool] = True
+
+    @property
+    def kind(self) -> Kind:
+        """Attention in windows."""
+        return "windows"
 
     @property
     def fixed_image_size(self) -> int:

@@ -19,11 +19,13 @@ from fd_large.recipes import (
     quickstart,
     segmentation,
     several_teachers,
+    small_data,
 )
 from fd_large.recipes.run import Run
 
 _MODULES = (
     quickstart,
+    small_data,
     distillation,
     distillation_swinv2,
     several_teachers,

@@ -8,10 +8,11 @@ from typing import Any
 
 from fd_large.errors import ConfigError, FDError
 from fd_large.files import kind_of, read_json
-from fd_large.recipes.fields import override
+from fd_large.recipes.fields import flat_plain, override
 from fd_large.recipes.file_names import CHECKPOINTS, RECIPE
 from fd_large.recipes.run import LENGTH, Run
 from fd_large.recipes.sections import FOLLOWING, STUDENTS
+from fd_large.recipes.small_data import fitted_fields
 
 _REMEDY = "Restore it, or use the release that wrote it."
 
@@ -88,7 +89,8 @@ def require_same_settings(run: Run) -> None:
 def with_stored_ends(run: Run, named: Collection[str]) -> Run:
     """Returns a run that goes on with the schedule's ends of its folder, where nobody set others.
 
-    A run of an earlier version began with the recipe's own, whatever its base_lr.
+    A run of an earlier version began with the recipe's own, whatever its base_lr. What follows from
+    the number of images (`small_data.fit`) stays as the run began, too.
 
     Args:
         run: The run as it is asked for now.
@@ -96,14 +98,17 @@ def with_stored_ends(run: Run, named: Collection[str]) -> Run:
     """
     path = Path(run.run_dir()) / RECIPE
     try:
-        before = read_json(path, where="--runtime.run_dir", holds=dict)["optim"]
-        values = {name: before[name.removeprefix("optim.")] for name in FOLLOWING}
-        is_same_rate = before["base_lr"] == run.optim.base_lr
-    except (FDError, LookupError, TypeError, AttributeError):
+        stored = read_json(path, where="--runtime.run_dir", holds=dict)
+        before = Run.from_dict(stored)
+    except (FDError, AttributeError):
         return run  # Whoever enters the folder says what is wrong.
-    if not is_same_rate or not all(isinstance(value, int | float) for value in values.values()):
-        return run
-    return override(run, {name: value for name, value in values.items() if name not in named})
+    names: set[str] = set()
+    if before.name == run.name and before.student.model == run.student.model:
+        names |= set(fitted_fields(run))
+    if before.optim.base_lr == run.optim.base_lr:
+        names |= set(FOLLOWING)
+    values = flat_plain(before.to_dict())
+    return override(run, {name: values[name] for name in names.difference(named)})
 
 
 def other_settings(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> ConfigError:

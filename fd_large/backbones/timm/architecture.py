@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from fd_large.files import parse_json
-from fd_large.recipes.family import FamilyArchitecture, is_plain
+from fd_large.recipes.family import FamilyArchitecture, Kind, is_plain
 
 # What published folders set beside a model's name; nothing among them names a file or a download.
 ARGUMENTS = frozenset(
@@ -42,6 +43,12 @@ ARGUMENTS = frozenset(
         "use_shared_rel_pos_bias",
         "window_size",
     ]
+)
+
+# Parts of the names of models whose tokens attend to all others, or that mix them by an MLP.
+_ATTENTION = re.compile(
+    "vit|deit|beit|eva|cait|xcit|coat|volo|twins|tnt|pit_|pvt|hiera|aim|(?<!res)nest"
+    "|(?<!conv)mixer|[gs]mlp"
 )
 
 
@@ -95,6 +102,13 @@ class TimmArchitecture(FamilyArchitecture):
     def named(cls, rest: str) -> Self:
         """Returns a model of timm up to its last map."""
         return cls(timm_name=rest)
+
+    @property
+    def kind(self) -> Kind:
+        """What the model mixes its tokens by, as its name tells: most models are convolutional."""
+        if "swin" in self.timm_name:
+            return "windows"
+        return "attention" if _ATTENTION.search(self.timm_name) else "convolutions"
 
     @property
     def own_name(self) -> str:

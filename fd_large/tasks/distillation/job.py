@@ -19,7 +19,13 @@ import torch
 from torch import nn
 
 from fd_large.backbones.statistics import IMAGENET, Statistics
-from fd_large.data.labelled import LabelledImages, has_parts, open_split, open_training
+from fd_large.data.labelled import (
+    LabelledImages,
+    has_parts,
+    open_held_out,
+    open_split,
+    open_training,
+)
 from fd_large.data.loader import Batch, ViewBatches
 from fd_large.data.photographs import PREFIX as BUILTIN
 from fd_large.data.sampler import Portion
@@ -357,7 +363,10 @@ class DistillationJob(TrainingJob):
 
     @cached_property
     def _held_out_images(self) -> ImageSource:
-        return open_images(self.run.eval.root, where="eval.root")
+        data, root = self.run.data, self.run.eval.root
+        if root == data.root and data.val_fraction:
+            return open_held_out(root, data.val_fraction, where="eval.root")
+        return open_images(root, where="eval.root")
 
     @cached_property
     def _labelled_images(self) -> tuple[LabelledImages, LabelledImages]:

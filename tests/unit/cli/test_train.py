@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
-from fd_large.cli.train import require_names
+from fd_large.cli.train import _fitted, require_names
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
+from fd_large.recipes.fields import override
 from fd_large.recipes.run import Run
 
 DETECTOR = "coco_mask_rcnn_swinv2_base"
@@ -94,3 +96,29 @@ def test_a_command_tells_it_without_torch(tmp_path):
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, timeout=60)
+
+
+def test_what_follows_from_images_is_decided_in_a_new_folder_alone(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(120):
+        Image.new("RGB", (8, 8)).save(images / f"{number}.png")
+    folder = tmp_path / "run"
+    fields = {"data.root": str(images), "runtime.run_dir": str(folder), "optim.epochs": 7}
+    asked = run_with(fields, "small_data")
+    run = _fitted(asked, fields, fresh=False)
+    assert (run.optim.epochs, run.batch.global_batch_size) == (7, 32)
+    assert (run.eval.root, run.data.val_fraction) == (str(images), 0.1)
+    folder.mkdir()
+    (folder / "recipe.json").write_text("{}")
+    assert _fitted(asked, fields, fresh=False) == asked
+    assert _fitted(asked, fields, fresh=True) == run
+    # Whoever opens the images says what is wrong with them.
+    lost = override(asked, {"data.root": str(tmp_path / "lost")})
+    assert _fitted(lost, fields, fresh=True) == lost
+    parts = {"data.root": str(tmp_path / "parts")}
+    for part in ("train", "val"):
+        (tmp_path / "parts" / part).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "parts" / part / "a.png")
+    divided = _fitted(override(asked, parts), fields, fresh=True)
+    assert (divided.eval.root, divided.data.val_fraction) == (f"{tmp_path}/parts/val", 0.0)

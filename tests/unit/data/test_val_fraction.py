@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fd_large.data.folder import ImageFolder
-from fd_large.data.labelled import open_split, open_training
+from fd_large.data.labelled import open_held_out, open_split, open_training
 from fd_large.data.val_fraction import Part, is_held_out, places_of
 from fd_large.errors import DataError
 
@@ -73,6 +73,8 @@ def test_training_without_labels_does_not_see_the_test_part(tmp_path):
     seen = open_training(root, val_fraction=0.25)
     assert {seen[index] for index in range(len(seen))} == held(root, "train")
     assert seen.fingerprint != open_training(root).fingerprint
+    left = open_held_out(root, 0.25, where="eval.root")
+    assert {left[index] for index in range(len(left))} == held(root, "val")
     assert seen.fingerprint != open_training(root, val_fraction=0.5).fingerprint
 
 

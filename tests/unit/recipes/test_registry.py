@@ -4,6 +4,7 @@ import pytest
 
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
+from fd_large.recipes.small_data import USUAL_IMAGES
 
 # Published: student, teacher, epochs, learning rates per 512 images, drop path, smallest crop.
 VIT_RATES = (3e-4, 5e-7, 5e-6)
@@ -110,7 +111,8 @@ def test_recipes_are_named_by_their_function_and_the_quick_start_is_the_default(
     others = {*PLAIN, *LARGER_FINE_TUNING, *DETECTION, *SEGMENTATION, *DEPTH}
     others |= {*TEACHERS, *AGGLOMERATIVE}
     published = {*PAPER, *FINE_TUNING, *others, "nyuv2_linear"}
-    assert {*published, *OURS, "quickstart", "linear_probe"} == set(registry.RECIPES)
+    ours = {*OURS, "quickstart", "small_data", "linear_probe"}
+    assert published | ours == set(registry.RECIPES)
     assert registry.DEFAULT_RECIPE == "quickstart"
 
 
@@ -277,6 +279,7 @@ def test_the_docstring_gives_hardware_duration_and_result(name):
     # The last incomplete batch is dropped.
     in_22k = 14_197_122 if name.endswith("_22k") else 1_281_167
     images = 118_287 if name in DETECTION else 24_231 if name in DEPTH else in_22k
+    images = USUAL_IMAGES if name == "small_data" else images
     steps = run.optim.max_steps or run.optim.epochs * (images // run.batch.global_batch_size)
     assert f"{steps:,} steps" in facts.duration
 

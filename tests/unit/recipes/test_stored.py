@@ -8,6 +8,7 @@ import pytest
 
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
+from fd_large.recipes.small_data import Images, fit
 from fd_large.recipes.stored import (
     read_recipe,
     require_same_settings,
@@ -94,3 +95,16 @@ def test_a_run_goes_on_with_the_ends_that_it_began_with(tmp_path):
         assert with_stored_ends(other, []) == other
     (tmp_path / "recipe.json").write_text("null")
     assert with_stored_ends(now, []) == now
+
+
+def test_a_run_goes_on_with_what_followed_from_its_images(tmp_path):
+    here = {"runtime.run_dir": str(tmp_path), "optim.base_lr": 0.01}
+    asked = registry.get("small_data").with_fields(here)
+    begun, _ = fit(asked, Images(300, can_divide=True), 2, here)
+    (tmp_path / "recipe.json").write_text(json.dumps(begun.to_dict()))
+    assert with_stored_ends(asked, here) == begun
+    assert with_stored_ends(asked, [*here, "optim.epochs"]).optim.epochs == asked.optim.epochs
+    # Another student or recipe is another run.
+    for fields in ({"student.model": "swinv2_tiny"}, {"task.name": "finetune"}):
+        batch = with_stored_ends(asked.with_fields(fields), here).batch
+        assert batch == asked.batch

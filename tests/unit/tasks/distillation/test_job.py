@@ -59,6 +59,18 @@ def test_mistakes_name_their_field(run, fields, named):
         DistillationJob(override(run, fields)).check()
 
 
+def test_what_is_held_out_of_the_training_images_is_what_the_loss_is_measured_on(run, root):
+    own = {"data.root": str(root / "train"), "data.val_fraction": 0.5}
+    job = DistillationJob(override(run, own | {"eval.root": own["data.root"]}))
+    samples = job.open_samples()
+    sets = job.held_out(samples)
+    trained = {samples[number] for number in range(len(samples))}
+    shown = {name: {one.name_of(view) for view in range(16)} for name, one in sets.items()}
+    assert shown["unseen_crops"] <= trained
+    assert shown["held_out"].isdisjoint(trained)
+    assert len(trained) + len(shown["held_out"]) == 8
+
+
 def test_all_mistakes_are_told_at_once(run):
     names = ("objective.loss", "objective.normaliser", "objective.head", "eval.root")
     fields = dict.fromkeys(names, "/no/such") | {"teacher.source": ""}

