@@ -16,7 +16,7 @@ from typing import Any
 import harness
 import numpy as np
 
-from fd_large.probes.paired import difference
+from fd_large.probes.paired import T95, difference
 
 TITLES = {
     "teacher": "teacher, of pooled vectors",
@@ -28,9 +28,6 @@ COMPARISONS = (("student", "control"), ("student", "teacher"), ("control", "teac
 MARGIN = 1.0
 """Points within which a difference counts as none."""
 COLOURS = {"teacher": "#5f5f5f", "control": "#D55E00", "student": "#0072B2"}
-
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
-"""Student's t that 95% lie within, for 1 degree of freedom and more."""
 
 Interval = Sequence[float]
 Rows = Mapping[tuple[int, str], Mapping[str, Any]]
@@ -55,7 +52,7 @@ def half_width(gaps: Sequence[float], of_images: float) -> float:
     """
     if len(gaps) < 2:
         return float("inf")
-    of_pairs = _T95[len(gaps) - 2] * np.std(gaps, ddof=1) / len(gaps) ** 0.5
+    of_pairs = T95[len(gaps) - 2] * np.std(gaps, ddof=1) / len(gaps) ** 0.5
     return float(np.hypot(of_pairs, of_images))
 
 
@@ -122,7 +119,7 @@ def _difference(
     gaps = 100 * (right.mean((1, 2)) - beside.mean((1, 2)))
     images = right.shape[-1]
     drawn = difference(right.reshape(-1, images), beside.reshape(-1, images))
-    of_images = (drawn.high - drawn.low) / 2
+    of_images = (drawn.of_images[1] - drawn.of_images[0]) / 2
     half = half_width(gaps.tolist(), of_images)
     mean = float(gaps.mean())
     return {

@@ -6,7 +6,7 @@ An ablation on the CIFAR-10 of FD_DATA: 10,000 of its training images, all 10,00
 CPU cores. A small ViT with absolute positions learns the labels: the teacher. Others learn its
 feature map without labels, or learn the labels themselves (ROWS). All of them are then fine-tuned
 alike: the learning rate of each is chosen on a held-out part of the training images, three seeds
-follow, and differences between rows come with a paired bootstrap over the test images. Every part
+follow, and differences between rows come with intervals over test images and seeds. Every part
 is a command that a user has. It leaves its files in the work folder and is skipped if they are
 there, so that an interrupted ablation goes on. Writes benchmarks/results/proof.json and a plot.
 """
@@ -28,6 +28,7 @@ import numpy as np
 from harness import RESULTS, ROOT
 from PIL import Image
 
+from fd_large.evaluation.differences import as_json
 from fd_large.probes.paired import difference
 
 sys.path[:0] = map(str, (ROOT / "tests/support").iterdir())
@@ -210,17 +211,8 @@ class Proof:
             right = {row: (stored[f"predicted/{row}"] == stored["labels"]) for row in ROWS}
         found = []
         for row, other, what in COMPARISONS:
-            gap = difference(right[row], right[other])
-            found.append(
-                {
-                    "row": row,
-                    "other": other,
-                    "what": what,
-                    "mean": gap.mean,
-                    "interval": [gap.low, gap.high],
-                    "is_shown": gap.is_shown,
-                }
-            )
+            gap = as_json(difference(right[row], right[other]))
+            found.append({"row": row, "other": other, "what": what, **gap})
         return found
 
     def _read(self, path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fd_large import doors
 from fd_large.errors import ConfigError, FDError, nearest, without_secrets
-from fd_large.evaluation.protocol import Asked, Protocol, Result
+from fd_large.evaluation.protocol import Asked, Protocol, Repeated, Result
 from fd_large.evaluation.results import Row, finish
 from fd_large.files import out_folder
 from fd_large.recipes.fields import at_least, require
@@ -214,6 +214,7 @@ def _measure(how: _How, asked: Asked) -> Result:
         Path(flags.out),
         rows,
         asked.protocol.title,
+        is_random=issubclass(asked.protocol.flags, Repeated),
         task=asked.protocol.name,
         root=without_secrets(data.root),
         seeds=seeds,

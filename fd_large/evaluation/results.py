@@ -69,13 +69,16 @@ class Row:
 _FACTS = {"pictures": "test images"}
 
 
-def finish(folder: Path, rows: Sequence[Row], title: str, **facts: Any) -> Result:
+def finish(
+    folder: Path, rows: Sequence[Row], title: str, *, is_random: bool = True, **facts: Any
+) -> Result:
     """Makes the table, the plot, the page, summary.json and predictions.npz, on rank 0.
 
     Args:
         folder: Where the files go.
         rows: The rows of the table; the others are compared with the first.
         title: Words for the test.
+        is_random: Whether another seed gives other values.
         facts: What else summary.json says, such as task, root and seeds.
     """
     from fd_large.ranks import distributed
@@ -92,7 +95,7 @@ def finish(folder: Path, rows: Sequence[Row], title: str, **facts: Any) -> Resul
     summary = {
         **facts,
         "device": f"{distributed.world_size()} x {name}",
-        "nets": [_as_json(row, rows[0]) | spread(row.values) for row in rows],
+        "nets": [_as_json(row, rows[0], is_random) | spread(row.values) for row in rows],
     }
     write_json(folder / SUMMARY, summary)
     _write_predictions(folder / "predictions.npz", rows)
@@ -114,8 +117,9 @@ def finish(folder: Path, rows: Sequence[Row], title: str, **facts: Any) -> Resul
     return Result(shown, (folder / SUMMARY, plot, page))
 
 
-def _as_json(row: Row, first: Row) -> dict[str, Any]:
+def _as_json(row: Row, first: Row, is_random: bool) -> dict[str, Any]:
     """A row of summary.json."""
+    from fd_large.evaluation.differences import as_json
     from fd_large.probes.paired import difference
 
     found: dict[str, Any] = {
@@ -132,12 +136,7 @@ def _as_json(row: Row, first: Row) -> dict[str, Any]:
     right, other = row.right(), first.right()
     if row is not first and right is not None and other is not None:
         paired = difference(right, other)
-        found["difference"] = {
-            "to": _label(first),
-            "mean": paired.mean,
-            "interval": [paired.low, paired.high],
-            "is_shown": paired.is_shown,
-        }
+        found["difference"] = {"to": _label(first), **as_json(paired, is_random=is_random)}
     return found
 
 

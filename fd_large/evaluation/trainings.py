@@ -111,15 +111,9 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
             tested = Predictions.read(where) if distributed.is_main() else None
             row.add(accuracy, {"run": str(where), **details}, tested and tested.predicted)
             row.labels = tested.labels if tested else row.labels
-    return finish(
-        folder,
-        rows,
-        kind.title,
-        task=kind.name,
-        root=without_secrets(recipes[0].data.root),
-        seeds=seeds,
-        **({"settings": settings_of(flags)} if flags.sweep else {}),
-    )
+    facts: dict[str, Any] = {"settings": settings_of(flags)} if flags.sweep else {}
+    root = without_secrets(recipes[0].data.root)
+    return finish(folder, rows, kind.title, task=kind.name, root=root, seeds=seeds, **facts)
 
 
 def _recipes_of(

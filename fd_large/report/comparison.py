@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,14 +69,11 @@ def _accuracies(summary: dict[str, Any], title: str) -> Table:
             cells.append(f"{model['standard_deviation']:.2f}")
             cells.append(" ".join(f"{value:.2f}" for value in model["accuracy"]))
         if compared:
-            cells.append(_difference(model.get("difference")))
+            difference = model.get("difference")
+            cells.append(shown(difference) if difference else "")
         found.add_row(*cells)
-    said = []
-    if compared:
-        said.append(
-            "In brackets: where 95% of paired draws of the test images put the difference; "
-            "none is shown where that includes 0."
-        )
+    differences = [model["difference"] for model in summary["nets"] if "difference" in model]
+    said = list(said_of(differences))
     said += [
         f"{MARK} {model['label']}: not trained as the first row, whose values are in brackets: "
         f"{in_words(model['unlike_first'])}."
@@ -85,6 +82,45 @@ def _accuracies(summary: dict[str, Any], title: str) -> Table:
     ]
     found.caption, found.caption_justify = Text("\n".join(said)), "left"
     return found
+
+
+def said_of(differences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yields what the intervals of differences hold, and what they cannot say.
+
+    Args:
+        differences: As summary.json has them.
+    """
+    of_both = any(one["over"] != "images" for one in differences)
+    if of_both:
+        yield (
+            "In brackets: where other test images and other seeds would put the difference, 95%; "
+            "none is shown where that includes 0."
+        )
+    if any(one["needs_seeds"] for one in differences):
+        yield (
+            "One seed: in brackets is what other test images would change, 95%. What another seed "
+            "would change is not known, so no model is called better: --seeds 3 says it."
+        )
+    elif differences and not of_both:
+        yield (
+            "In brackets: where other test images would put the difference, 95%; none is shown "
+            "where that includes 0. Nothing else is random here."
+        )
+
+
+def shown(found: Mapping[str, Any], digits: int = 2) -> str:
+    """Returns a difference with its interval; "none shown" where that includes 0.
+
+    Args:
+        found: As summary.json has it.
+        digits: Digits after the point.
+    """
+    low, high = found["interval"]
+    mean = f"{found['mean']:+.{digits}f}"
+    words = mean if found["is_shown"] else "none shown"
+    if found["needs_seeds"]:
+        words = f"one seed: {mean}"
+    return f"{words} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
 def in_words(changes: Mapping[str, Sequence[Any]]) -> str:
@@ -156,14 +192,6 @@ def _grid(models: list[dict[str, Any]]) -> Table:
         said.append("No run that led to a model trained on the images that chose.")
     found.caption = Text("\n".join(said))
     return found
-
-
-def _difference(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    low, high = found["interval"]
-    shown = f"{found['mean']:+.2f}" if found["is_shown"] else "none shown"
-    return f"{shown} ({low:+.2f} to {high:+.2f})"
 
 
 @style.own_look

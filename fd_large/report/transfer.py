@@ -6,7 +6,7 @@ All of it is made from summary.json and the folders of the runs that it names, w
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +14,7 @@ from fd_large.errors import ConfigError
 from fd_large.files import json_object, kind_of, read_json, replacing, unlinked, write_json
 from fd_large.recipes.file_names import PAGE, SUMMARY
 from fd_large.report import style
-from fd_large.report.comparison import MARK, in_words
+from fd_large.report.comparison import MARK, in_words, said_of, shown
 from fd_large.report.evaluation_page import write_evaluation_page
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ DONE, FAILED = "done", "failed"
 # How a run says that the same command goes on with it.
 _GOES_ON = ("preempted", "interrupted")
 _TITLE = "Transfer"
+Interval = Callable[[list[Path], list[Path], str], dict[str, Any] | None]
 COLORS = {"student": style.BLUE, "teacher": style.VERMILLION, "scratch": style.GREY}
 
 
@@ -79,11 +80,15 @@ def read_cell(folder: Path) -> tuple[str, str, dict[str, Any]]:
     return (FAILED if failure else ""), failure, summary
 
 
-def write_table(folder: Path) -> tuple[dict[str, Any], list[Table], list[Path]]:
+def write_table(
+    folder: Path, interval: Interval = lambda ours, others, score: None
+) -> tuple[dict[str, Any], list[Table], list[Path]]:
     """Reads all runs of a table again, and writes it as JSON, text, picture and page.
 
     Args:
         folder: Its folder, with a summary.json.
+        interval: Compares two rows by the folders of their runs and the name of a score: the
+            difference with its interval; None: it is not known.
 
     Returns: the content of summary.json, the tables, and what was written.
     Raises: ConfigError: if it is not the folder of a table.
@@ -109,6 +114,7 @@ def write_table(folder: Path) -> tuple[dict[str, Any], list[Table], list[Path]]:
         cell["scores"] = known if cell["status"] == DONE else {}
     summary["differences"] = [
         {"of": a, "less": b, "column": column, "score": score["key"], **value._asdict()}
+        | _interval(summary, a, b, column, score, interval)
         for a, b in _pairs(summary)
         for column, score in _scores(summary)
         if (value := _difference(summary, a, b, column, score))
@@ -147,16 +153,20 @@ def tables_of(summary: dict[str, Any]) -> list[Table]:
     found.caption, found.caption_justify = "\n".join(_notes(summary)), "left"
     differences = _table("Differences", scores)
     labels = {row["name"]: row["label"] for row in summary["rows"]}
+    found_differences = {
+        (one["of"], one["less"], one["column"], one["score"]): one for one in summary["differences"]
+    }
     for a, b in _pairs(summary):
-        values = [_difference(summary, a, b, column, score) for column, score in scores]
-        texts = [
-            value.text(score["digits"], sign="+") if value else ""
-            for value, (_, score) in zip(values, scores, strict=True)
-        ]
+        texts = []
+        for column, score in scores:
+            one = found_differences.get((a, b, column, score["key"]))
+            texts.append(_difference_text(one, score["digits"]) if one else "")
         differences.add_row(f"{labels[a]} less {labels[b]}", *texts)
+    with_intervals = [one for one in found_differences.values() if "interval" in one]
+    lines = list(said_of(with_intervals))
     if lower := _lower_is_better(summary):
-        differences.caption = f"Below 0 is better: {', '.join(lower)}."
-        differences.caption_justify = "left"
+        lines.append(f"Below 0 is better: {', '.join(lower)}.")
+    differences.caption, differences.caption_justify = "\n".join(lines) or None, "left"
     return [found, *([differences] if differences.row_count else [])]
 
 
@@ -271,6 +281,36 @@ def _difference(
     first, second = (_by_seed(summary, row, column, score) for row in (a, b))
     values = [first[seed] - second[seed] for seed in first if seed in second]
     return Value.of(values) if values else None
+
+
+def _interval(
+    summary: dict[str, Any],
+    a: str,
+    b: str,
+    column: str,
+    score: dict[str, Any],
+    interval: Interval,
+) -> dict[str, Any]:
+    """What is known of a difference's interval, in the units of the table, over common seeds."""
+    seeds = _by_seed(summary, a, column, score).keys() & _by_seed(summary, b, column, score).keys()
+    ours, others = (
+        [Path(cell["run"]) for cell in _cells(summary, row, column) if cell["seed"] in seeds]
+        for row in (a, b)
+    )
+    found = interval(ours, others, score["key"])
+    if found is None:
+        return {}
+    for name in ("interval", "interval_of_images"):
+        found[name] = [score["scale"] * end for end in found[name]]
+    del found["mean"]
+    return found
+
+
+def _difference_text(found: dict[str, Any], digits: int) -> str:
+    """A difference as summary.json has it, with its interval or with its spread over seeds."""
+    if "interval" in found:
+        return shown(found, digits + 1)
+    return Value(found["mean"], found["deviation"], ()).text(digits, sign="+")
 
 
 def _pairs(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:

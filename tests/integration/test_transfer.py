@@ -30,6 +30,13 @@ def test_a_table_that_is_killed_in_the_middle_is_the_same(toy: Path, tmp_path: P
     found = scores(calm)
     assert len(found) == 2 * len(transfer_toy.COLUMNS)
     assert all(found.values()), done.outputs[0]
+    differences = json.loads((calm / "summary.json").read_text())["differences"]
+    scored = {one["score"]: one for one in differences}
+    assert scored.keys() == {"test_top1", "val_mIoU", "box_AP", "mask_AP", "val_rmse"}
+    for one in differences:
+        low, high = one["interval_of_images"]
+        assert low <= one["mean"] <= high
+        assert (one["needs_seeds"], one["is_shown"]) == (True, False), "of one seed"
     page = check_page(calm / "report.html")
     assert "mine less mine: teacher" in page.words
 

@@ -25,6 +25,7 @@ from fd_large.evaluation.transfer import cells as cells_
 from fd_large.evaluation.transfer import slurm
 from fd_large.evaluation.transfer.cells import Cell, Changes, Row, RowKind
 from fd_large.evaluation.transfer.columns import COLUMNS, Column
+from fd_large.evaluation.transfer.intervals import of_runs
 from fd_large.files import out_folder, write_json
 from fd_large.recipes.fields import at_least, require
 from fd_large.recipes.file_names import SUMMARY
@@ -166,7 +167,7 @@ def _measure(asked: Asked) -> Result:
 
 def _made(folder: Path) -> Result:
     """The table of what stands in a folder."""
-    _, tables, files = write_table(folder)
+    _, tables, files = write_table(folder, of_runs)
     return Result(tables, files)
 
 

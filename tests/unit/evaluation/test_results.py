@@ -25,6 +25,9 @@ def test_two_nets_in_one_table(labelled_images, tmp_path, capsys):
     assert "difference" not in summary["nets"][0]
     difference = summary["nets"][1]["difference"]
     assert difference["to"] == "efficientnet_lite0"
+    # k-NN has no randomness: images are all that an interval could hold.
+    assert (difference["over"], difference["needs_seeds"]) == ("images", False)
+    assert difference["is_shown"] == (difference["interval"][1] < 0)
     assert difference["mean"] == pytest.approx(summary["nets"][1]["accuracy"][0] - 100)
     with np.load(out / "predictions.npz") as kept:
         assert (kept["labels"] == kept["predicted/efficientnet_lite0"][0]).all()

@@ -34,19 +34,34 @@ def test_the_table_has_means_and_deviations():
 
 def test_a_difference_is_called_one_only_where_its_interval_excludes_zero():
     nets = [dict(net) for net in SUMMARY["nets"]]
-    cells = {}
-    for interval in ([-12.0, -11.0], [-12.0, 0.5]):
-        is_shown = interval[1] < 0
-        nets[1]["difference"] = {"to": "student", "mean": -11.5, "is_shown": is_shown}
-        nets[1]["difference"]["interval"] = interval
+    cells, captions = {}, {}
+    for case, interval, over, is_shown, needs_seeds in (
+        ("shown", [-12.0, -11.0], "images and seeds", True, False),
+        ("none", [-12.0, 0.5], "images and seeds", False, False),
+        ("one seed", [-12.0, -11.0], "images", False, True),
+        ("not random", [-12.0, -11.0], "images", True, False),
+    ):
+        nets[1]["difference"] = {
+            "to": "student",
+            "mean": -11.5,
+            "interval": interval,
+            "over": over,
+            "is_shown": is_shown,
+            "needs_seeds": needs_seeds,
+        }
         (table,) = tables_of({**SUMMARY, "nets": nets}, "k-NN")
-        columns = table.columns
-        cells[is_shown] = list(columns[-1].cells)
-        assert columns[-1].header == "less the first"
+        assert table.columns[-1].header == "less the first"
+        cells[case] = list(table.columns[-1].cells)[1]
+        captions[case] = str(table.caption)
     assert cells == {
-        True: ["", "-11.50 (-12.00 to -11.00)"],
-        False: ["", "none shown (-12.00 to +0.50)"],
+        "shown": "-11.50 (-12.00 to -11.00)",
+        "none": "none shown (-12.00 to +0.50)",
+        "one seed": "one seed: -11.50 (-12.00 to -11.00)",
+        "not random": "-11.50 (-12.00 to -11.00)",
     }
+    assert "other seeds" in captions["shown"]
+    assert "no model is called better" in captions["one seed"]
+    assert "Nothing else is random" in captions["not random"]
 
 
 def test_a_sweep_is_a_row_for_each_decay_and_a_column_for_each_rate():

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fd_large.files import write_json
+from fd_large.probes.redrawn import redraws
+from fd_large.probes.redrawn import write as write_redrawn
 from fd_large.ranks import distributed
 from fd_large.tasks.dense.evaluation import (
     SCORES,
@@ -171,6 +173,11 @@ def keep(outcome: Outcome, some: DrawnImages | None, images: DepthSet, folder: P
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SCORES, _plain(outcome, images))
+    scored, counts = outcome.scores.scored, redraws(len(images))
+    with np.errstate(invalid="ignore"):  # A draw may hold no image that is scored.
+        rmses = counts[:, scored] @ outcome.errors[scored] / counts[:, scored].sum(1)
+    rmse = outcome.scores.numbers()["rmse"]
+    write_redrawn(folder, images.fingerprint, {"val_rmse": (rmse, rmses)})
 
     def row(index: int, seen: Drawn) -> Row:
         return Row(

@@ -9,6 +9,7 @@ file: what libraries print is not in it.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import signal
@@ -24,9 +25,10 @@ from numpy.typing import NDArray
 from fd_large.data.decode_with_pillow import decode_with_pillow
 from fd_large.errors import DataError, FDError
 from fd_large.files import parse_json, read_json, write_json
+from fd_large.probes.redrawn import write as write_redrawn
 from fd_large.tasks.detection.scores.evaluation_pictures import draw_evaluation
 from fd_large.tasks.detection.scores.results import merge, read_results, shard_of, write_results
-from fd_large.tasks.detection.scores.scoring import Scores, read_ground_truth, score
+from fd_large.tasks.detection.scores.scoring import Scores, read_ground_truth, redrawn_aps, score
 
 RESULTS, SCORES, NOTE = "results.json", "scores.json", "scoring.json"
 # Value of the pixels that are drawn for an image that cannot be read.
@@ -99,6 +101,9 @@ def score_shards(request: Request) -> Scored:
         write_json(folder / SCORES, {**more, **scores.to_dict()})
         written += [folder / RESULTS, folder / SCORES]
         if request.images:
+            names = sorted(image["id"] for image in truth["images"])
+            images = hashlib.sha256(json.dumps(names).encode()).hexdigest()
+            written.append(write_redrawn(folder, images, redrawn_aps(truth, results, scores)))
             sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
 
             def read(number: int) -> NDArray[np.uint8]:

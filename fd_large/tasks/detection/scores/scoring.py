@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fd_large.errors import DataError
+from fd_large.probes.redrawn import redraws
 from fd_large.tasks.detection.data.masks import coco_masks
 from fd_large.tasks.detection.data.objects import is_box, is_number, read_json
 from fd_large.tasks.detection.scores.results import Result
@@ -178,6 +179,50 @@ def score(ground_truth: dict[str, Any], results: Sequence[Result]) -> Scores:
     return Scores(kinds, len(ground_truth["images"]), len(results))
 
 
+def redrawn_aps(
+    ground_truth: dict[str, Any], results: Sequence[Result], scores: Scores
+) -> dict[str, tuple[float, np.ndarray]]:
+    """Returns AP, of boxes and of masks, and what it is on other draws of the images.
+
+    Detections are matched once; a draw counts the matches of an image as often as it holds it.
+
+    Args:
+        ground_truth, results: As `score` takes them.
+        scores: What `score` returned.
+
+    Returns: AP and (D,) that of each draw of `probes.redrawn`, by names like `box_AP`.
+    """
+    from faster_coco_eval import COCOeval_faster
+    from faster_coco_eval.faster_eval_api_cpp import COCOevalAccumulate
+
+    ids = sorted(category["id"] for category in ground_truth["categories"])
+    # The order of the evaluation.
+    num_images = len(ground_truth["images"])
+    drawn = [np.repeat(np.arange(num_images), counts) for counts in redraws(num_images)]
+    found = {}
+    for kind, of_kind in scores.kinds.items():
+        key = "bbox" if kind == "box" else "segmentation"
+        # A class at a time: matches are copied for every draw.
+        precisions: list[list[np.ndarray]] = [[] for _ in drawn]
+        for category in ids:
+            truth, seen = _loaded(ground_truth, results, [category], key)
+            evaluation = COCOeval_faster(
+                truth, seen, KINDS[kind], print_function=_silent, separate_eval=True
+            )
+            settings = evaluation.params
+            settings.maxDets = settings.maxDets[-1:]
+            settings.areaRng, settings.areaRngLbl = settings.areaRng[:1], settings.areaRngLbl[:1]
+            evaluation.evaluate()
+            matches = evaluation._evalImgs_cpp
+            for places, of_draw in zip(drawn, precisions, strict=True):
+                some = [matches[place] for place in places]
+                of_draw.append(COCOevalAccumulate(evaluation._paramsEval, some)["precision"])
+        means = [_mean(np.concatenate(of_draw)) for of_draw in precisions]
+        aps = np.array([np.nan if mean is None else mean for mean in means])
+        found[f"{kind}_AP"] = of_kind.numbers["AP"], aps
+    return found
+
+
 def _evaluate(
     ground_truth: dict[str, Any], results: Sequence[Result], key: str, iou_type: str
 ) -> KindScores:
@@ -228,7 +273,27 @@ def _count(
 
     Returns: precision (IoU, recall, class, area, most detections), and recall without that axis.
     """
-    from faster_coco_eval import COCO, COCOeval_faster
+    from faster_coco_eval import COCOeval_faster
+
+    try:
+        truth, found = _loaded(ground_truth, results, categories, key)
+        evaluation = COCOeval_faster(truth, found, iou_type, print_function=_silent)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    except (RuntimeError, ValueError) as error:  # its C++ on run lengths
+        raise DataError(
+            f"detections: a mask that cannot be read; got {error}, expected compressed run lengths "
+            "of the images' sizes, there and in the annotations. Write them with pycocotools' or "
+            "faster-coco-eval's encode."
+        ) from error
+    return evaluation.eval["precision"], evaluation.eval["recall"]
+
+
+def _loaded(
+    ground_truth: dict[str, Any], results: Sequence[Result], categories: Sequence[int], key: str
+) -> tuple[Any, Any]:
+    """The objects and the detections of some classes, as the evaluation takes them."""
+    from faster_coco_eval import COCO
 
     wanted = set(categories)
     # Copies, one level deep: both sides get marks of the evaluation's own.
@@ -244,18 +309,7 @@ def _count(
     kept = ("image_id", "category_id", "score", key)
     # A mask goes without its box, whose area would stand for the mask's.
     entries = [{name: r[name] for name in kept} for r in results if r["category_id"] in wanted]
-    try:
-        found = truth.loadRes(entries)
-        evaluation = COCOeval_faster(truth, found, iou_type, print_function=_silent)
-        evaluation.evaluate()
-        evaluation.accumulate()
-    except (RuntimeError, ValueError) as error:  # its C++ on run lengths
-        raise DataError(
-            f"detections: a mask that cannot be read; got {error}, expected compressed run lengths "
-            "of the images' sizes, there and in the annotations. Write them with pycocotools' or "
-            "faster-coco-eval's encode."
-        ) from error
-    return evaluation.eval["precision"], evaluation.eval["recall"]
+    return truth, truth.loadRes(entries)
 
 
 def _mean(precision: np.ndarray) -> float | None:

@@ -76,6 +76,19 @@ def scores_of(counts: NDArray[np.int64]) -> Scores:
     )
 
 
+def m_iou(
+    right: NDArray[np.int64], labelled: NDArray[np.int64], predicted: NDArray[np.int64]
+) -> float:
+    """Returns the mIoU, in per cent, of the pixels of each class, (K,) each.
+
+    Args:
+        right: Those that are of the class by label and prediction.
+        labelled: By label.
+        predicted: By prediction.
+    """
+    return _mean(_shares(right, labelled + predicted - right))
+
+
 def _shares(some: NDArray[np.int64], all_: NDArray[np.int64]) -> NDArray[np.float64]:
     """Per cent, NaN where there is nothing to take a share of."""
     return np.divide(100.0 * some, all_, out=np.full(len(some), np.nan), where=all_ > 0)

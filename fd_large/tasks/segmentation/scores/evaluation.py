@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fd_large.files import write_json
+from fd_large.probes.redrawn import redraws
+from fd_large.probes.redrawn import write as write_redrawn
 from fd_large.ranks import distributed
 from fd_large.tasks.dense.evaluation import (
     SCORES,
@@ -26,7 +28,7 @@ from fd_large.tasks.dense.windows import mean_of_windows
 from fd_large.tasks.segmentation.data.classes import Classes
 from fd_large.tasks.segmentation.data.dataset import SegmentationSet
 from fd_large.tasks.segmentation.data.views import TestViews
-from fd_large.tasks.segmentation.scores.areas import Scores, confusion, scores_of
+from fd_large.tasks.segmentation.scores.areas import Scores, confusion, m_iou, scores_of
 from fd_large.tasks.segmentation.scores.pictures import Row, draw_confusion, draw_rows
 from fd_large.tasks.segmentation.scores.views import Logits, averaged, resized
 
@@ -39,11 +41,14 @@ class Outcome(NamedTuple):
         errors: (N,) float64, the share of each image's labelled pixels that is wrong; NaN for an
             image without labelled pixels, or that could not be read.
         unread: How many images could not be read; they are left out.
+        areas: (N, 3, K) int64, the pixels of each image that are of a class by label and
+            prediction, by label, and by prediction.
     """
 
     scores: Scores
     errors: NDArray[np.float64]
     unread: int
+    areas: NDArray[np.int64]
 
 
 class Model(NamedTuple):
@@ -108,21 +113,22 @@ def evaluate(
     """
     device, count = distributed.device(), images.num_classes
     counts = torch.zeros(count, count, dtype=torch.int64, device=device)
-    # For each image the labelled pixels and the right ones; one rank has each image.
-    pixels = torch.zeros(2, len(images), dtype=torch.int64, device=device)
+    # One rank has each image.
+    areas = torch.zeros(len(images), 3, count, dtype=torch.int64, device=device)
     unread = torch.zeros((), dtype=torch.int64, device=device)
     for item, predicted in predict_all(model, images, workers=workers, between=between):
         unread += bool(item.bad)
         if predicted is not None:
             table = confusion(predicted, item.truth.to(device), count)
             counts += table
-            pixels[:, item.index] = torch.stack([table.sum(), table.diagonal().sum()])
-    counts, pixels, unread = (distributed.sum_tensor(t) for t in (counts, pixels, unread))
-    labelled, right = pixels.cpu().numpy()
+            areas[item.index] = torch.stack([table.diagonal(), table.sum(1), table.sum(0)])
+    counts, areas, unread = (distributed.sum_tensor(t) for t in (counts, areas, unread))
+    of_images = areas.cpu().numpy()
+    right, labelled = of_images[:, 0].sum(1), of_images[:, 1].sum(1)
     errors = np.divide(
         labelled - right, labelled, out=np.full(len(labelled), np.nan), where=labelled > 0
     )
-    return Outcome(scores_of(counts.cpu().numpy()), errors, int(unread))
+    return Outcome(scores_of(counts.cpu().numpy()), errors, int(unread), of_images)
 
 
 def keep(
@@ -145,6 +151,9 @@ def keep(
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SCORES, _plain(outcome, classes))
+    drawn_areas = np.tensordot(redraws(len(images)), outcome.areas, 1)
+    mious = np.array([m_iou(*areas) for areas in drawn_areas])
+    write_redrawn(folder, images.fingerprint, {"val_mIoU": (outcome.scores.m_iou, mious)})
     if some is None:
         return []
 

@@ -12,6 +12,7 @@ from depth_images import write_images
 from PIL import Image
 from rich.console import Console
 
+from fd_large.probes.redrawn import read
 from fd_large.tasks.dense.evaluation import predict_some
 from fd_large.tasks.depth.data.dataset import open_depth
 from fd_large.tasks.depth.data.views import TestViews
@@ -72,6 +73,10 @@ def test_scores_and_pictures_are_kept(images, tmp_path):
     assert {name: scores[name] for name in NAMES} == outcome.scores.numbers()
     assert (scores["crop"], scores["images"], scores["unread_images"]) == ("none", 3, 1)
     assert len(scores["of_images"]) == 3
+    rmse = read(tmp_path, "val_rmse")
+    assert rmse.score == scores["rmse"]
+    of_images = outcome.errors[~np.isnan(outcome.errors)]
+    assert of_images.min() <= rmse.draws.min() < rmse.draws.max() <= of_images.max()
     console = Console(width=120, file=io.StringIO())
     console.print(numbers_table(outcome))
     text = console.file.getvalue()

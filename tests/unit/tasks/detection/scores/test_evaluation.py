@@ -12,6 +12,7 @@ from coco import annotation, write_set
 
 from fd_large.data.image_header import MAX_PIXELS
 from fd_large.engine.evaluation import Interrupted
+from fd_large.probes.redrawn import read
 from fd_large.recipes.file_names import of_step
 from fd_large.tasks.detection.data.annotations import open_coco
 from fd_large.tasks.detection.heads.selection import Detections, Selection
@@ -71,7 +72,9 @@ def test_all_that_an_evaluation_leaves(root, tmp_path, caplog):
     assert left_in(tmp_path, 9) is None
     scoring.forget()
     # The image is the worst of all, and drawn in grey.
-    drawn = {"worst.png", "chosen.png", "curves.png"}
+    drawn = {"worst.png", "chosen.png", "curves.png", "redrawn.json"}
+    assert read(out, "box_AP").score == numbers["box_AP"]
+    assert read(out, "mask_AP").draws.shape == (200,)
     assert {path.name for path in out.iterdir()} == {"results.json", "scores.json"} | drawn
 
 

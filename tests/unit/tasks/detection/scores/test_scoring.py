@@ -15,7 +15,12 @@ from fd_large.tasks.detection.data import masks
 from fd_large.tasks.detection.data.annotations import open_coco
 from fd_large.tasks.detection.scores import scoring
 from fd_large.tasks.detection.scores.results import read_results
-from fd_large.tasks.detection.scores.scoring import NUMBERS, read_ground_truth, score
+from fd_large.tasks.detection.scores.scoring import (
+    NUMBERS,
+    read_ground_truth,
+    redrawn_aps,
+    score,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 KEYS = {"box": ("bbox", "bbox"), "mask": ("segm", "segmentation")}
@@ -168,6 +173,31 @@ def test_perturbed_ground_truth_scores_as_with_pycocotools(coco_tiny, val, capsy
             expected = precision[number][:, occurs].mean(1)
             np.testing.assert_allclose(ours.curves[iou], expected, atol=1e-6)
     capsys.readouterr()
+
+
+def test_a_draw_scores_as_if_its_images_were_there_as_often(coco_tiny, val, monkeypatch):
+    results = perturbed(val, as_detections(coco_tiny), 0)
+    scores = score(val, results)
+    numbers = sorted(image["id"] for image in val["images"])
+    as_they_are = np.ones((1, len(numbers)), np.int64)
+    drawn = np.random.default_rng(1).multinomial(len(numbers), np.full(54, 1 / 54), 1)
+    monkeypatch.setattr(scoring, "redraws", lambda count: np.concatenate([as_they_are, drawn]))
+    found = redrawn_aps(val, results, scores)
+    # Copies of images with numbers of their own, and of what is in them.
+    images, objects, detections = [], [], []
+    for number, count in zip(numbers, drawn[0], strict=True):
+        for copy_ in range(count):
+            own = 1000 * len(images) + copy_
+            images += [i | {"id": own} for i in val["images"] if i["id"] == number]
+            for entries, copies in ((val["annotations"], objects), (results, detections)):
+                copies += [e | {"image_id": own} for e in entries if e["image_id"] == number]
+    objects = [entry | {"id": place} for place, entry in enumerate(objects, 1)]
+    again = score({**val, "images": images, "annotations": objects}, detections)
+    for kind in ("box", "mask"):
+        ap, aps = found[f"{kind}_AP"]
+        assert ap == pytest.approx(scores.kinds[kind].numbers["AP"])
+        assert aps == pytest.approx([ap, again.kinds[kind].numbers["AP"]])
+        assert abs(aps[1] - ap) > 1e-3
 
 
 def test_crowds_are_neither_right_nor_wrong(val):

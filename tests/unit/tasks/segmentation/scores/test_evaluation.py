@@ -11,11 +11,12 @@ import torch
 from segmentation_twin import write_images
 
 from fd_large.errors import DataError
+from fd_large.probes.redrawn import read, redraws
 from fd_large.tasks.dense.evaluation import predict_some
 from fd_large.tasks.segmentation.data.classes import classes_of
 from fd_large.tasks.segmentation.data.dataset import open_segmentation
 from fd_large.tasks.segmentation.data.views import TestViews
-from fd_large.tasks.segmentation.scores.areas import scores_of
+from fd_large.tasks.segmentation.scores.areas import m_iou, scores_of
 from fd_large.tasks.segmentation.scores.evaluation import Model, evaluate, keep
 
 COLORS = torch.tensor([[220, 40, 40], [40, 200, 40], [40, 40, 220], [128, 128, 128]])
@@ -83,6 +84,13 @@ def test_scores_and_pictures_are_kept(root, images, tmp_path):
     assert all(path.stat().st_size > 5000 for path in drawn)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["mIoU"] == outcome.scores.m_iou
+    redrawn = read(tmp_path, "val_mIoU")
+    assert redrawn.score == outcome.scores.m_iou
+    assert m_iou(*outcome.areas.sum(0)) == outcome.scores.m_iou
+    counts = redraws(len(images))[7]
+    areas = sum(count * areas for count, areas in zip(counts, outcome.areas, strict=True))
+    assert redrawn.draws[7] == m_iou(*areas)
+    assert redrawn.draws.std() > 0
     assert [one["name"] for one in scores["classes"]] == ["red", "green", "blue", "grey"]
     assert sum(one["pixels"] for one in scores["classes"]) == np.sum(scores["confusion"])
 

@@ -1,0 +1,64 @@
+"""The difference of two rows of `transfer` with its interval, from what their runs left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fd_large.evaluation.differences import as_json
+from fd_large.recipes.file_names import EVALUATED, STEP
+
+if TYPE_CHECKING:
+    from fd_large.probes.redrawn import Redrawn
+
+# The one score that is a mean over images, of which a run keeps every prediction.
+_ACCURACY = "test_top1"
+
+
+def of_runs(ours: Sequence[Path], others: Sequence[Path], score: str) -> dict[str, Any] | None:
+    """Returns the difference of a score, as summary.json has it, with its interval.
+
+    Args:
+        ours: The folders of the runs of a row, one for each seed.
+        others: Those of the other row.
+        score: Its name in the summary.json of a run.
+
+    Returns: None if the runs did not leave what it takes, as those of earlier versions.
+    """
+    from fd_large.probes.paired import difference_of_redrawn
+
+    if score == _ACCURACY:
+        return _of_accuracies(ours, others)
+    redrawn = [[_redrawn(folder, score) for folder in folders] for folders in (ours, others)]
+    first, second = ([one for one in scores if one] for scores in redrawn)
+    if len(first) < len(ours) or len(second) < len(others):
+        return None
+    found = difference_of_redrawn(first, second)
+    return as_json(found) if found else None
+
+
+def _of_accuracies(ours: Sequence[Path], others: Sequence[Path]) -> dict[str, Any] | None:
+    import numpy as np
+
+    from fd_large.engine.predictions import Predictions
+    from fd_large.probes.paired import difference
+
+    rows = [[Predictions.read(folder) for folder in folders] for folders in (ours, others)]
+    all_ = [one for row in rows for one in row]
+    labels = [one.labels for one in all_ if one]
+    if len(labels) < len(all_) or not all(np.array_equal(labels[0], one) for one in labels):
+        return None
+    known = labels[0] >= 0
+    right, other = (
+        np.stack([(one.predicted == labels[0])[known] for one in row if one]) for row in rows
+    )
+    return as_json(difference(right, other)) if known.any() else None
+
+
+def _redrawn(folder: Path, score: str) -> Redrawn | None:
+    """A score of the newest evaluation of a run."""
+    from fd_large.probes import redrawn
+
+    steps = sorted((folder / EVALUATED).glob(f"{STEP}*"))
+    return redrawn.read(steps[-1], score) if steps else None

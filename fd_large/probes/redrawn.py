@@ -1,0 +1,76 @@
+"""What a model scores on other draws of its test images, in a file beside its scores.
+
+mIoU and AP are no means over images: how much they depend on which images are tested shows on draws
+of as many of the same images. The draws are the same for all models that are tested on them, so
+that two models are compared draw by draw (`paired.difference_of_redrawn`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fd_large.errors import FDError
+from fd_large.files import read_json, write_json
+
+REDRAWN = "redrawn.json"
+# They give a spread, and no percentiles.
+_DRAWS = 200
+
+
+class Redrawn(NamedTuple):
+    """A score on other draws of the test images.
+
+    Attributes:
+        images: What tells these test images from others.
+        score: On the images as they are.
+        draws: (D,), on each draw of as many images; the draws are the same for all models.
+    """
+
+    images: str
+    score: float
+    draws: NDArray[np.float64]
+
+
+def redraws(num_images: int) -> NDArray[np.int64]:
+    """Returns (D, N), how often each draw of N of the N images holds each of them."""
+    shares = np.full(num_images, 1 / num_images)
+    return np.random.default_rng(0).multinomial(num_images, shares, size=_DRAWS)
+
+
+def write(
+    folder: Path, images: str, found: Mapping[str, tuple[float, NDArray[np.float64]]]
+) -> Path:
+    """Writes scores and what they are on the draws, by their names in a run's summary.json.
+
+    Args:
+        folder: The folder of an evaluation.
+        images: What tells these test images from others.
+        found: The score and, in the order of `redraws`, that of each draw.
+    """
+    scores = {
+        name: {"score": score, "draws": draws.tolist()}
+        for name, (score, draws) in found.items()
+        if np.isfinite(draws).all() and np.isfinite(score)
+    }
+    write_json(folder / REDRAWN, {"images": images, "scores": scores})
+    return folder / REDRAWN
+
+
+def read(folder: Path, name: str) -> Redrawn | None:
+    """Returns a score of an evaluation; None: it was not redrawn, as by earlier versions.
+
+    Args:
+        folder: The folder of the evaluation.
+        name: The score's name in the run's summary.json.
+    """
+    try:
+        found = read_json(folder / REDRAWN, where="redrawn", holds=dict)
+        of_name = found["scores"][name]
+        return Redrawn(found["images"], float(of_name["score"]), np.array(of_name["draws"], float))
+    except (FDError, OSError, LookupError, TypeError, ValueError):
+        return None
