@@ -142,6 +142,7 @@ OF_NO_FILE = {
     "test_mutate.py": ".ci/mutate.py",
     "test_oracles.py": "tests/oracles/oracles.py",
     "test_pages.py": "README.md and docs/",
+    "test_readme_figures.py": "README.md and benchmarks/results/",
     "test_size.py": ".ci/size.py",
     "test_slurm_script.py": "slurm/",
     "weights/test_hostile_files.py": "tests/support/models/hostile.py",
