@@ -192,6 +192,8 @@ TINY_VIT = """
 TINY_RECIPES = {
     # The tiny file is of another model than the recipe's teacher.
     "fd_clip_vit_base": f"{TINY_VIT} --teacher.model auto",
+    # Batch norms are of both images of a step.
+    "small_data": "--batch.micro_batch_size 2",
     "finetune_clip_vit_base": TINY_VIT,
     "coco_mask_rcnn_swinv2_base": """
         --student.architecture.embed_dim 16 --student.architecture.depths 1 2 2 1
