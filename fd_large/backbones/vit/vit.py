@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -40,7 +41,7 @@ from fd_large.backbones.vit.architecture import ViTArchitecture
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels.add_norm import add_branch
 from fd_large.kernels.window_attention import image_attention, window_attention
-from fd_large.kernels.window_attention_reference import Memory
+from fd_large.kernels.window_attention_reference import Memory, position_index
 
 QkvBias = Literal["none", "qv", "qkv", "fused"]
 RelativePosition = Literal["none", "shared", "block"]
@@ -68,6 +69,7 @@ class ViT(nn.Module):
         width: Channels of the map.
         stride: Pixels per token, each way.
         attends_in_windows: Whether its blocks can attend within windows (`Block.forward`).
+        encodes_some: Whether it can encode some patches alone (`forward`).
         num_prefix_tokens: Number of CLS and distillation tokens of the map, which has no registers.
         depths: Number of blocks, as of a model with one stage.
         drop_path_rates: One rate per site, attention then MLP of each block in order.
@@ -145,6 +147,7 @@ class ViT(nn.Module):
         self.prefix_rows = 3 if num_tokens + num_registers else 0
         table_rows = (2 * rows - 1) * (2 * columns - 1) + self.prefix_rows
         self.has_relative_position = relative_position != "none"
+        self.encodes_some = relative_position != "block"
         self.rel_pos_bias = (
             RelativePositionBias(table_rows, num_heads, initial.table)
             if relative_position == "shared"
@@ -217,14 +220,19 @@ class ViT(nn.Module):
             )
         return grid
 
-    def forward(self, images: Tensor, keep: Tensor | None = None) -> FeatureMap:
+    def forward(
+        self, images: Tensor, keep: Tensor | None = None, places: Tensor | None = None
+    ) -> FeatureMap:
         """Maps normalised images to tokens after the final norm, CLS included, without registers.
 
         Args:
             images: (B, 3, H, W), any float dtype.
             keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
+            places: (B, V) int64, the patches of each image that are encoded, numbered row by row;
+                the others are dropped once positions are added. None: all are encoded.
 
-        Returns: tokens (B, num_prefix_tokens + N, C) in the dtype of the residual stream.
+        Returns: tokens (B, num_prefix_tokens + N, C) in the dtype of the residual stream; with
+            `places` V for N, in their order.
         Raises: ShapeError: if the image size does not fit, or keep has the wrong shape.
         """
         if images.dim() != 4:
@@ -232,14 +240,16 @@ class ViT(nn.Module):
                 f"vit: not a batch of images; got shape {tuple(images.shape)}, expected "
                 "(B, channels, H, W). Add the batch dimension."
             )
-        for x in self.after_blocks(images, keep):  # noqa: B007 (the last one)
+        for x in self.after_blocks(images, keep, places):  # noqa: B007 (the last one)
             pass
         x = self.norm(x)
         if self.left_out.stop > self.left_out.start:
             x = torch.cat([x[:, : self.left_out.start], x[:, self.left_out.stop :]], dim=1)
         return FeatureMap(x, self.grid(*images.shape[-2:]), self.num_prefix_tokens)
 
-    def after_blocks(self, images: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
+    def after_blocks(
+        self, images: Tensor, keep: Tensor | None = None, places: Tensor | None = None
+    ) -> Iterator[Tensor]:
         """Yields the residual stream after each block, without a norm.
 
         Args: See `forward`.
@@ -247,6 +257,8 @@ class ViT(nn.Module):
         """
         grid = self.grid(*images.shape[-2:])
         x, scales, table = self._before_blocks(images, keep, grid)
+        if places is not None:
+            x, table = _at(places, x, table, grid)
         for i, block in enumerate(self.blocks):
             x = block(x, None if scales is None else scales[2 * i : 2 * i + 2], table, grid)
             yield x
@@ -364,7 +376,8 @@ class Block(nn.Module):
         Args:
             x: (B, N, C), the residual stream.
             scales: (2, B) float32, drop path's factors of attention and MLP; None: none.
-            table: (R, h) float32, the shared position table; None: the block's own, or none.
+            table: (R, h) float32, the shared position table, or the biases of each image that it
+                gives, (B, h, N, N); None: the block's own, or none.
             grid: Rows and columns of the patches.
             window: Side of the windows within which patches see each other, in tokens, without
                 prefix tokens; 0: every token sees all.
@@ -409,7 +422,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, table: Tensor | None, grid: tuple[int, int], window: int = 0
     ) -> Tensor:
-        """Maps (B, N, C) to the same shape; table as in `image_attention`, or of the window."""
+        """Maps (B, N, C) to the same shape; table as in `image_attention`, or of the window.
+
+        Biases of each image, (B, h, N, N), may stand for a table.
+        """
         projected = added = None
         if self.k_bias is not None:
             projected = torch.cat([self.q_bias, self.k_bias, self.v_bias])
@@ -425,6 +441,12 @@ class Attention(nn.Module):
             "memory": self.memory,
         }
         qkv = self.qkv(x, projected)
+        if table is not None and table.ndim == 4:
+            if added is not None:
+                qkv = (qkv + torch.cat([added[0], torch.zeros_like(added[0]), added[1]])).to(qkv)
+            q, k, v = rearrange(qkv, "b n (s h d) -> s b h n d", s=3, h=self.num_heads)
+            out = F.scaled_dot_product_attention(q, k, v, table.to(q), scale=options["scale"])
+            return self.proj(rearrange(out, "b h n d -> b n (h d)"))
         if window:
             on_grid = qkv.unflatten(1, grid)
             out = window_attention(on_grid, window=window, shift=0, cosine=False, **options)
@@ -450,6 +472,30 @@ class Attention(nn.Module):
             table=table,
         )
         return maps, positions
+
+
+def _at(
+    places: Tensor, x: Tensor, table: Tensor | None, grid: Grid
+) -> tuple[Tensor, Tensor | None]:
+    """The tokens of some patches behind the prefix tokens, and the position biases between them.
+
+    Args:
+        places: (B, V) int64, numbers of the patches.
+        x: (B, P + N, C), tokens of the whole image.
+        table: (R, h) float32, or None.
+        grid: Rows and columns of the patches.
+
+    Returns: (B, P + V, C), and (B, h, P + V, P + V) or None.
+    """
+    prefix = x.shape[1] - grid[0] * grid[1]
+    first = torch.arange(prefix, device=x.device).expand(len(x), -1)
+    kept = torch.cat([first, places + prefix], dim=1)
+    x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+    if table is not None:
+        pairs = position_index(*grid, prefix, x.device)[kept[:, :, None], kept[:, None, :]]
+        # An embedding lookup, because its backward is deterministic on GPUs too.
+        table = F.embedding(pairs, table).permute(0, 3, 1, 2)
+    return x, table
 
 
 class RelativePositionBias(nn.Module):

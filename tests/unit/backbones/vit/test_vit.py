@@ -190,3 +190,27 @@ def test_position_tables_decay_and_tokens_do_not():
     net = tiny(**STUDENT)
     assert net.no_weight_decay() == {"pos_embed", "cls_token", "dist_token", "reg_token"}
     assert net.no_weight_decay_keywords() == ()
+
+
+@pytest.mark.parametrize("options", [STUDENT, {"num_registers": 2}, {"class_token": False}])
+def test_some_patches_alone_are_encoded_at_their_own_positions(options):
+    """In any order: of all patches it is the whole image's map, of some what these alone attend."""
+    net = scattered(tiny(**options))
+    whole = net(IMAGES[:2, :, :16, :16])
+    places = torch.stack([torch.randperm(16) for _ in range(2)])
+    found = net(IMAGES[:2, :, :16, :16], None, places)
+    prefix = whole.num_prefix_tokens
+    index = places[..., None].expand(-1, -1, 16)
+    assert found.grid == whole.grid
+    in_order = torch.cat([whole.tokens[:, :prefix], whole.tokens[:, prefix:].gather(1, index)], 1)
+    close(found.tokens, in_order)
+    some = net(IMAGES[:2, :, :16, :16], None, places[:, :5])
+    alone = net(IMAGES[1:2, :, :16, :16], None, places[1:, :5])
+    assert some.tokens.shape == (2, prefix + 5, 16)
+    close(some.tokens[1:], alone.tokens)
+    assert not torch.allclose(some.tokens[:, prefix:], found.tokens[:, prefix : prefix + 5])
+
+
+def test_tables_of_blocks_cannot_encode_some_patches_alone():
+    assert tiny(**STUDENT).encodes_some
+    assert not tiny(relative_position="block").encodes_some
