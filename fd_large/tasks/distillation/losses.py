@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from fd_large import doors
 from fd_large.errors import ConfigError
 from fd_large.kernels.whitened_loss import whitened_loss
-from fd_large.tasks.distillation.section import is_sum, loss_terms
+from fd_large.tasks.distillation.section import Objective, is_sum, loss_terms
 
 WHERE = "objective.loss"
 _SMALLEST = 1e-6  # For divisions, far below any difference that matters in units of the target.
@@ -36,12 +37,17 @@ class Loss:
 
     Attributes:
         label: Its words in logs and plots.
-        reads_beta: Whether `beta` changes it; a recipe that sets it in vain is told.
+        reads_beta, reads_temperature: Whether the number changes it; a recipe that sets it in vain
+            is told.
+        temperature: `objective.temperature`, which a recipe sets after it is made.
+        of_tokens: Whether it is a mean over tokens, each of which has its own (`per_token`).
         in_sums: Whether it may stand in a sum of losses by weight.
     """
 
     label = "loss"
     reads_beta = True
+    reads_temperature = of_tokens = False
+    temperature = Objective.temperature
     in_sums = True
     # Number of prefix tokens among those that are compared; the target sets it.
     num_prefix_tokens = 0
@@ -78,6 +84,14 @@ class Loss:
         pairs = zip(projected.split(1), target.split(1), strict=True)
         return torch.stack([self(ours, theirs) for ours, theirs in pairs])
 
+    def per_token(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns the loss of each token, (B, N), of a loss that is `of_tokens`.
+
+        Args: As `__call__`.
+        """
+        tokens = (each.flatten(0, 1)[:, None] for each in (projected, target))
+        return self.per_image(*tokens).view(projected.shape[:2])
+
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
         """Returns slope and curvature of the loss by a constant prediction, each (C,).
 
@@ -109,6 +123,7 @@ class SmoothL1(Loss):
     """
 
     label = "smooth L1 loss"
+    of_tokens = True
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns the mean over tokens and channels."""
@@ -139,7 +154,7 @@ class MeanSquaredError(Loss):
     """The mean of the squared difference over tokens and channels."""
 
     label = "mean squared error"
-    reads_beta = False
+    reads_beta, of_tokens = False, True
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns the mean over tokens and channels."""
@@ -159,7 +174,7 @@ class L1(Loss):
     """The mean of the absolute difference over tokens and channels."""
 
     label = "L1 loss"
-    reads_beta = False
+    reads_beta, of_tokens = False, True
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns the mean over tokens and channels."""
@@ -184,7 +199,7 @@ class Cosine(Loss):
     """One minus the cosine of the two tokens at a place; the mean over tokens."""
 
     label = "cosine loss"
-    reads_beta = False
+    reads_beta, of_tokens = False, True
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns the mean over tokens."""
@@ -238,6 +253,8 @@ class WeightedSum(Loss):
         words = (f"{weight:g} x {loss.label.replace(' loss', '')}" for weight, loss in terms)
         self.label = f"{' + '.join(words)} loss"
         self.reads_beta = any(loss.reads_beta for _, loss in terms)
+        self.reads_temperature = any(loss.reads_temperature for _, loss in terms)
+        self.of_tokens = all(loss.of_tokens for _, loss in terms)
 
     def begin(self, teacher: str, kind: str, **names: Any) -> None:
         """Tells its terms."""
@@ -317,30 +334,39 @@ LOSSES: dict[str, Any] = {
 """Built-in losses: functions, or subclasses of `Loss`."""
 
 
-def make_loss(name: str, *, beta: float, known: Mapping[str, Any] = LOSSES) -> Loss:
+def make_loss(
+    name: str,
+    *,
+    beta: float,
+    temperature: float = Loss.temperature,
+    known: Mapping[str, Any] = LOSSES,
+) -> Loss:
     """Returns the loss that a recipe names.
 
     Args:
         name: A name in `known`, one of the user's own (fd_large/doors.py), or a sum of names in
             `known`, each with a weight before it.
-        beta: `objective.beta`.
+        beta, temperature: `objective.beta` and `objective.temperature`.
         known: Built-in losses by name.
 
     Raises: ConfigError: if there is no such loss, or it cannot be made.
     """
     if is_sum(name):
         terms = loss_terms(name, [one for one in known if getattr(known[one], "in_sums", True)])
-        return WeightedSum([(w, make_loss(term, beta=beta, known=known)) for w, term in terms])
+        made = partial(make_loss, beta=beta, temperature=temperature, known=known)
+        return WeightedSum([(weight, made(term)) for weight, term in terms])
     found = doors.load(name, kind="losses", where=WHERE, built_in=known)
     if not (isinstance(found, type) and issubclass(found, Loss)):
         return FunctionLoss(found)
     try:
-        return found(beta)
+        loss: Loss = found(beta)
     except Exception as error:  # The user's code may raise anything.
         raise ConfigError(
             f"{WHERE}: {name} cannot be made; got {doors.cause(error)}, expected a Loss from a "
             "call with beta. Correct the class."
         ) from error
+    loss.temperature = temperature
+    return loss
 
 
 def check_loss(loss: Loss, name: str) -> None:

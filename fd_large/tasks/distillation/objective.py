@@ -50,9 +50,19 @@ class Known(NamedTuple):
     losses: Mapping[str, Any] = losses.LOSSES
     moving: Mapping[str, Callable[[int], Normaliser]] = MappingProxyType({})
 
-    def loss(self, name: str, *, beta: float) -> losses.Loss:
+    def loss(self, name: str, **numbers: float) -> losses.Loss:
         """Returns a loss: see `make_loss`."""
-        return losses.make_loss(name, beta=beta, known=self.losses)
+        return losses.make_loss(name, known=self.losses, **numbers)
+
+    def loss_of(self, entry: NamedTeacher, kind: str) -> losses.Loss:
+        """Returns the loss of a target.
+
+        Args:
+            entry: What the recipe says of its teacher.
+            kind: "map" or "summary".
+        """
+        temperature = entry.setting("temperature", kind)
+        return self.loss(entry.setting("loss", kind), beta=entry.beta, temperature=temperature)
 
     def normaliser(self, name: str, **options: Any) -> Normaliser:
         """Returns a normaliser: see `make_normaliser`."""
@@ -88,7 +98,7 @@ def target_checks(
             check()
 
     for check in (
-        lambda: losses.check_loss(known.loss(loss, beta=entry.beta), loss),
+        lambda: losses.check_loss(known.loss_of(entry, kind), loss),
         lambda: check_normaliser(
             known.normaliser(normaliser, eps=entry.whitening_eps, statistics=file), normaliser
         ),
@@ -107,11 +117,15 @@ def fields_not_read(name: str, entry: NamedTeacher, known: Known) -> list[str]:
     """
     of = partial(field_of, name)
     with naming_target(name):
-        made = [known.loss(entry.setting("loss", kind), beta=entry.beta) for kind in entry.targets]
+        made = {kind: known.loss_of(entry, kind) for kind in entry.targets}
     normalisers = {kind: entry.setting("normaliser", kind) for kind in entry.targets}
     ignored = []
-    if not any(loss.reads_beta for loss in made):
+    if not any(loss.reads_beta for loss in made.values()):
         ignored.append(of("beta"))
+    if not any(loss.reads_temperature for loss in made.values()):
+        ignored.append(of("temperature"))
+    if name and not (SUMMARY in made and made[SUMMARY].reads_temperature):
+        ignored.append(of("temperature", SUMMARY))
     if WHITENING not in normalisers.values():
         ignored.append(of("whitening_eps"))
     if normalisers.get(MAP) not in BY_STATISTICS:
@@ -155,6 +169,7 @@ def make_target(
     head: str = "linear",
     maps: Callable[[], MapShapes] | None = None,
     beta: float = 2.0,
+    temperature: float = losses.Loss.temperature,
     whitening_eps: float = 1e-5,
     target_statistics: str = "",
     interpolation: str = "none",
@@ -175,6 +190,7 @@ def make_target(
         head: Name of what projects the student's tokens to the teacher's width (heads/).
         maps: Returns the grids of both, for a head that reads maps.
         beta: Difference above which the loss is linear rather than quadratic, in whitened units.
+        temperature: By which losses between similarities divide cosines.
         whitening_eps: Constant added to the variance of a teacher's token.
         target_statistics: File of statistics of the teacher's channels, for a normaliser that
             needs them.
@@ -185,7 +201,7 @@ def make_target(
     """
     with naming_target(teacher, kind):
         head_module = registry.make(head, width, teacher_width, maps)
-        made_loss = known.loss(loss, beta=beta)
+        made_loss = known.loss(loss, beta=beta, temperature=temperature)
         normalise = known.normaliser(
             normaliser, eps=whitening_eps, statistics=target_statistics, width=teacher_width
         )
@@ -210,6 +226,7 @@ def make_targets(
     entries: Mapping[str, NamedTeacher],
     *,
     image_size: int,
+    width: int | None = None,
     known: Known = OF_THE_PAPER,
 ) -> list[NamedTarget]:
     """Constructs the targets of all teachers, their heads with random weights.
@@ -219,6 +236,7 @@ def make_targets(
         teachers: The teachers by name.
         entries: What the settled recipe says of each.
         image_size: Side of the student's images, in pixels; of several, that of evaluations.
+        width: Channels of the map that heads are given; None: of the student's.
         known: What the names of losses and normalisers stand for.
 
     Raises: FDError: if code of the user's own was not allowed.
@@ -233,7 +251,7 @@ def make_targets(
     )
     return [
         make_target(
-            student.width,
+            width or student.width,
             entry.width_of(kind, teachers[name].width),
             teacher=name,
             kind=kind,
@@ -249,6 +267,7 @@ def make_targets(
                 with_prefix=SUMMARY not in entry.targets,
             ),
             beta=entry.beta,
+            temperature=entry.setting("temperature", kind),
             whitening_eps=entry.whitening_eps,
             target_statistics=entry.setting("target_statistics", kind),
             interpolation=entry.interpolation,

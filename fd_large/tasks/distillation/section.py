@@ -75,6 +75,8 @@ class Objective:
     head: str = "linear"
     # Difference, in units of the target, above which smooth L1 is linear rather than quadratic.
     beta: float = 2.0
+    # Number by which the losses relation and queue divide cosines before their softmax.
+    temperature: float = 0.07
     # Constant added to a teacher token's variance before its square root divides the token.
     whitening_eps: float = 1e-5
     # What to do if student and teacher have different grids of tokens. none: stop with an error.
@@ -91,6 +93,7 @@ class Objective:
         where = self.place
         check_types(self, where)
         positive(f"{where}.beta", self.beta)
+        positive(f"{where}.temperature", self.temperature)
         positive(f"{where}.whitening_eps", self.whitening_eps)
         if self.teacher_image_size != AUTO:
             at_least(f"{where}.teacher_image_size", self.teacher_image_size, 0, "pixels, or auto")
@@ -120,12 +123,15 @@ class Summary:
     normaliser: str = ""
     # File of statistics of the summary's channels, for its normaliser.
     target_statistics: str = ""
+    # Temperature of the loss queue. 0: that of the map's loss.
+    temperature: float = 0.0
     # Weight of the summary's loss beside the map's.
     weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_types(self, "teachers.NAME.summary")
         not_negative("teachers.NAME.summary.weight", self.weight)
+        not_negative("teachers.NAME.summary.temperature", self.temperature)
         at_least("teachers.NAME.summary.width", self.width, 0, "channels")
 
 
@@ -222,14 +228,14 @@ class NamedTeacher(Teacher, Objective):
         """Channels of the embedding that is learnt; 0: none is, or they are not known yet."""
         return self.summary.width if self.summary.layer == EMBEDDING else 0
 
-    def setting(self, name: str, kind: str) -> str:
-        """Returns the loss, head, normaliser or file of statistics of one of its targets.
+    def setting(self, name: str, kind: str) -> Any:
+        """Returns loss, temperature, head, normaliser or file of statistics of one of its targets.
 
         Args:
             name: The field.
             kind: "map" or "summary".
         """
-        own: str = getattr(self.summary, name) if kind == SUMMARY else getattr(self, name)
+        own = getattr(self.summary, name) if kind == SUMMARY else getattr(self, name)
         inherits = kind == SUMMARY and name != "target_statistics"
         return own or (getattr(self, name) if inherits else own)
 

@@ -21,7 +21,6 @@ from fd_large.tasks.distillation.losses import Loss
 from fd_large.tasks.distillation.normalisers import NONE
 from fd_large.tasks.distillation.section import SUMMARY, field_of
 
-TEMPERATURE = 0.07
 QUEUE = 8192
 """Summaries in a queue: lightly-train's for large datasets."""
 
@@ -112,18 +111,26 @@ def units(tokens: Tensor) -> Tensor:
     return F.normalize(tokens, dim=-1)
 
 
-def queue_divergence(student: Tensor, teacher: Tensor, queue: Tensor) -> Tensor:
+def queue_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    queue: Tensor,
+    temperature: float = Loss.temperature,
+) -> Tensor:
     """Returns the divergence of each image between similarities to the summaries of a queue, (B,).
 
     Args:
         student: (B, C) of length 1.
         teacher: (B, C) of length 1; takes no gradient.
         queue: (Q, C), rows of length 1 or of zeros, which take part as they are.
+        temperature: By which cosines are divided.
     """
-    return _divergence(student @ queue.T, teacher @ queue.T)
+    return _divergence(student @ queue.T, teacher @ queue.T, temperature)
 
 
-def relation_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+def relation_divergence(
+    student: Tensor, teacher: Tensor, temperature: float = Loss.temperature
+) -> Tensor:
     """Returns the divergence of each image between similarities of its tokens, (B,).
 
     It is a mean over tokens, each of which is compared with all of its image, itself included. The
@@ -132,8 +139,9 @@ def relation_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: (B, N, Cs) of length 1.
         teacher: (B, N, Ct) of length 1; takes no gradient.
+        temperature: By which cosines are divided.
     """
-    return _divergence(student @ student.mT, teacher @ teacher.mT).mean(-1)
+    return _divergence(student @ student.mT, teacher @ teacher.mT, temperature).mean(-1)
 
 
 def pushed(queue: Tensor, summaries: Tensor) -> Tensor:
@@ -144,10 +152,10 @@ def pushed(queue: Tensor, summaries: Tensor) -> Tensor:
     return torch.cat([summaries, queue])[: len(queue)]
 
 
-def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL(teacher || student) of softmaxes over the last dimension of cosines."""
-    log_student = F.log_softmax(student / TEMPERATURE, dim=-1)
-    log_teacher = F.log_softmax(teacher.detach() / TEMPERATURE, dim=-1)
+    log_student = F.log_softmax(student / temperature, dim=-1)
+    log_teacher = F.log_softmax(teacher.detach() / temperature, dim=-1)
     return (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
 
 
@@ -158,7 +166,7 @@ class Relation(Loss):
     """
 
     label = "relation loss"
-    reads_beta = False
+    reads_beta, reads_temperature = False, True
 
     def begin(self, teacher: str, kind: str, *, width: int, normaliser: str) -> None:
         """Refuses a summary."""
@@ -176,7 +184,7 @@ class Relation(Loss):
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns it for each image."""
         student, teacher = (units(t[:, self.num_prefix_tokens :]) for t in (projected, target))
-        return relation_divergence(student, teacher)
+        return relation_divergence(student, teacher, self.temperature)
 
 
 class QueueDivergence(Loss):
@@ -190,6 +198,7 @@ class QueueDivergence(Loss):
 
     label = "queue loss"
     reads_beta = in_sums = False
+    reads_temperature = True
     queue: SummaryQueue | None = None
 
     def begin(self, teacher: str, kind: str, *, width: int, normaliser: str) -> None:
@@ -216,7 +225,7 @@ class QueueDivergence(Loss):
         """Returns it for each image."""
         student, teacher = (units(summaries[:, 0]) for summaries in (projected, target))
         rows = teacher if self.queue is None else self.queue.now.to(teacher)
-        return queue_divergence(student, teacher, rows)
+        return queue_divergence(student, teacher, rows, self.temperature)
 
     def state(self, label: str) -> dict[str, nn.Module]:
         """Returns the queue by its name in checkpoints."""

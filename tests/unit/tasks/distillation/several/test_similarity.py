@@ -1,5 +1,6 @@
 import torch
 
+from fd_large.tasks.distillation.job import KNOWN
 from fd_large.tasks.distillation.several.similarity import (
     QUEUE,
     SummaryQueue,
@@ -25,6 +26,21 @@ def test_relations_know_neither_rotations_nor_widths():
     rotation = torch.linalg.qr(torch.randn(12, 12))[0][:8]
     assert relation_divergence(tokens @ rotation, tokens).abs().max() < 1e-6
     assert (relation_divergence(tokens.flip(1), tokens) > 1e-4).all()
+
+
+def test_a_lower_temperature_sharpens_the_difference():
+    student, teacher = random_units(2, 30, 8)
+    queue = random_units(2, 5, 8)[0]
+    published = queue_divergence(student, teacher, queue)
+    assert torch.equal(queue_divergence(student, teacher, queue, 0.07), published)
+    assert (queue_divergence(student, teacher, queue, 0.7) < published).all()
+    for temperature in (0.07, 0.7):
+        loss = KNOWN.loss("relation", beta=2.0, temperature=temperature)
+        expected = relation_divergence(student[None], teacher[None], temperature).mean()
+        assert torch.allclose(loss(student[None], teacher[None]), expected, rtol=1e-4)
+    both = KNOWN.loss("0.5 relation + 0.5 mse", beta=2.0, temperature=0.7)
+    assert both.reads_temperature
+    assert both.terms[0][1].temperature == 0.7
 
 
 def test_a_queue_holds_the_newest_whatever_the_batches():
