@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Kernels = Literal["fused", "reference"]
 
 SHAPES = (
-    *("student.", "teacher.", "teachers.", "objective.", "weighting.rule", "task."),
+    *("student.", "teacher.", "teachers.", "objective.", "weighting.rule", "mask.", "task."),
     "data.image_size",
 )
 """Beginnings of the fields that may decide what a step computes, but for these:"""
@@ -34,7 +34,10 @@ NO_SHAPES = (
         for teacher in ("teacher", "teachers.*")
         for name in ("allow", "placement", "source", "statistics")
     ),
+    "objective.temperature",
     "teachers.*.datasets",
+    "teachers.*.summary.temperature",
+    "teachers.*.temperature",
     "teachers.*.weight",
     "task.distillation.*",
 )

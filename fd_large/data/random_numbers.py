@@ -35,6 +35,7 @@ STREAMS = {
     "copies": 16,
     "teachers": 17,
     "image_size": 18,
+    "mask": 19,
 }
 
 _WORD = np.uint64(0xFFFFFFFF)

@@ -49,7 +49,7 @@ from fd_large.recipes.sections import (
     Student,
 )
 from fd_large.recipes.task_kind import TaskKind
-from fd_large.tasks.distillation.section import NamedTeacher, Objective, Teacher, Weighting
+from fd_large.tasks.distillation.section import Mask, NamedTeacher, Objective, Teacher, Weighting
 from fd_large.tasks.registry import TASKS, kind_of
 
 # A field for each task that has a section of its own.
@@ -220,6 +220,7 @@ class Run:
     # Several teachers, by names of your own; then the sections teacher and objective stay empty.
     teachers: dict[str, NamedTeacher] = field(default_factory=dict)
     weighting: Weighting = field(default_factory=Weighting)
+    mask: Mask = field(default_factory=Mask)
     data: Data = field(default_factory=Data)
     objective: Objective = field(default_factory=Objective)
     task: Task = field(default_factory=Task)
@@ -509,6 +510,8 @@ class Run:
             del values["teachers"], values["weighting"]
         if not self.students:
             del values["students"]
+        if self.mask == Mask():
+            del values["mask"]
         return values
 
     @classmethod

@@ -21,6 +21,9 @@ from oracles_depth import CHECKS as DEPTH_CHECKS
 from oracles_detection import CHECKS as DETECTION_CHECKS
 from oracles_detection_views import CHECKS as DETECTION_VIEW_CHECKS
 from oracles_engine import CHECKS as ENGINE_CHECKS
+from oracles_masked import CHECKS as MASKED_CHECKS
+from oracles_masked import NOT_YET as MASKED_NOT_YET
+from oracles_masked import NOT_YET_PARTS as MASKED_NOT_YET_PARTS
 from oracles_models import CHECKS as MODEL_CHECKS
 from oracles_models import Row, Skipped, Tensors
 from oracles_multi import CHECKS as MULTI_CHECKS
@@ -39,15 +42,17 @@ CHECKS = {
     **MULTI_CHECKS,
     **MULTI_HEAD_CHECKS,
     **MULTI_BATCH_CHECKS,
+    **MASKED_CHECKS,
 }
 
 # Parts of files whose other parts are checked.
 NOT_YET_PARTS = {
     "simmim": "decoder and losses: masked image modelling is no task of the engine yet",
     **MULTI_NOT_YET_PARTS,
+    **MASKED_NOT_YET_PARTS,
 }
 # Kinds that no part of the package stands behind yet, and why.
-NOT_YET: dict[str, str] = {}
+NOT_YET: dict[str, str] = {**MASKED_NOT_YET}
 
 _CLASSES = (
     ("SwinV2ForFD", "fd_swinv2"),

@@ -357,7 +357,7 @@ def test_tests_mirror_the_house() -> None:
 def test_of_the_core_of_distillation_only_its_job_knows_a_wing() -> None:
     """What a recipe may name stands in tables of job.py; what others need of a wing is given."""
     folder = PACKAGE / "tasks" / "distillation"
-    wings = {"several", "cached"}
+    wings = {"several", "cached", "masked"}
     named = re.compile(rf"\b({'|'.join(wings)})[./]\w")
     all_hold(
         [

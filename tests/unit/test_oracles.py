@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in oracle_paths("*") if "_training_run" not in path.name],
+    [path for path in oracle_paths("*", "masked/*") if "_training_run" not in path.name],
     ids=lambda path: path.stem,
 )
 def test_oracle(path):
@@ -29,7 +29,7 @@ def test_oracle(path):
 
 @pytest.mark.parametrize(
     "path",
-    oracle_paths("dense/*", "multi/*"),
+    oracle_paths("dense/*", "multi/*", "masked/*"),
     ids=lambda path: f"{path.parent.name}-{path.stem}",
 )
 def test_oracle_in_float64(path):

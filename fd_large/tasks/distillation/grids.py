@@ -295,7 +295,7 @@ def check_fit(
         chosen = entry.setting("head", target.kind)
         with naming_target(target.teacher, target.kind):
             try:
-                _check_head(task.student, target, chosen, width, size)
+                _check_head(task, target, chosen, width, size)
             except ConfigError as error:
                 if size == image_size or not isinstance(target.head, MapHead):
                     raise
@@ -323,11 +323,12 @@ def check_fit(
         )
 
 
-def _check_head(student: nn.Module, target: NamedTarget, name: str, width: int, size: int) -> None:
+def _check_head(task: Distillation, target: NamedTarget, name: str, width: int, size: int) -> None:
     """Runs a target's head, on the meta device, on what it will be given."""
-    head = target.head
+    head, student = target.head, task.student
     if not isinstance(head, MapHead):
-        check_head(head, name, (2, 3, student.width), width, where=HEAD_WHERE)
+        own = task.sight.width(student)
+        check_head(head, name, (2, 3, own), width, where=HEAD_WHERE)
         return
     pixels = torch.empty(1, 3, size, size, device="meta")
     with torch.no_grad():

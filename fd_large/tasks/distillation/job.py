@@ -1,7 +1,7 @@
 """The job of distillation: images without labels, a frozen teacher, held-out losses.
 
-What a recipe asks beyond the paper stands in wings, `several/` and `cached/`. They are chosen here,
-in the first part of this file, and no other file beside them knows them.
+What a recipe asks beyond the paper stands in wings, `several/`, `cached/` and `masked/`. They are
+chosen here, in the first part of this file, and no other file beside them knows them.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ from fd_large.tasks.distillation.grids import TeacherOnShapes, check_fit
 from fd_large.tasks.distillation.heads.map_head import HeardBlocks
 from fd_large.tasks.distillation.held_out import Crops, held_out_losses
 from fd_large.tasks.distillation.knn_accuracy import knn_accuracy
+from fd_large.tasks.distillation.masked.checks import mask_checks
+from fd_large.tasks.distillation.masked.sight import Masked
 from fd_large.tasks.distillation.objective import (
     Known,
     check_statistics,
@@ -62,6 +64,7 @@ from fd_large.tasks.distillation.objective import (
 )
 from fd_large.tasks.distillation.section import (
     FIXED,
+    Mask,
     NamedTeacher,
     Weighting,
     evaluated_words,
@@ -124,6 +127,11 @@ def tiled(frozen: Frozen, entry: NamedTeacher, image_size: int) -> Frozen:
         return frozen
     side = frozen.side(image_size)
     return Mosaic(frozen.net, frozen.statistics, image_size=side, tiles=entry.mosaic)
+
+
+def sight_of(mask: Mask, student: nn.Module, image_size: int) -> Whole:
+    """Returns what the student sees of images of a side, in pixels."""
+    return Masked(mask, student, image_size=image_size) if mask.hides else Whole()
 
 
 def composed(
@@ -215,7 +223,7 @@ class DistillationJob(TrainingJob):
             ignored += [f"teachers.{name}.datasets" for name in self.run.teachers]
         for name, entry in self.run.taught_by.items():
             ignored += fields_not_read(name, entry, KNOWN)
-        return tuple(ignored)
+        return (*ignored, *self.run.mask.ignored_fields())
 
     @cached_property
     def caches(self) -> RunCaches:
@@ -290,6 +298,14 @@ class DistillationJob(TrainingJob):
                 for check in target_checks(name, entry, kind, KNOWN)
             ),
             partial(teaches, run.weighting, run.teachers, run.data),
+            *mask_checks(
+                run.mask,
+                self._student_on_shapes,
+                run.taught_by,
+                KNOWN.loss_of,
+                image_size=run.data.image_size,
+                image_sizes=run.data.image_sizes,
+            ),
             lambda: run.eval.root and self._held_out_images,
             lambda: run.eval.knn_root and self._labelled_images,
             *(
@@ -480,15 +496,22 @@ class DistillationJob(TrainingJob):
         run, entries, size = self.run, self.settled.taught_by, self.run.data.image_size
         several = bool(run.data.image_sizes)
         student = make_student(run.student, image_size=size, resizes_positions=several)
+        sight = sight_of(run.mask, student, size)
+        width = sight.width(student)
         return composed(
             student,
             teachers,
-            make_targets(student, teachers, entries, image_size=size, known=KNOWN),
+            make_targets(student, teachers, entries, image_size=size, width=width, known=KNOWN),
             weighting=run.weighting,
             taught=teaches(run.weighting, run.teachers, run.data),
             mosaics=[name for name, entry in entries.items() if entry.mosaic],
             teachers_beside=run.task.distillation.teacher_stream,
+            sight=sight,
         )
+
+    def _student_on_shapes(self) -> nn.Module:
+        with torch.device("meta"):
+            return make_student(self.run.student, image_size=self.run.data.image_size)
 
     # --- training ---
 

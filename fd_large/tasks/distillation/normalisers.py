@@ -37,6 +37,12 @@ def none(tokens: Tensor) -> Tensor:
     return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
+def unbiased_whitening(tokens: Tensor) -> Tensor:
+    """Gives each token mean 0 and variance 1 by the unbiased variance, as dBOT and MAE do."""
+    variance, mean = torch.var_mean(none(tokens), dim=-1, keepdim=True)
+    return (none(tokens) - mean) / (variance + 1e-6).sqrt()
+
+
 class Affine:
     """Tokens less a mean, then scaled or rotated by a constant.
 
@@ -86,7 +92,11 @@ def phi_s(statistics: TargetStatistics) -> Affine:
     return Affine(statistics.mean, statistics.phi_s)
 
 
-NORMALISERS: dict[str, Any] = {WHITENING: whiten, NONE: none}
+NORMALISERS: dict[str, Any] = {
+    WHITENING: whiten,
+    "unbiased_whitening": unbiased_whitening,
+    NONE: none,
+}
 """The built-in normalisers that need no file."""
 BY_STATISTICS: dict[str, Callable[[TargetStatistics], Affine]] = {
     "standardise": standardise,

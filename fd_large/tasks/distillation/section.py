@@ -57,10 +57,11 @@ class Objective:
     # (projected, target) to a scalar: module:FILE.py:NAME (docs/extending.md).
     loss: str = "smooth_l1"
     # What is done to the teacher's tokens. whitening: each gets mean 0 and variance 1 over its
-    # channels. none: nothing. standardise: each channel gets mean 0 and variance 1. phi_s: channels
-    # are rotated so that all have variance 1. running: each channel gets about mean 0 and variance
-    # 1, by statistics that follow those of the steps; batch: exactly, by those of the step's own
-    # images. A function of your own: module:FILE.py:NAME.
+    # channels; unbiased_whitening: by the unbiased variance, as in dBOT. none: nothing.
+    # standardise: each channel gets mean 0 and variance 1. phi_s: channels are rotated so that all
+    # have variance 1. running: each channel gets about mean 0 and variance 1, by statistics that
+    # follow those of the steps; batch: exactly, by those of the step's own images. A function of
+    # your own: module:FILE.py:NAME.
     normaliser: str = "whitening"
     # File of means, deviations and the rotation of the teacher's channels, for standardise and
     # phi_s: the command statistics writes it.
@@ -264,6 +265,78 @@ class Weighting:
 
 FIXED = Weighting()
 """Every image learns from all teachers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Which patches the student is not shown in training, and which of its tokens learn.
+
+    The teachers, and all evaluations, see whole images. A mask is a function of the seed, the epoch
+    and the image's place in it.
+    """
+
+    # How the hidden patches of an image are drawn. none: nothing is hidden. random: each alone, as
+    # in MAE. block: rectangles, as in EVA and BEiT, which may hide fewer than ratio says.
+    # block_exact: rectangles, and single patches up to the number, as in BEiT v2.
+    sampler: Literal["none", "random", "block", "block_exact"] = "none"
+    # Share of the patches that are hidden, in (0, 1).
+    ratio: float = 0.4
+    # Patches of the smallest rectangle that is drawn.
+    min_patches: int = 16
+    # What the student is shown in the place of a hidden patch. token: a learnt token. dropped:
+    # nothing; it encodes visible patches alone, as many in each image.
+    student: Literal["token", "dropped"] = "token"
+    # Whose loss counts. masked, visible: that of the hidden or of the other patches. all: both.
+    # A student that encodes visible patches alone has a decoder for the hidden ones.
+    tokens: Literal["masked", "visible", "all"] = "masked"
+    # Whether the loss of prefix tokens (CLS) counts beside that of patches.
+    cls: bool = False
+    # What the loss is a mean over. token: all tokens of a step that count, on all ranks. image: the
+    # images, each with the mean over its tokens.
+    reduce: Literal["token", "image"] = "token"
+    # Channels, blocks and attention heads of the decoder, which is left out of the result.
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+
+    def __post_init__(self) -> None:
+        check_types(self, "mask")
+        require(0 < self.ratio < 1, "mask.ratio: invalid share", self.ratio, "a number in (0, 1)")
+        for name in ("min_patches", "decoder_width", "decoder_depth", "decoder_heads"):
+            at_least(f"mask.{name}", getattr(self, name), 1, "of them")
+        require(
+            self.decoder_width % self.decoder_heads == 0 == self.decoder_width % 4,
+            "mask.decoder_width: does not divide into attention heads and positions",
+            f"{self.decoder_width} with {self.decoder_heads} heads",
+            "a multiple of the heads and of 4",
+            beside=("mask.decoder_heads",),
+        )
+        require(
+            (self.sampler, self.student) != ("block", "dropped"),
+            "mask.sampler: images in which as many patches are visible can be encoded together",
+            "block, which hides at most a number, with mask.student dropped",
+            "random or block_exact",
+            beside=("mask.student",),
+        )
+
+    @property
+    def hides(self) -> bool:
+        """Whether anything is hidden."""
+        return self.sampler != "none"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether there is a decoder."""
+        return self.hides and self.student == "dropped" and self.tokens != "visible"
+
+    def ignored_fields(self) -> list[str]:
+        """Returns the fields that its others leave without effect."""
+        names = ["min_patches"] if "block" not in self.sampler else []
+        if not self.decodes:
+            names += [f"decoder_{name}" for name in ("width", "depth", "heads")]
+        if not self.hides:
+            names += ["ratio", "student", "tokens", "cls", "reduce"]
+        return [f"mask.{name}" for name in names]
 
 
 def label(teacher: str, kind: str) -> str:
@@ -494,7 +567,7 @@ KIND = TaskKind(
     job="distillation.job.DistillationJob",
     stored="distillation.stored.StoredDistillation",
     title="Distillation",
-    sections=("teacher", "objective", "teachers", "weighting", "students"),
+    sections=("teacher", "objective", "teachers", "weighting", "mask", "students"),
     section=Views,
     # The hash of a file of statistics decides, not its place.
     may_change=(

@@ -165,7 +165,7 @@ def fill_heads(
         with_prefix = SUMMARY not in entry.targets
         facts = HeadFacts(
             head=entry.setting("head", target.kind),
-            width=task.student.width,
+            width=task.sight.width(task.student),
             teacher_width=entry.width_of(target.kind, teacher.width),
             maps=shapes_of(
                 task.student, teacher, image_size, kind=target.kind, with_prefix=with_prefix
@@ -288,7 +288,7 @@ class StoredDistillation(StoredRun):
         The whole task is checked, whatever part of it goes out, but for a head of the user's own,
         whose code may not be allowed.
         """
-        if self.run.teachers or self.run.objective.head != "linear":
+        if self.run.teachers or self.run.objective.head != "linear" or self.run.mask.hides:
             stream.check(reader, dict(student), prefix=stream.STUDENT)
             return {}
         state = KNOWN.moving.get(self.run.objective.normaliser)
@@ -309,6 +309,12 @@ class StoredDistillation(StoredRun):
             reader: The checkpoint.
         """
         job = self.job
+        if self.run.mask.decodes:
+            raise ConfigError(
+                "teacher_map: its heads read the map of a decoder, which no student has; got "
+                f"mask.tokens {self.run.mask.tokens} with mask.student dropped, expected a head of "
+                "the student's own map. Use the student alone."
+            )
         with torch.device("meta"):
             teachers = job.make_teachers()
             task = job.task_around(teachers)

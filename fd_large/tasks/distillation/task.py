@@ -159,6 +159,14 @@ class Whole:
         """Returns what is drawn for each image, as `Task.draws`."""
         return {}
 
+    def width(self, student: nn.Module) -> int:
+        """Returns the channels of the map that heads are given."""
+        return student.width
+
+    def undrawn(self, images: Tensor) -> Drawn:
+        """Returns what stands for draws in training where shapes alone count."""
+        return {}
+
     def see(self, student: nn.Module, pixels: Tensor, keep: Tensor | None, drawn: Drawn) -> Seen:
         """Runs the student."""
         return Seen(student(pixels, keep))
@@ -242,6 +250,8 @@ class Distillation(Task):
         maps = self.learnt(images, given)
         with torch.no_grad():
             pixels = normalise(images, self.statistics)
+        if self.training and not draws:
+            draws = self.sight.undrawn(images)
         return {"pixels": pixels, "keep": keep, "maps": maps, "drawn": draws}
 
     def forward(

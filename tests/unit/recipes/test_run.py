@@ -304,7 +304,9 @@ def test_several_teachers_take_the_place_of_the_only_one():
 
 
 def test_a_run_with_one_teacher_is_stored_as_ever():
-    assert "teachers" not in a_run().to_dict()
+    assert not {"teachers", "mask"} & a_run().to_dict().keys()
+    masked = a_run().with_fields({"mask.sampler": "block"})
+    assert Run.from_dict(masked.to_dict()) == masked
     (entry,) = a_run().taught_by.values()
     assert a_run().with_taught_by({"": entry}) == a_run()
 

@@ -12,6 +12,7 @@ import fd_large
 from fd_large.cli.export import export
 from fd_large.engine.zero.partition import running_statistics
 from fd_large.errors import ConfigError, WeightsError
+from fd_large.recipes.sections import Student
 from fd_large.tasks.distillation.normalisers import make_normaliser
 from fd_large.tasks.distillation.section import Objective
 from fd_large.tasks.distillation.target_statistics import statistics_of, write
@@ -60,6 +61,33 @@ def test_runs_and_exports_give_back_what_each_teacher_gives(tmp_path, caplog):
         model.teacher_map("plane", images)
     with pytest.raises(ConfigError, match=r"expected a run"):
         fd_large.load_student(f"{tmp_path / 'one'}#teacher").teacher_map("teacher", images)
+
+
+@pytest.mark.parametrize("student", ["token", "dropped"])
+def test_an_export_has_the_student_without_mask_token_and_decoder(tmp_path, caplog, student):
+    """Heads on a decoder's map are left out with it; others guess from the student's map."""
+    vit = Student(model="vit_base_patch16", architecture=tiny_runs.VIT)
+    mask = {"sampler": "random", "student": student, "ratio": 0.5, "decoder_width": 32}
+    if student == "dropped":
+        mask["decoder_depth"] = 1
+    fields = {f"mask.{name}": value for name, value in mask.items()}
+    run = replace(tiny_runs.tiny_run(), student=vit).with_fields(fields)
+    task = tiny_runs.tiny_task(run)
+    tiny_runs.store_task(tmp_path / "run", run, task)
+    for library in ("timm", "fd"):
+        export(str(tmp_path / "run"), str(tmp_path / library), library, "2KB")
+        exported = fd_large.load_student(tmp_path / library)
+        images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+        with torch.no_grad():
+            expected = task.student(task.prepare(images, None, None)["pixels"]).tokens
+        found = exported(images).flatten(2).mT
+        assert torch.allclose(found, expected[:, 1:], atol=1e-5)
+        if student == "token":
+            assert exported.teacher_map("teacher", images).shape == (2, 16, 4, 4)
+            continue
+        with pytest.raises(ConfigError, match="no head"):
+            exported.teacher_map("teacher", images)
+    assert ("heads are left out" in caplog.text) == (student == "dropped")
 
 
 @pytest.mark.parametrize("name", ["standardise", "phi_s"])

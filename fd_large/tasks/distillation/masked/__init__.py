@@ -1,0 +1,1 @@
+"""Masked distillation: a student that is not shown some patches of an image."""

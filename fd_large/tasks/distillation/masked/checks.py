@@ -1,0 +1,116 @@
+"""What cannot be learnt of hidden or visible patches, refused before a start with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+
+from torch import nn
+
+from fd_large.backbones.layers import PatchEmbed
+from fd_large.recipes.fields import require
+from fd_large.tasks.distillation.heads import registry
+from fd_large.tasks.distillation.losses import Loss
+from fd_large.tasks.distillation.masked.samplers import hidden
+from fd_large.tasks.distillation.section import MAP, Mask, NamedTeacher, field_of
+
+# Heads that treat each token alone.
+_OF_TOKENS = ("linear", "mlp", "mlp_relu")
+# Heads whose map has the places of the student's.
+_OF_PLACES = (*_OF_TOKENS, "attention_mlp", "block", "ladder")
+
+
+def mask_checks(
+    mask: Mask,
+    make_student: Callable[[], nn.Module],
+    entries: Mapping[str, NamedTeacher],
+    loss_of: Callable[[NamedTeacher, str], Loss],
+    *,
+    image_size: int,
+    image_sizes: Sequence[int],
+) -> Iterator[Callable[[], None]]:
+    """Yields what refuses a recipe that a mask does not go with.
+
+    Args:
+        mask: What the recipe says of it.
+        make_student: Constructs the student, on the meta device.
+        entries: What it says of each teacher, by name.
+        loss_of: Makes the loss of an entry's target.
+        image_size: Side of the student's images, in pixels.
+        image_sizes: All sides that the run draws from; empty: its images have one.
+    """
+    if not mask.hides:
+        return
+    yield partial(
+        require,
+        not image_sizes,
+        "data.image_sizes: a mask is drawn before the size of its images",
+        " ".join(map(str, image_sizes)),
+        "none",
+        "Leave them out, or set --mask.sampler none",
+    )
+    yield lambda: _check_student(mask, make_student(), image_size)
+    for name, entry in entries.items():
+        if MAP in entry.targets:
+            yield partial(_check_target, mask, name, entry, loss_of)
+
+
+def _check_student(mask: Mask, student: nn.Module, image_size: int) -> None:
+    own = isinstance(getattr(student, "patch_embed", None), PatchEmbed)
+    require(
+        own if mask.student == "token" else getattr(student, "encodes_some", False),
+        "mask.student: "
+        + (
+            "a learnt token stands for patches of this package's own models"
+            if mask.student == "token"
+            else "visible patches alone are encoded by a ViT of this package's own, without tables "
+            "of positions in each block or windows"
+        ),
+        f"{mask.student} for a {type(student).__name__}",
+        "another student" + (", or token" if own else ""),
+        "Change --student.model",
+    )
+    rows, columns = student.grid(image_size, image_size)
+    number = hidden(mask, (rows, columns))
+    require(
+        0 < number < rows * columns,
+        "mask.ratio: hides all patches or none",
+        f"{mask.ratio} of {rows}x{columns}, {number} in number",
+        "some, and not all",
+    )
+
+
+def _check_target(
+    mask: Mask, name: str, entry: NamedTeacher, loss_of: Callable[[NamedTeacher, str], Loss]
+) -> None:
+    """Refuses losses, heads and grids of a map of which some tokens count."""
+    loss, heads = loss_of(entry, MAP), _OF_PLACES
+    require(
+        loss.of_tokens or (mask.tokens == "all" and mask.cls),
+        f"{field_of(name, 'loss')}: a loss of single tokens is needed where some count",
+        entry.loss,
+        "smooth_l1, mse, l1, cosine or a sum of these, or a Loss with per_token",
+        beside=("mask.tokens", "mask.cls"),
+    )
+    if mask.student == "dropped":
+        heads = tuple(one for one in _OF_PLACES if one != "ladder") if mask.decodes else _OF_TOKENS
+    _check_head(mask, name, entry.head, heads)
+    require(
+        entry.interpolation not in ("bilinear_student", "bilinear_larger"),
+        f"{field_of(name, 'interpolation')}: a mask is of the student's grid, on which its tokens "
+        "are counted",
+        entry.interpolation,
+        "none, bilinear or auto",
+    )
+
+
+def _check_head(mask: Mask, name: str, head: str, known: Collection[str]) -> None:
+    is_own = head not in registry.HEADS
+    require(
+        head in known or (is_own and mask.student == "token"),
+        f"{field_of(name, 'head')}: tokens are counted at the student's places, and a head of "
+        "visible patches treats each alone",
+        f"{head} with mask.student {mask.student}",
+        ", ".join(known),
+        beside=("mask.student",),
+    )

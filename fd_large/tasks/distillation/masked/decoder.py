@@ -1,0 +1,97 @@
+"""What the student sees in place of hidden patches, where they are learnt."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fd_large.backbones.initialization import NORMAL, fill
+from fd_large.tasks.distillation.section import Mask
+
+Grid = tuple[int, int]
+
+
+class MaskToken(nn.Module):
+    """Puts a learnt token in the place of hidden patches.
+
+    A Module of its own, so that the hooks of ZeRO-3 gather the token where it is used.
+
+    Args:
+        width: C.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # Three dimensions, as in the public codes: it decays as weights do.
+        self.token = nn.Parameter(torch.empty(1, 1, width))
+        fill(self.token, NORMAL)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Returns tokens (B, H, W, C) with those replaced that a mask hides.
+
+        Args:
+            tokens: (B, H, W, C), patches.
+            mask: (B, h, w) bool, of cells of one or more patches.
+        """
+        for axis in (1, 2):
+            size = tokens.shape[axis]
+            mask = mask.repeat_interleave(-(-size // mask.shape[axis]), axis)
+            mask = mask.narrow(axis, 0, size)
+        return torch.where(mask[..., None], self.token.to(tokens.dtype), tokens)
+
+
+class Decoder(nn.Module):
+    """Makes a map of all places out of the tokens of visible patches: MAE's, as in dBOT.
+
+    Source: He et al., arXiv 2111.06377; Liu et al., arXiv 2209.03917.
+
+    Args:
+        width: Channels of the student's tokens.
+        mask: Its width, blocks and heads.
+    """
+
+    def __init__(self, width: int, mask: Mask) -> None:
+        super().__init__()
+        from timm.models.vision_transformer import Block  # A second that other runs are spared.
+
+        own, norm = mask.decoder_width, partial(nn.LayerNorm, eps=1e-6)
+        self.embed = nn.Linear(width, own)
+        self.mask_token = MaskToken(own)
+        self.blocks = nn.ModuleList(
+            Block(own, mask.decoder_heads, qkv_bias=True, norm_layer=norm)
+            for _ in range(mask.decoder_depth)
+        )
+        self.norm = norm(own)
+
+    def forward(self, tokens: Tensor, places: Tensor, grid: Grid) -> Tensor:
+        """Returns tokens (B, P + N, decoder_width) of all places.
+
+        Args:
+            tokens: (B, P + V, C), prefix tokens and visible patches.
+            places: (B, V) int64, numbers of the visible patches.
+            grid: Rows and columns of all.
+        """
+        x = self.embed(tokens)
+        prefix = x.shape[1] - places.shape[1]
+        visible = x.new_zeros(len(x), grid[0] * grid[1], x.shape[-1])
+        index = places[..., None].expand(-1, -1, x.shape[-1])
+        visible = visible.scatter(1, index, x[:, prefix:]).unflatten(1, grid)
+        is_hidden = torch.ones(visible.shape[:3], dtype=torch.bool, device=x.device)
+        is_hidden = is_hidden.flatten(1).scatter(1, places, False).unflatten(1, grid)
+        patches = self.mask_token(visible, is_hidden).flatten(1, 2)
+        patches = patches + sin_cos_positions(grid, x.shape[-1]).to(patches)
+        x = torch.cat([x[:, :prefix], patches], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def sin_cos_positions(grid: Grid, width: int) -> Tensor:
+    """Returns fixed positions (N, width) float32: of the columns, then of the rows, as in MAE."""
+    rate = 10000.0 ** -(np.arange(width // 4) / (width // 4))
+    rows, columns = (axis.reshape(-1, 1) * rate for axis in np.mgrid[: grid[0], : grid[1]])
+    parts = [np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)]
+    return torch.from_numpy(np.concatenate(parts, axis=1)).float()

@@ -1,0 +1,112 @@
+"""Which patches of an image are hidden: a function of (seed, epoch, position) alone.
+
+So neither ranks, micro batches nor a resume change a mask.
+
+Source: He et al. (MAE), arXiv 2111.06377 (random); Bao et al. (BEiT), arXiv 2106.08254, in the code
+of EVA (blocks), and Peng et al. (BEiT v2), arXiv 2208.06366 (blocks, then single patches).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from functools import partial
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fd_large.data.random_numbers import random_words, uniforms
+from fd_large.tasks.distillation.section import Mask
+
+Grid = tuple[int, int]
+Bools = NDArray[np.bool_]
+
+_ATTEMPTS = 10
+_LEAST_ASPECT = 0.3
+
+
+def masks(mask: Mask, grid: Grid, seed: int, epoch: int, positions: ArrayLike) -> Bools:
+    """Returns whether each patch of each image is hidden, (B, N).
+
+    Args:
+        mask: What the recipe says.
+        grid: Rows and columns of the patches.
+        seed: The run's seed.
+        epoch: Epoch, counted from 0.
+        positions: (B,), in the epoch's order.
+    """
+    number = hidden(mask, grid)
+    if mask.sampler == "random":
+        noise = uniforms(seed, epoch, positions, "mask", grid[0] * grid[1])
+        return random_masks(noise, number)
+    words = random_words(seed, epoch, positions, "mask")[:, 0]
+    drawn = partial(block_mask, grid=grid, number=number, min_patches=mask.min_patches)
+    exact = mask.sampler == "block_exact"
+    seeds = (int.from_bytes(own.astype("<u4").tobytes(), "little") for own in words)
+    return np.stack([drawn(random.Random(number), exact=exact) for number in seeds])
+
+
+def hidden(mask: Mask, grid: Grid) -> int:
+    """Returns how many patches are hidden; of blocks that need not fit, at most."""
+    patches = grid[0] * grid[1]
+    if mask.sampler == "random":
+        # As published: the product is rounded down as it comes, so that 0.9 of 10 hides all.
+        return patches - int(patches * (1 - mask.ratio))
+    return round(patches * mask.ratio)
+
+
+def random_masks(noise: NDArray[np.float64], number: int) -> Bools:
+    """Returns masks (B, N) that hide as many patches, those of the largest noise.
+
+    Args:
+        noise: (B, N).
+        number: How many are hidden.
+    """
+    masked = np.zeros(noise.shape, dtype=np.bool_)
+    order = noise.argsort(axis=1, kind="stable")
+    np.put_along_axis(masked, order[:, noise.shape[1] - number :], True, axis=1)
+    return masked
+
+
+def block_mask(
+    draw: random.Random, grid: Grid, number: int, *, min_patches: int, exact: bool = False
+) -> Bools:
+    """Returns a mask (N,) of rectangles, which may overlap.
+
+    In the order of draws it is the official one: area, aspect, top, left.
+
+    Args:
+        draw: What the mask is drawn from.
+        grid: Rows and columns of the patches.
+        number: Most patches that are hidden.
+        min_patches: Patches of the smallest rectangle; the area lies between it and what is left,
+            also where that is less.
+        exact: Whether single patches are hidden where the rectangles fall short of the number.
+    """
+    masked = np.zeros(grid, dtype=np.bool_)
+    left = number
+    while left > 0 and (new := _hide_rectangle(draw, masked, min_patches, left)):
+        left -= new
+    flat = masked.reshape(-1)
+    if exact and left:
+        flat[draw.sample(np.flatnonzero(~flat).tolist(), left)] = True
+    return flat
+
+
+def _hide_rectangle(draw: random.Random, masked: Bools, least: int, most: int) -> int:
+    """Hides a rectangle of a mask (H, W) in place; returns how many patches it newly hides."""
+    rows, columns = masked.shape
+    bound = math.log(_LEAST_ASPECT)
+    for _ in range(_ATTEMPTS):
+        area = draw.uniform(least, most)
+        aspect = math.exp(draw.uniform(bound, -bound))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height >= rows or width >= columns:
+            continue
+        top, left = draw.randint(0, rows - height), draw.randint(0, columns - width)
+        rectangle = masked[top : top + height, left : left + width]
+        new = int(rectangle.size - rectangle.sum())
+        if 0 < new <= most:
+            rectangle[:] = True
+            return new
+    return 0

@@ -1,0 +1,226 @@
+"""The sight (task.py) of a student that is not shown some patches, and the tokens that count.
+
+Of rectangles images hide different numbers of patches. A mean over the masked tokens of a micro
+batch, as in the public codes, then depends on ranks and micro batches; here their number is known
+for the whole step before its first backward (`Masked.sums`), and each token counts alike.
+
+Source: Fang et al. (EVA), arXiv 2211.07636; Xie et al. (SimMIM), arXiv 2111.09886, for students
+with a coarse map, which hide the patches of a whole token of it; Xue et al. (MaskAlign), arXiv
+2211.08887, for those that encode visible patches alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.engine.parts import Part
+from fd_large.tasks.distillation.masked.decoder import Decoder, MaskToken
+from fd_large.tasks.distillation.masked.samplers import hidden, masks
+from fd_large.tasks.distillation.section import MAP, Mask
+from fd_large.tasks.distillation.task import Comparison, Drawn, Seen, Whole
+
+
+class Counted(NamedTuple):
+    """A comparison of which some tokens count.
+
+    Attributes:
+        whole: The comparison of all tokens.
+        counts: (B, N) bool; None: all do.
+        of_images: (B,), the weight of each image in a mean over images.
+        number: How many tokens count in the whole step, a scalar; None: as many in each image.
+        micro_batches: Micro batches of the step on all ranks.
+    """
+
+    whole: Comparison
+    counts: Tensor | None
+    of_images: Tensor
+    number: Tensor | None
+    micro_batches: int
+
+    @property
+    def target(self) -> Any:
+        """The target."""
+        return self.whole.target
+
+    def value(self) -> Tensor:
+        """Returns a micro batch's share of the loss of a step, without its weight."""
+        if self.counts is None:
+            return self.whole.value()
+        if self.number is None:
+            return self.per_image().mean()
+        return self.micro_batches * self._losses().sum() / self.number.to(torch.float32)
+
+    def per_image(self) -> Tensor:
+        """Returns the mean over the tokens that count of each image, (B,); 0 without any."""
+        if self.counts is None:
+            return self.whole.per_image()
+        return self._losses().sum(1) / self.counts.sum(1).clamp(min=1)
+
+    def shares(self) -> Tensor:
+        """Returns the weight of each image in a mean over images, (B,)."""
+        return self.of_images
+
+    def _losses(self) -> Tensor:
+        """The loss of each token, (B, N); 0 where it does not count."""
+        normalised = self.target.normalise(self.whole.tokens.detach())
+        projected = self.whole.projected.to(normalised.dtype)
+        return self.target.loss.per_token(projected, normalised).where(self.counts, 0)
+
+
+class Masked(Whole, Part):
+    """A student that sees a learnt token in place of hidden patches, or visible patches alone.
+
+    Without a mask among what is drawn, as in evaluation, it sees the whole image.
+
+    Args:
+        mask: What the recipe says.
+        student: The student.
+        image_size: Side of its images, in pixels.
+    """
+
+    def __init__(self, mask: Mask, student: nn.Module, *, image_size: int) -> None:
+        self._mask, self._grid = mask, student.grid(image_size, image_size)
+        self._drops = mask.student == "dropped"
+        channels = student.patch_embed.proj.out_channels
+        self._token = None if self._drops else MaskToken(channels)
+        self._decoder = Decoder(student.width, mask) if mask.decodes else None
+        self._differ = mask.sampler == "block" and mask.tokens != "all" and mask.reduce == "token"
+        self.before_step(0.0)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Returns the learnt token, or the decoder, by its name in checkpoints."""
+        found = {"mask": self._token, "decoder": self._decoder}
+        return {name: module for name, module in found.items() if module is not None}
+
+    def parts(self) -> tuple[Part, ...]:
+        """Returns itself, if the number of tokens that count is known of a whole step alone."""
+        return (self,) if self._differ else ()
+
+    def width(self, student: nn.Module) -> int:
+        """Returns the channels of the map that heads are given."""
+        return student.width if self._decoder is None else self._mask.decoder_width
+
+    def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
+        """Returns the hidden patches, (N, B) bool, and where the others are encoded alone theirs,
+        (V, B) int64.
+        """
+        drawn = torch.from_numpy(masks(self._mask, self._grid, seed, epoch, positions))
+        found = {"mask": drawn.T.contiguous()}
+        if self._drops:
+            # Visible patches first, in the order of their numbers.
+            order = drawn.byte().argsort(dim=1, stable=True)
+            visible = order[:, : drawn.shape[1] - hidden(self._mask, self._grid)]
+            found["visible"] = visible.T.contiguous()
+        return found
+
+    def undrawn(self, images: Tensor) -> Drawn:
+        """Returns a mask of the shape of those that are drawn, and as many visible patches."""
+        patches = self._grid[0] * self._grid[1]
+        found = {"mask": images.new_zeros(patches, len(images), dtype=torch.bool)}
+        if self._drops:
+            visible = patches - hidden(self._mask, self._grid)
+            found["visible"] = images.new_zeros(visible, len(images), dtype=torch.int64)
+        return found
+
+    def see(self, student: nn.Module, pixels: Tensor, keep: Tensor | None, drawn: Drawn) -> Seen:
+        """Runs the student, and the decoder."""
+        if self._token is not None and "mask" in drawn:
+            mask = drawn["mask"].T.unflatten(1, self._grid)
+            hook = student.patch_embed.register_forward_hook(
+                lambda _module, _inputs, patches: self._hidden(patches, mask)
+            )
+            try:
+                return Seen(student(pixels, keep))
+            finally:
+                hook.remove()
+        if "visible" not in drawn and self._decoder is None:
+            return Seen(student(pixels, keep))
+        if "visible" in drawn:
+            places = drawn["visible"].T
+            map_ = student(pixels, keep, places)
+        else:
+            map_ = student(pixels, keep)
+            number = self._grid[0] * self._grid[1]
+            places = torch.arange(number, device=pixels.device).expand(len(pixels), -1)
+        if self._decoder is None:
+            return Seen(_filled(map_, places))
+        tokens = map_.tokens.to(self._decoder.embed.weight.dtype)
+        return Seen(map_._replace(tokens=self._decoder(tokens, places, self._grid)))
+
+    def _hidden(self, patches: Any, mask: Tensor) -> Any:
+        """Patches, or the same in two data types, with the learnt token where a mask hides them."""
+        assert self._token is not None
+        if isinstance(patches, tuple):
+            return tuple(self._token(one, mask) for one in patches)
+        return self._token(patches, mask)
+
+    def counted(self, comparison: Comparison, drawn: Drawn) -> Any:
+        """Returns the comparison of the tokens that count; of a summary that is all of it."""
+        if "mask" not in drawn:
+            return comparison
+        patches = self._counted_patches(drawn)
+        counts = number = None
+        of_map = comparison.target.kind == MAP
+        if of_map and not (self._mask.tokens == "all" and self._mask.cls):
+            prefix = comparison.projected.shape[1] - patches.shape[1]
+            first = patches.new_full((len(patches), prefix), self._mask.cls)
+            counts = torch.cat([first, patches], dim=1)
+            if self._differ:
+                totals = self._totals_of(patches) if self._totals is None else self._totals
+                number = totals[0] + prefix * totals[1] * self._mask.cls
+        shares = self.shares(drawn, comparison.projected)
+        return Counted(comparison, counts, shares, number, self._micro_batches)
+
+    def shares(self, drawn: Drawn, pixels: Tensor) -> Tensor:
+        """Returns the weight of each image in a mean over images, (B,)."""
+        if not self._differ or "mask" not in drawn:
+            return pixels.new_ones(len(pixels), dtype=torch.float32)
+        return self._counted_patches(drawn).sum(1).to(torch.float32)
+
+    def _counted_patches(self, drawn: Drawn) -> Tensor:
+        """Which patches count, (B, N) bool."""
+        mask = drawn["mask"].T
+        kinds = {"masked": mask, "visible": ~mask}
+        return kinds.get(self._mask.tokens, torch.ones_like(mask))
+
+    # --- the part of a step ---
+
+    def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
+        """Returns the numbers of patches that count, and of images, (2,)."""
+        return self._totals_of(self._counted_patches(prepared["drawn"]))
+
+    @staticmethod
+    def _totals_of(patches: Tensor) -> Tensor:
+        of_images = patches.sum(1).double()
+        return torch.stack([of_images.sum(), torch.ones_like(of_images).sum()])
+
+    def take(self, totals: Tensor, micro_batches: int) -> None:
+        """Takes the numbers of the step."""
+        self._totals, self._micro_batches = totals, micro_batches
+
+    def before_step(self, progress: float) -> None:
+        """Drops the numbers of the step before; a trial has its own."""
+        self._totals: Tensor | None = None
+        self._micro_batches = 1
+
+
+def _filled(map_: FeatureMap, places: Tensor) -> FeatureMap:
+    """A map of all places with zeros where nothing was encoded.
+
+    Heads of single tokens and the loss then treat it as any other.
+
+    Args:
+        map_: Of visible patches alone; its grid is that of all.
+        places: (B, V) int64, their numbers.
+    """
+    prefix, (rows, columns) = map_.num_prefix_tokens, map_.grid
+    visible, width = map_.tokens[:, prefix:], map_.tokens.shape[-1]
+    empty = visible.new_zeros(len(visible), rows * columns, width)
+    patches = empty.scatter(1, places[..., None].expand(-1, -1, width), visible)
+    # The mean of all places would be one of zeros too.
+    summary = map_.summary if prefix else visible.mean(1, keepdim=True)
+    return map_._replace(tokens=torch.cat([map_.tokens[:, :prefix], patches], 1), summary=summary)
