@@ -104,6 +104,13 @@ def refused() -> Mapping[str, str]:
     return _refused
 
 
+def reset() -> None:
+    """Forgets what was chosen, refused and said, for a process whose environment changes."""
+    _refused.clear()
+    for cached in (_implementation, _say, apex_layer_norm):
+        cached.cache_clear()
+
+
 # What `with` blocks set, for all threads: those of autograd choose too, in a recomputed forward.
 _only_references = False
 _stood_for: Device | None = None

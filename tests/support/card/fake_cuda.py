@@ -352,12 +352,12 @@ def fake_cuda() -> Iterator[Card]:
     # torch.tensor(..., device="cuda") makes a CPU tensor and moves it, which the mode then sees.
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
-    choose._implementation.cache_clear()
+    choose.reset()
     try:
         with card:
             yield card
     finally:
-        choose._implementation.cache_clear()
+        choose.reset()
         torch._C._set_only_lift_cpu_tensors(before)
         _cards.pop()
         patch.undo()

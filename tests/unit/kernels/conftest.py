@@ -23,7 +23,7 @@ def device() -> str:
 @pytest.fixture
 def chosen():
     """Which operations ran on what, in order; fresh choices for a test that changes the wish."""
-    choose._implementation.cache_clear()
+    choose.reset()
     with choose.hearing() as heard:
         yield heard
-    choose._implementation.cache_clear()
+    choose.reset()

@@ -46,12 +46,11 @@ def chosen(monkeypatch):
     for name, value in {"FD_KERNELS": "triton", "TRITON_INTERPRET": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(choose, "_operations", dict(choose._operations))
-    monkeypatch.setattr(choose, "_refused", {})
     monkeypatch.setattr(choose, "find_spec", lambda name: True)
-    choose._implementation.cache_clear()
+    choose.reset()
     choose.register("scaled", lambda: "")
     yield
-    choose._implementation.cache_clear()
+    choose.reset()
 
 
 def calls_of(dtype):

@@ -21,11 +21,9 @@ NORM = {**CASE, "branch": torch.float32, "weight": torch.float32}
 def fresh_choices(monkeypatch):
     monkeypatch.delenv("FD_KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for cached in (choose._implementation, choose._say, choose.apex_layer_norm):
-        cached.cache_clear()
+    choose.reset()
     yield
-    for cached in (choose._implementation, choose._say, choose.apex_layer_norm):
-        cached.cache_clear()
+    choose.reset()
 
 
 @pytest.fixture
@@ -101,7 +99,7 @@ def test_torch_compile_on_old_gpus_and_without_triton(wish, gpu, monkeypatch):
     monkeypatch.setenv("FD_KERNELS", wish)
 
     def choice():
-        choose._implementation.cache_clear()
+        choose.reset()
         if wish == "auto":
             return choose.implementation("whitened_loss", "cuda")
         with pytest.raises(ConfigError, match=r"torch.compile"):
@@ -135,10 +133,10 @@ def test_the_log_says_once_what_runs_and_why(gpu, caplog):
 def test_old_gpus_and_missing_packages_run_the_reference_by_default(gpu, no_triton, monkeypatch):
     assert choose.implementation("residual_norm", "cuda", **CASE) == "reference"
     monkeypatch.setattr(choose, "find_spec", lambda name: True)
-    choose._implementation.cache_clear()
+    choose.reset()
     for other in ((7, 5), (8, 9), (10, 0)):
         gpu[:] = other
-        choose._implementation.cache_clear()
+        choose.reset()
         assert choose.implementation("residual_norm", "cuda", **CASE) == "reference"
 
 

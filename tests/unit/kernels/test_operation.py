@@ -41,15 +41,14 @@ CALLS = {
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    monkeypatch.setattr(choose, "_refused", {})
+def fresh():
     torch._dynamo.reset()
-    for cached in (choose._implementation, choose._say, operation._compiled):
-        cached.cache_clear()
+    choose.reset()
+    operation._compiled.cache_clear()
     counters.clear()
     yield
-    for cached in (choose._implementation, operation._compiled):
-        cached.cache_clear()
+    choose.reset()
+    operation._compiled.cache_clear()
 
 
 def results(call, batch):
