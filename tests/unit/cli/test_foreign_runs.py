@@ -112,17 +112,20 @@ def commands(folder: Path, out: Path) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("dotted", [False, True], ids=["file", "module"])
+QUICK = (("loss", "file"), ("student", "module"))
+
+
 @pytest.mark.parametrize(
-    "field",
+    ("field", "form"),
     [
-        field if field in ("loss", "student") else pytest.param(field, marks=pytest.mark.sweep)
+        pytest.param(field, form, marks=() if (field, form) in QUICK else pytest.mark.sweep)
         for field in FIELDS
+        for form in ("file", "module")
     ],
 )
 def test_no_command_runs_code_that_a_foreign_run_names(
     field: str,
-    dotted: bool,
+    form: str,
     tensors: dict[str, torch.Tensor],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -133,7 +136,7 @@ def test_no_command_runs_code_that_a_foreign_run_names(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    name = "module:evil_of_a_test:thing" if dotted else f"module:{evil}:thing"
+    name = f"module:{evil if form == 'file' else 'evil_of_a_test'}:thing"
     folder = foreign(tmp_path / "shared_run", tensors, FIELDS[field](name), name)
     refused = set()
     for words in commands(folder, tmp_path):
