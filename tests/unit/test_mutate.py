@@ -43,7 +43,7 @@ def made(mutate, text, kind):
         ("argument dropped", "return g(a, b=b)", ["return g(a)"]),
         ("swapped arguments", "return g(a, b, 1)", ["return g(b, a, 1)"]),
         ("swapped arguments", "return isinstance(a, b)", []),
-        ("swapped arguments", "return g(a, a), max(a, b)", []),
+        ("swapped arguments", "return g(a, a), max(a, b), a.transpose(1, 2)", []),
         ("statement dropped", 'raise ValueError(f"{a + 1}")', ["pass"]),
         ("arithmetic", 'raise ValueError(a + 1, "é")', []),
         ("arithmetic", 'log.warning("seen", a + 1)', []),
