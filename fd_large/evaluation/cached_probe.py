@@ -69,6 +69,8 @@ CACHED_PROBE = of_features(
     "Linear probe",
     _classify,
     flags=ProbeFlags,
+    # A distillation may help one and hurt the other.
+    pools=("mean", "cls", "both"),
     settings={"rates": "probe_rates", "epochs": "probe_epochs"},
     check=_warn,
 )

@@ -13,11 +13,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fd_large import doors
 from fd_large.errors import ConfigError, FDError, nearest, without_secrets
-from fd_large.evaluation.protocol import Asked, Protocol, Repeated, Result
+from fd_large.evaluation.protocol import Asked, Pooled, Protocol, Repeated, Result
 from fd_large.evaluation.results import Row, finish
 from fd_large.files import out_folder
 from fd_large.recipes.fields import at_least, require
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 OWN_FEATURES = "own"
 # What tables call the features of `--pool`.
-_POOLS = {"mean": "mean of patches", "cls": "class token"}
+_POOLS = {"mean": "mean of patches", "cls": "class token", "both": "class token and mean"}
 # What the features of a frozen model depend on.
 _FIELDS = (
     "data.root",
@@ -51,7 +51,7 @@ _FIELDS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenFlags:
+class FrozenFlags(Pooled):
     """Flags of all protocols that measure features of frozen models."""
 
     # What is measured of the student of a distillation run, or of an export of one: own, its map;
@@ -59,9 +59,6 @@ class FrozenFlags:
     # only teacher of a run is called teacher. Several are measured side by side. Other models are
     # measured by their own map.
     features: tuple[str, ...] = (OWN_FEATURES,)
-    # Feature of an image of a frozen model: the mean of its patch tokens, or its class token. auto:
-    # k-NN of each that the model has, a probe of the mean.
-    pool: Literal["auto", "mean", "cls"] = "auto"
     # Images at a time while the model is frozen.
     batch_size: int = 256
 
@@ -86,7 +83,7 @@ class FrozenFeatures(NamedTuple):
         seed: Seed of the repetition.
         flags: The command's own arguments.
         label: What the model is called.
-        pool: The feature: "mean" of the patches, or "cls", the class token.
+        pool: The feature: "mean" of the patches, "cls", the class token, or "both".
     """
 
     train: Features
@@ -314,7 +311,7 @@ def _rows(
             )
     for pool, voting, tested in zip(pools, *features, strict=True):
         words = [subject.feature, _POOLS[pool] if len(pools) > 1 else ""]
-        row = Row(subject.model, feature=", ".join(filter(None, words)))
+        row = Row(subject.model, feature=", ".join(filter(None, words)), pool=pool)
         row.labels = np.array(tested.labels)  # Copied: the files are removed.
         for seed in seeds:
             given = FrozenFeatures(voting, tested, train.classes, seed, flags, label, pool)

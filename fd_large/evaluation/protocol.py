@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fd_large.recipes.fields import at_least
 from fd_large.recipes.run import Run
@@ -44,6 +44,15 @@ class Repeated:
             first: Seed of the first repetition.
         """
         return list(range(first, first + self.seeds))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pooled:
+    """The flag of protocols of one feature for each image."""
+
+    # Feature of an image of a frozen model: the mean of its patch tokens, its class token, or both
+    # side by side in one vector. auto: each that the model has (k-NN: mean and cls).
+    pool: Literal["auto", "mean", "cls", "both"] = "auto"
 
 
 class Asked(NamedTuple):

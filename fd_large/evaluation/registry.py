@@ -20,8 +20,7 @@ _FROZEN = {protocol.name: protocol for protocol in (KNN, CACHED_PROBE)}
 PROTOCOLS: tuple[Protocol, ...] = (
     *_FROZEN.values(),
     *(
-        # One layer on a frozen model has no layer decay.
-        trained_by(kind, variant="official", swept=False)
+        trained_by(kind, variant="official", trains_all=False)
         if kind.name in _FROZEN
         else trained_by(kind)
         for kind in TASKS.values()

@@ -35,6 +35,7 @@ class Row:
             row's value and its own, by field.
         sweep: What was tried before, if anything.
         feature: Words for its feature where a model has several rows.
+        pool: What its feature is made of; rows are compared with the first of the same.
     """
 
     model: NamedModel
@@ -46,6 +47,7 @@ class Row:
     unlike_first: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     sweep: Sweep | None = None
     feature: str = ""
+    pool: str = ""
 
     def add(
         self, value: float, details: Mapping[str, Any], predicted: NDArray[np.int64] | None
@@ -76,7 +78,8 @@ def finish(
 
     Args:
         folder: Where the files go.
-        rows: The rows of the table; the others are compared with the first.
+        rows: The rows of the table; the others are compared with the first, or with the first that
+            has the same kind of feature.
         title: Words for the test.
         is_random: Whether another seed gives other values.
         facts: What else summary.json says, such as task, root and seeds.
@@ -95,7 +98,7 @@ def finish(
     summary = {
         **facts,
         "device": f"{distributed.world_size()} x {name}",
-        "nets": [_as_json(row, rows[0], is_random) | spread(row.values) for row in rows],
+        "nets": [_as_json(row, _beside(row, rows), is_random) | spread(row.values) for row in rows],
     }
     write_json(folder / SUMMARY, summary)
     _write_predictions(folder / "predictions.npz", rows)
@@ -138,6 +141,12 @@ def _as_json(row: Row, first: Row, is_random: bool) -> dict[str, Any]:
         paired = difference(right, other)
         found["difference"] = {"to": _label(first), **as_json(paired, is_random=is_random)}
     return found
+
+
+def _beside(row: Row, rows: Sequence[Row]) -> Row:
+    """What a row is compared with."""
+    of_kind = next(other for other in rows if other.pool == row.pool)
+    return rows[0] if of_kind is row else of_kind
 
 
 def _label(row: Row) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fd_large.errors import ConfigError, without_secrets
 from fd_large.evaluation import recorded_runs
-from fd_large.evaluation.protocol import Asked, Protocol, Repeated, Result
+from fd_large.evaluation.protocol import Asked, Pooled, Protocol, Repeated, Result
 from fd_large.evaluation.results import Row, finish
 from fd_large.evaluation.sweep import SweepFlags, Trained, check_fields, settings_of, sweep
 from fd_large.files import out_folder
@@ -41,19 +41,26 @@ class SweptTrainingFlags(SweepFlags, TrainingFlags):
     """Flags of protocols that train the whole model, whose rate and layer decay may be swept."""
 
 
-def trained_by(kind: TaskKind, *, variant: str = "cached", swept: bool = True) -> Protocol:
+@dataclass(frozen=True, kw_only=True)
+class ProbeTrainingFlags(Pooled, TrainingFlags):
+    """Flags of a protocol that trains a layer on a feature of a frozen model."""
+
+
+def trained_by(kind: TaskKind, *, variant: str = "cached", trains_all: bool = True) -> Protocol:
     """Returns the protocol that trains named models by a task.
 
     Args:
         kind: The task.
         variant: See `Protocol`.
-        swept: Whether `--sweep` may try learning rates and layer decays before.
+        trains_all: Whether the whole model learns, for which `--sweep` may try recipes, or a layer
+            on its features.
     """
     return Protocol(
         name=kind.name,
         title=kind.title,
         measure=partial(_measure, kind),
-        flags=SweptTrainingFlags if swept else TrainingFlags,
+        # One layer on a frozen model has no layer decay.
+        flags=SweptTrainingFlags if trains_all else ProbeTrainingFlags,
         fields=None,
         variant=variant,
     )
@@ -70,18 +77,21 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
     from fd_large.tasks.jobs import transfer_of
 
     flags, changes, models = asked.flags, asked.changes, asked.models()
-    if "runtime.run_dir" in changes and (flags.sweep or not len(models) == flags.seeds == 1):
-        raise ConfigError(
-            "--runtime.run_dir: one folder for several runs; got a sweep, or several models or "
-            "seeds, expected one run. Set --out, in which each has a folder."
-        )
     if flags.sweep:
         check_fields(changes)
     transfer = transfer_of(kind.name)
     tried = _recipes_of(models, kind, flags, changes)
-    recipes = [of_model[0] for of_model in tried]
-    rows = [Row(model) for model in models]
+    recipes, rows = [], []
+    for model, of_model in zip(models, tried, strict=True):
+        for words, recipe in transfer.variants(of_model[0], getattr(flags, "pool", "auto")).items():
+            recipes.append(recipe)
+            rows.append(Row(model, feature=words, pool=words))
     seeds = flags.seeds_from(recipes[0].runtime.seed)
+    if "runtime.run_dir" in changes and (flags.sweep or not len(rows) == flags.seeds == 1):
+        raise ConfigError(
+            "--runtime.run_dir: one folder for several runs; got a sweep, or several models, "
+            "features or seeds, expected one run. Set --out, in which each has a folder."
+        )
 
     def train(run: Run) -> Trained:
         config = flags.deepspeed_config or "zero1"
@@ -96,11 +106,15 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
             row.sweep = found
         recipes = [one.best_of(of_model) for one, of_model in zip(sweeps, tried, strict=True)]
     for row, recipe in zip(rows, recipes, strict=True):
-        row.recipe, row.unlike_first = recipe.name, recorded_runs.unlike(recipes[0], recipe)
+        first = recipes[next(i for i, other in enumerate(rows) if other.pool == row.pool)]
+        row.recipe, row.unlike_first = recipe.name, recorded_runs.unlike(first, recipe)
     folder = out_folder(flags.out)
     for seed in seeds:
         for row, recipe in zip(rows, recipes, strict=True):
-            where = folder / f"{slug(row.model.label)}_seed_{seed}"
+            # The mean of the patches has the folder that it had when it was the only feature.
+            is_first = next(other for other in rows if other.model is row.model) is row
+            name = row.model.label if is_first else f"{row.model.label} {row.feature}"
+            where = folder / f"{slug(name)}_seed_{seed}"
             if recipe.runtime.run_dir:
                 where = Path(recipe.runtime.run_dir)
             runtime = replace(recipe.runtime, run_dir=str(where), seed=seed)

@@ -1,6 +1,6 @@
 """Pooled features of labelled images, streamed to a file by all ranks.
 
-A row is the mean of an image's patch tokens, or its class token, in float32. Images come in
+A row is the mean of an image's patch tokens, its class token, or both, in float32. Images come in
 batches of a fixed size, the same ones on any number of ranks, so that a row is the same to the bit
 whoever computes it. Rows go to one file in a folder that all ranks see; memory does not grow with
 the data set.
@@ -28,7 +28,9 @@ from fd_large.ranks import distributed
 
 log = logging.getLogger(__name__)
 
-Pool = Literal["mean", "cls", "map"]
+Pool = Literal["mean", "cls", "both", "map"]
+# What a row is made of, where that is more than one feature.
+_PARTS: dict[Pool, tuple[Pool, ...]] = {"both": ("mean", "cls")}
 # With more of a dataset missing, it is not that dataset that is measured.
 MAX_BAD_FRACTION = 0.01
 
@@ -60,12 +62,14 @@ class Features(NamedTuple):
 
 
 def pooled(features: FeatureMap, pool: Pool) -> Tensor:
-    """Returns (B, C) float32 of a map: the mean over its patches, or its first token.
+    """Returns (B, C) float32: the mean over a map's patches, its first token, or both, (B, 2C).
 
     Of `map` it is all patches, one after the other.
 
     Raises: ConfigError: if the map has no class token and `pool` asks for it.
     """
+    if pool in _PARTS:
+        return torch.cat([pooled(features, part) for part in _PARTS[pool]], 1)
     if pool == "cls":
         if not features.num_prefix_tokens:
             raise ConfigError(
@@ -100,7 +104,7 @@ def extract(
         folder: Folder for rows.npy and labels.npy, which all ranks see.
         image_size: Side of the crops, in pixels.
         batch_size: Images per forward; the last bits of the result depend on it.
-        pools: Features of an image, of one forward: the mean of its patches, its class token.
+        pools: Features of an image, of one forward: the mean of its patches, its class token, both.
         workers: Loader processes of each rank.
         max_pixels: Larger images are refused before they are decoded.
         max_bad_fraction: Largest fraction of the images that may be unusable.
@@ -113,10 +117,12 @@ def extract(
     """
     rank, world = distributed.rank(), distributed.world_size()
     device = distributed.device()
+    # What several are made of is stored once.
+    stored = list(dict.fromkeys(part for pool in pools for part in _PARTS.get(pool, (pool,))))
 
     def forward(pixels: Tensor) -> Tensor:
         features = model(normalise(pixels.to(device), statistics))
-        return torch.cat([pooled(features, pool) for pool in pools], 1)
+        return torch.cat([pooled(features, part) for part in stored], 1)
 
     nothing = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
     with torch.no_grad():
@@ -159,7 +165,8 @@ def extract(
             "at most one in a hundred. Replace the files that the warnings name."
         )
     rows, labels = (np.load(path, mmap_mode="r") for path in paths)
-    return [Features(part, labels) for part in np.split(rows, len(pools), axis=1)]
+    parts = dict(zip(stored, np.split(rows, len(stored), axis=1), strict=True))
+    return [Features(parts.get(pool, rows), labels) for pool in pools]
 
 
 def _reserve(paths: tuple[Path, Path], num_images: int, width: int) -> None:

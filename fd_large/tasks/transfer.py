@@ -72,6 +72,15 @@ class Transfer:
         """
         raise NotImplementedError
 
+    def variants(self, run: Run, pool: str) -> Mapping[str, Run]:
+        """Returns the trainings of a model that are set side by side, by words for each.
+
+        Args:
+            run: The recipe, with the model in the student's place.
+            pool: The feature that is asked for; "auto": all that there are.
+        """
+        return {"": run}
+
     def compared(self, summary: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
         """Returns what `evaluate` compares of a finished run.
 

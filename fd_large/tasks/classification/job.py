@@ -317,7 +317,7 @@ class LinearProbeJob(ClassificationJob):
 
     def _feature(self) -> FrozenFeature:
         model = make_student(self.run.student, image_size=self.run.data.image_size)
-        return FrozenFeature(model, self.statistics())
+        return FrozenFeature(model, self.statistics(), pool=self.run.task.linear.pool)
 
     def make_task(self) -> LinearProbing:
         """Constructs norm and layer around the frozen model; before `build` around another."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fd_large.recipes.fields import (
     at_least,
@@ -72,6 +73,9 @@ class FineTune:
 class LinearProbe:
     """One linear layer on a frozen model; data.root holds labelled train/, val/ or test/."""
 
+    # What is classified: the mean of the patch tokens, as in the official code, the class token, or
+    # both, side by side in one vector.
+    pool: Literal["mean", "cls", "both"] = "mean"
     # Number of neighbouring images of a global batch that share the statistics of the batch norm,
     # as the images of a GPU do in the official code. It divides the global batch, or is larger.
     norm_batch: int = 128

@@ -23,6 +23,7 @@ here it is off.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.data.loader import Batch
 from fd_large.engine.heads import make_head
 from fd_large.engine.task import Task
+from fd_large.errors import ConfigError
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.tasks.classification.scores import summed
 
@@ -146,11 +148,20 @@ class FrozenFeature(nn.Module):
     Args:
         model: A backbone of `fd_large.backbones`.
         statistics: The normalisation of its images.
+        pool: "mean" of the patch tokens, "cls", the class token, or "both".
+
+    Raises: ConfigError: if the model has no class token and `pool` asks for it.
     """
 
-    def __init__(self, model: nn.Module, statistics: Statistics) -> None:
+    def __init__(self, model: nn.Module, statistics: Statistics, *, pool: str = "mean") -> None:
         super().__init__()
+        if pool != "mean" and not model.num_prefix_tokens:
+            raise ConfigError(
+                f"task.linear.pool: the model has no class token; got {pool}, expected mean. Set "
+                "--task.linear.pool mean."
+            )
         self.model, self.norm, self.statistics = model, norm_of_mean(model), statistics
+        self.pool, self.width = pool, model.width * (2 if pool == "both" else 1)
         self.requires_grad_(False)
         super().train(False)
 
@@ -163,7 +174,15 @@ class FrozenFeature(nn.Module):
         with torch.no_grad():
             pixels = normalise(images, self.statistics)
             features = self.model(pixels.to(next(self.model.parameters()).dtype))
-            return mean_token(features, self.norm)
+            return torch.cat(list(self._pooled(features)), 1)
+
+    def _pooled(self, features: FeatureMap) -> Iterator[Tensor]:
+        if self.pool != "cls":
+            yield mean_token(features, self.norm)
+        if self.pool != "mean":
+            # The batch norm after it undoes what the final norm's own factors would do.
+            token = features.tokens[:, 0].float()
+            yield token if self.norm is None else self.norm(token)
 
 
 class Frozen(NamedTuple):
@@ -207,7 +226,7 @@ class LinearProbing(Task):
     def __init__(self, frozen: Frozen, num_classes: int, *, norm_batch: int) -> None:
         super().__init__(_NothingTrained())
         self._frozen, self._norm_batch = (frozen,), norm_batch
-        width = frozen.tested.model.width
+        width = frozen.tested.width
         draw = NORMAL.divided(NORMAL.std / HEAD_STD)
         self.head = Linear(width, num_classes, draw=draw)
         self.register_buffer("running_mean", torch.zeros(width))

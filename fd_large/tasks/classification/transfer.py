@@ -6,9 +6,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from fd_large.engine.student import OWN_FIELDS, as_student, refuse_decided
+import torch
+
+from fd_large.engine.student import OWN_FIELDS, as_student, make_student, refuse_decided
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.family import FamilyArchitecture
+from fd_large.recipes.fields import override
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.tasks.classification.job import own_section, with_statistics
@@ -56,6 +59,26 @@ class ClassificationTransfer(Transfer):
 
 class LinearTransfer(ClassificationTransfer):
     """Linear probes of a named model."""
+
+    def variants(self, run: Run, pool: str) -> Mapping[str, Run]:
+        """Returns the probes of the mean of the patch tokens, of the class token and of both.
+
+        Of a model without a class token that of the mean alone.
+        """
+        if pool != "auto":
+            return {"": override(run, {"task.linear.pool": pool})}
+        with torch.device("meta"):
+            model = make_student(run.student, image_size=run.data.image_size)
+        if not model.num_prefix_tokens:
+            return {"": run}
+        return {
+            words: override(run, {"task.linear.pool": name})
+            for name, words in (
+                ("mean", "mean of patches"),
+                ("cls", "class token"),
+                ("both", "class token and mean"),
+            )
+        }
 
     def recipe_for(self, architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
         """Returns the one recipe of linear probes."""

@@ -38,6 +38,25 @@ def test_nearest_neighbours_of_the_class_token_stand_beside_the_mean(labelled_im
     assert [net["label"] for net in found] == [f"{name}, mean of patches", f"{name}, class token"]
 
 
+def test_a_probe_sets_each_feature_beside_the_same_one_of_the_first_model(
+    labelled_images, tmp_path
+):
+    common = ["--data.root", str(labelled_images), "--data.workers", "0", "--out", str(tmp_path)]
+    small = ["--data.image_size", "32", "--batch_size", "8", "--probe_rates", "0.1"]
+    models = ["vit_base_patch16=random", "clip_vit_base_patch16=random", "timm:resnet18=random"]
+    assert main(["evaluate", *models, "--task", "linear", *small, *common]) == 0
+    nets = json.loads((tmp_path / "summary.json").read_text())["nets"]
+    first, second = "vit_base_patch16, random", "clip_vit_base_patch16, random"
+    kinds = ("mean of patches", "class token", "class token and mean")
+    labels = [f"{model}, {kind}" for model in (first, second) for kind in kinds]
+    assert [net["label"] for net in nets] == [*labels, "resnet18, random"]
+    beside = [net.get("difference", {}).get("to") for net in nets]
+    assert beside[0] is None
+    assert beside[1:3] == [labels[0]] * 2
+    assert beside[3:6] == labels[:3]
+    assert beside[6] == labels[0]
+
+
 def test_a_probe_of_few_steps_is_warned_of_once(labelled_images, tmp_path, capsys):
     words = ["--data.root", str(labelled_images), "--out", str(tmp_path), "--data.workers", "0"]
     words += ["--data.image_size", "32", "--batch_size", "8", "--task", "linear"]

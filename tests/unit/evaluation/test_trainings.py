@@ -68,6 +68,37 @@ def test_a_training_that_an_earlier_version_began_goes_on_with_its_ends(tmp_path
     assert (trained[1].optim.min_lr, trained[1].optim.warmup_lr) == (2e-6, 3e-6)
 
 
+def test_the_official_probe_sets_features_side_by_side(tmp_path, monkeypatch):
+    trained = []
+
+    def train(run, *, deepspeed_config):
+        trained.append(run)
+        Path(run.run_dir()).mkdir(parents=True)
+        told = {"test_top1": 50.0 + len(trained), "test_loss": 1.0}
+        Path(run.run_dir(), "summary.json").write_text(json.dumps(told))
+        return 0
+
+    monkeypatch.setattr("fd_large.cli.train.train_run", train)
+    models = [str(tiny_runs.vit_file(tmp_path)), "swinv2_tiny=random"]
+    words = ["--task", "linear", "--protocol", "official", "--data.root", "builtin:photographs"]
+    words += ["--data.image_size", "32", "--out"]
+    assert evaluate.main([*models, *words, str(tmp_path / "out")]) == 0
+    pools = [(Path(run.run_dir()).name, run.task.linear.pool) for run in trained]
+    assert pools == [
+        ("vit_seed_0", "mean"),
+        ("vit_class_token_seed_0", "cls"),
+        ("vit_class_token_and_mean_seed_0", "both"),
+        ("swinv2_tiny_random_seed_0", "mean"),
+    ]
+    nets = json.loads((tmp_path / "out" / "summary.json").read_text())["nets"]
+    assert [net["label"] for net in nets[:2]] == ["vit, mean of patches", "vit, class token"]
+    assert nets[1]["unlike_first"] == {}, "another feature is no other training"
+    del trained[:]
+    more = ["--pool", "both"]
+    assert evaluate.main([models[0], *words, str(tmp_path / "both"), *more]) == 0
+    assert [run.task.linear.pool for run in trained] == ["both"]
+
+
 def test_all_models_take_the_recipe_of_the_first_one(tmp_path, monkeypatch, capsys):
     trained = []
 

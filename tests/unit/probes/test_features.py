@@ -34,9 +34,9 @@ def test_rows_are_the_nets_means_in_the_pictures_order(tmp_path):
     shape = Architecture(embed_dim=16, depths=(1,), num_heads=(2,), patch_size=8, image_size=SIZE)
     net = build("vit_base_patch16", shape, seed=1).eval()
     told: list[int] = []
-    found, class_tokens = extract(
+    both, found, class_tokens = extract(
         net, OPENAI_CLIP, pictures, tmp_path / "out", image_size=SIZE, batch_size=4,
-        pools=("mean", "cls"), progress=told.append,
+        pools=("both", "mean", "cls"), progress=told.append,
     )  # fmt: skip
     assert told == [4, 4, 3]
     assert isinstance(found.rows, np.memmap)
@@ -46,6 +46,7 @@ def test_rows_are_the_nets_means_in_the_pictures_order(tmp_path):
             tokens = net(normalise(central_view(image, SIZE)[None], OPENAI_CLIP)).tokens
         assert np.allclose(found.rows[index], tokens[0, 1:].mean(0), atol=1e-5)
         assert np.allclose(class_tokens.rows[index], tokens[0, 0], atol=1e-5)
+        assert (both.rows[index] == [*found.rows[index], *class_tokens.rows[index]]).all()
         assert found.labels[index] == pictures.label(index)
 
 
@@ -54,6 +55,8 @@ def test_pools():
     features = FeatureMap(tokens, (2, 2), 2)
     assert torch.equal(pooled(features, "mean"), tokens[:, 2:].mean(1))
     assert torch.equal(pooled(features, "cls"), tokens[:, 0])
+    both = torch.cat([tokens[:, 2:].mean(1), tokens[:, 0]], 1)
+    assert torch.equal(pooled(features, "both"), both)
     with pytest.raises(ConfigError, match=r"^--pool: .*got cls"):
         pooled(FeatureMap(tokens, (2, 3), 0), "cls")
 

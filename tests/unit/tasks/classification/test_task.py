@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from itertools import pairwise
 
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fd_large import doors
 from fd_large.backbones.registry import build
-from fd_large.backbones.statistics import IMAGENET
+from fd_large.backbones.statistics import IMAGENET, normalise
 from fd_large.data.loader import Batch
 from fd_large.engine.student import FINAL_NORM, make_student, student_weights
 from fd_large.engine.zero.layer_decay import by_layer
@@ -233,6 +234,31 @@ def test_statistics_depend_on_no_micro_batch(frozen):
     groups = frozen.tested(images).view(2, 8, -1)
     torch.testing.assert_close(mean, 0.1 * groups.mean((0, 1)))
     torch.testing.assert_close(variance, 0.9 + 0.1 * groups.var(1).mean(0))
+
+
+def test_a_probe_of_the_class_token_and_of_both():
+    model = build("vit_base_patch16", SHALLOW)
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    found = {}
+    for pool, width in (("mean", 1), ("cls", 1), ("both", 2)):
+        torch.manual_seed(0)
+        feature = FrozenFeature(copy.deepcopy(model), IMAGENET, pool=pool)
+        found[pool] = feature(images)
+        assert found[pool].shape == (2, width * model.width)
+        assert LinearProbing(Frozen(feature, feature), 3, norm_batch=2).head.weight.shape == (
+            3,
+            width * model.width,
+        )
+    assert torch.equal(found["both"], torch.cat([found["mean"], found["cls"]], 1))
+    # The class token before the final norm, normalised without its factors.
+    before = copy.deepcopy(model)
+    before.norm = torch.nn.Identity()
+    with torch.no_grad():
+        token = before(normalise(images, IMAGENET)).tokens[:, 0]
+    expected = layer_norm(token, (model.width,), eps=model.norm.eps)
+    torch.testing.assert_close(found["cls"], expected)
+    with pytest.raises(ConfigError, match=r"task\.linear\.pool: .*got cls"):
+        FrozenFeature(build("swinv2_tiny", Architecture()), IMAGENET, pool="cls")
 
 
 def test_only_the_layer_is_trained_and_any_number_of_images_probed(frozen):
