@@ -209,6 +209,14 @@ def not_negative(where: str, value: float) -> None:
     require(0 <= value < math.inf, f"{where}: must not be negative", value, "a number of 0 or more")
 
 
+def within(where: str, value: float, interval: str) -> None:
+    """Raises ConfigError unless the value lies in an interval, such as "[0, 1)"."""
+    low, high = map(float, interval[1:-1].split(","))
+    is_above = value > low if interval.startswith("(") else value >= low
+    is_below = value < high if interval.endswith(")") else value <= high
+    require(is_above and is_below, f"{where}: out of range", value, f"a number in {interval}")
+
+
 def at_least(where: str, value: int, least: int, unit: str) -> None:
     """Raises ConfigError if the value is below `least`; `unit` names what is counted."""
     require(value >= least, f"{where}: too small", value, f"{least} or more {unit}")

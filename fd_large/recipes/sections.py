@@ -22,6 +22,7 @@ from fd_large.recipes.fields import (
     positive,
     require,
     statistics_or_none,
+    within,
 )
 
 # Learning rates are stated per this many images of a global batch, as in the paper's
@@ -102,12 +103,7 @@ class Student:
 
     def __post_init__(self) -> None:
         check_types(self, self.place)
-        require(
-            0 <= self.drop_path_rate < 1,
-            f"{self.place}.drop_path_rate: invalid probability",
-            self.drop_path_rate,
-            "a number in [0, 1)",
-        )
+        within(f"{self.place}.drop_path_rate", self.drop_path_rate, "[0, 1)")
         at_least(f"{self.place}.checkpoint_every", self.checkpoint_every, 1, "blocks")
         if self.norm_batch != "auto" and self.norm_batch != 0:
             at_least(f"{self.place}.norm_batch", self.norm_batch, 2, "images, or auto, or 0")
@@ -309,18 +305,11 @@ class Data:
             f"one of {named}",
             beside=("data.image_sizes",),
         )
-        require(
-            0 < self.min_crop_scale <= 1,
-            "data.min_crop_scale: invalid fraction",
-            self.min_crop_scale,
-            "a number in (0, 1]",
-        )
-        for name in ("color_jitter", "grayscale_probability"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"data.{name}: out of range", value, "a number in [0, 1]")
-        for name in ("val_fraction", "max_bad_fraction"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"data.{name}: invalid fraction", value, "a number in [0, 1)")
+        within("data.min_crop_scale", self.min_crop_scale, "(0, 1]")
+        within("data.color_jitter", self.color_jitter, "[0, 1]")
+        within("data.grayscale_probability", self.grayscale_probability, "[0, 1]")
+        within("data.val_fraction", self.val_fraction, "[0, 1)")
+        within("data.max_bad_fraction", self.max_bad_fraction, "[0, 1)")
         at_least("data.max_pixels", self.max_pixels, 1, "pixels")
         at_least("data.workers", self.workers, 0, "processes")
         positive("data.cache_gb", self.cache_gb)
@@ -413,25 +402,10 @@ class Optim:
         for name in ("base_lr", "warmup_lr", "min_lr", "weight_decay", "clip_norm"):
             not_negative(f"optim.{name}", getattr(self, name))
         for value in self.betas:
-            require(
-                0 <= value < 1,
-                "optim.betas: invalid decay rates",
-                self.betas,
-                "two numbers in [0, 1)",
-            )
+            within("optim.betas", value, "[0, 1)")
         positive("optim.eps", self.eps)
-        require(
-            0 < self.layer_decay <= 1,
-            "optim.layer_decay: invalid factor",
-            self.layer_decay,
-            "a number in (0, 1]",
-        )
-        require(
-            0 <= self.ema_decay < 1,
-            "optim.ema_decay: invalid decay rate",
-            self.ema_decay,
-            "a number in [0, 1), for example 0.9999",
-        )
+        within("optim.layer_decay", self.layer_decay, "(0, 1]")
+        within("optim.ema_decay", self.ema_decay, "[0, 1)")
         self._check_schedule()
 
     def _check_schedule(self) -> None:
@@ -674,12 +648,8 @@ class Runtime:
         at_least("runtime.max_failed_saves", self.max_failed_saves, 0, "checkpoints")
         not_negative("runtime.notice_seconds", self.notice_seconds)
         at_least("runtime.canary_every", self.canary_every, 0, "steps")
-        require(
-            0 <= self.watchdog_seconds < LONGEST_WAIT_SECONDS,
-            "runtime.watchdog_seconds: out of range",
-            self.watchdog_seconds,
-            f"a number in [0, {LONGEST_WAIT_SECONDS:.0f})",
-        )
+        longest = f"[0, {LONGEST_WAIT_SECONDS:.0f})"
+        within("runtime.watchdog_seconds", self.watchdog_seconds, longest)
         require(
             0 <= self.seed < 2**63,
             "runtime.seed: invalid seed",

@@ -9,8 +9,8 @@ from fd_large.recipes.fields import (
     at_least,
     check_types,
     not_negative,
-    require,
     statistics_or_none,
+    within,
 )
 from fd_large.recipes.task_kind import OF_VIEWS_WITHOUT_LABELS, TaskKind
 
@@ -53,19 +53,11 @@ class FineTune:
     def __post_init__(self) -> None:
         check_types(self, "task.finetune")
         not_negative("task.finetune.randaugment_std", self.randaugment_std)
-        for name, most in (("randaugment", 10), ("mixup", 2), ("cutmix", 2)):
-            value = getattr(self, name)
-            require(
-                0 <= value <= most,
-                f"task.finetune.{name}: out of range",
-                value,
-                f"a number in [0, {most}]",
-            )
+        within("task.finetune.randaugment", self.randaugment, "[0, 10]")
+        for name in ("mixup", "cutmix"):
+            within(f"task.finetune.{name}", getattr(self, name), "[0, 2]")
         for name in ("erasing", "switch_probability", "smoothing"):
-            value = getattr(self, name)
-            require(
-                0 <= value <= 1, f"task.finetune.{name}: out of range", value, "a number in [0, 1]"
-            )
+            within(f"task.finetune.{name}", getattr(self, name), "[0, 1]")
         statistics_or_none("task.finetune.statistics", self.statistics)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from fd_large.recipes.fields import at_least, check_types, not_negative, positive, require
+from fd_large.recipes.fields import at_least, check_types, not_negative, positive, require, within
 from fd_large.recipes.task_kind import TaskKind
 from fd_large.tasks.dense.section import IGNORED_FIELDS, check_head
 
@@ -106,14 +106,8 @@ class Depth:
             self.bottom_crop,
             "two numbers of pixels, or 0 0",
         )
-        for name in ("loss_lambda", "cut_depth"):
-            value = getattr(self, name)
-            require(
-                0 <= value <= 1,
-                f"task.depth.{name}: invalid fraction",
-                value,
-                "a number in [0, 1]",
-            )
+        within("task.depth.loss_lambda", self.loss_lambda, "[0, 1]")
+        within("task.depth.cut_depth", self.cut_depth, "[0, 1]")
 
 
 HOW_TO_TEST = tuple(

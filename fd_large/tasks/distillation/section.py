@@ -11,7 +11,15 @@ from typing import Any, ClassVar, Literal
 
 from fd_large import doors
 from fd_large.errors import ConfigError, FDError, check_all, nearest
-from fd_large.recipes.fields import at_least, check_types, hints_of, not_negative, positive, require
+from fd_large.recipes.fields import (
+    at_least,
+    check_types,
+    hints_of,
+    not_negative,
+    positive,
+    require,
+    within,
+)
 from fd_large.recipes.sections import AUTO, FrozenModel
 from fd_large.recipes.tables import keys_of
 from fd_large.recipes.task_kind import TaskKind
@@ -255,12 +263,7 @@ class Weighting:
 
     def __post_init__(self) -> None:
         check_types(self, "weighting")
-        require(
-            0 <= self.drop_probability <= 1,
-            "weighting.drop_probability: invalid probability",
-            self.drop_probability,
-            "a number in [0, 1]",
-        )
+        within("weighting.drop_probability", self.drop_probability, "[0, 1]")
 
 
 FIXED = Weighting()

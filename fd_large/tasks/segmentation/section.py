@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from fd_large.recipes.fields import at_least, check_types, not_negative, require
+from fd_large.recipes.fields import at_least, check_types, not_negative, require, within
 from fd_large.recipes.task_kind import TaskKind
 from fd_large.tasks.dense.section import (
     IGNORED_FIELDS,
@@ -88,12 +88,7 @@ class Segmentation:
         at_least("task.segmentation.test_stride", self.test_stride, 0, "pixels")
         not_negative("task.segmentation.auxiliary_weight", self.auxiliary_weight)
         check_scale_range("task.segmentation", self.scale_range)
-        require(
-            0 < self.cat_max_ratio <= 1,
-            "task.segmentation.cat_max_ratio: invalid fraction",
-            self.cat_max_ratio,
-            "a number in (0, 1]",
-        )
+        within("task.segmentation.cat_max_ratio", self.cat_max_ratio, "(0, 1]")
         check_test_size("task.segmentation", self.test_size)
         check_test_scales("task.segmentation", self.test_scales)
         require(
