@@ -9,14 +9,15 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from fd_large.checkpoint import inspection, store
-from fd_large.checkpoint.lease import claimed
+from fd_large.checkpoint import store
+from fd_large.checkpoint.lease import Lease, claimed
 from fd_large.cli.arguments import AllowsCode, call_subcommand
 from fd_large.cli.output import tables
 from fd_large.cli.ownership import owning
 from fd_large.engine.zero.config import load
-from fd_large.errors import CheckpointError
-from fd_large.files import check_out, kind_of
+from fd_large.errors import CheckpointError, ConfigError
+from fd_large.files import check_out, kind_of, read_json
+from fd_large.ranks import activity
 from fd_large.recipes.stored import recipe_file
 
 # DeepSpeed's name of the file that names its newest checkpoint.
@@ -67,40 +68,71 @@ class Import(AllowsCode):
     deepspeed_config: str
 
 
+def stored_of(run: str) -> tuple[Path, list[store.Stored]]:
+    """Returns the folder of a run and its complete checkpoints, oldest first.
+
+    Raises: ConfigError: if the folder is no run or holds no checkpoint.
+    """
+    folder = Path(run)
+    recipe_file(folder, where="checkpoint")
+    found = store.complete(folder)
+    if not found:
+        damaged = "; ".join(_without_manifest(folder))
+        raise ConfigError(
+            f"checkpoint: {run}: nothing that can be read is stored; got "
+            f"{damaged or 'no complete checkpoint'}, expected one. "
+            f"{'Restore its files' if damaged else 'Train the run first'}."
+        )
+    return folder, found
+
+
+def _without_manifest(folder: Path) -> list[str]:
+    """A complaint for each checkpoint without a sound manifest, which cannot be read."""
+    return [
+        f"{path}: manifest.json is missing or damaged"
+        for path in store.renamed(folder)
+        if store.manifest_of(path) is None
+    ]
+
+
 def list_checkpoints(run: str) -> int:
     """Prints a table of a run's complete checkpoints."""
     from rich.table import Table
 
-    folder, found = inspection.stored_of(run)
+    folder, found = stored_of(run)
     table = Table(title=f"{folder}", title_justify="left")
-    rows, best = inspection.rows(found), store.best_of(folder)
-    hashes = list(dict.fromkeys(name for row in rows for name in row["hashes"]))
+    best, manifests = store.best_of(folder), [item.manifest for item in found]
+    # The teacher's hash is one of them.
+    named = (name for manifest in manifests for name in manifest if name.endswith("_hash"))
+    hashes = list(dict.fromkeys(named))
     titles = [name.replace("_", " ") for name in hashes]
     for column in ("step", "samples", "ranks", "ZeRO", "size", *titles):
         table.add_column(column, justify="right")
-    for row in rows:
+    for item, manifest in zip(found, manifests, strict=True):
         table.add_row(
-            f"best  {row['update']}" if best == row["path"] else str(row["update"]),
-            f"{row['samples']:,}",
-            str(row["ranks"]),
-            str(row["zero"]),
-            f"{row['bytes'] / 1e6:,.1f} MB",
-            *(row["hashes"].get(name, "none") for name in hashes),
+            f"best  {item.update}" if best == item.path.resolve() else str(item.update),
+            f"{manifest['samples']:,}",
+            str(manifest["world_size"]),
+            str(manifest["zero_stage"]),
+            f"{item.bytes / 1e6:,.1f} MB",
+            *(manifest.get(name, "none") for name in hashes),
         )
-    if any((row["zero"], row["ranks"]) == (0, 1) for row in rows):
+    if any((m["zero_stage"], m["world_size"]) == (0, 1) for m in manifests):
         table.caption = "ZeRO 0: one rank in float32 has nothing to split at stage 1 or 2."
         table.caption_justify = "left"
     tables().print(table)
-    for problem in inspection.without_manifest(folder):
+    for problem in _without_manifest(folder):
         print(f"damaged: {problem}")
     return 0
 
 
 def verify(run: str) -> int:
     """Reads every file of a run's checkpoints; returns 1 if one is damaged."""
-    folder, found = inspection.stored_of(run)
-    unreadable = inspection.without_manifest(folder)
-    problems = unreadable + inspection.verify_all(found)
+    folder, found = stored_of(run)
+    unreadable = _without_manifest(folder)
+    read = activity.counted(found, "reading every byte", "checkpoints")
+    damages = [f"{item.path}: {damage}" for item in read for damage in store.verify(item)]
+    problems = unreadable + damages
     for problem in problems:
         print(f"damaged: {problem}")
     damaged = {problem.split(": ")[0] for problem in problems}
@@ -111,16 +143,46 @@ def verify(run: str) -> int:
 
 def prune(run: str, keep_last: int | None) -> int:
     """Removes all but the newest checkpoints and those that the recipe keeps besides."""
-    folder, _ = inspection.stored_of(run)
+    folder, _ = stored_of(run)
     with claimed(folder) as lease:
-        removed = inspection.prune_run(folder, keep_last, lease)
+        removed = _pruned(folder, keep_last, lease)
     print(f"removed {len(removed)}: {', '.join(path.name for path in removed) or 'nothing'}")
     return 0
 
 
+def _pruned(folder: Path, keep_last: int | None, lease: Lease) -> list[Path]:
+    """Removes what the recipe (or `keep_last`) does not keep; returns the removed folders.
+
+    Raises: CheckpointError: if the newest, which would stay, is damaged.
+    """
+    path = recipe_file(folder, where="checkpoint prune")
+    stored = read_json(path, where="checkpoint prune", holds=dict, remedy="Restore it.")
+    runtime = stored.get("runtime")
+    kept = runtime if isinstance(runtime, dict) else {}
+    last, every = kept.get("keep_last"), kept.get("keep_every")
+    if not isinstance(last, int) or not isinstance(every, int):
+        raise ConfigError(
+            f"checkpoint prune: {path}: damaged; got keep_last {last!r} and keep_every {every!r} "
+            "of runtime, expected what the run wrote. Restore it."
+        )
+    keep = last if keep_last is None else keep_last
+    if keep < 1:
+        raise ConfigError(
+            f"checkpoint prune: --keep_last: nothing would stay; got {keep}, expected 1 or more. "
+            "Remove the run's folder by hand if that is meant."
+        )
+    newest = store.complete(folder)[-1]
+    if problems := store.verify(newest):
+        raise CheckpointError(
+            f"checkpoint prune: the newest is damaged; got {newest.path}: {problems[0]}, expected "
+            "a sound one. Remove that folder by hand, then prune."
+        )
+    return store.prune(folder, keep_last=keep, keep_every=every, lease=lease)
+
+
 def export(run: str, out: str, deepspeed_config: str) -> int:
     """Writes the newest checkpoint for DeepSpeed; a collective."""
-    inspection.stored_of(run)
+    stored_of(run)
     check_out(out, where="checkpoint export", holds="folder")
     load(deepspeed_config)
     from fd_large.engine.deepspeed_checkpoints import export_checkpoint

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from stored_run import store_tensors
@@ -55,8 +57,23 @@ def test_verify_names_what_is_damaged_and_ends_with_1(run, capsys):
     assert "1 of 3" in shown
 
 
-@pytest.mark.parametrize(("flags", "stay"), [([], [4, 6]), (["--keep_last", "1"], [6])])
-def test_prune_leaves_the_newest(run, flags, stay, capsys):
+def test_verify_and_prune_name_a_newest_that_is_damaged(run, capsys):
+    newest = store.complete(run)[-1].path
+    (newest / store.file_of(0)).unlink()
+    assert main(["checkpoint", "verify", str(run)]) == 1
+    assert f"damaged: {newest}" in capsys.readouterr().out
+    assert main(["checkpoint", "prune", str(run), "--keep_last", "1"]) == 2
+    assert newest.name in capsys.readouterr().err
+    assert [item.update for item in store.complete(run)] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("keep_every", "flags", "stay"),
+    [(0, [], [4, 6]), (0, ["--keep_last", "1"], [6]), (4, ["--keep_last", "1"], [4, 6])],
+)
+def test_prune_leaves_the_newest_and_every_nth(run, keep_every, flags, stay, capsys):
+    kept = {"keep_last": 2, "keep_every": keep_every}
+    (run / "recipe.json").write_text(json.dumps({"runtime": kept}))
     assert main(["checkpoint", "prune", str(run), *flags]) == 0
     assert [item.update for item in store.complete(run)] == stay
     assert f"removed {3 - len(stay)}: step_00000002" in capsys.readouterr().out
@@ -67,6 +84,7 @@ def test_prune_leaves_the_newest(run, flags, stay, capsys):
     [
         (["prune", "RUN", "--keep_last", "0"], "--keep_last"),
         (["list", "RUN/none"], "recipe.json"),
+        (["verify", "RUN/empty"], "no complete checkpoint"),
         (["verify"], "RUN"),
         (["export", "RUN", "out"], "--deepspeed_config"),
         (["import", "RUN", "RUN", "--deepspeed_config", "zero3"], "latest"),
@@ -74,6 +92,8 @@ def test_prune_leaves_the_newest(run, flags, stay, capsys):
     ],
 )
 def test_a_mistake_ends_with_2(run, arguments, named, capsys):
+    (run / "empty").mkdir()
+    (run / "empty" / "recipe.json").write_text("{}")
     arguments = [argument.replace("RUN", str(run)) for argument in arguments]
     assert main(["checkpoint", *arguments]) == 2
     assert named in capsys.readouterr().err
@@ -87,7 +107,13 @@ def test_list_names_a_newest_checkpoint_that_cannot_be_read(run, capsys):
     assert f"damaged: {newest}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["", "null", '{"a": 1}', '{"runtime": 1}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "null", '{"a": 1}', '{"runtime": 1}', '{"runtime": {"keep_last": 2}}'),
+        *('{"runtime": {"keep_every": 4, "keep_last": "2"}}', "[" * 100_000),
+    ],
+)
 def test_prune_refuses_a_damaged_recipe(run, text, capsys):
     (run / "recipe.json").write_text(text)
     before = store.complete(run)
