@@ -14,10 +14,9 @@ from rich.text import Text
 from fd_large.cli.output import size
 from fd_large.cli.plan_workload import cached_folders, steps_of
 from fd_large.errors import ConfigError
-from fd_large.plan.cached_targets import largest_map_that_pays
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Machine
-from fd_large.plan.disk import on_disk
+from fd_large.plan.peak_memory import on_disk
 from fd_large.plan.search import SAME_TIME, Refused, checkpoint_bytes
 from fd_large.plan.step_time import WITH_HOOKS, WITHOUT_HOOKS, Between, Estimate
 from fd_large.plan.workload import Workload
@@ -247,7 +246,8 @@ def _teachers_share(run: Run, load: Workload, best: Estimate, machine: Machine) 
     rest = counts.flops_per_image("forward") + counts.flops_per_image("backward")
     if not run.frozen_models or not teacher:
         return ""
-    most = largest_map_that_pays(best.seconds.total * machine.cluster.gpus / best.images, 1e9)
+    # No map that takes longer to read, at 1 GB/s, than all that a rank does for an image.
+    most = 1e9 * best.seconds.total * machine.cluster.gpus / best.images
     return (
         f"Teacher: {100 * teacher / (teacher + rest):.0f} % of the FLOPs; stored maps save time if "
         f"a rank that reads 1 GB/s has maps of less than {size(most)}, and each is learnt from "

@@ -77,13 +77,3 @@ class CachedTargets:
     def least_rate(self) -> float:
         """Bytes/s at which a rank must read so that it never waits."""
         return self.map_bytes / self.student_seconds
-
-
-def largest_map_that_pays(image_seconds: float, read_bytes_per_second: float) -> float:
-    """Returns the bytes of a map above which storing it never saves time.
-
-    Args:
-        image_seconds: Seconds of a step for an image, on a rank, those of the teacher included.
-        read_bytes_per_second: Rate at which a rank reads the cache.
-    """
-    return image_seconds * read_bytes_per_second

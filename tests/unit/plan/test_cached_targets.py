@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fd_large.plan.cached_targets import CachedTargets, largest_map_that_pays
+from fd_large.plan.cached_targets import CachedTargets
 
 
 def cost(*, map_bytes: int, teacher: float, student: float, uses: float = 30.0) -> CachedTargets:
@@ -39,8 +39,7 @@ def test_a_small_teacher_of_large_maps_is_not_stored():
     assert not found.pays
     assert found.saved_share < 0
     assert found.fewest_uses == math.inf
-    limit = largest_map_that_pays(0.8e-3, 1e9)
-    assert limit == pytest.approx(800_000)
+    # 800 kB are read in the 0.8 ms of a whole step.
     assert cost(map_bytes=790_000, teacher=0.5, student=0.3, uses=1000).saved_share > 0
     assert cost(map_bytes=810_000, teacher=0.5, student=0.3, uses=1000).saved_share < 0
 

@@ -10,8 +10,7 @@ import pytest
 from fd_large.cli.plan_workload import workload
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Cluster, Machine
-from fd_large.plan.disk import BUCKET_ELEMENTS, FEW_LIVE_ELEMENTS, on_disk
-from fd_large.plan.peak_memory import peak_memory
+from fd_large.plan.peak_memory import BUCKET_ELEMENTS, FEW_LIVE_ELEMENTS, on_disk, peak_memory
 from fd_large.plan.rates import CARDS
 from fd_large.recipes import registry
 
