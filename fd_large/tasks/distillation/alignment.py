@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.resize import resize_images
 from fd_large.errors import ConfigError, ShapeError
 
 INTERPOLATIONS = ("none", "bilinear", "bilinear_student", "bilinear_larger")
@@ -112,13 +112,10 @@ def resized(map_: FeatureMap, grid: Grid, *, antialias: bool) -> FeatureMap:
     if map_.grid == grid:
         return map_
     prefix, patches = _split(map_)
-    wide = torch.promote_types(patches.dtype, torch.float32)
     h, w = map_.grid
-    image = rearrange(patches.to(wide), "b (h w) c -> b c h w", h=h, w=w)
-    image = F.interpolate(
-        image, size=grid, mode="bilinear", align_corners=False, antialias=antialias
-    )
-    patches = rearrange(image, "b c h w -> b (h w) c").to(map_.tokens.dtype)
+    image = rearrange(patches, "b (h w) c -> b c h w", h=h, w=w)
+    image = resize_images(image, grid, antialias=antialias)
+    patches = rearrange(image, "b c h w -> b (h w) c")
     if map_.num_prefix_tokens:
         patches = torch.cat([prefix, patches], dim=1)
     return FeatureMap(patches, grid, map_.num_prefix_tokens)
