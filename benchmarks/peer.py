@@ -23,6 +23,7 @@ from torch import Tensor
 from fd_large.backbones.statistics import IMAGENET, normalise
 from fd_large.data.loader import Batch
 from fd_large.ranks import distributed
+from fd_large.recipes.architectures import resolve
 
 NEEDED = ("models/feature_distillation.py", "models/esvit.py", "optimizer.py")
 
@@ -58,7 +59,7 @@ def _step(
 
     def random_teacher(name: str, **_: Any) -> Any:
         """Replaces the function that downloads weights."""
-        shape = run.teacher_architecture()
+        shape = resolve(run.teacher.model, run.teacher.architecture)
         return esvit.WarpperSwinTransformer(
             img_size=run.data.image_size,  # Its default is 224.
             patch_size=4,

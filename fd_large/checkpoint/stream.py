@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -87,22 +87,6 @@ def _problem_of(path: Path, ranks: int, kind: str, seen: tuple) -> str | None:
     # Files of the same size and time were checked before.
     files = activity.counted(range(ranks), f"checking {path.name}", "files")
     return next((p for rank in files if (p := damage(path, rank, {kind}))), None)
-
-
-def stream(
-    reader: Reader, shapes: Mapping[str, Shape], *, prefix: str = ""
-) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, float32 master of the given shape), read when it is asked for.
-
-    Args:
-        reader: The opened checkpoint.
-        shapes: Shape of each tensor, by name without the prefix, in the order wanted.
-        prefix: What the stored names begin with, for instance "student.".
-
-    Raises: CheckpointError: before the first tensor, if the stored ones are not these.
-    """
-    check(reader, shapes, prefix=prefix)
-    return ((name, read(reader, prefix + name, shape)) for name, shape in shapes.items())
 
 
 def outcome(reader: Reader) -> str:

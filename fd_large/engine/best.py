@@ -6,7 +6,6 @@ interrupted decides as one that was not. Rank 0's numbers count on all ranks.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +15,6 @@ from fd_large.errors import ConfigError
 from fd_large.ranks import distributed
 from fd_large.recipes.file_names import EVALUATIONS
 from fd_large.runtime.run_folder import rows_before
-
-log = logging.getLogger(__name__)
 
 FIELD = "eval.best_metric"
 

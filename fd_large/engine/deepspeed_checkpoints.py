@@ -6,7 +6,6 @@ number of ranks, unlike the run's own.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +18,6 @@ from fd_large.engine.job import JobOf
 from fd_large.engine.opening import open_stored
 from fd_large.engine.zero import private_names
 from fd_large.errors import CheckpointError, first_line
-
-log = logging.getLogger(__name__)
 
 # torch.load refuses to work where both are set.
 _FORCED, _FORBIDDEN = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"

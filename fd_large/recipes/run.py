@@ -339,20 +339,6 @@ class Run:
         """Returns the student's architecture with the overrides filled in."""
         return resolve(self.student.model, self.student.architecture)
 
-    def teacher_architecture(self) -> FamilyArchitecture:
-        """Returns the teacher's architecture with the overrides filled in.
-
-        Raises: ConfigError: if the model is still `auto`; the weights decide it, once opened.
-        """
-        require(
-            self.teacher.model != AUTO,
-            "teacher.model: auto means the model that the weights belong to",
-            f"teacher.source {self.teacher.source!r}",
-            "opened weights",
-            "Set --teacher.source, or name a model",
-        )
-        return resolve(self.teacher.model, self.teacher.architecture)
-
     @property
     def taught_by(self) -> dict[str, NamedTeacher]:
         """The teachers, each with what is learnt of it, by name; "" is the name of an only one.

@@ -78,14 +78,6 @@ def short(label: str) -> str:
 # ------------------------------------------------------------------------------------------------
 
 
-def _panels(models: list[Model], *, height: float, share: bool) -> tuple[Figure, list[Axes]]:
-    figure = style.new_figure(max(3.4 * len(models), 4.6) + 0.6, height)
-    axes = figure.subplots(1, len(models), sharey=share, squeeze=False)[0]
-    for panel, model in zip(axes, models, strict=True):
-        panel.set_title(short(model["label"]), fontsize=style.TITLE_SIZE, loc="left")
-    return figure, list(axes)
-
-
 def _by_layer(
     models: list[Model], label: str, draw: Callable[[Axes, Model, str], None]
 ) -> Figure | None:
@@ -94,8 +86,10 @@ def _by_layer(
 
     if not any(model["attention"] for model in models):
         return None
-    figure, axes = _panels(models, height=3.1, share=True)
+    figure = style.new_figure(max(3.4 * len(models), 4.6) + 0.6, 3.1)
+    axes = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for number, (panel, model) in enumerate(zip(axes, models, strict=True)):
+        panel.set_title(short(model["label"]), fontsize=style.TITLE_SIZE, loc="left")
         style.plain_axes(panel)
         if not model["attention"]:
             panel.set_xticks([])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -43,8 +42,6 @@ from fd_large.tasks.detection.scores.views import Model, TestViews
 from fd_large.tasks.detection.section import HEADS_SETTINGS, KIND, METRICS
 from fd_large.tasks.detection.task import Ask, Detection
 from fd_large.weights.coverage import Fitted
-
-log = logging.getLogger(__name__)
 
 # Only a few of COCO's images have more objects.
 OBJECTS_OF_PROBE = 64

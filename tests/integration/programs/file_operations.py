@@ -90,7 +90,8 @@ def one(folder: Path, stage: int, rank: int, ranks: int) -> dict[str, dict[str, 
 
     def begin() -> None:
         reader = stream.newest(folder)
-        weights = stream.stream(reader, shapes, prefix=stream.STUDENT)
+        stream.check(reader, shapes, prefix=stream.STUDENT)
+        weights = ((n, stream.read(reader, stream.STUDENT + n, s)) for n, s in shapes.items())
         partition.load_weights(engine.task.student, weights, where="student.init")
 
     found = {"resume": counted(folder, resume)}

@@ -7,7 +7,7 @@ import pytest
 
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
-from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.recipes.run import Run, Task, difference
 from fd_large.recipes.sections import Data, NamedStudent, Optim, Runtime, Student
 from fd_large.tasks.classification.section import FineTune
@@ -78,7 +78,7 @@ def test_a_run_refuses_an_unknown_model_with_the_nearest():
 
 
 def test_any_model_of_timm_teaches_and_learns():
-    assert a_run(teacher=Teacher(model="timm")).teacher_architecture().timm_name == "resnet50"
+    assert resolve(a_run(teacher=Teacher(model="timm")).teacher.model).timm_name == "resnet50"
     run = a_run(student=Student(model="timm:vgg"), data=Data(image_size=64))
     assert run.student_architecture().timm_name == "vgg"
     assert run.student_architecture().feature_stride == 0  # Its last map.

@@ -9,6 +9,7 @@ import tiny_runs
 from loading import settled
 
 from fd_large.errors import ConfigError, FDError, ShapeError
+from fd_large.recipes.architectures import resolve
 from fd_large.recipes.fields import override
 from fd_large.tasks.distillation.job import DistillationJob
 
@@ -40,7 +41,7 @@ def test_the_teachers_image_and_positions_follow(
     run = settled(run.with_fields(given))
     assert run.objective.teacher_image_size == side
     assert run.objective.interpolation == interpolation
-    assert run.teacher_architecture().image_size == positions
+    assert resolve(run.teacher.model, run.teacher.architecture).image_size == positions
     assert settled(run) == run
     fits = interpolation == "bilinear" or side or run.data.image_size == 32
     with nullcontext() if fits else pytest.raises(ShapeError, match="6x6"):

@@ -17,6 +17,7 @@ from fd_large.engine.forward_backward import arguments_of_step
 from fd_large.errors import CheckpointError, ConfigError, FDError, check_all
 from fd_large.kernels import choose
 from fd_large.recipes import registry
+from fd_large.recipes.architectures import resolve
 from fd_large.recipes.fields import override
 from fd_large.recipes.run import ONLY
 from fd_large.tasks.distillation.canary import Canary
@@ -161,7 +162,9 @@ def test_the_folder_of_a_run_teaches_the_quick_start(run, tmp_path):
     learner = settled(quickstart.with_fields({"teacher.source": str(tmp_path / "run")}))
     assert learner.teacher.model == "swinv2"
     assert learner.teacher.source.startswith(str(tmp_path / "run" / "checkpoints"))
-    assert learner.teacher_architecture() == run.student_architecture()
+    assert (
+        resolve(learner.teacher.model, learner.teacher.architecture) == run.student_architecture()
+    )
     assert DistillationJob(learner).make_teachers()[""].grid(128) == (16, 16)
 
 
