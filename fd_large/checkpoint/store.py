@@ -285,10 +285,7 @@ def _check_all_there(part: Path, ranks: int) -> None:
 
 
 def _write_manifest(part: Path, manifest: dict[str, Any]) -> None:
-    with (part / "manifest.json").open("w") as file:
-        file.write(json.dumps(manifest, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(part / "manifest.json", manifest)
     flush_folder(part)
 
 
