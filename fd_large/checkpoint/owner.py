@@ -6,7 +6,6 @@ import math
 import os
 import re
 import socket
-import subprocess
 import time
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -16,6 +15,7 @@ from uuid import uuid4
 from fd_large.errors import printable
 from fd_large.files import parse_json
 from fd_large.ranks import processes
+from fd_large.ranks.launch import ask_slurm
 
 SLURM_SECONDS = 30.0
 """How long Slurm may take to answer, and how long its answer is believed."""
@@ -160,12 +160,8 @@ class Slurm:
 
 
 def _state(job: str) -> str:
-    command = ["scontrol", "show", "job", "--oneliner", job]
-    try:
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    if "Invalid job id" in shown.stderr:
+    shown = ask_slurm("scontrol", "show", "job", "--oneliner", job, seconds=SLURM_SECONDS)
+    if "Invalid job id" in shown:
         return _UNKNOWN
-    state = re.search(r"\bJobState=(\w+)", shown.stdout)
+    state = re.search(r"\bJobState=(\w+)", shown)
     return state[1] if state else ""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from fd_large.plan.cached_targets import CachedTargets
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Cluster, Machine
-from fd_large.plan.counts import without_inference
 from fd_large.plan.rates import Rates
 from fd_large.plan.step_time import estimate
 from fd_large.plan.workload import Workload
@@ -97,7 +96,7 @@ def _seconds_of_an_image(job: DistillationJob, load: Workload, rates: Rates) -> 
     alone = Machine(
         cluster=Cluster(gpus=1, gpus_per_node=1, nic_gigabits=1, nics_per_node=1), rates=rates
     )
-    counts = {wrapped: without_inference(found) for wrapped, found in load.counts.items()}
+    counts = {wrapped: found.without("inference") for wrapped, found in load.counts.items()}
     step, rest = (
         estimate(one, candidate, alone).seconds for one in (load, replace(load, counts=counts))
     )

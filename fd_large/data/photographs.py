@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fd_large.data.decode import decode
+from fd_large.data.roots import BUILTIN, require_builtin
 from fd_large.errors import DataError
 
 # Held out: two everyday scenes in colour, one near and one far, of kinds that an ImageNet teacher
@@ -48,7 +49,6 @@ _FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
 _DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 
-PREFIX = "builtin:"
 SETS = {"builtin:photographs": False, "builtin:photographs-held-out": True}
 
 
@@ -57,13 +57,9 @@ def open_photographs(root: str, *, where: str) -> Photographs | None:
 
     Raises: DataError: if there is no such dataset, or a package is missing.
     """
-    if not root.startswith(PREFIX):
+    if not root.startswith(BUILTIN):
         return None
-    if root not in SETS:
-        raise DataError(
-            f"{where}: no such built-in set; got {root!r}, expected one of {', '.join(SETS)}. "
-            f"Set --{where} to one of these or to a folder."
-        )
+    require_builtin(root, where)
     return Photographs(SETS[root], where=where)
 
 

@@ -311,7 +311,7 @@ def require_dataset(root: str, *, where: str) -> None:
     if doors.is_own(root) or is_url(root):
         return
     if root.startswith(BUILTIN):
-        _require_builtin(root, where)
+        require_builtin(root, where)
         return
     kind = local_kind(root, where=where)
     if kind == "file":
@@ -322,7 +322,11 @@ def require_dataset(root: str, *, where: str) -> None:
         doors.refuse_scheme(root, _SCHEMES, where=where, of=DataError)
 
 
-def _require_builtin(root: str, where: str) -> None:
+def require_builtin(root: str, where: str) -> None:
+    """Refuses names of built-in sets that the package does not have.
+
+    Raises: DataError: naming the nearest.
+    """
     known = keys_of("data/photographs.py", "SETS")
     if root not in known:
         raise DataError(

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 Phase = Literal["inference", "first_pass", "forward", "backward"]
 """Frozen models; what a step in two passes computes for its sums (`Task.sums`); forward of the
 trained ones; their backward, with what it computes again."""
+_BY_PHASE = ("moved", "calls", "modules")
 
 
 class Line(NamedTuple):
@@ -119,16 +120,17 @@ class Counts:
         """
         if micro_batches > 1:
             return self
+        return replace(self.without("first_pass"), held=NOTHING)
+
+    def without(self, phase: Phase) -> Counts:
+        """Returns the counts of a step that leaves a phase out, as one whose maps are stored."""
         return replace(
             self,
-            products=tuple(p for p in self.products if p.phase != "first_pass"),
+            products=tuple(p for p in self.products if p.phase != phase),
             **{
-                name: {
-                    phase: n for phase, n in getattr(self, name).items() if phase != "first_pass"
-                }
-                for name in ("moved", "calls", "modules")
+                name: {key: n for key, n in getattr(self, name).items() if key != phase}
+                for name in _BY_PHASE
             },
-            held=NOTHING,
         )
 
     def flops(self, phase: Phase, images: int) -> int:
@@ -196,11 +198,8 @@ def of_students(each: Sequence[Counts], shared: Line = NOTHING) -> Counts:
     """
     first, *others = each
     # What the frozen models compute is there once.
-    counted = [first, *(without_inference(counts) for counts in others)]
-    by_phase = {
-        name: _added([getattr(counts, name) for counts in counted])
-        for name in ("moved", "calls", "modules")
-    }
+    counted = [first, *(counts.without("inference") for counts in others)]
+    by_phase = {name: _added([getattr(counts, name) for counts in counted]) for name in _BY_PHASE}
     return replace(
         first,
         products=tuple(product for counts in counted for product in counts.products),
@@ -229,7 +228,7 @@ def of_sizes(each: Sequence[Counts]) -> Counts:
             phase: total.scaled(share) if isinstance(total, Line) else share * total
             for phase, total in _added([getattr(counts, name) for counts in each]).items()
         }
-        for name in ("moved", "calls", "modules")
+        for name in _BY_PHASE
     }
     return replace(
         each[-1],
@@ -241,18 +240,6 @@ def of_sizes(each: Sequence[Counts]) -> Counts:
         again=reduce(add, [counts.again for counts in each]).scaled(share),
         peak=highest([line for counts in each for line in counts.peak]),
         **by_phase,
-    )
-
-
-def without_inference(counts: Counts) -> Counts:
-    """Returns the counts of a step that is given what the frozen models say."""
-    return replace(
-        counts,
-        products=tuple(p for p in counts.products if p.phase != "inference"),
-        **{
-            name: {k: n for k, n in getattr(counts, name).items() if k != "inference"}
-            for name in ("moved", "calls", "modules")
-        },
     )
 
 

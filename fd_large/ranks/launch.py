@@ -355,6 +355,15 @@ def first_slurm_host(nodelist: str) -> str:
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", match[0]) if match else ""
 
 
+def ask_slurm(*command: str, seconds: float = 30.0) -> str:
+    """Returns the answer of a program of Slurm, or its complaint; empty if it does not answer."""
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return shown.stdout or shown.stderr
+
+
 def _slurm_address(environ: Mapping[str, str], num_nodes: int) -> str:
     if num_nodes == 1:
         return LOOPBACK
@@ -365,11 +374,7 @@ def _slurm_address(environ: Mapping[str, str], num_nodes: int) -> str:
         return host
     except OSError:
         # Slurm may know a node by a name that no resolver does.
-        command = ["scontrol", "show", "node", host]
-        try:
-            shown = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
-        except (OSError, subprocess.TimeoutExpired):
-            shown = ""
+        shown = ask_slurm("scontrol", "show", "node", host)
         if (match := re.search(r"\bNodeAddr=(\S+)", shown)) and match[1] != host:
             return match[1]
         raise LaunchError(

@@ -233,15 +233,10 @@ def draw_comparison(summary: dict[str, Any], title: str, path: Path) -> None:
             fontsize=style.TEXT_SIZE,
             color=color,
         )
-    axes.set_yticks(range(len(models)), [_named(model) for model in models])
-    axes.set_ylim(len(models) - 0.5, -0.5)
+    style.named_rows(axes, [_named(model) for model in models])
     axes.set_xlim(left, right)
     axes.set_xlabel("accuracy on the test images, per cent", fontsize=style.TEXT_SIZE)
     axes.set_title(f"{title}: {_seeds(summary)}", fontsize=style.TITLE_SIZE, loc="left")
-    style.plain_axes(axes)
-    axes.grid(axis="x", color=style.LIGHT_GREY, linewidth=0.6)
-    axes.grid(visible=False, axis="y")
-    axes.tick_params(axis="y", labelsize=style.TEXT_SIZE, length=0)
     figure.savefig(unlinked(path))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
@@ -89,6 +89,16 @@ def short_numbers(axes: Axes, powers: tuple[int, int], size: float = SMALL_SIZE)
     """Takes a power of ten outside these two out of the numbers of the y axis, to above it."""
     axes.ticklabel_format(axis="y", style="sci", scilimits=powers)
     axes.yaxis.get_offset_text().set(size=size, color=GREY)
+
+
+def named_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Names a row of the y axis for each of some models, the first on top, and rules the x axis."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.6)
+    plain_axes(axes)
+    axes.grid(axis="x", color=LIGHT_GREY, linewidth=0.6)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", labelsize=TEXT_SIZE, length=0)
 
 
 def plain_axes(axes: Axes) -> None:

@@ -210,12 +210,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
                 axes.plot(paper[0], place, "o", mfc="none", mec=color, markersize=9)
         better = ", less is better" if score["lower_is_better"] else ""
         axes.set_title(score["title"] + better, fontsize=style.TEXT_SIZE, loc="left")
-        axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.6)
-        style.plain_axes(axes)
-        axes.grid(axis="x", color=style.LIGHT_GREY, linewidth=0.6)
-        axes.grid(visible=False, axis="y")
-        axes.tick_params(axis="y", labelsize=style.TEXT_SIZE, length=0)
+        style.named_rows(axes, [row["label"] for row in rows])
         if drawn:
             # Room for the numbers to the right; what rounds to one number is one place.
             span = max(max(drawn) - min(drawn), 10 * 10.0 ** -score["digits"])

@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from typing import Any
 from fd_large.errors import Exit
 from fd_large.files import kind_of
 from fd_large.ranks import distributed
+from fd_large.ranks.launch import ask_slurm
 from fd_large.ranks.processes import briefly, handlers_to_replace, hold
 from fd_large.runtime import terminal
 from fd_large.runtime.hooks import INTERRUPTED, NOTHING, Hook, Setting, Update, Wish
@@ -275,9 +275,8 @@ class Preemption(Hook):
             return
         self._asked_slurm = now
         job = os.environ.get("SLURM_JOB_ID", "")
-        command = ["squeue", "--noheader", "--jobs", job, "--format=%e"]
-        with suppress(OSError, subprocess.TimeoutExpired, ValueError):
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=10.0).stdout
+        answer = ask_slurm("squeue", "--noheader", "--jobs", job, "--format=%e", seconds=10.0)
+        with suppress(ValueError):
             self._job_end = datetime.fromisoformat(answer.strip()).timestamp()
 
     def _estimated(self, setting: Setting) -> float | None:

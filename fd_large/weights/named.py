@@ -22,7 +22,7 @@ from fd_large.recipes.architectures import FAMILIES
 from fd_large.weights.libraries import LIBRARIES
 
 HUB, OPEN_CLIP, PACKAGE, TIMM = "hf:", "open_clip:", "package:", "timm:"
-_SCHEMES = (HUB, OPEN_CLIP, PACKAGE, *(f.prefix for f in FAMILIES.values() if f.prefix))
+SCHEMES = (HUB, OPEN_CLIP, PACKAGE, *(f.prefix for f in FAMILIES.values() if f.prefix))
 _REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 _PACKAGE_FILES = (".safetensors", ".pth", ".pt")
 # What is no file of tensors, or says where they are.
@@ -52,14 +52,14 @@ def require_named(source: str, *, where: str, folders: tuple[str, ...] = ()) -> 
         require_in_timm(source.removeprefix(TIMM), where)
     elif source.startswith(folders):
         _require_folder(source, where)
-    elif source.startswith(_SCHEMES):
+    elif source.startswith(SCHEMES):
         return
     elif (kind := kind_of(source, where=where, of=WeightsError)) == "file":
         _require_tensors(Path(source), where)
     elif kind is None and (named := source.rpartition("#")[0]):  # FILE#student
         require_named(named, where=where)
     elif kind is None and doors.SCHEME.match(source):
-        doors.refuse_scheme(source, (*_SCHEMES, *folders), where=where, of=WeightsError)
+        doors.refuse_scheme(source, (*SCHEMES, *folders), where=where, of=WeightsError)
 
 
 def file_in_package(name: str, where: str) -> Path:

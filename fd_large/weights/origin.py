@@ -12,21 +12,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fd_large import doors
-from fd_large.backbones.registry import FAMILIES, family_of, family_of_source
+from fd_large.backbones.registry import family_of, family_of_source
 from fd_large.errors import WeightsError
 from fd_large.files import kind_of
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.sections import RANDOM
-from fd_large.weights.named import HUB, OPEN_CLIP, PACKAGE
+from fd_large.weights.named import HUB, OPEN_CLIP, PACKAGE, SCHEMES
 from fd_large.weights.push import REPOSITORY
 from fd_large.weights.read import read_json
 
 CARD = "README.md"
 UNKNOWN = "unknown"
-_SCHEMES = (
-    *(PACKAGE, HUB, OPEN_CLIP, RANDOM, "builtin:"),
-    *(family.architecture.prefix for family in FAMILIES.values() if family.architecture.prefix),
-)
+_SCHEMES = (*SCHEMES, RANDOM, "builtin:")
 # A card's metadata stands on its top; some cards are books.
 _HEAD_BYTES = 1 << 16
 

@@ -27,7 +27,7 @@ from fd_large.data.labelled import (
     open_training,
 )
 from fd_large.data.loader import Batch, ViewBatches
-from fd_large.data.photographs import PREFIX as BUILTIN
+from fd_large.data.roots import BUILTIN
 from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource, open_images
 from fd_large.engine.evaluation import Evaluation
