@@ -19,7 +19,7 @@ _cached: set[str] = set()
 
 
 def downloaded(what: str, get: Callable[[], T]) -> T:
-    """Returns what a library gets from its cache, or else from the network.
+    """Returns the object that a library gets from its cache, or else from the network.
 
     In a meeting rank 0 gets it first; then the first rank of each node, from the network only if
     the node has a cache of its own; then all others, from the cache.

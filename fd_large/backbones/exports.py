@@ -1,4 +1,4 @@
-"""How a family's models leave for other libraries: names, configuration, what they lack there."""
+"""Exports of a family's models to other libraries: names, configuration, what they lack there."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Export:
     window_rule: str = ""
 
     def outputs(self, name: str, shape: Shape, architecture: Any) -> list[Output]:
-        """Returns what becomes of one of our tensors, by name and shape."""
+        """Returns the exported tensors of one of ours, by name and shape."""
         rows = self.rows(architecture)
         return [
             output
@@ -62,7 +62,7 @@ Exports = Mapping[str, Export]
 
 
 def hugging_face_config(architecture: Any, class_name: str) -> dict[str, Any]:
-    """Returns what all configurations of transformers have in common."""
+    """Returns the fields that all configurations of transformers have in common."""
     return {
         "architectures": [class_name],
         "model_type": class_name.removesuffix("Model").lower(),
@@ -75,7 +75,7 @@ def hugging_face_config(architecture: Any, class_name: str) -> dict[str, Any]:
 
 
 def hugging_face_preprocessor(architecture: Any, statistics: Statistics) -> dict[str, Any]:
-    """Returns how transformers prepares images for a model."""
+    """Returns transformers' configuration of a model's images."""
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
@@ -120,7 +120,7 @@ def timm_config(
 
 
 def timm_weights(size: int, statistics: Statistics, **others: Any) -> dict[str, Any]:
-    """Returns what timm states of weights: the images that they were trained with, and the like."""
+    """Returns timm's statements on weights: the images of their training, and the like."""
     return {
         "num_classes": 0,
         "input_size": [3, size, size],

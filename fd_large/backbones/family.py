@@ -24,7 +24,7 @@ from fd_large.recipes.sections import SIZE_FIELDS
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a model is built, beside its architecture; a family ignores what it has no use for.
+    """Options of a model beside its architecture; a family ignores those it has no use for.
 
     Attributes:
         drop_path_rate: Drop path of the last block, in [0, 1); blocks before rise linearly from 0.

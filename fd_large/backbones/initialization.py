@@ -1,4 +1,4 @@
-"""How fresh weights are drawn: named schemes, and one function that fills a parameter.
+"""Fresh weights: named schemes of initial values, and one function that fills a parameter.
 
 Every module fills its own parameters in its own constructor from plain arguments: under
 `deepspeed.zero.Init` a child is already partitioned when its parent's constructor goes on, and a

@@ -12,7 +12,7 @@ from fd_large.recipes.family import MOST_BLOCKS
 
 
 def count_of(shapes: Shapes, pattern: str) -> int:
-    """Returns one more than the largest number that a pattern finds in names.
+    """Returns the largest number that a pattern finds in names, plus one.
 
     Raises: ValueError: if no model has so many layers.
     """
@@ -29,7 +29,7 @@ def mlp_ratio(shapes: Shapes, name: str, width: int) -> float | None:
 
 
 def qkv_bias(shapes: Shapes, attention: str) -> str:
-    """Returns which of query, key and value have a bias, from the names in an attention."""
+    """Returns the biases of query, key and value, from the names in an attention."""
     if f"{attention}qkv.bias" in shapes:
         return "fused"
     if f"{attention}q_bias" in shapes:

@@ -142,7 +142,7 @@ class Output(NamedTuple):
 
 
 def outputs(name: str, shape: Shape, rows: Rows) -> list[Output]:
-    """Returns what one of our tensors becomes in a file, by the first row that has it.
+    """Returns the tensors of a file that one of ours becomes, by the first row that has it.
 
     Query, key and value have a row each.
     """

@@ -58,7 +58,7 @@ class Windows(NamedTuple):
 
 @dataclass(frozen=True)
 class StageWindows:
-    """How the maps of a stage are cut into windows.
+    """Windows into which the maps of a stage are cut.
 
     Attributes:
         side: Side of a window in tokens, as wanted.

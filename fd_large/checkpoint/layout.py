@@ -1,4 +1,4 @@
-"""Which rank holds which elements of a tensor: arithmetic, from a few numbers in the manifest.
+"""Layout of tensors over the files of ranks: arithmetic, from a few numbers in the manifest.
 
 A run's state is stored as its ranks held it, one file a rank; a reader on any other number of ranks
 computes from the layout which files hold the elements that it needs, so that no index grows with
@@ -33,7 +33,7 @@ class EachTensor:
     ranks: int
 
     def span(self, rank: int, name: str) -> Span:
-        """Returns what a rank holds of a tensor; empty where start == stop."""
+        """Returns the elements of a tensor that a rank holds; empty where start == stop."""
         size = self.sizes[name]
         each = -(-size // self.ranks)
         return Span(min(rank * each, size), min((rank + 1) * each, size))
@@ -77,7 +77,7 @@ class FlatGroups:
         return {name: size for name, (_, _, size) in self._places.items()}  # type: ignore[attr-defined]
 
     def span(self, rank: int, name: str) -> Span:
-        """Returns what a rank holds of a tensor; empty where start == stop."""
+        """Returns the elements of a tensor that a rank holds; empty where start == stop."""
         group, begin, size = self._places[name]  # type: ignore[attr-defined]
         share = self.shares[group]
         start = max(rank * share, begin) - begin

@@ -129,7 +129,7 @@ def checksum(path: Path) -> str:
 
 
 def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str | None:
-    """Returns what is wrong with a rank's part of a checkpoint, or None.
+    """Returns the damage of a rank's part of a checkpoint, or None.
 
     Args:
         path: The checkpoint.
@@ -198,7 +198,7 @@ def _listed(folder: Path) -> list[str]:
 
 
 def _read(file: Path, action: Callable[[Path], T]) -> T | None:
-    """Returns what an action gives for a file, or None if the file is missing.
+    """Returns the result of an action on a file, or None if the file is missing.
 
     Raises: StorageError, CheckpointError: if it is there and cannot be read.
     """

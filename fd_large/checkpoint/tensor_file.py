@@ -29,7 +29,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in its file.
+    """Place of a tensor in its file.
 
     Attributes:
         dtype: Its type.

@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 
 
 def in_words(keys: Sequence[str]) -> str:
-    """Returns what pieces are in words, as "master of student.norm.weight, and 3 more"."""
+    """Returns the names of pieces in words, as "master of student.norm.weight, and 3 more"."""
     kind, _, name = keys[0].partition(".")
     return f"{kind} of {name}" + (f", and {len(keys) - 1} more," if len(keys) > 1 else "")
 

@@ -211,7 +211,7 @@ def keep_blocks_in(folder: str, gigabytes: float) -> None:
 
 
 def the_cache() -> BlockCache:
-    """Where this process keeps blocks."""
+    """Folder in which this process keeps blocks."""
     if not _cache:
         keep_blocks_in("", Data().cache_gb)
     return _cache[0]

@@ -70,7 +70,7 @@ class LabelledImages:
 
 
 def training_part(root: str, *, where: str = "data.root") -> str:
-    """Returns what to learn from: the part `train` where a root has that beside what is tested.
+    """Returns the part of a dataset to learn from: `train`, where a tested part stands beside it.
 
     Args:
         root: As `open_images` takes it.
@@ -86,7 +86,7 @@ def training_part(root: str, *, where: str = "data.root") -> str:
 
 
 def evaluation_part(root: str) -> str:
-    """Returns what to look at: the part that is tested where a root has that beside `train`.
+    """Returns the part of a dataset to look at: the tested one, where `train` stands beside it.
 
     Args:
         root: As `open_images` takes it.

@@ -73,7 +73,7 @@ class Batch:
         return self._through(torch.Tensor.pin_memory)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Yields what `to` copies."""
+        """Yields the tensors that `to` copies."""
         yield self.images
         yield from (leaf for leaf in tree_leaves(self.targets) if isinstance(leaf, torch.Tensor))
 
@@ -267,7 +267,7 @@ class Beside(Protocol):
     """Values stored beside the views of images, which go into a batch's targets."""
 
     def of(self, index: int, view: torch.Tensor) -> Any:
-        """Returns what belongs to the view of image `index`: tensors, in tuples or dicts.
+        """Returns the tensors, in tuples or dicts, that belong to the view of image `index`.
 
         Raises: DataError: if there is nothing for that image, which a stand-in then replaces.
         """
@@ -343,7 +343,7 @@ class ViewBatches(Dataset):
         )
 
     def _draws(self, positions: NDArray[np.int64]) -> Callable[[int, int], views.Draws]:
-        """Returns what draws the view of a place in `positions` and the image taken for it."""
+        """Returns a function that draws the view of a place in `positions` and its image."""
         fixed = self.fixed
         if fixed is not None:
             return lambda _place, index: fixed.draws(self.epoch, index)

@@ -1,4 +1,4 @@
-"""Who is mixed with whom in a global batch, and images mixed with their partners.
+"""Partners of images in a global batch, and images mixed with their partners.
 
 All images of a group have one share. In the codes that this follows a group is the batch of a GPU;
 here it is 128 positions of the epoch's order, whatever the number of GPUs. Neighbours in it are

@@ -137,7 +137,7 @@ def uniforms(
 def drop_path_keep(
     rates: Sequence[float], seed: int, epoch: int, positions: ArrayLike
 ) -> torch.Tensor:
-    """Which branches stay: site i of a sample with probability 1 - rates[i], all independent.
+    """Draws which branches stay: site i of a sample with probability 1 - rates[i], independently.
 
     Args:
         rates: Drop rate of each site, in [0, 1], in execution order.

@@ -1,4 +1,4 @@
-"""Which sample goes where: the order of an epoch, and each rank's slice of a global batch.
+"""The order of samples in an epoch, and each rank's slice of a global batch.
 
 No list as long as the dataset is ever made: the permutation is evaluated where it is needed.
 Samples that can only be read in blocks (row groups of parquet files, tar files of an object store)
@@ -163,7 +163,7 @@ def updates_per_epoch(num_samples: int, global_batch_size: int) -> int:
 
 
 class Portion(NamedTuple):
-    """Which micro batches of an epoch a rank wants.
+    """The micro batches of an epoch that a rank wants.
 
     Attributes:
         epoch: Epoch, counted from 0.
@@ -182,7 +182,7 @@ class Portion(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Where in the epoch's order a rank reads, (B,) int64 for one micro batch after the other.
+    """Positions of a rank in the epoch's order, (B,) int64 for each micro batch in turn.
 
     Global batch k is positions k*G to (k+1)*G - 1, rank r's slice of it G/W consecutive ones,
     and a micro batch a consecutive part of that.

@@ -1,4 +1,4 @@
-"""Where the images of a run come from: the contract of a source, and the table of sources.
+"""Sources of a run's images: their contract, and the table of those that the package has.
 
 To add a source to the package, write one file with a class that keeps the contract below and a
 function that opens it, and add that function to `SOURCES`. `custom.py` opens those that stand

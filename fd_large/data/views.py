@@ -30,7 +30,7 @@ _ORDERS = tuple(permutations(range(4)))
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """How an image becomes a view.
+    """Settings by which an image becomes a view.
 
     Attributes:
         image_size: Side of the view, in pixels.

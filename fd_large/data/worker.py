@@ -1,4 +1,4 @@
-"""How a loading process behaves: signals are the training process's affair, and it dies with it."""
+"""Loading processes: they leave signals to the training process, and die with it."""
 
 from __future__ import annotations
 

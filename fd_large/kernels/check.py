@@ -126,7 +126,7 @@ def check(calls: Sequence[Call], device: torch.device) -> None:
 
 
 def beside_references(calls: Sequence[Call], device: torch.device) -> dict[str, str]:
-    """Returns what is off on this rank: operation -> where and by how much."""
+    """Returns the operations that are off on this rank, each with where and by how much."""
     off: dict[str, str] = {}
     for one in calls:
         if why := _off(one, device):

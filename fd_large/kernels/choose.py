@@ -176,7 +176,7 @@ def wished() -> str:
 
 @lru_cache(maxsize=16)
 def _wishes(text: str) -> tuple[str, dict[str, str]]:
-    """Returns what FD_KERNELS asks for: of all operations, and of single ones."""
+    """Returns the implementations that FD_KERNELS asks for: of all and of single operations."""
     general, single = "auto", {}
     for part in text.split(","):
         op, is_single, wish = part.strip().rpartition("=")
@@ -205,7 +205,7 @@ def _interpreted() -> bool:
 
 @torch.compiler.assume_constant_result
 def implementation(op: str, device_type: str, **case: Any) -> Implementation:
-    """Returns what runs an operation: `triton`, `compiled`, `apex` or `reference`.
+    """Returns the implementation of an operation: `triton`, `compiled`, `apex` or `reference`.
 
     Args:
         op: A registered operation.
@@ -242,7 +242,7 @@ def _implementation(
     device: Device | None,
     items: tuple[tuple[str, Any], ...],
 ) -> tuple[Implementation, str]:
-    """Returns what runs an operation, and why; a device that is stood for refuses no wish."""
+    """Returns the implementation, and why; a device that is stood for refuses no wish."""
     operation, case = _operations[op], dict(items)
     if wish == "reference":
         return "reference", "FD_KERNELS=reference"

@@ -301,7 +301,7 @@ class Twice(torch.autograd.Function):
 def implementation(
     op: str, branch: Tensor, *, width: int | None = None, **case: Any
 ) -> choose.Implementation:
-    """Returns what runs an operation on a branch whose norm has `width` channels; None: as it."""
+    """Returns the implementation for a branch; `width` are its norm's channels, None: its own."""
     return choose.implementation(
         op,
         branch.device.type,

@@ -166,7 +166,7 @@ def _group_attention(
 
 
 def region_mask(regions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns what is added to the logits of queries (rows) and keys (columns): (nW, N, N)."""
+    """Returns the mask added to logits of queries (rows) and keys (columns): (nW, N, N)."""
     queries, keys = regions[:, :, None], regions[:, None, :]
     mask = (queries != keys).to(dtype) * REGION_PENALTY
     return mask.masked_fill_(keys == PADDING, -torch.inf)

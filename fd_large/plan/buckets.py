@@ -14,7 +14,7 @@ MOST_OWNERS = 8
 
 
 def gradient_bucket(parameters: int) -> int:
-    """Returns how many elements of gradients are reduced together.
+    """Returns the number of gradient elements that are reduced together.
 
     Args:
         parameters: Trained parameters. Of the buckets there are about thirty, each of which has a
@@ -24,7 +24,7 @@ def gradient_bucket(parameters: int) -> int:
 
 
 def prefetch_bucket(parameters: int) -> int:
-    """Returns how many elements of the next layers stage 3 gathers ahead: about a block.
+    """Returns the number of elements that stage 3 gathers ahead: about a block.
 
     Args:
         parameters: Trained parameters.

@@ -50,7 +50,7 @@ class Cluster:
         return self.nic_gigabits / 8 * 1e9 * self.nics_per_node * rates.network_share
 
     def seconds(self, size: float, rates: Rates, *, span: Span = "all", calls: int = 1) -> float:
-        """Returns how long one gather or scatter of a model takes, in seconds.
+        """Returns the seconds of one gather or scatter of a model.
 
         Args:
             size: S in bytes.
@@ -74,7 +74,7 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where a run is planned.
+    """The ranks and cards for which a run is planned.
 
     Attributes:
         cluster: Ranks, nodes, network.

@@ -1,4 +1,4 @@
-"""How long ranks send to one another in a step, beside or after what they compute.
+"""Seconds of a step in which ranks send to one another, beside or after what they compute.
 
 Of a micro-batch, where S and T are one gather or scatter of student and teacher (`plan.cluster`):
 
@@ -78,5 +78,5 @@ def _scatter(load: Workload, machine: Machine) -> float:
 
 
 def _scatters(candidate: Candidate, machine: Machine) -> int:
-    """Returns how many scatters a sum of the gradients at stages 0 to 2 takes as long as."""
+    """Returns the length of a sum of the gradients at stages 0 to 2, in scatters."""
     return 1 if candidate.stage and machine.cluster.gpus <= MOST_OWNERS else 2

@@ -73,7 +73,7 @@ class StepFlops(NamedTuple):
     frozen: float = 0
 
     def shared_by(self, students: int) -> StepFlops:
-        """Returns what one of several students counts, with its part of the frozen models."""
+        """Returns the FLOPs of one of several students, with its part of the frozen models."""
         of_others = self.frozen * (1 - 1 / students)
         own = self.frozen - of_others
         return StepFlops(self.model - of_others, self.hardware - of_others, own)
@@ -157,7 +157,7 @@ class Counts:
         return max(line.at(images) for line in self.peak)
 
     def to_plain(self) -> dict[str, Any]:
-        """Returns what JSON can hold."""
+        """Returns the fields as JSON can hold them."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod

@@ -136,7 +136,7 @@ class OnDisk:
 
 
 def on_disk(load: Workload, machine: Machine, *, speed: float, average: bool = False) -> OnDisk:
-    """Returns what such a run takes.
+    """Returns memory, disk and added seconds of such a run.
 
     Args:
         load: The work.

@@ -53,7 +53,7 @@ class Phases:
         return found
 
     def to_plain(self) -> dict[str, Any]:
-        """Returns what JSON can hold."""
+        """Returns the fields as JSON can hold them."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod

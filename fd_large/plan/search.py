@@ -1,4 +1,4 @@
-"""All candidates for a workload on a machine in order, and why the others do not fit.
+"""Search for the candidates of a workload on a machine, and why the others do not fit.
 
 The fastest come first; of those whose times differ by less than `SAME_TIME`, those that communicate
 least.

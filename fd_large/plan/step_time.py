@@ -1,4 +1,4 @@
-"""How long a step takes: four constants, held against public measurements.
+"""Seconds of a step, from four constants that are held against public measurements.
 
     step = micro-batches x max(products + bytes + hooks, communication) + after the last one
 

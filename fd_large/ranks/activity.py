@@ -41,12 +41,12 @@ class Work:
         _changed()
 
     def advance(self, amount: float = 1, what: str | None = None) -> None:
-        """So much more is done."""
+        """Counts so much more as done."""
         self.reach(self.done + amount)
         self.what = without_secrets(what or self.what)
 
     def reach(self, done: float) -> None:
-        """So much is done in all."""
+        """Sets how many units are done in all."""
         self.done = done
         _changed()
 
@@ -57,7 +57,7 @@ class Work:
             _changed()
 
     def seconds_left(self, now: float) -> float | None:
-        """Returns how long the rest takes at the speed so far; None where that is not known."""
+        """Returns the seconds of the rest at the speed so far; None where that is not known."""
         fresh = self.done - self._first
         if not self.total or fresh <= 0:
             return None
@@ -92,12 +92,12 @@ def counted(items: Collection[T], what: str, unit: str) -> Iterator[T]:
 
 
 def current() -> tuple[Work, ...]:
-    """Returns what is being done now, the whole first and its parts after it."""
+    """Returns the work under way, the whole first and its parts after it."""
     return tuple(_works)
 
 
 def describe(works: tuple[Work, ...], now: float) -> str:
-    """Returns it in words, with the time that it has taken and will take."""
+    """Returns work in words, with the time that it has taken and will take."""
     text = ": ".join(str(one) for one in works)
     left = next((s for one in works[::-1] if (s := one.seconds_left(now)) is not None), None)
     text += f"; {clock(now - works[-1].began)} so far"

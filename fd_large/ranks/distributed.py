@@ -47,7 +47,7 @@ _nodes: set[int] = set()
 
 
 def open_files_needed(num_ranks: int) -> int:
-    """Returns how many descriptors rank 0, which has the most, may come to hold.
+    """Returns the number of descriptors that rank 0, which has the most, may come to hold.
 
     Each rank has two connections to the store of rank 0. Files, some tens of connections of
     collectives, and the tensors that loading processes hand over make up the rest.
@@ -365,7 +365,7 @@ def device() -> torch.device:
 
 
 def moved() -> None:
-    """This rank moves: every collective here says so, and what takes long without any."""
+    """Notes that this rank moves, as every collective here does, and long work without any."""
     global _moves
     _moves += 1
 
@@ -387,7 +387,7 @@ def moving() -> Iterator[None]:
 
 
 def moves() -> int:
-    """Returns how often this rank has moved, which the watchdog compares."""
+    """Returns the number of this rank's moves, which the watchdog compares."""
     return _moves
 
 

@@ -1,4 +1,4 @@
-"""Which launcher started this process, and where the ranks meet; without torch.
+"""The launcher that started this process, and where the ranks meet; without torch.
 
 `find_launch` reads the environment that the deepspeed launcher, torchrun, srun, mpirun or plain
 python left.

@@ -52,7 +52,7 @@ def meet(check: Callable[[], T]) -> T:
 
 
 def once(what: str, make: Callable[[], T], *, of_node: bool = False) -> T:
-    """Returns what one rank made; the others wait for it. Outside a meeting each makes its own.
+    """Returns a value that one rank makes and the others wait for; outside a meeting each its own.
 
     All ranks ask alike. A rank whose maker ended without having been asked makes its own.
 
@@ -75,7 +75,7 @@ def offer(what: str, value: Any) -> None:
 
 
 def fetch(what: str) -> Any:
-    """Returns what rank 0 has offered by then, in a meeting."""
+    """Returns the value that rank 0 has offered by then, in a meeting."""
     meeting = _present.get()
     assert meeting is not None
     return meeting.fetch(what)
@@ -226,7 +226,7 @@ class _Meeting:
                 return
 
     def outcome(self) -> Any:
-        """Returns what the check returned, or raises what it raised; None if it has not ended."""
+        """Returns the result of the check, or raises its error; None if it has not ended."""
         return None if self._outcome is None else self._outcome.get()
 
     def _state(self, is_late: bool) -> tuple[_State, dict[_Name, _Made]]:

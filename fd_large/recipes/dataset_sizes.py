@@ -1,4 +1,4 @@
-"""How many training images the datasets of record have."""
+"""Numbers of training images in the datasets of record."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ class FamilyArchitecture:
         return self
 
     def summary(self) -> dict[str, Any]:
-        """Returns what a model card says of the shape, {"patch": 16}."""
+        """Returns rows of the model card about the shape, {"patch": 16}."""
         return {}
 
     def values(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def newest_line(path: Path) -> list[Line]:
 
 
 def numbers_of(lines: list[Line]) -> str:
-    """Returns which lines these are, in words: line 3, or lines 3, 5."""
+    """Returns the numbers of lines in words: line 3, or lines 3, 5."""
     numbers = ", ".join(str(line.number) for line in lines)
     return f"line{'s' if len(lines) > 1 else ''} {numbers}"
 

@@ -395,7 +395,7 @@ class Run:
         return override(base, {**values, **follow})
 
     def changes_since(self, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Returns how the run differs from a stored one in what a resume may not change.
+        """Returns the fields that differ from a stored run's and that a resume may not change.
 
         Args:
             stored: What `to_dict` gave.
@@ -430,7 +430,7 @@ class Run:
         }
 
     def changes_before_weights(self, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Returns those of `changes_since` that show before the run's weights complete its recipe.
+        """Returns the fields of `changes_since` that differ before weights complete the recipe.
 
         Args: As `changes_since`.
         """
@@ -444,7 +444,7 @@ class Run:
         }
 
     def norm_batch(self) -> int:
-        """Returns how many images share the statistics of the student's batch norms; 0: none do."""
+        """Returns the number of images that share a batch norm's statistics; 0 if none do."""
         student, size = self.student, self.batch.global_batch_size
         if student.norm_batch != "auto":
             return min(student.norm_batch, size)

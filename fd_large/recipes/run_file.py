@@ -46,7 +46,7 @@ class Given:
     lines: Mapping[str, int] = field(default_factory=dict)
 
     def where(self, name: str) -> str:
-        """Returns what a message about a field begins with, "run.yaml:12: "."""
+        """Returns the place of a field with which messages begin, "run.yaml:12: "."""
         if not self.path:
             return ""
         inside = (line for key, line in self.lines.items() if key.startswith(f"{name}."))

@@ -440,7 +440,7 @@ class Optim:
         )
 
     def implied(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """Returns what follows other values of this recipe, by full name, {"optim.min_lr": 1e-6}.
+        """Returns fields that follow other values of this recipe, such as {"optim.min_lr": 1e-6}.
 
         Both ends of the schedule keep their ratio to base_lr, and a warm-up that would not fit into
         fewer epochs keeps its share of them.
@@ -494,7 +494,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """How the ranks compute. DeepSpeed's own settings are in its JSON file."""
+    """Precision, nodes and disks of the ranks. DeepSpeed's own settings are in its JSON file."""
 
     # Data type of parameters and matrix products. auto: bfloat16 on GPUs, float32 on CPUs. Master
     # weights, moments, softmax and loss are always float32.
@@ -571,7 +571,7 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Guard:
-    """How a run treats steps whose loss or gradient norm is not finite or far too large."""
+    """The guard against steps whose loss or gradient norm is not finite or far too large."""
 
     # Skip such steps. Off skips only those that DeepSpeed refuses by itself.
     enabled: bool = True

@@ -71,14 +71,14 @@ def beats_constant(files: RunFiles) -> bool | None:
 
 
 def called(files: RunFiles) -> str:
-    """Returns what a run is called: its own name, if it has one, with that of its recipe."""
+    """Returns the name of a run: its own, if it has one, with that of its recipe."""
     recipe: str = files.recipe["name"]
     own = files.recipe.get("runtime", {}).get("name")
     return f"{own} ({recipe})" if own else recipe
 
 
 def status_words(files: RunFiles) -> str:
-    """Returns how the run ended."""
+    """Returns the status of the run in words."""
     if beats_constant(files) is False:
         return "done, but WORSE THAN A CONSTANT"
     return files.summary.get("status") or "not finished"
@@ -102,7 +102,7 @@ def worse_than_constant(files: RunFiles) -> str:
 
 
 def stopped_text(files: RunFiles) -> str:
-    """Returns what a run that was stopped ends with: what is saved of it, and how it goes on."""
+    """Returns the closing words of a run that was stopped: what is saved, and how to go on."""
     command = shlex.join(_again(files, {}))
     if files.saved is None:
         return f"stopped before anything was saved. To start again:\n  {command}"
@@ -121,7 +121,7 @@ def when_measured(files: RunFiles, name: str) -> str:
 
 
 def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
-    """Returns what came out, in words."""
+    """Returns the figures of a run, with their words."""
     summary, student = files.summary, files.recipe["student"]
     begun = f"begun from {student.get('init') or 'random weights'}"
     rows = [("student", f"{full_name(student)}, {begun}")]
@@ -161,7 +161,7 @@ def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
 
 
 def next_steps(files: RunFiles) -> list[dict[str, str]]:
-    """Returns what is worth running after this run, as {"why", "command"}."""
+    """Returns commands that are worth running after this run, as {"why", "command"}."""
     status = files.summary.get("status")
     steps: list[tuple[str, list[str]]] = []
     if beats_constant(files) is False:
@@ -251,7 +251,7 @@ def _evaluates(files: RunFiles) -> bool:
 
 
 def _commands(files: RunFiles) -> list[str]:
-    """How the run's start called this program's commands."""
+    """Words with which the run's start called this program's commands."""
     started = Path(next(iter(files.environment.get("command", [])), ""))
     if started.name == "fd-large":
         return [_program("fd-large")]
@@ -259,7 +259,7 @@ def _commands(files: RunFiles) -> list[str]:
 
 
 def progress(files: RunFiles) -> str:
-    """Returns how many steps are done, of how many."""
+    """Returns the number of finished steps, of how many."""
     done = int(files.updates[-1]) if len(files.updates) else 0
     total = files.summary.get("total_updates")
     return f"{done} of {total} steps" if total else f"{done} steps"
@@ -337,14 +337,14 @@ def _as_flags(files: RunFiles, left_out: Collection[str]) -> list[str]:
 
 
 def _train_script(first: str) -> str:
-    """How to call train.py from here: as from a clone's root, or by the path that was started."""
+    """Path of train.py from here: as from a clone's root, or the one that was started."""
     in_clone, own = Path("fd_large/train.py"), Path(__file__).parents[1] / "train.py"
     is_elsewhere = not kind_of(in_clone) and os.path.realpath(first) == os.path.realpath(own)
     return str(own if is_elsewhere else in_clone)
 
 
 def _program(name: str) -> str:
-    """How to call a program of this environment from here: by name if that finds it."""
+    """Path of a program of this environment from here, or its name if that finds it."""
     beside = Path(sys.executable).parent / name
     found = shutil.which(name)
     if not kind_of(beside) or (found and Path(found).parent == beside.parent):

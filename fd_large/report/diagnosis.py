@@ -252,7 +252,7 @@ def _curves(models: list[Model], averages: Any, cka: Any) -> Figure:
 
 
 def changes(landscape: Landscape, along: list[list[float | None]]) -> numpy.ndarray:
-    """Returns how far a loss is from that of the model itself: (batches, steps).
+    """Returns the distance of a loss from that of the model itself: (batches, steps).
 
     Args:
         landscape: What it is part of.
@@ -368,7 +368,7 @@ def _ends(
     values_of: Callable[[Landscape], list[numpy.ndarray]],
     own_of: Callable[[Landscape], float],
 ) -> tuple[float, float] | None:
-    """How far below and above the model's own loss a landscape goes; None: nothing is finite."""
+    """Reach of a landscape below and above the model's own loss; None if nothing is finite."""
     changed = numpy.stack(values_of(landscape)) - own_of(landscape)
     finite = changed[numpy.isfinite(changed)]
     return (float(finite.min()), float(finite.max())) if len(finite) else None

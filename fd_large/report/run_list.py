@@ -109,7 +109,7 @@ class ListedRun:
 
     @property
     def written(self) -> float | None:
-        """When the run last wrote a number, or its recipe, in seconds of Unix time."""
+        """Unix time at which the run last wrote a number, or its recipe."""
         times = []
         for name in (METRICS, EVALUATIONS, RECIPE):
             try:
@@ -195,5 +195,5 @@ def _leads_on(entry: os.DirEntry[str], root: Path) -> bool:
 
 
 def state_of(files: RunFiles) -> str:
-    """Returns how a run stands that nobody works on, by its summary.json."""
+    """Returns the state of a run that nobody works on, by its summary.json."""
     return _STATES.get(files.summary.get("status", ""), FAILED)

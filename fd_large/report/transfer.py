@@ -62,7 +62,7 @@ class Value(NamedTuple):
 
 
 def read_cell(folder: Path) -> tuple[str, str, dict[str, Any]]:
-    """Returns how the run of a cell ended, why, and its summary.json.
+    """Returns the status of a cell's run, the reason, and its summary.json.
 
     Args:
         folder: The run's folder.
@@ -400,7 +400,7 @@ def _made_by(summary: dict[str, Any], column: str) -> str:
 
 
 def _changes(cell: dict[str, Any]) -> str:
-    """What is changed of a cell's recipe, with the recipe's own values in brackets."""
+    """Changed fields of a cell's recipe, with the recipe's own values in brackets."""
     if cell["unchanged"]:
         return ""
     changed = cell.get("changed", {})

@@ -159,7 +159,7 @@ class RemoteCurves(Curves):
 
 
 def run_name(setting: Setting, recipe: Mapping[str, Any]) -> str:
-    """Returns what a service calls the run: `runtime.name`, else the folder's name."""
+    """Returns the name of the run in a service: `runtime.name`, else the folder's name."""
     return recipe["runtime"].get("name") or setting.folder.resolve().name
 
 

@@ -1,4 +1,4 @@
-"""Shows what a command is busy with: a bar on a terminal, else a line at least every 30 s.
+"""Progress of a command's work: a bar on a terminal, else a line at least every 30 s.
 
 A thread looks at `activity` a few times a second and is all that draws, but for the bar of training
 (`progress.py`), which takes the terminal over.
@@ -62,7 +62,7 @@ def say(text: str) -> None:
 
 
 class Lines:
-    """Says what is being done once nothing was said for a while.
+    """Log lines of the work under way, where nothing else was logged for a while.
 
     Args:
         say: Writes a line to the user.
@@ -86,7 +86,7 @@ class Lines:
 
 
 class Bar:
-    """Draws a bar for what has lasted a moment, and removes it when that is over."""
+    """A progress bar for work that takes longer than two seconds, cleared at its end."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None

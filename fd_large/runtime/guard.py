@@ -82,7 +82,7 @@ class Finding:
 
 
 def findings(update: Update, accepted: Iterable[Values], spread: float) -> list[Finding]:
-    """Returns what is off about a step, given those accepted before it.
+    """Returns the numbers of a step that are off, given the steps accepted before it.
 
     Args:
         update: The step to judge, by its loss and its gradient norm.
@@ -155,7 +155,7 @@ class _Past:
 
 
 def past_of(rows: Iterable[Mapping[str, Any]], roll_backs: Mapping[int, int]) -> _Past:
-    """Returns what a run's guard knows after the steps of `rows`.
+    """Returns the memory of a run's guard after the steps of `rows`.
 
     Args:
         rows: Rows of metrics.jsonl.
@@ -318,7 +318,7 @@ class Guard(Hook):
         self._past.roll_backs, self._past.restored = roll_backs, restored
 
     def _read(self, updates: int) -> _Past:
-        """Returns what the first `updates` of the run have left, the same on every rank."""
+        """Returns the memory after the first `updates` of the run, the same on every rank."""
         past: _Past | None = None
         if distributed.is_main():
             rows = rows_before(self._setting.folder / METRICS, updates)

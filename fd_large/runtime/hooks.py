@@ -188,11 +188,11 @@ class Hook:
         """The run moves: called with every micro batch, in training and in evaluation."""
 
     def wish(self) -> Wish:
-        """Says what this rank would like; asked before each optimiser step, and in evaluations."""
+        """Returns this rank's wish; asked before each optimiser step, and in evaluations."""
         return NOTHING
 
     def on_stop(self) -> None:
-        """All ranks know that the run saves and stops, since one of them wished so."""
+        """The run saves and stops, since a rank wished so, and all ranks know it."""
 
     def judge(self, update: Update) -> Verdict | None:
         """Before the weights move: loss and gradient norm of the step are known."""
@@ -228,7 +228,7 @@ class Hook:
         """After the last step: `done`, or why the run ended early."""
 
     def on_failure(self, status: str, reason: str) -> None:
-        """In place of `on_end` where an error ends the run; no collective: others may be gone.
+        """An error ends the run, in place of `on_end`; no collective, since ranks may be gone.
 
         Args:
             status: `failed` or `interrupted`.

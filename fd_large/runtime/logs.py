@@ -1,4 +1,4 @@
-"""Where log records go: rank 0's to the terminal (but for details), every rank's to its own file.
+"""Handlers of log records: rank 0's reach the terminal (but for details), every rank's its file.
 
 Records of libraries go to the files only; of other ranks than 0 the terminal shows errors only.
 """

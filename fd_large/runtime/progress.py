@@ -164,7 +164,7 @@ def _listed(numbers: Iterable[tuple[str, float]]) -> str:
 
 
 def _beside_speed(row: Row) -> str:
-    """Returns what is known of utilisation, waiting and memory, each after two spaces."""
+    """Returns utilisation, waiting and memory, as far as known, each after two spaces."""
     parts = []
     if row.get("tflops_per_gpu", 0) >= 0.1:  # A CPU has so few that they tell nothing.
         parts.append(f"{row['tflops_per_gpu']:.3g} TFLOP/s per rank")

@@ -220,7 +220,7 @@ def record_code(folder: Path, files: Mapping[str, str], step: int) -> None:
 
 
 def _starts(folder: Path) -> list[dict[str, Any]]:
-    """Returns what code.json lists: {"update": first step, "files": {"module:...": SHA-256}}.
+    """Returns entries of code.json: {"update": first step, "files": {"module:...": SHA-256}}.
 
     A record for people, which allows nothing; what is damaged in it is left out.
     """

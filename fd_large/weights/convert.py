@@ -97,7 +97,7 @@ def write(
 
 
 def _timm(architecture: FamilyArchitecture) -> Export:
-    """How timm's state dict has a model.
+    """The form of a model in timm's state dict.
 
     Raises: WeightsError: if it has none like it.
     """

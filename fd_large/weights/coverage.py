@@ -139,7 +139,7 @@ _REMEDY = "Name the model that the file holds, or allow the differences by name.
 
 @dataclass
 class Match:
-    """How the tensors of a file fit those of a model.
+    """The fit of a file's tensors to those of a model.
 
     Attributes:
         total: Elements of the model.

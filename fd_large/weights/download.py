@@ -1,4 +1,4 @@
-"""Where weights come from: paths, installed packages, and what libraries download.
+"""Files of weights: on paths, in installed packages, and downloaded by libraries.
 
 `locate` finds the file of a source. `fetch` writes what is downloaded into a folder that is a
 source wherever it is copied to, for clusters whose nodes have no network: with the configuration,
@@ -38,7 +38,7 @@ _WHERE = "weights fetch"
 
 
 class Located(NamedTuple):
-    """Where a source ends, and what is known of it by then.
+    """The file or tensors of a source, and what is known of them by then.
 
     Attributes:
         path: A file, or a folder that holds one.

@@ -43,7 +43,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 def export_of(
     architecture: FamilyArchitecture, to: To, *, pads: bool, window_rule: WindowRule = "masked"
 ) -> Export | None:
-    """Returns what a model becomes in a library's files; None for a graph, which takes any model.
+    """Returns the form of a model in a library's files; None for a graph, which takes any model.
 
     Args:
         architecture: The student, with the image size of the export.

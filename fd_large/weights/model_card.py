@@ -185,7 +185,7 @@ def _file_of(code: str) -> str:
 
 
 def _rules(sizes: Mapping[str, Any]) -> str:
-    """How a model deals with sizes, as further arguments of `load_model`, where it is not usual."""
+    """Unusual rules of sizes, as further arguments of `load_model`."""
     usual = Student(model="").sizes()
     return "".join(
         f", {name}={json.dumps(value) if isinstance(value, str) else tuple(value)}"
@@ -219,7 +219,7 @@ def _metadata(exported: ExportedStudent, learned: Learned, origins: Mapping[str,
 
 
 def _length(optim: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """How long the whole run is, by its recipe or by what fitted into its time."""
+    """Length of the whole run, by its recipe or by what fitted into its time."""
     if decided := decided_steps(manifest):
         return f"{decided:,}, as many as its time limit allowed"
     most = optim["max_steps"]

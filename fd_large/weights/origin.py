@@ -29,7 +29,7 @@ _HEAD_BYTES = 1 << 16
 
 
 class Origin(NamedTuple):
-    """Where weights come from.
+    """Origin of weights.
 
     Attributes:
         licence: Their licence, in words; UNKNOWN if nothing says it.
@@ -50,7 +50,7 @@ def is_random(source: str) -> bool:
 
 
 def origin_of(source: str, model: str, architecture: FamilyArchitecture | None) -> Origin:
-    """Returns what is known of a source of weights; asks no server.
+    """Returns the known origin of a source of weights; asks no server.
 
     Args:
         source: The source, as a recipe states it.

@@ -127,7 +127,7 @@ class PublishedWeights:
 
     @property
     def trained_with(self) -> str:
-        """Which statistics its publishers use, where they are unknown and a guess would not do."""
+        """Statistics that its publishers use, where they are unknown and a guess would not do."""
         guess_does = self.own or self.statistics is not None
         return "" if guess_does else FORMATS[self.form].format.trained_with
 

@@ -389,5 +389,5 @@ def other_model(
 
 
 def remedy_for(held: FamilyArchitecture) -> str:
-    """Returns what to do about weights that hold another model than the one that is wanted."""
+    """Returns the remedy for weights that hold another model than the wanted one."""
     return f"Set --student.model {name_of(held)}, which it holds."

@@ -126,7 +126,7 @@ class Configuration:
         )
 
     def stated(self, published: Published, library: str) -> Stated:
-        """Returns what is stated of a model whose tensors are in a published format.
+        """Returns the statements on a model whose tensors are in a published format.
 
         Args:
             published: What the model's family says of its files.

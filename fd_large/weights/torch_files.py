@@ -32,7 +32,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 
 
 def load(path: Path) -> Any:
-    """Returns what a torch file holds: containers, plain values, tensors and passive objects.
+    """Returns the contents of a torch file: containers, plain values, tensors, passive objects.
 
     A TorchScript archive gives its state dict.
 

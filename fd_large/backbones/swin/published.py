@@ -69,7 +69,7 @@ def _beyond(shapes: Shapes) -> str:
 
 
 def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
-    """Returns what tensors show: all but eps."""
+    """Returns the fields that tensors show: all but eps."""
     fields = names.recognised(shapes)
     tables = _tables(shapes, len(fields["depths"]))
     heads = tuple(heads for _, heads in tables)

@@ -82,7 +82,7 @@ FORMATS = {
 
 
 def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
-    """Returns what tensors show: all but eps, and windows where the file has no tables."""
+    """Returns the fields that tensors show: all but eps, and windows where there are no tables."""
     fields = names.recognised(shapes)
     stages = len(fields["depths"])
     scales = [shapes.get(f"layers.{s}.blocks.0.attn.logit_scale", (0,)) for s in range(stages)]

@@ -17,7 +17,7 @@ OURS = "net."
 
 
 def lacks(architecture: TimmArchitecture, pads: bool = False) -> str:
-    """Says what timm does not have: models that end before their last map."""
+    """Returns why timm has no such model: it ends before its last map."""
     del pads
     last = strides(architecture.timm_name)[-1]
     if architecture.feature_stride in (0, last):
@@ -26,7 +26,7 @@ def lacks(architecture: TimmArchitecture, pads: bool = False) -> str:
 
 
 def added(architecture: TimmArchitecture) -> dict[str, Tensor]:
-    """Returns what timm's model has and ours has not, at its initial values.
+    """Returns tensors that timm's model has and ours has not, at their initial values.
 
     Such as a norm that belongs to the head, after the map that was trained, and counters.
     """

@@ -105,7 +105,7 @@ def near_names(name: str) -> str:
 
 
 def config_of(name: str) -> Any:
-    """Returns what timm knows of the trained weights of a model; None for a model of the user's."""
+    """Returns timm's configuration of a model's trained weights; None for a model of the user's."""
     return timm.get_pretrained_cfg(split_arguments(name)[0])
 
 
@@ -125,7 +125,7 @@ class Size(NamedTuple):
 
 @lru_cache(maxsize=256)
 def sized(name: str, image_size: int) -> Size:
-    """Returns how a model is made for images of that side in pixels; 0 is its own size.
+    """Returns the size of a model made for images of that side in pixels; 0 is its own size.
 
     A model that cannot be made for another size stays at its own.
     """
@@ -171,7 +171,7 @@ def strides(name: str) -> list[int]:
 
 
 class Layout(NamedTuple):
-    """Where the map is in what `forward_features` of a model returns.
+    """Place of the map in the tensor that `forward_features` returns.
 
     Attributes:
         grid: Rows and columns of the map.

@@ -216,7 +216,7 @@ def resizes(architecture: TimmArchitecture) -> bool:
 
 
 def facts_of(architecture: TimmArchitecture) -> WeightFacts:
-    """Returns what timm knows of the weights that it has for a model."""
+    """Returns timm's facts of the weights that it has for a model."""
     config = config_of(architecture.timm_name)
     statistics = _statistics(architecture.timm_name)
     licence, origin = config.license or "", config.hf_hub_id or config.url or "timm"

@@ -145,7 +145,7 @@ class TimmBackbone(nn.Module):
         return [self.net.get_submodule(path) for path in self._measured.blocks]
 
     def token_positions(self, grid: tuple[int, int]) -> Callable[[str, int], TokenPositions | None]:
-        """Returns what finds where the tokens of an attention module are, for diagnosis.
+        """Returns a function that finds the token positions of an attention module, for diagnosis.
 
         Args:
             grid: Rows and columns of the map.

@@ -121,7 +121,7 @@ class TransformersBackbone(nn.Module):
         return FeatureMap(tokens, grid, self.num_prefix_tokens)
 
     def token_positions(self, grid: tuple[int, int]) -> Callable[[str, int], TokenPositions | None]:
-        """Returns what finds where the tokens of an attention module are, for diagnosis.
+        """Returns a function that finds the token positions of an attention module, for diagnosis.
 
         Args:
             grid: Rows and columns of the map.

@@ -348,7 +348,7 @@ _HF_TYPES = (
 
 
 def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
-    """Returns what tensors show: all but activation, eps, and heads where there is no table."""
+    """Returns the fields that tensors show: all but activation, eps, and heads without a table."""
     width, _, _, patch = shapes["patch_embed.proj.weight"]
     tokens = [name in shapes for name in ("cls_token", "dist_token")]
     registers = shapes["reg_token"][1] if "reg_token" in shapes else 0
