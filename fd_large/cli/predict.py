@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.errors import ConfigError
 from fd_large.files import check_out, kind_of
-from fd_large.recipes.fields import require
+from fd_large.recipes.fields import within
 from fd_large.recipes.stored import read_recipe, run_of_checkpoint
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class Predict(AllowsCode):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        in_range = self.score is None or 0 <= self.score <= 1
-        require(in_range, "--score: out of range", self.score, "a number in [0, 1]")
+        if self.score is not None:
+            within("--score", self.score, "[0, 1]")
 
 
 def main(arguments: list[str]) -> int:

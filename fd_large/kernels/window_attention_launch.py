@@ -51,28 +51,11 @@ class Geometry:
     prefix: int
 
     @classmethod
-    def of(
-        cls,
-        qkv: Tensor,
-        num_heads: int,
-        height: int,
-        width: int,
-        window_height: int,
-        window_width: int,
-        shift: int,
-        cosine: bool,
-    ) -> Geometry:
+    def of(cls, qkv: Tensor, numbers: Sequence[int]) -> Geometry:
         """Returns the geometry of the operation's arguments."""
-        return cls(
-            num_heads,
-            qkv.shape[2] // (3 * num_heads),
-            height,
-            width,
-            (window_height, window_width),
-            shift,
-            bool(cosine),
-            qkv.shape[1] - height * width,
-        )
+        heads, height, width, rows, columns, shift, cosine = numbers
+        head_width, prefix = qkv.shape[2] // (3 * heads), qkv.shape[1] - height * width
+        return cls(heads, head_width, height, width, (rows, columns), shift, bool(cosine), prefix)
 
     @property
     def windows(self) -> int:
@@ -167,7 +150,7 @@ def forward(
     The numbers are heads, rows and columns of the map, those of a window, shift, and whether q and
     k are normalised.
     """
-    geometry = Geometry.of(qkv, *numbers)
+    geometry = Geometry.of(qkv, numbers)
     out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
     lse = qkv.new_empty(geometry.num_heads, *qkv.shape[:2], dtype=torch.float32)
     programs = qkv.shape[0] * geometry.windows * geometry.num_heads * geometry.tiles
@@ -195,7 +178,7 @@ def backward(
 
     The scale of a dot product is a constant.
     """
-    geometry = Geometry.of(qkv, *numbers)
+    geometry = Geometry.of(qkv, numbers)
     heads, batch = geometry.num_heads, qkv.shape[0]
     chunks, groups = geometry.chunks(batch), geometry.groups(batch)
     shapes = geometry.partials(batch)
