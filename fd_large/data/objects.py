@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from fd_large.data.roots import (
+    GLOB,
     PARQUET,
     check_packages,
     expand_braces,
@@ -44,7 +44,6 @@ RANGE_BYTES = 16 << 20
 STREAMS = 16
 READ_REMOTELY = (".tar", PARQUET)
 
-_GLOB = re.compile(r"[*?\[]")
 _BUSY = {408, 425, 429}
 # A forked process must not drop the clients that it inherits: closing their connections would take
 # these out of the one epoll that it shares with its parent, which would wait for them in vain.
@@ -176,7 +175,7 @@ def fingerprint_of(files: Sequence[Stored], facts: Iterable[str]) -> str:
 def _names(root: str, endings: tuple[str, ...]) -> Iterator[str]:
     client, path = _client(root)
     kind = local_kind(root)  # None for a URL, too.
-    if not kind and _GLOB.search(name_of(path)):
+    if not kind and GLOB.search(name_of(path)):
         found = asked(root, lambda: client.glob(path))
     elif kind != "folder" and name_of(path).lower().endswith(endings):
         found = [path]

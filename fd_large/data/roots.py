@@ -52,6 +52,7 @@ _OLDEST_PYARROW = (14, 0, 1)
 _LONGEST_NAME = 255
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://")
 BRACES = re.compile(r"\{([^{}]*)\}")
+GLOB = re.compile(r"[*?\[]")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MOST_NAMES, _MOST_DIGITS = 1_000_000, 18
 _MOST_CHARACTERS = 1 << 28

@@ -7,7 +7,6 @@ import hashlib
 import logging
 import math
 import os
-import re
 import resource
 import time
 from collections import OrderedDict
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from fd_large.data.folder import EXTENSIONS, OpenFile, walk
 from fd_large.data.listing import Add, filled, listed, settled
-from fd_large.data.roots import BRACES, expand_braces, local_kind
+from fd_large.data.roots import BRACES, GLOB, expand_braces, local_kind
 from fd_large.data.tar_index import NO_LABEL, images_in
 from fd_large.errors import DataError
 from fd_large.files import kind_of
@@ -31,7 +30,6 @@ log = logging.getLogger(__name__)
 # Shards that a process keeps open, and how long one is taken for the one that was indexed.
 MOST_OPEN = 2048
 CHECK_SECONDS = 60.0
-_GLOB = re.compile(r"[*?\[]")
 
 
 class TarShards:
@@ -235,7 +233,7 @@ def _shards_of(root: str | Sequence[str], where: str) -> list[str]:
 
 
 def _is_pattern(root: str) -> bool:
-    return local_kind(root) != "file" and bool(BRACES.search(root) or _GLOB.search(root))
+    return local_kind(root) != "file" and bool(BRACES.search(root) or GLOB.search(root))
 
 
 def _anchor(root: str | Sequence[str]) -> tuple[str, str]:
@@ -244,7 +242,7 @@ def _anchor(root: str | Sequence[str]) -> tuple[str, str]:
         return root[0], hashlib.sha256("\0".join(root).encode()).hexdigest()
     if not _is_pattern(root):
         return root, ""
-    start = min(match.start() for find in (BRACES, _GLOB) if (match := find.search(root)))
+    start = min(match.start() for find in (BRACES, GLOB) if (match := find.search(root)))
     folder = os.path.dirname(root[:start])
     return folder or os.curdir, root[len(folder) :].lstrip("/")
 
@@ -252,7 +250,7 @@ def _anchor(root: str | Sequence[str]) -> tuple[str, str]:
 def _matching(pattern: str, where: str) -> list[str]:
     paths: list[str] = []
     for name in expand_braces(pattern, where=where):
-        found = sorted(glob.glob(name)) if _GLOB.search(name) else [name]
+        found = sorted(glob.glob(name)) if GLOB.search(name) else [name]
         kinds = {kind_of(path, where=where, of=DataError) for path in found}
         if kinds != {"file"}:
             raise DataError(

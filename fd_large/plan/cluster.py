@@ -13,7 +13,7 @@ from typing import Literal
 
 from fd_large.plan.rates import Rates
 
-Span = Literal["all", "node", "across"]
+Span = Literal["all", "node"]
 
 # What each further node of a ring adds to a collective, beside its bytes and its start. Assumed.
 PER_NODE_SECONDS = 2e-6
@@ -55,15 +55,10 @@ class Cluster:
         Args:
             size: S in bytes.
             rates: Those of the card and its links.
-            span: Over all ranks, inside each node, or between the nodes only (ranks at the same
-                place of their nodes, each with its share of S).
+            span: Over all ranks, or inside each node.
             calls: Number of collectives into which it is cut.
         """
-        inside = nodes = 1
-        if span != "across":
-            inside = self.node_size
-        if span != "node":
-            nodes = self.nodes
+        inside, nodes = self.node_size, 1 if span == "node" else self.nodes
         if inside * nodes == 1:
             return 0.0
         link = size * (inside - 1) / inside / rates.link if inside > 1 else 0.0

@@ -91,7 +91,6 @@ class Watchdog(Hook):
         owned: Returns whether this start may write there.
         start: Id of this start.
         start_seconds: How long it may stand still until its first step is through; None: longer.
-        clock: Returns seconds.
         leave: Ends the process with an exit code.
     """
 
@@ -103,10 +102,9 @@ class Watchdog(Hook):
         *,
         start: str = "",
         start_seconds: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
         leave: Callable[[int], Any] = os._exit,
     ) -> None:
-        self._limit, self._clock, self._leave = seconds, clock, leave
+        self._limit, self._leave = seconds, leave
         self._folder, self._owned, self._start = folder, owned, start
         longer = min(max(START_FACTOR * seconds, LEAST_START_SECONDS), MOST_START_SECONDS)
         self._start_limit = max(seconds, longer) if start_seconds is None else start_seconds
@@ -170,7 +168,7 @@ class Watchdog(Hook):
             self._thread.join()
 
     def _watch(self) -> None:
-        silence = Silence(self._interval, self._clock())
+        silence = Silence(self._interval, time.monotonic())
         told: set[str] = set()
         while not self._over.wait(self._interval):
             for seconds, name in slow_images.longer_than(self._limit / 4):
@@ -180,7 +178,7 @@ class Watchdog(Hook):
                     briefly(log.warning, words, seconds, name, seconds=self._interval)
                 told.add(name)
             limit = self._limit if self._stepped else self._start_limit
-            if silence.lasts(self._clock(), self._beats + distributed.moves(), limit):
+            if silence.lasts(time.monotonic(), self._beats + distributed.moves(), limit):
                 self._fired.set()
                 # If its peers end first, the training thread fails in its collective.
                 failures.leave_to(threading.current_thread())
