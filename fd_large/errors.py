@@ -6,7 +6,7 @@ Every message reads `where: what; got X, expected Y. Remedy.` Our own mistakes s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from difflib import get_close_matches
 from enum import IntEnum
 from typing import Any
@@ -241,8 +241,11 @@ def nearest(name: str, names: Iterable[str], *, before: str = "") -> str:
     close = get_close_matches(name, known, n=_NEAREST, cutoff=0.5)
     if not close and len(name) > 1:
         close = [one for one in known if name in one][:_NEAREST]
-    told = ", ".join(f"{before}{one}" for one in close or known[:_LISTED])
-    if close:
-        return f"nearest: {told}"
-    more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
-    return f"known: {told}{more}"
+    told = [f"{before}{one}" for one in close or known]
+    return f"nearest: {', '.join(told)}" if close else f"known: {first_names(told, _LISTED)}"
+
+
+def first_names(names: Sequence[str], most: int = 8) -> str:
+    """Returns the first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -19,7 +19,7 @@ from pathlib import Path
 from fd_large.cli.arguments import parse
 from fd_large.cli.doctor_checks import SEVERITY, Finding, check_node, look
 from fd_large.cli.output import tables
-from fd_large.errors import LaunchError, first_line
+from fd_large.errors import LaunchError, first_line, first_names
 from fd_large.ranks.launch import Launch, find_launch, find_rank
 from fd_large.runtime import terminal
 
@@ -115,7 +115,7 @@ def merged(nodes: Sequence[tuple[str, Mapping[str, Finding]]]) -> dict[str, Find
                     verdict, remedy = "STOPS", "Use one checkout and one environment on all nodes."
                 elif SEVERITY[verdict] == 0:
                     verdict, remedy = "check", "The slowest node decides the pace of all."
-            said = f"{line.found}; {_some(named)}: {other.found}"
+            said = f"{line.found}; {first_names(named, 4)}: {other.found}"
             line = Finding(said, verdict, remedy, own.alike)
         lines[name] = line
     return lines
@@ -211,8 +211,3 @@ def _print(found: Mapping[str, Finding]) -> None:
         f"Training cannot start: {', '.join(stops)}." if stops else "Nothing stops training here."
     )
     console.print(last, style="bold red" if stops else "bold green")
-
-
-def _some(nodes: Sequence[str]) -> str:
-    named = ", ".join(nodes[:4])
-    return f"{named} and {len(nodes) - 4} more" if len(nodes) > 4 else named

@@ -12,12 +12,11 @@ from tyro.conf import Positional, arg
 
 from fd_large import shipped
 from fd_large.cli.arguments import parse
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, first_names
 from fd_large.files import unusable
 
 # Needs the benchmarks, which only a checkout has.
 _OF_A_CHECKOUT = {"throughput.sh"}
-_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +43,9 @@ def write(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if there := sorted(name for name in os.listdir(folder) if not name.startswith(".")):
-            more = f" and {len(there) - _NAMED} more" if len(there) > _NAMED else ""
             raise ConfigError(
-                f"init: {folder}: not empty; got {', '.join(there[:_NAMED])}{more}, expected a new "
-                "or empty folder. Name another."
+                f"init: {folder}: not empty; got {first_names(there, 5)}, expected a new or empty "
+                "folder. Name another."
             )
         for path in scripts:
             shutil.copy(path, folder)

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from fd_large.errors import DataError
+from fd_large.errors import DataError, first_names
 from fd_large.ranks import distributed
 
 log = logging.getLogger(__name__)
@@ -86,12 +86,10 @@ def limit_error(count: BadCount, max_bad_fraction: float, names: Iterable[str]) 
         names: Names of bad images, from one rank or all.
     """
     distinct = sorted(set(names))
-    listed = ", ".join(distinct[:MAX_NAMES])
-    if len(distinct) > MAX_NAMES:
-        listed += f" and {len(distinct) - MAX_NAMES} more (see the log)"
+    named = first_names(distinct, MAX_NAMES) + " (see the log)" * (len(distinct) > MAX_NAMES)
     return DataError(
         f"data.max_bad_fraction: too many images cannot be used; got {count.num_bad} of "
         f"{count.num_tried} samples, expected at most {max_bad_fraction:g} of them "
-        f"(of {FEWEST_SAMPLES:,} while fewer were tried): {listed}. "
+        f"(of {FEWEST_SAMPLES:,} while fewer were tried): {named}. "
         "Replace or remove these files, or raise --data.max_bad_fraction."
     )

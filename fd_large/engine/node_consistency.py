@@ -17,7 +17,7 @@ import torch
 
 import fd_large
 from fd_large.data.source import ImageSource
-from fd_large.errors import DataError, FDError, LaunchError, WeightsError
+from fd_large.errors import DataError, FDError, LaunchError, WeightsError, first_names
 from fd_large.files import kind_of
 from fd_large.ranks import distributed
 from fd_large.runtime.run_folder import source_commit
@@ -32,7 +32,6 @@ PACKAGES = ("torch", "deepspeed", "torchvision", "timm", "numpy", "triton")
 _SAME_ENVIRONMENT = "Use one environment on a shared disk, or one image, on every node"
 _BLOCK = 64 << 10
 _BLOCKS = 64
-_NODES_NAMED = 8
 
 
 class Fact(NamedTuple):
@@ -137,8 +136,8 @@ def compare(ranks: Sequence[_NodeFacts]) -> None:
         fact = facts_of[name]
         also = f" (and other {', '.join(stops[1:])})" if stops[1:] and name == stops[0] else ""
         said = (
-            f"{fact.what}; got {got} on {_some(nodes)}{also}, expected {expected} as on {most}. "
-            f"{fact.remedy}."
+            f"{fact.what}; got {got} on {first_names(nodes)}{also}, expected {expected} as on "
+            f"{most}. {fact.remedy}."
         )
         if fact.error is None:
             log.warning("%s", said)
@@ -246,9 +245,3 @@ def _odd(ranks: Sequence[_NodeFacts], name: str) -> tuple[list[str], str, str, s
         return None
     most = next(node for node, value in values if value == right)
     return list(dict.fromkeys(node for node, _ in others)), others[0][1], most, right
-
-
-def _some(nodes: Sequence[str]) -> str:
-    named = ", ".join(nodes[:_NODES_NAMED])
-    more = len(nodes) - _NODES_NAMED
-    return f"{named} and {more} more" if more > 0 else named

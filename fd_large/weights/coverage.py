@@ -21,7 +21,7 @@ from torch import Tensor
 from fd_large.backbones.position_tables import resize_positions, resize_table, square_side
 from fd_large.backbones.recognition import side_of
 from fd_large.backbones.translation import Piece, Shape, Shapes
-from fd_large.errors import WeightsError
+from fd_large.errors import WeightsError, first_names
 from fd_large.weights.read import Tensors, files_of
 
 log = logging.getLogger(__name__)
@@ -299,10 +299,6 @@ def covered(
 
 def _complaints(*groups: list[str]) -> list[str]:
     words = ("missing", "left over", "of another shape", "given twice")
-    return [f"{what}: {listed(names)}" for what, names in zip(words, groups, strict=False) if names]
-
-
-def listed(names: list[str], most: int = 8) -> str:
-    """Returns the first names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return [
+        f"{what}: {first_names(names)}" for what, names in zip(words, groups, strict=False) if names
+    ]

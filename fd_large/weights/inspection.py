@@ -11,7 +11,7 @@ from fd_large.backbones.exports import DECODER
 from fd_large.backbones.published import WeightFacts
 from fd_large.backbones.registry import parameter_shapes
 from fd_large.backbones.statistics import Statistics
-from fd_large.errors import ConfigError, ShapeError, printable
+from fd_large.errors import ConfigError, ShapeError, first_names, printable
 from fd_large.files import kind_of
 from fd_large.recipes.architectures import (
     ARCHITECTURES,
@@ -25,7 +25,7 @@ from fd_large.recipes.architectures import (
     whole,
 )
 from fd_large.recipes.family import FamilyArchitecture
-from fd_large.weights.coverage import Match, listed, match
+from fd_large.weights.coverage import Match, match
 from fd_large.weights.export import INDEX, NAME
 from fd_large.weights.published import FORMATS, PublishedWeights
 from fd_large.weights.read import OTHER
@@ -243,9 +243,9 @@ def table(found: Inspection) -> Any:
             what, _, names = complaint.partition(": ")
             row(what, names)
         if found.match.to_resize:
-            row("resized on loading", listed(found.match.to_resize))
+            row("resized on loading", first_names(found.match.to_resize))
     if found.dropped:
-        row("left out on purpose", listed(list(found.dropped)))
+        row("left out on purpose", first_names(found.dropped))
     return rows
 
 
