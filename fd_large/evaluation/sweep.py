@@ -15,7 +15,7 @@ that diverges is a result, too.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fd_large.errors import ConfigError, DataError, Exit
 from fd_large.evaluation.held_out import runs_that_saw
 from fd_large.evaluation.recorded_runs import RecordedRun
-from fd_large.recipes.fields import require
+from fd_large.recipes.fields import override, require
 from fd_large.recipes.file_names import CHECKPOINTS
 from fd_large.recipes.run import Run
 
@@ -127,14 +127,15 @@ class Sweep:
         ended = (trial for trial in self.trials if trial.accuracy is not None)
         return max(ended, key=lambda trial: trial.accuracy or 0.0)
 
-    def best_of(self, recipes: Sequence[Run]) -> Run:
+    def best_of(self, recipes: Sequence[Run], named: Collection[str]) -> Run:
         """Returns the recipe of the best trial, with its rate and its decay.
 
         Args:
             recipes: What was tried.
+            named: Full names of the fields that the user set.
         """
         (recipe,) = (one for one in recipes if one.name == self.winner.recipe)
-        return _with_point(recipe, self.winner.rate, self.winner.decay)
+        return with_point(recipe, self.winner.rate, self.winner.decay, named)
 
     def at_edge(self) -> list[str]:
         """Returns the names of what a wider grid might find better values of."""
@@ -190,6 +191,7 @@ def sweep(
     recipes: Sequence[Sequence[Run]],
     flags: Any,
     train: Callable[[Run], Trained],
+    named: Collection[str],
 ) -> tuple[int, list[Sweep]]:
     """Tries the grid for every model; returns the exit code, and what came out of each.
 
@@ -198,6 +200,7 @@ def sweep(
         recipes: The recipes of each that are tried; all begin from the same weights.
         flags: The grid, the number of seeds and the folder.
         train: Trains a run.
+        named: Full names of the fields that the user set.
 
     Raises: FDError: if the images cannot be divided, or all trials of a model diverge.
     """
@@ -217,7 +220,9 @@ def sweep(
     )
     folder = Path(flags.out) / "sweep"
     grids = [
-        _trials_of(own, flags, images=images, weights=digest, folder=folder / slug(model.label))
+        _trials_of(
+            own, flags, named, images=images, weights=digest, folder=folder / slug(model.label)
+        )
         for (model, own), digest in zip(pairs, digests, strict=True)
     ]
     done = sum(_finished(trial) is not None for grid in grids for trial in grid)
@@ -266,7 +271,13 @@ def _divisible_part(root: str) -> ImageFolder:
 
 
 def _trials_of(
-    recipes: Sequence[Run], flags: SweepFlags, *, images: ImageFolder, weights: str, folder: Path
+    recipes: Sequence[Run],
+    flags: SweepFlags,
+    named: Collection[str],
+    *,
+    images: ImageFolder,
+    weights: str,
+    folder: Path,
 ) -> list[Trial]:
     """Returns the trials of one model: recipe by recipe in the order of rates, then of decays.
 
@@ -274,6 +285,7 @@ def _trials_of(
         recipes: The recipes, that which fits the model first; its trials have the folders that they
             had when it was the only one.
         flags: The grid, to which a recipe's own rate and decay are added.
+        named: Full names of the fields that the user set.
         images: The training images, of which a tenth is held out.
         weights: The digest of the weights that the recipe starts from.
         folder: The folder of the trials' folders.
@@ -289,7 +301,7 @@ def _trials_of(
             for decay in sorted({*decays, recipe.optim.layer_decay}):
                 where = folder / f"{beginning}rate_{rate:g}_decay_{decay:g}"
                 try:
-                    run = _with_point(recipe, rate, decay)
+                    run = with_point(recipe, rate, decay, named)
                 except ConfigError as error:
                     raise ConfigError(
                         f"--sweep_rates {rate:g}: of {recipe.name}, {error}"
@@ -299,10 +311,18 @@ def _trials_of(
     return trials
 
 
-def _with_point(recipe: Run, rate: float, decay: float) -> Run:
-    """Returns a recipe at a point of the grid."""
-    optim = replace(recipe.optim, base_lr=rate * recipe.optim.base_lr, layer_decay=decay)
-    return replace(recipe, optim=optim)
+def with_point(recipe: Run, rate: float, decay: float, named: Collection[str]) -> Run:
+    """Returns a recipe at a point of the grid; the ends of its schedule follow unless they are set.
+
+    Args:
+        recipe: The recipe.
+        rate: Multiple of its learning rate.
+        decay: Its layer decay there.
+        named: Full names of the fields that the user set.
+    """
+    peak = {"optim.base_lr": rate * recipe.optim.base_lr}
+    ends = {n: end for n, end in recipe.optim.implied(peak).items() if n not in named}
+    return override(recipe, {**peak, **ends, "optim.layer_decay": decay})
 
 
 def _run_trials(trials: Sequence[Trial], train: Callable[[Run], Trained]) -> tuple[int, Sweep]:

@@ -99,12 +99,13 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
         return Trained(code) if code else Trained(0, *transfer.compared(summary))
 
     if flags.sweep:
-        code, sweeps = sweep(models, tried, flags, train)
+        code, sweeps = sweep(models, tried, flags, train, changes)
         if code:
             return Result(code=code)
         for row, found in zip(rows, sweeps, strict=True):
             row.sweep = found
-        recipes = [one.best_of(of_model) for one, of_model in zip(sweeps, tried, strict=True)]
+        pairs = zip(sweeps, tried, strict=True)
+        recipes = [one.best_of(of_model, changes) for one, of_model in pairs]
     for row, recipe in zip(rows, recipes, strict=True):
         first = recipes[next(i for i, other in enumerate(rows) if other.pool == row.pool)]
         row.recipe, row.unlike_first = recipe.name, recorded_runs.unlike(first, recipe)

@@ -392,6 +392,7 @@ class Run:
             base = base._with_model(where, _with_other_model(section, where, values))
         implied = base.optim.implied(values)
         follow = {name: value for name, value in implied.items() if name not in stay}
+        follow |= _ends_of_students(base.optim, {**follow, **values}, {*stay, *values})
         return override(base, {**values, **follow})
 
     def changes_since(self, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -542,6 +543,29 @@ def _with_other_model(
         if isinstance(section, Student):
             section = section.without_rules_unknown_to(new)
     return section
+
+
+def _ends_of_students(optim: Optim, values: Mapping[str, Any], named: set[str]) -> dict[str, float]:
+    """Returns the ends of students' schedules that follow rates of their own, by full name.
+
+    Args:
+        optim: The recipe's section.
+        values: Values of fields by full name.
+        named: Names of fields that follow none.
+    """
+    ending = ".base_lr"
+    peaks = {n.removesuffix(ending): v for n, v in values.items() if n.endswith(ending)}
+    of_all = peaks.pop("optim", optim.base_lr)
+    ends = {end: values.get(f"optim.{end}", getattr(optim, end)) for end in ("warmup_lr", "min_lr")}
+    rates = (of_all, *ends.values(), *peaks.values())
+    if not of_all or not all(isinstance(rate, int | float) for rate in rates):
+        return {}
+    return {
+        f"{student}.{end}": rate * (peak / of_all)
+        for student, peak in peaks.items()
+        for end, rate in ends.items()
+        if named.isdisjoint((f"optim.{end}", f"{student}.{end}"))
+    }
 
 
 def _named(group: str, entries: Mapping[str, Any]) -> dict[str, Any]:

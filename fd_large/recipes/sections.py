@@ -143,8 +143,14 @@ class NamedStudent(Student):
 
     place: ClassVar[str] = "students.NAME"
 
-    # Peak learning rate of this student, per 256 images. None: optim.base_lr.
+    # Peak learning rate of this student, per 512 images. None: optim.base_lr.
     base_lr: float | None = None
+    # Learning rate of this student at which the warm-up starts. None: optim.warmup_lr. With a
+    # base_lr of its own it keeps its ratio to it unless it or optim.warmup_lr is set, too.
+    warmup_lr: float | None = None
+    # Learning rate of this student at which the schedule ends. None: optim.min_lr. With a base_lr
+    # of its own it keeps its ratio to it unless it or optim.min_lr is set, too.
+    min_lr: float | None = None
     # Weight decay of this student. None: optim.weight_decay.
     weight_decay: float | None = None
     # Learning rate of each layer relative to the one above. None: optim.layer_decay.
@@ -155,7 +161,8 @@ class NamedStudent(Student):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
-            self.optimised(Optim())
+            # Beside ends that are below any rate; a run holds them against its own.
+            self.optimised(Optim(warmup_lr=0, min_lr=0))
         except ConflictError as error:
             raise error.renamed(lambda n: n.replace("optim.", f"{self.place}.")) from None
         except ConfigError as error:

@@ -107,6 +107,9 @@ def with_stored_ends(run: Run, named: Collection[str]) -> Run:
         names |= set(fitted_fields(run))
     if before.optim.base_lr == run.optim.base_lr:
         names |= set(FOLLOWING)
+    for name, student in before.students.items():
+        if (now := run.students.get(name)) and now.base_lr == student.base_lr:
+            names |= {f"students.{name}.warmup_lr", f"students.{name}.min_lr"}
     values = flat_plain(before.to_dict())
     return override(run, {name: values[name] for name in names.difference(named)})
 

@@ -14,6 +14,7 @@ from labelled_folder import labelled_folder
 
 import fd_large
 from fd_large.cli.main import main
+from fd_large.evaluation.sweep import with_point
 from fd_large.recipes import registry
 
 WORDS = ["--task", "finetune", "--sweep", "--sweep_rates", "1", "2", "4"]
@@ -244,7 +245,9 @@ def test_what_cannot_be_swept(images, vit, trained, tmp_path, capsys):
         "--optim.layer_decay: the sweep decides it": [*both, "--optim.layer_decay", "0.5"],
         "--eval.best_metric: the last runs would be": [*both, "--eval.best_metric", "test_top1"],
         "--data.val_fraction: the sweep holds out": [*both, "--data.val_fraction", "0.2"],
-        "--sweep_rates 1e-06: of finetune_clip_vit_base": [*both, "--sweep_rates", "1e-6"],
+        "--sweep_rates 1e-06: of finetune_clip_vit_base": [
+            *(*both, "--sweep_rates", "1e-6", "--optim.min_lr", "1e-6")
+        ],
         "--sweep: only a folder of images": ["--data.root", f"module:{tmp_path}/source.py:Source"],
     }
     for said, more in cases.items():
@@ -258,3 +261,13 @@ def test_what_cannot_be_swept(images, vit, trained, tmp_path, capsys):
     assert main(["evaluate", "vit_base_patch16=random", *official]) == 2
     assert "--sweep: not used by linear" in capsys.readouterr().err
     assert not trained
+
+
+def test_the_ends_of_a_schedule_follow_the_rate_of_a_trial():
+    recipe = registry.get("finetune_clip_vit_base")
+    trial = with_point(recipe, 0.5, 0.7, ["optim.min_lr"]).optim
+    assert trial.base_lr == recipe.optim.base_lr / 2
+    assert trial.warmup_lr == recipe.optim.warmup_lr / 2
+    assert trial.min_lr == recipe.optim.min_lr
+    assert trial.layer_decay == 0.7
+    assert with_point(recipe, 1.0, recipe.optim.layer_decay, ()) == recipe

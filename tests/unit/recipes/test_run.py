@@ -244,6 +244,24 @@ def test_a_resume_may_take_students_out_and_in_but_not_change_them():
     assert a_run(runtime=run.runtime).changes_since(stored) == {"students": ("small, base", "")}
 
 
+def test_the_ends_of_a_students_schedule_follow_its_own_rate():
+    run = a_run(optim=Optim(base_lr=0.128, warmup_lr=3.2e-4, min_lr=0.064))
+
+    def ends(values, stay=()):
+        optim = run.with_fields(values, stay=stay).each_student()["a"].optim
+        return optim.warmup_lr, optim.min_lr
+
+    own = {"students.a.base_lr": 0.016}
+    assert ends(own) == (4e-5, 0.008)
+    assert ends(own | {"students.a.min_lr": 0.001}) == (4e-5, 0.001)
+    assert ends(own | {"optim.min_lr": 0.002}) == (4e-5, 0.002)
+    assert ends(own | {"optim.base_lr": 0.256}) == pytest.approx((4e-5, 0.008))
+    assert ends({"students.a.base_lr": 0.256}, ["optim.min_lr"]) == (6.4e-4, 0.064)
+    assert ends({"students.a.weight_decay": 0.0}) == (3.2e-4, 0.064)
+    with pytest.raises(ConfigError, match=r"students\.a\.base_lr: "):
+        run.with_fields({"students.a.base_lr": "low"})
+
+
 def test_a_named_student_begins_as_the_recipes_own():
     values = {
         "student.drop_path_rate": 0.3,
@@ -254,6 +272,7 @@ def test_a_named_student_begins_as_the_recipes_own():
     fast, vit = a_run().with_fields(values).each_student().values()
     assert fast.student == replace(a_run().student, drop_path_rate=0.3)
     assert fast.optim.base_lr == 1e-2
+    assert vit.optim == a_run().optim
     # A model of another family keeps nothing of its architecture, as in a run of its own.
     assert vit.student == Student(model="vit_base_patch16", drop_path_rate=0.0)
 

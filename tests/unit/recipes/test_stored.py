@@ -108,3 +108,17 @@ def test_a_run_goes_on_with_what_followed_from_its_images(tmp_path):
     for fields in ({"student.model": "swinv2_tiny"}, {"task.name": "finetune"}):
         batch = with_stored_ends(asked.with_fields(fields), here).batch
         assert batch == asked.batch
+
+
+def test_several_students_go_on_with_the_ends_that_they_began_with(tmp_path):
+    """Those of an earlier version had the ends of all."""
+    here = {"runtime.run_dir": str(tmp_path), "students.a.base_lr": 0.256}
+    now = registry.get("quickstart").with_fields(here)
+    stored = now.to_dict()
+    for name in ("warmup_lr", "min_lr"):
+        del stored["students"]["a"][name]
+    (tmp_path / "recipe.json").write_text(json.dumps(stored))
+    run = with_stored_ends(now, here)
+    require_same_settings(run)
+    assert run.each_student()["a"].optim.min_lr == registry.get("quickstart").optim.min_lr
+    assert with_stored_ends(now, [*here, "students.a.min_lr"]).students["a"].min_lr == 0.128
