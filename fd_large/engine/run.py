@@ -191,7 +191,7 @@ def _trainer_of(
     setting = _setting_of(opened, lease, total)
     with activity.work("cutting the evaluations' images"):
         evaluations = job.evaluations(engine, opened.samples, opened.micro_batch_size)
-    layer_rates = by_layer(engine, run.optim.layer_decay)
+    layer_rates = by_layer(engine, run.optim.layer_decay, run.optim.backbone_rate)
     scale_by_norms(engine)
     return Trainer(
         engine,

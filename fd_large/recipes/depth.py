@@ -12,8 +12,9 @@ windows and flip, in the crop of NYUv2. An epoch is the 24,231 training images.
 
 Source: Xie et al., arXiv 2205.13543; SwinTransformer/MIM-Depth-Estimation @59ba08d.
 
-The published runs compute in float32; here `engine.precision` decides, which on GPUs is bfloat16
-with a float32 loss.
+The decoder's batch norms see all 24 images, where the published runs' see those of one GPU. The
+published runs compute in float32; here `engine.precision` decides, which on GPUs is bfloat16 with a
+float32 loss.
 
 `--student.init RUN_OR_FILE` names the backbone; without it the model starts from random weights.
 Duration and memory are what `plan` computes (docs/scaling.md), not measured.
@@ -73,7 +74,8 @@ def nyuv2_vit_base() -> Run:
     How the paper put a depth head on a ViT is not public; what is here is ours: the decoder on the
     last block's map after a new norm, of stride 16 where a SwinV2's has 32, so that the depth is
     doubled once less by interpolation. MIM-Depth's settings of a SwinV2-B: layer decay .9, drop
-    path .3. A table of relative positions for each block, resized to 30 x 30 patches.
+    path .3. A table of relative positions for each block, resized to 30 x 30 patches. Pixels stay
+    between 0 and 1, where the student was distilled on normalised ones.
     """
     return _nyuv2(vit("vit_base_patch16", 0.3), layer_decay=0.9, head_width=128)
 

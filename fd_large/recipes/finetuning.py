@@ -237,7 +237,8 @@ def finetune_swinv2_base() -> Run:
     Result: not published (the paper's SwinV2-B, a student of EsViT: 85.1)
 
     The settings of the paper's SwinV2-B (finetune_esvit_swin_base), with windows of 14 after those
-    of 12 (6 in the last stage) in distillation, as SimMIM fine-tunes its SwinV2-B.
+    of 12 (6 in the last stage) in distillation, as SimMIM fine-tunes its SwinV2-B: that one, of
+    another teacher, with layer decay .75, drop path .1 and batch 2048.
     """
     return _finetune(
         "swinv2_base",
@@ -281,8 +282,10 @@ def finetune_swinv2_giant() -> Run:
     The only published settings of a SwinV2-G on ImageNet-1K are those of arXiv 2111.09883 (90.17
     after labels of ImageNet-22K): 640 px, 10 epochs, 2.1e-5 at batch 576, drop path .5. Not
     published: the window (40 here, which divides all maps but the last, one window of 20), warm-up
-    (1 epoch here), layer decay (.87 here, that of its training on ImageNet-22K), the rate's end.
-    Every block is checkpointed. Run it with ds_configs/zero3_hpz.json (slurm/finetune_swinv2g.sh).
+    (1 epoch here), layer decay (.87 here, that of its training on ImageNet-22K), weight decay (.05
+    here) and clipping (5 here), both of the base models, and the rate's end. They are those of a
+    model that had learnt the labels of ImageNet-22K, which a distilled one has not. Every block is
+    checkpointed. Run it with ds_configs/zero3_hpz.json (slurm/finetune_swinv2g.sh).
     Work: 4 x 9,297 GFLOP x 1.28e7 images = 4.8e20 FLOP.
     """
     return _finetune(
@@ -309,8 +312,9 @@ def finetune_clip_vit_base_plain() -> Run:
 
     Source: Dong et al., "CLIP itself is a strong fine-tuner", arXiv 2212.06138, and its scripts: a
     small learning rate, no mixing, no drop path, no clipping, an average of the weights. The
-    official classifier normalises every token before the mean, here the mean is normalised. Name
-    the weights: --student.init FILE or open_clip:ViT-B-16/openai.
+    official classifier normalises every token before the mean, here the mean is normalised; the
+    authors freeze the embedding of patches at 224 px, here it learns at .0013 of the rate. Name the
+    weights: --student.init FILE or open_clip:ViT-B-16/openai.
     """
     return _plain(
         "clip_vit_base_patch16", base_lr=1.5e-4, layer_decay=0.60, epochs=50, warmup_epochs=10

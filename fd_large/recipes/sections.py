@@ -373,6 +373,9 @@ class Optim:
     # between 0 and 1. 1 gives all layers the same learning rate. All keep the same warmup_lr and
     # min_lr.
     layer_decay: float = 1.0
+    # Factor of the learning rate of the whole backbone, beside layer_decay, in (0, 1]. Heads and
+    # pyramids have the full learning rate. 1 turns it off.
+    backbone_rate: float = 1.0
     # Decay of the exponential moving average of the weights, in [0, 1), for example 0.9999.
     # Evaluation and export use the average. 0 turns it off.
     ema_decay: float = 0.0
@@ -412,6 +415,7 @@ class Optim:
             within("optim.betas", value, "[0, 1)")
         positive("optim.eps", self.eps)
         within("optim.layer_decay", self.layer_decay, "(0, 1]")
+        within("optim.backbone_rate", self.backbone_rate, "(0, 1]")
         within("optim.ema_decay", self.ema_decay, "[0, 1)")
         self._check_schedule()
 

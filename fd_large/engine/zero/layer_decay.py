@@ -98,17 +98,20 @@ class LayerLearningRates:
                     states[owner]["step"] = cut_state[view]["step"]
 
 
-def by_layer(engine: Engine, decay: float) -> LayerLearningRates | None:
+def by_layer(engine: Engine, decay: float, backbone_rate: float = 1.0) -> LayerLearningRates | None:
     """Lets an engine step each layer at its own learning rate; None where all have the same.
 
     Args:
         engine: The engine, before its first step.
         decay: Factor of the learning rate from one layer to the one below it; 1: none.
+        backbone_rate: Factor of the learning rate of all of the student; 1: none.
     """
     slices: dict[int, list[LayerSlice]] = defaultdict(list)
     scales: set[float] = set()
     for name, owner, start, stop in state.owned(engine):
         scale = engine.task.layer_scale(name, decay)
+        if name.startswith("student."):
+            scale *= backbone_rate
         slices[id(owner)].append(LayerSlice(start, stop, scale))
         scales.add(scale)
     # Ranks may hold different layers, but all or none of them take this way.

@@ -74,10 +74,11 @@ LARGER_FINE_TUNING = {
     "finetune_swinv2_large": (224, 100, 20, 2048, (5e-3, 1e-6, 1e-6), 0.7, 0.2),
     "finetune_swinv2_giant": (640, 10, 1, 576, (2.1e-5, 2.8125e-7, 2.8125e-7), 0.87, 0.5),
 }
-# Peak learning rate at the batch of the source: ViTDet, Swin, Swin, SwinV2-G; the cascades ViTDet
-# twice, Swin, SwinV2-L, SwinV2-G twice.
+# Peak learning rate at the batch of the source: ViTDet, CAE, Swin, Swin, SwinV2-G; the cascades
+# ViTDet twice, Swin, SwinV2-L, SwinV2-G twice.
 DETECTION = {
     "coco_mask_rcnn_vit_base": (1e-4, 64),
+    "coco_mask_rcnn_vit_base_12ep": (3e-4, 32),
     "coco_mask_rcnn_swinv2_tiny": (1e-4, 16),
     "coco_mask_rcnn_swinv2_base": (1e-4, 16),
     "coco_mask_rcnn_swinv2_giant": (6e-4, 96),
@@ -88,10 +89,11 @@ DETECTION = {
     "coco_htc_swinv2_giant": (6e-4, 96),
     "o365_cascade_swinv2_giant": (1.2e-3, 96),
 }
-# Crop, peak learning rate, its batch, layer decay, drop path, weight decay, steps: BEiTv2's twice,
-# Swin's, SwinV2's, DINOv3's.
+# Crop, peak learning rate, its batch, layer decay, drop path, weight decay, steps: BEiTv2's, MAE's,
+# BEiTv2's, Swin's, SwinV2's, DINOv3's.
 SEGMENTATION = {
     "ade20k_upernet_vit_base": (512, 5e-5, 16, 0.75, 0.15, 0.05, 160_000),
+    "ade20k_upernet_vit_base_mae": (512, 1e-4, 16, 0.65, 0.1, 0.05, 160_000),
     "ade20k_upernet_vit_large": (518, 4e-5, 16, 0.9, 0.2, 0.05, 160_000),
     "ade20k_upernet_swinv2_base": (512, 6e-5, 16, 1.0, 0.3, 0.01, 160_000),
     "ade20k_upernet_swinv2_giant": (640, 4e-5, 32, 1.0, 0.4, 0.05, 80_000),

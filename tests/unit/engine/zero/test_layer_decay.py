@@ -49,6 +49,20 @@ def test_each_layer_learns_as_in_a_group_of_its_own(make_engine, config):
             torch.testing.assert_close(values.view(-1), expected.view(-1), rtol=1e-5, atol=1e-6)
 
 
+def test_a_flat_factor_is_that_of_the_backbone_alone(make_engine):
+    engine = make_engine()
+    for decay in (1.0, DECAY):
+        rates = by_layer(engine, decay, 0.1)
+        found = {cut.scale for cuts in rates._slices.values() for cut in cuts}
+        names = [name for name, _ in engine.task.named_parameters()]
+        inside = {name for name in names if name.startswith("student.")}
+        assert 0 < len(inside) < len(names)
+        assert found == {
+            engine.task.layer_scale(name, decay) * (0.1 if name in inside else 1.0)
+            for name in names
+        }
+
+
 def test_without_decay_the_optimiser_steps_as_it_is(make_engine):
     engine = make_engine()
     assert by_layer(engine, 1.0) is None
