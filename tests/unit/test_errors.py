@@ -12,6 +12,7 @@ from fd_large.errors import (
     FDError,
     check_all,
     first_line,
+    first_names,
     masked,
     named,
     nearest,
@@ -77,6 +78,11 @@ def test_the_names_are_told_as_flags() -> None:
     names = ["warmup_lr", "epochs"]
     assert nearest("epoch", names, before="--") == "nearest: --epochs"
     assert nearest("q", names, before="--") == "known: --epochs, --warmup_lr"
+
+
+def test_of_many_names_the_first_are_told() -> None:
+    assert first_names(["a", "b"], 2) == "a, b"
+    assert first_names(["a", "b", "c", "d"], 2) == "a, b and 2 more"
 
 
 def test_a_notebook_shows_the_sentence_without_frames(capsys) -> None:

@@ -68,6 +68,12 @@ def test_several_students_share_what_frozen_models_compute():
     assert (counts.student, counts.frozen) == (((30, 2), (50, 2)), (((100, 1),),))
 
 
+def test_a_step_of_stored_maps_has_no_work_of_the_teacher():
+    counts = of_one(teacher=100, student=30).without("inference")
+    assert counts.step_flops(2).hardware == 2 * 30
+    assert (counts.moved, counts.calls) == ({"forward": Line(1, 30)}, {"forward": 3})
+
+
 def test_a_micro_batch_of_several_students_waits_until_the_step_is_over():
     each = [of_one(teacher=100, student=30), of_one(teacher=100, student=50)]
     assert of_students(each).held == Line(0, 0)

@@ -25,6 +25,7 @@ from fd_large.recipes.fields import (
     override,
     plain,
     positive,
+    within,
 )
 from fd_large.recipes.run import Run, Task
 
@@ -186,3 +187,19 @@ def test_no_numeric_field_takes_a_number_that_no_run_can_use():
                 run.with_fields({name: value})
         tried |= {own} if _unusable(hint) else set()
     assert len(tried) > 80
+
+
+@pytest.mark.parametrize(
+    ("interval", "inside", "outside"),
+    [
+        ("[0, 1)", (0, 0.5), (1, -0.1, math.nan)),
+        ("(0, 1]", (1, 0.5), (0, 1.1, math.inf)),
+        ("[0, 10]", (0, 10), (-1, 11)),
+    ],
+)
+def test_an_interval_holds_the_ends_that_its_brackets_say(interval, inside, outside):
+    for value in inside:
+        within("data.x", value, interval)
+    for value in outside:
+        with pytest.raises(ConfigError, match=rf"^data\.x: .*got {value}, .*{re.escape(interval)}"):
+            within("data.x", value, interval)
