@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -28,6 +29,7 @@ from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.layer_decay import LayerLearningRates
 from fd_large.engine.zero.optimizer import set_learning_rate
+from fd_large.engine.zero.step_gate import Answer
 from fd_large.errors import FDError
 from fd_large.ranks import activity, distributed
 from fd_large.runtime import step_clock
@@ -312,14 +314,15 @@ class Trainer:
             self._layer_rates.at_scale = partial(schedule.scaled_at, self._finished)
         agreements: list[_Agreed] = []
 
-        def ask() -> bool:
-            agreements.append(self._agree(passed.losses, epoch, learning_rate))
-            return not agreements[0].verdict.skip
+        def ask(norm: Tensor | None) -> Answer:
+            agreed = self._agree(passed.losses, epoch, learning_rate, norm)
+            agreements.append(agreed)
+            finite = norm is None or agreed.update.grad_norm < math.inf
+            return Answer(goes_on=finite and not agreed.verdict.skip, finite=finite)
 
         with out_of_memory_named(size):
             moved = engine.gate.step(engine.deepspeed, ask)
-        # DeepSpeed refuses a norm that is not finite by itself, and then does not ask.
-        agreed = agreements[0] if agreements else self._agree(passed.losses, epoch, learning_rate)
+        (agreed,) = agreements
         self._checkpoints.optimizer_steps += moved
         if moved:
             engine.task.after_step()
@@ -335,10 +338,14 @@ class Trainer:
         )
         return agreed._replace(update=update)
 
-    def _agree(self, losses: list[Tensor], epoch: int, learning_rate: float) -> _Agreed:
-        """Makes the one collective and the one read by the host of a step."""
-        # This is the norm before clipping.
-        norm = self.engine.deepspeed.optimizer._global_grad_norm
+    def _agree(
+        self, losses: list[Tensor], epoch: int, learning_rate: float, norm: Tensor | None
+    ) -> _Agreed:
+        """Makes the one collective and the one read by the host of a step.
+
+        Args:
+            norm: That of the gradients before clipping; None at stage 0, whose optimiser has it.
+        """
         wishes = [hook.wish() for hook in self._hooks]
         own = [
             any(wish.stop for wish in wishes),
@@ -350,11 +357,13 @@ class Trainer:
         loss = torch.stack(losses).mean().double().reshape(1)
         flags = torch.tensor(own, dtype=torch.float64).to(device, non_blocking=True)
         # The norm is the same on all ranks, but for the last digit between unlike processors.
-        norm = torch.as_tensor(norm, dtype=torch.float64, device=device).reshape(1)
-        summed = distributed.sum_tensor(torch.cat([loss, norm, flags])).tolist()
-        loss_sum, norm_sum, *counts = summed
-        ranks = distributed.world_size()
-        update = Update(self._finished, epoch, loss_sum / ranks, norm_sum / ranks, learning_rate)
+        own_norm = self.engine.deepspeed.optimizer._global_grad_norm if norm is None else norm
+        own_norm = torch.as_tensor(own_norm, dtype=torch.float64, device=device).reshape(1)
+        summed = distributed.sum_tensor(torch.cat([loss, own_norm, flags])).tolist()
+        loss_mean, norm_mean, *counts = (one / distributed.world_size() for one in summed)
+        if norm is not None and not 0 <= norm_mean < math.inf:
+            norm_mean = math.inf  # DeepSpeed's -1 too.
+        update = Update(self._finished, epoch, loss_mean, norm_mean, learning_rate)
         verdict = Verdict.all_of(hook.judge(update) for hook in self._hooks)
         agreed = _Agreed(update, *(count > 0 for count in counts), verdict=verdict)
         # What follows from a state that could not be saved could not be saved either.

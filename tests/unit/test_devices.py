@@ -263,7 +263,7 @@ def test_a_step_reads_the_device_once(card: Card) -> None:
     )
     losses = [on_card(torch.tensor(1.0)), on_card(torch.tensor(3.0))]
     with card.waiting() as waits:
-        agreed = trainer._agree(losses, 0, 1e-3)
+        agreed = trainer._agree(losses, 0, 1e-3, None)
     assert waits == ["loop._agree: copy to the CPU"]
     assert (agreed.update.loss, agreed.update.grad_norm) == (2.0, 2.0)
 

@@ -50,6 +50,8 @@ def spare_passes(engine: Any, *, bucket: int) -> Sequence[Tensor]:
     if isinstance(engine.optimizer, get("deepspeed.runtime.bf16_optimizer:BF16_Optimizer")):
         return Float32Sums(engine, bucket).kept
     if isinstance(engine.optimizer, get(_STAGE_1_2)):
+        # Another pass over the gradients and another read: their norm says whether all are finite.
+        replace(engine.optimizer, "check_overflow", lambda **_: None)
         return [] if engine.optimizer.cpu_offload else OwnedShards(engine, bucket).kept
     if engine.zero_optimization_stage() == 0:
         return WholeGradients(engine, bucket).kept

@@ -13,6 +13,7 @@ import torch
 
 from fd_large.engine.zero import private_names
 from fd_large.engine.zero.gloo import gather_in_place, scatter_in_place
+from fd_large.engine.zero.step_gate import ask_once
 from fd_large.imports import without
 from fd_large.ranks import distributed
 from fd_large.ranks.launch import check_accelerator
@@ -55,6 +56,7 @@ def start() -> None:
     # it torch's whole compiler: a second or two of every start.
     if _MUON not in sys.modules:
         sys.modules[_MUON] = _NoMuon(_MUON)
+    ask_once()
     if not torch.cuda.is_available():
         # Otherwise init_distributed compiles a shared-memory extension and dies without a C++
         # compiler; gloo's collectives serve.

@@ -1,18 +1,33 @@
 """Stops an optimiser step between its gradients and its weights, at any ZeRO stage.
 
-DeepSpeed's `step` computes the norm, clips and calls the inner optimiser, once or once per group.
-The gate stands in front of that call: gradients are complete, no weight has moved yet, and a
-refused step leaves weights, moments and step counts as they were.
+DeepSpeed's `step` computes the norm, asks whether it is finite, clips and calls the inner
+optimiser, once or once per group. The gate stands in front of that question, which the ranks'
+agreement answers, so that the host reads the device once for both. At stage 0, where DeepSpeed does
+not ask, it stands in front of the inner optimiser. Gradients are complete, no weight has moved yet,
+and a refused step leaves weights, moments and step counts as they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from fd_large.engine.zero.private_names import replace
+from fd_large.engine.zero.private_names import get, replace
+
+
+class Answer(NamedTuple):
+    """What the ranks have agreed on.
+
+    Attributes:
+        goes_on: Whether the weights are to move.
+        finite: Whether the norm of the gradients is.
+    """
+
+    goes_on: bool
+    finite: bool
 
 
 class StepGate:
@@ -29,26 +44,59 @@ class StepGate:
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner = inner
-        self._ask: Callable[[], bool] | None = None
-        self._open = True
+        self._ask: Callable[[Any], Answer] | None = None
+        self._answer = _OPEN
         self.inner_step = replace(inner, "step", self._guarded)
 
-    def step(self, engine: Any, ask: Callable[[], bool]) -> bool:
+    def step(self, engine: Any, ask: Callable[[Any], Answer]) -> bool:
         """Lets the engine step; returns whether the weights moved.
 
         Args:
             engine: DeepSpeed's engine, after the last micro batch of a step.
-            ask: Returns whether to go on. Called on every rank before the first weight moves,
-                unless DeepSpeed refuses the step by itself because the norm is not finite.
+            ask: Given the norm of the gradients before clipping, or None where the engine's
+                optimiser has it, says whether to go on. Called once on every rank, before the
+                first weight moves.
         """
-        # Stays closed where DeepSpeed discards the gradients and never steps.
-        self._ask, self._open = ask, False
-        engine.step()
-        moved, self._ask, self._open = self._open, None, True
+        self._ask = ask
+        _stepping.append(self)
+        try:
+            engine.step()
+        finally:
+            _stepping.pop()
+        moved, self._answer = self._answer.goes_on, _OPEN
         return moved
 
-    def _guarded(self, *arguments: Any, **named: Any) -> Any:
+    def answer(self, norm: Any = None) -> Answer:
+        """Returns what the ranks agree on; they are asked at the first call in a step."""
         if self._ask is not None:
             ask, self._ask = self._ask, None
-            self._open = ask()
-        return self.inner_step(*arguments, **named) if self._open else None
+            self._answer = ask(norm)
+        return self._answer
+
+    def _guarded(self, *arguments: Any, **named: Any) -> Any:
+        return self.inner_step(*arguments, **named) if self.answer().goes_on else None
+
+
+_OPEN = Answer(True, True)
+_stepping: list[StepGate] = []
+
+
+def ask_once() -> None:
+    """Lets DeepSpeed's optimisers take the gate's word for whether a norm is finite."""
+    optimisers = ("zero.stage3", "zero.stage_1_and_2", "bf16_optimizer")
+    for module in (get(f"deepspeed.runtime.{one}") for one in optimisers):
+        replace(module, "is_invalid_grad_norm", _is_invalid)
+    replace(module, "clip_tensors_by_global_norm", _clip)
+
+
+def _is_invalid(norm: Any) -> bool:
+    if _stepping:
+        return not _stepping[-1].answer(norm).finite
+    return bool(get("deepspeed.runtime.utils:is_invalid_grad_norm")(norm))
+
+
+def _clip(input_tensors: list[Tensor], max_norm: float, global_norm: Tensor, mpu: Any) -> None:
+    """As DeepSpeed's, but without a look at the norm: where nothing is clipped, it is times 1."""
+    factor = (max_norm / (global_norm + 1e-6)).clamp(max=1.0)
+    for tensor in input_tensors:
+        tensor.detach().mul_(factor)

@@ -9,6 +9,7 @@ from unit.engine.conftest import CONFIGS, batch_of
 from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.zero import state
 from fd_large.engine.zero.optimizer import set_learning_rate
+from fd_large.engine.zero.step_gate import Answer
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -19,11 +20,12 @@ def test_a_refused_step_moves_nothing_and_the_next_one_does(make_engine, config)
 
     def step(answer):
         forward_backward(engine, batch_of(len(asked)), seed=0)
-        norm = engine.deepspeed.optimizer
 
-        def ask():
-            asked.append(float(norm._global_grad_norm))
-            return answer
+        def ask(norm):
+            asked.append(
+                float(engine.deepspeed.optimizer._global_grad_norm if norm is None else norm)
+            )
+            return Answer(goes_on=answer, finite=True)
 
         before = {key: values.clone() for key, values in state.shards(engine)}
         moved = engine.gate.step(engine.deepspeed, ask)
