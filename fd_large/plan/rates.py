@@ -18,7 +18,7 @@ from fd_large.errors import ConfigError, nearest
 from fd_large.files import read_json
 
 # Rates that may be 0: what they stand for costs nothing.
-MAY_BE_0 = ("launch_seconds", "start_seconds", "hooked_share", "hpz_wait_seconds")
+MAY_BE_0 = ("launch_seconds", "start_seconds", "hooked_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,6 @@ class Rates:
         start_seconds: Seconds to start a collective; assumed for the named cards.
         hooked_share: Fraction of the passes of modules that have DeepSpeed's hooks where parameters
             are gathered; less where blocks are leaf modules, 0 for software without hooks.
-        hpz_wait_seconds: Seconds a step that the host waits for the GPU for each trained tensor
-            under hpZ; 0: not measured.
     """
 
     name: str
@@ -58,7 +56,6 @@ class Rates:
     launch_seconds: float = 5e-6
     start_seconds: float = 30e-6
     hooked_share: float = 1.0
-    hpz_wait_seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as `--rates` reads them."""

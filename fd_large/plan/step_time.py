@@ -237,7 +237,7 @@ def _hooked(load: Workload, candidate: Candidate, counts: Counts) -> float:
 
 
 def _update(load: Workload, candidate: Candidate, machine: Machine) -> float:
-    """Returns the seconds of the optimiser, and of hpZ's waits for its copies."""
+    """Returns the seconds of the optimiser."""
     bandwidth = reached(machine.rates)[1]
     # Each master is read, and the new parameter is written. Stage 0 steps the parameters
     # themselves, without a copy.
@@ -246,5 +246,4 @@ def _update(load: Workload, candidate: Candidate, machine: Machine) -> float:
         update = load.phases.update + copied / bandwidth
     else:
         update = (OPTIMIZER_BYTES + MOMENT_BYTES * load.moments + copied) / bandwidth
-    waits = machine.rates.hpz_wait_seconds * len(load.student_sizes) if candidate.hpz else 0.0
-    return update * load.parameters / (machine.cluster.gpus if candidate.stage else 1) + waits
+    return update * load.parameters / (machine.cluster.gpus if candidate.stage else 1)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
+import segmentation_twin
 import twin
-from launch import read_results, run_ranks
+from labelled_folder import labelled_folder
+from launch import ROOT, read_results, run_ranks
 from pictures import write_pictures
 
 PROGRAM = Path(__file__).parent / "programs" / "asynchronous_run.py"
@@ -17,35 +20,98 @@ STEPS = 5
 AGREEMENT = {"read: loop._agree": 1}
 # A gather more than two behind; there is at most one for each module of the student or a teacher.
 GATHERS = {"event: partitioned_param_coordinator._fetch_sub_module_impl": 200}
-STAGE_2 = AGREEMENT | {"read: utils.is_invalid_grad_norm": 3}
-STAGE_3 = AGREEMENT | {
-    "read: utils.is_invalid_grad_norm": 1,
-    # Of each micro batch: the last sums of gradients, and those before more than two others.
+# Of each micro batch: the last sums of gradients, and those before more than two others.
+SUMS = {
     "stream: stage3.independent_gradient_partition_epilogue": 1,
     "event: stage3.__reduce_and_partition_ipg_grads": 1,
 }
+STAGE_3 = AGREEMENT | SUMS
+
+BFLOAT16 = ("--engine.precision", "bfloat16")
 SAVED = ("--runtime.save_every", "2", "--optim.ema_decay", "0.9", "--eval.every", "2")
-RUNS = {
-    "zero2": ("zero2", 2, STAGE_2, ()),
-    "zero3": ("zero3", 2, STAGE_3, SAVED),
+TWO = """
+--student.model vit_base_patch16 --student.architecture.embed_dim 16
+--student.architecture.depths 1 --student.architecture.num_heads 2
+--student.architecture.patch_size 8 --teachers.first.model clip_vit_base_patch16
+--teachers.first.architecture.embed_dim 16 --teachers.first.architecture.depths 1
+--teachers.first.architecture.num_heads 2 --teachers.first.architecture.patch_size 8
+--teachers.first.source random --teachers.first.targets map summary
+--teachers.first.summary.loss queue --teachers.first.summary.normaliser none
+--teachers.second.model swinv2_base --teachers.second.architecture.embed_dim 8
+--teachers.second.architecture.depths 1 1 --teachers.second.architecture.num_heads 1 1
+--teachers.second.architecture.window_size 2 --teachers.second.source random
+--teachers.second.placement sharded --teachers.second.normaliser batch
+--data.image_size 32 --data.workers 0 --runtime.log_every 1 --eval.root= """
+TUNED = """
+--recipe finetune_clip_vit_base --student.init random --student.architecture.embed_dim 16
+--student.architecture.depths 2 --student.architecture.num_heads 2
+--student.architecture.patch_size 8 --data.image_size 32 --data.workers 0
+--runtime.log_every 1 --optim.warmup_epochs 0 """
+
+
+def distilled(folder: Path, ranks: int, config: str, *more: str) -> list[str]:
+    """A command that distils the giant's twin."""
+    pictures = write_pictures(folder / "pictures", 40)
+    return twin.words(pictures, folder / "run", *more, config=config, ranks=ranks)
+
+
+def other(folder: Path, ranks: int, flags: str) -> list[str]:
+    """A command at ZeRO 3 with these flags on labelled images."""
+    images = labelled_folder(folder / "images", train=48, val=4, side=40)
+    return [
+        *("--deepspeed_config", str(ROOT / "ds_configs/zero3.json"), *flags.split()),
+        *("--data.root", str(images), "--runtime.run_dir", str(folder / "run")),
+        *("--batch.global_batch_size", "8", "--batch.micro_batch_size", str(8 // ranks)),
+    ]
+
+
+def segmented(folder: Path, ranks: int) -> list[str]:
+    """A command that trains the giant's segmentation in small."""
+    images = segmentation_twin.write_images(folder / "ade", 8)
+    return segmentation_twin.flags(images, folder / "run", STEPS, ranks=ranks)
+
+
+def quick(*row: object) -> object:
+    return pytest.param(*row, id=str(row[0]))
+
+
+def slow(*row: object) -> object:
+    return pytest.param(*row, id=str(row[0]), marks=pytest.mark.sweep)
+
+
+TWICE = {name: 2 * count for name, count in SUMS.items()}
+MICRO = ("--batch.micro_batch_size", "2", "--optim.layer_decay", "0.8")
+RUNS = [
+    quick("zero1", 2, AGREEMENT, partial(distilled, config="zero1")),
+    quick("zero3", 2, STAGE_3, partial(distilled, config="zero3")),
+    quick("hpZ", 4, STAGE_3, partial(distilled, config="zero3_hpz")),
+    slow("zero2", 2, AGREEMENT, partial(distilled, config="zero2")),
+    slow("accumulation", 2, AGREEMENT | TWICE, partial(distilled, config="zero3")),
+    slow("two teachers", 2, STAGE_3, partial(other, flags=TWO)),
+    slow("cached", 2, STAGE_3, partial(distilled, config="zero3")),
+    slow("fine-tuning", 2, STAGE_3, partial(other, flags=TUNED)),
+    slow("segmentation", 2, STAGE_3, segmented),
+]
+FLAGS = {
+    "zero1": BFLOAT16,
+    "zero2": (*BFLOAT16, *MICRO),
+    "zero3": SAVED,
+    "hpZ": ("--engine.node_size", "2"),
+    "accumulation": MICRO,
+    "cached": ("--task.distillation.views", "1", "--task.distillation.cache", "{}/cache"),
 }
 
 
-def train(folder: Path, words: list[str], ranks: int) -> list[dict]:
-    """Trains on ranks, and returns what each of them saw."""
-    run_ranks(PROGRAM, folder, *words, ranks=ranks, results=folder)
-    found = read_results(folder, ranks)
-    assert [one["code"] for one in found] == [0] * ranks
-    return found
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_step_waits_as_the_table_says_and_events_order_the_rest(tmp_path, name):
-    config, ranks, table, flags = RUNS[name]
-    pictures = write_pictures(tmp_path / "pictures", 40)
+@pytest.mark.parametrize(("name", "ranks", "table", "words"), RUNS)
+def test_a_step_waits_as_the_table_says_and_events_order_the_rest(
+    tmp_path, name, ranks, table, words
+):
+    flags = [flag.format(tmp_path) for flag in FLAGS.get(name, ())]
     length = ("--optim.max_steps", str(STEPS))
-    words = twin.words(pictures, tmp_path / "run", *length, *flags, config=config, ranks=ranks)
-    for found in train(tmp_path, words, ranks):
+    given = [*words(tmp_path, ranks), *length, *flags]
+    run_ranks(PROGRAM, tmp_path, *given, ranks=ranks, results=tmp_path)
+    for found in read_results(tmp_path, ranks):
+        assert found["code"] == 0
         assert found["races"] == []
         assert len(found["steps"]) == STEPS
         # In the first step DeepSpeed comes to know the modules, and after the last one the teacher

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fd_large.engine.zero.disk import Disk
 from fd_large.engine.zero.private_names import get
-from fd_large.engine.zero.start import deepspeed
+from fd_large.engine.zero.stream_order import Init
 from fd_large.ranks import distributed
 from fd_large.weights.coverage import Fitted, covered
 
@@ -57,7 +57,7 @@ def build(
         of_node = get("deepspeed.utils.groups:_ZERO_PARAM_INTRA_PARALLEL_GROUP") if hpz else None
         disk = disk if distributed.device().type == "cpu" else None
         split = partial(
-            _split_onto(disk) if disk else deepspeed.zero.Init,
+            _split_onto(disk) if disk else Init,
             config_dict_or_path=float32,
             data_parallel_group=group,
             zero_param_parallel_group=of_node,
@@ -79,12 +79,12 @@ def build(
 
 
 def _split_onto(disk: Disk) -> Any:
-    class Init(deepspeed.zero.Init):
+    class OntoDisk(Init):
         def _post_init_method(self, module: nn.Module) -> None:
             super()._post_init_method(module)
             disk.take(module.parameters(recurse=False))
 
-    return Init
+    return OntoDisk
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:

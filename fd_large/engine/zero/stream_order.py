@@ -1,43 +1,79 @@
 """Stage 3's streams on GPUs: what one reads is ordered, by an event, after what another wrote.
 
-DeepSpeed 0.19.8 gathers shards on a stream of their own, which no line of its own lets wait for the
-optimiser's write of them; it sums gradients on another one. On a device without streams, as a CPU,
-nothing here does anything. docs/architecture.md has a table of all such places.
+DeepSpeed 0.19.8 gathers shards on a stream of their own. No line of its own lets that stream wait
+for the optimiser's write of them, and for the copies of hpZ inside a node the host waits, once for
+each parameter. Gradients are summed on another stream. On a device without streams, as a CPU, there
+is nothing to order. docs/architecture.md has a table of all such places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fd_large.engine.zero.private_names import replace
 from fd_large.engine.zero.start import deepspeed
 
-_GATHERS = "_PartitionedParameterCoordinator__allgather_stream"
+_STREAM = "_PartitionedParameterCoordinator__allgather_stream"
+_GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
+
+
+class Init(deepspeed.zero.Init):
+    """Splits parameters as DeepSpeed does, but the host does not wait for hpZ's copies."""
+
+    @torch.no_grad()
+    def _partition_param_sec(
+        self, param: Any, buffer: Any = None, has_been_updated: bool = False
+    ) -> None:
+        """Keeps this rank's part of a gathered parameter for gathers inside the node."""
+        # One that is not gathered has nothing to copy.
+        is_there = param.ds_secondary_tensor is not None and not has_been_updated
+        if is_there or param.data.numel() < param.ds_numel:
+            return
+        size = self._aligned_size(param) // self.num_ranks_in_param_group
+        if param.ds_secondary_tensor is None:
+            copy = torch.empty(size, dtype=param.dtype, device=self.remote_device)
+            param.ds_secondary_tensor = copy.pin_memory() if self.pin_memory else copy
+        begin = size * self.rank_in_group
+        mine = param.data.view(-1)[begin : begin + size]
+        param.ds_secondary_tensor[: mine.numel()].copy_(mine)
+        param.ds_secondary_tensor[mine.numel() :].zero_()
+        accelerator = deepspeed.accelerator.get_accelerator()
+        if not accelerator.is_synchronized_device():
+            param.copied_in_node = accelerator.current_stream().record_event()
 
 
 def order_gathers(engine: Any) -> None:
-    """Lets gathers of a sharded model wait for the writes of its shards, those until now too.
+    """Lets gathers of a sharded model wait for the writes of what they read, those until now too.
 
     Args:
         engine: DeepSpeed's engine at stage 3; without an optimiser nothing is written later.
     """
     accelerator = deepspeed.accelerator.get_accelerator()
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
-    gathers = getattr(offload.get_param_coordinator(), _GATHERS)
+    coordinator = offload.get_param_coordinator()
+    gathers = getattr(coordinator, _STREAM)
     if accelerator.is_synchronized_device():
         return
     gathers.wait_stream(accelerator.current_stream())
     if offload is engine.optimizer:
         return
 
+    def gather(parameters: Iterable[Any], forward: bool, quantize: bool = False) -> None:
+        for parameter in parameters:
+            if parameter.ds_secondary_tensor is not None:
+                gathers.wait_event(parameter.copied_in_node)
+        plain_gather(parameters, forward, quantize)
+
     def write_back(group: int) -> None:
         plain(group)
         gathers.wait_stream(accelerator.current_stream())
 
     plain = replace(engine.optimizer, "_reassign_or_swap_out_partitioned_parameters", write_back)
+    plain_gather = replace(coordinator, _GATHER, gather)
 
 
 def record_gradients(engine: Any) -> None:
