@@ -4,7 +4,8 @@ Every module fills its own parameters in its own constructor from plain argument
 `deepspeed.zero.Init` a child is already partitioned when its parent's constructor goes on, and a
 write from there would be lost. Draws come from torch's global CPU generator in float32, whatever
 the device and dtype of the parameter, so that a model built under `zero.Init` or on a GPU has the
-weights of a plain one after the same `torch.manual_seed`.
+weights of a plain one after the same `torch.manual_seed`. Heads are made of torch's and timm's own
+layers, which draw on the device where they are made: `HostDraws` is for them.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from fd_large.errors import ConfigError, nearest
 
@@ -132,3 +135,19 @@ def fill(parameter: Tensor, draw: Draw, fan_in: int | None = None) -> None:
         values.div_(draw.divide)
     if not in_place:
         parameter.copy_(values)
+
+
+class HostDraws(TorchDispatchMode):
+    """Lets whatever is drawn inside come from the host's generator, wherever it is to go."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Does an operation; one that draws, on the CPU."""
+        kwargs = kwargs or {}
+        given = args[0].device if args and isinstance(args[0], Tensor) else kwargs.get("device")
+        device = torch.device(given or "cpu")
+        if torch.Tag.nondeterministic_seeded not in func.tags or device.type in ("cpu", "meta"):
+            return func(*args, **kwargs)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        drawn = func(*tree_map_only(Tensor, Tensor.cpu, args), **kwargs)
+        return args[0].copy_(drawn) if func._schema.is_mutable else drawn.to(device)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fd_large.backbones.initialization import HostDraws
 from fd_large.engine.zero.disk import Disk
 from fd_large.engine.zero.private_names import get
 from fd_large.engine.zero.stream_order import Init
@@ -65,7 +66,8 @@ def build(
         context = nullcontext() if whole_first else split()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        with context:
+        # Under `zero.Init` tensors are on the device at once, whose generator is another one.
+        with context, HostDraws():
             module = make()
     if partitioned and whole_first:
         split(module=module)

@@ -87,8 +87,8 @@ class CardTensor(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
-    def new_tensor(self, data: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.tensor(data, dtype=dtype or self.dtype, device=CARD)
+    def new_tensor(self, data: Any, dtype: Any = None, device: Any = CARD) -> torch.Tensor:
+        return torch.tensor(data, dtype=dtype or self.dtype, device=device)
 
     def get_device(self) -> int:
         return 0
@@ -131,6 +131,8 @@ def run(func: Any, args: Any, kwargs: Any, note: Callable[[str], None]) -> Any:
     if not there and not goes_there:
         return func(*args, **kwargs)
     check(func, args, tensors, there)
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        card_of_thread().draws.append(name)
     if there and not goes_there and is_late(func, args, kwargs):
         source = there[0].values.clone()
         target = args[0] if name == "copy_" else torch.zeros_like(source)
@@ -265,6 +267,7 @@ class Card(TorchDispatchMode):
         notes: What was asked of streams and of the allocator, in order.
         late: Memory of the CPU that copies without a wait will fill, each with its values: it is
             filled once somebody waits for the device.
+        draws: Operations that the card's generator would have drawn for.
         fused: The fused kernels that were called; their results are zeros.
         capability, name, free, total, reserved: What torch.cuda says of the card.
     """
@@ -274,6 +277,7 @@ class Card(TorchDispatchMode):
         self.waits: list[str] = []
         self.notes: list[str] = []
         self.late: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.draws: list[str] = []
         self.fused: set[str] = set()
         self.capability, self.name = (9, 0), "NVIDIA H100 80GB HBM3"
         self.free, self.total, self.reserved, self.peak = 60 * GB, 80 * GB, 4 * GB, 5 * GB

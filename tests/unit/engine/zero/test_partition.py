@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from whole_weights import whole_weights
 
+from fd_large.backbones.initialization import HostDraws
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.disk import Disk
 from fd_large.errors import WeightsError
@@ -48,6 +50,17 @@ def test_shards_have_the_values_of_the_whole_and_the_callers_generator_stays(who
         assert torch.equal(held, whole[name].data.view(-1))
     other = dict(build(partitioned=False, seed=1).named_parameters())
     assert not torch.equal(other["linear.weight"], whole["linear.weight"])
+
+
+def test_what_is_drawn_on_a_device_while_a_module_is_split_comes_from_the_hosts_generator():
+    modes = []
+
+    def make():
+        modes.extend(map(type, _get_current_dispatch_mode_stack()))
+        return Normed()
+
+    partition.build(make, CONFIG, partitioned=True, seed=0)
+    assert modes == [HostDraws]
 
 
 def test_a_shard_ends_where_the_parameter_does(monkeypatch):
