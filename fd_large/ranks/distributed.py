@@ -38,6 +38,7 @@ _PEER_IS_GONE = (
     "Connection was likely closed",
 )
 
+_ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
 _launch: Launch | None = None
 _is_guest = False
 _moves = 0
@@ -162,10 +163,19 @@ def leave(code: int) -> int:
 
 
 def _take_gpu(launch: Launch) -> None:
-    """Makes the GPU of this rank the current one.
+    """Makes the GPU of this rank the current one, whose memory grows in segments.
 
-    Raises: LaunchError: if this rank has none of its own.
+    Raises: LaunchError: if this rank has none of its own, or its collectives would share a queue.
     """
+    if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1" and launch.world_size > 1:
+        raise LaunchError(
+            "CUDA_DEVICE_MAX_CONNECTIONS: collectives of several groups in one queue may wait for "
+            "one another for ever; got 1, expected 2 or more. Unset it."
+        )
+    # Images of many sizes and gathered weights leave gaps in segments of fixed sizes. torch reads
+    # this when it first allocates on the GPU.
+    if not _ALLOCATOR & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if launch.local_rank >= (visible := torch.cuda.device_count()):
         raise LaunchError(
             f"launch: GPUs that local rank {launch.local_rank} sees; got {visible}, expected "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -58,9 +59,18 @@ def test_a_rank_takes_its_own_gpu_and_nccl(card: Card, monkeypatch) -> None:
         distributed.dist, "init_process_group", lambda backend, **_: called.append(backend)
     )
     monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor: None)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with pytest.raises(LaunchError, match=r"CUDA_DEVICE_MAX_CONNECTIONS.* got 1"):
+        distributed.start(rank_of(0))
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     with pytest.raises(LaunchError, match=r"local rank 1 .* 1, .* 2"):
         distributed.start(rank_of(1))
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ, "the user has set it"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     assert distributed.start(rank_of(0)) == rank_of(0)
+    assert os.environ.pop("PYTORCH_CUDA_ALLOC_CONF") == "expandable_segments:True"
     assert called == ["cpu:gloo,cuda:nccl"]
     assert card.notes == ["set_device"]
     assert distributed.device() == torch.device("cuda:0")
