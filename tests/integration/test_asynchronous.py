@@ -44,7 +44,7 @@ TWO = """
 --teachers.second.placement sharded --teachers.second.normaliser batch
 --data.image_size 32 --data.workers 0 --runtime.log_every 1 --eval.root= """
 TUNED = """
---recipe finetune_clip_vit_base --student.init random --student.architecture.embed_dim 16
+--recipe finetune_clip_vit_base --student.architecture.embed_dim 16
 --student.architecture.depths 2 --student.architecture.num_heads 2
 --student.architecture.patch_size 8 --data.image_size 32 --data.workers 0
 --runtime.log_every 1 --optim.warmup_epochs 0 """

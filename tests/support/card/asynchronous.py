@@ -108,7 +108,7 @@ class Memory:
         home: The stream that it was allocated on, and goes back to.
         is_on_device: Whether it holds a parameter, or what was computed from one.
         streams: Those that have used it.
-        recorded: Those that it waits for before it is given away.
+        recorded: Those whose work it waits for before it is given away.
         uses: (stream, first byte, behind the last, whether it writes) -> (tick, operation).
         alive: Tells when it goes.
     """
@@ -117,7 +117,7 @@ class Memory:
         self.home = home
         self.is_on_device = False
         self.streams: set[int] = set()
-        self.recorded: set[int] = set()
+        self.recorded: set[Stream] = set()
         self.uses: dict[tuple[int, int, int, bool], tuple[int, str]] = {}
         self.alive: Any = None
 
@@ -158,10 +158,11 @@ class Device(TorchDispatchMode):
 
     def _freed(self, key: int, _: Any) -> None:
         memory = self._memories.pop(key)
-        known = {**memory.home.clock}
-        later(known, self.host)
+        known = {**self.host}
+        for stream in (memory.home, *memory.recorded):
+            later(known, stream.clock)
         for (stream, *_), (tick, operation) in memory.uses.items():
-            if stream not in memory.recorded and known.get(stream, 0) < tick:
+            if known.get(stream, 0) < tick:
                 self.races.add(f"{caller()}: memory goes before {operation} has used it")
 
     def use(self, stream: Stream, tensor: torch.Tensor, operation: str, *, writes: bool) -> None:
@@ -289,7 +290,7 @@ class Accelerator(CPU_Accelerator):
 
 
 def record_stream(tensor: torch.Tensor, stream: Stream) -> None:
-    DEVICE.memory(tensor).recorded.add(stream.id)
+    DEVICE.memory(tensor).recorded.add(stream)
 
 
 def tolist(tensor: torch.Tensor) -> Any:
