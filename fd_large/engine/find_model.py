@@ -29,7 +29,11 @@ from fd_large.weights.resolve import Sources
 from fd_large.weights.settle import settle_model
 
 _STUDENT, _SCRATCH = "student", "scratch"
-_WHERE = "model"  # What messages call a model that no flag names.
+
+
+def _where(source: str) -> str:
+    """Returns what messages call a model that no flag names."""
+    return f"model {source}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class NamedModel:
 
         Returns: the backbone, and the statistics by which its images are normalised.
         """
-        weights = frozen_weights(self.section, self.weights, where=_WHERE)
+        weights = frozen_weights(self.section, self.weights, where=_where(self.source))
         # The weights do not say how it was trained on sizes that do not divide.
         sizes = self.trained_by.run.student.sizes() if self.trained_by else {}
         make = frozen_maker(self.section, image_size=self.image_size, **sizes)
@@ -136,7 +140,7 @@ def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel
             )
         stored = models[part].section
         weights.settled[stored.source] = stored.statistics
-        section = settle_model(stored, weights, where=_WHERE)
+        section = settle_model(stored, weights, where=_where(source))
         if not image_size:
             size = _seen_size(section, size, models[part].image_size)
         return NamedModel(f"{label}: {part}", source, section, size, seed=seed, weights=weights)
@@ -145,7 +149,7 @@ def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel
     if image_size:
         architecture = _sized(whole, architecture, size)
     section = settle_model(
-        FrozenModel(source=found, architecture=architecture), weights, where=_WHERE
+        FrozenModel(source=found, architecture=architecture), weights, where=_where(source)
     )
     if not image_size:
         size = _seen_size(section, size)
@@ -170,7 +174,7 @@ def with_own_labels(models: Sequence[NamedModel]) -> list[NamedModel]:
         if len({slug(model.label) for model in found}) == len(found):
             return list(found)
     raise ConfigError(
-        f"{_WHERE}: a model twice; got {', '.join(model.source for model in models)}, expected "
+        f"MODEL: a model twice; got {', '.join(model.source for model in models)}, expected "
         "different ones. Leave one out."
     )
 
@@ -193,16 +197,16 @@ def _of_weights(source: str, image_size: int, weights: Sources) -> NamedModel:
     section = FrozenModel(source=file)
     if brought := family_of_source(named):
         family, rest = brought
-        architecture, _ = family.scheme.settle(rest, section.architecture, _WHERE)
+        architecture, _ = family.scheme.settle(rest, section.architecture, _where(source))
         section = replace(section, model=family.architecture.family, architecture=architecture)
     elif named:
         section = replace(section, model=named)
-    settled = settle_model(section, weights, where=_WHERE)
+    settled = settle_model(section, weights, where=_where(source))
     architecture = resolve(settled.model, settled.architecture)
     size = image_size or own_image_size(settled.model, architecture) or Data().image_size
     if image_size and architecture.resizes_positions:
         wanted = replace(section.architecture, image_size=image_size)
-        settled = settle_model(replace(section, architecture=wanted), weights, where=_WHERE)
+        settled = settle_model(replace(section, architecture=wanted), weights, where=_where(source))
     return NamedModel(_label(named, file), source, settled, size, weights=weights)
 
 

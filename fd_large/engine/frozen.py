@@ -164,6 +164,8 @@ def frozen_weights(section: FrozenModel, sources: Sources, *, where: str) -> Fit
             f"If it is a model of timm, set {flags}.model timm:NAME. {flags}.allow NAMES does "
             "without tensors that the map does not need."
         )
+    if not where.startswith("--"):
+        remedy = "Name the model of the file, as timm:NAME=FILE, or the file alone if it shows it."
     return sources.resolve(source, where=where).fitted(
         resolve(section.model, section.architecture), allow=section.allow, remedy=remedy
     )

@@ -64,15 +64,17 @@ def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str,
     section, _, flag = where.removeprefix("--").rpartition(".")
     if where.startswith("--") and section:
         own = f"--{section}.{'model' if flag == 'init' else flag}"
-        remedy = (
-            f"If timm has the model, name it beside the file: --{section}.model timm:NAME. Another "
-            f"model can be a function of your own: {own} module:PATH/TO/FILE.py:NAME."
+        expected = (
+            f"the model's name beside the file: --{section}.model timm:NAME if timm has it, or "
+            f"{own} module:PATH/TO/FILE.py:NAME for a function of your own"
         )
     else:
-        remedy = "Name such a file, or a folder that the export of a run has written."
+        expected = (
+            "a file that shows its model; where MODEL=SOURCE is taken, name it: timm:NAME=FILE"
+        )
     raise WeightsError(
-        f"{where}: names of no known format; got {', '.join(sorted(names)[:5])}, ..., expected one "
-        f"of: {known}. {remedy}"
+        f"{where}: names of no known format; got {', '.join(sorted(names)[:5])}, ..., expected "
+        f"{expected}. These formats show their model: {known}."
     )
 
 

@@ -280,8 +280,9 @@ def test_recipes_of_record_settle_to_themselves():
     for name in registry.RECIPES:
         run = registry.get(name)
         once = settled(run)
-        if run.teachers or name == "proxy_vit_base":
-            # A name of timm's is taken apart, and patches of 14 px see another size than of 16.
+        if run.teachers or name in ("proxy_vit_base", "small_data"):
+            # A name of timm's is taken apart, and patches of 14 px see another size than of 16, as
+            # a map of stride 8 has another grid than one of stride 32.
             own = {each: getattr(once, each) for each in ("teacher", "teachers", "objective")}
             assert settled(once) == once == replace(run, **own)
         else:
