@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MARK = "*"
 """Stands at a row or cell whose recipe is not the first row's."""
+UNSEEN = "No run that led to a model trained on the images that chose."
 COLORS = (style.BLUE, style.VERMILLION, style.GREEN, style.GREY)
 
 
@@ -82,6 +83,14 @@ def _accuracies(summary: dict[str, Any], title: str) -> Table:
     ]
     found.caption, found.caption_justify = Text("\n".join(said)), "left"
     return found
+
+
+def seen_by(label: str, runs: Sequence[str]) -> str:
+    """Returns a line about a row whose held-out images were not new to what led to it."""
+    return (
+        f"{label}: the images that chose were in the training of {', '.join(runs)}; a choice by "
+        "them is not fair against a row that never saw them."
+    )
 
 
 def said_of(differences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -182,14 +191,9 @@ def _grid(models: list[dict[str, Any]]) -> Table:
         if model["sweep"]["at_edge"]
     ]
     seen = {m["label"]: m["sweep"]["held_out_seen_by"] for m in models}
-    said += [
-        f"{label}: the images that chose were in the training of {', '.join(runs)}; a choice by "
-        "them is not fair against a row that never saw them."
-        for label, runs in seen.items()
-        if runs
-    ]
+    said += [seen_by(label, runs) for label, runs in seen.items() if runs]
     if not any(seen.values()):
-        said.append("No run that led to a model trained on the images that chose.")
+        said.append(UNSEEN)
     found.caption = Text("\n".join(said))
     return found
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fd_large.errors import ConfigError, check_all, first_line
 from fd_large.evaluation.recorded_runs import RecordedRun, decides, unlike
+from fd_large.evaluation.sweep import Sweep
 from fd_large.evaluation.trainings import started_from
 from fd_large.evaluation.transfer.columns import COLUMNS, Column
 from fd_large.files import read_json
@@ -175,9 +176,6 @@ def _fitting(row: Row, column: Column) -> str:
 
 
 def _cell(row: Row, first: Row, column: Column, changes: Changes, flags: Any, seed: int) -> Cell:
-    from fd_large.engine.find_model import find_model
-    from fd_large.tasks.jobs import job_of
-
     model = row.model
     base = registry.get(changes.recipe or _fitting(first, column))
     budget: dict[str, Any] = {}
@@ -186,10 +184,8 @@ def _cell(row: Row, first: Row, column: Column, changes: Changes, flags: Any, se
         of_first, base = base, registry.get(_fitting(row, column))
         values = difference(base, of_first)
         budget = {name: values[name][1] for name in _BUDGET if name in values}
-    size = changes.fields.get("data.image_size")
-    if size and kind_of(base.task.name).trains_models:
-        # The model's positions are resized, which other tasks do by themselves.
-        model = find_model(model.source, job_of, image_size=size)
+    if kind_of(base.task.name).trains_models:  # Other tasks resize positions by themselves.
+        model = _sized(model, changes)
     fields = {**budget, **changes.fields, "data.root": flags.datasets[column.data]}
     if not hasattr(base.student_architecture(), "window_size"):
         fields.pop("student.architecture.window_size", None)
@@ -208,6 +204,45 @@ def _cell(row: Row, first: Row, column: Column, changes: Changes, flags: Any, se
     return Cell(
         row, column, RecordedRun(RECORD, "a training", run, {"weights": row.weights}, known)
     )
+
+
+def tried_for(cell: Cell, rows: Sequence[Row], changes: Changes, flags: Any) -> list[Run]:
+    """Returns what a sweep tries for a row: its own recipe first, then those of the others.
+
+    Args:
+        cell: The row's cell of the first repetition.
+        rows: All rows.
+        changes: What the user changes of the recipes.
+        flags: The flags of the table.
+    """
+    own = changes.recipe or _fitting(cell.row, cell.column)
+    others = [] if changes.recipe else [_fitting(row, cell.column) for row in rows]
+    model = _sized(cell.row.model, changes)
+    fields = {**changes.fields, "data.root": flags.datasets[cell.column.data]}
+    names = dict.fromkeys([own, *others])
+    return [started_from(model, registry.get(name), fields) for name in names]
+
+
+def swept(cell: Cell, found: Sweep, tried: Sequence[Run], changes: Changes) -> Cell:
+    """Returns a cell with the best of what a sweep tried for its row."""
+    run = replace(found.best_of(tried, changes.fields), runtime=cell.recorded.run.runtime)
+    decided = {*changes.fields, "optim.base_lr", "optim.layer_decay"} - {"data.root"}
+    changed = {
+        name: values
+        for name, values in difference(registry.get(run.name), run).items()
+        if name in decided and decides(name, run.task.name)
+    }
+    known = {"unchanged": not changed, "changed": changed, "sweep": found.as_json()}
+    return cell._replace(recorded=cell.recorded._replace(run=run, known=known))
+
+
+def _sized(model: NamedModel, changes: Changes) -> NamedModel:
+    """A model of the image size that the user set, to which its positions are resized."""
+    from fd_large.engine.find_model import find_model
+    from fd_large.tasks.jobs import job_of
+
+    size = changes.fields.get("data.image_size")
+    return find_model(model.source, job_of, image_size=size) if size else model
 
 
 def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str, Any]:
@@ -267,7 +302,7 @@ def _described(record: dict[str, Any]) -> dict[str, Any]:
         "changed": record.get("changed", {}),
         "run": recipe["runtime"]["run_dir"],
         "data": recipe["data"]["root"],
-    }
+    } | ({"sweep": record["sweep"]} if "sweep" in record else {})
 
 
 def _published(

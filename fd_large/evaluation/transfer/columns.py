@@ -75,6 +75,11 @@ class Column(NamedTuple):
     published: Mapping[str, Published]
 
     @property
+    def is_swept(self) -> bool:
+        """Whether `--sweep` tries recipes: the whole model learns from folders of classes."""
+        return not self.recipes
+
+    @property
     def is_of_one_kind(self) -> bool:
         """Whether each of its recipes is for models of one kind, ViT or Swin."""
         kinds = {registry.get(n).student_architecture().is_hierarchical for n in self._names()}

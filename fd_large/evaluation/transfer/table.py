@@ -21,6 +21,7 @@ from typing import Any
 from fd_large.errors import ConfigError, Exit, FDError, check_all, first_line
 from fd_large.evaluation import recorded_runs
 from fd_large.evaluation.protocol import Asked, Protocol, Result
+from fd_large.evaluation.sweep import SweepFlags, Trained, check_fields, sweep
 from fd_large.evaluation.transfer import cells as cells_
 from fd_large.evaluation.transfer import slurm
 from fd_large.evaluation.transfer.cells import Cell, Changes, Row, RowKind
@@ -29,6 +30,7 @@ from fd_large.evaluation.transfer.intervals import of_runs
 from fd_large.files import out_folder, write_json
 from fd_large.recipes.fields import at_least, require
 from fd_large.recipes.file_names import SUMMARY
+from fd_large.recipes.run import Run
 from fd_large.report.transfer import DONE, FAILED, read_cell, write_table
 from fd_large.runtime import terminal
 
@@ -36,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferFlags:
+class TransferFlags(SweepFlags):
     """Flags of the table, its rows, its columns and its trainings."""
 
     # ImageNet, or any folder with train/ and val/ that hold a folder for each class.
@@ -67,6 +69,10 @@ class TransferFlags:
     sbatch: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not (self.sweep and self.slurm), "--sweep: its trials are no jobs", "--slurm", "none"
+        )
         at_least("--seeds", self.seeds, 1, "repetitions")
         require(bool(self.rows), "--rows: no row", "none", "at least one")
         for name in self.only:
@@ -137,6 +143,10 @@ def _measure(asked: Asked) -> Result:
     from fd_large.ranks import distributed, meeting
 
     rows, cells = cells_of_table(flags, columns, asked.changes)
+    if flags.sweep:
+        code, cells = _swept(rows, cells, asked)
+        if code:
+            return Result(code=code)
     refused = meeting.meet(lambda: cells_.untrainable(cells[: len(rows) * len(columns)]))
     cells = [c for c in cells if (c.row.model.label, c.column.name) not in refused]
     why = cells_.named(refused)
@@ -163,6 +173,42 @@ def _measure(asked: Asked) -> Result:
         return _made(out)
     code = train_all(missing, flags.deepspeed_config, asked.train)
     return _made(out)._replace(code=code) if distributed.is_main() else Result(code=code)
+
+
+def _swept(rows: Sequence[Row], cells: Sequence[Cell], asked: Asked) -> tuple[int, list[Cell]]:
+    """Tries the recipes of all rows for each, where a column's images can be held out.
+
+    Returns: the exit code, and the cells, each with the best of what was tried for its row.
+    """
+    from fd_large.tasks.jobs import transfer_of
+
+    flags, found = asked.flags, {id(cell): cell for cell in cells}
+    columns = {cell.column.name: cell.column for cell in cells if cell.column.is_swept}
+    if not columns:
+        raise ConfigError(
+            "--sweep: no column of labelled folders, whose images are held out; got "
+            f"{', '.join(dict.fromkeys(cell.column.name for cell in cells))}, expected finetune. "
+            "Leave it out."
+        )
+    for column in columns.values():
+        changes = asked.changes[column.name]
+        check_fields(changes.fields)
+        own = [cell for cell in cells if cell.column is column]
+        firsts = own[: len(rows)]
+        tried = [cells_.tried_for(cell, rows, changes, flags) for cell in firsts]
+
+        def train(run: Run, column: Column = column) -> Trained:
+            compared = transfer_of(run.task.name).compared
+            code, summary = recorded_runs.train(run, flags.deepspeed_config, asked.train)
+            return Trained(code) if code else Trained(0, *compared(summary))
+
+        code, sweeps = sweep([row.model for row in rows], tried, flags, train, changes.fields)
+        if code:
+            return code, []
+        for cell in own:
+            place = next(i for i, first in enumerate(firsts) if first.row is cell.row)
+            found[id(cell)] = cells_.swept(cell, sweeps[place], tried[place], changes)
+    return 0, list(found.values())
 
 
 def _made(folder: Path) -> Result:

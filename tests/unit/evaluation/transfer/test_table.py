@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import transfer_toy
 from html_page import check_page
+from labelled_folder import labelled_folder
 
 from fd_large.cli.main import main
 from fd_large.engine.find_model import slug
@@ -136,6 +137,52 @@ def test_a_row_of_another_kind_is_trained_as_long_as_the_first(toy, trained, tmp
     named = ["--coco.recipe", "coco_mask_rcnn_swinv2_base", "--out", str(tmp_path / "named")]
     assert main([*words, *rows, "--only", "coco", *named]) == 0
     assert [run.name for run in trained] == ["coco_mask_rcnn_swinv2_base"] * 2
+
+
+def test_a_sweep_tries_the_recipes_of_all_rows_for_each(
+    toy, trained, tmp_path, monkeypatch, capsys
+):
+    from fd_large.cli import train as command
+
+    calm = command.train_run
+
+    def train(run, *, deepspeed_config):
+        Path(run.run_dir()).mkdir(parents=True, exist_ok=True)
+        code = calm(run, deepspeed_config=deepspeed_config)
+        plain = run.name == "finetune_clip_vit_base_plain"
+        told = {"status": "done", "test_top1": 60.0 + 10 * plain, "test_loss": 1.0}
+        Path(run.run_dir(), "summary.json").write_text(json.dumps(told))
+        return code
+
+    monkeypatch.setattr("fd_large.cli.train.train_run", train)
+    images = labelled_folder(tmp_path / "images", train=54, val=6, side=2)
+    words = [*transfer_toy.words(toy, tmp_path / "out"), "--only", "finetune", "--sweep"]
+    words[words.index("--imagenet") + 1] = str(images)
+    words += ["--sweep_rates", "1", "--sweep_decays", "0.8"]
+    assert main(words) == 0
+    tried = {}
+    for run in trained[:-3]:
+        assert run.data.root == str(images / "train")
+        tried.setdefault(Path(run.run_dir()).parent.name, set()).add(
+            (run.name, run.optim.layer_decay)
+        )
+    recipes = "finetune_swinv2_base", "finetune_clip_vit_base_plain"
+    of_each = {(recipes[0], 0.8), (recipes[1], 0.6), (recipes[1], 0.8)}
+    assert tried["mine"] == tried["mine_teacher"] == of_each
+    assert tried["mine_from_scratch"] == {(name, 1.0) for name in recipes}
+    assert [run.name for run in trained[-3:]] == [recipes[1]] * 3
+    assert [run.data.root for run in trained[-3:]] == [str(images)] * 3
+    for cell in summary_of(tmp_path / "out")["cells"]:
+        assert (cell["sweep"]["recipe"], cell["sweep"]["held_out_accuracy"]) == (recipes[1], 70.0)
+        assert cell["status"] == "done"
+    assert "No run that led to a model trained on" in " ".join(capsys.readouterr().out.split())
+    del trained[:]
+    assert main(words) == 0
+    assert not trained
+    assert main([*words, "--slurm"]) == 2
+    assert "--sweep: its trials" in capsys.readouterr().err
+    assert main([*transfer_toy.words(toy, tmp_path / "out"), "--only", "coco", "--sweep"]) == 2
+    assert "--sweep: no column" in capsys.readouterr().err
 
 
 def test_what_fails_is_named_and_the_others_go_on(toy, trained, tmp_path, monkeypatch, capsys):
