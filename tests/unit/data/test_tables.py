@@ -220,12 +220,12 @@ def test_mistakes_are_one_sentence(tmp_path, tables, monkeypatch):
     pq.write_table(pa.table({"jpg": [b"a"]}), tmp_path / "other.parquet")
     pq.write_table(pa.table({"image": [b"a"]}), tmp_path / "own.parquet")
     for name, message in (
-        ("x", r"x\.parquet: cannot be read as parquet; got "),
-        ("text", r"text\.parquet: no column of images; got text \(string\)"),
+        ("x", r"x\.parquet: .*got "),
+        ("text", r"text\.parquet: .*got text \(string\)"),
         ("empty", "no image in the parquet files"),
-        ("gone", r"gone\.parquet: cannot be used; got no such file"),
+        ("gone", r"gone\.parquet: .*no such file"),
         ("{own,other}", "parquet files of different kinds"),
-        ("g*ne", r"no such parquet file; got '.*g\*ne\.parquet'"),
+        ("g*ne", r"got '.*g\*ne\.parquet'"),
     ):
         with pytest.raises(DataError, match=f"^eval.root: .*{message}") as info:
             open_images(f"{tmp_path}/{name}.parquet", where="eval.root")
@@ -294,8 +294,8 @@ def test_words_are_classes_in_their_order():
     ("values", "classes", "message"),
     [
         ([0, None], None, "1 empty cells of column label"),
-        ([0, -1], None, "invalid label; got -1 to 0"),
-        ([0, 2], ("a", "b"), "invalid label; got 0 to 2 .* up to 1"),
+        ([0, -1], None, "got -1 to 0"),
+        ([0, 2], ("a", "b"), "got 0 to 2 .* up to 1"),
     ],
 )
 def test_what_is_no_class_is_refused(values, classes, message):

@@ -97,7 +97,7 @@ def test_mistakes_are_named_all_at_once(tmp_path):
     (root / "office_0001a/sync_depth_00001.png").unlink()
     with pytest.raises(DataError, match=r"missing.*2 of 6 \(kitchen_.*rgb_00000.*sync_depth_00001"):
         open_depth(str(root), "train")
-    for text, message in (("/a.jpg\n", "invalid line; got '/a.jpg' as line 1"), ("\n", "an empty")):
+    for text, message in (("/a.jpg\n", "'/a.jpg' as line 1"), ("\n", "an empty")):
         listed.write_text(text)
         with pytest.raises(DataError, match=message):
             open_depth(str(root), "train")
