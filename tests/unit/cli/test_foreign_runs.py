@@ -169,8 +169,7 @@ def test_allowed_once_it_runs_until_it_changes(command, tensors, tmp_path, monke
 
     def runs(*more: str) -> bool:
         """A start that knows of those before what the list says."""
-        for kept in (doors._files, doors._names, doors._modules, doors._imported):
-            kept.clear()
+        doors.reset()
         marker.unlink(missing_ok=True)
         code = main([*words, *more])
         assert (code == 2) == ("--allow-code" in capsys.readouterr().err), code
