@@ -152,20 +152,22 @@ load_software() {
     esac
 }
 
-# Run on every node: looks for the files that the run names, and takes a checksum of the source,
-# which shows changes that are not committed too and needs no git in a container.
+# Run on every node: looks for the files that the run names, takes a checksum of the source, which
+# shows changes that are not committed too and needs no git in a container, and asks what Python is
+# on.
 # shellcheck disable=SC2016 # expanded on the nodes
 on_a_node='
 absent= sources="fd_large ds_configs"
+kind=$(stat -f -c %T "$(dirname "$(command -v "$1")")" 2>/dev/null)
 [ -d fd_large ] || sources=$("$1" -c "import importlib.util as util
 print(*util.find_spec(\"fd_large\").submodule_search_locations)") || absent=" fd_large of $1"
 shift
 for path; do [ -e "$path" ] || absent="$absent $path"; done
 sum=$(find ${sources:-/dev/null} -name "*.py" -o -name "*.json" | LC_ALL=C sort | xargs cat | cksum)
-printf "%s\t%s\t%s\n" "${SLURMD_NODENAME:-$(hostname)}" "${sum%% *}" "$absent"'
+printf "%s\t%s\t%s\t%s\n" "${SLURMD_NODENAME:-$(hostname)}" "${sum%% *}" "$absent" "$kind"'
 
 check_nodes() {
-    local name path report nodes=${SLURM_JOB_NUM_NODES:-1} paths=(.)
+    local name path kind report nodes=${SLURM_JOB_NUM_NODES:-1} paths=(.)
     paths+=("$FD_LARGE_TOKEN_FILE")
     [[ ! $STAGE_TO ]] || paths+=("$STAGE_TO")
     for name in data.root eval.root teacher.source student.init; do
@@ -191,6 +193,11 @@ check_nodes() {
             "$(cut -f 1,2 <<<"$report" | tr '\t\n' '= '), expected one checksum. Submit from a" \
             "folder that all nodes share, or copy it to every node."
     fi
+    kind=$(awk -F '\t' '$4 ~ /^(nfs|lustre|gpfs|fhgfs|ceph|smb|cifs|panfs|afs)/ { print $4; exit }' \
+        <<<"$report")
+    [[ -z $kind ]] || say "PYTHON is on a network file system ($kind), in which each rank looks" \
+        "for tens of thousands of files as it starts. An image (CONTAINER) or a copy on the nodes" \
+        "starts sooner."
 }
 
 # Run on every node: copies a folder to the node's own disk, each file read back against the

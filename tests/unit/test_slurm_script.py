@@ -219,6 +219,15 @@ def test_nodes_with_different_sources_are_named(script: Script) -> None:
     assert "fd_large: the nodes see different sources; got n1=12 n2=34" in said
 
 
+@pytest.mark.parametrize(("kind", "told"), [("lustre", True), ("nfs", True), ("xfs", False)])
+def test_a_python_on_a_network_file_system_is_told(kind: str, told: bool, script: Script) -> None:
+    srun = f"#!/bin/bash\nprintf 'n1\\t12\\t\\txfs\\nn2\\t12\\t\\t{kind}\\n'\n"
+    (script.scratch / "srun").write_text(srun)
+    code, said = script.run(SLURM_JOB_NUM_NODES="2")
+    assert code == 0
+    assert (f"PYTHON is on a network file system ({kind})" in said) == told
+
+
 PREEMPTED = "JobState=RUNNING Reason=None Requeue=1 PreemptTime=2030-01-01T00:00:00"
 
 
