@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import detection_twin
 import pytest
 import segmentation_twin
 import twin
+from dense_runs import flags_of
 from labelled_folder import labelled_folder
 from launch import ROOT, read_results, run_ranks
 from pictures import write_pictures
@@ -27,6 +30,15 @@ SUMS = {
     "event: stage3.__reduce_and_partition_ipg_grads": 1,
 }
 STAGE_3 = AGREEMENT | SUMS
+
+# Of two images on a rank: which boxes there are, and which of them a level and a loss take.
+BOXES = {
+    "read: rpn.propose": 13,
+    "read: matching.sample": 4,
+    "read: mask_head.cut_masks": 2,
+    "read: pooling.<listcomp>": 8,
+}
+NORM = {"read: stage3.complete_grad_norm_calculation_for_cpu_offload": 2}
 
 BFLOAT16 = ("--engine.precision", "bfloat16")
 SAVED = ("--runtime.save_every", "2", "--optim.ema_decay", "0.9", "--eval.every", "2")
@@ -56,6 +68,19 @@ def distilled(folder: Path, ranks: int, config: str, *more: str) -> list[str]:
     return twin.words(pictures, folder / "run", *more, config=config, ranks=ranks)
 
 
+def in_nodes(folder: Path, ranks: int, *more: str) -> list[str]:
+    """The same with hpZ, which gathers in backward what is freed in forward."""
+    words = distilled(folder, ranks, "zero3_hpz", "--engine.node_size", "2", *more)
+    config = json.loads(Path(words[1]).read_text())
+    config["zero_optimization"] |= {
+        "stage3_max_reuse_distance": 0,
+        "stage3_param_persistence_threshold": 0,
+    }
+    words[1] = str(folder / "zero3_hpz.json")
+    Path(words[1]).write_text(json.dumps(config))
+    return words
+
+
 def other(folder: Path, ranks: int, flags: str) -> list[str]:
     """A command at ZeRO 3 with these flags on labelled images."""
     images = labelled_folder(folder / "images", train=48, val=4, side=40)
@@ -64,6 +89,12 @@ def other(folder: Path, ranks: int, flags: str) -> list[str]:
         *("--data.root", str(images), "--runtime.run_dir", str(folder / "run")),
         *("--batch.global_batch_size", "8", "--batch.micro_batch_size", str(8 // ranks)),
     ]
+
+
+def detected(folder: Path, ranks: int) -> list[str]:
+    """A command that trains the giant's detection in small."""
+    images = detection_twin.pictures(folder / "coco")
+    return flags_of(detection_twin.FLAGS)(images, folder / "run", STEPS, ranks=ranks)
 
 
 def segmented(folder: Path, ranks: int) -> list[str]:
@@ -85,19 +116,20 @@ MICRO = ("--batch.micro_batch_size", "2", "--optim.layer_decay", "0.8")
 RUNS = [
     quick("zero1", 2, AGREEMENT, partial(distilled, config="zero1")),
     quick("zero3", 2, STAGE_3, partial(distilled, config="zero3")),
-    quick("hpZ", 4, STAGE_3, partial(distilled, config="zero3_hpz")),
+    quick("hpZ", 4, STAGE_3, in_nodes),
     slow("zero2", 2, AGREEMENT, partial(distilled, config="zero2")),
     slow("accumulation", 2, AGREEMENT | TWICE, partial(distilled, config="zero3")),
     slow("two teachers", 2, STAGE_3, partial(other, flags=TWO)),
     slow("cached", 2, STAGE_3, partial(distilled, config="zero3")),
     slow("fine-tuning", 2, STAGE_3, partial(other, flags=TUNED)),
     slow("segmentation", 2, STAGE_3, segmented),
+    slow("detection", 2, STAGE_3 | BOXES, detected),
+    slow("offload", 2, STAGE_3 | NORM, partial(distilled, config="zero3_offload")),
 ]
 FLAGS = {
     "zero1": BFLOAT16,
     "zero2": (*BFLOAT16, *MICRO),
     "zero3": SAVED,
-    "hpZ": ("--engine.node_size", "2"),
     "accumulation": MICRO,
     "cached": ("--task.distillation.views", "1", "--task.distillation.cache", "{}/cache"),
 }

@@ -54,13 +54,18 @@ class Stream:
         Stream.number += 1
         self.id = Stream.number
         self.clock: Clock = {}
+        # What others may still do with memory that went back to this stream: (stream, tick, what).
+        self.beside: list[tuple[int, int, str]] = []
 
-    def launch(self) -> int:
-        """Returns the tick of an operation that is given to this stream."""
+    def launch(self) -> None:
+        """Gives an operation to this stream; it may be given memory that went before."""
         later(self.clock, DEVICE.host)
+        for stream, tick, operation in self.beside:
+            if self.clock.get(stream, 0) < tick:
+                DEVICE.races.add(f"{caller()}: memory is given away that {operation} may still use")
+        self.beside.clear()
         DEVICE.tick += 1
         self.clock[self.id] = DEVICE.tick
-        return DEVICE.tick
 
     def wait_stream(self, other: Stream) -> None:
         later(self.clock, other.clock)
@@ -161,9 +166,11 @@ class Device(TorchDispatchMode):
         known = {**self.host}
         for stream in (memory.home, *memory.recorded):
             later(known, stream.clock)
-        for (stream, *_), (tick, operation) in memory.uses.items():
-            if known.get(stream, 0) < tick:
-                self.races.add(f"{caller()}: memory goes before {operation} has used it")
+        memory.home.beside += [
+            (stream, tick, operation)
+            for (stream, *_), (tick, operation) in memory.uses.items()
+            if known.get(stream, 0) < tick
+        ]
 
     def use(self, stream: Stream, tensor: torch.Tensor, operation: str, *, writes: bool) -> None:
         """Notes that an operation, which was launched last on a stream, uses a tensor."""
