@@ -340,8 +340,9 @@ class Optim:
     name: str = ADAMW
     # Peak learning rate per 512 images.
     base_lr: float = 3e-4
-    # Learning rate per 512 images at which the warm-up starts. With another base_lr it keeps its
-    # ratio to it unless it is set, too.
+    # Learning rate per 512 images at which the warm-up starts; under cosine that of the first two
+    # steps, as in the published runs. With another base_lr it keeps its ratio to it unless it is
+    # set, too.
     warmup_lr: float = 5e-7
     # Learning rate per 512 images at which the schedule ends. With another base_lr it keeps its
     # ratio to it unless it is set, too.

@@ -150,7 +150,10 @@ def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
         rows.append(("best checkpoint", value))
     root = files.recipe.get("eval", {}).get("root")
     if root and _evaluates(files):
-        rows.append(("held-out images", str(root)))
+        data = files.recipe.get("data", {})
+        part = data.get("val_fraction") if root == data.get("root") else 0
+        share = f" (the {part:.0%} that data.val_fraction holds out)" if part else ""
+        rows.append(("held-out images", f"{root}{share}"))
     if summary.get("images_per_second"):
         speed = f"{summary['images_per_second']:.1f} images/s on {_devices(summary)}"
         rows.append(("speed", speed))

@@ -264,6 +264,17 @@ def test_a_task_of_the_users_own_names_held_out_images_only_where_it_evaluates(r
     assert "held-out images" not in dict(closing_rows(read_run(folder)))
 
 
+def test_images_that_the_recipe_holds_out_are_a_part_of_the_folder(run_of):
+    folder, recipe = run_of("distillation")
+    of_run = {"data.root": "photos", "data.val_fraction": 0.1}
+    for root, part in (("photos", "10%"), ("others", "")):
+        changed = override(recipe, of_run | {"eval.root": root}).to_dict()
+        (folder / "recipe.json").write_text(json.dumps(changed))
+        shown = dict(closing_rows(read_run(folder)))["held-out images"]
+        assert shown.startswith(root)
+        assert ("10%" in shown) == bool(part)
+
+
 @pytest.mark.parametrize("task", ["distillation", "finetune"])
 def test_a_student_of_the_users_own_goes_out_as_fd_and_no_code_is_allowed(task, run_of, tmp_path):
     folder, recipe = run_of(task)
