@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fd_large import doors
 from fd_large.errors import ConfigError, FDError, nearest, without_secrets
-from fd_large.evaluation.protocol import Asked, Pooled, Protocol, Repeated, Result
+from fd_large.evaluation.protocol import Asked, Batched, Pooled, Protocol, Repeated, Result
 from fd_large.evaluation.results import Row, finish
 from fd_large.files import out_folder
-from fd_large.recipes.fields import at_least, require
+from fd_large.recipes.fields import require
 from fd_large.recipes.sections import RANDOM, Data
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ _FIELDS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenFlags(Pooled):
+class FrozenFlags(Pooled, Batched):
     """Flags of all protocols that measure features of frozen models."""
 
     # What is measured of the student of a distillation run, or of an export of one: own, its map;
@@ -59,11 +59,8 @@ class FrozenFlags(Pooled):
     # only teacher of a run is called teacher. Several are measured side by side. Other models are
     # measured by their own map.
     features: tuple[str, ...] = (OWN_FEATURES,)
-    # Images at a time while the model is frozen.
-    batch_size: int = 256
 
     def __post_init__(self) -> None:
-        at_least("--batch_size", self.batch_size, 1, "images")
         require(
             bool(self.features) and len(set(self.features)) == len(self.features),
             "--features: each at most once, and one at least",

@@ -55,6 +55,17 @@ class Pooled:
     pool: Literal["auto", "mean", "cls", "both"] = "auto"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Batched:
+    """The flag of protocols that see images by frozen models."""
+
+    # Images at a time while the model is frozen.
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        at_least("--batch_size", self.batch_size, 1, "images")
+
+
 class Asked(NamedTuple):
     """A measurement that a user asks for.
 

@@ -14,11 +14,13 @@ from fd_large.evaluation.protocol import Protocol
 from fd_large.evaluation.scored_runs import scored_by
 from fd_large.evaluation.trainings import trained_by
 from fd_large.evaluation.transfer.table import TRANSFER
+from fd_large.evaluation.zeroshot import ZEROSHOT
 from fd_large.tasks.registry import TASKS
 
 _FROZEN = {protocol.name: protocol for protocol in (KNN, CACHED_PROBE)}
 PROTOCOLS: tuple[Protocol, ...] = (
     *_FROZEN.values(),
+    ZEROSHOT,
     *(
         trained_by(kind, variant="official", trains_all=False)
         if kind.name in _FROZEN

@@ -39,7 +39,14 @@ def test_each_name_with_each_variant_is_one_protocol():
     for protocol in (one for one in PROTOCOLS if one.command == "evaluate"):
         assert protocol_of(protocol.name, protocol.variant) is protocol
     measured = {kind.name for kind in TASKS.values() if kind.trains_models or kind.scores_runs}
-    assert {name for name, _ in keys} == {"knn", "linear", *measured, "transfer", "diagnose"}
+    assert {name for name, _ in keys} == {
+        "knn",
+        "linear",
+        "zeroshot",
+        *measured,
+        "transfer",
+        "diagnose",
+    }
     assert protocol_of("linear").flags is not protocol_of("linear", "official").flags
 
 

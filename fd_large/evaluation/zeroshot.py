@@ -1,0 +1,258 @@
+"""The protocol zeroshot: class names in place of labels, by the text tower of a CLIP teacher.
+
+An image belongs to the class whose vector has the largest cosine with what the student's head for
+that teacher's summary makes of it. Only the classes of the test images are asked for: for
+ImageNet-A and -R, their 200, which are left out of no argmax afterwards but are all that there is.
+The names of ImageNet's classes and the prompts are open_clip's, where it is installed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fd_large.errors import ConfigError, without_secrets
+from fd_large.evaluation.protocol import Asked, Batched, Protocol, Result
+from fd_large.evaluation.results import Row, finish
+from fd_large.files import kind_of, out_folder
+
+if TYPE_CHECKING:
+    from fd_large.data.labelled import LabelledImages
+    from fd_large.engine.find_model import NamedModel
+
+_PROMPTS = ("openai", "simple", "one")
+_IMAGENET_CLASSES = 1000
+_FIELDS = ("data.root", "data.image_size", "data.workers", "data.max_pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotFlags(Batched):
+    """Flags of zero-shot classification."""
+
+    # Name of the CLIP among a run's teachers whose image embedding the student has learnt.
+    clip: str = "clip"
+    # The CLIP whose text tower is asked: open_clip:ARCH/TAG, hf:REPO, or a folder with a tokenizer.
+    # Empty: where the run has its teacher from.
+    text: str = ""
+    # File with the name of a class on each line, in the order of the class folders. Empty: names of
+    # ImageNet's classes for folders that are called by their synsets (n01440764) or numbers (0 to
+    # 999), else the folders' own names.
+    class_names: str = ""
+    # Texts around a name. openai: the 80 of CLIP's paper; simple: 7 of them (both need open_clip);
+    # one: "a photo of a NAME."; or a file with a text on each line that has {} for the name.
+    prompts: str = "openai"
+
+
+def names_of(folders: Sequence[str], file: str = "") -> list[str]:
+    """Returns the name of each class, in the order of the folders.
+
+    Args:
+        folders: Names of the class folders, in their order; 10 may come before 2.
+        file: A file of names; empty: they follow from the folders.
+
+    Raises: ConfigError: if it has not a name for each; if open_clip is missing for ImageNet's.
+    """
+    if file:
+        names = _lines(file, "--class_names")
+        if len(names) != len(folders):
+            raise ConfigError(
+                f"--class_names: {file}: not a name for each class; got {len(names)} names, "
+                f"expected {len(folders)}, one for each of {folders[0]} to {folders[-1]}. Correct "
+                "the file."
+            )
+        return names
+    numbers = imagenet_numbers(folders)
+    if numbers is None:
+        return [folder.replace("_", " ") for folder in folders]
+    imagenet = _open_clip("IMAGENET_CLASSNAMES", "--class_names FILE")
+    return [imagenet[number] for number in numbers]
+
+
+def imagenet_numbers(folders: Sequence[str]) -> list[int] | None:
+    """Returns which of ImageNet's 1000 classes folders are; None: they are not.
+
+    Args:
+        folders: Their names: synsets, as in ImageNet itself, -A, -R and -Sketch, or numbers, as in
+            ImageNet-V2, where their order as texts is another one.
+    """
+    from timm.data import ImageNetInfo
+
+    if all(folder.isdecimal() and int(folder) < _IMAGENET_CLASSES for folder in folders):
+        # Ten folders of digits are no part of ImageNet.
+        numbers = [int(folder) for folder in folders]
+        return numbers if len(numbers) == _IMAGENET_CLASSES else None
+    synsets = {name: number for number, name in enumerate(ImageNetInfo().label_names())}
+    if not set(folders) <= synsets.keys():
+        return None
+    return [synsets[folder] for folder in folders]
+
+
+def prompts_of(name: str) -> tuple[str, ...]:
+    """Returns texts that have {} where the name of a class goes.
+
+    Args:
+        name: As `--prompts`.
+
+    Raises: ConfigError: if there are no such texts.
+    """
+    if name == "one":
+        return ("a photo of a {}.",)
+    if name in _PROMPTS:
+        texts = _open_clip(f"{name.upper()}_IMAGENET_TEMPLATES", "--prompts one")
+        return tuple(text("{}") for text in texts)
+    if kind_of(Path(name)) != "file":
+        raise ConfigError(
+            f"--prompts: no such texts; got {name}, expected {', '.join(_PROMPTS)} or a file. "
+            "Correct the name."
+        )
+    return tuple(_lines(name, "--prompts"))
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _measure(asked: Asked) -> Result:
+    """Classifies the test images by every model's head for the CLIP's summary."""
+    import numpy as np
+    import torch
+
+    from fd_large.engine.text_tower import classes_of, probabilities
+    from fd_large.kernels.precision import full_float32
+    from fd_large.probes.features import extract
+    from fd_large.ranks import activity, distributed, meeting
+    from fd_large.runtime import logs
+
+    assert asked.run is not None  # `evaluate` takes one.
+    models, flags, data = asked.models(), asked.flags, asked.run.data
+    logs.start(distributed.start().rank)
+    full_float32(distributed.device())
+    prompts = meeting.meet(lambda: prompts_of(flags.prompts))
+    images = meeting.meet(lambda: _tested(data.root))
+    names = meeting.meet(lambda: names_of(images.classes, flags.class_names))
+    heads = meeting.meet(lambda: [_head(model, flags.clip) for model in models])
+    texts = [flags.text or _source(model, flags.clip) for model in models]
+    rows, folder = [], out_folder(flags.out) / "features"
+    for model, head, text in zip(models, heads, texts, strict=True):
+        classes = meeting.meet(partial(classes_of, text, tuple(names), prompts))
+        net: Any  # A type checker does not know the methods of a backbone.
+        net, statistics = model.build()
+        net.grid(model.image_size, model.image_size)  # Refuses a size that does not fit.
+        embed = partial(head.eval().to(distributed.device()), net, in_teacher_units=True)
+        share = -(-len(images) // distributed.world_size())
+        with activity.work(f"{model.label}: embeddings", share, "images") as work:
+            (found,) = extract(
+                embed,
+                statistics,
+                images,
+                folder,
+                image_size=model.image_size,
+                batch_size=flags.batch_size,
+                workers=data.workers,
+                max_pixels=data.max_pixels,
+                progress=work.advance,
+            )
+        blocks = torch.from_numpy(np.array(found.rows)).split(8192)
+        predicted = torch.cat([probabilities(block, classes).argmax(1) for block in blocks]).numpy()
+        row = Row(model)
+        row.labels = np.array(found.labels)  # Copied: the files are removed.
+        row.add(found.percent(predicted), {"text": without_secrets(text)}, predicted)
+        rows.append(row)
+        distributed.barrier()
+        if distributed.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+    return finish(
+        Path(flags.out),
+        rows,
+        asked.protocol.title,
+        is_random=False,
+        task=asked.protocol.name,
+        root=without_secrets(data.root),
+        settings={"prompts": flags.prompts, "clip": flags.clip, "batch_size": flags.batch_size},
+        classes=len(names),
+        pictures=len(images),
+    )
+
+
+def _tested(root: str) -> LabelledImages:
+    """The test images of a dataset, or all of one that has no such part."""
+    from fd_large.data.labelled import SPLITS, open_labelled, open_split
+    from fd_large.data.roots import local_kind
+
+    where = "data.root"
+    has_part = any(local_kind(root, name, where=where) == "folder" for name in SPLITS["val"])
+    return open_split(root, "val") if has_part else open_labelled(root)
+
+
+def _head(model: NamedModel, clip: str) -> Any:
+    """A model's head for the embedding of a CLIP.
+
+    Raises: ConfigError: if it has none.
+    """
+    from fd_large.tasks.jobs import heads_of
+
+    heads = heads_of(model.trained_by, model.folder)
+    summary = f"{clip}_summary"
+    if summary not in heads:
+        known = ", ".join(name for name in heads if name.endswith("_summary")) or "none"
+        raise ConfigError(
+            f"--clip: {model.label} has learnt no summary of such a teacher; got {clip}, and heads "
+            f"for summaries {known}, expected a CLIP whose image embedding it has learnt. Name "
+            f"that teacher, or train with --teachers.{clip}.targets map summary "
+            f"--teachers.{clip}.summary.layer embedding (docs/several_teachers.md)."
+        )
+    return heads[summary]
+
+
+def _source(model: NamedModel, clip: str) -> str:
+    """Where a run has a teacher from.
+
+    Raises: ConfigError: if the model is no run's student.
+    """
+    teachers = model.trained_by.run.taught_by if model.trained_by else {}
+    teacher = teachers.get(clip)
+    if teacher is None or not teacher.source:
+        raise ConfigError(
+            f"--text: {model.label} does not say where its teacher is from; got nothing, expected "
+            "the CLIP whose text tower is asked. Set --text, for example open_clip:ViT-B-16/openai."
+        )
+    return str(teacher.source)
+
+
+def _lines(file: str, flag: str) -> list[str]:
+    """The lines of a text file, without empty ones."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{flag}: cannot be read; got {error} for {file}, expected a text file. Correct the "
+            "path."
+        ) from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _open_clip(name: str, remedy: str) -> Any:
+    """Names or texts that open_clip brings.
+
+    Raises: ConfigError: if it is not installed.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ConfigError(
+            f"--task zeroshot: {name} is of a package that is not installed; got {error}, expected "
+            f"open_clip. pip install 'fd_large[open_clip]', or set {remedy}."
+        ) from error
+    return getattr(open_clip, name)
+
+
+ZEROSHOT = Protocol(
+    name="zeroshot",
+    title="Zero-shot",
+    measure=_measure,
+    flags=ZeroShotFlags,
+    fields=_FIELDS,
+)
