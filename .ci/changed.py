@@ -4,7 +4,7 @@
 
 COMMIT is what the working tree is compared with, HEAD if it is left out. The tests of a file are
 its mirror in tests/unit, the tests that import or name it, the mirrors of the files that import
-it, and the tests that reach it through a helper; where there is none of these, those of its folder.
+it; where these are few, the tests that reach it through a helper, or else those of its folder.
 No more than MOST run. Tests that start ranks run only if they, or their program, changed.
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-MOST = 12
+MOST, FEW = 12, 4
 TREES = ("fd_large", "tests", "benchmarks", ".ci")
 # Tests that read whole folders or kinds of files.
 READ_ALL = {
@@ -77,6 +77,8 @@ class Importers:
         ]
         nearest: list[str] = []
         for group in groups:
+            if group is through_helpers and len(nearest) >= FEW:
+                continue
             tests = {test for test in group if test and _is_test(test)} - set(nearest)
             nearest += sorted(tests, key=lambda test: (-_common(test, name), test))
         if len(nearest) < 2 and name.startswith("fd_large/"):

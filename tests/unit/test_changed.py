@@ -65,3 +65,12 @@ def test_ranks_start_only_if_their_test_or_program_changed(changed):
     importers = changed.Importers(TEXTS)
     for name in ("tests/integration/programs/hops.py", "tests/integration/test_hops.py"):
         assert changed.tests_of_all([name], importers) == ["tests/integration/test_hops.py"]
+
+
+def test_helpers_lead_to_tests_where_there_are_few_nearer_ones(changed, monkeypatch):
+    monkeypatch.setattr(changed, "FEW", 3)
+    found = changed.tests_of_all(["fd_large/engine/loop.py"], changed.Importers(TEXTS))
+    assert found == [
+        f"tests/unit/{test}.py"
+        for test in ("engine/test_loop", "test_readers", "plan/test_costs", "test_house")
+    ]
