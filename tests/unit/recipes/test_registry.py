@@ -1,11 +1,14 @@
 """Runs of record: published settings, and what each docstring says."""
 
 import pytest
+import torch
 
+from fd_large.engine.student import make_student
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.small_data import USUAL_IMAGES
+from fd_large.tasks.distillation.masked.samplers import hidden
 
 # Published: student, teacher, epochs, learning rates per 512 images, drop path, smallest crop.
 VIT_RATES = (3e-4, 5e-7, 5e-6)
@@ -49,6 +52,26 @@ TEACHERS = {
     ),
     "sak_vit_base": (
         3, "0.9 cosine_of_map + 0.1 smooth_l1", "linear", 30, 2, 128, 1e-3, 1e-5, 0.01,
+    ),
+}  # fmt: skip
+# Masked: sampler, hidden patches of a square grid of so many, what the student sees, whose loss
+# counts, loss, normaliser, layer, epochs, warm-up, batch, peak of the learning rate, smallest crop.
+MASKED = {
+    "maskalign_vit_base": (
+        "random", 138, 14, "dropped", "visible", "smooth_l1", "whitening", "before_norm",
+        200, 20, 1024, 6e-4, 0.2,
+    ),
+    "maskdistill_vit_base": (
+        "block", 78, 14, "token", "masked", "smooth_l1", "unbiased_whitening", "before_norm",
+        300, 10, 2048, 1.5e-3, 0.2,
+    ),
+    "dbot_clip_vit_base": (
+        "block", 78, 14, "token", "masked", "cosine", "none", "last",
+        1600, 10, 4096, 3e-3, 0.4,
+    ),
+    "eva_vit_giant": (
+        "block", 105, 16, "token", "masked", "cosine", "none", "last",
+        150, 2, 4096, 1e-3, 0.2,
     ),
 }  # fmt: skip
 # Recipes of our own choice, which nobody has published.
@@ -116,7 +139,7 @@ def teacher_of(run):
 def test_recipes_are_named_by_their_function_and_the_quick_start_is_the_default():
     assert all(registry.get(name).name == name for name in registry.RECIPES)
     others = {*PLAIN, *LARGER_FINE_TUNING, *DETECTION, *SEGMENTATION, *DEPTH}
-    others |= {*TEACHERS, *AGGLOMERATIVE}
+    others |= {*TEACHERS, *AGGLOMERATIVE, *MASKED}
     published = {*PAPER, *FINE_TUNING, *others, "nyuv2_linear"}
     ours = {*OURS, "quickstart", "small_data", "linear_probe"}
     assert published | ours == set(registry.RECIPES)
@@ -162,6 +185,34 @@ def test_several_teachers_are_learnt_by_the_published_settings(name):
             optim.weight_decay,
         ) == TEACHERS[name]
         assert (entry.beta, optim.clip_norm) == (1.0, 0)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_masked_run_has_the_published_settings(name):
+    run, (sampler, number, side, *others) = registry.get(name), MASKED[name]
+    optim, batch = run.optim, run.batch.global_batch_size
+    assert hidden(run.mask, (side, side)) == number
+    assert [sampler, *others] == [
+        run.mask.sampler,
+        run.mask.student,
+        run.mask.tokens,
+        run.objective.loss,
+        run.objective.normaliser,
+        run.objective.layer,
+        optim.epochs,
+        optim.warmup_epochs,
+        batch,
+        pytest.approx(optim.rates(batch)[0]),
+        run.data.min_crop_scale,
+    ]
+    assert (run.student.drop_path_rate, optim.weight_decay) == (0.1, 0.05)
+    assert run.mask.cls == (name == "maskalign_vit_base")
+
+
+def test_the_student_of_eva_has_its_billion():
+    with torch.device("meta"):
+        student = make_student(registry.get("eva_vit_giant").student, image_size=224)
+    assert sum(p.numel() for p in student.parameters()) == pytest.approx(1.011e9, rel=0.002)
 
 
 def test_the_student_of_the_proxy_learns_from_the_proxy():
@@ -287,6 +338,7 @@ def test_the_docstring_gives_hardware_duration_and_result(name):
     in_22k = 14_197_122 if name.endswith("_22k") else 1_281_167
     images = 118_287 if name in DETECTION else 24_231 if name in DEPTH else in_22k
     images = USUAL_IMAGES if name == "small_data" else images
+    images = 29_600_000 if name == "eva_vit_giant" else images
     steps = run.optim.max_steps or run.optim.epochs * (images // run.batch.global_batch_size)
     assert f"{steps:,} steps" in facts.duration
 
