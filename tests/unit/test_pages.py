@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -346,3 +347,15 @@ def test_torch_of_an_index_of_its_own_leaves_all_else_where_it_was(tmp_path):
     assert added.endswith("--index-url INDEX torch torchvision")
     assert [line for line in own if line in usual] == usual
     assert not any("index" in line for line in usual)
+
+
+def test_the_page_of_masks_has_the_figures_of_its_benchmark():
+    faster = json.loads((ROOT / "benchmarks/results/masked.json").read_text())["faster"]
+    text = (ROOT / "docs/masked.md").read_text()
+    for row, case in (
+        ("mask tokens", "mask tokens"),
+        ("visible patches alone", "visible patches"),
+        ("visible patches and a decoder of 8 blocks", "visible patches, decoder"),
+    ):
+        assert f"| {row} | {faster[case]['median']:.2f} |" in text
+    assert faster["visible patches"]["quartiles"][0] > 2
