@@ -1,12 +1,16 @@
-"""Which models of timm teach, and is their map the one that `forward_features` returns?
+"""Which models of timm teach, is their map the one that `forward_features` returns, which learn?
 
     python benchmarks/timm_models.py [--work FILE] [--only PATTERN] [--again refused|crashed]
+    python benchmarks/timm_models.py --students [--work FILE] [--only PATTERN]
 
 The whole model of every name of `timm.list_models()` is run on the meta device at its own size,
 and what `forward_features` returns is read as the adapter reads it: a map, or a refusal. The
 smallest model of each class is then built as a teacher with random weights, in float32, and its map
 compared with timm's, also at another image size if it takes one; so is every other model, up to 400
 M parameters, of a class whose `forward_features` is not the last of `forward_intermediates`.
+
+`--students` takes every name as a student: four images go forward and backward through it on the
+meta device in training, batch norms in groups of two, and each trained parameter has a gradient.
 
 Children with a limit on memory take the names in turn, so that a crash ends one of them. What is
 known is kept in FILE, a line a name, and not asked again. The table is written to
@@ -98,6 +102,36 @@ def numbers_of(name: str) -> dict[str, Any]:
     return found
 
 
+def student_of(name: str) -> dict[str, Any]:
+    """Trains one model on the meta device for one step, from random weights."""
+    import torch
+
+    from fd_large.backbones import batch_norm
+    from fd_large.backbones.timm.models import sized
+    from fd_large.backbones.timm.timm_backbone import TimmBackbone
+    from fd_large.errors import FDError
+
+    found: dict[str, Any] = {"name": name}
+    try:
+        side = sized(name, 0).side
+        with torch.device("meta"):
+            net = TimmBackbone(name, drop_path_rate=0.1, is_trained=True).train()
+        norms = batch_norm.norms_of(net)
+        for groups in {norm.norm_groups for norm in norms}:
+            groups.size = 2
+        net(torch.empty(4, 3, side, side, device="meta")).tokens.sum().backward()
+    except FDError as error:
+        return found | {"refused": str(error)}
+    without = [key for key, p in net.named_parameters() if p.requires_grad and p.grad is None]
+    if without:
+        found["difference"] = f"without a gradient: {', '.join(without[:3])}"
+    return found | {
+        "batch_norms": len(norms),
+        "drop_path": any(net.drop_path_rates),
+        "blocks": len(net.blocks()),
+    }
+
+
 def is_last(whole: Any, images: Any, theirs: Any) -> bool:
     """Whether a map is the last of `forward_intermediates`, with or without a final norm."""
     import torch
@@ -153,7 +187,7 @@ def child(task: str, work: Path) -> None:
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    answer = {"shapes": shapes_of, "numbers": numbers_of}[task]
+    answer = {"shapes": shapes_of, "numbers": numbers_of, "student": student_of}[task]
     for name in sys.stdin.read().split():
         began = time.process_time()
         try:
@@ -231,6 +265,7 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="pattern of names")
     parser.add_argument("--again", default="", choices=("", "refused", "crashed", "difference"))
     parser.add_argument("--table", action="store_true", help="write what is known, ask nothing")
+    parser.add_argument("--students", action="store_true", help="take each name as a student")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -241,6 +276,11 @@ def main() -> None:
     names = [name for name in timm.list_models() if fnmatch(name, given.only)]
     if given.table:
         write(names, known(given.work, "shapes"), known(given.work, "numbers"), timm.__version__)
+        return
+    if given.students:
+        have = known(given.work, "student")
+        ask("student", in_turn([n for n in names if n not in have]), given.work)
+        write_students(names, known(given.work, "student"))
         return
     have = known(given.work, "shapes")
     todo = [n for n in names if n not in have or (given.again and given.again in have[n])]
@@ -292,6 +332,7 @@ def write(
     errors = [v for n in numbers.values() for k, v in n.items() if k.startswith("at ")]
     measured = [e for e in errors if isinstance(e, float)]
     table = {
+        **(json.loads(RESULT.read_text()) if RESULT.exists() else {}),
         "timm": version,
         "date": time.strftime("%Y-%m-%d"),
         "names": len(names),
@@ -305,6 +346,30 @@ def write(
     }
     RESULT.write_text(json.dumps(table, indent=1) + "\n")
     print(json.dumps({k: v for k, v in table.items() if k != "families"}, indent=1))
+
+
+def write_students(names: list[str], answers: dict[str, dict[str, Any]]) -> None:
+    """Adds the names that can be students to the table, and prints their number."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    families: dict[str, dict[str, int]] = {}
+    for name in (name for name in names if name in answers):
+        answer = answers[name]
+        family = families.setdefault(
+            family_of(name), {"names": 0, "train": 0, "train_with_batch_norms": 0}
+        )
+        family["names"] += 1
+        if answer.get("refused") or "difference" in answer or "crashed" in answer:
+            text = answer.get("refused") or answer.get("difference") or f"{answer['crashed']}"
+            reasons[text.replace(name, "NAME")].append(name)
+            continue
+        family["train"] += 1
+        family["train_with_batch_norms"] += answer["batch_norms"] > 0
+    counted = {key: sum(f[key] for f in families.values()) for key in ("names", "train")}
+    counted["train_with_batch_norms"] = sum(f["train_with_batch_norms"] for f in families.values())
+    table = json.loads(RESULT.read_text())
+    table["students"] = {**counted, "refused": reasons, "families": families}
+    RESULT.write_text(json.dumps(table, indent=1) + "\n")
+    print(json.dumps({**counted, "refused": reasons}, indent=1))
 
 
 if __name__ == "__main__":
