@@ -41,6 +41,7 @@ _POOLS = {"mean": "mean of patches", "cls": "class token", "both": "class token 
 _FIELDS = (
     "data.root",
     "data.val_fraction",
+    *("data.fraction", "data.per_class", "data.label_seed"),
     "data.cache",
     "data.cache_gb",
     "data.image_size",
@@ -181,6 +182,7 @@ class Subject(NamedTuple):
 def _measure(how: _How, asked: Asked) -> Result:
     """Features of every model, classified with every seed."""
     from fd_large.data.blocks import keep_blocks_in
+    from fd_large.data.few_labels import few_labels
     from fd_large.data.labelled import open_split
     from fd_large.kernels.precision import full_float32
     from fd_large.ranks import distributed, meeting
@@ -191,7 +193,14 @@ def _measure(how: _How, asked: Asked) -> Result:
     logs.start(distributed.start().rank)
     full_float32(distributed.device())
     keep_blocks_in(data.cache, data.cache_gb)
-    train = meeting.meet(lambda: open_split(data.root, "train", val_fraction=data.val_fraction))
+    train = meeting.meet(
+        lambda: few_labels(
+            open_split(data.root, "train", val_fraction=data.val_fraction),
+            fraction=data.fraction,
+            per_class=data.per_class,
+            seed=data.label_seed,
+        )
+    )
     test = meeting.meet(
         lambda: open_split(data.root, "val", train.classes, val_fraction=data.val_fraction)
     )

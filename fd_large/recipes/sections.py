@@ -259,6 +259,13 @@ class Data:
     # and used for tests: k-NN, linear probes, fine-tuning. Which ones follows from the names of the
     # files, so images that are added move no other. 0 holds none out.
     val_fraction: float = 0.0
+    # Share of the labelled training images of each class that fine-tuning, linear probes and k-NN
+    # learn from, one image at least. 1: all.
+    fraction: float = 1.0
+    # Labelled training images of each class that they learn from, at most. 0: all.
+    per_class: int = 0
+    # Which images these are. They follow from it and from the images' names.
+    label_seed: int = 0
     # Folder on a local disk of each node for what is read from an object store and unpacked from
     # parquet files. Empty: the folder `blocks` of the cache (FD_CACHE, else ~/.cache/fd_large).
     cache: str = ""
@@ -316,6 +323,8 @@ class Data:
         within("data.color_jitter", self.color_jitter, "[0, 1]")
         within("data.grayscale_probability", self.grayscale_probability, "[0, 1]")
         within("data.val_fraction", self.val_fraction, "[0, 1)")
+        within("data.fraction", self.fraction, "(0, 1]")
+        at_least("data.per_class", self.per_class, 0, "images")
         within("data.max_bad_fraction", self.max_bad_fraction, "[0, 1)")
         at_least("data.max_pixels", self.max_pixels, 1, "pixels")
         at_least("data.workers", self.workers, 0, "processes")

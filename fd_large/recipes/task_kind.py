@@ -8,6 +8,8 @@ from typing import Any
 
 from fd_large.errors import ConfigError, nearest
 
+OF_FEW_LABELS = ("data.fraction", "data.per_class", "data.label_seed")
+"""Fields that choose some of the labelled images, which tasks of classes alone read."""
 OF_VIEWS_WITHOUT_LABELS = (
     "data.color_jitter",
     "data.grayscale_probability",

@@ -16,6 +16,7 @@ from fd_large.backbones.registry import statistics_of
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.data.bad_images import BadCount, BadImages, agreed_error
 from fd_large.data.centre_crops import NO_LABEL, CentralBatch, central_batches
+from fd_large.data.few_labels import few_labels
 from fd_large.data.labelled import LabelledImages, open_labelled, open_split
 from fd_large.data.loader import Batch, build_loader
 from fd_large.data.sampler import Portion
@@ -146,7 +147,10 @@ class ClassificationJob(TrainingJob):
     def _training_images(self) -> LabelledImages:
         if self._training is None:
             data = self.run.data
-            self._training = open_split(data.root, "train", val_fraction=data.val_fraction)
+            images = open_split(data.root, "train", val_fraction=data.val_fraction)
+            self._training = few_labels(
+                images, fraction=data.fraction, per_class=data.per_class, seed=data.label_seed
+            )
         return self._training
 
     def _measure(

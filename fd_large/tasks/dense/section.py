@@ -7,9 +7,12 @@ from typing import Any
 from fd_large import doors
 from fd_large.recipes.fields import require
 from fd_large.recipes.tables import keys_of
-from fd_large.recipes.task_kind import OF_VIEWS_WITHOUT_LABELS
+from fd_large.recipes.task_kind import OF_FEW_LABELS, OF_VIEWS_WITHOUT_LABELS
 
-IGNORED_FIELDS = (*OF_VIEWS_WITHOUT_LABELS, "data.min_crop_scale", "data.val_fraction")
+IGNORED_FIELDS = (
+    *(*OF_VIEWS_WITHOUT_LABELS, *OF_FEW_LABELS),
+    *("data.min_crop_scale", "data.val_fraction"),
+)
 """Fields of the recipe that their own views and tests do not read."""
 
 

@@ -37,6 +37,7 @@ from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import check_all
 from fd_large.recipes.run import ONLY, Run
+from fd_large.recipes.task_kind import OF_FEW_LABELS
 from fd_large.runtime.hooks import Hook
 from fd_large.tasks.distillation import losses
 from fd_large.tasks.distillation.cached.caches import RunCaches
@@ -223,7 +224,7 @@ class DistillationJob(TrainingJob):
             ignored += [f"teachers.{name}.datasets" for name in self.run.teachers]
         for name, entry in self.run.taught_by.items():
             ignored += fields_not_read(name, entry, KNOWN)
-        return (*ignored, *self.run.mask.ignored_fields())
+        return (*ignored, *OF_FEW_LABELS, *self.run.mask.ignored_fields())
 
     @cached_property
     def caches(self) -> RunCaches:

@@ -57,6 +57,15 @@ def test_a_probe_sets_each_feature_beside_the_same_one_of_the_first_model(
     assert beside[6] == labels[0]
 
 
+def test_few_labels_are_the_same_for_every_model(labelled_images, tmp_path):
+    common = ["--data.root", str(labelled_images), "--data.workers", "0", "--out", str(tmp_path)]
+    small = ["--data.image_size", "32", "--k", "1", "--data.per_class", "2"]
+    models = ["timm:resnet18=random", "timm:test_vit=random"]
+    assert main(["evaluate", *models, "--task", "knn", *small, *common]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["training_images"] == 2 * summary["classes"]
+
+
 def test_a_probe_of_few_steps_is_warned_of_once(labelled_images, tmp_path, capsys):
     words = ["--data.root", str(labelled_images), "--out", str(tmp_path), "--data.workers", "0"]
     words += ["--data.image_size", "32", "--batch_size", "8", "--task", "linear"]

@@ -1,0 +1,54 @@
+"""A part of the labelled training images: a share of each class, or some of each.
+
+Which ones follows from a seed and from the images' names alone, so that all models of a comparison
+learn from the same ones, on any machine; with more of a class come the same ones and others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+
+import numpy as np
+
+from fd_large.data.folder import ImageFolder
+from fd_large.data.labelled import LabelledImages
+from fd_large.data.val_fraction import Part
+
+log = logging.getLogger(__name__)
+
+
+def few_labels(
+    images: LabelledImages, *, fraction: float, per_class: int, seed: int
+) -> LabelledImages:
+    """Returns the images of each class that are learnt from, at least one; all by default.
+
+    Args:
+        images: The training images.
+        fraction: Share of the images of each class, in (0, 1].
+        per_class: Images of each class at most; 0: all.
+        seed: Which ones.
+    """
+    if fraction == 1 and not per_class:
+        return images
+    order = np.array([_draw(images, number, seed) for number in range(len(images))])
+    chosen = []
+    for label in np.unique(images.labels):
+        places = np.flatnonzero(images.labels == label)
+        count = max(1, round(fraction * len(places)))
+        count = min(count, per_class) if per_class else count
+        chosen.append(places[np.argsort(order[places], kind="stable")][:count])
+    kept = np.sort(np.concatenate(chosen))
+    log.info("data.root: %d of %d training images are learnt from", len(kept), len(images))
+    return LabelledImages(Part(images.images, kept), images.labels[kept], images.classes)
+
+
+def _draw(images: LabelledImages, number: int, seed: int) -> int:
+    """A number of 64 bits of an image; of a folder's by its path there."""
+    name = images[number]
+    source = images.images
+    if isinstance(source, ImageFolder):
+        name = os.path.relpath(name, source.root)
+    digest = hashlib.blake2b(f"{seed} ".encode() + os.fsencode(name), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
