@@ -104,8 +104,8 @@ def coco_mask_rcnn_vit_base_12ep() -> Run:
     """Mask R-CNN on the student of CLIP ViT-B/16 (fd_clip_vit_base), for 12 epochs.
 
     Hardware: 16 GPUs x 2 images; COCO 2017
-    Duration: 44,352 steps; 26 to 41 GPU-hours
-    Memory: 6.8 GB of each GPU
+    Duration: 44,352 steps; 45 to 70 GPU-hours
+    Memory: 7.2 GB of each GPU
     Result: not published with these heads (CAE's, MAE's weights: 48.4 box, 42.6 mask)
 
     The schedule of CAE's detectors (Atten4Vis/CAE, Mask R-CNN 1x): 3e-4 at batch 32, a tenth of it

@@ -97,7 +97,7 @@ def ade20k_upernet_vit_base_mae() -> Run:
     """UPerNet on a ViT-B/16 with the settings of MAE, to which a row of the paper's table belongs.
 
     Hardware: 8 GPUs x 2 images; ADE20K
-    Duration: 160,000 steps; 18 to 28 GPU-hours
+    Duration: 160,000 steps; 17 to 26 GPU-hours
     Memory: 6.1 GB of each GPU
     Result: MAE's weights 48.1 mIoU (MAE and the paper); not said of CLIP and its student
 
