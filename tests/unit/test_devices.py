@@ -53,6 +53,7 @@ from fd_large.tasks.distillation.canary import seconds_of_product
 from fd_large.tasks.distillation.held_out import Crops, HeldOutViews
 from fd_large.tasks.distillation.job import KNOWN, DistillationJob
 from fd_large.tasks.distillation.normalisers import NORMALISERS
+from fd_large.tasks.distillation.section import Mask
 from fd_large.tasks.jobs import job_of
 
 SIDE = 32
@@ -61,6 +62,7 @@ VIT = Architecture(embed_dim=32, depths=(2,), num_heads=(2,), patch_size=8, imag
 SWIN = Architecture(
     embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=2, patch_size=4, image_size=SIDE
 )
+NO_MASK = Mask()
 STUDENTS = {
     "vit_base_patch16": VIT,
     "swin_base_esvit": SWIN,
@@ -126,14 +128,16 @@ def gradients_are_there(task: Task) -> None:
         assert parameter.grad.dtype == parameter.dtype == torch.bfloat16, name
 
 
-def distilling(name: str, *, teacher_stream: bool = False, **changes: object) -> Task:
+def distilling(
+    name: str, *, teacher_stream: bool = False, mask: Mask = NO_MASK, **changes: object
+) -> Task:
     """A tiny distillation of a student, as a run on this machine builds it."""
     run = override(tiny_runs.tiny_run(), {"task.distillation.teacher_stream": teacher_stream})
     student = replace(run.student, model=name, architecture=STUDENTS[name], drop_path_rate=0.3)
     # Numbers, as in a recipe that is settled: what is automatic is found before models are built.
     how = {"interpolation": "bilinear", "teacher_image_size": 0, **changes}
     objective = replace(run.objective, **how)
-    job = DistillationJob(replace(run, student=student, objective=objective))
+    job = DistillationJob(replace(run, student=student, objective=objective, mask=mask))
     job.build(bfloat16=True, node_size=1, persistence_threshold=0)
     return engine_ready(job.make_task)
 
@@ -160,6 +164,26 @@ def test_distillation(card: Card, name: str, kernels: str) -> None:
     gradients_are_there(task)
     # A model of timm's calls no operation that has kernels of ours.
     assert bool(card.fused) == (kernels == "triton" and not name.startswith("timm:"))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask(sampler="block", min_patches=2),
+        Mask(sampler="random", student="dropped", tokens="visible", cls=True),
+        Mask(sampler="random", student="dropped", decoder_width=32, decoder_depth=1),
+    ],
+    ids=["block", "visible", "decoder"],
+)
+def test_masked_distillation(card: Card, mask: Mask) -> None:
+    card.capability = KERNELS["reference"]
+    task = distilling("vit_base_patch16", mask=mask)
+    step(task, batch_of())
+    with card.waiting() as waits:
+        loss = step(task, batch_of())
+    assert waits == []
+    assert loss.isfinite()
+    gradients_are_there(task)
 
 
 def test_teachers_on_their_own_stream_are_waited_for_after_the_student(card: Card) -> None:

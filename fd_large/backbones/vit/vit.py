@@ -494,7 +494,7 @@ def _at(
     if table is not None:
         pairs = position_index(*grid, prefix, x.device)[kept[:, :, None], kept[:, None, :]]
         # An embedding lookup, because its backward is deterministic on GPUs too.
-        table = F.embedding(pairs, table).permute(0, 3, 1, 2)
+        table = F.embedding(pairs, table).permute(0, 3, 1, 2).contiguous()
     return x, table
 
 

@@ -89,7 +89,7 @@ def _check_target(
         loss.of_tokens or (mask.tokens == "all" and mask.cls),
         f"{field_of(name, 'loss')}: a loss of single tokens is needed where some count",
         entry.loss,
-        "smooth_l1, mse, l1, cosine or a sum of these, or a Loss with per_token",
+        "smooth_l1, mse, l1, cosine or a sum of these, or a Loss that says of_tokens",
         beside=("mask.tokens", "mask.cls"),
     )
     if mask.student == "dropped":

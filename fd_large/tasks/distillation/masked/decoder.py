@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -82,16 +81,18 @@ class Decoder(nn.Module):
         is_hidden = torch.ones(visible.shape[:3], dtype=torch.bool, device=x.device)
         is_hidden = is_hidden.flatten(1).scatter(1, places, False).unflatten(1, grid)
         patches = self.mask_token(visible, is_hidden).flatten(1, 2)
-        patches = patches + sin_cos_positions(grid, x.shape[-1]).to(patches)
+        patches = patches + sin_cos_positions(grid, x.shape[-1], x.device).to(patches)
         x = torch.cat([x[:, :prefix], patches], dim=1)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
 
-def sin_cos_positions(grid: Grid, width: int) -> Tensor:
+def sin_cos_positions(grid: Grid, width: int, device: torch.device | None = None) -> Tensor:
     """Returns fixed positions (N, width) float32: of the columns, then of the rows, as in MAE."""
-    rate = 10000.0 ** -(np.arange(width // 4) / (width // 4))
-    rows, columns = (axis.reshape(-1, 1) * rate for axis in np.mgrid[: grid[0], : grid[1]])
-    parts = [np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)]
-    return torch.from_numpy(np.concatenate(parts, axis=1)).float()
+    # On the device: copied from the CPU, they would stop the host in each step.
+    number = partial(torch.arange, dtype=torch.float64, device=device)
+    rate = 10000.0 ** -(number(width // 4) / (width // 4))
+    rows, columns = torch.meshgrid(*(number(size) for size in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * rate for axis in (columns, rows)]
+    return torch.cat([part for own in angles for part in (own.sin(), own.cos())], dim=1).float()
