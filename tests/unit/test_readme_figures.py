@@ -1,4 +1,4 @@
-"""Every figure in README's table is that of its results file."""
+"""Every figure in the tables of README and benchmarks/README is that of its results file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def result(name: str) -> dict:
 
 
 def row(beginning: str) -> str:
-    """The row of the table, which names no unit of another figure."""
-    (found,) = re.findall(rf"^\| {re.escape(beginning)}.*$", (ROOT / "README.md").read_text(), re.M)
+    """The row of one of the tables, which names no unit of another figure."""
+    pages = "".join((ROOT / page).read_text() for page in ("README.md", "benchmarks/README.md"))
+    (found,) = re.findall(rf"^\| {re.escape(beginning)}.*$", pages, re.M)
     return found
 
 
