@@ -1,7 +1,8 @@
 """A part of the labelled training images: a share of each class, or some of each.
 
-Which ones follows from a seed and from the images' names alone, so that all models of a comparison
-learn from the same ones, on any machine; with more of a class come the same ones and others.
+Which ones follows from a seed and from the names of the images below their folder, or in their tar
+files, so that all models of a comparison learn from the same ones, on any machine; with more of a
+class come the same ones and others. Of sources of other kinds their place stands for the name.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from fd_large.data.folder import ImageFolder
 from fd_large.data.labelled import LabelledImages
+from fd_large.data.shards import TarShards
 from fd_large.data.val_fraction import Part
 
 log = logging.getLogger(__name__)
@@ -45,10 +47,12 @@ def few_labels(
 
 
 def _draw(images: LabelledImages, number: int, seed: int) -> int:
-    """A number of 64 bits of an image; of a folder's by its path there."""
-    name = images[number]
-    source = images.images
-    if isinstance(source, ImageFolder):
-        name = os.path.relpath(name, source.root)
+    """A number of 64 bits of an image."""
+    source, place = images.images, number
+    if isinstance(source, Part):
+        source, place = source.images, source.place(number)
+    # The names of other sources may have to be fetched, block by block.
+    has_names = isinstance(source, ImageFolder | TarShards)
+    name = source.name(place) if has_names else str(place)
     digest = hashlib.blake2b(f"{seed} ".encode() + os.fsencode(name), digest_size=8).digest()
     return int.from_bytes(digest, "big")

@@ -83,7 +83,11 @@ class ImageFolder:
         return len(self._listing)
 
     def __getitem__(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self._listing.name(index)))
+        return os.path.join(self.root, self.name(index))
+
+    def name(self, index: int) -> str:
+        """Returns the path of image `index` below the root."""
+        return os.fsdecode(self._listing.name(index))
 
     def read(self, index: int) -> bytearray:
         """The bytes of image `index`.

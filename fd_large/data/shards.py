@@ -93,8 +93,11 @@ class TarShards:
         return len(self._listing)
 
     def __getitem__(self, index: int) -> str:
-        name = os.fsdecode(self._listing.name(index))
-        return f"{self.paths[self._listing.number('shard', index)]}/{name}"
+        return f"{self.paths[self._listing.number('shard', index)]}/{self.name(index)}"
+
+    def name(self, index: int) -> str:
+        """Returns the name of image `index` in its tar file."""
+        return os.fsdecode(self._listing.name(index))
 
     def read(self, index: int) -> bytearray:
         """The bytes of image `index`.

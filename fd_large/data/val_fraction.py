@@ -29,10 +29,13 @@ class Part:
     Args:
         images: The source.
         places: (len,) int64, the numbers of the images there, rising.
+
+    Attributes:
+        images: The source.
     """
 
     def __init__(self, images: ImageSource, places: NDArray[np.int64]) -> None:
-        self._images, self._places = images, places
+        self.images, self._places = images, places
         digest = hashlib.sha256(images.fingerprint.encode())
         digest.update(places.tobytes())
         self.fingerprint = digest.hexdigest()
@@ -41,13 +44,14 @@ class Part:
         return len(self._places)
 
     def __getitem__(self, index: int) -> str:
-        return self._images[self._place(index)]
+        return self.images[self.place(index)]
 
     def read(self, index: int) -> bytes | bytearray:
         """The bytes of image `index`; DataError if they cannot be read."""
-        return self._images.read(self._place(index))
+        return self.images.read(self.place(index))
 
-    def _place(self, index: int) -> int:
+    def place(self, index: int) -> int:
+        """Returns the number of image `index` in the source."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         return int(self._places[index])
@@ -83,8 +87,7 @@ def places_of(images: ImageSource, part: str, fraction: float, *, where: str) ->
         )
     held_out = np.fromiter(
         (
-            is_held_out(os.path.relpath(images[index], images.root), fraction)
-            for index in range(len(images))
+            is_held_out(images.name(index), fraction) for index in range(len(images))
         ),
         bool,
         len(images),
