@@ -75,7 +75,7 @@ def classes_of(source: str, class_names: tuple[str, ...], prompts: tuple[str, ..
     encode, scale = _tower(source)
     with torch.no_grad():
         vectors = [
-            F.normalize(encode([prompt.format(name) for prompt in prompts]).float(), dim=-1)
+            F.normalize(encode([one.replace("{}", name) for one in prompts]).float(), dim=-1)
             for name in class_names
         ]
     means = torch.stack([of_prompts.mean(0) for of_prompts in vectors])

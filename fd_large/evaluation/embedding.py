@@ -93,6 +93,7 @@ def embed(
         "features": feature,
         "pool": pool,
         "batch_size": batch_size,
+        "max_pixels": max_pixels,
     }
     distributed.together(partial(_begin, folder, settings))
     size = batch_size * -(-CHUNK // batch_size)
@@ -156,8 +157,9 @@ def _begin(folder: Path, settings: dict[str, object]) -> None:
     if not distributed.is_main():
         return
     path = folder / _SETTINGS
-    if not _is_there(folder):
-        folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = sum(1 for one in folder.iterdir() if not one.suffix)
+    if not done:  # A start that ended before its first chunk decides nothing.
         write_json(path, settings)
     before = read_json(path, where="--out", holds=dict, remedy=f"Remove {folder}.")
     differing = [name for name in settings if before.get(name) != settings[name]]
@@ -166,7 +168,7 @@ def _begin(folder: Path, settings: dict[str, object]) -> None:
             f"--out: {folder} holds features of other settings; got {', '.join(differing)} that "
             "differ, expected the same. Remove the folder to start over, or name another --out."
         )
-    if done := sum(1 for one in folder.iterdir() if not one.suffix):
+    if done:
         log.info("--out: going on behind %d parts of an earlier start", done)
 
 
@@ -236,7 +238,9 @@ def _write_parquet(path: Path, chunks: Chunks) -> None:
         for chunk in chunks():
             values = pa.array(chunk.rows.reshape(-1))
             lists = pa.FixedSizeListArray.from_arrays(values, chunk.rows.shape[1])
-            table = pa.table({"name": chunk.names, "features": lists})
+            # Its texts are UTF-8, which the name of a file need not be.
+            names = [os.fsencode(name).decode(errors="backslashreplace") for name in chunk.names]
+            table = pa.table({"name": names, "features": lists})
             writer = writer or parquet.ParquetWriter(path, table.schema)
             writer.write_table(table)
     finally:

@@ -45,6 +45,12 @@ def test_mistakes(tmp_path):
         check_prompts(NAMES, ("a photo",))
 
 
+def test_braces_that_are_no_place_for_a_name_are_text(tmp_path):
+    tiny_clip.transformers_clip(tmp_path)
+    found = classes_of(str(tmp_path), ("cat",), ("a {} in {red}",))
+    assert torch.equal(found.vectors, classes_of(str(tmp_path), ("cat in {red}",), ("a {}",)).vectors)
+
+
 def test_classes_of_clip_of_transformers(tmp_path):
     model = tiny_clip.transformers_clip(tmp_path)
     assert_as_transformers(tmp_path, model)

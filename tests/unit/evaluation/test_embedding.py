@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
 from pathlib import Path
 
@@ -104,6 +105,22 @@ def test_parts_of_other_settings_are_refused_and_of_the_same_are_used(
     out.unlink()
     assert embed(images, out) == 0
     assert out.read_text() == whole
+
+
+def test_a_start_that_was_refused_leaves_nothing_that_refuses_its_remedy(images, tmp_path, capsys):
+    out, model = tmp_path / "out.csv", "timm:test_resnet=random"
+    assert embed(images, out, "--pool", "cls", model=model) == 2
+    assert "Set --pool mean" in capsys.readouterr().err
+    assert embed(images, out, "--pool", "mean", model=model) == 0
+
+
+def test_names_that_are_not_utf_8(images, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (images / "000.png").rename(os.fsdecode(os.fsencode(images) + b"/\xff.png"))
+    for suffix in ("parquet", "csv", "npz"):
+        assert embed(images, tmp_path / f"out.{suffix}") == 0
+    table = parquet.read_table(tmp_path / "out.parquet")
+    assert r"\xff.png" in table["name"].to_pylist()
 
 
 def test_images_that_cannot_be_read_are_left_out_and_many_are_refused(tmp_path, monkeypatch):
