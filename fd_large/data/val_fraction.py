@@ -86,9 +86,7 @@ def places_of(images: ImageSource, part: str, fraction: float, *, where: str) ->
             "train/ and val/ parts of their own."
         )
     held_out = np.fromiter(
-        (
-            is_held_out(images.name(index), fraction) for index in range(len(images))
-        ),
+        (is_held_out(images.name(index), fraction) for index in range(len(images))),
         bool,
         len(images),
     )

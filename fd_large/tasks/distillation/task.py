@@ -300,4 +300,5 @@ class Distillation(Task):
 
 
 def _in_type(map_: FeatureMap, dtype: torch.dtype) -> FeatureMap:
-    return map_._replace(tokens=map_.tokens.to(dtype))
+    summary = None if map_.summary is None else map_.summary.to(dtype)
+    return map_._replace(tokens=map_.tokens.to(dtype), summary=summary)

@@ -78,6 +78,14 @@ def _check_student(mask: Mask, student: nn.Module, image_size: int) -> None:
         f"{mask.ratio} of {rows}x{columns}, {number} in number",
         "some, and not all",
     )
+    require(
+        mask.sampler == "random" or number >= mask.min_patches,
+        "mask.min_patches: no rectangle is as small as what is hidden, so that many images would "
+        "hide nothing",
+        f"{mask.min_patches} beside {number} hidden of {rows}x{columns}",
+        f"at most {number}",
+        beside=("mask.ratio",),
+    )
 
 
 def _check_target(

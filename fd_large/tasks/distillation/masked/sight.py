@@ -52,7 +52,9 @@ class Counted(NamedTuple):
             return self.whole.value()
         if self.number is None:
             return self.per_image().mean()
-        return self.micro_batches * self._losses().sum() / self.number.to(torch.float32)
+        # No image of a step may hide any: of tiny maps and a few images.
+        number = self.number.to(torch.float32).clamp(min=1)
+        return self.micro_batches * self._losses().sum() / number
 
     def per_image(self) -> Tensor:
         """Returns the mean over the tokens that count of each image, (B,); 0 without any."""

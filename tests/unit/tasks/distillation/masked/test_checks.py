@@ -16,7 +16,7 @@ from fd_large.tasks.distillation.section import Mask, NamedTeacher
 
 VISIBLE: dict[str, Any] = {"sampler": "random", "student": "dropped", "tokens": "visible"}
 DECODED: dict[str, Any] = {"sampler": "random", "student": "dropped"}
-TOKEN: dict[str, Any] = {"sampler": "block"}
+TOKEN: dict[str, Any] = {"sampler": "block", "min_patches": 4}
 
 
 def vit(**options: Any) -> ViT:
@@ -60,6 +60,7 @@ def test_what_goes_together_passes(mask, others):
         (VISIBLE, {"student": swin}, r"mask\.student: visible.*SwinV2.*or token"),
         (VISIBLE, {"student": lambda: vit(relative_position="block")}, r"mask\.student: visible"),
         ({**TOKEN, "ratio": 0.01}, {}, r"mask\.ratio.*0 in number"),
+        ({**TOKEN, "min_patches": 7}, {}, r"mask\.min_patches.*7 beside 6.*at most 6"),
         ({**VISIBLE, "ratio": 0.99}, {}, r"mask\.ratio.*16 in number"),
         (TOKEN, {"loss": "relation"}, r"teachers\.a\.loss.*single tokens.*relation"),
         (TOKEN, {"loss": "cls_and_patches"}, r"teachers\.a\.loss"),

@@ -125,6 +125,15 @@ def test_nothing_hidden_and_all_tokens_are_the_loss_without_a_mask_to_the_bit():
     assert not ours["mask.token"].any()
 
 
+@pytest.mark.parametrize("options", [(), ("stored", "drop")], ids=" ".join)
+def test_a_step_that_hides_nothing_has_no_loss(options):
+    task = made(BLOCKS, *options)
+    task.sight.draws = lambda *draw: {"mask": torch.zeros(64, len(draw[2]), dtype=torch.bool)}
+    loss, gradients = step(task, 2)
+    assert loss == 0
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
 @pytest.mark.parametrize("mask", [BLOCKS, MASKS["visible"], MASKS["decoder"]])
 def test_evaluation_sees_whole_images(mask):
     task = made(mask).eval()
@@ -201,6 +210,14 @@ def test_a_summary_of_visible_patches_is_of_these_alone(class_token):
         assert torch.equal(seen.tokens[:, :1], alone[:, :1])
     else:
         assert torch.equal(seen.summary, alone.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_a_summary_has_the_type_of_its_head(class_token):
+    net = student(class_token=class_token, drop_path_rate=0.0, residual_dtype="float32")
+    task = made(MASKS["visible"], "summary", net=net).bfloat16()
+    loss, _ = task(**task.prepare(IMAGES, None, None, task.draws(3, 1, torch.arange(8))))
+    assert loss.isfinite()
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
