@@ -73,7 +73,8 @@ def pooled(features: FeatureMap, pool: Pool) -> Tensor:
     if pool == "cls":
         if not features.num_prefix_tokens:
             raise ConfigError(
-                "--pool: the model has no class token; got cls, expected mean. Set --pool mean."
+                "--pool: the model's map has no class token (that of a timm model has none); got "
+                "cls, expected mean. Set --pool mean."
             )
         return features.tokens[:, 0].float()
     patches = features.tokens[:, features.num_prefix_tokens :].float()
