@@ -71,10 +71,10 @@ def small_data() -> Run:
         Then an epoch has 8 steps at least, and batch norms have 32 images.
     length: 40 epochs, or 400 steps where that is more: as many as the quick start has.
     optim: a rate of 1e-3 for a convolutional network and for a ViT, 4e-3 for a Swin, whatever the
-        batch. 300 photographs, a map of stride 8 and these numbers brought a ResNet-18 to .40 of the
-        constant's loss on other photographs (400 steps, 17 minutes on a busy core); other rates were
-        not compared there. With the last map of the same teacher (stride 32) it was still worse
-        than a constant after 200 steps: with so few images take an earlier map, by
+        batch. 300 photographs, a map of stride 8 and these numbers brought a ResNet-18 to .40 of
+        the constant's loss on other photographs (400 steps, 17 minutes on a busy core); other
+        rates were not compared there. With the last map of the same teacher (stride 32) it was
+        still worse than a constant after 200 steps: with so few images take an earlier map, by
         --teacher.architecture.feature_stride 8. The rate rises over a twentieth of the run and
         falls to a tenth. The quick start takes these rates, too, for another student than its own.
     data: crops of 128 px, as in the quick start, for a CPU; on a GPU set --data.image_size 224. A
@@ -116,9 +116,10 @@ def fit(run: Run, images: Images, ranks: int, named: Collection[str]) -> tuple[R
             held_out = f"{run.data.val_fraction:.0%} of them held out"
         elif run.eval.root:
             held_out = f"held out: {run.eval.root}"
+        share = f"a sixteenth of the images, {_BATCHES[0]} to {_BATCHES[1]}"
         return run, (
-            f"{images.number:,} images, {ranks} rank{'s' * (ranks > 1)}: batch {batch} (a "
-            f"sixteenth of the images, {_BATCHES[0]} to {_BATCHES[1]}), {steps:,} steps "
+            f"{images.number:,} images, {ranks} rank{'s' * (ranks > 1)}: batch {batch} "
+            f"({share if batch >= _BATCHES[0] else 'there are few images'}), {steps:,} steps "
             f"({steps / _steps_an_epoch(run, images):.3g} passes), learning rate "
             f"{optim.rates(batch)[0]:.2g} ({_reason(run, named)}), warm-up {_WARM_UP:.0%}; "
             f"{held_out}; crops of {run.data.image_size} px"

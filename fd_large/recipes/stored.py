@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ def with_stored_ends(run: Run, named: Collection[str]) -> Run:
     Args:
         run: The run as it is asked for now.
         named: Full names of the fields that were set.
+
+    Raises: ConfigError: if numbers that followed from other images are in the folder.
     """
     path = Path(run.run_dir()) / RECIPE
     try:
@@ -103,8 +106,15 @@ def with_stored_ends(run: Run, named: Collection[str]) -> Run:
     except (FDError, AttributeError):
         return run  # Whoever enters the folder says what is wrong.
     names: set[str] = set()
-    if before.name == run.name and before.student.model == run.student.model:
+    if before.name == run.name:
         names |= set(fitted_fields(run))
+        if "batch.global_batch_size" in names and _place(before) != _place(run):
+            raise ConfigError(
+                f"{path.parent}: holds a run of {run.name} on other images; got data.root "
+                f"{run.data.root!r}, expected {before.data.root!r}. Set --runtime.run_dir to "
+                "another folder, or --fresh to start over here. Images that have moved need a "
+                "link at their old place."
+            )
     if before.optim.base_lr == run.optim.base_lr:
         names |= set(FOLLOWING)
     for name, student in before.students.items():
@@ -112,6 +122,11 @@ def with_stored_ends(run: Run, named: Collection[str]) -> Run:
             names |= {f"students.{name}.warmup_lr", f"students.{name}.min_lr"}
     values = flat_plain(before.to_dict())
     return override(run, {name: values[name] for name in names.difference(named)})
+
+
+def _place(run: Run) -> str:
+    """Returns the place of a run's images: a path is that of what it links to."""
+    return run.data.root if "://" in run.data.root else os.path.realpath(run.data.root)
 
 
 def other_settings(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> ConfigError:

@@ -104,10 +104,25 @@ def test_a_run_goes_on_with_what_followed_from_its_images(tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(begun.to_dict()))
     assert with_stored_ends(asked, here) == begun
     assert with_stored_ends(asked, [*here, "optim.epochs"]).optim.epochs == asked.optim.epochs
-    # Another student or recipe is another run.
-    for fields in ({"student.model": "swinv2_tiny"}, {"task.name": "finetune"}):
-        batch = with_stored_ends(asked.with_fields(fields), here).batch
-        assert batch == asked.batch
+    # Another student is refused for itself alone, another recipe has its own numbers.
+    other = asked.with_fields({"student.model": "swinv2_tiny"})
+    assert with_stored_ends(other, here).batch == begun.batch
+    other = asked.with_fields({"task.name": "finetune"})
+    assert with_stored_ends(other, here).batch == asked.batch
+
+
+def test_what_followed_from_images_is_not_taken_for_others(tmp_path):
+    images, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    images.mkdir()
+    here = {"runtime.run_dir": str(tmp_path), "data.root": str(images)}
+    asked = registry.get("small_data").with_fields(here)
+    begun, _ = fit(asked, Images(300, can_divide=True), 1, here)
+    (tmp_path / "recipe.json").write_text(json.dumps(begun.to_dict()))
+    with pytest.raises(ConfigError, match=r"data\.root '.*elsewhere'.*--runtime\.run_dir"):
+        with_stored_ends(asked.with_fields({"data.root": str(elsewhere)}), here)
+    elsewhere.symlink_to(images)
+    moved = asked.with_fields({"data.root": str(elsewhere)})
+    assert with_stored_ends(moved, here).batch == begun.batch
 
 
 def test_several_students_go_on_with_the_ends_that_they_began_with(tmp_path):
