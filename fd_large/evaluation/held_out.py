@@ -45,7 +45,7 @@ def _runs(source: str, met: set[Path]) -> Iterator[tuple[Path, Run]]:
     if not source:
         return
     with suppress(FDError, OSError):
-        path = run_of_checkpoint(source)
+        path = run_of_checkpoint(_place_of(source))
         if path in met or files.kind_of(path / RECIPE) != "file":
             return
         met.add(path)
@@ -53,6 +53,17 @@ def _runs(source: str, met: set[Path]) -> Iterator[tuple[Path, Run]]:
         yield path, run
         for before in (run.student.init, *(m.source for m in run.frozen_models.values())):
             yield from _runs(before, met)
+
+
+def _place_of(source: str) -> str:
+    """The path of weights without the name of a part; of stored targets that of their teacher's."""
+    from fd_large.tasks.distillation.cached.files import Header
+    from fd_large.tasks.distillation.section import CACHED
+
+    if source.startswith(CACHED):
+        cache = Path(source.removeprefix(CACHED))
+        source = str(Header.read(cache, where="--sweep").teacher.get("source", ""))
+    return source.partition("#")[0]
 
 
 def _roots(root: str) -> list[str]:

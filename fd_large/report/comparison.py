@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MARK = "*"
 """Stands at a row or cell whose recipe is not the first row's."""
-UNSEEN = "No run that led to a model trained on the images that chose."
+UNSEEN = "No run that is known to have led to a model trained on the images that chose."
 COLORS = (style.BLUE, style.VERMILLION, style.GREEN, style.GREY)
 
 

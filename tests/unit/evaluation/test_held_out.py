@@ -9,6 +9,7 @@ import pytest
 
 from fd_large.evaluation.held_out import runs_that_saw
 from fd_large.recipes import registry
+from fd_large.tasks.distillation.cached.files import HEADER, Header
 
 
 def write_run(folder, *, root, teacher="", init="", val_fraction=0.0):
@@ -58,4 +59,11 @@ def test_teachers_and_first_weights_count_and_so_do_checkpoints(tmp_path):
     )
     assert found == [f"{before} (fd_clip_vit_base)", f"{teacher} (fd_clip_vit_base)"]
     assert runs_that_saw("", str(images), 0.1) == []
+    assert runs_that_saw(f"{before}#student", str(images / "train"), 0.1) == found
+    # A run that learns from stored targets learns from the teacher that gave them.
+    header = Header({}, {"source": str(teacher)}, "float32", 1, 1, (1, 1), 0, "float32", {}, 1)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / HEADER).write_text(json.dumps(header.to_dict()))
+    cached = write_run(tmp_path / "cached", root=other, teacher=f"cached:{tmp_path / 'cache'}")
+    assert runs_that_saw(str(cached), str(images / "train"), 0.1) == found[1:]
     assert runs_that_saw("open_clip:ViT-B-16/openai", str(images), 0.1) == []
