@@ -8,11 +8,17 @@ cannot claim much memory. A file that cannot be used is a `DataError` with its n
 from __future__ import annotations
 
 import torch
+import torchvision
+from packaging.version import Version
 from torchvision.io import ImageReadMode, decode_image
 
 from fd_large.data.decode_with_pillow import decode_with_pillow, refused
 from fd_large.data.image_header import MAX_PIXELS, JpegHeader, check_size, read_header
 from fd_large.data.suppress_stderr import suppress_stderr
+
+# From 0.29 on a damaged PNG ends the process in torchvision, where it was an error: a wrong
+# checksum in IDAT, wrong pixels in it (0.29.2; no damaged JPEG, WebP or GIF of 600 does).
+_PNG_NEEDS_PILLOW = Version(torchvision.__version__) >= Version("0.29")
 
 
 def decode(
@@ -45,7 +51,8 @@ def decode(
         if header is not None:
             check_size(header.width, header.height, max_pixels, where)
             # torchvision turns no WebP
-            if not (header.format == "WEBP" and b"EXIF" in encoded):
+            is_turned = header.format == "WEBP" and b"EXIF" in encoded
+            if not is_turned and not (header.format == "PNG" and _PNG_NEEDS_PILLOW):
                 try:
                     if num_rows is not None and _rows_in_order(header):
                         return _decode_top(encoded, header, num_rows)
