@@ -306,6 +306,7 @@ class DistillationJob(TrainingJob):
                 KNOWN.loss_of,
                 image_size=run.data.image_size,
                 image_sizes=run.data.image_sizes,
+                rule=run.weighting.rule,
             ),
             lambda: run.eval.root and self._held_out_images,
             lambda: run.eval.knn_root and self._labelled_images,

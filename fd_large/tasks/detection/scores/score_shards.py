@@ -103,7 +103,8 @@ def score_shards(request: Request) -> Scored:
         if request.images:
             names = sorted(image["id"] for image in truth["images"])
             images = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-            written.append(write_redrawn(folder, images, redrawn_aps(truth, results, scores)))
+            if redrawn := redrawn_aps(truth, results, scores):
+                written.append(write_redrawn(folder, images, redrawn))
             sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
 
             def read(number: int) -> NDArray[np.uint8]:

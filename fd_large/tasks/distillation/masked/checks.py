@@ -28,6 +28,7 @@ def mask_checks(
     *,
     image_size: int,
     image_sizes: Sequence[int],
+    rule: str = "fixed",
 ) -> Iterator[Callable[[], None]]:
     """Yields what refuses a recipe that a mask does not go with.
 
@@ -38,6 +39,7 @@ def mask_checks(
         loss_of: Makes the loss of an entry's target.
         image_size: Side of the student's images, in pixels.
         image_sizes: All sides that the run draws from; empty: its images have one.
+        rule: Which of several teachers an image learns from (weighting.rule).
     """
     if not mask.hides:
         return
@@ -48,6 +50,17 @@ def mask_checks(
         " ".join(map(str, image_sizes)),
         "none",
         "Leave them out, or set --mask.sampler none",
+    )
+    yield partial(
+        require,
+        # There an image weighs by its hidden patches, and its mean is over the class token, too.
+        rule == "fixed" or mask.sampler != "block" or not mask.cls or mask.reduce == "image",
+        "mask.cls: images that hide different numbers of patches would count their class tokens "
+        "differently",
+        f"True with mask.sampler block and weighting.rule {rule}",
+        "False",
+        "Leave it out, or set --mask.reduce image",
+        beside=("mask.sampler", "weighting.rule"),
     )
     yield lambda: _check_student(mask, make_student(), image_size)
     for name, entry in entries.items():

@@ -183,6 +183,9 @@ def test_a_draw_scores_as_if_its_images_were_there_as_often(coco_tiny, val, monk
     drawn = np.random.default_rng(1).multinomial(len(numbers), np.full(54, 1 / 54), 1)
     monkeypatch.setattr(scoring, "redraws", lambda count: np.concatenate([as_they_are, drawn]))
     found = redrawn_aps(val, results, scores)
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "MOST_REDRAWN", 54 * 80 - 1)
+        assert redrawn_aps(val, results, scores) == {}
     # Copies of images with numbers of their own, and of what is in them.
     images, objects, detections = [], [], []
     for number, count in zip(numbers, drawn[0], strict=True):

@@ -27,13 +27,19 @@ def swin() -> SwinV2:
     return SwinV2(8, (1, 1), (1, 2), window_size=4)
 
 
-def check(mask: Mask, student: Any = vit, sizes: tuple[int, ...] = (), **entry: Any) -> None:
+def check(
+    mask: Mask,
+    student: Any = vit,
+    sizes: tuple[int, ...] = (),
+    rule: str = "fixed",
+    **entry: Any,
+) -> None:
     def made() -> torch.nn.Module:
         with torch.device("meta"):
             return student()
 
     entries = {"a": NamedTeacher(model="clip_vit_base_patch16", **entry)}
-    numbers = {"image_size": 32, "image_sizes": sizes}
+    numbers = {"image_size": 32, "image_sizes": sizes, "rule": rule}
     check_all(*mask_checks(mask, made, entries, KNOWN.loss_of, **numbers))
 
 
@@ -45,6 +51,8 @@ def check(mask: Mask, student: Any = vit, sizes: tuple[int, ...] = (), **entry: 
         ({**TOKEN, "tokens": "all", "cls": True}, {"loss": "relation"}),
         (TOKEN, {"loss": "relation", "targets": ("summary",)}),
         (VISIBLE, {"head": "mlp"}),
+        ({**TOKEN, "cls": True, "reduce": "image"}, {"rule": "drop"}),
+        ({**TOKEN, "cls": True, "sampler": "random"}, {"rule": "drop"}),
         (DECODED, {"head": "block"}),
         ({}, {"loss": "relation", "sizes": (32, 64), "student": torch.nn.Identity}),
     ],
@@ -56,6 +64,7 @@ def test_what_goes_together_passes(mask, others):
 @pytest.mark.parametrize(
     ("mask", "others", "words"),
     [
+        ({**TOKEN, "cls": True}, {"rule": "drop"}, r"mask\.cls: .* weighting\.rule drop"),
         (TOKEN, {"student": torch.nn.Identity}, r"mask\.student: .* got token for a Identity"),
         (VISIBLE, {"student": swin}, r"mask\.student: visible.*SwinV2.*or token"),
         (VISIBLE, {"student": lambda: vit(relative_position="block")}, r"mask\.student: visible"),
