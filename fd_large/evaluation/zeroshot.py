@@ -197,12 +197,18 @@ def _head(model: NamedModel, clip: str) -> Any:
     heads = heads_of(model.trained_by, model.folder)
     summary = f"{clip}_summary"
     if summary not in heads:
-        known = ", ".join(name for name in heads if name.endswith("_summary")) or "none"
+        known = [name.removesuffix("_summary") for name in heads if name.endswith("_summary")]
+        remedy = (
+            f"Set --clip {' or '.join(known)}"
+            if known
+            else "Train with --teachers.clip.source open_clip:ViT-B-16/openai "
+            "--teachers.clip.targets map summary --teachers.clip.summary.layer embedding "
+            "--teachers.clip.summary.loss cosine --teachers.clip.summary.normaliser none "
+            "(docs/several_teachers.md)"
+        )
         raise ConfigError(
-            f"--clip: {model.label} has learnt no summary of such a teacher; got {clip}, and heads "
-            f"for summaries {known}, expected a CLIP whose image embedding it has learnt. Name "
-            f"that teacher, or train with --teachers.{clip}.targets map summary "
-            f"--teachers.{clip}.summary.layer embedding (docs/several_teachers.md)."
+            f"--clip: {model.label} has learnt no image embedding of a teacher {clip}; got "
+            f"embeddings of {', '.join(known) or 'none'}, expected that of a CLIP. {remedy}."
         )
     return heads[summary]
 

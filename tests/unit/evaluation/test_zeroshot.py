@@ -95,7 +95,9 @@ def test_it_classifies_as_the_model_does_in_python(run, images, tmp_path, capsys
     assert (swapped == 2 - predicted).all()
 
     assert main([*words, "--clip", "dino"]) == 2
-    assert "--clip: run has learnt no summary" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("--clip: ")
+    assert "Set --clip clip" in said
     assert main([*words, "--class_names", str(tmp_path / "prompts.txt")]) == 2
     assert "got 1 names" in capsys.readouterr().err
     assert main([*words, "--k", "3"]) == 2
