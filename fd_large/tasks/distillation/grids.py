@@ -321,6 +321,8 @@ def check_fit(
             *(title, *theirs, side, *ours, size),
             "equal" if ours == theirs else f"the {whose}'s map is resized (bilinear)",
         )
+    if task.sight.description:
+        log.info("%s", task.sight.description)
 
 
 def _check_head(task: Distillation, target: NamedTarget, name: str, width: int, size: int) -> None:

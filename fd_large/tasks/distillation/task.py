@@ -153,7 +153,13 @@ class Teachers:
 
 
 class Whole:
-    """The second seam, the paper's way: the student sees the whole image, and all tokens count."""
+    """The second seam, the paper's way: the student sees the whole image, and all tokens count.
+
+    Attributes:
+        description: A line for the log; empty: there is nothing to say.
+    """
+
+    description = ""
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
         """Returns what is drawn for each image, as `Task.draws`."""

@@ -87,6 +87,13 @@ class Masked(Whole, Part):
     def __init__(self, mask: Mask, student: nn.Module, *, image_size: int) -> None:
         self._mask, self._grid = mask, student.grid(image_size, image_size)
         self._drops = mask.student == "dropped"
+        most = "at most " if mask.sampler == "block" else ""
+        self.description = (
+            f"mask: {mask.sampler}, {most}{hidden(mask, self._grid)} of "
+            f"{self._grid[0] * self._grid[1]} patches hidden from the student"
+            f"{', which encodes the visible ones alone' if self._drops else ''}; the training loss "
+            f"is of {mask.tokens} tokens, held-out losses of whole images"
+        )
         channels = student.patch_embed.proj.out_channels
         self._token = None if self._drops else MaskToken(channels)
         self._decoder = Decoder(student.width, mask) if mask.decodes else None

@@ -46,6 +46,12 @@ def student(seed: int = 0, **options: Any) -> ViT:
     return vit(16, seed, **own)
 
 
+def test_the_log_says_how_many_patches_are_hidden():
+    sight = sight_of(MASKS["visible"], student(), SIZE)
+    assert f"random, 48 of {GRID[0] * GRID[1]} patches" in sight.description
+    assert not sight_of(Mask(), student(), SIZE).description
+
+
 class Stored:
     """A teacher without a model, whose maps come with the images."""
 
