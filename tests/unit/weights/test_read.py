@@ -98,7 +98,7 @@ def test_torchscript_archives(tmp_path):
             return self.a(x)
 
     net = Net()
-    with pytest.warns(DeprecationWarning, match="torch.jit"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit"):
         torch.jit.script(net).save(str(tmp_path / "a.pt"))
     found = read(tmp_path / "a.pt")
     assert torch.equal(found["a.weight"], net.a.weight)
