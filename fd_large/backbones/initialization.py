@@ -143,8 +143,8 @@ class HostDraws(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Does an operation; one that draws, on the CPU."""
         kwargs = kwargs or {}
-        given = args[0].device if args and isinstance(args[0], Tensor) else kwargs.get("device")
-        device = torch.device(given or "cpu")
+        asked = args[0].device if args and isinstance(args[0], Tensor) else kwargs.get("device")
+        device = torch.device(asked or "cpu")
         if torch.Tag.nondeterministic_seeded not in func.tags or device.type in ("cpu", "meta"):
             return func(*args, **kwargs)
         if "device" in kwargs:

@@ -75,15 +75,15 @@ def stored_of(run: str) -> tuple[Path, list[store.Stored]]:
     """
     folder = Path(run)
     recipe_file(folder, where="checkpoint")
-    found = store.complete(folder)
-    if not found:
+    checkpoints = store.complete(folder)
+    if not checkpoints:
         damaged = "; ".join(_without_manifest(folder))
         raise ConfigError(
             f"checkpoint: {run}: nothing that can be read is stored; got "
             f"{damaged or 'no complete checkpoint'}, expected one. "
             f"{'Restore its files' if damaged else 'Train the run first'}."
         )
-    return folder, found
+    return folder, checkpoints
 
 
 def _without_manifest(folder: Path) -> list[str]:

@@ -113,7 +113,7 @@ class FamilyArchitecture:
 
     @property
     def kind(self) -> Kind:
-        """What the model mixes its tokens by, as far as its name tells."""
+        """The operation that mixes the model's tokens."""
         return "attention"
 
     @property

@@ -51,7 +51,8 @@ def refuse_links(folder: Path) -> None:
     own = folder.resolve()
     logs = folder / LOGS
     written = [folder / name for name in (RECIPE, *OVERWRITTEN, LOGS)]
-    written += [Path(entry.path) for entry in os.scandir(logs)] if kind_of(logs) == "folder" else []
+    if kind_of(logs, where="--runtime.run_dir") == "folder":
+        written += [Path(entry.path) for entry in os.scandir(logs)]
     for path in written:
         kind = kind_of(path, where="--runtime.run_dir")
         if kind == "other":

@@ -74,14 +74,14 @@ def _accuracies(summary: dict[str, Any], title: str) -> Table:
             cells.append(shown(difference) if difference else "")
         found.add_row(*cells)
     differences = [model["difference"] for model in summary["nets"] if "difference" in model]
-    said = list(said_of(differences))
-    said += [
+    lines = list(said_of(differences))
+    lines += [
         f"{MARK} {model['label']}: not trained as the first row, whose values are in brackets: "
         f"{in_words(model['unlike_first'])}."
         for model in summary["nets"]
         if model.get("unlike_first")
     ]
-    found.caption, found.caption_justify = Text("\n".join(said)), "left"
+    found.caption, found.caption_justify = Text("\n".join(lines)), "left"
     return found
 
 

@@ -159,8 +159,8 @@ def tables_of(summary: dict[str, Any]) -> list[Table]:
     for a, b in _pairs(summary):
         texts = []
         for column, score in scores:
-            one = found_differences.get((a, b, column, score["key"]))
-            texts.append(_difference_text(one, score["digits"]) if one else "")
+            difference = found_differences.get((a, b, column, score["key"]))
+            texts.append(_difference_text(difference, score["digits"]) if difference else "")
         differences.add_row(f"{labels[a]} less {labels[b]}", *texts)
     with_intervals = [one for one in found_differences.values() if "interval" in one]
     lines = list(said_of(with_intervals))
@@ -286,19 +286,19 @@ def _interval(
     score: dict[str, Any],
     interval: Interval,
 ) -> dict[str, Any]:
-    """What is known of a difference's interval, in the units of the table, over common seeds."""
+    """Returns the interval of a difference, in the table's units, over the seeds of both."""
     seeds = _by_seed(summary, a, column, score).keys() & _by_seed(summary, b, column, score).keys()
     ours, others = (
         [Path(cell["run"]) for cell in _cells(summary, row, column) if cell["seed"] in seeds]
         for row in (a, b)
     )
-    found = interval(ours, others, score["key"])
-    if found is None:
+    entries = interval(ours, others, score["key"])
+    if entries is None:
         return {}
     for name in ("interval", "interval_of_images"):
-        found[name] = [score["scale"] * end for end in found[name]]
-    del found["mean"]
-    return found
+        entries[name] = [score["scale"] * end for end in entries[name]]
+    del entries["mean"]
+    return entries
 
 
 def _difference_text(found: dict[str, Any], digits: int) -> str:

@@ -105,7 +105,7 @@ class TimmArchitecture(FamilyArchitecture):
 
     @property
     def kind(self) -> Kind:
-        """What the model mixes its tokens by, as its name tells: most models are convolutional."""
+        """The kind that timm's name tells; most of its models are convolutional."""
         if "swin" in self.timm_name:
             return "windows"
         return "attention" if _ATTENTION.search(self.timm_name) else "convolutions"

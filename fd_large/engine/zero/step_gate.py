@@ -19,7 +19,7 @@ from fd_large.engine.zero.private_names import get, replace
 
 
 class Answer(NamedTuple):
-    """What the ranks have agreed on.
+    """The decision that the ranks have agreed on.
 
     Attributes:
         goes_on: Whether the weights are to move.

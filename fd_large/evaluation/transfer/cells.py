@@ -215,11 +215,11 @@ def tried_for(cell: Cell, rows: Sequence[Row], changes: Changes, flags: Any) -> 
         changes: What the user changes of the recipes.
         flags: The flags of the table.
     """
-    own = changes.recipe or _fitting(cell.row, cell.column)
+    recipe = changes.recipe or _fitting(cell.row, cell.column)
     others = [] if changes.recipe else [_fitting(row, cell.column) for row in rows]
     model = _sized(cell.row.model, changes)
     fields = {**changes.fields, "data.root": flags.datasets[cell.column.data]}
-    names = dict.fromkeys([own, *others])
+    names = dict.fromkeys([recipe, *others])
     return [started_from(model, registry.get(name), fields) for name in names]
 
 

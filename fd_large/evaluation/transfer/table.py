@@ -193,8 +193,8 @@ def _swept(rows: Sequence[Row], cells: Sequence[Cell], asked: Asked) -> tuple[in
     for column in columns.values():
         changes = asked.changes[column.name]
         check_fields(changes.fields)
-        own = [cell for cell in cells if cell.column is column]
-        firsts = own[: len(rows)]
+        of_column = [cell for cell in cells if cell.column is column]
+        firsts = of_column[: len(rows)]
         tried = [cells_.tried_for(cell, rows, changes, flags) for cell in firsts]
 
         def train(run: Run, column: Column = column) -> Trained:
@@ -205,7 +205,7 @@ def _swept(rows: Sequence[Row], cells: Sequence[Cell], asked: Asked) -> tuple[in
         code, sweeps = sweep([row.model for row in rows], tried, flags, train, changes.fields)
         if code:
             return code, []
-        for cell in own:
+        for cell in of_column:
             place = next(i for i, first in enumerate(firsts) if first.row is cell.row)
             found[id(cell)] = cells_.swept(cell, sweeps[place], tried[place], changes)
     return 0, list(found.values())

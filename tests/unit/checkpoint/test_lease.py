@@ -640,7 +640,7 @@ def test_a_folder_that_cannot_be_made_is_a_mistake_of_the_user(tmp_path):
 def test_a_folder_that_cannot_be_made_is_named_without_the_systems_number(tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
-        with pytest.raises(leases.ConfigError, match=str(tmp_path)) as refused:
+        with pytest.raises(leases.ConfigError, match=rf"run_dir: {tmp_path}") as refused:
             claim(folder)
         assert "Errno" not in str(refused.value)
 

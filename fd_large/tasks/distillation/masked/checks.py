@@ -69,9 +69,9 @@ def mask_checks(
 
 
 def _check_student(mask: Mask, student: nn.Module, image_size: int) -> None:
-    own = isinstance(getattr(student, "patch_embed", None), PatchEmbed)
+    has_patches = isinstance(getattr(student, "patch_embed", None), PatchEmbed)
     require(
-        own if mask.student == "token" else getattr(student, "encodes_some", False),
+        has_patches if mask.student == "token" else getattr(student, "encodes_some", False),
         "mask.student: "
         + (
             "a learnt token stands for patches of this package's own models"
@@ -80,7 +80,7 @@ def _check_student(mask: Mask, student: nn.Module, image_size: int) -> None:
             "of positions in each block or windows"
         ),
         f"{mask.student} for a {type(student).__name__}",
-        "another student" + (", or token" if own else ""),
+        "another student" + (", or token" if has_patches else ""),
         "Change --student.model",
     )
     rows, columns = student.grid(image_size, image_size)

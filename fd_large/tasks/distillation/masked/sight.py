@@ -11,6 +11,7 @@ with a coarse map, which hide the patches of a whole token of it; Xue et al. (Ma
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -87,10 +88,11 @@ class Masked(Whole, Part):
     def __init__(self, mask: Mask, student: nn.Module, *, image_size: int) -> None:
         self._mask, self._grid = mask, student.grid(image_size, image_size)
         self._drops = mask.student == "dropped"
+        self._patches, self._num_hidden = math.prod(self._grid), hidden(mask, self._grid)
         most = "at most " if mask.sampler == "block" else ""
         self.description = (
-            f"mask: {mask.sampler}, {most}{hidden(mask, self._grid)} of "
-            f"{self._grid[0] * self._grid[1]} patches hidden from the student"
+            f"mask: {mask.sampler}, {most}{self._num_hidden} of "
+            f"{self._patches} patches hidden from the student"
             f"{', which encodes the visible ones alone' if self._drops else ''}; the training loss "
             f"is of {mask.tokens} tokens, held-out losses of whole images"
         )
@@ -102,8 +104,8 @@ class Masked(Whole, Part):
 
     def modules(self) -> dict[str, nn.Module]:
         """Returns the learnt token, or the decoder, by its name in checkpoints."""
-        found = {"mask": self._token, "decoder": self._decoder}
-        return {name: module for name, module in found.items() if module is not None}
+        learnt = {"mask": self._token, "decoder": self._decoder}
+        return {name: module for name, module in learnt.items() if module is not None}
 
     def parts(self) -> tuple[Part, ...]:
         """Returns itself, if the number of tokens that count is known of a whole step alone."""
@@ -118,22 +120,21 @@ class Masked(Whole, Part):
         (V, B) int64.
         """
         drawn = torch.from_numpy(masks(self._mask, self._grid, seed, epoch, positions))
-        found = {"mask": drawn.T.contiguous()}
+        sight = {"mask": drawn.T.contiguous()}
         if self._drops:
             # Visible patches first, in the order of their numbers.
             order = drawn.byte().argsort(dim=1, stable=True)
-            visible = order[:, : drawn.shape[1] - hidden(self._mask, self._grid)]
-            found["visible"] = visible.T.contiguous()
-        return found
+            visible = order[:, : self._patches - self._num_hidden]
+            sight["visible"] = visible.T.contiguous()
+        return sight
 
     def undrawn(self, images: Tensor) -> Drawn:
         """Returns a mask of the shape of those that are drawn, and as many visible patches."""
-        patches = self._grid[0] * self._grid[1]
-        found = {"mask": images.new_zeros(patches, len(images), dtype=torch.bool)}
+        sight = {"mask": images.new_zeros(self._patches, len(images), dtype=torch.bool)}
         if self._drops:
-            visible = patches - hidden(self._mask, self._grid)
-            found["visible"] = images.new_zeros(visible, len(images), dtype=torch.int64)
-        return found
+            visible = self._patches - self._num_hidden
+            sight["visible"] = images.new_zeros(visible, len(images), dtype=torch.int64)
+        return sight
 
     def see(self, student: nn.Module, pixels: Tensor, keep: Tensor | None, drawn: Drawn) -> Seen:
         """Runs the student, and the decoder."""
@@ -153,8 +154,7 @@ class Masked(Whole, Part):
             map_ = student(pixels, keep, places)
         else:
             map_ = student(pixels, keep)
-            number = self._grid[0] * self._grid[1]
-            places = torch.arange(number, device=pixels.device).expand(len(pixels), -1)
+            places = torch.arange(self._patches, device=pixels.device).expand(len(pixels), -1)
         if self._decoder is None:
             return Seen(_filled(map_, places))
         tokens = map_.tokens.to(self._decoder.embed.weight.dtype)

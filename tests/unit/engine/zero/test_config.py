@@ -80,8 +80,8 @@ def test_load_refuses_with_the_remedy(tmp_path, config, said):
 def test_load_refuses_a_missing_file_no_json_and_a_repeated_key(tmp_path):
     with pytest.raises(ConfigError, match=r"^--deepspeed_config: .*none\.json"):
         ds.load(tmp_path / "none.json")
-    with pytest.raises(ConfigError, match=r"line 2 column [78]"):
-        ds.load(_write(tmp_path, '{\n"a": 1,}'))
+    with pytest.raises(ConfigError, match=r"line 2 column 8"):
+        ds.load(_write(tmp_path, '{\n"a": 1 "b": 2}'))
     (tmp_path / "latin.json").write_bytes(b'{"\xe9": 1}')
     with pytest.raises(ConfigError, match="not JSON"):
         ds.load(tmp_path / "latin.json")
