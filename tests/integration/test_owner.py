@@ -14,6 +14,8 @@ from launch import Started, start_ranks
 from pictures import write_pictures
 from twin import losses, train
 
+from fd_large.checkpoint.store import complete
+
 SHORT = (
     *("--student.architecture.depths", "1", "1", "--runtime.save_every", "1"),
     *twin.WITH_LOADERS,
@@ -65,7 +67,7 @@ def test_a_second_start_is_refused_and_a_closed_terminal_saves(
 def test_a_start_that_comes_back_finds_its_folder_taken(pictures: Path, tmp_path: Path) -> None:
     """As after a requeue, its node unreachable for a while: it writes nothing any more."""
     calm, run_dir = tmp_path / "calm", tmp_path / "run"
-    words = (*SHORT, "--optim.max_steps", "12", "--runtime.keep_last", "9")
+    words = (*SHORT, "--optim.max_steps", "24", "--runtime.keep_last", "21")
     train(pictures, calm, *words)
     old = start_ranks(
         twin.TRAIN, *twin.words(pictures, run_dir, *words), ranks=2,
@@ -92,13 +94,10 @@ def test_a_start_that_comes_back_finds_its_folder_taken(pictures: Path, tmp_path
     assert "Slurm has restarted job 77 since" in told
     assert losses(run_dir) == losses(calm)
     start = json.loads((run_dir / "summary.json").read_text())["start"]
-    # Each is of the start that made its steps.
-    starts = [
-        json.loads(path.read_text())["start"]
-        for path in sorted(run_dir.glob("checkpoints/step_*/manifest.json"))
-    ]
+    # Each complete one is of the start that made its steps. What the old start was writing when it
+    # was told has its own name, ends in .part, and may lie there until the next start's sweep.
+    starts = [stored.manifest["start"] for stored in complete(run_dir)]
     assert len(set(starts)) <= 2
     assert starts[-1] == start
     assert starts == sorted(starts, key=lambda one: one == start)
-    # What the old start was writing when it was told may lie there until the next start's sweep.
     assert not list(run_dir.glob(f"checkpoints/*{start}*"))
