@@ -7,7 +7,7 @@
 # On a cluster the image runs under enroot or apptainer: docs/clusters.md. Build it on a machine
 # with the same processors as the cluster's nodes: CPUAdam is compiled for the builder's own.
 
-# The base has the torch that is tested (setup.py), and the compiler of the same CUDA ("devel"):
+# The base has the torch that is tested (pyproject.toml), and the compiler of the same CUDA ("devel"):
 # pytorch/pytorch:2.13.0-cuda12.6-cudnn9-devel. It is given by its digest, since a tag may name
 # another image tomorrow; docs/clusters.md looks the digest up.
 ARG BASE

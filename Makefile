@@ -6,6 +6,7 @@
 # make check   style and types: ruff, mypy
 # make size    code lines by room, and what the working tree changes (ARGS=COMMIT)
 # make docs    docs/recipes.md from the recipes' docstrings, and the site in site/
+# make dist    wheel and source archive of the last commit in dist/, built twice to the same bytes
 PYTHON ?= python3
 # An index from which torch and torchvision alone are taken, and from no other; without it, torch
 # comes from where the other packages come from. An extra index would offer each of their names too.
@@ -15,11 +16,11 @@ BIN := .venv/bin
 # Each rank of a test would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-all test-changed mutate check size docs
+.PHONY: train test test-all test-changed mutate check size docs dist
 
 # One stamp an extra: the quick start does without the tests' packages. Errors alone are shown: a
 # build in place warns about a folder of the package's name, at length.
-.venv/%: setup.py
+.venv/%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) torch torchvision)
@@ -68,3 +69,6 @@ size:
 docs: .venv/docs
 	$(BIN)/python -m fd_large.report.recipe_page
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: .venv/dist
+	$(BIN)/python .ci/dist.py $(ARGS)

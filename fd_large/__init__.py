@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fd_large.recipes.registry import RECIPES
     from fd_large.recipes.run import Run
 
-__version__ = "0.1.0"
+__version__ = "0.9.0"
 
 _FROM = {
     **dict.fromkeys(

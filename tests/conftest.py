@@ -10,10 +10,11 @@ from importlib.metadata import requires
 from uuid import uuid4
 
 import pytest
+from packaging.requirements import Requirement
 
 from fd_large import doors
 
-# What setup.py's test extra brings, by import name where it differs.
+# What the test extra brings, by import name where it differs.
 IMPORT_NAMES = {
     "scikit-image": "skimage",
     "scikit-learn": "sklearn",
@@ -25,9 +26,16 @@ IMPORT_NAMES = {
 
 
 def extra_names() -> set[str]:
-    """Names of the test extra's packages, as installed and as imported."""
-    listed = [r for r in requires("fd_large") or [] if re.search(r"extra == .test.", r)]
-    names = {re.split(r"[^A-Za-z0-9_.-]", requirement)[0] for requirement in listed}
+    """Names of the test extra's packages, and of the extras in it, as installed and as imported."""
+    listed = [Requirement(line) for line in requires("fd_large") or []]
+
+    def of(extras: set[str]) -> list[Requirement]:
+        return [
+            r for r in listed if r.marker and any(r.marker.evaluate({"extra": e}) for e in extras)
+        ]
+
+    inside = set().union(*(r.extras for r in of({"test"}) if r.name == "fd_large"))
+    names = {r.name for r in of({"test", *inside})}
     return names | {IMPORT_NAMES[name] for name in names & IMPORT_NAMES.keys()}
 
 

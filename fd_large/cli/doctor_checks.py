@@ -95,7 +95,7 @@ def check_node(
 
 
 def packages() -> Finding:
-    """Whether what setup.py asks for is installed in a version that it accepts."""
+    """Whether what pyproject.toml asks for is installed in a version that it accepts."""
     from packaging.requirements import Requirement
 
     try:

@@ -139,6 +139,7 @@ OF_NO_FILE = {
     "test_devices.py": "the package on a card that is not here",
     "test_first_run.py": "docs/first_run.ipynb",
     "test_house.py": "the package as a whole",
+    "test_dist.py": ".ci/dist.py",
     "test_mutate.py": ".ci/mutate.py",
     "test_oracles.py": "tests/oracles/oracles.py",
     "test_pages.py": "README.md and docs/",

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import textwrap
+import tomllib
 from functools import lru_cache
 from pathlib import Path
 from pkgutil import resolve_name
@@ -349,23 +350,20 @@ def test_what_is_listed_is_used_or_decides_what_is_used():
         assert re.split("[.:]", path)[-1].removesuffix("Builder") in used, path
 
 
-def bounds_of_setup() -> dict[str, SpecifierSet]:
-    bounds = {}
-    for node in ast.walk(ast.parse((PACKAGE.parent / "setup.py").read_text())):
-        if isinstance(node, ast.Constant) and re.match(r"\S+[>=]=\d", str(node.value)):
-            bounds[Requirement(node.value).name] = Requirement(node.value).specifier
-    return bounds
+def bounds_of_package() -> dict[str, SpecifierSet]:
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    return {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
 
 
-def test_setup_allows_the_tested_versions_and_no_other_deepspeed():
-    bounds, tested = bounds_of_setup(), private_names.TESTED
+def test_the_package_allows_the_tested_versions_and_no_other_deepspeed():
+    bounds, tested = bounds_of_package(), private_names.TESTED
     assert bounds["deepspeed"] == SpecifierSet(f"=={tested['deepspeed']}")
     for package in ("torch", "torchvision"):
         assert bounds[package] == SpecifierSet(f">={tested[package].removesuffix('.0')}")
 
 
-def test_setup_and_the_backbones_refuse_the_same_timm():
-    assert bounds_of_setup()["timm"] == SpecifierSet(f">={OLDEST}")
+def test_the_package_and_the_backbones_refuse_the_same_timm():
+    assert bounds_of_package()["timm"] == SpecifierSet(f">={OLDEST}")
 
 
 def test_the_image_carries_the_tested_torch():
