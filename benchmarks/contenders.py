@@ -20,6 +20,7 @@ from harness import ROOT
 from torch import Tensor
 
 from fd_large.data.loader import Batch
+from fd_large.engine.block_wrappers import checkpoint_blocks
 from fd_large.engine.forward_backward import forward_backward, prepared
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups, set_learning_rate
@@ -144,6 +145,8 @@ def _seeded_task(setting: Setting) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.run.runtime.seed)
         task = setting.make_task()
+    mode = setting.run.student.activation_checkpointing
+    checkpoint_blocks(task.student.blocks(), mode=mode)
     return task.to(distributed.device()).train()
 
 
@@ -226,25 +229,32 @@ def _ddp(setting: Setting) -> Step:
 
 
 def _fsdp2(setting: Setting) -> Step:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     task = _seeded_task(setting)
-    mesh = init_device_mesh(distributed.device().type, (distributed.world_size(),))
-    types = {}
-    if setting.bfloat16:
-        # The models cast by themselves, and keep what is float32 on purpose.
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, cast_forward_inputs=False)
-        types = {"mp_policy": policy}
-    # Stages ask for the blocks' bias tables outside the blocks: these small models are one unit.
-    tables = [block.attn.cpb_mlp for block in task.student.blocks()]
-    fully_shard(tables, mesh=mesh, **types)
-    for block in task.student.blocks():
-        fully_shard(block, mesh=mesh, **types)
-    fully_shard(task, mesh=mesh, **types)
+    shard(task, task.student, bfloat16=setting.bfloat16)
     optimizer = _optimizer(parameter_groups(task, setting.run.optim.weight_decay), setting)
     clip = partial(_clip, [*task.parameters()], setting.run.optim.clip_norm)
     return partial(_update, setting, task, optimizer, clip)
+
+
+def shard(module: Any, backbone: Any, *, bfloat16: bool) -> None:
+    """Splits a module over the ranks by torch's FSDP2, each block of its backbone a unit."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(distributed.device().type, (distributed.world_size(),))
+    types = {}
+    if bfloat16:
+        # The models cast by themselves, and keep what is float32 on purpose.
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, cast_forward_inputs=False)
+        types = {"mp_policy": policy}
+    blocks = backbone.blocks()
+    # Stages ask for the blocks' bias tables outside the blocks: these small models are one unit.
+    tables = [block.attn.cpb_mlp for block in blocks if hasattr(block.attn, "cpb_mlp")]
+    if tables:
+        fully_shard(tables, mesh=mesh, **types)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, **types)
+    fully_shard(module, mesh=mesh, **types)
 
 
 def _fairscale(setting: Setting) -> Step:
