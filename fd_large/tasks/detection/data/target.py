@@ -20,7 +20,8 @@ from fd_large.tasks.detection.data.objects import ImageObjects
 MIN_SIDE = 1.0
 # Pixels per place of a semantic map, and its number for what is not labelled.
 SEMANTIC_STRIDE, UNLABELLED = 8, 255
-NO_SEMANTIC = torch.zeros(0, 0, dtype=torch.uint8)
+# Whoever imports this first may construct a model on the meta device meanwhile.
+NO_SEMANTIC = torch.zeros(0, 0, dtype=torch.uint8, device="cpu")
 
 
 class Target(NamedTuple):

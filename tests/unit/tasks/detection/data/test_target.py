@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from importlib import util
+
 import numpy as np
 import torch
 
 from fd_large.tasks.dense.geometry import View, whole_view
-from fd_large.tasks.detection.data import masks
+from fd_large.tasks.detection.data import masks, target
 from fd_large.tasks.detection.data.objects import ImageObjects
 from fd_large.tasks.detection.data.target import make_target
 from fd_large.tasks.detection.data.views import NUM_DRAWS, LargeScaleJitter
@@ -109,3 +111,11 @@ def test_polygons_that_leave_the_view_are_filled_as_the_whole_one_is():
     whole = make_target(of, whole_view(*SIZE), SIZE)
     part = make_target(of, crop(30, 40, 40, 40), (40, 40))
     assert (part.masks[0] != whole.masks[0, 30:70, 40:80]).sum() <= 8
+
+
+def test_a_first_import_under_the_meta_device_leaves_targets_on_the_host():
+    spec = util.spec_from_file_location("imported_on_meta", target.__file__)
+    imported = util.module_from_spec(spec)
+    with torch.device("meta"):
+        spec.loader.exec_module(imported)
+    assert imported.NO_SEMANTIC.device.type == "cpu"
