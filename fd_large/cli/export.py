@@ -137,6 +137,7 @@ def export(
     from fd_large.backbones.registry import parameter_shapes
     from fd_large.checkpoint import stream
     from fd_large.engine.checkpoint_models import student_tensors
+    from fd_large.evaluation.lineage import trainings_of
     from fd_large.tasks.jobs import job_of, stored_run_of
     from fd_large.weights import export as exports
     from fd_large.weights import model_card
@@ -154,6 +155,7 @@ def export(
     check_out(Path(out), where="export")
     if repository:
         check_push(repository)
+    trained_by = [training.to_dict() for training in trainings_of(str(folder))]
     shapes = parameter_shapes(architecture)
     parameters = sum(map(math.prod, shapes.values()))
 
@@ -175,6 +177,7 @@ def export(
                 repository=repository,
                 licence=licence,
                 base_model=base_model,
+                trained_by=trained_by,
             ),
             stored.learned(reader.manifest, to),
         )
@@ -188,6 +191,7 @@ def export(
                 sizes=sizes,
                 statistics=student.statistics,
                 card=card,
+                trained_by=trained_by,
             )
         else:
             kind = stream.outcome(reader)
@@ -204,6 +208,7 @@ def export(
                 statistics=student.statistics,
                 shard_size=size,
                 card=card,
+                trained_by=trained_by,
                 beside=lambda folder: stored.export_heads(reader, folder / exports.HEADS, size),
             )
         return reader.manifest["update"], files

@@ -8,74 +8,72 @@ images says less than that of a model which never saw them. Distil with `--data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from fd_large import files
-from fd_large.errors import FDError
-from fd_large.recipes.file_names import RECIPE
-from fd_large.recipes.run import Run
-from fd_large.recipes.stored import read_recipe, run_of_checkpoint
+from fd_large.errors import DataError
+from fd_large.evaluation.lineage import Training, trainings_of
+
+if TYPE_CHECKING:
+    from fd_large.data.folder import ImageFolder
 
 
-def runs_that_saw(source: str, folder: str, fraction: float) -> list[str]:
-    """Returns the runs of this project that led to a model and trained on held-out images.
+class Seen(NamedTuple):
+    """What is known of held-out images and the weights of a model.
 
-    Runs are those whose folders are named by weights: the one that trained the model, those of its
-    teachers and of what they began from. Datasets are compared by their paths.
+    Attributes:
+        by: The trainings that led to it and had these images.
+        not_known: Those, and the weights, of which nothing says whether they had them.
+    """
+
+    by: tuple[str, ...] = ()
+    not_known: tuple[str, ...] = ()
+
+
+NOTHING_SEEN = Seen()
+
+
+def seen_by(source: str, images: ImageFolder, fraction: float) -> Seen:
+    """Returns which trainings that led to a model had images that are held out.
+
+    Datasets of runs are compared by their paths; those of exports, which tell none, by the listing
+    of their files' names.
 
     Args:
         source: The model's weights, as `teacher.source` takes them.
-        folder: The folder of images, of which a part is held out.
+        images: The folder's images, of which a part is held out.
         fraction: The part of them that a hash of their names holds out.
-
-    Returns: folders, each with the recipe's name in brackets.
     """
-    part = Path(folder).resolve()
-    return [
-        f"{path} ({run.name})"
-        for path, run in _runs(source, set())
-        if any(_saw(run, root, part, fraction) for root in _roots(run.data.root))
-    ]
+    answers = {str(one): _saw(one, images, fraction) for one in trainings_of(source)}
+    return Seen(
+        tuple(name for name, saw in answers.items() if saw),
+        tuple(name for name, saw in answers.items() if saw is None),
+    )
 
 
-def _runs(source: str, met: set[Path]) -> Iterator[tuple[Path, Run]]:
-    """The runs that weights come from, nearest first."""
-    if not source:
-        return
-    with suppress(FDError, OSError):
-        path = run_of_checkpoint(_place_of(source))
-        if path in met or files.kind_of(path / RECIPE) != "file":
-            return
-        met.add(path)
-        run = read_recipe(path, where="--sweep")
-        yield path, run
-        for before in (run.student.init, *(m.source for m in run.frozen_models.values())):
-            yield from _runs(before, met)
+def _saw(training: Training, images: ImageFolder, fraction: float) -> bool | None:
+    """Whether a training had images that are held out; None: nothing says it."""
+    if training.is_here:
+        part, roots = Path(images.root).resolve(), filter(None, training.images)
+        return any(
+            training.val_fraction < fraction
+            if learnt == part
+            else learnt in part.parents or part in learnt.parents
+            for learnt in (Path(root).resolve() for root in roots)
+        )
+    if training.fingerprint in _listings(images, training.val_fraction):
+        return training.val_fraction < fraction
+    return None
 
 
-def _place_of(source: str) -> str:
-    """The path of weights without the name of a part; of stored targets that of their teacher's."""
-    from fd_large.tasks.distillation.cached.files import Header
-    from fd_large.tasks.distillation.section import CACHED
+def _listings(images: ImageFolder, val_fraction: float) -> list[str]:
+    """The listings that a run on a folder's images had: all, or those that it did not hold out."""
+    from fd_large.data.val_fraction import Part, places_of
 
-    if source.startswith(CACHED):
-        cache = Path(source.removeprefix(CACHED))
-        source = str(Header.read(cache, where="--sweep").teacher.get("source", ""))
-    return source.partition("#")[0]
-
-
-def _roots(root: str) -> list[str]:
-    """The datasets of a recipe, of which it may name several by weight."""
-    from fd_large.data.roots import weighted_roots
-
-    return [part.root for part in weighted_roots(root)] or [root]
-
-
-def _saw(run: Run, root: str, part: Path, fraction: float) -> bool:
-    """Whether a run trained on images that are held out of a folder."""
-    learnt = Path(root).resolve()
-    if learnt == part:
-        return run.data.val_fraction < fraction
-    return bool(root) and (learnt in part.parents or part in learnt.parents)
+    if not val_fraction:
+        return [images.fingerprint]
+    try:
+        places = places_of(images, "train", val_fraction, where="--sweep")
+    except DataError:  # It holds out none of these, or all.
+        return []
+    return [Part(images, places).fingerprint]

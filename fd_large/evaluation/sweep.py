@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fd_large.errors import ConfigError, DataError, Exit
-from fd_large.evaluation.held_out import runs_that_saw
+from fd_large.evaluation.held_out import NOTHING_SEEN, Seen, seen_by
 from fd_large.evaluation.recorded_runs import RecordedRun
 from fd_large.recipes.fields import override, require
 from fd_large.recipes.file_names import CHECKPOINTS
@@ -115,11 +115,11 @@ class Sweep:
 
     Attributes:
         trials: The grid, recipe by recipe; rates and decays rise.
-        seen_by: Runs that led to the model and trained on the held-out images.
+        seen: What is known of the held-out images and the trainings that led to the model.
     """
 
     trials: tuple[Trial, ...]
-    seen_by: tuple[str, ...] = ()
+    seen: Seen = NOTHING_SEEN
 
     @property
     def winner(self) -> Trial:
@@ -154,7 +154,8 @@ class Sweep:
         return {
             **_as_json(self.winner),
             "at_edge": self.at_edge(),
-            "held_out_seen_by": list(self.seen_by),
+            "held_out_seen_by": list(self.seen.by),
+            "held_out_not_known": list(self.seen.not_known),
             "trials": [_as_json(trial) for trial in self.trials],
         }
 
@@ -215,8 +216,8 @@ def sweep(
     digests = meeting.meet(
         lambda: [weights_digest(own[0].student.init, model.weights) for model, own in pairs]
     )
-    seen_by = distributed.of_main(
-        lambda: [runs_that_saw(own[0].student.init, images.root, HELD_OUT) for _, own in pairs]
+    seen_of_each = distributed.of_main(
+        lambda: [seen_by(own[0].student.init, images, HELD_OUT) for _, own in pairs]
     )
     folder = Path(flags.out) / "sweep"
     grids = [
@@ -236,11 +237,11 @@ def sweep(
             soft_wrap=True,
         )
     sweeps = []
-    for grid, seen in zip(grids, seen_by, strict=True):
+    for grid, seen in zip(grids, seen_of_each, strict=True):
         code, found = _run_trials(grid, train)
         if code:
             return code, []
-        sweeps.append(replace(found, seen_by=tuple(seen)))
+        sweeps.append(replace(found, seen=seen))
     return 0, sweeps
 
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 MARK = "*"
 """Stands at a row or cell whose recipe is not the first row's."""
-UNSEEN = "No run that is known to have led to a model trained on the images that chose."
 COLORS = (style.BLUE, style.VERMILLION, style.GREEN, style.GREY)
 
 
@@ -85,12 +84,25 @@ def _accuracies(summary: dict[str, Any], title: str) -> Table:
     return found
 
 
-def seen_by(label: str, runs: Sequence[str]) -> str:
-    """Returns a line about a row whose held-out images were not new to what led to it."""
-    return (
-        f"{label}: the images that chose were in the training of {', '.join(runs)}; a choice by "
-        "them is not fair against a row that never saw them."
-    )
+def seen_by(sweeps: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yields lines about the images that chose, and the trainings that led to each row.
+
+    Args:
+        sweeps: What summary.json says of the sweep of each row, by its label.
+    """
+    seen = {label: sweep["held_out_seen_by"] for label, sweep in sweeps.items()}
+    for label, runs in seen.items():
+        if runs:
+            yield (
+                f"{label}: the images that chose were in the training of {', '.join(runs)}; a "
+                "choice by them is not fair against a row that never saw them."
+            )
+    if sweeps and not any(seen.values()):
+        yield "No run that is known to have led to a model trained on the images that chose."
+    for label, sweep in sweeps.items():
+        if weights := sweep.get("held_out_not_known"):
+            unknown = ", ".join(weights)
+            yield f"{label}: nothing says whether they were in the training of {unknown}."
 
 
 def said_of(differences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -190,10 +202,7 @@ def _grid(models: list[dict[str, Any]]) -> Table:
         for model in models
         if model["sweep"]["at_edge"]
     ]
-    seen = {m["label"]: m["sweep"]["held_out_seen_by"] for m in models}
-    said += [seen_by(label, runs) for label, runs in seen.items() if runs]
-    if not any(seen.values()):
-        said.append(UNSEEN)
+    said += seen_by({model["label"]: model["sweep"] for model in models})
     found.caption = Text("\n".join(said))
     return found
 

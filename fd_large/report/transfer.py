@@ -14,7 +14,7 @@ from fd_large.errors import ConfigError
 from fd_large.files import json_object, kind_of, read_json, replacing, unlinked, write_json
 from fd_large.recipes.file_names import PAGE, SUMMARY
 from fd_large.report import style
-from fd_large.report.comparison import MARK, UNSEEN, in_words, said_of, seen_by, shown
+from fd_large.report.comparison import MARK, in_words, said_of, seen_by, shown
 from fd_large.report.evaluation_page import write_evaluation_page
 
 if TYPE_CHECKING:
@@ -387,12 +387,7 @@ def _unlike(summary: dict[str, Any]) -> Iterator[str]:
 def _swept(summary: dict[str, Any]) -> Iterator[str]:
     """Lines that name the runs which had trained on the images that a sweep chose by."""
     labels = {row["name"]: row["label"] for row in summary["rows"]}
-    swept = {cell["row"]: cell["sweep"] for cell in summary["cells"] if "sweep" in cell}
-    for row, sweep in swept.items():
-        if runs := sweep["held_out_seen_by"]:
-            yield seen_by(labels[row], runs)
-    if swept and not any(sweep["held_out_seen_by"] for sweep in swept.values()):
-        yield UNSEEN
+    yield from seen_by({labels[c["row"]]: c["sweep"] for c in summary["cells"] if "sweep" in c})
 
 
 def _lower_is_better(summary: dict[str, Any]) -> list[str]:

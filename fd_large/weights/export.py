@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -110,6 +110,7 @@ def export(
     statistics: Statistics,
     shard_size: int,
     card: str,
+    trained_by: Sequence[Mapping[str, Any]] = (),
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> list[Path]:
     """Writes a new folder; returns the files of tensors.
@@ -125,6 +126,7 @@ def export(
         statistics: Mean and deviation by which the student's images are normalised.
         shard_size: Most bytes of a file.
         card: Text of the model card.
+        trained_by: See `own_config`.
         beside: Writes what else belongs into the folder, before it appears.
 
     Raises: ConfigError: if something stands at `out`, or it cannot be written; WeightsError: for a
@@ -140,7 +142,7 @@ def export(
     with new_folder(out, where="export") as part:
         tensors = chain(_renamed(items, architecture, into), added.items())
         files = write_shards(part, theirs, tensors, shard_size)
-        write_json(part / "config.json", configuration(architecture, into, statistics))
+        write_json(part / "config.json", configuration(architecture, into, statistics, trained_by))
         if into.preprocessor:
             config = into.preprocessor(architecture, statistics)
             write_json(part / "preprocessor_config.json", config)
@@ -150,12 +152,17 @@ def export(
 
 
 def configuration(
-    architecture: FamilyArchitecture, into: Export, statistics: Statistics
+    architecture: FamilyArchitecture,
+    into: Export,
+    statistics: Statistics,
+    trained_by: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Returns config.json: what the library's own loader reads, and what ours does."""
     theirs = into.config(architecture, statistics) if into.config else {}
     code_hash = doors.hashes(architecture.code).get(architecture.code, "")
-    return theirs | own_config(into.becomes(architecture), statistics, code_hash=code_hash)
+    return theirs | own_config(
+        into.becomes(architecture), statistics, code_hash=code_hash, trained_by=trained_by
+    )
 
 
 def _renamed(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,6 +60,7 @@ def export_graph(
     sizes: Mapping[str, Any],
     statistics: Statistics,
     card: str,
+    trained_by: Sequence[Mapping[str, Any]] = (),
 ) -> list[Path]:
     """Writes a new folder: the graph, config.json and the model card; returns the graph's files.
 
@@ -73,6 +74,7 @@ def export_graph(
         sizes: What the student does with sizes that do not fit (`Student.sizes`).
         statistics: Mean and deviation by which the student's images are normalised.
         card: Text of the model card.
+        trained_by: See `own_config`.
 
     Raises: ConfigError: if the model cannot be traced, or something stands at `out`; WeightsError:
         for a tensor that holds NaN or infinity; ShapeError: if the image size does not fit.
@@ -98,7 +100,10 @@ def export_graph(
             raise _untraced(architecture, to, error) from error
         _compare(run, images[:1], found.tokens[:1], architecture, to)
         code_hash = doors.hashes(architecture.code).get(architecture.code, "")
-        write_json(part / "config.json", own_config(architecture, statistics, code_hash=code_hash))
+        write_json(
+            part / "config.json",
+            own_config(architecture, statistics, code_hash=code_hash, trained_by=trained_by),
+        )
         (part / CARD).write_text(card)
         names = sorted(path.name for path in part.glob(f"{LIBRARIES[to].graph}*"))
     return [out / name for name in names]

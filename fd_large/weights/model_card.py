@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -49,6 +49,7 @@ class ExportedStudent:
         repository: OWNER/NAME on the Hugging Face Hub where it goes; empty: it stays here.
         licence: Its licence, as the Hub names it; empty: unknown.
         base_model: OWNER/NAME of the model on the Hub that it learned from, where the user says it.
+        trained_by: See `own_config`.
     """
 
     architecture: FamilyArchitecture
@@ -62,6 +63,7 @@ class ExportedStudent:
     repository: str = ""
     licence: str = ""
     base_model: str = ""
+    trained_by: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +147,11 @@ def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned)
         if optim["name"] == "adamw"
         else without_folders(optim["name"]),
         images=without_folders(recipe["data"]["root"]),
+        held_out=recipe["data"].get("val_fraction", 0),
+        earlier=[
+            (before["recipe"] or before["weights"], " and ".join(before["images"]) or "not known")
+            for before in exported.trained_by[1:]
+        ],
         samples=manifest.get("samples", steps * recipe["batch"]["global_batch_size"]),
         summary=exported.summary,
         metrics={

@@ -61,7 +61,7 @@ def origin_of(source: str, model: str, architecture: FamilyArchitecture | None) 
         return Origin("random weights, which have none")
     if source.startswith(HUB):
         repository = source.removeprefix(HUB)
-        return Origin(licence_of_card(_cached_card(repository)) or UNKNOWN, repository)
+        return Origin(licence_of_card(file_beside(source, CARD)) or UNKNOWN, repository)
     if source.startswith(OPEN_CLIP):
         return Origin(UNKNOWN, _open_clip_repository(source.removeprefix(OPEN_CLIP)))
     if doors.is_own(source) or source.startswith(PACKAGE):
@@ -87,6 +87,22 @@ def without_folders(source: str) -> str:
     if doors.is_own(source):
         return doors.PREFIX + Path(source.removeprefix(doors.PREFIX)).name
     return source if source.startswith(_SCHEMES) else Path(source).name
+
+
+def file_beside(source: str, name: str) -> Path | None:
+    """Returns a file that stands beside weights, of the Hub's in the cache here; None without one.
+
+    Args:
+        source: A file or folder of weights, or hf:OWNER/NAME; others have no files beside them.
+        name: The file's name.
+    """
+    if source.startswith(HUB):
+        return _cached(source.removeprefix(HUB), name)
+    if source.startswith((*_SCHEMES, doors.PREFIX)):
+        return None
+    path = Path(source)
+    beside = (path if kind_of(path) == "folder" else path.parent) / name
+    return beside if kind_of(beside) == "file" else None
 
 
 def licence_of_card(card: Path | None) -> str:
@@ -123,11 +139,11 @@ def _timm_licence(config: Path) -> str:
     return licence if isinstance(licence, str) and re.fullmatch(r"[\w.+-]+", licence) else ""
 
 
-def _cached_card(repository: str) -> Path | None:
+def _cached(repository: str, name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(repository, CARD)
+        found = try_to_load_from_cache(repository, name)
     except ValueError:  # No name of a repository.
         return None
     return Path(found) if isinstance(found, str | os.PathLike) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -271,14 +271,25 @@ def _stated(published: Published, library: str, config: Any, where: str) -> Arch
 
 
 def own_config(
-    architecture: FamilyArchitecture, statistics: Statistics | None, *, code_hash: str = ""
+    architecture: FamilyArchitecture,
+    statistics: Statistics | None,
+    *,
+    code_hash: str = "",
+    trained_by: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, dict[str, Any]]:
-    """Returns the config.json of our own exports; see `Stated`."""
+    """Returns the config.json of our own exports; see `Stated`.
+
+    Args:
+        architecture, statistics, code_hash: See `Stated`.
+        trained_by: What is told of the runs that led to the weights, nearest first.
+    """
     own: dict[str, Any] = {"architecture": architecture.values()}
     if statistics is not None:
         own |= {"mean": list(statistics.mean), "std": list(statistics.std)}
     if code_hash:
         own["code_sha256"] = code_hash
+    if trained_by:
+        own["trained_by"] = list(trained_by)
     return {OWN: own}
 
 

@@ -12,6 +12,7 @@ from stored_run import STUDENTS, SWIN, store_student
 
 from fd_large import doors
 from fd_large.cli import export as command
+from fd_large.evaluation.lineage import trainings_of
 
 
 @pytest.fixture
@@ -52,6 +53,19 @@ def test_where_it_comes_from_and_how_good_it_is(exported):
         "a `timm.models.swin_transformer_v2.SwinTransformerV2`",
     ):
         assert words in card, words
+
+
+def test_which_trainings_led_to_it_without_a_path(exported, tmp_path):
+    _, card = exported("swinv2 of two stages", "fd", source="/somewhere/else/clip.pt")
+    run, teacher = json.loads((tmp_path / "out/config.json").read_text())["fd_large"]["trained_by"]
+    assert (run["recipe"], run["images"]) == ("fd_clip_vit_base", ["images"])
+    assert (run["fingerprint"], run["val_fraction"]) == ("fingerprint-of-the-pictures", 0)
+    assert (teacher["recipe"], teacher["weights"]) == ("", "clip.pt")
+    assert rows(card)["images of what came before, clip.pt"] == "not known"
+    # An export of a student of the export goes on with what that one tells.
+    tells = [str(one) for one in trainings_of(str(tmp_path / "out"))]
+    out = tmp_path / "out"
+    assert tells == [f"{out} (fd_clip_vit_base)", f"{out}: clip.pt"]
 
 
 @pytest.mark.parametrize(

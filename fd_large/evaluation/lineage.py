@@ -1,0 +1,132 @@
+"""The trainings that weights come from, as far as runs and exports tell of them.
+
+A run names the weights of its teachers and those that its student began from; an export says in its
+config.json which runs led to it, by the names and the listings of their images, without a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fd_large import files
+from fd_large.errors import FDError, without_secrets
+from fd_large.recipes.file_names import RECIPE
+from fd_large.recipes.stored import read_recipe, run_of_checkpoint
+
+# An export is made of a handful of runs; a file from elsewhere may say anything.
+_MOST, _LONGEST = 50, 200
+
+
+class Training(NamedTuple):
+    """A run that led to weights, or weights of which nothing says how they were trained.
+
+    Attributes:
+        place: The run's folder, the export that tells of it, or the weights.
+        recipe: Name of its recipe; empty: nothing is known of it.
+        images: Its datasets, as the recipe names them; of an export their last names.
+        fingerprint: Hash of the images' names in order; empty: not known.
+        val_fraction: The part of the images that a hash of their names kept out of training.
+        is_here: Whether it is a run's folder, whose datasets are paths of this machine.
+    """
+
+    place: str
+    recipe: str = ""
+    images: tuple[str, ...] = ()
+    fingerprint: str = ""
+    val_fraction: float = 0.0
+    is_here: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what an export tells of it: neither a path nor a secret."""
+        from fd_large.weights.origin import without_folders
+
+        return {
+            "recipe": self.recipe,
+            "weights": "" if self.recipe else without_folders(self.place),
+            "images": [without_folders(without_secrets(root)) for root in self.images],
+            "fingerprint": self.fingerprint,
+            "val_fraction": self.val_fraction,
+        }
+
+    def __str__(self) -> str:
+        return f"{self.place} ({self.recipe})" if self.recipe else self.place
+
+
+def trainings_of(source: str) -> list[Training]:
+    """Returns what led to weights, nearest first; nothing of random ones.
+
+    Args:
+        source: The weights, as `teacher.source` takes them.
+    """
+    return list(_trainings(source, set()))
+
+
+def _trainings(source: str, met: set[str]) -> Iterator[Training]:
+    from fd_large.weights.origin import is_random
+
+    if is_random(source):
+        return
+    told: list[Training] = []
+    with suppress(FDError, OSError):
+        source = _weights_of_cache(source).partition("#")[0]
+        run = run_of_checkpoint(source)
+        is_run = files.kind_of(run / RECIPE) == "file"
+        source = str(run) if is_run else source
+        if source in met:
+            return
+        met.add(source)
+        if is_run:
+            yield from _of_run(run, met)
+            return
+        told = _told_by(source)
+    yield from told or [Training(without_secrets(source))]
+
+
+def _of_run(folder: Path, met: set[str]) -> Iterator[Training]:
+    """A run, and what led to the weights that it names."""
+    from fd_large.checkpoint import store
+    from fd_large.data.roots import weighted_roots
+
+    run = read_recipe(folder, where="--sweep")
+    root = run.data.root
+    roots = tuple(part.root for part in weighted_roots(root)) or (root,)
+    stored = store.complete(folder)
+    fingerprint = stored[-1].manifest.get("pictures", "") if stored else ""
+    yield Training(str(folder), run.name, roots, fingerprint, run.data.val_fraction, True)
+    for before in (run.student.init, *(model.source for model in run.frozen_models.values())):
+        yield from _trainings(before, met)
+
+
+def _weights_of_cache(source: str) -> str:
+    """The weights of a teacher, also where its stored targets stand in its place."""
+    from fd_large.tasks.distillation.cached.files import Header
+    from fd_large.tasks.distillation.section import CACHED
+
+    if source.startswith(CACHED):
+        cache = Path(source.removeprefix(CACHED))
+        return str(Header.read(cache, where="--sweep").teacher.get("source", ""))
+    return source
+
+
+def _told_by(source: str) -> list[Training]:
+    """What an export of this project tells of the runs that led to it; [] of other weights."""
+    from fd_large.weights.origin import file_beside
+    from fd_large.weights.read import read_json
+    from fd_large.weights.sidecar import OWN
+
+    config = file_beside(source, "config.json")
+    own = read_json(config, where="--sweep").get(OWN) if config else None
+    runs = own.get("trained_by") if isinstance(own, dict) else None
+    found = []
+    for run in runs[:_MOST] if isinstance(runs, list) else ():
+        values = [run.get(name) for name in Training("").to_dict()] if isinstance(run, dict) else []
+        match values:
+            case [str(recipe), str(weights), list(images), str(fingerprint), float(val_fraction)]:
+                names = tuple(str(image)[:_LONGEST] for image in images[:_MOST])
+                place = without_secrets(f"{source}: {weights[:_LONGEST]}" if weights else source)
+                recipe = recipe[:_LONGEST]
+                found.append(Training(place, recipe, names, fingerprint, val_fraction))
+    return found
