@@ -1,12 +1,13 @@
 """How long does a table of 3 rows and 5 columns take from end to end on two cores?
 
-    python benchmarks/transfer.py [--quick] [--ranks 2]
+    python benchmarks/transfer.py [--quick] [--ranks 2] [--seeds 3]
 
 Starts `transfer` on the stored run of a tiny SwinV2 and its teacher, a tiny ViT, with toy datasets
 that are made here in the layouts of ImageNet, ADE20K, COCO and NYUv2: fine-tuning, linear probe,
 segmentation, detection and depth for the student, its teacher and random weights, each a run of its
-own with a test at its end. Nothing was distilled, so that the scores say nothing; the seconds say
-what the command costs. Starts it a second time, when all is done. Writes
+own with a test at its end. Nothing was distilled, so that the scores say nothing of the paper; the
+seconds say what the command costs, and the recipe of each cell and the intervals of the differences
+what its table says of itself. Starts it a second time, when all is done. Writes
 benchmarks/results/transfer.json and a plot.
 """
 
@@ -33,6 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="three steps of each training")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
     parser.add_argument("--steps", type=int, default=40, help="steps of each training")
+    parser.add_argument("--seeds", type=int, default=1, help="repetitions of each training")
     parser.add_argument("--out", type=Path, default=RESULTS / "transfer.json")
     if parser.parse_args().quick:
         parser.set_defaults(steps=3)
@@ -49,6 +51,7 @@ def main() -> int:
         toy, out = transfer_toy.write_toy(Path(folder), count=24), Path(folder) / "table"
         words = [*transfer_toy.words(toy, out), "--optim.max_steps", flags.steps]
         words += ["--batch.micro_batch_size", 4 // flags.ranks, "--runtime.save_every", 1000]
+        words += ["--seeds", flags.seeds]
         seconds = []
         for _ in range(2):
             begin = time.monotonic()
@@ -58,7 +61,11 @@ def main() -> int:
                 sys.exit(f"transfer: the ranks ended with {code}")
         table = json.loads((out / "summary.json").read_text())
         done = [cell for cell in table["cells"] if cell["status"] == "done"]
-        of_each = {f"{cell['row']}/{cell['column']}": _seconds(Path(cell["run"])) for cell in done}
+        of_each: dict[str, float] = {}
+        for cell in done:
+            name = f"{cell['row']}/{cell['column']}"
+            share = _seconds(Path(cell["run"])) / flags.seeds
+            of_each[name] = round(of_each.get(name, 0) + share, 1)
         flags.out.parent.mkdir(parents=True, exist_ok=True)
         result = {
             **harness.conditions(__file__, __doc__),
@@ -70,6 +77,9 @@ def main() -> int:
             "seconds": seconds[0],
             "seconds_of_a_second_start": seconds[1],
             "seconds_of_each_training": of_each,
+            "seeds": flags.seeds,
+            "cells": [_of_cell(cell) for cell in done],
+            "differences": table["differences"],
         }
         harness.write(result, flags.out)
         draw(result, flags.out.with_suffix(".png"))
@@ -105,7 +115,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def _seconds(run: Path) -> float:
     """From the first file of a run to its last."""
     times = [(run / name).stat().st_mtime for name in ("cell.json", "summary.json")]
-    return round(times[1] - times[0], 1)
+    return times[1] - times[0]
+
+
+def _of_cell(cell: dict[str, Any]) -> dict[str, Any]:
+    """A cell of the table: its recipe, how that differs from the first row's, its scores."""
+    names = ("row", "column", "seed", "recipe", "unlike_first", "scores")
+    return {name: cell[name] for name in names}
 
 
 if __name__ == "__main__":
