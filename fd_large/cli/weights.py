@@ -31,9 +31,14 @@ class _OfSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect(_OfSource):
-    """Say what a weights file holds: format, architecture, parameters, licence."""
+    """Say what a weights file holds: format, architecture, parameters, licence.
 
-    # Name of a model that the file is compared with; auto: the model that the weights show.
+    SOURCE may be MODEL=SOURCE, as in evaluate, for weights that do not show their model:
+    timm:NAME=FILE.
+    """
+
+    # Name of a model that the file is compared with, such as timm:NAME; auto: the model that the
+    # weights show.
     model: str = "auto"
 
 
@@ -69,6 +74,15 @@ def inspect(source: str, model: str) -> int:
 
     Raises: ConfigError: for code of the user's own, which is not imported here.
     """
+    from fd_large.engine.find_model import split_model
+
+    named, source = split_model(source)
+    if named and model != "auto":
+        raise ConfigError(
+            f"--model: the model is named twice; got {model}, and {named} before the file, "
+            "expected one of them. Leave one out."
+        )
+    model = named or model
     for where, given in (("weights inspect", source), ("--model", model)):
         if doors.is_own(given):
             raise ConfigError(

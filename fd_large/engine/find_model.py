@@ -193,7 +193,7 @@ def _checkpoint_of(path: Path) -> Reader | None:
 
 
 def _of_weights(source: str, image_size: int, weights: Sources) -> NamedModel:
-    named, file = _split(source)
+    named, file = split_model(source)
     section = FrozenModel(source=file)
     if brought := family_of_source(named):
         family, rest = brought
@@ -210,8 +210,8 @@ def _of_weights(source: str, image_size: int, weights: Sources) -> NamedModel:
     return NamedModel(_label(named, file), source, settled, size, weights=weights)
 
 
-def _split(source: str) -> tuple[str, str]:
-    """Splits MODEL=SOURCE; a path may contain "=" too."""
+def split_model(source: str) -> tuple[str, str]:
+    """Splits MODEL=SOURCE; of weights alone the model is "". A path may contain "=" too."""
     named, sign, weights = source.partition("=")
     if sign and by_name(named):
         return named, weights

@@ -9,7 +9,7 @@ from typing import Any
 
 from fd_large.backbones.exports import DECODER
 from fd_large.backbones.published import WeightFacts
-from fd_large.backbones.registry import parameter_shapes
+from fd_large.backbones.registry import family_of, parameter_shapes, statistics_of
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import ConfigError, ShapeError, first_names, printable
 from fd_large.files import kind_of
@@ -30,7 +30,6 @@ from fd_large.weights.export import INDEX, NAME
 from fd_large.weights.published import FORMATS, PublishedWeights
 from fd_large.weights.read import OTHER
 from fd_large.weights.resolve import ResolvedWeights, Sources, Stored
-from fd_large.weights.sidecar import Described
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,13 @@ def inspect(
             )
         return _of_own(source, own)
     resolved = sources.resolve(source)
-    if model == "auto" and resolved.described:
-        return _of_library(resolved, resolved.described)
+    if model == "auto" and (described := resolved.described):
+        architecture = resolve(described.family.architecture.family, described.architecture)
+        what = f"folder of {architecture.own_name}"
+        return _of_library(resolved, architecture, what, described.statistics)
+    if model != "auto" and family_of(named_model := resolve(model)).matched:
+        what = f"tensors of {named_model.own_name}, as --model says"
+        return _of_library(resolved, named_model, what, statistics_of("", named_model))
     weights = resolved.published
     published, form = weights.published, FORMATS[weights.form].format
     known = _merged(weights)
@@ -130,17 +134,20 @@ def inspect(
     )
 
 
-def _of_library(weights: ResolvedWeights, described: Described) -> Inspection:
-    """Inspects the folder of a library's model, whose configuration names it."""
-    family = described.family.architecture.family
-    architecture = resolve(family, described.architecture)
+def _of_library(
+    weights: ResolvedWeights,
+    architecture: FamilyArchitecture,
+    what: str,
+    statistics: Statistics | None,
+) -> Inspection:
+    """Inspects the weights of a library's model, which its configuration or the user names."""
     fitted = weights.fitted(architecture)
     return Inspection(
         source=weights.source,
-        form=family,
-        what=f"folder of {architecture.own_name}",
-        architecture=described.architecture,
-        statistics=described.statistics,
+        form=architecture.family,
+        what=what,
+        architecture=overrides(architecture),
+        statistics=statistics,
         named=architecture.own_name,
         parameters=fitted.match.total,
         dtypes=fitted.dtypes,

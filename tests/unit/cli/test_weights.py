@@ -149,6 +149,8 @@ def test_inspect_prints_a_table(tmp_path, capsys):
         (["convert", "a", "--to", "onnx", "b"], "--to"),
         (["convert", "a", "--to", "fd"], "OUT"),
         (["inspect", "module:own.py:build"], "module:own.py:build"),
+        (["inspect", "timm:resnet18=a.pt"], "a.pt"),
+        (["inspect", "timm:resnet18=a.pt", "--model", "timm:resnet34"], "--model"),
     ],
 )
 def test_a_mistake_names_the_argument(words, found, capsys):

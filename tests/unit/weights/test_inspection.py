@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import timm
 import torch
 from loading import TINY_VIT
 from rich.console import Console
@@ -51,6 +52,20 @@ def test_what_the_project_stored_is_recognised_without_its_code(tmp_path, name):
         found = inspect(source)
         assert (found.named, found.own, found.parameters) == (name, True, 64)
         assert found.dropped == ("decoder.0.weight",)
+
+
+def test_tensors_of_a_library_are_compared_with_the_model_that_is_named(tmp_path):
+    state = timm.create_model("test_efficientnet", pretrained=False).state_dict()
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(WeightsError, match="timm:NAME=FILE"):
+        inspect(tmp_path / "net.pth")
+    found = inspect(tmp_path / "net.pth", model="timm:test_efficientnet")
+    assert (found.form, found.named) == ("timm", "timm:test_efficientnet")
+    assert not found.match.complaints
+    assert found.statistics is not None
+    assert table(found).row_count
+    with pytest.raises(WeightsError, match="test_resnet"):
+        inspect(tmp_path / "net.pth", model="timm:test_resnet")
 
 
 def test_names_are_no_markup_and_no_commands_to_a_terminal(tmp_path, capsys):
