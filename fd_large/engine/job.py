@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -107,6 +108,8 @@ class TrainingJob:
     ignored_fields: ClassVar[tuple[str, ...]] = ()
     """Fields of a recipe, section.field, that this task ignores. Setting one would mislead, and is
     refused."""
+    remedies: Mapping[str, str] = MappingProxyType({})
+    """What to do about ignored fields that are not just to be left out, by their names."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -148,7 +151,7 @@ class TrainingJob:
             if given != default:
                 raise ConfigError(
                     f"{name}: nothing in this recipe reads it; got {given!r}, expected "
-                    f"{default!r}. Leave it out."
+                    f"{default!r}. " + self.remedies.get(name, "Leave it out.")
                 )
         is_own, size = bool(self.run.student_architecture().code), self.run.data.image_size
         if is_own or self.run.optim.layer_decay != 1.0:

@@ -226,6 +226,11 @@ class DistillationJob(TrainingJob):
             ignored += fields_not_read(name, entry, KNOWN)
         return (*ignored, *OF_FEW_LABELS, *self.run.mask.ignored_fields())
 
+    @property
+    def remedies(self) -> Mapping[str, str]:  # type: ignore[override]
+        """The flags by which a mask would read its fields."""
+        return self.run.mask.ignored_fields()
+
     @cached_property
     def caches(self) -> RunCaches:
         """The teachers' maps on disk that the run reads or stores."""

@@ -332,14 +332,18 @@ class Mask:
         """Whether there is a decoder."""
         return self.hides and self.student == "dropped" and self.tokens != "visible"
 
-    def ignored_fields(self) -> list[str]:
-        """Returns the fields that its others leave without effect."""
-        names = ["min_patches"] if "block" not in self.sampler else []
+    def ignored_fields(self) -> dict[str, str]:
+        """Returns the fields that its others leave without effect, and what to do about each."""
+        names: dict[str, str] = {}
         if not self.decodes:
-            names += [f"decoder_{name}" for name in ("width", "depth", "heads")]
+            decoder = "Set --mask.sampler random, --mask.student dropped and --mask.tokens masked."
+            names |= dict.fromkeys(("decoder_width", "decoder_depth", "decoder_heads"), decoder)
+        if "block" not in self.sampler:
+            names["min_patches"] = "Set --mask.sampler block or block_exact."
         if not self.hides:
-            names += ["ratio", "student", "tokens", "cls", "reduce"]
-        return [f"mask.{name}" for name in names]
+            others = ("ratio", "student", "tokens", "cls", "reduce")
+            names |= dict.fromkeys(others, "Set --mask.sampler random, block or block_exact.")
+        return {f"mask.{name}": remedy for name, remedy in names.items()}
 
 
 def label(teacher: str, kind: str) -> str:
