@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from fd_large.backbones.timm.architecture import TimmArchitecture
+from fd_large.backbones.timm.architecture import TimmArchitecture, why_refused
 from fd_large.cli.arguments import parse
 from fd_large.cli.output import tables
 from fd_large.errors import ConfigError
@@ -32,10 +32,15 @@ class Models:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a table of the models here, or the names that match, a line each."""
+    """Prints a table of the models here, or the names that match, a line each.
+
+    Who may not be taken has the reason behind its name.
+    """
     given = parse(Models, arguments, command="models")
     if given.part:
-        print("\n".join(matching(given.part)))
+        for name in matching(given.part):
+            reason = why_refused(name.removeprefix(TimmArchitecture.prefix))
+            print(f"{name}  ({reason})" if reason else name)
     else:
         tables().print(models_table())
         print(_OTHERS)

@@ -51,6 +51,27 @@ _ATTENTION = re.compile(
     "|(?<!conv)mixer|[gs]mlp"
 )
 
+_NO_MAP = {
+    "coat_(tiny|mini|small)|crossvit_|efficientvim_": "gives several tensors, not one map",
+    "pit_": "gives its class token alone",
+    "inception_(v3|v4|resnet_v2)": "has a grid that its stride does not tell",
+}
+"""Why a model of timm has no map, by patterns of names: docs/timm.md has all, as counted."""
+_DRAWS = "sapiens2"
+
+
+def why_refused(name: str) -> str:
+    """Returns why a model of timm is no student or teacher; "" where nothing is known of it.
+
+    What decides is the model itself when it is built; this is for lists of names.
+    """
+    for pattern, reason in _NO_MAP.items():
+        if re.match(pattern, name):
+            return f"refused: it {reason}"
+    if _DRAWS in name:
+        return "as a teacher alone: it draws random numbers of its own in training"
+    return ""
+
 
 def strange_arguments(arguments: Mapping[str, Any]) -> list[str]:
     """Returns the names of arguments that are not passed on to timm, whatever sets them."""

@@ -361,6 +361,8 @@ def test_models_are_listed_and_found_by_a_part_of_their_names(capsys, monkeypatc
     assert cli.main(["models", "Vit_Base_Patch16"]) == 0
     found = capsys.readouterr().out.split()
     assert {"clip_vit_base_patch16", "timm:vit_base_patch16_224"} <= set(found)
+    assert cli.main(["models", "inception_resnet"]) == 0
+    assert capsys.readouterr().out.startswith("timm:inception_resnet_v2  (refused: ")
     assert cli.main(["models", "no such"]) == 2
     assert "'no such'" in one_sentence(capsys)
 
