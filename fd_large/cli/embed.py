@@ -65,7 +65,7 @@ class Embed(AllowsCode):
     # NAME or NAME.summary, what its head for that teacher makes of it.
     features: str = "own"
     # Images at a time; the last bits of the features depend on it.
-    batch_size: int = 256
+    batch_size: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,16 +93,16 @@ def main(arguments: list[str]) -> int:
     if out.suffix == ".parquet":
         require("pyarrow", given.out, "--out")
     with ending_with(_STOPPED):
-        rows = embed(given)
+        rows, side = embed(given)
     from fd_large.ranks import distributed
 
     if distributed.is_main():
-        print(f"{out}: {rows:,} rows, {given.pool} of {given.model}")
+        print(f"{out}: {rows:,} rows, {given.pool} of {given.model}, images of {side} px")
     return distributed.leave(0)
 
 
-def embed(given: Embed) -> int:
-    """Writes the table; every rank calls it. Returns the number of rows.
+def embed(given: Embed) -> tuple[int, int]:
+    """Writes the table; every rank calls it. Returns its rows, and the side of the images.
 
     Raises: FDError: for the user's mistakes.
     """
@@ -120,7 +120,7 @@ def embed(given: Embed) -> int:
     full_float32(distributed.device())
     images = meeting.meet(lambda: open_images(data.root))
     model = meeting.meet(lambda: find_model(given.model, job_of, image_size=data.image_size))
-    return embedding.embed(
+    rows = embedding.embed(
         model,
         images,
         Path(given.out),
@@ -131,3 +131,4 @@ def embed(given: Embed) -> int:
         workers=data.workers,
         max_pixels=data.max_pixels,
     )
+    return rows, model.image_size
