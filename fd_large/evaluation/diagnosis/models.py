@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
@@ -17,7 +18,7 @@ from fd_large.checkpoint import stream
 from fd_large.engine.checkpoint_models import stored_task
 from fd_large.engine.find_model import NamedModel, find_model
 from fd_large.engine.task import Task
-from fd_large.errors import DataError, WeightsError
+from fd_large.errors import DataError, FDError, WeightsError
 from fd_large.evaluation.diagnosis.sample import Sample
 from fd_large.ranks import distributed
 from fd_large.recipes.sections import RANDOM
@@ -101,7 +102,8 @@ def load_model(source: str, sample: Sample) -> LoadedModel:
     task, losses, left_out = None, [], ""
     if stored is not None and stored.loss_name and not is_random:
         try:
-            task, loss = _of_task(named, stored, sample)
+            with _of_recipe(named):
+                task, loss = _of_task(named, stored, sample)
             losses.append(loss)
         except (DataError, WeightsError) as error:  # They may be gone. Code of its own is refused.
             left_out = f"{stored.loss_name} is left out: {error}"
@@ -128,6 +130,17 @@ def load_model(source: str, sample: Sample) -> LoadedModel:
         left_out=left_out,
         scratch=None if is_random or named.architecture.code else random,
     )
+
+
+@contextmanager
+def _of_recipe(named: NamedModel) -> Iterator[None]:
+    """Names the run, whose recipe has the field, where a refusal names a flag of training."""
+    try:
+        yield
+    except FDError as error:
+        if not str(error).startswith("--"):
+            raise
+        raise type(error)(f"{named.source}, its {str(error).removeprefix('--')}") from error
 
 
 def _of_task(named: NamedModel, stored: StoredRun, sample: Sample) -> tuple[Task, Loss]:

@@ -224,6 +224,7 @@ def test_a_run_whose_teacher_is_gone(distillation, tmp_path: Path) -> None:
     loaded = load_model(str(folder))
     assert names(loaded) == [DRIFT]
     assert "gone.pth" in loaded.left_out
+    assert "--teacher" not in loaded.left_out  # The user named the run alone.
 
 
 def test_a_run_of_another_task_is_its_student(distillation) -> None:
