@@ -1,7 +1,7 @@
 """Fields of earlier versions that left: in which version, and what to do instead.
 
 A stored recipe is read without them; whoever sets one, by a flag, in a run file or from Python, is
-told the remedy. docs/runs.md shows the table.
+told the remedy. docs/stability.md shows the table.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Left(NamedTuple):
 
 LEFT = {
     "optim.max_seconds": Left(
-        "0.2.0", 0, "Name a number of steps with --optim.max_steps, and leave it out."
+        "0.9.0", 0, "Name a number of steps with --optim.max_steps, and leave it out."
     ),
     "data.stage_to": Left(
-        "0.2.0",
+        "0.9.0",
         "",
         "Under Slurm set STAGE_TO in site.sh; elsewhere copy the dataset to each node before the "
         "start, and name the copy in --data.root.",

@@ -143,6 +143,7 @@ OF_NO_FILE = {
     "test_mutate.py": ".ci/mutate.py",
     "test_oracles.py": "tests/oracles/oracles.py",
     "test_pages.py": "README.md and docs/",
+    "test_public_names.py": "names under semantic versioning",
     "test_readme_figures.py": "README.md and benchmarks/results/",
     "test_size.py": ".ci/size.py",
     "test_slurm_script.py": "slurm/",

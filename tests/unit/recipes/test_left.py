@@ -34,7 +34,7 @@ def test_what_left_is_no_field_and_has_a_value_to_try():
 
 def test_the_docs_show_the_table():
     rows = [f"| `{name}` | {one.version} | {one.remedy} |" for name, one in LEFT.items()]
-    page = (ROOT / "docs" / "runs.md").read_text().splitlines()
+    page = (ROOT / "docs" / "stability.md").read_text().splitlines()
     start = page.index("| field | left in | instead |") + 2
     assert page[start : start + len(rows)] == rows
     assert not page[start + len(rows)]
