@@ -26,6 +26,7 @@ from fd_large.ranks import activity
 from fd_large.ranks.launch import check_accelerator
 from fd_large.ranks.processes import check_workers
 from fd_large.recipes import registry
+from fd_large.recipes.batch_sizes import check_division
 from fd_large.recipes.fields import at_least
 from fd_large.recipes.file_names import RECIPE
 from fd_large.recipes.run import Run
@@ -81,10 +82,14 @@ class Train(TakesRunFile, AllowsCode):
     # Steps to trace with torch's profiler, after the first three, into RUN/profile/; 0 turns it
     # off.
     profile: int = 0
+    # Trains nothing: says what is wrong with the settings for so many ranks, as far as one process
+    # sees that without torch; 0 trains.
+    check: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("--profile", self.profile, 0, "steps")
+        at_least("--check", self.check, 0, "ranks")
 
 
 def main(arguments: list[str]) -> int:
@@ -94,6 +99,9 @@ def main(arguments: list[str]) -> int:
     if not given.own.fresh:
         run = with_stored_ends(run, named)
     check_names(run, deepspeed_config=given.own.deepspeed_config)
+    if given.own.check:
+        _check_for_ranks(run, given.own.check, fresh=given.own.fresh)
+        return 0
     code = train_run(
         run,
         deepspeed_config=given.own.deepspeed_config,
@@ -135,6 +143,24 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
         partial(require_names, run),
         partial(require_contents, run),
         *(partial(check_packages, root, where=where) for where, root in roots.items()),
+    )
+
+
+def _check_for_ranks(run: Run, ranks: int, *, fresh: bool) -> None:
+    """Refuses what a start on so many ranks would refuse before its first step; else says so."""
+    require_apart(run, fresh=fresh)
+    if not fresh:
+        require_same_settings(run)
+    batch, size = run.batch, run.batch.micro_batch_size
+    if "batch.global_batch_size" not in fitted_fields(run):  # It follows from the images there.
+        check_division(
+            global_batch_size=batch.global_batch_size,
+            micro_batch_size=1 if size == "auto" else size,
+            world_size=ranks,
+        )
+    print(
+        f"{run.name}: nothing is wrong so far with {ranks} ranks; {batch.global_batch_size} images "
+        f"a step, {size} in a pass of a rank"
     )
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from fd_large.backbones import batch_norm
 from fd_large.backbones.registry import build
-from fd_large.data.sampler import nearest_divisors
 from fd_large.engine.task import Task
 from fd_large.errors import ConfigError
 from fd_large.kernels import choose
 from fd_large.ranks import distributed
 from fd_large.recipes.architectures import by_name, overrides, resolve
+from fd_large.recipes.batch_sizes import nearest_divisors
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.sections import RANDOM, Batch, FrozenModel, Student
 from fd_large.weights.resolve import Sources

@@ -8,6 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
+from fd_large.cli.main import main
 from fd_large.cli.train import _fitted, require_names
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
@@ -96,6 +97,31 @@ def test_a_command_tells_it_without_torch(tmp_path):
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "told"),
+    [
+        ("--check 64", 0, "64 ranks; 2048 images a step, 32 in a pass"),
+        ("--check 512", 2, "expected a multiple of 16384 (512 x 32)"),
+        ("--check 512 --batch.global_batch_size 16384", 0, "512 ranks; 16384 images"),
+        ("--check 512 --batch.micro_batch_size auto", 0, "auto in a pass"),
+        ("--check 6 --batch.micro_batch_size auto", 2, "batch.global_batch_size: "),
+        ("--check 64 --optim.name adamv", 2, "optim.name: "),
+        ("--check 64 --data.root /no/such", 2, "data.root: "),
+        ("--check -1", 2, "--check: "),
+        # Its batch follows from its images.
+        ("--check 7 --recipe small_data", 0, "7 ranks"),
+    ],
+)
+def test_a_check_for_many_ranks_trains_nothing(flags, code, told, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = "--recipe fd_swinv2g --deepspeed_config zero2 --teacher.source random"
+    given = ["train", *words.split(), "--data.root", "builtin:photographs", *flags.split()]
+    assert main(given) == code
+    said = capsys.readouterr()
+    assert told in " ".join((said.out + said.err).split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_follows_from_images_is_decided_in_a_new_folder_alone(tmp_path):
