@@ -1,8 +1,29 @@
 #!/bin/bash
-# SwinV2-G (3.0B) distils a frozen teacher under ZeRO-3 with hpZ on 64 GPUs.
+# SwinV2-G (3.0B) distils a frozen teacher on 64 GPUs of 40 GB or more.
 #
-#   sbatch slurm/fd_swinv2g.sh
-#   sbatch --nodes=32 slurm/fd_swinv2g.sh --optim.base_lr 2e-4 [--section.field VALUE ...]
+#   sbatch slurm/fd_swinv2g.sh [--section.field VALUE ...]
+#
+#   nodes  arguments                          images a step
+#   1, 2, 4, 8                                2,048, on fewer than 8 nodes in several passes of 32
+#   16     --batch.micro_batch_size 16        2,048
+#   32     --batch.micro_batch_size 8         2,048
+#   64     --batch.global_batch_size 16384    16,384
+#
+#   sbatch --nodes=64 slurm/fd_swinv2g.sh --batch.global_batch_size 16384
+#   SBATCH_GRES=gpu:4 sbatch --nodes=16 slurm/fd_swinv2g.sh         # nodes of 4 GPUs
+#   FD_CONFIG=zero3 sbatch slurm/fd_swinv2g.sh                      # ZeRO-3, the teacher sharded
+#
+# It runs ZeRO-2 with the whole teacher on each GPU and no activation checkpoints: of all settings
+# that 40 GB hold this is the one that `plan` expects to be the fastest on 8, 64 and 512 GPUs alike,
+# 33 GB and half of the GPU-hours of ZeRO-3 with checkpoints, whose hooks take the host longer than
+# the products take the GPU (the table of docs/scaling.md). No GPU has confirmed that. FD_CONFIG
+# names another of ds_configs/: zero3 splits the teacher over all ranks and checkpoints every block
+# (9 GB), zero3_hpz splits it over the ranks of a node.
+#
+# One node of 40 GB needs --batch.micro_batch_size 16. At 2,048 images more than 32 nodes would wait
+# for the network, so 64 take a larger step. The learning rate grows with it (optim.base_lr is per
+# 512 images); nobody has shown that it still is right there. A batch that does not divide is refused
+# before the ranks start.
 #
 # Submit from the repository's root, or from a folder that `fd-large init` wrote; data, teacher and
 # the rest of the site: site.sh. Arguments after the script go to train.py and win over the recipe;
@@ -11,12 +32,11 @@
 
 #SBATCH --job-name=fd_swinv2g
 #SBATCH --nodes=8
-#SBATCH --ntasks-per-node=8
-# One task per GPU, but every task sees all GPUs of its node: with --gpus-per-task=1 each sees one,
-# and the local rank, by which torch and DeepSpeed choose a device, would name none. --gres, since
-# --gpus-per-node needs a Slurm that schedules by cons_tres.
+# One rank for each of these, which share the node's cores (launch.sh). Every rank sees all GPUs of
+# its node: with --gpus-per-task=1 each would see one, and the local rank, by which torch and
+# DeepSpeed choose a device, would name none. --gres, since --gpus-per-node needs a Slurm that
+# schedules by cons_tres.
 #SBATCH --gres=gpu:8
-#SBATCH --cpus-per-task=12
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
@@ -39,5 +59,11 @@ if [[ ! -f $scripts/launch.sh ]]; then
 fi
 source "$scripts/launch.sh"
 
-launch --recipe fd_swinv2g --deepspeed_config zero3_hpz \
+config=${FD_CONFIG:-zero2}
+case ${config##*/} in
+    zero3_hpz*) memory=(--teacher.placement node) ;;
+    zero3*) memory=(--teacher.placement sharded) ;;
+    *) memory=(--teacher.placement replicated --student.activation_checkpointing off) ;;
+esac
+launch --recipe fd_swinv2g --deepspeed_config "$config" "${memory[@]}" \
     --runtime.notice_seconds 300 "$@"

@@ -90,7 +90,9 @@ launch() {
     trap 'hand_on USR1' USR1
     trap 'hand_on TERM' TERM
     load_software
+    count_ranks
     check_nodes
+    ((code != 0)) || check_run
     if [[ $STAGE_TO && ! $asked ]] && ((code == 0)); then stage_data; fi
     if [[ $asked ]]; then code=75; elif ((code == 0)); then run_ranks; fi
     finish
@@ -152,6 +154,15 @@ load_software() {
     esac
 }
 
+# One rank for each GPU of a node, which share its cores, unless sbatch was told both. --exclusive
+# gives the job all cores.
+count_ranks() {
+    nodes=${SLURM_JOB_NUM_NODES:-1}
+    tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    cores=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / tasks))}
+    ((cores)) || cores=1
+}
+
 # Run on every node: looks for the files that the run names, takes a checksum of the source, which
 # shows changes that are not committed too and needs no git in a container, and asks what Python is
 # on.
@@ -167,7 +178,7 @@ sum=$(find ${sources:-/dev/null} -name "*.py" -o -name "*.json" | LC_ALL=C sort 
 printf "%s\t%s\t%s\t%s\n" "${SLURMD_NODENAME:-$(hostname)}" "${sum%% *}" "$absent" "$kind"'
 
 check_nodes() {
-    local name path kind report nodes=${SLURM_JOB_NUM_NODES:-1} paths=(.)
+    local name path kind report paths=(.)
     paths+=("$FD_LARGE_TOKEN_FILE")
     [[ ! $STAGE_TO ]] || paths+=("$STAGE_TO")
     for name in data.root eval.root teacher.source student.init; do
@@ -198,6 +209,19 @@ check_nodes() {
     [[ -z $kind ]] || say "PYTHON is on a network file system ($kind), in which each rank looks" \
         "for tens of thousands of files as it starts. An image (CONTAINER) or a copy on the nodes" \
         "starts sooner."
+}
+
+# What shows without a GPU is said once, not by every rank: fields, paths, a batch that does not
+# divide.
+check_run() {
+    "${on_nodes[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=1 --export=ALL \
+        "${inside[@]}" "$PYTHON" "${program[@]}" "${arguments[@]}" --check $((nodes * tasks))
+    code=$?
+    ((code != 2)) || {
+        stay_ended
+        exit 2
+    }
+    ((code == 0)) || say "the check of the settings returned $code"
 }
 
 # Run on every node: copies a folder to the node's own disk, each file read back against the
@@ -256,7 +280,7 @@ done'
 
 # Copies the folder that data.root names to STAGE_TO on every node, where the ranks then read it.
 stage_data() {
-    local source copy problem report=$FD_LARGE_EXITS/staged nodes=${SLURM_JOB_NUM_NODES:-1}
+    local source copy problem report=$FD_LARGE_EXITS/staged
     source=$(value_of data.root "${arguments[@]}")
     if [[ ! -d $source ]]; then
         say "STAGE_TO: only a folder is copied; $source is read where it is"
@@ -267,7 +291,7 @@ stage_data() {
     copy=$STAGE_TO/fd_large_staged-$(cksum <<<"$source" | cut -d ' ' -f 1)/${source##*/}
     say "STAGE_TO: copying $source to $copy, where it is not there yet"
     "${on_nodes[@]}" --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
-        --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${inside[@]}" \
+        --cpus-per-task="$cores" "${inside[@]}" \
         bash -c "$stage_on_a_node" stage "$source" "$copy" "$copy_files" >"$report" &
     ranks=$!
     await
@@ -306,9 +330,9 @@ await() {
 # from sbatch.
 run_ranks() {
     say "the output of rank N is in $logs-rank_N.log"
-    "${on_nodes[@]}" \
+    "${on_nodes[@]}" --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" \
         --export=ALL --distribution=block --kill-on-bad-exit=0 --wait=60 \
-        --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+        --cpus-per-task="$cores" \
         --open-mode=append --output="$logs-rank_%t.log" \
         "${inside[@]}" "$PYTHON" "${program[@]}" "${arguments[@]}" &
     ranks=$!

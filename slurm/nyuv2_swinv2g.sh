@@ -11,9 +11,7 @@
 
 #SBATCH --job-name=nyuv2_swinv2g
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8
 #SBATCH --gres=gpu:8
-#SBATCH --cpus-per-task=12
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=24:00:00

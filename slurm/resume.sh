@@ -9,9 +9,7 @@
 
 #SBATCH --job-name=fd_resume
 #SBATCH --nodes=8
-#SBATCH --ntasks-per-node=8
 #SBATCH --gres=gpu:8
-#SBATCH --cpus-per-task=12
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=24:00:00

@@ -82,5 +82,5 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:Tru
 
 # Data workers are processes; threads beside them would compete for the same cores. With optimiser
 # states on the host (offload_optimizer) the step itself runs on the CPU: give it the cores that the
-# workers leave, for example OMP_NUM_THREADS=6 of 12 --cpus-per-task.
+# workers leave, for example OMP_NUM_THREADS=6 of 12 of a rank.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

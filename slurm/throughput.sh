@@ -12,10 +12,8 @@
 
 #SBATCH --job-name=throughput
 #SBATCH --nodes=4
-#SBATCH --ntasks-per-node=8
 # Every task sees all GPUs of its node, as in slurm/fd_swinv2g.sh.
 #SBATCH --gres=gpu:8
-#SBATCH --cpus-per-task=12
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=02:00:00
@@ -29,6 +27,7 @@ fi
 scripts=slurm
 source slurm/launch.sh
 load_software
+count_ranks
 
 folder="$LOG_DIR/slurm-${SLURM_JOB_NAME:-job}-${SLURM_JOB_ID:-none}"
 mkdir -p "$folder" || refuse "LOG_DIR: cannot be made; got $LOG_DIR, expected a folder that can be" \
@@ -41,11 +40,11 @@ step() {
     shift 3
     "${on_nodes[@]}" --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" \
         --export=ALL --distribution=block --kill-on-bad-exit=0 --wait=60 \
-        --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --output="$folder/$name-rank_%t.log" \
+        --cpus-per-task="$cores" --output="$folder/$name-rank_%t.log" \
         "${inside[@]}" "$PYTHON" "$@"
 }
 
-most=${SLURM_JOB_NUM_NODES:-1} tasks=${SLURM_NTASKS_PER_NODE:-8} nodes=1 files=()
+most=$nodes nodes=1 files=()
 while :; do
     file="$folder/nodes_$nodes.json"
     say "$nodes node(s)"

@@ -174,11 +174,12 @@ def fd_swinv2g() -> Run:
     The first line is this recipe; 0.3 of the 1.0 s of its step are DeepSpeed's hooks
     (docs/scaling.md). The last one is a quarter faster, and 40 GB hold it as well:
     `--teacher.placement replicated --student.activation_checkpointing off`. With the same flags and
-    zero2.json, which `plan` prefers, it is 33.2 GB and 1,700 to 2,600 GPU-hours. The recipe does
-    not take them as long as no GPU has confirmed the figures: with plain torch kernels the
-    GPU-hours double (5,100 to 9,900 in the first line), and the lines without checkpoints take 2.2
-    GB more. States include the second copy of the weights, split over the ranks of a node, that hpZ
-    keeps so that the backward pass gathers inside the node.
+    zero2.json, which `plan` prefers, it is 33.2 GB and 1,700 to 2,600 GPU-hours: what
+    slurm/fd_swinv2g.sh runs. The recipe does not take them as long as no GPU has confirmed the
+    figures: with plain torch kernels the GPU-hours double (5,100 to 9,900 in the first line), and
+    the lines without checkpoints take 2.2 GB more. States include the second copy of the weights,
+    split over the ranks of a node, that hpZ keeps so that the backward pass gathers inside the
+    node.
 
     What `plan` chooses on larger cards and a faster network:
 

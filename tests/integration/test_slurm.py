@@ -197,9 +197,10 @@ def test_a_table_is_made_of_jobs_once_they_have_ended(cluster: Cluster, folder: 
 
 
 def stand_in(folder: Path, name: str, text: str) -> Path:
-    """A command in place of Python, which counts its starts in a file."""
+    """A command in place of Python, which counts its starts in a file and finds nothing wrong."""
     program = folder / name
-    program.write_text(f"#!/bin/bash\necho start >>{program}.starts\n{text}\n")
+    checks = "[[ ${@: -2:1} == --check ]] && exit 0"
+    program.write_text(f"#!/bin/bash\n{checks}\necho start >>{program}.starts\n{text}\n")
     program.chmod(0o755)
     return program
 
@@ -288,31 +289,50 @@ def test_images_are_copied_to_each_node_once(cluster: Cluster, folder: Path) -> 
     assert same()
 
 
-def test_eight_nodes_of_eight_gpus(folder: Path) -> None:
-    """fd_swinv2g.sh as it stands, on nodes that claim 96 processors and 8 GPUs each."""
-    results = folder / "layout"
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "environ"),
+    [(8, 8, {}), (2, 4, {"SBATCH_GRES": "gpu:4", "FD_CONFIG": "zero3"})],
+)
+def test_nodes_of_eight_gpus_and_of_four(
+    nodes: int, gpus: int, environ: dict[str, str], folder: Path
+) -> None:
+    """fd_swinv2g.sh as it stands, on nodes that claim 96 processors and so many GPUs each."""
+    ranks, name = nodes * gpus, f"layout-{gpus}"
+    results = folder / f"{name}-results"
     results.mkdir()
     program = ROOT / "tests/integration/programs/slurm_layout.py"
-    python = stand_in(folder, "layout.sh", f'shift; exec {sys.executable} {program} {results} "$@"')
-    with Cluster(folder / "large", nodes=8, processors=96, gpus=8) as cluster:
+    text = f'shift; exec {sys.executable} {program} {results} "$@"'
+    python = stand_in(folder, f"{name}.sh", text)
+    with Cluster(folder / f"cluster-{gpus}", nodes=nodes, processors=96, gpus=gpus) as cluster:
         job = start(
             cluster,
             folder,
-            "layout-run",
+            name,
             updates=1,
-            sbatch=("--nodes=8", "--ntasks-per-node=8", "--gres=gpu:8", "--cpus-per-task=12"),
-            environ={"PYTHON": str(python)},
+            nodes=(f"--nodes={nodes}",),
+            environ={"PYTHON": str(python), **environ},
         )
         shown = cluster.wait(job.number, ended)
     assert shown["JobState"] == "COMPLETED", job.said()
-    found = read_results(results, 64)
+    found = read_results(results, ranks)
     for rank, one in enumerate(found):
-        assert (one["rank"], one["world_size"], one["launcher"]) == (rank, 64, "srun")
-        assert (one["local_rank"], one["local_world_size"]) == (rank % 8, 8)
-        assert (one["node_rank"], one["node"]) == (rank // 8, f"n{rank // 8 + 1}")
+        assert (one["rank"], one["world_size"], one["launcher"]) == (rank, ranks, "srun")
+        assert (one["local_rank"], one["local_world_size"]) == (rank % gpus, gpus)
+        assert (one["node_rank"], one["node"]) == (rank // gpus, f"n{rank // gpus + 1}")
         # Every rank sees all of its node's devices, and finds its own by the local rank.
-        assert one["devices"] == "0,1,2,3,4,5,6,7"
+        assert one["devices"] == ",".join(map(str, range(gpus)))
+        assert one["cores"] == str(96 // gpus)
         port = 10000 + job.number % 20000
         assert (one["master_addr"], one["master_port"]) == ("127.0.0.1", port)
-    assert found[0]["heard"] == list(range(64))
-    assert "fd_swinv2g" in found[63]["words"]
+    assert found[0]["heard"] == list(range(ranks))
+    words = found[-1]["words"]
+    assert words[words.index("--deepspeed_config") + 1] == environ.get("FD_CONFIG", "zero2")
+
+
+def test_a_batch_that_does_not_divide_starts_no_rank(cluster: Cluster, folder: Path) -> None:
+    words = ("--batch.global_batch_size", "9", "--batch.micro_batch_size", "3")
+    job = start(cluster, folder, "odd-batch", *words, updates=1)
+    shown = cluster.wait(job.number, ended)
+    assert (shown["JobState"], shown["ExitCode"]) == ("FAILED", "2:0"), job.said()
+    assert "batch.global_batch_size: does not divide" in job.said()
+    assert not list(job.logs.glob("*-rank_*.log"))

@@ -91,7 +91,7 @@ def arguments_of(words: list[str]) -> list[str] | None:
     if words[0] == "sbatch":
         script = next(word for word in words if word.endswith(".sh"))
         given = words[words.index(script) + 1 :]
-        text = (ROOT / script).read_text()
+        text = (ROOT / script).read_text().replace('"$config"', "zero2")  # Its default.
         if "resume" in script:
             given = ["--deepspeed_config", "zero3", *given[1:]]
         else:

@@ -15,11 +15,18 @@ from waiting import until
 
 from fd_large.cli import init
 from fd_large.ranks.launch import read_token
+from fd_large.recipes import registry
+from fd_large.recipes.batch_sizes import check_division
 from fd_large.recipes.left import LEFT
 
 ROOT = Path(__file__).resolve().parents[2]
-# The check of the nodes runs here; of the ranks' start only the arguments are kept.
+# The check of the nodes runs here; of that of the settings, and of the ranks' start, only the
+# arguments are kept.
 SRUN = """#!/bin/bash
+if [[ ${@: -2:1} == --check ]]; then
+    printf '%s\\0' "$@" >"$SCRATCH/checked"
+    exit "${CHECK:-0}"
+fi
 for word; do
     if [[ $word == bash ]]; then shift $skip; exec "$@"; fi
     skip=$((skip + 1))
@@ -132,15 +139,90 @@ def test_recipe_site_and_overrides_reach_the_ranks(script: Script, tmp_path: Pat
     assert words[command:] == [
         *("/env/python", "fd_large/train.py"),
         *("--data.root", str(tmp_path), "--teacher.source", "random"),
-        *("--recipe", "fd_swinv2g", "--deepspeed_config", "zero3_hpz"),
+        *("--recipe", "fd_swinv2g", "--deepspeed_config", "zero2"),
+        *("--teacher.placement", "replicated", "--student.activation_checkpointing", "off"),
         *("--runtime.notice_seconds", "300"),
         *("--optim.epochs", "3", "--x=a b", "--runtime.run_dir", str(script.run_dir)),
     ]
     assert words[:command] == [
+        *("--nodes=1", "--ntasks=1", "--ntasks-per-node=1"),
         *("--export=ALL", "--distribution=block", "--kill-on-bad-exit=0", "--wait=60"),
         *("--cpus-per-task=12", "--open-mode=append"),
         *(f"--output={tmp_path}/logs/slurm-x-7-rank_%t.log", "env"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("config", "placement", "keeps"),
+    [
+        ("", "replicated", True),
+        ("zero1", "replicated", True),
+        ("zero3", "sharded", False),
+        ("ds_configs/zero3.json", "sharded", False),
+        ("zero3_hpz", "node", False),
+    ],
+)
+def test_the_teacher_of_the_large_run_lies_as_the_configuration_needs(
+    config: str, placement: str, keeps: bool, script: Script
+) -> None:
+    code, said = script.run(FD_CONFIG=config)
+    assert code == 0, said
+    words = script.words()
+    assert words[words.index("--deepspeed_config") + 1] == (config or "zero2")
+    assert words[words.index("--teacher.placement") + 1] == placement
+    assert ("--student.activation_checkpointing" in words) == keeps
+
+
+@pytest.mark.parametrize(
+    ("environ", "layout"),
+    [
+        ({}, (1, 1, 1)),
+        ({"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "96"}, (1, 8, 12)),
+        # SBATCH_GRES=gpu:4, and fewer cores than GPUs.
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "3"}, (1, 4, 1)),
+        (
+            {"SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "50", "SLURM_JOB_NUM_NODES": "2"},
+            (2, 4, 12),
+        ),
+        # What sbatch was told wins.
+        ({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "2"}, (1, 2, 1)),
+    ],
+)
+def test_a_node_has_a_rank_for_each_gpu(
+    environ: dict[str, str], layout: tuple[int, int, int], script: Script
+) -> None:
+    code, said = script.run(**environ)
+    assert code == 0, said
+    nodes, ranks, cores = layout
+    words = {f"--nodes={nodes}", f"--ntasks={nodes * ranks}", f"--ntasks-per-node={ranks}"}
+    assert words | {f"--cpus-per-task={cores}"} <= set(script.words())
+    checked = (script.scratch / "checked").read_text().split("\0")
+    assert checked[-3:-1] == ["--check", str(nodes * ranks)]
+
+
+@pytest.mark.parametrize("code", [2, 1])
+def test_settings_that_are_refused_start_no_rank(code: int, script: Script) -> None:
+    got, said = script.run(CHECK=str(code), SLURM_RESTART_COUNT="1")
+    assert got == code, said
+    assert not (script.scratch / "ranks").exists()
+    assert script.requeues() == (code == 1)
+
+
+def test_the_batch_divides_on_all_nodes_that_the_large_script_names() -> None:
+    rows = re.findall(
+        r"^#   ([\d, ]+?)  +(--\S+ \S+)?", (ROOT / "slurm/fd_swinv2g.sh").read_text(), re.M
+    )
+    counts = [int(number) for row, _ in rows for number in row.split(",")]
+    assert counts == [1, 2, 4, 8, 16, 32, 64]
+    for row, words in rows:
+        name, value = words[2:].split() if words else ("batch.global_batch_size", "2048")
+        batch = registry.get("fd_swinv2g").with_fields({name: int(value)}).batch
+        for number in row.split(","):
+            check_division(
+                global_batch_size=batch.global_batch_size,
+                micro_batch_size=int(batch.micro_batch_size),
+                world_size=8 * int(number),
+            )
 
 
 def test_from_a_folder_of_their_own_the_scripts_start_the_installed_package(
@@ -313,7 +395,7 @@ def test_no_array_that_may_be_empty_is_expanded() -> None:
     """bash before 4.4 (RHEL 7) takes an empty array for an unset one, and has no mapfile -d."""
     # Each of these has a first element where it is made.
     filled = {"learns_from", "site", "arguments", "on_nodes", "inside", "files", "paths", "before"}
-    filled.add("program")
+    filled |= {"program", "memory"}
     for path in (ROOT / "slurm").glob("*.sh"):
         text = path.read_text()
         assert "mapfile -d" not in text

@@ -49,6 +49,7 @@ def main(folder: str) -> None:
     found = asdict(launch) | {
         "node": os.environ["SLURMD_NODENAME"],
         "devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "cores": os.environ.get("SLURM_CPUS_PER_TASK"),
         "words": sys.argv[2:],
         "heard": meet(launch),
     }

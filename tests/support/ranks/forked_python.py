@@ -34,7 +34,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 def main(words: list[str]) -> None:
     """Runs the words that follow `python`; never returns."""
-    if Path(words[0]).name != "train.py":
+    if Path(words[0]).name != "train.py" or "--check" in words:
         os.execv(sys.executable, [sys.executable, *words])
     server = rank_server(int(os.environ["SLURM_PROCID"]), os.environ[RUN_OF_TESTS])
     # One that comes before the rank is there waits for it.

@@ -61,10 +61,12 @@ def start(
     environ: dict[str, str] | None = None,
     script: str = "slurm/fd_swinv2g.sh",
     flags: str = FLAGS,
+    nodes: tuple[str, ...] = NODES,
     forked: bool = True,
 ) -> Job:
     """Submits a batch script for a run FOLDER/NAME, on FOLDER/pictures unless environ has more.
 
+    `nodes` are options of sbatch, which win over the script's own lines.
     Unless it is `forked`, its ranks import torch themselves.
     """
     logs, run_dir = folder / f"{name}-logs", folder / f"{name}-run"
@@ -79,7 +81,7 @@ def start(
         "DS_ACCELERATOR": "cpu",
     } | (environ or {})
     number = cluster.submit(
-        *(*NODES, "--time=20", f"--output={logs}/batch.out", *sbatch, script),
+        *(*nodes, "--time=20", f"--output={logs}/batch.out", *sbatch, script),
         *(*flags.split(), "--optim.max_steps", updates, "--runtime.run_dir", run_dir, *words),
         environ=given,
     )

@@ -14,7 +14,7 @@ from fd_large.plan.cluster import Cluster, Machine
 from fd_large.plan.memory import Placement, held
 from fd_large.plan.peak_memory import FIXED_BYTES, HEADROOM
 from fd_large.plan.rates import CARDS
-from fd_large.plan.search import checkpoint_bytes, num_steps, search
+from fd_large.plan.search import SAME_TIME, checkpoint_bytes, num_steps, search
 from fd_large.plan.step_time import Between, estimate
 from fd_large.recipes import registry
 
@@ -55,6 +55,52 @@ def test_the_table_of_the_page(gpus, images):
         said(hours.scaled(gpus)),
     )
     assert "| " + " | ".join(cells) + " |" in PAGE.read_text().splitlines()
+
+
+SETTINGS = (
+    Candidate(stage=2, teacher="replicated", checkpointing=False),
+    Candidate(stage=1, teacher="replicated", checkpointing=False),
+    Candidate(stage=2, teacher="replicated", checkpointing=True),
+    Candidate(stage=2, teacher="sharded", checkpointing=False),
+    Candidate(stage=3, teacher="replicated", checkpointing=False),
+    Candidate(stage=3, teacher="sharded", checkpointing=False),
+    Candidate(stage=3, hpz=True, teacher="node", checkpointing=False),
+    Candidate(stage=3, hpz=True, teacher="node", checkpointing=True),
+    Candidate(stage=3, teacher="sharded", checkpointing=True),
+)
+COLUMNS = tuple(
+    (gpus, images, *card)
+    for card in (("h100", 400), ("a100_40", 100))
+    for gpus, images in ((8, 2048), (64, 2048), (512, 16384))
+)
+
+
+def column(gpus, images, gpu, gigabits):
+    """The cells of one machine, and the setting that it is planned with."""
+    good, _ = search(replace(GIANT, global_batch_size=images), machine(gpus, gpu, gigabits))
+    found = {replace(one.candidate, micro_batch_size=1): one for one in good}
+    steps = num_steps(300, 1_281_167, images)
+    cells = []
+    for setting in SETTINGS:
+        if one := found.get(setting):
+            hours = one.seconds.between.scaled(steps / 3600 * gpus)
+            cells.append(f"{said(hours)}; {one.memory.total / 1e9:.1f}")
+        else:
+            cells.append("-")
+    return cells, found
+
+
+def test_the_table_of_settings_on_8_64_and_512_gpus():
+    columns = [column(*each) for each in COLUMNS]
+    lines = PAGE.read_text().splitlines()
+    for setting, *cells in zip(SETTINGS, *(cells for cells, _ in columns), strict=True):
+        name = f"{setting.stage}{' + hpZ' if setting.hpz else ''}, {setting.teacher}"
+        kept = "checkpoints" if setting.checkpointing else "none"
+        assert f"| {name}, {kept} | {' | '.join(cells)} |" in lines
+    for _, found in columns:
+        fastest = min(one.seconds.total for one in found.values())
+        # Of settings that are equally fast, the one that communicates less is planned.
+        assert found[SETTINGS[0]].seconds.total <= fastest * (1 + SAME_TIME)
 
 
 def test_the_page_s_arithmetic_of_one_small_gpu():
