@@ -37,7 +37,7 @@ BOXES = {
     "read: rpn.propose": 13,
     "read: matching.sample": 4,
     "read: mask_head.cut_masks": 2,
-    "read: pooling.<listcomp>": 8,
+    "read: pooling._places_by_level": 8,
 }
 NORM = {"read: stage3.complete_grad_norm_calculation_for_cpu_offload": 2}
 

@@ -73,7 +73,7 @@ DETECTORS = ("coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base")
 KERNELS = {"reference": (7, 5), "triton": (9, 0)}
 """What runs the fused operations, and the compute capability that makes it do so."""
 COUNTING = {
-    *("matching.match", "matching.sample", "pooling.<listcomp>", "mask_head.cut_masks"),
+    *("matching.match", "matching.sample", "pooling._places_by_level", "mask_head.cut_masks"),
     # torchvision's coder moves its constants, too.
     *("rpn.propose", "rpn.rpn_terms", "box_head.box_losses"),
 }

@@ -253,7 +253,8 @@ def caller() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        inside = {*path.parts} & {*PACKAGES}
+        # Comprehensions have a frame of their own until Python 3.12.
+        inside = {*path.parts} & {*PACKAGES} and not frame.f_code.co_name.startswith("<")
         if inside and not any(name in path.parts for name in WRAPPERS):
             return f"{path.stem}.{frame.f_code.co_name}"
         frame = frame.f_back

@@ -105,6 +105,14 @@ class CardTensor(torch.Tensor):
         return run(func, args, kwargs or {}, note=lambda what: None)
 
 
+def is_function(code: Any) -> bool:
+    """Says whether code is a named function of fd_large.
+
+    Comprehensions have code of their own until Python 3.12, and are their function's here.
+    """
+    return code.co_filename.startswith(PACKAGE) and not code.co_name.startswith("<")
+
+
 def on_card(tensor: torch.Tensor) -> CardTensor:
     """Returns a copy on the card."""
     return CardTensor(tensor.detach().clone())
@@ -251,6 +259,9 @@ class Stream:
     def __init__(self, device: Any = None, *, name: str = "side") -> None:
         self.name = name
 
+    def is_capturing(self) -> bool:
+        return False
+
     def wait_stream(self, other: Stream) -> None:
         card_of_thread().notes.append(f"{self.name} waits for {other.name}")
 
@@ -295,7 +306,7 @@ class Card(TorchDispatchMode):
 
     def _note(self, what: str) -> None:
         frame: Any = sys._getframe(1)
-        while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
+        while frame is not None and not is_function(frame.f_code):
             frame = frame.f_back
         where = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}" if frame else "test"
         self.waits.append(f"{where}: {what}")
@@ -346,6 +357,8 @@ def fake_cuda() -> Iterator[Card]:
     _cards.append(card)
     for name, stand_in in stand_ins(card).items():
         patch.setattr(torch.cuda, name, stand_in)
+    # torch's optimisers ask for it in a build for CUDA.
+    patch.setattr(torch.accelerator, "current_stream", lambda device=None: card.streams[-1])
     # Without a card there is nothing to compile for.
     patch.setattr(operation, "_compiled", lambda op, reference, *_: reference)
     patch.setattr(torch.Tensor, "pin_memory", pinned)
