@@ -48,3 +48,13 @@ def test_a_view_that_is_seen_once_is_not_stored():
     found = cost(map_bytes=295_000, teacher=3.7, student=11.1, uses=1.0)
     assert found.saved_share == pytest.approx(0)
     assert not found.pays
+
+
+def test_from_the_fewest_uses_on_a_map_that_is_waited_for_saves_time():
+    # 1.5 ms to read beside 1 ms of the student: each use saves 1.5 of the teacher's 2 ms.
+    found = cost(map_bytes=1_500_000, teacher=2.0, student=1.0)
+    assert found.fewest_uses == pytest.approx(2 / 1.5)
+    for factor, saves in ((0.99, False), (1.01, True)):
+        uses = factor * found.fewest_uses
+        beside = cost(map_bytes=1_500_000, teacher=2.0, student=1.0, uses=uses)
+        assert (beside.saved_share > 0) == saves
