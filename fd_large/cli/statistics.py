@@ -103,9 +103,12 @@ def measure(run: Run, *, deepspeed_config: str, out: str, views: int, target: st
     entries = run.taught_by.items()
     labels = labels_of(run.taught_by)
     if target not in labels:
+        names = [label for label in labels if label]
+        expected, remedy = "none: it has one teacher", "Leave it out."
+        if names:
+            expected, remedy = nearest(target, names), "Name one of these."
         raise ConfigError(
-            f"--target: no such target of this recipe; got {target!r}, "
-            f"{nearest(target, [one for one in labels if one])}. Name one of these."
+            f"--target: no such target of this recipe; got {target!r}, {expected}. {remedy}"
         )
     raw = run.with_taught_by({name: entry.as_it_is() for name, entry in entries})
     opened = open_run(raw, job_of, deepspeed_config=deepspeed_config)

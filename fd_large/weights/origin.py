@@ -111,7 +111,7 @@ def licence_of_card(card: Path | None) -> str:
         return ""
     try:
         with card.open("rb") as file:
-            head = file.read(_HEAD_BYTES).decode(errors="replace")
+            head = file.read(_HEAD_BYTES).decode(errors="replace").replace("\r\n", "\n")
     except OSError:
         return ""
     if not head.startswith("---\n"):

@@ -28,3 +28,11 @@ def test_a_signal_ends_it_with_one_sentence(number, tmp_path, monkeypatch, capsy
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("statistics: stopped before the end; got a signal")
     assert "same command again" in line
+
+
+def test_a_target_where_a_recipe_has_one_teacher(tmp_path, capsys):
+    words = ["--deepspeed_config", "zero1", "--out", str(tmp_path / "found.safetensors")]
+    assert main(["statistics", *words, "--target", "clop"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("--target: ")
+    assert line.endswith("Leave it out.")

@@ -21,7 +21,7 @@ def origin(source, model=CLIP):
 
 def card(folder, text):
     folder.mkdir(exist_ok=True)
-    (folder / "README.md").write_text(text)
+    (folder / "README.md").write_bytes(text.encode())
     return folder
 
 
@@ -31,10 +31,12 @@ def card(folder, text):
         ("license: apache-2.0", "apache-2.0"),
         ('tags:\n- a\nlicense: "mit"', "mit"),
         ("license: other\nlicense_name: dinov3-license", "dinov3-license"),
+        ("license: other\r\nlicense_name: a-licence\r", "a-licence"),
     ],
 )
 def test_the_card_beside_the_weights(tmp_path, metadata, licence):
-    folder = card(tmp_path / "model", f"---\n{metadata}\n---\n\nlicense: gpl")
+    text = f"---\n{metadata}\n---\n\nlicense: gpl"
+    folder = card(tmp_path / "model", text.replace("---\n", "---\r\n") if "\r" in text else text)
     said = Origin(f"{licence}, as the files beside them say")
     assert origin(str(folder)) == said
     assert origin(f"{folder / 'model.pth'}#teacher") == said
