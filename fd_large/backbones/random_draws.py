@@ -13,24 +13,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fd_large.errors import ConfigError
 
 
-def refuse_chance(net: nn.Module, name: str, *, where: str) -> None:
+def refuse_chance(net: nn.Module, name: str, *, where: str, has_groups: bool = False) -> None:
     """Refuses dropout and batch normalisation in a model or head of the user's own.
 
     Args:
         net: What is trained.
         name: Its name in the recipe.
         where: What the user set, for messages.
+        has_groups: Whether norms of torch and timm will have groups (`batch_norm.adopt`), for which
+            they need running statistics and a momentum.
 
     Raises: ConfigError: naming the first such module.
     """
+    remedy = "take a norm of single images"
+    if has_groups:
+        remedy = "take torch's batch norms with a momentum and running statistics"
     for part, module in net.named_modules():
         draws = isinstance(module, _DropoutNd) and module.p > 0
-        if draws or isinstance(module, _BatchNorm):
+        if draws or (isinstance(module, _BatchNorm) and not (has_groups and _is_known(module))):
             raise ConfigError(
                 f"{where}: a module that makes a step depend on rank, micro batch or resume; got "
                 f"{type(module).__name__} {part!r} in {name}, expected none. Leave dropout out (a "
-                "student has `keep` in its place), and take a norm of single images."
+                f"student has `keep` in its place), and {remedy}."
             )
+
+
+def _is_known(norm: _BatchNorm) -> bool:
+    # A class of the user's own may compute something else.
+    is_library = type(norm).__module__.partition(".")[0] in ("torch", "timm")
+    return is_library and norm.running_mean is not None and norm.momentum is not None
 
 
 class Draws(TorchDispatchMode):

@@ -26,6 +26,7 @@ class CustomArchitecture(FamilyArchitecture):
     family: ClassVar[str] = "module"
     prefix: ClassVar[str] = doors.PREFIX
     whole_first: ClassVar[bool] = True
+    has_batch_norms: ClassVar[bool] = True
 
     @classmethod
     def named(cls, rest: str) -> Self:

@@ -12,7 +12,8 @@
 A teacher does without the last two, and brings its weights; its `forward` is called with the images
 alone. Optional are `statistics`, mean and deviation by which its images are normalised (a
 `Statistics`); `layer_id(name)` and `last_layer`, for `optim.layer_decay`; `no_weight_decay()`,
-names of parameters without weight decay; and for detection `stages(images, keep)`, four maps
+names of parameters without weight decay; `fewest_places`, places of the smallest map that a batch
+norm normalises, where that is not the last one; and for detection `stages(images, keep)`, four maps
 (B, H, W, C) of images of any size, with `stage_widths` and `stage_strides`.
 
 The class or function is called with those of the arguments `image_size` and `drop_path_rate` that
@@ -22,12 +23,14 @@ it takes; more than once, also under `torch.device("meta")`, where weights are o
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
 from fd_large import doors
+from fd_large.backbones import batch_norm
 from fd_large.backbones.custom.architecture import CustomArchitecture
 from fd_large.backbones.family import Options
 from fd_large.backbones.feature_map import FeatureMap
@@ -71,9 +74,32 @@ def build_custom(
             f"{', '.join(needed)}. docs/extending.md says what each is."
         )
     if options.is_trained:
-        refuse_chance(net, architecture.function, where=where)
+        refuse_chance(net, architecture.function, where=where, has_groups=True)
+        _group_norms(net, architecture.image_size, where)
     _complete(net)
     return net
+
+
+def _group_norms(net: Any, image_size: int, where: str) -> None:
+    """Lets batch norms of torch and timm normalise by groups of images, whatever the ranks."""
+    groups = batch_norm.adopt(net)
+    if not batch_norm.norms_of(net):
+        return
+
+    def count_images(net: nn.Module, arguments: tuple[Any, ...]) -> None:
+        # The model may flatten them with other dimensions before a norm.
+        groups.images = len(arguments[0])
+
+    net.register_forward_pre_hook(count_images)
+    if hasattr(net, "fewest_places") or not image_size:
+        return
+    try:
+        net.fewest_places = math.prod(net.grid(image_size, image_size))
+    except Exception as error:  # The user's code may raise anything.
+        raise ConfigError(
+            f"{where}: grid({image_size}, {image_size}) fails; got {doors.cause(error)}, expected "
+            "rows and columns of the map. Correct the code."
+        ) from error
 
 
 def _complete(net: Any) -> None:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from loading import teacher_run
 from plugins import install
+from torch import nn
 
 from fd_large import doors
 from fd_large.backbones.custom.custom import check_map
 from fd_large.backbones.registry import build, family_of, parameter_shapes
 from fd_large.engine.frozen import frozen_weights
-from fd_large.engine.student import make_student
+from fd_large.engine.student import group_norms, make_student
 from fd_large.engine.task import Task
 from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import resolve
@@ -62,9 +63,27 @@ class Drops(Student):
         self.drop = nn.Dropout(0.1)
 
 class Batches(Student):
+    def __init__(self, **settings):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(12, **settings)
+
+    def forward(self, images, keep=None):
+        found = super().forward(images)
+        return found._replace(tokens=self.norm(found.tokens.flatten(0, 1)).view_as(found.tokens))
+
+def whole_average():
+    return Batches(momentum=None)
+
+def untracked():
+    return Batches(track_running_stats=False)
+
+class OwnNorm(nn.BatchNorm1d):
+    pass
+
+class OwnBatches(Batches):
     def __init__(self):
         super().__init__()
-        self.norm = nn.BatchNorm2d(12)
+        self.norm = OwnNorm(12)
 
 class Bare(Student):
     def forward(self, images, keep=None):
@@ -160,11 +179,41 @@ def test_a_student_without_what_training_needs():
 
 
 @pytest.mark.usefixtures("_own_module")
-@pytest.mark.parametrize(("name", "module"), [("Drops", "Dropout"), ("Batches", "BatchNorm2d")])
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("Drops", "Dropout"),
+        ("whole_average", "BatchNorm1d"),
+        ("untracked", "BatchNorm1d"),
+        ("OwnBatches", "OwnNorm"),
+    ],
+)
 def test_a_step_depends_on_images_weights_and_keep_alone(name, module):
     build(resolve(f"module:own_nets/patches.py:{name}"))  # A teacher's step is not trained.
     with pytest.raises(ConfigError, match=module):
         make_student(Student(model=f"module:own_nets/patches.py:{name}", init="weights.pt"))
+
+
+@pytest.mark.usefixtures("_own_module")
+def test_batch_norms_have_groups_of_images_in_a_student():
+    """Two groups of two images, flattened with their places, are torch's norm of each."""
+    model = "module:own_nets/patches.py:Batches"
+    task = Task(make_student(Student(model=model), image_size=16)).train()
+    group_norms(task, 2, global_batch=4, micro_batch=4)
+    images = torch.randn(4, 3, 16, 16)
+    plain = nn.BatchNorm1d(12)
+    inputs = task.student.cut(images).flatten(2).transpose(1, 2)
+    expected = [plain(half.flatten(0, 1)) for half in inputs.split(2)]
+    task.before_step(0.0)
+    found = task.student(images).tokens
+    torch.testing.assert_close(found.flatten(0, 1), torch.cat(expected))
+    found.sum().backward()
+    task.after_step()
+    assert not task.student.norm.running_mean.eq(0).all()
+    assert task.student.fewest_places == 4
+    with pytest.raises(ConfigError, match=r"student\.norm_batch"):
+        make_student(Student(model=model, norm_batch=0))
+    build(resolve(model))(images)  # A teacher is as its code says.
 
 
 @pytest.mark.usefixtures("_own_module")
