@@ -1,7 +1,7 @@
 """The best evaluation of a run so far, and whether it is time to stop.
 
-All of it follows from the rows of evaluations.jsonl up to the present step, so a run that was
-interrupted decides as one that was not. Rank 0's numbers count on all ranks.
+The state follows from the rows of evaluations.jsonl up to the present step, so an interrupted run
+decides like an uninterrupted one. All ranks use rank 0's numbers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ FIELD = "eval.best_metric"
 
 
 class Best:
-    """Compares evaluations by one of their numbers.
+    """Compares evaluations by one metric.
 
     The evaluation before the first step is not counted: there is no checkpoint of it.
 
     Args:
         metric: Name of the number, as in evaluations.jsonl.
-        lower_is_better: Its direction.
+        lower_is_better: Whether a lower metric is better.
         patience: Evaluations in a row without a better value after which the run is to stop; 0:
             it never is.
         values: {finished steps: value} of the evaluations so far.
@@ -49,7 +49,7 @@ class Best:
     def of_folder(
         cls, folder: Path, finished: int, *, metric: str, lower_is_better: bool, patience: int
     ) -> Best:
-        """Returns it with the evaluations of a run that goes on after so many steps; collective."""
+        """Returns the comparison as of a resumed run's stored evaluations; a collective."""
         values: dict[int, float] = {}
         if distributed.is_main():
             rows = rows_before(folder / EVALUATIONS, finished + 1)
@@ -87,13 +87,13 @@ class Best:
 
     @property
     def step(self) -> int | None:
-        """Finished steps at the best evaluation, the first of equals; None: there is none yet."""
+        """Step of the best evaluation (the earliest of equals), or None before the first."""
         finite = {step: value for step, value in self._values.items() if math.isfinite(value)}
         return min(finite, key=lambda step: (self._sign * finite[step], step), default=None)
 
     @property
     def exhausted(self) -> bool:
-        """Whether the last evaluations, as many as the patience, were no better."""
+        """Whether none of the last `patience` evaluations improved on the best."""
         since = sum(step > (self.step or 0) for step in self._values)
         return bool(self._patience) and since >= self._patience
 
@@ -107,7 +107,7 @@ class Best:
         )
 
     def to_dict(self) -> dict[str, Any] | None:
-        """Returns the best evaluation for summary.json; None: there is none yet."""
+        """Returns the best evaluation for summary.json, or None before the first."""
         step = self.step
         if step is None:
             return None

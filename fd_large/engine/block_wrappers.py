@@ -70,7 +70,7 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
 
 
 def _moving(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The first call compiles, for up to a minute; dozens of blocks are no standstill."""
+    """Tells the watchdog that the run moves, since a block's first call compiles for a minute."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         distributed.moved()

@@ -42,7 +42,7 @@ def stored_task(make: Callable[[], AnyTask], reader: Reader, *, kind: str) -> An
 
 
 def fill_stored(task: Task, reader: Reader, *, kind: str) -> None:
-    """Fills a task with the weights of a checkpoint; what is on the meta device is only compared.
+    """Fills a task with the weights of a checkpoint; tensors on the meta device are only compared.
 
     Args:
         task: Whole, in host memory, or in part without memory.
@@ -79,7 +79,7 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
     """Opens the student of a run's newest sound checkpoint, or of a checkpoint by its own path.
 
     Checks its bytes, on rank 0 alone. Not a collective: if that run is still training, ranks may
-    find different checkpoints, so the result names the one that was opened; that of rank 0 counts.
+    find different checkpoints, so the result names the opened checkpoint, and rank 0's counts.
 
     Args:
         path: The folder of a run, or step_NNNNNNNN in its checkpoints.
@@ -115,7 +115,7 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
 
 
 def student_tensors(reader: Reader, student: StoredStudent) -> Tensors:
-    """Returns the tensors of a stored student by its own names, each read when it is asked for.
+    """Returns the tensors of a stored student by its own names, each read on access.
 
     Names and sizes are compared with the checkpoint's once the first is asked for.
     """
@@ -123,12 +123,12 @@ def student_tensors(reader: Reader, student: StoredStudent) -> Tensors:
 
 
 class _Tensors(Tensors):
-    """The weights of a student, each read from the ranks' files when it is asked for.
+    """Weights of a student, each read from the ranks' files on access.
 
     Args:
         reader: The checkpoint.
-        shapes: Returns the shape of each tensor by name, once one is asked for: to know them, the
-            user's own code is imported that makes the student.
+        shapes: Returns the shape of each tensor by name. Called on first access only, since it
+            may import the user's own code.
         absent: Value of each tensor that the task did without; other names are ignored.
     """
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when it saves, what it resumes from, and what it goes back to."""
+"""The checkpoints of a run: when to save, what to resume from, what to roll back to."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Checkpoints:
         global_batch_size: Images per step, over all ranks.
         facts: JSON-safe entries of every manifest: the recipe, the commit, the task's facts.
         check_stored: Raises CheckpointError for a manifest that belongs to another training.
-        lease: This start's right to write the folder; None where nobody else can be.
+        lease: This start's right to write the folder, or None if no other process can write it.
 
     Attributes:
         optimizer_steps: Number of steps that were not skipped; the trainer adds to it.
@@ -92,7 +92,7 @@ class Checkpoints:
         return each * sum(state.layout_of(self._engine).sizes.values())
 
     def sweep(self) -> None:
-        """Removes what a killed run left half written; never while the run trains."""
+        """Removes half-written checkpoints of a killed run; never called while the run trains."""
         on_main(lambda: store.sweep(self._folder))
 
     def log_disk_use(self, total_steps: int) -> None:
@@ -108,7 +108,7 @@ class Checkpoints:
         log.log(level, text, each / 1e9, most, most * each / 1e9, free / 1e9)
 
     def due(self, step: int, steps_per_epoch: int) -> bool:
-        """Returns whether the recipe saves after so many steps."""
+        """Returns whether the recipe saves after this number of steps."""
         return step % (self._runtime.save_every or steps_per_epoch) == 0
 
     @property
@@ -129,7 +129,7 @@ class Checkpoints:
         return None
 
     def save(self, step: int, *, evaluated: bool = True, prunes: bool = True) -> float | None:
-        """Starts to write the state after so many steps; all ranks call it.
+        """Starts to write the state as of a step; all ranks call it.
 
         State that lies on a disk is written to the end, while training stands still. State that is
         not finite on any rank becomes no checkpoint.
@@ -137,9 +137,9 @@ class Checkpoints:
         Args:
             step: Number of finished steps.
             evaluated: Whether the evaluation that is due then, if any, was made.
-            prunes: Whether old checkpoints go once this one is complete.
+            prunes: Whether old checkpoints are deleted when this one is complete.
 
-        Returns: the seconds that a save took if it had to be waited for, an earlier one or this;
+        Returns: seconds spent waiting for this save or an earlier one;
             else None.
         """
         if self._saved == step:
@@ -174,7 +174,7 @@ class Checkpoints:
         return waited
 
     def mark_evaluated(self) -> None:
-        """Notes in the checkpoint of the present step that its evaluation was made."""
+        """Records in the checkpoint of the present step that its evaluation is done."""
         # One that is still being written takes its manifest at the end.
         self._manifest["evaluated"] = True
         if distributed.is_main() and not self._saver.begun and self._saved is not None:
@@ -185,7 +185,7 @@ class Checkpoints:
                 log.warning("%s: a resume from it evaluates again: %s", path, error)
 
     def mark_best(self, step: int) -> None:
-        """Lets `checkpoints/best` name the checkpoint of a step, once it is complete."""
+        """Points `checkpoints/best` at the checkpoint of a step, once it is complete."""
         self._best = step
         if not self._saver.begun:
             self._link_best()
@@ -215,7 +215,7 @@ class Checkpoints:
             return self._finish(worst > 0, worst > 1)
 
     def resume(self) -> int:
-        """Restores the newest sound checkpoint; returns its step, 0 where there is none.
+        """Restores the newest sound checkpoint; returns its step, or 0 without a checkpoint.
 
         Raises:
             CheckpointError: If their folder is none, there are checkpoints and none is sound, or
@@ -244,9 +244,9 @@ class Checkpoints:
         return step or 0
 
     def roll_back(self, at_most: int) -> int | None:
-        """Restores the newest sound checkpoint of at most so many steps.
+        """Restores the newest sound checkpoint that is no later than a step.
 
-        Returns: its step; None where there is none.
+        Returns: its step, or None if no checkpoint is that old.
         """
         self.settle()
         return self._restore_newest(at_most)[0]

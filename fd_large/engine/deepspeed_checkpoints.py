@@ -1,7 +1,7 @@
 """DeepSpeed's own checkpoints, for tools that read them: exported from a run, imported into one.
 
-Both build the run as training does and let DeepSpeed (0.19.8) write or read. Its files are for one
-number of ranks, unlike the run's own.
+Both directions build the run as training does and let DeepSpeed (0.19.8) write or read.
+DeepSpeed's files fit one number of ranks only, unlike the run's own.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def export_checkpoint(run_dir: str, out: str, job_of: JobOf, *, deepspeed_config
 
 @contextmanager
 def _without_code() -> Iterator[None]:
-    """Makes every torch.load a restricted one; DeepSpeed asks for the one that runs code."""
+    """Restricts every torch.load to plain tensors; DeepSpeed calls the variant that runs code."""
     own = [private_names.get(path) for path in _IN_CHECKPOINTS]
     before = {name: os.environ.pop(name, None) for name in (_FORCED, _FORBIDDEN)}
     os.environ[_FORCED] = "1"
@@ -72,7 +72,7 @@ def _without_code() -> Iterator[None]:
 
 
 def _culprit(error: UnpicklingError) -> str:
-    """Returns the name of what was refused, from torch's message."""
+    """Returns the refused name from torch's message."""
     return str(error).partition("GLOBAL ")[2].partition(" ")[0] or "something of another kind"
 
 

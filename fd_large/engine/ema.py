@@ -22,8 +22,8 @@ from fd_large.engine.zero.engine import Engine
 class Ema:
     """Keeps ema = decay * ema + (1 - decay) * weight after each step, in float32.
 
-    It begins as the weights themselves. Running statistics of batch norms are averaged likewise:
-    live ones are those of other weights.
+    The average begins as a copy of the weights. Running statistics of batch norms are averaged
+    too, because the live statistics belong to the live weights.
 
     Args:
         engine: The engine, before its first step or restored.

@@ -1,4 +1,4 @@
-"""Evaluations of a run: what a task measures, how often, in which precision; interruption."""
+"""Evaluations of a run: metrics, cadence, precision, interruption."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ T = TypeVar("T")
 
 
 class Pending(Protocol):
-    """Numbers of an evaluation that rank 0 still works out, in a process of its own.
+    """Metrics of an evaluation that rank 0 still computes, in a separate process.
 
-    What they are made of is kept on disk, so that a later start of the run can take them up.
+    Their inputs are kept on disk, so that a later start of the run can finish the work.
     """
 
     @property
@@ -36,23 +36,23 @@ class Pending(Protocol):
         """Whether the work is over; False on all ranks but rank 0."""
 
     def wait(self, meanwhile: Callable[[], None]) -> dict[str, float]:
-        """Returns the numbers by name, once they are there; a collective.
+        """Waits for the metrics and returns them by name; a collective.
 
         Args:
-            meanwhile: Called again and again, on all ranks alike; it may raise to leave.
+            meanwhile: Called repeatedly while waiting, on all ranks; may raise to leave.
 
-        Raises: FDError: on all ranks, if there are none.
+        Raises: FDError: on all ranks, if the work failed.
         """
 
     def forget(self) -> None:
-        """The numbers are written down: a later start need not take them up."""
+        """Deletes the stored inputs; called once the metrics are recorded."""
 
     def give_up(self) -> None:
-        """Ends the work, and leaves it to a later start."""
+        """Stops the work and leaves it to a later start."""
 
 
 class Evaluation(NamedTuple):
-    """Something that a task measures as it trains.
+    """A measurement that a task makes during training.
 
     Attributes:
         measure: Called with the number of finished steps, whether it is the last evaluation, and a
@@ -61,9 +61,9 @@ class Evaluation(NamedTuple):
             the weights in their place where the run keeps one. Training need not wait for numbers
             that are `Pending`.
         every: Steps between two calls; 0 evaluates only before the first step and after the last.
-        left: Called once, by a start that goes on after so many steps, with this number and whether
-            the evaluation that is due then is made again; returns what an earlier start left, and
-            the steps after which it was measured. A collective.
+        left: Called once by a resumed run, with its number of finished steps and whether the
+            evaluation due at that step is repeated; returns an earlier start's pending metrics
+            and the step at which they were measured. A collective.
     """
 
     measure: Callable[
@@ -73,7 +73,7 @@ class Evaluation(NamedTuple):
     left: Callable[[int, bool], tuple[int, Pending] | None] = lambda finished, again: None
 
     def due(self, step: int, last: bool) -> bool:
-        """Returns whether it is made after so many steps."""
+        """Returns whether the evaluation is due after this number of steps."""
         return last or step == 0 or (bool(self.every) and step % self.every == 0)
 
 
@@ -83,8 +83,8 @@ def awaited(work: futures.Future[T] | None, meanwhile: Callable[[], None]) -> T 
     No rank waits for long in one collective: it would be taken for hung, and could not be stopped.
 
     Args:
-        work: What rank 0 waits for; None elsewhere.
-        meanwhile: Called about once a second, on all ranks alike; it may raise to leave.
+        work: The process that rank 0 waits for; None on other ranks.
+        meanwhile: Called about once a second, on all ranks; may raise to leave.
 
     Returns: the result on rank 0, None elsewhere.
     Raises: FDError: on all ranks, if the work ended in it.
@@ -119,7 +119,7 @@ class evaluating:
 def in_float32(
     engine: Engine, make_task: Callable[[], Task]
 ) -> Iterator[Callable[[Tensor, Any], Any]]:
-    """Yields (images, targets) -> what the task's forward returns in evaluation, in float32.
+    """Yields the task's forward in evaluation mode and float32, as a function of (images, targets).
 
     Where the engine computes in bfloat16, a float32 copy of the task with the masters' values does,
     of 4 bytes for each parameter within the block. ZeRO-3 computes as it trains: its memory may not

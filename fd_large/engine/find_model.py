@@ -32,7 +32,7 @@ _STUDENT, _SCRATCH = "student", "scratch"
 
 
 def _where(source: str) -> str:
-    """Returns what messages call a model that no flag names."""
+    """Returns the name that messages use for a model without a flag."""
     return f"model {source}"
 
 
@@ -45,11 +45,11 @@ class NamedModel:
         source: What the user named.
         section: Model and weights, settled.
         image_size: Side of the images that it was trained with, in pixels.
-        trained_by: Job of the run whose student it is; None: it is not a run's student.
+        trained_by: Job of the run whose student this is, or None if it is not a run's student.
         seed: Seed of the run that it belongs to; decides random weights.
         weights: The sources that have opened its weights.
-        checkpoint: The checkpoint of which its run's recipe was read, and all else is to be: a run
-            that still trains writes newer ones. None: it is not a run's.
+        checkpoint: The checkpoint whose recipe was read, and from which the weights must come
+            too, since a running run writes newer ones. None if the model is not from a run.
     """
 
     label: str
@@ -68,7 +68,7 @@ class NamedModel:
 
     @property
     def folder(self) -> Path | None:
-        """The checkpoint, or the folder that its weights stand in; None if there is neither."""
+        """The checkpoint, or the folder of the weights file; None if there is neither."""
         if self.checkpoint or self.section.source == RANDOM:
             return self.checkpoint
         return self.weights.resolve(self.section.source).folder
@@ -90,7 +90,7 @@ class NamedModel:
 
 
 def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel:
-    """Finds a model by what the user calls it; reads headers only.
+    """Finds a model by the user's name for it; reads headers only.
 
     Args:
         source: One of
@@ -157,7 +157,7 @@ def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel
 
 
 def find_models(sources: Sequence[str], job_of: JobOf, *, image_size: int = 0) -> list[NamedModel]:
-    """Finds several models, whose labels differ, also as names of folders (`slug`).
+    """Finds several models and gives them labels that are distinct, also as folder names (`slug`).
 
     Args: As `find_model`.
     Raises: FDError: as `find_model`; if a model is there twice.
@@ -166,7 +166,7 @@ def find_models(sources: Sequence[str], job_of: JobOf, *, image_size: int = 0) -
 
 
 def with_own_labels(models: Sequence[NamedModel]) -> list[NamedModel]:
-    """Gives models labels that differ, also as names of folders.
+    """Gives models distinct labels, also distinct as folder names.
 
     Raises: ConfigError: if a model is there twice.
     """
@@ -186,7 +186,7 @@ def slug(label: str) -> str:
 
 
 def _checkpoint_of(path: Path) -> Reader | None:
-    """Returns a run's newest checkpoint, or the one of that path; None: it is neither's."""
+    """Returns a run's newest checkpoint or the checkpoint at this path; None if it is neither."""
     if store.manifest_of(path) is None and kind_of(store.checkpoints_of(path)) != "folder":
         return None
     return stream.newest(path, where=str(path))
@@ -226,7 +226,7 @@ def _label(named: str, weights: str) -> str:
 
 
 def _seen_size(section: FrozenModel, image_size: int, own_image_size: int = 0) -> int:
-    """Returns the side that a model is given: its own if its positions are for one side only."""
+    """Returns the side of a model's input: its own side if its positions cannot be resized."""
     with torch.device("meta"):
         model = frozen_maker(section, image_size=image_size, own_image_size=own_image_size)()
     return model.image_size or image_size

@@ -1,4 +1,4 @@
-"""The micro batches of a step through a task: what needs no gradient, then loss and backward."""
+"""The micro batches of a step through a task: preparation without gradient, loss, backward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fd_large.ranks import distributed
 
 
 def prepared(task: Task, batch: Batch, seed: int) -> dict[str, Any]:
-    """Returns what a task prepares of a micro batch, without gradient.
+    """Runs a task's `prepare` on a micro batch, without gradient, and returns its result.
 
     Args:
         task: The trained Module, outside of its engine.
@@ -35,7 +35,7 @@ def prepared(task: Task, batch: Batch, seed: int) -> dict[str, Any]:
 
 
 def completed(task: Task, batch: Batch) -> Batch:
-    """Returns a micro batch on the device with what all students learn from it."""
+    """Returns a micro batch on the device, with the frozen models' outputs."""
     with torch.no_grad():
         return replace(batch, targets=task.learnt(batch.images, batch.targets))
 
@@ -52,14 +52,14 @@ def arguments_of_step(
 ) -> Iterator[dict[str, Any]]:
     """Yields the arguments of the task's `forward` for each micro batch of a step, in turn.
 
-    A step in one pass takes and prepares a micro batch when it is asked for. A step in two passes
-    takes and prepares all at first, and makes one small collective; all ranks do so alike. Its sums
-    are added in the order of the micro batches and then over the ranks, in float64: sums of whole
-    numbers are exact, others differ between numbers of ranks and micro batches by their rounding.
+    A step in one pass takes and prepares each micro batch on demand. A step in two passes first
+    takes and prepares all of them, then makes one small collective on all ranks. Its sums are
+    added in the order of the micro batches and then over the ranks, in float64: sums of integers
+    are exact, other sums vary with the number of ranks and micro batches by rounding.
 
     Args:
         task: The trained Module, outside of its engine.
-        forward: Calls its `forward`, in its engine where it has one.
+        forward: Calls the task's `forward`, through its engine if it has one.
         batches: This rank's micro batches of the step, on any device.
         seed: Seed of the drop path.
         count: Their number.
@@ -88,7 +88,7 @@ def arguments_of_step(
 def backward(engine: Engine, arguments: dict[str, Any]) -> Tensor:
     """Runs forward and backward of one micro batch; returns its loss, a detached scalar.
 
-    Empties `arguments`, so that backward has the memory of what it does not need.
+    Empties `arguments` to free memory that backward does not need.
     """
     loss, _ = engine.deepspeed(**arguments)
     arguments.clear()
@@ -98,6 +98,6 @@ def backward(engine: Engine, arguments: dict[str, Any]) -> Tensor:
 
 
 def forward_backward(engine: Engine, batch: Batch, seed: int) -> Tensor:
-    """Runs forward and backward of a micro batch that is a step; returns its loss, detached."""
+    """Runs forward and backward of a step with a single micro batch; returns its detached loss."""
     (arguments,) = arguments_of_step(engine.task, engine.deepspeed, [batch], seed, count=1)
     return backward(engine, arguments)

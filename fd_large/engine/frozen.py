@@ -64,11 +64,11 @@ class Frozen(nn.Module):
         return self.net.grid(side, side)
 
     def side(self, image_size: int) -> int:
-        """Returns the side that the backbone sees images of a side at."""
+        """Returns the side at which the backbone sees images of a given side."""
         return self.sides.get(image_size, self.image_size) or image_size
 
     def train(self, mode: bool = True) -> Frozen:
-        """Stays in evaluation mode, whatever the parent is set to."""
+        """Stays in evaluation mode, whatever the parent's mode."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> FeatureMap:
@@ -100,11 +100,11 @@ def frozen_maker(
     Args:
         section: The settled section.
         image_size: Side of the images that the model will be given, in pixels.
-        own_image_size: Side to which these are resized for it; 0 leaves them as they are, or
-            resizes them to the one side that a table of positions allows.
+        own_image_size: Side to which the images are resized for the model; 0 keeps their size, or
+            uses the only side that the model's table of positions allows.
         sides: The same by the side of the images, where they have several.
-        residual_dtype: As `Options` has it.
-        before_norm: Whether the map is the one that the final norm is given.
+        residual_dtype: See `Options`.
+        before_norm: Whether the map is taken before the final norm instead of after it.
         options: Other `Options`.
 
     Raises: ConfigError: if the model has no final norm that can be left out.
@@ -139,7 +139,7 @@ def frozen_maker(
 
 
 def frozen_weights(section: FrozenModel, sources: Sources, *, where: str) -> Fitted | None:
-    """Finds the weights of a settled section's model; of a file only headers are read.
+    """Finds the weights of a settled section's model; reads only headers of files.
 
     Args:
         section: The settled section.
@@ -174,13 +174,13 @@ def frozen_weights(section: FrozenModel, sources: Sources, *, where: str) -> Fit
 def built_from(
     weights: Fitted, make: Callable[[], Frozen], *, dtype: torch.dtype, where: str
 ) -> Frozen | None:
-    """Builds a whole model on this rank's device that holds its weights and nothing else meanwhile.
+    """Builds a whole model on this rank's device without any memory beyond its weights.
 
-    Its parameters take no memory until the file's tensors take their places, one by one and in the
-    type they are wanted in. On a CPU, tensors of a file in that type stay where they lie: pages of
-    the file, which all processes of a host share and the system may drop and read again. A write
-    to one makes a copy of its page and leaves the file as it is. `mapped_files.check` of the model
-    says whether somebody has changed the file since.
+    Parameters take no memory until the file's tensors replace them, one by one, in the requested
+    type. On a CPU, tensors that the file has in this type stay mapped: pages of the file, which
+    all processes of a host share and the system may drop and read again. A write to a tensor
+    copies its page and leaves the file unchanged. `mapped_files.check` of the model tells whether
+    the file has changed since.
 
     Args:
         weights: The tensors of its backbone, on every rank.
@@ -230,7 +230,7 @@ def built_from(
 
 
 class _WithoutMemory:
-    """Replaces parameters at their registration; those without elements need no weights."""
+    """Replaces parameters, as they are registered, by tensors that take no memory."""
 
     def __init__(self) -> None:
         # One parameter of several modules stays one; an id alone may come again.

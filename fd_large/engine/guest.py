@@ -1,4 +1,4 @@
-"""A run in a process of somebody else's: a notebook, a script, a server.
+"""A run inside a process that already does other work: a notebook, a script, a server.
 
 `guest()` lets a block use the process as a rank of its own, and puts everything back that a run
 takes: process group, signals, logs, environment, limits, settings of torch.
@@ -87,7 +87,7 @@ def guest() -> Iterator[None]:
 
 
 def _logging() -> list[Any]:
-    """Returns calls that put Python's loggers back as they are now."""
+    """Returns calls that restore the present state of Python's loggers."""
 
     def restoring(logger: logging.Logger) -> Any:
         kept, level, propagate = list(logger.handlers), logger.level, logger.propagate
@@ -109,7 +109,7 @@ def _logging() -> list[Any]:
 
 
 def _signal_handlers() -> list[Any]:
-    """Returns calls that put signal handlers back; none outside of the main thread."""
+    """Returns calls that restore the signal handlers; empty outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return []
     kept = {number: signal.getsignal(number) for number in SIGNALS}

@@ -1,4 +1,4 @@
-"""A head by its name in a recipe: a built-in one of a task, or the user's own.
+"""Heads by their names in a recipe: a task's built-in heads, or the user's own.
 
 A head of the user's own is a function or Module class of (width, out_width), and maps (..., width)
 to (..., out_width).
@@ -25,13 +25,13 @@ def make_head(
     """Constructs a head, with weights from torch's global generator.
 
     Args:
-        name: A built-in name, or one of the user's own (fd_large/doors.py).
-        arguments: What it is made of: channels of what it takes, and of what it gives.
+        name: A built-in name, or `module:FILE.py:NAME` for the user's own (fd_large/doors.py).
+        arguments: Positional arguments of its constructor: input and output channels.
         built_in: The task's own heads.
         where: The field that the user set, for messages.
-        settings: What it is made of besides, by name.
+        settings: Keyword arguments of its constructor.
 
-    Raises: ConfigError: if there is no such head, it is no Module, or one of the user's own makes
+    Raises: ConfigError: if there is no such head, it is not a Module, or the user's own makes
         a step depend on rank or micro batch.
     """
     make = doors.load(name, kind="heads", where=where, built_in=built_in)
@@ -56,16 +56,16 @@ def make_head(
 def check_head(
     head: nn.Module, name: str, shape: tuple[int, ...], out_width: int, *, where: str
 ) -> None:
-    """Runs a head that was built on the meta device on an input of some shape.
+    """Runs a head built on the meta device on an input of a given shape.
 
     Args:
         head: The head.
         name: Its name in the recipe.
         shape: Shape of the input.
-        out_width: Channels of what it has to give.
+        out_width: Channels that its output must have.
         where: The field that the user set, for messages.
 
-    Raises: ConfigError: if that fails, gives another shape, or draws random numbers.
+    Raises: ConfigError: if the head fails, returns another shape, or draws random numbers.
     """
     wanted = (*shape[:-1], out_width)
     try:

@@ -1,4 +1,4 @@
-"""Images of a skipped step, how large each layer's output became, and what the state lacks.
+"""Evidence of a skipped step: its images, the maximum of each layer's output, non-finite state.
 
 The step is run forward once more on the unchanged weights, on every rank alike, so that an ordinary
 step pays nothing for the record.

@@ -78,10 +78,10 @@ class TensorSizes(NamedTuple):
 
 
 class TrainingJob:
-    """A task's part in a training; made again once the recipe is settled.
+    """A task's part in a training run; made again once the recipe is settled.
 
-    The engine calls `settle`, then `open_samples` and `check` (nothing heavy and no collective: the
-    user's mistakes end here), `build`, and then `make_task` as often as it likes.
+    The engine calls `settle`, then `open_samples` and `check` (nothing heavy and no collective:
+    the user's mistakes end here), `build`, and then `make_task` any number of times.
 
     Args:
         run: The recipe.
@@ -89,8 +89,8 @@ class TrainingJob:
     Attributes:
         run: The recipe.
         weights: The sources that open the recipe's weights, each once.
-        between_batches: Called between batches of what a job does before an epoch, on all ranks
-            alike; may raise to leave.
+        between_batches: Called between the batches of work before an epoch, on all ranks; may
+            raise to leave.
     """
 
     metrics: ClassVar[Mapping[str, str]] = {}
@@ -168,26 +168,26 @@ class TrainingJob:
         return {"student.init": self.run.student.init}
 
     def tensor_sizes(self) -> TensorSizes:
-        """Returns how large the tensors are that may be split; allocates none."""
+        """Returns the sizes of the tensors that may be split, without allocating them."""
         with torch.device("meta"):
             return TensorSizes(sizes_of(self.make_task()), ())
 
     def memory_facts(self) -> Mapping[str, Any]:
-        """Returns what else decides the memory of a step, besides the student's fields, by name."""
+        """Returns facts besides the student's fields that decide a step's memory, by name."""
         return {}
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
-        """Builds what the task uses and does not train; a collective.
+        """Builds the models that the task uses and does not train; a collective.
 
         Args:
             bfloat16: Whether the student computes in bfloat16.
             node_size: Number of ranks per node.
-            persistence_threshold: Tensors of at most so many elements stay whole if a model is
-                sharded.
+            persistence_threshold: Tensors with at most this many elements stay whole if a model
+                is sharded.
         """
 
     def take_models_of(self, other: TrainingJob) -> None:
-        """Takes what the job of another student of the same recipe has built, in place of `build`.
+        """Shares the models that another student's job has built, instead of calling `build`.
 
         Args:
             other: A job of this class.
@@ -220,7 +220,7 @@ class TrainingJob:
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
         """Yields a rank's micro batches from a step of an epoch to the epoch's end.
 
-        One random view of each image, without targets, unless the task needs something else.
+        By default one random view of each image, without targets.
         """
         run = self.run
         return iter(
@@ -234,7 +234,7 @@ class TrainingJob:
         )
 
     def view_batches(self, samples: ImageSource, epoch: int) -> ViewBatches:
-        """Returns what loads the views of an epoch."""
+        """Returns the loader of an epoch's views."""
         run = self.run
         return ViewBatches(
             samples,
@@ -248,7 +248,7 @@ class TrainingJob:
         )
 
     def view_settings(self) -> ViewSettings:
-        """Returns how the recipe makes an image a view."""
+        """Returns the recipe's settings of the views."""
         data = self.run.data
         return ViewSettings(
             data.image_size,
@@ -259,26 +259,23 @@ class TrainingJob:
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes a batch of so many of the largest images that training may see; grey ones here."""
+        """Makes a batch of `size` images as large as training may see; grey images by default."""
         side, positions = max(self.run.data.sides), torch.arange(size)
         images = torch.full((size, 3, side, side), 128, dtype=torch.uint8)
         return Batch(images, 0, positions, positions)
 
     def images_together(self) -> int:
-        """Returns of how many images the loaded ones are a multiple, whatever the micro batch."""
+        """Returns the number of images that loading never splits, whatever the micro batch."""
         return 1
 
     def norm_group(self) -> int:
-        """Returns how many images share statistics of the student's batch norms, if it has any.
-
-        0 where a task trains none of them: then any micro batch will do.
-        """
+        """Returns the number of images that share statistics of the student's batch norms."""
         return self.run.norm_batch()
 
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:
-        """Returns what is measured before, during and after training; a collective."""
+        """Returns the evaluations before, during and after training; a collective."""
         return ()
 
     def hooks(self) -> Sequence[Hook]:
@@ -295,7 +292,7 @@ class TrainingJob:
         return {**own, "teacher": None, **frozen}  # The key is there for every task.
 
     def evaluated(self, first: Mapping[str, float], last: Mapping[str, float]) -> Mapping[str, Any]:
-        """Returns the entries of summary.json that evaluations make.
+        """Returns the entries of summary.json that come from evaluations.
 
         Args:
             first: Numbers of the first evaluation, by name.
@@ -317,7 +314,7 @@ class TrainingJob:
         """
 
     def stored_student(self) -> StoredStudent:
-        """Returns what describes the student in this run's checkpoints; builds nothing."""
+        """Returns a description of the student in this run's checkpoints; builds nothing."""
         return StoredStudent(trained_at(self.run), {}, IMAGENET)
 
     def frozen_models(self) -> Mapping[str, FrozenPart]:
@@ -333,10 +330,10 @@ JobOf = Callable[[Run | Mapping[str, Any]], TrainingJob]
 
 
 def trained_at(run: Run) -> FamilyArchitecture:
-    """Returns the student's architecture with the image size that its tables are for."""
+    """Returns the student's architecture with the image size of its position tables."""
     return run.student_architecture().at(run.data.image_size)
 
 
 def sizes_of(*models: nn.Module) -> tuple[int, ...]:
-    """Returns the number of elements of each parameter of some models."""
+    """Returns the number of elements of each parameter of the models."""
     return tuple(parameter.numel() for model in models for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""The training loop: batches in, steps out, hooks asked, checkpoints written. It knows no task."""
+"""The training loop of any task: batches in, steps out, hooks called, checkpoints written."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TrainingPlan(NamedTuple):
         accumulation: Micro batches per step.
         seed: Seed of the drop path.
         max_bad_fraction: Fraction of the images that may be unusable before the run stops.
-        count_bad_every: Steps between two looks at the sum of these over all ranks.
+        count_bad_every: Steps between two sums of these counts over all ranks.
     """
 
     schedule: Schedule
@@ -69,7 +69,7 @@ class TrainingPlan(NamedTuple):
 
 @dataclass
 class _Passed:
-    """The forwards and backwards of a step.
+    """Results of the forwards and backwards of a step.
 
     Attributes:
         batches: This rank's micro batches.
@@ -90,7 +90,7 @@ class _Agreed(NamedTuple):
         stop: Whether a rank wishes to stop.
         save: Whether a rank wishes to save.
         busy: Whether a rank is still writing a checkpoint.
-        failed: Whether a rank failed to write one.
+        failed: Whether a rank failed to write a checkpoint.
         broken: Whether a rank failed to, since its state is not finite.
         scored: Whether rank 0 has worked out the numbers of an evaluation.
         verdict: What the hooks decided about the step.
@@ -107,17 +107,17 @@ class _Agreed(NamedTuple):
 
 
 class Trainer:
-    """Trains one run from where it stands to its end.
+    """Trains one run from its present step to its end.
 
     Args:
         engine: The task in its engine.
         plan: Length, batches and learning rates.
-        hooks: What observes the run, in the order in which it is asked.
+        hooks: Observers of the run, in the order in which they are called.
         setting: What the hooks are given before the first step.
         checkpoints: The run's checkpoints, with the state restored if there was one.
-        evaluations: What is measured before, during and after training.
+        evaluations: Measurements before, during and after training.
         layer_rates: Steps each layer at its own learning rate; None: all have the same.
-        ema: The average of the weights; None: there is none.
+        ema: Moving average of the weights, or None.
         best: Keeps the checkpoint of the best evaluation, and may end the run early; None: neither.
         begun: Takes the hooks that know of the start, and so are to hear of the end.
 
@@ -163,7 +163,7 @@ class Trainer:
 
     @property
     def status(self) -> str:
-        """Why the run ends, `done` after its last step; empty while it goes on."""
+        """The reason why the run ends (`done` after its last step); empty while it trains."""
         return self._status or (DONE if self._finished >= self._total else "")
 
     @property
@@ -200,7 +200,7 @@ class Trainer:
             self._after_evaluation(saved=True)
 
     def leave(self) -> None:
-        """Saves and stops after the present step, where another student's run does so."""
+        """Saves and stops after the present step, because another student's run does."""
         if self.status:
             return
         self._stop()
@@ -222,7 +222,7 @@ class Trainer:
         return status
 
     def give_up(self) -> None:
-        """Leaves what is still being worked out to a later start; harmless where nothing is."""
+        """Leaves pending evaluations, if any, to a later start."""
         if self._pending is not None:
             self._pending[1].give_up()
 
@@ -231,7 +231,7 @@ class Trainer:
         return self._plan.schedule.total
 
     def take_step(self, micro_batches: Batches, epoch: int) -> None:
-        """Takes one step, and does what follows it: hooks, roll-back, evaluation, checkpoint."""
+        """Takes one step, then runs hooks, roll-back, evaluation and checkpoint."""
         passed = self._forward_backward(micro_batches)
         agreed = self._step_agreed(passed, epoch, micro_batches.students)
         update, verdict = agreed.update, agreed.verdict
@@ -270,7 +270,7 @@ class Trainer:
         self._save_and_evaluate(agreed, rolled_back)
 
     def _forward_backward(self, micro_batches: Batches) -> _Passed:
-        """Forward and backward of all micro batches of a step."""
+        """Runs forward and backward of all micro batches of a step."""
         engine, plan = self.engine, self._plan
         passed = _Passed()
 
@@ -300,7 +300,7 @@ class Trainer:
         return passed
 
     def _step_agreed(self, passed: _Passed, epoch: int, students: int) -> _Agreed:
-        """The ranks' agreement, and the optimiser's step unless it is refused.
+        """Lets the ranks agree, then steps the optimiser unless the step is refused.
 
         Args:
             passed: The forwards and backwards of the step.
@@ -341,10 +341,11 @@ class Trainer:
     def _agree(
         self, losses: list[Tensor], epoch: int, learning_rate: float, norm: Tensor | None
     ) -> _Agreed:
-        """Makes the one collective and the one read by the host of a step.
+        """Makes a step's only collective of decisions and its only read by the host.
 
         Args:
-            norm: That of the gradients before clipping; None at stage 0, whose optimiser has it.
+            norm: Norm of the gradients before clipping; None at stage 0, whose optimiser computes
+                it.
         """
         wishes = [hook.wish() for hook in self._hooks]
         own = [
@@ -370,7 +371,7 @@ class Trainer:
         return agreed._replace(verdict=replace(verdict, skip=verdict.skip or agreed.broken))
 
     def _roll_back(self, update: Update, at_most: int) -> bool:
-        """Restores a checkpoint of at most so many steps; without one the run ends."""
+        """Restores a checkpoint from no later than a step; without one the run ends."""
         restored = self._checkpoints.roll_back(at_most)
         if restored is None:
             if distributed.is_main():
@@ -459,8 +460,8 @@ class Trainer:
 
         Args:
             evaluated: Whether the evaluation that is due, if any, was made.
-            counts_anew: Whether a start from it forgets which images could not be used: whoever
-                makes it was told of them.
+            counts_anew: Whether a start from this checkpoint counts bad images from zero, because
+                this start has already reported them.
         """
         verdict = Verdict.all_of(hook.on_save(self._finished) for hook in self._hooks)
         if verdict.stop:
@@ -474,7 +475,7 @@ class Trainer:
 
     @step_clock.standing()
     def _evaluate(self, *, last: bool) -> bool:
-        """Makes the evaluations that are due; returns whether they were completed."""
+        """Runs the evaluations that are due; returns whether they were completed."""
         due = [one for one in self._evaluations if one.due(self._finished, last)]
         if not due:
             return True
@@ -512,7 +513,7 @@ class Trainer:
         return True
 
     def _take_numbers(self, meanwhile: Callable[[], None]) -> None:
-        """Waits for what rank 0 still works out of an earlier evaluation, and reports it.
+        """Waits for an earlier evaluation that rank 0 still computes, and reports it.
 
         Args:
             meanwhile: Called while it waits; it may raise to leave.
@@ -536,7 +537,7 @@ class Trainer:
         self._pending = None
 
     def between_batches(self) -> None:
-        """Called between the batches of what is no step, on all ranks alike.
+        """Called on all ranks between batches of work that is not a training step.
 
         Raises: Interrupted: if a hook wishes to stop.
         """

@@ -1,4 +1,4 @@
-"""The memory of a rank: how much there is, what is said when it runs out, and what is given back.
+"""The memory of a rank: its size and peak, errors when it runs out, and its release.
 
 Host memory is as the C library and the kernel of Linux manage it.
 """
@@ -34,7 +34,7 @@ class GpuMemory:
     """The memory of torch's allocator on this rank's GPU, in bytes."""
 
     def reset(self) -> None:
-        """Starts a new peak."""
+        """Starts to measure a new peak."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
@@ -44,7 +44,7 @@ class GpuMemory:
         return torch.cuda.max_memory_reserved()
 
     def capacity(self) -> int:
-        """Returns what this process could reserve: free memory and what it holds already."""
+        """Returns the bytes that this process could reserve: free memory plus its own."""
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved()
 
@@ -53,7 +53,7 @@ class HostMemory:
     """The resident memory of a CPU rank's process, in bytes (Linux)."""
 
     def reset(self) -> None:
-        """Starts a new peak; writing 5 to clear_refs resets VmHWM."""
+        """Starts to measure a new peak; writing 5 to clear_refs resets VmHWM."""
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -62,7 +62,7 @@ class HostMemory:
         return _proc_bytes("self/status", "VmHWM")
 
     def capacity(self) -> int:
-        """Returns this rank's part of the host's free memory, and what it holds already."""
+        """Returns this rank's share of the host's free memory, plus its own memory."""
         available = _proc_bytes("meminfo", "MemAvailable")
         held = _proc_bytes("self/status", "VmRSS")
         return available // max(1, distributed.local_world_size()) + held
@@ -87,7 +87,7 @@ def memory_setting() -> dict[str, Any]:
 
 
 def _proc_bytes(file: str, key: str) -> int:
-    """Returns a number of a file in /proc."""
+    """Returns the bytes of an entry of a file in /proc."""
     path = Path("/proc", file)
     for line in path.read_text().splitlines():
         if line.startswith(key + ":"):
@@ -100,8 +100,8 @@ def building_in_memory(remedy: str = "", *, what: str = "the models are") -> Ite
     """Turns an allocator's error while models are built into one sentence.
 
     Args:
-        remedy: A flag that saves memory besides ZeRO; empty: there is none.
-        what: What is built, and its verb.
+        remedy: A flag that saves memory besides ZeRO, or "".
+        what: The models being built, with a verb, for the message.
     """
     try:
         yield
@@ -148,7 +148,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def give_back() -> None:
-    """Gives freed memory back to the system: building a model leaves holes between what stays."""
+    """Returns freed memory to the system: building a model leaves holes in the heap."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(ctypes.c_size_t(0))
 
@@ -157,11 +157,11 @@ def give_back() -> None:
 def kept_from_children(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Keeps tensors in host memory out of processes that are forked in the block.
 
-    A forked process has the pages of its parent as they were: each that the parent writes
-    afterwards is in memory twice. A child that reads such a tensor is ended by a signal.
+    A forked process shares its parent's pages: each page that the parent writes afterwards is in
+    memory twice. A child that reads one of these tensors is ended by a signal.
 
     Args:
-        tensors: What the children do not need.
+        tensors: Tensors that the children do not need.
     """
     advise = getattr(ctypes.CDLL(None, use_errno=True), "madvise", None)
     if advise is None or not hasattr(mmap, "MADV_DONTFORK"):
@@ -191,7 +191,7 @@ def _pages(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
 
 
 def _advised(advise: Callable[..., int], span: tuple[int, int], advice: int) -> bool:
-    """Gives the kernel advice on (address, bytes); returns whether it takes it."""
+    """Gives the kernel advice on (address, bytes); returns whether the kernel accepts it."""
     address, size = span
     if advise(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(advice)) == 0:
         return True

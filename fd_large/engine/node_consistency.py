@@ -35,13 +35,13 @@ _BLOCKS = 64
 
 
 class Fact(NamedTuple):
-    """Something that must be the same on all nodes.
+    """A property that must be the same on all nodes.
 
     Attributes:
-        value: What this node has, in words.
-        what: The field or subject, and what is wrong where it differs; begins the message.
-        remedy: What makes it the same; ends the message.
-        error: The kind of error; None: a difference is only said.
+        value: This node's value, in words.
+        what: The field or subject and the problem of a difference; begins the message.
+        remedy: How to make the nodes equal; ends the message.
+        error: Class of the error, or None if a difference is only logged.
     """
 
     value: str
@@ -95,7 +95,7 @@ def software() -> dict[str, Fact]:
 
 
 def hardware(device: torch.device) -> dict[str, Fact]:
-    """Returns the card of this rank and what drives it: other ones may choose other kernels."""
+    """Returns this rank's GPU and driver, since others may choose other kernels."""
     same_cards = "Take nodes of one kind (sbatch --constraint), or leave the others out (--exclude)"
     if device.type != "cuda":
         return {"card": Fact("no GPU", "ranks: other cards", same_cards, LaunchError)}
@@ -119,12 +119,12 @@ def hardware(device: torch.device) -> dict[str, Fact]:
 
 
 def compare(ranks: Sequence[_NodeFacts]) -> None:
-    """Compares the facts of nodes; what most of them have is taken as right.
+    """Compares the facts of nodes; the majority's value counts as right.
 
     Args:
         ranks: The facts of every rank, in order. A fact that a rank lacks is not compared for it.
 
-    Raises: FDError: for the first fact that differs and may not, naming the others too.
+    Raises: FDError: for the first difference that is an error, naming the other differences too.
     """
     names = dict.fromkeys(name for _, facts in ranks for name in facts)
     odd = {name: found for name in names if (found := _odd(ranks, name))}
@@ -163,7 +163,7 @@ def weights_digest(source: str, weights: Sources) -> str:
         source: As the recipe names it.
         weights: Has located it.
 
-    Raises: WeightsError: if there is no such file, or it cannot be read.
+    Raises: WeightsError: if a file is missing or cannot be read.
     """
     located = weights.resolve(source).path if source not in ("", "random") else None
     if located is None:
@@ -236,7 +236,7 @@ def _driver() -> str | None:
 
 
 def _odd(ranks: Sequence[_NodeFacts], name: str) -> tuple[list[str], str, str, str] | None:
-    """Returns the nodes that differ, what the first of them has, a node of most, what most have."""
+    """Returns the nodes that differ, the first one's value, a node of the majority, its value."""
     values = [(node, facts[name].value) for node, facts in ranks if name in facts]
     # Among equally frequent values the one of the lowest rank comes first.
     right, _ = Counter(value for _, value in values).most_common(1)[0]

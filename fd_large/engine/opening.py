@@ -1,9 +1,10 @@
-"""Opening a run: what its weights decide, all of its mistakes, its folder, then what is heavy.
+"""Opening a run: fields from its weights, all mistakes, its folder, then models and engine.
 
-Four stages, each a function of one run that returns what the next one takes: `settle`, `check`,
-`enter`, `build`. `open_together` leads the runs of several students through them in step; what
-these share (mistakes, images, frozen models, the start of DeepSpeed, the probe of a micro batch)
-stands between two stages. Whoever opens a run has claimed its folder before all of them.
+Four stages, each a function of one run whose result the next stage takes: `settle`, `check`,
+`enter`, `build`. `open_together` leads the runs of several students through them in step;
+everything that they share (mistakes, images, frozen models, the start of DeepSpeed, the probe of
+a micro batch) is handled between two stages. The caller has claimed the run's folder before the
+first stage.
 """
 
 from __future__ import annotations
@@ -63,12 +64,12 @@ log = logging.getLogger(__name__)
 
 
 class Checked(NamedTuple):
-    """A settled run in which no mistake was found; nothing of it is built.
+    """A settled run without mistakes, of which nothing is built yet.
 
     Attributes:
         job: The job of the settled recipe.
         samples: The training images, which all students share.
-        numbers: What recipe, ranks and model say to DeepSpeed.
+        numbers: Numbers that recipe, ranks and model give to DeepSpeed.
         config: The filled DeepSpeed JSON; its micro batch is 1 until a probe has found it.
     """
 
@@ -90,7 +91,7 @@ class Opened(NamedTuple):
         checkpoints: Saves and restores its state.
         micro_batch_size: Images per rank and forward.
         accumulation: Micro batches per step.
-        ema: The average of the weights; None: there is none.
+        ema: Moving average of the weights, or None.
         finished: Steps of the checkpoint that was restored; 0: none was.
     """
 
@@ -116,15 +117,15 @@ def open_together(
     fresh: bool = False,
     resumes: bool = False,
 ) -> list[Opened]:
-    """Opens runs that differ in their students alone; they share images and frozen models.
+    """Opens runs that differ only in their students; they share images and frozen models.
 
     Args:
         runs: The recipes.
         job_of: Makes the job of the recipes' task.
         deepspeed_config: Path of the DeepSpeed JSON.
         leases: This start's right to write each run's folder; None: nothing is written to it.
-        whole: The recipe of all, and the right to write the folder in which theirs stand; None:
-            there is none.
+        whole: The recipe of all students and the right to write the folder that contains their
+            folders, or None for a single run.
         fresh: Start over; the old run's files are moved aside.
         resumes: Whether the newest checkpoints are restored.
 
@@ -172,8 +173,8 @@ def _share_cores(local_world_size: int) -> None:
 def _settled_before(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
     """Returns {source: image statistics} of the models that runs use whose folders exist already.
 
-    The sources of the students' initial weights are among them. Earlier versions settled what is
-    asked for now; their runs go on as they began.
+    The sources of the students' initial weights are among them. Earlier versions guessed
+    statistics that now have to be stated; their runs keep them.
     """
     statistics: dict[str, tuple[float, ...]] = {}
     for run in runs:
@@ -191,7 +192,7 @@ def _settle_each(
 
     Args:
         runs, job_of, weights: See `open_together`.
-        others: Checks whose mistakes are told beside those of weights.
+        others: Checks whose mistakes are reported together with those of weights.
     """
     with activity.work("reading images and weights"):
         settled = meeting.meet(
@@ -206,9 +207,9 @@ def _settle_each(
 
 
 def settle(job: TrainingJob, weights: Sources, others: Sequence[Callable[[], Any]] = ()) -> Run:
-    """Returns the recipe with what its weights decide: models, windows, statistics.
+    """Returns the recipe with the fields that its weights decide: models, windows, statistics.
 
-    Raises: FDError: telling the mistakes in what does not depend on weights, too.
+    Raises: FDError: also naming the mistakes that do not depend on weights.
     """
     try:
         return job.settle(weights)
@@ -228,7 +229,7 @@ def settle(job: TrainingJob, weights: Sources, others: Sequence[Callable[[], Any
 def _check_each(
     jobs: Sequence[TrainingJob], load_config: Callable[[], dict[str, Any]], launch: Launch
 ) -> list[Checked]:
-    """Finds the mistakes of all runs, and what differs between nodes; a collective.
+    """Finds the mistakes of all runs, and differences between nodes; a collective.
 
     Args:
         jobs: Their jobs.
@@ -266,7 +267,7 @@ def check(
         load_config, open_samples: Read the DeepSpeed JSON and the training images.
         launch: The ranks.
 
-    Raises: FDError: telling all of them that can be found at once.
+    Raises: FDError: naming all mistakes that can be found at once.
     """
     run = job.run
     config, samples, *_ = check_all(
@@ -291,7 +292,7 @@ def check(
 
 
 def _numbers(job: TrainingJob, launch: Launch) -> ds.RunNumbers:
-    """Returns what recipe, ranks and model say to DeepSpeed."""
+    """Returns the numbers that recipe, ranks and model give to DeepSpeed."""
     run, size = job.run, job.run.batch.micro_batch_size
     sizes, is_probed = job.tensor_sizes(), size == "auto"
     size = 1 if size == "auto" else size
@@ -310,7 +311,7 @@ def _numbers(job: TrainingJob, launch: Launch) -> ds.RunNumbers:
 
 
 def _disk_bytes(checked: Checked) -> int:
-    """Returns how much a rank keeps of a run on a disk."""
+    """Returns the bytes that a rank keeps on its disk for offload."""
     optim, numbers = checked.job.run.optim, checked.numbers
     place = Placement(
         stage=3,
@@ -327,7 +328,7 @@ def _disk_bytes(checked: Checked) -> int:
 
 
 def _fetch_weights(job: TrainingJob) -> None:
-    """Downloads what a library would download once tensors are read; in a meeting of all ranks."""
+    """Downloads weights ahead of a library's first read, while the other ranks wait."""
     for where, source in job.sources().items():
         job.weights.resolve(source, where=f"--{where}").fetch()
 
@@ -342,7 +343,7 @@ def _compare_nodes(jobs: Sequence[TrainingJob], samples: ImageSource) -> None:
 
 
 def enter(run: Run, lease: Lease, *, fresh: bool) -> None:
-    """Writes the settled recipe into the run's folder, which is this start's from here on.
+    """Writes the settled recipe into the run's folder.
 
     Raises: ConfigError: if the folder cannot be used or holds a run with other settings.
     """
@@ -361,7 +362,7 @@ def _start_deepspeed() -> None:
 
 
 def _build_models(checked: Sequence[Checked]) -> None:
-    """Builds what the students share and do not train."""
+    """Builds the frozen models that the students share."""
     for one in checked:
         check_kernels(one.job, bfloat16=one.numbers.bfloat16)
     first, *others = (one.job for one in checked)
@@ -385,7 +386,7 @@ def _build_models(checked: Sequence[Checked]) -> None:
 
 
 def _build_frozen(job: TrainingJob, numbers: ds.RunNumbers, persistence_threshold: int) -> None:
-    """Builds what a task uses and does not train; a collective."""
+    """Builds the frozen models of a task; a collective."""
     with activity.work("building the models"), memory.building_in_memory(job.memory_remedy):
         job.build(
             bfloat16=numbers.bfloat16,
@@ -397,12 +398,12 @@ def _build_frozen(job: TrainingJob, numbers: ds.RunNumbers, persistence_threshol
 def _with_probed_micro_batch(
     checked: Sequence[Checked], folder: Path, *, keep: bool
 ) -> list[Checked]:
-    """Returns the runs with the micro batch that the folder holds, or that a probe finds.
+    """Returns the runs with the micro batch stored in the folder, or found by a probe.
 
     Args:
         checked: The runs, their frozen models built.
         folder: The folder of all.
-        keep: Whether the folder takes what the probe finds.
+        keep: Whether the probe's result is stored in the folder.
     """
     share = checked[0].numbers.accumulation
     setting, *others = map(_memory_of, checked)
@@ -424,7 +425,7 @@ def _with_probed_micro_batch(
 
 
 def _memory_of(checked: Checked) -> dict[str, Any]:
-    """Returns what decides the memory of a step."""
+    """Returns the facts that decide the memory of a step."""
     run, config = checked.job.run, checked.config
     return {
         "world_size": distributed.world_size(),
@@ -441,7 +442,7 @@ def _memory_of(checked: Checked) -> dict[str, Any]:
 
 
 def _probed(checked: Sequence[Checked], share: int) -> int:
-    """Returns the micro batch that a probe finds on engines that are thrown away."""
+    """Returns the micro batch that a probe finds on temporary engines."""
     first, engines, averages = checked[0].job, [], []
     for one in checked:
         # Every step of the probe is a whole step, moments included.
@@ -464,7 +465,7 @@ def _probed(checked: Sequence[Checked], share: int) -> int:
 
 
 def build(checked: Checked, lease: Lease | None, launch: Launch) -> Opened:
-    """Builds the engine with its initial weights, and what saves and restores its state.
+    """Builds the engine with its initial weights, and its checkpoints.
 
     Args:
         checked: The run, its frozen models built.
@@ -555,7 +556,7 @@ def _average_of(engine: Engine, run: Run) -> Ema | None:
 
 
 def resume(opened: Opened) -> Opened:
-    """Restores the newest sound checkpoint, if there is one; the last part of `build`."""
+    """Restores the newest sound checkpoint, if any; the last part of `build`."""
     opened.checkpoints.sweep()
     with activity.work("reading the last checkpoint"):
         finished = opened.checkpoints.resume()
@@ -573,7 +574,7 @@ def open_run(
     deepspeed_config: str,
     lease: Lease | None = None,
 ) -> Opened:
-    """Opens one run, of which nothing is resumed; see `open_together`."""
+    """Opens a single run without resuming it; see `open_together`."""
     (opened,) = open_together([run], job_of, deepspeed_config, [lease])
     return opened
 
@@ -581,11 +582,11 @@ def open_run(
 def open_stored(
     folder: str, job_of: JobOf, *, deepspeed_config: str, where: str, lease: Lease | None = None
 ) -> Opened:
-    """Opens the run of a folder again, wherever the folder stands now.
+    """Opens a stored run again, even if its folder has moved.
 
     Args:
         folder: Folder of the run.
-        job_of, deepspeed_config, lease: As those of `open_together`.
+        job_of, deepspeed_config, lease: See `open_together`.
         where: The command, for messages.
     """
     run = read_recipe(folder, where=where)

@@ -1,13 +1,13 @@
-"""Results that a CUDA stream of its own computes, beside what the current stream does next.
+"""Work on a separate CUDA stream, beside the next work of the current stream.
 
 A replicated teacher's forward needs no collective, while the student's forward under ZeRO-3 waits
-for the gathers of its parameters: on a stream of its own, the teacher computes in these waits. The
+for the gathers of its parameters: on a separate stream, the teacher computes in these waits. The
 kernels and their order within a stream are the same, and so are the results, to the bit.
 
-The streams meet in two places. What is begun here waits for all that the current stream was asked
-before, by which its inputs are there. The first look at a result has the stream that looks wait.
-Each stream tells the allocator of memory of the other that it reads, or this would be given away
-while it is read.
+The streams meet in two places. New work waits for everything queued before on the current stream,
+so that its inputs are ready. The stream that first reads a result waits for it. Each stream
+registers with the allocator the other's memory that it reads, which could be reused too early
+otherwise.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}
 def beside(
     compute: Callable[[], Mapping[str, T]], inputs: object, device: torch.device
 ) -> Mapping[str, T]:
-    """Returns what `compute` does, which on a GPU another stream may still be at when this returns.
+    """Returns the result of `compute`, which on a GPU may still be running on another stream.
 
     Args:
         compute: Returns tensors, or tuples of these, by name; makes no collective.
-        inputs: The tensors that it reads, but for those that live as long as the run; in tuples,
-            lists or dicts.
-        device: Where it computes; on others than GPUs it is done when this returns.
+        inputs: The tensors that `compute` reads, except tensors that live as long as the run; in
+            tuples, lists or dicts.
+        device: Device of the computation; except on GPUs, `compute` has finished on return.
     """
     if device.type != "cuda":
         return compute()
@@ -46,14 +46,14 @@ def beside(
 
 
 def _tell(tensors: object, stream: torch.cuda.Stream) -> None:
-    """Keeps the memory of tensors from being given away before a stream has read them."""
+    """Keeps the allocator from reusing tensors before a stream has read them."""
     for tensor in tree_leaves(tensors):
         if isinstance(tensor, Tensor) and tensor.device.type == "cuda":
             tensor.record_stream(stream)
 
 
 class _Awaited(Mapping[str, T]):
-    """Results of another stream, for which the first stream that looks at one waits."""
+    """Results of another stream; the first stream that reads one waits for it."""
 
     def __init__(
         self, found: Mapping[str, T], stream: torch.cuda.Stream, device: torch.device

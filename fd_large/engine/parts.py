@@ -1,4 +1,4 @@
-"""Parts of a step: what of a task needs sums over all images of a step.
+"""Parts of a step: components of a task that need sums over all images of a step.
 
 A queue of summaries, the statistics of a batch, the number of images or tokens that count: each is
 a function of the global batch, however ranks and micro batches divide it. A task lists its parts
@@ -30,7 +30,7 @@ class Part:
 
         Args:
             task: The task; its student is not run.
-            prepared: What its `prepare` returned.
+            prepared: Result of the task's `prepare` on it.
         """
         raise NotImplementedError
 

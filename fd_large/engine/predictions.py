@@ -1,4 +1,4 @@
-"""Predictions of a run's test images, in its folder: for comparisons image by image."""
+"""Predictions of test images, stored in a run's folder for comparisons by image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILE = "predictions.npz"
 
 
 class Predictions(NamedTuple):
-    """The classes of test images, in their order.
+    """Predicted classes of the test images, in the dataset's order.
 
     Attributes:
         predicted: (N,) int64, the class that each image is given.
@@ -26,12 +26,12 @@ class Predictions(NamedTuple):
     labels: NDArray[np.int64]
 
     def write(self, folder: Path) -> None:
-        """Writes them into the folder of a run."""
+        """Writes the predictions into the folder of a run."""
         np.savez_compressed(unlinked(folder / FILE), predicted=self.predicted, labels=self.labels)
 
     @classmethod
     def read(cls, folder: Path) -> Predictions | None:
-        """Returns those in the folder of a run; None if there are none, as of earlier versions."""
+        """Returns the predictions in a run's folder, or None if it has none (earlier versions)."""
         try:
             with np.load(folder / FILE) as found:
                 return cls(found["predicted"], found["labels"])

@@ -1,4 +1,4 @@
-"""Micro batches whose copy to the device runs beside the computation of the one before."""
+"""Micro batches, each copied to the device during the computation of the previous one."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class Batches(Protocol):
         """Returns (batch as the loader gave it, batch to compute with)."""
 
     def completed(self, batch: Batch) -> Batch:
-        """Returns the last batch to compute with, with what all students learn from it."""
+        """Returns the last batch, with the frozen models' outputs that all students learn from."""
 
     def stage(self) -> None:
-        """Starts to copy the next one to the device, if anything is to be copied."""
+        """Starts to copy the next micro batch to the device, if a copy is needed."""
 
 
 class Prefetch:
     """Yields a loader's micro batches, each with its copy on the device.
 
-    On a GPU, `stage` fetches the next one while the device is still busy, and copies it on a
-    stream of its own. Elsewhere there is nothing to copy, and `stage` does nothing.
+    On a GPU, `stage` fetches the next micro batch while the device is busy, and copies it on a
+    separate stream. On other devices `stage` does nothing.
 
     Args:
         batches: The micro batches, in pinned memory where the device is a GPU.
@@ -48,7 +48,7 @@ class Prefetch:
         self._staged: tuple[Batch, Batch] | None = None
 
     def completed(self, batch: Batch) -> Batch:
-        """Returns the batch as it is: a single student finds out by itself what it learns."""
+        """Returns the batch unchanged: a single student runs the frozen models itself."""
         return batch
 
     def stage(self) -> None:
@@ -81,12 +81,13 @@ class Prefetch:
 class StepForSeveral:
     """The micro batches of one step, which several students take one after another.
 
-    For the first of them a micro batch is read, and completed by what frozen models say of it; the
-    others are given the same. All of the step's stay on the device until it is over.
+    For the first student each micro batch is read and completed by the frozen models' outputs;
+    the other students get the same tensors. All micro batches of the step stay on the device
+    until it ends.
 
     Args:
         source: The run's micro batches.
-        complete: Adds what all students learn from a micro batch; called once for each.
+        complete: Adds the frozen models' outputs to a micro batch; called once for each.
         students: Number of students.
     """
 
@@ -96,23 +97,23 @@ class StepForSeveral:
         self._next = self._done = 0
 
     def rewind(self) -> None:
-        """Begins anew, for the next student."""
+        """Returns to the step's first micro batch, for the next student."""
         self._next = 0
 
     def stage(self) -> None:
-        """As the source's, for the first student."""
+        """Stages the source's next micro batch, while the first student runs."""
         if self._next == len(self._taken):
             self._source.stage()
 
     def __next__(self) -> tuple[Batch, Batch]:
-        """As the source's."""
+        """Returns (batch as the loader gave it, batch to compute with)."""
         if self._next == len(self._taken):
             self._taken.append(next(self._source))
         self._next += 1
         return self._taken[self._next - 1]
 
     def completed(self, batch: Batch) -> Batch:
-        """Returns the batch that was taken last, completed; another student's is taken again."""
+        """Returns the last batch with the frozen models' outputs, computed once for all."""
         if self._done < self._next:
             self._taken[self._done] = self._taken[self._done][0], self._complete(batch)
             self._done += 1

@@ -45,8 +45,8 @@ class MicroBatch(NamedTuple):
     """One micro batch of a refused step.
 
     Attributes:
-        rank: The rank that had it; 0 where one stands for those of all ranks.
-        batch: Its images as the rank had them, uint8, and their places in the epoch's order.
+        rank: The rank that computed it; 0 if it joins the micro batches of all ranks.
+        batch: Its uint8 images as on that rank, with their positions in the epoch's order.
         names: The images' names.
         recorded: Its loss in the run.
     """
@@ -58,15 +58,15 @@ class MicroBatch(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """A refused step beside itself run again.
+    """A refused step, as recorded and as replayed.
 
     Attributes:
         folder: The run's folder.
         incident: The content of incident.json.
         checkpoint: Number of finished steps of the checkpoint that gave the weights.
-        precision: What the step was computed in, float32 or bfloat16.
-        micro_batches: Those whose images were kept.
-        losses: The loss of each of them now.
+        precision: Precision of the step, float32 or bfloat16.
+        micro_batches: The micro batches whose images were kept.
+        losses: The replayed loss of each micro batch.
         grad_norm: L2 norm of the gradient of their mean loss.
         other_training: Why the checkpoint belongs to another training
             (`TrainingJob.check_stored`); empty if it does not.
@@ -83,7 +83,7 @@ class Replayed(NamedTuple):
 
 
 def replay(path: Path, job_of: JobOf) -> Replayed:
-    """Loads a refused step, runs it forward and backward, and returns it beside what was recorded.
+    """Runs a refused step forward and backward again, and returns it beside the recorded values.
 
     Args:
         path: incident.json where the run wrote it, or the folder that holds it.
@@ -119,7 +119,7 @@ def replay(path: Path, job_of: JobOf) -> Replayed:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], list[MicroBatch]]:
-    """Returns an incident and those of its micro batches whose images were kept."""
+    """Returns an incident and the micro batches whose images were kept."""
     if kind_of(file) != "file":
         raise ConfigError(
             f"replay: {file}: no incident; got no such file, expected RUN/{INCIDENTS}/"
@@ -144,7 +144,7 @@ def _read(file: Path) -> tuple[dict[str, Any], list[MicroBatch]]:
 
 
 def _require_numbers(incident: dict[str, Any]) -> None:
-    """Raises KeyError, TypeError or ValueError where what is used or shown is no number."""
+    """Raises KeyError, TypeError or ValueError if an entry of the record is not a number."""
     values = [incident[name] for name in ("index", "epoch", "world_size", "grad_norm")]
     for off in incident["off"]:
         values += [off["value"], *(off[n] for n in ("median", "limit") if off[n] is not None)]
@@ -231,12 +231,12 @@ def _task(job: TrainingJob, reader: Reader, *, bfloat16: bool) -> Task:
 def _with_whole_groups(
     task: Task, group: int, micro_batches: list[MicroBatch], *, ranks: int, file: Path
 ) -> list[MicroBatch]:
-    """Returns the micro batches, as one where images that share statistics lay on several ranks.
+    """Joins the micro batches into one if images with shared statistics lay on several ranks.
 
     Args:
-        task: Its batch norms are told their groups.
+        task: The task, whose batch norms get their groups here.
         group: Images of a group of batch norms.
-        micro_batches: Those that were kept, in the order of the ranks.
+        micro_batches: The kept micro batches, in the order of the ranks.
         ranks: The number of ranks of the run.
         file: The incident, for messages.
 

@@ -70,7 +70,7 @@ def train(
         lease: This start's right to write the run's folder.
         fresh: Start over instead of resuming; the old run's files are moved aside.
         profile: Steps to trace with torch's profiler, after the first three; 0 turns it off.
-        hooks: Hooks besides those that the recipe asks for; each student's run tells them.
+        hooks: Further hooks besides the recipe's; each student's run calls them.
 
     Raises: FDError: for the user's mistakes, before training where that is possible.
     """
@@ -98,7 +98,7 @@ def train(
 
 @contextmanager
 def _watched(run: Run, lease: Lease) -> Iterator[HooksOfAll]:
-    """Catches signals and watches for hangs, from the moment on that the ranks have met."""
+    """Catches signals and watches for hangs, once the ranks have met."""
     with activity.work("meeting the other ranks"):
         launch = distributed.start()
     preemption = preemption_of(run, lease, launch.launcher)
@@ -119,8 +119,8 @@ def _train(trainers: Sequence[Trainer], opened: Opened, lease: Lease, shared: Ho
     """Trains the students that are not finished; returns the exit code.
 
     Args:
-        trainers: One for each of them.
-        opened: One of the opened runs: all have the same images and batches.
+        trainers: One trainer for each student.
+        opened: Any of the opened runs, which share images and batches.
         lease: This start's right to write the folder of all.
         shared: The hooks that serve all.
     """
@@ -160,12 +160,12 @@ def _train(trainers: Sequence[Trainer], opened: Opened, lease: Lease, shared: Ho
 def _trainer_of(
     opened: Opened, lease: Lease, hooks: Sequence[Hook], begun: list[Hook]
 ) -> Trainer | None:
-    """Returns what trains an opened run from where it stands; None where it is finished.
+    """Returns the trainer of an opened run from its present step, or None if it is finished.
 
     Args:
         opened: The run.
         lease: This start's right to write its folder.
-        hooks: What watches it.
+        hooks: Hooks that watch the run.
         begun: Takes the hooks that know of the start.
     """
     run, job, engine, checkpoints = opened.run, opened.job, opened.engine, opened.checkpoints
@@ -208,7 +208,7 @@ def _trainer_of(
 
 
 def _is_over(opened: Opened, total: int, best: Best | None) -> bool:
-    """Returns whether nothing of a run is left to train, and says how it stands."""
+    """Returns whether a run is finished, and logs its state."""
     folder, finished = opened.folder, opened.finished
     done = distributed.broadcast_object(status_of(folder) == DONE)
     if done and not finished:
@@ -226,7 +226,7 @@ def _is_over(opened: Opened, total: int, best: Best | None) -> bool:
 
 
 def _schedule_of(run: Run, steps_per_epoch: int, total: int) -> Schedule:
-    """Returns the learning rates of a run of so many steps."""
+    """Returns the learning rate schedule of a run with this number of steps."""
     peak, warmup_start, minimum = run.optim.rates(run.batch.global_batch_size)
     warmup = int(run.optim.warmup_epochs * steps_per_epoch)
     if total <= warmup:
@@ -242,7 +242,7 @@ def _schedule_of(run: Run, steps_per_epoch: int, total: int) -> Schedule:
 
 
 def _setting_of(opened: Opened, lease: Lease, total: int) -> Setting:
-    """Returns what the hooks are told of a run before its first step."""
+    """Returns the facts of a run that its hooks get before the first step."""
     run, job = opened.run, opened.job
     size, accumulation = opened.micro_batch_size, opened.accumulation
     return Setting(
@@ -267,7 +267,7 @@ def _setting_of(opened: Opened, lease: Lease, total: int) -> Setting:
 
 
 def _best_of(job: TrainingJob, folder: Path, finished: int) -> Best | None:
-    """Returns what compares the run's evaluations; None where the recipe names no metric."""
+    """Returns the record of the best evaluation, or None if the recipe names no metric."""
     wanted = job.run.eval
     if not wanted.best_metric:
         return None
@@ -284,7 +284,7 @@ def _best_of(job: TrainingJob, folder: Path, finished: int) -> Best | None:
 def _log_other_length(
     stored: dict[str, Any], run: Run, folder: Path, schedule: Schedule, finished: int
 ) -> None:
-    """Says what changes for a run whose length is not the one that its checkpoint was made for."""
+    """Logs the consequences if the run's length differs from its checkpoint's."""
     with suppress(FDError):
         changed = {
             name: values
@@ -310,7 +310,7 @@ def _log_other_length(
 def _step_flops(
     job: TrainingJob, micro_batch_size: int, micro_batches: int
 ) -> dict[int, StepFlops]:
-    """Counts on rank 0, which alone reports them; see `Setting.flops`."""
+    """Counts a step's FLOPs on rank 0, the only rank that reports them; see `Setting.flops`."""
     if not distributed.is_main():
         return {}
     with activity.work("counting a step's FLOPs"):
@@ -330,13 +330,13 @@ def _step_flops(
 def hooks_of(
     job: TrainingJob, profile: int = 0, more: Sequence[Hook] = (), *, student: str = ""
 ) -> list[Hook]:
-    """Returns what watches a run, in the order in which it is asked.
+    """Returns the hooks of a run, in the order in which they are called.
 
     Args:
         job: The job, after its `build`.
         profile: Steps to trace; 0 turns it off.
-        more: Hooks besides those of the recipe and the task.
-        student: Name of the student among several; "": there is one.
+        more: Further hooks besides the recipe's and the task's.
+        student: Name of the student among several, or "" for a single student.
     """
     run = job.run
     hooks: list[Hook] = [
@@ -352,7 +352,7 @@ def hooks_of(
 
 
 def preemption_of(run: Run, lease: Lease, launcher: str) -> Preemption | None:
-    """Returns what catches signals from now on; None where the recipe turns it off.
+    """Returns the handler of signals, active from now on, or None if the recipe turns it off.
 
     Only the main thread of a process can, which a guest may not be in.
     """
@@ -369,7 +369,7 @@ def preemption_of(run: Run, lease: Lease, launcher: str) -> Preemption | None:
 
 
 def watchdog_of(run: Run, lease: Lease) -> Watchdog | None:
-    """Returns the recipe's watchdog; None where it is turned off, or must not end the process."""
+    """Returns the recipe's watchdog, or None if it is off or must not end the process."""
     if not run.runtime.watchdog_seconds or distributed.is_guest():
         return None
     return Watchdog(
@@ -382,7 +382,7 @@ def watchdog_of(run: Run, lease: Lease) -> Watchdog | None:
 
 @contextmanager
 def ends_told(runs: Sequence[tuple[Lease, Sequence[Hook]]]) -> Iterator[None]:
-    """Lets an error that ends the block, or a lost rank, say so in the folders of runs.
+    """Records an error that ends the block, or a lost rank, in the folders of runs.
 
     Args:
         runs: This start's right to write a run's folder, and the hooks that know of the start.
@@ -403,10 +403,10 @@ def ends_told(runs: Sequence[tuple[Lease, Sequence[Hook]]]) -> Iterator[None]:
 
 
 def end_by(error: BaseException, runs: Sequence[tuple[Lease, Sequence[Hook]]]) -> None:
-    """Lets an error end runs so that their folders say so; no collective, others may be gone.
+    """Ends runs by an error and records it in their folders; no collective, ranks may be gone.
 
     Args:
-        error: What ends them.
+        error: The error that ends the runs.
         runs: This start's right to write a run's folder, and the hooks that know of the start.
     """
     status, code = FAILED, getattr(error, "exit_code", Exit.LOST)
@@ -429,7 +429,7 @@ def end_by(error: BaseException, runs: Sequence[tuple[Lease, Sequence[Hook]]]) -
 
 
 def write_end(lease: Lease, status: str, reason: str, *, first: bool) -> None:
-    """Writes how a run ended; not `first`, only if no rank that knows more has done so."""
+    """Writes how a run ended; unless `first`, only if no better informed rank has written it."""
     known = summary_of(lease.folder).get("start") == lease.start
     # Before it is entered the folder may hold another run.
     if lease.entered and lease.owned() and (first or not known):

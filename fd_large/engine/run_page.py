@@ -1,4 +1,4 @@
-"""Keeps RUN/report.html up to date while a run goes, where that costs next to nothing."""
+"""Keeps RUN/report.html up to date during a run, at a bounded cost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FIRST_SECONDS = 5.0
 
 
 class RunPage(Tracker):
-    """Writes the page after evaluations, and where the run is left before its end.
+    """Writes the page after evaluations, and when the run stops before its end.
 
     A finished run writes its whole report by itself, and one that fails is not held up.
 
@@ -30,12 +30,12 @@ class RunPage(Tracker):
         self._clock = clock
 
     def on_start(self, setting: Setting) -> None:
-        """Nothing is written yet."""
+        """Writes nothing yet."""
         self._setting = setting
         self._last, self._cost = self._clock(), FIRST_SECONDS
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Writes the page if the last one has cost less than its share of the time since."""
+        """Writes the page unless pages have taken more than their share of the run's time."""
         if self._cost < SHARE * (self._clock() - self._last):
             begin = self._clock()
             self._write(running=True)

@@ -1,4 +1,4 @@
-"""The learning rate of a step: a warm-up, then a cosine, a power of what is left, or drops.
+"""The learning rate of a step: warm-up, then cosine, polynomial or step decay.
 
 Counted in optimiser steps, so that neither ranks nor accumulation change a learning rate.
 """
@@ -13,7 +13,7 @@ from functools import partial
 
 @dataclass(frozen=True)
 class Schedule:
-    """L over T steps, the first W of them warm-up.
+    """A learning rate L over T steps, of which the first W are warm-up.
 
     Attributes:
         peak: Learning rate after warm-up.
@@ -38,7 +38,7 @@ class Schedule:
         raise NotImplementedError
 
     def _warm(self, step: int) -> float:
-        """The share of the learning rate that the warm-up lets through, as in mmcv 1.x."""
+        """Returns the warm-up's factor of the learning rate, as in mmcv 1.x."""
         if step >= self.warmup:
             return 1.0
         start = self.warmup_start / self.peak if self.peak else 1.0
@@ -66,13 +66,13 @@ class CosineSchedule(Schedule):
         return self.value(max(step - 1, 0))
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer whose peak is scaled; both ends are not."""
+        """Returns the learning rate of a layer with a scaled peak and unscaled ends."""
         return replace(self, peak=self.peak * scale).at_step(step)
 
 
 @dataclass(frozen=True)
 class PolynomialSchedule(Schedule):
-    """A power of the share of steps that are left, with a linear warm-up.
+    """Polynomial decay: a power of the remaining fraction of steps, with a linear warm-up.
 
     Attributes:
         power: The exponent; 1 is a straight line, as in every recipe. Others are there for the
@@ -105,9 +105,9 @@ class PolynomialSchedule(Schedule):
 
 
 class RiseAndFall(Schedule):
-    """A power of the steps that are done up to the peak, and as long down again.
+    """Rises as a power of the finished steps to the peak, and falls likewise for as long.
 
-    What is left of the run has the minimum.
+    The rest of the run uses the minimum.
 
     Source: train.py of SwinTransformer/MIM-Depth-Estimation, which rises in half of the epochs.
     """
@@ -123,7 +123,7 @@ class RiseAndFall(Schedule):
         return self.peak + (self.minimum - self.peak) * fallen
 
     def scaled_at(self, step: int, scale: float) -> float:
-        """Returns the learning rate of a layer, all of which is scaled."""
+        """Returns the learning rate of a layer, scaled throughout."""
         return scale * self.at_step(step)
 
 

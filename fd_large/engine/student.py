@@ -76,7 +76,7 @@ def make_student(
 def check_norm_batch(
     student: Student, group: int, batch: Batch, *, image_size: int, world_size: int
 ) -> int:
-    """Refuses groups of images for batch norms that the batch does not divide into.
+    """Refuses group sizes of batch norms that do not divide the batch.
 
     Args:
         student: The section of a settled recipe; without batch norms anything will do.
@@ -130,7 +130,8 @@ def group_norms(task: Task, group: int, *, global_batch: int = 0, micro_batch: i
     """Lets the student's batch norms normalise by groups of images; a collective.
 
     Args:
-        task: Its student may have none; those of a user's own model keep the groups that they have.
+        task: Its student may have no batch norm; batch norms of a user's own model keep their
+            groups.
         group: Images that share statistics (`Run.norm_batch`); 0: none do.
         global_batch: Images of a step; 0: groups begin with each micro batch.
         micro_batch: Images of a rank and pass.
@@ -178,8 +179,8 @@ def as_student(
 
     Args:
         named: The model and its weights, settled.
-        architecture: Its architecture, as it is trained.
-        section: Has the other fields.
+        architecture: The student's architecture in training.
+        section: Section with the other fields.
         trained_as: The student of the run that trained the model; None: it is not a run's student.
     """
     model = trained_as.model if trained_as else named.model
@@ -199,8 +200,8 @@ def refuse_decided(fields: Collection[str], allowed: Collection[str]) -> None:
     """Refuses fields of a student that a named model decides.
 
     Args:
-        fields: Those that the user set.
-        allowed: Those that a user may set.
+        fields: Fields that the user set.
+        allowed: Fields that a user may set.
 
     Raises: ConfigError: a line for each.
     """

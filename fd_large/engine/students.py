@@ -1,8 +1,8 @@
-"""Several students in step: each batch is read once, and frozen models see it once.
+"""Several students in step: each batch is read once and passes the frozen models once.
 
-Each student has an engine, hooks and checkpoints of its own, and what it computes is what it would
-compute alone: a run with a single student goes the same way. Whoever is behind, after a resume from
-an older checkpoint, trains until it has caught up; the others wait.
+Each student has its own engine, hooks and checkpoints, and computes the same numbers as alone: a
+run with a single student takes the same path. A student that is behind, after a resume from an
+older checkpoint, trains until it has caught up while the others wait.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from fd_large.runtime.hooks import PREEMPTED, Hook, Setting, Update, Wish
 
 
 class HooksOfAll(Hook):
-    """Hooks that serve the process: each student's run tells them what happens, as one hook.
+    """Hooks of the process, joined as one hook that each student's run calls.
 
-    They begin and end once. Of a step they hear once, from the first student that takes it, and so
-    they see how long the step of all takes.
+    They begin and end once. They are told of each step once, by the first student that takes it,
+    so that they see the duration of a step of all students.
 
     Args:
         hooks: The hooks, which judge no step.
@@ -39,7 +39,7 @@ class HooksOfAll(Hook):
         """Tells the hooks of the start.
 
         Args:
-            settings: Those of the students.
+            settings: One for each student.
             folder: The folder that this start owns.
         """
         whole = replace(
@@ -58,19 +58,19 @@ class HooksOfAll(Hook):
             hook.on_end(status)
 
     def wish(self) -> Wish:
-        """Returns what any of the hooks wishes."""
+        """Returns the strongest wish of the hooks."""
         wishes = [hook.wish() for hook in self._hooks]
         return Wish(any(wish.stop for wish in wishes), any(wish.save for wish in wishes))
 
     def after_update(self, update: Update) -> None:
-        """Passes on the first of each step."""
+        """Passes on the first student's update of each step."""
         if update.index > self._last:
             self._last = update.index
             for hook in self._hooks:
                 hook.after_update(update)
 
     def beat(self, *_: object, **__: object) -> None:
-        """Passes on that the run moves."""
+        """Passes on the sign of life."""
         for hook in self._hooks:
             hook.beat()
 
@@ -95,15 +95,15 @@ class HooksOfAll(Hook):
 def train_together(
     trainers: Sequence[Trainer], batches: Callable[[int, int], Iterator[Batch]]
 ) -> list[str]:
-    """Trains students from where each stands to its end; returns their statuses.
+    """Trains each student from its present step to its end; returns their statuses.
 
-    They share seed, images and sizes of batches. Once one stops because the process has to go, all
-    stop after the same step.
+    They share seed, images and batch sizes. If one stops because the process has to end, all stop
+    after the same step.
 
     Args:
         trainers: One for each student.
-        batches: (epoch, first step of it) -> this rank's micro batches to the epoch's end. It may
-            take long, and raise Interrupted on all ranks alike.
+        batches: (epoch, first step of it) -> this rank's micro batches to the epoch's end. A call
+            may take long, and may raise Interrupted on all ranks.
     """
     try:
         for trainer in trainers:
@@ -120,7 +120,7 @@ def train_together(
 def _train_epoch(
     trainers: Sequence[Trainer], finished: int, batches: Callable[[int, int], Iterator[Batch]]
 ) -> None:
-    """Trains from a step to the end of its epoch, or until nobody is left there."""
+    """Trains from a step to the end of its epoch, or until no student needs it."""
     epoch, first = divmod(finished, trainers[0].steps_per_epoch)
     end = finished - first + trainers[0].steps_per_epoch
     try:

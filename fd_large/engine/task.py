@@ -28,7 +28,7 @@ class Task(nn.Module):
         student: The backbone; its weights are the result of a run.
         drop_path_rates: Drop-path rate of each site of the student, in execution order; the engine
             draws `keep` of shape (num_sites, B) for them.
-        parts: What needs sums over all images of a step (parts.py).
+        parts: Components that need sums over all images of a step (parts.py).
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -39,10 +39,11 @@ class Task(nn.Module):
         self._sizes: list[int] = []
 
     def learnt(self, images: Tensor, targets: Any) -> Any:
-        """Returns targets that hold what the frozen models say of the images, without gradient.
+        """Returns the targets with the frozen models' outputs added, without gradient.
 
-        Several students that train together share it: it depends on no student, and `prepare` runs
-        no frozen model where it is given it. A task without frozen models returns the targets.
+        The result depends on no student, and students that train together share it; given these
+        targets, `prepare` runs no frozen model. A task without frozen models returns the targets
+        unchanged.
 
         Args:
             images: As of `prepare`.
@@ -51,7 +52,7 @@ class Task(nn.Module):
         return targets
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Mapping[str, Tensor]:
-        """Returns what is drawn for each image besides its view and its drop path, by name.
+        """Returns further random draws of each image, besides view and drop path, by name.
 
         A function of the arguments alone, so that ranks, micro batches, a resume and a replay
         change nothing. `prepare` takes it, where it is not empty, as the keyword `draws`.
@@ -66,7 +67,7 @@ class Task(nn.Module):
         return {}
 
     def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
-        """Does what needs no gradient of the trained parameters, for example a teacher's forward.
+        """Does the work without gradient of the trained parameters, such as a teacher's forward.
 
         Runs under no_grad and outside the engine, so that the engine sees one forward and one
         backward per micro batch.
@@ -114,9 +115,9 @@ class Task(nn.Module):
         """Returns a micro batch's part of the sums over a step, (K,) float64; without gradient.
 
         Args:
-            forward: Calls this task's `forward`, in its engine where it has one. A task whose sums
-                need the student calls it, and pays for a second forward.
-            prepared: What `prepare` returned.
+            forward: Calls this task's `forward`, through its engine if there is one. A task whose
+                sums need the student calls this function at the cost of a second forward.
+            prepared: Result of `prepare`.
         """
         sums = [part.sums(self, prepared) for part in self._parts_of_step]
         # The same on all ranks and for all micro batches, whatever their images.
@@ -129,7 +130,7 @@ class Task(nn.Module):
         """Returns the keyword arguments of `forward` once the sums over the step are known.
 
         Args:
-            prepared: What `prepare` returned.
+            prepared: Result of `prepare`.
             totals: (K,) float64, the sum of `sums` over the micro batches of all ranks; the same
                 on all ranks.
             parts: Number of these micro batches. The engine averages their losses and gradients,
@@ -152,8 +153,8 @@ class Task(nn.Module):
     def after_step(self) -> None:
         """Is called after a step that was taken, not after one that the guard refused.
 
-        A task with running statistics moves them here, so that they are those of the steps that
-        made its weights, and move once a step whatever the number of micro batches.
+        A task with running statistics updates them here, so that they come from the same steps as
+        its weights, once a step whatever the number of micro batches.
         """
         batch_norm.move(self.norms)
         notes = [part.noted() for part in self.parts]
@@ -167,7 +168,7 @@ class Task(nn.Module):
 
     @cached_property
     def norms(self) -> list[Any]:
-        """The batch norms of the task; their running statistics move once a step."""
+        """The batch norms of the task; their running statistics are updated once a step."""
         return batch_norm.norms_of(self)
 
     def student_norms(self) -> list[Any]:
@@ -177,8 +178,8 @@ class Task(nn.Module):
     def shapes_only(self, batch: Batch) -> Tensor:
         """Runs the part of a step that shapes alone decide, for counting on the meta device.
 
-        That is all of `prepare` and `forward`, unless a task's work depends on the content of its
-        images; such a task overrides this with the most work that it may have.
+        By default it runs all of `prepare` and `forward`. A task whose work depends on the
+        content of its images overrides it with the largest possible work.
 
         Args:
             batch: A micro batch on the meta device.
@@ -209,7 +210,7 @@ class Task(nn.Module):
         """Returns the factor of a parameter's learning rate under layer-wise decay.
 
         It falls from the student's last layer to its first; heads, pyramids and projections have
-        the full learning rate. What has the factor 0 is not trained.
+        the full learning rate. Parameters with factor 0 are not trained.
 
         Args:
             name: The parameter's name in this Module.
@@ -223,7 +224,7 @@ class Task(nn.Module):
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """Returns (parameter names, substrings of names) that are exempt from weight decay.
 
-        They are the student's; one-dimensional parameters (norms, biases) are exempt anyway.
+        The names are the student's; one-dimensional parameters (norms, biases) are always exempt.
         """
         names = frozenset(f"student.{name}" for name in self.student.no_weight_decay())
         return names, tuple(self.student.no_weight_decay_keywords())

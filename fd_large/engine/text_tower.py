@@ -1,4 +1,4 @@
-"""The text tower of a CLIP model: class names as vectors beside which images are classified.
+"""The text tower of a CLIP model: class names as vectors for zero-shot classification.
 
 A class is the mean of its prompts' embeddings, each of length 1; an image belongs to the class
 whose vector has the largest cosine with its embedding.
@@ -31,11 +31,11 @@ _SIDECAR = "open_clip_config.json"
 
 
 class Classes(NamedTuple):
-    """Classes as a text tower sees them.
+    """Classes as embeddings of a text tower.
 
     Attributes:
         vectors: (K, C) float32, of length 1, on the CPU.
-        scale: What the model multiplies cosines by before a softmax.
+        scale: The model's factor of cosines before the softmax.
     """
 
     vectors: Tensor
@@ -43,7 +43,7 @@ class Classes(NamedTuple):
 
 
 def check_prompts(class_names: Sequence[str], prompts: Sequence[str]) -> None:
-    """Refuses a text in place of a list of names, and prompts without a place for a name.
+    """Refuses a string instead of a list of names, and prompts without a placeholder for the name.
 
     Raises: ConfigError: saying which.
     """
@@ -61,7 +61,7 @@ def check_prompts(class_names: Sequence[str], prompts: Sequence[str]) -> None:
 
 @lru_cache(maxsize=4)
 def classes_of(source: str, class_names: tuple[str, ...], prompts: tuple[str, ...]) -> Classes:
-    """Returns classes by their names; the tower is in memory meanwhile only.
+    """Returns the classes' embeddings; the text tower is dropped from memory afterwards.
 
     Args:
         source: A folder of transformers' CLIP with its tokenizer, or of open_clip; hf:REPO; or
@@ -69,7 +69,7 @@ def classes_of(source: str, class_names: tuple[str, ...], prompts: tuple[str, ..
         class_names: The names of the classes, K.
         prompts: Texts that have {} where the name goes.
 
-    Raises: ConfigError, WeightsError: if there is no such tower.
+    Raises: ConfigError, WeightsError: if the text tower is missing or cannot be read.
     """
     check_prompts(class_names, prompts)
     encode, scale = _tower(source)
@@ -83,13 +83,13 @@ def classes_of(source: str, class_names: tuple[str, ...], prompts: tuple[str, ..
 
 
 def probabilities(embeddings: Tensor, classes: Classes) -> Tensor:
-    """Returns what the model says of images, (B, K) float32.
+    """Returns the probability of each class for each image, (B, K) float32.
 
     Args:
         embeddings: (B, C) in the space of the texts, of any length.
         classes: The classes.
 
-    Raises: ConfigError: if the two are not of one space.
+    Raises: ConfigError: if the embeddings of images and texts differ in width.
     """
     width, wanted = embeddings.shape[1], classes.vectors.shape[1]
     if width != wanted:
@@ -103,7 +103,7 @@ def probabilities(embeddings: Tensor, classes: Classes) -> Tensor:
 
 
 def _tower(source: str) -> tuple[Callable[[list[str]], Tensor], float]:
-    """Returns what encodes texts, (N, C), and the scale of cosines."""
+    """Returns the encoder of texts, to (N, C), and the scale of cosines."""
     is_open_clip = source.startswith(OPEN_CLIP) or kind_of(Path(source) / _SIDECAR) == "file"
     make = _of_open_clip if is_open_clip else _of_transformers
     try:
@@ -141,10 +141,10 @@ _NO_VISION = {"image_size": 32, "patch_size": 32, "layers": 1, "width": 64}
 
 
 def _of_open_clip_folder(package: Any, folder: Path) -> tuple[Callable[[list[str]], Tensor], float]:
-    """A folder's own text tower, of open_clip's class and of tensors that we have read.
+    """Builds a folder's text tower from open_clip's class and tensors read without running code.
 
-    The configuration gives sizes and the like, and no names: those of a model or a tokenizer of the
-    hub would be fetched, and built as that one's files say.
+    The configuration may give sizes and flags but no names, since a named model or tokenizer of
+    the Hub would be downloaded and built from its own files.
     """
     config = read_json(folder / _SIDECAR, where=_WHERE)["model_cfg"]
     text, cleaned = dict(config["text_cfg"]), {}
@@ -221,10 +221,10 @@ def _fetched(repository: str) -> Path:
 
 
 def _text_model(package: Any, name: str, config: dict[str, Any], tensors: Tensors) -> Any:
-    """Returns the tower in float32, of transformers' class and of tensors that we have read.
+    """Builds the tower in float32 from transformers' class and tensors read without running code.
 
-    Nothing is taken of the configuration but sizes and the like: what else stands there may name a
-    kernel or code.
+    Only sizes and flags of the configuration are used, since other entries may name a kernel or
+    code.
     """
     kind = TEXT_KINDS[name]
     # Early files repeat the tower's fields there, and transformers lets these win.
@@ -264,12 +264,12 @@ def _text_model(package: Any, name: str, config: dict[str, Any], tensors: Tensor
 
 
 def _plain_name(key: str) -> str:
-    """Returns a tensor's name without the modules around it, of which releases differ."""
+    """Returns a tensor's name without the outer modules, which differ between releases."""
     return key.replace("text_model.", "")
 
 
 def _tokenizer(package: Any, folder: Path) -> Any:
-    """Returns the folder's tokenizer, if it is of one of the published models' classes."""
+    """Returns the folder's tokenizer, if its class is one of the published models'."""
     file = folder / "tokenizer_config.json"
     config = read_json(file, where=_WHERE) if kind_of(file, where=_WHERE) else {}
     stated = config.get("tokenizer_class") if isinstance(config, dict) else config

@@ -24,7 +24,7 @@ _SUMMARY = "_summary"
 
 
 class TrainedModel(nn.Module):
-    """A backbone that takes images as they are: normalisation is part of it.
+    """A backbone for raw images: it normalises them itself.
 
     Args:
         backbone: Normalised images (B, 3, H, W) -> FeatureMap.
@@ -35,7 +35,7 @@ class TrainedModel(nn.Module):
 
     Attributes:
         backbone: The module.
-        image_size: Side of what `preprocess` returns.
+        image_size: Side of the images that `preprocess` returns, in pixels.
         source: Where the weights come from.
     """
 
@@ -95,17 +95,17 @@ class TrainedModel(nn.Module):
         return self(images).float().mean((2, 3))
 
     def teacher_map(self, name: str, images: Tensor, *, in_teacher_units: bool = False) -> Tensor:
-        """Returns the student's guess of a teacher's map, (B, C, H, W), by the head it learnt with.
+        """Returns the student's prediction of a teacher's map, (B, C, H, W), by its trained head.
 
         The heads are read from the run's checkpoint, or from the folder of the export, at the first
         call.
 
         Args:
-            name: The teacher's name; "teacher" for a run's only one; NAME_summary for a summary,
-                which is one place (B, C, 1, 1).
+            name: The teacher's name; "teacher" for a run with one teacher; NAME_summary for a
+                summary, which is one place (B, C, 1, 1).
             images: As in `forward`.
-            in_teacher_units: Whether the guess is of what the teacher gives; else it is in the
-                units that were learnt, those of the target's normaliser.
+            in_teacher_units: Whether the prediction is in the teacher's own units; else it is in
+                the units of the target's normaliser.
 
         Raises: ConfigError: if the model has no such head, or the normaliser cannot be undone.
         """
@@ -115,7 +115,7 @@ class TrainedModel(nn.Module):
     def teacher_summary(
         self, name: str, images: Tensor, *, in_teacher_units: bool = False
     ) -> Tensor:
-        """Returns the student's guess of a teacher's summary of each image, (B, C).
+        """Returns the student's prediction of a teacher's summary of each image, (B, C).
 
         Args:
             name: The teacher's name.
@@ -139,14 +139,14 @@ class TrainedModel(nn.Module):
 
             model.zero_shot(images, ["cat", "dog"], text="open_clip:ViT-B-16/openai")
 
-        The student's guess of a CLIP teacher's image embedding is compared with what that CLIP's
-        text tower makes of the class names. The student must have learnt the embedding
+        The student's prediction of a CLIP teacher's image embedding is compared with the class
+        names' embeddings by the same CLIP's text tower. The student must have learnt the embedding
         (`teachers.NAME.summary.layer embedding`), with a normaliser that can be undone.
 
         Args:
             images: As in `forward`.
             class_names: The names of the classes, K.
-            text: The CLIP whose text tower is asked: a folder of transformers with a tokenizer, or
+            text: The CLIP whose text tower is used: a folder of transformers with a tokenizer, or
                 of open_clip; hf:REPO; or open_clip:ARCH/TAG.
             teacher: The name of that CLIP among the run's teachers.
             prompts: Texts that have {} where the name of a class goes; a class is their mean.

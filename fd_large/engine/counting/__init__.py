@@ -1,1 +1,1 @@
-"""A task counted on shapes, timed on one device, and its micro batch chosen, before it trains."""
+"""Costs of a task before it trains: counts on shapes, times on one device, and its micro batch."""

@@ -1,11 +1,11 @@
-"""Counts on the meta device what a step of the real task computes, moves, keeps and starts.
+"""Counts a real step on the meta device: FLOPs, bytes moved, bytes kept, and kernel calls.
 
 The task of a job is built on the meta device, where tensors have shapes but no values, and runs a
 step there (`step.py`) under a `Recorder`.
 
-Counts at two micro-batches give all others, because everything is a straight line in the images
-(`plan/counts.py`). Where it is not, as in attention by a few windows at a time, one micro-batch
-alone is counted.
+Counts at two micro-batches give all others, because each count is linear in the images
+(`plan/counts.py`). Where it is not linear, as with attention in chunks of windows, a single
+micro-batch is counted.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SIZES = (2, 4)
 
 
 def record(models: Models, batch: Batch, *, like: Recorder | None = None) -> Recorder:
-    """Runs a step and returns what it does.
+    """Runs a step and returns its recorded operations.
 
     Args:
         models: The task and its frozen models, on the meta device.
@@ -76,7 +76,7 @@ def record(models: Models, batch: Batch, *, like: Recorder | None = None) -> Rec
 
 @contextmanager
 def _modules_noted(recorder: Recorder, models: Models) -> Iterator[None]:
-    """Tells the recorder which modules run; drops gradients of parameters once they are made."""
+    """Tells the recorder which module runs, and drops each parameter gradient as it is made."""
     handles = []
 
     def enter(*_: Any) -> None:
@@ -116,15 +116,15 @@ def count(
     """Counts a micro-batch of a job's task as a device would run it.
 
     Args:
-        job: Its weights and its images are not touched.
+        job: Only its description is used; no weights or images are read.
         device: Decides the kernels.
         bfloat16: Whether the task computes in bfloat16.
         frozen_bfloat16: Whether frozen models do.
-        checkpointing: False for no checkpoints, True for those of each `checkpoint_every`-th block
-            of the student; False comes first.
+        checkpointing: False counts without activation checkpoints, True with one at each
+            `checkpoint_every`-th block of the student; False comes first.
         micro_batch_size: Counted alone if the task is not linear in its images; auto: as many
             images as belong together.
-        image_size: Side of the images; 0: that of the job's probe batch, the largest.
+        image_size: Side of the images; 0 means the side of the job's probe batch, the largest.
 
     Returns: the counts with and without checkpoints, as asked.
     Raises: FDError: if the models cannot be built, or cannot run without values.
@@ -154,10 +154,10 @@ def count(
 
 
 def shared_bytes(job: TrainingJob, device: choose.Device, *, frozen_bfloat16: bool) -> Line:
-    """Returns the bytes of a micro-batch's images and of what the frozen models say of them.
+    """Returns the bytes of a micro-batch's images and of the frozen models' outputs for them.
 
     Args:
-        job: Its weights and its images are not touched.
+        job: Only its description is used; no weights or images are read.
         device: Decides the kernels.
         frozen_bfloat16: Whether frozen models compute in bfloat16.
 
@@ -174,7 +174,7 @@ def shared_bytes(job: TrainingJob, device: choose.Device, *, frozen_bfloat16: bo
 
 
 def _probe(job: TrainingJob, images: int, image_size: int) -> Batch:
-    """A probe batch, of images of another side unless that is 0."""
+    """Returns a probe batch with images of a given side; 0 keeps the batch's own."""
     batch = job.probe_batch(images)
     if image_size:
         shape = (*batch.images.shape[:2], image_size, image_size)
@@ -190,10 +190,10 @@ def step_flops(
     micro_batches: int = 1,
     image_size: int = 0,
 ) -> StepFlops | None:
-    """Returns the FLOPs of a micro-batch as this device runs it; None if it cannot be counted.
+    """Returns the FLOPs of a micro-batch as this device runs it, or None if they cannot be counted.
 
     Args:
-        job: Its weights and its images are not touched.
+        job: Only its description is used; no weights or images are read.
         micro_batch_size: Images.
         checkpointing: Whether the student's blocks are checkpointed.
         micro_batches: Number of a rank's micro-batches in a step.
@@ -223,8 +223,8 @@ def kernel_calls(
     """Returns the calls of fused operations in a step of two images; see `kernels/check.py`.
 
     Args:
-        job: Its weights and its images are not touched.
-        device: What will run them.
+        job: Only its description is used; no weights or images are read.
+        device: Device that will run the kernels.
         bfloat16: Whether the task computes in bfloat16.
         frozen_bfloat16: Whether frozen models do.
 
@@ -237,7 +237,7 @@ def kernel_calls(
 
 
 def check_kernels(job: TrainingJob, *, bfloat16: bool) -> None:
-    """Holds the kernels that will run against their references, and gives up what is off."""
+    """Compares the kernels that will run with their references, and turns off any that differ."""
     device = distributed.device()
     if not choose.may_run_kernels(device.type):
         return
@@ -261,7 +261,7 @@ def check_kernels(job: TrainingJob, *, bfloat16: bool) -> None:
 
 
 def _counts(first: Recorder, second: Recorder, at: tuple[int, int], models: Models) -> Counts:
-    """Returns the counts of any micro-batch, of steps of two; of one alone (0, images)."""
+    """Returns linear counts from two recorded steps; from one step, counts for its images alone."""
     products: Counter[tuple] = Counter()
     moved: dict[str, Line] = {}
     again = NOTHING

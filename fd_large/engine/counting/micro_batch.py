@@ -4,9 +4,8 @@ A rank that runs out of memory leaves the others waiting in a collective, and th
 (`ranks.failures`). So the probe climbs: after a step of one image, which makes the optimiser's
 moments, it runs a real step at 1, 2, 4 ... images, measures the peak of each phase, and tries the
 next size only if straight lines through the last two peaks predict that every phase fits on every
-rank. Each phase has its own line, because their maximum bends where one overtakes the other. So
-many times the images need at most so many times the memory: where there is that much, the climb
-ends at once.
+rank. Each phase has its own line, because the maximum of two lines bends where they cross. N
+times the images need at most N times the memory: if that much is free, the climb ends at once.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ log = logging.getLogger(__name__)
 
 
 def candidates(share: int, together: int = 1) -> tuple[int, ...]:
-    """Returns the sizes that are tried, in rising order: powers of two up to those that may be had.
+    """Returns the sizes that are tried, in rising order: powers of two up to the largest allowed.
 
     Args:
         share: Images of a rank per step, which a micro batch divides.
-        together: Images that share statistics of batch norms. A micro batch holds so many or a
-            multiple; if they lie on several ranks, it holds the whole share.
+        together: Images that share statistics of batch norms. A micro batch holds a multiple of
+            this number; if a group spans several ranks, it holds this rank's whole share.
     """
     least, sizes = together if share % together == 0 else share, [1]
     while 2 * sizes[-1] < least:
@@ -68,7 +67,7 @@ def largest_that_fits(
         memory: The memory of this rank.
         together: See `candidates`.
 
-    Raises: OutOfMemory: if not even one image fits, or not those that share statistics.
+    Raises: OutOfMemory: if not even one image, or one group with shared statistics, fits.
     """
     best = 0
     measured: list[tuple[int, list[int]]] = []
@@ -193,17 +192,17 @@ def _phases(
 
 
 def _copies(task: Task, batch: Batch, count: int) -> list[Tensor]:
-    """Returns the tensors of so many completed micro batches, on the device."""
+    """Returns the tensors of `count` completed micro batches, on the device."""
     whole = completed(task, batch.to(distributed.device()))
     return [tensor.clone() for _ in range(count) for tensor in whole.tensors()]
 
 
 def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
-    """Returns the size that an earlier probe found in the same setting, else None.
+    """Returns the size that an earlier probe chose in the same setting, or None.
 
     Args:
         folder: The run's folder.
-        setting: What decides the memory of a step: ranks, models, DeepSpeed's JSON, software ...
+        setting: Whatever decides a step's memory: ranks, models, DeepSpeed's JSON, software ...
         share: Images of a rank per step.
     """
     found = None

@@ -2,7 +2,7 @@
 
 The task runs without an engine at two micro-batches in turn, so that other work on the machine
 meets both alike, and the shortest time of each phase counts: other work can only lengthen it. The
-lines through both (`plan/phases.py`) are what `plan --probe` goes by.
+lines through both (`plan/phases.py`) are the basis of `plan --probe`.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def measure(
     """Times the phases on this rank, beside the others, in torch's process group.
 
     Args:
-        job: Its weights and its images are not touched.
+        job: Only its description is used; no weights or images are read.
         free_bytes: Memory that this rank may take.
         clock: Returns seconds; on CPU ranks `time.process_time` leaves out other processes.
 
-    Returns: the phases of the slowest rank; None if the task has no room on one device, or has
+    Returns: the phases of the slowest rank, or None if the task does not fit on one device or has
         images of several sizes.
     """
     if job.run.data.image_sizes:
@@ -99,7 +99,7 @@ class Timer:
     """A task on one device, whose phases are timed round by round.
 
     Args:
-        job: Its weights and its images are not touched.
+        job: Only its description is used; no weights or images are read.
         sizes: Images of the micro-batches, at most two.
         clock: Returns seconds.
         frozen_bfloat16: Whether frozen models compute in bfloat16.
@@ -130,7 +130,7 @@ class Timer:
         self._is_warm = False
 
     def round(self) -> None:
-        """Runs and times each micro-batch and the optimiser once; the first round is forgotten."""
+        """Runs and times each micro-batch and the optimiser once; the first round is a warm-up."""
         for images, one_pass in self._passes.items():
             self._models.task.zero_grad()
             seconds = _seconds_of(one_pass, self._now)
@@ -154,7 +154,7 @@ class Timer:
 
 
 def _sizes(counts: Counts, together: int, room: float, *, on_gpu: bool) -> tuple[int, ...]:
-    """Returns the micro-batches that are timed: two if there is room; none if there is for none."""
+    """Returns the micro-batches to time: two if both fit in memory, none if not even one does."""
     if counts.images:
         return (counts.images,) if counts.peak_at(counts.images) <= room else ()
     size = MOST_IMAGES_ON_GPU if on_gpu else MOST_IMAGES
@@ -173,7 +173,7 @@ def _bytes(counts: Counts, size: int, frozen_size: int) -> int:
 def _update(optim: Optim, device: torch.device) -> Callable[[Callable[[str], None]], None]:
     """Returns the optimiser's part of a step: norm, clipping, step, of `UPDATED` parameters.
 
-    As `run_step`, it tells what it is given that its phase begins, and that it is over.
+    Like `run_step`, it reports the beginning and the end of its phase to its argument.
     """
     parameter = nn.Parameter(torch.zeros(UPDATED, device=device))
     parameter.grad = torch.ones_like(parameter)
@@ -191,7 +191,7 @@ def _update(optim: Optim, device: torch.device) -> Callable[[Callable[[str], Non
 def _seconds_of(
     one_pass: Callable[[Callable[[str], None]], None], now: Callable[[], float]
 ) -> dict[str, float]:
-    """Returns the seconds of each phase that a pass tells of; all ranks begin it together.
+    """Returns the seconds of each phase that a pass reports; all ranks begin it together.
 
     Args:
         one_pass: Runs, and tells each phase when it begins.
@@ -213,7 +213,7 @@ def _seconds_of(
 
 
 def _slowest(mine: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
-    """Returns the largest seconds of all ranks; what is outside of all phases is left out."""
+    """Returns the longest time of each phase over the ranks; time outside the phases is dropped."""
     everyone = distributed.gather_objects(mine)
     return {
         images: {phase: max(one[images][phase] for one in everyone) for phase in phases if phase}

@@ -1,7 +1,7 @@
 """Measures this machine's rates: matrix products, memory, calls, collectives.
 
 All ranks measure at the same time, because they share memory and caches. Rates are medians of
-several passes. What a real step of the task takes is measured in `phases.py`.
+several passes. `phases.py` times a real step of the task.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _machine(on_gpu: bool, world: int, matmul: float) -> dict[str, Any]:
 
 
 def device_clock(clock: Callable[[], float]) -> Callable[[], float]:
-    """Returns a clock that first waits for what a GPU was asked to do, where there is one."""
+    """Returns a clock that first waits for the GPU's queued work, if there is a GPU."""
     if not torch.cuda.is_available():
         return clock
 
@@ -98,7 +98,7 @@ def device_clock(clock: Callable[[], float]) -> Callable[[], float]:
 
 
 class _Clock:
-    """Median seconds of a call, after one that is not counted.
+    """Measures the median seconds of a call, after one warm-up call.
 
     On a CPU the caches are overwritten first, so that operands come from memory, as in a step.
     """
@@ -133,7 +133,7 @@ def _products(seconds: _Clock, device: torch.device, dtype: torch.dtype) -> floa
 
 
 def _start(seconds: _Clock, device: torch.device) -> float:
-    """Returns the seconds of a call from Python, forward and backward of tiny layers."""
+    """Returns the seconds of one call from Python: forward and backward of tiny layers."""
     layers = [
         layer for _ in range(30) for layer in (nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU())
     ]

@@ -1,9 +1,9 @@
-"""Writes down what a computation dispatches: FLOPs, bytes, calls and what lives in memory.
+"""Records the operations of a computation: FLOPs, bytes, calls and live memory.
 
 Each operation counts with the FLOPs of its matrix products (torch's own formulas; a fused operation
 brings its own), its bytes (each distinct input is read once, each new output written once, views
-are free) and a call. Storages are followed from birth to death, which gives what lives at each
-moment.
+are free) and a call. Storages are followed from allocation to release, which gives the live
+memory at each moment.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Operation(NamedTuple):
 
     Attributes:
         phase: Where it runs.
-        again: Whether it computes again what forward has computed.
+        again: Whether it repeats a computation of the forward pass.
         name: Its name.
         flops: FLOPs of its matrix products.
         read: Bytes.
@@ -91,17 +91,17 @@ class _Known(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down what is dispatched while it is on.
+    """Records each dispatched operation while active.
 
     Args:
-        models: Their parameters and buffers are no part of what lives.
+        models: Models whose parameters and buffers do not count as live memory.
         like: Names of the calls that are expected; None: any.
 
     Attributes:
-        phase: What runs now.
+        phase: Name of the running phase.
         inside: How many modules are running now; the caller counts.
         modules: Forwards of modules by phase; the caller counts.
-        operations: What computed or moved something.
+        operations: Operations that computed or moved data.
         calls: All calls by phase, views included.
         live: Bytes of storages now.
         held: Live bytes when the first pass of a step in two passes began.
@@ -131,7 +131,7 @@ class Recorder(TorchDispatchMode):
         self._storages: dict[int, Any] = {t.untyped_storage()._cdata: None for t in own}
 
     def to(self, phase: str) -> None:
-        """Begins a phase, as `run_step` names it."""
+        """Begins a phase, by its name in `run_step`."""
         self.phase = PHASES.get(phase, "inference")
         if phase == FIRST_PASS:
             self.held = self.live
@@ -171,7 +171,7 @@ class Recorder(TorchDispatchMode):
     def record(
         self, func: Any, known: _Known, args: Any, kwargs: Any, outs: list[Tensor], out: Any
     ) -> None:
-        """Writes an operation down."""
+        """Records an operation."""
         flops = known.flops(*args, **kwargs, out_val=out) if known.flops else 0
         # Backward runs modules only where it computes their forward again.
         again = self.phase == "backward" and (self.inside > 0 or torch.is_grad_enabled())
@@ -208,7 +208,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _copies(name: str, args: Any, outs: list[Tensor]) -> int:
-    """Bytes of the copies in a layout of its own that a CPU's convolution makes while it runs.
+    """Bytes of the temporary copies that a CPU convolution makes in its own layout.
 
     oneDNN's, for all but channels that come last: of the larger of input and output in forward; in
     backward of both, and of a gradient that is not contiguous.
@@ -262,9 +262,9 @@ def bytes_of(t: Tensor) -> int:
 
 
 def place_of(t: Tensor) -> tuple[Any, ...]:
-    """Returns what two tensors share that are the same bytes."""
+    """Returns a key that is equal for tensors over the same bytes."""
     return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()
 
 
 class NotLinear(Exception):
-    """A micro-batch calls other operations than another does."""
+    """Two micro-batches run different operations, so that counts are not linear."""

@@ -1,7 +1,7 @@
-"""A step of a job's task on one device, or on shapes alone: what counting and timing share.
+"""One step of a job's task on one device, or on shapes alone, for counting and timing.
 
-The task runs as it does in training, but without an engine: frozen models and what else needs no
-gradient, the sums of a step in two passes, forward, backward. `run_step` tells its caller which of
+The task runs as it does in training, but without an engine: frozen models and other work without
+gradients, the sums of a step in two passes, forward, backward. `run_step` tells its caller which of
 these phases begins.
 """
 
@@ -52,7 +52,7 @@ def models_of(job: TrainingJob, *, bfloat16: bool, frozen_bfloat16: bool) -> Mod
     """Constructs a job's models on torch's present device, with random weights.
 
     Args:
-        job: Its weights and its images are not touched.
+        job: Only its description is used; no weights or images are read.
         bfloat16: Whether the task computes in bfloat16.
         frozen_bfloat16: Whether frozen models do.
     """
@@ -72,9 +72,9 @@ def run_step(models: Models, batch: Batch, to: Callable[[str], object]) -> None:
     Args:
         models: The task and its frozen models.
         batch: A micro batch on their device.
-        to: Is told each phase when it begins: FORWARD, BACKWARD, FIRST_PASS for the sums of a step
-            in two passes, the name of a frozen model, and "" at the end. What was interrupted is
-            told again.
+        to: Called with the name of each phase as it begins: FORWARD, BACKWARD, FIRST_PASS for the
+            sums of a step in two passes, the name of a frozen model, and "" at the end. An
+            interrupted phase is named again when it goes on.
     """
     handles, running = [], [FORWARD]
     sums = models.task.sums
@@ -115,7 +115,7 @@ def run_step(models: Models, batch: Batch, to: Callable[[str], object]) -> None:
 
 @contextmanager
 def on_shapes(device: choose.Device) -> Iterator[None]:
-    """Within it models are built and run on the meta device, as a device would run them.
+    """Lets the block build and run models on the meta device with a device's kernels.
 
     Raises: ConfigError: if a model cannot run there.
     """
@@ -151,7 +151,7 @@ def _attention(
     scale: float | None = None,
     **_: Any,
 ) -> Tensor:
-    """Calls the kernel that a device has for torch's attention; meta would take it apart."""
+    """Calls the device's kernel for torch's attention; the meta device would decompose it."""
     if q.ndim == 3:  # The heads are in the batch, as in SAM.
         q, k, v = (part[:, None] for part in (q, k, v))
         mask = None if attn_mask is None else attn_mask[:, None]

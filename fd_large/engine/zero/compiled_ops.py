@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled operations: what this machine can build, and one build on each node.
+"""DeepSpeed's compiled operations: whether this machine can build them, and one build on each node.
 
 torch compiles an operation where it is first used, under a file `lock` in the operation's folder,
 and waits for that file without a limit. A job that is killed while it compiles leaves it behind,
@@ -47,7 +47,7 @@ BUILD = (
 
 
 class Op(NamedTuple):
-    """One operation.
+    """A compiled operation of DeepSpeed.
 
     Attributes:
         name: DeepSpeed's name of it.
@@ -74,14 +74,14 @@ def ops() -> list[Op]:
 
 
 def load(name: str) -> str | None:
-    """Builds an operation on each node where it is not built yet, then loads it on every rank.
+    """Builds an operation on each node that lacks it, then loads it on every rank.
 
     A collective: either all ranks have it or none uses it.
 
     Args:
         name: DeepSpeed's name of it.
 
-    Returns: why it cannot be used, alike on all ranks; None if it can.
+    Returns: why the operation cannot be used, the same on all ranks, or None if it can.
     """
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder())
     # All waits here have limits of their own, which may add up to more than the watchdog's.
@@ -91,13 +91,13 @@ def load(name: str) -> str | None:
 
 
 def agreed(why_not: Callable[[], str | None]) -> str | None:
-    """Returns the first rank's reason against something, with its node, on all ranks; or None."""
+    """Returns the first rank's reason for a refusal, with its node, on all ranks; or None."""
     ranks = distributed.gather_objects((why_not(), distributed.node_name()))
     return next((f"{reason} (on {node})" for reason, node in ranks if reason), None)
 
 
 def folder() -> Path:
-    """Returns where operations are built: TORCH_EXTENSIONS_DIR, or a folder on the node's disk."""
+    """Returns the folder of built operations: TORCH_EXTENSIONS_DIR, or one on the node's disk."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or _own_folder())
 
 
@@ -122,7 +122,7 @@ def _is_built(name: str) -> bool:
 
 
 def _build(name: str) -> str | None:
-    """Compiles an operation in a process of its own; returns what went wrong."""
+    """Compiles an operation in a separate process; returns its error, or ""."""
     try:
         builder = _builder(name)
         if _is_built(builder.name):
@@ -178,7 +178,7 @@ def _load(name: str) -> str | None:
 def _turn(name: str) -> Iterator[int]:
     """Holds this node's turn to compile or load in the folder, where no stale lock is left.
 
-    Raises: TimeoutError: if others hold it for too long.
+    Raises: TimeoutError: if other processes hold it for too long.
     """
     private = _private()
     private.mkdir(mode=0o700, exist_ok=True)

@@ -5,8 +5,8 @@ rates, clipping and precision. A number that both could name is "auto" in the JS
 sees an "auto" (it takes `bf16.enabled: "auto"` for float32), an unknown key (it ignores those at
 the top level), or a setting that its stage would ignore.
 
-What the JSON alone decides is refused as it is read, without torch: the command line reads it with
-the flags. What needs the recipe follows in `check_owned`, what needs ranks and model in `fill`.
+Mistakes in the JSON alone are found as it is read, without torch, together with the flags. Checks
+against the recipe follow in `check_owned`, those against ranks and model in `fill`.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class RunNumbers(NamedTuple):
         parameter_sizes: Number of elements of each tensor that may be split.
         nvme_path: Folder on a disk that holds the optimiser's state; "": it is in memory.
         trained_sizes: Number of elements of each trained tensor.
-        is_probed: Whether a probe is to find the micro batch, which is 1 here.
+        is_probed: Whether a probe is to find the micro batch, which is 1 until then.
     """
 
     micro_batch_size: int
@@ -173,8 +173,7 @@ class RunNumbers(NamedTuple):
 def load(path: str | Path) -> dict[str, Any]:
     """Reads and checks a DeepSpeed JSON, by path or name; "auto" values stay.
 
-    Raises: ConfigError: if the file is missing, is not JSON, repeats a key, or has what `check`
-        refuses.
+    Raises: ConfigError: if the file is missing, is not JSON, repeats a key, or fails `check`.
     """
     path = shipped.deepspeed_config(str(path))
 
@@ -195,11 +194,11 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def check(config: Any, *, where: str) -> None:
-    """Refuses what is wrong whatever the recipe, the model and the ranks are, all of it at once.
+    """Refuses mistakes that do not depend on recipe, model or ranks, all of them at once.
 
     Args:
         config: The JSON's content.
-        where: What messages call it.
+        where: Name of the JSON in messages.
 
     Raises: ConfigError: with a line for each unknown key, value of another kind, and setting that
         its stage would ignore.
@@ -210,7 +209,7 @@ def check(config: Any, *, where: str) -> None:
 
 
 def _wrong_keys(config: Any) -> Iterator[str]:
-    """Yields a line for each unknown key, with the nearest names, and value of another kind."""
+    """Yields a line for each unknown key, with the nearest names, and each wrong type."""
     if not isinstance(config, dict):
         yield f"the file is not an object; got {config!r}, expected {{...}}. Correct it."
         return
@@ -304,7 +303,7 @@ def stage_of(config: dict[str, Any]) -> int:
 
 
 def optimizer_class(config: dict[str, Any]) -> str | None:
-    """Returns the name of the class in which DeepSpeed wraps the optimiser; None if in none."""
+    """Returns the name of DeepSpeed's wrapper class of the optimiser, or None."""
     if config["bf16"].get("immediate_grad_update"):
         return "BF16_Optimizer"
     split = "DeepSpeedZeroOptimizer"
@@ -318,20 +317,20 @@ def offloads(config: dict[str, Any], what: str) -> bool:
 
 
 def offloads_to_disk(config: dict[str, Any], what: str = "offload_optimizer") -> bool:
-    """Returns whether the optimiser's state, or the weights (`offload_param`), are on a disk."""
+    """Returns whether the optimiser's state or the weights (`offload_param`) are on a disk."""
     block = config.get("zero_optimization", {}).get(what, {})
     return block.get("device") == "nvme"
 
 
 def nvme_path(config: dict[str, Any]) -> str:
-    """Returns the folder on a disk that holds the optimiser's state; "": it is in memory."""
+    """Returns the folder on a disk that holds the optimiser's state, or "" if it is in memory."""
     return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("nvme_path", "")
 
 
 def for_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a filled JSON as DeepSpeed reads it: what is on a disk is host memory to it.
+    """Returns a filled JSON for DeepSpeed, in which offload to a disk is offload to host memory.
 
-    Its clock is off, which would wait for the device before and after each micro batch.
+    DeepSpeed's clock is off, because it waits for the device around each micro batch.
     """
     in_memory = {"device": "cpu", "pin_memory": False}
     there = [one for one in ("offload_optimizer", "offload_param") if offloads_to_disk(config, one)]
@@ -350,10 +349,10 @@ def check_owned(
     bfloat16: bool | None,
     nvme_path: str,
 ) -> None:
-    """Refuses values of the JSON that are the recipe's and differ from it, all of them at once.
+    """Refuses values of the JSON that contradict the recipe, all of them at once.
 
     Args:
-        config: What `load` returned.
+        config: Result of `load`.
         clip_norm, nvme_path: See `RunNumbers`.
         global_batch_size: Images of a step.
         micro_batch_size, accumulation, bfloat16: See `RunNumbers`; "auto" where a probe is to find
@@ -385,8 +384,8 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
     """Returns the JSON that DeepSpeed is given, with every "auto" replaced.
 
     Args:
-        config: What `load` returned.
-        numbers: What recipe, ranks and model say.
+        config: Result of `load`.
+        numbers: Numbers from recipe, ranks and model.
 
     Raises: ConfigError: if JSON and recipe name different values, or if a value does not fit the
         number of ranks.
@@ -432,7 +431,7 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
 
 
 def with_micro_batch(filled: dict[str, Any], size: int, accumulation: int) -> dict[str, Any]:
-    """Returns a filled JSON for so many images per rank and forward, and forwards per step."""
+    """Returns a filled JSON with another micro batch and number of forwards per step."""
     world_size = filled["train_batch_size"] // (filled[MICRO_BATCH] * filled[ACCUMULATION])
     numbers = {MICRO_BATCH: size, ACCUMULATION: accumulation}
     return {**filled, **numbers, "train_batch_size": size * accumulation * world_size}
@@ -481,7 +480,7 @@ def _check_stage_0(config: dict[str, Any], *, bfloat16: bool | None) -> None:
 
 
 def _check_disk(config: dict[str, Any], folder: str) -> None:
-    """Refuses a folder that JSON and recipe do not agree on."""
+    """Refuses folders for offload that differ between JSON and recipe."""
     if not offloads_to_disk(config):
         if folder:
             raise ConfigError(
@@ -542,7 +541,7 @@ def computes_in_bfloat16(precision: str) -> bool:
 
 
 def ranks_of_a_node(stated: int, local_world_size: int) -> int:
-    """Returns the number of ranks per node: `engine.node_size`, or if that is 0 the launcher's.
+    """Returns the number of ranks per node: `engine.node_size`, or the launcher's if it is 0.
 
     Raises: ConfigError: if the nodes would be of unequal size.
     """

@@ -3,14 +3,14 @@
 With `offload_param` there, too, so are the bfloat16 weights.
 
 Masters, moments, gradients and the average of a rank are the tensors of DeepSpeed's offload to host
-memory; only the memory that they lie in is a mapped file. So all numbers are those of offload, and
-the kernel decides what stays in memory: pages that were not used for longest go to the disk.
+memory, placed in mapped files. So all numbers equal those of offload, and the kernel decides
+which pages stay in memory: the least recently used go to the disk.
 
 DeepSpeed's own way to a disk (ZeRO-Infinity, by libaio) is not used: 0.19.8 trains silently wrong
 where a swapped gradient does not begin at a multiple of 512 bytes, and keeps a float32 gradient of
 the whole model in memory besides.
 
-The files have no names: nothing is left of them when the process ends, however it ends.
+The files have no names, so that they vanish when the process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Disk:
         self._folder = folder
 
     def zeros(self, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns so many zeros; their space on the disk is taken until they are freed."""
+        """Returns a tensor of zeros, whose space on the disk is reserved until it is freed."""
         size = dtype.itemsize * numel
         with disks.refused(self._folder, size), tempfile.TemporaryFile(dir=self._folder) as file:
             # A mapped page without space on the disk would end the process by a signal, later.
@@ -62,13 +62,13 @@ class Disk:
 
     @contextmanager
     def holds_state(self, exact: dict[int, Tensor], *, weights: bool) -> Iterator[None]:
-        """Lets the ZeRO-3 optimiser that is made in the block keep its float32 state here.
+        """Puts the float32 state of the ZeRO-3 optimiser that the block makes onto the disk.
 
         Args:
-            weights: Whether the weights that are offloaded to host memory are to be here, too.
+            weights: Whether weights offloaded to host memory go to the disk too.
             exact: The masters' values, flat, by the `ds_id` of their parameters; emptied on the
-                way, so that the disk never holds all of them twice. Masters of others are what
-                their parameters are.
+                way, so that the disk never holds all of them twice. Other masters copy their
+                parameters.
         """
         stage_3 = get(_STAGE_3)
         ways: dict[str, Any] = {"_setup_for_real_optimizer": partialmethod(_set_up, self, exact)}
@@ -83,7 +83,7 @@ class Disk:
 
 
 def _make_room(optimizer: Any, disk: Disk) -> None:
-    """Makes the flat weights of each group, where `offload_param` would make host memory."""
+    """Makes each group's flat weights on the disk, instead of `offload_param`'s host memory."""
     for group in optimizer.trainable_param_groups:
         numel = sum(parameter.ds_tensor.numel() for parameter in group["params"])
         optimizer.param_groups_fp16_flat_cpu_memory.append(disk.zeros(numel, optimizer.dtype))
@@ -91,10 +91,10 @@ def _make_room(optimizer: Any, disk: Disk) -> None:
 
 @torch.no_grad()
 def _set_up(optimizer: Any, disk: Disk, exact: dict[int, Tensor]) -> None:
-    """Does what `_setup_for_real_optimizer` of a ZeRO-3 optimiser does under offload, on a disk.
+    """Replaces `_setup_for_real_optimizer` of an offloaded ZeRO-3 optimiser by a version on a disk.
 
-    A sub-group's gradient is its part of the flat buffer in which gradients are summed, instead of
-    a copy of it: they have the same elements in the same order.
+    A sub-group's gradient is a view of the flat buffer in which gradients are summed, instead of
+    a copy: both have the same elements in the same order.
     """
     inner, sizes = optimizer.optimizer, optimizer.fp16_partitioned_groups_flat_numel
     kept, total = kept_by(inner), sum(sizes)

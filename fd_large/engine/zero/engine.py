@@ -39,12 +39,12 @@ class Engine(NamedTuple):
         deepspeed: The DeepSpeed engine; its module is the task.
         task: The trained Module.
         stage: The ZeRO stage, 0 to 3.
-        config: The JSON that DeepSpeed was given.
+        config: DeepSpeed's filled JSON.
         gate: The gate in front of each optimiser step.
         averages: Moving averages of the running statistics of batch norms, by name, where the
             recipe has an average of the weights (`ema.py`).
         disk: Holds the optimiser's float32 state; None: it is in memory.
-        gradients: What stays in memory and holds gradients.
+        gradients: Persistent memory that holds gradients.
         infinite_buffers: Names of the task's running statistics that are not finite from the start,
             as a mask of the user's own may be.
     """
@@ -76,7 +76,7 @@ def build_engine(
 
     Args:
         make: Constructs the task; draws from torch's global generator only.
-        config: A filled JSON; what it keeps on a disk is there from the start.
+        config: A filled JSON; state that it keeps on a disk is made there from the start.
         optim: The recipe's section of the optimiser.
         seed: Seed of the random weights.
         compile_blocks: Whether torch.compile compiles each of the student's blocks.
@@ -136,7 +136,7 @@ def _check_quantiser(zero: Mapping[str, Any]) -> None:
 def _holding_state(
     disk: Disk | None, task: Task, exact: dict[str, Tensor], *, weights: bool
 ) -> AbstractContextManager[Any]:
-    """Lets a disk, if there is one, hold the state that DeepSpeed makes, with these masters."""
+    """Puts the state that DeepSpeed makes onto the disk, if there is one, with these masters."""
     if disk is None:
         return nullcontext()
     named = task.named_parameters() if exact else ()

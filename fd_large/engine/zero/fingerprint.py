@@ -27,7 +27,7 @@ _CHUNK_ON_CPU = 1 << 15  # They stay in the cache of one core, which is ten time
 
 
 def fingerprint(module: nn.Module, *, group: Any = None) -> str:
-    """Hashes all parameters and floating-point buffers; the same however they are split.
+    """Hashes all parameters and floating-point buffers, independently of how they are split.
 
     Args:
         module: A module with whole or partitioned parameters.
@@ -50,14 +50,14 @@ def fingerprint(module: nn.Module, *, group: Any = None) -> str:
 
 
 def held_fingerprint(module: nn.Module, whole: dict[str, Tensor]) -> str:
-    """Hashes what this rank itself holds of a module; asks no other rank.
+    """Hashes this rank's part of a module, without a collective.
 
-    That is its shards, all buffers, and what ZeRO-3 keeps whole beside the shards.
+    The part is its shards, all buffers, and the tensors that ZeRO-3 keeps whole beside the shards.
 
     Args:
         module: A module with whole or partitioned parameters.
-        whole: Hashes of tensors that are kept whole, as first seen, by name; extended. DeepSpeed
-            fetches them at a forward of its choice, so they count by what changed since.
+        whole: Hashes of the whole tensors when first seen, by name; extended here. DeepSpeed
+            fetches these tensors at a forward of its choice, so only their changes count.
 
     Returns: "PART/PARTS HASH"; ranks that hold the same PART give the same HASH.
     """

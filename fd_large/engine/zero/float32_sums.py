@@ -76,7 +76,7 @@ class Float32Sums:
 
     @torch.no_grad()
     def _reduce(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
-        """Takes the mean over ranks, in the communication data type, of what is left of it."""
+        """Averages a bucket over ranks, in the communication data type."""
         optimizer = self._optimizer
         for totals, has in zip(
             optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients, strict=True
@@ -90,6 +90,6 @@ class Float32Sums:
                 shard.div_(distributed.world_size())
 
     def _for_norm(self, for_clipping: bool = False) -> Any:
-        """What DeepSpeed clips: the shards; what it takes the norm of: the norm itself, alone."""
+        """Returns the shards, which DeepSpeed clips, and their norm as its norm's input."""
         shards = self._optimizer.fp32_groups_gradient_flat_partition
         return shards if for_clipping else ([norm_of_shards(shards)], {})

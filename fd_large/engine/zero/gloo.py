@@ -48,7 +48,7 @@ def scatter_in_place(
 
 
 class _Works:
-    """Several collectives that are waited for as one."""
+    """Several collectives that are awaited together."""
 
     def __init__(self, works: Any) -> None:
         self._works = list(works)

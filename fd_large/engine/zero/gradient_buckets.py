@@ -1,6 +1,6 @@
-"""Buckets of gradients: where they are cut, and how they are summed beside backward.
+"""Buckets of gradients: their boundaries, and their sums during backward.
 
-All ranks send them in one order, each bucket once its gradients are there.
+All ranks send the buckets in the same order, each when its gradients are complete.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ MOST_COPIES = 2
 
 
 def sums_have_owners() -> bool:
-    """Returns whether a sum goes to the one rank that steps it: on few ranks."""
+    """Returns whether sums go only to the rank that steps them, as with few ranks."""
     return distributed.world_size() <= MOST_OWNERS
 
 
 def cuts(size: int, bucket: int) -> list[tuple[int, int, int | None]]:
-    """Cuts a flat group of gradients into (begin, end, owner); None: several ranks step it."""
+    """Cuts a flat group of gradients into (begin, end, owner); owner None for several ranks."""
     world = distributed.world_size()
     if not sums_have_owners():
         return [(begin, min(begin + bucket, size), None) for begin in range(0, size, bucket)]
@@ -38,14 +38,14 @@ def cuts(size: int, bucket: int) -> list[tuple[int, int, int | None]]:
 
 
 def start_sum(sent: Tensor, owner: int | None) -> Any:
-    """Starts a sum over ranks in place, on its owner or, where there is none, on all."""
+    """Starts a sum over ranks in place, on its owner, or on all ranks without an owner."""
     if owner is None:
         return deepspeed.comm.all_reduce(sent, async_op=True)
     return deepspeed.comm.reduce(sent, owner, async_op=True)
 
 
 class InOrder(ABC):
-    """Sends buckets of gradients: in one order on all ranks, each once it is complete.
+    """Sends buckets of gradients in the same order on all ranks, each when it is complete.
 
     Args:
         needs: How many gradients each bucket waits for, in the order in which they are sent.
@@ -61,7 +61,7 @@ class InOrder(ABC):
         self._missing, self._next = list(self._needs), 0
 
     def arrived(self, bucket: int) -> None:
-        """Tells that one of a bucket's gradients is there."""
+        """Counts a gradient of a bucket, and sends the buckets that are complete."""
         assert bucket >= self._next, "a gradient came after its bucket was sent"
         self._missing[bucket] -= 1
         while self._next < len(self._needs) and self._missing[self._next] == 0:
@@ -69,7 +69,7 @@ class InOrder(ABC):
             self._next += 1
 
     def finish(self) -> None:
-        """Sends the rest as it is, waits for all, and begins anew."""
+        """Sends the remaining buckets, waits for all, and resets the counts."""
         for bucket in range(self._next, len(self._needs)):
             self._start(bucket)
         while self._works:
@@ -82,7 +82,7 @@ class InOrder(ABC):
 
     @abstractmethod
     def _settle(self) -> None:
-        """Waits for the oldest of what was sent."""
+        """Waits for the oldest bucket in flight."""
 
 
 class Reductions(InOrder):
@@ -90,10 +90,10 @@ class Reductions(InOrder):
 
     Args:
         engine: DeepSpeed's engine, which knows the data type that is sent.
-        buckets: What is summed.
+        buckets: Tensors to sum.
         needs: How many gradients each bucket waits for.
-        owners: The rank that needs the sum of each bucket; None: all need it. On the others it
-            holds nothing of use afterwards.
+        owners: The rank that needs the sum of each bucket, or None if all ranks do. On the other
+            ranks the bucket is undefined afterwards.
     """
 
     def __init__(

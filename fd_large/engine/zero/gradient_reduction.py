@@ -1,6 +1,6 @@
 """Gradients from backward to the optimiser, in fewer passes than DeepSpeed 0.19.8 makes.
 
-What it does is replaced by methods on the objects of one engine; the numbers stay the same.
+Methods on the objects of one engine replace DeepSpeed's; the numbers stay the same.
 
 | stage        | DeepSpeed                                   | here                               |
 |--------------|---------------------------------------------|------------------------------------|
@@ -19,8 +19,8 @@ What it does is replaced by methods on the objects of one engine; the numbers st
 | 3            | gathers each tensor that stays whole by     | the next forward pass gathers them |
 |              | itself after a step                         | with their neighbours              |
 
-All else goes DeepSpeed's own way, beside backward too: stage 3, and stages 1 and 2 with the
-optimiser in host memory.
+Everything else is reduced by DeepSpeed itself, also during backward: stage 3, and stages 1 and 2
+with the optimiser in host memory.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def spare_passes(engine: Any, *, bucket: int) -> Sequence[Tensor]:
         engine: DeepSpeed's engine, before its first forward.
         bucket: Number of elements that are reduced together.
 
-    Returns: what stays in memory and holds gradients.
+    Returns: the persistent memory that holds gradients.
     """
     if isinstance(engine.optimizer, get("deepspeed.runtime.bf16_optimizer:BF16_Optimizer")):
         return Float32Sums(engine, bucket).kept

@@ -23,14 +23,14 @@ _NORM_CHUNK = 1 << 16
 
 
 class _Bucket(NamedTuple):
-    """Neighbours in a flat group of parameters.
+    """Adjacent parameters of a flat group.
 
     Attributes:
         group: Number of the group.
         begin: First element in the group.
         size: Number of elements.
-        owner: The rank that steps all of it; None: each rank steps a part.
-        parts: (parameter, its first element here, behind its last, place in the bucket).
+        owner: The rank that steps the whole bucket, or None if each rank steps a part.
+        parts: (parameter, its first element here, end of its elements, place in the bucket).
     """
 
     group: int
@@ -41,7 +41,7 @@ class _Bucket(NamedTuple):
 
 
 class _Partition(list):
-    """The gradients of one group that this rank steps: a flat tensor, which DeepSpeed looks for."""
+    """The gradients of a group that this rank steps, as the flat tensor that DeepSpeed reads."""
 
     def __init__(self, flat: Tensor) -> None:
         super().__init__([flat])
@@ -49,10 +49,10 @@ class _Partition(list):
 
 
 class OwnedShards(InOrder):
-    """Stage 2, and 1 in float32: every rank keeps the sums of what it steps.
+    """Stage 2, and 1 in float32: every rank keeps the sums of the gradients that it steps.
 
-    A bucket is filled in memory that is used again for the next but one; in float32 its owner fills
-    it where the optimiser reads it. A gradient is freed once it is in its buckets. Micro batches of
+    Two bucket buffers are used in turn; in float32 the owner fills a bucket where the optimiser
+    reads it. A gradient is freed once it is in its buckets. Micro batches of
     a step are summed in float32: at stage 2 in the shard, at stage 1 where autograd does.
     """
 
@@ -107,7 +107,7 @@ class OwnedShards(InOrder):
         return [one for *_, one in sorted(cut, key=lambda one: one[:2])]
 
     def _take(self, parameter: nn.Parameter, group: int) -> None:
-        """A gradient of a micro batch is there."""
+        """Takes a gradient of a micro batch from autograd."""
         if not self._at_boundary_only or self._engine.is_gradient_accumulation_boundary():
             for number in self._buckets_of[parameter]:
                 self.arrived(number)
@@ -134,7 +134,7 @@ class OwnedShards(InOrder):
         self._works.append((work, filled[place : place + mine.numel()], mine))
 
     def _own(self, one: _Bucket) -> tuple[Tensor, int]:
-        """Returns what this rank keeps of a bucket, a view of its shard, and where it begins."""
+        """Returns this rank's part of a bucket, a view of its shard, and the part's beginning."""
         shard = self._shards[one.group]
         begin = one.begin - self._rank * shard.numel()
         low, high = max(begin, 0), min(begin + one.size, shard.numel())
@@ -152,7 +152,7 @@ class OwnedShards(InOrder):
         mine.mul_(1 / self._world)
 
     def _reduce(self, pipeline_parallel: bool = False) -> None:
-        """Sums, once backward is over, what is left, and hands the sums to the optimiser."""
+        """Sums the remaining buckets after backward, and hands the sums to the optimiser."""
         self.finish()
         self._first = self._engine.is_gradient_accumulation_boundary()
         if self._first:

@@ -1,6 +1,6 @@
-"""LARS: every matrix moves by a part of its own norm, whatever the size of its gradient.
+"""LARS: every matrix moves by a fraction of its own norm, whatever its gradient's norm.
 
-Here is what acts element by element, the momentum; `trust_ratio.py` scales the gradients before.
+This file has the elementwise part, the momentum; `trust_ratio.py` scales the gradients first.
 
 Source: You et al., arXiv 1708.03888; class LARS of SwinTransformer/Feature-Distillation's utils.py,
 which is that of MoCo v3.
@@ -18,7 +18,7 @@ TRUST_COEFFICIENT = 0.001
 
 
 class Lars(torch.optim.Optimizer):
-    """SGD with momentum, of gradients that hold the weight decay and are scaled already.
+    """SGD with momentum on gradients that already include weight decay and trust ratio.
 
     Args:
         groups: Groups of parameters.
@@ -46,7 +46,7 @@ class Lars(torch.optim.Optimizer):
     def trust_ratio(weight_norm: Tensor, gradient_norm: Tensor) -> Tensor:
         """Returns the factor of a gradient, given norms of a matrix and of its decayed gradient.
 
-        It is 1 where one of them is 0.
+        It is 1 if either norm is 0.
         """
         ratio = TRUST_COEFFICIENT * weight_norm / gradient_norm
         return torch.where((weight_norm > 0) & (gradient_norm > 0), ratio, 1.0)

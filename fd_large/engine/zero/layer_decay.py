@@ -29,13 +29,13 @@ class LayerSlice(NamedTuple):
 
 
 class LayerLearningRates:
-    """Steps in place of the inner optimiser, each layer at its own learning rate.
+    """An optimiser around the inner one that steps each layer at its own learning rate.
 
     Args:
         inner: The optimiser, which acts element by element.
         plain_step: The optimiser's own `step`.
-        slices: id of a tensor that the optimiser steps -> its slices. Elements in none of them
-            (padding at an end), or in one of scale 0, are not stepped.
+        slices: id of a tensor that the optimiser steps -> its slices. Elements outside all slices
+            (padding at an end), or in a slice of scale 0, are not stepped.
 
     Attributes:
         at_scale: Maps a scale to the learning rate of the current step.
@@ -54,7 +54,7 @@ class LayerLearningRates:
         self.at_scale: Callable[[float], float] = lambda scale: scale
 
     def step(self, *arguments: Any, **named: Any) -> None:
-        """Steps the groups as they are; DeepSpeed empties those that it does not want stepped."""
+        """Steps the present groups; DeepSpeed empties the groups that it does not want stepped."""
         inner = self._inner
         groups, states, kept = inner.param_groups, inner.state, kept_by(inner)
         cut_groups: list[dict[str, Any]] = []
@@ -99,11 +99,11 @@ class LayerLearningRates:
 
 
 def by_layer(engine: Engine, decay: float, backbone_rate: float = 1.0) -> LayerLearningRates | None:
-    """Lets an engine step each layer at its own learning rate; None where all have the same.
+    """Lets an engine step each layer at its own learning rate; None if all rates are equal.
 
     Args:
         engine: The engine, before its first step.
-        decay: Factor of the learning rate from one layer to the one below it; 1: none.
+        decay: Factor of the learning rate from each layer to the layer below; 1 turns it off.
         backbone_rate: Factor of the learning rate of all of the student; 1: none.
     """
     slices: dict[int, list[LayerSlice]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""The optimiser in two parameter groups: AdamW by the fastest implementation, or another."""
+"""The optimiser in two parameter groups: AdamW by the fastest implementation, or the user's own."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ _kept: WeakKeyDictionary[torch.optim.Optimizer, Kept] = WeakKeyDictionary()
 
 
 def kept_by(optimizer: torch.optim.Optimizer) -> Kept:
-    """Returns what an optimiser of `make_optimizer` keeps of each tensor."""
+    """Returns the state that an optimiser of `make_optimizer` keeps of each tensor."""
     return _kept[optimizer]
 
 
 def moments_of(optim: Optim, device: str = "cpu") -> tuple[str, ...]:
-    """Returns the names of what a recipe's optimiser keeps of each parameter, 4 bytes each.
+    """Returns the names of an optimiser's moments, each 4 bytes a parameter.
 
     Args:
         optim: The recipe's section.
         device: Where an optimiser of the user's own is tried.
 
-    Raises: ConfigError: if there is no such optimiser, or it is not fit.
+    Raises: ConfigError: if the optimiser does not exist or fails its trial.
     """
     make = _maker_of(optim)
     return tuple(tried(make, optim, torch.device(device)).moments) if make else ADAMW_MOMENTS
 
 
 def _maker_of(optim: Optim) -> Callable[..., torch.optim.Optimizer] | None:
-    """Returns what makes an optimiser of (groups, lr=...); None for AdamW."""
+    """Returns the constructor of a named optimiser from (groups, lr=...), or None for AdamW."""
     return doors.load(optim.name, kind="optimisers", where="optim.name", built_in=OPTIMISERS)
 
 
@@ -91,7 +91,7 @@ def parameter_groups(task: Task, weight_decay: float) -> list[dict[str, Any]]:
 def make_optimizer(
     groups: list[dict[str, Any]], optim: Optim, *, on_gpu: bool
 ) -> torch.optim.Optimizer:
-    """Makes the user's optimiser, or AdamW of DeepSpeed's fused kernel, NVIDIA apex or torch.
+    """Makes the user's optimiser, or AdamW by DeepSpeed's fused kernel, NVIDIA apex or torch.
 
     Args:
         groups: Groups from `parameter_groups`.
@@ -153,7 +153,7 @@ def _made(
 
 
 def _why_not(kind: str, settings: dict[str, Any]) -> str | None:
-    """Returns why an implementation cannot be used, alike on all ranks; None if it can."""
+    """Returns why an implementation cannot be used, the same on all ranks, or None if it can."""
     if kind == "torch":
         return None
     if kind == "deepspeed":
@@ -165,7 +165,7 @@ def _why_not(kind: str, settings: dict[str, Any]) -> str | None:
 
 
 def _off(kind: str, settings: dict[str, Any]) -> str | None:
-    """Steps random numbers beside torch's plain AdamW; returns by how much it is off, if it is."""
+    """Compares a step on random numbers with torch's plain AdamW; returns any excess error."""
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randn(4, size, generator=generator) for size in _TRIED]
     settings = {**settings, "lr": 1e-2, "weight_decay": 0.05}

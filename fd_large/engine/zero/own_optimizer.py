@@ -1,8 +1,8 @@
-"""An optimiser of the user's own: it is tried on a few numbers before it is given a model.
+"""An optimiser of the user's own, and its trial on a few numbers before it gets a model.
 
-ZeRO steps flat parts of many tensors, so an optimiser must act element by element; one that scales
-gradients by norms of whole tensors says so by a method (`trust_ratio.py`). The trial also
-shows what it keeps of each parameter, which checkpoints and layer-wise learning rates have to know.
+ZeRO steps flat parts of many tensors, so an optimiser must act element by element; an optimiser
+that scales gradients by norms of whole tensors declares a method (`trust_ratio.py`). The trial
+also shows which state it keeps of each parameter, for checkpoints and layer-wise learning rates.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Kept(NamedTuple):
 
     Attributes:
         moments: Name of each float32 tensor of the parameter's shape -> its value at first.
-        count: (tensor, steps) -> the entry "step" after so many steps; None where it keeps none.
+        count: (tensor, steps) -> the entry "step" after that number of steps; None if it keeps
+            none.
     """
 
     moments: dict[str, float]
@@ -126,7 +127,7 @@ def _trial(
 
 
 def _count_like(value: Any) -> Callable[[Tensor, int], Any]:
-    """Returns what makes a count of steps as an optimiser itself does."""
+    """Returns a constructor of step counts in the optimiser's own form."""
     if not isinstance(value, Tensor):
         return lambda owner, steps: type(value)(steps)
     return lambda owner, steps: torch.tensor(steps, dtype=value.dtype, device=value.device)

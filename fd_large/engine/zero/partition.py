@@ -45,7 +45,7 @@ def build(
         group: Ranks that share the parameters; None for all.
         whole_first: Whether to build it whole on every rank and split it afterwards, for
             constructors that write to their children's parameters, as timm's do.
-        disk: Where shards in host memory go as they are made; None: they stay.
+        disk: Disk for new shards in host memory, or None to keep them in memory.
     """
     context = nullcontext()
     if partitioned:
@@ -112,8 +112,8 @@ def shard(parameter: nn.Parameter) -> tuple[Tensor, int]:
 def load_weights(module: nn.Module, items: Iterable[tuple[str, Tensor]], *, where: str) -> None:
     """Copies full tensors into a module; a collective.
 
-    Rank 0 alone reads them, and passes each on to the others, which take their own elements: a
-    thousand ranks that read the same files would ask the file system a thousand times.
+    Only rank 0 reads the tensors and sends each to the other ranks, which take their own
+    elements; otherwise a thousand ranks would read the same files from the file system.
 
     Floating-point buffers that belong to the state (running statistics of batch normalisation) are
     weights too; every rank holds them whole.
@@ -124,7 +124,7 @@ def load_weights(module: nn.Module, items: Iterable[tuple[str, Tensor]], *, wher
             the user allowed a file to miss stay as they are.
         where: The field that the user set, for messages.
 
-    Raises: WeightsError: if a name is missing, left over or of another shape.
+    Raises: WeightsError: if a tensor is missing, unexpected or of another shape.
     """
     held = dict(module.named_parameters()) | running_statistics(module)
     expected = {
@@ -140,7 +140,7 @@ def load_weights(module: nn.Module, items: Iterable[tuple[str, Tensor]], *, wher
 
 
 def running_statistics(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the floating-point buffers that belong to a module's state, by name."""
+    """Returns the floating-point buffers in a module's state, by name."""
     persistent = module.state_dict().keys()
     return {
         name: buffer
@@ -185,7 +185,7 @@ def set_masters(module: nn.Module, exact: dict[str, Tensor]) -> None:
 
     Args:
         module: The engine's module.
-        exact: What `to_bfloat16` kept; emptied on the way, so that memory never holds both.
+        exact: The float32 values from `to_bfloat16`; emptied on the way to save memory.
     """
     set_local = get("deepspeed.utils.tensor_fragment:safe_set_local_fp32_param")
     for name, parameter in module.named_parameters():

@@ -41,7 +41,7 @@ PARAMETERS = {
 
 
 def check() -> None:
-    """Looks at DeepSpeed's version and torch's names; torchvision's are looked at by `get`.
+    """Checks DeepSpeed's version and torch's names; `get` checks torchvision's.
 
     Raises: VersionError: for the first that is not as it was tested.
     """
@@ -72,14 +72,14 @@ def get(path: str) -> Any:
 
 
 def replace(owner: Any, name: str, new: Any) -> Any:
-    """Puts another method or value in the place of one that is there, and returns the old one.
+    """Replaces an existing method or value, and returns the old one.
 
     Args:
         owner: An engine, an optimiser, a backend or a module of DeepSpeed's.
         name: A name that the test lists.
-        new: What takes its place.
+        new: The replacement.
 
-    Raises: VersionError: if the owner has no such name.
+    Raises: VersionError: if the owner lacks the name.
     """
     try:
         old = getattr(owner, name)
@@ -90,14 +90,14 @@ def replace(owner: Any, name: str, new: Any) -> Any:
 
 
 def check_optimizer(optimizer: Any, inner: Any, wrapper: str | None) -> None:
-    """Looks whether an engine steps the optimiser that it was given.
+    """Checks that an engine steps the optimiser that it was given.
 
     Args:
         optimizer: The engine's optimiser.
-        inner: The one that was given.
+        inner: The optimiser that it was given.
         wrapper: Name of the class that DeepSpeed wraps it in; None: it is not wrapped.
 
-    Raises: VersionError: if another one steps.
+    Raises: VersionError: if the engine steps another optimiser.
     """
     steps = optimizer if wrapper is None else getattr(optimizer, "optimizer", None)
     if steps is not inner or wrapper not in (None, type(optimizer).__name__):

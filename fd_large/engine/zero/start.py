@@ -37,16 +37,16 @@ _MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
 
 
 class _NoMuon(ModuleType):
-    """Stands in for the module of DeepSpeed's Muon, which nothing here is optimised by."""
+    """A stand-in for the module of DeepSpeed's Muon, which this package does not use."""
 
     class MuonWithAuxAdam:
-        """No optimiser is one."""
+        """An empty class, so that no optimiser is an instance of Muon."""
 
 
 def start() -> None:
     """Gives DeepSpeed the process group that `distributed.start()` made.
 
-    Raises: VersionError: if the installed DeepSpeed is not what this package works with.
+    Raises: VersionError: if this package does not work with the installed DeepSpeed.
     """
     # DeepSpeed asks compilers and linkers what they have, and silences the descriptor of sys.stderr
     # meanwhile: in a notebook theirs is another. A process without a terminal may have none.
@@ -70,7 +70,7 @@ def start() -> None:
 
 
 def stop() -> None:
-    """Forgets all that DeepSpeed keeps in the process, as `distributed.stop()` destroys its group.
+    """Clears DeepSpeed's global state when `distributed.stop()` destroys its process group.
 
     Without that a later `start` would find collectives of a group that is gone.
     """
@@ -88,8 +88,9 @@ def forget_engines() -> None:
     DeepSpeed holds every engine through a module stack and an lru_cache in a closure of its
     parameter coordinator. The hpZ group is global to the process, and the next engine would use it
     whatever its own configuration; its communicator holds memory of the GPU until it is destroyed.
-    torch's linear function is replaced for good by a slower one that keeps other tensors, and what
-    is counted later in this process would be counted with it; `zero.Init` replaces it when needed.
+    DeepSpeed permanently replaces torch's linear function by a slower one that keeps other
+    tensors, which would change later counts in this process; `zero.Init` replaces it again when
+    needed.
     """
     get = private_names.get
     get("deepspeed.runtime.zero.parameter_offload:FWD_MODULE_STACK").clear()

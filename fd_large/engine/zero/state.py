@@ -32,7 +32,7 @@ class _Home(NamedTuple):
     """Where this rank's elements of one parameter live.
 
     Attributes:
-        span: Which elements of the flattened parameter these are.
+        span: Range of these elements in the flattened parameter.
         master: Their float32 values, a view.
         owner: The tensor that the inner optimiser steps; its state holds the moments.
         offset: Place of the first element in the owner.
@@ -45,7 +45,7 @@ class _Home(NamedTuple):
 
 
 def layout_of(engine: Engine) -> Layout:
-    """Returns which rank holds which elements, from a few numbers that all ranks know."""
+    """Returns the elements that each rank holds, from a few numbers known to all ranks."""
     ranks = distributed.world_size()
     if engine.stage in (0, 3):
         sizes = {n: _numel(p) for n, p in engine.task.named_parameters()}
@@ -64,7 +64,7 @@ def layout_of(engine: Engine) -> Layout:
 
 
 def _statistics(engine: Engine) -> dict[str, Tensor]:
-    """The task's running statistics: the same on every rank, whole; stored in shards."""
+    """Returns the task's running statistics: whole and equal on all ranks, stored in shards."""
     return partition.running_statistics(engine.task)
 
 
@@ -92,9 +92,9 @@ def shards(engine: Engine) -> Iterator[Piece]:
 
 
 def not_finite(engine: Engine) -> list[str]:
-    """Returns KIND.NAME of this rank's shards that hold NaN or infinity.
+    """Returns the names (KIND.NAME) of this rank's shards that hold NaN or infinity.
 
-    One pass over the shards, which makes nothing of their size, and one read by the host a device.
+    One pass over the shards without a copy, and one read by the host for each device.
     """
     extremes: dict[torch.device, list[Tensor]] = defaultdict(list)
     keys: dict[torch.device, list[str]] = defaultdict(list)
@@ -111,7 +111,7 @@ def not_finite(engine: Engine) -> list[str]:
 
 
 def whole_masters(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, flat float32 tensor) of all that belongs to the task's state; a collective.
+    """Yields (name, flat float32 tensor) of the task's whole state; a collective.
 
     With the average in the place of the weights it is the average.
     """
@@ -196,7 +196,7 @@ def restore(engine: Engine, read: Read, *, finished: int, steps: int, ema: bool 
 
 
 def complete(engine: Engine) -> None:
-    """Gathers what every rank holds whole from the shards that `restore` wrote; a collective.
+    """Gathers the tensors that ranks hold whole from the shards by `restore`; a collective.
 
     From each other the ranks have it sooner than from the files, which all would read otherwise.
     """
@@ -222,7 +222,7 @@ def _wholes(engine: Engine) -> Iterator[Tensor]:
 
 
 def _own_span(whole: Tensor) -> Span:
-    """The elements that this rank stores and reads of what all ranks hold."""
+    """Returns the elements that this rank stores and reads of tensors that all ranks hold."""
     return EachTensor({"": whole.numel()}, distributed.world_size()).span(distributed.rank(), "")
 
 
@@ -239,7 +239,7 @@ def redistribute(engine: Engine) -> None:
 
 
 def _forget_whole_copies(engine: Engine) -> None:
-    """Drops the small tensors that stay whole from the first forward on; the next gathers them."""
+    """Drops ZeRO-3's whole copies of small tensors; the next forward gathers them again."""
     if engine.stage == 3:
         engine.deepspeed.optimizer._partition_all_parameters()
 

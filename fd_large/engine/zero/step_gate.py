@@ -19,7 +19,7 @@ from fd_large.engine.zero.private_names import get, replace
 
 
 class Answer(NamedTuple):
-    """The decision that the ranks have agreed on.
+    """The ranks' decision about a step.
 
     Attributes:
         goes_on: Whether the weights are to move.
@@ -49,13 +49,13 @@ class StepGate:
         self.inner_step = replace(inner, "step", self._guarded)
 
     def step(self, engine: Any, ask: Callable[[Any], Answer]) -> bool:
-        """Lets the engine step; returns whether the weights moved.
+        """Lets the engine step; returns whether the weights changed.
 
         Args:
             engine: DeepSpeed's engine, after the last micro batch of a step.
-            ask: Given the norm of the gradients before clipping, or None where the engine's
-                optimiser has it, says whether to go on. Called once on every rank, before the
-                first weight moves.
+            ask: Decides from the norm of the gradients before clipping whether to step; the norm
+                is None if the engine's optimiser computes it. Called once on every rank, before
+                the first weight changes.
         """
         self._ask = ask
         _stepping.append(self)
@@ -67,7 +67,7 @@ class StepGate:
         return moved
 
     def answer(self, norm: Any = None) -> Answer:
-        """Returns what the ranks agree on; they are asked at the first call in a step."""
+        """Returns the ranks' decision, which is made at the first call in a step."""
         if self._ask is not None:
             ask, self._ask = self._ask, None
             self._answer = ask(norm)
@@ -82,7 +82,7 @@ _stepping: list[StepGate] = []
 
 
 def ask_once() -> None:
-    """Lets DeepSpeed's optimisers take the gate's word for whether a norm is finite."""
+    """Makes DeepSpeed's optimisers use the gate's answer whether the norm is finite."""
     optimisers = ("zero.stage3", "zero.stage_1_and_2", "bf16_optimizer")
     for module in (get(f"deepspeed.runtime.{one}") for one in optimisers):
         replace(module, "is_invalid_grad_norm", _is_invalid)
@@ -96,7 +96,7 @@ def _is_invalid(norm: Any) -> bool:
 
 
 def _clip(input_tensors: list[Tensor], max_norm: float, global_norm: Tensor, mpu: Any) -> None:
-    """As DeepSpeed's, but without a look at the norm: where nothing is clipped, it is times 1."""
+    """Clips like DeepSpeed but without a read by the host: unclipped gradients are times 1."""
     factor = (max_norm / (global_norm + 1e-6)).clamp(max=1.0)
     for tensor in input_tensors:
         tensor.detach().mul_(factor)

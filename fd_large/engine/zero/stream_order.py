@@ -1,9 +1,9 @@
-"""Stage 3's streams on GPUs: what one reads is ordered, by an event, after what another wrote.
+"""Stage 3's streams on GPUs: each read is ordered by an event after the write it depends on.
 
-DeepSpeed 0.19.8 gathers shards on a stream of their own. No line of its own lets that stream wait
-for the optimiser's write of them, and for the copies of hpZ inside a node the host waits, once for
-each parameter. Gradients are summed on another stream. On a device without streams, as a CPU, there
-is nothing to order. docs/architecture.md has a table of all such places.
+DeepSpeed 0.19.8 gathers shards on a separate stream. It never makes that stream wait for the
+optimiser's write of them, and it makes the host wait for hpZ's copies inside a node, once for
+each parameter. Gradients are summed on another stream. A device without streams, such as a CPU,
+needs no order. docs/architecture.md has a table of all such places.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Init(deepspeed.zero.Init):
 
 
 def order_gathers(engine: Any) -> None:
-    """Lets gathers of a sharded model wait for the writes of what they read, those until now too.
+    """Makes gathers of a sharded model wait for past and later writes of the shards.
 
     Args:
         engine: DeepSpeed's engine at stage 3; without an optimiser nothing is written later.
@@ -77,10 +77,10 @@ def order_gathers(engine: Any) -> None:
 
 
 def record_gradients(engine: Any) -> None:
-    """Keeps the memory of each gradient until it was summed.
+    """Keeps the memory of each gradient until it is summed.
 
-    DeepSpeed does so itself but for tensors of which this rank has no element, which are those of
-    fewer elements than there are ranks.
+    DeepSpeed does so itself, except for tensors with fewer elements than ranks, of which this
+    rank may have none.
     """
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.is_synchronized_device():

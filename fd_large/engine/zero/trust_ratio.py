@@ -1,9 +1,9 @@
 """Gradients scaled by norms of whole tensors, at any ZeRO stage.
 
-An optimiser that has a method `trust_ratio(weight_norm, gradient_norm)` looks at whole tensors, of
-which ZeRO gives a rank only parts. Before it steps, the squares of the parts are added up over the
-ranks in one small all-reduce; then each matrix's gradient, with its weight decay, is multiplied by
-the ratio. Vectors keep their gradients.
+An optimiser with a method `trust_ratio(weight_norm, gradient_norm)` needs norms of whole tensors,
+of which ZeRO gives a rank only parts. Before it steps, the squares of the parts are added up over
+the ranks in one small all-reduce; then each matrix's gradient, with its weight decay, is multiplied
+by the ratio. Vectors keep their gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fd_large.ranks import distributed
 
 
 class _Part(NamedTuple):
-    """Elements [start, stop) of a flattened tensor, and which matrix they are of."""
+    """Elements [start, stop) of a flattened tensor, and the index of their matrix."""
 
     matrix: int
     start: int
@@ -29,7 +29,7 @@ class _Part(NamedTuple):
 
 
 class _TrustRatios:
-    """Steps in place of the inner optimiser, with scaled gradients."""
+    """An optimiser around the inner one that first scales the gradients."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class _TrustRatios:
         self._num_matrices, self._is_split = num_matrices, is_split
 
     def step(self, *arguments: Any, **named: Any) -> None:
-        """Steps the groups as they are; DeepSpeed empties those that it does not want stepped."""
+        """Steps the present groups; DeepSpeed empties the groups that it does not want stepped."""
         device = distributed.device()
         squares = torch.zeros(2, self._num_matrices, dtype=torch.float64, device=device)
         scaled: list[tuple[int, Tensor]] = []
@@ -67,7 +67,7 @@ class _TrustRatios:
 
 
 def scale_by_norms(engine: Engine) -> None:
-    """Lets an engine scale gradients before each step, if its optimiser asks for that.
+    """Lets an engine scale gradients before each step, if its optimiser has a trust ratio.
 
     Args:
         engine: The engine, before its first step, its learning rates by layer installed.

@@ -40,10 +40,10 @@ class WholeGradients:
 
 
 class _Averages:
-    """Means of gradients over ranks, in buckets that are reduced while backward goes on.
+    """Means of gradients over ranks, in buckets that are reduced during backward.
 
-    A bucket holds neighbours, and the last layers' come first, as their gradients do. Buckets stay
-    in memory; from backward to the step, gradients are views of them.
+    A bucket holds adjacent parameters; buckets of the last layers come first, like their gradients.
+    Buckets stay in memory; from backward to the step, gradients are views of them.
     """
 
     def __init__(self, engine: Any, bucket: int) -> None:
@@ -84,7 +84,7 @@ class _Averages:
         parameter.grad = view
 
     def finish(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
-        """Reduces, once backward is over, what is left, and waits for all."""
+        """Reduces the remaining buckets after backward, and waits for all."""
         for parameter, view in self._views.items():
             if parameter.grad is not view:
                 self._fill(parameter)
