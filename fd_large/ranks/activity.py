@@ -1,7 +1,7 @@
-"""The activity of this process, for whoever shows it: see `runtime/display.py`.
+"""The current work of this process, displayed by `runtime/display.py`.
 
-Whatever may take longer than a few seconds is a piece of work; one that is begun while another
-lasts is a part of it. Noting it costs nothing, and nothing is shown by itself.
+Anything that may take longer than a few seconds is a piece of work; work begun during other work
+is a part of it. Recording work costs nothing and displays nothing.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Work:
     """A piece of work; it lasts until `end`.
 
     Args:
-        what: What is being done.
+        what: Description of the work.
         total: How much there is to do; None: that is not known.
-        unit: What is counted.
+        unit: Unit of the count.
         done: How much was done before.
     """
 
@@ -41,23 +41,23 @@ class Work:
         _changed()
 
     def advance(self, amount: float = 1, what: str | None = None) -> None:
-        """Counts so much more as done."""
+        """Adds finished units."""
         self.reach(self.done + amount)
         self.what = without_secrets(what or self.what)
 
     def reach(self, done: float) -> None:
-        """Sets how many units are done in all."""
+        """Sets the number of finished units."""
         self.done = done
         _changed()
 
     def end(self) -> None:
-        """The work is over."""
+        """Ends the work."""
         if self in _works:
             _works.remove(self)
             _changed()
 
     def seconds_left(self, now: float) -> float | None:
-        """Returns the seconds of the rest at the speed so far; None where that is not known."""
+        """Returns the remaining seconds at the present speed, or None if unknown."""
         fresh = self.done - self._first
         if not self.total or fresh <= 0:
             return None
@@ -75,7 +75,7 @@ class Work:
 
 @contextmanager
 def work(what: str, total: float | None = None, unit: str = "") -> Iterator[Work]:
-    """Does a piece of work: see `Work`."""
+    """Records the block as a piece of work; see `Work`."""
     begun = Work(what, total, unit)
     try:
         yield begun
@@ -84,7 +84,7 @@ def work(what: str, total: float | None = None, unit: str = "") -> Iterator[Work
 
 
 def counted(items: Collection[T], what: str, unit: str) -> Iterator[T]:
-    """Yields items and counts those that are done."""
+    """Yields items and counts the finished ones."""
     with work(what, len(items), unit) as begun:
         for item in items:
             yield item
@@ -92,12 +92,12 @@ def counted(items: Collection[T], what: str, unit: str) -> Iterator[T]:
 
 
 def current() -> tuple[Work, ...]:
-    """Returns the work under way, the whole first and its parts after it."""
+    """Returns the present work, the outermost first."""
     return tuple(_works)
 
 
 def describe(works: tuple[Work, ...], now: float) -> str:
-    """Returns work in words, with the time that it has taken and will take."""
+    """Returns work in words, with elapsed and remaining time."""
     text = ": ".join(str(one) for one in works)
     left = next((s for one in works[::-1] if (s := one.seconds_left(now)) is not None), None)
     text += f"; {clock(now - works[-1].began)} so far"

@@ -48,10 +48,10 @@ _nodes: set[int] = set()
 
 
 def open_files_needed(num_ranks: int) -> int:
-    """Returns the number of descriptors that rank 0, which has the most, may come to hold.
+    """Returns the largest number of descriptors of rank 0, which has the most.
 
-    Each rank has two connections to the store of rank 0. Files, some tens of connections of
-    collectives, and the tensors that loading processes hand over make up the rest.
+    Each rank has two connections to the store of rank 0. The others are files, tens of
+    connections of collectives, and tensors from loading processes.
     """
     return 2 * num_ranks + 4096
 
@@ -64,14 +64,14 @@ def start(
 ) -> Launch:
     """Makes the process group of all ranks and starts the watch; once, at the start of a run.
 
-    Collectives run over NCCL on CUDA tensors and gloo on CPU tensors; ranks of one host use its
-    loopback interface alone, and a single rank opens no socket. The launch is also written to the
-    environment, in the variables that torch and DeepSpeed read.
+    Collectives run over NCCL on CUDA tensors and gloo on CPU tensors; ranks of one host use only
+    its loopback interface, and a single rank opens no socket. The launch is also written to the
+    environment variables that torch and DeepSpeed read.
 
     Args:
         launch: Where this rank stands; None asks `find_launch`.
         timeout_seconds: How long a collective waits for a rank before it fails.
-        is_guest: Whether the process is somebody else's, such as a notebook's, and is never ended.
+        is_guest: Whether the process belongs to other code, such as a notebook, and is never ended.
 
     Returns: the launch that was used, also when the group existed before.
     Raises:
@@ -122,19 +122,19 @@ def start(
 
 
 def is_guest() -> bool:
-    """Says whether this process is somebody else's and is never ended."""
+    """Returns whether this process belongs to other code and is never ended."""
     return _is_guest
 
 
 def raise_open_files() -> tuple[int, int]:
-    """Raises this process's limit of open files to the hard limit; returns both as they were."""
+    """Raises this process's limit of open files to the hard limit; returns the previous limits."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return soft, hard
 
 
 def stop() -> None:
-    """Destroys the process group without waiting for other ranks; harmless when there is none."""
+    """Destroys the process group, if any, without waiting for other ranks."""
     global _launch, _is_guest
     failures.stop_watching()
     _neighbours.clear()
@@ -145,7 +145,7 @@ def stop() -> None:
 
 
 def leave(code: int) -> int:
-    """Ends a rank after its work: at once where there are several, else by returning the code.
+    """Ends a rank after its work: at once with several ranks, else by returning the code.
 
     With offload on CPUs (DeepSpeed 0.19.8) a rank now and then aborted while the interpreter shut
     down, all work done; ending the process at once avoids that.
@@ -163,7 +163,7 @@ def leave(code: int) -> int:
 
 
 def _take_gpu(launch: Launch) -> None:
-    """Makes the GPU of this rank the current one, whose memory grows in segments.
+    """Makes this rank's GPU the current device, with expandable memory segments.
 
     Raises: LaunchError: if this rank has none of its own, or its collectives would share a queue.
     """
@@ -225,8 +225,8 @@ def _meet(launch: Launch, name: str, timeout_seconds: float) -> None:
 def _make_group_of_one() -> None:
     """Makes the group of a single rank, whose collectives copy within the process.
 
-    gloo and NCCL listen on a socket even for one rank. torch's "fake" group does nothing with what
-    other ranks would send, which with one rank is right.
+    gloo and NCCL listen on a socket even for one rank. torch's "fake" group ignores other ranks'
+    data, which is right for a single rank.
     """
     # Its import makes the group known.
     import torch.testing._internal.distributed.fake_pg
@@ -246,17 +246,17 @@ def _make_group_of_one() -> None:
 def _store_of(
     launch: Launch, name: str, timeout_seconds: float, *, for_group: bool = False
 ) -> dist.Store:
-    """Connects to the store at which the ranks meet, as soon as it is there.
+    """Connects to the store at which the ranks meet, as soon as it exists.
 
-    Ranks of one host meet on a socket that is bound to the loopback interface, torch's own store
-    listens on all of them. So does that of torchrun, which there only says where the ranks meet.
+    Ranks of one host meet on a socket bound to the loopback interface, whereas torch's own store
+    and torchrun's listen on all interfaces. torchrun's store then only gives the address.
 
     Args:
         launch: Where this rank stands.
         name: Beginning of the keys in the store.
         timeout_seconds: How long to try.
-        for_group: Whether the store is the process group's, which rank 0 opens, rather than one
-            more connection.
+        for_group: Whether the store is the process group's, opened by rank 0, or a further
+            connection.
     """
     timeout = timedelta(seconds=timeout_seconds)
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -288,7 +288,7 @@ def _store_of(
 
 
 def _listen(port: int) -> tuple[int, int]:
-    """Listens on the loopback interface; returns descriptor and port, a free one where 0 is given.
+    """Listens on the loopback interface; returns descriptor and port, a free port for 0.
 
     Raises: OSError: if another socket listens at the port.
     """
@@ -301,11 +301,11 @@ def _listen(port: int) -> tuple[int, int]:
 
 
 def _store_of_group(launch: Launch, name: str, timeout_seconds: float) -> dist.Store:
-    """Returns the store for the process group, once rank 0 of this very job holds it.
+    """Returns the store for the process group, once rank 0 of this job has opened it.
 
-    A port that another job holds has that job's store, in which rank 0 of this job never says that
-    it is there. This rank then waits, without writing anything that the other job reads, until
-    rank 0 has failed at the port and the launcher ends all ranks, or until the timeout.
+    At a port of another job, this rank finds that job's store, where rank 0 of this job never
+    registers. This rank then waits, without writing entries that the other job reads, until rank
+    0 has failed at the port and the launcher ends all ranks, or until the timeout.
     """
     store = _store_of(launch, name, timeout_seconds, for_group=True)
     if launch.rank == 0:
@@ -315,11 +315,10 @@ def _store_of_group(launch: Launch, name: str, timeout_seconds: float) -> dist.S
 
 
 def _name_of(launch: Launch) -> str:
-    """Names this job among those that may meet at one port, as far as something tells them apart.
+    """Returns a name of this job among jobs at the same port, as far as they can be distinguished.
 
-    A second job that is started with the port of a running one finds that one's store, and must
-    not end it by what it says there. A token of the launcher's, if it hands one over, is what
-    nobody else can guess.
+    A second job with the port of a running job finds that job's store, and must not end it by its
+    entries. A launcher's token, if there is one, cannot be guessed by others.
     """
     if launch.launcher == "srun":
         job = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
@@ -350,7 +349,7 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """Returns the rank among those of this node, 0 before `start`."""
+    """Returns the rank within this node, 0 before `start`."""
     return _launch.local_rank if _launch else 0
 
 
@@ -360,29 +359,29 @@ def local_world_size() -> int:
 
 
 def node_name() -> str:
-    """Returns this node's name, Slurm's where Slurm started the rank."""
+    """Returns this node's name, Slurm's if Slurm started the rank."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def is_main() -> bool:
-    """Says whether this is rank 0, the one that writes and speaks."""
+    """Returns whether this is rank 0, which writes files and prints."""
     return rank() == 0
 
 
 def device() -> torch.device:
-    """Returns the device of this rank: its GPU, or the CPU where there is none."""
+    """Returns the device of this rank: its GPU, or the CPU without one."""
     return torch.device("cuda", local_rank()) if _has_cuda() else torch.device("cpu")
 
 
 def moved() -> None:
-    """Notes that this rank moves, as every collective here does, and long work without any."""
+    """Records a sign of life, as every collective here does, and long work without one."""
     global _moves
     _moves += 1
 
 
 @contextmanager
 def moving() -> Iterator[None]:
-    """Says that this rank moves, for the length of a `with` that may take long and has an end."""
+    """Counts this rank as alive during a block that may take long but ends."""
     over = threading.Event()
 
     def move() -> None:
@@ -397,12 +396,12 @@ def moving() -> Iterator[None]:
 
 
 def moves() -> int:
-    """Returns the number of this rank's moves, which the watchdog compares."""
+    """Returns the number of this rank's signs of life, for the watchdog."""
     return _moves
 
 
 def collectives_under_way() -> list[str]:
-    """Returns the collectives that have not ended, from torch's flight recorder, oldest first."""
+    """Returns the unfinished collectives, from torch's flight recorder, oldest first."""
     found = []
     # The first is NCCL's recorder, which torch for GPUs has; the second is gloo's.
     for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
@@ -433,7 +432,7 @@ def max_rank(value: float) -> float:
 
 
 def any_rank(flag: bool) -> bool:
-    """Says whether the flag is true on any rank: how ranks take a decision together."""
+    """Returns whether the flag is true on any rank, for common decisions."""
     return bool(max_rank(int(flag)))
 
 
@@ -447,7 +446,7 @@ def max_tensor(value: torch.Tensor) -> torch.Tensor:
 
 
 def sum_tensor(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Adds a tensor up over the ranks of a group, all by default; integers wrap around."""
+    """Sums a tensor over the ranks of a group, all by default; integers wrap around."""
     total = value.detach().clone()
     # On the meta device, on which one rank alone counts, there are no values to add.
     if dist.is_initialized() and not total.is_meta:
@@ -457,7 +456,7 @@ def sum_tensor(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> t
 
 
 def all_gather(shard: torch.Tensor) -> torch.Tensor:
-    """Returns the flat tensors of all ranks, of one length, end to end in rank order."""
+    """Returns the flat tensors of all ranks, of equal length, concatenated in rank order."""
     if not dist.is_initialized():
         return shard
     parts = [torch.empty_like(shard) for _ in range(world_size())]
@@ -476,20 +475,19 @@ def broadcast_object(value: T) -> T:
 
 
 def of_main(make: Callable[[], T]) -> T:
-    """Returns on all ranks what rank 0 makes, picklable; where that fails, all fail."""
+    """Returns rank 0's picklable result on all ranks; if rank 0 fails, all fail."""
     return cast(T, broadcast_object(together(lambda: make() if is_main() else None)))
 
 
 def tensors_of_main(
     items: Iterable[tuple[str, torch.Tensor]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the (name, tensor) of rank 0 on all ranks, one by one; a collective.
+    """Yields rank 0's pairs (name, tensor) on all ranks, one by one; a collective.
 
-    Only rank 0 iterates, and so reads what the tensors are made of. They arrive on the ranks'
-    devices.
+    Only rank 0 iterates over the source. Tensors arrive on the ranks' devices.
 
     Args:
-        items: Tensors by name, of rank 0; those of the other ranks stay untouched.
+        items: Pairs of rank 0; the other ranks' argument is ignored.
 
     Raises: FDError: on all ranks, if rank 0's items do.
     """
@@ -531,7 +529,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def together(check: Callable[[], T]) -> T:
-    """Runs a check on every rank; where it fails on any, all fail with the first rank's error.
+    """Runs a check on every rank; if it fails on any, all fail with the first rank's error.
 
     Where it fails on some, the error names them: the nodes, or of a single node the rank.
 
@@ -560,14 +558,14 @@ def together(check: Callable[[], T]) -> T:
 
 
 def peer_is_gone(error: BaseException) -> bool:
-    """Says whether a collective failed because another rank ended, whose message is the cause."""
+    """Returns whether a collective failed because another rank ended."""
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_IS_GONE)
 
 
 def node_group(node_size: int) -> dist.ProcessGroup:
     """Returns the process group of this rank's node, where node = rank // node_size.
 
-    All ranks must call it alike; it is made once.
+    All ranks must call it with the same argument; the group is made once.
 
     Raises:
         ConfigError: If nodes of this size do not fill the ranks.
@@ -594,9 +592,9 @@ def node_group(node_size: int) -> dist.ProcessGroup:
 
 
 def neighbours(number: int) -> dist.ProcessGroup:
-    """Returns the process group of this rank and its neighbours, of so many ranks in all.
+    """Returns the process group of this rank and its neighbours, with `number` ranks.
 
-    All ranks must call it alike; it is made once.
+    All ranks must call it with the same argument; the group is made once.
 
     Args:
         number: A divisor of the number of ranks.

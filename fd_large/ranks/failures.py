@@ -1,4 +1,4 @@
-"""Failures of one rank end all ranks: they are told through the store at which the ranks met.
+"""Failures of one rank end all ranks, through the store at which the ranks met.
 
 A rank that fails leaves its peers in a collective. Over gloo they see a closed connection; over
 NCCL they wait in a kernel, for as long as the launcher lets them. So a rank that ends with an exit
@@ -6,8 +6,8 @@ code other than 0 says so first, under a key of the store, and a thread of every
 key once a second and ends the process. The same thread notices that the store is gone (rank 0
 died), and that the next rank of the node was killed. No collective, and nothing in the step.
 
-An exit file says the same to the batch script, from the first line of the program on. No torch: the
-store is given.
+An exit file tells the batch script, from the first line of the program on. No torch: the store is
+an argument.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ _END, _LEFT, _PROCESS = "end", "left", "process"
 
 
 class Ending(NamedTuple):
-    """Why the ranks end.
+    """The reason why the ranks end.
 
     Attributes:
-        rank: The rank that said so, or that was found dead.
-        code: Its exit code; 0: rank 0, which holds the store, has done its work.
+        rank: The rank that reported it, or that was found dead.
+        code: Exit code of the rank; 0 if rank 0, which has the store, has finished.
         reason: One sentence.
     """
 
@@ -66,27 +66,27 @@ class Ending(NamedTuple):
 
 
 class Store(Protocol):
-    """The methods used of torch's stores; each raises RuntimeError once the server is gone."""
+    """The used methods of torch's stores; each raises RuntimeError if the server is gone."""
 
     def set(self, key: str, value: str) -> None:
         """Sets a key."""
 
     def get(self, key: str) -> bytes:
-        """Returns the value of a key that is there."""
+        """Returns the value of an existing key."""
 
     def check(self, keys: list[str]) -> bool:
-        """Says whether all of the keys are there."""
+        """Returns whether all of the keys exist."""
 
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        """Sets a key that has the expected value, or that is not there where that is empty."""
+        """Sets a key if it has the expected value; an empty value means that it does not exist."""
 
 
 class Watch:
-    """The thread of a rank that ends it once another rank has failed.
+    """The thread of a rank that ends the rank after another rank's failure.
 
     Args:
-        connect: Returns a client of the store that belongs to this watch alone, since a call that
-            waits would keep others waiting; tries for the given seconds.
+        connect: Returns a client of the store for this watch alone, since a waiting call blocks
+            other callers; tries for the given seconds.
         rank: This rank.
         world_size: Number of ranks.
         meeting_seconds: How long the ranks may take to meet.
@@ -118,14 +118,14 @@ class Watch:
         self._thread.start()
 
     def stop(self, code: int = 0, reason: str = "") -> None:
-        """Ends the watch, as this rank leaves; the other ranks are told.
+        """Ends the watch when this rank leaves, and tells the other ranks.
 
-        Rank 0, whose end closes the store, waits until the others know, but not long.
+        Rank 0, whose end closes the store, waits briefly until the others know.
 
         Args:
-            code: This rank's exit code. Unless it is 0 the others end as well. With 0 of rank 0
-                they watch no longer.
-            reason: One sentence; of several ranks that fail, the first is heard.
+            code: This rank's exit code. Any code but 0 ends the other ranks; 0 from rank 0 ends
+                their watch.
+            reason: One sentence; of several failing ranks, the first counts.
         """
         if self._over.is_set():
             return
@@ -170,7 +170,7 @@ class Watch:
                 return
 
     def heard(self) -> Ending | None:
-        """Returns why the ranks end, if the store says so by now, or is gone itself."""
+        """Returns why the ranks end, if the store has a reason or is gone itself."""
         if self._known is not None or self._store is None:
             return self._known
         try:
@@ -181,7 +181,7 @@ class Watch:
         return None
 
     def _look(self) -> Ending | None:
-        """Returns why this rank has to end, or to watch no longer; None: go on."""
+        """Returns why this rank has to end or stop watching, or None."""
         with suppress(RuntimeError):
             return self._ending()
         # One connection may break while the store and all ranks are well.
@@ -210,7 +210,7 @@ class Watch:
         return None
 
     def _find(self, rank: int, store: Store) -> bool:
-        """Looks for the process of a rank, once that has named it; returns whether it has ended."""
+        """Looks for the process of a rank that has registered; returns whether it has ended."""
         if not store.check([f"{_PROCESS}/{rank}"]):
             return False
         try:
@@ -251,7 +251,7 @@ class Watch:
 
 
 def _ending_of(text: bytes) -> Ending:
-    """Reads why the ranks end; whoever reaches the store may have written it."""
+    """Parses why the ranks end; the text is untrusted, since anyone may write to the store."""
     with suppress(ValueError, TypeError):
         rank, code, reason = parse_json(text)
         if (type(rank), type(code), type(reason)) == (int, int, str):
@@ -260,12 +260,12 @@ def _ending_of(text: bytes) -> Ending:
 
 
 def code_after(ending: Ending | None) -> Exit:
-    """Returns the exit code of a rank that ends because of another's."""
+    """Returns the exit code of a rank that ends because of another rank."""
     return Exit.AGAIN if ending is not None and ending.code == Exit.AGAIN else Exit.LOST
 
 
 def speaks_for(ending: Ending | None) -> bool:
-    """Returns whether this rank tells the terminal of the end of rank 0, which speaks for all.
+    """Returns whether this rank reports the end of rank 0 on the terminal.
 
     That is rank 1, and the first rank of each node: with rank 0 its whole node may be gone.
 
@@ -286,7 +286,7 @@ _leaver: threading.Thread | None = None
 
 
 def leave_to(thread: threading.Thread) -> None:
-    """Leaves the end of this process to a thread: whoever fails from now on waits for it."""
+    """Leaves the end of this process to a thread, for which failing threads wait from now on."""
     global _leaver
     _leaver = thread
 
@@ -300,7 +300,7 @@ def watch(connect: Callable[[float], Store], rank: int, world_size: int, **more:
 
 
 def stop_watching() -> None:
-    """Ends the watch of a rank that has done its work, or whose work needs no other rank."""
+    """Ends the watch of a rank that is finished, or that needs no other rank."""
     global _watch
     if _watch is not None:
         _watch.stop()
@@ -308,7 +308,7 @@ def stop_watching() -> None:
 
 
 def tell(code: int, reason: str) -> None:
-    """Says that this rank ends with an exit code other than 0, to the others and the batch script.
+    """Reports an exit code other than 0 of this rank to the other ranks and the batch script.
 
     Args:
         code: The exit code.
@@ -324,15 +324,15 @@ def tell(code: int, reason: str) -> None:
 
 
 def heard() -> Ending | None:
-    """Returns the failure of another rank, if that could say so."""
+    """Returns the reported failure of another rank, if any."""
     return _watch.heard() if _watch is not None else None
 
 
 def write_exit_file(code: int, reason: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Leaves this rank's exit code for slurm/launch.sh, if that asks for it.
+    """Writes this rank's exit code for slurm/launch.sh, if requested.
 
-    The batch script learns the largest code of all ranks at best, and 137 where ranks had to be
-    killed. The first that a rank writes is kept: it says what came first.
+    The batch script otherwise gets at best the largest code of all ranks, and 137 if ranks were
+    killed. The first code written is kept, as the original cause.
 
     Args:
         code: The exit code.
@@ -348,7 +348,7 @@ def write_exit_file(code: int, reason: str, environ: Mapping[str, str] = os.envi
 
 
 def kill_workers() -> None:
-    """Kills the loader processes: one that hangs would not notice that its parent is gone."""
+    """Kills the loading processes, since a hanging one would not notice its parent's end."""
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -360,6 +360,6 @@ def _readable(descriptor: int) -> bool:
 
 
 def _this_process() -> list[str | int]:
-    """Returns this process's number, after what tells where it means the same."""
+    """Returns this process's id, with the machine's boot and namespace in which it is valid."""
     where = [processes.kernel(), processes.namespace()]
     return [*(where if all(where) else [f"unknown of rank {find_rank()}", ""]), os.getpid()]

@@ -1,4 +1,4 @@
-"""The launcher that started this process, and where the ranks meet; without torch.
+"""The launcher that started this process, and the address where the ranks meet; without torch.
 
 `find_launch` reads the environment that the deepspeed launcher, torchrun, srun, mpirun or plain
 python left.
@@ -71,7 +71,7 @@ class Launch:
     def is_on_one_host(self) -> bool:
         """Whether all ranks share a host, as far as address and launcher tell.
 
-        Ranks that are set by hand may state no local size, and only then count as one node.
+        Manually set ranks may lack a local size, and only then count as one node.
         """
         if self.master_addr == "localhost" or self.master_addr.startswith("127."):
             return True
@@ -79,7 +79,7 @@ class Launch:
 
 
 def read_token(environ: Mapping[str, str] = os.environ) -> str:
-    """Returns the secret that the launcher hands to the ranks of a job, "" if it hands none.
+    """Returns the launcher's secret for the ranks of a job, or "".
 
     Raises: LaunchError: if the file that the environment names holds none.
     """
@@ -97,19 +97,19 @@ def read_token(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def find_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """Returns this process's rank as its launcher states it, unchecked; 0 if none does."""
+    """Returns this process's rank by its launcher, unchecked; 0 without one."""
     given = (environ.get(name, "") for name in RANK_VARIABLES)
     return next((int(text) for text in given if text.isdigit()), 0)
 
 
 def is_first_of_node() -> bool:
-    """Whether this is the first rank of its node as the launcher states it, unchecked."""
+    """Whether this is the first rank of its node by its launcher, unchecked."""
     given = (os.environ.get(name, "") for name in _LOCAL_RANK_VARIABLES)
     return next((int(text) for text in given if text.isdigit()), 0) == 0
 
 
 def check_accelerator(environ: Mapping[str, str] = os.environ) -> None:
-    """Refuses a device that DeepSpeed is told to use and nothing here runs on.
+    """Refuses a DeepSpeed device that this package does not support.
 
     Raises: LaunchError: if DS_ACCELERATOR names one.
     """
@@ -122,7 +122,7 @@ def check_accelerator(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
-    """Finds the launcher from the environment that it left.
+    """Finds the launcher from its environment variables.
 
     An inner launcher wins over an outer one (torchrun or deepspeed inside srun or mpirun). A
     batch script of Slurm is no step, so plain python in it is a single process. Under mpirun
@@ -187,7 +187,7 @@ def _checked(launch: Launch) -> Launch:
 
 
 def _agreeing(environ: Mapping[str, str], launch: Launch) -> Launch:
-    """Refuses RANK and the like where they contradict srun or mpirun, which set none of them."""
+    """Refuses RANK and similar variables that contradict srun or mpirun, which do not set them."""
     for name, value in (
         ("RANK", launch.rank),
         ("WORLD_SIZE", launch.world_size),
@@ -292,7 +292,7 @@ def _own_address() -> str:
 
 
 def free_port() -> int:
-    """Returns a port of the loopback interface at which nobody listens now."""
+    """Returns a free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
@@ -340,10 +340,10 @@ def _from_slurm(environ: Mapping[str, str]) -> Launch:
 
 
 def _slurm_port(environ: Mapping[str, str]) -> int:
-    """Returns a port that all ranks know without a message.
+    """Returns a port that all ranks can compute without communication.
 
-    Jobs that share a node differ, and so do the starts of a job: a rank of the last one may still
-    hold its port.
+    Jobs on the same node get different ports, and so do the starts of a job, since a rank of the
+    last start may still hold its port.
     """
     starts = _integer(environ, "SLURM_RESTART_COUNT", 0)
     return 10000 + (_integer(environ, "SLURM_JOB_ID") + 1009 * starts) % 20000
@@ -356,7 +356,7 @@ def first_slurm_host(nodelist: str) -> str:
 
 
 def ask_slurm(*command: str, seconds: float = 30.0) -> str:
-    """Returns the answer of a program of Slurm, or its complaint; empty if it does not answer."""
+    """Returns the output of a Slurm program, or its error; empty if it does not answer."""
     try:
         shown = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,9 +1,9 @@
-"""A check that may take hours, run by all ranks at once, of which one rank does the work for all.
+"""Checks that may take hours: run by all ranks together, with the work done by one of them.
 
-Each rank runs the check in a thread while all go on meeting, since a single wait of hours would
-time out. A meeting counts as moving, however long it takes: the watchdog does not end it. Inside it
-`once` makes a value on one rank, and the others take what that rank says: a dataset is listed, and
-a model downloaded, by one rank and not by a thousand.
+Each rank runs the check in a thread while all ranks meet repeatedly, since a single wait of hours
+would time out. A meeting counts as a sign of life, so the watchdog does not end it. Inside a
+meeting `once` makes a value on one rank and sends it to the others, so that one rank instead of a
+thousand lists a dataset or downloads a model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _GRACE_SECONDS = 10.0
 
 
 def meet(check: Callable[[], T]) -> T:
-    """Runs a check on every rank; where it fails on any, all fail, as in `distributed.together`.
+    """Runs a check on every rank; if it fails on any, all fail, as in `distributed.together`.
 
     Args:
         check: Raises an FDError, or returns a value, without collectives. It may ask `once`.
@@ -52,30 +52,30 @@ def meet(check: Callable[[], T]) -> T:
 
 
 def once(what: str, make: Callable[[], T], *, of_node: bool = False) -> T:
-    """Returns a value that one rank makes and the others wait for; outside a meeting each its own.
+    """Returns a value that one rank makes for all; outside a meeting each rank makes its own.
 
-    All ranks ask alike. A rank whose maker ended without having been asked makes its own.
+    All ranks must call it in the same order. A rank whose maker has ended makes its own value.
 
     Args:
-        what: A name for it, the same on all ranks.
+        what: Name of the value, the same on all ranks.
         make: Makes it; it is pickled, and small if it is made once a node.
         of_node: Whether the first rank of each node makes it for its node, and not rank 0 for all.
 
-    Raises: FDError: on all of these ranks, if `make` raises it.
+    Raises: FDError: on all ranks, if `make` raises it.
     """
     meeting = _present.get()
     return make() if meeting is None else meeting.once((what, of_node), make)
 
 
 def offer(what: str, value: Any) -> None:
-    """Keeps a large value on rank 0 until the end of the meeting, for those who `fetch` it."""
+    """Keeps a large value on rank 0 until the end of the meeting, for `fetch`."""
     meeting = _present.get()
     if meeting is not None and meeting.leads[False]:
         meeting.offered[what] = value
 
 
 def fetch(what: str) -> Any:
-    """Returns the value that rank 0 has offered by then, in a meeting."""
+    """Returns a value that rank 0 has offered in the meeting."""
     meeting = _present.get()
     assert meeting is not None
     return meeting.fetch(what)
@@ -88,7 +88,7 @@ _Name = tuple[str, bool]
 
 
 class _Made(NamedTuple):
-    """A value, or why there is none."""
+    """A value, or the reason why it is missing."""
 
     value: Any
     error: FDError | None
@@ -100,18 +100,18 @@ class _Made(NamedTuple):
 
 
 class _State(NamedTuple):
-    """A rank's message when all meet.
+    """A rank's message at a meeting.
 
     Attributes:
-        node: Its node.
+        node: Name of the rank's node.
         leads: Whether it is the first rank of its node.
         ended: Whether its check has ended.
-        error: What the check failed with, if that is no FDError; "": it did not.
+        error: Exception of the check that is not an FDError, or "".
         failed: Whether it failed with anything.
-        over: Whether the others are no longer waited for; rank 0 decides.
+        over: Whether to stop waiting for the other ranks; rank 0 decides.
         num_made: Values that it made for all and will now say.
         made: Values that it made for its node.
-        wanted: What it wants to fetch; "": nothing.
+        wanted: Name of the value to fetch, or "".
     """
 
     node: str
@@ -126,11 +126,11 @@ class _State(NamedTuple):
 
 
 class _Meeting:
-    """One rank's part in a meeting.
+    """A rank's part in a meeting.
 
     Attributes:
-        leads: Whether this rank makes what is made once a node (True), and once for all (False).
-        offered: What others may fetch from this rank.
+        leads: Whether this rank makes values made once a node (True), and once for all (False).
+        offered: Values that other ranks may fetch from this rank.
     """
 
     def __init__(self) -> None:
@@ -151,7 +151,7 @@ class _Meeting:
     # --- in the thread of the check ---
 
     def run(self, check: Callable[[], Any]) -> None:
-        """Runs the check, and keeps how it ended."""
+        """Runs the check, and keeps its result or error."""
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # Each thread has its own.
@@ -188,10 +188,10 @@ class _Meeting:
     # --- where the ranks meet ---
 
     def preside(self) -> None:
-        """Meets the other ranks until all have ended, or one has failed and the rest are late.
+        """Meets the other ranks until all have ended, or a rank has failed and the others are late.
 
-        Raises: whatever ended this rank's check, if that is no FDError; LostRankError if that is
-            what ended another's.
+        Raises: the exception of this rank's check, if it is not an FDError; LostRankError after
+            such an exception on another rank.
         """
         pause, deadline = 0.02, float("inf")
         while True:
@@ -226,11 +226,11 @@ class _Meeting:
                 return
 
     def outcome(self) -> Any:
-        """Returns the result of the check, or raises its error; None if it has not ended."""
+        """Returns the result of the check, or raises its error; None if it is running."""
         return None if self._outcome is None else self._outcome.get()
 
     def _state(self, is_late: bool) -> tuple[_State, dict[_Name, _Made]]:
-        """Returns this rank's message, and the object that it has made for all."""
+        """Returns this rank's message, and its object for all ranks."""
         # Before what was made is looked at, which is then complete.
         ended = self._outcome is not None or self._crash is not None
         with self._changed:

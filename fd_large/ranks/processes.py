@@ -1,9 +1,9 @@
-"""Processes as the kernel shows them: signals, loading processes, and a launcher that is gone.
+"""Processes in /proc: signals, loading processes, and a lost launcher.
 
-SIGTERM to the `deepspeed` command kills only the runner, and a launcher that is killed hands
-nothing on: ranks would go on and hold their GPUs. prctl(PR_SET_PDEATHSIG) reports a process's
-parent alone, and the runner is the parent's parent; so a thread of each rank looks at its ancestors
-in /proc. Ranks under srun are ended by Slurm. No torch.
+SIGTERM to the `deepspeed` command kills only the runner, and a killed launcher does not forward
+signals: ranks would continue and hold their GPUs. prctl(PR_SET_PDEATHSIG) reports only a
+process's parent, but the runner is the parent's parent; so a thread of each rank watches its
+ancestors in /proc. Ranks under srun are ended by Slurm. No torch.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ _holds: list[None] = []
 
 
 class Status(NamedTuple):
-    """A process, from proc(5).
+    """State of a process, from proc(5).
 
     Attributes:
-        state: One letter.
+        state: State as one letter.
         parent: Its parent process.
         group: Its process group.
         started: When it started, in ticks since the boot.
@@ -67,12 +67,12 @@ class Status(NamedTuple):
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has ended, and only its parent does not know yet."""
+        """Whether it has ended, although its parent has not noticed yet."""
         return self.state in "ZX"
 
 
 def status(pid: int) -> Status | None:
-    """Returns a process; None where it is gone, or hidden."""
+    """Returns a process's state, or None if it is gone or hidden."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
@@ -83,7 +83,7 @@ def status(pid: int) -> Status | None:
 
 
 def started(pid: int) -> int | None:
-    """Returns when a process started, in ticks since the boot; None for one that has ended."""
+    """Returns a process's start time in ticks since the boot; None if it has ended."""
     found = status(pid)
     if found is None:
         # /proc may be mounted so that it shows nothing of other users' processes.
@@ -92,7 +92,7 @@ def started(pid: int) -> int | None:
 
 
 def kernel() -> str:
-    """Returns the id of this machine's boot; empty where the system has none."""
+    """Returns the id of this machine's boot; or "" if the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -100,7 +100,7 @@ def kernel() -> str:
 
 
 def namespace() -> str:
-    """Returns the namespace in which process numbers count; containers may have their own."""
+    """Returns the namespace of process ids; containers may have their own."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -108,14 +108,14 @@ def namespace() -> str:
 
 
 def briefly(call: Callable[..., object], *arguments: object, seconds: float) -> None:
-    """Calls what may hang, such as a disk, and waits for it no longer than so many seconds."""
+    """Calls a function that may hang, such as on a disk, and waits only for a number of seconds."""
     thread = threading.Thread(target=call, args=arguments, daemon=True)
     thread.start()
     thread.join(seconds)
 
 
 def check_workers(workers: int) -> None:
-    """Refuses more loading processes than the machine of this rank can have use of.
+    """Refuses more loading processes than this rank's machine can use.
 
     Raises: ConfigError: naming the number of cores that this process may use.
     """
@@ -130,23 +130,23 @@ def check_workers(workers: int) -> None:
 
 
 def handlers_to_replace() -> dict[signal.Signals, Any]:
-    """Returns the handlers, by signal, of those `SIGNALS` that may be caught.
+    """Returns the present handlers of all `SIGNALS` that may be caught.
 
-    nohup, and a shell for its background jobs, ignore some of them: that stays. None stands for a
-    handler that is not Python's, which cannot be given back.
+    Signals ignored by nohup or by a shell for its background jobs stay ignored. None means a
+    handler outside of Python, which cannot be restored.
     """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     return {number: it for number, it in handlers.items() if it != signal.SIG_IGN}
 
 
 def watch_launcher(tell: Callable[[int, str], None], longest_hold: float) -> None:
-    """Starts the thread that ends this rank once a command that started it is gone; once.
+    """Starts the thread that ends this rank when its launching command is gone; only once.
 
     An orphaned rank sends itself SIGTERM, so that a handler may save, and leaves with code 143
     after ORPHAN_GRACE_SECONDS, later only while a `hold` is active. Only where there is /proc.
 
     Args:
-        tell: Tells the other ranks the exit code and the reason.
+        tell: Reports exit code and reason to the other ranks.
         longest_hold: Seconds after the grace for which a `hold` may keep the rank.
     """
     global _watcher
@@ -165,13 +165,13 @@ def watch_launcher(tell: Callable[[int, str], None], longest_hold: float) -> Non
 
 
 def nearest_launcher() -> int:
-    """Returns the process number of the launcher that this rank descends from; 0: none is seen."""
+    """Returns the process id of this rank's launcher among its ancestors, or 0."""
     return next((pid for pid in _ancestors() if _launcher_name(_arguments(pid))), 0)
 
 
 @contextmanager
 def hold() -> Iterator[None]:
-    """Keeps an orphaned rank alive past its grace, for as long as a step and a save take."""
+    """Keeps an orphaned rank alive past its grace period, for a step and a save."""
     _holds.append(None)
     try:
         yield
@@ -230,7 +230,7 @@ def _arguments(pid: int) -> list[str]:
 
 
 def _launcher_name(arguments: list[str]) -> str | None:
-    """Returns the known launcher that a command line runs, seen through python's own options."""
+    """Returns the known launcher in a command line, skipping python's own options."""
     words = iter(arguments)
     program = os.path.basename(next(words, ""))
     if program.startswith("python"):
@@ -248,10 +248,10 @@ def _launcher_name(arguments: list[str]) -> str | None:
 
 
 def _lost_its_runner(launchers: dict[int, str]) -> bool:
-    """Says whether the deepspeed command ended before this rank could see it.
+    """Returns whether the deepspeed command ended before this rank could see it.
 
-    Its launch.py then has no runner above it and lives on in a process group without a leader;
-    one that was started by hand or over ssh leads its own group or has a shell that does.
+    Its launch.py then has no runner as ancestor and is in a process group without a leader; a
+    launch.py started by hand or over ssh leads its own group or has a shell that does.
     """
     launch = next((pid for pid, name in launchers.items() if name == _DEEPSPEED_LAUNCH), 0)
     if not launch or not _DEEPSPEED_RUNNERS.isdisjoint(launchers.values()):
