@@ -1,4 +1,4 @@
-"""Names of curves, and calls that may wait on a network: shared by trackers with curves.
+"""Base classes of trackers with curves: names of curves, and calls in a thread for networks.
 
 A step is the number of finished steps: training rows stand at step + 1, evaluations at the steps
 that they followed, as on the progress bar.
@@ -40,10 +40,10 @@ _keeping = threading.Lock()
 
 
 class Curves(Tracker):
-    """Gives every number of a run a curve; a child says where they go."""
+    """Turns every metric of a run into a curve; a subclass sends or writes them."""
 
     def on_start(self, setting: Setting) -> None:
-        """Learns what the run measures, and what the seam of a resume has already."""
+        """Takes the run's metrics, and the points already present at a resume."""
         self._sets = [key.split("/")[0] for key in setting.metrics if "/" in key]
         # An evaluation at the seam may come again.
         self._seam = first = setting.first_update
@@ -53,12 +53,12 @@ class Curves(Tracker):
                 self._at_seam |= row.keys()
 
     def on_rows(self, rows: list[Row]) -> None:
-        """Adds a point a row."""
+        """Adds a point for each row."""
         for row in rows:
             self.add({tag: row[k] for k, tag in TAGS.items() if k in row}, row["update"] + 1)
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Adds a point for each number, under SET/METRIC."""
+        """Adds a point for each metric, under SET/METRIC."""
         values = {}
         for name, value in metrics.items():
             if not (index == self._seam and name in self._at_seam):
@@ -68,20 +68,20 @@ class Curves(Tracker):
             self.add(values, index)
 
     def add(self, values: dict[str, float], step: int) -> None:
-        """Adds a point to each of some curves."""
+        """Adds a point to each of the given curves."""
         raise NotImplementedError
 
 
 class RemoteCurves(Curves):
     """Curves in a service that may be slow or gone.
 
-    A thread of its own makes the calls, in order, so that training never waits for one. After the
-    first that fails, one warning says so and the rest is left out. The id of the service's run is
-    kept in RUN/trackers.json, so that the run goes on in it after a restart.
+    A separate thread makes the calls, in order, so that training never waits. After the first
+    failed call there is one warning, and further calls are skipped. The id of the service's run
+    is kept in RUN/trackers.json, so that a resumed run continues in it.
 
     Attributes:
         name: As the recipe names it; also the extra of this package, and the library.
-        package: What `pip install` calls the library.
+        package: Name of the library for `pip install`.
     """
 
     name: str
@@ -97,7 +97,7 @@ class RemoteCurves(Curves):
             )
 
     def on_start(self, setting: Setting) -> None:
-        """Begins, or goes on in the same run of the service."""
+        """Begins or continues the service's run."""
         super().on_start(setting)
         self._calls: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._failed = False
@@ -107,11 +107,11 @@ class RemoteCurves(Curves):
         self._calls.put(("begin", (setting, _recipe(setting), _ids(setting).get(self.name))))
 
     def add(self, values: dict[str, float], step: int) -> None:
-        """Adds a point to each of some curves."""
+        """Adds a point to each of the given curves."""
         self._calls.put(("send", (values, step)))
 
     def on_end(self, status: str) -> None:
-        """Sends what is left, for a while."""
+        """Sends the remaining points, within a time limit."""
         self._calls.put(("finish", (status,)))
         self._calls.put(None)
         self._thread.join(SECONDS_TO_FINISH)
@@ -122,17 +122,17 @@ class RemoteCurves(Curves):
             )
 
     def begin(self, setting: Setting, recipe: dict[str, Any], known: str | None) -> None:
-        """Opens the service's run; keeps its id by `keep`. In the thread, as the next two.
+        """Opens the service's run and keeps its id by `keep`. Like the next two, in the thread.
 
         Args:
             setting: The run.
             recipe: Content of recipe.json, without secrets.
-            known: Id of the service's run that this one goes on in; None: a new one.
+            known: Id of the service's run to continue, or None for a new run.
         """
         raise NotImplementedError
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Sends a point for each of some curves."""
+        """Sends a point for each of the given curves."""
         raise NotImplementedError
 
     def finish(self, status: str) -> None:
@@ -140,7 +140,7 @@ class RemoteCurves(Curves):
         raise NotImplementedError
 
     def keep(self, setting: Setting, id: str) -> None:
-        """Notes the id of the service's run in the run's folder."""
+        """Stores the id of the service's run in the run's folder."""
         setting.must_own()
         with _keeping:
             write_json(setting.folder / "trackers.json", {**_ids(setting), self.name: id})

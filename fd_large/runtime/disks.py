@@ -1,4 +1,4 @@
-"""The kind of disk that a folder lies on, its free space, and its speed of writing."""
+"""A folder's disk: its type, free space, and writing speed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OVER_A_NETWORK = frozenset(
 
 
 def file_system(path: Path) -> str:
-    """Returns the type of the file system that holds a path; "?" if that is not known."""
+    """Returns the type of the file system that holds a path; "?" if unknown."""
     import psutil
 
     real = path.resolve()
@@ -52,7 +52,7 @@ def write_speed(folder: Path) -> float:
 
 
 def unfit_for_state(folder: str, needed: int) -> tuple[str, str] | None:
-    """Looks whether a folder can hold a run's state; returns (got, expected) if it cannot.
+    """Checks whether a folder can hold a run's state; returns (got, expected) if not.
 
     Args:
         folder: `engine.nvme_path`.
@@ -84,7 +84,7 @@ def check_state_folder(folder: str, needed: int) -> None:
 
 @contextmanager
 def refused(folder: str, size: int) -> Iterator[None]:
-    """Says, where the system refuses a file of so many bytes in the folder, what it said."""
+    """Returns the system's error if it refuses a file of a size in the folder, else ""."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
 """Progress of a command's work: a bar on a terminal, else a line at least every 30 s.
 
-A thread looks at `activity` a few times a second and is all that draws, but for the bar of training
-(`progress.py`), which takes the terminal over.
+A thread reads `activity` a few times a second and draws, except during training, whose own bar
+(`progress.py`) uses the terminal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 @contextmanager
 def shown(what: str) -> Iterator[None]:
-    """Shows what happens inside, as long as it lasts; `what` is the whole."""
+    """Shows the progress of the block's work; `what` describes the whole."""
     # rich is not imported for what ends at once.
     live = terminal.out().isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
     look: Bar | Lines = Bar() if live else Lines(say)
@@ -54,7 +54,7 @@ def shown(what: str) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Writes a line to the log of a run, or beside what a command prints."""
+    """Writes a line to the log of a run, or to a command's terminal."""
     if log.isEnabledFor(logging.INFO):  # `logs.start` was called.
         log.info("%s", text)
     else:
@@ -62,7 +62,7 @@ def say(text: str) -> None:
 
 
 class Lines:
-    """Log lines of the work under way, where nothing else was logged for a while.
+    """Logs the present work if nothing else was logged for a while.
 
     Args:
         say: Writes a line to the user.
@@ -73,7 +73,7 @@ class Lines:
         self._said = float("-inf")
 
     def __call__(self, works: tuple[Work, ...], now: float) -> None:
-        """Looks once."""
+        """Reads the present work and updates the display."""
         if not works:
             return
         since = max(self._said, terminal.last_said(), works[0].began)
@@ -82,7 +82,7 @@ class Lines:
             self._say(describe(works[1:] or works, now))
 
     def close(self) -> None:
-        """Nothing remains."""
+        """Does nothing, since log lines stay."""
 
 
 class Bar:
@@ -92,7 +92,7 @@ class Bar:
         self._bar: Progress | None = None
 
     def __call__(self, works: tuple[Work, ...], now: float) -> None:
-        """Looks once."""
+        """Reads the present work and updates the display."""
         if not works or terminal.is_claimed():
             self.close()
             return

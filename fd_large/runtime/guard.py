@@ -1,12 +1,12 @@
-"""Refuses steps whose loss or gradient norm is off, and takes a run back when they keep coming.
+"""Refuses steps with an abnormal loss or gradient norm, and rolls a run back after several.
 
-A run whose state itself is not finite is taken back at once: no later step could be accepted, or
-no later state saved. Where not one step is accepted after a roll-back, the next goes further back.
+A run with a non-finite state is rolled back at once, since no later step could be accepted or
+saved. If no step is accepted after a roll-back, the next goes further back.
 
-Off means NaN, infinite, or far above the running spread of the last accepted steps. The spread is
-the median distance from the median, so that a spike does not widen what it is measured by; a floor
-keeps a flat curve from having none. What the guard knows follows from RUN/metrics.jsonl and
-RUN/incidents alone, so a resumed run decides as one that was never interrupted.
+Abnormal means NaN, infinite, or far above the last accepted steps, in units of their spread. The
+spread is the median distance from the median, so that a spike does not enlarge it; it has a lower
+limit for flat curves. The guard's state follows from RUN/metrics.jsonl and RUN/incidents alone,
+so a resumed run decides like an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ Values = tuple[int, float, float]
 
 @dataclass(frozen=True)
 class Finding:
-    """A number of a step that is off.
+    """An abnormal number of a step.
 
     Attributes:
         what: `loss` or `gradient norm`.
         value: The step's loss or gradient norm.
-        median: Median of the accepted steps before it; None while there is none.
+        median: Median of the accepted steps before it, or None.
         limit: Largest value that is in order; None while too few are known.
         spread: Spread of the accepted steps, of the norm in natural logarithms; None as `median`.
     """
@@ -71,7 +71,7 @@ class Finding:
     spread: float | None
 
     def in_words(self) -> str:
-        """Returns a clause, as "its loss is nan"."""
+        """Returns a clause, such as "its loss is nan"."""
         if not math.isfinite(self.value):
             usual = "" if self.median is None else f" (median so far {self.median:.4g})"
             return f"its {self.what} is {self.value:g}{usual}"
@@ -82,7 +82,7 @@ class Finding:
 
 
 def findings(update: Update, accepted: Iterable[Values], spread: float) -> list[Finding]:
-    """Returns the numbers of a step that are off, given the steps accepted before it.
+    """Returns the abnormal numbers of a step, given the accepted steps before it.
 
     Args:
         update: The step to judge, by its loss and its gradient norm.
@@ -100,7 +100,7 @@ def findings(update: Update, accepted: Iterable[Values], spread: float) -> list[
 def _off(
     what: str, value: float, known: list[float], allowed: float, *, factors: bool = False
 ) -> Finding | None:
-    """Judges one number; one that spreads by `factors` is judged on its logarithm."""
+    """Returns a finding for an abnormal number; with `factors`, its logarithm is judged."""
     middle = spread = limit = None
     if known:
         values = [math.log(max(each, 1e-30)) for each in known] if factors else known
@@ -117,7 +117,7 @@ def _off(
 
 @dataclass
 class _Past:
-    """The guard's memory of the steps so far.
+    """The guard's memory of earlier steps.
 
     Attributes:
         accepted: The last accepted steps that the present weights descend from.
@@ -134,7 +134,7 @@ class _Past:
 
     @property
     def at_most(self) -> int:
-        """Steps of the newest state that is worth a return."""
+        """Latest step to which a roll-back may return."""
         if self.restored is None:
             return self.refused[0]
         # What the last return took was no better; nor is what is a copy of it, as the checkpoint
@@ -155,7 +155,7 @@ class _Past:
 
 
 def past_of(rows: Iterable[Mapping[str, Any]], roll_backs: Mapping[int, int]) -> _Past:
-    """Returns the memory of a run's guard after the steps of `rows`.
+    """Returns the guard's memory after the steps of `rows`.
 
     Args:
         rows: Rows of metrics.jsonl.
@@ -175,19 +175,20 @@ def past_of(rows: Iterable[Mapping[str, Any]], roll_backs: Mapping[int, int]) ->
 
 
 class Guard(Hook):
-    """Skips bad steps, rolls back from rows of them, ends a run that keeps meeting them.
+    """Skips bad steps, rolls back after several in a row, and ends a run that does not recover.
 
-    Skipped steps have a folder in RUN/incidents: what was off, where, and the images.
+    Each skipped step gets a folder in RUN/incidents: the abnormal numbers, their ranks, and the
+    images.
 
     Args:
-        limits: What counts as off, and how much of it a run bears.
+        limits: Limits for abnormal steps, and their allowed number.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
 
     def on_start(self, setting: Setting) -> None:
-        """Takes up what the guard of the run before a resume knew."""
+        """Restores the guard's memory of the run before a resume."""
         self._setting = setting
         self._incidents = setting.folder / INCIDENTS
         self._findings: list[Finding] = []
@@ -198,13 +199,13 @@ class Guard(Hook):
         self._past = self._read(setting.first_update)
 
     def judge(self, update: Update) -> Verdict:
-        """Refuses a step whose loss or gradient norm is off."""
+        """Refuses a step with an abnormal loss or gradient norm."""
         self._broken = []
         self._findings = findings(update, self._past.accepted, self._limits.spread)
         return Verdict(skip=bool(self._findings))
 
     def on_skip(self, update: Update, evidence: Evidence) -> None:
-        """Writes the incident down and says what was off."""
+        """Writes the incident and logs the abnormal numbers."""
         mine: dict[str, Any] = {
             "rank": distributed.rank(),
             "host": distributed.node_name(),
@@ -264,7 +265,7 @@ class Guard(Hook):
         log.warning("%s", _in_words(self._incident, self._findings, folder))
 
     def after_update(self, update: Update) -> Verdict | None:
-        """Counts; asks for a roll-back after too many refusals in a row, or for the end."""
+        """Counts refusals, and requests a roll-back after too many in a row, or the run's end."""
         self._past.add(update.index, update.loss, update.grad_norm, skipped=update.skipped)
         past, limits = self._past, self._limits
         broken = update.skipped and bool(self._broken)
@@ -293,7 +294,7 @@ class Guard(Hook):
         return Verdict(stop=GUARD)
 
     def on_roll_back(self, update: Update, restored: int) -> None:
-        """Forgets what the abandoned steps have shown, and records it for a resume."""
+        """Forgets the abandoned steps, and records the roll-back for a resume."""
         roll_backs = {**self._past.roll_backs, update.index: restored}
         refused = len(self._past.refused)
         folder = of_step(self._incidents, update.index + 1)
@@ -318,7 +319,7 @@ class Guard(Hook):
         self._past.roll_backs, self._past.restored = roll_backs, restored
 
     def _read(self, updates: int) -> _Past:
-        """Returns the memory after the first `updates` of the run, the same on every rank."""
+        """Returns the memory after the first `updates` steps of the run, the same on every rank."""
         past: _Past | None = None
         if distributed.is_main():
             rows = rows_before(self._setting.folder / METRICS, updates)
@@ -327,7 +328,7 @@ class Guard(Hook):
 
 
 def culprits_of(losses: list[list[float]]) -> list[int]:
-    """Returns the ranks with a loss that is not finite, or else the one with the largest loss."""
+    """Returns the ranks with a non-finite loss, or else the rank with the largest loss."""
     bad = [rank for rank, own in enumerate(losses) if not all(map(math.isfinite, own))]
     return bad or [max(range(len(losses)), key=lambda rank: max(losses[rank], default=-math.inf))]
 
@@ -338,7 +339,7 @@ def images_of(rank: int) -> str:
 
 
 def _stored(evidence: Evidence) -> dict[str, Tensor]:
-    """Returns a rank's images as one tensor, those of smaller micro batches padded with black.
+    """Returns a rank's images as one tensor, with smaller micro batches padded with black.
 
     `sizes` has the height and width of each micro batch, (micro batches, 2).
     """
@@ -379,7 +380,7 @@ def _folders(incidents: Path) -> list[Path]:
 
 
 def _set_aside(incidents: Path, first_update: int) -> None:
-    """Renames incidents of steps that will be run again: what they say may not come true."""
+    """Renames incidents of steps that will run again, since they may not recur."""
     for folder in _folders(incidents):
         if _index(folder) >= first_update:
             with written_or_logged(folder):
@@ -389,7 +390,7 @@ def _set_aside(incidents: Path, first_update: int) -> None:
 
 
 def roll_backs_of(incidents: Path) -> dict[int, int]:
-    """Returns step after which the run was taken back (from 0) -> steps of the state it took."""
+    """Returns {step of a roll-back (from 0): step of the restored state}."""
     found = {}
     for folder in _folders(incidents):
         try:

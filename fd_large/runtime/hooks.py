@@ -1,9 +1,9 @@
 """Hooks: observers of a run, and their requests.
 
-A hook never stops, saves or skips by itself. What one rank alone knows (a signal came) is a Wish,
-which the loop agrees over the ranks; what all ranks know alike (the loss is not finite) is a
-Verdict, the same on each of them. The loop carries both out, so that all ranks do the same in the
-same step. A tracker only shows numbers: see `Tracker`.
+A hook never stops, saves or skips by itself. A single rank's reason (such as a signal) is a Wish,
+on which the ranks agree in the loop; a reason known to all ranks (such as a non-finite loss) is a
+Verdict, the same on each of them. The loop carries out both, so that all ranks act in the same
+step. A tracker only shows numbers: see `Tracker`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ known, mfu and hardware_utilisation (plan/utilisation.py; those of several stude
 
 @dataclass(frozen=True)
 class Wish:
-    """A rank's request after the step under way; it is done if any rank makes it.
+    """A rank's request after the present step; the request of any rank is carried out.
 
     Attributes:
         stop: Save, and end as `preempted`.
@@ -54,9 +54,9 @@ class Verdict:
 
     Attributes:
         skip: Leave weights and moments as they were.
-        roll_back: Take the state of the newest sound checkpoint of at most so many steps, and go
-            on with the next data; None: go on as it is.
-        stop: End without saving, under this status; empty: go on.
+        roll_back: Largest step of the checkpoint to restore, after which training continues with
+            the next data; None for no roll-back.
+        stop: Status under which to end without saving, or "".
     """
 
     skip: bool = False
@@ -65,7 +65,7 @@ class Verdict:
 
     @classmethod
     def all_of(cls, verdicts: Iterable[Verdict | None]) -> Verdict:
-        """Several at once: skip if one says so, the earliest roll-back, the first reason to end."""
+        """Joins verdicts: skip if any does, the earliest roll-back, the first reason to end."""
         given = [verdict for verdict in verdicts if verdict is not None]
         back = [v.roll_back for v in given if v.roll_back is not None]
         stop = next((v.stop for v in given if v.stop), "")
@@ -79,20 +79,20 @@ class Setting:
     Attributes:
         folder: The run's folder.
         facts: First entries of summary.json (`TrainingJob.summary`).
-        first_update: Steps done before this start, after which the run goes on.
+        first_update: Number of steps before this start.
         total_updates: Steps of the whole run.
         global_batch_size: Images a step, over all ranks.
         micro_batch_size: Images per rank and forward.
         accumulation: Micro batches per step.
         world_size: Number of ranks.
         log_every: Steps between two looks at the numbers.
-        flops: FLOPs of a micro batch on one rank, by the side of its images where these have
-            several, else under 0; empty if they are not countable.
-        image_sizes: Sides of which each step's images have one; empty: they are all alike.
+        flops: FLOPs of a micro batch on one rank, by image side if the run has several, else
+            under 0; empty if they cannot be counted.
+        image_sizes: Image sides of a run with several, else empty.
         checkpoint_bytes: Size of a whole checkpoint, over all ranks.
         start: Id of this start of the run.
         owned: Returns whether this start still owns the folder.
-        metrics: The words for what evaluations measure (`TrainingJob.metrics`).
+        metrics: Labels of the evaluations' metrics (`TrainingJob.metrics`).
         evaluated: Numbers of the first evaluation and the newest of every name -> their entries of
             summary.json (`TrainingJob.evaluated`).
         name_of: A sample's place in the listing -> where it lies.
@@ -119,14 +119,14 @@ class Setting:
     name_of: Callable[[int], str] = str
 
     def must_own(self) -> None:
-        """Raises OSError, as a write would, once another start has taken the folder over."""
+        """Raises OSError, as a failed write does, if another start has taken over the folder."""
         if not self.owned():
             raise OSError(f"{self.folder} is gone or has a new owner")
 
 
 @dataclass(frozen=True)
 class Update:
-    """One step, the same numbers on every rank.
+    """The numbers of a step, the same on every rank.
 
     Attributes:
         index: Number of the step, from 0.
@@ -136,8 +136,8 @@ class Update:
         learning_rate: The learning rate of this step.
         skipped: Whether weights and moments stayed as they were.
         data_seconds: Seconds that this rank waited for its images; differs between ranks.
-        students: Students that take the step together, on one pass of the frozen models.
-        image_size: Side of the step's images, in pixels, where the run has several; else 0.
+        students: Number of students that take the step together, on one pass of the frozen models.
+        image_size: Side of the step's images in pixels if the run has several, else 0.
     """
 
     index: int
@@ -153,7 +153,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The input of a skipped step, and what it did to the models.
+    """The input of a skipped step, and its effect on the models.
 
     Attributes:
         images: (b, 3, H, W) uint8, this rank's images of the step in order, micro batch by micro
@@ -162,7 +162,7 @@ class Evidence:
         indices: (B,) int64, their places in the listing.
         losses: Loss of each of this rank's micro batches.
         maxima: Layer -> largest magnitude of its output on the unchanged weights, in execution
-            order, over all ranks; infinite where one is not finite.
+            order, over all ranks; infinite for non-finite outputs.
         not_finite: KIND.NAME of the tensors of this rank's state that hold NaN or infinity; KIND is
             master, ema, or a moment of the optimiser, such as exp_avg.
     """
@@ -185,50 +185,50 @@ class Hook:
         """Before the first step."""
 
     def beat(self) -> None:
-        """The run moves: called with every micro batch, in training and in evaluation."""
+        """Sign of life, called with every micro batch in training and in evaluation."""
 
     def wish(self) -> Wish:
         """Returns this rank's wish; asked before each optimiser step, and in evaluations."""
         return NOTHING
 
     def on_stop(self) -> None:
-        """The run saves and stops, since a rank wished so, and all ranks know it."""
+        """Called on all ranks before the run saves and stops by a rank's wish."""
 
     def judge(self, update: Update) -> Verdict | None:
-        """Before the weights move: loss and gradient norm of the step are known."""
+        """Called before the weights change, with loss and gradient norm of the step."""
 
     def on_skip(self, update: Update, evidence: Evidence) -> None:
-        """After a step that was skipped."""
+        """Called after a skipped step."""
 
     def on_roll_back(self, update: Update, restored: int) -> None:
-        """After the state of `restored` steps was taken back."""
+        """Called after a roll-back to the state of `restored` steps."""
 
     def after_update(self, update: Update) -> Verdict | None:
-        """After each step; `skip` comes too late here."""
+        """Called after each step; too late for a `skip`."""
 
     def on_save(self, index: int) -> Verdict | None:
-        """Before a checkpoint of `index` steps: a resume from it must find what they left.
+        """Called before a checkpoint of `index` steps, to write files that a resume needs.
 
         `stop` ends the run without this checkpoint.
         """
 
     def on_saved(self, seconds: float) -> None:
-        """A checkpoint is complete, so many seconds after it was begun."""
+        """Called when a checkpoint is complete, with the seconds since its beginning."""
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """After an evaluation that followed `index` steps, the same numbers on every rank."""
+        """Called after an evaluation at step `index`, with the same metrics on every rank."""
 
     def on_features(self, index: int, panel: dict[str, numpy.ndarray]) -> None:
-        """Maps of a few held-out images, before the first step and after the last.
+        """Called with maps of a few held-out images, before the first step and after the last.
 
         images (n, S, S, 3) uint8; teacher, whitened, and student, projected, (n, h, w, C) float32.
         """
 
     def on_end(self, status: str) -> None:
-        """After the last step: `done`, or why the run ended early."""
+        """Called after the last step, with `done` or the reason of an early end."""
 
     def on_failure(self, status: str, reason: str) -> None:
-        """An error ends the run, in place of `on_end`; no collective, since ranks may be gone.
+        """Called instead of `on_end` after an error; no collective, since ranks may be gone.
 
         Args:
             status: `failed` or `interrupted`.
@@ -237,7 +237,7 @@ class Hook:
 
 
 class Tracker:
-    """Shows the numbers of a run (a progress bar, TensorBoard); lives on rank 0 alone.
+    """Shows the numbers of a run (a progress bar, TensorBoard); exists on rank 0 only.
 
     The Meter calls it, with rows and evaluations after they are in the run's own files; nothing
     that a tracker does changes a run, and no collective is allowed in it.
@@ -247,13 +247,13 @@ class Tracker:
         """Before the first step."""
 
     def on_step(self, update: Update) -> None:
-        """After each step, before the rows that end with it."""
+        """Called after each step, before the rows that end with it."""
 
     def on_rows(self, rows: list[Row]) -> None:
-        """After an interval: `log_every` steps, or what is left at a save or the end."""
+        """Called after an interval of `log_every` steps, shorter before a save or the end."""
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Numbers of an evaluation that followed `index` steps, by their names on disk."""
+        """Called with the metrics of an evaluation at step `index`, by their names on disk."""
 
     def on_end(self, status: str) -> None:
         """After the last step."""

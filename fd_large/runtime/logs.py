@@ -1,4 +1,4 @@
-"""Handlers of log records: rank 0's reach the terminal (but for details), every rank's its file.
+"""Handlers of log records: rank 0's go to the terminal (without details), every rank's to its file.
 
 Records of libraries go to the files only; of other ranks than 0 the terminal shows errors only.
 """
@@ -29,7 +29,7 @@ class _Formatter(logging.Formatter):
 
 
 class _Terminal(logging.Handler):
-    """Shows fd_large's records through the console that the progress bar lives on."""
+    """Shows fd_large's records on the progress bar's console."""
 
     def __init__(self, rank: int) -> None:
         # Warnings are the same on all ranks; an error may be one rank's own.
@@ -55,14 +55,14 @@ class _Terminal(logging.Handler):
 
 
 class _Keep(logging.Handler):
-    """Holds the records until the run's folder is known."""
+    """Keeps the records until the run's folder is known."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _early.append(record)
 
 
 def start(rank: int) -> None:
-    """Shows rank 0's records on the terminal and keeps all for the file that `set_up` opens."""
+    """Shows rank 0's records on the terminal and keeps all records for the file of `set_up`."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     # Details, which the terminal leaves out.
@@ -76,9 +76,9 @@ def start(rank: int) -> None:
 
 
 def set_up(folder: Path) -> None:
-    """Sends everything to logs/rank_N.log, and fd_large's own lines to the terminal on rank 0.
+    """Sends all records to logs/rank_N.log, and fd_large's own to the terminal on rank 0.
 
-    Where the terminal was taken (`terminal.take`), what anything prints follows into the file.
+    After `terminal.take`, printed output goes into the file too.
     """
     root = logging.getLogger()
     if not any(isinstance(handler, _Keep) for handler in root.handlers):

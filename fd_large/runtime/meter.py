@@ -1,4 +1,4 @@
-"""The numbers of a run: metrics.jsonl, evaluations.jsonl, and at the end summary.json.
+"""The metrics of a run: metrics.jsonl, evaluations.jsonl, and at the end summary.json.
 
 Trackers (progress bar, TensorBoard) are handed the rows once they are written.
 """
@@ -44,7 +44,7 @@ class Meter(Hook):
         self._trackers = Trackers(trackers)
 
     def on_start(self, setting: Setting) -> None:
-        """Opens the files, without the rows that the run will write again."""
+        """Opens the files, and removes rows that the run will write again."""
         self._setting = setting
         self._pending: list[Update] = []
         self._written = 0
@@ -72,7 +72,7 @@ class Meter(Hook):
         self._mark = step_clock.now()
 
     def after_update(self, update: Update) -> None:
-        """Keeps the step; at the end of an interval, writes the interval."""
+        """Keeps the step's numbers, and writes them at the end of an interval."""
         now = step_clock.now()
         self._interval_seconds += now - self._mark
         if self._written or self._pending:
@@ -89,18 +89,18 @@ class Meter(Hook):
             self._flush()
 
     def on_save(self, index: int) -> None:
-        """Before a checkpoint of `index` steps: a resume from it must find all their rows."""
+        """Writes all rows before a checkpoint of `index` steps, since a resume needs them."""
         self._flush()
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Writes the evaluation, together with what is known already of the same step."""
+        """Writes the evaluation, joined with earlier metrics of the same step."""
         if distributed.is_main():
             self._evaluations.setdefault(index, {}).update(metrics)
             self._write_evaluations()
         self._trackers.tell("on_evaluation", index, metrics)
 
     def on_end(self, status: str) -> None:
-        """Writes what is pending and summary.json."""
+        """Writes pending rows and summary.json."""
         self._flush()
         peak = int(distributed.max_rank(peak_memory_bytes()))
         if distributed.is_main():
@@ -111,7 +111,7 @@ class Meter(Hook):
         self._trackers.tell("on_end", status)
 
     def on_failure(self, status: str, reason: str) -> None:
-        """Writes what is known without the other ranks."""
+        """Writes this rank's numbers without the other ranks."""
         self._flush()
         if distributed.is_main():
             path = self._setting.folder / SUMMARY
@@ -156,7 +156,7 @@ class Meter(Hook):
         }
 
     def _speed_of_sizes(self) -> dict[str, dict[int, float]]:
-        """Images per second by the side of the images, in a run at several sizes."""
+        """Returns images per second by image side, for a run with several sizes."""
         if not self._setting.image_sizes:
             return {}
         steps: Counter[int] = Counter()
@@ -167,7 +167,7 @@ class Meter(Hook):
         return {"images_per_second_of_sizes": of_sizes}
 
     def _shares(self, steps: Iterable[tuple[int, int]], seconds: float) -> dict[str, float]:
-        """The utilisation in steps that are given by image size and number of students."""
+        """Returns the utilisation of steps, given by image size and number of students."""
         flops = self._setting.flops
         counted = [flops[size].shared_by(students) for size, students in steps if size in flops]
         accumulation = self._setting.accumulation
@@ -206,13 +206,13 @@ class Meter(Hook):
         self._trackers.tell("on_rows", rows)
 
     def _note_losses(self, rows: Sequence[Row]) -> None:
-        """Keeps the first and the last loss of a step that moved the weights."""
+        """Keeps the first and the last loss of accepted steps."""
         losses = [row["loss"] for row in rows if not row.get("skipped")]
         if losses:
             self._losses = ((self._losses or losses)[0], losses[-1])
 
     def _append(self) -> None:
-        """Writes whole rows or none: on a full disk they wait for the next interval."""
+        """Writes whole rows or none; on a full disk they wait for the next interval."""
         size = None
         try:
             self._setting.must_own()
@@ -243,7 +243,7 @@ class Meter(Hook):
 
 
 def peak_memory_bytes() -> int:
-    """Returns the most memory this rank has held: of its GPU, or else of the process."""
+    """Returns this rank's peak memory: of its GPU, or else of the process."""
     device = distributed.device()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

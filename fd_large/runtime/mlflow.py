@@ -1,4 +1,4 @@
-"""Curves in MLflow: on the server that MLFLOW_TRACKING_URI names, or in files beside the run."""
+"""Curves in MLflow: on the server of MLFLOW_TRACKING_URI, or in files next to the run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class MLflow(RemoteCurves):
             client.log_batch(self._run, params=settings[start : start + 100])
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Sends a point for each of some curves, but not twice."""
+        """Sends a point for each of the given curves, without repetitions."""
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())

@@ -1,4 +1,4 @@
-"""Pre-emption: after a signal, for a file or near the job's end, all ranks save and stop.
+"""Pre-emption: after a signal, a stop file or near the job's end, all ranks save and stop.
 
 Schedulers send SIGTERM or SIGUSR1 before they take a machine away, a terminal SIGINT (Ctrl-C) and,
 when it is closed, SIGHUP; a file named `stop` in the run's folder is for people. Any rank that
@@ -51,7 +51,7 @@ _late: list[str] = []
 
 
 def asked_too_late() -> bool:
-    """Returns once whether the last run of this process was asked to stop when it had only to end.
+    """Returns, once, whether the process's last run was asked to stop when it was already ending.
 
     Who has more runs to train asks after each, and stops there.
     """
@@ -61,19 +61,19 @@ def asked_too_late() -> bool:
 
 
 class Preemption(Hook):
-    """Wishes to stop after a signal, for a file, or when the job's time is nearly up.
+    """Requests a stop after a signal, when a stop file appears, or near the job's end.
 
-    Signals are caught from the construction on, so that one that comes while models are built is
-    not lost. A second Ctrl-C ends the process at once with 130, whatever it waits for.
+    Signals are caught from the construction on, so that a signal during the building of models is
+    not lost. A second Ctrl-C ends the process at once with 130.
 
     Args:
         notice_seconds: Seconds between a scheduler's signal and the end of the process.
-        launcher: What started the ranks: it may give them less time after a Ctrl-C.
+        launcher: The launcher of the ranks, which may give them less time after a Ctrl-C.
         leaving: Called, by the signal's handler, once there is a reason to stop.
         write_status: Says in the run's folder how the run ended.
         leave: Ends the process with an exit code.
-        ends_process: Whether a second Ctrl-C does so; else it raises KeyboardInterrupt, as without
-            this hook.
+        ends_process: Whether a second Ctrl-C ends the process; else it raises KeyboardInterrupt,
+            as without this hook.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Preemption(Hook):
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def on_start(self, setting: Setting) -> None:
-        """Estimates how long a save takes, and logs whether it fits into the notice."""
+        """Estimates the duration of a save, and logs whether it fits into the notice."""
         self._setting = setting
         # One look a node is enough.
         self._file = setting.folder / STOP_FILE if distributed.local_rank() == 0 else None
@@ -145,7 +145,7 @@ class Preemption(Hook):
             )
 
     def wish(self) -> Wish:
-        """Wishes to stop, once this rank has a reason."""
+        """Requests a stop if this rank has a reason."""
         if not self._reason:
             self._reason = self._file_or_end()
         if not self._reason:
@@ -163,22 +163,22 @@ class Preemption(Hook):
         return Wish(stop=True)
 
     def on_stop(self) -> None:
-        """Lets a next start wait, whichever rank has the reason."""
+        """Makes a following start wait, whichever rank has the reason."""
         self._leave_soon()
 
     def after_update(self, update: Update) -> None:
-        """Measures how long a step takes: one more is finished before the run saves."""
+        """Measures the duration of a step, since another step is finished before the save."""
         now = time.monotonic()
         if self._mark is not None:
             self._slowest_update = max(self._slowest_update, now - self._mark)
         self._mark = now
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Leaves the evaluation out of the next step's time: it can be interrupted."""
+        """Leaves the evaluation, which can be interrupted, out of the next step's time."""
         self._mark = None
 
     def on_saved(self, seconds: float) -> None:
-        """Notes how long a save took."""
+        """Records the duration of a save."""
         if seconds > max(self._slowest, self._notice):
             log.warning(
                 "a save took %.0f s, more than the %.0f s of runtime.notice_seconds",
@@ -188,18 +188,18 @@ class Preemption(Hook):
         self._slowest = max(self._slowest, seconds)
 
     def on_end(self, status: str) -> None:
-        """Removes the file, so that the next start trains, and gives Ctrl-C back."""
+        """Removes the stop file, so that the next start trains, and restores Ctrl-C."""
         self.close()
         if distributed.is_main():
             with suppress(OSError):
                 (self._setting.folder / STOP_FILE).unlink(missing_ok=True)
 
     def on_failure(self, status: str, reason: str) -> None:
-        """Gives Ctrl-C back as well."""
+        """Restores Ctrl-C."""
         self.close()
 
     def close(self) -> None:
-        """Gives the signals back; harmless when it has."""
+        """Restores the signal handlers; may be called twice."""
         if self._closed:
             return
         self._closed = True
@@ -270,7 +270,7 @@ class Preemption(Hook):
         return ""
 
     def _ask_slurm(self, now: float) -> None:
-        """Takes the job's end from Slurm: `scontrol update` may have moved it since the start."""
+        """Reads the job's end from Slurm, since `scontrol update` may have moved it."""
         if now - self._asked_slurm < SECONDS_BETWEEN_QUESTIONS:
             return
         self._asked_slurm = now
@@ -280,7 +280,7 @@ class Preemption(Hook):
             self._job_end = datetime.fromisoformat(answer.strip()).timestamp()
 
     def _estimated(self, setting: Setting) -> float | None:
-        """Returns the seconds that a checkpoint will take, from a file that each node writes."""
+        """Returns the estimated seconds of a checkpoint, from a test file on each node."""
         share = setting.checkpoint_bytes / setting.world_size * distributed.local_world_size()
         size = int(min(PROBE_BYTES, share))
         distributed.barrier()

@@ -2,8 +2,8 @@
 
 Rank 0 writes it to RUN/profile/, for chrome://tracing, ui.perfetto.dev or TensorBoard's profiler
 plugin. The profiled steps are slower than others and do not count for the run's speed.
-RUN/profile/communication.json holds the share of these steps that communication took, and the share
-in which nothing was computed beside it: only a trace can show that.
+RUN/profile/communication.json has the share of communication in these steps, and the share of
+communication without simultaneous computation, which only a trace can show.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ UNTRACED, WARM_UP = 2, 1
 
 
 class Profiler(Hook):
-    """Traces so many steps, after the first three of this start.
+    """Traces a number of steps, after the first three of this start.
 
     Args:
-        steps: How many, at least one.
+        steps: Number of traced steps, at least one.
     """
 
     def __init__(self, steps: int) -> None:
@@ -63,14 +63,14 @@ class Profiler(Hook):
         self._profile.start()
 
     def after_update(self, update: Update) -> None:
-        """Counts the step; after the last traced one, writes the trace."""
+        """Counts the step, and writes the trace after the last traced step."""
         if self._profile is not None:
             self._profile.step()
             if self._over:
                 self._stop()
 
     def on_end(self, status: str) -> None:
-        """Writes what there is; a run that ends too early has a shorter trace, or none."""
+        """Writes the trace so far; a run that ends too early has a shorter trace, or none."""
         self._stop()
         if distributed.is_main() and not self._over:
             log.warning(
@@ -86,7 +86,7 @@ class Profiler(Hook):
 
 
 def _write(finished: profile, setting: Setting, name: str) -> None:
-    """Writes a trace and the shares of communication, and logs both; a failure ends no run."""
+    """Writes and logs a trace and its shares of communication; never fails the run."""
     path = setting.folder / "profile" / name
     shares = communication_shares(finished.events())
     try:
@@ -110,10 +110,10 @@ Interval = tuple[float, float]
 
 
 def communication_shares(events: Iterable[Any]) -> dict[str, float]:
-    """Returns the share of a trace in which collectives ran, and in which they ran alone.
+    """Returns the shares of a trace with collectives, and with collectives alone.
 
-    On a GPU its kernels count, NCCL's and others. On a CPU gloo's collectives count, with the time
-    in which they wait for other ranks, and the operations that run on other threads.
+    On a GPU kernels are compared, NCCL's with others. On a CPU gloo's collectives, including
+    their waits for other ranks, are compared with operations on other threads.
 
     Args:
         events: The events of torch's profiler.
@@ -145,7 +145,7 @@ def _communicates(event: Any) -> bool:
 
 
 def _joined(events: Iterable[Any]) -> list[Interval]:
-    """Returns the intervals in which at least one of the events ran, in order and apart."""
+    """Returns the union of the events' intervals, in order and disjoint."""
     joined: list[Interval] = []
     for begin, end in sorted((e.time_range.start, e.time_range.end) for e in events):
         if joined and begin <= joined[-1][1]:

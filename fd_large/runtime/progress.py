@@ -1,4 +1,4 @@
-"""The progress of a run on the screen: a bar on a terminal, plain lines anywhere else.
+"""The progress of a run: a bar on a terminal, plain log lines elsewhere.
 
 The numbers are those of the Meter's rows; the bar itself moves with every step. It is drawn from
 the training thread: a drawing thread would compete with the ranks of a CPU run, and its lock would
@@ -27,14 +27,14 @@ class Progress(Tracker):
     """A bar that moves with each step, or a line in the log for each interval.
 
     Args:
-        student: Name of the student among several, each of which has lines; "": there is one.
+        student: Name of the student among several, which have lines each; "" for a single student.
     """
 
     def __init__(self, student: str = "") -> None:
         self._several, self._whose = bool(student), f"{student}: " if student else ""
 
     def on_start(self, setting: Setting) -> None:
-        """Draws the bar, where there is a terminal."""
+        """Draws the bar if there is a terminal."""
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
 
@@ -97,9 +97,9 @@ class Progress(Tracker):
         )
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Logs the numbers; with a bar, in lines above it.
+        """Logs the metrics; with a bar, in lines above it.
 
-        Those of a part of the task, as of one of several teachers, have a line of their own.
+        Metrics of a part of the task, such as one of several teachers, have a separate line.
         """
         words = {key.replace("/", "_"): words for key, words in self._metrics.items()}
         shown = [name for name in words if name in metrics] or metrics
@@ -113,7 +113,7 @@ class Progress(Tracker):
             log.info("%s  %s: %s", self._whose, part, _listed(numbers))
 
     def on_end(self, status: str) -> None:
-        """Leaves the bar as it stands and frees the terminal."""
+        """Leaves the last state of the bar and frees the terminal."""
         if self._bar is not None:
             activity.on_change.remove(self._draw)
             self._draw(status, at_once=True)
@@ -123,9 +123,9 @@ class Progress(Tracker):
         self._work.end()
 
     def _draw(self, status: str = "", *, at_once: bool = False) -> None:
-        """Draws the bar, unless that was a moment ago.
+        """Draws the bar, at most a few times a second.
 
-        What is done between two steps, such as an evaluation, stands in the place of the numbers.
+        Work between two steps, such as an evaluation, replaces the numbers.
         """
         now, done = time.monotonic(), self._work.done
         part = (self._work, *activity.current())[-1]
@@ -149,13 +149,13 @@ class Progress(Tracker):
 
 
 def _parted(words: str, all_words: Collection[str]) -> tuple[str, str]:
-    """Returns "held-out loss", "clip" of "held-out loss (clip)", if the first is shown, too."""
+    """Splits "held-out loss (clip)" into "held-out loss" and "clip", if the former is shown too."""
     whole, _, part = words.removesuffix(")").rpartition(" (")
     return (whole, part) if whole in all_words else (words, "")
 
 
 def _listed(numbers: Iterable[tuple[str, float]]) -> str:
-    """Returns numbers with their words: held-out loss 0.1, cosine 0.5; unseen-crops loss 0.2."""
+    """Returns metrics with their labels: held-out loss 0.1, cosine 0.5; unseen-crops loss 0.2."""
     groups: list[str] = []
     for first, of_group in groupby(numbers, key=lambda item: item[0].split()[0]):
         said = ", ".join(f"{words} {value:z.4f}" for words, value in of_group)

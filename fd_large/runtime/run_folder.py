@@ -1,4 +1,4 @@
-"""The folder of a run: its recipe, where it ran, and whether a recipe belongs to it."""
+"""The folder of a run: its recipe, its environment, and the check of a resumed recipe."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "numpy", "triton", "fai
 
 @contextmanager
 def written_or_logged(what: object) -> Iterator[None]:
-    """Wraps the writing of a file that a run can do without: training goes on with a full disk."""
+    """Wraps the writing of an optional file, so that training continues on a full disk."""
     try:
         yield
     except OSError as error:
@@ -53,15 +53,15 @@ def open_folder(
     *,
     start_anew: Callable[[], Path | None] | None = None,
 ) -> None:
-    """Enters the run's folder; rank 0 writes, the others follow.
+    """Enters the run's folder; rank 0 writes, the others wait.
 
     Args:
         folder: The run's folder.
         recipe: The resolved recipe, as recipe.json holds it.
         changes: Returns the fields that differ from a stored recipe and that a resume may not
             change (`Run.changes_since`).
-        start_anew: Makes the folder empty and returns where the old run's is now, if there was one;
-            None: the run goes on from what is there.
+        start_anew: Function that empties the folder and returns the new place of the old run's,
+            if any; None to resume the folder's run.
 
     Raises: ConfigError: if the folder cannot be used or holds a run with other settings.
     """
@@ -89,16 +89,16 @@ def write_environment(
     metrics: Mapping[str, str],
     lower_is_better: Collection[str],
 ) -> None:
-    """Records where and how the run is started, in environment.json and deepspeed.json.
+    """Records the environment and settings of a start, in environment.json and deepspeed.json.
 
     Rank 0 writes; the others return at once.
 
     Args:
         folder: The run's folder.
         deepspeed_config: The JSON that DeepSpeed got.
-        launcher: What started the ranks.
-        metrics: The words for what evaluations measure (`TrainingJob.metrics`), for the report.
-        lower_is_better: Of which of them less is better (`TrainingJob.lower_is_better`).
+        launcher: The launcher of the ranks.
+        metrics: Labels of the evaluations' metrics (`TrainingJob.metrics`), for the report.
+        lower_is_better: Metrics for which lower is better (`TrainingJob.lower_is_better`).
     """
     if not distributed.is_main():
         return
@@ -157,23 +157,23 @@ def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
 
 
 def _holds_something(path: Path) -> bool:
-    """Whether a path is a file, or a folder with something in it."""
+    """Whether a path is a file or a non-empty folder."""
     kind = kind_of(path, where="--runtime.run_dir")
     return any(path.iterdir()) if kind == "folder" else kind is not None
 
 
 def status_of(folder: Path) -> str | None:
-    """Returns the status in summary.json, None where there is none."""
+    """Returns the status in summary.json, or None."""
     return summary_of(folder).get("status")
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    """Returns summary.json; empty where there is none that can be read."""
+    """Returns summary.json, or an empty object if it is unreadable."""
     return json_object(folder / SUMMARY)
 
 
 def write_status(folder: Path, status: str, **more: Any) -> None:
-    """Sets the status in summary.json and keeps the rest; any rank may, for another may be stuck.
+    """Sets the status in summary.json and keeps the rest; any rank may call it if others are stuck.
 
     Args:
         folder: The run's folder, which this start owns.
@@ -188,20 +188,20 @@ def write_status(folder: Path, status: str, **more: Any) -> None:
 
 
 def recorded_code(folder: Path) -> dict[str, str]:
-    """Returns the hashes of the user's own files that a run used last: {"module:...": SHA-256}."""
+    """Returns the last recorded hashes of a run's own code files: {"module:...": SHA-256}."""
     starts = _starts(folder)
     return starts[-1]["files"] if starts else {}
 
 
 def record_code(folder: Path, files: Mapping[str, str], step: int) -> None:
-    """Records the hashes of the user's own files in code.json, and says which have changed.
+    """Records the hashes of the user's own files in code.json, and logs changed files.
 
     Rank 0 writes; the others return at once.
 
     Args:
         folder: The run's folder.
         files: {"module:...": SHA-256}, of `doors.hashes`.
-        step: Number of finished steps, from which on these files are used.
+        step: Number of finished steps at which these files begin to be used.
     """
     if not distributed.is_main() or dict(files) == (before := recorded_code(folder)):
         return
@@ -222,7 +222,7 @@ def record_code(folder: Path, files: Mapping[str, str], step: int) -> None:
 def _starts(folder: Path) -> list[dict[str, Any]]:
     """Returns entries of code.json: {"update": first step, "files": {"module:...": SHA-256}}.
 
-    A record for people, which allows nothing; what is damaged in it is left out.
+    The record is for information and allows nothing; damaged entries are left out.
     """
     try:
         starts = read_json(folder / CODE, where=CODE, holds=list)
@@ -246,10 +246,10 @@ def rows_before(path: Path, update: int) -> list[dict[str, Any]]:
 
 
 def cut_before(path: Path, update: int) -> list[dict[str, Any]]:
-    """Returns the same rows, and leaves no others in the file.
+    """Removes later rows from a file, and returns the kept rows.
 
-    Where no line among them is damaged they are the file's beginning: this needs no room on the
-    disk and no copy. Damaged lines that readable ones follow are warned about.
+    Without damaged lines the kept rows are the file's beginning, so that no copy and no free
+    space is needed. Damaged lines before readable ones cause a warning.
     """
     before, goes_on = _lines_before(path, update)
     last = max((index for index, line in enumerate(before, 1) if line.row is not None), default=0)
@@ -271,7 +271,7 @@ def cut_before(path: Path, update: int) -> list[dict[str, Any]]:
 
 
 def _lines_before(path: Path, update: int) -> tuple[list[Line], bool]:
-    """Returns the lines up to the first row of `update` or later, and whether there is such."""
+    """Returns the lines before the first row of `update` or later, and whether one exists."""
     lines = lines_of(path)
     for index, line in enumerate(lines):
         if line.row is not None and line.row["update"] >= update:
@@ -280,7 +280,7 @@ def _lines_before(path: Path, update: int) -> tuple[list[Line], bool]:
 
 
 def versions() -> dict[str, str | None]:
-    """Returns the versions of the packages that a run depends on; None: it is not installed."""
+    """Returns the versions of the packages that a run depends on; None if not installed."""
     found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -292,7 +292,7 @@ def versions() -> dict[str, str | None]:
 
 @cache
 def source_commit() -> str | None:
-    """Returns the commit of the source tree, or None where it is not a checkout."""
+    """Returns the commit of the source tree, or None without a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Checkpoints by the clock, besides those that the recipe asks for by steps."""
+"""Checkpoints at intervals of time, besides the recipe's intervals of steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fd_large.runtime.hooks import NOTHING, Hook, Setting, Wish
 
 
 class SaveInterval(Hook):
-    """Wishes a checkpoint once so many minutes have passed since the last one was begun.
+    """Requests a checkpoint when a number of minutes have passed since the last one began.
 
     Only rank 0's clock counts; the loop's one all-reduce of a step carries the wish to the others.
 
@@ -25,10 +25,10 @@ class SaveInterval(Hook):
         self._last = time.monotonic()
 
     def wish(self) -> Wish:
-        """Wishes a checkpoint, if it is time."""
+        """Requests a checkpoint if it is due."""
         late = time.monotonic() - self._last >= self._seconds
         return Wish(save=True) if late and distributed.is_main() else NOTHING
 
     def on_save(self, index: int) -> None:
-        """Starts the clock anew, whoever asked for the checkpoint."""
+        """Restarts the clock at every checkpoint."""
         self._last = time.monotonic()

@@ -1,6 +1,6 @@
 """The clock of the training steps, which stands still in evaluations and checkpoints.
 
-It is the process's: among several students nobody's speed has the evaluations of another.
+The process has a single clock, so that no student's speed includes another's evaluations.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ _stood = 0.0
 
 
 def now() -> float:
-    """Returns the seconds since some moment, without those for which it stood."""
+    """Returns seconds, without the time for which the clock stood still."""
     return time.perf_counter() - _stood
 
 
 @contextmanager
 def standing() -> Iterator[None]:
-    """Lets the clock stand; blocks are not nested."""
+    """Stops the clock during the block; blocks are not nested."""
     global _stood
     begin = time.perf_counter()
     try:

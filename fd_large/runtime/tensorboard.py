@@ -20,7 +20,7 @@ class TensorBoard(Curves):
     """Writes RUN/events."""
 
     def on_start(self, setting: Setting) -> None:
-        """Opens a file of events that hides what the run will write again."""
+        """Opens a file of events that hides points that the run will write again."""
         # A second of imports that only rank 0 needs.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -39,7 +39,7 @@ class TensorBoard(Curves):
                 writer.close()
 
     def add(self, values: dict[str, float], step: int) -> None:
-        """Writes a point for each of some curves."""
+        """Writes a point for each of the given curves."""
         if self._writer is None:
             return
         try:

@@ -1,8 +1,8 @@
-"""Keeps the terminal for what fd_large says; all else that a rank writes goes into its log file.
+"""Reserves the terminal for fd_large's lines; other output of a rank goes into its log file.
 
 Libraries write to file descriptors 1 and 2 from Python, C++ and child processes. `take` keeps
-private copies of the two, `hand_over` points the numbers at the rank's log: what is written to
-the copies is what the user sees. Without `take` (fd_large used as a library) nothing changes.
+private copies of the two, and `hand_over` points the descriptors at the rank's log: the user sees
+only output to the copies. Without `take` (fd_large used as a library) nothing changes.
 No torch, so that the command line can show a mistake at once.
 """
 
@@ -100,7 +100,7 @@ def take() -> None:
 
 
 def mask_uncaught() -> None:
-    """Lets uncaught errors, of threads too, be shown without the secrets of URLs."""
+    """Masks the secrets of URLs in uncaught errors, also of threads."""
     sys.excepthook = _show_uncaught
     threading.excepthook = lambda given: _show_uncaught(
         given.exc_type, given.exc_value or given.exc_type(), given.exc_traceback
@@ -108,7 +108,7 @@ def mask_uncaught() -> None:
 
 
 def hand_over(path: Path) -> None:
-    """Points descriptors 1 and 2 at the end of a log file; nothing happens without `take`."""
+    """Points descriptors 1 and 2 at the end of a log file; does nothing without `take`."""
     global _handed_over
     if _out is None:
         return
@@ -144,7 +144,7 @@ def give_back() -> None:
 
 
 def show_error(text: str) -> None:
-    """Writes an error to the user and, once there is one, to the rank's log."""
+    """Writes an error to the user and to the rank's log, if open."""
     _clear_the_line()
     text = without_secrets(text)
     if _handed_over:
@@ -154,18 +154,18 @@ def show_error(text: str) -> None:
 
 
 def note_said() -> None:
-    """Something was said to the user now."""
+    """Records that a line was shown to the user now."""
     global _said
     _said = time.monotonic()
 
 
 def last_said() -> float:
-    """Returns when something was said to the user last, by the monotonic clock."""
+    """Returns the monotonic time of the last line shown to the user."""
     return _said
 
 
 def claim(whether: bool) -> None:
-    """Takes the terminal for one live bar, that of training, or frees it."""
+    """Takes the terminal for training's live bar, or frees it."""
     global _claimed
     with drawing:
         _claimed = whether
@@ -174,17 +174,17 @@ def claim(whether: bool) -> None:
 
 
 def is_claimed() -> bool:
-    """Whether the one live bar is that of training."""
+    """Whether training's live bar has the terminal."""
     return _claimed
 
 
 @cache
 def console() -> Console:
-    """Returns the one rich console on `out`, so that a line never tears a live progress bar."""
+    """Returns the only rich console on `out`, so that a line never breaks a live progress bar."""
     from rich.console import Console, ConsoleDimensions
 
     class Plain(Console):
-        """A console that leaves the cursor alone: a run that is killed could not show it again."""
+        """A console that never hides the cursor, since a killed run could not show it again."""
 
         def show_cursor(self, show: bool = True) -> bool:
             return False

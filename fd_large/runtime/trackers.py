@@ -1,4 +1,4 @@
-"""The trackers that a recipe names, and how they are called without harm to the run."""
+"""The trackers of a recipe, and calls to them that cannot fail the run."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 
 
 def trackers_of(names: Sequence[str]) -> list[Tracker]:
-    """Makes the trackers that a recipe names; they open nothing before `on_start`.
+    """Makes the trackers of a recipe, which open nothing before `on_start`.
 
-    Raises: ConfigError: if there is no such tracker, or it is no `Tracker`.
+    Raises: ConfigError: if a tracker does not exist, or is not a `Tracker`.
     """
     made = []
     for name in names:
@@ -54,7 +54,7 @@ def trackers_of(names: Sequence[str]) -> list[Tracker]:
 
 
 class Trackers:
-    """Calls several trackers; one that raises is logged and not called again.
+    """Calls several trackers; a failing tracker is logged and not called again.
 
     Args:
         trackers: Called in this order.

@@ -13,7 +13,7 @@ from fd_large.runtime.hooks import DONE, PREEMPTED, Setting
 
 
 class WandB(RemoteCurves):
-    """A run of the project; with WANDB_MODE=offline in RUN/wandb, for `wandb sync` later."""
+    """A run of the project; with WANDB_MODE=offline it is in RUN/wandb, for `wandb sync` later."""
 
     name, package = "wandb", "wandb"
 
@@ -48,7 +48,7 @@ class WandB(RemoteCurves):
         self.keep(setting, self._run.id)
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Sends a point for each of some curves; steps that the run has already are dropped."""
+        """Sends a point for each of the given curves, except steps that the run already has."""
         if "train/loss" not in values and step > self._step:
             self._early.setdefault(step, {}).update(values)
             return

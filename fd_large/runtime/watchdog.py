@@ -1,9 +1,9 @@
-"""Ends a run that no longer moves: stacks into the log, exit code 75, no help from other ranks.
+"""Ends a hung run: stacks into the log, exit code 75, without help from other ranks.
 
-A collective that waits for a rank which is stuck waits for half an hour, and so do all GPUs. The
-thread here counts the seconds since the training thread last moved. It works while that thread
-waits in a collective or in any other call that has released Python's global lock; a call that holds
-the lock stops this thread as well, and the other ranks' watchdogs end the run then.
+A collective waits half an hour for a stuck rank, and so do all GPUs. The thread here counts the
+seconds since the training thread's last sign of life. It runs while that thread waits in a
+collective or another call that releases Python's global lock; if a call holds the lock, this
+thread stops too, and the other ranks' watchdogs end the run.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SECONDS_FOR_LAST_WORDS = 20.0
 
 
 class Silence:
-    """Measures how long nothing has moved, by looks at a counter.
+    """Measures the time since a counter last changed.
 
     Args:
         interval: Seconds between two looks, as intended.
@@ -65,7 +65,7 @@ class Silence:
         self.seconds = 0.0
 
     def lasts(self, now: float, beats: int, limit: float) -> bool:
-        """Looks once; returns whether it is too long.
+        """Reads the counter; returns whether the time is too long.
 
         Args:
             now: The time, in seconds.
@@ -80,7 +80,7 @@ class Silence:
 
 
 class Watchdog(Hook):
-    """Ends this rank once it has not moved for so many seconds.
+    """Ends this rank after a number of seconds without a sign of life.
 
     Seconds count only while this process runs, not while it is stopped (Ctrl-Z, a machine that
     sleeps). The clock runs from `start` on, which may be long before the first step.
@@ -125,25 +125,25 @@ class Watchdog(Hook):
         self._thread.start()
 
     def on_start(self, setting: Setting) -> None:
-        """Moves, and knows from where."""
+        """Records a sign of life and the present step."""
         self.beat()
         self._total = setting.total_updates
         self._where = f"after step {setting.first_update} of {self._total}"
 
     def beat(self, *_: object, **__: object) -> None:
-        """The run moves."""
+        """Records a sign of life."""
         self._beats += 1
 
     on_skip = on_roll_back = on_evaluation = on_save = beat
 
     def after_update(self, update: Update) -> None:
-        """Moves, and knows from where."""
+        """Records a sign of life and the present step."""
         self.beat()
         self._stepped = True
         self._where = f"after step {update.index + 1} of {self._total}"
 
     def on_saved(self, seconds: float) -> None:
-        """Moves; warns of saves that are nearly long enough to count as a standstill."""
+        """Records a sign of life; warns of saves that are nearly long enough to count as a hang."""
         self.beat()
         if seconds > self._limit / 2:
             log.warning(
@@ -154,7 +154,7 @@ class Watchdog(Hook):
             )
 
     def on_failure(self, status: str, reason: str) -> None:
-        """Stops the clock as well."""
+        """Stops the clock."""
         self.stop()
 
     def on_end(self, status: str) -> None:
@@ -162,7 +162,7 @@ class Watchdog(Hook):
         self.stop()
 
     def stop(self) -> None:
-        """Stops the clock; harmless when it stands."""
+        """Stops the clock; may be called twice."""
         self._over.set()
         if self._thread is not None and not self._fired.is_set():
             self._thread.join()
@@ -252,7 +252,7 @@ class Watchdog(Hook):
 
 
 def standpoint(frame: FrameType) -> str:
-    """Returns where a thread stands: its innermost call, and the innermost one of this package."""
+    """Returns a thread's innermost call, and the innermost call in this package."""
     package = Path(__file__).parents[1].name
     calls = [
         ("/".join(Path(code.co_filename).parts[-3:]), line, code.co_name)
@@ -268,7 +268,7 @@ def stacks(frames: dict[int, FrameType]) -> str:
     """Returns the stacks of threads other than the watchdog's, the main one first.
 
     Args:
-        frames: What `sys._current_frames` returns.
+        frames: Result of `sys._current_frames`.
     """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     main = threading.main_thread().ident
