@@ -1,5 +1,5 @@
-"""The state of a run on disk: written, verified, cut again for other ranks, read as full tensors.
+"""The state of a run on disk: writing, verification, resharding, reading as full tensors.
 
-What DeepSpeed holds and where is not known here: the engine hands over named shards and their
-layout, and takes slices back.
+This room does not know DeepSpeed's tensors: the engine passes named shards with their layout, and
+takes slices back.
 """

@@ -22,7 +22,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class EachTensor:
-    """ZeRO-3 (and stage 0): each tensor is cut into `ranks` equal shards, the last ones shorter.
+    """ZeRO-3 (and stage 0): each tensor is cut into `ranks` equal shards; the last may be shorter.
 
     Attributes:
         sizes: Elements of each tensor by name.
@@ -33,7 +33,7 @@ class EachTensor:
     ranks: int
 
     def span(self, rank: int, name: str) -> Span:
-        """Returns the elements of a tensor that a rank holds; empty where start == stop."""
+        """Returns the elements of a tensor that a rank holds; empty if start == stop."""
         size = self.sizes[name]
         each = -(-size // self.ranks)
         return Span(min(rank * each, size), min((rank + 1) * each, size))
@@ -51,7 +51,7 @@ class EachTensor:
 
 @dataclass(frozen=True)
 class FlatGroups:
-    """ZeRO-1 and 2: the tensors of a parameter group lie end to end, and that line is cut.
+    """ZeRO-1 and 2: the tensors of a parameter group lie end to end, and the concatenation is cut.
 
     Attributes:
         groups: (name, elements) of the tensors of each group, in order.
@@ -77,7 +77,7 @@ class FlatGroups:
         return {name: size for name, (_, _, size) in self._places.items()}  # type: ignore[attr-defined]
 
     def span(self, rank: int, name: str) -> Span:
-        """Returns the elements of a tensor that a rank holds; empty where start == stop."""
+        """Returns the elements of a tensor that a rank holds; empty if start == stop."""
         group, begin, size = self._places[name]  # type: ignore[attr-defined]
         share = self.shares[group]
         start = max(rank * share, begin) - begin
@@ -107,7 +107,7 @@ Layout = EachTensor | FlatGroups
 
 
 def from_dict(values: dict[str, Any]) -> Layout:
-    """Returns the layout that `to_dict` wrote."""
+    """Returns the layout from the result of `to_dict`."""
     if values["kind"] == "each":
         return EachTensor(values["sizes"], values["ranks"])
     groups = tuple(tuple((name, size) for name, size in group) for group in values["groups"])

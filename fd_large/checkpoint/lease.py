@@ -1,11 +1,11 @@
-"""The one start that owns a run's folder: claimed before torch is imported, kept by a heartbeat.
+"""Ownership of a run's folder by one start: claimed before torch is imported, with a heartbeat.
 
-RUN/owner.json names the owner; its modification time is the heartbeat, judged against that of a
-file written beside it. One that is ahead of that, or long before it, may be of another clock: then
-a change counts that is seen while the file is watched. Nothing here needs torch, or locks that a
-network file system may lack: a claim is a hard link, which exactly one process can make. Whoever
-replaces or removes the owner.json of a start S must first have made owner.S.next, so that two who
-both find S dead cannot undo each other's claim.
+RUN/owner.json names the owner; its modification time is the heartbeat, compared with a file
+written next to it. A heartbeat ahead of that time, or long before it, may come from another
+clock: then only a change seen while watching the file counts. Nothing here needs torch, or locks
+that a network file system may lack: a claim is a hard link, which exactly one process can make. A
+process that replaces or removes the owner.json of a start S must first make owner.S.next, so that
+two processes that both find S dead cannot undo each other's claim.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ class OwnedError(ConfigError):
 class Lease:
     """A start's right to write the folder of a run.
 
-    Rank 0 gets it from `claim`, which keeps it alive; the other ranks make one with rank 0's id,
-    which only answers.
+    Rank 0 gets it from `claim`, which keeps it alive; the other ranks make a passive lease with
+    rank 0's id.
 
     Args:
         folder: The run's folder.
         start: Id of the start.
 
     Attributes:
-        root: The folder that is owned: the run's, or one that it is a part of.
+        root: The owned folder: the run's, or the folder of several students that contains it.
         taken_over: Why the owner before counted as dead; empty if there was none.
         entered: Whether the run's files there are this start's to write; the engine sets it.
     """
@@ -85,18 +85,18 @@ class Lease:
             return True
 
     def inside(self, folder: Path) -> Lease:
-        """Returns the right to write a run's folder inside the owned one; this lease keeps it."""
+        """Returns the right to write a run's folder inside the owned folder, kept by this lease."""
         inner = Lease(folder, self.start)
         inner.root = self.root
         return inner
 
     def must_own(self) -> None:
-        """Raises OSError, as a write would, once another start has taken the folder."""
+        """Raises OSError, as a failed write does, if another start has taken the folder."""
         if not self.owned():
             raise OSError(f"{self.folder} is gone or has a new owner")
 
     def will_leave(self) -> None:
-        """Tells a next start to wait a little: this one saves and leaves. Safe in a signal handler.
+        """Tells a following start to wait while this one saves and ends. Safe in a signal handler.
 
         Only rank 0's lease does something.
         """
@@ -104,12 +104,12 @@ class Lease:
             self._messages.put("leaving")
 
     def start_anew(self) -> Path | None:
-        """Puts an empty folder of this owner's in place of one with files; rank 0 calls it.
+        """Replaces a folder with files by an empty one of this owner; rank 0 calls it.
 
         Returns: where the old folder is now; None where there was nothing to keep.
         Raises:
             OwnedError: If another start made the folder in that moment.
-            ConfigError: If what is there is no run's, or if this process would move with it.
+            ConfigError: If the folder is not a run's, or contains this process's current folder.
         """
         if not any(not path.name.startswith("owner.") for path in self.root.iterdir()):
             return None
@@ -147,7 +147,7 @@ class Lease:
         return old
 
     def release(self) -> None:
-        """Gives the folder back; removes it where it was made for this start and is empty."""
+        """Gives up the folder, and removes it if this start made it and it is empty."""
         if self._thread is None:
             return
         self._messages.put("released")
@@ -213,7 +213,7 @@ def claim(
 ) -> Lease:
     """Makes this process the owner of a run's folder; only rank 0 calls it.
 
-    An owner that is dead is replaced. One that saves and leaves is waited for.
+    A dead owner is replaced; an owner that is saving and leaving is awaited.
 
     Args:
         folder: The run's folder; made if need be.
@@ -256,7 +256,7 @@ def claimed(folder: Path) -> Iterator[Lease]:
 
 
 def living_owner(folder: Path, *, watch_seconds: float = 0.0) -> Owner | None:
-    """Returns the owner that is alive or may be, None where there is none; writes nothing.
+    """Returns an owner that is or may be alive, or None; writes nothing.
 
     Args:
         folder: The run's folder.
@@ -283,7 +283,7 @@ def living_owner(folder: Path, *, watch_seconds: float = 0.0) -> Owner | None:
 
 
 def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) -> str:
-    """Makes `aside` the owner.json; returns why the owner before counted as dead."""
+    """Makes `aside` the owner.json; returns why the previous owner counted as dead."""
     begin = time.monotonic()
     waits, warned, slurm = False, False, Slurm()
     sign: tuple[str, float] | None = None
@@ -337,9 +337,9 @@ def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) ->
 
 
 def _refuse_overlap(folder: Path, start: str) -> None:
-    """Refuses one of several students' runs while all train, and all while one of them does.
+    """Refuses a single student's run while all students train, and all while one trains.
 
-    Whoever comes has claimed its own folder, so that of two at least one sees the other.
+    Each start claims its own folder first, so that at least one of two sees the other.
 
     Raises: OwnedError: after giving the folder back.
     """
@@ -354,7 +354,7 @@ def _refuse_overlap(folder: Path, start: str) -> None:
 
 
 def _age(aside: Path, beat: float) -> float:
-    """Returns the seconds since a heartbeat by the clock of the files; negative: it is ahead."""
+    """Returns the seconds since a heartbeat by the files' clock; negative if it is ahead."""
     os.utime(aside)
     return aside.stat().st_mtime - beat
 
@@ -380,7 +380,7 @@ def _refusal(folder: Path, owner: Owner, silent: float) -> OwnedError:
 
 
 def _is_copy(folder: Path, owner: Owner) -> bool:
-    """Whether an owner's own folder is another one that it still owns; False where unknown."""
+    """Whether an owner still owns another folder, of which this one is a copy."""
     if not owner.folder or Path(owner.folder) == folder.resolve():
         return False
     theirs = Path(owner.folder) / OWNER
@@ -392,7 +392,7 @@ def _is_copy(folder: Path, owner: Owner) -> bool:
 
 
 def _foreign(folder: Path) -> str:
-    """Returns the name of something that no start leaves before its recipe.json; or empty."""
+    """Returns the name of a file that no start writes before its recipe.json, or ""."""
     for path in sorted(folder.iterdir()):
         if path.name == LOGS and path.is_dir():
             if inside := _foreign(path):
@@ -414,18 +414,18 @@ def _next(folder: Path, start: str) -> Path:
 
 
 def _read(path: Path) -> tuple[Owner, float]:
-    """Returns an owner and its last sign of life; opening makes NFS ask its server."""
+    """Returns an owner and its last heartbeat; opening the file makes NFS ask its server."""
     with _opened(path) as file:
         return Owner.parse(file.read(_MOST_BYTES)), os.fstat(file.fileno()).st_mtime
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Opens an owner.json; in a folder from elsewhere it may be a pipe, which must not wait."""
+    """Opens an owner.json without waiting, since in a foreign folder it may be a pipe."""
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 
 def _chain(folder: Path) -> list[tuple[Owner, float]]:
-    """Returns the owner, then who is about to follow it, and so on; seldom more than one.
+    """Returns the owner, then its successor, and so on; seldom more than one.
 
     Raises: ConfigError: if the files lead in a circle, as no start leaves them.
     """
@@ -445,7 +445,7 @@ def _chain(folder: Path) -> list[tuple[Owner, float]]:
 
 
 def _succeed(folder: Path, before: list[str], start: str, aside: Path) -> bool:
-    """Replaces an owner that is dead; returns False where another was quicker."""
+    """Replaces a dead owner; returns False if another start was quicker."""
     key = _next(folder, before[-1])
     if not _link(aside, key):
         return False
@@ -462,7 +462,7 @@ def _succeed(folder: Path, before: list[str], start: str, aside: Path) -> bool:
 
 
 def _remove(folder: Path, start: str) -> None:
-    """Removes the owner.json of a start that ends, unless another takes it over."""
+    """Removes the owner.json of an ending start, unless another start takes it over."""
     key = _next(folder, start)
     aside = folder / f"owner.{start}.json"
     _write(aside, json.dumps(asdict(replace(Owner.here(), start=f"{start}-end"))))
@@ -479,7 +479,7 @@ def _remove(folder: Path, start: str) -> None:
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Gives a file a second name, unless that exists; returns whether it did."""
+    """Makes a hard link unless its name exists; returns whether it was made."""
     try:
         os.link(source, target)
         return True
@@ -509,7 +509,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _make(folder: Path) -> list[Path]:
-    """Makes a folder; returns it and its parents that were not there, innermost first."""
+    """Makes a folder; returns all folders that it made, innermost first."""
     made = []
     for path in (folder, *folder.parents):
         if path.exists():
@@ -520,7 +520,7 @@ def _make(folder: Path) -> list[Path]:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what starts left that were killed while they claimed; a rival's is younger."""
+    """Removes old files of starts that were killed while claiming; a rival's files are younger."""
     now = time.time()
     for path in folder.glob("owner.*.*"):
         with suppress(OSError):

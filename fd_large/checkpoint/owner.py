@@ -1,4 +1,4 @@
-"""The owner of a run's folder, and whether it can still be alive. No torch."""
+"""The owner of a run's folder, and checks whether it is alive. No torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _UNKNOWN = "unknown"
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """A start of a run, as owner.json holds it.
+    """A start of a run, stored in owner.json.
 
     Attributes:
         start: Id of the start.
@@ -74,7 +74,7 @@ class Owner:
 
     @classmethod
     def parse(cls, text: bytes) -> Owner:
-        """Returns an owner from its file; one of no known start where a value cannot be one's.
+        """Returns an owner from its file; an unknown owner if values are invalid.
 
         Anybody may have written the file, and the id of a start becomes a part of file names.
         """
@@ -93,17 +93,17 @@ class Owner:
 
     @property
     def is_near(self) -> bool:
-        """Whether its process number means the same here: same boot, same namespace."""
+        """Whether its process number is valid here: same boot, same namespace."""
         here = processes.kernel(), processes.namespace()
         return bool(self.boot) and (self.boot, self.pid_namespace) == here
 
     @property
     def is_seen(self) -> bool:
-        """Whether this process can see whether its process has ended."""
+        """Whether this process can tell if its process has ended."""
         return self.is_near and processes.started(self.pid) != processes.HIDDEN
 
     def why_dead(self, own: Owner) -> str:
-        """Returns why it cannot be alive, as far as this process knows; empty where it may be."""
+        """Returns why the owner cannot be alive as far as this process knows, or ""."""
         same_job = self.job and (self.cluster, self.job) == (own.cluster, own.job)
         if same_job and self.restarts < own.restarts:
             return f"Slurm has restarted job {self.job} since"
@@ -116,7 +116,7 @@ class Owner:
 
 
 def _may_be(name: str, value: Any) -> bool:
-    """Says whether a value that a file holds may be one of an owner's."""
+    """Returns whether a value in a file is valid for an owner."""
     if name in ("pid", "pid_started", "restarts"):
         # Of type int: True is one by inheritance. The kernel takes no larger number for a process.
         return type(value) is int and 0 <= value < (2**31 if name == "pid" else 2**63)
@@ -136,7 +136,7 @@ class Slurm:
         self._said: dict[str, tuple[float, str]] = {}
 
     def state(self, owner: Owner, own: Owner) -> str:
-        """Returns its word for an owner's job; empty where it says nothing, or no more than we see.
+        """Returns Slurm's state of an owner's job; "" if unknown or irrelevant.
 
         Args:
             owner: The owner.
@@ -152,7 +152,7 @@ class Slurm:
         return said
 
     def why_dead(self, owner: Owner, own: Owner) -> str:
-        """Returns why an owner cannot be alive, as far as Slurm knows; empty where it may be."""
+        """Returns why an owner cannot be alive as far as Slurm knows, or ""."""
         state = self.state(owner, own)
         if state == _UNKNOWN:
             return f"Slurm no longer knows job {owner.job}"

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class Reader:
-    """Slices of a complete checkpoint. Each of its files is opened once and stays open.
+    """Reads slices of a complete checkpoint. Each of its files is opened once and stays open.
 
     Args:
         stored: The checkpoint.
@@ -102,9 +102,9 @@ class Reader:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Returns on all ranks what an action of rank 0 returns; a collective.
+    """Runs an action on rank 0 and returns its result on all ranks; a collective.
 
-    Raises: FDError: on all ranks, if the action does; any OSError has become one.
+    Raises: FDError: on all ranks, if the action raises; an OSError becomes an FDError.
     """
 
     def told() -> T:
@@ -120,14 +120,14 @@ def on_main(action: Callable[[], T]) -> T:
 
 
 def newest_sound(folder: Path, *, at_most: int | None = None) -> tuple[Reader | None, list[str]]:
-    """Returns the newest checkpoint that is sound, and what newer ones lacked; a collective.
+    """Returns the newest sound checkpoint, and the damage of newer ones; a collective.
 
-    Each file is checked by one rank. A checkpoint is passed over only if rank 0 finds the same
-    damage, and is then set aside: an error on the way of one rank is no damage.
+    Each file is checked by one rank. A checkpoint is skipped and set aside only if rank 0 finds
+    the same damage, since a read error of one rank is not damage.
 
     Args:
         folder: The run's folder.
-        at_most: Steps of the newest checkpoint that may be taken; None takes any.
+        at_most: Largest allowed step of the checkpoint; None allows any.
 
     Raises: StorageError, CheckpointError: on all ranks, if the newest cannot be read for now.
     """
@@ -156,7 +156,7 @@ def newest_sound(folder: Path, *, at_most: int | None = None) -> tuple[Reader | 
 
 
 def _problem(path: Path, files: int) -> str:
-    """Returns the fault that rank 0 also sees in a checkpoint; "" if it is sound.
+    """Returns the damage of a checkpoint that rank 0 also sees, or "".
 
     Raises: StorageError: if a rank reads other bytes than rank 0.
     """
@@ -184,7 +184,7 @@ def _problem(path: Path, files: int) -> str:
 
 
 def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str | None:
-    """As `store.damage`, but told again and again: files of another node take time to appear."""
+    """Returns `store.damage` after retries, since another node's files take time to appear."""
     for _ in range(TRIES - 1):
         if store.damage(path, rank, kinds) is None:
             return None

@@ -1,6 +1,6 @@
-"""The folder of a run's checkpoints: which are complete, which are sound, which may be removed.
+"""The folder of a run's checkpoints: listing, verification and removal.
 
-checkpoints/best is a link to the checkpoint of the best evaluation, where a run keeps one.
+checkpoints/best is a link to the checkpoint of the best evaluation, if kept.
 checkpoints/step_NNNNNNNN/ holds rank_RRRRR.safetensors and rank_RRRRR.json (size and checksum of
 that file, written by its rank) for every rank, and manifest.json. It is written as
 step_NNNNNNNN.START.part, START the id of the run's start, and renamed when all is flushed: a folder
@@ -62,12 +62,12 @@ def checkpoints_of(folder: Path) -> Path:
 
 
 def name_of(update: int) -> str:
-    """Returns the name of the folder after so many finished steps."""
+    """Returns the name of the folder of a step."""
     return f"step_{update:08d}"
 
 
 def part_of(folder: Path, update: int, lease: Lease | None) -> Path:
-    """Returns the folder that a checkpoint is written to; each start of a run has its own."""
+    """Returns the temporary folder of a checkpoint; each start of a run has its own."""
     start = f".{lease.start}" if lease else ""
     return checkpoints_of(folder) / f"{name_of(update)}{start}{PART}"
 
@@ -89,15 +89,15 @@ def complete(folder: Path) -> list[Stored]:
 
 
 def renamed(folder: Path) -> list[Path]:
-    """Returns the complete folders, oldest first, whatever became of their files since."""
+    """Returns the complete folders, oldest first, without a look at their files."""
     paths = map(checkpoints_of(folder).joinpath, _listed(checkpoints_of(folder)))
     return sorted(p for p in paths if p.match("step_*") and p.suffix not in (PART, OLD))
 
 
 def manifest_of(path: Path) -> dict[str, Any] | None:
-    """Returns a checkpoint's manifest, or None where it is missing or damaged.
+    """Returns a checkpoint's manifest, or None if it is missing or damaged.
 
-    A folder whose name goes on after a dot (`.part`) is asked for the manifest that it will have.
+    A temporary folder (`.part`) returns the manifest of its future checkpoint.
 
     Raises: StorageError, CheckpointError: if it is there and cannot be read.
     """
@@ -134,8 +134,8 @@ def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str |
     Args:
         path: The checkpoint.
         rank: The rank that wrote the part.
-        kinds: Kinds of tensors whose bytes are checked; None checks the whole file, as what
-            receipts without checksums of kinds need.
+        kinds: Kinds of tensors whose bytes are checked; None checks the whole file, as receipts
+            without checksums by kind require.
 
     Raises: StorageError, CheckpointError: if a file is there and cannot be read: that is no damage.
     """
@@ -162,7 +162,7 @@ def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str |
 
 
 def _state(file: Path, size: int, wanted: Collection[str]) -> tuple[int, dict[str, str]]:
-    """The size of a file, and the checksums that are wanted if it has the size that it should."""
+    """Returns a file's size, and the requested checksums if the size is right."""
     status = file.stat()
     held = status.st_size
     if held != size or not stat.S_ISREG(status.st_mode):
@@ -184,7 +184,7 @@ def _state(file: Path, size: int, wanted: Collection[str]) -> tuple[int, dict[st
 
 
 def _text(file: Path) -> bytes:
-    """The bytes of a JSON file, as many as one may have; none of a pipe, which is not waited for.
+    """Returns the bytes of a JSON file within a limit, without waiting for a pipe.
 
     Without a question for its kind, which at each file of each rank would keep a server busy.
     """
@@ -193,7 +193,7 @@ def _text(file: Path) -> bytes:
 
 
 def _listed(folder: Path) -> list[str]:
-    """The names in a folder; none where it is missing."""
+    """Returns the names in a folder; empty if it is missing."""
     return _read(folder, os.listdir) or []
 
 
@@ -214,13 +214,13 @@ def _read(file: Path, action: Callable[[Path], T]) -> T | None:
 
 
 def verify(stored: Stored, kinds: Collection[str] | None = None) -> list[str]:
-    """Checks every rank's part, or some kinds of tensors in it; returns what is wrong."""
+    """Checks every rank's part, or some kinds of tensors in it; returns the damage."""
     found = (damage(stored.path, rank, kinds) for rank in range(stored.manifest["world_size"]))
     return [problem for problem in found if problem]
 
 
 def set_aside(folder: Path, names: list[str]) -> None:
-    """Renames damaged checkpoints: they are kept for a look and no longer counted; rank 0 calls."""
+    """Renames damaged checkpoints: they stay for inspection but do not count; rank 0 calls it."""
     for name in names:
         path = checkpoints_of(folder) / name
         aside = path.with_name(DAMAGED + name)
@@ -236,13 +236,13 @@ def _rename_if_there(path: Path, aside: Path) -> None:
 def commit(part: Path, manifest: dict[str, Any], lease: Lease | None = None) -> Path:
     """Completes a fully written `.part` folder, in one atomic step; rank 0 calls it.
 
-    A start that has lost the run commits nothing: it asks its lease, and what it asks too early
-    fails at the rename, since the new owner's `sweep` has taken the folder away.
+    A start that has lost the run commits nothing: it asks its lease, and after too early an
+    answer the rename fails, because the new owner's `sweep` has removed the folder.
 
     Args:
         part: The folder.
-        manifest: What manifest.json will say, but for its own checksum.
-        lease: The right to write the run's folder; None where nobody else can be.
+        manifest: Contents of manifest.json, without its own checksum.
+        lease: The right to write the run's folder; None if no other process can write it.
 
     Returns: the folder without `.part`.
     Raises: OSError, StorageError: if a rank's file is not there, the disk is full or does not
@@ -290,12 +290,12 @@ def _write_manifest(part: Path, manifest: dict[str, Any]) -> None:
 
 
 def amend(path: Path, entries: dict[str, Any], lease: Lease | None = None) -> None:
-    """Changes entries of a complete checkpoint's manifest, whole or not at all; rank 0 calls it.
+    """Changes entries of a complete checkpoint's manifest atomically; rank 0 calls it.
 
     Args:
         path: The checkpoint.
-        entries: What changes.
-        lease: The right to write the run's folder; None where nobody else can be.
+        entries: The new entries.
+        lease: The right to write the run's folder; None if no other process can write it.
 
     Raises: OSError, StorageError, CheckpointError: if the manifest cannot be read or written, or
         the run has a new owner.
@@ -311,15 +311,15 @@ def amend(path: Path, entries: dict[str, Any], lease: Lease | None = None) -> No
 
 
 def best_of(folder: Path) -> Path | None:
-    """Returns the checkpoint of the run's best evaluation; None where it keeps none."""
+    """Returns the checkpoint of the run's best evaluation, or None."""
     link = checkpoints_of(folder) / BEST
     return link.resolve() if link.is_symlink() and kind_of(link) else None
 
 
 def set_best(folder: Path, update: int, lease: Lease | None = None) -> bool:
-    """Lets `best` name the checkpoint of so many steps; rank 0 calls it.
+    """Points `best` at the checkpoint of a step; rank 0 calls it.
 
-    Returns: whether there is such a checkpoint.
+    Returns: whether the checkpoint exists.
     Raises: OSError, StorageError: if the link cannot be made, or the run has a new owner.
     """
     if lease:
@@ -341,14 +341,14 @@ def set_best(folder: Path, update: int, lease: Lease | None = None) -> bool:
 def prune(
     folder: Path, *, keep_last: int, keep_every: int, lease: Lease | None = None
 ) -> list[Path]:
-    """Removes all but the last `keep_last`, those of every `keep_every`-th step and the best one.
+    """Removes all checkpoints except the last `keep_last`, every `keep_every`-th and the best.
 
     Rank 0 calls it.
 
     Args:
         folder: The run's folder.
         keep_last: Newest checkpoints that stay, at least one.
-        keep_every: Steps whose multiples stay as well; 0 keeps none of them.
+        keep_every: Interval in steps of checkpoints that are kept too; 0 for none.
         lease: As in `commit`; without it nothing is removed any more.
 
     Returns: the folders that were removed.
@@ -368,7 +368,7 @@ def prune(
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder, out of sight first: half removed it must not look complete."""
+    """Renames a folder before removing it, since a half-removed folder must not look complete."""
     aside = path.with_name(f"removed_{path.name.removesuffix(PART)}{PART}")
     remove(aside)
     path.rename(aside)
@@ -376,7 +376,7 @@ def _remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what a killed run left half written; before any rank writes."""
+    """Removes half-written files of a killed run; called before any rank writes."""
     names = [checkpoints_of(folder) / name for name in _listed(checkpoints_of(folder))]
     for path in names:
         if path.suffix == OLD:
@@ -393,9 +393,9 @@ def sweep(folder: Path) -> None:
 
 
 def _finish_replacing(old: Path) -> None:
-    """Ends what a run was killed in between the two renames of `commit`.
+    """Finishes a `commit` whose run was killed between its two renames.
 
-    The new one counts if it is whole, or else the old one, which is put back.
+    The new checkpoint counts if it is complete; else the old one is restored.
     """
     final = old.with_suffix("")
     if not kind_of(final):
@@ -412,13 +412,13 @@ def _is_whole(part: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder, as far as that is possible; the next start's `sweep` tries again."""
+    """Removes a folder as far as possible; the next start's `sweep` tries again."""
     with suppress(OSError):  # Even `ignore_errors` lets some through.
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def flush_folder(path: Path) -> None:
-    """Flushes a folder: renames and new names inside it outlive a crash of the machine."""
+    """Flushes a folder: renames and new names in it survive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

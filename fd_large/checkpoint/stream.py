@@ -22,22 +22,21 @@ Shape = tuple[int, ...]
 
 
 def newest(folder: Path, *, where: str = "checkpoint") -> Reader:
-    """Opens the weights of a run's newest checkpoint; their bytes are checked.
+    """Opens the weights of a run's newest checkpoint and checks their bytes.
 
-    An older one does not take the place of a damaged one, whose weights are others: training goes
-    on from it (`read.newest_sound`), whoever takes weights out has to name it.
+    A damaged checkpoint is not silently replaced by an older one, whose weights differ: training
+    resumes from the older one (`read.newest_sound`), but to export it the user must name it.
 
-    Only what `outcome` names is checked and can be read. Where there are several ranks, rank 0
-    checks for all; the others may be shown another checkpoint if the run still trains, and are to
-    open the one that rank 0 found, by its own path. Only reads: the run may be another user's. No
-    collective.
+    Only the tensors of `outcome` are checked and can be read. With several ranks, rank 0 checks
+    for all; since a running run may write a newer checkpoint, the others must open rank 0's by
+    its own path. Read-only, as the run may be another user's. Not a collective.
 
     Args:
         folder: The run's folder, or one of its checkpoints.
         where: The field or argument that named it, for messages.
 
     Raises:
-        CheckpointError: If there is none, or it is damaged.
+        CheckpointError: If there is no checkpoint, or it is damaged.
         StorageError: If it cannot be read for now.
     """
     manifest = store.manifest_of(folder)
@@ -65,7 +64,7 @@ def newest(folder: Path, *, where: str = "checkpoint") -> Reader:
 
 
 def newest_of_main(folder: Path, *, where: str = "checkpoint") -> Reader:
-    """As `newest`, of what rank 0 finds, on all ranks; a collective."""
+    """Opens the checkpoint that rank 0 finds by `newest`, on all ranks; a collective."""
     path = on_main(lambda: newest(folder, where=where).path)
     return newest(path, where=where)
 
@@ -90,7 +89,7 @@ def _problem_of(path: Path, ranks: int, kind: str, seen: tuple) -> str | None:
 
 
 def outcome(reader: Reader) -> str:
-    """Returns the kind of weights that a run is trained for: `ema` where it keeps an average."""
+    """Returns the kind of weights that a run is trained for: `ema` if it keeps an average."""
     return _outcome(reader.manifest)
 
 

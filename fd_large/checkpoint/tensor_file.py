@@ -1,8 +1,8 @@
-"""Files of tensors in the safetensors format, written and read by the system's own calls.
+"""Files of tensors in the safetensors format, written and read by plain system calls.
 
-Not by the safetensors library, because a checkpoint needs the number of an error (a library of
-another language gives a text, and a mapped file a signal that ends the process), reads of a few
-bytes of many files, and checksums of parts that are taken while the bytes are written.
+The safetensors library is not enough, because a checkpoint needs the number of an error (the
+library returns a text, and a mapped file causes a signal that ends the process), reads of a few
+bytes from many files, and checksums of parts during the write.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Place(NamedTuple):
     """Place of a tensor in its file.
 
     Attributes:
-        dtype: Its type.
+        dtype: Data type of the tensor.
         start: Offset of its first byte in the file.
         stop: Offset after its last byte.
     """
@@ -43,13 +43,13 @@ class Place(NamedTuple):
 
 
 class Checksums(NamedTuple):
-    """CRC-32 of a file and of its parts, as a receipt holds them: eight hexadecimal digits each.
+    """CRC-32 of a file and of its parts, stored in a receipt: eight hexadecimal digits each.
 
     Attributes:
         file: Checksum of the whole file.
         header: Checksum of the bytes before the first tensor.
-        kinds: Checksum of the tensors of each kind, one after the other; the kind is what stands
-            before the first dot of a name.
+        kinds: Checksum of the concatenated tensors of each kind; the kind is the part of a name
+            before its first dot.
     """
 
     file: str
@@ -61,11 +61,11 @@ def header_of(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[bytes, dict[str, Place]]:
-    """Returns the bytes before the first tensor of a file, and where its tensors lie, in order.
+    """Returns the bytes before the first tensor of a file, and the tensors' places, in order.
 
     Args:
         tensors: Data type and shape by name.
-        metadata: Text by name that goes into the file beside them.
+        metadata: Further texts of the header, by name.
     """
     # As the library does: the widest first, so that each lies on a multiple of its own width.
     order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
@@ -92,7 +92,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> Checksums:
         path: The file.
         tensors: Contiguous, in host memory, by name.
 
-    Raises: OSError: if it cannot be written; what is there then is not whole.
+    Raises: OSError: if it cannot be written; the file is then incomplete.
     """
     header, places = header_of({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
     order = list(places)
@@ -120,10 +120,10 @@ class TensorFile:
 
     Args:
         path: The file.
-        headers: Tables of other files by the bytes of their headers, added to here: the files of a
-            run's ranks have much the same header, and thousands of parsed ones would fill memory.
+        headers: Parsed tables by header bytes, extended here: the files of a run's ranks have
+            nearly equal headers, and thousands of parsed tables would fill memory.
 
-    Raises: OSError: if it cannot be read; ValueError: if it is no such file.
+    Raises: OSError: if it cannot be read; ValueError: if it has another format.
     """
 
     def __init__(self, path: Path, headers: dict[bytes, dict[str, Place]] | None = None) -> None:
@@ -162,7 +162,7 @@ class TensorFile:
             out.copy_(held)
 
     def checksum(self, kinds: Collection[str]) -> Checksums:
-        """Returns the checksums of the header and of some kinds; none of the whole file."""
+        """Returns the checksums of the header and of some kinds, without the whole file's."""
         found = {}
         for kind in kinds:
             held = [place[1:] for name, place in self.places.items() if _kind(name) == kind]
@@ -205,7 +205,7 @@ def _write_all(descriptor: int, views: list[memoryview]) -> None:
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans of a file in order, neighbours as one: a kind's tensors lie side by side."""
+    """Returns spans of a file in order, with adjacent spans joined."""
     joined: list[tuple[int, int]] = []
     for start, stop in sorted(spans):
         if joined and joined[-1][1] == start:

@@ -1,11 +1,11 @@
-"""Writes a checkpoint while training goes on: copy to host memory, then a thread does the rest.
+"""Writes a checkpoint while training goes on: a copy to host memory, then a writing thread.
 
 The host memory, 12 bytes for each parameter of the rank's shard and 4 more for an average, is kept
 from save to save. State that lies in files on a disk, because there is no memory for it, is written
 from where it lies while training stands still; the checkpoint is the same to the byte.
 
 Every rank writes one safetensors file of its shards, so that a run on 1,000 ranks writes 1,000
-files of tensors and 1,000 receipts, and no rank writes more than its own. All ranks agree in the
+files of tensors and 1,000 receipts, and each rank writes only its own. All ranks agree in the
 loop's one small all-reduce that all have finished; then rank 0 commits by a rename.
 """
 
@@ -37,7 +37,7 @@ class Piece(NamedTuple):
     """This rank's shard of one tensor of the state.
 
     Attributes:
-        key: KIND.NAME, KIND master, ema, or a moment of the optimiser, such as exp_avg.
+        key: KIND.NAME; KIND is master, ema, or a moment of the optimiser, such as exp_avg.
         values: (elements,) float32, a view of the live state.
     """
 
@@ -62,9 +62,9 @@ class Saver:
         folder: The run's folder.
         keep_last: Newest complete checkpoints that stay.
         keep_every: Steps whose multiples stay as well; 0 keeps none of them.
-        lease: This start's right to write the folder; None where nobody else can be.
-        copies: Whether the state is copied, so that training goes on; otherwise it is written from
-            where it lies, which takes no memory, and must stay as it is until `wait` has returned.
+        lease: This start's right to write the folder; None if no other process can write it.
+        copies: Whether the state is copied, so that training continues; otherwise it is written
+            in place without further memory, and must not change until `wait` has returned.
 
     Attributes:
         begun: Whether a checkpoint is under way.
@@ -95,12 +95,12 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether this rank still writes."""
+        """Whether this rank is still writing."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def failed(self) -> bool:
-        """Whether this rank could not write what it should have."""
+        """Whether this rank failed to write its file."""
         return self._problem is not None
 
     def begin(
@@ -111,15 +111,15 @@ class Saver:
         not_finite: Sequence[str] = (),
         prunes: bool = True,
     ) -> None:
-        """Copies the state to host memory and starts to write it; blocks for that copy only.
+        """Copies the state to host memory and starts to write it; blocks only for the copy.
 
         A state that is not finite is not written, and this rank has failed.
 
         Args:
             manifest: What manifest.json will say, but for its own checksum.
             pieces: This rank's shards.
-            not_finite: Keys of those that hold NaN or infinity.
-            prunes: Whether old checkpoints go once this one is complete.
+            not_finite: Keys of the pieces that hold NaN or infinity.
+            prunes: Whether old checkpoints are deleted when this one is complete.
         """
         assert not self.begun
         self.close()
@@ -157,7 +157,7 @@ class Saver:
             self._thread.join()
 
     def finish(self, *, failed_anywhere: bool, broken_anywhere: bool = False) -> bool:
-        """Commits, or throws away if any rank failed; all ranks call it when none is busy.
+        """Commits the checkpoint, or discards it if a rank failed; called when no rank is busy.
 
         Args:
             failed_anywhere: Whether a rank failed, for whatever reason.
