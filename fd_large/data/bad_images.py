@@ -1,4 +1,4 @@
-"""Images that cannot be used: counted, named once, and past a limit the end of the run.
+"""Unusable images: counted, named once, and past a limit the end of the run.
 
 A rank counts its own; `past_limit`, `limit_error` and `agreed_error` take sums over ranks, so that
 all ranks come to the same decision in the same step.
@@ -22,14 +22,14 @@ _MAX_REMEMBERED = 10_000
 
 
 class BadCount(NamedTuple):
-    """`num_bad` of `num_tried` samples could not be used; adds up over ranks."""
+    """Number of unusable samples among tried samples, which can be summed over ranks."""
 
     num_bad: int
     num_tried: int
 
 
 class BadImages:
-    """The count of one rank since the start of the process."""
+    """The counts of one rank since the start of the process."""
 
     def __init__(self) -> None:
         self.count = BadCount(0, 0)
@@ -37,10 +37,10 @@ class BadImages:
         self._known: set[str] = set()
 
     def add(self, num_samples: int, bad: Sequence[str]) -> None:
-        """Counts a batch and names in the log what had not been named before.
+        """Counts a batch and names new bad images in the log.
 
         Args:
-            num_samples: Samples in the batch, all of them sound.
+            num_samples: Number of sound samples in the batch.
             bad: A message for each sample that was tried and replaced, its name first.
         """
         num_bad, num_tried = self.count
@@ -55,7 +55,7 @@ class BadImages:
 
 
 def past_limit(count: BadCount, max_bad_fraction: float) -> bool:
-    """Whether a run has to stop; the same on all ranks, given the sum of their counts."""
+    """Whether a run has to stop, from the sum of all ranks' counts."""
     return count.num_bad > max_bad_fraction * max(count.num_tried, FEWEST_SAMPLES)
 
 
@@ -78,7 +78,7 @@ def agreed_error(
 
 
 def limit_error(count: BadCount, max_bad_fraction: float, names: Iterable[str]) -> DataError:
-    """The end of such a run, with the list of what was bad.
+    """Returns the error for too many bad images, with a list of them.
 
     Args:
         count: The sum over ranks.

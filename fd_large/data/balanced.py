@@ -1,9 +1,8 @@
-"""Several datasets as one source, of which every stretch of an epoch has its fixed share of each.
+"""Several datasets as one source, with fixed shares throughout an epoch.
 
-Which dataset a position belongs to follows from the position alone: shares of 2 and 1 give the
-pattern A B A over and over. Each dataset is gone through in an order of its own, pass after pass
-and from one epoch into the next. All of it is a function of (seed, epoch, position), so that a
-resumed run goes on exactly, whatever the number of ranks.
+The position alone decides the dataset: shares of 2 and 1 repeat the pattern A B A. Each dataset
+has its own order, pass after pass and across epochs. Everything is a function of (seed, epoch,
+position), so that a resumed run continues exactly, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ _Place = tuple[int, int]  # A dataset, and one of its blocks.
 
 
 def open_balanced(root: str, where: str, open_part: Callable[[str, str], Any]) -> Balanced | None:
-    """Opens a sum of datasets; None if the text is no such sum.
+    """Opens a weighted sum of datasets, or returns None for other texts.
 
     Args:
-        root: As `data.root` takes it.
+        root: Value of `data.root`.
         where: The field that says it, for messages.
-        open_part: Opens one of them, given its root and what to call it in messages.
+        open_part: Opens a dataset, from its root and its name in messages.
 
-    Raises: DataError: if the sum is malformed, or one of them cannot be used.
+    Raises: DataError: if the sum is malformed, or a dataset cannot be used.
     """
     parts = weighted_roots(root, where=where)
     if not parts:
@@ -47,15 +46,15 @@ def open_balanced(root: str, where: str, open_part: Callable[[str, str], Any]) -
 class Balanced:
     """Images of several sources, numbered one source after the other; itself an `ImageSource`.
 
-    An epoch has as many positions as there are images. So a dataset whose share is larger than its
-    part of the images is seen more than once in it, and another one not whole.
+    An epoch has as many positions as there are images, so a dataset with a larger share than its
+    part of the images is seen more than once in it, and others only in part.
 
     Args:
         parts: Name and share of each, and its images.
 
     Attributes:
-        kind: What the source is, for the log.
-        blocks: The order of an epoch, as a source that is read in blocks has it.
+        kind: Description of the source, for the log.
+        blocks: The order of an epoch, in the interface of sources in blocks.
     """
 
     def __init__(self, parts: Sequence[tuple[WeightedRoot, Any]]) -> None:
@@ -77,16 +76,16 @@ class Balanced:
         return source[number]
 
     def read(self, index: int) -> bytes | bytearray:
-        """The bytes of image `index`; DataError if they cannot be read."""
+        """Returns the bytes of image `index`; DataError if they cannot be read."""
         source, number = self._find(index)
         return source.read(number)
 
     def datasets_of(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The number of the dataset of each image, in the order in which they were given."""
+        """Returns the dataset's index of each image, in the given order."""
         return np.searchsorted(self.blocks.ends, images, side="right")
 
     def expect(self, places: Iterable[_Place]) -> None:
-        """Tells the sources that are read in blocks which of them are needed next."""
+        """Tells sources in blocks which blocks are needed next."""
         wanted: dict[int, list[int]] = {}
         for part, block in places:
             wanted.setdefault(part, []).append(block)
@@ -101,7 +100,7 @@ class Balanced:
 
 
 class _Order:
-    """The order of an epoch over several sources, with the methods of `sampler.Blocks`.
+    """The order of an epoch over several sources, with the interface of `sampler.Blocks`.
 
     Args:
         sources: The sources.
@@ -124,7 +123,7 @@ class _Order:
         self._before = np.concatenate([np.zeros((1, len(shares)), np.int64), is_of.cumsum(0)])
 
     def order(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The images at some positions of the epoch's order, (B,)."""
+        """Returns the images at some positions of the epoch's order, (B,)."""
         images = np.empty(len(positions), np.int64)
         parts = self._pattern[positions % len(self._pattern)]
         turns = self._turns(epoch, positions)
@@ -139,7 +138,7 @@ class _Order:
         return images
 
     def stand_in(self, seed: int, epoch: int, position: int, draw: float) -> int:
-        """An image of the same dataset that a draw in [0, 1) chooses."""
+        """Returns an image of the same dataset, chosen by a draw in [0, 1)."""
         part = int(self._pattern[position % len(self._pattern)])
         number, place = self._place(part, epoch, position)
         start = int(self.ends[part] - self._sizes[part])
@@ -149,7 +148,7 @@ class _Order:
         return start + blocks.stand_in(self._seed(part, seed), number, place, draw)
 
     def ahead(self, seed: int, epoch: int, position: int) -> list[_Place]:
-        """The blocks of each source that are needed at a position and soon after it."""
+        """Returns the blocks of each source that are needed at a position and soon after it."""
         wanted: list[_Place] = []
         for part, source in enumerate(self._sources):
             if (blocks := getattr(source, "blocks", None)) is not None:
@@ -159,13 +158,13 @@ class _Order:
         return wanted
 
     def _place(self, part: int, epoch: int, position: int) -> tuple[int, int]:
-        """The pass over a source at a position of an epoch, and the place in that pass."""
+        """Returns the pass over a source at a position of an epoch, and the place in that pass."""
         turn = int(self._turns(epoch, np.array([position]))[0, part])
         number, place = divmod(turn, int(self._sizes[part]))
         return number % _EPOCHS, place
 
     def _turns(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Positions of each source before some of an epoch, since the run began: (B, sources)."""
+        """Returns the number of each source's positions since the run began: (B, sources)."""
 
         def within(positions: NDArray[np.int64]) -> NDArray[np.int64]:
             periods, places = np.divmod(positions, len(self._pattern))
@@ -183,5 +182,5 @@ class _Order:
 
     @staticmethod
     def _seed(part: int, seed: int) -> int:
-        """A seed of its own for each source, so that equal sizes do not mean equal orders."""
+        """Returns a separate seed for each source, so that equal sizes do not mean equal orders."""
         return (seed + part) % 2**64

@@ -1,12 +1,12 @@
-"""Images that are read in blocks: a row group of a parquet file, a tar file in an object store.
+"""Images read in blocks: a row group of a parquet file, a tar file in an object store.
 
 The first process of a node that needs a block fetches it into a folder on the node's disk, as one
-file from which all processes then read single images; nothing of it stays in their memory. Blocks
-come in the order of the epoch (`sampler.Blocks`), so that those needed next are fetched meanwhile,
-and those used longest ago make room for them.
+file from which all processes read single images; nothing stays in their memory. Blocks follow the
+order of the epoch (`sampler.Blocks`), so that the next blocks are fetched ahead, and the least
+recently used are removed.
 
-A file of the folder is the bytes of the images (for a tar file all of it), an index, and a trailer;
-it is written aside and renamed.
+A file in the folder has the bytes of the images (or a whole tar file), an index, and a trailer;
+it is written atomically.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ _NUM_LOCKS = 256
 
 
 class BlockWriter:
-    """Writes a block: bytes, and for each image where they lie.
+    """Writes a block: the bytes of images and their places.
 
     Attributes:
-        file: The file; its position is the end of what was written.
+        file: The file; its position is the end of the written bytes.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -67,7 +67,7 @@ class BlockWriter:
         self.note(name, start, self.file.tell() - start)
 
     def note(self, name: bytes, start: int, size: int, label: int = NO_LABEL) -> None:
-        """Notes an image whose bytes are written."""
+        """Records the place of an image whose bytes are written."""
         self._names += name
         self._rows.extend((start, size, label, len(self._names)))
 
@@ -80,7 +80,7 @@ class BlockWriter:
 
 
 class BlockFile(OpenFile):
-    """An open block; `len` of it is the number of its images.
+    """An open block; its `len` is the number of images.
 
     Attributes:
         labels: (len,) int64.
@@ -103,17 +103,17 @@ class BlockFile(OpenFile):
         return len(self.labels)
 
     def name(self, place: int) -> str:
-        """The name of an image."""
+        """Returns the name of an image."""
         start = int(self._name_ends[place - 1]) if place else 0
         return os.fsdecode(self._names[start : int(self._name_ends[place])])
 
     def image(self, place: int) -> bytearray:
-        """The bytes of an image; OSError if they cannot be read."""
+        """Returns the bytes of an image; OSError if they cannot be read."""
         return self.read(int(self._starts[place]), int(self._sizes[place]))
 
 
 class BlockCache(NamedTuple):
-    """The folder of a node for blocks, shared by all that run there.
+    """A node's cache folder for blocks, shared by all runs on it.
 
     Attributes:
         folder: The folder.
@@ -126,14 +126,14 @@ class BlockCache(NamedTuple):
     def open(
         self, key: str, make: Callable[[BlockWriter], None], *, wait: bool = True
     ) -> BlockFile | None:
-        """Opens a block, made first where it is not there.
+        """Opens a block, after making it if it is missing.
 
         Args:
-            key: Its name: another content is another name.
+            key: Name of the block, which depends on its contents.
             make: Writes it.
-            wait: Whether to wait for another process that makes it; else None is returned.
+            wait: Whether to wait for another process that makes it, or to return None.
 
-        Raises: ConfigError: if the folder cannot be written; what `make` raises.
+        Raises: ConfigError: if the folder cannot be written; or the exceptions of `make`.
         """
         path = self.folder / f"{key}.block"
         try:
@@ -156,7 +156,7 @@ class BlockCache(NamedTuple):
         return found or self.open(key, make, wait=wait)  # Another process may have removed it.
 
     def holds(self, key: str) -> bool:
-        """Whether a block is there."""
+        """Whether a block is in the cache."""
         return kind_of(self.folder / f"{key}.block") is not None
 
     def _write(self, path: Path, make: Callable[[BlockWriter], None]) -> None:
@@ -200,7 +200,7 @@ _cache: list[BlockCache] = []
 
 
 def keep_blocks_in(folder: str, gigabytes: float) -> None:
-    """Sets where this process keeps blocks: `data.cache` and `data.cache_gb`.
+    """Sets this process's cache of blocks: `data.cache` and `data.cache_gb`.
 
     Args:
         folder: A folder on a disk of the node; "": `blocks` in the user's cache folder.
@@ -211,7 +211,7 @@ def keep_blocks_in(folder: str, gigabytes: float) -> None:
 
 
 def the_cache() -> BlockCache:
-    """Folder in which this process keeps blocks."""
+    """Returns this process's cache of blocks."""
     if not _cache:
         keep_blocks_in("", Data().cache_gb)
     return _cache[0]
@@ -222,10 +222,10 @@ class BlockImages:
 
     Args:
         files: The files or objects that the blocks lie in.
-        table: (num_blocks, 4) of each block its file, its number there, the number of its images,
-            at least one, and about what it takes on the disk, in bytes.
+        table: (num_blocks, 4): each block's file, index in it, number of images (at least one),
+            and approximate size on disk in bytes.
         fingerprint: A hash of the samples.
-        kind: What the dataset is, in words.
+        kind: Description of the dataset.
 
     Attributes:
         blocks: The blocks.
@@ -269,7 +269,7 @@ class BlockImages:
         return f"{self._place(number)}/{name}"
 
     def read(self, index: int) -> bytearray:
-        """The bytes of image `index`.
+        """Returns the bytes of image `index`.
 
         Raises: DataError: if its block cannot be used; StorageError: if its store does not answer.
         """
@@ -283,7 +283,7 @@ class BlockImages:
             ) from error
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Begins to fetch the blocks that are needed next, beside what this process does."""
+        """Begins to fetch the next blocks in the background."""
         process = self._here()
         if process.wanted == (numbers := list(numbers)):
             return
@@ -296,7 +296,7 @@ class BlockImages:
 
     @abstractmethod
     def _make(self, stored: Stored, part: int, writer: BlockWriter) -> None:
-        """Writes a block of a file; DataError if it cannot be used."""
+        """Writes a block of a file; DataError if the file cannot be used."""
 
     def _place(self, number: int) -> str:
         return self.files[self._file_of[number]].url
@@ -357,7 +357,7 @@ class BlockImages:
 
 
 class _Process:
-    """The part of a dataset that one process holds."""
+    """The open resources of a dataset in one process."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -371,7 +371,7 @@ class _Process:
 
 
 def block_key(stored: Stored, part: int) -> str:
-    """The name of a block in the cache."""
+    """Returns the name of a block in the cache."""
     what = f"{stored!r} {part}"
     return hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 

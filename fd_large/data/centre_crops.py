@@ -1,4 +1,4 @@
-"""Labelled images to centre crops: what frozen features and accuracies are measured on."""
+"""Centre crops of labelled images, for frozen features and accuracies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NO_LABEL = -1
 
 
 def central_view(image: Tensor, image_size: int) -> Tensor:
-    """The middle of an image whose short side is 256/224 times as long; bicubic.
+    """Returns the middle of an image resized to a short side of 256/224 times the crop; bicubic.
 
     Args:
         image: (3, H, W) uint8.
@@ -46,7 +46,7 @@ def central_view(image: Tensor, image_size: int) -> Tensor:
 
 
 class CentralBatch(NamedTuple):
-    """Centre crops of some neighbouring images.
+    """A batch of centre crops of consecutive images.
 
     Attributes:
         start: Number of the first image.
@@ -99,7 +99,7 @@ def central_batches(
     workers: int,
     max_pixels: int,
 ) -> Iterator[CentralBatch]:
-    """The centre crops of a rank's images.
+    """Yields the centre crops of a rank's images.
 
     Batch b is images b*B to (b+1)*B - 1 and belongs to rank b modulo W, so that a batch is made
     of the same images on any number of ranks, and its numbers are the same to the bit.
@@ -107,10 +107,10 @@ def central_batches(
     Args:
         source: The images.
         image_size: Side of a crop, in pixels.
-        batch_size: B; the last one may have fewer.
+        batch_size: B; the last batch may be smaller.
         rank: This rank, counted from 0.
         world_size: W, the number of ranks.
-        workers: Number of loading processes; 0 loads in this one.
+        workers: Number of loading processes; 0 loads in this process.
         max_pixels: Larger images are refused before they are decoded.
     """
     starts = range(rank * batch_size, len(source), world_size * batch_size)

@@ -1,4 +1,4 @@
-"""A source of images of the user's own: `data.root module:PATH/TO/FILE.py:NAME`.
+"""The user's own source of images: `data.root module:PATH/TO/FILE.py:NAME`.
 
 NAME is a class, or a function, that returns the images: `len(images)`, and `images[i]`, either an
 array (H, W, 3) or (H, W) of uint8 or the bytes of an image file. It is called without arguments,
@@ -9,7 +9,7 @@ also have
     name(i) -> str, what messages call an image
     fingerprint: str, which changes when the images do
 
-A source runs in the loading processes, and gives the same image for the same number in each.
+A source runs in the loading processes, and must return the same image for an index in each.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _TRIED = 10
 
 
 def open_custom(root: str, *, where: str, part: str = "") -> CustomImages | None:
-    """Opens a source of the user's own; None if the name is that of a file or folder.
+    """Opens the user's own source, or returns None for the name of a file or folder.
 
     Args:
-        root: A name as doors.py has it.
+        root: A name in the form of doors.py.
         where: The field that names it, for messages.
         part: "train" or "val" of a labelled dataset; "": the images.
 
@@ -55,7 +55,7 @@ def _opened(root: str, where: str, part: str) -> CustomImages:
 
 
 def is_custom(root: str) -> bool:
-    """Returns whether a name is that of a source of the user's own or of an installed package."""
+    """Returns whether a name refers to a source of the user's own or an installed package."""
     if doors.is_own(root):
         return True
     is_word = root.replace("-", "_").isidentifier()
@@ -65,10 +65,10 @@ def is_custom(root: str) -> bool:
 class CustomImages:
     """The images of a user's source, as an `ImageSource`.
 
-    Arrays are given on as PPM files, which decode to the same pixels.
+    Arrays are passed on as PPM files, which decode to the same pixels.
 
     Attributes:
-        fingerprint: What the source states, else a hash of its length and of some images.
+        fingerprint: The source's own fingerprint, else a hash of its length and of some images.
         labels: The method of the source; absent where it has none.
     """
 
@@ -115,7 +115,7 @@ class CustomImages:
     def read(self, index: int) -> bytes:
         """Returns the bytes of image `index`.
 
-        Raises: DataError: if the source fails, or gives no image.
+        Raises: DataError: if the source fails or returns no image.
         """
         try:
             image = self._images[index]
@@ -139,7 +139,7 @@ class CustomImages:
         return f"P6 {width} {height} 255\n".encode() + pixels.tobytes()
 
     def _try(self) -> None:
-        """Refuses a source of which no image can be read, as far as a few of them show."""
+        """Refuses a source if none of a few images can be read."""
         problems = []
         for place in self._spread(_TRIED):
             try:
@@ -150,7 +150,7 @@ class CustomImages:
         raise problems[0]
 
     def _spread(self, count: int) -> list[int]:
-        """Numbers of so many images, the first one and others at equal distances."""
+        """Returns indices of `count` images at equal distances, beginning with the first."""
         places: list[int] = np.unique(np.linspace(0, self._count - 1, count).astype(int)).tolist()
         return places
 

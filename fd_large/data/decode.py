@@ -1,8 +1,9 @@
 """Decodes the bytes of an image file to RGB pixels, upright.
 
-torchvision's decoders go first, faster than Pillow; Pillow takes what they refuse or handle badly
-(BMP, TIFF, GIF, animated WebP). Sizes are read before pixels are decoded, so that a small file
-cannot claim much memory. A file that cannot be used is a `DataError` with its name.
+torchvision's decoders are tried first, as they are faster than Pillow; Pillow reads formats that
+they refuse or handle badly (BMP, TIFF, GIF, animated WebP). Sizes are read before pixels are
+decoded, so that a small file cannot claim much memory. A file that cannot be used is a `DataError`
+with its name.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     num_rows: int | None = None,
 ) -> torch.Tensor:
-    """Decodes one image.
+    """Decodes an image.
 
     EXIF orientation is applied, grey repeated to three channels, transparency dropped, 16 bits
-    scaled to 8, CMYK converted, of an animation the first image taken; colour profiles are
-    left alone.
+    scaled to 8, CMYK converted, and the first image of an animation taken; colour profiles are
+    ignored.
 
     Args:
         encoded: An image file's bytes.
-        where: What to call it in an error.
+        where: Name of the image in an error.
         max_pixels: Larger images are refused unseen.
         num_rows: The rows from the top that are wanted; None: all. More may come. Rows below are
             only saved where `size_before_decoding` knows the size.
@@ -64,7 +65,7 @@ def decode(
 
 
 def size_before_decoding(encoded: bytes | bytearray) -> tuple[int, int] | None:
-    """The size of an image of which `decode` can leave out the rows below a crop.
+    """Returns the size of an image if `decode` can skip the rows below a crop, else None.
 
     Returns: height and width in pixels, or None where it has to be decoded whole.
     """
@@ -77,11 +78,11 @@ def _rows_in_order(header: object) -> bool:
 
 
 def _decode_top(encoded: bytes | bytearray, header: JpegHeader, num_rows: int) -> torch.Tensor:
-    """The upper rows of a JPEG, bit for bit those of the whole.
+    """Decodes the upper rows of a JPEG, equal to the whole image's to the bit.
 
-    libjpeg stops at the height that the header states, and skips the rest of the scan up to the end
-    marker (so that a cut file is still noticed). One row of coded units more than asked for: the
-    chroma of the last row wanted is interpolated with its neighbour below.
+    libjpeg stops at the header's height, and skips the rest of the scan up to the end marker (so
+    that a truncated file is still noticed). One more row of coded units is decoded, because the
+    chroma of the last row is interpolated with the row below.
     """
     step = header.row_step
     height = min(header.height, (-(-num_rows // step) + 1) * step)

@@ -27,7 +27,7 @@ _PILLOW_MODES = (
 def decode_with_pillow(
     encoded: bytes | bytearray, where: str, *, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
-    """Decodes one image; `decode.decode` says how, and what the arguments are.
+    """Decodes an image by Pillow; see `decode.decode` for the arguments.
 
     Returns: (H, W, 3) uint8.
     Raises: DataError: if Pillow cannot read it, or it is too large.
@@ -48,7 +48,7 @@ def decode_with_pillow(
 
 
 def refused(where: str, got: str) -> DataError:
-    """Returns the error for what is no image, or none that can be used."""
+    """Returns the error for a file that is not a usable image."""
     return DataError(
         f"{where}: not an image that can be decoded; got {got}, expected a whole JPEG, PNG, "
         "WebP, GIF, BMP or TIFF file. Replace the file or remove it."

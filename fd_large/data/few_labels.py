@@ -1,8 +1,9 @@
-"""A part of the labelled training images: a share of each class, or some of each.
+"""A part of the labelled training images: a share or a number of each class.
 
-Which ones follows from a seed and from the names of the images below their folder, or in their tar
-files, so that all models of a comparison learn from the same ones, on any machine; with more of a
-class come the same ones and others. Of sources of other kinds their place stands for the name.
+The choice follows from a seed and the names of the images below their folder or in their tar
+files, so that all models of a comparison learn from the same images, on any machine; a larger
+number adds images to the smaller choice. For other sources, the place of an image replaces its
+name.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ log = logging.getLogger(__name__)
 def few_labels(
     images: LabelledImages, *, fraction: float, per_class: int, seed: int
 ) -> LabelledImages:
-    """Returns the images of each class that are learnt from, at least one; all by default.
+    """Returns the chosen images of each class, at least one; all by default.
 
     Args:
         images: The training images.
         fraction: Share of the images of each class, in (0, 1].
         per_class: Images of each class at most; 0: all.
-        seed: Which ones.
+        seed: Seed of the choice.
     """
     if fraction == 1 and not per_class:
         return images
@@ -47,7 +48,7 @@ def few_labels(
 
 
 def _draw(images: LabelledImages, number: int, seed: int) -> int:
-    """A number of 64 bits of an image."""
+    """Returns a random 64-bit number for an image."""
     source, place = images.images, number
     if isinstance(source, Part):
         source, place = source.images, source.place(number)

@@ -1,4 +1,4 @@
-"""A folder of images, sub folders included, in an order that every machine agrees on."""
+"""A folder of images, with sub folders, in an order that is the same on every machine."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class ImageFolder:
     that start with a dot are left out.
 
     The list of a large folder is kept in the cache (`listing.py`) and made again when the
-    modification time of any folder in it changed: that is what adding, removing or renaming a
-    file changes. A file whose content alone changed is the same sample.
+    modification time of any folder in it changes, as it does after adding, removing or renaming a
+    file. A file with changed contents is the same sample.
 
     Attributes:
         root: The folder.
@@ -97,10 +97,10 @@ class ImageFolder:
         return read_image(self[index])
 
     def labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-        """The class of each image, (len,), and the classes: the sub folders, by name.
+        """Returns the class of each image, (len,), and the classes: the sub folders, by name.
 
-        The order of classes is that of torchvision's ImageFolder; an image lies anywhere below the
-        folder of its class.
+        The order of classes is that of torchvision's ImageFolder; an image may be anywhere below
+        its class's folder.
 
         Raises: DataError: if an image lies in no sub folder.
         """
@@ -141,12 +141,12 @@ class ImageFolder:
 
 
 def open_folder(root: str, *, where: str) -> ImageFolder | None:
-    """Opens a folder of images; DataError if there is none in it."""
+    """Opens a folder of images; DataError if it has no image."""
     return ImageFolder(root, where=where) if local_kind(root, where=where) == "folder" else None
 
 
 def read_image(path: str) -> bytearray:
-    """The bytes of an image's file.
+    """Returns the bytes of an image's file.
 
     Raises: DataError: if it cannot be read, or is so large that it can be no image.
     """
@@ -180,7 +180,7 @@ class OpenFile:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, offset: int, size: int) -> bytearray:
-        """The bytes of an image; OSError if they cannot be read, or are too many for one."""
+        """Returns the bytes of an image; OSError if they cannot be read, or are too many."""
         if size > MAX_FILE_BYTES:
             raise OSError(f"an image of {size} bytes")
         encoded = bytearray(size)
@@ -195,11 +195,11 @@ class OpenFile:
 
 
 def paths_below(name: str) -> Iterator[tuple[str, ...]]:
-    """Yields the parts of paths below a dataset's folder that a name in its files may mean.
+    """Yields possible paths, in parts, of a name in a dataset's files below its folder.
 
-    A root and ".." are left out, so that no name means a file outside of the folder; links in it
-    are followed, as everywhere. The first folders of a name may not be on this disk: they are left
-    out one by one.
+    A root and ".." are dropped, so that no name leads outside of the folder; links are followed
+    as usual. The first folders of a name may not exist on this disk, so they are dropped one by
+    one.
     """
     if len(name) > _LONGEST_NAME or "\0" in name:
         return
@@ -209,9 +209,9 @@ def paths_below(name: str) -> Iterator[tuple[str, ...]]:
 
 
 def read_below(folder: str, name: str) -> bytearray:
-    """The bytes of an image that a dataset's file names, below the folder of that file.
+    """Returns the bytes of an image named in a dataset's file, below that file's folder.
 
-    Raises: DataError: if there is none, or it cannot be read.
+    Raises: DataError: if it is missing or cannot be read.
     """
     for parts in paths_below(name):
         with suppress(DataError):
@@ -229,8 +229,8 @@ def _open_without_waiting(path: str, flags: int) -> int:
 def walk(root: str, where: str) -> Iterator[tuple[str, str, int]]:
     """Yields ("folder" | "image" | "tar", path, modification time of a folder in ns or 0).
 
-    Paths are relative, "/" between the parts, in the order of their bytes: a folder's place among
-    its neighbours is that of its name with the "/", so nothing larger than a folder is sorted.
+    Paths are relative with "/" between the parts, in the order of their bytes: a folder is sorted
+    by its name with the "/", so at most one folder's names are sorted at a time.
 
     Raises: DataError: if a folder cannot be listed (an epoch over a part would go unnoticed).
     """

@@ -43,8 +43,8 @@ class JpegHeader(Header):
     Attributes:
         upright: Whether EXIF asks for no turn.
         height_at: Place of the two bytes of the height.
-        row_step: Height of a row of coded units where rows come one after the other (one scan,
-            Huffman coded, sequential), so that a decoder may stop early; else 0.
+        row_step: Height of a row of coded units if rows are stored in sequence (one scan, Huffman
+            coded, sequential), so that a decoder may stop early; else 0.
     """
 
     upright: bool
@@ -53,7 +53,7 @@ class JpegHeader(Header):
 
 
 def read_header(encoded: bytes | bytearray) -> Header | None:
-    """Reads format and size; None: another format, or too damaged to say."""
+    """Reads format and size; None for other formats, or if the header is too damaged."""
     try:
         if encoded[:3] == b"\xff\xd8\xff":
             return _read_jpeg(encoded)
@@ -68,7 +68,7 @@ def read_header(encoded: bytes | bytearray) -> Header | None:
 
 
 def _read_jpeg(encoded: bytes | bytearray) -> JpegHeader | None:
-    """Walks the segments up to the first scan."""
+    """Reads the segments up to the first scan."""
     at, upright = 2, True
     frame: tuple[int, int] | None = None  # marker, where
     while True:
@@ -102,7 +102,7 @@ def _read_jpeg(encoded: bytes | bytearray) -> JpegHeader | None:
 
 
 def _upright(tiff: bytes) -> bool:
-    """False where EXIF asks for a turn, or cannot be read by these few lines."""
+    """Whether EXIF surely asks for no rotation, as far as this short parser can read it."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
         return False
@@ -120,7 +120,7 @@ def _upright(tiff: bytes) -> bool:
 
 
 def _read_webp(encoded: bytes | bytearray) -> Header | None:
-    """Source: RFC 9649 (the three kinds of first chunk)."""
+    """Reads a WebP header; source: RFC 9649 (the three kinds of first chunk)."""
     kind = encoded[12:16]
     if kind == b"VP8X":
         width = int.from_bytes(encoded[24:27], "little") + 1
@@ -136,7 +136,7 @@ def _read_webp(encoded: bytes | bytearray) -> Header | None:
 
 
 def check_size(width: int, height: int, max_pixels: int, where: str) -> None:
-    """Raises: DataError: if there are too many pixels."""
+    """Raises DataError if there are too many pixels."""
     if width * height > max_pixels:
         raise DataError(
             f"{where}: too large; got {width} x {height} pixels, expected at most {max_pixels} in "

@@ -1,4 +1,4 @@
-"""The size of a step's images, where a run has several: a draw from the step's place in the run."""
+"""The size of a step's images in a run with several sizes, drawn for each step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fd_large.data.random_numbers import uniforms
 
 
 class ImageSizes(NamedTuple):
-    """Sizes of which each step draws one, for all of its images.
+    """Sizes from which each step draws one for all of its images.
 
-    The draw is a function of (seed, epoch, step of the epoch), so that all ranks, micro-batches and
-    loading processes know it without asking, and a resumed run goes on as it would have.
+    The draw is a function of (seed, epoch, step of the epoch), so that all ranks, micro-batches
+    and loading processes agree without communication, and a resumed run continues unchanged.
 
     Attributes:
         sides: Sides of the square images, in pixels.
@@ -25,7 +25,7 @@ class ImageSizes(NamedTuple):
     global_batch_size: int
 
     def at(self, epoch: int, position: int) -> int:
-        """Returns the side of the step that has a position of an epoch; each is equally likely."""
+        """Returns the side of the step at a position of an epoch; each side is equally likely."""
         step = position // self.global_batch_size
         draw = float(uniforms(self.seed, epoch, [step], "image_size", 1)[0, 0])
         return self.sides[int(draw * len(self.sides))]

@@ -1,4 +1,4 @@
-"""Labelled images: class folders, tar shards with a label beside each image, or another source."""
+"""Labelled images: class folders, tar shards with labels, or another source."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images of which each belongs to one class; itself an `ImageSource`.
+    """Images with a class each; itself an `ImageSource`.
 
     Attributes:
         images: The images.
@@ -47,11 +47,11 @@ class LabelledImages:
 
     @property
     def blocks(self) -> Blocks | None:
-        """The blocks of images that are read in blocks."""
+        """The blocks of a source in blocks, or None."""
         return getattr(self.images, "blocks", None)
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Tells such images which blocks are needed next."""
+        """Tells a source in blocks which blocks are needed next."""
         self.images.expect(numbers)  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
@@ -61,19 +61,19 @@ class LabelledImages:
         return self.images[index]
 
     def read(self, index: int) -> bytes | bytearray:
-        """The bytes of image `index`; DataError if they cannot be read."""
+        """Returns the bytes of image `index`; DataError if they cannot be read."""
         return self.images.read(index)
 
     def label(self, index: int) -> int:
-        """The class of image `index`."""
+        """Returns the class of image `index`."""
         return int(self.labels[index])
 
 
 def training_part(root: str, *, where: str = "data.root") -> str:
-    """Returns the part of a dataset to learn from: `train`, where a tested part stands beside it.
+    """Returns a dataset's part for training: `train`, if it also has a test part.
 
     Args:
-        root: As `open_images` takes it.
+        root: See `open_images`.
         where: The field that names it, for the log.
     """
     train, tested = _places(root, "train", where), _places(root, "val", where)
@@ -86,10 +86,10 @@ def training_part(root: str, *, where: str = "data.root") -> str:
 
 
 def evaluation_part(root: str) -> str:
-    """Returns the part of a dataset to look at: the tested one, where `train` stands beside it.
+    """Returns a dataset's part for evaluation: the test part, if it also has `train`.
 
     Args:
-        root: As `open_images` takes it.
+        root: See `open_images`.
     """
     where = "data.root"
     tested = _places(root, "val", where)
@@ -97,10 +97,10 @@ def evaluation_part(root: str) -> str:
 
 
 def open_training(root: str, *, val_fraction: float = 0.0, where: str = "data.root") -> ImageSource:
-    """Opens the images of a dataset, without labels, that training may see.
+    """Opens the training images of a dataset, without labels.
 
     Args:
-        root: As `open_images` takes it.
+        root: See `open_images`.
         val_fraction: See `open_split`.
         where: The field that names it, for messages.
 
@@ -131,7 +131,7 @@ def _part(root: str, part: str, val_fraction: float, where: str) -> ImageSource:
 
 
 def has_parts(root: str, *, where: str = "data.root") -> bool:
-    """Returns whether a dataset has both a part `train` and one that is tested."""
+    """Returns whether a dataset has both a part `train` and a test part."""
     return all(_places(root, split, where) for split in SPLITS)
 
 
@@ -151,16 +151,16 @@ def open_labelled(
     part: str = "",
     where: str = "data.root",
 ) -> LabelledImages:
-    """Opens a dataset whose source knows labels.
+    """Opens a dataset with labels.
 
     Args:
-        root: As `open_images` takes it.
-        classes: Names of the training set's classes, for a set that is tested; None: those found.
+        root: See `open_images`.
+        classes: Names of the training set's classes, for a test set; None takes the dataset's own.
         part: The part of a source of the user's own, "train" or "val"; "": all.
         where: The field that names it, for messages.
 
-    Raises: DataError: if there is nothing of the kind, an image has no label, or a class is not
-        among those of the training set.
+    Raises: DataError: if the dataset does not exist, an image has no label, or a class is missing
+        in the training set.
     """
     images = open_custom(root, where=where, part=part) or open_images(root, where=where)
     if not hasattr(images, "labels"):
@@ -203,7 +203,7 @@ def open_split(
             parts; the names of the files choose them. 0: the folder has parts.
         where: The field that names the folder, for messages.
 
-    Raises: DataError: if the folder lacks the part, or there is only one class.
+    Raises: DataError: if the folder lacks the part, or has a single class.
     """
     if val_fraction:
         _check_no_parts(root, where)
@@ -233,8 +233,8 @@ def open_split(
 
 
 def _places(root: str, split: str, where: str) -> list[str]:
-    """Where a part lies, as `open_images` takes it: a folder below the root, or files there that
-    are called by its name, as "train-00000-of-00002.parquet"; none where there is no such part."""
+    """Returns the places of a part for `open_images`: a folder below the root, or files with the
+    part's name, such as "train-00000-of-00002.parquet"; empty if the part is missing."""
     if is_url(root):
         start = root.rstrip("/") + "/"
         urls = [stored.url for stored in find_objects(root, where)]

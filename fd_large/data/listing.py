@@ -1,12 +1,12 @@
-"""The names of a dataset's samples, and numbers of each, in one file that is mapped into memory.
+"""The names of a dataset's samples, with numeric columns, in a memory-mapped file.
 
-A worker holds no list: names and numbers stay in the file, of which the system keeps in memory
-what is used, once for all processes. Making the file means walking over the whole dataset, so one
-rank does it for all (`meeting.py`), and a large one is kept in a cache folder and used again while
-what was looked at (modification times of folders, sizes and times of shards) is as it was.
+Workers hold no list: names and numbers stay in the file, whose used pages are in memory once for
+all processes. Making the file requires a walk over the whole dataset, so one rank does it for all
+(`meeting.py`). A large listing is kept in a cache folder and reused as long as the dataset's
+stamps (modification times of folders, sizes and times of shards) are unchanged.
 
-The file is one of safetensors: `names` (bytes, one after the other), `ends` (int64, where each name
-ends), further arrays, and what the maker noted as JSON.
+The file is in the safetensors format: `names` (concatenated bytes), `ends` (int64, the end of
+each name), further arrays, and the maker's facts as JSON.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ Fill = Callable[[Add], dict[str, Any]]
 
 
 class Listing:
-    """Names by number, and further arrays; read only.
+    """Names by index, and further arrays; read only.
 
     Attributes:
-        arrays: `names`, `ends` and the others.
-        facts: What the maker noted.
+        arrays: `names`, `ends` and further arrays.
+        facts: Facts recorded by the maker.
         path: The file that holds them; None: they are in memory.
         fingerprint: A hash of the samples.
     """
@@ -74,7 +74,7 @@ class Listing:
         return len(self.arrays["ends"])
 
     def name(self, index: int) -> bytes:
-        """The name of sample `index`."""
+        """Returns the name of sample `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         ends = self.arrays["ends"]
@@ -82,7 +82,7 @@ class Listing:
         return self.arrays["names"][start : int(ends[index])].tobytes()
 
     def number(self, column: str, index: int) -> int:
-        """The number of sample `index` in a column."""
+        """Returns the value of sample `index` in a column."""
         return int(self.arrays[column][index])
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -98,19 +98,19 @@ def listed(
     make: Callable[[], Made],
     is_current: Callable[[dict[str, Any]], bool],
 ) -> Listing:
-    """The listing of a dataset: from the cache where it is current, else made anew.
+    """Returns the listing of a dataset, from the cache if current, else new.
 
-    In a meeting of all ranks rank 0 does this for all that see the same disk, and the first rank
-    of a node for its own where that has another. The others map the file; where they cannot, they
-    are sent its content. They look at nothing else. Of several runs that ask at once one makes it
-    and the others wait; where the file system has no locks each makes its own and the last one
-    stays. A cache folder that cannot be written costs the walk at every start and nothing else.
+    Among several ranks, rank 0 makes it for all ranks on the same disk, and the first rank of a
+    node for a node with its own disk. The others map the file, or receive its contents if they
+    cannot. Of several concurrent runs, one makes it and the others wait; without file locks each
+    makes its own and the last one stays. If the cache folder cannot be written, every start
+    repeats the walk.
 
     Args:
-        what: What is listed.
-        anchor: The file or folder that it is found by, the same on all ranks.
+        what: Name of the dataset for messages.
+        anchor: The file or folder that identifies the dataset, the same on all ranks.
         make: Lists it.
-        is_current: Says, given the facts, whether the dataset is still as it was.
+        is_current: Returns whether the dataset is unchanged, from the facts.
     """
     # torch: seconds, of which scoring files of results has no need.
     from fd_large.ranks import meeting
@@ -188,13 +188,13 @@ def cache_folder() -> Path:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds a lock, which the system frees when its holder dies.
+    """Holds a file lock, which the system releases when its holder dies.
 
-    In a folder that cannot be written, or on a file system without locks, each goes on by itself.
+    In a read-only folder, or on a file system without locks, there is no exclusion.
 
     Args:
         path: The file of the lock.
-        wait: Whether to wait for another holder; else False is yielded if there is one.
+        wait: Whether to wait for another holder; otherwise yields False if there is one.
     """
     with ExitStack() as stack:
         try:
@@ -210,7 +210,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def settled(modified_ns: int, listed_at: float) -> bool:
-    """Whether a modification is old enough that a later one would have another time.
+    """Whether a modification is old enough that a later one has another time stamp.
 
     Args:
         modified_ns: Modification time, in ns since the epoch.
@@ -220,10 +220,10 @@ def settled(modified_ns: int, listed_at: float) -> bool:
 
 
 class _Note(NamedTuple):
-    """A rank's note on a listing that it holds.
+    """A rank's message about a listing that it has made.
 
     Attributes:
-        path: The file of it; None: there is none.
+        path: File of the listing, or None.
         fingerprint: The listing's.
         identity: The anchor's.
     """
@@ -234,7 +234,7 @@ class _Note(NamedTuple):
 
 
 def _identity(anchor: str) -> tuple[int, ...]:
-    """Returns a file's identity, which all clients of one file system see alike, and of no copy."""
+    """Returns a file's identity, the same on all clients of a file system but not for copies."""
     try:
         status = os.stat(anchor)
     except OSError:
@@ -260,7 +260,7 @@ def _timed(make: Callable[[], Made]) -> Listing:
 
 
 def _keep(listing: Listing, path: Path) -> Listing:
-    """Writes a large listing to a file, where that is possible, and maps the file."""
+    """Writes a large listing to a file, if possible, and maps the file."""
     if max(len(a) for name, a in listing.arrays.items() if name != "names") < CACHED_FROM:
         return listing
     try:
@@ -297,7 +297,7 @@ def _load(path: Path, is_current: Callable[[dict[str, Any]], bool]) -> Listing |
 
 
 def _opened(note: _Note) -> Listing | None:
-    """The listing that another rank holds, if this one can map its file."""
+    """Returns another rank's listing, if this rank can map its file."""
     if note.path is None:
         return None
     with suppress(SafetensorError, OSError, ValueError, KeyError, TypeError):
@@ -319,7 +319,7 @@ def _reopen(path: Path, fingerprint: str) -> Listing:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Removes what processes that were killed left behind."""
+    """Removes files of killed processes."""
     for path in folder.glob(f"{PARTIAL}*"):
         with suppress(OSError):  # Another process was faster.
             if time.time() - path.stat().st_mtime > STALE_SECONDS:

@@ -1,10 +1,10 @@
 """The micro batches of a rank, in order, from any step of an epoch to its end.
 
-Workers get positions and do the rest: the order of the epoch, reading, decoding, the view. So
-nothing that a worker knows beforehand can change a pixel, and only positions travel to it.
+Workers get positions and compute the order of the epoch, read, decode and make the view. So no
+state of a worker can change a pixel, and only positions are sent to it.
 
-A task brings what turns the positions of a micro batch, (B,) int64, into a `Batch`: a Dataset that
-calls `load_samples`. `build_loader` does the rest; `ViewBatches` is the Dataset of images without
+A task provides a Dataset that turns the positions of a micro batch, (B,) int64, into a `Batch` by
+`load_samples`. `build_loader` does the rest; `ViewBatches` is the Dataset of images without
 labels.
 """
 
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Batch:
-    """Views of some samples, and where in the run they belong.
+    """Views of some samples, with their place in the run.
 
     Attributes:
         images: (B, 3, S, S), usually uint8.
@@ -50,7 +50,7 @@ class Batch:
         indices: (B,) int64, the samples that were taken for them.
         bad: A message for each sample that was tried and cannot be used, its name first
             (`bad_images.py` counts them).
-        targets: What a task learns from besides: tensors, in lists, tuples or dicts; or None.
+        targets: Further tensors of the task, in lists, tuples or dicts; or None.
     """
 
     images: torch.Tensor
@@ -61,7 +61,7 @@ class Batch:
     targets: Any = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copies images and targets without waiting for it.
+        """Copies images and targets without waiting for the copy.
 
         Positions and indices stay on the CPU: draws are made there, and reading them back from a
         device would stop the host.
@@ -69,7 +69,7 @@ class Batch:
         return self._through(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Moves them to page-locked memory; the torch DataLoader calls this."""
+        """Moves the tensors to page-locked memory; torch's DataLoader calls it."""
         return self._through(torch.Tensor.pin_memory)
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -90,7 +90,7 @@ def build_loader(
     global_batch_size: int,
     workers: int,
 ) -> DataLoader:
-    """The rest of an epoch for one rank: `micro batches a step` batches for each step.
+    """Returns the loader of the rest of an epoch for one rank.
 
     Args:
         batches: Takes the positions of a micro batch, (B,), and returns a `Batch`; runs in the
@@ -98,7 +98,7 @@ def build_loader(
         num_samples: Size of the dataset.
         portion: Which micro batches.
         global_batch_size: Images a step over all ranks.
-        workers: Number of loading processes; 0 loads in this one.
+        workers: Number of loading processes; 0 loads in this process.
 
     Raises:
         ConfigError: if batch sizes do not divide.
@@ -115,12 +115,12 @@ def build_loader(
 
 
 def load_batches(batches: Dataset, places: Iterable[Any], *, workers: int) -> DataLoader:
-    """Loads batches in order; `len` of the result is how many there are.
+    """Loads batches in order; `len` of the result is their number.
 
     Args:
-        batches: Takes one item of `places` and returns a batch; runs in the workers.
-        places: What belongs into each batch; has a length.
-        workers: Number of loading processes; 0 loads in this one.
+        batches: Function from an item of `places` to a batch; runs in the workers.
+        places: Items, one for each batch; has a length.
+        workers: Number of loading processes; 0 loads in this process.
 
     Raises: ConfigError: for more processes than the machine can have use of.
     """
@@ -139,7 +139,7 @@ def load_batches(batches: Dataset, places: Iterable[Any], *, workers: int) -> Da
 
 @dataclass(frozen=True)
 class _Carried(Dataset):
-    """Batches, or the error of a loading process, which torch would wrap into a traceback."""
+    """Carries a batch, or a loading process's error without torch's traceback."""
 
     batches: Dataset
 
@@ -151,7 +151,7 @@ class _Carried(Dataset):
 
 
 class _Loader(DataLoader):
-    """Raises what a loading process met where the batch would be."""
+    """A loader that raises a loading process's error in place of its batch."""
 
     def __iter__(self) -> Any:
         # The loading processes start here, not when the first batch is asked for.
@@ -172,7 +172,7 @@ class Loaded(Generic[T]):
     """The result of loading one position.
 
     Attributes:
-        value: What was made of a sample; None if no sample that was tried can be used.
+        value: Result for a sample, or None if no tried sample can be used.
         index: The sample that it was made of, or the last that was tried.
         bad: A message for each sample that was tried in vain, its name first.
     """
@@ -193,12 +193,12 @@ def load_samples(
     blocks: Blocks | None = None,
     name: Callable[[int], str] | None = None,
 ) -> list[Loaded[T]]:
-    """Makes something of the sample at each position or, where that is bad, of a stand-in.
+    """Loads the sample at each position, or a replacement if it is bad.
 
-    A stand-in is drawn from the whole dataset, or from the window of its blocks, from (seed, epoch,
-    position) again, so it is the same on any number of ranks and workers. When none of ten will do,
-    there is nothing: a rank that stopped here would leave the others waiting, and the count of bad
-    ones stops them all together.
+    A replacement is drawn from the whole dataset, or from the window of its blocks, by (seed,
+    epoch, position), so it is the same on any number of ranks and workers. If ten replacements
+    fail, the value is None: a rank that stopped here would leave the others waiting, whereas the
+    count of bad images stops all together.
 
     Args:
         make: Takes a place in `positions` and a sample's number; DataError if it cannot be used.
@@ -207,8 +207,8 @@ def load_samples(
         num_samples: Size of the dataset.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
-        blocks: Those of a source that is read in blocks.
-        name: Returns where a sample lies, for whoever asks what is read for so long.
+        blocks: Blocks of a source in blocks, or None.
+        name: Returns the place of a sample, for messages about slow reads.
     """
     loaded, worker = [], get_worker_info()
     slot = 0 if worker is None else worker.id + 1
@@ -242,7 +242,7 @@ def load_at(
     seed: int,
     epoch: int,
 ) -> list[Loaded[T]]:
-    """Makes something of the samples that the epoch's order has at some positions.
+    """Loads the samples at some positions of the epoch's order.
 
     Args:
         make: Takes a place in `positions` and a sample's number; DataError if it cannot be used.
@@ -264,33 +264,32 @@ def load_at(
 
 
 class Beside(Protocol):
-    """Values stored beside the views of images, which go into a batch's targets."""
+    """Stored values of images' views, which go into a batch's targets."""
 
     def of(self, index: int, view: torch.Tensor) -> Any:
-        """Returns the tensors, in tuples or dicts, that belong to the view of image `index`.
+        """Returns the tensors, in tuples or dicts, of the view of image `index`.
 
         Raises: DataError: if there is nothing for that image, which a stand-in then replaces.
         """
 
     def blank(self) -> Any:
-        """Returns tensors of the same shapes, for a place where no image can be used."""
+        """Returns tensors of the same shapes, for a place without a usable image."""
 
 
 @dataclass(frozen=True)
 class ViewBatches(Dataset):
-    """Positions to a `Batch` of views, (B, 3, S, S) uint8; runs in the workers.
+    """Maps positions to a `Batch` of views, (B, 3, S, S) uint8; runs in the workers.
 
     Attributes:
         source: The images.
         settings: How an image becomes a view.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
-        fixed: Draws the views, whatever the position; None: each position of an epoch draws one.
-        beside: What is stored of the views; None: a batch has no targets.
+        fixed: Recurring views by image; None draws a new view at each position of an epoch.
+        beside: Stored values of the views; None for batches without targets.
         mixed_among: Images a step over all ranks, each of which is mixed with its neighbour
             (mixing.py); 0: none is mixed.
-        sizes: Draws the views' size for each step, in place of that of the settings; None: it is
-            always the same.
+        sizes: Size of the views for each step, replacing the settings'; None for a constant size.
     """
 
     source: ImageSource
@@ -303,7 +302,7 @@ class ViewBatches(Dataset):
     sizes: ImageSizes | None = None
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        """Loads the views; a black one stands where no sample can be used."""
+        """Loads the views; a black view replaces an unusable sample."""
         if not self.mixed_among:
             return self._load(positions, len(positions))
         every, partners = with_partners(positions, self.mixed_among)
@@ -319,7 +318,7 @@ class ViewBatches(Dataset):
         return replace(batch, images=images)
 
     def _load(self, positions: NDArray[np.int64], own: int) -> Batch:
-        """Loads the views of positions; of what a batch says besides, that of the first ones."""
+        """Loads the views of positions; the batch's other fields cover only the first ones."""
         draws_at, settings = self._draws(positions), self.settings
         if self.sizes is not None:
             side = self.sizes.at(self.epoch, int(positions[0]))

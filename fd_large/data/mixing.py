@@ -1,10 +1,10 @@
 """Partners of images in a global batch, and images mixed with their partners.
 
-All images of a group have one share. In the codes that this follows a group is the batch of a GPU;
+All images of a group have the same share. In the published code a group is the batch of a GPU;
 here it is 128 positions of the epoch's order, whatever the number of GPUs. Neighbours in it are
-partners: timm takes the batch of a GPU backwards, lightly-train in a random order. The order of an
-epoch is random, so any pairing is a random one; of this one a rank seldom has to load more than its
-own images.
+partners; timm reverses the batch of a GPU, lightly-train permutes it. Since the order of an epoch
+is random, any pairing is random; with this one a rank seldom has to load more than its own
+images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GROUP = 128
 
 
 def group_starts(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np.int64]:
-    """The position at which the group of each position begins.
+    """Returns the first position of each position's group.
 
     Args:
         positions: (B,), in the epoch's order.
@@ -31,7 +31,7 @@ def group_starts(positions: NDArray[np.int64], global_batch_size: int) -> NDArra
 
 
 def partners(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np.int64]:
-    """The partner of each position: its neighbour in the global batch; of an odd one out, itself.
+    """Returns each position's partner: its neighbour in the global batch, or itself if unpaired.
 
     Args:
         positions: (B,), in the epoch's order.
@@ -45,13 +45,13 @@ def partners(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np
 def with_partners(
     positions: NDArray[np.int64], global_batch_size: int
 ) -> tuple[NDArray[np.int64], Tensor]:
-    """Returns positions and those of their partners that are not among them, and where these are.
+    """Returns positions extended by missing partners, and the index of each partner.
 
     Args:
         positions: (B,), in the epoch's order.
         global_batch_size: G; a global batch is positions k*G to (k+1)*G - 1.
 
-    Returns: (B + R,) positions, the given ones first; (B,) places in them, that of each partner.
+    Returns: (B + R,) positions, the given ones first; (B,) indices of the partners.
     """
     other = partners(positions, global_batch_size)
     every = np.concatenate([positions, np.setdiff1d(other, positions)])
@@ -64,7 +64,7 @@ def mixed(images: Tensor, others: Tensor, share: float | Tensor) -> Tensor:
 
     Args:
         images: (B, 3, H, W), floating-point.
-        others: (B, 3, H, W), their partners.
+        others: (B, 3, H, W), the partners.
         share: The part of the pixels that stays the image's own; for all, or (B, 1, 1, 1).
 
     Source: Zhang et al., arXiv 1710.09412.
@@ -81,13 +81,13 @@ def mixed_views(
     epoch: int,
     global_batch_size: int,
 ) -> Tensor:
-    """Returns uint8 views, each mixed with its partner's by its group's share, drawn in [0, 1).
+    """Returns uint8 views, each mixed with its partner's by the group's share, drawn in [0, 1).
 
     Rounding to whole levels moves a pixel by half a level at most. Source: distillation in
     lightly-train, where both models see the mix.
 
     Args:
-        views: (B + R, 3, S, S) uint8, those of `with_partners`.
+        views: (B + R, 3, S, S) uint8, in the order of `with_partners`.
         positions: (B,), in the epoch's order.
         partners: (B,), where their partners are among the views.
         seed: The run's seed.

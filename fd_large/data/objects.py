@@ -1,9 +1,9 @@
 """Files by path or by URL: found, and read in ranges.
 
-fsspec speaks with object stores and web servers. What is asked of them is asked again after growing
-pauses where a store is busy, slow or cut off (`asked`); a store that does not come back ends the
-run with the exit code of one that goes on later. Nothing is held open between two questions, and
-fsspec makes a new client in a forked process.
+fsspec connects to object stores and web servers. Requests are repeated after growing pauses if a
+store is busy, slow or unreachable (`asked`); if it does not recover, the run ends with the exit
+code of a resumable run. No connection stays open between two requests, and fsspec makes a new
+client in a forked process.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ _BROKEN = {
 
 
 class Stored(NamedTuple):
-    """A file or an object as it was when the dataset was listed.
+    """A file or an object with its stamp at listing.
 
     Attributes:
-        url: Its path or URL.
+        url: Path or URL.
         size: In bytes.
-        stamp: What changes with its content: the ETag of an object, the modification time of a
-            file; "" if the server says nothing.
+        stamp: Value that changes with the contents: the ETag of an object, the modification time
+            of a file; "" if unknown.
     """
 
     url: str
@@ -74,11 +74,11 @@ class Stored(NamedTuple):
 
     @property
     def is_remote(self) -> bool:
-        """Whether it is no local file."""
+        """Whether it is not a local file."""
         return is_url(self.url)
 
     def open(self) -> BinaryIO:
-        """Opens it for reading, once it is found to be as it was.
+        """Checks that it is unchanged, and opens it for reading.
 
         Raises: DataError: if it is not, or cannot be read; StorageError: if its store does not
             answer.
@@ -96,16 +96,16 @@ class Stored(NamedTuple):
 
 
 def join(root: str, name: str) -> str:
-    """A name below a root."""
+    """Returns the path or URL of a name below a root."""
     return f"{root.rstrip('/')}/{name}" if is_url(root) else os.path.join(root, name)
 
 
 def asked(url: str, action: Callable[[], T]) -> T:
-    """Asks a store for something, again after a pause where it fails in a way that passes.
+    """Makes a request to a store, with retries after transient failures.
 
     Args:
-        url: What is read, for messages.
-        action: What can be done again from its beginning.
+        url: URL for messages.
+        action: Request that can be repeated.
 
     Raises: StorageError: if the store does not come back; DataError: if the answer is final.
     """
@@ -127,7 +127,7 @@ def asked(url: str, action: Callable[[], T]) -> T:
 
 
 def find(root: str, endings: tuple[str, ...], where: str) -> list[Stored]:
-    """The files or objects with certain endings that a root means, in the order of their names.
+    """Returns the files or objects of a root with certain endings, in the order of their names.
 
     Args:
         root: A file, a pattern ("{00..12}" and "*"), or a folder of which all below counts; a path
@@ -135,7 +135,7 @@ def find(root: str, endings: tuple[str, ...], where: str) -> list[Stored]:
         endings: Endings of names, in lower case.
         where: The field that names it, for messages.
 
-    Returns: none if there is none.
+    Returns: an empty list if there is none.
     Raises: DataError: if a file that is named is not there, or a package is missing.
     """
     check_packages(root, where=where)
@@ -148,7 +148,7 @@ def find(root: str, endings: tuple[str, ...], where: str) -> list[Stored]:
 
 
 def find_objects(root: str, where: str) -> list[Stored]:
-    """The tar shards and parquet files that a URL means, as `find` does it, by one rank.
+    """Returns the tar shards and parquet files of a URL by `find`, run on one rank.
 
     Raises: DataError: if there are both.
     """
@@ -163,7 +163,7 @@ def find_objects(root: str, where: str) -> list[Stored]:
 
 
 def fingerprint_of(files: Sequence[Stored], facts: Iterable[str]) -> str:
-    """Returns a hash of the names of files below their common folder, and of a fact of each."""
+    """Returns a hash of the names of files below their common folder, and of each file's stamp."""
     folder = os.path.commonpath([os.path.dirname(name_of(file.url)) for file in files])
     digest = hashlib.sha256()
     for file, fact in zip(files, facts, strict=True):
@@ -205,7 +205,7 @@ def _looked_up(url: str) -> Stored:
 
 
 class _Ranges(AbstractBufferedFile):
-    """An object that is read in ranges, each asked for again where the store fails."""
+    """An object read in ranges, with retries."""
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         def get(start: int, end: int) -> bytes:
@@ -221,7 +221,7 @@ class _Ranges(AbstractBufferedFile):
 
 
 def _client(url: str) -> tuple[Any, str]:
-    """fsspec's client, the same one within a process and another in a forked one; and the path."""
+    """Returns fsspec's client, one for each process, and the path."""
     if not is_url(url):  # Of which fsspec would take `A::B` and `~` for more than names.
         return LocalFileSystem(), os.path.abspath(url)
     scheme, options = scheme_of(url), {}
@@ -248,7 +248,7 @@ def _client(url: str) -> tuple[Any, str]:
 
 
 def _passes(error: BaseException) -> bool:
-    """Whether a store may answer another time."""
+    """Whether an error of a store is transient."""
     # Lines that broke, in the words of the libraries that held them.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & _BROKEN:

@@ -1,8 +1,8 @@
-"""A batch travels from a loading process as one tensor, whatever it is made of.
+"""Packing of a batch into one tensor for the way from a loading process.
 
-Each tensor that goes through shared memory takes a file descriptor on either side for as long as
-it is held. A batch of images with their objects has hundreds of them, several batches are on their
-way at once, and a process may often have no more than a thousand descriptors.
+Each tensor in shared memory takes a file descriptor on both sides for as long as it lives. A
+batch of images with objects has hundreds of tensors, several batches are in transit, and a
+process often may have only a thousand descriptors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Layout = list[tuple[torch.dtype, tuple[int, ...], int]]
 
 
 def parcel(batch: Any) -> Any:
-    """Packs a batch that is about to leave a loading process; it arrives as it was.
+    """Packs a batch in a loading process; it is unpacked on arrival.
 
     Args:
         batch: Anything that can be pickled. Its tensors arrive contiguous.
@@ -43,7 +43,7 @@ class _Parcel:
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves tensors out, and collects them."""
+    """A pickler that collects tensors instead of pickling them."""
 
     def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)

@@ -1,4 +1,4 @@
-"""Photographs that two Python packages carry: images for a first run without any download.
+"""Photographs in two Python packages, for a first run without any download.
 
 From scikit-image and scikit-learn (china and flower; CC BY 2.0, danielbuechele and vultilion on
 Flickr). Drawings, test patterns and images smaller than a view are left out.
@@ -55,7 +55,7 @@ SETS = {"builtin:photographs": False, "builtin:photographs-held-out": True}
 def open_photographs(root: str, *, where: str) -> Photographs | None:
     """Opens `builtin:photographs` or `builtin:photographs-held-out`.
 
-    Raises: DataError: if there is no such dataset, or a package is missing.
+    Raises: DataError: if the dataset does not exist, or a package is missing.
     """
     if not root.startswith(BUILTIN):
         return None
@@ -64,7 +64,7 @@ def open_photographs(root: str, *, where: str) -> Photographs | None:
 
 
 class Photographs:
-    """A set of the photographs, each of them `REPEATS` times, in turn.
+    """A set of the photographs, repeated `REPEATS` times.
 
     They are decoded once and kept uncompressed, as PPM, 20 MB in all: to decode a PNG again for
     every crop would cost as much as a fifth of a training step on a CPU.
@@ -76,7 +76,7 @@ class Photographs:
         """Reads and decodes the files.
 
         Args:
-            held_out: The two held-out photographs, or all others.
+            held_out: Whether to take the two held-out photographs, or all others.
             where: The field that names the set, for messages.
 
         Raises: DataError: if a package is not installed or has lost a file.
@@ -119,7 +119,7 @@ def _read(name: str, where: str) -> bytes:
 
 
 def _without_profile(encoded: bytes) -> bytes:
-    """A PNG without its colour profile, of which libpng would warn on every rank.
+    """Returns a PNG without its colour profile, about which libpng would warn on every rank.
 
     `decode` leaves profiles alone, so that the pixels are the same.
     """

@@ -1,7 +1,7 @@
-"""Random numbers by counting: what a sample draws depends on (seed, epoch, position, stream) alone.
+"""Counter-based random numbers: draws depend on (seed, epoch, position, stream) alone.
 
-A generator with a state would tie a draw to what was drawn before it, so to the rank, the worker
-and the resume point. Here a draw is Philox-4x32-10 of a counter that spells out where it belongs.
+With a stateful generator a draw would depend on earlier draws, and so on rank, worker and resume.
+Here a draw is Philox-4x32-10 of a counter that encodes its place.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the
 algorithm is held to the known answers of its authors' library Random123.
@@ -49,11 +49,11 @@ _MAX_BLOCKS = 1 << 24
 def philox(
     counter: Sequence[NDArray[np.uint64]], key: tuple[int, int]
 ) -> tuple[NDArray[np.uint64], ...]:
-    """Philox-4x32-10, elementwise.
+    """Computes Philox-4x32-10, elementwise.
 
     Args:
-        counter: Four words of 32 bits, each held in uint64 (a product of two must fit); their
-            shapes broadcast.
+        counter: Four words of 32 bits, each in uint64 (to hold a product of two); their shapes
+            broadcast.
         key: Two words of 32 bits.
 
     Returns: four random words of 32 bits, each in uint64, of the broadcast shape.
@@ -79,10 +79,10 @@ def random_words(
     first_block: int = 0,
     num_blocks: int = 1,
 ) -> NDArray[np.uint64]:
-    """The random words of each position, a block being four words of 32 bits.
+    """Returns the random words of each position; a block is four words of 32 bits.
 
     The seed is the key. The counter is [stream (8 bits) and block (24), position (two words),
-    epoch], so that no two draws of a run share one.
+    epoch], so that no two draws of a run share a counter.
 
     Args:
         seed: 0 to 2**64 - 1.
@@ -114,7 +114,7 @@ def random_words(
 def uniforms(
     seed: int, epoch: int, positions: ArrayLike, stream: str | int, count: int
 ) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1), each row a pure function of (seed, epoch, position, stream).
+    """Returns uniform numbers in [0, 1); a row depends on (seed, epoch, position, stream) only.
 
     A row's first numbers do not depend on `count`. Two words make one number of 53 bits.
 
@@ -122,7 +122,7 @@ def uniforms(
         seed: 0 to 2**64 - 1.
         epoch: Epoch, counted from 0.
         positions: (B,), in the epoch's order.
-        stream: What the numbers are for: a name in `STREAMS`, or a number below 256.
+        stream: Purpose of the numbers: a name in `STREAMS`, or a number below 256.
         count: Numbers a position.
 
     Returns: (B, count) float64.
@@ -137,7 +137,7 @@ def uniforms(
 def drop_path_keep(
     rates: Sequence[float], seed: int, epoch: int, positions: ArrayLike
 ) -> torch.Tensor:
-    """Draws which branches stay: site i of a sample with probability 1 - rates[i], independently.
+    """Draws the kept branches: site i of a sample with probability 1 - rates[i], independently.
 
     Args:
         rates: Drop rate of each site, in [0, 1], in execution order.

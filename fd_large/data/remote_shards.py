@@ -1,8 +1,8 @@
-"""Images in tar shards behind a URL, read in blocks of a shard.
+"""Images in tar shards behind a URL, read in blocks of one shard.
 
-The order is that of the shards' names, and in a shard that of its members. A shard that is cut or
-damaged is read as far as it is sound. The first start fetches every shard once, to see how many
-images it holds; that is kept.
+Images are in the order of the shards' names, and of the members in a shard. A truncated or
+damaged shard is read as far as it is sound. The first start fetches every shard once to count its
+images, and keeps the counts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RemoteShards(BlockImages):
     """The images of some tar shards behind a URL.
 
     Attributes:
-        torn: What is wrong with those that are not whole.
+        torn: Damage of incomplete shards.
     """
 
     def __init__(self, root: str, shards: Sequence[Stored], *, where: str) -> None:
@@ -46,8 +46,8 @@ class RemoteShards(BlockImages):
             shards: The shards.
             where: The field that names them, for messages.
 
-        Raises: DataError: if one is compressed, or none holds an image; StorageError: if the store
-            does not answer.
+        Raises: DataError: if a shard is compressed, or no shard has an image; StorageError: if
+            the store does not answer.
         """
         counted = meeting.once(f"images of {root}", lambda: _counted(root, shards, where))
         sizes = np.array([num for num, _ in counted], np.int64)
@@ -70,7 +70,7 @@ class RemoteShards(BlockImages):
         self._where = where
 
     def labels(self) -> tuple[NDArray[np.int64], None]:
-        """The label that stands beside each image, (len,).
+        """Returns the label of each image, (len,).
 
         Raises: DataError: if an image has none.
         """
@@ -94,7 +94,7 @@ class RemoteShards(BlockImages):
 
 
 def _counted(root: str, shards: Sequence[Stored], where: str) -> list[tuple[int, str]]:
-    """The number of images of each shard, and what is wrong with it or ""."""
+    """Returns the number of images of each shard, and its damage or ""."""
     name = hashlib.sha256(root.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     notes = cache_folder() / "listings" / f"{name}.counts.json"
     kept = json_object(notes)
@@ -126,7 +126,7 @@ def _counted(root: str, shards: Sequence[Stored], where: str) -> list[tuple[int,
 
 
 def _write(shard: Stored, writer: BlockWriter, where: str) -> str:
-    """Writes a shard and its index; returns what is wrong with it, or "".
+    """Writes a shard and its index; returns its damage, or "".
 
     Raises: DataError: if it is compressed or changed; StorageError: if the store does not answer.
     """

@@ -1,4 +1,4 @@
-"""Names of datasets, as `data.root` takes them, looked at before torch is imported.
+"""Names of datasets in `data.root`, checked before torch is imported.
 
 A path, a URL, names of shards by braces, or several datasets, each with its share of the images:
 
@@ -70,28 +70,28 @@ _MOST_FOLDERS = 1000
 
 
 def scheme_of(root: str) -> str:
-    """The scheme of a URL; "" for a path."""
+    """Returns the scheme of a URL; "" for a path."""
     match = _URL.match(root)
     return match.group(1) if match else ""
 
 
 def is_url(root: str) -> bool:
-    """Whether a root is a URL and no path."""
+    """Whether a root is a URL instead of a path."""
     return bool(scheme_of(root))
 
 
 def name_of(url: str) -> str:
-    """The name of a file: a path, or a URL without its query."""
+    """Returns the name of a file at a path or URL, without a query."""
     return url.partition("?")[0] if scheme_of(url) in ("http", "https") else url
 
 
 def local_kind(
     root: str, *inside: str, where: str = "data.root"
 ) -> Literal["file", "folder", "other"] | None:
-    """Returns what stands at a root, or below it, on this machine; None: nothing, or it is a URL.
+    """Returns the kind of local dataset at a root; None if nothing exists, or for a URL.
 
     Args:
-        root: As `data.root` takes it.
+        root: Value of `data.root`.
         inside: Names below it.
         where: The field that names it, for messages.
 
@@ -104,7 +104,7 @@ def local_kind(
 
 
 def is_saved(root: str, where: str) -> bool:
-    """Whether a root is a folder that `datasets` wrote with `save_to_disk`."""
+    """Whether a root is a folder written by `save_to_disk` of `datasets`."""
     return local_kind(root, where=where) == "folder" and all(
         local_kind(root, name, where=where) == "file" for name in SAVED
     )
@@ -122,10 +122,10 @@ def listed(folder: str, where: str) -> list[str]:
 
 
 def check_packages(root: str, *, where: str) -> None:
-    """Refuses what a package is missing for, and braces that stand for too many names.
+    """Refuses a dataset whose package is missing, and braces with too many names.
 
     Args:
-        root: As `data.root` takes it.
+        root: Value of `data.root`.
         where: The field that names it, for messages.
 
     Raises: DataError: with the command that installs it, or the number of names.
@@ -185,7 +185,7 @@ def _check_client(root: str, where: str) -> None:
 
 
 def expand_braces(pattern: str, *, where: str = "data.root") -> list[str]:
-    """Writes out "{00..12}" (leading zeros kept) and "{a,b}"; no nesting.
+    """Expands "{00..12}" (leading zeros kept) and "{a,b}" without nesting.
 
     Args:
         pattern: A name of shards.
@@ -199,7 +199,7 @@ def expand_braces(pattern: str, *, where: str = "data.root") -> list[str]:
 
 
 def check_braces(pattern: str, *, where: str) -> None:
-    """Refuses a pattern that stands for more than a million names; writes none out.
+    """Refuses a pattern of more than a million names, without expanding it.
 
     Raises: DataError: if it does.
     """
@@ -207,7 +207,7 @@ def check_braces(pattern: str, *, where: str) -> None:
 
 
 def _parts(pattern: str, where: str) -> list[tuple[Sequence[Any], str]]:
-    """Choices for each part of a pattern in order, and the format in which they are written."""
+    """Returns the choices for each part of a pattern in order, and their format."""
     # text, inside, text, inside, ..., text
     parts = [
         _inside(text, where) if index % 2 else ([text], "")
@@ -239,12 +239,12 @@ def _inside(text: str, where: str) -> tuple[Sequence[Any], str]:
 
 
 class WeightedRoot(NamedTuple):
-    """A dataset of a sum.
+    """A dataset of a weighted sum.
 
     Attributes:
-        name: What it is called, for messages and for what is chosen by dataset.
-        root: As `open_images` takes it.
-        share: Images of it among each `period` images of the sum, the sum of all shares.
+        name: Name for messages and for choices by dataset.
+        root: See `open_images`.
+        share: Its images among each `period` images of the sum; `period` is the sum of all shares.
     """
 
     name: str
@@ -253,13 +253,13 @@ class WeightedRoot(NamedTuple):
 
 
 def weighted_roots(root: str, *, where: str = "data.root") -> tuple[WeightedRoot, ...]:
-    """Returns the datasets of a sum; none if the text is no sum of several.
+    """Returns the datasets of a weighted sum, or an empty list for other texts.
 
     Args:
-        root: As `data.root` takes it.
+        root: Value of `data.root`.
         where: The field that says it, for messages.
 
-    Raises: DataError: if a term is malformed, or two have one name.
+    Raises: DataError: if a term is malformed, or two have the same name.
     """
     texts = root.split(" + ")
     found = [_TERM.fullmatch(text.strip()) for text in texts]
@@ -294,10 +294,10 @@ def weighted_roots(root: str, *, where: str = "data.root") -> tuple[WeightedRoot
 
 
 def require_dataset(root: str, *, where: str) -> None:
-    """Refuses what is no dataset, as far as its name and a first look tell.
+    """Refuses an invalid dataset, as far as its name and a first look tell.
 
     Args:
-        root: As `data.root` takes it; a path at which nothing stands is passed over.
+        root: Value of `data.root`; a missing path is not refused here.
         where: The field that names it, for messages.
 
     Raises: DataError: naming the field; ConfigError: for code without `module:` before it.
@@ -324,7 +324,7 @@ def require_dataset(root: str, *, where: str) -> None:
 
 
 def require_builtin(root: str, where: str) -> None:
-    """Refuses names of built-in sets that the package does not have.
+    """Refuses unknown names of built-in datasets.
 
     Raises: DataError: naming the nearest.
     """
@@ -355,7 +355,7 @@ def _require_archive(root: str, where: str) -> None:
 
 
 def _require_file_in(root: str, where: str) -> None:
-    """Refuses a folder without a file; of one with millions, a few are listed."""
+    """Refuses a folder without a file; lists only a few names of a large folder."""
     folders = [root]
     for _ in range(_MOST_FOLDERS):
         if not folders:

@@ -27,12 +27,12 @@ WINDOW_SAMPLES = 10_000
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int, positions: ArrayLike) -> NDArray[np.int64]:
-    """The samples at some positions of the epoch's order, a permutation of all samples.
+    """Returns the samples at some positions of the epoch's order, a permutation of all samples.
 
-    A number below side**2 >= num_samples is read as two digits to the base side, which pass
-    through a Feistel network whose round function is Philox; what falls outside the dataset is
-    passed through again until it is inside (cycle walking). Both steps keep a bijection, and
-    fewer than 2 * sqrt(num_samples) + 1 numbers lie outside, so few are walked.
+    A number below side**2 >= num_samples is written as two digits to the base side, which pass
+    through a Feistel network with Philox as round function; numbers outside the dataset pass
+    through again until they are inside (cycle walking). Both steps are bijections, and fewer than
+    2 * sqrt(num_samples) + 1 numbers lie outside, so few repeat.
 
     Args:
         num_samples: Size of the dataset.
@@ -50,7 +50,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int, positions: ArrayLike) -
 def _permuted(
     num_samples: int, seed: int, epoch: int, positions: ArrayLike, stream: str, first: int = 0
 ) -> NDArray[np.int64]:
-    """`epoch_order` with draws of a stream of its own, counted from `first`."""
+    """Returns `epoch_order` with draws of a separate stream, counted from `first`."""
     numbers = np.array(positions, dtype=np.int64, ndmin=1)
     assert num_samples > 0
     assert numbers.size == 0 or (numbers.min() >= 0 and numbers.max() < num_samples)
@@ -72,11 +72,11 @@ def _permuted(
 
 
 class Blocks:
-    """Blocks of consecutive samples that are read whole, and the order of an epoch over them.
+    """Blocks of consecutive samples that are fetched together, and the order of an epoch over them.
 
-    The blocks are permuted, anew in each epoch. Of that order, `per_window` blocks after one
-    another make a window, whose samples are permuted. All of it is a function of (seed, epoch) and
-    of the sizes of the blocks.
+    The blocks are permuted in each epoch. `per_window` consecutive blocks of that order make a
+    window, whose samples are permuted. Everything is a function of (seed, epoch) and the sizes of
+    the blocks.
 
     Attributes:
         ends: (num_blocks,) int64, the number of samples up to the end of each; no block is empty.
@@ -89,12 +89,12 @@ class Blocks:
         self.per_window = max(WINDOW_BLOCKS, math.ceil(WINDOW_SAMPLES / mean_size))
 
     def block(self, sample: int) -> tuple[int, int]:
-        """The block of a sample, and the sample's place in it."""
+        """Returns the block of a sample, and the sample's place in it."""
         number = int(np.searchsorted(self.ends, sample, side="right"))
         return number, sample - (int(self.ends[number - 1]) if number else 0)
 
     def order(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The samples at some positions of the epoch's order, (B,)."""
+        """Returns the samples at some positions of the epoch's order, (B,)."""
         blocks, ends, starts = self._layout(seed, epoch)
         samples = np.empty(len(positions), np.int64)
         windows = np.searchsorted(starts, positions, side="right") - 1
@@ -110,7 +110,7 @@ class Blocks:
         return samples
 
     def stand_in(self, seed: int, epoch: int, position: int, draw: float) -> int:
-        """The sample that a draw in [0, 1) chooses from the window of a position."""
+        """Returns a sample from the window of a position, chosen by a draw in [0, 1)."""
         _, _, starts = self._layout(seed, epoch)
         window = int(np.searchsorted(starts, position, side="right")) - 1
         start, stop = self._bounds(window, starts)
@@ -118,7 +118,7 @@ class Blocks:
         return int(self.order(seed, epoch, np.array([place]))[0])
 
     def ahead(self, seed: int, epoch: int, position: int) -> list[int]:
-        """The blocks of the window of a position and of the next one, in the order of need."""
+        """Returns the blocks of a position's window and of the next, in the order of need."""
         blocks, _, starts = self._layout(seed, epoch)
         window = int(np.searchsorted(starts, position, side="right")) - 1
         first = window * self.per_window
@@ -136,7 +136,7 @@ class Blocks:
     def _layout(
         self, seed: int, epoch: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """The permuted blocks, where each ends in their row, and where each window starts."""
+        """Returns the permuted blocks, their ends in the order, and the starts of windows."""
         count = len(self.ends)
         blocks = _permuted(count, seed, epoch, np.arange(count), "blocks")
         ends = np.cumsum(np.diff(self.ends, prepend=0)[blocks])
@@ -147,9 +147,9 @@ class Blocks:
 def samples_at(
     source: Any, seed: int, epoch: int, positions: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """The samples of a source at some positions of the epoch's order, (B,).
+    """Returns the samples of a source at some positions of the epoch's order, (B,).
 
-    A source that is read in blocks hears which ones are needed next.
+    A source in blocks is told which blocks are needed next.
     """
     blocks: Blocks | None = getattr(source, "blocks", None)
     if blocks is None:
@@ -159,16 +159,16 @@ def samples_at(
 
 
 def updates_per_epoch(num_samples: int, global_batch_size: int) -> int:
-    """Whole global batches in an epoch; the rest of the order is dropped."""
+    """Returns the number of whole global batches in an epoch; the remainder is dropped."""
     return num_samples // global_batch_size
 
 
 class Portion(NamedTuple):
-    """The micro batches of an epoch that a rank wants.
+    """The micro batches of an epoch for a rank.
 
     Attributes:
         epoch: Epoch, counted from 0.
-        first_update: Step of this epoch at which a resumed run goes on, counted from 0.
+        first_update: Step of this epoch at which a resumed run continues, counted from 0.
         micro_batch_size: Images a batch.
         rank: This rank, counted from 0.
         world_size: The number of ranks.
@@ -190,7 +190,7 @@ class MicroBatches:
 
     Attributes:
         num_samples: Size of the dataset.
-        portion: Which of them.
+        portion: The rank's part of the epoch.
         global_batch_size: G, images a step over all ranks; W micro batches divide it.
     """
 
@@ -222,7 +222,7 @@ class MicroBatches:
 def check_batch_sizes(
     num_samples: int, *, global_batch_size: int, micro_batch_size: int, world_size: int
 ) -> None:
-    """Refuses batch sizes that do not divide, or which leave the dataset without one global batch.
+    """Refuses batch sizes that do not divide, or that exceed the dataset.
 
     Args:
         num_samples: Size of the dataset.

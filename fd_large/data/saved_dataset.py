@@ -1,7 +1,7 @@
-"""Images of a Hugging Face dataset that was saved with `save_to_disk`: arrow files, mapped.
+"""Images of a Hugging Face dataset saved by `save_to_disk`: memory-mapped arrow files.
 
-Any row can be read at any time, so the order of an epoch is a permutation of all images. Nothing of
-the dataset is in memory but what the system keeps of the mapped files.
+Any row can be read at any time, so the order of an epoch is a permutation of all images. The
+dataset takes no memory except cached pages of the mapped files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SavedDataset:
 
     Attributes:
         fingerprint: A hash of the dataset's own fingerprint and of the number of rows.
-        kind: What the dataset is, in words.
+        kind: Description of the dataset.
         labels: The classes; absent where no column holds any.
     """
 
@@ -71,7 +71,7 @@ class SavedDataset:
         return f"{self.root}/{index}"
 
     def read(self, index: int) -> bytes | bytearray:
-        """The bytes of image `index`.
+        """Returns the bytes of image `index`.
 
         Raises: DataError: if they cannot be read, or the cell is empty.
         """

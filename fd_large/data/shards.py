@@ -1,4 +1,4 @@
-"""Images in tar shards, read in place: nothing is unpacked."""
+"""Images in tar shards, read in place without unpacking."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ CHECK_SECONDS = 60.0
 class TarShards:
     """The images in some tar files: `len(shards)`, `shards[i]` (its place), `shards.read(i)`.
 
-    The order is that of the members' names over all shards (of equal names the shard's place
-    decides), so that a folder and its tar files, however packed, are the same dataset.
+    Images are in the order of the members' names over all shards (equal names by the shards'
+    order), so that a folder and its tar files, however packed, are the same dataset.
 
-    A shard that is cut or damaged is read as far as it is sound: `torn` says so for each, and the
-    log. An index is kept in the cache (`listing.py`) and made again when the size or modification
-    time of any shard changed, or their list.
+    A truncated or damaged shard is read as far as it is sound, and is named in `torn` and in the
+    log. An index is kept in the cache (`listing.py`) and made again when the list of shards, or
+    the size or modification time of a shard, changes.
 
     Attributes:
         paths: The tar files.
         sizes_and_times: Size and modification time of each.
-        torn: What is wrong with those that are not whole.
+        torn: Damage of incomplete shards.
         fingerprint: A hash of the names of the images in order.
     """
 
@@ -55,10 +55,10 @@ class TarShards:
         """Indexes the shards.
 
         Args:
-            root: A tar file, a pattern of them, a folder that holds them, or their paths.
+            root: A tar file, a pattern of tar files, a folder with tar files, or their paths.
             where: The field that names them, for messages.
 
-        Raises: DataError: if one is missing, cannot be read or is compressed, or none holds an
+        Raises: DataError: if a shard is missing, unreadable or compressed, or no shard has an
             image.
         """
         self._root, self._where = root, where
@@ -100,9 +100,9 @@ class TarShards:
         return os.fsdecode(self._listing.name(index))
 
     def read(self, index: int) -> bytearray:
-        """The bytes of image `index`.
+        """Returns the bytes of image `index`.
 
-        Raises: DataError: if the shard cannot be read or is no longer the one that was indexed.
+        Raises: DataError: if the shard cannot be read or has changed since it was indexed.
         """
         number, offset, size = (
             self._listing.number(column, index) for column in ("shard", "offset", "size")
@@ -116,7 +116,7 @@ class TarShards:
             ) from error
 
     def labels(self) -> tuple[NDArray[np.int64], None]:
-        """The label that stands beside each image, (len,).
+        """Returns the label of each image, (len,).
 
         Raises: DataError: if an image has none.
         """
@@ -160,7 +160,7 @@ class TarShards:
 
 
 class _Files:
-    """The open shards of one process, of which the one used longest ago is closed first.
+    """The open shards of one process; the least recently used is closed first.
 
     Opening a shard for each image would cost a parallel file system as much as loose images do. A
     descriptor says nothing of a shard that has taken another's place, so that path and descriptor
@@ -177,7 +177,7 @@ class _Files:
     def read(self, path: str, indexed: list[int], offset: int, size: int) -> bytearray:
         """Reads bytes of a shard.
 
-        Raises: OSError: if they cannot be read, or it is no longer the one that was indexed.
+        Raises: OSError: if they cannot be read, or the shard has changed since it was indexed.
         """
         try:
             return self._file(path, indexed).read(offset, size)
@@ -207,12 +207,12 @@ class _Files:
 
 
 def _most_open() -> int:
-    """Shards that a process keeps open: half of what it may open, and no more than do good."""
+    """Returns the number of shards that a process keeps open: half of its limit, up to a bound."""
     return min(MOST_OPEN, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
 
 
 def open_shards(root: str, *, where: str) -> TarShards | None:
-    """Opens a tar file, a pattern of them, or a folder that holds them and no loose image.
+    """Opens a tar file, a pattern of tar files, or a folder with tar files and no loose image.
 
     Raises: DataError: if a file of the pattern is missing, or they cannot be used.
     """
@@ -227,7 +227,7 @@ def open_shards(root: str, *, where: str) -> TarShards | None:
 
 
 def _shards_of(root: str | Sequence[str], where: str) -> list[str]:
-    """The tar files that a root means; none if it is a folder with loose images."""
+    """Returns the tar files of a root; empty for a folder with loose images."""
     if not isinstance(root, str):
         return list(root)
     if local_kind(root, where=where) == "folder":
@@ -240,7 +240,7 @@ def _is_pattern(root: str) -> bool:
 
 
 def _anchor(root: str | Sequence[str]) -> tuple[str, str]:
-    """The file or folder that a root is found by, and what there is besides, in a word."""
+    """Returns the file or folder that identifies a root, and the kind of root in a word."""
     if not isinstance(root, str):
         return root[0], hashlib.sha256("\0".join(root).encode()).hexdigest()
     if not _is_pattern(root):
@@ -265,7 +265,7 @@ def _matching(pattern: str, where: str) -> list[str]:
 
 
 def _only_shards(root: str, where: str) -> list[str]:
-    """The tar files below a folder that holds no loose image; else nothing."""
+    """Returns the tar files below a folder without loose images; else an empty list."""
     shards = []
     for kind, path, _ in walk(root, where):
         if kind == "image":

@@ -1,7 +1,7 @@
-"""Image that each loading process is at, and since when, where the training process can see it.
+"""The present image of each loading process and its start time, visible to the training process.
 
-A read that hangs (a server of files that is gone) can be told by nobody who hangs with it. So each
-process notes its image in memory that is shared from before it was forked.
+A process in a hanging read (from a lost file server) cannot report it. So each process writes its
+present image into memory that is shared before the fork.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _shared: mmap.mmap | None = None
 
 
 def watch() -> None:
-    """Lets this process, and those that it forks from now on, note what they are at."""
+    """Makes this process and its future forks record their present image."""
     global _shared
     _shared = mmap.mmap(-1, _SLOT_BYTES * _SLOTS)
 
 
 @contextmanager
 def at_image(slot: int, index: int, name: Callable[[int], str] | None = None) -> Iterator[None]:
-    """Notes an image for as long as the block lasts.
+    """Records an image for the duration of the block.
 
     Args:
-        slot: The number of this process among those that load, from 0.
+        slot: Index of this loading process, from 0.
         index: The image's place in the listing.
         name: Returns where it lies; None: that is not known.
     """
@@ -50,7 +50,7 @@ def at_image(slot: int, index: int, name: Callable[[int], str] | None = None) ->
 
 
 def longer_than(seconds: float) -> list[tuple[float, str]]:
-    """Returns (seconds, name) of the images that processes have been at for longer."""
+    """Returns (seconds, name) of images that take processes longer than a time."""
     slow = []
     for place in range(0, 0 if _shared is None else len(_shared), _SLOT_BYTES):
         assert _shared is not None

@@ -1,8 +1,8 @@
-"""Sources of a run's images: their contract, and the table of those that the package has.
+"""Sources of a run's images: their contract, and the package's table of sources.
 
-To add a source to the package, write one file with a class that keeps the contract below and a
-function that opens it, and add that function to `SOURCES`. `custom.py` opens those that stand
-outside of it.
+To add a source to the package, write a file with a class that follows the contract below and a
+function that opens it, and add that function to `SOURCES`. `custom.py` opens sources outside of
+the package.
 """
 
 from __future__ import annotations
@@ -36,44 +36,44 @@ log = logging.getLogger(__name__)
 
 
 class ImageSource(Protocol):
-    """A dataset of images, numbered from 0 in an order that every machine and start agrees on.
+    """A dataset of images, numbered from 0 in the same order on every machine and start.
 
-    It is opened on every rank, pickled to the loading processes, and read there by number. What
-    else belongs to a sample (its objects, say) is a further method by that number. A source whose
-    images have classes also offers
+    It is opened on every rank, pickled to the loading processes, and read there by index. Other
+    parts of a sample (such as its objects) are further methods by index. A source with classes
+    also offers
 
         labels() -> tuple[NDArray[np.int64], tuple[str, ...] | None]
 
-    the class of each image, (num_images,), and the names of the classes in their order, or None if
-    the numbers are all there is; `labelled.py` makes them those of the training set.
+    the class of each image, (num_images,), and the names of the classes in their order, or None
+    without names; `labelled.py` maps them to the training set's.
 
-    A source whose images are read in blocks has `blocks`, a `sampler.Blocks`, which then give the
-    order of an epoch, and `expect(numbers)`, which hears the blocks that are needed next.
+    A source in blocks has `blocks`, a `sampler.Blocks` that gives the order of an epoch, and
+    `expect(numbers)`, which is told the next blocks.
 
     Attributes:
         fingerprint: A hash of the samples' names in order. It is compared between nodes, and with
-            the checkpoint's when a run goes on.
+            the checkpoint's when a run resumes.
     """
 
     fingerprint: str
 
     def __len__(self) -> int:
-        """The number of images, at least one."""
+        """Returns the number of images, at least one."""
 
     def __getitem__(self, index: int) -> str:
-        """The place of image `index`, for messages; IndexError outside of the dataset."""
+        """Returns the place of image `index`, for messages; IndexError outside of the dataset."""
 
     def read(self, index: int) -> bytes | bytearray:
-        """The bytes of image `index`, in any format that `decode.py` knows.
+        """Returns the bytes of image `index`, in any format that `decode.py` reads.
 
         Raises: DataError: if they cannot be read; the image is then skipped and counted.
         """
 
 
 def _open_objects(root: str, *, where: str) -> ImageSource | None:
-    """Opens the tar shards or parquet files behind a URL: one, a pattern, or all below it.
+    """Opens the tar shards or parquet files at a URL: a file, a pattern, or all below it.
 
-    Raises: DataError: if there is none, the store does not give them, or a package is missing.
+    Raises: DataError: if there is none, the store refuses access, or a package is missing.
     """
     if not is_url(root):
         return None
@@ -88,7 +88,7 @@ def _open_objects(root: str, *, where: str) -> ImageSource | None:
 
 
 def _open_parquet(root: str, *, where: str) -> ImageSource | None:
-    """Opens a parquet file, a pattern of them, or a folder that holds them or has them in `data/`.
+    """Opens a parquet file, a pattern of files, or a folder with files in it or in its `data/`.
 
     Raises: DataError: if a file is missing or damaged, or a package is.
     """
@@ -118,7 +118,7 @@ def _open_tables(root: str, files: Sequence[Stored], *, where: str) -> ImageSour
 
 
 def _open_saved_dataset(root: str, *, where: str) -> ImageSource | None:
-    """Opens a folder that `datasets` wrote with `save_to_disk`.
+    """Opens a folder written by `save_to_disk` of `datasets`.
 
     Raises: DataError: if it holds several parts, or the package is missing.
     """
@@ -150,15 +150,15 @@ SOURCES: tuple[Callable[..., ImageSource | None], ...] = (
 
 
 def open_images(root: str, *, where: str = "data.root") -> ImageSource:
-    """Opens the dataset that `data.root`, or another field, names.
+    """Opens the dataset of `data.root` or another field.
 
     Args:
-        root: A folder of images, sub folders included; a folder that holds tar files and no
-            loose image; one tar file; a pattern of tar files, as "train-{0000..0146}.tar" or
-            "train-*.tar"; the same of parquet files; a URL of tar or parquet files, or of what
-            holds them, as "s3://bucket/data/"; a dataset that Hugging Face's `datasets` saved; a
-            dataset that comes along, "builtin:photographs"; a source of the user's own,
-            "module:PATH/TO/FILE.py:NAME"; or several of these by weight (roots.py).
+        root: A folder of images, sub folders included; a folder with tar files and no loose
+            image; a tar file; a pattern of tar files, such as "train-{0000..0146}.tar" or
+            "train-*.tar"; likewise parquet files; a URL of tar or parquet files, or of their
+            folder, such as "s3://bucket/data/"; a dataset saved by Hugging Face's `datasets`; a
+            built-in dataset, "builtin:photographs"; the user's own source,
+            "module:PATH/TO/FILE.py:NAME"; or a weighted sum of these (roots.py).
         where: The field that names it, for messages.
 
     Raises: DataError: if there is nothing of the kind, or no image in it; ConfigError: if code of

@@ -1,11 +1,11 @@
-"""Keeps messages of C decoders on stderr out of the log.
+"""Suppression of C decoders' messages on stderr.
 
 libjpeg, libpng and libtiff write straight to file descriptor 2. Within `suppress_stderr()` that
-descriptor leads to memory; afterwards the decoders' lines are dropped and whatever else was written
-meanwhile (another thread, the interpreter) goes where it was meant to go.
+descriptor leads to memory; afterwards the decoders' lines are dropped, and other output (by
+another thread or the interpreter) is passed on.
 
-What NCCL or CUDA say before they end the process would stay in that memory: where they may speak,
-which is in no loading process, the decoders' lines are let through.
+The last messages of NCCL or CUDA before they end the process would be lost in that memory. Where
+they may write, which is never in a loading process, the decoders' lines are let through.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _lock = threading.Lock()
 
 
 def _forget() -> None:
-    """A forked child would write into its parent's file: it needs one of its own."""
+    """Drops the memory file in a forked child, which would otherwise write into its parent's."""
     global _memory, _done, _lock
     _memory, _done, _lock = None, 0, threading.Lock()
 
@@ -83,7 +83,7 @@ def suppress_stderr() -> Iterator[None]:
 
 
 def _others_speak() -> bool:
-    """Whether the last words of a library that knows of other ranks, or of a GPU, may come here."""
+    """Whether NCCL or CUDA may write their last messages in this process."""
     if get_worker_info() is not None:
         return False
     return distributed.world_size() > 1 or torch.cuda.is_initialized()

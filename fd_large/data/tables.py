@@ -1,8 +1,8 @@
-"""Tables of images: parquet files in blocks of a row group, and what columns and cells hold.
+"""Tables of images: parquet files in blocks of a row group, and the formats of columns and cells.
 
-A column holds the bytes of image files, or what Hugging Face `datasets` writes: a struct of bytes
-and path. The order of parquet files is that of their names, and in a file that of its rows. This
-file needs the package pyarrow.
+A column holds the bytes of image files, or structs of bytes and path as written by Hugging Face
+`datasets`. Images are in the order of the files' names and of the rows in a file. This module
+needs the package pyarrow.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Columns(NamedTuple):
 
     Attributes:
         image: The column of images.
-        label: The column of classes; None: there is none.
+        label: The column of classes, or None.
         classes: The names of the classes; None: not known.
     """
 
@@ -46,9 +46,9 @@ class Columns(NamedTuple):
 
 
 def find_columns(schema: pa.Schema, where: str) -> Columns:
-    """Finds the columns: those that Hugging Face's features name, else by type and name.
+    """Finds the columns by Hugging Face's features, else by type and name.
 
-    Raises: DataError: if none holds images, or it is not clear which one does.
+    Raises: DataError: if no column has images, or several may.
     """
     features = _features(schema)
     stated = [name for name, kind in features.items() if kind.get("_type") == "Image"]
@@ -71,7 +71,7 @@ def find_columns(schema: pa.Schema, where: str) -> Columns:
 
 
 def cells(column: pa.Array) -> list[tuple[Any, str]]:
-    """The images of a column: the bytes (None: there are none), and the path ("": none).
+    """Returns the images of a column: bytes (or None), and path (or "").
 
     Args:
         column: An array of binary, or of a struct with bytes and path.
@@ -90,7 +90,7 @@ def cells(column: pa.Array) -> list[tuple[Any, str]]:
 def labels_of(
     column: pa.ChunkedArray, columns: Columns, where: str
 ) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
-    """The class of each row, and the names of the classes or None.
+    """Returns the class of each row, and the names of the classes or None.
 
     Raises: DataError: if a row has none.
     """
@@ -119,7 +119,7 @@ class ParquetImages(BlockImages):
     """The images of some parquet files."""
 
     def __init__(self, root: str, files: Sequence[Stored], *, where: str) -> None:
-        """Reads the ends of the files, which say where the row groups lie.
+        """Reads the files' footers with the places of row groups.
 
         Args:
             root: Their name, for messages.
@@ -167,7 +167,7 @@ class ParquetImages(BlockImages):
                 raise _damaged(stored, error) from error
 
     def _labels(self) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
-        """The class of each image, (len,), and the names of the classes or None."""
+        """Returns the class of each image, (len,), and the names of the classes or None."""
         return meeting.once(f"labels of {self.root}", self._read_labels)
 
     def _read_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
@@ -182,7 +182,7 @@ class ParquetImages(BlockImages):
 
 
 def _looked_at(files: Sequence[Stored], where: str) -> tuple[NDArray[np.int64], Columns, str]:
-    """Reads the ends of files: a table of blocks for `BlockImages`, the columns, and a hash."""
+    """Reads the files' footers: a table of blocks for `BlockImages`, the columns, and a hash."""
 
     def look(stored: Stored) -> tuple[Any, Any, list[tuple[int, int]]]:
         try:
@@ -219,7 +219,7 @@ def _looked_at(files: Sequence[Stored], where: str) -> tuple[NDArray[np.int64], 
 
 
 def _bytes_of(group: Any, column: str) -> int:
-    """The bytes of a column in a row group, not compressed."""
+    """Returns the uncompressed bytes of a column in a row group."""
     chunks = map(group.column, range(group.num_columns))
     return sum(
         chunk.total_uncompressed_size
@@ -229,7 +229,7 @@ def _bytes_of(group: Any, column: str) -> int:
 
 
 def _refuse_large_cells(stored: Stored, group: Any, column: str) -> None:
-    """Raises DataError if a cell must be larger than a file may be; it is not inflated for that."""
+    """Raises DataError if a cell must exceed the limit of a file, without decompressing it."""
     mean = _bytes_of(group, column) // max(1, group.num_rows)
     if mean > MAX_FILE_BYTES:
         raise DataError(
@@ -239,7 +239,7 @@ def _refuse_large_cells(stored: Stored, group: Any, column: str) -> None:
 
 
 def _beside(stored: Stored, path: str) -> bytes | bytearray:
-    """An image that a local table has by its path alone; empty if there is none."""
+    """Returns an image that a local table has only by its path; empty if missing."""
     with suppress(DataError):
         if path and not stored.is_remote:
             return read_below(os.path.dirname(stored.url), path)

@@ -1,11 +1,11 @@
-"""The index of a tar archive: where its images lie, and whether it is whole.
+"""The index of a tar archive: the places of its images, and damage.
 
 WebDataset's naming (KEY.jpg, KEY.cls, KEY.json ...) and any other tar of images do: every member
 with an image's extension is a sample, other members are passed over. KEY is the name up to the
 first dot after the last slash, and KEY.cls holds a label as a decimal number.
 
-Python's tarfile ends in silence at a header that is damaged. Here the end of an archive is the
-block of zeros that every archive has; anything else in a header's place is reported as `Torn`.
+Python's tarfile ends silently at a damaged header. Here only the block of zeros that every
+archive has ends it; anything else in a header's place is reported as `Torn`.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class Member(NamedTuple):
 
 
 class Torn(Exception):
-    """An archive that does not go on where it should; the message says where and how."""
+    """An archive is damaged or truncated; the message names the place and the damage."""
 
 
 class TarImage(NamedTuple):
     """An image in an archive: its bytes are [offset, offset + size) of the archive.
 
     Attributes:
-        name: Its name there.
+        name: Name in the archive.
         offset: See above.
         size: See above.
-        label: The number in KEY.cls, or `NO_LABEL` if there is none.
+        label: The number in KEY.cls, or `NO_LABEL`.
     """
 
     name: bytes
@@ -56,14 +56,14 @@ class TarImage(NamedTuple):
 
 
 def images_in(file: BinaryIO, path: str, *, where: str) -> tuple[list[TarImage], str]:
-    """Lists the images of an open archive, as far as it is sound; hidden members are left out.
+    """Lists the images of an open archive, as far as it is sound, without hidden members.
 
     Args:
         file: The archive, at its beginning.
-        path: What it is called, for messages.
+        path: Name of the archive for messages.
         where: The field that names it, for messages.
 
-    Returns: the images in the archive's order, and what is wrong with the archive or "".
+    Returns: the images in the archive's order, and the damage of the archive or "".
     Raises: DataError: if it is compressed.
     """
     if kind := _COMPRESSED.get(os.pread(file.fileno(), 2, 0)):
@@ -93,7 +93,7 @@ def images_in(file: BinaryIO, path: str, *, where: str) -> tuple[list[TarImage],
 
 
 def _key(name: bytes) -> bytes:
-    """The name up to the first dot after the last slash."""
+    """Returns the name up to the first dot after the last slash."""
     folder, slash, last = name.rpartition(b"/")
     return folder + slash + last.partition(b".")[0]
 
@@ -101,7 +101,7 @@ def _key(name: bytes) -> bytes:
 class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, *args: Any, **named: Any) -> tarfile.TarInfo:
-        """Reads a header; GNU's numbers may be negative, and tarfile would go by such a size."""
+        """Reads a header, and refuses GNU's negative sizes, which tarfile accepts."""
         header = super().frombuf(*args, **named)
         if header.size < 0:
             raise tarfile.InvalidHeaderError(f"a size of {header.size}")
@@ -109,7 +109,7 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        """Reads a header; what tarfile would pass over in silence is `Torn`."""
+        """Reads a header; damage that tarfile ignores is `Torn`."""
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:
@@ -149,7 +149,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
 
 
 def _check_tail(descriptor: int, start: int, end: int) -> None:
-    """Refuses what is no padding: archives strung together, holes of an unfinished download."""
+    """Refuses anything but padding: concatenated archives, holes of an unfinished download."""
     if end - start > _MAX_PADDING:
         raise Torn(f"it ends at byte {start}, the file at byte {end}")
     if os.pread(descriptor, end - start, start).strip(b"\0"):

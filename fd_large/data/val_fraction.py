@@ -1,8 +1,8 @@
-"""A test part of a folder that has none: which images it holds follows from their names alone.
+"""A test part for a folder without one, chosen by the images' names alone.
 
 An image is held out if a hash of its path, relative to the folder, is below the fraction. So the
-parts are the same on every machine and in every command, and an image that is added later moves no
-other one from part to part.
+parts are the same on every machine and in every command, and an image added later moves no other
+image to another part.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FIELD = "data.val_fraction"
 
 
 class Part:
-    """Some images of a source, in their order; itself an `ImageSource`.
+    """A part of a source's images, in order; itself an `ImageSource`.
 
     Args:
         images: The source.
@@ -47,11 +47,11 @@ class Part:
         return self.images[self.place(index)]
 
     def read(self, index: int) -> bytes | bytearray:
-        """The bytes of image `index`; DataError if they cannot be read."""
+        """Returns the bytes of image `index`; DataError if they cannot be read."""
         return self.images.read(self.place(index))
 
     def place(self, index: int) -> int:
-        """Returns the number of image `index` in the source."""
+        """Returns the source's index of image `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         return int(self._places[index])
@@ -61,7 +61,7 @@ def is_held_out(name: str, fraction: float) -> bool:
     """Returns whether an image belongs to the test part.
 
     Args:
-        name: Its path relative to the folder, "/" between the parts.
+        name: Path of the image relative to the folder, with "/" between the parts.
         fraction: The fraction of the images that are held out.
     """
     digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
@@ -69,7 +69,7 @@ def is_held_out(name: str, fraction: float) -> bool:
 
 
 def places_of(images: ImageSource, part: str, fraction: float, *, where: str) -> NDArray[np.int64]:
-    """Returns the numbers of the images of a part of a folder, rising.
+    """Returns the indices of the images of a part of a folder, in rising order.
 
     Args:
         images: The folder's images.

@@ -30,12 +30,12 @@ _ORDERS = tuple(permutations(range(4)))
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """Settings by which an image becomes a view.
+    """Settings of the views of images.
 
     Attributes:
         image_size: Side of the view, in pixels.
         min_crop_scale: Smallest area of the crop, as a fraction of the image's area in (0, 1].
-        max_pixels: Largest number of pixels of an image; larger ones are refused before decoding.
+        max_pixels: Largest number of pixels of an image; larger images are refused before decoding.
         color_jitter: Strength of the color jitter, in [0, 1]; 0 turns it off.
         grayscale_probability: Probability of a grey view, in [0, 1].
         interpolation: Interpolation of the resize, which is antialiased.
@@ -77,10 +77,10 @@ def view_draws(seed: int, epoch: int, places: ArrayLike) -> list[Draws]:
 
 
 class FixedViews(NamedTuple):
-    """Views that come again: an image is seen in epoch e as its view number e modulo `count`.
+    """Recurring views: epoch e shows view number e modulo `count` of an image.
 
-    A view is a function of (seed, its number, image), flip included, and of nothing else: the order
-    of images may change from epoch to epoch.
+    A view, with its flip, is a function of (seed, its number, image) only, although the order of
+    images changes from epoch to epoch.
 
     Attributes:
         count: Views of each image.
@@ -98,7 +98,7 @@ class FixedViews(NamedTuple):
 def jittered_view(
     source: ImageSource, index: int, draws: Draws, settings: ViewSettings
 ) -> torch.Tensor:
-    """Reads an image and returns its view, (3, image_size, image_size) uint8, colours changed.
+    """Reads an image and returns its colour-jittered view, (3, image_size, image_size) uint8.
 
     Raises: DataError: if the image cannot be used.
     """
@@ -150,13 +150,13 @@ def crop_box(
     min_crop_scale: float,
     cuts_boxes: bool = False,
 ) -> tuple[int, int, int, int]:
-    """A random box: area and log aspect uniform, as in torchvision's RandomResizedCrop.
+    """Returns a random box: area and log aspect uniform, as in torchvision's RandomResizedCrop.
 
-    The first of ten tries that fits into the image is taken, else the largest box in the
-    middle whose aspect is allowed. torchvision draws the place after the try that fits; one
-    place drawn beforehand has the same distribution and a fixed number of draws.
+    The first of ten boxes that fits into the image is taken, else the largest central box with an
+    allowed aspect. torchvision draws the place after the first fit; a place drawn beforehand has
+    the same distribution with a fixed number of draws.
 
-    BYOL's crop, which linear probes use, takes the first box and cuts it to the image.
+    BYOL's crop, used in linear probes, takes the first box and clips it to the image.
 
     Args:
         height: Height of the image, in pixels.
@@ -199,15 +199,15 @@ def box_view(
     image_size: int,
     interpolation: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> torch.Tensor:
-    """The view of a box; what of the image lies outside it does not matter.
+    """Returns the view of a box, which depends only on pixels inside of it.
 
-    The pixels are those of the Pillow pipeline but for rare ties. Where a CPU has neither AVX2 nor
-    NEON, torchvision resizes in floats: some pixels then differ by one grey level.
+    Pixels equal the Pillow pipeline's except for rare ties. On a CPU without AVX2 or NEON,
+    torchvision resizes in floats, and some pixels differ by one grey level.
 
     Args:
         image: (3, H, W) uint8; rows below the box may be missing.
         box: Top, left, height, width, in pixels.
-        draws: `NUM_DRAWS` numbers in [0, 1), those that the box came from.
+        draws: The `NUM_DRAWS` numbers in [0, 1) of the box.
         image_size: Side of the view, in pixels.
         interpolation: Interpolation of the resize, which is antialiased.
 

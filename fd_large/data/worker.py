@@ -1,4 +1,4 @@
-"""Loading processes: they leave signals to the training process, and die with it."""
+"""Loading processes: they ignore a group's signals, and end with the training process."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Lets processes that are started inside take no signal of a group in any of their threads.
+    """Makes processes started in the block ignore a group's signals in all of their threads.
 
-    torch makes threads in a worker before it calls `start_worker` (where this process has several
-    for its operations), and any thread that does not block a signal may be the one that gets it.
+    torch makes threads in a worker before it calls `start_worker` (if this process uses several),
+    and a signal may go to any thread that does not block it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, *_IGNORED})
     try:
@@ -37,7 +37,7 @@ def signals_blocked() -> Iterator[None]:
 
 
 def start_worker(_number: int) -> None:
-    """Prepares a process that was started under `signals_blocked`; torch calls this in each.
+    """Prepares a process started under `signals_blocked`; torch calls it in each worker.
 
     A signal that reaches a whole process group (Ctrl-C, a closed terminal, the end of a Slurm job)
     would otherwise kill the workers under a training process that means to save first. So SIGINT,
@@ -58,10 +58,10 @@ def start_worker(_number: int) -> None:
 
 
 def _shorten_socket_name() -> None:
-    """Lets a worker's socket, by which its tensors travel, have a name that is short enough.
+    """Shortens the name of a worker's socket for tensors if necessary.
 
-    Python (before 3.14) makes it below TMPDIR. Under one of more than 75 bytes, as batch systems
-    make them, the worker could not, and the training process would wait for its batch for ever.
+    Python (before 3.14) makes it below TMPDIR. With a TMPDIR longer than 75 bytes, as on batch
+    systems, the worker would fail, and the training process would wait for its batch forever.
     """
     name = os.fsencode(tempfile.gettempdir() + _NAME_IN_FOLDER)
     short = [folder for folder in _SHORT_FOLDERS if os.access(folder, os.W_OK | os.X_OK)]
@@ -70,7 +70,7 @@ def _shorten_socket_name() -> None:
 
 
 def _settings() -> dict[str, Any]:
-    """Returns multiprocessing's settings of this process; empty where a later Python has none."""
+    """Returns multiprocessing's settings of this process; empty if a later Python has none."""
     return vars(multiprocessing.current_process()).get("_config", {})
 
 
