@@ -1,4 +1,4 @@
-"""A model into a file that others read: our own folder, the official names, timm's.
+"""Writing a model for other programs: our own folder, or the official or timm's names.
 
 The (name, tensor) of a model in our names come from anywhere and fit in memory; the export of a run
 (export.py) streams.
@@ -40,13 +40,13 @@ def write(
     Args:
         items: (our name, tensor) of the whole model.
         architecture: The model.
-        to: "fd" is a folder with our names and a config.json that states everything, "official" one
-            file with the names of the official repositories, "timm" one with timm's.
+        to: "fd" is a folder with our names and a complete config.json, "official" a file with the
+            names of the official repositories, "timm" a file with timm's names.
         out: A new folder for "fd"; a new .safetensors or .pth file for the others.
         statistics: Image statistics that the weights were trained with; None if unknown.
 
-    Raises: WeightsError: if there is no such format, or it lacks a part of the model; ConfigError:
-        if something stands at `out`.
+    Raises: WeightsError: if the format does not exist, or lacks a part of the model; ConfigError:
+        if `out` already exists.
     """
     out = Path(out)
     if to not in FORMATS:
@@ -97,7 +97,7 @@ def write(
 
 
 def _timm(architecture: FamilyArchitecture) -> Export:
-    """The form of a model in timm's state dict.
+    """Returns the form of a model in timm's state dict.
 
     Raises: WeightsError: if it has none like it.
     """

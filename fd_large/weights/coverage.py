@@ -1,7 +1,7 @@
-"""Every tensor of a model comes from its file and none of the file is left over, or nothing starts.
+"""Exact coverage: a model's tensors all come from its file, and the file's are all used.
 
-What fits is found from names and shapes before anything is read. Tensors are then read one by one,
-resized where the model has another grid, and checked: a NaN must not reach a model.
+Names and shapes are compared before any tensor is read. Tensors are then read one by one, resized
+if the model has another grid, and checked for NaN.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ _TABLE = "relative_position_bias_table"
 
 
 class Fitted:
-    """The (name, tensor) of a model, from a file that covers it; iterating reads the file.
+    """The (name, tensor) pairs of a model from a file that covers it; iterating reads the file.
 
     Args:
-        pieces: What makes each tensor, by its name in the model.
-        file: What they are made of.
+        pieces: Rule that makes each tensor, by its name in the model.
+        file: Source tensors of the rules.
         expected: Shape of every tensor of the model.
-        allow: Patterns (*, ?) of names that may be missing or left over.
-        what: The file in words, for messages and the log.
-        where: What the user set, for messages.
+        allow: Patterns (*, ?) of names that may be missing or unused.
+        what: Name of the file for messages and the log.
+        where: Field that the user set, for messages.
         margin, antialias: See `resize_positions`.
-        notes: What was done to the file's tensors already, for the log.
-        remedy: What the user can do about tensors that do not fit.
+        notes: Earlier changes to the file's tensors, for the log.
+        remedy: Remedy for tensors that do not fit, for messages.
         resize: Whether position tables may have another grid.
 
     Attributes:
         match: How file and model fit.
         may_be_missing: Names of the model that the file lacks, with the user's leave.
 
-    Raises: WeightsError: if the file does not cover the model, has tensors over, or holds others
-        than floating-point ones.
+    Raises: WeightsError: if the file does not cover the model, has unused tensors, or has tensors
+        that are not floating-point.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Fitted:
         self._refuse_other_types()
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Reads and yields (name, tensor of the model's shape), one by one.
+        """Reads and yields pairs (name, tensor of the model's shape).
 
         Raises: WeightsError: for a tensor that holds NaN or infinity.
         """
@@ -111,16 +111,16 @@ class Fitted:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """The types of the file's tensors that the model takes."""
+        """The data types of the file's tensors that the model takes."""
         sources = (name for piece in self._pieces.values() for name in piece.sources)
         return self._file.dtypes(sources)
 
     def is_file_of(self, dtype: torch.dtype) -> bool:
-        """Returns whether all are read from files on this host, where they have this type."""
+        """Returns whether all tensors are in local files with this data type."""
         return self._file.path is not None and self.dtypes == (str(dtype).removeprefix("torch."),)
 
     def files(self) -> list[Path]:
-        """Returns the files that the tensors are read from; none if a library brings them."""
+        """Returns the files of the tensors; empty if a library brings them."""
         return files_of(self._file.path) if self._file.path else []
 
     def _refuse_other_types(self) -> None:
@@ -202,7 +202,7 @@ def match(
 
 
 def can_resize(name: str, old: Shape, new: Shape) -> bool:
-    """Whether a tensor is a position table that only its grid keeps from fitting."""
+    """Whether a tensor is a position table that fits except for its grid."""
     last = name.rpartition(".")[2]
     if last in _POSITIONS:
         return len(old) == len(new) == 3 and old[::2] == new[::2]
@@ -227,7 +227,7 @@ def resized(
         shape: The model's.
         expected: Shapes of the model, which show its class tokens.
         margin, antialias: See `resize_positions`.
-        where: What the user set, for messages.
+        where: Field that the user set, for messages.
     """
     where = f"{where}: {name}"
     if name.endswith(_TABLE):
@@ -264,16 +264,16 @@ def covered(
     where: str,
     may_be_missing: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[str, Tensor]]:
-    """Passes tensors on one by one and checks that they are exactly those of a model.
+    """Passes tensors on one by one and checks that they are exactly a model's.
 
     Args:
         expected: Shape of every parameter of the model.
         items: (name, tensor) in our names.
-        where: What the user set, for the message.
+        where: Field that the user set, for the message.
         may_be_missing: Names that the user allowed to be missing.
 
-    Raises: WeightsError: after the last tensor, naming what was missing, left over, given twice or
-        of another shape; only fitting ones are passed on.
+    Raises: WeightsError: after the last tensor, naming tensors that are missing, unused,
+        duplicate or of another shape; only fitting tensors are passed on.
     """
     seen: set[str] = set()
     left_over, misfits, twice = [], [], []

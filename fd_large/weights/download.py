@@ -1,8 +1,8 @@
 """Files of weights: on paths, in installed packages, and downloaded by libraries.
 
-`locate` finds the file of a source. `fetch` writes what is downloaded into a folder that is a
-source wherever it is copied to, for clusters whose nodes have no network: with the configuration,
-image statistics and licence that belong to the weights.
+`locate` finds the file of a source. `fetch` writes a download into a folder that can be copied
+and used as a source, for clusters whose nodes have no network: with the configuration, image
+statistics and licence of the weights.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _WHERE = "weights fetch"
 
 
 class Located(NamedTuple):
-    """The file or tensors of a source, and what is known of them by then.
+    """The file or tensors of a source, with their known facts.
 
     Attributes:
-        path: A file, or a folder that holds one.
-        tensors: What there is in place of a file; None if there is one.
+        path: A file, or a folder that contains the file.
+        tensors: Tensors that a library brings instead of a file; None if there is a file.
         library: The library that describes the model; "" is none.
         config: The library's description of the model.
         statistics: Image statistics that the weights were trained with; None if unknown.
@@ -56,7 +56,7 @@ class Located(NamedTuple):
 
 
 def locate(source: str, *, where: str = "weights") -> Located:
-    """Returns the file or folder of a source, downloading it where that is what it says.
+    """Returns the file or folder of a source, downloading it if needed.
 
     Raises: WeightsError: if a package is not installed, or the weights cannot be fetched.
     """
@@ -128,7 +128,7 @@ def _from_open_clip(name: str, where: str) -> Located:
 
 
 def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
-    """Downloads the weights of a source into a new folder, which appears once it is whole.
+    """Downloads the weights of a source into a new folder, which appears when it is complete.
 
     Args:
         source: `hf:REPO`, `open_clip:ARCH/TAG` or `timm:NAME`.

@@ -1,4 +1,4 @@
-"""A student into a folder that others load: tensors one at a time, a config, a model card.
+"""Export of a student to a folder: tensors one at a time, config.json, a model card.
 
 The safetensors format wants its header first; the header needs shapes only, so that no file has to
 be in memory before it is written. Several files have an index as transformers' sharded checkpoints.
@@ -43,15 +43,15 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 def export_of(
     architecture: FamilyArchitecture, to: To, *, pads: bool, window_rule: WindowRule = "masked"
 ) -> Export | None:
-    """Returns the form of a model in a library's files; None for a graph, which takes any model.
+    """Returns the form of a model in a library's files, or None for a graph, which takes any model.
 
     Args:
         architecture: The student, with the image size of the export.
         to: One of LIBRARIES.
         pads: Whether the run pads images that do not fit.
-        window_rule: As the run has it.
+        window_rule: The run's rule for windows that do not divide the map.
 
-    Raises: ConfigError: if the library has no such model, naming those that have it.
+    Raises: ConfigError: if the library lacks the model, naming libraries that have it.
     """
     if LIBRARIES[to].graph:
         return None
@@ -79,13 +79,13 @@ def export_of(
 
 
 def resized(architecture: FamilyArchitecture, image_size: int) -> FamilyArchitecture:
-    """Returns a trained model for images of another size, where its tensors do not change.
+    """Returns a trained model for images of another size, if its tensors stay the same.
 
     Args:
         architecture: The student, with the image size that it was trained at.
         image_size: Side in pixels; 0: the size that it was trained at.
 
-    Raises: ConfigError: if it has positions that are made for one size.
+    Raises: ConfigError: if its positions are made for a single size.
     """
     if image_size in (0, architecture.image_size):
         return architecture
@@ -115,13 +115,13 @@ def export(
 ) -> list[Path]:
     """Writes a new folder; returns the files of tensors.
 
-    The folder appears once it is whole. In memory is one tensor of `items` at a time.
+    The folder appears when it is complete. Only one tensor of `items` is in memory at a time.
 
     Args:
         items: (name, tensor) in our names and in the order of `shapes`.
-        shapes: Shapes of all of them.
+        shapes: Shapes of all tensors.
         architecture: The student, with the image size of the export.
-        into: What `export_of` returns for it.
+        into: Result of `export_of`.
         out: Does not exist.
         statistics: Mean and deviation by which the student's images are normalised.
         shard_size: Most bytes of a file.
@@ -157,7 +157,7 @@ def configuration(
     statistics: Statistics,
     trained_by: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Returns config.json: what the library's own loader reads, and what ours does."""
+    """Returns config.json, with the entries for the library's own loader and for ours."""
     theirs = into.config(architecture, statistics) if into.config else {}
     code_hash = doors.hashes(architecture.code).get(architecture.code, "")
     return theirs | own_config(
@@ -209,7 +209,7 @@ def planned(shapes: Iterable[tuple[str, Shape]], shard_size: int) -> list[dict[s
 def write_shards(
     folder: Path, shapes: list[tuple[str, Shape]], items: Iterable[tuple[str, Tensor]], size: int
 ) -> list[Path]:
-    """Writes tensors as float32, each as soon as it comes; returns the files.
+    """Writes tensors as float32, one at a time; returns the files.
 
     Args:
         folder: Exists; a single file is NAME, several have numbers and an index.

@@ -1,7 +1,7 @@
 """A student as a graph that needs no code of its own: ONNX, or a `torch.export` program.
 
-The graph maps normalised images of one size, any number of them, to tokens. It is made of torch's
-own operations (the references of `kernels/`), and no drop path is in it. The whole model is in
+The graph maps any number of normalised images of a fixed size to tokens. It consists of torch's
+own operations (the references of `kernels/`), without drop path. The whole model is in
 memory, unlike the tensors of `export.py`.
 """
 
@@ -71,7 +71,7 @@ def export_graph(
         architecture: The student, with the image size of the export.
         to: "onnx" or "program".
         out: Does not exist.
-        sizes: What the student does with sizes that do not fit (`Student.sizes`).
+        sizes: The student's rules for sizes that do not fit (`Student.sizes`).
         statistics: Mean and deviation by which the student's images are normalised.
         card: Text of the model card.
         trained_by: See `own_config`.
@@ -110,7 +110,7 @@ def export_graph(
 
 
 class _Tokens(nn.Module):
-    """A backbone that gives the tokens of its map alone."""
+    """A backbone that returns only the tokens of its map."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ _WRITERS = {"onnx": _write_onnx, "program": _write_program}
 
 
 def _metadata(side: int, found: FeatureMap, statistics: Statistics) -> dict[str, str]:
-    """Returns the graph's own description of its input and output, in text."""
+    """Returns the graph's description of its input and output, as text."""
     return {
         "image_size": str(side),
         "image_mean": " ".join(map(str, statistics.mean)),
@@ -202,7 +202,7 @@ def _finite(items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides what torch's exporters warn their own callers of."""
+    """Hides internal warnings of torch's exporters."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

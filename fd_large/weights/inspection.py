@@ -34,24 +34,23 @@ from fd_large.weights.resolve import ResolvedWeights, Sources, Stored
 
 @dataclass(frozen=True)
 class Inspection:
-    """The findings of an inspection.
+    """The result of an inspection.
 
     Attributes:
         source: The source as the user gave it.
         form: Name of the format.
         what: The format in words.
-        architecture: What is known of the architecture; None in other fields.
+        architecture: Known fields of the architecture; None in the others.
         statistics: Image statistics that it was trained with; None if unknown.
-        named: A named model with this architecture; "" if there is none.
+        named: A named model with this architecture, or "".
         parameters: Elements of the model in the file.
         dtypes: Types of its tensors.
-        match: How it fits the model it shows, or the one asked for; None if too little is known.
+        match: Its fit with its own model or the requested one; None if too little is known.
         own: Whether this project wrote it.
         unknown: Fields that neither file nor configuration shows.
         facts: Licence and origin, where the published weights are known.
-        dropped: Names that are left out on purpose.
-        other_part: What a file of a training holds beside the model: "student" or "teacher"; empty
-            if nothing.
+        dropped: Names that are intentionally left out.
+        other_part: The other model in a training file, "student" or "teacher", or "".
     """
 
     source: str
@@ -73,11 +72,11 @@ class Inspection:
 def inspect(
     source: str | Path, *, model: str = "auto", sources: Sources | None = None
 ) -> Inspection:
-    """Reads a file's headers and says what is in it.
+    """Reads a file's headers and returns its description.
 
     Args:
         source: A path, `hf:REPO`, `package:NAME` or `open_clip:ARCH/TAG`.
-        model: A named model to compare with; "auto" is the one that the file shows.
+        model: A named model to compare with; "auto" is the file's own model.
         sources: Opens it; None for files alone.
 
     Raises: WeightsError: if it cannot be read or is of no known format; ConfigError: for an
@@ -156,7 +155,7 @@ def _of_library(
 
 
 def _of_own(source: str | Path, own: Stored) -> Inspection:
-    """Inspects what this project stored of a model without published names; imports nothing."""
+    """Inspects a stored model without published names; imports no code."""
     is_file = own.file.path is not None
     dropped = [name for name in own.sizes if is_file and name.startswith(DECODER)]
     return Inspection(
@@ -190,7 +189,7 @@ def _compared(weights: PublishedWeights, architecture: FamilyArchitecture) -> Ma
 
 
 def _for_shapes(known: Architecture, without_shape: dict[str, Any]) -> FamilyArchitecture | None:
-    """The model with the fields filled in that no shape depends on; None if others lack."""
+    """Returns the model, with defaults for fields that affect no shape; None if others lack."""
     values = without_shape | set_fields(known)
     try:
         model = whole(values)
@@ -201,7 +200,7 @@ def _for_shapes(known: Architecture, without_shape: dict[str, Any]) -> FamilyArc
 
 
 def _named(known: Architecture, prefix: str, free: frozenset[str]) -> str:
-    """A named model of this architecture, but for some fields."""
+    """Returns a named model with this architecture, except for some fields."""
     for name, model in ARCHITECTURES.items():
         if not prefix or not name.startswith(prefix) or model.family != known.family:
             continue

@@ -1,4 +1,4 @@
-"""The formats that `export` writes, by the name that `--to` takes; no torch."""
+"""The formats of `export`, by their names in `--to`; no torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ To = Literal["timm", "hf", "fd", "mmseg", "upernet", "onnx", "program"]
 
 
 class Library(NamedTuple):
-    """A library.
+    """A library whose format `export` writes.
 
     Attributes:
         package: The library that loads the files, as Hugging Face names it on model cards.
-        holds: What its files hold, for messages.
+        holds: Contents of its files, for messages.
         graph: Name of the file that holds the traced model, weights and all; empty where the files
             hold tensors for a model of the library's own.
         heads: Whether the files hold the heads of a task too, and only runs that have them go out.

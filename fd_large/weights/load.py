@@ -1,4 +1,4 @@
-"""A model of this project from the folder of an export, whole, in host memory."""
+"""Loading of an exported model, whole, in host memory."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def load_model(
     shift_stages: tuple[bool, ...] = (),
     stage_windows: tuple[int, ...] = (),
 ) -> tuple[nn.Module, Statistics]:
-    """Builds the model of an export and fills it, ready for inference.
+    """Builds the model of an export with its weights, ready for inference.
 
     Args:
-        folder: What `export --to fd`, `timm` or `hf` wrote, or `weights convert --to fd`.
+        folder: Folder from `export --to fd`, `timm` or `hf`, or from `weights convert --to fd`.
         size_rule: "drop" or "pad" image sizes that do not fit; only Swin models pad.
         window_rule: This and the next two as in the recipe of the model, `student.window_rule`.
         shift_stages: See `backbones.family.Options`.
@@ -35,7 +35,7 @@ def load_model(
 
     Returns: the backbone, which maps normalised images (B, 3, H, W) to a `FeatureMap`, and the
         statistics by which images are normalised.
-    Raises: WeightsError: if the folder holds no such model.
+    Raises: WeightsError: if the folder contains no such model.
     """
     where = "load_model"
     weights = Sources().resolve(folder, where=where)
@@ -61,7 +61,7 @@ def fill(net: nn.Module, items: Iterable[tuple[str, Tensor]]) -> None:
     """Copies tensors into the parameters and buffers of the same names.
 
     Args:
-        net: Whole, in host memory.
+        net: The whole module, in host memory.
         items: (name, tensor); other names are ignored.
     """
     held = dict(net.named_parameters()) | dict(net.named_buffers())

@@ -1,4 +1,4 @@
-"""The README.md of an exported student: where it comes from, how good it is, how to use it.
+"""The README.md of an exported student: its origin, quality and use.
 
 A task adds its own part (`Learned`). No path of the machine is in the text.
 """
@@ -40,14 +40,14 @@ class ExportedStudent:
     Attributes:
         architecture: The student, with the image size of the export.
         statistics: The normalisation that it was trained with.
-        into: What it becomes in the library's files; None if it goes out as a graph.
+        into: Its form in the library's files; None for a graph.
         to: The library.
         parameters: Number of its elements.
         manifest: The checkpoint's manifest: steps, samples, facts of the job.
         summary: Content of the run's summary.json; empty where the run has not ended.
         sharded: Whether the tensors are in several files.
-        repository: OWNER/NAME on the Hugging Face Hub where it goes; empty: it stays here.
-        licence: Its licence, as the Hub names it; empty: unknown.
+        repository: OWNER/NAME on the Hugging Face Hub, or "" without an upload.
+        licence: Licence by its name on the Hub; "" if unknown.
         base_model: OWNER/NAME of the model on the Hub that it learned from, where the user says it.
         trained_by: See `own_config`.
     """
@@ -72,13 +72,14 @@ class Learned:
 
     Attributes:
         title: The heading, after the student's name.
-        intro: What the model is, in a sentence or two.
+        intro: Description of the model in a sentence or two.
         tag: Tag on the Hugging Face Hub.
         tables: Tables of its own, {heading: {row: text}}.
         recipe: Rows that it adds to the table of the recipe.
         data: Rows that it adds to the table of the images.
-        metrics: Numbers of summary.json that are shown, {key: words}.
-        origins: Weights that it learned from besides the student's own, {whose: origin}.
+        metrics: Entries of summary.json to show, {key: label}.
+        origins: Origins of weights that it learned from, besides the student's own, {owner:
+            origin}.
     """
 
     title: str
@@ -95,7 +96,7 @@ def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned)
     """Returns the text, in Markdown.
 
     Args:
-        recipe: The recipe as recipe.json has it.
+        recipe: Contents of recipe.json.
         exported: The student, its checkpoint and its files.
         learned: The task's part.
     """
@@ -169,7 +170,7 @@ def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned)
 
 @cache
 def _template() -> Any:
-    """The template beside this file; what it prints is escaped unless it says whose it is."""
+    """Returns the template next to this file; printed values are escaped unless marked safe."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -187,12 +188,12 @@ def _template() -> Any:
 
 
 def _file_of(code: str) -> str:
-    """The file of a model of the user's own, as others may see it; empty for another model."""
+    """Returns the file name of the user's own model code, without folders, or ""."""
     return without_folders(code).removeprefix(doors.PREFIX).rpartition(":")[0] if code else ""
 
 
 def _rules(sizes: Mapping[str, Any]) -> str:
-    """Unusual rules of sizes, as further arguments of `load_model`."""
+    """Returns unusual rules of sizes as further arguments of `load_model`."""
     usual = Student(model="").sizes()
     return "".join(
         f", {name}={json.dumps(value) if isinstance(value, str) else tuple(value)}"
@@ -202,7 +203,7 @@ def _rules(sizes: Mapping[str, Any]) -> str:
 
 
 def map_of(net: nn.Module, side: int) -> str:
-    """Returns the words for the map that a backbone gives of images of so many pixels a side."""
+    """Returns the description of a backbone's map, for images of a side in pixels."""
     rows, columns = net.grid(side, side)
     prefix = net.num_prefix_tokens
     after = f", after {prefix} class token{'s' if prefix > 1 else ''}" if prefix else ""
@@ -226,7 +227,7 @@ def _metadata(exported: ExportedStudent, learned: Learned, origins: Mapping[str,
 
 
 def _length(optim: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """Length of the whole run, by its recipe or by what fitted into its time."""
+    """Returns the length of the whole run, by its recipe or by its time limit."""
     if decided := decided_steps(manifest):
         return f"{decided:,}, as many as its time limit allowed"
     most = optim["max_steps"]

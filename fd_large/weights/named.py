@@ -1,7 +1,7 @@
-"""Sources of weights, looked at before torch is imported: what can be known without a library.
+"""Checks of sources of weights before torch or a library is imported.
 
-Whether the Hub has a repository only its server knows, whether timm or open_clip have weights of a
-name and a tag only they; so much is found when the source is opened (`download.py`).
+Whether the Hub has a repository, or timm and open_clip weights of a name and tag, is found when
+the source is opened (`download.py`).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _NAMES = re.compile(r"(?:^def |')(\w+)(?=[('])", re.MULTILINE)
 
 
 def require_named(source: str, *, where: str, folders: tuple[str, ...] = ()) -> None:
-    """Refuses a source of weights that stands for nothing, as far as shows without torch.
+    """Refuses an invalid source of weights, as far as possible without torch.
 
     Args:
-        source: As a recipe has it; a path at which nothing stands is passed over.
+        source: Source in the recipe; a missing path is not refused here.
         where: The field that the user set, for messages.
-        folders: Schemes before the path of a folder, where the section takes more than weights.
+        folders: Further prefixes of a folder's path that the section accepts besides weights.
 
     Raises: WeightsError or ConfigError: naming the field.
     """
@@ -63,7 +63,7 @@ def require_named(source: str, *, where: str, folders: tuple[str, ...] = ()) -> 
 
 
 def file_in_package(name: str, where: str) -> Path:
-    """Returns the weights file that an installed package carries, which is not imported.
+    """Returns the weights file inside an installed package, without importing it.
 
     Raises: WeightsError: if it is not installed, or holds no weights file or several.
     """
@@ -91,7 +91,7 @@ def file_in_package(name: str, where: str) -> Path:
 
 
 def no_open_clip(source: str, where: str) -> WeightsError:
-    """Returns the error for a source of open_clip where that is not installed."""
+    """Returns the error for a source of open_clip if open_clip is not installed."""
     return WeightsError(
         f"{where}: open_clip is not installed; got {source}, expected the package that knows it. "
         "pip install 'fd_large[open_clip]', or give the path of a file."
@@ -99,12 +99,12 @@ def no_open_clip(source: str, where: str) -> WeightsError:
 
 
 def require_in_timm(name: str, where: str) -> None:
-    """Refuses a model that no file of timm defines.
+    """Refuses a model that timm does not define.
 
-    Where timm is imported already it answers by itself, and knows what was registered with it.
+    If timm is already imported, it is asked, and knows models registered at run time.
 
     Args:
-        name: As `timm:NAME` has it, with a tag or arguments.
+        name: NAME of `timm:NAME`, with a tag or arguments.
         where: The field that the user set, for messages.
 
     Raises: WeightsError: with the nearest names.
@@ -121,7 +121,7 @@ def require_in_timm(name: str, where: str) -> None:
 
 @cache
 def _names_in_timm() -> Collection[str]:
-    """Functions and quoted names in timm's files, its models among them; none without timm."""
+    """Returns functions and quoted names in timm's files, its models included."""
     spec = find_spec("timm")
     folders = spec.submodule_search_locations if spec else None
     names: set[str] = set()
@@ -149,7 +149,7 @@ def _require_folder(source: str, where: str) -> None:
 
 
 def _require_tensors(path: Path, where: str) -> None:
-    """Refuses a file whose first bytes are of no weights: empty, a text, a page of a server."""
+    """Refuses a file whose first bytes are not of weights: empty, text, or a server's HTML page."""
     if path.suffix in _OTHER_FILES:
         return
     try:

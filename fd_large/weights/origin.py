@@ -1,4 +1,4 @@
-"""Whose weights a model learned from: their licence and repository, as far as anything says it.
+"""The origin of weights: their licence and repository, as far as known.
 
 It is asked of the source's name and not of the resolved weights, since the card of a stored run is
 written where its teacher may be gone, and must neither open nor fetch it.
@@ -29,10 +29,10 @@ _HEAD_BYTES = 1 << 16
 
 
 class Origin(NamedTuple):
-    """Origin of weights.
+    """Licence and repository of weights.
 
     Attributes:
-        licence: Their licence, in words; UNKNOWN if nothing says it.
+        licence: Licence in words, or UNKNOWN.
         repository: OWNER/NAME on the Hugging Face Hub; empty if they are not known to be there.
     """
 
@@ -41,7 +41,7 @@ class Origin(NamedTuple):
 
 
 def is_random(source: str) -> bool:
-    """Whether a source stands for random weights."""
+    """Whether a source means random weights."""
     if source in ("", RANDOM):
         return True
     brought = family_of_source(source)
@@ -50,7 +50,7 @@ def is_random(source: str) -> bool:
 
 
 def origin_of(source: str, model: str, architecture: FamilyArchitecture | None) -> Origin:
-    """Returns the known origin of a source of weights; asks no server.
+    """Returns the known origin of a source of weights, without network access.
 
     Args:
         source: The source, as a recipe states it.
@@ -83,7 +83,7 @@ def origin_of(source: str, model: str, architecture: FamilyArchitecture | None) 
 
 
 def without_folders(source: str) -> str:
-    """Returns a source as others may see it: of a path the last name alone."""
+    """Returns a source fit for publication: only the last name of a path."""
     if doors.is_own(source):
         return doors.PREFIX + Path(source.removeprefix(doors.PREFIX)).name
     return source if source.startswith(_SCHEMES) else Path(source).name
@@ -106,7 +106,7 @@ def file_beside(source: str, name: str) -> Path | None:
 
 
 def licence_of_card(card: Path | None) -> str:
-    """Returns the licence in the metadata of a model card; empty if there is none."""
+    """Returns the licence in the metadata of a model card, or ""."""
     if card is None or kind_of(card) != "file":
         return ""
     try:
@@ -127,7 +127,7 @@ def licence_of_card(card: Path | None) -> str:
 
 
 def _timm_licence(config: Path) -> str:
-    """The licence in a configuration of timm's; empty if there is none."""
+    """Returns the licence in a configuration of timm's, or ""."""
     if kind_of(config) != "file":
         return ""
     try:

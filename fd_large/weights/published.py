@@ -1,4 +1,4 @@
-"""Weights in a published format: which format it is, their tensors in our names, their model."""
+"""Weights in a published format: detection, tensors in our names, and their model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BETWEEN = re.compile(r"backbone\.(norm\d|hidden_states_norms|fpn\d|fpn)\.")
 
 
 class Known(NamedTuple):
-    """A format, and the family whose models it holds."""
+    """A format and the family of its models."""
 
     family: Family
     format: Format
@@ -45,10 +45,10 @@ def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str,
 
     Args:
         names: Names of a file's tensors.
-        where: What the user set, for messages.
+        where: Field that the user set, for messages.
         wrapping: Keys that the tensors stood under, outermost first.
 
-    Raises: WeightsError: if the names are of no known format, or of one that no model here takes.
+    Raises: WeightsError: if the format is unknown, or no model here takes it.
     """
     names = frozenset(names)
     for name, (_, form) in FORMATS.items():
@@ -80,17 +80,17 @@ def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str,
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """An opened file of a model, in our names; nothing is read yet.
+    """An opened file of a model, in our names, with no tensor read yet.
 
     Attributes:
         source: The source as the user gave it; for a run's folder the checkpoint that was taken.
         form: Name of its format.
-        file: Its tensors as they are.
-        pieces: {our name: what makes it}.
-        dropped: Names in the file that are left out on purpose.
+        file: Its tensors under their own names.
+        pieces: {our name: rule that makes the tensor}.
+        dropped: Names in the file that are intentionally left out.
         unfit: Names in the file that make no tensor.
-        found: What names and shapes show of the architecture; None in other fields.
-        stated: What the format and a configuration beside the file state about it.
+        found: Fields of the architecture shown by names and shapes; None in the others.
+        stated: Statements of the format and of a configuration next to the file.
         statistics: Image statistics that it was trained with; None if unknown.
         own: Whether this project wrote it.
     """
@@ -108,7 +108,7 @@ class PublishedWeights:
 
     @property
     def family(self) -> Family:
-        """The family of the model."""
+        """The model's family."""
         return FORMATS[self.form].family
 
     @property
@@ -129,12 +129,12 @@ class PublishedWeights:
 
     @property
     def trained_with(self) -> str:
-        """Statistics that its publishers use, where they are unknown and a guess would not do."""
+        """The publishers' image statistics, if they are not stated and a guess would be wrong."""
         guess_does = self.own or self.statistics is not None
         return "" if guess_does else FORMATS[self.form].format.trained_with
 
     def unknown(self, wanted: Architecture) -> tuple[str, ...]:
-        """Returns fields of the format that neither file, configuration nor user determines."""
+        """Returns fields of the format that remain unknown from file, configuration and user."""
         return tuple(
             name
             for name in FORMATS[self.form].format.ask
@@ -144,7 +144,7 @@ class PublishedWeights:
     def adapted(
         self, architecture: FamilyArchitecture, expected: Shapes
     ) -> tuple[Pieces, list[str]]:
-        """Returns the pieces for a model, and in words what was done to those of the file.
+        """Returns the rules for a model's tensors, and a description of changes to the file's.
 
         Args:
             architecture: The model, which may differ from the file's where its family allows.
@@ -171,9 +171,9 @@ class PublishedWeights:
         Args:
             architecture: The model.
             without: Names of tensors that are not wanted.
-            allow: Patterns of names that may be missing or left over.
-            where: What the user set, for messages.
-            remedy: What the user can do about tensors that do not fit.
+            allow: Patterns of names that may be missing or unused.
+            where: Field that the user set, for messages.
+            remedy: Remedy for tensors that do not fit, for messages.
 
         Raises: WeightsError: if the file does not cover the model.
         """
@@ -195,7 +195,7 @@ class PublishedWeights:
 
 
 def _groups(names: list[str]) -> str:
-    """Names by their first word, with counts."""
+    """Returns names grouped by their first word, with counts."""
     groups: dict[str, int] = {}
     for name in names:
         groups[name.split(".")[0]] = groups.get(name.split(".")[0], 0) + 1
@@ -211,14 +211,14 @@ def in_our_names(
     part: str = "",
     ignored: Sequence[str] = (),
 ) -> PublishedWeights:
-    """Finds the format of a file, and what it and a configuration beside it show of its model.
+    """Finds the format of a file, and its model from tensors and configuration.
 
     Args:
         file: The tensors of one model.
         source: The source by which a settled recipe names it.
-        stated: Returns what is stated of a model, given its family and the library of the format.
-        where: What the user set, for messages.
-        part: The part of the file that they are; empty: nobody named one.
+        stated: Returns the statements on a model, from its family and the format's library.
+        where: Field that the user set, for messages.
+        part: Part of the file that the tensors are from, or "".
         ignored: Names of the file's other tensors.
 
     Raises: WeightsError: if it is of no known format, or of no model of its family.
@@ -270,15 +270,15 @@ def in_our_names(
 
 
 def _model_flag(where: str) -> str:
-    """The flag of the model, beside that of the source."""
+    """Returns the model's flag, next to the source's."""
     section = where.rpartition(".")[0]
     return f"{section}.model" if section.startswith("--") else "--teacher.model"
 
 
 def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Architecture:
-    """Returns the architecture that the tensors show.
+    """Returns the architecture shown by the tensors.
 
-    Raises: WeightsError: if one has no elements, or has a shape that no model of the family has.
+    Raises: WeightsError: if a tensor is empty, or has a shape that is impossible in the family.
     """
     empty = [name for name, shape in shapes.items() if 0 in shape]
     if empty:
@@ -308,9 +308,9 @@ def part_of(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, l
         file: The file's tensors.
         part: Name of the model, as after # in a source; empty: the student.
         name: The file.
-        where: What the user set, for messages.
+        where: Field that the user set, for messages.
 
-    Raises: WeightsError: if the file holds no such part.
+    Raises: WeightsError: if the file lacks this part.
     """
     taught = {n.removeprefix(_TEACHER): n for n in file if n.startswith(_TEACHER)}
     has_projector = "decoder.0.weight" in file
@@ -330,7 +330,7 @@ def part_of(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, l
 def backbone_of(file: Tensors) -> tuple[Tensors, list[str]]:
     """Returns the backbone of a whole segmentation model, and the names of all other tensors.
 
-    Any other file is returned as it is.
+    Any other file is returned unchanged.
     """
     if not any(name.startswith("decode_head.") for name in file):
         return file, []

@@ -1,4 +1,4 @@
-"""An exported folder to a repository of the Hugging Face Hub."""
+"""Upload of an exported folder to a repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 def check_push(repository: str) -> None:
-    """Refuses what could not be uploaded, before anything is written.
+    """Refuses an upload that would fail, before anything is written.
 
     Args:
         repository: OWNER/NAME; nothing may stand there.
 
-    Raises: ConfigError: if it is no such name, or a repository is there; WeightsError: without a
-        token that is known there, or without a network.
+    Raises: ConfigError: if the name is invalid or the repository exists; WeightsError: without a
+        valid token or network.
     """
     if not REPOSITORY.fullmatch(repository):
         raise ConfigError(
@@ -40,7 +40,7 @@ def check_push(repository: str) -> None:
 def push(folder: Path, repository: str) -> str:
     """Makes a private repository and uploads a folder to it; returns the repository's address.
 
-    Raises: ConfigError, WeightsError: as `check_push`; what was exported stays.
+    Raises: ConfigError, WeightsError: see `check_push`; the exported folder stays.
     """
     api = _api()
     later = f"{folder} is written: upload it later, hf upload {repository} {folder}"
@@ -69,7 +69,7 @@ def _there(repository: str, remedy: str) -> ConfigError:
 
 @contextmanager
 def _explained(repository: str, remedy: str) -> Iterator[None]:
-    """Turns what the Hub's client raises into one sentence."""
+    """Turns errors of the Hub's client into one sentence."""
     from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
     try:

@@ -1,7 +1,7 @@
-"""Opens weights files without executing anything in them: safetensors and torch files.
+"""Opens weights files without running code from them: safetensors and torch files.
 
-Nothing is read before it is asked for: safetensors give slices, torch files are mapped into memory,
-so that the ranks of a host share one copy in its page cache.
+Tensors are read on access: safetensors by slices, torch files mapped into memory, so that the
+ranks of a host share one copy in its page cache.
 """
 
 from __future__ import annotations
@@ -71,18 +71,18 @@ class _Slice(NamedTuple):
     name: str
 
     def header(self) -> Any:
-        """Knows shape and type."""
+        """Returns an object with shape and data type."""
         return self.file.get_slice(self.name)
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Tensors of a file, or of several, by name; each is read when asked for.
+    """Tensors of one or several files by name, each read on access.
 
     Attributes:
         path: The file, or the index of several.
         wrapping: Keys under which the tensors were found, outermost first.
-        other_part: The part of the file that holds another model of the same kind: "student" or
-            "teacher"; empty if there is none.
+        other_part: Part of the file with another model of the same kind, "student" or "teacher",
+            or "".
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Tensors(Mapping[str, Tensor]):
         return tuple(entry.header().get_shape() if isinstance(entry, _Slice) else entry.shape)
 
     def dtype(self, name: str) -> torch.dtype | str:
-        """Returns a tensor's type without reading it; a type that torch lacks by its name."""
+        """Returns a tensor's data type without reading it; as text if torch lacks the type."""
         entry = self._entries[name]
         if isinstance(entry, _Slice):
             return DTYPES.get(entry.header().get_dtype(), entry.header().get_dtype())
@@ -128,11 +128,11 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def read_json(path: Path, *, where: str = "weights") -> Any:
-    """Reads JSON that comes from elsewhere, within bounds of time and memory.
+    """Reads untrusted JSON within bounds of time and memory.
 
     Args:
         path: A configuration of at most 4 MB, or an index (`*.index.json`) of at most 64 MB.
-        where: What the user set, for messages.
+        where: Field that the user set, for messages.
 
     Raises: WeightsError: if it is larger, no JSON, nested too deeply, or holds NaN or infinity.
     """
@@ -148,9 +148,9 @@ def read_json(path: Path, *, where: str = "weights") -> Any:
 
 
 def split_part(source: str | Path, *, where: str = "weights") -> tuple[str, str]:
-    """Splits `FILE#PART`; the part is empty where none is named.
+    """Splits `FILE#PART`; the part is "" if not named.
 
-    Raises: WeightsError: if no file can have such a part.
+    Raises: WeightsError: if the part's name is unknown.
     """
     name, mark, part = str(source).rpartition("#")
     if not mark or kind_of(source):
@@ -169,8 +169,8 @@ def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors
     TorchScript archives (OpenAI CLIP's) give their state dict.
 
     Args:
-        path: A file, an index of several, or a folder that holds one or the other.
-        where: What the user set, for messages.
+        path: A file, an index of several files, or a folder that contains either.
+        where: Field that the user set, for messages.
         part: "student" or "teacher" where the file holds both by name; "" is the teacher, which
             DINO, EsViT and iBOT evaluate (`--checkpoint_key`).
 
@@ -195,9 +195,9 @@ def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors
 
 
 def file_of(path: Path, *, where: str = "weights") -> Path:
-    """Returns the weights file (or index) that a path means: itself, or one in the folder.
+    """Returns the weights file (or index) at a path or inside a folder.
 
-    Raises: WeightsError: if there is none.
+    Raises: WeightsError: if no such file exists.
     """
     kind = kind_of(path, where=where, of=WeightsError)
     if kind == "file" and path.suffix not in _GRAPHS:
@@ -225,7 +225,7 @@ def file_of(path: Path, *, where: str = "weights") -> Path:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Returns an index of weights and its files, or the one file that a path is.
+    """Returns an index of weights and its files, or a list with the path itself.
 
     Raises: WeightsError: if the index cannot be read.
     """
@@ -243,7 +243,7 @@ def unwrap(
     Descends through `model`, `state_dict` and `student` (or the part asked for), then takes off a
     common `module.` and `backbone.`.
 
-    Raises: WeightsError: if no tensors are found, or something else stands among them.
+    Raises: WeightsError: if there are no tensors, or other values among them.
     """
     tensors, wrapping = _unwrapped(contents, where, part)
     return _without_prefixes(tensors, where), wrapping
@@ -280,7 +280,7 @@ def _unwrapped(
 
 
 def _has_both(contents: Any) -> bool:
-    """Whether a file is of a training that averages its student into a teacher, as DINO's are."""
+    """Whether a file has both a student and its averaged teacher, as in DINO."""
     if not isinstance(contents, Mapping) or "model" in contents or "state_dict" in contents:
         return False
     return all(isinstance(contents.get(part), Mapping) for part in ("student", "teacher"))
@@ -316,7 +316,7 @@ def _safetensors(path: Path) -> dict[str, _Slice]:
 
 
 def _sharded(path: Path, where: str) -> dict[str, Any]:
-    """All tensors of the files that an index names."""
+    """Returns all tensors of an index's files."""
     try:
         index = read_json(path, where=where)["weight_map"]
         files = sorted(set(map(str, index.values())))

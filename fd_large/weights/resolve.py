@@ -1,9 +1,9 @@
-"""The one way from a source, as a user writes it, to weights: `Sources.resolve`.
+"""The only way from a user's source to weights: `Sources.resolve`.
 
 A source is a model that a library or the user's code brings (`timm:NAME`, `module:FILE.py:NAME`);
-a run, one of its checkpoints or an export, whose model this project has written down; a folder
-whose configuration names a library's model; tensors in a published format, which show their model;
-or other tensors, for a model that the user names.
+a run, a checkpoint or an export, with the model in its own files; a folder whose configuration
+names a library's model; tensors in a published format, which show their model; or other tensors,
+for a model named by the user.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _FILES_OF_LIBRARIES = (".safetensors", ".bin", ".json")
 
 
 class Stored(NamedTuple):
-    """A model of this project's: in a run, in a checkpoint, or in the folder of an export.
+    """A model that this project stored: in a run, a checkpoint, or an exported folder.
 
     Attributes:
         path: Path by which it is opened again, whatever is stored since.
@@ -62,15 +62,15 @@ StoredReader = Callable[[Path, str], Stored | None]
 
 
 class Sources:
-    """The weights that one start uses; each source is resolved once.
+    """The weights of one start; each source is resolved once.
 
     Args:
         readers: Asked of a path before it is taken for a file; without collectives.
-        guesses: Whether image statistics that nothing states are guessed, with a warning, where
-            they would be asked for: there is nobody to set them.
-        settled: {source: image statistics by which it was settled earlier, empty: a guess}, for
-            where nothing states them; of such a source they are not asked for again. If its file
-            holds a student and a teacher and it names neither, it is the student.
+        guesses: Whether unknown image statistics are guessed with a warning instead of refused,
+            as no flag could set them.
+        settled: {source: image statistics from an earlier start, empty for a guess}, used if
+            nothing states them. For such a source with both student and teacher in its file, and
+            neither named, the student is taken.
     """
 
     def __init__(
@@ -86,11 +86,11 @@ class Sources:
         self._stored: dict[Path, Stored | None] = {}
 
     def resolve(self, source: str | Path, *, where: str = "") -> ResolvedWeights:
-        """Returns the weights of a source; nothing is read or fetched yet.
+        """Returns the weights of a source without reading or downloading yet.
 
         Args:
             source: See above; `#student`, `#teacher` or `#projector` after a path name a part.
-            where: What the user set, for messages; "": as it was named before.
+            where: Field that the user set, for messages; "" keeps the earlier name.
         """
         source = str(source)
         if source not in self._resolved:
@@ -102,7 +102,7 @@ class Sources:
         return self._resolved[source]
 
     def forget(self) -> None:
-        """Lets go of all files; some are in memory whole. What is asked for is opened again."""
+        """Releases all files, some of which are in memory; later accesses open them again."""
         self._resolved.clear()
         self._stored.clear()
 
@@ -115,11 +115,11 @@ class Sources:
 
 
 class ResolvedWeights:
-    """The weights of one source; each fact is found when it is first asked for, and kept.
+    """The weights of one source; each fact is found on first access and kept.
 
-    Every property raises FDError where the source cannot be fetched or read, or is damaged. Licence
-    and repository are no property: cards ask the source's name for them (origin.py). Nor is a hash:
-    that of a teacher is of the model as built, and nodes compare samples of the file at `path`.
+    Every property raises FDError if the source cannot be downloaded or read, or is damaged.
+    Licence and repository come from the source's name instead (origin.py). A teacher's hash is
+    taken from the built model, and nodes compare samples of the file at `path`.
 
     Args:
         source: As the user wrote it.
@@ -130,7 +130,7 @@ class ResolvedWeights:
         source: As the user wrote it.
         settled_source: The source by which a settled recipe names the same weights: of a run the
             checkpoint that was taken, of a file with two models FILE#PART.
-        where: What the user set, for messages.
+        where: Field that the user set, for messages.
         brought: The family that brings the model with its weights, and its name there; None for
             sources that end in a file.
     """
@@ -144,7 +144,7 @@ class ResolvedWeights:
 
     @cached_property
     def stored(self) -> Stored | None:
-        """The model that this project stored; None if the source is another. Imports no code."""
+        """The model that this project stored, or None for other sources. Imports no code."""
         path = Path(self.source)
         if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
             raise WeightsError(
@@ -161,15 +161,15 @@ class ResolvedWeights:
 
     @property
     def unpublished(self) -> Stored | None:
-        """The stored model, if its family has no published names by which tensors show a model."""
+        """The stored model if its family has no published names, so that tensors cannot show it."""
         found = self.stored
         return found if found and family_of(found.architecture).published is None else None
 
     @cached_property
     def described(self) -> Described | None:
-        """The library model that config.json names; None where names of tensors show the model.
+        """The library's model in config.json, or None if the names of tensors show the model.
 
-        Raises: WeightsError: if its configuration names a model that nothing here reads.
+        Raises: WeightsError: if its configuration names an unsupported model.
         """
         if brings_model(self.source) or self.source.startswith(OPEN_CLIP):
             return None
@@ -180,7 +180,7 @@ class ResolvedWeights:
 
     @cached_property
     def published(self) -> PublishedWeights:
-        """The weights by our names, and what they show of their model.
+        """The weights in our names, with the model that they show.
 
         Raises: WeightsError: if they are of no published format.
         """
@@ -204,7 +204,7 @@ class ResolvedWeights:
 
     @cached_property
     def tensors(self) -> Tensors:
-        """The tensors under their own names, of a file with two models the student's."""
+        """The tensors under their own names; from a file with two models, the student's."""
         if self.brought:
             family, rest = self.brought
             assert family.scheme is not None
@@ -226,11 +226,11 @@ class ResolvedWeights:
 
     @property
     def folder(self) -> Path | None:
-        """The folder that the file stands in; None if a library brings the weights."""
+        """The file's folder; None if a library brings the weights."""
         return self.path.parent if self.path else None
 
     def statistics_for(self, architecture: FamilyArchitecture) -> Statistics | None:
-        """Returns the image statistics that are stated for a model; None if there are none."""
+        """Returns the stated image statistics of a model, or None."""
         if family_of(architecture).matched is None:
             return self.published.statistics
         return self.unpublished.statistics if self.unpublished else None
@@ -248,8 +248,8 @@ class ResolvedWeights:
         Args:
             architecture: The model.
             without: Names of tensors that are not wanted.
-            allow: Patterns of names that may be missing or left over.
-            remedy: What the user can do about tensors that do not fit.
+            allow: Patterns of names that may be missing or unused.
+            remedy: Remedy for tensors that do not fit, for messages.
 
         Raises: WeightsError: if they do not cover the model.
         """
@@ -279,7 +279,7 @@ class ResolvedWeights:
         )
 
     def fetch(self) -> None:
-        """Downloads what a library would download once tensors are read; in a meeting of all ranks.
+        """Downloads weights ahead of a library's first read, while the other ranks wait.
 
         Raises: WeightsError: if it cannot be had.
         """
@@ -301,7 +301,7 @@ class ResolvedWeights:
         return Configuration(self._located, folder, self.where)
 
     def _backbone(self) -> tuple[Tensors, list[str]]:
-        """The tensors of one backbone, and the names of all others that stand beside them."""
+        """The tensors of one backbone, and the names of all other tensors in the file."""
         if self._located.tensors is not None:
             return self._located.tensors, []
         (name, part), where = self._name_and_part, self.where
@@ -323,14 +323,14 @@ class ResolvedWeights:
         return file, [*others, *heads]
 
     def _file(self, part: str) -> Tensors:
-        """The tensors of one model of the file; "" is the one that is evaluated."""
+        """Returns the tensors of one model in the file; "" is the evaluated model."""
         if part not in self._files:
             name, _ = self._name_and_part
             self._files[part] = read(name, where=self.where, part=part)
         return self._files[part]
 
     def _exported(self) -> Stored | None:
-        """The model of a folder that `export` wrote, if its config.json describes it whole."""
+        """Returns the model of an exported folder, if its config.json describes it completely."""
         is_folder = kind_of(self._located.path) == "folder"
         own = self._configuration.own if is_folder else None
         if own is None or not own.architecture.family:
@@ -351,7 +351,7 @@ class ResolvedWeights:
 
 
 class _Brought(Tensors):
-    """The tensors of a library's module, which is built when the first of them is read."""
+    """Tensors of a library's module that is built on first access."""
 
     def __init__(self, scheme: Scheme, rest: str, where: str) -> None:
         assert scheme.weightless is not None
@@ -367,7 +367,7 @@ class _Brought(Tensors):
 
 
 def _tell_part(file: Tensors, name: str, taken: str, where: str) -> None:
-    """Says in the log which of two models of a file is taken."""
+    """Logs which of a file's two models is taken."""
     log.info(
         "%s: %s holds a student and a teacher: the %s is taken; %s#%s is the other",
         where,
@@ -381,7 +381,7 @@ def _tell_part(file: Tensors, name: str, taken: str, where: str) -> None:
 def other_model(
     source: str, held: FamilyArchitecture, wanted: FamilyArchitecture, where: str
 ) -> WeightsError:
-    """Returns the refusal of what this project stored, where it is not the model that is wanted."""
+    """Returns the error for a stored model that differs from the requested one."""
     return WeightsError(
         f"{where}: {source}: another model; it holds {name_of(held)}, expected {name_of(wanted)}. "
         f"{remedy_for(held)}"
@@ -389,5 +389,5 @@ def other_model(
 
 
 def remedy_for(held: FamilyArchitecture) -> str:
-    """Returns the remedy for weights that hold another model than the wanted one."""
+    """Returns the remedy for weights of another model than requested."""
     return f"Set --student.model {name_of(held)}, which it holds."

@@ -1,7 +1,7 @@
-"""Sections of a recipe whose sources are settled: the models have the architecture that files show.
+"""Settling of a recipe's models: sections get the architecture that their weights show.
 
-What names and shapes show is a fact; what they cannot show comes from the format, a configuration
-beside the file, the named model or the user, and is asked for where nothing shows it.
+Names and shapes decide most fields. Others come from the format, a configuration next to the
+file, the named model or the user, and are refused as unknown otherwise.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _STATED_BESIDE = (
 
 
 def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> FrozenModel:
-    """Returns the section of a frozen model as its weights show it.
+    """Returns the section of a frozen model, completed from its weights.
 
     A file of the Hub is downloaded; of a file only headers are read. To be called before anything
     is built; a settled section is settled again without change.
@@ -52,8 +52,8 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
         sources: Resolves the weights.
         where: The flag of the source, for messages.
 
-    Raises: WeightsError: if a file cannot be read, does not hold the named model, or leaves fields
-        open that nothing determines; ConfigError: if a model cannot be as it is described.
+    Raises: WeightsError: if a file cannot be read, does not contain the named model, or leaves
+        fields unknown; ConfigError: if the described model is impossible.
     """
     if section.source in ("", RANDOM):
         return section
@@ -81,7 +81,7 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
 def _whole(
     section: FrozenModel, model: str, architecture: Architecture, statistics: Statistics | None
 ) -> FrozenModel:
-    """The section of a model that is described whole."""
+    """Returns the section of a completely described model."""
     return replace(
         section,
         model=model,
@@ -91,7 +91,7 @@ def _whole(
 
 
 def _brought(section: FrozenModel, family: Family, name: str, where: str) -> FrozenModel:
-    """The section of a model that comes with its weights, or of the same model with random ones."""
+    """Returns the section of a model that its source brings, with its own or random weights."""
     assert family.scheme is not None
     untrained = family.scheme.untrained(name)
     if untrained is not None:
@@ -105,7 +105,7 @@ def _brought(section: FrozenModel, family: Family, name: str, where: str) -> Fro
 
 
 def _of_library(section: FrozenModel, found: Described, where: str) -> FrozenModel:
-    """The section of a library's model, which its folder describes.
+    """Returns the section of a library's model, described by its folder.
 
     Raises: WeightsError: if the user named another model.
     """
@@ -140,12 +140,12 @@ def _of_published(
     sources: Sources,
     where: str,
 ) -> FrozenModel:
-    """The section of a model that the names and shapes of its tensors show.
+    """Returns the section of a model from the names and shapes of its tensors.
 
     Args:
         section: The section as the user set it.
-        named: The model that it names; None for a family alone, whose fields are all the user's,
-            or a settled run's.
+        named: The named model; None for a family alone, with all fields from the user or a
+            settled run.
         weights: The tensors.
         sources: Know which statistics were settled earlier.
         where: The flag of the source, for messages.
@@ -189,7 +189,7 @@ def _of_published(
 
 
 def settle_student(student: Student, sources: Sources) -> Student:
-    """Returns the student's section with the model as the weights of `init` allow it.
+    """Returns the student's section with its model reconciled with the weights of `init`.
 
     Raises: WeightsError, ConfigError: as `settle_model`.
     """
@@ -223,20 +223,20 @@ def reconcile(
     section: str | None,
     trained_with: str = "",
 ) -> FamilyArchitecture:
-    """Returns the architecture of a model that takes the weights.
+    """Returns the architecture of a model that fits the weights.
 
     Args:
         weights: Opened.
-        given: Fields that the user set, which come first.
-        named: The named model; None if the model is what the file shows.
+        given: Fields that the user set, which take precedence.
+        named: The named model; None to take the file's model.
         name: Name of the named model, for messages.
-        where: What the user set, for messages.
-        section: The section that the flags of the model begin with; "" where they have none, None
-            where there are no such flags.
+        where: Field that the user set, for messages.
+        section: Section prefix of the model's flags; "" for flags without a prefix, None without
+            flags.
         trained_with: Image statistics among which the user has to choose; "" if nothing is to be
             chosen.
 
-    Raises: WeightsError: if file and model differ, or a field is known to nobody.
+    Raises: WeightsError: if file and model differ, or a field is unknown.
     """
     family, published = weights.family.architecture.family, weights.published
     if named is not None and named.family != family:
@@ -280,7 +280,7 @@ def reconcile(
 def _nothing_shows(
     weights: PublishedWeights, fields: list[str], where: str, section: str | None, trained_with: str
 ) -> WeightsError:
-    """The refusal of weights that leave fields open; the other arguments are `reconcile`'s."""
+    """Returns the error for weights that leave fields unknown; arguments as of `reconcile`."""
     start, remedy = f"--{section}." if section else "--", "Set"
     if section is None:
         remedy = (
@@ -313,7 +313,7 @@ def _placeholder(field: str) -> str:
 
 
 def stated_statistics(section: FrozenModel) -> Statistics | None:
-    """Returns the statistics that a (settled) section states; None: those of its named model."""
+    """Returns a settled section's image statistics; None means its named model's."""
     if not section.statistics:
         return None
     return Statistics(tuple(section.statistics[:3]), tuple(section.statistics[3:]))

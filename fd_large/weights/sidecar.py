@@ -1,4 +1,4 @@
-"""The configuration beside a weights file: transformers', timm's, open_clip's or our own."""
+"""The configuration next to a weights file: transformers', timm's, open_clip's or our own."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Stated(NamedTuple):
 
 
 class Described(NamedTuple):
-    """A model that a library's configuration names, and that the library's own module is.
+    """A model named in a library's configuration, built from the library's own module.
 
     Attributes:
         architecture: The fields that the configuration sets.
         statistics: None where it does not state them.
         family: The family that builds it.
-        read_here: Whether a family here reads its tensors by their names as well, and adds a norm
-            of the tokens, which the library's module does not have.
+        read_here: Whether a family here can also read its tensors by names, and adds a norm of
+            the tokens that the library's module lacks.
     """
 
     architecture: Architecture
@@ -64,15 +64,14 @@ class Described(NamedTuple):
 
 
 class Configuration:
-    """The configuration beside weights: our own, timm's, transformers', open_clip's, or none.
+    """The configuration next to weights: our own, timm's, transformers', open_clip's, or none.
 
-    Every property raises WeightsError for a file that is damaged, or that describes a model which
-    nothing here reads.
+    Every property raises WeightsError if the file is damaged or describes an unsupported model.
 
     Args:
         located: Where the weights are; a library that has them in its list describes them there.
         folder: The folder that they stand in.
-        where: What the user set, for messages.
+        where: Field that the user set, for messages.
     """
 
     def __init__(self, located: Located, folder: Path, where: str) -> None:
@@ -80,7 +79,7 @@ class Configuration:
 
     @cached_property
     def own(self) -> Stated | None:
-        """Returns the statements of our own export; None if the folder holds nothing of it."""
+        """Returns the statements of our own export, or None for other folders."""
         own = self._config.get(OWN)
         if not own:
             return None
@@ -106,7 +105,7 @@ class Configuration:
 
     @cached_property
     def model(self) -> Described | None:
-        """The library's model that config.json names; None for models read by names of tensors."""
+        """The library's model in config.json; None for models read by names of tensors."""
         config, where = self._config, self._where
         if OWN in config or not self._library:
             return None
@@ -129,8 +128,8 @@ class Configuration:
         """Returns the statements on a model whose tensors are in a published format.
 
         Args:
-            published: What the model's family says of its files.
-            library: The one whose configuration goes with the format; "" is none.
+            published: The family's description of its files.
+            library: Library whose configuration belongs to the format, or "".
 
         Raises: WeightsError: if the file is damaged, or describes another family's model.
         """
@@ -170,7 +169,7 @@ class Configuration:
 
     @property
     def _library(self) -> str:
-        """The library whose config.json this is; "" if it is no library's."""
+        """The library of this config.json, or ""."""
         if isinstance(self._config.get("architecture"), str):
             return "timm"
         return "hf" if isinstance(self._config.get("model_type"), str) else ""
@@ -183,7 +182,7 @@ class Configuration:
 
     @cached_property
     def _reader(self) -> Family | None:
-        """The family whose published names the model of config.json has."""
+        """The family with the published names of config.json's model."""
         read_by = (
             family
             for family in FAMILIES.values()
@@ -196,7 +195,7 @@ class Configuration:
     def _lacks_norm(self) -> bool:
         """Whether config.json names a model of timm without a norm of its tokens.
 
-        Most of these have one of the mean of the tokens, for the head (`fc_norm`).
+        Most of these models normalise the mean of the tokens instead, for the head (`fc_norm`).
         """
         if self._library != "timm":
             return False
@@ -229,7 +228,7 @@ class Configuration:
 
 @contextmanager
 def _plain_errors(folder: Path, where: str) -> Iterator[None]:
-    """Says in one sentence what is wrong in a configuration."""
+    """Turns errors in a configuration into one sentence."""
     try:
         yield
     except (
@@ -248,16 +247,16 @@ def _plain_errors(folder: Path, where: str) -> Iterator[None]:
 
 
 def _stated(published: Published, library: str, config: Any, where: str) -> Architecture | None:
-    """Returns a library's statements about a model; None where they describe another family's.
+    """Returns a library's statements about a model; None if they describe another family.
 
     Args:
-        published: What the model's family says of its files.
+        published: The family's description of its files.
         library: "timm", with a config.json or a module; "hf"; "open_clip", with a model
             configuration.
         config: The configuration.
-        where: What the user set, for messages.
+        where: Field that the user set, for messages.
 
-    Raises: WeightsError: for an activation that no model here has.
+    Raises: WeightsError: for an unsupported activation.
     """
     if library == "open_clip" and "timm_model_name" in config.get("vision_cfg", {}):
         vision = config["vision_cfg"]
@@ -294,7 +293,7 @@ def own_config(
 
 
 def _timm_module(config: dict[str, Any], where: str) -> Any:
-    """The module of a timm configuration, without memory; None if timm has none of that name.
+    """Returns a timm configuration's module, without memory, or None if timm lacks the name.
 
     Raises: WeightsError: for arguments that no published folder has, or that timm refuses.
     """
@@ -328,7 +327,7 @@ def _made_by_timm(name: str, arguments: str) -> Any:
 
 
 def _deeper(config: Any) -> str:
-    """A number of layers, under whatever name, that no model has; "" if there is none."""
+    """Returns an entry with an impossible number of layers, or ""."""
     for name, value in config.items() if isinstance(config, dict) else ():
         several = value if isinstance(value, list) else [value]
         number = sum(abs(v) for v in several if isinstance(v, int))

@@ -1,4 +1,4 @@
-"""Reads torch files within bounds: zip and TorchScript archives, and files of before torch 1.6.
+"""Reads torch files within bounds: zip and TorchScript archives, and files older than torch 1.6.
 
 TorchScript's code is never compiled: it is searched as text for the names of parameters and
 buffers. torch's own reader inflates without bound and runs TorchScript. Tensors are views of the
@@ -36,9 +36,8 @@ def load(path: Path) -> Any:
 
     A TorchScript archive gives its state dict.
 
-    Raises: RefusedError: if it asks for anything that is not known here; another exception
-        (ValueError, LookupError, TypeError, OSError, zipfile.BadZipFile and what else a damaged
-        file leads to) if it is damaged, or larger than a bound.
+    Raises: RefusedError: if it needs an unknown name; another exception (ValueError, LookupError,
+        TypeError, OSError, zipfile.BadZipFile and others) if it is damaged or exceeds a bound.
     """
     if not zipfile.is_zipfile(path):
         return _legacy(path)
@@ -51,7 +50,7 @@ def load(path: Path) -> Any:
 
 
 class _Mapped:
-    """A file in memory, as far as it is touched; stays while a view of it does."""
+    """A memory-mapped file that lives as long as a view of it."""
 
     def __init__(self, path: Path) -> None:
         self.size = path.stat().st_size
@@ -60,7 +59,7 @@ class _Mapped:
         self._copied = 0
 
     def held(self, begin: int, dtype: torch.dtype, numel: int) -> Held:
-        """Returns a storage, the same one whenever it is asked for."""
+        """Returns a storage, the same object for each call."""
         if (begin, dtype, numel) not in self._held:
             self._held[begin, dtype, numel] = self._new(begin, dtype, numel)
         return self._held[begin, dtype, numel]
@@ -105,7 +104,7 @@ class _Archive:
         return io.BytesIO(self.read("data.pkl"))
 
     def read(self, name: str) -> bytes:
-        """Returns a file of the archive; all that are read have a bound together."""
+        """Returns a file of the archive, within a bound on all reads together."""
         info = self._zip.getinfo(self._root + name)
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError("a compression that torch does not use")
@@ -133,7 +132,7 @@ class _Archive:
 
 
 class _Bounded(io.FileIO):
-    """A file of which zipfile cannot read a table of contents of any size."""
+    """A file that bounds the size of the table of contents that zipfile reads."""
 
     def read(self, size: int | None = -1) -> bytes:
         """Reads at most a few megabytes."""
@@ -143,7 +142,7 @@ class _Bounded(io.FileIO):
 
 
 def _legacy(path: Path) -> Any:
-    """Five pickles, then the storages; a storage's place shows when its type is known."""
+    """Reads a legacy file: five pickles, then the storages, located once their types are known."""
     with path.open("rb") as file:
         head = io.BytesIO(file.read(_PICKLE_BYTES))
     budget = Budget()
@@ -181,7 +180,7 @@ def _nowhere(key: str, dtype: torch.dtype, numel: int) -> Held:
 
 
 def _state_dict(root: Any, archive: _Archive, budget: Budget) -> dict[str, Tensor]:
-    """The parameters and buffers of a TorchScript module, by name."""
+    """Returns the parameters and buffers of a TorchScript module, by name."""
     state: dict[str, Tensor] = {}
     listed: dict[str, Mapping[str, frozenset[str]]] = {}
     pending = [("", root)]
@@ -210,9 +209,9 @@ _CLASS = re.compile(
 
 
 def _named_tensors(code: bytes) -> dict[str, frozenset[str]]:
-    """The parameters and buffers that each class of a file of TorchScript lists.
+    """Returns the parameters and buffers listed by each class in TorchScript's code.
 
-    Raises: RefusedError: if one restores itself by code.
+    Raises: RefusedError: if a class restores itself by code.
     """
     if b"def __setstate__" in code:
         raise RefusedError("__setstate__ of a TorchScript module")

@@ -1,10 +1,10 @@
 """Reads the pickles of torch files as data.
 
-A pickle is a program for a stack machine: the standard library's, here without what imports, calls
-or hashes whatever a file asks for. It knows tensors, containers and plain values, and takes
-settings that published files carry beside their tensors as passive objects. Its operations are
-looked at before the first is carried out, and every step has a bound. torch's own restricted reader
-is not enough: it hashes whatever a file asks for.
+A pickle is a program for a stack machine. This reader is the standard library's machine without
+operations that import, call or hash arbitrary objects. It knows tensors, containers and plain
+values, and turns other settings in published files into passive objects. Operations are checked
+before the first is run, and every step has a bound. torch's own restricted reader is not enough,
+because it hashes arbitrary objects.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _LARGEST, _DIMENSIONS = 2**63 - 1, 64
 
 
 class RefusedError(ValueError):
-    """A file asks for something that only running code could restore; its text is the name."""
+    """A file needs a name that only running code could restore; the message is the name."""
 
 
 class Passive:
-    """An object that nothing is known of but that it was there."""
+    """An object of unknown kind, kept without its contents."""
 
     __slots__ = ()
 
@@ -44,7 +44,7 @@ class Passive:
 # No tuples, which a pickle can make itself.
 @dataclass(frozen=True, slots=True)
 class _Global:
-    """A name that a pickle would import."""
+    """A name that a pickle asks to import."""
 
     name: str
 
@@ -58,7 +58,7 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The bytes of a storage, mapped, and the type that they are of; None while places are sought.
+    """The mapped bytes of a storage with their data type; None until storages are located.
 
     `numel` counts elements of `dtype`.
     """
@@ -69,13 +69,13 @@ class Held:
 
 
 class Budget:
-    """Work that few bytes of a file may ask for: entries that are copied, or met again."""
+    """A bound on work that a few bytes of a file can cause: copied or repeated entries."""
 
     def __init__(self) -> None:
         self._left = _ENTRIES
 
     def take(self, entries: int) -> None:
-        """Counts entries of a dictionary or of a module, before they are gone through."""
+        """Counts entries of a dictionary or module before they are processed."""
         self._left -= entries
         if self._left < 0:
             raise ValueError(f"more than {_ENTRIES:,} entries: copies or modules without end")
@@ -137,16 +137,16 @@ _PROTOCOL = 5
 
 
 def unpickled(file: BinaryIO, storages: Storages, budget: Budget, *, script: bool = False) -> Any:
-    """Carries out the next pickle of a file.
+    """Reads the next pickle of a file.
 
     Args:
         file: In memory, at the pickle; it is read up to its end.
         storages: Returns the storage of a key, a type and a number of elements.
-        budget: What the pickles of the file may ask for together.
+        budget: The common bound of the file's pickles.
         script: Whether classes of TorchScript become `Module`.
 
-    Raises: RefusedError: if it asks for anything that is not known here; another exception if it is
-        damaged or larger than a bound.
+    Raises: RefusedError: if it needs an unknown name; another exception if it is damaged or
+        exceeds a bound.
     """
     begin = file.tell()
     # This finds lengths that go beyond the file, for which the machine would make room.
@@ -165,14 +165,14 @@ def unpickled(file: BinaryIO, storages: Storages, budget: Budget, *, script: boo
 
 
 class _Reader(pickle._Unpickler):
-    """The standard library's machine in Python; C's makes room for any index that a file names."""
+    """The standard library's machine in Python, since C's allocates for any index in a file."""
 
     def __init__(self, file: BinaryIO, storages: Storages, budget: Budget, script: bool) -> None:
         super().__init__(file, encoding="latin1")
         self._storages, self._budget, self._script = storages, budget, script
 
     def find_class(self, module: str, name: str) -> _Global:
-        """Returns a name that is known here; imports nothing."""
+        """Returns a known name; imports nothing."""
         name = f"{module}.{name}"
         own = self._script and name.startswith("__torch__.") and len(name) <= NAME_LENGTH
         if own or name in _NAMES or any(known.fullmatch(name) for known in _PATTERNS):
@@ -282,7 +282,7 @@ def _set_items(into: Any, items: list[Any]) -> None:
 
 
 def _is_key(key: Any) -> bool:
-    """Whether a key is hashed and compared in no time.
+    """Whether a key can be hashed and compared in bounded time.
 
     Tuples in tuples, chosen large numbers and long texts are not.
     """
@@ -307,7 +307,7 @@ def _storage(identity: Any, storages: Storages) -> Held:
 def _tensor(
     held: Any, offset: Any, size: Any, stride: Any, *, dtype: torch.dtype | None = None
 ) -> Tensor | Passive:
-    """A view of a storage that lies in it, and has no more elements than it."""
+    """Returns a view inside a storage, with no more elements than the storage."""
     if not isinstance(held, Held) or len(size) != len(stride) or len(size) > _DIMENSIONS:
         raise ValueError("a tensor without a storage, size or stride")
     if not all(map(_is_size, (offset, *size, *stride))):
