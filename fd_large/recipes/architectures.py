@@ -1,6 +1,6 @@
-"""Named models, and the one section of a recipe that describes a model of any family; no torch.
+"""Named models, and the section of a recipe that describes a model of any family; no torch.
 
-A recipe holds a flat `Architecture`: the fields of all families, None where nothing is set. It is
+A recipe has a flat `Architecture`: the fields of all families, None if unset. It is
 made from the families' own dataclasses (`backbones/NAME/architecture.py`), where each field is
 declared and described. `resolve` turns a name and such a section into the dataclass of its family.
 """
@@ -45,7 +45,7 @@ ARCHITECTURES: dict[str, FamilyArchitecture] = {**SWINV2, **SWIN, **VIT, **TIMM}
 def field_names(family: str) -> tuple[str, ...]:
     """Returns the fields that models of a family have.
 
-    Raises: ConfigError: if there is no such family.
+    Raises: ConfigError: if the family does not exist.
     """
     if family not in FAMILIES:
         raise ConfigError(
@@ -94,7 +94,7 @@ if TYPE_CHECKING:
 
     @dataclass(frozen=True)
     class Architecture:
-        """The section as a type checker sees it: its fields are known when the program runs."""
+        """The section for type checkers; its fields are made when the program runs."""
 
         def __init__(self, **values: Any) -> None: ...
 
@@ -105,7 +105,7 @@ else:
 
 
 def by_name(name: str) -> FamilyArchitecture | None:
-    """Returns the model of a name: of the table, or with a family's prefix; None if there is none.
+    """Returns the model of a name in the table or with a family's prefix, or None.
 
     Whether a library has a model of that name shows when it is built.
     """
@@ -116,7 +116,7 @@ def by_name(name: str) -> FamilyArchitecture | None:
 
 
 def name_of(architecture: FamilyArchitecture) -> str:
-    """Returns the name of a model, whatever its image size; of its family where it has none."""
+    """Returns a model's name regardless of image size, or its family's name if it has none."""
     for name, model in ARCHITECTURES.items():
         same = name not in FAMILIES and type(model) is type(architecture)
         if same and _values_but_size(model) == _values_but_size(architecture):
@@ -127,8 +127,8 @@ def name_of(architecture: FamilyArchitecture) -> str:
 def full_name(section: Mapping[str, Any]) -> str:
     """Returns the name of the model that a section of recipe.json describes.
 
-    A model that its weights described stands there as its family with values; its name is that of
-    the table, or with the family's prefix (`timm:NAME`).
+    A model described by its weights is stored as its family with values; its name is from the
+    table, or has the family's prefix (`timm:NAME`).
     """
     model: str = section["model"]
     if model not in FAMILIES:
@@ -138,7 +138,7 @@ def full_name(section: Mapping[str, Any]) -> str:
 
 
 def model_of(section: Mapping[str, Any]) -> FamilyArchitecture | None:
-    """Returns the model that a section of recipe.json describes; None if of another version."""
+    """Returns the model of a section of recipe.json, or None if another version wrote it."""
     try:
         given = from_plain(Architecture, section.get("architecture", {}), "architecture.")
         return resolve(section["model"], given)
@@ -147,17 +147,17 @@ def model_of(section: Mapping[str, Any]) -> FamilyArchitecture | None:
 
 
 def changed_fields(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields in which the model of a section differs from the one of its `full_name`.
+    """Returns the fields in which a section's model differs from the named model of `full_name`.
 
     Args:
-        section: The model's section of recipe.json, as `full_name` takes it.
+        section: The model's section of recipe.json; see `full_name`.
     """
     model, named = model_of(section), by_name(full_name(section))
     return set_fields(overrides(model, named)) if model and named else {}
 
 
 def changed_words(section: Mapping[str, Any]) -> str:
-    """Returns these fields in words, "image_size 448, depths 2 2 6 2"; empty if there is none."""
+    """Returns changed fields in words, "image_size 448, depths 2 2 6 2", or ""."""
     words = {
         name: " ".join(map(str, value)) if isinstance(value, tuple) else value
         for name, value in changed_fields(section).items()
@@ -166,10 +166,10 @@ def changed_words(section: Mapping[str, Any]) -> str:
 
 
 def image_side_of(section: Mapping[str, Any], image_size: int) -> int:
-    """Returns the side, in pixels, of the images that a teacher sees; 0 where that is not decided.
+    """Returns the side of a teacher's images in pixels, or 0 if it is not settled.
 
     Args:
-        section: The teacher's, as `changed_fields` takes it.
+        section: The teacher's section; see `changed_fields`.
         image_size: Side of the student's images.
     """
     side = section.get("teacher_image_size")
@@ -191,8 +191,8 @@ def brings_model(source: str) -> bool:
 def resolve(name: str, overrides: Architecture | None = None) -> FamilyArchitecture:
     """Returns the named model with the overrides filled in, as its family's dataclass.
 
-    The name of a family is a name too: of a model that the overrides describe whole. So is what
-    starts with a family's prefix, as `timm:NAME`.
+    A family's name is allowed too, if the overrides describe the whole model, and so is a name
+    with a family's prefix, such as `timm:NAME`.
 
     Raises: ConfigError: if the name is unknown, or an override does not fit the family or the
         other values.
@@ -219,7 +219,7 @@ def resolve(name: str, overrides: Architecture | None = None) -> FamilyArchitect
 
 
 def whole(values: dict[str, Any]) -> FamilyArchitecture:
-    """Returns the model that a family's name and every one of its fields describe.
+    """Returns the model described by a family's name and all of its fields.
 
     Raises: ConfigError: if a field is missing, or is of another family, or has an invalid value.
     """
@@ -244,14 +244,14 @@ def set_fields(section: Architecture) -> dict[str, Any]:
 
 
 def filled(first: Architecture, second: Architecture) -> Architecture:
-    """Returns the first section, its empty fields taken from the second."""
+    """Returns the first section, with unset fields from the second."""
     return Architecture(**set_fields(second) | set_fields(first))
 
 
 def overrides(
     architecture: FamilyArchitecture, named: FamilyArchitecture | None = None
 ) -> Architecture:
-    """Returns the section with the fields that differ from a named model's; all without one."""
+    """Returns a section of the fields that differ from a named model's; all fields without one."""
     values = architecture.values()
     known = {} if named is None else named.values()
     return Architecture(**{k: v for k, v in values.items() if k not in known or v != known[k]})

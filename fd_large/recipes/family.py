@@ -1,8 +1,8 @@
 """The description of a backbone family before any model is built; no torch.
 
 Each family declares its fields once, in a dataclass of `backbones/NAME/architecture.py` that
-derives from `FamilyArchitecture`. What the rest of the package needs to know of a family it reads
-from the class attributes and methods here, never from the family's name.
+derives from `FamilyArchitecture`. The rest of the package reads facts of a family from the class
+attributes and methods here, never from the family's name.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ _LARGEST, _LONGEST, _MOST_VALUES = 2**17, 64, 32
 
 
 def is_plain(value: Any, *, counts_blocks: bool = False) -> bool:
-    """Returns whether a model can have a value that a configuration from elsewhere sets.
+    """Returns whether a value from a foreign configuration is plain enough for a model's field.
 
     Args:
-        value: None, a bool, a number, a short text, or a short list of these; nothing else is
-            plain.
+        value: None, a bool, a number, a short text, or a short list of these is plain.
         counts_blocks: Whether it is a number of blocks or several, which have a bound together.
     """
     several = value if isinstance(value, list) else [value]
@@ -50,10 +49,10 @@ def _is_plain(value: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyArchitecture:
-    """A model of one family, every field set; checked when it is made.
+    """A model of one family with every field set; checked when it is made.
 
     A subclass is a frozen dataclass whose docstring describes its fields under "Attributes:". A
-    field that several families have is of one type and means one thing.
+    field of several families has the same type and meaning in all.
     """
 
     family: ClassVar[str]
@@ -89,11 +88,11 @@ class FamilyArchitecture:
 
     @classmethod
     def named(cls, rest: str) -> Self:
-        """Returns the model that a name with the family's prefix means, given what follows it."""
+        """Returns the model of a name with the family's prefix, from the part after it."""
         raise NotImplementedError
 
     def _check(self) -> None:
-        """Refuses values that no model can have."""
+        """Refuses values that are invalid for every model."""
 
     def _require(self, ok: bool, field: str, expected: str, *beside: str) -> None:
         """Raises ConflictError for a field unless ok.
@@ -101,7 +100,7 @@ class FamilyArchitecture:
         Args:
             ok: Whether its value will do.
             field: The field.
-            expected: What would do.
+            expected: The expected values.
             beside: Other fields that decide this.
         """
         if not ok:
@@ -118,7 +117,7 @@ class FamilyArchitecture:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens of the feature map that stand for no place of the image."""
+        """Tokens of the feature map without a place in the image."""
         return 0
 
     @property
@@ -128,31 +127,30 @@ class FamilyArchitecture:
 
     @property
     def code(self) -> str:
-        """The name of code of the user's own that makes the model; empty: it is the package's."""
+        """Name of the user's own code that makes the model; "" for the package's models."""
         return ""
 
     @property
     def own_name(self) -> str:
-        """The name with the family's prefix that means the model; empty: there is none."""
+        """The model's name with the family's prefix, or ""."""
         return ""
 
     def at(self, image_size: int) -> Self:
         """Returns the same model for images of that side in pixels.
 
-        A model whose tensors are made for its own `image_size`, whatever the images have, is
-        returned as it is.
+        A model whose tensors do not depend on the images' size is returned unchanged.
         """
         return self
 
     def overridden(self, given: dict[str, Any]) -> Self:
         """Returns the model with other values of some fields.
 
-        Raises: ConfigError: if they do not fit the rest.
+        Raises: ConfigError: if they do not fit the other fields.
         """
         return replace(self, **given)
 
     def with_own_position_biases(self) -> Self:
-        """Returns the model with a position bias in every block where blocks share one."""
+        """Returns the model with a position bias in every block instead of a shared one."""
         return self
 
     def summary(self) -> dict[str, Any]:
@@ -173,11 +171,11 @@ class Transformer(FamilyArchitecture):
         depths: Number of blocks in each stage; a ViT has one stage.
         num_heads: Number of attention heads in each stage.
         patch_size: Side of a patch in pixels.
-        image_size: Side in pixels of the images that position tables are made for; models without
-            such tables take any size.
+        image_size: Side in pixels of the images for which position tables are made; models
+            without tables take any size.
         mlp_ratio: Hidden width of the MLP as a multiple of the width.
-        qkv_bias: Which of query, key and value have a bias of their own; "fused" is one vector for
-            the three.
+        qkv_bias: The ones of query, key and value with a bias of their own; "fused" is one vector
+            for all three.
         absolute_position: Whether a learned position embedding is added to the tokens.
         norm_eps: Number added to the variance in LayerNorm.
     """
@@ -234,7 +232,7 @@ class WindowedTransformer(Transformer):
     """Fields that the Swin models share.
 
     Attributes:
-        window_size: Side of an attention window in tokens; maps that are smaller are one window.
+        window_size: Side of an attention window in tokens; smaller maps are a single window.
         patch_norm: Whether a LayerNorm follows the patch embedding.
     """
 
@@ -256,11 +254,11 @@ class WindowedTransformer(Transformer):
         return self.image_size if self.absolute_position else 0
 
     def summary(self) -> dict[str, Any]:
-        """Returns the window, too."""
+        """Returns the rows of a transformer and the window."""
         return {**super().summary(), "window": self.window_size}
 
     def with_window(self, window_size: int) -> Self:
-        """Returns the model that a trained one becomes in windows of another size."""
+        """Returns a trained model for windows of another size."""
         return replace(self, window_size=window_size)
 
     def _check(self) -> None:

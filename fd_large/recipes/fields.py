@@ -1,7 +1,7 @@
 """Fields of the recipe's dataclasses: their types, checks, and conversion to JSON and back.
 
-A section checks itself when it is made, so that a wrong value gives the same message on the command
-line, in a recipe and in a stored recipe.json.
+A section checks itself when it is made, so that a wrong value gives the same message on the
+command line, in a recipe and in a stored recipe.json.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def field_names(cls: type, prefix: str = "", *, like: str = "") -> dict[str, Any
     Args:
         cls: The dataclass.
         prefix: Start of the names.
-        like: A field's name as a user wrote it. A field of type dict[str, Section] gets the entry
-            that is named there ("teachers.clip.model"), else one called NAME.
+        like: A field's name from the user. A field of type dict[str, Section] gets the entry of
+            this name ("teachers.clip.model"), else an entry called NAME.
     """
     names: dict[str, Any] = {}
     for name, hint in hints_of(cls).items():
@@ -57,7 +57,7 @@ def override(section: _Section, values: Mapping[str, Any]) -> _Section:
     """Returns a dataclass with other values of some fields, nested ones included.
 
     Args:
-        section: The dataclass; it stays as it is.
+        section: The dataclass, which is not changed.
         values: {"optim.base_lr": 1e-4, ...}.
 
     Raises:
@@ -68,7 +68,7 @@ def override(section: _Section, values: Mapping[str, Any]) -> _Section:
 
 
 def nested(values: Mapping[str, Any], tree: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns {"optim": {"base_lr": 1e-4}} for {"optim.base_lr": 1e-4}; a given tree is filled."""
+    """Returns {"optim": {"base_lr": 1e-4}} for {"optim.base_lr": 1e-4}; may extend a tree."""
     tree = {} if tree is None else tree
     for name, value in values.items():
         *parents, last = name.split(".")
@@ -140,8 +140,8 @@ def fits(value: Any, hint: Any) -> bool:
 def check_types(section: Any, where: str) -> None:
     """Raises ConfigError if a value of a section is not of its field's type.
 
-    Files of the user's own are named by their absolute path from here on, so that a recipe does not
-    depend on the current folder.
+    Paths of the user's own files become absolute, so that a recipe does not depend on the current
+    folder.
     """
     for name, hint in hints_of(type(section)).items():
         value = getattr(section, name)
@@ -184,11 +184,11 @@ def require(
 
     Args:
         ok: Whether the value will do.
-        what: The field and what is wrong, "optim.warmup_epochs: warm-up longer than the run".
+        what: The field and the problem, "optim.warmup_epochs: warm-up longer than the run".
         got: The value.
-        expected: What would do.
-        remedy: What mends it; empty: another value of the field. Beside other fields it is a
-            further way out, which follows "or".
+        expected: The expected values.
+        remedy: How to fix it; "" means another value of the field. Next to other fields it is an
+            alternative, introduced by "or".
         beside: Other fields that decide whether the value will do.
     """
     if not ok and beside:
@@ -223,7 +223,7 @@ def at_least(where: str, value: int, least: int, unit: str) -> None:
 
 
 def is_name(where: str, text: str) -> None:
-    """Refuses a text that a folder cannot be called: a path would lead elsewhere."""
+    """Refuses a text that is not a plain folder name, such as a path."""
     is_trimmed = text.strip(" ") == text and text.isprintable() and not text.startswith(".")
     require(
         bool(text) and is_trimmed and not {"/", "\\"} & set(text),
@@ -245,7 +245,7 @@ def statistics_or_none(where: str, values: tuple[float, ...]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Returns nested dicts with lists in place of tuples, as JSON has them."""
+    """Returns nested dicts with lists in place of tuples, for JSON."""
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
@@ -268,7 +268,7 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def flat_plain(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the same of a stored recipe: {"optim.base_lr": value, ...}."""
+    """Returns {"optim.base_lr": value, ...} of a stored recipe."""
     named: dict[str, Any] = {}
     for name, value in values.items():
         inside = isinstance(value, dict)
@@ -277,13 +277,13 @@ def flat_plain(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
-    """Returns the dataclass whose `plain(asdict(...))` is given; absent keys take the defaults.
+    """Returns the dataclass from its `plain(asdict(...))`; absent keys take the defaults.
 
     A dataclass whose fields depend on the values has a classmethod `class_for(values)`, which
-    returns the subclass that has them.
+    returns the subclass with these fields.
 
     Raises:
-        ConfigError: A key is unknown, a needed one absent, or a value of the wrong type.
+        ConfigError: A key is unknown or missing, or a value has the wrong type.
     """
     where = prefix.rstrip(".") or "recipe"
     if not isinstance(values, dict):
@@ -317,7 +317,7 @@ def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
 
 
 def _entry(cls: type[_Section], values: Any, prefix: str, key: str) -> _Section:
-    """As `from_plain`, for an entry that calls itself PREFIX.NAME in what it refuses."""
+    """Returns an entry by `from_plain`, with messages that name it PREFIX.NAME."""
     try:
         return from_plain(cls, values, f"{prefix}{key}.")
     except ConflictError as error:

@@ -1,6 +1,6 @@
-"""The names of what stands in the folder of a run.
+"""The names of files and folders in the folder of a run.
 
-They stay as they are: the folders of earlier runs and the tools of users have them.
+They must not change, since earlier runs and users' tools rely on them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def is_run(folder: Path) -> bool:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuses links in a run's folder through which the run would write or remove what is others'.
+    """Refuses links in a run's folder through which the run would write or remove other files.
 
     A folder from elsewhere may have them. A folder of the run may be a link all the same, as to a
     larger disk, unless it leads to another run's.

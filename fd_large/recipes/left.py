@@ -1,4 +1,4 @@
-"""Fields of earlier versions that left: in which version, and what to do instead.
+"""Fields removed from recipes: the version and the remedy of each.
 
 A stored recipe is read without them; whoever sets one, by a flag, in a run file or from Python, is
 told the remedy. docs/stability.md shows the table.
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Left(NamedTuple):
-    """A field that left.
+    """A removed field.
 
     Attributes:
         version: The first version without it.
@@ -44,11 +44,11 @@ LEFT = {
 
 
 def refusal(name: str, value: Any) -> str | None:
-    """Returns why a field cannot be set, or None if it is none that left.
+    """Returns why a removed field cannot be set, or None for other fields.
 
     Args:
         name: The field, as it was typed.
-        value: What it was set to.
+        value: Value that the user set.
     """
     left = LEFT.get(name)
     if left is None:
@@ -60,10 +60,10 @@ def refusal(name: str, value: Any) -> str | None:
 
 
 def without_left(recipe: Any) -> Any:
-    """Returns a stored recipe without fields that left; logs those that did something, once.
+    """Returns a stored recipe without removed fields; logs once those that had an effect.
 
     Args:
-        recipe: What a run or a checkpoint stored; anything but nested dicts stays as it is.
+        recipe: Recipe of a run or a checkpoint; anything but nested dicts stays unchanged.
     """
     active = []
     for name, left in LEFT.items():
@@ -86,11 +86,11 @@ def _log(fields: str) -> None:
 def decided_steps(
     manifest: Mapping[str, Any], first_release: Mapping[str, Any] = MappingProxyType({})
 ) -> int | None:
-    """Returns the number of steps that a time limit (optim.max_seconds) gave a run, if one did.
+    """Returns the number of steps that a time limit (optim.max_seconds) decided, if any.
 
     Args:
         manifest: Manifest of a checkpoint; decisions after its step do not count.
-        first_release: The run's time_box.json, the only place of the first release's one decision.
+        first_release: The run's time_box.json, where the first release stored the decision.
     """
     decisions = manifest.get("time_box", {}).get("decisions", [])
     made = [one["updates"] for one in decisions if one["step"] <= manifest["update"]]

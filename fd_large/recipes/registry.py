@@ -40,7 +40,7 @@ _MODULES = (
 
 
 def _recipes_in(module: ModuleType) -> Iterator[Callable[[], Run]]:
-    """Yields the recipes of a file: its own public functions that take nothing."""
+    """Yields the recipes of a file: its own public functions without arguments."""
     for name, make in vars(module).items():
         is_own = inspect.isfunction(make) and make.__module__ == module.__name__
         if is_own and not name.startswith("_") and not inspect.signature(make).parameters:
@@ -48,7 +48,7 @@ def _recipes_in(module: ModuleType) -> Iterator[Callable[[], Run]]:
 
 
 def _named(make: Callable[[], Run]) -> Callable[[], Run]:
-    """A recipe whose run has the name of its function."""
+    """Wraps a recipe so that its run has the name of its function."""
 
     @wraps(make)
     def recipe() -> Run:
@@ -66,7 +66,7 @@ FINETUNING_RECIPE = "finetune_clip_vit_base"
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """The facts of a recipe, one line each, as the table of recipes shows them.
+    """The facts of a recipe in the table of recipes, one line each.
 
     Duration and memory of a GPU are what `plan` computes for the recipe's own settings on A100s (of
     40 GB where the hardware says so) in nodes of 8 with eight 100 Gb/s network cards, with the
@@ -81,11 +81,11 @@ class Facts:
 
 
 def get(name: str, *, where: str = "--recipe") -> Run:
-    """Returns the recipe of that name.
+    """Returns the recipe with this name.
 
     Args:
         name: The name.
-        where: What gave it, for messages.
+        where: Source of the name, for messages.
 
     Raises:
         ConfigError: No recipe has that name; the message gives the nearest ones.
@@ -99,7 +99,7 @@ def get(name: str, *, where: str = "--recipe") -> Run:
 
 
 def facts(name: str) -> Facts:
-    """Returns the first line of a docstring and those that begin with a fact's name."""
+    """Returns the first line of a docstring and the lines that begin with a fact's name."""
     lines = (inspect.getdoc(RECIPES[name]) or "").splitlines()
 
     def first(key: str) -> str:

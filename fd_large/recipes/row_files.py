@@ -13,12 +13,12 @@ _END_BYTES = 1 << 16
 
 
 class Line(NamedTuple):
-    """A line of such a file.
+    """A line of a .jsonl file.
 
     Attributes:
-        number: Its number, from 1.
-        raw: Its bytes.
-        row: What it holds; None where it is damaged.
+        number: Line number, from 1.
+        raw: Bytes of the line.
+        row: Parsed contents, or None if damaged.
     """
 
     number: int
@@ -27,7 +27,7 @@ class Line(NamedTuple):
 
 
 def lines_of(path: Path) -> list[Line]:
-    """Returns the lines of a .jsonl file of a run; none where it is absent.
+    """Returns the lines of a run's .jsonl file; empty if it does not exist.
 
     A line is damaged that is not the JSON of an object with a number of steps "update", or that
     does not end.
@@ -37,9 +37,9 @@ def lines_of(path: Path) -> list[Line]:
 
 
 def newest_line(path: Path) -> list[Line]:
-    """Returns the last readable line of such a file, as number -1; none where there is none.
+    """Returns a list with the last readable line of a .jsonl file, as number -1; empty without one.
 
-    Only the end of the file is read, where a run that goes on or was killed may leave a torn line.
+    Only the end of the file is read; a running or killed run may leave a torn line there.
     """
     if kind_of(path) != "file":
         return []
@@ -52,7 +52,7 @@ def newest_line(path: Path) -> list[Line]:
 
 
 def numbers_of(lines: list[Line]) -> str:
-    """Returns the numbers of lines in words: line 3, or lines 3, 5."""
+    """Returns line numbers in words: "line 3" or "lines 3, 5"."""
     numbers = ", ".join(str(line.number) for line in lines)
     return f"line{'s' if len(lines) > 1 else ''} {numbers}"
 

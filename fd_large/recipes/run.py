@@ -1,8 +1,8 @@
 """The recipe of a run: a name and its sections.
 
-`Run` holds everything that decides a run, except what the DeepSpeed JSON decides (ZeRO stage,
-buckets, offload, hpZ). The command line, `recipe.json` of a run folder and the recipes are three
-ways to the same object. Standard library only.
+`Run` holds everything that decides a run, except the DeepSpeed JSON's settings (ZeRO stage,
+buckets, offload, hpZ). The command line, `recipe.json` of a run folder and the recipes all make
+this object. Standard library only.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Task(_TaskSections):
     def kind(self) -> TaskKind | None:
         """Returns the task's description; None for code that this process may not import.
 
-        Raises: ConfigError: if there is no such task.
+        Raises: ConfigError: if the task does not exist.
         """
         if doors.is_own(self.name) and not doors.is_allowed(self.name):
             return None
@@ -102,9 +102,9 @@ class Task(_TaskSections):
 
     @classmethod
     def class_for(cls, values: Mapping[str, Any]) -> type[Task]:
-        """Returns this class, with the section of a task of the user's own if values name one.
+        """Returns this class, with the section of the user's own task if values name one.
 
-        The section of code that this process may not import is a dict of what is stored.
+        If this process may not import the code, the section is the stored dict.
         """
         name = values.get("name", Task.name)
         if not isinstance(name, str) or name in TASKS:
@@ -196,7 +196,7 @@ LENGTH = ("optim.epochs", "optim.max_steps")
 
 
 def _is_longer(before: Optim, now: Optim) -> bool:
-    """Whether a run may go on to another length: to a larger one, as far as a recipe shows.
+    """Whether a run may continue to another length: only to a larger one.
 
     Numbers of different units (epochs and steps) are compared once the length of an epoch is known.
     """
@@ -264,7 +264,7 @@ class Run:
         return {"student": self.student, "teacher": self.teacher, **several}
 
     def _with_model(self, where: str, section: Any) -> Run:
-        """Returns the run with another section of that name in `_models`."""
+        """Returns the run with another section of a model; see `_models`."""
         group, _, name = where.partition(".")
         changed: dict[str, Any] = {group: section}
         if name:
@@ -272,9 +272,9 @@ class Run:
         return replace(self, **changed)
 
     def _check_teachers(self) -> None:
-        """Refuses names that would be taken for something else, and a second way to say teachers.
+        """Refuses ambiguous names of teachers, and teachers given in two ways.
 
-        Raises: ConfigError: naming what is wrong.
+        Raises: ConfigError: naming the problem.
         """
         for name in self.teachers:
             if not _TEACHERS_NAME.fullmatch(name) or name in _TAKEN:
@@ -298,7 +298,7 @@ class Run:
             )
 
     def _refuse_sections_of(self, kind: TaskKind, read: TaskKind) -> None:
-        """Refuses settings of another task that this one does not read: they would do nothing."""
+        """Refuses settings of other tasks, which would have no effect."""
         own = {name: getattr(self, name) for name in kind.sections if name not in read.sections}
         for several in ("teachers", "students"):
             own |= _named(several, own.pop(several, {}))
@@ -315,9 +315,9 @@ class Run:
 
     @property
     def frozen_models(self) -> dict[str, FrozenModel]:
-        """The models that the run uses and does not train, by section.
+        """The frozen models of the run, by section.
 
-        If the task is code that this process may not import, those that the recipe describes.
+        If this process may not import the task's code, only models described by the recipe.
         """
         kind = self.task.kind()
         sections = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -331,7 +331,7 @@ class Run:
 
     @property
     def frozen_dtype(self) -> str:
-        """The data type of the frozen models that the run uses; float32 if they differ."""
+        """The data type of the run's frozen models; float32 if they differ."""
         dtypes = {getattr(model, "dtype", AUTO) for model in self.frozen_models.values()}
         return dtypes.pop() if len(dtypes) == 1 else "float32" if dtypes else AUTO
 
@@ -341,14 +341,14 @@ class Run:
 
     @property
     def taught_by(self) -> dict[str, NamedTeacher]:
-        """The teachers, each with what is learnt of it, by name; "" is the name of an only one.
+        """The teachers with their objectives, by name; "" names a single teacher.
 
-        The only teacher of the sections teacher and objective is an entry like those of several.
+        A single teacher's sections teacher and objective become an entry like those of several.
         """
         return self.teachers or {ONLY: NamedTeacher.joined(self.teacher, self.objective)}
 
     def with_taught_by(self, teachers: dict[str, NamedTeacher]) -> Run:
-        """Returns the run with other entries of `taught_by`, of the same names."""
+        """Returns the run with other entries in `taught_by`, under the same names."""
         if self.teachers:
             return replace(self, teachers=teachers)
         teacher, objective = teachers[ONLY].parted()
@@ -362,11 +362,11 @@ class Run:
     def with_fields(self, values: Mapping[str, Any], *, stay: Collection[str] = ()) -> Run:
         """Returns the run with other values of some fields, {"optim.base_lr": 1e-4, ...}.
 
-        A model of another family keeps none of the fields of the run's own, and another task
-        nothing that the run says to its own task alone. Where the run names a teacher's weights,
-        other weights bring their own model. The first of several teachers take the place of the
-        run's only one. A new one of several students begins as the run's own. Some fields follow
-        others (`Optim.implied`).
+        A model of another family drops the fields of the run's own model, and another task drops
+        the run's fields of its own task. If the run names a teacher's weights, other weights
+        bring their own model. New named teachers replace the run's single teacher. A new named
+        student starts from the run's own student section. Some fields follow others
+        (`Optim.implied`).
 
         Args:
             values: The values by name.
@@ -396,12 +396,12 @@ class Run:
         return override(base, {**values, **follow})
 
     def changes_since(self, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Returns the fields that differ from a stored run's and that a resume may not change.
+        """Returns the fields that differ from a stored run's although a resume may not change them.
 
         Args:
-            stored: What `to_dict` gave.
+            stored: Result of `to_dict`.
 
-        Returns: {"optim.base_lr": (value there, value here), ...}.
+        Returns: {"optim.base_lr": (stored value, new value), ...}.
         Raises: ConfigError: as `from_dict`.
         """
         kind, before = self.task.kind(), Run.from_dict(stored)
@@ -431,7 +431,7 @@ class Run:
         }
 
     def changes_before_weights(self, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Returns the fields of `changes_since` that differ before weights complete the recipe.
+        """Returns the part of `changes_since` that shows before weights complete the recipe.
 
         Args: As `changes_since`.
         """
@@ -456,16 +456,16 @@ class Run:
         return min(divisors, key=lambda number: abs(math.log(number / USUAL_NORM_BATCH)))
 
     def code(self) -> dict[str, str]:
-        """Returns {name: SHA-256} of the files of the user's own that the run names."""
+        """Returns {name: SHA-256} of the user's own files in the run."""
         students = self.students.values() or [self.student]
         sections: list[Student | FrozenModel] = [*students, *self.frozen_models.values()]
         models = [resolve(s.model, s.architecture).code for s in sections if s.model != AUTO]
         return doors.hashes([self.to_dict(), models])
 
     def each_student(self) -> dict[str, Run]:
-        """Returns the run of each student by name; "" is the name of an only one.
+        """Returns the run of each student by name; "" names a single student.
 
-        Alone, such a run would compute the same.
+        Each run computes the same alone.
         """
         if not self.students:
             return {"": self}
@@ -503,12 +503,12 @@ class Run:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Run:
-        """Returns the run that `to_dict` gave, without fields that left since.
+        """Returns the run from the result of `to_dict`, without removed fields.
 
         An absent key takes the field's default.
 
         Raises:
-            ConfigError: A key is unknown, a needed one absent, or a value of the wrong type.
+            ConfigError: A key is unknown or missing, or a value has the wrong type.
         """
         return from_plain(cls, without_left(values), "")
 
@@ -523,11 +523,11 @@ def difference(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:
 def _with_other_model(
     section: Student | FrozenModel, where: str, values: Mapping[str, Any]
 ) -> Student | FrozenModel:
-    """Returns a model's section without what values make untrue: see `Run.with_fields`.
+    """Returns a model's section without fields that new values invalidate; see `Run.with_fields`.
 
     Args:
         section: The section.
-        where: What precedes its fields' names.
+        where: Prefix of its fields' names.
         values: The values by name.
     """
     if isinstance(section, FrozenModel):
@@ -546,7 +546,7 @@ def _with_other_model(
 
 
 def _ends_of_students(optim: Optim, values: Mapping[str, Any], named: set[str]) -> dict[str, float]:
-    """Returns the ends of students' schedules that follow rates of their own, by full name.
+    """Returns the schedule ends of students with learning rates of their own, by full name.
 
     Args:
         optim: The recipe's section.
@@ -574,10 +574,10 @@ def _named(group: str, entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _set_fields(sections: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns {name: (value, default)} of the fields that sections set; what is automatic is not.
+    """Returns {name: (value, default)} of the fields that sections set, without automatic fields.
 
     Args:
-        sections: Sections by what precedes their fields' names.
+        sections: Sections by the prefix of their fields' names.
     """
     found: dict[str, tuple[Any, Any]] = {}
     for name, section in sections.items():
@@ -588,12 +588,12 @@ def _set_fields(sections: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def _usual(section: Any) -> Any:
-    """Returns the section with the default of every field; a student has a model."""
+    """Returns the section with every field at its default, with a model for a student."""
     return type(section)(model="") if isinstance(section, Student) else type(section)()
 
 
 def _unread(read: TaskKind) -> dict[str, Any]:
-    """Returns the sections that a task does not read, by name, as they are by default."""
+    """Returns the default sections that a task does not read, by name."""
     names = {name for kind in TASKS.values() for name in kind.sections} - set(read.sections)
     # The types of several teachers and students are called like a dict, and give an empty one.
     return {name: hints_of(Run)[name]() for name in names}

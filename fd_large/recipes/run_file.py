@@ -1,4 +1,4 @@
-"""Values of a recipe's fields from elsewhere than flags: a YAML or JSON file, or Python.
+"""Values of a recipe's fields from a YAML or JSON file, or from Python.
 
 Both are nested as in `recipe.json`; a name with dots stands for the same ("optim.max_steps: 20").
 Files are data: nothing in them is evaluated, and code of the user's own that they name is imported
@@ -33,7 +33,7 @@ MOST_NAMES, MOST_BYTES = 10_000, 4 << 20
 
 @dataclass(frozen=True)
 class Given:
-    """Values of fields, and where each of them stands.
+    """Values of fields with the place of each.
 
     Attributes:
         values: {"optim.max_steps": 20, ...}
@@ -46,7 +46,7 @@ class Given:
     lines: Mapping[str, int] = field(default_factory=dict)
 
     def where(self, name: str) -> str:
-        """Returns the place of a field with which messages begin, "run.yaml:12: "."""
+        """Returns a field's place as the beginning of messages, "run.yaml:12: "."""
         if not self.path:
             return ""
         inside = (line for key, line in self.lines.items() if key.startswith(f"{name}."))
@@ -55,7 +55,7 @@ class Given:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain scalars as YAML 1.2 and JSON have them: `off` and `no` are text, 1e-4 is a number."""
+    """A YAML loader with YAML 1.2's scalars: `off` and `no` are text, 1e-4 is a number."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -72,7 +72,7 @@ for _tag, _pattern, _first in (
 def read_run_file(path: str) -> Given:
     """Reads a YAML or JSON file of fields, nested or with dots.
 
-    Raises: ConfigError: if there is no such file, or it is not of this form.
+    Raises: ConfigError: if the file is missing or has another form.
     """
     remedy = "Name a YAML or JSON file with fields of a recipe, such as the recipe.json of a run."
     data = read_bytes(os.path.expanduser(path), where=WHERE, remedy=remedy, max_bytes=MOST_BYTES)
@@ -116,7 +116,7 @@ def _given(tree: Any, path: str, lines: dict[str, int], twice: list[str]) -> Giv
 
 
 def _note_lines(node: Any, prefix: str, lines: dict[str, int], twice: list[str]) -> None:
-    """Notes the line of every name below a mapping, and names that stand in it twice."""
+    """Records the line of every name below a mapping, and names that occur twice."""
     if not isinstance(node, yaml.MappingNode):
         return
     if len(lines) > MOST_NAMES:
@@ -141,7 +141,7 @@ def run_of(
     mistakes: list[str] | None = None,
     refused: set[str] | None = None,
 ) -> Run | None:
-    """Returns the recipe that nested values describe.
+    """Returns the recipe from nested values.
 
     Values change the recipe that is named; a name that is no recipe's makes a run of its own,
     which has to say its student's model.
@@ -153,7 +153,7 @@ def run_of(
         mistakes: Takes the lines of all mistakes; None: they are raised.
         refused: Takes the names of the values that are refused, as `accepted` has them.
 
-    Returns: the recipe; None where a mistake left none.
+    Returns: the recipe, or None if mistakes prevent it.
     Raises: ConfigError: with a line for each mistake, unless `mistakes` takes them.
     """
     found: list[str] = []
@@ -193,7 +193,7 @@ def named_fields(given: Given, mistakes: list[str]) -> dict[str, Any]:
 
     Args:
         given: The values.
-        mistakes: Takes a line for each name that is no field's; those are left out.
+        mistakes: Receives a line for each name that is not a field; such names are left out.
     """
     task = Task
     own = next((value for name, value in _leaves(given.values, {}) if name == "task.name"), None)
@@ -214,7 +214,7 @@ def named_fields(given: Given, mistakes: list[str]) -> dict[str, Any]:
 
 
 def _is_of_own_task(name: str, task: type[Task]) -> bool:
-    """Whether the section is of a task whose code this process may not import."""
+    """Whether the section belongs to a task whose code this process may not import."""
     section = ".".join(name.split(".")[:2])
     return task is not Task and field_names(task, "task.").get(section) == dict[str, Any]
 
@@ -247,7 +247,7 @@ def accepted(
     where: Callable[[str], str] = lambda name: "",
     refused: set[str] | None = None,
 ) -> T | None:
-    """Returns the object that is built of values; each one that is refused is noted and left out.
+    """Returns the object built from values; each refused value is recorded and left out.
 
     Without a refused value the recipe's own stands in its place, which the user never gave: a
     mistake that may come of that is not told.
@@ -256,8 +256,8 @@ def accepted(
         values: Values by name.
         build: Raises a ConfigError that begins with the name of the value it refuses.
         mistakes: Takes the messages.
-        where: What a message begins with, by the name of the value.
-        refused: Names that were refused before; takes those that are refused here.
+        where: Beginning of a message, from the name of the value.
+        refused: Names that were refused before; extended here.
     """
     accepted_values = dict(values)
     refused = set() if refused is None else refused
@@ -284,7 +284,7 @@ def _fields_of(error: ConfigError) -> tuple[str, ...]:
 def _comes_of(
     refused: Collection[str], fields: Collection[str], error: ConfigError, *, given: bool
 ) -> bool:
-    """Returns whether a mistake may come of values that stand in for refused ones.
+    """Returns whether a mistake may be a consequence of replacements of refused values.
 
     Args:
         refused: Names of values that were refused.

@@ -121,11 +121,11 @@ class Student:
     def without_rules_unknown_to(
         self, architecture: FamilyArchitecture, *, kept: Collection[str] = ()
     ) -> Student:
-        """Returns the section with usual values of the size fields that a family does not have.
+        """Returns the section with default values of the size fields that a family lacks.
 
         Args:
             architecture: A model of the family.
-            kept: Fields that stay as they are.
+            kept: Fields that stay unchanged.
         """
         usual = Student(model=self.model).sizes()
         if architecture.can_pad:
@@ -133,13 +133,13 @@ class Student:
         return replace(self, **{name: v for name, v in usual.items() if name not in kept})
 
     def sizes(self) -> dict[str, Any]:
-        """Returns the fields that say what becomes of sizes that do not fit, {name: value}."""
+        """Returns the fields that decide how misfitting sizes are treated, {name: value}."""
         return {name: getattr(self, name) for name in SIZE_FIELDS}
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedStudent(Student):
-    """One of several students that learn from the same batches, and how it is optimised."""
+    """One of several students that learn from the same batches, with its optimisation."""
 
     place: ClassVar[str] = "students.NAME"
 
@@ -169,14 +169,14 @@ class NamedStudent(Student):
             raise ConfigError(str(error).replace("optim.", f"{self.place}.")) from None
 
     def alone(self) -> Student:
-        """Returns the section of the student in a run of its own."""
+        """Returns the student's section for a separate run."""
         return Student(**{f.name: getattr(self, f.name) for f in fields(Student)})
 
     def optimised(self, optim: Optim) -> Optim:
-        """Returns the section optim of the student in a run of its own.
+        """Returns the student's section optim for a separate run.
 
         Args:
-            optim: What all students have where they say nothing else.
+            optim: Default values of all students.
         """
         own = {f.name: getattr(self, f.name) for f in fields(self) if hasattr(optim, f.name)}
         return replace(optim, **{name: value for name, value in own.items() if value is not None})
@@ -190,7 +190,7 @@ _SOURCES = (
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenModel:
-    """A model that is used as it is: its name, and where its weights are."""
+    """A frozen model: its name and the source of its weights."""
 
     place: ClassVar[str] = "model"
     folder_schemes: ClassVar[tuple[str, ...]] = ()
@@ -216,11 +216,11 @@ class FrozenModel:
         statistics_or_none(f"{self.place}.statistics", self.statistics)
 
     def require_source(self, flag: str, *, others: Iterable[str] = ()) -> None:
-        """Refuses a model whose weights nothing names.
+        """Refuses a model without a source of weights.
 
         Args:
             flag: The flag of its source, for messages.
-            others: Names beside which its own may be a mistyped one.
+            others: Other names, to suggest one for a mistyped name.
 
         Raises: ConfigError: naming the flag, and the nearest of the others.
         """
@@ -461,13 +461,13 @@ class Optim:
         )
 
     def implied(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """Returns fields that follow other values of this recipe, such as {"optim.min_lr": 1e-6}.
+        """Returns fields that follow other values of the recipe, such as {"optim.min_lr": 1e-6}.
 
-        Both ends of the schedule keep their ratio to base_lr, and a warm-up that would not fit into
-        fewer epochs keeps its share of them.
+        Both ends of the schedule keep their ratio to base_lr, and a warm-up too long for fewer
+        epochs keeps its share of the run.
 
         Args:
-            values: Values of fields by full name; none that is given follows another.
+            values: Values of fields by full name; these fields do not follow others.
         """
         found: dict[str, float] = {}
         peak = values.get("optim.base_lr")

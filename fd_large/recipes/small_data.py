@@ -1,7 +1,7 @@
 """Own images, hundreds to some ten thousands of them, on one device or two.
 
-What such a run needs to say follows from the number of its images and devices: `fit` decides it, in
-one place. A run's folder holds what was decided as plain numbers.
+The settings follow from the numbers of images and devices: `fit` decides them in one place, and a
+run's folder stores them as plain numbers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Images(NamedTuple):
     Attributes:
         number: How many they are.
         can_divide: Whether some can be held out by the names of their files (data.val_fraction).
-        tested: What lies beside them to be tested on; "": nothing.
+        tested: The images next to them for tests, or "".
     """
 
     number: int
@@ -97,13 +97,13 @@ def small_data() -> Run:
 
 
 def fit(run: Run, images: Images, ranks: int, named: Collection[str]) -> tuple[Run, str]:
-    """Returns a run with what follows from its images and devices, and a line that says so.
+    """Returns a run fitted to its images and devices, and a line for the log.
 
     A student that the quick start does not know has the rate of its kind there, too.
 
     Args:
         run: The run.
-        images: Its images.
+        images: The run's images.
         ranks: The number of ranks.
         named: Full names of the fields that the user set, which stay.
     """
@@ -132,7 +132,7 @@ def fit(run: Run, images: Images, ranks: int, named: Collection[str]) -> tuple[R
 
 
 def fitted_fields(run: Run) -> tuple[str, ...]:
-    """Returns the names of the fields that `fit` may decide for a run; () where it decides none."""
+    """Returns the names of the fields that `fit` may decide for a run, or ()."""
     if not run.frozen_models or run.name not in (NAME, _QUICKSTART.name):
         return ()
     is_known = run.student.model == _QUICKSTART.student.model
@@ -143,7 +143,7 @@ def fitted_fields(run: Run) -> tuple[str, ...]:
 
 
 def _decided(run: Run, images: Images, ranks: int, named: Collection[str]) -> dict[str, Any]:
-    """Returns the values of fields that follow, by full name, without those that are named."""
+    """Returns the decided values by full name, without fields that the user named."""
     held_out: dict[str, Any] = {}
     if "eval.root" not in named and "data.val_fraction" not in named:
         if images.tested:
@@ -173,7 +173,7 @@ def _unnamed(values: dict[str, Any], named: Collection[str]) -> dict[str, Any]:
 
 
 def _batch(images: int, ranks: int) -> int:
-    """Returns the global batch: a sixteenth of the images, as far as bounds and ranks allow."""
+    """Returns the global batch: a sixteenth of the images, as bounds and ranks allow."""
     fewest, most = _BATCHES
     sixteenth = 2 ** round(math.log2(max(images, 16) / 16))
     size = min(max(fewest, min(most, sixteenth)), 2 ** int(math.log2(max(images, 1))))
@@ -187,7 +187,7 @@ def _steps_an_epoch(run: Run, images: Images) -> int:
 
 
 def _rate(run: Run, batch: int) -> dict[str, float]:
-    """Returns the learning rates by full name, as those fields have them: per 512 images."""
+    """Returns the learning rates per 512 images, by full name."""
     base = float(f"{PEAKS[_kind(run)] * RATE_BATCH_SIZE / batch:.6g}")
     return {"optim.base_lr": base, "optim.warmup_lr": base / 100, "optim.min_lr": base * _END}
 

@@ -25,7 +25,7 @@ def recipe_file(folder: str | Path, *, where: str) -> Path:
         folder: Folder of the run.
         where: The command, for messages.
 
-    Raises: ConfigError: if the folder is not that of a run.
+    Raises: ConfigError: if the folder is not a run's.
     """
     path = Path(folder) / RECIPE
     kind = kind_of(path, where=where)
@@ -43,7 +43,7 @@ def recipe_file(folder: str | Path, *, where: str) -> Path:
 
 
 def run_of_checkpoint(path: str | Path) -> Path:
-    """Returns the folder of the run that a checkpoint belongs to; any other path as it is.
+    """Returns the run's folder of a checkpoint; any other path is returned unchanged.
 
     Args:
         path: The folder of a run, or RUN/checkpoints/NAME.
@@ -70,7 +70,7 @@ def read_recipe(folder: str | Path, *, where: str) -> Run:
 
 
 def require_same_settings(run: Run) -> None:
-    """Refuses a run whose folder holds one with other settings, as far as shows without weights.
+    """Refuses a run whose folder has a run with other settings, as far as shows without weights.
 
     A folder that cannot be read is passed over: whoever enters it says why.
 
@@ -88,13 +88,13 @@ def require_same_settings(run: Run) -> None:
 
 
 def with_stored_ends(run: Run, named: Collection[str]) -> Run:
-    """Returns a run that goes on with the schedule's ends of its folder, where nobody set others.
+    """Returns a run with the stored ends of its schedule, unless the user set others.
 
-    A run of an earlier version began with the recipe's own, whatever its base_lr. What follows from
-    the number of images (`small_data.fit`) stays as the run began, too.
+    A run of an earlier version began with the recipe's ends, whatever its base_lr. Fields from
+    the number of images (`small_data.fit`) stay as stored, too.
 
     Args:
-        run: The run as it is asked for now.
+        run: The run as now requested.
         named: Full names of the fields that were set.
 
     Raises: ConfigError: if numbers that followed from other images are in the folder.
@@ -125,12 +125,12 @@ def with_stored_ends(run: Run, named: Collection[str]) -> Run:
 
 
 def _place(run: Run) -> str:
-    """Returns the place of a run's images: a path is that of what it links to."""
+    """Returns the place of a run's images, with links resolved."""
     return run.data.root if "://" in run.data.root else os.path.realpath(run.data.root)
 
 
 def other_settings(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> ConfigError:
-    """Returns the error for a folder that holds a run with other settings.
+    """Returns the error for a folder with a run of other settings.
 
     Args:
         folder: Folder of the run.

@@ -1,4 +1,4 @@
-"""Names in the tables of the package, read from its files: importing them would import torch."""
+"""Names in the package's tables, read from its source text to avoid importing torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 @cache
 def keys_of(file: str, *tables: str) -> tuple[str, ...]:
-    """Returns the keys of dicts that a file of the package defines, as they stand in its text.
+    """Returns the keys of dicts in a file of the package, from its source text.
 
-    A key is a text, or the name of one that the same file defines.
+    A key is a string, or the name of a string in the same file.
 
     Args:
         file: Path of the file in the package, "runtime/trackers.py".

@@ -27,14 +27,14 @@ class TaskKind:
     """A task's description; each `tasks/NAME/section.py` holds one, named KIND.
 
     Attributes:
-        name: Its name in a recipe (`task.name`). A task of the user's own is named there by the
-            door that leads to it, and this is the name of its section alone.
-        folder: Its folder in `tasks/`; empty for a task of the user's own.
+        name: Its name in a recipe (`task.name`). A recipe names the user's own task by
+            `module:FILE.py:NAME`, and then this is only the name of its section.
+        folder: Its folder in `tasks/`; "" for the user's own task.
         job: The class of its jobs (`TrainingJob` in engine/job.py), which the engine trains: its
             dotted name in tasks/, or the class itself for a task of the user's own. This face every
             task has; all three are imported when they are first asked for.
-        stored: The class of its stored runs (`StoredRun` in tasks/stored_run.py), named as `job`;
-            empty: commands export the student of such a run, and nothing else.
+        stored: The class of its stored runs (`StoredRun` in tasks/stored_run.py), named like
+            `job`; "" if commands can only export the student.
         transfer: The class by which its trainings begin from named models (`Transfer` in
             tasks/transfer.py), named as `job`; empty: they do not.
         title: Words for it in tables and plots; empty: its name.
@@ -44,26 +44,26 @@ class TaskKind:
             the result.
         scores_runs: Whether a stored run is scored by itself (`StoredRun.score`); `evaluate RUN`
             then does that unless another test is named.
-        scoring_fields: Fields of the recipe, section.field, that such an evaluation may change,
-            besides those of the images.
-        predicts_scores: Whether `predict` gives each thing that it finds a score.
+        scoring_fields: Fields of the recipe, section.field, that an evaluation may change,
+            besides the images'.
+        predicts_scores: Whether `predict` gives each prediction a score.
         trains_models: Whether `evaluate` trains named models by it and compares them
             (`Transfer.recipe_for`, `Transfer.compared`).
-        depends_on_passes: Whether the images of one pass decide the result, by batch norms; then
-            the micro batch does too.
-        scored_files: Flags of `evaluate` that name files of results which are scored without a
-            model: a dataclass whose flags are empty texts by default. The function `score_files` of
-            the folder's `score_files.py` takes it.
+        depends_on_passes: Whether results depend on the images of a pass, by batch norms, and so
+            on the micro batch.
+        scored_files: Flags of `evaluate` for files of results to score without a model: a
+            dataclass of strings, "" by default, for the function `score_files` in the folder's
+            `score_files.py`.
         ignored_fields: Fields of the recipe, section.field, that no recipe of the task may set: its
             job refuses them, and pages leave them out.
-        check_names: Refuses names that stand for nothing in a recipe of the task, such as that of a
-            loss, as far as that shows without torch; None: what it names is found when it is made.
-        metrics: The words for what evaluations of a recipe of the task measure, "SET/METRIC" ->
-            words, as `TrainingJob.metrics` has them; None: only its job knows.
+        check_names: Refuses unknown names in a recipe of the task, such as a loss, as far as
+            possible without torch; None if names are checked on construction.
+        metrics: Labels of the metrics of a recipe's evaluations, "SET/METRIC" -> label, as in
+            `TrainingJob.metrics`; None if only the job knows them.
         lower_is_better: As `TrainingJob.lower_is_better`, for commands without torch.
-        next_steps: What is worth running after a run of it: why, and the words after the program's
-            name, in which {run} is the run's folder, {data.root} its images, {library} a library
-            that has its student, and the word {teachers} stands for RUN#NAME of each teacher.
+        next_steps: Suggested commands after a run: the reason, and the arguments, in which {run}
+            is the run's folder, {data.root} its images, {library} a library with its student, and
+            {teachers} RUN#NAME of each teacher.
     """
 
     name: str
@@ -89,7 +89,7 @@ class TaskKind:
 
 
 def check_metric(metric: str, known: Mapping[str, str]) -> None:
-    """Refuses a metric (`eval.best_metric`) that the task does not name.
+    """Refuses a metric (`eval.best_metric`) that the task does not have.
 
     Args:
         metric: The name in the recipe.

@@ -15,9 +15,9 @@ class CustomArchitecture(FamilyArchitecture):
 
     Attributes:
         function: Class or function that makes the model, path/to/file.py:NAME or
-            package.module:NAME, or the name that an installed package gives it.
-        image_size: Side in pixels of the images that position tables are made for; models without
-            such tables take any size.
+            package.module:NAME, or the name of an installed package's entry point.
+        image_size: Side in pixels of the images for which position tables are made; models
+            without tables take any size.
     """
 
     function: str

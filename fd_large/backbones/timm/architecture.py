@@ -103,9 +103,9 @@ class TimmArchitecture(FamilyArchitecture):
     Attributes:
         timm_name: Name of the model in timm; arguments that differ from timm's own follow it as
             JSON, `vit_base_patch16_224{"global_pool": "avg"}`.
-        feature_stride: Pixels per token of the map that is taken, each way; 0 takes the last map.
-        image_size: Side in pixels of the images that position tables are made for; models without
-            such tables take any size.
+        feature_stride: Pixels per token of the chosen map, each way; 0 takes the last map.
+        image_size: Side in pixels of the images for which position tables are made; models
+            without tables take any size.
     """
 
     timm_name: str

@@ -14,10 +14,10 @@ class TransformersArchitecture(FamilyArchitecture):
 
     Attributes:
         transformers_type: The `model_type` of its configuration.
-        transformers_config: The fields of its configuration, as JSON; those that are missing have
-            transformers' own values.
-        image_size: Side in pixels of the images that position tables are made for; models without
-            such tables take any size.
+        transformers_config: The fields of its configuration, as JSON; missing fields have
+            transformers' defaults.
+        image_size: Side in pixels of the images for which position tables are made; models
+            without tables take any size.
     """
 
     transformers_type: str
