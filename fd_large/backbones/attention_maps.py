@@ -1,7 +1,7 @@
-"""The map of an attention layer, computed from queries, keys and bias: fused kernels never hold it.
+"""The map of an attention layer, from queries, keys and bias; fused kernels never store it.
 
-The attention modules of this project have a method `attention_maps`, which takes what `forward`
-takes and calls `attention_maps` here.
+The attention modules of this project have a method `attention_maps` with the arguments of
+`forward`, which calls `attention_maps` here.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 In training each channel is normalised by the mean and variance of a group of images, whatever the
 ranks and micro batches that they lie on. The sums over the places of an image are taken first, in
-float32, and those of the images of a group are added in float64, so that the ranks that a group
-lies on change a digit of float64. Running statistics move once a step that is taken, by the mean
-over its groups, each variance unbiased.
+float32, and added over the images of a group in float64, so that the distribution over ranks
+changes only float64 rounding. Running statistics are updated once in each accepted step, by
+the mean over its groups, with unbiased variances.
 
 The statistics of a step are noted in backward: it runs once a forward however often that is
 recomputed, and never for an evaluation, a trial or the first of two passes.
@@ -38,12 +38,12 @@ class Groups:
     """The images that share statistics, for all norms of a model.
 
     Args:
-        size: Images of a group; 0: no group, the running statistics are used as they are, in
-            training too; PASS: see there.
+        size: Images of a group; 0 uses the running statistics in training too; for PASS see
+            there.
 
     Attributes:
-        images: Images of the forward under way, which a model may flatten with other dimensions
-            into the first; 0: the first dimension is that of the images.
+        images: Number of images in the present forward, if a model may flatten other dimensions
+            into the first; 0 if the first dimension is the images.
     """
 
     def __init__(self, size: int = 0) -> None:
@@ -53,9 +53,9 @@ class Groups:
         self._ranks: Any = None
 
     def lie_in(self, global_batch: int, micro_batch: int) -> None:
-        """Lets groups lie on several ranks, if a micro batch is all that a rank has of a step.
+        """Lets groups span several ranks, if a rank has a single micro batch in a step.
 
-        Otherwise they begin with each micro batch, which holds whole ones, or is a trial. A
+        Otherwise groups begin with each micro batch, which holds whole groups, or is a trial. A
         collective.
 
         Args:
@@ -74,7 +74,7 @@ class Groups:
             self._ranks = distributed.neighbours(ranks)
 
     def of(self, images: int, device: torch.device) -> Tensor:
-        """Returns the group of each of so many images of a pass, (B,) int64."""
+        """Returns the group of each image in a pass, (B,) int64."""
         if self.size == PASS:
             return torch.zeros(images, dtype=torch.int64, device=device)
         return (torch.arange(images, device=device) + self._first) // self.size
@@ -98,8 +98,8 @@ class Groups:
 class BatchNorm(Float32Buffers):
     """A batch norm of maps whose groups are all images of a pass, unless others are set.
 
-    A step of one pass does not depend on the number of ranks; one of several passes has the
-    statistics of each pass by itself.
+    A step with one pass does not depend on the number of ranks; with several passes, each pass
+    has its own statistics.
 
     Args:
         width: C.
@@ -124,8 +124,8 @@ class BatchNorm(Float32Buffers):
 def adopt(net: nn.Module) -> Groups:
     """Gives the batch norms of a model of torch or timm this forward; returns their groups.
 
-    Names and classes stay, and so do the dropout and the activation that timm's classes add. At
-    first the running statistics are used as they are.
+    Names and classes stay, and so do the dropout and activation of timm's classes. Until groups
+    are set, the running statistics are used.
     """
     groups = Groups()
     for module in net.modules():
@@ -247,7 +247,7 @@ class _Normalise(torch.autograd.Function):
 
 
 def _note(ctx: Any) -> None:
-    """Adds up the statistics of each image's group, and the images: (2 C + 1,) float64."""
+    """Returns the sums of the images' group statistics and their number, (2 C + 1,) float64."""
     groups: Groups = ctx.norm.norm_groups
     sums = ctx.statistics[groups.of(ctx.images, ctx.statistics.device)].sum(0)
     noted = torch.cat([sums, sums.new_full((1,), ctx.images)])
@@ -256,19 +256,19 @@ def _note(ctx: Any) -> None:
 
 
 def _by_image(x: Tensor, images: int) -> Tensor:
-    """(B', C, ...) to (B, B' / B, C, places)."""
+    """Reshapes (B', C, ...) to (B, B' / B, C, places)."""
     return x.reshape(images, len(x) // images, x.shape[1], -1)
 
 
 def forget(norms: Sequence[Any]) -> None:
-    """Drops what norms noted outside of a step, such as in a trial."""
+    """Drops statistics that norms recorded outside of a step, such as in a trial."""
     for norm in norms:
         norm.seen = None
 
 
 @torch.no_grad()
 def move(norms: Sequence[Any]) -> None:
-    """Moves running statistics by what the norms of a task noted; a collective for all together."""
+    """Updates a task's running statistics by its norms' recorded ones; one collective for all."""
     norms = [norm for norm in norms if norm.seen is not None]
     if not norms:
         return

@@ -1,6 +1,6 @@
-"""Downloads that libraries make: one rank fetches for all, the others wait and read.
+"""Downloads by libraries: one rank downloads for all, the others wait and read.
 
-Hundreds of ranks that ask a hub at once are refused by it, and write one cache at the same time.
+A hub refuses hundreds of simultaneous requests, and ranks would write one cache at the same time.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _cached: set[str] = set()
 
 
 def downloaded(what: str, get: Callable[[], T]) -> T:
-    """Returns the object that a library gets from its cache, or else from the network.
+    """Returns a library's object from its cache, or else from the network.
 
-    In a meeting rank 0 gets it first; then the first rank of each node, from the network only if
-    the node has a cache of its own; then all others, from the cache.
+    Within `meeting`, rank 0 loads it first; then the first rank of each node, from the network
+    only if the node has its own cache; then all others, from the cache.
 
     Args:
-        what: The source, as the user gave it.
+        what: The user's source.
         get: Gets it.
 
     Raises: WeightsError: on all ranks, if `get` raises it where it is asked first.
@@ -38,12 +38,12 @@ def downloaded(what: str, get: Callable[[], T]) -> T:
 
 
 def download(what: str, get: Callable[[], object]) -> None:
-    """Brings into the cache what `downloaded` gets later; the arguments are the same."""
+    """Fills the cache for a later `downloaded` with the same arguments."""
     _first(what, get)
 
 
 def _first(what: str, get: Callable[[], T]) -> list[T]:
-    """Returns the download of this rank, if it is one of those that fetch for others."""
+    """Returns this rank's download, if it downloads for others."""
     got: list[T] = []
     if what in _cached:
         return got
@@ -68,7 +68,7 @@ def _first(what: str, get: Callable[[], T]) -> list[T]:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Keeps huggingface_hub, which timm and open_clip use too, from asking its server."""
+    """Keeps huggingface_hub, also used by timm and open_clip, from asking its server."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE

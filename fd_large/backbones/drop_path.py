@@ -1,4 +1,4 @@
-"""Stochastic depth as an explicit input: which residual branch is kept for which sample.
+"""Stochastic depth as an explicit input: a mask of kept residual branches by sample.
 
 Nothing is drawn here. `keep` comes from the data's counter-based generator, so that ranks,
 accumulation and recomputation cannot change it.

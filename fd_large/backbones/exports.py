@@ -1,4 +1,4 @@
-"""Exports of a family's models to other libraries: names, configuration, what they lack there."""
+"""Exports of a family's models to other libraries: names, configuration, unsupported features."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ class Export:
     """A family's models in the files of one library.
 
     Attributes:
-        names: Says whose names the tensors get, for the model card.
+        names: Origin of the tensors' names, for the model card.
         rows: Returns the table of its names.
-        copies: Returns the names of ours that one of our tensors is written under: a shared
-            position bias may stand in every block.
-        lacks: Says what of a model the library has not, given whether images are padded; empty if
-            it has all.
+        copies: Returns all of our names for a tensor in the file: a shared position bias may be
+            copied into every block.
+        lacks: Returns the features of a model that the library lacks, given whether images are
+            padded, or "".
         added: Returns tensors of the library's model that ours does without, by their names there.
         becomes: Returns the model that is in the file: a shared position bias may be copied.
-        config: Returns what its own loader reads in config.json; None for files that only we load.
-        preprocessor: Returns its preprocessor_config.json; None if there is none.
+        config: Returns config.json for the library's own loader; None for files that only this
+            package loads.
+        preprocessor: Returns its preprocessor_config.json, or None.
         class_name: Returns its class of the model.
-        lacks_place: Says for what of a model its state dict has no place; empty if for nothing.
+        lacks_place: Returns the parts of a model without a place in its state dict, or "".
         window_rule: The rule of windows of its class; empty where it has none of its own.
     """
 
@@ -49,7 +50,7 @@ class Export:
     window_rule: str = ""
 
     def outputs(self, name: str, shape: Shape, architecture: Any) -> list[Output]:
-        """Returns the exported tensors of one of ours, by name and shape."""
+        """Returns the exported tensors made from one of our tensors, by name and shape."""
         rows = self.rows(architecture)
         return [
             output
@@ -62,7 +63,7 @@ Exports = Mapping[str, Export]
 
 
 def hugging_face_config(architecture: Any, class_name: str) -> dict[str, Any]:
-    """Returns the fields that all configurations of transformers have in common."""
+    """Returns the common fields of transformers' configurations."""
     return {
         "architectures": [class_name],
         "model_type": class_name.removesuffix("Model").lower(),
@@ -97,7 +98,7 @@ def timm_config(
     Args:
         architecture: The model, with the image size of the run.
         statistics: Mean and deviation by which images are normalised.
-        entry: Its model whose arguments are the nearest; the arguments here override all of them.
+        entry: timm's model with the most similar arguments, all of which are overridden here.
         pool: "token" or "avg".
         arguments: The family's own.
     """
@@ -120,7 +121,7 @@ def timm_config(
 
 
 def timm_weights(size: int, statistics: Statistics, **others: Any) -> dict[str, Any]:
-    """Returns timm's statements on weights: the images of their training, and the like."""
+    """Returns timm's entries on weights, such as the images of their training."""
     return {
         "num_classes": 0,
         "input_size": [3, size, size],

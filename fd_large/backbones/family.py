@@ -1,4 +1,4 @@
-"""The interface of a backbone family to the rest of the package; each family's folder fills it."""
+"""The interface between a backbone family and the rest of the package."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fd_large.recipes.sections import SIZE_FIELDS
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of a model beside its architecture; a family ignores those it has no use for.
+    """Options of a model besides its architecture; a family ignores options it does not need.
 
     Attributes:
         drop_path_rate: Drop path of the last block, in [0, 1); blocks before rise linearly from 0.
@@ -36,8 +36,8 @@ class Options:
         attention_memory: "keep" or "recompute" attention maps for backward.
         sequential_stages: Number of first stages that hold few windows' maps at a time; 0 is none.
         is_trained: Whether it is a student, which has to be deterministic in training.
-        resizes_positions: Whether each forward resizes the positions of a ViT to the images that it
-            is given; other families have none that could be.
+        resizes_positions: Whether each forward resizes a ViT's positions to its images; other
+            families have no such positions.
         residual_dtype: "compute" is the dtype of the weights; "float32" is at least that.
         initialization: "fd", "official" or "none" (zeros, for models whose weights are loaded).
     """
@@ -55,12 +55,12 @@ class Options:
     initialization: Initialization = "fd"
 
     def of_all(self) -> dict[str, Any]:
-        """Returns the options that every backbone here has."""
+        """Returns the options common to all backbones."""
         names = ("drop_path_rate", "attention_memory", "residual_dtype", "initialization")
         return {name: getattr(self, name) for name in names}
 
     def of_windows(self) -> dict[str, Any]:
-        """Returns the options that only Swin models have."""
+        """Returns the options of Swin models alone."""
         return {name: getattr(self, name) for name in SIZE_FIELDS}
 
 
@@ -73,23 +73,23 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """Weights that a library or the user's code brings: `timm:NAME` in place of a path.
+    """Sources whose weights come from a library or the user's code: `timm:NAME` instead of a path.
 
     Such sources start with the `prefix` of the family's architecture.
 
     Attributes:
-        settle: Returns what the rest of the source says of the model, given what the user set of
-            its architecture, and notes for the log.
+        settle: Returns the model of the rest of a source, given the user's fields of its
+            architecture, and notes for the log.
         load: Returns the whole module with its weights, and its image statistics if known.
         weightless: Returns the module's weights by its own names, on the meta device; None where a
             teacher is the module itself and nothing is to be filled.
-        fetch: Brings the weights to this machine, so that no `load` asks the network; None where
-            they are here.
-        save: Writes the whole module with its weights as a folder that the library describes, given
-            what the user set and the folder; returns the licence of the weights. None where there
-            is nothing to download.
-        untrained: Returns the rest of a source that ends in `=random` (`timm:NAME=random`) without
-            that ending; None where trained weights are meant.
+        fetch: Downloads the weights to this machine, so that `load` needs no network; None if
+            there is no download.
+        save: Writes the whole module with its weights as a folder in the library's format, given
+            the user's fields and the folder; returns the licence of the weights. None if there is
+            no download.
+        untrained: Returns the rest of a source without its ending `=random` (`timm:NAME=random`),
+            or None for trained weights.
     """
 
     settle: Callable[[str, Architecture, str], tuple[Architecture, list[str]]]
@@ -105,16 +105,16 @@ class Family:
     """A family of backbones.
 
     Attributes:
-        architecture: Its dataclass; what the package asks before a model is built stands there.
+        architecture: Its dataclass, with the facts needed before a model is built.
         build: Builds a model, with fresh weights from torch's global CPU generator.
-        published: Its published files; None if they have no common names.
-        exports: What its models become in other libraries' files, by format.
-        matched: Finds the tensors of a model among those of a file, {name: shape}, in a family
-            whose files have no common names.
-        facts_of: Returns what is known of the published weights of a model that has no name.
-        scheme: Weights that come with the name of one of its models; None if there are none.
-        of_config: Returns the model that a library's `config.json` names, which is None for another
-            family's; given what was read and what the user set. None: no such file names one.
+        published: Description of its published files; None if they have no common names.
+        exports: Exports to other libraries, by format.
+        matched: Finds a model's tensors in a file, {name: shape}, for a family whose files have
+            no common names.
+        facts_of: Returns the known facts of published weights for a model without a name.
+        scheme: Scheme of sources named after its models, or None.
+        of_config: Returns the model of a library's `config.json`, from its contents and the
+            user's fields, or None for another family; None if no such file names a model.
         resizes: Whether weights of a model are carried over to another image size.
     """
 

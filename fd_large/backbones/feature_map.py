@@ -1,4 +1,4 @@
-"""The map that every backbone yields: tokens that know their grid."""
+"""The feature map of every backbone: tokens with their grid."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class FeatureMap(NamedTuple):
         tokens: (B, N, C), N = num_prefix_tokens + H * W.
         grid: (H, W).
         num_prefix_tokens: Tokens before the patches.
-        summary: (B, 1, C), the token that stands for the image where the model has one and its map
-            leaves it out (timm's class token); None elsewhere.
+        summary: (B, 1, C), the image's class token if the map leaves it out (timm's models), else
+            None.
     """
 
     tokens: Tensor

@@ -1,4 +1,4 @@
-"""The skeleton that Swin and SwinV2 share: patches, stages with merging between, a final norm."""
+"""The shared structure of Swin and SwinV2: patches, stages with merging between, a final norm."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ SizeRule = Literal["drop", "pad"]
 
 
 class HierarchicalBackbone(nn.Module):
-    """Images to the map of the last stage; subclasses bring the stages.
+    """A backbone from images to the map of the last stage; subclasses provide the stages.
 
     A subclass calls `_build`, which constructs everything in the order of the published models.
 
     Attributes:
-        in_two_dtypes: Whether stages take the residual stream as a pair: as it is, and in the
-            dtype of the matrix products.
+        in_two_dtypes: Whether stages take the residual stream as a pair: in its own dtype, and in
+            the dtype of the matrix products.
         width: Channels of the map.
         stride: Pixels per token of the map, each way.
         stage_widths: Channels of the map of each stage.
         stage_strides: Pixels per token of the map of each stage.
         stage_windows: How the maps of each stage are cut into windows.
         num_prefix_tokens: 0.
-        drop_path_rates: One per site, attention then MLP of each block in order.
+        drop_path_rates: One rate per site, attention then MLP of each block in order.
     """
 
     num_prefix_tokens = 0
@@ -131,7 +131,7 @@ class HierarchicalBackbone(nn.Module):
         return sum(self.depths) + 1
 
     def layer_id(self, name: str) -> int:
-        """Returns the layer of a parameter, from which learning rates that decay with depth follow.
+        """Returns the layer of a parameter, for layer-wise learning rates.
 
         The embedding is 0; block b, counted over all stages, is b + 1, and merging goes with the
         last block before it; the rest (norm, absolute positions, shared position bias) is the last
@@ -181,7 +181,7 @@ class HierarchicalBackbone(nn.Module):
         return -(-height // p), -(-width // p)
 
     def _misfit(self, height: int, width: int) -> str:
-        """Says where an image size first fails to fit; empty if it fits."""
+        """Returns the first place where an image size does not fit, or ""."""
         rows, columns = self._patch_grid(height, width)
         if min(rows, columns) < 1:
             return (
@@ -229,8 +229,8 @@ class HierarchicalBackbone(nn.Module):
         Args:
             images: (B, 3, H, W), any float dtype.
             keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
-            every_stage: Whether the map of each stage is wanted, before its merging and without
-                the final norm, in place of the last one's tokens.
+            every_stage: Whether to return each stage's map, before merging and without the final
+                norm, instead of the last stage's tokens.
 
         Returns: tokens (B, N, C) in the dtype of the residual stream, no prefix tokens; or a map
             (B, H_s, W_s, C_s) of each stage in that dtype.
@@ -266,7 +266,7 @@ class HierarchicalBackbone(nn.Module):
             site += 2 * depth
 
     def _patches(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Returns the stream's start, (B, H/p, W/p, C)."""
+        """Returns the patch embeddings, (B, H/p, W/p, C)."""
         compute = self.patch_embed.proj.weight.dtype
         dtype = residual_dtype(self.residual, compute)
         stream = self.patch_embed(images, dtype, compute if self.in_two_dtypes else None)
@@ -288,7 +288,7 @@ class HierarchicalBackbone(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one width; `downsample`, which merges patches, runs after them, by the backbone."""
+    """Blocks of one width; the backbone runs `downsample`, which merges patches, after them."""
 
     def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None):
         super().__init__()

@@ -12,7 +12,7 @@ NAMES = "the names of the Swin-Transformer repository"
 
 
 def lacks(a: WindowedTransformer, pads: bool) -> str:
-    """Says what of a model neither timm nor transformers has; empty if they have all."""
+    """Returns the features of a model that timm and transformers lack, or ""."""
     if pads and not _fits(a):
         return (
             f"size_rule pad, which masks what {a.image_size} px leaves empty, expected an image "

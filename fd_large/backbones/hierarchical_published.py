@@ -93,10 +93,10 @@ AGREE = {"depths": _has_first, "num_heads": _has_first}
 
 
 def first_stages(pieces: Pieces, wanted: Wanted) -> tuple[Pieces, list[str]]:
-    """Keeps as many stages as the model has, with a final norm that only normalises if fewer.
+    """Keeps only the model's stages, with a neutral final norm if the file has more.
 
-    FD's stage-3 target: the file's last merging and final norm belong to a wider map and are left
-    out; the norm of the shorter model has weight 1 and bias 0.
+    For FD's stage-3 target the file's last merging and final norm belong to a wider map and are
+    left out; the shorter model's norm has weight 1 and bias 0.
     """
     depths = wanted.found.depths or ()
     stages = len(wanted.architecture.depths)
@@ -114,7 +114,7 @@ def first_stages(pieces: Pieces, wanted: Wanted) -> tuple[Pieces, list[str]]:
 
 
 def recognised(shapes: Shapes) -> dict[str, Any]:
-    """Returns the fields that tensors show in the same way for both models."""
+    """Returns the fields that tensors show in the same way in both families."""
     width, _, _, patch = shapes["patch_embed.proj.weight"]
     stages = range(count_of(shapes, r"layers\.(\d+)\."))
     return {
@@ -131,7 +131,7 @@ def recognised(shapes: Shapes) -> dict[str, Any]:
 def window_and_size(
     fields: dict[str, Any], windows: list[int], side: int, shapes: Shapes
 ) -> dict[str, Any]:
-    """Returns the window, and the image size that it and the positions are for.
+    """Returns the window, and the image size of window and positions.
 
     Args:
         fields: See `recognised`.
@@ -154,7 +154,7 @@ def window_and_size(
 
 
 def hugging_face_fields(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Reads what a `config.json` of transformers states about both models."""
+    """Returns the common fields from transformers' `config.json`."""
     activation_named(config.get("hidden_act"), where, of="hidden_act")
     return {
         "norm_eps": config.get("layer_norm_eps"),
@@ -164,7 +164,7 @@ def hugging_face_fields(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def timm_fields(net: Any) -> dict[str, Any]:
-    """Reads what a Swin of timm, a module, shows of both models."""
+    """Returns the common fields from a Swin module of timm."""
     blocks = [stage.blocks[0] for stage in net.layers]
     return {
         "window_size": max(block.window_size[0] for block in blocks),

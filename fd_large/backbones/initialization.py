@@ -1,11 +1,11 @@
-"""Fresh weights: named schemes of initial values, and one function that fills a parameter.
+"""Initial weights: named schemes of initial values, and a function that fills a parameter.
 
 Every module fills its own parameters in its own constructor from plain arguments: under
-`deepspeed.zero.Init` a child is already partitioned when its parent's constructor goes on, and a
-write from there would be lost. Draws come from torch's global CPU generator in float32, whatever
+`deepspeed.zero.Init` a child is already partitioned when its parent's constructor continues,
+which could not write to it. Draws come from torch's global CPU generator in float32, whatever
 the device and dtype of the parameter, so that a model built under `zero.Init` or on a GPU has the
 weights of a plain one after the same `torch.manual_seed`. Heads are made of torch's and timm's own
-layers, which draw on the device where they are made: `HostDraws` is for them.
+layers, which draw on their own device, so that `HostDraws` is needed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Draw:
         kind: normal; uniform within +-1/sqrt(fan in), torch's default; or all the same value.
         std: Standard deviation of the normal distribution, before the cut.
         cut: Largest absolute value of the normal distribution, which is truncated there.
-        divide: Number by which what was drawn is divided.
+        divide: Divisor of the drawn values.
         value: Value of the constant.
     """
 
@@ -45,7 +45,7 @@ class Draw:
     value: float = 0.0
 
     def divided(self, by: float) -> Draw:
-        """Returns the same draw with its values divided."""
+        """Returns the draw with its values divided."""
         return replace(self, divide=self.divide * by)
 
 
@@ -63,7 +63,7 @@ class Scheme:
     Attributes:
         linear: Weights of linear layers; their biases are 0.
         convolution: Weight of the patch embedding.
-        convolution_bias: Its bias.
+        convolution_bias: Draw of the convolution's bias.
         token: Prefix tokens and absolute positions.
         table: Relative position tables.
         rescale: Whether the weights that end residual branches shrink with depth.
@@ -92,7 +92,7 @@ NONE = Scheme(ZEROS, ZEROS, ZEROS, ZEROS, ZEROS, False, 0.0)
 def scheme(schemes: Mapping[str, Scheme], name: str) -> Scheme:
     """Returns a family's scheme by name.
 
-    Raises: ConfigError: if there is no such scheme.
+    Raises: ConfigError: if the scheme does not exist.
     """
     if name not in schemes:
         raise ConfigError(
@@ -108,7 +108,7 @@ def fill(parameter: Tensor, draw: Draw, fan_in: int | None = None) -> None:
 
     Args:
         parameter: Any shape, float dtype and device.
-        draw: What to draw.
+        draw: Distribution of the values.
         fan_in: Inputs of the layer, for fan_in_uniform; None: of the weight itself.
     """
     if parameter.is_meta:
@@ -138,10 +138,10 @@ def fill(parameter: Tensor, draw: Draw, fan_in: int | None = None) -> None:
 
 
 class HostDraws(TorchDispatchMode):
-    """Lets whatever is drawn inside come from the host's generator, wherever it is to go."""
+    """Makes all draws in the block come from the host's generator, whatever their device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Does an operation; one that draws, on the CPU."""
+        """Runs an operation, on the CPU if it draws random numbers."""
         kwargs = kwargs or {}
         asked = args[0].device if args and isinstance(args[0], Tensor) else kwargs.get("device")
         device = torch.device(asked or "cpu")

@@ -1,4 +1,4 @@
-"""Functions of a family whose library takes seconds to import, which other models are spared."""
+"""Late imports of families whose libraries take seconds to import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fd_large.imports import without
 
 
 def later(folder: str, file: str, function: str, *, hides: tuple[str, ...] = ()) -> Callable:
-    """Returns a function of a family's file, which is imported with the first call.
+    """Returns a function of a family's file that imports the file on its first call.
 
     Args:
         folder: The family's folder.

@@ -34,19 +34,19 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Maps (..., in) to (..., out); `bias` (out,) stands in for a layer that owns none."""
+        """Maps (..., in) to (..., out); `bias` (out,) is for a layer without its own."""
         bias = self.bias if bias is None else bias
         return F.linear(x.to(self.weight.dtype), self.weight, bias)
 
 
 class BranchEnd(Linear):
-    """The last linear layer of a branch, whose bias may be left to the norm that takes the branch.
+    """The last linear layer of a branch; the following norm may add its bias.
 
     With fused kernels that saves the bias's gradient a pass of its own.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Maps (..., in) to (..., out) and the (out,) that is still to be added; None: nothing."""
+        """Maps (..., in) to (..., out), and returns a bias (out,) still to be added, or None."""
         x = x.to(self.weight.dtype)
         if takes_bias(x, self.out_features):
             # A copy: under ZeRO-3 the parameter itself is empty again once this forward is over.
@@ -96,7 +96,7 @@ class LayerNorm(nn.Module):
 
 
 class ResidualNorm(LayerNorm):
-    """The post-norm residual of SwinV2 in one module, so that its weight is whole where used."""
+    """The post-norm residual of SwinV2 in one module, so that ZeRO-3 gathers its weight for it."""
 
     def forward(
         self,
@@ -107,7 +107,7 @@ class ResidualNorm(LayerNorm):
     ) -> tuple[Tensor, Tensor]:
         """Returns x + scale * LayerNorm(branch), (B, ..., C), in the dtype of x and in `dtype`.
 
-        The branch is what `BranchEnd` returns.
+        The branch is the result of `BranchEnd`.
         """
         values, rest = branch
         return residual_norm(
@@ -197,7 +197,7 @@ class Mlp(nn.Module):
         draw: Initial distribution of the first layer's weight.
         end: Initial distribution of the last layer's weight.
         activation: "gelu" or "quick_gelu".
-        last: The last layer's class; what it returns the MLP returns.
+        last: Class of the last layer, whose result the MLP returns.
     """
 
     def __init__(
@@ -221,5 +221,5 @@ class Mlp(nn.Module):
 
 
 def residual_dtype(choice: Literal["float32", "compute"], compute: torch.dtype) -> torch.dtype:
-    """Returns the dtype of the residual stream: that of the products, or float32 at least."""
+    """Returns the dtype of the residual stream: the products' dtype, at least float32."""
     return compute if choice == "compute" else torch.promote_types(compute, torch.float32)

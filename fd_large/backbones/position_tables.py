@@ -1,14 +1,13 @@
-"""Positions on other grids than the one that they were learned on.
+"""Positions on grids other than the one of their training.
 
 Absolute positions are resized bicubically. A table of relative positions lacks the offsets of a
 larger grid: they are made from it by a spline on a geometric progression, as BEiT and
 Feature-Distillation do when they fine-tune.
 
-`fit_...` are made in every forward of a ViT, and differentiable: there a smaller grid takes the
-inner part of the table, whose offsets mean the same, so that one table learns from images of all
-sizes, and from windows of a large image as from the whole of it. `resize_...` change the weights of
-a file once. SwinV2 needs neither: its bias is an MLP on coordinates, which are scaled by the window
-of pre-training.
+`fit_...` run in every forward of a ViT and are differentiable: a smaller grid uses the inner part
+of the table, whose offsets have the same meaning, so that one table learns from images of all
+sizes, and from windows as from whole images. `resize_...` change a file's weights once. SwinV2
+needs neither: its bias is an MLP on coordinates, which are scaled by the window of pre-training.
 
 Sources: Bao et al., arXiv 2106.08254, and the code of Feature-Distillation (table resize); Caron et
 al., arXiv 2104.14294 (DINO's scale).
@@ -98,10 +97,10 @@ def resize_positions(
 
     Args:
         positions: (1, prefix + n * n, C).
-        prefix: Number of class and distillation tokens, whose rows stay as they are.
+        prefix: Number of class and distillation tokens, whose rows stay unchanged.
         side: Side of the new grid.
         margin, antialias: See `fit_positions`.
-        where: What the user set, for the message.
+        where: Field that the user set, for the message.
 
     Returns: (1, prefix + side * side, C), float32 at least.
     Raises: WeightsError: if the grid of the file is no square.
@@ -117,14 +116,14 @@ def resize_table(table: Tensor, rows: int, extra: int, *, where: str = "weights"
     """Resizes a table of relative positions to another square grid.
 
     The old offsets are spread over the range of the new ones by a geometric progression, so that
-    near offsets stay nearly as they are and far ones stretch; a cubic spline through them gives
-    the new entries.
+    near offsets hardly change and far offsets stretch; a cubic spline through them gives the new
+    entries.
 
     Args:
         table: ((2n - 1)^2 + extra, heads).
-        rows: Number of rows wanted, extra ones included.
-        extra: Number of rows at the end for class tokens, which stay as they are.
-        where: What the user set, for the message.
+        rows: Number of rows of the result, including extra ones.
+        extra: Number of rows at the end for class tokens, which stay unchanged.
+        where: Field that the user set, for the message.
 
     Returns: (rows, heads), float32 at least.
     Raises: WeightsError: if the offsets of the file form no square.
@@ -139,7 +138,7 @@ def resize_table(table: Tensor, rows: int, extra: int, *, where: str = "weights"
 
 
 def square_side(cells: int, *, where: str = "weights") -> int:
-    """Returns the side of a square of so many cells.
+    """Returns the side of a square with this number of cells.
 
     Raises: WeightsError: if it is none.
     """
@@ -162,7 +161,7 @@ def _stretched(old: int, new: int) -> np.ndarray:
 
 
 def progression(old: int, new: int) -> np.ndarray:
-    """Returns where the old offsets lie on the axis of the new ones: (old,) float64.
+    """Returns the old offsets' positions on the axis of the new ones: (old,) float64.
 
     Offset k lies at 1 + q + ... + q^(k-1), with q such that the outermost reaches the new
     outermost; q is sought by bisection between 1.01 and 1.5 to a millionth, as published.
@@ -183,10 +182,10 @@ def progression(old: int, new: int) -> np.ndarray:
 
 
 def spline_matrix(knots: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The cubic spline through values at knots, as a matrix: (points, knots) float64.
+    """Returns the cubic spline through values at knots, as a matrix: (points, knots) float64.
 
-    The ends are "not a knot": the first two pieces are one cubic, and the last two. Up to four
-    values make a single polynomial.
+    The ends are "not a knot": the first two pieces are one cubic, and so are the last two. Up to
+    four values make a single polynomial.
 
     Args:
         knots: Rising.

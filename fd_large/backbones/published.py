@@ -1,4 +1,4 @@
-"""The description of a family's published weights files, by which `weights/` reads them."""
+"""The description of a family's published weights files for `weights/`."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ class Format:
 
     Attributes:
         what: The format in words, for messages.
-        marks: Patterns of which each is found in a name of a file; the first format of a family
-            whose marks are all there is taken. The keys that the tensors stood under are one more
-            name, "in KEY.KEY".
+        marks: Patterns that must all occur in a file's names; the first format of a family with
+            all its marks is taken. The keys above the tensors count as a further name, "in
+            KEY.KEY".
         rows: The table of its names.
         facts: Fields that all its files have in common and no name shows.
         ask: Fields in which its files differ and that no name shows: a configuration beside the
             file or the user has to.
         statistics: Image statistics that all its files were trained with; None if they differ.
-        trained_with: Who publishes such files with which statistics, where they differ and the user
-            has to say; empty where a guess does.
-        library: "hf" or "open_clip", whose configuration files may stand beside it.
-        models: Start of the names of the models that are published in it; empty if there is none.
+        trained_with: Publishers of such files with their image statistics, if these differ and
+            the user has to choose; empty if a guess is safe.
+        library: "hf" or "open_clip", whose configuration files may be next to it.
+        models: Prefix of the names of models published in this format, or "".
         resize_margin: Number added to the side of the grid in the scale by which its positions are
             resized.
         resize_antialias: Whether its positions are resized with a wider filter onto a smaller grid.
-        without: Pattern that is found in none of its names; empty: none.
+        without: Pattern that must not occur in its names, or "".
         refusal: Why its models cannot be read; empty if they can.
     """
 
@@ -54,7 +54,7 @@ class Format:
     refusal: str = ""
 
     def is_it(self, names: Collection[str], wrapping: tuple[str, ...]) -> bool:
-        """Whether names are of this format, given the keys that they stood under."""
+        """Whether names are of this format, given the keys above the tensors."""
         lines = "\n".join((f"in {'.'.join(wrapping)}", *names))
         if self.without and re.search(self.without, lines, re.MULTILINE):
             return False
@@ -62,7 +62,7 @@ class Format:
 
 
 class WeightFacts(NamedTuple):
-    """Facts of one published checkpoint beside its numbers.
+    """Facts of a published checkpoint besides its tensors.
 
     Attributes:
         statistics: Normalisation that it was trained with.
@@ -78,7 +78,7 @@ class WeightFacts(NamedTuple):
 
 
 class TensorFile(Protocol):
-    """An opened file: a mapping of names to tensors whose shapes are known unread."""
+    """An opened file: a mapping of names to tensors with known shapes."""
 
     def shape(self, name: str) -> Shape:
         """Returns the shape of a tensor."""
@@ -93,14 +93,14 @@ ConfigReader = Callable[[Any, str], Architecture | None]
 
 
 class Matched(NamedTuple):
-    """A file whose tensors were found among those of a model.
+    """A file whose tensors were matched with a model's.
 
     Attributes:
-        pieces: {name in the model: what makes it}.
+        pieces: {name in the model: rule that makes the tensor}.
         shapes: Shape of every tensor of the model.
-        notes: What was done, for the log.
-        what: The model in words, for messages.
-        remedy: What the user can do about tensors that do not fit.
+        notes: Description of changes, for the log.
+        what: Name of the model for messages.
+        remedy: Remedy for tensors that do not fit, for messages.
     """
 
     pieces: Pieces
@@ -111,13 +111,13 @@ class Matched(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """The model that a file is to fill, and what is known of the file.
+    """The requested model for a file, with the file's known facts.
 
     Attributes:
         architecture: The model.
         shapes: Shapes of its tensors.
-        found: What the file's own tensors show.
-        dropped: Names in the file that are left out on purpose.
+        found: Fields shown by the file's own tensors.
+        dropped: Names in the file that are intentionally left out.
     """
 
     architecture: Any
@@ -130,8 +130,8 @@ class Settling(NamedTuple):
     """The known facts from which a model's undecided fields are settled.
 
     Attributes:
-        known: What file, format and configuration show.
-        given: What the user set.
+        known: Fields shown by file, format and configuration.
+        given: Fields that the user set.
         is_named: Whether the user named a model.
     """
 
@@ -142,30 +142,30 @@ class Settling(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A family's published files.
+    """The published files of a family.
 
     Attributes:
         formats: {name: format}, the particular before the general.
-        beyond: Returns in words what the tensors of a file hold that no model of the family has,
-            given their shapes in our names; empty if there is nothing.
-        recognise: Returns what tensors show of the architecture, from shapes in our names and the
-            file as it is; None in other fields. Raises ValueError or IndexError for shapes that no
-            model of the family has.
+        beyond: Returns a description of parts in a file that no model of the family has, given
+            shapes in our names, or "".
+        recognise: Returns the fields of the architecture shown by tensors, from shapes in our
+            names and the file; None in other fields. Raises ValueError or IndexError for
+            impossible shapes.
         configs: {library: reader of its configuration}, of "hf", "timm" (a module of timm) and
             "open_clip".
-        adapt: Returns the pieces for a model that differs from the file's where it may, and says
-            in words what was done.
-        guess: Returns what published models of such an architecture have in common, for where
+        adapt: Returns the rules for a model that differs from the file's within limits, and a
+            description of the changes.
+        guess: Returns common values of published models of this architecture, for fields that
             nothing else shows.
         free: Fields in which a model may differ from its file: tables are resized, coordinates
             scaled.
         ours: {field: value} of fields on which no file has an opinion.
         agree: {field: whether weights with the first value make a model with the second, given the
             depths of the file}; other fields have to be equal.
-        complete: Fills fields that follow from others, in place; returns notes for the log.
+        complete: Fills dependent fields in place; returns notes for the log.
         without_shape: Returns values for fields on which no shape depends, so that a file can be
             compared without them.
-        facts: {named model: what is known of its weights}.
+        facts: {named model: known facts of its weights}.
     """
 
     formats: Mapping[str, Format]

@@ -1,4 +1,4 @@
-"""Refuses models whose step would depend on more than images, weights and `keep`."""
+"""Checks that a model's step depends only on images, weights and `keep`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def refuse_chance(net: nn.Module, name: str, *, where: str, has_groups: bool = F
     """Refuses dropout and batch normalisation in a model or head of the user's own.
 
     Args:
-        net: What is trained.
+        net: The trained module.
         name: Its name in the recipe.
         where: What the user set, for messages.
         has_groups: Whether norms of torch and timm will have groups (`batch_norm.adopt`), for which
@@ -45,7 +45,7 @@ def _is_known(norm: _BatchNorm) -> bool:
 
 
 class Draws(TorchDispatchMode):
-    """Notes the names of operators that draw random numbers while it is on.
+    """Records the names of operators that draw random numbers while active.
 
     Attributes:
         seen: The names.

@@ -14,7 +14,7 @@ from fd_large.recipes.family import MOST_BLOCKS
 def count_of(shapes: Shapes, pattern: str) -> int:
     """Returns the largest number that a pattern finds in names, plus one.
 
-    Raises: ValueError: if no model has so many layers.
+    Raises: ValueError: if the number of layers is impossible.
     """
     found = (re.match(pattern, name) for name in shapes)
     count = max((int(match[1]) + 1 for match in found if match), default=0)
@@ -38,13 +38,13 @@ def qkv_bias(shapes: Shapes, attention: str) -> str:
 
 
 def side_of(cells: int) -> int:
-    """Returns the side of a square grid of so many cells; 0 if it is none."""
+    """Returns the side of a square grid with this number of cells, or 0 if not square."""
     side = math.isqrt(max(cells, 0))
     return side if side * side == cells else 0
 
 
 def grid_of(offsets: int) -> int:
-    """Returns the side n of a grid with (2n - 1)^2 offsets; 0 if it is none."""
+    """Returns the side n of a grid with (2n - 1)^2 offsets, or 0."""
     return (side_of(offsets) + 1) // 2 if side_of(offsets) % 2 else 0
 
 
@@ -66,7 +66,7 @@ def size_to_compare(known: Architecture) -> dict[str, int]:
 def activation_named(name: str | None, where: str, *, of: str) -> str | None:
     """Returns our name of a library's activation.
 
-    Raises: WeightsError: for one that no model here has.
+    Raises: WeightsError: for an unsupported activation.
     """
     if name is not None and name not in _ACTIVATIONS:
         raise WeightsError(

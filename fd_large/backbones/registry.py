@@ -1,4 +1,4 @@
-"""The families of backbones, and how a model is built from its name or its architecture."""
+"""The families of backbones, and construction of models from a name or an architecture."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def family_of(architecture: FamilyArchitecture) -> Family:
 
 
 def family_of_source(source: str) -> tuple[Family, str] | None:
-    """Returns the family that brings a source's weights, and the rest of the source; or None."""
+    """Returns the family of a source's prefix and the rest of the source, or None."""
     for family in FAMILIES.values():
         prefix = family.architecture.prefix
         if family.scheme and source.startswith(prefix):
@@ -49,7 +49,7 @@ def family_of_source(source: str) -> tuple[Family, str] | None:
 
 
 def is_module(source: str) -> bool:
-    """Whether a source is a module, weights and all, which is used as it is."""
+    """Whether a source names a module with its weights, which is used unchanged."""
     brought = family_of_source(source)
     return brought is not None and brought[0].scheme.weightless is None
 
@@ -66,7 +66,7 @@ def statistics_of(name: str, architecture: FamilyArchitecture) -> Statistics:
 
 
 def own_image_size(name: str, architecture: FamilyArchitecture) -> int:
-    """Returns the side in pixels of the images that a model was trained with; 0: not known.
+    """Returns the side in pixels of the images that a model was trained with; 0 if unknown.
 
     Args: As `statistics_of`.
     """
@@ -129,7 +129,7 @@ def _shapes(architecture: FamilyArchitecture) -> dict[str, tuple[int, ...]]:
 
 
 def parameter_shapes(architecture: FamilyArchitecture) -> dict[str, tuple[int, ...]]:
-    """Returns {name: shape} of every parameter, in the module's order, from one without memory.
+    """Returns {name: shape} of every parameter, in the module's order, without allocating memory.
 
     Running statistics of batch normalisation follow them: they are weights like any other.
 

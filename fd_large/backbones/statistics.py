@@ -1,4 +1,4 @@
-"""Image statistics: from uint8 pixels to what a model was trained on."""
+"""Image statistics: from uint8 pixels to a model's normalised input."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def normalise(images: Tensor, statistics: Statistics) -> Tensor:
 
 @lru_cache
 def _constants(statistics: Statistics, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(1, 3, 1, 1) each; kept, since a copy to a GPU would stop the host at every step."""
+    """Returns cached tensors (1, 3, 1, 1), since a copy to a GPU would stop the host each step."""
     mean, std = (torch.tensor(row, device=device).view(1, 3, 1, 1) for row in statistics)
     return mean, std

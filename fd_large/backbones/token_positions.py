@@ -1,4 +1,4 @@
-"""Positions in the image of an attention map's tokens: of whole images and of (shifted) windows."""
+"""Image positions of an attention map's tokens, for whole images and (shifted) windows."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class TokenPositions(NamedTuple):
 
     Attributes:
         index: (nW, T) int64, the number of each token in the grid, row by row; PREFIX for class
-            tokens and the like, PADDING for what lies outside the image.
+            tokens and similar, PADDING outside the image.
         grid: Rows and columns of the layer's tokens.
         window: Rows and columns of a window; the grid itself where there are no windows.
-        whole: (nW,) bool, True for windows without padding whose tokens are neighbours in the
-            image (not brought together from opposite edges by the shift).
+        whole: (nW,) bool, True for windows without padding whose tokens are adjacent in the image
+            (not joined from opposite edges by the shift).
     """
 
     index: Tensor
@@ -45,7 +45,7 @@ def image_positions(grid: tuple[int, int], num_prefix_tokens: int) -> TokenPosit
 
 
 def positions_in(x: Tensor, windows: Windows) -> TokenPositions:
-    """Returns the positions of the tokens of (B, H, W, C) in windows; what pads the map is none."""
+    """Returns the positions of the tokens of (B, H, W, C) in windows; padding has no position."""
     side, shift = (windows.side,) * 2, (windows.shift,) * 2
     return window_positions((x.shape[1], x.shape[2]), side, shift, pad_first=True)
 

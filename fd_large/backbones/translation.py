@@ -1,6 +1,6 @@
-"""Names of published files: a format is a table of rows, which serves reading and exporting.
+"""Names of published files: a format is a table of rows for reading and exporting.
 
-What fits and what is missing is known from names alone, before a tensor is read.
+Names alone show which tensors fit or are missing, before any tensor is read.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ _THIRDS = ("q", "k", "v")
 
 
 class Row(NamedTuple):
-    """One line of a table: names of a published file, ours, and what differs in the tensors.
+    """A line of a table: the names of a published file, our names, and differences of the tensors.
 
-    In a pattern `#` is a number, `*` any text, and `{a|b}` one of these, of which the first is
-    written. `+` is a number that is larger by one than `#` on the other side.
+    In a pattern `#` is a number, `*` any text, and `{a|b}` alternatives, of which the first is
+    written. `+` is the number `#` of the other side plus one.
 
     Attributes:
         theirs: Pattern of names in the file; "-" for a tensor that an export leaves out.
-        ours: Pattern of our names; "-" for a tensor that is left out on purpose.
-        form: The tensor in the file. "q", "k" and "v" are thirds of our rows; "token" is (C) for
-            our (1, 1, C), "batched" (N, C) for (1, N, C), "matrix" a convolution of side 1 for
-            (out, in); "unfolded" are merged patches in the order of nn.Unfold. "" is as it is.
+        ours: Pattern of our names; "-" for a tensor that is intentionally left out.
+        form: Form of the tensor in the file. "q", "k" and "v" are thirds of our rows; "token" is
+            (C) for our (1, 1, C), "batched" (N, C) for (1, N, C), "matrix" a convolution of side
+            1 for (out, in); "unfolded" are merged patches in the order of nn.Unfold. "" is
+            unchanged.
     """
 
     theirs: str
@@ -45,10 +46,9 @@ Rows = tuple[Row, ...]
 
 
 def table(text: str, *, start: str = "") -> Rows:
-    """Returns the rows of a text: on each line their pattern, ours, and the form if there is one.
+    """Returns the rows of a text: on each line the file's pattern, ours, and optionally the form.
 
-    A line whose patterns end with a dot holds for the indented lines after it, whose patterns go
-    on there.
+    A line whose patterns end with a dot is a prefix of the indented lines after it.
 
     Args:
         text: The lines.
@@ -68,7 +68,7 @@ def table(text: str, *, start: str = "") -> Rows:
 
 
 def under(start: str, rows: Rows) -> Rows:
-    """Returns rows of a file in which all names begin so."""
+    """Returns rows for a file whose names all have a prefix."""
     return tuple(
         row if row.theirs == NOWHERE else row._replace(theirs=start + row.theirs) for row in rows
     )
@@ -101,7 +101,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def renamed(name: str, before: str, after: str) -> str | None:
-    """Returns a name of one pattern as the other pattern has it; None if it is not of the first."""
+    """Returns a name of one pattern in the other pattern's form, or None if it does not match."""
     found = _regex(before).fullmatch(name)
     if found is None:
         return None
@@ -117,9 +117,9 @@ def renamed(name: str, before: str, after: str) -> str | None:
 
 
 def our_name(name: str, rows: Rows) -> tuple[str, str]:
-    """Returns our name and the form of a tensor of a file, by the first row that has it.
+    """Returns our name and the form of a file's tensor, by the first matching row.
 
-    A name that no row has stays as it is: the model then lacks it or has it.
+    A name without a matching row stays unchanged, and the model has it or lacks it.
     """
     for row in rows:
         if (ours := renamed(name, row.theirs, row.ours)) is not None:
@@ -142,7 +142,7 @@ class Output(NamedTuple):
 
 
 def outputs(name: str, shape: Shape, rows: Rows) -> list[Output]:
-    """Returns the tensors of a file that one of ours becomes, by the first row that has it.
+    """Returns the file's tensors made from one of ours, by the first matching row.
 
     Query, key and value have a row each.
     """
@@ -162,7 +162,7 @@ def outputs(name: str, shape: Shape, rows: Rows) -> list[Output]:
 
 @dataclass(frozen=True)
 class Piece:
-    """The recipe for one tensor of a model.
+    """The rule that makes one tensor of a model.
 
     Attributes:
         sources: Names of the file's tensors, which are joined along their first axis; none for a
@@ -178,7 +178,7 @@ class Piece:
     length: int = 0
 
     def shape(self, shape_of: Callable[[str], Shape]) -> Shape:
-        """Returns the shape from those of the sources."""
+        """Returns the shape, from the sources' shapes."""
         if not self.sources:
             return (self.length,)
         shapes = [shape_of(name) for name in self.sources]
@@ -208,12 +208,12 @@ Pieces = dict[str, Piece]
 
 
 class Translation(NamedTuple):
-    """A file in the names of our model.
+    """A file translated to our names.
 
     Attributes:
-        pieces: {our name: what makes it}, in the file's order.
-        dropped: Names in the file that are left out on purpose.
-        unfit: Names in the file that make no tensor: given twice, or a query without its key.
+        pieces: {our name: rule that makes the tensor}, in the file's order.
+        dropped: Names in the file that are intentionally left out.
+        unfit: Names in the file that make no tensor: duplicates, or a query without its key.
     """
 
     pieces: Pieces
@@ -247,10 +247,10 @@ def translated(names: Iterable[str], rows: Rows) -> Translation:
 
 
 def to_unfolded(tensor: Tensor) -> Tensor:
-    """Gives the last axis of merged patches, 4C in our order, in that of nn.Unfold.
+    """Reorders the last axis of merged patches, 4C, from our order to nn.Unfold's.
 
-    Ours has all channels of one token after another, down each column of the 2x2; nn.Unfold has
-    the four tokens of a channel side by side, row by row.
+    In our order, all channels of one token follow another token's, column by column of the 2x2;
+    in nn.Unfold's, the four tokens of a channel are adjacent, row by row.
     """
     return tensor.unflatten(-1, (2, 2, -1)).movedim(-1, -3).transpose(-1, -2).flatten(-3)
 
@@ -274,14 +274,14 @@ _WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def expanded(pieces: Pieces, shapes: Shapes, own: Callable[[str], str]) -> tuple[Pieces, list[str]]:
-    """Gives every block its own copy of a position bias that a file shares (FD's fine-tuning).
+    """Gives every block its own copy of a shared position bias (FD's fine-tuning).
 
     Args:
-        pieces: What the file makes, by our names.
+        pieces: The file's rules, by our names.
         shapes: Shapes of the model that is to be filled.
-        own: Gives the shared tensor's name for that of a block's own.
+        own: Returns the shared tensor's name, from the name of a block's own.
 
-    Returns: the pieces, and in words what was done.
+    Returns: the rules, and a description of the change.
     """
     copies = {
         name: pieces[own(name)]
@@ -296,7 +296,7 @@ def expanded(pieces: Pieces, shapes: Shapes, own: Callable[[str], str]) -> tuple
 
 
 def fresh_norm(width: int) -> Pieces:
-    """Returns a final norm that only normalises: weight 1, bias 0."""
+    """Returns a neutral final norm: weight 1, bias 0."""
     return {
         "norm.weight": Piece((), value=1.0, length=width),
         "norm.bias": Piece((), value=0.0, length=width),

@@ -1,10 +1,10 @@
-"""Windows over a map: their size, their shift, what pads the map, and their coordinates.
+"""Windows over a map: their size, shift, padding and coordinates.
 
-There are two rules for a map that its windows do not divide, or that is no larger than one.
-`masked`, that of the published classifiers and ours on any size: a window is never larger than the
-map, a single window is not shifted, and padding is hidden from attention. `official`, that of the
-published backbones of mmdetection, mmsegmentation and MIM-Depth-Estimation: windows keep their size
-and their shift, and the map is filled up with zero tokens that take part in attention.
+Two rules exist for a map that its windows do not divide, or that is at most one window. `masked`,
+as in the published classifiers: a window is never larger than the map, a single window is not
+shifted, and padding is hidden from attention. `official`, as in the published backbones of
+mmdetection, mmsegmentation and MIM-Depth-Estimation: windows keep their size and shift, and the
+map is padded with zero tokens that take part in attention.
 
 Source of `official`: github.com/SwinTransformer/MIM-Depth-Estimation, swin_transformer_v2.py.
 
@@ -34,7 +34,7 @@ class Windows(NamedTuple):
         side: Side w of a window in tokens.
         shift: Offset of the windows from the map's corner, in tokens.
         bottom: Rows of zero tokens below the map that take part in attention.
-        right: Columns of such tokens beside it.
+        right: Columns of zero tokens at the right.
     """
 
     side: int
@@ -47,7 +47,7 @@ class Windows(NamedTuple):
         return F.pad(x, (0, 0, 0, self.right, 0, self.bottom)) if self._pads else x
 
     def crop(self, x: Tensor) -> Tensor:
-        """Takes these tokens off (B, H + bottom, W + right, C)."""
+        """Removes the zero tokens from (B, H + bottom, W + right, C)."""
         height, width = x.shape[1] - self.bottom, x.shape[2] - self.right
         return x[:, :height, :width] if self._pads else x
 
@@ -58,7 +58,7 @@ class Windows(NamedTuple):
 
 @dataclass(frozen=True)
 class StageWindows:
-    """Windows into which the maps of a stage are cut.
+    """The windows of a stage's maps.
 
     Attributes:
         side: Side of a window in tokens, as wanted.

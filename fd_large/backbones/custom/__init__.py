@@ -1,1 +1,1 @@
-"""Models of the user's own: their contract, and how the user's code is called."""
+"""The user's own models: their contract, and calls of the user's code."""

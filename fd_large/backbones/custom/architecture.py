@@ -1,4 +1,4 @@
-"""Models of the user's own: a class or a function of the user's makes the module."""
+"""The user's own models, made by a class or a function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fd_large.recipes.family import FamilyArchitecture
 
 @dataclass(frozen=True, kw_only=True)
 class CustomArchitecture(FamilyArchitecture):
-    """A model that a class or a function of the user's own makes.
+    """A model made by the user's own class or function.
 
     Attributes:
         function: Class or function that makes the model, path/to/file.py:NAME or
@@ -40,7 +40,7 @@ class CustomArchitecture(FamilyArchitecture):
 
     @property
     def own_name(self) -> str:
-        """The name as the user gave it."""
+        """The name as given by the user."""
         return self.code
 
     def at(self, image_size: int) -> Self:

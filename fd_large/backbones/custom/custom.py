@@ -1,4 +1,4 @@
-"""A model of the user's own, as a student or a teacher: the module that the user's code makes.
+"""The user's own model as a student or a teacher: the module made by the user's code.
 
 `NAME` of `module:PATH/TO/FILE.py:NAME` is a class or a function that returns a torch Module with
 
@@ -16,8 +16,8 @@ names of parameters without weight decay; `fewest_places`, places of the smalles
 norm normalises, where that is not the last one; and for detection `stages(images, keep)`, four maps
 (B, H, W, C) of images of any size, with `stage_widths` and `stage_strides`.
 
-The class or function is called with those of the arguments `image_size` and `drop_path_rate` that
-it takes; more than once, also under `torch.device("meta")`, where weights are only shapes.
+The class or function is called with `image_size` and `drop_path_rate` if it accepts them, more
+than once, also under `torch.device("meta")`, where weights are only shapes.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def build_custom(
     Args:
         architecture: Says which class or function makes it.
         options: How it is built; most is the user's own affair.
-        where: What the user set, for messages.
+        where: Field that the user set, for messages.
 
-    Raises: ConfigError: if there is no such class or function, it fails, or what it returns lacks
-        something, all of which is named.
+    Raises: ConfigError: if the class or function does not exist, fails, or returns a model that
+        lacks attributes, all of which are named.
     """
     make = doors.load(architecture.code, kind="backbones", where=where)
     offered = {"drop_path_rate": options.drop_path_rate, "image_size": architecture.image_size}
@@ -103,7 +103,7 @@ def _group_norms(net: Any, image_size: int, where: str) -> None:
 
 
 def _complete(net: Any) -> None:
-    """Gives a model what is optional and has an obvious value."""
+    """Adds a model's missing optional attributes."""
     for name, value in (
         ("drop_path_rates", ()),
         ("no_weight_decay", frozenset),
@@ -124,17 +124,17 @@ def _no_layers(name: str) -> int:
 
 
 def check_map(net: Any, image_size: int, *, is_trained: bool, where: str) -> None:
-    """Runs a model that was built on the meta device once, and looks at what it returns.
+    """Runs a model that was built on the meta device once, and checks its result.
 
     A forward that fails because tensors have no values there is passed over.
 
     Args:
-        net: What `build_custom` returns.
+        net: Result of `build_custom`.
         image_size: Side of the images, in pixels.
         is_trained: Whether it is called with `keep`, as a student.
-        where: What the user set, for messages.
+        where: Field that the user set, for messages.
 
-    Raises: ConfigError: if it fails, returns something else than its map, or draws random numbers.
+    Raises: ConfigError: if the model fails, does not return a map, or draws random numbers.
     """
     images = torch.empty(2, 3, image_size, image_size, device="meta")
     sites = len(net.drop_path_rates)

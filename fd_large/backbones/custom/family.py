@@ -1,4 +1,4 @@
-"""Models of the user's own, as the package sees them."""
+"""The `Family` of the user's own models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _load(function: str, where: str) -> Loaded:
 
 
 def _matched(architecture: CustomArchitecture, file: Shapes, where: str) -> Matched:
-    """Finds the tensors by the module's own names, after `encoder.` in exports to fd."""
+    """Finds the tensors by the module's own names, with the prefix `encoder.` in exports to fd."""
     with torch.device("meta"):
         net = build_custom(architecture, Options(), where=where)
     expected = {
@@ -49,7 +49,7 @@ def _matched(architecture: CustomArchitecture, file: Shapes, where: str) -> Matc
 
 
 def _without_folders(architecture: CustomArchitecture) -> CustomArchitecture:
-    """The model as a file may name it that goes to others."""
+    """Returns the model's name for published files, without folders."""
     return replace(architecture, function=architecture.function.rpartition("/")[2])
 
 

@@ -20,7 +20,7 @@ def _timm_has_no_place(a: SwinArchitecture) -> str:
 
 
 def _dense_lacks(a: SwinArchitecture, pads: bool) -> str:
-    """Says what of a model the Swin of a dense library has not; "" if it has all."""
+    """Returns the features of a model that a dense library's Swin lacks, or ""."""
     side = a.image_size // a.patch_size // 2 ** (len(a.depths) - 1)
     if side < a.window_size:
         return f"position tables of fewer than {a.window_size} tokens, expected equal ones"

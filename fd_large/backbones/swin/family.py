@@ -1,4 +1,4 @@
-"""Swin Transformer, first version, as the package sees it."""
+"""The `Family` of Swin Transformer, first version."""
 
 from fd_large.backbones.family import Family
 from fd_large.backbones.swin.architecture import SwinArchitecture

@@ -57,19 +57,19 @@ FORMATS = {
 
 
 def _tables(shapes: Shapes, stages: int) -> list[tuple[int, ...]]:
-    """Rows and heads of the table of each stage; zeros where there is none."""
+    """Returns rows and heads of each stage's table; zeros without a table."""
     return [shapes.get(f"layers.{s}.blocks.0.attn{_TABLE}", (0, 0)) for s in range(stages)]
 
 
 def _beyond(shapes: Shapes) -> str:
-    """Says what a file of others holds that no Swin here has; "" if there is nothing."""
+    """Returns parts of a file that no Swin here has, or ""."""
     stages = count_of(shapes, r"layers\.(\d+)\.")
     windows = [grid_of(rows) for rows, _ in _tables(shapes, stages)]
     return "" if windows == sorted(windows, reverse=True) else "a larger window in a later stage"
 
 
 def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
-    """Returns the fields that tensors show: all but eps."""
+    """Returns the fields shown by tensors: all but eps."""
     fields = names.recognised(shapes)
     tables = _tables(shapes, len(fields["depths"]))
     heads = tuple(heads for _, heads in tables)

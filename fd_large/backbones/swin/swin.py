@@ -3,10 +3,10 @@
 Parameter names are those of the Swin-Transformer and EsViT repositories. With three stages it is
 FD's stage-3 target: no merging after the last stage, the final norm on its width.
 
-timm's Swin is the same function where windows divide every map, and another one elsewhere: its
-padding is seen, and whether windows shift follows from the size that it was built for. Maps of
-140x100 pixels differ by half of their largest value from those with `window_rule` masked, by a
-quarter from official ones, so that students who pad need this module.
+timm's Swin computes the same if windows divide every map, but not otherwise: its padding takes
+part in attention, and the size that it was built for decides whether windows shift. Maps of
+140x100 pixels differ by half of their largest value from `window_rule` masked, and by a quarter
+from official ones, so students that pad need this module.
 
 Source: Liu et al., arXiv 2103.14030; Li et al., arXiv 2106.09785.
 """
@@ -50,8 +50,8 @@ class Swin(HierarchicalBackbone):
     query, key and value have a bias.
 
     Args:
-        image_size: Side in pixels of the images that the position tables are made for: a stage
-            whose map is smaller than the window has a table of the map's size.
+        image_size: Side in pixels of the images of the position tables: a stage whose map is
+            smaller than the window has a table of the map's size.
         in_chans: Channels of the images.
 
     Raises: ConfigError, ShapeError: for values that do not fit each other.
@@ -214,7 +214,7 @@ class WindowAttention(nn.Module):
         return self.proj(windows.crop(out))
 
     def attention_maps(self, x: Tensor, windows: Windows) -> tuple[Tensor, TokenPositions]:
-        """Returns the maps of the same arguments, (B, nW, h, T, T) float32, and token positions."""
+        """Returns attention maps (B, nW, h, T, T), float32, and positions; see `forward`."""
         padded = windows.pad(x)
         maps = attention_maps(
             self.qkv(padded).flatten(1, 2),
@@ -245,7 +245,7 @@ class Downsample(PatchMerging):
 def build(a: SwinArchitecture, options: Options) -> Swin:
     """Builds a model with fresh weights.
 
-    Raises: ConfigError: if windows are given that its position tables would have to follow.
+    Raises: ConfigError: if the given windows do not match its position tables.
     """
     rules = options.of_windows()
     if own_windows := rules.pop("stage_windows"):

@@ -1,6 +1,6 @@
 """Swin Transformer V2: the fields of a model, and the models that have a name.
 
-Windows of the named models follow the image size that each is meant for: 14 at 224 px (tiny to
+Windows of the named models follow their intended image size: 14 at 224 px (tiny to
 large) and 12 at 192 px (1b, huge, giant), so that stages 3 and 4 are one window each. A recipe that
 trains at another size sets `window_size`.
 
@@ -53,7 +53,7 @@ class SwinV2Architecture(WindowedTransformer):
         self._require(self.extra_norm_every >= 0, "extra_norm_every", "0 or more blocks")
 
     def at(self, image_size: int) -> Self:
-        """Returns the same model for images of that side; absolute positions stay as they are."""
+        """Returns the same model for images of that side; absolute positions stay unchanged."""
         return self if self.absolute_position else replace(self, image_size=image_size)
 
     def overridden(self, given: dict[str, Any]) -> Self:
@@ -61,14 +61,14 @@ class SwinV2Architecture(WindowedTransformer):
 
         Another number of stages comes with as many windows of pre-training, all 0.
 
-        Raises: ConfigError: if they do not fit the rest.
+        Raises: ConfigError: if they do not fit the other fields.
         """
         if "depths" in given:
             given = {"pretrained_window_sizes": (0,) * len(given["depths"]), **given}
         return replace(self, **given)
 
     def with_window(self, window_size: int) -> Self:
-        """Returns the same model with windows of another size, or of the same on larger maps.
+        """Returns the model with windows of another size, or with the same windows on larger maps.
 
         The coordinates of its position biases stay scaled by the windows that it was trained with,
         which are no larger than the maps.
@@ -91,10 +91,10 @@ class SwinV2Architecture(WindowedTransformer):
 def trained_windows(
     stated: tuple[int, ...], window_size: int, tokens_a_side: int
 ) -> tuple[int, ...]:
-    """Returns the windows by which the coordinates of a trained model are scaled, stage by stage.
+    """Returns each stage's window for scaling the coordinates of a trained model.
 
     Args:
-        stated: Its `pretrained_window_sizes`; 0 is the window that it was trained with.
+        stated: Its `pretrained_window_sizes`; 0 means its own training window.
         window_size: That window; none is larger than its map.
         tokens_a_side: Side of the first stage's map.
     """

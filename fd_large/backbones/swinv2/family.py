@@ -1,4 +1,4 @@
-"""SwinV2, as the package sees it."""
+"""The `Family` of SwinV2."""
 
 from fd_large.backbones.family import Family
 from fd_large.backbones.swinv2.architecture import SwinV2Architecture

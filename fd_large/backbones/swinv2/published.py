@@ -1,4 +1,4 @@
-"""Published weights of SwinV2, and how its coordinates are scaled for another window."""
+"""Published weights of SwinV2, and the scaling of its coordinates for another window."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ FORMATS = {
 
 
 def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
-    """Returns the fields that tensors show: all but eps, and windows where there are no tables."""
+    """Returns the fields shown by tensors: all but eps, and windows if there are no tables."""
     fields = names.recognised(shapes)
     stages = len(fields["depths"])
     scales = [shapes.get(f"layers.{s}.blocks.0.attn.logit_scale", (0,)) for s in range(stages)]
@@ -101,9 +101,9 @@ def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
 
 
 def _windows(stages: int, file: TensorFile) -> tuple[list[int], tuple[int, ...], int]:
-    """Windows, windows of pre-training and patches a side, from the tables of official files.
+    """Returns windows, windows of pre-training and patches a side, from official files' tables.
 
-    A file without such tables gives zeros.
+    Without such tables they are zeros.
     """
     windows, pretrained, side = [0] * stages, [0] * stages, 0
     for name in file:
@@ -121,14 +121,14 @@ def _windows(stages: int, file: TensorFile) -> tuple[list[int], tuple[int, ...],
 
 
 def _reference(largest: float, window: int) -> int:
-    """The w0 of a table whose largest entry is log2(8 (w - 1) / (w0 - 1) + 1) / 3."""
+    """Returns w0 of a table whose largest entry is log2(8 (w - 1) / (w0 - 1) + 1) / 3."""
     if window < 2 or not math.isfinite(largest) or largest <= 0:
         return window
     return round(8 * (window - 1) / (2 ** (3 * largest) - 1)) + 1
 
 
 def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
-    """Reads a `config.json` of transformers; a window of pre-training of 0 is the one in use."""
+    """Reads transformers' `config.json`; a window of pre-training of 0 means the window in use."""
     if config.get("model_type") != "swinv2":
         return None
     fields = names.hugging_face_fields(config, where)
@@ -144,7 +144,7 @@ def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
 
 
 def _timm(net: Any, where: str) -> Architecture | None:
-    """Reads a SwinV2 of timm, a module; a window of pre-training of 0 is the one in use."""
+    """Reads a SwinV2 module of timm; a window of pre-training of 0 means the window in use."""
     from timm.models.swin_transformer_v2 import SwinTransformerV2
 
     if not isinstance(net, SwinTransformerV2):
@@ -159,7 +159,7 @@ def _timm(net: Any, where: str) -> Architecture | None:
 
 
 def shared_bias(name: str) -> str:
-    """Returns the name of the bias that blocks share, for that of a block's own."""
+    """Returns the name of a stage's shared bias, from the name of a block's bias."""
     return re.sub(r"blocks\.\d+\.attn\.cpb_mlp\.", "position_bias.cpb_mlp.", name)
 
 
@@ -172,9 +172,9 @@ def _adapt(pieces: Pieces, wanted: Wanted) -> tuple[Pieces, list[str]]:
 def _complete(values: dict[str, Any], settling: Settling) -> list[str]:
     """Fills the image size and the windows of pre-training.
 
-    Without absolute positions no tensor depends on the image: then it is the one on which every
-    stage has a full window. Coordinates are scaled by the windows of pre-training, which are the
-    file's, whatever window the model has.
+    Without absolute positions no tensor depends on the image size, which is then the size with
+    full windows in every stage. Coordinates are scaled by the file's windows of pre-training,
+    whatever window the model has.
     """
     window, stages = values["window_size"], len(values["depths"] or ())
     if values["image_size"] is None and not values["absolute_position"]:
@@ -210,7 +210,7 @@ def _complete(values: dict[str, Any], settling: Settling) -> list[str]:
 
 
 def _same_norms(fact: int, wanted: int, depths: tuple[int, ...]) -> bool:
-    """Whether there are the same extra norms; beyond the deepest stage there is none."""
+    """Whether extra norms are the same; an interval beyond the deepest stage means none."""
     return all(k > max(depths) for k in (fact or math.inf, wanted or math.inf)) or fact == wanted
 
 

@@ -150,7 +150,7 @@ class SwinV2(HierarchicalBackbone):
 
 
 class SwinV2Stage(Stage):
-    """A stage that makes the position biases of its blocks, from their own MLPs or a shared one."""
+    """A stage that computes its blocks' position biases, from separate MLPs or a shared one."""
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class Block(nn.Module):
         width: C.
         num_heads: h.
         index: Within the stage; odd blocks shift their windows.
-        windows: Those of the stage.
+        windows: Windows of the stage.
         number: Over the whole model, from 1; it sets how much the branch ends are scaled down.
         extra_norm: Whether the block ends with a norm on the main path.
         own_position_bias: Whether the block owns a position-bias MLP.
@@ -287,11 +287,11 @@ class CosineAttention(nn.Module):
     def forward(
         self, x: Tensor, windows: Windows, position_table: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Maps (B, H, W, C) to the same shape, and what `BranchEnd` leaves.
+        """Maps (B, H, W, C) to the same shape, and returns the bias left by `BranchEnd`.
 
         Args:
             x: (B, H, W, C).
-            windows: Those over the map, of side w.
+            windows: Windows over the map, with side w.
             position_table: ((2w - 1)^2, h) float32.
         """
         bias = None if self.q_bias is None else torch.stack([self.q_bias, self.v_bias])
@@ -312,7 +312,7 @@ class CosineAttention(nn.Module):
     def attention_maps(
         self, x: Tensor, windows: Windows, position_table: Tensor
     ) -> tuple[Tensor, TokenPositions]:
-        """Returns the maps of the same arguments, (B, nW, h, T, T) float32, and token positions."""
+        """Returns attention maps (B, nW, h, T, T), float32, and positions; see `forward`."""
         padded = windows.pad(x)
         maps = attention_maps(
             with_query_bias(self.qkv(padded).flatten(1, 2), self.q_bias),
@@ -327,7 +327,7 @@ class CosineAttention(nn.Module):
 
 
 class PositionMlp(nn.Sequential):
-    """Maps log-spaced offsets to position biases; a frozen one remembers its tables."""
+    """Maps log-spaced offsets to position biases; a frozen MLP caches its tables."""
 
     def __init__(self, num_heads: int, scheme: Scheme):
         super().__init__(
@@ -362,7 +362,7 @@ class PositionMlp(nn.Sequential):
 
 
 class PositionBias(nn.Module):
-    """One position-bias MLP for the blocks of a stage."""
+    """A position-bias MLP shared by the blocks of a stage."""
 
     def __init__(self, num_heads: int, scheme: Scheme):
         super().__init__()

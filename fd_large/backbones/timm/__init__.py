@@ -1,4 +1,4 @@
-"""Any backbone of timm, as a student or a teacher: one adapter, and what is seen of a model.
+"""Any backbone of timm, as a student or a teacher: one adapter, and facts measured on a model.
 
-What is true of single models of timm is measured on them (`measure.py`), not listed here.
+Facts of single timm models are measured on them (`measure.py`), not listed here.
 """

@@ -74,7 +74,7 @@ def why_refused(name: str) -> str:
 
 
 def strange_arguments(arguments: Mapping[str, Any]) -> list[str]:
-    """Returns the names of arguments that are not passed on to timm, whatever sets them."""
+    """Returns the names of arguments that are never passed on to timm."""
     return sorted(
         name
         for name, value in arguments.items()
@@ -83,14 +83,14 @@ def strange_arguments(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def with_arguments(name: str, arguments: Mapping[str, Any]) -> str:
-    """Returns the name of a model of timm that is made with other arguments than timm's own."""
+    """Returns the name of a timm model with changed arguments."""
     return name + json.dumps(arguments, sort_keys=True) if arguments else name
 
 
 def split_arguments(timm_name: str) -> tuple[str, dict[str, Any]]:
-    """Returns timm's name of a model, and the arguments that follow it.
+    """Returns timm's name of a model, and the arguments after it.
 
-    Raises: ValueError: if these are no JSON.
+    Raises: ValueError: if the arguments are not JSON.
     """
     name, mark, rest = timm_name.partition("{")
     return name, parse_json(mark + rest) if mark else {}
@@ -98,7 +98,7 @@ def split_arguments(timm_name: str) -> tuple[str, dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class TimmArchitecture(FamilyArchitecture):
-    """A model of timm up to the map at a stride; what timm has is known where timm is imported.
+    """A timm model up to the map at a stride; timm itself checks the name when imported.
 
     Attributes:
         timm_name: Name of the model in timm; arguments that differ from timm's own follow it as
@@ -121,19 +121,19 @@ class TimmArchitecture(FamilyArchitecture):
 
     @classmethod
     def named(cls, rest: str) -> Self:
-        """Returns a model of timm up to its last map."""
+        """Returns a timm model up to its last map."""
         return cls(timm_name=rest)
 
     @property
     def kind(self) -> Kind:
-        """The kind that timm's name tells; most of its models are convolutional."""
+        """The kind of the model by timm's name; most models are convolutional."""
         if "swin" in self.timm_name:
             return "windows"
         return "attention" if _ATTENTION.search(self.timm_name) else "convolutions"
 
     @property
     def own_name(self) -> str:
-        """timm:NAME."""
+        """The name as `timm:NAME`."""
         return f"{self.prefix}{self.timm_name}"
 
     def at(self, image_size: int) -> Self:

@@ -1,7 +1,7 @@
 """Drop path of timm's models, driven by rows of `keep` in place of torch's generator.
 
 Each `DropPath` is replaced by a `Kept`, which has no parameters, so that names stay timm's. The
-block that owns it is given the factors of the forward under way as an argument, as our own blocks
+block that owns it gets the factors of the present forward as an argument, as our own blocks
 are: whatever computes a block again for backward has the factors of the first time.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Scales:
-    """The scales of drop path that all sites of a model read.
+    """The drop path scales of a forward, shared by all sites of a model.
 
     Attributes:
         now: The factors of the forward under way, (num_sites, B) float32; None: no drop path.
@@ -39,7 +39,7 @@ class Kept(nn.Module):
         self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B', ...) to the same shape; B' is a multiple of B with the samples outermost."""
+        """Maps (B', ...) to the same shape; B' is a multiple of B, samples outermost."""
         if self.scales.now is None:
             return x
         row = self.scales.now[self.rows[self.calls]]
@@ -52,10 +52,10 @@ class Kept(nn.Module):
 
 
 def give_scales(block: nn.Module, scales: Scales, sites: Sequence[Kept]) -> None:
-    """Lets a block take the model's factors as an argument, and its sites begin with their first.
+    """Lets a block take the model's factors as an argument, and resets its sites to row one.
 
-    The block gets a subclass of its class, because wrappers for activation checkpointing call
-    either the forward of the module or that of its class.
+    The block gets a subclass of its class, because wrappers for activation checkpointing call the
+    forward of either the module or its class.
     """
     block._kept_sites, block._keep_scales = list(sites), scales
     block.__class__ = _with_scales(type(block))

@@ -1,4 +1,4 @@
-"""The export of a student that is a model of timm: the same model, without its head."""
+"""Export of a timm student: the same model without its head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OURS = "net."
 
 
 def lacks(architecture: TimmArchitecture, pads: bool = False) -> str:
-    """Returns why timm has no such model: it ends before its last map."""
+    """Returns why timm has no such model (it ends before its last map), or ""."""
     del pads
     last = strides(architecture.timm_name)[-1]
     if architecture.feature_stride in (0, last):
@@ -26,7 +26,7 @@ def lacks(architecture: TimmArchitecture, pads: bool = False) -> str:
 
 
 def added(architecture: TimmArchitecture) -> dict[str, Tensor]:
-    """Returns tensors that timm's model has and ours has not, at their initial values.
+    """Returns tensors that only timm's model has, at their initial values.
 
     Such as a norm that belongs to the head, after the map that was trained, and counters.
     """

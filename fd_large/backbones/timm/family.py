@@ -1,4 +1,4 @@
-"""Backbones of timm, as the package sees them; timm is imported only where it is needed."""
+"""The `Family` of timm's backbones; timm is imported only when needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures on the meta device how a model of timm can be trained.
+"""Measures on the meta device how a timm model can be trained.
 
 Which drop path is called when, which modules are its blocks, and whether anything else draws random
 numbers: timm does not say so, and its models differ.
@@ -28,16 +28,16 @@ _ANY_RATE = 0.1
 
 
 class Measured(NamedTuple):
-    """The facts of a model that its training depends on.
+    """The facts of a model that its training needs.
 
     Attributes:
         arguments: Arguments of `timm.create_model`.
         sites: Path and drop rate of each call of a drop path, in order.
-        owners: Path of the module that is given the factors of each site, by the site's path.
-        blocks: Paths of the modules whose activations can be computed again, in order.
+        owners: Path of the module that gets the factors of each site, by the site's path.
+        blocks: Paths of the modules whose activations can be recomputed, in order.
         layers: Layer of each parameter, from 0; empty if the model does not say.
         last_layer: The deepest layer: the head's.
-        fewest_places: Places of the smallest map that a batch norm normalises; 0: there is none.
+        fewest_places: Places of the smallest map under a batch norm; 0 without batch norms.
     """
 
     arguments: Mapping[str, Any]
@@ -99,7 +99,7 @@ class _Seen(NamedTuple):
 
 
 def _run(net: Any, name: str, stride: int, image_size: int) -> _Seen:
-    """Cuts a model on the meta device and runs it."""
+    """Cuts a model on the meta device to its stride and runs it."""
     stage = cut(net, name, stride, image_size)
     still(net)
     side = image_size or sized(name, 0).side
@@ -187,14 +187,14 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _Seen:
 
 
 def still(net: nn.Module) -> None:
-    """Turns dropout off, which timm has by default in a few models' position MLPs."""
+    """Turns off dropout, a default in the position MLPs of a few timm models."""
     for module in net.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
 
 
 def _layers(net: Any) -> tuple[dict[str, int], bool]:
-    """The layers of a whole model, as timm's `param_groups_layer_decay` has them; has it a head."""
+    """Returns a model's layers by timm's `param_groups_layer_decay`, and whether it has a head."""
     if not hasattr(net, "group_matcher"):
         return {}, False
     layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
@@ -203,7 +203,7 @@ def _layers(net: Any) -> tuple[dict[str, int], bool]:
 
 
 def _last_layer(layers: Mapping[str, int], net: nn.Module, *, has_head: bool) -> int:
-    """The layer of a head; timm has some models without one, whose last block is to decay too."""
+    """Returns the layer of a head, even if the model has none, so that its last block decays."""
     if not layers:
         return 0
     last = max(layers.values())

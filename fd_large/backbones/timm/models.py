@@ -1,4 +1,4 @@
-"""Models of timm by name: whole, and cut off after the map at a stride."""
+"""timm models by name: whole, and cut after the map at a stride."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _WHERE = "model"  # A section of a recipe, or what a command was given.
 
 
 def create(name: str, **arguments: Any) -> nn.Module:
-    """Builds a model of timm by name, whole, without asking any server.
+    """Builds a whole timm model by name, without network access.
 
     Args:
         name: timm's name of the model, with arguments after it (`TimmArchitecture.timm_name`).
         arguments: Further arguments.
 
     Raises:
-        ConfigError: If timm has no such model, not with the arguments that follow its name, or does
-            not return its inner maps.
+        ConfigError: If timm lacks the model, refuses the arguments after its name, or does not
+            return its inner maps.
         VersionError: If timm is too old.
     """
     check_name(name)
@@ -60,7 +60,7 @@ def create(name: str, **arguments: Any) -> nn.Module:
 
 
 class _ShapesOnly(TorchFunctionMode):
-    """Leaves out what fills tensors, most of the time that a model on the meta device takes."""
+    """Skips functions that fill tensors, which dominate construction on the meta device."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -81,7 +81,7 @@ _FILLING = {
 
 
 def check_name(name: str) -> None:
-    """Refuses names that timm does not know, and releases of timm that are too old.
+    """Refuses unknown names, and releases of timm that are too old.
 
     Raises: ConfigError, VersionError: as `create`.
     """
@@ -99,23 +99,23 @@ def check_name(name: str) -> None:
 
 
 def near_names(name: str) -> str:
-    """Returns in words which of timm's more than a thousand names are near to another one."""
+    """Returns in words the timm names that are similar to an unknown one."""
     near = get_close_matches(name.partition(".")[0], timm.list_models(), n=5, cutoff=0.3)
     return f"nearest: {', '.join(near)}" if near else "expected one of its names"
 
 
 def config_of(name: str) -> Any:
-    """Returns timm's configuration of a model's trained weights; None for a model of the user's."""
+    """Returns timm's configuration of a model's trained weights; None for the user's own model."""
     return timm.get_pretrained_cfg(split_arguments(name)[0])
 
 
 class Size(NamedTuple):
-    """The images that a model is made for.
+    """The image size of a model.
 
     Attributes:
         side: Side in pixels.
-        arguments: What `create` is given for it.
-        is_only: Whether it takes no others.
+        arguments: Arguments of `create` for this size.
+        is_only: Whether the model takes no other size.
     """
 
     side: int
@@ -125,7 +125,7 @@ class Size(NamedTuple):
 
 @lru_cache(maxsize=256)
 def sized(name: str, image_size: int) -> Size:
-    """Returns the size of a model made for images of that side in pixels; 0 is its own size.
+    """Returns the size of a model made for images of a side in pixels; 0 means its own size.
 
     A model that cannot be made for another size stays at its own.
     """
@@ -149,22 +149,22 @@ def sized(name: str, image_size: int) -> Size:
 
 
 def size_arguments(name: str, image_size: int) -> Mapping[str, Any]:
-    """Returns the arguments that make a model for images of that side; none if it needs none."""
+    """Returns the arguments that make a model for images of a side, possibly empty."""
     return sized(name, image_size).arguments
 
 
 @cache
 def can_resize(name: str) -> bool:
-    """Whether timm carries the weights of a model over to another image size."""
+    """Whether timm converts a model's weights to another image size."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return hasattr(create(name), "set_input_size")
 
 
 @cache
 def strides(name: str) -> list[int]:
-    """Returns the strides at which a model of timm has maps, rising.
+    """Returns the strides at which a timm model has maps, in rising order.
 
-    Raises: ConfigError: if timm has no such model.
+    Raises: ConfigError: if timm lacks the model.
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return sorted({stage["reduction"] for stage in create(name).feature_info})
@@ -177,9 +177,9 @@ class Layout(NamedTuple):
         grid: Rows and columns of the map.
         width: Channels.
         stride: Pixels per token, each way.
-        is_regular: Whether the stride is that of the last stage, so that it tells the grid at other
+        is_regular: Whether the stride is the last stage's, so that it gives the grid at other
             sizes too.
-        num_prefix_tokens: Tokens before those of the map.
+        num_prefix_tokens: Tokens before the map's.
         is_channels_last: Whether a map that is no sequence has its channels last.
     """
 
@@ -192,11 +192,11 @@ class Layout(NamedTuple):
 
 
 class LastMap(NamedTuple):
-    """The map of a model, as one run of `forward_features` on the meta device shows it.
+    """The last map of a model, found by running `forward_features` on the meta device.
 
     Attributes:
         side: Side of the image in pixels.
-        layout: Where the map is in what it returns.
+        layout: Place of the map in the result.
         unused: Paths of the modules that it does not need.
     """
 
@@ -207,7 +207,7 @@ class LastMap(NamedTuple):
 
 @lru_cache(maxsize=256)
 def last_map(name: str, image_size: int) -> LastMap:
-    """Runs `forward_features` of a model on the meta device.
+    """Finds the last map by running `forward_features` of a model on the meta device.
 
     Args:
         name: timm's name of the model.
@@ -224,13 +224,13 @@ def last_map(name: str, image_size: int) -> LastMap:
 
 
 def layout_of(net: Any, name: str, side: int, found: Any) -> Layout:
-    """Finds the map in what `forward_features` returned.
+    """Finds the map in the result of `forward_features`.
 
     Args:
-        net: A whole model of timm.
-        name: timm's name of it.
+        net: A whole timm model.
+        name: The model's name in timm.
         side: Side of the images in pixels.
-        found: What it returned.
+        found: Result of `forward_features`.
 
     Raises: ConfigError: if that is no map.
     """
@@ -264,7 +264,7 @@ def layout_of(net: Any, name: str, side: int, found: Any) -> Layout:
 def _watched(
     net: nn.Module, run: Callable[[], Any], name: str, side: int
 ) -> tuple[Any, tuple[str, ...]]:
-    """Returns a run's result, and the paths of modules none of whose parameters it used.
+    """Returns a run's result, and the paths of modules whose parameters it did not use.
 
     Raises: ShapeError: if the model does not take the images.
     """
@@ -288,7 +288,7 @@ def _watched(
 
 
 class _Used(TorchFunctionMode):
-    """Notes which tensors torch's functions are given while it is on.
+    """Records the tensor arguments of torch's functions while active.
 
     Attributes:
         seen: Their ids.
@@ -326,13 +326,13 @@ def _shape_text(found: Any) -> str:
 
 
 class Stage(NamedTuple):
-    """The map of a model that is taken.
+    """The chosen map of a model.
 
     Attributes:
-        index: Number of the map among those that the model has.
+        index: Index of the map among the model's maps.
         width: Channels.
         stride: Pixels per token, each way.
-        last: What `forward_features` returns, if the map is the model's last; None: an earlier one.
+        last: Layout in the result of `forward_features` for the last map; None for an earlier map.
     """
 
     index: int
@@ -341,7 +341,7 @@ class Stage(NamedTuple):
     last: LastMap | None
 
     def grid(self, height: int, width: int) -> tuple[int, int] | None:
-        """Returns rows and columns of the map; None: the image does not divide into tokens."""
+        """Returns rows and columns of the map, or None if the image does not divide into tokens."""
         if self.last and height == width == self.last.side:
             return self.last.layout.grid  # Which some models round up.
         if height % self.stride or width % self.stride:
@@ -350,7 +350,7 @@ class Stage(NamedTuple):
 
 
 def cut(net: Any, name: str, stride: int, image_size: int) -> Stage:
-    """Removes what a model computes after its deepest map of a stride; 0 is its last map.
+    """Removes the modules after a model's deepest map of a stride; 0 means its last map.
 
     Raises: ConfigError: if it has no map of that stride; ShapeError: if it does not take the size.
     """
@@ -387,14 +387,14 @@ def map_of(net: Any, stage: Stage, images: Tensor) -> Tensor:
 
 
 def class_token_and_map_of(net: Any, stage: Stage, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the class token (B, 1, C) and the map, of a model whose last map has the former."""
+    """Returns the class token (B, 1, C) and the map, for a model with a class token."""
     assert stage.last is not None
     tokens = net.forward_features(images)
     return tokens[:, :1], tokens[:, stage.last.layout.num_prefix_tokens :]
 
 
 def inner_maps(net: Any, indices: Sequence[int], images: Tensor) -> list[Tensor]:
-    """Returns the maps (B, C, h, w) of some stages as they are, before any final norm."""
+    """Returns the raw maps (B, C, h, w) of some stages, before any final norm."""
     return net.forward_intermediates(
         images, indices=list(indices), norm=False, output_fmt="NCHW", intermediates_only=True
     )
@@ -402,7 +402,7 @@ def inner_maps(net: Any, indices: Sequence[int], images: Tensor) -> list[Tensor]
 
 @lru_cache(maxsize=64)
 def unused_by_stages(name: str, stride: int, indices: tuple[int, ...]) -> tuple[str, ...]:
-    """Returns the paths of modules that the last map needs and the maps of some stages do not."""
+    """Returns the paths of modules that only the last map needs, not the maps of some stages."""
     side = sized(name, 0).side
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         net: Any = create(name).eval()

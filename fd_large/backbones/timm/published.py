@@ -1,4 +1,4 @@
-"""Weights for a model of timm: in timm's names, or in another port's, in the same order.
+"""Weights for a timm model: in timm's names, or in another port's with the same order.
 
 Running statistics of batch normalisation come along: buffers, but weights like any other.
 """
@@ -50,13 +50,12 @@ _NOT_WEIGHTS = ("num_batches_tracked", *RECOMPUTED)
 
 
 def matched(architecture: TimmArchitecture, file: Shapes, where: str) -> Matched:
-    """Finds the tensors of a `TimmBackbone` among those of a file.
+    """Finds the tensors of a `TimmBackbone` in a file.
 
-    What belongs to the whole model but not to the part up to the stride is left out. Positions of
-    another image size are resized, by timm's own rule.
+    Tensors beyond the stride are left out. Positions of another image size are resized by timm's
+    own rule.
 
-    Raises: WeightsError: if the file's tensors correspond to those of the model neither by name nor
-        by order.
+    Raises: WeightsError: if the file's tensors match the model's neither by name nor by order.
     """
     name = architecture.timm_name
     whole = _shapes(_weightless(name))
@@ -96,12 +95,12 @@ def matched(architecture: TimmArchitecture, file: Shapes, where: str) -> Matched
 
 @dataclass(frozen=True)
 class _Resized(Piece):
-    """A tensor of positions that timm makes for another image size.
+    """A tensor of positions resized by timm to another image size.
 
     Attributes:
         name: Name of the tensor in our model.
         new_shape: Shape of the tensor in our model.
-        resize: Returns all weights of the model at its size, from those of a file.
+        resize: Returns all weights of the model at its size, from a file's.
     """
 
     name: str = ""
@@ -118,7 +117,7 @@ class _Resized(Piece):
 
 
 class _Resize:
-    """Loads a file as timm does into a model of another image size; whole, in host memory, once.
+    """Loads a whole file into a model of another image size by timm's code, in host memory, once.
 
     Args:
         architecture: The model.
@@ -159,9 +158,9 @@ def weightless(name: str, where: str) -> dict[str, Tensor]:
 
 
 def settle(name: str, given: Architecture, where: str) -> tuple[Architecture, list[str]]:
-    """Returns the model that `timm:NAME` names, at the last stride unless one is given.
+    """Returns the model of `timm:NAME`, at the last stride unless a stride is given.
 
-    Raises: ConfigError: if timm has no such model, or it has no map, or not for the image size.
+    Raises: ConfigError: if timm lacks the model, or it has no map, or none at the image size.
     """
     stride, notes = given.feature_stride, []
     known = strides(name)
@@ -178,7 +177,7 @@ _HARMLESS = ("drop_path_rate", "drop_rate", "num_classes", "strict_img_size")
 
 
 def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
-    """Returns the model that the config.json of a folder of timm's names; None if it is no such.
+    """Returns the model in the config.json of a timm folder, or None for other folders.
 
     Raises: WeightsError: if this release of timm does not have it, or not with its arguments.
     """
@@ -210,13 +209,13 @@ def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
 
 
 def resizes(architecture: TimmArchitecture) -> bool:
-    """Whether timm carries a model's weights over to another image size, or they need not be."""
+    """Whether a model's weights fit other image sizes, directly or by timm's conversion."""
     name = architecture.timm_name
     return can_resize(name) or not sized(name, 0).is_only
 
 
 def facts_of(architecture: TimmArchitecture) -> WeightFacts:
-    """Returns timm's facts of the weights that it has for a model."""
+    """Returns timm's facts of its weights for a model."""
     config = config_of(architecture.timm_name)
     statistics = _statistics(architecture.timm_name)
     licence, origin = config.license or "", config.hf_hub_id or config.url or "timm"
@@ -234,17 +233,17 @@ def _refuse_untrained(name: str, where: str) -> None:
 
 
 def load(name: str, where: str) -> Loaded:
-    """Returns a model with the weights that timm has for it, from its cache or the network.
+    """Returns a model with timm's weights, from its cache or the network.
 
-    Raises: WeightsError: if timm has no weights for the model, or they cannot be had; ConfigError:
-        if there is no such model.
+    Raises: WeightsError: if timm has no weights for the model, or they cannot be downloaded;
+        ConfigError: if the model does not exist.
     """
     _refuse_untrained(name, where)
     return downloaded(_source(name), partial(_load, name, where))
 
 
 def fetch(name: str, where: str) -> None:
-    """Brings the weights that timm has for a model into its cache, on one rank for all.
+    """Downloads timm's weights of a model into its cache, on one rank for all.
 
     Raises: WeightsError, ConfigError: as `load`.
     """
@@ -253,7 +252,7 @@ def fetch(name: str, where: str) -> None:
 
 
 def save(name: str, where: str, folder: Path) -> str:
-    """Writes a model with the weights that timm has for it, as timm does; returns their licence.
+    """Writes a model with timm's weights in timm's format; returns their licence.
 
     Raises: WeightsError, ConfigError: as `load`.
     """
@@ -280,15 +279,15 @@ def _load(name: str, where: str) -> Loaded:
 
 
 def in_timm_names(given: Shapes, expected: Shapes, *, where: str = "weights") -> dict[str, str]:
-    """Returns timm's name of each tensor of a file: {timm's: the file's}.
+    """Returns timm's name of each tensor in a file, {timm's name: the file's name}.
 
-    A port of the same model into other names has as many tensors, in the same order, all of the
-    same shapes, and not one name in common.
+    A port of the same model to other names has equally many tensors, in the same order with the
+    same shapes, and no name in common.
 
     Args:
-        given: A file's names and shapes, in order.
+        given: Names and shapes of a file's tensors, in order.
         expected: timm's, of the whole model, in order.
-        where: What the user set, for the message.
+        where: Field that the user set, for the message.
 
     Raises: WeightsError: if the names differ and the tensors do not correspond one by one.
     """
@@ -313,13 +312,13 @@ def in_timm_names(given: Shapes, expected: Shapes, *, where: str = "weights") ->
 
 
 def _layer_scale(name: str, expected: Shapes) -> str:
-    """timm's name of a layer scale that has DeiT III's own name."""
+    """Returns timm's name of a layer scale with DeiT III's own name."""
     theirs = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)
     return theirs if name not in expected and theirs in expected else name
 
 
 def _without_prefix(names: list[str]) -> dict[str, str]:
-    """{timm's: the file's} of our own files: `net.` in checkpoints, `encoder.` in exports to fd.
+    """Returns {timm's name: our file's name}, without `net.` (checkpoints) or `encoder.` (exports).
 
     transformers writes `timm_model.` before timm's names, open_clip `visual.trunk.` in files that
     hold a text tower too.
@@ -343,7 +342,7 @@ def _weightless(name: str) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=64)
 def _second_names(name: str) -> frozenset[str]:
-    """The names, after the first, of tensors of a model that a state dict lists several times."""
+    """Returns repeated names of tensors that a state dict lists several times."""
     with torch.device("meta"):
         net = create(name)
     own = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}
@@ -356,9 +355,9 @@ def _statistics(name: str) -> Statistics:
 
 
 def _state(net: nn.Module) -> dict[str, Tensor]:
-    """Parameters and running statistics, each once; integer buffers are no weights.
+    """Returns parameters and running statistics, each once, without integer buffers.
 
-    Modules that several blocks share have as many names in a state dict, and one in the model.
+    A module shared by several blocks has several names in a state dict, but one in the model.
     """
     own = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}
     state = net.state_dict().items()

@@ -1,7 +1,7 @@
 """Any backbone of timm, as a student or a frozen teacher: the map at a stride, in the common form.
 
-The model's last map is what timm's `forward_features` returns, without class tokens; the maps of
-earlier stages are raw activations. What the model computes after the map is not built.
+The model's last map is the result of timm's `forward_features`, without class tokens; the maps of
+earlier stages are raw activations. Modules after the map are not built.
 
 Source: Wightman, PyTorch Image Models, https://github.com/huggingface/pytorch-image-models.
 """
@@ -49,11 +49,11 @@ FINEST_STAGE = 4
 
 
 class TimmBackbone(nn.Module):
-    """A model of timm up to the last stage of a stride.
+    """A timm model up to the last stage of a stride.
 
-    Parameters and buffers have timm's names, after `net.`. Under `zero.Init` it cannot be built:
-    timm's constructors write to their children's parameters, which are split by then. It is
-    built whole and split afterwards. Batch normalisation is `batch_norm.py`'s.
+    Parameters and buffers have timm's names, after `net.`. It cannot be built under `zero.Init`,
+    because timm's constructors write to their children's parameters, which are already split. It
+    is built whole and split afterwards. Batch normalisation is `batch_norm.py`'s.
 
     Args:
         name: timm's name of the model.
@@ -66,16 +66,16 @@ class TimmBackbone(nn.Module):
     Attributes:
         width: Channels of the map.
         stride: Pixels per token.
-        num_prefix_tokens: 0; class tokens are left out of the map. A frozen model gives the first
-            of them as its summary.
+        num_prefix_tokens: 0; class tokens are left out of the map. A frozen model returns the
+            first of them as its summary.
         gives_summary: Whether it does.
         stage_strides: Pixels per place of each map of `stages`, finest first.
         stage_widths: Their channels.
         drop_path_rates: Rate of each call of a drop path, in order.
         fewest_places: Places of the smallest map that a batch norm of a student normalises.
 
-    Raises: ConfigError: if timm has no such model, the model no map of that stride, or it cannot be
-        trained.
+    Raises: ConfigError: if timm lacks the model, the model lacks a map of that stride, or it
+        cannot be trained.
     """
 
     num_prefix_tokens = 0
@@ -123,7 +123,7 @@ class TimmBackbone(nn.Module):
         self.drop_path_rates = self._keep_rows() if self._measured else ()
 
     def _keep_rows(self) -> tuple[float, ...]:
-        """Puts `Kept` in the place of each drop path; returns the rate of each row."""
+        """Replaces each drop path by `Kept`; returns the rate of each row."""
         assert self._measured is not None
         rows, owned = defaultdict(list), defaultdict(list)
         for row, (path, _) in enumerate(self._measured.sites):
@@ -139,7 +139,7 @@ class TimmBackbone(nn.Module):
         return tuple(rate for _, rate in self._measured.sites)
 
     def blocks(self) -> list[nn.Module]:
-        """Returns the modules that own a drop path, and their like; none of a frozen model."""
+        """Returns the blocks whose activations can be recomputed; none for a frozen model."""
         if self._measured is None:
             return []
         return [self.net.get_submodule(path) for path in self._measured.blocks]
@@ -171,11 +171,11 @@ class TimmBackbone(nn.Module):
 
     @property
     def last_layer(self) -> int:
-        """The layer of a head, which the model had if it were whole."""
+        """The layer that a head of the whole model would have."""
         return self._measured.last_layer if self._measured else 0
 
     def layer_id(self, name: str) -> int:
-        """Returns the layer of a parameter, as timm's `param_groups_layer_decay` has it.
+        """Returns the layer of a parameter, by timm's `param_groups_layer_decay`.
 
         The final norm belongs to the last block, where our own families count it as the last layer.
 
@@ -202,7 +202,7 @@ class TimmBackbone(nn.Module):
         return ()
 
     def cast_buffers(self, dtype: torch.dtype) -> None:
-        """Casts the buffers that meet the weights in sums and products (masks, biases, tables).
+        """Casts the buffers that are added to or multiplied with weights (masks, biases, tables).
 
         Running statistics and rotary positions stay float32, as they are used in float32.
         """
@@ -218,8 +218,8 @@ class TimmBackbone(nn.Module):
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns (rows, columns) of the map of an image of (height, width) pixels.
 
-        Raises: ShapeError: if the size is no multiple of the stride (models of timm round in
-            different ways), or not one that the model takes.
+        Raises: ShapeError: if the size is not a multiple of the stride (timm's models round
+            differently), or the model rejects it.
         """
         grid, last = self._grid(height, width), self._stage.last
         if last and height == width != last.side:
@@ -271,9 +271,9 @@ class TimmBackbone(nn.Module):
         return FeatureMap(tokens, grid, 0, summary)
 
     def check_stages(self) -> None:
-        """Refuses a model whose stages do not see images of any size, without a norm after them.
+        """Refuses a model whose stages need a fixed image size or have a norm after them.
 
-        Raises: ConfigError: naming what is in the way.
+        Raises: ConfigError: naming the obstacle.
         """
         finest, *coarser = self.stage_strides
         if coarser != [finest * 2 ** (i + 1) for i in range(len(coarser))]:

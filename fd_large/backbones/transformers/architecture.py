@@ -1,4 +1,4 @@
-"""Vision models of transformers: what a folder's configuration says, as plain text."""
+"""Vision models of transformers, described by a folder's configuration as plain text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fd_large.recipes.family import FamilyArchitecture
 
 @dataclass(frozen=True, kw_only=True)
 class TransformersArchitecture(FamilyArchitecture):
-    """A vision model of transformers, as the config.json of its folder describes it.
+    """A vision model of transformers, described by its folder's config.json.
 
     Attributes:
         transformers_type: The `model_type` of its configuration.
@@ -31,12 +31,12 @@ class TransformersArchitecture(FamilyArchitecture):
 
     @classmethod
     def named(cls, rest: str) -> Self:
-        """Returns the model that transformers' own configuration of a type describes."""
+        """Returns the model of transformers' default configuration of a type."""
         return cls(transformers_type=rest)
 
     @property
     def own_name(self) -> str:
-        """transformers:TYPE."""
+        """The name as `transformers:TYPE`."""
         return f"{self.prefix}{self.transformers_type}"
 
     def _check(self) -> None:

@@ -1,4 +1,4 @@
-"""Vision models of transformers, as the package sees them; transformers is imported when needed."""
+"""The `Family` of transformers' vision models; transformers is imported when needed."""
 
 from __future__ import annotations
 

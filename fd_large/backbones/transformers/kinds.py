@@ -1,8 +1,8 @@
-"""The models of transformers that are used: a fixed table, and their configurations.
+"""The supported models of transformers: a fixed table, and their configurations.
 
-A model is built by transformers' own class of its type and nothing else: code that a repository
-brings is never run. Of a configuration only the fields of that type are taken, and only plain
-values: nothing in them names a file, a download or a kernel.
+A model is built only by transformers' own class of its type: code in a repository is never run. Of
+a configuration only the fields of that type are taken, and only plain values: nothing in them names
+a file, a download or a kernel.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ HALF = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A type of model.
+    """A supported type of model.
 
     Attributes:
         config: transformers' class of its configuration.
         model: transformers' class of the model.
         nested: Key of the vision model's configuration, where the type is of image and text.
-        without: Fields of the configuration that leave out what follows the map.
+        without: Fields of the configuration that leave out modules after the map.
         arguments: Arguments of the model that do.
-        norm_of_mean: Attribute of the norm that follows the mean of the map; "" if there is none.
+        norm_of_mean: Attribute of the norm after the mean of the map, or "".
         asks_to_resize: Whether positions are resized where the call says so.
         class_tokens: Tokens of the map before registers and patches.
         statistics: Image statistics that most published models were trained with.
@@ -100,7 +100,7 @@ def kind_of(name: str, where: str) -> Kind:
 
 
 def library(where: str) -> Any:
-    """Returns transformers.
+    """Returns the imported transformers package.
 
     Raises:
         WeightsError: It is not installed.
@@ -123,12 +123,12 @@ def library(where: str) -> Any:
 
 
 def fields_of(model_type: str, config: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
-    """Returns a configuration's fields of the model as JSON, and the names that it has besides.
+    """Returns a configuration's fields of the model as JSON, and its other names.
 
     Args:
         model_type: The `model_type` of the configuration.
-        config: What was read of config.json.
-        where: What the user set, for messages.
+        config: Contents of config.json.
+        where: Field that the user set, for messages.
 
     Raises: WeightsError: for values that no published model has.
     """
@@ -136,7 +136,7 @@ def fields_of(model_type: str, config: Mapping[str, Any], where: str) -> tuple[s
 
 
 def fields_of_kind(kind: Kind, config: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
-    """Returns the same of a model of a known kind."""
+    """Returns the fields and other names for a known kind."""
     from inspect import signature
 
     package = library(where)

@@ -1,7 +1,7 @@
-"""Folders of transformers: their configuration, and their tensors among those of the model.
+"""Folders of transformers: their configuration, and matching of their tensors with the model's.
 
-transformers itself renames tensors between releases: those of a file and of the module are compared
-in one form of their names.
+transformers renames tensors between releases, so names of file and module are compared in a
+common form.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _DROPPED = (
 
 
 def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
-    """Returns the model that a config.json of transformers describes; None for another's.
+    """Returns the model of transformers' config.json, or None for another library's.
 
     Raises: WeightsError: for a configuration that no published model has, or if transformers is not
         installed.
@@ -84,7 +84,7 @@ def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
 
 
 def matched(architecture: TransformersArchitecture, file: Shapes, where: str) -> Matched:
-    """Finds the tensors of a model among those of a file, by their names."""
+    """Finds the tensors of a model in a file, by their names."""
     expected = _shapes(architecture)
     ours = {_common(name.removeprefix("net.")): name for name in expected}
     dropped = (*_DROPPED, *_norm_of_mean(architecture, where))
@@ -121,7 +121,7 @@ class _Half(Piece):
     number: int = 0
 
     def shape(self, shape_of: Callable[[str], Shape]) -> Shape:
-        """Returns the shape of the half; of the whole, which fits nowhere, if it has no halves."""
+        """Returns the shape of the half; for odd rows the whole shape, which never fits."""
         rows, *rest = super().shape(shape_of) or (1,)
         return (rows if rows % 2 else rows // 2, *rest)
 
@@ -131,7 +131,7 @@ class _Half(Piece):
 
 
 def facts_of(architecture: TransformersArchitecture) -> WeightFacts:
-    """Returns facts that most published models of a type have in common."""
+    """Returns common facts of a type's published models."""
     statistics = kind_of(architecture.transformers_type, "teacher.model").statistics
     return WeightFacts(statistics, architecture.image_size or 224, "", "transformers")
 

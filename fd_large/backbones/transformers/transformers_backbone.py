@@ -1,8 +1,8 @@
 """A vision model of transformers as a frozen teacher: its last hidden state, in the common form.
 
-The map is `last_hidden_state` as transformers gives it: after the final norm of those that have
-one, the raw map of ConvNeXt and Hiera, whose norm follows the mean. Class and register tokens are
-prefix tokens. Positions are resized by transformers' own rule to the images that come.
+The map is transformers' `last_hidden_state`: after the final norm if the model has one, raw for
+ConvNeXt and Hiera, whose norm follows the mean. Class and register tokens are prefix tokens.
+Positions are resized to the images by transformers' own rule.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class TransformersBackbone(nn.Module):
         self.net = net
 
     def cast_buffers(self, dtype: torch.dtype) -> None:
-        """Casts the tensors without elements, which meet the weights; positions stay float32."""
+        """Casts only empty tensors that are combined with weights; positions stay float32."""
         for module in self.net.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.numel():
@@ -133,15 +133,15 @@ class TransformersBackbone(nn.Module):
         return lambda name, num_tokens: known if num_tokens == own else None
 
     def blocks(self) -> list[nn.Module]:
-        """Returns none: nothing of a teacher is computed again."""
+        """Returns an empty list, since a teacher is not recomputed."""
         return []
 
     def no_weight_decay(self) -> frozenset[str]:
-        """Returns none: nothing of a teacher decays."""
+        """Returns an empty set, since a teacher has no weight decay."""
         return frozenset()
 
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
-        """Returns none."""
+        """Returns an empty set."""
         return ()
 
 
@@ -154,7 +154,7 @@ def _width(settings: Any) -> int:
 
 
 def _stride(settings: Any) -> int:
-    """Pixels per token, each way.
+    """Returns the pixels per token, each way.
 
     Raises: ValueError: for maps of other pixels than squares, or images of other than 3 channels.
     """

@@ -18,12 +18,12 @@ class ViTArchitecture(Transformer):
         distillation_token: Whether a second prefix token follows CLS (DeiT).
         keep_distillation_token: Whether the distillation token stays in the feature map.
         class_position: Whether the absolute positions have rows for class and distillation tokens.
-        num_registers: Number of learnt tokens between those and the patches, which all tokens see;
-            they have no absolute position and are no part of the feature map.
-        relative_position: Table of relative positions: none, one for all blocks ("shared"), or one
-            in each ("block").
-        layer_scale: Initial factor of the residual branches, one per channel; 0 is no such factor.
-        activation: "gelu" is the exact one; "quick_gelu" is x sigmoid(1.702 x), OpenAI CLIP's.
+        num_registers: Number of learnt tokens after the prefix tokens, seen by all tokens,
+            without absolute position and outside of the feature map.
+        relative_position: Table of relative positions: "none", one for all blocks ("shared"), or
+            one in each ("block").
+        layer_scale: Initial factor of the residual branches, one per channel; 0 turns it off.
+        activation: "gelu" is the exact form; "quick_gelu" is x sigmoid(1.702 x), OpenAI CLIP's.
         pre_norm_layer: Whether a LayerNorm stands before the first block (CLIP).
     """
 
@@ -59,7 +59,7 @@ class ViTArchitecture(Transformer):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens of the feature map that stand for no place of the image."""
+        """Tokens of the feature map without a place in the image."""
         kept = self.distillation_token and self.keep_distillation_token
         return int(self.class_token) + int(kept)
 

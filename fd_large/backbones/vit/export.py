@@ -25,12 +25,12 @@ _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
 
 def is_beit(a: ViTArchitecture) -> bool:
-    """Whether others have the ViT as a BEiT: relative positions, biases of query and value."""
+    """Whether other libraries call the ViT a BEiT: relative positions, query and value biases."""
     return a.relative_position != "none" or a.qkv_bias == "qv"
 
 
 def _in_blocks(name: str, a: ViTArchitecture) -> list[str]:
-    """A shared table in every block, as timm's beit_* models have it."""
+    """Returns a shared table's names in every block, as in timm's beit_* models."""
     if name != _SHARED_TABLE:
         return [name]
     return [f"blocks.{i}.attn.relative_position_bias_table" for i in range(a.depths[0])]
@@ -152,7 +152,7 @@ def _mmseg_lacks(a: ViTArchitecture, pads: bool) -> str:
 
 
 def _mmseg_added(a: ViTArchitecture) -> Mapping[str, Tensor]:
-    """Tables of zeros and factors of one, for a model that does without."""
+    """Returns tables of zeros and factors of one, for a model without them."""
     side = a.image_size // a.patch_size
     added = {}
     for i in range(a.depths[0]):

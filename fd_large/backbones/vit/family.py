@@ -1,4 +1,4 @@
-"""Vision transformers, as the package sees them."""
+"""The `Family` of vision transformers."""
 
 from fd_large.backbones.family import Family
 from fd_large.backbones.vit.architecture import ViTArchitecture

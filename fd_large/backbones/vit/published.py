@@ -1,4 +1,4 @@
-"""Published weights of vision transformers: names, formats, and what is known of their models."""
+"""Published weights of vision transformers: names, formats, and facts of their models."""
 
 from __future__ import annotations
 
@@ -348,7 +348,7 @@ _HF_TYPES = (
 
 
 def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
-    """Returns the fields that tensors show: all but activation, eps, and heads without a table."""
+    """Returns the fields shown by tensors: all but activation, eps, and heads without a table."""
     width, _, _, patch = shapes["patch_embed.proj.weight"]
     tokens = [name in shapes for name in ("cls_token", "dist_token")]
     registers = shapes["reg_token"][1] if "reg_token" in shapes else 0
@@ -398,7 +398,7 @@ _BEYOND = (
 
 
 def _beyond(shapes: Shapes) -> str:
-    """Says what a file of others holds that no ViT here has; "" if there is nothing."""
+    """Returns parts of a file that no ViT here has, or ""."""
     for pattern, what in _BEYOND:
         if any(re.search(pattern, name) for name in shapes):
             return what
@@ -465,7 +465,7 @@ def _open_clip(config: dict[str, Any], where: str) -> Architecture:
 
 
 def _timm(net: Any, where: str) -> Architecture | None:
-    """Reads a ViT or BEiT of timm, a module; None for one that computes anything else than ours."""
+    """Reads a ViT or BEiT module of timm; None if it computes something else than ours."""
     from timm.layers import Attention, Mlp, PatchEmbed
     from timm.models import beit, vision_transformer
     from timm.models.deit import VisionTransformerDistilled
@@ -514,7 +514,7 @@ _OF_THE_MEAN = re.compile(r"(^|\.)(fc_norm|pooler\.layernorm)\.weight$")
 
 
 def shared_bias(name: str) -> str:
-    """Returns the name of the bias that blocks share, for that of a block's own."""
+    """Returns the name of the shared bias, from the name of a block's bias."""
     return re.sub(r"^blocks\.\d+\.attn\.(?=relative_position)", "rel_pos_bias.", name)
 
 

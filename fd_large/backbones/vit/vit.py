@@ -56,14 +56,14 @@ _SCHEMES = {
 class ViT(nn.Module):
     """Vision transformer backbone.
 
-    Fields of `ViTArchitecture` and of `Options` go by the same names; a ViT has one stage, of
+    Fields of `ViTArchitecture` and `Options` have the same names here; a ViT has one stage, of
     `depth` blocks with `num_heads` heads.
 
     Args:
         image_size: Side or (height, width) in pixels of the images that positions are made for.
         in_chans: Channels of the images.
-        resizes_positions: Whether positions are resized, in each forward, to images of another
-            size (position_tables.py); otherwise these are refused.
+        resizes_positions: Whether each forward resizes positions to images of another size
+            (position_tables.py); otherwise such images are refused.
 
     Attributes:
         width: Channels of the map.
@@ -71,7 +71,7 @@ class ViT(nn.Module):
         attends_in_windows: Whether its blocks can attend within windows (`Block.forward`).
         encodes_some: Whether it can encode some patches alone (`forward`).
         num_prefix_tokens: Number of CLS and distillation tokens of the map, which has no registers.
-        depths: Number of blocks, as of a model with one stage.
+        depths: Number of blocks, as a tuple for the only stage.
         drop_path_rates: One rate per site, attention then MLP of each block in order.
 
     Raises: ConfigError: for values that do not fit each other.
@@ -177,7 +177,7 @@ class ViT(nn.Module):
         return frozenset({"pos_embed", "cls_token", "dist_token", "reg_token"})
 
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
-        """Returns no substrings of names: tables decay, as published."""
+        """Returns an empty set: tables have weight decay, as published."""
         return ()
 
     @property
@@ -186,7 +186,7 @@ class ViT(nn.Module):
         return len(self.blocks) + 1
 
     def layer_id(self, name: str) -> int:
-        """Returns the layer of a parameter, from which learning rates that decay with depth follow.
+        """Returns the layer of a parameter, for layer-wise learning rates.
 
         The embedding is 0, block b is b + 1, and the rest (norm, shared table) is the last layer.
 
@@ -229,7 +229,7 @@ class ViT(nn.Module):
             images: (B, 3, H, W), any float dtype.
             keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
             places: (B, V) int64, the patches of each image that are encoded, numbered row by row;
-                the others are dropped once positions are added. None: all are encoded.
+                the others are dropped after positions are added. None encodes all.
 
         Returns: tokens (B, num_prefix_tokens + N, C) in the dtype of the residual stream; with
             `places` V for N, in their order.
@@ -266,7 +266,7 @@ class ViT(nn.Module):
     def _before_blocks(
         self, images: Tensor, keep: Tensor | None, grid: Grid
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The tokens, the scales of the branches, and the shared table of position biases."""
+        """Returns tokens, scales of the branches, and the shared table of position biases."""
         batch_size = images.shape[0]
         scales = branch_scales(keep, self.drop_path_rates, batch_size, images.device)
         dtype = residual_dtype(self.residual, self.patch_embed.proj.weight.dtype)
@@ -287,7 +287,7 @@ class ViT(nn.Module):
         return x, scales, None if self.rel_pos_bias is None else self._offsets(grid)
 
     def _positions(self, grid: Grid) -> Tensor:
-        """The absolute positions of CLS, if it has one, and patches, (1, prefix + N, C)."""
+        """Returns the absolute positions of prefix tokens and patches, (1, prefix + N, C)."""
         if grid == self.image_grid:
             return self.pos_embed
         prefix = self.pos_embed.shape[1] - self.image_grid[0] * self.image_grid[1]
@@ -295,7 +295,7 @@ class ViT(nn.Module):
         return torch.cat([self.pos_embed[:, :prefix].to(patches.dtype), patches], dim=1)
 
     def _offsets(self, grid: Grid) -> Tensor:
-        """The shared table of relative positions, whose last rows are those of prefix tokens."""
+        """Returns the shared table of relative positions, with the prefix tokens' rows last."""
         table = self.rel_pos_bias()
         if grid == self.image_grid:
             return table
@@ -305,7 +305,7 @@ class ViT(nn.Module):
 
 
 class Blocks(nn.ModuleList):
-    """The list of blocks, which other backbones give by a method `blocks()`.
+    """A list of blocks that can be called like the method `blocks()` of other backbones.
 
     The published parameter names take the attribute `blocks`; calling the list returns the blocks
     as that method does.
@@ -376,8 +376,8 @@ class Block(nn.Module):
         Args:
             x: (B, N, C), the residual stream.
             scales: (2, B) float32, drop path's factors of attention and MLP; None: none.
-            table: (R, h) float32, the shared position table, or the biases of each image that it
-                gives, (B, h, N, N); None: the block's own, or none.
+            table: (R, h) float32, the shared position table, or its biases of each image, (B, h,
+                N, N); None for the block's own table or no table.
             grid: Rows and columns of the patches.
             window: Side of the windows within which patches see each other, in tokens, without
                 prefix tokens; 0: every token sees all.
@@ -422,7 +422,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, table: Tensor | None, grid: tuple[int, int], window: int = 0
     ) -> Tensor:
-        """Maps (B, N, C) to the same shape; table as in `image_attention`, or of the window.
+        """Maps (B, N, C) to the same shape; for the table see `image_attention`; or the window's.
 
         Biases of each image, (B, h, N, N), may stand for a table.
         """
@@ -456,7 +456,7 @@ class Attention(nn.Module):
     def attention_maps(
         self, x: Tensor, table: Tensor | None, grid: tuple[int, int], window: int = 0
     ) -> tuple[Tensor, TokenPositions]:
-        """Returns the maps of the same arguments, (B, nW, h, T, T) float32, and token positions."""
+        """Returns attention maps (B, nW, h, T, T), float32, and positions; see `forward`."""
         if self.relative_position_bias_table is not None:
             table = self.relative_position_bias_table
         if window:
@@ -477,7 +477,7 @@ class Attention(nn.Module):
 def _at(
     places: Tensor, x: Tensor, table: Tensor | None, grid: Grid
 ) -> tuple[Tensor, Tensor | None]:
-    """The tokens of some patches behind the prefix tokens, and the position biases between them.
+    """Returns prefix tokens and some patches' tokens, and the position biases between them.
 
     Args:
         places: (B, V) int64, numbers of the patches.
@@ -499,7 +499,7 @@ def _at(
 
 
 class RelativePositionBias(nn.Module):
-    """One table of relative positions for all blocks."""
+    """A table of relative positions shared by all blocks."""
 
     def __init__(self, rows: int, num_heads: int, draw: Draw):
         super().__init__()
