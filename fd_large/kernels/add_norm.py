@@ -1,6 +1,6 @@
 """The residual sum of a pre-norm branch, and the norm after it: x + scale * gamma * branch.
 
-Laid out as `residual_norm.py`, whose norm and kernels' file it shares.
+It has the structure of `residual_norm.py`, and shares its norm and its file of kernels.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def add_norm(
         weight: (C,), weight of the norm.
         bias: (C,), bias of the norm.
         eps: Added to the variance.
-        scale: (B,) float32, drop path's factor per sample, takes no gradient; None: 1.
+        scale: (B,) float32, drop path's factor per sample, takes no gradient; None means 1.
         gamma: (C,), LayerScale; None: 1.
-        dtype: Data type of the normalised sum; None: that of x.
+        dtype: Data type of the normalised sum; None for x's.
 
     Returns: y (B, ..., C) in the dtype of x, and its norm (B, ..., C).
     Raises: ShapeError: if branch, vectors or scale do not fit x.
@@ -122,7 +122,7 @@ def add_norm_forward(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x + scale * gamma * branch, its norm in `dtype`, the rows' mean and 1/deviation.
+    """Returns x + scale * gamma * branch, its norm in `dtype`, the rows' mean and 1/deviation.
 
     Without weight and bias it is the sum alone.
     """
@@ -151,9 +151,9 @@ def add_norm_backward(
     rstd: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x (where it is not dy itself), branch, gamma, weight and bias.
+    """Returns the gradients of x (unless it is dy itself), branch, gamma, weight and bias.
 
-    y goes with dnormed, branch with gamma; `dtype` is that of branch.
+    y is present with dnormed, branch with gamma; `dtype` is branch's.
     """
     like = dy if dnormed is None else dnormed
     rows = rows_of(like)

@@ -1,10 +1,11 @@
-"""Every fused operation of a run once beside its reference, on the device that will run it.
+"""Comparison of a run's fused operations with their references, on the device of the run.
 
-Kernels are compiled for cards on which they may never have run, and a wrong one would train on
-silently. So a start writes down what the models call on the meta device (`recording`), and each
-distinct call runs forward and backward on random numbers, with two images: fused, as plain torch in
-the same data types, and as plain torch in wider ones. An operation that is further from the last
-than the second explains is replaced by its reference on all ranks (`check`).
+Kernels are compiled for cards on which they may never have run, and a wrong kernel would corrupt
+training silently. So a start records the models' calls on the meta device (`recording`), and each
+distinct call runs forward and backward on random numbers, with two images: fused, in plain torch
+with the same data types, and in plain torch with wider types. An operation whose error against
+the wide result exceeds the plain one's by too much is replaced by its reference on all ranks
+(`check`).
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Shape:
     """A tensor without its values.
 
     Attributes:
-        size: Its shape.
-        dtype: Its data type.
+        size: Shape of the tensor.
+        dtype: Data type of the tensor.
         learns: Whether it takes a gradient.
     """
 
@@ -47,12 +48,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of an operation that ran on a kernel, ours or one that torch.compile makes.
+    """A call of an operation that runs on a kernel, ours or torch.compile's.
 
     Attributes:
         function: The operation's public function.
-        arguments: Its arguments; a `Shape` for a tensor.
-        named: Its named arguments.
+        arguments: Positional arguments, with a `Shape` for a tensor.
+        named: Keyword arguments.
         kernels: The operations in it for which kernels were chosen, as `choose` knows them.
     """
 
@@ -67,7 +68,7 @@ _calls: dict[Call, None] | None = None
 
 @contextmanager
 def recording() -> Iterator[dict[Call, None]]:
-    """Writes down the distinct calls of `checked` functions within it, in order."""
+    """Records the distinct calls of `checked` functions in the block, in order."""
     global _calls
     _calls = {}
     try:
@@ -77,7 +78,7 @@ def recording() -> Iterator[dict[Call, None]]:
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets `recording` see the calls of an operation's public function."""
+    """Decorates an operation's public function so that `recording` sees its calls."""
 
     @wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
@@ -100,12 +101,12 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check(calls: Sequence[Call], device: torch.device) -> None:
-    """Runs each call beside its reference, and gives up an operation that is off on any rank.
+    """Compares each call with its reference, and turns off an operation that is wrong on any rank.
 
     A collective.
 
     Args:
-        calls: What `recording` wrote down, alike on all ranks.
+        calls: Calls from `recording`, the same on all ranks.
         device: Where they will run.
     """
     found = beside_references(calls, device)
@@ -126,7 +127,7 @@ def check(calls: Sequence[Call], device: torch.device) -> None:
 
 
 def beside_references(calls: Sequence[Call], device: torch.device) -> dict[str, str]:
-    """Returns the operations that are off on this rank, each with where and by how much."""
+    """Returns the wrong operations on this rank, each with the place and size of the error."""
     off: dict[str, str] = {}
     for one in calls:
         if why := _off(one, device):

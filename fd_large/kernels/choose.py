@@ -1,20 +1,20 @@
 """Decides which implementation of an operation runs.
 
-The environment variable `FD_KERNELS` asks for one:
+The environment variable `FD_KERNELS` selects one:
 
-- `auto` (default): on CUDA, Triton in the cases that an operation was tested in, and torch.compile
-  for operations that have no kernel of ours; else the reference.
+- `auto` (default): on CUDA, Triton in the tested cases of an operation, and torch.compile for
+  operations without our own kernel; else the reference.
 - `triton`: the same, but an error if Triton cannot run at all. On a CPU it runs in Triton's
   interpreter, which `TRITON_INTERPRET=1` turns on; on the meta device only shapes are computed.
 - `compiled`: the reference through torch.compile everywhere.
 - `apex`: NVIDIA apex's FusedLayerNorm for plain norms on CUDA, the rest as in `auto`.
 - `reference`: plain torch everywhere.
 
-`OPERATION=IMPLEMENTATION` after a comma asks for one operation alone, as in
+`OPERATION=IMPLEMENTATION` after a comma selects one for a single operation, as in
 `auto,residual_norm=compiled`.
 
-Asking for what is not installed is an error, never a silent fallback. An untested case runs on the
-reference, and the log says so.
+Selecting an implementation that is not installed is an error, never a silent fallback. An
+untested case runs on the reference, which is logged.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ _refused: dict[str, str] = {}
 
 
 class Device(NamedTuple):
-    """A device for which the meta device stands in.
+    """A device that the meta device imitates.
 
     Attributes:
-        capability: Compute capability of an NVIDIA card, as (9, 0); None: no fused kernel runs,
-            nor what torch.compile would make unasked.
+        capability: Compute capability of an NVIDIA card, such as (9, 0); None if neither fused
+            kernels nor torch.compile run by default.
         on_gpu: Whether it is a GPU.
-        wish: As FD_KERNELS; "auto": what runs if that is not set.
+        wish: Value of FD_KERNELS; "auto" if it is not set.
     """
 
     capability: tuple[int, int] | None
@@ -80,20 +80,20 @@ def register(
 
     Args:
         op: Name of the operation.
-        untested: Takes a case as keywords and returns why the Triton kernels were not tested in it,
-            in a few words, or "" if they were; None if there are none, because what torch.compile
-            makes of the reference is as good.
+        untested: Function from a case (keywords) to the reason why the Triton kernels are not
+            tested in it, or ""; None for operations without kernels, for which torch.compile is
+            as good.
         apex_untested: The same for apex's kernel; None if apex has none.
     """
     _operations[op] = _Operation(untested, apex_untested)
 
 
 def refuse(op: str, why: str) -> None:
-    """Lets an operation run on its reference from now on.
+    """Makes an operation run on its reference from now on.
 
     Args:
         op: A registered operation.
-        why: In a few words, for the log.
+        why: Short reason, for the log.
     """
     _refused[op] = why
     _implementation.cache_clear()
@@ -105,7 +105,7 @@ def refused() -> Mapping[str, str]:
 
 
 def reset() -> None:
-    """Forgets what was chosen, refused and said, for a process whose environment changes."""
+    """Resets choices, refusals and logged messages, after a change of the environment."""
     _refused.clear()
     for cached in (_implementation, _say, apex_layer_norm):
         cached.cache_clear()
@@ -119,7 +119,7 @@ _listeners: list[list[tuple[str, Implementation]]] = []
 
 @contextmanager
 def references() -> Iterator[None]:
-    """Within it every operation runs on its reference."""
+    """Makes every operation in the block run on its reference."""
     global _only_references
     before, _only_references = _only_references, True
     try:
@@ -130,7 +130,7 @@ def references() -> Iterator[None]:
 
 @contextmanager
 def standing_in(device: Device) -> Iterator[None]:
-    """Within it the meta device runs what that device would run, whatever this machine has."""
+    """Makes the meta device choose a device's implementations in the block."""
     global _stood_for
     before, _stood_for = _stood_for, device
     try:
@@ -140,13 +140,13 @@ def standing_in(device: Device) -> Iterator[None]:
 
 
 def stood_for() -> Device | None:
-    """Returns the device for which the meta device stands in; None outside of `standing_in`."""
+    """Returns the device that the meta device imitates, or None outside of `standing_in`."""
     return _stood_for
 
 
 @contextmanager
 def hearing() -> Iterator[list[tuple[str, Implementation]]]:
-    """Writes down what is chosen within it: operation and implementation."""
+    """Records the choices in the block: operation and implementation."""
     heard: list[tuple[str, Implementation]] = []
     _listeners.append(heard)
     try:
@@ -156,7 +156,7 @@ def hearing() -> Iterator[list[tuple[str, Implementation]]]:
 
 
 def may_run_kernels(device_type: str) -> bool:
-    """Returns whether some operation may run there on what has to be held against its reference."""
+    """Returns whether an operation may run there on a kernel that needs the check."""
     general, single = _wishes(wished())
     wishes = {general, *single.values()} - {"reference"}
     if device_type == "cuda":
@@ -176,7 +176,7 @@ def wished() -> str:
 
 @lru_cache(maxsize=16)
 def _wishes(text: str) -> tuple[str, dict[str, str]]:
-    """Returns the implementations that FD_KERNELS asks for: of all and of single operations."""
+    """Returns the implementations in FD_KERNELS: for all and for single operations."""
     general, single = "auto", {}
     for part in text.split(","):
         op, is_single, wish = part.strip().rpartition("=")
@@ -210,7 +210,7 @@ def implementation(op: str, device_type: str, **case: Any) -> Implementation:
     Args:
         op: A registered operation.
         device_type: "cuda", "cpu", "meta" or another of torch's.
-        case: What decides whether the case was tested: dtypes, widths; hashable values.
+        case: Facts that decide whether the case is tested: dtypes, widths; hashable values.
 
     Raises: ConfigError: if the requested implementation cannot run on this device.
     """
@@ -242,7 +242,7 @@ def _implementation(
     device: Device | None,
     items: tuple[tuple[str, Any], ...],
 ) -> tuple[Implementation, str]:
-    """Returns the implementation, and why; a device that is stood for refuses no wish."""
+    """Returns the implementation and the reason; an imitated device refuses no selection."""
     operation, case = _operations[op], dict(items)
     if wish == "reference":
         return "reference", "FD_KERNELS=reference"
@@ -303,7 +303,7 @@ def _triton_problem(device_type: str, interpreted: bool, device: Device | None) 
 
 
 def _compile_problem(device_type: str, device: Device | None) -> str:
-    """Returns why torch.compile cannot run on a device, or "" as far as can be known before."""
+    """Returns why torch.compile cannot run on a device, or "" as far as known beforehand."""
     if device is not None:
         return "" if device.capability else "another GPU"
     if device_type != "cuda":

@@ -1,15 +1,15 @@
-"""The parts of every fused operation: launches of kernels, its plain twin, its checks.
+"""The parts of fused operations: launches of kernels, plain twins, checks.
 
-A launcher is an operation of torch over Triton kernels: it makes the results and hands each kernel
-to `launch`. Where tensors have no values (on the meta device, or while torch.compile traces),
-`launch` starts nothing, so that the same function says what comes out. Triton is imported when the
-first kernel starts. A backward pass is an operation of its own, so that torch.compile and the meta
-device see every tensor that is read or written.
+A launcher is an operation of torch over Triton kernels: it allocates the results and passes each
+kernel to `launch`. If tensors have no values (on the meta device, or while torch.compile traces),
+`launch` starts nothing, so that the same function gives the shapes of results. Triton is imported
+when the first kernel starts. A backward pass is a separate operation, so that torch.compile and the
+meta device see every tensor read or written.
 
-The plain twin goes through torch.compile where that was chosen, one compiled function for each
-case. A function is compiled, not the module around it: there is no graph break under ZeRO-3, and
-all blocks of a width share one graph. Batches of any size share it too. Within a region that is
-itself being compiled, the twin is a part of that region.
+The plain twin goes through torch.compile if chosen, with one compiled function for each case.
+Compiling the function instead of its module avoids graph breaks under ZeRO-3, and all blocks of a
+width and batches of any size share one graph. In a region that is itself being compiled, the twin
+is a part of that region.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Launch(NamedTuple):
-    """One start of a kernel.
+    """A launch of a kernel.
 
     Attributes:
         kernel: "MODULE.FUNCTION" in this room.
@@ -53,7 +53,7 @@ _launches: ContextVar[list[Launch] | None] = ContextVar("launches", default=None
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Within it kernels do not start; they are written down."""
+    """Records the launches in the block instead of starting kernels."""
     written = _launches.get()
     token = _launches.set([] if written is None else written)
     try:
@@ -63,7 +63,7 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(kernel: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Starts a kernel on the device of its tensors; arguments as of `Launch`."""
+    """Starts a kernel on the device of its tensors; for the arguments see `Launch`."""
     if (written := _launches.get()) is not None:
         written.append(Launch(kernel, grid, arguments, constants))
         return
@@ -82,8 +82,8 @@ def function_of(kernel: str) -> Any:
 def operation(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
     """Registers a launcher as torch.ops.fd_large.NAME, by its annotations.
 
-    It is given contiguous tensors. Where it returns None for a result that was not asked for, the
-    operation returns a tensor without elements, because its results cannot be None.
+    The launcher gets contiguous tensors. If it returns None for an unneeded result, the operation
+    returns an empty tensor, because its results cannot be None.
     """
 
     def register(launcher: Callable[..., tuple[Tensor | None, ...]]) -> torch.library.CustomOpDef:
@@ -109,19 +109,19 @@ def operation(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomO
 
 
 def blocks(size: int, block: int) -> int:
-    """Returns how many blocks hold so many elements."""
+    """Returns the number of blocks for a number of elements."""
     return -(-size // block)
 
 
 def check_shapes(where: str, beside: str, **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Checks shapes, because a kernel sees addresses only and would read past the end.
+    """Checks shapes, because a kernel would read past the end.
 
     Args:
         where: Name of the function.
-        beside: What the tensors have to fit.
+        beside: Description of the tensors' counterpart, for messages.
         tensors: Each with the expected shape; None fits.
 
-    Raises: ShapeError: if one has another shape.
+    Raises: ShapeError: if a tensor has another shape.
     """
     for name, (tensor, shape) in tensors.items():
         if tensor is not None and tensor.shape != shape:
@@ -134,8 +134,8 @@ def check_shapes(where: str, beside: str, **tensors: tuple[Tensor | None, tuple[
 def backend(device_type: str) -> str:
     """Returns torch.compile's backend for a device.
 
-    On CPUs the graphs that a GPU's compiler would be given are traced and differentiated, but run
-    in eager kernels, which needs no C++ compiler.
+    On CPUs the same graphs as on a GPU are traced and differentiated, but run in eager kernels,
+    without a C++ compiler.
     """
     return "inductor" if device_type == "cuda" else "aot_eager"
 
@@ -143,13 +143,13 @@ def backend(device_type: str) -> str:
 def twin(
     op: str, choice: choose.Implementation, reference: Callable[..., Any], *batched: Tensor | None
 ) -> Callable[..., Any]:
-    """Returns the plain twin of an operation, through torch.compile where that was chosen.
+    """Returns the plain twin of an operation, through torch.compile if chosen.
 
     Args:
         op: Name of the operation.
-        choice: What `choose.implementation` said.
+        choice: Result of `choose.implementation`.
         reference: The twin.
-        batched: Those of its arguments whose first dimension is the batch.
+        batched: Arguments whose first dimension is the batch.
     """
     first = batched[0]
     if choice != "compiled" or first is None or first.is_meta or torch.compiler.is_compiling():
@@ -164,7 +164,7 @@ def twin(
 def _compiled(
     op: str, reference: Callable[..., Any], backend: str, channels: int
 ) -> Callable[..., Any]:
-    """A function for each number of channels, because torch limits the graphs of one."""
+    """Returns a compiled function for each width, since torch limits graphs by function."""
     compiled = torch.compile(reference, backend=backend, isolate_recompiles=True)
 
     def call(*arguments: Any, **named: Any) -> Any:

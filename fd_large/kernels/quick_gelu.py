@@ -1,7 +1,7 @@
 """OpenAI CLIP's approximation of GELU, x sigmoid(1.702 x).
 
-Plain torch makes three passes of it; on GPUs torch.compile makes one. The exact GELU needs neither:
-it is one pass of torch's own.
+Plain torch needs three passes for it, torch.compile on GPUs a single one. The exact GELU is a
+single pass in torch.
 
 Source: Hendrycks and Gimpel, arXiv 1606.08415, section 2.
 """

@@ -4,8 +4,8 @@ Statistics are always float32 (float64 in a float64 run). Under ZeRO-3 a weight 
 its own module's forward, so the modules that own these weights call the functions here.
 
 From top to bottom: these functions; their plain twins (`..._reference`); the operation over the
-kernels of `residual_norm_triton.py`, and its gradients; what `add_norm.py` shares with all that.
-`choose.py` decides what runs.
+kernels of `residual_norm_triton.py`, and its gradients; functions shared with `add_norm.py`.
+`choose.py` selects the implementation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def layer_norm(
         weight: (C,).
         bias: (C,).
         eps: Added to the variance.
-        dtype: Data type of the result; None: that of x.
+        dtype: Data type of the result; None for x's.
 
     Returns: (..., C).
     """
@@ -61,7 +61,7 @@ def stream_norm(
     dtype: torch.dtype | None = None,
     copy: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Applies LayerNorm on the main path; one pass gives the result in `dtype` and in `copy`.
+    """Applies LayerNorm on the main path; returns the result in `dtype` and in `copy` by one pass.
 
     Args and returns: as in `layer_norm` and `residual_norm`.
     """
@@ -97,8 +97,8 @@ def residual_norm(
         weight: (C,).
         bias: (C,).
         eps: Added to the variance.
-        scale: (B,) float32, drop path's factor per sample, takes no gradient; None: 1.
-        copy: Data type of the second result; None: that of x.
+        scale: (B,) float32, drop path's factor per sample, takes no gradient; None means 1.
+        copy: Data type of the second result; None for x's.
         branch_bias: (C,), added to the branch before its norm: the bias of the branch's last layer,
             so that its gradient needs no pass of its own. See `takes_bias`.
 
@@ -207,7 +207,7 @@ def residual_norm_forward(
     dtype: torch.dtype,
     copy: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x + scale * norm(branch + branch_bias) in `dtype` and in `copy`, and the rows' statistics.
+    """Returns x + scale * norm(branch + branch_bias) in `dtype` and `copy`, and rows' statistics.
 
     Without x and scale it is LayerNorm. The statistics are the mean and 1/deviation.
     """
@@ -236,7 +236,7 @@ def residual_norm_backward(
     rstd: Tensor,
     dx: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dy + dcopy in `dx`, and the gradients of branch, weight, bias and branch_bias."""
+    """Writes dy + dcopy to `dx`; returns gradients of branch, weight, bias and branch_bias."""
     rows = rows_of(branch)
     constants, tiles, programs = backward_launch(rows, branch.shape[-1])
     total = None if dx is None else torch.empty_like(branch, dtype=dx)
@@ -283,13 +283,13 @@ residual_norm_forward.register_autograd(
 class Twice(torch.autograd.Function):
     """The operation with one result in two tensors over the same memory.
 
-    Their gradients are then summed in the backward kernel; those of one tensor used twice would be
-    summed in a pass of their own. A custom operation may not return such a pair.
+    Their gradients are then summed in the backward kernel, instead of in a separate pass as for a
+    tensor used twice. A custom operation may not return such a pair.
     """
 
     @staticmethod
     def forward(ctx, *inputs):
-        """Takes and returns what the operation does, with the sum in place of its copy."""
+        """Runs the operation and returns the sum also in place of its copy."""
         y, _, mean, rstd = residual_norm_forward(*inputs)
         output = y, y.detach(), mean, rstd
         _residual_norm_setup(ctx, inputs, output)
@@ -301,7 +301,7 @@ class Twice(torch.autograd.Function):
 def implementation(
     op: str, branch: Tensor, *, width: int | None = None, **case: Any
 ) -> choose.Implementation:
-    """Returns the implementation for a branch; `width` are its norm's channels, None: its own."""
+    """Returns the implementation for a branch; `width` is its norm's channels, None for its own."""
     return choose.implementation(
         op,
         branch.device.type,
@@ -326,7 +326,7 @@ def check_stream(
 
 
 def factors(scale: Tensor | None) -> Tensor | None:
-    """Returns drop path's factors as the kernels take them."""
+    """Returns drop path's factors in the kernels' form."""
     return None if scale is None else scale.float()
 
 
@@ -338,7 +338,7 @@ _TILE = 4096
 
 
 def rows_of(values: Tensor) -> int:
-    """Returns the number of rows, over which the last dimension runs."""
+    """Returns the number of rows, each along the last dimension."""
     return values.numel() // values.shape[-1]
 
 
@@ -370,7 +370,7 @@ def backward_launch(
 
 
 def partial_sums(programs: int, vector: Tensor | None) -> Tensor | None:
-    """Returns the partial rows of a vector's gradient, one for each program; None for None."""
+    """Returns memory for a vector's gradient, a partial row for each program; None for None."""
     if vector is None:
         return None
     return vector.new_empty(programs, vector.shape[0], dtype=torch.float32)
@@ -392,7 +392,7 @@ _ODD_WIDTHS = range(32, 2049)
 def untested(
     *, width: int, empty: bool, biased: bool = False, gamma: bool = False, **dtypes: torch.dtype
 ) -> str:
-    """Returns why the kernels were not tested in a case, or "" if they were."""
+    """Returns why the kernels are not tested in a case, or ""."""
     if width not in _WIDTHS or (width % 8 and width not in _ODD_WIDTHS):
         return f"{width} channels"
     if (biased or gamma) and width not in _WIDTHS_OF_THREE:

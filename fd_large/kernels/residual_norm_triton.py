@@ -3,8 +3,8 @@
 Channels are padded to a power of 2, and the padding is masked. Every kernel widens to float32 right
 after a load and rounds once at a store. For gradients of per-channel vectors, each of at most
 PARTIALS programs sums its rows in a fixed order and stores one partial row; torch then sums these
-rows, in a fixed order too. There are no atomics, and the bits are the same every time. The launches
-are in `residual_norm.py` and `add_norm.py`.
+rows, in a fixed order too. There are no atomics, so results are reproducible to the bit. The
+launches are in `residual_norm.py` and `add_norm.py`.
 """
 
 from __future__ import annotations

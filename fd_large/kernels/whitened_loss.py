@@ -1,7 +1,7 @@
 """The end of the objective: whitening of the teacher's tokens, smooth L1 against the student's.
 
-On GPUs torch.compile makes one pass over both maps of it each way, which is what kernels of our own
-moved; on CPUs plain torch runs.
+On GPUs torch.compile needs one pass over both maps each way, like hand-written kernels; on CPUs
+plain torch runs.
 
 Source: Wei et al., arXiv 2205.14141; beta and eps as in the official code.
 """

@@ -1,10 +1,10 @@
-"""Attention from the qkv projection to the input of the output projection, tokens left in place.
+"""Attention from the qkv projection to the input of the output projection, without moving tokens.
 
 One operation serves SwinV2's windows (cosine), Swin's windows and whole ViT images (dot product):
 shift, windows, normalisation, scale, position bias, masks, softmax and weighted sum, and its
 backward. The plain twin in `window_attention_reference.py` rolls the map and copies windows; the
-Triton kernels, launched in `window_attention_launch.py`, read their inputs and write their results.
-`choose.py` decides which runs.
+Triton kernels, launched in `window_attention_launch.py`, read and write tokens in place.
+`choose.py` selects the implementation.
 
 Matrix products run in the dtype of qkv; normalisation of q and k, scale, bias and softmax in
 float32 (float64 in a float64 run).
@@ -78,7 +78,7 @@ def image_attention(
     """Computes dot-product attention over all tokens of an image; see `window_attention`.
 
     Args:
-        qkv: (B, N, 3C), at most one class token before the patches where there is a table.
+        qkv: (B, N, 3C), with at most one class token before the patches if there is a table.
         num_heads: h.
         grid: (H, W) of the patches.
         scale: Factor of the logits.
@@ -151,7 +151,7 @@ def untested(
     qkv: torch.dtype,
     bias: torch.dtype,
 ) -> str:
-    """Returns why the kernels were not tested in a case, or "" if they were."""
+    """Returns why the kernels are not tested in a case, or ""."""
     if empty:
         return "no tokens"
     if not 16 <= head_width <= 128:

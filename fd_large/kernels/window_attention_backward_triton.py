@@ -1,12 +1,12 @@
-"""Attention's backward: one launch in which programs play three parts, and one that gathers.
+"""Attention's backward: a launch with three kinds of programs, and a launch that gathers.
 
-Head by head, so that what one part reads is still in the cache for the next: the gradient of q for
-a tile of queries, those of k and v for a tile of keys, and the gradient of the bias table, which
-sums over windows in a fixed order in registers.
+Programs run head by head, so that each kind finds the others' inputs in the cache: the gradient
+of q for a tile of queries, the gradients of k and v for a tile of keys, and the gradient of the
+bias table, which sums over windows in a fixed order in registers.
 
 The table's gradient has two stages and no atomics. Its tiles pair rows of a window with rows of
-the same window, so that along a diagonal of tiles all sums belong to the same offsets; what is
-stored is some (w, w) blocks an offset of rows, which a second kernel gathers in a fixed order.
+the same window, so that along a diagonal of tiles all sums belong to the same offsets; a few (w,
+w) blocks are stored for each offset of rows, and a second kernel gathers them in a fixed order.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def _backward_keys(
 ):  # fmt: skip
     """Accumulates the gradient of one tile of queries over a range of keys.
 
-    `total` is the gradient of q over scale. For that of the scale, `excess` is by how much the
-    gradients of a query's logits sum to more than 0, and `cosine` the mean of its cosines.
+    `total` is the gradient of q over scale. For the scale's gradient, `excess` is the sum of the
+    gradients of a query's logits, which is 0 in exact arithmetic, and `cosine` the mean of its
+    cosines.
     """
     _, inside, offset, region, k, v, factor = load_keys(
         number, QKV, head, window, H, W, C, PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE
@@ -115,7 +116,7 @@ def _query_part(
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of q, the bias and the scale: a tile of queries of every chunks-th window."""
+    """Computes gradients of q, bias and scale: a tile of queries of every chunks-th window."""
     N: tl.constexpr = PREFIX + WH * WW
     TILES: tl.constexpr = (N + TILE - 1) // TILE
     dtype: tl.constexpr = QKV.dtype.element_ty
@@ -163,7 +164,7 @@ def _key_part(
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of k and v: a tile of keys of every chunks-th window."""
+    """Computes gradients of k and v: a tile of keys of every chunks-th window."""
     N: tl.constexpr = PREFIX + WH * WW
     TILES: tl.constexpr = (N + TILE - 1) // TILE
     C = heads * D
@@ -190,9 +191,9 @@ def _key_part(
 @triton.jit
 def _slots(block, blocks, PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
            ROW: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
-    """Returns numbers of the tokens in a block's slots; past the last where a slot is empty.
+    """Returns the indices of the tokens in a block's slots; past the last token for empty slots.
 
-    A slot is (row, column), rows padded to ROW; the block after the last one is the prefix.
+    A slot is (row, column), with rows padded to ROW; the block after the last is the prefix.
     """
     slot = tl.arange(0, SLOTS)
     y, x = block * (SLOTS // ROW) + slot // ROW, slot % ROW
@@ -210,9 +211,9 @@ def _table_part(
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr, SLOTS: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the table: a diagonal of tiles, summed over it and over every groups-th window.
+    """Computes the table's gradient: a diagonal of tiles, summed over every groups-th window.
 
-    The tiles (I, I - d) make one diagonal; the prefix's row, column and corner are three more.
+    The tiles (I, I - d) make a diagonal; the prefix's row, column and corner are three more.
     """
     R: tl.constexpr = SLOTS // ROW
     BLOCKS: tl.constexpr = (WH + R - 1) // R
@@ -285,7 +286,7 @@ def _backward(
     INTERPRETED: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, SLOTS: tl.constexpr,
     ROW: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of queries, of keys and values, and of the table: programs of each kind."""
+    """Computes the gradients of queries, of keys and values, and of the table."""
     N: tl.constexpr = PREFIX + WH * WW
     TILES: tl.constexpr = (N + TILE - 1) // TILE
     KINDS: tl.constexpr = 2 * ((WH + SLOTS // ROW - 1) // (SLOTS // ROW)) - 1 + 3 * PREFIX
@@ -326,7 +327,7 @@ def gather_table(
     PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SLOTS: tl.constexpr,
     ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums what belongs to each offset, in the order of groups, row distances and columns."""
+    """Sums the parts of each offset, in the order of groups, row distances and columns."""
     R: tl.constexpr = SLOTS // ROW
     BLOCKS: tl.constexpr = (WH + R - 1) // R
     KINDS: tl.constexpr = 2 * BLOCKS - 1 + 3 * PREFIX

@@ -28,7 +28,7 @@ class Partials(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """Places of the tokens, and the tiles in which the kernels take them.
+    """Places of the tokens, and the kernels' tiles.
 
     Attributes:
         num_heads: h.
@@ -38,7 +38,7 @@ class Geometry:
         window: Rows and columns of a window.
         shift: Offset of the windows in both directions, in tokens.
         cosine: Whether q and k are normalised.
-        prefix: Number of tokens before those of the map; with any, the window is the map.
+        prefix: Number of tokens before the map's; if there are any, the window is the whole map.
     """
 
     num_heads: int
@@ -52,7 +52,7 @@ class Geometry:
 
     @classmethod
     def of(cls, qkv: Tensor, numbers: Sequence[int]) -> Geometry:
-        """Returns the geometry of the operation's arguments."""
+        """Returns the geometry from the operation's arguments."""
         heads, height, width, rows, columns, shift, cosine = numbers
         head_width, prefix = qkv.shape[2] // (3 * heads), qkv.shape[1] - height * width
         return cls(heads, head_width, height, width, (rows, columns), shift, bool(cosine), prefix)
@@ -85,32 +85,32 @@ class Geometry:
 
     @property
     def step(self) -> int:
-        """Keys that the forward takes at once; the backward takes 16, as registers allow."""
+        """Keys in a step of the forward; the backward takes 16, as registers allow."""
         return 32 if self.tokens > 16 and self.padded_width <= 64 else 16
 
     @property
     def rest(self) -> int:
-        """Keys after the forward's whole steps, for a step of 16; 0: the last step is padded."""
+        """Keys after the forward's whole steps, for a step of 16; 0 if the last step is padded."""
         rest = self.tokens % self.step
         return rest if rest <= 16 < self.step else 0
 
     @property
     def row(self) -> int:
-        """Slots for a row of a window in a tile of the table's gradient."""
+        """Number of slots for a row of a window in a tile of the table's gradient."""
         return _power_of_2(self.window[1])
 
     @property
     def slots(self) -> int:
-        """Side of such a tile."""
+        """Side of a tile of the table's gradient."""
         return max(32 if self.padded_width <= 64 else 16, self.row)
 
     @property
     def kinds(self) -> int:
-        """Number of diagonals of such tiles; a prefix adds three."""
+        """Number of diagonals of the table's tiles; a prefix adds three."""
         return 2 * blocks(self.window[0], self.slots // self.row) - 1 + 3 * self.prefix
 
     def chunks(self, batch: int) -> int:
-        """Returns over how many programs a head's windows are spread, per tile of queries or keys.
+        """Returns the number of programs for a head's windows, per tile of queries or keys.
 
         Like `groups`, it depends on shapes only, so that sums have the same order on every device.
         Fewer partial sums mean less traffic; enough programs for a large GPU remain.
@@ -119,11 +119,11 @@ class Geometry:
         return blocks(windows, max(1, min(4, windows * self.num_heads * self.tiles // 2048)))
 
     def groups(self, batch: int) -> int:
-        """Returns over how many programs windows are spread, per diagonal of the gradient."""
+        """Returns the number of programs for windows, per diagonal of the gradient."""
         return min(batch * self.windows, blocks(512, self.num_heads * self.kinds))
 
     def partials(self, batch: int) -> Partials:
-        """Returns the shapes of what the backward sums in two stages."""
+        """Returns the shapes of the backward's partial sums."""
         block = (2 * (self.slots // self.row) - 1, self.window[1], self.window[1])
         programs = self.chunks(batch) * self.tiles
         return Partials(
@@ -145,10 +145,10 @@ def forward(
     scale: Tensor,
     numbers: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """The attention (B, N, C), and log2 of the softmax's sums (h, B, N) float32.
+    """Returns the attention (B, N, C), and log2 of the softmax's sums (h, B, N) float32.
 
-    The numbers are heads, rows and columns of the map, those of a window, shift, and whether q and
-    k are normalised.
+    The numbers are heads, rows and columns of the map and of a window, shift, and whether q and k
+    are normalised.
     """
     geometry = Geometry.of(qkv, numbers)
     out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
@@ -174,7 +174,7 @@ def backward(
     lse: Tensor,
     numbers: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of qkv, bias, table and scale, the last three float32.
+    """Returns the gradients of qkv, bias, table and scale, the last three in float32.
 
     The scale of a dot product is a constant.
     """
@@ -239,7 +239,7 @@ forward.register_autograd(_differentiate, setup_context=_setup)
 
 
 def _in_bits(table: Tensor | None) -> Tensor | None:
-    """Returns the table head by head, in units of log 2, because the kernels use powers of 2."""
+    """Returns the table by heads, in units of log 2, because the kernels use powers of 2."""
     if table is None:
         return None
     turned = table.new_empty(table.shape[::-1])
@@ -268,7 +268,7 @@ def _constants(geometry: Geometry, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _product_flops(qkv: Any, window: tuple[int, int], height: int, width: int) -> int:
-    """FLOPs of one of the products of attention: that of queries and keys, say."""
+    """Returns the FLOPs of one of attention's products, such as queries times keys."""
     batch, tokens, channels = qkv
     if window == (height, width):
         pairs = tokens * tokens

@@ -1,4 +1,4 @@
-"""The plain twin of `window_attention.py`: the map is rolled and windows are copied, as published.
+"""The plain twin of `window_attention.py`: it rolls the map and copies windows, as published.
 
 Source: Liu et al., arXiv 2103.14030 and 2111.09883.
 """
@@ -218,8 +218,8 @@ def position_index(rows: int, columns: int, prefix: int, device: torch.device) -
     """Returns the row of the table for every (query, key) pair of a grid: (N, N) int64.
 
     Row (dy + rows - 1)(2 columns - 1) + dx + columns - 1, with (dy, dx) = query - key. Prefix
-    tokens come first and share the last three rows, as those of BEiT's CLS: from one to a patch,
-    from a patch to one, among themselves.
+    tokens come first and share the last three rows, like BEiT's CLS: from prefix to patch, from
+    patch to prefix, among prefix tokens.
     """
     return _position_index(rows, columns, prefix, device)
 

@@ -1,9 +1,9 @@
 """Triton kernels of `window_attention.py`: tokens are read and written in the image's layout.
 
-A window's tokens are found by arithmetic, so there is no roll, no copy of windows and no mask. The
-logits of a tile stay in registers, so there is no (N, N) map; logits, softmax and sums are float32.
-First what the kernels share (where tokens are, tiles of q, k and v, logits), then the forward. The
-backward is in `window_attention_backward_triton.py`.
+A window's tokens are found by arithmetic, without a roll, a copy of windows or a mask. The logits
+of a tile stay in registers, so there is no (N, N) map; logits, softmax and sums are float32. The
+file has the shared parts first (places of tokens, tiles of q, k and v, logits), then the forward.
+The backward is in `window_attention_backward_triton.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EPS = tl.constexpr(1e-12)
 
 @triton.jit
 def dot(a, b, INTERPRETED: tl.constexpr):
-    """Multiplies in float32 where Triton's interpreter would multiply bfloat16 wrongly."""
+    """Multiplies tiles; in float32 under Triton's interpreter, which gets bfloat16 wrong."""
     if INTERPRETED:
         product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
@@ -30,7 +30,7 @@ def dot(a, b, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def narrowed(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Rounds float32 to nearest even, as a GPU does."""
+    """Rounds float32 to a narrower type, to nearest even, as a GPU does."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -44,9 +44,9 @@ def place(
     PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Returns of a window's tokens: rows of the tensor, which exist, table offsets, region ids.
+    """Returns rows, existence masks, table offsets and region ids of a window's tokens.
 
-    Numbers below PREFIX are the image's own tokens, the others count along the window's rows.
+    Indices below PREFIX are the image's prefix tokens; the others count along the window's rows.
     """
     columns = tl.cdiv(W, WW)
     of_image = columns * tl.cdiv(H, WH)
@@ -75,7 +75,7 @@ def place(
 
 @triton.jit
 def load_head(POINTER, row, inside, column, stride, D: tl.constexpr, BD: tl.constexpr):
-    """Returns a head's D numbers of each token; 0 where there is none."""
+    """Returns a head's D values of each token; 0 for missing tokens."""
     d = tl.arange(0, BD)
     at = row[:, None] * stride + (column + d)[None, :]
     return tl.load(POINTER + at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
@@ -83,7 +83,7 @@ def load_head(POINTER, row, inside, column, stride, D: tl.constexpr, BD: tl.cons
 
 @triton.jit
 def load_bias(BIAS, column, D: tl.constexpr, BD: tl.constexpr):
-    """Returns a head's D biases as float32; 0 where there is no bias."""
+    """Returns a head's D biases as float32; 0 without a bias."""
     d = tl.arange(0, BD)
     bias = tl.zeros([BD], tl.float32)
     if BIAS is not None:
@@ -93,7 +93,7 @@ def load_bias(BIAS, column, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def unit_factor(x, COSINE: tl.constexpr):
-    """Returns by how much vectors are multiplied to have length 1; 1 for a dot product."""
+    """Returns the factor that scales vectors to length 1; 1 for a dot product."""
     x = x.to(tl.float32)
     factor = tl.full([x.shape[0]], 1.0, tl.float32)
     if COSINE:
@@ -107,7 +107,7 @@ def load_queries(
     PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
-    """Returns of queries: rows, which exist, offsets, regions, unit vectors and their factors."""
+    """Returns rows, masks, offsets, regions, unit vectors and factors of queries."""
     row, inside, offset, region = place(number, window, H, W, PREFIX, WH, WW, SHIFT, PADDED)
     q = load_head(QKV, row, inside, head * D, 3 * C, D, BD).to(tl.float32)
     q += load_bias(BIAS, head * D, D, BD)
@@ -121,9 +121,9 @@ def load_keys(
     PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
-    """Returns of keys: rows, which exist, offsets, regions, k, v and the factors of k.
+    """Returns rows, masks, offsets, regions, k, v and the factors of k, of keys.
 
-    As they are stored: k has no bias, and that of v can wait, since weights sum to 1.
+    k and v are as stored: k has no bias, and v's is added later, since weights sum to 1.
     """
     row, inside, offset, region = place(number, window, H, W, PREFIX, WH, WW, SHIFT, PADDED)
     k = load_head(QKV, row, inside, C + head * D, 3 * C, D, BD)
@@ -138,7 +138,7 @@ def add_bias(
 ):  # fmt: skip
     """Adds a head's position bias and the penalty between regions, both in units of log 2.
 
-    i are queries and j keys; which of them are rows is the caller's choice.
+    i are queries and j keys; the caller chooses which are rows.
     """
     if TABLE is not None:
         at = offset_i - offset_j + ((WH - 1) * (2 * WW - 1) + WW - 1)
@@ -157,7 +157,7 @@ def output_terms(
     row, inside, BIAS, OUT, DOUT, LSE, rows, head, C,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Returns of queries: the gradient of their outputs, lse, and delta = sum(do * (o - bias))."""
+    """Returns the output gradient, lse and delta = sum(do * (o - bias)) of queries."""
     dout = load_head(DOUT, row, inside, head * D, C, D, BD)
     out = load_head(OUT, row, inside, head * D, C, D, BD).to(tl.float32)
     out -= load_bias(BIAS, C + head * D, D, BD)
@@ -171,9 +171,9 @@ def softmax_gradient(
     rows, columns, drows, dcolumns, scale, bias, lse, delta, key_inside,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Returns a tile's products, its weights, made again from lse, and its logits' gradient.
+    """Returns a tile's products, its weights (recomputed from lse), and its logits' gradient.
 
-    Rows are queries and columns keys, or the other way round; the rest has shapes to match.
+    Rows are queries and columns keys, or the reverse; the other arguments match.
     """
     product = dot(rows, tl.trans(columns), INTERPRETED)
     weight = tl.where(key_inside, tl.exp2(product * scale + bias - lse), 0.0)
