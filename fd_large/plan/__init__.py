@@ -1,5 +1,5 @@
-"""Whether a run fits a cluster, and how long it takes: counts in, memory and seconds out.
+"""Memory and duration of a run on a cluster, computed from counts.
 
-Arithmetic on counts (`engine/counting/count.py` makes them) and rates, without torch. Nothing here
-builds a model or sees a whole recipe.
+Arithmetic on counts (`engine/counting/count.py` makes them) and rates, without torch. This room
+builds no model and sees no whole recipe.
 """

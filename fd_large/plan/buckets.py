@@ -1,6 +1,4 @@
-"""How many elements travel together: so few messages that their fixed cost does not count, so many
-that they begin early.
-"""
+"""Sizes of communication buckets: large enough to hide fixed costs, small enough to begin early."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ MOST_OWNERS = 8
 
 
 def gradient_bucket(parameters: int) -> int:
-    """Returns the number of gradient elements that are reduced together.
+    """Returns the number of gradient elements in a bucket.
 
     Args:
         parameters: Trained parameters. Of the buckets there are about thirty, each of which has a
@@ -24,7 +22,7 @@ def gradient_bucket(parameters: int) -> int:
 
 
 def prefetch_bucket(parameters: int) -> int:
-    """Returns the number of elements that stage 3 gathers ahead: about a block.
+    """Returns the number of elements that stage 3 gathers ahead, about one block.
 
     Args:
         parameters: Trained parameters.

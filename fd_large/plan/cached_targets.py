@@ -1,7 +1,7 @@
 """Whether it pays to store a teacher's maps instead of computing them in every epoch.
 
 A stored map is computed once, and then read instead. The loader reads ahead while the student
-computes, so that reading costs time only where it takes longer than the student's own part.
+computes, so reading costs time only if it takes longer than the student's part.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SECONDS_TOLERANCE = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class CachedTargets:
-    """One teacher's maps, and the run or runs that use them.
+    """A teacher's stored maps and the runs that use them.
 
     Attributes:
         images: Images of the dataset.
@@ -23,7 +23,7 @@ class CachedTargets:
         uses: How often each stored map is learnt from, over all epochs and runs.
         map_bytes: Bytes of a stored map.
         teacher_seconds: Seconds of the teacher for an image, on a rank.
-        student_seconds: Seconds of all else in a step, for an image, on a rank.
+        student_seconds: Seconds per image of everything else in a step, on a rank.
         read_bytes_per_second: Rate at which a rank reads the cache.
     """
 
@@ -42,38 +42,38 @@ class CachedTargets:
 
     @property
     def writing_seconds(self) -> float:
-        """Seconds in which the teacher computes all maps, on a rank."""
+        """Seconds of the teacher for all maps, on a rank."""
         return self.images * self.views * self.teacher_seconds
 
     @property
     def read_seconds(self) -> float:
-        """Seconds in which a rank reads a map."""
+        """Seconds of a rank for reading a map."""
         return self.map_bytes / self.read_bytes_per_second
 
     @property
     def waits_seconds(self) -> float:
-        """Seconds by which reading a map is slower than all else in a step."""
+        """Seconds by which reading a map exceeds everything else in a step."""
         return max(0.0, self.read_seconds - self.student_seconds)
 
     @property
     def saved_share(self) -> float:
-        """Share of the live runs' time that storing saves; below 0 it costs time."""
+        """Share of the runs' time saved by storing; negative if it costs time."""
         live = self.uses * (self.teacher_seconds + self.student_seconds)
         stored = self.teacher_seconds + self.uses * (self.student_seconds + self.waits_seconds)
         return 1 - stored / live
 
     @property
     def pays(self) -> bool:
-        """Whether it saves time."""
+        """Whether storing saves time."""
         return self.saved_share > SECONDS_TOLERANCE
 
     @property
     def fewest_uses(self) -> float:
-        """Uses of each map from which on storing saves time; infinite where it never does."""
+        """Smallest number of uses of a map that saves time; infinite if none does."""
         gain = self.teacher_seconds - self.waits_seconds
         return self.teacher_seconds / gain if gain > 0 else math.inf
 
     @property
     def least_rate(self) -> float:
-        """Bytes/s at which a rank must read so that it never waits."""
+        """Bytes/s that a rank must read to never wait."""
         return self.map_bytes / self.student_seconds

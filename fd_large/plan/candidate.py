@@ -11,7 +11,7 @@ from fd_large.plan.buckets import MOST_ELEMENTS
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A way to run a workload, which a user may choose.
+    """A choice of settings for a workload.
 
     Attributes:
         stage: Stage of ZeRO.
@@ -19,7 +19,7 @@ class Candidate:
         teacher: Where the teachers are held, as in `teacher.placement`.
         whole: How many of several teachers, the smallest, are whole on every rank all the same.
         checkpointing: Whether blocks store their inputs only.
-        micro_batch_size: Images of a rank in one pass.
+        micro_batch_size: Images of a rank in a pass.
     """
 
     stage: Literal[0, 1, 2, 3]
@@ -37,7 +37,7 @@ class Candidate:
         activation_checkpointing: str,
         whole: Collection[str] = (),
     ) -> list[str]:
-        """Returns the flags that make `train` use this candidate instead of the recipe's fields.
+        """Returns the flags of `train` for this candidate.
 
         Args:
             micro_batch_size: `batch.micro_batch_size` of the recipe.
@@ -60,9 +60,9 @@ class Candidate:
 
     @property
     def shipped_config(self) -> str:
-        """Name of the DeepSpeed JSON that comes with the package and says what `deepspeed` does.
+        """Name of the shipped DeepSpeed JSON that matches `deepspeed`.
 
-        The engine itself makes stage 0 of stage 1 where one rank has nothing to split.
+        With a single rank the engine itself turns stage 1 into stage 0.
         """
         return "zero3_hpz" if self.hpz else f"zero{max(1, self.stage)}"
 

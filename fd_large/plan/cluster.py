@@ -1,6 +1,6 @@
-"""Machines: nodes, their network and their kernels, and how long collectives take on them.
+"""Machines: nodes, their network and their kernels, and the times of collectives.
 
-One gather or scatter of a whole model moves S bytes: its parameters times the bytes of each. Over n
+One gather or scatter of a whole model moves S bytes: parameters times bytes per parameter. Over n
 ranks, each rank sends and receives S (n - 1) / n. Between N nodes, the network cards of a node
 together carry S (N - 1) / N, since each byte has to enter a node once; inside a node, each rank's
 link carries S (n - 1) / n. Both run at the same time, and the slower one counts.
@@ -37,7 +37,7 @@ class Cluster:
 
     @property
     def nodes(self) -> int:
-        """Number of nodes; the last one may be partly used."""
+        """Number of nodes; the last node may be partly used."""
         return -(-self.gpus // self.gpus_per_node)
 
     @property
@@ -46,7 +46,7 @@ class Cluster:
         return min(self.gpus, self.gpus_per_node)
 
     def network(self, rates: Rates) -> float:
-        """Returns the bytes/s into a node that collectives reach."""
+        """Returns the bytes/s into a node that collectives achieve."""
         return self.nic_gigabits / 8 * 1e9 * self.nics_per_node * rates.network_share
 
     def seconds(self, size: float, rates: Rates, *, span: Span = "all", calls: int = 1) -> float:
@@ -54,7 +54,7 @@ class Cluster:
 
         Args:
             size: S in bytes.
-            rates: Those of the card and its links.
+            rates: Rates of the card and its links.
             span: Over all ranks, or inside each node.
             calls: Number of collectives into which it is cut.
         """
@@ -73,7 +73,7 @@ class Machine:
 
     Attributes:
         cluster: Ranks, nodes, network.
-        rates: Those of a card and its links.
+        rates: Rates of a card and its links.
     """
 
     cluster: Cluster

@@ -1,4 +1,4 @@
-"""Seconds of a step in which ranks send to one another, beside or after what they compute.
+"""Seconds of communication in a step, during or after computation.
 
 Of a micro-batch, where S and T are one gather or scatter of student and teacher (`plan.cluster`):
 
@@ -9,12 +9,12 @@ Of a micro-batch, where S and T are one gather or scatter of student and teacher
 | 2    | gradients 2 S                        | parameters S                 |
 | 3    | S forward, R backward, gradients S   | none                         |
 
-Parameters travel in their data type, and gradients in that of their sums, which is float32 over
-more than `MOST_BFLOAT16_SUMMANDS` ranks. At stages 0 to 2 their sums go to all ranks, a scatter and
-a gather; on up to `MOST_OWNERS` ranks, at stages 1 and 2, each goes to the rank that steps its
-parameter alone, and takes S (engine/zero/gradient_reduction.py). R is S without what is still whole
-when the backward pass begins: layers that are used again within `stage3_max_reuse_distance`
-elements, forward and back, stay whole.
+Parameters are sent in their data type, and gradients in their sums' data type, which is float32
+over more than `MOST_BFLOAT16_SUMMANDS` ranks. At stages 0 to 2 their sums go to all ranks, a
+scatter and a gather; on up to `MOST_OWNERS` ranks, at stages 1 and 2, each sum goes only to the
+rank that steps its parameter, and takes S (engine/zero/gradient_reduction.py). R is S without
+parameters that are still whole when the backward pass begins: layers used again within
+`stage3_max_reuse_distance` elements stay whole.
 
 A split teacher adds T per micro-batch, over all ranks or inside each node. With hpZ the backward
 pass gathers inside a node.
@@ -78,5 +78,5 @@ def _scatter(load: Workload, machine: Machine) -> float:
 
 
 def _scatters(candidate: Candidate, machine: Machine) -> int:
-    """Returns the length of a sum of the gradients at stages 0 to 2, in scatters."""
+    """Returns the cost of a sum of the gradients at stages 0 to 2, in scatters."""
     return 1 if candidate.stage and machine.cluster.gpus <= MOST_OWNERS else 2

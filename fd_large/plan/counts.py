@@ -1,4 +1,4 @@
-"""Counts of a task's step as data, for any micro-batch: products, bytes, starts, memory.
+"""Counts of a task's step as data, for any micro-batch: products, bytes, calls, memory.
 
 `engine/counting/count.py` counts the real task at two sizes. Everything is a straight line in the
 images of a micro-batch, but for the peak of memory, which is the highest of several lines.
@@ -20,20 +20,20 @@ _BY_PHASE = ("moved", "calls", "modules")
 
 
 class Line(NamedTuple):
-    """A number that grows with the images: `fixed` + `each` an image."""
+    """A linear function of the number of images: `fixed` + `each` per image."""
 
     fixed: float
     each: float
 
     def at(self, images: int) -> int:
-        """Returns the number for a micro-batch."""
+        """Returns the value for a micro-batch."""
         return int(self.fixed + self.each * images)
 
     def __add__(self, other: Line) -> Line:  # type: ignore[override]
         return Line(self.fixed + other.fixed, self.each + other.each)
 
     def scaled(self, factor: float) -> Line:
-        """Returns the line of the number times a factor."""
+        """Returns the line times a factor."""
         return Line(factor * self.fixed, factor * self.each)
 
 
@@ -41,14 +41,14 @@ NOTHING = Line(0, 0)
 
 
 class Product(NamedTuple):
-    """Equal operations with matrix products.
+    """A group of equal operations with matrix products.
 
     Attributes:
         phase: Where they run.
-        again: Whether they compute again what forward has computed.
+        again: Whether they recompute forward's results.
         times: How many they are; a mean over image sizes may be no whole number.
-        flops: FLOPs of one.
-        moved: Bytes that one reads and writes.
+        flops: FLOPs of one operation.
+        moved: Bytes read and written by one operation.
     """
 
     phase: str
@@ -62,9 +62,9 @@ class StepFlops(NamedTuple):
     """FLOPs of one micro-batch on one rank.
 
     Attributes:
-        model: What the run needs, the numerator of MFU: forward and backward of what is trained,
+        model: Required FLOPs, the numerator of MFU: forward and backward of the trained model,
             forward of frozen models.
-        hardware: What is computed, recomputation and a first pass for sums included.
+        hardware: Executed FLOPs, including recomputation and a first pass for sums.
         frozen: The part of frozen models in both, which several students share.
     """
 
@@ -73,7 +73,7 @@ class StepFlops(NamedTuple):
     frozen: float = 0
 
     def shared_by(self, students: int) -> StepFlops:
-        """Returns the FLOPs of one of several students, with its part of the frozen models."""
+        """Returns the FLOPs of one of several students, with its share of the frozen models."""
         of_others = self.frozen * (1 - 1 / students)
         own = self.frozen - of_others
         return StepFlops(self.model - of_others, self.hardware - of_others, own)
@@ -85,17 +85,17 @@ class Counts:
 
     Attributes:
         products: Operations with matrix products, equal ones together.
-        again: FLOPs among them that are computed again, beside the products of which this is said:
-            attention's logits inside a fused backward.
-        moved: Bytes that everything else reads and writes, by phase.
+        again: FLOPs of recomputation inside products that are not marked so: attention's logits
+            inside a fused backward.
+        moved: Bytes read and written by all other operations, by phase.
         calls: Calls that Python makes, views included, by phase.
         modules: Forwards of modules, by phase.
         kept: Bytes that live between forward and backward, the batch among them.
-        peak: Bytes at the most, gradients of parameters left out: the highest of these lines.
+        peak: Peak bytes without gradients of parameters: the maximum of these lines.
         student: (elements, how many) of the trained tensors.
         frozen: (elements, how many) of the tensors of each frozen model.
         held: Bytes that are held of a micro-batch until its turn, in a step in two passes.
-        images: The only micro-batch that these hold for; 0: they hold for all.
+        images: The only micro-batch for which the counts are valid; 0 means all.
         fused: Whether fused kernels run.
     """
 
@@ -113,17 +113,17 @@ class Counts:
     fused: bool = False
 
     def in_step_of(self, micro_batches: int) -> Counts:
-        """Returns the counts of each micro-batch of a step of so many; of one, in one pass.
+        """Returns the counts of each micro-batch in a step with this number of them.
 
-        What tasks sum before a step of one micro-batch alone takes no forward of the student, and
-        is left out.
+        With a single micro-batch, sums before the step need no forward of the student, and are
+        left out.
         """
         if micro_batches > 1:
             return self
         return replace(self.without("first_pass"), held=NOTHING)
 
     def without(self, phase: Phase) -> Counts:
-        """Returns the counts of a step that leaves a phase out, as one whose maps are stored."""
+        """Returns the counts of a step without a phase, such as a teacher with stored maps."""
         return replace(
             self,
             products=tuple(p for p in self.products if p.phase != phase),
@@ -134,13 +134,13 @@ class Counts:
         )
 
     def flops(self, phase: Phase, images: int) -> int:
-        """Returns the FLOPs of a phase, without what is computed again."""
+        """Returns the FLOPs of a phase, without recomputation."""
         own = [p for p in self.products if p.phase == phase and not p.again]
         total = round(sum(p.times * p.flops.at(images) for p in own))
         return total - (self.again.at(images) if phase == "backward" else 0)
 
     def flops_per_image(self, phase: Phase) -> float:
-        """Returns the FLOPs of a phase for one image, without what is computed again."""
+        """Returns the FLOPs of a phase for one image, without recomputation."""
         images = self.images or 1
         return self.flops(phase, images) / images
 
@@ -153,16 +153,16 @@ class Counts:
         )
 
     def peak_at(self, images: int) -> int:
-        """Returns the most bytes that live at once, beside parameters and their gradients."""
+        """Returns the peak of live bytes, besides parameters and their gradients."""
         return max(line.at(images) for line in self.peak)
 
     def to_plain(self) -> dict[str, Any]:
-        """Returns the fields as JSON can hold them."""
+        """Returns the fields in a JSON-safe form."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod
     def from_plain(cls, given: Mapping[str, Any]) -> Counts:
-        """Returns the counts that `to_plain` gave."""
+        """Returns the counts from the result of `to_plain`."""
         return cls(
             products=tuple(
                 Product(phase, again, times, Line(*flops), Line(*moved))
@@ -187,14 +187,13 @@ class Counts:
 def of_students(each: Sequence[Counts], shared: Line = NOTHING) -> Counts:
     """Returns the counts of several students that train in step on one pass of the frozen models.
 
-    One student computes at a time: their work adds up, and of what lives during a step the most
-    counts.
+    One student computes at a time: their work adds up, and the largest live memory counts.
 
     Args:
         each: The counts of each student alone, with the same frozen models.
-        shared: Bytes of a micro-batch's images and of what the frozen models say of them. They
-            stay until the last student has taken the step. What a step in two passes holds of them
-            itself is counted again.
+        shared: Bytes of a micro-batch's images and of the frozen models' outputs for them, which
+            stay until the last student has taken the step. Copies held by a step in two passes
+            are counted in addition.
     """
     first, *others = each
     # What the frozen models compute is there once.
@@ -215,7 +214,7 @@ def of_students(each: Sequence[Counts], shared: Line = NOTHING) -> Counts:
 def of_sizes(each: Sequence[Counts]) -> Counts:
     """Returns the counts of a run whose steps have images of several sizes, equally often.
 
-    What is computed, moved and called is the mean; what lives, and lives at the most, the largest.
+    FLOPs, moved bytes and calls are means over the sizes; live memory is the largest.
 
     Args:
         each: The counts at each size; the last has the largest images.
@@ -250,12 +249,12 @@ def _added(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def sizes(tensors: Iterable[tuple[int, int]]) -> list[int]:
-    """Returns the elements of each tensor, from (elements, how many)."""
+    """Returns the elements of each tensor, from (elements, number of tensors)."""
     return [size for size, count in tensors for _ in range(count)]
 
 
 def grouped(tensors: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    """Returns (elements, how many) from the elements of each tensor."""
+    """Returns (elements, number of tensors) from the elements of each tensor."""
     return tuple(sorted(Counter(tensors).items()))
 
 
@@ -268,7 +267,7 @@ def through(first: int, second: int, at: tuple[int, int]) -> Line:
 
 
 def highest(lines: Sequence[Line]) -> tuple[Line, ...]:
-    """Returns the lines that are the highest at some micro-batch of one image or more."""
+    """Returns the lines that are the maximum at some micro-batch of one image or more."""
     best: dict[float, float] = {}
     for fixed, each in lines:
         best[each] = max(fixed, best.get(each, fixed))
@@ -284,5 +283,5 @@ def highest(lines: Sequence[Line]) -> tuple[Line, ...]:
 
 
 def _meet(a: Line, b: Line) -> float:
-    """Images at which the steeper line b reaches a."""
+    """Returns the number of images at which the steeper line b reaches a."""
     return (a.fixed - b.fixed) / (b.each - a.each)

@@ -1,4 +1,4 @@
-"""The counts of the recipes of record, so that planning these takes no torch.
+"""The shipped counts of named recipes, so that planning them needs no torch.
 
 `benchmarks/keep_counts.py` writes the file again where a recipe or a model changes; a test holds
 it.
@@ -20,10 +20,10 @@ FILE = Path(__file__).with_name("kept_counts.json")
 
 
 def key(fields: Mapping[str, Any], capability: str, kernels: str) -> str:
-    """Returns the name of a count.
+    """Returns the key of a count.
 
     Args:
-        fields: What decides the shapes of a step: those fields of the recipe that are not as the
+        fields: Fields of the recipe that decide the shapes of a step and differ from the
             defaults, by name.
         capability: Compute capability of the card, as "9.0".
         kernels: "fused" or "reference".
@@ -33,7 +33,7 @@ def key(fields: Mapping[str, Any], capability: str, kernels: str) -> str:
 
 
 def read(name: str) -> dict[bool, Counts] | None:
-    """Returns the counts of that key, without and with checkpoints; None: they are not kept."""
+    """Returns the counts of a key, without and with checkpoints, or None."""
     kept = _kept()
     if name not in kept["keys"]:
         return None
@@ -43,12 +43,12 @@ def read(name: str) -> dict[bool, Counts] | None:
 
 @cache
 def _kept() -> dict[str, Any]:
-    """The file, which a transfer's plan or a sweep asks for hundreds of counts."""
+    """Returns the file's contents, cached for the hundreds of lookups of a transfer plan."""
     return read_json(FILE)
 
 
 def write(found: Mapping[str, Mapping[bool, Counts]], path: Path = FILE) -> None:
-    """Writes counts by key; equal ones once."""
+    """Writes counts by key, and equal counts once."""
     different: list[str] = []
     keys = {}
     for name, both in found.items():

@@ -1,8 +1,8 @@
 """Bytes that a rank holds between two steps, from counts of elements.
 
-P is the number of parameters of student and projection, W that of ranks, b the bytes of a parameter
-(2 in bfloat16, 4 in float32); T and B are the same of the teacher. DeepSpeed 0.19.8 keeps between
-steps, with the two moments of AdamW (4P each; another optimiser may keep more or fewer):
+P is the number of parameters of student and projection, W the number of ranks, b the bytes of a
+parameter (2 in bfloat16, 4 in float32); T and B are the teacher's P and b. DeepSpeed 0.19.8 keeps
+between steps, with the two moments of AdamW (4P each; another optimiser may keep more or fewer):
 
 | ZeRO | parameters | masters        | moments | gradients             |
 |------|------------|----------------|---------|-----------------------|
@@ -142,7 +142,7 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """Bytes in one kind of memory, by what they hold."""
+    """Bytes in one kind of memory, by contents."""
 
     parameters: int = 0
     masters: int = 0
@@ -164,7 +164,7 @@ class Memory:
     Attributes:
         device: On the GPU; on CPU ranks, in the memory of the process.
         host: Offloaded to host memory.
-        disk: In files of a disk, whose pages are in memory as far as there is room.
+        disk: Bytes in files on a disk, whose pages are cached in memory as far as there is room.
         hpz_copy: On the device, in addition, from the forward pass to the step only.
     """
 

@@ -1,6 +1,6 @@
-"""The peak memory of a rank, in the backward pass: more than `plan.memory` counts between steps.
+"""The peak memory of a rank in the backward pass, on top of `plan.memory` between steps.
 
-And what a run takes whose optimiser keeps its state on a disk (ds_configs/zero3_nvme.json).
+Also the costs of a run with the optimiser's state on a disk (ds_configs/zero3_nvme.json).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class PeakMemory:
     Attributes:
         states: Parameters, masters, moments, accumulated gradients; hpZ's copy.
         teacher: The rank's share of the teacher.
-        activations: What lives beside these where most of it does: what the forward pass stores
-            for the backward pass, and what that has computed at the moment; in a step in two passes
-            what is held of the other micro-batches.
+        activations: Further live memory at the peak: tensors that forward stores for backward,
+            and backward's present results; in a step in two passes also the other micro-batches'
+            tensors.
         buffers: Gathered layers, buckets, gradients in transit, the driver.
     """
 
@@ -50,7 +50,7 @@ class PeakMemory:
         return self.states + self.teacher + self.activations + self.buffers
 
     def fits(self, rates: Rates) -> bool:
-        """Returns whether a card has room for it."""
+        """Returns whether it fits on a card."""
         return self.total <= HEADROOM * rates.memory_bytes
 
 
@@ -102,7 +102,7 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
 
 
 def placement_of(load: Workload, candidate: Candidate, machine: Machine) -> Placement:
-    """Returns where a candidate holds its bytes."""
+    """Returns the placement of a candidate's bytes."""
     cluster = machine.cluster
     return Placement(
         stage=candidate.stage,
@@ -127,7 +127,7 @@ class OnDisk:
     Attributes:
         memory: Peak bytes of a rank.
         disk: Bytes of a node's ranks on the node's disk.
-        seconds: What moving the state adds to a step if none of it stays in memory.
+        seconds: Seconds added to a step by moving the state, if none of it stays in memory.
     """
 
     memory: float
@@ -136,11 +136,11 @@ class OnDisk:
 
 
 def on_disk(load: Workload, machine: Machine, *, speed: float, average: bool = False) -> OnDisk:
-    """Returns memory, disk and added seconds of such a run.
+    """Returns memory, disk space and added seconds of a run with its state on a disk.
 
     Args:
         load: The work.
-        machine: Ranks and nodes; memory as that of one kind.
+        machine: Ranks and nodes with a single kind of memory.
         speed: Bytes a second of each node's disk, read or written.
         average: Whether an average of the weights is kept.
     """

@@ -1,8 +1,8 @@
 """Seconds of the phases of a real step, measured on one device, for any micro-batch.
 
-`engine/counting/phases.py` times a task's own step at two micro-batches. Seconds are taken for a
-straight line in the images (docs/scaling.md compares what they foretell with measured steps). What
-several ranks add (copies, hooks, collectives) is not in them.
+`engine/counting/phases.py` times a task's own step at two micro-batches. Seconds are assumed
+linear in the images (docs/scaling.md compares predictions with measured steps). Costs of several
+ranks (copies, hooks, collectives) are not included.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TRAINED = (FIRST_PASS, FORWARD, BACKWARD)
 
 @dataclass(frozen=True, kw_only=True)
 class Phases:
-    """A step of one task on one device.
+    """The phases of a task's step on one device.
 
     Attributes:
         seconds: Seconds of each phase of a micro-batch, a line in its images.
@@ -39,9 +39,9 @@ class Phases:
         """Returns the seconds of each phase of a micro-batch.
 
         Args:
-            images: Its images.
-            first_pass: Whether a step takes a first pass for its sums.
-            again: What backward computes again, as a fraction of forward.
+            images: Images of the micro-batch.
+            first_pass: Whether a step has a first pass for its sums.
+            again: Recomputation in backward, as a fraction of forward.
         """
         found = {
             name: line.fixed + line.each * images
@@ -53,14 +53,14 @@ class Phases:
         return found
 
     def to_plain(self) -> dict[str, Any]:
-        """Returns the fields as JSON can hold them."""
+        """Returns the fields in a JSON-safe form."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod
     def from_plain(cls, given: Any, *, where: str) -> Phases:
-        """Returns the phases that `to_plain` gave.
+        """Returns the phases from the result of `to_plain`.
 
-        Raises: ConfigError: if they are no such phases.
+        Raises: ConfigError: if the values are invalid.
         """
         try:
             seconds = {
@@ -76,10 +76,10 @@ class Phases:
 
 
 def read(file: str, key: str) -> Phases | None:
-    """Returns the phases of a task in a file of measured rates; None: it has none of that task.
+    """Returns the phases of a task in a file of measured rates, or None.
 
     Args:
-        file: JSON that `plan --probe --rates` wrote, or another one of rates.
+        file: JSON written by `plan --probe --rates`, or another file of rates.
         key: The task's, in the object `phases`.
 
     Raises: ConfigError: if they are no phases.
@@ -94,7 +94,8 @@ def line(seconds: Mapping[int, float]) -> Line:
     """Returns the line through the seconds of two micro-batches; neither part is below 0.
 
     Args:
-        seconds: By the images of a micro-batch; of a single one, they are in proportion to it.
+        seconds: Seconds by the images of a micro-batch; with a single micro-batch, proportional to
+            it.
     """
     large = max(seconds)
     small = min(seconds)

@@ -1,9 +1,9 @@
 """Rates of a card and its links: of named cards, or from a file of measured rates.
 
-They are those of single operations; `plan.step_time` says what whole steps reach of them. `peak` is
-the data sheet's dense bfloat16 rate, the denominator of MFU. The other rates of the H100 are
-published measurements (800 of 989 TFLOP/s in large products, 3.0 TB/s of 3.35); those of the other
-cards are the data sheet's times the same fractions, 0.81 and 0.90. The link inside a node is the
+These are rates of single operations; `plan.step_time` has the fraction that whole steps reach.
+`peak` is the data sheet's dense bfloat16 rate, the denominator of MFU. The other rates of the H100
+are published measurements (800 of 989 TFLOP/s in large products, 3.0 TB/s of 3.35); other cards'
+rates are the data sheet's times the same fractions, 0.81 and 0.90. The link inside a node is the
 data sheet's per direction times 0.78, as 350 of 450 GB/s on the H100.
 """
 
@@ -31,7 +31,7 @@ class Rates:
         peak: Peak FLOP/s, the denominator of MFU.
         matmul: FLOP/s reached in large matrix products.
         bandwidth: Bytes/s of a copy, read and written together.
-        link: Bytes/s that a rank sends to the others of its node, in collectives.
+        link: Bytes/s that a rank sends inside its node, in collectives.
         network_share: Fraction of the network cards' rate that collectives reach.
         bfloat16: Whether parameters and matrix products are bfloat16; else float32.
         overlap: Whether communication runs beside computation, as on a GPU; CPU ranks share cores.
@@ -58,14 +58,14 @@ class Rates:
     hooked_share: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as `--rates` reads them."""
+        """Returns the fields for a file of `--rates`."""
         return asdict(self)
 
 
 def of_data_sheet(
     name: str, capability: str, gigabytes: float, teraflops: float, terabytes: float, link: float
 ) -> Rates:
-    """Returns the rates of a card by its data sheet.
+    """Returns the rates of a card from its data sheet.
 
     Args:
         name: Name in tables.
@@ -73,7 +73,7 @@ def of_data_sheet(
         gigabytes: Memory in GB.
         teraflops: Dense bfloat16 (or float16) rate in TFLOP/s.
         terabytes: Bandwidth of the memory in TB/s.
-        link: GB/s per direction to the other cards of a node.
+        link: GB/s per direction to other cards in a node.
     """
     return Rates(
         name=name,
@@ -99,7 +99,7 @@ CARDS = {
 
 
 def rates_of(gpu: str, file: str = "") -> Rates:
-    """Returns the rates of a named card, with those of a file in their place.
+    """Returns the rates of a named card, replaced by a file's rates if given.
 
     Args:
         gpu: A key of `CARDS`.

@@ -1,7 +1,6 @@
 """Search for the candidates of a workload on a machine, and why the others do not fit.
 
-The fastest come first; of those whose times differ by less than `SAME_TIME`, those that communicate
-least.
+Candidates are sorted by time; if times differ by less than `SAME_TIME`, by communication.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Refused:
 
 
 def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refused]]:
-    """Returns candidates that fit, in order, each with its best micro-batch; and the others.
+    """Returns the fitting candidates in order, each with its best micro-batch, and the others.
 
     Raises: ConfigError: if the ranks do not divide the global batch.
     """
@@ -73,12 +72,12 @@ def checkpoint_bytes(load: Workload) -> int:
 
 
 def num_steps(epochs: int, images: int, global_batch_size: int) -> int:
-    """Returns the steps of a run on a dataset of that many images; an epoch's rest is dropped."""
+    """Returns the steps of a run on a number of images; an epoch's remainder is dropped."""
     return epochs * (images // global_batch_size)
 
 
 def _candidates(machine: Machine, *, teachers: int) -> Iterator[Candidate]:
-    """Yields candidates of one image.
+    """Yields candidates with a micro-batch of one image.
 
     The largest of several teachers are split first: they save most.
 

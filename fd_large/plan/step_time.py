@@ -1,23 +1,24 @@
-"""Seconds of a step, from four constants that are held against public measurements.
+"""Seconds of a step, from four constants checked against public measurements.
 
     step = micro-batches x max(products + bytes + hooks, communication) + after the last one
 
 - products: each matrix product takes the longer of FLOPs / product rate and bytes / bandwidth;
-- bytes: what all else reads and writes / bandwidth, with the gradients of the parameters and the
-  copies of gathered ones. Where Python needs longer to start the operations, that counts;
-- hooks: those of DeepSpeed around each module whose parameters are gathered. They are added: a
-  measured step at stage 3 takes them longer, however long its products are;
+- bytes: bytes of all other operations / bandwidth, with gradients and copies of gathered
+  parameters; or the time that Python needs to start the operations, if longer;
+- hooks: those of DeepSpeed around each module whose parameters are gathered. They are added,
+  because measured steps at stage 3 are longer by this time whatever their products;
 - communication: beside computation on GPUs; CPU ranks, whose cores do both, take the sum;
 - after the last micro-batch: the collectives of the step and the optimiser, which moves 46 bytes
   (bfloat16) for each parameter of the rank's shard.
 
-Where the phases of a real step were measured (`plan.phases`), their seconds stand for products and
-bytes, and what ZeRO adds is added to them.
+If the phases of a real step were measured (`plan.phases`), their seconds replace products and
+bytes, and ZeRO's costs are added.
 
-The constants are what whole steps on GPUs reach of the rates of single operations (`plan.rates`;
-of the data sheet that is 0.73, 0.45 and 0.51). Three are least squares over 17 measurements of
-other software, benchmarks/public_rates.json: `fitted` in tests/unit/plan/test_step_time.py finds
-them again. All rows ran PyTorch's own kernels; no fused kernel was measured.
+The constants are the fractions of single operations' rates that whole steps on GPUs reach
+(`plan.rates`; of the data sheet that is 0.73, 0.45 and 0.51). Three are least squares over 17
+measurements of other software, benchmarks/public_rates.json: `fitted` in
+tests/unit/plan/test_step_time.py finds them again. All rows ran PyTorch's own kernels; no fused
+kernel was measured.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ HOPPER = 9  # Compute capability.
 
 
 class Between(NamedTuple):
-    """A least and a greatest number."""
+    """A range of numbers."""
 
     low: float
     high: float
 
     def scaled(self, factor: float) -> Between:
-        """Returns both times a factor."""
+        """Returns the range times a factor."""
         return Between(factor * self.low, factor * self.high)
 
 
@@ -77,8 +78,8 @@ class StepSeconds:
     """Seconds of a step.
 
     Attributes:
-        parts: Computation of a micro-batch, by what it is: phases where they were measured, else
-            `PRODUCTS` and `REST`; what ZeRO adds.
+        parts: Computation of a micro-batch by part: measured phases, else `PRODUCTS` and `REST`;
+            and ZeRO's costs.
         communication: Communication of a micro-batch.
         finish: Collectives and optimizer after the last micro-batch.
         accumulation: Number of micro-batches.
@@ -113,7 +114,7 @@ class Estimate:
     """A candidate with its figures.
 
     Attributes:
-        candidate: What was chosen.
+        candidate: The chosen settings.
         memory: Peak memory of a rank.
         seconds: Seconds of a step.
         flops: FLOPs of a micro-batch.
@@ -148,7 +149,7 @@ class Estimate:
 
 
 def estimate(load: Workload, candidate: Candidate, machine: Machine) -> Estimate:
-    """Returns memory and time of a candidate; the memory may be more than the card has."""
+    """Returns memory and time of a candidate, even if it does not fit on the card."""
     return Estimate(
         candidate=candidate,
         memory=peak_memory(load, candidate, machine),
@@ -194,7 +195,7 @@ def _computation(load: Workload, candidate: Candidate, machine: Machine) -> dict
 
 
 def reached(rates: Rates) -> tuple[float, float]:
-    """Returns FLOP/s of matrix products and bytes/s of all else in a step."""
+    """Returns FLOP/s of matrix products and bytes/s of other operations in a step."""
     if not rates.overlap:  # A CPU rank computes one operation after the other.
         return rates.matmul, rates.bandwidth
     generation = int(rates.capability.partition(".")[0] or HOPPER)
@@ -203,7 +204,7 @@ def reached(rates: Rates) -> tuple[float, float]:
 
 
 def _added_bytes(load: Workload, candidate: Candidate, machine: Machine) -> float:
-    """Returns the bytes of passes over parameters and gradients that a step alone does not make."""
+    """Returns the bytes of ZeRO's further passes over parameters and gradients."""
     size, moved = load.compute_bytes(machine), 0.0
     if candidate.stage or machine.cluster.gpus > 1:
         # Backward itself writes each gradient once.
@@ -216,7 +217,7 @@ def _added_bytes(load: Workload, candidate: Candidate, machine: Machine) -> floa
 
 
 def _computed_again(load: Workload, candidate: Candidate) -> float:
-    """Returns the FLOPs that activation checkpointing computes again, as a fraction of forward."""
+    """Returns the FLOPs recomputed by activation checkpointing, as a fraction of forward."""
     if not candidate.checkpointing:
         return 0.0
     images = candidate.micro_batch_size
@@ -225,7 +226,7 @@ def _computed_again(load: Workload, candidate: Candidate) -> float:
 
 
 def _hooked(load: Workload, candidate: Candidate, counts: Counts) -> float:
-    """Returns the forwards and backwards of modules around which DeepSpeed's hooks run."""
+    """Returns the number of forwards and backwards of modules with DeepSpeed's hooks."""
     modules, hooked = counts.modules, 0.0
     if candidate.stage == 3:  # Forward, backward, what backward computes again, a first pass.
         hooked += 2 * modules.get("forward", 0)

@@ -1,9 +1,9 @@
 """Utilisation that a run reports from FLOPs and seconds: TFLOP/s, MFU, hardware utilisation.
 
 MFU is the FLOPs that the run needs (student forward and backward, teacher forward) over the card's
-peak; hardware utilisation also counts what is computed again. Of several students each counts its
-own and an equal part of the frozen models' forward, which all share, over the seconds of the step
-of all: the students' numbers add up to those of the card.
+peak; hardware utilisation also counts recomputation. Each of several students counts its own
+FLOPs and an equal part of the shared frozen models' forward, over the seconds of the common step,
+so that the students' numbers add up to the card's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fd_large.plan.rates import CARDS
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Returns the peak FLOP/s of a card by its driver's name; None if it is not listed."""
+    """Returns the peak FLOP/s of a card by its driver's name; or None if unknown."""
     words = device_name.replace("-", " ").split()
     # H100s on a PCIe card (756 TFLOP/s, NVL 835) are slower than the SXM module; A100s are not.
     if "A100" not in words and {"PCIe", "PCIE", "NVL"} & set(words):
@@ -26,10 +26,10 @@ def peak_flops(device_name: str) -> float | None:
 def shares(
     steps: Iterable[StepFlops], peak: float | None, *, micro_batches: int, seconds: float
 ) -> dict[str, float]:
-    """Returns tflops_per_gpu, mfu and hardware_utilisation, as far as they are known.
+    """Returns tflops_per_gpu, mfu and hardware_utilisation, as far as known.
 
     Args:
-        steps: FLOPs of one micro-batch on one rank in each step; none if they are unknown.
+        steps: FLOPs of one micro-batch on one rank in each step; empty if unknown.
         peak: Peak FLOP/s of the card; None if it is unknown, as on CPUs.
         micro_batches: Micro-batches of a rank in a step.
         seconds: Seconds in which it computed them.

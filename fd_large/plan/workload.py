@@ -18,7 +18,7 @@ from fd_large.plan.phases import of_students as students_phases
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A training, with what does not depend on the candidate counted once.
+    """A training run, with the counts that do not depend on the candidate.
 
     Attributes:
         counts: A micro-batch without activation checkpointing (False) and with it (True), as the
@@ -28,10 +28,10 @@ class Workload:
             several that differ, float32.
         moments: Float32 numbers that the optimiser keeps of each parameter.
         may_split_frozen: Whether the frozen models may be split over ranks, as teachers may.
-        norm_group: Images that share statistics of batch norms: a micro-batch holds so many or a
-            multiple, or all that a rank has of a step.
-        phases: Measured seconds of a step's phases; None: the rates of the card say how long what
-            is counted takes.
+        norm_group: Images that share statistics of batch norms: a micro-batch holds a multiple of
+            them, or all of a rank's images in a step.
+        phases: Measured seconds of a step's phases; None to compute times from counts and the
+            card's rates.
     """
 
     counts: Mapping[bool, Counts]
@@ -59,12 +59,12 @@ class Workload:
 
     @cached_property
     def smallest_first(self) -> tuple[int, ...]:
-        """Places of the teachers in `teachers`, the smallest first."""
+        """Indices of the teachers in `teachers`, the smallest first."""
         totals = [sum(one) for one in self.teachers]
         return tuple(sorted(range(len(totals)), key=totals.__getitem__))
 
     def split_sizes(self, candidate: Candidate) -> tuple[int, ...]:
-        """Returns the elements of each tensor of the teachers that a candidate splits."""
+        """Returns the elements of each tensor of a candidate's sharded teachers."""
         if candidate.teacher == "replicated":
             return ()
         split = self.smallest_first[candidate.whole :]
@@ -95,7 +95,7 @@ class Workload:
         return 2 if machine.rates.bfloat16 else 4
 
     def sum_bytes(self, machine: Machine) -> int:
-        """Bytes of a gradient on its way between ranks."""
+        """Bytes of a gradient element in communication."""
         summed = sums_in_float32(machine.cluster.gpus, bfloat16=machine.rates.bfloat16)
         return 4 if summed else self.compute_bytes(machine)
 
@@ -105,7 +105,7 @@ class Workload:
 
 
 def together(loads: Sequence[Workload], shared: Line = NOTHING) -> Workload:
-    """Returns the work of several students that learn from one pass of the frozen models.
+    """Returns the joint workload of several students that share the frozen models' forward.
 
     Args:
         loads: The work of each student alone.
@@ -124,5 +124,5 @@ def together(loads: Sequence[Workload], shared: Line = NOTHING) -> Workload:
 
 
 def frozen_in_bfloat16(dtype: str, bfloat16: bool) -> bool:
-    """Returns whether a frozen model is bfloat16: as its recipe says, or as the run computes."""
+    """Returns whether a frozen model is bfloat16: by its recipe, or else by the run's precision."""
     return bfloat16 if dtype == "auto" else dtype == "bfloat16"
