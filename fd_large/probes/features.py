@@ -1,9 +1,8 @@
 """Pooled features of labelled images, streamed to a file by all ranks.
 
 A row is the mean of an image's patch tokens, its class token, or both, in float32. Images come in
-batches of a fixed size, the same ones on any number of ranks, so that a row is the same to the bit
-whoever computes it. Rows go to one file in a folder that all ranks see; memory does not grow with
-the data set.
+fixed batches, the same on any number of ranks, so that a row is the same to the bit on any rank.
+Rows go to one file in a shared folder; memory does not grow with the dataset.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ MAX_BAD_FRACTION = 0.01
 
 
 class Features(NamedTuple):
-    """Rows by image, of one pool; both arrays are mapped from files.
+    """Features and labels by image, for one kind of pooling; both arrays are mapped from files.
 
     Attributes:
         rows: (N, C) float32.
@@ -47,14 +46,14 @@ class Features(NamedTuple):
     labels: NDArray[np.int64]
 
     def usable(self) -> NDArray[np.int64]:
-        """Returns the numbers of the images that have a label."""
+        """Returns the indices of the labelled images."""
         return np.flatnonzero(self.labels != NO_LABEL)
 
     def percent(self, predicted: NDArray[np.int64]) -> float:
-        """Returns the percentage of the images with a label whose class is predicted.
+        """Returns the accuracy over labelled images, in per cent.
 
         Args:
-            predicted: (N,), the class that each image is given.
+            predicted: (N,), the predicted class of each image.
         """
         usable = self.usable()
         right = int((predicted[usable] == self.labels[usable]).sum())
@@ -64,7 +63,7 @@ class Features(NamedTuple):
 def pooled(features: FeatureMap, pool: Pool) -> Tensor:
     """Returns (B, C) float32: the mean over a map's patches, its first token, or both, (B, 2C).
 
-    Of `map` it is all patches, one after the other.
+    For `map` it is all patches, concatenated.
 
     Raises: ConfigError: if the map has no class token and `pool` asks for it.
     """
@@ -105,12 +104,12 @@ def extract(
         folder: Folder for rows.npy and labels.npy, which all ranks see.
         image_size: Side of the crops, in pixels.
         batch_size: Images per forward; the last bits of the result depend on it.
-        pools: Features of an image, of one forward: the mean of its patches, its class token, both.
+        pools: Kinds of pooling of one forward: the mean of the patches, the class token, both.
         workers: Loader processes of each rank.
         max_pixels: Larger images are refused before they are decoded.
         max_bad_fraction: Largest fraction of the images that may be unusable.
         progress: Called with the number of this rank's images that are done.
-        between: Called before each batch, on every rank alike; may raise to end it.
+        between: Called before each batch on every rank; may raise to stop.
 
     Returns: the features of each pool.
     Raises: DataError: if more of the images cannot be used; ConfigError: if the
@@ -171,7 +170,7 @@ def extract(
 
 
 def _reserve(paths: tuple[Path, Path], num_images: int, width: int) -> None:
-    """Writes empty arrays, by rank 0, with their disk space: a full disk kills who maps a file."""
+    """Reserves empty arrays on rank 0, since a full disk kills processes that map a file."""
     if not distributed.is_main():
         return
     shapes = ((num_images, width), np.float32), ((num_images,), np.int64)

@@ -24,10 +24,10 @@ QUERY_BLOCK, BANK_BLOCK = 1024, 16_384
 
 
 class Bank:
-    """Rows that vote, read in blocks.
+    """The voting rows, read in blocks.
 
     Args:
-        features: Features of the training images; those without a label are left out.
+        features: Features of the training images; images without a label are left out.
         num_classes: Number of classes, K.
     """
 
@@ -46,7 +46,7 @@ class Bank:
 
 
 def predict(rows: Tensor, bank: Bank, *, k: int, temperature: float) -> Tensor:
-    """Returns the classes that the neighbours of some images vote for.
+    """Returns the classes of some images by their neighbours' votes.
 
     Args:
         rows: Features of the images, (Q, C) float32.
@@ -80,9 +80,9 @@ def classify(
     progress: Callable[[int], None] = lambda count: None,
     between: Callable[[], None] = lambda: None,
 ) -> NDArray[np.int64]:
-    """Returns the class that each test image is given, on every rank; a collective.
+    """Returns the predicted class of each test image, on every rank; a collective.
 
-    Blocks of queries are distributed over the ranks; a block is the same on any of them.
+    Blocks of queries are distributed over the ranks; a block does not depend on the rank.
 
     Args:
         train: Features that vote.
@@ -91,7 +91,7 @@ def classify(
         k: Number of neighbours.
         temperature: See `predict`.
         progress: Called with the number of this rank's images that are done.
-        between: Called before each block, on every rank alike; may raise to end it.
+        between: Called before each block on every rank; may raise to stop.
 
     Returns: (N,); 0 for an image without a label.
     """
@@ -111,7 +111,7 @@ def classify(
 
 
 def _unit(rows: Tensor | NDArray[np.float32]) -> Tensor:
-    """Rows of length 1 on this rank's device, in float32."""
+    """Returns rows scaled to length 1 on this rank's device, in float32."""
     tensor = torch.as_tensor(rows).to(distributed.device())
     return F.normalize(tensor, dim=1)
 

@@ -1,10 +1,10 @@
 """A linear probe on frozen features: batch norm without affine, one layer, several rates at once.
 
-All rates train in one batched tensor, (R, K, C), on the same batches. The rate that does best on a
-tenth of the training images, held out, is trained again on all of them and tested once.
+All rates train in one batched tensor, (R, K, C), on the same batches. The best rate on a held-out
+tenth of the training images is trained again on all of them and tested once.
 
-Source: the probe of He et al. (MAE), arXiv 2111.06377, appendix A.1, as linear evaluation of
-Feature-Distillation has it: a BatchNorm1d without affine before the layer, momentum .9, no decay.
+Source: the probe of He et al. (MAE), arXiv 2111.06377, appendix A.1, as in Feature-Distillation's
+linear evaluation: a BatchNorm1d without affine before the layer, momentum .9, no decay.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BLOCK = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """How the layer is trained.
+    """Settings of the linear layer's training.
 
     Attributes:
         rates: Learning rates for batches of 256, all tried.
@@ -61,7 +61,7 @@ class Outcome(NamedTuple):
     Attributes:
         rate: The best learning rate.
         held_out: Accuracy on the held-out tenth for each learning rate, in per cent.
-        predicted: (N,) int64, the class that each test image is given.
+        predicted: (N,) int64, the predicted class of each test image.
     """
 
     rate: float
@@ -86,7 +86,7 @@ def evaluate(
         probe: Settings of the training.
         progress: Called with the number of images that are done; they add up to `work`.
 
-    Raises: DataError: if there are too few training images for one to be held out.
+    Raises: DataError: if there are too few training images to hold any out.
     """
     usable = train.usable()
     order = usable[epoch_order(len(usable), probe.seed, 0, np.arange(len(usable)))]
@@ -109,12 +109,12 @@ def evaluate(
 
 
 def steps(num_train: int, probe: Probe) -> int:
-    """Returns the number of steps on all of so many training images."""
+    """Returns the number of steps on a number of training images."""
     return probe.epochs * (num_train // _batch_of(num_train, probe))
 
 
 def warn_of_few_steps(num_train: int, probe: Probe) -> None:
-    """Logs a warning where a probe makes so few steps that it may have learned too little.
+    """Warns if a probe has so few steps that it may learn too little.
 
     Args:
         num_train: Number of training images.
@@ -134,12 +134,12 @@ def warn_of_few_steps(num_train: int, probe: Probe) -> None:
 
 
 def work(num_train: int, probe: Probe) -> int:
-    """Returns the number of images that `evaluate` reports to `progress` in all."""
+    """Returns the total number of images that `evaluate` reports to `progress`."""
     return probe.epochs * (num_train - num_train // HELD_OUT + num_train)
 
 
 class _Layers:
-    """One layer for each rate, after a norm that all share."""
+    """A layer for each rate, after a shared norm."""
 
     def __init__(self, num_rates: int, num_classes: int, width: int) -> None:
         device = distributed.device()
@@ -149,12 +149,12 @@ class _Layers:
         self.variance = torch.ones(width, device=device)
 
     def logits(self, rows: Tensor, *, training: bool) -> Tensor:
-        """(B, C) to (R, B, K)."""
+        """Maps features (B, C) to logits (R, B, K)."""
         normed = F.batch_norm(rows, self.mean, self.variance, training=training, eps=NORM_EPS)
         return torch.baddbmm(self.bias, normed.expand(len(self.weight), -1, -1), self.weight.mT)
 
     def predict(self, features: Features, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns (R, len(numbers)), the class that each layer gives to each image."""
+        """Returns (R, len(numbers)), each layer's predicted class of each image."""
         found = [torch.zeros(len(self.weight), 0, dtype=torch.int64)]
         for start in range(0, len(numbers), BLOCK):
             rows, _ = _read(features, numbers[start : start + BLOCK])
@@ -171,7 +171,7 @@ def _fit(
     rates: tuple[float, ...],
     progress: Callable[[int], None],
 ) -> _Layers:
-    """SGD with momentum, each layer at its rate, which falls along half a cosine."""
+    """Trains by SGD with momentum, each layer at its rate on a half-cosine schedule."""
     layers = _Layers(len(rates), num_classes, features.rows.shape[1])
     size = _batch_of(len(numbers), probe)
     scale = size / 256

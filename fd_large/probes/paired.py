@@ -1,14 +1,14 @@
 """The difference of two models on the same test images, with an interval over images and seeds.
 
-Both models see each image, and most images are easy or hard for both: the difference of their
-scores is far more certain than either score. Another draw of test images would change it, and so
-would other seeds of the training: the interval holds both, the one by a paired bootstrap over
-images, the other by Student's t of the seeds' spread (Welch: the two models need not spread alike),
-and their half widths are added as squares. A part of what seeds change is in the bootstrap, too,
-which makes the interval a little too wide, not too narrow. Of one seed nothing is known but what
-other images would change, and no difference is shown.
+Both models see each image, and most images are easy or hard for both, so the difference of their
+scores is far more certain than either score. The interval covers two sources of change: other
+test images, by a paired bootstrap over images, and other seeds of the training, by Student's t of
+the seeds' spread (Welch, since the models may spread differently). Their half widths are added as
+squares. Part of the seeds' variation is also in the bootstrap, which makes the interval slightly
+too wide, not too narrow. With a single seed only other images are covered, and no difference is
+shown.
 
-What the interval does not hold is another pre-training: it is of these models, not of their kind.
+The interval does not cover another pre-training: it describes these models, not their kind.
 
 Sources: Efron and Tibshirani, "An introduction to the bootstrap", 1993, chapter 13 (percentiles);
 Welch, "The generalization of Student's problem", 1947.
@@ -32,14 +32,14 @@ _NORMAL = 1.960
 
 
 class Difference(NamedTuple):
-    """The score of a model less that of another.
+    """The difference of two models' scores.
 
     Attributes:
-        mean: On these images, and over the seeds of each.
+        mean: Mean over these images and over each model's seeds.
         low: Lower end of the interval.
         high: Upper end of the interval.
         of_images: The interval over images alone, for these trainings.
-        holds_seeds: Whether the interval holds other seeds; else low and high are `of_images`.
+        holds_seeds: Whether the interval covers other seeds; else low and high are `of_images`.
     """
 
     mean: float
@@ -59,7 +59,7 @@ def difference(right: NDArray[Any], other: NDArray[Any], *, seed: int = 0) -> Di
 
     Args:
         right: (S, N), whether each seed of the model classified each image correctly.
-        other: (T, N), the same of the other model.
+        other: (T, N), the other model's values.
         seed: Seed of the draws.
 
     Raises: ValueError: if there is no image, or they are not of the same images.
@@ -78,11 +78,11 @@ def difference(right: NDArray[Any], other: NDArray[Any], *, seed: int = 0) -> Di
 
 
 def difference_of_redrawn(ours: Sequence[Redrawn], others: Sequence[Redrawn]) -> Difference | None:
-    """Compares two models by what they score on the same draws of test images.
+    """Compares two models by their scores on the same redrawn test images.
 
     Args:
         ours: Each seed of the model.
-        others: Each seed of the other model.
+        others: The other model's scores, for each seed.
 
     Returns: None if they are not of the same images.
     """
@@ -104,7 +104,7 @@ def _with_seeds(
     ours: NDArray[np.float64],
     others: NDArray[np.float64],
 ) -> Difference:
-    """Widens an interval over images by what other seeds would change, as far as that is known."""
+    """Widens an interval over images by the seeds' variation, if known."""
     low, high = of_images
     if min(len(ours), len(others)) < 2:
         return Difference(mean, low, high, of_images, holds_seeds=False)
@@ -115,11 +115,11 @@ def _with_seeds(
 
 
 def _degrees(variances: Sequence[float], counts: Sequence[int]) -> float:
-    """Welch's degrees of freedom of a difference of two means."""
+    """Returns Welch's degrees of freedom of a difference of two means."""
     of_each = sum(v**2 / (n - 1) for v, n in zip(variances, counts, strict=True))
     return sum(variances) ** 2 / of_each if of_each else float(sum(counts) - 2)
 
 
 def student_t(degrees: float) -> float:
-    """Returns what 95% lie within, at least: fractions are cut off, and beyond 12 it stays."""
+    """Returns Student's t for at least 95%: degrees of freedom are truncated, at most 12."""
     return T95[min(max(int(degrees), 1), len(T95)) - 1]

@@ -1,4 +1,4 @@
-"""What a model scores on other draws of its test images, in a file beside its scores.
+"""A model's scores on redrawn test images, in a file next to its scores.
 
 mIoU and AP are no means over images: how much they depend on which images are tested shows on draws
 of as many of the same images. The draws are the same for all models that are tested on them, so
@@ -23,11 +23,11 @@ _DRAWS = 200
 
 
 class Redrawn(NamedTuple):
-    """A score on other draws of the test images.
+    """A score on the test images and on redrawn test images.
 
     Attributes:
-        images: What tells these test images from others.
-        score: On the images as they are.
+        images: Fingerprint of the test images.
+        score: Score on the original images.
         draws: (D,), on each draw of as many images; the draws are the same for all models.
     """
 
@@ -37,7 +37,7 @@ class Redrawn(NamedTuple):
 
 
 def redraws(num_images: int) -> NDArray[np.int64]:
-    """Returns (D, N), how often each draw of N of the N images holds each of them."""
+    """Returns (D, N), the number of times that each of D draws contains each of the N images."""
     shares = np.full(num_images, 1 / num_images)
     return np.random.default_rng(0).multinomial(num_images, shares, size=_DRAWS)
 
@@ -45,12 +45,12 @@ def redraws(num_images: int) -> NDArray[np.int64]:
 def write(
     folder: Path, images: str, found: Mapping[str, tuple[float, NDArray[np.float64]]]
 ) -> Path:
-    """Writes scores and what they are on the draws, by their names in a run's summary.json.
+    """Writes scores and their values on the draws, by their names in a run's summary.json.
 
     Args:
         folder: The folder of an evaluation.
-        images: What tells these test images from others.
-        found: The score and, in the order of `redraws`, that of each draw.
+        images: Fingerprint of the test images.
+        found: The score, and its value on each draw in the order of `redraws`.
     """
     scores = {
         name: {"score": score, "draws": draws.tolist()}
@@ -62,7 +62,7 @@ def write(
 
 
 def read(folder: Path, name: str) -> Redrawn | None:
-    """Returns a score of an evaluation; None: it was not redrawn, as by earlier versions.
+    """Returns a redrawn score of an evaluation, or None (also for earlier versions).
 
     Args:
         folder: The folder of the evaluation.
