@@ -1,5 +1,5 @@
-"""Is a model better? Protocols that measure models, in one table (`registry.py`) with a door.
+"""Protocols that compare models, in one table (`registry.py`) that users can extend.
 
-The functions of frozen features that they call are `probes/`, the trainings are those of `tasks/`;
-`cli/` reads the command line and prints.
+Functions of frozen features are in `probes/`, trainings in `tasks/`; `cli/` parses the command
+line and prints.
 """

@@ -1,4 +1,4 @@
-"""Differences of models as summary.json has them, with what their intervals hold."""
+"""Differences of models for summary.json, with the coverage of their intervals."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 def as_json(found: Difference, *, is_random: bool = True) -> dict[str, Any]:
     """Returns a difference, its interval, and whether it is shown.
 
-    It is where the interval over all that another measurement would change excludes 0: of trainings
-    images and seeds, so that those of one seed show none; of what has no randomness the images.
+    A difference is shown if its interval excludes 0. The interval covers images and, for random
+    trainings, seeds, so that a single seed shows no difference.
 
     Args:
         found: The difference.

@@ -1,7 +1,8 @@
 """Features of all images of a dataset, as a table in the order of their names.
 
-All ranks extract chunks of images into FILE.parts/, where a chunk appears once it is whole, so that
-a start after a kill goes on behind it, on any ranks. The last step joins the chunks to the table.
+All ranks extract chunks of images into FILE.parts/, where a chunk appears when it is complete, so
+that a start after a kill continues behind it, on any number of ranks. The last step joins the
+chunks to the table.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ _SETTINGS, _ROWS, _LABELS = "settings.json", "rows.npy", "labels.npy"
 
 
 class Chunk(NamedTuple):
-    """Features of some neighbouring images.
+    """Features of consecutive images.
 
     Attributes:
-        names: Names of the images, without those that cannot be used.
+        names: Names of the usable images.
         rows: (N, C) float32, or (N, H, W, C) of maps.
     """
 
@@ -74,15 +75,15 @@ def embed(
         images: The images.
         out: A file that is not there, with an ending of `WRITERS`.
         root: Where the images are; names are relative to it.
-        feature: The model's own map, or one of its heads, as `evaluate --features` names them.
+        feature: "map" for the model's own map, or the name of a head, as in `evaluate --features`.
         pool: Feature of an image: the mean of its patches, its class token, or its map.
         batch_size: Images per forward; the last bits of the result depend on it.
         workers: Loader processes of each rank.
         max_pixels: Larger images are refused before they are decoded.
 
     Returns: the number of rows.
-    Raises: FDError: if there is no such feature, more than a hundredth of the images cannot be
-        used, or a start with other settings has left chunks.
+    Raises: FDError: if the feature does not exist, more than one in a hundred images is unusable,
+        or chunks of a start with other settings exist.
     """
     (subject,) = subjects([model], [feature])
     folder = out.with_name(f"{out.name}.parts")
@@ -154,7 +155,7 @@ def embed(
 
 
 def _begin(folder: Path, settings: dict[str, object]) -> None:
-    """Makes the folder of the chunks, by rank 0, or finds those of a start with these settings."""
+    """Makes the folder of the chunks on rank 0, or finds the chunks of an equal start."""
     if not distributed.is_main():
         return
     path = folder / _SETTINGS
@@ -178,7 +179,7 @@ def _is_there(folder: Path) -> bool:
 
 
 def _appear(aside: Path, chunk: Path) -> None:
-    """Gives a chunk its name, by rank 0, once its files are on the disk."""
+    """Gives a chunk its final name on rank 0, once its files are on the disk."""
     if not distributed.is_main():
         return
     for name in (_ROWS, _LABELS):
@@ -191,7 +192,7 @@ def _appear(aside: Path, chunk: Path) -> None:
 
 
 def _shape(subject: Subject, side: int) -> tuple[int, ...]:
-    """Returns the shape of a map, its channels open."""
+    """Returns the shape of a map with unknown channels."""
     blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=distributed.device())
     with torch.no_grad():
         return (*subject.forward(normalise(blank, subject.statistics)).grid, -1)

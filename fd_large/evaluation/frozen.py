@@ -1,8 +1,8 @@
-"""Protocols of models as they are: their features, classified by k-NN, a probe or code of others.
+"""Protocols of frozen models: their features, classified by k-NN, a probe or user code.
 
-Such a protocol is one function. It gets the features of the training and the test images of one
-model (`FrozenFeatures`) and returns a class for each test image (`Classified`); images, heads,
-pooling, seeds, the table, the page and the intervals are the same for all of them.
+Such a protocol is a function from the features of a model's training and test images
+(`FrozenFeatures`) to a class for each test image (`Classified`). Images, heads, pooling, seeds,
+the table, the page and the intervals are shared by all protocols.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class FrozenFlags(Pooled, Batched):
 
 
 class FrozenFeatures(NamedTuple):
-    """Features of all images, by one model.
+    """Features of all images by one model.
 
     Attributes:
         train: Features of the training images: rows (N, C) float32, labels (N,) int64, -1 where an
@@ -80,7 +80,7 @@ class FrozenFeatures(NamedTuple):
         classes: Names of the classes.
         seed: Seed of the repetition.
         flags: The command's own arguments.
-        label: What the model is called.
+        label: Name of the model.
         pool: The feature: "mean" of the patches, "cls", the class token, or "both".
     """
 
@@ -93,20 +93,20 @@ class FrozenFeatures(NamedTuple):
     pool: Pool
 
     def working(self, what: str, images: int) -> AbstractContextManager[Callable[[float], None]]:
-        """Shows progress while it is open; it gives what this rank's finished images are told.
+        """Shows progress in the block; yields a function that counts this rank's finished images.
 
         Args:
-            what: Words for the work.
+            what: Description of the work.
             images: Number of images of all ranks.
         """
         return _working(f"{self.label}: {what}", images)
 
 
 class Classified(NamedTuple):
-    """Predictions that a protocol makes from the features of a model.
+    """A protocol's predictions from the features of a model.
 
     Attributes:
-        predicted: (N,) int64, the class that each test image is given, on every rank.
+        predicted: (N,) int64, the predicted class of each test image, on every rank.
         details: More about it, for summary.json.
     """
 
@@ -118,7 +118,7 @@ Classify = Callable[[FrozenFeatures], Classified]
 
 
 class _How(NamedTuple):
-    """How a function of frozen features is made a protocol; see `of_features`."""
+    """The parts of a protocol of frozen features; see `of_features`."""
 
     classify: Classify
     pools: tuple[Pool, ...]
@@ -136,14 +136,14 @@ def of_features(
     settings: Mapping[str, str] | None = None,
     check: Callable[[int, Any], None] | None = None,
 ) -> Protocol:
-    """Makes a protocol of a function of frozen features.
+    """Makes a protocol from a function of frozen features.
 
     Args:
         name, title: See `Protocol`.
-        classify: The function, called once for each model, feature and seed, on all ranks alike.
-        flags: A dataclass of the flags that it reads: `FrozenFlags`, or what inherits it.
-        pools: Features of an image that are measured side by side where `--pool` is left out; the
-            class token only of models that have one.
+        classify: The function, called once for each model, feature and seed, on all ranks.
+        flags: A dataclass of the flags that it reads: `FrozenFlags`, or a subclass.
+        pools: Kinds of pooling to compare without `--pool`; the class token only for models that
+            have one.
         settings: Names in summary.json of flags that it reads; without it their own.
         check: Called with the number of training images and the flags, before hours of features.
     """
@@ -160,15 +160,15 @@ def of_features(
 
 
 class Subject(NamedTuple):
-    """A model, or what one of its heads makes of its map.
+    """A model, or a model with one of its heads, to be measured.
 
     Attributes:
         model: The model.
         feature: Words for the head; "": the model's own map.
         forward: Normalised images -> FeatureMap, in evaluation.
         statistics: Normalisation of its images.
-        has_class_token: Whether its map has one.
-        modules: The backbone, and the head if it is one's.
+        has_class_token: Whether its map has a class token.
+        modules: The backbone, and the head if there is one.
     """
 
     model: NamedModel
@@ -180,7 +180,7 @@ class Subject(NamedTuple):
 
 
 def _measure(how: _How, asked: Asked) -> Result:
-    """Features of every model, classified with every seed."""
+    """Extracts the features of every model and classifies them with every seed."""
     from fd_large.data.blocks import keep_blocks_in
     from fd_large.data.few_labels import few_labels
     from fd_large.data.labelled import open_split
@@ -229,7 +229,7 @@ def _measure(how: _How, asked: Asked) -> Result:
 
 
 def subjects(models: Sequence[NamedModel], features: Sequence[str]) -> Iterator[Subject]:
-    """Yields what is measured, one model in memory at a time.
+    """Yields the subjects, with one model in memory at a time.
 
     Raises: ConfigError: if a head is named that a model lacks, or that none has.
     """
@@ -255,11 +255,11 @@ def subjects(models: Sequence[NamedModel], features: Sequence[str]) -> Iterator[
 
 
 def _heads_of(model: NamedModel, features: Sequence[str]) -> dict[str, Any]:
-    """Returns what is measured of a model with heads, by the names of `--features`.
+    """Returns the requested heads of a model, by their names in `--features`.
 
-    None is its own map; nothing is listed for a model without heads.
+    The value None means the model's own map; the result is empty for a model without heads.
 
-    Raises: ConfigError: if it has heads, but not one of these.
+    Raises: ConfigError: if it has heads, but none of the requested ones.
     """
     from fd_large.tasks.jobs import heads_of
 
@@ -287,7 +287,7 @@ def _rows(
     flags: Any,
     data: Data,
 ) -> Iterator[Row]:
-    """Yields a row for each pool of a subject; its features stand in files meanwhile."""
+    """Yields a row for each pooling of a subject; features are stored in temporary files."""
     import numpy as np
 
     from fd_large.probes.features import extract
@@ -332,7 +332,8 @@ def _rows(
 def _classified(classify: Classify, features: FrozenFeatures) -> Classified:
     """Calls a protocol's function, which may be the user's own or a plugin's.
 
-    Raises: ConfigError: if such a one raises, or returns no class for each test image.
+    Raises: ConfigError: if the user's function raises, or does not return a class for each test
+        image.
     """
     if getattr(classify, "__module__", "").startswith("fd_large."):
         return classify(features)
@@ -356,7 +357,7 @@ def _classified(classify: Classify, features: FrozenFeatures) -> Classified:
 
 @contextmanager
 def _working(what: str, images: int) -> Iterator[Callable[[float], None]]:
-    """Yields what this rank's finished images are reported to; they stand for all ranks'."""
+    """Yields a function that reports this rank's finished images, as a measure of all ranks'."""
     from fd_large.ranks import activity, distributed
 
     with activity.work(what, -(-images // distributed.world_size()), "images") as work:

@@ -1,9 +1,9 @@
-"""Were the images that choose between recipes in the training of what is compared?
+"""Checks whether compared models were trained on the images that choose between recipes.
 
-A sweep holds images out of its own trials. A student that was distilled on the same folder has seen
-them all the same, and so has a teacher that an earlier run trained there: their accuracy on these
-images says less than that of a model which never saw them. Distil with `--data.root FOLDER/train
---data.val_fraction 0.1`, and the images that a sweep holds out are held out there, too.
+A sweep holds images out of its own trials. But a student that was distilled on the same folder
+has seen them, and so has a teacher that an earlier run trained there: their accuracy on these
+images is less reliable than a model's that never saw them. With `--data.root FOLDER/train
+--data.val_fraction 0.1`, distillation holds out the same images as a sweep.
 """
 
 from __future__ import annotations

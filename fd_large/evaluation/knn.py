@@ -1,4 +1,4 @@
-"""The protocol knn: the classes of the most similar training images, without any training."""
+"""The protocol knn: classification by the most similar training images, without training."""
 
 from __future__ import annotations
 

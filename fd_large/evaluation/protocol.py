@@ -1,4 +1,4 @@
-"""The contract of a protocol: how models are measured, what that needs and what it returns."""
+"""The contract of a protocol: its flags, its measurement of models, and its results."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class Result(NamedTuple):
-    """Tables and files of a protocol, on rank 0; empty on the others.
+    """Tables and files of a protocol, on rank 0; empty on other ranks.
 
     Attributes:
         tables: The rich tables that the command prints.
-        files: What was written, and more lines to print.
+        files: Written files, and further lines to print.
         code: The exit code; not 0 where a training ended early.
     """
 
@@ -29,7 +29,7 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Repeated:
-    """The flag of protocols that repeat what is random."""
+    """The flag of protocols with repetitions over seeds."""
 
     # Number of repetitions, with runtime.seed and the seeds after it; k-NN has no randomness.
     seeds: int = 1
@@ -48,7 +48,7 @@ class Repeated:
 
 @dataclass(frozen=True, kw_only=True)
 class Pooled:
-    """The flag of protocols of one feature for each image."""
+    """The flag of protocols with a single feature for each image."""
 
     # Feature of an image of a frozen model: the mean of its patch tokens, its class token, or both
     # side by side in one vector. auto: each that the model has (k-NN: mean and cls).
@@ -57,7 +57,7 @@ class Pooled:
 
 @dataclass(frozen=True, kw_only=True)
 class Batched:
-    """The flag of protocols that see images by frozen models."""
+    """The flag of protocols that run frozen models on images."""
 
     # Images at a time while the model is frozen.
     batch_size: int = 256
@@ -67,13 +67,13 @@ class Batched:
 
 
 class Asked(NamedTuple):
-    """A measurement that a user asks for.
+    """A user's request for a measurement.
 
     Attributes:
         protocol: The protocol.
-        flags: The command's own arguments; those of all protocols are among them.
-        changes: Fields of a recipe that are given, by name.
-        run: A recipe with these fields; None for a command that takes none.
+        flags: The command's own arguments, including all protocols' flags.
+        changes: Given fields of a recipe, by name.
+        run: A recipe with these fields; None for a command without a recipe.
         train: Trains a run: (run, deepspeed_config=...) -> exit code.
     """
 
@@ -86,7 +86,7 @@ class Asked(NamedTuple):
     def models(self) -> list[NamedModel]:
         """Finds the models that the user named; reads headers only.
 
-        Raises: FDError: if one is not there, or is there twice.
+        Raises: FDError: if a model is missing or named twice.
         """
         from fd_large.engine.find_model import find_models
         from fd_large.tasks.jobs import job_of
@@ -102,8 +102,8 @@ class Protocol:
     Attributes:
         name: As `--task` names it; also in summary.json and in the plot's name.
         title: Words for it in tables and plots.
-        measure: What is asked -> tables and files. `frozen.of_features` makes it of a function of
-            frozen features.
+        measure: Function from `Asked` to tables and files. `frozen.of_features` makes it from a
+            function of frozen features.
         flags: A dataclass of the flags that it reads, all with defaults; fields that several
             protocols read stand in a base of theirs.
         fields: Fields of a recipe that it reads, section.field; None: all.

@@ -1,7 +1,7 @@
-"""Runs that a command trains by the dozen: what each is made of, and how it ended.
+"""Series of runs by one command, with a record of each run's inputs and result.
 
-Each has a folder of its own and a record in it, written before it trains. So the same command goes
-on where it stopped, and a folder that holds a run of anything else is refused.
+Each run has its own folder with a record, written before it trains. So the same command continues
+where it stopped, and a folder with another run is refused.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _FREE = frozenset({"data.cache", "data.cache_gb", "data.workers"})
 
 
 def decides(field: str, task: str) -> bool:
-    """Returns whether a field of a recipe may decide a score.
+    """Returns whether a field of a recipe may affect a score.
 
     Args:
-        field: Its name, section.field.
+        field: Name of the field, section.field.
         task: The recipe's `task.name`.
     """
     if field == "batch.micro_batch_size":
@@ -35,10 +35,10 @@ def decides(field: str, task: str) -> bool:
 
 
 def unlike(first: Run, run: Run) -> dict[str, tuple[Any, Any]]:
-    """Returns where a training's recipe differs from that of another one, {field: (there, here)}.
+    """Returns the differences between two trainings' recipes, {field: (the other's, this one's)}.
 
-    The model, its normalisation and its weights are what is compared, and not among the fields; of
-    those of the student's section, drop path is.
+    The model, its normalisation and its weights are left out, since they are compared on purpose;
+    of the student's section only drop path is included.
 
     Args:
         first: The other recipe, with which it is compared.
@@ -62,14 +62,14 @@ def _is_of_the_model(field: str) -> bool:
 def train(
     run: Run, deepspeed_config: str, train_run: Callable[..., int]
 ) -> tuple[int, dict[str, Any]]:
-    """Trains a run; returns the exit code and, where it is finished, its summary.json.
+    """Trains a run; returns the exit code and, if finished, its summary.json.
 
-    A finished run gives 75 where it was asked to stop while it ended: others are not to follow.
+    A finished run returns 75 if it was asked to stop at its end, so that no further run starts.
 
     Args:
         run: The recipe.
         deepspeed_config: DeepSpeed's JSON, a name or a path.
-        train_run: What trains it: (run, deepspeed_config=...) -> exit code.
+        train_run: Training function: (run, deepspeed_config=...) -> exit code.
     """
     from fd_large.engine.zero import start
     from fd_large.ranks import distributed
@@ -90,14 +90,14 @@ def train(
 
 
 class RecordedRun(NamedTuple):
-    """A run with the file in its folder that says what it is.
+    """A run with the record in its folder.
 
     Attributes:
         file: The file's name.
-        what: Words for such a run.
+        what: Description of the run.
         run: The recipe.
-        inputs: What the recipe does not say and decides the result: {"weights": a digest}.
-        known: What the file says besides.
+        inputs: Inputs outside of the recipe that decide the result: {"weights": a digest}.
+        known: Further entries of the record.
     """
 
     file: str
@@ -112,7 +112,7 @@ class RecordedRun(NamedTuple):
         return Path(self.run.run_dir())
 
     def read(self) -> dict[str, Any]:
-        """Returns the record of an earlier start; empty: there is none.
+        """Returns the record of an earlier start, or an empty one.
 
         Raises: ConfigError: if the folder holds a run of another recipe, or with other inputs.
         """
@@ -135,6 +135,6 @@ class RecordedRun(NamedTuple):
         return record
 
     def write(self, **outcome: Any) -> None:
-        """Writes what the run is, and how it ended where that is known; makes its folder."""
+        """Writes the record with the result, if known; makes the run's folder."""
         known = {"recipe": self.run.to_dict(), **self.inputs, **self.known}
         write_json(out_folder(self.folder) / self.file, {**known, **outcome})

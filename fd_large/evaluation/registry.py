@@ -1,6 +1,6 @@
-"""The table of protocols; `--task module:FILE.py:NAME` is one of the user's own beside them.
+"""The table of protocols; `--task module:FILE.py:NAME` is the user's own.
 
-Adding one is its file and its row here. No torch: the command line reads flags and names.
+To add a protocol, add its file and a row here. No torch: the command line reads flags and names.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def protocol_of(name: str, variant: str = "cached") -> Protocol:
         name: As `--task`.
         variant: Which of several of that name.
 
-    Raises: ConfigError: if there is no such protocol, or it cannot be imported.
+    Raises: ConfigError: if the protocol does not exist or cannot be imported.
     """
     built_in: dict[str, Protocol] = {}
     for protocol in PROTOCOLS:

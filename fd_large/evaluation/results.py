@@ -33,9 +33,9 @@ class Row:
         recipe: Name of the recipe that the model was trained by, if any.
         unlike_first: Where that recipe, as it was trained, differs from the first row's: the first
             row's value and its own, by field.
-        sweep: What was tried before, if anything.
+        sweep: Result of a sweep before the training, if any.
         feature: Words for its feature where a model has several rows.
-        pool: What its feature is made of; rows are compared with the first of the same.
+        pool: Pooling of its feature; rows are compared with the first row of the same pooling.
     """
 
     model: NamedModel
@@ -52,7 +52,7 @@ class Row:
     def add(
         self, value: float, details: Mapping[str, Any], predicted: NDArray[np.int64] | None
     ) -> None:
-        """Adds what came out with the next seed."""
+        """Adds the result of the next seed."""
         self.values.append(value)
         self.details.append(dict(details))
         if predicted is not None:
@@ -78,11 +78,11 @@ def finish(
 
     Args:
         folder: Where the files go.
-        rows: The rows of the table; the others are compared with the first, or with the first that
-            has the same kind of feature.
+        rows: The rows of the table; the others are compared with the first row, or the first row
+            of the same pooling.
         title: Words for the test.
         is_random: Whether another seed gives other values.
-        facts: What else summary.json says, such as task, root and seeds.
+        facts: Further entries of summary.json, such as task, root and seeds.
     """
     from fd_large.ranks import distributed
 
@@ -121,7 +121,7 @@ def finish(
 
 
 def _as_json(row: Row, first: Row, is_random: bool) -> dict[str, Any]:
-    """A row of summary.json."""
+    """Returns a row for summary.json."""
     from fd_large.evaluation.differences import as_json
     from fd_large.probes.paired import difference
 
@@ -144,7 +144,7 @@ def _as_json(row: Row, first: Row, is_random: bool) -> dict[str, Any]:
 
 
 def _beside(row: Row, rows: Sequence[Row]) -> Row:
-    """The row that another one is compared with."""
+    """Returns the row with which another row is compared."""
     of_kind = next(other for other in rows if other.pool == row.pool)
     return rows[0] if of_kind is row else of_kind
 
@@ -154,7 +154,7 @@ def _label(row: Row) -> str:
 
 
 def _write_predictions(path: Path, rows: Sequence[Row]) -> None:
-    """Writes the test images' labels, (N,), and what was predicted of each row, (seeds, N)."""
+    """Writes the test images' labels, (N,), and each row's predictions, (seeds, N)."""
     import numpy as np
 
     # Any name may be a model's, "labels" too.

@@ -1,4 +1,4 @@
-"""Protocols of runs that their own task scores, as a run that detects by COCO's numbers."""
+"""Protocols of runs scored by their own task, such as detection by COCO's metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FIELDS = ("data.root", "data.workers", "data.max_pixels")
 
 @dataclass(frozen=True, kw_only=True)
 class _NoFlags:
-    """A run says by itself how it is scored."""
+    """An empty set of flags, since a run's own settings decide its scores."""
 
 
 def scored_by(kind: TaskKind) -> Protocol:
@@ -32,7 +32,7 @@ def scored_by(kind: TaskKind) -> Protocol:
 
 
 def _measure(asked: Asked) -> Result:
-    """Scores one run; all ranks that were started share the work."""
+    """Scores one run; all ranks share the work."""
     models = asked.flags.models
     if len(models) > 1:
         raise ConfigError(

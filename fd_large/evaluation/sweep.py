@@ -1,15 +1,15 @@
-"""`evaluate --sweep`: recipes, learning rates and layer decays, tried on held-out training images.
+"""`evaluate --sweep`: a search of recipes, learning rates and layer decays on held-out images.
 
-A small change of the learning rate moves fine-tuning by more than models differ, and so does the
-recipe; what suits one model does not suit another. So the same is tried for every model: each
-recipe that is published for any of them, at each rate and decay of a grid, the recipe's own among
-them; random weights have no layer decay. A trial trains on nine tenths of the training images and
-is tested on the rest, held out by a hash of the names of the files (data/val_fraction.py). The best
-then trains on all training images, with every seed, and only these runs see the test images.
+A small change of the learning rate or the recipe changes fine-tuning by more than models differ,
+and the best values depend on the model. So the same grid is tried for every model: each recipe
+published for any of the models, at each rate and decay, including the recipe's own; random
+weights have no layer decay. A trial trains on nine tenths of the training images and is tested on
+the rest, held out by a hash of the file names (data/val_fraction.py). The best setting then
+trains on all training images, with every seed, and only these runs see the test images.
 
-Each trial is a run of its own below OUT/sweep. One that is finished leaves its accuracy and not its
-checkpoints, so the same command goes on where it stopped; a trial of anything else is refused. One
-that diverges is a result, too.
+Each trial is a separate run below OUT/sweep. A finished trial leaves its accuracy but no
+checkpoints, so the same command continues where it stopped; a folder with another trial is
+refused. A diverged trial counts as a result.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HELD_OUT = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class SweepFlags:
-    """Flags of `evaluate` that say which recipes are tried before a model is trained."""
+    """Flags of `evaluate` for the sweep before a training."""
 
     # Try the recipes of all models, at several learning rates and layer decays, for every model, on
     # a tenth of the training images that is held out; train the best of them on all training
@@ -74,11 +74,11 @@ class SweepFlags:
 
 
 class Trained(NamedTuple):
-    """How a training ended.
+    """The result of a training.
 
     Attributes:
-        code: The exit code; the rest counts where it is 0.
-        accuracy: On what the run was tested on, in per cent.
+        code: The exit code; the other fields are valid if it is 0.
+        accuracy: Accuracy on the run's test images, in per cent.
         details: More about it.
     """
 
@@ -93,8 +93,8 @@ class Trial(NamedTuple):
     Attributes:
         rate: Multiple of the learning rate of the trial's recipe.
         decay: The layer decay.
-        recorded: The trial's run; its inputs are `images`, the fingerprint of the training images,
-            and `weights`, the digest of those that it starts from.
+        recorded: The trial's run; its inputs are `images`, the fingerprint of the training
+            images, and `weights`, the digest of the initial weights.
         accuracy: On the held-out images, in per cent; None: not trained yet, or diverged.
     """
 
@@ -111,7 +111,7 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Sweep:
-    """What came out for one model.
+    """The results of a sweep for one model.
 
     Attributes:
         trials: The grid, recipe by recipe; rates and decays rise.
@@ -123,7 +123,7 @@ class Sweep:
 
     @property
     def winner(self) -> Trial:
-        """The best trial; of equal ones the first."""
+        """The best trial, the first of equals."""
         ended = (trial for trial in self.trials if trial.accuracy is not None)
         return max(ended, key=lambda trial: trial.accuracy or 0.0)
 
@@ -131,14 +131,14 @@ class Sweep:
         """Returns the recipe of the best trial, with its rate and its decay.
 
         Args:
-            recipes: What was tried.
+            recipes: Recipes of the sweep.
             named: Full names of the fields that the user set.
         """
         (recipe,) = (one for one in recipes if one.name == self.winner.recipe)
         return with_point(recipe, self.winner.rate, self.winner.decay, named)
 
     def at_edge(self) -> list[str]:
-        """Returns the names of what a wider grid might find better values of."""
+        """Returns the names of values at the grid's edge, for which a wider grid may be better."""
         beside = [trial for trial in self.trials if trial.recipe == self.winner.recipe]
         rates, decays = {trial.rate for trial in beside}, {trial.decay for trial in beside}
         rate, decay, *_ = self.winner
@@ -161,9 +161,9 @@ class Sweep:
 
 
 def check_fields(changes: Mapping[str, Any]) -> None:
-    """Refuses fields of a recipe that a sweep decides.
+    """Refuses given fields of a recipe that a sweep decides.
 
-    Raises: ConfigError: if one is given.
+    Raises: ConfigError: if such a field is given.
     """
     mistakes = {
         "optim.layer_decay": "the sweep decides it; got a value of your own, expected none. Set "
@@ -194,7 +194,7 @@ def sweep(
     train: Callable[[Run], Trained],
     named: Collection[str],
 ) -> tuple[int, list[Sweep]]:
-    """Tries the grid for every model; returns the exit code, and what came out of each.
+    """Tries the grid for every model; returns the exit code and each model's results.
 
     Args:
         models: The models.
@@ -249,7 +249,7 @@ def sweep(
 
 
 def _divisible_part(root: str) -> ImageFolder:
-    """Returns the training images, a part of which can be held out.
+    """Returns the training images, and checks that a part can be held out.
 
     Args:
         root: The dataset (data.root).
@@ -280,18 +280,18 @@ def _trials_of(
     weights: str,
     folder: Path,
 ) -> list[Trial]:
-    """Returns the trials of one model: recipe by recipe in the order of rates, then of decays.
+    """Returns the trials of a model: by recipe, then by rate, then by decay.
 
     Args:
-        recipes: The recipes, that which fits the model first; its trials have the folders that they
-            had when it was the only one.
+        recipes: The recipes, the model's own first, whose trials keep the folder names of a sweep
+            over a single recipe.
         flags: The grid, to which a recipe's own rate and decay are added.
         named: Full names of the fields that the user set.
         images: The training images, of which a tenth is held out.
         weights: The digest of the weights that the recipe starts from.
         folder: The folder of the trials' folders.
 
-    Raises: ConfigError: if a rate falls below those at the ends of the recipe's schedule.
+    Raises: ConfigError: if a rate falls below the ends of the recipe's schedule.
     """
     trials, inputs = [], {"images": images.fingerprint, "weights": weights}
     for place, recipe in enumerate(recipes):
@@ -318,7 +318,7 @@ def with_point(recipe: Run, rate: float, decay: float, named: Collection[str]) -
     Args:
         recipe: The recipe.
         rate: Multiple of its learning rate.
-        decay: Its layer decay there.
+        decay: Layer decay of the point.
         named: Full names of the fields that the user set.
     """
     peak = {"optim.base_lr": rate * recipe.optim.base_lr}
@@ -327,13 +327,13 @@ def with_point(recipe: Run, rate: float, decay: float, named: Collection[str]) -
 
 
 def _run_trials(trials: Sequence[Trial], train: Callable[[Run], Trained]) -> tuple[int, Sweep]:
-    """Trains the trials that are not finished; returns the exit code, and what came out.
+    """Trains the unfinished trials; returns the exit code and the results.
 
     Args:
         trials: The grid.
         train: Trains a run.
 
-    Raises: ConfigError: if all of them diverge.
+    Raises: ConfigError: if all trials diverge.
     """
     from fd_large.ranks import distributed
     from fd_large.runtime.hooks import GUARD
@@ -372,7 +372,7 @@ def _run_trials(trials: Sequence[Trial], train: Callable[[Run], Trained]) -> tup
 
 
 def _finished(trial: Trial) -> Trial | None:
-    """Returns a trial with the accuracy of an earlier start; None: it is not finished.
+    """Returns a trial with the accuracy of an earlier start, or None if it is not finished.
 
     A collective.
 
@@ -387,7 +387,7 @@ def _finished(trial: Trial) -> Trial | None:
 
 
 def _held_out(recipe: Run, part: str, folder: Path) -> Run:
-    """A recipe that learns nine tenths of the training images and is tested on the rest."""
+    """Returns a recipe that trains on nine tenths of the training images and tests on the rest."""
     return replace(
         recipe,
         data=replace(recipe.data, root=part, val_fraction=HELD_OUT),

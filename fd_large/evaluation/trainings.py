@@ -38,12 +38,12 @@ class TrainingFlags(Repeated):
 
 @dataclass(frozen=True, kw_only=True)
 class SweptTrainingFlags(SweepFlags, TrainingFlags):
-    """Flags of protocols that train the whole model, whose rate and layer decay may be swept."""
+    """Flags of protocols that train the whole model, with an optional sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeTrainingFlags(Pooled, TrainingFlags):
-    """Flags of a protocol that trains a layer on a feature of a frozen model."""
+    """Flags of protocols that train a layer on a frozen model's feature."""
 
 
 def trained_by(kind: TaskKind, *, variant: str = "cached", trains_all: bool = True) -> Protocol:
@@ -69,7 +69,7 @@ def trained_by(kind: TaskKind, *, variant: str = "cached", trains_all: bool = Tr
 def _measure(kind: TaskKind, asked: Asked) -> Result:
     """Trains every model with every seed through the engine.
 
-    Returns: the exit code of the first training that fails, or what came out.
+    Returns: the exit code of the first failed training, or the results.
     """
     from fd_large.engine.find_model import slug
     from fd_large.engine.predictions import Predictions
@@ -134,9 +134,10 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
 def _recipes_of(
     models: Sequence[NamedModel], kind: TaskKind, flags: Any, changes: Mapping[str, Any]
 ) -> list[list[Run]]:
-    """The recipes by which each model may be trained, that which fits it best first.
+    """Returns the possible recipes of each model, the best fitting first.
 
-    One for all, that of the first model, unless a sweep is to choose among those of all of them.
+    Without a sweep, all models take the first model's recipe; a sweep chooses among all models'
+    recipes.
     """
     fitting = [flags.recipe or _fitting(model, kind) for model in models]
     for name in fitting:
@@ -149,7 +150,7 @@ def _recipes_of(
 
 
 def _fitting(model: NamedModel, kind: TaskKind) -> str:
-    """The name of the published recipe that fits a model."""
+    """Returns the name of the published recipe for a model."""
     from fd_large.tasks.jobs import transfer_of
 
     of_run = "" if model.section.source == RANDOM else None  # See Transfer.recipe_for.
@@ -159,15 +160,15 @@ def _fitting(model: NamedModel, kind: TaskKind) -> str:
 
 
 def started_from(model: NamedModel, base: Run, changes: Mapping[str, Any]) -> Run:
-    """Returns a recipe with other values of some fields and a named model in the student's place.
+    """Returns a recipe with changed fields and a named model as its student.
 
-    Random weights have no layer decay unless one is given: the lower layers of published recipes
-    hardly learn, as they are for weights that have learnt before.
+    Random weights have no layer decay unless one is given: published recipes are for trained
+    weights, and their decay hardly trains lower layers.
 
     Args:
-        model: What the training starts from.
+        model: Model from which the training starts.
         base: The recipe.
-        changes: Its fields with other values.
+        changes: Changed fields.
 
     Raises: ConfigError: for a field that does not exist, or that the model decides.
     """

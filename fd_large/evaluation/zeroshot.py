@@ -1,9 +1,9 @@
-"""The protocol zeroshot: class names in place of labels, by the text tower of a CLIP teacher.
+"""The protocol zeroshot: class names instead of labels, by the text tower of a CLIP teacher.
 
-An image belongs to the class whose vector has the largest cosine with what the student's head for
-that teacher's summary makes of it. Only the classes of the test images are asked for: for
-ImageNet-A and -R, their 200, which are left out of no argmax afterwards but are all that there is.
-The names of ImageNet's classes and the prompts are open_clip's, where it is installed.
+An image is assigned to the class whose vector has the largest cosine with the student's
+prediction of that teacher's summary. Only the classes of the test images take part, for example
+the 200 of ImageNet-A or -R. The names of ImageNet's classes and the prompts are open_clip's, if
+it is installed.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ def names_of(folders: Sequence[str], file: str = "") -> list[str]:
 
 
 def imagenet_numbers(folders: Sequence[str]) -> list[int] | None:
-    """Returns which of ImageNet's 1000 classes folders are; None: they are not.
+    """Returns the ImageNet class indices of folders, or None for other folders.
 
     Args:
-        folders: Their names: synsets, as in ImageNet itself, -A, -R and -Sketch, or numbers, as in
-            ImageNet-V2, where their order as texts is another one.
+        folders: Names of the folders: synsets, as in ImageNet itself, -A, -R and -Sketch, or
+            numbers, as in ImageNet-V2, whose alphabetical order differs.
     """
     from timm.data import ImageNetInfo
 
@@ -92,12 +92,12 @@ def imagenet_numbers(folders: Sequence[str]) -> list[int] | None:
 
 
 def prompts_of(name: str) -> tuple[str, ...]:
-    """Returns texts that have {} where the name of a class goes.
+    """Returns prompts with {} in place of the class name.
 
     Args:
         name: As `--prompts`.
 
-    Raises: ConfigError: if there are no such texts.
+    Raises: ConfigError: if there are no valid prompts.
     """
     if name == "one":
         return ("a photo of a {}.",)
@@ -178,7 +178,7 @@ def _measure(asked: Asked) -> Result:
 
 
 def _tested(root: str) -> LabelledImages:
-    """The test images of a dataset, or all of one that has no such part."""
+    """Returns the test images of a dataset, or all images if it has no test part."""
     from fd_large.data.labelled import SPLITS, open_labelled, open_split
     from fd_large.data.roots import local_kind
 
@@ -188,7 +188,7 @@ def _tested(root: str) -> LabelledImages:
 
 
 def _head(model: NamedModel, clip: str) -> Any:
-    """A model's head for the embedding of a CLIP.
+    """Returns a model's head for a CLIP's embedding.
 
     Raises: ConfigError: if it has none.
     """
@@ -214,7 +214,7 @@ def _head(model: NamedModel, clip: str) -> Any:
 
 
 def _source(model: NamedModel, clip: str) -> str:
-    """Where a run has a teacher from.
+    """Returns the source of a run's teacher.
 
     Raises: ConfigError: if the model is no run's student.
     """
@@ -229,7 +229,7 @@ def _source(model: NamedModel, clip: str) -> str:
 
 
 def _lines(file: str, flag: str) -> list[str]:
-    """The lines of a text file, without empty ones."""
+    """Returns the non-empty lines of a text file."""
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -241,7 +241,7 @@ def _lines(file: str, flag: str) -> list[str]:
 
 
 def _open_clip(name: str, remedy: str) -> Any:
-    """Names or texts that open_clip brings.
+    """Returns class names or prompts of open_clip.
 
     Raises: ConfigError: if it is not installed.
     """

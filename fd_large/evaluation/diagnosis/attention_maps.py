@@ -26,11 +26,11 @@ Note = Callable[[str, Tensor, TokenPositions], None]
 def maps_to(note: Note, model: nn.Module, grid: tuple[int, int]) -> Iterator[None]:
     """Passes the maps of a model's attention layers to `note` as it runs, in order of execution.
 
-    Layers whose tokens are not those of an image or of Swin's windows are left out.
+    Only layers over tokens of a whole image or of Swin's windows are included.
 
     Args:
         note: Called in the middle of the forward.
-        model: A backbone whose attention modules have a method `attention_maps`, or which has a
+        model: A backbone whose attention modules have a method `attention_maps`, or that has a
             method `token_positions`; other models have no known maps.
         grid: Rows and columns of the model's feature map.
     """
@@ -67,7 +67,7 @@ _SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 
 
 class _Operands(TorchFunctionMode):
-    """Sees what timm's attention modules pass to torch's fused attention, or to a softmax."""
+    """Intercepts arguments of torch's fused attention or softmax in timm's attention modules."""
 
     def __init__(self, note: Note, positions: Callable[[str, int], TokenPositions | None]) -> None:
         super().__init__()
@@ -76,11 +76,11 @@ class _Operands(TorchFunctionMode):
         self._num_images = 0
 
     def count(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Remembers the number of images; the hook of a whole model."""
+        """Records the number of images, as a hook of the whole model."""
         self._num_images = len(inputs[0])
 
     def watch(self, name: str, module: nn.Module) -> list[Any]:
-        """Adds hooks that remember which module is running."""
+        """Adds hooks that record the running module."""
         return [
             module.register_forward_pre_hook(lambda *_: self._inside.append(name)),
             module.register_forward_hook(lambda *_: self._left()),
@@ -99,7 +99,7 @@ class _Operands(TorchFunctionMode):
         return out
 
     def _pass_on(self, attention: Tensor) -> None:
-        """Passes on maps (B * nW, h, T, T) of tokens whose positions are known."""
+        """Passes on maps (B * nW, h, T, T) of tokens with known positions."""
         if attention.dim() != 4 or attention.shape[-1] != attention.shape[-2]:
             return
         positions = self._positions(self._inside[-1], attention.shape[-1])

@@ -29,7 +29,7 @@ def distances(positions: TokenPositions) -> Tensor:
 
 
 def among_patches(attention: Tensor, positions: TokenPositions) -> Tensor:
-    """Returns the attention to patches alone, scaled so that every query's sums to 1.
+    """Returns the attention to patches alone, scaled to a sum of 1 for every query.
 
     Args:
         attention: (B, nW, h, T, T), rows are queries and sum to 1.
@@ -52,7 +52,7 @@ def head_distances(attention: Tensor, positions: TokenPositions) -> Tensor:
 
 
 def prefix_share(attention: Tensor, positions: TokenPositions) -> Tensor:
-    """Returns the share of their attention that patches spend on prefix tokens: (B, h)."""
+    """Returns the share of patches' attention to prefix tokens: (B, h)."""
     prefix = (positions.index == PREFIX).to(attention)[None, :, None, None, :]
     queries = (positions.index >= 0).to(attention)[:, None, :]
     return ((attention * prefix).sum(-1) * queries).sum((1, 3)) / queries.sum()
@@ -63,13 +63,13 @@ def head_similarity(
 ) -> Tensor:
     """Returns the mean cosine similarity between the maps of two different heads: (B,).
 
-    A head's map of an image is one vector. NaN for a layer of one head.
+    A head's map of an image counts as one vector. NaN for a layer with a single head.
 
     Args:
         attention: (B, nW, h, T, T), rows are queries and sum to 1.
         positions: Positions of its tokens.
-        patches_alone: Whether the map is that among patches. Where all heads attend to a prefix
-            token most, their whole maps are alike whatever they do among patches.
+        patches_alone: Whether to use the map among patches only. If all heads attend mostly to a
+            prefix token, their whole maps are similar whatever they do among patches.
     """
     batch_size, _, heads = attention.shape[:3]
     if heads == 1:
@@ -99,10 +99,11 @@ def average_map(attention: Tensor, positions: TokenPositions) -> Tensor | None:
 
 
 def nearest_offset_map(average: Tensor, window: tuple[int, int]) -> Tensor:
-    """Returns the nearest map in which attention depends on the offset from query to key alone.
+    """Returns the nearest map in which attention depends only on the offset from query to key.
 
-    Such a map is the softmax, over the keys of the window, of one number per offset. The nearest
-    has the least Kullback-Leibler divergence from `average`; it is found by iterative scaling.
+    Such a map is the softmax, over the keys of the window, of a number per offset. The nearest
+    map has the least Kullback-Leibler divergence from `average`, and is found by iterative
+    scaling.
 
     Args:
         average: (P, P), rows are queries and sum to 1.
@@ -131,7 +132,7 @@ def nearest_offset_map(average: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 def translation_score(average: Tensor, window: tuple[int, int]) -> float:
-    """Returns how much of an average map depends on the offset alone: 1 all, about 0 nothing.
+    """Returns the share of an average map that depends only on the offset, from about 0 to 1.
 
     It is the share of the variance of the P x P entries that the nearest map of offsets explains,
     1 - (sum of squared residuals / (n - p)) / (sum of squares about the mean / (n - 1)), with n
@@ -141,7 +142,7 @@ def translation_score(average: Tensor, window: tuple[int, int]) -> float:
         average: (P, P), rows are queries and sum to 1.
         window: Rows and columns of the P patches.
 
-    Returns: 1 for a map without variance; NaN for a window of one patch.
+    Returns: 1 for a map without variance; NaN for a window with a single patch.
     """
     average = average.double()
     entries, offsets = average.numel(), (2 * window[0] - 1) * (2 * window[1] - 1)
@@ -155,7 +156,7 @@ def translation_score(average: Tensor, window: tuple[int, int]) -> float:
 
 
 def _offsets(window: tuple[int, int]) -> Tensor:
-    """Numbers the offset of each pair of patches: (P, P) int64."""
+    """Returns the index of each patch pair's offset: (P, P) int64."""
     rows, columns = window
     y, x = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, window), indexing="ij"))
     dy, dx = y[None, :] - y[:, None], x[None, :] - x[:, None]
@@ -163,7 +164,7 @@ def _offsets(window: tuple[int, int]) -> Tensor:
 
 
 class LayerFigures:
-    """The figures of one layer, summed over images; memory does not grow with their number.
+    """The measures of one layer, summed over images in constant memory.
 
     Args:
         name: Name of the attention module in its model.
@@ -193,11 +194,11 @@ class LayerFigures:
                 self._sums[name] = self._sums.get(name, 0) + total
 
     def average(self) -> Tensor | None:
-        """Returns the average map, (P, P) float64; None where no window is whole."""
+        """Returns the average map, (P, P) float64, or None without a whole window."""
         return self._sums["average"] / self.images if "average" in self._sums else None
 
     def figures(self) -> dict[str, Any]:
-        """Returns the figures as plain values; None for those that a layer lacks."""
+        """Returns the figures as plain values; None for figures that a layer lacks."""
         assert self._positions is not None
         average = self.average()
         window = self._positions.window

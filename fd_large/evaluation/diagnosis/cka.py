@@ -1,8 +1,8 @@
-"""Linear CKA between the layers of models by minibatches; no more than one is in memory.
+"""Linear CKA between the layers of models, minibatch by minibatch.
 
-A layer's features of one image, whatever their layout, are one vector; X (n, features) holds those
-of a minibatch. CKA compares the Gram matrices X X^T of two layers. Rotations and the layout of the
-features cancel in them, so layers of any two models can be compared.
+A layer's features of an image, whatever their layout, are one vector; X (n, features) has the
+vectors of a minibatch. CKA compares the Gram matrices X X^T of two layers, which are invariant
+under rotation and layout of the features, so layers of any two models can be compared.
 
 Source: Kornblith et al., arXiv 1905.00414; the unbiased estimate of HSIC, Song et al., JMLR 2012,
 and its mean over minibatches, Nguyen et al., arXiv 2010.15327.
@@ -29,7 +29,7 @@ def gram(features: Tensor) -> Tensor:
 
 
 def hsic(k: Tensor, m: Tensor) -> Tensor:
-    """Unbiased estimate of the Hilbert-Schmidt independence criterion of two Gram matrices.
+    """Estimates the Hilbert-Schmidt independence criterion of two Gram matrices, unbiased.
 
     Args:
         k: (..., n, n), diagonal 0, n at least 4.
@@ -55,8 +55,8 @@ class Similarity:
         """Adds a minibatch.
 
         Args:
-            grams: Gram matrices (n, n) float64 of the same n images, at least 4: one for each
-                layer of each model, in the same order every time.
+            grams: Gram matrices (n, n) float64 of the same n images, at least 4: a matrix for
+                each layer of each model, in a fixed order.
         """
         stacked = torch.stack(list(grams))  # (L, n, n)
         sums = torch.stack([hsic(row, stacked) for row in stacked])  # (L, L)

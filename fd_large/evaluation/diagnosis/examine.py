@@ -1,4 +1,4 @@
-"""All figures of some models, in one pass over the images and a landscape each."""
+"""All figures of a diagnosis: one pass over the images, and a loss landscape of each model."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Extent:
-    """How much of the loss landscape is measured.
+    """The measured extent of the loss landscape.
 
     Attributes:
         reach: Length of the longest step, as a multiple of the weights' own length.
-        points: Points of a curve; odd, so that one of them is the model itself.
+        points: Points of a curve; odd, so that the middle one is the model itself.
         seeds: Number of curves.
         side: Points of the map in each direction; odd.
     """
@@ -51,13 +51,13 @@ class Extent:
     side: int = 9
 
     def line(self, points: int) -> list[float]:
-        """Returns steps from -reach to reach; the one in the middle is exactly 0."""
+        """Returns steps from -reach to reach; of which the middle one is exactly 0."""
         half = points // 2
         return [self.reach * (i - half) / half for i in range(points)]
 
     @property
     def losses(self) -> int:
-        """Steps at which a loss is computed."""
+        """Number of steps at which a loss is computed."""
         return self.seeds * self.points + self.side**2
 
 
@@ -67,7 +67,7 @@ class Findings:
 
     Attributes:
         models: The figures of each model, as plain values.
-        cka: {"layers": names by model, "matrix": rows of all models' layers, one after the other}.
+        cka: {"layers": names by model, "matrix": rows of all models' layers, concatenated}.
         averages: The average attention of each model by layer, (P, P) float64.
     """
 
@@ -77,12 +77,12 @@ class Findings:
 
 
 def num_batches(images: int, batch_size: int) -> int:
-    """Returns the number of batches of at most that size, but none smaller than CKA needs."""
+    """Returns the number of batches of at most a size, none smaller than CKA's minimum."""
     return max(1, min(math.ceil(images / batch_size), images // LEAST_IMAGES))
 
 
 def num_steps(models: Sequence[LoadedModel], images: int, batch_size: int, extent: Extent) -> int:
-    """Returns how often `examine` reports a step."""
+    """Returns the number of steps that `examine` reports."""
     batches = num_batches(images, batch_size)
     looks = sum(1 + (model.scratch is not None) for model in models)
     return looks * batches + sum(len(model.losses) for model in models) * extent.losses
@@ -99,7 +99,7 @@ def examine(
     """Measures attention, CKA and the loss landscapes of models side by side.
 
     Args:
-        models: One or more.
+        models: One or more models.
         sample: The images.
         batch_size: Images at a time; the landscapes see the first `MOST_BATCHES` batches.
         extent: Size of the landscapes.
@@ -147,11 +147,11 @@ def examine(
 
 
 def write_findings(folder: Path, findings: Findings, facts: dict[str, Any]) -> dict[str, Any]:
-    """Writes both files; returns the content of diagnosis.json.
+    """Writes diagnosis.json and averages.npz; returns the content of the former.
 
     Args:
         folder: Folder of the diagnosis; it exists.
-        findings: What was found.
+        findings: Figures of the diagnosis.
         facts: Further plain values for diagnosis.json, such as the number of images.
     """
     arrays = {}
@@ -172,7 +172,7 @@ def write_findings(folder: Path, findings: Findings, facts: dict[str, Any]) -> d
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     """Returns a model's blocks in order: the outermost numbered modules with several weights.
 
-    A sequence of blocks, or a stage that owns one as `blocks`, is itself no block.
+    A sequence of blocks, or a stage with an attribute `blocks`, is not a block itself.
     """
     found: dict[str, nn.Module] = {}
 
@@ -198,7 +198,7 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 def _look(
     backbone: nn.Module, statistics: Statistics, images: Tensor, layers: Layers
 ) -> dict[str, Tensor]:
-    """One forward: attention is added to the figures of the layers, Gram matrices are returned."""
+    """Runs one forward: adds attention to the layers' figures, and returns Gram matrices."""
     grid = backbone.grid(*images.shape[-2:])
     grams: dict[str, Tensor] = {}
 
@@ -213,7 +213,7 @@ def _look(
 
 
 def _look_at_scratch(model: LoadedModel, sample: Sample, count: int, progress: Progress) -> Layers:
-    """The attention of the same model with random weights, which is built for this alone."""
+    """Measures the attention of the same model with random weights, built temporarily."""
     layers: Layers = {}
     if model.scratch is None:
         return layers
@@ -242,7 +242,7 @@ def _outputs(model: nn.Module, grams: dict[str, Tensor]) -> Iterator[None]:
 def _landscapes(
     model: LoadedModel, loss: Loss, batches: Sequence[Views], extent: Extent, progress: Progress
 ) -> list[dict[str, Any]]:
-    """The landscape of a loss, and of what belongs to it, such as the accuracy."""
+    """Computes the landscape of a loss and of its further terms, such as the accuracy."""
     device = distributed.device()
     measures = [
         loss.on(batch.of_size[model.image_size].to(device), batch.numbers) for batch in batches
@@ -304,5 +304,5 @@ def _facts(model: LoadedModel) -> dict[str, Any]:
 
 
 def _plain(value: float) -> float | None:
-    """JSON knows no NaN and no infinity: a loss that overflowed is None."""
+    """Returns plain values for JSON, with None for NaN and infinity."""
     return value if math.isfinite(value) else None

@@ -17,9 +17,9 @@ Value = TypeVar("Value")
 
 
 def random_direction(module: nn.Module, seed: int) -> Direction:
-    """Draws a normal random direction of the parameters, each filter as long as the parameters'.
+    """Draws a normal random direction of the parameters, scaled to each filter's norm.
 
-    A filter is the part of a weight that belongs to one output (its first dimension). Vectors
+    A filter is the part of a weight for one output (its first dimension). Vectors
     (biases, norms, LayerScale) do not move, as in the source.
 
     Args:
@@ -75,7 +75,7 @@ def curve(
 
     Args:
         module: The module whose parameters are moved; they are restored.
-        loss: Returns a loss, or several, for the parameters as they are when it is called.
+        loss: Returns one or several losses for the present parameters.
         direction: See `random_direction`.
         steps: Steps along the direction; 0 is the model itself.
         progress: Called after every loss.

@@ -1,4 +1,4 @@
-"""A model that the user names, with its weights and the losses that its landscapes show."""
+"""A user's named model with its weights and the losses of its landscapes."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Loss:
     Attributes:
         comparable: The same text for losses that can be compared; they share a scale.
         module: The module whose parameters the landscape moves.
-        on: (B, 3, S, S) uint8 images and their numbers in the dataset -> what measures the loss on
-            them.
+        on: (B, 3, S, S) uint8 images and their indices in the dataset -> a function of the loss
+            on them.
     """
 
     comparable: str
@@ -58,7 +58,7 @@ class LoadedModel:
     """A model, ready to run.
 
     Attributes:
-        label: Its short name in tables and plots.
+        label: Short name in tables and plots.
         source: The user's name for it.
         backbone: Normalised images (B, 3, S, S) -> FeatureMap; in evaluation.
         statistics: The normalisation of its images.
@@ -67,7 +67,7 @@ class LoadedModel:
         is_supervised: Whether it is the student of a run that learnt labels, or boxes, and began
             from random weights.
         losses: The task's of the run that it is of, if it can be computed; change of its own map.
-        left_out: Why the task's is left out; empty: it is there, or there is none.
+        left_out: Why the task's loss is left out; "" if it is included or does not exist.
         scratch: The same model with random weights; None: it is that, or cannot be made.
     """
 
@@ -144,7 +144,7 @@ def _of_recipe(named: NamedModel) -> Iterator[None]:
 
 
 def _of_task(named: NamedModel, stored: StoredRun, sample: Sample) -> tuple[Task, Loss]:
-    """The task of the run whose student a model is, and the loss that it was trained by."""
+    """Returns the task of the model's run with its training loss."""
     # Its weights come from the checkpoint; what they started from may be gone.
     run = stored.run.in_one_process()
     run = replace(
@@ -176,11 +176,11 @@ def _of_task(named: NamedModel, stored: StoredRun, sample: Sample) -> tuple[Task
 
 
 def _drift(backbone: nn.Module, statistics: Statistics) -> Loss:
-    """How far a model's own map moves: the loss of weights alone, which any two models have.
+    """Returns the drift loss: the change of a model's own map, defined for every model.
 
-    Each channel is measured by its own deviation over tokens and images. A norm of each token, as
-    in training, would divide by a channel that is large and hardly varies, of which CLIP has some,
-    and make the same change of all others look small.
+    Each channel is scaled by its deviation over tokens and images. A norm of each token, as in
+    training, would be dominated by large but nearly constant channels, as in CLIP, and make equal
+    changes of the other channels look small.
     """
 
     def on(images: Tensor, numbers: Sequence[int]) -> Measure:
@@ -201,7 +201,7 @@ def _drift(backbone: nn.Module, statistics: Statistics) -> Loss:
 
 
 def _positions(backbone: nn.Module) -> str:
-    """Returns what a model's parts, by their names, say of its positions."""
+    """Returns a function of a model's token positions, from its modules by name."""
     parts = [name for name, _ in backbone.named_parameters()]
     parts += [name for name, _ in backbone.named_modules()]
     found = {

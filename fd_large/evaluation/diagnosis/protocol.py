@@ -1,4 +1,4 @@
-"""The protocol diagnose: attention, loss landscape and similar layers of models, side by side."""
+"""The protocol diagnose: attention, loss landscape and layer similarity of models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DiagnosisFlags:
 
 
 def _measure(asked: Asked) -> Result:
-    """Looks at models side by side, and writes the page."""
+    """Diagnoses models side by side, and writes the page."""
     flags, began = asked.flags, time.monotonic()
     check_out(flags.out, where="--out", holds="folder")
     # Importing torch and deepspeed takes seconds.

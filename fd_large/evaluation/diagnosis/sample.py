@@ -1,4 +1,4 @@
-"""The images of a diagnosis: spread over the dataset, none twice, decoded as they are needed."""
+"""The images of a diagnosis: spread over the dataset without repetition, decoded on demand."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class Views(NamedTuple):
 
 
 class Sample:
-    """Some images of a dataset, cut as for tests.
+    """A sample of a dataset's images, cropped as in tests.
 
     Args:
-        root: The dataset as in `data.root`; of one that has parts, that which is tested.
-        images: Number of images at most; the same ones every time.
+        root: The dataset as in `data.root`; its test part if it has parts.
+        images: Largest number of images; the choice is fixed.
 
     Attributes:
         root: The dataset, or the part of it.
 
-    Raises: DataError: if there are none.
+    Raises: DataError: if there are no images.
     """
 
     def __init__(self, root: str, images: int) -> None:
@@ -62,7 +62,7 @@ class Sample:
         Args:
             classes: Names of the classes in their order.
 
-        Raises: DataError: if the images have no classes, or others.
+        Raises: DataError: if the images have no classes, or other classes.
         """
         return open_labelled(self.root, classes).labels
 

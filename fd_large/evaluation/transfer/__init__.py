@@ -1,5 +1,5 @@
 """The paper's Table 1: models carried on to labels, segmentation, detection and depth.
 
-A table of trainings: `columns.py` says of what, `cells.py` which model is trained on what,
-`table.py` trains what is missing, `slurm.py` submits it as jobs. `report/transfer.py` draws it.
+A table of trainings: `columns.py` defines tasks and recipes, `cells.py` the trainings, `table.py`
+runs the missing ones, `slurm.py` submits them as jobs. `report/transfer.py` draws the table.
 """

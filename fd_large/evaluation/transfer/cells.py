@@ -1,7 +1,7 @@
-"""The cells of `transfer`'s table: which model is trained on what, and what is known of it.
+"""The cells of `transfer`'s table: a model and a task each, with the state of their training.
 
-A row is a model, a column what it is carried on to, and a cell a training in a folder of its own,
-with a record of what it is (`recorded_runs`).
+A row is a model, a column a task, and a cell a training in its own folder, with a record
+(`recorded_runs`).
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ _BUDGET = (
 
 
 class Changes(NamedTuple):
-    """What the user changes of a column's recipes.
+    """The user's changes to a column's recipes.
 
     Attributes:
-        recipe: The recipe's name; empty: the one that fits the model.
+        recipe: Name of the recipe, or "" for the model's own.
         fields: Fields with other values, by name.
     """
 
@@ -62,11 +62,11 @@ class Row:
     """A model of the table.
 
     Attributes:
-        kind: What it is in its run.
+        kind: Role of the model in its run.
         model: Where it comes from.
         run: The run that distilled it.
         weights: Digest of its weights.
-        others: Names of the rows that a student is set against, by kind.
+        others: Names of the rows with which a student is compared, by kind.
     """
 
     kind: RowKind
@@ -77,7 +77,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Its name as a folder."""
+        """Name of the row as a folder."""
         from fd_large.engine.find_model import slug
 
         return slug(self.model.label)
@@ -87,10 +87,10 @@ class Cell(NamedTuple):
     """A training.
 
     Attributes:
-        row: Its model.
-        column: What it is trained on.
-        recorded: Its run. Its record says besides what the user changes of the recipe of its name
-            that may decide a score: the recipe's own value and the user's, by field.
+        row: The model.
+        column: The task.
+        recorded: Run of the cell. Its record also has the user's changes that may affect a score:
+            the recipe's own value and the user's, by field.
     """
 
     row: Row
@@ -99,13 +99,13 @@ class Cell(NamedTuple):
 
 
 def rows_of(runs: Sequence[str], kinds: Sequence[RowKind]) -> list[Row]:
-    """Finds the models of the rows; a model that several runs share comes once.
+    """Finds the models of the rows; a model shared by several runs appears once.
 
     Args:
         runs: Folders of the runs that distilled the students.
         kinds: The rows of each run.
 
-    Raises: FDError: if one is not there.
+    Raises: FDError: if a model is missing.
     """
     from fd_large.engine.find_model import find_model, with_own_labels
     from fd_large.engine.node_consistency import weights_digest
@@ -144,20 +144,20 @@ def cells_of(
     flags: Any,
     seed: int,
 ) -> list[Cell]:
-    """Returns the cells of a repetition, by columns, one for each row.
+    """Returns the cells of a repetition, by columns, with a cell for each row.
 
-    All rows take the recipe of the first one, so that none is trained longer or otherwise. Where
-    that is of another kind of models than a row's (ViT, Swin), the row takes the recipe of its own
-    kind, for as many images and steps.
+    All rows take the first row's recipe, so that all are trained alike. If that recipe is for
+    another kind of model (ViT, Swin) than the row's, the row takes the recipe of its kind with
+    the same number of images and steps.
 
     Args:
         rows: The models.
         columns: The columns.
-        changes: What the user changes of the recipes of each column.
+        changes: The user's changes to each column's recipes.
         flags: The flags of the table.
         seed: Number of the repetition.
 
-    Raises: ConfigError: if a recipe cannot be changed so, or takes no such model; all of them.
+    Raises: ConfigError: if a recipe does not allow a change or a model; names all mistakes.
     """
     each = [(row, column) for column in columns for row in rows]
     return check_all(
@@ -169,7 +169,7 @@ def cells_of(
 
 
 def _fitting(row: Row, column: Column) -> str:
-    """The name of the published recipe that fits a row."""
+    """Returns the name of the published recipe for a row."""
     # Random weights take the recipe of their run's student: the difference is one of weights.
     of_run = None if row.kind == "teacher" else row.run.name
     return column.recipe(row.model.architecture, of_run)
@@ -207,12 +207,12 @@ def _cell(row: Row, first: Row, column: Column, changes: Changes, flags: Any, se
 
 
 def tried_for(cell: Cell, rows: Sequence[Row], changes: Changes, flags: Any) -> list[Run]:
-    """Returns what a sweep tries for a row: its own recipe first, then those of the others.
+    """Returns a sweep's recipes for a row: its own first, then the other rows'.
 
     Args:
         cell: The row's cell of the first repetition.
         rows: All rows.
-        changes: What the user changes of the recipes.
+        changes: The user's changes to the recipes.
         flags: The flags of the table.
     """
     recipe = changes.recipe or _fitting(cell.row, cell.column)
@@ -224,7 +224,7 @@ def tried_for(cell: Cell, rows: Sequence[Row], changes: Changes, flags: Any) -> 
 
 
 def swept(cell: Cell, found: Sweep, tried: Sequence[Run], changes: Changes) -> Cell:
-    """Returns a cell with the best of what a sweep tried for its row."""
+    """Returns a cell with the best setting of a sweep for its row."""
     run = replace(found.best_of(tried, changes.fields), runtime=cell.recorded.run.runtime)
     decided = {*changes.fields, "optim.base_lr", "optim.layer_decay"} - {"data.root"}
     changed = {
@@ -237,7 +237,7 @@ def swept(cell: Cell, found: Sweep, tried: Sequence[Run], changes: Changes) -> C
 
 
 def _sized(model: NamedModel, changes: Changes) -> NamedModel:
-    """A model of the image size that the user set, to which its positions are resized."""
+    """Returns a model at the user's image size, with resized positions."""
     from fd_large.engine.find_model import find_model
     from fd_large.tasks.jobs import job_of
 
@@ -246,7 +246,7 @@ def _sized(model: NamedModel, changes: Changes) -> NamedModel:
 
 
 def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str, Any]:
-    """Returns what summary.json says of the table before anything is read of its runs.
+    """Returns summary.json's description of the table, without results of its runs.
 
     Cells of other columns that earlier starts have trained, of the same weights, are among them.
     """
@@ -294,7 +294,7 @@ def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str
 
 
 def _described(record: dict[str, Any]) -> dict[str, Any]:
-    """What summary.json says of a cell, by its record."""
+    """Returns summary.json's entry of a cell, from its record."""
     recipe = record["recipe"]
     return {
         "recipe": recipe["name"],
@@ -308,7 +308,7 @@ def _described(record: dict[str, Any]) -> dict[str, Any]:
 def _published(
     row: Row, column: Column, found: Mapping[tuple[str, str, int], dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """The paper's figures of a row that is one of the paper's."""
+    """Returns the paper's figures of a row, if it is in the paper."""
     paper = column.published.get(row.run.name)
     if paper is None or row.kind == "scratch" or not _is_of_record(row.run):
         return
@@ -324,7 +324,7 @@ def _published(
 
 
 def _is_of_record(run: Run) -> bool:
-    """Whether a run has the settings of the recipe of its name, whatever file its teacher is."""
+    """Whether a run has its named recipe's settings, whatever its teacher's file."""
     recipe = registry.get(run.name)
     # Both ways: one of two lengths is the longer, which a resume might go on to.
     changed = recipe.changes_since(run.to_dict()) | run.changes_since(recipe.to_dict())
@@ -332,9 +332,9 @@ def _is_of_record(run: Run) -> bool:
 
 
 def untrainable(cells: Iterable[Cell]) -> dict[tuple[str, str], str]:
-    """Why models cannot carry the heads of columns, by the row's label and the column's name.
+    """Returns why models cannot be trained in columns, by the row's label and the column's name.
 
-    Said before hours of training of others; the heads of ImageNet stand on any model.
+    It is checked before hours of other trainings; ImageNet's heads fit any model.
     """
     import torch
 
@@ -354,7 +354,7 @@ def untrainable(cells: Iterable[Cell]) -> dict[tuple[str, str], str]:
 
 
 def named(refused: Mapping[tuple[str, str], str]) -> str:
-    """Rows with the columns that they cannot be trained on, and why."""
+    """Returns in words the rows with their impossible columns and the reasons."""
     columns: dict[tuple[str, str], list[str]] = {}
     for (row, column), why in refused.items():
         columns.setdefault((row, why), []).append(column)
@@ -362,16 +362,16 @@ def named(refused: Mapping[tuple[str, str], str]) -> str:
 
 
 def opens(cell: Cell) -> Callable[[], object]:
-    """Opens the dataset of a cell, whose mistakes are said before hours of training."""
+    """Opens the dataset of a cell, to report mistakes before hours of training."""
     from fd_large.tasks.jobs import job_of
 
     return job_of(cell.recorded.run).open_samples
 
 
 def states_of(out: str, cells: Sequence[Cell]) -> list[str]:
-    """How the run of each cell has ended.
+    """Returns the state of each cell's run.
 
-    Raises: ConfigError: if its folder holds another one, or another folder holds it.
+    Raises: ConfigError: if its folder has another run, or another folder has the cell's run.
     """
     others = {}
     for cell in cells:
@@ -390,7 +390,7 @@ def states_of(out: str, cells: Sequence[Cell]) -> list[str]:
 
 
 def _elsewhere(out: Path, cell: Cell) -> Iterator[Path]:
-    """Folders of other rows that hold the training of a cell."""
+    """Returns other rows' folders that contain the training of a cell."""
     run, seed = cell.recorded.run, cell.recorded.folder.name
     for file in sorted(out.glob(f"*/{cell.column.name}/{seed}/{RECORD}")):
         there = replace(run, runtime=replace(run.runtime, run_dir=str(file.parent)))

@@ -1,4 +1,4 @@
-"""The columns of `transfer`: what models are carried on to, the recipes, the paper's figures.
+"""The columns of `transfer`: tasks, recipes and the paper's figures.
 
 Adding a column is an entry of `COLUMNS`, and a flag of its dataset where that is new (table.py).
 
@@ -21,12 +21,12 @@ Figures = tuple[float, ...]
 
 
 class Score(NamedTuple):
-    """A number of a finished run.
+    """A metric of a finished run.
 
     Attributes:
-        key: Its name in summary.json.
+        key: Name in summary.json.
         title: Words for it, with its unit.
-        scale: What it is multiplied by for the table.
+        scale: Factor for the table.
         digits: Digits after the point.
         lower_is_better: Whether less is better.
     """
@@ -39,7 +39,7 @@ class Score(NamedTuple):
 
 
 class Published(NamedTuple):
-    """What the paper reports of a student and of its teacher, a figure for each score.
+    """The paper's figures of a student and of its teacher, for each score.
 
     Attributes:
         student: The figures of the student.
@@ -54,14 +54,14 @@ class Published(NamedTuple):
 
 
 class Column(NamedTuple):
-    """What every model of the table is trained and tested on.
+    """A task on which every model of the table is trained and tested.
 
     Attributes:
-        name: Its name on the command line and of its folders.
+        name: Name on the command line and of its folders.
         data: The flag that names its dataset.
         title: Words for it.
         images: Training images of the published dataset, which decide the steps of an epoch.
-        scores: What is measured.
+        scores: Reported metrics.
         recipes: Beginnings of the names of its recipes; empty: as the task fine-tuning chooses.
         published: The paper's figures, by the recipe of the distillation.
     """
@@ -76,12 +76,12 @@ class Column(NamedTuple):
 
     @property
     def is_swept(self) -> bool:
-        """Whether `--sweep` tries recipes: the whole model learns from folders of classes."""
+        """Whether `--sweep` applies: the whole model learns from class folders."""
         return not self.recipes
 
     @property
     def is_of_one_kind(self) -> bool:
-        """Whether each of its recipes is for models of one kind, ViT or Swin."""
+        """Whether each of its recipes is for one kind of models, ViT or Swin."""
         kinds = {registry.get(n).student_architecture().is_hierarchical for n in self._names()}
         return len(kinds) > 1
 

@@ -1,4 +1,4 @@
-"""The difference of two rows of `transfer` with its interval, from what their runs left."""
+"""The difference of two rows of `transfer` with its interval, from the files of their runs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _ACCURACY = "test_top1"
 
 
 def of_runs(ours: Sequence[Path], others: Sequence[Path], score: str) -> dict[str, Any] | None:
-    """Returns the difference of a score, as summary.json has it, with its interval.
+    """Returns the difference of a score with its interval, in the form of summary.json.
 
     Args:
         ours: The folders of the runs of a row, one for each seed.
-        others: Those of the other row.
-        score: Its name in the summary.json of a run.
+        others: The folders of the other row.
+        score: Name of the score in a run's summary.json.
 
-    Returns: None if the runs did not leave what it takes, as those of earlier versions.
+    Returns: None if the runs lack the necessary files (earlier versions).
     """
     from fd_large.probes.paired import difference_of_redrawn
 
@@ -57,7 +57,7 @@ def _of_accuracies(ours: Sequence[Path], others: Sequence[Path]) -> dict[str, An
 
 
 def _redrawn(folder: Path, score: str) -> Redrawn | None:
-    """A score of the newest evaluation of a run."""
+    """Returns a redrawn score of a run's newest evaluation."""
     from fd_large.probes import redrawn
 
     steps = sorted((folder / EVALUATED).glob(f"{STEP}*"))

@@ -1,4 +1,4 @@
-"""`transfer --slurm`: every training as a job, and a last one that makes the table."""
+"""`transfer --slurm`: each training as a job, and a last job for the table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OPTION = re.compile(r"[a-z][a-z-]*(=.+)?")
 
 
 def check_options(options: Sequence[str]) -> None:
-    """Refuses what cannot be an option of sbatch without its dashes.
+    """Refuses texts that are not options of sbatch without dashes.
 
     Raises: ConfigError: naming it.
     """
@@ -59,7 +59,7 @@ def submit_training(
     options: Sequence[str],
     environ: Mapping[str, str],
 ) -> int:
-    """Submits the training of a run; returns the number of the job.
+    """Submits the training of a run; returns the job's id.
 
     Args:
         run: The recipe.
@@ -67,7 +67,7 @@ def submit_training(
         options: Options of sbatch, without their dashes.
         environ: The environment that the job inherits.
 
-    Raises: ConfigError: if sbatch takes no job, or the recipe names code that this start may not
+    Raises: ConfigError: if sbatch refuses the job, or the recipe names code that this start may not
         import: the job's command line is to allow no more.
     """
     own_code = [name for name in run.code() if doors.is_own(name)]
@@ -93,12 +93,12 @@ def submit_training(
 def submit_table(
     out: str, jobs: Iterable[int], *, options: Sequence[str], environ: Mapping[str, str]
 ) -> int:
-    """Submits the job that makes the table once others have ended; returns its number.
+    """Submits the job that makes the table after other jobs; returns its id.
 
     Args:
         out: The folder of the table.
-        jobs: The others.
-        options, environ: As of the others.
+        jobs: Ids of the other jobs.
+        options, environ: See `submit_training`.
     """
     after = [f"dependency=afterany:{':'.join(map(str, jobs))}", f"output={out}/slurm-%j.out"]
     kept = [option for option in options if option.partition("=")[0] in _OF_ALL]
@@ -106,11 +106,11 @@ def submit_table(
 
 
 def submit(cells: Sequence[Cell], flags: Any, environ: Mapping[str, str]) -> bool:
-    """Submits the trainings of cells, and the job that makes the table; prints what was submitted.
+    """Submits the trainings of cells and the job for the table; prints the jobs.
 
     Args:
-        cells: What is not finished; of these, what waits or runs as a job stays as it is.
-        flags: What is asked.
+        cells: Unfinished cells; cells with a waiting or running job are left alone.
+        flags: Flags of the command.
         environ: The environment that jobs inherit.
 
     Returns: whether there is anything to wait for.
@@ -142,7 +142,7 @@ def submit(cells: Sequence[Cell], flags: Any, environ: Mapping[str, str]) -> boo
 
 
 def is_queued(job: int) -> bool:
-    """Returns whether a job waits or runs."""
+    """Returns whether a job is waiting or running."""
     done = _call(["squeue", "--noheader", "--format=%A", f"--jobs={job}"])
     return done.returncode == 0 and bool(done.stdout.strip())
 

@@ -1,10 +1,10 @@
-"""Trains what is missing of a table of transfers, and makes it.
+"""Trains the missing cells of a transfer table, and writes the table.
 
 A cell is a training of its own, in OUT/ROW/COLUMN/seed_N, a run folder that resumes: of a model (a
-row: a student, its teacher, random weights) by the recipe of a column. One that is finished is not
-trained again, so the same command goes on where it stopped; a folder that holds a training of
-another recipe, dataset or other weights is refused. A cell that fails is named and the others go
-on; the next start tries it after them.
+row: a student, its teacher, random weights) by the recipe of a column. A finished cell is not
+trained again, so the same command continues where it stopped; a folder with a training of another
+recipe, dataset or weights is refused. A failed cell is named and the others continue; the next
+start tries it last.
 """
 
 from __future__ import annotations
@@ -84,18 +84,18 @@ class TransferFlags(SweepFlags):
 
     @property
     def datasets(self) -> dict[str, str]:
-        """The dataset of each flag that names one; empty where it is left out."""
+        """The dataset of each dataset flag, or ""."""
         return {column.data: getattr(self, column.data) for column in COLUMNS.values()}
 
 
 def columns_of(flags: TransferFlags, *, of_all: bool = False) -> list[Column]:
-    """Returns the columns whose dataset is named.
+    """Returns the columns with a given dataset.
 
     Args:
-        flags: What is asked.
+        flags: Flags of the command.
         of_all: Whether all have a dataset.
 
-    Raises: ConfigError: if there is none.
+    Raises: ConfigError: if there is no column.
     """
     columns = [
         column
@@ -117,9 +117,9 @@ def cells_of_table(
     """Returns the rows and all cells, seed by seed; a collective.
 
     Args:
-        flags: What is asked.
+        flags: Flags of the command.
         columns: The columns.
-        changes: What is changed of the recipes of each column.
+        changes: Changes to each column's recipes.
 
     Raises: FDError: for models that are not there, and recipes that cannot be changed so.
     """
@@ -133,7 +133,7 @@ def cells_of_table(
 
 
 def _measure(asked: Asked) -> Result:
-    """Trains what is missing of the table, or submits it, and makes the table."""
+    """Trains or submits the missing cells, and makes the table."""
     flags = asked.flags
     if flags.table:
         return _made(Path(flags.out))
@@ -176,9 +176,9 @@ def _measure(asked: Asked) -> Result:
 
 
 def _swept(rows: Sequence[Row], cells: Sequence[Cell], asked: Asked) -> tuple[int, list[Cell]]:
-    """Tries the recipes of all rows for each, where a column's images can be held out.
+    """Runs the sweep over all rows' recipes in columns whose images can be held out.
 
-    Returns: the exit code, and the cells, each with the best of what was tried for its row.
+    Returns: the exit code, and the cells, each with the best setting for its row.
     """
     from fd_large.tasks.jobs import transfer_of
 
@@ -212,21 +212,22 @@ def _swept(rows: Sequence[Row], cells: Sequence[Cell], asked: Asked) -> tuple[in
 
 
 def _made(folder: Path) -> Result:
-    """The table of what stands in a folder."""
+    """Returns the table from the runs in a folder."""
     _, tables, files = write_table(folder, of_runs)
     return Result(tables, files)
 
 
 def train_all(cells: Sequence[Cell], deepspeed_config: str, train_run: Callable[..., int]) -> int:
-    """Trains cells one after the other; returns the exit code.
+    """Trains cells in sequence; returns the exit code.
 
     Args:
-        cells: What is not finished.
+        cells: Unfinished cells.
         deepspeed_config: DeepSpeed's JSON, a name or a path.
         train_run: See `Asked.train`.
 
-    Returns: 0 if all are finished, 75 where the same command is to go on, else that of what failed.
-    Raises: FDError: where several ranks train and one of them fails, which ends all of them.
+    Returns: 0 if all are finished, 75 if the same command is to continue, else a failed cell's
+        code.
+    Raises: FDError: if one of several ranks fails, which ends all ranks.
     """
     from fd_large.ranks import distributed
 
