@@ -1,4 +1,4 @@
-"""The closing lines of a run: its figures in words, and the commands that come next."""
+"""The closing lines of a run: its figures in words, and suggested commands."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ FEWEST_STEPS = 400
 
 
 def closing_text(files: RunFiles, pictures: list[Path]) -> str:
-    """Returns the lines that a run ends with.
+    """Returns the closing lines of a run.
 
     Args:
         files: The run.
-        pictures: What was drawn.
+        pictures: Drawn files.
     """
     rows = closing_rows(files)
     rows += [("" if index else "pictures", str(path)) for index, path in enumerate(pictures)]
@@ -60,8 +60,8 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
 def beats_constant(files: RunFiles) -> bool | None:
     """Whether a finished run's student is better than a constant on held-out images.
 
-    The baseline's constant is fitted to the views that it is compared on: of n views its loss is
-    low by about one part in n. None: in between, or nothing was measured that says so.
+    The baseline's constant is fitted to the same views, so that with n views its loss is low by
+    about one part in n. None if the losses are too close, or not measured.
     """
     _, losses = files.evaluated("held_out_loss")
     _, constants = files.evaluated("held_out_best_constant")
@@ -75,7 +75,7 @@ def beats_constant(files: RunFiles) -> bool | None:
 
 
 def called(files: RunFiles) -> str:
-    """Returns the name of a run: its own, if it has one, with that of its recipe."""
+    """Returns the name of a run: its own name, if any, and its recipe's."""
     recipe: str = files.recipe["name"]
     own = files.recipe.get("runtime", {}).get("name")
     return f"{own} ({recipe})" if own else recipe
@@ -89,7 +89,7 @@ def status_words(files: RunFiles) -> str:
 
 
 def worse_than_constant(files: RunFiles) -> str:
-    """Returns the losses of a student that is worse than a constant, and what to try.
+    """Returns the losses of a student worse than a constant, and suggestions.
 
     Empty for all other runs.
     """
@@ -106,7 +106,7 @@ def worse_than_constant(files: RunFiles) -> str:
 
 
 def stopped_text(files: RunFiles) -> str:
-    """Returns the closing words of a run that was stopped: what is saved, and how to go on."""
+    """Returns a stopped run's closing words: the saved state and the command to resume."""
     command = shlex.join(_again(files, {}))
     if files.saved is None:
         return f"stopped before anything was saved. To start again:\n  {command}"
@@ -116,7 +116,7 @@ def stopped_text(files: RunFiles) -> str:
 
 
 def when_measured(files: RunFiles, name: str) -> str:
-    """Returns after which step a number's newest value was measured; empty: at the run's end."""
+    """Returns the step of a metric's newest value in words; "" at the run's end."""
     steps, _ = files.evaluated(name)
     if steps[-1] == 0:
         return "before training"
@@ -125,7 +125,7 @@ def when_measured(files: RunFiles, name: str) -> str:
 
 
 def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
-    """Returns the figures of a run, with their words."""
+    """Returns the figures of a run, with their labels."""
     summary, student = files.summary, files.recipe["student"]
     begun = f"begun from {student.get('init') or 'random weights'}"
     rows = [("student", f"{full_name(student)}, {begun}")]
@@ -168,7 +168,7 @@ def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
 
 
 def next_steps(files: RunFiles) -> list[dict[str, str]]:
-    """Returns commands that are worth running after this run, as {"why", "command"}."""
+    """Returns suggested commands after this run, as {"why", "command"}."""
     status = files.summary.get("status")
     steps: list[tuple[str, list[str]]] = []
     if beats_constant(files) is False:
@@ -199,9 +199,9 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
 
 
 def _to_beat_it(files: RunFiles) -> tuple[str, list[str]]:
-    """Returns the command that may help: with more steps if the loss fell, or a lower rate.
+    """Returns a command to improve the run: with more steps if the loss fell, or a lower rate.
 
-    All rates of the schedule go down with its peak: those that a flag has set do not follow.
+    All rates of the schedule are lowered with its peak, even rates set by a flag.
     """
     optim = files.recipe["optim"]
     _, losses = files.evaluated("held_out_loss")
@@ -217,7 +217,7 @@ def _to_beat_it(files: RunFiles) -> tuple[str, list[str]]:
 
 
 def _group(files: RunFiles) -> Path:
-    """The folder that the run's command names: that of one of several students is that of all."""
+    """Returns the folder in the run's command; for one of several students, their common folder."""
     return files.folder.parents[1] if files.folder.parent.name == STUDENTS else files.folder
 
 
@@ -226,7 +226,7 @@ def _teachers(files: RunFiles) -> dict[str, dict[str, Any]]:
 
 
 def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
-    """Returns the commands that the run's task suggests after it."""
+    """Returns the commands suggested by the run's task."""
     if files.task not in TASKS:
         return []  # The user's own, whose code a report does not run.
     student = model_of(files.recipe["student"])
@@ -255,12 +255,12 @@ def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
 
 
 def _evaluates(files: RunFiles) -> bool:
-    """Whether the run measures anything on held-out images, which a task of one's own may not."""
+    """Whether the run measures anything on held-out images, which a user's task may not."""
     return files.task in TASKS or bool(files.evaluations)
 
 
 def _commands(files: RunFiles) -> list[str]:
-    """Words with which the run's start called this program's commands."""
+    """Returns the words that started this program's command in the run."""
     started = Path(next(iter(files.environment.get("command", [])), ""))
     if started.name == "fd-large":
         return [_program("fd-large")]
@@ -268,7 +268,7 @@ def _commands(files: RunFiles) -> list[str]:
 
 
 def progress(files: RunFiles) -> str:
-    """Returns the number of finished steps, of how many."""
+    """Returns the number of finished steps and the total."""
     done = int(files.updates[-1]) if len(files.updates) else 0
     total = files.summary.get("total_updates")
     return f"{done} of {total} steps" if total else f"{done} steps"
@@ -295,7 +295,7 @@ def _devices(summary: dict[str, Any]) -> str:
 
 
 def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
-    """The command of the run once more, with other values of some of its flags."""
+    """Returns the run's command with other values of some flags."""
     environment = files.environment
     ranks = environment.get("world_size", 1)
     first, *words = environment.get("command") or [""]
@@ -332,7 +332,7 @@ def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
 
 
 def _as_flags(files: RunFiles, left_out: Collection[str]) -> list[str]:
-    """The run's settings that differ from those of its recipe, as flags."""
+    """Returns the run's settings that differ from its recipe, as flags."""
     words = ["--recipe", files.recipe["name"]]
     changed = {name: value for name, (value, _) in files.changed.items()}
     if {"optim.base_lr", "optim.epochs"} & changed.keys():
@@ -346,14 +346,14 @@ def _as_flags(files: RunFiles, left_out: Collection[str]) -> list[str]:
 
 
 def _train_script(first: str) -> str:
-    """Path of train.py from here: as from a clone's root, or the one that was started."""
+    """Returns the path of train.py: from a clone's root, or as started."""
     in_clone, own = Path("fd_large/train.py"), Path(__file__).parents[1] / "train.py"
     is_elsewhere = not kind_of(in_clone) and os.path.realpath(first) == os.path.realpath(own)
     return str(own if is_elsewhere else in_clone)
 
 
 def _program(name: str) -> str:
-    """Path of a program of this environment from here, or its name if that finds it."""
+    """Returns a program of this environment: its name if on the path, else its path."""
     beside = Path(sys.executable).parent / name
     found = shutil.which(name)
     if not kind_of(beside) or (found and Path(found).parent == beside.parent):

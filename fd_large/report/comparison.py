@@ -25,7 +25,7 @@ def spread(values: list[float]) -> dict[str, float | None]:
 
 
 def tables_of(summary: dict[str, Any], title: str) -> list[Table]:
-    """Returns the rich tables: a row for each model, and the grid of a sweep if there was one.
+    """Returns the rich tables: a row for each model, and a sweep's grid, if any.
 
     Args:
         summary: Content of summary.json.
@@ -106,7 +106,7 @@ def seen_by(sweeps: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def said_of(differences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields what the intervals of differences hold, and what they cannot say.
+    """Yields notes on the coverage and limits of the intervals.
 
     Args:
         differences: As summary.json has them.
@@ -130,10 +130,10 @@ def said_of(differences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def shown(found: Mapping[str, Any], digits: int = 2) -> str:
-    """Returns a difference with its interval; "none shown" where that includes 0.
+    """Returns a difference with its interval; "none shown" if it includes 0.
 
     Args:
-        found: As summary.json has it.
+        found: The difference in summary.json.
         digits: Digits after the point.
     """
     low, high = found["interval"]
@@ -145,7 +145,7 @@ def shown(found: Mapping[str, Any], digits: int = 2) -> str:
 
 
 def in_words(changes: Mapping[str, Sequence[Any]]) -> str:
-    """Returns fields with their values, and in brackets the values that they are compared with.
+    """Returns fields with their values, and the other values in brackets.
 
     Args:
         changes: The value that is compared with, and the field's own, by field.
@@ -156,7 +156,7 @@ def in_words(changes: Mapping[str, Sequence[Any]]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A field's value as it is typed."""
+    """Returns a field's value as typed on the command line."""
     if isinstance(value, list | tuple):
         return " ".join(map(_plain, value)) or "none"
     if isinstance(value, float):
@@ -209,7 +209,7 @@ def _grid(models: list[dict[str, Any]]) -> Table:
 
 @style.own_look
 def draw_comparison(summary: dict[str, Any], title: str, path: Path) -> None:
-    """Draws a row for each model: a dot for each seed, their mean as a line, with its number.
+    """Draws a row for each model: a dot for each seed, and a line with the value of the mean.
 
     Args:
         summary, title: See `tables_of`.

@@ -1,4 +1,4 @@
-"""Draws a diagnosis, models side by side, from diagnosis.json and averages.npz alone."""
+"""Plots of a diagnosis, models side by side, from diagnosis.json and averages.npz alone."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ Landscape = dict[str, Any]
 
 @style.own_look
 def draw_diagnosis(folder: Path, diagnosis: dict[str, Any]) -> list[Path]:
-    """Draws every figure for which there are numbers; returns the PNGs.
+    """Draws every plot for which there are numbers; returns the PNGs.
 
     Args:
-        folder: Holds averages.npz and takes the pictures.
+        folder: Folder with averages.npz, which gets the plots.
         diagnosis: Content of diagnosis.json.
     """
     models = diagnosis["models"]
@@ -59,14 +59,14 @@ def deep_layers(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def kinds_of(models: list[Model]) -> list[str]:
-    """Returns the losses of some models, and what belongs to them, in words; tasks' own first."""
+    """Returns the labels of some models' losses and their terms; tasks' losses first."""
     found = [part["loss"] for model in models for part in model["landscapes"]]
     shared = [part["loss"] for part in models[0]["landscapes"]][-1:]  # The last, of every model.
     return [*dict.fromkeys(kind for kind in found if kind not in shared), *shared]
 
 
 def landscape_of(model: Model, kind: str) -> Landscape | None:
-    """Returns a model's landscape of a loss; None if it has none."""
+    """Returns a model's landscape of a loss, or None."""
     return next((part for part in model["landscapes"] if part["loss"] == kind), None)
 
 
@@ -81,7 +81,7 @@ def short(label: str) -> str:
 def _by_layer(
     models: list[Model], label: str, draw: Callable[[Axes, Model, str], None]
 ) -> Figure | None:
-    """Draws a panel for each model: something over its attention layers."""
+    """Draws a panel for each model, over its attention layers."""
     from matplotlib.ticker import MaxNLocator
 
     if not any(model["attention"] for model in models):
@@ -206,12 +206,12 @@ def _average(models: list[Model], averages: dict[str, numpy.ndarray], cka: Any) 
 def _cells(
     models: list[Model], *, height: float, of: str
 ) -> tuple[Figure, Iterator[tuple[Axes, int, dict[str, Any]]]]:
-    """A row of panels for each loss, of the models that have it: (panel, model, landscape).
+    """Yields (panel, model, landscape): a row of panels for each loss, with its models.
 
     Args:
         models: The models.
         height: Height of a row, in inches.
-        of: Entry of a landscape that is drawn; losses for which no model has it are left out.
+        of: Entry of a landscape to draw; losses without it in all models are left out.
     """
     rows = [
         [(n, part) for n, model in enumerate(models) if (part := landscape_of(model, kind))]
@@ -252,24 +252,25 @@ def _curves(models: list[Model], averages: Any, cka: Any) -> Figure:
 
 
 def changes(landscape: Landscape, along: list[list[float | None]]) -> numpy.ndarray:
-    """Returns the distance of a loss from that of the model itself: (batches, steps).
+    """Returns the difference of a loss from the model's own: (batches, steps).
 
     Args:
-        landscape: What it is part of.
-        along: One of its curves: of each batch, the loss at each step; NaN where it overflowed.
+        landscape: Landscape of the curve.
+        along: One of its curves: for each batch, the loss at each step; NaN after overflow.
     """
     return numpy.array(along, float) - own_losses(landscape)[:, None]
 
 
 def own_losses(landscape: Landscape) -> numpy.ndarray:
-    """Returns the loss of the model itself on each batch, (batches,); NaN where it overflowed."""
+    """Returns the loss of the model itself on each batch, (batches,); NaN after overflow."""
     return numpy.array(landscape["value"], float)
 
 
 def _bands(landscape: Landscape) -> list[numpy.ndarray]:
     """Returns (3, steps) for each direction: the mean over batches, and a deviation around it.
 
-    It is the standard deviation of what a step changes: batches differ more in their loss itself.
+    It is the standard deviation of the change by a step, since batches differ more in the loss
+    itself.
     """
     own, bands = _own(landscape), []
     for along in landscape["curves"]:
@@ -281,12 +282,12 @@ def _bands(landscape: Landscape) -> list[numpy.ndarray]:
 
 
 def _own(landscape: Landscape) -> float:
-    """The loss of the model itself, the mean over batches; NaN where one overflowed."""
+    """Returns the loss of the model itself, the mean over batches; NaN after overflow."""
     return float(own_losses(landscape).mean())
 
 
 def _first(landscape: Landscape) -> float:
-    """The loss of the model itself on the first batch; NaN where it overflowed."""
+    """Returns the loss of the model itself on the first batch; NaN after overflow."""
     return float(own_losses(landscape)[0])
 
 
@@ -316,7 +317,7 @@ def _surfaces(models: list[Model], averages: Any, cka: Any) -> Figure:
 
 
 def _note(panel: Axes, words: str) -> None:
-    """Adds a line to the title of a panel, if there is something to say."""
+    """Adds a line to the title of a panel, unless it is empty."""
     if words:
         title = f"{panel.get_title(loc='left')}\n{words}"
         panel.set_title(title, fontsize=style.SMALL_SIZE, loc="left")
@@ -330,9 +331,9 @@ def _range(
 ) -> tuple[float, float, str]:
     """Returns the range in which a landscape is drawn: (lowest, highest, a note or "").
 
-    It holds all finite values. Those that can be compared have ranges of one height, each around
-    its model's own loss. A model that is far steeper or flatter than the middle one has a range of
-    its own, so that each can be read; the note says how much larger it is than the others'.
+    It contains all finite values. Comparable landscapes have ranges of equal height, each around
+    its model's own loss. A model that is far steeper or flatter than the median has a separate
+    range, so that all plots are readable; the note gives its ratio to the others'.
     """
     alike = [
         part
@@ -368,14 +369,14 @@ def _ends(
     values_of: Callable[[Landscape], list[numpy.ndarray]],
     own_of: Callable[[Landscape], float],
 ) -> tuple[float, float] | None:
-    """Reach of a landscape below and above the model's own loss; None if nothing is finite."""
+    """Returns a landscape's extent below and above the model's own loss; None if not finite."""
     changed = numpy.stack(values_of(landscape)) - own_of(landscape)
     finite = changed[numpy.isfinite(changed)]
     return (float(finite.min()), float(finite.max())) if len(finite) else None
 
 
 def _likeness(models: list[Model], averages: Any, cka: dict[str, Any]) -> Figure | None:
-    """Draws every pair of models, a model with itself included, below the diagonal."""
+    """Draws every pair of models, including a model with itself, below the diagonal."""
     if not cka["matrix"]:
         return None
     from matplotlib.ticker import MaxNLocator
@@ -431,7 +432,7 @@ def _nan(value: float | None) -> float:
 
 
 def _spread(layers: list[int]) -> list[int]:
-    """Returns the first, the last and some between."""
+    """Returns the first and last items and some between them."""
     if len(layers) <= MOST_LAYERS:
         return layers
     return [layers[round(i * (len(layers) - 1) / (MOST_LAYERS - 1))] for i in range(MOST_LAYERS)]

@@ -1,4 +1,4 @@
-"""The page of a diagnosis: a table, then each picture with two sentences."""
+"""The page of a diagnosis: a table, then each plot with two sentences."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ SENTENCES = {
 
 
 def write_page(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) -> Path:
-    """Writes index.md beside the pictures; returns its path."""
+    """Writes index.md next to the plots; returns its path."""
     models = diagnosis["models"]
     rows = table(models)
     head = ["", *(code(model["source"]) for model in models)]
@@ -106,7 +106,7 @@ def write_page(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
 
 
 def write_html(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) -> Path:
-    """Writes report.html, with the pictures inside; returns its path."""
+    """Writes report.html with embedded plots; returns its path."""
     models = diagnosis["models"]
     return html.write(
         folder / PAGE,
@@ -132,7 +132,7 @@ def write_html(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
 def table(models: list[Model]) -> list[list[str]]:
     """Returns rows of a name and each model's figure in words: means over layers, and losses.
 
-    What no model has is left out.
+    Figures that no model has are left out.
     """
     heads = {"head_similarity": "similarity of heads", "patch_similarity": "- among patches alone"}
     found = [
@@ -157,7 +157,7 @@ def table(models: list[Model]) -> list[list[str]]:
 
 
 def notes(models: list[Model]) -> list[str]:
-    """Returns sentences on what of the table can be compared with what."""
+    """Returns sentences on the comparability of the table's figures."""
     said = []
     images = models[0]["landscapes"][0]["images"]
     if len(images) > 1:
@@ -189,7 +189,7 @@ def notes(models: list[Model]) -> list[str]:
 
 
 def _supervised_controls(models: list[Model]) -> list[str]:
-    """Names the supervised controls of each model with relative positions.
+    """Returns the names of supervised controls for each model with relative positions.
 
     They are the models of the same positions that learnt labels from random weights. Where there is
     none, it says so.
@@ -229,7 +229,7 @@ def _mean(layers: list[dict[str, Any]], name: str) -> str:
 
 
 def _of_batches(part: Landscape | None, values_of: Callable[[Landscape], numpy.ndarray]) -> str:
-    """The mean over batches, with their standard deviation."""
+    """Returns the mean over batches with the standard deviation, as text."""
     if part is None:
         return "none"
     values = values_of(part)
@@ -243,7 +243,7 @@ def _of_batches(part: Landscape | None, values_of: Callable[[Landscape], numpy.n
 
 
 def _near(part: Landscape) -> numpy.ndarray:
-    """Returns what steps of a tenth change on each batch: the mean over directions, both ways."""
+    """Returns each batch's change by steps of 0.1: the mean over directions, both ways."""
     near = [i for i, step in enumerate(part["steps"]) if abs(abs(step) - 0.1) < 1e-6]
     return numpy.mean([changes(part, along)[:, near].mean(1) for along in part["curves"]], axis=0)
 

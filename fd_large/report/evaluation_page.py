@@ -1,4 +1,4 @@
-"""OUT/report.html of `evaluate`: tables and pictures of what was measured."""
+"""OUT/report.html of `evaluate`: tables and plots of the results."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def write_evaluation_page(
 
     Args:
         path: The file.
-        title: What was measured.
+        title: Title of the measurement.
         tables: The rich tables that the command prints.
-        pictures: What was drawn.
-        facts: How it was measured: (what, value).
+        pictures: Drawn files.
+        facts: Settings of the measurement: (label, value).
         below: A line below the title.
     """
     return html.write(
@@ -41,7 +41,7 @@ def write_evaluation_page(
 
 
 def _parts(table: Any) -> list[str]:
-    """A rich table as one of a page, and its caption."""
+    """Returns a rich table as HTML, and its caption."""
     rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
     shown = html.table(
         list(rows),

@@ -1,4 +1,4 @@
-"""The feature panel: photographs beside the teacher's and the student's maps, before and after.
+"""The feature panel: images next to the teacher's and the student's maps, before and after.
 
 The first three principal components of the whitened teacher's tokens become lightness, blue to
 yellow, and green to red, in this order of importance (CIELAB's axes), so that most of a map is
@@ -23,7 +23,7 @@ SIDE, GAP, UNDER, EDGE, HEADING, FOOT = 1.72, 0.11, 0.34, 0.09, 0.6, 0.5
 
 
 class Basis(NamedTuple):
-    """Three principal components and the range of each that the colours show.
+    """Three principal components, with the range of each for the colours.
 
     Attributes:
         mean: Mean token, (C,).
@@ -67,7 +67,7 @@ def mean_cosine(teacher: numpy.ndarray, student: numpy.ndarray) -> float:
 
 @style.own_look
 def draw_features(folder: Path, path: Path) -> bool:
-    """Draws the panel from FOLDER/features_*.npz as a PNG; returns False where there is none."""
+    """Draws the panel from FOLDER/features_*.npz as a PNG; returns False if there are none."""
     panels = {}
     for when in ("before", "after"):
         if kind_of(file := folder / f"features_{when}.npz") == "file":

@@ -1,7 +1,7 @@
-"""Pages of one file: style and pictures are inside, nothing is loaded and nothing runs.
+"""Self-contained HTML pages, with embedded style and plots and without scripts.
 
-Readable in light and dark, on a phone and on paper. `page.html` has the parts of a page, `page.css`
-how they look. What comes from files is escaped by jinja2.
+Readable in light and dark, on a phone and on paper. `page.html` has the parts of a page,
+`page.css` their style. jinja2 escapes texts from files.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _COLOURS = {
 def write(
     path: Path, title: str, parts: Iterable[str], *, beside: str = "", below: str = ""
 ) -> Path:
-    """Writes a page, whole or not at all; returns its path.
+    """Writes a page atomically; returns its path.
 
     Args:
         path: The file.
         title: Plain text.
-        parts: HTML, one below the other.
+        parts: HTML parts, in order.
         beside: HTML beside the title.
         below: Plain text below it.
     """
@@ -61,12 +61,12 @@ def text(value: object) -> str:
 
 
 def status(words: str, *, good: bool | None) -> str:
-    """Returns a coloured word; None: neither good nor bad."""
+    """Returns a coloured word; None for a neutral colour."""
     return _parts().status(words, {True: "good", False: "bad", None: ""}[good])
 
 
 def section(heading: str, *parts: str) -> str:
-    """Returns parts under a heading; nothing where all of them are empty."""
+    """Returns parts under a heading; "" if all of them are empty."""
     inside = list(filter(None, parts))
     return _parts().section(heading, inside) if inside else ""
 
@@ -87,8 +87,8 @@ def table(
     """Returns a table; without a head the first column names the rows.
 
     Args:
-        rows: Its cells.
-        head: What stands above the columns.
+        rows: Cells of the table.
+        head: Headings of the columns.
         right: Whether each column stands right; empty: where it holds numbers alone.
     """
     if not rows:
@@ -103,7 +103,7 @@ def commands(steps: Iterable[tuple[str, str]]) -> str:
 
 
 def picture(path: Path, alt: str, caption: str = "") -> str:
-    """Returns a PNG with its caption; of one that is too large, where it is."""
+    """Returns a PNG with its caption; a path instead of a too large PNG."""
     if kind_of(path) != "file":
         return ""
     if path.stat().st_size > MOST_BYTES:
@@ -119,7 +119,7 @@ def chart(figure: Figure, name: str, alt: str) -> str:
     Args:
         figure: The plot.
         name: Differs between the plots of a page.
-        alt: What it shows.
+        alt: Description of the plot.
     """
     import matplotlib
 
@@ -147,7 +147,7 @@ def chart(figure: Figure, name: str, alt: str) -> str:
 
 
 def charts(drawn: Iterable[str]) -> str:
-    """Returns plots side by side where there is room."""
+    """Returns plots side by side if there is room."""
     shown = list(drawn)
     return _parts().charts(shown) if shown else ""
 

@@ -22,9 +22,9 @@ TITLE_CHARACTERS = 78
 
 @style.own_look
 def draw_loss_curve(files: RunFiles, path: Path) -> bool:
-    """Draws the curve as a PNG; returns False where no step is written yet.
+    """Draws the curve as a PNG; returns False if no step is written yet.
 
-    Skipped steps are left out: their losses say nothing of the weights.
+    Skipped steps are left out, since their losses do not describe the weights.
     """
     counted = numpy.isfinite(files.loss)
     if not counted.any():
@@ -105,7 +105,7 @@ def smoothed(values: numpy.ndarray) -> numpy.ndarray:
 
 
 def _short(model: str) -> str:
-    """A model of the user's own by its file and name, without the folders."""
+    """Returns the user's own model by file and name, without folders."""
     return model.rpartition("/")[2]
 
 

@@ -1,4 +1,4 @@
-"""A report: both pictures, the page, the summary's last fields and the closing text."""
+"""A report: both plots, the page, the summary's last fields and the closing text."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fd_large.report.run_page import write_run_page
 
 
 def make_report(folder: str | Path, *, running: bool = False) -> str:
-    """Draws the pictures, writes report.html and completes summary.json.
+    """Draws the plots, writes report.html and completes summary.json.
 
     A run that is not finished has no summary yet, and its report writes none.
 
     Args:
         folder: The run's folder.
-        running: Whether somebody trains in it now: a summary is an earlier start's then.
+        running: Whether the run is training now, so that its summary is from an earlier start.
 
-    Returns: the closing text; with a last line on what could not be written, if anything.
+    Returns: the closing text; with a last line on files that could not be written, if any.
     Raises: ConfigError: if the folder is not a run's; DataError: if a file in it is damaged.
     """
     files = read_run(folder)
@@ -38,7 +38,7 @@ def make_report(folder: str | Path, *, running: bool = False) -> str:
 
 
 def _write(files: RunFiles, drawn: list[Path], *, running: bool) -> None:
-    """Writes all, and adds to `drawn` the pictures that are there."""
+    """Writes all files, and adds existing plots to `drawn`."""
     pictures = files.folder / PICTURES
     pictures.mkdir(exist_ok=True)
     if draw_loss_curve(files, pictures / "loss_curve.png"):

@@ -1,4 +1,4 @@
-"""Reads the folder of a run for a report, whether the run is finished, going on, or was killed."""
+"""Reads the folder of a run for a report, whether the run is finished, running, or was killed."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _KINDS: dict[type | UnionType, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run as its folder describes it.
+    """A run, read from its folder.
 
     Attributes:
         folder: The run's folder.
         recipe: Content of recipe.json.
-        environment: Content of environment.json; empty where there is none yet.
+        environment: Content of environment.json, or empty.
         summary: Content of summary.json; empty while the run goes, or where it was killed.
         updates: Finished steps that the training rows stand at, from 1, (n,).
         loss: Training loss of each, (n,); NaN where the step was skipped.
@@ -60,19 +60,19 @@ class RunFiles:
 
     @property
     def saved(self) -> int | None:
-        """Finished steps of the newest complete checkpoint, None where there is none."""
+        """Finished steps of the newest complete checkpoint, or None."""
         # What is still written, and what was set aside, has other names.
         names = [path.name for path in self.folder.glob("checkpoints/step_*")]
         steps = [name.removeprefix("step_") for name in names]
         return max((int(step) for step in steps if step.isdigit()), default=None)
 
     def has(self, name: str) -> bool:
-        """Whether the folder holds a file or folder of that name."""
+        """Whether the folder has a file or folder with this name."""
         return kind_of(self.folder / name) is not None
 
     @property
     def frozen_models(self) -> dict[str, dict[str, Any]]:
-        """Model and source of each model that the run uses and does not train, by its name."""
+        """Model and source of each frozen model of the run, by name."""
         sections = {k: v for k, v in self.recipe.items() if isinstance(v, dict)}
         several = sections.pop("teachers", {})
         sections |= {f"teacher {name}": entry for name, entry in several.items()}
@@ -80,7 +80,7 @@ class RunFiles:
 
     @cached_property
     def changed(self) -> dict[str, tuple[Any, Any]]:
-        """Settings that differ from the recipe of that name: (the run's, the recipe's)."""
+        """Settings that differ from the named recipe: (the run's, the recipe's)."""
         usual = {name: field.idle for name, field in LEFT.items()}
         try:
             usual |= flat_plain(registry.get(self.recipe["name"]).to_dict())
@@ -99,22 +99,22 @@ class RunFiles:
 
     @property
     def measured(self) -> list[str]:
-        """Names of the evaluated numbers to show, in order: those that have words, or all."""
+        """Names of the metrics to show, in order: labelled metrics, or all."""
         names = list(dict.fromkeys(key for row in self.evaluations for key in row))
         listed = [name for name in self._metrics if name in names]
         return listed or [name for name in names if name != "update"]
 
     def words(self, name: str) -> str:
-        """Returns a number's name in words; `loss` is the training loss."""
+        """Returns a metric's label; `loss` is the training loss."""
         return self._metrics.get(name, name.replace("_", " "))
 
     @property
     def losses(self) -> list[str]:
-        """Names of the evaluated numbers that are the training loss on some images, in order."""
+        """Names of the metrics that are the training loss on some images, in order."""
         return [name for name in self.measured if self.kind(name) == "loss"]
 
     def kind(self, name: str) -> str:
-        """Returns a number's kind, without the images it was measured on: loss of held_out_loss."""
+        """Returns a metric's kind, without its images: "loss" for held_out_loss."""
         pairs = (key.partition("/") for key in self.environment.get("metrics", {}))
         kinds = {f"{images}_{kind}": kind for images, _, kind in pairs}
         return kinds.get(name, "loss" if name.endswith("_loss") else name)
@@ -126,13 +126,13 @@ class RunFiles:
 
     @property
     def task(self) -> str:
-        """Name of the task; empty where the recipe has something else there."""
+        """Name of the task, or "" if the recipe's entry is invalid."""
         section = self.recipe.get("task", {})
         name = section.get("name", "distillation") if isinstance(section, dict) else ""
         return name if isinstance(name, str) else ""
 
     def lower_is_better(self, name: str) -> bool:
-        """Whether less of an evaluated number is better, as the run's task says."""
+        """Whether lower values of a metric are better, by the run's task."""
         kind, known = self.kind(name), self.environment.get("lower_is_better")
         if known is not None and kind != name:
             return kind in known
@@ -141,11 +141,11 @@ class RunFiles:
         return any(kind == one or kind.endswith(f"_{one}") for one in usual)
 
     def column(self, name: str) -> numpy.ndarray:
-        """Returns a number of each training row, (n,); NaN where it is not known."""
+        """Returns a value of each training row, (n,); NaN if unknown."""
         return numpy.array([row.get(name, numpy.nan) for row in self.rows], dtype=numpy.float64)
 
     def evaluated(self, name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Returns (steps, values) of a number, where it was evaluated."""
+        """Returns (steps, values) of a metric's evaluations."""
         rows = [row for row in self.evaluations if row.get(name) is not None]
         return numpy.array([row["update"] for row in rows]), numpy.array([r[name] for r in rows])
 
@@ -218,7 +218,7 @@ def _summary(path: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path, lines: list[Line], *numbers: str) -> list[dict[str, Any]]:
-    """Returns the rows of a file's lines, each with these numbers unless it was skipped."""
+    """Returns the valid rows of a file's lines: skipped steps, or rows with all required values."""
     # The last line of a run that goes on, or was killed, may be torn.
     if lines and not lines[-1].raw.endswith(b"\n"):
         lines.pop()

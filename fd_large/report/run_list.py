@@ -1,4 +1,4 @@
-"""The runs below a folder: where they are, and what each has come to, from its files alone."""
+"""The runs below a folder: their places, states and results, from their files alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _STATES = {DONE: DONE, "preempted": STOPPED, "interrupted": STOPPED, "": KILLED}
 
 
 class Value(NamedTuple):
-    """A number of an evaluation.
+    """A value of an evaluation.
 
     Attributes:
         value: The number.
@@ -51,12 +51,12 @@ class Value(NamedTuple):
 
 @dataclass(frozen=True)
 class ListedRun:
-    """A run among others.
+    """A run in a list of runs.
 
     Attributes:
-        folder: Its folder.
+        folder: Folder of the run.
         state: `running`, or one of the states above.
-        files: What its folder holds; None where that cannot be read.
+        files: Contents of its folder, or None if unreadable.
         problem: Why it cannot be read, or why it failed; empty where there is nothing to say.
     """
 
@@ -67,19 +67,19 @@ class ListedRun:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Content of recipe.json; empty where that cannot be read."""
+        """Content of recipe.json, or empty if unreadable."""
         return self.files.recipe if self.files else {}
 
     @property
     def student(self) -> str:
-        """Name of the model that is trained; empty where the recipe names none."""
+        """Name of the trained model, or ""."""
         section = self.recipe.get("student")
         named = isinstance(section, dict) and isinstance(section.get("model"), str)
         return full_name(section) if named else ""
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The recipe's fields, section.field, and besides `recipe`, `student` and `state`."""
+        """The recipe's fields, section.field, and `recipe`, `student` and `state`."""
         named = {"recipe": self.recipe.get("name", ""), "student": self.student}
         return {**flat_plain(self.recipe), **named, "state": self.state}
 
@@ -90,7 +90,7 @@ class ListedRun:
 
     @property
     def steps(self) -> int | None:
-        """Steps of the whole run; None where its files do not say."""
+        """Steps of the whole run, or None if unknown."""
         if self.files is None:
             return None
         recorded = self.files.summary.get("total_updates")
@@ -103,13 +103,13 @@ class ListedRun:
 
     @property
     def loss(self) -> float | None:
-        """Training loss of the newest step; None where that was skipped, or there is none."""
+        """Training loss of the newest step; None if it was skipped or does not exist."""
         losses = self.files.trained_loss if self.files else ()
         return float(losses[-1]) if len(losses) else None
 
     @property
     def written(self) -> float | None:
-        """Unix time at which the run last wrote a number, or its recipe."""
+        """Unix time of the run's last written metric or recipe."""
         times = []
         for name in (METRICS, EVALUATIONS, RECIPE):
             try:
@@ -120,7 +120,7 @@ class ListedRun:
 
     @property
     def measured(self) -> list[str]:
-        """Names of all numbers of the evaluations, in order, the baselines last."""
+        """Names of all metrics of the evaluations, in order, with baselines last."""
         rows = self.files.evaluations if self.files else []
         names = list(dict.fromkeys(key for row in rows for key in row if key != "update"))
         first = self.files.measured if self.files else []
@@ -128,17 +128,17 @@ class ListedRun:
 
     @property
     def main_metric(self) -> str:
-        """The number by which the recipe names the best checkpoint, or the first one measured."""
+        """The metric of the recipe's best checkpoint, or the first measured metric."""
         section = self.recipe.get("eval")
         named = section.get("best_metric") if isinstance(section, dict) else None
         return named if named in self.measured else next(iter(self.measured), "")
 
     def last(self, metric: str) -> Value | None:
-        """Returns the newest value of a number; None where it was not measured."""
+        """Returns the newest value of a metric, or None."""
         return next(reversed(self._values(metric)), None)
 
     def best(self, metric: str) -> Value | None:
-        """Returns the best value of a number, the first of equals; None where there is none.
+        """Returns the best value of a metric, the first of equals, or None.
 
         As for the best checkpoint, the evaluation before the first step does not count.
         """
@@ -147,7 +147,7 @@ class ListedRun:
         return min(values, key=lambda each: (sign * each.value, each.step), default=None)
 
     def lower_is_better(self, metric: str) -> bool:
-        """Whether less of a number is better."""
+        """Whether lower values of a metric are better."""
         return self.files is not None and self.files.lower_is_better(metric)
 
     def _values(self, metric: str) -> list[Value]:
@@ -158,8 +158,8 @@ class ListedRun:
 def find_runs(root: Path, on_error: Callable[[FDError], None]) -> Iterator[Path]:
     """Yields the folders of the runs below a folder, itself included, in the order of names.
 
-    Of a run with several students these are the students' own. Links are followed to runs outside
-    of the folder alone.
+    A run with several students gives the students' folders. Links are followed only to runs
+    outside of the folder.
 
     Args:
         root: The folder.
@@ -195,5 +195,5 @@ def _leads_on(entry: os.DirEntry[str], root: Path) -> bool:
 
 
 def state_of(files: RunFiles) -> str:
-    """Returns the state of a run that nobody works on, by its summary.json."""
+    """Returns the state of a run that is not running, from its summary.json."""
     return _STATES.get(files.summary.get("status", ""), FAILED)

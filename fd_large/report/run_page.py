@@ -1,4 +1,4 @@
-"""RUN/report.html: what a run was, how it went and what to do next, on one page."""
+"""RUN/report.html: settings, results and next commands of a run, on one page."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _loss(files: RunFiles, counted: numpy.ndarray) -> str:
 
 
 def _evaluated(files: RunFiles, kind: str, names: list[str]) -> str:
-    """The chart of a number, on one or on several sets of images."""
+    """Returns the chart of a metric, on one or several sets of images."""
     words = files.words(names[0]) if len(names) == 1 else kind.replace("_", " ")
     figure, axes = _small(words)
     several = len(names) > 1
@@ -140,9 +140,9 @@ def _evaluated(files: RunFiles, kind: str, names: list[str]) -> str:
 def _lines(
     files: RunFiles, axes: Any, names: list[str], *, kind: str = ""
 ) -> Iterator[list[float]]:
-    """Draws evaluated numbers with their constant-prediction baselines; yields what was drawn.
+    """Draws metrics with their constant-prediction baselines; yields their names.
 
-    Each is called by its images alone where the chart has the words for the rest of it, the kind.
+    Lines are labelled only by their images if the chart's title has the kind of metric.
     """
     for name, (colour, marker) in zip(names, cycle(LOOKS)):
         at, values = files.evaluated(name)
@@ -191,7 +191,7 @@ def _small(words: str) -> tuple[Any, Any]:
 
 
 def _thin(count: int) -> numpy.ndarray:
-    """Places of at most so many points, the last among them."""
+    """Returns the indices of a limited number of points, including the last."""
     return numpy.unique(numpy.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(int))
 
 

@@ -1,4 +1,4 @@
-"""The look of all plots: one scale of font sizes, colours that the colour-blind distinguish."""
+"""The style of all plots: one scale of font sizes, colours safe for the colour-blind."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ T = TypeVar("T")
 
 
 def own_look(draw: Callable[P, T]) -> Callable[P, T]:
-    """Has a function make and save its figures with matplotlib's defaults, not the user's.
+    """Decorates a function to draw with matplotlib's defaults instead of the user's settings.
 
-    Sizes are reckoned by the default font: with that of a matplotlibrc, legends would be cut.
+    Sizes are computed for the default font; with a user's font legends would be cut off.
     """
 
     @functools.wraps(draw)
@@ -46,7 +46,7 @@ def own_look(draw: Callable[P, T]) -> Callable[P, T]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Makes an empty figure of so many inches, which lays itself out."""
+    """Makes an empty figure of a size in inches, with automatic layout."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
@@ -55,10 +55,10 @@ def new_figure(width: float, height: float) -> Figure:
 def plot_figure(
     width: float, height: float, *, left: float, right: float, bottom: float, top: float
 ) -> Figure:
-    """Makes an empty figure of so many inches, and of margins in inches.
+    """Makes an empty figure of a size in inches, with margins in inches.
 
-    A run's report draws half a dozen, and the constrained layout of `new_figure` takes as long as
-    the drawing.
+    A run's report draws half a dozen figures, and the automatic layout of `new_figure` takes as
+    long as the drawing.
     """
     from matplotlib.figure import Figure
 
@@ -70,7 +70,7 @@ def plot_figure(
 
 
 def legend_below(figure: Figure, size: float) -> None:
-    """Names the first axes' lines below all axes of a `plot_figure`, which grows by that much."""
+    """Adds a legend of the first axes' lines below a `plot_figure`, which grows accordingly."""
     lines, names = figure.axes[0].get_legend_handles_labels()
     width, height = figure.get_size_inches()
     half = math.ceil(len(names) / 2)
@@ -86,13 +86,13 @@ def legend_below(figure: Figure, size: float) -> None:
 
 
 def short_numbers(axes: Axes, powers: tuple[int, int], size: float = SMALL_SIZE) -> None:
-    """Takes a power of ten outside these two out of the numbers of the y axis, to above it."""
+    """Moves a power of ten outside of two limits from the y axis's numbers to above the axis."""
     axes.ticklabel_format(axis="y", style="sci", scilimits=powers)
     axes.yaxis.get_offset_text().set(size=size, color=GREY)
 
 
 def named_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Names a row of the y axis for each of some models, the first on top, and rules the x axis."""
+    """Labels rows of the y axis by models, the first on top, with grid lines on the x axis."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.6)
     plain_axes(axes)
@@ -102,7 +102,7 @@ def named_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def plain_axes(axes: Axes) -> None:
-    """Reduces a frame to the two sides that carry numbers, and a faint grid."""
+    """Reduces a frame to the two sides with numbers, with a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=GREY, labelsize=SMALL_SIZE)

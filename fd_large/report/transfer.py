@@ -1,6 +1,6 @@
-"""The table of `transfer`: models, what they were carried on to, differences, the paper's figures.
+"""The table of `transfer`: models, their scores by task, differences, the paper's figures.
 
-All of it is made from summary.json and the folders of the runs that it names, while they train too.
+It is made from summary.json and the folders of its runs, also while they train.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ COLORS = {"student": style.BLUE, "teacher": style.VERMILLION, "scratch": style.G
 
 
 class Value(NamedTuple):
-    """A number over seeds.
+    """A mean over seeds.
 
     Attributes:
         mean: Their mean.
-        deviation: The standard deviation of single seeds; None: there is one.
+        deviation: The standard deviation of single seeds; None for one seed.
         seeds: The value of each.
     """
 
@@ -50,10 +50,10 @@ class Value(NamedTuple):
         return cls(statistics.fmean(values), deviation, tuple(values))
 
     def text(self, digits: int, *, sign: str = "") -> str:
-        """Returns it as text, of several seeds with one digit more.
+        """Returns the value as text, with a further digit for several seeds.
 
         Args:
-            digits: Digits after the point of one seed.
+            digits: Digits after the point for one seed.
             sign: As in a format; "+" shows it.
         """
         if self.deviation is None:
@@ -83,14 +83,14 @@ def read_cell(folder: Path) -> tuple[str, str, dict[str, Any]]:
 def write_table(
     folder: Path, interval: Interval = lambda ours, others, score: None
 ) -> tuple[dict[str, Any], list[Table], list[Path]]:
-    """Reads all runs of a table again, and writes it as JSON, text, picture and page.
+    """Reads all runs of a table again, and writes it as JSON, text, plot and page.
 
     Args:
-        folder: Its folder, with a summary.json.
+        folder: Folder of the table, with a summary.json.
         interval: Compares two rows by the folders of their runs and the name of a score: the
             difference with its interval; None: it is not known.
 
-    Returns: the content of summary.json, the tables, and what was written.
+    Returns: the content of summary.json, the tables, and the written files.
     Raises: ConfigError: if it is not the folder of a table.
     """
     there = kind_of(folder / SUMMARY, where="--out")
@@ -176,7 +176,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
 
     Args:
         summary: Content of summary.json.
-        path: The picture.
+        path: File of the plot.
     """
     rows, scores = summary["rows"], list(_scores(summary))
     columns = min(3, len(scores))
@@ -232,7 +232,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
 
 
 def _scores(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The name of a column that has cells, and each of its scores."""
+    """Yields each column with cells and each of its scores."""
     for column in summary["columns"]:
         if column["name"] in _trained(summary):
             for score in column["scores"]:
@@ -240,12 +240,12 @@ def _scores(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _trained(summary: dict[str, Any]) -> set[str]:
-    """Names of the columns that have cells."""
+    """Returns the names of the columns with cells."""
     return {cell["column"] for cell in summary["cells"]}
 
 
 def _published(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The paper's figures of the columns that have cells."""
+    """Returns the paper's figures of the columns with cells."""
     return [one for one in summary["published"] if one["column"] in _trained(summary)]
 
 
@@ -256,7 +256,7 @@ def _cells(summary: dict[str, Any], row: str, column: str) -> list[dict[str, Any
 def _by_seed(
     summary: dict[str, Any], row: str, column: str, score: dict[str, Any]
 ) -> dict[int, float]:
-    """A score of each seed that is done, as the table shows it."""
+    """Returns a score of each finished seed, in the table's units."""
     return {
         cell["seed"]: score["scale"] * cell["scores"][score["key"]]
         for cell in _cells(summary, row, column)
@@ -272,7 +272,7 @@ def _value(summary: dict[str, Any], row: str, column: str, score: dict[str, Any]
 def _difference(
     summary: dict[str, Any], a: str, b: str, column: str, score: dict[str, Any]
 ) -> Value | None:
-    """A row's score less another row's, seed by seed."""
+    """Returns the difference of two rows' scores, seed by seed."""
     first, second = (_by_seed(summary, row, column, score) for row in (a, b))
     values = [first[seed] - second[seed] for seed in first if seed in second]
     return Value.of(values) if values else None
@@ -302,14 +302,14 @@ def _interval(
 
 
 def _difference_text(found: dict[str, Any], digits: int) -> str:
-    """A difference as summary.json has it, with its interval or with its spread over seeds."""
+    """Returns a difference in summary.json as text, with its interval or its spread over seeds."""
     if "interval" in found:
         return shown(found, digits + 1)
     return Value(found["mean"], found["deviation"], ()).text(digits, sign="+")
 
 
 def _pairs(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each student with its teacher, and with random weights."""
+    """Yields each student with its teacher, and with random weights."""
     names = {row["name"] for row in summary["rows"]}
     for row in summary["rows"]:
         for other in (row.get("teacher"), row.get("scratch")):
@@ -320,7 +320,7 @@ def _pairs(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _paper(
     summary: dict[str, Any], row: str, column: str, score: dict[str, Any]
 ) -> tuple[float, bool] | None:
-    """The paper's figure, and whether the cell has the paper's settings."""
+    """Returns the paper's figure, and whether the cell has the paper's settings."""
     for one in summary["published"]:
         if (one["row"], one["column"]) == (row, column):
             return one["figures"][score["key"]], one["same_settings"]
@@ -349,7 +349,7 @@ def _cell_text(summary: dict[str, Any], row: str, column: str, score: dict[str, 
 
 
 def _notes(summary: dict[str, Any]) -> Iterator[str]:
-    """Lines below the table."""
+    """Returns the lines below the table."""
     if lower := _lower_is_better(summary):
         yield f"Less is better: {', '.join(lower)}."
     if any(not one["same_settings"] for one in _published(summary)):
@@ -373,7 +373,7 @@ def _notes(summary: dict[str, Any]) -> Iterator[str]:
 
 
 def _unlike(summary: dict[str, Any]) -> Iterator[str]:
-    """Lines that name the cells whose recipe is not that of the first row, and what differs."""
+    """Returns lines on cells with another recipe than the first row's, and the differences."""
     labels = {row["name"]: row["label"] for row in summary["rows"]}
     titles = {one["name"]: one["title"] for one in summary["columns"]}
     for cell in {(c["row"], c["column"]): c for c in summary["cells"]}.values():
@@ -385,7 +385,7 @@ def _unlike(summary: dict[str, Any]) -> Iterator[str]:
 
 
 def _swept(summary: dict[str, Any]) -> Iterator[str]:
-    """Lines that name the runs which had trained on the images that a sweep chose by."""
+    """Returns lines on runs that had trained on a sweep's held-out images."""
     labels = {row["name"]: row["label"] for row in summary["rows"]}
     yield from seen_by({labels[c["row"]]: c["sweep"] for c in summary["cells"] if "sweep" in c})
 
@@ -395,7 +395,7 @@ def _lower_is_better(summary: dict[str, Any]) -> list[str]:
 
 
 def _made_by(summary: dict[str, Any], column: str) -> str:
-    """The recipes of a column with what is changed of them, its dataset, and its seeds."""
+    """Returns the recipes of a column with their changes, its dataset, and its seeds."""
     cells = [cell for cell in summary["cells"] if cell["column"] == column]
     if not cells:
         return "not trained"
@@ -407,7 +407,7 @@ def _made_by(summary: dict[str, Any], column: str) -> str:
 
 
 def _changes(cell: dict[str, Any]) -> str:
-    """Changed fields of a cell's recipe, with the recipe's own values in brackets."""
+    """Returns the changed fields of a cell's recipe, with the recipe's own values in brackets."""
     if cell["unchanged"]:
         return ""
     changed = cell.get("changed", {})
