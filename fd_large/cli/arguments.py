@@ -1,13 +1,13 @@
-"""The one parser of the command line: arguments to a dataclass, and to fields of a recipe.
+"""The parser of the command line, from arguments to a dataclass and to fields of a recipe.
 
-A command's arguments are a frozen dataclass. Its fields are flags; those marked `Positional` may
-stand without a name; nested dataclasses are flags with dots; a field `dict[str, Section]` takes
-entries whose names stand on the command line alone (`--teachers.NAME.model VALUE`). A command that
-takes a recipe takes the fields of `recipes/run.py` beside its own.
+A command's arguments are a frozen dataclass. Its fields are flags; fields marked `Positional`
+need no name; nested dataclasses are flags with dots; a field `dict[str, Section]` takes entries
+that are named on the command line only (`--teachers.NAME.model VALUE`). A command with a recipe
+also takes the fields of `recipes/run.py`.
 
-tyro converts the values and prints the help, from types and comments of the fields. What it cannot
-do is here: each mistake in one sentence with the nearest names, and all of them at once; later
-flags win, which is said of a named entry's; values may begin with a dash; `--switch False`.
+tyro converts the values and prints the help, from types and comments of the fields. This file
+adds: one sentence for each mistake with the nearest names, all mistakes at once; later flags win,
+with a warning for a named entry's; values may begin with a dash; `--switch False`.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ Own = TypeVar("Own")
 
 
 class HelpShown(Exception):
-    """The help was asked for and is printed; there is nothing else to do."""
+    """Raised after printing the requested help."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllowsCode:
-    """An argument of commands that build models of stored runs and of exports."""
+    """The argument --allow-code of commands that build models of stored runs and exports."""
 
     # Python files of which any name may be imported where a recipe, a stored run or an export has
     # it (module:FILE.py:NAME). Others are not: what came from elsewhere must not run code.
@@ -80,7 +80,7 @@ class AllowsCode:
 
 @dataclass(frozen=True, kw_only=True)
 class TakesRunFile:
-    """An argument of commands that take a recipe from a file as well."""
+    """The argument --config of commands that can take a recipe from a file."""
 
     # YAML or JSON file with values of the recipe's fields, nested as in the recipe.json of a run,
     # which is such a file. Flags win over the file (docs/recipes.md).
@@ -105,12 +105,12 @@ class WithRecipe(Generic[Own]):
 
 
 def parse(kind: type[Own], arguments: Sequence[str], *, command: str) -> Own:
-    """Reads the arguments of a command that takes no recipe.
+    """Parses the arguments of a command without a recipe.
 
     Args:
         kind: The dataclass of the arguments, with keywords only.
-        arguments: What follows the command.
-        command: Its name, for messages and the help.
+        arguments: Arguments after the command.
+        command: Name of the command, for messages and the help.
 
     Raises:
         ConfigError: Something is unknown, missing or invalid; a line for each mistake.
@@ -128,17 +128,17 @@ def parse_with_recipe(
     often: Mapping[str, str] | None = None,
     base_of: Callable[[Mapping[str, Any]], Run | None] = lambda own: None,
 ) -> WithRecipe[Own]:
-    """Reads the arguments of a command that takes a recipe and its fields as well.
+    """Parses the arguments of a command with a recipe and its fields.
 
     Args:
-        kind: The dataclass of the command's own arguments; one of them is `recipe: str`.
-        arguments: What follows the command.
-        command: Its name, for messages and the help.
-        recipe: Name of the recipe where none is given.
-        often: Flags that the help shows on one screen, with words for each, before it names the
-            sections; None: the help shows all flags of the command's own.
-        base_of: The command's own arguments that are given -> a recipe that stands in for that of
-            the name, if any.
+        kind: The dataclass of the command's own arguments; one field is `recipe: str`.
+        arguments: Arguments after the command.
+        command: Name of the command, for messages and the help.
+        recipe: Name of the default recipe.
+        often: Flags for the overview in the help, with a description each, before the list of
+            sections; None to show all of the command's own flags.
+        base_of: A function from the command's given arguments to a recipe that replaces the named
+            one, or None.
 
     Raises: As `parse`.
     """
@@ -148,17 +148,17 @@ def parse_with_recipe(
 def choose(
     arguments: Sequence[str], commands: Mapping[str, str], *, command: str = "", note: str = ""
 ) -> tuple[str, list[str]]:
-    """Returns the command that the first argument names, and the arguments after it.
+    """Returns the command named by the first argument, and the arguments after it.
 
     Args:
-        arguments: What was given.
+        arguments: Arguments, beginning with the command's name.
         commands: Name to summary, for the help.
         command: What precedes the name, if anything.
         note: A last line for the help.
 
     Raises:
-        ConfigError: There is no such command.
-        HelpShown: The help was asked for, or nothing was given.
+        ConfigError: If the command does not exist.
+        HelpShown: If the help was requested, or there are no arguments.
     """
     name, *rest = arguments or ["--help"]
     if name in HELP:
@@ -182,11 +182,11 @@ def call_subcommand(
     *,
     command: str,
 ) -> int:
-    """Calls one of several commands with its arguments as keywords; returns the exit code.
+    """Calls one of several subcommands with its arguments as keywords; returns the exit code.
 
     Args:
-        arguments: What follows `command`: one of the commands and its own arguments.
-        commands: Name to the dataclass of the arguments and what is called.
+        arguments: Arguments after `command`: a subcommand and its own arguments.
+        commands: Subcommand to the dataclass of its arguments and its function.
         command: What precedes the name.
 
     Raises: As `choose` and `parse`.
@@ -202,7 +202,7 @@ def call_subcommand(
 
 
 class _Parser(Generic[Own]):
-    """One command's parser; it is used once."""
+    """The parser of a command, for a single use."""
 
     def __init__(
         self,
@@ -279,9 +279,9 @@ class _Parser(Generic[Own]):
         return WithRecipe(cast(Own, built), cast(Run, run), given, self._in_file)
 
     def _check_code(self, arguments: Sequence[str]) -> None:
-        """Refuses files that are not there and names that they lack, all at once; imports nothing.
+        """Refuses missing files of code, and names that they lack, all at once; imports nothing.
 
-        Before anything is imported, which takes seconds.
+        It runs before imports, which take seconds.
         """
         wrong = [
             complaint
@@ -293,7 +293,7 @@ class _Parser(Generic[Own]):
             raise ConfigError("\n".join(wrong))
 
     def _values(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Values by name, of the command's own arguments and of the recipe's fields."""
+        """Returns the values of the command's own arguments and of the recipe's fields, by name."""
         flags: dict[str, tuple[Any, list[str], bool]] = {}
         loose: list[str] = []
         meant: set[str] = set()
@@ -361,10 +361,10 @@ class _Parser(Generic[Own]):
         return values
 
     def _known(self, like: str) -> dict[str, tuple[str, Any]]:
-        """Name and type of each flag, by its name with underscores.
+        """Returns name and type of each flag, by its name with underscores.
 
         Args:
-            like: A flag as it was given; the entry of a dict has the name that it has there.
+            like: A flag from the command line, which names an entry of a dict.
         """
         names: dict[str, Any] = {}
         if self._recipe is not None:
@@ -374,7 +374,7 @@ class _Parser(Generic[Own]):
         return {name.replace("-", "_"): (name, hint) for name, hint in names.items()}
 
     def _say_twice(self, name: str, texts: list[str]) -> None:
-        """Says that the later value of an entry's field holds: two entries may have been meant."""
+        """Warns that the later value of an entry's field counts: two entries may be meant."""
         if name not in self._known("") and find_rank() == 0:
             entry = name.split(".")[1]
             log.warning(
@@ -401,9 +401,9 @@ class _Parser(Generic[Own]):
         return nearest(typed, known, before="--")
 
     def _run_file(self, arguments: Sequence[str]) -> Run | None:
-        """Returns the recipe that the file of --config describes; None without such a flag.
+        """Returns the recipe in the file of --config, or None without this flag.
 
-        Read before the flags: its task decides which of them there are.
+        The file is read before the flags, because its task decides which flags exist.
         """
         if "config" not in field_names(self._kind):
             return None
@@ -439,10 +439,10 @@ class _Parser(Generic[Own]):
         return f"--{name}: not given; expected {expected}. {see}"
 
     def _without_help(self, arguments: Sequence[str]) -> tuple[list[str], str | None]:
-        """Takes --help and the section after it out of the arguments.
+        """Removes --help and the section after it from the arguments.
 
-        Returns: the other arguments, and the section, "" for none; None if no help is asked for.
-        Raises: ConfigError: if there is no such section.
+        Returns: the other arguments, and the section ("" for none) or None without --help.
+        Raises: ConfigError: if the section does not exist.
         """
         first = next((n for n, argument in enumerate(arguments) if argument in HELP), None)
         if first is None:
@@ -490,7 +490,7 @@ def _groups(arguments: Sequence[str]) -> Iterator[tuple[str, list[str], bool]]:
 
 
 def _count(hint: Any, texts: list[str]) -> int:
-    """How many of the texts after a flag are its value: as many as its type takes."""
+    """Returns the number of texts after a flag that belong to its value, by its type."""
     for count in range(len(texts), 0, -1):
         with suppress(ValueError):
             _value(hint, texts[:count])
@@ -499,7 +499,7 @@ def _count(hint: Any, texts: list[str]) -> int:
 
 
 def _value(hint: Any, texts: list[str], *, off: bool = False) -> Any:
-    """The value of a flag; `off` if it is a switch that was given as --no_NAME.
+    """Returns the value of a flag; `off` for a switch given as --no_NAME.
 
     Raises: ValueError: if the texts are not of its type.
     """
@@ -521,7 +521,7 @@ def _value(hint: Any, texts: list[str], *, off: bool = False) -> Any:
 
 
 def _own_task(arguments: Sequence[str]) -> str:
-    """Returns the task of the user's own that the last --task.name names; empty if there is none.
+    """Returns the user's own task in the last --task.name, or "".
 
     Raises: ConfigError: if it cannot be imported.
     """

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Cache(TakesRunFile, AllowsCode):
-    """Store the maps that a recipe's teachers give of fixed views of data.root.
+    """Store the maps of a recipe's teachers for fixed views of data.root.
 
-    Runs then learn from them without the teachers: --teacher.source cached:OUT. It takes the flags
-    and the launcher of such a run; started again it goes on where it was, on any number of ranks.
+    Runs then learn from them without the teachers: --teacher.source cached:OUT. It takes the
+    flags and the launcher of such a run; a repeated start continues, on any number of ranks.
     With eval.root it stores the maps of held-out views as well.
     """
 
@@ -68,7 +68,7 @@ class Cache(TakesRunFile, AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Says what it takes, writes, and prints a line for each teacher."""
+    """Prints the costs, writes the maps, and prints a line for each teacher."""
     given = parse_with_recipe(Cache, arguments, command="cache", recipe=registry.DEFAULT_RECIPE)
     own = given.own
     run = _with_views(given.run, own.views)
@@ -99,7 +99,7 @@ STOPPED = (
 
 
 def _with_views(run: Run, views: int) -> Run:
-    """Returns the recipe with so many views of each image; 0: as many as it says, at least 1."""
+    """Returns the recipe with `views` views of each image; 0 keeps its own number, at least 1."""
     require(
         bool(run.frozen_models),
         "cache: the recipe has no teacher whose maps could be stored",
@@ -115,11 +115,11 @@ def _with_views(run: Run, views: int) -> Run:
 
 
 def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
-    """Writes the maps of a recipe's teachers, or what is missing of them; every rank calls it.
+    """Writes the missing maps of a recipe's teachers; every rank calls it.
 
     Args:
         run: The recipe; its task.distillation says which views.
-        out: The folder; of several teachers each has one of its name in it.
+        out: Output folder, with a subfolder for each of several teachers.
         precision: How the maps are stored.
 
     Returns: the maps that this start wrote, by the teacher's name.
@@ -164,7 +164,7 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
 
 
 def plan(run: Run, own: Cache) -> Table:
-    """Returns a table of what the maps take and whether they pay.
+    """Returns a table of the maps' costs and savings.
 
     Args:
         run: The recipe; its task.distillation says which views.
@@ -211,7 +211,7 @@ def plan(run: Run, own: Cache) -> Table:
 
 
 def _rows(cost: CachedTargets, own: Cache, micro_batch: int) -> list[tuple[str, str]]:
-    """Returns the rows of the table about one teacher's maps."""
+    """Returns the table's rows of one teacher's maps."""
     fewest = cost.fewest_uses
     when = "if each view is used more than once"
     if fewest == math.inf:
@@ -240,7 +240,7 @@ def _rows(cost: CachedTargets, own: Cache, micro_batch: int) -> list[tuple[str, 
 
 
 def _verdict(cost: CachedTargets) -> str:
-    """Whether storing pays in these runs."""
+    """Returns a sentence on whether storing maps saves time in these runs."""
     share = f"{100 * abs(cost.saved_share):.0f} %"
     if cost.pays:
         return f"it pays: {share} less time"

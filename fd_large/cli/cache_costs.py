@@ -1,4 +1,4 @@
-"""The costs of storing the maps of a recipe's teachers, reckoned from shapes alone."""
+"""The costs of storing the maps of a recipe's teachers, computed from shapes alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def micro_batch_of(job: DistillationJob, load: Workload) -> int:
-    """Returns the images of a forward for which times are reckoned."""
+    """Returns the micro batch for which times are computed."""
     from fd_large.tasks.distillation.cached.views import batch_size
 
     batch = job.run.batch
@@ -35,18 +35,18 @@ def costs_of(
     runs: int,
     read_bytes_per_second: float,
 ) -> dict[str, CachedTargets]:
-    """Returns what each teacher's maps cost and save, by the teacher's name.
+    """Returns the costs and savings of each teacher's maps, by the teacher's name.
 
-    Times are those that `plan` has for one rank, without communication. Several teachers share
-    theirs by their FLOPs.
+    Times are `plan`'s for one rank, without communication, divided among several teachers by
+    their FLOPs.
 
     Args:
         job: The job of a settled recipe with fixed views.
-        load: Its counts on the card.
-        rates: Those of the card.
+        load: Counts of the workload on the card.
+        rates: Rates of the card.
         images: Images of the dataset.
         precision: How the maps are stored.
-        runs: Runs like this one that use them.
+        runs: Number of equal runs that use the maps.
         read_bytes_per_second: Rate at which a rank reads the maps.
     """
     # Importing torch takes seconds.
@@ -87,7 +87,7 @@ def costs_of(
 
 
 def _seconds_of_an_image(job: DistillationJob, load: Workload, rates: Rates) -> tuple[float, float]:
-    """Returns the seconds of a step for an image on one rank, with the teachers and without."""
+    """Returns the seconds per image of a step on one rank, with and without the teachers."""
     candidate = Candidate(
         stage=1,
         checkpointing=job.run.student.activation_checkpointing != "off",

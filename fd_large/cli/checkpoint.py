@@ -35,7 +35,7 @@ class List(_OfRun):
 
 
 class Verify(_OfRun):
-    """Check every file of a run's checkpoints; exit code 1 if one is damaged."""
+    """Check every file of a run's checkpoints; exit code 1 if a checkpoint is damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Export(_OfRun, AllowsCode):
 
 @dataclass(frozen=True, kw_only=True)
 class Import(AllowsCode):
-    """Store a checkpoint of DeepSpeed's own format as a run's newest; as many ranks as wrote it."""
+    """Store a checkpoint in DeepSpeed's format as a run's newest, on as many ranks as wrote it."""
 
     # The folder that DeepSpeed's save_checkpoint was given.
     source: Annotated[str, Positional, arg(metavar="SOURCE")]
@@ -87,7 +87,7 @@ def stored_of(run: str) -> tuple[Path, list[store.Stored]]:
 
 
 def _without_manifest(folder: Path) -> list[str]:
-    """A complaint for each checkpoint without a sound manifest, which cannot be read."""
+    """Returns a message for each checkpoint without a sound manifest, which cannot be read."""
     return [
         f"{path}: manifest.json is missing or damaged"
         for path in store.renamed(folder)
@@ -127,7 +127,7 @@ def list_checkpoints(run: str) -> int:
 
 
 def verify(run: str) -> int:
-    """Reads every file of a run's checkpoints; returns 1 if one is damaged."""
+    """Reads every file of a run's checkpoints; returns 1 if a checkpoint is damaged."""
     folder, found = stored_of(run)
     unreadable = _without_manifest(folder)
     read = activity.counted(found, "reading every byte", "checkpoints")
@@ -142,7 +142,7 @@ def verify(run: str) -> int:
 
 
 def prune(run: str, keep_last: int | None) -> int:
-    """Removes all but the newest checkpoints and those that the recipe keeps besides."""
+    """Removes all checkpoints except the newest and the recipe's kept ones."""
     folder, _ = stored_of(run)
     with claimed(folder) as lease:
         removed = _pruned(folder, keep_last, lease)
@@ -151,7 +151,7 @@ def prune(run: str, keep_last: int | None) -> int:
 
 
 def _pruned(folder: Path, keep_last: int | None, lease: Lease) -> list[Path]:
-    """Removes what the recipe (or `keep_last`) does not keep; returns the removed folders.
+    """Removes checkpoints that the recipe (or `keep_last`) does not keep; returns their folders.
 
     Raises: CheckpointError: if the newest, which would stay, is damaged.
     """
@@ -196,7 +196,7 @@ def export(run: str, out: str, deepspeed_config: str) -> int:
 
 
 def import_(source: str, run: str, deepspeed_config: str) -> int:
-    """Stores a checkpoint of DeepSpeed's own as the run's newest; a collective."""
+    """Stores a checkpoint in DeepSpeed's format as the run's newest; a collective."""
     recipe_file(Path(run), where="checkpoint import")
     load(deepspeed_config)
     if kind_of(Path(source) / LATEST, where="checkpoint import") != "file":

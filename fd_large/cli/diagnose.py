@@ -24,7 +24,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnose(DiagnosisFlags, AllowsCode):
-    """Show what models attend to, how flat their loss is and how alike their layers are.
+    """Show attention, flatness of the loss and similarity of layers of models.
 
     A model is RUN (its student, with the loss of the run's task beside that of the model alone),
     RUN#student (the same model alone), RUN#teacher or RUN#scratch; a file or folder of weights,
@@ -44,7 +44,7 @@ class Diagnose(DiagnosisFlags, AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Looks at the models and prints a summary."""
+    """Diagnoses the models and prints a summary."""
     given = parse(Diagnose, arguments, command="diagnose")
     require_paths(paths_of_models(given.models) | {"data.root": given.data.root})
     return measured(DIAGNOSIS, given, {})

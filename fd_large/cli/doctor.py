@@ -1,4 +1,4 @@
-"""`python -m fd_large doctor`: whether what a run needs is here, on one screen.
+"""`python -m fd_large doctor`: checks of a run's requirements, on one screen.
 
 Alone it looks at this node. Started as a run is (srun, mpirun, torchrun, deepspeed) it also has the
 ranks meet, and compares their nodes.
@@ -40,7 +40,7 @@ _SAME = ("packages", "code")
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Say what a run finds here, and what to fix; exit code 1 if training cannot start.
+    """Check this machine for training, with remedies; exit code 1 if training cannot start.
 
     Alone it looks at this node. Started like a run (srun, mpirun, torchrun, or deepspeed
     --no_local_rank --module) it has the ranks meet, and names the nodes that differ.
@@ -57,7 +57,7 @@ class Doctor:
 
 
 def main(arguments: list[str]) -> int:
-    """Looks, has the ranks meet, and prints the table; 1 if training cannot start."""
+    """Checks this node, lets the ranks meet, and prints the table; 1 if training cannot start."""
     given = parse(Doctor, arguments, command="doctor")
     terminal.take()
     # What libraries print meanwhile does not belong to the table.
@@ -89,13 +89,13 @@ def main(arguments: list[str]) -> int:
 
 
 def merged(nodes: Sequence[tuple[str, Mapping[str, Finding]]]) -> dict[str, Finding]:
-    """Returns the first node's findings, with what other nodes have differently.
+    """Returns the first node's findings, with differences on other nodes.
 
-    A node is named where its verdict is worse, or where what must be alike is not: that stops a
-    run only for packages and code.
+    A node is named if its verdict is worse, or if a fact that must be the same differs, which
+    stops a run only for packages and code.
 
     Args:
-        nodes: Names and findings, those of the first rank's node first.
+        nodes: Names and findings of nodes, the first rank's node first.
     """
     (_, first), *others = nodes
     lines = {}

@@ -1,7 +1,7 @@
 """The doctor's checks of one node: software, devices, limits, network and disks.
 
-Versions, compilers and operations are in the reports of torch and DeepSpeed, which `doctor --full`
-prints; here stands what these do not judge: whether a run starts, and what makes it slow.
+Versions, compilers and operations are in the reports of torch and DeepSpeed, which `doctor
+--full` prints; these checks add whether a run can start, and what makes it slow.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _SHOWN = ("torch", "torchvision", "deepspeed", "timm", "numpy")
 
 
 class Finding(NamedTuple):
-    """The finding of a check.
+    """The result of a check.
 
     Attributes:
-        found: A few words.
+        found: Result in a few words.
         verdict: The judgement.
-        remedy: What to do about anything that is not "ok".
-        alike: What must be the same on every node; empty: nothing.
+        remedy: Remedy for any verdict other than "ok".
+        alike: Facts that must be the same on every node, or "".
     """
 
     found: str
@@ -54,7 +54,7 @@ class Finding(NamedTuple):
 
 
 def look(check: Callable[[], Finding]) -> Finding:
-    """Runs a check; if it fails to look, that is what it found."""
+    """Runs a check; an exception becomes its finding."""
     try:
         return check()
     except Exception as error:
@@ -64,7 +64,7 @@ def look(check: Callable[[], Finding]) -> Finding:
 def check_node(
     run_dir: str, local_disk: str, world_size: int = 1, *, nvme_path: str = ""
 ) -> dict[str, Finding]:
-    """Makes all checks of this node.
+    """Runs all checks of this node.
 
     Args:
         run_dir: Folder that runs are written to.
@@ -121,7 +121,7 @@ def packages() -> Finding:
 
 
 def code() -> Finding:
-    """The version of fd_large, its commit and the hash of its files."""
+    """Reports the version of fd_large, its commit and the hash of its files."""
     import fd_large
     from fd_large.engine.node_consistency import code_hash
     from fd_large.runtime.run_folder import source_commit
@@ -133,7 +133,7 @@ def code() -> Finding:
 
 
 def fused_code() -> Finding:
-    """Whether the optimiser is fused, and which kernels are installed."""
+    """Reports whether the optimiser is fused, and the installed kernels."""
     from fd_large.kernels.choose import has_nvidia_apex
 
     try:
@@ -160,7 +160,7 @@ def fused_code() -> Finding:
 
 
 def devices() -> Finding:
-    """The GPUs, each of which adds some numbers."""
+    """Checks the GPUs by a small sum on each."""
     try:
         import torch
     except Exception as error:
@@ -185,7 +185,7 @@ def devices() -> Finding:
 
 
 def cpu_and_memory() -> Finding:
-    """Cores that this process may use, and free memory."""
+    """Reports usable cores and free memory."""
     import psutil
 
     cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()
@@ -197,7 +197,7 @@ def cpu_and_memory() -> Finding:
 
 
 def limits(world_size: int) -> Finding:
-    """Limits of open files, to which a run raises its own, and of locked memory.
+    """Checks the limits of open files (which a run raises as far as allowed) and locked memory.
 
     Args:
         world_size: Number of ranks that are to meet.
@@ -223,7 +223,7 @@ def limits(world_size: int) -> Finding:
 
 
 def interfaces() -> Finding:
-    """Network interfaces, and whether the host's name leads to one of them."""
+    """Reports network interfaces, and whether the host's name resolves to one of them."""
     import psutil
 
     up = {name: facts for name, facts in psutil.net_if_stats().items() if facts.isup}
@@ -249,7 +249,7 @@ def interfaces() -> Finding:
 
 
 def infiniband() -> Finding:
-    """InfiniBand ports and their rates."""
+    """Reports InfiniBand ports and their rates."""
     if not any(_FABRIC.glob("*")):
         return Finding("no device", "-")
     rates = Counter(_active_ports())
@@ -262,7 +262,7 @@ def infiniband() -> Finding:
 
 
 def _active_ports() -> list[str]:
-    """Rates of the active InfiniBand ports, such as "400 Gb/sec"."""
+    """Returns the rates of active InfiniBand ports, such as "400 Gb/sec"."""
     return [
         " ".join((port / "rate").read_text().split()[:2])
         for port in sorted(_FABRIC.glob("*/ports/*"))
@@ -271,7 +271,7 @@ def _active_ports() -> list[str]:
 
 
 def collective_variables() -> Finding:
-    """Variables of NCCL and gloo, and whether the interfaces that they name exist."""
+    """Checks that the interfaces in NCCL's and gloo's variables exist."""
     found = {
         name: value
         for name, value in sorted(os.environ.items())
@@ -291,7 +291,7 @@ def collective_variables() -> Finding:
 
 
 def _named(variable: str) -> list[str]:
-    """Interfaces that a variable asks for; none if it only excludes some."""
+    """Returns the interfaces that a variable names; empty if it only excludes some."""
     text = os.environ.get(variable, "")
     return [] if text.startswith("^") else [one for one in text.lstrip("=").split(",") if one]
 
@@ -300,7 +300,7 @@ def _named(variable: str) -> list[str]:
 
 
 def state_disk(folder: str) -> Finding:
-    """The disk that `engine.nvme_path` would name: 16 bytes a parameter, 32 moved in a step."""
+    """Checks a disk for `engine.nvme_path`: 16 bytes a parameter, 32 moved in a step."""
     if not folder:
         return Finding("none named; --nvme_path FOLDER looks at one", "-")
     try:
@@ -315,7 +315,7 @@ def state_disk(folder: str) -> Finding:
 
 
 def disk(folder: str, *, needed: bool) -> Finding:
-    """Free space of a folder's disk, and how fast a file of 256 MB is written and flushed.
+    """Reports a disk's free space, and the speed of writing and flushing 256 MB.
 
     Args:
         folder: It need not exist; its nearest parent that does is measured.
@@ -350,7 +350,7 @@ def disk(folder: str, *, needed: bool) -> Finding:
 
 
 def shared_memory() -> Finding:
-    """Free shared memory, through which loader processes pass batches."""
+    """Checks free shared memory, through which loading processes pass batches."""
     usage = shutil.disk_usage("/dev/shm")
     said = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free"
     if usage.free < _LOW_SHARED_MEMORY:
@@ -360,7 +360,7 @@ def shared_memory() -> Finding:
 
 
 def listings() -> Finding:
-    """The folder that keeps listings of datasets."""
+    """Checks the cache folder for listings of datasets."""
     from fd_large.data.listing import cache_folder
 
     folder = cache_folder() / "listings"

@@ -27,7 +27,7 @@ _STOPPED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The images, and how they are read."""
+    """Flags of the images and their loading."""
 
     # Images as for training, without labels: a folder, tar shards, or builtin:photographs.
     root: str
@@ -47,9 +47,9 @@ class Embed(AllowsCode):
     hf:REPO, open_clip:ARCH/TAG, timm:NAME or module:PATH/TO/FILE.py:NAME; or NAME=SOURCE for
     weights that do not show their model.
 
-    A row has the image's path below the folder and its feature, in float32. Start several ranks by
-    torchrun or deepspeed: the table is the same to the bit. What is stopped or killed goes on when
-    the same command is given again. Images that cannot be read are named and left out.
+    A row has the image's path below the folder and its feature, in float32. With several ranks by
+    torchrun or deepspeed the table is the same to the bit. A stopped or killed command continues
+    when it is repeated. Unreadable images are named and left out.
     """
 
     # The model.
@@ -83,7 +83,7 @@ class Embed(AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the table and says what is in it."""
+    """Writes the table and prints a summary of it."""
     given = parse(Embed, arguments, command="embed")
     data, out = given.data, Path(given.out)
     require_paths(paths_of_models([given.model]) | {"data.root": data.root})

@@ -44,9 +44,9 @@ class Evaluate(*_SCORED_FILES, *_MOST_SPECIAL, AllowsCode):  # type: ignore[misc
     which KEY.cls stands beside KEY.jpg. A MODEL is RUN (its student), RUN#teacher or RUN#scratch
     (its student with random weights); a file or folder of weights, hf:REPO, open_clip:ARCH/TAG,
     timm:NAME or module:PATH/TO/FILE.py:NAME; or NAME=SOURCE for weights that do not show their
-    model. A run that detects, segments or estimates depth is scored on the images that it is tested
-    on, or on those of another --data.root. --sweep tries a grid of learning rates and layer decays
-    before fine-tuning, for every model alike, on a held-out tenth of the training images.
+    model. A run of detection, segmentation or depth is scored on its own test images, or on
+    another --data.root. --sweep tries the same grid of learning rates and layer decays for every
+    model before fine-tuning, on a held-out tenth of the training images.
 
     Fields of a recipe (--data.image_size, --optim.epochs ...) follow as in training.
     docs/evaluation.md explains the figures.
@@ -89,9 +89,9 @@ def main(arguments: list[str]) -> int:
 
 
 def with_flags_of(task: str) -> type[Evaluate]:
-    """Returns the command's arguments, with the flags of a protocol of the user's own if named.
+    """Returns the class of the command's arguments, with flags of the user's own protocol.
 
-    Raises: ConfigError: if there is no such protocol.
+    Raises: ConfigError: if the protocol does not exist.
     """
     others = doors.is_own(task) or task in doors.installed("protocols")
     if not others or issubclass(Evaluate, flags := protocol_of(task).flags):
@@ -105,14 +105,13 @@ def with_flags_of(task: str) -> type[Evaluate]:
 
 
 def scored_run(models: Sequence[str], task: str) -> Run | None:
-    """Returns the recipe of the run that its own task is to score, whose fields flags may change.
+    """Returns the recipe of a run to score by its own task, whose fields flags may change.
 
     Args:
-        models: What is measured, as the user names it.
+        models: The user's names of the models.
         task: As `--task`.
 
-    Returns: None where something else is measured, or the recipe cannot be read, which `evaluate`
-        says.
+    Returns: None for other measurements, or an unreadable recipe, which `evaluate` reports.
     """
     folder = run_of_checkpoint(models[0]) if models else None
     if folder is None or files.kind_of(folder / RECIPE, where="evaluate") != "file":
@@ -130,7 +129,7 @@ def evaluate(own: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
 
     Args:
         own: The command's own arguments.
-        changes: Fields of a recipe that are given, by name.
+        changes: Given fields of a recipe, by name.
         run: A recipe with these fields.
 
     Raises: FDError: for the user's mistakes.
@@ -160,7 +159,7 @@ def evaluate(own: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
 def measured(
     protocol: Protocol, own: Any, changes: Mapping[str, Any], run: Run | None = None
 ) -> int:
-    """Measures by a protocol and prints what came out; returns the exit code.
+    """Measures by a protocol and prints the results; returns the exit code.
 
     Args: As `Asked`.
     """
@@ -177,7 +176,7 @@ def measured(
 
 
 def _protocol_of_run(own: Evaluate) -> Protocol:
-    """Returns what `--task auto` stands for: by the task of the first model's run, else k-NN."""
+    """Resolves `--task auto`: the task of the first model's run, else k-NN."""
     folder = run_of_checkpoint(own.models[0].removesuffix("#scratch"))
     if files.kind_of(folder / RECIPE, where="evaluate") == "file":
         kind = kind_of(read_recipe(folder, where="evaluate").task.name)
@@ -195,14 +194,14 @@ def _refuse(
     changes: Collection[str],
     allowed: Sequence[str] | None,
 ) -> None:
-    """Refuses what is given and not used.
+    """Refuses given flags that the protocol does not use.
 
     Args:
         own: The command's own arguments.
-        what: What is measured, for the message.
-        flags: Those of the command's own arguments that it uses.
-        changes: Fields of a recipe that are given.
-        allowed: Those that it uses; None: all.
+        what: The protocol in words, for the message.
+        flags: The command's own arguments that it uses.
+        changes: Given fields of a recipe.
+        allowed: Fields that it uses; None for all.
     """
     given = {f.name: getattr(own, f.name) != f.default for f in fields(own)}
     unused = [

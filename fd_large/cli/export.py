@@ -29,7 +29,7 @@ SHARD_SIZE = "5GB"
 
 @dataclass(frozen=True, kw_only=True)
 class Export(AllowsCode):
-    """Write the student of a run's newest checkpoint, or of a named one, where others load it.
+    """Write the student of a run's newest or named checkpoint for another library.
 
     OUT is a new folder: the weights, config.json, and README.md, the model card.
     """
@@ -81,7 +81,7 @@ class Export(AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Exports and prints what was written."""
+    """Exports and prints the written files."""
     given = parse(Export, arguments, command="export")
     # torch is not imported yet.
     recipe_file(run_of_checkpoint(given.run), where="export")
@@ -124,11 +124,11 @@ def export(
         run: Folder of the run, or of one of its checkpoints.
         out: Folder to write.
         to: One of LIBRARIES.
-        shard_size: Size of a file at most, such as 5GB; a graph is not cut.
-        image_size: Side in pixels of the images that it is written for; 0: that of the training.
+        shard_size: Largest size of a file, such as 5GB; a graph is not split.
+        image_size: Side in pixels of the exported model's images; 0 means the training's.
         repository: OWNER/NAME where it will be uploaded, which is checked; empty: nowhere.
         licence: Licence of the student, for the model card.
-        base_model: OWNER/NAME of what it learned from, for the card.
+        base_model: OWNER/NAME of the base model, for the card.
 
     Returns: The step of the checkpoint, the number of parameters, and the files.
     Raises: FDError: if the format cannot hold the student, or it could not be uploaded.
@@ -218,7 +218,7 @@ def export(
 
 
 def _while_pruned(folder: Path, write: Callable[[], Any]) -> Any:
-    """Writes; again if a run that trains has pruned the checkpoint under it: it has a newer one."""
+    """Writes the export, and repeats it if a running run prunes the checkpoint meanwhile."""
     from fd_large.checkpoint import store
 
     while True:
@@ -232,9 +232,9 @@ def _while_pruned(folder: Path, write: Callable[[], Any]) -> Any:
 
 
 def _summary(folder: Path, step: int) -> dict[str, Any]:
-    """The run's summary; for a checkpoint that was named, with the numbers of its own evaluation.
+    """Returns the run's summary, with a named checkpoint's own evaluation.
 
-    The numbers of the run's end are not those of its other checkpoints.
+    The run's final metrics do not belong to its other checkpoints.
     """
     from fd_large.runtime.run_folder import rows_before
 

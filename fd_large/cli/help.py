@@ -1,7 +1,7 @@
-"""The help of a command: tyro prints its own flags, and sections of the recipe when asked for.
+"""The help of a command: tyro prints its own flags, and sections of the recipe on request.
 
-A recipe has some three hundred fields. A command that is mostly about them (`train`) shows on one
-screen those that are set often and the names of the sections; `--help SECTION` shows a section in
+A recipe has some three hundred fields. A command mostly about them (`train`) shows a screen with
+the most common fields and the names of the sections; `--help SECTION` shows a section in
 full, and `--help all` everything.
 """
 
@@ -26,13 +26,13 @@ ALL = "all"
 
 
 def program(command: str) -> str:
-    """The command as it was called: by the installed script or by the module."""
+    """Returns the command as called: by the installed script or by the module."""
     script = Path(sys.argv[0]).name
     return f"{script if script == 'fd-large' else 'python -m fd_large'} {command}".strip()
 
 
 def required(kind: type, prefix: str = "") -> Iterator[str]:
-    """Names of the fields without a default, nested ones included."""
+    """Returns the names of fields without a default, nested fields included."""
     for own in fields(kind):
         hint = hints_of(kind)[own.name]
         if own.default is not MISSING or own.default_factory is not MISSING:
@@ -44,7 +44,7 @@ def required(kind: type, prefix: str = "") -> Iterator[str]:
 
 
 def sections_of(task: type[Task]) -> dict[str, Any]:
-    """Returns {"optim": type, "task.detection": type, ...}: sections of a recipe, and their parts.
+    """Returns a recipe's sections and their parts, {"optim": type, "task.detection": type, ...}.
 
     Args:
         task: The section `task`, to which a task of the user's own adds its section.
@@ -53,10 +53,10 @@ def sections_of(task: type[Task]) -> dict[str, Any]:
 
 
 def section_named(typed: str, task: type[Task]) -> str:
-    """Returns the section that a name after --help means, "optim" for "optim.eps", too; or "".
+    """Returns the section of a name after --help ("optim" also for "optim.eps"), or "".
 
     Args:
-        typed: What follows --help.
+        typed: Text after --help.
         task: As in `sections_of`.
     """
     known = sections_of(task).keys() | {ALL}
@@ -71,8 +71,8 @@ def print_own(kind: type, command: str, *, of_recipe: bool) -> None:
 
     Args:
         kind: The dataclass of its arguments.
-        command: Its name.
-        of_recipe: Whether fields of a recipe are flags as well, which is said then.
+        command: Name of the command.
+        of_recipe: Whether fields of a recipe are flags too, which the help then mentions.
     """
     _print_by_tyro(kind, command, getdoc(kind) or "")
     if of_recipe:
@@ -81,11 +81,11 @@ def print_own(kind: type, command: str, *, of_recipe: bool) -> None:
 
 
 def print_sections(kind: type, command: str, base: Run, task: type[Task], section: str) -> None:
-    """Prints a section of a recipe in full, with the recipe's values as defaults; or all of them.
+    """Prints a section of a recipe, or all sections, in full, with the recipe's values as defaults.
 
     Args:
         kind: The dataclass of the command's own arguments, which `ALL` shows as well.
-        command: Its name.
+        command: Name of the command.
         base: The recipe.
         task: As in `sections_of`.
         section: A key of `sections_of`, or `ALL`.
@@ -114,14 +114,14 @@ def print_sections(kind: type, command: str, base: Run, task: type[Task], sectio
 def print_overview(
     kind: type, command: str, base: Run, task: type[Task], often: Mapping[str, str]
 ) -> None:
-    """Prints the flags that are set often and the names of the sections: one screen.
+    """Prints the most common flags and the names of the sections, on one screen.
 
     Args:
         kind: The dataclass of the command's own arguments.
-        command: Its name.
-        base: The recipe, whose values are shown, and whose task decides which sections are.
+        command: Name of the command.
+        base: The recipe whose values are shown, and whose task decides the sections.
         task: As in `sections_of`.
-        often: Flags, and what is said of each: the command's own, and fields of the recipe.
+        often: Flags with descriptions: the command's own, and fields of the recipe.
     """
     sections, read = sections_of(task), _read_by(base.task)
     own, flags, about = {}, {}, {}
@@ -158,7 +158,7 @@ def _parts(hints: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _read_by(task: Task) -> list[str]:
-    """Sections of a recipe that its task reads; all of them for code that is not imported."""
+    """Returns the sections that a recipe's task reads; all of them for code not imported."""
     kind = task.kind()
     of_tasks = {name for other in TASKS.values() for name in other.sections}
     unread = of_tasks.difference(kind.sections) if kind else set()
@@ -166,7 +166,7 @@ def _read_by(task: Task) -> list[str]:
 
 
 def _print_rows(title: str, rows: Mapping[str, str], width: int = 0) -> None:
-    """Prints words in two columns, below a title."""
+    """Prints rows in two columns, below a title."""
     width = width or max(map(len, rows))
     print(f"\n{title}:")
     for name, text in rows.items():
@@ -191,7 +191,7 @@ def _print_by_tyro(kind: type, command: str, text: str) -> None:
 
 
 def _filled(text: str) -> str:
-    """Paragraphs in the width of the terminal; tyro joins lines that begin with a letter."""
+    """Returns paragraphs in the terminal's width; tyro joins lines that begin with a letter."""
     width = shutil.get_terminal_size().columns
     paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
     return "\n\n".join(textwrap.fill(part, width, subsequent_indent="  ") for part in paragraphs)

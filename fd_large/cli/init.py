@@ -21,7 +21,7 @@ _OF_A_CHECKOUT = {"throughput.sh"}
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
-    """Write the Slurm scripts, and site.sh with the settings of your site, to a folder of yours."""
+    """Write the Slurm scripts, and site.sh with the settings of your site, to your own folder."""
 
     # A new or empty folder, which is made if it is not there.
     folder: Annotated[str, Positional, arg(metavar="DIR")]

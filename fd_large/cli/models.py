@@ -25,7 +25,7 @@ auto                 of a teacher: the model of its weights (docs/weights.md)"""
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """List the models that a student or a teacher may be, by the names that recipes take."""
+    """List the names of models for students and teachers."""
 
     # Part of a name: lists the models that have it, timm's as well.
     part: Annotated[str, Positional, arg(metavar="[PART]")] = ""
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 def matching(part: str) -> list[str]:
     """Returns the names of all models, timm's included, with a part in them.
 
-    Raises: ConfigError: if there is none.
+    Raises: ConfigError: if nothing matches.
     """
     with activity.work("loading timm"):  # Seconds: it brings torch.
         import timm
@@ -66,7 +66,7 @@ def matching(part: str) -> list[str]:
 
 
 def models_table() -> Table:
-    """Returns the table of the models that have names of their own here."""
+    """Returns the table of the package's named models."""
     from rich.table import Table
 
     table = Table(title="Models (--student.model, --teacher.model)", title_justify="left")

@@ -1,4 +1,4 @@
-"""Tables that commands print."""
+"""Printing of tables by commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PIPE_WIDTH = 120
 
 
 def tables(*, most: int = 1000) -> Console:
-    """Returns a console for tables, as wide as the terminal and at most so many columns."""
+    """Returns a console for tables, as wide as the terminal up to a limit."""
     from rich.console import Console
 
     out, said = terminal.out(), os.environ.get("COLUMNS", "")
@@ -31,7 +31,7 @@ def tables(*, most: int = 1000) -> Console:
 
 
 def show(shown: Iterable[Any], written: Iterable[object]) -> None:
-    """Prints tables, and below them what was written, a line each."""
+    """Prints tables, and below them the written files, a line each."""
     console = tables()
     for table in shown:
         console.print(table)

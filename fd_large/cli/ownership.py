@@ -1,4 +1,4 @@
-"""Owning a run's folder on all ranks: what every command does that writes one."""
+"""Ownership of a run's folder on all ranks, for commands that write to it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 def owning(run_dir: str) -> Iterator[Lease]:
     """Owns a run's folder for the length of a `with`; a collective, which starts the ranks.
 
-    Rank 0 claims it before torch is imported, so that a mistake is said at once. Of several ranks
-    the others are told where they meet, and all end together, whoever started them.
+    Rank 0 claims it before torch is imported, so that a mistake appears at once. The other ranks
+    learn the result when they meet, and all end together.
 
     Args:
         run_dir: The run's folder.

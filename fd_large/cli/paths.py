@@ -38,7 +38,7 @@ def paths_of(run: Run) -> dict[str, str]:
 
 
 def paths_of_models(models: Sequence[str]) -> dict[str, str]:
-    """Returns {what: path} of models as `evaluate` takes them: RUN#NAME and MODEL=SOURCE too."""
+    """Returns {what: path} of models for `evaluate`, also of RUN#NAME and MODEL=SOURCE."""
     named = {}
     for name in models:
         path = re.sub(r"#[\w.]+$", "", name)
@@ -47,9 +47,9 @@ def paths_of_models(models: Sequence[str]) -> dict[str, str]:
 
 
 def require_paths(named: Mapping[str, str]) -> None:
-    """Refuses all that can only be a path where nothing is.
+    """Refuses missing paths, if a value can only be a path.
 
-    What else it may be, and whether what is there will do, is found when it is opened.
+    Other meanings, and the contents of a path, are checked when it is opened.
 
     Raises: ConfigError: a line for each.
     """
@@ -57,7 +57,7 @@ def require_paths(named: Mapping[str, str]) -> None:
 
 
 def require_contents(run: Run) -> None:
-    """Refuses datasets and weights that are none, as far as their names and a first look tell.
+    """Refuses invalid datasets and weights, as far as names and a first look tell.
 
     Raises: FDError: a line for each.
     """
@@ -87,7 +87,7 @@ def require_contents(run: Run) -> None:
 
 
 def require_apart(run: Run, *, fresh: bool) -> None:
-    """Refuses a run's folder that is a folder of images, or that --fresh would move with images.
+    """Refuses a run's folder that contains images, which --fresh would move.
 
     Raises: ConfigError: naming the field.
     """
@@ -113,7 +113,7 @@ def require_apart(run: Run, *, fresh: bool) -> None:
 
 
 def require_sources(run: Run) -> None:
-    """Refuses teachers without weights; who mistypes the name of one of several makes another.
+    """Refuses teachers without weights, as a mistyped name of a teacher creates another teacher.
 
     Raises: ConfigError: a line for each.
     """
@@ -132,7 +132,7 @@ def require_sources(run: Run) -> None:
 
 
 def _on_this_node(*checks: Callable[[], None]) -> None:
-    """Makes checks of what other nodes may have where this one lacks it: each speaks for itself."""
+    """Marks errors of checks that may differ between nodes, so that each node reports its own."""
     try:
         check_all(*checks)
     except FDError as error:

@@ -1,4 +1,4 @@
-"""`python -m fd_large plan`: whether a run fits a cluster, how fast it is, how long it takes."""
+"""`python -m fd_large plan`: whether a run fits a cluster, its speed and its duration."""
 
 from __future__ import annotations
 
@@ -137,11 +137,12 @@ def plan(
         run: The recipe.
         cluster: Ranks, nodes and network.
         gpu: Name of the card.
-        rates: File of measured rates, which replace those of the card; with `probe` it is written.
+        rates: File of measured rates, which replace the card's; with `probe` it is written.
         probe: Whether this machine is measured first.
         kernels: The fused kernels where the card has them, or plain torch.
 
-    Returns: The work, the machine, the settings that fit, in order, and those that do not.
+    Returns: The workload, the machine, the fitting settings in order, and the settings that do not
+        fit.
     Raises: FDError: if something cannot be planned or read.
     """
     runs = [as_counted(one) for one in run.each_student().values()]
@@ -175,9 +176,9 @@ def plan(
 
 
 def _with_students_of_weights(run: Run) -> Run:
-    """Returns the run with the student that the weights of `student.init` allow, as in training.
+    """Returns the run with its student settled from the weights of `student.init`, as in training.
 
-    Raises: FDError: if weights are not there, or are those of another model.
+    Raises: FDError: if weights are missing, or belong to another model.
     """
     named = {field: path for field, path in paths_of(run).items() if field.endswith(".init")}
     if not any(named.values()):
@@ -195,18 +196,18 @@ def _with_students_of_weights(run: Run) -> Run:
 
 
 def _phases_key(run: Run, rates: Rates) -> str:
-    """Returns the name of a run's phases in a file of rates: what decides how long they take."""
+    """Returns the key of a run's phases in a file of rates, from all that decides their times."""
     fields = {name: plain(flat(run)[name]) for name in ("optim.name", "engine.compile")}
     return kept_counts.key(shape_fields(run) | fields, rates.name, "phases")
 
 
 def _of_record(run: Run) -> Mapping[str, FrozenModel] | None:
-    """The frozen models of the recipe of record that a run is made of; None if it is of another."""
+    """Returns the frozen models of a run's named recipe, or None for another recipe."""
     return registry.get(run.name).frozen_models if run.name in registry.RECIPES else None
 
 
 def as_counted(run: Run) -> Run:
-    """Returns the run as it is counted: with the frozen models that its sources bring.
+    """Returns the run for counting, with the frozen models that its sources bring.
 
     The counts of a recipe's own teachers are kept under the names that it has for them.
     """
@@ -214,7 +215,7 @@ def as_counted(run: Run) -> Run:
 
 
 def _as_trained(run: Run) -> Run:
-    """Returns the run with the frozen models that its sources bring, or that their files show."""
+    """Returns the run with the frozen models that its sources bring or their files show."""
     from_source = {
         name: section
         for name, section in run.frozen_models.items()

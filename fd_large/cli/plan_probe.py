@@ -1,4 +1,4 @@
-"""The ranks that `plan --probe` starts to measure this machine."""
+"""Measurement of this machine by local ranks, for `plan --probe`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from fd_large.recipes.run import Run
 
 
 def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None]]:
-    """Measures with as many local ranks as the run is to have.
+    """Measures with the run's number of local ranks.
 
     Args:
-        runs: The recipe of each student, whose step is timed.
+        runs: The recipe of each student, to time its step.
         ranks: Number of processes; on GPUs at most the number of GPUs.
 
     Returns: the machine's rates, and the phases of each recipe's step; None where that has no room.
@@ -77,7 +77,7 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
 
 
 def main(rank: int, ranks: int, port: int) -> None:
-    """Runs one of the ranks that `probe` starts, which reads from its input what to measure."""
+    """Runs a rank of `probe`, which reads its task from standard input."""
     import torch
 
     from fd_large.engine.counting import phases, rates

@@ -37,7 +37,7 @@ def figure(value: float) -> str:
 
 
 def figures(between: Between) -> str:
-    """Returns what a plan says of seconds or hours."""
+    """Returns a range of seconds or hours as text."""
     low, high = map(figure, between)
     return low if low == high else f"{low}-{high}"
 
@@ -53,14 +53,14 @@ def report(
     rows: int,
     narrow: bool,
 ) -> Group:
-    """Returns what is printed.
+    """Returns the printed report.
 
     Args:
         run: The recipe.
         load, machine, good, bad: As `plan` returns them.
         images: Images of the dataset, which decide the steps of an epoch.
-        rows: How many settings are shown of those that fit, and of those that do not.
-        narrow: Whether the table leaves out what the lines after it give.
+        rows: Number of rows of fitting settings, and of settings that do not fit.
+        narrow: Whether the table omits columns that the lines after it repeat.
     """
     parts: list[Table | Text] = [_heading(run, load, machine)]
     if good:
@@ -224,7 +224,7 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
 
 
 def _said_of_times(load: Workload, machine: Machine) -> list[str]:
-    """Says where the times come from, and how far off such times were."""
+    """Returns a note on the source of the times and their error."""
     if load.phases:
         where = "a step of this task that was timed on one device, and by measured collectives"
     elif machine.rates.name.endswith("measured"):
@@ -240,7 +240,7 @@ def _said_of_times(load: Workload, machine: Machine) -> list[str]:
 
 
 def _teachers_share(run: Run, load: Workload, best: Estimate, machine: Machine) -> str:
-    """Returns the teacher's costs, and when storing its maps saves them; empty without one."""
+    """Returns a line on the teacher's costs and on storing its maps; empty without a teacher."""
     counts = load.counts[False]
     teacher = counts.flops_per_image("inference")
     rest = counts.flops_per_image("forward") + counts.flops_per_image("backward")
@@ -270,7 +270,7 @@ def _refused_table(bad: list[Refused], load: Workload, rows: int) -> Table:
 
 
 def _teacher(candidate: Candidate, load: Workload) -> str:
-    """Where the teachers are, and how many of them, the largest, where some stay whole."""
+    """Returns the placement of the teachers, with the number of sharded ones if some stay whole."""
     count = len(load.teachers)
     part = f" {count - candidate.whole}/{count}" if candidate.whole else ""
     return f"{candidate.teacher}{part}"

@@ -1,4 +1,4 @@
-"""The workload of `plan`: a step's counts, kept or made anew, and the fields that decide them."""
+"""The workload of `plan`: a step's counts, stored or new, and the fields that decide them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NO_SHAPES = (
 
 
 def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused") -> Workload:
-    """Returns what is planned of a run on a card: kept counts if there are any, or new ones.
+    """Returns the workload of a run on a card, from stored or new counts.
 
     Raises: FDError: if the run's models cannot be built.
     """
@@ -59,7 +59,7 @@ def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused")
 
 
 def counts_kept_of(run: Run, rates: Rates, kernels: Kernels = "fused") -> dict[bool, Counts] | None:
-    """Returns the counts of a run on a card that came with the package; None: there are none."""
+    """Returns the counts for a run and a card that ship with the package, or None."""
     # They have the teachers, which cached targets stand for.
     if not rates.overlap or not rates.bfloat16 or cached_folders(run):
         return None
@@ -67,7 +67,7 @@ def counts_kept_of(run: Run, rates: Rates, kernels: Kernels = "fused") -> dict[b
 
 
 def _norm_group(run: Run) -> int:
-    """Returns how many images share statistics of the student's batch norms; 1: it has none."""
+    """Returns the number of images that share batch norm statistics; 1 without batch norms."""
     if not run.student_architecture().has_batch_norms:
         return 1
     # They import torch, which a recipe of record does without.
@@ -80,7 +80,7 @@ def _norm_group(run: Run) -> int:
 
 
 def _moments(run: Run) -> int:
-    """Returns how many numbers the optimiser keeps of each parameter."""
+    """Returns the number of moments that the optimiser keeps of each parameter."""
     if run.optim.name == ADAMW:
         return 2
     # It imports torch, which a recipe of record does without.
@@ -113,7 +113,7 @@ def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
 
 
 def shared_step_bytes(run: Run, rates: Rates, kernels: Kernels) -> Line:
-    """Returns the bytes of a micro-batch that several students take one after another."""
+    """Returns the bytes of a micro-batch shared by several students."""
     from fd_large.engine.counting.count import shared_bytes
     from fd_large.tasks.jobs import job_of
 
@@ -122,7 +122,7 @@ def shared_step_bytes(run: Run, rates: Rates, kernels: Kernels) -> Line:
 
 
 def _device(rates: Rates, kernels: Kernels) -> Device:
-    """Returns the card that a count stands for."""
+    """Returns the torch device of a card."""
     from fd_large.kernels.choose import Device
 
     major, _, minor = rates.capability.partition(".")
@@ -134,9 +134,9 @@ def _device(rates: Rates, kernels: Kernels) -> Device:
 
 
 def shape_fields(run: Run) -> dict[str, Any]:
-    """Returns the fields that may decide what a step computes, where they differ from defaults.
+    """Returns the fields that may affect a step's computation and differ from defaults.
 
-    What is automatic, or has no value and is the named model's own, follows from the others.
+    Automatic fields, and unset fields of a named model, follow from the others.
     """
     default = flat(Run(name=run.name, student=Student(model=run.student.model)))
     default.pop("student.model")
@@ -150,12 +150,12 @@ def shape_fields(run: Run) -> dict[str, Any]:
 
 
 def cached_folders(run: Run) -> dict[str, str]:
-    """Returns the folders of cached targets by the section of the teacher that they stand for."""
+    """Returns the folders of cached targets, by the section of their teacher."""
     folders = {name: cached_folder(model.source) for name, model in run.frozen_models.items()}
     return {name: folder for name, folder in folders.items() if folder}
 
 
 def steps_of(run: Run, images: int) -> int:
-    """Returns the steps of a run on a dataset of that many images."""
+    """Returns the steps of a run on a dataset with this number of images."""
     optim = run.optim
     return optim.max_steps or num_steps(optim.epochs, images, run.batch.global_batch_size)

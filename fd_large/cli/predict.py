@@ -24,12 +24,12 @@ LEAST_SCORE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Predict(AllowsCode):
-    """Draw what a run's model sees in images: boxes and masks, the class or the depth of pixels.
+    """Draw a run's predictions for images: boxes and masks, or the class or depth of pixels.
 
     predictions.json has for each image of a detector a list of class, score, bbox (left, top,
     width, height in its pixels) and segmentation (COCO's run lengths); docs/segmentation.md and
-    docs/depth.md say what it has of theirs. An image that cannot be read is reported and left out;
-    the exit code is 2 then.
+    docs/depth.md describe the other tasks' entries. An image that cannot be read is reported and
+    left out; the exit code is 2 then.
     """
 
     # Folder of a run that detects, segments or estimates depth.
@@ -72,8 +72,8 @@ def predict(
         out: Folder for predictions.json and the drawn images.
         score: Least score of an object that is drawn and written; None: `LEAST_SCORE`.
 
-    Raises: FDError: if there is no such run or image, the run's task draws nothing, or its
-        predictions have no scores.
+    Raises: FDError: if the run or an image does not exist, or the run's task has no predictions,
+        or none with scores.
     """
     recipe = read_recipe(run_of_checkpoint(run), where="predict")
     kind = recipe.task.kind()

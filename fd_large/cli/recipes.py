@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipes:
-    """List the runs of record: models, what they need, how long they take, what to expect.
+    """List the recipes: models, hardware, duration and expected results.
 
     With a name: that recipe's reasons and every field, as a run file (--config FILE).
     """
@@ -29,7 +29,7 @@ class Recipes:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the table, or one recipe."""
+    """Prints the table, or a single recipe."""
     given = parse(Recipes, arguments, command="recipes")
     if given.name:
         print(run_file(given.name))
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 def run_file(name: str) -> str:
     """Returns a recipe as a run file: its docstring in comments, then its fields in YAML.
 
-    Raises: ConfigError: if there is no such recipe.
+    Raises: ConfigError: if the recipe does not exist.
     """
     run = registry.get(name, where="recipes")
     lines = (inspect.getdoc(registry.RECIPES[name]) or "").splitlines()
@@ -51,7 +51,7 @@ def run_file(name: str) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes a list on one line."""
+    """A YAML dumper that writes a list on one line."""
 
 
 _Dumper.add_representer(
@@ -60,13 +60,13 @@ _Dumper.add_representer(
 
 
 def _set(tree: dict[str, Any]) -> dict[str, Any]:
-    """The same without fields that have no value: those are the named model's own."""
+    """Returns a section without unset fields, which are the named model's."""
     values = {k: _set(v) if isinstance(v, dict) else v for k, v in tree.items()}
     return {name: value for name, value in values.items() if value not in (None, {})}
 
 
 def recipes_table() -> Table:
-    """Returns the table of all runs of record, a block of lines each."""
+    """Returns the table of all recipes, a block of lines each."""
     from rich.table import Table
     from rich.text import Text
 

@@ -28,7 +28,7 @@ class Replay(AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the step and prints what differs from what was recorded."""
+    """Runs the step and prints its differences from the record."""
     given = parse(Replay, arguments, command="replay")
     require_paths({"replay": given.file})
     # Importing torch and deepspeed takes seconds.

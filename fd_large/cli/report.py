@@ -14,7 +14,7 @@ from fd_large.cli.arguments import parse
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Draw a run's curves and say what came out, from the files in its folder."""
+    """Draw a run's curves and summarise its results, from the files in its folder."""
 
     # Folder of the run, for example runs/quickstart.
     run: Annotated[str, Positional, arg(metavar="RUN")]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """List the runs below a folder: how each stands, and what it has reached.
+    """List the runs below a folder with their states and results.
 
     Without --best, runs come in the order of their names, each with the newest value of its main
     metric: the recipe's eval.best_metric, or the first number that its evaluations measure.
@@ -50,7 +50,7 @@ class Runs:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the table; sentences on folders that cannot be read go to stderr."""
+    """Prints the table; messages on unreadable folders go to stderr."""
     given = parse(Runs, arguments, command="runs")
     root = Path(given.folder)
     runs = _listed(root)
@@ -110,7 +110,7 @@ def _read(folder: Path) -> ListedRun:
 
 
 def _was_killed(owned: Path, files: RunFiles) -> bool:
-    """Whether the last start left its owner.json behind, and no word on how it ended."""
+    """Whether the last start left its owner.json but no record of its end."""
     if not kind_of(owned / OWNER):
         return False
     return Owner.parse(read_bytes(owned / OWNER)).start != files.summary.get("start")
@@ -122,9 +122,9 @@ def _reason(files: RunFiles) -> str:
 
 
 def _chosen(runs: list[ListedRun], wanted: Sequence[str]) -> list[ListedRun]:
-    """Returns the runs that have all of the values.
+    """Returns the runs with all of the values.
 
-    Raises: ConfigError: if a word is not FIELD=VALUE, or no run has the field.
+    Raises: ConfigError: if an argument is not FIELD=VALUE, or no run has the field.
     """
     chosen = runs
     for word in wanted:
@@ -149,7 +149,7 @@ def _require_known(name: str, where: str, runs: Iterable[ListedRun]) -> None:
 
 
 def _same(value: Any, text: str) -> bool:
-    """Whether a recipe's value is the one that a text means: 1e-4 is 0.0001, true is True."""
+    """Whether a recipe's value equals a text: 1e-4 is 0.0001, true is True."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         try:
             return float(text) == value
@@ -159,7 +159,7 @@ def _same(value: Any, text: str) -> bool:
 
 
 def _metric(name: str, runs: Iterable[ListedRun]) -> str:
-    """Returns the name of a number as evaluations.jsonl has it.
+    """Returns the full name of a metric in evaluations.jsonl.
 
     Raises: ConfigError: if no run has measured it.
     """
@@ -238,7 +238,7 @@ def _print_csv(
 
 
 def _cell(value: Any) -> Any:
-    """A cell that a spreadsheet takes for a number or a text, and for no formula to work out."""
+    """Returns a cell that a spreadsheet reads as a number or text, never as a formula."""
     if not isinstance(value, str):
         return value
     text = " ".join(printable(value).split("\n"))
@@ -255,7 +255,7 @@ def _text(value: Any) -> str:
 
 
 def _value(value: Any) -> Any:
-    """A number as it is, so that a cell may hold a negative one; all else as text."""
+    """Returns a number unchanged, so that a cell may hold a negative one; others as text."""
     return value if value is None or isinstance(value, int | float) else _text(value)
 
 

@@ -28,7 +28,7 @@ STOPPED = (
 class Statistics(TakesRunFile, AllowsCode):
     """Measure the teacher's channels on data.root, for objective.normaliser standardise and phi_s.
 
-    It takes the recipe and the flags of the run that is to use the file, and the same launcher:
+    It takes the recipe, the flags and the launcher of the run that will use the file:
     a run refuses statistics of another teacher, layer or size.
     """
 
@@ -80,7 +80,7 @@ def measure(run: Run, *, deepspeed_config: str, out: str, views: int, target: st
         deepspeed_config: Path of DeepSpeed's JSON.
         out: The file to write.
         views: Number of random crops.
-        target: `Target.label` of what is measured.
+        target: `Target.label` of the measured target.
 
     Raises: FDError: for the user's mistakes.
     """

@@ -1,4 +1,4 @@
-"""How a command that is no run ends after a signal: with one sentence, and code 75."""
+"""End of a command other than training after a signal: with one sentence, and code 75."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from fd_large.ranks.processes import handlers_to_replace
 
 
 class StoppedError(FDError):
-    """A signal has stopped the command; it may be started again."""
+    """A signal has stopped the command, which may be repeated."""
 
     exit_code = Exit.AGAIN
 
 
 @contextmanager
 def ending_with(sentence: str) -> Iterator[None]:
-    """Ends the process with a sentence and code 75 where a signal stops it.
+    """Ends the process with a sentence and code 75 if a signal stops the block.
 
-    What is inside may stop anywhere. The first signal stops it; a launcher sends more of them after
+    The block may be stopped anywhere by the first signal. A launcher sends further signals after
     a Ctrl-C, which must neither interrupt the clean-up nor change the exit code.
 
     Args:
-        sentence: What has become of the work, and what to do.
+        sentence: State of the work, and the remedy.
 
-    Raises: StoppedError: after Ctrl-C, or what a scheduler sends before it takes the machine away.
+    Raises: StoppedError: after Ctrl-C, or a scheduler's signal before the end of a job.
     """
     before = handlers_to_replace()
 

@@ -118,11 +118,11 @@ def main(arguments: list[str]) -> int:
 
 
 def check_names(run: Run, *, deepspeed_config: str) -> None:
-    """Refuses what shows to be wrong without torch, all of it at once.
+    """Refuses mistakes that show without torch, all of them at once.
 
-    These are names of files, folders, datasets, teachers, losses, heads, optimisers and so on, the
-    number of loading processes, and what DeepSpeed's JSON says. Importing torch and reading weights
-    takes seconds; whoever mistypes a path or a name knows it at once.
+    It checks names of files, folders, datasets, teachers, losses, heads, optimisers and so on,
+    the number of loading processes, and DeepSpeed's JSON. A mistyped path or name is thus
+    reported before torch and weights are loaded, which takes seconds.
 
     Args:
         run: The recipe.
@@ -165,7 +165,7 @@ def _check_for_ranks(run: Run, ranks: int, *, fresh: bool) -> None:
 
 
 def require_names(run: Run) -> None:
-    """Refuses names of optimisers, trackers, metrics and parts of the task that stand for nothing.
+    """Refuses unknown names of optimisers, trackers, metrics and parts of the task.
 
     Raises: ConfigError: a line for each.
     """
@@ -185,7 +185,7 @@ def _require(name: str, where: str, kind: doors.Kind, file: str, table: str) -> 
 
 
 def _check_config(run: Run, deepspeed_config: str) -> None:
-    """Holds the JSON against the recipe, as far as that can be done without ranks and device."""
+    """Compares the JSON with the recipe, as far as possible without ranks and device."""
     precision = run.engine.precision
     ds.check_owned(
         ds.load(deepspeed_config),
@@ -212,11 +212,11 @@ def train_run(
     Args:
         run: The recipe.
         deepspeed_config: Path of DeepSpeed's JSON.
-        fresh: Whether it starts anew although its folder holds checkpoints.
+        fresh: Whether to start again although the folder has checkpoints.
         profile: Steps to trace; 0 turns it off.
-        then: What rank 0 does with the folder of a finished run, while the run still owns it.
-        named: Full names of the fields that the user set: others may follow from the images
-            (`small_data.fit`). None: none does.
+        then: Function that rank 0 calls with a finished run's folder, while the run still owns it.
+        named: Full names of the user's fields: others may be fitted to the images
+            (`small_data.fit`). None fits no field.
 
     Raises:
         FDError: The user's mistake, or another rank that has ended.
@@ -260,9 +260,9 @@ def train_run(
 
 
 def _fitted(run: Run, named: Collection[str], *, fresh: bool) -> Run:
-    """Returns a new run with what follows from its images, and says so; one that goes on as it is.
+    """Fits a new run to its images and logs it; a resumed run is returned unchanged.
 
-    Images that cannot be opened are told with the other mistakes, when the run is opened.
+    Images that cannot be opened are reported with the other mistakes, when the run is opened.
     """
     stored = Path(run.run_dir()) / RECIPE
     is_new = fresh or kind_of(stored, where="--runtime.run_dir") != "file"
@@ -293,7 +293,7 @@ def parse_train(arguments: list[str]) -> WithRecipe[Train]:
 
 
 def say_how_to_go_on(run: Run) -> None:
-    """Logs what a stopped run has saved and the command that goes on; fails nothing."""
+    """Logs a stopped run's saved state and the command that resumes it; never fails the run."""
     from fd_large.report.closing import stopped_text
     from fd_large.report.run_files import read_run
     from fd_large.runtime.logs import WHOLE_LINES
@@ -311,7 +311,7 @@ def say_how_to_go_on(run: Run) -> None:
 
 
 def show_report(folder: str) -> None:
-    """Draws a finished run's curves and says what came out; a failure does not fail the run."""
+    """Draws a finished run's curves and prints its results; a failure does not fail the run."""
     from fd_large.report.make import make_report
 
     try:

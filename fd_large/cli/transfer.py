@@ -37,14 +37,14 @@ _SET_HERE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer(table.TransferFlags, AllowsCode):
-    """Carry students, their teachers and random weights on: the paper's Table 1.
+    """Train students, teachers and random weights on other tasks: the paper's Table 1.
 
     python -m fd_large transfer RUN [RUN ...] --imagenet DIR --ade20k DIR --coco DIR --nyuv2 DIR
 
-    Each cell of the table is a training of its own that resumes: the same command goes on where it
-    stopped. Columns: finetune and linear (both on --imagenet), ade20k, coco, nyuv2; those without a
-    dataset are left out. Fields of a recipe follow as in training and count for all columns; with
-    the name of a column before them for that one alone: --ade20k.optim.max_steps 2000,
+    Each cell of the table is a separate training, and the same command resumes unfinished cells.
+    Columns: finetune and linear (both on --imagenet), ade20k, coco, nyuv2; columns without a
+    dataset are left out. Fields of a recipe apply to all columns, or with a column's name as
+    prefix to that column alone: --ade20k.optim.max_steps 2000,
     --finetune.recipe finetune_clip_vit_large. docs/evaluation.md explains the figures.
     """
 
@@ -104,12 +104,12 @@ def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def changes_of(name: str, words: Sequence[str], common: Mapping[str, Any]) -> Changes:
-    """Reads the flags of a column.
+    """Parses the flags of a column.
 
     Args:
-        name: Its name.
-        words: The flags, without its name.
-        common: Fields that are given for all columns.
+        name: Name of the column.
+        words: The flags without the column's name.
+        common: Given fields of all columns.
 
     Raises: ConfigError: naming the flags as they were typed.
     """
@@ -143,11 +143,11 @@ def changes_of(name: str, words: Sequence[str], common: Mapping[str, Any]) -> Ch
 
 
 def transfer(own: Transfer, changes: Mapping[str, Changes]) -> int:
-    """Trains what is missing of the table, and makes it; returns the exit code.
+    """Trains the missing cells and writes the table; returns the exit code.
 
     Args:
         own: The command's own arguments.
-        changes: What is changed of the recipes of each column.
+        changes: Changed fields of each column's recipes.
 
     Raises: FDError: for the user's mistakes.
     """

@@ -1,4 +1,4 @@
-"""`transfer --plan`: what every training of the table costs, and all of them."""
+"""`transfer --plan`: the costs of each training of the table, and their sum."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Cost(NamedTuple):
     """The cost of a training.
 
     Attributes:
-        steps: Its steps.
+        steps: Number of steps.
         gpus: GPUs that it is planned on.
         hours: GPU-hours that its steps may take; None: it does not fit, or cannot be planned.
         memory_bytes: Memory of a rank.
@@ -41,7 +41,7 @@ class Cost(NamedTuple):
 
 
 def cost_of(run: Run, images: int, *, gpus: int, gpu: str) -> Cost:
-    """Plans a run in its fastest setting.
+    """Plans a run with its fastest settings.
 
     Args:
         run: The recipe.
@@ -64,7 +64,7 @@ def cost_of(run: Run, images: int, *, gpus: int, gpu: str) -> Cost:
 
 
 def report(costs: Sequence[tuple[str, str, Run, Cost]], *, seeds: int, gpu: str) -> Group:
-    """Returns what is printed.
+    """Returns the printed report.
 
     Args:
         costs: Label of the row, name of the column, recipe and cost of each training of a seed.
@@ -114,7 +114,7 @@ def _table(title: str, names: Sequence[str]) -> Table:
 
 
 def _reasons(missing: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Returns a line for each reason, with the columns and rows that it is of.
+    """Returns a line for each reason, with its columns and rows.
 
     Args:
         missing: Row, column and reason of each training that is not planned.

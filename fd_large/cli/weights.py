@@ -61,7 +61,7 @@ class Convert(_OfSource):
 
 @dataclass(frozen=True, kw_only=True)
 class Fetch:
-    """Download weights into a folder that is a source afterwards, without a network."""
+    """Download weights into a folder that can be used as a source without a network."""
 
     # hf:REPO, timm:NAME or open_clip:ARCH/TAG.
     source: Annotated[str, Positional, arg(metavar="SOURCE")]
@@ -70,9 +70,9 @@ class Fetch:
 
 
 def inspect(source: str, model: str) -> int:
-    """Prints what a weights file holds.
+    """Prints the description of a weights file.
 
-    Raises: ConfigError: for code of the user's own, which is not imported here.
+    Raises: ConfigError: for the user's own code, which is not imported here.
     """
     from fd_large.engine.find_model import split_model
 
@@ -99,7 +99,7 @@ def inspect(source: str, model: str) -> int:
 
 
 def convert(source: str, out: str, to: str, model: str, architecture: Architecture) -> int:
-    """Writes a model in another format and prints how much of the file it took."""
+    """Writes a model in another format and prints its coverage of the file."""
     require_paths({"weights convert": source})
     check_out(out, where="weights convert")
     from fd_large.engine.checkpoint_models import sources_of
@@ -126,7 +126,7 @@ def convert(source: str, out: str, to: str, model: str, architecture: Architectu
 
 
 def _require_alone(held: FamilyArchitecture, model: str, given: Architecture) -> None:
-    """Refuses what `convert` cannot do with a model that its folder describes.
+    """Refuses options that `convert` does not support for a model described by its folder.
 
     Raises: ConfigError.
     """
@@ -146,7 +146,7 @@ def _require_alone(held: FamilyArchitecture, model: str, given: Architecture) ->
 
 
 def fetch(source: str, out: str) -> int:
-    """Downloads weights and prints what is there, and what a run would make of it."""
+    """Downloads weights and prints their description, as a run would use them."""
     check_out(out, where="weights fetch")
     from fd_large.engine.checkpoint_models import sources_of
     from fd_large.recipes.sections import FrozenModel
