@@ -44,10 +44,10 @@ def job_of(recipe: Run | Mapping[str, Any]) -> TrainingJob:
     """Makes the job of a recipe's task.
 
     Args:
-        recipe: The recipe, or what recipe.json and manifests hold of it.
+        recipe: The recipe, or its form in recipe.json and manifests.
 
     Raises: ConfigError: if the task is code of the user's own that cannot be imported; if a stored
-        recipe cannot be read, or the user's own job fails, here or in what it does before a run.
+        recipe cannot be read, or the user's own job fails, here or in its work before a run.
     """
     run = recipe if isinstance(recipe, Run) else Run.from_dict(recipe)
     name = run.task.name
@@ -72,12 +72,12 @@ def job_of(recipe: Run | Mapping[str, Any]) -> TrainingJob:
 
 
 def stored_run_of(job: TrainingJob) -> StoredRun:
-    """Returns what a stored run is asked for.
+    """Returns the `StoredRun` of a run in its folder.
 
     Args:
         job: The job of its recipe.
 
-    Raises: ConfigError: if the user's own job has what a `StoredRun` has now.
+    Raises: ConfigError: if the user's own job still has methods that moved to `StoredRun`.
     """
     kind = job.run.task.kind()
     if kind is None or not kind.stored:
@@ -98,7 +98,7 @@ def stored_run_of(job: TrainingJob) -> StoredRun:
 
 
 def transfer_of(task: str) -> Transfer:
-    """Returns how a task's trainings begin from named models.
+    """Returns the `Transfer` of a task.
 
     Raises: ConfigError: if they do not.
     """
@@ -133,7 +133,7 @@ def heads_of(job: TrainingJob | None, folder: Path | None) -> Mapping[str, nn.Mo
 
 
 def _class_of(face: str | Callable[[Any], Any]) -> Any:
-    """Returns what makes a face: a class of the user's own, or one of tasks/ by its dotted name."""
+    """Returns the class of a face: the user's own, or a class of tasks/ by its dotted name."""
     if callable(face):
         return face
     module, _, name = face.rpartition(".")
@@ -141,7 +141,7 @@ def _class_of(face: str | Callable[[Any], Any]) -> Any:
 
 
 def _said(task: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function of the user's own that ends in one sentence whatever it raises."""
+    """Wraps a function of the user's own so that any exception becomes a one-sentence error."""
 
     @wraps(function)
     def call(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The tasks, by folder. Adding one is its folder and its name here.
+"""The tasks, by folder. To add a task, add its folder and its name here.
 
 Like the `section.py` of each task, this file does not import torch, and recipes may import it.
 """
@@ -23,9 +23,9 @@ def kind_of(name: str) -> TaskKind:
     """Returns the kind of a task, which may be the user's own.
 
     Args:
-        name: What a recipe has as `task.name`.
+        name: Value of `task.name` in a recipe.
 
-    Raises: ConfigError: if there is no such task, or it cannot be imported.
+    Raises: ConfigError: if the task does not exist or cannot be imported.
     """
     kind = doors.load(name, kind="tasks", where="task.name", built_in=TASKS)
     if not isinstance(kind, TaskKind):

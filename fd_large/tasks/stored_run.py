@@ -1,8 +1,8 @@
-"""A stored run as commands see it: export, scores, predictions, heads, loss on given images.
+"""The interface of stored runs for commands: export, scores, predictions, heads, losses.
 
-The second of a task's three faces (`fd_large/recipes/task_kind.py`), which commands ask and the
-engine does not. A task that has none of its own has this one: its student is exported, and nothing
-else.
+This is the second of a task's three faces (`fd_large/recipes/task_kind.py`), used by commands but
+not by the engine. It is the default of tasks without a face of their own: only their student can
+be exported.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Predicted(NamedTuple):
 
     Attributes:
         path: The image file.
-        text: What was seen, in a few words.
+        text: The prediction in a few words.
         drawn: The drawn image; None if it could not be read.
         problem: Why the image could not be read; empty: it was.
     """
@@ -54,7 +54,7 @@ class Predicted(NamedTuple):
 
 
 class StoredRun:
-    """A run in its folder, which commands export, score, diagnose, and let predict.
+    """A run in its folder, with export, scores, diagnosis and predictions for commands.
 
     Args:
         job: The job of its recipe; nothing is built.
@@ -74,14 +74,14 @@ class StoredRun:
     # --- export ---
 
     def exported_into(self, architecture: FamilyArchitecture, to: To) -> Export | None:
-        """Returns what the student, or the whole task, becomes in a library's files.
+        """Returns the export of the student, or of the whole task, to a library's files.
 
         Args:
             architecture: The student, with the image size of the export.
             to: The library.
 
         Returns: None for a graph, which takes any model.
-        Raises: ConfigError: if the library has no such model.
+        Raises: ConfigError: if the library lacks this model.
         """
         if LIBRARIES[to].heads:
             able = ", ".join(f"--to {form}" for form, it in LIBRARIES.items() if not it.heads)
@@ -96,7 +96,7 @@ class StoredRun:
     def exported_beside(
         self, reader: Reader, student: Mapping[str, Shape], to: To
     ) -> Mapping[str, Shape]:
-        """Returns the tensors of the task that are exported beside the student's.
+        """Returns the task's tensors that are exported with the student's.
 
         Args:
             reader: The checkpoint that is exported.
@@ -109,7 +109,7 @@ class StoredRun:
         return {}
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns what the model card of an export says of the task.
+        """Returns the model card's text on the task.
 
         Args:
             manifest: The checkpoint's manifest.
@@ -128,7 +128,7 @@ class StoredRun:
     # --- heads that guess models beside the student ---
 
     def heads(self, reader: Reader) -> Mapping[str, nn.Module]:
-        """Returns heads that guess models beside the student, by name.
+        """Returns heads that predict other models' outputs from the student's, by name.
 
         Each maps the student and its normalised pixels to a FeatureMap.
 
@@ -138,11 +138,11 @@ class StoredRun:
         return {}
 
     def export_heads(self, reader: Reader, folder: Path, shard_size: int) -> None:
-        """Writes the `heads` beside an exported student, if there are any.
+        """Writes the `heads` next to an exported student, if any.
 
         Args:
             reader: The checkpoint that is exported.
-            folder: Does not exist; what is written has a config.json that names the task.
+            folder: New folder, which gets a config.json that names the task.
             shard_size: Most bytes of a file of tensors.
         """
 
@@ -174,7 +174,7 @@ class StoredRun:
     def predict(
         self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float
     ) -> Iterator[Predicted]:
-        """Draws what the run's model sees in images, and writes predictions.json.
+        """Draws the model's predictions for images, and writes predictions.json.
 
         Args:
             reader: A checkpoint of the run.
@@ -190,7 +190,7 @@ class StoredRun:
         )
 
     def classes(self) -> tuple[str, ...] | None:
-        """Returns the names of the classes of the images that decide the loss, or None.
+        """Returns the names of the labelled classes that the loss needs, or None.
 
         Raises: FDError: if the images that show them are gone.
         """
@@ -199,15 +199,14 @@ class StoredRun:
     def losses_on(
         self, task: Task, images: Tensor, labels: Tensor | None
     ) -> Callable[[], Mapping[str, float]]:
-        """Returns a function that computes the loss on given images, and what else belongs to it.
+        """Returns a function that computes the loss and its terms on given images.
 
-        It does so with the weights as they are when it is called; of the frozen models' work what
-        can be done once is done here.
+        It uses the weights at the time of the call; the frozen models run only once, here.
 
         Args:
             task: The job's, in evaluation mode.
             images: (B, 3, S, S) uint8, on the device.
-            labels: (B,) int64, numbers of `classes`, on the device; None where there are none.
+            labels: (B,) int64, indices into `classes`, on the device; None without labels.
 
         Returns: a function that returns {words: value}, `loss_name` first.
         """

@@ -1,4 +1,4 @@
-"""How a training of a task begins from a named model, and what is compared of it.
+"""Trainings of a task that begin from a named model, and their comparison.
 
 The third of a task's three faces (`fd_large/recipes/task_kind.py`), which `evaluate` and `transfer`
 ask.
@@ -21,7 +21,7 @@ _OF_THE_MODEL = {"model", "init", "init_allow"}
 
 
 class Transfer:
-    """Trainings of a task that begin from models which the user names."""
+    """Trainings of a task that begin from the user's named models."""
 
     def starting_from(
         self,
@@ -32,11 +32,11 @@ class Transfer:
         trained_as: Student | None,
         fields: Collection[str],
     ) -> Run:
-        """Returns a recipe with a named model in the student's place.
+        """Returns a recipe whose student is a named model.
 
-        The window of its attention stays the recipe's, as does what the recipe says of images, but
-        for rules that the model's family does not have. Blocks have position biases of their own
-        where those of the recipe's student have.
+        The attention window and the settings of images stay the recipe's, except rules that the
+        model's family lacks. Blocks have separate position biases if the recipe's student has
+        them.
 
         Args:
             run: The recipe.
@@ -63,17 +63,17 @@ class Transfer:
         return replace(run, student=as_student(model, architecture, base, trained_as=trained_as))
 
     def recipe_for(self, architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
-        """Returns the name of the recipe by which a model is trained where the user names none.
+        """Returns the name of the recipe for a model, if the user names none.
 
         Args:
             architecture: The model's.
-            run_recipe: Name of the recipe of the run whose student it is; "": it has random
-                weights, without a run; None: it has weights of its own.
+            run_recipe: Name of the recipe of the model's run; "" for random weights without a
+                run; None for weights of its own.
         """
         raise NotImplementedError
 
     def variants(self, run: Run, pool: str) -> Mapping[str, Run]:
-        """Returns the trainings of a model that are set side by side, by words for each.
+        """Returns the trainings of a model to compare, by their labels.
 
         Args:
             run: The recipe, with the model in the student's place.
@@ -82,7 +82,7 @@ class Transfer:
         return {"": run}
 
     def compared(self, summary: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-        """Returns what `evaluate` compares of a finished run.
+        """Returns the metrics of a finished run that `evaluate` compares.
 
         Args:
             summary: Content of its summary.json.

@@ -2,7 +2,7 @@
 
 RandAugment is timm's `rand-mM-mstdS-inc1`: two operations an image, each applied in half of the
 cases, at a magnitude drawn around M, of the list whose severity grows with it. The operations are
-timm's own; what it draws from the state of Python's generator comes from `draws` here.
+timm's own; `draws` replaces its random numbers from Python's global generator.
 
 Sources: Cubuk et al., arXiv 1909.13719; Zhong et al., arXiv 1708.04896; timm/data/auto_augment.py
 and random_erasing.py (Apache-2.0).
@@ -68,14 +68,15 @@ _NAMES = tuple(OPERATIONS)
 def augment(
     image: Tensor, draws: Sequence[float], *, magnitude: float, std: float, statistics: Statistics
 ) -> Tensor:
-    """RandAugment of one image.
+    """Applies RandAugment to an image.
 
     Args:
         image: (3, H, W) uint8.
         draws: `NUM_AUGMENTATION_DRAWS` numbers in [0, 1).
         magnitude: Mean magnitude of an operation, 0 to 10.
         std: Standard deviation of the magnitude, which is normal and cut at 0 and 10.
-        statistics: The model's normalisation; its mean fills what a shear, shift or turn uncovers.
+        statistics: The model's normalisation; its mean fills the pixels that a shear, shift or
+            rotation uncovers.
 
     Returns: (3, H, W) uint8, contiguous.
     """
@@ -108,7 +109,7 @@ def augment(
 def erasing_box(
     height: int, width: int, draws: Sequence[float], *, probability: float
 ) -> tuple[int, int, int, int] | None:
-    """Returns which part of an image is erased: top, left, height and width, or None.
+    """Returns the box to erase from an image: top, left, height and width, or None.
 
     The area is uniform in 2% to a third of the image's, the log of the aspect uniform in -+ log .3;
     the first of ten tries that is smaller than the image is taken.
@@ -134,5 +135,5 @@ def erasing_box(
 
 
 def normals(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Makes standard normal numbers of pairs of uniform ones in [0, 1) (Box and Muller)."""
+    """Turns pairs of uniform numbers in [0, 1) into standard normal numbers (Box and Muller)."""
     return np.sqrt(-2.0 * np.log1p(-first)) * np.cos(2.0 * np.pi * second)

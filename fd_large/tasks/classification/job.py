@@ -56,8 +56,8 @@ IMAGENET_CLASSES = 1000
 class ClassificationJob(TrainingJob):
     """A classifier learns the labels of `data.root`/train and is tested on val or test.
 
-    Its task gives logits of images, and in evaluation what `scores.summed` makes of them. Its
-    section of the recipe has the field `statistics`.
+    Its task returns logits of images, and in evaluation the sums of `scores.summed`. Its section
+    of the recipe has the field `statistics`.
     """
 
     metrics: ClassVar = METRICS
@@ -82,7 +82,7 @@ class ClassificationJob(TrainingJob):
         self.test_images()
 
     def view_settings(self) -> ViewSettings:
-        """Returns how the recipe makes an image a view: bicubic, unlike in distillation."""
+        """Returns the recipe's settings of views: bicubic, unlike in distillation."""
         data = self.run.data
         return ViewSettings(
             data.image_size, data.min_crop_scale, data.max_pixels, interpolation="bicubic"
@@ -99,8 +99,8 @@ class ClassificationJob(TrainingJob):
     ) -> Sequence[Evaluation]:
         """Returns the accuracy on all test images, exact on any number of ranks.
 
-        Images that cannot be read are named in the log and not counted; more of them than
-        `data.max_bad_fraction` end the run.
+        Unreadable images are named in the log and not counted; more than `data.max_bad_fraction`
+        of them end the run.
         """
         images, bad = self.test_images(), BadImages()
 
@@ -219,7 +219,7 @@ class FineTuningJob(ClassificationJob):
     ignored_fields = FINETUNE.ignored_fields
 
     def check(self) -> None:
-        """Tries the classifier besides."""
+        """Checks the recipe as its base class does, and tries the classifier."""
         super().check()
         with torch.device("meta"):
             task = self.make_task()
@@ -272,7 +272,7 @@ class FineTuningJob(ClassificationJob):
 
 
 class LinearProbeJob(ClassificationJob):
-    """A linear layer learns the labels from features of `student.init`, which stays as it is."""
+    """A linear layer learns the labels from features of `student.init`, which stays frozen."""
 
     ignored_fields = LINEAR.ignored_fields
 
@@ -280,7 +280,7 @@ class LinearProbeJob(ClassificationJob):
     _hash = ""
 
     def check(self) -> None:
-        """Checks the groups of the batch norm besides."""
+        """Checks the recipe as its base class does, and the groups of the batch norm."""
         size, group = self.run.batch.global_batch_size, self.run.task.linear.norm_batch
         if size % self._group:
             raise ConfigError(
@@ -295,7 +295,7 @@ class LinearProbeJob(ClassificationJob):
         return min(self.run.task.linear.norm_batch, self.run.batch.global_batch_size)
 
     def view_settings(self) -> ViewSettings:
-        """Returns how the recipe makes an image a view: boxes that do not fit are cut."""
+        """Returns the recipe's settings of views: boxes beyond the image are cut."""
         return replace(super().view_settings(), cuts_boxes=True)
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
@@ -324,7 +324,7 @@ class LinearProbeJob(ClassificationJob):
         return FrozenFeature(model, self.statistics(), pool=self.run.task.linear.pool)
 
     def make_task(self) -> LinearProbing:
-        """Constructs norm and layer around the frozen model; before `build` around another."""
+        """Constructs norm and layer around the frozen model; a stand-in before `build`."""
         frozen = self._frozen
         if frozen is None:
             feature = self._feature()
@@ -332,14 +332,14 @@ class LinearProbeJob(ClassificationJob):
         return LinearProbing(frozen, self.num_classes, norm_batch=self._group)
 
     def models_on_shapes(self) -> tuple[LinearProbing, tuple[nn.Module, ...]]:
-        """Constructs the task around a frozen model of its own."""
+        """Constructs the task with a separate frozen model."""
         built, self._frozen = self._frozen, None
         task = cast(LinearProbing, super().models_on_shapes()[0])
         self._frozen = built
         return task, (task.models()["frozen."],)
 
     def initial_weights(self) -> InitialWeights:
-        """Returns none: what is trained starts from random weights."""
+        """Returns no weights: the trained layer starts from random weights."""
         return {}
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
@@ -371,7 +371,7 @@ class LinearProbeJob(ClassificationJob):
         return self._group
 
     def hooks(self) -> Sequence[Hook]:
-        """Returns what warns of micro batches that are parts of groups."""
+        """Returns the hook that warns of micro batches smaller than a group."""
         return (_GroupWarning(self._group),)
 
     def facts(self) -> Mapping[str, Any]:
@@ -388,7 +388,7 @@ class LinearProbeJob(ClassificationJob):
             )
 
     def stored_student(self) -> StoredStudent:
-        """Refuses: only the layer is stored.
+        """Raises an error, since only the layer is stored.
 
         Raises: CheckpointError: always.
         """
@@ -399,7 +399,7 @@ class LinearProbeJob(ClassificationJob):
 
 
 class _GroupWarning(Hook):
-    """Says at the start that images are loaded again, once the micro batch is known."""
+    """Warns at the start if images are loaded more than once, when the micro batch is known."""
 
     def __init__(self, group: int) -> None:
         self._group = group

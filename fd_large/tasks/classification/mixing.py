@@ -29,9 +29,9 @@ class Mix(NamedTuple):
     """The mixing of every image of a group.
 
     Attributes:
-        share: The part of pixels and labels that stays the image's own; the partner has the rest.
-        box: Top, bottom, left, right of the part that is the partner's (CutMix); None: all pixels
-            are weighted means (mixup).
+        share: Fraction of pixels and labels that the image keeps; the partner gives the rest.
+        box: Top, bottom, left, right of the partner's part (CutMix), or None if all pixels are
+            weighted means (mixup).
     """
 
     share: float
@@ -51,7 +51,7 @@ def draw_mix(
     cutmix: float,
     switch_probability: float,
 ) -> Mix:
-    """Draws how a group is mixed.
+    """Draws the mixing of a group.
 
     Args:
         seed: The run's seed.
@@ -79,7 +79,7 @@ def draw_mix(
 
 
 def beta_share(draws: NDArray[np.float64], alpha: float) -> float:
-    """One draw of Beta(alpha, alpha).
+    """Returns one draw of Beta(alpha, alpha).
 
     Args:
         draws: (2 * tries,) uniform in [0, 1).
@@ -101,7 +101,7 @@ def mix_images(images: Tensor, others: Tensor, mix: Mix) -> Tensor:
 
     Args:
         images: (B, 3, H, W) float32, normalised.
-        others: (B, 3, H, W) float32, their partners.
+        others: (B, 3, H, W) float32, the images' partners.
         mix: How their group is mixed.
     """
     if mix.box is not None:
@@ -115,11 +115,11 @@ def mix_images(images: Tensor, others: Tensor, mix: Mix) -> Tensor:
 def mix_labels(
     labels: Tensor, others: Tensor, mix: Mix, *, num_classes: int, smoothing: float
 ) -> Tensor:
-    """Makes distributions over the classes, smoothed and mixed as the images are.
+    """Returns distributions over the classes, smoothed and mixed like the images.
 
     Args:
         labels: (B,) int64.
-        others: (B,) int64, of the partners.
+        others: (B,) int64, labels of the partners.
         mix: How their group is mixed.
         num_classes: K.
         smoothing: Probability that is spread over all classes.

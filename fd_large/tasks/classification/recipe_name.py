@@ -1,4 +1,4 @@
-"""The recipe of fine-tuning that fits a model."""
+"""The default recipe of fine-tuning for a model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _LARGE = ((352, "finetune_swinv2_giant"), (192, "finetune_swinv2_large"))
 
 
 def recipe_name(architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
-    """Returns the name of the recipe whose settings a model takes where the user names none.
+    """Returns the name of the recipe for a model, if the user names none.
 
     Args:
         architecture: The model's.
-        run_recipe: Name of the recipe of the run whose student it is; "": it has random weights,
-            without a run; None: it has weights of its own, as a teacher has.
+        run_recipe: Name of the recipe of the model's run; "" for random weights without a run;
+            None for weights of its own, such as a teacher's.
     """
     own = (run_recipe or "").replace("fd_", "finetune_", 1)
     if own in RECIPES and RECIPES[own]().task.name == "finetune":

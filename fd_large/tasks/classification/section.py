@@ -1,4 +1,4 @@
-"""Fine-tuning and the linear probe in recipes, and what others know of them without torch."""
+"""Fine-tuning and the linear probe in recipes, and their facts for other rooms, without torch."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from fd_large.weights.origin import without_folders
 
 
 class StoredClassification(StoredRun):
-    """A fine-tuned student, or the layer of a linear probe, of which no student is exported."""
+    """A fine-tuned student, or the layer of a linear probe, which has no student to export."""
 
     job: ClassificationJob
     loss_name = "cross-entropy"
@@ -30,7 +30,7 @@ class StoredClassification(StoredRun):
     def losses_on(
         self, task: Task, images: Tensor, labels: Tensor | None
     ) -> Callable[[], Mapping[str, float]]:
-        """Returns what computes the cross-entropy and the accuracy; see `StoredRun.losses_on`."""
+        """Returns a function of cross-entropy and accuracy; see `StoredRun.losses_on`."""
         prepared = task.prepare(images, labels, None)
 
         def losses() -> dict[str, float]:
@@ -40,7 +40,7 @@ class StoredClassification(StoredRun):
         return losses
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns what the model card says of the labels."""
+        """Returns the model card's text on the labels."""
         name = without_folders(self.run.data.root)
         absent = self.job.stored_student().absent
         norm = " Its final norm only normalises: the classifier had one of its own."

@@ -1,24 +1,24 @@
-"""Two heads that learn to name the class of an image: fine-tuning and the official linear probe.
+"""Two tasks of image classification: fine-tuning and the official linear probe.
 
-What is classified is the mean of an image's patch tokens. That of a ViT is normalised by a norm of
-its own, and the ViT's final norm is discarded. A Swin model keeps its norm. The map of a model of
-timm may be raw: its mean is normalised too, and what norms it has stay.
+The classifier reads the mean of an image's patch tokens. For a ViT, a new norm normalises this
+mean and replaces the ViT's final norm. A Swin model keeps its norm. The map of a timm model may
+be raw: its mean is normalised too, and its norms stay.
 
 In fine-tuning the whole model learns. Every block has its own copy of a position bias that blocks
 shared before (the families' `published.py` make the copies).
 
 In the linear probe a batch norm without affine and one layer learn from the features of a frozen
-model, which are those of fine-tuning before its first step: of a ViT the mean of the patch tokens
-before the final norm, normalised without affine; of a Swin model the mean of what its final norm
-gives. Statistics of the norm are those of a group of neighbouring images of the global batch, so
-that they depend on no rank and no micro batch. The running statistics, by which tests normalise,
-move once a step that is taken, by the mean over all groups.
+model, the same features as in fine-tuning before its first step: for a ViT the mean of the patch
+tokens before the final norm, normalised without affine; for a Swin model the mean of its final
+norm's output. The norm's statistics cover a group of neighbouring images of the global batch, so
+that they depend on no rank and no micro batch. The running statistics, used in tests, are updated
+once in each accepted step, by the mean over all groups.
 
 Sources: the official code of SwinTransformer/Feature-Distillation (models/vision_transformer.py,
 models/swin_transformer_v2.py, main_finetune.py, main_linear.py), whose probe is that of He et al.
-(MAE), arXiv 2111.06377, appendix A.1. There a group is the batch of a GPU, the running statistics
-of the first GPU count, and drop path of the frozen model is on in training where it is configured;
-here it is off.
+(MAE), arXiv 2111.06377, appendix A.1. In that code a group is the batch of a GPU, the first GPU's
+running statistics count, and a configured drop path of the frozen model is on in training; here
+it is off.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ HEAD_STD = 0.01
 
 
 def has_norm_instead(model: nn.Module) -> bool:
-    """Returns whether a norm of the mean token takes the place of a model's final norm."""
+    """Returns whether a norm of the mean token replaces a model's final norm."""
     return _kind(model) == "instead"
 
 
 def norm_of_mean(model: nn.Module) -> LayerNorm | None:
-    """Makes the norm of a model's mean token; takes a ViT's final norm away.
+    """Makes the norm of a model's mean token, and removes a ViT's final norm.
 
     Args:
         model: A backbone of `fd_large.backbones`.
@@ -74,11 +74,11 @@ def norm_of_mean(model: nn.Module) -> LayerNorm | None:
 
 
 def mean_token(features: FeatureMap, norm: LayerNorm | None) -> Tensor:
-    """Returns (B, C) float32.
+    """Returns the normalised mean token, (B, C) float32.
 
     Args:
         features: The map of a model that `norm_of_mean` has prepared.
-        norm: What it made.
+        norm: Result of `norm_of_mean`.
     """
     mean = features.tokens[:, features.num_prefix_tokens :].float().mean(1)
     return mean if norm is None else norm(mean)
@@ -95,8 +95,8 @@ class FineTuning(Task):
         student: A backbone of `fd_large.backbones`.
         num_classes: K.
         statistics: The normalisation of its images, in training and in tests.
-        head: Name of the classifier of the mean token: "linear", or one of the user's own, a
-            function or Module class of (width, num_classes).
+        head: Name of the classifier of the mean token: "linear", or the user's own, a function or
+            Module class of (width, num_classes).
     """
 
     def __init__(
@@ -136,14 +136,14 @@ class FineTuning(Task):
         return summed(logits, targets)
 
     def logits(self, pixels: Tensor, keep: Tensor | None) -> Tensor:
-        """Returns (B, K) float32."""
+        """Returns logits, (B, K) float32."""
         dtype = next(self.student.parameters()).dtype
         mean = mean_token(self.student(pixels.to(dtype), keep), self.fc_norm)
         return self.head(mean.to(dtype)).float()
 
 
 class FrozenFeature(nn.Module):
-    """A frozen model: uint8 images to a feature of each; always in evaluation mode.
+    """A frozen model from uint8 images to their features, always in evaluation mode.
 
     Args:
         model: A backbone of `fd_large.backbones`.
@@ -166,11 +166,11 @@ class FrozenFeature(nn.Module):
         super().train(False)
 
     def train(self, mode: bool = True) -> FrozenFeature:
-        """Stays in evaluation mode, whatever it is set to."""
+        """Stays in evaluation mode, whatever the argument."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns (B, C) float32, without gradient."""
+        """Returns features, (B, C) float32, without gradient."""
         with torch.no_grad():
             pixels = normalise(images, self.statistics)
             features = self.model(pixels.to(next(self.model.parameters()).dtype))
@@ -186,11 +186,11 @@ class FrozenFeature(nn.Module):
 
 
 class Frozen(NamedTuple):
-    """A frozen model in the two types in which it computes; on a CPU both are the same.
+    """A frozen model in two data types; on a CPU both are the same.
 
     Attributes:
-        learning: What the layer learns from, in the run's type.
-        tested: What it is tested with, in float32.
+        learning: The model for training, in the run's data type.
+        tested: The model for tests, in float32.
     """
 
     learning: FrozenFeature
@@ -198,7 +198,7 @@ class Frozen(NamedTuple):
 
 
 class _NothingTrained(nn.Module):
-    """Stands where other tasks have the backbone that they train."""
+    """A placeholder for the trained backbone of other tasks."""
 
     drop_path_rates = ()
 
@@ -213,7 +213,7 @@ class _NothingTrained(nn.Module):
 
 
 class LinearProbing(Task):
-    """The layer and the norm before it.
+    """The linear layer and the norm before it.
 
     Args:
         frozen: The model; it is no submodule, so that it is neither trained nor stored.
@@ -235,7 +235,7 @@ class LinearProbing(Task):
         self.seen: Tensor | None = None
 
     def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
-        """Returns features, labels and, in training, which of the images are this micro batch's.
+        """Returns features, labels and, in training, the indices of this micro batch's images.
 
         Args:
             images: (M, 3, H, W) uint8: in training whole groups, one after the other.
@@ -255,7 +255,7 @@ class LinearProbing(Task):
 
         Args:
             features: (M, C) float32.
-            labels: (B,) int64; in evaluation as `scores.summed` takes them.
+            labels: (B,) int64; in evaluation, see `scores.summed`.
             places: (B,) int64, the rows of the labels; None in evaluation, where they are all.
         """
         if places is None:
@@ -276,15 +276,15 @@ class LinearProbing(Task):
         return F.cross_entropy(logits, labels), {}
 
     def _logits(self, normed: Tensor) -> Tensor:
-        """(B, C) to (B, K) float32."""
+        """Maps features (B, C) to logits (B, K) float32."""
         return self.head(normed.to(self.head.weight.dtype)).float()
 
     def before_step(self, progress: float) -> None:
-        """Drops what was seen outside of a step, such as in a trial."""
+        """Drops statistics seen outside of a step, such as in a trial."""
         batch_norm.forget([self])
 
     def after_step(self) -> None:
-        """Moves the running statistics."""
+        """Updates the running statistics."""
         batch_norm.move([self])
 
     def models(self) -> dict[str, nn.Module]:
@@ -293,7 +293,7 @@ class LinearProbing(Task):
 
 
 def probe_batch(size: int, image_size: int, *, norm_batch: int) -> Batch:
-    """Makes a micro batch of grey images of the first class, in whole groups as it is loaded.
+    """Makes a micro batch of grey images of the first class, in whole groups.
 
     Args:
         size: Images of the micro batch.

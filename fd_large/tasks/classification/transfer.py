@@ -1,4 +1,4 @@
-"""Classifiers that begin from named models: the student of the recipe, and what is compared."""
+"""Classifiers that begin from named models, and their comparison."""
 
 from __future__ import annotations
 
@@ -31,11 +31,10 @@ class ClassificationTransfer(Transfer):
         trained_as: Student | None,
         fields: Collection[str],
     ) -> Run:
-        """Returns the recipe with a named model, and its statistics, in the student's place.
+        """Returns the recipe with a named model and its statistics instead of its student.
 
-        The run that trained the model decides the other fields of the student, but for the drop
-        path and what the user set. Every block gets its own copy of a position bias that blocks
-        share.
+        The run that trained the model decides the student's other fields, except drop path and
+        the user's own flags. Every block gets its own copy of a shared position bias.
         """
         refuse_decided(fields, OWN_FIELDS)
         architecture = resolve(model.model, model.architecture).with_own_position_biases()
@@ -49,7 +48,7 @@ class ClassificationTransfer(Transfer):
         return replace(run, student=student, data=replace(run.data, image_size=image_size))
 
     def recipe_for(self, architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
-        """Returns the recipe that fits the model."""
+        """Returns the default recipe for the model."""
         return recipe_name(architecture, run_recipe=run_recipe)
 
     def compared(self, summary: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
@@ -63,7 +62,7 @@ class LinearTransfer(ClassificationTransfer):
     def variants(self, run: Run, pool: str) -> Mapping[str, Run]:
         """Returns the probes of the mean of the patch tokens, of the class token and of both.
 
-        Of a model without a class token that of the mean alone.
+        A model without a class token has only the probe of the mean.
         """
         if pool != "auto":
             return {"": override(run, {"task.linear.pool": pool})}

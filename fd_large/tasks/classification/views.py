@@ -1,7 +1,7 @@
 """Labelled images to batches for training: random views, mixed and augmented, or in whole groups.
 
-What happens to an image is a function of (seed, epoch, position), and so is the image that it is
-mixed with: a rank whose micro batch ends between two partners loads the other one too.
+What happens to an image is a function of (seed, epoch, position), and so is its mixing partner: a
+rank whose micro batch ends between two partners loads the other partner too.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class LabelledViews:
 
         Args:
             positions: (B,) in the epoch's order.
-            change: What else is done to a view, given which of the positions it is of.
+            change: A further change of each view, given its index among the positions.
         """
         crops = self.draws(positions, "view", NUM_DRAWS)
 
@@ -84,13 +84,13 @@ class LabelledViews:
         )
 
     def draws(self, positions: NDArray[np.int64], stream: str, count: int) -> list[list[float]]:
-        """Returns (B, count) numbers in [0, 1) of a stream."""
+        """Returns (B, count) random numbers in [0, 1) from a stream."""
         return uniforms(self.seed, self.epoch, positions, stream, count).tolist()
 
 
 @dataclass(frozen=True)
 class MixedBatches(Dataset):
-    """Positions of a micro batch to a `Batch`; runs in the workers.
+    """Maps the positions of a micro batch to a `Batch`; runs in the workers.
 
     Its images are (B, 3, S, S) float32, normalised, its targets (B, K) float32 distributions over
     the classes.
@@ -187,14 +187,14 @@ class MixedBatches(Dataset):
 
 @dataclass(frozen=True)
 class GroupedBatches(Dataset):
-    """Positions of a micro batch to a `Batch`; runs in the workers.
+    """Maps the positions of a micro batch to a `Batch`; runs in the workers.
 
     Its images are those of all groups that the positions touch, (M, 3, S, S) uint8, one group after
     the other: where a micro batch ends inside a group, two ranks or micro batches load the rest.
 
     Attributes:
         views: Loads the views.
-        group: Images of a group; positions k*group to (k+1)*group - 1 are one.
+        group: Images of a group; positions k*group to (k+1)*group - 1 form a group.
     """
 
     views: LabelledViews

@@ -1,6 +1,6 @@
 """Colours of uint8 images: hue, saturation and value, and brighter or darker ones.
 
-OpenCV is not needed for it: hue counts 180 steps here as there.
+It needs no OpenCV; hue has 180 steps as in OpenCV.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def to_hsv(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def to_rgb(hsv: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Maps what `to_hsv` returns back to red, green and blue."""
+    """Maps the result of `to_hsv` back to red, green and blue."""
     hue, saturation, value = (hsv[..., i].astype(np.float32) for i in range(3))
     chroma, sixths = value * saturation / 255, hue / 30
     image = np.empty_like(hsv)

@@ -1,7 +1,7 @@
 """Convolutions of pyramids and heads; each draws its own weights and never a child's.
 
 torchvision's pyramid and heads draw their children's weights in the parent's constructor. Under
-`deepspeed.zero.Init` these are split over the ranks by then and what is written is lost, so that
+`deepspeed.zero.Init` these weights are already split over the ranks and the draws are lost, so
 parts with parameters are our own.
 """
 
@@ -21,22 +21,22 @@ NORM_EPS = 1e-6
 
 
 def he_normal(out_channels: int, kernel_size: int) -> Draw:
-    """Kaiming's normal distribution by the fan out, for what a ReLU follows, as in detectron2."""
+    """Draws from Kaiming's normal distribution by fan out, before a ReLU, as in detectron2."""
     return Draw("normal", std=math.sqrt(2 / (out_channels * kernel_size**2)))
 
 
 def he_uniform() -> Draw:
-    """Kaiming's uniform distribution, +-sqrt(3 / fan in), for what no ReLU follows."""
+    """Draws from Kaiming's uniform distribution, +-sqrt(3 / fan in), for layers without ReLU."""
     return Draw("fan_in_uniform", divide=1 / math.sqrt(3))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Returns what losses are computed of: in float32, or float64 if it is in that."""
+    """Returns a tensor in float32 for losses; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Convolution(nn.Conv2d):
-    """A convolution that keeps the size of the map and draws its weight as `draw` says."""
+    """A convolution that keeps the size of the map and draws its weight by `draw`."""
 
     def __init__(
         self,
@@ -116,14 +116,14 @@ class ChannelNorm(LayerNorm):
 
 
 class NormedConvolution(nn.Module):
-    """A convolution without bias, a norm, and a ReLU where one is wanted.
+    """A convolution without bias, a norm, and an optional ReLU.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         kernel_size: Side of the kernel.
         relu: Whether a ReLU follows.
-        norm: Makes the norm of so many channels.
+        norm: Constructor of the norm, from the number of channels.
     """
 
     def __init__(

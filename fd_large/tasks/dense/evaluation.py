@@ -1,4 +1,4 @@
-"""The loop of a test over the ranks: every image once, and some once more for pictures."""
+"""The test loop over the ranks: every image once, and some once more for plots."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ NUM_IMAGES = 4
 
 
 class Model(Protocol):
-    """The model under test; in evaluation mode, called by all ranks alike where it is sharded."""
+    """The model under test; in evaluation mode, called by all ranks if it is sharded."""
 
     @property
     def views(self) -> TestViews:
-        """At which sizes it sees an image."""
+        """Sizes at which it sees an image."""
 
     @property
     def at_once(self) -> int:
@@ -45,15 +45,15 @@ class Model(Protocol):
         """
 
     def idle(self) -> None:
-        """Makes one forward of nothing, for ranks that others wait for."""
+        """Runs a dummy forward, on ranks without an image, so that the others do not wait."""
 
 
 class Drawn(NamedTuple):
-    """An image that is drawn.
+    """An image to draw, with truth and prediction.
 
     Attributes:
-        truth: (H, W), what the dataset has.
-        predicted: (H, W), what the model says.
+        truth: (H, W), the dataset's pixels.
+        predicted: (H, W), the model's pixels.
     """
 
     truth: NDArray[Any]
@@ -67,16 +67,15 @@ DrawnImages = Mapping[str, Mapping[int, Drawn]]
 def predict_all(
     model: Model, images: PairedImages, *, workers: int, between: Callable[[], None]
 ) -> Iterator[tuple[TestImage, Tensor | None]]:
-    """Yields this rank's test images, and what is predicted of each; a collective.
+    """Yields this rank's test images with their predictions; a collective.
 
-    Images that could not be read are named in the log; of these, and of those that only fill up,
-    nothing is predicted.
+    Unreadable images are named in the log; they and padding images have no prediction.
 
     Args:
-        model: What is tested.
+        model: The model under test.
         images: The test images and their truth.
         workers: Processes that load.
-        between: Called before each image, on every rank alike. It may raise to end the test.
+        between: Called before each image on every rank; may raise to end the test.
     """
     loader = build_test_loader(
         images,
@@ -93,15 +92,14 @@ def predict_all(
 
 
 def predict_some(errors: NDArray[np.float64], model: Model, images: PairedImages) -> DrawnImages:
-    """Predicts the images that are drawn once more: the worst ones, and some others; a collective.
+    """Predicts again the images to draw: the worst ones, and some others; a collective.
 
-    The others are spread evenly over the dataset, the same ones in every test, so that they can be
-    compared. Rank 0 alone reads images, so that one that cannot be read any more ends no rank's
-    part in it.
+    The others are spread evenly over the dataset and the same in every test, for comparison. Only
+    rank 0 reads images, so that an image that has become unreadable stops no rank.
 
     Args:
-        errors: (N,), how wrong each image is; NaN for those that are not scored.
-        model: What is tested.
+        errors: (N,), the error of each image; NaN for images that are not scored.
+        model: The model under test.
         images: The test images and their truth.
 
     Returns: on rank 0; plots without images elsewhere.
@@ -125,11 +123,11 @@ def draw_some(
     draw: Callable[[list[T], Path], None],
     folder: Path,
 ) -> list[Path]:
-    """Draws each plot of `predict_some` as a PNG of its name; returns those that were drawn.
+    """Draws each plot of `predict_some` as a PNG of its name; returns the drawn plots.
 
     Args:
-        some: What is drawn; None: nothing is.
-        row: Makes the row of an image, given its number and what is drawn.
+        some: The images to draw, or None.
+        row: Makes the row of an image from its index and its `Drawn`.
         draw: Draws rows.
         folder: A folder that exists.
     """
@@ -144,19 +142,19 @@ def draw_some(
 
 @torch.no_grad()
 def forward_of_nothing(forward: Callable[[Tensor], Tensor], side: int) -> None:
-    """Makes a forward of one black image, of this side in pixels."""
+    """Runs a forward of one black image with this side in pixels."""
     forward(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=distributed.device()))
 
 
 def finite(value: float) -> float | None:
-    """Returns a score as a JSON file holds it: None where there is none."""
+    """Returns a score for a JSON file, None for NaN."""
     return float(value) if np.isfinite(value) else None
 
 
 def _predict_together(model: Model, item: TestImage) -> Tensor | None:
-    """Predicts this rank's image, None if it has none; a collective.
+    """Predicts this rank's image, or takes part without one; a collective.
 
-    Under ZeRO-3 every rank must make as many forwards as the others.
+    Under ZeRO-3 every rank must run the same number of forwards.
     """
     size = (item.truth.shape[0], item.truth.shape[1])
     planned = model.views.num_forwards(*size, model.at_once) if item.views else 0

@@ -1,7 +1,7 @@
-"""How an image and what is drawn over it are resized, cut out and flipped, by one geometry.
+"""Resizing, cropping and flipping of an image and its masks, points and labels together.
 
-Pixels stay uint8. What is drawn at random comes from the caller, so that a view is a function of
-(seed, epoch, position).
+Pixels stay uint8. Random numbers come from the caller, so that a view is a function of (seed,
+epoch, position).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Number = TypeVar("Number", bound=np.number[Any])
 
 @dataclass(frozen=True)
 class View:
-    """An image is resized, a crop is cut out of it, and that is flipped.
+    """A view of an image: it is resized, cropped, and the crop flipped.
 
     Attributes:
         original: Height and width of the image.
         resized: Height and width after resizing.
         crop: Top, left, height and width of the crop, inside `resized`.
-        flipped: Whether left and right are exchanged at the end.
+        flipped: Whether the crop is mirrored.
     """
 
     original: tuple[int, int]
@@ -57,7 +57,7 @@ class View:
         return self._cut(pixels).numpy()
 
     def numbers(self, numbers: NDArray[Number]) -> NDArray[Number]:
-        """Maps a number for each pixel (H, W), a class or a depth, to the view's: the nearest's."""
+        """Maps a number for each pixel (H, W), a class or a depth, to the view's nearest pixels."""
         top, left, rows, columns = self.crop
         (height, width), (new_height, new_width) = self.original, self.resized
         down = (top + np.arange(rows)) * height // new_height
@@ -80,7 +80,7 @@ class View:
 
 
 def whole_view(height: int, width: int) -> View:
-    """Returns the view that shows an image as it is."""
+    """Returns the view that leaves an image unchanged."""
     return View((height, width), (height, width), (0, 0, height, width), False)
 
 
@@ -93,8 +93,8 @@ def resized_view(
         height: Height of the image, in pixels.
         width: Width of the image.
         short_side: Length of the view's shorter side.
-        long_side: The most that its longer side may be; the shorter one is smaller then.
-        flipped: Whether left and right are exchanged.
+        long_side: Upper limit of the longer side, which makes the shorter side smaller if needed.
+        flipped: Whether the view is mirrored.
     """
     ratio = min(short_side / min(height, width), long_side / max(height, width))
     resized = scaled(height, width, ratio)

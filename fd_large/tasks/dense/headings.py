@@ -1,4 +1,4 @@
-"""Words above the images of a plot."""
+"""Headings above the images of a plot."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ LONGEST = 36
 
 
 def shortened(name: str) -> str:
-    """Returns the end of a name that is too long to stand above an image."""
+    """Returns a name short enough to stand above an image: its end, if it is too long."""
     return name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}"

@@ -1,4 +1,4 @@
-"""The job that segmentation and depth share: a target for each pixel, learnt and tested."""
+"""The job that segmentation and depth share: a target for each pixel."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ class DenseJob(TrainingJob):
         raise NotImplementedError
 
     def training_views(self) -> Any:
-        """Returns how the recipe sees a training image."""
+        """Returns the recipe's views of training images."""
         raise NotImplementedError
 
     def model_to_test(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Any:
-        """Returns what is tested: a model, and how it sees an image.
+        """Returns the model under test, with its views of an image.
 
         Args:
-            forward: Maps images (B, 3, H, W) uint8 to what the task predicts of their pixels.
+            forward: Maps images (B, 3, H, W) uint8 to the task's predictions of their pixels.
             at_once: Number of windows in a forward.
 
         Raises: ConfigError: if the recipe's way of testing does not fit.
@@ -79,18 +79,19 @@ class DenseJob(TrainingJob):
         raise NotImplementedError
 
     def whole_images(self) -> str:
-        """Returns what is wrong with testing whole images, and the remedy; empty: none are."""
+        """Returns an error and remedy if tests of whole images cannot work, else ""."""
         raise NotImplementedError
 
     def measure(self, model: Any, images: Any, between: Callable[[], None]) -> Any:
         """Tests a model on all images; a collective.
 
-        Returns: what has `scores.numbers()` and `errors`, (N,) float64, how wrong each image is.
+        Returns: an object with `scores.numbers()` and `errors`, (N,) float64, the error of each
+            image.
         """
         raise NotImplementedError
 
     def keep(self, outcome: Any, some: Any, images: Any, folder: Path) -> list[Path]:
-        """Writes scores, and draws what `predict_some` gave if it is not None; on rank 0 alone."""
+        """Writes scores, and draws the images of `predict_some` if not None; on rank 0 alone."""
         raise NotImplementedError
 
     def open_samples(self) -> ImageSource:
@@ -107,11 +108,11 @@ class DenseJob(TrainingJob):
         return self.open_split(root or self.run.data.root, "val", where)
 
     def norm_group(self) -> int:
-        """Returns 0 for a frozen student, which uses the statistics that it loaded."""
+        """Returns 0 for a frozen student, which uses its loaded statistics."""
         return 0 if self.section.frozen else super().norm_group()
 
     def check(self) -> None:
-        """Opens the test images, and checks the headers of the weights and the way of testing."""
+        """Opens the test images, and checks weights' headers and test settings."""
         super().check()
         self._test_images = self.test_images()
         student, name = self.run.student, self.run.task.name
@@ -200,22 +201,22 @@ class DenseJob(TrainingJob):
         return [Evaluation(measure, run.eval.every)]
 
     def hooks(self) -> Sequence[Hook]:
-        """Returns what warns of batch norms that see a part of a step."""
+        """Returns the hook that warns of batch norms that see only a part of a step."""
         return (_PassWarning(),)
 
     def stored_student(self) -> StoredStudent:
-        """On the grid of the crop, without the final norm where the head has no use for it."""
+        """Describes the student on the crop's grid, without a final norm that the head ignores."""
         absent = {} if self.section.head in self.on_last_map else FINAL_NORM
         return StoredStudent(trained_at(self.run), absent, IMAGENET)
 
 
 def next_multiple(size: int, of: int) -> int:
-    """Returns the least multiple of `of` that is no smaller than a size."""
+    """Returns the smallest multiple of `of` that is at least a size."""
     return -(-size // of) * of
 
 
 class _PassWarning(Hook):
-    """Says at the start that a step has several passes, once their number is known."""
+    """Warns at the start if a step has several passes, when their number is known."""
 
     def on_start(self, setting: Setting) -> None:
         if setting.accumulation > 1 and distributed.is_main():

@@ -1,4 +1,4 @@
-"""Batches of images with a truth for each pixel: for training by position, for tests each once."""
+"""Batches of images with a truth for each pixel, for training and tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fd_large.tasks.dense.target import Targets
 
 
 class TrainingViews(Protocol):
-    """How training images are seen."""
+    """Views of training images."""
 
     @property
     def image_size(self) -> int:
@@ -30,10 +30,10 @@ class TrainingViews(Protocol):
 
     @property
     def unknown(self) -> np.number[Any]:
-        """Returns the target of a pixel of which nothing is known."""
+        """Returns the target of an unknown pixel."""
 
     def draws(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> Sequence[Any]:
-        """Draws what the view at each position depends on."""
+        """Draws the random numbers of the view at each position."""
 
     def view(self, image: Tensor, truth: NDArray[Any], drawn: Any) -> tuple[Tensor, NDArray[Any]]:
         """Returns a view of an image, (3, h, w) uint8, and the truth of its pixels, (h, w).
@@ -47,7 +47,7 @@ class TrainingViews(Protocol):
 
 @dataclass(frozen=True)
 class TrainingBatches(Dataset):
-    """Positions to a `Batch` of square crops; runs in the workers.
+    """Maps positions to a `Batch` of square crops; runs in the workers.
 
     Attributes:
         source: Images with their truth.
@@ -62,7 +62,7 @@ class TrainingBatches(Dataset):
     epoch: int
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        """Loads the crops; a black one of unknown truth stands where no sample can be used."""
+        """Loads the crops; a black crop with unknown truth replaces an unusable sample."""
         drawn = self.views.draws(self.seed, self.epoch, positions)
         loaded = load_samples(
             lambda place, index: self.views.view(*self.source.sample(index), drawn[place]),
@@ -97,7 +97,7 @@ class TrainingBatches(Dataset):
 
 
 class TestViews(Protocol):
-    """At which sizes images are tested."""
+    """The sizes at which images are tested."""
 
     __test__ = False
 
@@ -105,18 +105,18 @@ class TestViews(Protocol):
         """Returns the views of an image of this size."""
 
     def num_forwards(self, height: int, width: int, at_once: int) -> int:
-        """Returns how many forwards an image takes, with so many windows in each."""
+        """Returns the number of forwards for an image, with `at_once` windows in each."""
 
 
 class TestImage(NamedTuple):
-    """An image of a test.
+    """A test image with its views and its truth.
 
     Attributes:
-        views: (3, h, w) uint8 at each size; none for an image that only fills up, or that could
-            not be read.
+        views: (3, h, w) uint8 at each size; empty for a padding image, or one that could not be
+            read.
         truth: (H, W), of the image in its own size.
-        index: Its number in the dataset.
-        bad: Why it could not be read; empty: it was.
+        index: Index in the dataset.
+        bad: Why it could not be read, or "".
     """
 
     # No test of pytest's.
@@ -130,7 +130,7 @@ class TestImage(NamedTuple):
 
 @dataclass(frozen=True)
 class TestImages(Dataset):
-    """Numbers in a dataset, -1 for none, to `TestImage`; runs in the workers."""
+    """Maps indices in a dataset (-1 for padding) to `TestImage`; runs in the workers."""
 
     __test__ = False
 
@@ -154,14 +154,14 @@ class TestImages(Dataset):
 def build_test_loader(
     source: PairedImages, views: TestViews, *, rank: int, world_size: int, workers: int
 ) -> DataLoader:
-    """All images once over the ranks, as many on every rank, one by one.
+    """Returns a loader of every image once over the ranks, with the same number on each rank.
 
     Args:
         source: Images with their truth.
         views: At which sizes they are seen.
         rank: Counted from 0.
         world_size: The number of ranks.
-        workers: Processes that load; 0: this one does.
+        workers: Number of loading processes; 0 loads in this process.
     """
     mine = deal(len(source), batch_size=1, rank=rank, world_size=world_size)
     numbers = [int(batch[0]) for batch in mine]
@@ -171,7 +171,7 @@ def build_test_loader(
 def deal(
     num_images: int, *, batch_size: int, rank: int, world_size: int
 ) -> list[NDArray[np.int64]]:
-    """A rank's batches of places in an order of images; -1 where there is none left.
+    """Returns a rank's batches of places in an order of images, padded with -1.
 
     Consecutive batches go to the ranks in turn, so that all work about as long.
     """

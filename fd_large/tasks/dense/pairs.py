@@ -1,4 +1,4 @@
-"""Images with a file of numbers for each, one number a pixel: classes, depths."""
+"""Images, each with a file of one number a pixel: classes or depths."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ FILES_CHECKED = 8
 
 
 class Layout(NamedTuple):
-    """Where a dataset has its images and their files of numbers.
+    """Folders and name endings of a dataset's images and their truth files.
 
     Attributes:
         images: Folder of the images of a split.
         truths: Folder of their files, in which the same folders lie.
-        train: What the dataset calls the split "train".
-        val: What it calls the split "val".
-        image_tail: What follows the common part of a name in an image's stem.
-        truth_tail: What follows it in a file's stem.
+        train: The dataset's name of the split "train".
+        val: The dataset's name of the split "val".
+        image_tail: Ending of an image's stem after the common part.
+        truth_tail: Ending of a truth file's stem after the common part.
     """
 
     images: str
@@ -51,7 +51,7 @@ class Layout(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Images and their files.
+    """Paths of images and their truth files.
 
     Attributes:
         images: Paths of the images.
@@ -100,15 +100,15 @@ class PairedImages(ABC):
 
     @abstractmethod
     def truth(self, index: int) -> NDArray[Any]:
-        """Reads what is known of each pixel of image `index`, (H, W).
+        """Reads the truth of each pixel of image `index`, (H, W).
 
         Raises: DataError: if the file cannot be used.
         """
 
     def sample(self, index: int) -> tuple[Tensor, NDArray[Any]]:
-        """Reads image `index`, (3, H, W) uint8, and what is known of its pixels, (H, W).
+        """Reads image `index`, (3, H, W) uint8, and the truth of its pixels, (H, W).
 
-        Raises: DataError: if one cannot be read, or their sizes differ.
+        Raises: DataError: if a file cannot be read, or their sizes differ.
         """
         image = decode(self.read(index), self[index], max_pixels=self.max_pixels)
         truth = self.truth(index)
@@ -121,9 +121,9 @@ class PairedImages(ABC):
         return image, truth
 
     def some_truths(self) -> list[NDArray[Any]]:
-        """Reads some of the files of numbers, spread over the dataset.
+        """Reads some of the truth files, spread over the dataset.
 
-        Raises: DataError: if one cannot be used.
+        Raises: DataError: if a file cannot be used.
         """
         some = np.linspace(0, len(self) - 1, min(FILES_CHECKED, len(self))).round()
         return [self.truth(int(index)) for index in some]
@@ -141,7 +141,7 @@ def read_numbers(
     Args:
         path: An image file.
         modes: Pillow's modes that are taken.
-        expected: What such a file is, for messages.
+        expected: Expected kind of file, for messages.
         max_pixels: Larger files are refused.
 
     Raises: DataError: if the file cannot be read, or has another mode.
@@ -172,13 +172,13 @@ def pairs_in_folders(
     """Finds the images of a split, and the file of each.
 
     Args:
-        layouts: Where they may be; the first that is there is taken. Where both lie in one folder,
-            files are the PNGs.
+        layouts: Possible layouts; the first that exists is taken. If images and truth files share
+            a folder, the truth files are the PNGs.
         root: Folder of the dataset.
         split: "train" or "val".
-        what: What the files hold, for messages: "labels".
+        what: Contents of the truth files, for messages: "labels".
         where: The field that names the folder, for messages.
-        otherwise: What a dataset may have instead, for messages.
+        otherwise: Alternative layouts of a dataset, for messages.
 
     Raises: DataError: if there is no such split, or an image has no file.
     """

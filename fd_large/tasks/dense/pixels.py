@@ -1,4 +1,4 @@
-"""Images of several sizes in one batch, normalised for the student; what pads them is grey."""
+"""Images of several sizes in one batch, normalised for the student, with grey padding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PADDING = 128
 
 
 def normalised(images: Tensor, sizes: Tensor, statistics: Statistics) -> Tensor:
-    """Normalises images to float32; beyond their sizes all is grey.
+    """Normalises images to float32, with grey padding beyond their sizes.
 
     Args:
         images: (B, 3, H, W) uint8, padded right and bottom.

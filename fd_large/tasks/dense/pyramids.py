@@ -1,4 +1,4 @@
-"""Pyramids: from the maps of a backbone to maps of which each is half as large as the one before.
+"""Pyramids: maps of a backbone turned into maps with successively halved sides.
 
 Detectors take five of one width; segmentation takes four, of the backbone's own widths.
 
@@ -114,7 +114,7 @@ class SimplePyramid(nn.Module):
 
 
 class RescaledMaps(nn.Module):
-    """Maps of a plain backbone, all of one size, made the four maps of a hierarchical one.
+    """Rescales maps of a plain backbone, all of one size, to a hierarchical backbone's four maps.
 
     Each is scaled by transposed convolutions or by max pooling, its width unchanged.
 
@@ -153,7 +153,7 @@ class RescaledMaps(nn.Module):
 def _fourfold(
     widths: tuple[int, int, int], draw: Draw, norm: Callable[[int], nn.Module]
 ) -> nn.Sequential:
-    """Twice doubles the sides of a map, with a norm and a GELU between."""
+    """Returns layers that double a map's sides twice, with a norm and a GELU between."""
     first, middle, last = widths
     return nn.Sequential(
         Doubling(first, middle, draw=draw),
@@ -164,7 +164,7 @@ def _fourfold(
 
 
 def _convolutions(widths: Sequence[int], width: int) -> tuple[nn.ModuleList, nn.ModuleList]:
-    """Lateral 1x1 convolutions, and 3x3 convolutions of what comes of them, one each a level."""
+    """Returns lateral 1x1 convolutions and 3x3 output convolutions, one pair a level."""
     return (
         nn.ModuleList(NormedConvolution(channels, width, 1, relu=False) for channels in widths),
         nn.ModuleList(NormedConvolution(width, width, 3, relu=False) for _ in widths),
@@ -172,5 +172,5 @@ def _convolutions(widths: Sequence[int], width: int) -> tuple[nn.ModuleList, nn.
 
 
 def _coarser(x: Tensor) -> Tensor:
-    """Every second place of a map (B, C, H, W): the level above the last, for large anchors."""
+    """Returns every second place of a map (B, C, H, W), as a further level for large anchors."""
     return F.max_pool2d(x, kernel_size=1, stride=2)

@@ -17,7 +17,7 @@ IGNORED_FIELDS = (
 
 
 def check_head(run: Any, *, task: str, field: str = "head") -> None:
-    """Refuses the name of a task's head that stands for nothing; imports neither head nor torch.
+    """Refuses an unknown name of a task's head, without importing the head or torch.
 
     Args:
         run: A recipe of the task.
@@ -35,7 +35,7 @@ def check_head(run: Any, *, task: str, field: str = "head") -> None:
 
 
 def check_scale_range(where: str, scale_range: tuple[float, float]) -> None:
-    """Refuses scales of training images that are no range, smallest first.
+    """Refuses scales of training images that are not an ascending range.
 
     Raises: ConfigError: with `where`, the name of the section, before the field's.
     """
@@ -49,7 +49,7 @@ def check_scale_range(where: str, scale_range: tuple[float, float]) -> None:
 
 
 def check_test_size(where: str, test_size: tuple[int, int]) -> None:
-    """Refuses lengths of the sides of test images, in pixels, shorter side first.
+    """Refuses invalid side lengths of test images, in pixels, shorter side first.
 
     Raises: ConfigError: with `where`, the name of the section, before the field's.
     """
@@ -63,7 +63,7 @@ def check_test_size(where: str, test_size: tuple[int, int]) -> None:
 
 
 def check_test_scales(where: str, scales: tuple[float, ...]) -> None:
-    """Refuses scales of test images that are none.
+    """Refuses invalid scales of test images.
 
     Raises: ConfigError: with `where`, the name of the section, before the field's.
     """

@@ -1,6 +1,6 @@
-"""A distilled student as a pyramid: its maps on images of any size, and what they are put through.
+"""A distilled student as a pyramid: its maps on images of any size, and their neck.
 
-Parameters and their names stay the student's, so that its weights load and go on as they are.
+Parameters and their names stay the student's, so that its weights load unchanged.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ LEFT_OUT = {**FINAL_NORM, "cls_token": 0.0, "dist_token": 0.0, "reg_token": 0.0}
 
 
 def strip(student: nn.Module, *, windowed: bool = True) -> None:
-    """Takes the final norm and the class tokens out of a student.
+    """Removes the final norm and the class tokens from a student.
 
     They would get no gradient, and parameters without one are still decayed under DeepSpeed.
 
     Args:
-        student: A backbone whose stages give a map each (`stage_widths`, `stage_strides`), of half
-            the resolution of the one before, or one with a single map whose blocks can attend
+        student: A backbone with a map for each stage (`stage_widths`, `stage_strides`), each of
+            half the previous resolution, or a backbone with a single map whose blocks can attend
             within windows (`attends_in_windows`).
         windowed: Whether a student with a single map will see windows, without its class tokens
             (`features`), or whole images of its own size, with them (`maps_of_blocks`).
@@ -65,7 +65,7 @@ def strip(student: nn.Module, *, windowed: bool = True) -> None:
 def features(
     student: nn.Module, pixels: Tensor, keep: Tensor | None
 ) -> Tensor | tuple[Tensor, ...]:
-    """Maps normalised images of any size to what the pyramid takes.
+    """Maps normalised images of any size to the pyramid's input.
 
     Args:
         student: After `strip`.
@@ -147,9 +147,9 @@ def to_pixels(student: nn.Module, logits: Tensor, pixels: Tensor) -> Tensor:
 
 
 def at_own_size(student: nn.Module, pixels: Tensor) -> Tensor:
-    """Pads pixels (B, 3, H, W) with zeros, right and bottom, to the size a student is made for.
+    """Pads pixels (B, 3, H, W) with zeros, right and bottom, to a student's fixed size.
 
-    A student of any size has them as they are.
+    Without a fixed size, pixels stay unchanged.
     """
     if not is_of_one_size(student):
         return pixels
@@ -159,7 +159,7 @@ def at_own_size(student: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def is_of_one_size(student: nn.Module) -> bool:
-    """Returns whether a student maps whole images of one size alone, as a ViT does."""
+    """Returns whether a student maps whole images of a single size only, as a ViT does."""
     return not has_stages(student) and hasattr(student, "image_grid")
 
 
@@ -169,7 +169,7 @@ def scales_of(patch_size: int) -> tuple[float, ...]:
 
 
 def neck_of(student: nn.Module) -> tuple[nn.Module, tuple[int, ...]]:
-    """Returns what makes four maps, finest first, of a student's, and their channels."""
+    """Returns the neck that makes four maps, finest first, from a student's, and their channels."""
     if has_stages(student):
         return NormedStages(student.stage_widths), tuple(student.stage_widths)
     neck = RescaledMaps(student.width, scales_of(student.patch_size))
@@ -190,5 +190,5 @@ def strides_of(student: nn.Module) -> tuple[float, ...]:
 
 
 def has_stages(student: nn.Module) -> bool:
-    """Returns whether a student gives a map for each of several stages."""
+    """Returns whether a student has a map for each of several stages."""
     return hasattr(student, "stage_widths")

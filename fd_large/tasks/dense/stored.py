@@ -1,4 +1,4 @@
-"""The model of a stored run, ready for tests, and a loop over images of the user's."""
+"""The model of a stored run, ready for tests, and a loop over the user's images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def task_to_test(make: Callable[[], AnyTask], reader: Reader, *, precision: str)
 
     Args:
         make: Constructs the task.
-        reader: A checkpoint of it.
+        reader: Reader of the checkpoint.
         precision: `engine.precision` of its recipe.
     """
     task = stored_task(make, reader, kind=stream.outcome(reader))
@@ -44,7 +44,7 @@ def task_to_test(make: Callable[[], AnyTask], reader: Reader, *, precision: str)
 
 
 def head_shapes(make: Callable[[], Task]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of what a task has beside its student, running statistics too, by name."""
+    """Returns the shapes of a task's tensors outside its student, with running statistics."""
     with torch.device("meta"):
         task = make()
     held = dict(task.named_parameters()) | partition.running_statistics(task)
@@ -52,7 +52,7 @@ def head_shapes(make: Callable[[], Task]) -> dict[str, tuple[int, ...]]:
 
 
 class HeadTensors(Tensors):
-    """The tensors of a checkpoint beside its student's; each is read when it is asked for.
+    """The tensors of a checkpoint besides its student's, each read on access.
 
     Args:
         reader: The checkpoint.
@@ -89,7 +89,7 @@ def predict_files(
     """Predicts image files one by one, and writes predictions.json.
 
     Args:
-        see: Maps pixels (3, H, W) uint8, and the stem of the files to write, to what was seen.
+        see: Maps pixels (3, H, W) uint8, and the stem of the files to write, to the prediction.
         images: Paths of image files.
         folder: Folder for predictions.json.
         max_pixels: Larger images are refused.
@@ -109,7 +109,7 @@ def predict_files(
 
 
 class StoredDense(StoredRun):
-    """A run of segmentation or depth, scored and drawn as it was tested."""
+    """A run of segmentation or depth, scored and drawn with the run's own test settings."""
 
     job: DenseJob
 
@@ -118,7 +118,7 @@ class StoredDense(StoredRun):
         raise NotImplementedError
 
     def score(self, reader: Reader, folder: Path) -> StoredScores:
-        """The scores on the val split of `eval.root` or `data.root`."""
+        """Scores the val split of `eval.root` or `data.root`."""
         job, micro = self.job, self.run.batch.micro_batch_size
         job.model_to_test(lambda images: images, 1)
         images = meeting.meet(job.test_images)

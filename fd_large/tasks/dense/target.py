@@ -16,10 +16,10 @@ class Targets(NamedTuple):
     """The targets of a batch.
 
     Attributes:
-        truth: (B, H, W), what the dataset has at each pixel, or what it has where it knows nothing.
+        truth: (B, H, W), the dataset's value of each pixel, including its value for unknown pixels.
         sizes: (B, 2) int64, height and width of each image without its padding.
-        positions: (B,) int64, in the epoch's order: what random choices of a sample depend on. No
-            tensor, so that it stays on the host, where they are drawn.
+        positions: (B,) int64, in the epoch's order: random choices of a sample depend on them.
+            Not a tensor, so that it stays on the host, where choices are drawn.
         epoch: Counted from 0.
     """
 

@@ -1,4 +1,4 @@
-"""The task that dense targets share: pixels, and a student that may be frozen."""
+"""The base of tasks with a target for each pixel: pixels, and a student that may be frozen."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fd_large.tasks.dense.pixels import normalised
 
 
 class DenseTask(Task):
-    """A head with batch norms on a student, which may stay as it is.
+    """A head with batch norms on a student, which may be frozen.
 
     Args:
         student: A backbone of `fd_large.backbones`.
-        frozen: Whether the student stays as it is.
+        frozen: Whether the student is frozen.
         statistics: The student's normalisation.
     """
 
@@ -33,7 +33,7 @@ class DenseTask(Task):
         return normalised(images, sizes, self.statistics)
 
     def predict(self, images: Tensor) -> Tensor:
-        """Returns what `forward` gives without a target of images (B, 3, H, W) uint8 of one size.
+        """Returns `forward` without a target, for images (B, 3, H, W) uint8 of one size.
 
         Args:
             images: On the device.
@@ -41,11 +41,11 @@ class DenseTask(Task):
         return self(pixels=self.pixels(images))
 
     def layer_scale(self, name: str, decay: float) -> float:
-        """Returns the factor of a parameter's learning rate; 0 for those of a frozen student."""
+        """Returns the factor of a parameter's learning rate, 0 for a frozen student."""
         if self.frozen and name.startswith("student."):
             return 0.0
         return super().layer_scale(name, decay)
 
     def student_norms(self) -> list[Any]:
-        """Returns the student's batch norms; none of a frozen one, which uses what it loaded."""
+        """Returns the student's batch norms; none if frozen, since it uses loaded statistics."""
         return [] if self.frozen else super().student_norms()

@@ -12,7 +12,7 @@ from fd_large.tasks.transfer import Transfer
 
 
 class DenseTransfer(Transfer):
-    """Trainings on crops, whose side follows the model."""
+    """Trainings on crops whose side is a multiple of the model's patch."""
 
     def starting_from(
         self,
@@ -23,7 +23,7 @@ class DenseTransfer(Transfer):
         trained_as: Student | None,
         fields: Collection[str],
     ) -> Run:
-        """Returns the recipe with a named model, with the next larger crop that its patch divides.
+        """Returns the recipe with a named model and the next larger crop that its patch divides.
 
         A model of several stages sees crops of any size.
         """

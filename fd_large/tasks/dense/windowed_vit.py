@@ -1,9 +1,9 @@
 """A plain ViT on large images: most blocks see windows, a few the whole image.
 
-The parameters are those of the distilled model, under its names; its blocks alone are called in
-another way. Windows are as large as the grid on which the model was distilled, so that its position
-table fits inside them; the last block of each quarter sees the whole image (ViTDet: 2, 5, 8, 11 of
-12). The class token has no place in a window and is left out, and so is the final norm.
+The parameters keep the distilled model's names; only the calls of its blocks differ. Windows are as
+large as the grid on which the model was distilled, so that its position table fits inside them; the
+last block of each quarter sees the whole image (ViTDet: 2, 5, 8, 11 of 12). The class token and the
+final norm are left out, since windows have no class token.
 
 Source: Li et al., arXiv 2203.16527.
 """
@@ -24,13 +24,13 @@ NUM_GLOBAL_BLOCKS = 4
 
 
 def global_blocks(depth: int) -> frozenset[int]:
-    """Returns which blocks see the whole image: the last of each quarter of the model."""
+    """Returns the blocks that see the whole image: the last of each quarter of the model."""
     quarters = min(NUM_GLOBAL_BLOCKS, depth)
     return frozenset((i + 1) * depth // quarters - 1 for i in range(quarters))
 
 
 def check(vit: ViT) -> None:
-    """Raises ConfigError where a ViT's positions cannot be carried to another image size."""
+    """Raises ConfigError if a ViT's positions cannot be carried to another image size."""
     rows, columns = vit.image_grid
     if rows != columns:
         raise ConfigError(
@@ -48,7 +48,7 @@ def windowed_map(vit: ViT, pixels: Tensor, keep: Tensor | None) -> Tensor:
     """Maps normalised images of any size to the last block's map.
 
     Args:
-        vit: Its patches, positions and blocks are used.
+        vit: The ViT whose patches, positions and blocks are used.
         pixels: (B, 3, H, W), any float dtype; padded right and bottom to whole patches.
         keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
 

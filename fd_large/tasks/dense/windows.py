@@ -1,4 +1,4 @@
-"""Images that are seen by windows: where these are, and the mean of what is found in them.
+"""Sliding windows over an image: their places, and the mean of their predictions.
 
 Source: mmsegmentation, encoder_decoder.py (slide_inference); its oracle holds this to it.
 """
@@ -17,8 +17,8 @@ Window = tuple[int, int, int, int]
 def windows(size: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]) -> list[Window]:
     """Returns the windows of an image, row by row.
 
-    The last one of a row or column is moved back to the border. A side that is smaller than the
-    crop has one window, of the side itself.
+    The last window of a row or column is moved back to the border. A side smaller than the crop
+    has one window of its own length.
 
     Args:
         size: Height and width of the image.
@@ -44,7 +44,7 @@ def mean_of_windows(
     *,
     at_once: int = 1,
 ) -> Tensor:
-    """Averages over each pixel what is found in all windows that hold it.
+    """Averages the predictions of each pixel over all windows that contain it.
 
     Args:
         image: (B, 3, H, W).

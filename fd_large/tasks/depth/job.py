@@ -46,7 +46,7 @@ class DepthJob(DenseJob):
         )
 
     def training_views(self) -> TrainingViews:
-        """Returns how the recipe sees a training image."""
+        """Returns the recipe's views of training images."""
         own = self.section
         return TrainingViews(
             image_size=self.run.data.image_size,
@@ -58,14 +58,14 @@ class DepthJob(DenseJob):
         )
 
     def test_images(self) -> DepthSet:
-        """Opens the test images; some of them show whether `task.depth.test_crop` is theirs."""
+        """Opens the test images, and checks some of them against `task.depth.test_crop`."""
         images, own = super().test_images(), self.section
         for truth in images.some_truths():
             crop_of(own.test_crop, *(own.bottom_crop if any(own.bottom_crop) else truth.shape))
         return cast(DepthSet, images)
 
     def make_task(self) -> Depth:
-        """The student and its head."""
+        """Constructs the student and its head."""
         own = self.section
         return Depth(
             self.student_module(),
@@ -80,13 +80,13 @@ class DepthJob(DenseJob):
         )
 
     def model_to_test(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Model:
-        """Returns what is tested: a model, and how it sees an image."""
+        """Returns the model under test, with its views of an image."""
         own = self.section
         views = TestViews(self.run.data.image_size, own.test_windows, own.test_flip)
         return Model(forward, views, at_once)
 
     def whole_images(self) -> str:
-        """Returns what is wrong with testing whole images, and the remedy; empty: none are."""
+        """Returns an error and remedy if tests of whole images cannot work, else ""."""
         if self.section.test_windows:
             return ""
         return (
@@ -111,7 +111,7 @@ class DepthJob(DenseJob):
         return keep(outcome, some, images, folder)
 
     def stored_student(self) -> StoredStudent:
-        """As for all dense tasks, with the normalisation that it was trained with."""
+        """Describes the student as all dense tasks do, with the normalisation of its training."""
         return super().stored_student()._replace(statistics=self._statistics())
 
     def _statistics(self) -> Statistics:

@@ -31,7 +31,7 @@ def silog_sums(log_depths: Tensor, depths: Tensor) -> Tensor:
 
     Args:
         log_depths: (B, H, W), natural logarithms of the predicted metres, float32 or float64.
-        depths: (B, H, W), metres; 0 where there is none.
+        depths: (B, H, W), metres; 0 where the depth is unknown.
     """
     known = depths > 0
     difference = depths.where(known, 1).to(log_depths).log() - log_depths
@@ -54,16 +54,16 @@ def silog_loss(
     factor: float = 1.0,
     whole: Whole | None = None,
 ) -> Tensor:
-    """The root of mean d^2 - mean_share x (mean d)^2, d = log of true depth - log of predicted one.
+    """Root of mean d^2 - mean_share x (mean d)^2, with d = log true depth - log predicted depth.
 
     Args:
         log_depths: (B, H, W), natural logarithms of the predicted metres, float32 or float64.
-        depths: (B, H, W), metres; 0 where there is none.
-        over: What the means and the root are of. batch: all pixels with a depth, of the images of
-            a step, as in MIM-Depth. image: those of one image; the loss is the mean over the
-            images, as in mmsegmentation.
+        depths: (B, H, W), metres; 0 where the depth is unknown.
+        over: Pixels of the means and the root. batch: all pixels with a depth in a step's images,
+            as in MIM-Depth. image: the pixels of one image; the loss is the mean over images, as
+            in mmsegmentation.
         mean_share: Share of the squared mean that is taken away, in [0, 1].
-        factor: What the loss is multiplied by.
+        factor: Factor of the loss.
         whole: The sums over a step of several micro batches, for `batch`. None: this micro batch,
             on all ranks, is the step; a collective.
 
@@ -90,7 +90,7 @@ def silog_loss(
 
 
 def _root(count: Tensor, total: Tensor, squares: Tensor, mean_share: float) -> Tensor:
-    """The root of the sums of some pixels; 0, without a slope, where it has none."""
+    """Returns the root from the sums of some pixels; 0 without a gradient if there is no pixel."""
     mean = total / count.clamp(min=1)
     inside = squares / count.clamp(min=1) - mean_share * mean.square()
     return inside.where(inside > 0, 1).sqrt().where(inside > 0, 0)

@@ -1,4 +1,4 @@
-"""The depth of a stored run: scored, or drawn on images of the user's."""
+"""The depth of a stored run: scored, or drawn on the user's images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StoredDepth(StoredDense):
     """A run that estimates depth."""
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns what the model card says of the depth."""
+        """Returns the model card's text on the depth."""
         name = without_folders(self.run.data.root)
         return replace(
             super().learned(manifest, to),

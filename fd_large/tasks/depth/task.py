@@ -1,4 +1,4 @@
-"""Depth as a task: a student, a head that gives the depth of each pixel, a loss.
+"""The task of depth: a student, a head for the depth of each pixel, a loss.
 
 The head stands on the student's last map alone, after a new norm of its own.
 
@@ -48,13 +48,13 @@ class Depth(DenseTask):
 
     Args:
         student: A backbone; it loses its final norm, but for a linear head.
-        max_depth: Largest depth that can be given, in metres.
-        head: A name of the table `HEADS`, or one of the user's own that stands in for it.
+        max_depth: Largest depth that the head can predict, in metres.
+        head: A name in the table `HEADS`, or the user's own.
         width: Channels of the head.
         over: See `silog_loss`.
         mean_share: See `silog_loss`.
         factor: See `silog_loss`.
-        frozen: Whether the student stays as it is.
+        frozen: Whether the student is frozen.
         statistics: The student's normalisation.
 
     Raises: ConfigError: for an unknown name, or a student that cannot carry the head.
@@ -95,11 +95,11 @@ class Depth(DenseTask):
         return {"pixels": pixels, "keep": keep, "depths": targets.truth}
 
     def two_passes(self, micro_batches: int) -> bool:
-        """Whether one root over the images of several micro batches needs their sums beforehand."""
+        """Whether a root over the images of several micro batches needs their sums beforehand."""
         return self.over == "batch" and micro_batches > 1
 
     def sums(self, forward: Callable[..., Any], prepared: dict[str, Any]) -> Tensor:
-        """Returns number, sum and sum of squares of the differences, by a forward of their own."""
+        """Returns number, sum and sum of squares of the differences, by a separate forward."""
         return forward(**prepared, for_sums=True)
 
     def with_totals(
@@ -117,12 +117,12 @@ class Depth(DenseTask):
         whole: Whole | None = None,
         for_sums: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]] | Tensor:
-        """Returns the loss and no terms, or without depths the predicted ones.
+        """Returns the loss and no terms, or the predicted depths if no depths are given.
 
         Args:
             pixels: (B, 3, H, W) float32, normalised for the student.
             keep: (num_sites, B) bool, or None.
-            depths: (B, H, W) metres; 0 where there is none.
+            depths: (B, H, W) metres; 0 where the depth is unknown.
             whole: See `silog_loss`.
             for_sums: Whether `silog_sums` over the images, (3,), is returned in place of the loss.
 
@@ -151,7 +151,7 @@ class Depth(DenseTask):
         return loss, {}
 
     def _map(self, pixels: Tensor, keep: Tensor | None) -> Tensor:
-        """The student's last map, (B, C, h, w)."""
+        """Returns the student's last map, (B, C, h, w)."""
         if self.norm is None:
             return normed_last_map(self.student, pixels, keep)
         if has_stages(self.student):

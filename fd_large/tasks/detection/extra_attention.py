@@ -1,8 +1,8 @@
-"""One layer in which every place of the last map sees all others, before the pyramid (HTC++).
+"""A global self-attention layer on the last map, before the pyramid (HTC++).
 
-The paper names "an extra global self-attention layer on the last stage's output" and no more; the
-layer is the open re-build's (czczup/ViT-Adapter, configs/htc++): norm first, 32 heads, an MLP four
-times as wide, a norm at the end. Its drop path of 0.3 is left out.
+The paper only names "an extra global self-attention layer on the last stage's output"; the layer
+follows an open reimplementation (czczup/ViT-Adapter, configs/htc++): norm first, 32 heads, an MLP
+four times as wide, a norm at the end. Its drop path of 0.3 is left out.
 
 Sources: Liu et al., arXiv 2103.14030, appendix A2.2; Chen et al., arXiv 2205.08534.
 """
@@ -43,8 +43,8 @@ class ExtraAttention(nn.Module):
 
         Args:
             x: The map.
-            sizes: (B, 2), height and width of each image without its padding; places beyond are
-                not looked at, so that an image does not depend on what it is batched with.
+            sizes: (B, 2), height and width of each image without its padding; padding is masked,
+                so that an image does not depend on the rest of its batch.
             stride: Pixels per place.
         """
         images, rows, columns, width = x.shape

@@ -82,11 +82,11 @@ class DetectionJob(TrainingJob):
             score(read_ground_truth(self._test_images.annotations), [])
 
     def norm_group(self) -> int:
-        """Returns 0: `make_task` refuses batch norms whose statistics are those of a batch."""
+        """Returns 0: `make_task` refuses batch norms with statistics of a batch."""
         return 0
 
     def make_task(self) -> Detection:
-        """The student, a pyramid, and the heads.
+        """Constructs the student, a pyramid, and the heads.
 
         A ViT keeps the grid of its distillation (architecture.image_size), whatever the size of the
         images: its positions and its windows are made for that.
@@ -122,7 +122,7 @@ class DetectionJob(TrainingJob):
         )
 
     def initial_weights(self) -> InitialWeights:
-        """Returns those of `student.init`; of a run of detection those of pyramid and heads too.
+        """Returns the weights of `student.init`, with pyramid and heads if it is a detection run.
 
         Layers for other classes, and heads of another kind, start from random weights.
         """
@@ -175,7 +175,7 @@ class DetectionJob(TrainingJob):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes grey images, each with as many objects as a crowded image has."""
+        """Makes grey images, each with as many objects as a crowded image."""
         side, count = self.run.data.image_size, OBJECTS_OF_PROBE
         numbers = self.run.task.detection
         height, width = numbers.whole_size[1:] if any(numbers.whole_size) else (side, side)
@@ -241,14 +241,14 @@ class DetectionJob(TrainingJob):
         return [Evaluation(measure, run.eval.every, left)]
 
     def stored_student(self) -> StoredStudent:
-        """On the grid of the distillation, without what detectors leave out."""
+        """Describes the student on its distillation grid, without final norm and class tokens."""
         architecture = self.run.student_architecture()
         if not architecture.resizes_positions:
             architecture = trained_at(self.run)
         return StoredStudent(architecture, LEFT_OUT, IMAGENET)
 
     def facts(self) -> Mapping[str, Any]:
-        """Returns each class by its number in the annotations, and whether masks are learnt."""
+        """Returns the classes by their ids in the annotations, and whether masks are learnt."""
         return {
             "categories": {str(number): name for number, name in self._categories.items()},
             "masks": self._has_masks,
@@ -264,7 +264,7 @@ class DetectionJob(TrainingJob):
 
         Args:
             classes: Names of the classes that the detector learns, or has learnt, by label.
-            where: The field that messages name; empty: the one that is used.
+            where: The field for messages; "" means the field in use.
 
         Raises: DataError or ConfigError: if the images cannot be used or have other classes.
         """
@@ -284,7 +284,7 @@ class DetectionJob(TrainingJob):
 
 
 def check_classes(run: Run, images: CocoSet) -> None:
-    """Compares the number of classes of a dataset with that of the heads.
+    """Compares the numbers of classes of a dataset and of the heads.
 
     Raises: ConfigError: if they differ.
     """
@@ -297,7 +297,7 @@ def check_classes(run: Run, images: CocoSet) -> None:
 
 
 def jitter_of(run: Run) -> Jitter:
-    """Returns how the recipe's training images are resized and cropped."""
+    """Returns the recipe's views of training images."""
     numbers = run.task.detection
     if any(numbers.whole_size):
         return ShortestEdge(*numbers.whole_size)
@@ -306,7 +306,7 @@ def jitter_of(run: Run) -> Jitter:
 
 
 def selection_of(run: Run) -> Selection:
-    """Returns how the recipe chooses boxes."""
+    """Returns the recipe's selection of boxes."""
     own = run.task.detection
     return Selection(
         nms=own.nms,
@@ -318,7 +318,7 @@ def selection_of(run: Run) -> Selection:
 
 
 def model_of(run: Run, see: Callable[[Tensor, Tensor, Ask | None], Any]) -> Model:
-    """Returns what the recipe tests, and how.
+    """Returns the recipe's model under test.
 
     Args:
         run: The recipe.

@@ -1,4 +1,4 @@
-"""The detector of a stored run: scored on a dataset, or drawn on images of the user's."""
+"""The detector of a stored run: scored on a dataset, or drawn on the user's images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StoredDetection(StoredRun):
     job: DetectionJob
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns what the model card says of the objects."""
+        """Returns the model card's text on the objects."""
         name = without_folders(self.run.data.root)
         return replace(
             super().learned(manifest, to),
@@ -43,7 +43,7 @@ class StoredDetection(StoredRun):
         )
 
     def score(self, reader: Reader, folder: Path) -> StoredScores:
-        """COCO's numbers on the val split of `eval.root` or `data.root`.
+        """Returns COCO's metrics on the val split of `eval.root` or `data.root`.
 
         Writes results.json, scores.json and pictures.
         """

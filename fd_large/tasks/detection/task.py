@@ -1,4 +1,4 @@
-"""Detection as a task: a student, a pyramid, region proposals and heads, and their losses."""
+"""The task of detection: a student, a pyramid, region proposals and heads, and their losses."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ BEFORE_NMS_TRAINING, BEFORE_NMS = 2000, 1000
 
 
 class Ask(NamedTuple):
-    """The question of a test with several views about the images of one.
+    """A request of a test with several views, about the images of one view.
 
     Attributes:
         what: "proposals" (`Proposals` of each image), "candidates" (`Candidates` of each), or
@@ -66,7 +66,7 @@ class Detection(Task):
     Args:
         student: A backbone; a Swin, SwinV2 or ViT loses its final norm and its class tokens.
         num_classes: K.
-        heads: A name of the table `HEADS`, or one of the user's own that stands in for it.
+        heads: A name in the table `HEADS`, or the user's own.
         heads_settings: Further settings of built-in heads, by the names of their arguments.
         width: Channels of the pyramid and the heads.
         anchors_per_image: Anchors sampled for the losses of the proposals.
@@ -74,7 +74,7 @@ class Detection(Task):
         rois_per_image: Proposals sampled for the losses of the heads.
         extra_attention: Whether a layer of attention over the whole last map precedes the pyramid.
         selection: How the boxes that are returned are chosen.
-        seed: What samples are drawn with, besides epoch and position.
+        seed: Seed of the random samples, besides epoch and position.
         statistics: The student's normalisation.
 
     Raises: ConfigError: for an unknown name, or a student that can carry no pyramid.
@@ -122,7 +122,7 @@ class Detection(Task):
         self.seed, self.statistics = seed, statistics
 
     def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
-        """Returns the student's pixels, the targets, and draws for the samples of each image."""
+        """Returns the student's pixels, the targets, and random draws for each image's samples."""
         counts = {"anchors": 2 * self.anchors_per_image, "proposals": self.heads.draws_per_image}
         return {
             "pixels": self.pixels(images, targets.sizes),
@@ -136,7 +136,7 @@ class Detection(Task):
         }
 
     def pixels(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """Normalises images (B, 3, H, W) uint8 to float32; beyond their sizes all is grey."""
+        """Normalises images (B, 3, H, W) uint8 to float32; with grey padding beyond their sizes."""
         return normalised(images, sizes, self.statistics)
 
     def forward(
@@ -149,15 +149,15 @@ class Detection(Task):
         draws: dict[str, NDArray] | None = None,
         ask: Ask | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]] | list[Any]:
-        """Returns the loss and its terms (a collective), or without targets what is seen.
+        """Returns the loss and its terms (a collective), or the detections if no targets are given.
 
         Args:
             pixels: (B, 3, H, W) float32, normalised for the student.
             sizes: (B, 2) int64, height and width of each image without its padding.
             keep: (num_sites, B) bool, or None.
-            targets: What is in each image.
+            targets: The target of each image.
             draws: "anchors" and "proposals", a row of uniform numbers for each image.
-            ask: In a test, what is wanted in place of `Detections`.
+            ask: In a test, the request for other results than `Detections`.
         """
         maps, logits, deltas = self._maps(pixels, sizes, keep)
         grids = tuple((level.shape[2], level.shape[3]) for level in maps)
@@ -185,10 +185,10 @@ class Detection(Task):
         return combine({**of_rpn, **of_heads})
 
     def shapes_only(self, batch: Batch) -> Tensor:
-        """Runs backbone, pyramid and all heads on as many anchors and boxes as a step has at most.
+        """Runs backbone, pyramid and all heads on the largest possible number of anchors and boxes.
 
-        What depends on the content of images is left out: the choice of proposals, matching and
-        sampling, and masks cut out of targets. None of it is a matrix product.
+        Operations that depend on the content of images are left out: the choice of proposals,
+        matching, sampling and cropping of target masks. They contain no matrix product.
         """
         with torch.no_grad():
             pixels = self.pixels(batch.images, batch.targets.sizes)
@@ -202,7 +202,7 @@ class Detection(Task):
     def _maps(
         self, pixels: Tensor, sizes: Tensor, keep: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Levels of the pyramid; objectness and boxes of each level's anchors."""
+        """Returns the levels of the pyramid, with objectness and boxes of each level's anchors."""
         stages = features(self.student, pixels, keep)
         if self.attention is not None:
             *finer, last = stages
@@ -233,12 +233,12 @@ class Detection(Task):
         return [self.selection.detections(of, mask) for of, mask in zip(chosen, masks, strict=True)]
 
     def see(self, images: Tensor, sizes: Tensor, ask: Ask | None = None) -> list[Any]:
-        """Returns what is seen in images, by the modules of training in one order on all ranks.
+        """Returns the detections in images, calling modules in the same order on all ranks.
 
         Args:
             images: (B, 3, H, W) uint8, padded right and bottom.
             sizes: (B, 2) int64, height and width of each image without its padding.
-            ask: What is wanted in place of `Detections`.
+            ask: The request for other results than `Detections`.
         """
         return self(pixels=self.pixels(images, sizes), sizes=sizes, ask=ask)
 
@@ -246,10 +246,10 @@ class Detection(Task):
 def combine(terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the loss of this rank and its terms; a collective.
 
-    Each term is a sum over what was looked at, divided by how much that was on all ranks: the
-    gradient of an image then does not depend on which rank it is on, nor on what else is there.
-    DeepSpeed averages gradients over the ranks, so a rank's sum is divided by the ranks' mean
-    count: the average over the ranks is then the sum over all of them through the count of all.
+    Each term is a sum over the samples, divided by their number on all ranks, so that the
+    gradient of an image depends neither on its rank nor on the other images. DeepSpeed averages
+    gradients over the ranks, so a rank's sum is divided by the ranks' mean count: the average
+    over the ranks is then the total sum divided by the total count.
 
     Args:
         terms: Sums and counts of this rank.

@@ -23,11 +23,11 @@ def teacher_side(
 ) -> int:
     """Returns the side of the teacher's images, in pixels, which are resized from the student's.
 
-    It is the first of these that the teacher takes:
+    The first of these sizes that the teacher accepts:
 
     1. The student's images, if the grids agree at their size.
-    2. The size at which the grids agree, if it is more than half the student's, and at most twice
-       the one that the teacher was trained at: a teacher sees no more in blurred pixels.
+    2. The size at which the grids agree, if it is more than half the student's size and at most
+       twice the teacher's training size: enlarged pixels show a teacher nothing new.
     3. The size that the teacher was trained at, if its map is the coarser one and that size is
        larger; its map is then resized.
     4. The student's images; the map is then resized.
@@ -35,7 +35,7 @@ def teacher_side(
 
     Args:
         student: Rows and columns of the student's map.
-        grid_at: Returns those of the teacher's for images of a side; None: it takes no such images.
+        grid_at: Returns the teacher's grid for images of a side, or None if it rejects this side.
         image_size: Side of the student's images.
         own_size: Side that the teacher was trained at; 0: not known.
     """
@@ -60,10 +60,10 @@ def align(
     interpolation: str = "none",
     with_prefix: bool = True,
 ) -> tuple[FeatureMap, FeatureMap]:
-    """Returns two maps whose tokens, (B, N, Cs) and (B, N, Ct), stand for the same places.
+    """Returns two maps whose tokens, (B, N, Cs) and (B, N, Ct), belong to the same places.
 
-    Equal numbers of prefix tokens (CLS) are matched one to one; otherwise, and where they are not
-    wanted (`with_prefix`), both maps drop theirs.
+    Equal numbers of prefix tokens (CLS) are matched one to one; otherwise, or without
+    `with_prefix`, both maps drop their prefix tokens.
 
     With "bilinear" interpolation the teacher's map is resized to the student's grid, before
     whitening, so that the targets have unit variance per token. With "bilinear_student" the
@@ -86,8 +86,8 @@ def common_grid(student: Grid, teacher: Grid, *, interpolation: str = "none") ->
         teacher: Rows and columns of the teacher's map.
         interpolation: One of `INTERPOLATIONS`.
 
-    Raises: ShapeError: if the grids differ and interpolation is "none"; ConfigError: if it is none
-        of these.
+    Raises: ShapeError: if the grids differ and interpolation is "none"; ConfigError: if its value
+        is unknown.
     """
     if interpolation not in INTERPOLATIONS:
         raise ConfigError(

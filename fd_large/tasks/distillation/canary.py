@@ -1,4 +1,4 @@
-"""Finds the rank whose teacher changed in memory, that computes wrongly, or that is slow.
+"""Finds ranks whose teacher changed in memory, that compute wrongly, or that are slow.
 
 The training loss does not show it: a student learns from a damaged teacher just as well. Every rank
 hashes the part of the teacher that it holds itself (a gathered weight is the same on all ranks) and
@@ -46,9 +46,9 @@ PRODUCTS = 7
 
 
 def seconds_of_product() -> float:
-    """Measures a square matrix product on this rank's device; waits for no other rank.
+    """Times a square matrix product on this rank's device, without a collective.
 
-    Returns: the seconds of the fastest of a few, since an interruption does not make a device slow.
+    Returns: seconds of the fastest of several tries, so that an interruption does not count.
     """
     device = distributed.device()
     on_gpu = device.type == "cuda"
@@ -67,18 +67,18 @@ def seconds_of_product() -> float:
 
 
 class Canary(Hook):
-    """Checks the teacher every so many steps, after the last one, and before each checkpoint.
+    """Checks the teacher every `every` steps, after the last step, and before each checkpoint.
 
-    A changed teacher ends the run on all ranks alike, without saving.
+    A changed teacher ends the run on all ranks, without saving.
 
     Args:
         every: Steps between two checks.
-        teacher: Name of the teacher, for messages; "" for a run's only one.
-        shard_of: Returns "PART HASH" of what this rank holds itself; ranks that hold the same part
+        teacher: Name of the teacher, for messages, or "" for a single teacher.
+        shard_of: Returns "PART HASH" of this rank's part of the teacher; ranks with the same part
             return the same PART. All ranks call it.
         map_of: Returns the teacher's map (B, N, C) of a fixed batch. All ranks call it.
-        seconds: Returns how long a fixed computation takes on this rank; None: the canary of
-            another teacher measures that.
+        seconds: Returns the duration of a fixed computation on this rank; None if another
+            teacher's canary measures it.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Canary(Hook):
                 )
 
     def after_update(self, update: Update) -> Verdict | None:
-        """Checks when it is time; a changed teacher ends the run."""
+        """Checks if a check is due; a changed teacher ends the run."""
         done = update.index + 1
         if not self._changed and (done % self._every == 0 or done == self._total):
             self._check(done)
@@ -128,7 +128,7 @@ class Canary(Hook):
         return Verdict(stop=TEACHER_CHANGED) if self._changed else None
 
     def on_save(self, index: int) -> Verdict | None:
-        """Checks, so that no checkpoint is written that learned from a changed teacher."""
+        """Checks, so that no checkpoint of a student with a changed teacher is written."""
         if index != self._good and not self._changed:
             self._check(index)
         return Verdict(stop=TEACHER_CHANGED) if self._changed else None
@@ -147,7 +147,7 @@ class Canary(Hook):
             self._report(done, changed, differs, max(far for _, far in found))
 
     def _distance(self) -> float:
-        """Returns how far the map is from that of the start, as a fraction of the latter's norm."""
+        """Returns the distance of the map from the initial map, relative to the latter's norm."""
         now, least = self._map_of().float(), torch.finfo(torch.float32).tiny
         return ((now - self._map).norm() / self._map.norm().clamp_min(least)).item()
 
@@ -195,7 +195,7 @@ class Canary(Hook):
 
 
 def canaries(teachers: Mapping[str, Any], every: int, image_size: int) -> list[Canary]:
-    """Returns the canaries of teachers; the first measures how fast each rank is.
+    """Returns the teachers' canaries; the first also measures each rank's speed.
 
     Args:
         teachers: The placed teachers by name.
@@ -215,7 +215,7 @@ def canaries(teachers: Mapping[str, Any], every: int, image_size: int) -> list[C
 
 
 def _odd_holders(shards: list[str]) -> list[int]:
-    """Returns ranks whose hash differs from that of most ranks with the same part.
+    """Returns the ranks whose hash differs from the majority of ranks with the same part.
 
     Of a tie it returns all.
     """

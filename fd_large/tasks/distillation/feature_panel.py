@@ -33,14 +33,14 @@ PANEL_CANDIDATES = 16
 
 
 class FeaturePanel(Hook):
-    """Writes on rank 0 what the engine computes for the panel."""
+    """Writes the feature panel, on rank 0."""
 
     def on_start(self, setting: Setting) -> None:
-        """Notes the run."""
+        """Remembers the run's setting."""
         self._setting = setting
 
     def on_features(self, index: int, panel: dict[str, numpy.ndarray]) -> None:
-        """Writes the panel as it is after `index` steps; 0: before training.
+        """Writes the panel after `index` steps; 0 is before training.
 
         Args:
             index: Finished steps.
@@ -54,7 +54,7 @@ class FeaturePanel(Hook):
 
 
 def write_panel(path: Path, index: int, panel: dict[str, numpy.ndarray]) -> None:
-    """Writes a panel aside and renames it; the number of steps goes with it as `update`."""
+    """Writes a panel atomically, with the number of steps as `update`."""
     images, maps = panel["images"], {n: m for n, m in panel.items() if n != "images"}
     assert images.dtype == numpy.uint8
     assert images.shape[-1] == 3
@@ -125,10 +125,10 @@ def feature_panel(
 
 
 def most_varied(views: Sequence[Tensor], names: Sequence[str]) -> list[int]:
-    """Returns the places of the views for the panel, in order: not the sky, where there is more.
+    """Returns the indices of the panel's views: the most varied ones, rather than blank sky.
 
-    It goes by the pixels alone, so that a resumed run shows the views that it showed at its start.
-    An image is shown a second time only after each of the others was shown once.
+    The choice depends only on the pixels, so that a resumed run shows the same views. An image is
+    shown a second time only after every other image was shown once.
 
     Args:
         views: (3, S, S) uint8 each.

@@ -1,4 +1,4 @@
-"""How the maps of student and teachers meet: sides of images, grids, and whether heads fit them."""
+"""Grids of student and teachers: sides of images, common grids, and checks of the heads."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def grid_of_student(net: nn.Module, side: int, *, several: bool) -> Grid:
     """Returns the grid of the student's map, on the meta device.
 
     Args:
-        net: The student.
+        net: The student's module.
         side: Side of its images, in pixels.
-        several: Whether that is one of several sizes.
+        several: Whether this side is one of several sizes.
 
     Raises: ShapeError: if it takes no images of that side.
     """
@@ -78,16 +78,16 @@ def grid_of_student(net: nn.Module, side: int, *, several: bool) -> Grid:
 
 
 class TeacherOnShapes:
-    """A teacher beside the student, without weights: how large it sees an image, and its grid.
+    """A teacher without weights, next to the student: its image side and its grid.
 
     Args:
-        name: The teacher's name; "" for an only one.
-        entry: Its entry, the model settled.
+        name: The teacher's name, or "" for a single teacher.
+        entry: The teacher's entry, with a settled model.
         student: The student's section, settled.
         image_size: Side of the student's images, in pixels; of several, that of evaluations.
         sizes: All sides of the student's images; empty: they have `image_size` alone.
-        around: Returns what stands around the teacher, by its entry and the side of the student's
-            images; None: nothing does.
+        around: Returns a wrapper of the teacher (such as mosaics) from its entry and the side of
+            the student's images; None for no wrapper.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class TeacherOnShapes:
         self._student, self._image_size, self._sizes = student, image_size, tuple(sizes)
 
     def make(self) -> Frozen:
-        """Constructs it with random weights, of a settled entry.
+        """Constructs the teacher of a settled entry, with random weights.
 
         Raises: ConfigError: if the model is still `auto`; the weights decide it, once opened.
         """
@@ -116,7 +116,7 @@ class TeacherOnShapes:
         image_size: int,
         sides: Mapping[int, int] = MappingProxyType({}),
     ) -> Frozen:
-        """The teacher of an entry, for images of a side, or of several."""
+        """Makes the teacher of an entry, for images of one or several sides."""
         where = source_flag(self.name)
         side = sides.get(image_size, entry.teacher_image_size)
         require(
@@ -140,13 +140,13 @@ class TeacherOnShapes:
 
     @property
     def gives_summary(self) -> bool:
-        """Whether the model gives a summary besides its map."""
+        """Whether the model returns a summary besides its map."""
         with torch.device("meta"):
             return getattr(self.make().net, "gives_summary", False)
 
     @cached_property
     def sides(self) -> dict[int, int]:
-        """Side of its images for each of several sides of the student's, of a settled entry."""
+        """Side of the teacher's images for each side of the student's, by a settled entry."""
         if not self._sizes:
             return {}
         if self.entry.teacher_image_size != AUTO:
@@ -157,7 +157,7 @@ class TeacherOnShapes:
 
     @property
     def image_size(self) -> int:
-        """Side of its images in evaluations, 0 as in `frozen_maker`.
+        """Side of the teacher's images in evaluations; 0 as in `frozen_maker`.
 
         Raises: ConfigError: if its weights decide that, and were not opened.
         """
@@ -171,10 +171,10 @@ class TeacherOnShapes:
         return size
 
     def settled(self, *, follows: bool) -> NamedTeacher:
-        """Returns its entry with numbers where it says auto: the size of its images, its grid.
+        """Returns its entry with image size and grid as numbers in place of "auto".
 
-        Where the student's images have several sizes, and the teacher's go with them, its size
-        stays auto: `sides` says what that comes to.
+        If the student's images have several sizes and the teacher's follow them, the teacher's
+        size stays "auto", and `sides` returns the numbers.
 
         Args:
             follows: Whether positions may be resized to the teacher's images.
@@ -216,7 +216,7 @@ class TeacherOnShapes:
         return replace(met, teacher_image_size=side, interpolation=interpolation)
 
     def _grids_of_student(self, sizes: Sequence[int]) -> dict[int, Grid]:
-        """The student's grid at each of several sides of its images, or at the only one."""
+        """Returns the student's grid at each side of its images."""
         with torch.device("meta"):
             net = make_student(
                 self._student, image_size=self._image_size, resizes_positions=bool(sizes)
@@ -225,28 +225,28 @@ class TeacherOnShapes:
         return {side: grid_of_student(net, side, several=bool(sizes)) for side in every}
 
     def _seen(self, entry: NamedTeacher, wanted: Grid, size: int) -> tuple[int, Grid | None]:
-        """The side of its images for one side of the student's, and its grid there."""
+        """Returns the teacher's image side for a side of the student's, and its grid there."""
         side, grid, _ = self._meeting(entry, wanted, size, follows=False)
         return image_side_of(asdict(replace(entry, teacher_image_size=side)), size), grid
 
     def _meeting(
         self, entry: NamedTeacher, wanted: Grid, size: int, *, follows: bool
     ) -> tuple[int, Grid | None, NamedTeacher]:
-        """How it sees the student's images.
+        """Returns the teacher's image side, grid and entry for the student's images.
 
         Args:
-            entry: Its entry.
+            entry: The teacher's entry.
             wanted: The student's grid.
             size: Side of the student's images.
             follows: As of `settled`.
 
-        Returns: the side of its images, 0 as in `frozen_maker`; its grid, None if it takes no such
-            images; and its entry, positions made for them.
+        Returns: the side of its images, 0 as in `frozen_maker`; its grid, or None if it rejects
+            this side; and its entry, with positions for that side.
         """
 
         @cache  # The side that is chosen has been tried.
         def at(side: int) -> tuple[Grid | None, NamedTeacher]:
-            """The teacher's grid for images of a side, 0 as in `frozen_maker`; and its entry."""
+            """Returns the teacher's grid for an image side, as in `frozen_maker`, and its entry."""
             resized = replace(entry, architecture=replace(entry.architecture, image_size=side))
             for model in (entry, resized) if follows and side else (entry,):
                 # What is wrong at any size is told by the first call.
@@ -278,15 +278,15 @@ def check_fit(
     image_size: int,
     sizes: Sequence[int],
 ) -> None:
-    """Refuses models and heads that do not take images of a size; says how their maps meet.
+    """Refuses models and heads that do not fit the image size; logs how their grids are aligned.
 
     Args:
         task: The task around `teachers`, on the meta device.
         teachers: The teachers by name.
-        entries: What the settled recipe says of each.
+        entries: The settled recipe's entry of each teacher.
         size: Side of the student's images, in pixels.
         image_size: The side that heads are made for.
-        sizes: All sides that the run draws from; empty: its images have one.
+        sizes: All image sides of a run with several, else empty.
     """
     grid = grid_of_student(task.student, size, several=bool(sizes))
     for target in task.targets:
@@ -326,7 +326,7 @@ def check_fit(
 
 
 def _check_head(task: Distillation, target: NamedTarget, name: str, width: int, size: int) -> None:
-    """Runs a target's head, on the meta device, on what it will be given."""
+    """Runs a target's head on the meta device, on an input as in training."""
     head, student = target.head, task.student
     if not isinstance(head, MapHead):
         own = task.sight.width(student)
@@ -344,13 +344,13 @@ def _check_head(task: Distillation, target: NamedTarget, name: str, width: int, 
 def shapes_of(
     student: nn.Module, teacher: Frozen, side: int, *, kind: str, with_prefix: bool
 ) -> MapShapes:
-    """Returns what a head that reads maps is made for.
+    """Returns the shapes for which a head that reads maps is made.
 
     Args:
         student: The student.
         teacher: The teacher.
         side: Side of the student's images, in pixels.
-        kind: Whether it reads maps, or summaries as maps of one place.
+        kind: "map", or "summary" for summaries as maps with a single place.
         with_prefix: Whether prefix tokens are learnt with the map.
     """
     blocks = len(student.blocks())

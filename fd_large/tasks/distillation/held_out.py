@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Crops:
-    """The views of one dataset that are shown in evaluations, by their numbers.
+    """The evaluation views of a dataset, by index.
 
     Attributes:
         source: The images.
@@ -54,7 +54,7 @@ class Crops:
             least as many as the panel shows.
         settings: How an image becomes a view; its colours stay.
         seed: Seed of the crops.
-        skip_bad: Whether to use the next image for one that cannot be used, as training does.
+        skip_bad: Whether to replace an unusable image by the next one, as training does.
     """
 
     source: ImageSource
@@ -99,8 +99,8 @@ class HeldOutViews:
         name: Prefix of the metrics.
         crops: Cuts them.
         micro_batch_size: Views per forward.
-        stored: Maps of these views, `of(number, view)` by the teacher's name; None: the teachers
-            see the views.
+        stored: Stored maps of these views, `of(number, view)` by the teacher's name; None if the
+            teachers compute them.
 
     Raises: DataError: for an image that cannot be used, unless it is to be skipped.
     """
@@ -133,7 +133,7 @@ class HeldOutViews:
 
         Args:
             engine: The engine of the task that is measured.
-            between: Called before each batch, on every rank alike; may raise to end it.
+            between: Called before each batch on every rank; may raise to stop.
         """
         totals: dict[str, Tensor] = {}
         with evaluating(engine):
@@ -153,7 +153,7 @@ class HeldOutViews:
     def best_constant(self, engine: Engine, between: Callable[[], None]) -> dict[str, float]:
         """Returns the loss of the constant-prediction baseline on these views.
 
-        Beside that of the task there is one for each of several targets, by its label.
+        With several targets, each target's loss is included by its label.
         """
 
         def batches() -> Iterator[tuple[dict[str, Any], int]]:
@@ -183,7 +183,7 @@ class HeldOutViews:
                 yield references(engine.task, **prepared)[number], weight
 
     def panel(self, engine: Engine) -> dict[str, np.ndarray]:
-        """Returns the maps of a few views, the same in every call: see `feature_panel`."""
+        """Returns the maps of a few fixed views; see `feature_panel`."""
         assert isinstance(engine.task, Distillation)
         with evaluating(engine):
             shown = self._batch(self._panel, self._panel_numbers)
@@ -203,7 +203,7 @@ class HeldOutViews:
             yield prepared, weight, len(images)
 
     def _batch(self, images: Tensor, numbers: Sequence[int]) -> Batch:
-        """The views of some numbers on the device, with their maps where these are stored."""
+        """Returns the views of some indices on the device, with their stored maps if any."""
         maps = None
         if self._stored is not None:
             maps = default_collate(
@@ -222,16 +222,16 @@ def held_out_losses(
     micro_batch_size: int,
     stored: Callable[[str, Crops], Any],
 ) -> Evaluation:
-    """Returns what measures all sets of views, and at the end the constant-prediction baseline.
+    """Returns the evaluation of all sets of views, with the constant baseline at the end.
 
-    Its panel, before the first step and after the last, is of the first set. A collective.
+    Its panel, before the first step and after the last, shows the first set. A collective.
 
     Args:
-        crops: What cuts the views of each set, by the prefix of its metrics.
+        crops: The views of each set, by the prefix of its metrics.
         engine: The engine of the task that is measured.
         every: Number of steps between two evaluations.
         micro_batch_size: Views per forward.
-        stored: Returns what loads the maps of a set: see `HeldOutViews`.
+        stored: Returns the loader of a set's stored maps; see `HeldOutViews`.
     """
     sets = distributed.together(
         lambda: [
@@ -260,12 +260,12 @@ def constant_prediction_losses(
 ) -> list[float]:
     """Computes the loss of the best constant, one number per channel, for each target.
 
-    That is the constant-prediction baseline: a student that learnt only the mean of its targets has
-    about these losses. Where a loss gives slope and curvature (`Loss.newton`), steps go on from the
-    mean towards the minimum.
+    This is the constant-prediction baseline: a student that learnt only the mean of its targets
+    has about these losses. If a loss has slope and curvature (`Loss.newton`), Newton steps lead
+    from the mean towards the minimum.
 
     Args:
-        task: The task, in evaluation mode; gives the targets.
+        task: The task with the targets, in evaluation mode.
         batches: Called once per pass; yields (prepared, weight), with weight 0 for padding.
         summed: Sums a tensor over the ranks.
 
@@ -286,7 +286,7 @@ def constant_prediction_losses(
 
 
 class _Search:
-    """The best constant of one target, found pass by pass.
+    """Search for the best constant prediction of a target, one step a pass over the views.
 
     Args:
         loss: The target's loss.
@@ -304,7 +304,7 @@ class _Search:
         self._last, self.least, self.done = float("nan"), float("inf"), False
 
     def add(self, tokens: Tensor, weight: int) -> None:
-        """Adds the tokens (B, N, C) float32 of a batch to a pass; weight 0: they are padding."""
+        """Adds the tokens (B, N, C) float32 of a batch to a pass; weight 0 marks padding."""
         if self.done:
             return
         if self._constant is None:
@@ -322,7 +322,7 @@ class _Search:
         self._totals = part if self._totals is None else self._totals + part
 
     def step(self, summed: Callable[[Tensor], Tensor]) -> None:
-        """Ends a pass: moves the constant, unless it is as good as it gets; a collective."""
+        """Ends a pass: moves the constant unless the search has converged; a collective."""
         if self.done:
             return
         assert self._totals is not None

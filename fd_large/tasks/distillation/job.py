@@ -1,7 +1,7 @@
 """The job of distillation: images without labels, a frozen teacher, held-out losses.
 
-What a recipe asks beyond the paper stands in wings, `several/`, `cached/` and `masked/`. They are
-chosen here, in the first part of this file, and no other file beside them knows them.
+Features beyond the paper live in the wings `several/`, `cached/` and `masked/`. The first part of
+this file chooses among them; no other file outside the wings knows them.
 """
 
 from __future__ import annotations
@@ -117,11 +117,11 @@ KNOWN = Known(ChainMap(losses.LOSSES, SIMILARITIES), RUNNING)
 
 
 def tiled(frozen: Frozen, entry: NamedTeacher, image_size: int) -> Frozen:
-    """Returns a teacher that sees several images at once, where its entry asks for mosaics.
+    """Wraps a teacher that sees several images at once, if its entry asks for mosaics.
 
     Args:
         frozen: The teacher.
-        entry: What the recipe says of it.
+        entry: The teacher's entry in the recipe.
         image_size: Side of the student's images, in pixels.
     """
     if not entry.mosaic:
@@ -131,7 +131,7 @@ def tiled(frozen: Frozen, entry: NamedTeacher, image_size: int) -> Frozen:
 
 
 def sight_of(mask: Mask, student: nn.Module, image_size: int) -> Whole:
-    """Returns what the student sees of images of a side, in pixels."""
+    """Returns the sight of a student for images of a side, in pixels."""
     return Masked(mask, student, image_size=image_size) if mask.hides else Whole()
 
 
@@ -147,17 +147,17 @@ def composed(
     sight: Any = None,
     statistics: Statistics = IMAGENET,
 ) -> Distillation:
-    """Returns the paper's task with the seams that a recipe fills otherwise.
+    """Returns the paper's task with the seams that a recipe replaces.
 
     Args:
         student: A backbone of `fd_large.backbones`.
-        teachers: What gives a map of uint8 images, or stands in the place of a teacher, by name.
-        targets: What is learnt of them.
+        teachers: Functions from uint8 images to a map, or cached teachers, by name.
+        targets: The targets, learnt from the teachers' outputs.
         weighting: Which of several teachers each image learns from.
         taught: Whether a teacher teaches a dataset: see `teaches`.
         mosaics: Names of the teachers that see several images at once.
         teachers_beside: Whether the teachers compute on a CUDA stream of their own.
-        sight: What the student sees; None: whole images.
+        sight: The student's view of an image; None for whole images.
         statistics: The student's normalisation.
     """
     shown: Any = Teachers(teachers)
@@ -185,7 +185,7 @@ class DistillationJob(TrainingJob):
     """The student learns the teacher's feature map.
 
     Attributes:
-        teachers: The frozen teachers by name, "" for an only one; once `build` has run.
+        teachers: The frozen teachers by name, "" for a single teacher; once `build` has run.
     """
 
     memory_remedy = "--teacher.placement sharded"
@@ -193,7 +193,7 @@ class DistillationJob(TrainingJob):
 
     @property
     def metrics(self) -> Mapping[str, str]:
-        """The words for this task's numbers; the loss brings its own."""
+        """The labels of this task's metrics, with the loss's own label."""
         objective, label = self.run.objective, "sum of the losses"
         if not self.run.teachers:
             label = KNOWN.loss(objective.loss, beta=objective.beta).label
@@ -201,22 +201,22 @@ class DistillationJob(TrainingJob):
 
     @property
     def learns_from_images_alone(self) -> bool:  # type: ignore[override]
-        """Not where its dataset or a stored map is needed too: an incident does not hold it."""
+        """Whether images alone suffice for a replay: not with stored maps or datasets."""
         return self.run.weighting.rule != "own_data" and not (self.caches or self.caches.stores)
 
     @property
     def lower_is_better(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The loss, and that of each target."""
+        """Metrics for which lower is better: the loss, and each target's loss."""
         return ("loss", *(f"{one}_loss" for one in labels_of(self.run.teachers)))
 
     @property
     def placed(self) -> Mapping[str, PlacedTeacher]:
-        """The teachers that are models; only after `build`."""
+        """The teachers that are models, not caches; available after `build`."""
         return {n: one for n, one in self.teachers.items() if isinstance(one, PlacedTeacher)}
 
     @property
     def ignored_fields(self) -> tuple[str, ...]:
-        """Fields that this recipe's losses or normalisers do not read."""
+        """Fields of the recipe that its losses and normalisers do not read."""
         ignored, rule = [], self.run.weighting.rule
         if rule != "drop":
             ignored.append("weighting.drop_probability")
@@ -266,11 +266,11 @@ class DistillationJob(TrainingJob):
 
     @cached_property
     def settled(self) -> Run:
-        """The recipe with what `settle` makes of its grids; itself once it is settled."""
+        """The recipe with settled grids."""
         return self._with_grids(self.run)
 
     def _with_grids(self, run: Run) -> Run:
-        """Returns the recipe with numbers where it says auto: the teachers' images, the grids.
+        """Returns the recipe with the teachers' image sizes and grids in place of "auto".
 
         Positions follow a teacher's images, unless this job's recipe says their size.
 
@@ -327,7 +327,7 @@ class DistillationJob(TrainingJob):
         )
 
     def images_together(self) -> int:
-        """Returns the number of images of which all mosaics are full."""
+        """Returns the number of images that fills every teacher's mosaic."""
         return math.lcm(*(max(1, entry.mosaic) ** 2 for entry in self.run.taught_by.values()))
 
     def sources(self) -> Mapping[str, str]:
@@ -341,9 +341,9 @@ class DistillationJob(TrainingJob):
         return {**own, **super().sources()}
 
     def open_samples(self) -> ImageSource:
-        """Opens the images of `data.root`, or of its train/ where it has val/ or test/ beside it.
+        """Opens the images of `data.root`, or of its train/ if it has val/ or test/ too.
 
-        A dataset's folder is often named whole, and what is tested must not be learnt from.
+        Users often name a dataset's whole folder, and test images must not be trained on.
         """
         data = self.run.data
         samples = open_training(data.root, val_fraction=data.val_fraction)
@@ -355,7 +355,7 @@ class DistillationJob(TrainingJob):
         return samples
 
     def view_batches(self, samples: ImageSource, epoch: int) -> ViewBatches:
-        """Returns what loads the views of an epoch, and their maps where these are stored."""
+        """Returns the loader of an epoch's views, with stored maps if any."""
         usual, fixed, data = super().view_batches(samples, epoch), self.caches.fixed, self.run.data
         if fixed is None:
             return usual
@@ -369,9 +369,9 @@ class DistillationJob(TrainingJob):
         return replace(usual, fixed=fixed, beside=beside)
 
     def held_out(self, samples: ImageSource) -> dict[str, Crops]:
-        """Returns what cuts the views of which held-out losses are measured, by their prefix.
+        """Returns the held-out views by the prefix of their metrics.
 
-        Where training views come again, these are a function of the same seed.
+        If training views recur, the held-out views depend on the same seed.
 
         Args:
             samples: The training images, of which other crops are shown.
@@ -401,7 +401,7 @@ class DistillationJob(TrainingJob):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes a batch of grey images, and of empty maps where these are stored."""
+        """Makes a batch of grey images, with empty maps if maps are stored."""
         return replace(super().probe_batch(size), targets=self.caches.blank_maps(size))
 
     def tensor_sizes(self) -> TensorSizes:
@@ -424,14 +424,14 @@ class DistillationJob(TrainingJob):
         return TensorSizes(sizes_of(task), sizes_of(*whole))
 
     def memory_facts(self) -> Mapping[str, Any]:
-        """Returns where the teachers' weights are held."""
+        """Returns the placement of the teachers' weights."""
         entries = self.run.taught_by.items()
         return {f"{name}_teacher_placement".lstrip("_"): entry.placement for name, entry in entries}
 
     # --- the models ---
 
     def make_teacher(self, name: str) -> Frozen:
-        """Constructs a teacher with random weights; "" is the name of an only one."""
+        """Constructs a teacher with random weights; "" names a single teacher."""
         return self._on_shapes[name].make()
 
     def make_teachers(self) -> dict[str, Frozen]:
@@ -461,7 +461,7 @@ class DistillationJob(TrainingJob):
         self.caches.record(placed)
 
     def take_models_of(self, other: TrainingJob) -> None:
-        """Takes the teachers that the job of another student has built."""
+        """Shares the teachers that another student's job has built."""
         assert isinstance(other, DistillationJob)
         self.teachers, self.caches = other.teachers, other.caches
 
@@ -477,11 +477,11 @@ class DistillationJob(TrainingJob):
         return task
 
     def target_facts(self, task: Distillation, target: NamedTarget) -> Mapping[str, Any]:
-        """Returns what decides the tokens that are learnt, besides the images.
+        """Returns the facts that decide the target's tokens, besides the images.
 
         Args:
             task: The task around the run's teachers.
-            target: One of its targets.
+            target: One of the task's targets.
         """
         return target_facts(
             target,
@@ -499,7 +499,7 @@ class DistillationJob(TrainingJob):
         return self.task_around(teachers | self.caches.teachers()), models
 
     def task_around(self, teachers: Mapping[str, AnyTeacher]) -> Distillation:
-        """Constructs student, heads and losses around teachers, which are given by name."""
+        """Constructs student, heads and losses around teachers by name."""
         run, entries, size = self.run, self.settled.taught_by, self.run.data.image_size
         several = bool(run.data.image_sizes)
         student = make_student(run.student, image_size=size, resizes_positions=several)
@@ -523,7 +523,7 @@ class DistillationJob(TrainingJob):
     # --- training ---
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields micro batches of views, with their datasets where these decide the teachers."""
+        """Yields micro batches of views, with datasets if these decide the teachers."""
         batches = super().batches(samples, portion)
         own_data = self.run.weighting.rule == "own_data"
         return with_datasets(batches, samples) if own_data else batches
@@ -565,12 +565,12 @@ class DistillationJob(TrainingJob):
         return evaluations
 
     def hooks(self) -> Sequence[Hook]:
-        """Returns what writes the maps of some images, and the canaries of the teachers."""
+        """Returns the writer of the feature panel, and the teachers' canaries."""
         every = self.run.runtime.canary_every
         return [FeaturePanel(), *canaries(self.placed, every, self.run.data.image_size)]
 
     def evaluated(self, first: Mapping[str, float], last: Mapping[str, float]) -> Mapping[str, Any]:
-        """Returns the newest numbers, and the held-out loss before training."""
+        """Returns the newest metrics, and the held-out loss before training."""
         own = {name: value for name, value in last.items() if name != "held_out_best_constant"}
         named = {
             "held_out_loss_start": first.get("held_out_loss"),
@@ -581,7 +581,7 @@ class DistillationJob(TrainingJob):
     # --- checkpoints, and what others take from them ---
 
     def summary(self) -> Mapping[str, Any]:
-        """Returns the first entries of summary.json; several teachers have one of their own."""
+        """Returns the first entries of summary.json, one for each of several teachers."""
         if not self.run.teachers:
             return {**super().summary(), **self.caches.early()}
         teachers = {
@@ -602,13 +602,13 @@ class DistillationJob(TrainingJob):
         return facts_of(self.run.taught_by[name], self.teachers[name].fingerprint, cache)
 
     def check_stored(self, manifest: Mapping[str, Any]) -> None:
-        """Refuses a checkpoint that learned from another teacher, or by other statistics."""
+        """Refuses a checkpoint that learned from another teacher or other statistics."""
         stored = facts_by_teacher(manifest, several=bool(self.run.teachers))
         require_same_teachers(self.run.taught_by, stored, self._facts_of)
         self.caches.resume(manifest)
 
     def frozen_models(self) -> Mapping[str, FrozenPart]:
-        """Returns the teachers, by their names; an only one is called teacher."""
+        """Returns the teachers by name; a single teacher is called "teacher"."""
         return {
             name or "teacher": FrozenPart(
                 replace(one.entry, source=self.caches.source_of(name)), one.image_size
@@ -618,7 +618,7 @@ class DistillationJob(TrainingJob):
 
 
 def teachers_on_shapes(run: Run) -> dict[str, TeacherOnShapes]:
-    """Returns the teachers of a recipe, whose models are settled, beside its student."""
+    """Returns the teachers of a recipe with settled models, next to its student."""
     data = run.data
     return {
         name: TeacherOnShapes(

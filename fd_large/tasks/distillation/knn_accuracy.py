@@ -45,7 +45,7 @@ def knn_accuracy(
         micro_batch_size: Images of a forward.
         workers: Loading processes.
         max_pixels: Pixels above which an image is refused.
-        blank_maps: Targets of one image that stand for stored maps; None if there are none.
+        blank_maps: Targets of one image in place of stored maps, or None without stored maps.
     """
 
     def measure(
@@ -89,7 +89,7 @@ def _student_of(engine: Engine, blank_maps: Any) -> Callable[[Tensor], FeatureMa
 
     Args:
         engine: The engine of the task.
-        blank_maps: Targets of one image that stand for stored maps; None if there are none.
+        blank_maps: Targets of one image in place of stored maps, or None without stored maps.
     """
     task = engine.task
     seen: list[FeatureMap] = []

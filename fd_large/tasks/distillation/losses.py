@@ -1,6 +1,6 @@
 """The losses between projected student tokens and the normalised tokens of the teacher.
 
-Adding one is a line in `LOSSES`, or a file of the user's own, `objective.loss
+To add a loss, add a line in `LOSSES`, or write a file and name it by `objective.loss
 module:FILE.py:NAME`: a function of (projected, target), both (B, N, C) float32, that returns the
 mean over all tokens or images as a scalar, or a subclass of `Loss`. A recipe can also name a sum of
 built-in ones by weight: "0.9 cosine + 0.1 smooth_l1".
@@ -30,15 +30,15 @@ _SMALLEST = 1e-6  # For divisions, far below any difference that matters in unit
 
 
 class Loss:
-    """A loss, with what evaluations and plots need of it.
+    """A loss, with per-image values for evaluations and a label for plots.
 
     Args:
-        beta: `objective.beta`, for a loss that has such a number.
+        beta: `objective.beta`, for a loss that uses it.
 
     Attributes:
-        label: Its words in logs and plots.
-        reads_beta, reads_temperature: Whether the number changes it; a recipe that sets it in vain
-            is told.
+        label: Label in logs and plots.
+        reads_beta, reads_temperature: Whether the loss uses the number; a recipe that sets an
+            unused number is refused.
         temperature: `objective.temperature`, which a recipe sets after it is made.
         of_tokens: Whether it is a mean over tokens, each of which has its own (`per_token`).
         in_sums: Whether it may stand in a sum of losses by weight.
@@ -56,13 +56,13 @@ class Loss:
         self.beta = beta
 
     def begin(self, teacher: str, kind: str, *, width: int, normaliser: str) -> None:
-        """Is told once what it will compare.
+        """Called once before training with facts about the target.
 
         Args:
-            teacher: The teacher's name; "" for the only one.
+            teacher: The teacher's name, or "" for a single teacher.
             kind: "map" or "summary".
             width: Channels of the tokens.
-            normaliser: Name of what is done to the teacher's.
+            normaliser: Name of the normaliser of the teacher's tokens.
 
         Raises: ConfigError: if that is nothing for it.
         """
@@ -95,9 +95,9 @@ class Loss:
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
         """Returns slope and curvature of the loss by a constant prediction, each (C,).
 
-        Both are summed over the images; the curvature is one that a step of slope / curvature can
-        trust, zero where a channel must stay. None leaves the constant-prediction baseline at the
-        mean of the targets.
+        Both are summed over the images. A step of slope / curvature must not overshoot; curvature
+        zero keeps a channel fixed. None leaves the constant-prediction baseline at the mean of
+        the targets.
 
         Args:
             constant: (C,) float32, predicted for every token.
@@ -106,7 +106,7 @@ class Loss:
         return None
 
     def fused(self, projected: Tensor, tokens: Tensor, eps: float) -> Tensor | None:
-        """Returns the loss against whitened tokens by one kernel; None where there is none.
+        """Returns the loss against whitened tokens by one fused kernel, or None without one.
 
         Args:
             projected: (B, N, C), any float dtype.
@@ -134,10 +134,10 @@ class SmoothL1(Loss):
         return F.smooth_l1_loss(projected, target, beta=self.beta, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the slope, and the curvature of the parabolas that lie above the differences.
+        """Returns the slope, and the curvature of parabolas above the loss of each difference.
 
-        Where most tokens are further away than `beta`, the second derivative is that of the few
-        others, and its step would lead far beyond the minimum.
+        If most tokens are further away than `beta`, the second derivative counts only the few
+        others, and a step by it would lead far beyond the minimum.
         """
         difference = (constant - target).flatten(0, -2)
         slope = difference.clamp(-self.beta, self.beta) / self.beta
@@ -185,9 +185,9 @@ class L1(Loss):
         return F.l1_loss(projected, target, reduction="none").mean((1, 2))
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the slope, and the curvature of the parabolas that lie above the differences.
+        """Returns the slope, and the curvature of parabolas above the loss of each difference.
 
-        A step is one of iteratively reweighted least squares, which goes towards the median.
+        Steps are those of iteratively reweighted least squares and lead towards the median.
         """
         difference = (constant - target).flatten(0, -2)
         scale = len(target) / target.numel()
@@ -230,7 +230,7 @@ class CosineOfMap(Loss):
         return 1 - F.cosine_similarity(projected.flatten(1), target.flatten(1), dim=-1).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns it for each image."""
+        """Returns the loss of each image, (B,)."""
         return 1 - F.cosine_similarity(projected.flatten(1), target.flatten(1), dim=-1)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,7 +257,7 @@ class WeightedSum(Loss):
         self.of_tokens = all(loss.of_tokens for _, loss in terms)
 
     def begin(self, teacher: str, kind: str, **names: Any) -> None:
-        """Tells its terms."""
+        """Begins its terms."""
         for _, loss in self.terms:
             loss.begin(teacher, kind, **names)
 
@@ -286,9 +286,9 @@ class WeightedSum(Loss):
 
 
 class ClsAndPatches(Loss):
-    """Cosine loss and smooth L1 by weight: the mean of that of CLS token and of patches.
+    """Weighted cosine loss and smooth L1, averaged over two parts: the CLS token and the patches.
 
-    So a CLS token counts as much as all patches together; registers are left out. Source:
+    A CLS token counts as much as all patches together; registers are left out. Source:
     Sariyildiz et al. (UNIC), arXiv 2408.05088, and DUNE, arXiv 2503.14405, whose beta is 1.
 
     Args:
@@ -308,7 +308,7 @@ class ClsAndPatches(Loss):
         return self.per_image(projected, target).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns it for each image."""
+        """Returns the loss of each image, (B,)."""
         kinds = zip(self._kinds(projected), self._kinds(target), strict=True)
         return torch.stack([self._loss.per_image(*kind) for kind in kinds]).mean(0)
 
@@ -344,12 +344,12 @@ def make_loss(
     """Returns the loss that a recipe names.
 
     Args:
-        name: A name in `known`, one of the user's own (fd_large/doors.py), or a sum of names in
-            `known`, each with a weight before it.
+        name: A name in `known`, the user's own `module:FILE.py:NAME` (fd_large/doors.py), or a
+            weighted sum of names in `known`.
         beta, temperature: `objective.beta` and `objective.temperature`.
         known: Built-in losses by name.
 
-    Raises: ConfigError: if there is no such loss, or it cannot be made.
+    Raises: ConfigError: if the loss does not exist or cannot be made.
     """
     if is_sum(name):
         terms = loss_terms(name, [one for one in known if getattr(known[one], "in_sums", True)])
@@ -372,7 +372,7 @@ def make_loss(
 def check_loss(loss: Loss, name: str) -> None:
     """Calls a loss on a few tokens and takes its gradient.
 
-    Raises: ConfigError: if that fails, or gives no finite scalar.
+    Raises: ConfigError: if the call fails, or its result is not a finite scalar.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():
@@ -395,7 +395,7 @@ def check_loss(loss: Loss, name: str) -> None:
 
 
 class FunctionLoss(Loss):
-    """A loss that is a function alone."""
+    """A loss made from a plain function."""
 
     reads_beta = False
 
@@ -406,7 +406,7 @@ class FunctionLoss(Loss):
         self.label = words if words.endswith("loss") else f"{words} loss"
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns what the function does."""
+        """Returns the function's result."""
         return self._function(projected, target)
 
 
@@ -414,10 +414,10 @@ class FunctionLoss(Loss):
 
 
 def _towards(constant: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and curvature of minus the cosine between a constant and a sum of unit vectors.
+    """Returns slope and curvature of minus the cosine between a constant and a sum of unit vectors.
 
-    Those of the parabola whose minimum is the sum's direction at the constant's own length, from
-    wherever the constant points.
+    They belong to a parabola whose minimum is the sum's direction at the constant's own length,
+    whatever the constant's direction.
     """
     length, most = constant.norm().clamp(min=_SMALLEST), directions.norm()
     slope = (most * constant / length - directions) / length

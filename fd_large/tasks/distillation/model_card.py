@@ -1,4 +1,4 @@
-"""What the card of a distilled student says of its teacher, its loss and its crops."""
+"""Model-card text of a distilled student: its teachers, losses and crops."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def learned(
     """Returns the task's part of the card.
 
     Args:
-        entries: The teachers by name; "" is the name of an only one.
-        facts: What the checkpoint's manifest says of each (`facts_by_teacher`).
+        entries: The teachers by name; "" names a single teacher.
+        facts: The manifest's facts of each teacher (`facts_by_teacher`).
         data: The recipe's section.
     """
     entries = {
@@ -83,7 +83,7 @@ def learned(
 
 
 def _shape(entry: NamedTeacher, image_size: int) -> dict[str, str]:
-    """What tells a teacher from another one of the same model, besides its weights and loss."""
+    """Returns table rows that distinguish teachers of the same model: fields, grid, targets."""
     rows, section = {}, asdict(entry)
     if changed := changed_words(section):
         rows["changed fields"] = changed
@@ -102,7 +102,7 @@ def _shape(entry: NamedTeacher, image_size: int) -> dict[str, str]:
 
 
 def _metrics_of(entries: Mapping[str, NamedTeacher]) -> dict[str, str]:
-    """The words for what is measured of each of several teachers' targets."""
+    """Returns the labels of the metrics of several teachers' targets."""
     return {
         f"held_out_{one}_{what}": f"held-out {what} of {one.replace('_', ' ')}"
         for one in labels_of(entries)
@@ -112,7 +112,7 @@ def _metrics_of(entries: Mapping[str, NamedTeacher]) -> dict[str, str]:
 
 
 def _losses(entry: NamedTeacher) -> str:
-    """The losses of a teacher's targets in words, by weight where that is not 1."""
+    """Returns the losses of a teacher's targets in words, with weights other than 1."""
     words = []
     for kind in entry.targets:
         weight = entry.weight_of(kind)
@@ -121,7 +121,7 @@ def _losses(entry: NamedTeacher) -> str:
 
 
 def _loss(entry: NamedTeacher, kind: str) -> str:
-    """The loss of a target in words: the published one, or the names in the recipe."""
+    """Returns a target's loss in words: the published loss, or its names in the recipe."""
     names = {name: entry.setting(name, kind) for name in ("loss", "normaliser", "head")}
     if tuple(names.values()) == ("smooth_l1", "whitening", "linear"):
         return f"smooth L1 (beta {entry.beta:g}) to the whitened {kind}"

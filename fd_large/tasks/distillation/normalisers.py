@@ -1,10 +1,10 @@
-"""What is done to a teacher's tokens before the student learns them.
+"""Normalisers of a teacher's tokens, applied before the student learns them.
 
-Adding a normaliser is a line in `NORMALISERS`, or a file of the user's own
-(`objective.normaliser module:FILE.py:NAME`): a function from tokens (..., C) to float32 of the same
-shape. It works on the tokens of a micro batch, and so must treat each token alone. Of the built-in
-ones two read statistics of the teacher's channels from a file (target_statistics.py). A normaliser
-that can be undone has a method `undo`, which returns an `Undo`.
+To add a normaliser, add a line in `NORMALISERS` or write a file and name it by
+`objective.normaliser module:FILE.py:NAME`: a function from tokens (..., C) to float32 of the same
+shape. It sees the tokens of a micro batch, so it must treat each token by itself. Two built-in
+normalisers read statistics of the teacher's channels from a file (target_statistics.py). An
+invertible normaliser has a method `undo`, which returns an `Undo`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TRIAL_WIDTH = 8
 
 
 def none(tokens: Tensor) -> Tensor:
-    """Returns the tokens as they are, in float32 (float64 stays)."""
+    """Returns the tokens unchanged, in float32 (float64 stays)."""
     return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
@@ -44,15 +44,15 @@ def unbiased_whitening(tokens: Tensor) -> Tensor:
 
 
 class Affine:
-    """Tokens less a mean, then scaled or rotated by a constant.
+    """Subtracts a mean from tokens, then scales or rotates them by a constant.
 
     Args:
         mean: (C,).
-        factor: (C,), which scales each channel; or (C, C), whose rows give the new ones.
+        factor: (C,), a factor of each channel; or (C, C), whose rows give the new channels.
 
     Attributes:
         width: C.
-        constants: As given.
+        constants: See the arguments.
     """
 
     def __init__(self, mean: Tensor, factor: Tensor) -> None:
@@ -71,7 +71,7 @@ class Affine:
         return centred * factor if factor.ndim == 1 else centred @ factor.T
 
     def undo(self) -> Undo:
-        """Returns the way back."""
+        """Returns the inverse."""
         mean, factor = (constant.double() for constant in self.constants)
         both = mean.expand(2, -1)
         if factor.ndim == 1:
@@ -106,12 +106,12 @@ BY_STATISTICS: dict[str, Callable[[TargetStatistics], Affine]] = {
 
 
 class Undo(nn.Module):
-    """The way back from normalised tokens to what the teacher gives.
+    """The inverse of a normaliser, from normalised tokens to the teacher's own.
 
     Args:
         mean: (2, C), of prefix tokens and of patches.
         scale: (2, C), which multiplies each channel; None where they are rotated.
-        rotation: (C, C), whose rows give the teacher's channels; None where they are scaled.
+        rotation: (C, C), whose rows give the teacher's channels; None if channels are only scaled.
     """
 
     def __init__(self, mean: Tensor, scale: Tensor | None, rotation: Tensor | None) -> None:
@@ -121,7 +121,7 @@ class Undo(nn.Module):
         self.register_buffer("rotation", None if rotation is None else rotation.float())
 
     def forward(self, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
-        """Returns the teacher's tokens (B, N, C) float32 of normalised ones.
+        """Returns the teacher's tokens (B, N, C) float32 from normalised tokens.
 
         Args:
             tokens: (B, N, C).
@@ -144,14 +144,14 @@ def make_normaliser(
     """Returns the normaliser that a recipe names.
 
     Args:
-        name: A name in `NORMALISERS`, `BY_STATISTICS` or `running`, or one of the user's own
-            (fd_large/doors.py).
+        name: A name in `NORMALISERS`, `BY_STATISTICS` or `running`, or the user's own
+            `module:FILE.py:NAME` (fd_large/doors.py).
         eps: `objective.whitening_eps`, for whitening.
         statistics: `objective.target_statistics`, a file.
         width: Channels of the teacher's tokens, for a name in `running`.
         running: Normalisers with statistics that training moves, made of the number of channels.
 
-    Raises: ConfigError: if there is no such normaliser, or no such file.
+    Raises: ConfigError: if the normaliser or its file does not exist.
     """
     known = NORMALISERS | BY_STATISTICS | dict(running)
     found = doors.load(name, kind="normalisers", where=WHERE, built_in=known)

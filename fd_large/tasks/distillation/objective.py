@@ -1,6 +1,6 @@
-"""What a recipe has the student learn: its targets tried before a start, built, and told apart.
+"""The targets of a recipe: tried before a start, built, and compared at a resume.
 
-What decides them stands in a checkpoint's manifest too, and is held against that of a resume.
+A checkpoint's manifest records the facts that decide the targets, and a resume compares them.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Known(NamedTuple):
 
     Attributes:
         losses: Built-in losses by name.
-        moving: Normalisers beside those of normalisers.py, by name: made of the number of channels,
-            with statistics that training moves.
+        moving: Further normalisers by name, constructed from the number of channels, with
+            statistics that training updates.
     """
 
     losses: Mapping[str, Any] = losses.LOSSES
@@ -58,7 +58,7 @@ class Known(NamedTuple):
         """Returns the loss of a target.
 
         Args:
-            entry: What the recipe says of its teacher.
+            entry: Its teacher's entry in the recipe.
             kind: "map" or "summary".
         """
         temperature = entry.setting("temperature", kind)
@@ -79,15 +79,15 @@ _STATISTICS = {MAP: "target_statistics", SUMMARY: "summary_target_statistics"}
 def target_checks(
     name: str, entry: NamedTeacher, kind: str, known: Known
 ) -> Iterator[Callable[[], object]]:
-    """Yields what tries loss and normaliser of a target on a few tokens, and finds its head.
+    """Yields checks that try a target's loss and normaliser on a few tokens, and find its head.
 
     The head's shapes wait for the models.
 
     Args:
-        name: The teacher's name; "" for an only one.
-        entry: What the recipe says of it.
+        name: The teacher's name, or "" for a single teacher.
+        entry: The teacher's entry in the recipe.
         kind: "map" or "summary".
-        known: What the names stand for.
+        known: The losses and normalisers by name.
     """
     loss, normaliser, head, file = (
         entry.setting(one, kind) for one in ("loss", "normaliser", "head", "target_statistics")
@@ -111,9 +111,9 @@ def fields_not_read(name: str, entry: NamedTeacher, known: Known) -> list[str]:
     """Returns the fields of a teacher's targets that its losses and normalisers do not read.
 
     Args:
-        name: The teacher's name; "" for an only one.
-        entry: What the recipe says of it.
-        known: What the names stand for.
+        name: The teacher's name, or "" for a single teacher.
+        entry: The teacher's entry in the recipe.
+        known: The losses and normalisers by name.
     """
     of = partial(field_of, name)
     with naming_target(name):
@@ -136,7 +136,7 @@ def fields_not_read(name: str, entry: NamedTeacher, known: Known) -> list[str]:
 
 
 def statistics_file(entry: NamedTeacher, kind: str) -> str:
-    """Returns the file of statistics that a target is normalised by; empty where it needs none."""
+    """Returns the file of statistics for a target's normaliser; empty if it needs none."""
     if kind not in entry.targets or entry.setting("normaliser", kind) not in BY_STATISTICS:
         return ""
     return entry.setting("target_statistics", kind)
@@ -149,7 +149,7 @@ def check_statistics(
 
     Args:
         target: The target.
-        entry: What the recipe says of its teacher.
+        entry: Its teacher's entry in the recipe.
         facts: Returns the `target_facts` of the run.
     """
     if path := statistics_file(entry, target.kind):
@@ -182,12 +182,12 @@ def make_target(
 
     Args:
         width: Channels of the student's map.
-        teacher_width: Channels of what is learnt of the teacher.
-        teacher: The teacher's name; "" for the only one.
+        teacher_width: Channels of the teacher's map or summary.
+        teacher: The teacher's name, or "" for a single teacher.
         kind: "map" or "summary".
         loss: Name of the loss.
-        normaliser: Name of what is done to the teacher's tokens.
-        head: Name of what projects the student's tokens to the teacher's width (heads/).
+        normaliser: Name of the normaliser of the teacher's tokens.
+        head: Name of the head that maps the student's tokens to the teacher's width (heads/).
         maps: Returns the grids of both, for a head that reads maps.
         beta: Difference above which the loss is linear rather than quadratic, in whitened units.
         temperature: By which losses between similarities divide cosines.
@@ -195,7 +195,7 @@ def make_target(
         target_statistics: File of statistics of the teacher's channels, for a normaliser that
             needs them.
         interpolation, with_prefix, weight, projection: As `NamedTarget`.
-        known: What the names of losses and normalisers stand for.
+        known: The losses and normalisers by name.
 
     Raises: ConfigError: if a name stands for nothing, or they do not go together.
     """
@@ -234,10 +234,10 @@ def make_targets(
     Args:
         student: The student.
         teachers: The teachers by name.
-        entries: What the settled recipe says of each.
+        entries: Each teacher's entry in the settled recipe.
         image_size: Side of the student's images, in pixels; of several, that of evaluations.
-        width: Channels of the map that heads are given; None: of the student's.
-        known: What the names of losses and normalisers stand for.
+        width: Channels of the heads' input; None for the student's own.
+        known: The losses and normalisers by name.
 
     Raises: FDError: if code of the user's own was not allowed.
     """
@@ -282,7 +282,7 @@ def make_targets(
 
 
 def _projection(entry: NamedTeacher, kind: str, teacher: Any) -> Tensor | None:
-    """The projection of a placed teacher's summary; of others one of the same shape."""
+    """Returns the projection of a placed teacher's summary; for caches, a tensor of its shape."""
     if kind != SUMMARY or not entry.embedding_width:
         return None
     held: Tensor | None = getattr(teacher, "projection", None)
@@ -298,13 +298,13 @@ def target_facts(
     image_size: int,
     teacher_image_size: int,
 ) -> dict[str, Any]:
-    """Returns what decides the tokens that are learnt, besides the images.
+    """Returns the facts that decide a target's tokens, besides the images.
 
     Args:
         target: The target.
         student: The student.
         teacher: The target's teacher.
-        entry: What the settled recipe says of it.
+        entry: The teacher's entry in the settled recipe.
         image_size: Side of the student's images, in pixels.
         teacher_image_size: Side of the teacher's images, 0 as in `frozen_maker`.
     """
@@ -330,12 +330,12 @@ def target_facts(
 
 
 def facts_of(entry: NamedTeacher, fingerprint: str, cache: Any | None) -> dict[str, Any]:
-    """Returns a teacher's entries of a manifest: its source, and hashes of all that it teaches by.
+    """Returns a teacher's entries of a manifest: its source, and hashes of weights and statistics.
 
     Args:
-        entry: What the recipe says of it.
+        entry: The teacher's entry in the recipe.
         fingerprint: Hash of its weights.
-        cache: What reads its maps; None: the teacher itself computes them.
+        cache: Reader of its stored maps, or None if the teacher computes them.
     """
     facts = {"teacher_source": entry.source, "teacher_hash": fingerprint}
     if cache is not None:
@@ -348,7 +348,7 @@ def facts_of(entry: NamedTeacher, fingerprint: str, cache: Any | None) -> dict[s
 
 
 def facts_by_teacher(manifest: Mapping[str, Any], *, several: bool) -> Mapping[str, Any]:
-    """Returns what a manifest says of each teacher, by its name; "" is that of an only one.
+    """Returns a manifest's facts of each teacher by name; "" names a single teacher.
 
     Args:
         manifest: The checkpoint's.
@@ -365,11 +365,11 @@ def require_same_teachers(
     """Refuses other teachers than a run began with.
 
     Args:
-        entries: What the recipe says of each, by name.
-        stored: What the manifest says of each.
+        entries: The recipe's entry of each teacher, by name.
+        stored: The manifest's facts of each teacher.
         ours: Returns the same of a teacher that is there now.
 
-    Raises: CheckpointError: naming what differs.
+    Raises: CheckpointError: naming the differences.
     """
     if stored.keys() != entries.keys():
         raise CheckpointError(
@@ -387,12 +387,12 @@ def _require_same_teacher(
     """Refuses another teacher, other cached targets or other statistics than a run began with.
 
     Args:
-        name: The teacher's name; "" for an only one.
-        entry: Its entry.
-        theirs: What the manifest says of it.
+        name: The teacher's name, or "" for a single teacher.
+        entry: The teacher's entry in the recipe.
+        theirs: The manifest's facts of the teacher.
         ours: The same of the teacher that is there now.
 
-    Raises: CheckpointError: naming what differs.
+    Raises: CheckpointError: naming the differences.
     """
     for kind, key in _STATISTICS.items():
         if entry.setting("normaliser", kind) in BY_STATISTICS and (

@@ -1,4 +1,4 @@
-"""Modules of a task under the names that checkpoints have."""
+"""Modules of a task, registered under their names in checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def register(task: nn.Module, path: str, module: nn.Module, *, replace: bool = F
         task: The Module that gets it.
         path: Its name, such as heads.NAME.map, with a ModuleDict for each part but the last.
         module: The Module.
-        replace: Whether one that is there already gives way.
+        replace: Whether to replace a Module that is already registered.
 
     Raises: ConfigError: if a part of the path is a teacher's name that torch's modules use, or if
         the path is taken.

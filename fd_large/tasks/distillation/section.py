@@ -1,4 +1,4 @@
-"""What a recipe says of a distillation, and what others may know of it without torch."""
+"""The sections of a distillation in a recipe, and facts derived from them without torch."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ EMBEDDING = "embedding"
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """How the summary of a teacher is learnt, where that is not how its map is."""
+    """Settings of a teacher's summary that differ from its map's."""
 
     # Which summary is learnt. token: the class token of the model, or the mean of the tokens of its
     # map where it has none. embedding: the image embedding of a CLIP model, which is that token
@@ -146,9 +146,9 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedTeacher(Teacher, Objective):
-    """One of several teachers, and what the student learns of it: both sections in one.
+    """One of several teachers with its objective: both sections in one.
 
-    The loss of a run is the sum over its teachers and what is learnt of each, by weight.
+    The loss of a run is the weighted sum over its teachers' maps and summaries.
     """
 
     place: ClassVar[str] = "teachers.NAME"
@@ -197,11 +197,11 @@ class NamedTeacher(Teacher, Objective):
 
     @classmethod
     def joined(cls, teacher: Teacher, objective: Objective) -> NamedTeacher:
-        """Returns the two sections of a run with one teacher as an entry."""
+        """Returns the two sections of a single teacher, joined as an entry."""
         return cls(**_values(teacher), **_values(objective))
 
     def parted(self) -> tuple[Teacher, Objective]:
-        """Returns the two sections of which this is made (`joined`)."""
+        """Returns the entry's two sections, the inverse of `joined`."""
         values = _values(self)
         names = hints_of(Objective)
         objective = {name: values[name] for name in names}
@@ -209,7 +209,7 @@ class NamedTeacher(Teacher, Objective):
         return Teacher(**teacher), Objective(**objective)
 
     def as_it_is(self) -> NamedTeacher:
-        """Returns the entry without normalisers: its targets are what the teacher gives."""
+        """Returns the entry without normalisers, with the teacher's own outputs as targets."""
         usual = Objective()
         return replace(
             self,
@@ -234,7 +234,7 @@ class NamedTeacher(Teacher, Objective):
 
     @property
     def embedding_width(self) -> int:
-        """Channels of the embedding that is learnt; 0: none is, or they are not known yet."""
+        """Channels of the learnt embedding; 0 if none is learnt, or before the weights are read."""
         return self.summary.width if self.summary.layer == EMBEDDING else 0
 
     def setting(self, name: str, kind: str) -> Any:
@@ -251,7 +251,7 @@ class NamedTeacher(Teacher, Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Weighting:
-    """Which of several teachers an image learns from."""
+    """How each image's teachers are chosen."""
 
     # fixed: all of them; the loss is their sum. Else it is the mean over the pairs of image and
     # teacher that are kept, of all images of a step. drop: the teacher with the largest loss of an
@@ -272,7 +272,7 @@ FIXED = Weighting()
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
-    """Which patches the student is not shown in training, and which of its tokens learn.
+    """The patches hidden from the student in training, and the tokens that count.
 
     The teachers, and all evaluations, see whole images. A mask is a function of the seed, the epoch
     and the image's place in it.
@@ -350,14 +350,14 @@ def label(teacher: str, kind: str) -> str:
     """Returns a target's name in metrics and files: NAME for a map, NAME_summary for a summary.
 
     Args:
-        teacher: The teacher's name; "" for an only one.
+        teacher: The teacher's name, or "" for a single teacher.
         kind: "map" or "summary".
     """
     return teacher if kind == MAP else f"{teacher}_{kind}"
 
 
 def labels_of(teachers: Mapping[str, NamedTeacher]) -> list[str]:
-    """Returns the labels of all targets of teachers, which are given by name."""
+    """Returns the labels of all targets of the teachers, by name."""
     return [label(name, kind) for name, entry in teachers.items() for kind in entry.targets]
 
 
@@ -365,7 +365,7 @@ def field_of(teacher: str, name: str, kind: str = MAP) -> str:
     """Returns the recipe's name of a field of a target, "objective.loss" or "teachers.clip.loss".
 
     Args:
-        teacher: The teacher's name; "" for an only one.
+        teacher: The teacher's name, or "" for a single teacher.
         name: The field of `Objective`.
         kind: "map" or "summary".
     """
@@ -380,16 +380,16 @@ def source_flag(name: str) -> str:
 
 
 def called(name: str) -> str:
-    """What a teacher is called in messages."""
+    """Returns a teacher's name in messages."""
     return f"teacher {name}" if name else "teacher"
 
 
 @contextmanager
 def naming_target(teacher: str, kind: str = MAP) -> Iterator[None]:
-    """Lets mistakes in one of several teachers' targets name its fields, not those of `objective`.
+    """Makes mistakes in a teacher's targets name its fields instead of those of `objective`.
 
     Args:
-        teacher: The teacher's name; "" for an only one.
+        teacher: The teacher's name, or "" for a single teacher.
         kind: "map" or "summary".
     """
     try:
@@ -406,22 +406,22 @@ def _field(teacher: str, name: str, kind: str) -> str:
 
 
 def _values(section: Teacher | Objective) -> dict[str, Any]:
-    """The fields of a section by name, nested ones as they are."""
+    """Returns the fields of a section by name, without conversion of nested sections."""
     return {f.name: getattr(section, f.name) for f in fields(section)}
 
 
 def cached_folder(source: str) -> str:
-    """Returns the folder of cached targets that a teacher's source names; empty if it names none.
+    """Returns the folder of cached targets in a teacher's source, or "" for other sources.
 
     Args:
-        source: As a recipe states it, cached:FOLDER for such a folder.
+        source: The source in the recipe; cached:FOLDER names a folder of cached targets.
     """
     return source.removeprefix(CACHED) if source.startswith(CACHED) else ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """Which views of an image are seen, and when the teachers see them.
+    """The number of views of an image, and when the teachers see them.
 
     Views that come again can be stored with their maps.
     """
@@ -472,10 +472,10 @@ _WORDS = {
 
 
 def evaluated_words(teachers: Mapping[str, NamedTeacher]) -> dict[str, str]:
-    """Returns the words for each number of an evaluation, as `TrainingJob.metrics` has them.
+    """Returns the labels of an evaluation's metrics; see `TrainingJob.metrics`.
 
     Args:
-        teachers: Several teachers by name; empty: there is one.
+        teachers: Several teachers by name; empty for a single teacher.
     """
     words = dict(_WORDS)
     for target in labels_of(teachers):
@@ -490,7 +490,7 @@ _TERM = re.compile(r"(\d+\.?\d*|\.\d+)\s+(\w+)")
 
 
 def is_sum(loss: str) -> bool:
-    """Returns whether a recipe's loss is a sum of built-in ones by weight."""
+    """Returns whether a recipe's loss is a weighted sum of built-in losses."""
     return " " in loss and not doors.is_own(loss)
 
 
@@ -544,7 +544,7 @@ NAMED: dict[str, tuple[doors.Kind, dict[str, tuple[str, ...]]]] = {
 
 
 def _check_names(run: Any) -> None:
-    """Refuses names of losses, heads and normalisers that stand for nothing."""
+    """Refuses unknown names of losses, heads and normalisers."""
 
     def check(teacher: str, kind: str, field_name: str) -> None:
         thing, tables = NAMED[field_name]
@@ -612,10 +612,10 @@ KIND = TaskKind(
 
 
 def check_storable(image_sizes: Sequence[int], mosaics: Mapping[str, int]) -> None:
-    """Refuses stored maps of images of several sizes, or of several at once.
+    """Refuses stored maps together with several image sizes or with mosaics.
 
     Args:
-        image_sizes: Those that a run draws from; empty: its images have one size.
+        image_sizes: All image sides of a run with several, else empty.
         mosaics: Images along each side of a teacher's input, by its name; 0 for a single image.
     """
     require(

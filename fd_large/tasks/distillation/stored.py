@@ -1,4 +1,4 @@
-"""What a stored distillation is asked for: its export, its heads, its loss, its model card.
+"""A stored distillation: its export, heads, loss and model card.
 
 The heads guess each teacher's map from the student's. An export keeps them in a folder beside the
 student: their tensors, and what each is made of.
@@ -50,17 +50,17 @@ _FILE = "config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class HeadFacts:
-    """What a head is made of, and how it is given the student's map.
+    """Construction of a head, and the input that it takes from the student.
 
     Attributes:
-        head: Its name in the recipe.
+        head: Name of the head in the recipe.
         width: Channels of the student's tokens.
-        teacher_width: Channels of what it gives.
-        maps: What a head that reads maps is made for.
+        teacher_width: Channels of its output.
+        maps: Grids of a head that reads maps.
         kind: "map" or "summary".
         with_prefix: Whether the map's prefix tokens (CLS) are learnt with it.
         num_prefix_tokens: Tokens before the patches of the teacher's map.
-        normaliser: Name of what was done to the teacher's tokens.
+        normaliser: Name of the normaliser of the teacher's tokens.
     """
 
     head: str
@@ -74,15 +74,14 @@ class HeadFacts:
 
 
 class StoredHead(nn.Module):
-    """A trained head, with how it is given the student's map.
+    """A trained head that takes the student's map.
 
     Args:
-        facts: What it is made of; it is made with random weights.
-        undo: The way back from what was learnt to what the teacher gives; None: there is none, or
-            nothing is to be undone.
+        facts: Its construction; the weights are random at first.
+        undo: Inverse of the normaliser, or None if there is none to undo or none exists.
 
     Attributes:
-        facts: As given.
+        facts: See the arguments.
         head: The head.
     """
 
@@ -94,13 +93,13 @@ class StoredHead(nn.Module):
     def forward(
         self, backbone: nn.Module, pixels: Tensor, *, in_teacher_units: bool = False
     ) -> FeatureMap:
-        """Returns the guess; of a summary it is one place.
+        """Returns the predicted map; a summary has a single place.
 
         Args:
             backbone: The run's student.
             pixels: (B, 3, H, W) float32, normalised for it.
-            in_teacher_units: Whether it is what the teacher gives; else it is in the units that
-                were learnt, those of the target's normaliser.
+            in_teacher_units: Whether the prediction is in the teacher's own units; else in the
+                units of the target's normaliser.
 
         Raises: ConfigError: if the normaliser cannot be undone.
         """
@@ -127,10 +126,10 @@ class StoredHead(nn.Module):
         return found._replace(tokens=self.undo(found.tokens, found.num_prefix_tokens))
 
     def prefix_tokens(self, of_student: int) -> int:
-        """Returns the tokens before the patches in the guess.
+        """Returns the number of tokens before the patches in the prediction.
 
         Args:
-            of_student: Those of the student's map.
+            of_student: Prefix tokens of the student's map.
         """
         if isinstance(self.head, MapHead):
             return self.head.num_prefix_tokens
@@ -146,16 +145,16 @@ def fill_heads(
     image_size: int,
     fill: Callable[[], object],
 ) -> dict[str, StoredHead]:
-    """Returns the heads of a task by their targets' labels; "teacher" for the only one.
+    """Returns the heads of a task by their targets' labels; "teacher" for a single one.
 
     Only they have memory.
 
     Args:
         task: The task around `teachers`, on the meta device.
         teachers: The teachers by name.
-        entries: What the settled recipe says of each.
+        entries: Each teacher's entry in the settled recipe.
         image_size: Side of the student's images, in pixels.
-        fill: Fills what of the task has memory, once the heads have.
+        fill: Fills the task's tensors that have memory, called once the heads do.
     """
     images = torch.empty(1, 3, image_size, image_size, dtype=torch.uint8, device="meta")
     prefixes = {name: one(images).num_prefix_tokens for name, one in teachers.items()}
@@ -191,13 +190,13 @@ def fill_heads(
 def projection_shapes(
     reader: Reader, student: Mapping[str, Shape], state: Callable[[int], Any] | None
 ) -> dict[str, Shape]:
-    """Returns the shapes of the linear head of a run with one teacher, as its checkpoint has it.
+    """Returns the shapes of a single teacher's linear head, as stored in a checkpoint.
 
     Args:
         reader: The checkpoint, of which the whole task is checked.
         student: Shapes of the student's tensors by their own names.
-        state: Makes a normaliser with statistics that training moves, of the number of channels;
-            None: the run has another one.
+        state: Constructor of a normaliser with running statistics, from the number of channels;
+            None if the run has no such normaliser.
 
     Raises: CheckpointError: if the checkpoint is of another task.
     """
@@ -232,9 +231,9 @@ def write(heads: Mapping[str, StoredHead], folder: Path, *, task: str, shard_siz
 
 
 def read_heads(folder: Path) -> dict[str, StoredHead]:
-    """Reads what `write` wrote, with code of the user's own where it was allowed.
+    """Reads what `write` wrote, with the user's own code if allowed.
 
-    Raises: WeightsError: if it is damaged; ConfigError: for a head of the user's own whose code was
+    Raises: WeightsError: if it is damaged; ConfigError: for the user's own head if its code is
         not allowed.
     """
     where = str(folder)
@@ -275,7 +274,7 @@ def _undo(tensors: Mapping[str, Tensor], prefix: str) -> Undo | None:
 
 
 class StoredDistillation(StoredRun):
-    """A distilled student, with a head for each target that it learnt."""
+    """A distilled student with a head for each of its targets."""
 
     job: DistillationJob
     loss_name = "the run's own objective"
@@ -283,10 +282,10 @@ class StoredDistillation(StoredRun):
     def exported_beside(
         self, reader: Reader, student: Mapping[str, Shape], to: To
     ) -> Mapping[str, Shape]:
-        """Returns the projection if the library's files hold it.
+        """Returns the projection if the library's file format has it.
 
-        The whole task is checked, whatever part of it goes out, but for a head of the user's own,
-        whose code may not be allowed.
+        The whole task is checked, whichever part is exported, except the user's own heads, whose
+        code may not be allowed.
         """
         if self.run.teachers or self.run.objective.head != "linear" or self.run.mask.hides:
             stream.check(reader, dict(student), prefix=stream.STUDENT)
@@ -296,14 +295,14 @@ class StoredDistillation(StoredRun):
         return projection if to == "fd" else {}
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns what the model card says of teachers, losses and crops."""
+        """Returns the model card's text on teachers, losses and crops."""
         facts = facts_by_teacher(manifest, several=bool(self.run.teachers))
         return learned(self.run.taught_by, facts, self.run.data)
 
     def heads(self, reader: Reader) -> Mapping[str, StoredHead]:
-        """Returns the heads of a checkpoint by their targets' labels; "teacher" for the only one.
+        """Returns the heads of a checkpoint by their targets' labels; "teacher" for a single one.
 
-        Only they have memory; of all else the shapes are compared with the checkpoint's.
+        Only the heads have memory; for other tensors, shapes are compared with the checkpoint's.
 
         Args:
             reader: The checkpoint.
@@ -327,7 +326,7 @@ class StoredDistillation(StoredRun):
         )
 
     def export_heads(self, reader: Reader, folder: Path, shard_size: int) -> None:
-        """Writes the heads of all teachers, where the models beside them can be made again."""
+        """Writes the heads of all teachers, if they can be reconstructed from their facts."""
         try:
             heads = self.heads(reader)
         except FDError as error:

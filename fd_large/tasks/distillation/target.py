@@ -1,6 +1,6 @@
-"""What a recipe lets a student learn of a teacher: its map, or its summary, on one grid.
+"""Targets of a recipe: a teacher's map or summary, aligned with the student's grid.
 
-Beside the small `Target` of task.py these have names, kinds, prefix tokens and grids.
+They extend the small `Target` of task.py by names, kinds, prefix tokens and grids.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class NamedTarget(Target):
         normalise: From tokens (..., teacher_width) to the same in float32.
         loss: The loss.
         kind: "map" or "summary".
-        fused_eps: What is added to a token's variance, where a kernel may whiten and take the loss
-            at once; None where it may not.
-        interpolation: How maps of different grids are brought to one (alignment.py); "none"
-            refuses them.
+        fused_eps: Constant added to a token's variance, if a kernel may fuse whitening and loss;
+            else None.
+        interpolation: Interpolation between different grids (alignment.py); "none" refuses
+            different grids.
         with_prefix: Whether the map's prefix tokens (CLS) are learnt with it.
         projection: (teacher_width, channels of the teacher's map), by which the teacher's summary
             becomes its embedding; None: the summary itself is learnt.
@@ -77,7 +77,7 @@ class NamedTarget(Target):
 
     @property
     def stateful(self) -> list[Any]:
-        """Normaliser and loss, as far as they have a state."""
+        """The normaliser and the loss, if they have a state."""
         return [each for each in (self.normalise, self.loss) if hasattr(each, "part")]
 
     def modules(self) -> dict[str, nn.Module]:
@@ -88,12 +88,12 @@ class NamedTarget(Target):
         return modules
 
     def parts(self) -> tuple[Part, ...]:
-        """Returns what moves the state."""
+        """Returns the parts that update the state."""
         return tuple(each.part(self) for each in self.stateful)
 
     def compared(self, seen: Seen, teacher: FeatureMap) -> tuple[Tensor, Tensor]:
-        """Returns the tokens that are compared, (B, N, Ct): the student's after the head, and the
-        teacher's. Of two summaries N is 1.
+        """Returns the compared tokens (B, N, Ct) of student (after the head) and teacher; N is 1
+        for a summary.
 
         Args:
             seen: The student's maps, in the data type of the head.
@@ -118,7 +118,7 @@ class NamedTarget(Target):
         """Returns the teacher's tokens of `compared`, (B, N, Ct); the student is not run.
 
         Args:
-            task: The task, of whose student grid and prefix count.
+            task: The task, for the grid and prefix tokens of its student.
             pixels: (B, 3, H, W), the student's.
             maps: The teachers' maps by name.
         """
@@ -141,7 +141,7 @@ class NamedTarget(Target):
         return self._aligned(FeatureMap(tokens, grid, prefix), teacher)[1].tokens
 
     def _aligned(self, student: FeatureMap, teacher: FeatureMap) -> tuple[FeatureMap, FeatureMap]:
-        """The map that the head gives and the teacher's, on one grid."""
+        """Returns the head's map and the teacher's on a common grid."""
         student, teacher = align(
             student, teacher, interpolation=self._interpolation, with_prefix=self._with_prefix
         )
@@ -149,23 +149,23 @@ class NamedTarget(Target):
         return student, teacher
 
     def _summary_of(self, teacher: FeatureMap) -> Tensor:
-        """The teacher's summary (B, 1, Ct), or its embedding, in float32."""
+        """Returns the teacher's summary (B, 1, Ct), or its embedding, in float32."""
         found = summary(teacher)
         return found if self._projection is None else found.float() @ self._projection.T
 
     def _note_prefix(self, number: int) -> None:
-        """Tells loss and normaliser how many tokens of those that are compared are no patches."""
+        """Tells loss and normaliser the number of prefix tokens among the compared tokens."""
         for each in (self.loss, *self.stateful):
             each.num_prefix_tokens = number
 
     def given(self, grid: Grid, num_prefix_tokens: int) -> tuple[Grid, int]:
-        """Returns grid and prefix tokens of what the head gives, of those of the student's map."""
+        """Returns grid and prefix tokens of the head's output, from those of the student's map."""
         if isinstance(self.head, MapHead):
             return self.head.grid_from(grid), self.head.num_prefix_tokens
         return grid, num_prefix_tokens
 
     def places(self, student: Grid, teacher: Grid) -> Grid:
-        """Returns the grid on which maps are compared, of the grids of student and teacher.
+        """Returns the common grid for comparing maps, from the grids of student and teacher.
 
         Raises: ShapeError: if they differ after the head, and are not to be interpolated.
         """
@@ -202,13 +202,13 @@ def guess(
     with_prefix: bool,
     num_prefix_tokens: int,
 ) -> FeatureMap:
-    """Returns what a head makes of a student's map.
+    """Returns a head's output for a student's map.
 
     Args:
         head: From tokens to tokens, or a `MapHead`.
         student: The student's map, in the data type of the head.
         blocks: The maps after its blocks, where the head reads them.
-        kind: "map" or "summary", which is a map of one place.
+        kind: "map", or "summary" for a map with a single place.
         with_prefix: Whether the map's prefix tokens (CLS) are learnt with it.
         num_prefix_tokens: Tokens before the patches of the teacher's map.
     """
@@ -231,8 +231,8 @@ def reads_blocks(head: nn.Module) -> bool:
 def summary(feature_map: FeatureMap) -> Tensor:
     """Returns the summary of an image, (B, 1, C): its class token.
 
-    That is the one that the map leaves out, or its first prefix token. Of a map without either it
-    is the mean of all tokens.
+    It is the class token that the map leaves out, or the map's first prefix token; without
+    either, the mean of all tokens.
     """
     if feature_map.summary is not None:
         return feature_map.summary
@@ -242,7 +242,7 @@ def summary(feature_map: FeatureMap) -> Tensor:
 
 
 def as_map(summaries: Tensor) -> FeatureMap:
-    """Returns summaries (B, 1, C) as maps of one place, for heads that read maps."""
+    """Returns summaries (B, 1, C) as maps with a single place, for heads that read maps."""
     return FeatureMap(summaries, (1, 1), 0)
 
 
@@ -253,7 +253,7 @@ def references(task: Distillation, **prepared: Any) -> list[Tensor]:
 
     Args:
         task: The task.
-        prepared: What its `prepare` returned.
+        prepared: Result of the task's `prepare`.
     """
     with torch.no_grad():
         return [target.normalise(target.tokens_of(task, **prepared)) for target in task.targets]

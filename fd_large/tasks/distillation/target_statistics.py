@@ -1,8 +1,8 @@
 """Means, deviations and a rotation of a teacher's channels, measured once and kept in a file.
 
-The tokens are those that a run learns: of random crops, resized to the student's grid. Only sums
-are held, the second moments among them, in float64: ranks and micro batches change the statistics
-as little as they change the teacher's own map.
+The tokens are a run's targets: of random crops, resized to the student's grid. Only sums are held
+in memory, including second moments, in float64, so that ranks and micro batches change the
+statistics as little as the teacher's own map.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _KIND = "fd_large target statistics 1"
 
 
 class TargetStatistics(NamedTuple):
-    """What is known of a teacher's channels.
+    """Mean, deviation and rotation of a teacher's channels.
 
     Attributes:
         mean: (C,) float64.
         deviation: (C,) float64, the square roots of the unbiased variances.
         phi_s: (C, C) float64: see `phi_s_matrix`.
-        facts: What the tokens come from, which a run that uses the file must have as well.
+        facts: Facts that decide the tokens; a run that uses the file must have the same.
         digest: Hash of the file; empty before it is written.
     """
 
@@ -69,13 +69,13 @@ def moments(
 
 
 def statistics_of(mean: Tensor, covariance: Tensor, facts: Mapping[str, Any]) -> TargetStatistics:
-    """Returns the statistics that mean and covariance give."""
+    """Returns the statistics from mean and covariance."""
     deviation = covariance.diagonal().clamp(min=0).sqrt()
     return TargetStatistics(mean, deviation, phi_s_matrix(covariance), facts)
 
 
 def write(path: Path, statistics: TargetStatistics) -> None:
-    """Writes a file of statistics, whole or not at all."""
+    """Writes a file of statistics atomically."""
     tensors = {name: getattr(statistics, name).contiguous() for name in _NAMES}
     metadata = {"kind": _KIND, "facts": json.dumps(dict(statistics.facts))}
     with replacing(path) as aside:
@@ -106,14 +106,14 @@ def read(path: str) -> TargetStatistics:
 
 
 def require_same(stored: Mapping[str, Any], own: Mapping[str, Any], path: str) -> None:
-    """Refuses statistics of other tokens than those of a run.
+    """Refuses statistics of other tokens than the run's.
 
     Args:
         stored: The facts in the file.
-        own: Those of the run.
+        own: The run's facts.
         path: The file.
 
-    Raises: ConfigError: naming what differs.
+    Raises: ConfigError: naming the differences.
     """
     other = [name for name in own if stored.get(name) != own[name]]
     if other:
@@ -131,7 +131,8 @@ def phi_s_matrix(covariance: Tensor) -> Tensor:
 
     It is a H U^T, where U are the eigenvectors of the covariance, H is a Hadamard matrix over the
     square root of its size, and 1 / a^2 is the mean eigenvalue. One number scales all directions,
-    so that none that says nothing is amplified, as whitening by the covariance would. Source:
+    so that uninformative directions are not amplified, as they are by whitening with the
+    covariance. Source:
     Ranzinger et al., arXiv 2410.01680.
 
     Args:
@@ -147,8 +148,8 @@ def phi_s_matrix(covariance: Tensor) -> Tensor:
 def orthogonal(size: int) -> Tensor:
     """Returns a Hadamard matrix over the square root of its size, (size, size) float64.
 
-    Where there is none by `hadamard`, it is a random orthogonal matrix, the same one each time;
-    channels then have about the same variance, no longer exactly.
+    If `hadamard` has no matrix of this size, it is a fixed random orthogonal matrix; channels
+    then have only about the same variance.
     """
     signs = hadamard(size)
     if signs is not None:
@@ -160,9 +161,9 @@ def orthogonal(size: int) -> Tensor:
 
 
 def hadamard(size: int) -> np.ndarray | None:
-    """Returns a Hadamard matrix of signs, (size, size) int8; None where no construction gives one.
+    """Returns a Hadamard matrix of signs, (size, size) int8, or None without a construction.
 
-    The Kronecker product of Sylvester's matrix, as large a one as there is, and one of Paley's. The
+    It is the Kronecker product of the largest possible Sylvester matrix and a Paley matrix. The
     signs are those of NVIDIA's code for RADIO, so that targets are comparable.
     """
     two_power = size & -size
@@ -202,7 +203,7 @@ def _paley_2(prime: int) -> np.ndarray:
 
 
 def _residues(prime: int) -> np.ndarray:
-    """1 where row less column is a square modulo the prime, 0 where it is 0, -1 elsewhere."""
+    """Returns 1 where row - column is a square modulo the prime, 0 where it is 0, else -1."""
     signs = np.full(prime, -1, np.int8)
     signs[np.arange(1, prime) ** 2 % prime] = 1
     signs[0] = 0

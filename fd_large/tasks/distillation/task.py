@@ -2,18 +2,18 @@
 
     loss = smooth_l1(projection(student(image)), whiten(teacher(image)))
 
-Whitening takes mean and deviation out of each token of the teacher's map. Drop path (`keep`) acts
-in the student alone, whose blocks share a relative position bias (backbones/). Source: Wei et al.,
-arXiv 2205.14141; constants as in the official code.
+Whitening normalises each token of the teacher's map to mean 0 and variance 1. Drop path (`keep`)
+acts in the student only, whose blocks share a relative position bias (backbones/). Source: Wei et
+al., arXiv 2205.14141; constants as in the official code.
 
-Whatever goes beyond the paper fills one of three seams, each of which is the paper's way unless it
-is given (`composed` in job.py chooses):
+Features beyond the paper replace one of three seams, whose defaults are the paper's method
+(`composed` in job.py chooses):
 
-- `teachers`, what the teachers give: (images, given maps, training) -> maps by name;
-- `sight`, what the student sees of an image, and which of its tokens count;
-- `join`, how the losses of the targets become one.
+- `teachers`, the teachers' maps: (images, given maps, training) -> maps by name;
+- `sight`, the student's view of an image, and the tokens that count;
+- `join`, the sum of the targets' losses.
 
-What needs sums over all images of a step is a part of it (engine/parts.py), of a target or a seam.
+A target or a seam that needs sums over all images of a step has a `Part` (engine/parts.py).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ smooth_l1 = partial(F.smooth_l1_loss, beta=2.0)
 
 
 class Seen(NamedTuple):
-    """The student's map of a batch, and those after its blocks where a head reads them."""
+    """The student's map of a batch, and the maps after its blocks if a head reads them."""
 
     map: FeatureMap
     blocks: tuple[FeatureMap, ...] = ()
@@ -55,16 +55,16 @@ class Seen(NamedTuple):
 class Target:
     """A head on the student's tokens, and the loss between them and a teacher's whitened map.
 
-    Recipes make `NamedTarget`s of it (target.py), which bring other grids and prefix tokens to one
-    another, and whose losses may be fused kernels; without these they are this, to the bit.
+    Recipes use its subclass `NamedTarget` (target.py), which also aligns grids and prefix tokens
+    and may use fused kernels; without these it computes the same, to the bit.
 
     Args:
         head: From tokens (B, N, C) to the teacher's width, (B, N, Ct).
-        teacher: The teacher's name; "" for the only one.
+        teacher: The teacher's name, or "" for a single teacher.
         normalise: From the teacher's tokens (B, N, Ct) to the same in float32.
         loss: From two (B, N, Ct) to a scalar.
         weight: Weight of its loss in the task's.
-        label: Its name in metrics; "" for the only teacher's map.
+        label: Name in metrics; "" for a single teacher's map.
         path: Name of its head in checkpoints; no two targets have the same.
     """
 
@@ -88,7 +88,7 @@ class Target:
         return {self.path: self.head}
 
     def parts(self) -> tuple[Part, ...]:
-        """Returns what of it needs sums over a whole step."""
+        """Returns its parts, which need sums over a whole step."""
         return ()
 
     def compared(self, seen: Seen, teacher: FeatureMap) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ class Target:
         return self.loss(projected.to(whitened.dtype), whitened)
 
     def per_image(self, projected: Tensor, tokens: Tensor) -> Tensor:
-        """Returns `value` of each image, (B,); it is the mean of these."""
+        """Returns the loss of each image, (B,), whose mean is `value`."""
         pairs = zip(projected.split(1), tokens.split(1), strict=True)
         return torch.stack([self.value(*pair) for pair in pairs])
 
@@ -121,7 +121,7 @@ class Target:
 
 
 class Comparison(NamedTuple):
-    """Tokens of student and teacher that stand for the same places, (B, N, Ct)."""
+    """Tokens of student and teacher at the same places, (B, N, Ct)."""
 
     target: Any
     projected: Tensor
@@ -141,19 +141,19 @@ class Comparison(NamedTuple):
 
 
 class Teachers:
-    """The first seam, the paper's way: each teacher sees the images, unless its map is given."""
+    """Default of the first seam: each teacher sees the images, unless its map is given."""
 
     def __init__(self, by_name: Mapping[str, Callable[[Tensor], FeatureMap]]) -> None:
         self.by_name = dict(by_name)
 
     def __call__(self, images: Tensor, given: Maps, training: bool) -> Maps:
-        """Returns the maps by name, beside what else was given."""
+        """Returns the maps by name, with the other entries of the given targets."""
         maps = {name: model(images) for name, model in self.by_name.items() if name not in given}
         return {**given, **maps}
 
 
 class Whole:
-    """The second seam, the paper's way: the student sees the whole image, and all tokens count.
+    """Default of the second seam: the student sees the whole image, and all tokens count.
 
     Attributes:
         description: A line for the log; empty: there is nothing to say.
@@ -162,15 +162,15 @@ class Whole:
     description = ""
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns what is drawn for each image, as `Task.draws`."""
+        """Returns the random draws of each image; see `Task.draws`."""
         return {}
 
     def width(self, student: nn.Module) -> int:
-        """Returns the channels of the map that heads are given."""
+        """Returns the channels of the heads' input."""
         return student.width
 
     def undrawn(self, images: Tensor) -> Drawn:
-        """Returns what stands for draws in training where shapes alone count."""
+        """Returns placeholders of the draws in training, for counting on shapes."""
         return {}
 
     def see(self, student: nn.Module, pixels: Tensor, keep: Tensor | None, drawn: Drawn) -> Seen:
@@ -187,10 +187,10 @@ class Whole:
 
 
 class Sum:
-    """The third seam, the paper's way: the sum of the targets' losses, by weight."""
+    """Default of the third seam: the weighted sum of the targets' losses."""
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns what is drawn for each image, as `Task.draws`."""
+        """Returns the random draws of each image; see `Task.draws`."""
         return {}
 
     def __call__(self, comparisons: Sequence[Comparison], maps: Maps, drawn: Drawn) -> Tensor:
@@ -199,7 +199,7 @@ class Sum:
         return self.combined(targets, [comparison.value() for comparison in comparisons])
 
     def combined(self, targets: Sequence[Target], losses: Sequence[Any]) -> Any:
-        """Returns the loss of an evaluation from those of the targets, without their weights."""
+        """Returns the loss of an evaluation from the targets' losses, which are unweighted."""
         return reduce(add, (t.weight * loss for t, loss in zip(targets, losses, strict=True)))
 
 
@@ -210,9 +210,9 @@ class Distillation(Task):
         student: A backbone of `fd_large.backbones`.
         teachers: The first seam; or callables from uint8 images to a FeatureMap without gradient,
             by name. They are not submodules: their parameters are in no optimiser and checkpoint.
-        targets: What is learnt of them.
-        sight, join: The other seams. Of seams and targets `modules()` are registered by the names
-            that checkpoints have, and `parts()` are parts of a step.
+        targets: The targets, learnt from the teachers' maps.
+        sight, join: The other seams. The `modules()` of seams and targets are registered under
+            their names in checkpoints, and their `parts()` are parts of a step.
         statistics: The student's normalisation; the paper uses ImageNet's for every student.
     """
 
@@ -237,12 +237,12 @@ class Distillation(Task):
             self.parts += getattr(filler, "parts", tuple)()
 
     def learnt(self, images: Tensor, given: Maps | None) -> Maps:
-        """Returns what the teachers give for uint8 images (B, 3, H, W), by name."""
+        """Returns the teachers' maps of uint8 images (B, 3, H, W), by name."""
         with torch.no_grad():
             return self.teachers(images, given or {}, self.training)
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns what the seams draw."""
+        """Returns the random draws of the seams."""
         return {
             name: drawn
             for filler in (self.sight, self.join)
@@ -252,7 +252,7 @@ class Distillation(Task):
     def prepare(
         self, images: Tensor, given: Maps | None, keep: Tensor | None, draws: Drawn = UNDRAWN
     ) -> dict[str, Any]:
-        """Returns the student's pixels, its drop path, and what the teachers give."""
+        """Returns the student's pixels, its drop path, and the teachers' maps."""
         maps = self.learnt(images, given)
         with torch.no_grad():
             pixels = normalise(images, self.statistics)
@@ -263,13 +263,13 @@ class Distillation(Task):
     def forward(
         self, *, pixels: Tensor, keep: Tensor | None, maps: Maps, drawn: Drawn = UNDRAWN
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and, in evaluation, how near the student is to each target.
+        """Returns the loss and, in evaluation, the cosine similarity to each target.
 
         Args:
             pixels: (B, 3, H, W) float32, normalised for the student.
             keep: (num_sites, B) bool, or None for no drop path.
             maps: The teachers' maps by name, any floating-point dtype.
-            drawn: What `draws` returned, on the device.
+            drawn: Result of `draws`, on the device.
         """
         dtype = next(self.student.parameters()).dtype
         seen = self.sight.see(self.student, pixels.to(dtype), keep, drawn)

@@ -46,11 +46,11 @@ log = logging.getLogger(__name__)
 
 
 class PlacedTeacher:
-    """A teacher that is called in the same way whatever its placement.
+    """A teacher with the same interface for every placement.
 
     Args:
         module: The model.
-        engine: Its DeepSpeed engine; None: it is whole on this rank.
+        engine: Its DeepSpeed engine, or None if it is whole on this rank.
         group: The ranks that share its weights; None for all.
 
     Attributes:
@@ -84,11 +84,11 @@ class PlacedTeacher:
         return feature_map
 
     def hash_now(self) -> str:
-        """Hashes the weights as they are now; equal to `fingerprint` unless memory failed."""
+        """Hashes the present weights; equal to `fingerprint` unless memory failed."""
         return fingerprint(self.module.net, group=self._group)
 
     def shard_hash(self) -> str:
-        """Returns "PART/PARTS HASH" of what this rank itself holds; asks no other rank.
+        """Returns "PART/PARTS HASH" of this rank's own part, without a collective.
 
         A damaged shard reaches all ranks when it is gathered; this hash shows which rank holds it.
         """
@@ -127,7 +127,7 @@ def place(
     whole_first: bool = False,
     where: str = "--teacher.source",
 ) -> PlacedTeacher:
-    """Builds the teacher with its weights where the recipe wants them held.
+    """Builds the teacher with its weights in the recipe's placement.
 
     Must run before the student's engine is built: the hpZ group of a student is global to the
     process and would give the teacher a second, permanent copy.
@@ -138,9 +138,9 @@ def place(
         dtype: Data type of its weights and matrix products.
         seed: Seed of the random weights.
         node_size: Number of ranks per node.
-        persistence_threshold: Tensors of at most so many elements stay whole.
-        weights: The tensors of the model, on every rank; None for random weights. Those of a file
-            (`Fitted`) take no memory besides the model's.
+        persistence_threshold: Tensors with at most this many elements stay whole.
+        weights: The tensors of the model, on every rank; None for random weights. Tensors of a
+            file (`Fitted`) take no memory besides the model's.
         whole_first: See `partition.build`.
         where: The flag of its source, for messages.
     """
@@ -180,7 +180,7 @@ def place(
 
 
 class Beside:
-    """Around the teachers (task.py): in training they compute on a CUDA stream of their own.
+    """Wraps the teachers (task.py) to compute on a separate CUDA stream in training.
 
     Args:
         teachers: The seam that it stands around.
@@ -190,7 +190,7 @@ class Beside:
         self._teachers, self.by_name = teachers, teachers.by_name
 
     def __call__(self, images: Tensor, given: Maps, training: bool) -> Maps:
-        """Returns the maps by name, beside what else was given."""
+        """Returns the maps by name, with the other entries of the given targets."""
         if not training:
             return self._teachers(images, given, training)
 
@@ -202,12 +202,12 @@ class Beside:
 
 
 def check_stream(placements: Collection[str], *, stored_maps: bool) -> None:
-    """Refuses a stream of the teachers' own where they are gathered, or stored maps are read.
+    """Refuses a separate stream for sharded teachers and for stored maps.
 
     Gathers of teacher and student would wait for one another in the order of their calls.
 
     Args:
-        placements: Those of the teachers.
+        placements: Placements of the teachers.
         stored_maps: Whether maps are read or written.
     """
     unfit = {*placements, *(["stored maps"] if stored_maps else [])} - {"replicated"}
@@ -231,18 +231,18 @@ def built_teacher(
     node_size: int,
     persistence_threshold: int,
 ) -> PlacedTeacher:
-    """Builds a teacher, as `place` does, and says in the log what came of it; a collective.
+    """Builds a teacher by `place` and logs its facts; a collective.
 
     Args:
-        name: The teacher's name; "" for an only one.
-        entry: What the settled recipe says of it.
+        name: The teacher's name, or "" for a single teacher.
+        entry: The teacher's entry in the settled recipe.
         make: Constructs it with random weights.
         sources: Opens its weights.
-        student_type: Data type of the student's matrix products, which is the teacher's unless its
-            entry names one.
+        student_type: Data type of the student's matrix products, also used by the teacher unless
+            its entry names another.
         seed: Seed of random weights.
         node_size: Number of ranks per node.
-        persistence_threshold: Tensors of at most so many elements stay whole.
+        persistence_threshold: Tensors with at most this many elements stay whole.
     """
     where, title = source_flag(name), called(name)
     weights = frozen_weights(entry, sources, where=where)
@@ -274,7 +274,7 @@ def built_teacher(
 
 
 def with_embedding(name: str, entry: NamedTeacher, sources: Sources) -> NamedTeacher:
-    """Returns a settled entry with the width of its embedding, if that is learnt.
+    """Returns a settled entry with the width of its embedding, if it is learnt.
 
     The image embedding of a CLIP teacher is its summary, projected into the space of its texts. The
     projection stands in the teacher's weights after its final norm, where no map needs it.
@@ -305,7 +305,7 @@ def projection_of(name: str, entry: NamedTeacher, sources: Sources) -> Tensor:
 
 
 def _named(name: str, entry: NamedTeacher, sources: Sources) -> tuple[str, bool]:
-    """The name of the projection in the teacher's weights, and whether it is transposed."""
+    """Returns the projection's name in the teacher's weights, and whether it is transposed."""
     got = f"{entry.source or 'none'}"
     if entry.source and entry.source != RANDOM and not cached_folder(entry.source):
         tensors = sources.resolve(entry.source, where=source_flag(name)).tensors

@@ -1,1 +1,1 @@
-"""Segmentation: a student's features learn to name the class of every pixel."""
+"""Segmentation: the class of every pixel, from a student's features."""

@@ -48,20 +48,20 @@ class SegmentationJob(DenseJob):
         )
 
     def open_samples(self) -> ImageSource:
-        """Opens the training images and their labels, and learns the names of the classes."""
+        """Opens the training images and their labels, and takes the names of the classes."""
         images, own = super().open_samples(), self.section
         self.classes = classes_of(self.run.data.root, own.num_classes, own.classes)
         return images
 
     def training_views(self) -> TrainingViews:
-        """Returns how the recipe sees a training image."""
+        """Returns the recipe's views of training images."""
         own = self.section
         return TrainingViews(
             self.run.data.image_size, own.scale_range, own.cat_max_ratio, own.photometric
         )
 
     def make_task(self) -> Segmentation:
-        """The student, its maps, and the heads."""
+        """Constructs the student, its neck, and the heads."""
         own = self.section
         return Segmentation(
             self.student_module(),
@@ -80,9 +80,9 @@ class SegmentationJob(DenseJob):
         return {**super().sources(), **own}
 
     def initial_weights(self) -> InitialWeights:
-        """Returns those of the student, and from `task.segmentation.head_init` those of the heads.
+        """Returns the student's weights, and the heads' from `task.segmentation.head_init`.
 
-        What makes the heads' maps is among the latter.
+        The neck's weights belong to the heads'.
         """
         source, student = self.section.head_init, super().initial_weights()
         if not source:
@@ -94,11 +94,11 @@ class SegmentationJob(DenseJob):
         return {**student, **heads}
 
     def model_to_test(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Model:
-        """Returns what is tested: logits, and how an image is seen."""
+        """Returns the model under test, with its views of an image."""
         return Model(forward, test_views(self.run), at_once)
 
     def whole_images(self) -> str:
-        """Returns what is wrong with testing whole images, and the remedy; empty: none are."""
+        """Returns an error and remedy if tests of whole images cannot work, else ""."""
         if self.section.test_mode != "whole":
             return ""
         return (
@@ -125,7 +125,7 @@ class SegmentationJob(DenseJob):
 
 
 def test_views(run: Run) -> TestViews:
-    """Returns how the recipe's test sees an image.
+    """Returns the recipe's views of test images.
 
     Raises: ConfigError: if windows would leave pixels out between them.
     """

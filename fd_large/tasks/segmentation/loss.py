@@ -1,4 +1,4 @@
-"""The loss of segmentation: cross-entropy at every pixel, ignored ones apart."""
+"""The loss of segmentation: cross-entropy at every pixel that is not ignored."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Pixels = Literal["all", "labelled"]
 
 
 def pixel_loss(logits: Tensor, labels: Tensor, *, over: Pixels = "all") -> Tensor:
-    """Cross-entropy of logits that are resized to the labels.
+    """Returns the cross-entropy of logits resized to the labels.
 
     Args:
         logits: (B, K, h, w), any float dtype; sums run in float32.
         labels: (B, H, W), any integer dtype, `IGNORED` or a class.
-        over: What the sum is divided by. all: the number of all pixels, ignored ones included, as
-            in the published runs (mmsegmentation's default). labelled: the number of labelled
-            pixels of this pass on all ranks; then a collective.
+        over: Divisor of the sum. "all": the number of pixels, including ignored ones, as in the
+            published runs (mmsegmentation's default). "labelled": the number of labelled pixels
+            of this pass on all ranks, by a collective.
 
     Returns: scalar float32, 0 where no pixel is labelled.
     """

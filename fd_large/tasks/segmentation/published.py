@@ -1,7 +1,7 @@
-"""Whole segmentation models in the names of mmsegmentation and of transformers, both ways.
+"""Segmentation models with heads, to and from the names of mmsegmentation and transformers.
 
-The heads are the same functions there and here; only names differ. What a backbone is called is its
-family's matter (`backbones/FAMILY/export.py` and `published.py`).
+The heads compute the same functions; only names differ. The names of a backbone are in its
+family's files (`backbones/FAMILY/export.py` and `published.py`).
 
 Sources: mmsegmentation 1.2 (UPerHead, FCNHead, Feature2Pyramid), Swin's and BEiT's own segmentation
 code (norms and pyramid under the backbone's name), transformers 5 (UperNetForSemanticSegmentation).
@@ -26,7 +26,7 @@ CLASSIFIER = "head.classifier.convolution.weight"
 
 
 def _layout(norm: str, classifier: str, maps: str) -> Rows:
-    """Returns the table of a library's names, given those of norms and of the last layer."""
+    """Returns the table of a library's names, from its names of norms and of the last layer."""
     return table(f"""
 decode_head.psp_modules.#.1.conv.*          head.pools.#.convolution.*
 decode_head.psp_modules.#.1.{norm}.*        head.pools.#.norm.*
@@ -72,18 +72,18 @@ HEADS = (
 
 
 class Heads(NamedTuple):
-    """The heads of a run, as configurations of the libraries describe them.
+    """The heads of a run, as described in the libraries' configurations.
 
     Attributes:
         widths: Channels of the four maps.
         width: Channels of the head.
         names: Names of the classes.
-        auxiliary_width: Channels of the second head; 0: there is none.
+        auxiliary_width: Channels of the auxiliary head; 0 for none.
         auxiliary_weight: Weight of its loss.
         scales: Factors by which a plain ViT's maps are rescaled; empty: it has stages.
         blocks: Numbers of the ViT's blocks that they are from, counted from 0.
         window: Side of the windows of the test, in pixels; 0: it sees images whole.
-        window_stride: Pixels from one window to the next.
+        window_stride: Pixels between two windows.
     """
 
     widths: tuple[int, ...]
@@ -98,14 +98,14 @@ class Heads(NamedTuple):
 
 
 def whole_export(backbone: Export, to: To, heads: Heads) -> Export:
-    """Returns what a student with its heads becomes in a library's files.
+    """Returns the export of a student with its heads to a library's files.
 
     Args:
-        backbone: What the student alone becomes there.
+        backbone: Export of the student alone.
         to: A name of the table `LAYOUTS`.
         heads: The heads.
 
-    Raises: ConfigError: if the library has no such heads.
+    Raises: ConfigError: if the library lacks these heads.
     """
     if len(set(heads.blocks)) < len(heads.blocks):
         raise ConfigError(
@@ -214,7 +214,7 @@ def _mmsegmentation(
 
 
 def _test(heads: Heads) -> dict[str, Any]:
-    """How mmsegmentation tests the model."""
+    """Returns mmsegmentation's settings for tests of the model."""
     if not heads.window:
         return {"mode": "whole"}
     size, stride = ([side, side] for side in (heads.window, heads.window_stride))
@@ -227,11 +227,11 @@ def fitted_heads(file: Tensors, expected: Shapes, *, what: str, where: str) -> d
     Args:
         file: The tensors.
         expected: Shapes of heads and neck, by our names.
-        what: The file in words, for messages.
+        what: Name of the file for messages.
         where: The field that the user set.
 
     Returns: for each module of the task, its (name, full tensor).
-    Raises: WeightsError: if the file has no such heads, or of another number of classes.
+    Raises: WeightsError: if the file lacks these heads, or has another number of classes.
     """
     found = translated(file, HEADS).pieces
     if CLASSIFIER not in found:

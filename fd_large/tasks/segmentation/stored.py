@@ -1,4 +1,4 @@
-"""The segmentation of a stored run: exported, scored, or drawn on images of the user's."""
+"""The segmentation of a stored run: exported, scored, or drawn on the user's images."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ NAMED = 3
 
 
 class StoredSegmentation(StoredDense):
-    """A run whose heads go out too where the library's files hold them."""
+    """A run of segmentation, exported with its heads if the library's files have them."""
 
     job: SegmentationJob
 
     def exported_into(self, architecture: FamilyArchitecture, to: To) -> Export | None:
-        """Returns what the student becomes, with its heads where the library's files have them."""
+        """Returns the export of the student, with its heads if the library's files have them."""
         if not LIBRARIES[to].heads:
             return super().exported_into(architecture, to)
         own, student = self.job.section, self.run.student
@@ -75,11 +75,11 @@ class StoredSegmentation(StoredDense):
     def exported_beside(
         self, reader: Reader, student: Mapping[str, Shape], to: To
     ) -> Mapping[str, Shape]:
-        """Returns the heads, and what makes their maps, if the library's files hold them."""
+        """Returns the heads and the neck, if the library's files have them."""
         return head_shapes(self.job.make_task) if LIBRARIES[to].heads else {}
 
     def learned(self, manifest: Mapping[str, Any], to: To) -> Learned:
-        """Returns what the model card says of the classes, and of heads that go out too."""
+        """Returns the model card's text on the classes and on exported heads."""
         name = without_folders(self.run.data.root)
         intro = (
             "An image backbone that was trained to name the class of each pixel; the heads are "
@@ -95,7 +95,7 @@ class StoredSegmentation(StoredDense):
         )
 
     def score(self, reader: Reader, folder: Path) -> StoredScores:
-        """The scores on the val split of `eval.root` or `data.root`."""
+        """Scores the val split of `eval.root` or `data.root`."""
         self.job.classes = _classes(reader)
         return super().score(reader, folder)
 

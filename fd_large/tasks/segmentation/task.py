@@ -1,7 +1,7 @@
-"""Segmentation as a task: a student, its maps, a head that names the class of each pixel, a loss.
+"""The task of segmentation: a student, its maps, a head for the class of each pixel, a loss.
 
-A Swin model brings a map for each stage; of a ViT the maps of four blocks are rescaled. A second,
-small head on the third map gives a second loss in training.
+A Swin model has a map for each stage; for a ViT, the maps of four blocks are rescaled. A small
+auxiliary head on the third map adds a second loss in training.
 
 Sources: the published segmentation of Swin (arXiv 2103.14030) and BEiT (arXiv 2106.08254).
 """
@@ -53,12 +53,12 @@ class Segmentation(DenseTask):
     Args:
         student: A backbone; it loses its final norm.
         num_classes: K.
-        head: A name of the table `HEADS`, or one of the user's own that stands in for it.
+        head: A name in the table `HEADS`, or the user's own.
         width: Channels of the head.
         auxiliary_weight: Weight of the second head's loss; 0: there is no second head.
-        over: What losses are divided by (`pixel_loss`).
-        frozen: Whether the student stays as it is.
-        seed: What dropped channels are drawn with, besides epoch and position.
+        over: Divisor of the losses (`pixel_loss`).
+        frozen: Whether the student is frozen.
+        seed: Seed of the dropped channels, besides epoch and position.
         statistics: The student's normalisation.
 
     Raises: ConfigError: for an unknown name, or a student that cannot carry the head.
@@ -98,7 +98,7 @@ class Segmentation(DenseTask):
         self.auxiliary_weight, self.over, self.seed = auxiliary_weight, over, seed
 
     def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
-        """Returns the student's pixels, the labels, and the channels that stay in the heads."""
+        """Returns the student's pixels, the labels, and the channels that dropout keeps."""
         count = self.head.width + (self.auxiliary.width if self.auxiliary else 0)
         draws = uniforms(self.seed, targets.epoch, targets.positions, "dropout", count)
         return {
@@ -116,13 +116,14 @@ class Segmentation(DenseTask):
         labels: Tensor | None = None,
         channels: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]] | Tensor:
-        """Returns the loss and its terms, or without labels the logits of all pixels.
+        """Returns the loss and its terms, or the logits of all pixels if no labels are given.
 
         Args:
             pixels: (B, 3, H, W) float32, normalised for the student.
             keep: (num_sites, B) bool, or None.
             labels: (B, H, W), classes or `IGNORED`.
-            channels: (B, channels of head and second head) bool, those that stay; None: all.
+            channels: (B, channels of head and auxiliary head) bool, the kept channels; None for
+                all.
 
         Returns: without labels (B, K, H, W) float32.
         """
@@ -152,10 +153,10 @@ class Segmentation(DenseTask):
         return maps_of_blocks(self.student, pixels, keep, taken)
 
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
-        """Returns what is exempt from weight decay besides vectors.
+        """Returns the parameters exempt from weight decay, besides vectors.
 
-        Of a ViT nothing: class token and positions are decayed, as in the published runs, whose
-        code compares their names without the prefix that they have.
+        A ViT has none: class token and positions are decayed, as in the published runs, whose
+        code compares names without their prefix.
         """
         if has_stages(self.student):
             return super().no_weight_decay()

@@ -34,8 +34,8 @@ class DepthSet(PairedImages):
         scale: The number of a file's units in a metre.
         valid_range: Depths above the second number or not above the first are unknown; (0, 0): none
             are.
-        bottom_crop: Height and width of the part of an image, at the bottom and in the middle, that
-            is used; (0, 0): all of it.
+        bottom_crop: Height and width of the used part of an image, at the bottom and in the
+            middle; (0, 0) means the whole image.
         max_pixels: Larger images are refused.
     """
 
@@ -64,9 +64,9 @@ class DepthSet(PairedImages):
         return depths
 
     def check_range(self, limits: tuple[float, float], where: str) -> None:
-        """Reads some of the depth files and refuses those of other units.
+        """Reads some of the depth files and refuses files in other units.
 
-        Raises: DataError: if one cannot be used, or the median depth is not within the limits.
+        Raises: DataError: if a file cannot be used, or the median depth is not within the limits.
         """
         known = np.concatenate([truth[truth > 0] for truth in self.some_truths()])
         low, high = limits
@@ -85,10 +85,10 @@ class DepthSet(PairedImages):
             )
 
     def sample(self, index: int) -> tuple[Tensor, NDArray[np.float32]]:
-        """Reads the part that is used of image `index`, (3, H, W) uint8, and its depths, (H, W).
+        """Reads the used part of image `index`, (3, H, W) uint8, and its depths, (H, W).
 
-        Raises: DataError: if one cannot be read, their sizes differ, or the image is smaller than
-            that part.
+        Raises: DataError: if a file cannot be read, their sizes differ, or the image is smaller
+            than the used part.
         """
         image, depths = super().sample(index)
         rows, columns = self._bottom_crop
@@ -134,8 +134,8 @@ def open_depth(
         max_pixels: Larger images are refused.
         where: The field that names the folder, for messages.
 
-    Raises: DataError: if there is no such split, an image has no depth file, or one of those that
-        are read cannot be used.
+    Raises: DataError: if there is no such split, an image has no depth file, or one of the files
+        read cannot be used.
     """
     field = f"task.depth.{split}_list"
     path = list_file or default_list(root, split)

@@ -1,8 +1,8 @@
-"""Lists of images and depth files, as the published NYUv2 and KITTI runs have them.
+"""Lists of images and depth files, in the format of the published NYUv2 and KITTI runs.
 
-A line holds the path of an image and that of its depth file, and perhaps more: "/kitchen_0028b/
-rgb_00045.jpg /kitchen_0028b/sync_depth_00045.png 518.8579". Images whose depth file is "None", as
-in KITTI's test list, are left out.
+A line holds the path of an image and that of its depth file, and optional further columns:
+"/kitchen_0028b/ rgb_00045.jpg /kitchen_0028b/sync_depth_00045.png 518.8579". Images whose depth
+file is "None", as in KITTI's test list, are left out.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Paths(Sequence[str]):
 
 
 def default_list(root: str, split: str) -> str:
-    """Returns the path of a split's list in the folder of the dataset; empty: there is none."""
+    """Returns the path of a split's list in the folder of the dataset, or "" without a list."""
     for name in DEFAULT_NAMES[split]:
         if kind_of(path := os.path.join(root, name)) == "file":
             return path
@@ -61,7 +61,7 @@ def default_list(root: str, split: str) -> str:
 
 
 def pairs_of_list(path: str, root: str, *, where: str, of_root: str) -> Pairs:
-    """Returns the images of a list and their depth files, all of which must be there.
+    """Returns the images of a list and their depth files, all of which must exist.
 
     Args:
         path: The list.
@@ -95,7 +95,7 @@ def pairs_of_list(path: str, root: str, *, where: str, of_root: str) -> Pairs:
 
 
 def _lines(path: str, where: str) -> list[tuple[str, str]]:
-    """The paths of a list, without those of images that have no depth file."""
+    """Returns the paths of a list, without images that have no depth file."""
     pairs, without = [], 0
     text = read_bytes(path, where=where, of=DataError).decode(errors="surrogateescape")
     for number, line in enumerate(text.split("\n"), 1):
@@ -122,14 +122,14 @@ def _lines(path: str, where: str) -> list[tuple[str, str]]:
 
 
 def _below(name: str) -> str:
-    """The path below the dataset's folder that a name means; "" if it means none."""
+    """Returns a name's path below the dataset's folder, or "" for a path outside of it."""
     return "/".join(next(paths_below(name), ()))
 
 
 def _found(
     pairs: list[tuple[str, str]], path: str, root: str, of_root: str
 ) -> Iterator[tuple[str, str]]:
-    """The paths of images and depth files below the root; folders are looked into once each."""
+    """Returns the paths of images and depth files below the root; each folder is listed once."""
     starts = [_start(root, names) for names in zip(*pairs, strict=True)]
     inside: dict[str, frozenset[str]] = {}
     missing = []
@@ -156,7 +156,7 @@ def _found(
 
 
 def _start(root: str, names: Sequence[str]) -> str:
-    """The folder below the root in which paths of a list start."""
+    """Returns the folder below the root from which a list's paths start."""
     for folder in FOLDERS:
         if kind_of(os.path.join(root, folder, os.path.dirname(names[0]))) == "folder":
             return folder

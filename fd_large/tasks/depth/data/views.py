@@ -1,4 +1,4 @@
-"""Views of an image: a random square in training, squares or all of it in tests.
+"""Views of an image: a random square in training, squares or the whole image in tests.
 
 Sources: the training views of GLPDepth (arXiv 2201.07436) and MIM-Depth (arXiv 2205.13543), which
 take colours from albumentations; the test of MIM-Depth. Oracles hold the test to it.
@@ -37,7 +37,7 @@ class Drawn(NamedTuple):
 
     Attributes:
         place: Flip, top and left.
-        strip: Start and width of the strip that shows the depth; None: there is none.
+        strip: Start and width of the strip that shows the depth, or None.
         colors: Random numbers for `changed_colors`.
     """
 
@@ -47,15 +47,14 @@ class Drawn(NamedTuple):
 
 
 class TrainingViews(NamedTuple):
-    """How training images are resized, cropped, mirrored and changed.
+    """Random resizing, cropping, mirroring and colour changes of training images.
 
     Attributes:
         image_size: Side of the square crop, in pixels; the shorter side of images is resized to it.
         colors: Whether colours are changed.
         cut_depth: Share of the images in which a strip of columns shows the depth (CutDepth).
-        cut_depth_bytes: What the strip shows. scaled: the depth, 255 at `max_depth`. wrapped: the
-            numbers of the depth file modulo 256, in every so many positions of an epoch, as
-            published.
+        cut_depth_bytes: Content of the strip. scaled: the depth, 255 at `max_depth`. wrapped: the
+            numbers of the depth file modulo 256, at regular positions of an epoch, as published.
         max_depth: In metres.
         depth_scale: The number of the depth files' units in a metre.
     """
@@ -73,7 +72,7 @@ class TrainingViews(NamedTuple):
         return np.float32(0)
 
     def draws(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> list[Drawn]:
-        """Draws what the view at each position depends on."""
+        """Draws the random numbers of the view at each position."""
         places = uniforms(seed, epoch, positions, "jitter", 6)
         if self.cut_depth_bytes == "wrapped" and self.cut_depth:
             cut = positions % round(1 / self.cut_depth) == 0
@@ -116,7 +115,7 @@ class TrainingViews(NamedTuple):
     def _with_strip(
         self, image: Tensor, depths: NDArray[np.float32], draws: tuple[float, float]
     ) -> Tensor:
-        """Shows the depth in place of the image, in a strip from top to bottom."""
+        """Replaces a strip of the image, from top to bottom, by the depth."""
         start, width = draws
         columns = image.shape[-1]
         first = int(start * columns)
@@ -164,7 +163,7 @@ def changed_colors(image: NDArray[np.uint8], draws: tuple[float, ...]) -> NDArra
 
 
 class TestViews(NamedTuple):
-    """How an image is tested: at which size, whole or by squares, mirrored too or not.
+    """Views of test images: size, whole or by squares, with or without a mirrored view.
 
     Attributes:
         image_size: Length of the shorter side, in pixels, to which images are resized.
@@ -180,7 +179,7 @@ class TestViews(NamedTuple):
     flip: bool = False
 
     def views(self, height: int, width: int) -> list[View]:
-        """Returns the view of an image of this size, in a list."""
+        """Returns a list with the only view of an image of this size."""
         return [resized_view(height, width, short_side=self.image_size, long_side=UNLIMITED)]
 
     def squares(self, height: int, width: int) -> list[Window]:
@@ -195,7 +194,7 @@ class TestViews(NamedTuple):
         return [_square(start, side, height <= width) for start in starts]
 
     def rest(self, height: int, width: int) -> list[Window]:
-        """Returns squares that hold the pixels that are in none of `squares`."""
+        """Returns further squares that cover the pixels outside all `squares`."""
         side, longer = min(height, width), max(height, width)
         seen, rest = np.zeros(longer, bool), []
         for square in self.squares(height, width):
@@ -208,7 +207,7 @@ class TestViews(NamedTuple):
         return rest
 
     def num_forwards(self, height: int, width: int, at_once: int) -> int:
-        """Returns how many forwards an image takes, with so many squares in each."""
+        """Returns the number of forwards for an image, with `at_once` squares in each."""
         forwards = 1
         if self.windows:
             (view,) = self.views(height, width)

@@ -1,7 +1,7 @@
-"""The linear head: what a map tells of the depth without a further layer.
+"""The linear head, which tests how much depth a map contains.
 
-Source: Oquab et al., arXiv 2304.07193 (DINOv2), which classifies the depth into 256 bins; here one
-number is learnt at each place.
+Source: Oquab et al., arXiv 2304.07193 (DINOv2), which classifies the depth into 256 bins; here
+the head predicts a single number at each place.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """MIM-Depth's decoder: transposed convolutions on the last map, and convolutions at full size.
 
 Source: Xie et al., arXiv 2205.13543, and models/model.py of SwinTransformer/MIM-Depth-Estimation
-(after GLPDepth, arXiv 2201.07436), to which its oracle holds this. It is published for Swin models
-of stride 32. How it was put on a ViT for the scores of the distilled ones is not public: here a map
-of stride 16 is doubled once by interpolation where one of stride 32 is doubled twice.
+(after GLPDepth, arXiv 2201.07436), against which an oracle test compares it. It is published for
+Swin models of stride 32. Its use on a ViT for the distilled models' scores is not public: here a
+map of stride 16 is doubled once by interpolation, a map of stride 32 twice.
 """
 
 from __future__ import annotations

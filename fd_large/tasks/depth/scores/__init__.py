@@ -1,1 +1,1 @@
-"""The test of a depth: views, scores, pictures and tables."""
+"""The test of depth: views, scores, pictures and tables."""

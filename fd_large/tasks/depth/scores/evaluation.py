@@ -1,4 +1,4 @@
-"""The test of a depth: every image once over the ranks, nine scores each."""
+"""The test of depth: every image once over the ranks, with nine scores each."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Outcome(NamedTuple):
 
     Attributes:
         scores: The scores of each image and of the dataset.
-        scored: What of each image is scored.
-        unread: How many images could not be read; they are left out.
+        scored: The scored pixels of each image.
+        unread: Number of unreadable images, which are left out.
     """
 
     scores: Scores
@@ -54,12 +54,12 @@ class Outcome(NamedTuple):
 
     @property
     def errors(self) -> NDArray[np.float64]:
-        """The root mean square error of each image, (N,) in metres; NaN: it is not scored."""
+        """The root mean square error of each image, (N,) in metres; NaN for unscored ones."""
         return self.scores.of_images[:, NAMES.index("rmse")]
 
     @property
     def without_depth(self) -> int:
-        """How many images were read and have no depth that is scored; they are left out."""
+        """Number of readable images without a scored depth, which are left out."""
         return int((~self.scores.scored).sum()) - self.unread
 
 
@@ -68,7 +68,7 @@ class Model(NamedTuple):
 
     Attributes:
         depths: Maps pixels (B, 3, h, w) uint8, on the device, to depths (B, h, w) in metres; in
-            evaluation, by all ranks alike where it is sharded.
+            evaluation mode, called by all ranks if it is sharded.
         views: How an image is seen.
         at_once: Number of windows in a forward.
     """
@@ -106,12 +106,12 @@ class Model(NamedTuple):
         return depths
 
     def of_squares(self, pixels: Tensor) -> Tensor:
-        """Predicts (1, h, w) by the published squares alone: NaN where none of them is."""
+        """Predicts (1, h, w) by the published squares alone: NaN outside of them."""
         places = self.views.squares(pixels.shape[-2], pixels.shape[-1])
         return mean_of_windows(pixels, self._flipped_too, places, at_once=self.at_once)
 
     def idle(self) -> None:
-        """Makes one forward of nothing, for ranks that others wait for."""
+        """Runs a dummy forward, on ranks without an image, so that the others do not wait."""
         forward_of_nothing(self.depths, self.views.image_size)
 
     def _flipped_too(self, pixels: Tensor) -> Tensor:
@@ -131,12 +131,12 @@ def evaluate(
     """Tests on all images; a collective.
 
     Args:
-        model: What is tested.
+        model: The model under test.
         images: The test images and their depths.
-        limits: Only true depths strictly between these are scored, in metres.
-        crop: And only those in this part of the image.
+        limits: Limits in metres; only true depths strictly between them are scored.
+        crop: Part of the image that is scored.
         workers: Processes that load.
-        between: Called before each image, on every rank alike. It may raise to end the test.
+        between: Called before each image on every rank; may raise to end the test.
     """
     device, scored = distributed.device(), Scored(limits, crop)
     # One rank has each image: the sums over ranks change no bit.
@@ -164,7 +164,7 @@ def keep(outcome: Outcome, some: DrawnImages | None, images: DepthSet, folder: P
     """Writes scores.json and draws images; on rank 0 alone.
 
     Args:
-        outcome: What the test found.
+        outcome: Result of the test.
         some: The images that are drawn, by `predict_some`; None: nothing is drawn.
         images: The test images and their depths.
         folder: A folder, made if it is missing.

@@ -31,18 +31,18 @@ KITTI = {
 
 
 class Scored(NamedTuple):
-    """The pixels of an image that are scored.
+    """The rule for the scored pixels of an image.
 
     Attributes:
-        limits: Only true depths strictly between these are, in metres.
-        crop: And only those in this part of the image.
+        limits: Limits in metres; only true depths strictly between them are scored.
+        crop: Part of the image that is scored.
     """
 
     limits: tuple[float, float]
     crop: Crop = "none"
 
     def pixels(self, truth: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-        """Returns which pixels of an image of these depths are scored: (H, W).
+        """Returns a mask of the scored pixels of an image with these depths, (H, W).
 
         Args:
             truth: (H, W) in metres, 0: unknown.
@@ -53,7 +53,7 @@ class Scored(NamedTuple):
 def scored_pixels(
     truth: NDArray[np.floating[Any]], limits: tuple[float, float], part: tuple[slice, slice]
 ) -> NDArray[np.bool_]:
-    """Returns which pixels of some rows and columns have a depth strictly between limits."""
+    """Returns a mask of pixels in some rows and columns with a depth strictly between limits."""
     # In the precision of the depths, in which a file's 1 mm is not above the limit of 0.001 m.
     low, high = (truth.dtype.type(limit) for limit in limits)
     inside = np.zeros(truth.shape, bool)
@@ -62,7 +62,7 @@ def scored_pixels(
 
 
 def crop_of(name: Crop, height: int, width: int) -> tuple[slice, slice]:
-    """Returns the rows and columns of an image that a crop scores.
+    """Returns the rows and columns of an image inside a crop.
 
     Raises: ConfigError: for an image of another size than the crop is for.
     """
@@ -100,8 +100,8 @@ def image_scores(
     """Returns the nine scores of an image, in the order of `NAMES`.
 
     Args:
-        predicted: (n,), the depths of the pixels that are scored, in metres; at least one.
-        truth: (n,), the true ones.
+        predicted: (n,), predicted depths of the scored pixels, in metres; at least one.
+        truth: (n,), true depths of the same pixels.
     """
     p, t = predicted.astype(np.float64), truth.astype(np.float64)
     difference = p - t
@@ -136,11 +136,11 @@ class Scores(NamedTuple):
 
     @property
     def scored(self) -> NDArray[np.bool_]:
-        """Which images have a pixel that is scored, (N,)."""
+        """Returns a mask of the images with a scored pixel, (N,)."""
         return self.pixels > 0
 
     def numbers(self) -> dict[str, float]:
-        """Returns the mean of each score over the scored images, by its name; NaN if none is."""
+        """Returns the mean of each score over the scored images, by name; NaN without any."""
         rows = self.of_images[self.scored]
         means = rows.mean(0) if len(rows) else np.full(len(NAMES), np.nan)
         return dict(zip(NAMES, means.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Pictures of depth: an image with its depth and a colour bar, and rows of a test with the error.
+"""Plots of depth: an image with its depth and a colour bar, and test rows with the error.
 
 No torch.
 """
@@ -32,15 +32,15 @@ IMAGE, BAR, BAR_ITSELF = 1.0, 0.2, 0.18
 
 
 class Row(NamedTuple):
-    """An image of a test.
+    """A row of a test's plot: an image with truth, prediction and scores.
 
     Attributes:
         image: (H, W, 3) uint8.
         truth: (H, W), the depths in metres, 0: unknown.
-        predicted: (H, W), what the model says.
+        predicted: (H, W), the model's depths.
         scored: (H, W), which pixels the scores are of.
         name: The image's name.
-        found: Its scores, in a few words.
+        found: Scores of the image, as text.
     """
 
     image: NDArray[np.uint8]
@@ -130,7 +130,7 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
 
 
 def _range(values: NDArray[np.floating[Any]]) -> tuple[float, float]:
-    """The range of a colour bar."""
+    """Returns the range of a colour bar."""
     known = values[np.isfinite(values)]
     low, high = np.percentile(known, PERCENTILES) if known.size else (0.0, 1.0)
     return (float(low), float(high)) if low < high else (float(low), float(low) + 1e-3)

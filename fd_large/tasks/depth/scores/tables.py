@@ -31,7 +31,7 @@ PARTS = {
 
 
 def numbers_table(outcome: Outcome) -> Table:
-    """The nine scores, of how many images and of which part of them."""
+    """Returns a table of the nine scores, with the number of images and the scored part."""
     from rich.table import Table
 
     crop, left_out = outcome.scored.crop, outcome.without_depth + outcome.unread

@@ -48,7 +48,7 @@ class CocoSet:
 
     Attributes:
         annotations: Path of the JSON file.
-        findings: What was left out, clipped or missing.
+        findings: Objects and images that were left out, clipped or missing.
         fingerprint: A hash of names, categories and objects.
         has_masks: Whether objects have segmentations; Objects365's have none.
         category_ids: The file's number of each label.
@@ -78,7 +78,7 @@ class CocoSet:
         return read_image(self[index])
 
     def image_id(self, index: int) -> int:
-        """Returns the dataset's number of image `index`."""
+        """Returns the dataset's id of image `index`."""
         return self._listing.number("image_ids", index)
 
     def size(self, index: int) -> tuple[int, int]:
@@ -115,7 +115,7 @@ class CocoSet:
         self.semantic(0, num_classes)
 
     def semantic(self, index: int, num_classes: int) -> NDArray[np.int32]:
-        """Reads the class of each pixel of image `index`, stuff included, 255 where it has none.
+        """Reads the class of each pixel of image `index`, stuff included; 255 without a class.
 
         It lies in `stuffthingmaps/` under the path of the image, as a PNG.
 
@@ -141,7 +141,7 @@ class CocoSet:
         return widths >= heights
 
     def summary(self) -> str:
-        """Returns some lines: what the dataset holds, then what was found."""
+        """Returns lines about the dataset's contents and its findings."""
         crowd = self._listing.arrays["crowd"]
         crowds = int(crowd.sum())
         held = (
@@ -152,11 +152,11 @@ class CocoSet:
         return "\n".join([held, *(f"  {line}" for line in self.findings.lines())])
 
     def _file_name(self, index: int) -> str:
-        """The path of an image below the folder."""
+        """Returns the path of an image below the folder."""
         return os.fsdecode(self._listing.name(index))
 
     def _segmentation(self, number: int) -> list[NDArray[np.float64]] | bytes:
-        """The polygons of an object, or its run lengths."""
+        """Returns the polygons of an object, or its run lengths."""
         arrays = self._listing.arrays
         start, stop = arrays["rle_first"][number : number + 2].tolist()
         if start < stop:
@@ -167,10 +167,10 @@ class CocoSet:
 
 
 def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
-    """Opens a split of a dataset in a folder, and logs what was found there.
+    """Opens a split of a dataset in a folder, and logs its findings.
 
-    Of "train", images without an object besides crowds are left out, as the reference recipes do,
-    and so are images whose file is missing. Any other split is for evaluation and must be whole.
+    In "train", images without objects (other than crowds) and images without a file are left out,
+    as in the reference recipes. Any other split is for evaluation and must be complete.
 
     Args:
         root: The folder: COCO's (`train2017/`, `annotations/instances_train2017.json`), one with
@@ -233,7 +233,7 @@ def _find(root: str, split: str, where: str) -> tuple[str, str]:
 
 
 def _stamp(path: str) -> list[int]:
-    """Size, and modification time in ns: what changes with a file, or the names in a folder."""
+    """Returns size and modification time in ns, which change with a file or a folder's names."""
     try:
         status = os.stat(path)
     except OSError:
@@ -245,7 +245,7 @@ class _Files:
     """Finds images below a folder by one listing of each folder, not a request for each file.
 
     Attributes:
-        stamps: What each folder was before it was listed, by its path below the root.
+        stamps: The stamp of each folder before it was listed, by its path below the root.
     """
 
     def __init__(self, root: str, folder: str) -> None:

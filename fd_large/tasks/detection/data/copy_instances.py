@@ -1,10 +1,10 @@
 """Objects of a training image, cut out and pasted back slightly scaled, turned and shifted.
 
-As InstaBoost does with its random jitter (Fang et al., "InstaBoost", ICCV 2019, arXiv 1908.07801):
-ranges, the common move of objects whose boxes overlap, and what is left alone near the border of an
-image are those of its code (instaboost/single_image_process.py). Not done: its map of likely
-places, alpha matting (edges are those of the masks), and its jitter of colours. Instead of OpenCV's
-inpainting, averages of the pixels around fill what an object no longer covers.
+This is InstaBoost's random jitter (Fang et al., "InstaBoost", ICCV 2019, arXiv 1908.07801):
+ranges, the common move of objects with overlapping boxes, and the exceptions near the border of
+an image follow its code (instaboost/single_image_process.py). Left out: its map of likely places,
+alpha matting (edges are the masks' own), and its colour jitter. Uncovered pixels are filled with
+averages of the surrounding pixels instead of OpenCV's inpainting.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ def copy_instances(
 ) -> tuple[Tensor, ImageObjects, NDArray[np.int32] | None]:
     """Moves all objects of an image; crowds stay. Later objects cover earlier ones.
 
-    An object that is covered in part keeps the mask and the box of the rest; a covered one is left
-    out. An image without objects, or without a pixel beside them, stays as it is.
+    A partly covered object keeps the mask and the box of its visible rest; a fully covered object
+    is left out. An image without objects, or without background, stays unchanged.
 
     Args:
         image: (3, H, W) uint8.
-        objects: Its objects, n of them, with segmentations.
+        objects: The image's n objects, with segmentations.
         draws: (n, `DRAWS_PER_OBJECT`) numbers in [0, 1).
-        classes: (H, W), the class of each pixel. What an object no longer covers has none then.
+        classes: (H, W), the class of each pixel. Uncovered pixels lose their class.
 
-    Returns: what was given, with moved objects.
+    Returns: image, objects and classes with moved objects.
     """
     view = whole_view(objects.height, objects.width)
     before = np.zeros(view.size, dtype=bool)
@@ -117,7 +117,7 @@ def _window(mask: NDArray[np.uint8], corner: NDArray[np.int64]) -> tuple[slice, 
 
 
 def _groups(boxes: NDArray[np.floating]) -> NDArray[np.int64]:
-    """The number of the first object with which each is connected by overlapping boxes, (n,)."""
+    """Returns for each object the first one connected with it by overlapping boxes, (n,)."""
     overlap = (
         (boxes[:, None, :2] < boxes[None, :, 2:]) & (boxes[None, :, :2] < boxes[:, None, 2:])
     ).all(-1)
@@ -135,7 +135,7 @@ def _moves(
     size: tuple[int, int],
     draws: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """How points move, (n, 3, 3); what belongs to a group stands at the number of the group."""
+    """Returns transforms of points, (n, 3, 3); a group's transform is at the index of the group."""
     around = boxes.astype(np.float64)
     np.minimum.at(around[:, :2], groups, boxes[:, :2])
     np.maximum.at(around[:, 2:], groups, boxes[:, 2:])
@@ -158,7 +158,7 @@ def _moves(
 
 
 def _apply(move: NDArray[np.float64], points: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Moves points (n, 2), all alike (3, 3), or each by its own (n, 3, 3)."""
+    """Moves points (n, 2), all by one transform (3, 3), or each by its own (n, 3, 3)."""
     return (move[..., :2, :2] @ points[..., None])[..., 0] + move[..., :2, 2]
 
 
@@ -169,7 +169,7 @@ def _moved_mask(
     move: NDArray[np.float64],
     size: tuple[int, int],
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Moves a mask of pixels, each of which takes the nearest; as `fill` returns one."""
+    """Moves a mask by nearest-neighbour sampling; the result is as from `fill`."""
     left, top, right, bottom = box
     corners = _apply(move, np.array([[left, top], [right, top], [right, bottom], [left, bottom]]))
     low = np.clip(np.floor(corners.min(0)) - 1, 0, size[::-1]).astype(int)
@@ -184,7 +184,7 @@ def _moved_mask(
 
 
 def _sampled(image: Tensor, points: NDArray[np.float64]) -> Tensor:
-    """The colours at points (n, 2) of an image, bilinear: (3, n) uint8."""
+    """Returns the colours at points (n, 2) of an image, bilinear: (3, n) uint8."""
     grid = points / np.array(image.shape[:0:-1]) * 2 - 1
     found = F.grid_sample(
         image[None].float(),
@@ -196,7 +196,7 @@ def _sampled(image: Tensor, points: NDArray[np.float64]) -> Tensor:
 
 
 def _filled_in(image: Tensor, hole: NDArray[np.bool_]) -> Tensor:
-    """An image (3, H, W) uint8 whose hole takes the colours around it.
+    """Returns an image (3, H, W) uint8 with a hole filled by the surrounding colours.
 
     Source: Gortler et al., "The lumigraph", SIGGRAPH 1996 (pull-push).
     """
@@ -206,7 +206,7 @@ def _filled_in(image: Tensor, hole: NDArray[np.bool_]) -> Tensor:
 
 
 def _pull_push(colours: Tensor, known: Tensor) -> Tensor:
-    """Fills up colours, which are multiplied by the share of pixels that are known."""
+    """Fills unknown colours; the input is multiplied by the share of known pixels."""
     if known.shape[-1] * known.shape[-2] == 1:
         return colours / known
     halves = [F.avg_pool2d(values, 2, ceil_mode=True) for values in (colours, known)]

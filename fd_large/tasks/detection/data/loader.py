@@ -1,4 +1,4 @@
-"""Batches of images with their objects: for training by position, for evaluation each once."""
+"""Batches of images with their objects, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def build_training_loader(
     semantic_classes: int = 0,
     copy_probability: float = 0.0,
 ) -> DataLoader:
-    """The rest of an epoch for one rank.
+    """Returns a loader of the rest of an epoch for one rank.
 
     Args:
         source: Images and objects.
-        jitter: Draws the views; where they keep their own sizes, a global batch holds images of
-            one orientation, and a batch is padded to its largest.
+        jitter: Draws the views; if views keep their own sizes, a global batch holds images of one
+            orientation, and a batch is padded to its largest image.
         portion: Which micro batches.
         seed: The run's seed.
         global_batch_size: Images a step over all ranks.
@@ -92,12 +92,12 @@ def build_training_loader(
 def grouped_order(
     landscape: NDArray[np.bool_], seed: int, epoch: int, global_batch_size: int
 ) -> NDArray[np.int64]:
-    """The samples of an epoch, global batch by global batch, each of one orientation.
+    """Returns the samples of an epoch by global batches, each with images of one orientation.
 
     Padding wide and high images to one size would waste up to half of a batch. The epoch's
-    permutation is dealt into two piles; whenever one holds a global batch, that is the next. As
-    many batches must come of it as the whole dataset fills: where both piles end before a whole
-    batch though together they fill one, the larger takes its own first samples a second time.
+    permutation is dealt into two piles; as soon as one holds a global batch, it is the next. The
+    number of batches must match the whole dataset's: if the remainders of both piles together
+    fill a batch, the larger one is completed by its pile's first samples.
 
     Args:
         landscape: Whether each sample is at least as wide as high, (N,).
@@ -126,7 +126,7 @@ def grouped_order(
 
 @dataclass(frozen=True)
 class _Samples(Dataset):
-    """Positions to a `Batch`; runs in the workers."""
+    """Maps positions to a `Batch`; runs in the workers."""
 
     source: CocoSet
     jitter: Jitter
@@ -194,21 +194,20 @@ class _Samples(Dataset):
 
 
 def _on_canvas(masks: Tensor, canvas: tuple[int, int]) -> Tensor:
-    """Masks (n, h, w) padded to the canvas; those of a dataset without masks stay (n, 0, 0)."""
+    """Pads masks (n, h, w) to the canvas; masks of a dataset without any stay (n, 0, 0)."""
     return masks if len(masks) and not masks.numel() else padded(masks, canvas)
 
 
 class EvaluationBatch(NamedTuple):
-    """Some images of an evaluation.
+    """A batch of images of an evaluation.
 
     Attributes:
         images: (B, 3, H, W) uint8 for each scale, padded with black at the right and the bottom.
         sizes: (B, 2) int64 for each scale, height and width of the images without their padding.
         original_sizes: (B, 2) int64, height and width of the images in their files.
         indices: (B,) int64, their numbers in the dataset.
-        weights: (B,) float32, 0 for images that only fill up the batch, or could not be read;
-            else 1.
-        bad: What is wrong with those that could not be read.
+        weights: (B,) float32, 0 for padding and unreadable images, else 1.
+        bad: Errors of the unreadable images.
     """
 
     images: tuple[Tensor, ...]
@@ -229,20 +228,20 @@ def build_evaluation_loader(
     workers: int,
     max_pixels: int = MAX_PIXELS,
 ) -> DataLoader:
-    """All images once over the ranks, in batches of one size, as many on every rank.
+    """Returns a loader of every image once over the ranks, with as many batches on each rank.
 
-    Images of one orientation lie side by side, which saves padding. Where they do not come out
-    even, a rank's last batches are filled with images of weight 0: under ZeRO-3 every rank must
-    run as many forwards as the others.
+    Images of one orientation are adjacent, which saves padding. A rank's last batches are filled
+    up with images of weight 0, because under ZeRO-3 every rank must run the same number of
+    forwards.
 
     Args:
         source: The images.
-        sides: For each scale the length of the shorter side, and the most that the longer one may
-            be, in pixels.
+        sides: For each scale, the length of the shorter side and the limit of the longer side, in
+            pixels.
         batch_size: Images a batch.
         rank: Counted from 0.
         world_size: The number of ranks.
-        workers: Processes that load; 0: this one does.
+        workers: Number of loading processes; 0 loads in this process.
         max_pixels: Larger images are refused before they are decoded.
     """
     assert batch_size > 0
@@ -256,7 +255,7 @@ def build_evaluation_loader(
 
 @dataclass(frozen=True)
 class _Resized(Dataset):
-    """Places in the order to an `EvaluationBatch`; runs in the workers."""
+    """Maps places in the order to an `EvaluationBatch`; runs in the workers."""
 
     source: CocoSet
     order: NDArray[np.int64]
@@ -298,7 +297,7 @@ class _Resized(Dataset):
 
 
 def read_image(source: CocoSet, index: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Reads the pixels of an image, (3, H, W) uint8, of the size that its annotations state.
+    """Reads the pixels of an image, (3, H, W) uint8, and checks their size against the annotations.
 
     Raises: DataError: if it cannot be read or decoded, or has another size.
     """

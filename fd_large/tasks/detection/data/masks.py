@@ -1,7 +1,7 @@
 """Masks as COCO stores them: polygons, and run lengths (RLE) of pixels column by column.
 
-A thin wrapper of faster-coco-eval's C++, which is what the official evaluation counts by: a mask
-made here covers the pixels that COCO's own tools give it. No torch.
+A thin wrapper of faster-coco-eval's C++, as used by the official evaluation: a mask made here
+covers the same pixels as in COCO's own tools. No torch.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def coco_masks() -> ModuleType:
 
 
 def from_polygons(polygons: Sequence[NDArray[np.floating]], height: int, width: int) -> NDArray:
-    """Fills polygons to one mask, their union.
+    """Fills polygons and returns the mask of their union.
 
     Args:
-        polygons: (points, 2) each, x and y in pixels; what lies outside the mask is cut off. The
-            cost grows with the length of their edges.
+        polygons: (points, 2) each, x and y in pixels; parts outside the mask are cut off. The
+            cost grows with the length of the edges.
         height: Height of the mask.
         width: Width of the mask.
 
@@ -83,7 +83,7 @@ def decompress(counts: bytes, height: int, width: int) -> NDArray:
 
 
 def encode(masks: NDArray[np.uint8]) -> list[dict[str, Any]]:
-    """Packs masks (n, H, W), 0 or 1, as COCO's results have them: `size` and `counts`, a text."""
+    """Packs masks (n, H, W), 0 or 1, in COCO's format of results: `size`, and `counts` as text."""
     if not len(masks):
         return []
     columns = np.asfortranarray(masks.transpose(1, 2, 0))

@@ -1,6 +1,6 @@
-"""COCO's annotation JSON as flat arrays: what loading processes share holds no Python objects.
+"""COCO's annotation JSON as flat arrays, which loading processes share without Python objects.
 
-What cannot be used is left out, counted and named; nothing is mended in silence. No torch.
+Unusable annotations are left out, counted and named; nothing is corrected silently. No torch.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Findings:
     names: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, kind: str, name: object) -> None:
-        """Counts one more of a kind."""
+        """Counts a finding of a kind."""
         self.counts[kind] += 1
         if len(self.names[kind]) < NUM_NAMED:
             self.names[kind].append(str(name))
 
     def lines(self) -> list[str]:
-        """One line a kind."""
+        """Returns one line a kind."""
         return [
             f"{count} {kind}: {', '.join(self.names[kind])}"
             + (" ..." if count > len(self.names[kind]) else "")
@@ -94,15 +94,15 @@ def read_json(
     flag: str,
     hook: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Any:
-    """Reads a JSON file of the user's.
+    """Reads a user's JSON file.
 
     Args:
         path: Path of the file.
-        where: What it is, for messages.
+        where: Kind of file, for messages.
         flag: The flag by which the user named it.
         hook: Called with each JSON object as soon as it is read.
 
-    Raises: DataError: if it is missing or not JSON.
+    Raises: DataError: if the file is missing or not JSON.
     """
     return files.read_json(
         Path(path),
@@ -124,12 +124,12 @@ def read_objects(
     keep_empty: bool,
     where: str = "data.root",
 ) -> Made:
-    """Reads a file of COCO's or Objects365's kind: what a `CocoSet` is made of.
+    """Reads a file of COCO's or Objects365's kind into the arrays of a `CocoSet`.
 
-    Images come by rising id, and their objects in the file's order. Object j of image i lies at
+    Images are sorted by id, their objects are in the file's order. Object j of image i lies at
     first[i] <= j < first[i + 1]; its polygons are polygon_first[j] to polygon_first[j + 1], the
-    points of a polygon likewise, and its run lengths bytes rle_first[j] to rle_first[j + 1]: one of
-    the two is empty. The arrays besides the names are
+    points of a polygon likewise, and its run lengths bytes rle_first[j] to rle_first[j + 1]: of
+    polygons and run lengths one is empty. The arrays besides the names are
 
         image_ids (images,) int64; sizes (images, 2) int32, height and width; first (images + 1,)
         boxes (objects, 4) float32; labels (objects,) int64; crowd (objects,) bool
@@ -137,8 +137,8 @@ def read_objects(
 
     Args:
         path: The JSON file.
-        findings: Counts what is left out or clipped.
-        find_file: Returns the path of an image from its `file_name`; None: it is left out.
+        findings: Counts of objects that are left out or clipped.
+        find_file: Returns the path of an image from its `file_name`, or None to leave it out.
         keep_empty: Whether images without an object stay.
         where: The field that names the dataset, for messages.
 
@@ -211,7 +211,7 @@ def read_objects(
 
 
 class _Arrays:
-    """Grows the arrays of objects, one by one."""
+    """Arrays of objects that grow object by object."""
 
     def __init__(self, findings: Findings, labels: Mapping[int, int], has_masks: bool) -> None:
         self.findings, self.labels_of, self.has_masks = findings, labels, has_masks
@@ -223,7 +223,7 @@ class _Arrays:
     def add_image(
         self, entries: Iterable[dict[str, Any]], height: int, width: int, *, keep_empty: bool
     ) -> bool:
-        """Adds an image's objects; returns whether it did.
+        """Adds an image's objects; returns whether the image is used.
 
         Args:
             entries: The image's annotations.
@@ -297,11 +297,11 @@ class _Arrays:
 
 
 class _Unusable(Exception):
-    """An annotation is left out: the kind of its defect, and its name."""
+    """Raised to leave out an annotation, with the kind of its defect and its name."""
 
 
 def _packed(entry: dict[str, Any]) -> dict[str, Any]:
-    """Packs polygons, which hold most of COCO's numbers, in 8 bytes a number instead of 32."""
+    """Packs polygons, most of COCO's numbers, into 8 bytes a number instead of 32."""
     polygons = entry.get("segmentation")
     if isinstance(polygons, list):
         # What is not a list of numbers stays, and is found when the annotation is looked at.
@@ -311,7 +311,7 @@ def _packed(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _segmentation(given: Any, height: int, width: int) -> list[array[float]] | bytes:
-    """Polygons of three points and more, or compressed run lengths; ValueError for neither."""
+    """Returns polygons of at least three points, or compressed run lengths; else ValueError."""
     if isinstance(given, dict):
         return masks.compress(given, height, width)
     if not isinstance(given, list) or not given:
@@ -331,7 +331,7 @@ def _segmentation(given: Any, height: int, width: int) -> list[array[float]] | b
 
 
 def is_number(value: Any, most: float = 2.0**31) -> bool:
-    """Whether a value of a JSON file is a finite number of at most such a magnitude.
+    """Whether a JSON value is a finite number with a magnitude of at most `most`.
 
     JSON has numbers of any length, which neither float nor an array of 64 bits holds.
     """
@@ -339,12 +339,12 @@ def is_number(value: Any, most: float = 2.0**31) -> bool:
 
 
 def is_box(value: Any) -> bool:
-    """Whether a value of a JSON file is a list of four numbers."""
+    """Whether a JSON value is a list of four numbers."""
     return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
 
 
 def _whole(value: Any, most: int = 2**63 - 1) -> int:
-    """A number as int; ValueError or OverflowError if it is none, or larger."""
+    """Returns a number as int; ValueError or OverflowError if it is not an integer or too large."""
     number = int(value)
     if not -most <= number <= most:
         raise ValueError(f"a number of more than {most}")
@@ -352,7 +352,7 @@ def _whole(value: Any, most: int = 2**63 - 1) -> int:
 
 
 def _size_of(image: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of an image; ValueError or OverflowError if it can have no such size."""
+    """Returns height and width of an image; ValueError or OverflowError for impossible sizes."""
     height, width = (_whole(image[side], _MOST_PIXELS) for side in ("height", "width"))
     if min(height, width) < 0 or height * width > _MOST_PIXELS:
         raise ValueError(f"an image of {height} x {width} pixels")

@@ -1,4 +1,4 @@
-"""The target of an image: boxes, classes and masks that a view of it shows.
+"""The target of an image: the boxes, classes and masks visible in a view.
 
 NamedTuples, because a batch is moved to the device and pinned by walking through tuples.
 """
@@ -33,8 +33,8 @@ class Target(NamedTuple):
         masks: (n, H, W) uint8, 0 or 1; (n, 0, 0) where the dataset has boxes alone.
         crowd_boxes: (m, 4) float32, regions in which single objects are not marked.
         image_id: The dataset's number of the image.
-        semantic: (H / 8, W / 8) uint8, the class of every eighth pixel, stuff included, 255 where
-            it is not known; (0, 0) where such maps are not read.
+        semantic: (H / 8, W / 8) uint8, the class of every eighth pixel, stuff included, 255 if
+            unknown; (0, 0) if such maps are not read.
     """
 
     boxes: Tensor
@@ -51,8 +51,8 @@ class Targets(NamedTuple):
     Attributes:
         targets: One per image, in the order of the images.
         sizes: (B, 2) int64, height and width of each image without its padding.
-        positions: (B,) int64, in the epoch's order: what random choices of a sample depend on. No
-            tensor, so that it stays on the host, where they are drawn.
+        positions: (B,) int64, in the epoch's order: random choices of a sample depend on them.
+            Not a tensor, so that it stays on the host, where choices are drawn.
         epoch: Counted from 0.
     """
 
@@ -63,10 +63,10 @@ class Targets(NamedTuple):
 
 
 def make_target(objects: ImageObjects, view: View, canvas: tuple[int, int]) -> Target:
-    """Returns the objects that a view shows; masks are filled last, and only where one is kept.
+    """Returns the objects visible in a view; masks are filled last, for kept objects only.
 
-    A box that the crop cuts becomes the box of what is left of the mask: what remains of an object
-    may fill but a corner of its cut box.
+    A box cut by the crop shrinks to the visible part of the mask, which may fill only a corner of
+    the cut box.
 
     Args:
         objects: The objects of the image, in its own pixels.
@@ -107,7 +107,7 @@ def make_target(objects: ImageObjects, view: View, canvas: tuple[int, int]) -> T
 
 
 def nothing(image_id: int) -> Target:
-    """Returns the target of an image that shows no object."""
+    """Returns the target of an image without objects."""
     return Target(
         boxes=torch.zeros(0, 4),
         labels=torch.zeros(0, dtype=torch.int64),
@@ -118,7 +118,7 @@ def nothing(image_id: int) -> Target:
 
 
 def _boxes_in(view: View, boxes: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Boxes (n, 4) of an image in pixels of the view, where they may lie outside."""
+    """Returns boxes (n, 4) of an image in pixels of the view; they may lie outside of it."""
     corners = view.points(boxes.reshape(-1, 2)).reshape(-1, 4)
     return corners[:, [2, 1, 0, 3]] if view.flipped else corners
 
@@ -143,7 +143,8 @@ def fill(
     """Returns the mask of an object in a window around it, and the window's left and top.
 
     Args:
-        segmentation: Its polygons, or compressed run lengths, whose window is the whole view.
+        segmentation: Polygons of the object, or compressed run lengths, whose window is the whole
+            view.
         view: The view of the image.
     """
     height, width = view.size

@@ -1,4 +1,4 @@
-"""How training images are resized and cut at random: large-scale jitter, or whole images."""
+"""Random resizing and cropping of training images: large-scale jitter, or whole images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FLIP_PROBABILITY = 0.5
 
 
 class Jitter(Protocol):
-    """How views of training images are drawn.
+    """A distribution of views of training images.
 
     Attributes:
         canvas: Height and width to which all views are padded; None: each keeps its own.
@@ -25,14 +25,14 @@ class Jitter(Protocol):
 
 
 class LargeScaleJitter:
-    """Any size from a tenth to twice, then a crop of fixed size, padded where it is smaller.
+    """A random scale from 0.1 to 2, then a crop of fixed size with padding.
 
     Source: Ghiasi et al., "Simple copy-paste", CVPR 2021; as in detectron2 (ResizeScale,
         FixedSizeCrop): scale and place uniform, the aspect kept.
     """
 
     def __init__(self, image_size: int, *, min_scale: float = 0.1, max_scale: float = 2.0) -> None:
-        """Sets the range.
+        """Sets the range of sizes.
 
         Args:
             image_size: Side of the views, in pixels; at scale 1 an image just fits into it.
@@ -59,7 +59,7 @@ class LargeScaleJitter:
 
 
 class ShortestEdge:
-    """The shorter side to a length from a range, the longer one to at most another; a flip.
+    """Resizes the shorter side to a random length, limits the longer side, and may flip.
 
     Source: detectron2 (ResizeShortestEdge), with whole numbers from the range.
     """
@@ -67,12 +67,13 @@ class ShortestEdge:
     canvas = None
 
     def __init__(self, min_short_side: int, max_short_side: int, long_side: int) -> None:
-        """Sets the range.
+        """Sets the range of sizes.
 
         Args:
             min_short_side: Smallest length of the shorter side, in pixels.
             max_short_side: Largest length of the shorter side.
-            long_side: The most that the longer side may be; the shorter one is smaller then.
+            long_side: Upper limit of the longer side, which makes the shorter side smaller if
+                needed.
         """
         assert 0 < min_short_side <= max_short_side
         self._short_sides, self._long_side = (min_short_side, max_short_side), long_side

@@ -1,1 +1,1 @@
-"""Heads on top of the pyramid: proposals, boxes, masks, and how they are matched."""
+"""Heads on top of the pyramid: proposals, boxes, masks, and their matching."""

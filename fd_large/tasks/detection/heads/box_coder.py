@@ -14,7 +14,7 @@ BoxCoder = get("torchvision.models.detection._utils:BoxCoder")
 
 
 class TwoSidedBoxCoder(BoxCoder):  # type: ignore[misc, valid-type]
-    """mmdetection's: a box may not shrink by more than it may grow, 1000 / 16."""
+    """mmdetection's box coder, which limits shrinking like growing, by 1000 / 16."""
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Maps differences (N, 4 k) and boxes (N, 4) to boxes (N, 4 k)."""

@@ -1,4 +1,4 @@
-"""The box head: which class a proposal is of, and where the object's edges really are.
+"""The box head: the class and the refined box of each proposal.
 
 Sources: Ren et al., arXiv 1506.01497; sizes as ViTDet's, Li et al., arXiv 2203.16527.
 """
@@ -32,12 +32,12 @@ BoxLoss = Literal["l1", "smooth_l1", "giou"]
 
 
 class BoxHead(nn.Module):
-    """Four convolutions, one layer on the whole cut; class and box from there.
+    """Four convolutions and a linear layer on the whole cut, then class and box.
 
     Args:
         num_classes: K; class K is the background.
         width: Channels of the pyramid and the convolutions; the layer has four times as many.
-        class_agnostic: Whether a proposal has one box, or one for each class.
+        class_agnostic: Whether a proposal has a single box, or a box for each class.
     """
 
     def __init__(self, num_classes: int, width: int, *, class_agnostic: bool = False):
@@ -58,15 +58,15 @@ class BoxHead(nn.Module):
 
 
 class Sampled(NamedTuple):
-    """The proposals of a batch that the losses look at.
+    """The proposals of a batch that the losses use.
 
     Attributes:
-        rois: (n, 4) float32 of each image, those that are for an object first.
+        rois: (n, 4) float32 of each image, positives first.
         labels: (N,) int64, the classes of all rois; K for background.
         objects: (p,) int64 of each image, which object each of the first p rois is for.
-        boxes: (P, 4) float32, the boxes of all these objects.
-        numbers: (n,) int64 of each image, where its rois stood among the proposals; numbers after
-            the last proposal are those of the objects themselves.
+        boxes: (P, 4) float32, the object boxes of all positives.
+        numbers: (n,) int64 of each image, index of each roi among the proposals; indices after
+            the last proposal are the objects themselves.
     """
 
     rois: list[Tensor]
@@ -77,12 +77,12 @@ class Sampled(NamedTuple):
 
     @property
     def positives(self) -> list[Tensor]:
-        """The rois (p, 4) of each image that are for an object."""
+        """The rois (p, 4) of each image that match an object."""
         return [roi[: len(of)] for roi, of in zip(self.rois, self.objects, strict=True)]
 
     @property
     def foreground(self) -> Tensor:
-        """(P,) int64, where these stand among the rois of the whole batch."""
+        """(P,) int64, indices of the positives among the rois of the whole batch."""
         first, places = 0, []
         for roi, of in zip(self.rois, self.objects, strict=True):
             places.append(torch.arange(first, first + len(of), device=self.labels.device))
@@ -101,17 +101,17 @@ def sample_rois(
     positive_iou: float = POSITIVE_IOU,
     best_for_each: bool = False,
 ) -> Sampled:
-    """Chooses the proposals that the losses look at; the objects themselves are proposals too.
+    """Samples the proposals for the losses; the objects themselves are proposals too.
 
     Args:
         proposals: (n, 4) float32 of each image, possibly none.
-        targets: What is in each image.
+        targets: The target of each image.
         draws: (B, 2 * rois_per_image) uniform numbers in [0, 1).
         rois_per_image: The most that are chosen.
         num_classes: K.
         positive_iou: Smallest IoU at which a proposal is for an object.
-        best_for_each: Whether the proposal that overlaps an object most is for it, even if it
-            overlaps another one more.
+        best_for_each: Whether an object gets the proposal that overlaps it most, even if that
+            overlaps another object more.
     """
     parts = []
     for proposal, target, own in zip(proposals, targets, draws, strict=True):
@@ -130,11 +130,11 @@ def sample_rois(
 def match_rois(
     rois: Sequence[Tensor], targets: Sequence[Target], *, num_classes: int, positive_iou: float
 ) -> Sampled:
-    """Takes all rois for what they are by now, but those in crowds that are for no object.
+    """Matches all rois to objects again, and drops unmatched rois inside crowds.
 
     Args:
         rois: (n, 4) float32 of each image, possibly none.
-        targets: What is in each image.
+        targets: The target of each image.
         num_classes: K.
         positive_iou: Smallest IoU at which a roi is for an object.
     """
@@ -158,10 +158,10 @@ def _matched(candidates: Tensor, target: Target, positive_iou: float) -> Tensor:
 
 
 def _sampled(parts: Sequence[tuple[Tensor, Target, Tensor, Sample]], num_classes: int) -> Sampled:
-    """Puts together what was chosen in each image.
+    """Joins the samples of each image.
 
     Args:
-        parts: Candidates of each image, what is in it, their objects (`match`), and those chosen.
+        parts: For each image: candidates, target, matched objects (`match`), and sampled indices.
         num_classes: K.
     """
     rois, labels, objects, boxes, numbers = [], [], [], [], []
@@ -176,11 +176,11 @@ def _sampled(parts: Sequence[tuple[Tensor, Target, Tensor, Sample]], num_classes
 
 
 def most_sampled(images: int, rois_per_image: int, like: Tensor) -> Sampled:
-    """Returns as many rois as are sampled at most, without a place, for shapes alone.
+    """Returns the largest possible number of rois, with arbitrary places, for counting.
 
     Args:
         images: B.
-        rois_per_image: The most of an image; `POSITIVE_SHARE` of them are for an object.
+        rois_per_image: Largest number of an image; `POSITIVE_SHARE` of them match an object.
         like: A tensor of the device, the meta device too.
     """
     positives = int(rois_per_image * POSITIVE_SHARE)
@@ -196,7 +196,7 @@ def most_sampled(images: int, rois_per_image: int, like: Tensor) -> Sampled:
 
 
 def deltas_of(deltas: Tensor, labels: Tensor) -> Tensor:
-    """Takes the deltas of its class of each row: (R, K or 1, 4), (R,) to (R, 4)."""
+    """Selects the deltas of each row's class: (R, K or 1, 4), (R,) to (R, 4)."""
     if deltas.shape[1] == 1:
         return deltas[:, 0]
     return deltas[torch.arange(len(labels), device=deltas.device), labels]
@@ -213,10 +213,10 @@ def box_losses(
     """Returns the summed losses of classes and of boxes over sampled proposals.
 
     Args:
-        logits: (R, K + 1) float32; R may be above N, what follows is not looked at.
+        logits: (R, K + 1) float32; R may exceed N, further rows are ignored.
         deltas: (R, K or 1, 4) float32.
         sampled: N proposals.
-        coder: What deltas are measured in.
+        coder: Box coder with the units of the deltas.
         box_loss: l1 and smooth_l1 (square below 1) compare deltas; giou boxes, times 10.
     """
     labels, foreground = sampled.labels, sampled.foreground

@@ -1,17 +1,18 @@
-"""Cascade Mask R-CNN: three box heads, each on the boxes of the one before, each more exacting.
+"""Cascade Mask R-CNN: three box heads in sequence, with rising IoU thresholds.
 
-Two forms are published, whose scores are not the same function of the same weights:
+Two published forms compute different scores from the same weights:
 
-mmdet: every stage draws its own sample, with the objects among the proposals, weighs half of the
-one before, and has a mask head for its own boxes. A test takes the softmax of the mean logits and
-the mean of the masks' probabilities. The last stage measures boxes in 0.033 and 0.067.
+mmdet: every stage draws its own sample, with the objects among the proposals, has half the loss
+weight of the previous stage, and has its own mask head. A test takes the softmax of the mean
+logits and the mean of the masks' probabilities. The last stage's box units are 0.033 and 0.067.
 
-detectron2: the first stage draws a sample, which the others match anew. Stages weigh the same, and
-a third of their gradient goes on into the features of boxes. One mask head learns from the first
-sample. A test takes the mean of the probabilities. The last stage measures in 1/30 and 1/15.
+detectron2: the first stage draws a sample, which the others match again. Stages have equal
+weights, and a third of their gradient reaches the box features. A single mask head learns from
+the first sample. A test takes the mean of the probabilities. The last stage's box units are 1/30
+and 1/15.
 
-The layers of a head are the same in both here, ViTDet's with LayerNorm. mmdetection's own have none
-(two linear layers) or batch statistics, which would depend on what else is in the batch.
+Both forms use ViTDet's layers with LayerNorm here. mmdetection's own heads have no norm (two
+linear layers) or batch statistics, which would depend on the rest of the batch.
 
 Every call runs the same modules in the same order on all ranks, also in stages that have lost all
 their positives.
@@ -62,13 +63,13 @@ FormName = Literal["mmdet", "detectron2"]
 
 
 class Form(NamedTuple):
-    """In what the published cascades differ.
+    """The differences between the published cascades.
 
     Attributes:
-        coders: What each stage's deltas are measured in.
+        coders: Box coder of each stage, with the units of its deltas.
         loss_weights: Weight of the losses of each stage.
         samples_again: Whether every stage draws its own sample, and has a mask head.
-        gradient_scale: Share of the gradient that goes on into the features of boxes.
+        gradient_scale: Fraction of the gradient that reaches the box features.
         averages_logits: Whether logits are averaged over the stages, or probabilities.
     """
 
@@ -100,12 +101,12 @@ class Stage(NamedTuple):
 
 
 class Features(NamedTuple):
-    """The maps that boxes are cut out of.
+    """The maps from which boxes are cut.
 
     Attributes:
         maps: Levels of the pyramid, finest first.
         strides: Pixels per place of each level.
-        semantic: What a semantic branch gives (`SemanticBranch`), in heads that have one.
+        semantic: Output of the semantic branch (`SemanticBranch`), in heads with one.
     """
 
     maps: Sequence[Tensor]
@@ -122,7 +123,7 @@ class CascadeHeads(nn.Module):
         rois_per_image: Proposals sampled for training.
         form: A name of the table `FORMS`.
         box_loss: How boxes are compared (`box_losses`).
-        class_agnostic: Whether a proposal has one box, or one for each class.
+        class_agnostic: Whether a proposal has a single box, or a box for each class.
     """
 
     # Whether a stage's masks learn from a sample of its refined boxes, not of its first ones.
@@ -152,13 +153,13 @@ class CascadeHeads(nn.Module):
 
     @property
     def samples_per_image(self) -> int:
-        """How many samples `terms` draws from each image."""
+        """Number of samples that `terms` draws from each image."""
         samples = NUM_STAGES if self.form.samples_again else 1
         return 2 * samples if self.interleaved else samples
 
     @property
     def draws_per_image(self) -> int:
-        """How many uniform numbers `terms` needs for each image."""
+        """Number of uniform random numbers that `terms` needs for each image."""
         return 2 * self.rois_per_image * self.samples_per_image
 
     def terms(
@@ -170,14 +171,14 @@ class CascadeHeads(nn.Module):
         targets: Sequence[Target],
         draws: NDArray,
     ) -> Terms:
-        """The losses of the stages, "cls_1" to "box_3", and of masks, "mask_1" to "mask_3".
+        """Returns the losses of the stages, "cls_1" to "box_3", and of masks, "mask_1" to "mask_3".
 
         Args:
             maps: Levels of the pyramid, finest first.
             strides: Pixels per place of each level.
             proposals: (n, 4) float32 of each image, possibly none.
             sizes: (B, 2), height and width of each image without its padding.
-            targets: What is in each image.
+            targets: The target of each image.
             draws: (B, draws_per_image) uniform numbers in [0, 1).
         """
         features = self._features(maps, strides)
@@ -201,7 +202,7 @@ class CascadeHeads(nn.Module):
         return terms
 
     def shapes_only(self, maps: Sequence[Tensor], strides: Sequence[float]) -> Tensor:
-        """The sum of the losses on as many proposals as are sampled at most, with any numbers.
+        """Returns the sum of the losses on the largest possible sample, for counting.
 
         Args:
             maps: Levels of the pyramid, finest first; also on the meta device.
@@ -224,7 +225,7 @@ class CascadeHeads(nn.Module):
         proposals: Sequence[Tensor],
         sizes: Tensor,
     ) -> list[Candidates]:
-        """Returns what the proposals of each image may be, before the best are chosen.
+        """Returns the possible classes and boxes of each image's proposals.
 
         Args:
             maps: Levels of the pyramid, finest first.
@@ -302,11 +303,11 @@ class CascadeHeads(nn.Module):
         return pool(features.maps, features.strides, boxes, MASK_SIDE)
 
     def _masks_of(self, number: int, cuts: Tensor) -> Tensor:
-        """The logits (R, K, M, M) of one mask head."""
+        """Returns the logits (R, K, M, M) of one mask head."""
         return self.mask_heads[number](cuts)
 
     def _all_masks(self, cuts: Tensor) -> list[Tensor]:
-        """The logits of all mask heads."""
+        """Returns the logits of all mask heads."""
         return [head(cuts) for head in self.mask_heads]
 
     def _box_terms(self, number: int, stage: Stage, sampled: Sampled) -> Terms:
@@ -331,7 +332,7 @@ class CascadeHeads(nn.Module):
         return {f"mask_{number + 1}": (weight * loss, len(of_masks.labels))}
 
     def _refined(self, number: int, stage: Stage, labels: Tensor, sizes: Tensor) -> list[Tensor]:
-        """The boxes that a stage makes of its rois, cut to their images."""
+        """Returns a stage's refined boxes of its rois, clipped to their images."""
         counts = [len(roi) for roi in stage.rois]
         deltas = deltas_of(stage.deltas[: sum(counts)].detach(), labels)
         boxes = self.form.coders[number].decode_single(deltas, torch.cat(list(stage.rois)))
@@ -349,9 +350,10 @@ class CascadeHeads(nn.Module):
         proposals: Sequence[Tensor],
         sizes: Tensor,
     ) -> list[Tensor]:
-        """The refined boxes that the next stage starts from.
+        """Returns the refined boxes for the next stage.
 
-        Where it adds the objects itself, those of this stage are left out; else boxes without area.
+        If the next stage adds the objects itself, this stage's are left out; else boxes without
+        area are.
         """
         of_class = stage.logits[: len(sampled.labels), :-1].argmax(1)
         labels = torch.where(sampled.labels < self.num_classes, sampled.labels, of_class)

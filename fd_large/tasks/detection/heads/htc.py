@@ -1,13 +1,13 @@
-"""Hybrid Task Cascade: a cascade whose mask heads see each other, and what is around an object.
+"""Hybrid Task Cascade: a cascade with connected mask heads and semantic context.
 
-Against Cascade Mask R-CNN in mmdetection's form: the masks of a stage learn from a new sample of
-the boxes that it has refined; each mask head also takes what the one before made of the same cuts;
-and where the dataset has maps of classes (COCO-Stuff's), a branch learns these from all levels, and
-its embedding is added to the cuts of boxes and masks.
+Differences from Cascade Mask R-CNN in mmdetection's form: a stage's masks learn from a new sample
+of its refined boxes; each mask head also takes the previous mask head's features of the same
+cuts; and if the dataset has maps of classes (COCO-Stuff's), a branch learns these from all
+levels, and its embedding is added to the cuts of boxes and masks.
 
-A test averages the probabilities of the three mask heads, as mmdetection 2 does, with which the
-published scores of HTC++ and its open successors were made. mmdetection 3.3 takes those of the last
-head alone, because its list is filled after the loop.
+A test averages the probabilities of the three mask heads, as mmdetection 2 does, as for the
+published scores of HTC++ and its open successors. mmdetection 3.3 uses only the last head's,
+because its list is filled after the loop.
 
 Source: Chen et al., arXiv 1901.07518; mmdetection 3.3 (roi_heads/htc_roi_head.py).
 """
@@ -37,8 +37,8 @@ class HtcHeads(CascadeHeads):
         width: Channels of the pyramid and the heads.
         rois_per_image: Proposals sampled for training, of boxes and again of masks.
         box_loss: How boxes are compared (`box_losses`).
-        class_agnostic: Whether a proposal has one box, or one for each class.
-        semantic_classes: Classes of the semantic branch; 0: there is none.
+        class_agnostic: Whether a proposal has a single box, or a box for each class.
+        semantic_classes: Classes of the semantic branch; 0 for no branch.
     """
 
     interleaved = True
@@ -93,7 +93,7 @@ class HtcHeads(CascadeHeads):
         return [head.logits(x) for head, x in zip(self.mask_heads, found, strict=True)]
 
     def _flow(self, cuts: Tensor, num_heads: int) -> list[Tensor]:
-        """Returns the maps of the first mask heads' convolutions, each given the one before."""
+        """Returns the features of the mask heads, each computed from the previous head's."""
         found = [self.mask_heads[0].convolutions(cuts)]
         for number in range(1, num_heads):
             passed = F.relu(self.mask_flows[number - 1](found[-1]))
@@ -102,5 +102,5 @@ class HtcHeads(CascadeHeads):
 
 
 def _around(embedding: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-    """Cuts of the semantic embedding, (R, C, 14, 14)."""
+    """Returns cuts of the semantic embedding, (R, C, 14, 14)."""
     return pool_one(embedding, SEMANTIC_STRIDE, boxes, MASK_SIDE)

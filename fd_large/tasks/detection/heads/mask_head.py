@@ -1,4 +1,4 @@
-"""The mask head: which places inside a box belong to the object.
+"""The mask head: the mask of the object inside a box.
 
 Source: He et al., arXiv 1703.06870; sizes as ViTDet's, Li et al., arXiv 2203.16527.
 """
@@ -49,17 +49,17 @@ class MaskHead(nn.Module):
         return self.logits(self.convolutions(cuts))
 
     def logits(self, features: Tensor) -> Tensor:
-        """Maps what the convolutions give, (R, width, 14, 14), to logits (R, K, 28, 28)."""
+        """Maps the convolutions' output (R, width, 14, 14) to logits (R, K, 28, 28)."""
         return at_least_float32(self.masks(F.relu(self.doubling(features))))
 
 
 def of_class(masks: Tensor, labels: Tensor) -> Tensor:
-    """Takes the mask of its class of each of the first boxes: (R, K, M, M), (n,) to (n, M, M)."""
+    """Selects the mask of each box's class, for the first n boxes: (R, K, M, M) to (n, M, M)."""
     return masks[torch.arange(len(labels), device=masks.device), labels]
 
 
 class Taught(NamedTuple):
-    """The target of a mask head.
+    """The targets of a mask head.
 
     Attributes:
         rois: (p, 4) float32 of each image, for an object each.
@@ -73,7 +73,7 @@ class Taught(NamedTuple):
 
 
 def taught(sampled: Sampled, targets: Sequence[Target]) -> Taught:
-    """Returns the masks of the sampled proposals that are for an object.
+    """Returns the target masks of the sampled proposals that match an object.
 
     Of a dataset of boxes alone none: the mask head runs as everywhere, and learns nothing.
     """
@@ -90,7 +90,7 @@ def taught(sampled: Sampled, targets: Sequence[Target]) -> Taught:
 
 
 def most_taught(sampled: Sampled) -> Taught:
-    """Returns masks of nothing for sampled proposals, for shapes alone."""
+    """Returns empty target masks of the largest possible sample, for counting."""
     labels = sampled.labels[sampled.foreground]
     side = 2 * MASK_SIDE
     return Taught(sampled.positives, labels, sampled.boxes.new_zeros(len(labels), side, side))
@@ -99,7 +99,7 @@ def most_taught(sampled: Sampled) -> Taught:
 def mean_masks(
     logits: Sequence[Tensor], labels: Sequence[Tensor], counts: Sequence[int]
 ) -> list[Tensor]:
-    """Returns the masks of its class of each box, probabilities: (n, M, M) float32 of each image.
+    """Returns mask probabilities of each box's class: (n, M, M) float32 for each image.
 
     Args:
         logits: (R, K, M, M) float32 of each mask head; the probabilities are averaged.
@@ -112,10 +112,10 @@ def mean_masks(
 
 
 def mask_loss(logits: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
-    """Returns the loss of masks, a mean over the places of each and a sum over boxes.
+    """Returns the loss of masks: a mean over a mask's places, summed over boxes.
 
     Args:
-        logits: (R, K, M, M) float32; R may be above P, what follows is not looked at.
+        logits: (R, K, M, M) float32; R may exceed P, further rows are ignored.
         labels: (P,) int64.
         wanted: (P, M, M) float32, 0 or 1.
     """
@@ -125,7 +125,7 @@ def mask_loss(logits: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
 
 @torch.no_grad()
 def cut_masks(masks: Tensor, numbers: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """Cuts objects' masks out at boxes and resizes them: (r, side, side) float32, 0 or 1.
+    """Crops objects' masks to boxes and resizes them: (r, side, side) float32, 0 or 1.
 
     Args:
         masks: (n, H, W) uint8.

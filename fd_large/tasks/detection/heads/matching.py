@@ -1,4 +1,4 @@
-"""Which object each anchor or proposal is for, and which of them are looked at.
+"""Matching of anchors and proposals to objects, and their sampling for the losses.
 
 Choices are drawn by counting, from (seed, epoch, position of the image), so that the number of
 ranks cannot change them.
@@ -33,7 +33,7 @@ def match(
     negative_iou: float,
     best_for_each: bool,
 ) -> Tensor:
-    """Returns for each candidate its object's number, BACKGROUND or IGNORED: (N,) int64.
+    """Returns each candidate's object index, BACKGROUND or IGNORED: (N,) int64.
 
     Args:
         boxes: (n, 4) of the objects, possibly none.
@@ -41,7 +41,8 @@ def match(
         candidates: (N, 4).
         positive_iou: Smallest IoU at which a candidate is for an object.
         negative_iou: IoU below which it is background.
-        best_for_each: Whether each object also takes the candidates nearest to it, however far.
+        best_for_each: Whether each object also takes its best candidates, however little they
+            overlap.
     """
     if len(boxes) and len(candidates):
         matcher = Matcher(positive_iou, negative_iou, allow_low_quality_matches=best_for_each)
@@ -63,7 +64,7 @@ def match(
 
 
 def give_best(matched: Tensor, boxes: Tensor, candidates: Tensor, *, positive_iou: float) -> None:
-    """Gives each object the candidates that overlap it most, whichever they overlap most.
+    """Gives each object its best overlapping candidates, even if they overlap others more.
 
     Args:
         matched: (N,) int64, as `match` returns it; changed.
@@ -82,10 +83,10 @@ def give_best(matched: Tensor, boxes: Tensor, candidates: Tensor, *, positive_io
 
 
 class Sample(NamedTuple):
-    """Numbers of the candidates that are looked at.
+    """Indices of the sampled candidates.
 
     Attributes:
-        positives: (p,) int64, those that are for an object.
+        positives: (p,) int64, candidates that match an object.
         negatives: (q,) int64, background.
     """
 
@@ -94,12 +95,12 @@ class Sample(NamedTuple):
 
 
 def sample(matched: Tensor, count: int, positive_share: float, draws: NDArray) -> Sample:
-    """Chooses up to `count` candidates, of which at most a share are for objects.
+    """Samples up to `count` candidates, with a limited share of positives.
 
     Args:
         matched: (N,) int64, as `match` returns it.
         count: The most that are chosen, of both kinds.
-        positive_share: Largest share of candidates for objects; background fills up the rest.
+        positive_share: Largest share of positives; background fills the rest.
         draws: (2 * count,) uniform numbers in [0, 1).
     """
     positives = torch.where(matched >= 0)[0]
@@ -113,9 +114,10 @@ def sample(matched: Tensor, count: int, positive_share: float, draws: NDArray) -
 
 
 def choose(total: int, count: int, draws: NDArray) -> NDArray[np.int64]:
-    """Draws `count` of `total` numbers without repetition: the start of Fisher and Yates' shuffle.
+    """Draws `count` of `total` numbers without repetition, by a partial Fisher-Yates shuffle.
 
-    The list is held as its differences from 0, 1, 2, ..., so that the work is that of `count`.
+    Only the changes to the list 0, 1, 2, ... are stored, so that the work is proportional to
+    `count`.
     """
     moved: dict[int, int] = {}
     chosen = np.empty(count, dtype=np.int64)

@@ -1,8 +1,8 @@
 """RoIAlign over the levels of a pyramid.
 
-Each level is pooled in every call, whether it has a box or not, so that the graph has one shape on
-all ranks, whatever is in their images. torchvision's own pooler guesses strides from the first
-batch it sees and shifts boxes by half a pixel; its level rule and its operation serve.
+Each level is pooled in every call, even without boxes, so that the graph has the same form on all
+ranks. torchvision's own pooler guesses strides from its first batch and shifts boxes by half a
+pixel; only its level rule and its operation are used.
 
 Sources: He et al., arXiv 1703.06870; Lin et al., arXiv 1612.03144, equation 1.
 """
@@ -28,13 +28,13 @@ _SAMPLES = 0  # Points per cell, each way: as many as it has places.
 def pool(
     maps: Sequence[Tensor], strides: Sequence[float], boxes: Sequence[Tensor], side: int
 ) -> Tensor:
-    """Cuts boxes out of the level that fits their size.
+    """Pools boxes from the level that fits their size.
 
-    A batch without boxes gives one cut that means nothing: all ranks must call the same modules,
-    and no library promises the gradients of a head that saw none.
+    A batch without boxes returns one dummy cut: all ranks must call the same modules, and no
+    library guarantees gradients of a head without input.
 
     Args:
-        maps: Four levels, finest first, (B, C, H, W) each; further ones are not used.
+        maps: Four levels, finest first, (B, C, H, W) each; further levels are ignored.
         strides: Pixels per place of each level.
         boxes: (n, 4) float32 of each image, in pixels.
         side: Places of a cut, each way.
@@ -51,12 +51,12 @@ def pool(
 
 
 def pool_one(level: Tensor, stride: float, boxes: Sequence[Tensor], side: int) -> Tensor:
-    """Cuts boxes of any size out of one map (B, C, H, W); else as `pool`."""
+    """Pools boxes of any size from a single map (B, C, H, W); otherwise like `pool`."""
     return _cut(level, stride, _rois(boxes)[1], side).to(level.dtype)
 
 
 def _rois(boxes: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
-    """The boxes, one of nothing if there are none, and with their images' numbers (R, 5)."""
+    """Returns the boxes (or one dummy box), alone and with their images' indices (R, 5)."""
     if not any(map(len, boxes)):
         boxes = [boxes[0].new_tensor([[0.0, 0.0, 1.0, 1.0]]), *boxes[1:]]
     numbers = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
@@ -72,7 +72,7 @@ def _cut(level: Tensor, stride: float, rois: Tensor, side: int) -> Tensor:
 
 
 def _places_by_level(boxes: Sequence[Tensor]) -> list[Tensor]:
-    """Numbers of the boxes for each level; an equal share on the meta device, without sizes."""
+    """Returns the indices of each level's boxes; equal shares on the meta device."""
     if boxes[0].is_meta:
         every = torch.arange(sum(map(len, boxes)), device="meta")
         return [every[level::NUM_LEVELS] for level in range(NUM_LEVELS)]

@@ -1,8 +1,8 @@
-"""The second half of a detector: proposals are sorted into classes, refined, and masked.
+"""The second half of a detector: proposals are classified, refined, and masked.
 
-`RoIHeads` are Mask R-CNN's. Other heads, a cascade for example, are another class with the same
-constructor and the same face (`draws_per_image`, `terms`, `candidates`, `masks`, `shapes_only`) in
-a file of their own, and one line of the table in `task.py`.
+`RoIHeads` are Mask R-CNN's. Other heads, such as a cascade, are a class with the same constructor
+and interface (`draws_per_image`, `terms`, `candidates`, `masks`, `shapes_only`) in a separate
+file, and a line of the table in `task.py`.
 
 Every call runs the same modules in the same order on all ranks, whatever is in their images.
 
@@ -47,8 +47,8 @@ class Candidates(NamedTuple):
     """The possible classes and boxes of one image's proposals.
 
     Attributes:
-        boxes: (R, K, 4) float32, one for each class, or (R, 1, 4), the same for all; in pixels, not
-            cut to the image.
+        boxes: (R, K, 4) float32, a box for each class, or (R, 1, 4), one for all classes; in
+            pixels, not clipped to the image.
         scores: (R, K) float32, 0 to 1.
     """
 
@@ -80,7 +80,7 @@ class RoIHeads(nn.Module):
 
     @property
     def draws_per_image(self) -> int:
-        """How many uniform numbers `terms` needs for each image."""
+        """Number of uniform random numbers that `terms` needs for each image."""
         return 2 * self.rois_per_image
 
     def terms(
@@ -92,7 +92,7 @@ class RoIHeads(nn.Module):
         targets: Sequence[Target],
         draws: NDArray,
     ) -> Terms:
-        """The losses over the sampled proposals of a batch: "cls", "box" and "mask".
+        """Returns the losses over the sampled proposals of a batch: "cls", "box" and "mask".
 
         Args:
             maps: Levels of the pyramid, finest first.
@@ -100,7 +100,7 @@ class RoIHeads(nn.Module):
             proposals: (n, 4) float32 of each image, possibly none.
             sizes: (B, 2), height and width of each image without its padding; for heads that
                 refine boxes more than once.
-            targets: What is in each image.
+            targets: The target of each image.
             draws: (B, draws_per_image) uniform numbers in [0, 1).
         """
         sampled = sample_rois(
@@ -113,7 +113,7 @@ class RoIHeads(nn.Module):
         return self._terms(maps, strides, sampled, taught(sampled, targets))
 
     def shapes_only(self, maps: Sequence[Tensor], strides: Sequence[float]) -> Tensor:
-        """The sum of the losses on as many proposals as are sampled at most, with any numbers.
+        """Returns the sum of the losses on the largest possible sample, for counting.
 
         Args:
             maps: Levels of the pyramid, finest first; also on the meta device.
@@ -126,7 +126,7 @@ class RoIHeads(nn.Module):
     def _terms(
         self, maps: Sequence[Tensor], strides: Sequence[float], sampled: Sampled, of_masks: Taught
     ) -> Terms:
-        """The losses of what was sampled."""
+        """Returns the losses of the sampled proposals."""
         logits, deltas = self.box(pool(maps, strides, sampled.rois, BOX_SIDE))
         classes, boxes = box_losses(logits, deltas, sampled)
         masks = self.mask(pool(maps, strides, of_masks.rois, MASK_SIDE))
@@ -144,7 +144,7 @@ class RoIHeads(nn.Module):
         proposals: Sequence[Tensor],
         sizes: Tensor,
     ) -> list[Candidates]:
-        """Returns what the proposals of each image may be, before the best are chosen.
+        """Returns the possible classes and boxes of each image's proposals.
 
         Args:
             maps: Levels of the pyramid, finest first.

@@ -1,4 +1,4 @@
-"""Region proposals: where an object may be, from anchors on every level of the pyramid.
+"""Region proposals: possible objects, from anchors on every level of the pyramid.
 
 Source: Ren et al., arXiv 1506.01497, as detectron2 and torchvision have it; two convolutions as in
 ViTDet (arXiv 2203.16527).
@@ -80,14 +80,14 @@ def anchors_of(
 
 
 def _cell_anchors(side: float) -> Tensor:
-    """The anchors of a place around its corner, of one area and each ratio: (A, 4) float32."""
+    """Returns the anchors of a place around its corner, for one area and each ratio: (A, 4)."""
     height = torch.tensor(RATIOS).sqrt() * side
     width = side**2 / height
     return torch.stack([-width, -height, width, height], dim=1) / 2
 
 
 class Proposals(NamedTuple):
-    """Where objects may be in one image, best first.
+    """The proposals of one image, best first.
 
     Attributes:
         boxes: (n, 4) float32, in pixels.
@@ -140,7 +140,7 @@ def propose(
 
 
 def cut_to(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Cuts boxes (B, N, 4) to the images' heights and widths, sizes (B, 2)."""
+    """Clips boxes (B, N, 4) to the images' heights and widths, sizes (B, 2)."""
     limits = sizes.flip(1).to(boxes.dtype).repeat(1, 2)[:, None]  # (B, 1, 4): w, h, w, h
     return torch.minimum(boxes.clamp(min=0), limits)
 
@@ -154,13 +154,13 @@ def rpn_terms(
     *,
     anchors_per_image: int,
 ) -> dict[str, tuple[Tensor, int]]:
-    """The losses over the sampled anchors of a batch: "rpn_cls" and "rpn_box".
+    """Returns the losses over the sampled anchors of a batch: "rpn_cls" and "rpn_box".
 
     Args:
         logits: (B, A) float32 of all levels.
         deltas: (B, A, 4) float32.
         anchors: (A, 4).
-        targets: What is in each image.
+        targets: The target of each image.
         draws: (B, 2 * anchors_per_image) uniform numbers in [0, 1).
         anchors_per_image: The most that are sampled.
 
@@ -191,7 +191,7 @@ def rpn_terms(
 
 
 def rpn_shapes_only(logits: Tensor, deltas: Tensor, *, anchors_per_image: int) -> Tensor:
-    """The sum of the losses on as many anchors as are sampled at most, with any numbers.
+    """Returns the sum of the losses on the largest possible sample of anchors, for counting.
 
     Args:
         logits: (B, A) float32 of all levels; also on the meta device.
@@ -214,7 +214,7 @@ def _losses(
     positives: Tensor,
     wanted: Tensor,
 ) -> dict[str, Tensor]:
-    """The summed losses, by places among all anchors of the batch."""
+    """Returns the summed losses, by indices among all anchors of the batch."""
     cls = F.binary_cross_entropy_with_logits(
         logits.flatten()[sampled], labels.float(), reduction="sum"
     )

@@ -1,4 +1,4 @@
-"""Which of the many boxes of an image a detector reports: one of each object, the best of all."""
+"""Selection of the boxes that a detector reports: non-maximum suppression and a limit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Detections(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The boxes of an image that are reported, best first, before their masks are made.
+    """The selected boxes of an image, best first, before their masks are made.
 
     Attributes:
         boxes: (n, 4) float32.
@@ -47,11 +47,11 @@ class Chosen(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The rule by which boxes are chosen.
+    """The rule of selection.
 
     Attributes:
-        nms: hard leaves out what overlaps a better box of its class by more than `iou`; linear and
-            gaussian lower its score (`soft_nms`).
+        nms: "hard" drops boxes that overlap a better box of their class by more than `iou`;
+            "linear" and "gaussian" lower their scores (`soft_nms`).
         iou: The overlap from which hard and linear act.
         least_score: Scores up to it are no detections.
         at_most: The most boxes of an image.
@@ -68,7 +68,7 @@ class Selection:
         """Chooses among the proposals of an image.
 
         Args:
-            boxes: (R, K, 4) float32, one for each class, or (R, 1, 4).
+            boxes: (R, K, 4) float32, a box for each class, or (R, 1, 4).
             scores: (R, K) float32.
             size: (2,), height and width of the image without its padding, to which boxes are cut.
         """
@@ -90,7 +90,7 @@ class Selection:
         return Chosen(boxes[kept], scores, labels[kept])
 
     def detections(self, chosen: Chosen, masks: Tensor) -> Detections:
-        """Puts chosen boxes and their masks (n, M, M) together, best first."""
+        """Joins the selected boxes and their masks (n, M, M), best first."""
         if not self.rescored:
             return Detections(*chosen, masks)
         scores, order = rescored(chosen.scores, masks).sort(descending=True, stable=True)
@@ -98,7 +98,7 @@ class Selection:
 
 
 def rescored(scores: Tensor, masks: Tensor) -> Tensor:
-    """Returns scores times the mean probability inside their masks; of empty masks 0.
+    """Returns scores times the mean probability inside their masks; 0 for empty masks.
 
     Args:
         scores: (n,) float32.

@@ -1,6 +1,6 @@
-"""The semantic branch: the class of each place, stuff included, as a help for boxes and masks.
+"""The semantic branch: the class of each place, stuff included, as context for boxes and masks.
 
-Source: Chen et al., arXiv 1901.07518 (HTC), as mmdetection 3.3 has it (fused_semantic_head.py).
+Source: Chen et al., arXiv 1901.07518 (HTC), as in mmdetection 3.3 (fused_semantic_head.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOSS_WEIGHT = 0.2
 
 
 class SemanticBranch(nn.Module):
-    """All levels on one, convolutions, and from there a class and an embedding of each place.
+    """Sums all levels on one, applies convolutions, and predicts class and embedding of each place.
 
     Args:
         width: Channels of the pyramid and of the embedding.
@@ -61,11 +61,11 @@ class SemanticBranch(nn.Module):
 
 
 def semantic_loss(logits: Tensor, targets: Sequence[Target]) -> tuple[Tensor, int]:
-    """Returns the summed loss of places, and how many there are, those without a label too.
+    """Returns the summed loss of places, and the number of places, including unlabelled ones.
 
     Args:
         logits: (B, S, h, w) float32.
-        targets: What is in each image; one without a semantic map has no labels.
+        targets: The target of each image; an image without a semantic map has no labels.
     """
     labels = torch.full_like(logits[:, 0], UNLABELLED, dtype=torch.int64)
     for own, target in zip(labels, targets, strict=False):

@@ -1,10 +1,10 @@
-"""Soft non-maximum suppression: a chosen box lowers the scores of its neighbours of the same class.
+"""Soft non-maximum suppression: a selected box lowers the scores of its class's neighbours.
 
-Only the best few boxes of an image are ever asked for, so the boxes of all classes are chosen in
-one order, and what is never reached costs nothing: the work is that of `at_most` choices, not of
-the tens of thousands of pairs of a box and a class that a detector gives.
+A detector reports only the best few boxes of an image, so boxes of all classes are selected in
+one order, and the work is that of `at_most` selections instead of tens of thousands of pairs of
+box and class.
 
-Source: Bodla et al., arXiv 1704.04503, as mmcv (mmcv/ops/nms.py, v2.1.0) has it.
+Source: Bodla et al., arXiv 1704.04503, as in mmcv (mmcv/ops/nms.py, v2.1.0).
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def soft_nms(
     sigma: float = 0.5,
     least_score: float = 1e-3,
 ) -> tuple[Tensor, Tensor]:
-    """Chooses the best boxes, one after another, by scores that those before them have lowered.
+    """Selects the best boxes one by one; each selection lowers the scores of its neighbours.
 
     Args:
         boxes: (N, 4) float32, left, top, right, bottom.
         scores: (N,) float32.
         labels: (N,) int64, classes; boxes of different classes leave each other alone.
         at_most: The most boxes that are chosen.
-        decay: What a chosen box does to the scores of others by their IoU with it: linear times
-            1 - IoU from `iou` on; gaussian times exp(-IoU^2 / sigma) at any IoU.
+        decay: Factor of the scores of other boxes by their IoU with a selected box: "linear" is 1
+            - IoU from `iou` on; "gaussian" is exp(-IoU^2 / sigma) at any IoU.
         iou: Smallest IoU at which the linear decay lowers a score.
         sigma: Width of the gaussian decay.
-        least_score: A box whose score is lower is never chosen.
+        least_score: Boxes with lower scores are never selected.
 
     Returns: the numbers of the chosen boxes (n,) int64, best first, and their lowered scores (n,).
     """

@@ -1,1 +1,1 @@
-"""The official COCO evaluation of detections, their files, and pictures of what went wrong."""
+"""The official COCO evaluation of detections, its files, and plots of errors."""

@@ -29,7 +29,7 @@ SMALL_AREA = 32**2
 
 
 class Mark(NamedTuple):
-    """One object to draw.
+    """An object to draw.
 
     Attributes:
         box: Left, top, width, height, in pixels.
@@ -47,12 +47,12 @@ class Mark(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One image with its objects and with what was seen.
+    """An image with its true objects and its detections.
 
     Attributes:
         image: (H, W, 3) uint8.
         title: The text above it.
-        truth: Its objects.
+        truth: The true objects.
         seen: The detections.
     """
 
@@ -71,8 +71,8 @@ def compared_rows(
     """Returns a row for each of some images.
 
     Args:
-        ground_truth: What `scoring.read_ground_truth` returns.
-        compared: What `error_analysis.compare` returns.
+        ground_truth: Result of `scoring.read_ground_truth`.
+        compared: Result of `error_analysis.compare`.
         image_ids: Which images, in this order.
         read: Returns the pixels (H, W, 3) uint8 of an image id.
     """
@@ -109,10 +109,10 @@ def compared_rows(
 
 
 def marks_of(found: Sequence[Mapping[str, Any]]) -> list[Mark]:
-    """Returns marks of the detections of one image, a colour for each class among them.
+    """Returns marks of an image's detections, with a colour for each class.
 
     Args:
-        found: Entries with `class` (its name), `bbox`, `score`, and `segmentation` if there is one.
+        found: Entries with `class` (its name), `bbox`, `score`, and optionally `segmentation`.
     """
     classes = sorted({one["class"] for one in found})
     return [
@@ -175,7 +175,7 @@ def draw_image(image: NDArray[np.uint8], marks: Sequence[Mark], path: Path) -> N
 
 
 def draw_marks(axes: Axes, image: NDArray[np.uint8], marks: Sequence[Mark]) -> None:
-    """Draws marks on an image: large ones first, so that small ones stay visible."""
+    """Draws marks on an image, large objects first, so that small objects stay visible."""
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 

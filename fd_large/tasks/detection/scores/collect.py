@@ -1,4 +1,4 @@
-"""Detections in resized images as results in the images' own pixels, a file for each rank."""
+"""Detections in resized images turned into results in original pixels, a file for each rank."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def to_results(
     original_size: Tensor | Sequence[int],
     category_ids: Sequence[int],
 ) -> list[Result]:
-    """Detections of one image in COCO's format.
+    """Returns an image's detections in COCO's format.
 
     Args:
-        seen: What was seen, in pixels of the image's file.
+        seen: Detections in pixels of the image's file.
         image_id: The dataset's number of the image.
         original_size: Height and width of the image in its file.
         category_ids: The dataset's number of each label.
@@ -64,7 +64,7 @@ def to_results(
 
 
 def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
-    """Puts masks of boxes on an image's pixels.
+    """Pastes masks of boxes onto an image's pixels.
 
     Args:
         masks: (n, M, M) float32, probabilities over each box.
@@ -91,20 +91,21 @@ def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def _places(start: int, stop: int, low: Tensor, high: Tensor) -> Tensor:
-    """Where the centres of pixels lie in a box, from -1 at its one edge to 1 at the other."""
+    """Returns the positions of pixel centres in a box, from -1 at one edge to 1 at the other."""
     centres = torch.arange(start, stop, device=low.device, dtype=low.dtype) + 0.5
     return (centres - low) / (high - low) * 2 - 1
 
 
 def keep_shard(results: Sequence[Result], folder: Path, note: Note) -> None:
-    """Writes this rank's results where they are scored, and on rank 0 the note; a collective.
+    """Writes this rank's results into the folder for scoring, and the note on rank 0; a collective.
 
-    Through files, one a rank: masks of thousands of images would go to every rank otherwise.
+    Results pass through files, one a rank, so that masks of thousands of images are not sent to
+    every rank.
 
     Args:
         results: This rank's results.
         folder: A folder that all ranks see.
-        note: What is known of all ranks' results.
+        note: The note on all ranks' results.
 
     Raises: DataError: on every rank, if a rank cannot write its file.
     """

@@ -1,7 +1,8 @@
-"""Which objects were missed and which detections are false, image by image.
+"""Missed objects and false detections, image by image.
 
-A detection is right if it covers an object of its class that no better one took; one that lies in
-a crowd of its class is neither right nor wrong, as in the official evaluation. No torch.
+A detection is right if it covers an object of its class that no better detection took; a
+detection in a crowd of its class is neither right nor wrong, as in the official evaluation. No
+torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ LEAST_IOU = 0.5
 
 
 class Compared(NamedTuple):
-    """The objects of an image beside what was seen.
+    """The true objects of an image next to its detections.
 
     Attributes:
         objects: Annotations of the ground truth, crowds left out.
@@ -36,7 +37,7 @@ class Compared(NamedTuple):
 
     @property
     def num_errors(self) -> int:
-        """How many objects were missed and how many detections are false, together."""
+        """Number of missed objects plus false detections."""
         return sum(self.missed) + sum(self.false)
 
 
@@ -62,7 +63,7 @@ def compare(ground_truth: Mapping[str, Any], results: Sequence[Result]) -> dict[
 
 
 def worst(compared: Mapping[int, Compared], count: int) -> list[int]:
-    """Returns the ids of the images with most errors, the worst first; at most `count`."""
+    """Returns the ids of the `count` images with most errors, the worst first."""
     by_errors = sorted(compared, key=lambda number: (-compared[number].num_errors, number))
     return [number for number in by_errors[:count] if compared[number].num_errors]
 
@@ -86,7 +87,7 @@ def _compare(annotations: list[dict[str, Any]], results: list[Result]) -> Compar
 
 
 def _iou(seen: list[Result], objects: list[dict[str, Any]], *, crowd: bool) -> np.ndarray:
-    """IoU of boxes, (seen, objects): 0 between classes; of a crowd, the part that it covers."""
+    """Returns IoU of boxes, (detections, objects): 0 between classes, coverage for crowds."""
     if not seen or not objects:
         return np.zeros((len(seen), len(objects)))
     boxes = [np.array([entry["bbox"] for entry in side], dtype=float) for side in (seen, objects)]

@@ -1,4 +1,4 @@
-"""The COCO evaluation of a detector: every image once over the ranks, then scored beside them."""
+"""The COCO evaluation of a detector: every image once over the ranks, then scored in a process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def evaluate(
     draw: bool,
     between: Callable[[], None] = lambda: None,
 ) -> ScoringProcess:
-    """Detects in all images, and begins to score; a collective.
+    """Runs the detector on all images, and begins to score; a collective.
 
     Args:
         model: The detector, in evaluation mode, and how it is tested.
@@ -43,9 +43,9 @@ def evaluate(
         workers: Processes that load.
         max_pixels: Larger images are refused.
         draw: Whether to draw the worst images, some others, and the curves.
-        between: Called before each batch, on every rank alike; it may raise to end the evaluation.
+        between: Called before each batch on every rank; may raise to end the evaluation.
 
-    Returns: what scores them.
+    Returns: the scoring in progress.
     Raises: DataError: on every rank, if the results cannot be written.
     """
     loader = build_evaluation_loader(
@@ -92,21 +92,21 @@ def evaluate(
 
 
 def scoring_of(images: CocoSet, folder: Path, *, draw: bool, max_pixels: int) -> ScoringProcess:
-    """Begins to score the detections that lie in a folder; for the arguments see `evaluate`."""
+    """Begins to score the detections in a folder; for the arguments see `evaluate`."""
     paths = {images.image_id(index): images[index] for index in range(len(images))} if draw else {}
     return ScoringProcess(folder, images.annotations, images=paths, max_pixels=max_pixels)
 
 
 def left_in(folder: Path, last: int) -> tuple[int, Path] | None:
-    """Returns the newest evaluation that a run did not score to its end; a collective.
+    """Returns the newest evaluation that a run has not finished scoring; a collective.
 
-    What was left before a later one that was scored is out of date, and removed.
+    Unfinished evaluations older than a scored one are out of date, and removed.
 
     Args:
         folder: The run's folder of evaluations.
         last: The last step that counts.
 
-    Returns: its steps and its folder; None: there is none.
+    Returns: its step and its folder, or None.
     """
     found: list[tuple[int, Path]] = []
     if distributed.is_main():

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: worst and chosen images beside the ground truth, and curves.
+"""Plots of an evaluation: worst and chosen images next to the ground truth, and curves.
 
 No torch.
 """
@@ -35,17 +35,17 @@ def draw_evaluation(
 ) -> list[Path]:
     """Draws worst.png, chosen.png and curves.png.
 
-    The chosen images are spread evenly over the dataset, the same ones in every evaluation, so that
-    they can be compared.
+    The chosen images are spread evenly over the dataset, the same in every evaluation, for
+    comparison.
 
     Args:
-        ground_truth: What `scoring.read_ground_truth` returns.
+        ground_truth: Result of `scoring.read_ground_truth`.
         results: Detections, with boxes.
         scores: The scores of these results.
         read: Returns the pixels (H, W, 3) uint8 of an image id.
         folder: A folder that exists.
 
-    Returns: what was drawn; worst.png is left out where nothing is wrong.
+    Returns: the drawn files; worst.png is left out if there are no errors.
     """
     compared = compare(ground_truth, results)
     numbers = sorted(compared)
@@ -65,7 +65,7 @@ def draw_evaluation(
 
 @own_look
 def draw_curves(scores: Scores, path: Path) -> None:
-    """Draws precision against recall, at IoU 0.5 and 0.75, a panel for boxes and one for masks."""
+    """Draws precision against recall, at IoU 0.5 and 0.75, a panel each for boxes and masks."""
     from matplotlib.figure import Figure
 
     kinds = scores.kinds

@@ -1,4 +1,4 @@
-"""Detections in COCO's results format: files, and the shards of several ranks made one.
+"""Detections in COCO's results format: files, and merging of several ranks' shards.
 
 A result is `{"image_id", "category_id", "bbox": [left, top, width, height], "score"}` with
 `"segmentation": {"size": [height, width], "counts": text}` if it has a mask; ids are the dataset's
@@ -49,11 +49,11 @@ def write_results(path: str | Path, results: Sequence[Result]) -> None:
 
 
 def merge(shards: Iterable[Sequence[Result]]) -> list[Result]:
-    """Makes one list of the shards of several ranks, the same however images were dealt out.
+    """Merges the shards of several ranks into one list, the same for any distribution of images.
 
-    An image that is in two shards counts once, with its results of the first, and so do results
-    that are equal. Images come by rising id, the results of one in the order that they were
-    written in: the evaluation settles equal scores by that order.
+    An image in two shards counts once, with the first shard's results, and equal results count
+    once. Images are sorted by id, and an image's results stay in the order of writing, because
+    the evaluation uses it for equal scores.
     """
     of_image: dict[int, dict[tuple[Any, ...], Result]] = {}
     for shard in shards:

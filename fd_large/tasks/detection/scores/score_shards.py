@@ -1,9 +1,9 @@
-"""Merges and scores what the ranks of an evaluation found: a program of its own. No torch.
+"""Merges and scores the ranks' detections of an evaluation, as a separate program. No torch.
 
     python -m fd_large.tasks.detection.scores.score_shards ANSWER < request.json
 
-`ScoringProcess` starts it, so that training goes on meanwhile. ANSWER is the number of an open
-file: what libraries print is not in it.
+`ScoringProcess` starts it, so that training continues. ANSWER is the number of an open file,
+separate from what libraries print.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class Request(NamedTuple):
 
 
 class Note(NamedTuple):
-    """The note on a folder's shards, scoring.json; it is there until they are scored.
+    """The note on a folder's shards, scoring.json, which exists until they are scored.
 
     Attributes:
         ranks: How many shards there are.
         unread: How many images could not be read; their objects count as missed.
-        tested: How the detections were found, in words.
+        tested: The test's settings, in words.
     """
 
     ranks: int
@@ -119,7 +119,7 @@ def score_shards(request: Request) -> Scored:
 
 
 def _pixels(path: str, size: tuple[int, int], max_pixels: int) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) of an image; grey where it cannot be read."""
+    """Returns pixels (H, W, 3) of an image, grey if it cannot be read."""
     try:
         image = decode_with_pillow(Path(path).read_bytes(), path, max_pixels=max_pixels)
     except (DataError, OSError):  # It will be one of the worst; the evaluation has said why.
@@ -145,7 +145,7 @@ def main() -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Lets the kernel kill this process once its parent is gone; no signal but that ends it.
+    """Lets the kernel kill this process when its parent is gone; other signals are ignored.
 
     It would write into the folder of a run that has another owner. A launcher's signals to all
     processes of a job are for its ranks, which decide.

@@ -1,7 +1,7 @@
-"""The official COCO evaluation: twelve numbers for boxes and for masks, classes, curves.
+"""The official COCO evaluation: twelve metrics each for boxes and masks, classes, curves.
 
-faster-coco-eval counts; its figures are those of pycocotools (a test compares them). What lies in a
-crowd is neither right nor wrong. No torch.
+faster-coco-eval computes them, with the same figures as pycocotools (a test compares them).
+Detections in a crowd are neither right nor wrong. No torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PAIRS_AT_ONCE = 1_000_000
 
 
 class ClassScore(NamedTuple):
-    """The scores of one category; None if no image shows one.
+    """The scores of one category; None if no image shows it.
 
     Attributes:
         category_id: The dataset's number of the category.
@@ -74,7 +74,7 @@ class Scores:
     num_results: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what scores.json holds."""
+        """Returns the contents of scores.json."""
         return {
             "num_images": self.num_images,
             "num_results": self.num_results,
@@ -92,7 +92,7 @@ class Scores:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Scores:
-        """Returns the scores of which `to_dict` made these values, also after a way as JSON."""
+        """Returns the scores from the values of `to_dict`, also after JSON."""
         kinds = {}
         for kind in KINDS:
             if kind in values:
@@ -106,7 +106,7 @@ class Scores:
         return cls(kinds, values["num_images"], values["num_results"])
 
     def named(self) -> dict[str, float]:
-        """Returns the twelve numbers of boxes and of masks, by names like `box_AP`."""
+        """Returns the twelve metrics of boxes and of masks, by names like `box_AP`."""
         return {
             f"{kind}_{name}": value
             for kind, of_kind in self.kinds.items()
@@ -115,7 +115,7 @@ class Scores:
 
 
 def read_ground_truth(path: str) -> dict[str, Any]:
-    """Reads the annotations that detections are scored against, and fills in what they may omit.
+    """Reads the ground-truth annotations, and fills in optional entries.
 
     Raises: DataError: if the file is missing or not COCO's.
     """
@@ -153,11 +153,11 @@ def _id(value: Any) -> None:
 def score(ground_truth: dict[str, Any], results: Sequence[Result]) -> Scores:
     """Scores detections.
 
-    Boxes are scored if all results have one, masks likewise. A detection's size, which decides
-    whether it counts among the small ones, is its box's area for boxes and its mask's for masks.
+    Boxes are scored if all results have one, and so are masks. A detection counts as small,
+    medium or large by its box's area for boxes, and by its mask's area for masks.
 
     Args:
-        ground_truth: What `read_ground_truth` returns; all its images count.
+        ground_truth: Result of `read_ground_truth`; all its images count.
         results: Detections in these images, in COCO's format.
 
     Raises: DataError: if results belong to other images or categories, or masks to other sizes.
@@ -186,16 +186,16 @@ MOST_REDRAWN = 2_000_000
 def redrawn_aps(
     ground_truth: dict[str, Any], results: Sequence[Result], scores: Scores
 ) -> dict[str, tuple[float, np.ndarray]]:
-    """Returns AP, of boxes and of masks, and what it is on other draws of the images.
+    """Returns the AP of boxes and masks, and its values on redrawn images.
 
     Detections are matched once; a draw counts the matches of an image as often as it holds it.
 
     Args:
-        ground_truth, results: As `score` takes them.
-        scores: What `score` returned.
+        ground_truth, results: See `score`.
+        scores: Result of `score`.
 
-    Returns: AP and (D,) that of each draw of `probes.redrawn`, by names like `box_AP`; nothing for
-        more than `MOST_REDRAWN` classes times images, which would take half an hour.
+    Returns: AP, and its values (D,) on each draw of `probes.redrawn`, by names like `box_AP`;
+        empty for more than `MOST_REDRAWN` classes times images, which would take half an hour.
     """
     from faster_coco_eval import COCOeval_faster
     from faster_coco_eval.faster_eval_api_cpp import COCOevalAccumulate
@@ -299,7 +299,7 @@ def _count(
 def _loaded(
     ground_truth: dict[str, Any], results: Sequence[Result], categories: Sequence[int], key: str
 ) -> tuple[Any, Any]:
-    """The objects and the detections of some classes, as the evaluation takes them."""
+    """Returns the objects and detections of some classes in the evaluation's form."""
     from faster_coco_eval import COCO
 
     wanted = set(categories)
@@ -325,7 +325,7 @@ def _mean(precision: np.ndarray) -> float | None:
 
 
 def _silent(*_: object) -> None:
-    """Prints nothing, in place of the evaluation's table."""
+    """Replaces the evaluation's printed table by nothing."""
 
 
 def _check(ground_truth: dict[str, Any], results: Sequence[Result]) -> None:

@@ -1,7 +1,7 @@
-"""Scores the detections of an evaluation in a process of its own, on the machine of rank 0.
+"""Scores the detections of an evaluation in a separate process on rank 0's machine.
 
-A thread of rank 0 would not do: faster-coco-eval and the reading of JSON hold Python's lock, for
-minutes where there are many images, and all ranks would wait for that one.
+A thread of rank 0 is not enough: faster-coco-eval and the reading of JSON hold Python's lock, for
+minutes with many images, and all ranks would wait for rank 0.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STDERR = 2
 
 
 class ScoringProcess(Pending):
-    """The scoring of the ranks' detections; all ranks have one, and rank 0 the process.
+    """The scoring of the ranks' detections: an object on all ranks, a process on rank 0.
 
     Args:
         folder: Folder with the shards and the note.
@@ -103,16 +103,16 @@ class ScoringProcess(Pending):
 
     @property
     def done(self) -> bool:
-        """Whether the process has ended; False on all ranks but rank 0."""
+        """Whether the process has ended; False on ranks other than 0."""
         return self._scored is not None and self._scored.done()
 
     def scored(self, meanwhile: Callable[[], None] = lambda: None) -> Scored | None:
-        """Returns the scores on rank 0, once they are there, None elsewhere; a collective.
+        """Waits for the scores and returns them on rank 0, None elsewhere; a collective.
 
         Args:
-            meanwhile: Called again and again on all ranks alike; it may raise to leave.
+            meanwhile: Called repeatedly on all ranks; may raise to leave.
 
-        Raises: DataError: on all ranks, if there are none.
+        Raises: DataError: on all ranks, if the scoring failed.
         """
         scored = awaited(self._scored, meanwhile)
         if scored is not None and scored.problem:
@@ -120,12 +120,12 @@ class ScoringProcess(Pending):
         return scored
 
     def wait(self, meanwhile: Callable[[], None]) -> dict[str, float]:
-        """Returns the twelve numbers of boxes and of masks, by names like `box_AP`."""
+        """Returns the twelve metrics of boxes and of masks, by names like `box_AP`."""
         scored = self.scored(meanwhile)
         return distributed.broadcast_object(scored.scores.named() if scored else {})
 
     def forget(self) -> None:
-        """Removes the note, and the shards that it is of."""
+        """Removes the note and its shards."""
         if distributed.is_main():
             forget_shards(self._folder)
 
@@ -136,7 +136,7 @@ class ScoringProcess(Pending):
 
 
 def forget_shards(folder: Path) -> None:
-    """Removes the note of a folder, and the shards that it is of."""
+    """Removes the note of a folder and its shards."""
     (folder / NOTE).unlink(missing_ok=True)
     # Also those that an evaluation on more ranks left here when it was killed.
     for shard in folder.glob(SHARDS):

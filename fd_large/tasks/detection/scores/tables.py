@@ -1,4 +1,4 @@
-"""COCO's numbers as tables for the terminal; no torch."""
+"""COCO's metrics as tables for the terminal; no torch."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ MEANINGS = {
 
 
 def numbers_table(scores: Scores, *, tested: str = "") -> Table:
-    """The twelve numbers of boxes and masks.
+    """Returns a table of the twelve metrics of boxes and masks.
 
     Args:
         scores: The numbers.
-        tested: How the detections were found, in words; empty: nobody knows.
+        tested: The test's settings in words, or "" if unknown.
     """
     from rich.table import Table
 
@@ -53,7 +53,7 @@ def numbers_table(scores: Scores, *, tested: str = "") -> Table:
 
 
 def classes_table(scores: Scores) -> Table:
-    """AP and AP50 of the classes that occur, two classes a line where the terminal is wide."""
+    """Returns a table of AP and AP50 by class, with two classes a line on a wide terminal."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,7 +1,7 @@
-"""An image seen at several sizes and mirrored, and what was seen in all of these views as one.
+"""Tests at several sizes and mirrored: the views of an image, and the merging of their detections.
 
-Views of an image are looked at one after another, and the maps of none are kept: a test of many
-views takes the memory of the largest one, and the time of each two or three times.
+Views of an image are processed one after another without keeping maps: a test of many views takes
+the memory of the largest view, and processes each view two or three times.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ AREAS = {"s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, float("inf
 
 
 class TestViews(NamedTuple):
-    """At which sizes an image is tested.
+    """The sizes at which an image is tested.
 
     Attributes:
         short_side: Length of the shorter side at scale 1, in pixels.
-        long_side: The most that the longer one may be there.
+        long_side: Upper limit of the longer side at each scale.
         scales: The scales.
         flip: Whether each is also seen mirrored.
-        merge: What is made of several views. average: proposals of all views are given to each,
-            and boxes, scores and masks are averaged (mmdetection 2). areas: boxes of all views
-            are put together, of each scale only those of some areas (ViT-Adapter). union: what
-            each view reports is put together (detectron2, mmdetection 3).
+        merge: Merging of several views. average: all views get the proposals of all, and boxes,
+            scores and masks are averaged (mmdetection 2). areas: boxes of all views are joined,
+            with only certain areas from each scale (ViT-Adapter). union: the reported detections
+            of all views are joined (detectron2, mmdetection 3).
         areas: For each scale the areas of its boxes, letters of `AREAS`; empty: all.
-        square: Side of the squares that images are padded to, or the longest side at their scale if
-            that is more; 0: they are padded to the largest of their batch. What is seen follows
-            from the size of the map, padding included: on a square it depends neither on what else
-            is in the batch, nor on the aspect of the image.
+        square: Side of the squares to which images are padded, or the longest side at their scale
+            if that is larger; 0 pads to the largest image of a batch. Padding changes the size of
+            the map and so the detections: on a square they depend neither on the rest of the
+            batch nor on the image's aspect ratio.
     """
 
     # No test of pytest's.
@@ -56,14 +56,14 @@ class TestViews(NamedTuple):
 
     @property
     def sides(self) -> list[tuple[int, int]]:
-        """The shorter side and the most that the longer may be, in pixels, for each scale."""
+        """The shorter side and the limit of the longer side, in pixels, for each scale."""
         return [
             (int(self.short_side * scale), int(self.long_side * scale)) for scale in self.scales
         ]
 
 
 class ShownView(NamedTuple):
-    """Images at one size, and how their pixels lie in the original ones."""
+    """Images at one size, with the mapping to their original pixels."""
 
     images: Tensor
     sizes: Tensor
@@ -94,8 +94,8 @@ class Model(NamedTuple):
     """The model under test.
 
     Attributes:
-        see: Maps (images (B, 3, H, W) uint8, sizes (B, 2), what is asked of them) to the answer of
-            `Detection.forward`; in evaluation, by all ranks alike where it is sharded.
+        see: Maps (images (B, 3, H, W) uint8, sizes (B, 2), `Ask` or None) to the result of
+            `Detection.forward`; in evaluation mode, called by all ranks if it is sharded.
         views: At which sizes an image is seen.
         selection: How boxes are chosen after views were merged.
         proposals_per_image: Proposals that are kept.
@@ -107,7 +107,7 @@ class Model(NamedTuple):
     proposals_per_image: int
 
     def in_words(self) -> str:
-        """Returns how images are tested, as beside a score."""
+        """Returns the test's settings in words, as printed next to a score."""
         views, rule = self.views, self.selection
         scales = " ".join(f"{scale:g}" for scale in views.scales)
         words = [f"{views.short_side} px (at most {views.long_side})"]
@@ -122,7 +122,7 @@ class Model(NamedTuple):
     def detect(
         self, images: Sequence[Tensor], sizes: Sequence[Tensor], original_sizes: Tensor
     ) -> list[Detections]:
-        """Returns what is seen in each image, in pixels of its file.
+        """Returns the detections of each image, in pixels of its file.
 
         Args:
             images: (B, 3, H, W) uint8 for each scale, padded right and bottom.
@@ -174,7 +174,7 @@ class Model(NamedTuple):
         return found
 
     def _shared_proposals(self, seen: Sequence[ShownView]) -> list[Tensor]:
-        """The best proposals of all views, in pixels of the files."""
+        """Returns the best proposals of all views, in pixels of the files."""
         boxes: list[list[Tensor]] = []
         scores: list[list[Tensor]] = []
         for view in seen:
@@ -196,10 +196,10 @@ def merged(
     views: TestViews,
     selection: Selection,
 ) -> Chosen:
-    """Chooses the boxes of one image among what was found in its views.
+    """Selects the boxes of an image among its views' candidates.
 
     Args:
-        found: Each view, and the candidates in it.
+        found: Each view with its candidates.
         place: Number of the image in its batch.
         views: How they are merged.
         selection: How boxes are chosen.
@@ -223,7 +223,7 @@ def merged(
 
 
 def in_areas(boxes: Tensor, areas: str) -> Tensor:
-    """Returns whether boxes (..., 4) are of the areas that the letters name: (...) bool."""
+    """Returns whether boxes (..., 4) have one of the areas named by letters: (...) bool."""
     area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
     inside = torch.zeros_like(area, dtype=torch.bool)
     for low, high in map(AREAS.__getitem__, areas):
@@ -232,12 +232,12 @@ def in_areas(boxes: Tensor, areas: str) -> Tensor:
 
 
 def unmirrored(masks: Tensor, are_mirrored: bool) -> Tensor:
-    """Turns masks (..., M, M) of boxes of a mirrored view back."""
+    """Mirrors masks (..., M, M) of a mirrored view back."""
     return masks.flip(-1) if are_mirrored else masks
 
 
 def mirrored(images: Tensor, sizes: Tensor) -> Tensor:
-    """Exchanges left and right of images (B, 3, H, W), without their padding (B, 2)."""
+    """Mirrors images (B, 3, H, W) inside their sizes (B, 2), without the padding."""
     flipped = images.clone()
     for image, width in zip(flipped, sizes[:, 1].tolist(), strict=True):
         image[..., :width] = image[..., :width].flip(-1)

@@ -1,1 +1,1 @@
-"""Stored targets: maps of a teacher that a cache holds, in the place of the teacher."""
+"""Stored targets: a teacher's maps from a cache on disk, instead of the teacher itself."""

@@ -1,9 +1,9 @@
-"""The caches of a run: those of training views, each in a teacher's place, and of held-out views.
+"""The caches of a run: maps of training views in place of teachers, and maps of held-out views.
 
-`RunCaches` is what the job asks of this wing; `FromStored` (read.py) fills a seam of the task.
+`RunCaches` is the job's access to this wing; `FromStored` (read.py) fills a seam of the task.
 
-CACHE/held_out is a cache like that of the training views, with two sets. So it can be written
-later, and what a run is evaluated on says nothing about the maps that it learns from.
+CACHE/held_out is a separate cache of the same format with two sets, so that it can be written
+later, and evaluation data stay independent of the training maps.
 """
 
 from __future__ import annotations
@@ -64,21 +64,21 @@ log = logging.getLogger(__name__)
 
 
 class RunCaches:
-    """The maps of a run's teachers on disk: caches that it reads, and those that it fills.
+    """The maps of a run's teachers on disk: caches that the run reads, and caches that it fills.
 
-    It reads those that the teachers' sources name, and opens none before it is asked for.
+    The run reads the caches named by the teachers' sources, and opens each on first use.
 
     Args:
-        entries: What the recipe says of each teacher, by its name.
-        section: What it says of views, and of a folder in which maps are stored.
+        entries: The recipe's entry of each teacher, by name.
+        section: The recipe's section of views and of the folder for stored maps.
         settings: How an image becomes a view.
         micro_batch_size: The recipe's.
 
     Attributes:
         folders: The folder of each cache that is read, by the teacher's name.
-        stores: Whether the run stores maps; those of several teachers go into a folder of each
-            one's name.
-        recorders: What stands around the teachers whose maps are stored, by name.
+        stores: Whether the run stores maps; with several teachers, each teacher's maps go into a
+            folder of its name.
+        recorders: Recorders around the teachers whose maps are stored, by name.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class RunCaches:
 
     @cached_property
     def readers(self) -> Mapping[str, CacheReader]:
-        """What reads the maps of training views, by the teacher's name.
+        """Readers of the maps of training views, by the teacher's name.
 
         Raises: CacheError: if a header is missing or damaged.
         """
@@ -115,11 +115,11 @@ class RunCaches:
         }
 
     def teachers(self) -> dict[str, CachedTeacher]:
-        """Returns what stands in the teachers' places."""
+        """Returns the cached teachers, by name."""
         return {n: CachedTeacher(one, where=source_flag(n)) for n, one in self.readers.items()}
 
     def source_of(self, name: str) -> str:
-        """Returns the source of a teacher: of stored maps that of the teacher that made them."""
+        """Returns a teacher's source; for stored maps, the source of the teacher that made them."""
         if name in self.readers:
             return self.readers[name].header.teacher["source"]
         return self._entries[name].source
@@ -128,12 +128,12 @@ class RunCaches:
 
     @property
     def fixed(self) -> FixedViews | None:
-        """The source of views that come again; None: every epoch draws new ones."""
+        """The source of recurring views, or None if every epoch draws new views."""
         views = self._section
         return FixedViews(views.views, views.view_seed) if views.views else None
 
     def with_views(self, section: Views) -> Views:
-        """Returns a section with the views that the caches hold, unless it says which."""
+        """Returns a section with the caches' number of views, unless it states its own."""
         if section.views or not self.folders:
             return section
         facts = next(iter(self.readers.values())).header.facts
@@ -146,7 +146,7 @@ class RunCaches:
         return view_facts(self._settings, self.fixed, samples)
 
     def views_to_store(self, samples: ImageSource) -> ViewsToStore:
-        """Returns what loads the views that come again, on the way into a cache."""
+        """Returns a loader of the recurring views, for writing a cache."""
         assert self.fixed is not None
         return ViewsToStore(
             partial(training_view, samples, self._settings, self.fixed),
@@ -159,7 +159,7 @@ class RunCaches:
     def checks(
         self, data: Data, gives_summary: Callable[[str], bool]
     ) -> Iterator[Callable[[], None]]:
-        """Yields what refuses caches that are not whole, and settings that do not go with them.
+        """Yields checks that refuse incomplete caches and settings that are incompatible with them.
 
         All ranks call each.
 
@@ -179,7 +179,7 @@ class RunCaches:
                 yield partial(check_stored_summary, name, entry, gives_summary)
 
     def check(self, name: str) -> None:
-        """Refuses a cache that is not whole; all ranks call it.
+        """Refuses an incomplete cache; all ranks call it.
 
         Args:
             name: The teacher's name.
@@ -200,12 +200,12 @@ class RunCaches:
             require_same_views(reader.header, self.facts(samples), where=source_flag(name))
 
     def open_held_out(self, crops: Mapping[str, Crops]) -> None:
-        """Opens the maps of the views that held-out losses are measured on.
+        """Opens the maps of the held-out views.
 
         Args:
             crops: Cuts the views of each set.
 
-        Raises: CacheError: if there are none, or they are of other views or another teacher.
+        Raises: CacheError: if they are missing, or belong to other views or another teacher.
         """
         facts = held_out_facts(crops, self._settings)
         self._held_out = {
@@ -216,7 +216,7 @@ class RunCaches:
     # --- in training ---
 
     def record(self, teachers: Mapping[str, PlacedTeacher]) -> None:
-        """Puts a recorder around each teacher, where the recipe names a folder for their maps."""
+        """Puts a recorder around each teacher if the recipe names a folder for their maps."""
         if self.stores:
             where = "task.distillation.cache"
             self.recorders = {n: Recorder(one, where=where) for n, one in teachers.items()}
@@ -224,7 +224,7 @@ class RunCaches:
     def beside(
         self, epoch: int, samples: ImageSource, **options: Any
     ) -> StoredMaps | ToRecord | None:
-        """Returns what loads the maps of an epoch's view, or stores them where some are missing.
+        """Returns the loader of an epoch's stored maps, or of the places of missing maps.
 
         A collective.
 
@@ -260,7 +260,7 @@ class RunCaches:
         return StoredMaps(self._filled, set_of(view), samples.__getitem__)
 
     def _tell(self, epoch: int) -> None:
-        """Says that an epoch learns from maps that another run, or an earlier start, has stored."""
+        """Logs that an epoch learns from maps stored by another run or an earlier start."""
         precision = self._section.precision
         exact = not num_scales(precision)
         log.log(
@@ -275,11 +275,11 @@ class RunCaches:
         )
 
     def held_out(self, name: str, crops: Crops) -> StoredMaps | None:
-        """Returns what loads the maps of a set of held-out views; None: the teachers see them."""
+        """Returns the loader of a held-out set's maps, or None if the teachers compute them."""
         return StoredMaps(self._held_out, name, crops.name_of) if self._held_out else None
 
     def blank_maps(self, size: int) -> dict[str, tuple[Tensor, ...]] | None:
-        """Returns empty maps of so many images by the teacher's name; None without a cache."""
+        """Returns zero maps of `size` images by the teacher's name, or None without a cache."""
         if not self.folders:
             return None
         return {
@@ -288,19 +288,20 @@ class RunCaches:
         }
 
     def early(self) -> dict[str, list[int]]:
-        """Returns the epochs, counted from 1, that learn from maps stored before they began.
+        """Returns the epochs, counted from 1, that learn from maps stored before the epoch began.
 
-        A run that fills the cache learns these from its teacher. They grow with the run.
+        A run that fills the cache itself learns the same epochs from its teacher. The list grows
+        during the run.
         """
         return {EARLY: self._early} if self.recorders else {}
 
     def resume(self, manifest: Mapping[str, Any]) -> None:
-        """Takes up what `early` has put into a checkpoint's manifest."""
+        """Restores the epochs of `early` from a checkpoint's manifest."""
         self._early[:] = sorted({*self._early, *manifest.get(EARLY, ())})
 
 
 def held_out_facts(crops: Mapping[str, Crops], settings: ViewSettings) -> dict[str, Any]:
-    """Returns what decides the views, by the fields that say it.
+    """Returns the facts that decide the views, by the fields that state them.
 
     Args:
         crops: Cuts the views of each set.
@@ -326,7 +327,7 @@ def held_out_writer(
     *,
     precision: str,
 ) -> CacheWriter:
-    """Returns what writes the maps of a teacher; a collective.
+    """Returns the writer of a teacher's maps; a collective.
 
     Args:
         folder: The cache of its training views.
@@ -342,7 +343,7 @@ def held_out_writer(
 def held_out_views(
     crops: Mapping[str, Crops], settings: ViewSettings, batch_size: int
 ) -> ViewsToStore:
-    """Returns what loads the views on the way into a cache."""
+    """Returns the loader of held-out views for writing a cache."""
     return ViewsToStore(partial(_cut, crops), settings.image_size, batch_size)
 
 
@@ -351,14 +352,14 @@ def _cut(crops: Mapping[str, Crops], name: str, view: int) -> Tensor:
 
 
 def _held_out_reader(folder: Path, training: Header, facts: Mapping[str, Any]) -> CacheReader:
-    """Returns what reads the maps of the views that a run is evaluated on.
+    """Returns the reader of the held-out views' maps.
 
     Args:
         folder: The cache of the training views.
-        training: Its header.
+        training: Header of the cache of training views.
         facts: The `held_out_facts` of the run.
 
-    Raises: CacheError: if there are none, or they are of other views or another teacher.
+    Raises: CacheError: if they are missing, or belong to other views or another teacher.
     """
     own = folder / FOLDER
     if not kind_of(own / HEADER):

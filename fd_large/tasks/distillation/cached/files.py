@@ -1,13 +1,13 @@
 """The files of cached targets: a header, and shards of records of one size.
 
-FOLDER/cache.json says what is stored. FOLDER/SET-SHARD.safetensors holds the records of a set that
-begin at SHARD times `records_per_shard`, one of each image; a set is a view of all images. The
+FOLDER/cache.json describes the contents. FOLDER/SET-SHARD.safetensors holds the records of a set
+from SHARD times `records_per_shard` on, one record an image; a set is one view of all images. The
 tensors of a shard have a row for each record:
 
     values (R, N, C)    the tokens, in a type of `PRECISIONS`
     scales (R, N, 2)    shift and factor of each token; (R, N, 0) under fp32
-    thumbnails (R, 64)  uint8, the view in grey, 8 x 8: whether it is the one that training sees
-    checks (R,)         int64, what the record is and the CRC-32 of its bytes; 0: not written yet
+    thumbnails (R, 64)  uint8, the view in grey, 8 x 8, to compare with the view of training
+    checks (R,)         int64, the record's state and the CRC-32 of its bytes; 0: not written yet
 
 The bytes before the first tensor follow from cache.json, so a reader compares them and parses
 nothing. A shard that is being written ends in .part; any process may write any record of it, once.
@@ -62,7 +62,7 @@ PRECISIONS: Mapping[str, torch.dtype] = {
 
 
 class Stored(NamedTuple):
-    """Tokens as a cache holds them.
+    """Encoded tokens as stored in a cache.
 
     Attributes:
         values: (..., N, C), of the precision's type.
@@ -74,12 +74,12 @@ class Stored(NamedTuple):
 
 
 def num_scales(precision: str) -> int:
-    """Returns how many numbers are stored beside each token."""
+    """Returns the number of scales stored beside each token."""
     return 0 if precision == "fp32" else 2
 
 
 def encode(tokens: Tensor, precision: str) -> Stored:
-    """Returns tokens as they are stored.
+    """Returns tokens encoded for storage.
 
     Args:
         tokens: (..., N, C), float32 or a narrower type.
@@ -105,7 +105,7 @@ def encode(tokens: Tensor, precision: str) -> Stored:
 
 
 def decode(stored: Stored, dtype: torch.dtype) -> Tensor:
-    """Returns stored tokens, (..., N, C), in the type in which the teacher gave them."""
+    """Returns decoded tokens, (..., N, C), in the teacher's data type."""
     values, scales = stored
     if not scales.shape[-1]:
         return values.to(dtype)
@@ -114,10 +114,10 @@ def decode(stored: Stored, dtype: torch.dtype) -> Tensor:
 
 
 class Record(NamedTuple):
-    """What is stored of the view of an image.
+    """The stored map and thumbnail of one view of an image.
 
     Attributes:
-        map: Its tokens, (N, C), in host memory.
+        map: Tokens of the map, (N, C), in host memory.
         thumbnail: (64,) uint8.
     """
 
@@ -126,7 +126,7 @@ class Record(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A shard's file.
+    """Name, range and size of a shard's file.
 
     Attributes:
         name: Its name.
@@ -147,20 +147,20 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """What is stored in a cache; cache.json holds it.
+    """Description of a cache's contents, stored as cache.json.
 
     Attributes:
-        facts: What decides the maps, by the name of the field or file that says it: teacher, images
-            and views. A run must have the same.
+        facts: Facts that decide the maps (teacher, images, views), by the field or file that
+            states them. A run that reads the cache must have the same facts.
         teacher: The teacher's section of the recipe that wrote it.
         precision: How the maps are stored: a name in `PRECISIONS`.
         tokens: Tokens of a map, N.
-        width: Its channels, C.
+        width: Channels of the map, C.
         grid: Rows and columns of its patches.
         prefix_tokens: Tokens before the patches.
-        dtype: Type in which the teacher gives its map: float32 or bfloat16.
+        dtype: Data type of the teacher's map: float32 or bfloat16.
         sets: Records of each set.
-        records_per_shard: Records of a shard; the last one of a set may have fewer.
+        records_per_shard: Records of a shard; the last shard of a set may have fewer.
     """
 
     facts: Mapping[str, Any]
@@ -176,7 +176,7 @@ class Header:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all of it."""
+        """A hash of the whole header."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -192,7 +192,7 @@ class Header:
         return sum(self.layout(*shard).size for shard in self.shards())
 
     def rows(self, count: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Returns type and shape of the tensors of a shard of so many records."""
+        """Returns data type and shape of the tensors of a shard with this number of records."""
         scales = num_scales(self.precision)
         return {
             "values": (PRECISIONS[self.precision], (count, self.tokens, self.width)),
@@ -207,7 +207,7 @@ class Header:
             yield from ((name, number) for number in range(-(-count // self.records_per_shard)))
 
     def layout(self, name: str, number: int) -> Layout:
-        """Returns how a shard lies on disk."""
+        """Returns the layout of a shard's file."""
         first = number * self.records_per_shard
         count = min(self.records_per_shard, self.sets[name] - first)
         header, places = header_of(
@@ -217,7 +217,7 @@ class Header:
         return Layout(f"{name}-{number:05d}.safetensors", first, count, header, places, size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what cache.json holds."""
+        """Returns the contents of cache.json."""
         return {"kind": KIND, "digest": self.digest, **asdict(self)}
 
     @classmethod
@@ -228,7 +228,7 @@ class Header:
             folder: The cache.
             where: The field that names it, for messages.
 
-        Raises: CacheError: if there is none, or it is damaged.
+        Raises: CacheError: if it is missing or damaged.
         """
         path = folder / HEADER
         remedy = "Name a folder that fd-large cache has written, or write it again."
@@ -249,7 +249,7 @@ class Header:
 
 
 def records_per_shard(record_bytes: int) -> int:
-    """Returns how many records make a shard of about `SHARD_BYTES`."""
+    """Returns the number of records of a shard of about `SHARD_BYTES`."""
     return max(1, SHARD_BYTES // record_bytes)
 
 
@@ -270,11 +270,11 @@ class ShardFile:
         os.ftruncate(self.descriptor, self.layout.size)
 
     def fill(self, array: NDArray, name: str, row: int) -> None:
-        """Fills an array with a tensor's rows from one on."""
+        """Reads a tensor's rows into an array, starting at a row."""
         self._move(self._read, *self._place(array, name, row))
 
     def put(self, array: NDArray, name: str, row: int) -> None:
-        """Writes a tensor's rows from one on."""
+        """Writes rows of a tensor, starting at a row."""
         self._move(self._write, *self._place(array, name, row))
 
     def _read(self, view: memoryview, at: int) -> int:
@@ -289,7 +289,7 @@ class ShardFile:
         return memoryview(array.reshape(-1).view(np.uint8) if array.size else b""), at
 
     def _move(self, call: Callable[[memoryview, int], int], view: memoryview, at: int) -> None:
-        """Has a system call read or write bytes, as often as it moves a part only."""
+        """Repeats a system call that reads or writes until all bytes are moved."""
         while len(view):
             count = retried(partial(call, view, at), self.path)
             if count == 0:
@@ -298,7 +298,7 @@ class ShardFile:
 
 
 class ShardFiles:
-    """Open shards of one folder; those used longest ago are closed."""
+    """Open shards of a folder; the least recently used are closed."""
 
     def __init__(self, folder: Path, header: Header) -> None:
         self.folder, self.header = folder, header
@@ -325,12 +325,12 @@ class ShardFiles:
         raise NotImplementedError
 
     def _place(self, name: str, record: int) -> tuple[ShardFile, int]:
-        """The open shard of a record, and its row there."""
+        """Returns the open shard of a record, and the record's row in it."""
         number, row = divmod(record, self.header.records_per_shard)
         return self._file(name, number), row
 
     def _empty(self, rows: int) -> dict[str, NDArray]:
-        """Arrays of rows of bytes of what a check covers."""
+        """Returns empty byte arrays for the tensors that a check covers."""
         return {
             tensor: np.empty((rows, int(np.prod(shape[1:])) * dtype.itemsize), np.uint8)
             for tensor, (dtype, shape) in self.header.rows(1).items()
@@ -339,7 +339,7 @@ class ShardFiles:
 
 
 def differences(stored: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> str:
-    """Returns what differs between two mappings in words: "NAME is A there and B here, ..."."""
+    """Returns the differences between two mappings in words: "NAME is A there and B here, ..."."""
     found = []
     for name in {**own, **stored}:
         there, here = stored.get(name), own.get(name)
@@ -351,7 +351,7 @@ def differences(stored: Mapping[str, Any], own: Mapping[str, Any], prefix: str =
 
 
 def check_of(name: str, record: int, rows: Mapping[str, NDArray], state: int) -> int:
-    """What a record's check is: its state above the CRC-32 of its place and bytes."""
+    """Returns a record's check: its state above the CRC-32 of its place and bytes."""
     value = zlib.crc32(f"{name} {record}".encode())
     for array in rows.values():
         value = zlib.crc32(array, value)
@@ -359,7 +359,7 @@ def check_of(name: str, record: int, rows: Mapping[str, NDArray], state: int) ->
 
 
 def damaged(path: Path, got: str, expected: str, record: int | None = None) -> CacheError:
-    """Returns the error of a shard that is not as it was written."""
+    """Returns the error for a damaged shard."""
     of = "" if record is None else f" record {record}:"
     error = CacheError(
         f"{path}:{of} damaged; got {got}, expected {expected}. Remove this file and give the "

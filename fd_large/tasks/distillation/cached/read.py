@@ -1,8 +1,8 @@
-"""What reads a cache: records held against their checksums, and what stands in a teacher's place.
+"""Readers of a cache: records with verified checksums, and a cached teacher's maps.
 
-Beside each map lies a thumbnail of the view that it was computed from, as the teacher saw it. A run
-compares it with the view that it made itself: an image that was replaced under its old name, or a
-view that is cut otherwise than it was, is found before anything is learnt from it.
+Beside each map lies a thumbnail of the teacher's view. A run compares the thumbnail with its own
+view, and so finds an image that was replaced under its old name, or a view that is cut
+differently, before it learns from the map.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TOLERANCE = 2
 
 
 class CacheReader(ShardFiles):
-    """Reads records, each held against its checksum. It can be pickled.
+    """Reads records and verifies their checksums. It can be pickled.
 
     Args:
         folder: The cache.
@@ -53,7 +53,7 @@ class CacheReader(ShardFiles):
     """
 
     def check_whole(self, *, where: str) -> None:
-        """Looks at the names and sizes of all shards.
+        """Checks the names and sizes of all shards.
 
         Args:
             where: The field that names the cache, for messages.
@@ -78,7 +78,7 @@ class CacheReader(ShardFiles):
                 raise damaged(path, f"{sizes[layout.name]:,} bytes", f"{layout.size:,}")
 
     def read(self, name: str, record: int) -> Record | None:
-        """Returns a record; None: its image could not be used when the cache was written.
+        """Returns a record, or None if its image could not be used when the cache was written.
 
         Raises: CacheError: if the file is damaged, with its name and the record.
         """
@@ -170,14 +170,14 @@ class StoredMaps:
 
 
 def blank(reader: CacheReader) -> tuple[Tensor, Tensor]:
-    """Returns the map of a place where no image can be used: zeros."""
+    """Returns the map of a place without a usable image: zeros."""
     (dtype, values), (_, scales) = (reader.header.rows(1)[name] for name in ("values", "scales"))
     bytes_of_values = (values[1], values[2] * dtype.itemsize)
     return torch.zeros(bytes_of_values, dtype=torch.uint8), torch.zeros(scales[1:])
 
 
 class CachedTeacher:
-    """Gives back the maps that a cache holds.
+    """A teacher whose maps come from a cache.
 
     Args:
         reader: The cache.
@@ -199,10 +199,10 @@ class CachedTeacher:
         return self.reader.header.grid
 
     def of_stored(self, images: Tensor, stored: Sequence[Tensor]) -> FeatureMap:
-        """Returns the map of a batch.
+        """Returns the stored map of a batch.
 
         Args:
-            images: (B, 3, S, S) uint8, which are of no use here.
+            images: (B, 3, S, S) uint8, not used here.
             stored: The loader's: values (B, N, bytes of C values) uint8, and scales (B, N, 2).
         """
         header, (values, scales) = self.reader.header, stored
@@ -211,7 +211,7 @@ class CachedTeacher:
         return FeatureMap(tokens, header.grid, header.prefix_tokens)
 
     def __call__(self, images: Tensor) -> NoReturn:
-        """Refuses: there is no model that other images could be shown to.
+        """Raises an error, since there is no model to run on other images.
 
         Raises: ConfigError: always.
         """
@@ -223,7 +223,7 @@ class CachedTeacher:
 
 
 class FromStored:
-    """Around the teachers (task.py): what a loader put beside the images becomes a teacher's map.
+    """Wraps the teachers (task.py): stored maps that the loader adds become teachers' maps.
 
     A `CachedTeacher` reads it; a `Recorder` reads it, or shows the images to its model and writes.
 
@@ -235,7 +235,7 @@ class FromStored:
         self._teachers, self.by_name = teachers, teachers.by_name
 
     def __call__(self, images: Tensor, given: Maps, training: bool) -> Maps:
-        """Returns the maps by name, beside what else was given."""
+        """Returns the maps by name, with the other entries of the given targets."""
         maps = {
             name: teacher.of_stored(images, given[name])
             for name, teacher in self.by_name.items()
@@ -245,7 +245,7 @@ class FromStored:
 
 
 def settled(entry: NamedTeacher, *, where: str) -> NamedTeacher:
-    """Returns a teacher's entry as its cache says it is: the model that made the maps.
+    """Returns a teacher's entry completed from its cache: the model that made the maps.
 
     Raises: CacheError: if there is no cache, or the recipe asks for maps of another kind.
     """
@@ -274,7 +274,7 @@ def settled(entry: NamedTeacher, *, where: str) -> NamedTeacher:
 def require_same_views(header: Header, views: Mapping[str, Any], *, where: str) -> None:
     """Refuses a cache of other views than those of a run.
 
-    Raises: CacheError: naming what differs.
+    Raises: CacheError: naming the differences.
     """
     stored = {name: header.facts[name] for name in views}
     if other := differences(stored, views):

@@ -1,8 +1,8 @@
-"""Stores a teacher's maps while a run learns from them, and then learns from what is stored.
+"""Stores a teacher's maps during the first epochs of a run, and reads them afterwards.
 
-In the first epochs each rank writes the maps of its own micro-batches. What these epochs leave out
-(the images that a whole number of batches does not take, and what was written after the checkpoint
-from which a run went on) is written before a view comes for the second time.
+In the first epochs each rank writes the maps of its own micro-batches. Missing maps (of images
+beyond the last whole batch, and of steps lost between a checkpoint and a resume) are written
+before a view comes for the second time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fd_large.tasks.distillation.teacher import PlacedTeacher
 
 
 class ToRecord:
-    """What goes beside a view whose map is to be stored: a `Beside` of the loader.
+    """The place of the record to store, beside each view: a `Beside` of the loader.
 
     Args:
         names: The teachers.
@@ -45,7 +45,7 @@ class ToRecord:
         return dict.fromkeys(self._names, place)
 
     def blank(self) -> dict[str, dict[str, Tensor]]:
-        """Returns a place that is none: nothing is stored of it."""
+        """Returns a marker for a view that is not stored."""
         return self.of(-1, torch.zeros(3, 1, 1, dtype=torch.uint8))
 
 
@@ -75,8 +75,8 @@ class Recorder:
             folder: Where the maps go.
             entry, facts, precision: As of `header_of`.
 
-        Returns: what reads the maps from there.
-        Raises: CacheError: if the folder holds something else, or its disk is too small.
+        Returns: the reader of the folder's maps.
+        Raises: CacheError: if the folder has other contents, or its disk is too small.
         """
         header = header_of(self._teacher, entry, facts, precision=precision)
         self.writer, reader = CacheWriter(folder, header), CacheReader(folder, header)
@@ -85,15 +85,15 @@ class Recorder:
         return reader
 
     def __call__(self, images: Tensor) -> FeatureMap:
-        """Returns the map of any images, of which nothing is stored."""
+        """Returns the teacher's map of any images, without storing it."""
         return self._teacher(images)
 
     def of_stored(self, images: Tensor, stored: Any) -> FeatureMap:
-        """Returns the map of a batch: the stored one, or the teacher's, which is then stored.
+        """Returns the stored map of a batch, or computes and stores it.
 
         Args:
             images: (B, 3, S, S) uint8.
-            stored: What `StoredMaps` or `ToRecord` put beside them.
+            stored: The entries that `StoredMaps` or `ToRecord` added to the images.
         """
         if not isinstance(stored, Mapping):
             return self._stored.of_stored(images, stored)
@@ -114,7 +114,7 @@ class Recorder:
         return distributed.broadcast_object(not self.writer.unfinished(set_of(view)))
 
     def complete(self, view: int, views: ViewsToStore, **options: Any) -> None:
-        """Writes what is missing of a view; a collective.
+        """Writes the missing maps of a view; a collective.
 
         Args:
             view: Number of the view.

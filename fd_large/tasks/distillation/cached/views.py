@@ -1,4 +1,4 @@
-"""The views whose maps a cache holds, on the way into it."""
+"""Views for writing a cache."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _view_of(name: str) -> int:
 
 
 def thumbnail(view: Tensor) -> Tensor:
-    """Returns what tells a view (3, S, S) uint8 from others, its 8 x 8 means in grey.
+    """Returns the thumbnail of a view (3, S, S) uint8: its 8 x 8 means in grey.
 
     Returns: (64,) uint8.
     """
@@ -42,11 +42,11 @@ def thumbnail(view: Tensor) -> Tensor:
 
 
 class Place(NamedTuple):
-    """Records that are made in one forward.
+    """Records of one set that a single forward computes.
 
     Attributes:
         name: Their set.
-        records: The images' numbers; none: the rank takes part in the forward all the same.
+        records: Indices of the images; if empty, the rank still takes part in the forward.
     """
 
     name: str
@@ -71,7 +71,7 @@ class ToStore(NamedTuple):
 def training_view(
     source: ImageSource, settings: ViewSettings, fixed: FixedViews, name: str, index: int
 ) -> Tensor:
-    """Returns a view of image `index`, (3, S, S) uint8: that of the set `name`.
+    """Returns the view of image `index` in the set `name`, (3, S, S) uint8.
 
     Raises: DataError: if the image cannot be used.
     """
@@ -80,7 +80,7 @@ def training_view(
 
 @dataclass(frozen=True)
 class ViewsToStore(Dataset):
-    """Places to views, always as many, so that a map does not depend on how many were left.
+    """Loads the views of places in batches of fixed size, so that no map depends on the remainder.
 
     Attributes:
         cut: Makes the view of a set and a record, (3, image_size, image_size) uint8; DataError if
@@ -108,7 +108,7 @@ class ViewsToStore(Dataset):
 
 
 def view_facts(settings: ViewSettings, fixed: FixedViews, samples: ImageSource) -> dict[str, Any]:
-    """Returns what decides the views of a dataset, by the fields that say it.
+    """Returns the facts that decide the views of a dataset, by the fields that state them.
 
     Args:
         settings: How an image becomes a view.
@@ -129,12 +129,12 @@ def view_facts(settings: ViewSettings, fixed: FixedViews, samples: ImageSource) 
 
 
 def batch_size(micro_batch_size: int | Literal["auto"]) -> int:
-    """Returns the images of a forward of a teacher alone: as in training, if the recipe says it."""
+    """Returns the batch size of a teacher's forward: as in training, if the recipe states one."""
     return BATCH_SIZE if micro_batch_size == AUTO else micro_batch_size
 
 
 def check_fixed_views(views: int, *, image_mixup: bool) -> None:
-    """Refuses mixed images beside views that come again: a mixed one does not."""
+    """Refuses mixed images together with recurring views, since mixtures do not recur."""
     require(
         not image_mixup,
         "data.image_mixup: views that come again are not mixed, nor are stored maps",
@@ -147,12 +147,12 @@ def check_fixed_views(views: int, *, image_mixup: bool) -> None:
 def check_stored_summary(
     name: str, entry: NamedTeacher, gives_summary: Callable[[str], bool]
 ) -> None:
-    """Refuses stored maps of a teacher whose summary is learnt and is not in its map.
+    """Refuses stored maps if the student learns a summary that the teacher's map lacks.
 
     Args:
-        name: The teacher's name; "" for an only one.
-        entry: What the recipe says of it.
-        gives_summary: Whether its model gives a summary besides its map.
+        name: The teacher's name, or "" for a single teacher.
+        entry: The teacher's entry in the recipe.
+        gives_summary: Whether the teacher's model returns a summary besides its map.
     """
     require(
         not (entry.embedding_width or gives_summary(name)),

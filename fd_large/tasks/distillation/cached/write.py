@@ -1,7 +1,7 @@
 """Writes a teacher's maps of the views of a dataset: ranks share the shards, any number of them.
 
-A rank takes whole shards, and of these what is not written yet. Under a teacher in shards every
-forward is a collective, so all ranks make as many as the one with most to do.
+A rank takes whole shards and writes their missing records. With a sharded teacher every forward
+is a collective, so all ranks run as many forwards as the busiest rank.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TEACHER_FACTS = ("teacher_hash", "layer", "teacher_image_size", "statistics", "s
 
 
 def teacher_facts(teacher: PlacedTeacher, entry: NamedTeacher) -> dict[str, Any]:
-    """Returns what decides the map of a view: a value for each of `TEACHER_FACTS`."""
+    """Returns the facts that decide the map of a view, one for each of `TEACHER_FACTS`."""
     values = (
         teacher.fingerprint,
         entry.layer,
@@ -60,7 +60,7 @@ def teacher_facts(teacher: PlacedTeacher, entry: NamedTeacher) -> dict[str, Any]
 
 
 def header_for(given: FeatureMap, precision: str) -> Header:
-    """Returns a header of maps like one (1, N, C), of no images yet."""
+    """Returns the header of a cache without images yet, for maps shaped like a sample (1, N, C)."""
     header = Header(
         facts={},
         teacher={},
@@ -88,10 +88,10 @@ def header_of(
 
     Args:
         teacher: The teacher; it is shown a grey image.
-        entry: What the recipe says of it.
+        entry: The teacher's entry in the recipe.
         views: The facts of the views.
         precision: How the maps are stored.
-        sets: Records of each set; None: the training views of these `view_facts`.
+        sets: Number of records in each set, or None for the training views of these `view_facts`.
     """
     if sets is None:
         sets = {set_of(view): views["images"] for view in range(views["task.distillation.views"])}
@@ -110,11 +110,11 @@ class CacheWriter(ShardFiles):
 
     Args:
         folder: The cache.
-        header: What is to be stored.
+        header: Description of the contents.
     """
 
     def prepare(self, *, where: str) -> None:
-        """Makes the folder and its header, or goes on in it; one process calls it before all write.
+        """Makes or reopens the folder with its header; one process calls it before all write.
 
         Raises: CacheError: if the folder holds another cache, or cannot be written.
         """
@@ -136,7 +136,7 @@ class CacheWriter(ShardFiles):
             )
 
     def unfinished(self, only: str = "") -> list[tuple[str, int]]:
-        """Returns (set, number) of the shards, of one set or of all, that are not whole yet."""
+        """Returns (set, number) of the incomplete shards, of one set or of all."""
         return [
             (name, number)
             for name, number in self.header.shards()
@@ -155,9 +155,9 @@ class CacheWriter(ShardFiles):
         return left
 
     def unwritten(self, name: str, number: int) -> Sequence[int]:
-        """Returns the records of a shard that are not there, or were not written whole.
+        """Returns the records of a shard that are missing or incomplete.
 
-        Among them are those whose image could not be used: it is tried again.
+        Records whose image could not be used are included, so that the image is tried again.
         """
         layout = self.header.layout(name, number)
         numbers = range(layout.first, layout.first + layout.count)
@@ -177,7 +177,7 @@ class CacheWriter(ShardFiles):
         return missing
 
     def write(self, name: str, record: int, content: Record | None) -> None:
-        """Writes a record; None: its image cannot be used.
+        """Writes a record; None marks an image that cannot be used.
 
         Raises: CacheError: if the disk does not take it.
         """
@@ -202,7 +202,7 @@ class CacheWriter(ShardFiles):
             raise _not_written(self.folder, error) from error
 
     def finish(self, name: str, number: int) -> None:
-        """Gives a shard whose records are all written its name; the disk then holds it."""
+        """Flushes a complete shard to disk and gives it its final name."""
         layout = self.header.layout(name, number)
         try:
             file = self._file(name, number)
@@ -226,13 +226,13 @@ class CacheWriter(ShardFiles):
 
 @dataclass
 class _Shares:
-    """A rank's places, `rounds` of them; those beyond its work are empty.
+    """A rank's places, `rounds` of them; places beyond its own work are empty.
 
     Attributes:
         writer: Writes the records.
         batch_size: Records of a place.
         shards: (set, number) of this rank's shards, and the records that they still need.
-        rounds: Places in all; set once all ranks have said theirs.
+        rounds: Number of places, the largest of all ranks' counts.
     """
 
     writer: CacheWriter
@@ -267,7 +267,7 @@ def write_cache(
     only: str = "",
     between: Callable[[], None] = lambda: None,
 ) -> int:
-    """Writes what is missing; a collective.
+    """Writes the missing maps; a collective.
 
     Args:
         writer: Writes the records; its folder is prepared by rank 0 here.
@@ -277,11 +277,11 @@ def write_cache(
         max_bad_fraction: Fraction of images that may be unusable.
         where: The argument that names the folder, for messages.
         only: The set that is written; empty: all are.
-        between: Called before each batch, on every rank alike; may raise to end it. What was
-            written stays, and the next call goes on from there.
+        between: Called before each batch on every rank; may raise to stop. Written records stay,
+            and the next call continues from them.
 
     Returns: the records that this start wrote, over all ranks.
-    Raises: CacheError: if the folder holds something else, or the disk is too small; DataError: if
+    Raises: CacheError: if the folder has other contents, or the disk is too small; DataError: if
         too many images cannot be used.
     """
     unfinished = prepared(writer, where=where, only=only)
@@ -317,13 +317,13 @@ def write_cache(
 
 
 def prepared(writer: CacheWriter, *, where: str, only: str = "") -> list[tuple[str, int]]:
-    """Makes a folder ready; a collective.
+    """Prepares a folder; a collective.
 
     Args:
         writer, where, only: See `write_cache`.
 
     Returns: (set, number) of the shards that are not whole yet, the same on every rank.
-    Raises: CacheError: if the folder holds something else, or its disk is too small.
+    Raises: CacheError: if the folder has other contents, or its disk is too small.
     """
 
     def prepare() -> list[tuple[str, int]]:
@@ -343,10 +343,10 @@ def prepared(writer: CacheWriter, *, where: str, only: str = "") -> list[tuple[s
 def _finish(
     writer: CacheWriter, left: dict[tuple[str, int], int], bad: BadImages, max_bad_fraction: float
 ) -> None:
-    """Finishes the shards of which no record is left.
+    """Finishes the shards without missing records.
 
-    Raises: DataError: if too many of this rank's images could not be used: what was written of
-        them would stay.
+    Raises: DataError: if too many of this rank's images could not be used, before their shards
+        become final.
     """
     for shard in [shard for shard, count in left.items() if not count]:
         if past_limit(bad.count, max_bad_fraction):
@@ -358,7 +358,7 @@ def _finish(
 
 
 def _other_maps(stored: Header, own: Header) -> str:
-    """Returns what differs between two headers, without what follows from it."""
+    """Returns the differences between two headers, without derived fields."""
     words = {"teacher_hash": "hash of the teacher's weights", "stored": "kind of map"}
     facts, sections, all_ = [], [], []
     for header in (stored, own):

@@ -1,1 +1,1 @@
-"""What maps a student's tokens to a teacher's width, trained and then thrown away."""
+"""Heads that map a student's tokens to a teacher's width, used in training only."""

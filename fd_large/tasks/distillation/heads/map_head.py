@@ -20,7 +20,7 @@ WHERE = "objective.head"
 
 
 class MapShapes(NamedTuple):
-    """What a head is made for besides the two widths.
+    """Grids and prefix tokens for which a head is made, besides the two widths.
 
     Attributes:
         student_grid: Rows and columns of the student's map.
@@ -36,16 +36,16 @@ class MapShapes(NamedTuple):
 
 
 class MapHead(nn.Module):
-    """A head made of (width, teacher_width, maps), which gives a map of its own grid.
+    """A head constructed from (width, teacher_width, maps) that returns a map on its own grid.
 
     Args:
-        grid: Rows and columns of what it gives.
-        num_prefix_tokens: Tokens before the patches in what it gives.
+        grid: Rows and columns of its output.
+        num_prefix_tokens: Tokens before the patches in its output.
 
     Attributes:
-        grid, num_prefix_tokens: As given.
+        grid, num_prefix_tokens: See the arguments.
         reads_blocks: Whether `forward` takes a tuple of the maps after each block of the student,
-            without a norm, in place of its last map.
+            without a norm, instead of its last map.
     """
 
     reads_blocks: ClassVar[bool] = False
@@ -55,7 +55,7 @@ class MapHead(nn.Module):
         self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
 
     def grid_from(self, student: Grid) -> Grid:
-        """Returns the grid of what it makes of a map; other than `grid` if it takes any map.
+        """Returns its output's grid for a map; other than `grid` if the head takes any map.
 
         Args:
             student: Rows and columns of the student's map.
@@ -81,8 +81,8 @@ def with_blocks(
 ) -> tuple[FeatureMap, tuple[FeatureMap, ...]]:
     """Returns a student's map and the maps after its blocks.
 
-    The blocks are heard by hooks of their modules, so that checkpointed, compiled and sharded ones
-    are heard as well.
+    Forward hooks on the blocks collect the maps, also from checkpointed, compiled and sharded
+    blocks.
 
     Args:
         student: A backbone whose blocks all give tokens (B, N, C) of one shape.
@@ -109,7 +109,7 @@ def with_blocks(
 
 
 class HeardBlocks:
-    """Around a sight (task.py): the maps after the student's blocks are heard as well."""
+    """Wraps a sight (task.py) to collect the maps after the student's blocks too."""
 
     def __init__(self, sight: Any) -> None:
         self._sight = sight
@@ -132,10 +132,10 @@ class HeardBlocks:
 
 
 class BesideLoss(torch.autograd.Function):
-    """A tensor as it is, whose backward also passes zeros to one that it does not depend on.
+    """Returns a tensor unchanged; its backward also sends zeros to an unrelated tensor.
 
-    Where only blocks are read, the student's own last map is in no loss. The hooks of ZeRO-3 wait
-    for its gradient to gather what the student owns directly (class token, positions).
+    If heads read only blocks, the student's last map is in no loss. ZeRO-3's hooks need its
+    gradient to gather the student's direct parameters (class token, positions).
     """
 
     @staticmethod
@@ -166,10 +166,10 @@ def check_map_head(
         head: The head.
         name: Its name in the recipe.
         student: The student's map, on the meta device.
-        blocks: Those after its blocks, where the head reads them.
-        out_width: Channels of what the head has to give.
+        blocks: The maps after its blocks, if the head reads them.
+        out_width: Channels that the head's output must have.
 
-    Raises: ConfigError: if that fails, or gives something else than the head says.
+    Raises: ConfigError: if the head fails, or its output differs from its declared shape.
     """
     rows, columns = head.grid_from(student.grid)
     wanted = (len(student.tokens), head.num_prefix_tokens + rows * columns, out_width)

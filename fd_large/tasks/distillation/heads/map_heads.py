@@ -36,7 +36,8 @@ class Ladder(MapHead):
         teacher_width: Channels of the teacher's.
         maps: Their grids, and the number of blocks.
         hidden: Hidden channels of the MLPs; None: as many as the student's, 768 in UNIC.
-        last_hidden: Those of the last block's; None: four times as many, 3072 in UNIC.
+        last_hidden: Hidden channels of the last block's MLP; None means four times the others'
+            (3072 in UNIC).
         blocks: Numbers of the blocks that are read, counted from 0; None: all.
         pre_norm: Whether a norm stands before each MLP.
         mid_norm: Whether a norm stands before the GELU.
@@ -80,7 +81,7 @@ class Ladder(MapHead):
         return student
 
     def forward(self, student: tuple[FeatureMap, ...]) -> FeatureMap:
-        """Returns CLS token, where the student has one, and patches.
+        """Returns the CLS token, if the student has one, and the patches.
 
         Args:
             student: The maps after the student's blocks.
@@ -114,19 +115,19 @@ class Convolutional(MapHead):
     2407.20179, whose translators are made for grids of 14, 16 and 64 a side; here the same layers
     take any grids in those proportions.
 
-    They keep the grid, or make it four times as fine or a quarter as fine; before that, a
-    transposed convolution adds a place on each border where the teacher's grid asks for it. One
-    convolution alone halves the grid.
+    The two convolutions keep the grid, or make it four times as fine or as coarse; before them, a
+    transposed convolution adds a border if the teacher's grid needs it. A single convolution
+    halves the grid.
 
     Args:
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's.
         maps: Their grids, both square.
-        hidden: Channels between; None: as many as the convolutions are given.
-        adapted: Channels of a norm and a linear layer that come first; 0: there are none.
+        hidden: Hidden channels; None means as many as the convolutions' input.
+        adapted: Channels of a first norm and linear layer; 0 for none.
         last_side: Side of the last convolution; 1 is a linear layer.
 
-    Raises: ConfigError: if the grids are in none of these proportions.
+    Raises: ConfigError: if the grids have other proportions.
     """
 
     def __init__(
@@ -186,14 +187,14 @@ class Convolutional(MapHead):
 
 
 def _tokens(map_: Tensor) -> Tensor:
-    """(B, H * W, C) of a map (B, C, H, W)."""
+    """Returns tokens (B, H * W, C) of a map (B, C, H, W)."""
     return map_.flatten(2).transpose(1, 2)
 
 
 def _convolutions(
     side: int, wanted: int, width: int, hidden: int
 ) -> tuple[list[int], list[nn.Module]]:
-    """The convolutions from one grid to another, and the side of each one's map."""
+    """Returns the convolutions from one grid to another, and the side of each layer's map."""
     if wanted == 4 * side:
         return [2 * side - 1, wanted], [
             nn.ConvTranspose2d(width, hidden, 3, stride=2, padding=1),
@@ -208,7 +209,7 @@ def _convolutions(
 
 
 class ResizedMLP(MapHead):
-    """A norm and a linear layer, the nearest place of each of the teacher's, and an MLP with ReLU.
+    """A norm and a linear layer, nearest-neighbour resizing to the teacher's grid, and a ReLU MLP.
 
     Source: Shang et al. (Theia), arXiv 2407.20179, the translator `mlp`, whose first two layers
     serve all teachers; here each teacher has its own.
@@ -252,7 +253,7 @@ class ResizedMLP(MapHead):
 
 
 class UpsamplingMLP(MapHead):
-    """An `MLP` that gives u x u places of the teacher's map for each of the student's.
+    """An `MLP` that predicts u x u places of the teacher's map from each place of the student's.
 
     Source: the option `fd_upsample_factor` of RADIO's heads (arXiv 2312.06709, in its code).
 
@@ -264,7 +265,7 @@ class UpsamplingMLP(MapHead):
         inner: See `MLP`.
         pre_norm: See `MLP`.
 
-    Raises: ConfigError: if the teacher's grid is no such multiple.
+    Raises: ConfigError: if the teacher's grid is not such a multiple.
     """
 
     def __init__(

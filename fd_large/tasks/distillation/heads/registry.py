@@ -1,8 +1,8 @@
 """The table of heads.
 
 Adding a head is a line in `HEADS`, or a file of the user's own (`objective.head
-module:FILE.py:NAME`): a function or Module class of (width, teacher_width) that gives a Module from
-tokens (B, N, width) to (B, N, teacher_width), or a `MapHead`.
+module:FILE.py:NAME`): a function or Module class of (width, teacher_width) that returns a Module
+from tokens (B, N, width) to (B, N, teacher_width), or a `MapHead`.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def make(
     """Returns the head that a recipe names.
 
     Args:
-        name: A name in `HEADS`, or one of the user's own (fd_large/doors.py).
+        name: A name in `HEADS`, or the user's own `module:FILE.py:NAME` (fd_large/doors.py).
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's.
         maps: Returns their grids, for a head that reads maps.
 
-    Raises: ConfigError: if there is no such head, or it does not fit.
+    Raises: ConfigError: if the head does not exist or does not fit.
     """
     found = doors.load(name, kind="heads", where=WHERE, built_in=HEADS)
     arguments = [maps()] if maps is not None and reads_maps(found) else []
@@ -63,6 +63,6 @@ def make(
 
 
 def reads_maps(make: Make) -> bool:
-    """Returns whether what makes a head makes a `MapHead`."""
+    """Returns whether a constructor of heads makes `MapHead`s."""
     made = make.func if isinstance(make, partial) else make
     return isinstance(made, type) and issubclass(made, MapHead)

@@ -75,7 +75,7 @@ def mlp_relu(
         teacher_width: Channels of the teacher's.
         hidden: Channels between; None: twice the student's.
         inner: Number of layers between the first and the last.
-        activation: Makes what follows each norm.
+        activation: Constructor of the activation after each norm.
     """
     hidden = hidden or 2 * width
     layers: list[nn.Module] = []
@@ -98,14 +98,14 @@ def attention_mlp(
 def block(
     width: int, teacher_width: int, *, heads: int | None = None, blocks: int = 1
 ) -> nn.Module:
-    """Transformer blocks and a linear layer, over CLS token and patches alike.
+    """Transformer blocks and a linear layer, on CLS token and patches together.
 
     Source: Sariyildiz et al. (DUNE), arXiv 2503.14405.
 
     Args:
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's.
-        heads: Heads of the attention; None: one for 64 channels.
+        heads: Attention heads; None means one for every 64 channels.
         blocks: Number of blocks.
 
     Raises: ConfigError: if the width does not divide into the heads.

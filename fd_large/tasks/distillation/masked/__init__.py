@@ -1,1 +1,1 @@
-"""Masked distillation: a student that is not shown some patches of an image."""
+"""Masked distillation: some patches of an image are hidden from the student."""

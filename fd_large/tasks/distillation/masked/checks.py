@@ -1,4 +1,4 @@
-"""What cannot be learnt of hidden or visible patches, refused before a start with its reason."""
+"""Checks before a start that losses, heads and grids work with hidden patches."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def mask_checks(
     image_sizes: Sequence[int],
     rule: str = "fixed",
 ) -> Iterator[Callable[[], None]]:
-    """Yields what refuses a recipe that a mask does not go with.
+    """Yields checks that refuse a recipe incompatible with its mask.
 
     Args:
-        mask: What the recipe says of it.
+        mask: The recipe's section of the mask.
         make_student: Constructs the student, on the meta device.
-        entries: What it says of each teacher, by name.
+        entries: The recipe's entry of each teacher, by name.
         loss_of: Makes the loss of an entry's target.
         image_size: Side of the student's images, in pixels.
-        image_sizes: All sides that the run draws from; empty: its images have one.
+        image_sizes: All image sides of a run with several, else empty.
         rule: Which of several teachers an image learns from (weighting.rule).
     """
     if not mask.hides:
@@ -104,7 +104,7 @@ def _check_student(mask: Mask, student: nn.Module, image_size: int) -> None:
 def _check_target(
     mask: Mask, name: str, entry: NamedTeacher, loss_of: Callable[[NamedTeacher, str], Loss]
 ) -> None:
-    """Refuses losses, heads and grids of a map of which some tokens count."""
+    """Refuses losses, heads and grids that do not work if only some tokens count."""
     loss, heads = loss_of(entry, MAP), _OF_PLACES
     require(
         loss.of_tokens or (mask.tokens == "all" and mask.cls),

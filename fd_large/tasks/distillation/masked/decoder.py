@@ -1,4 +1,4 @@
-"""What the student sees in place of hidden patches, where they are learnt."""
+"""Modules for hidden patches: a learnt mask token, and a decoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Grid = tuple[int, int]
 
 
 class MaskToken(nn.Module):
-    """Puts a learnt token in the place of hidden patches.
+    """Replaces hidden patches by a learnt token.
 
     A Module of its own, so that the hooks of ZeRO-3 gather the token where it is used.
 
@@ -29,7 +29,7 @@ class MaskToken(nn.Module):
         fill(self.token, NORMAL)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Returns tokens (B, H, W, C) with those replaced that a mask hides.
+        """Returns tokens (B, H, W, C) with the hidden ones replaced.
 
         Args:
             tokens: (B, H, W, C), patches.
@@ -43,13 +43,13 @@ class MaskToken(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Makes a map of all places out of the tokens of visible patches: MAE's, as in dBOT.
+    """Predicts a map of all places from the tokens of visible patches, as MAE and dBOT do.
 
     Source: He et al., arXiv 2111.06377; Liu et al., arXiv 2209.03917.
 
     Args:
         width: Channels of the student's tokens.
-        mask: Its width, blocks and heads.
+        mask: Section with width, blocks and heads of the decoder.
     """
 
     def __init__(self, width: int, mask: Mask) -> None:
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
 
 
 def sin_cos_positions(grid: Grid, width: int, device: torch.device | None = None) -> Tensor:
-    """Returns fixed positions (N, width) float32: of the columns, then of the rows, as in MAE."""
+    """Returns fixed position embeddings (N, width) float32: columns first, then rows, as in MAE."""
     # On the device: copied from the CPU, they would stop the host in each step.
     number = partial(torch.arange, dtype=torch.float64, device=device)
     rate = 10000.0 ** -(number(width // 4) / (width // 4))

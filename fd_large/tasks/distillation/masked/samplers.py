@@ -1,4 +1,4 @@
-"""Which patches of an image are hidden: a function of (seed, epoch, position) alone.
+"""Masks of hidden patches: a function of (seed, epoch, position) alone.
 
 So neither ranks, micro batches nor a resume change a mask.
 
@@ -29,7 +29,7 @@ def masks(mask: Mask, grid: Grid, seed: int, epoch: int, positions: ArrayLike) -
     """Returns whether each patch of each image is hidden, (B, N).
 
     Args:
-        mask: What the recipe says.
+        mask: The recipe's section of the mask.
         grid: Rows and columns of the patches.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
@@ -47,7 +47,7 @@ def masks(mask: Mask, grid: Grid, seed: int, epoch: int, positions: ArrayLike) -
 
 
 def hidden(mask: Mask, grid: Grid) -> int:
-    """Returns how many patches are hidden; of blocks that need not fit, at most."""
+    """Returns the number of hidden patches; an upper limit for blocks that need not fill it."""
     patches = grid[0] * grid[1]
     if mask.sampler == "random":
         # As published: the product is rounded down as it comes, so that 0.9 of 10 hides all.
@@ -56,7 +56,7 @@ def hidden(mask: Mask, grid: Grid) -> int:
 
 
 def random_masks(noise: NDArray[np.float64], number: int) -> Bools:
-    """Returns masks (B, N) that hide as many patches, those of the largest noise.
+    """Returns masks (B, N) that hide the given number of patches, those with the largest noise.
 
     Args:
         noise: (B, N).
@@ -73,14 +73,14 @@ def block_mask(
 ) -> Bools:
     """Returns a mask (N,) of rectangles, which may overlap.
 
-    In the order of draws it is the official one: area, aspect, top, left.
+    The order of draws is the official code's: area, aspect, top, left.
 
     Args:
-        draw: What the mask is drawn from.
+        draw: Source of random numbers.
         grid: Rows and columns of the patches.
         number: Most patches that are hidden.
-        min_patches: Patches of the smallest rectangle; the area lies between it and what is left,
-            also where that is less.
+        min_patches: Patches of the smallest rectangle; the area is drawn between it and the
+            remaining number, even if that is smaller.
         exact: Whether single patches are hidden where the rectangles fall short of the number.
     """
     masked = np.zeros(grid, dtype=np.bool_)
@@ -94,7 +94,7 @@ def block_mask(
 
 
 def _hide_rectangle(draw: random.Random, masked: Bools, least: int, most: int) -> int:
-    """Hides a rectangle of a mask (H, W) in place; returns how many patches it newly hides."""
+    """Hides a rectangle of a mask (H, W) in place; returns the number of newly hidden patches."""
     rows, columns = masked.shape
     bound = math.log(_LEAST_ASPECT)
     for _ in range(_ATTEMPTS):

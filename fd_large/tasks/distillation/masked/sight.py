@@ -1,12 +1,13 @@
-"""The sight (task.py) of a student that is not shown some patches, and the tokens that count.
+"""The sight (task.py) of a student with hidden patches, and the tokens that count in its loss.
 
-Of rectangles images hide different numbers of patches. A mean over the masked tokens of a micro
-batch, as in the public codes, then depends on ranks and micro batches; here their number is known
-for the whole step before its first backward (`Masked.sums`), and each token counts alike.
+With masks of rectangles, images hide different numbers of patches. A mean over the masked tokens
+of a micro batch, as in the published code, then depends on ranks and micro batches. Here the
+number is summed over the whole step before its first backward (`Masked.sums`), and each token has
+the same weight.
 
 Source: Fang et al. (EVA), arXiv 2211.07636; Xie et al. (SimMIM), arXiv 2111.09886, for students
-with a coarse map, which hide the patches of a whole token of it; Xue et al. (MaskAlign), arXiv
-2211.08887, for those that encode visible patches alone.
+with a coarse map, where a whole token's patches are hidden together; Xue et al. (MaskAlign), arXiv
+2211.08887, for students that encode visible patches alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fd_large.tasks.distillation.task import Comparison, Drawn, Seen, Whole
 
 
 class Counted(NamedTuple):
-    """A comparison of which some tokens count.
+    """A comparison in which only some tokens count.
 
     Attributes:
         whole: The comparison of all tokens.
@@ -58,7 +59,7 @@ class Counted(NamedTuple):
         return self.micro_batches * self._losses().sum() / number
 
     def per_image(self) -> Tensor:
-        """Returns the mean over the tokens that count of each image, (B,); 0 without any."""
+        """Returns each image's mean loss over its counted tokens, (B,); 0 without any."""
         if self.counts is None:
             return self.whole.per_image()
         return self._losses().sum(1) / self.counts.sum(1).clamp(min=1)
@@ -68,19 +69,19 @@ class Counted(NamedTuple):
         return self.of_images
 
     def _losses(self) -> Tensor:
-        """The loss of each token, (B, N); 0 where it does not count."""
+        """Returns the loss of each token, (B, N); 0 for tokens that do not count."""
         normalised = self.target.normalise(self.whole.tokens.detach())
         projected = self.whole.projected.to(normalised.dtype)
         return self.target.loss.per_token(projected, normalised).where(self.counts, 0)
 
 
 class Masked(Whole, Part):
-    """A student that sees a learnt token in place of hidden patches, or visible patches alone.
+    """The sight of a student with a learnt token for hidden patches, or with visible patches alone.
 
-    Without a mask among what is drawn, as in evaluation, it sees the whole image.
+    Without a drawn mask, as in evaluation, the student sees the whole image.
 
     Args:
-        mask: What the recipe says.
+        mask: The recipe's section of the mask.
         student: The student.
         image_size: Side of its images, in pixels.
     """
@@ -108,7 +109,7 @@ class Masked(Whole, Part):
         return {name: module for name, module in learnt.items() if module is not None}
 
     def parts(self) -> tuple[Part, ...]:
-        """Returns itself, if the number of tokens that count is known of a whole step alone."""
+        """Returns itself if the number of counted tokens has to be summed over a step."""
         return (self,) if self._differ else ()
 
     def width(self, student: nn.Module) -> int:
@@ -116,8 +117,8 @@ class Masked(Whole, Part):
         return student.width if self._decoder is None else self._mask.decoder_width
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns the hidden patches, (N, B) bool, and where the others are encoded alone theirs,
-        (V, B) int64.
+        """Returns the hidden patches, (N, B) bool, and indices of encoded visible patches, (V, B)
+        int64.
         """
         drawn = torch.from_numpy(masks(self._mask, self._grid, seed, epoch, positions))
         sight = {"mask": drawn.T.contiguous()}
@@ -129,7 +130,7 @@ class Masked(Whole, Part):
         return sight
 
     def undrawn(self, images: Tensor) -> Drawn:
-        """Returns a mask of the shape of those that are drawn, and as many visible patches."""
+        """Returns a mask and visible patches in the shapes of drawn ones, for counting."""
         sight = {"mask": images.new_zeros(self._patches, len(images), dtype=torch.bool)}
         if self._drops:
             visible = self._patches - self._num_hidden
@@ -161,14 +162,14 @@ class Masked(Whole, Part):
         return Seen(map_._replace(tokens=self._decoder(tokens, places, self._grid)))
 
     def _hidden(self, patches: Any, mask: Tensor) -> Any:
-        """Patches, or the same in two data types, with the learnt token where a mask hides them."""
+        """Replaces hidden patches by the learnt token, for patches in one or two data types."""
         assert self._token is not None
         if isinstance(patches, tuple):
             return tuple(self._token(one, mask) for one in patches)
         return self._token(patches, mask)
 
     def counted(self, comparison: Comparison, drawn: Drawn) -> Any:
-        """Returns the comparison of the tokens that count; of a summary that is all of it."""
+        """Returns the comparison of the counted tokens; a summary counts as a whole."""
         if "mask" not in drawn:
             return comparison
         patches = self._counted_patches(drawn)
@@ -191,7 +192,7 @@ class Masked(Whole, Part):
         return self._counted_patches(drawn).sum(1).to(torch.float32)
 
     def _counted_patches(self, drawn: Drawn) -> Tensor:
-        """Which patches count, (B, N) bool."""
+        """Returns the patches that count, (B, N) bool."""
         mask = drawn["mask"].T
         kinds = {"masked": mask, "visible": ~mask}
         return kinds.get(self._mask.tokens, torch.ones_like(mask))
@@ -212,18 +213,18 @@ class Masked(Whole, Part):
         self._totals, self._micro_batches = totals, micro_batches
 
     def before_step(self, progress: float) -> None:
-        """Drops the numbers of the step before; a trial has its own."""
+        """Drops the numbers of an earlier step or trial."""
         self._totals: Tensor | None = None
         self._micro_batches = 1
 
 
 def _filled(map_: FeatureMap, places: Tensor) -> FeatureMap:
-    """A map of all places with zeros where nothing was encoded.
+    """Returns a map of all places with zeros at patches that were not encoded.
 
     Heads of single tokens and the loss then treat it as any other.
 
     Args:
-        map_: Of visible patches alone; its grid is that of all.
+        map_: Map of the visible patches alone, with the grid of all patches.
         places: (B, V) int64, their numbers.
     """
     prefix, (rows, columns) = map_.num_prefix_tokens, map_.grid

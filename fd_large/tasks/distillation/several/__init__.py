@@ -1,1 +1,1 @@
-"""Several teachers: which of them each image learns from, and what one of them sees at once."""
+"""Several teachers: the choice of each image's teachers, running statistics, losses and mosaics."""

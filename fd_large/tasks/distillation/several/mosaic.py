@@ -1,8 +1,8 @@
-"""Several images as one input of a teacher that takes images of one size alone.
+"""Several images tiled into one input of a teacher with a fixed image size.
 
-A teacher such as SAM sees 1,024 px, where the student's images have 256: k x k of them are tiled
-into one input, and the map of that is cut back into theirs. It costs a k-squared of showing it each
-image enlarged, and its map is as fine as the student sees.
+A teacher such as SAM sees 1,024 px while the student's images have 256: k x k images are tiled
+into one input, and its map is cut into theirs. This costs 1 / k^2 of enlarging each image, and
+the map shows the same detail as the student's image.
 
 Source: RADIO's mosaics for SAM, described by its authors on GitHub (NVlabs/RADIO, #175); the code
 is not published.
@@ -29,13 +29,13 @@ from fd_large.tasks.distillation.task import Maps
 class Mosaic(Frozen):
     """A frozen backbone that sees k x k images at once, and gives the map of each.
 
-    Images after one another make a mosaic, row by row. Where the last one is not full, it is filled
-    up with the first images again. Tokens before the map, which stand for no image, are left out.
+    Consecutive images make a mosaic, row by row. An incomplete last mosaic is filled up with the
+    first images. Prefix tokens, which belong to no image, are left out.
 
     Args:
-        net, statistics: As `Frozen`.
+        net, statistics: See `Frozen`.
         image_size: Side of the whole mosaic, in pixels.
-        tiles: k, the images along a side of it.
+        tiles: Images along a side of a mosaic, k.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class Mosaic(Frozen):
 
         Args:
             images: The images.
-            alone: Whether each is tiled with itself, so that its map depends on no other one.
+            alone: Whether each image is tiled with itself, so that its map depends on no other
+                image.
         """
         k = self.tiles
         with torch.no_grad():
@@ -91,7 +92,7 @@ class Mosaic(Frozen):
 
 
 class AloneInEvaluation:
-    """Around the teachers (task.py): in evaluation those with mosaics see each image alone.
+    """Wraps the teachers (task.py) so that mosaics show each image alone in evaluation.
 
     A figure then does not depend on which images meet.
 
@@ -104,7 +105,7 @@ class AloneInEvaluation:
         self._teachers, self.by_name, self._names = teachers, teachers.by_name, tuple(names)
 
     def __call__(self, images: Tensor, given: Maps, training: bool) -> Maps:
-        """Returns the maps by name, beside what else was given."""
+        """Returns the maps by name, with the other entries of the given targets."""
         alone = [] if training else [name for name in self._names if name not in given]
         maps = {name: self.by_name[name](images, alone=True) for name in alone}
         return self._teachers(images, {**given, **maps}, training)
@@ -113,7 +114,7 @@ class AloneInEvaluation:
 def check_mosaics_full(images: int, micro_batch_size: int | str) -> None:
     """Refuses micro-batches that mosaics do not fill.
 
-    The map of an image depends on those beside it: these must not change with the ranks.
+    An image's map depends on its neighbours in the mosaic, which must not change with the ranks.
 
     Args:
         images: The number of images of which all mosaics are full.

@@ -28,7 +28,7 @@ _ROWS = 8192  # Tokens that are turned into float64 at once.
 class Moments(NamedTuple):
     """Mean and unbiased variance of each channel, (2, C) float64: of prefix tokens, and of patches.
 
-    Those of no tokens are zeros.
+    Without tokens the moments are zeros.
 
     Attributes:
         mean, variance: The moments.
@@ -61,7 +61,7 @@ def sums_of(tokens: Tensor, num_prefix_tokens: int = 0) -> Tensor:
 
 
 def moments_of(sums: Tensor) -> Moments:
-    """Returns the moments of tokens whose sums are given; see `sums_of`."""
+    """Returns the moments of tokens from their sums; see `sums_of`."""
     width = sums.shape[-1] // 2
     first, squares, number = sums.split([width, width, 1], dim=-1)
     mean = first / number.clamp(min=1)
@@ -70,7 +70,7 @@ def moments_of(sums: Tensor) -> Moments:
 
 
 def momentum_at(progress: float) -> float:
-    """Returns the weight of a step's statistics in the running ones, falling as a cosine does.
+    """Returns the weight of a step's statistics in the running ones, on a cosine schedule.
 
     Args:
         progress: Fraction of the run's steps that came before, in [0, 1).
@@ -80,7 +80,7 @@ def momentum_at(progress: float) -> float:
 
 
 class RunningStatistics(Float32Buffers):
-    """Normalises by running statistics, as they are before the step moves them (UNIC).
+    """Normalises by running statistics from before the step's update (UNIC).
 
     Prefix tokens (CLS) and patches have statistics of their own. In the first step tokens stay as
     they are, nearly: the mean is 0, the deviation 1.
@@ -90,7 +90,7 @@ class RunningStatistics(Float32Buffers):
 
     Attributes:
         num_prefix_tokens: Tokens of an image before its patches; the target sets it.
-        moments: Those of the present step, where tokens are normalised by them.
+        moments: Moments of the present step, if tokens are normalised by them.
         noted: Sums over the tokens that this rank has seen in the step, (K,), or None.
     """
 
@@ -132,16 +132,16 @@ class RunningStatistics(Float32Buffers):
         return sums_of(tokens, self.num_prefix_tokens).flatten()
 
     def moments_of(self, sums: Tensor) -> Moments:
-        """Returns the moments of sums that are flat."""
+        """Returns the moments from flat sums."""
         return moments_of(sums.view(2, -1))
 
     @property
     def divisor(self) -> Tensor:
-        """What tokens are divided by outside of a step, (2, C): prefix tokens, and patches."""
+        """Divisor of tokens outside of a step, (2, C): for prefix tokens and for patches."""
         return self._divisor(self.deviation)
 
     def undo(self) -> Undo:
-        """Returns the way back from normalised tokens, by the running statistics."""
+        """Returns the inverse of the normalisation, by the running statistics."""
         return Undo(self.mean, self.divisor, None)
 
     def state(self, label: str) -> dict[str, nn.Module]:
@@ -149,12 +149,12 @@ class RunningStatistics(Float32Buffers):
         return {f"running.{label or MAP}": self}
 
     def part(self, target: Any) -> Part:
-        """Returns what moves it, for the target that it normalises."""
+        """Returns the part that updates the statistics of the target that it normalises."""
         return FollowsStep(target, self) if self.of_step else FollowsForwards(self)
 
     @torch.no_grad()
     def move(self, step: Moments, momentum: float) -> None:
-        """Moves the running statistics towards those of a step."""
+        """Updates the running statistics by a step's moments."""
         weight = momentum * step.present.to(self.mean)
         self.mean.lerp_(step.mean.to(self.mean), weight)
         self.deviation.lerp_(self._deviation(step).to(self.deviation), weight)
@@ -169,8 +169,8 @@ class RunningStatistics(Float32Buffers):
 class StepStatistics(RunningStatistics):
     """Normalises in training by the statistics of the step, in evaluation by running ones (DUNE).
 
-    A deviation counts as at least a thousandth. The statistics of a step are those of all its
-    images, which makes it a step in two passes.
+    Deviations are at least 0.001. A step's statistics cover all its images, which makes it a step
+    in two passes.
     """
 
     of_step = True
@@ -184,7 +184,7 @@ class StepStatistics(RunningStatistics):
 
 
 class FollowsForwards(Part):
-    """Running statistics that move by the tokens that the forwards of a step have seen."""
+    """Updates running statistics by the tokens of a step's forwards."""
 
     of_step = False
 
@@ -192,7 +192,7 @@ class FollowsForwards(Part):
         self._running, self._momentum = running, 0.0
 
     def before_step(self, progress: float) -> None:
-        """Drops what a trial has seen."""
+        """Drops the sums of a trial."""
         self._momentum, self._running.noted = momentum_at(progress), None
 
     def noted(self) -> Tensor | None:
@@ -200,14 +200,14 @@ class FollowsForwards(Part):
         return self._running.noted
 
     def after_step(self, noted: Tensor | None) -> None:
-        """Moves the statistics by the sums over the ranks."""
+        """Updates the statistics by the sums over the ranks."""
         if noted is not None:
             self._running.move(self._running.moments_of(noted), self._momentum)
         self._running.noted = None
 
 
 class FollowsStep(Part):
-    """Statistics of a step that its tokens are normalised by, and that the running ones follow."""
+    """Statistics that normalise a step's tokens and then update the running statistics."""
 
     def __init__(self, target: Any, running: RunningStatistics) -> None:
         self._target, self._running, self._momentum = target, running, 0.0
@@ -225,6 +225,6 @@ class FollowsStep(Part):
         self._momentum, self._running.moments = momentum_at(progress), None
 
     def after_step(self, noted: Tensor | None) -> None:
-        """Moves the running statistics by the step's."""
+        """Updates the running statistics by the step's."""
         assert self._running.moments is not None
         self._running.move(self._running.moments, self._momentum)

@@ -1,4 +1,4 @@
-"""Losses between similarities: of a summary to those of other images, of a token to its neighbours.
+"""Losses between similarities: of a summary to other images' summaries, of patches to each other.
 
 Each compares two distributions, softmaxes of cosines: the student's is pulled towards the
 teacher's by the Kullback-Leibler divergence. Source: distillation in lightly-train, version 1
@@ -28,14 +28,15 @@ QUEUE = 8192
 class SummaryQueue(Float32Buffers):
     """The newest summaries of a teacher, in the order of the positions of the steps' images.
 
-    lightly-train has a queue on each rank, so that its loss depends on their number; here it is one
-    of the global batches. It moves once a step that was taken, and belongs to a checkpoint.
+    lightly-train has a queue on each rank, so that its loss depends on the number of ranks; here
+    a single queue holds global batches. It moves once with each accepted step and is part of a
+    checkpoint.
 
     Args:
         width: C.
 
     Attributes:
-        rows: (Q, C), of length 1; zeros where there are none yet.
+        rows: (Q, C), summaries of length 1; zeros in unused rows.
     """
 
     rows: Tensor
@@ -48,20 +49,20 @@ class SummaryQueue(Float32Buffers):
 
     @property
     def now(self) -> Tensor:
-        """The rows; for what learns in a step, its own in front, as in lightly-train."""
+        """The rows, during a step with its own summaries in front, as in lightly-train."""
         learns = self._of_step is not None and torch.is_grad_enabled()
         return self._of_step if learns else self.rows
 
     def begin(self, micro_batches: int) -> None:
-        """Begins the passes of a step of so many micro batches of each rank."""
+        """Begins the passes of a step with this number of micro batches on each rank."""
         self._of_step, self._placed, self._micro_batches = None, 0, micro_batches
 
     def placed(self, summaries: Tensor) -> Tensor:
         """Returns summaries (B, C) at their places in the global batch, zeros elsewhere, flat.
 
-        Summed over the micro batches of all ranks they are those of the step, float64. A rank's
-        micro batches are consecutive positions, and called for in their order. What would fall out
-        of the queue is left out.
+        Their sum over the micro batches of all ranks gives the step's summaries, float64. A
+        rank's micro batches are consecutive positions, in order. Summaries that would fall out of
+        the queue at once are left out.
         """
         size = len(summaries)
         number = distributed.rank() * self._micro_batches + self._placed
@@ -72,7 +73,7 @@ class SummaryQueue(Float32Buffers):
         return batch[:QUEUE].flatten()
 
     def take(self, batch: Tensor) -> None:
-        """Puts the summaries of a step, flat as of `placed`, in front for the time of the step."""
+        """Puts the summaries of a step, flat as from `placed`, in front during the step."""
         self._of_step = pushed(self.rows, batch.view(-1, self.rows.shape[-1]).to(self.rows))
 
     @torch.no_grad()
@@ -90,7 +91,7 @@ class QueueOfStep(Part):
         self._target, self._queue = target, queue
 
     def begin(self, micro_batches: int) -> None:
-        """Begins the passes of a step of so many micro batches of each rank."""
+        """Begins the passes of a step with this number of micro batches on each rank."""
         self._queue.begin(micro_batches)
 
     def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
@@ -102,12 +103,12 @@ class QueueOfStep(Part):
         self._queue.take(totals)
 
     def after_step(self, noted: Tensor | None) -> None:
-        """Keeps them."""
+        """Keeps the step's summaries in the queue."""
         self._queue.move()
 
 
 def units(tokens: Tensor) -> Tensor:
-    """Returns tokens (..., C) of length 1."""
+    """Returns tokens (..., C) scaled to length 1."""
     return F.normalize(tokens, dim=-1)
 
 
@@ -122,7 +123,7 @@ def queue_divergence(
     Args:
         student: (B, C) of length 1.
         teacher: (B, C) of length 1; takes no gradient.
-        queue: (Q, C), rows of length 1 or of zeros, which take part as they are.
+        queue: (Q, C), rows of length 1, or zeros, which take part too.
         temperature: By which cosines are divided.
     """
     return _divergence(student @ queue.T, teacher @ queue.T, temperature)
@@ -147,20 +148,20 @@ def relation_divergence(
 def pushed(queue: Tensor, summaries: Tensor) -> Tensor:
     """Returns a queue (Q, C) with the summaries (B, C) of a batch in front, newest first.
 
-    The oldest fall out; of a batch larger than the queue its first ones stay.
+    The oldest fall out; of a batch larger than the queue, the first summaries stay.
     """
     return torch.cat([summaries, queue])[: len(queue)]
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) of softmaxes over the last dimension of cosines."""
+    """Returns KL(teacher || student) of softmaxes over the last dimension of cosines."""
     log_student = F.log_softmax(student / temperature, dim=-1)
     log_teacher = F.log_softmax(teacher.detach() / temperature, dim=-1)
     return (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
 
 
 class Relation(Loss):
-    """The divergence between the similarities that the patches of an image have to each other.
+    """Divergence between student's and teacher's similarities of an image's patches.
 
     Memory grows with the square of their number.
     """
@@ -188,12 +189,12 @@ class Relation(Loss):
 
 
 class QueueDivergence(Loss):
-    """The divergence between the similarities that summaries have to those of other images.
+    """Divergence between student's and teacher's similarities of summaries to other images'.
 
     For summaries alone.
 
     Attributes:
-        queue: The other summaries; None on a trial, for those of the images themselves.
+        queue: The other images' summaries; None in a trial, which uses the batch's own.
     """
 
     label = "queue loss"
@@ -202,7 +203,7 @@ class QueueDivergence(Loss):
     queue: SummaryQueue | None = None
 
     def begin(self, teacher: str, kind: str, *, width: int, normaliser: str) -> None:
-        """Makes the queue, of summaries as the teacher gives them."""
+        """Makes the queue for the teacher's summaries."""
         if kind != SUMMARY:
             raise ConfigError(
                 f"{field_of(teacher, 'loss')}: a queue holds summaries; got queue for a map, "
@@ -233,6 +234,6 @@ class QueueDivergence(Loss):
         return {f"queues.{label}": self.queue}
 
     def part(self, target: Any) -> Part:
-        """Returns what moves the queue, for the target whose loss this is."""
+        """Returns the part that updates the queue, for this loss's target."""
         assert self.queue is not None
         return QueueOfStep(target, self.queue)

@@ -1,12 +1,12 @@
-"""Which teachers each image learns from, decided on the images of a whole step.
+"""The choice of each image's teachers, over the images of a whole step.
 
 The loss of a step is the mean over all pairs of image and teacher that are kept. Public codes
 take that mean on each rank by itself, so that pairs of ranks that keep few weigh more, and another
 number of ranks is another loss. Here their number is known for the whole step before the student
 runs: dropping keeps the worst teacher of an image, and tosses a coin for each of the others. The
-k-th coin is for the k-th of the others, in the teachers' order, whichever the worst is. So the
-number of kept ones does not depend on the losses, and the distribution is the published one, where
-each of the others has a coin of its own.
+k-th coin belongs to the k-th of the others, in the teachers' order. So the number of kept
+teachers does not depend on the losses, and the distribution is the published one, with an
+independent coin for each of the others.
 
 Source: Sariyildiz et al. (UNIC), arXiv 2408.05088, and Sariyildiz et al. (DUNE), arXiv 2503.14405.
 """
@@ -37,14 +37,14 @@ DATASETS = ".datasets"
 
 
 class Weighted(Part):
-    """The join (task.py) by which each image learns from some of the teachers.
+    """The join (task.py) in which each image learns from some of the teachers.
 
     The loss is the mean over the kept pairs of image and teacher of a step, in which an image
     counts as much as the sight says.
 
     Args:
         weighting: The rule, and the probability to be dropped.
-        targets: What is learnt of the teachers.
+        targets: The teachers' targets.
         teaches: For own_data, (teachers in the order of their names, datasets): whether a teacher
             teaches the images of a dataset.
     """
@@ -62,11 +62,11 @@ class Weighted(Part):
         self._micro_batches = 1
 
     def modules(self) -> dict[str, nn.Module]:
-        """Returns the table of datasets, which has to be on the device."""
+        """Returns the table of datasets, which moves to the device with the task."""
         return {"teaches": self._teaches}
 
     def parts(self) -> tuple[Part, ...]:
-        """Returns itself: the number of kept pairs is of a whole step."""
+        """Returns itself, since the number of kept pairs is summed over a whole step."""
         return (self,)
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
@@ -112,11 +112,11 @@ class Weighted(Part):
         self._number, self._micro_batches = totals, micro_batches
 
     def before_step(self, progress: float) -> None:
-        """Drops the number of the step before, or of a trial."""
+        """Drops the number of an earlier step or trial."""
         self._number, self._micro_batches = None, 1
 
     def _kept(self, losses: Tensor, maps: Maps, drawn: Drawn) -> Tensor:
-        """Returns which teachers each image learns from, (teachers, B) bool.
+        """Returns a mask of each image's teachers, (teachers, B) bool.
 
         Without draws or datasets, as where a step is counted on shapes, they are all kept.
         """
@@ -128,7 +128,7 @@ class Weighted(Part):
 
 
 class _Teaches(nn.Module):
-    """Table of which teacher teaches which dataset; a Module without an entry in checkpoints."""
+    """Table of the teachers of each dataset; a Module without an entry in checkpoints."""
 
     rows: Tensor
 
@@ -145,7 +145,7 @@ class _Teaches(nn.Module):
 def coins(
     seed: int, epoch: int, positions: ArrayLike, *, teachers: int, drop_probability: float
 ) -> Tensor:
-    """Returns which of the teachers besides the worst are kept, (teachers - 1, B) bool, on the CPU.
+    """Returns whether each teacher besides the worst is kept, (teachers - 1, B) bool, on the CPU.
 
     Args:
         seed: The run's seed.
@@ -159,12 +159,12 @@ def coins(
 
 
 def kept_beside_worst(losses: Tensor, coins: Tensor) -> Tensor:
-    """Returns which teachers each image learns from, (T, B) bool.
+    """Returns a mask of the worst and the kept teachers of each image, (T, B) bool.
 
     Args:
-        losses: (T, B), the loss of each image by each teacher. Of equal ones the first is the
-            worst.
-        coins: (T - 1, B) bool, which of the others are kept.
+        losses: (T, B), the loss of each image by each teacher. Of equal losses the first counts
+            as the worst.
+        coins: (T - 1, B) bool, whether each of the others is kept.
     """
     worst = losses.detach().argmax(0, keepdim=True)
     numbers = torch.arange(len(losses), device=losses.device)[:, None]
@@ -173,7 +173,7 @@ def kept_beside_worst(losses: Tensor, coins: Tensor) -> Tensor:
 
 
 def kept_of_own_data(datasets: Tensor, teaches: Tensor) -> Tensor:
-    """Returns which teachers each image learns from, (T, B) bool: those of its dataset.
+    """Returns a mask of the teachers of each image's dataset, (T, B) bool.
 
     Args:
         datasets: (B,) int64, the number of each image's dataset.
@@ -216,11 +216,11 @@ def teaches(
     """Returns whether a teacher teaches a dataset, for teachers by name and datasets in order.
 
     Args:
-        weighting, teachers, data: What the recipe says.
+        weighting, teachers, data: Sections of the recipe.
 
     Returns: nothing, if all teach all.
-    Raises: ConfigError or DataError: if a dataset has no teacher, there is no such dataset, or a
-        mixed image would be of two.
+    Raises: ConfigError or DataError: if a dataset has no teacher or does not exist, or a mixed
+        image would belong to two datasets.
     """
     if weighting.rule != "own_data":
         return []

@@ -1,4 +1,4 @@
-"""The classes of a dataset: their names, and their colours in pictures. No torch."""
+"""The classes of a dataset: their names, and their colours in plots. No torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def classes_of(root: str, count: int, file: str) -> Classes:
     Args:
         root: Folder of the dataset.
         count: K.
-        file: A JSON file of names (`task.segmentation.classes`); empty: what the dataset brings.
+        file: A JSON file of names (`task.segmentation.classes`); "" for the dataset's own names.
 
     Raises: ConfigError: if the file does not name the classes.
     """
@@ -55,7 +55,7 @@ def classes_of(root: str, count: int, file: str) -> Classes:
 
 
 def _ade20k_names(path: Path) -> tuple[str, ...]:
-    """The first synonym in the last column of each line below the headings."""
+    """Returns the first synonym in the last column of each line below the headings."""
     lines = read_bytes(path).decode(errors="replace").splitlines()[1:]
     return tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip())
 
@@ -87,7 +87,7 @@ def _classes_in(file: str, count: int) -> Classes:
 
 
 def colors_of(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Returns a colour for each class; classes whose numbers are near have unlike ones.
+    """Returns a colour for each class; adjacent classes get dissimilar colours.
 
     Hues are a golden section of the circle apart, in three degrees of saturation and brightness.
     """

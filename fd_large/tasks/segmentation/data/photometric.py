@@ -18,7 +18,7 @@ BRIGHTNESS, FACTORS, HUES = 32.0, (0.5, 1.5), 18
 
 
 def distort(image: NDArray[np.uint8], draws: Sequence[float]) -> NDArray[np.uint8]:
-    """Changes colours; each of the four changes is made with probability 1/2.
+    """Distorts colours by four changes, each with probability 1/2.
 
     Args:
         image: (H, W, 3) uint8, red, green and blue.

@@ -1,4 +1,4 @@
-"""Views of an image: a random crop in training, whole at some sizes in tests."""
+"""Views of an image: a random crop in training, whole images at some sizes in tests."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ LONG_SIDE = 4
 
 
 class TrainingViews(NamedTuple):
-    """How training images are resized, cropped, mirrored and distorted.
+    """Random resizing, cropping, mirroring and colour distortion of training images.
 
     Source: the published segmentation runs of Swin, BEiT and MAE on ADE20K.
 
     Attributes:
         image_size: Side of the crop, in pixels; views may be smaller.
-        scale_range: Smallest and largest scale; at 1 the shorter side is that of the crop.
+        scale_range: Smallest and largest scale; at 1 the shorter side equals the crop's.
         cat_max_ratio: Largest share of one class in a crop.
         photometric: Whether colours are changed.
     """
@@ -45,11 +45,11 @@ class TrainingViews(NamedTuple):
 
     @property
     def unknown(self) -> np.int16:
-        """The label of pixels beyond a view."""
+        """Returns the label of pixels outside a view."""
         return np.int16(IGNORED)
 
     def draws(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> list[Drawn]:
-        """Draws what the view at each position depends on."""
+        """Draws the random numbers of the view at each position."""
         crops = uniforms(seed, epoch, positions, "jitter", NUM_DRAWS).tolist()
         colors = uniforms(seed, epoch, positions, "color", photometric.NUM_DRAWS).tolist()
         return list(zip(crops, colors, strict=True))
@@ -87,17 +87,17 @@ class TrainingViews(NamedTuple):
 
 
 def _is_mixed(labels: NDArray[np.int16], largest: float) -> bool:
-    """Whether there is more than one class, and none has as much as that share."""
+    """Whether labels have several classes, none with a share of `cat_max_ratio` or more."""
     counts = np.bincount(labels[labels != IGNORED])
     return np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < largest
 
 
 class TestViews(NamedTuple):
-    """At which sizes an image is tested, and whether whole or by windows.
+    """The sizes at which an image is tested, whole or by windows.
 
     Attributes:
         short_side: Length of the shorter side at scale 1, in pixels.
-        long_side: The most that the longer one may be there.
+        long_side: Upper limit of the longer side at each scale.
         scales: The scales.
         flip: Whether each is also seen mirrored.
         crop: Side of a window; 0: images are seen whole.
@@ -117,7 +117,7 @@ class TestViews(NamedTuple):
     def views(self, height: int, width: int) -> list[View]:
         """Returns the view of an image for each scale.
 
-        By windows, the shorter side is at least a window's and the longer one as long as it gets.
+        With windows, the shorter side is at least a window's, and the longer side is not limited.
         """
         views = []
         for scale in self.scales:
@@ -128,7 +128,7 @@ class TestViews(NamedTuple):
         return views
 
     def num_forwards(self, height: int, width: int, at_once: int) -> int:
-        """Returns how many forwards an image takes, with so many windows in each."""
+        """Returns the number of forwards for an image, with `at_once` windows in each."""
         of_scales = (
             num_forwards(self.windows(*view.size), at_once) if self.crop else 1
             for view in self.views(height, width)
@@ -136,5 +136,5 @@ class TestViews(NamedTuple):
         return sum(of_scales) * (2 if self.flip else 1)
 
     def windows(self, height: int, width: int) -> list[Window]:
-        """Returns the windows by which a view of this size is seen."""
+        """Returns the windows of a view of this size."""
         return windows((height, width), (self.crop,) * 2, (self.stride,) * 2)

@@ -1,1 +1,1 @@
-"""Heads that make classes of maps: UPerNet, a convolutional head, a linear one."""
+"""Heads that predict classes from maps: UPerNet, a convolutional head, a linear head."""

@@ -1,4 +1,4 @@
-"""The last layer of every head: dropped channels, then a class for each place."""
+"""The last layer of every head: channel dropout, then a class for each place."""
 
 from __future__ import annotations
 

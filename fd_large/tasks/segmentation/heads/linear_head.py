@@ -1,4 +1,4 @@
-"""The linear head: what a map tells of the classes without a further layer.
+"""The linear head, which tests how well a map separates the classes.
 
 Source: Oquab et al., arXiv 2304.07193 (DINOv2): batch norm and a 1x1 convolution on the last map.
 """
@@ -28,5 +28,5 @@ class LinearHead(nn.Module):
         self.classifier = Classifier(self.width, num_classes)
 
     def forward(self, maps: Sequence[Tensor], keep: Tensor | None = None) -> Tensor:
-        """Maps (B, C_s, H_s, W_s) of each stage to logits (B, K, H, W) of the last one's size."""
+        """Maps (B, C_s, H_s, W_s) of each stage to logits (B, K, H, W) of the last map's size."""
         return self.classifier(self.norm(maps[-1]), keep)

@@ -1,4 +1,4 @@
-"""UPerNet's head: pyramid pooling of the last map, a top-down pyramid, and all of it fused.
+"""UPerNet's head: pyramid pooling of the last map, a top-down pyramid, and their fusion.
 
 Source: Xiao et al., arXiv 1807.10221; Zhao et al., arXiv 1612.01105 (pyramid pooling); the details
 as in mmsegmentation's UPerHead, to which its oracle holds this.

@@ -1,7 +1,7 @@
-"""Scores of segmentation from counts of pixels: aAcc, mAcc, mIoU, and a class by class.
+"""Scores of segmentation from counts of pixels: aAcc, mAcc, mIoU, and scores by class.
 
-All come from one table of counts: its sums over images and ranks are exact in int64, so that the
-scores do not depend on the number of ranks. (mmsegmentation sums in float32.)
+All scores come from one table of counts, whose sums over images and ranks are exact in int64, so
+that they do not depend on the number of ranks. (mmsegmentation sums in float32.)
 
 Source: mmsegmentation, iou_metric.py; its oracle holds this to it.
 """
@@ -42,7 +42,7 @@ class Scores(NamedTuple):
         m_iou: Mean over the classes that are labelled or predicted of intersection over union.
         iou: (K,), NaN for classes that are neither labelled nor predicted.
         acc: (K,), NaN for classes that are not labelled.
-        counts: (K, K) int64, as `confusion` gives them.
+        counts: (K, K) int64, from `confusion`.
     """
 
     a_acc: float
@@ -61,7 +61,7 @@ def scores_of(counts: NDArray[np.int64]) -> Scores:
     """Computes the scores of a table of counts.
 
     Args:
-        counts: (K, K) int64, as `confusion` gives them, summed over the dataset.
+        counts: (K, K) int64, from `confusion`, summed over the dataset.
     """
     right, labelled, predicted = np.diagonal(counts), counts.sum(1), counts.sum(0)
     iou = _shares(right, labelled + predicted - right)
@@ -82,7 +82,7 @@ def m_iou(
     """Returns the mIoU, in per cent, of the pixels of each class, (K,) each.
 
     Args:
-        right: Those that are of the class by label and prediction.
+        right: Pixels of the class by both label and prediction.
         labelled: By label.
         predicted: By prediction.
     """
@@ -90,7 +90,7 @@ def m_iou(
 
 
 def _shares(some: NDArray[np.int64], all_: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Per cent, NaN where there is nothing to take a share of."""
+    """Returns per cent, or NaN where the total is 0."""
     return np.divide(100.0 * some, all_, out=np.full(len(some), np.nan), where=all_ > 0)
 
 

@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
         scores: Over the whole dataset.
         errors: (N,) float64, the share of each image's labelled pixels that is wrong; NaN for an
             image without labelled pixels, or that could not be read.
-        unread: How many images could not be read; they are left out.
+        unread: Number of unreadable images, which are left out.
         areas: (N, 3, K) int64, the pixels of each image that are of a class by label and
             prediction, by label, and by prediction.
     """
@@ -56,7 +56,7 @@ class Model(NamedTuple):
 
     Attributes:
         logits: Maps pixels (B, 3, h, w) uint8, on the device, to logits (B, K, h, w); in
-            evaluation, by all ranks alike where it is sharded.
+            evaluation mode, called by all ranks if it is sharded.
         views: At which sizes an image is seen.
         at_once: Number of windows in a forward.
     """
@@ -67,7 +67,7 @@ class Model(NamedTuple):
 
     @torch.no_grad()
     def predict(self, seen: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Names the class of each pixel of an image: (H, W) int64, on the device.
+        """Predicts the class of each pixel of an image: (H, W) int64, on the device.
 
         Args:
             seen: (3, h, w) uint8, the image at each scale.
@@ -80,7 +80,7 @@ class Model(NamedTuple):
         return averaged(logits, size)[0].argmax(0)
 
     def idle(self) -> None:
-        """Makes one forward of nothing, for ranks that others wait for."""
+        """Runs a dummy forward, on ranks without an image, so that the others do not wait."""
         forward_of_nothing(self.logits, self.views.crop or self.views.short_side)
 
     def _logits(self, seen: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
@@ -106,10 +106,10 @@ def evaluate(
     """Tests on all images; a collective.
 
     Args:
-        model: What is tested.
+        model: The model under test.
         images: The test images and their labels.
         workers: Processes that load.
-        between: Called before each image, on every rank alike. It may raise to end the test.
+        between: Called before each image on every rank; may raise to end the test.
     """
     device, count = distributed.device(), images.num_classes
     counts = torch.zeros(count, count, dtype=torch.int64, device=device)
@@ -141,7 +141,7 @@ def keep(
     """Writes scores.json and draws images and the confusion; on rank 0 alone.
 
     Args:
-        outcome: What the test found.
+        outcome: Result of the test.
         some: The images that are drawn, by `predict_some`; None: nothing is drawn.
         images: The test images and their labels.
         classes: Names and colours.

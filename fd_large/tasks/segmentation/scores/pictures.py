@@ -1,4 +1,4 @@
-"""Pictures of segmentation: an image with its classes and a legend, tests, and the confusion.
+"""Plots of segmentation: an image with its classes and a legend, test rows, and the confusion.
 
 No torch.
 """
@@ -31,14 +31,14 @@ TALLEST = 1.4
 
 
 class Row(NamedTuple):
-    """An image of a test.
+    """A row of a test's plot: an image with labels, prediction and score.
 
     Attributes:
         image: (H, W, 3) uint8.
         labels: (H, W), the classes; below 0: ignored.
         predicted: (H, W), the classes that the model names.
         name: The image's name.
-        found: How much of it is right, in a few words.
+        found: Share of correct pixels, as text.
     """
 
     image: NDArray[np.uint8]
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 def painted(
     image: NDArray[np.uint8], classes: NDArray[np.integer], of: Classes
 ) -> NDArray[np.uint8]:
-    """Lays the colours of classes over an image; what is ignored stays as it is."""
+    """Overlays an image with the colours of classes; ignored pixels stay unchanged."""
     colors = np.array(of.colors, dtype=np.float32)[np.maximum(classes, 0)]
     shown = image.astype(np.float32)
     inside = classes >= 0
@@ -132,9 +132,9 @@ def draw_rows(rows: Sequence[Row], of: Classes, path: Path) -> None:
 
 @own_look
 def draw_confusion(counts: NDArray[np.int64], of: Classes, path: Path) -> None:
-    """Draws which classes are taken for which, as shares of the labelled pixels, as a PNG.
+    """Draws the confusion of classes, as shares of the labelled pixels, as a PNG.
 
-    Of many classes those with most wrong pixels are shown.
+    With many classes, only those with most wrong pixels are shown.
 
     Args:
         counts: (K, K), row the label, column the prediction.
@@ -187,7 +187,7 @@ def draw_confusion(counts: NDArray[np.int64], of: Classes, path: Path) -> None:
 
 
 def _shares(classes: NDArray[np.integer]) -> list[tuple[int, float]]:
-    """The classes that occur and their share, largest first."""
+    """Returns the classes that occur and their shares, largest first."""
     numbers, counts = np.unique(classes[classes >= 0], return_counts=True)
     order = np.argsort(-counts, kind="stable")
     return [(int(numbers[i]), float(counts[i] / counts.sum())) for i in order]

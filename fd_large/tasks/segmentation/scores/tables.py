@@ -19,7 +19,7 @@ MEANINGS = {
 
 
 def numbers_table(scores: Scores, num_images: int) -> Table:
-    """The three means, in per cent."""
+    """Returns a table of the three means, in per cent."""
     from rich.table import Table
 
     table = Table(title=f"{num_images:,} images", title_justify="left")
@@ -31,7 +31,7 @@ def numbers_table(scores: Scores, num_images: int) -> Table:
 
 
 def classes_table(scores: Scores, names: tuple[str, ...]) -> Table:
-    """IoU and accuracy of the classes that are labelled or predicted, in per cent."""
+    """Returns a table of IoU and accuracy of the classes that occur, in per cent."""
     from rich.table import Table
 
     table = Table(title="The classes that occur", title_justify="left")

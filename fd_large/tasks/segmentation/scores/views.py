@@ -1,4 +1,4 @@
-"""Logits of several views of an image, at several sizes and mirrored, as one.
+"""Merging of logits of an image's views, at several sizes and mirrored.
 
 Source: mmsegmentation, seg_tta.py; its oracle holds this to it.
 """
