@@ -5,7 +5,7 @@
     result = fd_large.distill(data="photos/", teacher="timm:vit_small_patch16_224", out="runs/a")
     model = fd_large.load_student("runs/a")
 
-What is named here is imported when it is first used (docs/python.md).
+The public names are imported on first use (docs/python.md).
 """
 
 from __future__ import annotations

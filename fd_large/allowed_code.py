@@ -1,10 +1,10 @@
-"""The user's own list of code that may run again without being named. No torch.
+"""The user's list of code that may run again without being named. No torch.
 
-A start that names code of the user's own on its command line, or allows it there, adds its name and
-hash here, so that a run goes on without the flags. The list stands outside of every run folder,
-which may have come from elsewhere: `$XDG_STATE_HOME/fd_large/allowed_code.json`, or below
-`~/.local/state`. It is believed only where nobody but the user can write it. Without such a place
-there is no list, and each start names its code.
+A start that names or allows the user's own code on its command line adds name and hash of the
+code to the list, so that a resume needs no flags. The list is outside of every run folder, since
+a folder may come from others: `$XDG_STATE_HOME/fd_large/allowed_code.json`, or below
+`~/.local/state`. It is used only if nobody but the user can write it. Without such a place there
+is no list, and each start must name its code.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TURN_SECONDS = 2.0
 
 
 def place() -> Path | None:
-    """Returns the path of the list; None where the environment names no home."""
+    """Returns the path of the list, or None if the environment names no home."""
     state, home = os.environ.get("XDG_STATE_HOME", ""), os.environ.get("HOME", "")
     if os.path.isabs(state):  # Others are to be ignored, by the specification.
         return Path(state) / FOLDER / LIST
@@ -42,7 +42,7 @@ def place() -> Path | None:
 
 
 def read() -> tuple[Entries, str]:
-    """Returns the entries of the list, and why it is not believed ("" if it is, or is not there).
+    """Returns the entries of the list, and why it is not trusted ("" if trusted or missing).
 
     Nothing is written, and no refusal of the file system ends anything.
     """
@@ -59,9 +59,9 @@ def read() -> tuple[Entries, str]:
 
 
 def add(name: str, digest: str, file: Path) -> None:
-    """Adds code to the list, as far as there is a place for one.
+    """Adds code to the list, if there is a place for a list.
 
-    Starts at the same time take turns; where the file system has no locks, the later one stays.
+    Concurrent starts take turns; on a file system without locks, the last write wins.
 
     Args:
         name: The absolute name, `module:...`.
@@ -117,7 +117,7 @@ def _sentence(path: Path, got: str, expected: str) -> str:
 
 
 def _open_to_others(status: os.stat_result, *, is_folder: bool) -> str:
-    """Returns why others may have written a file or folder; empty if they cannot."""
+    """Returns why others may have written a file or folder, or "" if they cannot."""
     if not (stat.S_ISDIR if is_folder else stat.S_ISREG)(status.st_mode):
         return f"no {'folder' if is_folder else 'file'}"
     if status.st_uid != os.geteuid():
@@ -133,7 +133,7 @@ def _is_list(value: object) -> bool:
 
 
 def _may_replace(path: Path) -> bool:
-    """Whether a list that is not believed is damaged and nothing else."""
+    """Whether an untrusted list is only damaged, so that it may be replaced."""
     with suppress(OSError):
         others = _open_to_others(path.parent.lstat(), is_folder=True)
         return not (others or _open_to_others(path.lstat(), is_folder=False))
@@ -142,7 +142,7 @@ def _may_replace(path: Path) -> bool:
 
 @contextmanager
 def _turn(folder: Path) -> Iterator[None]:
-    """Waits a moment for other starts that write the list; goes on where there are no locks."""
+    """Waits a moment for other starts that write the list; does nothing without locks."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         until = time.monotonic() + _TURN_SECONDS

@@ -1,9 +1,9 @@
-"""The package from Python: distil, load and evaluate in a process that goes on afterwards.
+"""The package from Python: distil, load and evaluate inside the caller's process.
 
-`import fd_large` gives these names. They make the same recipes and call the same functions as the
-command line, on one device. A mistake raises an FDError with the sentence that the command line
-prints, and nothing that a run needs stays in the process: no process group, handler of signals or
-logs, thread or setting of torch.
+`import fd_large` provides these names. They make the same recipes and call the same functions as
+the command line, on one device. A mistake raises an FDError with the sentence that the command
+line prints. A run leaves no trace in the process: no process group, handler of signals or logs,
+thread or setting of torch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Result:
 
     Attributes:
         folder: The run's folder, which all commands take.
-        status: How the run ended: `done`, or `preempted` after a Ctrl-C; the same call goes on.
+        status: How the run ended: `done`, or `preempted` after a Ctrl-C; the same call resumes it.
         summary: Content of summary.json.
     """
 
@@ -54,18 +54,18 @@ class Result:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The numbers of the last evaluation, by their names in evaluations.jsonl."""
+        """The metrics of the last evaluation, by their names in evaluations.jsonl."""
         return {name: values[-1] for name, values in self._evaluated.items()}
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """Every evaluation's numbers, by name; `update` is the steps that each followed."""
+        """Every evaluation's metrics, by name; `update` holds the steps."""
         steps = [row["update"] for row in self._files.evaluations]
         return {"update": steps, **self._evaluated}
 
     @property
     def best(self) -> Path | None:
-        """The checkpoint of the best evaluation (eval.best_metric); None: none is kept."""
+        """The checkpoint of the best evaluation (eval.best_metric), or None if none is kept."""
         return store.best_of(self.folder)
 
     @cached_property
@@ -74,7 +74,7 @@ class Result:
         return load_student(self.folder)
 
     def export(self, out: str | os.PathLike[str], *, to: To = "timm") -> Path:
-        """Writes the student where others load it, as `fd-large export` does; returns the folder.
+        """Exports the student for other libraries, as `fd-large export` does; returns the folder.
 
         Args:
             out: Folder to write; nothing may stand there.
@@ -136,11 +136,11 @@ class Evaluation:
 
 
 def recipe(name: str, **fields: Any) -> Run:
-    """Returns a run of record, with other values of some fields.
+    """Returns a named recipe, with other values of some fields.
 
     Args:
         name: One of `fd_large.RECIPES`.
-        **fields: As `distill` takes them.
+        **fields: See `distill`.
 
     Raises: FDError: with a line for each mistake.
     """
@@ -160,7 +160,7 @@ def distill(
 ) -> Result:
     """Distils a teacher into a student, on this machine's first GPU, or the CPU if it has none.
 
-    The same call goes on where an interrupted one stopped, and does nothing once it is finished.
+    The same call resumes an interrupted run, and does nothing for a finished run.
 
         fd_large.distill(
             data="photos/", teacher="timm:vit_small_patch16_224", student="swinv2_tiny",
@@ -172,9 +172,9 @@ def distill(
         data: Training images (data.root), or several fields of the section: {"root": ...}.
         teacher: The teacher's weights (teacher.source), or several fields of the section.
         student: Name of the student's model (student.model), or several fields of the section.
-        recipe: Name of the recipe whose fields have the other values, or such a run.
+        recipe: Name of the base recipe, or a `Run`.
         deepspeed_config: DeepSpeed's JSON, a name or a path.
-        fresh: Start anew although the folder holds checkpoints.
+        fresh: Starts again although the folder has checkpoints.
         **fields: Other fields of the recipe: a section with a dict, optim={"max_steps": 20}, or
             full names, **{"optim.max_steps": 20}.
 
@@ -236,20 +236,20 @@ def result(folder: str | os.PathLike[str]) -> Result:
 def load_student(
     run: str | os.PathLike[str], *, allow_code: Iterable[str | os.PathLike[str]] = ()
 ) -> TrainedModel:
-    """Loads the student of a run, with the average of its weights where the run keeps one.
+    """Loads the student of a run, with its averaged weights if the run keeps an average.
 
         model = fd_large.load_student("runs/first")
         map = model(model.preprocess("photo.jpg")[None])   # (1, C, H, W)
         guess = model.teacher_map("teacher", model.preprocess("photo.jpg")[None])
 
     Args:
-        run: The run's folder, that of a checkpoint (RUN/checkpoints/best), or that of an export,
-            which hold the teachers' heads too; or any other model that `fd-large evaluate` takes:
+        run: Folder of a run, a checkpoint (RUN/checkpoints/best) or an export, all with the
+            teachers' heads; or any other model that `fd-large evaluate` accepts:
             RUN#teacher, timm:NAME, a file of weights ...
         allow_code: Python files of the user's own that the run's recipe may import.
 
     Returns: the model in evaluation mode, in float32, on the first GPU, or the CPU.
-    Raises: FDError: if there is no such model.
+    Raises: FDError: if the model does not exist.
     """
     from fd_large.engine.find_model import find_model
     from fd_large.engine.trained_model import TrainedModel
@@ -290,14 +290,14 @@ def evaluate(
         fd_large.evaluate("runs/first", "runs/first#teacher", data="pets/", task="knn")
 
     Args:
-        *models: Results, run folders or other models, as `load_student` takes them.
+        *models: Results, run folders or other models; see `load_student`.
         data: The labelled images (data.root), or several fields of the section: {"root": ...,
             "val_fraction": 0.1}.
         task: knn, linear, finetune, the task of a run that is scored by itself, or a protocol of
             the user's own, module:FILE.py:NAME; auto: as the command line.
         out: Folder for the results.
-        **options: Other arguments of the command (k=10, seeds=3) and fields of the recipe, as
-            `distill` takes them.
+        **options: Further arguments of the command (k=10, seeds=3) and fields of the recipe; see
+            `distill`.
 
     Raises: FDError: for a mistake, in a sentence; a line for each if there are several.
     """
@@ -343,7 +343,7 @@ def evaluate(
 
 
 def _run_of(recipe: str | Run, values: dict[str, Any]) -> Run:
-    """A recipe with other values, nested or by full names; all mistakes at once."""
+    """Returns a recipe with other values, nested or by full names; reports all mistakes at once."""
     # The caller names code of its own here, as others do on the command line.
     doors.allow_named(value for value in flat_plain(values).values() if isinstance(value, str))
     if isinstance(recipe, str):
@@ -358,7 +358,7 @@ def _run_of(recipe: str | Run, values: dict[str, Any]) -> Run:
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values with paths as text."""
+    """Returns the values with paths as text."""
     return {
         name: _texts(value)
         if isinstance(value, Mapping)
@@ -374,7 +374,7 @@ def _listed(value: Any) -> Any:
 
 
 def _add(values: dict[str, Any], more: dict[str, Any]) -> None:
-    """Adds values that are not there yet.
+    """Adds missing values.
 
     Raises: ConfigError: for a field that is.
     """
@@ -385,7 +385,7 @@ def _add(values: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 def _draw_report(folder: str) -> None:
-    """Draws the pictures of a finished run; a failure does not fail the run."""
+    """Draws the plots of a finished run; a failure does not fail the run."""
     from fd_large.report.make import make_report
 
     try:

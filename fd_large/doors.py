@@ -1,6 +1,6 @@
-"""Doors: code of the user's own in the place of a built-in loss, backbone, optimiser and so on.
+"""Doors: the user's own code instead of a built-in loss, backbone, optimiser and so on.
 
-Where a recipe names a thing, the name is one of
+A name in a recipe is one of
 
 - a built-in name,
 - `module:PATH/TO/FILE.py:NAME`, a name in a file; a relative path starts at the current folder,
@@ -8,9 +8,9 @@ Where a recipe names a thing, the name is one of
 - the name of an entry point that an installed package has in the group `fd_large.KIND`.
 
 Code runs only if this start's command line has its name (`allow_named`) or its file
-(`--allow-code`), or if name and hash stand in the user's own list (`allowed_code`), which such
-starts write. Recipes, run folders and checkpoints allow nothing, since they may come from
-elsewhere. Entry points need no permission: whoever installed the package has given it.
+(`--allow-code`), or if name and hash are in the user's own list (`allowed_code`), written by such
+starts. Recipes, run folders and checkpoints allow nothing, since they may come from others. Entry
+points need no permission beyond the installation of their package.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def is_own(source: str) -> bool:
 
 
 def absolute(source: str) -> str:
-    """Returns a name with the path of its file made absolute; any other name as it is."""
+    """Returns a name with the path of its file made absolute; any other name is unchanged."""
     where, name = _split(source)
     if not is_own(source) or not _is_path(where):
         return source
@@ -103,13 +103,13 @@ def allow(source: str | os.PathLike[str]) -> None:
 
 
 def is_allowed(source: str) -> bool:
-    """Returns whether the file of a `module:` name is there and the name may be imported."""
+    """Returns whether the file of a `module:` name exists and the name may be imported."""
     path = file_of(source)
     return path is not None and _is_permitted(source, path)
 
 
 def reset() -> None:
-    """Forgets all that was allowed and imported, as a new process does."""
+    """Resets all permissions and imports, as in a new process."""
     global _remembers
     _remembers = False
     for known in (_files, _names, _unchanged, _modules, _imported):
@@ -117,11 +117,11 @@ def reset() -> None:
 
 
 def allow_named(arguments: Iterable[str], *, remember: bool = False) -> None:
-    """Allows the names that a command line has, as `module:...` or `NAME=module:...`.
+    """Allows the names on a command line, `module:...` or `NAME=module:...`.
 
     Args:
-        arguments: The words of the command line.
-        remember: Add what this process allows and imports to the user's list; one rank does.
+        arguments: Arguments of the command line.
+        remember: Whether to add allowed and imported code to the user's list; one rank does.
     """
     global _remembers
     _remembers = remember
@@ -131,9 +131,9 @@ def allow_named(arguments: Iterable[str], *, remember: bool = False) -> None:
 
 
 def allow_unchanged(checked: Mapping[str, str]) -> None:
-    """Allows what the process that started this one may import, while it is as it was there.
+    """Allows the code of the parent process, as long as its files are unchanged.
 
-    Never what a file says: a run folder may come from elsewhere.
+    It never takes permissions from a file, since a run folder may come from others.
 
     Args:
         checked: {"module:...": SHA-256}, of `hashes`.
@@ -142,10 +142,10 @@ def allow_unchanged(checked: Mapping[str, str]) -> None:
 
 
 def require_allowed(named: Mapping[str, str]) -> None:
-    """Refuses code that nobody has allowed, all of it at once.
+    """Refuses code without permission, all of it at once.
 
     Args:
-        named: What a recipe names, by its field; built-in names and absent files are passed over.
+        named: The recipe's names by field; built-in names and missing files are ignored.
 
     Raises: ConfigError: naming the files.
     """
@@ -161,7 +161,7 @@ def require_allowed(named: Mapping[str, str]) -> None:
 
 
 def complaint(source: str, where: str) -> str:
-    """Returns what is wrong with a `module:` name as far as its file's text shows; empty: nothing.
+    """Returns the problem of a `module:` name as far as its file's text shows, or "".
 
     Nothing is imported.
 
@@ -191,11 +191,11 @@ def complaint(source: str, where: str) -> str:
 
 
 def require_known(source: str, *, kind: Kind, where: str, built_in: Collection[str]) -> None:
-    """Refuses a name that stands for nothing, as far as that shows without an import.
+    """Refuses an unknown name, as far as possible without an import.
 
     Args:
         source: The name.
-        kind: What is wanted; entry points are looked for in the group `fd_large.KIND`.
+        kind: Kind of code; entry points are searched in the group `fd_large.KIND`.
         where: The field that the user set, for messages.
         built_in: The names of the package.
 
@@ -225,10 +225,10 @@ def require_known(source: str, *, kind: Kind, where: str, built_in: Collection[s
 def refuse_scheme(
     source: str, schemes: Collection[str], *, where: str, of: type[FDError]
 ) -> NoReturn:
-    """Refuses a source, or a name of code without `module:`, that begins as no known one does.
+    """Refuses a source, or a name of code without `module:`, with an unknown prefix.
 
     Args:
-        source: The name, at whose path nothing stands.
+        source: The name, which is not an existing path.
         schemes: Beginnings of sources, as "hf:".
         where: The field that the user set, for messages.
         of: Class of the error.
@@ -243,15 +243,15 @@ def refuse_scheme(
 
 
 def load(source: str, *, kind: Kind, where: str, built_in: Mapping[str, Any] | None = None) -> Any:
-    """Returns the thing that a name stands for; a file is imported once in a process.
+    """Returns the object of a name; a file is imported once in a process.
 
     Args:
         source: The name.
-        kind: What is wanted; entry points are looked for in the group `fd_large.KIND`.
+        kind: Kind of code; entry points are searched in the group `fd_large.KIND`.
         where: The field that the user set, for messages.
         built_in: The things that need no import, by name.
 
-    Raises: ConfigError: if there is no such thing, its import fails, or its file is not allowed.
+    Raises: ConfigError: if the object does not exist, its import fails, or its file is not allowed.
     """
     known = built_in or {}
     if source in known:
@@ -272,10 +272,9 @@ def load(source: str, *, kind: Kind, where: str, built_in: Mapping[str, Any] | N
 
 
 def cause(error: Exception) -> str:
-    """Returns "TYPE: text in FILE line N", one line, of what code of the user's own raised.
+    """Describes an exception of the user's own code in a line: "TYPE: text in FILE line N".
 
-    FILE is the innermost that is the user's, also where a library raised; it is left out if there
-    is none.
+    FILE is the user's innermost file, even if a library raised; it is left out if there is none.
     """
     log.debug("code of the user's own failed", exc_info=error)
     text, places = str(error), traceback.extract_tb(error.__traceback__)
@@ -288,7 +287,7 @@ def cause(error: Exception) -> str:
 
 
 def installed(kind: Kind) -> dict[str, EntryPoint]:
-    """Returns what installed packages bring of a kind, by name; imports nothing of theirs."""
+    """Returns entry points of a kind in installed packages, by name; imports no package."""
     found = _entry_points(tuple(sys.path)).select(group=f"fd_large.{kind}")
     return {point.name: point for point in found}
 
@@ -302,7 +301,7 @@ def _entry_points(path: tuple[str, ...]) -> EntryPoints:
 
 
 def file_of(source: str) -> Path | None:
-    """Returns the file of a `module:` name, imports nothing; None where there is none."""
+    """Returns the file of a `module:` name without importing it, or None."""
     where, _ = _split(source)
     if _is_path(where):
         path = _real(where)
@@ -315,10 +314,10 @@ def file_of(source: str) -> Path | None:
 
 
 def hashes(tree: Any) -> dict[str, str]:
-    """Returns {name: SHA-256 of its file} of the code that a recipe's plain form names.
+    """Returns {name: SHA-256 of its file} of the code in a recipe's plain form.
 
-    The hash of a file that this process has imported is that of what it imported; a file that is
-    not there has the hash "". Entry points count too. Nothing is imported.
+    The hash of an imported file is of the imported text; a missing file has the hash "". Entry
+    points are included. Nothing is imported.
 
     Args:
         tree: Dicts, lists and values.
@@ -360,7 +359,7 @@ def _is_path(where: str) -> bool:
 
 
 def _real(path: str) -> Path:
-    """Returns an absolute path without links; of an impossible one what no file has."""
+    """Returns an absolute path without links; for an impossible path, a path of no file."""
     try:
         return Path(os.path.realpath(os.path.expanduser(path)))
     except ValueError:  # A NUL, which a recipe may hold.
@@ -368,12 +367,12 @@ def _real(path: str) -> Path:
 
 
 def _hash(path: Path) -> str:
-    """SHA-256 of the text that this process has run, else of the file as it is now."""
+    """Returns SHA-256 of the text that this process has run, else of the present file."""
     return _imported.get(path) or hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _is_permitted(source: str, path: Path, digest: str = "") -> bool:
-    """Whether a name may be imported from a file whose text has a hash, "" for that of now."""
+    """Whether a name may be imported from a file with a hash; "" means the present text's."""
     if _is_named(source, path):
         return True
     if path.suffix != ".py":  # Python loads it by itself, perhaps not what was hashed.
@@ -437,7 +436,7 @@ def _no_name(where: str, path: Path, name: str, names: Iterable[str]) -> str:
 
 
 def _names_in(path: Path) -> set[str]:
-    """Returns all names that a file gives to anything; empty where its text does not show them."""
+    """Returns all names bound in a file's text, or an empty set if the text cannot be parsed."""
     found: set[str] = set()
     for node in ast.walk(_tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -451,7 +450,7 @@ def _names_in(path: Path) -> set[str]:
 
 
 def _defined_in(node: ast.AST) -> Iterator[str]:
-    """Names of functions, classes and assignments of a module, without those inside of them."""
+    """Returns top-level functions, classes and assigned names of a module."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield child.name
@@ -464,7 +463,7 @@ def _defined_in(node: ast.AST) -> Iterator[str]:
 
 
 def _tree(path: Path) -> ast.Module:
-    """Returns the parsed text of a file; without statements where that cannot be had."""
+    """Returns the parsed text of a file; empty if it cannot be read or parsed."""
     try:
         if path.suffix == ".py":
             return ast.parse(path.read_bytes())
@@ -496,7 +495,7 @@ def _from_file(_: str, path: Path, text: bytes) -> ModuleType:
 
 
 def _from_path(name: str, path: Path, text: bytes) -> ModuleType:
-    """Imports a module on Python's path, whose package comes first as in any import."""
+    """Imports a module on Python's path, after its package as in any import."""
     package, _, last = name.rpartition(".")
     above = importlib.import_module(package) if package else None
     spec = None if name in sys.modules or path.suffix != ".py" else _spec_of(name)
@@ -521,7 +520,7 @@ def _run(spec: ModuleSpec, path: Path, text: bytes) -> ModuleType:
 
 
 def _spec_of(name: str) -> ModuleSpec | None:
-    """Returns where a module would come from, without importing the packages above it."""
+    """Returns a module's spec without importing the packages above it."""
     first, *rest = name.split(".")
     try:
         spec = find_spec(first) if first else None

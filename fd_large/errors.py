@@ -1,6 +1,7 @@
 """The user's mistakes: one sentence, exit code 2, no traceback.
 
-Every message reads `where: what; got X, expected Y. Remedy.` Our own mistakes stay tracebacks.
+Every message reads `where: what; got X, expected Y. Remedy.` Errors of this package itself keep
+their traceback.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ _CLOSING = "'`),.;:]}>"
 def without_secrets(text: str) -> str:
     """Returns text with user, password and query of each URL in it replaced by `***`.
 
-    Whatever a person, a page, a log or a tracker gets to see of a source goes through here.
-    Libraries tell the path and the query of a URL without its host, too: of these, the query.
+    Every source shown to a person, on a page, in a log or by a tracker passes through here.
+    The query is also removed from a URL's path and query without a host, as in libraries' messages.
     """
     return _WORD.sub(_masked_word, text) if "/" in text or "?" in text else text
 
@@ -55,7 +56,7 @@ def _masked_word(match: re.Match[str]) -> str:
 
 
 def masked(value: Any) -> Any:
-    """Returns plain values (dict, list, str, numbers) as `FDError` shows their texts."""
+    """Returns plain values (dict, list, str, numbers) with texts masked as in `FDError`."""
     if isinstance(value, str):
         return without_secrets(printable(value))
     if isinstance(value, dict):
@@ -66,18 +67,18 @@ def masked(value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """Returns text from elsewhere without what commands a terminal."""
+    """Returns untrusted text without a terminal's control characters."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 
 class FDError(Exception):
-    """A mistake that the user can mend; the command line prints it and exits with `exit_code`.
+    """A mistake that the user can fix; the command line prints it and exits with `exit_code`.
 
     Attributes:
         exit_code: The exit code of the command.
-        rank_local: Whether one rank may have met it alone; then that rank shows it, else rank 0.
+        rank_local: Whether a single rank may have met it; then that rank shows it, else rank 0.
         agreed: Whether all ranks raise it together.
         shown: Whether the user has read it already.
     """
@@ -91,7 +92,7 @@ class FDError(Exception):
         return without_secrets(printable(super().__str__()))
 
     def _render_traceback_(self) -> list[str]:
-        """Returns the sentence that IPython shows in a notebook, without the frames above it."""
+        """Returns the sentence for IPython in a notebook, without a traceback."""
         return [f"{type(self).__name__}: {self}"]
 
 
@@ -100,12 +101,12 @@ class ConfigError(FDError):
 
 
 class ConflictError(ConfigError):
-    """Values of several fields that exclude each other; the remedy names what the user set.
+    """Values of several fields that exclude each other; the remedy names the user's fields.
 
     Args:
         problem: The sentence before the remedy, "where: what; got X, expected Y."
         fields: The fields, section.field.
-        remedy: Another way out, which follows "or"; empty: there is none.
+        remedy: Alternative remedy, introduced by "or", or "".
     """
 
     def __init__(self, problem: str, fields: tuple[str, ...] = (), remedy: str = "") -> None:
@@ -113,10 +114,10 @@ class ConflictError(ConfigError):
         super().__init__(self._text(fields, ()))
 
     def told_to(self, given: Collection[str]) -> str:
-        """Returns the message for somebody who set some of the fields.
+        """Returns the message for a user who set some of the fields.
 
         Args:
-            given: Names of what was set, fields of other kinds included.
+            given: Names of the fields that were set, including unrelated fields.
         """
         changeable = [name for name in self.fields if name in given]
         message = ConfigError(
@@ -125,12 +126,12 @@ class ConflictError(ConfigError):
         return str(message)
 
     def renamed(self, rename: Callable[[str], str]) -> ConflictError:
-        """Returns the same conflict in fields of other names."""
+        """Returns the conflict with renamed fields."""
         fields = tuple(map(rename, self.fields))
         return ConflictError(rename(self.problem), fields, self.remedy and rename(self.remedy))
 
     def _text(self, changeable: Iterable[str], settled: Iterable[str]) -> str:
-        """The message: fields that the user can change, and fields that the recipe alone set."""
+        """Returns the message, which distinguishes fields set by the user and by the recipe."""
         ways = [" or ".join(f"--{name}" for name in changeable)]
         if of_recipe := " or ".join(f"--{name}" for name in settled):
             ways.append(f"{of_recipe}, which the recipe sets")
@@ -157,7 +158,7 @@ class CheckpointError(FDError):
 
 
 class NotFiniteError(CheckpointError):
-    """Checkpoints that hold NaN or infinity, from which no run can go on."""
+    """Checkpoints that hold NaN or infinity, from which no run can resume."""
 
     exit_code = Exit.LOOK
 
@@ -167,9 +168,9 @@ class CacheError(FDError):
 
 
 class StorageError(FDError):
-    """A file system that does not answer; nobody's mistake, and nothing is lost.
+    """A file system that does not answer: no mistake, and nothing is lost.
 
-    Its exit code is that of a run that was stopped: the same command goes on.
+    Its exit code is that of a stopped run: the same command resumes it.
     """
 
     exit_code = Exit.AGAIN
@@ -180,7 +181,7 @@ class LaunchError(FDError):
 
 
 class VersionError(FDError):
-    """An installed package that is not what this one works with."""
+    """An installed package in a version that this package does not work with."""
 
 
 class LostRankError(FDError):
@@ -194,7 +195,7 @@ class LostRankError(FDError):
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, masked; the name of its class without one."""
+    """Returns the first line of an error's text, masked, or its class name without a text."""
     return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
@@ -205,13 +206,13 @@ def named(error: BaseException) -> str:
 
 
 def check_all(*checks: Callable[[], Any]) -> list[Any]:
-    """Makes every check, and raises one error that tells all the mistakes that they found.
+    """Runs every check, and raises one error with all mistakes found.
 
     Args:
         checks: Each raises an FDError, or returns a value.
 
     Returns: the values, in the order of the checks.
-    Raises: FDError: of the type of the first one, with a line for each mistake.
+    Raises: FDError: of the first mistake's type, with a line for each mistake.
     """
     values: list[Any] = []
     found: list[FDError] = []
@@ -234,8 +235,8 @@ _NEAREST, _LISTED = 3, 40
 def nearest(name: str, names: Iterable[str], *, before: str = "") -> str:
     """Returns "nearest: a, b" for a mistyped name, or "known: ..." when nothing is close.
 
-    A name that is part of others, as `lr` of `optim.base_lr`, is close to these. `before` is put
-    before each name that is told.
+    A name that is part of others, such as `lr` of `optim.base_lr`, counts as close. `before` is a
+    prefix of each name in the message.
     """
     known = sorted(names)
     close = get_close_matches(name, known, n=_NEAREST, cutoff=0.5)
@@ -246,6 +247,6 @@ def nearest(name: str, names: Iterable[str], *, before: str = "") -> str:
 
 
 def first_names(names: Sequence[str], most: int = 8) -> str:
-    """Returns the first names, and how many more there are."""
+    """Returns the first names, and the number of further names, in words."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,4 +1,4 @@
-"""Files and paths as the rest of the package meets them. No torch.
+"""Access to files and paths for the rest of the package. No torch.
 
 Files that a reader sees whole or not at all: written aside, flushed, renamed. Errors that pass on a
 file system of many machines: tried again, not believed. Whether a path exists, and JSON within
@@ -86,14 +86,14 @@ STALE_SECONDS = 24 * 3600
 
 
 def retried(action: Callable[[], T], what: object) -> T:
-    """Does something with files, again after a pause where the error is one that passes.
+    """Repeats an action on files after a pause, as long as its error is transient.
 
     Args:
-        action: What can be done again from its beginning.
+        action: Action that can be repeated from its beginning.
         what: The file or folder, for messages.
 
     Raises:
-        OSError: At once, if it is of another kind: no such file, no permission, a full disk.
+        OSError: At once for other errors: no such file, no permission, a full disk.
         StorageError: If the error does not pass.
     """
     for pause in PAUSES:
@@ -144,7 +144,7 @@ def unusable(
 
 
 def _start(where: str, name: str) -> str:
-    """The beginning of a sentence about a path: the field, where that is known, and the path."""
+    """Returns the beginning of a message about a path: the field, if known, and the path."""
     shown = name if len(name) <= 300 else f"{name[:200]}...{name[-60:]}"
     return f"{where}: {shown}".removeprefix(": ")
 
@@ -152,10 +152,10 @@ def _start(where: str, name: str) -> str:
 def kind_of(
     path: str | os.PathLike[str], *, where: str = "", of: type[FDError] = ConfigError
 ) -> Literal["file", "folder", "other"] | None:
-    """Returns what stands at a path, links followed; None where nothing does.
+    """Returns the kind of file at a path, with links followed, or None if nothing exists there.
 
-    This is the one place that asks whether a path exists: `Path.exists` and its sisters raise what
-    the file system says, or hide it.
+    All questions whether a path exists go through here: `Path.exists` and similar methods raise
+    or hide the file system's errors.
 
     Args:
         path: The path; "other" is a pipe, a device or a socket.
@@ -186,16 +186,16 @@ def parse_json(
     long_as_float: bool = False,
     **hooks: Callable[[Any], Any],
 ) -> Any:
-    """Returns what a JSON text holds.
+    """Returns the value of a JSON text.
 
     Args:
         text: The text; bytes are UTF-8.
         finite: Refuse NaN and infinities, which JSON does not have and Python writes.
-        long_as_float: Read a whole number of more digits than any float holds as infinity; or
-            else it is refused.
+        long_as_float: Whether a whole number too long for a float becomes infinity; otherwise it
+            is refused.
         hooks: `object_hook` or `object_pairs_hook` of `json.loads`.
 
-    Raises: ValueError: with a reason of one line, if it is no JSON or is nested too deeply.
+    Raises: ValueError: with a one-line reason, if it is not JSON or nested too deeply.
     """
     number = _finite if finite else None
     # Asked for rarely, since it takes time at each number.
@@ -233,13 +233,13 @@ def read_bytes(
     remedy: str = "Name a file.",
     max_bytes: int = JSON_BYTES,
 ) -> bytes:
-    """Returns the bytes of a file; neither a pipe nor a device holds it up.
+    """Returns the bytes of a file, without waiting for a pipe or a device.
 
     Args:
         path: The file.
         where: The field that the user set, or the command; "" where that is not known.
         of: Class of the sentence.
-        remedy: What helps where it is no file, or too large.
+        remedy: Remedy if it is not a file, or too large.
         max_bytes: Size from which on it is refused.
 
     Raises: FDError: if it is not there, cannot be read, or is larger.
@@ -272,13 +272,13 @@ def read_json(
     max_values: int | None = None,
     **hooks: Callable[[Any], Any],
 ) -> Any:
-    """Returns what a JSON file holds, read within bounds of memory and time.
+    """Returns the value of a JSON file, read within bounds of memory and time.
 
     Args:
         path: The file.
         where: The field that the user set, or the command; "" where that is not known.
         holds: Type of the whole, as dict or list.
-        remedy: What mends a damaged file.
+        remedy: Remedy for a damaged file.
         of: Class of the sentence.
         finite: Refuse NaN and infinities.
         long_as_float: As in `parse_json`.
@@ -286,7 +286,7 @@ def read_json(
         max_values: Number of values from which on it is refused; None: any number.
         hooks: As in `parse_json`.
 
-    Raises: FDError: if it is not there, cannot be read, is larger, or holds something else.
+    Raises: FDError: if it is missing, unreadable, too large, or not of the expected kind.
     """
     text = read_bytes(path, where=where, of=of, remedy=remedy, max_bytes=max_bytes)
     try:
@@ -305,9 +305,9 @@ def read_json(
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """Returns the object that a JSON file holds, empty where it holds none.
+    """Returns the object of a JSON file, or an empty one.
 
-    It is for what a run can do without: a file that is absent, damaged or refused counts as none.
+    For optional files: a missing, damaged or unreadable file counts as empty.
     """
     with suppress(FDError):
         return read_json(path, holds=dict)
@@ -340,14 +340,14 @@ def _finite(text: str) -> float:
 def check_out(
     out: str | Path, *, where: str, holds: Literal["nothing", "file", "folder"] = "nothing"
 ) -> Path:
-    """Tries, before the work, whether its results can be written; leaves nothing behind.
+    """Checks before the work that its results can be written; leaves nothing behind.
 
     Args:
         out: The path of the results.
         where: The flag or the argument, for messages.
-        holds: What may stand there already.
+        holds: Kind of file or folder that may already exist.
 
-    Raises: ConfigError: if something else stands there, or the file system takes no file there.
+    Raises: ConfigError: if something else exists there, or the file system refuses a file.
     """
     kind = kind_of(out, where=where)
     out = Path(out)
@@ -370,7 +370,7 @@ def check_out(
 
 
 def unlinked(path: Path) -> Path:
-    """Returns a path that is written next, after removing a link that stands there.
+    """Returns a path for writing, after removing a link at it.
 
     In a folder from elsewhere it may lead to any file of the user's, which would be overwritten.
     """
@@ -381,7 +381,7 @@ def unlinked(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; at the end flushes that file and renames it.
+    """Yields a temporary path next to `path`; flushes that file and renames it at the end.
 
     Of a file that could not be written nothing stays.
     """
@@ -399,7 +399,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(out: Path, *, where: str) -> Iterator[Path]:
-    """Gives a folder to write into, which appears at `out` once the block has ended well.
+    """Yields a temporary folder, which appears at `out` when the block succeeds.
 
     Args:
         out: A name at which nothing stands.
@@ -421,9 +421,9 @@ def new_folder(out: Path, *, where: str) -> Iterator[Path]:
 
 
 def out_folder(out: str | Path) -> Path:
-    """Makes the folder that a command's --out names, once there is something to write.
+    """Makes the folder of a command's --out.
 
-    Raises: ConfigError: if it cannot be one.
+    Raises: ConfigError: if it cannot be made.
     """
     folder = check_out(out, where="--out", holds="folder")
     try:
@@ -434,13 +434,13 @@ def out_folder(out: str | Path) -> Path:
 
 
 def write_json(path: Path, value: Any, *, private: bool = False) -> None:
-    """Writes a JSON file in place of one that may be there.
+    """Writes or replaces a JSON file atomically.
 
     Args:
         path: The file.
-        value: What it will hold.
-        private: Whether only its owner may read and write it, as one that holds a secret anyway: a
-            URL with a user, a password or a query.
+        value: Contents of the file.
+        private: Whether only its owner may read and write it. A file with a secret (a URL with
+            user, password or query) always is.
     """
     text = json.dumps(value, indent=1) + "\n"
     with replacing(path) as aside:

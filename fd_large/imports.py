@@ -1,4 +1,4 @@
-"""Imports: where Python looks for them, and less time than a library asks for."""
+"""Imports: Python's search path, and shorter import times."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _ABOVE = os.path.dirname(_PACKAGE)
 
 
 def forget_current_folder() -> None:
-    """Takes the folder that Python puts first on its path for `-m` or a script off it.
+    """Removes from Python's path the folder that `-m` or a script puts first.
 
-    A file there would stand in for a module: beside a run that came from elsewhere, such a file may
-    have come with it. The folder that holds this package stays, and so do those that PYTHONPATH
-    names; an empty part of it, as `:FOLDER` has, means the current folder and names none.
+    A file there could replace a module, and may have come with a foreign run folder. The folder
+    of this package stays, and so do the folders in PYTHONPATH; an empty part of it, as in
+    `:FOLDER`, means the current folder and is dropped.
     """
     started_in = {_PACKAGE, os.path.realpath(os.curdir)}
     if not sys.flags.safe_path and sys.path and os.path.realpath(sys.path[0]) in started_in:
@@ -35,7 +35,7 @@ def forget_current_folder() -> None:
 
 
 def environ_of_program() -> dict[str, str]:
-    """Returns the environment for a program of this package, which this process starts.
+    """Returns the environment for a program of this package that this process starts.
 
     It finds the package, and no file of the current folder stands in for a module.
     """
@@ -45,10 +45,10 @@ def environ_of_program() -> dict[str, str]:
 
 @contextmanager
 def without(*packages: str) -> Iterator[None]:
-    """Lets what is imported within go as where some packages are not installed.
+    """Runs the imports of the block as if some packages were not installed.
 
-    Libraries ask for packages that only a few of their users want, whose imports take seconds. A
-    package that is imported already stays.
+    Libraries import optional packages that few users need and that take seconds. An already
+    imported package stays.
 
     Args:
         packages: Their names.
@@ -65,10 +65,11 @@ def without(*packages: str) -> Iterator[None]:
 
 @contextmanager
 def for_good(package: str) -> Iterator[None]:
-    """Hides what is imported within from collections of garbage, now and later.
+    """Excludes objects imported in the block from garbage collection, now and later.
 
-    Torch, DeepSpeed and what they import are half a million objects that stay. The collections that
-    their import sets off take a quarter of its time, and each later one would look at all again.
+    Torch, DeepSpeed and their imports are half a million permanent objects. Collections during
+    the import take a quarter of its time, and each later collection would visit all objects
+    again.
 
     Args:
         package: The largest that is imported; where it is there already, this does nothing.

@@ -1,8 +1,8 @@
-"""Weights files that are mapped into memory: an end in a sentence if one is changed. No torch.
+"""Memory-mapped weights files: a clear error if a file changes in use. No torch.
 
-Pages of a mapped file are the file: whoever writes over it changes a model that is in use, and
-whoever cuts it takes pages away, for which the system sends SIGBUS. A file that is renamed over
-another is harmless: the old one stays mapped.
+A mapped file's pages are the file itself: overwriting it changes a model in use, and truncating
+it removes pages, for which the system sends SIGBUS. Renaming another file over it is harmless,
+since the old file stays mapped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class _Stamp(NamedTuple):
-    """A file as it was when it was opened; size in bytes, time of the last change in ns."""
+    """State of a file when it was opened; size in bytes, modification time in ns."""
 
     device: int
     inode: int
@@ -45,23 +45,23 @@ _handler_before: int | None = None
 
 
 def opening(path: Path) -> None:
-    """Notes a file that is about to be mapped; a SIGBUS that it leads to becomes a sentence.
+    """Records a file that is about to be mapped, so that a SIGBUS from it becomes a clear error.
 
-    Raises: OSError: if there is no such file.
+    Raises: OSError: if the file does not exist.
     """
     _opened[path] = _stamp(path)
     _catch()
 
 
 def hold(model: object, paths: Iterable[Path]) -> None:
-    """Notes that a model's weights lie in files that were opened, for as long as it lives."""
+    """Records the files of a model's weights for the model's lifetime."""
     _held[model] = tuple(path for path in paths if path in _opened)
 
 
 def check(model: object) -> None:
-    """Refuses what a model has computed if a file that its weights lie in has changed.
+    """Raises an error if a file of a model's weights has changed, since its results are then wrong.
 
-    Costs a question about each file, whose answer network file systems keep for some seconds.
+    Costs a stat call for each file, which network file systems cache for some seconds.
 
     Raises: WeightsError: with exit code 3, on this rank alone.
     """
@@ -78,7 +78,7 @@ def _stamp(path: Path) -> _Stamp:
 
 
 def _changed(path: Path, *, in_place: bool) -> str:
-    """Returns a sentence if a file is not what was opened.
+    """Returns a message if a file has changed since it was opened.
 
     Args:
         path: The file.
@@ -104,7 +104,7 @@ def _sentence(path: Path, got: str, before: _Stamp) -> str:
 
 
 def _catch() -> None:
-    """Makes SIGBUS call `_on_bus_error`. Python's own handlers would run too late for it."""
+    """Makes SIGBUS call `_on_bus_error`; Python's own handlers would run too late."""
     global _handler, _handler_before
     if _handler is not None:
         return
@@ -115,7 +115,7 @@ def _catch() -> None:
 
 
 def _on_bus_error(number: int) -> None:
-    """Ends the process, if a file explains the signal; else the handler of before gets it.
+    """Ends the process if a changed file explains the signal; else calls the previous handler.
 
     The signal comes from an access to memory, so the thread is inside no lock of malloc or Python.
     """

@@ -1,4 +1,4 @@
-"""Markdown around words from elsewhere: names, sources and labels show as they are written."""
+"""Markdown of untrusted text: names, sources and labels appear literally."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def code(text: object) -> str:
 
 
 def head(values: Mapping[str, Any]) -> str:
-    """Returns the YAML between lines of dashes that a page begins with.
+    """Returns a page's YAML front matter, between lines of dashes.
 
     Args:
         values: Texts and lists of texts by name, in the order in which they stand.

@@ -1,6 +1,6 @@
 """Files that travel with the package: DeepSpeed configurations and Slurm scripts.
 
-In a checkout they stand at the top level, in an installed package inside of it.
+In a checkout they are at the top level, in an installed package inside of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def folder(name: Literal["ds_configs", "slurm"]) -> Path:
-    """Returns the folder of such files."""
+    """Returns the folder of these files."""
     inside = _PACKAGE / name
     return inside if kind_of(inside) == "folder" else _PACKAGE.parent / name
 
