@@ -11,6 +11,7 @@ Every backbone is a Module with
     grid(height, width), the rows and columns of the map of an image;
     width, stride, num_prefix_tokens, of that map; drop_path_rates, one a row of `keep`;
     blocks(), in order of execution; layer_id(name) and last_layer, for learning rates by depth;
+    outside_blocks(), modules of blocks that are called outside of the blocks' forwards;
     no_weight_decay() and no_weight_decay_keywords();
 and stages(images, keep), a map a stage, with stage_widths and stage_strides, if it has stages. A
 model used only as a teacher needs no methods for training.

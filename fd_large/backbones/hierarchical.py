@@ -117,6 +117,10 @@ class HierarchicalBackbone(nn.Module):
         """Returns the blocks in order of execution."""
         return [block for stage in self.layers for block in stage.blocks]
 
+    def outside_blocks(self) -> list[nn.Module]:
+        """Returns the modules of blocks that are called outside of the blocks' forwards."""
+        return []
+
     def no_weight_decay(self) -> frozenset[str]:
         """Returns names of parameters without weight decay."""
         return frozenset({"absolute_pos_embed"})

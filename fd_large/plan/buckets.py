@@ -22,9 +22,9 @@ def gradient_bucket(parameters: int) -> int:
 
 
 def prefetch_bucket(parameters: int) -> int:
-    """Returns the number of elements that stage 3 gathers ahead, about one block.
+    """Returns the number of elements that stage 3 gathers ahead, and at once: about a block.
 
     Args:
-        parameters: Trained parameters.
+        parameters: Trained parameters, or those of a frozen model. A ViT-B has twelve blocks.
     """
-    return min(PREFETCH_ELEMENTS, max(LEAST_ELEMENTS // 4, parameters // 24))
+    return min(PREFETCH_ELEMENTS, max(LEAST_ELEMENTS // 4, parameters // 12))

@@ -148,6 +148,11 @@ class SwinV2(HierarchicalBackbone):
             image_size=image_size,
         )
 
+    def outside_blocks(self) -> list[nn.Module]:
+        """Returns the position MLPs, which a stage calls before its blocks."""
+        tables = (block.attn.cpb_mlp for block in self.blocks())
+        return [table for table in tables if table is not None]
+
 
 class SwinV2Stage(Stage):
     """A stage that computes its blocks' position biases, from separate MLPs or a shared one."""

@@ -172,6 +172,10 @@ class ViT(nn.Module):
         )
         self.norm = LayerNorm(embed_dim, norm_eps)
 
+    def outside_blocks(self) -> list[nn.Module]:
+        """Returns the modules of blocks that are called outside of the blocks' forwards."""
+        return []
+
     def no_weight_decay(self) -> frozenset[str]:
         """Returns names of parameters without weight decay."""
         return frozenset({"pos_embed", "cls_token", "dist_token", "reg_token"})

@@ -20,6 +20,7 @@ from fd_large.engine.zero.private_names import check_optimizer
 from fd_large.engine.zero.start import deepspeed
 from fd_large.engine.zero.step_gate import StepGate
 from fd_large.engine.zero.stream_order import order_gathers, record_gradients
+from fd_large.engine.zero.whole_blocks import gather_whole
 from fd_large.errors import ConfigError
 from fd_large.plan.buckets import gradient_bucket
 from fd_large.plan.memory import DEFAULT_BUCKET_SIZE
@@ -114,6 +115,7 @@ def build_engine(
         bucket = gradient_bucket(sum(parameter.numel() for parameter in task.parameters()))
     gradients = spare_passes(engine, bucket=bucket)
     if stage == 3:
+        gather_whole(engine, task.student, zero)
         order_gathers(engine)
         record_gradients(engine)
     buffers = partition.running_statistics(task).items()

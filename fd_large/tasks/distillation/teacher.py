@@ -25,7 +25,9 @@ from fd_large.engine.zero.fingerprint import fingerprint, held_fingerprint
 from fd_large.engine.zero.partition import load_weights
 from fd_large.engine.zero.start import deepspeed
 from fd_large.engine.zero.stream_order import order_gathers
+from fd_large.engine.zero.whole_blocks import gather_whole
 from fd_large.errors import ConfigError
+from fd_large.plan.buckets import prefetch_bucket
 from fd_large.ranks import distributed
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.fields import require
@@ -172,8 +174,13 @@ def place(
     if not partitioned:
         module.to(distributed.device())
         return PlacedTeacher(module, None, None)
+    zero = config["zero_optimization"]
+    zero["stage3_prefetch_bucket_size"] = prefetch_bucket(
+        sum(parameter.ds_numel for parameter in module.parameters())
+    )
     engine, *_ = deepspeed.initialize(model=module, config=config)
     engine.eval()
+    gather_whole(engine, module.net, zero)
     order_gathers(engine)
     log.debug("teacher: sharded over %d ranks", shards)
     return PlacedTeacher(module, engine, group)

@@ -1,0 +1,90 @@
+"""Blocks that stage 3 gathers whole: one message and one set of hooks, not one for each layer.
+
+DeepSpeed gathers the weights of every module before its forward and its backward, and runs hooks
+around every module, those without weights too. A block of a ViT has nine modules. What a block
+costs the host is counted by benchmarks/host_calls.py.
+
+DeepSpeed's own leaf modules do not serve: they sum the gradients of a leaf when its backward is
+over, and those of a part that is called outside of it come later, and are lost.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from fd_large.engine.zero.private_names import get, replace
+
+PREFETCH, GRANULARITY = "stage3_prefetch_bucket_size", "stage3_module_granularity_threshold"
+DEFAULT = 50_000_000
+"""DeepSpeed's own bucket of what is gathered ahead."""
+
+_COORDINATOR = "deepspeed.runtime.zero.partitioned_param_coordinator"
+_PARTITION = "deepspeed.runtime.zero.partition_parameters"
+_iter_params = get(f"{_COORDINATOR}:iter_params")
+_of_units: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
+
+
+def gather_whole(engine: Any, backbone: nn.Module, zero: dict[str, Any]) -> None:
+    """Lets blocks that fit the bucket of what is gathered ahead be gathered as one module.
+
+    A backbone has to say which modules of its blocks it calls outside of the blocks' forwards, by
+    `outside_blocks()`, and these are gathered as one module each. The blocks of another backbone
+    stay as they are.
+
+    Args:
+        engine: DeepSpeed's engine at stage 3, before its first forward. Without an optimiser its
+            model is frozen, and loses the hooks for a backward.
+        backbone: The engine's module, or a part of it.
+        zero: The section of the filled DeepSpeed JSON.
+    """
+    _spare_calls()
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    if offload is engine.optimizer:
+        for hook in offload.backward_hooks:
+            hook.remove()
+    # Where the threshold is set, DeepSpeed chooses modules by it.
+    if not hasattr(backbone, "outside_blocks") or zero.get(GRANULARITY):
+        return
+    outside = backbone.outside_blocks()
+    apart = {module for part in outside for module in part.modules()}
+    units = {block: [m for m in block.modules() if m not in apart] for block in backbone.blocks()}
+    units |= {part: [*part.modules()] for part in outside}
+    inside: set[int] = set()
+    for unit, modules in units.items():
+        parameters = [p for module in modules for p in module.parameters(recurse=False)]
+        if sum(p.ds_numel for p in parameters) <= zero.get(PREFETCH, DEFAULT):
+            _of_units[unit] = parameters
+            for module in modules[1:]:
+                inside |= {id(module._forward_hooks), id(module._forward_pre_hooks)}
+    for hook in (*offload.forward_hooks, *offload.backward_hooks):
+        if id(hook.hooks_dict_ref()) in inside:
+            hook.remove()
+
+
+def _spare_calls() -> None:
+    """Takes away what DeepSpeed's hooks ask of Python beside gathering, a third of their calls.
+
+    These are marks for NVIDIA's profiler, and texts for a log that nobody reads.
+    """
+    replace(get("deepspeed.utils:nvtx"), "enable_nvtx", False)
+    for module in (_COORDINATOR, _PARTITION):
+        replace(get(module), "print_rank_0", _say_nothing)
+    replace(get(_COORDINATOR), "iter_params", _parameters)
+
+
+@functools.wraps(get(f"{_PARTITION}:print_rank_0"))
+def _say_nothing(message: str, debug: bool = False, force: bool = False) -> None:
+    """Replaces `print_rank_0`, which prints only what is forced, but always asks for the rank."""
+    if force:
+        print(message)
+
+
+@functools.wraps(_iter_params)
+def _parameters(module: nn.Module, recurse: bool = False) -> Iterable[nn.Parameter]:
+    """Replaces `iter_params`: all parameters of what is gathered whole are its own."""
+    return _of_units[module] if module in _of_units else _iter_params(module, recurse)
