@@ -5,7 +5,7 @@
 # make mutate  what the tests of a room do not notice: ARGS="engine/zero --number 20 --seed 1"
 # make check   style and types: ruff, mypy
 # make size    code lines by room, and what the working tree changes (ARGS=COMMIT)
-# make docs    docs/recipes.md from the recipes' docstrings, and the site in site/
+# make docs    docs/recipes.md and docs/recipes/ from docstrings, and the site in site/
 # make dist    wheel and source archive of the last commit in dist/, built twice to the same bytes
 PYTHON ?= python3
 # An index from which torch and torchvision alone are taken, and from no other; without it, torch

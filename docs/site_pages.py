@@ -36,4 +36,24 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if shown in PAGES.values():
         markdown = markdown.replace("](docs/", "](").replace('src="docs/', 'src="')
         return markdown.replace("](../docs/", "](../")
-    return markdown.replace("](../", "](")
+    up = "../" * shown.count("/")
+    return markdown.replace(f"]({up}../", f"]({up}")
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Writes a page's Markdown beside its HTML."""
+    path = Path(config.site_dir, page.file.src_uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page.markdown, encoding="utf-8")
+    return output
+
+
+def on_nav(nav: Any, config: Any, files: Files) -> Any:
+    """Adds llms.txt, the menu with links to the Markdown of each page (llmstxt.org)."""
+    lines = [f"# {config.site_name}", "", f"> {config.site_description}", ""]
+    for entry in nav.items:
+        pages = [entry] if entry.is_page else entry.children
+        lines += [] if entry.is_page else ["", f"## {entry.title}", ""]
+        lines += [f"- [{page.title}]({page.file.src_uri})" for page in pages]
+    files.append(File.generated(config, "llms.txt", content="\n".join(lines) + "\n"))
+    return nav

@@ -1,79 +1,83 @@
-"""docs/recipes.md, made from the recipes' docstrings: `python -m fd_large.report.recipe_page`."""
+"""Pages of the recipes, made from their docstrings: `python -m fd_large.report.recipe_page`."""
 
 from __future__ import annotations
 
 import inspect
 import re
 import sys
+from itertools import groupby
 from pathlib import Path
 
 from fd_large.recipes import registry
 from fd_large.tasks.registry import kind_of
 
-PATH = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 _FACTS = ("Hardware:", "Duration:", "Memory:", "Result:")
+_BEGINNING = """# Recipes
+
+Made from the recipes' docstrings by `make docs`: change those, not this page. `python -m fd_large
+recipes` prints the same table, `python -m fd_large recipes NAME` a recipe with all its fields, as
+a run file.
+
+```bash
+deepspeed fd_large/train.py --deepspeed_config ds_configs/zero3.json --recipe NAME
+```
+
+To change fields, add flags (`--optim.base_lr 1e-4`), or write them to a file and add `--config
+run.yaml`:
+
+```yaml
+name: fd_clip_vit_base   # the recipe that is changed
+data: {root: /data/imagenet, workers: 8}
+optim:
+  base_lr: 1e-4
+  max_steps: 20000
+```
+
+The file is YAML or JSON, nested as the `recipe.json` of a run, which is such a file. Flags win
+over the file, `--recipe` over its name. Mistakes name file and line. Files are data: code of your
+own that they name runs only with `--allow_code FILE.py`. `plan` takes run files too.
+
+Duration and memory are what `plan` computes for each recipe's settings on A100s of 80 GB (40
+where it says so), in nodes of 8 with eight 100 Gb/s network cards, with the DeepSpeed JSON that
+it names or zero1.json. Public measurements of steps lie within such ranges; a run that waits for
+images takes longer ([scaling.md](scaling.md)).
+"""
 
 
-def recipe_page() -> str:
-    """Returns the page: a table of all recipes, then each with its settings and reasons."""
-    lines = [
-        "# Recipes",
-        "",
-        "Made from the recipes' docstrings by `make docs`: change those, not this page.",
-        "`python -m fd_large recipes` prints the same table, `python -m fd_large recipes NAME` a",
-        "recipe with all its fields, as a run file.",
-        "",
-        "```bash",
-        "deepspeed fd_large/train.py --deepspeed_config ds_configs/zero3.json --recipe NAME",
-        "```",
-        "",
-        "To change fields, add flags (`--optim.base_lr 1e-4`), or write them to a file and add",
-        "`--config run.yaml`:",
-        "",
-        "```yaml",
-        "name: fd_clip_vit_base   # the recipe that is changed",
-        "data: {root: /data/imagenet, workers: 8}",
-        "optim:",
-        "  base_lr: 1e-4",
-        "  max_steps: 20000",
-        "```",
-        "",
-        "The file is YAML or JSON, nested as the `recipe.json` of a run, which is such a file.",
-        "Flags win over the file, `--recipe` over its name. Mistakes name file and line.",
-        "Files are data: code of your own that they name runs only with `--allow_code FILE.py`.",
-        "`plan` takes run files too.",
-        "",
-        "Duration and memory are what `plan` computes for each recipe's settings on A100s of",
-        "80 GB (40 where it says so), in nodes of 8 with eight 100 Gb/s network cards, with the",
-        "DeepSpeed JSON that it names or zero1.json. Public measurements of steps lie within such",
-        "ranges; a run that waits for images takes longer ([scaling.md](scaling.md)).",
-        "",
-        "| recipe | teacher | student | duration | result |",
-        "|---|---|---|---|---|",
-    ]
-    for name in registry.RECIPES:
-        run, facts = registry.get(name), registry.facts(name)
-        cells = (
-            f"[{name}](#{name})",
-            ", ".join(model.model for model in run.frozen_models.values()) or "-",
-            run.student.model,
-            facts.duration,
-            facts.result,
-        )
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    module = None
-    for name, recipe in registry.RECIPES.items():
-        if recipe.__module__ != module:
-            module = recipe.__module__
-            lines += ["", *_module(sys.modules[module])]
-        lines += ["", *_recipe(name)]
-    return "\n".join(lines) + "\n"
+def pages() -> dict[str, str]:
+    """Returns the text of each page by its path in docs/: a table, then the recipes by subject."""
+    table, texts = [_BEGINNING], {}
+    of = registry.RECIPES
+    for module, names in groupby(of, key=lambda name: of[name].__module__):
+        path = f"recipes/{module.rpartition('.')[2]}.md"
+        title, *body = (inspect.getdoc(sys.modules[module]) or "").splitlines()
+        table += [
+            f"## {title.rstrip('.')}",
+            "",
+            "| recipe | teacher | student | duration | result |",
+        ]
+        table += ["|---|---|---|---|---|"]
+        lines = [f"# {title.rstrip('.')}", *body]
+        for name in names:
+            table.append(_row(name, path))
+            lines += ["", *_recipe(name)]
+        table.append("")
+        texts[path] = "\n".join(lines).replace("](", "](../") + "\n"
+    return {"recipes.md": "\n".join(table), **texts}
 
 
-def _module(module: object) -> list[str]:
-    title, *body = (inspect.getdoc(module) or "").splitlines()
-    return [f"## {title.rstrip('.')}", *body]
+def _row(name: str, path: str) -> str:
+    run, facts = registry.get(name), registry.facts(name)
+    cells = (
+        f"[{name}]({path}#{name})",
+        ", ".join(model.model for model in run.frozen_models.values()) or "-",
+        run.student.model,
+        facts.duration,
+        facts.result,
+    )
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _recipe(name: str) -> list[str]:
@@ -102,7 +106,7 @@ def _recipe(name: str) -> list[str]:
     )
     frozen = ", ".join(model.model for model in run.frozen_models.values())
     lines = [
-        f"### {name}",
+        f"## {name}",
         "",
         facts.summary,
         "",
@@ -132,5 +136,8 @@ def _listed(lines: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    PATH.parent.mkdir(exist_ok=True)
-    PATH.write_text(recipe_page())
+    (DOCS / "recipes").mkdir(exist_ok=True)
+    for path in (DOCS / "recipes").glob("*.md"):
+        path.unlink()
+    for path, text in pages().items():
+        (DOCS / path).write_text(text)

@@ -30,7 +30,7 @@ from fd_large.weights.convert import write
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 # What a reader replaces by words of their own; all else is a file in the current folder.
 PLACEHOLDERS = {"NAME": "quickstart", "SOURCE": "FILE", "OUT": "out"}
@@ -290,8 +290,10 @@ def test_commands_of_the_pages_run(command, folder, tmp_path):
 
 def test_every_page_is_in_the_site():
     text = (ROOT / "mkdocs.yml").read_text()
-    for page in (ROOT / "docs").glob("*.md"):
-        assert f" {page.name}\n" in text, "a page that the menu lacks ends `make docs`"
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert f" {page.relative_to(ROOT / 'docs')}\n" in text, (
+            "a page that the menu lacks ends `make docs`"
+        )
 
 
 def test_workflow_and_hooks_run_what_a_change_has_to_pass():
