@@ -11,6 +11,8 @@ PYTHON ?= python3
 # An index from which torch and torchvision alone are taken, and from no other; without it, torch
 # comes from where the other packages come from. An extra index would offer each of their names too.
 TORCH_INDEX ?=
+# What is taken from there, to which a version may be given.
+TORCH ?= torch torchvision
 BIN := .venv/bin
 
 # Each rank of a test would compile the package anew.
@@ -23,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .venv/%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) torch torchvision)
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) $(TORCH))
 	$(BIN)/python -m pip install --quiet --quiet --editable '.[$*]'
 	touch $@
 

@@ -386,6 +386,14 @@ def test_the_image_carries_the_tested_torch():
     assert text.count("torch:") == 1
 
 
+def test_the_workflow_and_the_page_have_the_tested_versions():
+    torch_and_vision = private_names.TESTED["torch"], private_names.TESTED["torchvision"]
+    workflow = (PACKAGE.parent / ".github/workflows/ci.yml").read_text()
+    assert re.findall(r"torch==(\S+) torchvision==([\d.]+)", workflow) == [torch_and_vision]
+    page = (PACKAGE.parent / "docs/install.md").read_text()
+    assert f"| {' | '.join(torch_and_vision)} | {OLDEST} |" in page
+
+
 # --- what the tested DeepSpeed is ---
 
 
