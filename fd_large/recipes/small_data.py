@@ -29,6 +29,8 @@ PEAKS: dict[Kind, float] = {"convolutions": 1e-3, "windows": 4e-3, "attention": 
 _PASSES, _FEWEST_STEPS = 40, 400
 _BATCHES = (32, 256)
 _WARM_UP, _END = 0.05, 0.1
+# Evaluations and checkpoints of a trial of a few steps would take longer than its steps.
+_STEPS_BETWEEN = 20
 _HELD_OUT = 0.1
 # Where fewer are held out, their figures say little.
 _FEWEST_TO_DIVIDE = 100
@@ -157,7 +159,7 @@ def _decided(run: Run, images: Images, ranks: int, named: Collection[str]) -> di
     if "optim.epochs" not in named:
         epochs = max(_PASSES, math.ceil(_FEWEST_STEPS / an_epoch))
     steps = run.optim.max_steps or epochs * an_epoch
-    often = max(1, steps // 10)
+    often = max(_STEPS_BETWEEN, steps // 10)
     values |= {
         "optim.epochs": epochs,
         "optim.warmup_epochs": round(_WARM_UP * steps / an_epoch, 4),

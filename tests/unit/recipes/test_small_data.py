@@ -70,7 +70,7 @@ def test_what_is_set_stays_and_the_rest_follows_it():
         ("batch", "global_batch_size"), ("optim", "base_lr"), ("optim", "max_steps")
     )} == {"global_batch_size": 100, "base_lr": 0.01, "max_steps": 50}  # fmt: skip
     assert run.optim.min_lr == pytest.approx(0.1 * 0.01)
-    assert run.eval.every == 5
+    assert run.eval.every == 20
     assert run.optim.warmup_epochs * 3 == pytest.approx(2.5, rel=1e-3)
     assert "50 steps" in line
     assert "as set" in line
