@@ -35,7 +35,7 @@ def beside(
             tuples, lists or dicts.
         device: Device of the computation; except on GPUs, `compute` has finished on return.
     """
-    if device.type != "cuda":
+    if not _has_streams(device):
         return compute()
     stream = _streams.setdefault(device, torch.cuda.Stream(device))
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -45,10 +45,14 @@ def beside(
     return _Awaited(found, stream, device)
 
 
+def _has_streams(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def _tell(tensors: object, stream: torch.cuda.Stream) -> None:
     """Keeps the allocator from reusing tensors before a stream has read them."""
     for tensor in tree_leaves(tensors):
-        if isinstance(tensor, Tensor) and tensor.device.type == "cuda":
+        if isinstance(tensor, Tensor) and _has_streams(tensor.device):
             tensor.record_stream(stream)
 
 

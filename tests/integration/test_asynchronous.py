@@ -8,6 +8,8 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import depth_images
+import depth_twin
 import detection_twin
 import pytest
 import segmentation_twin
@@ -24,7 +26,7 @@ STEPS = 5
 AGREEMENT = {"read: loop._agree": 1}
 # A gather more than two behind: at most one for each module with weights, of student and teacher,
 # and pass.
-GATHERS = {"event: partitioned_param_coordinator._fetch_sub_module_impl": 250}
+GATHERS = {"event: partitioned_param_coordinator._fetch_sub_module_impl": 300}
 # Of each micro batch: the last sums of gradients, and those before more than two others.
 SUMS = {
     "stream: stage3.independent_gradient_partition_epilogue": 1,
@@ -39,6 +41,8 @@ BOXES = {
     "read: mask_head.cut_masks": 2,
     "read: pooling._places_by_level": 8,
 }
+# Three stages of heads, each of which pools anew, and samples for boxes and again for masks.
+BOXES_OF_HTC = {name: 3 * count for name, count in BOXES.items()} | {"read: matching.sample": 24}
 NORM = {"read: stage3.complete_grad_norm_calculation_for_cpu_offload": 2}
 
 BFLOAT16 = ("--engine.precision", "bfloat16")
@@ -84,10 +88,17 @@ def other(folder: Path, ranks: int, flags: str) -> list[str]:
     ]
 
 
-def detected(folder: Path, ranks: int) -> list[str]:
-    """A command that trains the giant's detection in small."""
+def detected(folder: Path, ranks: int, heads: str = "") -> list[str]:
+    """A command that trains the giant's detection in small, with other heads."""
     images = detection_twin.pictures(folder / "coco")
-    return flags_of(detection_twin.FLAGS)(images, folder / "run", STEPS, ranks=ranks)
+    flags = flags_of(f"{detection_twin.FLAGS} {heads}")
+    return flags(images, folder / "run", STEPS, ranks=ranks)
+
+
+def deep(folder: Path, ranks: int) -> list[str]:
+    """A command that trains the giant's depth in small."""
+    images = depth_images.write_images(folder / "nyu", 8)
+    return depth_twin.flags(images, folder / "run", STEPS, ranks=ranks)
 
 
 def segmented(folder: Path, ranks: int) -> list[str]:
@@ -110,6 +121,7 @@ MANY_SUMS = {name: 30 * count for name, count in SUMS.items()}
 FREED = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
 FREED["stage3_param_persistence_threshold"] = 0
 TWICE = {name: 2 * count for name, count in SUMS.items()}
+HTC = "--task.detection.heads htc --task.detection.extra_attention True"
 MICRO = ("--batch.micro_batch_size", "2", "--optim.layer_decay", "0.8")
 RUNS = [
     quick("zero1", 2, AGREEMENT, partial(distilled, config="zero1")),
@@ -122,6 +134,9 @@ RUNS = [
     slow("fine-tuning", 2, STAGE_3, partial(other, flags=TUNED)),
     slow("segmentation", 2, STAGE_3, segmented),
     slow("detection", 2, STAGE_3 | BOXES, detected),
+    slow("htc", 2, STAGE_3 | BOXES_OF_HTC, partial(detected, heads=HTC)),
+    slow("depth", 2, STAGE_3, deep),
+    slow("teacher stream", 2, STAGE_3, partial(distilled, config="zero3")),
     slow("offload", 2, STAGE_3 | NORM, partial(distilled, config="zero3_offload")),
 ]
 FLAGS = {
@@ -130,6 +145,9 @@ FLAGS = {
     "zero3": SAVED,
     "hpZ": ("--engine.node_size", "2"),
     "accumulation": MICRO,
+    "teacher stream": (
+        *("--teacher.placement", "replicated", "--task.distillation.teacher_stream", "True"),
+    ),
     "cached": ("--task.distillation.views", "1", "--task.distillation.cache", "{}/cache"),
 }
 

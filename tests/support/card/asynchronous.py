@@ -311,10 +311,22 @@ plain_tolist = torch.Tensor.tolist
 DEVICE = Device()
 
 
+def of_torch() -> dict[str, Any]:
+    """What stands in for functions of torch.cuda, by name."""
+    accelerator = Accelerator()
+    return {
+        "Stream": Stream,
+        "current_stream": accelerator.current_stream,
+        "stream": accelerator.stream,
+    }
+
+
 def install() -> Device:
     """Makes the device that of this process, for good; returns it, to be entered."""
     DEVICE.streams.append(Stream())
     real_accelerator.set_accelerator(Accelerator())
+    for name, stand_in in of_torch().items():
+        setattr(torch.cuda, name, stand_in)
     torch.Tensor.record_stream, torch.Tensor.tolist = record_stream, tolist
     for name in COLLECTIVES:
         plain = getattr(torch.distributed, name)
