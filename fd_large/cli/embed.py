@@ -14,6 +14,7 @@ from fd_large.cli.stopping import ending_with
 from fd_large.data.roots import require, require_dataset
 from fd_large.errors import ConfigError
 from fd_large.files import check_out
+from fd_large.ranks import activity
 from fd_large.ranks.processes import check_workers
 from fd_large.recipes import sections
 from fd_large.recipes.fields import at_least
@@ -106,14 +107,14 @@ def embed(given: Embed) -> tuple[int, int]:
 
     Raises: FDError: for the user's mistakes.
     """
-    # Importing torch takes seconds.
-    from fd_large.data.source import open_images
-    from fd_large.engine.find_model import find_model
-    from fd_large.evaluation import embedding
-    from fd_large.kernels.precision import full_float32
-    from fd_large.ranks import distributed, meeting
-    from fd_large.runtime import logs
-    from fd_large.tasks.jobs import job_of
+    with activity.work("loading torch"):  # Seconds.
+        from fd_large.data.source import open_images
+        from fd_large.engine.find_model import find_model
+        from fd_large.evaluation import embedding
+        from fd_large.kernels.precision import full_float32
+        from fd_large.ranks import distributed, meeting
+        from fd_large.runtime import logs
+        from fd_large.tasks.jobs import job_of
 
     data = given.data
     logs.start(distributed.start().rank)
