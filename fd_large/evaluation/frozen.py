@@ -167,7 +167,7 @@ class Subject(NamedTuple):
         feature: Words for the head; "": the model's own map.
         forward: Normalised images -> FeatureMap, in evaluation.
         statistics: Normalisation of its images.
-        has_class_token: Whether its map has a class token.
+        has_class_token: Whether its map has a class token, or it gives one beside its map.
         modules: The backbone, and the head if there is one.
     """
 
@@ -246,12 +246,13 @@ def subjects(models: Sequence[NamedModel], features: Sequence[str]) -> Iterator[
         net, statistics = model.build()
         net.grid(model.image_size, model.image_size)  # Refuses a size that does not fit.
         for feature, head in (chosen or {OWN_FEATURES: None}).items():
-            forward, prefix, words = net, net.num_prefix_tokens, ""
-            if head is not None:
-                forward = partial(head.eval().to(distributed.device()), net)
-                prefix, words = head.prefix_tokens(prefix), f"head {feature}"
-            modules = (net,) if head is None else (net, head)
-            yield Subject(model, words, forward, statistics, bool(prefix), modules)
+            if head is None:
+                has_class_token = net.num_prefix_tokens or getattr(net, "gives_summary", False)
+                yield Subject(model, "", net, statistics, bool(has_class_token), (net,))
+                continue
+            forward = partial(head.eval().to(distributed.device()), net)
+            prefix = head.prefix_tokens(net.num_prefix_tokens)
+            yield Subject(model, f"head {feature}", forward, statistics, bool(prefix), (net, head))
 
 
 def _heads_of(model: NamedModel, features: Sequence[str]) -> dict[str, Any]:

@@ -70,12 +70,13 @@ def pooled(features: FeatureMap, pool: Pool) -> Tensor:
     if pool in _PARTS:
         return torch.cat([pooled(features, part) for part in _PARTS[pool]], 1)
     if pool == "cls":
-        if not features.num_prefix_tokens:
+        if features.num_prefix_tokens:
+            return features.tokens[:, 0].float()
+        if features.summary is None:
             raise ConfigError(
-                "--pool: the model's map has no class token (that of a timm model has none); got "
-                "cls, expected mean. Set --pool mean."
+                "--pool: the model has no class token; got cls, expected mean. Set --pool mean."
             )
-        return features.tokens[:, 0].float()
+        return features.summary[:, 0].float()
     patches = features.tokens[:, features.num_prefix_tokens :].float()
     return patches.flatten(1) if pool == "map" else patches.mean(1)
 

@@ -157,7 +157,8 @@ class FrozenFeature(nn.Module):
         super().__init__()
         if pool != "mean" and not model.num_prefix_tokens:
             raise ConfigError(
-                f"task.linear.pool: the model has no class token; got {pool}, expected mean. Set "
+                "task.linear.pool: the model's map has no class token (that of a timm model leaves "
+                f"it out, and --protocol cached measures it); got {pool}, expected mean. Set "
                 "--task.linear.pool mean."
             )
         self.model, self.norm, self.statistics = model, norm_of_mean(model), statistics

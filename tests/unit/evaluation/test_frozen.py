@@ -43,10 +43,11 @@ def test_a_probe_sets_each_feature_beside_the_same_one_of_the_first_model(
 ):
     common = ["--data.root", str(labelled_images), "--data.workers", "0", "--out", str(tmp_path)]
     small = ["--data.image_size", "32", "--batch_size", "8", "--probe_rates", "0.1"]
-    models = ["vit_base_patch16=random", "clip_vit_base_patch16=random", "timm:resnet18=random"]
+    models = ["vit_base_patch16=random", "timm:test_vit=random", "timm:resnet18=random"]
     assert main(["evaluate", *models, "--task", "linear", *small, *common]) == 0
     nets = json.loads((tmp_path / "summary.json").read_text())["nets"]
-    first, second = "vit_base_patch16, random", "clip_vit_base_patch16, random"
+    # A timm model's class token stands beside its map.
+    first, second = "vit_base_patch16, random", "test_vit, random"
     kinds = ("mean of patches", "class token", "class token and mean")
     labels = [f"{model}, {kind}" for model in (first, second) for kind in kinds]
     assert [net["label"] for net in nets] == [*labels, "resnet18, random"]

@@ -59,6 +59,10 @@ def test_pools():
     assert torch.equal(pooled(features, "both"), both)
     with pytest.raises(ConfigError, match=r"^--pool: .*got cls"):
         pooled(FeatureMap(tokens, (2, 3), 0), "cls")
+    # A class token that stands beside the map.
+    beside = FeatureMap(tokens, (2, 3), 0, tokens[:, :1] + 1)
+    assert torch.equal(pooled(beside, "cls"), tokens[:, 0] + 1)
+    assert torch.equal(pooled(beside, "mean"), tokens.mean(1))
 
 
 def net_of_means(pixels: torch.Tensor) -> FeatureMap:
