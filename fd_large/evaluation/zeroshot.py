@@ -1,15 +1,16 @@
 """The protocol zeroshot: class names instead of labels, by the text tower of a CLIP teacher.
 
 An image is assigned to the class whose vector has the largest cosine with the student's
-prediction of that teacher's summary. Only the classes of the test images take part, for example
-the 200 of ImageNet-A or -R. The names of ImageNet's classes and the prompts are open_clip's, if
-it is installed.
+prediction of that teacher's summary, or with that teacher's own embedding. Only the classes of the
+test images take part, for example the 200 of ImageNet-A or -R. The names of ImageNet's classes and
+the prompts are open_clip's, if it is installed.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,9 @@ from fd_large.evaluation.results import Row, finish
 from fd_large.files import kind_of, out_folder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fd_large.backbones.feature_map import FeatureMap
     from fd_large.data.labelled import LabelledImages
     from fd_large.engine.find_model import NamedModel
 
@@ -131,21 +135,20 @@ def _measure(asked: Asked) -> Result:
     logs.start(distributed.start().rank)
     full_float32(distributed.device())
     prompts = meeting.meet(lambda: prompts_of(flags.prompts))
-    images = meeting.meet(lambda: _tested(data.root))
+    images = meeting.meet(lambda: tested_part(data.root))
     names = meeting.meet(lambda: names_of(images.classes, flags.class_names))
-    heads = meeting.meet(lambda: [_head(model, flags.clip) for model in models])
+    embeddings = meeting.meet(lambda: [_embedding_of(model, flags.clip) for model in models])
     texts = [flags.text or _source(model, flags.clip) for model in models]
     rows, folder = [], out_folder(flags.out) / "features"
-    for model, head, text in zip(models, heads, texts, strict=True):
+    for model, embedding, text in zip(models, embeddings, texts, strict=True):
         classes = meeting.meet(partial(classes_of, text, tuple(names), prompts))
         net: Any  # A type checker does not know the methods of a backbone.
         net, statistics = model.build()
         net.grid(model.image_size, model.image_size)  # Refuses a size that does not fit.
-        embed = partial(head.eval().to(distributed.device()), net, in_teacher_units=True)
         share = -(-len(images) // distributed.world_size())
         with activity.work(f"{model.label}: embeddings", share, "images") as work:
             (found,) = extract(
-                embed,
+                partial(embedding, net),
                 statistics,
                 images,
                 folder,
@@ -177,7 +180,7 @@ def _measure(asked: Asked) -> Result:
     )
 
 
-def _tested(root: str) -> LabelledImages:
+def tested_part(root: str) -> LabelledImages:
     """Returns the test images of a dataset, or all images if it has no test part."""
     from fd_large.data.labelled import SPLITS, open_labelled, open_split
     from fd_large.data.roots import local_kind
@@ -187,37 +190,63 @@ def _tested(root: str) -> LabelledImages:
     return open_split(root, "val") if has_part else open_labelled(root)
 
 
-def _head(model: NamedModel, clip: str) -> Any:
-    """Returns a model's head for a CLIP's embedding.
+def _own_projection(model: NamedModel) -> Tensor | None:
+    """Returns a CLIP's projection of its class token into the space of texts, or None."""
+    from fd_large.tasks.distillation.teacher import projection_of
 
-    Raises: ConfigError: if it has none.
+    if model.trained_by is not None:
+        return None
+    with suppress(ConfigError):
+        return projection_of(model.label, model.section, model.weights)
+    return None
+
+
+def _embedding_of(model: NamedModel, clip: str) -> Callable[..., Any]:
+    """Returns a function of a model and normalised images: their embedding, a map of one place.
+
+    That is a student's head for the embedding of a CLIP, or the CLIP's own projection.
+
+    Raises: ConfigError: if it has neither.
     """
+    from fd_large.ranks import distributed
     from fd_large.tasks.jobs import heads_of
 
     heads = heads_of(model.trained_by, model.folder)
     summary = f"{clip}_summary"
-    if summary not in heads:
-        known = [name.removesuffix("_summary") for name in heads if name.endswith("_summary")]
-        remedy = (
-            f"Set --clip {' or '.join(known)}"
-            if known
-            else "Train with --teachers.clip.source open_clip:ViT-B-16/openai "
-            "--teachers.clip.targets map summary --teachers.clip.summary.layer embedding "
-            "--teachers.clip.summary.loss cosine --teachers.clip.summary.normaliser none "
-            "(docs/several_teachers.md)"
-        )
-        raise ConfigError(
-            f"--clip: {model.label} has learnt no image embedding of a teacher {clip}; got "
-            f"embeddings of {', '.join(known) or 'none'}, expected that of a CLIP. {remedy}."
-        )
-    return heads[summary]
+    if summary in heads:
+        head = heads[summary].eval().to(distributed.device())
+        return partial(head, in_teacher_units=True)
+    projection = _own_projection(model)
+    if projection is not None:
+        return partial(_projected, projection.float().to(distributed.device()))
+    known = [name.removesuffix("_summary") for name in heads if name.endswith("_summary")]
+    remedy = (
+        f"Set --clip {' or '.join(known)}"
+        if known
+        else "Train with --teachers.clip.source open_clip:ViT-B-16/openai "
+        "--teachers.clip.targets map summary --teachers.clip.summary.layer embedding "
+        "--teachers.clip.summary.loss cosine --teachers.clip.summary.normaliser none "
+        "(docs/several_teachers.md)"
+    )
+    raise ConfigError(
+        f"--clip: {model.label} has learnt no image embedding of a teacher {clip}; got "
+        f"embeddings of {', '.join(known) or 'none'}, expected that of a CLIP. {remedy}."
+    )
+
+
+def _projected(projection: Tensor, net: Any, pixels: Tensor) -> FeatureMap:
+    from fd_large.tasks.distillation.target import as_map, summary
+
+    return as_map(summary(net(pixels)).float() @ projection.T)
 
 
 def _source(model: NamedModel, clip: str) -> str:
-    """Returns the source of a run's teacher.
+    """Returns the source of a CLIP's weights: that of a run's teacher, or of the model itself.
 
-    Raises: ConfigError: if the model is no run's student.
+    Raises: ConfigError: if nothing says it.
     """
+    if _own_projection(model) is not None:
+        return str(model.section.source)
     teachers = model.trained_by.run.taught_by if model.trained_by else {}
     teacher = teachers.get(clip)
     if teacher is None or not teacher.source:

@@ -31,7 +31,7 @@ from fd_large.plan.buckets import prefetch_bucket
 from fd_large.ranks import distributed
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.fields import require
-from fd_large.recipes.sections import RANDOM
+from fd_large.recipes.sections import RANDOM, FrozenModel
 from fd_large.tasks.distillation.section import (
     EMBEDDING,
     SUMMARY,
@@ -301,7 +301,7 @@ def with_embedding(name: str, entry: NamedTeacher, sources: Sources) -> NamedTea
     return replace(entry, summary=replace(entry.summary, width=width))
 
 
-def projection_of(name: str, entry: NamedTeacher, sources: Sources) -> Tensor:
+def projection_of(name: str, entry: FrozenModel, sources: Sources) -> Tensor:
     """Returns the projection, (channels of the embedding, channels of the map).
 
     Raises: ConfigError: if the weights have none.
@@ -311,7 +311,7 @@ def projection_of(name: str, entry: NamedTeacher, sources: Sources) -> Tensor:
     return found.T if is_transposed else found
 
 
-def _named(name: str, entry: NamedTeacher, sources: Sources) -> tuple[str, bool]:
+def _named(name: str, entry: FrozenModel, sources: Sources) -> tuple[str, bool]:
     """Returns the projection's name in the teacher's weights, and whether it is transposed."""
     got = f"{entry.source or 'none'}"
     if entry.source and entry.source != RANDOM and not cached_folder(entry.source):

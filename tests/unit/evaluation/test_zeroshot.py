@@ -104,6 +104,21 @@ def test_it_classifies_as_the_model_does_in_python(run, images, tmp_path, capsys
     assert "--k: not used by zeroshot" in capsys.readouterr().err
 
 
+def test_the_clip_stands_beside_its_student(run, images, tmp_path, capsys):
+    words = ["--task", "zeroshot", "--data.root", str(images), "--data.workers", "0"]
+    words += ["--prompts", "one", "--out", str(tmp_path / "out")]
+    # The student is its teacher.
+    folder = str(run.parent / "clip")
+    assert main(["evaluate", str(run), f"{run}#clip", folder, *words]) == 0
+    with np.load(tmp_path / "out" / "predictions.npz") as kept:
+        student, teacher, file = (kept[name] for name in kept.files if name != "labels")
+    assert (student == teacher).all()
+    assert (teacher == file).all()
+    capsys.readouterr()
+    assert main(["evaluate", f"{run}#scratch", *words]) == 2
+    assert capsys.readouterr().err.startswith("--clip: ")
+
+
 def test_folders_of_imagenet_and_its_sets_have_its_names():
     open_clip = pytest.importorskip("open_clip")
     names, synsets = open_clip.IMAGENET_CLASSNAMES, timm.data.ImageNetInfo().label_names()
