@@ -55,7 +55,8 @@ class Evaluate(*_SCORED_FILES, *_MOST_SPECIAL, AllowsCode):  # type: ignore[misc
     # Models to measure.
     models: Annotated[tuple[str, ...], Positional, arg(metavar="[MODEL ...]")] = ()
     # knn: k nearest neighbours of frozen features; linear: a linear probe on them; zeroshot: class
-    # names by the text tower of a CLIP teacher; finetune: the whole model learns the labels; or the
+    # names by the text tower of a CLIP teacher; robustness: a fine-tuned model on a set whose
+    # labels are a map into its classes; finetune: the whole model learns the labels; or the
     # task of one run that is scored as it was trained, such as detection. auto: that of the first
     # run's task, else knn. module:FILE.py:NAME: a protocol of your own (docs/extending.md).
     task: str = "auto"

@@ -11,6 +11,7 @@ from fd_large.evaluation.cached_probe import CACHED_PROBE
 from fd_large.evaluation.diagnosis.protocol import DIAGNOSIS
 from fd_large.evaluation.knn import KNN
 from fd_large.evaluation.protocol import Protocol
+from fd_large.evaluation.robustness import ROBUSTNESS
 from fd_large.evaluation.scored_runs import scored_by
 from fd_large.evaluation.trainings import trained_by
 from fd_large.evaluation.transfer.table import TRANSFER
@@ -21,6 +22,7 @@ _FROZEN = {protocol.name: protocol for protocol in (KNN, CACHED_PROBE)}
 PROTOCOLS: tuple[Protocol, ...] = (
     *_FROZEN.values(),
     ZEROSHOT,
+    ROBUSTNESS,
     *(
         trained_by(kind, variant="official", trains_all=False)
         if kind.name in _FROZEN

@@ -143,8 +143,16 @@ def _of_recipe(named: NamedModel) -> Iterator[None]:
         raise type(error)(f"{named.source}, its {str(error).removeprefix('--')}") from error
 
 
-def _of_task(named: NamedModel, stored: StoredRun, sample: Sample) -> tuple[Task, Loss]:
-    """Returns the task of the model's run with its training loss."""
+def trained_task(named: NamedModel, stored: StoredRun, *, where: str) -> tuple[Task, StoredRun]:
+    """Builds the task of the run whose student a model is, with its weights, in evaluation.
+
+    Args:
+        named: The model.
+        stored: Its run.
+        where: The command, for messages.
+
+    Returns: the task, and the run with the job that built it.
+    """
     # Its weights come from the checkpoint; what they started from may be gone.
     run = stored.run.in_one_process()
     run = replace(
@@ -154,14 +162,18 @@ def _of_task(named: NamedModel, stored: StoredRun, sample: Sample) -> tuple[Task
     )
     job = job_of(job_of(run).settle(named.weights))
     job.weights = named.weights
-    stored = stored_run_of(job)
-    classes = stored.classes()
-    known = None if classes is None else torch.from_numpy(sample.labels(classes))
     job.build(bfloat16=False, node_size=1, persistence_threshold=0)
     assert named.checkpoint is not None  # It is a run's student.
-    reader = stream.newest(named.checkpoint, where="diagnose")
+    reader = stream.newest(named.checkpoint, where=where)
     task = stored_task(job.make_task, reader, kind=stream.outcome(reader))
-    task.to(distributed.device()).eval()
+    return task.to(distributed.device()).eval(), stored_run_of(job)
+
+
+def _of_task(named: NamedModel, stored: StoredRun, sample: Sample) -> tuple[Task, Loss]:
+    """Returns the task of the model's run with its training loss."""
+    task, stored = trained_task(named, stored, where="diagnose")
+    classes = stored.classes()
+    known = None if classes is None else torch.from_numpy(sample.labels(classes))
 
     def on(images: Tensor, numbers: Sequence[int]) -> Measure:
         labels = None if known is None else known[list(numbers)].to(images.device)

@@ -43,6 +43,7 @@ def test_each_name_with_each_variant_is_one_protocol():
         "knn",
         "linear",
         "zeroshot",
+        "robustness",
         *measured,
         "transfer",
         "diagnose",

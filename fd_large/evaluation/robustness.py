@@ -1,0 +1,279 @@
+"""The protocol robustness: fine-tuned models on sets whose labels are maps into their classes.
+
+ImageNet-V2 has numbers for folders, -A and -R have 200 of the classes, ObjectNet's classes are one
+or more of ImageNet's, and the ReaL labels of ImageNet's own validation images are several or none.
+The columns of classes that a set does not have are left out before the best is taken, as published.
+
+Source: Recht et al. (V2), arXiv 1902.10811; Hendrycks et al., arXiv 1907.07174 (A) and 2006.16241
+(R); Wang et al. (Sketch), arXiv 1905.13549; Barbu et al. (ObjectNet), NeurIPS 2019, scored as in
+imagenet-testbed (Taori et al., arXiv 2007.00644); Beyer et al. (ReaL), arXiv 2006.07159.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from fd_large.errors import ConfigError, DataError, without_secrets
+from fd_large.evaluation.protocol import Asked, Batched, Protocol, Result
+from fd_large.evaluation.results import Row, finish
+from fd_large.evaluation.zeroshot import imagenet_numbers, tested_part
+from fd_large.files import kind_of, out_folder, read_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from fd_large.backbones.feature_map import FeatureMap
+    from fd_large.data.labelled import LabelledImages
+    from fd_large.engine.find_model import NamedModel
+
+_FIELDS = ("data.root", "data.workers", "data.max_pixels")
+_REAL_FILE = re.compile(r"ILSVRC2012_val_(\d{8})\.")
+# Folders of a download of ObjectNet.
+_MAPPINGS, _IMAGES = "mappings", "images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustnessFlags(Batched):
+    """Flags of tests on sets of other labels."""
+
+    # What the class of an image is. folders: that of its folder. real: each of its ReaL labels, of
+    # ImageNet's validation images, by their files' names; images without one are left out.
+    labels: Literal["folders", "real"] = "folders"
+
+
+class LabelSet(NamedTuple):
+    """Images, each with the classes that are right.
+
+    Attributes:
+        images: The images; their own labels are not used.
+        right: For each image the classes, by number in ImageNet's order, or by name.
+        all_classes: Whether a prediction may be any class of the model, or one that is right for
+            an image of the set.
+    """
+
+    images: LabelledImages
+    right: Sequence[Sequence[int] | Sequence[str]]
+    all_classes: bool = False
+
+
+def open_set(root: str, labels: str) -> LabelSet:
+    """Opens a set of images by its layout.
+
+    Args:
+        root: As `data.root`: folders of classes, a folder with one of them as val/ or test/, or
+            that of an ObjectNet download.
+        labels: See `RobustnessFlags`.
+
+    Raises: DataError: if the labels are not to be found.
+    """
+    if labels == "real":
+        return _real(tested_part(root))
+    if kind_of(Path(root) / _MAPPINGS) == "folder":
+        return _objectnet(root)
+    images = tested_part(root)
+    numbers = imagenet_numbers(images.classes)
+    names: Sequence[Any] = images.classes if numbers is None else numbers
+    return LabelSet(images, [(names[label],) for label in images.labels.tolist()])
+
+
+def _real(images: LabelledImages) -> LabelSet:
+    import timm.data
+
+    file = Path(timm.data.__file__).parent / "_info" / "imagenet_real_labels.json"
+    of_number = read_json(file, where="--labels", holds=list)
+    right = []
+    for index in range(len(images)):
+        found = _REAL_FILE.search(images[index])
+        if found is None or not 0 < int(found[1]) <= len(of_number):
+            raise DataError(
+                f"--labels: not a validation image of ImageNet; got {Path(images[index]).name}, "
+                "expected names such as ILSVRC2012_val_00000001.JPEG, by which ReaL's labels are "
+                "found. Keep the files' own names, or leave it out."
+            )
+        right.append(of_number[int(found[1]) - 1])
+    return LabelSet(images, right, all_classes=True)
+
+
+def _objectnet(root: str) -> LabelSet:
+    """Those images of ObjectNet whose class is one or more of ImageNet's."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from fd_large.data.labelled import open_labelled
+    from fd_large.data.val_fraction import Part
+
+    of_folder = _classes_of_folders(Path(root) / _MAPPINGS)
+    images = open_labelled(str(Path(root) / _IMAGES))
+    right = [of_folder.get(name, []) for name in images.classes]
+    places = np.flatnonzero([bool(right[label]) for label in images.labels.tolist()])
+    images = replace(images, images=Part(images.images, places), labels=images.labels[places])
+    return LabelSet(images, [right[label] for label in images.labels.tolist()])
+
+
+def _classes_of_folders(mappings: Path) -> dict[str, list[int]]:
+    """ImageNet's classes of ObjectNet's folders, by the files that come with its download."""
+
+    def table(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = read_json(mappings / f"{name}.json", where="data.root", holds=dict)
+        return found
+
+    try:
+        lines = (mappings / "imagenet_to_label_2012_v2").read_text(encoding="utf-8").splitlines()
+        numbers = {
+            lines[line].strip(): int(number)
+            for number, line in table("pytorch_to_imagenet_2012_id").items()
+        }
+        of_label = {
+            label: [numbers[name] for name in names.split("; ")]
+            for label, names in table("objectnet_to_imagenet_1k").items()
+        }
+        labels = table("folder_to_objectnet_label")
+        return {folder: of_label[label] for folder, label in labels.items() if label in of_label}
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        raise DataError(
+            f"data.root: {mappings}: not ObjectNet's maps of classes; got {type(error).__name__} "
+            f"{error}, expected the files of its download. Fetch them again."
+        ) from error
+
+
+def columns_of(right: LabelSet, classes: Sequence[str]) -> list[tuple[int, ...]]:
+    """Returns for each image the columns of a model's classes that are right.
+
+    Args:
+        right: The set.
+        classes: Names of the classes that the model was trained for.
+
+    Raises: DataError: if it does not know a class of the set.
+    """
+    of_imagenet = imagenet_numbers(classes)
+    by_name: Mapping[Any, int] = {name: place for place, name in enumerate(classes)}
+    if of_imagenet is not None:
+        by_name = {number: place for place, number in enumerate(of_imagenet)}
+    names = {name for of_image in right.right for name in of_image}
+    if unknown := sorted(names - by_name.keys(), key=str):
+        raise DataError(
+            f"data.root: classes that the model was not trained for; got {unknown[0]} and "
+            f"{len(unknown) - 1} more beside its {len(classes)}, expected its own, or ImageNet's "
+            "for a model of ImageNet. Name another set, or another model."
+        )
+    return [tuple(by_name[name] for name in of_image) for of_image in right.right]
+
+
+def best_of(
+    logits: NDArray[np.float32], right: Sequence[tuple[int, ...]], *, all_classes: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns labels and predictions, (N,) each; they are equal where a prediction is right.
+
+    Args:
+        logits: (N, K).
+        right: For each image the columns that are right; without one its label is -1.
+        all_classes: Whether columns that are right for no image may be predicted.
+    """
+    import numpy as np
+
+    known = np.arange(logits.shape[1])
+    if not all_classes:
+        known = np.array(sorted({column for columns in right for column in columns}))
+    predicted = known[logits[:, known].argmax(1)].astype(np.int64)
+    labels = np.array([columns[0] if columns else -1 for columns in right], dtype=np.int64)
+    # One of several right classes is told as the first.
+    is_right = [column in columns for column, columns in zip(predicted, right, strict=True)]
+    return labels, np.where(is_right, labels, predicted)
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _measure(asked: Asked) -> Result:
+    """Classifies the images of a set by every model's own classifier."""
+    import numpy as np
+
+    from fd_large.backbones.feature_map import FeatureMap
+    from fd_large.data.centre_crops import NO_LABEL
+    from fd_large.evaluation.diagnosis.models import trained_task
+    from fd_large.kernels.precision import full_float32
+    from fd_large.probes.features import extract
+    from fd_large.ranks import activity, distributed, meeting
+    from fd_large.runtime import logs
+    from fd_large.tasks.jobs import stored_run_of
+
+    assert asked.run is not None  # `evaluate` takes one.
+    models, flags, data = asked.models(), asked.flags, asked.run.data
+    logs.start(distributed.start().rank)
+    full_float32(distributed.device())
+    found = meeting.meet(lambda: open_set(data.root, flags.labels))
+    jobs = meeting.meet(lambda: [_job_of(model) for model in models])
+    rows, folder = [], out_folder(flags.out) / "logits"
+    for model, job in zip(models, jobs, strict=True):
+        task: Any  # A type checker does not know the classifier's methods.
+        task, stored = trained_task(model, stored_run_of(job), where="evaluate")
+        columns = meeting.meet(lambda stored=stored: columns_of(found, stored.classes() or ()))
+
+        def logits(pixels: Tensor, task: Any = task) -> FeatureMap:
+            return FeatureMap(task.logits(pixels, None)[:, None], (1, 1), 0)
+
+        share = -(-len(found.images) // distributed.world_size())
+        with activity.work(f"{model.label}: images", share, "images") as work:
+            (outputs,) = extract(
+                logits,
+                task.statistics,
+                found.images,
+                folder,
+                image_size=model.image_size,
+                batch_size=flags.batch_size,
+                workers=data.workers,
+                max_pixels=data.max_pixels,
+                progress=work.advance,
+            )
+        row = Row(model)
+        labels, predicted = best_of(np.array(outputs.rows), columns, all_classes=found.all_classes)
+        row.labels = np.where(outputs.labels == NO_LABEL, NO_LABEL, labels)
+        counts = row.labels >= 0
+        accuracy = 100 * float((predicted == row.labels)[counts].mean()) if counts.any() else 0.0
+        row.add(accuracy, {"images": int(counts.sum())}, predicted)
+        rows.append(row)
+        distributed.barrier()
+        if distributed.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+    return finish(
+        Path(flags.out),
+        rows,
+        asked.protocol.title,
+        is_random=False,
+        task=asked.protocol.name,
+        root=without_secrets(data.root),
+        settings={"labels": flags.labels, "batch_size": flags.batch_size},
+        pictures=len(found.images),
+    )
+
+
+def _job_of(model: NamedModel) -> Any:
+    """The job of the run that fine-tuned a model.
+
+    Raises: ConfigError: if none did.
+    """
+    job = model.trained_by
+    if job is None or job.run.task.name != "finetune" or model.checkpoint is None:
+        got = "weights" if job is None else f"a run of {job.run.task.name}"
+        raise ConfigError(
+            f"{model.source}: has no classifier of its own; got {got}, expected a run that "
+            "fine-tuned. Fine-tune it by --task finetune, and name a folder of its --out."
+        )
+    return job
+
+
+ROBUSTNESS = Protocol(
+    name="robustness",
+    title="Robustness",
+    measure=_measure,
+    flags=RobustnessFlags,
+    fields=_FIELDS,
+)
