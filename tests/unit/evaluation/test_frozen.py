@@ -69,7 +69,7 @@ def test_few_labels_are_the_same_for_every_model(labelled_images, tmp_path):
 
 def test_a_probe_of_few_steps_is_warned_of_once(labelled_images, tmp_path, capsys):
     words = ["--data.root", str(labelled_images), "--out", str(tmp_path), "--data.workers", "0"]
-    words += ["--data.image_size", "32", "--batch_size", "8", "--task", "linear"]
+    words += ["--data.image_size", "32", "--batch_size", "8", "--task", "linear", "--pool", "mean"]
     assert main(["evaluate", "timm:test_vit=random", *words, "--seeds", "2"]) == 0
     told = capsys.readouterr()
     assert (told.out + told.err).count("the linear probe makes only") == 1
