@@ -36,6 +36,7 @@ STREAMS = {
     "teachers": 17,
     "image_size": 18,
     "mask": 19,
+    "mask_ratio": 20,
 }
 
 _WORD = np.uint64(0xFFFFFFFF)

@@ -284,6 +284,10 @@ class Mask:
     sampler: Literal["none", "random", "block", "block_exact"] = "none"
     # Share of the patches that are hidden, in (0, 1).
     ratio: float = 0.4
+    # Largest share: each image draws its own between ratio and this one. 0: all have ratio.
+    ratio_to: float = 0.0
+    # Share of the images that are masked, in (0, 1]; the others are shown whole.
+    share: float = 1.0
     # Patches of the smallest rectangle that is drawn.
     min_patches: int = 16
     # What the student is shown in the place of a hidden patch. token: a learnt token. dropped:
@@ -305,6 +309,14 @@ class Mask:
     def __post_init__(self) -> None:
         check_types(self, "mask")
         require(0 < self.ratio < 1, "mask.ratio: invalid share", self.ratio, "a number in (0, 1)")
+        require(
+            self.ratio_to == 0 or self.ratio < self.ratio_to < 1,
+            "mask.ratio_to: invalid share",
+            self.ratio_to,
+            f"0, or a number in ({self.ratio}, 1)",
+            beside=("mask.ratio",),
+        )
+        require(0 < self.share <= 1, "mask.share: invalid share", self.share, "a number in (0, 1]")
         for name in ("min_patches", "decoder_width", "decoder_depth", "decoder_heads"):
             at_least(f"mask.{name}", getattr(self, name), 1, "of them")
         require(
@@ -315,17 +327,22 @@ class Mask:
             beside=("mask.decoder_heads",),
         )
         require(
-            (self.sampler, self.student) != ("block", "dropped"),
+            not (self.varies and self.student == "dropped"),
             "mask.sampler: images in which as many patches are visible can be encoded together",
-            "block, which hides at most a number, with mask.student dropped",
-            "random or block_exact",
-            beside=("mask.student",),
+            "block, mask.ratio_to or mask.share, of which images differ, with mask.student dropped",
+            "random or block_exact, and one ratio of all images",
+            beside=("mask.student", "mask.ratio_to", "mask.share"),
         )
 
     @property
     def hides(self) -> bool:
         """Whether anything is hidden."""
         return self.sampler != "none"
+
+    @property
+    def varies(self) -> bool:
+        """Whether images may hide different numbers of patches."""
+        return self.sampler == "block" or self.ratio_to > 0 or self.share < 1
 
     @property
     def decodes(self) -> bool:
@@ -341,7 +358,7 @@ class Mask:
         if "block" not in self.sampler:
             names["min_patches"] = "Set --mask.sampler block or block_exact."
         if not self.hides:
-            others = ("ratio", "student", "tokens", "cls", "reduce")
+            others = ("ratio", "ratio_to", "share", "student", "tokens", "cls", "reduce")
             names |= dict.fromkeys(others, "Set --mask.sampler random, block or block_exact.")
         return {f"mask.{name}": remedy for name, remedy in names.items()}
 

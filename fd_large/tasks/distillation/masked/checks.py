@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -54,13 +55,13 @@ def mask_checks(
     yield partial(
         require,
         # There an image weighs by its hidden patches, and its mean is over the class token, too.
-        rule == "fixed" or mask.sampler != "block" or not mask.cls or mask.reduce == "image",
+        rule == "fixed" or not mask.varies or not mask.cls or mask.reduce == "image",
         "mask.cls: images that hide different numbers of patches would count their class tokens "
         "differently",
-        f"True with mask.sampler block and weighting.rule {rule}",
+        f"True with weighting.rule {rule}",
         "False",
         "Leave it out, or set --mask.reduce image",
-        beside=("mask.sampler", "weighting.rule"),
+        beside=("mask.sampler", "mask.ratio_to", "mask.share", "weighting.rule"),
     )
     yield lambda: _check_student(mask, make_student(), image_size)
     for name, entry in entries.items():
@@ -85,11 +86,14 @@ def _check_student(mask: Mask, student: nn.Module, image_size: int) -> None:
     )
     rows, columns = student.grid(image_size, image_size)
     number = hidden(mask, (rows, columns))
+    most = hidden(replace(mask, ratio=mask.ratio_to or mask.ratio, ratio_to=0.0), (rows, columns))
     require(
-        0 < number < rows * columns,
+        0 < number <= most < rows * columns,
         "mask.ratio: hides all patches or none",
-        f"{mask.ratio} of {rows}x{columns}, {number} in number",
+        f"{mask.ratio} of {rows}x{columns}, {number} in number"
+        + (f", to {mask.ratio_to}, {most}" if mask.ratio_to else ""),
         "some, and not all",
+        beside=("mask.ratio_to",),
     )
     require(
         mask.sampler == "random" or number >= mask.min_patches,

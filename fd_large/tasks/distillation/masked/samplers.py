@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -35,15 +36,29 @@ def masks(mask: Mask, grid: Grid, seed: int, epoch: int, positions: ArrayLike) -
         epoch: Epoch, counted from 0.
         positions: (B,), in the epoch's order.
     """
-    number = hidden(mask, grid)
+    numbers = _numbers_hidden(mask, grid, seed, epoch, positions)
     if mask.sampler == "random":
         noise = uniforms(seed, epoch, positions, "mask", grid[0] * grid[1])
-        return random_masks(noise, number)
+        return random_masks(noise, numbers)
     words = random_words(seed, epoch, positions, "mask")[:, 0]
-    drawn = partial(block_mask, grid=grid, number=number, min_patches=mask.min_patches)
     exact = mask.sampler == "block_exact"
+    drawn = partial(block_mask, grid=grid, min_patches=mask.min_patches, exact=exact)
     seeds = (int.from_bytes(own.astype("<u4").tobytes(), "little") for own in words)
-    return np.stack([drawn(random.Random(number), exact=exact) for number in seeds])
+    return np.stack(
+        [drawn(random.Random(own), number=int(n)) for own, n in zip(seeds, numbers, strict=True)]
+    )
+
+
+def _numbers_hidden(
+    mask: Mask, grid: Grid, seed: int, epoch: int, positions: ArrayLike
+) -> NDArray[np.int64]:
+    """Returns how many patches of each image are hidden, (B,); at most so many with `block`."""
+    if not mask.ratio_to and mask.share == 1:
+        return np.full(np.shape(positions), hidden(mask, grid))
+    drawn = uniforms(seed, epoch, positions, "mask_ratio", 2)
+    ratios = mask.ratio + (max(mask.ratio_to, mask.ratio) - mask.ratio) * drawn[:, 0]
+    numbers = [hidden(replace(mask, ratio=ratio, ratio_to=0.0), grid) for ratio in ratios.tolist()]
+    return np.where(drawn[:, 1] < mask.share, numbers, 0)
 
 
 def hidden(mask: Mask, grid: Grid) -> int:
@@ -55,16 +70,15 @@ def hidden(mask: Mask, grid: Grid) -> int:
     return round(patches * mask.ratio)
 
 
-def random_masks(noise: NDArray[np.float64], number: int) -> Bools:
-    """Returns masks (B, N) that hide the given number of patches, those with the largest noise.
+def random_masks(noise: NDArray[np.float64], numbers: ArrayLike) -> Bools:
+    """Returns masks (B, N) that hide the given numbers of patches, those with the largest noise.
 
     Args:
         noise: (B, N).
-        number: How many are hidden.
+        numbers: How many are hidden, of all images or of each, (B,).
     """
-    masked = np.zeros(noise.shape, dtype=np.bool_)
-    order = noise.argsort(axis=1, kind="stable")
-    np.put_along_axis(masked, order[:, noise.shape[1] - number :], True, axis=1)
+    place = noise.argsort(axis=1, kind="stable").argsort(axis=1)
+    masked: Bools = place >= noise.shape[1] - np.reshape(numbers, (-1, 1))
     return masked
 
 

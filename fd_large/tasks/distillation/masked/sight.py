@@ -13,6 +13,7 @@ with a coarse map, where a whole token's patches are hidden together; Xue et al.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ class Counted(NamedTuple):
             return self.whole.value()
         if self.number is None:
             return self.per_image().mean()
-        # No image of a step may hide any: of tiny maps and a few images.
+        # No image of a step may hide any: of tiny maps, few images or a small share of them.
         number = self.number.to(torch.float32).clamp(min=1)
         return self.micro_batches * self._losses().sum() / number
 
@@ -90,17 +91,21 @@ class Masked(Whole, Part):
         self._mask, self._grid = mask, student.grid(image_size, image_size)
         self._drops = mask.student == "dropped"
         self._patches, self._num_hidden = math.prod(self._grid), hidden(mask, self._grid)
+        number = f"{self._num_hidden}"
+        if mask.ratio_to:
+            number += f" to {hidden(replace(mask, ratio=mask.ratio_to, ratio_to=0.0), self._grid)}"
         most = "at most " if mask.sampler == "block" else ""
+        images = f" in {mask.share:g} of the images" if mask.share < 1 else ""
         self.description = (
-            f"mask: {mask.sampler}, {most}{self._num_hidden} of "
-            f"{self._patches} patches hidden from the student"
+            f"mask: {mask.sampler}, {most}{number} of "
+            f"{self._patches} patches hidden from the student{images}"
             f"{', which encodes the visible ones alone' if self._drops else ''}; the training loss "
             f"is of {mask.tokens} tokens, held-out losses of whole images"
         )
         channels = student.patch_embed.proj.out_channels
         self._token = None if self._drops else MaskToken(channels)
         self._decoder = Decoder(student.width, mask) if mask.decodes else None
-        self._differ = mask.sampler == "block" and mask.tokens != "all" and mask.reduce == "token"
+        self._differ = mask.varies and mask.tokens != "all" and mask.reduce == "token"
         self.before_step(0.0)
 
     def modules(self) -> dict[str, nn.Module]:

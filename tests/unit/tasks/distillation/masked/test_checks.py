@@ -71,6 +71,8 @@ def test_what_goes_together_passes(mask, others):
         ({**TOKEN, "ratio": 0.01}, {}, r"mask\.ratio.*0 in number"),
         ({**TOKEN, "min_patches": 7}, {}, r"mask\.min_patches.*7 beside 6.*at most 6"),
         ({**VISIBLE, "ratio": 0.99}, {}, r"mask\.ratio.*16 in number"),
+        ({**TOKEN, "ratio_to": 0.99}, {}, r"mask\.ratio.*to 0\.99, 16"),
+        ({**TOKEN, "sampler": "random", "share": 0.5, "cls": True}, {"rule": "drop"}, r"mask\.cls"),
         (TOKEN, {"loss": "relation"}, r"teachers\.a\.loss.*single tokens.*relation"),
         (TOKEN, {"loss": "cls_and_patches"}, r"teachers\.a\.loss"),
         (TOKEN, {"head": "convolutional"}, r"teachers\.a\.head"),
@@ -95,6 +97,12 @@ def test_all_is_told_at_once():
 def test_fields_that_do_not_go_together_are_refused_by_themselves():
     with pytest.raises(ConfigError, match=r"mask\.sampler"):
         Mask(sampler="block", student="dropped")
+    for fields in ({"ratio_to": 0.8}, {"share": 0.5}):
+        with pytest.raises(ConfigError, match=r"mask\.sampler: .*mask\.ratio_to"):
+            Mask(sampler="random", student="dropped", **fields)
+    for fields in ({"ratio": 0.4, "ratio_to": 0.4}, {"ratio_to": 1.0}, {"share": 0.0}):
+        with pytest.raises(ConfigError, match=r"mask\.(ratio_to|share): "):
+            Mask(**fields)
     with pytest.raises(ConfigError, match=r"mask\.decoder_width"):
         Mask(decoder_width=100, decoder_heads=16)
     with pytest.raises(ConfigError, match=r"mask\.ratio"):

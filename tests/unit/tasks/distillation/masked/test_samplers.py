@@ -32,6 +32,19 @@ def test_as_many_patches_are_hidden_as_the_ratio_says(sampler):
     assert counts.min() > 0.85 * counts.max()
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_each_image_draws_its_ratio_and_a_share_of_them_is_masked(sampler):
+    mask = Mask(sampler=sampler, ratio=0.1, ratio_to=0.5, share=0.5)
+    counts = masks(mask, GRID, 0, 0, np.arange(600)).sum(1)
+    is_masked = counts > 0
+    assert 0.43 < is_masked.mean() < 0.57
+    of_masked = counts[is_masked] / (GRID[0] * GRID[1])
+    assert 0.27 < of_masked.mean() < 0.33
+    assert of_masked.max() <= 0.51
+    assert of_masked.min() < 0.15
+    assert np.array_equal(masks(mask, GRID, 0, 0, [17, 4]).sum(1), counts[[17, 4]])
+
+
 @pytest.mark.parametrize("least", [16, 100])
 def test_rectangles_lie_together_and_random_patches_do_not(least):
     """Also where the smallest rectangle is larger than what may be hidden."""
@@ -49,6 +62,8 @@ def test_what_is_kept_has_the_smallest_noise():
     noise = np.array([[0.3, 0.1, 0.9, 0.2], [0.5, 0.5, 0.5, 0.5]])
     found = random_masks(noise, 2)
     assert found.tolist() == [[True, False, True, False], [False, False, True, True]]
+    found = random_masks(noise, [1, 0])
+    assert found.tolist() == [[False, False, True, False], [False] * 4]
 
 
 def test_the_number_of_random_patches_is_the_published_one():

@@ -30,6 +30,7 @@ MASKS = {
     "blocks": BLOCKS,
     "blocks cls": Mask(sampler="block", min_patches=12, cls=True),
     "blocks of images": Mask(sampler="block", min_patches=12, reduce="image"),
+    "ratios": Mask(sampler="random", ratio=0.1, ratio_to=0.5, share=0.6),
     "exact": Mask(sampler="block_exact", min_patches=12, tokens="all"),
     "visible": Mask(**DROPPED, tokens="visible", cls=True),
     "decoder": Mask(**DROPPED, **DECODER),
