@@ -14,7 +14,8 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -103,8 +104,6 @@ def _real(images: LabelledImages) -> LabelSet:
 
 def _objectnet(root: str) -> LabelSet:
     """Those images of ObjectNet whose class is one or more of ImageNet's."""
-    from dataclasses import replace
-
     import numpy as np
 
     from fd_large.data.labelled import open_labelled
@@ -215,7 +214,7 @@ def _measure(asked: Asked) -> Result:
     for model, job in zip(models, jobs, strict=True):
         task: Any  # A type checker does not know the classifier's methods.
         task, stored = trained_task(model, stored_run_of(job), where="evaluate")
-        columns = meeting.meet(lambda stored=stored: columns_of(found, stored.classes() or ()))
+        columns = meeting.meet(partial(columns_of, found, stored.classes() or ()))
 
         def logits(pixels: Tensor, task: Any = task) -> FeatureMap:
             return FeatureMap(task.logits(pixels, None)[:, None], (1, 1), 0)
