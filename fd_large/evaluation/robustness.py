@@ -260,7 +260,8 @@ def _job_of(model: NamedModel) -> Any:
     Raises: ConfigError: if none did.
     """
     job = model.trained_by
-    if job is None or job.run.task.name != "finetune" or model.checkpoint is None:
+    kind = job.run.task.kind() if job else None
+    if job is None or kind is None or not kind.trains_models or model.checkpoint is None:
         got = "weights" if job is None else f"a run of {job.run.task.name}"
         raise ConfigError(
             f"{model.source}: has no classifier of its own; got {got}, expected a run that "
