@@ -1,8 +1,9 @@
-"""What a training run of gpu.sh measured, and what it decides beside the runs before it.
+"""What a training run of gpu.sh or gpu_runs.sh measured, and what it decides beside those before.
 
     python benchmarks/gpu_rows.py NAME RUN_FOLDER LOG
 
-Prints a line, then a line for each question that this run answers, and adds the run to gpu.json.
+Prints a line, then a line for each question that this run answers, and adds the run to the file of
+its script, gpu.json or gpu_runs.json.
 Exit code 1 if the run made no step.
 """
 
@@ -34,10 +35,22 @@ QUESTIONS = (
     ("G_every_block", "G_every_block_plain", "fused kernels for SwinV2-G"),
     ("G_zero3", "G_every_block", "ZeRO-3 for SwinV2-G"),
     ("G_zero3_hpz", "G_zero3", "hpZ for SwinV2-G"),
+    ("ViT-B_zero3", "ViT-B_clock", "DeepSpeed's clock off"),
+    ("twin_contiguous", "twin", "contiguous gradients"),
     ("ViT-B_teacher_stream", "ViT-B_zero1", "a stream of its own for the teacher"),
 )
 # Pairs whose losses should have the same bits: of all steps, or of the first.
-SAME = (("ViT-B_zero1_again", "ViT-B_zero1", None), ("ViT-B_zero3", "ViT-B_zero1", 1))
+SAME = (
+    ("ViT-B_clock", "ViT-B_zero3", None),
+    ("ViT-B_unordered", "ViT-B_zero3", None),
+    ("twin_contiguous", "twin", None),
+    ("ViT-B_zero1_again", "ViT-B_zero1", None),
+    ("ViT-B_zero3", "ViT-B_zero1", 1),
+)
+# A run with the micro batch that was found, and one with twice as many images.
+PROBED, TWICE = "Swin-L_auto", "Swin-L_twice"
+# Runs whose memory is to stay as it is, and by how much it may differ.
+STEADY, GROWTH = ("HTC", "UPerNet"), 0.05
 
 
 def measured(name: str, folder: Path, log: Path) -> dict[str, Any]:
@@ -66,7 +79,24 @@ def measured(name: str, folder: Path, log: Path) -> dict[str, Any]:
         values = [step[key] for step in steps[FIRST:] if step.get(key) is not None]
         row[key] = statistics.median(values) if values else None
     row["memory_gigabytes"] = steps[-1]["memory_bytes"] / 1e9
-    return row | waits(folder / "profile")
+    return row | memory(log.with_suffix(".memory")) | waits(folder / "profile")
+
+
+def memory(file: Path) -> dict[str, Any]:
+    """Returns how much memory is held in vain, and by what share it grows."""
+    if not file.exists():
+        return {}
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    # Between a start and its steps models are built and kernels tried.
+    samples = samples[len(samples) // 2 :]
+    if len(samples) < 4:
+        return {}
+    held = [sample[2] for sample in samples]
+    most, middle = max(sample[1] for sample in samples), len(samples) // 2
+    return {
+        "held_in_vain_gigabytes": (held[-1] - most) / 1e9,
+        "memory_growth": max(held[middle:]) / max(1, *held[:middle]) - 1,
+    }
 
 
 def waits(folder: Path) -> dict[str, Any]:
@@ -89,10 +119,12 @@ def shown(row: dict[str, Any]) -> str:
     if "failed" in row:
         return f"{row['run']:24} did not run: {row['failed']}"
     shares = (f"{key} {'-' if row[key] is None else format(row[key], '.1%')}" for key in RATES[1:])
+    vain = row.get("held_in_vain_gigabytes")
+    vain = "" if vain is None else f", {vain:.1f} GB held in vain"
     host = "".join(f", {count:g} {call}" for call, count in row.get("waits_per_step", {}).items())
     return (
         f"{row['run']:24} {row['images_per_second']:.1f} images/s, {', '.join(shares)}, "
-        f"{row['memory_gigabytes']:.1f} GB{host and ' | a step:' + host[1:]}"
+        f"{row['memory_gigabytes']:.1f} GB{vain}{host and ' | a step:' + host[1:]}"
     )
 
 
@@ -115,24 +147,35 @@ def decisions(rows: dict[str, dict[str, Any]], newest: str) -> list[str]:
                 f"DECIDED: {name} and {other}: the first {count} losses are "
                 f"{'equal to the last digit' if equal else 'not equal'}"
             )
+    alone = rows.get(newest, {})
+    if newest == TWICE and PROBED in rows:
+        ratio = alone.get("images_per_second", 0) / (rows[PROBED].get("images_per_second") or 1)
+        fits = f"fits, at {ratio:.3f} of the images/s" if "failed" not in alone else "does not fit"
+        made.append(f"DECIDED: twice the micro batch that auto finds {fits}")
+    if newest in STEADY and "memory_growth" in alone:
+        grown = alone["memory_growth"]
+        verdict = "grows" if grown > GROWTH else "stays"
+        made.append(f"DECIDED: the memory of {newest} {verdict}: {grown:+.1%} in its second half")
     return made
 
 
 def main(name: str, folder: Path, log: Path) -> int:
     """Adds a run; returns the exit code."""
-    out = RESULTS / "gpu.json"
+    script = os.environ.get("FD_GPU_SCRIPT", "gpu")
+    out = RESULTS / f"{script}.json"
     rows = json.loads(out.read_text())["runs"] if out.exists() else []
     row = measured(name, folder, log)
     # A row of an earlier session would be another machine's.
     session = os.environ.get("FD_GPU_SESSION", "")
     rows = [r for r in rows if r.get("session", "") == session and r["run"] != name]
     rows.append(row | {"session": session})
-    result = {"command": "bash benchmarks/gpu.sh", "runs": rows}
+    result = {"command": f"bash benchmarks/{script}.sh", "runs": rows}
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(shown(row))
     for line in decisions({r["run"]: r for r in rows}, name):
         print(line)
-    return 1 if "failed" in row else 0
+    # More than fits is asked for once.
+    return 1 if "failed" in row and name != TWICE else 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What gpu.sh and gpu_kernels.sh share; they read this file.
+# What gpu.sh, gpu_runs.sh and gpu_kernels.sh share; they read this file.
 #
 # Each part of a script gets its seconds, or the time that is left, in the order of the script. With
 # FD_DRY_RUN=1 all lines run on CPUs: the quick start's model on two ranks in place of the large
@@ -14,7 +14,8 @@ BUDGET=${FD_GPU_SECONDS:-$([ -n "$DRY" ] && echo 3600 || echo 570)}
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 FD_GPU_SESSION=$(date -u +%FT%TZ)
-export FD_GPU_SESSION FD_BENCHMARK_RESULTS=benchmarks/results PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+FD_GPU_SCRIPT=$(basename "$0" .sh)
+export FD_GPU_SESSION FD_GPU_SCRIPT FD_BENCHMARK_RESULTS=benchmarks/results PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 if [ -n "$DRY" ]; then
   export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES='' FD_BENCHMARK_RESULTS=$WORK/results
   mkdir "$FD_BENCHMARK_RESULTS"
@@ -63,3 +64,61 @@ ends() {
   echo "== done (at $SECONDS s)"
   [ -z "$FAILED" ]
 }
+
+# What is trained, small in a dry run. A teacher's weights are random.
+UPDATES=12
+IMAGES=512
+VIT="--recipe fd_clip_vit_base --teacher.source random"
+SWIN="--recipe fd_esvit_swin_base --teacher.source random"
+LARGE="--recipe fd_swinv2_large --teacher.source random"
+HUGE="--recipe fd_swinv2h --teacher.source random"
+G="--recipe fd_swinv2g --teacher.source random --teacher.placement replicated"
+# The head of SwinV2-G's detector and of its segmentation, on a SwinV2-B.
+HTC="--recipe coco_mask_rcnn_swinv2_base --task.detection.heads htc"
+HTC+=" --task.detection.whole_size 480 800 1333 --task.detection.num_classes 3"
+UPER="--recipe ade20k_upernet_swinv2_base"
+VIT_IMAGES=128 SWIN_IMAGES=64 G_IMAGES=32 G_IMAGES_KEPT=16 PROBED=512
+if [ -n "$DRY" ]; then
+  UPDATES=10
+  IMAGES=16
+  VIT="--recipe quickstart --teacher.source random --eval.every 0"
+  SWIN=$VIT LARGE=$VIT HUGE=$VIT
+  G="$VIT --teacher.placement replicated"
+  small="--student.architecture.embed_dim 16 --student.architecture.depths 1 1 2 1"
+  small+=" --student.architecture.num_heads 1 1 2 4 --student.architecture.window_size 4"
+  small+=" --data.image_size 64 --data.workers 1 --eval.every 0"
+  HTC+=" $small --task.detection.whole_size 48 64 96 --task.detection.head_width 16"
+  UPER+=" $small --task.segmentation.head_width 16"
+  VIT_IMAGES=2 SWIN_IMAGES=2 G_IMAGES=2 G_IMAGES_KEPT=1 PROBED=4
+fi
+
+# train NAME LIMIT KERNELS CONFIG IMAGES FLAGS...: trains until there are UPDATES rows of metrics,
+# with so many images on each GPU (auto: what a probe finds, of PROBED), and says what was measured.
+# What FD_GPU_TRAIN is for: gpu_train.py.
+train() {
+  local name=$1 seconds=$2 kernels=$3 config=$4 images=$5
+  shift 5
+  [ -f "$config" ] || config=ds_configs/$config.json
+  begins "$name" "$seconds" || return 0
+  local folder=$WORK/run_$name until=$((SECONDS + limit))
+  # In a process group of its own, so that its loader workers are killed with it.
+  FD_KERNELS=$kernels FD_GPU_MEMORY=$WORK/$name.memory setsid "${LAUNCH[@]}" benchmarks/gpu_train.py \
+    --deepspeed_config "$config" "$@" --batch.micro_batch_size "$images" \
+    --batch.global_batch_size $((${images/auto/$PROBED} * RANKS)) \
+    --data.root "${DATA:-$WORK/images}" --runtime.run_dir "$folder" --runtime.log_every 1 \
+    --runtime.save_every 100000 --optim.max_steps 100000 --optim.warmup_epochs 0 \
+    >"$WORK/$name.log" 2>&1 &
+  local group=$!
+  while kill -0 "$group" 2>/dev/null && [ $SECONDS -lt $until ]; do
+    [ "$(cat "$folder/metrics.jsonl" 2>/dev/null | wc -l)" -ge $UPDATES ] && break
+    sleep 1
+  done
+  # The launcher starts each rank in a group of its own. One that outlived it would save.
+  local leader
+  for leader in $(pgrep -P "$group") "$group"; do
+    kill -KILL -- "-$leader" 2>/dev/null
+  done
+  wait "$group" 2>/dev/null
+  "$PYTHON" benchmarks/gpu_rows.py "$name" "$folder" "$WORK/$name.log" || FAILED=1
+}
+

@@ -4,14 +4,24 @@
 
 On one core 6.0B random numbers take three quarters of a minute. Here a parameter repeats the first
 million of its draws. They are not zeros, which a GPU multiplies with less power, and so faster.
+
+FD_GPU_TRAIN=clock turns DeepSpeed's clock on, which waits for the device; FD_GPU_TRAIN=unordered
+takes away the event after which ZeRO-3 gathers what the optimiser wrote. FD_GPU_MEMORY names a file
+that takes seconds, bytes in tensors and bytes held, twice a second.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import runpy
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -19,9 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from fd_large.backbones import initialization  # noqa: E402
+from fd_large.engine.zero import config  # noqa: E402
 
 DRAWN = 2**20
-_fill = initialization.fill
+_fill, _for_deepspeed = initialization.fill, config.for_deepspeed
 
 
 @torch.no_grad()
@@ -36,7 +47,33 @@ def repeated(parameter: Tensor, draw: initialization.Draw, fan_in: int | None = 
         flat[start : start + DRAWN] = flat[: min(DRAWN, len(flat) - start)]
 
 
+def clocked(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a JSON for DeepSpeed in which its clock is on, as it comes."""
+    return {**_for_deepspeed(config), "timers": {"throughput": {"enabled": True}}}
+
+
+def note_memory(file: Path) -> None:
+    """Notes the memory of this process's GPU, or else of the process, until it ends."""
+    process, begin = psutil.Process(), time.time()
+    while True:
+        if torch.cuda.is_available():
+            held = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
+        else:
+            held = (process.memory_info().rss,) * 2
+        with file.open("a") as lines:
+            lines.write(json.dumps([round(time.time() - begin, 1), *held]) + "\n")
+        time.sleep(0.5)
+
+
 if __name__ == "__main__":
+    if (file := os.environ.get("FD_GPU_MEMORY")) and os.environ.get("RANK", "0") == "0":
+        threading.Thread(target=note_memory, args=(Path(file),), daemon=True).start()
+    if os.environ.get("FD_GPU_TRAIN") == "clock":
+        config.for_deepspeed = clocked
+    if os.environ.get("FD_GPU_TRAIN") == "unordered":
+        from fd_large.engine.zero import stream_order
+
+        stream_order.order_gathers = lambda engine: None
     # Before the models' files are imported, which take the function by its name.
     initialization.fill = repeated
     sys.argv[0] = str(ROOT / "fd_large/train.py")

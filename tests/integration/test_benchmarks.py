@@ -179,7 +179,7 @@ def test_the_batch_script_doubles_the_nodes(tmp_path: Path) -> None:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("script", ["gpu.sh", "gpu_kernels.sh"])
+@pytest.mark.parametrize("script", ["gpu.sh", "gpu_runs.sh", "gpu_kernels.sh"])
 def test_every_line_of_the_scripts_for_gpus_runs_on_cpus(script: str) -> None:
     done = subprocess.run(
         ["bash", str(BENCHMARKS / script)],
@@ -239,7 +239,37 @@ def test_a_run_on_gpus_says_what_it_decides(
     rows = json.loads((tmp_path / "gpu.json").read_text())["runs"]
     assert [len(row["chosen"]) for row in rows] == [2] * 5
     assert rows[0]["waits_per_step"]["cudaStreamSynchronize"] == 3
+    # One that was to ask for too much; the reader of the figures goes on.
+    assert gpu_rows.main("Swin-L_auto", tmp_path / "ViT-B_plain", tmp_path / "log") == 0
+    assert gpu_rows.main("Swin-L_twice", tmp_path / "nowhere", tmp_path / "log") == 0
+    assert "twice the micro batch that auto finds does not fit" in capsys.readouterr().out
+    assert gpu_rows.main("Swin-L_twice", tmp_path / "ViT-B_zero1", tmp_path / "log") == 0
+    assert "finds fits, at 1.500 of the images/s" in capsys.readouterr().out
     reason = "--optim.flag: unknown; got it, expected another. Leave it out."
     (tmp_path / "log").write_text(f"{reason}\nChildFailedError: fd_large\n=====\n")
     assert gpu_rows.main("Swin-B_fused", tmp_path / "nowhere", tmp_path / "log") == 1
     assert f"did not run: {reason}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tensors", "held", "told"),
+    [
+        ([1, 9, 9, 9, 2, 3, 3, 2], [1, 9, 9, 9, 4, 4, 4, 4], "stays: +0.0%"),
+        ([1, 9, 9, 9, 2, 3, 5, 7], [1, 9, 9, 9, 4, 4, 6, 8], "grows: +100.0%"),
+    ],
+)
+def test_memory_that_grows_is_told(
+    tensors: list[int],
+    held: list[int],
+    told: str,
+    gpu_rows: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    samples = [*zip(range(len(held)), tensors, held, strict=True)]
+    # What a start holds does not count.
+    text = "".join(f"{json.dumps(sample)}\n" for sample in samples)
+    (tmp_path / "HTC.memory").write_text(text)
+    folder = stored_gpu_run(tmp_path / "run", 1.0, [1.0] * 5)
+    assert gpu_rows.main("HTC", folder, tmp_path / "HTC.log") == 0
+    assert f"the memory of HTC {told}" in capsys.readouterr().out

@@ -1,0 +1,168 @@
+"""Does a run on GPUs go on after a kill, and end when a rank is lost? A part of gpu_runs.sh.
+
+    python benchmarks/gpu_stops.py save FOLDER RANKS FLAGS_OF_TRAIN...
+    python benchmarks/gpu_stops.py lost FOLDER RANKS FLAGS_OF_TRAIN...
+
+`save` kills a run after its second checkpoint has begun, lets all ranks go on, then half of them,
+and holds the losses against each other. `lost` stops one rank in its course, in another start kills
+it, and times how long the others stay.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+PROGRAM = Path(__file__).with_name("gpu_train.py")
+SAVE_EVERY = 4
+PATIENCE = 60.0  # Seconds without what is waited for.
+# Seconds after which the watchdog takes a run for hung, and that others may stay after a kill.
+HUNG, LEAVE = 15, 10
+RECOMPUTED = 1e-4  # Share of a loss by which other ranks' sums may differ.
+
+
+class Started:
+    """A run that was started on so many ranks."""
+
+    def __init__(self, folder: Path, ranks: int, flags: Iterable[str]) -> None:
+        self.folder = folder
+        (folder / "exits").mkdir(parents=True, exist_ok=True)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command = [sys.executable, *(launcher if ranks > 1 else []), str(PROGRAM), *flags]
+        command += ["--runtime.run_dir", str(folder / "run"), "--runtime.log_every", "1"]
+        command += ["--optim.max_steps", "100000", "--optim.warmup_epochs", "0"]
+        environment = {**os.environ, "FD_LARGE_EXITS": str(folder / "exits")}
+        with (folder / "output").open("a") as output:
+            self.process = psutil.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """Returns the processes that train, by rank."""
+        found = {}
+        for process in [self.process, *self.process.children(recursive=True)]:
+            with suppress(psutil.Error):
+                if str(PROGRAM) in process.cmdline() and "--standalone" not in process.cmdline():
+                    found.setdefault(int(process.environ().get("RANK", "0")), process)
+        return found
+
+    def losses(self) -> dict[int, float]:
+        """Returns the losses by step."""
+        path = self.folder / "run/metrics.jsonl"
+        rows = {}
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with suppress(ValueError):  # It is being written.
+                row = json.loads(line)
+                rows[row["update"]] = row["loss"]
+        return rows
+
+    def log(self) -> str:
+        """Returns what rank 0 has logged."""
+        path = self.folder / "run/logs/rank_00000.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def until(self, holds: Callable[[], bool], what: str, patience: float = PATIENCE) -> float:
+        """Waits until something holds; returns the seconds that it took.
+
+        Raises: SystemExit: if it does not.
+        """
+        begin = time.time()
+        while not holds():
+            if time.time() - begin > patience or (self.process.poll() is not None and not holds()):
+                self.kill()
+                said = (self.folder / "output").read_text(errors="replace").splitlines()
+                raise SystemExit(f"{what}: not within {time.time() - begin:.0f} s; {said[-1:]}")
+            time.sleep(0.1)
+        return time.time() - begin
+
+    def kill(self) -> None:
+        """Kills all of its processes."""
+        for process in [*self.process.children(recursive=True), self.process]:
+            with suppress(psutil.Error):
+                process.kill()
+        self.process.wait()
+
+
+def save(folder: Path, ranks: int, flags: list[str]) -> None:
+    """Says how long saves are waited for, and whether the run goes on as it would have."""
+    flags = [*flags, "--runtime.save_every", str(SAVE_EVERY), "--runtime.keep_last", "1"]
+    checkpoints = folder / "run/checkpoints"
+
+    def step_of() -> int:
+        return max((int(path.name[5:]) for path in checkpoints.glob("step_????????")), default=0)
+
+    def goes_on(ranks: int) -> tuple[int, dict[int, float], float]:
+        """Starts, and returns the step that it went on from, its losses and seconds until then."""
+        before = dict.fromkeys(range(step_of()))
+        began, begin = step_of(), time.time()
+        started = Started(folder, ranks, flags)
+        first = 0.0
+        try:
+            started.until(lambda: f"resumed after step {began}" in started.log(), "it resumes")
+            started.until(lambda: len(started.losses().keys() - before.keys()) >= 2, "two steps")
+            first = time.time() - begin
+        finally:
+            started.kill()
+        return began, started.losses(), first
+
+    started = Started(folder, ranks, flags)
+    started.until(lambda: step_of() >= SAVE_EVERY, "a checkpoint", 2 * PATIENCE)
+    started.until(lambda: len(started.losses()) >= step_of() + 2, "two steps after it")
+    waits = re.findall(r"checkpoint of step \d+: training waited ([\d.]+) s", started.log())
+    started.kill()
+    known = started.losses()
+    print(f"save: training waited {', '.join(waits)} s for its checkpoints")
+    began, again, seconds = goes_on(ranks)
+    common = sorted(known.keys() & again.keys() - set(range(began)))
+    equal = all(known[step] == again[step] for step in common)
+    print(f"resume: two steps {seconds:.1f} s after the start, from step {began}")
+    print(f"DECIDED: a killed run goes on with {'equal' if equal else 'OTHER'} losses in {common}")
+    if ranks > 1:
+        began, fewer, _ = goes_on(ranks // 2)
+        common = sorted(known.keys() & fewer.keys() - set(range(began)))
+        most = max((abs(fewer[n] / known[n] - 1) for n in common), default=0.0)
+        verdict = "yes" if most <= RECOMPUTED else "NO"
+        print(
+            f"DECIDED: {ranks // 2} of {ranks} ranks go on: {verdict}, losses differ by {most:.1e}"
+        )
+
+
+def lost(folder: Path, ranks: int, flags: list[str]) -> None:
+    """Says how a run ends whose last rank is stopped, and one whose last rank is killed."""
+    flags = [*flags, "--runtime.save_every", "100000", "--fresh"]
+    flags += ["--runtime.watchdog_seconds", str(HUNG)]
+    for name, number in (("stopped", signal.SIGSTOP), ("killed", signal.SIGKILL)):
+        started = Started(folder / name, ranks, flags)
+        started.until(lambda: len(started.losses()) >= 4, "four steps")  # noqa: B023
+        found = started.ranks()
+        found.pop(ranks - 1).send_signal(number)
+        begin = time.time()
+        _, alive = psutil.wait_procs(found.values(), timeout=HUNG + PATIENCE)
+        seconds = time.time() - begin
+        started.kill()
+        codes = {
+            path.stem: json.loads(path.read_text())["code"]
+            for path in sorted((folder / name / "exits").glob("rank_*.json"))
+        }
+        print(f"{name}: the others left after {seconds:.1f} s, {len(alive)} stayed; codes {codes}")
+        if number == signal.SIGKILL:
+            print(f"DECIDED: they leave within {LEAVE} s: {'yes' if seconds <= LEAVE else 'NO'}")
+        else:
+            named = re.findall(r"(?i).*(?:waits? (?:for|in)|collective).*", started.log())
+            print(
+                "DECIDED: the watchdog says: " + (named[-1].strip()[:200] if named else "NOTHING")
+            )
+
+
+if __name__ == "__main__":
+    {"save": save, "lost": lost}[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
