@@ -1,12 +1,18 @@
 """How long does it take from `deepspeed fd_large/train.py` to the first step, and what takes it?
 
-    python benchmarks/startup.py [--rounds 5] [--ranks 2] [--without mlflow] [FLAGS of train.py]
+    python benchmarks/startup.py [--rounds 5] [--ranks 2] [--without mlflow] [--package CHECKOUT]
+        [FLAGS of train.py]
 
 Starts the quick start, or the run of other flags, by DeepSpeed's launcher, and stops it after its
 first step. A rank notes when it was started and what it was busy with since then; the processor
-seconds of rank 0 stand beside. DeepSpeed's launcher imports MLflow in both of its processes where
-that is installed, as the extras `test` and `mlflow` do: `--without mlflow` hides it. `fd-large
-train --help`, which imports no torch, is timed too. Writes benchmarks/results/startup.json.
+seconds of rank 0 stand beside, and those of all processes until then, user's and system's, which a
+busy machine changes less than the time. Then the run is started once more: a restart, which ends
+the benchmark with an error if it tries micro batches or evaluates. --package measures another
+checkout in turns with this one.
+
+DeepSpeed's launcher imports MLflow in both of its processes where that is installed, as the extras
+`test` and `mlflow` do: `--without mlflow` hides it. `train --help`, which needs no torch, is timed
+too. Writes benchmarks/results/startup.json.
 """
 
 from __future__ import annotations
@@ -16,25 +22,29 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 BEGAN = time.time()  # The start of a rank; what came before is the launcher's.
 
-TIMELINE = "FD_BENCHMARK_TIMELINE"
+TIMELINE, PACKAGE = "FD_BENCHMARK_TIMELINE", "FD_BENCHMARK_PACKAGE"
 PATIENCE = 600.0  # Seconds until the first step.
 BIN = Path(sys.executable).parent
+ROOT = Path(__file__).resolve().parents[1]
+# What a restart has no need of.
+SPARED = ("trying micro batches", "evaluation")
 
 
 def run_as_rank(timeline: Path) -> int:
     """Trains as train.py does; rank 0 notes what it does when."""
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = os.environ[PACKAGE]
     from fd_large.cli.main import main
     from fd_large.ranks import activity
 
@@ -53,56 +63,82 @@ def run_as_rank(timeline: Path) -> int:
     return main(["train", *sys.argv[1:]])
 
 
-def measure(ranks: int, flags: list[str], without: list[str]) -> dict[str, float]:
-    """Starts a run and returns the seconds of each part until its first step, and of all.
+def measure(ranks: int, flags: list[str], without: list[str], package: Path) -> dict[str, float]:
+    """Returns the seconds of each part of a start and of a restart, until their first steps.
 
     Args:
         ranks: Number of ranks.
         flags: Flags of train.py.
         without: Packages that are taken for not installed.
+        package: The checkout that is started.
     """
     folder = Path(tempfile.mkdtemp(prefix="startup_"))
-    timeline, rows = folder / "timeline.json", folder / "run" / "metrics.jsonl"
-    command = [
-        *(BIN / "deepspeed", "--quiet", "--num_accelerators", ranks, __file__),
-        *("--deepspeed_config", Path(__file__).parents[1] / "ds_configs" / "zero3.json"),
-        *("--runtime.run_dir", folder / "run", "--runtime.log_every", 1, *flags),
-    ]
     hidden = folder / "hidden"
     hidden.mkdir()
     for name in without:
         (hidden / f"{name}.py").write_text("raise ImportError\n")
-    path = os.pathsep.join([str(hidden), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, TIMELINE: str(timeline), "PYTHONPATH": path}
+    try:
+        parts = _start(ranks, flags, folder, package)
+        again = _start(ranks, flags, folder, package, steps=2)
+    finally:
+        # The launcher's ranks may still write.
+        time.sleep(1)
+        shutil.rmtree(folder, ignore_errors=True)
+    if made := [part for part in again if any(part.endswith(spared) for spared in SPARED)]:
+        raise SystemExit(f"a restart does what the start has done: {made}")
+    totals = ("to the first step", "to the first step, processors of all")
+    return parts | {f"restart {total}": again[total] for total in totals}
+
+
+def _start(
+    ranks: int, flags: list[str], folder: Path, package: Path, steps: int = 1
+) -> dict[str, float]:
+    """Starts a run until it has made so many steps in all, and saved them; returns the parts."""
+    timeline, rows = folder / "timeline.json", folder / "run" / "metrics.jsonl"
+    saved = folder / "run" / "checkpoints" / f"step_{steps:08d}"
+    command = [
+        *(BIN / "deepspeed", "--quiet", "--num_accelerators", ranks, __file__),
+        *("--deepspeed_config", package / "ds_configs" / "zero3.json"),
+        *("--runtime.run_dir", folder / "run", "--runtime.log_every", 1),
+        *("--runtime.save_every", 1, *flags),
+    ]
+    path = [str(folder / "hidden"), str(package), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, TIMELINE: str(timeline), PACKAGE: str(package)}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     # The package stays compiled after a first start, as Python does it by itself.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    import psutil
     import torch
 
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     began = time.time()
     with (folder / "output").open("w") as output:
-        process = subprocess.Popen(
+        process = psutil.Popen(
             list(map(str, command)),
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    try:
-        while not (rows.exists() and rows.stat().st_size):
+
+    def until(holds: Callable[[], bool]) -> None:
+        while not holds():
             if process.poll() is not None or time.time() - began > PATIENCE:
                 raise SystemExit((folder / "output").read_text()[-2000:])
             time.sleep(0.02)
-        ended = time.time()
+
+    try:
+        until(lambda: rows.exists() and rows.read_text().count("\n") >= steps)
+        ended, spent = time.time(), processor_seconds(process)
+        until(saved.is_dir)
         noted = json.loads(timeline.read_text())
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for each in [*process.children(recursive=True), process]:
+            with suppress(psutil.Error):
+                each.kill()
         process.wait()
-        # The launcher's ranks may still write.
-        time.sleep(1)
-        shutil.rmtree(folder, ignore_errors=True)
+    noted = [entry for entry in noted if entry[0] < ended]
     parts: dict[str, float] = defaultdict(float)
     parts["launcher"] = noted[0][0] - began
     for (begin, _, what), (end, *_) in zip(noted, [*noted[1:], (ended,)], strict=True):
@@ -110,15 +146,29 @@ def measure(ranks: int, flags: list[str], without: list[str]) -> dict[str, float
     # The first step ends the last part: nobody noted its processor seconds.
     for (_, begin, what), (_, end, _) in itertools.pairwise(noted):
         parts[f"{what}, processor"] += end - begin
-    return {**parts, "to the first step": ended - began}
+    parts["to the first step"] = ended - began
+    parts["to the first step, processors of all"] = spent
+    return dict(parts)
 
 
-def help_seconds() -> float:
-    """Returns the seconds of `train --help`."""
-    begin = time.time()
+def processor_seconds(process: Any) -> float:
+    """Returns the user's and the system's seconds of a process, its children and theirs."""
+    found = 0.0
+    for each in [process, *process.children(recursive=True)]:
+        with suppress(Exception):  # It has just ended.
+            times = each.cpu_times()
+            found += times.user + times.system + times.children_user + times.children_system
+    return found
+
+
+def help_seconds(package: Path) -> dict[str, float]:
+    """Returns the seconds of `train --help`, and those of its processor."""
     command = [sys.executable, "-m", "fd_large", "train", "--help"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
-    return time.time() - begin
+    environment = {**os.environ, "PYTHONPATH": str(package)}
+    begin, before = time.time(), os.times()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=package, env=environment)
+    spent = sum(os.times()[2:4]) - sum(before[2:4])
+    return {"--help": time.time() - begin, "--help, processor": spent}
 
 
 def main() -> int:
@@ -130,18 +180,21 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks, or GPUs")
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "startup.json")
     parser.add_argument("--without", nargs="+", default=[], help="packages to hide")
+    parser.add_argument("--package", type=Path, help="another checkout, in turns with this one")
     arguments, flags = parser.parse_known_args()
     results = harness.conditions(__file__, __doc__)
+    packages = {"": ROOT} | ({"other: ": arguments.package} if arguments.package else {})
     samples: dict[str, list[float]] = defaultdict(list)
     for _ in range(arguments.rounds):
-        for name, seconds in measure(arguments.ranks, flags, arguments.without).items():
-            samples[name].append(seconds)
-        samples["--help"].append(help_seconds())
+        for label, package in packages.items():
+            found = measure(arguments.ranks, flags, arguments.without, package)
+            for name, seconds in (found | help_seconds(package)).items():
+                samples[label + name].append(seconds)
     results["seconds"] = {name: harness.spread(values) for name, values in samples.items()}
     results["load_average_after"] = round(os.getloadavg()[0], 2)
-    for name, found in results["seconds"].items():
-        low, high = found["quartiles"]
-        print(f"{name:36} {found['median']:6.2f} s  ({low:.2f} to {high:.2f})")
+    for name, spread in results["seconds"].items():
+        low, high = spread["quartiles"]
+        print(f"{name:48} {spread['median']:6.2f} s  ({low:.2f} to {high:.2f})")
     harness.write(results, arguments.out)
     return 0
 
