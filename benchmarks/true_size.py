@@ -1,24 +1,29 @@
 """Does a model of billions train at its true size on this machine, and does `plan` foretell it?
 
     python benchmarks/true_size.py [--quick] [--model swinv2_giant] [--config zero3_nvme] [--resume]
+    python benchmarks/true_size.py --model swinv2_1b --teacher timm:vit_7b_patch16_dinov3 --learn
 
 Trains the student of `fd_swinv2g` (or another SwinV2) by the ordinary `train`, in one process, from
-a teacher of the same size: a bfloat16 safetensors file with random weights, which the benchmark
-writes. Images are photographs that come with Python packages, one a step. Recorded are the seconds
-and the memory of each part, from the start to the last step; the bytes of all tensors between two
-steps, where they lie, beside those of `plan`; and each step's loss. With --resume the run saves
-after half of its steps, is killed while it writes its last checkpoint, and is started again: it
-must come to the same losses and gradient norms, to the bit. --quick is a small model.
+a teacher of the same size, or another: a bfloat16 safetensors file with random weights, which the
+benchmark writes. Images are photographs that come with Python packages, one a step. Recorded are
+the seconds and the memory of each part, from the start to the last step; the bytes of all tensors
+between two steps, where they lie, beside those of `plan`; and each step's loss. With --resume the
+run saves after half of its steps, is killed while it writes its last checkpoint, and is started
+again: it must come to the same losses and gradient norms, to the bit. With --learn all steps have
+one batch, whose loss must fall. --quick is a small model.
 
-All files lie in a folder of their own inside --scratch, which is removed. A model of P parameters
-takes 2 P bytes there for the teacher, 16 P for what zero3_nvme keeps on a disk, and 12 P for each
-of two checkpoints. Writes benchmarks/results/true_size_MODEL.json.
+All files lie in a folder of their own inside --scratch, which is removed: 2 bytes a parameter of
+the teacher; of the student 16 for what zero3_nvme keeps on a disk, and 12 for each of two
+checkpoints. A teacher of 7B beside a student of 1B takes 31 GB, beside one of 3B 62 GB. Writes
+benchmarks/results/true_size_MODEL.json, or _MODEL_from_TEACHER.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -39,22 +44,31 @@ sys.path[:0] = [str(ROOT), *map(str, (ROOT / "tests/support").iterdir())]
 IMPORTING, BETWEEN = "importing", "between steps"
 PASSES, STEP = "teacher, forward, backward", "optimiser step"
 TEACHER, STATE, NOTES = "teacher.safetensors", "state", "notes.jsonl"
-QUICK = "swinv2_tiny"
+QUICK, QUICK_TEACHER = "swinv2_tiny", "timm:vit_small_patch16_dinov3"
+LEARN_STEPS = 5
 PATIENCE = 3600.0  # Seconds without a new part of a run.
 
 
 def parse() -> argparse.Namespace:
     """Reads the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="swinv2_giant", help="student and teacher")
+    parser.add_argument("--model", default="swinv2_giant", help="student, and teacher")
+    parser.add_argument("--teacher", default="", help="the teacher, where it is another model")
     parser.add_argument("--config", default="zero3_nvme", help="name of a file in ds_configs/")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, help=f"default: 3, with --learn {LEARN_STEPS}")
+    parser.add_argument("--learn", action="store_true", help="the same batch in all steps")
     parser.add_argument("--resume", action="store_true", help="also save, kill and resume")
     parser.add_argument("--scratch", type=Path, help="a folder on a local disk; default: /tmp's")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} instead")
     parser.add_argument("--out", type=Path, help="the file of the results")
     parser.add_argument("--as-run", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.steps = arguments.steps or (LEARN_STEPS if arguments.learn else 3)
+    if arguments.quick:
+        arguments.model = QUICK
+        arguments.teacher = arguments.teacher and QUICK_TEACHER
+    arguments.teacher = arguments.teacher or arguments.model
+    return arguments
 
 
 # What runs in the process that trains.
@@ -196,11 +210,25 @@ def train_and_note(folder: Path) -> int:
 
     given = parse_train(sys.argv[sys.argv.index("--") + 1 :])
     run = given.run
+    if "--learn" in sys.argv:
+        repeat_first_batch()
     activity.on_change.append(busy)
     with owning(run.run_dir()) as lease:
         return train(
             run, job_of, deepspeed_config=given.own.deepspeed_config, lease=lease, hooks=[Watch()]
         )
+
+
+def repeat_first_batch() -> None:
+    """Lets every step have the images, and the views, of the first one."""
+    from fd_large.data import sampler
+
+    each = sampler.MicroBatches.__iter__
+
+    def first(batches: Any) -> Any:
+        return itertools.repeat(next(each(batches)), len(batches))
+
+    sampler.MicroBatches.__iter__ = first  # type: ignore[method-assign]
 
 
 def planned_bytes(run: Any, folder: Path) -> dict[str, int]:
@@ -248,10 +276,9 @@ def write_teacher(path: Path, model: str) -> int:
     """
     import torch
 
-    from fd_large.backbones.registry import parameter_shapes
     from fd_large.checkpoint import tensor_file
 
-    shapes = {name: torch.Size(shape) for name, shape in parameter_shapes(model_of(model)).items()}
+    shapes = {name: torch.Size(shape) for name, shape in shapes_of(model).items()}
     numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(3)).mul_(0.02).bfloat16()
     most = max(shape.numel() for shape in shapes.values())
     block = numbers.repeat(2 + most // numbers.numel())
@@ -268,11 +295,18 @@ def write_teacher(path: Path, model: str) -> int:
     return sum(shape.numel() for shape in shapes.values())
 
 
-def model_of(name: str) -> Any:
-    """Returns the architecture of a SwinV2 for 192 px in windows of 12."""
+def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a model's parameters; of a SwinV2 for 192 px in windows of 12."""
+    from fd_large.backbones.registry import parameter_shapes
     from fd_large.recipes.architectures import Architecture, resolve
 
-    return resolve(name, Architecture(window_size=12))
+    own = Architecture(window_size=12) if is_swin(model) else Architecture()
+    return parameter_shapes(resolve(model, own))
+
+
+def is_swin(name: str) -> bool:
+    """Whether a name is one of a SwinV2 of this package."""
+    return name.startswith("swinv2")
 
 
 def flags_of(arguments: argparse.Namespace, folder: Path) -> list[str]:
@@ -283,8 +317,7 @@ def flags_of(arguments: argparse.Namespace, folder: Path) -> list[str]:
         "student.model": arguments.model,
         "student.architecture.window_size": 12,
         "student.drop_path_rate": 0.0,  # A step of one image whose blocks drop shows nothing.
-        "teacher.model": arguments.model,
-        "teacher.architecture.window_size": 12,
+        "teacher.model": arguments.teacher,
         "teacher.source": folder / TEACHER,
         "teacher.statistics": "0.485 0.456 0.406 0.229 0.224 0.225",
         "teacher.placement": "replicated",
@@ -303,6 +336,8 @@ def flags_of(arguments: argparse.Namespace, folder: Path) -> list[str]:
         "runtime.keep_last": 1,
         "runtime.watchdog_seconds": 1500,
     }
+    if is_swin(arguments.teacher):
+        flags["teacher.architecture.window_size"] = 12
     if arguments.config == "zero3_nvme":
         flags["engine.nvme_path"] = folder / STATE
     return [part for name, value in flags.items() for part in (f"--{name}", *str(value).split())]
@@ -316,7 +351,8 @@ def notes_of(folder: Path) -> list[dict[str, Any]]:
 
 def start(arguments: argparse.Namespace, folder: Path) -> subprocess.Popen:
     """Starts the process that trains."""
-    command = [sys.executable, __file__, "--as-run", folder, "--", *flags_of(arguments, folder)]
+    own = ["--as-run", folder, *(["--learn"] if arguments.learn else [])]
+    command = [sys.executable, __file__, *own, "--", *flags_of(arguments, folder)]
     threads = str(os.cpu_count())
     environment = {"OMP_NUM_THREADS": threads, "DS_ACCELERATOR": "cpu", **os.environ}
     with (folder / "output").open("a") as output:
@@ -360,10 +396,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Trains to the last step, and with --resume once more from the middle."""
     (folder / STATE).mkdir()
     began = time.time()
-    parameters = write_teacher(folder / TEACHER, arguments.model)
+    parameters = write_teacher(folder / TEACHER, arguments.teacher)
     print(f"teacher of {parameters:,} parameters: {time.time() - began:.0f} s", flush=True)
     last, checkpoints = arguments.steps, folder / "run" / "checkpoints"
-    size = 12 * parameters
+    size = 12 * sum(map(math.prod, shapes_of(arguments.model).values()))
 
     def is_saving() -> bool:
         parts = checkpoints.glob(f"step_{last:08d}*.part/*.safetensors")
@@ -434,8 +470,6 @@ def main() -> int:
     arguments = parse()
     # So that nothing is left behind either way.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
-    if arguments.quick:
-        arguments.model = QUICK
     where = arguments.scratch or Path(tempfile.gettempdir())
     folder = Path(tempfile.mkdtemp(prefix="true_size_", dir=where))
     try:
@@ -445,6 +479,7 @@ def main() -> int:
     results = {
         **harness.conditions(__file__, __doc__),
         "model": arguments.model,
+        "teacher": arguments.teacher,
         "teacher_parameters": found["teacher_parameters"],
         "left_in_the_folder_of_state": found["left_in_the_folder_of_state"],
         **summary(found),
@@ -452,7 +487,14 @@ def main() -> int:
     if again := found.get("resume"):
         parts = [note for note in again.pop("notes") if note.get("part")]
         results["resume"] = {**again, "parts": parts}
-    harness.write(results, arguments.out or RESULTS / f"true_size_{arguments.model}.json")
+    if arguments.learn:
+        losses = [step["loss"] for step in results["steps"]]
+        falls = all(after < before for before, after in itertools.pairwise(losses))
+        results["learns_one_batch"] = {"losses": losses, "falls_in_each_step": falls}
+    name = arguments.model
+    if arguments.teacher != name:
+        name += f"_from_{arguments.teacher.removeprefix('timm:')}"
+    harness.write(results, arguments.out or RESULTS / f"true_size_{name}.json")
     show(results)
     return 0
 
@@ -470,6 +512,10 @@ def show(results: dict[str, Any]) -> None:
         )
     for number, step in enumerate(results["steps"], 1):
         print(f"  step {number}: loss {step['loss']:.5f}, gradient norm {step['grad_norm']:.3f}")
+    if "learns_one_batch" in results:
+        print(
+            f"  one batch, each loss smaller: {results['learns_one_batch']['falls_in_each_step']}"
+        )
     print(f"  tensors / plan: {results['tensors_over_planned']}")
     print(
         f"  anonymous memory between steps {anonymous['measured'] / 1e9:.2f} GB: "
