@@ -82,7 +82,7 @@ def add(name: str, digest: str, file: Path) -> None:
                 entries[name] = dict([*hashes.items()][-HASHES:])
                 write_json(path, dict([*entries.items()][-NAMES:]), private=True)
     except OSError as error:
-        log.info("%s: not written (%s): the next start has to name its code again", path, error)
+        log.info("%s: not written (%s): the next start must name its code again", path, error)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -194,14 +194,15 @@ def distill(
     run = _run_of(recipe, values)
     if not run.frozen_models:
         raise ConfigError(
-            f"recipe: it distils no teacher; got {run.name}, expected a recipe of distillation. "
+            f"recipe: not a distillation; got {run.name}, expected a recipe of distillation. "
             "Train others by the command line (fd-large train), or by fd_large.evaluate(..., "
             'task="finetune").'
         )
     if run.students:
         raise ConfigError(
-            f"students: from Python a run has one; got {', '.join(run.students)}, expected none. "
-            "Train them by the command line, and take fd_large.result(RUN/students/NAME)."
+            f"students: a run from Python has a single student; got {', '.join(run.students)}, "
+            "expected none. Train them by the command line, and take "
+            "fd_large.result(RUN/students/NAME)."
         )
     from fd_large.cli.train import check_names, train_run
 
@@ -380,7 +381,9 @@ def _add(values: dict[str, Any], more: dict[str, Any]) -> None:
     """
     for name, value in flat_plain(_texts(more)).items():
         if name in flat_plain(values):
-            raise ConfigError(f"{name}: given twice; got two values, expected one. Leave one out.")
+            raise ConfigError(
+                f"{name}: given twice; got two values, expected one. Leave out one of them."
+            )
         values[name] = value
 
 
@@ -391,4 +394,4 @@ def _draw_report(folder: str) -> None:
     try:
         make_report(folder)
     except Exception:
-        log.exception("its report failed, the run stands: fd-large report %s", folder)
+        log.exception("the report failed, but the run is complete: fd-large report %s", folder)

@@ -237,8 +237,8 @@ def refuse_scheme(
     if "." in start:  # FILE.py:NAME or package.module:NAME
         require_known(source, kind="sources", where=where, built_in=())
     raise of(
-        f"{where}: no such kind of source; got {source!r}, {nearest(start, schemes)}. Correct what "
-        "stands before the colon, or name a file or a folder."
+        f"{where}: no such kind of source; got {source!r}, {nearest(start, schemes)}. Correct the "
+        "part before the colon, or name a file or a folder."
     )
 
 
@@ -294,7 +294,7 @@ def installed(kind: Kind) -> dict[str, EntryPoint]:
 
 @lru_cache(maxsize=1)
 def _entry_points(path: tuple[str, ...]) -> EntryPoints:
-    """Returns the entry points of packages on the path, of any kind; all are read for it."""
+    """Returns the entry points of any kind of packages on the path, which are all read."""
     from importlib.metadata import entry_points  # Slow to import, and rarely needed.
 
     return entry_points()
@@ -372,7 +372,7 @@ def _hash(path: Path) -> str:
 
 
 def _is_permitted(source: str, path: Path, digest: str = "") -> bool:
-    """Whether a name may be imported from a file with a hash; "" means the present text's."""
+    """Whether a name may be imported from a file with a hash; "" hashes its present text."""
     if _is_named(source, path):
         return True
     if path.suffix != ".py":  # Python loads it by itself, perhaps not what was hashed.
@@ -391,9 +391,10 @@ def _not_allowed(refused: Mapping[str, Path]) -> ConfigError:
     files = " ".join(shlex.quote(str(path)) for path in dict.fromkeys(refused.values()))
     reason = allowed_code.read()[1]
     return ConfigError(
-        f"{', '.join(refused)}: code that nobody has allowed to run; got {files}, expected code "
-        "that this command line names, or that a start of yours named and that has not changed "
-        f"since. Read it, then add --allow-code {files}." + (f"\n{reason}" if reason else "")
+        f"{', '.join(refused)}: code without permission to run; got {files}, expected code named "
+        "on this command line, or unchanged since a start of yours that named it. Read it, then "
+        "add"
+        " --allow-code {files}." + (f"\n{reason}" if reason else "")
     )
 
 

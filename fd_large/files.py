@@ -355,7 +355,7 @@ def check_out(
         got = f"a {kind}" if kind else "a link that leads nowhere"
         expected = f"a {holds} or a new name" if holds != "nothing" else "a new name"
         raise ConfigError(
-            f"{where}: {out}: something is there already; got {got}, expected {expected}. "
+            f"{where}: {out}: already exists; got {got}, expected {expected}. "
             "Move it, or name another."
         )
     places = [out] if kind == "folder" else [*out.absolute().parents]

@@ -51,7 +51,7 @@ def without(*packages: str) -> Iterator[None]:
     imported package stays.
 
     Args:
-        packages: Their names.
+        packages: Names of the packages.
     """
     unseen = [name for name in packages if name not in sys.modules]
     for name in unseen:

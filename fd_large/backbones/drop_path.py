@@ -27,7 +27,7 @@ def branch_scales(
     """Returns the factor of each branch and sample, kept / (1 - rate): (num_sites, B) float32.
 
     Args:
-        keep: (num_sites, B), bool or 0-1; None: no drop path, and the result is None.
+        keep: (num_sites, B), bool or 0-1; None without drop path, which makes the result None.
         rates: Drop rate of each site.
         batch_size: B, the number of images.
         device: Device of the images.

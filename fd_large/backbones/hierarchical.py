@@ -319,8 +319,8 @@ class PatchMerging(nn.Module):
 def _one_per_stage(field: str, given: Sequence[int], stages: int) -> None:
     if len(given) not in (0, stages):
         raise ConfigError(
-            f"student.{field}: one value for each stage; got {len(given)} for a model of {stages} "
-            f"stages, expected {stages}, or none. Change --student.{field}."
+            f"student.{field}: needs a value for each stage; got {len(given)} for a model of "
+            f"{stages} stages, expected {stages}, or none. Change --student.{field}."
         )
 
 

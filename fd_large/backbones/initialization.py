@@ -96,7 +96,7 @@ def scheme(schemes: Mapping[str, Scheme], name: str) -> Scheme:
     """
     if name not in schemes:
         raise ConfigError(
-            f"initialization: no such scheme; got {name!r}, {nearest(name, schemes)}. Use one of "
+            f"initialization: unknown scheme; got {name!r}, {nearest(name, schemes)}. Use one of "
             "these."
         )
     return schemes[name]

@@ -1,4 +1,4 @@
-"""Layers that the backbones share; each fills its own parameters and never a child's."""
+"""Layers that the backbones share; each fills its own parameters and never those of a child."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ class Mlp(nn.Module):
 
     Args:
         width: C.
-        hidden: Between the two.
+        hidden: Channels between the two linear layers.
         draw: Initial distribution of the first layer's weight.
         end: Initial distribution of the last layer's weight.
         activation: "gelu" or "quick_gelu".

@@ -145,8 +145,9 @@ def square_side(cells: int, *, where: str = "weights") -> int:
     side = math.isqrt(max(cells, 0))
     if side < 1 or side * side != cells:
         raise WeightsError(
-            f"{where}: positions of no square grid; got {cells} of them, expected a square number. "
-            "Only square grids are resized: set --teacher.architecture.image_size as in the file."
+            f"{where}: positions are not on a square grid; got {cells} positions, expected a "
+            "square number. Only square grids are resized: set --teacher.architecture.image_size "
+            "as in the file."
         )
     return side
 

@@ -93,7 +93,7 @@ ConfigReader = Callable[[Any, str], Architecture | None]
 
 
 class Matched(NamedTuple):
-    """A file whose tensors were matched with a model's.
+    """A file whose tensors were matched with the tensors of a model.
 
     Attributes:
         pieces: {name in the model: rule that makes the tensor}.

@@ -19,7 +19,7 @@ def refuse_chance(net: nn.Module, name: str, *, where: str, has_groups: bool = F
     Args:
         net: The trained module.
         name: Its name in the recipe.
-        where: What the user set, for messages.
+        where: Field that the user set, for messages.
         has_groups: Whether norms of torch and timm will have groups (`batch_norm.adopt`), for which
             they need running statistics and a momentum.
 
@@ -32,8 +32,8 @@ def refuse_chance(net: nn.Module, name: str, *, where: str, has_groups: bool = F
         draws = isinstance(module, _DropoutNd) and module.p > 0
         if draws or (isinstance(module, _BatchNorm) and not (has_groups and _is_known(module))):
             raise ConfigError(
-                f"{where}: a module that makes a step depend on rank, micro batch or resume; got "
-                f"{type(module).__name__} {part!r} in {name}, expected none. Leave dropout out (a "
+                f"{where}: a module makes steps depend on rank, micro batch or resume; got "
+                f"{type(module).__name__} {part!r} in {name}, expected none. Remove dropout (a "
                 f"student has `keep` in its place), and {remedy}."
             )
 

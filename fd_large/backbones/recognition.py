@@ -70,7 +70,7 @@ def activation_named(name: str | None, where: str, *, of: str) -> str | None:
     """
     if name is not None and name not in _ACTIVATIONS:
         raise WeightsError(
-            f"{where}: an activation that no model here has; got {of} {name!r}, expected gelu or "
+            f"{where}: unsupported activation; got {of} {name!r}, expected gelu or "
             "quick_gelu. Use other weights, or a teacher timm:NAME."
         )
     return name and _ACTIVATIONS[name]

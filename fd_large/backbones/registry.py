@@ -109,7 +109,7 @@ def build(
         )
     if chosen.window_rule != "masked" and not architecture.can_pad:
         raise ConfigError(
-            f"student.window_rule: a {architecture.family} model has no windows of this kind; got "
+            f"student.window_rule: not available for a {architecture.family} model; got "
             f"{chosen.window_rule!r}, expected 'masked'. Leave it out."
         )
     if seed is None:

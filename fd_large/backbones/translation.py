@@ -247,7 +247,7 @@ def translated(names: Iterable[str], rows: Rows) -> Translation:
 
 
 def to_unfolded(tensor: Tensor) -> Tensor:
-    """Reorders the last axis of merged patches, 4C, from our order to nn.Unfold's.
+    """Reorders the last axis of merged patches, 4C, from our order to that of nn.Unfold.
 
     In our order, all channels of one token follow another token's, column by column of the 2x2;
     in nn.Unfold's, the four tokens of a channel are adjacent, row by row.

@@ -64,7 +64,7 @@ class Lease:
     Attributes:
         root: The owned folder: the run's, or the folder of several students that contains it.
         taken_over: Why the owner before counted as dead; empty if there was none.
-        entered: Whether the run's files there are this start's to write; the engine sets it.
+        entered: Whether this start may write the run's files there; the engine sets it.
     """
 
     def __init__(self, folder: Path, start: str) -> None:
@@ -122,9 +122,9 @@ class Lease:
             )
         if not self.root.is_absolute() and Path.cwd().is_relative_to(root):
             raise ConfigError(
-                f"--fresh: {self.root}: moving this folder aside moves the one that this command "
-                f"works in; got {Path.cwd()}, expected a folder outside {root}. Start it from "
-                "another one."
+                f"--fresh: {self.root}: the current folder is inside of it and would be moved "
+                f"too; got {Path.cwd()}, expected a folder outside {root}. Start from another "
+                "folder."
             )
         number = 1
         while (old := root.with_name(f"{root.name}.old-{number}")).exists():
@@ -140,8 +140,8 @@ class Lease:
             (empty / OWNER).unlink()
             empty.rmdir()
             raise OwnedError(
-                f"--fresh: {self.root}: another start made it at the same moment; got its "
-                f"files, expected none. The old ones are in {old}. Start again."
+                f"--fresh: {self.root}: another start made this folder at the same moment; got "
+                f"its files, expected none. The old files are in {old}. Start again."
             ) from None
         (old / OWNER).unlink(missing_ok=True)
         return old
@@ -309,7 +309,7 @@ def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) ->
             if _leaving(folder, owner.start).exists():
                 patience = LEAVING_SECONDS
                 if not waits:
-                    say(f"{folder}: waits until its owner has saved and left ({owner})")
+                    say(f"{folder}: waiting until its owner has saved and ended ({owner})")
                 waits = True
             if silent < STALE_SECONDS and time.monotonic() - begin < patience:
                 time.sleep(1.0 if waits else 0.1)
@@ -348,8 +348,8 @@ def _refuse_overlap(folder: Path, start: str) -> None:
         if owner := living_owner(other, watch_seconds=WATCH_SECONDS):
             _remove(folder, start)
             raise OwnedError(
-                f"{folder}: another start owns {other}, whose files it would share; got {owner}, "
-                f"expected nobody. Let it end, or stop it (touch {other / 'stop'})."
+                f"{folder}: another start owns {other} and would share its files; got {owner}, "
+                f"expected no owner. Let it end, or stop it (touch {other / 'stop'})."
             )
 
 
@@ -364,7 +364,7 @@ def _refusal(folder: Path, owner: Owner, silent: float) -> OwnedError:
         return OwnedError(
             f"{folder}: a copy of {owner.folder}, whose run is alive; got an {OWNER} of that run "
             f"({owner}), expected none. To use the copy, remove {folder / OWNER} and "
-            f"{folder / 'owner.*.json'}; the run goes on where it is."
+            f"{folder / 'owner.*.json'}; the run itself continues."
         )
     remedy = (
         f"If it hangs for certain, end it: kill {owner.pid}."
@@ -374,7 +374,7 @@ def _refusal(folder: Path, owner: Owner, silent: float) -> OwnedError:
     )
     return OwnedError(
         f"{folder}: another start owns this folder; got {owner}, last sign of life {silent:.0f} s "
-        f"ago, expected nobody. Let it end, stop it (touch {folder / 'stop'}), or name another "
+        f"ago, expected no owner. Let it end, stop it (touch {folder / 'stop'}), or set another "
         f"--runtime.run_dir. {remedy}"
     )
 
@@ -436,8 +436,8 @@ def _chain(folder: Path) -> list[tuple[Owner, float]]:
             owner, beat = _read(path)
             if any(owner.start == before.start for before, _ in found):
                 raise ConfigError(
-                    f"--runtime.run_dir: {path}: names a start that an earlier file names; got "
-                    f"{owner.start} again, expected the one that follows it. Remove {path}."
+                    f"--runtime.run_dir: {path}: repeats the start of an earlier file; got "
+                    f"{owner.start} again, expected its successor. Remove {path}."
                 )
             found.append((owner, beat))
             path = _next(folder, owner.start)

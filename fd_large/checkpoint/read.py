@@ -113,7 +113,7 @@ def on_main(action: Callable[[], T]) -> T:
         except OSError as error:
             raise CheckpointError(
                 f"{error.filename}: not possible; got {error.strerror}, expected a folder of "
-                "checkpoints that this user may change. Mend its permissions."
+                "checkpoints that this user may change. Correct its permissions."
             ) from error
 
     return distributed.of_main(told)
@@ -175,8 +175,8 @@ def _problem(path: Path, files: int) -> str:
     for rank, _, problem in suspects:
         error: FDError = StorageError(
             f"{path}: not the same file for all ranks; got for rank {rank}: {problem}, expected "
-            "what rank 0 reads, which is sound. Start the same command again; if it comes back, "
-            "look at the file system of that rank's node."
+            "what rank 0 reads, which is sound. Start the same command again; if the error "
+            "repeats, check the file system of that rank's node."
         )
         error.agreed = True
         raise error

@@ -208,8 +208,8 @@ def _read(file: Path, action: Callable[[Path], T]) -> T | None:
         return None
     except OSError as error:
         raise CheckpointError(
-            f"{file}: cannot be read; got {error.strerror}, expected a file that its reader may "
-            "open. Mend its permissions, or those of its folder."
+            f"{file}: cannot be read; got {error.strerror}, expected a readable file. Correct its "
+            "permissions, or its folder's."
         ) from error
 
 
@@ -349,7 +349,7 @@ def prune(
         folder: The run's folder.
         keep_last: Newest checkpoints that stay, at least one.
         keep_every: Interval in steps of checkpoints that are kept too; 0 for none.
-        lease: As in `commit`; without it nothing is removed any more.
+        lease: As in `commit`; a start that lost it removes nothing.
 
     Returns: the folders that were removed.
     """

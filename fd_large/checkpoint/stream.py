@@ -51,15 +51,15 @@ def newest(folder: Path, *, where: str = "checkpoint") -> Reader:
         if problem is None:
             raise CheckpointError(
                 f"{where}: {folder}: its newest checkpoint is damaged; got {'; '.join(damaged)}, "
-                "expected one that was written whole. Restore its files, or name the one before "
-                f"it: {path}."
+                "expected complete files. Restore its files, or name the previous checkpoint: "
+                f"{path}."
             )
         if kind_of(path):  # Otherwise a run that trains has pruned it.
             damaged.append(f"{path.name}: {problem}")
     raise CheckpointError(
         f"{where}: {folder}: no sound checkpoint; got "
-        f"{'; '.join(damaged) or 'no complete checkpoint'}, expected one that was written whole. "
-        "Train the run first, or restore its files."
+        f"{'; '.join(damaged) or 'no complete checkpoint'}, expected a complete one. Train the "
+        "run first, or restore its files."
     )
 
 
@@ -106,8 +106,8 @@ def read(reader: Reader, name: str, shape: Shape, *, kind: str = "master") -> Te
         return reader.read(kind, name, 0, math.prod(shape)).view(shape)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{reader.path}: a file of it is gone; got {error}, expected what was there a moment "
-            "ago. If its run prunes checkpoints, take a newer one."
+            f"{reader.path}: a file is gone; got {error}, expected the file of a moment ago. If "
+            "the run prunes checkpoints, use a newer checkpoint."
         ) from error
 
 
@@ -122,7 +122,7 @@ def check(reader: Reader, shapes: Mapping[str, Shape], *, prefix: str = "") -> N
     wrong = sorted(n for n in stored.keys() | expected.keys() if stored.get(n) != expected.get(n))
     if wrong:
         raise CheckpointError(
-            f"{reader.path}: of another model than recipe.json says; got {len(wrong)} tensors "
+            f"{reader.path}: does not match the model in recipe.json; got {len(wrong)} tensors "
             f"that differ ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}), expected "
             f"the {len(expected)} of the recipe. Restore the recipe.json of the run."
         )

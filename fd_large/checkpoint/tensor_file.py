@@ -133,7 +133,7 @@ class TensorFile:
         try:
             size = int.from_bytes(self._bytes(0, 8), "little")
             if size > os.fstat(self._descriptor).st_size:
-                raise ValueError("no length of a header")
+                raise ValueError("no length of the header")
             self.header = self._bytes(0, 8 + size)
             if self.header not in headers:
                 headers[self.header] = _places(parse_json(self.header[8:]), 8 + size)

@@ -116,7 +116,7 @@ class Saver:
         A state that is not finite is not written, and this rank has failed.
 
         Args:
-            manifest: What manifest.json will say, but for its own checksum.
+            manifest: The content of manifest.json, without its own checksum.
             pieces: This rank's shards.
             not_finite: Keys of the pieces that hold NaN or infinity.
             prunes: Whether old checkpoints are deleted when this one is complete.
@@ -185,9 +185,9 @@ class Saver:
             elif not written:
                 store.remove(self._part)
                 log.error(
-                    "CHECKPOINT of step %d was thrown away; the ones before it stay. %s",
+                    "CHECKPOINT of step %d was discarded; earlier checkpoints stay. %s",
                     self._manifest["update"],
-                    "No run can go on from numbers that are not finite."
+                    "No run can resume from non-finite numbers."
                     if broken_anywhere
                     else f"Make room in {self.folder}.",
                 )

@@ -153,7 +153,7 @@ def choose(
     Args:
         arguments: Arguments, beginning with the command's name.
         commands: Name to summary, for the help.
-        command: What precedes the name, if anything.
+        command: Words before the name, if any.
         note: A last line for the help.
 
     Raises:
@@ -187,7 +187,7 @@ def call_subcommand(
     Args:
         arguments: Arguments after `command`: a subcommand and its own arguments.
         commands: Subcommand to the dataclass of its arguments and its function.
-        command: What precedes the name.
+        command: Words before the name.
 
     Raises: As `choose` and `parse`.
     """
@@ -378,8 +378,8 @@ class _Parser(Generic[Own]):
         if name not in self._known("") and find_rank() == 0:
             entry = name.split(".")[1]
             log.warning(
-                "--%s: given twice, and the later value holds: %s. If two are meant, give one "
-                "another name than %r.",
+                "--%s: given twice, and the later value is used: %s. If you mean two entries, "
+                "give one another name than %r.",
                 name,
                 " ".join(texts),
                 entry,

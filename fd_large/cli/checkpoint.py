@@ -79,7 +79,7 @@ def stored_of(run: str) -> tuple[Path, list[store.Stored]]:
     if not checkpoints:
         damaged = "; ".join(_without_manifest(folder))
         raise ConfigError(
-            f"checkpoint: {run}: nothing that can be read is stored; got "
+            f"checkpoint: {run}: no readable checkpoint; got "
             f"{damaged or 'no complete checkpoint'}, expected one. "
             f"{'Restore its files' if damaged else 'Train the run first'}."
         )
@@ -168,8 +168,8 @@ def _pruned(folder: Path, keep_last: int | None, lease: Lease) -> list[Path]:
     keep = last if keep_last is None else keep_last
     if keep < 1:
         raise ConfigError(
-            f"checkpoint prune: --keep_last: nothing would stay; got {keep}, expected 1 or more. "
-            "Remove the run's folder by hand if that is meant."
+            f"checkpoint prune: --keep_last: no checkpoint would stay; got {keep}, expected 1 or "
+            "more. To remove all, delete the run's folder."
         )
     newest = store.complete(folder)[-1]
     if problems := store.verify(newest):
@@ -201,8 +201,8 @@ def import_(source: str, run: str, deepspeed_config: str) -> int:
     load(deepspeed_config)
     if kind_of(Path(source) / LATEST, where="checkpoint import") != "file":
         raise CheckpointError(
-            f"checkpoint import: {source}: no DeepSpeed checkpoint; got a path without {LATEST}, "
-            "expected the folder that save_checkpoint was given. Name that folder."
+            f"checkpoint import: {source}: not a DeepSpeed checkpoint; got a path without "
+            f"{LATEST}, expected the folder of save_checkpoint. Name that folder."
         )
     with owning(run) as lease:
         from fd_large.engine.deepspeed_checkpoints import import_checkpoint

@@ -319,7 +319,7 @@ def disk(folder: str, *, needed: bool) -> Finding:
 
     Args:
         folder: It need not exist; its nearest parent that does is measured.
-        needed: Whether a run cannot do without it.
+        needed: Whether a run cannot start without the package.
     """
     flags = "--run_dir, and --runtime.run_dir of the run" if needed else "--local_disk"
     remedy = f"Name a folder that can be written: {flags}."

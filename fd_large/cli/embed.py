@@ -78,8 +78,8 @@ class Embed(AllowsCode):
         formats = (".npz",) if self.pool == "map" else _FORMATS
         if suffix not in formats:
             raise ConfigError(
-                f"--out: no table of --pool {self.pool}; got {self.out!r}, expected a name that "
-                f"ends in {' or '.join(formats)}. Name such a file."
+                f"--out: unknown kind of table for --pool {self.pool}; got {self.out!r}, expected "
+                f"a name that ends in {' or '.join(formats)}. Change the name."
             )
 
 

@@ -68,13 +68,13 @@ class Export(AllowsCode):
         )
         require(
             bool(re.fullmatch(r"[a-z0-9.-]*", self.license)),
-            "--license: not as the Hub names licences",
+            "--license: not a licence's name on the Hub",
             self.license,
             "small letters, digits, dots and dashes, such as apache-2.0",
         )
         require(
             not self.base_model or bool(REPOSITORY.fullmatch(self.base_model)),
-            "--base_model: no model on the Hub",
+            "--base_model: not a model's name on the Hub",
             self.base_model,
             "OWNER/NAME",
         )
@@ -125,7 +125,7 @@ def export(
         out: Folder to write.
         to: One of LIBRARIES.
         shard_size: Largest size of a file, such as 5GB; a graph is not split.
-        image_size: Side in pixels of the exported model's images; 0 means the training's.
+        image_size: Side in pixels of the exported model's images; 0 keeps the side of the training.
         repository: OWNER/NAME where it will be uploaded, which is checked; empty: nowhere.
         licence: Licence of the student, for the model card.
         base_model: OWNER/NAME of the base model, for the card.

@@ -59,8 +59,8 @@ def matching(part: str) -> list[str]:
     found = [name for name in names if part.lower() in name.lower()]
     if not found:
         raise ConfigError(
-            f"models: no name with this part; got {part!r}, expected part of a model's name, such "
-            "as convnext. Leave it out to see the models without timm's."
+            f"models: no matching name; got {part!r}, expected a part of a model's name, such as "
+            "convnext. Leave it out to list the models without timm's."
         )
     return found
 

@@ -154,6 +154,6 @@ def _require_path(what: str, text: str) -> None:
     # A word may be what an installed package brings.
     if "/" in text or text not in doors.installed("sources"):
         raise ConfigError(
-            f"{what}: no such file or folder; got {text!r}, expected one that is there. Check the "
+            f"{what}: no such file or folder; got {text!r}, expected an existing path. Check the "
             "path."
         )

@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> int:
     if own.write:
         if not good:
             raise ConfigError(
-                "--write: no setting fits; got none to write, expected one. Use more GPUs."
+                "--write: no setting fits; got no settings to write, expected some. Use more GPUs."
             )
         _write("--write", own.write, good[0].candidate.deepspeed())
         console.print(
@@ -230,7 +230,7 @@ def _as_trained(run: Run) -> Run:
     for name, section in from_source.items():
         require(
             section.model != AUTO or section.source not in ("", RANDOM),
-            f"{name}.model: auto takes the model that the weights show",
+            f"{name}.model: auto needs weights that show their model",
             f"{name}.source {section.source!r}",
             "weights",
             f"Set --{name}.source, or name a model",

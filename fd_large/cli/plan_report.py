@@ -87,7 +87,7 @@ def _disk_line(run: Run, load: Workload, machine: Machine) -> Text:
         speed, free = disks.write_speed(Path(folder)), shutil.disk_usage(folder).free
     except OSError as error:
         raise ConfigError(
-            f"engine.nvme_path: {folder} cannot be measured; got {error.strerror}, expected a "
+            f"engine.nvme_path: {folder} cannot be tested; got {error.strerror}, expected a "
             "folder on a local disk. Set --engine.nvme_path to another one."
         ) from None
     found = on_disk(load, machine, speed=speed, average=bool(run.optim.ema_decay))

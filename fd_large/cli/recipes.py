@@ -60,7 +60,7 @@ _Dumper.add_representer(
 
 
 def _set(tree: dict[str, Any]) -> dict[str, Any]:
-    """Returns a section without unset fields, which are the named model's."""
+    """Returns a section without its unset fields, which the named model fills."""
     values = {k: _set(v) if isinstance(v, dict) else v for k, v in tree.items()}
     return {name: value for name, value in values.items() if value not in (None, {})}
 

@@ -131,7 +131,7 @@ def _chosen(runs: list[ListedRun], wanted: Sequence[str]) -> list[ListedRun]:
         name, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(
-                f"--where: no field with a value; got {word!r}, expected FIELD=VALUE. Write for "
+                f"--where: not a field with a value; got {word!r}, expected FIELD=VALUE. Write for "
                 "example --where state=running."
             )
         _require_known(name, "--where", runs)
@@ -143,8 +143,7 @@ def _require_known(name: str, where: str, runs: Iterable[ListedRun]) -> None:
     known = {field for run in runs for field in run.fields}
     if name not in known:
         raise ConfigError(
-            f"{where}: no field of these runs; got {name!r}, {nearest(name, known)}. "
-            f"Change {where}."
+            f"{where}: no run has this field; got {name!r}, {nearest(name, known)}. Change {where}."
         )
 
 
@@ -168,7 +167,7 @@ def _metric(name: str, runs: Iterable[ListedRun]) -> str:
     if metric not in known:
         among = nearest(metric, known) if known else "expected a number that evaluations measure"
         raise ConfigError(
-            f"--best: no number that these runs have measured; got {name!r}, {among}. "
+            f"--best: no run has this metric; got {name!r}, {among}. "
             "Change --best, or leave it out."
         )
     return metric

@@ -305,9 +305,9 @@ def say_how_to_go_on(run: Run) -> None:
         stopped = [files for files in students if files.summary.get("status") != "done"]
         log.info("%s", stopped_text((stopped or students)[0]), extra=WHOLE_LINES)
     except FDError as error:
-        log.error("the run is saved, and the same command goes on; how it stands: %s", error)
+        log.error("the run is saved, and the same command resumes it; progress: %s", error)
     except Exception:
-        log.exception("the run is saved, and the same command goes on; how it stands is not known")
+        log.exception("the run is saved, and the same command resumes it; its progress is unknown")
 
 
 def show_report(folder: str) -> None:
@@ -317,11 +317,11 @@ def show_report(folder: str) -> None:
     try:
         text = make_report(folder)
     except FDError as error:
-        logging.getLogger(__name__).error("no report is drawn, the run stands: %s", error)
+        logging.getLogger(__name__).error("the report failed, but the run is complete: %s", error)
         return
     except Exception:
         logging.getLogger(__name__).exception(
-            "its report failed, the run stands: python -m fd_large report %s", folder
+            "the report failed, but the run is complete: python -m fd_large report %s", folder
         )
         return
     terminal.console().print(f"\n{text}", soft_wrap=True)

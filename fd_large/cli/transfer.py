@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> int:
 def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     """Separates flags of single columns, --ade20k.optim.epochs 3, from the others.
 
-    Returns: the others; those of each column, without its name.
+    Returns: the flags for all columns; the flags of each column, without its name.
     """
     common: list[str] = []
     of_columns: dict[str, list[str]] = {}

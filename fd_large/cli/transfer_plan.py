@@ -28,9 +28,9 @@ class Cost(NamedTuple):
     Attributes:
         steps: Number of steps.
         gpus: GPUs that it is planned on.
-        hours: GPU-hours that its steps may take; None: it does not fit, or cannot be planned.
+        hours: GPU-hours that its steps may take; None if it does not fit or cannot be planned.
         memory_bytes: Memory of a rank.
-        why: Why there are no hours, without a remedy: the model is the row's.
+        why: Reason that there are no hours; without a remedy, as the row sets the model.
     """
 
     steps: int

@@ -86,8 +86,8 @@ def inspect(source: str, model: str) -> int:
     for where, given in (("weights inspect", source), ("--model", model)):
         if doors.is_own(given):
             raise ConfigError(
-                f"{where}: code of your own is not imported to be inspected; got {given}, expected "
-                "weights. Name a file, or what else docs/weights.md lists."
+                f"{where}: your own code is not imported for an inspection; got {given}, expected "
+                "weights. Name a file or another source of docs/weights.md."
             )
     require_paths({"weights inspect": source})
     from fd_large.engine.checkpoint_models import sources_of
@@ -132,16 +132,16 @@ def _require_alone(held: FamilyArchitecture, model: str, given: Architecture) ->
     """
     if held.code:
         raise ConfigError(
-            f"weights convert: a model of code of your own, which is not imported here; got "
-            f"{name_of(held)}, expected one that a library has. Write it with export --to fd."
+            f"weights convert: a model made by your own code, which is not imported here; got "
+            f"{name_of(held)}, expected a library's model. Use export --to fd."
         )
     set_by_hand = [f"--architecture.{name}" for name in set_fields(given)]
     if model != "auto":
         set_by_hand.append("--model")
     if set_by_hand:
         raise ConfigError(
-            f"weights convert: the folder says that it holds {name_of(held)}; got "
-            f"{', '.join(set_by_hand)}, expected neither. Leave them out."
+            f"weights convert: the folder's own description is {name_of(held)}; got "
+            f"{', '.join(set_by_hand)}, expected no such flags. Leave them out."
         )
 
 

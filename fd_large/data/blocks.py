@@ -249,8 +249,8 @@ class BlockImages:
         window = int(self._num_bytes.mean() * min(len(table), self.blocks.per_window))
         if window > self._cache.limit_bytes:
             log.warning(
-                "data.cache_gb: too small for the %.1f GB of blocks that are mixed at a time, "
-                "which are fetched again and again; got %g, expected %.1f or more",
+                "data.cache_gb: too small for the %.1f GB of blocks that are mixed at a time, so "
+                "that blocks are fetched repeatedly; got %g, expected %.1f or more",
                 window / 1e9,
                 self._cache.limit_bytes / 1e9,
                 2 * window / 1e9,
@@ -319,7 +319,7 @@ class BlockImages:
                 assert found is not None
                 if len(found) != self._sizes[number]:
                     raise DataError(
-                        f"a file of {len(found)} images, expected {self._sizes[number]}. It "
+                        f"a file of {len(found)} images, expected {self._sizes[number]}. The file "
                         "changed since it was listed: start again."
                     )
             except DataError as error:
@@ -344,7 +344,7 @@ class BlockImages:
                 try:
                     self._fetched(number, wait=False)
                 except FDError as error:  # Whoever reads the block meets it again.
-                    log.debug("not fetched beforehand: %s", error)
+                    log.debug("not fetched ahead: %s", error)
                     return
 
     def _here(self) -> _Process:

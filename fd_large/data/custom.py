@@ -84,8 +84,8 @@ class CustomImages:
         except Exception as error:  # The user's code may raise anything.
             called = f"{root.rpartition(':')[2]}({', '.join(map(repr, arguments))})"
             raise DataError(
-                f"{where}: no source of images; got {doors.cause(error)}, expected an object with "
-                f"a length and images by number from {called}. docs/extending.md shows one."
+                f"{where}: not a source of images; got {doors.cause(error)}, expected an object "
+                f"with a length and images by index from {called}. docs/extending.md shows one."
             ) from error
         self._count, self._root = count, root
         self._named = root, where, part
@@ -121,8 +121,8 @@ class CustomImages:
             image = self._images[index]
         except Exception as error:  # The user's code may raise anything.
             raise DataError(
-                f"{self[index]}: cannot be read; got {doors.cause(error)}, expected an image. Mend "
-                "the source or its data."
+                f"{self[index]}: cannot be read; got {doors.cause(error)}, expected an image. "
+                "Correct the source or its data."
             ) from error
         if isinstance(image, (bytes, bytearray)):
             return image
@@ -131,9 +131,9 @@ class CustomImages:
             pixels = np.repeat(pixels[:, :, None], 3, axis=2)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
             raise DataError(
-                f"{self[index]}: no image; got {pixels.dtype} {pixels.shape}, expected uint8 "
-                "(height, width, 3) or (height, width), or the bytes of an image file. Mend the "
-                "source."
+                f"{self[index]}: not an image; got {pixels.dtype} {pixels.shape}, expected uint8 "
+                "(height, width, 3) or (height, width), or the bytes of an image file. Correct "
+                "the source."
             )
         height, width, _ = pixels.shape
         return f"P6 {width} {height} 255\n".encode() + pixels.tobytes()
@@ -168,17 +168,17 @@ class CustomImages:
         except Exception as error:  # The user's code may raise anything.
             raise DataError(
                 f"{self._root}: labels() does not give labels; got {doors.cause(error)}, expected "
-                "a whole number for each image, and names or None. Mend the source."
+                "a whole number for each image, and names or None. Correct the source."
             ) from error
         if labels.shape != (self._count,) or labels.dtype.kind not in "iu" or labels.min() < 0:
             raise DataError(
                 f"{self._root}: invalid labels; got {labels.dtype} {labels.shape}, expected a "
-                f"whole number from 0 up for each of the {self._count} images. Mend the source."
+                f"whole number from 0 up for each of the {self._count} images. Correct the source."
             )
         if names is not None and len(names) <= labels.max():
             raise DataError(
                 f"{self._root}: a label without a class; got {labels.max()}, expected less than "
-                f"the {len(names)} names. Mend the source."
+                f"the {len(names)} names. Correct the source."
             )
         return labels.astype(np.int64), None if names is None else tuple(map(str, names))
 

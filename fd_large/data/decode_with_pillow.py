@@ -42,7 +42,7 @@ def decode_with_pillow(
     except DataError:
         raise
     except UnidentifiedImageError:  # its own text has an address in memory
-        raise refused(where, "bytes of no known format, or cut in its header") from None
+        raise refused(where, "bytes of an unknown format, or a truncated header") from None
     except Exception as error:  # Pillow's plugins raise many kinds on damaged bytes
         raise refused(where, f"{type(error).__name__}: {error}") from error
 
@@ -65,4 +65,4 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
         return np.array(image)
     if image.mode in _PILLOW_MODES:
         return np.array(image.convert("RGB"))
-    raise ValueError(f"pixels of mode {image.mode}, whose range is not known")
+    raise ValueError(f"pixels of mode {image.mode} with unknown range")

@@ -43,7 +43,7 @@ def few_labels(
         count = min(count, per_class) if per_class else count
         chosen.append(places[np.argsort(order[places], kind="stable")][:count])
     kept = np.sort(np.concatenate(chosen))
-    log.info("data.root: %d of %d training images are learnt from", len(kept), len(images))
+    log.info("data.root: training uses %d of %d images", len(kept), len(images))
     return LabelledImages(Part(images.images, kept), images.labels[kept], images.classes)
 
 

@@ -109,7 +109,7 @@ class ImageFolder:
             first, slash, _ = self._listing.name(start).partition(b"/")
             if not slash:
                 raise DataError(
-                    f"{self._where}: an image in no class; got {self[start]!r}, expected a sub "
+                    f"{self._where}: an image without a class; got {self[start]!r}, expected a sub "
                     "folder for each class. Move it into the folder of its class."
                 )
             names.append(os.fsdecode(first))
@@ -154,7 +154,7 @@ def read_image(path: str) -> bytearray:
         with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise OSError("no regular file")
+                raise OSError("not a regular file")
             if status.st_size > MAX_FILE_BYTES:
                 raise OSError(f"a file of {status.st_size} bytes")
             encoded = bytearray(status.st_size)
@@ -252,7 +252,7 @@ def walk(root: str, where: str) -> Iterator[tuple[str, str, int]]:
         except OSError as error:
             raise DataError(
                 f"{where}: a folder cannot be listed; got {error.strerror or error} for "
-                f"{os.path.join(root, folder)!r}, expected a readable folder. Mend its "
+                f"{os.path.join(root, folder)!r}, expected a readable folder. Correct its "
                 "permissions or remove it."
             ) from error
         yield "folder", folder, status.st_mtime_ns

@@ -81,7 +81,7 @@ def training_part(root: str, *, where: str = "data.root") -> str:
         return root
     names = [place[len(root) :].strip("/") for place in tested]
     beside = " and ".join(name if name.endswith(_FILES) else f"{name}/" for name in names)
-    log.info("%s: %s; %s beside it stays out of training", where, train[0], beside)
+    log.info("%s: %s; %s next to it is not used in training", where, train[0], beside)
     return train[0]
 
 
@@ -138,7 +138,7 @@ def has_parts(root: str, *, where: str = "data.root") -> bool:
 def _check_no_parts(root: str, where: str) -> None:
     if has_parts(root, where=where):
         raise DataError(
-            f"{FIELD}: the folder has parts of its own; got {root!r} with train/ and val/ or "
+            f"{FIELD}: the folder already has parts; got {root!r} with train/ and val/ or "
             f"test/, expected class folders alone. Leave out --{FIELD}, or set --{where} to one "
             "of its parts."
         )
@@ -178,9 +178,9 @@ def open_labelled(
         labels = np.array([numbers.get(name, -1) for name in names])[labels]
     if unknown:
         raise DataError(
-            f"{where}: classes that training does not know; got {', '.join(unknown[-5:])} in "
-            f"{root!r}, expected those of the training set. Name the folders alike, or use shards "
-            "of the same classes."
+            f"{where}: classes that are not in the training set; got {', '.join(unknown[-5:])} in "
+            f"{root!r}, expected those of the training set. Give the folders the same names, or "
+            "use shards with the same classes."
         )
     return LabelledImages(images, labels, names if classes is None else tuple(classes))
 
@@ -214,7 +214,8 @@ def open_split(
         if split == "train" and (missing := set(range(len(found.classes))) - {*labels.tolist()}):
             names = ", ".join(found.classes[number] for number in sorted(missing)[:5])
             log.warning(
-                "%s: all images of %d classes are held out (%s): nothing can be learnt of them",
+                "%s: all images of %d classes are held out (%s): these classes have no training "
+                "images",
                 FIELD,
                 len(missing),
                 names,
@@ -266,6 +267,6 @@ def _places(root: str, split: str, where: str) -> list[str]:
 def _check_classes(found: LabelledImages, folder: str, where: str) -> None:
     if len(found.classes) < 2:
         raise DataError(
-            f"{where}: one class; got {', '.join(found.classes)} alone in {folder!r}, "
-            "expected several, a folder for each. Add the others."
+            f"{where}: a single class; got {', '.join(found.classes)} in {folder!r}, expected "
+            "several classes, a folder for each. Add the others."
         )

@@ -60,7 +60,7 @@ class Listing:
     Attributes:
         arrays: `names`, `ends` and further arrays.
         facts: Facts recorded by the maker.
-        path: The file that holds them; None: they are in memory.
+        path: The file that holds them; None if they are in memory.
         fingerprint: A hash of the samples.
     """
 
@@ -103,7 +103,7 @@ def listed(
     Among several ranks, rank 0 makes it for all ranks on the same disk, and the first rank of a
     node for a node with its own disk. The others map the file, or receive its contents if they
     cannot. Of several concurrent runs, one makes it and the others wait; without file locks each
-    makes its own and the last one stays. If the cache folder cannot be written, every start
+    makes its own and the last file stays. If the cache folder cannot be written, every start
     repeats the walk.
 
     Args:
@@ -224,8 +224,8 @@ class _Note(NamedTuple):
 
     Attributes:
         path: File of the listing, or None.
-        fingerprint: The listing's.
-        identity: The anchor's.
+        fingerprint: Fingerprint of the listing.
+        identity: Identity of the anchor.
     """
 
     path: Path | None
@@ -275,7 +275,8 @@ def _keep(listing: Listing, path: Path) -> Listing:
         return _open(path)
     except (OSError, SafetensorError) as error:
         log.info(
-            "the list of images is not kept, and made anew at every start: cannot write to %s (%s)",
+            "the list of images is not kept, and every start makes it again: cannot write to %s "
+            "(%s)",
             path.parent,
             error,
         )
@@ -312,7 +313,7 @@ def _reopen(path: Path, fingerprint: str) -> Listing:
     if found.fingerprint != fingerprint:
         raise DataError(
             f"{path}: the list of images changed while a run used it; got other names, expected "
-            "the run's. Start the run again once the data no longer change."
+            "the run's. Start the run again when the data no longer change."
         )
     found.facts.pop("stamps", None)
     return found

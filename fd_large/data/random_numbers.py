@@ -91,7 +91,7 @@ def random_words(
         positions: (B,), whole numbers from 0.
         stream: A name in `STREAMS`, or a number below 256 for a use without a name here.
         first_block: Where in the stream to start.
-        num_blocks: How many blocks to draw.
+        num_blocks: Number of blocks to draw.
 
     Returns: (B, num_blocks, 4) uint64, each below 2**32.
     """

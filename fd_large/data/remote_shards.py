@@ -42,7 +42,7 @@ class RemoteShards(BlockImages):
         """Counts the images of the shards.
 
         Args:
-            root: Their name, for messages.
+            root: Name of the shards, for messages.
             shards: The shards.
             where: The field that names them, for messages.
 

@@ -155,7 +155,7 @@ def require(package: str, what: str, where: str) -> None:
     numbers = re.findall(r"\d+", version("pyarrow"))[:3]
     if tuple(map(int, numbers)) < _OLDEST_PYARROW:
         raise DataError(
-            f"{where}: {what}: too old a release of pyarrow, which may run code that a file holds; "
+            f"{where}: {what}: a release of pyarrow that is too old, and may run code in a file; "
             f"got {version('pyarrow')}, expected 14.0.1 or later. pip install --upgrade pyarrow"
         )
 
@@ -164,7 +164,7 @@ def _check_client(root: str, where: str) -> None:
     scheme = scheme_of(root)
     if "::" in root or scheme in _PROGRAMS:
         raise DataError(
-            f"{where}: a URL that another file says how to read; got {root!r}, expected one of an "
+            f"{where}: a URL that needs another file to be read; got {root!r}, expected one of an "
             "object store or a server. Name the images' own URL."
         )
     packages = " ".join(filter(None, ("fsspec", CLIENTS.get(scheme))))
@@ -179,7 +179,7 @@ def _check_client(root: str, where: str) -> None:
         ) from error
     except ValueError as error:
         raise DataError(
-            f"{where}: no such kind of URL; got {root!r}, expected s3://, gs://, https:// or "
+            f"{where}: unknown kind of URL; got {root!r}, expected s3://, gs://, https:// or "
             "another that fsspec knows. Correct it, or name a folder."
         ) from error
 
@@ -218,7 +218,7 @@ def _parts(pattern: str, where: str) -> list[tuple[Sequence[Any], str]]:
         shown = pattern if len(pattern) <= 200 else f"{pattern[:200]}..."
         got = f"{count:,}" if count < 10**15 else "more than 10^15"
         raise DataError(
-            f"{where}: {shown}: braces that stand for too many names; got {got}, expected at most "
+            f"{where}: {shown}: braces with too many names; got {got}, expected at most "
             f"{_MOST_NAMES:,}. Correct the numbers, or name a folder."
         )
     return parts
@@ -229,7 +229,7 @@ def _inside(text: str, where: str) -> tuple[Sequence[Any], str]:
         ends = [digits.lstrip("0") or "0" for digits in match.groups()]
         if max(map(len, ends)) > _MOST_DIGITS:
             raise DataError(
-                f"{where}: {{{text[:40]}}}: numbers too long for names of shards; got more than "
+                f"{where}: {{{text[:40]}}}: numbers that are too long; got more than "
                 f"{_MOST_DIGITS} digits, expected fewer. Correct them."
             )
         first, last = map(int, ends)
@@ -275,8 +275,8 @@ def weighted_roots(root: str, *, where: str = "data.root") -> tuple[WeightedRoot
         name = term[2] or term[3].rstrip("/").rpartition("/")[2]
         if name in terms:
             raise DataError(
-                f"{where}: two datasets of one name; got {name!r} twice, expected different names. "
-                f"Give one a name: '{term[1]} NAME={term[3]}'."
+                f"{where}: two datasets with the same name; got {name!r} twice, expected "
+                f"different names. Give one a name: '{term[1]} NAME={term[3]}'."
             )
         terms[name] = term[3].strip(), Fraction(term[1])
     scale = math.lcm(*(weight.denominator for _, weight in terms.values()))
@@ -331,8 +331,8 @@ def require_builtin(root: str, where: str) -> None:
     known = keys_of("data/photographs.py", "SETS")
     if root not in known:
         raise DataError(
-            f"{where}: no such built-in set; got {root!r}, {nearest(root, known)}. Set --{where} "
-            "to one of these or to a folder."
+            f"{where}: unknown built-in dataset; got {root!r}, {nearest(root, known)}. Set "
+            f"--{where} to one of these or to a folder."
         )
 
 

@@ -48,7 +48,7 @@ class SavedDataset:
         except Exception as error:  # The library's, on damaged files.
             raise DataError(
                 f"{where}: a saved dataset cannot be opened; got {first_line(error)} for {root!r}, "
-                "expected what datasets' save_to_disk writes. Save it again."
+                "expected a folder of datasets' save_to_disk. Save it again."
             ) from error
         if not len(dataset):
             raise DataError(

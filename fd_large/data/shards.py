@@ -140,7 +140,7 @@ class TarShards:
             except OSError as error:
                 raise DataError(
                     f"{self._where}: a shard cannot be read; got {error.strerror or error} for "
-                    f"{path!r}, expected a tar file. Mend its permissions or leave it out."
+                    f"{path!r}, expected a tar file. Correct its permissions or leave it out."
                 ) from error
             torn += [wrong] if wrong else []
             found += [(name, number, *numbers) for name, *numbers in images]
@@ -257,8 +257,8 @@ def _matching(pattern: str, where: str) -> list[str]:
         kinds = {kind_of(path, where=where, of=DataError) for path in found}
         if kinds != {"file"}:
             raise DataError(
-                f"{where}: no such tar file; got {name!r} from {pattern!r}, expected a file. "
-                f"Set --{where} to a pattern of files that are there."
+                f"{where}: no such tar file; got {name!r} from {pattern!r}, expected a file. Set "
+                f"--{where} to a pattern of existing files."
             )
         paths += found
     return list(dict.fromkeys(paths))

@@ -79,9 +79,9 @@ def _open_objects(root: str, *, where: str) -> ImageSource | None:
         return None
     if not (found := find_objects(root, where)):
         raise DataError(
-            f"{where}: neither tar shards nor parquet files; got {root!r}, expected objects ending "
-            "in .tar or .parquet at that URL or below it. Correct it; loose images have to be "
-            "packed, or copied to a folder."
+            f"{where}: neither tar shards nor parquet files; got {root!r}, expected objects "
+            "ending in .tar or .parquet at that URL or below it. Correct the URL; loose images "
+            "must be packed, or copied to a folder."
         )
     is_table = name_of(found[0].url).lower().endswith(PARQUET)
     return (_open_tables if is_table else RemoteShards)(root, found, where=where)

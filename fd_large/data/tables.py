@@ -122,7 +122,7 @@ class ParquetImages(BlockImages):
         """Reads the files' footers with the places of row groups.
 
         Args:
-            root: Their name, for messages.
+            root: Name of the tables, for messages.
             files: The files.
             where: The field that names them, for messages.
 

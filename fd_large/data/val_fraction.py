@@ -81,9 +81,9 @@ def places_of(images: ImageSource, part: str, fraction: float, *, where: str) ->
     """
     if not isinstance(images, ImageFolder):
         raise DataError(
-            f"{FIELD}: only a folder of images is divided by the names of its files; got "
-            f"{type(images).__name__} for {where}, expected a folder. Leave it out, and give "
-            "train/ and val/ parts of their own."
+            f"{FIELD}: only a folder of images can be divided by file names; got "
+            f"{type(images).__name__} for {where}, expected a folder. Leave it out, and use "
+            "separate train/ and val/ parts."
         )
     held_out = np.fromiter(
         (is_held_out(images.name(index), fraction) for index in range(len(images))),

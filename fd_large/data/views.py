@@ -84,7 +84,7 @@ class FixedViews(NamedTuple):
 
     Attributes:
         count: Views of each image.
-        seed: Their seed, which need not be the run's.
+        seed: Seed of the views, which may differ from the seed of the run.
     """
 
     count: int

@@ -73,9 +73,9 @@ class Best:
         if value is None:
             if all_made and metrics:
                 error = ConfigError(
-                    f"{FIELD}: this run does not measure it; got {self.metric!r}, expected one of "
-                    f"{', '.join(metrics)}. Change --{FIELD}, or set what it needs (--eval.root, "
-                    "--eval.knn_root)."
+                    f"{FIELD}: this run has no such metric; got {self.metric!r}, expected one of "
+                    f"{', '.join(metrics)}. Change --{FIELD}, or set the images that it needs "
+                    "(--eval.root, --eval.knn_root)."
                 )
                 error.agreed = True
                 raise error

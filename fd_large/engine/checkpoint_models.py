@@ -98,7 +98,7 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
     except (KeyError, ConfigError) as error:
         raise CheckpointError(
             f"{where}: {reader.path}: the recipe in its manifest cannot be read; got {error}, "
-            "expected what the run wrote. Export the student with the release that wrote it."
+            "expected the run's own recipe. Export the student with the release that wrote it."
         ) from error
     sizes = reader.layout.sizes
     return Stored(

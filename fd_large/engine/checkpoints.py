@@ -197,10 +197,10 @@ class Checkpoints:
             if store.set_best(self._folder, self._best, self._lease):
                 self._best = None
         except (OSError, FDError) as error:
-            log.warning("%s/%s is not written: %s", self._folder, store.BEST, error)
+            log.warning("%s/%s was not written: %s", self._folder, store.BEST, error)
 
     def settle(self) -> bool:
-        """Waits for a save that has begun, on all ranks; returns whether the last one succeeded."""
+        """Waits for a save that has begun, on all ranks; returns whether it succeeded."""
         self._wait()
         self._saver.close()
         return self._written
@@ -231,7 +231,7 @@ class Checkpoints:
         step, damaged, broken = self._restore_newest()
         if step is None and broken:
             raise NotFiniteError(
-                f"{place}: no checkpoint to go on from; got {'; '.join(broken[:3])}, expected "
+                f"{place}: no checkpoint to resume from; got {'; '.join(broken[:3])}, expected "
                 "finite numbers. Put an older checkpoint back if you have a copy, or start over by "
                 "--fresh with a lower --optim.base_lr."
             )
@@ -324,7 +324,7 @@ class Checkpoints:
         if own != stored:
             names = sorted(n for n in own.keys() | stored.keys() if own.get(n) != stored.get(n))
             raise CheckpointError(
-                f"{reader.path}: of another model; got {len(names)} tensors that differ "
+                f"{reader.path}: belongs to another model; got {len(names)} tensors that differ "
                 f"({', '.join(names[:3])}, ...), expected this recipe's. Name another "
                 "--runtime.run_dir, or --fresh."
             )
@@ -332,15 +332,16 @@ class Checkpoints:
         kept = set(reader.manifest.get("moments", ADAMW_MOMENTS))
         if wanted != kept:
             raise CheckpointError(
-                f"{reader.path}: of another optimiser; got {', '.join(sorted(kept)) or 'nothing'} "
-                f"of each parameter, expected {', '.join(sorted(wanted)) or 'nothing'}. Restore "
-                "the file of optim.name, or --fresh."
+                f"{reader.path}: belongs to another optimiser; got "
+                f"{', '.join(sorted(kept)) or 'nothing'} of each parameter, expected "
+                f"{', '.join(sorted(wanted)) or 'nothing'}. Restore the file of optim.name, or "
+                "--fresh."
             )
         self._check_stored(reader.manifest)
         if reader.manifest.get("pictures") != self._facts["pictures"]:
             log.warning(
                 "data.root: NOT THE IMAGES that this run began with (names were added, removed or "
-                "changed): the run goes on, in another order of images from here"
+                "changed): the run continues with another order of images"
             )
 
     def _finish(self, failed_anywhere: bool, broken_anywhere: bool) -> float | None:

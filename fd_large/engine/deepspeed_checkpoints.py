@@ -49,7 +49,7 @@ def export_checkpoint(run_dir: str, out: str, job_of: JobOf, *, deepspeed_config
     step = opened.checkpoints.resume()
     if not step:
         raise CheckpointError(
-            f"checkpoint export: {run_dir}: nothing is stored yet; got no complete checkpoint, "
+            f"checkpoint export: {run_dir}: no checkpoint yet; got no complete checkpoint, "
             "expected one. Train the run first."
         )
     client_state = {UPDATES: step, STEPS: opened.checkpoints.optimizer_steps}
@@ -100,9 +100,9 @@ def import_checkpoint(
             path, client_state = engine.load_checkpoint(source)
     except UnpicklingError as error:
         raise CheckpointError(
-            f"checkpoint import: {source}: holds what only running code of the files could "
-            f"restore; got {_culprit(error)}, expected tensors, settings and DeepSpeed's own "
-            "records. Import what save_checkpoint wrote with a client_state of plain values."
+            f"checkpoint import: {source}: contains objects that need code in the files to be run;"
+            f" got {_culprit(error)}, expected tensors, settings and DeepSpeed's own "
+            "records. Import a checkpoint whose client_state has plain values only."
         ) from error
     except Exception as error:  # DeepSpeed raises many kinds; all mean the same to the user.
         raise CheckpointError(
@@ -113,7 +113,7 @@ def import_checkpoint(
     if path is None:
         raise CheckpointError(
             f"checkpoint import: {source}: DeepSpeed read nothing; got no files for this engine, "
-            "expected those of this stage and number of ranks. Check --deepspeed_config."
+            "expected files of this stage and number of ranks. Check --deepspeed_config."
         )
     step = client_state.get(UPDATES, engine.global_steps)
     opened.checkpoints.optimizer_steps = client_state.get(STEPS, step - engine.skipped_steps)

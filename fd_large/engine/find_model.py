@@ -42,7 +42,7 @@ class NamedModel:
 
     Attributes:
         label: A short name, for tables and plots.
-        source: What the user named.
+        source: Source that the user named.
         section: Model and weights, settled.
         image_size: Side of the images that it was trained with, in pixels.
         trained_by: Job of the run whose student this is, or None if it is not a run's student.
@@ -136,7 +136,7 @@ def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel
         if part not in models:
             raise ConfigError(
                 f"{source}: a run of {run.task.name} has no such part; got {part!r}, "
-                f"{nearest(part, [*models, _SCRATCH])}. Name one of them, or the run alone."
+                f"{nearest(part, [*models, _SCRATCH])}. Name one of these, or only the run."
             )
         stored = models[part].section
         weights.settled[stored.source] = stored.statistics
@@ -174,7 +174,7 @@ def with_own_labels(models: Sequence[NamedModel]) -> list[NamedModel]:
         if len({slug(model.label) for model in found}) == len(found):
             return list(found)
     raise ConfigError(
-        f"MODEL: a model twice; got {', '.join(model.source for model in models)}, expected "
+        f"MODEL: the same model twice; got {', '.join(model.source for model in models)}, expected "
         "different ones. Leave one out."
     )
 

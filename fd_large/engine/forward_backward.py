@@ -62,7 +62,7 @@ def arguments_of_step(
         forward: Calls the task's `forward`, through its engine if it has one.
         batches: This rank's micro batches of the step, on any device.
         seed: Seed of the drop path.
-        count: Their number.
+        count: Number of the micro batches.
     """
     if not task.two_passes(count):
         for batch in batches:

@@ -113,7 +113,7 @@ def frozen_maker(
     # Which norm is the last is known for models of this package's own families only.
     if before_norm and architecture.mean_norm == "also":
         raise ConfigError(
-            "objective.layer: a map before the final norm is not to be had of this model; got "
+            "objective.layer: this model has no map before its final norm; got "
             f"before_norm for {section.model}, expected last. Leave it out, or choose a ViT or "
             "Swin model of this package."
         )

@@ -39,8 +39,9 @@ def guest() -> Iterator[None]:
     """
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise LaunchError(
-            f"fd_large: one process; got WORLD_SIZE {os.environ['WORLD_SIZE']}, expected 1. Start "
-            "several ranks by the command line: deepspeed --module fd_large.train ..."
+            "fd_large: only a single process can use it; got WORLD_SIZE "
+            f"{os.environ['WORLD_SIZE']}, expected 1. Start several ranks by the command line: "
+            "deepspeed --module fd_large.train ..."
         )
     environment, limits = dict(os.environ), resource.getrlimit(resource.RLIMIT_NOFILE)
     logging_as_it_was, handlers = _logging(), _signal_handlers()
@@ -52,8 +53,8 @@ def guest() -> Iterator[None]:
 
     if torch.distributed.is_initialized():
         raise LaunchError(
-            "fd_large: a process without a process group; got one that torch.distributed has "
-            "already, expected none. Destroy it first, or start another process."
+            "fd_large: the process already has a process group of torch.distributed; got one, "
+            "expected none. Destroy it first, or start another process."
         )
     threads = torch.get_num_threads()
     flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)

@@ -46,8 +46,8 @@ def make_head(
         ) from error
     if not isinstance(head, nn.Module):
         raise ConfigError(
-            f"{where}: {name} gives no Module; got {type(head).__name__}, expected a torch Module "
-            f"made of {arguments}. Correct the head."
+            f"{where}: {name} is not a Module; got {type(head).__name__}, expected a torch Module "
+            f"from {arguments}. Correct the head."
         )
     refuse_chance(head, name, where=where)
     return head

@@ -30,7 +30,7 @@ def evidence_of(
     Args:
         engine: The engine, after the refused step.
         batches: This rank's micro batches, as the loader gave them.
-        losses: Their losses.
+        losses: Losses of the micro batches.
         seed: Seed of the drop path.
     """
     with layer_maxima(engine.task) as maxima, torch.no_grad():

@@ -150,7 +150,7 @@ class TrainingJob:
             given, default = own[name], usual[name]
             if given != default:
                 raise ConfigError(
-                    f"{name}: nothing in this recipe reads it; got {given!r}, expected "
+                    f"{name}: unused in this recipe; got {given!r}, expected "
                     f"{default!r}. " + self.remedies.get(name, "Leave it out.")
                 )
         is_own, size = bool(self.run.student_architecture().code), self.run.data.image_size

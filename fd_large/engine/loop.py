@@ -73,7 +73,7 @@ class _Passed:
 
     Attributes:
         batches: This rank's micro batches.
-        losses: Their losses, on the device.
+        losses: Losses of the micro batches, on the device.
         waited: Seconds that this rank waited for the images.
     """
 
@@ -93,7 +93,7 @@ class _Agreed(NamedTuple):
         failed: Whether a rank failed to write a checkpoint.
         broken: Whether a rank failed to, since its state is not finite.
         scored: Whether rank 0 has worked out the numbers of an evaluation.
-        verdict: What the hooks decided about the step.
+        verdict: The hooks' decision about the step.
     """
 
     update: Update
@@ -113,7 +113,7 @@ class Trainer:
         engine: The task in its engine.
         plan: Length, batches and learning rates.
         hooks: Observers of the run, in the order in which they are called.
-        setting: What the hooks are given before the first step.
+        setting: Facts that the hooks get before the first step.
         checkpoints: The run's checkpoints, with the state restored if there was one.
         evaluations: Measurements before, during and after training.
         layer_rates: Steps each layer at its own learning rate; None: all have the same.
@@ -123,7 +123,7 @@ class Trainer:
 
     Attributes:
         engine: The task in its engine.
-        setting: What the hooks are given before the first step.
+        setting: Facts that the hooks get before the first step.
         best: Keeps the checkpoint of the best evaluation; None: none is kept.
         stopped_early: Whether patience was exhausted before the last step.
     """
@@ -208,7 +208,7 @@ class Trainer:
             self._save(evaluated=True)
 
     def end(self) -> str:
-        """Ends a run that has a status; returns `done`, `preempted`, `not saved` or a hook's."""
+        """Ends a run with a status; returns `done`, `preempted`, `not saved` or a hook's word."""
         with activity.work("writing the checkpoint"):
             saved = self._checkpoints.settle()
         # Whoever is told to leave leaves at once; the next start takes them up.
@@ -255,9 +255,9 @@ class Trainer:
         if agreed.broken and verdict.roll_back is None and not verdict.stop:
             if distributed.is_main():
                 log.error(
-                    "the run ends: its state is not finite, and nothing that follows can be saved. "
-                    "Start the same command again: it goes on from the last checkpoint. With "
-                    "--guard.enabled True a run goes back by itself."
+                    "the run ends: its state is not finite, so that no later state could be "
+                    "saved. Start the same command again to resume from the last checkpoint. With "
+                    "--guard.enabled True a run rolls back by itself."
                 )
             verdict = replace(verdict, stop=GUARD)
         if verdict.stop:
@@ -527,7 +527,7 @@ class Trainer:
         except FDError as error:
             # Nothing follows from them; the next start tries again.
             if distributed.is_main():
-                log.error("NO NUMBERS of the evaluation after %d steps: %s", step, error)
+                log.error("NO RESULT of the evaluation after %d steps: %s", step, error)
         else:
             if self.best is not None:
                 self.best.note(step, metrics, all_made=False)

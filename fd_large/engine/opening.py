@@ -232,7 +232,7 @@ def _check_each(
     """Finds the mistakes of all runs, and differences between nodes; a collective.
 
     Args:
-        jobs: Their jobs.
+        jobs: Jobs of the runs.
         load_config: Reads the DeepSpeed JSON, once.
         launch: The ranks.
     """
@@ -522,7 +522,8 @@ def _say_without_drop_path(run: Run, student: nn.Module) -> None:
     wanted = run.student.drop_path_rate and any(True for _ in student.parameters())
     if wanted and not any(student.drop_path_rates):
         log.info(
-            "student.drop_path_rate: %s has no drop path and is trained without", run.student.model
+            "student.drop_path_rate: %s has no drop path and is trained without it",
+            run.student.model,
         )
 
 

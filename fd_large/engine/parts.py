@@ -39,7 +39,7 @@ class Part:
 
         Args:
             totals: (K,) float64.
-            micro_batches: Their number, on all ranks.
+            micro_batches: Number of micro batches, on all ranks.
         """
 
     def before_step(self, progress: float) -> None:

@@ -122,8 +122,8 @@ def _read(file: Path) -> tuple[dict[str, Any], list[MicroBatch]]:
     """Returns an incident and the micro batches whose images were kept."""
     if kind_of(file) != "file":
         raise ConfigError(
-            f"replay: {file}: no incident; got no such file, expected RUN/{INCIDENTS}/"
-            f"{STEP}NNNNNNNN/{INCIDENT}. Name one that the guard has written."
+            f"replay: {file}: incident not found; got no such file, expected RUN/{INCIDENTS}/"
+            f"{STEP}NNNNNNNN/{INCIDENT}. Name an incident of the guard."
         )
     incident = _object(file)
     try:
@@ -132,12 +132,12 @@ def _read(file: Path) -> tuple[dict[str, Any], list[MicroBatch]]:
         micro_batches = [one for name in kept for one in _of_rank(file.parent / name, incident)]
     except (KeyError, IndexError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise ConfigError(
-            f"replay: {file}: damaged; got {type(error).__name__} {error}, expected what the guard "
-            "wrote. Replay another incident."
+            f"replay: {file}: damaged; got {type(error).__name__} {error}, expected the guard's "
+            "own file. Replay another incident."
         ) from error
     if not micro_batches:
         raise ConfigError(
-            f"replay: {file}: its images are gone; got none, expected those of a rank. The "
+            f"replay: {file}: its images are gone; got none, expected a rank's images. The "
             f"newest {INCIDENTS_WITH_IMAGES} incidents keep theirs: replay one of them."
         )
     return incident, micro_batches
@@ -150,7 +150,7 @@ def _require_numbers(incident: dict[str, Any]) -> None:
         values += [off["value"], *(off[n] for n in ("median", "limit") if off[n] is not None)]
     for value in values:
         if not isinstance(value, (int, float)):
-            raise TypeError(f"{value!r}, no number")
+            raise TypeError(f"{value!r}, not a number")
     if incident["micro_batch_size"] < 1:
         raise ValueError(f"micro_batch_size {incident['micro_batch_size']}")
 
@@ -188,8 +188,8 @@ def _weights(folder: Path, step: int) -> Reader:
         complaint = f"{item.path.name}: {problems[0]}"
         log.error("DAMAGED CHECKPOINT, skipped: %s", complaint)
     raise CheckpointError(
-        f"replay: {store.checkpoints_of(folder)}: no sound checkpoint; got {complaint}, "
-        "expected one of the run's. Restore one, the newest before the incident if there is any."
+        f"replay: {store.checkpoints_of(folder)}: no sound checkpoint; got {complaint}, expected "
+        "one of the run's. Restore a checkpoint, preferably the newest before the incident."
     )
 
 
@@ -197,15 +197,15 @@ def _job(folder: Path, job_of: JobOf) -> tuple[TrainingJob, str]:
     """Returns the run's job on one process, and the precision that the run computed in."""
     if kind_of(folder / RECIPE) != "file":
         raise ConfigError(
-            f"replay: {folder}: an incident outside of its run; got no {RECIPE} there, expected "
-            "the folder of a run. Put the incident back into RUN/incidents."
+            f"replay: {folder}: the incident is not in its run's folder; got no {RECIPE} there, "
+            "expected the folder of a run. Put the incident back into RUN/incidents."
         )
     job = job_of(_object(folder / RECIPE))
     if not job.learns_from_images_alone:
         raise ConfigError(
-            f"replay: {folder}: its incidents do not hold what the task learns from; got the task "
-            f"{job.run.task.name}, expected one that learns from images alone. Look at the layers "
-            "that the incident names."
+            f"replay: {folder}: its incidents lack inputs of the task; got the task "
+            f"{job.run.task.name}, expected a task that needs only images. Check the layers named "
+            "in the incident."
         )
     # In the run's own precision, wherever it is replayed: bfloat16 rounds.
     config = _object(folder / DEEPSPEED)
@@ -248,8 +248,8 @@ def _with_whole_groups(
     if len(kept := {one.rank for one in micro_batches}) < ranks:
         raise ConfigError(
             f"replay: {file}: images that share statistics of batch norms lay on several ranks; "
-            f"got those of {len(kept)} of {ranks} ranks, expected all. Look at the layers that the "
-            "incident names."
+            f"got those of {len(kept)} of {ranks} ranks, expected all. Check the layers named in "
+            "the incident."
         )
     batches = [one.batch for one in micro_batches]
     images, places = (

@@ -213,8 +213,8 @@ def _is_over(opened: Opened, total: int, best: Best | None) -> bool:
     done = distributed.broadcast_object(status_of(folder) == DONE)
     if done and not finished:
         raise CheckpointError(
-            f"{checkpoints_of(folder)}: no checkpoint; got a run that has ended, expected what it "
-            "saved. Restore its checkpoints, or --fresh to start over."
+            f"{checkpoints_of(folder)}: no checkpoint; got a finished run, expected its "
+            "checkpoints. Restore its checkpoints, or --fresh to start over."
         )
     if done and (finished >= total or (best is not None and best.exhausted)):
         why = f" ({best.reason()})" if finished < total and best else ""
@@ -284,7 +284,7 @@ def _best_of(job: TrainingJob, folder: Path, finished: int) -> Best | None:
 def _log_other_length(
     stored: dict[str, Any], run: Run, folder: Path, schedule: Schedule, finished: int
 ) -> None:
-    """Logs the consequences if the run's length differs from its checkpoint's."""
+    """Logs the consequences if the run's length differs from that in its checkpoint."""
     with suppress(FDError):
         changed = {
             name: values
@@ -296,9 +296,9 @@ def _log_other_length(
         rows = rows_before(folder / METRICS, finished)
         last = f" after {rows[-1]['learning_rate']:.3g} at the last one" if rows else ""
         log.warning(
-            "%s: ANOTHER SCHEDULE from here on: the run goes on after step %d to step %d, and its "
-            "schedule ends there. The learning rate of the next step is %.3g%s. The result is not "
-            "that of a run that had this length from its start.",
+            "%s: ANOTHER SCHEDULE from here on: the run continues from step %d to step %d, where "
+            "its schedule ends. The learning rate of the next step is %.3g%s. The result differs "
+            "from a run with this length from the start.",
             ", ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in changed.items()),
             finished,
             schedule.total,
@@ -335,7 +335,7 @@ def hooks_of(
     Args:
         job: The job, after its `build`.
         profile: Steps to trace; 0 turns it off.
-        more: Further hooks besides the recipe's and the task's.
+        more: Further hooks besides those of recipe and task.
         student: Name of the student among several, or "" for a single student.
     """
     run = job.run

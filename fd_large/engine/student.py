@@ -67,8 +67,8 @@ def make_student(
     if not student.norm_batch and not student.init and batch_norm.norms_of(net):
         raise ConfigError(
             f"student.norm_batch: {student.model} has batch norms, and random weights have no "
-            "running statistics to be used as they are; got 0 without --student.init, expected a "
-            "number of images. Set --student.norm_batch 32, or --student.init to trained weights."
+            "running statistics; got 0 without --student.init, expected a number of images. Set "
+            "--student.norm_batch 32, or --student.init to trained weights."
         )
     return net
 
@@ -99,8 +99,9 @@ def check_norm_batch(
     if images % group:
         near = " or ".join(str(size) for size in nearest_divisors(images, group) if size > 1)
         raise ConfigError(
-            f"student.norm_batch: images that share statistics have to divide the global batch; "
-            f"got {group} of {images}, expected a divisor. Set --student.norm_batch {near}."
+            "student.norm_batch: the group of images with shared statistics must divide the "
+            f"global batch; got {group} of {images}, expected a divisor. Set --student.norm_batch "
+            f"{near}."
         )
     if group * net.fewest_places < FEWEST_VALUES:
         least = -(-FEWEST_VALUES // net.fewest_places)
@@ -119,9 +120,9 @@ def check_norm_batch(
         smaller = f", or --student.norm_batch {' or '.join(map(str, inside))}" if inside else ""
         whole = f"{group} or {share}" if share % group == 0 else str(share)
         raise ConfigError(
-            f"batch.micro_batch_size: a pass would divide a group of images that share statistics; "
+            "batch.micro_batch_size: a pass would split a group of images with shared statistics; "
             f"got {micro_batch} images with groups of {group}, expected a multiple of {group}, or "
-            f"all {share} that a rank has of a step. Set --batch.micro_batch_size {whole}{smaller}."
+            f"a rank's whole share of {share}. Set --batch.micro_batch_size {whole}{smaller}."
         )
     return group
 
@@ -181,7 +182,8 @@ def as_student(
         named: The model and its weights, settled.
         architecture: The student's architecture in training.
         section: Section with the other fields.
-        trained_as: The student of the run that trained the model; None: it is not a run's student.
+        trained_as: The student of the run that trained the model; None for a model that no run
+            trained.
     """
     model = trained_as.model if trained_as else named.model
     if by_name(model) is None:

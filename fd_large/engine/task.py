@@ -46,8 +46,8 @@ class Task(nn.Module):
         unchanged.
 
         Args:
-            images: As of `prepare`.
-            targets: As of `prepare`.
+            images: See `prepare`.
+            targets: See `prepare`.
         """
         return targets
 

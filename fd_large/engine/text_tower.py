@@ -49,8 +49,8 @@ def check_prompts(class_names: Sequence[str], prompts: Sequence[str]) -> None:
     """
     if isinstance(class_names, str) or not class_names:
         raise ConfigError(
-            f"{_WHERE}: no list of class names; got {class_names!r}, expected names such as "
-            '["cat", "dog"]. Put them into a list.'
+            f"{_WHERE}: not a list of class names; got {class_names!r}, expected names such as "
+            '["cat", "dog"]. Pass a list.'
         )
     if isinstance(prompts, str) or not prompts or not all("{}" in prompt for prompt in prompts):
         raise ConfigError(
@@ -94,8 +94,8 @@ def probabilities(embeddings: Tensor, classes: Classes) -> Tensor:
     width, wanted = embeddings.shape[1], classes.vectors.shape[1]
     if width != wanted:
         raise ConfigError(
-            f"{_WHERE}: the head's summary is not in the space of the texts; got {width} channels "
-            f"beside {wanted} of the text tower, expected equal ones. Train with "
+            f"{_WHERE}: the head's summary is not in the space of the texts; got {width} "
+            f"channels, expected {wanted} as in the text tower. Train with "
             "--teachers.NAME.summary.layer embedding, and name the text tower of that teacher."
         )
     vectors = classes.vectors.to(embeddings.device)
@@ -116,9 +116,9 @@ def _tower(source: str) -> tuple[Callable[[list[str]], Tensor], float]:
         ) from error
     except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(
-            f"{_WHERE}: no text tower; got {first_line(error)[:300]} for {source}, expected the "
-            "folder of a CLIP of transformers with its tokenizer, or of open_clip, hf:REPO, or "
-            "open_clip:ARCH/TAG. Name one."
+            f"{_WHERE}: text tower not found; got {first_line(error)[:300]} for {source}, "
+            "expected the folder of a CLIP of transformers with its tokenizer, or of open_clip, "
+            "hf:REPO, or open_clip:ARCH/TAG. Name one."
         ) from error
 
 

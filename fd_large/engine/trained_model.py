@@ -159,11 +159,11 @@ class TrainedModel(nn.Module):
         if teacher not in learnt:
             names = ", ".join(map(repr, learnt)) or "none"
             raise ConfigError(
-                f"zero_shot: the student of {self.source} has learnt no summary of this teacher; "
-                f"got teacher={teacher!r} and a run with summaries of {names}, expected a CLIP "
-                "whose image embedding it has learnt (teachers.NAME.summary.layer embedding). "
-                f"Name that CLIP, or train with --teachers.{teacher}.targets map summary "
-                f"--teachers.{teacher}.summary.layer embedding (docs/several_teachers.md)."
+                f"zero_shot: the student of {self.source} has not learnt a summary of this "
+                f"teacher; got teacher={teacher!r} and a run with summaries of {names}, expected "
+                "a CLIP whose image embedding it has learnt (teachers.NAME.summary.layer "
+                f"embedding). Name that CLIP, or train with --teachers.{teacher}.targets map "
+                f"summary --teachers.{teacher}.summary.layer embedding (docs/several_teachers.md)."
             )
         guess = self.teacher_summary(teacher, images, in_teacher_units=True)
         return probabilities(guess, classes_of(os.fspath(text), tuple(class_names), tuple(prompts)))
@@ -177,7 +177,7 @@ class TrainedModel(nn.Module):
                 if heads
                 else "expected a run of distillation, or an export of one that has a folder heads"
             )
-            raise ConfigError(f"{self.source}: no head of that name; got {name!r}, {expected}")
+            raise ConfigError(f"{self.source}: no head with this name; got {name!r}, {expected}")
         pixels = self._normalised(images)
         head = heads[name].to(pixels.device)
         found: FeatureMap = head(self.backbone, pixels, in_teacher_units=in_teacher_units)

@@ -171,7 +171,7 @@ def _begin(folder: Path, settings: dict[str, object]) -> None:
             "differ, expected the same. Remove the folder to start over, or name another --out."
         )
     if done:
-        log.info("--out: going on behind %d parts of an earlier start", done)
+        log.info("--out: continuing after %d parts of an earlier start", done)
 
 
 def _is_there(folder: Path) -> bool:

@@ -64,7 +64,7 @@ class FrozenFlags(Pooled, Batched):
     def __post_init__(self) -> None:
         require(
             bool(self.features) and len(set(self.features)) == len(self.features),
-            "--features: each at most once, and one at least",
+            "--features: each at most once, and at least one",
             " ".join(self.features) or "nothing",
             f"{OWN_FEATURES}, NAME or NAME.summary of the run's teachers",
         )
@@ -144,7 +144,7 @@ def of_features(
         flags: A dataclass of the flags that it reads: `FrozenFlags`, or a subclass.
         pools: Kinds of pooling to compare without `--pool`; the class token only for models that
             have one.
-        settings: Names in summary.json of flags that it reads; without it their own.
+        settings: Names in summary.json of the flags that it reads; None keeps the flags' names.
         check: Called with the number of training images and the flags, before hours of features.
     """
     if settings is None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Seen(NamedTuple):
-    """What is known of held-out images and the weights of a model.
+    """Facts about held-out images and the weights of a model.
 
     Attributes:
         by: The trainings that led to it and had these images.

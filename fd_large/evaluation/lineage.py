@@ -112,7 +112,7 @@ def _weights_of_cache(source: str) -> str:
 
 
 def _told_by(source: str) -> list[Training]:
-    """What an export of this project tells of the runs that led to it; [] of other weights."""
+    """Returns an export's records of the runs that led to it; [] for weights from elsewhere."""
     from fd_large.weights.origin import file_beside
     from fd_large.weights.read import read_json
     from fd_large.weights.sidecar import OWN

@@ -56,12 +56,12 @@ def protocol_of(name: str, variant: str = "cached") -> Protocol:
     loaded = doors.load(name, kind="protocols", where="--task", built_in=built_in)
     if not isinstance(loaded, Protocol):
         raise ConfigError(
-            f"--task: no protocol; got {type(loaded).__name__} from {name}, expected a Protocol, "
-            "such as of_features makes. docs/extending.md shows one."
+            f"--task: not a protocol; got {type(loaded).__name__} from {name}, expected a "
+            "Protocol, such as of_features makes. docs/extending.md shows one."
         )
     if name not in built_in and (loaded.name in built_in or not loaded.name.isidentifier()):
         raise ConfigError(
-            f"--task: the name of a protocol that others have, or no word; got {loaded.name!r} "
+            f"--task: a protocol's name that is taken or invalid; got {loaded.name!r} "
             f"from {name}, expected none of {', '.join(built_in)}. Give it another name."
         )
     return loaded

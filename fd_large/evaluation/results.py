@@ -24,7 +24,7 @@ class Row:
     """A row of the table.
 
     Attributes:
-        model: What was measured.
+        model: The measured model.
         values: The accuracy of each seed, in per cent.
         details: More about each seed.
         predicted: The class that each seed gave to each test image, (N,), on rank 0; fewer than

@@ -36,8 +36,8 @@ def _measure(asked: Asked) -> Result:
     models = asked.flags.models
     if len(models) > 1:
         raise ConfigError(
-            f"evaluate: one run at a time is scored; got {' '.join(models)}, expected one. "
-            "Name one."
+            f"evaluate: only one run at a time can be scored; got {' '.join(models)}, expected "
+            "one. Name one."
         )
     path, changes = Path(models[0]), asked.changes
     run = override(read_recipe(run_of_checkpoint(path), where="evaluate"), changes)

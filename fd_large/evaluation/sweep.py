@@ -115,7 +115,7 @@ class Sweep:
 
     Attributes:
         trials: The grid, recipe by recipe; rates and decays rise.
-        seen: What is known of the held-out images and the trainings that led to the model.
+        seen: Facts about the held-out images and the trainings that led to the model.
     """
 
     trials: tuple[Trial, ...]
@@ -163,7 +163,7 @@ class Sweep:
 def check_fields(changes: Mapping[str, Any]) -> None:
     """Refuses given fields of a recipe that a sweep decides.
 
-    Raises: ConfigError: if such a field is given.
+    Raises: ConfigError: if one of these fields is given.
     """
     mistakes = {
         "optim.layer_decay": "the sweep decides it; got a value of your own, expected none. Set "

@@ -89,8 +89,8 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
     seeds = flags.seeds_from(recipes[0].runtime.seed)
     if "runtime.run_dir" in changes and (flags.sweep or not len(rows) == flags.seeds == 1):
         raise ConfigError(
-            "--runtime.run_dir: one folder for several runs; got a sweep, or several models, "
-            "features or seeds, expected one run. Set --out, in which each has a folder."
+            "--runtime.run_dir: a single folder for several runs; got a sweep, or several models, "
+            "features or seeds, expected one run. Set --out, which has a folder for each run."
         )
 
     def train(run: Run) -> Trained:
@@ -196,6 +196,6 @@ def refuse_other_task(flag: str, recipe: Run, task: str) -> None:
     """
     if recipe.task.name != task:
         raise ConfigError(
-            f"{flag}: not one of the task {task}; got {recipe.name}, expected a recipe of that "
-            "task. See python -m fd_large recipes."
+            f"{flag}: not a recipe of the task {task}; got {recipe.name}, expected a recipe of "
+            "that task. See python -m fd_large recipes."
         )

@@ -39,7 +39,7 @@ class ZeroShotFlags(Batched):
 
     # Name of the CLIP among a run's teachers whose image embedding the student has learnt.
     clip: str = "clip"
-    # The CLIP whose text tower is asked: open_clip:ARCH/TAG, hf:REPO, or a folder with a tokenizer.
+    # The CLIP with the text tower: open_clip:ARCH/TAG, hf:REPO, or a folder with a tokenizer.
     # Empty: where the run has its teacher from.
     text: str = ""
     # File with the name of a class on each line, in the order of the class folders. Empty: names of
@@ -58,7 +58,8 @@ def names_of(folders: Sequence[str], file: str = "") -> list[str]:
         folders: Names of the class folders, in their order; 10 may come before 2.
         file: A file of names; empty: they follow from the folders.
 
-    Raises: ConfigError: if it has not a name for each; if open_clip is missing for ImageNet's.
+    Raises: ConfigError: if a class lacks a name, or if open_clip is missing for ImageNet's
+        names.
     """
     if file:
         names = _lines(file, "--class_names")
@@ -110,7 +111,7 @@ def prompts_of(name: str) -> tuple[str, ...]:
         return tuple(text("{}") for text in texts)
     if kind_of(Path(name)) != "file":
         raise ConfigError(
-            f"--prompts: no such texts; got {name}, expected {', '.join(_PROMPTS)} or a file. "
+            f"--prompts: unknown prompts; got {name}, expected {', '.join(_PROMPTS)} or a file. "
             "Correct the name."
         )
     return tuple(_lines(name, "--prompts"))
@@ -251,8 +252,8 @@ def _source(model: NamedModel, clip: str) -> str:
     teacher = teachers.get(clip)
     if teacher is None or not teacher.source:
         raise ConfigError(
-            f"--text: {model.label} does not say where its teacher is from; got nothing, expected "
-            "the CLIP whose text tower is asked. Set --text, for example open_clip:ViT-B-16/openai."
+            f"--text: {model.label} does not name its teacher's source; got nothing, expected "
+            "the CLIP with the text tower. Set --text, for example open_clip:ViT-B-16/openai."
         )
     return str(teacher.source)
 

@@ -48,7 +48,7 @@ def add_norm(
         eps: Added to the variance.
         scale: (B,) float32, drop path's factor per sample, takes no gradient; None means 1.
         gamma: (C,), LayerScale; None: 1.
-        dtype: Data type of the normalised sum; None for x's.
+        dtype: Data type of the normalised sum; None for that of x.
 
     Returns: y (B, ..., C) in the dtype of x, and its norm (B, ..., C).
     Raises: ShapeError: if branch, vectors or scale do not fit x.

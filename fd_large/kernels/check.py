@@ -114,8 +114,8 @@ def check(calls: Sequence[Call], device: torch.device) -> None:
         for op, why in off.items():
             if op not in choose.refused():
                 log.warning(
-                    "%s: its kernel is off its reference on rank %d, and all ranks run the "
-                    "reference instead: %s",
+                    "%s: its kernel differs from its reference on rank %d, so that all ranks run "
+                    "the reference: %s",
                     op,
                     number,
                     why,

@@ -156,7 +156,7 @@ def hearing() -> Iterator[list[tuple[str, Implementation]]]:
 
 
 def may_run_kernels(device_type: str) -> bool:
-    """Returns whether an operation may run there on a kernel that needs the check."""
+    """Returns whether any operation on such a device may need the check of its kernel."""
     general, single = _wishes(wished())
     wishes = {general, *single.values()} - {"reference"}
     if device_type == "cuda":
@@ -182,7 +182,7 @@ def _wishes(text: str) -> tuple[str, dict[str, str]]:
         op, is_single, wish = part.strip().rpartition("=")
         if wish not in _WISHES:
             raise ConfigError(
-                f"FD_KERNELS: no such implementation; got {wish!r}, {nearest(wish, _WISHES)}. Set "
+                f"FD_KERNELS: unknown implementation; got {wish!r}, {nearest(wish, _WISHES)}. Set "
                 "it to one of these or unset it."
             )
         if not is_single:
@@ -192,7 +192,7 @@ def _wishes(text: str) -> tuple[str, dict[str, str]]:
             importlib.import_module(f"fd_large.kernels.{name}")
         if op not in _operations:
             raise ConfigError(
-                f"FD_KERNELS: no such operation; got {op!r}, {nearest(op, tuple(_operations))}. "
+                f"FD_KERNELS: unknown operation; got {op!r}, {nearest(op, tuple(_operations))}. "
                 "Name one of these, or none for all."
             )
         single[op] = wish

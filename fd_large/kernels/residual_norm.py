@@ -37,7 +37,7 @@ def layer_norm(
         weight: (C,).
         bias: (C,).
         eps: Added to the variance.
-        dtype: Data type of the result; None for x's.
+        dtype: Data type of the result; None for that of x.
 
     Returns: (..., C).
     """
@@ -98,7 +98,7 @@ def residual_norm(
         bias: (C,).
         eps: Added to the variance.
         scale: (B,) float32, drop path's factor per sample, takes no gradient; None means 1.
-        copy: Data type of the second result; None for x's.
+        copy: Data type of the second result; None for that of x.
         branch_bias: (C,), added to the branch before its norm: the bias of the branch's last layer,
             so that its gradient needs no pass of its own. See `takes_bias`.
 
@@ -289,7 +289,7 @@ class Twice(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        """Runs the operation and returns the sum also in place of its copy."""
+        """Runs the operation; the sum stands in the place of the copy as well."""
         y, _, mean, rstd = residual_norm_forward(*inputs)
         output = y, y.detach(), mean, rstd
         _residual_norm_setup(ctx, inputs, output)

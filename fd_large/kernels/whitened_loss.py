@@ -1,4 +1,4 @@
-"""The end of the objective: whitening of the teacher's tokens, smooth L1 against the student's.
+"""The end of the objective: whitening of the teacher's tokens, and smooth L1 against the student.
 
 On GPUs torch.compile needs one pass over both maps each way, like hand-written kernels; on CPUs
 plain torch runs.

@@ -51,7 +51,7 @@ def window_attention(
         scale: Factor of the logits: a number, or (h,) float32.
         cosine: Whether logits are cosines of q and k instead of dot products.
         bias: (2, C), added to queries and to values, so that its gradient needs no pass of its own.
-        table: ((2w - 1)^2, h) float32, added to the logits by offset; None: no position bias.
+        table: ((2w - 1)^2, h) float32, added to the logits by offset; None without a position bias.
         memory: "keep" stores the (N, N) maps for backward; "recompute" computes them again;
             "sequential" does so for a few windows at a time.
 
@@ -84,7 +84,7 @@ def image_attention(
         scale: Factor of the logits.
         bias: (2, C), added to queries and to values.
         table: ((2H - 1)(2W - 1), h) float32, and with a class token three rows more: CLS to any,
-            any to CLS, CLS to itself; None: no position bias.
+            any to CLS, CLS to itself; None without a position bias.
         memory: As in `window_attention`.
 
     Returns: (B, N, C), dtype of qkv.

@@ -46,7 +46,7 @@ class Product(NamedTuple):
     Attributes:
         phase: Where they run.
         again: Whether they recompute forward's results.
-        times: How many they are; a mean over image sizes may be no whole number.
+        times: Number of such calls; a mean over image sizes may be no whole number.
         flops: FLOPs of one operation.
         moved: Bytes read and written by one operation.
     """

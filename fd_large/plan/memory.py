@@ -106,7 +106,7 @@ class Placement:
             node_size: Number of ranks in a node.
             bfloat16: Whether the run computes in bfloat16.
             teacher_persistence_threshold: Largest tensor, in elements, of a split teacher that
-                stays whole; the JSON's own threshold is the student's.
+                stays whole; the JSON's own threshold holds for the student.
             float32_sums: Whether gradients are summed over ranks in float32.
         """
         for key, value in zero.items():

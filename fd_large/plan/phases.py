@@ -28,7 +28,7 @@ class Phases:
     Attributes:
         seconds: Seconds of each phase of a micro-batch, a line in its images.
         update: Seconds of the optimiser for each parameter, in float32: norm, clipping, step.
-        images: The only micro-batch that the lines hold for; 0: they hold for all.
+        images: The only micro-batch for which the lines hold; 0 for all.
     """
 
     seconds: Mapping[str, Line]
@@ -70,7 +70,7 @@ class Phases:
             return cls(seconds=seconds, update=float(given["update"]), images=int(given["images"]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"{where}: phases: not what --probe wrote; got {error!r}, expected seconds of each "
+                f"{where}: phases: not written by --probe; got {error!r}, expected seconds of each "
                 "phase, as fixed and an image. Measure them again."
             ) from None
 

@@ -3,7 +3,7 @@
 MFU is the FLOPs that the run needs (student forward and backward, teacher forward) over the card's
 peak; hardware utilisation also counts recomputation. Each of several students counts its own
 FLOPs and an equal part of the shared frozen models' forward, over the seconds of the common step,
-so that the students' numbers add up to the card's.
+so that the students' numbers add up to that of the card.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def start(
     if os.environ.get("DS_ACCELERATOR") == "cuda" and not torch.cuda.is_available():
         raise LaunchError(
             "DS_ACCELERATOR: no GPU that torch can use on this node; got 'cuda', expected a GPU. "
-            "Unset the variable to train on CPUs, or see what the doctor says of devices."
+            "Unset the variable to train on CPUs, or check the devices by the doctor."
         )
     # As early as possible: a launcher that ends before this is not noticed.
     watch_launcher(failures.tell, failures.LONGEST_WAIT_SECONDS)
@@ -170,7 +170,7 @@ def _take_gpu(launch: Launch) -> None:
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1" and launch.world_size > 1:
         raise LaunchError(
             "CUDA_DEVICE_MAX_CONNECTIONS: collectives of several groups in one queue may wait for "
-            "one another for ever; got 1, expected 2 or more. Unset it."
+            "each other forever; got 1, expected 2 or more. Unset it."
         )
     # Images of many sizes and gathered weights leave gaps in segments of fixed sizes. torch reads
     # this when it first allocates on the GPU.
@@ -531,7 +531,7 @@ def gather_objects(value: T) -> list[T]:
 def together(check: Callable[[], T]) -> T:
     """Runs a check on every rank; if it fails on any, all fail with the first rank's error.
 
-    Where it fails on some, the error names them: the nodes, or of a single node the rank.
+    If it fails on some ranks, the error names their nodes, or the ranks of a single node.
 
     Args:
         check: Raises an FDError, or returns a value, without collectives.
@@ -582,10 +582,10 @@ def node_group(node_size: int) -> dist.ProcessGroup:
         first = rank() // node_size * node_size
         if len(set(hosts[first : first + node_size])) > 1:
             raise LaunchError(
-                f"engine.node_size: ranks {first} to {first + node_size - 1} are not one node; got "
-                f"hosts {', '.join(sorted(set(hosts[first : first + node_size])))}, expected one. "
-                "Place ranks block by block (mpirun --map-by, srun --distribution=block), or mend "
-                "--engine.node_size."
+                f"engine.node_size: ranks {first} to {first + node_size - 1} are not on one node; "
+                f"got hosts {', '.join(sorted(set(hosts[first : first + node_size])))}, expected "
+                "one. Place ranks block by block (mpirun --map-by, srun --distribution=block), or "
+                "correct --engine.node_size."
             )
         _nodes.add(node_size)
     return neighbours(node_size)

@@ -90,7 +90,7 @@ def read_token(environ: Mapping[str, str] = os.environ) -> str:
     token = read_bytes(name, where=where, of=LaunchError, remedy=remedy).decode(errors="replace")
     if not re.fullmatch("[0-9A-Za-z]{16,256}", token.strip()):
         raise LaunchError(
-            f"{where}: {name}: no token; got something else, expected 16 letters or digits at "
+            f"{where}: {name}: not a token; got another text, expected 16 letters or digits at "
             f"least. {remedy}"
         )
     return token.strip()
@@ -116,7 +116,7 @@ def check_accelerator(environ: Mapping[str, str] = os.environ) -> None:
     name = environ.get("DS_ACCELERATOR", ACCELERATORS[0])
     if name not in ACCELERATORS:
         raise LaunchError(
-            f"DS_ACCELERATOR: no device that runs are trained on; got {name!r}, expected "
+            f"DS_ACCELERATOR: unsupported device; got {name!r}, expected "
             f"{' or '.join(ACCELERATORS)}. Correct the variable, or unset it."
         )
 

@@ -136,7 +136,7 @@ class FamilyArchitecture:
         return ""
 
     def at(self, image_size: int) -> Self:
-        """Returns the same model for images of that side in pixels.
+        """Returns the same model for images of another side, in pixels.
 
         A model whose tensors do not depend on the images' size is returned unchanged.
         """
@@ -174,7 +174,7 @@ class Transformer(FamilyArchitecture):
         image_size: Side in pixels of the images for which position tables are made; models
             without tables take any size.
         mlp_ratio: Hidden width of the MLP as a multiple of the width.
-        qkv_bias: The ones of query, key and value with a bias of their own; "fused" is one vector
+        qkv_bias: Which of query, key and value have a bias of their own; "fused" is one vector
             for all three.
         absolute_position: Whether a learned position embedding is added to the tokens.
         norm_eps: Number added to the variance in LayerNorm.

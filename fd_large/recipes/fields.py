@@ -166,7 +166,7 @@ def _check_type(where: str, value: Any, hint: Any) -> None:
         # A NaN is not below the limit either.
         if isinstance(number, (int, float)) and not abs(number) <= LARGEST_NUMBER:
             raise ConfigError(
-                f"{where}: not a number that a run can use; got {number}, expected a finite number "
+                f"{where}: an unusable number; got {number}, expected a finite number "
                 f"of at most {LARGEST_NUMBER:.2g}. Change --{where.removeprefix('--')}."
             )
 
@@ -298,7 +298,7 @@ def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
     for name, value in values.items():
         if name not in hints:
             close = nearest(prefix + name, [prefix + known for known in hints])
-            raise ConfigError(f"{prefix}{name}: no such field; {close}. Correct the name.")
+            raise ConfigError(f"{prefix}{name}: unknown field; {close}. Correct the name.")
         hint = hints[name]
         if isinstance(hint, type) and is_dataclass(hint):
             value = from_plain(hint, value, f"{prefix}{name}.")

@@ -44,7 +44,7 @@ def refuse_links(folder: Path) -> None:
     """Refuses links in a run's folder through which the run would write or remove other files.
 
     A folder from elsewhere may have them. A folder of the run may be a link all the same, as to a
-    larger disk, unless it leads to another run's.
+    larger disk, unless it leads to the folder of another run.
 
     Raises: ConfigError: naming the first link.
     """

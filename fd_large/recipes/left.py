@@ -19,9 +19,9 @@ class Left(NamedTuple):
     """A removed field.
 
     Attributes:
-        version: The first version without it.
+        version: The first version without the flag.
         idle: The value with which it did nothing.
-        remedy: What to do instead, a sentence.
+        remedy: A sentence on the way to do it now.
     """
 
     version: str
@@ -80,7 +80,7 @@ def without_left(recipe: Any) -> Any:
 
 @cache  # A start reads the recipe of its run several times.
 def _log(fields: str) -> None:
-    log.info("the stored recipe is read without fields that left: %s (docs/runs.md)", fields)
+    log.info("the stored recipe is read without removed fields: %s (docs/runs.md)", fields)
 
 
 def decided_steps(

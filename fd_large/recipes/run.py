@@ -287,13 +287,13 @@ class Run:
         if self.teachers and found:
             name, (got, usual) = next(iter(found.items()))
             raise ConfigError(
-                f"{name}: a run with several teachers does not read it; got {got!r} beside the "
+                f"{name}: not used with several teachers; got {got!r} beside the "
                 f"teachers {', '.join(self.teachers)}, expected {usual!r}. Set it for a teacher: "
                 f"--teachers.{next(iter(self.teachers))}.{name.partition('.')[2]}."
             )
         if self.weighting != Weighting() and len(self.teachers) < 2:
             raise ConfigError(
-                f"weighting: nothing to choose from; got {self.weighting.rule} for one teacher, "
+                f"weighting: needs several teachers; got {self.weighting.rule} for one teacher, "
                 "expected several. Leave it out, or name teachers (docs/several_teachers.md)."
             )
 

@@ -150,7 +150,7 @@ def run_of(
         given: The values, nested or with dots.
         recipe: Name of the recipe that is changed where the values name none.
         named: Whether the user named it, so that it wins over the values' own name.
-        mistakes: Takes the lines of all mistakes; None: they are raised.
+        mistakes: Takes the lines of all mistakes; None raises an error instead.
         refused: Takes the names of the values that are refused, as `accepted` has them.
 
     Returns: the recipe, or None if mistakes prevent it.
@@ -166,7 +166,7 @@ def run_of(
             base = registry.get(recipe if named else name)
         elif not isinstance(name, str) or "student.model" not in values:
             raise ConfigError(
-                f"{NAME}: no such recipe, and no student.model for a run of its own; got {name!r}, "
+                f"{NAME}: no such recipe, and no student.model for a new run; got {name!r}, "
                 f"{nearest(str(name), registry.RECIPES)}. Name a recipe, or add student.model."
             )
         else:

@@ -47,9 +47,9 @@ class Images(NamedTuple):
     """The images of a run.
 
     Attributes:
-        number: How many they are.
+        number: Number of images.
         can_divide: Whether some can be held out by the names of their files (data.val_fraction).
-        tested: The images next to them for tests, or "".
+        tested: The folder of test images next to these, or "".
     """
 
     number: int

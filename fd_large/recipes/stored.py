@@ -31,8 +31,8 @@ def recipe_file(folder: str | Path, *, where: str) -> Path:
     kind = kind_of(path, where=where)
     if students := sorted(one.parent for one in Path(folder).glob(f"{STUDENTS}/*/{RECIPE}")):
         raise ConfigError(
-            f"{where}: {folder}: a run with several students; got the folder of all, expected that "
-            f"of one. Name {' or '.join(map(str, students))}."
+            f"{where}: {folder}: a run with several students; got their common folder, expected "
+            f"one student's. Name {' or '.join(map(str, students))}."
         )
     if kind != "file":
         raise ConfigError(
@@ -65,7 +65,8 @@ def read_recipe(folder: str | Path, *, where: str) -> Run:
         return Run.from_dict(recipe)
     except ConfigError as error:
         raise ConfigError(
-            f"{where}: {path}: cannot be read; got {error}, expected what the run wrote. {_REMEDY}"
+            f"{where}: {path}: cannot be read; got {error}, expected the run's own recipe. "
+            f"{_REMEDY}"
         ) from error
 
 
@@ -112,7 +113,7 @@ def with_stored_ends(run: Run, named: Collection[str]) -> Run:
             raise ConfigError(
                 f"{path.parent}: holds a run of {run.name} on other images; got data.root "
                 f"{run.data.root!r}, expected {before.data.root!r}. Set --runtime.run_dir to "
-                "another folder, or --fresh to start over here. Images that have moved need a "
+                "another folder, or --fresh to start over here. If the images have moved, make a "
                 "link at their old place."
             )
     if before.optim.base_lr == run.optim.base_lr:

@@ -101,6 +101,6 @@ def check_metric(metric: str, known: Mapping[str, str]) -> None:
     names = [name for name in names if not name.endswith("_best_constant")]
     if metric not in names:
         raise ConfigError(
-            f"eval.best_metric: no number that evaluations of this task measure; got {metric!r}, "
+            f"eval.best_metric: not a metric of this task; got {metric!r}, "
             f"{nearest(metric, names)}. Change --eval.best_metric."
         )

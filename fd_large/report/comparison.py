@@ -88,7 +88,7 @@ def seen_by(sweeps: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Yields lines about the images that chose, and the trainings that led to each row.
 
     Args:
-        sweeps: What summary.json says of the sweep of each row, by its label.
+        sweeps: {label of a row: its sweep in summary.json}.
     """
     seen = {label: sweep["held_out_seen_by"] for label, sweep in sweeps.items()}
     for label, runs in seen.items():

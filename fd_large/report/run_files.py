@@ -190,7 +190,7 @@ def _object(path: Path) -> dict[str, Any]:
                 raise _damaged(path, what, "what the run wrote", remedy)
     words = [*(found.get("command") or ()), *(found.get("metrics") or {}).values()]
     if not all(isinstance(word, str) for word in words):
-        raise _damaged(path, "command or metrics without words", "what the run wrote", remedy)
+        raise _damaged(path, "command or metrics that are not texts", "what the run wrote", remedy)
     # As absent: a field that is null.
     return masked({name: value for name, value in found.items() if value is not None})
 

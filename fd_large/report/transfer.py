@@ -34,7 +34,7 @@ class Value(NamedTuple):
     """A mean over seeds.
 
     Attributes:
-        mean: Their mean.
+        mean: Mean of the values.
         deviation: The standard deviation of single seeds; None for one seed.
         seeds: The value of each.
     """
@@ -88,7 +88,7 @@ def write_table(
     Args:
         folder: Folder of the table, with a summary.json.
         interval: Compares two rows by the folders of their runs and the name of a score: the
-            difference with its interval; None: it is not known.
+            difference with its interval; None if it is not known.
 
     Returns: the content of summary.json, the tables, and the written files.
     Raises: ConfigError: if it is not the folder of a table.
@@ -100,8 +100,8 @@ def write_table(
     except (KeyError, TypeError) as error:
         got = f"{'another' if there else 'no'} {SUMMARY}"
         raise ConfigError(
-            f"--out: {folder}: no table; got {got}, expected that of a transfer. Name the folder "
-            "that transfer was started with."
+            f"--out: {folder}: not a table; got {got}, expected a transfer's folder. Name the "
+            "--out of transfer."
         ) from error
     for cell in cells:
         # The folder may have been moved, or be named from another one.

@@ -117,7 +117,7 @@ class RemoteCurves(Curves):
         self._thread.join(SECONDS_TO_FINISH)
         if self._thread.is_alive():
             log.warning(
-                "%s does not answer: its last numbers are missing there; RUN/metrics.jsonl has all",
+                "%s does not answer: its last points are missing there; RUN/metrics.jsonl has all",
                 self.name,
             )
 
@@ -154,7 +154,7 @@ class RemoteCurves(Curves):
                 getattr(self, method)(*arguments)
             except Exception as error:  # A service may fail in any way.
                 self._failed = True
-                log.warning("%s is left out from here: %s", self.name, first_line(error))
+                log.warning("%s gets no further points: %s", self.name, first_line(error))
                 log.info("its error:", exc_info=True, extra=FILE_ONLY)
 
 

@@ -95,5 +95,5 @@ def refused(folder: str, size: int) -> Iterator[None]:
 def _unfit(folder: str, got: str, expected: str) -> ConfigError:
     return ConfigError(
         f"engine.nvme_path: {folder} cannot hold the optimiser's state; got {got}, expected "
-        f"{expected}. Make it so, or set --engine.nvme_path to another folder."
+        f"{expected}. Correct that, or set --engine.nvme_path to another folder."
     )

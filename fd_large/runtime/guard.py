@@ -280,8 +280,8 @@ class Guard(Hook):
             return Verdict(roll_back=past.at_most)
         if distributed.is_main():
             log.error(
-                "guard: the run ends: %s, and it was taken back %d time%s before "
-                "(--guard.roll_backs). See what %s says and start the same command again, or anew "
+                "guard: the run ends: %s, after %d roll-back%s (--guard.roll_backs)."
+                " See what %s says and start the same command again, or anew "
                 "with a lower --optim.base_lr.",
                 f"its state is not finite at step {update.index + 1}"
                 if broken

@@ -125,7 +125,7 @@ class Preemption(Hook):
             log.warning(
                 "runtime.notice_seconds: A SAVE DOES NOT FIT between a pre-emption and its end: "
                 "about %.0f s to write, %.0f s of notice; such a stop would lose the steps since "
-                "the last checkpoint. Ask for more notice (sbatch --signal=B:USR1@%d and "
+                "the last checkpoint. Request more notice (sbatch --signal=B:USR1@%d and "
                 "--runtime.notice_seconds %d) or save more often (--runtime.save_every).",
                 seconds,
                 self._notice,
@@ -241,9 +241,9 @@ class Preemption(Hook):
                     pressed = now
                     if distributed.is_main():
                         log.warning(
-                            "Ctrl-C: the run saves after this step and leaves (after its start, if "
-                            "there is no step yet); the same command goes on from there. Once "
-                            "more ends it at once."
+                            "Ctrl-C: the run saves after this step and ends (or ends after its "
+                            "start, before the first step); the same command resumes it. A second "
+                            "Ctrl-C ends it at once."
                         )
                 elif now - pressed > SAME_PRESS_SECONDS and self._ends_process:
                     self._end_at_once()

@@ -149,7 +149,7 @@ class Progress(Tracker):
 
 
 def _parted(words: str, all_words: Collection[str]) -> tuple[str, str]:
-    """Splits "held-out loss (clip)" into "held-out loss" and "clip", if the former is shown too."""
+    """Splits "held-out loss (clip)" into its two names, if "held-out loss" is shown too."""
     whole, _, part = words.removesuffix(")").rpartition(" (")
     return (whole, part) if whole in all_words else (words, "")
 

@@ -138,9 +138,9 @@ def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
             # Not --fresh, which would move all of them aside.
             raise ConfigError(
                 f"{folder}: holds the runs of several students; got a run of one, expected "
-                f"{', '.join(stored['students'])}. Go on with one of them by --config "
-                f"{folder}/students/NAME/recipe.json without --runtime.run_dir, with all by the "
-                "command that began them; or set --runtime.run_dir to another folder."
+                f"{', '.join(stored['students'])}. Resume one of them by --config "
+                f"{folder}/students/NAME/recipe.json without --runtime.run_dir, all of them by "
+                "the command that began them; or set --runtime.run_dir to another folder."
             )
         if found:
             raise other_settings(folder, found)
@@ -148,8 +148,8 @@ def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
         foreign := [name for name in OVERWRITTEN if _holds_something(folder / name)]
     ):
         raise ConfigError(
-            f"--runtime.run_dir: {folder}: not a run's folder, and a run would overwrite what is "
-            f"in it; got {', '.join(foreign)} and no {RECIPE}, expected a run or none of these. "
+            f"--runtime.run_dir: {folder}: not a run's folder, and a run would overwrite its "
+            f"files; got {', '.join(foreign)} and no {RECIPE}, expected a run or none of these. "
             "Set --runtime.run_dir to another folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ def record_code(folder: Path, files: Mapping[str, str], step: int) -> None:
         if before[source] != files[source]:
             log.warning(
                 "%s: NOT THE FILE that this run used before step %d (its hash was %s, now %s): "
-                "the run goes on with it, and code.json records both",
+                "the run continues with the new file, and code.json records both",
                 source,
                 step,
                 before[source][:12],
@@ -257,8 +257,7 @@ def cut_before(path: Path, update: int) -> list[dict[str, Any]]:
     path.touch()
     if damaged := [line for line in (before if goes_on else kept) if line.row is None]:
         log.warning(
-            "%s: %s cannot be read: what stood there is LEFT OUT, all rows before and after are "
-            "kept",
+            "%s: %s cannot be read: damaged rows are LEFT OUT, all rows before and after are kept",
             path,
             numbers_of(damaged),
         )

@@ -9,7 +9,7 @@ from fd_large.runtime.hooks import NOTHING, Hook, Setting, Wish
 
 
 class SaveInterval(Hook):
-    """Requests a checkpoint when a number of minutes have passed since the last one began.
+    """Requests a checkpoint when a number of minutes have passed since the last save began.
 
     Only rank 0's clock counts; the loop's one all-reduce of a step carries the wish to the others.
 

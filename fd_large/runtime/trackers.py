@@ -46,8 +46,8 @@ def trackers_of(names: Sequence[str]) -> list[Tracker]:
             ) from error
         if not isinstance(tracker, Tracker):
             raise ConfigError(
-                f"{WHERE}: {name} is no tracker; got {type(tracker).__name__}, expected a subclass "
-                "of fd_large.runtime.hooks.Tracker. Correct the class."
+                f"{WHERE}: {name} is not a tracker; got {type(tracker).__name__}, expected a "
+                "subclass of fd_large.runtime.hooks.Tracker. Correct the class."
             )
         made.append(tracker)
     return made
@@ -70,7 +70,7 @@ class Trackers:
                 getattr(tracker, method)(*arguments)
             except Exception as error:  # Numbers that are not shown are no reason to stop training.
                 log.warning(
-                    "tracker %s FAILED in %s and is left out from here: %s",
+                    "tracker %s FAILED in %s and is not used any more: %s",
                     type(tracker).__name__,
                     method,
                     first_line(error),

@@ -219,8 +219,8 @@ class Watchdog(Hook):
         log.error(
             "watchdog: rank %d (%s) has not moved for %.0f s, %s: %s. It ends with exit code %d; "
             "the same command goes on from the last checkpoint. If it waits in a collective, "
-            "another rank may be the cause: one whose log has no such line, or other stacks. If it "
-            "is only slow, raise --runtime.watchdog_seconds.%s",
+            "another rank may be the cause: its log has no such line, or other stacks. If it is "
+            "only slow, raise --runtime.watchdog_seconds.%s",
             distributed.rank(),
             distributed.node_name(),
             self._quiet,

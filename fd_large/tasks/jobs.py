@@ -57,7 +57,7 @@ def job_of(recipe: Run | Mapping[str, Any]) -> TrainingJob:
     job = _said(name, make)(run)
     if not isinstance(job, TrainingJob):
         raise ConfigError(
-            f"task.name: no job; got {type(job).__name__} from {name}, expected a subclass of "
+            f"task.name: not a job; got {type(job).__name__} from {name}, expected a subclass of "
             "fd_large.engine.job.TrainingJob. docs/extending.md shows one."
         )
     for former, now in _FORMER.items():
@@ -105,7 +105,7 @@ def transfer_of(task: str) -> Transfer:
     kind = kind_of(task)
     if not kind.transfer:
         raise ConfigError(
-            f"transfer: this task begins from no model that is named; got {task}, expected one of "
+            f"transfer: this task cannot begin from a named model; got {task}, expected one of "
             f"{', '.join(name for name, kind in TASKS.items() if kind.transfer)}. Name a recipe of "
             "one of them."
         )
@@ -116,7 +116,7 @@ def heads_of(job: TrainingJob | None, folder: Path | None) -> Mapping[str, nn.Mo
     """Returns the heads of a run, or of an export of its student, by name; see `StoredRun.heads`.
 
     Args:
-        job: The job of the run; None: it is no run's.
+        job: The job of the run; None without a run.
         folder: Where its weights stand (`NamedModel.folder`); None: nowhere.
 
     Raises: FDError: if they cannot be read.

@@ -30,7 +30,7 @@ def kind_of(name: str) -> TaskKind:
     kind = doors.load(name, kind="tasks", where="task.name", built_in=TASKS)
     if not isinstance(kind, TaskKind):
         raise ConfigError(
-            f"task.name: no task; got {type(kind).__name__} from {name}, expected a TaskKind. "
+            f"task.name: not a task; got {type(kind).__name__} from {name}, expected a TaskKind. "
             "docs/extending.md shows one."
         )
     if name not in TASKS and kind.name in {"name", *TASKS}:

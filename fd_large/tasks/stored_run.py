@@ -96,7 +96,7 @@ class StoredRun:
     def exported_beside(
         self, reader: Reader, student: Mapping[str, Shape], to: To
     ) -> Mapping[str, Shape]:
-        """Returns the task's tensors that are exported with the student's.
+        """Returns the task's tensors that are exported beside the student.
 
         Args:
             reader: The checkpoint that is exported.
@@ -185,8 +185,9 @@ class StoredRun:
         Raises: ConfigError: if the task predicts nothing that can be drawn.
         """
         raise ConfigError(
-            f"predict: the task {self.run.task.name} draws nothing; got {self.run.name}, expected "
-            "a run of a task that finds something in images. python -m fd_large recipes lists them."
+            f"predict: the task {self.run.task.name} has no predictions to draw; got "
+            f"{self.run.name}, expected a run of detection, segmentation or depth. python -m "
+            "fd_large recipes lists them."
         )
 
     def classes(self) -> tuple[str, ...] | None:

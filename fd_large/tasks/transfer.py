@@ -42,8 +42,8 @@ class Transfer:
             run: The recipe.
             model: The model and its weights, settled.
             image_size: Side of its images, in pixels.
-            trained_as: The student's section in the run that trained the model; None: it is not a
-                run's student.
+            trained_as: The student's section in the run that trained the model; None if no run did:
+                it is not a run's student.
             fields: Fields of the student that the user set in the recipe.
 
         Raises: ConfigError: if the user set a field that the named model decides.
@@ -66,7 +66,7 @@ class Transfer:
         """Returns the name of the recipe for a model, if the user names none.
 
         Args:
-            architecture: The model's.
+            architecture: Architecture of the model.
             run_recipe: Name of the recipe of the model's run; "" for random weights without a
                 run; None for weights of its own.
         """

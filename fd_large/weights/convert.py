@@ -51,7 +51,7 @@ def write(
     out = Path(out)
     if to not in FORMATS:
         raise WeightsError(
-            f"weights convert: no such format; got {to!r}, {nearest(to, FORMATS)}. Use one of "
+            f"weights convert: unknown format; got {to!r}, {nearest(to, FORMATS)}. Use one of "
             "these."
         )
     check_out(out, where="weights convert")
@@ -62,7 +62,7 @@ def write(
         )
     if to == "official" and family_of(architecture).published is None:
         raise WeightsError(
-            f"weights convert: no official repository has such a model; got "
+            f"weights convert: no official repository has this model; got "
             f"{architecture.own_name}, expected a ViT, BEiT, Swin or SwinV2. Convert it to fd or "
             "timm."
         )
@@ -91,8 +91,8 @@ def write(
     # A full disk is another error with torch, and with safetensors.
     except (OSError, RuntimeError, SafetensorError) as error:
         raise WeightsError(
-            f"weights convert: {out}: cannot be written; got {error}, expected a place with room "
-            "for the weights. Choose another."
+            f"weights convert: {out}: cannot be written; got {error}, expected a path with room "
+            "for the weights. Choose another path."
         ) from error
 
 

@@ -128,9 +128,9 @@ class Fitted:
             dtype = self._file.dtype(name)
             if dtype not in _FLOATS:
                 raise WeightsError(
-                    f"{self._where}: {self._what}: a tensor of another type; got {name} in "
+                    f"{self._where}: {self._what}: a tensor of an unsupported type; got {name} in "
                     f"{str(dtype).removeprefix('torch.')}, expected float64, float32, float16 or "
-                    "bfloat16. Use the weights before they were quantised."
+                    "bfloat16. Use weights that are not quantised."
                 )
 
 
@@ -223,8 +223,8 @@ def resized(
 
     Args:
         name: Name in the model.
-        tensor: The file's.
-        shape: The model's.
+        tensor: Tensor of the file.
+        shape: Shape in the model.
         expected: Shapes of the model, which show its class tokens.
         margin, antialias: See `resize_positions`.
         where: Field that the user set, for messages.
@@ -264,7 +264,7 @@ def covered(
     where: str,
     may_be_missing: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[str, Tensor]]:
-    """Passes tensors on one by one and checks that they are exactly a model's.
+    """Passes tensors on one by one and checks that they are exactly the tensors of a model.
 
     Args:
         expected: Shape of every parameter of the model.

@@ -86,7 +86,7 @@ def _from_hub(repository: str, where: str) -> Path:
         raise WeightsError(
             f"{where}: cannot be fetched from Hugging Face; got {first_line(error)} for "
             f"{repository}, expected OWNER/NAME of a repository in the cache or within reach. "
-            "Fetch its files elsewhere, and give the path of their folder."
+            "Download its files elsewhere, and give the path of their folder."
         ) from error
 
 
@@ -115,8 +115,8 @@ def _from_open_clip(name: str, where: str) -> Located:
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(
             f"{where}: cannot be fetched from open_clip; got {first_line(error)} for {name}, "
-            "expected weights in the cache or within reach. Fetch the file elsewhere, and give its "
-            "path and --teacher.architecture.activation."
+            "expected weights in the cache or within reach. Download the file elsewhere, and give "
+            "its path and --teacher.architecture.activation."
         ) from error
     # The weights' own line says which activation they were trained with.
     quick = pretrained.get("quick_gelu", config.get("quick_gelu", False))
@@ -168,8 +168,8 @@ def _writer(source: str) -> Callable[[Path], str]:
     if brought and brought[0].scheme.save:
         return partial(brought[0].scheme.save, brought[1], _WHERE)
     raise WeightsError(
-        f"{_WHERE}: not a source that is downloaded; got {source}, expected hf:REPO, timm:NAME or "
-        "open_clip:ARCH/TAG. Files and folders are sources as they are: copy them."
+        f"{_WHERE}: not a source for downloads; got {source}, expected hf:REPO, timm:NAME or "
+        "open_clip:ARCH/TAG. Copy files and folders instead."
     )
 
 

@@ -183,8 +183,8 @@ def parse_size(text: str) -> int:
     size = int(float(found[1]) * _UNITS.get(found[2], 1)) if found else 0
     if size < 1 or (found and found[2] == "B"):
         raise ConfigError(
-            f"--shard_size: no size of a file; got {text!r}, expected a number with KB, MB, GB or "
-            "TB. Write for instance 5GB."
+            f"--shard_size: not a file size; got {text!r}, expected a number with KB, MB, GB or "
+            "TB. For example, write 5GB."
         )
     return size
 

@@ -178,7 +178,7 @@ def _compare(
         raise ConfigError(
             f"export: --to {to}: the graph of this {architecture.family} model is off the model; "
             f"got {error:.2g} of the largest value for one image, expected at most {_TOLERANCE:g}. "
-            "Its forward depends on more than its images: mend it, or use --to fd."
+            "Its forward depends on more than its images: correct it, or use --to fd."
         )
 
 

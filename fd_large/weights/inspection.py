@@ -40,7 +40,7 @@ class Inspection:
         source: The source as the user gave it.
         form: Name of the format.
         what: The format in words.
-        architecture: Known fields of the architecture; None in the others.
+        architecture: Known fields of the architecture; None in unknown fields.
         statistics: Image statistics that it was trained with; None if unknown.
         named: A named model with this architecture, or "".
         parameters: Elements of the model in the file.
@@ -88,8 +88,8 @@ def inspect(
     if own := sources.resolve(path.parent if beside else source).unpublished:
         if model != "auto":
             raise ConfigError(
-                f"--model: the weights are of {name_of(own.architecture)}, whose tensors have "
-                f"names of their own; got {model}, expected auto. Leave it out."
+                f"--model: the weights are of {name_of(own.architecture)}, which has its own "
+                f"names of tensors; got {model}, expected auto. Leave it out."
             )
         return _of_own(source, own)
     resolved = sources.resolve(source)

@@ -134,7 +134,7 @@ def _names_in_timm() -> Collection[str]:
 def _require_repository(name: str, where: str) -> None:
     if not _REPOSITORY.fullmatch(name):
         raise WeightsError(
-            f"{where}: no name of a repository; got {HUB}{name}, expected {HUB}OWNER/NAME of "
+            f"{where}: not a repository's name; got {HUB}{name}, expected {HUB}OWNER/NAME of "
             "letters, digits, dots, dashes and underscores. Correct it."
         )
 

@@ -56,7 +56,7 @@ def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str,
             if form.refusal:
                 taken = ", ".join(name for name, (_, form) in FORMATS.items() if not form.refusal)
                 raise WeightsError(
-                    f"{where}: weights that no model here can take; got {form.what}, expected one "
+                    f"{where}: unsupported weights; got {form.what}, expected one "
                     f"of {taken}: {form.refusal}"
                 )
             return name
@@ -73,7 +73,7 @@ def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str,
             "a file that shows its model; where MODEL=SOURCE is taken, name it: timm:NAME=FILE"
         )
     raise WeightsError(
-        f"{where}: names of no known format; got {', '.join(sorted(names)[:5])}, ..., expected "
+        f"{where}: names of an unknown format; got {', '.join(sorted(names)[:5])}, ..., expected "
         f"{expected}. These formats show their model: {known}."
     )
 
@@ -89,7 +89,7 @@ class PublishedWeights:
         pieces: {our name: rule that makes the tensor}.
         dropped: Names in the file that are intentionally left out.
         unfit: Names in the file that make no tensor.
-        found: Fields of the architecture shown by names and shapes; None in the others.
+        found: Fields of the architecture shown by names and shapes; None in other fields.
         stated: Statements of the format and of a configuration next to the file.
         statistics: Image statistics that it was trained with; None if unknown.
         own: Whether this project wrote it.
@@ -144,7 +144,7 @@ class PublishedWeights:
     def adapted(
         self, architecture: FamilyArchitecture, expected: Shapes
     ) -> tuple[Pieces, list[str]]:
-        """Returns the rules for a model's tensors, and a description of changes to the file's.
+        """Returns the rules for a model's tensors, and a description of changes to the file.
 
         Args:
             architecture: The model, which may differ from the file's where its family allows.
@@ -270,7 +270,7 @@ def in_our_names(
 
 
 def _model_flag(where: str) -> str:
-    """Returns the model's flag, next to the source's."""
+    """Returns the flag of the model, next to the flag of the source."""
     section = where.rpartition(".")[0]
     return f"{section}.model" if section.startswith("--") else "--teacher.model"
 
@@ -283,9 +283,9 @@ def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Ar
     empty = [name for name, shape in shapes.items() if 0 in shape]
     if empty:
         raise WeightsError(
-            f"{where}: tensors without numbers; got {len(empty)} of {len(shapes)}, "
+            f"{where}: empty tensors; got {len(empty)} of {len(shapes)}, "
             f"{empty[0]} {shapes[empty[0]]} the first, expected whole ones. state_dict() of a "
-            "model in shards (ZeRO-3) holds none: gather it before it is saved."
+            "model in shards (ZeRO-3) is empty: gather it before saving."
         )
     name = family.architecture.family
     if "patch_embed.proj.weight" not in shapes:

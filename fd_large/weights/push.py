@@ -26,7 +26,7 @@ def check_push(repository: str) -> None:
     """
     if not REPOSITORY.fullmatch(repository):
         raise ConfigError(
-            f"--push: no name of a repository; got {repository!r}, expected OWNER/NAME, such as "
+            f"--push: not a repository's name; got {repository!r}, expected OWNER/NAME, such as "
             "my-group/swinv2-giant. Name one that is not there yet."
         )
     api = _api()
@@ -62,7 +62,7 @@ def _api() -> Any:
 
 def _there(repository: str, remedy: str) -> ConfigError:
     return ConfigError(
-        f"--push: a repository of that name is there already; got {repository}, expected a new "
+        f"--push: a repository with this name exists already; got {repository}, expected a new "
         f"name. {remedy}"
     )
 

@@ -157,7 +157,7 @@ def split_part(source: str | Path, *, where: str = "weights") -> tuple[str, str]
         return str(source), ""
     if part not in PARTS:
         raise WeightsError(
-            f"{where}: no such part of a weights file; got #{part}, expected one of "
+            f"{where}: unknown part of a weights file; got #{part}, expected one of "
             f"{', '.join('#' + known for known in PARTS)}. Name one, or leave it out."
         )
     return name, part
@@ -213,8 +213,8 @@ def file_of(path: Path, *, where: str = "weights") -> Path:
     for suffix, library in _GRAPHS.items():
         if kind_of(path / library.graph) == "file" or (path.suffix == suffix and kind == "file"):
             raise WeightsError(
-                f"{where}: {path}: holds a model that runs without its code, not weights by name; "
-                f"got {library.holds}, expected a file or folder of weights. Export the run again "
+                f"{where}: {path}: contains a runnable model instead of weights by name; got"
+                f" {library.holds}, expected a file or folder of weights. Export the run again "
                 "with --to fd, and name that folder."
             )
     got = f"a folder without {', '.join(_FOLDER_FILES)}" if kind == "folder" else "nothing there"
@@ -272,8 +272,9 @@ def _unwrapped(
     )
     if strange:
         raise WeightsError(
-            f"{where}: not only dense tensors in it; got {', '.join(strange[:5])}, expected a "
-            "mapping of names to tensors, alone or under model, state_dict, student or teacher. "
+            f"{where}: holds other values than dense tensors; got {', '.join(strange[:5])}, "
+            "expected a mapping of names to tensors, alone or under model, state_dict, student or "
+            "teacher. "
             "Save the model's state_dict()."
         )
     return contents, tuple(wrapping)
@@ -294,7 +295,7 @@ def _without_prefixes(contents: Mapping[str, Any], where: str) -> dict[str, Any]
     longest = max(map(len, contents), default=0)
     if len(contents) > _NAMES or longest > NAME_LENGTH:
         raise WeightsError(
-            f"{where}: names of no model; got {len(contents):,} tensors, the longest name of "
+            f"{where}: not a model's names; got {len(contents):,} tensors, the longest name of "
             f"{longest:,} characters, expected at most {_NAMES:,} and "
             f"{NAME_LENGTH}. Use the weights of another model."
         )
@@ -351,8 +352,8 @@ def _torch_file(path: Path, where: str) -> Any:
         return torch_files.load(path)
     except RefusedError as error:
         raise WeightsError(
-            f"{where}: {path}: holds objects that only running code of the file could restore; "
-            f"got {error}, expected tensors. If you trust the file, load it where its code is "
+            f"{where}: {path}: contains objects that need code from the file to be run; got"
+            f" {error}, expected tensors. If you trust the file, load it where its code is "
             "installed, and save the state dict alone: "
             "torch.save(torch.load(FILE, weights_only=False)['model'], NEW)."
         ) from error

@@ -204,7 +204,7 @@ class ResolvedWeights:
 
     @cached_property
     def tensors(self) -> Tensors:
-        """The tensors under their own names; from a file with two models, the student's."""
+        """The tensors under their own names; from a file with two models, those of the student."""
         if self.brought:
             family, rest = self.brought
             assert family.scheme is not None

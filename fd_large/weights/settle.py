@@ -171,8 +171,8 @@ def _of_published(
     )
     if is_guess:
         log.warning(
-            "%s: %s: THE IMAGE STATISTICS OF THE WEIGHTS ARE A GUESS, which neither the file nor a "
-            "configuration beside it confirms: ImageNet's are used, %s%s. To state others, %s",
+            "%s: %s: THE IMAGE STATISTICS OF THE WEIGHTS ARE A GUESS, not confirmed by the file "
+            "or a configuration next to it: ImageNet's are used, %s%s. To state others, %s",
             where,
             weights.what,
             " ".join(f"{number:g}" for number in _numbers(IMAGENET)),
@@ -293,8 +293,8 @@ def _nothing_shows(
         flags.append(f"{start}statistics MEAN MEAN MEAN STD STD STD ({trained_with})")
         missing.append("image statistics")
     return WeightsError(
-        f"{where}: {weights.what}: neither its tensors nor a config.json beside it show "
-        f"everything; got no {', '.join(missing)}, expected every field of a "
+        f"{where}: {weights.what}: its tensors and config.json do not show all fields; got no"
+        f" {', '.join(missing)}, expected every field of a "
         f"{weights.family.architecture.family} model. {remedy} {' '.join(flags)}"
     )
 
@@ -313,7 +313,7 @@ def _placeholder(field: str) -> str:
 
 
 def stated_statistics(section: FrozenModel) -> Statistics | None:
-    """Returns a settled section's image statistics; None means its named model's."""
+    """Returns a settled section's image statistics; None means those of its named model."""
     if not section.statistics:
         return None
     return Statistics(tuple(section.statistics[:3]), tuple(section.statistics[3:]))

@@ -119,7 +119,7 @@ class Configuration:
                 if family.of_config and (found := family.of_config(config, where)) is not None:
                     return Described(found, self._statistics(), family, read_here)
         raise WeightsError(
-            f"{where}: {self._folder / 'config.json'}: a model that nothing here reads; got "
+            f"{where}: {self._folder / 'config.json'}: an unsupported model; got "
             f"{self._called}, expected one that docs/weights.md lists. If timm has this model, "
             "set --teacher.source timm:NAME."
         )
@@ -280,7 +280,7 @@ def own_config(
 
     Args:
         architecture, statistics, code_hash: See `Stated`.
-        trained_by: What is told of the runs that led to the weights, nearest first.
+        trained_by: Records of the runs that led to the weights, nearest first.
     """
     own: dict[str, Any] = {"architecture": architecture.values()}
     if statistics is not None:

@@ -72,7 +72,7 @@ class _Mapped:
         if begin % dtype.itemsize:
             self._copied += len(piece)
             if self._copied > self.size:
-                raise ValueError("storages that lie in each other")
+                raise ValueError("overlapping storages")
             piece = piece.clone()
         return Held(piece, dtype, numel)
 
@@ -147,7 +147,7 @@ def _legacy(path: Path) -> Any:
         head = io.BytesIO(file.read(_PICKLE_BYTES))
     budget = Budget()
     if unpickled(head, _nowhere, budget) != _MAGIC:
-        raise ValueError("no torch file")
+        raise ValueError("not a torch file")
     mapped, places = _Mapped(path), {}
     unpickled(head, _nowhere, budget)  # This one is the version of the protocol.
     if not unpickled(head, _nowhere, budget).get("little_endian", True):
@@ -187,7 +187,7 @@ def _state_dict(root: Any, archive: _Archive, budget: Budget) -> dict[str, Tenso
     while pending:
         prefix, module = pending.pop()
         if len(prefix) > NAME_LENGTH or not isinstance(module, Module):
-            raise ValueError("an archive of no module, or of modules without end")
+            raise ValueError("an archive without a module, or with endless modules")
         file, _, name = module.name.rpartition(".")
         if file not in listed:
             listed[file] = _named_tensors(archive.read(f"code/{file.replace('.', '/')}.py"))

@@ -246,7 +246,7 @@ def _made(of: Any) -> Any:
 
 def _called(function: Any, arguments: Any, budget: Budget) -> Any:
     if not isinstance(function, _Global) or not isinstance(arguments, tuple):
-        raise RefusedError("a call of what has no name")
+        raise RefusedError("a call of an unnamed object")
     if function.name in _TENSORS:
         metadata = arguments[6:7] if function.name.endswith("_v2") else ()
         return Passive() if any(metadata) else _tensor(*arguments[:4])

@@ -243,7 +243,7 @@ def test_mistakes_are_the_command_lines_sentences_all_at_once(tmp_path):
         fd_large.distill, out="x", data="a", **{"data.root": "b"}
     )
     assert "nearest: quickstart." in said(fd_large.distill, out="x", recipe="quikstart")
-    assert "distils no teacher" in said(fd_large.distill, out="x", recipe="finetune_clip_vit_base")
+    assert "not a distillation" in said(fd_large.distill, out="x", recipe="finetune_clip_vit_base")
     assert re.match("sead: .*nearest: seeds", said(fd_large.evaluate, "x", data="y", sead=3))
     assert said(fd_large.evaluate, "x", data="y", k=0).startswith("--k: too small")
     assert not (tmp_path / "run").exists()

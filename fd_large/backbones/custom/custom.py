@@ -69,8 +69,8 @@ def build_custom(
     lacks = [name for name in needed if not hasattr(net, name)]
     if not isinstance(net, nn.Module) or lacks:
         raise ConfigError(
-            f"{where}: no backbone; got {type(net).__name__} from {architecture.function} without "
-            f"{', '.join(lacks) or 'parameters'}, expected a torch Module with "
+            f"{where}: not a backbone; got {type(net).__name__} from {architecture.function} "
+            f"without {', '.join(lacks) or 'parameters'}, expected a torch Module with "
             f"{', '.join(needed)}. docs/extending.md says what each is."
         )
     if options.is_trained:
@@ -117,8 +117,8 @@ def _complete(net: Any) -> None:
 
 def _no_layers(name: str) -> int:
     raise ConfigError(
-        "optim.layer_decay: the student does not say which layer a parameter is in; got another "
-        "value than 1 for a model without layer_id, expected 1. Set --optim.layer_decay 1, or give "
+        "optim.layer_decay: the student has no layer_id; got a value other than 1, expected 1."
+        " Set --optim.layer_decay 1, or give "
         "the model layer_id and last_layer."
     )
 
@@ -161,7 +161,7 @@ def check_map(net: Any, image_size: int, *, is_trained: bool, where: str) -> Non
             return
         got = doors.cause(error)
     raise ConfigError(
-        f"{where}: forward does not return the map of images {tuple(images.shape)}; got {got}, "
-        f"expected a FeatureMap{expected}, and no draws besides `keep`. docs/extending.md shows "
-        "one."
+        f"{where}: forward does not return a feature map of images {tuple(images.shape)}; got "
+        f"{got}, expected a FeatureMap{expected}, and no random draws besides `keep`. "
+        "docs/extending.md shows one."
     )

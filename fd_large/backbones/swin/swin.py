@@ -250,7 +250,7 @@ def build(a: SwinArchitecture, options: Options) -> Swin:
     rules = options.of_windows()
     if own_windows := rules.pop("stage_windows"):
         raise ConfigError(
-            "student.stage_windows: a swin model's windows are those of its position tables; got "
+            "student.stage_windows: a Swin model's position tables decide its windows; got "
             f"{own_windows}, expected none. Set --student.architecture.window_size."
         )
     own = vars(a) | {"qkv_bias": a.qkv_bias != "none", **rules}

@@ -63,7 +63,7 @@ _DRAWS = "sapiens2"
 def why_refused(name: str) -> str:
     """Returns why a model of timm is no student or teacher; "" where nothing is known of it.
 
-    What decides is the model itself when it is built; this is for lists of names.
+    For lists of names: the model itself decides when it is built.
     """
     for pattern, reason in _NO_MAP.items():
         if re.match(pattern, name):

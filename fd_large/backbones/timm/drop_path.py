@@ -18,7 +18,7 @@ class Scales:
     """The drop path scales of a forward, shared by all sites of a model.
 
     Attributes:
-        now: The factors of the forward under way, (num_sites, B) float32; None: no drop path.
+        now: The factors of the forward under way, (num_sites, B) float32; None without drop path.
     """
 
     now: Tensor | None = None

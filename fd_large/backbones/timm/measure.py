@@ -36,7 +36,7 @@ class Measured(NamedTuple):
         owners: Path of the module that gets the factors of each site, by the site's path.
         blocks: Paths of the modules whose activations can be recomputed, in order.
         layers: Layer of each parameter, from 0; empty if the model does not say.
-        last_layer: The deepest layer: the head's.
+        last_layer: The deepest layer, which belongs to the head.
         fewest_places: Places of the smallest map under a batch norm; 0 without batch norms.
     """
 
@@ -152,9 +152,9 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _Seen:
             tokens.sum().backward()
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"student.model: {name} does not take images of this size; got {side}x{side} pixels "
-            f"({first_line(error)}), expected a size that it "
-            "takes. Set --data.image_size."
+            f"student.model: {name} does not accept images of this size; got {side}x{side} pixels "
+            f"({first_line(error)}), expected a size that it accepts. Set"
+            " --data.image_size."
         ) from error
     if draws.seen:
         raise _refused(name, f"random draws besides drop path ({', '.join(sorted(draws.seen))})")
@@ -162,12 +162,11 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _Seen:
         # They would be decayed all the same.
         raise ConfigError(
             f"student.model: the map of {name} does not depend on all of its parameters; got "
-            f"{len(idle)} that it does not need, {idle[0]} the first, expected none. Choose "
-            "another model."
+            f"{len(idle)} unused parameters ({idle[0]}, ...), expected none. Choose another model."
         )
     if tokens.shape[1] != grid[0] * grid[1]:
         raise ConfigError(
-            f"student.model: the map of {name} has another stride than timm states; got "
+            f"student.model: the map of {name} has another stride than in timm's description; got "
             f"{tokens.shape[1]} tokens of {side}x{side} pixels, expected {grid[0]}x{grid[1]}. Use "
             "another model."
         )
@@ -213,6 +212,6 @@ def _last_layer(layers: Mapping[str, int], net: nn.Module, *, has_head: bool) ->
 
 def _refused(name: str, got: str) -> ConfigError:
     return ConfigError(
-        f"student.model: {name} cannot be trained so that ranks and recomputation change nothing; "
+        f"student.model: {name} cannot be trained independently of ranks and recomputation; "
         f"got {got}, expected none. Use it as a teacher, or choose another model."
     )

@@ -49,7 +49,7 @@ def create(name: str, **arguments: Any) -> nn.Module:
             raise
         raise ConfigError(
             f"{_WHERE}: timm cannot make this model; got {first_line(error)} for {name[:300]}, "
-            f"expected arguments that {timm_name} takes. Leave them out."
+            f"expected arguments of {timm_name}. Leave them out."
         ) from error
     if not hasattr(net, "forward_intermediates") or not hasattr(net, "prune_intermediate_layers"):
         raise ConfigError(
@@ -87,7 +87,7 @@ def check_name(name: str) -> None:
     """
     if Version(timm.__version__) < Version(OLDEST):
         raise VersionError(
-            f"timm: too old a release, which may run code from a model's configuration; got "
+            f"timm: a release that is too old, and may run code from a model's configuration; got "
             f"{timm.__version__}, expected {OLDEST} or later. pip install 'timm>={OLDEST}'."
         )
     name = split_arguments(name)[0]
@@ -179,7 +179,7 @@ class Layout(NamedTuple):
         stride: Pixels per token, each way.
         is_regular: Whether the stride is the last stage's, so that it gives the grid at other
             sizes too.
-        num_prefix_tokens: Tokens before the map's.
+        num_prefix_tokens: Number of tokens before the tokens of the map.
         is_channels_last: Whether a map that is no sequence has its channels last.
     """
 
@@ -273,7 +273,7 @@ def _watched(
             found = run()
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         raise ShapeError(
-            f"{_WHERE}: {name} does not take images of this size; got {side}x{side} pixels "
+            f"{_WHERE}: {name} does not accept images of this size; got {side}x{side} pixels "
             f"({first_line(error)}), expected a size that it "
             "takes. Set --data.image_size, or of a teacher --teacher.architecture.image_size."
         ) from error
@@ -291,7 +291,7 @@ class _Used(TorchFunctionMode):
     """Records the tensor arguments of torch's functions while active.
 
     Attributes:
-        seen: Their ids.
+        seen: Ids of these tensors.
     """
 
     def __init__(self) -> None:

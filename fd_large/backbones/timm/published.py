@@ -100,7 +100,7 @@ class _Resized(Piece):
     Attributes:
         name: Name of the tensor in our model.
         new_shape: Shape of the tensor in our model.
-        resize: Returns all weights of the model at its size, from a file's.
+        resize: Returns all weights of the model at its size, from the weights of a file.
     """
 
     name: str = ""
@@ -121,7 +121,7 @@ class _Resize:
 
     Args:
         architecture: The model.
-        names: Name of each tensor in the file by timm's.
+        names: {timm's name: name in the file} of each tensor.
     """
 
     def __init__(self, architecture: TimmArchitecture, names: Mapping[str, str]) -> None:
@@ -202,7 +202,7 @@ def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
     name = with_arguments(name, pooled if shapes[0] != shapes[1] else arguments)
     if len(sides) != 1:
         raise WeightsError(
-            f"{where}: config.json: images that are no squares; got img_size {size}, expected one "
+            f"{where}: config.json: images are not square; got img_size {size}, expected one "
             "side. Use another model."
         )
     return Architecture(timm_name=name, feature_stride=0, image_size=sides.pop())
@@ -273,8 +273,8 @@ def _load(name: str, where: str) -> Loaded:
     except (OSError, RuntimeError, ValueError) as error:
         raise WeightsError(
             f"{where}: timm cannot get the weights; got {first_line(error)} for timm:{name}, "
-            "expected them in its cache or within reach. Fetch the file elsewhere, and give its "
-            f"path, and --teacher.model timm:{name}."
+            "expected them in its cache or within reach. Download the file elsewhere, and give "
+            f"its path and --teacher.model timm:{name}."
         ) from error
 
 
@@ -304,9 +304,9 @@ def in_timm_names(given: Shapes, expected: Shapes, *, where: str = "weights") ->
     )
     if len(given) != len(expected) or misfit:
         raise WeightsError(
-            f"{where}: neither timm's names nor its tensors in its order; got {len(given)} tensors"
-            f"{', ' + misfit if misfit else ''}, expected {len(expected)}. Name the model that the "
-            "file holds: timm:NAME."
+            f"{where}: tensors match timm's model neither by name nor by order; got {len(given)} "
+            f"tensors{', ' + misfit if misfit else ''}, expected {len(expected)}. Name the file's "
+            "model: timm:NAME."
         )
     return {ours: theirs for (ours, _), (theirs, _) in pairs}
 

@@ -70,7 +70,7 @@ class TimmBackbone(nn.Module):
             first of them as its summary.
         gives_summary: Whether it does.
         stage_strides: Pixels per place of each map of `stages`, finest first.
-        stage_widths: Their channels.
+        stage_widths: Channels of each stage.
         drop_path_rates: Rate of each call of a drop path, in order.
         fewest_places: Places of the smallest map that a batch norm of a student normalises.
 
@@ -184,8 +184,8 @@ class TimmBackbone(nn.Module):
         layers = self._measured.layers if self._measured else {}
         if not layers:
             raise ConfigError(
-                f"optim.layer_decay: timm does not say which layers {self.name} has; got another "
-                "value than 1, expected 1. Set --optim.layer_decay 1."
+                f"optim.layer_decay: timm does not define layers of {self.name}; got a value "
+                "other than 1, expected 1. Set --optim.layer_decay 1."
             )
         return layers[name.removeprefix("net.")]
 
@@ -231,7 +231,7 @@ class TimmBackbone(nn.Module):
         if self.fixed_size and (height, width) != (self.fixed_size, self.fixed_size):
             side = self.fixed_size
             raise ShapeError(
-                f"{self.name}: a model of one image size; got {height}x{width} pixels, expected "
+                f"{self.name}: takes only one image size; got {height}x{width} pixels, expected "
                 f"{side}x{side}. Set --data.image_size {side}, or of a teacher "
                 f"--objective.teacher_image_size {side}."
             )
@@ -264,7 +264,7 @@ class TimmBackbone(nn.Module):
         self._scales.now = None
         if tokens.shape[1] != grid[0] * grid[1]:
             raise ShapeError(
-                f"{self.name}: another map than its stride tells; got {tokens.shape[1]} tokens of "
+                f"{self.name}: the map does not match its stride; got {tokens.shape[1]} tokens of "
                 f"{images.shape[-2]}x{images.shape[-1]} pixels, expected {grid[0]}x{grid[1]}. "
                 "Choose another image size."
             )
@@ -285,7 +285,7 @@ class TimmBackbone(nn.Module):
         else:
             return
         raise ConfigError(
-            f"student.model: the stages of {self.name} cannot carry a pyramid; got {got}, expected "
+            f"student.model: the stages of {self.name} do not make a pyramid; got {got}, expected "
             "a convolutional model with stages, such as timm:convnextv2_atto. Choose another."
         )
 

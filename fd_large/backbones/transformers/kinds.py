@@ -92,7 +92,7 @@ def kind_of(name: str, where: str) -> Kind:
     """
     if name not in KINDS:
         raise WeightsError(
-            f"{where}: a model of transformers that cannot teach here; got model_type "
+            f"{where}: a model of transformers that cannot be a teacher here; got model_type "
             f"{name[:100]!r}, {nearest(name, KINDS)}. Use one of these, or timm:NAME if timm has "
             "the model."
         )
@@ -110,14 +110,14 @@ def library(where: str) -> Any:
         import transformers
     except ImportError as error:
         raise WeightsError(
-            f"{where}: transformers is not installed; got the folder of a model of it, expected "
-            "the package that builds it. pip install 'fd_large[transformers]'."
+            f"{where}: transformers is not installed; got a folder of one of its models, expected "
+            "the package. pip install 'fd_large[transformers]'."
         ) from error
     if Version(transformers.__version__) < Version(OLDEST):
         raise VersionError(
-            f"{where}: too old a release of transformers, which may run code that a model's folder "
-            f"names; got {transformers.__version__}, expected {OLDEST} or later. pip install "
-            "'fd_large[transformers]'."
+            f"{where}: a release of transformers that is too old, and may run code named in a "
+            f"model's folder; got {transformers.__version__}, expected {OLDEST} or later. pip "
+            "install 'fd_large[transformers]'."
         )
     return transformers
 

@@ -182,7 +182,8 @@ def build(architecture: TransformersArchitecture, options: Options) -> Transform
     """
     if options.is_trained:
         raise ConfigError(
-            f"student.model: models of transformers teach only; got {architecture.own_name}, "
-            "expected a model of this project or of timm. Set --student.model timm:NAME."
+            "student.model: models of transformers can only be teachers; got "
+            f"{architecture.own_name}, expected a model of this project or of timm. Set "
+            "--student.model timm:NAME."
         )
     return TransformersBackbone(architecture.transformers_type, architecture.transformers_config)

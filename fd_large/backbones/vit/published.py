@@ -451,8 +451,8 @@ def _open_clip(config: dict[str, Any], where: str) -> Architecture:
     options = [name for name in ("act_kwargs", "norm_kwargs") if vision.get(name)]
     if options:
         raise WeightsError(
-            f"{where}: options of layers that no model here has; got {', '.join(options)} of "
-            "vision_cfg in its configuration, expected none. Give it as a function of your own, "
+            f"{where}: options of unsupported layers; got {', '.join(options)} of "
+            "vision_cfg in its configuration, expected none. Write a function of your own, "
             "--teacher.source module:FILE.py:NAME, that builds it with open_clip."
         )
     width = vision.get("width")

@@ -112,8 +112,8 @@ class ViT(nn.Module):
         super().__init__()
         if resizes_positions and relative_position == "block":
             raise ConfigError(
-                "architecture.relative_position: one table of positions is resized to images of "
-                "several sizes; got 'block', expected 'shared' or 'none'. Set it, or leave "
+                "architecture.relative_position: several image sizes need a single table of "
+                "positions; got 'block', expected 'shared' or 'none'. Set it, or leave "
                 "--data.image_sizes out."
             )
         self.resizes_positions = resizes_positions
@@ -218,7 +218,7 @@ class ViT(nn.Module):
         if has_positions and grid != self.image_grid and not self.resizes_positions:
             rows, columns = self.image_grid
             raise ShapeError(
-                f"vit: positions are made for another image size; got {grid[0]}x{grid[1]} patches "
+                f"vit: positions belong to another image size; got {grid[0]}x{grid[1]} patches "
                 f"({height}x{width} pixels), expected {rows}x{columns} ({rows * p}x{columns * p} "
                 "pixels). Set architecture.image_size to the image's size, or resize the image."
             )

@@ -256,7 +256,7 @@ def check_kernels(job: TrainingJob, *, bfloat16: bool) -> None:
                 frozen_bfloat16=frozen_in_bfloat16(teacher, bfloat16),
             )
         except FDError as error:
-            log.warning("kernels are not held against their references: %s", error)
+            log.warning("kernels are not compared with their references: %s", error)
     check(distributed.broadcast_object(calls), device)
 
 

@@ -66,7 +66,7 @@ class Operation(NamedTuple):
     """One dispatched operation.
 
     Attributes:
-        phase: Where it runs.
+        phase: Phase in which it runs.
         again: Whether it repeats a computation of the forward pass.
         name: Its name.
         flops: FLOPs of its matrix products.
@@ -99,7 +99,7 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         phase: Name of the running phase.
-        inside: How many modules are running now; the caller counts.
+        inside: Number of modules that are running now; the caller counts.
         modules: Forwards of modules by phase; the caller counts.
         operations: Operations that computed or moved data.
         calls: All calls by phase, views included.

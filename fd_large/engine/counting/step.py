@@ -132,9 +132,9 @@ def on_shapes(device: choose.Device) -> Iterator[None]:
         raise
     except Exception as error:  # Code of the user's own may raise anything.
         raise ConfigError(
-            f"count: a step does not run on shapes alone; got {type(error).__name__}: {error}, "
-            "expected models and a loss that torch's meta device can run. Plan with others that "
-            "are near in size."
+            f"count: a step cannot run on shapes alone; got {type(error).__name__}: {error}, "
+            "expected models and a loss that torch's meta device can run. Plan with a similar "
+            "model instead."
         ) from error
     finally:
         nn.functional.scaled_dot_product_attention = torchs

@@ -526,7 +526,7 @@ def _check_same(block: dict[str, Any], key: str, value: Any, field: str, prefix:
     same_kind = isinstance(given, bool) == isinstance(value, bool)
     if given != AUTO and not (same_kind and given == value):
         raise ConfigError(
-            f"{prefix}{key}: the JSON and the run disagree; got {given!r} in the JSON, expected "
+            f"{prefix}{key}: JSON and run disagree; got {given!r} in the JSON, expected "
             f'{value!r} from the recipe and the ranks. Write "auto" in the JSON, or change {field}.'
         )
 

@@ -44,7 +44,7 @@ class Engine(NamedTuple):
         gate: The gate in front of each optimiser step.
         averages: Moving averages of the running statistics of batch norms, by name, where the
             recipe has an average of the weights (`ema.py`).
-        disk: Holds the optimiser's float32 state; None: it is in memory.
+        disk: Holds the optimiser's float32 state; None if it is in memory.
         gradients: Persistent memory that holds gradients.
         infinite_buffers: Names of the task's running statistics that are not finite from the start,
             as a mask of the user's own may be.
@@ -152,6 +152,6 @@ def _checkpoint_blocks(blocks: Sequence[nn.Module], *, mode: str, every: int) ->
     elif mode != "off":
         why = "the student has fewer blocks than student.checkpoint_every" if blocks else ""
         log.warning(
-            "student.activation_checkpointing: nothing is computed again, as %s",
+            "student.activation_checkpointing: no activation is recomputed, as %s",
             why or "the student has no blocks for which that is known to be right",
         )

@@ -48,7 +48,7 @@ class InOrder(ABC):
     """Sends buckets of gradients in the same order on all ranks, each when it is complete.
 
     Args:
-        needs: How many gradients each bucket waits for, in the order in which they are sent.
+        needs: Number of gradients for which each bucket waits, in the order in which they are sent.
     """
 
     def __init__(self, needs: Sequence[int]) -> None:
@@ -91,7 +91,7 @@ class Reductions(InOrder):
     Args:
         engine: DeepSpeed's engine, which knows the data type that is sent.
         buckets: Tensors to sum.
-        needs: How many gradients each bucket waits for.
+        needs: Number of gradients for which each bucket waits.
         owners: The rank that needs the sum of each bucket, or None if all ranks do. On the other
             ranks the bucket is undefined afterwards.
     """

@@ -58,8 +58,8 @@ def tried(make: Callable[..., Any], optim: Optim, device: torch.device) -> Kept:
     if not all(torch.allclose(flat[: len(o)], o, rtol=1e-3, atol=1e-6) for o in others):
         raise _unfit(
             optim,
-            "does not act element by element; got other steps for parts of a tensor than for the "
-            "whole",
+            "does not act element by element; got different steps for parts of a tensor and for "
+            "the whole",
             "the same, since ZeRO steps parts",
         )
     moments, count = {}, None
@@ -73,7 +73,7 @@ def tried(make: Callable[..., Any], optim: Optim, device: torch.device) -> Kept:
             kind = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else value
             raise _unfit(
                 optim,
-                f"keeps what a checkpoint does not; got {name!r}: {kind}",
+                f"keeps state that a checkpoint cannot store; got {name!r}: {kind}",
                 f"float32 tensors of the parameter's shape, not named {' or '.join(RESERVED)}, and "
                 "a count 'step'",
             )
@@ -94,7 +94,7 @@ def _trial(
         make: Makes the optimiser.
         shapes: Shapes of the parameters, at most 64 elements in all.
         device: Where they are.
-        steps: How many.
+        steps: Number of steps.
         still: Whether numbers and gradients are zeros.
     """
     generator = torch.Generator().manual_seed(0)
@@ -110,10 +110,10 @@ def _trial(
     parameters = [nn.Parameter(piece) for piece in cut(draws[0])]
     optimizer = make([{"params": parameters, "weight_decay": 0.1}], lr=0.01)
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"{type(optimizer).__name__} is no torch.optim.Optimizer")
+        raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer")
     if optimizer.state:
         # DeepSpeed puts flat tensors in the place of the parameters before the first step.
-        raise TypeError("its state is there before the first step")
+        raise TypeError("its state exists before the first step")
     group = optimizer.param_groups[0]
     before = {name: value for name, value in group.items() if name not in ("params", "step")}
     for row in draws[1:]:
@@ -121,7 +121,9 @@ def _trial(
             parameter.grad = piece
         optimizer.step()
     if changed := [name for name, value in before.items() if group[name] != value]:
-        raise TypeError(f"it changes {', '.join(changed)} of its groups, which no checkpoint holds")
+        raise TypeError(
+            f"it changes {', '.join(changed)} of its groups, which checkpoints do not store"
+        )
     end = torch.cat([parameter.detach().flatten() for parameter in parameters])
     return end - draws[0, : len(end)], dict(optimizer.state[parameters[0]]), optimizer.defaults
 

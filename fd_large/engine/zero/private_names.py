@@ -57,7 +57,7 @@ def get(path: str) -> Any:
     """Returns a private class, function or global.
 
     Args:
-        path: Module:name. Where it is in `PARAMETERS`, it and its parts listed there are looked at.
+        path: Module:name. If `PARAMETERS` has it, it and its parts listed there are compared.
 
     Raises: VersionError: if it is not as in the tested version.
     """
@@ -67,7 +67,7 @@ def get(path: str) -> Any:
             missing = set(parameters) - {*inspect.signature(_found(part, package)).parameters}
             if missing:
                 names = ", ".join(sorted(missing))
-                raise _refused(part, f"parameters with no {names}", package)
+                raise _refused(part, f"parameters without {names}", package)
     return _found(path, package)
 
 
@@ -95,7 +95,7 @@ def check_optimizer(optimizer: Any, inner: Any, wrapper: str | None) -> None:
     Args:
         optimizer: The engine's optimiser.
         inner: The optimiser that it was given.
-        wrapper: Name of the class that DeepSpeed wraps it in; None: it is not wrapped.
+        wrapper: Name of the class that DeepSpeed wraps it in; None if it is not wrapped.
 
     Raises: VersionError: if the engine steps another optimiser.
     """
@@ -118,7 +118,7 @@ def _found(path: str, package: str) -> Any:
 def _refused(path: str, found: str, package: str) -> VersionError:
     tested = TESTED[package]
     return VersionError(
-        f"{package} {version(package)}: {path.rpartition(':')[2]} is not what this package works "
-        f"with; got {found}, expected that of {package} {tested}. "
-        f"pip install '{package}=={tested}'."
+        f"{package} {version(package)}: {path.rpartition(':')[2]} differs from the version that "
+        f"this package needs; got {found}, expected that of {package} {tested}. pip install "
+        f"'{package}=={tested}'."
     )

@@ -33,7 +33,7 @@ class _Home(NamedTuple):
 
     Attributes:
         span: Range of these elements in the flattened parameter.
-        master: Their float32 values, a view.
+        master: Float32 values of the elements, a view.
         owner: The tensor that the inner optimiser steps; its state holds the moments.
         offset: Place of the first element in the owner.
     """

@@ -147,7 +147,7 @@ def examine(
 
 
 def write_findings(folder: Path, findings: Findings, facts: dict[str, Any]) -> dict[str, Any]:
-    """Writes diagnosis.json and averages.npz; returns the content of the former.
+    """Writes averages.npz and diagnosis.json; returns the content of diagnosis.json.
 
     Args:
         folder: Folder of the diagnosis; it exists.

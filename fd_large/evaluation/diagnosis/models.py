@@ -59,7 +59,7 @@ class LoadedModel:
 
     Attributes:
         label: Short name in tables and plots.
-        source: The user's name for it.
+        source: The user's name for the model.
         backbone: Normalised images (B, 3, S, S) -> FeatureMap; in evaluation.
         statistics: The normalisation of its images.
         image_size: S, the side of its images, in pixels.
@@ -68,7 +68,8 @@ class LoadedModel:
             from random weights.
         losses: The task's of the run that it is of, if it can be computed; change of its own map.
         left_out: Why the task's loss is left out; "" if it is included or does not exist.
-        scratch: The same model with random weights; None: it is that, or cannot be made.
+        scratch: The same model with random weights; None if it has random weights itself, or no
+            such model can be made.
     """
 
     label: str

@@ -63,7 +63,7 @@ class Row:
 
     Attributes:
         kind: Role of the model in its run.
-        model: Where it comes from.
+        model: Origin of the weights.
         run: The run that distilled it.
         weights: Digest of its weights.
         others: Names of the rows with which a student is compared, by kind.

@@ -59,7 +59,7 @@ class Column(NamedTuple):
     Attributes:
         name: Name on the command line and of its folders.
         data: The flag that names its dataset.
-        title: Words for it.
+        title: Heading of the column.
         images: Training images of the published dataset, which decide the steps of an epoch.
         scores: Reported metrics.
         recipes: Beginnings of the names of its recipes; empty: as the task fine-tuning chooses.

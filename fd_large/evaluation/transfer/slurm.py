@@ -32,7 +32,7 @@ def check_options(options: Sequence[str]) -> None:
     for option in options:
         require(
             bool(_OPTION.fullmatch(option)),
-            "--sbatch: no option of sbatch",
+            "--sbatch: not an option of sbatch",
             repr(option),
             "NAME=VALUE without dashes, such as nodes=2 or partition=gpu",
         )
@@ -159,8 +159,8 @@ def _sbatch(
     if done.returncode or not number.isdigit():
         said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
         raise ConfigError(
-            f"--slurm: sbatch took no job; got {said[-1]}, expected its number. Change --sbatch or "
-            "site.sh; the jobs that were submitted before stay."
+            f"--slurm: sbatch refused the job; got {said[-1]}, expected its number. Change "
+            "--sbatch or site.sh; jobs submitted before stay."
         )
     return int(number)
 

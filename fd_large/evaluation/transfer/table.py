@@ -71,7 +71,7 @@ class TransferFlags(SweepFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            not (self.sweep and self.slurm), "--sweep: its trials are no jobs", "--slurm", "none"
+            not (self.sweep and self.slurm), "--sweep: its trials cannot be jobs", "--slurm", "none"
         )
         at_least("--seeds", self.seeds, 1, "repetitions")
         require(bool(self.rows), "--rows: no row", "none", "at least one")
@@ -156,7 +156,7 @@ def _measure(asked: Asked) -> Result:
             "Set --rows or --only to others, or name another run."
         )
     if refused and distributed.is_main():
-        log.warning("transfer: cannot be trained, and are left out: %s", why)
+        log.warning("transfer: left out, because they cannot be trained: %s", why)
     first = {cell.column.name: cell for cell in reversed(cells)}
     meeting.meet(lambda: check_all(*map(cells_.opens, reversed(first.values()))))
     states = distributed.of_main(lambda: cells_.states_of(flags.out, cells))
@@ -186,7 +186,7 @@ def _swept(rows: Sequence[Row], cells: Sequence[Cell], asked: Asked) -> tuple[in
     columns = {cell.column.name: cell.column for cell in cells if cell.column.is_swept}
     if not columns:
         raise ConfigError(
-            "--sweep: no column of labelled folders, whose images are held out; got "
+            "--sweep: no column to which it applies; got "
             f"{', '.join(dict.fromkeys(cell.column.name for cell in cells))}, expected finetune. "
             "Leave it out."
         )

@@ -89,7 +89,7 @@ class ClassificationJob(TrainingJob):
         )
 
     def models_on_shapes(self) -> tuple[Task, tuple[nn.Module, ...]]:
-        """Constructs the task; before the samples are open, with as many classes as ImageNet's."""
+        """Constructs the task; before the samples are open, with ImageNet's number of classes."""
         if self._training is None:
             self._assumed_classes = IMAGENET_CLASSES
         return super().models_on_shapes()
@@ -382,7 +382,7 @@ class LinearProbeJob(ClassificationJob):
         """Refuses a checkpoint whose layer belongs to another model."""
         if manifest.get("frozen_hash") != self._hash:
             raise CheckpointError(
-                "student.init: not the model that this probe began with; got hash "
+                "student.init: not this probe's first model; got hash "
                 f"{self._hash}, expected {manifest.get('frozen_hash')} "
                 f"({manifest.get('frozen_source')}). Give that file, or --fresh."
             )
@@ -393,8 +393,8 @@ class LinearProbeJob(ClassificationJob):
         Raises: CheckpointError: always.
         """
         raise CheckpointError(
-            f"{self.run.run_dir()}: a linear probe trains no model; got a run that stores a layer "
-            f"alone, expected the model itself. Name {self.run.student.init or 'its weights'}."
+            f"{self.run.run_dir()}: a linear probe trains no model; got a run that stores only a "
+            f"layer, expected the model itself. Name {self.run.student.init or 'its weights'}."
         )
 
 
@@ -408,7 +408,7 @@ class _GroupWarning(Hook):
         size = setting.micro_batch_size
         if size % self._group and distributed.is_main():
             log.warning(
-                "batch.micro_batch_size: statistics of the batch norm want whole groups of %d "
+                "batch.micro_batch_size: statistics of the batch norm need whole groups of %d "
                 "images (task.linear.norm_batch); got %d, so that each micro batch loads and "
                 "computes at least %d. Set a multiple of %d, or use fewer ranks.",
                 self._group,

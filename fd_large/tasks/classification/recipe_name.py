@@ -14,7 +14,7 @@ def recipe_name(architecture: FamilyArchitecture, *, run_recipe: str | None) -> 
     """Returns the name of the recipe for a model, if the user names none.
 
     Args:
-        architecture: The model's.
+        architecture: Architecture of the model.
         run_recipe: Name of the recipe of the model's run; "" for random weights without a run;
             None for weights of its own, such as a teacher's.
     """

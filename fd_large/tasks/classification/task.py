@@ -298,7 +298,7 @@ def probe_batch(size: int, image_size: int, *, norm_batch: int) -> Batch:
 
     Args:
         size: Images of the micro batch.
-        image_size: Their side, in pixels.
+        image_size: Side of the images, in pixels.
         norm_batch: Images of a group.
     """
     positions, loaded = torch.arange(size), -(-size // norm_batch) * norm_batch

@@ -1,4 +1,4 @@
-"""Convolutions of pyramids and heads; each draws its own weights and never a child's.
+"""Convolutions of pyramids and heads; each draws its own weights and never the weights of a child.
 
 torchvision's pyramid and heads draw their children's weights in the parent's constructor. Under
 `deepspeed.zero.Init` these weights are already split over the ranks and the draws are lost, so

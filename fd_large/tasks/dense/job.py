@@ -118,7 +118,7 @@ class DenseJob(TrainingJob):
         student, name = self.run.student, self.run.task.name
         if self.section.frozen and student.drop_path_rate:
             raise ConfigError(
-                "student.drop_path_rate: a frozen student is used as it is; got "
+                "student.drop_path_rate: a frozen student has no drop path; got "
                 f"{student.drop_path_rate}, expected 0 beside task.{name}.frozen. "
                 "Set --student.drop_path_rate 0."
             )
@@ -128,8 +128,8 @@ class DenseJob(TrainingJob):
             size, patch = self.run.data.image_size, module.patch_size
             if size % patch:
                 raise ConfigError(
-                    f"data.image_size: {student.model} would see a part of the crop, stretched; "
-                    f"got {size} pixels, expected a multiple of its patch of {patch}. Set "
+                    f"data.image_size: {student.model} would see a stretched part of the crop; got"
+                    f" {size} pixels, expected a multiple of its patch of {patch}. Set "
                     f"--data.image_size {next_multiple(size, patch)}."
                 )
             if problem := self.whole_images():
@@ -222,7 +222,7 @@ class _PassWarning(Hook):
         if setting.accumulation > 1 and distributed.is_main():
             log.warning(
                 "batch norms see the %d images of a pass, of the step's %d: another number of "
-                "passes is another run",
+                "passes changes the result",
                 setting.micro_batch_size * setting.world_size,
                 setting.global_batch_size,
             )

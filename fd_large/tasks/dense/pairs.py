@@ -114,9 +114,9 @@ class PairedImages(ABC):
         truth = self.truth(index)
         if image.shape[-2:] != truth.shape:
             raise DataError(
-                f"{self.truth_file(index)}: not the size of its image; got {truth.shape[1]} x "
-                f"{truth.shape[0]} pixels, expected {image.shape[-1]} x {image.shape[-2]}. Make "
-                "the file again."
+                f"{self.truth_file(index)}: its size differs from its image's; got "
+                f"{truth.shape[1]} x {truth.shape[0]} pixels, expected {image.shape[-1]} x "
+                f"{image.shape[-2]}. Make the file again."
             )
         return image, truth
 

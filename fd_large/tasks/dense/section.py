@@ -37,7 +37,7 @@ def check_head(run: Any, *, task: str, field: str = "head") -> None:
 def check_scale_range(where: str, scale_range: tuple[float, float]) -> None:
     """Refuses scales of training images that are not an ascending range.
 
-    Raises: ConfigError: with `where`, the name of the section, before the field's.
+    Raises: ConfigError: with `where`, the name of the section, before the field.
     """
     smallest, largest = scale_range
     require(
@@ -51,7 +51,7 @@ def check_scale_range(where: str, scale_range: tuple[float, float]) -> None:
 def check_test_size(where: str, test_size: tuple[int, int]) -> None:
     """Refuses invalid side lengths of test images, in pixels, shorter side first.
 
-    Raises: ConfigError: with `where`, the name of the section, before the field's.
+    Raises: ConfigError: with `where`, the name of the section, before the field.
     """
     shorter, longer = test_size
     require(
@@ -65,7 +65,7 @@ def check_test_size(where: str, test_size: tuple[int, int]) -> None:
 def check_test_scales(where: str, scales: tuple[float, ...]) -> None:
     """Refuses invalid scales of test images.
 
-    Raises: ConfigError: with `where`, the name of the section, before the field's.
+    Raises: ConfigError: with `where`, the name of the section, before the field.
     """
     require(
         bool(scales) and all(scale > 0 for scale in scales),

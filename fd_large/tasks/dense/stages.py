@@ -44,7 +44,7 @@ def strip(student: nn.Module, *, windowed: bool = True) -> None:
         stages, size_rule = len(student.stage_widths), getattr(student, "size_rule", "pad")
         if stages != NUM_STAGES or size_rule != "pad":
             raise ConfigError(
-                f"student.model: the pyramid stands on {NUM_STAGES} stages of any size; got "
+                f"student.model: the pyramid needs {NUM_STAGES} stages of any size; got "
                 f"{stages} stages, size_rule {size_rule!r}, expected {NUM_STAGES} and 'pad'. Set "
                 "--student.model and --student.size_rule."
             )
@@ -56,8 +56,8 @@ def strip(student: nn.Module, *, windowed: bool = True) -> None:
             student.cls_token = student.dist_token = student.reg_token = None
     else:
         raise ConfigError(
-            f"student.model: no pyramid stands on this model; got {type(student).__name__}, "
-            "expected one that maps images of any size, such as swinv2_base. Set --student.model."
+            f"student.model: no pyramid for this model; got {type(student).__name__}, "
+            "expected a model for images of any size, such as swinv2_base. Set --student.model."
         )
     student.norm = None
 
@@ -105,7 +105,7 @@ def maps_of_blocks(
         vit: After `strip`.
         pixels: (B, 3, H, W), any float dtype (`at_own_size`).
         keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
-        blocks: Their numbers, rising, counted from 0.
+        blocks: Numbers of the blocks, rising, counted from 0.
 
     Returns: (B, H / p, W / p, C) for each, without a norm.
     """

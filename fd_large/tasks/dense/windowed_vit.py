@@ -39,7 +39,7 @@ def check(vit: ViT) -> None:
         )
     if vit.has_relative_position and vit.rel_pos_bias is None:
         raise ConfigError(
-            "architecture.relative_position: one table is fitted to windows and to the image; got "
+            "architecture.relative_position: windows and image need a single table; got "
             "'block', expected 'shared' or 'none'. Leave it as the model was distilled."
         )
 

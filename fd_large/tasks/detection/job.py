@@ -62,8 +62,8 @@ class DetectionJob(TrainingJob):
         check_classes(self.run, images)
         if self.run.task.detection.copy_instances and not images.has_masks:
             raise ConfigError(
-                f"task.detection.copy_instances: {images.annotations} has no masks to cut out "
-                f"objects by; got {self.run.task.detection.copy_instances}, expected 0. Leave it "
+                f"task.detection.copy_instances: {images.annotations} has no masks for cutting "
+                f"out objects; got {self.run.task.detection.copy_instances}, expected 0. Leave it "
                 "out."
             )
         if classes := self.run.task.detection.semantic_classes:
@@ -276,7 +276,7 @@ class DetectionJob(TrainingJob):
         if found != classes:
             label = next(i for i, name in enumerate(classes) if found[i] != name)
             raise DataError(
-                f"{where}: {images.annotations} has other classes than those that are learnt; got "
+                f"{where}: {images.annotations} has other classes than the training set; got "
                 f"{found[label]!r} for label {label}, expected {classes[label]!r}. Give its "
                 "categories the names and the order of the training's."
             )

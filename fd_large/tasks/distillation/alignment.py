@@ -21,7 +21,7 @@ Grid = tuple[int, int]
 def teacher_side(
     student: Grid, grid_at: Callable[[int], Grid | None], *, image_size: int, own_size: int
 ) -> int:
-    """Returns the side of the teacher's images, in pixels, which are resized from the student's.
+    """Returns the side in pixels to which the student's images are resized for the teacher.
 
     The first of these sizes that the teacher accepts:
 

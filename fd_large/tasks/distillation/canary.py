@@ -111,9 +111,9 @@ class Canary(Hook):
             self._changed = True
             if distributed.is_main():
                 log.error(
-                    "canary: %s IS NOT THE SAME ON ALL RANKS at the start: %s; got other "
-                    "bits than on the ranks that hold the same part, expected the same. The run "
-                    "ends. Start the same command again without that node, or, if its processors "
+                    "canary: %s IS NOT THE SAME ON ALL RANKS at the start: %s; got different "
+                    "bits than on ranks with the same part, expected equal ones. The run ends. "
+                    "Start the same command again without that node, or, if its processors "
                     "differ by design, with --runtime.canary_every 0.",
                     self._called,
                     self._names(odd),
@@ -147,7 +147,7 @@ class Canary(Hook):
             self._report(done, changed, differs, max(far for _, far in found))
 
     def _distance(self) -> float:
-        """Returns the distance of the map from the initial map, relative to the latter's norm."""
+        """Returns the distance of the map from the initial map, relative to the initial norm."""
         now, least = self._map_of().float(), torch.finfo(torch.float32).tiny
         return ((now - self._map).norm() / self._map.norm().clamp_min(least)).item()
 
@@ -199,7 +199,7 @@ def canaries(teachers: Mapping[str, Any], every: int, image_size: int) -> list[C
 
     Args:
         teachers: The placed teachers by name.
-        every: Steps between two checks; 0: there are no canaries.
+        every: Steps between two checks; 0 for none.
         image_size: Side of the images of which maps are computed, in pixels.
     """
     return [

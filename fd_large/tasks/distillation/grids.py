@@ -232,13 +232,13 @@ class TeacherOnShapes:
     def _meeting(
         self, entry: NamedTeacher, wanted: Grid, size: int, *, follows: bool
     ) -> tuple[int, Grid | None, NamedTeacher]:
-        """Returns the teacher's image side, grid and entry for the student's images.
+        """Returns the teacher's image side, its grid and its entry, for the student's images.
 
         Args:
             entry: The teacher's entry.
             wanted: The student's grid.
             size: Side of the student's images.
-            follows: As of `settled`.
+            follows: See `settled`.
 
         Returns: the side of its images, 0 as in `frozen_maker`; its grid, or None if it rejects
             this side; and its entry, with positions for that side.
@@ -300,7 +300,7 @@ def check_fit(
                 if size == image_size or not isinstance(target.head, MapHead):
                     raise
                 raise ConfigError(
-                    f"{HEAD_WHERE}: {chosen} is made for the grids of one image size; got "
+                    f"{HEAD_WHERE}: {chosen} is made for a single image size; got "
                     f"data.image_sizes {' '.join(map(str, sizes))}, expected none. Leave them out, "
                     "or take a head of single tokens, such as mlp."
                 ) from error

@@ -536,8 +536,8 @@ class DistillationJob(TrainingJob):
         if run.eval.root:
             if run.eval.root.startswith(BUILTIN) and not run.data.root.startswith(BUILTIN):
                 log.warning(
-                    "eval.root: held-out figures and pictures are of the quick start's "
-                    "photographs, not of your images; --eval.root FOLDER names yours"
+                    "eval.root: held-out figures and plots use the quick start's photographs, not "
+                    "your images; --eval.root FOLDER names yours"
                 )
             evaluations.append(
                 held_out_losses(

@@ -38,7 +38,7 @@ def knn_accuracy(
 
     Args:
         engine: The engine of the task.
-        train_set, test_set: Labelled images; the former are the neighbours.
+        train_set, test_set: Labelled images; neighbours are images of the train set.
         folder: Where the features stand meanwhile.
         every: Steps between two evaluations.
         image_size: Side of the images, in pixels.

@@ -64,7 +64,7 @@ class Loss:
             width: Channels of the tokens.
             normaliser: Name of the normaliser of the teacher's tokens.
 
-        Raises: ConfigError: if that is nothing for it.
+        Raises: ConfigError: if the loss cannot use it.
         """
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:

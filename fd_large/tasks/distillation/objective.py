@@ -145,7 +145,7 @@ def statistics_file(entry: NamedTeacher, kind: str) -> str:
 def check_statistics(
     target: NamedTarget, entry: NamedTeacher, facts: Callable[[], Mapping[str, Any]]
 ) -> None:
-    """Refuses a file of statistics of other targets than the run's.
+    """Refuses a file of statistics of other targets than those of the run.
 
     Args:
         target: The target.
@@ -190,7 +190,7 @@ def make_target(
         head: Name of the head that maps the student's tokens to the teacher's width (heads/).
         maps: Returns the grids of both, for a head that reads maps.
         beta: Difference above which the loss is linear rather than quadratic, in whitened units.
-        temperature: By which losses between similarities divide cosines.
+        temperature: Divisor of cosines in losses between similarities.
         whitening_eps: Constant added to the variance of a teacher's token.
         target_statistics: File of statistics of the teacher's channels, for a normaliser that
             needs them.
@@ -351,7 +351,7 @@ def facts_by_teacher(manifest: Mapping[str, Any], *, several: bool) -> Mapping[s
     """Returns a manifest's facts of each teacher by name; "" names a single teacher.
 
     Args:
-        manifest: The checkpoint's.
+        manifest: Manifest of the checkpoint.
         several: Whether the run has several teachers, which the manifest then lists.
     """
     return manifest.get("teachers", {}) if several else {"": manifest}
@@ -373,7 +373,7 @@ def require_same_teachers(
     """
     if stored.keys() != entries.keys():
         raise CheckpointError(
-            "teachers: not the teachers that this run began with; got "
+            "teachers: not this run's first teachers; got "
             f"{', '.join(entries)}, expected {', '.join(stored) or 'one teacher'}. "
             "Give those, or --fresh."
         )
@@ -399,20 +399,20 @@ def _require_same_teacher(
             theirs.get(key) != ours.get(key)
         ):
             raise CheckpointError(
-                f"{field_of(name, 'target_statistics', kind)}: not the file that this "
-                f"run began with; got hash {ours.get(key)}, expected {theirs.get(key)}. "
+                f"{field_of(name, 'target_statistics', kind)}: not this run's first file; got"
+                f" hash {ours.get(key)}, expected {theirs.get(key)}. "
                 "Give that file, or --fresh."
             )
     if theirs.get("cached_targets") != ours.get("cached_targets"):
         raise CheckpointError(
-            f"{source_flag(name).removeprefix('--')}: not the cached targets that this run "
-            f"began with; got {ours.get('cached_targets')}, expected "
+            f"{source_flag(name).removeprefix('--')}: not this run's first cached targets; got"
+            f" {ours.get('cached_targets')}, expected "
             f"{theirs.get('cached_targets')}. Give those, or --fresh."
         )
     if theirs.get("teacher_hash") != ours["teacher_hash"]:
         raise CheckpointError(
-            f"{source_flag(name).removeprefix('--')}: not the teacher that this run began "
-            f"with; got hash {ours['teacher_hash']}, expected "
+            f"{source_flag(name).removeprefix('--')}: not this run's first teacher; got"
+            f" hash {ours['teacher_hash']}, expected "
             f"{theirs.get('teacher_hash')} ({theirs.get('teacher_source')}). Give that "
             "file, or --fresh."
         )

@@ -25,16 +25,15 @@ def register(task: nn.Module, path: str, module: nn.Module, *, replace: bool = F
         if not isinstance(getattr(place, name, None), nn.ModuleDict):
             if hasattr(place, name):  # Such as "train" or "keys".
                 raise ConfigError(
-                    f"teachers.{name}: not a name for a teacher; got what torch's modules call a "
-                    "method of theirs, expected a name that says which teacher it is. Choose "
-                    "another one."
+                    f"teachers.{name}: not a name for a teacher; got the name of a method of "
+                    "torch's modules, expected a name for the teacher. Choose another name."
                 )
             place.add_module(name, nn.ModuleDict())
         place = getattr(place, name)
     if last in place._modules and not replace:
         raise ConfigError(
-            f"targets: two Modules of one name; got {path!r} twice, expected a name for each. Give "
-            "the second Target another label and path."
+            f"targets: two Modules with the same name; got {path!r} twice, expected a name for "
+            "each. Give the second Target another label and path."
         )
     place._modules.pop(last, None)
     place.add_module(last, module)

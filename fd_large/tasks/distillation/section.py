@@ -117,7 +117,7 @@ EMBEDDING = "embedding"
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Settings of a teacher's summary that differ from its map's."""
+    """Settings of a teacher's summary that differ from those of its map."""
 
     # Which summary is learnt. token: the class token of the model, or the mean of the tokens of its
     # map where it has none. embedding: the image embedding of a CLIP model, which is that token

@@ -97,7 +97,7 @@ class StoredHead(nn.Module):
 
         Args:
             backbone: The run's student.
-            pixels: (B, 3, H, W) float32, normalised for it.
+            pixels: (B, 3, H, W) float32, normalised for the student.
             in_teacher_units: Whether the prediction is in the teacher's own units; else in the
                 units of the target's normaliser.
 
@@ -119,7 +119,7 @@ class StoredHead(nn.Module):
             return found
         if self.undo is None:
             raise ConfigError(
-                "teacher_map: what the head gives cannot be turned into the teacher's units; got "
+                "teacher_map: the head's output cannot be converted to the teacher's units; got "
                 f"the normaliser {self.facts.normaliser}, expected one that keeps length and mean "
                 f"of a token, such as {NONE} or phi_s. Train with that."
             )
@@ -251,7 +251,7 @@ def read_heads(folder: Path) -> dict[str, StoredHead]:
         _module(heads).load_state_dict(dict(tensors))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(
-            f"{where}: not the heads that an export wrote; got {type(error).__name__} "
+            f"{where}: not the heads of an export; got {type(error).__name__} "
             f"{str(error)[:200]}, expected its files as they were. Export the run again."
         ) from error
     return heads
@@ -330,7 +330,7 @@ class StoredDistillation(StoredRun):
         try:
             heads = self.heads(reader)
         except FDError as error:
-            log.warning("export: the heads are left out, the student is whole: %s", error)
+            log.warning("export: the heads are left out, the student is complete: %s", error)
             return
         write(heads, folder, task=self.run.task.name, shard_size=shard_size)
 

@@ -100,13 +100,13 @@ def read(path: str) -> TargetStatistics:
     except (OSError, SafetensorError) as error:
         got = f"{path}: {error}" if path else "nothing"
     raise ConfigError(
-        f"{WHERE}: not a file of statistics; got {got}, expected one that fd-large statistics has "
-        "written for this recipe. Make it, or correct the path."
+        f"{WHERE}: not a file of statistics; got {got}, expected a file of fd-large statistics "
+        "for this recipe. Make it, or correct the path."
     )
 
 
 def require_same(stored: Mapping[str, Any], own: Mapping[str, Any], path: str) -> None:
-    """Refuses statistics of other tokens than the run's.
+    """Refuses statistics of other tokens than those of the run.
 
     Args:
         stored: The facts in the file.

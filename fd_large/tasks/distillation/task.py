@@ -63,7 +63,7 @@ class Target:
         teacher: The teacher's name, or "" for a single teacher.
         normalise: From the teacher's tokens (B, N, Ct) to the same in float32.
         loss: From two (B, N, Ct) to a scalar.
-        weight: Weight of its loss in the task's.
+        weight: Weight of its loss in the loss of the task.
         label: Name in metrics; "" for a single teacher's map.
         path: Name of its head in checkpoints; no two targets have the same.
     """

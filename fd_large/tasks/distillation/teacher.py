@@ -142,7 +142,7 @@ def place(
         node_size: Number of ranks per node.
         persistence_threshold: Tensors with at most this many elements stay whole.
         weights: The tensors of the model, on every rank; None for random weights. Tensors of a
-            file (`Fitted`) take no memory besides the model's.
+            file (`Fitted`) take no memory besides the model.
         whole_first: See `partition.build`.
         where: The flag of its source, for messages.
     """
@@ -254,7 +254,11 @@ def built_teacher(
     where, title = source_flag(name), called(name)
     weights = frozen_weights(entry, sources, where=where)
     if entry.source == RANDOM:
-        log.warning("%s: RANDOM weights (%s random): there is nothing to learn", title, where)
+        log.warning(
+            "%s: RANDOM weights (%s random): the student learns nothing useful",
+            title,
+            where,
+        )
     teacher = place(
         make,
         placement=entry.placement,

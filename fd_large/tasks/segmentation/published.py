@@ -82,7 +82,7 @@ class Heads(NamedTuple):
         auxiliary_weight: Weight of its loss.
         scales: Factors by which a plain ViT's maps are rescaled; empty: it has stages.
         blocks: Numbers of the ViT's blocks that they are from, counted from 0.
-        window: Side of the windows of the test, in pixels; 0: it sees images whole.
+        window: Side of the windows of the test, in pixels; 0 for whole images.
         window_stride: Pixels between two windows.
     """
 
@@ -109,9 +109,9 @@ def whole_export(backbone: Export, to: To, heads: Heads) -> Export:
     """
     if len(set(heads.blocks)) < len(heads.blocks):
         raise ConfigError(
-            f"export: --to {to}: takes four different blocks of a ViT; got {heads.blocks}, "
-            "expected a model of six blocks or more. Use another --to, which takes the backbone "
-            "alone."
+            f"export: --to {to}: needs four different blocks of a ViT; got {heads.blocks}, "
+            "expected a model of six blocks or more. Use another --to, which exports only the "
+            "backbone."
         )
     if to == "upernet" and heads.scales and heads.scales != (4, 2, 1, 0.5):
         raise ConfigError(

@@ -55,7 +55,7 @@ class Segmentation(DenseTask):
         num_classes: K.
         head: A name in the table `HEADS`, or the user's own.
         width: Channels of the head.
-        auxiliary_weight: Weight of the second head's loss; 0: there is no second head.
+        auxiliary_weight: Weight of the second head's loss; 0 for no second head.
         over: Divisor of the losses (`pixel_loss`).
         frozen: Whether the student is frozen.
         seed: Seed of the dropped channels, besides epoch and position.

@@ -370,7 +370,7 @@ def test_an_owner_that_leaves_is_waited_for(folder, process):
     first.stdout.readline()
     (folder / f"owner.{leases._read(folder / OWNER)[0].start}.leaving").touch()
     second = process()
-    assert "waits until its owner has saved" in second.stdout.readline()
+    assert "waiting until its owner has saved" in second.stdout.readline()
     first.communicate()
     assert second.stdout.readline().startswith("owns")
     assert files(folder) == [OWNER]

@@ -29,7 +29,7 @@ TINY = "vit_base_patch16=random"
         (["--detections", "a.json"], ["--annotations"]),
         (["nowhere", "--task", "knn", "--data.root", "."], ["nowhere"]),
         ([TINY, "--optim.epochs", "99", "--seeds", "2"], ["--optim.epochs: not used", "--seeds"]),
-        ([TINY, TINY], ["a model twice"]),
+        ([TINY, TINY], ["the same model twice"]),
         ([TINY, "--task", "finetune", "--recipe", "fd_clip_vit_base"], ["--recipe"]),
         ([TINY, "--task", "finetune", "--pool=cls"], ["--pool: not used by finetune"]),
         ([TINY, "--task", "knn", "--seeds", "3"], ["--seeds: not used by knn"]),

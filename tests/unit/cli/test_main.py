@@ -153,7 +153,7 @@ def test_a_report_that_fails_does_not_fail_the_run(engine, tmp_path, monkeypatch
     words = ["train", "--deepspeed_config", "zero3", "--runtime.run_dir", str(tmp_path)]
     assert cli.main(words) == 0
     said = capsys.readouterr()
-    assert "the run stands: " in said.out
+    assert "the run is complete: " in said.out
     assert "Traceback" not in said.out + said.err
 
 

@@ -93,7 +93,7 @@ def test_convert_takes_an_export_of_a_model_of_timm(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("model", "words", "told"),
     [
-        ("timm:resnet10t", ["--to", "official"], "no official repository has such a model"),
+        ("timm:resnet10t", ["--to", "official"], "no official repository has this model"),
         ("timm:resnet10t", ["--to", "timm", "--model", "vit_base_patch16"], "got --model"),
         ("timm:resnet10t", ["--to", "fd", "--architecture.depths", "3"], "got --architecture.dep"),
         ("module:my.py:Net", ["--to", "fd"], "code of your own"),
@@ -114,7 +114,7 @@ def test_convert_of_unknown_names_advises_no_flag_of_a_run(tmp_path, capsys):
     words = ["weights", "convert", str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--to", "timm"]
     assert cli.main(words) == 2
     told = capsys.readouterr().err
-    assert "names of no known format" in told
+    assert "names of an unknown format" in told
     assert "--teacher" not in told
 
 

@@ -69,7 +69,7 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "b.jpg").unlink()
     os.mkfifo(tmp_path / "b.jpg")  # Reading it would wait for a writer.
     monkeypatch.setattr("fd_large.data.folder.MAX_FILE_BYTES", 4)
-    messages = ("No such file", "no regular file", "a file of 5 bytes", "No such file")
+    messages = ("No such file", "not a regular file", "a file of 5 bytes", "No such file")
     for index, (name, message) in enumerate(zip("abcd", messages, strict=True)):
         with pytest.raises(DataError, match=rf"{name}\.jpg: .*{message}"):
             folder.read(index)

@@ -84,7 +84,7 @@ def test_a_folder_with_parts_and_what_is_no_folder_are_refused(tmp_path):
         lambda: open_split(root, "train", val_fraction=0.25),
         lambda: open_training(root, val_fraction=0.25),
     ):
-        with pytest.raises(DataError, match=r"data\.val_fraction: .*parts of its own"):
+        with pytest.raises(DataError, match=r"data\.val_fraction: .*already has parts"):
             refused()
     images = open_training(write(tmp_path / "train", names(8)))
     with pytest.raises(DataError, match=r"^data\.val_fraction: .*got Part"):

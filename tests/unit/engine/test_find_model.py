@@ -28,7 +28,7 @@ def test_no_two_nets_share_a_folder():
     nets = [
         replace(find_model(TINY, job_of), label=label, source=label) for label in ("a b", "a_b")
     ]
-    with pytest.raises(ConfigError, match="a model twice"):
+    with pytest.raises(ConfigError, match="the same model twice"):
         with_own_labels(nets)
     nets = [
         replace(find_model(TINY, job_of), label="a", source=source) for source in ("x/a", "y/a")

@@ -61,7 +61,7 @@ def test_nothing_is_overwritten_or_guessed(tmp_path):
     for to, out, words in (
         ("official", "net", "unknown kind of file"),
         ("timm", "net.pth", "no norms on the main path"),
-        ("onnx", "net.pth", "no such format"),
+        ("onnx", "net.pth", "unknown format"),
     ):
         with pytest.raises(WeightsError, match=words):
             write(net.state_dict().items(), architecture, to, tmp_path / out)

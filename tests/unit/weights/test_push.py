@@ -144,5 +144,5 @@ def test_no_network(hub, export, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["student", "a/b/c", "group/", "../x", "group/a b"])
 def test_names_that_are_none(export, name):
-    with pytest.raises(ConfigError, match="--push: no name"):
+    with pytest.raises(ConfigError, match="--push: not a repository's name"):
         export("--push", name)

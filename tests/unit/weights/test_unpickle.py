@@ -48,7 +48,7 @@ def looped():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (TUPLES, "not only dense tensors"),
+        (TUPLES, "other values than dense tensors"),
         (pickle.dumps(looped(), 2), "dense tensors .*got state_dict"),
         (b"\x80\x02" + b"}0" * 300_000 + b"}.", "500,000 operations"),
         (b"\x80\x02(" + b"(" * 100_000 + b".", "damaged"),

@@ -72,7 +72,7 @@ class DepthSet(PairedImages):
         low, high = limits
         if not known.size:
             raise DataError(
-                f"{where}: no depth in any of the files that were read, such as "
+                f"{where}: no depth in any of the sampled files, such as "
                 f"{self.truth_file(0)}; got 0 in every pixel, expected some depths in "
                 "task.depth.valid_range. Check the files, or set that range."
             )

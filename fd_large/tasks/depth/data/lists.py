@@ -117,7 +117,7 @@ def _lines(path: str, where: str) -> list[tuple[str, str]]:
             '"IMAGE DEPTH". Name another list.'
         )
     if without:
-        log.info("%s: %d images of %s have no depth and are left out", where, without, path)
+        log.info("%s: %d images of %s have no depth file and are left out", where, without, path)
     return pairs
 
 

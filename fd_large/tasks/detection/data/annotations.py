@@ -109,7 +109,7 @@ class CocoSet:
         """Raises DataError unless there are semantic maps, and the first can be used."""
         if kind_of(folder := os.path.join(self.root, SEMANTIC_FOLDER)) != "folder":
             raise DataError(
-                f"{where}: no maps of classes; got no folder {folder}, expected COCO-Stuff's. "
+                f"{where}: no class maps; got no folder {folder}, expected COCO-Stuff's. "
                 "Unpack it there, or set --task.detection.semantic_classes 0."
             )
         self.semantic(0, num_classes)
@@ -128,9 +128,9 @@ class CocoSet:
         if numbers.shape != self.size(index) or known.max(initial=0) >= num_classes:
             height, width = self.size(index)
             raise DataError(
-                f"{path}: not a map of the image; got {numbers.shape[1]} x {numbers.shape[0]} "
-                f"pixels up to {known.max(initial=0)}, expected {width} x {height} and classes "
-                f"below {num_classes}. Fetch COCO-Stuff's maps again, or set "
+                f"{path}: not a class map of the image; got {numbers.shape[1]} x "
+                f"{numbers.shape[0]} pixels up to {known.max(initial=0)}, expected {width} x "
+                f"{height} and classes below {num_classes}. Fetch COCO-Stuff's maps again, or set "
                 "--task.detection.semantic_classes."
             )
         return numbers
@@ -210,7 +210,7 @@ def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
         )
     if not found:
         raise DataError(
-            f"{where}: nothing to learn in {annotations}; got no image with an object, "
+            f"{where}: no objects in {annotations}; got no image with an object, "
             f"expected some. Set --{where} to another dataset."
         )
     if findings.counts:

@@ -305,7 +305,7 @@ def read_image(source: CocoSet, index: int, max_pixels: int = MAX_PIXELS) -> Ten
     if tuple(image.shape[-2:]) != source.size(index):
         height, width = source.size(index)
         raise DataError(
-            f"{source[index]}: not the image that was annotated; got {image.shape[-1]} x "
+            f"{source[index]}: not the annotated image; got {image.shape[-1]} x "
             f"{image.shape[-2]} pixels, expected {width} x {height}. Fetch the original again."
         )
     return image

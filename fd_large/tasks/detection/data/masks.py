@@ -63,12 +63,12 @@ def compress(rle: dict[str, Any], height: int, width: int) -> bytes:
         raise ValueError(f"run lengths of size {size}, the image has {[height, width]}")
     if isinstance(counts, list):
         if not all(isinstance(count, int) and count >= 0 for count in counts):
-            raise ValueError("run lengths that are no lengths")
+            raise ValueError("invalid run lengths")
         if sum(counts) != height * width:
-            raise ValueError(f"run lengths of {sum(counts)} pixels")
+            raise ValueError(f"run lengths that cover {sum(counts)} pixels")
         return bytes(mask.frPyObjects({"counts": counts, "size": size}, height, width)["counts"])
     if not isinstance(counts, (str, bytes)):
-        raise ValueError("run lengths that are neither a list nor a text")
+        raise ValueError("run lengths that are neither a list nor a string")
     packed = counts.encode() if isinstance(counts, str) else counts
     try:
         mask.decode({"size": size, "counts": packed})

@@ -159,7 +159,7 @@ def read_objects(
     except (ValueError, OverflowError) as error:
         raise _not_coco(path, f"an entry with {error}", where) from error
     if len(facts) < len(content["images"]) or len(dict(categories)) < len(categories):
-        raise _not_coco(path, "two images or two categories of one id", where)
+        raise _not_coco(path, "two images or two categories with the same id", where)
     by_image: dict[int, list[dict[str, Any]]] = {number: [] for number in facts}
     has_masks = False
     for entry in content["annotations"]:
@@ -322,7 +322,7 @@ def _segmentation(given: Any, height: int, width: int) -> list[array[float]] | b
         if isinstance(p, array) and len(p) >= 6 and len(p) % 2 == 0 and all(map(math.isfinite, p))
     ]
     if not polygons:
-        raise ValueError("no polygon of three points")
+        raise ValueError("no polygon with three points")
     # Filling walks along the edges: a stray number would take all memory.
     for xy in polygons:
         if min(xy) < -max(height, width) or max(xy) > 2 * max(height, width):

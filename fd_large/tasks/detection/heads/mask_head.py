@@ -104,7 +104,7 @@ def mean_masks(
     Args:
         logits: (R, K, M, M) float32 of each mask head; the probabilities are averaged.
         labels: (n,) int64 of each image.
-        counts: How many boxes each image has; R may be above their sum.
+        counts: Number of boxes of each image; R may be above their sum.
     """
     of = torch.cat(list(labels))
     masks = torch.stack([of_class(each, of).sigmoid() for each in logits]).mean(0)

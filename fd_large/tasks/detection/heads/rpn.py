@@ -115,7 +115,7 @@ def propose(
         deltas: (B, A_l, 4) float32 of each level.
         anchors: (A_l, 4) of each level.
         sizes: (B, 2), height and width of each image without its padding, to which boxes are cut.
-        before_nms: How many of a level's best anchors are looked at.
+        before_nms: Number of a level's best anchors that go into NMS.
         after_nms: The most proposals that are kept.
     """
     boxes, scores, levels = [], [], []

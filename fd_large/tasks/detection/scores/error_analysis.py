@@ -45,7 +45,7 @@ def compare(ground_truth: Mapping[str, Any], results: Sequence[Result]) -> dict[
     """Compares boxes, image by image.
 
     Args:
-        ground_truth: What `scoring.read_ground_truth` returns.
+        ground_truth: Result of `scoring.read_ground_truth`.
         results: Detections, with boxes.
 
     Returns: by image id, for all images of the ground truth.

@@ -57,8 +57,8 @@ class Note(NamedTuple):
     """The note on a folder's shards, scoring.json, which exists until they are scored.
 
     Attributes:
-        ranks: How many shards there are.
-        unread: How many images could not be read; their objects count as missed.
+        ranks: Number of shards.
+        unread: Number of images that could not be read; their objects count as missed.
         tested: The test's settings, in words.
     """
 

@@ -65,8 +65,8 @@ class Scores:
 
     Attributes:
         kinds: "box" and "mask", as far as the results have them.
-        num_images: How many images the ground truth has.
-        num_results: How many detections were scored.
+        num_images: Number of images of the ground truth.
+        num_results: Number of scored detections.
     """
 
     kinds: dict[str, KindScores]
@@ -117,7 +117,7 @@ class Scores:
 def read_ground_truth(path: str) -> dict[str, Any]:
     """Reads the ground-truth annotations, and fills in optional entries.
 
-    Raises: DataError: if the file is missing or not COCO's.
+    Raises: DataError: if the file is missing or not in COCO's format.
     """
     truth = read_json(path, where="annotations", flag="--annotations FILE")
     for key in ("images", "annotations", "categories"):
@@ -136,7 +136,7 @@ def read_ground_truth(path: str) -> dict[str, Any]:
             of_box = entry["bbox"][2] * entry["bbox"][3]
             entry["area"] = of_box if entry.get("area") is None else entry["area"]
             if not is_box(entry["bbox"]) or not is_number(entry["area"], 2.0**62):
-                raise ValueError("a box that is not four numbers, or an area that is none")
+                raise ValueError("a box that is not four numbers, or an invalid area")
             _id(entry["image_id"]), _id(entry["category_id"])
     except (KeyError, TypeError, IndexError) as error:
         raise _no_truth(path, f"an entry without {error}") from error
@@ -147,7 +147,7 @@ def read_ground_truth(path: str) -> dict[str, Any]:
 
 def _id(value: Any) -> None:
     if not is_number(value, 2.0**62):
-        raise ValueError("an id that is no number of 64 bits")
+        raise ValueError("an id that is not a 64-bit number")
 
 
 def score(ground_truth: dict[str, Any], results: Sequence[Result]) -> Scores:
@@ -173,8 +173,9 @@ def score(ground_truth: dict[str, Any], results: Sequence[Result]) -> Scores:
             kinds[kind] = _evaluate(ground_truth, results, key, iou_type)
     if not kinds:
         raise DataError(
-            "detections: nothing to score; got results of which some have no box and some no mask, "
-            "or masks for annotations without, expected boxes or masks in all. Mend --detections."
+            "detections: nothing to score; got results of which some lack a box and some a mask, "
+            "or masks for annotations without masks, expected boxes or masks in all. Correct "
+            "--detections."
         )
     return Scores(kinds, len(ground_truth["images"]), len(results))
 
@@ -334,14 +335,14 @@ def _check(ground_truth: dict[str, Any], results: Sequence[Result]) -> None:
     strange = {r["image_id"] for r in results} - sizes.keys()
     if strange:
         raise DataError(
-            f"detections: of images that are not in the annotations; got {len(strange)} such "
+            f"detections: images that are not in the annotations; got {len(strange)} such "
             f"image_id ({_some(strange)}), expected those of --annotations. Set --annotations to "
             "the file of these images."
         )
     strange = {r["category_id"] for r in results} - categories
     if strange:
         raise DataError(
-            f"detections: of categories that are not in the annotations; got category_id "
+            f"detections: categories that are not in the annotations; got category_id "
             f"{_some(strange)}, expected the file's own ids (COCO's have gaps, 1 to 90). Write the "
             "ids of the annotations, not labels that count from 0."
         )

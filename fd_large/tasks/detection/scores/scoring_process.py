@@ -84,7 +84,7 @@ class ScoringProcess(Pending):
         if code := self._process.returncode:
             raise DataError(
                 f"{self._folder}: the detections were not scored; got exit code {code} of the "
-                "process that does, expected 0 (-9: it was killed, as a rule since memory was "
+                "process that does, expected 0 (-9: it was killed, usually because memory was "
                 "short). Start the same command again, on a machine with more memory: it scores "
                 "first what is there."
             )

@@ -72,7 +72,7 @@ class RunCaches:
         entries: The recipe's entry of each teacher, by name.
         section: The recipe's section of views and of the folder for stored maps.
         settings: How an image becomes a view.
-        micro_batch_size: The recipe's.
+        micro_batch_size: Images of a micro batch, from the recipe.
 
     Attributes:
         folders: The folder of each cache that is read, by the teacher's name.
@@ -231,7 +231,7 @@ class RunCaches:
         Args:
             epoch: Number of the epoch.
             samples: The images.
-            options: As of `write_cache`.
+            options: See `write_cache`.
         """
         if self.fixed is None or not (self.folders or self.recorders):
             return None

@@ -131,7 +131,7 @@ class Layout(NamedTuple):
     Attributes:
         name: Its name.
         first: Its first record.
-        count: How many it has.
+        count: Number of records.
         header: The bytes before its first tensor.
         places: Where its tensors lie.
         size: Its bytes in all.
@@ -239,7 +239,7 @@ class Header:
             digest = stored.pop("digest")
             header = cls(**{**stored, "grid": tuple(stored["grid"])})
             if header.digest != digest:
-                raise ValueError(f"a content of hash {header.digest} that says {digest}")
+                raise ValueError(f"contents with the hash {header.digest} instead of {digest}")
             return header
         except (ValueError, KeyError, TypeError) as error:
             raise CacheError(

@@ -154,10 +154,10 @@ class StoredMaps:
             off = (record.thumbnail.int() - thumbnail(view).int()).abs().max().item()
             if off > TOLERANCE:
                 error = CacheError(
-                    f"{reader.folder}: the map of another view; {self.name_of(index)}, "
-                    f"{self.name}, differs by {off} grey levels from what the teacher saw, "
-                    f"expected at most {TOLERANCE}. The image has changed since the cache was "
-                    "written: restore it, or write the cache again."
+                    f"{reader.folder}: a map of another view; {self.name_of(index)}, {self.name}, "
+                    f"differs by {off} grey levels from the teacher's view, expected at most "
+                    f"{TOLERANCE}. The image has changed since the cache was written: restore it, "
+                    "or write the cache again."
                 )
                 error.rank_local = True
                 raise error
@@ -216,7 +216,7 @@ class CachedTeacher:
         Raises: ConfigError: always.
         """
         raise ConfigError(
-            f"{self._where}: cached targets are of training views alone; got {len(images)} other "
+            f"{self._where}: cached targets cover training views only; got {len(images)} other "
             "images, expected none. Name the teacher itself, whose maps were stored: "
             f"{self.reader.header.teacher['source']}."
         )

@@ -57,7 +57,7 @@ class Recorder:
         where: The field that names the folder, for messages.
 
     Attributes:
-        module, width: The teacher's.
+        module, width: The teacher, and its number of channels.
         writer: Where its maps go; None until `begin`.
     """
 
@@ -73,7 +73,7 @@ class Recorder:
 
         Args:
             folder: Where the maps go.
-            entry, facts, precision: As of `header_of`.
+            entry, facts, precision: See `header_of`.
 
         Returns: the reader of the folder's maps.
         Raises: CacheError: if the folder has other contents, or its disk is too small.

@@ -45,7 +45,7 @@ class Place(NamedTuple):
     """Records of one set that a single forward computes.
 
     Attributes:
-        name: Their set.
+        name: Name of the set of views.
         records: Indices of the images; if empty, the rank still takes part in the forward.
     """
 

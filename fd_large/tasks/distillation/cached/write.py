@@ -130,8 +130,8 @@ class CacheWriter(ShardFiles):
         stored = Header.read(self.folder, where=where)
         if stored.digest != self.header.digest:
             raise CacheError(
-                f"{where}: {self.folder}: holds maps that another command stores; got "
-                f"{_other_maps(stored, self.header)}, expected the same. Give the command that "
+                f"{where}: {self.folder}: has maps of another command; got "
+                f"{_other_maps(stored, self.header)}, expected the same. Use the command that "
                 "began it, or another folder."
             )
 
@@ -371,8 +371,8 @@ def _other_maps(stored: Header, own: Header) -> str:
 
 def _not_written(folder: Path, error: OSError) -> CacheError:
     refused = CacheError(
-        f"{folder}: cannot be written; got {error}, expected room for the cache. What is written "
-        "stays: give the same command again once there is."
+        f"{folder}: cannot be written; got {error}, expected room for the cache. Written maps "
+        "stay: repeat the command when there is room."
     )
     refused.rank_local = True
     return refused

@@ -101,7 +101,7 @@ def with_blocks(
     tokens = {shape[1] for shape in shapes if len(shape) == 3}
     if len(shapes) != 1 or not tokens or min(tokens) < rows * columns:
         raise ConfigError(
-            f"{WHERE}: the head reads the maps of all blocks; got blocks that give "
+            f"{WHERE}: the head reads the maps of all blocks; got blocks with outputs "
             f"{sorted(shapes)}, expected tokens of one shape, as a ViT's. Take another head."
         )
     prefix = min(tokens) - rows * columns

@@ -33,8 +33,8 @@ class Ladder(MapHead):
 
     Args:
         width: Channels of the student's tokens.
-        teacher_width: Channels of the teacher's.
-        maps: Their grids, and the number of blocks.
+        teacher_width: Channels of the teacher's tokens.
+        maps: Grids of both maps, and the number of blocks.
         hidden: Hidden channels of the MLPs; None: as many as the student's, 768 in UNIC.
         last_hidden: Hidden channels of the last block's MLP; None means four times the others'
             (3072 in UNIC).
@@ -121,8 +121,8 @@ class Convolutional(MapHead):
 
     Args:
         width: Channels of the student's tokens.
-        teacher_width: Channels of the teacher's.
-        maps: Their grids, both square.
+        teacher_width: Channels of the teacher's tokens.
+        maps: Grids of both maps, both square.
         hidden: Hidden channels; None means as many as the convolutions' input.
         adapted: Channels of a first norm and linear layer; 0 for none.
         last_side: Side of the last convolution; 1 is a linear layer.
@@ -216,8 +216,8 @@ class ResizedMLP(MapHead):
 
     Args:
         width: Channels of the student's tokens.
-        teacher_width: Channels of the teacher's.
-        maps: Their grids.
+        teacher_width: Channels of the teacher's tokens.
+        maps: Grids of both maps.
         hidden: Channels of the first linear layer; the MLP has twice as many.
         layers: Linear layers of the MLP, at least one.
     """
@@ -259,13 +259,13 @@ class UpsamplingMLP(MapHead):
 
     Args:
         width: Channels of the student's tokens.
-        teacher_width: Channels of the teacher's.
-        maps: Their grids; the teacher's is a multiple u of the student's.
+        teacher_width: Channels of the teacher's tokens.
+        maps: Grids of both maps; the teacher's has u times the rows and columns.
         hidden: See `MLP`.
         inner: See `MLP`.
         pre_norm: See `MLP`.
 
-    Raises: ConfigError: if the teacher's grid is not such a multiple.
+    Raises: ConfigError: if the teacher's grid is no multiple of the student's grid.
     """
 
     def __init__(
@@ -282,7 +282,7 @@ class UpsamplingMLP(MapHead):
         self.factor = max(1, maps.teacher_grid[0] // maps.student_grid[0])
         if tuple(self.factor * side for side in maps.student_grid) != maps.teacher_grid:
             raise ConfigError(
-                f"{WHERE}: the teacher's grid is no multiple of the student's; got "
+                f"{WHERE}: the teacher's grid is not a multiple of the student's; got "
                 f"{grids_named(maps)}, expected as 14x14 and 28x28. Set teacher_image_size, or "
                 "take another head."
             )
@@ -295,7 +295,7 @@ class UpsamplingMLP(MapHead):
         )
 
     def grid_from(self, student: Grid) -> Grid:
-        """Returns a grid u times as fine as the student's."""
+        """Returns a grid u times as fine as that of the student."""
         return self.factor * student[0], self.factor * student[1]
 
     def forward(self, student: FeatureMap) -> FeatureMap:

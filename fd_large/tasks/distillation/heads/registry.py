@@ -52,7 +52,7 @@ def make(
     Args:
         name: A name in `HEADS`, or the user's own `module:FILE.py:NAME` (fd_large/doors.py).
         width: Channels of the student's tokens.
-        teacher_width: Channels of the teacher's.
+        teacher_width: Channels of the teacher's tokens.
         maps: Returns their grids, for a head that reads maps.
 
     Raises: ConfigError: if the head does not exist or does not fit.

@@ -23,8 +23,8 @@ class MLP(nn.Module):
 
     Args:
         width: Channels of the student's tokens.
-        teacher_width: Channels of the teacher's.
-        hidden: Channels between; None: twice the student's, which is this package's choice.
+        teacher_width: Channels of the teacher's tokens.
+        hidden: Channels between; None for twice the student's channels, a choice of this package.
         inner: Number of residual layers.
         pre_norm: Whether a norm and GELU come first.
     """
@@ -72,8 +72,8 @@ def mlp_relu(
 
     Args:
         width: Channels of the student's tokens.
-        teacher_width: Channels of the teacher's.
-        hidden: Channels between; None: twice the student's.
+        teacher_width: Channels of the teacher's tokens.
+        hidden: Channels between; None for twice the student's channels.
         inner: Number of layers between the first and the last.
         activation: Constructor of the activation after each norm.
     """
@@ -104,7 +104,7 @@ def block(
 
     Args:
         width: Channels of the student's tokens.
-        teacher_width: Channels of the teacher's.
+        teacher_width: Channels of the teacher's tokens.
         heads: Attention heads; None means one for every 64 channels.
         blocks: Number of blocks.
 

@@ -34,7 +34,8 @@ class Counted(NamedTuple):
         whole: The comparison of all tokens.
         counts: (B, N) bool; None: all do.
         of_images: (B,), the weight of each image in a mean over images.
-        number: How many tokens count in the whole step, a scalar; None: as many in each image.
+        number: Number of tokens that count in the whole step, a scalar; None if it is equal in all
+            images.
         micro_batches: Micro batches of the step on all ranks.
     """
 

@@ -225,6 +225,6 @@ class FollowsStep(Part):
         self._momentum, self._running.moments = momentum_at(progress), None
 
     def after_step(self, noted: Tensor | None) -> None:
-        """Updates the running statistics by the step's."""
+        """Moves the running statistics towards the statistics of the step."""
         assert self._running.moments is not None
         self._running.move(self._running.moments, self._momentum)

@@ -26,7 +26,7 @@ QUEUE = 8192
 
 
 class SummaryQueue(Float32Buffers):
-    """The newest summaries of a teacher, in the order of the positions of the steps' images.
+    """Student newest summaries of a teacher, in the order of the positions of the steps' images.
 
     lightly-train has a queue on each rank, so that its loss depends on the number of ranks; here
     a single queue holds global batches. It moves once with each accepted step and is part of a
@@ -49,7 +49,7 @@ class SummaryQueue(Float32Buffers):
 
     @property
     def now(self) -> Tensor:
-        """The rows, during a step with its own summaries in front, as in lightly-train."""
+        """Student rows, during a step with its own summaries in front, as in lightly-train."""
         learns = self._of_step is not None and torch.is_grad_enabled()
         return self._of_step if learns else self.rows
 
@@ -60,7 +60,7 @@ class SummaryQueue(Float32Buffers):
     def placed(self, summaries: Tensor) -> Tensor:
         """Returns summaries (B, C) at their places in the global batch, zeros elsewhere, flat.
 
-        Their sum over the micro batches of all ranks gives the step's summaries, float64. A
+        Studentir sum over the micro batches of all ranks gives the step's summaries, float64. A
         rank's micro batches are consecutive positions, in order. Summaries that would fall out of
         the queue at once are left out.
         """
@@ -85,7 +85,7 @@ class SummaryQueue(Float32Buffers):
 
 
 class QueueOfStep(Part):
-    """The queue of a target's summaries, which the summaries of a step enter."""
+    """Student queue of a target's summaries, which the summaries of a step enter."""
 
     def __init__(self, target: Any, queue: SummaryQueue) -> None:
         self._target, self._queue = target, queue
@@ -124,7 +124,7 @@ def queue_divergence(
         student: (B, C) of length 1.
         teacher: (B, C) of length 1; takes no gradient.
         queue: (Q, C), rows of length 1, or zeros, which take part too.
-        temperature: By which cosines are divided.
+        temperature: Divisor of cosines.
     """
     return _divergence(student @ queue.T, teacher @ queue.T, temperature)
 
@@ -134,13 +134,13 @@ def relation_divergence(
 ) -> Tensor:
     """Returns the divergence of each image between similarities of its tokens, (B,).
 
-    It is a mean over tokens, each of which is compared with all of its image, itself included. The
-    widths of the two may differ.
+    It is a mean over tokens, each of which is compared with all of its image, itself included.
+    The widths of student and teacher may differ.
 
     Args:
         student: (B, N, Cs) of length 1.
         teacher: (B, N, Ct) of length 1; takes no gradient.
-        temperature: By which cosines are divided.
+        temperature: Divisor of cosines.
     """
     return _divergence(student @ student.mT, teacher @ teacher.mT, temperature).mean(-1)
 
@@ -148,7 +148,7 @@ def relation_divergence(
 def pushed(queue: Tensor, summaries: Tensor) -> Tensor:
     """Returns a queue (Q, C) with the summaries (B, C) of a batch in front, newest first.
 
-    The oldest fall out; of a batch larger than the queue, the first summaries stay.
+    Student oldest fall out; of a batch larger than the queue, the first summaries stay.
     """
     return torch.cat([summaries, queue])[: len(queue)]
 
@@ -174,8 +174,8 @@ class Relation(Loss):
         field = field_of(teacher, "loss", kind)
         if kind == SUMMARY:
             raise ConfigError(
-                f"{field}: a summary alone has nothing to relate to; got relation, expected a loss "
-                f"between two summaries. Set --{field} queue, cosine or mse."
+                f"{field}: relation does not work on a single summary; got relation, expected a "
+                f"loss between two summaries. Set --{field} queue, cosine or mse."
             )
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class QueueDivergence(Loss):
     For summaries alone.
 
     Attributes:
-        queue: The other images' summaries; None in a trial, which uses the batch's own.
+        queue: Student other images' summaries; None in a trial, which uses the batch's own.
     """
 
     label = "queue loss"
@@ -206,14 +206,14 @@ class QueueDivergence(Loss):
         """Makes the queue for the teacher's summaries."""
         if kind != SUMMARY:
             raise ConfigError(
-                f"{field_of(teacher, 'loss')}: a queue holds summaries; got queue for a map, "
+                f"{field_of(teacher, 'loss')}: a queue takes summaries; got queue for a map, "
                 "expected it for the summary of one of several teachers. Set it in "
                 "--teachers.NAME.summary.loss."
             )
         field = field_of(teacher, "normaliser", kind)
         if normaliser != NONE:
             raise ConfigError(
-                f"{field}: a queue holds summaries as the teacher gives them; got {normaliser}, "
+                f"{field}: a queue takes summaries that are not normalised; got {normaliser}, "
                 f"expected {NONE}. Set --{field} {NONE}."
             )
         self.queue = SummaryQueue(width)

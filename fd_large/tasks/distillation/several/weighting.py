@@ -188,7 +188,7 @@ def weighted_loss(losses: Tensor, kept: Tensor, number: Tensor, *, parts: int) -
     Args:
         losses: (T, B), the loss of each image by each teacher.
         kept: (T, B) bool.
-        number: How many are kept in the whole step, a scalar; of 0 the loss is 0.
+        number: Number of kept images of the whole step, a scalar; at 0 the loss is 0.
         parts: Micro batches of the step on all ranks, whose losses and gradients are averaged.
     """
     # Not by a product: what is left out may be infinite.

@@ -116,7 +116,7 @@ def test_in_bfloat16(transformers, tmp_path):
 
 def test_what_does_not_teach(transformers, tmp_path):
     folder(transformers, "Dinov2", DINO, tmp_path)
-    with pytest.raises(ConfigError, match="teach only"):
+    with pytest.raises(ConfigError, match="can only be teachers"):
         build("transformers:dinov2", is_trained=True)
     with pytest.raises(WeightsError, match="timm:NAME"):
         student_run(tmp_path, "vit_base_patch16")

@@ -84,9 +84,9 @@ def test_each_training_is_a_job_and_the_table_comes_last(toy, jobs, tmp_path, mo
 def test_what_stands_in_the_way(toy, jobs, tmp_path, monkeypatch, capsys):
     words = [*transfer_toy.words(toy, tmp_path / "out"), "--rows", "student", "--only", "linear"]
     cases = {
-        "--sbatch: no option of sbatch; got '--nodes=2'": ["--slurm", "--sbatch=--nodes=2"],
+        "--sbatch: not an option of sbatch; got '--nodes=2'": ["--slurm", "--sbatch=--nodes=2"],
         "--sbatch: no job is submitted": ["--sbatch", "nodes=2"],
-        "sbatch took no job; got error: too many nodes": ["--slurm", "--sbatch", "nodes=9"],
+        "sbatch refused the job; got error: too many nodes": ["--slurm", "--sbatch", "nodes=9"],
     }
     for said, more in cases.items():
         assert main([*words, *more]) == 2

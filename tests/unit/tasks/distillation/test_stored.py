@@ -114,5 +114,5 @@ def test_an_export_without_its_teachers_and_a_damaged_one(tmp_path, caplog):
     with pytest.raises(ConfigError, match=r"expected a run"):
         model.teacher_map("teacher", images)
     (tmp_path / "run out/heads/config.json").write_text('{"task": "distillation", "heads": [1]}')
-    with pytest.raises(WeightsError, match="an export wrote"):
+    with pytest.raises(WeightsError, match="heads of an export"):
         fd_large.load_student(tmp_path / "run out").teacher_map("teacher", images)

@@ -47,8 +47,8 @@ def test_run_lengths_of_either_kind_are_the_mask():
     [
         ({"size": [5, 7], "counts": lengths(MASK)}, r"size \[5, 7\]"),
         ({"size": [7, 5], "counts": [30]}, "30 pixels"),
-        ({"size": [7, 5], "counts": [40, -5]}, "no lengths"),
-        ({"size": [7, 5], "counts": [17.5, 17.5]}, "no lengths"),
+        ({"size": [7, 5], "counts": [40, -5]}, "invalid run lengths"),
+        ({"size": [7, 5], "counts": [17.5, 17.5]}, "invalid run lengths"),
         ({"size": [7, 5], "counts": 35}, "neither"),
         ({"counts": [35]}, "size None"),
     ],
