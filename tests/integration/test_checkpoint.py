@@ -184,7 +184,7 @@ def test_another_model_is_refused(pictures: Path, reference: Path, tmp_path: Pat
     other_model = ("--student.architecture.depths", "3", "1")
     refused = train(pictures, run_dir, *TWELVE, *other_model, check=False)
     assert refused.returncodes == [2, 2]
-    assert "of another model" in refused.outputs[0]
+    assert "belongs to another model" in refused.outputs[0]
     assert "Traceback" not in refused.outputs[0]
 
 

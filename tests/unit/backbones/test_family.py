@@ -139,7 +139,7 @@ def test_options_that_a_family_lacks_are_refused_or_ignored(what):
     if not resolve(name).can_pad:
         with pytest.raises(ConfigError, match=r"student\.size_rule"):
             build(name, Architecture(**fields), size_rule="pad")
-        with pytest.raises(ConfigError, match=r"student\.window_rule.*no windows"):
+        with pytest.raises(ConfigError, match=r"student\.window_rule.*not available"):
             build(name, Architecture(**fields), window_rule="official")
     else:
         with pytest.raises(ConfigError, match=r"student\.stage_windows.*position tables"):

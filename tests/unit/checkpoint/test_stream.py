@@ -52,7 +52,7 @@ def test_an_older_one_does_not_take_the_place_of_the_newest(tmp_path):
 )
 def test_another_model_is_refused(tmp_path, shapes):
     store_tensors(tmp_path, TENSORS)
-    with pytest.raises(CheckpointError, match="another model"):
+    with pytest.raises(CheckpointError, match="does not match the model"):
         stream.check(stream.newest(tmp_path), shapes, prefix="student.")
 
 

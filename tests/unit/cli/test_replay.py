@@ -38,4 +38,4 @@ def test_a_mistake_ends_with_2(incident, capsys):
     assert main(["replay"]) == 2
     assert "FILE" in capsys.readouterr().err
     assert main(["replay", str(incident.parents[2])]) == 2
-    assert "no incident" in capsys.readouterr().err
+    assert "incident not found" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_convert_takes_an_export_of_a_model_of_timm(tmp_path, capsys):
         ("timm:resnet10t", ["--to", "official"], "no official repository has this model"),
         ("timm:resnet10t", ["--to", "timm", "--model", "vit_base_patch16"], "got --model"),
         ("timm:resnet10t", ["--to", "fd", "--architecture.depths", "3"], "got --architecture.dep"),
-        ("module:my.py:Net", ["--to", "fd"], "code of your own"),
+        ("module:my.py:Net", ["--to", "fd"], "your own code"),
     ],
 )
 def test_convert_says_what_no_export_becomes(tmp_path, capsys, model, words, told):

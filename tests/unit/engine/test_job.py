@@ -40,5 +40,5 @@ def test_a_field_that_a_task_ignores_is_refused(name):
     for where in refused:
         section, _, field = where.partition(".")
         changed = replace(getattr(run, section), **{field: VALUES[where]})
-        with pytest.raises(ConfigError, match=rf"{re.escape(where)}: nothing"):
+        with pytest.raises(ConfigError, match=rf"{re.escape(where)}: unused"):
             job_of(replace(run, **{section: changed})).check()

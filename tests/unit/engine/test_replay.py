@@ -126,12 +126,12 @@ def no_teacher(folder):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda folder, at: shutil.rmtree(at), "no incident"),
+        (lambda folder, at: shutil.rmtree(at), "incident not found"),
         (lambda folder, at: (at / "incident.json").write_text("{"), r"incident\.json: "),
         (lambda folder, at: (at / "incident.json").write_text("[]"), r"incident\.json: "),
         (lambda folder, at: (at / "rank_00000.safetensors").unlink(), "images are gone"),
         (lambda folder, at: (at / "rank_00000.safetensors").write_text("x"), "damaged"),
-        (lambda folder, at: (folder / "recipe.json").unlink(), "outside of its run"),
+        (lambda folder, at: (folder / "recipe.json").unlink(), "not in its run"),
         (lambda folder, at: (folder / "deepspeed.json").unlink(), r"deepspeed\.json"),
         (lambda folder, at: no_teacher(folder), "/no/such/file.pt"),
     ],

@@ -281,7 +281,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_started_over(recipe, tmp_path):
     assert start(recipe) == 0
     rows = (tmp_path / "run/metrics.jsonl").read_text()
     checkpoints.rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match=r"has ended"):
+    with pytest.raises(CheckpointError, match=r"a finished run"):
         start(recipe)
     checkpoints.symlink_to(tmp_path / "disk")
     with pytest.raises(CheckpointError, match=r"a link to .*disk"):
