@@ -269,7 +269,7 @@ def test_what_is_not_there_leaves_no_folder(tmp_path):
 
 @pytest.mark.parametrize("source", ["clip.pt", "random", "package:x", "module:a.py:B"])
 def test_what_is_no_download_is_refused(source, tmp_path):
-    with pytest.raises(WeightsError, match="downloaded"):
+    with pytest.raises(WeightsError, match="not a source for downloads"):
         fetch(source, tmp_path / "fetched")
 
 
