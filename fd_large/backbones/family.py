@@ -31,8 +31,8 @@ class Options:
         size_rule: "drop" or "pad" image sizes that do not fit; only Swin models pad.
         window_rule: How a map is cut into windows, see `backbones.windows`; only Swin models are
             cut otherwise than "masked".
-        shift_stages: Whether odd blocks of each stage shift their windows; empty: all do.
-        stage_windows: Side of a window in each stage, in tokens; empty: `window_size` in all.
+        shift_stages: Whether odd blocks of each stage shift their windows; empty for all.
+        stage_windows: Side of a window in each stage, in tokens; empty for `window_size` in all.
         attention_memory: "keep" or "recompute" attention maps for backward.
         sequential_stages: Number of first stages that hold few windows' maps at a time; 0 is none.
         is_trained: Whether it is a student, which has to be deterministic in training.

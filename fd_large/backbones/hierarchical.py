@@ -35,7 +35,7 @@ class HierarchicalBackbone(nn.Module):
         stride: Pixels per token of the map, each way.
         stage_widths: Channels of the map of each stage.
         stage_strides: Pixels per token of the map of each stage.
-        stage_windows: How the maps of each stage are cut into windows.
+        stage_windows: Rule by which the maps of each stage are cut into windows.
         num_prefix_tokens: 0.
         drop_path_rates: One rate per site, attention then MLP of each block in order.
     """

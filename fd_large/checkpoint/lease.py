@@ -260,7 +260,7 @@ def living_owner(folder: Path, *, watch_seconds: float = 0.0) -> Owner | None:
 
     Args:
         folder: The run's folder.
-        watch_seconds: How long an owner that is elsewhere is watched, if its last sign of life is
+        watch_seconds: Time for which an owner elsewhere is watched, if its last sign of life is
             not of the last two minutes by this machine's clock, before it counts as dead.
     """
     try:

@@ -39,7 +39,7 @@ class Owner:
         pid_started: When that process started, in ticks since the boot.
         cluster: Name of the Slurm cluster, empty outside.
         job: Number of the Slurm job, empty outside.
-        restarts: How often Slurm has restarted that job.
+        restarts: Number of restarts of the Slurm job.
         since: When the start began, by rank 0's clock.
         folder: Whole path of the folder that it owns; empty where an earlier version wrote it.
     """

@@ -38,7 +38,7 @@ class Reader:
     Attributes:
         path: The checkpoint's folder.
         manifest: Content of its manifest.json.
-        layout: How the state lies in the files.
+        layout: Layout of the state in the files.
     """
 
     def __init__(self, stored: store.Stored, kinds: Collection[str] | None = None) -> None:

@@ -120,7 +120,7 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
     Args:
         run: The recipe; its task.distillation says which views.
         out: Output folder, with a subfolder for each of several teachers.
-        precision: How the maps are stored.
+        precision: Precision of the stored maps.
 
     Returns: the maps that this start wrote, by the teacher's name.
     Raises: FDError: for the user's mistakes.

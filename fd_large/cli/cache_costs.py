@@ -45,7 +45,7 @@ def costs_of(
         load: Counts of the workload on the card.
         rates: Rates of the card.
         images: Images of the dataset.
-        precision: How the maps are stored.
+        precision: Precision of the stored maps.
         runs: Number of equal runs that use the maps.
         read_bytes_per_second: Rate at which a rank reads the maps.
     """

@@ -126,7 +126,7 @@ def export(
         to: One of LIBRARIES.
         shard_size: Largest size of a file, such as 5GB; a graph is not split.
         image_size: Side in pixels of the exported model's images; 0 keeps the side of the training.
-        repository: OWNER/NAME where it will be uploaded, which is checked; empty: nowhere.
+        repository: OWNER/NAME of the upload, which is checked; empty for no upload.
         licence: Licence of the student, for the model card.
         base_model: OWNER/NAME of the base model, for the card.
 

@@ -147,7 +147,7 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
 
 
 def _check_for_ranks(run: Run, ranks: int, *, fresh: bool) -> None:
-    """Refuses what a start on so many ranks would refuse before its first step; else says so."""
+    """Reports the mistakes for which a start on so many ranks would end before its first step."""
     require_apart(run, fresh=fresh)
     if not fresh:
         require_same_settings(run)

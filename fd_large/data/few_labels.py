@@ -30,7 +30,7 @@ def few_labels(
     Args:
         images: The training images.
         fraction: Share of the images of each class, in (0, 1].
-        per_class: Images of each class at most; 0: all.
+        per_class: Largest number of images of a class; 0 for all images.
         seed: Seed of the choice.
     """
     if fraction == 1 and not per_class:

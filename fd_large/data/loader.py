@@ -282,13 +282,13 @@ class ViewBatches(Dataset):
 
     Attributes:
         source: The images.
-        settings: How an image becomes a view.
+        settings: Settings of the views.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
         fixed: Recurring views by image; None draws a new view at each position of an epoch.
         beside: Stored values of the views; None for batches without targets.
         mixed_among: Images a step over all ranks, each of which is mixed with its neighbour
-            (mixing.py); 0: none is mixed.
+            (mixing.py); 0 mixes none.
         sizes: Size of the views for each step, replacing the settings'; None for a constant size.
     """
 

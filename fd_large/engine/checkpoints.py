@@ -287,7 +287,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: If it belongs to another model or training.
-            NotFiniteError: On all ranks, if what any of them read is not finite.
+            NotFiniteError: On all ranks, if a rank read a value that is not finite.
         """
         self._check_fits(reader)
         manifest = reader.manifest

@@ -43,7 +43,7 @@ class StoredStudent(NamedTuple):
     """The student that a checkpoint of a run holds.
 
     Attributes:
-        architecture: The student's architecture, with the image size that its tables are for.
+        architecture: The student's architecture, with the image size of its tables.
         absent: Value of each of its tensors that the task did without.
         statistics: The normalisation that it was trained with.
     """

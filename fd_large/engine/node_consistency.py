@@ -40,7 +40,7 @@ class Fact(NamedTuple):
     Attributes:
         value: This node's value, in words.
         what: The field or subject and the problem of a difference; begins the message.
-        remedy: How to make the nodes equal; ends the message.
+        remedy: Advice for making the nodes equal; ends the message.
         error: Class of the error, or None if a difference is only logged.
     """
 

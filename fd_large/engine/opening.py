@@ -92,7 +92,7 @@ class Opened(NamedTuple):
         micro_batch_size: Images per rank and forward.
         accumulation: Micro batches per step.
         ema: Moving average of the weights, or None.
-        finished: Steps of the checkpoint that was restored; 0: none was.
+        finished: Steps of the restored checkpoint; 0 without one.
     """
 
     run: Run

@@ -43,7 +43,7 @@ class Part:
         """
 
     def before_step(self, progress: float) -> None:
-        """Drops what was noted or taken outside of a step, such as in a trial.
+        """Drops numbers that were noted or taken outside of a step, such as in a trial.
 
         Args:
             progress: Fraction of the run's steps that came before, in [0, 1).

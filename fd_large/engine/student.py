@@ -46,7 +46,7 @@ def make_student(
 
     Args:
         student: The recipe's section.
-        image_size: Side of the images, in pixels, that a table of positions is made for; 0: the
+        image_size: Side in pixels of the images for which a table of positions is made; 0: the
             side that the architecture states.
         sequential_stages, resizes_positions: See `backbones.family.Options`.
 
@@ -80,7 +80,7 @@ def check_norm_batch(
 
     Args:
         student: The section of a settled recipe; without batch norms anything will do.
-        group: Images that share statistics (`Run.norm_batch`); 0: none do.
+        group: Number of images that share statistics (`Run.norm_batch`); 0 for none.
         batch: The recipe's section.
         image_size: Side of the images, in pixels.
         world_size: The number of ranks.
@@ -133,7 +133,7 @@ def group_norms(task: Task, group: int, *, global_batch: int = 0, micro_batch: i
     Args:
         task: Its student may have no batch norm; batch norms of a user's own model keep their
             groups.
-        group: Images that share statistics (`Run.norm_batch`); 0: none do.
+        group: Number of images that share statistics (`Run.norm_batch`); 0 for none.
         global_batch: Images of a step; 0: groups begin with each micro batch.
         micro_batch: Images of a rank and pass.
     """

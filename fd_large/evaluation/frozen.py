@@ -107,7 +107,7 @@ class Classified(NamedTuple):
 
     Attributes:
         predicted: (N,) int64, the predicted class of each test image, on every rank.
-        details: More about it, for summary.json.
+        details: Further results, for summary.json.
     """
 
     predicted: NDArray[np.int64]

@@ -1,4 +1,4 @@
-"""The trainings that weights come from, as far as runs and exports tell of them.
+"""The trainings that led to weights, as far as runs and exports record them.
 
 A run names the weights of its teachers and those that its student began from; an export says in its
 config.json which runs led to it, by the names and the listings of their images, without a path.
@@ -25,9 +25,9 @@ class Training(NamedTuple):
 
     Attributes:
         place: The run's folder, the export that tells of it, or the weights.
-        recipe: Name of its recipe; empty: nothing is known of it.
+        recipe: Name of its recipe; empty if unknown.
         images: Its datasets, as the recipe names them; of an export their last names.
-        fingerprint: Hash of the images' names in order; empty: not known.
+        fingerprint: Hash of the images' names in order; empty if unknown.
         val_fraction: The part of the images that a hash of their names kept out of training.
         is_here: Whether it is a run's folder, whose datasets are paths of this machine.
     """

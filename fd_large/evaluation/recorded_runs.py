@@ -35,7 +35,7 @@ def decides(field: str, task: str) -> bool:
 
 
 def unlike(first: Run, run: Run) -> dict[str, tuple[Any, Any]]:
-    """Returns the differences between two trainings' recipes, {field: (the other's, this one's)}.
+    """Returns the differences between two recipes, {field: (value in `first`, value in `run`)}.
 
     The model, its normalisation and its weights are left out, since they are compared on purpose;
     of the student's section only drop path is included.

@@ -26,7 +26,7 @@ class Row:
     Attributes:
         model: The measured model.
         values: The accuracy of each seed, in per cent.
-        details: More about each seed.
+        details: Further results of each seed.
         predicted: The class that each seed gave to each test image, (N,), on rank 0; fewer than
             seeds where a run was made before they were kept.
         labels: (N,), the class of each test image; `NO_LABEL` where it could not be used.

@@ -79,7 +79,7 @@ class Trained(NamedTuple):
     Attributes:
         code: The exit code; the other fields are valid if it is 0.
         accuracy: Accuracy on the run's test images, in per cent.
-        details: More about it.
+        details: Further results.
     """
 
     code: int

@@ -56,7 +56,7 @@ def names_of(folders: Sequence[str], file: str = "") -> list[str]:
 
     Args:
         folders: Names of the class folders, in their order; 10 may come before 2.
-        file: A file of names; empty: they follow from the folders.
+        file: A file of names; if empty, the folders decide.
 
     Raises: ConfigError: if a class lacks a name, or if open_clip is missing for ImageNet's
         names.

@@ -20,7 +20,7 @@ class CachedTargets:
     Attributes:
         images: Images of the dataset.
         views: Stored views of each.
-        uses: How often each stored map is learnt from, over all epochs and runs.
+        uses: Number of times that each stored map is used, over all epochs and runs.
         map_bytes: Bytes of a stored map.
         teacher_seconds: Seconds of the teacher for an image, on a rank.
         student_seconds: Seconds per image of everything else in a step, on a rank.

@@ -17,7 +17,7 @@ class Candidate:
         stage: Stage of ZeRO.
         hpz: Whether each node holds a second copy of the parameters.
         teacher: Where the teachers are held, as in `teacher.placement`.
-        whole: How many of several teachers, the smallest, are whole on every rank all the same.
+        whole: Number of teachers, the smallest of several, that stay whole on every rank.
         checkpointing: Whether blocks store their inputs only.
         micro_batch_size: Images of a rank in a pass.
     """

@@ -92,8 +92,8 @@ class Counts:
         modules: Forwards of modules, by phase.
         kept: Bytes that live between forward and backward, the batch among them.
         peak: Peak bytes without gradients of parameters: the maximum of these lines.
-        student: (elements, how many) of the trained tensors.
-        frozen: (elements, how many) of the tensors of each frozen model.
+        student: (elements, number of tensors) of the trained tensors.
+        frozen: (elements, number of tensors) of each frozen model.
         held: Bytes that are held of a micro-batch until its turn, in a step in two passes.
         images: The only micro-batch for which the counts are valid; 0 means all.
         fused: Whether fused kernels run.
@@ -113,7 +113,7 @@ class Counts:
     fused: bool = False
 
     def in_step_of(self, micro_batches: int) -> Counts:
-        """Returns the counts of each micro-batch in a step with this number of them.
+        """Returns the counts of each micro-batch, by the number of micro-batches of a step.
 
         With a single micro-batch, sums before the step need no forward of the student, and are
         left out.

@@ -103,7 +103,7 @@ def rates_of(gpu: str, file: str = "") -> Rates:
 
     Args:
         gpu: A key of `CARDS`.
-        file: JSON object with any fields of `Rates`; empty: none.
+        file: JSON object with any fields of `Rates`; empty for no file.
 
     Raises: ConfigError: for an unknown card, an unknown field or an invalid rate.
     """

@@ -26,9 +26,9 @@ class Work:
 
     Args:
         what: Description of the work.
-        total: How much there is to do; None: that is not known.
+        total: Number of units of the work; None if unknown.
         unit: Unit of the count.
-        done: How much was done before.
+        done: Number of units that were finished before.
     """
 
     def __init__(

@@ -70,7 +70,7 @@ def start(
 
     Args:
         launch: Where this rank stands; None asks `find_launch`.
-        timeout_seconds: How long a collective waits for a rank before it fails.
+        timeout_seconds: Time that a collective waits for a rank before it fails.
         is_guest: Whether the process belongs to other code, such as a notebook, and is never ended.
 
     Returns: the launch that was used, also when the group existed before.
@@ -193,7 +193,7 @@ def _meet(launch: Launch, name: str, timeout_seconds: float) -> None:
     Args:
         launch: Where this rank stands.
         name: Beginning of the keys in the store at which they meet.
-        timeout_seconds: How long a collective waits for a rank before it fails.
+        timeout_seconds: Time that a collective waits for a rank before it fails.
 
     Raises: LaunchError: if the ranks do not meet.
     """
@@ -254,7 +254,7 @@ def _store_of(
     Args:
         launch: Where this rank stands.
         name: Beginning of the keys in the store.
-        timeout_seconds: How long to try.
+        timeout_seconds: Time limit of the attempts.
         for_group: Whether the store is the process group's, opened by rank 0, or a further
             connection.
     """

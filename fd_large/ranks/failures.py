@@ -89,7 +89,7 @@ class Watch:
             other callers; tries for the given seconds.
         rank: This rank.
         world_size: Number of ranks.
-        meeting_seconds: How long the ranks may take to meet.
+        meeting_seconds: Time that the ranks may take to meet.
         neighbours: The other ranks of this node, which are looked at as processes.
         leave: Ends the process with an exit code.
     """

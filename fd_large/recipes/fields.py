@@ -218,7 +218,7 @@ def within(where: str, value: float, interval: str) -> None:
 
 
 def at_least(where: str, value: int, least: int, unit: str) -> None:
-    """Raises ConfigError if the value is below `least`; `unit` names what is counted."""
+    """Raises ConfigError if the value is below `least`; `unit` names the counted thing."""
     require(value >= least, f"{where}: too small", value, f"{least} or more {unit}")
 
 

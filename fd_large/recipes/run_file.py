@@ -37,7 +37,7 @@ class Given:
 
     Attributes:
         values: {"optim.max_steps": 20, ...}
-        path: The file; empty: they come from Python.
+        path: The file; empty for values from Python.
         lines: Line of each value in the file, where it is known.
     """
 

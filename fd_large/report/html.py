@@ -89,7 +89,7 @@ def table(
     Args:
         rows: Cells of the table.
         head: Headings of the columns.
-        right: Whether each column stands right; empty: where it holds numbers alone.
+        right: Whether each column stands right; if empty, columns of numbers alone do.
     """
     if not rows:
         return ""

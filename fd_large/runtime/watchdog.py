@@ -86,11 +86,11 @@ class Watchdog(Hook):
     sleeps). The clock runs from `start` on, which may be long before the first step.
 
     Args:
-        seconds: How long it may stand still.
+        seconds: Time for which the rank may stand still.
         folder: The run's folder.
         owned: Returns whether this start may write there.
         start: Id of this start.
-        start_seconds: How long it may stand still until its first step is through; None: longer.
+        start_seconds: Time for which it may stand still before its first step ends; None: longer.
         leave: Ends the process with an exit code.
     """
 

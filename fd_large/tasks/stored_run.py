@@ -44,7 +44,7 @@ class Predicted(NamedTuple):
         path: The image file.
         text: The prediction in a few words.
         drawn: The drawn image; None if it could not be read.
-        problem: Why the image could not be read; empty: it was.
+        problem: Reason that the image could not be read, or "".
     """
 
     path: str

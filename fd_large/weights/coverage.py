@@ -47,7 +47,7 @@ class Fitted:
         resize: Whether position tables may have another grid.
 
     Attributes:
-        match: How file and model fit.
+        match: Result of comparing file and model.
         may_be_missing: Names of the model that the file lacks, with the user's leave.
 
     Raises: WeightsError: if the file does not cover the model, has unused tensors, or has tensors

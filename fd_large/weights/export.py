@@ -83,7 +83,7 @@ def resized(architecture: FamilyArchitecture, image_size: int) -> FamilyArchitec
 
     Args:
         architecture: The student, with the image size that it was trained at.
-        image_size: Side in pixels; 0: the size that it was trained at.
+        image_size: Side in pixels; 0 for the size of its training.
 
     Raises: ConfigError: if its positions are made for a single size.
     """

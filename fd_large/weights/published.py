@@ -306,7 +306,7 @@ def part_of(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, l
 
     Args:
         file: The file's tensors.
-        part: Name of the model, as after # in a source; empty: the student.
+        part: Name of the model, as after # in a source; empty for the student.
         name: The file.
         where: Field that the user set, for messages.
 

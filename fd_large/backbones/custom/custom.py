@@ -48,7 +48,7 @@ def build_custom(
 
     Args:
         architecture: Says which class or function makes it.
-        options: How it is built; most is the user's own affair.
+        options: Options of construction; the user's code reads most of them.
         where: Field that the user set, for messages.
 
     Raises: ConfigError: if the class or function does not exist, fails, or returns a model that

@@ -30,7 +30,7 @@ _of_units: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary(
 
 
 def gather_whole(engine: Any, backbone: nn.Module, zero: dict[str, Any]) -> None:
-    """Lets blocks that fit the bucket of what is gathered ahead be gathered as one module.
+    """Lets blocks that fit the bucket of prefetched parameters be gathered as one module.
 
     A backbone has to say which modules of its blocks it calls outside of the blocks' forwards, by
     `outside_blocks()`, and these are gathered as one module each. The blocks of another backbone
@@ -79,12 +79,12 @@ def _spare_calls() -> None:
 
 @functools.wraps(get(f"{_PARTITION}:print_rank_0"))
 def _say_nothing(message: str, debug: bool = False, force: bool = False) -> None:
-    """Replaces `print_rank_0`, which prints only what is forced, but always asks for the rank."""
+    """Replaces `print_rank_0`, which prints only forced messages, but always asks for the rank."""
     if force:
         print(message)
 
 
 @functools.wraps(_iter_params)
 def _parameters(module: nn.Module, recurse: bool = False) -> Iterable[nn.Parameter]:
-    """Replaces `iter_params`: all parameters of what is gathered whole are its own."""
+    """Replaces `iter_params`: all parameters of a block gathered whole are its own."""
     return _of_units[module] if module in _of_units else _iter_params(module, recurse)

@@ -63,7 +63,7 @@ class LoadedModel:
         backbone: Normalised images (B, 3, S, S) -> FeatureMap; in evaluation.
         statistics: The normalisation of its images.
         image_size: S, the side of its images, in pixels.
-        positions: How it knows where a token is.
+        positions: Kind of its position embedding.
         is_supervised: Whether it is the student of a run that learnt labels, or boxes, and began
             from random weights.
         losses: The task's of the run that it is of, if it can be computed; change of its own map.

@@ -93,7 +93,7 @@ class Column(NamedTuple):
         """Returns the recipe whose model is nearest in kind, then in width and depth.
 
         Args:
-            architecture: That of the model that is trained.
+            architecture: Architecture of the trained model.
             run_recipe: As in `Transfer.recipe_for`.
         """
         if not self.recipes:
@@ -114,7 +114,7 @@ def _size(architecture: FamilyArchitecture) -> tuple[int, int]:
 
 
 def _ratio(a: int, b: int) -> float:
-    """How far two sizes are apart; 0 where one is not known."""
+    """Returns the distance between two sizes; 0 if a size is unknown."""
     return abs(math.log(a / b)) if a and b else 0.0
 
 

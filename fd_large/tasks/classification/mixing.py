@@ -102,7 +102,7 @@ def mix_images(images: Tensor, others: Tensor, mix: Mix) -> Tensor:
     Args:
         images: (B, 3, H, W) float32, normalised.
         others: (B, 3, H, W) float32, the images' partners.
-        mix: How their group is mixed.
+        mix: The mixing of their group.
     """
     if mix.box is not None:
         top, bottom, left, right = mix.box
@@ -120,7 +120,7 @@ def mix_labels(
     Args:
         labels: (B,) int64.
         others: (B,) int64, labels of the partners.
-        mix: How their group is mixed.
+        mix: The mixing of their group.
         num_classes: K.
         smoothing: Probability that is spread over all classes.
 

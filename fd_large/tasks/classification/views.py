@@ -48,7 +48,7 @@ class LabelledViews:
 
     Attributes:
         source: The images.
-        settings: How an image becomes a view.
+        settings: Settings of the views.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
     """
@@ -99,7 +99,7 @@ class MixedBatches(Dataset):
         source: The images.
         recipe: Augmentation and mixing.
         statistics: Mean and deviation by which the images are normalised.
-        settings: How an image becomes a view.
+        settings: Settings of the views.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
         global_batch_size: Images a step over all ranks; they are mixed among each other.

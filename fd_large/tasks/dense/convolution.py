@@ -69,7 +69,7 @@ class Doubling(nn.ConvTranspose2d):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        draw: How the weight is drawn.
+        draw: Distribution of the weight.
         kernel_size: 2, 3 or 4.
         bias: Whether it has a bias.
     """

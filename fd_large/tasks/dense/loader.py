@@ -51,7 +51,7 @@ class TrainingBatches(Dataset):
 
     Attributes:
         source: Images with their truth.
-        views: How they are seen.
+        views: Views of the images.
         seed: The run's seed.
         epoch: Counted from 0.
     """

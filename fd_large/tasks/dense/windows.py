@@ -70,5 +70,5 @@ def mean_of_windows(
 
 
 def num_forwards(places: Sequence[Window], at_once: int) -> int:
-    """Returns how many forwards `mean_of_windows` makes."""
+    """Returns the number of forwards of `mean_of_windows`."""
     return -(-len(places) // at_once)

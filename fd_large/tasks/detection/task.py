@@ -73,7 +73,7 @@ class Detection(Task):
         proposals_per_image: Proposals that are kept.
         rois_per_image: Proposals sampled for the losses of the heads.
         extra_attention: Whether a layer of attention over the whole last map precedes the pyramid.
-        selection: How the boxes that are returned are chosen.
+        selection: Rule for choosing the returned boxes.
         seed: Seed of the random samples, besides epoch and position.
         statistics: The student's normalisation.
 

@@ -37,7 +37,7 @@ def teacher_side(
         student: Rows and columns of the student's map.
         grid_at: Returns the teacher's grid for images of a side, or None if it rejects this side.
         image_size: Side of the student's images.
-        own_size: Side that the teacher was trained at; 0: not known.
+        own_size: Side of the images in the teacher's training; 0 if unknown.
     """
     here, own = grid_at(image_size), grid_at(own_size) if own_size else None
     if here == student:

@@ -161,8 +161,8 @@ class Canary(Hook):
             )
         log.error(
             "canary: %s CHANGED after step %d, seen after step %d, %s. The run ends "
-            "without a checkpoint of what it learned since; earlier ones are sound. Start the same "
-            "command again, without that node: it goes on from the newest one.",
+            "without saving later steps; earlier checkpoints are sound. Start the same command "
+            "again without that node: it resumes from the newest checkpoint.",
             self._called,
             self._good,
             done,

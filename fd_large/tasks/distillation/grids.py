@@ -85,7 +85,7 @@ class TeacherOnShapes:
         entry: The teacher's entry, with a settled model.
         student: The student's section, settled.
         image_size: Side of the student's images, in pixels; of several, that of evaluations.
-        sizes: All sides of the student's images; empty: they have `image_size` alone.
+        sizes: All sides of the student's images; empty for `image_size` alone.
         around: Returns a wrapper of the teacher (such as mosaics) from its entry and the side of
             the student's images; None for no wrapper.
     """

@@ -52,7 +52,7 @@ class Crops:
         source: The images.
         views: Number of views; view v shows image v modulo the number of images. There are at
             least as many as the panel shows.
-        settings: How an image becomes a view; its colours stay.
+        settings: Settings of the views, whose colours stay.
         seed: Seed of the crops.
         skip_bad: Whether to replace an unusable image by the next one, as training does.
     """

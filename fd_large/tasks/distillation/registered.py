@@ -11,7 +11,7 @@ def register(task: nn.Module, path: str, module: nn.Module, *, replace: bool = F
     """Registers a Module under a path.
 
     Args:
-        task: The Module that gets it.
+        task: The Module that the new Module joins.
         path: Its name, such as heads.NAME.map, with a ModuleDict for each part but the last.
         module: The Module.
         replace: Whether to replace a Module that is already registered.

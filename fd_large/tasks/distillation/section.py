@@ -251,7 +251,7 @@ class NamedTeacher(Teacher, Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Weighting:
-    """How each image's teachers are chosen."""
+    """The rule that chooses each image's teachers."""
 
     # fixed: all of them; the loss is their sum. Else it is the mean over the pairs of image and
     # teacher that are kept, of all images of a step. drop: the teacher with the largest loss of an

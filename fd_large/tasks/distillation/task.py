@@ -156,7 +156,7 @@ class Whole:
     """Default of the second seam: the student sees the whole image, and all tokens count.
 
     Attributes:
-        description: A line for the log; empty: there is nothing to say.
+        description: A line for the log, or "".
     """
 
     description = ""

@@ -167,7 +167,7 @@ class TestViews(NamedTuple):
 
     Attributes:
         image_size: Length of the shorter side, in pixels, to which images are resized.
-        windows: The number of squares along the longer side; 0: images are seen whole.
+        windows: The number of squares along the longer side; 0 for whole images.
         flip: Whether each is also seen mirrored.
     """
 

@@ -69,7 +69,7 @@ class Model(NamedTuple):
     Attributes:
         depths: Maps pixels (B, 3, h, w) uint8, on the device, to depths (B, h, w) in metres; in
             evaluation mode, called by all ranks if it is sharded.
-        views: How an image is seen.
+        views: Views of an image.
         at_once: Number of windows in a forward.
     """
 

@@ -64,7 +64,7 @@ def scored_pixels(
 def crop_of(name: Crop, height: int, width: int) -> tuple[slice, slice]:
     """Returns the rows and columns of an image inside a crop.
 
-    Raises: ConfigError: for an image of another size than the crop is for.
+    Raises: ConfigError: if the crop is defined for another image size.
     """
     if name == "none":
         return slice(None), slice(None)

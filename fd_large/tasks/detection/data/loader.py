@@ -59,8 +59,8 @@ def build_training_loader(
         global_batch_size: Images a step over all ranks.
         workers: Number of loading processes; 0 loads in this one.
         max_pixels: Larger images are refused before they are decoded.
-        semantic_classes: Classes of the semantic maps that targets have besides; 0: none are read.
-        copy_probability: How likely the objects of an image are moved (`copy_instances`).
+        semantic_classes: Classes of the semantic maps that targets have besides; 0 for no maps.
+        copy_probability: Probability of moving the objects of an image (`copy_instances`).
 
     Returns: an iterable of `Batch`: images (B, 3, H, W) uint8, padded with black at the right and
         the bottom, and `Targets`. The same samples on any number of ranks and workers.

@@ -34,7 +34,7 @@ _MOST_PIXELS = 1 << 31
 
 @dataclass
 class Findings:
-    """Objects that were left out or clipped, by kind: how many, and the first few by name."""
+    """Objects that were left out or clipped, by kind: their number, and the first few names."""
 
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     names: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))

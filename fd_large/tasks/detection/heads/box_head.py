@@ -63,7 +63,7 @@ class Sampled(NamedTuple):
     Attributes:
         rois: (n, 4) float32 of each image, positives first.
         labels: (N,) int64, the classes of all rois; K for background.
-        objects: (p,) int64 of each image, which object each of the first p rois is for.
+        objects: (p,) int64 of each image, the object of each of the first p rois.
         boxes: (P, 4) float32, the object boxes of all positives.
         numbers: (n,) int64 of each image, index of each roi among the proposals; indices after
             the last proposal are the objects themselves.
@@ -107,7 +107,7 @@ def sample_rois(
         proposals: (n, 4) float32 of each image, possibly none.
         targets: The target of each image.
         draws: (B, 2 * rois_per_image) uniform numbers in [0, 1).
-        rois_per_image: The most that are chosen.
+        rois_per_image: Largest number of chosen proposals.
         num_classes: K.
         positive_iou: Smallest IoU at which a proposal is for an object.
         best_for_each: Whether an object gets the proposal that overlaps it most, even if that

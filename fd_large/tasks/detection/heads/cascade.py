@@ -122,7 +122,7 @@ class CascadeHeads(nn.Module):
         width: Channels of the pyramid and the heads.
         rois_per_image: Proposals sampled for training.
         form: A name of the table `FORMS`.
-        box_loss: How boxes are compared (`box_losses`).
+        box_loss: Loss between boxes (`box_losses`).
         class_agnostic: Whether a proposal has a single box, or a box for each class.
     """
 

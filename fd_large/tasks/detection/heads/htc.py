@@ -36,7 +36,7 @@ class HtcHeads(CascadeHeads):
         num_classes: K.
         width: Channels of the pyramid and the heads.
         rois_per_image: Proposals sampled for training, of boxes and again of masks.
-        box_loss: How boxes are compared (`box_losses`).
+        box_loss: Loss between boxes (`box_losses`).
         class_agnostic: Whether a proposal has a single box, or a box for each class.
         semantic_classes: Classes of the semantic branch; 0 for no branch.
     """

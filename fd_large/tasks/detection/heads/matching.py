@@ -99,7 +99,7 @@ def sample(matched: Tensor, count: int, positive_share: float, draws: NDArray) -
 
     Args:
         matched: (N,) int64, as `match` returns it.
-        count: The most that are chosen, of both kinds.
+        count: Largest number of choices, of both kinds.
         positive_share: Largest share of positives; background fills the rest.
         draws: (2 * count,) uniform numbers in [0, 1).
     """

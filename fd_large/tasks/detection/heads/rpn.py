@@ -162,9 +162,9 @@ def rpn_terms(
         anchors: (A, 4).
         targets: The target of each image.
         draws: (B, 2 * anchors_per_image) uniform numbers in [0, 1).
-        anchors_per_image: The most that are sampled.
+        anchors_per_image: Largest number of sampled anchors.
 
-    Returns: by name the sum, and over how many anchors.
+    Returns: by name, the sum of the loss and its number of anchors.
     """
     where, labels, positives, wanted = [], [], [], []
     for i, target in enumerate(targets):
@@ -196,7 +196,7 @@ def rpn_shapes_only(logits: Tensor, deltas: Tensor, *, anchors_per_image: int) -
     Args:
         logits: (B, A) float32 of all levels; also on the meta device.
         deltas: (B, A, 4) float32.
-        anchors_per_image: The most that are sampled.
+        anchors_per_image: Largest number of sampled anchors.
     """
     count = len(logits) * anchors_per_image
     sampled = torch.zeros(count, dtype=torch.int64, device=logits.device)

@@ -41,9 +41,9 @@ class Request(NamedTuple):
     """The request to score the shards in a folder.
 
     Attributes:
-        folder: Folder with a shard of each rank, and with the note that says how many there are.
+        folder: Folder with a shard of each rank, and with the note of their number.
         annotations: The file that they are scored against.
-        images: The path of each image by its id, to draw some; empty: nothing is drawn.
+        images: The path of each image by its id, to draw some; empty draws none.
         max_pixels: Larger images are not drawn.
     """
 
@@ -73,7 +73,7 @@ class Scored(NamedTuple):
     Attributes:
         scores: COCO's numbers.
         written: The files that were written.
-        problem: Why some were not; empty: all were.
+        problem: Reason that some could not be read; empty without any.
     """
 
     scores: Scores

@@ -37,7 +37,7 @@ class ScoringProcess(Pending):
     Args:
         folder: Folder with the shards and the note.
         annotations: The file that they are scored against.
-        images: The path of each image by its id, to draw some; empty: nothing is drawn.
+        images: The path of each image by its id, to draw some; empty draws none.
         max_pixels: Larger images are not drawn.
     """
 

@@ -97,7 +97,7 @@ class Model(NamedTuple):
         see: Maps (images (B, 3, H, W) uint8, sizes (B, 2), `Ask` or None) to the result of
             `Detection.forward`; in evaluation mode, called by all ranks if it is sharded.
         views: At which sizes an image is seen.
-        selection: How boxes are chosen after views were merged.
+        selection: Rule for choosing boxes after views were merged.
         proposals_per_image: Proposals that are kept.
     """
 
@@ -201,8 +201,8 @@ def merged(
     Args:
         found: Each view with its candidates.
         place: Number of the image in its batch.
-        views: How they are merged.
-        selection: How boxes are chosen.
+        views: Rule for merging the views.
+        selection: Rule for choosing boxes.
     """
     size = found[0][0].original_sizes[place]
     boxes = [view.to_original(of.boxes, place) for view, of in found]

@@ -71,7 +71,7 @@ class RunCaches:
     Args:
         entries: The recipe's entry of each teacher, by name.
         section: The recipe's section of views and of the folder for stored maps.
-        settings: How an image becomes a view.
+        settings: Settings of the views.
         micro_batch_size: Images of a micro batch, from the recipe.
 
     Attributes:
@@ -305,7 +305,7 @@ def held_out_facts(crops: Mapping[str, Crops], settings: ViewSettings) -> dict[s
 
     Args:
         crops: Cuts the views of each set.
-        settings: How an image becomes a view.
+        settings: Settings of the views.
     """
     first = next(iter(crops.values()))
     return {

@@ -153,7 +153,7 @@ class Header:
         facts: Facts that decide the maps (teacher, images, views), by the field or file that
             states them. A run that reads the cache must have the same facts.
         teacher: The teacher's section of the recipe that wrote it.
-        precision: How the maps are stored: a name in `PRECISIONS`.
+        precision: Precision of the stored maps: a name in `PRECISIONS`.
         tokens: Tokens of a map, N.
         width: Channels of the map, C.
         grid: Rows and columns of its patches.

@@ -60,7 +60,7 @@ class ToStore(NamedTuple):
         images: (batch_size, 3, S, S) uint8; black where there is no image, or none that can be
             used.
         thumbnails: (batch_size, 64) uint8.
-        bad: For each record why its image cannot be used; empty: it can.
+        bad: For each record, the problem of its image; empty for usable images.
     """
 
     images: Tensor
@@ -111,7 +111,7 @@ def view_facts(settings: ViewSettings, fixed: FixedViews, samples: ImageSource) 
     """Returns the facts that decide the views of a dataset, by the fields that state them.
 
     Args:
-        settings: How an image becomes a view.
+        settings: Settings of the views.
         fixed: Draws the views.
         samples: The images.
     """

@@ -90,7 +90,7 @@ def header_of(
         teacher: The teacher; it is shown a grey image.
         entry: The teacher's entry in the recipe.
         views: The facts of the views.
-        precision: How the maps are stored.
+        precision: Precision of the stored maps.
         sets: Number of records in each set, or None for the training views of these `view_facts`.
     """
     if sets is None:
@@ -276,7 +276,7 @@ def write_cache(
         workers: Number of loading processes of each rank.
         max_bad_fraction: Fraction of images that may be unusable.
         where: The argument that names the folder, for messages.
-        only: The set that is written; empty: all are.
+        only: The set to write; empty for all sets.
         between: Called before each batch on every rank; may raise to stop. Written records stay,
             and the next call continues from them.
 

@@ -112,7 +112,7 @@ class Weighted(Part):
         self._number, self._micro_batches = totals, micro_batches
 
     def before_step(self, progress: float) -> None:
-        """Drops the number of an earlier step or trial."""
+        """Drops the number of kept images of an earlier step or trial."""
         self._number, self._micro_batches = None, 1
 
     def _kept(self, losses: Tensor, maps: Maps, drawn: Drawn) -> Tensor:

@@ -100,7 +100,7 @@ class TestViews(NamedTuple):
         long_side: Upper limit of the longer side at each scale.
         scales: The scales.
         flip: Whether each is also seen mirrored.
-        crop: Side of a window; 0: images are seen whole.
+        crop: Side of a window; 0 for whole images.
         stride: Distance from window to window.
     """
 
