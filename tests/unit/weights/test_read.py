@@ -267,14 +267,14 @@ def test_altered_and_cut_files_of_both_formats(tmp_path):
 
 def test_names_that_are_numbers(tmp_path):
     torch.save({0: torch.zeros(1)}, tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match=r"dense tensors .*got 0,"):
+    with pytest.raises(WeightsError, match=r"dense tensors; got 0,"):
         read(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("hollow", [torch.zeros(2, 2).to_sparse(), torch.empty(2, device="meta")])
 def test_tensors_without_values(tmp_path, hollow):
     torch.save({"model": {**TENSORS, "hollow": hollow}}, tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match=r"dense tensors .*got hollow,"):
+    with pytest.raises(WeightsError, match=r"dense tensors; got hollow,"):
         read(tmp_path / "a.pth")
 
 
