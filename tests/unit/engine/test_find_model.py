@@ -180,7 +180,7 @@ def test_the_teacher_of_a_stored_run_is_not_asked_for(distillation, tmp_path):
 @pytest.mark.parametrize(
     ("source", "named"),
     [
-        ("RUN#techer", "unknown part.*techer.*teacher"),
+        ("RUN#techer", "no such part.*techer.*teacher"),
         ("nothing.pth", r"nothing\.pth"),
         ("timm:vit_tinny=random", "vit_tinny"),
     ],
