@@ -145,6 +145,7 @@ OF_NO_FILE = {
     "test_pages.py": "README.md and docs/",
     "test_public_names.py": "names under semantic versioning",
     "test_readme_figures.py": "README.md and benchmarks/results/",
+    "test_requirements.py": "requirements/ against pyproject.toml",
     "test_size.py": ".ci/size.py",
     "test_slurm_script.py": "slurm/",
     "weights/test_hostile_files.py": "tests/support/models/hostile.py",

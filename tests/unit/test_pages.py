@@ -298,7 +298,7 @@ def test_every_page_is_in_the_site():
 
 def test_workflow_and_hooks_run_what_a_change_has_to_pass():
     ci = (ROOT / ".ci/run").read_text()
-    assert {"check", "docs", "test"} <= set(re.findall(r"^make (\w+)$", ci, re.M))
+    assert {"check", "docs", "dist", "test"} <= set(re.findall(r"^make (\w+)$", ci, re.M))
     assert "- run: .ci/run\n" in (ROOT / ".github/workflows/ci.yml").read_text()
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     assert re.findall(r"entry: (.*)", hooks) == ["make check", ".ci/run"]
@@ -341,7 +341,8 @@ def test_torch_of_an_index_of_its_own_leaves_all_else_where_it_was(tmp_path):
 
     def commands(*more: str) -> list[str]:
         words = ["make", "-n", "-f", ROOT / "Makefile", ".venv/test", *more]
-        environ = {name: value for name, value in os.environ.items() if name != "TORCH_INDEX"}
+        set_by_ci = ("LOCK", "TORCH", "TORCH_INDEX")
+        environ = {name: value for name, value in os.environ.items() if name not in set_by_ci}
         done = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return [line for line in done.stdout.splitlines() if " pip install " in line]
@@ -351,6 +352,10 @@ def test_torch_of_an_index_of_its_own_leaves_all_else_where_it_was(tmp_path):
     assert added.endswith("--index-url INDEX torch torchvision")
     assert [line for line in own if line in usual] == usual
     assert not any("index" in line for line in usual)
+    locked, torch, package = commands("LOCK=FILE", "TORCH_INDEX=INDEX")
+    assert locked.endswith("--no-deps --require-hashes --requirement FILE")
+    assert "--index-url INDEX" in torch
+    assert "--no-deps --no-build-isolation" in package
 
 
 def test_the_page_of_masks_has_the_figures_of_its_benchmark():
