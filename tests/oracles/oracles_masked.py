@@ -28,8 +28,8 @@ NOT_YET_PARTS = {
 }
 NOT_YET = {
     "mask_attention": "no sampler reads the teacher's attention",
-    "mask_collate": "shares of a batch that is masked, and ratios drawn for each image (DINOv2)",
-    "mask_ibot": "ratios drawn for each image (iBOT)",
+    "mask_collate": "ratios stratified over a rank's batch (DINOv2): here each image draws alone",
+    "mask_ibot": "iBOT's order of draws: here a ratio is a function of (seed, epoch, position)",
     "student_milan": "MILAN's prompting decoder",
 }
 _DEVIATIONS = 5
