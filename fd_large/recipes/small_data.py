@@ -79,6 +79,8 @@ def small_data() -> Run:
         still worse than a constant after 200 steps: with so few images take an earlier map, by
         --teacher.architecture.feature_stride 8. The rate rises over a twentieth of the run and
         falls to a tenth. The quick start takes these rates, too, for another student than its own.
+        A ViT-Ti on these photographs at 64 px came to .920 in 40 steps at 1e-3, .944 at 4e-3 and
+        .918 at 2.5e-4 (one seed).
     data: crops of 128 px, as in the quick start, for a CPU; on a GPU set --data.image_size 224. A
         tenth of the images is held out, by the names of their files, unless the folder has train/
         and val/, or --eval.root names others.
