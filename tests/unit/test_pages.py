@@ -352,6 +352,7 @@ def test_torch_of_an_index_of_its_own_leaves_all_else_where_it_was(tmp_path):
     assert added.endswith("--index-url INDEX torch torchvision")
     assert [line for line in own if line in usual] == usual
     assert not any("index" in line for line in usual)
+    (tmp_path / "FILE").touch()
     locked, torch, package = commands("LOCK=FILE", "TORCH_INDEX=INDEX")
     assert locked.endswith("--no-deps --require-hashes --requirement FILE")
     assert "--index-url INDEX" in torch

@@ -71,8 +71,9 @@ def test_public_names_are_those_of_the_list():
     listed = {line for line in lines if line and not line.startswith("#")}
     found = set(public_names())
     assert len(found) > 400
-    assert not listed - found, "left or changed: a row in docs/stability.md says so"
-    assert not found - listed, "new: add them to public_names.txt by hand"
+    gone, new = sorted(listed - found), sorted(found - listed)
+    assert not gone, f"left or changed, which docs/stability.md has to say: {', '.join(gone)}"
+    assert not new, f"new: add to public_names.txt by hand: {', '.join(new)}"
     assert lines == sorted(lines), "in the order of `LC_ALL=C sort`"
 
 
