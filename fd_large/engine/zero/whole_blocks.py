@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -26,7 +25,8 @@ DEFAULT = 50_000_000
 _COORDINATOR = "deepspeed.runtime.zero.partitioned_param_coordinator"
 _PARTITION = "deepspeed.runtime.zero.partition_parameters"
 _iter_params = get(f"{_COORDINATOR}:iter_params")
-_of_units: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
+_UNIT = "_gathered_whole"
+"""Attribute of such a module, in whose table it is: all its parameters."""
 
 
 def gather_whole(engine: Any, backbone: nn.Module, zero: dict[str, Any]) -> None:
@@ -58,7 +58,8 @@ def gather_whole(engine: Any, backbone: nn.Module, zero: dict[str, Any]) -> None
     for unit, modules in units.items():
         parameters = [p for module in modules for p in module.parameters(recurse=False)]
         if sum(p.ds_numel for p in parameters) <= zero.get(PREFETCH, DEFAULT):
-            _of_units[unit] = parameters
+            # On the module, so that both go together: a parameter leads to its engine.
+            unit.__dict__[_UNIT] = parameters
             for module in modules[1:]:
                 inside |= {id(module._forward_hooks), id(module._forward_pre_hooks)}
     for hook in (*offload.forward_hooks, *offload.backward_hooks):
@@ -87,4 +88,4 @@ def _say_nothing(message: str, debug: bool = False, force: bool = False) -> None
 @functools.wraps(_iter_params)
 def _parameters(module: nn.Module, recurse: bool = False) -> Iterable[nn.Parameter]:
     """Replaces `iter_params`: all parameters of a block gathered whole are its own."""
-    return _of_units[module] if module in _of_units else _iter_params(module, recurse)
+    return module.__dict__.get(_UNIT) or _iter_params(module, recurse)
