@@ -36,7 +36,7 @@ class Format:
             resized.
         resize_antialias: Whether its positions are resized with a wider filter onto a smaller grid.
         without: Pattern that must not occur in its names, or "".
-        refusal: Why its models cannot be read; empty if they can.
+        refusal: Reason that its models cannot be read, or "".
     """
 
     what: str
@@ -68,7 +68,7 @@ class WeightFacts(NamedTuple):
         statistics: Normalisation that it was trained with.
         image_size: Side in pixels of the images that it was trained with.
         licence: Licence of the weights; empty if unknown.
-        origin: Where they are published.
+        origin: Place of publication.
     """
 
     statistics: Statistics

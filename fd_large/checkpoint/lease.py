@@ -63,7 +63,7 @@ class Lease:
 
     Attributes:
         root: The owned folder: the run's, or the folder of several students that contains it.
-        taken_over: Why the owner before counted as dead; empty if there was none.
+        taken_over: Reason that the previous owner counted as dead; empty without one.
         entered: Whether this start may write the run's files there; the engine sets it.
     """
 

@@ -107,7 +107,7 @@ class _Order:
         shares: Positions of each among as many as the sum of all.
 
     Attributes:
-        ends: (num_sources,) int64, the number of images up to the end of each.
+        ends: (num_sources,) int64, the number of images up to the end of each source.
     """
 
     def __init__(self, sources: Sequence[Any], shares: Sequence[int]) -> None:

@@ -32,7 +32,7 @@ class LabelledImages:
 
     Attributes:
         images: The images.
-        labels: (num_images,) int64, the class of each.
+        labels: (num_images,) int64, the class of each image.
         classes: Names of the classes; a label is a place in it.
     """
 

@@ -90,7 +90,7 @@ def random_words(
         epoch: 0 to 2**32 - 1.
         positions: (B,), whole numbers from 0.
         stream: A name in `STREAMS`, or a number below 256 for a use without a name here.
-        first_block: Where in the stream to start.
+        first_block: Block of the stream to start from.
         num_blocks: Number of blocks to draw.
 
     Returns: (B, num_blocks, 4) uint64, each below 2**32.

@@ -44,7 +44,7 @@ class TarShards:
 
     Attributes:
         paths: The tar files.
-        sizes_and_times: Size and modification time of each.
+        sizes_and_times: Size and modification time of each shard.
         torn: Damage of incomplete shards.
         fingerprint: A hash of the names of the images in order.
     """

@@ -124,7 +124,7 @@ class Trainer:
     Attributes:
         engine: The task in its engine.
         setting: Facts that the hooks get before the first step.
-        best: Keeps the checkpoint of the best evaluation; None: none is kept.
+        best: Keeps the checkpoint of the best evaluation; None keeps none.
         stopped_early: Whether patience was exhausted before the last step.
     """
 

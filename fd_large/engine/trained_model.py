@@ -30,13 +30,13 @@ class TrainedModel(nn.Module):
         backbone: Normalised images (B, 3, H, W) -> FeatureMap.
         statistics: The normalisation of its images.
         image_size: Side of the images that it was trained with, in pixels.
-        source: Where its weights come from.
+        source: Source of its weights.
         heads: Reads the heads that guess teachers' maps, by name; see `StoredRun.heads`.
 
     Attributes:
         backbone: The module.
         image_size: Side of the images that `preprocess` returns, in pixels.
-        source: Where the weights come from.
+        source: Source of the weights.
     """
 
     def __init__(

@@ -77,7 +77,7 @@ def finish(
     """Makes the table, the plot, the page, summary.json and predictions.npz, on rank 0.
 
     Args:
-        folder: Where the files go.
+        folder: Folder for the files.
         rows: The rows of the table; the others are compared with the first row, or the first row
             of the same pooling.
         title: Words for the test.

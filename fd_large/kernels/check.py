@@ -107,7 +107,7 @@ def check(calls: Sequence[Call], device: torch.device) -> None:
 
     Args:
         calls: Calls from `recording`, the same on all ranks.
-        device: Where they will run.
+        device: Device on which they will run.
     """
     found = beside_references(calls, device)
     for number, off in enumerate(distributed.gather_objects(found)):

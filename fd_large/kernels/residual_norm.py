@@ -370,7 +370,7 @@ def backward_launch(
 
 
 def partial_sums(programs: int, vector: Tensor | None) -> Tensor | None:
-    """Returns memory for a vector's gradient, a partial row for each program; None for None."""
+    """Returns memory for a vector's gradient, a row for each program; None without a vector."""
     if vector is None:
         return None
     return vector.new_empty(programs, vector.shape[0], dtype=torch.float32)

@@ -19,7 +19,7 @@ class CachedTargets:
 
     Attributes:
         images: Images of the dataset.
-        views: Stored views of each.
+        views: Stored views of each image.
         uses: Number of times that each stored map is used, over all epochs and runs.
         map_bytes: Bytes of a stored map.
         teacher_seconds: Seconds of the teacher for an image, on a rank.

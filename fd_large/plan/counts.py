@@ -44,7 +44,7 @@ class Product(NamedTuple):
     """A group of equal operations with matrix products.
 
     Attributes:
-        phase: Where they run.
+        phase: Phase in which they run.
         again: Whether they recompute forward's results.
         times: Number of such calls; a mean over image sizes may be no whole number.
         flops: FLOPs of one operation.

@@ -191,7 +191,7 @@ def _meet(launch: Launch, name: str, timeout_seconds: float) -> None:
     """Makes the process group of several ranks.
 
     Args:
-        launch: Where this rank stands.
+        launch: Place of this rank among all ranks.
         name: Beginning of the keys in the store at which they meet.
         timeout_seconds: Time that a collective waits for a rank before it fails.
 
@@ -252,7 +252,7 @@ def _store_of(
     and torchrun's listen on all interfaces. torchrun's store then only gives the address.
 
     Args:
-        launch: Where this rank stands.
+        launch: Place of this rank among all ranks.
         name: Beginning of the keys in the store.
         timeout_seconds: Time limit of the attempts.
         for_group: Whether the store is the process group's, opened by rank 0, or a further

@@ -270,7 +270,7 @@ def speaks_for(ending: Ending | None) -> bool:
     That is rank 1, and the first rank of each node: with rank 0 its whole node may be gone.
 
     Args:
-        ending: Why the ranks end, if that is known.
+        ending: Reason for the end of the ranks, if known.
     """
     rank = find_rank()
     if ending is None or ending.rank != 0 or rank == 0:

@@ -109,7 +109,7 @@ class _State(NamedTuple):
         error: Exception of the check that is not an FDError, or "".
         failed: Whether it failed with anything.
         over: Whether to stop waiting for the other ranks; rank 0 decides.
-        num_made: Values that it made for all and will now say.
+        num_made: Number of values that it made for all ranks and sends next.
         made: Values that it made for its node.
         wanted: Name of the value to fetch, or "".
     """

@@ -33,7 +33,7 @@ MOST_NAMES, MOST_BYTES = 10_000, 4 << 20
 
 @dataclass(frozen=True)
 class Given:
-    """Values of fields with the place of each.
+    """Values of fields, each with its place.
 
     Attributes:
         values: {"optim.max_steps": 20, ...}

@@ -57,7 +57,7 @@ class ListedRun:
         folder: Folder of the run.
         state: `running`, or one of the states above.
         files: Contents of its folder, or None if unreadable.
-        problem: Why it cannot be read, or why it failed; empty where there is nothing to say.
+        problem: Reason that it cannot be read or failed, or "".
     """
 
     folder: Path

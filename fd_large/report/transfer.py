@@ -36,7 +36,7 @@ class Value(NamedTuple):
     Attributes:
         mean: Mean of the values.
         deviation: The standard deviation of single seeds; None for one seed.
-        seeds: The value of each.
+        seeds: The value of each seed.
     """
 
     mean: float

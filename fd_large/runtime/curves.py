@@ -122,7 +122,7 @@ class RemoteCurves(Curves):
             )
 
     def begin(self, setting: Setting, recipe: dict[str, Any], known: str | None) -> None:
-        """Opens the service's run and keeps its id by `keep`. Like the next two, in the thread.
+        """Opens the service's run and keeps its id by `keep`; the thread calls it.
 
         Args:
             setting: The run.

@@ -29,7 +29,7 @@ def load_model(
     Args:
         folder: Folder from `export --to fd`, `timm` or `hf`, or from `weights convert --to fd`.
         size_rule: "drop" or "pad" image sizes that do not fit; only Swin models pad.
-        window_rule: This and the next two as in the recipe of the model, `student.window_rule`.
+        window_rule: As in the recipe of the model (`student.window_rule`), like the next two.
         shift_stages: See `backbones.family.Options`.
         stage_windows: See there.
 

@@ -37,7 +37,7 @@ class Stated(NamedTuple):
         architecture: None in fields that it does not state.
         statistics: None where it does not state them.
         own: Whether our own export wrote it.
-        code_hash: SHA-256 of the file of the user's own that made the model; empty: none did.
+        code_hash: SHA-256 of the user's own file that made the model, or "".
     """
 
     architecture: Architecture

@@ -176,7 +176,7 @@ class SwinV2Stage(Stage):
 
         Args:
             stream: The residual stream, and the same in the dtype of the weights.
-            scales: (2 * depth, B) float32, drop path's factors; None: none.
+            scales: (2 * depth, B) float32, drop path's factors; None without drop path.
         """
         x, narrow = stream
         window = self.windows.over(*x.shape[1:3], 0).side
@@ -247,7 +247,8 @@ class Block(nn.Module):
         Args:
             x: (B, H, W, C), the residual stream.
             narrow: The same in the dtype of the weights.
-            scales: (2, B) float32, drop path's factors of attention and MLP; None: none.
+            scales: (2, B) float32, drop path's factors of attention and MLP; None without drop
+                path.
             position_table: ((2w - 1)^2, h) float32, of the block or its stage.
         """
         windows = self.windows.over(*x.shape[1:3], self.parity)

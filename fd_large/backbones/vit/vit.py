@@ -379,7 +379,8 @@ class Block(nn.Module):
 
         Args:
             x: (B, N, C), the residual stream.
-            scales: (2, B) float32, drop path's factors of attention and MLP; None: none.
+            scales: (2, B) float32, drop path's factors of attention and MLP; None without drop
+                path.
             table: (R, h) float32, the shared position table, or its biases of each image, (B, h,
                 N, N); None for the block's own table or no table.
             grid: Rows and columns of the patches.

@@ -93,7 +93,7 @@ def _trial(
     Args:
         make: Makes the optimiser.
         shapes: Shapes of the parameters, at most 64 elements in all.
-        device: Where they are.
+        device: Device of the parameters.
         steps: Number of steps.
         still: Whether numbers and gradients are zeros.
     """

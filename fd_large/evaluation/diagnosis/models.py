@@ -67,7 +67,7 @@ class LoadedModel:
         is_supervised: Whether it is the student of a run that learnt labels, or boxes, and began
             from random weights.
         losses: The task's of the run that it is of, if it can be computed; change of its own map.
-        left_out: Why the task's loss is left out; "" if it is included or does not exist.
+        left_out: Reason that the task's loss is left out; "" if it is included or does not exist.
         scratch: The same model with random weights; None if it has random weights itself, or no
             such model can be made.
     """

@@ -62,7 +62,8 @@ class Column(NamedTuple):
         title: Heading of the column.
         images: Training images of the published dataset, which decide the steps of an epoch.
         scores: Reported metrics.
-        recipes: Beginnings of the names of its recipes; empty: as the task fine-tuning chooses.
+        recipes: Beginnings of the names of its recipes; empty for the choice of the task
+            fine-tuning.
         published: The paper's figures, by the recipe of the distillation.
     """
 

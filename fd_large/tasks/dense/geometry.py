@@ -47,7 +47,7 @@ class View:
         return self._cut(image)
 
     def mask(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Maps a mask (H, W), 0 or 1, to the view's; a pixel is 1 if at least half of it was."""
+        """Maps a mask (H, W), 0 or 1, to the view; pixels that are half covered are 1."""
         pixels = torch.from_numpy(np.ascontiguousarray(mask))
         if self.resized != self.original:
             covered = F.interpolate(

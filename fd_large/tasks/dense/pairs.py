@@ -169,7 +169,7 @@ def read_numbers(
 def pairs_in_folders(
     layouts: Sequence[Layout], root: str, split: str, *, what: str, where: str, otherwise: str = ""
 ) -> Pairs:
-    """Finds the images of a split, and the file of each.
+    """Finds the images of a split, and the file of each image.
 
     Args:
         layouts: Possible layouts; the first that exists is taken. If images and truth files share

@@ -244,7 +244,7 @@ class WeightedSum(Loss):
     """A sum of losses by weight.
 
     Args:
-        terms: (weight, loss) of each.
+        terms: (weight, loss) of each term.
     """
 
     def __init__(self, terms: Sequence[tuple[float, Loss]]) -> None:

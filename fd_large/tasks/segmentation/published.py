@@ -80,8 +80,8 @@ class Heads(NamedTuple):
         names: Names of the classes.
         auxiliary_width: Channels of the auxiliary head; 0 for none.
         auxiliary_weight: Weight of its loss.
-        scales: Factors by which a plain ViT's maps are rescaled; empty: it has stages.
-        blocks: Numbers of the ViT's blocks that they are from, counted from 0.
+        scales: Factors by which a plain ViT's maps are rescaled; empty for a model with stages.
+        blocks: Numbers of the ViT's blocks that give the maps, counted from 0.
         window: Side of the windows of the test, in pixels; 0 for whole images.
         window_stride: Pixels between two windows.
     """
@@ -244,8 +244,8 @@ def fitted_heads(file: Tensors, expected: Shapes, *, what: str, where: str) -> d
     if classes != wanted:
         raise WeightsError(
             f"{where}: {what}: heads for other classes; got {classes} classes, expected {wanted} "
-            "(task.segmentation.num_classes). Change that, or leave the heads out: new ones start "
-            "from random weights."
+            "(task.segmentation.num_classes). Change that field, or leave the heads out: new "
+            "heads start from random weights."
         )
     modules = dict.fromkeys(name.partition(".")[0] for name in expected)
     return {

@@ -58,7 +58,7 @@ def draw_prediction(image: NDArray[np.uint8], depth: NDArray[np.floating[Any]], 
     Args:
         image: (H, W, 3) uint8.
         depth: (H, W), in metres.
-        path: Where to.
+        path: File to write.
     """
     from matplotlib.figure import Figure
 

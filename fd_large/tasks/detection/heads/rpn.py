@@ -67,7 +67,7 @@ def anchors_of(
     Args:
         grids: (H, W) of each level.
         strides: Pixels per place of each level.
-        device: Where the result is put.
+        device: Device of the result.
     """
     with torch.inference_mode(False):
         # Made here rather than in a constructor, where zero.Init rounds the tables of a bf16 run.

@@ -42,7 +42,7 @@ class Request(NamedTuple):
 
     Attributes:
         folder: Folder with a shard of each rank, and with the note of their number.
-        annotations: The file that they are scored against.
+        annotations: The file of the ground truth.
         images: The path of each image by its id, to draw some; empty draws none.
         max_pixels: Larger images are not drawn.
     """

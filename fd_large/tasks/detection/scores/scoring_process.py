@@ -36,7 +36,7 @@ class ScoringProcess(Pending):
 
     Args:
         folder: Folder with the shards and the note.
-        annotations: The file that they are scored against.
+        annotations: The file of the ground truth.
         images: The path of each image by its id, to draw some; empty draws none.
         max_pixels: Larger images are not drawn.
     """

@@ -36,7 +36,7 @@ class TestViews(NamedTuple):
             scores and masks are averaged (mmdetection 2). areas: boxes of all views are joined,
             with only certain areas from each scale (ViT-Adapter). union: the reported detections
             of all views are joined (detectron2, mmdetection 3).
-        areas: For each scale the areas of its boxes, letters of `AREAS`; empty: all.
+        areas: For each scale the areas of its boxes, letters of `AREAS`; empty for all.
         square: Side of the squares to which images are padded, or the longest side at their scale
             if that is larger; 0 pads to the largest image of a batch. Padding changes the size of
             the map and so the detections: on a square they depend neither on the rest of the

@@ -133,7 +133,7 @@ class Layout(NamedTuple):
         first: Its first record.
         count: Number of records.
         header: The bytes before its first tensor.
-        places: Where its tensors lie.
+        places: Places of its tensors.
         size: Its bytes in all.
     """
 

@@ -72,7 +72,7 @@ class Recorder:
         """Makes the folder ready; a collective.
 
         Args:
-            folder: Where the maps go.
+            folder: Folder for the maps.
             entry, facts, precision: See `header_of`.
 
         Returns: the reader of the folder's maps.

@@ -27,7 +27,7 @@ from fd_large.tasks.distillation.task import Maps
 
 
 class Mosaic(Frozen):
-    """A frozen backbone that sees k x k images at once, and gives the map of each.
+    """A frozen backbone that sees k x k images at once, and gives the map of each image.
 
     Consecutive images make a mosaic, row by row. An incomplete last mosaic is filled up with the
     first images. Prefix tokens, which belong to no image, are left out.

@@ -23,7 +23,7 @@ class Classes(NamedTuple):
     """The classes of a dataset.
 
     Attributes:
-        names: The name of each.
+        names: The name of each class.
         colors: The colour of each in pictures: red, green and blue in 0..255.
     """
 

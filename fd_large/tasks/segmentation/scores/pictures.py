@@ -139,7 +139,7 @@ def draw_confusion(counts: NDArray[np.int64], of: Classes, path: Path) -> None:
     Args:
         counts: (K, K), row the label, column the prediction.
         of: Names of the classes.
-        path: Where to.
+        path: File to write.
     """
     from matplotlib.figure import Figure
 
