@@ -402,7 +402,7 @@ def new_folder(out: Path, *, where: str) -> Iterator[Path]:
     """Yields a temporary folder, which appears at `out` when the block succeeds.
 
     Args:
-        out: A name at which nothing stands.
+        out: A path that does not exist yet.
         where: The command, for messages.
 
     Raises: ConfigError: if something stands at `out`, or it cannot be written.

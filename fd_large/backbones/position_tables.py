@@ -140,7 +140,7 @@ def resize_table(table: Tensor, rows: int, extra: int, *, where: str = "weights"
 def square_side(cells: int, *, where: str = "weights") -> int:
     """Returns the side of a square with this number of cells.
 
-    Raises: WeightsError: if it is none.
+    Raises: WeightsError: if no square has it.
     """
     side = math.isqrt(max(cells, 0))
     if side < 1 or side * side != cells:

@@ -174,8 +174,8 @@ def _pruned(folder: Path, keep_last: int | None, lease: Lease) -> list[Path]:
     newest = store.complete(folder)[-1]
     if problems := store.verify(newest):
         raise CheckpointError(
-            f"checkpoint prune: the newest checkpoint is damaged; got {newest.path}: {problems[0]}, "
-            "expected a sound one. Remove that folder by hand, then prune."
+            f"checkpoint prune: the newest checkpoint is damaged; got {newest.path}: "
+            f"{problems[0]}, expected a sound one. Remove that folder by hand, then prune."
         )
     return store.prune(folder, keep_last=keep, keep_every=every, lease=lease)
 

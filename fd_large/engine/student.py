@@ -79,14 +79,14 @@ def check_norm_batch(
     """Refuses group sizes of batch norms that do not divide the batch.
 
     Args:
-        student: The section of a settled recipe; without batch norms anything will do.
+        student: The section of a settled recipe; without batch norms every size is accepted.
         group: Number of images that share statistics (`Run.norm_batch`); 0 for none.
         batch: The recipe's section.
         image_size: Side of the images, in pixels.
         world_size: The number of ranks.
 
     Returns: the images of a group; 0 if the student has no batch norms or they have no groups.
-    Raises: ConfigError: naming the nearest numbers that would do.
+    Raises: ConfigError: naming the nearest valid numbers.
     """
     if not group or not resolve(student.model, student.architecture).has_batch_norms:
         return 0

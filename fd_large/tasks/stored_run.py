@@ -87,7 +87,7 @@ class StoredRun:
             able = ", ".join(f"--to {form}" for form, it in LIBRARIES.items() if not it.heads)
             raise ConfigError(
                 f"export: --to {to}: holds a model with its heads; got a run of the task "
-                f"{self.run.task.name}, expected one whose heads it has. Use one of {able}."
+                f"{self.run.task.name}, expected a task whose heads it has. Use one of {able}."
             )
         student = self.run.student
         pads = student.size_rule == "pad"

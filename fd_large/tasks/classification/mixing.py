@@ -56,7 +56,7 @@ def draw_mix(
     Args:
         seed: The run's seed.
         epoch: Epoch, counted from 0.
-        first_position: Where the group begins in the epoch's order.
+        first_position: First position of the group in the epoch's order.
         image_size: Side of the images, in pixels.
         mixup: Alpha of mixup's beta distribution; 0 turns mixup off.
         cutmix: Alpha of CutMix's beta distribution; 0 turns CutMix off.

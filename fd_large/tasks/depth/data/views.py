@@ -1,7 +1,7 @@
 """Views of an image: a random square in training, squares or the whole image in tests.
 
 Sources: the training views of GLPDepth (arXiv 2201.07436) and MIM-Depth (arXiv 2205.13543), which
-take colours from albumentations; the test of MIM-Depth. Oracles hold the test to it.
+take colours from albumentations; the test of MIM-Depth. Oracles compare the test with it.
 """
 
 from __future__ import annotations

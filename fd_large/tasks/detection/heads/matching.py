@@ -70,7 +70,7 @@ def give_best(matched: Tensor, boxes: Tensor, candidates: Tensor, *, positive_io
         matched: (N,) int64, as `match` returns it; changed.
         boxes: (n, 4) of the objects.
         candidates: (N, 4).
-        positive_iou: Smallest IoU at which that is done.
+        positive_iou: Smallest IoU of such a candidate.
 
     Source: mmdetection's MaxIoUAssigner with match_low_quality.
     """

@@ -35,7 +35,7 @@ class Ladder(MapHead):
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's tokens.
         maps: Grids of both maps, and the number of blocks.
-        hidden: Hidden channels of the MLPs; None: as many as the student's, 768 in UNIC.
+        hidden: Hidden channels of the MLPs; None for the student's channels (768 in UNIC).
         last_hidden: Hidden channels of the last block's MLP; None means four times the others'
             (3072 in UNIC).
         blocks: Numbers of the blocks that are read, counted from 0; None: all.
