@@ -297,7 +297,7 @@ def test_a_finished_run_goes_on_to_more_steps_and_says_what_changes(recipe, tmp_
         assert start(steps(recipe, 5)) == 0
     said = [text for text in said_in(tmp_path / "run") if "ANOTHER SCHEDULE" in text]
     assert len(said) == 1
-    assert said[0].startswith("optim.max_steps 3 -> 5: ANOTHER SCHEDULE from here on: the run goes")
+    assert said[0].startswith("optim.max_steps 3 -> 5: ANOTHER SCHEDULE from here on: the run")
     rows = lines(tmp_path / "run", "metrics.jsonl")
     assert [row["update"] for row in rows] == [0, 1, 2, 3, 4]
     assert f"step is {rows[3]['learning_rate']:.3g} after {rows[2]['learning_rate']:.3g}" in said[0]
