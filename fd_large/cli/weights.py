@@ -14,7 +14,13 @@ from fd_large.cli.output import tables
 from fd_large.cli.paths import require_paths
 from fd_large.errors import ConfigError, FDError, printable
 from fd_large.files import check_out
-from fd_large.recipes.architectures import Architecture, name_of, resolve, set_fields
+from fd_large.recipes.architectures import (
+    Architecture,
+    name_of,
+    resolve,
+    set_fields,
+    split_model,
+)
 from fd_large.recipes.family import FamilyArchitecture
 
 if TYPE_CHECKING:
@@ -74,8 +80,6 @@ def inspect(source: str, model: str) -> int:
 
     Raises: ConfigError: for the user's own code, which is not imported here.
     """
-    from fd_large.engine.find_model import split_model
-
     named, source = split_model(source)
     if named and model != "auto":
         raise ConfigError(

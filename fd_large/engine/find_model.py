@@ -22,7 +22,7 @@ from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, nearest
 from fd_large.files import kind_of
 from fd_large.ranks import distributed
-from fd_large.recipes.architectures import Architecture, by_name, resolve
+from fd_large.recipes.architectures import Architecture, resolve, split_model
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.sections import RANDOM, Data, FrozenModel
 from fd_large.weights.resolve import Sources
@@ -208,14 +208,6 @@ def _of_weights(source: str, image_size: int, weights: Sources) -> NamedModel:
         wanted = replace(section.architecture, image_size=image_size)
         settled = settle_model(replace(section, architecture=wanted), weights, where=_where(source))
     return NamedModel(_label(named, file), source, settled, size, weights=weights)
-
-
-def split_model(source: str) -> tuple[str, str]:
-    """Splits MODEL=SOURCE; of weights alone the model is "". A path may contain "=" too."""
-    named, sign, weights = source.partition("=")
-    if sign and by_name(named):
-        return named, weights
-    return "", source
 
 
 def _label(named: str, weights: str) -> str:

@@ -115,6 +115,14 @@ def by_name(name: str) -> FamilyArchitecture | None:
     return ARCHITECTURES.get(name)
 
 
+def split_model(source: str) -> tuple[str, str]:
+    """Splits MODEL=SOURCE; of weights alone the model is "". A path may contain "=" too."""
+    named, sign, weights = source.partition("=")
+    if sign and by_name(named):
+        return named, weights
+    return "", source
+
+
 def name_of(architecture: FamilyArchitecture) -> str:
     """Returns a model's name regardless of image size, or its family's name if it has none."""
     for name, model in ARCHITECTURES.items():
