@@ -393,8 +393,7 @@ def _not_allowed(refused: Mapping[str, Path]) -> ConfigError:
     return ConfigError(
         f"{', '.join(refused)}: code without permission to run; got {files}, expected code named "
         "on this command line, or unchanged since a start of yours that named it. Read it, then "
-        "add"
-        " --allow-code {files}." + (f"\n{reason}" if reason else "")
+        f"add --allow-code {files}." + (f"\n{reason}" if reason else "")
     )
 
 

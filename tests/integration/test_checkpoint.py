@@ -210,7 +210,7 @@ def test_a_full_disk_keeps_what_is_there_and_training_goes_on(
     finished = train(pictures, run_dir, *words, check=False)
     assert finished.returncodes == [3, 3], "the last checkpoint is not there: somebody has to look"
     output = finished.outputs[0]
-    assert "CHECKPOINT of step 2 was thrown away" in output
+    assert "CHECKPOINT of step 2 was discarded" in output
     assert "Make room" in output
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step_00000001"]
     assert losses(run_dir) == losses(reference)

@@ -71,7 +71,7 @@ def test_triton_kernels_and_one_that_is_wrong_on_one_rank_and_replaced_on_all(
         assert result["refused"].keys() == {"window_attention"}
         assert distance(result["losses"], plain) <= 1e-5
     for said in outputs:
-        assert "window_attention: its kernel is off its reference on rank 1" in said
+        assert "window_attention: its kernel differs from its reference on rank 1" in said
         assert "agree with their references: layer_norm, residual_norm" in said
         for op in ("layer_norm", "residual_norm", "window_attention"):
             assert f"{op} on cpu: triton (interpreted)" in said

@@ -295,7 +295,7 @@ def test_numbers_that_fail_end_no_training_but_the_last_ones_do(start, caplog):
     run = start(total=4)
     with pytest.raises(DataError):
         slow(run, every=2, ready={}, error=DataError("killed"))
-    assert "NO NUMBERS of the evaluation after 2 steps: killed" in caplog.text
+    assert "NO RESULT of the evaluation after 2 steps: killed" in caplog.text
     assert run.hook.notes[-2:] == ["waited for 4 at 4", "gave up 4"]
     assert indices(run) == list(range(4))
 

@@ -53,4 +53,4 @@ def test_a_page_that_cannot_be_written_stops_nothing(setting, run_updates, monke
 
     monkeypatch.setattr(run_page, "write_run_page", fail)
     run_updates([Meter([RunPage()])], setting, 8, end="preempted")
-    assert "RunPage FAILED in on_end and is left out from here: no room" in caplog.text
+    assert "RunPage FAILED in on_end and is not used any more: no room" in caplog.text

@@ -84,7 +84,7 @@ def test_a_service_that_fails_is_one_warning(call, setting, run_updates, service
     with caplog.at_level(logging.INFO):
         run_updates([Meter([tracker])], setting(), 8, evaluate=(4,))
     assert [r.message for r in caplog.records if r.levelno >= logging.WARNING] == [
-        f"json is left out from here: no network for {call}"
+        f"json gets no further points: no network for {call}"
     ]
     assert [r.file_only for r in caplog.records if r.exc_info] == [True]
 

@@ -6,11 +6,12 @@ import logging
 import os
 import pty
 import sys
+from functools import cache
 
 import pytest
 
 from fd_large.ranks import distributed
-from fd_large.runtime import logs
+from fd_large.runtime import logs, terminal
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +68,9 @@ def test_records_do_not_command_the_terminal(capsys):
 def test_a_command_is_not_broken_on_a_terminal(extra, breaks, monkeypatch):
     ours, theirs = pty.openpty()
     words = "word " * 40
+    # The console remembers COLUMNS as it was when it was made.
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(terminal, "console", cache(terminal.console.__wrapped__))
     with os.fdopen(theirs, "w") as out:
         monkeypatch.setattr(sys, "stdout", out)
         logs.start(0)

@@ -70,6 +70,6 @@ def test_one_that_fails_is_left_out_and_the_others_go_on(caplog):
         trackers.tell("on_end", "again")
     assert told == ["done", "again"]
     (told, details) = caplog.records
-    assert told.message == "tracker Broken FAILED in on_end and is left out from here: no room"
+    assert told.message == "tracker Broken FAILED in on_end and is not used any more: no room"
     assert details.exc_info
     assert details.file_only, "one line for the user, the stack for the log"

@@ -301,7 +301,7 @@ def test_a_label_that_other_runs_change_is_no_new_training(toy, trained, tmp_pat
         (["RUN", "--data.root", "x", "--runtime.run_dir", "y"], ["--data.root", "--out"]),
         (["RUN", "--rows", "pupil"], ["pupil"]),
         (["RUN", "--seeds", "0"], ["--seeds"]),
-        (["--table", "--out", "nowhere"], ["--out: nowhere: no table; got no summary.json"]),
+        (["--table", "--out", "nowhere"], ["--out: nowhere: ", "got no summary.json"]),
         ([".", "--imagenet", "."], ["recipe.json"]),
     ],
 )

@@ -84,7 +84,7 @@ def test_what_cannot_be_read_is_named_and_not_counted(run, tmp_path, caplog):
 def test_one_class_is_refused(run, tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "class1").rename(tmp_path / f"{split}_b")
-    with pytest.raises(DataError, match=r"data\.root: .*class0 alone"):
+    with pytest.raises(DataError, match=r"data\.root: .*got class0 "):
         FineTuningJob(run).open_samples()
 
 

@@ -19,9 +19,9 @@ from fd_large.tasks.distillation.section import Summary
         ("teachers.a.head", "mpl", r"^teachers\.a\.head: no such"),
         ("teachers.b.summary.normaliser", "non", r"^teachers\.b\.summary\.normaliser: no such"),
         ("teachers.b.whitening_eps", 0.1, None),
-        ("teachers.a.temperature", 0.1, r"^teachers\.a\.temperature: nothing in this"),
-        ("teachers.b.summary.temperature", 0.1, r"^teachers\.b\.summary\.temperature: nothing"),
-        ("teachers.a.target_statistics", "x", r"^teachers\.a\.target_statistics: nothing in this"),
+        ("teachers.a.temperature", 0.1, r"^teachers\.a\.temperature: unused"),
+        ("teachers.b.summary.temperature", 0.1, r"^teachers\.b\.summary\.temperature: unused"),
+        ("teachers.a.target_statistics", "x", r"^teachers\.a\.target_statistics: unused"),
     ],
 )
 def test_a_mistake_names_the_teacher(run, field, value, message):
