@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
 
 import torch
 
@@ -17,5 +18,7 @@ def storages() -> dict[int, int]:
             for tensor in (thing, thing.grad if thing.is_leaf else None):
                 if tensor is not None:
                     storage = tensor.untyped_storage()
-                    found[storage.data_ptr()] = storage.nbytes()
+                    # torch.compile keeps tensors that stand for others while it traces: no memory.
+                    with suppress(RuntimeError):
+                        found[storage.data_ptr()] = storage.nbytes()
     return found
