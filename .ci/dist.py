@@ -13,6 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
+PLAIN_MODES = ("-c", "tar.umask=0022")
+"""Root keeps the modes that an archive has, and others take away their umask: now they agree."""
 
 
 def build(out: Path, commit: str) -> dict[str, str]:
@@ -21,7 +23,9 @@ def build(out: Path, commit: str) -> dict[str, str]:
     environ = {**os.environ, "SOURCE_DATE_EPOCH": seconds}
     words = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out)]
     with TemporaryDirectory() as folder:
-        subprocess.run(["tar", "x"], cwd=folder, input=git("archive", commit), check=True)
+        subprocess.run(
+            ["tar", "x"], cwd=folder, input=git(*PLAIN_MODES, "archive", commit), check=True
+        )
         done = subprocess.run(
             [*words, folder], env=environ, umask=0o022, capture_output=True, text=True
         )

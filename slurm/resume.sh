@@ -49,7 +49,7 @@ try:
     words = words[1:] if words[:1] == ["train"] else words
     # What a launcher adds, and what would begin anew.
     words = [word for word in words if not word.startswith("--local_rank") and word != "--fresh"]
-    # Fields that left (docs/runs.md), which the command line refuses.
+    # Fields that left (docs/stability.md), which the command line refuses.
     for name in ("--optim.max_seconds", "--data.stage_to"):
         words = [word for word in words if not word.startswith(name + "=")]
         while name in words:

@@ -44,11 +44,11 @@ def seen_by(source: str, images: ImageFolder, fraction: float) -> Seen:
         images: The folder's images, of which a part is held out.
         fraction: The part of them that a hash of their names holds out.
     """
-    answers = {str(one): _saw(one, images, fraction) for one in trainings_of(source)}
-    return Seen(
-        tuple(name for name, saw in answers.items() if saw),
-        tuple(name for name, saw in answers.items() if saw is None),
-    )
+    # Several trainings may have one name: those that an export tells have no folder.
+    answers = [(str(one), _saw(one, images, fraction)) for one in trainings_of(source)]
+    by = dict.fromkeys(name for name, saw in answers if saw)
+    not_known = dict.fromkeys(name for name, saw in answers if saw is None and name not in by)
+    return Seen(tuple(by), tuple(not_known))
 
 
 def _saw(training: Training, images: ImageFolder, fraction: float) -> bool | None:

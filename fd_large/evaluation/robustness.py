@@ -214,7 +214,9 @@ def _measure(asked: Asked) -> Result:
     for model, job in zip(models, jobs, strict=True):
         task: Any  # A type checker does not know the classifier's methods.
         task, stored = trained_task(model, stored_run_of(job), where="evaluate")
-        columns = meeting.meet(partial(columns_of, found, stored.classes() or ()))
+        # The names of the classes may be read from a folder, which a node may lack.
+        classes = meeting.meet(stored.classes) or ()
+        columns = meeting.meet(partial(columns_of, found, classes))
 
         def logits(pixels: Tensor, task: Any = task) -> FeatureMap:
             return FeatureMap(task.logits(pixels, None)[:, None], (1, 1), 0)

@@ -80,7 +80,7 @@ def without_left(recipe: Any) -> Any:
 
 @cache  # A start reads the recipe of its run several times.
 def _log(fields: str) -> None:
-    log.info("the stored recipe is read without removed fields: %s (docs/runs.md)", fields)
+    log.info("the stored recipe is read without removed fields: %s (docs/stability.md)", fields)
 
 
 def decided_steps(

@@ -67,7 +67,7 @@ def test_a_file_that_was_not_allowed_is_not_imported(tmp_path: Path) -> None:
     text = f"open({str(marker)!r}, 'w').close()\ncosine = 1\n"
     source = written(tmp_path / "mine.py", text)
     doors.allow(tmp_path / "other.py")
-    refused(source, "--allow-code", str(tmp_path / "mine.py"))
+    refused(source, f"add --allow-code {tmp_path / 'mine.py'}.")
     assert not marker.exists()
     assert allowed(source) == 1
     assert marker.exists()

@@ -27,7 +27,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fd_large import doors
 from fd_large.backbones import batch_norm
@@ -91,6 +91,13 @@ def _group_norms(net: Any, image_size: int, where: str) -> None:
         groups.images = len(arguments[0])
 
     net.register_forward_pre_hook(count_images)
+    if stages := getattr(net, "stages", None):
+
+        def stages_of_groups(images: Tensor, *arguments: Any, **named: Any) -> Any:
+            groups.images = len(images)
+            return stages(images, *arguments, **named)
+
+        net.stages = stages_of_groups
     if hasattr(net, "fewest_places") or not image_size:
         return
     try:

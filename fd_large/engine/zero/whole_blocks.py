@@ -25,6 +25,7 @@ DEFAULT = 50_000_000
 _COORDINATOR = "deepspeed.runtime.zero.partitioned_param_coordinator"
 _PARTITION = "deepspeed.runtime.zero.partition_parameters"
 _iter_params = get(f"{_COORDINATOR}:iter_params")
+_print_rank_0 = get(f"{_PARTITION}:print_rank_0")
 _UNIT = "_gathered_whole"
 """Attribute of such a module, in whose table it is: all its parameters."""
 
@@ -78,11 +79,11 @@ def _spare_calls() -> None:
     replace(get(_COORDINATOR), "iter_params", _parameters)
 
 
-@functools.wraps(get(f"{_PARTITION}:print_rank_0"))
+@functools.wraps(_print_rank_0)
 def _say_nothing(message: str, debug: bool = False, force: bool = False) -> None:
-    """Replaces `print_rank_0`, which prints only forced messages, but always asks for the rank."""
-    if force:
-        print(message)
+    """Replaces `print_rank_0`, which asks for the rank of every message and prints next to none."""
+    if debug or force:
+        _print_rank_0(message, debug, force)
 
 
 @functools.wraps(_iter_params)

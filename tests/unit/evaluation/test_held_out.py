@@ -109,6 +109,14 @@ def test_exports_are_compared_by_the_listings_of_their_images(tmp_path, images):
         named = (f"{export} (fd)",)
         found = seen_by(str(export), images, 0.1)
         assert found == {"saw": Seen(by=named), "new": Seen()}.get(expected, Seen((), named))
+    # Two trainings by one recipe have one name, and one of them is enough.
+    export = write_export(
+        tmp_path / "twice",
+        ("fd", ["train"], images.fingerprint, 0.0),
+        ("fd", ["train"], part.fingerprint, 0.1),
+        ("fd", ["more"], "another", 0.0),
+    )
+    assert seen_by(str(export), images, 0.1) == Seen(by=(f"{export} (fd)",))
     # A run that held out less than the sweep does had some of its images.
     some = Part(images, places_of(images, "train", 0.05, where="data.root"))
     export = write_export(tmp_path / "some", ("fd", ["train"], some.fingerprint, 0.05))

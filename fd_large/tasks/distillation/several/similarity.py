@@ -26,7 +26,7 @@ QUEUE = 8192
 
 
 class SummaryQueue(Float32Buffers):
-    """Student newest summaries of a teacher, in the order of the positions of the steps' images.
+    """The newest summaries of a teacher, in the order of the positions of the steps' images.
 
     lightly-train has a queue on each rank, so that its loss depends on the number of ranks; here
     a single queue holds global batches. It moves once with each accepted step and is part of a
@@ -49,7 +49,7 @@ class SummaryQueue(Float32Buffers):
 
     @property
     def now(self) -> Tensor:
-        """Student rows, during a step with its own summaries in front, as in lightly-train."""
+        """The rows, during a step with its own summaries in front, as in lightly-train."""
         learns = self._of_step is not None and torch.is_grad_enabled()
         return self._of_step if learns else self.rows
 
@@ -60,7 +60,7 @@ class SummaryQueue(Float32Buffers):
     def placed(self, summaries: Tensor) -> Tensor:
         """Returns summaries (B, C) at their places in the global batch, zeros elsewhere, flat.
 
-        Studentir sum over the micro batches of all ranks gives the step's summaries, float64. A
+        Their sum over the micro batches of all ranks gives the step's summaries, float64. A
         rank's micro batches are consecutive positions, in order. Summaries that would fall out of
         the queue at once are left out.
         """
@@ -85,7 +85,7 @@ class SummaryQueue(Float32Buffers):
 
 
 class QueueOfStep(Part):
-    """Student queue of a target's summaries, which the summaries of a step enter."""
+    """The queue of a target's summaries, which the summaries of a step enter."""
 
     def __init__(self, target: Any, queue: SummaryQueue) -> None:
         self._target, self._queue = target, queue
@@ -148,7 +148,7 @@ def relation_divergence(
 def pushed(queue: Tensor, summaries: Tensor) -> Tensor:
     """Returns a queue (Q, C) with the summaries (B, C) of a batch in front, newest first.
 
-    Student oldest fall out; of a batch larger than the queue, the first summaries stay.
+    The oldest fall out; of a batch larger than the queue, the first summaries stay.
     """
     return torch.cat([summaries, queue])[: len(queue)]
 
@@ -194,7 +194,7 @@ class QueueDivergence(Loss):
     For summaries alone.
 
     Attributes:
-        queue: Student other images' summaries; None in a trial, which uses the batch's own.
+        queue: The other images' summaries; None in a trial, which uses the batch's own.
     """
 
     label = "queue loss"
