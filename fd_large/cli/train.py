@@ -100,7 +100,7 @@ def main(arguments: list[str]) -> int:
         run = with_stored_ends(run, named)
     check_names(run, deepspeed_config=given.own.deepspeed_config)
     if given.own.check:
-        _check_for_ranks(run, given.own.check, fresh=given.own.fresh)
+        _check_for_ranks(run, given.own.check, named, fresh=given.own.fresh)
         return 0
     code = train_run(
         run,
@@ -146,21 +146,25 @@ def check_names(run: Run, *, deepspeed_config: str) -> None:
     )
 
 
-def _check_for_ranks(run: Run, ranks: int, *, fresh: bool) -> None:
+def _check_for_ranks(run: Run, ranks: int, named: Collection[str], *, fresh: bool) -> None:
     """Reports the mistakes for which a start on so many ranks would end before its first step."""
     require_apart(run, fresh=fresh)
     if not fresh:
         require_same_settings(run)
-    batch, size = run.batch, run.batch.micro_batch_size
-    if "batch.global_batch_size" not in fitted_fields(run):  # It follows from the images there.
+    batch, size = run.batch.global_batch_size, run.batch.micro_batch_size
+    field = "batch.global_batch_size"
+    if field not in named and field in _to_fit(run, fresh=fresh):
+        images = "the number of images decides how many are in a step"
+    else:
         check_division(
-            global_batch_size=batch.global_batch_size,
+            global_batch_size=batch,
             micro_batch_size=1 if size == "auto" else size,
             world_size=ranks,
         )
+        images = f"{batch} images a step"
     print(
-        f"{run.name}: nothing is wrong so far with {ranks} ranks; {batch.global_batch_size} images "
-        f"a step, {size} in a pass of a rank"
+        f"{run.name}: nothing is wrong so far with {ranks} ranks; {images}, {size} in a pass of a "
+        "rank"
     )
 
 
@@ -259,14 +263,19 @@ def train_run(
         return code
 
 
+def _to_fit(run: Run, *, fresh: bool) -> tuple[str, ...]:
+    """Returns the names of the fields that follow from the images; none in a resumed run."""
+    stored = Path(run.run_dir()) / RECIPE
+    is_new = fresh or kind_of(stored, where="--runtime.run_dir") != "file"
+    return fitted_fields(run) if is_new else ()
+
+
 def _fitted(run: Run, named: Collection[str], *, fresh: bool) -> Run:
     """Fits a new run to its images and logs it; a resumed run is returned unchanged.
 
     Images that cannot be opened are reported with the other mistakes, when the run is opened.
     """
-    stored = Path(run.run_dir()) / RECIPE
-    is_new = fresh or kind_of(stored, where="--runtime.run_dir") != "file"
-    if not is_new or not fitted_fields(run):
+    if not _to_fit(run, fresh=fresh):
         return run
     from fd_large.data.folder import ImageFolder
     from fd_large.data.labelled import evaluation_part, has_parts, open_training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -110,8 +111,10 @@ def test_a_command_tells_it_without_torch(tmp_path):
         ("--check 64 --optim.name adamv", 2, "optim.name: "),
         ("--check 64 --data.root /no/such", 2, "data.root: "),
         ("--check -1", 2, "--check: "),
-        # Its batch follows from its images.
-        ("--check 7 --recipe small_data", 0, "7 ranks"),
+        # Its batch follows from its images, unless it is named.
+        ("--check 7 --recipe small_data", 0, "7 ranks; the number of images decides"),
+        ("--check 7 --recipe small_data --batch.global_batch_size 64", 2, "multiple of 7 (7 x 1)"),
+        ("--check 7 --recipe small_data --batch.global_batch_size 63", 0, "7 ranks; 63 images"),
     ],
 )
 def test_a_check_for_many_ranks_trains_nothing(flags, code, told, tmp_path, capsys, monkeypatch):
@@ -122,6 +125,24 @@ def test_a_check_for_many_ranks_trains_nothing(flags, code, told, tmp_path, caps
     said = capsys.readouterr()
     assert told in " ".join((said.out + said.err).split())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_check_knows_the_batch_of_a_run_file_and_of_a_stored_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file, folder = tmp_path / "mine.yaml", tmp_path / "run"
+    file.write_text("name: small_data\nbatch: {global_batch_size: 64}\n")
+    words = f"--deepspeed_config zero2 --data.root builtin:photographs --runtime.run_dir {folder}"
+    check = ["train", *words.split(), "--check", "7"]
+    assert main([*check, "--config", str(file)]) == 2
+    fields = {"data.root": "builtin:photographs", "runtime.run_dir": str(folder)}
+    stored = run_with({**fields, "batch.global_batch_size": 96}, "small_data")
+    folder.mkdir()
+    (folder / "recipe.json").write_text(json.dumps(stored.to_dict()))
+    assert main([*check, "--recipe", "small_data"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "got global_batch_size 64 " in said
+    assert "got global_batch_size 96 " in said
+    assert main([*check, "--recipe", "small_data", "--fresh"]) == 0
 
 
 def test_what_follows_from_images_is_decided_in_a_new_folder_alone(tmp_path):
