@@ -212,10 +212,10 @@ check_nodes() {
 }
 
 # What shows without a GPU is said once, not by every rank: fields, paths, a batch that does not
-# divide.
+# divide. With the cores of a rank, by which the loading processes are bounded.
 check_run() {
-    "${on_nodes[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=1 --export=ALL \
-        "${inside[@]}" "$PYTHON" "${program[@]}" "${arguments[@]}" --check $((nodes * tasks))
+    "${on_nodes[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task="$cores" \
+        --export=ALL "${inside[@]}" "$PYTHON" "${program[@]}" "${arguments[@]}" --check $((nodes * tasks))
     code=$?
     ((code != 2)) || {
         stay_ended

@@ -198,6 +198,7 @@ def test_a_node_has_a_rank_for_each_gpu(
     assert words | {f"--cpus-per-task={cores}"} <= set(script.words())
     checked = (script.scratch / "checked").read_text().split("\0")
     assert checked[-3:-1] == ["--check", str(nodes * ranks)]
+    assert f"--cpus-per-task={cores}" in checked
 
 
 @pytest.mark.parametrize("code", [2, 1])
