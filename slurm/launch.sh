@@ -155,10 +155,19 @@ load_software() {
 }
 
 # One rank for each GPU of a node, which share its cores, unless sbatch was told both. --exclusive
-# gives the job all cores.
+# gives the job all cores. Where Slurm does not count the GPUs, their numbers or names are counted.
 count_ranks() {
+    local named=${SLURM_JOB_GPUS:-${CUDA_VISIBLE_DEVICES:-}} gpus
     nodes=${SLURM_JOB_NUM_NODES:-1}
-    tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+    if [[ ! $tasks && $named =~ ^([0-9]|GPU-|MIG-) ]]; then
+        IFS=, read -r -a gpus <<<"$named"
+        tasks=${#gpus[@]}
+    elif [[ ! $tasks ]]; then
+        tasks=1
+        say "Slurm names no GPUs and no tasks of a node: one rank on each. For more:" \
+            "sbatch --ntasks-per-node=N" >&2
+    fi
     cores=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / tasks))}
     ((cores)) || cores=1
 }

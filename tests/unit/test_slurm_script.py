@@ -186,6 +186,11 @@ def test_the_teacher_of_the_large_run_lies_as_the_configuration_needs(
         ),
         # What sbatch was told wins.
         ({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "2"}, (1, 2, 1)),
+        ({"SLURM_JOB_GPUS": "2", "SLURM_NTASKS_PER_NODE": "2"}, (1, 2, 1)),
+        # Slurm names the GPUs, and does not count them.
+        ({"SLURM_JOB_GPUS": "0,1,4,5", "SLURM_CPUS_ON_NODE": "48"}, (1, 4, 12)),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8f,GPU-3a"}, (1, 2, 1)),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, (1, 1, 1)),
     ],
 )
 def test_a_node_has_a_rank_for_each_gpu(
@@ -199,6 +204,8 @@ def test_a_node_has_a_rank_for_each_gpu(
     checked = (script.scratch / "checked").read_text().split("\0")
     assert checked[-3:-1] == ["--check", str(nodes * ranks)]
     assert f"--cpus-per-task={cores}" in checked
+    counted = {"SLURM_NTASKS_PER_NODE", "SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS"} & environ.keys()
+    assert ("one rank on each" in said) == (not counted and ranks == 1)
 
 
 @pytest.mark.parametrize("code", [2, 1])
