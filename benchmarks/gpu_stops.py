@@ -3,7 +3,7 @@
     python benchmarks/gpu_stops.py save FOLDER RANKS FLAGS_OF_TRAIN...
     python benchmarks/gpu_stops.py lost FOLDER RANKS FLAGS_OF_TRAIN...
 
-`save` kills a run after its second checkpoint has begun, lets all ranks go on, then half of them,
+`save` kills a run two steps after a checkpoint, lets all ranks go on from there, then half of them,
 and holds the losses against each other. `lost` stops one rank in its course, in another start kills
 it, and times how long the others stay.
 """
@@ -42,6 +42,9 @@ class Started:
         command += ["--runtime.run_dir", str(folder / "run"), "--runtime.log_every", "1"]
         command += ["--optim.max_steps", "100000", "--optim.warmup_epochs", "0"]
         environment = {**os.environ, "FD_LARGE_EXITS": str(folder / "exits")}
+        self.log_file = folder / "run/logs/rank_00000.log"
+        # A later start appends to the log of those before.
+        self.logged_before = self.log_file.stat().st_size if self.log_file.exists() else 0
         with (folder / "output").open("a") as output:
             self.process = psutil.Popen(
                 command, env=environment, stdout=output, stderr=subprocess.STDOUT
@@ -67,9 +70,9 @@ class Started:
         return rows
 
     def log(self) -> str:
-        """Returns what rank 0 has logged."""
-        path = self.folder / "run/logs/rank_00000.log"
-        return path.read_text(errors="replace") if path.exists() else ""
+        """Returns what rank 0 has logged since this start."""
+        logged = self.log_file.read_bytes() if self.log_file.exists() else b""
+        return logged[self.logged_before :].decode(errors="replace")
 
     def until(self, holds: Callable[[], bool], what: str, patience: float = PATIENCE) -> float:
         """Waits until something holds; returns the seconds that it took.
@@ -87,35 +90,45 @@ class Started:
 
     def kill(self) -> None:
         """Kills all of its processes."""
-        for process in [*self.process.children(recursive=True), self.process]:
+        processes = [*self.process.children(recursive=True), self.process]
+        for process in processes:
             with suppress(psutil.Error):
                 process.kill()
-        self.process.wait()
+        # A rank that is still dying may write.
+        psutil.wait_procs(processes, timeout=LEAVE)
 
 
 def save(folder: Path, ranks: int, flags: list[str]) -> None:
     """Says how long saves are waited for, and whether the run goes on as it would have."""
-    flags = [*flags, "--runtime.save_every", str(SAVE_EVERY), "--runtime.keep_last", "1"]
+    flags = [*flags, "--runtime.keep_last", "1"]
     checkpoints = folder / "run/checkpoints"
 
     def step_of() -> int:
         return max((int(path.name[5:]) for path in checkpoints.glob("step_????????")), default=0)
 
     def goes_on(ranks: int) -> tuple[int, dict[int, float], float]:
-        """Starts, and returns the step that it went on from, its losses and seconds until then."""
-        before = dict.fromkeys(range(step_of()))
-        began, begin = step_of(), time.time()
-        started = Started(folder, ranks, flags)
-        first = 0.0
+        """Returns where a start went on, its losses of `known` steps, and seconds to the second.
+
+        Raises: SystemExit: if it has made no step that is known.
+        """
+        began, rows = step_of(), folder / "run/metrics.jsonl"
+        # The killed run's rows of later steps would be taken for this start's.
+        rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:began]))
+        begin = time.time()
+        # No further checkpoint, so that the next start goes on from the same step.
+        started = Started(folder, ranks, [*flags, "--runtime.save_every", "100000"])
         try:
-            started.until(lambda: f"resumed after step {began}" in started.log(), "it resumes")
-            started.until(lambda: len(started.losses().keys() - before.keys()) >= 2, "two steps")
-            first = time.time() - begin
+            started.until(lambda: f"resumed after step {began} " in started.log(), "it resumes")
+            started.until(lambda: len(started.losses()) >= began + 2, "two steps")
+            seconds = time.time() - begin
         finally:
             started.kill()
-        return began, started.losses(), first
+        made = {n: loss for n, loss in started.losses().items() if n >= began and n in known}
+        if not made:
+            raise SystemExit(f"DECIDED: NOTHING TO COMPARE from step {began}; known {[*known]}")
+        return began, made, seconds
 
-    started = Started(folder, ranks, flags)
+    started = Started(folder, ranks, [*flags, "--runtime.save_every", str(SAVE_EVERY)])
     started.until(lambda: step_of() >= SAVE_EVERY, "a checkpoint", 2 * PATIENCE)
     started.until(lambda: len(started.losses()) >= step_of() + 2, "two steps after it")
     waits = re.findall(r"checkpoint of step \d+: training waited ([\d.]+) s", started.log())
@@ -123,14 +136,12 @@ def save(folder: Path, ranks: int, flags: list[str]) -> None:
     known = started.losses()
     print(f"save: training waited {', '.join(waits)} s for its checkpoints")
     began, again, seconds = goes_on(ranks)
-    common = sorted(known.keys() & again.keys() - set(range(began)))
-    equal = all(known[step] == again[step] for step in common)
+    equal = "equal" if all(known[n] == loss for n, loss in again.items()) else "OTHER"
     print(f"resume: two steps {seconds:.1f} s after the start, from step {began}")
-    print(f"DECIDED: a killed run goes on with {'equal' if equal else 'OTHER'} losses in {common}")
+    print(f"DECIDED: a killed run goes on with {equal} losses in {[*again]}")
     if ranks > 1:
-        began, fewer, _ = goes_on(ranks // 2)
-        common = sorted(known.keys() & fewer.keys() - set(range(began)))
-        most = max((abs(fewer[n] / known[n] - 1) for n in common), default=0.0)
+        _, fewer, _ = goes_on(ranks // 2)
+        most = max(abs(loss / known[step] - 1) for step, loss in fewer.items())
         verdict = "yes" if most <= RECOMPUTED else "NO"
         print(
             f"DECIDED: {ranks // 2} of {ranks} ranks go on: {verdict}, losses differ by {most:.1e}"
