@@ -79,6 +79,7 @@ def measure(ranks: int, flags: list[str], without: list[str], package: Path) -> 
         (hidden / f"{name}.py").write_text("raise ImportError\n")
     try:
         parts = _start(ranks, flags, folder, package)
+        _cut_to_first_step(folder / "run")
         again = _start(ranks, flags, folder, package, steps=2)
     finally:
         # The launcher's ranks may still write.
@@ -88,6 +89,15 @@ def measure(ranks: int, flags: list[str], without: list[str], package: Path) -> 
         raise SystemExit(f"a restart does what the start has done: {made}")
     totals = ("to the first step", "to the first step, processors of all")
     return parts | {f"restart {total}": again[total] for total in totals}
+
+
+def _cut_to_first_step(run: Path) -> None:
+    """Takes away what a run did after its first step until it was killed: a restart makes that."""
+    rows = run / "metrics.jsonl"
+    rows.write_text(rows.read_text().splitlines(keepends=True)[0])
+    for checkpoint in (run / "checkpoints").glob("step_*"):
+        if checkpoint.name != "step_00000001":
+            shutil.rmtree(checkpoint)
 
 
 def _start(
@@ -134,10 +144,12 @@ def _start(
         until(saved.is_dir)
         noted = json.loads(timeline.read_text())
     finally:
-        for each in [*process.children(recursive=True), process]:
+        processes = [*process.children(recursive=True), process]
+        for each in processes:
             with suppress(psutil.Error):
                 each.kill()
-        process.wait()
+        # A rank that is still dying may write.
+        psutil.wait_procs(processes, timeout=10)
     noted = [entry for entry in noted if entry[0] < ended]
     parts: dict[str, float] = defaultdict(float)
     parts["launcher"] = noted[0][0] - began
