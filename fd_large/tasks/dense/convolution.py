@@ -21,12 +21,12 @@ NORM_EPS = 1e-6
 
 
 def he_normal(out_channels: int, kernel_size: int) -> Draw:
-    """Draws from Kaiming's normal distribution by fan out, before a ReLU, as in detectron2."""
+    """Returns Kaiming's normal distribution by fan out, for layers before a ReLU (detectron2)."""
     return Draw("normal", std=math.sqrt(2 / (out_channels * kernel_size**2)))
 
 
 def he_uniform() -> Draw:
-    """Draws from Kaiming's uniform distribution, +-sqrt(3 / fan in), for layers without ReLU."""
+    """Returns Kaiming's uniform distribution, +-sqrt(3 / fan in), for layers without a ReLU."""
     return Draw("fan_in_uniform", divide=1 / math.sqrt(3))
 
 

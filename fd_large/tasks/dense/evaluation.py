@@ -147,12 +147,12 @@ def forward_of_nothing(forward: Callable[[Tensor], Tensor], side: int) -> None:
 
 
 def finite(value: float) -> float | None:
-    """Returns a score for a JSON file, None for NaN."""
+    """Returns a score for a JSON file, or None if it is not finite."""
     return float(value) if np.isfinite(value) else None
 
 
 def _predict_together(model: Model, item: TestImage) -> Tensor | None:
-    """Predicts this rank's image, or takes part without one; a collective.
+    """Returns the prediction of this rank's image, or None if it has none; a collective.
 
     Under ZeRO-3 every rank must run the same number of forwards.
     """

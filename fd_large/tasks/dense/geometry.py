@@ -47,7 +47,7 @@ class View:
         return self._cut(image)
 
     def mask(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Maps a mask (H, W), 0 or 1, to the view; pixels that are half covered are 1."""
+        """Maps a mask (H, W), 0 or 1, to the view; a pixel is 1 if at least half covered."""
         pixels = torch.from_numpy(np.ascontiguousarray(mask))
         if self.resized != self.original:
             covered = F.interpolate(
@@ -57,7 +57,7 @@ class View:
         return self._cut(pixels).numpy()
 
     def numbers(self, numbers: NDArray[Number]) -> NDArray[Number]:
-        """Maps a number for each pixel (H, W), a class or a depth, to the view's nearest pixels."""
+        """Maps a number for each pixel (H, W), a class or a depth, to the view, by the nearest."""
         top, left, rows, columns = self.crop
         (height, width), (new_height, new_width) = self.original, self.resized
         down = (top + np.arange(rows)) * height // new_height

@@ -1,4 +1,4 @@
-"""The job that segmentation and depth share: a target for each pixel."""
+"""The job that segmentation and depth share: training and tests on a target for each pixel."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class DenseJob(TrainingJob):
         raise NotImplementedError
 
     def whole_images(self) -> str:
-        """Returns an error and remedy if tests of whole images cannot work, else ""."""
+        """Returns the refusal of tests on whole images, or "" if the recipe has none."""
         raise NotImplementedError
 
     def measure(self, model: Any, images: Any, between: Callable[[], None]) -> Any:

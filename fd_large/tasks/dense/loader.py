@@ -1,4 +1,4 @@
-"""Batches of images with a truth for each pixel, for training and tests."""
+"""Batches of images with a truth for each pixel: by position in training, each once in tests."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class TestImages(Dataset):
 def build_test_loader(
     source: PairedImages, views: TestViews, *, rank: int, world_size: int, workers: int
 ) -> DataLoader:
-    """Returns a loader of every image once over the ranks, with the same number on each rank.
+    """Returns a loader of single images, each once over the ranks, as many on every rank.
 
     Args:
         source: Images with their truth.

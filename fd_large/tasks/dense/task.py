@@ -41,7 +41,7 @@ class DenseTask(Task):
         return self(pixels=self.pixels(images))
 
     def layer_scale(self, name: str, decay: float) -> float:
-        """Returns the factor of a parameter's learning rate, 0 for a frozen student."""
+        """Returns the factor of a parameter's learning rate, 0 if it is a frozen student's."""
         if self.frozen and name.startswith("student."):
             return 0.0
         return super().layer_scale(name, decay)

@@ -12,7 +12,7 @@ from fd_large.tasks.transfer import Transfer
 
 
 class DenseTransfer(Transfer):
-    """Trainings on crops whose side is a multiple of the model's patch."""
+    """Trainings on crops whose side fits the model's patch."""
 
     def starting_from(
         self,

@@ -2,8 +2,8 @@
 
 The parameters keep the distilled model's names; only the calls of its blocks differ. Windows are as
 large as the grid on which the model was distilled, so that its position table fits inside them; the
-last block of each quarter sees the whole image (ViTDet: 2, 5, 8, 11 of 12). The class token and the
-final norm are left out, since windows have no class token.
+last block of each quarter sees the whole image (ViTDet: 2, 5, 8, 11 of 12). The class token has
+no place in a window and is left out, and so is the final norm.
 
 Source: Li et al., arXiv 2203.16527.
 """

@@ -86,7 +86,7 @@ class DepthJob(DenseJob):
         return Model(forward, views, at_once)
 
     def whole_images(self) -> str:
-        """Returns an error and remedy if tests of whole images cannot work, else ""."""
+        """Returns the refusal of tests on whole images, or "" if the recipe has none."""
         if self.section.test_windows:
             return ""
         return (

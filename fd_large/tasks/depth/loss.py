@@ -90,7 +90,7 @@ def silog_loss(
 
 
 def _root(count: Tensor, total: Tensor, squares: Tensor, mean_share: float) -> Tensor:
-    """Returns the root from the sums of some pixels; 0 without a gradient if there is no pixel."""
+    """Returns the root from sums of pixels; 0 without a gradient unless its square is above 0."""
     mean = total / count.clamp(min=1)
     inside = squares / count.clamp(min=1) - mean_share * mean.square()
     return inside.where(inside > 0, 1).sqrt().where(inside > 0, 0)

@@ -49,7 +49,7 @@ class Depth(DenseTask):
     Args:
         student: A backbone; it loses its final norm, but for a linear head.
         max_depth: Largest depth that the head can predict, in metres.
-        head: A name in the table `HEADS`, or the user's own.
+        head: A name in the table `HEADS`, or a head of the user's own (`module:FILE.py:NAME`).
         width: Channels of the head.
         over: See `silog_loss`.
         mean_share: See `silog_loss`.

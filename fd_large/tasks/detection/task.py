@@ -66,7 +66,7 @@ class Detection(Task):
     Args:
         student: A backbone; a Swin, SwinV2 or ViT loses its final norm and its class tokens.
         num_classes: K.
-        heads: A name in the table `HEADS`, or the user's own.
+        heads: A name in the table `HEADS`, or heads of the user's own (`module:FILE.py:NAME`).
         heads_settings: Further settings of built-in heads, by the names of their arguments.
         width: Channels of the pyramid and the heads.
         anchors_per_image: Anchors sampled for the losses of the proposals.
@@ -136,7 +136,7 @@ class Detection(Task):
         }
 
     def pixels(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """Normalises images (B, 3, H, W) uint8 to float32; with grey padding beyond their sizes."""
+        """Normalises images (B, 3, H, W) uint8 to float32, with grey padding beyond their sizes."""
         return normalised(images, sizes, self.statistics)
 
     def forward(

@@ -98,7 +98,7 @@ class SegmentationJob(DenseJob):
         return Model(forward, test_views(self.run), at_once)
 
     def whole_images(self) -> str:
-        """Returns an error and remedy if tests of whole images cannot work, else ""."""
+        """Returns the refusal of tests on whole images, or "" if the recipe has none."""
         if self.section.test_mode != "whole":
             return ""
         return (

@@ -83,7 +83,7 @@ class Heads(NamedTuple):
         scales: Factors by which a plain ViT's maps are rescaled; empty for a model with stages.
         blocks: Numbers of the ViT's blocks that give the maps, counted from 0.
         window: Side of the windows of the test, in pixels; 0 for whole images.
-        window_stride: Pixels between two windows.
+        window_stride: Pixels from one window to the next.
     """
 
     widths: tuple[int, ...]

@@ -53,7 +53,7 @@ class Segmentation(DenseTask):
     Args:
         student: A backbone; it loses its final norm.
         num_classes: K.
-        head: A name in the table `HEADS`, or the user's own.
+        head: A name in the table `HEADS`, or a head of the user's own (`module:FILE.py:NAME`).
         width: Channels of the head.
         auxiliary_weight: Weight of the second head's loss; 0 for no second head.
         over: Divisor of the losses (`pixel_loss`).

@@ -1,7 +1,7 @@
 """Lists of images and depth files, in the format of the published NYUv2 and KITTI runs.
 
 A line holds the path of an image and that of its depth file, and optional further columns:
-"/kitchen_0028b/ rgb_00045.jpg /kitchen_0028b/sync_depth_00045.png 518.8579". Images whose depth
+"/kitchen_0028b/rgb_00045.jpg /kitchen_0028b/sync_depth_00045.png 518.8579". Images whose depth
 file is "None", as in KITTI's test list, are left out.
 """
 
@@ -122,14 +122,14 @@ def _lines(path: str, where: str) -> list[tuple[str, str]]:
 
 
 def _below(name: str) -> str:
-    """Returns a name's path below the dataset's folder, or "" for a path outside of it."""
+    """Returns a name's path below the dataset's folder, or "" if it has none."""
     return "/".join(next(paths_below(name), ()))
 
 
 def _found(
     pairs: list[tuple[str, str]], path: str, root: str, of_root: str
 ) -> Iterator[tuple[str, str]]:
-    """Returns the paths of images and depth files below the root; each folder is listed once."""
+    """Yields the paths of images and depth files below the root; each folder is listed once."""
     starts = [_start(root, names) for names in zip(*pairs, strict=True)]
     inside: dict[str, frozenset[str]] = {}
     missing = []

@@ -1,4 +1,4 @@
-"""The linear head, which tests how much depth a map contains.
+"""The linear head, which tests how much depth a map contains without further layers.
 
 Source: Oquab et al., arXiv 2304.07193 (DINOv2), which classifies the depth into 256 bins; here
 the head predicts a single number at each place.

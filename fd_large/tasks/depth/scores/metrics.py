@@ -71,7 +71,7 @@ def crop_of(name: Crop, height: int, width: int) -> tuple[slice, slice]:
     if name == "nyu":
         if (height, width) != NYU_SIZE:
             raise ConfigError(
-                "task.depth.test_crop: nyu crops NYUv2's images; got an image of "
+                "task.depth.test_crop: nyu is a crop of NYUv2's images; got an image of "
                 f"{height} x {width} pixels, expected {NYU_SIZE[0]} x {NYU_SIZE[1]}. Set "
                 "--task.depth.test_crop none."
             )

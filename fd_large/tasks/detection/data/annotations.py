@@ -141,7 +141,7 @@ class CocoSet:
         return widths >= heights
 
     def summary(self) -> str:
-        """Returns lines about the dataset's contents and its findings."""
+        """Returns the dataset's contents and its findings as lines of text."""
         crowd = self._listing.arrays["crowd"]
         crowds = int(crowd.sum())
         held = (

@@ -1,4 +1,4 @@
-"""Batches of images with their objects, for training and evaluation."""
+"""Batches of images with their objects: by position in training, each once in evaluation."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def grouped_order(
     Padding wide and high images to one size would waste up to half of a batch. The epoch's
     permutation is dealt into two piles; as soon as one holds a global batch, it is the next. The
     number of batches must match the whole dataset's: if the remainders of both piles together
-    fill a batch, the larger one is completed by its pile's first samples.
+    fill a batch, the larger one is completed by its pile's first samples, which come twice then.
 
     Args:
         landscape: Whether each sample is at least as wide as high, (N,).
@@ -228,7 +228,7 @@ def build_evaluation_loader(
     workers: int,
     max_pixels: int = MAX_PIXELS,
 ) -> DataLoader:
-    """Returns a loader of every image once over the ranks, with as many batches on each rank.
+    """Returns a loader of every image once, in batches of one size, as many on every rank.
 
     Images of one orientation are adjacent, which saves padding. A rank's last batches are filled
     up with images of weight 0, because under ZeRO-3 every rank must run the same number of

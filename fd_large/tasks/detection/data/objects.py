@@ -137,7 +137,7 @@ def read_objects(
 
     Args:
         path: The JSON file.
-        findings: Counts of objects that are left out or clipped.
+        findings: Counts what is left out or clipped.
         find_file: Returns the path of an image from its `file_name`, or None to leave it out.
         keep_empty: Whether images without an object stay.
         where: The field that names the dataset, for messages.
@@ -322,7 +322,7 @@ def _segmentation(given: Any, height: int, width: int) -> list[array[float]] | b
         if isinstance(p, array) and len(p) >= 6 and len(p) % 2 == 0 and all(map(math.isfinite, p))
     ]
     if not polygons:
-        raise ValueError("no polygon with three points")
+        raise ValueError("no polygon of at least three points")
     # Filling walks along the edges: a stray number would take all memory.
     for xy in polygons:
         if min(xy) < -max(height, width) or max(xy) > 2 * max(height, width):
@@ -344,7 +344,7 @@ def is_box(value: Any) -> bool:
 
 
 def _whole(value: Any, most: int = 2**63 - 1) -> int:
-    """Returns a number as int; ValueError or OverflowError if it is not an integer or too large."""
+    """Returns a number as int; ValueError or OverflowError if it is not one, or too large."""
     number = int(value)
     if not -most <= number <= most:
         raise ValueError(f"a number of more than {most}")

@@ -20,7 +20,7 @@ from fd_large.tasks.detection.data.objects import ImageObjects
 MIN_SIDE = 1.0
 # Pixels per place of a semantic map, and its number for what is not labelled.
 SEMANTIC_STRIDE, UNLABELLED = 8, 255
-# Whoever imports this first may construct a model on the meta device meanwhile.
+# The first import may come while a model is constructed on the meta device.
 NO_SEMANTIC = torch.zeros(0, 0, dtype=torch.uint8, device="cpu")
 
 

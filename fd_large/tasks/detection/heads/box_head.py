@@ -176,7 +176,7 @@ def _sampled(parts: Sequence[tuple[Tensor, Target, Tensor, Sample]], num_classes
 
 
 def most_sampled(images: int, rois_per_image: int, like: Tensor) -> Sampled:
-    """Returns the largest possible number of rois, with arbitrary places, for counting.
+    """Returns the largest possible sample of rois, with arbitrary places, for counting.
 
     Args:
         images: B.

@@ -93,7 +93,7 @@ class HtcHeads(CascadeHeads):
         return [head.logits(x) for head, x in zip(self.mask_heads, found, strict=True)]
 
     def _flow(self, cuts: Tensor, num_heads: int) -> list[Tensor]:
-        """Returns the features of the mask heads, each computed from those of the previous head."""
+        """Returns the features of the first mask heads; each also takes the previous head's."""
         found = [self.mask_heads[0].convolutions(cuts)]
         for number in range(1, num_heads):
             passed = F.relu(self.mask_flows[number - 1](found[-1]))

@@ -90,7 +90,7 @@ def taught(sampled: Sampled, targets: Sequence[Target]) -> Taught:
 
 
 def most_taught(sampled: Sampled) -> Taught:
-    """Returns empty target masks of the largest possible sample, for counting."""
+    """Returns target masks of zeros for the largest possible sample, for counting."""
     labels = sampled.labels[sampled.foreground]
     side = 2 * MASK_SIDE
     return Taught(sampled.positives, labels, sampled.boxes.new_zeros(len(labels), side, side))

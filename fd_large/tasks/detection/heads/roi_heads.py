@@ -144,7 +144,7 @@ class RoIHeads(nn.Module):
         proposals: Sequence[Tensor],
         sizes: Tensor,
     ) -> list[Candidates]:
-        """Returns the possible classes and boxes of each image's proposals.
+        """Returns the possible classes and boxes of each image's proposals, before selection.
 
         Args:
             maps: Levels of the pyramid, finest first.

@@ -80,7 +80,7 @@ def anchors_of(
 
 
 def _cell_anchors(side: float) -> Tensor:
-    """Returns the anchors of a place around its corner, for one area and each ratio: (A, 4)."""
+    """Returns a place's anchors around its corner, of one area and each ratio: (A, 4) float32."""
     height = torch.tensor(RATIOS).sqrt() * side
     width = side**2 / height
     return torch.stack([-width, -height, width, height], dim=1) / 2

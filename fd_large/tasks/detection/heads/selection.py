@@ -47,7 +47,7 @@ class Chosen(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The rule of selection.
+    """The rule for selecting boxes.
 
     Attributes:
         nms: "hard" drops boxes that overlap a better box of their class by more than `iou`;

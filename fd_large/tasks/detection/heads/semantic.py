@@ -26,7 +26,7 @@ LOSS_WEIGHT = 0.2
 
 
 class SemanticBranch(nn.Module):
-    """Sums all levels on one, applies convolutions, and predicts class and embedding of each place.
+    """A sum of all levels, convolutions, and a class and an embedding of each place.
 
     Args:
         width: Channels of the pyramid and of the embedding.

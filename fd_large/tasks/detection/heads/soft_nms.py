@@ -37,8 +37,8 @@ def soft_nms(
         scores: (N,) float32.
         labels: (N,) int64, classes; boxes of different classes leave each other alone.
         at_most: The most boxes that are chosen.
-        decay: Factor of the scores of other boxes by their IoU with a selected box: "linear" is 1
-            - IoU from `iou` on; "gaussian" is exp(-IoU^2 / sigma) at any IoU.
+        decay: Factor of the scores of other boxes by their IoU with a selected box: "linear" is
+            1 - IoU from `iou` on; "gaussian" is exp(-IoU^2 / sigma) at any IoU.
         iou: Smallest IoU at which the linear decay lowers a score.
         sigma: Width of the gaussian decay.
         least_score: Boxes with lower scores are never selected.

@@ -63,7 +63,7 @@ def compare(ground_truth: Mapping[str, Any], results: Sequence[Result]) -> dict[
 
 
 def worst(compared: Mapping[int, Compared], count: int) -> list[int]:
-    """Returns the ids of the `count` images with most errors, the worst first."""
+    """Returns the ids of at most `count` images with errors, those with most errors first."""
     by_errors = sorted(compared, key=lambda number: (-compared[number].num_errors, number))
     return [number for number in by_errors[:count] if compared[number].num_errors]
 
@@ -87,7 +87,10 @@ def _compare(annotations: list[dict[str, Any]], results: list[Result]) -> Compar
 
 
 def _iou(seen: list[Result], objects: list[dict[str, Any]], *, crowd: bool) -> np.ndarray:
-    """Returns IoU of boxes, (detections, objects): 0 between classes, coverage for crowds."""
+    """Returns IoU of boxes, (detections, objects), 0 between classes.
+
+    For crowds it is the share of the detection that lies inside.
+    """
     if not seen or not objects:
         return np.zeros((len(seen), len(objects)))
     boxes = [np.array([entry["bbox"] for entry in side], dtype=float) for side in (seen, objects)]

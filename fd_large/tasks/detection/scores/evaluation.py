@@ -1,4 +1,4 @@
-"""The COCO evaluation of a detector: every image once over the ranks, then scored in a process."""
+"""The COCO evaluation of a detector: every image once over the ranks, then scored beside them."""
 
 from __future__ import annotations
 

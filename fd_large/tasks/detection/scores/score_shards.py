@@ -73,7 +73,7 @@ class Scored(NamedTuple):
     Attributes:
         scores: COCO's numbers.
         written: The files that were written.
-        problem: Reason that some could not be read; empty without any.
+        problem: Traceback of the failure that left files unwritten, or "".
     """
 
     scores: Scores

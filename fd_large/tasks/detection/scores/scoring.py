@@ -153,8 +153,9 @@ def _id(value: Any) -> None:
 def score(ground_truth: dict[str, Any], results: Sequence[Result]) -> Scores:
     """Scores detections.
 
-    Boxes are scored if all results have one, and so are masks. A detection counts as small,
-    medium or large by its box's area for boxes, and by its mask's area for masks.
+    Boxes are scored if all results have a box, masks if all have a mask and the ground truth has
+    masks. A detection counts as small, medium or large by its box's area for boxes, and by its
+    mask's area for masks.
 
     Args:
         ground_truth: Result of `read_ground_truth`; all its images count.
@@ -326,7 +327,7 @@ def _mean(precision: np.ndarray) -> float | None:
 
 
 def _silent(*_: object) -> None:
-    """Replaces the evaluation's printed table by nothing."""
+    """Prints nothing, in place of the evaluation's table."""
 
 
 def _check(ground_truth: dict[str, Any], results: Sequence[Result]) -> None:

@@ -53,7 +53,7 @@ def numbers_table(scores: Scores, *, tested: str = "") -> Table:
 
 
 def classes_table(scores: Scores) -> Table:
-    """Returns a table of AP and AP50 by class, with two classes a line on a wide terminal."""
+    """Returns a table of AP and AP50 of the images' classes, two a line on a wide terminal."""
     from rich.console import Console
     from rich.table import Table
 

@@ -29,7 +29,7 @@ class TestViews(NamedTuple):
 
     Attributes:
         short_side: Length of the shorter side at scale 1, in pixels.
-        long_side: Upper limit of the longer side at each scale.
+        long_side: Upper limit of the longer side at scale 1.
         scales: The scales.
         flip: Whether each is also seen mirrored.
         merge: Merging of several views. average: all views get the proposals of all, and boxes,

@@ -87,7 +87,7 @@ class TrainingViews(NamedTuple):
 
 
 def _is_mixed(labels: NDArray[np.int16], largest: float) -> bool:
-    """Whether labels have several classes, none with a share of `cat_max_ratio` or more."""
+    """Whether labels have several classes, none with a share of `largest` or more."""
     counts = np.bincount(labels[labels != IGNORED])
     return np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < largest
 
@@ -97,7 +97,7 @@ class TestViews(NamedTuple):
 
     Attributes:
         short_side: Length of the shorter side at scale 1, in pixels.
-        long_side: Upper limit of the longer side at each scale.
+        long_side: Upper limit of the longer side at scale 1.
         scales: The scales.
         flip: Whether each is also seen mirrored.
         crop: Side of a window; 0 for whole images.

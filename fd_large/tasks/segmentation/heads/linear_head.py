@@ -1,4 +1,4 @@
-"""The linear head, which tests how well a map separates the classes.
+"""The linear head, which tests how well a map separates the classes without further layers.
 
 Source: Oquab et al., arXiv 2304.07193 (DINOv2): batch norm and a 1x1 convolution on the last map.
 """

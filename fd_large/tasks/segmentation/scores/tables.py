@@ -31,7 +31,7 @@ def numbers_table(scores: Scores, num_images: int) -> Table:
 
 
 def classes_table(scores: Scores, names: tuple[str, ...]) -> Table:
-    """Returns a table of IoU and accuracy of the classes that occur, in per cent."""
+    """Returns a table of IoU and accuracy, in per cent, of labelled or predicted classes."""
     from rich.table import Table
 
     table = Table(title="The classes that occur", title_justify="left")

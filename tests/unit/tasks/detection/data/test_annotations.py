@@ -96,7 +96,7 @@ def test_what_cannot_be_used_is_left_out_counted_and_named(tmp_path, caplog):
         ("3 objects without area", "4, 5, 17"),
         ("1 boxes that leave", "6"),
         ("2 objects whose box", "8, 9"),
-        ("6 objects without a usable", "10 (none), 11 (no polygon with three points), 12 (a pol"),
+        ("6 objects without a usable", "10 (none), 11 (no polygon of at least three points), 12"),
         ("1 images without an object", "000000000009.png"),
     ):
         line = next(line for line in lines if line.startswith(start))
