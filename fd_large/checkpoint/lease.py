@@ -348,8 +348,8 @@ def _refuse_overlap(folder: Path, start: str) -> None:
         if owner := living_owner(other, watch_seconds=WATCH_SECONDS):
             _remove(folder, start)
             raise OwnedError(
-                f"{folder}: another start owns {other} and would share its files; got {owner}, "
-                f"expected no owner. Let it end, or stop it (touch {other / 'stop'})."
+                f"{folder}: another start owns {other}, with which this run would share files; got "
+                f"{owner}, expected no owner. Let it end, or stop it (touch {other / 'stop'})."
             )
 
 
@@ -380,7 +380,7 @@ def _refusal(folder: Path, owner: Owner, silent: float) -> OwnedError:
 
 
 def _is_copy(folder: Path, owner: Owner) -> bool:
-    """Whether an owner still owns another folder, of which this one is a copy."""
+    """Whether an owner still owns another folder, of which this one is a copy; False if unknown."""
     if not owner.folder or Path(owner.folder) == folder.resolve():
         return False
     theirs = Path(owner.folder) / OWNER

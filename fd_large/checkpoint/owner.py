@@ -136,7 +136,10 @@ class Slurm:
         self._said: dict[str, tuple[float, str]] = {}
 
     def state(self, owner: Owner, own: Owner) -> str:
-        """Returns Slurm's state of an owner's job; "" if unknown or irrelevant.
+        """Returns Slurm's state of an owner's job, or "".
+
+        It is "" if Slurm cannot know the job, gives no answer, or knows no more than this process
+        can see itself (an owner on the same machine, or of the same job).
 
         Args:
             owner: The owner.

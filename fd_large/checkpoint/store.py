@@ -97,7 +97,7 @@ def renamed(folder: Path) -> list[Path]:
 def manifest_of(path: Path) -> dict[str, Any] | None:
     """Returns a checkpoint's manifest, or None if it is missing or damaged.
 
-    A temporary folder (`.part`) returns the manifest of its future checkpoint.
+    A temporary folder (`.part`) has the manifest of its future checkpoint.
 
     Raises: StorageError, CheckpointError: if it is there and cannot be read.
     """
@@ -236,8 +236,8 @@ def _rename_if_there(path: Path, aside: Path) -> None:
 def commit(part: Path, manifest: dict[str, Any], lease: Lease | None = None) -> Path:
     """Completes a fully written `.part` folder, in one atomic step; rank 0 calls it.
 
-    A start that has lost the run commits nothing: it asks its lease, and after too early an
-    answer the rename fails, because the new owner's `sweep` has removed the folder.
+    A start that has lost the run commits nothing: it asks its lease, and if it asked too early,
+    the rename fails, because the new owner's `sweep` has removed the folder.
 
     Args:
         part: The folder.

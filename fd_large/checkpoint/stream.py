@@ -106,8 +106,8 @@ def read(reader: Reader, name: str, shape: Shape, *, kind: str = "master") -> Te
         return reader.read(kind, name, 0, math.prod(shape)).view(shape)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{reader.path}: a file is gone; got {error}, expected the file of a moment ago. If "
-            "the run prunes checkpoints, use a newer checkpoint."
+            f"{reader.path}: a file is gone; got {error}, expected one that was there before. "
+            "If the run prunes checkpoints, use a newer checkpoint."
         ) from error
 
 

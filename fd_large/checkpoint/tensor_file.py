@@ -116,14 +116,14 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> Checksums:
 
 
 class TensorFile:
-    """An open file. Its descriptor stays open until `close`.
+    """An open file of tensors. Its descriptor stays open until `close`.
 
     Args:
         path: The file.
         headers: Parsed tables by header bytes, extended here: the files of a run's ranks have
             nearly equal headers, and thousands of parsed tables would fill memory.
 
-    Raises: OSError: if it cannot be read; ValueError: if it has another format.
+    Raises: OSError: if it cannot be read; ValueError: if it is not such a file.
     """
 
     def __init__(self, path: Path, headers: dict[bytes, dict[str, Place]] | None = None) -> None:
@@ -133,7 +133,7 @@ class TensorFile:
         try:
             size = int.from_bytes(self._bytes(0, 8), "little")
             if size > os.fstat(self._descriptor).st_size:
-                raise ValueError("no length of the header")
+                raise ValueError("invalid length of the header")
             self.header = self._bytes(0, 8 + size)
             if self.header not in headers:
                 headers[self.header] = _places(parse_json(self.header[8:]), 8 + size)

@@ -157,7 +157,9 @@ class Saver:
             self._thread.join()
 
     def finish(self, *, failed_anywhere: bool, broken_anywhere: bool = False) -> bool:
-        """Commits the checkpoint, or discards it if a rank failed; called when no rank is busy.
+        """Commits the checkpoint, or discards it if a rank failed.
+
+        All ranks call it, when none is busy.
 
         Args:
             failed_anywhere: Whether a rank failed, for whatever reason.

@@ -55,7 +55,7 @@ class BadImages:
 
 
 def past_limit(count: BadCount, max_bad_fraction: float) -> bool:
-    """Whether a run has to stop, from the sum of all ranks' counts."""
+    """Whether a run has to stop; the same on all ranks, given the sum of their counts."""
     return count.num_bad > max_bad_fraction * max(count.num_tried, FEWEST_SAMPLES)
 
 

@@ -54,7 +54,7 @@ class Balanced:
 
     Attributes:
         kind: Description of the source, for the log.
-        blocks: The order of an epoch, in the interface of sources in blocks.
+        blocks: The order of an epoch, as of a source that is read in blocks.
     """
 
     def __init__(self, parts: Sequence[tuple[WeightedRoot, Any]]) -> None:
@@ -81,11 +81,11 @@ class Balanced:
         return source.read(number)
 
     def datasets_of(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the dataset's index of each image, in the given order."""
+        """Returns the index of each image's dataset in the sum."""
         return np.searchsorted(self.blocks.ends, images, side="right")
 
     def expect(self, places: Iterable[_Place]) -> None:
-        """Tells sources in blocks which blocks are needed next."""
+        """Tells sources that are read in blocks which blocks are needed next."""
         wanted: dict[int, list[int]] = {}
         for part, block in places:
             wanted.setdefault(part, []).append(block)
@@ -164,7 +164,10 @@ class _Order:
         return number % _EPOCHS, place
 
     def _turns(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the number of each source's positions since the run began: (B, sources)."""
+        """Returns the number of each source's positions before the given ones: (B, sources).
+
+        The count starts with the run; the given positions, (B,), are of an epoch.
+        """
 
         def within(positions: NDArray[np.int64]) -> NDArray[np.int64]:
             periods, places = np.divmod(positions, len(self._pattern))

@@ -48,7 +48,7 @@ def few_labels(
 
 
 def _draw(images: LabelledImages, number: int, seed: int) -> int:
-    """Returns a random 64-bit number for an image."""
+    """Returns a 64-bit number, a hash of the seed and of an image's name or place."""
     source, place = images.images, number
     if isinstance(source, Part):
         source, place = source.images, source.place(number)

@@ -102,7 +102,7 @@ def _read_jpeg(encoded: bytes | bytearray) -> JpegHeader | None:
 
 
 def _upright(tiff: bytes) -> bool:
-    """Whether EXIF surely asks for no rotation, as far as this short parser can read it."""
+    """Whether EXIF asks for no rotation; False if this short parser cannot read it."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
         return False

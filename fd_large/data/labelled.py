@@ -47,11 +47,11 @@ class LabelledImages:
 
     @property
     def blocks(self) -> Blocks | None:
-        """The blocks of a source in blocks, or None."""
+        """The blocks of a source that is read in blocks, or None."""
         return getattr(self.images, "blocks", None)
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Tells a source in blocks which blocks are needed next."""
+        """Tells a source that is read in blocks which blocks are needed next."""
         self.images.expect(numbers)  # type: ignore[attr-defined]
 
     def __len__(self) -> int:

@@ -100,11 +100,11 @@ def listed(
 ) -> Listing:
     """Returns the listing of a dataset, from the cache if current, else new.
 
-    Among several ranks, rank 0 makes it for all ranks on the same disk, and the first rank of a
-    node for a node with its own disk. The others map the file, or receive its contents if they
-    cannot. Of several concurrent runs, one makes it and the others wait; without file locks each
-    makes its own and the last file stays. If the cache folder cannot be written, every start
-    repeats the walk.
+    In a meeting of all ranks, rank 0 makes it for all ranks on the same disk, and the first rank
+    of a node for a node with its own disk; outside a meeting each rank makes its own. The others
+    map the file, or receive its contents if they cannot. Of several concurrent runs, one makes it
+    and the others wait; without file locks each makes its own and the last file stays. If the
+    cache folder cannot be written, every start repeats the walk.
 
     Args:
         what: Name of the dataset for messages.
@@ -220,7 +220,7 @@ def settled(modified_ns: int, listed_at: float) -> bool:
 
 
 class _Note(NamedTuple):
-    """A rank's message about a listing that it has made.
+    """A rank's message about a listing that it holds, made here or opened.
 
     Attributes:
         path: File of the listing, or None.

@@ -92,6 +92,8 @@ def build_loader(
 ) -> DataLoader:
     """Returns the loader of the rest of an epoch for one rank.
 
+    It has as many batches for each step as the rank has micro batches a step.
+
     Args:
         batches: Takes the positions of a micro batch, (B,), and returns a `Batch`; runs in the
             workers.
@@ -139,7 +141,7 @@ def load_batches(batches: Dataset, places: Iterable[Any], *, workers: int) -> Da
 
 @dataclass(frozen=True)
 class _Carried(Dataset):
-    """Carries a batch, or a loading process's error without torch's traceback."""
+    """Batches, or the error of a loading process, which torch would wrap into a traceback."""
 
     batches: Dataset
 
@@ -196,9 +198,9 @@ def load_samples(
     """Loads the sample at each position, or a replacement if it is bad.
 
     A replacement is drawn from the whole dataset, or from the window of its blocks, by (seed,
-    epoch, position), so it is the same on any number of ranks and workers. If ten replacements
-    fail, the value is None: a rank that stopped here would leave the others waiting, whereas the
-    count of bad images stops all together.
+    epoch, position), so it is the same on any number of ranks and workers. If none of ten samples
+    can be used, the value is None: a rank that stopped here would leave the others waiting,
+    whereas the count of bad images stops all together.
 
     Args:
         make: Takes a place in `positions` and a sample's number; DataError if it cannot be used.
@@ -207,7 +209,7 @@ def load_samples(
         num_samples: Size of the dataset.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
-        blocks: Blocks of a source in blocks, or None.
+        blocks: Blocks of a source that is read in blocks, or None.
         name: Returns the place of a sample, for messages about slow reads.
     """
     loaded, worker = [], get_worker_info()

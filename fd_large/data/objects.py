@@ -2,7 +2,7 @@
 
 fsspec connects to object stores and web servers. Requests are repeated after growing pauses if a
 store is busy, slow or unreachable (`asked`); if it does not recover, the run ends with the exit
-code of a resumable run. No connection stays open between two requests, and fsspec makes a new
+code of a resumable run. No response stays open between two requests, and fsspec makes a new
 client in a forked process.
 """
 
@@ -163,7 +163,7 @@ def find_objects(root: str, where: str) -> list[Stored]:
 
 
 def fingerprint_of(files: Sequence[Stored], facts: Iterable[str]) -> str:
-    """Returns a hash of the names of files below their common folder, and of each file's stamp."""
+    """Returns a hash of the names of files below their common folder, and of a fact of each."""
     folder = os.path.commonpath([os.path.dirname(name_of(file.url)) for file in files])
     digest = hashlib.sha256()
     for file, fact in zip(files, facts, strict=True):
@@ -221,7 +221,7 @@ class _Ranges(AbstractBufferedFile):
 
 
 def _client(url: str) -> tuple[Any, str]:
-    """Returns fsspec's client, one for each process, and the path."""
+    """Returns fsspec's client, which a forked process makes anew, and the path."""
     if not is_url(url):  # Of which fsspec would take `A::B` and `~` for more than names.
         return LocalFileSystem(), os.path.abspath(url)
     scheme, options = scheme_of(url), {}

@@ -64,7 +64,7 @@ def open_photographs(root: str, *, where: str) -> Photographs | None:
 
 
 class Photographs:
-    """A set of the photographs, repeated `REPEATS` times.
+    """A set of the photographs, gone through `REPEATS` times in turn.
 
     They are decoded once and kept uncompressed, as PPM, 20 MB in all: to decode a PNG again for
     every crop would cost as much as a fifth of a training step on a CPU.

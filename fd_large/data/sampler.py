@@ -149,7 +149,7 @@ def samples_at(
 ) -> NDArray[np.int64]:
     """Returns the samples of a source at some positions of the epoch's order, (B,).
 
-    A source in blocks is told which blocks are needed next.
+    A source that is read in blocks is told which blocks are needed next.
     """
     blocks: Blocks | None = getattr(source, "blocks", None)
     if blocks is None:

@@ -240,7 +240,7 @@ def _is_pattern(root: str) -> bool:
 
 
 def _anchor(root: str | Sequence[str]) -> tuple[str, str]:
-    """Returns the file or folder that identifies a root, and the kind of root in a word."""
+    """Returns the file or folder that a root is found by, and a text for the rest of the root."""
     if not isinstance(root, str):
         return root[0], hashlib.sha256("\0".join(root).encode()).hexdigest()
     if not _is_pattern(root):

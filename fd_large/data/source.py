@@ -47,8 +47,8 @@ class ImageSource(Protocol):
     the class of each image, (num_images,), and the names of the classes in their order, or None
     without names; `labelled.py` maps them to the training set's.
 
-    A source in blocks has `blocks`, a `sampler.Blocks` that gives the order of an epoch, and
-    `expect(numbers)`, which is told the next blocks.
+    A source whose images are read in blocks has `blocks`, a `sampler.Blocks` that gives the order
+    of an epoch, and `expect(numbers)`, which is told the numbers of the next blocks.
 
     Attributes:
         fingerprint: A hash of the samples' names in order. It is compared between nodes, and with

@@ -4,8 +4,8 @@ WebDataset's naming (KEY.jpg, KEY.cls, KEY.json ...) and any other tar of images
 with an image's extension is a sample, other members are passed over. KEY is the name up to the
 first dot after the last slash, and KEY.cls holds a label as a decimal number.
 
-Python's tarfile ends silently at a damaged header. Here only the block of zeros that every
-archive has ends it; anything else in a header's place is reported as `Torn`.
+Python's tarfile ends silently at a damaged header. Here an archive ends only at the block
+of zeros that every archive has; anything else in a header's place is reported as `Torn`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Member(NamedTuple):
 
 
 class Torn(Exception):
-    """An archive is damaged or truncated; the message names the place and the damage."""
+    """A damaged or truncated archive; the message names the place and the damage."""
 
 
 class TarImage(NamedTuple):

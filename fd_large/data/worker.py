@@ -24,9 +24,9 @@ _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Makes processes started in the block ignore a group's signals in all of their threads.
+    """Blocks a group's signals in all threads of the processes that start meanwhile.
 
-    torch makes threads in a worker before it calls `start_worker` (if this process uses several),
+    torch makes threads in a worker before it calls `start_worker` (if this process has several),
     and a signal may go to any thread that does not block it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, *_IGNORED})

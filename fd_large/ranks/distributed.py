@@ -48,7 +48,7 @@ _nodes: set[int] = set()
 
 
 def open_files_needed(num_ranks: int) -> int:
-    """Returns the largest number of descriptors of rank 0, which has the most.
+    """Returns the number of descriptors that rank 0, which has the most, may come to hold.
 
     Each rank has two connections to the store of rank 0. The others are files, tens of
     connections of collectives, and tensors from loading processes.
@@ -84,7 +84,7 @@ def start(
     if os.environ.get("DS_ACCELERATOR") == "cuda" and not torch.cuda.is_available():
         raise LaunchError(
             "DS_ACCELERATOR: no GPU that torch can use on this node; got 'cuda', expected a GPU. "
-            "Unset the variable to train on CPUs, or check the devices by the doctor."
+            "Unset the variable to train on CPUs, or see what the doctor says about devices."
         )
     # As early as possible: a launcher that ends before this is not noticed.
     watch_launcher(failures.tell, failures.LONGEST_WAIT_SECONDS)
@@ -484,7 +484,8 @@ def tensors_of_main(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields rank 0's pairs (name, tensor) on all ranks, one by one; a collective.
 
-    Only rank 0 iterates over the source. Tensors arrive on the ranks' devices.
+    Only rank 0 iterates, and so only it reads the tensors' files. Tensors arrive on the ranks'
+    devices.
 
     Args:
         items: Pairs of rank 0; the other ranks' argument is ignored.
@@ -531,7 +532,7 @@ def gather_objects(value: T) -> list[T]:
 def together(check: Callable[[], T]) -> T:
     """Runs a check on every rank; if it fails on any, all fail with the first rank's error.
 
-    If it fails on some ranks, the error names their nodes, or the ranks of a single node.
+    If it fails on some ranks, the error names their nodes, or on a single node the first such rank.
 
     Args:
         check: Raises an FDError, or returns a value, without collectives.
@@ -558,7 +559,7 @@ def together(check: Callable[[], T]) -> T:
 
 
 def peer_is_gone(error: BaseException) -> bool:
-    """Returns whether a collective failed because another rank ended."""
+    """Returns whether a collective failed because another rank ended, which is then the cause."""
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_IS_GONE)
 
 

@@ -6,8 +6,8 @@ code other than 0 says so first, under a key of the store, and a thread of every
 key once a second and ends the process. The same thread notices that the store is gone (rank 0
 died), and that the next rank of the node was killed. No collective, and nothing in the step.
 
-An exit file tells the batch script, from the first line of the program on. No torch: the store is
-an argument.
+An exit file tells the batch script the same, from the first line of the program on. No torch: the
+store is an argument.
 """
 
 from __future__ import annotations
@@ -360,6 +360,6 @@ def _readable(descriptor: int) -> bool:
 
 
 def _this_process() -> list[str | int]:
-    """Returns this process's id, with the machine's boot and namespace in which it is valid."""
+    """Returns the machine's boot, the namespace, and this process's id, which is valid in these."""
     where = [processes.kernel(), processes.namespace()]
     return [*(where if all(where) else [f"unknown of rank {find_rank()}", ""]), os.getpid()]

@@ -54,14 +54,15 @@ def meet(check: Callable[[], T]) -> T:
 def once(what: str, make: Callable[[], T], *, of_node: bool = False) -> T:
     """Returns a value that one rank makes for all; outside a meeting each rank makes its own.
 
-    All ranks must call it in the same order. A rank whose maker has ended makes its own value.
+    All ranks must make the same calls. A rank whose maker has ended without this call makes its
+    own value.
 
     Args:
         what: Name of the value, the same on all ranks.
         make: Makes it; it is pickled, and small if it is made once a node.
         of_node: Whether the first rank of each node makes it for its node, and not rank 0 for all.
 
-    Raises: FDError: on all ranks, if `make` raises it.
+    Raises: FDError: on all ranks that wait for the value too, if `make` raises it.
     """
     meeting = _present.get()
     return make() if meeting is None else meeting.once((what, of_node), make)

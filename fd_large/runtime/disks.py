@@ -84,7 +84,7 @@ def check_state_folder(folder: str, needed: int) -> None:
 
 @contextmanager
 def refused(folder: str, size: int) -> Iterator[None]:
-    """Returns the system's error if it refuses a file of a size in the folder, else ""."""
+    """Raises ConfigError if the block cannot write its `size` bytes in the folder (an OSError)."""
     try:
         yield
     except OSError as error:

@@ -54,7 +54,7 @@ def shown(what: str) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Writes a line to the log of a run, or to a command's terminal."""
+    """Writes a line to the log of a run, or to the stderr of another command."""
     if log.isEnabledFor(logging.INFO):  # `logs.start` was called.
         log.info("%s", text)
     else:
@@ -73,7 +73,7 @@ class Lines:
         self._said = float("-inf")
 
     def __call__(self, works: tuple[Work, ...], now: float) -> None:
-        """Reads the present work and updates the display."""
+        """Reads the present work, and writes a line if none was shown for a while."""
         if not works:
             return
         since = max(self._said, terminal.last_said(), works[0].began)

@@ -64,7 +64,7 @@ class Preemption(Hook):
     """Requests a stop after a signal, when a stop file appears, or near the job's end.
 
     Signals are caught from the construction on, so that a signal during the building of models is
-    not lost. A second Ctrl-C ends the process at once with 130.
+    not lost. A second Ctrl-C ends the process at once with 130, whatever it waits for.
 
     Args:
         notice_seconds: Seconds between a scheduler's signal and the end of the process.

@@ -60,8 +60,8 @@ def open_folder(
         recipe: The resolved recipe, as recipe.json holds it.
         changes: Returns the fields that differ from a stored recipe and that a resume may not
             change (`Run.changes_since`).
-        start_anew: Function that empties the folder and returns the new place of the old run's,
-            if any; None to resume the folder's run.
+        start_anew: Function that empties the folder and returns the new place of the old run's
+            folder, if any; None to go on from the contents of the folder.
 
     Raises: ConfigError: if the folder cannot be used or holds a run with other settings.
     """
@@ -168,7 +168,7 @@ def status_of(folder: Path) -> str | None:
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    """Returns summary.json, or an empty object if it is unreadable."""
+    """Returns summary.json, or an empty object if it is missing or unreadable."""
     return json_object(folder / SUMMARY)
 
 
@@ -246,7 +246,7 @@ def rows_before(path: Path, update: int) -> list[dict[str, Any]]:
 
 
 def cut_before(path: Path, update: int) -> list[dict[str, Any]]:
-    """Removes later rows from a file, and returns the kept rows.
+    """Removes the rows of `update` and later from a file, and returns the kept rows.
 
     Without damaged lines the kept rows are the file's beginning, so that no copy and no free
     space is needed. Damaged lines before readable ones cause a warning.

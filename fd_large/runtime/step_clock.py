@@ -13,7 +13,7 @@ _stood = 0.0
 
 
 def now() -> float:
-    """Returns seconds, without the time for which the clock stood still."""
+    """Returns the seconds since a fixed moment, without those for which the clock stood still."""
     return time.perf_counter() - _stood
 
 

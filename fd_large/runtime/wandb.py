@@ -48,7 +48,12 @@ class WandB(RemoteCurves):
         self.keep(setting, self._run.id)
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Sends a point for each of the given curves, except steps that the run already has."""
+        """Sends a point for each of the given curves, in the order of steps.
+
+        An evaluation ahead of the training rows waits for theirs; a late one is sent with the
+        newest step, and its own step in evaluation/of_step. After a resume W&B drops points of
+        steps that its run already has.
+        """
         if "train/loss" not in values and step > self._step:
             self._early.setdefault(step, {}).update(values)
             return
