@@ -43,7 +43,7 @@ class Groups:
 
     Attributes:
         images: Number of images in the present forward, if a model may flatten other dimensions
-            into the first; 0 if the first dimension is the images.
+            into the first; 0 if the first dimension is that of the images.
     """
 
     def __init__(self, size: int = 0) -> None:
@@ -114,7 +114,7 @@ class BatchNorm(Float32Buffers):
         self.register_buffer("running_mean", torch.zeros(width))
         self.register_buffer("running_var", torch.ones(width))
         self.norm_groups = Groups(PASS)
-        self.seen: Tensor | None = None
+        self.seen: Tensor | None = None  # (2 C + 1,) float64, see `_note`.
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape and dtype; in training a collective."""
@@ -247,7 +247,7 @@ class _Normalise(torch.autograd.Function):
 
 
 def _note(ctx: Any) -> None:
-    """Returns the sums of the images' group statistics and their number, (2 C + 1,) float64."""
+    """Adds each image's group statistics and the number of images to the norm's `seen`."""
     groups: Groups = ctx.norm.norm_groups
     sums = ctx.statistics[groups.of(ctx.images, ctx.statistics.device)].sum(0)
     noted = torch.cat([sums, sums.new_full((1,), ctx.images)])

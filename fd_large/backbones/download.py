@@ -25,8 +25,8 @@ def downloaded(what: str, get: Callable[[], T]) -> T:
     only if the node has its own cache; then all others, from the cache.
 
     Args:
-        what: The user's source.
-        get: Gets it.
+        what: The source, as the user gave it.
+        get: Returns the object, from the cache or the network.
 
     Raises: WeightsError: on all ranks, if `get` raises it where it is asked first.
     """

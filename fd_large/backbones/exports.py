@@ -23,8 +23,8 @@ class Export:
     Attributes:
         names: Origin of the tensors' names, for the model card.
         rows: Returns the table of its names.
-        copies: Returns all of our names for a tensor in the file: a shared position bias may be
-            copied into every block.
+        copies: Returns the names, in our form, under which one of our tensors is written: a shared
+            position bias may be copied into every block.
         lacks: Returns the features of a model that the library lacks, given whether images are
             padded, or "".
         added: Returns tensors of the library's model that ours does without, by their names there.

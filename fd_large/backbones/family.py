@@ -78,8 +78,8 @@ class Scheme:
     Such sources start with the `prefix` of the family's architecture.
 
     Attributes:
-        settle: Returns the model of the rest of a source, given the user's fields of its
-            architecture, and notes for the log.
+        settle: Returns the model that the rest of a source names, completed by the user's fields
+            of its architecture, and notes for the log.
         load: Returns the whole module with its weights, and its image statistics if known.
         weightless: Returns the module's weights by its own names, on the meta device; None where a
             teacher is the module itself and nothing is to be filled.
@@ -112,9 +112,10 @@ class Family:
         matched: Finds a model's tensors in a file, {name: shape}, for a family whose files have
             no common names.
         facts_of: Returns the known facts of published weights for a model without a name.
-        scheme: Scheme of sources named after its models, or None.
+        scheme: Sources that bring a model of the family with its weights, or None.
         of_config: Returns the model of a library's `config.json`, from its contents and the
-            user's fields, or None for another family; None if no such file names a model.
+            user's fields, or None for another family's; the attribute is None if no such file
+            names a model of the family.
         resizes: Whether weights of a model are carried over to another image size.
     """
 

@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Float32Buffers(nn.Module):
-    """A Module that keeps its buffers in float32 when it is cast to bfloat16 or float16.
+    """A Module whose buffers keep their dtype when it is cast to bfloat16 or float16.
 
     Running statistics move by small steps, which would be lost.
     """

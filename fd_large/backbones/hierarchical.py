@@ -185,7 +185,7 @@ class HierarchicalBackbone(nn.Module):
         return -(-height // p), -(-width // p)
 
     def _misfit(self, height: int, width: int) -> str:
-        """Returns the first place where an image size does not fit, or ""."""
+        """Returns the message on the first stage that an image size does not fit, or ""."""
         rows, columns = self._patch_grid(height, width)
         if min(rows, columns) < 1:
             return (

@@ -131,7 +131,7 @@ def recognised(shapes: Shapes) -> dict[str, Any]:
 def window_and_size(
     fields: dict[str, Any], windows: list[int], side: int, shapes: Shapes
 ) -> dict[str, Any]:
-    """Returns the window, and the image size of window and positions.
+    """Returns the window, and the image size for which window and positions were made.
 
     Args:
         fields: See `recognised`.

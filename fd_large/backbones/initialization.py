@@ -1,8 +1,8 @@
 """Initial weights: named schemes of initial values, and a function that fills a parameter.
 
 Every module fills its own parameters in its own constructor from plain arguments: under
-`deepspeed.zero.Init` a child is already partitioned when its parent's constructor continues,
-which could not write to it. Draws come from torch's global CPU generator in float32, whatever
+`deepspeed.zero.Init` a child is already partitioned when its parent's constructor continues, whose
+writes to the child would be lost. Draws come from torch's global CPU generator in float32, whatever
 the device and dtype of the parameter, so that a model built under `zero.Init` or on a GPU has the
 weights of a plain one after the same `torch.manual_seed`. Heads are made of torch's and timm's own
 layers, which draw on their own device, so that `HostDraws` is needed.

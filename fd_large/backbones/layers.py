@@ -221,5 +221,5 @@ class Mlp(nn.Module):
 
 
 def residual_dtype(choice: Literal["float32", "compute"], compute: torch.dtype) -> torch.dtype:
-    """Returns the dtype of the residual stream: the products' dtype, at least float32."""
+    """Returns the dtype of the residual stream: the products' dtype, or at least float32."""
     return compute if choice == "compute" else torch.promote_types(compute, torch.float32)

@@ -140,7 +140,7 @@ def resize_table(table: Tensor, rows: int, extra: int, *, where: str = "weights"
 def square_side(cells: int, *, where: str = "weights") -> int:
     """Returns the side of a square with this number of cells.
 
-    Raises: WeightsError: if no square has it.
+    Raises: WeightsError: if the number is not a square.
     """
     side = math.isqrt(max(cells, 0))
     if side < 1 or side * side != cells:

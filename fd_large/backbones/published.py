@@ -78,7 +78,7 @@ class WeightFacts(NamedTuple):
 
 
 class TensorFile(Protocol):
-    """An opened file: a mapping of names to tensors with known shapes."""
+    """An opened file: a mapping of names to tensors, with shapes known before a tensor is read."""
 
     def shape(self, name: str) -> Shape:
         """Returns the shape of a tensor."""
@@ -159,7 +159,7 @@ class Published:
             nothing else shows.
         free: Fields in which a model may differ from its file: tables are resized, coordinates
             scaled.
-        ours: {field: value} of fields on which no file has an opinion.
+        ours: {field: value} of fields that no weights file determines.
         agree: {field: whether weights with the first value make a model with the second, given the
             depths of the file}; other fields have to be equal.
         complete: Fills dependent fields in place; returns notes for the log.

@@ -14,7 +14,7 @@ def resize_images(images: Tensor, size: tuple[int, int], *, antialias: bool = Tr
         images: (B, C, H, W), any float dtype.
         size: (rows, columns) of the result.
         antialias: Widens the filter when shrinking, as torchvision's Resize does today; False is
-            the behaviour at the time of the published teachers.
+            its behaviour at the time of the published teachers.
 
     Returns: (B, C, *size), dtype of the input.
     """

@@ -63,7 +63,7 @@ class Device(NamedTuple):
         capability: Compute capability of an NVIDIA card, such as (9, 0); None if neither fused
             kernels nor torch.compile run by default.
         on_gpu: Whether it is a GPU.
-        wish: Value of FD_KERNELS; "auto" if it is not set.
+        wish: Value of FD_KERNELS for the device; "auto" selects what runs if it is not set.
     """
 
     capability: tuple[int, int] | None

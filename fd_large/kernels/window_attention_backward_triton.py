@@ -211,7 +211,9 @@ def _table_part(
     PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr, SLOTS: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    """Computes the table's gradient: a diagonal of tiles, summed over every groups-th window.
+    """Computes the table's gradient: a diagonal of tiles, summed along it and over windows.
+
+    A program takes every groups-th window.
 
     The tiles (I, I - d) make a diagonal; the prefix's row, column and corner are three more.
     """

@@ -74,7 +74,8 @@ def pooled(features: FeatureMap, pool: Pool) -> Tensor:
             return features.tokens[:, 0].float()
         if features.summary is None:
             raise ConfigError(
-                "--pool: the model has no class token; got cls, expected mean. Set --pool mean."
+                "--pool: the model's map has no class token; got cls, expected mean. Set --pool "
+                "mean."
             )
         return features.summary[:, 0].float()
     patches = features.tokens[:, features.num_prefix_tokens :].float()
@@ -171,7 +172,7 @@ def extract(
 
 
 def _reserve(paths: tuple[Path, Path], num_images: int, width: int) -> None:
-    """Reserves empty arrays on rank 0, since a full disk kills processes that map a file."""
+    """Reserves the arrays' disk space on rank 0: a full disk kills processes that map a file."""
     if not distributed.is_main():
         return
     shapes = ((num_images, width), np.float32), ((num_images,), np.int64)

@@ -32,7 +32,7 @@ _NORMAL = 1.960
 
 
 class Difference(NamedTuple):
-    """The difference of two models' scores.
+    """The score of a model minus the score of another model.
 
     Attributes:
         mean: Mean over these images and over each model's seeds.

@@ -62,7 +62,9 @@ def write(
 
 
 def read(folder: Path, name: str) -> Redrawn | None:
-    """Returns a redrawn score of an evaluation, or None (also for earlier versions).
+    """Returns a redrawn score of an evaluation, or None if it was not redrawn.
+
+    Earlier versions redrew no scores.
 
     Args:
         folder: The folder of the evaluation.

@@ -1,7 +1,7 @@
 """Exact coverage: a model's tensors all come from its file, and the file's are all used.
 
-Names and shapes are compared before any tensor is read. Tensors are then read one by one, resized
-if the model has another grid, and checked for NaN.
+Otherwise nothing starts. Names and shapes are compared before any tensor is read. Tensors are then
+read one by one, resized if the model has another grid, and checked for NaN and infinity.
 """
 
 from __future__ import annotations

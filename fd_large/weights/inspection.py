@@ -95,11 +95,11 @@ def inspect(
     resolved = sources.resolve(source)
     if model == "auto" and (described := resolved.described):
         architecture = resolve(described.family.architecture.family, described.architecture)
-        what = f"folder of {architecture.own_name}"
-        return _of_library(resolved, architecture, what, described.statistics)
+        description = f"folder of {architecture.own_name}"
+        return _of_library(resolved, architecture, description, described.statistics)
     if model != "auto" and family_of(named_model := resolve(model)).matched:
-        what = f"tensors of {named_model.own_name}, as --model says"
-        return _of_library(resolved, named_model, what, statistics_of("", named_model))
+        description = f"tensors of {named_model.own_name}, as --model says"
+        return _of_library(resolved, named_model, description, statistics_of("", named_model))
     weights = resolved.published
     published, form = weights.published, FORMATS[weights.form].format
     known = _merged(weights)
@@ -136,7 +136,7 @@ def inspect(
 def _of_library(
     weights: ResolvedWeights,
     architecture: FamilyArchitecture,
-    what: str,
+    description: str,
     statistics: Statistics | None,
 ) -> Inspection:
     """Inspects the weights of a library's model, which its configuration or the user names."""
@@ -144,7 +144,7 @@ def _of_library(
     return Inspection(
         source=weights.source,
         form=architecture.family,
-        what=what,
+        what=description,
         architecture=overrides(architecture),
         statistics=statistics,
         named=architecture.own_name,
@@ -200,7 +200,7 @@ def _for_shapes(known: Architecture, without_shape: dict[str, Any]) -> FamilyArc
 
 
 def _named(known: Architecture, prefix: str, free: frozenset[str]) -> str:
-    """Returns a named model with this architecture, except for some fields."""
+    """Returns the name of a model with this architecture, apart from free fields, or ""."""
     for name, model in ARCHITECTURES.items():
         if not prefix or not name.startswith(prefix) or model.family != known.family:
             continue

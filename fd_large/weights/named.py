@@ -101,7 +101,7 @@ def no_open_clip(source: str, where: str) -> WeightsError:
 def require_in_timm(name: str, where: str) -> None:
     """Refuses a model that timm does not define.
 
-    If timm is already imported, it is asked, and knows models registered at run time.
+    Nothing is refused once timm is imported: it checks by itself, and knows what was registered.
 
     Args:
         name: NAME of `timm:NAME`, with a tag or arguments.
@@ -121,7 +121,7 @@ def require_in_timm(name: str, where: str) -> None:
 
 @cache
 def _names_in_timm() -> Collection[str]:
-    """Returns functions and quoted names in timm's files, its models included."""
+    """Returns functions and quoted names in timm's files, models included; none without timm."""
     spec = find_spec("timm")
     folders = spec.submodule_search_locations if spec else None
     names: set[str] = set()

@@ -143,10 +143,10 @@ def _cached(repository: str, name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(repository, name)
+        cached = try_to_load_from_cache(repository, name)
     except ValueError:  # No name of a repository.
         return None
-    return Path(found) if isinstance(found, str | os.PathLike) else None
+    return Path(cached) if isinstance(cached, str | os.PathLike) else None
 
 
 def _open_clip_repository(name: str) -> str:

@@ -285,7 +285,7 @@ def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Ar
         raise WeightsError(
             f"{where}: empty tensors; got {len(empty)} of {len(shapes)}, "
             f"{empty[0]} {shapes[empty[0]]} the first, expected whole ones. state_dict() of a "
-            "model in shards (ZeRO-3) is empty: gather it before saving."
+            "model in shards (ZeRO-3) has empty tensors: gather it before saving."
         )
     name = family.architecture.family
     if "patch_embed.proj.weight" not in shapes:

@@ -279,7 +279,7 @@ class ResolvedWeights:
         )
 
     def fetch(self) -> None:
-        """Downloads weights ahead of a library's first read, while the other ranks wait.
+        """Downloads a library's weights before their first read; all ranks call it in a `meeting`.
 
         Raises: WeightsError: if it cannot be had.
         """

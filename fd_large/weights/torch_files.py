@@ -36,8 +36,9 @@ def load(path: Path) -> Any:
 
     A TorchScript archive gives its state dict.
 
-    Raises: RefusedError: if it needs an unknown name; another exception (ValueError, LookupError,
-        TypeError, OSError, zipfile.BadZipFile and others) if it is damaged or exceeds a bound.
+    Raises: RefusedError: if it needs a name or a call that is unknown here; another exception
+        (ValueError, LookupError, TypeError, OSError, zipfile.BadZipFile and others) if it is
+        damaged or exceeds a bound.
     """
     if not zipfile.is_zipfile(path):
         return _legacy(path)

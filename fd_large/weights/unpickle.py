@@ -29,7 +29,7 @@ _LARGEST, _DIMENSIONS = 2**63 - 1, 64
 
 
 class RefusedError(ValueError):
-    """A file needs a name that only running code could restore; the message is the name."""
+    """A file needs an object that only running code could restore; the message is its name."""
 
 
 class Passive:
@@ -145,8 +145,8 @@ def unpickled(file: BinaryIO, storages: Storages, budget: Budget, *, script: boo
         budget: The common bound of the file's pickles.
         script: Whether classes of TorchScript become `Module`.
 
-    Raises: RefusedError: if it needs an unknown name; another exception if it is damaged or
-        exceeds a bound.
+    Raises: RefusedError: if it needs a name or a call that is unknown here; another exception if
+        it is damaged or exceeds a bound.
     """
     begin = file.tell()
     # This finds lengths that go beyond the file, for which the machine would make room.

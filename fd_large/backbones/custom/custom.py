@@ -16,7 +16,7 @@ names of parameters without weight decay; `fewest_places`, places of the smalles
 norm normalises, where that is not the last one; and for detection `stages(images, keep)`, four maps
 (B, H, W, C) of images of any size, with `stage_widths` and `stage_strides`.
 
-The class or function is called with `image_size` and `drop_path_rate` if it accepts them, more
+The class or function is called with whichever of `image_size` and `drop_path_rate` it accepts, more
 than once, also under `torch.device("meta")`, where weights are only shapes.
 """
 
@@ -48,7 +48,7 @@ def build_custom(
 
     Args:
         architecture: Says which class or function makes it.
-        options: Options of construction; the user's code reads most of them.
+        options: Options of the model, of which the user's code gets the drop path rate alone.
         where: Field that the user set, for messages.
 
     Raises: ConfigError: if the class or function does not exist, fails, or returns a model that

@@ -62,7 +62,7 @@ def _tables(shapes: Shapes, stages: int) -> list[tuple[int, ...]]:
 
 
 def _beyond(shapes: Shapes) -> str:
-    """Returns parts of a file that no Swin here has, or ""."""
+    """Returns the part of a file, in words, that no Swin here has, or ""."""
     stages = count_of(shapes, r"layers\.(\d+)\.")
     windows = [grid_of(rows) for rows, _ in _tables(shapes, stages)]
     return "" if windows == sorted(windows, reverse=True) else "a larger window in a later stage"

@@ -245,7 +245,7 @@ class Downsample(PatchMerging):
 def build(a: SwinArchitecture, options: Options) -> Swin:
     """Builds a model with fresh weights.
 
-    Raises: ConfigError: if the given windows do not match its position tables.
+    Raises: ConfigError: if windows are given for each stage: position tables decide them.
     """
     rules = options.of_windows()
     if own_windows := rules.pop("stage_windows"):

@@ -98,7 +98,7 @@ def split_arguments(timm_name: str) -> tuple[str, dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class TimmArchitecture(FamilyArchitecture):
-    """A timm model up to the map at a stride; timm itself checks the name when imported.
+    """A timm model up to the map at a stride; its name is checked where timm is imported.
 
     Attributes:
         timm_name: Name of the model in timm; arguments that differ from timm's own follow it as

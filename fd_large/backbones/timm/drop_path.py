@@ -52,7 +52,7 @@ class Kept(nn.Module):
 
 
 def give_scales(block: nn.Module, scales: Scales, sites: Sequence[Kept]) -> None:
-    """Lets a block take the model's factors as an argument, and resets its sites to row one.
+    """Lets a block take the model's factors, and its sites begin each forward with their first row.
 
     The block gets a subclass of its class, because wrappers for activation checkpointing call the
     forward of either the module or its class.

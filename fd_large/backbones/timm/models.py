@@ -264,7 +264,7 @@ def layout_of(net: Any, name: str, side: int, found: Any) -> Layout:
 def _watched(
     net: nn.Module, run: Callable[[], Any], name: str, side: int
 ) -> tuple[Any, tuple[str, ...]]:
-    """Returns a run's result, and the paths of modules whose parameters it did not use.
+    """Returns a run's result, and the paths of modules of which it used no parameter.
 
     Raises: ShapeError: if the model does not take the images.
     """

@@ -318,10 +318,10 @@ def _layer_scale(name: str, expected: Shapes) -> str:
 
 
 def _without_prefix(names: list[str]) -> dict[str, str]:
-    """Returns {timm's name: our file's name}, without `net.` (checkpoints) or `encoder.` (exports).
+    """Returns {timm's name: the file's name}, where the file puts a prefix before timm's names.
 
-    transformers writes `timm_model.` before timm's names, open_clip `visual.trunk.` in files that
-    hold a text tower too.
+    Our checkpoints write `net.`, our exports to fd `encoder.`, transformers `timm_model.`, and
+    open_clip `visual.trunk.` in files that hold a text tower too.
     """
     for prefix, beside in (
         ("net.", ()),
@@ -342,7 +342,7 @@ def _weightless(name: str) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=64)
 def _second_names(name: str) -> frozenset[str]:
-    """Returns repeated names of tensors that a state dict lists several times."""
+    """Returns the names, after the first, of tensors that a state dict lists several times."""
     with torch.device("meta"):
         net = create(name)
     own = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}

@@ -271,7 +271,7 @@ class TimmBackbone(nn.Module):
         return FeatureMap(tokens, grid, 0, summary)
 
     def check_stages(self) -> None:
-        """Refuses a model whose stages need a fixed image size or have a norm after them.
+        """Refuses a model whose stages are no pyramid, need one image size, or precede a norm.
 
         Raises: ConfigError: naming the obstacle.
         """

@@ -131,7 +131,7 @@ class _Half(Piece):
 
 
 def facts_of(architecture: TransformersArchitecture) -> WeightFacts:
-    """Returns common facts of a type's published models."""
+    """Returns the facts that most published models of a type have in common."""
     statistics = kind_of(architecture.transformers_type, "teacher.model").statistics
     return WeightFacts(statistics, architecture.image_size or 224, "", "transformers")
 

@@ -398,7 +398,7 @@ _BEYOND = (
 
 
 def _beyond(shapes: Shapes) -> str:
-    """Returns parts of a file that no ViT here has, or ""."""
+    """Returns the part of a file, in words, that no ViT here has, or ""."""
     for pattern, what in _BEYOND:
         if any(re.search(pattern, name) for name in shapes):
             return what

@@ -427,9 +427,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, table: Tensor | None, grid: tuple[int, int], window: int = 0
     ) -> Tensor:
-        """Maps (B, N, C) to the same shape; for the table see `image_attention`; or the window's.
+        """Maps (B, N, C) to the same shape.
 
-        Biases of each image, (B, h, N, N), may stand for a table.
+        The table is that of `image_attention`, with `window` that of `window_attention`, or the
+        biases of each image, (B, h, N, N).
         """
         projected = added = None
         if self.k_bias is not None:
