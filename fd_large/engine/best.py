@@ -49,7 +49,7 @@ class Best:
     def of_folder(
         cls, folder: Path, finished: int, *, metric: str, lower_is_better: bool, patience: int
     ) -> Best:
-        """Returns the comparison as of a resumed run's stored evaluations; a collective."""
+        """Returns the comparison of a run's evaluations up to `finished` steps; a collective."""
         values: dict[int, float] = {}
         if distributed.is_main():
             rows = rows_before(folder / EVALUATIONS, finished + 1)
@@ -87,7 +87,7 @@ class Best:
 
     @property
     def step(self) -> int | None:
-        """Step of the best evaluation (the earliest of equals), or None before the first."""
+        """Step of the best evaluation (the earliest of equals), or None before a finite one."""
         finite = {step: value for step, value in self._values.items() if math.isfinite(value)}
         return min(finite, key=lambda step: (self._sign * finite[step], step), default=None)
 
@@ -107,7 +107,7 @@ class Best:
         )
 
     def to_dict(self) -> dict[str, Any] | None:
-        """Returns the best evaluation for summary.json, or None before the first."""
+        """Returns the best evaluation for summary.json, or None before a finite one."""
         step = self.step
         if step is None:
             return None

@@ -70,7 +70,10 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
 
 
 def _moving(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Tells the watchdog that the run moves, since a block's first call compiles for a minute."""
+    """Returns a block's forward that first tells the watchdog that the run moves.
+
+    A block's first call compiles, for up to a minute: dozens of blocks would pass for a hang.
+    """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         distributed.moved()

@@ -79,7 +79,7 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
     """Opens the student of a run's newest sound checkpoint, or of a checkpoint by its own path.
 
     Checks its bytes, on rank 0 alone. Not a collective: if that run is still training, ranks may
-    find different checkpoints, so the result names the opened checkpoint, and rank 0's counts.
+    find different checkpoints, so the result names the opened checkpoint; that of rank 0 counts.
 
     Args:
         path: The folder of a run, or step_NNNNNNNN in its checkpoints.

@@ -139,8 +139,8 @@ class Checkpoints:
             evaluated: Whether the evaluation that is due then, if any, was made.
             prunes: Whether old checkpoints are deleted when this one is complete.
 
-        Returns: seconds spent waiting for this save or an earlier one;
-            else None.
+        Returns: the seconds that this save or an earlier one took, if training waited for it and
+            it succeeded; else None.
         """
         if self._saved == step:
             return None
@@ -200,7 +200,7 @@ class Checkpoints:
             log.warning("%s/%s was not written: %s", self._folder, store.BEST, error)
 
     def settle(self) -> bool:
-        """Waits for a save that has begun, on all ranks; returns whether it succeeded."""
+        """Waits for a save that has begun, on all ranks; returns whether the last one succeeded."""
         self._wait()
         self._saver.close()
         return self._written

@@ -62,8 +62,8 @@ class Evaluation(NamedTuple):
             that are `Pending`.
         every: Steps between two calls; 0 evaluates only before the first step and after the last.
         left: Called once by a resumed run, with its number of finished steps and whether the
-            evaluation due at that step is repeated; returns an earlier start's pending metrics
-            and the step at which they were measured. A collective.
+            evaluation due at that step is repeated; returns the step of an earlier start's
+            evaluation and its pending metrics, or None if there are none. A collective.
     """
 
     measure: Callable[
@@ -83,7 +83,7 @@ def awaited(work: futures.Future[T] | None, meanwhile: Callable[[], None]) -> T 
     No rank waits for long in one collective: it would be taken for hung, and could not be stopped.
 
     Args:
-        work: The process that rank 0 waits for; None on other ranks.
+        work: Future of the work that rank 0 waits for; None on other ranks.
         meanwhile: Called about once a second, on all ranks; may raise to leave.
 
     Returns: the result on rank 0, None elsewhere.
@@ -121,9 +121,10 @@ def in_float32(
 ) -> Iterator[Callable[[Tensor, Any], Any]]:
     """Yields the task's forward in evaluation mode and float32, as a function of (images, targets).
 
-    Where the engine computes in bfloat16, a float32 copy of the task with the masters' values does,
-    of 4 bytes for each parameter within the block. ZeRO-3 computes as it trains: its memory may not
-    hold the whole model. Making the copy is a collective, and so is each call under ZeRO-3.
+    Where the engine computes in bfloat16, a float32 copy of the task with the masters' values takes
+    its place, at 4 bytes a parameter within the block. ZeRO-3 computes in the precision in which it
+    trains: its memory may not hold the whole model. Making the copy is a collective, and so is each
+    call under ZeRO-3.
 
     Args:
         engine: The engine.

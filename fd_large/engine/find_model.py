@@ -49,7 +49,8 @@ class NamedModel:
         seed: Seed of the run that it belongs to; decides random weights.
         weights: The sources that have opened its weights.
         checkpoint: The checkpoint whose recipe was read, and from which the weights must come
-            too, since a running run writes newer ones. None if the model is not from a run.
+            too, since a run that still trains writes newer ones. None if the model is not from a
+            run.
     """
 
     label: str

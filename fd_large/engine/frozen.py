@@ -230,7 +230,10 @@ def built_from(
 
 
 class _WithoutMemory:
-    """Replaces parameters, as they are registered, by tensors that take no memory."""
+    """Replaces parameters, as they are registered, by tensors that take no memory.
+
+    Parameters without elements stay: they need no weights.
+    """
 
     def __init__(self) -> None:
         # One parameter of several modules stays one; an id alone may come again.

@@ -25,13 +25,13 @@ def make_head(
     """Constructs a head, with weights from torch's global generator.
 
     Args:
-        name: A built-in name, or `module:FILE.py:NAME` for the user's own (fd_large/doors.py).
+        name: A built-in name, or a name of the user's own in a form of fd_large/doors.py.
         arguments: Positional arguments of its constructor: input and output channels.
         built_in: The task's own heads.
         where: The field that the user set, for messages.
         settings: Keyword arguments of its constructor.
 
-    Raises: ConfigError: if there is no such head, it is not a Module, or the user's own makes
+    Raises: ConfigError: if there is no such head, it returns no Module, or the user's own makes
         a step depend on rank or micro batch.
     """
     make = doors.load(name, kind="heads", where=where, built_in=built_in)
@@ -46,8 +46,8 @@ def make_head(
         ) from error
     if not isinstance(head, nn.Module):
         raise ConfigError(
-            f"{where}: {name} is not a Module; got {type(head).__name__}, expected a torch Module "
-            f"from {arguments}. Correct the head."
+            f"{where}: {name} returns no Module; got {type(head).__name__}, expected a torch "
+            f"Module from {arguments}. Correct the head."
         )
     refuse_chance(head, name, where=where)
     return head

@@ -1,4 +1,4 @@
-"""Evidence of a skipped step: its images, the maximum of each layer's output, non-finite state.
+"""Evidence of a skipped step: its images, each layer's largest output, state that is not finite.
 
 The step is run forward once more on the unchanged weights, on every rank alike, so that an ordinary
 step pays nothing for the record.

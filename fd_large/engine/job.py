@@ -265,11 +265,14 @@ class TrainingJob:
         return Batch(images, 0, positions, positions)
 
     def images_together(self) -> int:
-        """Returns the number of images that loading never splits, whatever the micro batch."""
+        """Returns the number of images that divides each loaded batch, whatever its micro batch."""
         return 1
 
     def norm_group(self) -> int:
-        """Returns the number of images that share statistics of the student's batch norms."""
+        """Returns the number of images that share statistics of the student's batch norms.
+
+        It is 0 if the task trains none of them: then any micro batch will do.
+        """
         return self.run.norm_batch()
 
     def evaluations(

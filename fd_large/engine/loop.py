@@ -56,7 +56,7 @@ class TrainingPlan(NamedTuple):
         accumulation: Micro batches per step.
         seed: Seed of the drop path.
         max_bad_fraction: Fraction of the images that may be unusable before the run stops.
-        count_bad_every: Steps between two sums of these counts over all ranks.
+        count_bad_every: Steps between two sums of the unusable images over all ranks.
     """
 
     schedule: Schedule
@@ -91,7 +91,7 @@ class _Agreed(NamedTuple):
         save: Whether a rank wishes to save.
         busy: Whether a rank is still writing a checkpoint.
         failed: Whether a rank failed to write a checkpoint.
-        broken: Whether a rank failed to, since its state is not finite.
+        broken: Whether a rank failed to write one because its state is not finite.
         scored: Whether rank 0 has worked out the numbers of an evaluation.
         verdict: The hooks' decision about the step.
     """
@@ -208,7 +208,7 @@ class Trainer:
             self._save(evaluated=True)
 
     def end(self) -> str:
-        """Ends a run with a status; returns `done`, `preempted`, `not saved` or a hook's word."""
+        """Ends a run with a status; returns `done`, `preempted`, `not saved` or a hook's status."""
         with activity.work("writing the checkpoint"):
             saved = self._checkpoints.settle()
         # Whoever is told to leave leaves at once; the next start takes them up.

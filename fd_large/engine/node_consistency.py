@@ -39,7 +39,7 @@ class Fact(NamedTuple):
 
     Attributes:
         value: This node's value, in words.
-        what: The field or subject and the problem of a difference; begins the message.
+        what: The field or subject, and what is wrong if it differs; begins the message.
         remedy: Advice for making the nodes equal; ends the message.
         error: Class of the error, or None if a difference is only logged.
     """
@@ -95,7 +95,7 @@ def software() -> dict[str, Fact]:
 
 
 def hardware(device: torch.device) -> dict[str, Fact]:
-    """Returns this rank's GPU and driver, since others may choose other kernels."""
+    """Returns this rank's GPU, CUDA, NCCL and driver: others may choose other kernels."""
     same_cards = "Take nodes of one kind (sbatch --constraint), or leave the others out (--exclude)"
     if device.type != "cuda":
         return {"card": Fact("no GPU", "ranks: other cards", same_cards, LaunchError)}

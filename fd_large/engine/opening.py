@@ -328,7 +328,7 @@ def _disk_bytes(checked: Checked) -> int:
 
 
 def _fetch_weights(job: TrainingJob) -> None:
-    """Downloads weights ahead of a library's first read, while the other ranks wait."""
+    """Downloads weights that a library would fetch as it reads them; in a meeting of all ranks."""
     for where, source in job.sources().items():
         job.weights.resolve(source, where=f"--{where}").fetch()
 
@@ -343,7 +343,7 @@ def _compare_nodes(jobs: Sequence[TrainingJob], samples: ImageSource) -> None:
 
 
 def enter(run: Run, lease: Lease, *, fresh: bool) -> None:
-    """Writes the settled recipe into the run's folder.
+    """Writes the settled recipe into the run's folder, which this start may write from here on.
 
     Raises: ConfigError: if the folder cannot be used or holds a run with other settings.
     """

@@ -5,9 +5,8 @@ for the gathers of its parameters: on a separate stream, the teacher computes in
 kernels and their order within a stream are the same, and so are the results, to the bit.
 
 The streams meet in two places. New work waits for everything queued before on the current stream,
-so that its inputs are ready. The stream that first reads a result waits for it. Each stream
-registers with the allocator the other's memory that it reads, which could be reused too early
-otherwise.
+so that its inputs are ready. The stream that first reads a result waits for it. Each stream tells
+the allocator which memory of the other it reads, since that could be reused too early otherwise.
 """
 
 from __future__ import annotations

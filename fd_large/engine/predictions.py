@@ -15,7 +15,7 @@ FILE = "predictions.npz"
 
 
 class Predictions(NamedTuple):
-    """Predicted classes of the test images, in the dataset's order.
+    """Predicted and true classes of the test images, in the dataset's order.
 
     Attributes:
         predicted: (N,) int64, the class that each image is given.

@@ -132,8 +132,8 @@ def _read(file: Path) -> tuple[dict[str, Any], list[MicroBatch]]:
         micro_batches = [one for name in kept for one in _of_rank(file.parent / name, incident)]
     except (KeyError, IndexError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise ConfigError(
-            f"replay: {file}: damaged; got {type(error).__name__} {error}, expected the guard's "
-            "own file. Replay another incident."
+            f"replay: {file}: damaged; got {type(error).__name__} {error}, expected the file as "
+            "the guard wrote it. Replay another incident."
         ) from error
     if not micro_batches:
         raise ConfigError(
@@ -144,7 +144,7 @@ def _read(file: Path) -> tuple[dict[str, Any], list[MicroBatch]]:
 
 
 def _require_numbers(incident: dict[str, Any]) -> None:
-    """Raises KeyError, TypeError or ValueError if an entry of the record is not a number."""
+    """Raises KeyError, TypeError or ValueError if an entry used or shown is not a number."""
     values = [incident[name] for name in ("index", "epoch", "world_size", "grad_norm")]
     for off in incident["off"]:
         values += [off["value"], *(off[n] for n in ("median", "limit") if off[n] is not None)]

@@ -119,7 +119,7 @@ def _train(trainers: Sequence[Trainer], opened: Opened, lease: Lease, shared: Ho
     """Trains the students that are not finished; returns the exit code.
 
     Args:
-        trainers: One trainer for each student.
+        trainers: One trainer for each student that is not finished.
         opened: Any of the opened runs, which share images and batches.
         lease: This start's right to write the folder of all.
         shared: The hooks that serve all.
@@ -354,7 +354,7 @@ def hooks_of(
 def preemption_of(run: Run, lease: Lease, launcher: str) -> Preemption | None:
     """Returns the handler of signals, active from now on, or None if the recipe turns it off.
 
-    Only the main thread of a process can, which a guest may not be in.
+    Only the main thread of a process can catch signals; in another, as a guest may be, it is None.
     """
     is_main_thread = threading.current_thread() is threading.main_thread()
     if not run.runtime.preemption or not is_main_thread:
@@ -403,7 +403,7 @@ def ends_told(runs: Sequence[tuple[Lease, Sequence[Hook]]]) -> Iterator[None]:
 
 
 def end_by(error: BaseException, runs: Sequence[tuple[Lease, Sequence[Hook]]]) -> None:
-    """Ends runs by an error and records it in their folders; no collective, ranks may be gone.
+    """Ends runs by an error, recorded in their folders; no collective, as ranks may be gone.
 
     Args:
         error: The error that ends the runs.

@@ -1,4 +1,4 @@
-"""Keeps RUN/report.html up to date during a run, at a bounded cost."""
+"""Keeps RUN/report.html up to date during a run, within a small share of its time (`SHARE`)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RunPage(Tracker):
         self._last, self._cost = self._clock(), FIRST_SECONDS
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Writes the page unless pages have taken more than their share of the run's time."""
+        """Writes the page if the last one took less than its share of the time since then."""
         if self._cost < SHARE * (self._clock() - self._last):
             begin = self._clock()
             self._write(running=True)

@@ -116,7 +116,7 @@ def _tower(source: str) -> tuple[Callable[[list[str]], Tensor], float]:
         ) from error
     except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(
-            f"{_WHERE}: text tower not found; got {first_line(error)[:300]} for {source}, "
+            f"{_WHERE}: no usable text tower; got {first_line(error)[:300]} for {source}, "
             "expected the folder of a CLIP of transformers with its tokenizer, or of open_clip, "
             "hf:REPO, or open_clip:ARCH/TAG. Name one."
         ) from error

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def candidates(share: int, together: int = 1) -> tuple[int, ...]:
-    """Returns the sizes that are tried, in rising order: powers of two up to the largest allowed.
+    """Returns the sizes to try, rising: powers of two, then the least valid size and its doubles.
 
     Args:
         share: Images of a rank per step, which a micro batch divides.

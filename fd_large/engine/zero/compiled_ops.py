@@ -122,7 +122,7 @@ def _is_built(name: str) -> bool:
 
 
 def _build(name: str) -> str | None:
-    """Compiles an operation in a separate process; returns its error, or ""."""
+    """Compiles an operation in a separate process; returns its error, or None."""
     try:
         builder = _builder(name)
         if _is_built(builder.name):

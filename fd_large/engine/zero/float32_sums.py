@@ -76,7 +76,7 @@ class Float32Sums:
 
     @torch.no_grad()
     def _reduce(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
-        """Averages a bucket over ranks, in the communication data type."""
+        """Sums the remaining buckets over ranks, in the communication data type; takes the mean."""
         optimizer = self._optimizer
         for totals, has in zip(
             optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients, strict=True
@@ -90,6 +90,6 @@ class Float32Sums:
                 shard.div_(distributed.world_size())
 
     def _for_norm(self, for_clipping: bool = False) -> Any:
-        """Returns the shards, which DeepSpeed clips, and their norm as its norm's input."""
+        """Returns the shards for clipping; for DeepSpeed's norm, their norm as its only input."""
         shards = self._optimizer.fp32_groups_gradient_flat_partition
         return shards if for_clipping else ([norm_of_shards(shards)], {})

@@ -38,7 +38,7 @@ def cuts(size: int, bucket: int) -> list[tuple[int, int, int | None]]:
 
 
 def start_sum(sent: Tensor, owner: int | None) -> Any:
-    """Starts a sum over ranks in place, on its owner, or on all ranks without an owner."""
+    """Starts a sum over ranks in place, on its owner, or on all ranks if it has none."""
     if owner is None:
         return deepspeed.comm.all_reduce(sent, async_op=True)
     return deepspeed.comm.reduce(sent, owner, async_op=True)

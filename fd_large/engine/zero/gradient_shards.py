@@ -52,8 +52,8 @@ class OwnedShards(InOrder):
     """Stage 2, and 1 in float32: every rank keeps the sums of the gradients that it steps.
 
     Two bucket buffers are used in turn; in float32 the owner fills a bucket where the optimiser
-    reads it. A gradient is freed once it is in its buckets. Micro batches of
-    a step are summed in float32: at stage 2 in the shard, at stage 1 where autograd does.
+    reads it. A gradient is freed once it is in its buckets. Micro batches of a step are summed in
+    float32: at stage 2 in the shard, at stage 1 where autograd does.
     """
 
     def __init__(self, engine: Any, bucket: int) -> None:
@@ -134,7 +134,7 @@ class OwnedShards(InOrder):
         self._works.append((work, filled[place : place + mine.numel()], mine))
 
     def _own(self, one: _Bucket) -> tuple[Tensor, int]:
-        """Returns this rank's part of a bucket, a view of its shard, and the part's beginning."""
+        """Returns this rank's part of a bucket (a view of its shard) and its offset there."""
         shard = self._shards[one.group]
         begin = one.begin - self._rank * shard.numel()
         low, high = max(begin, 0), min(begin + one.size, shard.numel())

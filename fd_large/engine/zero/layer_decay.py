@@ -29,7 +29,7 @@ class LayerSlice(NamedTuple):
 
 
 class LayerLearningRates:
-    """An optimiser around the inner one that steps each layer at its own learning rate.
+    """A replacement of the inner optimiser's step with a learning rate for each layer.
 
     Args:
         inner: The optimiser, which acts element by element.

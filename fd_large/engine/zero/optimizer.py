@@ -1,4 +1,4 @@
-"""The optimiser in two parameter groups: AdamW by the fastest implementation, or the user's own."""
+"""The optimiser in two parameter groups: the fastest AdamW, LARS, or the user's own."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def parameter_groups(task: Task, weight_decay: float) -> list[dict[str, Any]]:
 def make_optimizer(
     groups: list[dict[str, Any]], optim: Optim, *, on_gpu: bool
 ) -> torch.optim.Optimizer:
-    """Makes the user's optimiser, or AdamW by DeepSpeed's fused kernel, NVIDIA apex or torch.
+    """Makes LARS, the user's optimiser, or AdamW by DeepSpeed's fused kernel, NVIDIA apex or torch.
 
     Args:
         groups: Groups from `parameter_groups`.
@@ -165,7 +165,7 @@ def _why_not(kind: str, settings: dict[str, Any]) -> str | None:
 
 
 def _off(kind: str, settings: dict[str, Any]) -> str | None:
-    """Compares a step on random numbers with torch's plain AdamW; returns any excess error."""
+    """Compares steps on random numbers with torch's plain AdamW; returns how they fail, or None."""
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randn(4, size, generator=generator) for size in _TRIED]
     settings = {**settings, "lr": 1e-2, "weight_decay": 0.05}

@@ -185,7 +185,8 @@ def set_masters(module: nn.Module, exact: dict[str, Tensor]) -> None:
 
     Args:
         module: The engine's module.
-        exact: The float32 values from `to_bfloat16`; emptied on the way to save memory.
+        exact: The float32 values from `to_bfloat16`; emptied on the way, so that memory never
+            holds both.
     """
     set_local = get("deepspeed.utils.tensor_fragment:safe_set_local_fp32_param")
     for name, parameter in module.named_parameters():

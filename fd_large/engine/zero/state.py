@@ -111,9 +111,9 @@ def not_finite(engine: Engine) -> list[str]:
 
 
 def whole_masters(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, flat float32 tensor) of the task's whole state; a collective.
+    """Yields (name, flat float32 tensor) of each parameter and running statistic; a collective.
 
-    With the average in the place of the weights it is the average.
+    With the average in the place of the weights these are the average's.
     """
     for name, parameter in engine.task.named_parameters():
         home = _home(engine, parameter)
@@ -196,9 +196,9 @@ def restore(engine: Engine, read: Read, *, finished: int, steps: int, ema: bool 
 
 
 def complete(engine: Engine) -> None:
-    """Gathers the tensors that ranks hold whole from the shards by `restore`; a collective.
+    """Gathers what ranks hold whole, from the shards that `restore` wrote; a collective.
 
-    From each other the ranks have it sooner than from the files, which all would read otherwise.
+    The ranks get it sooner from each other than from the files, which all would read otherwise.
     """
     with torch.no_grad():
         for whole in _wholes(engine):

@@ -82,7 +82,7 @@ _stepping: list[StepGate] = []
 
 
 def ask_once() -> None:
-    """Makes DeepSpeed's optimisers use the gate's answer whether the norm is finite."""
+    """Makes DeepSpeed's optimisers use the gate's answer to whether a norm is finite."""
     optimisers = ("zero.stage3", "zero.stage_1_and_2", "bf16_optimizer")
     for module in (get(f"deepspeed.runtime.{one}") for one in optimisers):
         replace(module, "is_invalid_grad_norm", _is_invalid)
@@ -96,7 +96,7 @@ def _is_invalid(norm: Any) -> bool:
 
 
 def _clip(input_tensors: list[Tensor], max_norm: float, global_norm: Tensor, mpu: Any) -> None:
-    """Clips like DeepSpeed but without a read by the host: unclipped gradients are times 1."""
+    """Clips like DeepSpeed but without a read by the host: small gradients are multiplied by 1."""
     factor = (max_norm / (global_norm + 1e-6)).clamp(max=1.0)
     for tensor in input_tensors:
         tensor.detach().mul_(factor)

@@ -29,7 +29,7 @@ class _Part(NamedTuple):
 
 
 class _TrustRatios:
-    """An optimiser around the inner one that first scales the gradients."""
+    """A replacement of the inner optimiser's step, which first scales the gradients."""
 
     def __init__(
         self,
