@@ -371,7 +371,7 @@ class LinearProbeJob(ClassificationJob):
         return self._group
 
     def hooks(self) -> Sequence[Hook]:
-        """Returns the hook that warns of micro batches smaller than a group."""
+        """Returns the hook that warns of micro batches that are not whole groups."""
         return (_GroupWarning(self._group),)
 
     def facts(self) -> Mapping[str, Any]:
@@ -382,7 +382,7 @@ class LinearProbeJob(ClassificationJob):
         """Refuses a checkpoint whose layer belongs to another model."""
         if manifest.get("frozen_hash") != self._hash:
             raise CheckpointError(
-                "student.init: not this probe's first model; got hash "
+                "student.init: not the model that this probe began with; got hash "
                 f"{self._hash}, expected {manifest.get('frozen_hash')} "
                 f"({manifest.get('frozen_source')}). Give that file, or --fresh."
             )
@@ -399,7 +399,7 @@ class LinearProbeJob(ClassificationJob):
 
 
 class _GroupWarning(Hook):
-    """Warns at the start if images are loaded more than once, when the micro batch is known."""
+    """Warns at the start, when the micro batch is known, if images are loaded more than once."""
 
     def __init__(self, group: int) -> None:
         self._group = group

@@ -15,7 +15,7 @@ def recipe_name(architecture: FamilyArchitecture, *, run_recipe: str | None) -> 
 
     Args:
         architecture: Architecture of the model.
-        run_recipe: Name of the recipe of the model's run; "" for random weights without a run;
+        run_recipe: Name of the recipe of the run that trained the model; "" for random weights;
             None for weights of its own, such as a teacher's.
     """
     own = (run_recipe or "").replace("fd_", "finetune_", 1)

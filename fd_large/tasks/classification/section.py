@@ -1,4 +1,4 @@
-"""Fine-tuning and the linear probe in recipes, and their facts for other rooms, without torch."""
+"""Sections of fine-tuning and the linear probe in a recipe, and facts that need no torch."""
 
 from __future__ import annotations
 

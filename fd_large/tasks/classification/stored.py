@@ -30,7 +30,7 @@ class StoredClassification(StoredRun):
     def losses_on(
         self, task: Task, images: Tensor, labels: Tensor | None
     ) -> Callable[[], Mapping[str, float]]:
-        """Returns a function of cross-entropy and accuracy; see `StoredRun.losses_on`."""
+        """Returns a function that computes loss and accuracy in %; see `StoredRun.losses_on`."""
         prepared = task.prepare(images, labels, None)
 
         def losses() -> dict[str, float]:

@@ -74,7 +74,7 @@ def norm_of_mean(model: nn.Module) -> LayerNorm | None:
 
 
 def mean_token(features: FeatureMap, norm: LayerNorm | None) -> Tensor:
-    """Returns the normalised mean token, (B, C) float32.
+    """Returns the mean of the patch tokens, after `norm` if there is one, (B, C) float32.
 
     Args:
         features: The map of a model that `norm_of_mean` has prepared.
@@ -199,7 +199,7 @@ class Frozen(NamedTuple):
 
 
 class _NothingTrained(nn.Module):
-    """A placeholder for the trained backbone of other tasks."""
+    """A model without parameters, in the place of the backbone that other tasks train."""
 
     drop_path_rates = ()
 

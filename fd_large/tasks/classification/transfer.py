@@ -31,7 +31,7 @@ class ClassificationTransfer(Transfer):
         trained_as: Student | None,
         fields: Collection[str],
     ) -> Run:
-        """Returns the recipe with a named model and its statistics instead of its student.
+        """Returns the recipe with a named model as its student, and the model's statistics.
 
         The run that trained the model decides the student's other fields, except drop path and
         the user's own flags. Every block gets its own copy of a shared position bias.

@@ -125,10 +125,10 @@ def feature_panel(
 
 
 def most_varied(views: Sequence[Tensor], names: Sequence[str]) -> list[int]:
-    """Returns the indices of the panel's views: the most varied ones, rather than blank sky.
+    """Returns the sorted indices of the panel's views: the most varied ones, not blank sky.
 
-    The choice depends only on the pixels, so that a resumed run shows the same views. An image is
-    shown a second time only after every other image was shown once.
+    The choice depends only on pixels and names, so that a resumed run shows the same views. An
+    image is shown a second time only after every other image was shown once.
 
     Args:
         views: (3, S, S) uint8 each.

@@ -246,7 +246,7 @@ class TeacherOnShapes:
 
         @cache  # The side that is chosen has been tried.
         def at(side: int) -> tuple[Grid | None, NamedTeacher]:
-            """Returns the teacher's grid for an image side, as in `frozen_maker`, and its entry."""
+            """Returns the teacher's grid for a side, 0 as in `frozen_maker`, and its entry."""
             resized = replace(entry, architecture=replace(entry.architecture, image_size=side))
             for model in (entry, resized) if follows and side else (entry,):
                 # What is wrong at any size is told by the first call.

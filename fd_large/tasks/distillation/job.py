@@ -117,7 +117,7 @@ KNOWN = Known(ChainMap(losses.LOSSES, SIMILARITIES), RUNNING)
 
 
 def tiled(frozen: Frozen, entry: NamedTeacher, image_size: int) -> Frozen:
-    """Wraps a teacher that sees several images at once, if its entry asks for mosaics.
+    """Returns a teacher, wrapped to see several images at once if its entry asks for mosaics.
 
     Args:
         frozen: The teacher.
@@ -201,7 +201,11 @@ class DistillationJob(TrainingJob):
 
     @property
     def learns_from_images_alone(self) -> bool:  # type: ignore[override]
-        """Whether images alone suffice for a replay: not with stored maps or datasets."""
+        """Whether a step can be replayed from its images alone.
+
+        Not in a run with stored maps or with teachers chosen by dataset: an incident records
+        neither.
+        """
         return self.run.weighting.rule != "own_data" and not (self.caches or self.caches.stores)
 
     @property
@@ -216,7 +220,7 @@ class DistillationJob(TrainingJob):
 
     @property
     def ignored_fields(self) -> tuple[str, ...]:
-        """Fields of the recipe that its losses and normalisers do not read."""
+        """Fields of the recipe that its losses, normalisers, weighting and mask do not read."""
         ignored, rule = [], self.run.weighting.rule
         if rule != "drop":
             ignored.append("weighting.drop_probability")
@@ -581,7 +585,7 @@ class DistillationJob(TrainingJob):
     # --- checkpoints, and what others take from them ---
 
     def summary(self) -> Mapping[str, Any]:
-        """Returns the first entries of summary.json, one for each of several teachers."""
+        """Returns the first entries of summary.json; several teachers are listed in one of them."""
         if not self.run.teachers:
             return {**super().summary(), **self.caches.early()}
         teachers = {

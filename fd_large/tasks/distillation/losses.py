@@ -56,7 +56,7 @@ class Loss:
         self.beta = beta
 
     def begin(self, teacher: str, kind: str, *, width: int, normaliser: str) -> None:
-        """Called once before training with facts about the target.
+        """Called once, when the target is constructed, with facts about its tokens.
 
         Args:
             teacher: The teacher's name, or "" for a single teacher.
@@ -64,7 +64,7 @@ class Loss:
             width: Channels of the tokens.
             normaliser: Name of the normaliser of the teacher's tokens.
 
-        Raises: ConfigError: if the loss cannot use it.
+        Raises: ConfigError: if the loss does not work on such tokens.
         """
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def learned(
 
 
 def _shape(entry: NamedTeacher, image_size: int) -> dict[str, str]:
-    """Returns table rows that distinguish teachers of the same model: fields, grid, targets."""
+    """Returns table rows that tell teachers of one model apart, besides weights and loss."""
     rows, section = {}, asdict(entry)
     if changed := changed_words(section):
         rows["changed fields"] = changed

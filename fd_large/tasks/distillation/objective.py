@@ -282,7 +282,7 @@ def make_targets(
 
 
 def _projection(entry: NamedTeacher, kind: str, teacher: Any) -> Tensor | None:
-    """Returns the projection of a placed teacher's summary; for caches, a tensor of its shape."""
+    """Returns a placed teacher's projection of its summary; for others, a tensor of its shape."""
     if kind != SUMMARY or not entry.embedding_width:
         return None
     held: Tensor | None = getattr(teacher, "projection", None)
@@ -330,7 +330,7 @@ def target_facts(
 
 
 def facts_of(entry: NamedTeacher, fingerprint: str, cache: Any | None) -> dict[str, Any]:
-    """Returns a teacher's entries of a manifest: its source, and hashes of weights and statistics.
+    """Returns a teacher's entries of a manifest: source, and hashes of weights, maps, statistics.
 
     Args:
         entry: The teacher's entry in the recipe.
@@ -373,7 +373,7 @@ def require_same_teachers(
     """
     if stored.keys() != entries.keys():
         raise CheckpointError(
-            "teachers: not this run's first teachers; got "
+            "teachers: not the teachers that this run began with; got "
             f"{', '.join(entries)}, expected {', '.join(stored) or 'one teacher'}. "
             "Give those, or --fresh."
         )
@@ -399,20 +399,20 @@ def _require_same_teacher(
             theirs.get(key) != ours.get(key)
         ):
             raise CheckpointError(
-                f"{field_of(name, 'target_statistics', kind)}: not this run's first file; got"
-                f" hash {ours.get(key)}, expected {theirs.get(key)}. "
+                f"{field_of(name, 'target_statistics', kind)}: not the file that this "
+                f"run began with; got hash {ours.get(key)}, expected {theirs.get(key)}. "
                 "Give that file, or --fresh."
             )
     if theirs.get("cached_targets") != ours.get("cached_targets"):
         raise CheckpointError(
-            f"{source_flag(name).removeprefix('--')}: not this run's first cached targets; got"
-            f" {ours.get('cached_targets')}, expected "
+            f"{source_flag(name).removeprefix('--')}: not the cached targets that this run "
+            f"began with; got {ours.get('cached_targets')}, expected "
             f"{theirs.get('cached_targets')}. Give those, or --fresh."
         )
     if theirs.get("teacher_hash") != ours["teacher_hash"]:
         raise CheckpointError(
-            f"{source_flag(name).removeprefix('--')}: not this run's first teacher; got"
-            f" hash {ours['teacher_hash']}, expected "
+            f"{source_flag(name).removeprefix('--')}: not the teacher that this run began "
+            f"with; got hash {ours['teacher_hash']}, expected "
             f"{theirs.get('teacher_hash')} ({theirs.get('teacher_source')}). Give that "
             "file, or --fresh."
         )

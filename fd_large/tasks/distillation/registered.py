@@ -26,7 +26,8 @@ def register(task: nn.Module, path: str, module: nn.Module, *, replace: bool = F
             if hasattr(place, name):  # Such as "train" or "keys".
                 raise ConfigError(
                     f"teachers.{name}: not a name for a teacher; got the name of a method of "
-                    "torch's modules, expected a name for the teacher. Choose another name."
+                    "torch's modules, expected a name that says which teacher it is. Choose "
+                    "another one."
                 )
             place.add_module(name, nn.ModuleDict())
         place = getattr(place, name)

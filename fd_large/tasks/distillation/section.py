@@ -329,7 +329,7 @@ class Mask:
         require(
             not (self.varies and self.student == "dropped"),
             "mask.sampler: images in which as many patches are visible can be encoded together",
-            "block, mask.ratio_to or mask.share, of which images differ, with mask.student dropped",
+            "block, mask.ratio_to or mask.share, by which images differ, with mask.student dropped",
             "random or block_exact, and one ratio of all images",
             beside=("mask.student", "mask.ratio_to", "mask.share"),
         )

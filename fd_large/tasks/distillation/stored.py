@@ -56,7 +56,7 @@ class HeadFacts:
         head: Name of the head in the recipe.
         width: Channels of the student's tokens.
         teacher_width: Channels of its output.
-        maps: Grids of a head that reads maps.
+        maps: Grids and prefix tokens for which a head that reads maps is made.
         kind: "map" or "summary".
         with_prefix: Whether the map's prefix tokens (CLS) are learnt with it.
         num_prefix_tokens: Tokens before the patches of the teacher's map.
@@ -78,7 +78,7 @@ class StoredHead(nn.Module):
 
     Args:
         facts: Its construction; the weights are random at first.
-        undo: Inverse of the normaliser, or None if there is none to undo or none exists.
+        undo: Inverse of the normaliser; None if it has none, or if there is nothing to undo.
 
     Attributes:
         facts: See the arguments.
@@ -326,7 +326,7 @@ class StoredDistillation(StoredRun):
         )
 
     def export_heads(self, reader: Reader, folder: Path, shard_size: int) -> None:
-        """Writes the heads of all teachers, if they can be reconstructed from their facts."""
+        """Writes the heads of all teachers; only warns if a model beside them cannot be built."""
         try:
             heads = self.heads(reader)
         except FDError as error:

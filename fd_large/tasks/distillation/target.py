@@ -1,4 +1,4 @@
-"""Targets of a recipe: a teacher's map or summary, aligned with the student's grid.
+"""Targets of a recipe: a teacher's map or summary, on one grid with the student's.
 
 They extend the small `Target` of task.py by names, kinds, prefix tokens and grids.
 """

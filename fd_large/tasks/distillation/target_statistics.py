@@ -2,7 +2,7 @@
 
 The tokens are a run's targets: of random crops, resized to the student's grid. Only sums are held
 in memory, including second moments, in float64, so that ranks and micro batches change the
-statistics as little as the teacher's own map.
+statistics as little as they change the teacher's own map.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def read(path: str) -> TargetStatistics:
     except (OSError, SafetensorError) as error:
         got = f"{path}: {error}" if path else "nothing"
     raise ConfigError(
-        f"{WHERE}: not a file of statistics; got {got}, expected a file of fd-large statistics "
-        "for this recipe. Make it, or correct the path."
+        f"{WHERE}: not a file of statistics; got {got}, expected a file that fd-large "
+        "statistics wrote for this recipe. Make it, or correct the path."
     )
 
 
@@ -132,8 +132,7 @@ def phi_s_matrix(covariance: Tensor) -> Tensor:
     It is a H U^T, where U are the eigenvectors of the covariance, H is a Hadamard matrix over the
     square root of its size, and 1 / a^2 is the mean eigenvalue. One number scales all directions,
     so that uninformative directions are not amplified, as they are by whitening with the
-    covariance. Source:
-    Ranzinger et al., arXiv 2410.01680.
+    covariance. Source: Ranzinger et al., arXiv 2410.01680.
 
     Args:
         covariance: (C, C).

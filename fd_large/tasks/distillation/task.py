@@ -11,7 +11,7 @@ Features beyond the paper replace one of three seams, whose defaults are the pap
 
 - `teachers`, the teachers' maps: (images, given maps, training) -> maps by name;
 - `sight`, the student's view of an image, and the tokens that count;
-- `join`, the sum of the targets' losses.
+- `join`, the combination of the targets' losses into one.
 
 A target or a seam that needs sums over all images of a step has a `Part` (engine/parts.py).
 """

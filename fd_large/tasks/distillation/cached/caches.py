@@ -3,7 +3,7 @@
 `RunCaches` is the job's access to this wing; `FromStored` (read.py) fills a seam of the task.
 
 CACHE/held_out is a separate cache of the same format with two sets, so that it can be written
-later, and evaluation data stay independent of the training maps.
+later, and another choice of evaluation data leaves the training maps valid.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class RunCaches:
         return FixedViews(views.views, views.view_seed) if views.views else None
 
     def with_views(self, section: Views) -> Views:
-        """Returns a section with the caches' number of views, unless it states its own."""
+        """Returns a section with number and seed of the caches' views, unless it has a number."""
         if section.views or not self.folders:
             return section
         facts = next(iter(self.readers.values())).header.facts
@@ -224,9 +224,10 @@ class RunCaches:
     def beside(
         self, epoch: int, samples: ImageSource, **options: Any
     ) -> StoredMaps | ToRecord | None:
-        """Returns the loader of an epoch's stored maps, or of the places of missing maps.
+        """Returns the reader of the stored maps of an epoch's view, or the places to store them.
 
-        A collective.
+        Maps are stored if some are missing and the view comes for the first time. None if the run
+        neither reads nor stores maps. A collective.
 
         Args:
             epoch: Number of the epoch.

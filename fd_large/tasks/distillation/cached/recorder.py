@@ -1,8 +1,8 @@
 """Stores a teacher's maps during the first epochs of a run, and reads them afterwards.
 
-In the first epochs each rank writes the maps of its own micro-batches. Missing maps (of images
-beyond the last whole batch, and of steps lost between a checkpoint and a resume) are written
-before a view comes for the second time.
+In the first epochs each rank writes the maps of its own micro-batches. Maps that are missing then
+(of images beyond the last whole batch) or incomplete (after a crash) are written before a view
+comes for the second time.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Recorder:
         where: The field that names the folder, for messages.
 
     Attributes:
-        module, width: The teacher, and its number of channels.
+        module, width: The teacher's model, and the channels of its map.
         writer: Where its maps go; None until `begin`.
     """
 

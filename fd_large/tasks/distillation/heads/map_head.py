@@ -55,7 +55,7 @@ class MapHead(nn.Module):
         self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
 
     def grid_from(self, student: Grid) -> Grid:
-        """Returns its output's grid for a map; other than `grid` if the head takes any map.
+        """Returns the grid of the output for a map; other than `grid` if the head takes any map.
 
         Args:
             student: Rows and columns of the student's map.
@@ -132,7 +132,7 @@ class HeardBlocks:
 
 
 class BesideLoss(torch.autograd.Function):
-    """Returns a tensor unchanged; its backward also sends zeros to an unrelated tensor.
+    """A tensor, unchanged, whose backward also sends zeros to an unrelated tensor.
 
     If heads read only blocks, the student's last map is in no loss. ZeRO-3's hooks need its
     gradient to gather the student's direct parameters (class token, positions).

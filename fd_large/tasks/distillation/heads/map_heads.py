@@ -36,8 +36,8 @@ class Ladder(MapHead):
         teacher_width: Channels of the teacher's tokens.
         maps: Grids of both maps, and the number of blocks.
         hidden: Hidden channels of the MLPs; None for the student's channels (768 in UNIC).
-        last_hidden: Hidden channels of the last block's MLP; None means four times the others'
-            (3072 in UNIC).
+        last_hidden: Hidden channels of the last block's MLP; None for four times the student's
+            channels (3072 in UNIC).
         blocks: Numbers of the blocks that are read, counted from 0; None: all.
         pre_norm: Whether a norm stands before each MLP.
         mid_norm: Whether a norm stands before the GELU.

@@ -112,7 +112,7 @@ def _check_target(
     loss, heads = loss_of(entry, MAP), _OF_PLACES
     require(
         loss.of_tokens or (mask.tokens == "all" and mask.cls),
-        f"{field_of(name, 'loss')}: only losses of single tokens work with a mask",
+        f"{field_of(name, 'loss')}: a loss of single tokens is needed if only some count",
         entry.loss,
         "smooth_l1, mse, l1, cosine or a sum of these, or a Loss that says of_tokens",
         beside=("mask.tokens", "mask.cls"),

@@ -43,10 +43,9 @@ def masks(mask: Mask, grid: Grid, seed: int, epoch: int, positions: ArrayLike) -
     words = random_words(seed, epoch, positions, "mask")[:, 0]
     exact = mask.sampler == "block_exact"
     drawn = partial(block_mask, grid=grid, min_patches=mask.min_patches, exact=exact)
-    seeds = (int.from_bytes(own.astype("<u4").tobytes(), "little") for own in words)
-    return np.stack(
-        [drawn(random.Random(own), number=int(n)) for own, n in zip(seeds, numbers, strict=True)]
-    )
+    draws = (random.Random(int.from_bytes(row.astype("<u4").tobytes(), "little")) for row in words)
+    pairs = zip(draws, numbers.tolist(), strict=True)
+    return np.stack([drawn(draw, number=number) for draw, number in pairs])
 
 
 def _numbers_hidden(

@@ -123,8 +123,9 @@ class Masked(Whole, Part):
         return student.width if self._decoder is None else self._mask.decoder_width
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns the hidden patches, (N, B) bool, and indices of encoded visible patches, (V, B)
-        int64.
+        """Returns the hidden patches, (N, B) bool; if only visible ones are encoded, also those.
+
+        Their indices are (V, B) int64.
         """
         drawn = torch.from_numpy(masks(self._mask, self._grid, seed, epoch, positions))
         sight = {"mask": drawn.T.contiguous()}

@@ -149,7 +149,7 @@ class RunningStatistics(Float32Buffers):
         return {f"running.{label or MAP}": self}
 
     def part(self, target: Any) -> Part:
-        """Returns the part that updates the statistics of the target that it normalises."""
+        """Returns the part that updates the statistics, for the target that it normalises."""
         return FollowsStep(target, self) if self.of_step else FollowsForwards(self)
 
     @torch.no_grad()
@@ -169,8 +169,8 @@ class RunningStatistics(Float32Buffers):
 class StepStatistics(RunningStatistics):
     """Normalises in training by the statistics of the step, in evaluation by running ones (DUNE).
 
-    Deviations are at least 0.001. A step's statistics cover all its images, which makes it a step
-    in two passes.
+    A deviation counts as at least 0.001. A step's statistics cover all its images, which makes it a
+    step in two passes.
     """
 
     of_step = True

@@ -49,7 +49,7 @@ class SummaryQueue(Float32Buffers):
 
     @property
     def now(self) -> Tensor:
-        """The rows, during a step with its own summaries in front, as in lightly-train."""
+        """The rows; while a step learns, with its own summaries in front, as in lightly-train."""
         learns = self._of_step is not None and torch.is_grad_enabled()
         return self._of_step if learns else self.rows
 
@@ -61,8 +61,8 @@ class SummaryQueue(Float32Buffers):
         """Returns summaries (B, C) at their places in the global batch, zeros elsewhere, flat.
 
         Their sum over the micro batches of all ranks gives the step's summaries, float64. A
-        rank's micro batches are consecutive positions, in order. Summaries that would fall out of
-        the queue at once are left out.
+        rank's micro batches are consecutive positions; this is called for them in their order.
+        Summaries that would fall out of the queue at once are left out.
         """
         size = len(summaries)
         number = distributed.rank() * self._micro_batches + self._placed

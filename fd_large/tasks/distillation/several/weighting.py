@@ -112,7 +112,7 @@ class Weighted(Part):
         self._number, self._micro_batches = totals, micro_batches
 
     def before_step(self, progress: float) -> None:
-        """Drops the number of kept images of an earlier step or trial."""
+        """Drops the number of kept pairs of an earlier step or trial."""
         self._number, self._micro_batches = None, 1
 
     def _kept(self, losses: Tensor, maps: Maps, drawn: Drawn) -> Tensor:
@@ -188,7 +188,7 @@ def weighted_loss(losses: Tensor, kept: Tensor, number: Tensor, *, parts: int) -
     Args:
         losses: (T, B), the loss of each image by each teacher.
         kept: (T, B) bool.
-        number: Number of kept images of the whole step, a scalar; at 0 the loss is 0.
+        number: Number of kept pairs of the whole step, a scalar; at 0 the loss is 0.
         parts: Micro batches of the step on all ranks, whose losses and gradients are averaged.
     """
     # Not by a product: what is left out may be infinite.
