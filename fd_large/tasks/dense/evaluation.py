@@ -126,7 +126,7 @@ def draw_some(
     """Draws each plot of `predict_some` as a PNG of its name; returns the drawn plots.
 
     Args:
-        some: The images to draw, or None.
+        some: The images to draw; None draws nothing.
         row: Makes the row of an image from its index and its `Drawn`.
         draw: Draws rows.
         folder: A folder that exists.

@@ -57,7 +57,7 @@ class View:
         return self._cut(pixels).numpy()
 
     def numbers(self, numbers: NDArray[Number]) -> NDArray[Number]:
-        """Maps a number for each pixel (H, W), a class or a depth, to the view, by the nearest."""
+        """Maps numbers of pixels (H, W), classes or depths, to the view by nearest neighbour."""
         top, left, rows, columns = self.crop
         (height, width), (new_height, new_width) = self.original, self.resized
         down = (top + np.arange(rows)) * height // new_height

@@ -114,7 +114,7 @@ class SimplePyramid(nn.Module):
 
 
 class RescaledMaps(nn.Module):
-    """Rescales maps of a plain backbone, all of one size, to a hierarchical backbone's four maps.
+    """Four maps as of a hierarchical backbone, rescaled from a plain backbone's maps of one size.
 
     Each is scaled by transposed convolutions or by max pooling, its width unchanged.
 

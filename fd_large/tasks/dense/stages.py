@@ -27,7 +27,7 @@ LEFT_OUT = {**FINAL_NORM, "cls_token": 0.0, "dist_token": 0.0, "reg_token": 0.0}
 
 
 def strip(student: nn.Module, *, windowed: bool = True) -> None:
-    """Removes the final norm and the class tokens from a student.
+    """Removes the final norm and, before windows, the class tokens from a student.
 
     They would get no gradient, and parameters without one are still decayed under DeepSpeed.
 

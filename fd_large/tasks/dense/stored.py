@@ -44,7 +44,7 @@ def task_to_test(make: Callable[[], AnyTask], reader: Reader, *, precision: str)
 
 
 def head_shapes(make: Callable[[], Task]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of a task's tensors outside its student, with running statistics."""
+    """Returns shapes by name of a task's tensors outside its student, running statistics too."""
     with torch.device("meta"):
         task = make()
     held = dict(task.named_parameters()) | partition.running_statistics(task)

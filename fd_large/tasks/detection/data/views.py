@@ -59,7 +59,7 @@ class LargeScaleJitter:
 
 
 class ShortestEdge:
-    """Resizes the shorter side to a random length, limits the longer side, and may flip.
+    """A random length of the shorter side, with a limit of the longer side, and a random flip.
 
     Source: detectron2 (ResizeShortestEdge), with whole numbers from the range.
     """

@@ -54,7 +54,7 @@ class MaskHead(nn.Module):
 
 
 def of_class(masks: Tensor, labels: Tensor) -> Tensor:
-    """Selects the mask of each box's class, for the first n boxes: (R, K, M, M) to (n, M, M)."""
+    """Selects the mask of each box's class, of the first n: (R, K, M, M), (n,) to (n, M, M)."""
     return masks[torch.arange(len(labels), device=masks.device), labels]
 
 

@@ -72,7 +72,7 @@ def _cut(level: Tensor, stride: float, rois: Tensor, side: int) -> Tensor:
 
 
 def _places_by_level(boxes: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the indices of each level's boxes; equal shares on the meta device."""
+    """Returns the indices of each level's boxes; equal shares on the meta device, without sizes."""
     if boxes[0].is_meta:
         every = torch.arange(sum(map(len, boxes)), device="meta")
         return [every[level::NUM_LEVELS] for level in range(NUM_LEVELS)]
