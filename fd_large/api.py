@@ -59,7 +59,7 @@ class Result:
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """Every evaluation's metrics, by name; `update` holds the steps."""
+        """Every evaluation's metrics, by name; `update` holds the finished steps at each."""
         steps = [row["update"] for row in self._files.evaluations]
         return {"update": steps, **self._evaluated}
 
@@ -375,9 +375,9 @@ def _listed(value: Any) -> Any:
 
 
 def _add(values: dict[str, Any], more: dict[str, Any]) -> None:
-    """Adds missing values.
+    """Adds values of fields that have none yet.
 
-    Raises: ConfigError: for a field that is.
+    Raises: ConfigError: for a field that has one.
     """
     for name, value in flat_plain(_texts(more)).items():
         if name in flat_plain(values):

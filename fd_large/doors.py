@@ -450,7 +450,7 @@ def _names_in(path: Path) -> set[str]:
 
 
 def _defined_in(node: ast.AST) -> Iterator[str]:
-    """Returns top-level functions, classes and assigned names of a module."""
+    """Yields names of a module's functions, classes and assignments, without those inside them."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield child.name

@@ -364,7 +364,7 @@ class _Parser(Generic[Own]):
         """Returns name and type of each flag, by its name with underscores.
 
         Args:
-            like: A flag from the command line, which names an entry of a dict.
+            like: A flag from the command line; an entry of a dict gets the name in it.
         """
         names: dict[str, Any] = {}
         if self._recipe is not None:

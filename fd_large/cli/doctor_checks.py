@@ -95,7 +95,7 @@ def check_node(
 
 
 def packages() -> Finding:
-    """Whether what pyproject.toml asks for is installed in a version that it accepts."""
+    """Checks that the packages of pyproject.toml are installed in versions that it accepts."""
     from packaging.requirements import Requirement
 
     try:
@@ -271,7 +271,7 @@ def _active_ports() -> list[str]:
 
 
 def collective_variables() -> Finding:
-    """Checks that the interfaces in NCCL's and gloo's variables exist."""
+    """Reports the variables of NCCL and gloo, and checks that interfaces in them exist."""
     found = {
         name: value
         for name, value in sorted(os.environ.items())
@@ -319,7 +319,7 @@ def disk(folder: str, *, needed: bool) -> Finding:
 
     Args:
         folder: It need not exist; its nearest parent that does is measured.
-        needed: Whether a run cannot start without the package.
+        needed: Whether a run cannot start without this folder.
     """
     flags = "--run_dir, and --runtime.run_dir of the run" if needed else "--local_disk"
     remedy = f"Name a folder that can be written: {flags}."

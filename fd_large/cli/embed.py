@@ -103,7 +103,7 @@ def main(arguments: list[str]) -> int:
 
 
 def embed(given: Embed) -> tuple[int, int]:
-    """Writes the table; every rank calls it. Returns its rows, and the side of the images.
+    """Writes the table; every rank calls it. Returns the number of rows, and the images' side.
 
     Raises: FDError: for the user's mistakes.
     """

@@ -90,7 +90,10 @@ def main(arguments: list[str]) -> int:
 
 
 def with_flags_of(task: str) -> type[Evaluate]:
-    """Returns the class of the command's arguments, with flags of the user's own protocol.
+    """Returns the class of the command's arguments, with the flags of a protocol from outside.
+
+    Such a protocol is code of the user's own or of an installed package; the flags of the others
+    are in the class already.
 
     Raises: ConfigError: if the protocol does not exist.
     """

@@ -32,7 +32,7 @@ def program(command: str) -> str:
 
 
 def required(kind: type, prefix: str = "") -> Iterator[str]:
-    """Returns the names of fields without a default, nested fields included."""
+    """Yields the names of fields without a default, nested fields included."""
     for own in fields(kind):
         hint = hints_of(kind)[own.name]
         if own.default is not MISSING or own.default_factory is not MISSING:

@@ -34,7 +34,7 @@ class Models:
 def main(arguments: list[str]) -> int:
     """Prints a table of the models here, or the names that match, a line each.
 
-    Who may not be taken has the reason behind its name.
+    A model that a recipe may not take has the reason after its name.
     """
     given = parse(Models, arguments, command="models")
     if given.part:

@@ -87,7 +87,7 @@ def require_contents(run: Run) -> None:
 
 
 def require_apart(run: Run, *, fresh: bool) -> None:
-    """Refuses a run's folder that contains images, which --fresh would move.
+    """Refuses a run's folder that is a folder of images, or that --fresh would move with images.
 
     Raises: ConfigError: naming the field.
     """
@@ -132,7 +132,7 @@ def require_sources(run: Run) -> None:
 
 
 def _on_this_node(*checks: Callable[[], None]) -> None:
-    """Marks errors of checks that may differ between nodes, so that each node reports its own."""
+    """Runs checks that may differ between nodes; marks errors so that each node reports its own."""
     try:
         check_all(*checks)
     except FDError as error:

@@ -72,8 +72,8 @@ def predict(
         out: Folder for predictions.json and the drawn images.
         score: Least score of an object that is drawn and written; None: `LEAST_SCORE`.
 
-    Raises: FDError: if the run or an image does not exist, or the run's task has no predictions,
-        or none with scores.
+    Raises: FDError: if the run or an image does not exist, the run's task has no predictions, or
+        `score` is given and the task's predictions have none.
     """
     recipe = read_recipe(run_of_checkpoint(run), where="predict")
     kind = recipe.task.kind()

@@ -254,7 +254,7 @@ def _text(value: Any) -> str:
 
 
 def _value(value: Any) -> Any:
-    """Returns a number unchanged, so that a cell may hold a negative one; others as text."""
+    """Returns a number unchanged, so that a cell may hold a negative one; all else as text."""
     return value if value is None or isinstance(value, int | float) else _text(value)
 
 

@@ -104,7 +104,7 @@ def measure(run: Run, *, deepspeed_config: str, out: str, views: int, target: st
     labels = labels_of(run.taught_by)
     if target not in labels:
         names = [label for label in labels if label]
-        expected, remedy = "none: it has one teacher", "Leave it out."
+        expected, remedy = "expected none: it has one teacher", "Leave it out."
         if names:
             expected, remedy = nearest(target, names), "Name one of these."
         raise ConfigError(

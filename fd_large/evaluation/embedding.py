@@ -102,8 +102,8 @@ def embed(
     # No two starts write one file, even if they should run at once.
     start_id = distributed.broadcast_object(uuid.uuid4().hex)
     own_images = -(-len(images) // distributed.world_size())
-    what = f"{model.label}: features at {model.image_size} px"
-    with activity.work(what, own_images, "images") as work:
+    description = f"{model.label}: features at {model.image_size} px"
+    with activity.work(description, own_images, "images") as work:
         for chunk, start in chunks.items():
             if distributed.broadcast_object(_is_there(chunk)):
                 continue

@@ -260,7 +260,7 @@ def _heads_of(model: NamedModel, features: Sequence[str]) -> dict[str, Any]:
 
     The value None means the model's own map; the result is empty for a model without heads.
 
-    Raises: ConfigError: if it has heads, but none of the requested ones.
+    Raises: ConfigError: if it has heads, but lacks a requested one.
     """
     from fd_large.tasks.jobs import heads_of
 

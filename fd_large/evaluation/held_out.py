@@ -45,14 +45,16 @@ def seen_by(source: str, images: ImageFolder, fraction: float) -> Seen:
         fraction: The part of them that a hash of their names holds out.
     """
     # Several trainings may have one name: those that an export tells have no folder.
-    answers = [(str(one), _saw(one, images, fraction)) for one in trainings_of(source)]
+    answers = [
+        (str(training), _saw(training, images, fraction)) for training in trainings_of(source)
+    ]
     by = dict.fromkeys(name for name, saw in answers if saw)
     not_known = dict.fromkeys(name for name, saw in answers if saw is None and name not in by)
     return Seen(tuple(by), tuple(not_known))
 
 
 def _saw(training: Training, images: ImageFolder, fraction: float) -> bool | None:
-    """Whether a training had images that are held out; None: nothing says it."""
+    """Whether a training had images that are held out, or None if nothing says it."""
     if training.is_here:
         part, roots = Path(images.root).resolve(), filter(None, training.images)
         return any(

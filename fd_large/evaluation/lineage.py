@@ -56,7 +56,7 @@ class Training(NamedTuple):
 
 
 def trainings_of(source: str) -> list[Training]:
-    """Returns what led to weights, nearest first; nothing of random ones.
+    """Returns the trainings that led to weights, nearest first; none for random weights.
 
     Args:
         source: The weights, as `teacher.source` takes them.
@@ -86,7 +86,7 @@ def _trainings(source: str, met: set[str]) -> Iterator[Training]:
 
 
 def _of_run(folder: Path, met: set[str]) -> Iterator[Training]:
-    """A run, and what led to the weights that it names."""
+    """Yields a run, and the trainings that led to the weights that it names."""
     from fd_large.checkpoint import store
     from fd_large.data.roots import weighted_roots
 
@@ -101,7 +101,7 @@ def _of_run(folder: Path, met: set[str]) -> Iterator[Training]:
 
 
 def _weights_of_cache(source: str) -> str:
-    """The weights of a teacher, also where its stored targets stand in its place."""
+    """Returns the source of a teacher's weights, also if its stored targets are named instead."""
     from fd_large.tasks.distillation.cached.files import Header
     from fd_large.tasks.distillation.section import CACHED
 
@@ -118,9 +118,9 @@ def _told_by(source: str) -> list[Training]:
     from fd_large.weights.sidecar import OWN
 
     config = file_beside(source, "config.json")
-    own = read_json(config, where="--sweep").get(OWN) if config else None
-    runs = own.get("trained_by") if isinstance(own, dict) else None
-    found = []
+    sidecar = read_json(config, where="--sweep").get(OWN) if config else None
+    runs = sidecar.get("trained_by") if isinstance(sidecar, dict) else None
+    trainings = []
     for run in runs[:_MOST] if isinstance(runs, list) else ():
         values = [run.get(name) for name in Training("").to_dict()] if isinstance(run, dict) else []
         match values:
@@ -128,5 +128,5 @@ def _told_by(source: str) -> list[Training]:
                 names = tuple(str(image)[:_LONGEST] for image in images[:_MOST])
                 place = without_secrets(f"{source}: {weights[:_LONGEST]}" if weights else source)
                 recipe = recipe[:_LONGEST]
-                found.append(Training(place, recipe, names, fingerprint, val_fraction))
-    return found
+                trainings.append(Training(place, recipe, names, fingerprint, val_fraction))
+    return trainings

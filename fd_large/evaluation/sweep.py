@@ -217,7 +217,7 @@ def sweep(
         lambda: [weights_digest(own[0].student.init, model.weights) for model, own in pairs]
     )
     seen_of_each = distributed.of_main(
-        lambda: [seen_by(own[0].student.init, images, HELD_OUT) for _, own in pairs]
+        lambda: [seen_by(tried[0].student.init, images, HELD_OUT) for _, tried in pairs]
     )
     folder = Path(flags.out) / "sweep"
     grids = [

@@ -69,7 +69,7 @@ class CachedTargets:
 
     @property
     def fewest_uses(self) -> float:
-        """Smallest number of uses of a map that saves time; infinite if none does."""
+        """Uses of each map above which storing saves time; infinite if it never does."""
         gain = self.teacher_seconds - self.waits_seconds
         return self.teacher_seconds / gain if gain > 0 else math.inf
 

@@ -15,7 +15,7 @@ from fd_large.plan.rates import CARDS
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Returns the peak FLOP/s of a card by its driver's name; or None if unknown."""
+    """Returns the peak FLOP/s of a card by its driver's name, or None if unknown."""
     words = device_name.replace("-", " ").split()
     # H100s on a PCIe card (756 TFLOP/s, NVL 835) are slower than the SXM module; A100s are not.
     if "A100" not in words and {"PCIe", "PCIE", "NVL"} & set(words):

@@ -138,7 +138,8 @@ class FamilyArchitecture:
     def at(self, image_size: int) -> Self:
         """Returns the same model for images of another side, in pixels.
 
-        A model whose tensors do not depend on the images' size is returned unchanged.
+        A model that takes any size is returned unchanged, and so is one whose tensors are made
+        for its own `image_size`, whatever size the images have.
         """
         return self
 

@@ -68,7 +68,7 @@ def override(section: _Section, values: Mapping[str, Any]) -> _Section:
 
 
 def nested(values: Mapping[str, Any], tree: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns {"optim": {"base_lr": 1e-4}} for {"optim.base_lr": 1e-4}; may extend a tree."""
+    """Returns {"optim": {"base_lr": 1e-4}} for {"optim.base_lr": 1e-4}; a given tree is filled."""
     tree = {} if tree is None else tree
     for name, value in values.items():
         *parents, last = name.split(".")

@@ -19,9 +19,9 @@ class Left(NamedTuple):
     """A removed field.
 
     Attributes:
-        version: The first version without the flag.
+        version: The first version without the field.
         idle: The value with which it did nothing.
-        remedy: A sentence on the way to do it now.
+        remedy: A sentence on what to do instead.
     """
 
     version: str

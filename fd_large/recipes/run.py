@@ -196,7 +196,7 @@ LENGTH = ("optim.epochs", "optim.max_steps")
 
 
 def _is_longer(before: Optim, now: Optim) -> bool:
-    """Whether a run may continue to another length: only to a larger one.
+    """Whether a run may continue to another length: to a larger one, as far as a recipe shows.
 
     Numbers of different units (epochs and steps) are compared once the length of an epoch is known.
     """
@@ -465,7 +465,7 @@ class Run:
     def each_student(self) -> dict[str, Run]:
         """Returns the run of each student by name; "" names a single student.
 
-        Each run computes the same alone.
+        Alone, each run would compute the same.
         """
         if not self.students:
             return {"": self}

@@ -91,8 +91,8 @@ def require_same_settings(run: Run) -> None:
 def with_stored_ends(run: Run, named: Collection[str]) -> Run:
     """Returns a run with the stored ends of its schedule, unless the user set others.
 
-    A run of an earlier version began with the recipe's ends, whatever its base_lr. Fields from
-    the number of images (`small_data.fit`) stay as stored, too.
+    A run of an earlier version began with the recipe's ends, whatever its base_lr. Fields that
+    follow from the number of images (`small_data.fit`) stay as stored, too.
 
     Args:
         run: The run as now requested.

@@ -260,7 +260,7 @@ def _evaluates(files: RunFiles) -> bool:
 
 
 def _commands(files: RunFiles) -> list[str]:
-    """Returns the words that started this program's command in the run."""
+    """Returns the words that call this program's commands, in the way the run was started."""
     started = Path(next(iter(files.environment.get("command", [])), ""))
     if started.name == "fd-large":
         return [_program("fd-large")]
@@ -353,7 +353,7 @@ def _train_script(first: str) -> str:
 
 
 def _program(name: str) -> str:
-    """Returns a program of this environment: its name if on the path, else its path."""
+    """Returns a program of this environment: its name if that finds it, else its path from here."""
     beside = Path(sys.executable).parent / name
     found = shutil.which(name)
     if not kind_of(beside) or (found and Path(found).parent == beside.parent):

@@ -145,7 +145,7 @@ def shown(found: Mapping[str, Any], digits: int = 2) -> str:
 
 
 def in_words(changes: Mapping[str, Sequence[Any]]) -> str:
-    """Returns fields with their values, and the other values in brackets.
+    """Returns fields with their values, and in brackets the values that they are compared with.
 
     Args:
         changes: The value that is compared with, and the field's own, by field.

@@ -206,12 +206,14 @@ def _average(models: list[Model], averages: dict[str, numpy.ndarray], cka: Any) 
 def _cells(
     models: list[Model], *, height: float, of: str
 ) -> tuple[Figure, Iterator[tuple[Axes, int, dict[str, Any]]]]:
-    """Yields (panel, model, landscape): a row of panels for each loss, with its models.
+    """Returns a figure with a row of panels for each loss, and (panel, model, landscape) of each.
+
+    A row has a panel for each model that has the loss.
 
     Args:
         models: The models.
         height: Height of a row, in inches.
-        of: Entry of a landscape to draw; losses without it in all models are left out.
+        of: Entry of a landscape to draw; losses for which no model has it are left out.
     """
     rows = [
         [(n, part) for n, model in enumerate(models) if (part := landscape_of(model, kind))]
@@ -369,7 +371,7 @@ def _ends(
     values_of: Callable[[Landscape], list[numpy.ndarray]],
     own_of: Callable[[Landscape], float],
 ) -> tuple[float, float] | None:
-    """Returns a landscape's extent below and above the model's own loss; None if not finite."""
+    """Returns a landscape's extent below and above the model's own; None if no loss is finite."""
     changed = numpy.stack(values_of(landscape)) - own_of(landscape)
     finite = changed[numpy.isfinite(changed)]
     return (float(finite.min()), float(finite.max())) if len(finite) else None

@@ -189,10 +189,10 @@ def notes(models: list[Model]) -> list[str]:
 
 
 def _supervised_controls(models: list[Model]) -> list[str]:
-    """Returns the names of supervised controls for each model with relative positions.
+    """Returns a sentence on the supervised controls of each model with relative positions.
 
-    They are the models of the same positions that learnt labels from random weights. Where there is
-    none, it says so.
+    Controls are the models of the same positions that learnt labels from random weights; the
+    sentence of a model without any says so.
     """
     said = []
     for model in models:

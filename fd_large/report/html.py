@@ -61,7 +61,7 @@ def text(value: object) -> str:
 
 
 def status(words: str, *, good: bool | None) -> str:
-    """Returns a coloured word; None for a neutral colour."""
+    """Returns words in the colour of good or bad, or in a neutral one for None."""
     return _parts().status(words, {True: "good", False: "bad", None: ""}[good])
 
 
@@ -103,7 +103,10 @@ def commands(steps: Iterable[tuple[str, str]]) -> str:
 
 
 def picture(path: Path, alt: str, caption: str = "") -> str:
-    """Returns a PNG with its caption; a path instead of a too large PNG."""
+    """Returns a PNG with its caption; "" without a file.
+
+    A PNG that is too large for the page is named in a line instead.
+    """
     if kind_of(path) != "file":
         return ""
     if path.stat().st_size > MOST_BYTES:

@@ -103,7 +103,7 @@ class ListedRun:
 
     @property
     def loss(self) -> float | None:
-        """Training loss of the newest step; None if it was skipped or does not exist."""
+        """Training loss of the newest step that was not skipped, or None if there is none."""
         losses = self.files.trained_loss if self.files else ()
         return float(losses[-1]) if len(losses) else None
 

@@ -140,7 +140,7 @@ def _evaluated(files: RunFiles, kind: str, names: list[str]) -> str:
 def _lines(
     files: RunFiles, axes: Any, names: list[str], *, kind: str = ""
 ) -> Iterator[list[float]]:
-    """Draws metrics with their constant-prediction baselines; yields their names.
+    """Draws metrics with their constant-prediction baselines; yields the values drawn for each.
 
     Lines are labelled only by their images if the chart's title has the kind of metric.
     """

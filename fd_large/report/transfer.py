@@ -349,7 +349,7 @@ def _cell_text(summary: dict[str, Any], row: str, column: str, score: dict[str, 
 
 
 def _notes(summary: dict[str, Any]) -> Iterator[str]:
-    """Returns the lines below the table."""
+    """Yields the lines below the table."""
     if lower := _lower_is_better(summary):
         yield f"Less is better: {', '.join(lower)}."
     if any(not one["same_settings"] for one in _published(summary)):
@@ -373,7 +373,7 @@ def _notes(summary: dict[str, Any]) -> Iterator[str]:
 
 
 def _unlike(summary: dict[str, Any]) -> Iterator[str]:
-    """Returns lines on cells with another recipe than the first row's, and the differences."""
+    """Yields lines on cells with another recipe than the first row's, and the differences."""
     labels = {row["name"]: row["label"] for row in summary["rows"]}
     titles = {one["name"]: one["title"] for one in summary["columns"]}
     for cell in {(c["row"], c["column"]): c for c in summary["cells"]}.values():
@@ -385,7 +385,7 @@ def _unlike(summary: dict[str, Any]) -> Iterator[str]:
 
 
 def _swept(summary: dict[str, Any]) -> Iterator[str]:
-    """Returns lines on runs that had trained on a sweep's held-out images."""
+    """Yields lines on runs that had trained on a sweep's held-out images."""
     labels = {row["name"]: row["label"] for row in summary["rows"]}
     yield from seen_by({labels[c["row"]]: c["sweep"] for c in summary["cells"] if "sweep" in c})
 

@@ -51,7 +51,7 @@ class Extent:
     side: int = 9
 
     def line(self, points: int) -> list[float]:
-        """Returns steps from -reach to reach; of which the middle one is exactly 0."""
+        """Returns steps from -reach to reach; the middle one is exactly 0."""
         half = points // 2
         return [self.reach * (i - half) / half for i in range(points)]
 
@@ -304,5 +304,5 @@ def _facts(model: LoadedModel) -> dict[str, Any]:
 
 
 def _plain(value: float) -> float | None:
-    """Returns plain values for JSON, with None for NaN and infinity."""
+    """Returns a loss for JSON: None if it overflowed, as JSON has no NaN and no infinity."""
     return value if math.isfinite(value) else None

@@ -63,7 +63,7 @@ class LoadedModel:
         backbone: Normalised images (B, 3, S, S) -> FeatureMap; in evaluation.
         statistics: The normalisation of its images.
         image_size: S, the side of its images, in pixels.
-        positions: Kind of its position embedding.
+        positions: Kinds of its positions: absolute, relative, both or none.
         is_supervised: Whether it is the student of a run that learnt labels, or boxes, and began
             from random weights.
         losses: The task's of the run that it is of, if it can be computed; change of its own map.
@@ -135,7 +135,7 @@ def load_model(source: str, sample: Sample) -> LoadedModel:
 
 @contextmanager
 def _of_recipe(named: NamedModel) -> Iterator[None]:
-    """Names the run, whose recipe has the field, where a refusal names a flag of training."""
+    """Adds the run to a refusal that names a flag of training, as its recipe has the field."""
     try:
         yield
     except FDError as error:
@@ -214,7 +214,7 @@ def _drift(backbone: nn.Module, statistics: Statistics) -> Loss:
 
 
 def _positions(backbone: nn.Module) -> str:
-    """Returns a function of a model's token positions, from its modules by name."""
+    """Returns the kinds of a model's positions, by the names of its parameters and modules."""
     parts = [name for name, _ in backbone.named_parameters()]
     parts += [name for name, _ in backbone.named_modules()]
     found = {

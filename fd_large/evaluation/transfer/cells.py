@@ -308,7 +308,7 @@ def _described(record: dict[str, Any]) -> dict[str, Any]:
 def _published(
     row: Row, column: Column, found: Mapping[tuple[str, str, int], dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Returns the paper's figures of a row, if it is in the paper."""
+    """Yields the paper's figures of a row, if it is in the paper."""
     paper = column.published.get(row.run.name)
     if paper is None or row.kind == "scratch" or not _is_of_record(row.run):
         return
@@ -362,7 +362,7 @@ def named(refused: Mapping[tuple[str, str], str]) -> str:
 
 
 def opens(cell: Cell) -> Callable[[], object]:
-    """Opens the dataset of a cell, to report mistakes before hours of training."""
+    """Returns the opener of a cell's dataset, to report mistakes before hours of training."""
     from fd_large.tasks.jobs import job_of
 
     return job_of(cell.recorded.run).open_samples
@@ -390,7 +390,7 @@ def states_of(out: str, cells: Sequence[Cell]) -> list[str]:
 
 
 def _elsewhere(out: Path, cell: Cell) -> Iterator[Path]:
-    """Returns other rows' folders that contain the training of a cell."""
+    """Yields other rows' folders that contain the training of a cell."""
     run, seed = cell.recorded.run, cell.recorded.folder.name
     for file in sorted(out.glob(f"*/{cell.column.name}/{seed}/{RECORD}")):
         there = replace(run, runtime=replace(run.runtime, run_dir=str(file.parent)))

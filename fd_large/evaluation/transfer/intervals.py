@@ -57,7 +57,7 @@ def _of_accuracies(ours: Sequence[Path], others: Sequence[Path]) -> dict[str, An
 
 
 def _redrawn(folder: Path, score: str) -> Redrawn | None:
-    """Returns a redrawn score of a run's newest evaluation."""
+    """Returns a score of a run's newest evaluation, also on redrawn test images, or None."""
     from fd_large.probes import redrawn
 
     steps = sorted((folder / EVALUATED).glob(f"{STEP}*"))

@@ -27,7 +27,7 @@ _OPTION = re.compile(r"[a-z][a-z-]*(=.+)?")
 def check_options(options: Sequence[str]) -> None:
     """Refuses texts that are not options of sbatch without dashes.
 
-    Raises: ConfigError: naming it.
+    Raises: ConfigError: naming the text.
     """
     for option in options:
         require(
