@@ -341,7 +341,7 @@ def set_best(folder: Path, update: int, lease: Lease | None = None) -> bool:
 def prune(
     folder: Path, *, keep_last: int, keep_every: int, lease: Lease | None = None
 ) -> list[Path]:
-    """Removes all checkpoints except the last `keep_last`, every `keep_every`-th and the best.
+    """Removes all checkpoints but the last `keep_last`, every `keep_every`-th step's and the best.
 
     Rank 0 calls it.
 

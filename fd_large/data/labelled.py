@@ -159,8 +159,8 @@ def open_labelled(
         part: The part of a source of the user's own, "train" or "val"; "": all.
         where: The field that names it, for messages.
 
-    Raises: DataError: if the dataset does not exist, an image has no label, or a class is missing
-        in the training set.
+    Raises: DataError: if the dataset does not exist or has no labels, an image has none, or a
+        class is missing in the training set.
     """
     images = open_custom(root, where=where, part=part) or open_images(root, where=where)
     if not hasattr(images, "labels"):
@@ -234,8 +234,11 @@ def open_split(
 
 
 def _places(root: str, split: str, where: str) -> list[str]:
-    """Returns the places of a part for `open_images`: a folder below the root, or files with the
-    part's name, such as "train-00000-of-00002.parquet"; empty if the part is missing."""
+    """Returns the places of a part for `open_images`; empty if the part is missing.
+
+    A place is a folder below the root, or a pattern of files with the part's name, such as
+    "train-00000-of-00002.parquet".
+    """
     if is_url(root):
         start = root.rstrip("/") + "/"
         urls = [stored.url for stored in find_objects(root, where)]

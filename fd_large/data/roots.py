@@ -88,7 +88,7 @@ def name_of(url: str) -> str:
 def local_kind(
     root: str, *inside: str, where: str = "data.root"
 ) -> Literal["file", "folder", "other"] | None:
-    """Returns the kind of local dataset at a root; None if nothing exists, or for a URL.
+    """Returns the kind of a root, or of a name below it; None if it is missing, or for a URL.
 
     Args:
         root: Value of `data.root`.
@@ -253,7 +253,7 @@ class WeightedRoot(NamedTuple):
 
 
 def weighted_roots(root: str, *, where: str = "data.root") -> tuple[WeightedRoot, ...]:
-    """Returns the datasets of a weighted sum, or an empty list for other texts.
+    """Returns the datasets of a weighted sum, or an empty tuple for other texts.
 
     Args:
         root: Value of `data.root`.

@@ -73,7 +73,7 @@ class ImageSource(Protocol):
 def _open_objects(root: str, *, where: str) -> ImageSource | None:
     """Opens the tar shards or parquet files at a URL: a file, a pattern, or all below it.
 
-    Raises: DataError: if there is none, the store refuses access, or a package is missing.
+    Raises: DataError: if there is none, the store does not give them, or a package is missing.
     """
     if not is_url(root):
         return None
