@@ -7,9 +7,8 @@ the table, the page and the intervals are shared by all protocols.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fd_large import doors
 from fd_large.errors import ConfigError, FDError, nearest, without_secrets
+from fd_large.evaluation.extraction import extracted, join_ranks, working
 from fd_large.evaluation.protocol import Asked, Batched, Pooled, Protocol, Repeated, Result
 from fd_large.evaluation.results import Row, finish
 from fd_large.files import out_folder
@@ -99,7 +99,7 @@ class FrozenFeatures(NamedTuple):
             what: Description of the work.
             images: Number of images of all ranks.
         """
-        return _working(f"{self.label}: {what}", images)
+        return working(f"{self.label}: {what}", images)
 
 
 class Classified(NamedTuple):
@@ -184,14 +184,10 @@ def _measure(how: _How, asked: Asked) -> Result:
     from fd_large.data.blocks import keep_blocks_in
     from fd_large.data.few_labels import few_labels
     from fd_large.data.labelled import open_split
-    from fd_large.kernels.precision import full_float32
-    from fd_large.ranks import distributed, meeting
-    from fd_large.runtime import logs
+    from fd_large.ranks import meeting
 
     assert asked.run is not None  # `evaluate` takes one.
-    models, flags, data = asked.models(), asked.flags, asked.run.data
-    logs.start(distributed.start().rank)
-    full_float32(distributed.device())
+    models, flags, data = asked.models(), asked.flags, join_ranks(asked)
     keep_blocks_in(data.cache, data.cache_gb)
     train = meeting.meet(
         lambda: few_labels(
@@ -291,43 +287,37 @@ def _rows(
     """Yields a row for each pooling of a subject; features are stored in temporary files."""
     import numpy as np
 
-    from fd_large.probes.features import extract
-    from fd_large.ranks import distributed
-
-    folder = out_folder(flags.out) / "features"
+    out = out_folder(flags.out)
     pools: Sequence[Pool] = [flags.pool]
     if flags.pool == "auto":
         pools = [pool for pool in how.pools if pool == "mean" or subject.has_class_token]
     label = ", ".join(filter(None, (subject.model.label, subject.feature)))
-    features = []
-    for name, images in (("training", train), ("test", test)):
-        with _working(f"{label}: {name} features", len(images)) as progress:
-            features.append(
-                extract(
-                    subject.forward,
-                    subject.statistics,
-                    images,
-                    folder / name,
-                    image_size=subject.model.image_size,
-                    batch_size=flags.batch_size,
-                    pools=pools,
-                    workers=data.workers,
-                    max_pixels=data.max_pixels,
-                    progress=progress,
+
+    def features_of(images: LabelledImages, name: str) -> AbstractContextManager[list[Features]]:
+        return extracted(
+            subject.forward,
+            subject.statistics,
+            images,
+            out / f"{name}_features",
+            image_size=subject.model.image_size,
+            words=f"{label}: {name} features",
+            flags=flags,
+            data=data,
+            pools=pools,
+        )
+
+    with features_of(train, "training") as voting, features_of(test, "test") as tested:
+        for pool, of_train, of_test in zip(pools, voting, tested, strict=True):
+            words = [subject.feature, _POOLS[pool] if len(pools) > 1 else ""]
+            row = Row(subject.model, feature=", ".join(filter(None, words)), pool=pool)
+            row.labels = np.array(of_test.labels)  # Copied: the files are removed.
+            for seed in seeds:
+                features = FrozenFeatures(
+                    of_train, of_test, train.classes, seed, flags, label, pool
                 )
-            )
-    for pool, voting, tested in zip(pools, *features, strict=True):
-        words = [subject.feature, _POOLS[pool] if len(pools) > 1 else ""]
-        row = Row(subject.model, feature=", ".join(filter(None, words)), pool=pool)
-        row.labels = np.array(tested.labels)  # Copied: the files are removed.
-        for seed in seeds:
-            given = FrozenFeatures(voting, tested, train.classes, seed, flags, label, pool)
-            predicted, details = _classified(how.classify, given)
-            row.add(tested.percent(predicted), details, predicted)
-        yield row
-    distributed.barrier()
-    if distributed.is_main():
-        shutil.rmtree(folder, ignore_errors=True)
+                predicted, details = _classified(how.classify, features)
+                row.add(of_test.percent(predicted), details, predicted)
+            yield row
 
 
 def _classified(classify: Classify, features: FrozenFeatures) -> Classified:
@@ -354,12 +344,3 @@ def _classified(classify: Classify, features: FrozenFeatures) -> Classified:
             "image. Correct the file."
         ) from error
     return Classified(predicted, details)
-
-
-@contextmanager
-def _working(what: str, images: int) -> Iterator[Callable[[float], None]]:
-    """Yields a function that reports this rank's finished images, as a measure of all ranks'."""
-    from fd_large.ranks import activity, distributed
-
-    with activity.work(what, -(-images // distributed.world_size()), "images") as work:
-        yield work.advance

@@ -12,7 +12,6 @@ imagenet-testbed (Taori et al., arXiv 2007.00644); Beyer et al. (ReaL), arXiv 20
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fd_large.errors import ConfigError, DataError, without_secrets
+from fd_large.evaluation.extraction import extracted, join_ranks
 from fd_large.evaluation.protocol import Asked, Batched, Protocol, Result
 from fd_large.evaluation.results import Row, finish
 from fd_large.evaluation.zeroshot import imagenet_numbers, tested_part
@@ -198,17 +198,11 @@ def _measure(asked: Asked) -> Result:
     from fd_large.backbones.feature_map import FeatureMap
     from fd_large.data.centre_crops import NO_LABEL
     from fd_large.evaluation.diagnosis.models import trained_task
-    from fd_large.kernels.precision import full_float32
-    from fd_large.probes.features import extract
-    from fd_large.ranks import activity, distributed, meeting
-    from fd_large.runtime import logs
+    from fd_large.ranks import meeting
     from fd_large.tasks.jobs import stored_run_of
 
-    assert asked.run is not None  # `evaluate` takes one.
-    models, flags, data = asked.models(), asked.flags, asked.run.data
-    logs.start(distributed.start().rank)
-    full_float32(distributed.device())
-    found = meeting.meet(lambda: open_set(data.root, flags.labels))
+    models, flags, data = asked.models(), asked.flags, join_ranks(asked)
+    label_set = meeting.meet(lambda: open_set(data.root, flags.labels))
     jobs = meeting.meet(lambda: [_job_of(model) for model in models])
     rows, folder = [], out_folder(flags.out) / "logits"
     for model, job in zip(models, jobs, strict=True):
@@ -216,34 +210,29 @@ def _measure(asked: Asked) -> Result:
         task, stored = trained_task(model, stored_run_of(job), where="evaluate")
         # The names of the classes may be read from a folder, which a node may lack.
         classes = meeting.meet(stored.classes) or ()
-        columns = meeting.meet(partial(columns_of, found, classes))
+        columns = meeting.meet(partial(columns_of, label_set, classes))
 
         def logits(pixels: Tensor, task: Any = task) -> FeatureMap:
             return FeatureMap(task.logits(pixels, None)[:, None], (1, 1), 0)
 
-        share = -(-len(found.images) // distributed.world_size())
-        with activity.work(f"{model.label}: images", share, "images") as work:
-            (outputs,) = extract(
-                logits,
-                task.statistics,
-                found.images,
-                folder,
-                image_size=model.image_size,
-                batch_size=flags.batch_size,
-                workers=data.workers,
-                max_pixels=data.max_pixels,
-                progress=work.advance,
-            )
+        with extracted(
+            logits,
+            task.statistics,
+            label_set.images,
+            folder,
+            image_size=model.image_size,
+            words=f"{model.label}: images",
+            flags=flags,
+            data=data,
+        ) as (outputs,):
+            rows_of_logits, unusable = np.array(outputs.rows), outputs.labels == NO_LABEL
+        labels, predicted = best_of(rows_of_logits, columns, all_classes=label_set.all_classes)
         row = Row(model)
-        labels, predicted = best_of(np.array(outputs.rows), columns, all_classes=found.all_classes)
-        row.labels = np.where(outputs.labels == NO_LABEL, NO_LABEL, labels)
+        row.labels = np.where(unusable, NO_LABEL, labels)
         counts = row.labels >= 0
         accuracy = 100 * float((predicted == row.labels)[counts].mean()) if counts.any() else 0.0
         row.add(accuracy, {"images": int(counts.sum())}, predicted)
         rows.append(row)
-        distributed.barrier()
-        if distributed.is_main():
-            shutil.rmtree(folder, ignore_errors=True)
     return finish(
         Path(flags.out),
         rows,
@@ -252,7 +241,7 @@ def _measure(asked: Asked) -> Result:
         task=asked.protocol.name,
         root=without_secrets(data.root),
         settings={"labels": flags.labels, "batch_size": flags.batch_size},
-        pictures=len(found.images),
+        pictures=len(label_set.images),
     )
 
 

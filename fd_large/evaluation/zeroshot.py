@@ -8,7 +8,6 @@ the prompts are open_clip's, if it is installed.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fd_large.errors import ConfigError, without_secrets
+from fd_large.evaluation.extraction import extracted, join_ranks
 from fd_large.evaluation.protocol import Asked, Batched, Protocol, Result
 from fd_large.evaluation.results import Row, finish
 from fd_large.files import kind_of, out_folder
@@ -126,15 +126,9 @@ def _measure(asked: Asked) -> Result:
     import torch
 
     from fd_large.engine.text_tower import classes_of, probabilities
-    from fd_large.kernels.precision import full_float32
-    from fd_large.probes.features import extract
-    from fd_large.ranks import activity, distributed, meeting
-    from fd_large.runtime import logs
+    from fd_large.ranks import meeting
 
-    assert asked.run is not None  # `evaluate` takes one.
-    models, flags, data = asked.models(), asked.flags, asked.run.data
-    logs.start(distributed.start().rank)
-    full_float32(distributed.device())
+    models, flags, data = asked.models(), asked.flags, join_ranks(asked)
     prompts = meeting.meet(lambda: prompts_of(flags.prompts))
     images = meeting.meet(lambda: tested_part(data.root))
     names = meeting.meet(lambda: names_of(images.classes, flags.class_names))
@@ -146,28 +140,23 @@ def _measure(asked: Asked) -> Result:
         net: Any  # A type checker does not know the methods of a backbone.
         net, statistics = model.build()
         net.grid(model.image_size, model.image_size)  # Refuses a size that does not fit.
-        share = -(-len(images) // distributed.world_size())
-        with activity.work(f"{model.label}: embeddings", share, "images") as work:
-            (found,) = extract(
-                partial(embedding, net),
-                statistics,
-                images,
-                folder,
-                image_size=model.image_size,
-                batch_size=flags.batch_size,
-                workers=data.workers,
-                max_pixels=data.max_pixels,
-                progress=work.advance,
-            )
-        blocks = torch.from_numpy(np.array(found.rows)).split(8192)
-        predicted = torch.cat([probabilities(block, classes).argmax(1) for block in blocks]).numpy()
-        row = Row(model)
-        row.labels = np.array(found.labels)  # Copied: the files are removed.
-        row.add(found.percent(predicted), {"text": without_secrets(text)}, predicted)
+        with extracted(
+            partial(embedding, net),
+            statistics,
+            images,
+            folder,
+            image_size=model.image_size,
+            words=f"{model.label}: embeddings",
+            flags=flags,
+            data=data,
+        ) as (found,):
+            blocks = torch.from_numpy(np.array(found.rows)).split(8192)
+            of_blocks = [probabilities(block, classes).argmax(1) for block in blocks]
+            predicted = torch.cat(of_blocks).numpy()
+            row = Row(model)
+            row.labels = np.array(found.labels)
+            row.add(found.percent(predicted), {"text": without_secrets(text)}, predicted)
         rows.append(row)
-        distributed.barrier()
-        if distributed.is_main():
-            shutil.rmtree(folder, ignore_errors=True)
     return finish(
         Path(flags.out),
         rows,
