@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -86,7 +85,7 @@ def _check_student(mask: Mask, student: nn.Module, image_size: int) -> None:
     )
     rows, columns = student.grid(image_size, image_size)
     number = hidden(mask, (rows, columns))
-    most = hidden(replace(mask, ratio=mask.ratio_to or mask.ratio, ratio_to=0.0), (rows, columns))
+    most = hidden(mask, (rows, columns), mask.ratio_to or mask.ratio)
     require(
         0 < number <= most < rows * columns,
         "mask.ratio: hides all patches or none",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -56,17 +55,23 @@ def _numbers_hidden(
         return np.full(np.shape(positions), hidden(mask, grid))
     drawn = uniforms(seed, epoch, positions, "mask_ratio", 2)
     ratios = mask.ratio + (max(mask.ratio_to, mask.ratio) - mask.ratio) * drawn[:, 0]
-    numbers = [hidden(replace(mask, ratio=ratio, ratio_to=0.0), grid) for ratio in ratios.tolist()]
+    numbers = [hidden(mask, grid, ratio) for ratio in ratios.tolist()]
     return np.where(drawn[:, 1] < mask.share, numbers, 0)
 
 
-def hidden(mask: Mask, grid: Grid) -> int:
-    """Returns the number of hidden patches; an upper limit for blocks that need not fill it."""
-    patches = grid[0] * grid[1]
+def hidden(mask: Mask, grid: Grid, ratio: float | None = None) -> int:
+    """Returns the number of hidden patches; an upper limit for blocks that need not fill it.
+
+    Args:
+        mask: The recipe's section of the mask.
+        grid: Rows and columns of the patches.
+        ratio: Ratio of a single image; None for `mask.ratio`.
+    """
+    patches, ratio = grid[0] * grid[1], mask.ratio if ratio is None else ratio
     if mask.sampler == "random":
         # As published: the product is rounded down as it comes, so that 0.9 of 10 hides all.
-        return patches - int(patches * (1 - mask.ratio))
-    return round(patches * mask.ratio)
+        return patches - int(patches * (1 - ratio))
+    return round(patches * ratio)
 
 
 def random_masks(noise: NDArray[np.float64], numbers: ArrayLike) -> Bools:

@@ -13,7 +13,6 @@ with a coarse map, where a whole token's patches are hidden together; Xue et al.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -94,7 +93,7 @@ class Masked(Whole, Part):
         self._patches, self._num_hidden = math.prod(self._grid), hidden(mask, self._grid)
         number = f"{self._num_hidden}"
         if mask.ratio_to:
-            number += f" to {hidden(replace(mask, ratio=mask.ratio_to, ratio_to=0.0), self._grid)}"
+            number += f" to {hidden(mask, self._grid, mask.ratio_to)}"
         most = "at most " if mask.sampler == "block" else ""
         images = f" in {mask.share:g} of the images" if mask.share < 1 else ""
         self.description = (
