@@ -91,14 +91,14 @@ def _real(images: LabelledImages) -> LabelSet:
     of_number = read_json(file, where="--labels", holds=list)
     right = []
     for index in range(len(images)):
-        found = _REAL_FILE.search(images[index])
-        if found is None or not 0 < int(found[1]) <= len(of_number):
+        named = _REAL_FILE.search(images[index])
+        if named is None or not 0 < int(named[1]) <= len(of_number):
             raise DataError(
                 f"--labels: not a validation image of ImageNet; got {Path(images[index]).name}, "
                 "expected names such as ILSVRC2012_val_00000001.JPEG, by which ReaL's labels are "
                 "found. Keep the files' own names, or leave it out."
             )
-        right.append(of_number[int(found[1]) - 1])
+        right.append(of_number[int(named[1]) - 1])
     return LabelSet(images, right, all_classes=True)
 
 
@@ -121,8 +121,10 @@ def _classes_of_folders(mappings: Path) -> dict[str, list[int]]:
     """ImageNet's classes of ObjectNet's folders, by the files that come with its download."""
 
     def table(name: str) -> dict[str, Any]:
-        found: dict[str, Any] = read_json(mappings / f"{name}.json", where="data.root", holds=dict)
-        return found
+        entries: dict[str, Any] = read_json(
+            mappings / f"{name}.json", where="data.root", holds=dict
+        )
+        return entries
 
     try:
         lines = (mappings / "imagenet_to_label_2012_v2").read_text(encoding="utf-8").splitlines()

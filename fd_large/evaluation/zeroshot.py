@@ -149,13 +149,13 @@ def _measure(asked: Asked) -> Result:
             words=f"{model.label}: embeddings",
             flags=flags,
             data=data,
-        ) as (found,):
-            blocks = torch.from_numpy(np.array(found.rows)).split(8192)
+        ) as (features,):
+            blocks = torch.from_numpy(np.array(features.rows)).split(8192)
             of_blocks = [probabilities(block, classes).argmax(1) for block in blocks]
             predicted = torch.cat(of_blocks).numpy()
             row = Row(model)
-            row.labels = np.array(found.labels)
-            row.add(found.percent(predicted), {"text": without_secrets(text)}, predicted)
+            row.labels = np.array(features.labels)
+            row.add(features.percent(predicted), {"text": without_secrets(text)}, predicted)
         rows.append(row)
     return finish(
         Path(flags.out),
