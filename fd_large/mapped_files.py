@@ -59,7 +59,7 @@ def hold(model: object, paths: Iterable[Path]) -> None:
 
 
 def check(model: object) -> None:
-    """Raises an error if a file of a model's weights has changed, since its results are then wrong.
+    """Refuses the results of a model if a file of its weights was changed in place meanwhile.
 
     Costs a stat call for each file, which network file systems cache for some seconds.
 

@@ -68,7 +68,7 @@ class Cache(TakesRunFile, AllowsCode):
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the costs, writes the maps, and prints a line for each teacher."""
+    """Writes the maps and prints a line for each teacher; with --plan it prints the costs alone."""
     given = parse_with_recipe(Cache, arguments, command="cache", recipe=registry.DEFAULT_RECIPE)
     own = given.own
     run = _with_views(given.run, own.views)

@@ -202,7 +202,7 @@ def import_(source: str, run: str, deepspeed_config: str) -> int:
     if kind_of(Path(source) / LATEST, where="checkpoint import") != "file":
         raise CheckpointError(
             f"checkpoint import: {source}: not a DeepSpeed checkpoint; got a path without "
-            f"{LATEST}, expected the folder of save_checkpoint. Name that folder."
+            f"{LATEST}, expected the folder given to save_checkpoint. Name that folder."
         )
     with owning(run) as lease:
         from fd_large.engine.deepspeed_checkpoints import import_checkpoint

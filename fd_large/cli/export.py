@@ -128,7 +128,7 @@ def export(
         image_size: Side in pixels of the exported model's images; 0 keeps the side of the training.
         repository: OWNER/NAME of the upload, which is checked; empty for no upload.
         licence: Licence of the student, for the model card.
-        base_model: OWNER/NAME of the base model, for the card.
+        base_model: OWNER/NAME of the model that it learned from, for the card.
 
     Returns: The step of the checkpoint, the number of parameters, and the files.
     Raises: FDError: if the format cannot hold the student, or it could not be uploaded.

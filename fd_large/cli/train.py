@@ -314,7 +314,7 @@ def say_how_to_go_on(run: Run) -> None:
         stopped = [files for files in students if files.summary.get("status") != "done"]
         log.info("%s", stopped_text((stopped or students)[0]), extra=WHOLE_LINES)
     except FDError as error:
-        log.error("the run is saved, and the same command resumes it; progress: %s", error)
+        log.error("the run is saved, and the same command resumes it; progress unknown: %s", error)
     except Exception:
         log.exception("the run is saved, and the same command resumes it; its progress is unknown")
 

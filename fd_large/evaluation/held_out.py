@@ -34,7 +34,7 @@ NOTHING_SEEN = Seen()
 
 
 def seen_by(source: str, images: ImageFolder, fraction: float) -> Seen:
-    """Returns which trainings that led to a model had images that are held out.
+    """Returns the trainings that led to a model and had images that are held out.
 
     Datasets of runs are compared by their paths; those of exports, which tell none, by the listing
     of their files' names.

@@ -14,7 +14,7 @@ over more than `MOST_BFLOAT16_SUMMANDS` ranks. At stages 0 to 2 their sums go to
 scatter and a gather; on up to `MOST_OWNERS` ranks, at stages 1 and 2, each sum goes only to the
 rank that steps its parameter, and takes S (engine/zero/gradient_reduction.py). R is S without
 parameters that are still whole when the backward pass begins: layers used again within
-`stage3_max_reuse_distance` elements stay whole.
+`stage3_max_reuse_distance` elements, forward and back, stay whole.
 
 A split teacher adds T per micro-batch, over all ranks or inside each node. With hpZ the backward
 pass gathers inside a node.

@@ -113,7 +113,7 @@ class Counts:
     fused: bool = False
 
     def in_step_of(self, micro_batches: int) -> Counts:
-        """Returns the counts of each micro-batch, by the number of micro-batches of a step.
+        """Returns the counts of each micro-batch of a step that has so many micro-batches.
 
         With a single micro-batch, sums before the step need no forward of the student, and are
         left out.

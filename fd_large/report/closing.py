@@ -201,7 +201,7 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
 def _to_beat_it(files: RunFiles) -> tuple[str, list[str]]:
     """Returns a command to improve the run: with more steps if the loss fell, or a lower rate.
 
-    All rates of the schedule are lowered with its peak, even rates set by a flag.
+    All rates of the schedule are lowered with its peak, as rates set by a flag do not follow it.
     """
     optim = files.recipe["optim"]
     _, losses = files.evaluated("held_out_loss")
