@@ -111,7 +111,7 @@ def planned(row: Row, counts: Counts, rates: Rates) -> StepSeconds:
 
 
 def lines(rows: list[Row], counts: dict[str, Counts]) -> list[str]:
-    """Returns the table of docs/scaling.md."""
+    """Returns a Markdown table of measured and planned seconds."""
     table = [
         "| row | GPUs | sharding | images | measured, s | planned, s | measured / planned |",
         "|---|---|---|---|---|---|---|",
