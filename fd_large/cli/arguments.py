@@ -126,7 +126,7 @@ def parse_with_recipe(
     command: str,
     recipe: str,
     often: Mapping[str, str] | None = None,
-    base_of: Callable[[Mapping[str, Any]], Run | None] = lambda own: None,
+    base_of: Callable[[Mapping[str, Any]], Run | None] = lambda options: None,
 ) -> WithRecipe[Own]:
     """Parses the arguments of a command with a recipe and its fields.
 
@@ -194,8 +194,8 @@ def call_subcommand(
     summaries = {name: (getdoc(kind) or "").split("\n")[0] for name, (kind, _) in commands.items()}
     name, rest = choose(arguments, summaries, command=command)
     kind, call = commands[name]
-    given = vars(parse(kind, rest, command=f"{command} {name}"))
-    return call(**{key: value for key, value in given.items() if key != "allow_code"})
+    options = vars(parse(kind, rest, command=f"{command} {name}"))
+    return call(**{key: value for key, value in options.items() if key != "allow_code"})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class _Parser(Generic[Own]):
         command: str,
         recipe: str | None = None,
         often: Mapping[str, str] | None = None,
-        base_of: Callable[[Mapping[str, Any]], Run | None] = lambda own: None,
+        base_of: Callable[[Mapping[str, Any]], Run | None] = lambda options: None,
     ) -> None:
         self._base_of, self._often = base_of, often
         self._kind, self._command, self._recipe = kind, command, recipe
@@ -236,39 +236,39 @@ class _Parser(Generic[Own]):
             self._task = type(from_file.task)
         if own_task:  # Its section's fields are flags too.
             self._task = Task.class_for({"name": own_task})
-        arguments, asked = self._without_help(arguments)
+        arguments, help_section = self._without_help(arguments)
         values = self._values(arguments)
         # Not by the first part of a name: evaluate has a --task of its own.
         is_own = {name: name in field_names(self._kind, like=name) for name in values}
-        own = {name: value for name, value in values.items() if is_own[name]}
-        given = {name: value for name, value in values.items() if not is_own[name]}
+        options = {name: value for name, value in values.items() if is_own[name]}
+        recipe_fields = {name: value for name, value in values.items() if not is_own[name]}
         base = run = built = None
         if self._recipe is not None:
             try:
-                base = from_file or self._base_of(own)
+                base = from_file or self._base_of(options)
                 where = self._command if "recipe" in self._positional else "--recipe"
-                base = base or registry.get(own.get("recipe") or self._recipe, where=where)
+                base = base or registry.get(options.get("recipe") or self._recipe, where=where)
                 base = base.with_fields({"task.name": own_task}) if own_task else base
             except ConfigError as error:
-                if asked is not None:
+                if help_section is not None:
                     raise
                 self._mistakes.append(str(error))
-        if asked is not None:
-            self._print_help(base, asked)
+        if help_section is not None:
+            self._print_help(base, help_section)
             raise HelpShown
         if base is not None:
             build = partial(base.with_fields, stay=self._in_file)
-            run = accepted(given, build, self._mistakes, refused=self._invalid)
-        if config := own.get(DEEPSPEED_CONFIG):
+            run = accepted(recipe_fields, build, self._mistakes, refused=self._invalid)
+        if config := options.get(DEEPSPEED_CONFIG):
             try:
                 load(config)
             except ConfigError as error:
                 self._mistakes.append(str(error))
-        if missing := [name for name in help.required(self._kind) if name not in own]:
+        if missing := [name for name in help.required(self._kind) if name not in options]:
             self._mistakes += [self._missing(name) for name in missing if name not in self._invalid]
         else:
             built = accepted(
-                own,
+                options,
                 lambda values: from_plain(self._kind, nested(values), "--"),
                 self._mistakes,
                 refused=self._invalid,
@@ -276,7 +276,7 @@ class _Parser(Generic[Own]):
         if self._mistakes:
             raise ConfigError("\n".join(dict.fromkeys(self._mistakes)))
         # Only a command that takes no recipe has no run, and does not ask for it.
-        return WithRecipe(cast(Own, built), cast(Run, run), given, self._in_file)
+        return WithRecipe(cast(Own, built), cast(Run, run), recipe_fields, self._in_file)
 
     def _check_code(self, arguments: Sequence[str]) -> None:
         """Refuses missing files of code, and names that they lack, all at once; imports nothing.
@@ -318,10 +318,10 @@ class _Parser(Generic[Own]):
                 loose += texts[count:]
             elif name != IGNORED:
                 section = help.section_named(typed, self._task) if self._recipe else ""
-                asked = f"{help.program(self._command)} --help {section}".rstrip()
+                help_command = f"{help.program(self._command)} --help {section}".rstrip()
                 message = refusal(name, " ".join(texts)) or (
                     f"{typed}: unknown flag; {self._nearest(typed)}. Correct the name, or see "
-                    f"{asked}."
+                    f"{help_command}."
                 )
                 self._mistakes.append(f"--{message}")
                 meant |= set(get_close_matches(typed, known, n=1))
@@ -397,7 +397,7 @@ class _Parser(Generic[Own]):
         # A near miss stands alone; names that are further off come by the wider search.
         close = whole[:3] or get_close_matches(typed, known, n=2, cutoff=0.85)
         if close:
-            return f"nearest: {', '.join(f'--{one}' for one in close)}"
+            return f"nearest: {', '.join(f'--{name}' for name in close)}"
         return nearest(typed, known, before="--")
 
     def _run_file(self, arguments: Sequence[str]) -> Run | None:
@@ -408,14 +408,14 @@ class _Parser(Generic[Own]):
         if "config" not in field_names(self._kind):
             return None
         # Its mistakes are told by the parser that knows the task.
-        own = _Parser(self._kind, self._command, self._recipe)._values(arguments)
-        if "config" not in own:
+        values = _Parser(self._kind, self._command, self._recipe)._values(arguments)
+        if "config" not in values:
             return None
-        for path in own.get("allow_code", ()):
+        for path in values.get("allow_code", ()):
             doors.allow(path)
-        recipe = own.get("recipe", "")
+        recipe = values.get("recipe", "")
         try:
-            file = read_run_file(own["config"])
+            file = read_run_file(values["config"])
             self._in_file = named_fields(file, [])
             return run_of(
                 file,

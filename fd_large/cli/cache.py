@@ -69,23 +69,23 @@ class Cache(TakesRunFile, AllowsCode):
 
 def main(arguments: list[str]) -> int:
     """Writes the maps and prints a line for each teacher; with --plan it prints the costs alone."""
-    given = parse_with_recipe(Cache, arguments, command="cache", recipe=registry.DEFAULT_RECIPE)
-    own = given.own
-    run = _with_views(given.run, own.views)
+    parsed = parse_with_recipe(Cache, arguments, command="cache", recipe=registry.DEFAULT_RECIPE)
+    options = parsed.own
+    run = _with_views(parsed.run, options.views)
     require_paths(paths_of(run))
-    if own.plan:
-        tables().print(plan(run, own))
+    if options.plan:
+        tables().print(plan(run, options))
         return 0
     check_workers(run.data.workers)
     require_sources(run)
-    check_out(own.out, where="cache", holds="folder")
+    check_out(options.out, where="cache", holds="folder")
     with ending_with(STOPPED):
-        written = write(run, own.out, precision=own.precision)
+        written = write(run, options.out, precision=options.precision)
     from fd_large.ranks import distributed
 
     if distributed.is_main():
         for name, count in written.items():
-            folder = Path(own.out, name)
+            folder = Path(options.out, name)
             source = f"{source_flag(name)} {CACHED}{folder}"
             print(f"{folder}: {count:,} maps written; train with {source}")
     return distributed.leave(0)
@@ -99,7 +99,7 @@ STOPPED = (
 
 
 def _with_views(run: Run, views: int) -> Run:
-    """Returns the recipe with `views` views of each image; 0 keeps its own number, at least 1."""
+    """Returns the recipe with `views` views of each image; 0 keeps the recipe's, at least 1."""
     require(
         bool(run.frozen_models),
         "cache: the recipe has no teacher whose maps could be stored",
@@ -109,8 +109,8 @@ def _with_views(run: Run, views: int) -> Run:
     )
     mosaics = {name: entry.mosaic for name, entry in run.taught_by.items()}
     check_storable(run.data.image_sizes, mosaics)
-    said = run.task.distillation
-    settings = replace(said, views=views or said.views or 1)
+    distillation = run.task.distillation
+    settings = replace(distillation, views=views or distillation.views or 1)
     return replace(run, task=replace(run.task, **{"distillation": settings}))
 
 
@@ -163,12 +163,12 @@ def write(run: Run, out: str, *, precision: str) -> dict[str, int]:
     return written
 
 
-def plan(run: Run, own: Cache) -> Table:
+def plan(run: Run, options: Cache) -> Table:
     """Returns a table of the maps' costs and savings.
 
     Args:
         run: The recipe; its task.distillation says which views.
-        own: The command's arguments.
+        options: The command's arguments.
 
     Raises: FDError: if the models cannot be built, or the images cannot be opened.
     """
@@ -181,7 +181,7 @@ def plan(run: Run, own: Cache) -> Table:
     from fd_large.tasks.distillation.job import DistillationJob
     from fd_large.tasks.jobs import job_of
 
-    rates = rates_of(own.gpu)
+    rates = rates_of(options.gpu)
     load = workload(as_counted(run), rates)
     job = job_of(job_of(run).settle(sources_of(job_of)))
     assert isinstance(job, DistillationJob)
@@ -189,10 +189,10 @@ def plan(run: Run, own: Cache) -> Table:
         job,
         load=load,
         rates=rates,
-        images=own.images or len(job.open_samples()),
-        precision=own.precision,
-        runs=own.runs,
-        read_bytes_per_second=own.read_gb * 1e9,
+        images=options.images or len(job.open_samples()),
+        precision=options.precision,
+        runs=options.runs,
+        read_bytes_per_second=options.read_gb * 1e9,
     )
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
@@ -200,17 +200,17 @@ def plan(run: Run, own: Cache) -> Table:
     for name, cost in costs.items():
         if name:
             table.add_row(f"teacher {name}", "")
-        for what, value in _rows(cost, own, micro_batch_of(job, load)):
-            table.add_row(what, value)
+        for label, value in _rows(cost, options, micro_batch_of(job, load)):
+            table.add_row(label, value)
     total = sum(cost.total_bytes for cost in costs.values())
-    folder = next(path for path in Path(own.out).absolute().parents if kind_of(path))
+    folder = next(path for path in Path(options.out).absolute().parents if kind_of(path))
     free = shutil.disk_usage(folder).free
     fits = "enough" if free >= total else f"TOO LITTLE: {size(total)} are needed"
     table.add_row("free disk", f"{size(free)} in {folder}: {fits}")
     return table
 
 
-def _rows(cost: CachedTargets, own: Cache, micro_batch: int) -> list[tuple[str, str]]:
+def _rows(cost: CachedTargets, options: Cache, micro_batch: int) -> list[tuple[str, str]]:
     """Returns the table's rows of one teacher's maps."""
     fewest = cost.fewest_uses
     when = "if each view is used more than once"
@@ -222,16 +222,16 @@ def _rows(cost: CachedTargets, own: Cache, micro_batch: int) -> list[tuple[str, 
         ("maps", f"{cost.images:,} images x {cost.views} views, {size(cost.map_bytes)} each"),
         (
             "time to write",
-            f"about {clock(math.ceil(cost.writing_seconds))} on one {own.gpu}, for the teacher "
+            f"about {clock(math.ceil(cost.writing_seconds))} on one {options.gpu}, for the teacher "
             "alone; for this machine it is not reckoned, but its bar says it once writing begins",
         ),
-        ("disk", f"{size(cost.total_bytes)} ({own.precision})"),
+        ("disk", f"{size(cost.total_bytes)} ({options.precision})"),
         ("uses of a view", f"{cost.uses:.3g}, over all epochs and runs"),
         (
             "time of an image",
             f"teacher {_ms(cost.teacher_seconds)}, the rest of a step {_ms(cost.student_seconds)}, "
-            f"reading its map {_ms(cost.read_seconds)} (one {own.gpu} that takes {micro_batch} at "
-            f"a time and reads {own.read_gb:g} GB/s)",
+            f"reading its map {_ms(cost.read_seconds)} (one {options.gpu} that takes {micro_batch} "
+            f"at a time and reads {options.read_gb:g} GB/s)",
         ),
         ("reading never waits", f"from {cost.least_rate / 1e9:.2g} GB/s for each rank on"),
         ("saves time", when),

@@ -64,9 +64,9 @@ def costs_of(
     with on_shapes(Device(None)), torch.no_grad():
         for name, teacher in job.make_teachers().items():
             with FlopCounterMode(display=False) as counter:
-                given = teacher(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+                maps = teacher(torch.zeros(1, 3, side, side, dtype=torch.uint8))
             flops[name] = counter.get_total_flops()
-            bytes_[name] = header_for(given, precision).record_bytes
+            bytes_[name] = header_for(maps, precision).record_bytes
     step, rest = _seconds_of_an_image(job, load, rates)
     seconds = {name: (step - rest) * n / max(1, sum(flops.values())) for name, n in flops.items()}
     optim, batch = run.optim, run.batch.global_batch_size
@@ -77,12 +77,12 @@ def costs_of(
             views=fixed.count,
             uses=max(1.0, epochs * runs / fixed.count),
             map_bytes=bytes_[name],
-            teacher_seconds=own,
+            teacher_seconds=teacher_seconds,
             # The other teachers are a part of the rest, whether their maps are stored or not.
-            student_seconds=step - own,
+            student_seconds=step - teacher_seconds,
             read_bytes_per_second=read_bytes_per_second,
         )
-        for name, own in seconds.items()
+        for name, teacher_seconds in seconds.items()
     }
 
 
@@ -96,9 +96,12 @@ def _seconds_of_an_image(job: DistillationJob, load: Workload, rates: Rates) -> 
     alone = Machine(
         cluster=Cluster(gpus=1, gpus_per_node=1, nic_gigabits=1, nics_per_node=1), rates=rates
     )
-    counts = {wrapped: found.without("inference") for wrapped, found in load.counts.items()}
+    counts = {
+        wrapped: model_counts.without("inference") for wrapped, model_counts in load.counts.items()
+    }
     step, rest = (
-        estimate(one, candidate, alone).seconds for one in (load, replace(load, counts=counts))
+        estimate(workload, candidate, alone).seconds
+        for workload in (load, replace(load, counts=counts))
     )
     taken = candidate.micro_batch_size * step.accumulation
     return step.total / taken, rest.total / taken

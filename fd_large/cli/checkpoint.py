@@ -87,7 +87,7 @@ def stored_of(run: str) -> tuple[Path, list[store.Stored]]:
 
 
 def _without_manifest(folder: Path) -> list[str]:
-    """Returns a message for each checkpoint without a sound manifest, which cannot be read."""
+    """Returns a message for each checkpoint whose manifest is missing or damaged."""
     return [
         f"{path}: manifest.json is missing or damaged"
         for path in store.renamed(folder)
@@ -99,16 +99,16 @@ def list_checkpoints(run: str) -> int:
     """Prints a table of a run's complete checkpoints."""
     from rich.table import Table
 
-    folder, found = stored_of(run)
+    folder, checkpoints = stored_of(run)
     table = Table(title=f"{folder}", title_justify="left")
-    best, manifests = store.best_of(folder), [item.manifest for item in found]
+    best, manifests = store.best_of(folder), [item.manifest for item in checkpoints]
     # The teacher's hash is one of them.
     named = (name for manifest in manifests for name in manifest if name.endswith("_hash"))
     hashes = list(dict.fromkeys(named))
     titles = [name.replace("_", " ") for name in hashes]
     for column in ("step", "samples", "ranks", "ZeRO", "size", *titles):
         table.add_column(column, justify="right")
-    for item, manifest in zip(found, manifests, strict=True):
+    for item, manifest in zip(checkpoints, manifests, strict=True):
         table.add_row(
             f"best  {item.update}" if best == item.path.resolve() else str(item.update),
             f"{manifest['samples']:,}",
@@ -128,15 +128,15 @@ def list_checkpoints(run: str) -> int:
 
 def verify(run: str) -> int:
     """Reads every file of a run's checkpoints; returns 1 if a checkpoint is damaged."""
-    folder, found = stored_of(run)
+    folder, checkpoints = stored_of(run)
     unreadable = _without_manifest(folder)
-    read = activity.counted(found, "reading every byte", "checkpoints")
+    read = activity.counted(checkpoints, "reading every byte", "checkpoints")
     damages = [f"{item.path}: {damage}" for item in read for damage in store.verify(item)]
     problems = unreadable + damages
     for problem in problems:
         print(f"damaged: {problem}")
     damaged = {problem.split(": ")[0] for problem in problems}
-    whole = len(found) + len(unreadable)
+    whole = len(checkpoints) + len(unreadable)
     print(f"{whole - len(damaged)} of {whole} checkpoints are sound")
     return 1 if problems else 0
 
@@ -158,8 +158,8 @@ def _pruned(folder: Path, keep_last: int | None, lease: Lease) -> list[Path]:
     path = recipe_file(folder, where="checkpoint prune")
     stored = read_json(path, where="checkpoint prune", holds=dict, remedy="Restore it.")
     runtime = stored.get("runtime")
-    kept = runtime if isinstance(runtime, dict) else {}
-    last, every = kept.get("keep_last"), kept.get("keep_every")
+    settings = runtime if isinstance(runtime, dict) else {}
+    last, every = settings.get("keep_last"), settings.get("keep_every")
     if not isinstance(last, int) or not isinstance(every, int):
         raise ConfigError(
             f"checkpoint prune: {path}: damaged; got keep_last {last!r} and keep_every {every!r} "

@@ -45,6 +45,6 @@ class Diagnose(DiagnosisFlags, AllowsCode):
 
 def main(arguments: list[str]) -> int:
     """Diagnoses the models and prints a summary."""
-    given = parse(Diagnose, arguments, command="diagnose")
-    require_paths(paths_of_models(given.models) | {"data.root": given.data.root})
-    return measured(DIAGNOSIS, given, {})
+    options = parse(Diagnose, arguments, command="diagnose")
+    require_paths(paths_of_models(options.models) | {"data.root": options.data.root})
+    return measured(DIAGNOSIS, options, {})

@@ -58,32 +58,34 @@ class Doctor:
 
 def main(arguments: list[str]) -> int:
     """Checks this node, lets the ranks meet, and prints the table; 1 if training cannot start."""
-    given = parse(Doctor, arguments, command="doctor")
+    options = parse(Doctor, arguments, command="doctor")
     terminal.take()
     # What libraries print meanwhile does not belong to the table.
     terminal.hand_over(Path(os.devnull))
-    local_disk = given.local_disk or os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
+    local_disk = options.local_disk or os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
     speaks = find_rank() == 0
     first, launch = _launcher()
-    found = {"launcher": first}
+    findings = {"launcher": first}
     if speaks or (launch is not None and launch.local_rank == 0):
         # Before the meeting, which sets variables of its own.
         ranks = launch.world_size if launch else 1
-        found |= check_node(given.run_dir, local_disk, ranks, nvme_path=given.nvme_path)
-    found["ranks meet"] = _meet(launch) if launch is not None else Finding("not tried", "-")
-    meets = launch is not None and launch.world_size > 1 and found["ranks meet"].verdict != "STOPS"
+        findings |= check_node(options.run_dir, local_disk, ranks, nvme_path=options.nvme_path)
+    findings["ranks meet"] = _meet(launch) if launch is not None else Finding("not tried", "-")
+    meets = (
+        launch is not None and launch.world_size > 1 and findings["ranks meet"].verdict != "STOPS"
+    )
     if not (meets or speaks):
         return 0  # Rank 0 says what kept them apart.
     if meets:
         from fd_large.ranks import distributed
 
-        own = found if distributed.local_rank() == 0 else {}
-        nodes = distributed.gather_objects((distributed.node_name(), own))
-        found = merged([node for node in nodes if node[1]])
-    stops = any(finding.verdict == "STOPS" for finding in found.values())
+        node_findings = findings if distributed.local_rank() == 0 else {}
+        nodes = distributed.gather_objects((distributed.node_name(), node_findings))
+        findings = merged([node for node in nodes if node[1]])
+    stops = any(finding.verdict == "STOPS" for finding in findings.values())
     if speaks:
-        _print(found)
-        for module in REPORTS if given.full else ():
+        _print(findings)
+        for module in REPORTS if options.full else ():
             subprocess.run([sys.executable, "-m", module], stdout=terminal.out(), check=False)
     return distributed.leave(int(stops)) if meets else int(stops)
 
@@ -99,24 +101,24 @@ def merged(nodes: Sequence[tuple[str, Mapping[str, Finding]]]) -> dict[str, Find
     """
     (_, first), *others = nodes
     lines = {}
-    for name, own in first.items():
+    for name, finding in first.items():
         # Nodes with one verdict share a mention, whatever their speeds.
         odd: dict[tuple[str, str, str], tuple[Finding, list[str]]] = {}
         for node, findings in others:
             other = findings[name]
-            if SEVERITY[other.verdict] > SEVERITY[own.verdict] or other.alike != own.alike:
+            if SEVERITY[other.verdict] > SEVERITY[finding.verdict] or other.alike != finding.alike:
                 odd.setdefault(other[1:], (other, []))[1].append(node)
-        line = own
+        line = finding
         for other, named in odd.values():
             verdict = max((line.verdict, other.verdict), key=SEVERITY.__getitem__)
             remedy = other.remedy or line.remedy
-            if other.alike != own.alike:
+            if other.alike != finding.alike:
                 if name in _SAME:
                     verdict, remedy = "STOPS", "Use one checkout and one environment on all nodes."
                 elif SEVERITY[verdict] == 0:
                     verdict, remedy = "check", "The slowest node decides the pace of all."
-            said = f"{line.found}; {first_names(named, 4)}: {other.found}"
-            line = Finding(said, verdict, remedy, own.alike)
+            text = f"{line.found}; {first_names(named, 4)}: {other.found}"
+            line = Finding(text, verdict, remedy, finding.alike)
         lines[name] = line
     return lines
 
@@ -138,11 +140,11 @@ def _launcher() -> tuple[Finding, Launch | None]:
     if launch.world_size == 1:
         return Finding(f"one process; {at_hand}"), launch
     nodes = "" if launch.node_rank is None else f", {launch.local_world_size} on the first node"
-    said = (
+    description = (
         f"{launch.launcher}: {launch.world_size} ranks{nodes}, meeting at "
         f"{launch.master_addr}:{launch.master_port}; {at_hand}"
     )
-    return Finding(said), launch
+    return Finding(description), launch
 
 
 def _meet(launch: Launch) -> Finding:
@@ -186,7 +188,7 @@ def _sum(meeting_seconds: float) -> Finding:
     )
 
 
-def _print(found: Mapping[str, Finding]) -> None:
+def _print(findings: Mapping[str, Finding]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -196,17 +198,17 @@ def _print(found: Mapping[str, Finding]) -> None:
     table.add_column(ratio=1, overflow="fold")
     for group in GROUPS:
         for name in group:
-            if (finding := found.get(name)) is None:
+            if (finding := findings.get(name)) is None:
                 continue
-            said = Text(finding.found)
+            text = Text(finding.found)
             if finding.remedy and SEVERITY[finding.verdict]:
-                said.append(f"\n-> {finding.remedy}", style="yellow")
+                text.append(f"\n-> {finding.remedy}", style="yellow")
             style = _STYLES.get(finding.verdict, "yellow")
-            table.add_row(name, Text(finding.verdict, style=style), said)
+            table.add_row(name, Text(finding.verdict, style=style), text)
         table.add_section()
     console = tables(most=WIDTH)
     console.print(table)
-    stops = [name for name, finding in found.items() if finding.verdict == "STOPS"]
+    stops = [name for name, finding in findings.items() if finding.verdict == "STOPS"]
     last = (
         f"Training cannot start: {', '.join(stops)}." if stops else "Nothing stops training here."
     )

@@ -99,11 +99,11 @@ def packages() -> Finding:
     from packaging.requirements import Requirement
 
     try:
-        wanted = [Requirement(line) for line in requires("fd_large") or []]
+        requirements = [Requirement(line) for line in requires("fd_large") or []]
     except PackageNotFoundError:
         return Finding("fd_large is not installed", "missing", "pip install -e . in its checkout.")
-    wrong, found = [], [f"Python {platform.python_version()}"]
-    for requirement in wanted:
+    wrong, versions = [], [f"Python {platform.python_version()}"]
+    for requirement in requirements:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
@@ -114,10 +114,10 @@ def packages() -> Finding:
         if not requirement.specifier.contains(has, prereleases=True):
             wrong.append(f"{requirement.name} {has}, not {requirement.specifier}")
         elif requirement.name in _SHOWN:
-            found.append(f"{requirement.name} {has}")
+            versions.append(f"{requirement.name} {has}")
     if wrong:
         return Finding("; ".join(wrong), "STOPS", "pip install -e . in the checkout.")
-    return Finding(", ".join(found), alike=", ".join(found))
+    return Finding(", ".join(versions), alike=", ".join(versions))
 
 
 def code() -> Finding:
@@ -128,8 +128,8 @@ def code() -> Finding:
 
     commit = source_commit()
     at = f"commit {commit[:9]}" if commit else "no checkout"
-    found = f"fd_large {fd_large.__version__}, {at}, the files' hash {code_hash()[:8]}"
-    return Finding(found, alike=found)
+    text = f"fd_large {fd_large.__version__}, {at}, the files' hash {code_hash()[:8]}"
+    return Finding(text, alike=text)
 
 
 def fused_code() -> Finding:
@@ -142,18 +142,18 @@ def fused_code() -> Finding:
         return Finding(f"DeepSpeed: {first_line(error)}", "STOPS", "Install deepspeed again.")
     adam = ops()[0]
     state = "is built" if adam.built else "can be built" if adam.buildable else "cannot be built"
-    found = [f"{adam.name} {state}"]
-    found += [f"{name} {version(name)}" for name in ("triton", "fairscale") if find_spec(name)]
-    found += ["NVIDIA apex"] if has_nvidia_apex() else []
+    parts = [f"{adam.name} {state}"]
+    parts += [f"{name} {version(name)}" for name in ("triton", "fairscale") if find_spec(name)]
+    parts += ["NVIDIA apex"] if has_nvidia_apex() else []
     if wish := os.environ.get("FD_KERNELS"):
-        found.append(f"FD_KERNELS={wish}")
-    said = ", ".join(found)
+        parts.append(f"FD_KERNELS={wish}")
+    text = ", ".join(parts)
     if _has_gpu() and not (adam.built or adam.buildable):
         remedy = "Install nvcc of torch's CUDA version, a C++ compiler and ninja."
-        return Finding(said, "slow", remedy)
+        return Finding(text, "slow", remedy)
     if _has_gpu() and not find_spec("triton"):
-        return Finding(f"{said}, no triton", "slow", "pip install triton: fused kernels on GPUs.")
-    return Finding(said)
+        return Finding(f"{text}, no triton", "slow", "pip install triton: fused kernels on GPUs.")
+    return Finding(text)
 
 
 # --- the machine ---
@@ -176,12 +176,12 @@ def devices() -> Finding:
         try:
             float(torch.ones(8, device=f"cuda:{index}").sum())
         except RuntimeError as error:
-            said = f"GPU {index} does not compute: {first_line(error)}"
-            return Finding(said, "STOPS", "Have the node looked at, or leave it out.")
+            text = f"GPU {index} does not compute: {first_line(error)}"
+            return Finding(text, "STOPS", "Have the node looked at, or leave it out.")
         facts = torch.cuda.get_device_properties(index)
         names.append(f"{facts.name} ({facts.total_memory / 2**30:.0f} GiB)")
-    said = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
-    return Finding(said, alike=said)
+    text = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
+    return Finding(text, alike=text)
 
 
 def cpu_and_memory() -> Finding:
@@ -190,10 +190,10 @@ def cpu_and_memory() -> Finding:
 
     cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()
     free = f"{memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB free"
-    said = f"{cores} of {os.cpu_count()} cores, {free}"
+    text = f"{cores} of {os.cpu_count()} cores, {free}"
     if cores == 1 and (os.cpu_count() or 1) > 1:
-        return Finding(said, "slow", "Ask the queue for more: srun --cpus-per-task=N.")
-    return Finding(said)
+        return Finding(text, "slow", "Ask the queue for more: srun --cpus-per-task=N.")
+    return Finding(text)
 
 
 def limits(world_size: int) -> Finding:
@@ -207,16 +207,16 @@ def limits(world_size: int) -> Finding:
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     unlimited = locked == resource.RLIM_INFINITY
-    said = f"{files} open files, locked memory {'unlimited' if unlimited else f'{locked >> 20} MB'}"
+    text = f"{files} open files, locked memory {'unlimited' if unlimited else f'{locked >> 20} MB'}"
     if files < (needed := open_files_needed(world_size)):
         remedy = (
             f"Rank 0 of {world_size} may need {needed}: have the hard limit raised (ulimit -Hn; "
             "slurmd's LimitNOFILE; docker run --ulimit nofile)."
         )
-        return Finding(said, "low", remedy)
+        return Finding(text, "low", remedy)
     if not unlimited and _active_ports():
-        return Finding(said, "low", "InfiniBand needs ulimit -l unlimited.")
-    return Finding(said)
+        return Finding(text, "low", "InfiniBand needs ulimit -l unlimited.")
+    return Finding(text)
 
 
 # --- network ---
@@ -227,25 +227,29 @@ def interfaces() -> Finding:
     import psutil
 
     up = {name: facts for name, facts in psutil.net_if_stats().items() if facts.isup}
-    said = []
+    interface_addresses = []
     for name, addresses in psutil.net_if_addrs().items():
         numbers = [a.address for a in addresses if a.family == socket.AF_INET]
         if name in up and numbers and name != "lo":
             speed = f" {up[name].speed / 1000:g} Gb/s" if up[name].speed > 0 else ""
-            said.append(f"{name} {numbers[0]}{speed}")
+            interface_addresses.append(f"{name} {numbers[0]}{speed}")
     host = socket.gethostname()
     try:
         address = socket.gethostbyname(host)
     except OSError:
         address = ""
-    found = f"{', '.join(said) or 'lo alone'}; {host} is {address or 'not resolved'}"
-    if said and (not address or address.startswith("127.")) and not _named("GLOO_SOCKET_IFNAME"):
+    text = f"{', '.join(interface_addresses) or 'lo alone'}; {host} is {address or 'not resolved'}"
+    if (
+        interface_addresses
+        and (not address or address.startswith("127."))
+        and not _named("GLOO_SOCKET_IFNAME")
+    ):
         remedy = (
             "Several nodes need GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or a host name that "
             "the others reach."
         )
-        return Finding(found, "check", remedy)
-    return Finding(found)
+        return Finding(text, "check", remedy)
+    return Finding(text)
 
 
 def infiniband() -> Finding:
@@ -255,10 +259,10 @@ def infiniband() -> Finding:
     rates = Counter(_active_ports())
     if not rates:
         return Finding("no port is active", "slow", "Have the node's fabric looked at.")
-    said = ", ".join(f"{count} x {rate}" for rate, count in rates.items())
+    text = ", ".join(f"{count} x {rate}" for rate, count in rates.items())
     if os.environ.get("NCCL_IB_DISABLE") == "1":
-        return Finding(f"{said}, unused", "slow", "unset NCCL_IB_DISABLE.", said)
-    return Finding(said, alike=said)
+        return Finding(f"{text}, unused", "slow", "unset NCCL_IB_DISABLE.", text)
+    return Finding(text, alike=text)
 
 
 def _active_ports() -> list[str]:
@@ -272,28 +276,28 @@ def _active_ports() -> list[str]:
 
 def collective_variables() -> Finding:
     """Reports the variables of NCCL and gloo, and checks that interfaces in them exist."""
-    found = {
+    variables = {
         name: value
         for name, value in sorted(os.environ.items())
         if name.startswith(("NCCL_", "TORCH_NCCL_")) or name == "GLOO_SOCKET_IFNAME"
     }
-    said = ", ".join(f"{name}={value}" for name, value in found.items()) or "no variables set"
+    text = ", ".join(f"{name}={value}" for name, value in variables.items()) or "no variables set"
     present = os.listdir("/sys/class/net")
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         # NCCL takes the beginning of a name, gloo the whole name.
         exists = str.startswith if name[0] == "N" else str.__eq__
-        wanted = _named(name)
-        if wanted and not any(exists(there, one) for one in wanted for there in present):
-            return Finding(said, "STOPS", f"{name} names no interface here: {', '.join(present)}.")
-    if found.get("NCCL_P2P_DISABLE") == "1":
-        return Finding(said, "slow", "unset NCCL_P2P_DISABLE: GPUs of a node talk directly.")
-    return Finding(said)
+        named = _named(name)
+        if named and not any(exists(there, prefix) for prefix in named for there in present):
+            return Finding(text, "STOPS", f"{name} names no interface here: {', '.join(present)}.")
+    if variables.get("NCCL_P2P_DISABLE") == "1":
+        return Finding(text, "slow", "unset NCCL_P2P_DISABLE: GPUs of a node talk directly.")
+    return Finding(text)
 
 
 def _named(variable: str) -> list[str]:
     """Returns the interfaces that a variable names; empty if it only excludes some."""
     text = os.environ.get(variable, "")
-    return [] if text.startswith("^") else [one for one in text.lstrip("=").split(",") if one]
+    return [] if text.startswith("^") else [name for name in text.lstrip("=").split(",") if name]
 
 
 # --- disks ---
@@ -334,29 +338,29 @@ def disk(folder: str, *, needed: bool) -> Finding:
     if there not in (None, "folder"):
         return Finding(f"{folder}: a {there}", verdict, remedy)
     free, kind = shutil.disk_usage(path).free, disks.file_system(path)
-    said = f"{folder} ({kind}): {free / 1e9:,.1f} GB free"
+    text = f"{folder} ({kind}): {free / 1e9:,.1f} GB free"
     try:
         speed = disks.write_speed(path)
     except OSError as error:
-        return Finding(f"{said}, cannot be written: {error.strerror}", verdict, remedy)
-    said += f", writes {speed / 1e9:.2f} GB/s"
+        return Finding(f"{text}, cannot be written: {error.strerror}", verdict, remedy)
+    text += f", writes {speed / 1e9:.2f} GB/s"
     if free < _LOW_DISK:
-        return Finding(said, "low", "A checkpoint takes 12 bytes a parameter. Make room.")
+        return Finding(text, "low", "A checkpoint takes 12 bytes a parameter. Make room.")
     if not needed and kind in disks.IN_MEMORY:
-        return Finding(said, "low", "Copies there take memory: name a disk with --local_disk.")
+        return Finding(text, "low", "Copies there take memory: name a disk with --local_disk.")
     if speed < _SLOW_DISK:
-        return Finding(said, "slow", "Every checkpoint waits for it. Name another disk.")
-    return Finding(said)
+        return Finding(text, "slow", "Every checkpoint waits for it. Name another disk.")
+    return Finding(text)
 
 
 def shared_memory() -> Finding:
     """Checks free shared memory, through which loading processes pass batches."""
     usage = shutil.disk_usage("/dev/shm")
-    said = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free"
+    text = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free"
     if usage.free < _LOW_SHARED_MEMORY:
         remedy = "Loader processes pass batches there: docker run --shm-size=16g or --ipc=host."
-        return Finding(said, "low", remedy)
-    return Finding(said)
+        return Finding(text, "low", remedy)
+    return Finding(text)
 
 
 def listings() -> Finding:
@@ -369,9 +373,9 @@ def listings() -> Finding:
         with tempfile.TemporaryFile(dir=folder):
             return Finding(f"kept in {folder}")
     except OSError as error:
-        said = f"{folder} cannot be written: {error.strerror}"
+        text = f"{folder} cannot be written: {error.strerror}"
         remedy = "Every start walks over the dataset. Set FD_CACHE to a folder that can be written."
-        return Finding(said, "slow", remedy)
+        return Finding(text, "slow", remedy)
 
 
 def _has_gpu() -> bool:

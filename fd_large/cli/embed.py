@@ -85,24 +85,24 @@ class Embed(AllowsCode):
 
 def main(arguments: list[str]) -> int:
     """Writes the table and prints a summary of it."""
-    given = parse(Embed, arguments, command="embed")
-    data, out = given.data, Path(given.out)
-    require_paths(paths_of_models([given.model]) | {"data.root": data.root})
+    options = parse(Embed, arguments, command="embed")
+    data, out = options.data, Path(options.out)
+    require_paths(paths_of_models([options.model]) | {"data.root": data.root})
     require_dataset(data.root, where="data.root")
     check_workers(data.workers)
     check_out(out, where="--out")
     if out.suffix == ".parquet":
-        require("pyarrow", given.out, "--out")
+        require("pyarrow", options.out, "--out")
     with ending_with(_STOPPED):
-        rows, side = embed(given)
+        rows, side = embed(options)
     from fd_large.ranks import distributed
 
     if distributed.is_main():
-        print(f"{out}: {rows:,} rows, {given.pool} of {given.model}, images of {side} px")
+        print(f"{out}: {rows:,} rows, {options.pool} of {options.model}, images of {side} px")
     return distributed.leave(0)
 
 
-def embed(given: Embed) -> tuple[int, int]:
+def embed(options: Embed) -> tuple[int, int]:
     """Writes the table; every rank calls it. Returns the number of rows, and the images' side.
 
     Raises: FDError: for the user's mistakes.
@@ -116,19 +116,19 @@ def embed(given: Embed) -> tuple[int, int]:
         from fd_large.runtime import logs
         from fd_large.tasks.jobs import job_of
 
-    data = given.data
+    data = options.data
     logs.start(distributed.start().rank)
     full_float32(distributed.device())
     images = meeting.meet(lambda: open_images(data.root))
-    model = meeting.meet(lambda: find_model(given.model, job_of, image_size=data.image_size))
+    model = meeting.meet(lambda: find_model(options.model, job_of, image_size=data.image_size))
     rows = embedding.embed(
         model,
         images,
-        Path(given.out),
+        Path(options.out),
         root=data.root,
-        feature=given.features,
-        pool=given.pool,
-        batch_size=given.batch_size,
+        feature=options.features,
+        pool=options.pool,
+        batch_size=options.batch_size,
         workers=data.workers,
         max_pixels=data.max_pixels,
     )

@@ -79,14 +79,14 @@ def main(arguments: list[str]) -> int:
     """Runs the command."""
     tasks = [later for flag, later in pairwise(arguments) if flag == "--task"]
     tasks += [word.removeprefix("--task=") for word in arguments if word.startswith("--task=")]
-    given = parse_with_recipe(
+    parsed = parse_with_recipe(
         with_flags_of(tasks[-1] if tasks else "auto"),
         arguments,
         command="evaluate",
         recipe=registry.FINETUNING_RECIPE,
-        base_of=lambda own: scored_run(own.get("models", ()), own.get("task", "auto")),
+        base_of=lambda options: scored_run(options.get("models", ()), options.get("task", "auto")),
     )
-    return evaluate(given.own, given.fields, given.run)
+    return evaluate(parsed.own, parsed.fields, parsed.run)
 
 
 def with_flags_of(task: str) -> type[Evaluate]:
@@ -128,11 +128,11 @@ def scored_run(models: Sequence[str], task: str) -> Run | None:
     return None
 
 
-def evaluate(own: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
+def evaluate(options: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
     """Measures models; returns the exit code.
 
     Args:
-        own: The command's own arguments.
+        options: The command's own arguments.
         changes: Given fields of a recipe, by name.
         run: A recipe with these fields.
 
@@ -140,28 +140,31 @@ def evaluate(own: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
     """
     for flags, scored in _SCORED_FILES.items():
         names = [field.name for field in fields(flags)]
-        if any(getattr(own, name) for name in names):
-            _refuse(own, f"--{names[0]}", names, changes, ())
-            return _score_files(own, scored)
+        if any(getattr(options, name) for name in names):
+            _refuse(options, f"--{names[0]}", names, changes, ())
+            return _score_files(options, scored)
     check_workers(changes.get("data.workers", 0))
-    if not own.models:
+    if not options.models:
         raise ConfigError(
             "evaluate: MODEL is missing; got none, expected a run or weights. Name one, for "
             "example runs/quickstart."
         )
     root = {name: value for name, value in changes.items() if name == "data.root"}
-    require_paths(paths_of_models(own.models) | root)
-    files.check_out(own.out, where="--out", holds="folder")
-    protocol = _protocol_of_run(own) if own.task == "auto" else protocol_of(own.task, own.protocol)
+    require_paths(paths_of_models(options.models) | root)
+    files.check_out(options.out, where="--out", holds="folder")
+    if options.task == "auto":
+        protocol = _protocol_of_run(options)
+    else:
+        protocol = protocol_of(options.task, options.protocol)
     names = ["models", *(field.name for field in fields(protocol.flags))]
-    if sum(one.name == protocol.name for one in PROTOCOLS) > 1:
+    if sum(known.name == protocol.name for known in PROTOCOLS) > 1:
         names.append("protocol")
-    _refuse(own, protocol.name, names, changes, protocol.fields)
-    return measured(protocol, own, changes, run)
+    _refuse(options, protocol.name, names, changes, protocol.fields)
+    return measured(protocol, options, changes, run)
 
 
 def measured(
-    protocol: Protocol, own: Any, changes: Mapping[str, Any], run: Run | None = None
+    protocol: Protocol, options: Any, changes: Mapping[str, Any], run: Run | None = None
 ) -> int:
     """Measures by a protocol and prints the results; returns the exit code.
 
@@ -169,31 +172,31 @@ def measured(
     """
     # Looked up when a run is trained: importing DeepSpeed takes seconds.
     train_run = lambda run, **how: train.train_run(run, **how)  # noqa: E731
-    made = protocol.measure(Asked(protocol, own, changes, run, train_run))
+    outcome = protocol.measure(Asked(protocol, options, changes, run, train_run))
     from fd_large.ranks import distributed
 
-    show(made.tables, made.files)
-    return distributed.leave(made.code)
+    show(outcome.tables, outcome.files)
+    return distributed.leave(outcome.code)
 
 
 # ------------------------------------------------------------------------------------------------
 
 
-def _protocol_of_run(own: Evaluate) -> Protocol:
+def _protocol_of_run(options: Evaluate) -> Protocol:
     """Resolves `--task auto`: the task of the first model's run, else k-NN."""
-    folder = run_of_checkpoint(own.models[0].removesuffix("#scratch"))
+    folder = run_of_checkpoint(options.models[0].removesuffix("#scratch"))
     if files.kind_of(folder / RECIPE, where="evaluate") == "file":
         kind = kind_of(read_recipe(folder, where="evaluate").task.name)
         if kind.scores_runs:
             return scored_by(kind)
         if kind.trains_models:
-            return protocol_of(kind.name, own.protocol)
+            return protocol_of(kind.name, options.protocol)
     return PROTOCOLS[0]
 
 
 def _refuse(
-    own: Evaluate,
-    what: str,
+    options: Evaluate,
+    label: str,
     flags: Sequence[str],
     changes: Collection[str],
     allowed: Sequence[str] | None,
@@ -201,32 +204,34 @@ def _refuse(
     """Refuses given flags that the protocol does not use.
 
     Args:
-        own: The command's own arguments.
-        what: The protocol in words, for the message.
+        options: The command's own arguments.
+        label: The protocol in words, for the message.
         flags: The command's own arguments that it uses.
         changes: Given fields of a recipe.
         allowed: Fields that it uses; None for all.
     """
-    given = {f.name: getattr(own, f.name) != f.default for f in fields(own)}
+    changed = {f.name: getattr(options, f.name) != f.default for f in fields(options)}
     unused = [
-        name for name in given if given[name] and name not in ("task", "out", "allow_code", *flags)
+        name
+        for name in changed
+        if changed[name] and name not in ("task", "out", "allow_code", *flags)
     ]
     expected = [f"--{name}" for name in ("out", *flags) if name != "models"]
     if allowed is not None:
         unused += [name for name in changes if name not in allowed]
         expected += [f"--{name}" for name in allowed]
     mistakes = [
-        f"{'MODEL' if name == 'models' else f'--{name}'}: not used by {what}; got it, expected only"
-        f" {', '.join(expected)}. Leave it out."
+        f"{'MODEL' if name == 'models' else f'--{name}'}: not used by {label}; got it, expected "
+        f"only {', '.join(expected)}. Leave it out."
         for name in unused
     ]
     if mistakes:
         raise ConfigError("\n".join(mistakes))
 
 
-def _score_files(own: Evaluate, kind: TaskKind) -> int:
+def _score_files(options: Evaluate, kind: TaskKind) -> int:
     """Scores files of results, without a model."""
     score = import_module(f"fd_large.tasks.{kind.folder}.score_files").score_files
-    shown, written = score(own)
+    shown, written = score(options)
     show(shown, [f"written: {path}" for path in written])
     return 0

@@ -82,28 +82,28 @@ class Export(AllowsCode):
 
 def main(arguments: list[str]) -> int:
     """Exports and prints the written files."""
-    given = parse(Export, arguments, command="export")
+    options = parse(Export, arguments, command="export")
     # torch is not imported yet.
-    recipe_file(run_of_checkpoint(given.run), where="export")
-    check_out(given.out, where="export")
+    recipe_file(run_of_checkpoint(options.run), where="export")
+    check_out(options.out, where="export")
     step, parameters, files = export(
-        given.run,
-        given.out,
-        given.to,
-        given.shard_size,
-        image_size=given.image_size,
-        repository=given.push,
-        licence=given.license,
-        base_model=given.base_model,
+        options.run,
+        options.out,
+        options.to,
+        options.shard_size,
+        image_size=options.image_size,
+        repository=options.push,
+        licence=options.license,
+        base_model=options.base_model,
     )
     print(
         f"step {step}: {parameters:,} parameters in {len(files)} "
-        f"file{'s' if len(files) > 1 else ''}: {given.out}"
+        f"file{'s' if len(files) > 1 else ''}: {options.out}"
     )
-    if given.push:
+    if options.push:
         from fd_large.weights.push import push
 
-        print(f"uploaded, private: {push(Path(given.out), given.push)}")
+        print(f"uploaded, private: {push(Path(options.out), options.push)}")
     return 0
 
 
@@ -181,10 +181,10 @@ def export(
             ),
             stored.learned(reader.manifest, to),
         )
-        own = ((name, tensors[name]) for name in shapes)
+        student_items = ((name, tensors[name]) for name in shapes)
         if into is None:
             files = export_graph(
-                own,
+                student_items,
                 architecture,
                 to,
                 Path(out),
@@ -200,7 +200,7 @@ def export(
                 for name, shape in beside.items()
             )
             files = exports.export(
-                chain(own, others),
+                chain(student_items, others),
                 {**shapes, **beside},
                 architecture,
                 into,
@@ -243,6 +243,6 @@ def _summary(folder: Path, step: int) -> dict[str, Any]:
     if run == folder or summary.get("updates") == step:
         return summary
     rows = rows_before(run / EVALUATIONS, step + 1)
-    own = next((row for row in rows if row["update"] == step), {})
+    evaluation = next((row for row in rows if row["update"] == step), {})
     measured = {name for row in rows for name in row} - {"update"}
-    return summary | dict.fromkeys([*measured, "loss_end"]) | own | {"updates": step}
+    return summary | dict.fromkeys([*measured, "loss_end"]) | evaluation | {"updates": step}

@@ -33,14 +33,14 @@ def program(command: str) -> str:
 
 def required(kind: type, prefix: str = "") -> Iterator[str]:
     """Yields the names of fields without a default, nested fields included."""
-    for own in fields(kind):
-        hint = hints_of(kind)[own.name]
-        if own.default is not MISSING or own.default_factory is not MISSING:
+    for argument in fields(kind):
+        hint = hints_of(kind)[argument.name]
+        if argument.default is not MISSING or argument.default_factory is not MISSING:
             continue
         if isinstance(hint, type) and is_dataclass(hint):
-            yield from required(hint, f"{prefix}{own.name}.")
+            yield from required(hint, f"{prefix}{argument.name}.")
         else:
-            yield prefix + own.name
+            yield prefix + argument.name
 
 
 def sections_of(task: type[Task]) -> dict[str, Any]:
@@ -124,23 +124,23 @@ def print_overview(
         often: Flags with descriptions: the command's own, and fields of the recipe.
     """
     sections, read = sections_of(task), _read_by(base.task)
-    own, flags, about = {}, {}, {}
+    command_flags, flags, about = {}, {}, {}
     for name, text in often.items():
         if name in field_names(kind):
-            own[f"--{name}"] = text
+            command_flags[f"--{name}"] = text
         elif name.partition(".")[0] in read:
             value = attrgetter(name)(base)
-            told = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            flags[f"--{name}"] = f"{text} ({told})" if told else text
+            default = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            flags[f"--{name}"] = f"{text} ({default})" if default else text
     for name in read:
         text = (getdoc(entry_type(sections[name]) or sections[name]) or "").partition(".")[0]
         parts = [part for part in sections if part.rpartition(".")[0] == name]
         about[name] = f"{text}; also {', '.join(parts)}" if parts else text
-    given = "".join(f" --{name} VALUE" for name in required(kind))
-    print(f"usage: {program(command)} [--help [SECTION]]{given} [--FLAG VALUE ...]\n")
+    required_flags = "".join(f" --{name} VALUE" for name in required(kind))
+    print(f"usage: {program(command)} [--help [SECTION]]{required_flags} [--FLAG VALUE ...]\n")
     print(_filled(getdoc(kind) or ""))
-    width = max(map(len, own | flags))
-    _print_rows("flags of the command", own, width)
+    width = max(map(len, command_flags | flags))
+    _print_rows("flags of the command", command_flags, width)
     _print_rows(f"flags of the recipe that are set often (values of {base.name})", flags, width)
     _print_rows(f"its sections; {command} --help SECTION, or {ALL}, has every flag", about)
 

@@ -36,9 +36,9 @@ def main(arguments: list[str]) -> int:
 
     A model that a recipe may not take has the reason after its name.
     """
-    given = parse(Models, arguments, command="models")
-    if given.part:
-        for name in matching(given.part):
+    options = parse(Models, arguments, command="models")
+    if options.part:
+        for name in matching(options.part):
             reason = why_refused(name.removeprefix(TimmArchitecture.prefix))
             print(f"{name}  ({reason})" if reason else name)
     else:
@@ -56,13 +56,13 @@ def matching(part: str) -> list[str]:
         import timm
     theirs = (f"{TimmArchitecture.prefix}{name}" for name in timm.list_models())
     names = [*ARCHITECTURES, *theirs]
-    found = [name for name in names if part.lower() in name.lower()]
-    if not found:
+    matches = [name for name in names if part.lower() in name.lower()]
+    if not matches:
         raise ConfigError(
             f"models: no matching name; got {part!r}, expected a part of a model's name, such as "
             "convnext. Leave it out to list the models without timm's."
         )
-    return found
+    return matches
 
 
 def models_table() -> Table:
@@ -74,6 +74,6 @@ def models_table() -> Table:
     table.add_column("Family and shape", ratio=1)
     for name, model in ARCHITECTURES.items():
         if name not in FAMILIES:  # Which stands for any model of the family.
-            shape = "; ".join(f"{what} {value}" for what, value in model.summary().items())
+            shape = "; ".join(f"{label} {value}" for label, value in model.summary().items())
             table.add_row(name, f"{model.family}: {shape}" if shape else model.own_name)
     return table

@@ -19,8 +19,8 @@ def tables(*, most: int = 1000) -> Console:
     """Returns a console for tables, as wide as the terminal up to a limit."""
     from rich.console import Console
 
-    out, said = terminal.out(), os.environ.get("COLUMNS", "")
-    width = int(said) if said.isdecimal() else 0
+    out, columns = terminal.out(), os.environ.get("COLUMNS", "")
+    width = int(columns) if columns.isdecimal() else 0
     if not width and out.isatty():
         # rich would ask descriptor 1, which may be a log.
         width = os.get_terminal_size(out.fileno()).columns

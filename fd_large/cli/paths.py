@@ -38,7 +38,7 @@ def paths_of(run: Run) -> dict[str, str]:
 
 
 def paths_of_models(models: Sequence[str]) -> dict[str, str]:
-    """Returns {what: path} of models for `evaluate`, also of RUN#NAME and MODEL=SOURCE."""
+    """Returns {label: path} of models for `evaluate`, also of RUN#NAME and MODEL=SOURCE."""
     named = {}
     for name in models:
         path = re.sub(r"#[\w.]+$", "", name)
@@ -53,7 +53,7 @@ def require_paths(named: Mapping[str, str]) -> None:
 
     Raises: ConfigError: a line for each.
     """
-    _on_this_node(*(partial(_require_path, what, text) for what, text in named.items()))
+    _on_this_node(*(partial(_require_path, flag, text) for flag, text in named.items()))
 
 
 def require_contents(run: Run) -> None:
@@ -92,16 +92,16 @@ def require_apart(run: Run, *, fresh: bool) -> None:
     Raises: ConfigError: naming the field.
     """
     folder = Path(run.run_dir()).resolve()
-    for what, text in paths_of(run).items():
-        if not text or not what.startswith(("data.root", "eval.")):
+    for flag, text in paths_of(run).items():
+        if not text or not flag.startswith(("data.root", "eval.")):
             continue
-        if local_kind(text, where=what) != "folder":
+        if local_kind(text, where=flag) != "folder":
             continue
         images = Path(text).resolve()
         if folder == images:
-            wrong = f"it is the folder of images of {what}"
+            wrong = f"it is the folder of images of {flag}"
         elif fresh and images.is_relative_to(folder):
-            wrong = f"it is a parent folder that contains {what}, which --fresh would move"
+            wrong = f"it is a parent folder that contains {flag}, which --fresh would move"
         else:
             continue
         error = ConfigError(
@@ -113,7 +113,7 @@ def require_apart(run: Run, *, fresh: bool) -> None:
 
 
 def require_sources(run: Run) -> None:
-    """Refuses teachers without weights, as a mistyped name of a teacher creates another teacher.
+    """Refuses teachers without weights: a mistyped name in a flag makes a further teacher.
 
     Raises: ConfigError: a line for each.
     """
@@ -140,20 +140,20 @@ def _on_this_node(*checks: Callable[[], None]) -> None:
         raise
 
 
-def _require_path(what: str, text: str) -> None:
+def _require_path(flag: str, text: str) -> None:
     if text in ("", RANDOM) or doors.SCHEME.match(text) or _PATTERN.search(text):
         return
     paths = text, re.sub(r"#\w+$", "", text)  # FILE#student
-    if any(path and kind_of(os.path.expanduser(path), where=what) for path in paths):
+    if any(path and kind_of(os.path.expanduser(path), where=flag) for path in paths):
         return
     if _CODE.search(text):
         raise ConfigError(
-            f"{what}: a file without 'module:' before it; got {text!r}, expected module:{text}. "
+            f"{flag}: a file without 'module:' before it; got {text!r}, expected module:{text}. "
             "Put module: in front."
         )
     # A word may be what an installed package brings.
     if "/" in text or text not in doors.installed("sources"):
         raise ConfigError(
-            f"{what}: no such file or folder; got {text!r}, expected an existing path. Check the "
+            f"{flag}: no such file or folder; got {text!r}, expected an existing path. Check the "
             "path."
         )

@@ -89,34 +89,44 @@ class Plan(TakesRunFile, AllowsCode):
 
 def main(arguments: list[str]) -> int:
     """Plans and prints."""
-    given = parse_with_recipe(Plan, arguments, command="plan", recipe=registry.DEFAULT_RECIPE)
-    own = given.own
-    for flag, file in (("--write", own.write), ("--rates", own.rates if own.probe else "")):
+    parsed = parse_with_recipe(Plan, arguments, command="plan", recipe=registry.DEFAULT_RECIPE)
+    options = parsed.own
+    for flag, file in (
+        ("--write", options.write),
+        ("--rates", options.rates if options.probe else ""),
+    ):
         if file:
             check_out(file, where=flag, holds="file")
     cluster = Cluster(
-        gpus=own.gpus,
-        gpus_per_node=own.gpus_per_node,
-        nic_gigabits=own.network,
-        nics_per_node=own.nics_per_node or own.gpus_per_node,
+        gpus=options.gpus,
+        gpus_per_node=options.gpus_per_node,
+        nic_gigabits=options.network,
+        nics_per_node=options.nics_per_node or options.gpus_per_node,
     )
-    run = _with_students_of_weights(given.run)
+    run = _with_students_of_weights(parsed.run)
     load, machine, good, bad = plan(
-        run, cluster, gpu=own.gpu, rates=own.rates, probe=own.probe, kernels=own.kernels
+        run,
+        cluster,
+        gpu=options.gpu,
+        rates=options.rates,
+        probe=options.probe,
+        kernels=options.kernels,
     )
     console = tables()
     narrow = console.width < NARROW
     console.print(
-        report(run, load, machine, good, bad, images=own.images, rows=own.rows, narrow=narrow)
+        report(
+            run, load, machine, good, bad, images=options.images, rows=options.rows, narrow=narrow
+        )
     )
-    if own.write:
+    if options.write:
         if not good:
             raise ConfigError(
                 "--write: no setting fits; got no settings to write, expected some. Use more GPUs."
             )
-        _write("--write", own.write, good[0].candidate.deepspeed())
+        _write("--write", options.write, good[0].candidate.deepspeed())
         console.print(
-            f"wrote {own.write}, the same JSON as a file: --deepspeed_config {own.write}",
+            f"wrote {options.write}, the same JSON as a file: --deepspeed_config {options.write}",
             soft_wrap=True,
         )
     return 0
@@ -145,18 +155,18 @@ def plan(
         fit.
     Raises: FDError: if something cannot be planned or read.
     """
-    runs = [as_counted(one) for one in run.each_student().values()]
+    runs = [as_counted(student) for student in run.each_student().values()]
     phases: list[Phases | None] = [None] * len(runs)
     if probe:
         # torch, which the rest of this command does without.
         from fd_large.cli.plan_probe import probe as measure
 
-        measured, phases = measure([_as_trained(one) for one in runs], ranks=cluster.gpus)
+        measured, phases = measure([_as_trained(student) for student in runs], ranks=cluster.gpus)
         if rates:
             timed = {
-                _phases_key(run, measured): one.to_plain()
-                for run, one in zip(runs, phases, strict=True)
-                if one
+                _phases_key(run, measured): step_phases.to_plain()
+                for run, step_phases in zip(runs, phases, strict=True)
+                if step_phases
             }
             _write("--rates", rates, measured.to_dict() | {"phases": timed})
     else:

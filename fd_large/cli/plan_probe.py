@@ -40,7 +40,7 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
         out = Path(folder) / "rates.json"
         named = {name: digest for run in runs for name, digest in run.code().items()}
         code = {name: digest for name, digest in named.items() if doors.is_allowed(name)}
-        asked = {"runs": [run.to_dict() for run in runs], "out": str(out), "code": code}
+        request = {"runs": [run.to_dict() for run in runs], "out": str(out), "code": code}
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         environ = environ_of_program() | {"OMP_NUM_THREADS": str(threads)}
         program, port = [sys.executable, "-m", "fd_large.cli.plan_probe"], free_port()
@@ -57,7 +57,7 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
             for process in processes:
                 assert process.stdin is not None
                 with suppress(BrokenPipeError):
-                    process.stdin.write(json.dumps(asked))
+                    process.stdin.write(json.dumps(request))
                     process.stdin.close()
             # Ranks that miss one which has failed are not waited for.
             while None in (codes := [process.poll() for process in processes]) and not any(codes):
@@ -72,7 +72,9 @@ def probe(runs: Sequence[Run], *, ranks: int) -> tuple[Rates, list[Phases | None
                 "Read its message above."
             )
         measured = read_json(out, where="--probe", holds=dict)
-        phases = [one and Phases.from_plain(one, where="--probe") for one in measured["phases"]]
+        phases = [
+            plain and Phases.from_plain(plain, where="--probe") for plain in measured["phases"]
+        ]
         return Rates(**measured["rates"]), phases
 
 
@@ -85,8 +87,8 @@ def main(rank: int, ranks: int, port: int) -> None:
     from fd_large.ranks import distributed
     from fd_large.tasks.jobs import job_of
 
-    asked: dict[str, Any] = parse_json(sys.stdin.read())
-    doors.allow_unchanged(asked["code"])
+    request: dict[str, Any] = parse_json(sys.stdin.read())
+    doors.allow_unchanged(request["code"])
     distributed.start(
         Launch(
             launcher="python",
@@ -103,11 +105,11 @@ def main(rank: int, ranks: int, port: int) -> None:
     share = 1 if torch.cuda.is_available() else ranks
     measured = [
         phases.measure(job_of(Run.from_dict(run)), free_bytes=free_bytes() / share)
-        for run in asked["runs"]
+        for run in request["runs"]
     ]
     if rank == 0:
-        plain = [one.to_plain() if one else None for one in measured]
-        Path(asked["out"]).write_text(json.dumps({"rates": measured_rates, "phases": plain}))
+        plain = [step_phases.to_plain() if step_phases else None for step_phases in measured]
+        Path(request["out"]).write_text(json.dumps({"rates": measured_rates, "phases": plain}))
     distributed.barrier()
     distributed.stop()
 

@@ -90,13 +90,13 @@ def _disk_line(run: Run, load: Workload, machine: Machine) -> Text:
             f"engine.nvme_path: {folder} cannot be tested; got {error.strerror}, expected a "
             "folder on a local disk. Set --engine.nvme_path to another one."
         ) from None
-    found = on_disk(load, machine, speed=speed, average=bool(run.optim.ema_decay))
+    needs = on_disk(load, machine, speed=speed, average=bool(run.optim.ema_decay))
     return Text(
         "State on a disk (ds_configs/zero3_nvme.json, every block checkpointed, 1 image at a "
         "time):\n"
-        f"  {found.memory / 1e9:.1f} GB of memory a rank; {size(found.disk)} on a node's disk, of "
-        f"which {folder} has {size(free)} free{'' if found.disk <= free else ': TOO LITTLE'};\n"
-        f"  up to {figure(found.seconds)} s more for each step at the {speed / 1e9:.2f} GB/s that "
+        f"  {needs.memory / 1e9:.1f} GB of memory a rank; {size(needs.disk)} on a node's disk, of "
+        f"which {folder} has {size(free)} free{'' if needs.disk <= free else ': TOO LITTLE'};\n"
+        f"  up to {figure(needs.seconds)} s more for each step at the {speed / 1e9:.2f} GB/s that "
         "it is written with now\n"
     )
 
@@ -110,7 +110,7 @@ def _heading(run: Run, load: Workload, machine: Machine) -> Text:
     teacher = ""
     if load.teacher_sizes:
         models = run.frozen_models.values()
-        named = [one.source if brings_model(one.source) else one.model for one in models]
+        named = [model.source if brings_model(model.source) else model.model for model in models]
         name = f"teacher{'s' * (len(named) > 1)} {', '.join(named)}" if named else "frozen model"
         teacher = (
             f"  {name}: {sum(load.teacher_sizes) / 1e6:,.1f}M parameters, "
@@ -118,7 +118,7 @@ def _heading(run: Run, load: Workload, machine: Machine) -> Text:
         )
     for name, folder in cached_folders(run).items():
         teacher += f"  {name}: cached targets in {folder}\n"
-    learning = [f"{name}: {one.model}" for name, one in run.students.items()]
+    learning = [f"{name}: {student.model}" for name, student in run.students.items()]
     students, whose = f"student {run.student.model}: ", "its"
     if learning:
         students, whose = f"students {', '.join(learning)}: ", "their"
@@ -153,21 +153,21 @@ def _best_table(
         names += ["compute\nms", "comm.\nms", "images\n/s", "MFU\n%"]
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    for one in good:
-        seconds = one.seconds
+    for setting in good:
+        seconds = setting.seconds
         hours = seconds.between.scaled(steps / 3600)
         cells = [
             f"{seconds.computation * 1e3:,.0f}",
             f"{seconds.communication * 1e3:,.0f}",
-            f"{one.images_per_second:,.0f}",
-            f"{100 * one.mfu:.1f}",
+            f"{setting.images_per_second:,.0f}",
+            f"{100 * setting.mfu:.1f}",
         ]
         table.add_row(
-            _zero(one.candidate),
-            _teacher(one.candidate, load),
-            "blocks" if one.candidate.checkpointing else "off",
-            f"{one.candidate.micro_batch_size} x {seconds.accumulation}",
-            f"{one.memory.total / 1e9:.1f}",
+            _zero(setting.candidate),
+            _teacher(setting.candidate, load),
+            "blocks" if setting.candidate.checkpointing else "off",
+            f"{setting.candidate.micro_batch_size} x {seconds.accumulation}",
+            f"{setting.memory.total / 1e9:.1f}",
             figures(seconds.between),
             figures(hours),
             figures(hours.scaled(machine.cluster.gpus)),
@@ -189,15 +189,15 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
     }
     whole = [list(placements)[place] for place in load.smallest_first[: best.candidate.whole]]
     flags = {f"--deepspeed_config {best.candidate.shipped_config}": None}
-    for name, one in run.each_student().items():
-        own = best.candidate.flags(
+    for name, student in run.each_student().items():
+        student_flags = best.candidate.flags(
             micro_batch_size=run.batch.micro_batch_size,
             placements=placements,
             whole=whole,
-            activation_checkpointing=one.student.activation_checkpointing,
+            activation_checkpointing=student.student.activation_checkpointing,
         )
         whose = f"--students.{name}." if name else "--student."
-        flags |= dict.fromkeys(flag.replace("--student.", whose) for flag in own)
+        flags |= dict.fromkeys(flag.replace("--student.", whose) for flag in student_flags)
     parts = ", ".join(
         f"{name} {value * 1e3:,.0f}{'' if i else ' ms'}"
         for i, (name, value) in enumerate(seconds.parts.items())
@@ -259,12 +259,12 @@ def _refused_table(bad: list[Refused], load: Workload, rows: int) -> Table:
     more = f", {rows} of {len(bad)}" if len(bad) > rows else ""
     table = _table(f"Settings that do not fit{more}")
     table.add_column("why")
-    for one in bad[:rows]:
+    for setting in bad[:rows]:
         table.add_row(
-            _zero(one.candidate),
-            _teacher(one.candidate, load),
-            "blocks" if one.candidate.checkpointing else "off",
-            one.reason,
+            _zero(setting.candidate),
+            _teacher(setting.candidate, load),
+            "blocks" if setting.candidate.checkpointing else "off",
+            setting.reason,
         )
     return table
 

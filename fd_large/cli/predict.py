@@ -49,15 +49,15 @@ class Predict(AllowsCode):
 
 def main(arguments: list[str]) -> int:
     """Predicts and prints a line for each image."""
-    given = parse(Predict, arguments, command="predict")
+    options = parse(Predict, arguments, command="predict")
     unread = 0
-    for seen in predict(given.run, given.images, out=given.out, score=given.score):
-        if seen.problem:
-            print(seen.problem, file=sys.stderr)
+    for prediction in predict(options.run, options.images, out=options.out, score=options.score):
+        if prediction.problem:
+            print(prediction.problem, file=sys.stderr)
             unread += 1
         else:
-            print(f"{seen.path}: {seen.text}, {seen.drawn}")
-    print(Path(given.out) / "predictions.json")
+            print(f"{prediction.path}: {prediction.text}, {prediction.drawn}")
+    print(Path(options.out) / "predictions.json")
     return 2 if unread else 0
 
 

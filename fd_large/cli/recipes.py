@@ -30,9 +30,9 @@ class Recipes:
 
 def main(arguments: list[str]) -> int:
     """Prints the table, or a single recipe."""
-    given = parse(Recipes, arguments, command="recipes")
-    if given.name:
-        print(run_file(given.name))
+    options = parse(Recipes, arguments, command="recipes")
+    if options.name:
+        print(run_file(options.name))
     else:
         tables().print(recipes_table())
     return 0
@@ -81,6 +81,6 @@ def recipes_table() -> Table:
             f"\n-> {run.student.model}" if models else f"\n{run.task.name}: {run.student.model}"
         )
         takes = "; ".join(fact for fact in (facts.duration, facts.memory) if fact)
-        said = f"needs:  {facts.hardware}\ntakes:  {takes}\nexpect: {facts.result}"
-        table.add_row(Text(name, style="bold").append(models, style="not bold"), Text(said))
+        description = f"needs:  {facts.hardware}\ntakes:  {takes}\nexpect: {facts.result}"
+        table.add_row(Text(name, style="bold").append(models, style="not bold"), Text(description))
     return table

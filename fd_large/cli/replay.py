@@ -29,8 +29,8 @@ class Replay(AllowsCode):
 
 def main(arguments: list[str]) -> int:
     """Runs the step and prints its differences from the record."""
-    given = parse(Replay, arguments, command="replay")
-    require_paths({"replay": given.file})
+    options = parse(Replay, arguments, command="replay")
+    require_paths({"replay": options.file})
     # Importing torch and deepspeed takes seconds.
     from fd_large.engine.replay import replay
     from fd_large.kernels.precision import full_float32
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     from fd_large.tasks.jobs import job_of
 
     full_float32(distributed.device())
-    replayed = replay(Path(given.file), job_of)
+    replayed = replay(Path(options.file), job_of)
     console = tables()
     _print_step(console, replayed, str(distributed.device()))
     _print_losses(console, replayed)
@@ -70,14 +70,14 @@ def _print_step(console: Console, replayed: Replayed, device: str) -> None:
 
 
 def _print_losses(console: Console, replayed: Replayed) -> None:
-    for one, loss in zip(replayed.micro_batches, replayed.losses, strict=True):
-        numbers = f"loss {_number(one.recorded)} recorded, {_number(loss)} now"
-        text = f"  rank {one.rank}: {numbers}; {', '.join(one.names)}"
+    for batch, loss in zip(replayed.micro_batches, replayed.losses, strict=True):
+        numbers = f"loss {_number(batch.recorded)} recorded, {_number(loss)} now"
+        text = f"  rank {batch.rank}: {numbers}; {', '.join(batch.names)}"
         console.print(text, markup=False, soft_wrap=True)
-    ranks = {one.rank for one in replayed.micro_batches}
-    kept = "" if len(ranks) == replayed.incident["world_size"] else " of the images above"
+    ranks = {batch.rank for batch in replayed.micro_batches}
+    scope = "" if len(ranks) == replayed.incident["world_size"] else " of the images above"
     recorded, now = _number(replayed.incident["grad_norm"]), _number(replayed.grad_norm)
-    console.print(f"  gradient norm {recorded} recorded, {now} now{kept}")
+    console.print(f"  gradient norm {recorded} recorded, {now} now{scope}")
 
 
 def _number(value: float) -> str:

@@ -22,8 +22,8 @@ class Report:
 
 def main(arguments: list[str]) -> int:
     """Writes the report and prints its summary."""
-    given = parse(Report, arguments, command="report")
+    options = parse(Report, arguments, command="report")
     from fd_large.report.make import make_report
 
-    print(make_report(given.run, running=living_owner(Path(given.run)) is not None))
+    print(make_report(options.run, running=living_owner(Path(options.run)) is not None))
     return 0

@@ -51,19 +51,19 @@ class Runs:
 
 def main(arguments: list[str]) -> int:
     """Prints the table; messages on unreadable folders go to stderr."""
-    given = parse(Runs, arguments, command="runs")
-    root = Path(given.folder)
+    options = parse(Runs, arguments, command="runs")
+    root = Path(options.folder)
     runs = _listed(root)
-    best = [_metric(name, runs) for name in given.best]
-    for name in given.show:
+    best = [_metric(name, runs) for name in options.best]
+    for name in options.show:
         _require_known(name, "--show", runs)
-    runs = _chosen(runs, given.where)
+    runs = _chosen(runs, options.where)
     if best:
         runs.sort(key=lambda run: _rank(run, best[0]))
-    if given.csv:
-        _print_csv(root, runs, best, given.show)
+    if options.csv:
+        _print_csv(root, runs, best, options.show)
     else:
-        tables().print(_table(root, runs, best, given.show))
+        tables().print(_table(root, runs, best, options.show))
         for run in runs:
             if run.problem:
                 print(printable(f"{_name(run, root)}: {run.problem}"))
@@ -121,13 +121,13 @@ def _reason(files: RunFiles) -> str:
     return f"{status}: {reason}" if reason else status
 
 
-def _chosen(runs: list[ListedRun], wanted: Sequence[str]) -> list[ListedRun]:
+def _chosen(runs: list[ListedRun], conditions: Sequence[str]) -> list[ListedRun]:
     """Returns the runs with all of the values.
 
     Raises: ConfigError: if an argument is not FIELD=VALUE, or no run has the field.
     """
     chosen = runs
-    for word in wanted:
+    for word in conditions:
         name, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(

@@ -51,24 +51,24 @@ class Statistics(TakesRunFile, AllowsCode):
 
 def main(arguments: list[str]) -> int:
     """Measures, writes the file and prints a line."""
-    given = parse_with_recipe(
+    parsed = parse_with_recipe(
         Statistics, arguments, command="statistics", recipe=registry.DEFAULT_RECIPE
     )
-    own = given.own
-    check_names(given.run, deepspeed_config=own.deepspeed_config)
-    check_out(own.out, where="--out")
+    options = parsed.own
+    check_names(parsed.run, deepspeed_config=options.deepspeed_config)
+    check_out(options.out, where="--out")
     with ending_with(STOPPED):
         measure(
-            given.run,
-            deepspeed_config=own.deepspeed_config,
-            out=own.out,
-            views=own.views,
-            target=own.target,
+            parsed.run,
+            deepspeed_config=options.deepspeed_config,
+            out=options.out,
+            views=options.views,
+            target=options.target,
         )
     from fd_large.ranks import distributed
 
     if distributed.is_main():
-        print(f"{own.out}: {own.views} crops")
+        print(f"{options.out}: {options.views} crops")
     return distributed.leave(0)
 
 
@@ -129,6 +129,6 @@ def measure(run: Run, *, deepspeed_config: str, out: str, views: int, target: st
             task = opened.engine.task
             assert isinstance(task, Distillation)
             facts = opened.job.target_facts(task, task.targets[labels.index(target)])
-            found = target_statistics.statistics_of(mean, covariance, facts)
-        target_statistics.write(Path(out), found)
+            statistics = target_statistics.statistics_of(mean, covariance, facts)
+        target_statistics.write(Path(out), statistics)
     distributed.barrier()

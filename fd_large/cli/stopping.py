@@ -32,8 +32,8 @@ def ending_with(sentence: str) -> Iterator[None]:
     before = handlers_to_replace()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for one in before:
-            signal.signal(one, signal.SIG_IGN)
+        for signal_number in before:
+            signal.signal(signal_number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     try:

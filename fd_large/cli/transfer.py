@@ -76,13 +76,13 @@ class ColumnFlags:
 def main(arguments: list[str]) -> int:
     """Runs the command."""
     words, of_columns = split(arguments)
-    given = parse_with_recipe(
+    parsed = parse_with_recipe(
         Transfer, words, command="transfer", recipe=registry.FINETUNING_RECIPE
     )
-    found = check_all(
-        *(partial(changes_of, name, of_columns.get(name, []), given.fields) for name in COLUMNS)
+    changes = check_all(
+        *(partial(changes_of, name, of_columns.get(name, []), parsed.fields) for name in COLUMNS)
     )
-    return transfer(given.own, dict(zip(COLUMNS, found, strict=True)))
+    return transfer(parsed.own, dict(zip(COLUMNS, changes, strict=True)))
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
@@ -96,9 +96,9 @@ def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     for word in arguments:
         if word.startswith("--"):
             column, dot, rest = word[2:].partition(".")
-            own = dot and column in COLUMNS
-            target = of_columns.setdefault(column, []) if own else common
-            word = f"--{rest}" if own else word
+            of_column = dot and column in COLUMNS
+            target = of_columns.setdefault(column, []) if of_column else common
+            word = f"--{rest}" if of_column else word
         target.append(word)
     return common, of_columns
 
@@ -124,57 +124,57 @@ def changes_of(name: str, words: Sequence[str], common: Mapping[str, Any]) -> Ch
     if not parsed:
         lines = []
         for line in mistakes[0].splitlines():
-            said, unknown, names = line.removeprefix("--").partition(_UNKNOWN)
+            message, unknown, names = line.removeprefix("--").partition(_UNKNOWN)
             close = names.replace("--", f"--{name}.", names.partition(". ")[0].count("--"))
-            lines.append(f"--{name}.{said}{unknown}{close}")
+            lines.append(f"--{name}.{message}{unknown}{close}")
         raise ConfigError("\n".join(lines))
-    given = parsed[0]
-    if given.own.recipe:
-        own = registry.get(given.own.recipe)
-        refuse_other_task(f"--{name}.recipe", own, registry.get(usual[0]).task.name)
-    fields = {**common, **given.fields}
+    chosen = parsed[0]
+    if chosen.own.recipe:
+        recipe_run = registry.get(chosen.own.recipe)
+        refuse_other_task(f"--{name}.recipe", recipe_run, registry.get(usual[0]).task.name)
+    fields = {**common, **chosen.fields}
     if set_here := [
-        f"--{one}: set by transfer itself; got a value of your own, expected none. {remedy}."
-        for one, remedy in _SET_HERE.items()
-        if one in fields
+        f"--{field}: set by transfer itself; got a value of your own, expected none. {remedy}."
+        for field, remedy in _SET_HERE.items()
+        if field in fields
     ]:
         raise ConfigError("\n".join(set_here))
-    return Changes(given.own.recipe, fields)
+    return Changes(chosen.own.recipe, fields)
 
 
-def transfer(own: Transfer, changes: Mapping[str, Changes]) -> int:
+def transfer(options: Transfer, changes: Mapping[str, Changes]) -> int:
     """Trains the missing cells and writes the table; returns the exit code.
 
     Args:
-        own: The command's own arguments.
+        options: The command's own arguments.
         changes: Changed fields of each column's recipes.
 
     Raises: FDError: for the user's mistakes.
     """
-    if own.table:
-        return measured(table.TRANSFER, own, changes)
-    if not own.runs:
+    if options.table:
+        return measured(table.TRANSFER, options, changes)
+    if not options.runs:
         raise ConfigError(
             "transfer: RUN is missing; got none, expected the folder of a run. Name one, for "
             "example runs/mine."
         )
-    folders = {f"--{name}": folder for name, folder in own.datasets.items()}
-    require_paths(folders | {f"run {run}": run for run in own.runs})
-    check_out(own.out, where="--out", holds="folder")
-    columns = table.columns_of(own, of_all=own.plan and not any(own.datasets.values()))
-    if not own.plan:
-        return measured(table.TRANSFER, own, changes)
-    rows, cells = table.cells_of_table(own, columns, changes)
+    folders = {f"--{name}": folder for name, folder in options.datasets.items()}
+    require_paths(folders | {f"run {run}": run for run in options.runs})
+    check_out(options.out, where="--out", holds="folder")
+    columns = table.columns_of(options, of_all=options.plan and not any(options.datasets.values()))
+    if not options.plan:
+        return measured(table.TRANSFER, options, changes)
+    rows, cells = table.cells_of_table(options, columns, changes)
     of_seed = cells[: len(rows) * len(columns)]
     costs = [
-        (cell, cost_of(cell.recorded.run, cell.column.images, gpus=own.gpus, gpu=own.gpu))
+        (cell, cost_of(cell.recorded.run, cell.column.images, gpus=options.gpus, gpu=options.gpu))
         for cell in of_seed
     ]
     tables().print(
         report(
             [(c.row.model.label, c.column.name, c.recorded.run, cost) for c, cost in costs],
-            seeds=own.seeds,
-            gpu=own.gpu,
+            seeds=options.seeds,
+            gpu=options.gpu,
         )
     )
     from fd_large.ranks import distributed

@@ -73,14 +73,14 @@ def report(costs: Sequence[tuple[str, str, Run, Cost]], *, seeds: int, gpu: str)
     """
     columns = list(dict.fromkeys(column for _, column, _, _ in costs))
     table = _table(f"GPU-hours of the table on {gpu}, one seed", ("model", *columns, "all"))
-    found = {(row, column): cost for row, column, _, cost in costs}
-    rows = list(dict.fromkeys(row for row, _ in found))
+    costs_by_cell = {(row, column): cost for row, column, _, cost in costs}
+    rows = list(dict.fromkeys(row for row, _ in costs_by_cell))
     for row in rows:
-        own = [found.get((row, column)) for column in columns]
-        table.add_row(row, *map(_hours, own), _sum(own))
+        row_costs = [costs_by_cell.get((row, column)) for column in columns]
+        table.add_row(row, *map(_hours, row_costs), _sum(row_costs))
     table.add_section()
-    of_columns = [[found.get((row, column)) for row in rows] for column in columns]
-    total = list(found.values())
+    of_columns = [[costs_by_cell.get((row, column)) for row in rows] for column in columns]
+    total = list(costs_by_cell.values())
     table.add_row("all", *map(_sum, of_columns), _sum(total))
     names = ("recipe", "model", "steps", "GPUs", "GB per\nrank", "time")
     each = _table("Each training", names)

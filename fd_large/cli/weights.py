@@ -87,10 +87,10 @@ def inspect(source: str, model: str) -> int:
             "expected one of them. Leave one out."
         )
     model = named or model
-    for where, given in (("weights inspect", source), ("--model", model)):
-        if doors.is_own(given):
+    for where, text in (("weights inspect", source), ("--model", model)):
+        if doors.is_own(text):
             raise ConfigError(
-                f"{where}: your own code is not imported for an inspection; got {given}, expected "
+                f"{where}: your own code is not imported for an inspection; got {text}, expected "
                 "weights. Name a file or another source of docs/weights.md."
             )
     require_paths({"weights inspect": source})
@@ -113,10 +113,10 @@ def convert(source: str, out: str, to: str, model: str, architecture: Architectu
 
     where = "weights convert"
     resolved = sources_of(job_of).resolve(source, where=where)
-    if own := resolved.unpublished:
-        _require_alone(own.architecture, model, architecture)
-        settled = own.architecture
-        statistics: Statistics | None = own.statistics
+    if described := resolved.unpublished:
+        _require_alone(described.architecture, model, architecture)
+        settled = described.architecture
+        statistics: Statistics | None = described.statistics
         items = resolved.fitted(settled)
     else:
         weights = resolved.published
@@ -129,22 +129,22 @@ def convert(source: str, out: str, to: str, model: str, architecture: Architectu
     return 0
 
 
-def _require_alone(held: FamilyArchitecture, model: str, given: Architecture) -> None:
+def _require_alone(described: FamilyArchitecture, model: str, architecture: Architecture) -> None:
     """Refuses options that `convert` does not support for a model described by its folder.
 
     Raises: ConfigError.
     """
-    if held.code:
+    if described.code:
         raise ConfigError(
             f"weights convert: a model made by your own code, which is not imported here; got "
-            f"{name_of(held)}, expected a library's model. Use export --to fd."
+            f"{name_of(described)}, expected a library's model. Use export --to fd."
         )
-    set_by_hand = [f"--architecture.{name}" for name in set_fields(given)]
+    set_by_hand = [f"--architecture.{name}" for name in set_fields(architecture)]
     if model != "auto":
         set_by_hand.append("--model")
     if set_by_hand:
         raise ConfigError(
-            f"weights convert: the folder's own description is {name_of(held)}; got "
+            f"weights convert: the folder's own description is {name_of(described)}; got "
             f"{', '.join(set_by_hand)}, expected no such flags. Leave them out."
         )
 
