@@ -8,23 +8,23 @@ if TYPE_CHECKING:
     from fd_large.probes.paired import Difference
 
 
-def as_json(found: Difference, *, is_random: bool = True) -> dict[str, Any]:
+def as_json(difference: Difference, *, is_random: bool = True) -> dict[str, Any]:
     """Returns a difference, its interval, and whether it is shown.
 
     A difference is shown if its interval excludes 0. The interval covers images and, for random
     trainings, seeds, so that a single seed shows no difference.
 
     Args:
-        found: The difference.
+        difference: The difference, with the intervals of `probes.paired`.
         is_random: Whether another seed gives other values.
     """
-    of_all = found.holds_seeds or not is_random
-    low, high = (found.low, found.high) if is_random else found.of_images
+    of_all = difference.holds_seeds or not is_random
+    low, high = (difference.low, difference.high) if is_random else difference.of_images
     return {
-        "mean": found.mean,
+        "mean": difference.mean,
         "interval": [low, high],
-        "interval_of_images": list(found.of_images),
-        "over": "images and seeds" if is_random and found.holds_seeds else "images",
+        "interval_of_images": list(difference.of_images),
+        "over": "images and seeds" if is_random and difference.holds_seeds else "images",
         "is_shown": of_all and (low > 0 or high < 0),
         "needs_seeds": not of_all,
     }

@@ -160,7 +160,7 @@ def _begin(folder: Path, settings: dict[str, object]) -> None:
         return
     path = folder / _SETTINGS
     folder.mkdir(parents=True, exist_ok=True)
-    done = sum(1 for one in folder.iterdir() if not one.suffix)
+    done = sum(1 for file in folder.iterdir() if not file.suffix)
     if not done:  # A start that ended before its first chunk decides nothing.
         write_json(path, settings)
     before = read_json(path, where="--out", holds=dict, remedy=f"Remove {folder}.")

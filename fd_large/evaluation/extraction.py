@@ -32,11 +32,11 @@ def join_ranks(asked: Asked) -> Data:
 
 
 @contextmanager
-def working(what: str, images: int) -> Iterator[Callable[[float], None]]:
+def working(description: str, images: int) -> Iterator[Callable[[float], None]]:
     """Yields a function that reports this rank's finished images, as a measure of all ranks'."""
     from fd_large.ranks import activity, distributed
 
-    with activity.work(what, -(-images // distributed.world_size()), "images") as work:
+    with activity.work(description, -(-images // distributed.world_size()), "images") as work:
         yield work.advance
 
 

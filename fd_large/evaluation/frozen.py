@@ -92,14 +92,16 @@ class FrozenFeatures(NamedTuple):
     label: str
     pool: Pool
 
-    def working(self, what: str, images: int) -> AbstractContextManager[Callable[[float], None]]:
+    def working(
+        self, description: str, images: int
+    ) -> AbstractContextManager[Callable[[float], None]]:
         """Shows progress in the block; yields a function that counts this rank's finished images.
 
         Args:
-            what: Description of the work.
+            description: Description of the work.
             images: Number of images of all ranks.
         """
-        return working(f"{self.label}: {what}", images)
+        return working(f"{self.label}: {description}", images)
 
 
 class Classified(NamedTuple):
@@ -148,8 +150,8 @@ def of_features(
         check: Called with the number of training images and the flags, before hours of features.
     """
     if settings is None:
-        common = {one.name for one in fields(FrozenFlags)} | {"seeds"}
-        settings = {one.name: one.name for one in fields(flags) if one.name not in common}
+        common = {flag.name for flag in fields(FrozenFlags)} | {"seeds"}
+        settings = {flag.name: flag.name for flag in fields(flags) if flag.name not in common}
     how = _How(classify, pools, settings, check)
     return Protocol(
         name=name, title=title, measure=partial(_measure, how), flags=flags, fields=_FIELDS
@@ -263,7 +265,7 @@ def _heads_of(model: NamedModel, features: Sequence[str]) -> dict[str, Any]:
     if tuple(features) == (OWN_FEATURES,) or model.section.source == RANDOM:
         return {}
     heads = heads_of(model.trained_by, model.folder)
-    found: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
     for feature in features if heads else ():
         label = feature.replace(".", "_")  # NAME.KIND
         if feature != OWN_FEATURES and label not in heads:
@@ -271,8 +273,8 @@ def _heads_of(model: NamedModel, features: Sequence[str]) -> dict[str, Any]:
                 f"--features: {model.label} has no such head; got {feature}, "
                 f"{nearest(label, [OWN_FEATURES, *heads])}. Name one of these."
             )
-        found[feature] = heads.get(label)
-    return found
+        chosen[feature] = heads.get(label)
+    return chosen
 
 
 def _rows(

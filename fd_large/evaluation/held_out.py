@@ -36,13 +36,13 @@ NOTHING_SEEN = Seen()
 def seen_by(source: str, images: ImageFolder, fraction: float) -> Seen:
     """Returns the trainings that led to a model and had images that are held out.
 
-    Datasets of runs are compared by their paths; those of exports, which tell none, by the listing
-    of their files' names.
+    Datasets of runs are compared by their paths. Exports record no paths: their datasets are
+    compared by the listing of the files' names.
 
     Args:
         source: The model's weights, as `teacher.source` takes them.
         images: The folder's images, of which a part is held out.
-        fraction: The part of them that a hash of their names holds out.
+        fraction: Fraction of the images that a hash of their names holds out.
     """
     # Several trainings may have one name: those that an export tells have no folder.
     answers = [
@@ -69,7 +69,7 @@ def _saw(training: Training, images: ImageFolder, fraction: float) -> bool | Non
 
 
 def _listings(images: ImageFolder, val_fraction: float) -> list[str]:
-    """The listings that a run on a folder's images had: all, or those that it did not hold out."""
+    """Returns the hash of the images that a run on a folder trained on; empty if there is none."""
     from fd_large.data.val_fraction import Part, places_of
 
     if not val_fraction:

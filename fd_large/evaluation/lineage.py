@@ -40,7 +40,7 @@ class Training(NamedTuple):
     is_here: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what an export tells of it: neither a path nor a secret."""
+        """Returns the record of the training for an export, without paths and secrets."""
         from fd_large.weights.origin import without_folders
 
         return {
@@ -69,7 +69,7 @@ def _trainings(source: str, met: set[str]) -> Iterator[Training]:
 
     if is_random(source):
         return
-    told: list[Training] = []
+    recorded: list[Training] = []
     with suppress(FDError, OSError):
         source = _weights_of_cache(source).partition("#")[0]
         run = run_of_checkpoint(source)
@@ -81,8 +81,8 @@ def _trainings(source: str, met: set[str]) -> Iterator[Training]:
         if is_run:
             yield from _of_run(run, met)
             return
-        told = _told_by(source)
-    yield from told or [Training(without_secrets(source))]
+        recorded = _told_by(source)
+    yield from recorded or [Training(without_secrets(source))]
 
 
 def _of_run(folder: Path, met: set[str]) -> Iterator[Training]:

@@ -44,12 +44,12 @@ def unlike(first: Run, run: Run) -> dict[str, tuple[Any, Any]]:
         first: The other recipe, with which it is compared.
         run: The recipe.
     """
-    found = {
+    differences = {
         "recipe" if field == "name" else field: values
         for field, values in difference(first, run).items()
         if decides(field, run.task.name) and not _is_of_the_model(field)
     }
-    return dict(sorted(found.items(), key=lambda item: item[0] != "recipe"))
+    return dict(sorted(differences.items(), key=lambda item: item[0] != "recipe"))
 
 
 def _is_of_the_model(field: str) -> bool:
@@ -120,11 +120,11 @@ class RecordedRun(NamedTuple):
         if not files.kind_of(path, where="--out"):
             return {}
         record = read_json(path, where="--out", holds=dict)
-        found = difference(Run.from_dict(record.get("recipe", {})), self.run)
-        found |= {name: (record.get(name), now) for name, now in self.inputs.items()}
+        differences = difference(Run.from_dict(record.get("recipe", {})), self.run)
+        differences |= {name: (record.get(name), now) for name, now in self.inputs.items()}
         changed = "; ".join(
             f"{name} {was!r} -> {now!r}"
-            for name, (was, now) in found.items()
+            for name, (was, now) in differences.items()
             if was != now and decides(name, self.run.task.name)
         )
         if changed:

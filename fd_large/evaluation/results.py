@@ -125,7 +125,7 @@ def _as_json(row: Row, first: Row, is_random: bool) -> dict[str, Any]:
     from fd_large.evaluation.differences import as_json
     from fd_large.probes.paired import difference
 
-    found: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "label": _label(row),
         "source": row.model.source,
         "image_size": row.model.image_size,
@@ -133,14 +133,14 @@ def _as_json(row: Row, first: Row, is_random: bool) -> dict[str, Any]:
         "details": row.details,
     }
     if row.recipe:
-        found |= {"recipe": row.recipe, "unlike_first": dict(row.unlike_first)}
+        entry |= {"recipe": row.recipe, "unlike_first": dict(row.unlike_first)}
     if row.sweep:
-        found["sweep"] = row.sweep.as_json()
+        entry["sweep"] = row.sweep.as_json()
     right, other = row.right(), first.right()
     if row is not first and right is not None and other is not None:
         paired = difference(right, other)
-        found["difference"] = {"to": _label(first), **as_json(paired, is_random=is_random)}
-    return found
+        entry["difference"] = {"to": _label(first), **as_json(paired, is_random=is_random)}
+    return entry
 
 
 def _beside(row: Row, rows: Sequence[Row]) -> Row:
@@ -158,11 +158,11 @@ def _write_predictions(path: Path, rows: Sequence[Row]) -> None:
     import numpy as np
 
     # Any name may be a model's, "labels" too.
-    kept: dict[str, Any] = {
+    predictions: dict[str, Any] = {
         f"predicted/{_label(row)}": np.stack(row.predicted)
         for row in rows
         if row.right() is not None
     }
     labels = next((row.labels for row in rows if row.labels is not None), None)
     if labels is not None:
-        np.savez_compressed(unlinked(path), labels=labels, **kept)
+        np.savez_compressed(unlinked(path), labels=labels, **predictions)

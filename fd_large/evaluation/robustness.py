@@ -68,8 +68,8 @@ def open_set(root: str, labels: str) -> LabelSet:
     """Opens a set of images by its layout.
 
     Args:
-        root: As `data.root`: folders of classes, a folder with one of them as val/ or test/, or
-            that of an ObjectNet download.
+        root: As `data.root`: folders of classes, a folder that holds them below val/ or test/,
+            or the folder of an ObjectNet download.
         labels: See `RobustnessFlags`.
 
     Raises: DataError: if the labels are not to be found.
@@ -103,7 +103,7 @@ def _real(images: LabelledImages) -> LabelSet:
 
 
 def _objectnet(root: str) -> LabelSet:
-    """Those images of ObjectNet whose class is one or more of ImageNet's."""
+    """Opens the images of ObjectNet whose class corresponds to classes of ImageNet."""
     import numpy as np
 
     from fd_large.data.labelled import open_labelled
@@ -118,7 +118,7 @@ def _objectnet(root: str) -> LabelSet:
 
 
 def _classes_of_folders(mappings: Path) -> dict[str, list[int]]:
-    """ImageNet's classes of ObjectNet's folders, by the files that come with its download."""
+    """Returns ImageNet's classes by folder of ObjectNet, from the files in its download."""
 
     def table(name: str) -> dict[str, Any]:
         entries: dict[str, Any] = read_json(
@@ -248,7 +248,7 @@ def _measure(asked: Asked) -> Result:
 
 
 def _job_of(model: NamedModel) -> Any:
-    """The job of the run that fine-tuned a model.
+    """Returns the job of the run that fine-tuned a model.
 
     Raises: ConfigError: if none did.
     """

@@ -40,13 +40,13 @@ def maps_to(note: Note, model: nn.Module, grid: tuple[int, int]) -> Iterator[Non
                 handle = module.register_forward_pre_hook(_own_hook(note, name))
                 stack.callback(handle.remove)
         if hasattr(model, "token_positions"):
-            seen = _Operands(note, model.token_positions(grid))
-            stack.callback(model.register_forward_pre_hook(seen.count).remove)
+            operands = _Operands(note, model.token_positions(grid))
+            stack.callback(model.register_forward_pre_hook(operands.count).remove)
             for name, module in model.named_modules():
                 if "Attention" in type(module).__name__:
-                    for handle in seen.watch(name, module):
+                    for handle in operands.watch(name, module):
                         stack.callback(handle.remove)
-            stack.enter_context(seen)
+            stack.enter_context(operands)
         yield
 
 

@@ -36,8 +36,8 @@ def among_patches(attention: Tensor, positions: TokenPositions) -> Tensor:
         positions: Positions of its tokens.
     """
     there = (positions.index >= 0).to(attention)[None, :, None, None, :]
-    kept = attention * there
-    return kept / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)
+    masked = attention * there
+    return masked / masked.sum(-1, keepdim=True).clamp(min=torch.finfo(masked.dtype).tiny)
 
 
 def head_distances(attention: Tensor, positions: TokenPositions) -> Tensor:
@@ -81,8 +81,8 @@ def head_similarity(
     flat = (attention * queries).transpose(1, 2).flatten(2)  # (B, h, nW * T * T)
     unit = F.normalize(flat, dim=-1)
     cosines = unit @ unit.transpose(1, 2)  # (B, h, h)
-    own = cosines.diagonal(dim1=1, dim2=2).sum(1)
-    return (cosines.sum((1, 2)) - own) / (heads * (heads - 1))
+    diagonal = cosines.diagonal(dim1=1, dim2=2).sum(1)
+    return (cosines.sum((1, 2)) - diagonal) / (heads * (heads - 1))
 
 
 def average_map(attention: Tensor, positions: TokenPositions) -> Tensor | None:
@@ -118,8 +118,8 @@ def nearest_offset_map(average: Tensor, window: tuple[int, int]) -> Tensor:
         sums = values.new_zeros(size)
         return sums.index_add_(0, offset.flatten(), values.flatten())
 
-    seen = summed(average)
-    per_offset = seen / summed(torch.ones_like(average))
+    target_sums = summed(average)
+    per_offset = target_sums / summed(torch.ones_like(average))
     fitted = average
     for _ in range(_MOST_ROUNDS):
         weights = per_offset[offset]
@@ -127,7 +127,7 @@ def nearest_offset_map(average: Tensor, window: tuple[int, int]) -> Tensor:
         before, fitted = fitted, weights * scale
         if (fitted - before).abs().max() < _CONVERGED:
             break
-        per_offset = seen / summed(scale.expand_as(weights))
+        per_offset = target_sums / summed(scale.expand_as(weights))
     return fitted
 
 

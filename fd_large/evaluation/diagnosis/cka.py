@@ -68,5 +68,5 @@ class Similarity:
         NaN for a layer that is the same for all images.
         """
         assert self._sums is not None
-        own = self._sums.diagonal().clamp(min=0).sqrt()
-        return self._sums / (own[:, None] * own[None, :])
+        norms = self._sums.diagonal().clamp(min=0).sqrt()
+        return self._sums / (norms[:, None] * norms[None, :])

@@ -114,8 +114,8 @@ def examine(
         grams: dict[tuple[int, str], Tensor] = {}
         for number, model in enumerate(models):
             images = batch.of_size[model.image_size].to(device)
-            seen = _look(model.backbone, model.statistics, images, layers[number])
-            grams |= {(number, name): matrix for name, matrix in seen.items()}
+            layer_grams = _look(model.backbone, model.statistics, images, layers[number])
+            grams |= {(number, name): matrix for name, matrix in layer_grams.items()}
             progress(f"{model.label}: attention and features")
         if len(batch.numbers) >= LEAST_IMAGES:
             similarity.add(list(grams.values()))
@@ -174,7 +174,7 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 
     A sequence of blocks, or a stage with an attribute `blocks`, is not a block itself.
     """
-    found: dict[str, nn.Module] = {}
+    blocks: dict[str, nn.Module] = {}
 
     def descend(name: str, module: nn.Module) -> None:
         holds_blocks = isinstance(module, nn.Sequential | nn.ModuleList) or isinstance(
@@ -183,13 +183,13 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
         numbered = re.search(r"(^|\.)\d+$", name) is not None
         owners = sum(any(True for _ in m.parameters(recurse=False)) for m in module.modules())
         if numbered and not holds_blocks and owners > 1:
-            found[name] = module
+            blocks[name] = module
             return
         for child, inner in module.named_children():
             descend(f"{name}.{child}" if name else child, inner)
 
     descend("", model)
-    return found
+    return blocks
 
 
 # ------------------------------------------------------------------------------------------------
@@ -248,8 +248,8 @@ def _landscapes(
         loss.on(batch.of_size[model.image_size].to(device), batch.numbers) for batch in batches
     ]
     with torch.no_grad():
-        own = [measure() for measure in measures]
-    name = next(iter(own[0]))
+        values = [measure() for measure in measures]
+    name = next(iter(values[0]))
 
     def step() -> None:
         progress(f"{model.label}: landscape of {name}")
@@ -270,7 +270,7 @@ def _landscapes(
             "loss": measured,
             "comparable": loss.comparable,
             "images": [len(batch.numbers) for batch in batches],
-            "value": [_plain(of_batch[measured]) for of_batch in own],
+            "value": [_plain(of_batch[measured]) for of_batch in values],
             "steps": line,
             # Indexed by direction, batch and step.
             "curves": [
@@ -283,7 +283,7 @@ def _landscapes(
             if measured == name
             else [],
         }
-        for measured in own[0]
+        for measured in values[0]
     ]
 
 

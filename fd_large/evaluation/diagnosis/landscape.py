@@ -34,9 +34,9 @@ def random_direction(module: nn.Module, seed: int) -> Direction:
         if parameter.dim() < 2:
             continue
         drawn = torch.randn(parameter.shape, generator=generator).to(parameter)
-        filters, given = drawn.flatten(1), parameter.detach().flatten(1)
+        filters, weights = drawn.flatten(1), parameter.detach().flatten(1)
         length = filters.norm(dim=1, keepdim=True).clamp(min=1e-30)
-        direction[name] = (filters * (given.norm(dim=1, keepdim=True) / length)).view_as(drawn)
+        direction[name] = (filters * (weights.norm(dim=1, keepdim=True) / length)).view_as(drawn)
     return direction
 
 

@@ -66,7 +66,8 @@ class LoadedModel:
         positions: Kinds of its positions: absolute, relative, both or none.
         is_supervised: Whether it is the student of a run that learnt labels, or boxes, and began
             from random weights.
-        losses: The task's of the run that it is of, if it can be computed; change of its own map.
+        losses: Loss of its run's task, if there is a run and the loss can be computed; then the
+            change of its own map.
         left_out: Reason that the task's loss is left out; "" if it is included or does not exist.
         scratch: The same model with random weights; None if it has random weights itself, or no
             such model can be made.
@@ -109,8 +110,8 @@ def load_model(source: str, sample: Sample) -> LoadedModel:
         except (DataError, WeightsError) as error:  # They may be gone. Code of its own is refused.
             left_out = f"{stored.loss_name} is left out: {error}"
             log.warning("%s: %s", named.label, left_out)
-    if task is not None and job is not None and not (own := job.stored_student()).absent:
-        backbone, statistics = task.student, own.statistics
+    if task is not None and job is not None and not (student := job.stored_student()).absent:
+        backbone, statistics = task.student, student.statistics
     else:
         backbone, statistics = named.build()
     backbone.eval()
@@ -145,11 +146,11 @@ def _of_recipe(named: NamedModel) -> Iterator[None]:
 
 
 def trained_task(named: NamedModel, stored: StoredRun, *, where: str) -> tuple[Task, StoredRun]:
-    """Builds the task of the run whose student a model is, with its weights, in evaluation.
+    """Builds the task of a student's run, with the student's weights, in evaluation mode.
 
     Args:
-        named: The model.
-        stored: Its run.
+        named: The student.
+        stored: The student's run.
         where: The command, for messages.
 
     Returns: the task, and the run with the job that built it.
@@ -217,9 +218,9 @@ def _positions(backbone: nn.Module) -> str:
     """Returns the kinds of a model's positions, by the names of its parameters and modules."""
     parts = [name for name, _ in backbone.named_parameters()]
     parts += [name for name, _ in backbone.named_modules()]
-    found = {
+    kinds = {
         kind
         for kind, pattern in (("absolute", _ABSOLUTE), ("relative", _RELATIVE))
         if any(pattern.search(part) for part in parts)
     }
-    return " and ".join(sorted(found)) or "none"
+    return " and ".join(sorted(kinds)) or "none"

@@ -70,8 +70,8 @@ def _measure(asked: Asked) -> Result:
     pictures = draw_diagnosis(folder, diagnosis)
     write_page(folder, diagnosis, pictures)
     page = write_html(folder, diagnosis, pictures)
-    told = f"{page}: {len(sample)} images, {facts['seconds']:.0f} s"
-    return Result([_summary(diagnosis["models"])], [told])
+    message = f"{page}: {len(sample)} images, {facts['seconds']:.0f} s"
+    return Result([_summary(diagnosis["models"])], [message])
 
 
 def _summary(models: list[dict[str, Any]]) -> Any:
@@ -80,14 +80,14 @@ def _summary(models: list[dict[str, Any]]) -> Any:
 
     from fd_large.report.diagnosis_page import notes, table
 
-    found = Table(title="Means over attention layers, and losses", title_justify="left")
-    found.add_column("", no_wrap=True)
+    summary = Table(title="Means over attention layers, and losses", title_justify="left")
+    summary.add_column("", no_wrap=True)
     for model in models:
-        found.add_column(Text(model["label"]), justify="right", overflow="fold")
+        summary.add_column(Text(model["label"]), justify="right", overflow="fold")
     for row in table(models):
-        found.add_row(*row)
-    found.caption, found.caption_justify = Text("\n".join(notes(models))), "left"
-    return found
+        summary.add_row(*row)
+    summary.caption, summary.caption_justify = Text("\n".join(notes(models))), "left"
+    return summary
 
 
 def device_name(device: torch.device) -> str:

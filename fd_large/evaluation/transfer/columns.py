@@ -3,7 +3,7 @@
 Adding a column is an entry of `COLUMNS`, and a flag of its dataset where that is new (table.py).
 
 Source of the figures: Wei et al., arXiv 2205.14141: Table 1 for CLIP ViT-B/16, the ICCV text; for
-the others what the repository's README and, of ADE20K, a summary of the third version state.
+the others the repository's README and, for ADE20K, a summary of the third version.
 """
 
 from __future__ import annotations
