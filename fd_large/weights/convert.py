@@ -113,9 +113,9 @@ def _timm(architecture: FamilyArchitecture) -> Export:
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
     # Copies of a shared bias share memory, which the format does not know.
-    seen: set[int] = set()
+    addresses: set[int] = set()
     for name, tensor in tensors.items():
-        if tensor.data_ptr() in seen:
+        if tensor.data_ptr() in addresses:
             tensors[name] = tensor.clone()
-        seen.add(tensor.data_ptr())
+        addresses.add(tensor.data_ptr())
     save_file(tensors, file, metadata={"format": "pt"})

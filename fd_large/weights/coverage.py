@@ -39,7 +39,7 @@ class Fitted:
         file: Source tensors of the rules.
         expected: Shape of every tensor of the model.
         allow: Patterns (*, ?) of names that may be missing or unused.
-        what: Name of the file for messages and the log.
+        label: Name of the file for messages and the log.
         where: Field that the user set, for messages.
         margin, antialias: See `resize_positions`.
         notes: Earlier changes to the file's tensors, for the log.
@@ -61,7 +61,7 @@ class Fitted:
         expected: Shapes,
         *,
         allow: tuple[str, ...] = (),
-        what: str,
+        label: str,
         where: str = "weights",
         margin: float = 0.0,
         antialias: bool = False,
@@ -71,7 +71,7 @@ class Fitted:
     ):
         self._file, self._expected = file, dict(expected)
         self._scaling: dict[str, Any] = {"margin": margin, "antialias": antialias}
-        self._what, self._where, self._notes = what, where, list(notes)
+        self._label, self._where, self._notes = label, where, list(notes)
         self._pieces = {name: piece for name, piece in pieces.items() if name in expected}
         shapes = {name: piece.shape(file.shape) for name, piece in pieces.items()}
         self.match = match(shapes, self._expected, allow=allow, resize=resize)
@@ -81,7 +81,7 @@ class Fitted:
             self._notes.append(f"{name}: {side} (allowed)")
         if complaints := self.match.complaints:
             raise WeightsError(
-                f"{where}: {what}: {self.match.summary()}; got {'; '.join(complaints)}, expected "
+                f"{where}: {label}: {self.match.summary()}; got {'; '.join(complaints)}, expected "
                 f"all {len(expected)} tensors of the model and no other. {remedy or _REMEDY}"
             )
         self._refuse_other_types()
@@ -91,12 +91,12 @@ class Fitted:
 
         Raises: WeightsError: for a tensor that holds NaN or infinity.
         """
-        for note in (f"{self._what}: {self.match.summary()}", *self._notes):
+        for note in (f"{self._label}: {self.match.summary()}", *self._notes):
             log.info("%s: %s", self._where, note)
         changed: Counter[tuple[str, Shape, Shape]] = Counter()
         for name, piece in self._pieces.items():
             tensor, shape = piece.read(self._file), self._expected[name]
-            check_finite(name, tensor, self._what, self._where)
+            check_finite(name, tensor, self._label, self._where)
             if tuple(tensor.shape) != shape:
                 changed[name.rpartition(".")[2], tuple(tensor.shape), shape] += 1
                 tensor = resized(
@@ -128,7 +128,7 @@ class Fitted:
             dtype = self._file.dtype(name)
             if dtype not in _FLOATS:
                 raise WeightsError(
-                    f"{self._where}: {self._what}: a tensor of an unsupported type; got {name} in "
+                    f"{self._where}: {self._label}: a tensor of an unsupported type; got {name} in "
                     f"{str(dtype).removeprefix('torch.')}, expected float64, float32, float16 or "
                     "bfloat16. Use weights that are not quantised."
                 )
@@ -149,7 +149,7 @@ class Match:
         missing: Names of the model that the file lacks.
         left_over: Names of the file that the model lacks.
         misfits: Names of both that have other shapes, as "name (file's) for (model's)".
-        allowed: Names of the last three that the user allowed.
+        allowed: Missing or left-over names that the user allowed; they are not in those lists.
     """
 
     total: int
@@ -179,26 +179,26 @@ def match(
     shapes: Shapes, expected: Shapes, *, allow: tuple[str, ...] = (), resize: bool = True
 ) -> Match:
     """Compares a file's shapes with a model's, both in our names; see `Fitted`."""
-    found = Match(sum(map(math.prod, expected.values())))
+    outcome = Match(sum(map(math.prod, expected.values())))
 
     def sort(name: str, complaint: list[str]) -> None:
-        (found.allowed if any(fnmatchcase(name, p) for p in allow) else complaint).append(name)
+        (outcome.allowed if any(fnmatchcase(name, p) for p in allow) else complaint).append(name)
 
     for name, shape in expected.items():
         if name not in shapes:
-            sort(name, found.missing)
+            sort(name, outcome.missing)
         elif shapes[name] == tuple(shape):
-            found.matched.append(name)
+            outcome.matched.append(name)
         elif resize and can_resize(name, shapes[name], tuple(shape)):
-            found.matched.append(name)
-            found.to_resize.append(name)
+            outcome.matched.append(name)
+            outcome.to_resize.append(name)
         else:
-            found.misfits.append(f"{name} {shapes[name]} for {tuple(shape)}")
+            outcome.misfits.append(f"{name} {shapes[name]} for {tuple(shape)}")
     for name in shapes:
         if name not in expected:
-            sort(name, found.left_over)
-    found.parameters = sum(math.prod(expected[name]) for name in found.matched)
-    return found
+            sort(name, outcome.left_over)
+    outcome.parameters = sum(math.prod(expected[name]) for name in outcome.matched)
+    return outcome
 
 
 def can_resize(name: str, old: Shape, new: Shape) -> bool:
@@ -240,7 +240,7 @@ def resized(
     return resize_positions(tensor, prefix, side, margin=margin, antialias=antialias, where=where)
 
 
-def check_finite(name: str, tensor: Tensor, what: str, where: str) -> None:
+def check_finite(name: str, tensor: Tensor, label: str, where: str) -> None:
     """Checks every element, without a second copy of the tensor.
 
     Raises: WeightsError: for NaN or infinity.
@@ -251,7 +251,7 @@ def check_finite(name: str, tensor: Tensor, what: str, where: str) -> None:
     if not (math.isfinite(low.item()) and math.isfinite(high.item())):
         bad = int((~torch.isfinite(tensor)).sum())
         raise WeightsError(
-            f"{where}: {what}: invalid numbers; got {bad} of {tensor.numel():,} elements NaN or "
+            f"{where}: {label}: invalid numbers; got {bad} of {tensor.numel():,} elements NaN or "
             f"infinite in {name}, expected finite ones. Fetch the file again, or use an earlier "
             "one of the run that wrote it."
         )
@@ -275,20 +275,20 @@ def covered(
     Raises: WeightsError: after the last tensor, naming tensors that are missing, unused,
         duplicate or of another shape; only fitting tensors are passed on.
     """
-    seen: set[str] = set()
+    checked: set[str] = set()
     left_over, misfits, twice = [], [], []
     for name, tensor in items:
         if name not in expected:
             left_over.append(name)
-        elif name in seen:
+        elif name in checked:
             twice.append(name)
         else:
-            seen.add(name)
+            checked.add(name)
             if tuple(tensor.shape) == tuple(expected[name]):
                 yield name, tensor
             else:
                 misfits.append(f"{name} {tuple(tensor.shape)} for {tuple(expected[name])}")
-    missing = [name for name in expected if name not in seen | may_be_missing]
+    missing = [name for name in expected if name not in checked | may_be_missing]
     if complaints := _complaints(missing, left_over, misfits, twice):
         raise WeightsError(
             f"{where}: the weights do not fit the model; got {'; '.join(complaints)}, expected all "
@@ -300,5 +300,5 @@ def covered(
 def _complaints(*groups: list[str]) -> list[str]:
     words = ("missing", "left over", "of another shape", "given twice")
     return [
-        f"{what}: {first_names(names)}" for what, names in zip(words, groups, strict=False) if names
+        f"{word}: {first_names(names)}" for word, names in zip(words, groups, strict=False) if names
     ]

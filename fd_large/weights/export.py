@@ -68,8 +68,8 @@ def export_of(
     if reason := lacks(to):
         able = [
             f"--to {form}"
-            for form, it in LIBRARIES.items()
-            if it.graph or not (it.heads or lacks(form))
+            for form, library in LIBRARIES.items()
+            if library.graph or not (library.heads or lacks(form))
         ]
         raise ConfigError(
             f"export: --to {to}: this student is not {LIBRARIES[to].holds}; got {reason}. Use "
@@ -127,7 +127,7 @@ def export(
         shard_size: Most bytes of a file.
         card: Text of the model card.
         trained_by: See `own_config`.
-        beside: Writes what else belongs into the folder, before it appears.
+        beside: Function that writes further files into the folder before it appears.
 
     Raises: ConfigError: if something stands at `out`, or it cannot be written; WeightsError: for a
         tensor that holds NaN or infinity.
@@ -179,9 +179,9 @@ def parse_size(text: str) -> int:
 
     Raises: ConfigError: for any other text.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|)", text.strip().upper().replace("IB", "B"))
-    size = int(float(found[1]) * _UNITS.get(found[2], 1)) if found else 0
-    if size < 1 or (found and found[2] == "B"):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|)", text.strip().upper().replace("IB", "B"))
+    size = int(float(match[1]) * _UNITS.get(match[2], 1)) if match else 0
+    if size < 1 or (match and match[2] == "B"):
         raise ConfigError(
             f"--shard_size: not a file size; got {text!r}, expected a number with KB, MB, GB or "
             "TB. For example, write 5GB."
@@ -195,14 +195,14 @@ def planned(shapes: Iterable[tuple[str, Shape]], shard_size: int) -> list[dict[s
     A tensor that is larger than that has a file of its own.
     """
     files: list[dict[str, Shape]] = [{}]
-    held = 0
+    file_bytes = 0
     for name, shape in shapes:
         size = _BYTES * math.prod(shape)
-        if files[-1] and held + size > shard_size:
+        if files[-1] and file_bytes + size > shard_size:
             files.append({})
-            held = 0
+            file_bytes = 0
         files[-1][name] = shape
-        held += size
+        file_bytes += size
     return files
 
 

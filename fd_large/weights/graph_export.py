@@ -86,7 +86,7 @@ def export_graph(
         side = architecture.image_size
         images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
         # Also fills what modules keep between calls, which a graph then holds as constants.
-        found = net(images)
+        feature_map = net(images)
         file = part / LIBRARIES[to].graph
         try:
             program = torch.export.export(
@@ -94,11 +94,11 @@ def export_graph(
                 (images,),
                 dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}},
             )
-            run = _WRITERS[to](program, images, file, _metadata(side, found, statistics))
+            run = _WRITERS[to](program, images, file, _metadata(side, feature_map, statistics))
         except Exception as error:  # Whatever a tracer or a translator raises.
             logging.getLogger(__name__).debug("export", exc_info=True)
             raise _untraced(architecture, to, error) from error
-        _compare(run, images[:1], found.tokens[:1], architecture, to)
+        _compare(run, images[:1], feature_map.tokens[:1], architecture, to)
         code_hash = doors.hashes(architecture.code).get(architecture.code, "")
         write_json(
             part / "config.json",
@@ -147,20 +147,20 @@ def _write_onnx(
     # Above two gigabytes the weights are in a second file.
     graph.save(file)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return lambda given: torch.from_numpy(session.run([OUTPUT], {INPUT: given.numpy()})[0])
+    return lambda pixels: torch.from_numpy(session.run([OUTPUT], {INPUT: pixels.numpy()})[0])
 
 
 _WRITERS = {"onnx": _write_onnx, "program": _write_program}
 
 
-def _metadata(side: int, found: FeatureMap, statistics: Statistics) -> dict[str, str]:
+def _metadata(side: int, feature_map: FeatureMap, statistics: Statistics) -> dict[str, str]:
     """Returns the graph's description of its input and output, as text."""
     return {
         "image_size": str(side),
         "image_mean": " ".join(map(str, statistics.mean)),
         "image_std": " ".join(map(str, statistics.std)),
-        "grid": " ".join(map(str, found.grid)),
-        "prefix_tokens": str(found.num_prefix_tokens),
+        "grid": " ".join(map(str, feature_map.grid)),
+        "prefix_tokens": str(feature_map.num_prefix_tokens),
     }
 
 
@@ -185,12 +185,12 @@ def _compare(
 def _untraced(architecture: FamilyArchitecture, to: To, error: Exception) -> ConfigError:
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     # The first line of a specialised batch is a heading.
-    said = next((line for line in lines if "specialized" in line), (lines or [""])[0])
+    message = next((line for line in lines if "specialized" in line), (lines or [""])[0])
     return ConfigError(
         f"export: --to {to}: this {architecture.family} model cannot be traced; got "
-        f"{type(error).__name__} {said[:200].rstrip('.')}, expected a forward whose steps depend "
-        "neither on values nor on the number of images. Use --to fd, or --to timm or hf where the "
-        "model is theirs."
+        f"{type(error).__name__} {message[:200].rstrip('.')}, expected a forward whose steps "
+        "depend neither on values nor on the number of images. Use --to fd, or --to timm or hf "
+        "where the model is theirs."
     )
 
 

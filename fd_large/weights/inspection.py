@@ -85,13 +85,13 @@ def inspect(
     sources = sources or Sources()
     path = Path(source)
     beside = path.name in (NAME, INDEX) and kind_of(path) == "file"
-    if own := sources.resolve(path.parent if beside else source).unpublished:
+    if stored := sources.resolve(path.parent if beside else source).unpublished:
         if model != "auto":
             raise ConfigError(
-                f"--model: the weights are of {name_of(own.architecture)}, which has its own "
+                f"--model: the weights are of {name_of(stored.architecture)}, which has its own "
                 f"names of tensors; got {model}, expected auto. Leave it out."
             )
-        return _of_own(source, own)
+        return _of_own(source, stored)
     resolved = sources.resolve(source)
     if model == "auto" and (described := resolved.described):
         architecture = resolve(described.family.architecture.family, described.architecture)
@@ -114,7 +114,7 @@ def inspect(
     elif (shown := _for_shapes(known, published.without_shape(known))) is not None:
         compared = _compared(weights, shown)
     named = _named(known, form.models, published.free | published.ours.keys())
-    held = [name for piece in weights.pieces.values() for name in piece.sources]
+    tensor_names = [name for piece in weights.pieces.values() for name in piece.sources]
     return Inspection(
         source=str(source),
         form=weights.form,
@@ -126,7 +126,7 @@ def inspect(
         named=named,
         facts=published.facts.get(named),
         parameters=sum(map(math.prod, weights.shapes().values())),
-        dtypes=weights.file.dtypes(held),
+        dtypes=weights.file.dtypes(tensor_names),
         match=compared,
         dropped=tuple(weights.dropped),
         other_part=weights.file.other_part,
@@ -154,20 +154,20 @@ def _of_library(
     )
 
 
-def _of_own(source: str | Path, own: Stored) -> Inspection:
+def _of_own(source: str | Path, stored: Stored) -> Inspection:
     """Inspects a stored model without published names; imports no code."""
-    is_file = own.file.path is not None
-    dropped = [name for name in own.sizes if is_file and name.startswith(DECODER)]
+    is_file = stored.file.path is not None
+    dropped = [name for name in stored.sizes if is_file and name.startswith(DECODER)]
     return Inspection(
         source=str(source),
         form="export" if is_file else "checkpoint",
-        what="exported student" if is_file else f"student of a run, {own.path.name}",
+        what="exported student" if is_file else f"student of a run, {stored.path.name}",
         own=True,
-        architecture=overrides(own.architecture),
-        statistics=own.statistics,
-        named=name_of(own.architecture),
-        parameters=sum(size for name, size in own.sizes.items() if name not in dropped),
-        dtypes=own.file.dtypes(own.sizes),
+        architecture=overrides(stored.architecture),
+        statistics=stored.statistics,
+        named=name_of(stored.architecture),
+        parameters=sum(size for name, size in stored.sizes.items() if name not in dropped),
+        dtypes=stored.file.dtypes(stored.sizes),
         match=None,
         dropped=tuple(dropped),
     )
@@ -204,54 +204,54 @@ def _named(known: Architecture, prefix: str, free: frozenset[str]) -> str:
     for name, model in ARCHITECTURES.items():
         if not prefix or not name.startswith(prefix) or model.family != known.family:
             continue
-        own = [f.name for f in fields(model) if f.name not in free]
-        if all(getattr(known, f) in (None, getattr(model, f)) for f in own):
+        known_fields = [f.name for f in fields(model) if f.name not in free]
+        if all(getattr(known, f) in (None, getattr(model, f)) for f in known_fields):
             return name
     return ""
 
 
-def table(found: Inspection) -> Any:
+def table(inspection: Inspection) -> Any:
     """Returns the rich table of an inspection."""
     from rich.table import Table
     from rich.text import Text
 
-    rows = Table(title=Text(printable(found.source)), title_justify="left", show_header=False)
+    rows = Table(title=Text(printable(inspection.source)), title_justify="left", show_header=False)
     rows.add_column(no_wrap=True, style="bold")
     rows.add_column(overflow="fold")
 
-    def row(what: str, value: str) -> None:
+    def row(label: str, value: str) -> None:
         # As it is: names of a file may look like markup, or hold commands to a terminal.
-        rows.add_row(what, Text(printable(value)))
+        rows.add_row(label, Text(printable(value)))
 
-    own = " (written by fd_large)" if found.own else ""
-    row("format", f"{found.form}: {found.what}{own}")
-    if found.other_part:
-        beside = found.other_part
+    origin = " (written by fd_large)" if inspection.own else ""
+    row("format", f"{inspection.form}: {inspection.what}{origin}")
+    if inspection.other_part:
+        beside = inspection.other_part
         row("part", f"{OTHER[beside]}; the {beside} too is in the file: #{beside}")
-    published = found.match is not None or not found.own
-    row("published model" if published else "model", found.named or "none of the named models")
-    if found.facts is not None:
-        row("licence, origin", f"{found.facts.licence}, {found.facts.origin}")
-        row("trained at", f"{found.facts.image_size} px")
-    values = set_fields(found.architecture)
+    published = inspection.match is not None or not inspection.own
+    row("published model" if published else "model", inspection.named or "none of the named models")
+    if inspection.facts is not None:
+        row("licence, origin", f"{inspection.facts.licence}, {inspection.facts.origin}")
+        row("trained at", f"{inspection.facts.image_size} px")
+    values = set_fields(inspection.architecture)
     row("architecture", "\n".join(f"{k} {_plain(v)}" for k, v in values.items()))
-    if found.unknown:
-        row("unknown", f"{', '.join(found.unknown)} (--teacher.architecture.*)")
-    if found.statistics is None:
+    if inspection.unknown:
+        row("unknown", f"{', '.join(inspection.unknown)} (--teacher.architecture.*)")
+    if inspection.statistics is None:
         row("statistics", "unknown (--teacher.statistics)")
     else:
-        mean, std = found.statistics
+        mean, std = inspection.statistics
         row("statistics", f"mean {_plain(mean)}, std {_plain(std)}")
-    row("parameters", f"{found.parameters:,} in {', '.join(found.dtypes) or 'no tensor'}")
-    if found.match is not None:
-        row("matches", found.match.summary())
-        for complaint in found.match.complaints:
-            what, _, names = complaint.partition(": ")
-            row(what, names)
-        if found.match.to_resize:
-            row("resized on loading", first_names(found.match.to_resize))
-    if found.dropped:
-        row("left out on purpose", first_names(found.dropped))
+    row("parameters", f"{inspection.parameters:,} in {', '.join(inspection.dtypes) or 'no tensor'}")
+    if inspection.match is not None:
+        row("matches", inspection.match.summary())
+        for complaint in inspection.match.complaints:
+            problem, _, names = complaint.partition(": ")
+            row(problem, names)
+        if inspection.match.to_resize:
+            row("resized on loading", first_names(inspection.match.to_resize))
+    if inspection.dropped:
+        row("left out on purpose", first_names(inspection.dropped))
     return rows
 
 

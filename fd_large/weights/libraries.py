@@ -15,7 +15,7 @@ class Library(NamedTuple):
         holds: Contents of its files, for messages.
         graph: Name of the file that holds the traced model, weights and all; empty where the files
             hold tensors for a model of the library's own.
-        heads: Whether the files hold the heads of a task too, and only runs that have them go out.
+        heads: Whether the files also hold a task's heads; runs without heads cannot be exported.
     """
 
     package: str

@@ -64,8 +64,8 @@ def fill(net: nn.Module, items: Iterable[tuple[str, Tensor]]) -> None:
         net: The whole module, in host memory.
         items: (name, tensor); other names are ignored.
     """
-    held = dict(net.named_parameters()) | dict(net.named_buffers())
+    tensors = dict(net.named_parameters()) | dict(net.named_buffers())
     with torch.no_grad():
         for name, tensor in items:
-            if name in held:
-                held[name].copy_(tensor)
+            if name in tensors:
+                tensors[name].copy_(tensor)

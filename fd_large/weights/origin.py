@@ -117,11 +117,11 @@ def licence_of_card(card: Path | None) -> str:
     if not head.startswith("---\n"):
         return ""
     metadata = head[4:].partition("\n---")[0]
-    found = {
+    matches = {
         name: re.search(rf"^{name}:[ \t]*[\"']?([\w.+-]+)", metadata, re.MULTILINE)
         for name in ("license", "license_name")
     }
-    stated = {name: match[1] for name, match in found.items() if match}
+    stated = {name: match[1] for name, match in matches.items() if match}
     licence = stated.get("license", "")
     return stated.get("license_name", licence) if licence == "other" else licence
 
@@ -131,10 +131,10 @@ def _timm_licence(config: Path) -> str:
     if kind_of(config) != "file":
         return ""
     try:
-        found = read_json(config, where="export")
+        settings = read_json(config, where="export")
     except WeightsError:  # Its weights are another command's affair.
         return ""
-    stated = found.get("pretrained_cfg") if isinstance(found, dict) else None
+    stated = settings.get("pretrained_cfg") if isinstance(settings, dict) else None
     licence = stated.get("license") if isinstance(stated, dict) else None
     return licence if isinstance(licence, str) and re.fullmatch(r"[\w.+-]+", licence) else ""
 

@@ -63,10 +63,10 @@ def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str,
     known = "; ".join(form.what for _, form in FORMATS.values() if not form.refusal)
     section, _, flag = where.removeprefix("--").rpartition(".")
     if where.startswith("--") and section:
-        own = f"--{section}.{'model' if flag == 'init' else flag}"
+        model_flag = f"--{section}.{'model' if flag == 'init' else flag}"
         expected = (
             f"the model's name beside the file: --{section}.model timm:NAME if timm has it, or "
-            f"{own} module:PATH/TO/FILE.py:NAME for a function of your own"
+            f"{model_flag} module:PATH/TO/FILE.py:NAME for a function of your own"
         )
     else:
         expected = (
@@ -133,12 +133,12 @@ class PublishedWeights:
         guess_does = self.own or self.statistics is not None
         return "" if guess_does else FORMATS[self.form].format.trained_with
 
-    def unknown(self, wanted: Architecture) -> tuple[str, ...]:
+    def unknown(self, architecture: Architecture) -> tuple[str, ...]:
         """Returns fields of the format that remain unknown from file, configuration and user."""
         return tuple(
             name
             for name in FORMATS[self.form].format.ask
-            if getattr(self.stated, name) is None and getattr(wanted, name) is None
+            if getattr(self.stated, name) is None and getattr(architecture, name) is None
         )
 
     def adapted(
@@ -151,8 +151,8 @@ class PublishedWeights:
             expected: Shapes of the tensors of the model.
         """
         pieces = self.pieces | {name: Piece((name,)) for name in self.unfit}
-        wanted = Wanted(architecture, expected, self.found, self.dropped)
-        pieces, notes = self.published.adapt(pieces, wanted)
+        target = Wanted(architecture, expected, self.found, self.dropped)
+        pieces, notes = self.published.adapt(pieces, target)
         if self.dropped:
             notes = [f"left out on purpose: {_groups(self.dropped)}", *notes]
         return pieces, notes
@@ -185,7 +185,7 @@ class PublishedWeights:
             self.file,
             expected,
             allow=(*allow, *without),
-            what=self.what,
+            label=self.what,
             where=where,
             margin=0.0 if self.own else FORMATS[self.form].format.resize_margin,
             antialias=not self.own and FORMATS[self.form].format.resize_antialias,
@@ -246,7 +246,7 @@ def in_our_names(
             statistics=known.statistics or line.statistics,
         )
     shapes = {ours: piece.shape(file.shape) for ours, piece in pieces.items()}
-    found = _recognised(family, shapes, file, f"{where}: {source}")
+    recognised = _recognised(family, shapes, file, f"{where}: {source}")
     doubtful = not explained and part != "projector"
     if doubtful and (beyond := published.beyond(shapes)):
         raise WeightsError(
@@ -262,8 +262,8 @@ def in_our_names(
         pieces=pieces,
         dropped=dropped,
         unfit=translation.unfit,
-        found=found,
-        stated=filled(known.architecture, published.guess(found)),
+        found=recognised,
+        stated=filled(known.architecture, published.guess(recognised)),
         statistics=known.statistics,
         own=known.own,
     )
@@ -316,8 +316,8 @@ def part_of(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, l
     has_projector = "decoder.0.weight" in file
     if part == "teacher" and taught:
         return file.under(taught), [n for n in file if n not in set(taught.values())]
-    found = part in ("", "student") or part in file.wrapping
-    if not found and not (part == "projector" and has_projector):
+    has_part = part in ("", "student") or part in file.wrapping
+    if not has_part and not (part == "projector" and has_projector):
         raise WeightsError(
             f"{where}: {name}: no such part in the file; got #{part}, expected the file alone"
             f"{', #teacher' if taught else ''}{', #projector' if has_projector else ''}. Leave "
@@ -334,10 +334,10 @@ def backbone_of(file: Tensors) -> tuple[Tensors, list[str]]:
     """
     if not any(name.startswith("decode_head.") for name in file):
         return file, []
-    own = {
+    backbone_names = {
         name.removeprefix("backbone."): name
         for name in file
         if name.startswith("backbone.") and not _BETWEEN.match(name)
     }
-    taken = set(own.values())
-    return file.under(own), [name for name in file if name not in taken]
+    taken = set(backbone_names.values())
+    return file.under(backbone_names), [name for name in file if name not in taken]

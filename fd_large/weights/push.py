@@ -86,15 +86,15 @@ def _explained(repository: str, remedy: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # Its errors of the network depend on its version.
         status = getattr(getattr(error, "response", None), "status_code", None)
-        said = first_line(error).rstrip(".")
+        message = first_line(error).rstrip(".")
         if status == 409:
             raise _there(repository, remedy) from error
         if status in (401, 403):
             raise WeightsError(
-                f"--push: the token may not write to {repository}; got {said}, expected a token "
+                f"--push: the token may not write to {repository}; got {message}, expected a token "
                 f"with write access there (huggingface.co/settings/tokens). {remedy}"
             ) from error
         raise WeightsError(
-            f"--push: cannot be uploaded to {repository}; got {said}, expected a server within "
+            f"--push: cannot be uploaded to {repository}; got {message}, expected a server within "
             f"reach. {remedy}"
         ) from error

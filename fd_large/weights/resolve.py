@@ -58,14 +58,15 @@ class Stored(NamedTuple):
 
 
 StoredReader = Callable[[Path, str], Stored | None]
-"""(path, what the user set) -> the model, or None where the path means nothing to it."""
+"""(path, the field that the user set) -> the model, or None where the path holds none."""
 
 
 class Sources:
     """The weights of one start; each source is resolved once.
 
     Args:
-        readers: Asked of a path before it is taken for a file; without collectives.
+        readers: Functions that recognise a stored model at a path, called before the path is read
+            as a file; they contain no collectives.
         guesses: Whether unknown image statistics are guessed with a warning instead of refused,
             as no flag could set them.
         settled: {source: image statistics from an earlier start, empty for a guess}, used if
@@ -95,7 +96,7 @@ class Sources:
         source = str(source)
         if source not in self._resolved:
             # What a settled recipe names is the same weights under another name.
-            known = (one for one in self._resolved.values() if one.settled_source == source)
+            known = (w for w in self._resolved.values() if w.settled_source == source)
             new = ResolvedWeights(source, self._read_stored, was_settled=source in self.settled)
             self._resolved[source] = next(known, new)
         self._resolved[source].where = where or self._resolved[source].where
@@ -110,7 +111,7 @@ class Sources:
         # Once: a run that trains on must not show a start two checkpoints.
         if path not in self._stored:
             answers = (reader(path, where) for reader in self._readers)
-            self._stored[path] = next((found for found in answers if found), None)
+            self._stored[path] = next((stored for stored in answers if stored), None)
         return self._stored[path]
 
 
@@ -153,17 +154,17 @@ class ResolvedWeights:
             )
         if self.brought:
             return None
-        found = self._read_stored(path, self.where)
-        if found is None:
+        stored = self._read_stored(path, self.where)
+        if stored is None:
             return self._exported()
-        self.settled_source = str(found.path)
-        return found
+        self.settled_source = str(stored.path)
+        return stored
 
     @property
     def unpublished(self) -> Stored | None:
         """The stored model if its family has no published names, so that tensors cannot show it."""
-        found = self.stored
-        return found if found and family_of(found.architecture).published is None else None
+        stored = self.stored
+        return stored if stored and family_of(stored.architecture).published is None else None
 
     @cached_property
     def described(self) -> Described | None:
@@ -258,23 +259,23 @@ class ResolvedWeights:
             return self.published.fitted(
                 architecture, without=without, allow=allow, where=self.where, remedy=remedy
             )
-        own = self.unpublished
-        file = own.file if own else self.tensors
+        stored = self.unpublished
+        file = stored.file if stored else self.tensors
         try:
-            found = matched(architecture, {name: file.shape(name) for name in file}, self.where)
+            matching = matched(architecture, {name: file.shape(name) for name in file}, self.where)
         except WeightsError as error:
-            if own is None or own.architecture == architecture:
+            if stored is None or stored.architecture == architecture:
                 raise
-            raise other_model(self.source, own.architecture, architecture, self.where) from error
+            raise other_model(self.source, stored.architecture, architecture, self.where) from error
         return Fitted(
-            found.pieces,
+            matching.pieces,
             file,
-            found.shapes,
+            matching.shapes,
             allow=allow,
-            what=f"{self.source} ({found.what})",
+            label=f"{self.source} ({matching.what})",
             where=self.where,
-            notes=found.notes,
-            remedy=remedy_for(own.architecture) if own else found.remedy,
+            notes=matching.notes,
+            remedy=remedy_for(stored.architecture) if stored else matching.remedy,
             resize=False,
         )
 
@@ -332,20 +333,20 @@ class ResolvedWeights:
     def _exported(self) -> Stored | None:
         """Returns the model of an exported folder, if its config.json describes it completely."""
         is_folder = kind_of(self._located.path) == "folder"
-        own = self._configuration.own if is_folder else None
-        if own is None or not own.architecture.family:
+        stated = self._configuration.own if is_folder else None
+        if stated is None or not stated.architecture.family:
             return None
-        architecture = whole(set_fields(own.architecture))
+        architecture = whole(set_fields(stated.architecture))
         code_hash = doors.hashes(architecture.code).get(architecture.code, "")
-        if code_hash and code_hash != own.code_hash:
+        if code_hash and code_hash != stated.code_hash:
             log.warning(
                 "%s: %s is NOT THE FILE that made this model (its hash was %s, now %s)",
                 self.source,
                 architecture.code,
-                own.code_hash[:12],
+                stated.code_hash[:12],
                 code_hash[:12],
             )
-        statistics, file = own.statistics or statistics_of("", architecture), self._file("")
+        statistics, file = stated.statistics or statistics_of("", architecture), self._file("")
         sizes = {name: math.prod(file.shape(name)) for name in file}
         return Stored(Path(self.source), file, architecture, statistics, sizes)
 
@@ -379,15 +380,15 @@ def _tell_part(file: Tensors, name: str, taken: str, where: str) -> None:
 
 
 def other_model(
-    source: str, held: FamilyArchitecture, wanted: FamilyArchitecture, where: str
+    source: str, stored: FamilyArchitecture, requested: FamilyArchitecture, where: str
 ) -> WeightsError:
     """Returns the error for a stored model that differs from the requested one."""
     return WeightsError(
-        f"{where}: {source}: another model; it holds {name_of(held)}, expected {name_of(wanted)}. "
-        f"{remedy_for(held)}"
+        f"{where}: {source}: another model; got {name_of(stored)}, expected "
+        f"{name_of(requested)}. {remedy_for(stored)}"
     )
 
 
-def remedy_for(held: FamilyArchitecture) -> str:
+def remedy_for(architecture: FamilyArchitecture) -> str:
     """Returns the remedy for weights of another model than requested."""
-    return f"Set --student.model {name_of(held)}, which it holds."
+    return f"Set --student.model {name_of(architecture)}, which it holds."

@@ -60,10 +60,10 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
     weights = sources.resolve(section.source, where=where)
     if weights.brought:
         return _brought(section, *weights.brought, where)
-    if own := weights.unpublished:
-        architecture = filled(section.architecture, overrides(own.architecture))
-        section = replace(section, source=str(own.path))
-        return _whole(section, own.architecture.family, architecture, own.statistics)
+    if stored := weights.unpublished:
+        architecture = filled(section.architecture, overrides(stored.architecture))
+        section = replace(section, source=str(stored.path))
+        return _whole(section, stored.architecture.family, architecture, stored.statistics)
     named = by_name(section.model)
     if described := weights.described:
         family = described.family.architecture.family
@@ -72,8 +72,8 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
         if is_of_library or not described.read_here:
             return _of_library(section, described, where)
     if section.model != AUTO:
-        wanted = resolve(section.model, section.architecture)
-        if family_of(wanted).published is None:  # Names and shapes do not show its model.
+        requested = resolve(section.model, section.architecture)
+        if family_of(requested).published is None:  # Names and shapes do not show its model.
             return section
     return _of_published(section, named, weights.published, sources, where)
 
@@ -104,23 +104,23 @@ def _brought(section: FrozenModel, family: Family, name: str, where: str) -> Fro
     return _whole(section, model, architecture, facts.statistics if facts else None)
 
 
-def _of_library(section: FrozenModel, found: Described, where: str) -> FrozenModel:
+def _of_library(section: FrozenModel, description: Described, where: str) -> FrozenModel:
     """Returns the section of a library's model, described by its folder.
 
     Raises: WeightsError: if the user named another model.
     """
-    described = resolve(found.family.architecture.family, found.architecture)
+    described = resolve(description.family.architecture.family, description.architecture)
     if section.model != AUTO:
-        wanted = resolve(section.model, section.architecture)
-        if (type(wanted), wanted.own_name) != (type(described), described.own_name):
+        requested = resolve(section.model, section.architecture)
+        if (type(requested), requested.own_name) != (type(described), described.own_name):
             raise WeightsError(
-                f"{where}: {section.source}: not the model of the run; its config.json says "
-                f"{name_of(described)}, expected {name_of(wanted)} (model {section.model}). Set "
+                f"{where}: {section.source}: not the model of the run; got {name_of(described)} in "
+                f"its config.json, expected {name_of(requested)} (model {section.model}). Set "
                 f"{where.removesuffix('.source')}.model auto to take the model of the folder."
             )
-    statistics = found.statistics
+    statistics = description.statistics
     if statistics is None and not section.statistics:
-        facts = found.family.facts_of(described)
+        facts = description.family.facts_of(described)
         statistics = facts.statistics if facts else None
         log.warning(
             "%s: the folder of %s does not state its image statistics: those of the published "
@@ -129,7 +129,7 @@ def _of_library(section: FrozenModel, found: Described, where: str) -> FrozenMod
             name_of(described),
             where.removesuffix(".source"),
         )
-    architecture = filled(section.architecture, found.architecture)
+    architecture = filled(section.architecture, description.architecture)
     return _whole(section, described.family, architecture, statistics)
 
 
@@ -196,14 +196,14 @@ def settle_student(student: Student, sources: Sources) -> Student:
     if not student.init:
         return student
     where, name = "--student.init", student.model
-    wanted, weights = (
+    requested, weights = (
         resolve(name, student.architecture),
         sources.resolve(student.init, where=where),
     )
-    is_shown = family_of(wanted).published is not None
+    is_shown = family_of(requested).published is not None
     stored = weights.unpublished if is_shown else weights.stored
-    if stored and stored.architecture.family != wanted.family:
-        raise other_model(student.init, stored.architecture, wanted, where)
+    if stored and stored.architecture.family != requested.family:
+        raise other_model(student.init, stored.architecture, requested, where)
     if not is_shown:  # Names and shapes do not show its model, which is what the user says.
         return replace(student, init=str(stored.path)) if stored else student
     named, published = resolve(name), weights.published
@@ -215,7 +215,7 @@ def settle_student(student: Student, sources: Sources) -> Student:
 
 def reconcile(
     weights: PublishedWeights,
-    given: Architecture,
+    user_fields: Architecture,
     named: FamilyArchitecture | None,
     *,
     name: str,
@@ -227,7 +227,7 @@ def reconcile(
 
     Args:
         weights: Opened.
-        given: Fields that the user set, which take precedence.
+        user_fields: Fields that the user set, which take precedence.
         named: The named model; None to take the file's model.
         name: Name of the named model, for messages.
         where: Field that the user set, for messages.
@@ -247,7 +247,7 @@ def reconcile(
     values: dict[str, Any] = {"family": family}
     conflicts, depths = [], weights.found.depths or (0,)
     for field in field_names(family):
-        user, net = getattr(given, field), named and getattr(named, field)
+        user, net = getattr(user_fields, field), named and getattr(named, field)
         shown, stated = getattr(weights.found, field), getattr(weights.stated, field)
         if field in published.ours:
             values[field] = _first(user, net, published.ours[field])
@@ -255,12 +255,12 @@ def reconcile(
             values[field] = _first(user, net, shown, stated)
         else:
             fact = shown if shown is not None else stated if user is None else None
-            wanted = _first(user, net)
+            requested = _first(user, net)
             agree = published.agree.get(field, _equal)
-            if fact is not None and wanted is not None and not agree(fact, wanted, depths):
-                conflicts.append(f"{field} {_text(fact)} for {_text(wanted)}")
-            values[field] = fact if wanted is None else wanted
-    settling = Settling(filled(weights.found, weights.stated), given, named is not None)
+            if fact is not None and requested is not None and not agree(fact, requested, depths):
+                conflicts.append(f"{field} {_text(fact)} for {_text(requested)}")
+            values[field] = fact if requested is None else requested
+    settling = Settling(filled(weights.found, weights.stated), user_fields, named is not None)
     for note in published.complete(values, settling):
         log.info("%s: %s", where, note)
     if conflicts:
@@ -271,9 +271,9 @@ def reconcile(
             f"{_name_another(section, family)}"
         )
     unset = {field for field, value in values.items() if value is None}
-    asked = sorted(unset.union(weights.unknown(given)))
-    if asked or trained_with:
-        raise _nothing_shows(weights, asked, where, section, trained_with)
+    unknown = sorted(unset.union(weights.unknown(user_fields)))
+    if unknown or trained_with:
+        raise _nothing_shows(weights, unknown, where, section, trained_with)
     return whole(values)
 
 
@@ -327,10 +327,10 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _equal(fact: Any, wanted: Any, depths: tuple[int, ...]) -> bool:
+def _equal(fact: Any, requested: Any, depths: tuple[int, ...]) -> bool:
     if isinstance(fact, float):
-        return math.isclose(fact, wanted, rel_tol=1e-6)
-    return fact == wanted
+        return math.isclose(fact, requested, rel_tol=1e-6)
+    return fact == requested
 
 
 def _name_another(section: str | None, family: str) -> str:

@@ -80,11 +80,11 @@ class Configuration:
     @cached_property
     def own(self) -> Stated | None:
         """Returns the statements of our own export, or None for other folders."""
-        own = self._config.get(OWN)
-        if not own:
+        record = self._config.get(OWN)
+        if not record:
             return None
         with _plain_errors(self._folder, self._where):
-            values = own.get("architecture", {})
+            values = record.get("architecture", {})
             try:
                 architecture = Architecture(
                     **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -100,8 +100,8 @@ class Configuration:
                     f"{self._where}: {self._folder / 'config.json'}: fields of no architecture; "
                     f"got {error}, expected what fd_large wrote. Use the release that wrote it."
                 ) from error
-            code_hash = own.get("code_sha256", "")
-            return Stated(architecture, _statistics(own), own=True, code_hash=code_hash)
+            code_hash = record.get("code_sha256", "")
+            return Stated(architecture, _statistics(record), own=True, code_hash=code_hash)
 
     @cached_property
     def model(self) -> Described | None:
@@ -116,8 +116,9 @@ class Configuration:
             if read_here and not is_wrapped and not self._lacks_norm:
                 return None
             for family in FAMILIES.values():
-                if family.of_config and (found := family.of_config(config, where)) is not None:
-                    return Described(found, self._statistics(), family, read_here)
+                architecture = family.of_config and family.of_config(config, where)
+                if architecture is not None:
+                    return Described(architecture, self._statistics(), family, read_here)
         raise WeightsError(
             f"{where}: {self._folder / 'config.json'}: an unsupported model; got "
             f"{self._called}, expected one that docs/weights.md lists. If timm has this model, "
@@ -214,16 +215,16 @@ class Configuration:
         # What a library brings has no folder.
         if self._located.tensors is not None or kind_of(path) != "file":
             return {}
-        found = read_json(path, where=self._where)
-        if too_deep := _deeper(found):
+        config = read_json(path, where=self._where)
+        if too_deep := _deeper(config):
             raise WeightsError(
                 f"{self._where}: {path}: more blocks than a model has; got {too_deep}, expected at "
                 f"most {MOST_BLOCKS}. Fetch the file again."
             )
-        found = found if isinstance(found, dict) else {}
+        config = config if isinstance(config, dict) else {}
         # The backbone's, where the file is a whole segmentation model of transformers.
-        inner = found.get("backbone_config") if found.get("model_type") == "upernet" else None
-        return found if OWN in found or not isinstance(inner, dict) else inner
+        inner = config.get("backbone_config") if config.get("model_type") == "upernet" else None
+        return config if OWN in config or not isinstance(inner, dict) else inner
 
 
 @contextmanager
@@ -282,14 +283,14 @@ def own_config(
         architecture, statistics, code_hash: See `Stated`.
         trained_by: Records of the runs that led to the weights, nearest first.
     """
-    own: dict[str, Any] = {"architecture": architecture.values()}
+    record: dict[str, Any] = {"architecture": architecture.values()}
     if statistics is not None:
-        own |= {"mean": list(statistics.mean), "std": list(statistics.std)}
+        record |= {"mean": list(statistics.mean), "std": list(statistics.std)}
     if code_hash:
-        own["code_sha256"] = code_hash
+        record["code_sha256"] = code_hash
     if trained_by:
-        own["trained_by"] = list(trained_by)
-    return {OWN: own}
+        record["trained_by"] = list(trained_by)
+    return {OWN: record}
 
 
 def _timm_module(config: dict[str, Any], where: str) -> Any:

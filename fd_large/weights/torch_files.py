@@ -153,11 +153,11 @@ def _legacy(path: Path) -> Any:
     unpickled(head, _nowhere, budget)  # This one is the version of the protocol.
     if not unpickled(head, _nowhere, budget).get("little_endian", True):
         raise ValueError("numbers of another byte order")
-    begin, found = head.tell(), {}
+    begin, storages = head.tell(), {}
 
     def noted(key: str, dtype: torch.dtype, numel: int) -> Held:
-        found[key] = Held(None, dtype, numel)
-        return found[key]
+        storages[key] = Held(None, dtype, numel)
+        return storages[key]
 
     unpickled(head, noted, budget)
     keys = unpickled(head, _nowhere, budget)
@@ -167,7 +167,7 @@ def _legacy(path: Path) -> Any:
             raise ValueError("a storage without a name")
         at += 8  # The number of elements stands there again.
         places[key] = at
-        at += found[key].numel * found[key].dtype.itemsize
+        at += storages[key].numel * storages[key].dtype.itemsize
     head.seek(begin)
 
     def placed(key: str, dtype: torch.dtype, numel: int) -> Held:

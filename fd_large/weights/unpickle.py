@@ -165,7 +165,7 @@ def unpickled(file: BinaryIO, storages: Storages, budget: Budget, *, script: boo
 
 
 class _Reader(pickle._Unpickler):
-    """The standard library's machine in Python, since C's allocates for any index in a file."""
+    """The unpickler in Python: the one in C allocates memory for any index in a file."""
 
     def __init__(self, file: BinaryIO, storages: Storages, budget: Budget, script: bool) -> None:
         super().__init__(file, encoding="latin1")
@@ -174,8 +174,8 @@ class _Reader(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> _Global:
         """Returns a known name; imports nothing."""
         name = f"{module}.{name}"
-        own = self._script and name.startswith("__torch__.") and len(name) <= NAME_LENGTH
-        if own or name in _NAMES or any(known.fullmatch(name) for known in _PATTERNS):
+        scripted = self._script and name.startswith("__torch__.") and len(name) <= NAME_LENGTH
+        if scripted or name in _NAMES or any(known.fullmatch(name) for known in _PATTERNS):
             return _Global(name)
         raise RefusedError(name[:200])
 
@@ -254,23 +254,23 @@ def _called(function: Any, arguments: Any, budget: Budget) -> Any:
         dtype = _DTYPES[arguments[6].name]
         return Passive() if any(arguments[7:8]) else _tensor(*arguments[:4], dtype=dtype)
     if function.name == _OF_TYPE:
-        inner, of, given = arguments[:3]
+        inner, of, call_arguments = arguments[:3]
         plain = of in (_Global("torch.Tensor"), _Global("torch.nn.parameter.Parameter"))
         # What it calls is no call of this kind again, which could go on without end.
-        return _called(inner, given, budget) if plain and inner != function else Passive()
+        return _called(inner, call_arguments, budget) if plain and inner != function else Passive()
     if _FIRST.fullmatch(function.name):
         return arguments[0]
     if _DICTIONARIES.fullmatch(function.name):
-        found: dict[Any, Any] = {}
+        dictionary: dict[Any, Any] = {}
         items = arguments[0] if arguments else ()
         if isinstance(items, dict | list | tuple):
             budget.take(len(items))
         if isinstance(items, dict):
-            found.update(items)
+            dictionary.update(items)
         elif isinstance(items, list | tuple):
             for key, value in items:
-                _set_items(found, [key, value])
-        return found
+                _set_items(dictionary, [key, value])
+        return dictionary
     return Passive()
 
 
@@ -305,21 +305,21 @@ def _storage(identity: Any, storages: Storages) -> Held:
 
 
 def _tensor(
-    held: Any, offset: Any, size: Any, stride: Any, *, dtype: torch.dtype | None = None
+    storage: Any, offset: Any, size: Any, stride: Any, *, dtype: torch.dtype | None = None
 ) -> Tensor | Passive:
     """Returns a view inside a storage, with no more elements than the storage."""
-    if not isinstance(held, Held) or len(size) != len(stride) or len(size) > _DIMENSIONS:
+    if not isinstance(storage, Held) or len(size) != len(stride) or len(size) > _DIMENSIONS:
         raise ValueError("a tensor without a storage, size or stride")
     if not all(map(_is_size, (offset, *size, *stride))):
         raise ValueError("a tensor without a storage, size or stride")
-    dtype = dtype or held.dtype
-    numel = held.numel * held.dtype.itemsize // dtype.itemsize
+    dtype = dtype or storage.dtype
+    numel = storage.numel * storage.dtype.itemsize // dtype.itemsize
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 not in size and (last >= numel or math.prod(size) > numel):
         raise ValueError(f"a tensor of size {tuple(size)} beyond its storage of {numel}")
-    if held.bytes is None:
+    if storage.bytes is None:
         return Passive()
-    return torch.empty(0, dtype=dtype).set_(held.bytes, offset, tuple(size), tuple(stride))
+    return torch.empty(0, dtype=dtype).set_(storage.bytes, offset, tuple(size), tuple(stride))
 
 
 def _is_size(number: Any) -> bool:

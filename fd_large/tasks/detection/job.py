@@ -151,7 +151,7 @@ class DetectionJob(TrainingJob):
                 file,
                 expected,
                 allow=tuple(n for n in expected if start + n not in fits),
-                what=f"{source}, {module}",
+                label=f"{source}, {module}",
                 where="--student.init",
                 resize=False,
             )

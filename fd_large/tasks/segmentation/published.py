@@ -253,7 +253,7 @@ def fitted_heads(file: Tensors, expected: Shapes, *, what: str, where: str) -> d
             _under(module, found),
             file,
             _under(module, expected),
-            what=f"{what}, {module}",
+            label=f"{what}, {module}",
             where=where,
             remedy="Set --task.segmentation.head, head_width and auxiliary_weight as the file has "
             "them, or leave it out: new heads start from random weights.",

@@ -73,7 +73,7 @@ def test_almost_all_is_not_all():
 
 def fitted(tensors, expected, **options):
     pieces = {name: Piece((name,)) for name in tensors}
-    return Fitted(pieces, Tensors(tensors), expected, what="a file", **options)
+    return Fitted(pieces, Tensors(tensors), expected, label="a file", **options)
 
 
 def test_tensors_are_read_as_they_are_asked_for_and_no_nan_passes():

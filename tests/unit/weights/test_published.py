@@ -53,7 +53,7 @@ def test_a_rectangular_net_is_filled_by_its_shapes(tmp_path):
     weights = opened(tmp_path / "fd.pth")
     expected = {name: tuple(p.shape) for name, p in net.named_parameters()}
     pieces, _ = weights.adapted(weights.found, expected)
-    net.load_state_dict(dict(Fitted(pieces, weights.file, expected, what="oracle")))
+    net.load_state_dict(dict(Fitted(pieces, weights.file, expected, label="oracle")))
     assert_matches(net, spec, tensors, "out.final")
 
 
