@@ -18,34 +18,34 @@ _cached: set[str] = set()
 """What this process has found in its cache: from there on no server is asked."""
 
 
-def downloaded(what: str, get: Callable[[], T]) -> T:
+def downloaded(source: str, get: Callable[[], T]) -> T:
     """Returns a library's object from its cache, or else from the network.
 
     Within `meeting`, rank 0 loads it first; then the first rank of each node, from the network
     only if the node has its own cache; then all others, from the cache.
 
     Args:
-        what: The source, as the user gave it.
+        source: The source, as the user gave it.
         get: Returns the object, from the cache or the network.
 
     Raises: WeightsError: on all ranks, if `get` raises it where it is asked first.
     """
-    got = _first(what, get)
+    got = _first(source, get)
     if got:
         return got[0]
     with _offline():
         return get()
 
 
-def download(what: str, get: Callable[[], object]) -> None:
+def download(source: str, get: Callable[[], object]) -> None:
     """Fills the cache for a later `downloaded` with the same arguments."""
-    _first(what, get)
+    _first(source, get)
 
 
-def _first(what: str, get: Callable[[], T]) -> list[T]:
+def _first(source: str, get: Callable[[], T]) -> list[T]:
     """Returns this rank's download, if it downloads for others."""
     got: list[T] = []
-    if what in _cached:
+    if source in _cached:
         return got
 
     def for_all() -> None:
@@ -60,9 +60,9 @@ def _first(what: str, get: Callable[[], T]) -> list[T]:
         except WeightsError:
             got.append(get())
 
-    meeting.once(f"download {what}", for_all)
-    meeting.once(f"download {what}", for_node, of_node=True)
-    _cached.add(what)
+    meeting.once(f"download {source}", for_all)
+    meeting.once(f"download {source}", for_node, of_node=True)
+    _cached.add(source)
     return got
 
 

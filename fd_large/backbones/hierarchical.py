@@ -145,10 +145,10 @@ class HierarchicalBackbone(nn.Module):
         """
         if name.startswith("patch_embed."):
             return 0
-        found = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name)
-        if found is None:
+        match = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name)
+        if match is None:
             return self.last_layer
-        stage, block = int(found[1]), found[2]
+        stage, block = int(match[1]), match[2]
         if block is None:
             return sum(self.depths[: stage + 1])
         return sum(self.depths[:stage]) + int(block) + 1
@@ -159,10 +159,10 @@ class HierarchicalBackbone(nn.Module):
         Source: models/optimizer.py of SwinTransformer/MIM-Depth-Estimation.
         """
         above = self.last_layer - self.layer_id(name)
-        found = re.match(r"(?:patch_embed|layers\.(\d+)\.(blocks|downsample))\.", name)
-        if found is None:
+        match = re.match(r"(?:patch_embed|layers\.(\d+)\.(blocks|downsample))\.", name)
+        if match is None:
             return above
-        stage, is_merging = int(found[1] or 0), found[2] == "downsample"
+        stage, is_merging = int(match[1] or 0), match[2] == "downsample"
         return above + len(self.depths) - 1 - stage - is_merging
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -316,10 +316,10 @@ class PatchMerging(nn.Module):
         return rearrange(x, "b (h i) (w j) c -> b h w (j i c)", i=2, j=2)
 
 
-def _one_per_stage(field: str, given: Sequence[int], stages: int) -> None:
-    if len(given) not in (0, stages):
+def _one_per_stage(field: str, values: Sequence[int], stages: int) -> None:
+    if len(values) not in (0, stages):
         raise ConfigError(
-            f"student.{field}: needs a value for each stage; got {len(given)} for a model of "
+            f"student.{field}: needs a value for each stage; got {len(values)} for a model of "
             f"{stages} stages, expected {stages}, or none. Change --student.{field}."
         )
 

@@ -29,16 +29,16 @@ def config(
     a: WindowedTransformer, statistics: Statistics, entry: str, **arguments: Any
 ) -> dict[str, Any]:
     """Returns timm's configuration of a Swin model, with the family's own arguments."""
-    own = {
+    model_arguments = {
         "depths": list(a.depths),
         "num_heads": list(a.num_heads),
         "window_size": a.window_size,
         **arguments,
     }
-    return timm_config(a, statistics, entry=entry, pool="avg", arguments=own)
+    return timm_config(a, statistics, entry=entry, pool="avg", arguments=model_arguments)
 
 
-def hugging_face(a: WindowedTransformer, class_name: str, **own: Any) -> dict[str, Any]:
+def hugging_face(a: WindowedTransformer, class_name: str, **values: Any) -> dict[str, Any]:
     """Returns transformers' configuration of a Swin model, with the family's own values."""
     return hugging_face_config(a, class_name) | {
         "embed_dim": a.embed_dim,
@@ -50,7 +50,7 @@ def hugging_face(a: WindowedTransformer, class_name: str, **own: Any) -> dict[st
         "hidden_act": "gelu",
         "use_absolute_embeddings": False,
         "drop_path_rate": 0.0,
-        **own,
+        **values,
     }
 
 

@@ -83,8 +83,8 @@ HF_SWIN = table(COMPUTED + _OF_HF, start="{|swin.}")
 HF_SWINV2 = table(COMPUTED + _OF_HF_SWINV2 + _OF_HF, start="{|swinv2.}")
 
 
-def _has_first(fact: tuple[int, ...], wanted: tuple[int, ...], depths: tuple[int, ...]) -> bool:
-    return tuple(fact[: len(wanted)]) == tuple(wanted)
+def _has_first(fact: tuple[int, ...], requested: tuple[int, ...], depths: tuple[int, ...]) -> bool:
+    return tuple(fact[: len(requested)]) == tuple(requested)
 
 
 FREE = frozenset({"image_size", "window_size"})
@@ -92,23 +92,23 @@ FREE = frozenset({"image_size", "window_size"})
 AGREE = {"depths": _has_first, "num_heads": _has_first}
 
 
-def first_stages(pieces: Pieces, wanted: Wanted) -> tuple[Pieces, list[str]]:
+def first_stages(pieces: Pieces, target: Wanted) -> tuple[Pieces, list[str]]:
     """Keeps only the model's stages, with a neutral final norm if the file has more.
 
     For FD's stage-3 target the file's last merging and final norm belong to a wider map and are
     left out; the shorter model's norm has weight 1 and bias 0.
     """
-    depths = wanted.found.depths or ()
-    stages = len(wanted.architecture.depths)
+    depths = target.found.depths or ()
+    stages = len(target.architecture.depths)
     if stages >= len(depths):
         return pieces, []
-    kept = {}
+    stage_pieces = {}
     for name, piece in pieces.items():
         stage = re.match(r"layers\.(\d+)\.", name)
         beyond = stage and int(stage[1]) >= stages
         if not (beyond or name.startswith((f"layers.{stages - 1}.downsample.", "norm."))):
-            kept[name] = piece
-    return kept | fresh_norm(wanted.architecture.width), [
+            stage_pieces[name] = piece
+    return stage_pieces | fresh_norm(target.architecture.width), [
         f"the first {stages} of {len(depths)} stages, and a final norm that only normalises"
     ]
 
@@ -139,18 +139,18 @@ def window_and_size(
         side: Patches along a side of the image; 0 if nothing shows it.
         shapes: Shapes in our names.
     """
-    found: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
     window = max(windows, default=0)
     if window:
-        found["window_size"] = window
+        sizes["window_size"] = window
         smaller = [w * 2**s for s, w in enumerate(windows) if 0 < w < window]
         # Without a smaller one, the smallest map on which every stage has a full window.
         side = side or (smaller[0] if smaller else window * 2 ** (len(windows) - 1))
     if fields["absolute_position"]:
         side = side_of(shapes["absolute_pos_embed"][1]) or side
     if side:
-        found["image_size"] = side * fields["patch_size"]
-    return found
+        sizes["image_size"] = side * fields["patch_size"]
+    return sizes
 
 
 def hugging_face_fields(config: dict[str, Any], where: str) -> dict[str, Any]:

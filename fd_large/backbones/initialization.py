@@ -143,8 +143,10 @@ class HostDraws(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation, on the CPU if it draws random numbers."""
         kwargs = kwargs or {}
-        asked = args[0].device if args and isinstance(args[0], Tensor) else kwargs.get("device")
-        device = torch.device(asked or "cpu")
+        requested_device = (
+            args[0].device if args and isinstance(args[0], Tensor) else kwargs.get("device")
+        )
+        device = torch.device(requested_device or "cpu")
         if torch.Tag.nondeterministic_seeded not in func.tags or device.type in ("cpu", "meta"):
             return func(*args, **kwargs)
         if "device" in kwargs:

@@ -10,7 +10,7 @@ from fd_large.imports import without
 
 
 def later(folder: str, file: str, function: str, *, hides: tuple[str, ...] = ()) -> Callable:
-    """Returns a function of a family's file that imports the file on its first call.
+    """Returns a stand-in for a function of a family's file, which imports the file when called.
 
     Args:
         folder: The family's folder.

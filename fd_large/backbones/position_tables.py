@@ -156,9 +156,9 @@ def square_side(cells: int, *, where: str = "weights") -> int:
 def _stretched(old: int, new: int) -> np.ndarray:
     """Returns the matrix of a spline through the old offsets: (new, old) float64."""
     at = progression(old, new)
-    wanted = np.arange(new, dtype=np.float64) - new // 2
+    offsets = np.arange(new, dtype=np.float64) - new // 2
     # Beyond the outermost old offset its value holds.
-    return spline_matrix(at, np.clip(wanted, at[0], at[-1]))
+    return spline_matrix(at, np.clip(offsets, at[0], at[-1]))
 
 
 def progression(old: int, new: int) -> np.ndarray:

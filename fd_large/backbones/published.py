@@ -26,7 +26,7 @@ class Format:
         rows: The table of its names.
         facts: Fields that all its files have in common and no name shows.
         ask: Fields in which its files differ and that no name shows: a configuration beside the
-            file or the user has to.
+            file or the user has to state them.
         statistics: Image statistics that all its files were trained with; None if they differ.
         trained_with: Publishers of such files with their image statistics, if these differ and
             the user has to choose; empty if a guess is safe.
@@ -173,7 +173,7 @@ class Published:
     configs: Mapping[str, ConfigReader]
     adapt: Callable[[Pieces, Wanted], tuple[Pieces, list[str]]]
     beyond: Callable[[Shapes], str] = lambda shapes: ""
-    guess: Callable[[Architecture], Architecture] = lambda found: Architecture()
+    guess: Callable[[Architecture], Architecture] = lambda architecture: Architecture()
     free: frozenset[str] = frozenset({"image_size"})
     ours: Mapping[str, Any] = field(default_factory=dict)
     agree: Mapping[str, Callable[[Any, Any, tuple[int, ...]], bool]] = field(default_factory=dict)

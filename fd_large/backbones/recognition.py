@@ -16,8 +16,8 @@ def count_of(shapes: Shapes, pattern: str) -> int:
 
     Raises: ValueError: if the number of layers is impossible.
     """
-    found = (re.match(pattern, name) for name in shapes)
-    count = max((int(match[1]) + 1 for match in found if match), default=0)
+    matches = (re.match(pattern, name) for name in shapes)
+    count = max((int(match[1]) + 1 for match in matches if match), default=0)
     if count > MOST_BLOCKS:
         raise ValueError(f"a name with the number {count - 1:,} of a layer")
     return count

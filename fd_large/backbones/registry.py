@@ -123,8 +123,8 @@ def build(
 def _shapes(architecture: FamilyArchitecture) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         net = build(architecture, initialization="none")
-    parameters, held = dict(net.named_parameters()), net.state_dict().items()
-    statistics = {n: t for n, t in held if n not in parameters and t.is_floating_point()}
+    parameters, tensors = dict(net.named_parameters()), net.state_dict().items()
+    statistics = {n: t for n, t in tensors if n not in parameters and t.is_floating_point()}
     return {name: tuple(t.shape) for name, t in (parameters | statistics).items()}
 
 

@@ -102,10 +102,10 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 def renamed(name: str, before: str, after: str) -> str | None:
     """Returns a name of one pattern in the other pattern's form, or None if it does not match."""
-    found = _regex(before).fullmatch(name)
-    if found is None:
+    match = _regex(before).fullmatch(name)
+    if match is None:
         return None
-    texts, step = iter(found.groups()), after.count("+") - before.count("+")
+    texts, step = iter(match.groups()), after.count("+") - before.count("+")
 
     def part(wild: re.Match[str]) -> str:
         if wild[0].startswith("{"):
@@ -273,26 +273,28 @@ _WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def expanded(pieces: Pieces, shapes: Shapes, own: Callable[[str], str]) -> tuple[Pieces, list[str]]:
+def expanded(
+    pieces: Pieces, shapes: Shapes, shared_name: Callable[[str], str]
+) -> tuple[Pieces, list[str]]:
     """Gives every block its own copy of a shared position bias (FD's fine-tuning).
 
     Args:
         pieces: The file's rules, by our names.
         shapes: Shapes of the model that is to be filled.
-        own: Returns the shared tensor's name, from the name of a block's own.
+        shared_name: Returns the shared tensor's name, from the name of a block's own.
 
     Returns: the rules, and a description of the change.
     """
     copies = {
-        name: pieces[own(name)]
+        name: pieces[shared_name(name)]
         for name in shapes
-        if name not in pieces and own(name) != name and own(name) in pieces
+        if name not in pieces and shared_name(name) != name and shared_name(name) in pieces
     }
     if not copies:
         return pieces, []
-    shared = {own(name) for name in copies}
-    kept = {name: piece for name, piece in pieces.items() if name not in shared}
-    return kept | copies, ["the shared position bias is copied to every block"]
+    shared = {shared_name(name) for name in copies}
+    unshared = {name: piece for name, piece in pieces.items() if name not in shared}
+    return unshared | copies, ["the shared position bias is copied to every block"]
 
 
 def fresh_norm(width: int) -> Pieces:

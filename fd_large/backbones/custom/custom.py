@@ -149,16 +149,16 @@ def check_map(net: Any, image_size: int, *, is_trained: bool, where: str) -> Non
     expected = ""
     try:
         with Draws() as draws, torch.no_grad():
-            found = net(images, keep) if is_trained else net(images)
+            result = net(images, keep) if is_trained else net(images)
         rows, columns = net.grid(image_size, image_size)
         shape = (2, net.num_prefix_tokens + rows * columns, net.width)
         expected = f" with tokens {shape}, grid {(rows, columns)}"
-        if not isinstance(found, FeatureMap):
-            got = type(found).__name__
-        elif (tuple(found.tokens.shape), tuple(found.grid)) != (shape, (rows, columns)):
-            got = f"tokens {tuple(found.tokens.shape)}, grid {tuple(found.grid)}"
-        elif found.num_prefix_tokens != net.num_prefix_tokens:
-            got = f"num_prefix_tokens {found.num_prefix_tokens}, not {net.num_prefix_tokens}"
+        if not isinstance(result, FeatureMap):
+            got = type(result).__name__
+        elif (tuple(result.tokens.shape), tuple(result.grid)) != (shape, (rows, columns)):
+            got = f"tokens {tuple(result.tokens.shape)}, grid {tuple(result.grid)}"
+        elif result.num_prefix_tokens != net.num_prefix_tokens:
+            got = f"num_prefix_tokens {result.num_prefix_tokens}, not {net.num_prefix_tokens}"
         elif draws.seen:
             got = f"random draws ({', '.join(sorted(draws.seen))})"
         else:

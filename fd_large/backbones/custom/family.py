@@ -16,7 +16,9 @@ from fd_large.backbones.translation import FEATURE_DISTILLATION, Piece, Shapes
 from fd_large.recipes.architectures import Architecture
 
 
-def _settle(function: str, given: Architecture, where: str) -> tuple[Architecture, list[str]]:
+def _settle(
+    function: str, architecture: Architecture, where: str
+) -> tuple[Architecture, list[str]]:
     # Where it fails, the message names what the user set.
     doors.load(CustomArchitecture(function=function).code, kind="backbones", where=where)
     return Architecture(family=CustomArchitecture.family, function=function), []
@@ -36,11 +38,11 @@ def _matched(architecture: CustomArchitecture, file: Shapes, where: str) -> Matc
         for name, tensor in net.state_dict().items()
         if tensor.is_floating_point()
     }
-    held = {name.removeprefix("encoder."): name for name in file}
-    if held.keys() & expected.keys():  # An export holds the projection as well.
-        held = {name: key for name, key in held.items() if not key.startswith("decoder.")}
+    names = {name.removeprefix("encoder."): name for name in file}
+    if names.keys() & expected.keys():  # An export holds the projection as well.
+        names = {name: key for name, key in names.items() if not key.startswith("decoder.")}
     return Matched(
-        {name: Piece((key,)) for name, key in held.items()},
+        {name: Piece((key,)) for name, key in names.items()},
         expected,
         [],
         architecture.code,

@@ -253,5 +253,5 @@ def build(a: SwinArchitecture, options: Options) -> Swin:
             "student.stage_windows: a Swin model's position tables decide its windows; got "
             f"{own_windows}, expected none. Set --student.architecture.window_size."
         )
-    own = vars(a) | {"qkv_bias": a.qkv_bias != "none", **rules}
-    return Swin(**own, **options.of_all())
+    arguments = vars(a) | {"qkv_bias": a.qkv_bias != "none", **rules}
+    return Swin(**arguments, **options.of_all())

@@ -56,16 +56,16 @@ class SwinV2Architecture(WindowedTransformer):
         """Returns the same model for images of that side; absolute positions stay unchanged."""
         return self if self.absolute_position else replace(self, image_size=image_size)
 
-    def overridden(self, given: dict[str, Any]) -> Self:
+    def overridden(self, values: dict[str, Any]) -> Self:
         """Returns the model with other values of some fields.
 
         Another number of stages comes with as many windows of pre-training, all 0.
 
         Raises: ConfigError: if they do not fit the other fields.
         """
-        if "depths" in given:
-            given = {"pretrained_window_sizes": (0,) * len(given["depths"]), **given}
-        return replace(self, **given)
+        if "depths" in values:
+            values = {"pretrained_window_sizes": (0,) * len(values["depths"]), **values}
+        return replace(self, **values)
 
     def with_window(self, window_size: int) -> Self:
         """Returns the model with windows of another size, or with the same windows on larger maps.

@@ -134,10 +134,10 @@ def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
     fields = names.hugging_face_fields(config, where)
     side = config["image_size"] // config["patch_size"]
     stages = range(len(config["depths"]))
-    given = tuple(config.get("pretrained_window_sizes", ())) or (0,) * len(stages)
+    windows = tuple(config.get("pretrained_window_sizes", ())) or (0,) * len(stages)
     return Architecture(
         pretrained_window_sizes=tuple(
-            given[s] or min(fields["window_size"], side // 2**s) for s in stages
+            windows[s] or min(fields["window_size"], side // 2**s) for s in stages
         ),
         **fields,
     )
@@ -163,9 +163,9 @@ def shared_bias(name: str) -> str:
     return re.sub(r"blocks\.\d+\.attn\.cpb_mlp\.", "position_bias.cpb_mlp.", name)
 
 
-def _adapt(pieces: Pieces, wanted: Wanted) -> tuple[Pieces, list[str]]:
-    pieces, notes = names.first_stages(pieces, wanted)
-    pieces, copied = expanded(pieces, wanted.shapes, shared_bias)
+def _adapt(pieces: Pieces, target: Wanted) -> tuple[Pieces, list[str]]:
+    pieces, notes = names.first_stages(pieces, target)
+    pieces, copied = expanded(pieces, target.shapes, shared_bias)
     return pieces, [*notes, *copied]
 
 
@@ -209,9 +209,11 @@ def _complete(values: dict[str, Any], settling: Settling) -> list[str]:
     ]
 
 
-def _same_norms(fact: int, wanted: int, depths: tuple[int, ...]) -> bool:
+def _same_norms(fact: int, requested: int, depths: tuple[int, ...]) -> bool:
     """Whether extra norms are the same; an interval beyond the deepest stage means none."""
-    return all(k > max(depths) for k in (fact or math.inf, wanted or math.inf)) or fact == wanted
+    return (
+        all(k > max(depths) for k in (fact or math.inf, requested or math.inf)) or fact == requested
+    )
 
 
 _MICROSOFT = WeightFacts(IMAGENET, 192, "MIT", "github.com/microsoft/Swin-Transformer")
@@ -226,7 +228,7 @@ PUBLISHED = Published(
         **names.AGREE,
         "extra_norm_every": _same_norms,
         # What is shared can be copied to every block.
-        "shared_position_bias": lambda fact, wanted, depths: fact == wanted or fact,
+        "shared_position_bias": lambda fact, requested, depths: fact == requested or fact,
     },
     complete=_complete,
     without_shape=lambda known: {

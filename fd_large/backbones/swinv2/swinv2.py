@@ -395,5 +395,5 @@ class Downsample(PatchMerging):
 
 def build(a: SwinV2Architecture, options: Options) -> SwinV2:
     """Builds a model with fresh weights."""
-    own = vars(a) | {"qkv_bias": a.qkv_bias != "none", **options.of_windows()}
-    return SwinV2(**own, sequential_stages=options.sequential_stages, **options.of_all())
+    arguments = vars(a) | {"qkv_bias": a.qkv_bias != "none", **options.of_windows()}
+    return SwinV2(**arguments, sequential_stages=options.sequential_stages, **options.of_all())

@@ -28,7 +28,7 @@ def lacks(architecture: TimmArchitecture, pads: bool = False) -> str:
 def added(architecture: TimmArchitecture) -> dict[str, Tensor]:
     """Returns tensors that only timm's model has, at their initial values.
 
-    Such as a norm that belongs to the head, after the map that was trained, and counters.
+    For example a norm of the head, after the map that was trained, or a counter.
     """
     name = architecture.timm_name
     arguments = {**size_arguments(name, architecture.image_size), "num_classes": 0}

@@ -89,8 +89,15 @@ def measure(name: str, stride: int, image_size: int, drop_path_rate: float) -> M
 
 
 class _Seen(NamedTuple):
-    """What was seen; `growing` are modules that are given a list, which may have grown since when
-    they are computed again."""
+    """The facts that one forward on the meta device shows.
+
+    Attributes:
+        order: Path and drop rate of each call of a drop path, in order.
+        owner: Path of the module that gets the factors of each site, by the site's path.
+        growing: Paths of modules that are given a list, which may be longer when they are
+            recomputed.
+        fewest_places: Places of the smallest map under a batch norm; 0 without batch norms.
+    """
 
     order: tuple[tuple[str, float], ...]
     owner: dict[str, str]

@@ -134,9 +134,9 @@ def sized(name: str, image_size: int) -> Size:
     if config is None:  # A model of the user's own, registered with timm.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             config = timm.models.PretrainedCfg(**create(name).pretrained_cfg)
-    own, is_fixed = config.input_size[-1], bool(config.fixed_input_size)
-    if image_size in (0, own):
-        return Size(own, {}, is_fixed)
+    side, is_fixed = config.input_size[-1], bool(config.fixed_input_size)
+    if image_size in (0, side):
+        return Size(side, {}, is_fixed)
     if not is_fixed and not can_resize(name):
         return Size(image_size, {}, False)
     if not can_resize(name):
@@ -144,7 +144,7 @@ def sized(name: str, image_size: int) -> Size:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 create(name, img_size=image_size)
         except TypeError:
-            return Size(own, {}, True)
+            return Size(side, {}, True)
     return Size(image_size, {"img_size": image_size}, is_fixed)
 
 
@@ -219,27 +219,27 @@ def last_map(name: str, image_size: int) -> LastMap:
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         net: Any = create(name, **arguments).eval()
         images = torch.empty(2, 3, side, side)
-        found, unused = _watched(net, lambda: net.forward_features(images), name, side)
-    return LastMap(side, layout_of(net, name, side, found), unused)
+        output, unused = _watched(net, lambda: net.forward_features(images), name, side)
+    return LastMap(side, layout_of(net, name, side, output), unused)
 
 
-def layout_of(net: Any, name: str, side: int, found: Any) -> Layout:
+def layout_of(net: Any, name: str, side: int, output: Any) -> Layout:
     """Finds the map in the result of `forward_features`.
 
     Args:
         net: A whole timm model.
         name: The model's name in timm.
         side: Side of the images in pixels.
-        found: Result of `forward_features`.
+        output: Result of `forward_features`.
 
     Raises: ConfigError: if that is no map.
     """
-    if not isinstance(found, Tensor) or found.dim() not in (3, 4):
-        raise _no_map(name, _shape_text(found))
+    if not isinstance(output, Tensor) or output.dim() not in (3, 4):
+        raise _no_map(name, _shape_text(output))
     stated = net.feature_info[-1]["reduction"]
     prefix, is_channels_last = 0, False
-    if found.dim() == 3:
-        length, width = found.shape[1:]
+    if output.dim() == 3:
+        length, width = output.shape[1:]
         prefix = getattr(net, "num_prefix_tokens", None)
         if prefix is None:  # Not every model says how many tokens come before those of its map.
             prefix = 0 if isqrt(length) ** 2 == length else length - (side // stated) ** 2
@@ -248,8 +248,8 @@ def layout_of(net: Any, name: str, side: int, found: Any) -> Layout:
             raise _no_map(name, f"{length} tokens of {side}x{side} pixels")
     else:
         # Channels are told from rows and columns by timm's own number of them.
-        is_channels_last = found.shape[1] != net.num_features
-        shape = found.permute(0, 3, 1, 2).shape if is_channels_last else found.shape
+        is_channels_last = output.shape[1] != net.num_features
+        shape = output.permute(0, 3, 1, 2).shape if is_channels_last else output.shape
         _, width, rows, cols = shape
     # Some convolutions round up; some models pool or resize their last map.
     is_regular = rows in (side // stated, -(-side // stated))
@@ -270,7 +270,7 @@ def _watched(
     """
     try:
         with torch.no_grad(), _Used() as used:
-            found = run()
+            output = run()
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         raise ShapeError(
             f"{_WHERE}: {name} does not accept images of this size; got {side}x{side} pixels "
@@ -281,10 +281,10 @@ def _watched(
     for path, module in net.named_modules(remove_duplicate=False):
         if not path or any(path.startswith(f"{gone}.") for gone in unused):
             continue
-        held = [*module.parameters()]
-        if held and not any(id(t) in used.seen for t in (*held, *module.buffers())):
+        parameters = [*module.parameters()]
+        if parameters and not any(id(t) in used.seen for t in (*parameters, *module.buffers())):
             unused.append(path)
-    return found, tuple(unused)
+    return output, tuple(unused)
 
 
 class _Used(TorchFunctionMode):
@@ -301,12 +301,12 @@ class _Used(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        found = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         # What asks for a dtype or a device uses no values.
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(found)):
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             leaves = tree_leaves((args, kwargs))
             self.seen.update(id(leaf) for leaf in leaves if isinstance(leaf, Tensor))
-        return found
+        return result
 
 
 def _no_map(name: str, got: str) -> ConfigError:
@@ -317,12 +317,12 @@ def _no_map(name: str, got: str) -> ConfigError:
     )
 
 
-def _shape_text(found: Any) -> str:
-    if isinstance(found, Tensor):
-        return f"a tensor {tuple(found.shape)}"
-    if isinstance(found, list | tuple):
-        return f"{len(found)} tensors"
-    return type(found).__name__
+def _shape_text(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return f"a tensor {tuple(output.shape)}"
+    if isinstance(output, list | tuple):
+        return f"{len(output)} tensors"
+    return type(output).__name__
 
 
 class Stage(NamedTuple):
@@ -376,14 +376,14 @@ def cut(net: Any, name: str, stride: int, image_size: int) -> Stage:
 def map_of(net: Any, stage: Stage, images: Tensor) -> Tensor:
     """Returns the map (B, h * w, C) of normalised images (B, 3, H, W)."""
     if stage.last is None:
-        (found,) = inner_maps(net, [stage.index], images)
+        (feature_map,) = inner_maps(net, [stage.index], images)
     else:
-        found = net.forward_features(images)
-        if found.dim() == 3:
-            return found[:, stage.last.layout.num_prefix_tokens :]
+        feature_map = net.forward_features(images)
+        if feature_map.dim() == 3:
+            return feature_map[:, stage.last.layout.num_prefix_tokens :]
         if stage.last.layout.is_channels_last:
-            return rearrange(found, "b h w c -> b (h w) c")
-    return rearrange(found, "b c h w -> b (h w) c")
+            return rearrange(feature_map, "b h w c -> b (h w) c")
+    return rearrange(feature_map, "b c h w -> b (h w) c")
 
 
 def class_token_and_map_of(net: Any, stage: Stage, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -60,16 +60,15 @@ def matched(architecture: TimmArchitecture, file: Shapes, where: str) -> Matched
     name = architecture.timm_name
     whole = _shapes(_weightless(name))
     with torch.device("meta"):
-        kept = _state(build(architecture, Options()))
-    expected = _shapes(kept)
-    own = _without_prefix([key for key in file if not key.endswith(_NOT_WEIGHTS)])
-    own = {key: held for key, held in own.items() if key not in _second_names(name)}
-    theirs = in_timm_names(
-        {key: file[held] for key, held in own.items()}, whole, where=f"{where}: {name}"
-    )
-    theirs = {key: own[held] for key, held in theirs.items()}
+        state = _state(build(architecture, Options()))
+    expected = _shapes(state)
+    names = _without_prefix([key for key in file if not key.endswith(_NOT_WEIGHTS)])
+    names = {key: source for key, source in names.items() if key not in _second_names(name)}
+    shapes = {key: file[source] for key, source in names.items()}
+    theirs = in_timm_names(shapes, whole, where=f"{where}: {name}")
+    theirs = {key: names[source] for key, source in theirs.items()}
     after = [key for key in theirs if key in whole and f"net.{key}" not in expected]
-    pieces = {f"net.{key}": Piece((held,)) for key, held in theirs.items() if key not in after}
+    pieces = {f"net.{key}": Piece((source,)) for key, source in theirs.items() if key not in after}
     notes = [f"left out on purpose: {len(after)} tensors that come after the map"] if after else []
     if size_arguments(name, architecture.image_size) and can_resize(name):
         other = [
@@ -157,19 +156,21 @@ def weightless(name: str, where: str) -> dict[str, Tensor]:
     return _weightless(name)
 
 
-def settle(name: str, given: Architecture, where: str) -> tuple[Architecture, list[str]]:
+def settle(name: str, architecture: Architecture, where: str) -> tuple[Architecture, list[str]]:
     """Returns the model of `timm:NAME`, at the last stride unless a stride is given.
 
     Raises: ConfigError: if timm lacks the model, or it has no map, or none at the image size.
     """
-    stride, notes = given.feature_stride, []
+    stride, notes = architecture.feature_stride, []
     known = strides(name)
     if stride is None:
         stride = known[-1]
         notes.append(f"timm:{name}: its last map, as forward_features returns it")
     if stride in (0, known[-1]):
-        last_map(name, given.image_size or 0)
-    return Architecture(timm_name=name, feature_stride=stride, image_size=given.image_size), notes
+        last_map(name, architecture.image_size or 0)
+    return Architecture(
+        timm_name=name, feature_stride=stride, image_size=architecture.image_size
+    ), notes
 
 
 # Arguments of a model that change neither its map nor the names of its tensors.
@@ -278,22 +279,22 @@ def _load(name: str, where: str) -> Loaded:
         ) from error
 
 
-def in_timm_names(given: Shapes, expected: Shapes, *, where: str = "weights") -> dict[str, str]:
+def in_timm_names(shapes: Shapes, expected: Shapes, *, where: str = "weights") -> dict[str, str]:
     """Returns timm's name of each tensor in a file, {timm's name: the file's name}.
 
     A port of the same model to other names has equally many tensors, in the same order with the
     same shapes, and no name in common.
 
     Args:
-        given: Names and shapes of a file's tensors, in order.
+        shapes: Names and shapes of a file's tensors, in order.
         expected: timm's, of the whole model, in order.
         where: Field that the user set, for the message.
 
     Raises: WeightsError: if the names differ and the tensors do not correspond one by one.
     """
-    if not given.keys().isdisjoint(expected):
-        return {_layer_scale(name, expected): name for name in given}
-    pairs = list(zip(expected.items(), given.items(), strict=False))
+    if not shapes.keys().isdisjoint(expected):
+        return {_layer_scale(name, expected): name for name in shapes}
+    pairs = list(zip(expected.items(), shapes.items(), strict=False))
     misfit = next(
         (
             f"{theirs} {shape} for {ours} {like}"
@@ -302,9 +303,9 @@ def in_timm_names(given: Shapes, expected: Shapes, *, where: str = "weights") ->
         ),
         "",
     )
-    if len(given) != len(expected) or misfit:
+    if len(shapes) != len(expected) or misfit:
         raise WeightsError(
-            f"{where}: tensors match timm's model neither by name nor by order; got {len(given)} "
+            f"{where}: tensors match timm's model neither by name nor by order; got {len(shapes)} "
             f"tensors{', ' + misfit if misfit else ''}, expected {len(expected)}. Name the file's "
             "model: timm:NAME."
         )
@@ -345,8 +346,8 @@ def _second_names(name: str) -> frozenset[str]:
     """Returns the names, after the first, of tensors that a state dict lists several times."""
     with torch.device("meta"):
         net = create(name)
-    own = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}
-    return frozenset(name for name in net.state_dict() if name not in own)
+    first = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}
+    return frozenset(name for name in net.state_dict() if name not in first)
 
 
 def _statistics(name: str) -> Statistics:
@@ -359,9 +360,9 @@ def _state(net: nn.Module) -> dict[str, Tensor]:
 
     A module shared by several blocks has several names in a state dict, but one in the model.
     """
-    own = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}
+    names = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}
     state = net.state_dict().items()
-    return {name: t for name, t in state if name in own and t.is_floating_point()}
+    return {name: t for name, t in state if name in names and t.is_floating_point()}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:

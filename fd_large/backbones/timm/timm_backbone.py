@@ -68,7 +68,7 @@ class TimmBackbone(nn.Module):
         stride: Pixels per token.
         num_prefix_tokens: 0; class tokens are left out of the map. A frozen model returns the
             first of them as its summary.
-        gives_summary: Whether it does.
+        gives_summary: Whether the model returns a summary.
         stage_strides: Pixels per place of each map of `stages`, finest first.
         stage_widths: Channels of each stage.
         drop_path_rates: Rate of each call of a drop path, in order.
@@ -130,10 +130,12 @@ class TimmBackbone(nn.Module):
             rows[path].append(row)
         for path, module in list(self.net.named_modules()):
             if isinstance(module, DropPath):
-                kept = Kept(self._scales, rows.get(path, ()), scales_by_keep=module.scale_by_keep)
-                self.net.set_submodule(path, kept)
+                drop_path = Kept(
+                    self._scales, rows.get(path, ()), scales_by_keep=module.scale_by_keep
+                )
+                self.net.set_submodule(path, drop_path)
                 if path in rows:  # Some models never call one of theirs.
-                    owned[self._measured.owners[path]].append(kept)
+                    owned[self._measured.owners[path]].append(drop_path)
         for path, sites in owned.items():
             give_scales(self.net.get_submodule(path), self._scales, sites)
         return tuple(rate for _, rate in self._measured.sites)

@@ -144,12 +144,12 @@ def fields_of_kind(kind: Kind, config: Mapping[str, Any], where: str) -> tuple[s
     if not isinstance(vision, Mapping):
         vision = {}
     of_all = signature(package.PretrainedConfig).parameters
-    own = {
+    kind_fields = {
         name
         for name in signature(getattr(package, kind.config)).parameters
         if name not in of_all and not name.startswith("_")
     }
-    values = {name: value for name, value in vision.items() if name in own}
+    values = {name: value for name, value in vision.items() if name in kind_fields}
     for name, value in values.items():
         if not is_plain(value, counts_blocks=name in _COUNTS):
             raise WeightsError(
@@ -157,7 +157,7 @@ def fields_of_kind(kind: Kind, config: Mapping[str, Any], where: str) -> tuple[s
                 f"{str(value)[:100]}, expected one plain value or a short list, and no more "
                 "layers than published models have. Fetch the folder again."
             )
-    others = [name for name in vision if name not in own | _NO_MATTER]
+    others = [name for name in vision if name not in kind_fields | _NO_MATTER]
     return json.dumps(values, sort_keys=True), sorted(others)
 
 

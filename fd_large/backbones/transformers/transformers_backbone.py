@@ -77,7 +77,7 @@ class TransformersBackbone(nn.Module):
         self.net = net
 
     def cast_buffers(self, dtype: torch.dtype) -> None:
-        """Casts only empty tensors that are combined with weights; positions stay float32."""
+        """Casts the empty buffers, which are combined with weights; positions stay float32."""
         for module in self.net.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.numel():
@@ -128,9 +128,9 @@ class TransformersBackbone(nn.Module):
 
         Returns: (name of the module, its number of tokens) -> their positions; None: not known.
         """
-        own = self.num_prefix_tokens + grid[0] * grid[1]
+        map_tokens = self.num_prefix_tokens + grid[0] * grid[1]
         known = image_positions(grid, self.num_prefix_tokens)
-        return lambda name, num_tokens: known if num_tokens == own else None
+        return lambda name, num_tokens: known if num_tokens == map_tokens else None
 
     def blocks(self) -> list[nn.Module]:
         """Returns an empty list, since a teacher is not recomputed."""

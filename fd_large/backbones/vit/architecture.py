@@ -60,8 +60,8 @@ class ViTArchitecture(Transformer):
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens of the feature map without a place in the image."""
-        kept = self.distillation_token and self.keep_distillation_token
-        return int(self.class_token) + int(kept)
+        keeps_distillation = self.distillation_token and self.keep_distillation_token
+        return int(self.class_token) + int(keeps_distillation)
 
     @property
     def fixed_image_size(self) -> int:

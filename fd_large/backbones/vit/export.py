@@ -189,8 +189,8 @@ def _upernet_lacks(a: ViTArchitecture, pads: bool) -> str:
 
 
 def _upernet_config(a: ViTArchitecture, statistics: Statistics) -> dict[str, Any]:
-    own = _hugging_face_config(a.with_own_position_biases(), statistics)
-    return own | {"add_fpn": True, "reshape_hidden_states": True}
+    config = _hugging_face_config(a.with_own_position_biases(), statistics)
+    return config | {"add_fpn": True, "reshape_hidden_states": True}
 
 
 EXPORTS: Exports = {

@@ -399,9 +399,9 @@ _BEYOND = (
 
 def _beyond(shapes: Shapes) -> str:
     """Returns the part of a file, in words, that no ViT here has, or ""."""
-    for pattern, what in _BEYOND:
+    for pattern, label in _BEYOND:
         if any(re.search(pattern, name) for name in shapes):
-            return what
+            return label
     if "blocks.0.norm1.weight" in shapes and "blocks.0.norm1.bias" not in shapes:
         return "norms without bias"
     has_tables = any(name.endswith("relative_position_bias_table") for name in shapes)
@@ -426,8 +426,8 @@ def _beyond(shapes: Shapes) -> str:
     return ""
 
 
-def _guess(found: Architecture) -> Architecture:
-    heads = KNOWN_HEADS.get(found.embed_dim)
+def _guess(architecture: Architecture) -> Architecture:
+    heads = KNOWN_HEADS.get(architecture.embed_dim)
     return Architecture(num_heads=(heads,)) if heads else Architecture()
 
 
@@ -518,17 +518,17 @@ def shared_bias(name: str) -> str:
     return re.sub(r"^blocks\.\d+\.attn\.(?=relative_position)", "rel_pos_bias.", name)
 
 
-def _adapt(pieces: Pieces, wanted: Wanted) -> tuple[Pieces, list[str]]:
-    pieces, notes = expanded(pieces, wanted.shapes, shared_bias)
-    if "norm.weight" not in pieces and any(_OF_THE_MEAN.search(n) for n in wanted.dropped):
-        pieces = pieces | fresh_norm(wanted.architecture.embed_dim)
+def _adapt(pieces: Pieces, target: Wanted) -> tuple[Pieces, list[str]]:
+    pieces, notes = expanded(pieces, target.shapes, shared_bias)
+    if "norm.weight" not in pieces and any(_OF_THE_MEAN.search(n) for n in target.dropped):
+        pieces = pieces | fresh_norm(target.architecture.embed_dim)
         notes.append(
             "the file has no norm for tokens, only one for their mean: a norm that only normalises"
         )
-    if wanted.found.distillation_token:
-        kept = wanted.architecture.keep_distillation_token
+    if target.found.distillation_token:
+        is_kept = target.architecture.keep_distillation_token
         notes.append(
-            f"the distillation token is {'kept in' if kept else 'dropped from'} the feature map"
+            f"the distillation token is {'kept in' if is_kept else 'dropped from'} the feature map"
         )
     return pieces, notes
 
@@ -547,10 +547,10 @@ PUBLISHED = Published(
     ours={"keep_distillation_token": False},
     agree={
         # Its value is in the weights.
-        "layer_scale": lambda fact, wanted, depths: bool(fact) == bool(wanted),
+        "layer_scale": lambda fact, requested, depths: bool(fact) == bool(requested),
         # What is shared can be copied to every block.
-        "relative_position": lambda fact, wanted, depths: (
-            fact == wanted or (fact, wanted) == ("shared", "block")
+        "relative_position": lambda fact, requested, depths: (
+            fact == requested or (fact, requested) == ("shared", "block")
         ),
     },
     without_shape=lambda known: {

@@ -495,10 +495,10 @@ def _at(
     """
     prefix = x.shape[1] - grid[0] * grid[1]
     first = torch.arange(prefix, device=x.device).expand(len(x), -1)
-    kept = torch.cat([first, places + prefix], dim=1)
-    x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+    numbers = torch.cat([first, places + prefix], dim=1)
+    x = x.gather(1, numbers[..., None].expand(-1, -1, x.shape[-1]))
     if table is not None:
-        pairs = position_index(*grid, prefix, x.device)[kept[:, :, None], kept[:, None, :]]
+        pairs = position_index(*grid, prefix, x.device)[numbers[:, :, None], numbers[:, None, :]]
         # An embedding lookup, because its backward is deterministic on GPUs too.
         table = F.embedding(pairs, table).permute(0, 3, 1, 2).contiguous()
     return x, table
@@ -524,6 +524,6 @@ def _float32(table: Tensor) -> Tensor:
 
 def build(a: ViTArchitecture, options: Options) -> ViT:
     """Builds a model with fresh weights."""
-    own = {name: value for name, value in vars(a).items() if name not in _POSITIONAL}
-    own["resizes_positions"] = options.resizes_positions
-    return ViT(a.embed_dim, a.depths[0], a.num_heads[0], **own, **options.of_all())
+    arguments = {name: value for name, value in vars(a).items() if name not in _POSITIONAL}
+    arguments["resizes_positions"] = options.resizes_positions
+    return ViT(a.embed_dim, a.depths[0], a.num_heads[0], **arguments, **options.of_all())
