@@ -42,14 +42,14 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
     rows += [("" if index else "pictures", str(path)) for index, path in enumerate(pictures)]
     if files.has(PAGE):
         rows.append(("all on a page", f"{files.folder}/{PAGE}"))
-    kept = [name for name in (SUMMARY, METRICS, LOGS) if files.has(name)]
-    rows.append(("numbers, logs", f"{files.folder}: {', '.join(kept) or 'nothing yet'}"))
+    file_names = [name for name in (SUMMARY, METRICS, LOGS) if files.has(name)]
+    rows.append(("numbers, logs", f"{files.folder}: {', '.join(file_names) or 'nothing yet'}"))
     if reason := files.summary.get("reason"):
         rows.append(("why it ended", reason))
-    width = max(len(what) for what, _ in rows)
+    width = max(len(label) for label, _ in rows)
     lines = [f"{called(files)}: {status_words(files)}, {progress(files)}; {files.folder}"]
     lines += filter(None, [worse_than_constant(files)])
-    lines += [f"  {what:<{width}}  {text}" for what, text in rows]
+    lines += [f"  {label:<{width}}  {text}" for label, text in rows]
     steps = next_steps(files)
     lines += ["next:"] if steps else []
     for step in steps:
@@ -77,8 +77,8 @@ def beats_constant(files: RunFiles) -> bool | None:
 def called(files: RunFiles) -> str:
     """Returns the name of a run: its own name, if any, and its recipe's."""
     recipe: str = files.recipe["name"]
-    own = files.recipe.get("runtime", {}).get("name")
-    return f"{own} ({recipe})" if own else recipe
+    run_name = files.recipe.get("runtime", {}).get("name")
+    return f"{run_name} ({recipe})" if run_name else recipe
 
 
 def status_words(files: RunFiles) -> str:
@@ -175,13 +175,15 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
         steps.append(_to_beat_it(files))
     elif status == "done":
         # What is stored of a teacher is of these images alone.
-        stored = any(cached_folder(one.get("source", "")) for one in _teachers(files).values())
+        stored = any(
+            cached_folder(teacher.get("source", "")) for teacher in _teachers(files).values()
+        )
         if str(files.recipe["data"]["root"]).startswith("builtin:") and not stored:
-            own = {"data.root": "FOLDER"}
+            changes = {"data.root": "FOLDER"}
             if _evaluates(files):
-                own["eval.root"] = "HELD_OUT_FOLDER"
-            own["runtime.run_dir"] = f"{_group(files)}-2"
-            steps.append(("the same on your own images", _again(files, own)))
+                changes["eval.root"] = "HELD_OUT_FOLDER"
+            changes["runtime.run_dir"] = f"{_group(files)}-2"
+            steps.append(("the same on your own images", _again(files, changes)))
     if status == "done":
         steps += _of_task(files)
     elif status != RUNNING:
@@ -236,22 +238,26 @@ def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
         # No library has a model of the user's own.
         "{library}": "fd" if isinstance(student, CustomArchitecture) else "timm",
     }
-    found = []
+    commands = []
     entries = _teachers(files)
     # What stands for a teacher knows the training views alone.
-    teachers = [name for name, one in entries.items() if not cached_folder(one.get("source", ""))]
+    teachers = [
+        name for name, entry in entries.items() if not cached_folder(entry.get("source", ""))
+    ]
     for why, steps in TASKS[files.task].next_steps:
         if steps[0] == "export" and beats_constant(files) is False:
             continue  # Nobody wants that student.
         words = [
             each
             for word in steps
-            for each in ([f"{{run}}#{one}" for one in teachers] if word == "{teachers}" else [word])
+            for each in (
+                [f"{{run}}#{name}" for name in teachers] if word == "{teachers}" else [word]
+            )
         ]
         for placeholder, value in values.items():
             words = [word.replace(placeholder, value) for word in words]
-        found.append((why, [*_commands(files), *words]))
-    return found
+        commands.append((why, [*_commands(files), *words]))
+    return commands
 
 
 def _evaluates(files: RunFiles) -> bool:
@@ -290,8 +296,8 @@ def _frozen(name: str, section: dict[str, Any], side: int) -> str:
 
 def _devices(summary: dict[str, Any]) -> str:
     count, kind = summary.get("world_size", 1), summary.get("device", "cpu")
-    what = {"cuda": "GPU", "cpu": "CPU rank"}.get(kind, kind)
-    return f"{count} {what}{'s' if count > 1 else ''}"
+    device = {"cuda": "GPU", "cpu": "CPU rank"}.get(kind, kind)
+    return f"{count} {device}{'s' if count > 1 else ''}"
 
 
 def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
@@ -311,24 +317,24 @@ def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
         values.append(word)
     # The launcher gives the first; the second would throw away what the run has done.
     left_out = {"local_rank", "fresh", *LEFT, *more}
-    kept = [word for name in flags if name not in left_out for word in flags[name]]
+    arguments = [word for name in flags if name not in left_out for word in flags[name]]
     if "deepspeed_config" not in flags:
         # Started from Python: what differs from the recipe, as flags.
-        kept = ["--deepspeed_config", "zero3", *_as_flags(files, left_out)]
-    kept += [word for name, value in more.items() for word in (f"--{name}", value)]
+        arguments = ["--deepspeed_config", "zero3", *_as_flags(files, left_out)]
+    arguments += [word for name, value in more.items() for word in (f"--{name}", value)]
     script = ["--module", "fd_large.train"]
     if Path(first).name == "train.py" or kind_of(Path("fd_large/train.py")):
         script = [_train_script(first)]
     match environment.get("launcher"):
         case "python":
-            return [*_commands(files), "train", *kept]
+            return [*_commands(files), "train", *arguments]
         case "torchrun":
-            return [_program("torchrun"), f"--nproc_per_node={ranks}", *script, *kept]
+            return [_program("torchrun"), f"--nproc_per_node={ranks}", *script, *arguments]
     launcher = [_program("deepspeed")]
     if environment.get("device") == "cpu" and ranks > 1:
         # Without GPUs the launcher cannot count what to start.
         launcher += ["--num_accelerators", str(ranks)]
-    return [*launcher, *script, *kept]
+    return [*launcher, *script, *arguments]
 
 
 def _as_flags(files: RunFiles, left_out: Collection[str]) -> list[str]:
@@ -347,16 +353,17 @@ def _as_flags(files: RunFiles, left_out: Collection[str]) -> list[str]:
 
 def _train_script(first: str) -> str:
     """Returns the path of train.py: from a clone's root, or as started."""
-    in_clone, own = Path("fd_large/train.py"), Path(__file__).parents[1] / "train.py"
-    is_elsewhere = not kind_of(in_clone) and os.path.realpath(first) == os.path.realpath(own)
-    return str(own if is_elsewhere else in_clone)
+    in_clone, script = Path("fd_large/train.py"), Path(__file__).parents[1] / "train.py"
+    is_packages = os.path.realpath(first) == os.path.realpath(script)
+    is_elsewhere = not kind_of(in_clone) and is_packages
+    return str(script if is_elsewhere else in_clone)
 
 
 def _program(name: str) -> str:
     """Returns a program of this environment: its name if that finds it, else its path from here."""
     beside = Path(sys.executable).parent / name
-    found = shutil.which(name)
-    if not kind_of(beside) or (found and Path(found).parent == beside.parent):
+    program_path = shutil.which(name)
+    if not kind_of(beside) or (program_path and Path(program_path).parent == beside.parent):
         return name
     relative = os.path.relpath(beside)
     return str(beside) if relative.startswith("..") else relative

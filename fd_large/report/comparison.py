@@ -41,24 +41,24 @@ def _accuracies(summary: dict[str, Any], title: str) -> Table:
 
     first = summary["nets"][0]
     several = len(first["accuracy"]) > 1
-    found = Table(
+    table = Table(
         title=f"{title}: accuracy, per cent of the test images",
         title_justify="left",
     )
-    found.add_column("model", overflow="fold")
+    table.add_column("model", overflow="fold")
     trained, swept = "recipe" in first, "sweep" in first
     if trained:
-        found.add_column("recipe", overflow="fold")
+        table.add_column("recipe", overflow="fold")
     if swept:
-        found.add_column("rate", justify="right")
-        found.add_column("decay", justify="right")
-    found.add_column("pixels", justify="right")
-    found.add_column("mean" if several else "accuracy", justify="right")
+        table.add_column("rate", justify="right")
+        table.add_column("decay", justify="right")
+    table.add_column("pixels", justify="right")
+    table.add_column("mean" if several else "accuracy", justify="right")
     if several:
-        found.add_column("+-", justify="right")
-        found.add_column("seeds", justify="right", overflow="fold")
+        table.add_column("+-", justify="right")
+        table.add_column("seeds", justify="right", overflow="fold")
     if compared := any("difference" in model for model in summary["nets"]):
-        found.add_column("less the first", overflow="fold")
+        table.add_column("less the first", overflow="fold")
     for model in summary["nets"]:
         mark = f" {MARK}" if model.get("unlike_first") else ""
         cells = [Text(model["label"]), *([Text(model["recipe"] + mark)] if trained else [])]
@@ -71,7 +71,7 @@ def _accuracies(summary: dict[str, Any], title: str) -> Table:
         if compared:
             difference = model.get("difference")
             cells.append(shown(difference) if difference else "")
-        found.add_row(*cells)
+        table.add_row(*cells)
     differences = [model["difference"] for model in summary["nets"] if "difference" in model]
     lines = list(said_of(differences))
     lines += [
@@ -80,8 +80,8 @@ def _accuracies(summary: dict[str, Any], title: str) -> Table:
         for model in summary["nets"]
         if model.get("unlike_first")
     ]
-    found.caption, found.caption_justify = Text("\n".join(lines)), "left"
-    return found
+    table.caption, table.caption_justify = Text("\n".join(lines)), "left"
+    return table
 
 
 def seen_by(sweeps: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -90,14 +90,14 @@ def seen_by(sweeps: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     Args:
         sweeps: {label of a row: its sweep in summary.json}.
     """
-    seen = {label: sweep["held_out_seen_by"] for label, sweep in sweeps.items()}
-    for label, runs in seen.items():
+    trainings = {label: sweep["held_out_seen_by"] for label, sweep in sweeps.items()}
+    for label, runs in trainings.items():
         if runs:
             yield (
                 f"{label}: the images that chose were in the training of {', '.join(runs)}; a "
                 "choice by them is not fair against a row that never saw them."
             )
-    if sweeps and not any(seen.values()):
+    if sweeps and not any(trainings.values()):
         yield "No run that is known to have led to a model trained on the images that chose."
     for label, sweep in sweeps.items():
         if weights := sweep.get("held_out_not_known"):
@@ -111,13 +111,13 @@ def said_of(differences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     Args:
         differences: As summary.json has them.
     """
-    of_both = any(one["over"] != "images" for one in differences)
+    of_both = any(difference["over"] != "images" for difference in differences)
     if of_both:
         yield (
             "In brackets: where other test images and other seeds would put the difference, 95%; "
             "none is shown where that includes 0."
         )
-    if any(one["needs_seeds"] for one in differences):
+    if any(difference["needs_seeds"] for difference in differences):
         yield (
             "One seed: in brackets is what other test images would change, 95%. What another seed "
             "would change is not known, so no model is called better: --seeds 3 says it."
@@ -129,17 +129,17 @@ def said_of(differences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         )
 
 
-def shown(found: Mapping[str, Any], digits: int = 2) -> str:
+def shown(difference: Mapping[str, Any], digits: int = 2) -> str:
     """Returns a difference with its interval; "none shown" if it includes 0.
 
     Args:
-        found: The difference in summary.json.
+        difference: The difference in summary.json.
         digits: Digits after the point.
     """
-    low, high = found["interval"]
-    mean = f"{found['mean']:+.{digits}f}"
-    words = mean if found["is_shown"] else "none shown"
-    if found["needs_seeds"]:
+    low, high = difference["interval"]
+    mean = f"{difference['mean']:+.{digits}f}"
+    words = mean if difference["is_shown"] else "none shown"
+    if difference["needs_seeds"]:
         words = f"one seed: {mean}"
     return f"{words} ({low:+.{digits}f} to {high:+.{digits}f})"
 
@@ -151,7 +151,7 @@ def in_words(changes: Mapping[str, Sequence[Any]]) -> str:
         changes: The value that is compared with, and the field's own, by field.
     """
     return ", ".join(
-        f"{name} {_plain(own)} ({_plain(other)})" for name, (other, own) in changes.items()
+        f"{name} {_plain(value)} ({_plain(other)})" for name, (other, value) in changes.items()
     )
 
 
@@ -169,18 +169,18 @@ def _grid(models: list[dict[str, Any]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    found = Table(
+    table = Table(
         title="Sweep: accuracy on the held-out tenth of the training images, per cent",
         title_justify="left",
         caption_justify="left",
     )
-    found.add_column("model", overflow="fold")
-    found.add_column("recipe", overflow="fold")
-    found.add_column("decay", justify="right")
+    table.add_column("model", overflow="fold")
+    table.add_column("recipe", overflow="fold")
+    table.add_column("decay", justify="right")
     rates = sorted({trial["rate"] for model in models for trial in model["sweep"]["trials"]})
     for rate in rates:
-        found.add_column(f"rate x {rate:g}", justify="right")
-    found.add_column("best")
+        table.add_column(f"rate x {rate:g}", justify="right")
+    table.add_column("best")
     for model in models:
         sweep, of_point = model["sweep"], {}
         for trial in sweep["trials"]:
@@ -191,20 +191,20 @@ def _grid(models: list[dict[str, Any]]) -> Table:
             is_best = (recipe, decay) == (sweep["recipe"], sweep["layer_decay"])
             best = f"rate x {sweep['rate']:g}" if is_best else ""
             cells = [of_rates.get(rate, "") for rate in rates]
-            found.add_row(Text(model["label"]), Text(recipe), f"{decay:g}", *cells, best)
-    said = [
+            table.add_row(Text(model["label"]), Text(recipe), f"{decay:g}", *cells, best)
+    lines = [
         "Rates are multiples of the recipe's, whose own rate (x 1) and decay are in the grid. The "
         "best of each model was then trained on all training images."
     ]
-    said += [
+    lines += [
         f"{model['label']}: the best is at an edge of the grid "
         f"({' and '.join(model['sweep']['at_edge'])}); a wider one may hold a better."
         for model in models
         if model["sweep"]["at_edge"]
     ]
-    said += seen_by({model["label"]: model["sweep"] for model in models})
-    found.caption = Text("\n".join(said))
-    return found
+    lines += seen_by({model["label"]: model["sweep"] for model in models})
+    table.caption = Text("\n".join(lines))
+    return table
 
 
 @style.own_look

@@ -60,9 +60,9 @@ def deep_layers(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def kinds_of(models: list[Model]) -> list[str]:
     """Returns the labels of some models' losses and their terms; tasks' losses first."""
-    found = [part["loss"] for model in models for part in model["landscapes"]]
+    losses = [part["loss"] for model in models for part in model["landscapes"]]
     shared = [part["loss"] for part in models[0]["landscapes"]][-1:]  # The last, of every model.
-    return [*dict.fromkeys(kind for kind in found if kind not in shared), *shared]
+    return [*dict.fromkeys(kind for kind in losses if kind not in shared), *shared]
 
 
 def landscape_of(model: Model, kind: str) -> Landscape | None:
@@ -195,8 +195,8 @@ def _average(models: list[Model], averages: dict[str, numpy.ndarray], cka: Any) 
             cell.set_xticks([])
             cell.set_yticks([])
             score = model["attention"][number]["translation_score"]
-            said = "" if score is None else f", score {score:z.2f}"
-            cell.set_title(f"layer {number + 1}{said}", fontsize=style.SMALL_SIZE)
+            score_text = "" if score is None else f", score {score:z.2f}"
+            cell.set_title(f"layer {number + 1}{score_text}", fontsize=style.SMALL_SIZE)
             window = model["attention"][number]["window"]
             cell.set_xlabel(f"keys ({window[0]} x {window[1]})", fontsize=style.SMALL_SIZE)
         cells[0].set_ylabel("queries", fontsize=style.SMALL_SIZE)
@@ -238,18 +238,18 @@ def _cells(
 
 def _curves(models: list[Model], averages: Any, cka: Any) -> Figure:
     figure, cells = _cells(models, height=3.1, of="curves")
-    for panel, number, seen in cells:
+    for panel, number, landscape in cells:
         colour = COLOURS[number % len(COLOURS)]
         style.plain_axes(panel)
-        for low, mean, high in _bands(seen):
-            panel.fill_between(seen["steps"], low, high, color=colour, alpha=0.15, linewidth=0)
-            panel.plot(seen["steps"], mean, color=colour, linewidth=1.3)
-        panel.plot([0], _own(seen), "o", color=colour, markersize=5)
-        low, high, note = _range(models, seen, _bands, _own)
+        for low, mean, high in _bands(landscape):
+            panel.fill_between(landscape["steps"], low, high, color=colour, alpha=0.15, linewidth=0)
+            panel.plot(landscape["steps"], mean, color=colour, linewidth=1.3)
+        panel.plot([0], _own(landscape), "o", color=colour, markersize=5)
+        low, high, note = _range(models, landscape, _bands, _own)
         _note(panel, note)
         panel.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
         panel.set_xlabel("step, in lengths of the weights", fontsize=style.TEXT_SIZE)
-        panel.set_ylabel(seen["loss"], fontsize=style.TEXT_SIZE)
+        panel.set_ylabel(landscape["loss"], fontsize=style.TEXT_SIZE)
     return figure
 
 
@@ -274,10 +274,10 @@ def _bands(landscape: Landscape) -> list[numpy.ndarray]:
     It is the standard deviation of the change by a step, since batches differ more in the loss
     itself.
     """
-    own, bands = _own(landscape), []
+    loss, bands = _own(landscape), []
     for along in landscape["curves"]:
         change = changes(landscape, along)
-        mean = own + change.mean(0)
+        mean = loss + change.mean(0)
         spread = change.std(0, ddof=1) if len(change) > 1 else numpy.zeros_like(mean)
         bands.append(numpy.stack([mean - spread, mean, mean + spread]))
     return bands
@@ -299,14 +299,14 @@ def _map(landscape: Landscape) -> list[numpy.ndarray]:
 
 def _surfaces(models: list[Model], averages: Any, cka: Any) -> Figure:
     figure, cells = _cells(models, height=3.4, of="map")
-    for panel, _, seen in cells:
-        steps, (rows,) = seen["map_steps"], _map(seen)
-        low, high, note = _range(models, seen, _map, _first)
+    for panel, _, landscape in cells:
+        steps, (rows,) = landscape["map_steps"], _map(landscape)
+        low, high, note = _range(models, landscape, _map, _first)
         _note(panel, note)
         # The range holds all values up to rounding, which would leave holes at its ends.
-        found = numpy.ma.masked_invalid(rows).clip(low, high)
+        values = numpy.ma.masked_invalid(rows).clip(low, high)
         levels = numpy.linspace(low, high, 13)
-        image = panel.contourf(steps, steps, found, levels, cmap=HEAT)
+        image = panel.contourf(steps, steps, values, levels, cmap=HEAT)
         panel.set_aspect("equal")
         panel.plot([0], [0], "+", color="white", markersize=8)
         panel.set_xlabel("first direction", fontsize=style.TEXT_SIZE)
@@ -314,7 +314,7 @@ def _surfaces(models: list[Model], averages: Any, cka: Any) -> Figure:
         panel.tick_params(colors=style.GREY, labelsize=style.SMALL_SIZE)
         bar = figure.colorbar(image, ax=panel, shrink=0.85, format="%.3g")
         bar.ax.tick_params(labelsize=style.SMALL_SIZE)
-        bar.set_label(seen["loss"], fontsize=style.SMALL_SIZE)
+        bar.set_label(landscape["loss"], fontsize=style.SMALL_SIZE)
     return figure
 
 
@@ -343,10 +343,10 @@ def _range(
         for part in model["landscapes"]
         if all(part[name] == landscape[name] for name in ("loss", "comparable"))
     ]
-    own = own_of(landscape)
+    own_loss = own_of(landscape)
     own_ends = _ends(landscape, values_of, own_of)
     if own_ends is None:
-        return (own, own + 1.0, "") if numpy.isfinite(own) else (0.0, 1.0, "")
+        return (own_loss, own_loss + 1.0, "") if numpy.isfinite(own_loss) else (0.0, 1.0, "")
     known = [ends for part in alike if (ends := _ends(part, values_of, own_of))]
     middle = median_low(high - low for low, high in known)
 
@@ -363,7 +363,7 @@ def _range(
             times = (own_ends[1] - own_ends[0]) / (high - low)
             note += f": {times:{',.0f' if times >= 10 else '.2g'}} times as large"
         low, high = own_ends
-    return own + low, own + high if high > low else own + low + 1.0, note
+    return own_loss + low, own_loss + high if high > low else own_loss + low + 1.0, note
 
 
 def _ends(

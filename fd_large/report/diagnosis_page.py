@@ -135,7 +135,7 @@ def table(models: list[Model]) -> list[list[str]]:
     Figures that no model has are left out.
     """
     heads = {"head_similarity": "similarity of heads", "patch_similarity": "- among patches alone"}
-    found = [
+    rows = [
         ["parameters", *(f"{model['parameters'] / 1e6:.2f} M" for model in models)],
         ["images", *(f"{model['image_size']} px" for model in models)],
         ["positions", *(model["positions"] for model in models)],
@@ -143,25 +143,25 @@ def table(models: list[Model]) -> list[list[str]]:
     ]
     for name, words in heads.items():
         for part, take in (("", list), (", deep third", deep_layers)):
-            found.append([words + part, *(_mean(take(m["attention"]), name) for m in models)])
+            rows.append([words + part, *(_mean(take(m["attention"]), name) for m in models)])
     for words, where in (("translation score", "attention"), ("- of random weights", "scratch")):
-        found.append([words, *(_mean(model[where], "translation_score") for model in models)])
+        rows.append([words, *(_mean(model[where], "translation_score") for model in models)])
     for kind in kinds_of(models):
         parts = [landscape_of(model, kind) for model in models]
         if any(value for part in parts if part for value in part["value"]):
-            found.append([kind, *(_of_batches(part, own_losses) for part in parts)])
-            found.append(["- changed at 0.1", *(_of_batches(part, _near) for part in parts)])
+            rows.append([kind, *(_of_batches(part, own_losses) for part in parts)])
+            rows.append(["- changed at 0.1", *(_of_batches(part, _near) for part in parts)])
         else:  # A change is nothing where the weights are.
-            found.append([f"{kind} at 0.1", *(_of_batches(part, _near) for part in parts)])
-    return [row for row in found if set(row[1:]) != {"none"}]
+            rows.append([f"{kind} at 0.1", *(_of_batches(part, _near) for part in parts)])
+    return [row for row in rows if set(row[1:]) != {"none"}]
 
 
 def notes(models: list[Model]) -> list[str]:
     """Returns sentences on the comparability of the table's figures."""
-    said = []
+    sentences = []
     images = models[0]["landscapes"][0]["images"]
     if len(images) > 1:
-        said.append(
+        sentences.append(
             f"Losses are means over {len(images)} batches, {sum(images)} images in all, +- the "
             "standard deviation from batch to batch; steps are in lengths of the weights, to both "
             f"sides of {len(models[0]['landscapes'][0]['curves'])} random directions."
@@ -174,15 +174,15 @@ def notes(models: list[Model]) -> list[str]:
             labels += [] if model["label"] in labels else [model["label"]]
     for kinds, labels in groups.values():
         alike = "can be compared" if len(labels) > 1 else "can be compared with no other here"
-        said.append(f"{_and(kinds)} of {_and(labels)}: {alike}.")
-    said += [f"{model['label']}: {model['left_out']}" for model in models if model["left_out"]]
+        sentences.append(f"{_and(kinds)} of {_and(labels)}: {alike}.")
+    sentences += [f"{model['label']}: {model['left_out']}" for model in models if model["left_out"]]
     if any(model["attention"] for model in models):
-        said.append(
+        sentences.append(
             "Translation score: to be read against random weights of the same model, and between "
             "models of the same kind of positions, as a relative table raises it by itself."
         )
-        said += _supervised_controls(models)
-    return said
+        sentences += _supervised_controls(models)
+    return sentences
 
 
 # ------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def _supervised_controls(models: list[Model]) -> list[str]:
     Controls are the models of the same positions that learnt labels from random weights; the
     sentence of a model without any says so.
     """
-    said = []
+    sentences = []
     for model in models:
         beside = [
             other["label"]
@@ -204,18 +204,18 @@ def _supervised_controls(models: list[Model]) -> list[str]:
         if model["is_supervised"] or "relative" not in model["positions"] or not model["attention"]:
             continue
         if beside:
-            said.append(
+            sentences.append(
                 f"{model['label']}: compare its score with that of {_and(beside)}, with "
                 f"{model['positions']} positions too, which learnt labels from random weights: "
                 "what is above that, the positions alone do not explain."
             )
         else:
-            said.append(
+            sentences.append(
                 f"{model['label']}: no run with {model['positions']} positions that learnt labels "
                 "from random weights stands beside it; without one its score does not show what it "
                 "learnt otherwise."
             )
-    return said
+    return sentences
 
 
 def _distance(layers: list[dict[str, Any]]) -> str:

@@ -33,7 +33,9 @@ def write_evaluation_page(
         title,
         (
             *(html.section(str(table.title or ""), *_parts(table)) for table in tables),
-            html.section("Pictures", *(html.picture(one, _words(one)) for one in pictures)),
+            html.section(
+                "Pictures", *(html.picture(picture, _words(picture)) for picture in pictures)
+            ),
             html.section("How it was measured", html.table([(k, str(v)) for k, v in facts])),
         ),
         below=below,

@@ -124,12 +124,13 @@ def draw_features(folder: Path, path: Path) -> bool:
                 )
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     axes.set_axis_off()
-    whose, own = ("the", "all") if len(sizes) == 1 else ("each", "its own and the student's")
+    whose, covered = ("the", "all") if len(sizes) == 1 else ("each", "its own and the student's")
     figure.text(
         EDGE / width,
         0.1 / height,
         f"Maps of {'; '.join(sizes)}; held-out photographs.\n"
-        f"Colour: {whose} teacher's first three principal components, one basis for {own} maps.",
+        f"Colour: {whose} teacher's first three principal components, one basis for "
+        f"{covered} maps.",
         fontsize=style.SMALL_SIZE,
         color=style.GREY,
         linespacing=1.4,

@@ -77,7 +77,7 @@ def paragraph(words: str) -> str:
 
 
 def tiles(figures: Iterable[tuple[str, str, str]]) -> str:
-    """Returns the most important figures: (what, value, more)."""
+    """Returns tiles of the most important figures: (label, value, note)."""
     return _parts().tiles(figures)
 
 
@@ -126,14 +126,14 @@ def chart(figure: Figure, name: str, alt: str) -> str:
     """
     import matplotlib
 
-    found = io.StringIO()
+    buffer = io.StringIO()
     figure.patch.set_alpha(0)
     for axes in figure.axes:
         axes.patch.set_alpha(0)
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(found, format="svg", metadata=nothing)
-    drawn = found.getvalue()
+        figure.savefig(buffer, format="svg", metadata=nothing)
+    drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
     drawn = re.sub(

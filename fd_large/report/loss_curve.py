@@ -41,7 +41,7 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
     smooth = smoothed(loss)
     upper.plot(updates, loss, color=style.BLUE, alpha=0.28, linewidth=0.8)
     upper.plot(updates, smooth, color=style.BLUE, linewidth=2, label="training")
-    seen = [smooth, [numpy.percentile(loss, 99.5)]]
+    curves = [smooth, [numpy.percentile(loss, 99.5)]]
 
     last = int(files.updates[-1])
     constant_seen = False
@@ -58,18 +58,18 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
             clip_on=False,
             zorder=3,
         )
-        seen.append(values)
+        curves.append(values)
         last = max(last, int(steps[-1]))
         _, constants = files.evaluated(f"{name.removesuffix('_loss')}_best_constant")
         if len(constants):
             upper.axhline(constants[-1], color=color, linewidth=1.2, linestyle=DASHES)
-            seen.append(constants[-1:])
+            curves.append(constants[-1:])
             constant_seen = True
     if constant_seen:
         label = "constant-prediction baseline of the same colour"
         upper.plot([], [], color=style.GREY, linewidth=1.2, linestyle=DASHES, label=label)
 
-    values = numpy.concatenate([numpy.asarray(part, dtype=float) for part in seen])
+    values = numpy.concatenate([numpy.asarray(part, dtype=float) for part in curves])
     low, high = numpy.nanmin([*values, loss.min()]), numpy.nanmax(values)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     upper.set_ylim(low - margin, high + margin)

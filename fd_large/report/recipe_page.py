@@ -81,16 +81,16 @@ def _row(name: str, path: str) -> str:
 
 
 def _recipe(name: str) -> list[str]:
-    """A section: first sentence, facts, settings that a reader compares, the rest as written."""
+    """Returns a recipe's section: summary, facts, settings, then the rest of its docstring."""
     run, facts = registry.get(name), registry.facts(name)
     _, *body = (inspect.getdoc(registry.RECIPES[name]) or "").splitlines()
     rest: list[str] = []
-    seen: set[str] = set()
+    fact_keys: set[str] = set()
     for line in body:
         key = next((key for key in _FACTS if line.startswith(key)), None)
         # The first of each is a fact; a later one belongs to the reasons.
-        if key is not None and key not in seen:
-            seen.add(key)
+        if key is not None and key not in fact_keys:
+            fact_keys.add(key)
         else:
             rest.append(line)
     length = f"{run.optim.epochs} epochs"

@@ -138,7 +138,7 @@ class RunFiles:
             return kind in known
         # An earlier version did not record it, or the number has no words.
         usual = TASKS[self.task].lower_is_better if self.task in TASKS else ("loss",)
-        return any(kind == one or kind.endswith(f"_{one}") for one in usual)
+        return any(kind == suffix or kind.endswith(f"_{suffix}") for suffix in usual)
 
     def column(self, name: str) -> numpy.ndarray:
         """Returns a value of each training row, (n,); NaN if unknown."""
@@ -182,39 +182,39 @@ def _object(path: Path) -> dict[str, Any]:
     if not kind_of(path, where=_WHERE):
         return {}
     remedy = "Remove it and report again."
-    found = read_json(path, where=_WHERE, holds=dict, remedy=remedy, of=DataError)
+    content = read_json(path, where=_WHERE, holds=dict, remedy=remedy, of=DataError)
     for kind, names in _KINDS.items():
         for name in names:
-            if found.get(name) is not None and not isinstance(found[name], kind):
-                what = f"{name} {json.dumps(found[name])[:40]}"
-                raise _damaged(path, what, "what the run wrote", remedy)
-    words = [*(found.get("command") or ()), *(found.get("metrics") or {}).values()]
+            if content.get(name) is not None and not isinstance(content[name], kind):
+                problem = f"{name} {json.dumps(content[name])[:40]}"
+                raise _damaged(path, problem, "what the run wrote", remedy)
+    words = [*(content.get("command") or ()), *(content.get("metrics") or {}).values()]
     if not all(isinstance(word, str) for word in words):
         raise _damaged(path, "command or metrics that are not texts", "what the run wrote", remedy)
     # As absent: a field that is null.
-    return masked({name: value for name, value in found.items() if value is not None})
+    return masked({name: value for name, value in content.items() if value is not None})
 
 
 def _recipe(path: Path) -> dict[str, Any]:
     remedy = "Restore it and report again."
-    found = read_json(path, where=_WHERE, holds=dict, remedy=remedy, of=DataError)
-    if not isinstance(found.get("name"), str) or not isinstance(found.get("data"), dict):
+    recipe = read_json(path, where=_WHERE, holds=dict, remedy=remedy, of=DataError)
+    if not isinstance(recipe.get("name"), str) or not isinstance(recipe.get("data"), dict):
         raise _damaged(path, "a recipe without name or data", "what the run wrote", remedy)
-    return found
+    return recipe
 
 
 def _summary(path: Path) -> dict[str, Any]:
-    found = _object(path)
-    best = found.get("best")
+    summary = _object(path)
+    best = summary.get("best")
     if best is not None and not (
         isinstance(best, dict)
         and isinstance(best.get("metric"), str)
         and all(_is_number(best.get(name)) for name in ("update", "value"))
     ):
-        what = "an object with update, metric and value"
+        expected = "an object with update, metric and value"
         remedy = "Remove it and report again."
-        raise _damaged(path, f"best {json.dumps(best)[:40]}", what, remedy)
-    return found
+        raise _damaged(path, f"best {json.dumps(best)[:40]}", expected, remedy)
+    return summary
 
 
 def _rows(path: Path, lines: list[Line], *numbers: str) -> list[dict[str, Any]]:
@@ -231,8 +231,8 @@ def _rows(path: Path, lines: list[Line], *numbers: str) -> list[dict[str, Any]]:
             skipped = row.get("skipped") and name == "loss"
             known = name in row and (row[name] is None or _is_number(row[name]))
             if not skipped and not known:
-                what = f"{numbers_of([line])} with {name} {json.dumps(row.get(name))[:40]}"
-                raise _damaged(path, what, "a number", "Correct or delete the line.")
+                problem = f"{numbers_of([line])} with {name} {json.dumps(row.get(name))[:40]}"
+                raise _damaged(path, problem, "a number", "Correct or delete the line.")
     return rows
 
 
@@ -241,8 +241,8 @@ def _evaluations(path: Path) -> list[dict[str, Any]]:
     for row in rows:
         for name, value in row.items():
             if value is not None and not _is_number(value):
-                what = f"{name} {json.dumps(value)[:40]} of step {row['update']}"
-                raise _damaged(path, what, "a number", "Correct or delete the line.")
+                problem = f"{name} {json.dumps(value)[:40]} of step {row['update']}"
+                raise _damaged(path, problem, "a number", "Correct or delete the line.")
     return rows
 
 

@@ -196,36 +196,38 @@ def _thin(count: int) -> numpy.ndarray:
 
 
 def _pictures(files: RunFiles) -> Iterator[str]:
-    found = sorted((files.folder / PICTURES).glob("**/*.png"))
-    found = [path for path in found if path.stem != "loss_curve"]
-    found.sort(key=lambda path: (path.stem not in CAPTIONS, path))
-    for path in found[:MOST_PICTURES]:
+    paths = sorted((files.folder / PICTURES).glob("**/*.png"))
+    paths = [path for path in paths if path.stem != "loss_curve"]
+    paths.sort(key=lambda path: (path.stem not in CAPTIONS, path))
+    for path in paths[:MOST_PICTURES]:
         caption = CAPTIONS.get(path.stem, path.relative_to(files.folder).as_posix())
         if path.stem == "features" and files.recipe.get("teachers"):
             caption = OF_SEVERAL_TEACHERS
         elif path.stem == "features" and not files.has(f"{PICTURES}/features_after.npz"):
             caption = caption.replace("before and after training", "before training")
         yield html.picture(path, path.stem.replace("_", " "), caption)
-    if len(found) > MOST_PICTURES:
-        yield html.paragraph(f"{len(found) - MOST_PICTURES} more are in {files.folder}/{PICTURES}.")
+    if len(paths) > MOST_PICTURES:
+        yield html.paragraph(f"{len(paths) - MOST_PICTURES} more are in {files.folder}/{PICTURES}.")
 
 
 def _incidents(files: RunFiles) -> Iterator[str]:
     rows = []
     for path in sorted(files.folder.glob(f"{INCIDENTS}/{STEP}*/{INCIDENT}")):
         try:
-            found = read_json(path)
-            off = ", ".join(f"{one['what']} {float(one['value']):.4g}" for one in found["off"])
+            incident = read_json(path)
+            off = ", ".join(
+                f"{measure['what']} {float(measure['value']):.4g}" for measure in incident["off"]
+            )
             broken = [
-                f"{one['kind']} of {one['tensor']} on rank {one['rank']}"
-                for one in found.get("state_not_finite", [])[:1]
+                f"{tensor['kind']} of {tensor['tensor']} on rank {tensor['rank']}"
+                for tensor in incident.get("state_not_finite", [])[:1]
             ]
             off = ", ".join([*filter(None, [off]), *broken])
-            back = found.get("restored")
+            back = incident.get("restored")
         except (FDError, ValueError, KeyError, TypeError):
             continue
         did = "skipped" if back is None else f"skipped, and back to step {back}"
-        rows.append((found["index"] + 1, off or "not finite", did))
+        rows.append((incident["index"] + 1, off or "not finite", did))
     if not rows:
         yield html.paragraph("None: no step was skipped.")
         return

@@ -96,7 +96,7 @@ def write_table(
     there = kind_of(folder / SUMMARY, where="--out")
     summary = read_json(folder / SUMMARY, where="--out", holds=dict) if there else {}
     try:
-        cells, columns = summary["cells"], {one["name"]: one for one in summary["columns"]}
+        cells, columns = summary["cells"], {column["name"]: column for column in summary["columns"]}
     except (KeyError, TypeError) as error:
         got = f"{'another' if there else 'no'} {SUMMARY}"
         raise ConfigError(
@@ -107,10 +107,10 @@ def write_table(
         # The folder may have been moved, or be named from another one.
         run = folder / cell["row"] / cell["column"] / f"seed_{cell['seed']}"
         cell["run"] = str(run)
-        cell["status"], cell["reason"], found = read_cell(run)
+        cell["status"], cell["reason"], metrics = read_cell(run)
         keys = [score["key"] for score in columns[cell["column"]]["scores"]]
         # A dataset without masks has no mask AP.
-        known = {key: found[key] for key in keys if found.get(key) is not None}
+        known = {key: metrics[key] for key in keys if metrics.get(key) is not None}
         cell["scores"] = known if cell["status"] == DONE else {}
     summary["differences"] = [
         {"of": a, "less": b, "column": column, "score": score["key"], **value._asdict()}
@@ -130,7 +130,9 @@ def write_table(
         _TITLE,
         tables,
         [picture],
-        facts=[(one["title"], _made_by(summary, one["name"])) for one in summary["columns"]],
+        facts=[
+            (column["title"], _made_by(summary, column["name"])) for column in summary["columns"]
+        ],
         below=", ".join(row["source"] for row in summary["rows"]),
     )
     return summary, tables, [folder / SUMMARY, text, picture, page]
@@ -143,18 +145,19 @@ def tables_of(summary: dict[str, Any]) -> list[Table]:
         summary: Content of summary.json.
     """
     scores = list(_scores(summary))
-    found = _table(f"{_TITLE}: scores on the test images", scores)
+    table = _table(f"{_TITLE}: scores on the test images", scores)
     for row in summary["rows"]:
         cells = [_cell_text(summary, row["name"], column, score) for column, score in scores]
         paper = [_paper_text(summary, row["name"], column, score) for column, score in scores]
-        found.add_row(row["label"], *cells, end_section=not any(paper))
+        table.add_row(row["label"], *cells, end_section=not any(paper))
         if any(paper):
-            found.add_row("  in the paper", *paper, end_section=True)
-    found.caption, found.caption_justify = "\n".join(_notes(summary)), "left"
+            table.add_row("  in the paper", *paper, end_section=True)
+    table.caption, table.caption_justify = "\n".join(_notes(summary)), "left"
     differences = _table("Differences", scores)
     labels = {row["name"]: row["label"] for row in summary["rows"]}
     found_differences = {
-        (one["of"], one["less"], one["column"], one["score"]): one for one in summary["differences"]
+        (entry["of"], entry["less"], entry["column"], entry["score"]): entry
+        for entry in summary["differences"]
     }
     for a, b in _pairs(summary):
         texts = []
@@ -162,12 +165,12 @@ def tables_of(summary: dict[str, Any]) -> list[Table]:
             difference = found_differences.get((a, b, column, score["key"]))
             texts.append(_difference_text(difference, score["digits"]) if difference else "")
         differences.add_row(f"{labels[a]} less {labels[b]}", *texts)
-    with_intervals = [one for one in found_differences.values() if "interval" in one]
+    with_intervals = [entry for entry in found_differences.values() if "interval" in entry]
     lines = list(said_of(with_intervals))
     if lower := _lower_is_better(summary):
         lines.append(f"Below 0 is better: {', '.join(lower)}.")
     differences.caption, differences.caption_justify = "\n".join(lines) or None, "left"
-    return [found, *([differences] if differences.row_count else [])]
+    return [table, *([differences] if differences.row_count else [])]
 
 
 @style.own_look
@@ -246,7 +249,7 @@ def _trained(summary: dict[str, Any]) -> set[str]:
 
 def _published(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the paper's figures of the columns with cells."""
-    return [one for one in summary["published"] if one["column"] in _trained(summary)]
+    return [figure for figure in summary["published"] if figure["column"] in _trained(summary)]
 
 
 def _cells(summary: dict[str, Any], row: str, column: str) -> list[dict[str, Any]]:
@@ -301,11 +304,11 @@ def _interval(
     return entries
 
 
-def _difference_text(found: dict[str, Any], digits: int) -> str:
+def _difference_text(difference: dict[str, Any], digits: int) -> str:
     """Returns a difference in summary.json as text, with its interval or its spread over seeds."""
-    if "interval" in found:
-        return shown(found, digits + 1)
-    return Value(found["mean"], found["deviation"], ()).text(digits, sign="+")
+    if "interval" in difference:
+        return shown(difference, digits + 1)
+    return Value(difference["mean"], difference["deviation"], ()).text(digits, sign="+")
 
 
 def _pairs(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -321,18 +324,18 @@ def _paper(
     summary: dict[str, Any], row: str, column: str, score: dict[str, Any]
 ) -> tuple[float, bool] | None:
     """Returns the paper's figure, and whether the cell has the paper's settings."""
-    for one in summary["published"]:
-        if (one["row"], one["column"]) == (row, column):
-            return one["figures"][score["key"]], one["same_settings"]
+    for entry in summary["published"]:
+        if (entry["row"], entry["column"]) == (row, column):
+            return entry["figures"][score["key"]], entry["same_settings"]
     return None
 
 
 def _paper_text(summary: dict[str, Any], row: str, column: str, score: dict[str, Any]) -> str:
-    found = _paper(summary, row, column, score)
-    if found is None:
+    paper = _paper(summary, row, column, score)
+    if paper is None:
         return ""
-    figure = f"{found[0]:.{score['digits']}f}"
-    return figure if found[1] else f"({figure})"
+    figure = f"{paper[0]:.{score['digits']}f}"
+    return figure if paper[1] else f"({figure})"
 
 
 def _cell_text(summary: dict[str, Any], row: str, column: str, score: dict[str, Any]) -> str:
@@ -352,7 +355,7 @@ def _notes(summary: dict[str, Any]) -> Iterator[str]:
     """Yields the lines below the table."""
     if lower := _lower_is_better(summary):
         yield f"Less is better: {', '.join(lower)}."
-    if any(not one["same_settings"] for one in _published(summary)):
+    if any(not entry["same_settings"] for entry in _published(summary)):
         yield (
             "In brackets: a figure of the paper whose settings are not published, or are not those "
             "of the cell above it."
@@ -375,7 +378,7 @@ def _notes(summary: dict[str, Any]) -> Iterator[str]:
 def _unlike(summary: dict[str, Any]) -> Iterator[str]:
     """Yields lines on cells with another recipe than the first row's, and the differences."""
     labels = {row["name"]: row["label"] for row in summary["rows"]}
-    titles = {one["name"]: one["title"] for one in summary["columns"]}
+    titles = {column["name"]: column["title"] for column in summary["columns"]}
     for cell in {(c["row"], c["column"]): c for c in summary["cells"]}.values():
         if unlike := cell.get("unlike_first"):
             yield (
@@ -420,11 +423,11 @@ def _table(title: str, scores: list[tuple[str, dict[str, Any]]]) -> Table:
     from rich.table import Table
 
     # The lines below it are as wide as it is.
-    found = Table(title=title, title_justify="left", min_width=60)
-    found.add_column("model", overflow="fold")
+    table = Table(title=title, title_justify="left", min_width=60)
+    table.add_column("model", overflow="fold")
     for _, score in scores:
-        found.add_column(score["title"], justify="right")
-    return found
+        table.add_column(score["title"], justify="right")
+    return table
 
 
 def _as_text(tables: list[Table]) -> str:
