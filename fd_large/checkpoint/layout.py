@@ -38,11 +38,11 @@ class EachTensor:
         each = -(-size // self.ranks)
         return Span(min(rank * each, size), min((rank + 1) * each, size))
 
-    def holders(self, name: str, wanted: Span) -> Iterator[int]:
-        """Yields the ranks that hold any of the wanted elements, in order."""
+    def holders(self, name: str, span: Span) -> Iterator[int]:
+        """Yields the ranks that hold any elements of a span, in order."""
         each = -(-self.sizes[name] // self.ranks)
-        if wanted.start < wanted.stop:
-            yield from range(wanted.start // each, (wanted.stop - 1) // each + 1)
+        if span.start < span.stop:
+            yield from range(span.start // each, (span.stop - 1) // each + 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the layout as JSON-safe values."""
@@ -84,12 +84,12 @@ class FlatGroups:
         stop = min((rank + 1) * share, begin + size) - begin
         return Span(start, stop) if start < stop else Span(0, 0)
 
-    def holders(self, name: str, wanted: Span) -> Iterator[int]:
-        """Yields the ranks that hold any of the wanted elements, in order."""
+    def holders(self, name: str, span: Span) -> Iterator[int]:
+        """Yields the ranks that hold any elements of a span, in order."""
         group, begin, _ = self._places[name]  # type: ignore[attr-defined]
         share = self.shares[group]
-        if wanted.start < wanted.stop:
-            first, last = begin + wanted.start, begin + wanted.stop - 1
+        if span.start < span.stop:
+            first, last = begin + span.start, begin + span.stop - 1
             yield from range(first // share, last // share + 1)
 
     def to_dict(self) -> dict[str, Any]:

@@ -183,12 +183,12 @@ class Lease:
                     _leaving(self.folder, self.start).touch()
                     leaves = False
                 with _opened(path) as file:
-                    found = Owner.parse(file.read(_MOST_BYTES))
-                    if found.start == self.start:
+                    owner = Owner.parse(file.read(_MOST_BYTES))
+                    if owner.start == self.start:
                         os.utime(file.fileno())
                         missing = 0
                         continue
-                why = f"{found} has taken it over"
+                why = f"{owner} has taken it over"
             except FileNotFoundError:
                 missing += 1
                 # Without the folder it is the file system that is not there, for a while.
@@ -225,20 +225,20 @@ def claim(
         OwnedError: Another start is alive, or may be.
         ConfigError: The folder cannot be made or written.
     """
-    own = replace(Owner.here(), folder=str(folder.resolve()))
-    lease = Lease(folder, own.start)
+    this_process = replace(Owner.here(), folder=str(folder.resolve()))
+    lease = Lease(folder, this_process.start)
     try:
-        for one in (folder, *folder.glob(f"{STUDENTS}/*")):
-            refuse_links(one)
+        for path in (folder, *folder.glob(f"{STUDENTS}/*")):
+            refuse_links(path)
         lease._made = _make(folder)
-        aside = folder / f"owner.{own.start}.json"
-        _write(aside, json.dumps(asdict(own), indent=1) + "\n")
+        aside = folder / f"owner.{this_process.start}.json"
+        _write(aside, json.dumps(asdict(this_process), indent=1) + "\n")
         try:
-            lease.taken_over = _claim(folder, own, aside, say)
+            lease.taken_over = _claim(folder, this_process, aside, say)
         finally:
             aside.unlink(missing_ok=True)
         _sweep(folder)
-        _refuse_overlap(folder, own.start)
+        _refuse_overlap(folder, this_process.start)
     except OSError as error:
         raise unusable("--runtime.run_dir", error, folder) from error
     lease._keep(on_lost or lease._on_lost)
@@ -265,10 +265,10 @@ def living_owner(folder: Path, *, watch_seconds: float = 0.0) -> Owner | None:
     """
     try:
         owner, beat = _read(folder / OWNER)
-        own, slurm = Owner.here(), Slurm()
-        if owner.why_dead(own) or slurm.why_dead(owner, own):
+        this_process, slurm = Owner.here(), Slurm()
+        if owner.why_dead(this_process) or slurm.why_dead(owner, this_process):
             return None
-        if owner.is_seen or slurm.state(owner, own) in ASLEEP:
+        if owner.is_seen or slurm.state(owner, this_process) in ASLEEP:
             return owner
         if abs(time.time() - beat) <= STALE_SECONDS:
             return owner
@@ -282,7 +282,7 @@ def living_owner(folder: Path, *, watch_seconds: float = 0.0) -> Owner | None:
     return None
 
 
-def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) -> str:
+def _claim(folder: Path, this_process: Owner, aside: Path, say: Callable[[str], None]) -> str:
     """Makes `aside` the owner.json; returns why the previous owner counted as dead."""
     begin = time.monotonic()
     waits, warned, slurm = False, False, Slurm()
@@ -298,7 +298,7 @@ def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) ->
         if sign != (owner.start, beat):
             has_beaten = sign is not None and sign[0] == owner.start
             sign, since = (owner.start, beat), time.monotonic()
-        why = owner.why_dead(own) or slurm.why_dead(owner, own)
+        why = owner.why_dead(this_process) or slurm.why_dead(owner, this_process)
         if not why:
             age = _age(aside, beat)
             is_ahead = age < -BEAT_SECONDS
@@ -314,14 +314,16 @@ def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) ->
             if silent < STALE_SECONDS and time.monotonic() - begin < patience:
                 time.sleep(1.0 if waits else 0.1)
                 continue
-            asleep = slurm.state(owner, own) in ASLEEP
+            asleep = slurm.state(owner, this_process) in ASLEEP
             is_alive = silent < STALE_SECONDS and (has_beaten or not is_ahead)
             if is_alive or owner.is_seen or asleep:
                 raise _refusal(folder, owner, max(0.0, silent))
             watched = STALE_SECONDS if is_ahead else WATCH_SECONDS
             if not warned:
-                what = "shows a time ahead" if is_ahead else f"has been silent for {silent:.0f} s"
-                say(f"{folder}: its owner ({owner}) {what}; watched for {watched:.0f} s")
+                silence = (
+                    "shows a time ahead" if is_ahead else f"has been silent for {silent:.0f} s"
+                )
+                say(f"{folder}: its owner ({owner}) {silence}; watched for {watched:.0f} s")
                 warned = True
             if is_ahead and silent < STALE_SECONDS:
                 time.sleep(min(1.0, STALE_SECONDS / 10))
@@ -332,7 +334,7 @@ def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) ->
                     continue
                 silent += WATCH_SECONDS
             why = f"no sign of life for {silent:.0f} s"
-        if _succeed(folder, [each.start for each, _ in chain], own.start, aside):
+        if _succeed(folder, [each.start for each, _ in chain], this_process.start, aside):
             return f"{folder}: taken over from a start that is dead: {owner}; {why}"
 
 
@@ -429,19 +431,19 @@ def _chain(folder: Path) -> list[tuple[Owner, float]]:
 
     Raises: ConfigError: if the files lead in a circle, as no start leaves them.
     """
-    found: list[tuple[Owner, float]] = []
+    chain: list[tuple[Owner, float]] = []
     path = folder / OWNER
     with suppress(FileNotFoundError):
         while True:
             owner, beat = _read(path)
-            if any(owner.start == before.start for before, _ in found):
+            if any(owner.start == before.start for before, _ in chain):
                 raise ConfigError(
                     f"--runtime.run_dir: {path}: repeats the start of an earlier file; got "
                     f"{owner.start} again, expected its successor. Remove {path}."
                 )
-            found.append((owner, beat))
+            chain.append((owner, beat))
             path = _next(folder, owner.start)
-    return found
+    return chain
 
 
 def _succeed(folder: Path, before: list[str], start: str, aside: Path) -> bool:
@@ -510,13 +512,13 @@ def _write(path: Path, text: str) -> None:
 
 def _make(folder: Path) -> list[Path]:
     """Makes a folder; returns all folders that it made, innermost first."""
-    made = []
+    new_folders = []
     for path in (folder, *folder.parents):
         if path.exists():
             break
-        made.append(path)
+        new_folders.append(path)
     folder.mkdir(parents=True, exist_ok=True)
-    return made
+    return new_folders
 
 
 def _sweep(folder: Path) -> None:

@@ -93,22 +93,22 @@ class Owner:
 
     @property
     def is_near(self) -> bool:
-        """Whether its process number is valid here: same boot, same namespace."""
+        """Whether the owner's process number is valid here: same boot, same namespace."""
         here = processes.kernel(), processes.namespace()
         return bool(self.boot) and (self.boot, self.pid_namespace) == here
 
     @property
     def is_seen(self) -> bool:
-        """Whether this process can tell if its process has ended."""
+        """Whether this process can tell if the owner's process has ended."""
         return self.is_near and processes.started(self.pid) != processes.HIDDEN
 
-    def why_dead(self, own: Owner) -> str:
+    def why_dead(self, this_process: Owner) -> str:
         """Returns why the owner cannot be alive as far as this process knows, or ""."""
-        same_job = self.job and (self.cluster, self.job) == (own.cluster, own.job)
-        if same_job and self.restarts < own.restarts:
+        same_job = self.job and (self.cluster, self.job) == (this_process.cluster, this_process.job)
+        if same_job and self.restarts < this_process.restarts:
             return f"Slurm has restarted job {self.job} since"
         if self.is_near:
-            if self.pid == own.pid:
+            if self.pid == this_process.pid:
                 return "it was this process"
             if processes.started(self.pid) not in (processes.HIDDEN, self.pid_started):
                 return f"process {self.pid} has ended"
@@ -135,7 +135,7 @@ class Slurm:
     def __init__(self) -> None:
         self._said: dict[str, tuple[float, str]] = {}
 
-    def state(self, owner: Owner, own: Owner) -> str:
+    def state(self, owner: Owner, this_process: Owner) -> str:
         """Returns Slurm's state of an owner's job, or "".
 
         It is "" if Slurm cannot know the job, gives no answer, or knows no more than this process
@@ -143,20 +143,20 @@ class Slurm:
 
         Args:
             owner: The owner.
-            own: This process.
+            this_process: This process.
         """
-        known = owner.job and owner.cluster == own.cluster
-        if not known or owner.is_near or owner.job == own.job:
+        known = owner.job and owner.cluster == this_process.cluster
+        if not known or owner.is_near or owner.job == this_process.job:
             return ""
-        asked, said = self._said.get(owner.job, (-math.inf, ""))
-        if time.monotonic() - asked >= SLURM_SECONDS:
-            said = _state(owner.job)
-            self._said[owner.job] = time.monotonic(), said
-        return said
+        asked_at, state = self._said.get(owner.job, (-math.inf, ""))
+        if time.monotonic() - asked_at >= SLURM_SECONDS:
+            state = _state(owner.job)
+            self._said[owner.job] = time.monotonic(), state
+        return state
 
-    def why_dead(self, owner: Owner, own: Owner) -> str:
+    def why_dead(self, owner: Owner, this_process: Owner) -> str:
         """Returns why an owner cannot be alive as far as Slurm knows, or ""."""
-        state = self.state(owner, own)
+        state = self.state(owner, this_process)
         if state == _UNKNOWN:
             return f"Slurm no longer knows job {owner.job}"
         return f"Slurm calls job {owner.job} {state}" if state and state not in _ALIVE else ""

@@ -65,14 +65,14 @@ class Reader:
             StorageError, CheckpointError: If a file cannot be read.
         """
         assert self._kinds is None or kind in self._kinds, f"{self.path}: {kind} was not checked"
-        found = torch.empty(max(0, stop - start))
+        values = torch.empty(max(0, stop - start))
         for rank in self.layout.holders(name, Span(start, stop)):
-            held = self.layout.span(rank, name)
-            first, last = max(start, held.start), min(stop, held.stop)
+            stored_span = self.layout.span(rank, name)
+            first, last = max(start, stored_span.start), min(stop, stored_span.stop)
             if first < last:
-                part = found[first - start : last - start]
-                self._read(rank, part, f"{kind}.{name}", first - held.start)
-        return found
+                part = values[first - start : last - start]
+                self._read(rank, part, f"{kind}.{name}", first - stored_span.start)
+        return values
 
     def _read(self, rank: int, part: Tensor, name: str, first: int) -> None:
         path = self.path / store.file_of(rank)
@@ -164,11 +164,11 @@ def _problem(path: Path, files: int) -> str:
 
     def first_damaged() -> tuple[int, str] | None:
         # The files of a rank that are nearest to what it will read, for the sake of its cache.
-        own = (file for file in range(files) if file * world // files == rank)
-        return next(((file, p) for file in own if (p := damage(path, file))), None)
+        near_files = (file for file in range(files) if file * world // files == rank)
+        return next(((file, p) for file in near_files if (p := damage(path, file))), None)
 
-    found = distributed.gather_objects(distributed.together(first_damaged))
-    suspects = [(rank, *item) for rank, item in enumerate(found) if item]
+    damages = distributed.gather_objects(distributed.together(first_damaged))
+    suspects = [(rank, *item) for rank, item in enumerate(damages) if item]
     for _, file, _ in suspects:
         if again := on_main(partial(damage, path, file)):
             return f"{path}: {again}"

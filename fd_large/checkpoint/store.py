@@ -108,11 +108,11 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(manifest, dict) or not manifest.keys() >= MANIFEST_KEYS:
         return None
-    own = manifest.pop("crc32", None)
+    stored_crc = manifest.pop("crc32", None)
     # `best` is a link to one of them.
     name = path.resolve().name if path.name == BEST else path.name
     named = name.partition(".")[0] == name_of(manifest["update"])
-    return manifest if named and own == _crc_of(manifest) else None
+    return manifest if named and stored_crc == _crc_of(manifest) else None
 
 
 def _crc_of(manifest: dict[str, Any]) -> str:
@@ -142,43 +142,43 @@ def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str |
     tensors, receipt = path / file_of(rank), path / receipt_of(rank)
     try:
         expected = parse_json(_read(receipt, _text) or b"")
-        size, wanted = expected["bytes"], {"file": expected["crc32"]}
+        size, expected_sums = expected["bytes"], {"file": expected["crc32"]}
         if kinds is not None and "kinds" in expected:
-            wanted = {kind: crc for kind, crc in expected["kinds"].items() if kind in kinds}
-            wanted["header"] = expected["header"]
+            expected_sums = {kind: crc for kind, crc in expected["kinds"].items() if kind in kinds}
+            expected_sums["header"] = expected["header"]
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{receipt.name} is missing or damaged"
-    found = _read(tensors, lambda file: _state(file, size, wanted))
-    if found is None:
+    state = _read(tensors, lambda file: _state(file, size, expected_sums))
+    if state is None:
         return f"{tensors.name} is missing"
-    held, sums = found
-    if held != size:
-        return f"{tensors.name} has {held} bytes, expected {size}"
-    for part, crc in wanted.items():
+    num_bytes, sums = state
+    if num_bytes != size:
+        return f"{tensors.name} has {num_bytes} bytes, expected {size}"
+    for part, crc in expected_sums.items():
         if sums.get(part) != crc:
             of = "" if part == "file" else f" of its {part}"
             return f"{tensors.name} has checksum {sums.get(part)}{of}, expected {crc}"
     return None
 
 
-def _state(file: Path, size: int, wanted: Collection[str]) -> tuple[int, dict[str, str]]:
+def _state(file: Path, size: int, parts: Collection[str]) -> tuple[int, dict[str, str]]:
     """Returns a file's size, and the requested checksums if the size is right."""
     status = file.stat()
-    held = status.st_size
-    if held != size or not stat.S_ISREG(status.st_mode):
-        return held, {}
-    if "file" in wanted:
-        return held, {"file": checksum(file)}
+    num_bytes = status.st_size
+    if num_bytes != size or not stat.S_ISREG(status.st_mode):
+        return num_bytes, {}
+    if "file" in parts:
+        return num_bytes, {"file": checksum(file)}
     # Importing torch takes seconds.
     from fd_large.checkpoint.tensor_file import TensorFile
 
     try:
         opened = TensorFile(file)
     except ValueError:
-        return held, {}
+        return num_bytes, {}
     try:
-        sums = opened.checksum([part for part in wanted if part != "header"])
-        return held, {**sums.kinds, "header": sums.header}
+        sums = opened.checksum([part for part in parts if part != "header"])
+        return num_bytes, {**sums.kinds, "header": sums.header}
     finally:
         opened.close()
 
@@ -215,8 +215,8 @@ def _read(file: Path, action: Callable[[Path], T]) -> T | None:
 
 def verify(stored: Stored, kinds: Collection[str] | None = None) -> list[str]:
     """Checks every rank's part, or some kinds of tensors in it; returns the damage."""
-    found = (damage(stored.path, rank, kinds) for rank in range(stored.manifest["world_size"]))
-    return [problem for problem in found if problem]
+    problems = (damage(stored.path, rank, kinds) for rank in range(stored.manifest["world_size"]))
+    return [problem for problem in problems if problem]
 
 
 def set_aside(folder: Path, names: list[str]) -> None:

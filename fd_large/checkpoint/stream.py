@@ -75,14 +75,14 @@ def _problem(stored: store.Stored, kind: str) -> str | None:
             lambda: [(path.name, path.stat()) for path in sorted(stored.path.iterdir())],
             stored.path,
         )
-        seen = tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
-        return _problem_of(stored.path, stored.manifest["world_size"], kind, seen)
+        stamps = tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
+        return _problem_of(stored.path, stored.manifest["world_size"], kind, stamps)
     except FileNotFoundError as error:
         return f"gone meanwhile ({error})"
 
 
 @lru_cache
-def _problem_of(path: Path, ranks: int, kind: str, seen: tuple) -> str | None:
+def _problem_of(path: Path, ranks: int, kind: str, stamps: tuple) -> str | None:
     # Files of the same size and time were checked before.
     files = activity.counted(range(ranks), f"checking {path.name}", "files")
     return next((p for rank in files if (p := damage(path, rank, {kind}))), None)

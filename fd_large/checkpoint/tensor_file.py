@@ -155,23 +155,23 @@ class TensorFile:
     def read_into(self, out: Tensor, name: str, start: int) -> None:
         """Fills a flat float32 tensor with elements of a stored one, from `start` on."""
         dtype, begin, _ = self.places[name]
-        held = out if dtype == out.dtype else torch.empty(out.shape, dtype=dtype)
-        view = held.view(torch.uint8).numpy().data
+        values = out if dtype == out.dtype else torch.empty(out.shape, dtype=dtype)
+        view = values.view(torch.uint8).numpy().data
         self._fill(view, begin + start * dtype.itemsize)
-        if held is not out:
-            out.copy_(held)
+        if values is not out:
+            out.copy_(values)
 
     def checksum(self, kinds: Collection[str]) -> Checksums:
         """Returns the checksums of the header and of some kinds, without the whole file's."""
-        found = {}
+        sums = {}
         for kind in kinds:
-            held = [place[1:] for name, place in self.places.items() if _kind(name) == kind]
+            places = [place[1:] for name, place in self.places.items() if _kind(name) == kind]
             value = 0
-            for start, stop in _joined(held):
+            for start, stop in _joined(places):
                 value = self._crc(value, start, stop)
-            if held:
-                found[kind] = _hex(value)
-        return Checksums("", _hex(zlib.crc32(self.header)), found)
+            if places:
+                sums[kind] = _hex(value)
+        return Checksums("", _hex(zlib.crc32(self.header)), sums)
 
     def _crc(self, value: int, start: int, stop: int) -> int:
         buffer = memoryview(bytearray(min(CHUNK, stop - start)))

@@ -130,9 +130,9 @@ class Saver:
             self._problem = f"{in_words(not_finite)} is not finite"
             self.ended = time.monotonic()
             return
-        held = [Piece(key, values.detach()) for key, values in pieces]
+        detached = [Piece(key, values.detach()) for key, values in pieces]
         # Running statistics are on the device; they are small.
-        tensors = self._copied(held) if self._copies else {key: t.cpu() for key, t in held}
+        tensors = self._copied(detached) if self._copies else {key: t.cpu() for key, t in detached}
         self._thread = threading.Thread(target=self._write, args=(tensors,), name="checkpoint")
         self._thread.start()
 
@@ -147,8 +147,8 @@ class Saver:
             self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         copies = {}
         for (key, values), begin in zip(pieces, begins, strict=True):
-            held = self._buffer[begin : begin + values.nbytes].view(values.dtype)
-            copies[key] = held.copy_(values)
+            copy = self._buffer[begin : begin + values.nbytes].view(values.dtype)
+            copies[key] = copy.copy_(values)
         return copies
 
     def wait(self) -> None:

@@ -50,7 +50,7 @@ class Balanced:
     part of the images is seen more than once in it, and others only in part.
 
     Args:
-        parts: Name and share of each, and its images.
+        parts: Name and share of each source, and its images.
 
     Attributes:
         kind: Description of the source, for the log.
@@ -86,10 +86,10 @@ class Balanced:
 
     def expect(self, places: Iterable[_Place]) -> None:
         """Tells sources that are read in blocks which blocks are needed next."""
-        wanted: dict[int, list[int]] = {}
+        blocks_of_part: dict[int, list[int]] = {}
         for part, block in places:
-            wanted.setdefault(part, []).append(block)
-        for part, blocks in wanted.items():
+            blocks_of_part.setdefault(part, []).append(block)
+        for part, blocks in blocks_of_part.items():
             self._sources[part].expect(blocks)
 
     def _find(self, index: int) -> tuple[Any, int]:
@@ -149,13 +149,13 @@ class _Order:
 
     def ahead(self, seed: int, epoch: int, position: int) -> list[_Place]:
         """Returns the blocks of each source that are needed at a position and soon after it."""
-        wanted: list[_Place] = []
+        needed: list[_Place] = []
         for part, source in enumerate(self._sources):
             if (blocks := getattr(source, "blocks", None)) is not None:
                 number, place = self._place(part, epoch, position)
                 ahead = blocks.ahead(self._seed(part, seed), number, place)
-                wanted += [(part, block) for block in ahead]
-        return wanted
+                needed += [(part, block) for block in ahead]
+        return needed
 
     def _place(self, part: int, epoch: int, position: int) -> tuple[int, int]:
         """Returns the pass over a source at a position of an epoch, and the place in that pass."""

@@ -137,23 +137,23 @@ class BlockCache(NamedTuple):
         """
         path = self.folder / f"{key}.block"
         try:
-            if (found := _opened(path)) is not None:
-                return found
+            if (block := _opened(path)) is not None:
+                return block
             with locked(
                 self.folder / f"{int(key[:8], 16) % _NUM_LOCKS:02x}.lock", wait=wait
             ) as mine:
                 if not mine:
                     return None
-                if (found := _opened(path)) is None:
+                if (block := _opened(path)) is None:
                     self._write(path, make)
-                    found = _opened(path)
+                    block = _opened(path)
         except OSError as error:
             raise ConfigError(
                 f"data.cache: cannot be written; got {error.strerror or error} for {self.folder}, "
                 "expected a folder on a local disk with room. Make room, set --data.cache FOLDER, "
                 "or lower --data.cache_gb."
             ) from error
-        return found or self.open(key, make, wait=wait)  # Another process may have removed it.
+        return block or self.open(key, make, wait=wait)  # Another process may have removed it.
 
     def holds(self, key: str) -> bool:
         """Whether a block is in the cache."""
@@ -312,31 +312,31 @@ class BlockImages:
         process = self._here()
         if (failure := process.failed.get(number)) is not None:
             raise DataError(failure)
-        found = process.open.pop(number, None)
-        if found is None:
+        block = process.open.pop(number, None)
+        if block is None:
             try:
-                found = self._fetched(number, wait=True)
-                assert found is not None
-                if len(found) != self._sizes[number]:
+                block = self._fetched(number, wait=True)
+                assert block is not None
+                if len(block) != self._sizes[number]:
                     raise DataError(
-                        f"a file of {len(found)} images, expected {self._sizes[number]}. The file "
+                        f"a file of {len(block)} images, expected {self._sizes[number]}. The file "
                         "changed since it was listed: start again."
                     )
             except DataError as error:
                 process.failed[number] = str(error)
                 raise
-        process.open[number] = found
+        process.open[number] = block
         while len(process.open) > MOST_OPEN:
             process.open.popitem(last=False)
-        return found
+        return block
 
     def _fetch(self, process: _Process) -> None:
-        wanted: list[int] = []
-        while wanted is not process.wanted:
-            wanted, room = process.wanted, self._cache.limit_bytes / 2
-            for number in wanted:
+        numbers: list[int] = []
+        while numbers is not process.wanted:
+            numbers, room = process.wanted, self._cache.limit_bytes / 2
+            for number in numbers:
                 room -= int(self._num_bytes[number])
-                if wanted is not process.wanted or room < 0:
+                if numbers is not process.wanted or room < 0:
                     break
                 key = block_key(*self._where_is(number))
                 if number in process.failed or self._cache.holds(key):
@@ -372,8 +372,8 @@ class _Process:
 
 def block_key(stored: Stored, part: int) -> str:
     """Returns the name of a block in the cache."""
-    what = f"{stored!r} {part}"
-    return hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    text = f"{stored!r} {part}"
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def _opened(path: Path) -> BlockFile | None:

@@ -163,8 +163,8 @@ class CustomImages:
 
     def _labels(self) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
         try:
-            found, names = self._images.labels()
-            labels = np.asarray(found)
+            values, names = self._images.labels()
+            labels = np.asarray(values)
         except Exception as error:  # The user's code may raise anything.
             raise DataError(
                 f"{self._root}: labels() does not give labels; got {doors.cause(error)}, expected "

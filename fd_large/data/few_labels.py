@@ -42,9 +42,11 @@ def few_labels(
         count = max(1, round(fraction * len(places)))
         count = min(count, per_class) if per_class else count
         chosen.append(places[np.argsort(order[places], kind="stable")][:count])
-    kept = np.sort(np.concatenate(chosen))
-    log.info("data.root: training uses %d of %d images", len(kept), len(images))
-    return LabelledImages(Part(images.images, kept), images.labels[kept], images.classes)
+    chosen_places = np.sort(np.concatenate(chosen))
+    log.info("data.root: training uses %d of %d images", len(chosen_places), len(images))
+    return LabelledImages(
+        Part(images.images, chosen_places), images.labels[chosen_places], images.classes
+    )
 
 
 def _draw(images: LabelledImages, number: int, seed: int) -> int:

@@ -90,7 +90,7 @@ class ImageFolder:
         return os.fsdecode(self._listing.name(index))
 
     def read(self, index: int) -> bytearray:
-        """The bytes of image `index`.
+        """Returns the bytes of image `index`.
 
         Raises: DataError: if the file cannot be read.
         """
@@ -248,7 +248,7 @@ def walk(root: str, where: str) -> Iterator[tuple[str, str, int]]:
             if identity in above:  # A link to a folder that holds it would go round for ever.
                 continue
             with os.scandir(os.path.join(root, folder)) as entries:
-                found = sorted(map(os.fsencode, _wanted(entries)), reverse=True)
+                names = sorted(map(os.fsencode, _wanted(entries)), reverse=True)
         except OSError as error:
             raise DataError(
                 f"{where}: a folder cannot be listed; got {error.strerror or error} for "
@@ -257,7 +257,7 @@ def walk(root: str, where: str) -> Iterator[tuple[str, str, int]]:
             ) from error
         yield "folder", folder, status.st_mtime_ns
         here = above | {identity}
-        pending += [(name + entry, here) for entry in found]
+        pending += [(name + entry, here) for entry in names]
 
 
 def _wanted(entries: Iterator[os.DirEntry[str]]) -> Iterator[str]:

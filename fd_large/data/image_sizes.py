@@ -9,7 +9,7 @@ from fd_large.data.random_numbers import uniforms
 
 
 class ImageSizes(NamedTuple):
-    """Sizes from which each step draws one for all of its images.
+    """Image sizes; each step draws a size for all of its images.
 
     The draw is a function of (seed, epoch, step of the epoch), so that all ranks, micro-batches
     and loading processes agree without communication, and a resumed run continues unchanged.

@@ -207,12 +207,12 @@ def open_split(
     """
     if val_fraction:
         _check_no_parts(root, where)
-        found = open_labelled(root, classes, where=where)
-        _check_classes(found, root, where)
-        places = places_of(found.images, split, val_fraction, where=where)
-        labels = found.labels[places]
-        if split == "train" and (missing := set(range(len(found.classes))) - {*labels.tolist()}):
-            names = ", ".join(found.classes[number] for number in sorted(missing)[:5])
+        images = open_labelled(root, classes, where=where)
+        _check_classes(images, root, where)
+        places = places_of(images.images, split, val_fraction, where=where)
+        labels = images.labels[places]
+        if split == "train" and (missing := set(range(len(images.classes))) - {*labels.tolist()}):
+            names = ", ".join(images.classes[number] for number in sorted(missing)[:5])
             log.warning(
                 "%s: all images of %d classes are held out (%s): these classes have no training "
                 "images",
@@ -220,11 +220,11 @@ def open_split(
                 len(missing),
                 names,
             )
-        return LabelledImages(Part(found.images, places), labels, found.classes)
+        return LabelledImages(Part(images.images, places), labels, images.classes)
     for folder in [root] if is_custom(root) else _places(root, split, where):
-        found = open_labelled(folder, classes, part=split, where=where)
-        _check_classes(found, folder, where)
-        return found
+        images = open_labelled(folder, classes, part=split, where=where)
+        _check_classes(images, folder, where)
+        return images
     expected = " or ".join(f"{name}/" for name in SPLITS[split])
     raise DataError(
         f"{where}: no part {expected} in the folder; got {root!r}, expected train/ and val/ or "
@@ -267,9 +267,9 @@ def _places(root: str, split: str, where: str) -> list[str]:
     return places
 
 
-def _check_classes(found: LabelledImages, folder: str, where: str) -> None:
-    if len(found.classes) < 2:
+def _check_classes(images: LabelledImages, folder: str, where: str) -> None:
+    if len(images.classes) < 2:
         raise DataError(
-            f"{where}: a single class; got {', '.join(found.classes)} in {folder!r}, expected "
+            f"{where}: a single class; got {', '.join(images.classes)} in {folder!r}, expected "
             "several classes, a folder for each. Add the others."
         )

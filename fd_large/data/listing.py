@@ -92,7 +92,7 @@ class Listing:
 
 
 def listed(
-    what: str,
+    dataset: str,
     anchor: str,
     *,
     make: Callable[[], Made],
@@ -107,7 +107,7 @@ def listed(
     cache folder cannot be written, every start repeats the walk.
 
     Args:
-        what: Name of the dataset for messages.
+        dataset: Name of the dataset for messages.
         anchor: The file or folder that identifies the dataset, the same on all ranks.
         make: Lists it.
         is_current: Returns whether the dataset is unchanged, from the facts.
@@ -115,13 +115,13 @@ def listed(
     # torch: seconds, of which scoring files of results has no need.
     from fd_large.ranks import meeting
 
-    name = f"{what} {anchor}"
-    held: list[Listing] = []
+    name = f"{dataset} {anchor}"
+    listings: list[Listing] = []
 
     def here() -> Listing:
         if not local_kind(anchor):
             return _timed(make)  # Which says what is missing.
-        path = _path(what, anchor)
+        path = _path(dataset, anchor)
         listing = _load(path, is_current)
         if listing is None:
             with locked(path.with_suffix(".lock")):
@@ -130,7 +130,7 @@ def listed(
 
     def hold(listing: Listing) -> _Note:
         meeting.offer(name, (listing.arrays, dict(listing.facts)))
-        held.append(listing)
+        listings.append(listing)
         return _Note(listing.path, listing.fingerprint, _identity(anchor))
 
     def sent() -> Listing:
@@ -140,17 +140,17 @@ def listed(
     def hold_for_node(first: _Note) -> _Note:
         if first.identity != _identity(anchor):
             return hold(here())
-        return hold(_opened(first) or _keep(sent(), _path(what, anchor)))
+        return hold(_opened(first) or _keep(sent(), _path(dataset, anchor)))
 
     first = meeting.once(name, lambda: hold(here()))
-    note = meeting.once(name, lambda: first if held else hold_for_node(first), of_node=True)
-    if not held:
+    note = meeting.once(name, lambda: first if listings else hold_for_node(first), of_node=True)
+    if not listings:
         listing = _opened(note)
         if listing is None:
             listing = sent() if note.fingerprint == first.fingerprint else here()
-        held.append(listing)
-    held[0].facts.pop("stamps", None)  # As long as the dataset may be; no worker needs them.
-    return held[0]
+        listings.append(listing)
+    listings[0].facts.pop("stamps", None)  # As long as the dataset may be; no worker needs them.
+    return listings[0]
 
 
 def filled(columns: tuple[str, ...], fill: Fill) -> Made:
@@ -179,7 +179,7 @@ def filled(columns: tuple[str, ...], fill: Fill) -> Made:
 
 
 def cache_folder() -> Path:
-    """FD_CACHE, else fd_large in XDG_CACHE_HOME or in ~/.cache."""
+    """Returns the cache folder: FD_CACHE, else fd_large in XDG_CACHE_HOME or in ~/.cache."""
     if folder := os.environ.get("FD_CACHE"):
         return Path(folder)
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -242,10 +242,10 @@ def _identity(anchor: str) -> tuple[int, ...]:
     return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _path(what: str, anchor: str) -> Path:
+def _path(dataset: str, anchor: str) -> Path:
     # The inode tells disks of the same path apart, and is the same for all clients of a file
     # system, which the number of the device is not.
-    key = f"{_LAYOUT} {what} {os.path.realpath(anchor)} {os.stat(anchor).st_ino}"
+    key = f"{_LAYOUT} {dataset} {os.path.realpath(anchor)} {os.stat(anchor).st_ino}"
     folder = cache_folder() / "listings"
     return folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.listing"
 
@@ -291,8 +291,8 @@ def _open(path: Path) -> Listing:
 
 def _load(path: Path, is_current: Callable[[dict[str, Any]], bool]) -> Listing | None:
     try:
-        found = _open(path)
-        return found if is_current(found.facts) else None
+        listing = _open(path)
+        return listing if is_current(listing.facts) else None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):  # It is absent or damaged.
         return None
 
@@ -309,14 +309,14 @@ def _opened(note: _Note) -> Listing | None:
 
 
 def _reopen(path: Path, fingerprint: str) -> Listing:
-    found = _open(path)
-    if found.fingerprint != fingerprint:
+    listing = _open(path)
+    if listing.fingerprint != fingerprint:
         raise DataError(
             f"{path}: the list of images changed while a run used it; got other names, expected "
             "the run's. Start the run again when the data no longer change."
         )
-    found.facts.pop("stamps", None)
-    return found
+    listing.facts.pop("stamps", None)
+    return listing
 
 
 def _remove_stale(folder: Path) -> None:

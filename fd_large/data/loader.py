@@ -319,7 +319,7 @@ class ViewBatches(Dataset):
         )
         return replace(batch, images=images)
 
-    def _load(self, positions: NDArray[np.int64], own: int) -> Batch:
+    def _load(self, positions: NDArray[np.int64], count: int) -> Batch:
         """Loads the views of positions; the batch's other fields cover only the first ones."""
         draws_at, settings = self._draws(positions), self.settings
         if self.sizes is not None:
@@ -333,14 +333,14 @@ class ViewBatches(Dataset):
         loaded = load_at(make, self.source, positions, seed=self.seed, epoch=self.epoch)
         black = torch.zeros(3, *[settings.image_size] * 2, dtype=torch.uint8)
         blank = black, self.beside.blank() if self.beside else None
-        pairs = [blank if one.value is None else one.value for one in loaded]
+        pairs = [blank if sample.value is None else sample.value for sample in loaded]
         return Batch(
             torch.stack([view for view, _ in pairs]),
             self.epoch,
-            torch.from_numpy(positions[:own]),
-            torch.tensor([one.index for one in loaded[:own]]),
-            sum((one.bad for one in loaded[:own]), ()),
-            default_collate([stored for _, stored in pairs[:own]]) if self.beside else None,
+            torch.from_numpy(positions[:count]),
+            torch.tensor([sample.index for sample in loaded[:count]]),
+            sum((sample.bad for sample in loaded[:count]), ()),
+            default_collate([stored for _, stored in pairs[:count]]) if self.beside else None,
         )
 
     def _draws(self, positions: NDArray[np.int64]) -> Callable[[int, int], views.Draws]:

@@ -96,5 +96,5 @@ def mixed_views(
     """
     starts = group_starts(positions, global_batch_size)
     shares = torch.from_numpy(uniforms(seed, epoch, starts, "mixing", 1)).float()
-    own, others = views[: len(positions)].float(), views[partners].float()
-    return mixed(own, others, shares[:, :, None, None]).round().to(torch.uint8)
+    originals, others = views[: len(positions)].float(), views[partners].float()
+    return mixed(originals, others, shares[:, :, None, None]).round().to(torch.uint8)

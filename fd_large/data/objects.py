@@ -74,7 +74,7 @@ class Stored(NamedTuple):
 
     @property
     def is_remote(self) -> bool:
-        """Whether it is not a local file."""
+        """Whether the object is in a remote store."""
         return is_url(self.url)
 
     def open(self) -> BinaryIO:
@@ -140,7 +140,7 @@ def find(root: str, endings: tuple[str, ...], where: str) -> list[Stored]:
     """
     check_packages(root, where=where)
     try:
-        names = [name for one in expand_braces(root) for name in _names(one, endings)]
+        names = [name for pattern in expand_braces(root) for name in _names(pattern, endings)]
         with ThreadPoolExecutor(STREAMS) as pool:
             return list(pool.map(_looked_up, dict.fromkeys(names)))
     except DataError as error:
@@ -152,14 +152,14 @@ def find_objects(root: str, where: str) -> list[Stored]:
 
     Raises: DataError: if there are both.
     """
-    found = meeting.once(f"objects of {root}", lambda: find(root, READ_REMOTELY, where))
-    kinds = {os.path.splitext(name_of(stored.url).lower())[1] for stored in found}
+    objects = meeting.once(f"objects of {root}", lambda: find(root, READ_REMOTELY, where))
+    kinds = {os.path.splitext(name_of(stored.url).lower())[1] for stored in objects}
     if len(kinds) > 1:
         raise DataError(
             f"{where}: tar shards and parquet files in one place; got both below {root!r}, "
             f"expected one kind. Set --{where} '{root.rstrip('/')}/*.parquet' or '*.tar'."
         )
-    return found
+    return objects
 
 
 def fingerprint_of(files: Sequence[Stored], facts: Iterable[str]) -> str:
@@ -176,13 +176,13 @@ def _names(root: str, endings: tuple[str, ...]) -> Iterator[str]:
     client, path = _client(root)
     kind = local_kind(root)  # None for a URL, too.
     if not kind and GLOB.search(name_of(path)):
-        found = asked(root, lambda: client.glob(path))
+        names = asked(root, lambda: client.glob(path))
     elif kind != "folder" and name_of(path).lower().endswith(endings):
-        found = [path]
+        names = [path]
     else:
-        found = asked(root, lambda: client.find(path))
+        names = asked(root, lambda: client.find(path))
     below = len(path.rstrip("/"))
-    for name in sorted(found):
+    for name in sorted(names):
         if name_of(name).lower().endswith(endings) and "/." not in name[below:]:
             yield client.unstrip_protocol(name) if is_url(root) else name
 
@@ -209,15 +209,15 @@ class _Ranges(AbstractBufferedFile):
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         def get(start: int, end: int) -> bytes:
-            found: bytes = self.fs.cat_file(self.path, start=start, end=end)
-            if len(found) != end - start:
-                raise ConnectionError(f"{len(found)} of {end - start} bytes")
-            return found
+            content: bytes = self.fs.cat_file(self.path, start=start, end=end)
+            if len(content) != end - start:
+                raise ConnectionError(f"{len(content)} of {end - start} bytes")
+            return content
 
         end = min(end, self.size)
         starts = range(start, end, RANGE_BYTES)
         ranges = [(place, min(place + RANGE_BYTES, end)) for place in starts]
-        return b"".join(asked(self.full_name, partial(get, *one)) for one in ranges)
+        return b"".join(asked(self.full_name, partial(get, *bounds)) for bounds in ranges)
 
 
 def _client(url: str) -> tuple[Any, str]:

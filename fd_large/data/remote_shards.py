@@ -77,7 +77,7 @@ class RemoteShards(BlockImages):
         return meeting.once(f"labels of {self.kind} {self.fingerprint}", self._read_labels), None
 
     def _read_labels(self) -> NDArray[np.int64]:
-        found = []
+        labels_of_shards = []
         for number in range(len(self.blocks.ends)):
             labels = self._open(number).labels
             if (labels == NO_LABEL).any():
@@ -86,8 +86,8 @@ class RemoteShards(BlockImages):
                     "expected KEY.cls, a whole number, beside each KEY.jpg. Write the shards with "
                     "labels."
                 )
-            found.append(labels)
-        return np.concatenate(found)
+            labels_of_shards.append(labels)
+        return np.concatenate(labels_of_shards)
 
     def _make(self, stored: Stored, part: int, writer: BlockWriter) -> None:
         _write(stored, writer, self._where)
@@ -97,23 +97,23 @@ def _counted(root: str, shards: Sequence[Stored], where: str) -> list[tuple[int,
     """Returns the number of images of each shard, and its damage or ""."""
     name = hashlib.sha256(root.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     notes = cache_folder() / "listings" / f"{name}.counts.json"
-    kept = json_object(notes)
+    counts = json_object(notes)
     keys = [block_key(shard, 0) for shard in shards]
-    missing = [i for i, key in enumerate(keys) if key not in kept]
+    missing = [i for i, key in enumerate(keys) if key not in counts]
     cache = the_cache()
 
     def count(place: int) -> tuple[int, str]:
         torn: list[str] = []
-        found = cache.open(keys[place], lambda w: torn.append(_write(shards[place], w, where)))
-        assert found is not None
-        return len(found), "".join(torn)
+        block = cache.open(keys[place], lambda w: torn.append(_write(shards[place], w, where)))
+        assert block is not None
+        return len(block), "".join(torn)
 
     with ThreadPoolExecutor(STREAMS) as pool:
         pending = {pool.submit(count, place): place for place in missing}
         try:
             with activity.work(f"counting the images of {where}", len(missing), "shards") as work:
                 for done in as_completed(pending):
-                    kept[keys[pending[done]]] = list(done.result())
+                    counts[keys[pending[done]]] = list(done.result())
                     work.advance()
         finally:
             for waiting in pending:
@@ -121,8 +121,8 @@ def _counted(root: str, shards: Sequence[Stored], where: str) -> list[tuple[int,
             if missing:  # What is counted need not be counted again.
                 with suppress(OSError):
                     notes.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(notes, kept)
-    return [(int(kept[key][0]), str(kept[key][1])) for key in keys]
+                    write_json(notes, counts)
+    return [(int(counts[key][0]), str(counts[key][1])) for key in keys]
 
 
 def _write(shard: Stored, writer: BlockWriter, where: str) -> str:

@@ -141,21 +141,21 @@ def check_packages(root: str, *, where: str) -> None:
         require("datasets", "a saved dataset", where)
 
 
-def require(package: str, what: str, where: str) -> None:
+def require(package: str, source: str, where: str) -> None:
     """Refuses a dataset whose package is missing.
 
     Raises: DataError: with the command that installs it, also in place of too old a release.
     """
     if find_spec(package) is None:
         raise DataError(
-            f"{where}: {what}: the package {package} is needed; got nothing, expected it to be "
+            f"{where}: {source}: the package {package} is needed; got nothing, expected it to be "
             f"installed. Install it: pip install {package}"
         )
     # datasets reads with pyarrow, too.
     numbers = re.findall(r"\d+", version("pyarrow"))[:3]
     if tuple(map(int, numbers)) < _OLDEST_PYARROW:
         raise DataError(
-            f"{where}: {what}: a release of pyarrow that is too old, and may run code in a file; "
+            f"{where}: {source}: a release of pyarrow that is too old, and may run code in a file; "
             f"got {version('pyarrow')}, expected 14.0.1 or later. pip install --upgrade pyarrow"
         )
 
@@ -262,11 +262,11 @@ def weighted_roots(root: str, *, where: str = "data.root") -> tuple[WeightedRoot
     Raises: DataError: if a term is malformed, or two have the same name.
     """
     texts = root.split(" + ")
-    found = [_TERM.fullmatch(text.strip()) for text in texts]
-    if len(texts) < 2 or found[0] is None:
+    matches = [_TERM.fullmatch(text.strip()) for text in texts]
+    if len(texts) < 2 or matches[0] is None:
         return ()
     terms: dict[str, tuple[str, Fraction]] = {}
-    for text, term in zip(texts, found, strict=True):
+    for text, term in zip(texts, matches, strict=True):
         if term is None or not Fraction(term[1]):
             raise DataError(
                 f"{where}: not a sum of datasets by weight; got {text!r}, expected a weight above "

@@ -122,11 +122,11 @@ class Blocks:
         blocks, _, starts = self._layout(seed, epoch)
         window = int(np.searchsorted(starts, position, side="right")) - 1
         first = window * self.per_window
-        wanted = blocks[first : first + 2 * self.per_window].tolist()
+        needed = blocks[first : first + 2 * self.per_window].tolist()
         if window == len(starts) - 1:
             following, _, _ = self._layout(seed, (epoch + 1) % 2**32)
-            wanted += following[: self.per_window].tolist()
-        return list(dict.fromkeys(wanted))
+            needed += following[: self.per_window].tolist()
+        return list(dict.fromkeys(needed))
 
     def _bounds(self, window: int, starts: NDArray[np.int64]) -> tuple[int, int]:
         stop = starts[window + 1] if window + 1 < len(starts) else self.ends[-1]

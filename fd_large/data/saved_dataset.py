@@ -57,8 +57,8 @@ class SavedDataset:
             )
         self._columns = find_columns(dataset.features.arrow_schema, where)
         self._len = len(dataset)
-        own = f"{dataset._fingerprint} {len(dataset)} {self._columns.image}"
-        self.fingerprint = hashlib.sha256(own.encode()).hexdigest()
+        identity = f"{dataset._fingerprint} {len(dataset)} {self._columns.image}"
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         if self._columns.label is not None:
             self.labels = self._labels
 

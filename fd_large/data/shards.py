@@ -130,7 +130,7 @@ class TarShards:
         return labels, None
 
     def _fill(self, add: Add) -> dict[str, Any]:
-        found: list[tuple[bytes, int, int, int, int]] = []
+        entries: list[tuple[bytes, int, int, int, int]] = []
         paths, torn, shards = _shards_of(self._root, self._where), [], []
         for number, path in enumerate(paths):
             try:
@@ -143,8 +143,8 @@ class TarShards:
                     f"{path!r}, expected a tar file. Correct its permissions or leave it out."
                 ) from error
             torn += [wrong] if wrong else []
-            found += [(name, number, *numbers) for name, *numbers in images]
-        for name, number, offset, size, label in sorted(found):
+            entries += [(name, number, *numbers) for name, *numbers in images]
+        for name, number, offset, size, label in sorted(entries):
             add(name, offset, size, number, label)
         return {"torn": torn, "paths": self._below(paths), "shards": shards}
 
@@ -218,12 +218,12 @@ def open_shards(root: str, *, where: str) -> TarShards | None:
     """
     kind = local_kind(root, where=where)
     if kind == "folder":
-        found = meeting.once(f"shards in {root}", lambda: bool(_shards_of(root, where)))
+        has_shards = meeting.once(f"shards in {root}", lambda: bool(_shards_of(root, where)))
     elif kind == "file":
-        found = root.lower().endswith(".tar")
+        has_shards = root.lower().endswith(".tar")
     else:
-        found = _is_pattern(root)
-    return TarShards(root, where=where) if found else None
+        has_shards = _is_pattern(root)
+    return TarShards(root, where=where) if has_shards else None
 
 
 def _shards_of(root: str | Sequence[str], where: str) -> list[str]:
@@ -253,14 +253,14 @@ def _anchor(root: str | Sequence[str]) -> tuple[str, str]:
 def _matching(pattern: str, where: str) -> list[str]:
     paths: list[str] = []
     for name in expand_braces(pattern, where=where):
-        found = sorted(glob.glob(name)) if GLOB.search(name) else [name]
-        kinds = {kind_of(path, where=where, of=DataError) for path in found}
+        files = sorted(glob.glob(name)) if GLOB.search(name) else [name]
+        kinds = {kind_of(path, where=where, of=DataError) for path in files}
         if kinds != {"file"}:
             raise DataError(
                 f"{where}: no such tar file; got {name!r} from {pattern!r}, expected a file. Set "
                 f"--{where} to a pattern of existing files."
             )
-        paths += found
+        paths += files
     return list(dict.fromkeys(paths))
 
 

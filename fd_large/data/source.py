@@ -77,14 +77,14 @@ def _open_objects(root: str, *, where: str) -> ImageSource | None:
     """
     if not is_url(root):
         return None
-    if not (found := find_objects(root, where)):
+    if not (objects := find_objects(root, where)):
         raise DataError(
             f"{where}: neither tar shards nor parquet files; got {root!r}, expected objects "
             "ending in .tar or .parquet at that URL or below it. Correct the URL; loose images "
             "must be packed, or copied to a folder."
         )
-    is_table = name_of(found[0].url).lower().endswith(PARQUET)
-    return (_open_tables if is_table else RemoteShards)(root, found, where=where)
+    is_table = name_of(objects[0].url).lower().endswith(PARQUET)
+    return (_open_tables if is_table else RemoteShards)(root, objects, where=where)
 
 
 def _open_parquet(root: str, *, where: str) -> ImageSource | None:

@@ -101,8 +101,8 @@ def labels_of(
         )
     if _is_text(column.type):
         names = sorted(pc.unique(column).to_pylist())
-        found = pc.index_in(column, pa.array(names, column.type))
-        return found.to_numpy().astype(np.int64), tuple(names)
+        indices = pc.index_in(column, pa.array(names, column.type))
+        return indices.to_numpy().astype(np.int64), tuple(names)
     labels = column.to_numpy().astype(np.int64)
     highest = len(columns.classes) if columns.classes else np.iinfo(np.int64).max
     if len(labels) and not 0 <= labels.min() <= labels.max() < highest:
@@ -196,25 +196,26 @@ def _looked_at(files: Sequence[Stored], where: str) -> tuple[NDArray[np.int64], 
 
     try:
         with ThreadPoolExecutor(STREAMS) as pool:
-            found = list(pool.map(look, files))
+            footers = list(pool.map(look, files))
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-    columns = found[0][0]
-    for stored, (own, _) in zip(files, found, strict=True):
-        if own != columns:
+    columns = footers[0][0]
+    for stored, (file_columns, _) in zip(files, footers, strict=True):
+        if file_columns != columns:
             raise DataError(
-                f"{where}: parquet files of different kinds; got columns {own} in {stored.url}, "
-                f"expected {columns} as in {files[0].url}. Name the files of one dataset."
+                f"{where}: parquet files of different kinds; got columns {file_columns} in "
+                f"{stored.url}, expected {columns} as in {files[0].url}. Name the files of one "
+                "dataset."
             )
     table = [
         (number, group, rows, size)
-        for number, (_, groups) in enumerate(found)
+        for number, (_, groups) in enumerate(footers)
         for group, (rows, size) in enumerate(groups)
         if rows
     ]
     # A local file whose time alone changed is the same; an object's tag is of its content.
     stamps = (stored.stamp if stored.is_remote else "" for stored in files)
-    facts = (f"{stamp}\0{groups}" for stamp, (_, groups) in zip(stamps, found, strict=True))
+    facts = (f"{stamp}\0{groups}" for stamp, (_, groups) in zip(stamps, footers, strict=True))
     return np.array(table, np.int64).reshape(-1, 4), columns, fingerprint_of(files, facts)
 
 
@@ -263,8 +264,8 @@ def _damaged(stored: Stored, error: Exception) -> Exception:
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
     try:
-        found = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: kind for name, kind in found.items() if isinstance(kind, dict)}
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: kind for name, kind in features.items() if isinstance(kind, dict)}
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}
 

@@ -73,7 +73,7 @@ def view_draws(seed: int, epoch: int, places: ArrayLike) -> list[Draws]:
     """
     crops = uniforms(seed, epoch, places, "view", NUM_DRAWS).tolist()
     colors = uniforms(seed, epoch, places, "color", NUM_COLOR_DRAWS).tolist()
-    return [Draws(*one) for one in zip(crops, colors, strict=True)]
+    return [Draws(*draws) for draws in zip(crops, colors, strict=True)]
 
 
 class FixedViews(NamedTuple):
