@@ -98,8 +98,8 @@ def current() -> tuple[Work, ...]:
 
 def describe(works: tuple[Work, ...], now: float) -> str:
     """Returns work in words, with elapsed and remaining time."""
-    text = ": ".join(str(one) for one in works)
-    left = next((s for one in works[::-1] if (s := one.seconds_left(now)) is not None), None)
+    text = ": ".join(str(piece) for piece in works)
+    left = next((s for piece in works[::-1] if (s := piece.seconds_left(now)) is not None), None)
     text += f"; {clock(now - works[-1].began)} so far"
     return text if left is None else f"{text}, {clock(left)} left"
 

@@ -178,11 +178,10 @@ def _take_gpu(launch: Launch) -> None:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if launch.local_rank >= (visible := torch.cuda.device_count()):
         raise LaunchError(
-            f"launch: GPUs that local rank {launch.local_rank} sees; got {visible}, expected "
-            f"{launch.local_world_size}. Start no more ranks than a node has GPUs and let "
-            "each see all of them (srun: --gres=gpu:N, not --gpus-per-task). Of a GPU that is "
-            "cut in slices (MIG) a process sees one: start one rank a node there, or turn MIG "
-            "off."
+            f"launch: local rank {launch.local_rank} has no GPU; got {visible} that it sees, "
+            f"expected {launch.local_world_size}. Start no more ranks than a node has GPUs and let "
+            "each see all of them (srun: --gres=gpu:N, not --gpus-per-task). Of a GPU that is cut "
+            "in slices (MIG) a process sees one: start one rank a node there, or turn MIG off."
         )
     torch.cuda.set_device(launch.local_rank)
 
@@ -213,10 +212,10 @@ def _meet(launch: Launch, name: str, timeout_seconds: float) -> None:
         # Connects each rank to the next one on the ring: from here on, one that ends is noticed.
         dist.all_reduce(torch.zeros(1))
     except (RuntimeError, OSError) as error:
-        said = first_line(error).rstrip(".")
+        message = first_line(error).rstrip(".")
         raise LaunchError(
             f"launch: rank {launch.rank} of {launch.world_size} did not meet the others at "
-            f"{launch.master_addr}:{launch.master_port}; got {said}. "
+            f"{launch.master_addr}:{launch.master_port}; got {message}. "
             "Choose a free port (MASTER_PORT, or the launcher's --master_port) on an address "
             "that all ranks reach."
         ) from error
@@ -237,9 +236,9 @@ def _make_group_of_one() -> None:
     dist.reduce_scatter_single(scattered, sent)
     if not gathered.equal(sent) or not scattered.equal(sent):
         raise LaunchError(
-            f"launch: collectives of one rank; got {gathered.tolist()} and {scattered.tolist()}, "
-            f"expected {sent.tolist()} from torch {torch.__version__}. Start two ranks, or "
-            "install torch 2.13."
+            f"launch: collectives of one rank are wrong; got {gathered.tolist()} and "
+            f"{scattered.tolist()}, expected {sent.tolist()} from torch {torch.__version__}. Start "
+            "two ranks, or install torch 2.13."
         )
 
 
@@ -402,18 +401,18 @@ def moves() -> int:
 
 def collectives_under_way() -> list[str]:
     """Returns the unfinished collectives, from torch's flight recorder, oldest first."""
-    found = []
+    collectives = []
     # The first is NCCL's recorder, which torch for GPUs has; the second is gloo's.
     for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
         with suppress(AttributeError, RuntimeError, ValueError, KeyError):
             trace = parse_json(getattr(torch._C._distributed_c10d, name)())
-            found += [
+            collectives += [
                 f"{entry['profiling_name']} {entry['collective_seq_id']} of "
                 f"{entry['process_group'][1] or 'a group'}, sizes {entry['input_sizes']}"
                 for entry in trace.get("entries", [])
                 if not entry["retired"]
             ]
-    return found
+    return collectives
 
 
 def barrier() -> None:
@@ -545,16 +544,16 @@ def together(check: Callable[[], T]) -> T:
     except FDError as caught:
         error = caught
     ranks = gather_objects((error, node_name()))
-    for number, (found, _) in enumerate(ranks):
-        if found is not None:
-            nodes = [node for other, node in ranks if str(other) == str(found)]
-            found.agreed = True
+    for number, (failure, _) in enumerate(ranks):
+        if failure is not None:
+            nodes = [node for other, node in ranks if str(other) == str(failure)]
+            failure.agreed = True
             if len(nodes) == len(ranks):
-                raise found
+                raise failure
             one_node = len({node for _, node in ranks}) == 1
             where = f"rank {number}" if one_node else ", ".join(dict.fromkeys(nodes))
-            found.args = (f"{where}: {found}",)
-            raise found
+            failure.args = (f"{where}: {failure}",)
+            raise failure
     return value  # type: ignore[return-value]
 
 
@@ -574,7 +573,7 @@ def node_group(node_size: int) -> dist.ProcessGroup:
     """
     if node_size < 1 or world_size() % node_size:
         raise ConfigError(
-            f"engine.node_size: ranks of a node; got {node_size}, expected a divisor of the "
+            f"engine.node_size: does not divide the ranks; got {node_size}, expected a divisor of "
             f"{world_size()} ranks. Set engine.node_size to the number of ranks on each node."
         )
     if node_size not in _nodes:

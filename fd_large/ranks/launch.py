@@ -98,14 +98,14 @@ def read_token(environ: Mapping[str, str] = os.environ) -> str:
 
 def find_rank(environ: Mapping[str, str] = os.environ) -> int:
     """Returns this process's rank by its launcher, unchecked; 0 without one."""
-    given = (environ.get(name, "") for name in RANK_VARIABLES)
-    return next((int(text) for text in given if text.isdigit()), 0)
+    texts = (environ.get(name, "") for name in RANK_VARIABLES)
+    return next((int(text) for text in texts if text.isdigit()), 0)
 
 
 def is_first_of_node() -> bool:
     """Whether this is the first rank of its node by its launcher, unchecked."""
-    given = (os.environ.get(name, "") for name in _LOCAL_RANK_VARIABLES)
-    return next((int(text) for text in given if text.isdigit()), 0) == 0
+    texts = (os.environ.get(name, "") for name in _LOCAL_RANK_VARIABLES)
+    return next((int(text) for text in texts if text.isdigit()), 0) == 0
 
 
 def check_accelerator(environ: Mapping[str, str] = os.environ) -> None:
@@ -164,9 +164,9 @@ def _integer(environ: Mapping[str, str], name: str, default: int | None = None) 
         return int(text)
     except ValueError:
         raise LaunchError(
-            f"launch: {name}; got {text!r}, expected an integer. Start all ranks with one of "
-            "deepspeed, torchrun, srun or mpirun, or unset RANK, WORLD_SIZE and LOCAL_RANK "
-            "to run a single process."
+            f"launch: {name}: not an integer; got {text!r}, expected one. Start all ranks with one "
+            "of deepspeed, torchrun, srun or mpirun, or unset RANK, WORLD_SIZE and LOCAL_RANK to "
+            "run a single process."
         ) from None
 
 
@@ -179,9 +179,9 @@ def _checked(launch: Launch) -> Launch:
     ):
         if not low <= value <= high:
             raise LaunchError(
-                f"launch: {name} under {launch.launcher}; got {value}, expected {low} to {high}. "
-                "Unset RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and MASTER_PORT where a "
-                "script set them and let the launcher set them."
+                f"launch: {name} under {launch.launcher}: out of range; got {value}, expected "
+                f"{low} to {high}. Unset RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and "
+                "MASTER_PORT where a script set them and let the launcher set them."
             )
     return launch
 
@@ -193,9 +193,9 @@ def _agreeing(environ: Mapping[str, str], launch: Launch) -> Launch:
         ("WORLD_SIZE", launch.world_size),
         ("LOCAL_RANK", launch.local_rank),
     ):
-        if (given := _integer(environ, name, value)) != value:
+        if (number := _integer(environ, name, value)) != value:
             raise LaunchError(
-                f"launch: {name} contradicts {launch.launcher}; got {given}, expected {value}. "
+                f"launch: {name} contradicts {launch.launcher}; got {number}, expected {value}. "
                 f"Unset {name} before {launch.launcher} starts the ranks."
             )
     return _checked(launch)
@@ -207,8 +207,8 @@ def _from_rank_variables(
     world_size = _integer(environ, "WORLD_SIZE")
     if world_size > 1 and not environ.get("MASTER_ADDR"):
         raise LaunchError(
-            f"launch: MASTER_ADDR; got nothing, expected the address of rank 0 for {world_size} "
-            "ranks. Set MASTER_ADDR and MASTER_PORT."
+            f"launch: MASTER_ADDR: not set; got nothing, expected the address of rank 0 for "
+            f"{world_size} ranks. Set MASTER_ADDR and MASTER_PORT."
         )
     return _checked(
         Launch(
@@ -258,12 +258,13 @@ def _meet_over_mpi(world_size: int, *, one_node: bool) -> tuple[str, int]:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
-            f"launch: mpi4py under mpirun; got {error}, expected a working one. {remedy}"
+            f"launch: mpi4py does not work; got {error} under mpirun, expected no error. {remedy}"
         ) from error
     world = MPI.COMM_WORLD
     if world.size != world_size:
         raise LaunchError(
-            f"launch: MPI ranks; mpi4py sees {world.size}, mpirun started {world_size}. {remedy}"
+            f"launch: mpi4py counts other ranks than mpirun; got {world.size}, expected "
+            f"{world_size}. {remedy}"
         )
     place = None
     if world.rank == 0:
@@ -286,8 +287,8 @@ def _own_address() -> str:
             return str(probe.getsockname()[0])
     except OSError as error:
         raise LaunchError(
-            f"launch: address of rank 0; got {error}, expected one that other hosts can reach. "
-            "Set MASTER_ADDR and MASTER_PORT for all ranks."
+            f"launch: rank 0 finds no address of its host; got {error}, expected one that other "
+            "hosts can reach. Set MASTER_ADDR and MASTER_PORT for all ranks."
         ) from error
 
 
@@ -309,23 +310,23 @@ def _from_slurm(environ: Mapping[str, str]) -> Launch:
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
             raise LaunchError(
-                f"launch: SLURM_STEP_TASKS_PER_NODE; got {part!r}, expected a form like 8(x2),4. "
-                "Start the ranks with srun."
+                f"launch: SLURM_STEP_TASKS_PER_NODE: no numbers of tasks; got {part!r}, expected a "
+                "form like 8(x2),4. Start the ranks with srun."
             )
         counts += [int(match[1])] * int(match[2] or 1)
     if sum(counts) != world_size or node_rank >= len(counts):
         raise LaunchError(
-            f"launch: the tasks of this Slurm step; got {counts} on its nodes, expected "
-            f"{world_size} in all. Start the ranks with srun and leave SLURM_* alone."
+            f"launch: the tasks of this Slurm step do not add up; got {counts} on its nodes, "
+            f"expected {world_size} in all. Start the ranks with srun and leave SLURM_* alone."
         )
     first = sum(counts[:node_rank])
     expected = ",".join(str(first + task) for task in range(counts[node_rank]))
     # The ranks of the whole node, so that all of it refuses and nobody waits for the others.
     if (placed := environ.get("SLURM_GTIDS", expected)) != expected or first + local_rank != rank:
         raise LaunchError(
-            f"launch: placement of Slurm tasks; got ranks {placed} on node {node_rank}, expected "
-            f"{expected}. Add --distribution=block to srun: the ranks of a node must be "
-            "consecutive."
+            f"launch: Slurm has not placed the ranks node by node; got ranks {placed} on node "
+            f"{node_rank}, expected {expected}. Add --distribution=block to srun: the ranks of a "
+            "node must be consecutive."
         )
     return Launch(
         launcher="srun",
@@ -378,6 +379,6 @@ def _slurm_address(environ: Mapping[str, str], num_nodes: int) -> str:
         if (match := re.search(r"\bNodeAddr=(\S+)", shown)) and match[1] != host:
             return match[1]
         raise LaunchError(
-            f"launch: first node of the Slurm step; got {host!r}, which does not resolve, expected "
-            "a host name or address. Set MASTER_ADDR to an address of that node."
+            f"launch: the name of the Slurm step's first node does not resolve; got {host!r}, "
+            "expected a host name or address. Set MASTER_ADDR to an address of that node."
         ) from None

@@ -51,35 +51,35 @@ def meet(check: Callable[[], T]) -> T:
     return distributed.together(meeting.outcome)
 
 
-def once(what: str, make: Callable[[], T], *, of_node: bool = False) -> T:
+def once(name: str, make: Callable[[], T], *, of_node: bool = False) -> T:
     """Returns a value that one rank makes for all; outside a meeting each rank makes its own.
 
     All ranks must make the same calls. A rank whose maker has ended without this call makes its
     own value.
 
     Args:
-        what: Name of the value, the same on all ranks.
+        name: Name of the value, the same on all ranks.
         make: Makes it; it is pickled, and small if it is made once a node.
         of_node: Whether the first rank of each node makes it for its node, and not rank 0 for all.
 
     Raises: FDError: on all ranks that wait for the value too, if `make` raises it.
     """
     meeting = _present.get()
-    return make() if meeting is None else meeting.once((what, of_node), make)
+    return make() if meeting is None else meeting.once((name, of_node), make)
 
 
-def offer(what: str, value: Any) -> None:
+def offer(name: str, value: Any) -> None:
     """Keeps a large value on rank 0 until the end of the meeting, for `fetch`."""
     meeting = _present.get()
     if meeting is not None and meeting.leads[False]:
-        meeting.offered[what] = value
+        meeting.offered[name] = value
 
 
-def fetch(what: str) -> Any:
+def fetch(name: str) -> Any:
     """Returns a value that rank 0 has offered in the meeting."""
     meeting = _present.get()
     assert meeting is not None
-    return meeting.fetch(what)
+    return meeting.fetch(name)
 
 
 _present: contextvars.ContextVar[_Meeting | None] = contextvars.ContextVar("meeting", default=None)
@@ -166,25 +166,25 @@ class _Meeting:
         _, of_node = name
         if self.leads[of_node]:
             if name not in self._made:
-                made = _made_by(make)
+                value = _made_by(make)
                 with self._changed:
-                    self._made[name] = self._unsaid[name] = made
+                    self._made[name] = self._unsaid[name] = value
                 self._woken.set()
             return self._made[name].get()
         with self._changed:
             self._changed.wait_for(lambda: name in self._made or self._makers_ended[of_node])
-            made = self._made.get(name)
-        return make() if made is None else made.get()
+            value = self._made.get(name)
+        return make() if value is None else value.get()
 
-    def fetch(self, what: str) -> Any:
+    def fetch(self, name: str) -> Any:
         """See the function `fetch`."""
-        if what in self.offered:
-            return self.offered[what]
+        if name in self.offered:
+            return self.offered[name]
         with self._changed:
-            self._wanted = what
+            self._wanted = name
             self._woken.set()
-            self._changed.wait_for(lambda: what in self._fetched)
-            return self._fetched.pop(what)
+            self._changed.wait_for(lambda: name in self._fetched)
+            return self._fetched.pop(name)
 
     # --- where the ranks meet ---
 
@@ -198,24 +198,24 @@ class _Meeting:
         while True:
             self._woken.wait(pause)
             self._woken.clear()
-            own, said = self._state(time.monotonic() > deadline)
-            states = distributed.gather_objects(own)
+            own_state, for_all = self._state(time.monotonic() > deadline)
+            states = distributed.gather_objects(own_state)
             something = any(state.num_made or state.made or state.wanted for state in states)
             pause = 0.02 if something else min(_MOST_SECONDS, 2 * pause)
             if states[0].num_made:
-                self._hear(distributed.broadcast_object(said))
+                self._hear(distributed.broadcast_object(for_all))
             for state in states:
                 if state.node == self._node:
                     self._hear(state.made)
-            for what in sorted({state.wanted for state in states} - {""}):
-                value = distributed.broadcast_object(self.offered.get(what))
-                if what == own.wanted:
-                    self._take(what, value)
+            for name in sorted({state.wanted for state in states} - {""}):
+                value = distributed.broadcast_object(self.offered.get(name))
+                if name == own_state.wanted:
+                    self._take(name, value)
             for of_node in (True, False):
                 makers = [s for s in states if s.leads and s.node == self._node]
                 self._end(of_node, all(s.ended for s in (makers if of_node else states[:1])))
             # Not one that came after this rank's state was asked for: the others do not know it.
-            if own.error:
+            if own_state.error:
                 assert self._crash is not None
                 raise self._crash
             if any(state.failed for state in states):
@@ -236,8 +236,8 @@ class _Meeting:
         ended = self._outcome is not None or self._crash is not None
         with self._changed:
             unsaid, self._unsaid = self._unsaid, {}
-            wanted = self._wanted
-        for_all = {name: made for name, made in unsaid.items() if not name[1]}
+            wanted_name = self._wanted
+        for_all = {name: value for name, value in unsaid.items() if not name[1]}
         state = _State(
             self._node,
             self.leads[True],
@@ -246,19 +246,19 @@ class _Meeting:
             ended and (self._outcome is None or self._outcome.error is not None),
             is_late,
             len(for_all),
-            {name: made for name, made in unsaid.items() if name[1]},
-            wanted,
+            {name: value for name, value in unsaid.items() if name[1]},
+            wanted_name,
         )
         return state, for_all
 
-    def _hear(self, made: dict[_Name, _Made]) -> None:
+    def _hear(self, values: dict[_Name, _Made]) -> None:
         with self._changed:
-            self._made = made | self._made
+            self._made = values | self._made
             self._changed.notify_all()
 
-    def _take(self, what: str, value: Any) -> None:
+    def _take(self, name: str, value: Any) -> None:
         with self._changed:
-            self._fetched[what], self._wanted = value, ""
+            self._fetched[name], self._wanted = value, ""
             self._changed.notify_all()
 
     def _end(self, of_node: bool, ended: bool) -> None:

@@ -67,7 +67,7 @@ class Status(NamedTuple):
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has ended, although its parent has not noticed yet."""
+        """Whether the process has ended, even if its parent has not noticed yet."""
         return self.state in "ZX"
 
 
@@ -84,11 +84,11 @@ def status(pid: int) -> Status | None:
 
 def started(pid: int) -> int | None:
     """Returns a process's start time in ticks since the boot; None if it has ended."""
-    found = status(pid)
-    if found is None:
+    process = status(pid)
+    if process is None:
         # /proc may be mounted so that it shows nothing of other users' processes.
         return HIDDEN if _is_another_users(pid) else None
-    return None if found.has_ended else found.started
+    return None if process.has_ended else process.started
 
 
 def kernel() -> str:
@@ -136,7 +136,7 @@ def handlers_to_replace() -> dict[signal.Signals, Any]:
     handler outside of Python, which cannot be restored.
     """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    return {number: it for number, it in handlers.items() if it != signal.SIG_IGN}
+    return {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
 
 
 def watch_launcher(tell: Callable[[int, str], None], longest_hold: float) -> None:
@@ -218,7 +218,7 @@ def _watch(
 def _ancestors() -> Iterator[int]:
     """Yields the processes above this one, nearest first."""
     pid = os.getpid()
-    while (found := status(pid)) is not None and (pid := found.parent) > 0:
+    while (process := status(pid)) is not None and (pid := process.parent) > 0:
         yield pid
 
 
@@ -256,6 +256,6 @@ def _lost_its_runner(launchers: dict[int, str]) -> bool:
     launch = next((pid for pid, name in launchers.items() if name == _DEEPSPEED_LAUNCH), 0)
     if not launch or not _DEEPSPEED_RUNNERS.isdisjoint(launchers.values()):
         return False
-    found = status(launch)
-    leader = found and status(found.group)
+    process = status(launch)
+    leader = process and status(process.group)
     return leader is None or leader.has_ended
