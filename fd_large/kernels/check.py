@@ -109,8 +109,8 @@ def check(calls: Sequence[Call], device: torch.device) -> None:
         calls: Calls from `recording`, the same on all ranks.
         device: Device on which they will run.
     """
-    found = beside_references(calls, device)
-    for number, off in enumerate(distributed.gather_objects(found)):
+    errors = beside_references(calls, device)
+    for number, off in enumerate(distributed.gather_objects(errors)):
         for op, why in off.items():
             if op not in choose.refused():
                 log.warning(
@@ -122,44 +122,44 @@ def check(calls: Sequence[Call], device: torch.device) -> None:
                 )
                 choose.refuse(op, f"its kernel was off on rank {number}")
     if calls:
-        names = sorted({op for one in calls for op in one.kernels} - choose.refused().keys())
+        names = sorted({op for call in calls for op in call.kernels} - choose.refused().keys())
         log.debug("kernels agree with their references: %s", ", ".join(names) or "none")
 
 
 def beside_references(calls: Sequence[Call], device: torch.device) -> dict[str, str]:
     """Returns the wrong operations on this rank, each with the place and size of the error."""
     off: dict[str, str] = {}
-    for one in calls:
-        if why := _off(one, device):
-            off |= {op: why for op in one.kernels if op not in off}
+    for call in calls:
+        if why := _off(call, device):
+            off |= {op: why for op in call.kernels if op not in off}
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return off
 
 
-def _off(one: Call, device: torch.device) -> str | None:
-    leaves = tree_leaves((one.arguments, dict(one.named)))
+def _off(call: Call, device: torch.device) -> str | None:
+    leaves = tree_leaves((call.arguments, dict(call.named)))
     shapes = [leaf for leaf in leaves if isinstance(leaf, Shape)]
     generator = torch.Generator(device).manual_seed(0)
     values = [
         torch.randn(s.size, generator=generator, device=device, dtype=torch.float32).to(s.dtype)
         for s in shapes
     ]
-    what = f"{one.function.__name__} of {', '.join(str(s.size) for s in shapes)}"
+    label = f"{call.function.__name__} of {', '.join(str(s.size) for s in shapes)}"
     narrow = any(s.dtype == torch.bfloat16 for s in shapes)
     try:
         # Before the kernel: one that writes where it should not would spoil these too.
-        exact = _run(one, values, wide=torch.float32 if narrow else torch.float64)
-        eager = _run(one, values)
+        exact = _run(call, values, wide=torch.float32 if narrow else torch.float64)
+        eager = _run(call, values)
     except torch.OutOfMemoryError:
-        log.debug("%s: not checked, the reference takes more memory than there is", what)
+        log.debug("%s: not checked, the reference takes more memory than there is", label)
         return None
     try:
-        fused = _run(one, values, fused=True)
+        fused = _run(call, values, fused=True)
     except Exception as error:  # Whatever a compiler or a launch raises.
-        return f"{what} fails: {type(error).__name__}: {error}"
-    if failed := [op for op in one.kernels if op in choose.refused()]:
-        return f"{what} fails: {choose.refused()[failed[0]]}"
+        return f"{label} fails: {type(error).__name__}: {error}"
+    if failed := [op for op in call.kernels if op in choose.refused()]:
+        return f"{label} fails: {choose.refused()[failed[0]]}"
     for number, (got, plain, right) in enumerate(zip(fused, eager, exact, strict=True)):
         right = right.double()
         error, magnitude = (got.double() - right).abs(), right.abs()
@@ -170,17 +170,17 @@ def _off(one: Call, device: torch.device) -> str | None:
         if not bool((error <= bound).all()):
             worst = (error - bound).nan_to_num(torch.inf).argmax()
             return (
-                f"{what}: result {number + 1} of {len(fused)} has an error of "
+                f"{label}: result {number + 1} of {len(fused)} has an error of "
                 f"{error.flatten()[worst]:.2g}, expected at most {bound.flatten()[worst]:.2g}"
             )
     return None
 
 
 def _run(
-    one: Call, values: list[Tensor], *, fused: bool = False, wide: torch.dtype | None = None
+    call: Call, values: list[Tensor], *, fused: bool = False, wide: torch.dtype | None = None
 ) -> list[Tensor]:
     """Returns the results of a call, and the gradients of its arguments."""
-    given = iter(values)
+    inputs = iter(values)
     leaves: list[Tensor] = []
 
     def fill(leaf: Any) -> Any:
@@ -188,15 +188,15 @@ def _run(
             return wide or leaf
         if not isinstance(leaf, Shape):
             return leaf
-        value = next(given)
+        value = next(inputs)
         value = value.to(wide or value.dtype, copy=True).requires_grad_(leaf.learns)
         leaves.append(value)
         return value
 
-    arguments, named = tree_map(fill, (one.arguments, dict(one.named)))
+    arguments, named = tree_map(fill, (call.arguments, dict(call.named)))
     learning = [leaf for leaf in leaves if leaf.requires_grad]
     with nullcontext() if fused else choose.references(), torch.set_grad_enabled(bool(learning)):
-        results = tree_leaves(one.function(*arguments, **named))
+        results = tree_leaves(call.function(*arguments, **named))
         differentiable = [r for r in results if r.requires_grad]
         if not differentiable:
             return results

@@ -171,8 +171,8 @@ def _compiled(
         try:
             return compiled(*arguments, **named)
         except torch._dynamo.exc.TorchDynamoException as error:
-            said = str(error).strip().partition("\n")[0]
-            log.warning("%s: torch.compile failed, and plain torch runs instead: %s", op, said)
+            message = str(error).strip().partition("\n")[0]
+            log.warning("%s: torch.compile failed, and plain torch runs instead: %s", op, message)
             choose.refuse(op, "torch.compile failed")
             return reference(*arguments, **named)
 

@@ -148,15 +148,15 @@ def extract(
         between()
         batch = next(mine, None)
         with torch.no_grad():
-            found = forward(nothing if batch is None else batch.images).cpu().numpy()
+            new_rows = forward(nothing if batch is None else batch.images).cpu().numpy()
         if batch is None:
             continue
-        where = slice(batch.start, batch.start + len(found))
-        rows[where], labels[where] = found, batch.labels.numpy()
+        where = slice(batch.start, batch.start + len(new_rows))
+        rows[where], labels[where] = new_rows, batch.labels.numpy()
         bad += len(batch.bad)
         for message in batch.bad:
             log.warning("left out: %s", message)
-        progress(len(found))
+        progress(len(new_rows))
     rows.flush()
     labels.flush()
     bad = int(distributed.sum_tensor(torch.tensor(bad)))

@@ -97,15 +97,15 @@ def classify(
     """
     bank, usable = Bank(train, num_classes), test.usable()
     predicted = torch.zeros(len(test.labels), dtype=torch.int64)
-    own = QUERY_BLOCK * distributed.rank()
+    offset = QUERY_BLOCK * distributed.rank()
     for first in range(0, len(usable), QUERY_BLOCK * distributed.world_size()):
         between()
-        numbers = usable[first + own : first + own + QUERY_BLOCK]
+        numbers = usable[first + offset : first + offset + QUERY_BLOCK]
         if not len(numbers):
             continue
         rows = torch.from_numpy(test.rows[numbers])
-        found = predict(rows, bank, k=k, temperature=temperature)
-        predicted[torch.from_numpy(numbers)] = found.cpu()
+        classes = predict(rows, bank, k=k, temperature=temperature)
+        predicted[torch.from_numpy(numbers)] = classes.cpu()
         progress(len(numbers))
     return distributed.sum_tensor(predicted).numpy()
 

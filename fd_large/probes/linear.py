@@ -98,8 +98,8 @@ def evaluate(
         )
     layers = _fit(train, order[count:], num_classes, probe, probe.rates, progress)
     held_out = [
-        100 * float((found == train.labels[order[:count]]).mean())
-        for found in layers.predict(train, order[:count])
+        100 * float((classes == train.labels[order[:count]]).mean())
+        for classes in layers.predict(train, order[:count])
     ]
     best = max(range(len(held_out)), key=lambda place: held_out[place])
     rate = probe.rates[best]
@@ -120,16 +120,16 @@ def warn_of_few_steps(num_train: int, probe: Probe) -> None:
         num_train: Number of training images.
         probe: Settings of the training; `--probe_epochs` are its epochs.
     """
-    made = steps(num_train, probe)
-    if 0 < made < ENOUGH_STEPS:
-        enough = -(-ENOUGH_STEPS * probe.epochs // made)
+    num_steps = steps(num_train, probe)
+    if 0 < num_steps < ENOUGH_STEPS:
+        enough = -(-ENOUGH_STEPS * probe.epochs // num_steps)
         log.warning(
             "--probe_epochs: the linear probe makes only %d steps on %d training images and may "
             "have learned too little; with --probe_epochs %d it makes %d",
-            made,
+            num_steps,
             num_train,
             enough,
-            enough * made // probe.epochs,
+            enough * num_steps // probe.epochs,
         )
 
 
@@ -155,12 +155,12 @@ class _Layers:
 
     def predict(self, features: Features, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns (R, len(numbers)), each layer's predicted class of each image."""
-        found = [torch.zeros(len(self.weight), 0, dtype=torch.int64)]
+        classes = [torch.zeros(len(self.weight), 0, dtype=torch.int64)]
         for start in range(0, len(numbers), BLOCK):
             rows, _ = _read(features, numbers[start : start + BLOCK])
             with torch.no_grad():
-                found.append(self.logits(rows, training=False).argmax(-1).cpu())
-        return torch.cat(found, 1).numpy()
+                classes.append(self.logits(rows, training=False).argmax(-1).cpu())
+        return torch.cat(classes, 1).numpy()
 
 
 def _fit(

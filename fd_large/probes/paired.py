@@ -86,14 +86,14 @@ def difference_of_redrawn(ours: Sequence[Redrawn], others: Sequence[Redrawn]) ->
 
     Returns: None if they are not of the same images.
     """
-    if len({(one.images, len(one.draws)) for one in (*ours, *others)}) > 1:
+    if len({(seed.images, len(seed.draws)) for seed in (*ours, *others)}) > 1:
         return None
     means = [
-        np.mean([one.draws for one in scores], axis=0, dtype=np.float64)
+        np.mean([seed.draws for seed in scores], axis=0, dtype=np.float64)
         for scores in (ours, others)
     ]
     half = _NORMAL * float(np.std(means[0] - means[1], ddof=1))
-    first, second = (np.array([one.score for one in scores]) for scores in (ours, others))
+    first, second = (np.array([seed.score for seed in scores]) for scores in (ours, others))
     mean = float(first.mean() - second.mean())
     return _with_seeds(mean, (mean - half, mean + half), first, second)
 

@@ -43,18 +43,18 @@ def redraws(num_images: int) -> NDArray[np.int64]:
 
 
 def write(
-    folder: Path, images: str, found: Mapping[str, tuple[float, NDArray[np.float64]]]
+    folder: Path, images: str, redrawn: Mapping[str, tuple[float, NDArray[np.float64]]]
 ) -> Path:
     """Writes scores and their values on the draws, by their names in a run's summary.json.
 
     Args:
         folder: The folder of an evaluation.
         images: Fingerprint of the test images.
-        found: The score, and its value on each draw in the order of `redraws`.
+        redrawn: The score, and its value on each draw in the order of `redraws`.
     """
     scores = {
         name: {"score": score, "draws": draws.tolist()}
-        for name, (score, draws) in found.items()
+        for name, (score, draws) in redrawn.items()
         if np.isfinite(draws).all() and np.isfinite(score)
     }
     write_json(folder / REDRAWN, {"images": images, "scores": scores})
@@ -71,8 +71,8 @@ def read(folder: Path, name: str) -> Redrawn | None:
         name: The score's name in the run's summary.json.
     """
     try:
-        found = read_json(folder / REDRAWN, where="redrawn", holds=dict)
-        of_name = found["scores"][name]
-        return Redrawn(found["images"], float(of_name["score"]), np.array(of_name["draws"], float))
+        record = read_json(folder / REDRAWN, where="redrawn", holds=dict)
+        of_name = record["scores"][name]
+        return Redrawn(record["images"], float(of_name["score"]), np.array(of_name["draws"], float))
     except (FDError, OSError, LookupError, TypeError, ValueError):
         return None

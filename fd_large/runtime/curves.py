@@ -88,9 +88,9 @@ class RemoteCurves(Curves):
     package: str
 
     def __init__(self) -> None:
-        found = find_spec(self.name)
+        spec = find_spec(self.name)
         # A folder of that name, where the library keeps its files, is no library.
-        if found is None or found.origin is None:
+        if spec is None or spec.origin is None:
             raise ConfigError(
                 f"runtime.trackers: {self.name} needs its library; got no package {self.package}, "
                 f"expected it to be installed. Run: pip install {self.package}"

@@ -30,8 +30,8 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @contextmanager
-def shown(what: str) -> Iterator[None]:
-    """Shows the progress of the block's work; `what` describes the whole."""
+def shown(description: str) -> Iterator[None]:
+    """Shows the progress of the block's work, under a description of the whole."""
     # rich is not imported for what ends at once.
     live = terminal.out().isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
     look: Bar | Lines = Bar() if live else Lines(say)
@@ -43,7 +43,7 @@ def shown(what: str) -> Iterator[None]:
                 look(activity.current(), time.monotonic())
 
     thread = threading.Thread(target=watch, name="display", daemon=True)
-    with activity.work(what):
+    with activity.work(description):
         thread.start()
         try:
             yield
@@ -100,7 +100,7 @@ class Bar:
             return
         bar = self._bar = self._bar or self._begin()
         inner = works[-1]
-        sized = next((one for one in works[::-1] if one.total), None)
+        sized = next((work for work in works[::-1] if work.total), None)
         left = sized.seconds_left(now) if sized else None
         bar.update(
             bar.task_ids[0],

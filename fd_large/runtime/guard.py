@@ -90,15 +90,15 @@ def findings(update: Update, accepted: Iterable[Values], spread: float) -> list[
         spread: Spreads above the median that are still in order.
     """
     known = list(accepted)
-    found = (
+    judgements = (
         _off("loss", update.loss, [loss for _, loss, _ in known], spread),
         _off("gradient norm", update.grad_norm, [n for _, _, n in known], spread, factors=True),
     )
-    return [finding for finding in found if finding is not None]
+    return [finding for finding in judgements if finding is not None]
 
 
 def _off(
-    what: str, value: float, known: list[float], allowed: float, *, factors: bool = False
+    name: str, value: float, known: list[float], allowed: float, *, factors: bool = False
 ) -> Finding | None:
     """Returns a finding for an abnormal number; with `factors`, its logarithm is judged."""
     middle = spread = limit = None
@@ -112,7 +112,7 @@ def _off(
     if factors:
         middle, limit = (None if x is None else math.exp(min(x, 700.0)) for x in (middle, limit))
     far = not math.isfinite(value) or (limit is not None and value > limit)
-    return Finding(what, value, middle, limit, spread) if far else None
+    return Finding(name, value, middle, limit, spread) if far else None
 
 
 @dataclass
@@ -329,7 +329,7 @@ class Guard(Hook):
 
 def culprits_of(losses: list[list[float]]) -> list[int]:
     """Returns the ranks with a non-finite loss, or else the rank with the largest loss."""
-    bad = [rank for rank, own in enumerate(losses) if not all(map(math.isfinite, own))]
+    bad = [rank for rank, values in enumerate(losses) if not all(map(math.isfinite, values))]
     return bad or [max(range(len(losses)), key=lambda rank: max(losses[rank], default=-math.inf))]
 
 
@@ -352,8 +352,8 @@ def _stored(evidence: Evidence) -> dict[str, Tensor]:
     return {"images": torch.cat(padded), "positions": evidence.positions, "sizes": sizes}
 
 
-def _in_words(incident: dict[str, Any], found: list[Finding], folder: Path) -> str:
-    why = " and ".join(finding.in_words() for finding in found) or "the step was refused"
+def _in_words(incident: dict[str, Any], abnormal: list[Finding], folder: Path) -> str:
+    why = " and ".join(finding.in_words() for finding in abnormal) or "the step was refused"
     rank = incident["culprits"][0]
     more = f" and {n} more" if (n := len(incident["culprits"]) - 1) else ""
     layer = incident["first_layer_not_finite"]
@@ -391,7 +391,7 @@ def _set_aside(incidents: Path, first_update: int) -> None:
 
 def roll_backs_of(incidents: Path) -> dict[int, int]:
     """Returns {step of a roll-back (from 0): step of the restored state}."""
-    found = {}
+    roll_backs = {}
     for folder in _folders(incidents):
         try:
             restored = read_json(folder / INCIDENT, holds=dict)["restored"]
@@ -399,8 +399,8 @@ def roll_backs_of(incidents: Path) -> dict[int, int]:
             log.warning("%s: cannot be read: %s", folder / INCIDENT, error)
             continue
         if isinstance(restored, int):
-            found[_index(folder)] = restored
-    return found
+            roll_backs[_index(folder)] = restored
+    return roll_backs
 
 
 def _drop_old_images(incidents: Path) -> None:

@@ -66,10 +66,10 @@ class Verdict:
     @classmethod
     def all_of(cls, verdicts: Iterable[Verdict | None]) -> Verdict:
         """Joins verdicts: skip if any does, the earliest roll-back, the first reason to end."""
-        given = [verdict for verdict in verdicts if verdict is not None]
-        back = [v.roll_back for v in given if v.roll_back is not None]
-        stop = next((v.stop for v in given if v.stop), "")
-        return cls(any(v.skip for v in given), min(back, default=None), stop)
+        present = [verdict for verdict in verdicts if verdict is not None]
+        back = [v.roll_back for v in present if v.roll_back is not None]
+        stop = next((v.stop for v in present if v.stop), "")
+        return cls(any(v.skip for v in present), min(back, default=None), stop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,10 +182,10 @@ class Hook:
     """
 
     def on_start(self, setting: Setting) -> None:
-        """Before the first step."""
+        """Called before the first step."""
 
     def beat(self) -> None:
-        """Sign of life, called with every micro batch in training and in evaluation."""
+        """Called with every micro batch, in training and in evaluation, as a sign of life."""
 
     def wish(self) -> Wish:
         """Returns this rank's wish; asked before each optimiser step, and in evaluations."""
@@ -244,7 +244,7 @@ class Tracker:
     """
 
     def on_start(self, setting: Setting) -> None:
-        """Before the first step."""
+        """Called before the first step."""
 
     def on_step(self, update: Update) -> None:
         """Called after each step, before the rows that end with it."""
@@ -256,4 +256,4 @@ class Tracker:
         """Called with the metrics of an evaluation at step `index`, by their names on disk."""
 
     def on_end(self, status: str) -> None:
-        """After the last step."""
+        """Called after the last step."""

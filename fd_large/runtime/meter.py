@@ -183,7 +183,7 @@ class Meter(Hook):
             return
         interval = {
             "images_per_second": len(pending) * self._setting.global_batch_size / seconds,
-            **self._shares([(one.image_size, one.students) for one in pending], seconds),
+            **self._shares([(update.image_size, update.students) for update in pending], seconds),
             "data_wait": sum(update.data_seconds for update in pending) / seconds,
             "memory_bytes": peak_memory_bytes(),
         }

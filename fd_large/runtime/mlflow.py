@@ -38,8 +38,8 @@ class MLflow(RemoteCurves):
             self._run = known
             return
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "fd_large"
-        found = client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else client.create_experiment(name)
+        named = client.get_experiment_by_name(name)
+        experiment = named.experiment_id if named else client.create_experiment(name)
         tags = dict.fromkeys(recipe["runtime"].get("tags", ()), "")
         run = client.create_run(experiment, run_name=run_name(setting, recipe), tags=tags)
         self._run = run.info.run_id

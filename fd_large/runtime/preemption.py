@@ -53,7 +53,7 @@ _late: list[str] = []
 def asked_too_late() -> bool:
     """Returns, once, whether the process's last run was asked to stop when it was already ending.
 
-    Who has more runs to train asks after each, and stops there.
+    A command with several runs calls it after each one, and stops if it returns True.
     """
     late = bool(_late)
     _late.clear()

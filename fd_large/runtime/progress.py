@@ -158,9 +158,9 @@ def _listed(numbers: Iterable[tuple[str, float]]) -> str:
     """Returns metrics with their labels: held-out loss 0.1, cosine 0.5; unseen-crops loss 0.2."""
     groups: list[str] = []
     for first, of_group in groupby(numbers, key=lambda item: item[0].split()[0]):
-        said = ", ".join(f"{words} {value:z.4f}" for words, value in of_group)
-        groups.append(said.replace(f", {first} ", ", "))
-    return ("; " if any(", " in one for one in groups) else ", ").join(groups)
+        text = ", ".join(f"{words} {value:z.4f}" for words, value in of_group)
+        groups.append(text.replace(f", {first} ", ", "))
+    return ("; " if any(", " in group for group in groups) else ", ").join(groups)
 
 
 def _beside_speed(row: Row) -> str:

@@ -38,12 +38,12 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "numpy", "triton", "fai
 
 
 @contextmanager
-def written_or_logged(what: object) -> Iterator[None]:
+def written_or_logged(file: object) -> Iterator[None]:
     """Wraps the writing of an optional file, so that training continues on a full disk."""
     try:
         yield
     except OSError as error:
-        log.error("%s: NOT WRITTEN: %s", what, error)
+        log.error("%s: NOT WRITTEN: %s", file, error)
 
 
 def open_folder(
@@ -128,7 +128,7 @@ def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
         remedy = "Set --runtime.run_dir to another folder, or --fresh to start over here."
         stored = read_json(file, where="--runtime.run_dir", holds=dict, remedy=remedy)
         try:
-            found = changes(stored)
+            differences = changes(stored)
         except (ValueError, ConfigError, AttributeError) as error:
             raise ConfigError(
                 f"{file}: not a recipe that this version can read; got {error}, expected what a "
@@ -142,8 +142,8 @@ def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
                 f"{folder}/students/NAME/recipe.json without --runtime.run_dir, all of them by "
                 "the command that began them; or set --runtime.run_dir to another folder."
             )
-        if found:
-            raise other_settings(folder, found)
+        if differences:
+            raise other_settings(folder, differences)
     elif not is_run(folder) and (
         foreign := [name for name in OVERWRITTEN if _holds_something(folder / name)]
     ):
@@ -253,20 +253,20 @@ def cut_before(path: Path, update: int) -> list[dict[str, Any]]:
     """
     before, goes_on = _lines_before(path, update)
     last = max((index for index, line in enumerate(before, 1) if line.row is not None), default=0)
-    kept = before[:last]
+    kept_lines = before[:last]
     path.touch()
-    if damaged := [line for line in (before if goes_on else kept) if line.row is None]:
+    if damaged := [line for line in (before if goes_on else kept_lines) if line.row is None]:
         log.warning(
             "%s: %s cannot be read: damaged rows are LEFT OUT, all rows before and after are kept",
             path,
             numbers_of(damaged),
         )
     # First, so that no later row stays where there is no room for a copy.
-    os.truncate(path, sum(len(line.raw) for line in kept))
+    os.truncate(path, sum(len(line.raw) for line in kept_lines))
     if damaged:
         with written_or_logged(path), replacing(path) as aside:
-            aside.write_bytes(b"".join(line.raw for line in kept if line.row is not None))
-    return [line.row for line in kept if line.row is not None]
+            aside.write_bytes(b"".join(line.raw for line in kept_lines if line.row is not None))
+    return [line.row for line in kept_lines if line.row is not None]
 
 
 def _lines_before(path: Path, update: int) -> tuple[list[Line], bool]:
@@ -280,13 +280,13 @@ def _lines_before(path: Path, update: int) -> tuple[list[Line], bool]:
 
 def versions() -> dict[str, str | None]:
     """Returns the versions of the packages that a run depends on; None if not installed."""
-    found: dict[str, str | None] = {}
+    installed: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 @cache

@@ -102,8 +102,8 @@ def take() -> None:
 def mask_uncaught() -> None:
     """Masks the secrets of URLs in uncaught errors, also of threads."""
     sys.excepthook = _show_uncaught
-    threading.excepthook = lambda given: _show_uncaught(
-        given.exc_type, given.exc_value or given.exc_type(), given.exc_traceback
+    threading.excepthook = lambda uncaught: _show_uncaught(
+        uncaught.exc_type, uncaught.exc_value or uncaught.exc_type(), uncaught.exc_traceback
     )
 
 

@@ -32,7 +32,7 @@ def trackers_of(names: Sequence[str]) -> list[Tracker]:
 
     Raises: ConfigError: if a tracker does not exist, or is not a `Tracker`.
     """
-    made = []
+    trackers = []
     for name in names:
         make = doors.load(name, kind="trackers", where=WHERE, built_in=TRACKERS)
         try:
@@ -49,8 +49,8 @@ def trackers_of(names: Sequence[str]) -> list[Tracker]:
                 f"{WHERE}: {name} is not a tracker; got {type(tracker).__name__}, expected a "
                 "subclass of fd_large.runtime.hooks.Tracker. Correct the class."
             )
-        made.append(tracker)
-    return made
+        trackers.append(tracker)
+    return trackers
 
 
 class Trackers:

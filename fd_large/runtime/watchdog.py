@@ -169,14 +169,14 @@ class Watchdog(Hook):
 
     def _watch(self) -> None:
         silence = Silence(self._interval, time.monotonic())
-        told: set[str] = set()
+        reported: set[str] = set()
         while not self._over.wait(self._interval):
             for seconds, name in slow_images.longer_than(self._limit / 4):
-                if name not in told:
+                if name not in reported:
                     words = "one image has kept a process that loads for %.0f s: %s"
                     # The disk of the log may be what hangs.
                     briefly(log.warning, words, seconds, name, seconds=self._interval)
-                told.add(name)
+                reported.add(name)
             limit = self._limit if self._stepped else self._start_limit
             if silence.lasts(time.monotonic(), self._beats + distributed.moves(), limit):
                 self._fired.set()
@@ -259,8 +259,10 @@ def standpoint(frame: FrameType) -> str:
         for each, line in traceback.walk_stack(frame)
         for code in (each.f_code,)
     ]
-    own = next((call for call in calls if f"{package}/" in call[0]), calls[0])
-    place = " called from ".join("{}:{} {}".format(*c) for c in dict.fromkeys([calls[0], own]))
+    package_call = next((call for call in calls if f"{package}/" in call[0]), calls[0])
+    place = " called from ".join(
+        "{}:{} {}".format(*c) for c in dict.fromkeys([calls[0], package_call])
+    )
     return f"its training thread stands in {place}"
 
 
