@@ -307,7 +307,7 @@ def evaluate(
     doors.allow_named([task])  # Named by this call, as others are on the command line.
     kind = command.with_flags_of(task)
     known = hints_of(kind)
-    own = {name: value for name, value in options.items() if name in known}
+    flags = {name: value for name, value in options.items() if name in known}
     values = _texts({name: value for name, value in options.items() if name not in known})
     root = dict(data) if isinstance(data, Mapping) else {"root": os.fspath(data)}
     _add(values, {"data": root})
@@ -319,16 +319,16 @@ def evaluate(
             )
     named = [os.fspath(model) for model in models]
     base = command.scored_run(named, task) or registry.get(
-        own.get("recipe") or registry.FINETUNING_RECIPE
+        flags.get("recipe") or registry.FINETUNING_RECIPE
     )
     run = _run_of(base, values)
-    given = named_fields(Given(values), [])
-    own |= {"models": named, "task": task, "out": os.fspath(out)}
-    arguments = from_plain(kind, {k: _listed(v) for k, v in own.items()}, "")
+    recipe_fields = named_fields(Given(values), [])
+    flags |= {"models": named, "task": task, "out": os.fspath(out)}
+    arguments = from_plain(kind, {k: _listed(v) for k, v in flags.items()}, "")
     summary = Path(out) / SUMMARY
     before = summary.stat().st_mtime_ns if kind_of(summary) == "file" else None
     with guest():
-        code = command.evaluate(arguments, given, run)
+        code = command.evaluate(arguments, recipe_fields, run)
     if code:
         raise ConfigError(
             f"evaluate: a training ended early; got exit code {code}, expected 0. See the logs in "
@@ -350,10 +350,10 @@ def _run_of(recipe: str | Run, values: dict[str, Any]) -> Run:
     if isinstance(recipe, str):
         run = run_of(Given(values), recipe=recipe, named=True)
     else:
-        found: list[str] = []
-        run = accepted(named_fields(Given(values), found), recipe.with_fields, found)
-        if found:
-            raise ConfigError("\n".join(dict.fromkeys(found)))
+        mistakes: list[str] = []
+        run = accepted(named_fields(Given(values), mistakes), recipe.with_fields, mistakes)
+        if mistakes:
+            raise ConfigError("\n".join(dict.fromkeys(mistakes)))
     assert run is not None
     return run
 

@@ -267,8 +267,8 @@ def load(source: str, *, kind: Kind, where: str, built_in: Mapping[str, Any] | N
     try:
         return plugins[source].load()
     except Exception as error:  # The package's code may raise anything.
-        what = f"{source} = {value} of the entry points fd_large.{kind}"
-        raise _failed(where, what, error) from error
+        subject = f"{source} = {value} of the entry points fd_large.{kind}"
+        raise _failed(where, subject, error) from error
 
 
 def cause(error: Exception) -> str:
@@ -278,18 +278,18 @@ def cause(error: Exception) -> str:
     """
     log.debug("code of the user's own failed", exc_info=error)
     text, places = str(error), traceback.extract_tb(error.__traceback__)
-    found = [(place.filename, place.lineno) for place in places if _is_theirs(place.filename)]
+    positions = [(place.filename, place.lineno) for place in places if _is_theirs(place.filename)]
     if isinstance(error, SyntaxError) and _is_theirs(error.filename or "<"):
-        text, found = error.msg, [(error.filename or "", error.lineno)]
+        text, positions = error.msg, [(error.filename or "", error.lineno)]
     first = next(iter(text.splitlines()), "")
-    line = "".join(f" in {file} line {number}" for file, number in found[-1:])
+    line = "".join(f" in {file} line {number}" for file, number in positions[-1:])
     return f"{type(error).__name__}{': ' if first else ''}{first}{line}"
 
 
 def installed(kind: Kind) -> dict[str, EntryPoint]:
     """Returns entry points of a kind in installed packages, by name; imports no package."""
-    found = _entry_points(tuple(sys.path)).select(group=f"fd_large.{kind}")
-    return {point.name: point for point in found}
+    points = _entry_points(tuple(sys.path)).select(group=f"fd_large.{kind}")
+    return {point.name: point for point in points}
 
 
 @lru_cache(maxsize=1)
@@ -323,7 +323,7 @@ def hashes(tree: Any) -> dict[str, str]:
         tree: Dicts, lists and values.
     """
     plugins = {name: point for kind in get_args(Kind) for name, point in installed(kind).items()}
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for text in _texts(tree):
         if is_own(text):
             path = file_of(text)
@@ -331,8 +331,8 @@ def hashes(tree: Any) -> dict[str, str]:
             path = file_of(f"{PREFIX}{plugins[text].value}")
         else:
             continue
-        found[text] = _hash(path) if path else ""
-    return found
+        digests[text] = _hash(path) if path else ""
+    return digests
 
 
 # ------------------------------------------------------------------------------------------------
@@ -431,22 +431,22 @@ def _no_name(where: str, path: Path, name: str, names: Iterable[str]) -> str:
         [known for known in some if not known.startswith("_")]
         for some in (set(_defined_in(_tree(path))), names)
     )
-    told = nearest(name, defined or everything)
-    return f"{where}: no such name in {path}; got {name!r}, {told}. Correct it."
+    suggestion = nearest(name, defined or everything)
+    return f"{where}: no such name in {path}; got {name!r}, {suggestion}. Correct it."
 
 
 def _names_in(path: Path) -> set[str]:
     """Returns all names bound in a file's text, or an empty set if the text cannot be parsed."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(_tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found.add(node.name)
+            names.add(node.name)
         elif isinstance(node, ast.Name):
-            found.add(node.id)
+            names.add(node.id)
         elif isinstance(node, ast.alias):
-            found.add((node.asname or node.name).partition(".")[0])
+            names.add((node.asname or node.name).partition(".")[0])
     # These make names that no text shows.
-    return set() if found & {"*", "__getattr__", "globals", "exec", "vars", "setattr"} else found
+    return set() if names & {"*", "__getattr__", "globals", "exec", "vars", "setattr"} else names
 
 
 def _defined_in(node: ast.AST) -> Iterator[str]:
@@ -472,10 +472,10 @@ def _tree(path: Path) -> ast.Module:
     return ast.Module([], [])
 
 
-def _failed(where: str, what: str, error: Exception) -> ConfigError:
+def _failed(where: str, subject: str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"{where}: cannot be imported; got {cause(error)}, expected {what} to be imported without "
-        "an error. Correct the file, or install what it needs."
+        f"{where}: cannot be imported; got {cause(error)}, expected {subject} to be imported "
+        "without an error. Correct the file, or install what it needs."
     )
 
 

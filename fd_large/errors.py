@@ -113,15 +113,15 @@ class ConflictError(ConfigError):
         self.problem, self.fields, self.remedy = problem, fields, remedy
         super().__init__(self._text(fields, ()))
 
-    def told_to(self, given: Collection[str]) -> str:
+    def told_to(self, user_fields: Collection[str]) -> str:
         """Returns the message for a user who set some of the fields.
 
         Args:
-            given: Names of the fields that were set, including unrelated fields.
+            user_fields: Names of the fields that were set, including unrelated fields.
         """
-        changeable = [name for name in self.fields if name in given]
+        changeable = [name for name in self.fields if name in user_fields]
         message = ConfigError(
-            self._text(changeable, [name for name in self.fields if name not in given])
+            self._text(changeable, [name for name in self.fields if name not in user_fields])
         )
         return str(message)
 
@@ -215,17 +215,17 @@ def check_all(*checks: Callable[[], Any]) -> list[Any]:
     Raises: FDError: of the first mistake's type, with a line for each mistake.
     """
     values: list[Any] = []
-    found: list[FDError] = []
+    mistakes: list[FDError] = []
     for check in checks:
         try:
             values.append(check())
         except FDError as error:
-            found.append(error)
-    if len(found) == 1:
-        raise found[0]
-    if found:
-        lines = dict.fromkeys(line for error in found for line in str(error).splitlines())
-        raise type(found[0])("\n".join(lines))
+            mistakes.append(error)
+    if len(mistakes) == 1:
+        raise mistakes[0]
+    if mistakes:
+        lines = dict.fromkeys(line for error in mistakes for line in str(error).splitlines())
+        raise type(mistakes[0])("\n".join(lines))
     return values
 
 
@@ -241,9 +241,9 @@ def nearest(name: str, names: Iterable[str], *, before: str = "") -> str:
     known = sorted(names)
     close = get_close_matches(name, known, n=_NEAREST, cutoff=0.5)
     if not close and len(name) > 1:
-        close = [one for one in known if name in one][:_NEAREST]
-    told = [f"{before}{one}" for one in close or known]
-    return f"nearest: {', '.join(told)}" if close else f"known: {first_names(told, _LISTED)}"
+        close = [option for option in known if name in option][:_NEAREST]
+    options = [f"{before}{option}" for option in close or known]
+    return f"nearest: {', '.join(options)}" if close else f"known: {first_names(options, _LISTED)}"
 
 
 def first_names(names: Sequence[str], most: int = 8) -> str:

@@ -85,12 +85,12 @@ STALE_SECONDS = 24 * 3600
 """So long after its last change, what is aside was left by a process that was killed."""
 
 
-def retried(action: Callable[[], T], what: object) -> T:
+def retried(action: Callable[[], T], path: object) -> T:
     """Repeats an action on files after a pause, as long as its error is transient.
 
     Args:
         action: Action that can be repeated from its beginning.
-        what: The file or folder, for messages.
+        path: The file or folder, for messages.
 
     Raises:
         OSError: At once for other errors: no such file, no permission, a full disk.
@@ -102,7 +102,7 @@ def retried(action: Callable[[], T], what: object) -> T:
         except OSError as error:
             if error.errno not in PASSING:
                 raise
-            log.warning("%s: %s; tried again in %g s", what, error.strerror, pause)
+            log.warning("%s: %s; tried again in %g s", path, error.strerror, pause)
             time.sleep(pause)
     try:
         return action()
@@ -110,7 +110,7 @@ def retried(action: Callable[[], T], what: object) -> T:
         if error.errno not in PASSING:
             raise
         raise StorageError(
-            f"{what}: the file system does not answer; got {error.strerror} {len(PAUSES) + 1} "
+            f"{path}: the file system does not answer; got {error.strerror} {len(PAUSES) + 1} "
             "times, expected an answer. What is stored there stays: start the same command again "
             "once the file system is well."
         ) from error

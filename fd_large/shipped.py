@@ -20,19 +20,19 @@ def folder(name: Literal["ds_configs", "slurm"]) -> Path:
     return inside if kind_of(inside) == "folder" else _PACKAGE.parent / name
 
 
-def deepspeed_config(given: str) -> Path:
+def deepspeed_config(config: str) -> Path:
     """Returns the file that `--deepspeed_config` means: a path, or a name such as zero3.
 
     Raises: ConfigError: if there is neither.
     """
-    if kind_of(Path(given)) == "file":
-        return Path(given)
+    if kind_of(Path(config)) == "file":
+        return Path(config)
     shipped = {path.stem: path for path in sorted(folder("ds_configs").glob("*.json"))}
     # A path of the repository's, given where there is only the package.
-    name = given.removeprefix("ds_configs/").removesuffix(".json")
+    name = config.removeprefix("ds_configs/").removesuffix(".json")
     if name not in shipped:
         raise ConfigError(
-            f"--deepspeed_config: no such file; got {given or 'nothing'}, expected the path of a "
+            f"--deepspeed_config: no such file; got {config or 'nothing'}, expected the path of a "
             f"JSON or a name: {nearest(name, shipped)}. Name one, for example zero3."
         )
     return shipped[name]
