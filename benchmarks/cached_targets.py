@@ -56,7 +56,7 @@ def rounding(names: list[str], root: str, crops: int) -> dict[str, dict[str, Any
     from fd_large.tasks.distillation.cached.files import PRECISIONS, decode, encode
     from fd_large.tasks.jobs import job_of
 
-    images, found = open_images(root), {}
+    images, floors = open_images(root), {}
     for model in find_models(names, job_of) if names else ():
         net, statistics = model.build()
         settings = ViewSettings(model.image_size, 0.25)
@@ -74,14 +74,14 @@ def rounding(names: list[str], root: str, crops: int) -> dict[str, dict[str, Any
                 back = whiten(decode(encode(tokens, precision), tokens.dtype))
                 sums[precision] += F.smooth_l1_loss(back, target, beta=2.0).item()
         means = {name: total / crops for name, total in sums.items()}
-        found[model.label] = {
+        floors[model.label] = {
             "tokens": tokens.shape[1] * crops,
             "width": tokens.shape[2],
             "largest_value": largest,
             "floor": {p: means[p] for p in PRECISIONS},
             "share_of_zero_prediction": {p: means[p] / means["zero"] for p in PRECISIONS},
         }
-    return found
+    return floors
 
 
 def cut(root: str, folder: Path) -> Path:
@@ -155,8 +155,8 @@ def side_by_side(root: Path, folder: Path, rounds: int, *, quick: bool) -> dict[
             epoch += 1
 
     engines, batches, losses = {}, {}, {}
-    for name, one in runs.items():
-        job = DistillationJob(DistillationJob(one).settle(Sources()))
+    for name, variant in runs.items():
+        job = DistillationJob(DistillationJob(variant).settle(Sources()))
         samples = job.open_samples()
         job.build(bfloat16=False, node_size=1, persistence_threshold=0)
         engines[name] = zero_engine(job.run, job.make_task, "zero1", micro_batch_size=GLOBAL_BATCH)
@@ -171,8 +171,8 @@ def side_by_side(root: Path, folder: Path, rounds: int, *, quick: bool) -> dict[
     steps = {name: partial(step, name) for name in engines}
     seconds = seconds_in_turns(steps, rounds, warm_up=WARM_UP)
     counted = {
-        name: step_flops(DistillationJob(one), 1, checkpointing=False)
-        for name, one in runs.items()
+        name: step_flops(DistillationJob(variant), 1, checkpointing=False)
+        for name, variant in runs.items()
         if name in ("live", "fp32")
     }
     share = counted["fp32"].model / counted["live"].model
@@ -197,12 +197,12 @@ def report(results: dict[str, Any]) -> None:
     """Prints both tables in Markdown."""
     precisions = ("fp32", "fp16", "fp8", "int8")
     print(f"\n| floor of smooth L1 (share) | {' | '.join(precisions)} |\n|{'---|' * 5}")
-    for name, one in results["rounding"].items():
+    for name, row in results["rounding"].items():
         cells = [
-            f"{one['floor'][p]:.1e} ({100 * one['share_of_zero_prediction'][p]:.2g} %)"
+            f"{row['floor'][p]:.1e} ({100 * row['share_of_zero_prediction'][p]:.2g} %)"
             for p in precisions
         ]
-        print(f"| {name}, {one['tokens']:,} x {one['width']} | {' | '.join(cells)} |")
+        print(f"| {name}, {row['tokens']:,} x {row['width']} | {' | '.join(cells)} |")
     steps = results["step"]
     print(f"\n| a step from the cache | {' | '.join(precisions)} |\n|{'---|' * 5}")
     ratios = [steps["from_cache_over_live"][p] for p in precisions]

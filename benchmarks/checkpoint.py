@@ -124,7 +124,7 @@ def restarts(kills: int, scratch: Path) -> list[dict[str, float]]:
         while lines() <= count:
             time.sleep(0.02)
 
-    found = []
+    times = []
     started = twin.start(images, run_dir, *flags)
     try:
         wait_past(6)
@@ -139,11 +139,11 @@ def restarts(kills: int, scratch: Path) -> list[dict[str, float]]:
                 time.sleep(0.02)
             wait_past(stored)
             first = time.perf_counter() - begin
-            found.append({"seconds": first, "updates_lost": before - stored})
+            times.append({"seconds": first, "updates_lost": before - stored})
             wait_past(stored + 6)
     finally:
         started.kill()
-    return found
+    return times
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -179,28 +179,28 @@ def main() -> int:
     if arguments.quick:
         arguments.rounds, arguments.kills = 2, 1
     if arguments.as_rank:
-        found = saves(arguments, arguments.as_rank)
+        measured = saves(arguments, arguments.as_rank)
         from fd_large.ranks import distributed
 
         if distributed.is_main():
-            (arguments.as_rank / "found.json").write_text(json.dumps(found))
+            (arguments.as_rank / "found.json").write_text(json.dumps(measured))
         return distributed.leave(0)
     scratch = Path(tempfile.mkdtemp(prefix="checkpoint_benchmark_"))
     try:
         harness.start(__file__, *sys.argv[1:], "--as-rank", scratch, ranks=2)
-        found = json.loads((scratch / "found.json").read_text())
+        measured = json.loads((scratch / "found.json").read_text())
         kills = restarts(arguments.kills, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    seconds = found["seconds"]
+    seconds = measured["seconds"]
     ratios = {
         kind: [a / b for a, b in zip(seconds["ours"], seconds[kind], strict=True)]
         for kind in ("ours, waiting", "deepspeed")
     }
     results = {
         **harness.conditions(__file__, __doc__),
-        "parameters": found["parameters"],
-        "checkpoint_gigabytes": 12 * found["parameters"] / 1e9,
+        "parameters": measured["parameters"],
+        "checkpoint_gigabytes": 12 * measured["parameters"] / 1e9,
         "seconds": seconds,
         "median_seconds": {kind: statistics.median(v) for kind, v in seconds.items()},
         "stall_relative_to": {

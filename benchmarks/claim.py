@@ -179,7 +179,7 @@ class Claim:
 
         `right` is (rates, seeds, N) bool, and `held_out` (N,) says which images chose the rate.
         """
-        found = {}
+        finished = {}
         for pair in range(self.design.pairs):
             for row in ROWS:
                 folder = self._row(pair, row)
@@ -188,8 +188,8 @@ class Claim:
                         right = stored["predicted"] == stored["labels"]
                         held_out = stored["held_out"]
                     figures = json.loads((folder / "row.json").read_text())
-                    found[pair, row] = {**figures, "right": right, "held_out": held_out}
-        return found
+                    finished[pair, row] = {**figures, "right": right, "held_out": held_out}
+        return finished
 
     def _pair(self, pair: int) -> None:
         for row in ROWS:
@@ -198,17 +198,17 @@ class Claim:
 
     def _make_row(self, pair: int, row: str) -> None:
         """Trains one model without labels, fine-tunes it, and stores what came out."""
-        work, kept = self.work / f"pair_{pair}" / row, self._row(pair, row)
-        for folder in (work, kept):
+        work, stored = self.work / f"pair_{pair}" / row, self._row(pair, row)
+        for folder in (work, stored):
             folder.mkdir(parents=True, exist_ok=True)
         # A teacher stays trained where its folder of results is carried over before it is finished.
-        place = kept if row == "teacher" else work
+        place = stored if row == "teacher" else work
         if not (place / TRAINED).is_file():
             self._train(pair, row, work, place)
         model = place / "weights" if row == "teacher" else work / "run"
         predicted, labels = self._finetune(work, model, seed=1000 * pair)
         np.savez_compressed(
-            kept / "predictions.npz",
+            stored / "predictions.npz",
             predicted=predicted.astype(np.uint8),
             labels=labels.astype(np.uint8),
             held_out=is_held_out(self.work / "images"),
@@ -221,7 +221,7 @@ class Claim:
             "design": asdict(self.design),
         }
         # Last and whole: a row is finished once it stands there.
-        _write(figures, kept / "row.json")
+        _write(figures, stored / "row.json")
         left, total = len(self.left()), sum(hours.values())
         print(
             f"pair {pair}, {row}: {total:.2f} CPU hours; left: {left} of "

@@ -98,10 +98,10 @@ def read(source: Path, listed: Path = LIST) -> tuple[Images, Images]:
     else:
         train, test = (_official(source, word) for word in ("data_batch", "test_batch"))
     hashes = {bytes(row) for row in np.load(listed)}
-    kept = np.array([bytes.fromhex(name[:10]) in hashes for name in train.names()])
-    if kept.sum() != len(hashes):
-        sys.exit(f"{source}: {kept.sum()} of the {len(hashes)} training images of {listed}")
-    return Images(train.pixels[kept], train.labels[kept]), test
+    is_listed = np.array([bytes.fromhex(name[:10]) in hashes for name in train.names()])
+    if is_listed.sum() != len(hashes):
+        sys.exit(f"{source}: {is_listed.sum()} of the {len(hashes)} training images of {listed}")
+    return Images(train.pixels[is_listed], train.labels[is_listed]), test
 
 
 def is_held_out(folder: Path) -> np.ndarray:
@@ -124,9 +124,9 @@ def _official(archive: Path, word: str) -> Images:
                 pixels.append(rows[:, 1:])
                 labels.append(rows[:, 0])
             else:
-                found = _Arrays(io.BytesIO(batch), encoding="bytes").load()
-                pixels.append(found[b"data"])
-                labels.append(np.array(found[b"labels"]))
+                arrays = _Arrays(io.BytesIO(batch), encoding="bytes").load()
+                pixels.append(arrays[b"data"])
+                labels.append(np.array(arrays[b"labels"]))
     if not pixels:
         sys.exit(f"{archive}: no {word}; expected CIFAR-10's official archive, python or binary")
     planes = np.concatenate(pixels).reshape(-1, 3, 32, 32)

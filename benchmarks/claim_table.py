@@ -90,8 +90,8 @@ def table_of(rows: Rows, rates: Sequence[float], pairs: int) -> dict[str, Any]:
             "loss_end": float(np.mean([row["loss_end"] for row in models])),
             "cpu_hours": float(np.mean(hours)),
         }
-    found = [_difference(rows, kinds, *names) for names in COMPARISONS]
-    gaps = [gap for gap in found if gap]
+    differences = [_difference(rows, kinds, *names) for names in COMPARISONS]
+    gaps = [gap for gap in differences if gap]
     judged = f"not judged before all {pairs} pairs are finished"
     if len(rows) == pairs * len(TITLES):
         judged = judgement(gaps[0]["interval"], gaps[1]["interval"])

@@ -200,13 +200,13 @@ def measure_opens(pipelines: dict[str, Callable[[int], int]]) -> dict[str, list[
             last = path, mode
 
     sys.addaudithook(audit)
-    found: dict[str, list[float]] = {}
+    opens: dict[str, list[float]] = {}
     for name, run in pipelines.items():
-        found[name] = []
+        opens[name] = []
         for epoch in range(2):
             before, num = opened, run(epoch)
-            found[name].append(round((opened - before) / num, 4))
-    return found
+            opens[name].append(round((opened - before) / num, 4))
+    return opens
 
 
 def in_shards(folder: Path, shards: Path) -> str:
@@ -234,12 +234,12 @@ def measure_listing(num: int) -> dict[str, float]:
             start = time.perf_counter()
             assert len(open_images(f"{folder}/tree")) == num
             seconds.append(time.perf_counter() - start)
-        (kept,) = Path(folder, "cache", "listings").glob("*.listing")
+        (listing,) = Path(folder, "cache", "listings").glob("*.listing")
         return {
             "files": num,
             "first_seconds": round(seconds[0], 3),
             "cached_seconds": round(statistics.median(seconds[1:]), 4),
-            "bytes_per_file": round(kept.stat().st_size / num, 1),
+            "bytes_per_file": round(listing.stat().st_size / num, 1),
         }
 
 

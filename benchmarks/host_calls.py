@@ -156,7 +156,7 @@ def counted(step: Callable[[], Any]) -> Counter:
 
     from fd_large.ranks import distributed
 
-    found, now = Counter(), ["before"]
+    counts, now = Counter(), ["before"]
     call_of_module = torch.nn.Module._call_impl.__code__
     world = distributed.world_size()
 
@@ -166,20 +166,20 @@ def counted(step: Callable[[], Any]) -> Counter:
         ) -> Any:
             name = func._schema.name
             if "allgather" in name:
-                found[now[0], "gathers"] += 1
+                counts[now[0], "gathers"] += 1
             elif name == "c10d::broadcast_":
-                found[now[0], "gathers"] += 1 / world
+                counts[now[0], "gathers"] += 1 / world
             elif func.namespace != "c10d" and not func.is_view:
-                found[now[0], "launches"] += 1
+                counts[now[0], "launches"] += 1
             return func(*args, **(kwargs or {}))
 
     def profile(frame: Any, event: str, _: Any) -> None:
         if event == "call":
-            found[now[0], "python"] += 1
+            counts[now[0], "python"] += 1
             if frame.f_code is call_of_module:
                 module = frame.f_locals["self"]
                 hooks = len(module._forward_pre_hooks) + len(module._forward_hooks)
-                found[now[0], "hooks"] += hooks
+                counts[now[0], "hooks"] += hooks
 
     with phases(now):
         with Operations():
@@ -189,7 +189,7 @@ def counted(step: Callable[[], Any]) -> Counter:
             step()
         finally:
             sys.setprofile(None)
-    return found
+    return counts
 
 
 def run_as_rank(arguments: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from fd_large.recipes import registry  # noqa: E402
 def main() -> int:
     """Counts and writes."""
     cards = {rates.capability: rates for rates in CARDS.values()}
-    found = {}
+    counts = {}
     for name in registry.RECIPES:
         run, begin = registry.get(name), time.perf_counter()
         # Cards differ by whether the fused kernels run on them.
@@ -39,9 +39,9 @@ def main() -> int:
                 if fused not in counted:
                     counted[fused] = count_anew(run, rates, kernels)
                 key = kept_counts.key(shape_fields(run), capability, kernels)
-                found[key] = counted[fused]
+                counts[key] = counted[fused]
         print(f"{name}: {time.perf_counter() - begin:.1f} s")
-    kept_counts.write(found)
+    kept_counts.write(counts)
     return 0
 
 

@@ -102,10 +102,10 @@ def ahead_of_time() -> int:
     return 1 if spilled else 0
 
 
-def write(name: str, found: dict[str, Any]) -> None:
+def write(name: str, results: dict[str, Any]) -> None:
     """Writes a result with what it takes to repeat it."""
     harness.write(
-        harness.conditions(__file__, __doc__, ("torch", "triton")) | found, RESULTS / name
+        harness.conditions(__file__, __doc__, ("torch", "triton")) | results, RESULTS / name
     )
 
 
@@ -191,7 +191,7 @@ def ways(names: set[str]) -> dict[str, tuple[str, bool]]:
     Args:
         names: The operations that it calls.
     """
-    found = {
+    settings = {
         "plain torch": ("reference", False),
         "compiled block": ("reference", True),
         "ours": (FASTEST, False),
@@ -200,9 +200,9 @@ def ways(names: set[str]) -> dict[str, tuple[str, bool]]:
     for group, operations in GROUPS.items():
         if group in names:
             without = ",".join([FASTEST, *(f"{op}=compiled" for op in operations)])
-            found[f"without {group}"] = (without, False)
-            found[f"without {group}, in a compiled block"] = (without, True)
-    return found
+            settings[f"without {group}"] = (without, False)
+            settings[f"without {group}, in a compiled block"] = (without, True)
+    return settings
 
 
 def time_block(case: BlockCase, samples: int) -> list[dict[str, Any]]:
@@ -264,7 +264,7 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     Returns: kernel -> {"ratios": block -> time without it through that with it, "delete": bool}.
         A kernel that some way did not run without is kept, as is one that nothing was timed of.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_kernel: dict[str, dict[str, Any]] = {}
     for group in GROUPS:
         ratios: dict[str, float] = {}
         for block in dict.fromkeys(row["block"] for row in rows):
@@ -283,17 +283,17 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             if len(best) == 2:
                 ratios[block] = best["without"] / best["with"]
         delete = bool(ratios) and max(ratios.values()) <= TOLERANCE
-        found[group] = {"ratios": ratios, "delete": delete}
-    return found
+        by_kernel[group] = {"ratios": ratios, "delete": delete}
+    return by_kernel
 
 
 def whole_blocks(samples: int) -> int:
     """Times all blocks; prints, writes, and says what to delete."""
     rows: list[dict[str, Any]] = []
     for make in block_cases():
-        found = time_block(make(), samples)
-        rows += found
-        for row in found:
+        timings = time_block(make(), samples)
+        rows += timings
+        for row in timings:
             taken = row.get("failed") or f"{row['microseconds']:9.0f} us"
             print(f"{row['block']:52} {row['way']:48} {taken}", flush=True)
         decided = verdicts(rows)
@@ -372,16 +372,16 @@ def other_norms() -> dict[str, Callable]:
     """Returns the LayerNorms of packages, if installed."""
     from fd_large.kernels import choose
 
-    found: dict[str, Callable] = {}
+    norms: dict[str, Callable] = {}
     if choose.has_nvidia_apex():
         norm = choose.apex_layer_norm()
-        found["apex"] = lambda x, w, b: norm(x, w, b, w.shape, 1e-5)
+        norms["apex"] = lambda x, w, b: norm(x, w, b, w.shape, 1e-5)
     try:
         liger = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
-        found["liger"] = lambda x, w, b: liger.apply(x, w, b, 1e-5)
+        norms["liger"] = lambda x, w, b: liger.apply(x, w, b, 1e-5)
     except ImportError:
         pass
-    return found
+    return norms
 
 
 def attention_questions(quick: bool) -> list[Question]:
@@ -541,11 +541,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(13, 0.5 * len(names) + 2), sharey=True)
     for axis, way in zip(axes, ("forward", "backward"), strict=True):
         for index, by in enumerate(contenders):
-            found = {
+            shares = {
                 r["operation"]: r["share_of_copy"] for r in rows if (r["by"], r["way"]) == (by, way)
             }
             places = [i + (index - len(contenders) / 2 + 0.5) * height for i in range(len(names))]
-            axis.barh(places, [100 * found.get(name, 0) for name in names], height, label=by)
+            axis.barh(places, [100 * shares.get(name, 0) for name in names], height, label=by)
         axis.axvline(85, color="black", linewidth=0.8, linestyle=":")
         axis.set(title=way, xlabel="% of a copy's bandwidth")
     axes[0].set_yticks(range(len(names)), names)

@@ -85,8 +85,8 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
     for stage in arguments.stages:
         for way in WAYS:
             name = f"ZeRO-{stage}, {way}"
-            own = patch.object(engine, "parameter_groups", groups_by_layer)
-            with own if way == "group per layer" else nullcontext():
+            patched = patch.object(engine, "parameter_groups", groups_by_layer)
+            with patched if way == "group per layer" else nullcontext():
                 engines[name] = zero_engine(
                     run, job.make_task, f"zero{stage}", micro_batch_size=arguments.micro_batch
                 )

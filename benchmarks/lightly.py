@@ -155,7 +155,7 @@ def environment() -> dict[str, str]:
 def timed(name: str, settings: argparse.Namespace) -> dict[str, float]:
     """Runs some steps; returns seconds to the fifth one, images a second after it, and memory."""
     shutil.rmtree(settings.work / f"timed_{name}", ignore_errors=True)
-    begin, seen, text = time.perf_counter(), {}, ""
+    begin, at, text = time.perf_counter(), {}, ""
     process = subprocess.Popen(
         command(name, 0, TIMED, settings), env=environment(),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
@@ -164,12 +164,12 @@ def timed(name: str, settings: argparse.Namespace) -> dict[str, float]:
     while part := process.stdout.read(4096):
         text += part.decode(errors="replace")
         for step in re.findall(rf"\b(\d+)/{TIMED} ", text):
-            seen.setdefault(int(step), time.perf_counter() - begin)
+            at.setdefault(int(step), time.perf_counter() - begin)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(text)
-    rate = (TIMED - WARM) * BATCH / (seen[TIMED] - seen[WARM])
-    return {"to_step_5": seen[WARM], "images_per_second": rate, "gib": usage.ru_maxrss / 2**20}
+    rate = (TIMED - WARM) * BATCH / (at[TIMED] - at[WARM])
+    return {"to_step_5": at[WARM], "images_per_second": rate, "gib": usage.ru_maxrss / 2**20}
 
 
 def accuracies(settings: argparse.Namespace) -> dict[str, list[float]]:

@@ -144,19 +144,19 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
             where="--student.init",
         )
     hashed = time.perf_counter()
-    found = fingerprint(model)
+    digest = fingerprint(model)
     begin += time.perf_counter() - hashed  # Not part of loading.
     masters = partition.to_bfloat16(model, keep_exact=True)
     distributed.barrier()
     seconds = time.perf_counter() - begin
     grown = memory.stop()
-    assert sum(held.numel() for held in masters.values()) > 0
+    assert sum(master.numel() for master in masters.values()) > 0
     return {
         "seconds": seconds,
         "peak_bytes": grown["peak"],
         "bytes_after": grown["after"],
         "samples": memory.samples,
-        "fingerprint": found,
+        "fingerprint": digest,
     }
 
 
@@ -221,10 +221,10 @@ def main() -> int:
     arguments = parse()
     name = named(arguments.quick)
     if arguments.as_rank:
-        found = load(arguments.as_rank, name, arguments.loader)
+        figures = load(arguments.as_rank, name, arguments.loader)
         from fd_large.ranks import distributed
 
-        found_of(arguments.as_rank, distributed.rank()).write_text(json.dumps(found))
+        found_of(arguments.as_rank, distributed.rank()).write_text(json.dumps(figures))
         return distributed.leave(0)
     rounds = 1 if arguments.quick else arguments.rounds
     scratch = Path(tempfile.mkdtemp(prefix="load_weights_"))
@@ -287,13 +287,13 @@ def show(results: dict[str, Any]) -> int:
                 f"{case['median_seconds']:5.1f} s"
             )
     worst = max(results["loads"]["fd_large"][file]["peak_bytes"] for file in files)
-    kept = worst < results["bound_bytes"]
-    print(f"  bound {results['bound_bytes'] / 1e6:.0f} MB: {'kept' if kept else 'BROKEN'}")
+    is_within = worst < results["bound_bytes"]
+    print(f"  bound {results['bound_bytes'] / 1e6:.0f} MB: {'kept' if is_within else 'BROKEN'}")
     least = min(results["loads"]["naive"][file]["peak_bytes"] for file in files)
     if results["bound_bytes"] >= least:
         print(f"  the bound separates nothing: the naive loader takes {least / 1e6:.0f} MB")
     print(f"  masters of all loads {'equal' if results['same_masters'] else 'DIFFER'}")
-    return 0 if kept and results["same_masters"] else 1
+    return 0 if is_within and results["same_masters"] else 1
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def made(case: dict[str, Any], flags: argparse.Namespace) -> tuple[Any, dict[str
     from fd_large.tasks.distillation.objective import make_target
     from fd_large.tasks.distillation.section import Mask
 
-    own = {"embed_dim": flags.width, "num_heads": (max(1, flags.width // 64),)}
-    student = Student(model="vit_base_patch16", architecture=Architecture(**own))
+    fields = {"embed_dim": flags.width, "num_heads": (max(1, flags.width // 64),)}
+    student = Student(model="vit_base_patch16", architecture=Architecture(**fields))
     net = make_student(student, image_size=224)
     decoder = {"decoder_width": max(16, flags.width * 2 // 3 // 16 * 16)}
     sight = sight_of(Mask(**case, ratio=flags.ratio, **decoder), net, 224)
@@ -62,8 +62,8 @@ def made(case: dict[str, Any], flags: argparse.Namespace) -> tuple[Any, dict[str
     drawn = task.draws(0, 0, torch.arange(flags.images))
     tokens = torch.randn(flags.images, 197, 768)
     pixels = torch.randn(flags.images, 3, 224, 224)
-    given = {"": FeatureMap(tokens, (14, 14), 1)}
-    return task, {"pixels": pixels, "keep": None, "maps": given, "drawn": drawn}
+    maps = {"": FeatureMap(tokens, (14, 14), 1)}
+    return task, {"pixels": pixels, "keep": None, "maps": maps, "drawn": drawn}
 
 
 def main() -> int:
@@ -83,12 +83,12 @@ def main() -> int:
             if turn:  # The first round warms up.
                 seconds[name].append(time.process_time() - begin)
     whole = seconds["whole images"]
-    faster = {name: harness.paired(whole, own) for name, own in seconds.items()}
-    for name, own in seconds.items():
+    faster = {name: harness.paired(whole, times) for name, times in seconds.items()}
+    for name, times in seconds.items():
         low, high = faster[name]["quartiles"]
         print(
-            f"{name}: {1e3 * harness.spread(own)['median'] / flags.images:.0f} ms of the processor "
-            f"an image, {faster[name]['median']:.2f} times as fast as whole images "
+            f"{name}: {1e3 * harness.spread(times)['median'] / flags.images:.0f} ms of the "
+            f"processor an image, {faster[name]['median']:.2f} times as fast as whole images "
             f"({low:.2f} to {high:.2f})"
         )
     results = harness.conditions(__file__, __doc__)

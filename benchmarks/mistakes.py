@@ -69,12 +69,12 @@ def mistakes(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def flags_of(name: str, given: list[str], folder: Path) -> list[str]:
+def flags_of(name: str, extra: list[str], folder: Path) -> list[str]:
     """Returns the whole command of a mistake."""
     run = folder / ("stored" if name == "run with other settings" else "run")
     return [
         *("train", "--deepspeed_config", "zero1", "--runtime.run_dir", str(run)),
-        *("--optim.max_steps", "2", *given),
+        *("--optim.max_steps", "2", *extra),
     ]
 
 
@@ -115,27 +115,27 @@ def main() -> int:
     arguments = parser.parse_args()
     results = harness.conditions(__file__, __doc__)
     seconds: dict[str, list[float]] = defaultdict(list)
-    told: dict[str, tuple[int, str]] = {}
+    answers: dict[str, tuple[int, str]] = {}
     with tempfile.TemporaryDirectory(prefix="mistakes_") as name:
         folder = Path(name)
-        made = mistakes(folder)
+        cases = mistakes(folder)
         for _ in range(arguments.rounds):
-            for mistake, given in made.items():
-                flags = flags_of(mistake, given, folder)
-                spent, *told[mistake] = measure(flags, arguments.package)
+            for mistake, extra in cases.items():
+                flags = flags_of(mistake, extra, folder)
+                spent, *answers[mistake] = measure(flags, arguments.package)
                 seconds[mistake].append(spent)
     results["mistakes"] = {
         mistake: {
-            "exit_code": told[mistake][0],
+            "exit_code": answers[mistake][0],
             "seconds": [round(quantile(spent), 2) for quantile in (min, median, max)],
         }
         for mistake, spent in seconds.items()
     }
-    for mistake, found in results["mistakes"].items():
-        low, middle, high = found["seconds"]
-        code = found["exit_code"]
+    for mistake, row in results["mistakes"].items():
+        low, middle, high = row["seconds"]
+        code = row["exit_code"]
         print(f"{mistake:28} {middle:6.2f} s ({low:.2f} to {high:.2f}), exit code {code}")
-        print(f"    {told[mistake][1][:150]}")
+        print(f"    {answers[mistake][1][:150]}")
     harness.write(results, arguments.out)
     return 0
 

@@ -128,7 +128,7 @@ def measure(arguments: argparse.Namespace) -> int:
                 row["steps"][f"ZeRO-{stage}, {images}"] = seconds
         if turn:  # The first round warms up.
             rounds.append(row)
-    found = timer.phases()
+    measured = timer.phases()
     machine = Machine(cluster=cluster, rates=rates)
     load = workload(run, rates)
     table = {}
@@ -136,7 +136,7 @@ def measure(arguments: argparse.Namespace) -> int:
         for images in batches:
             candidate = Candidate(stage=stage, micro_batch_size=images)
             batch_of_all = replace(load, global_batch_size=images * world)
-            timed = estimate(replace(batch_of_all, phases=found), candidate, machine).seconds
+            timed = estimate(replace(batch_of_all, phases=measured), candidate, machine).seconds
             table[f"ZeRO-{stage}, {images}"] = {
                 "foretold": timed.total,
                 "parts": dict(timed.parts),
@@ -145,7 +145,15 @@ def measure(arguments: argparse.Namespace) -> int:
                 "foretold by rates alone": estimate(batch_of_all, candidate, machine).seconds.total,
             }
     if distributed.is_main():
-        report(arguments, rounds, table, found.to_plain(), rates.to_dict(), load.parameters, world)
+        report(
+            arguments,
+            rounds,
+            table,
+            measured.to_plain(),
+            rates.to_dict(),
+            load.parameters,
+            world,
+        )
     return distributed.leave(0)
 
 
@@ -153,14 +161,14 @@ def report(
     arguments: argparse.Namespace,
     rounds: list[dict[str, Any]],
     table: dict[str, Any],
-    found: dict[str, Any],
+    plain_phases: dict[str, Any],
     rates: dict[str, Any],
     parameters: int,
     world: int,
 ) -> None:
     """Prints and writes the ratios."""
     for name, row in table.items():
-        samples = [one["steps"][name] for one in rounds]
+        samples = [turn["steps"][name] for turn in rounds]
         row["measured"] = min(samples)
         row["measured / foretold"] = min(samples) / row["foretold"]
         row["measured / foretold by rates alone"] = min(samples) / row["foretold by rates alone"]
@@ -173,7 +181,7 @@ def report(
         "model": arguments.model,
         "parameters": parameters,
         "rates": rates,
-        "phases": found,
+        "phases": plain_phases,
         "steps": table,
     }
     harness.write(results, arguments.json or RESULTS / f"plan_{arguments.model}_{world}.json")

@@ -179,11 +179,11 @@ class Proof:
 
     def results(self) -> dict[str, Any]:
         """Returns the results of the parts that are done."""
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         for task in ("finetune", "knn"):
             summary = self._read(self.work / task / "summary.json")
             if summary:
-                found[task] = {
+                figures[task] = {
                     model["label"]: {
                         key: model[key]
                         for key in ("mean", "standard_deviation", "accuracy", "sweep")
@@ -191,29 +191,29 @@ class Proof:
                     }
                     for model in summary["nets"]
                 }
-        if "finetune" in found:
-            found["differences"] = self._differences()
+        if "finetune" in figures:
+            figures["differences"] = self._differences()
         for row in ROWS:
             summary = self._read(self.work / row / "summary.json")
             if summary:
-                found[row] = {
+                figures[row] = {
                     key: summary[key]
                     for key in ("updates", "loss_start", "loss_end", "images_per_second")
                     + (("test_top1",) if "test_top1" in summary else ())
                 }
         diagnosis = self._read(self.work / "diagnosis" / "diagnosis.json")
         if diagnosis:
-            found["diagnosis"] = _scalars(diagnosis)
-        return found
+            figures["diagnosis"] = _scalars(diagnosis)
+        return figures
 
     def _differences(self) -> list[dict[str, Any]]:
         with np.load(self.work / "finetune" / "predictions.npz") as stored:
             right = {row: (stored[f"predicted/{row}"] == stored["labels"]) for row in ROWS}
-        found = []
-        for row, other, what in COMPARISONS:
+        differences = []
+        for row, other, title in COMPARISONS:
             gap = as_json(difference(right[row], right[other]))
-            found.append({"row": row, "other": other, "what": what, **gap})
-        return found
+            differences.append({"row": row, "other": other, "what": title, **gap})
+        return differences
 
     def _read(self, path: Path) -> dict[str, Any]:
         """Returns a part's file, with paths relative to the work folder; empty if there is none."""
@@ -325,32 +325,32 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Draws each row's accuracy, dots for seeds, and the differences with their intervals."""
     from matplotlib.figure import Figure
 
-    found = results["found"]
-    if "differences" not in found:
+    figures = results["found"]
+    if "differences" not in figures:
         return
     figure = Figure(figsize=(11.5, 3.9), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
     strong, faint = "#0072B2", "#7f7f7f"
     names = list(ROWS)
     for place, row in enumerate(names):
-        tuned = found["finetune"][row]
+        tuned = figures["finetune"][row]
         left.plot(tuned["accuracy"], [place] * len(tuned["accuracy"]), "o", ms=4, color=strong)
         left.plot([tuned["mean"]] * 2, [place - 0.3, place + 0.3], color=strong, lw=2)
         text = f"{tuned['mean']:.1f}"
         at = (max(tuned["accuracy"]), place)
         left.annotate(text, at, xytext=(8, -3), textcoords="offset points", size=8, color=strong)
-    values = [value for row in names for value in found["finetune"][row]["accuracy"]]
+    values = [value for row in names for value in figures["finetune"][row]["accuracy"]]
     margin = max(0.5, 0.18 * (max(values) - min(values)))
     left.set_xlim(min(values) - margin, max(values) + 1.5 * margin)
     left.set_yticks(range(len(names)), ROWS.values(), size=8)
     left.invert_yaxis()
     left.set_xlabel("fine-tuned: test accuracy, per cent (dots: seeds)", size=9)
     right.axvline(0, color=faint, lw=1)
-    for place, gap in enumerate(found["differences"]):
+    for place, gap in enumerate(figures["differences"]):
         color = strong if gap["is_shown"] else faint
         right.plot(gap["interval"], [place] * 2, color=color, lw=2)
         right.plot(gap["mean"], place, "o", color=color)
-    titles = [f"{gap['what']}\n{gap['row']} - {gap['other']}" for gap in found["differences"]]
+    titles = [f"{gap['what']}\n{gap['row']} - {gap['other']}" for gap in figures["differences"]]
     right.set_yticks(range(len(titles)), [title.replace("_", " ") for title in titles], size=8)
     right.invert_yaxis()
     right.set_xlabel("difference in points, 95% interval (grey: none shown)", size=9)

@@ -146,9 +146,9 @@ def report() -> int:
     rows, counts = read()
     print("\n".join(lines(rows, counts)))
     plot(rows, counts, RESULTS / "plan_public.png")
-    found = outside(rows, counts)
-    print(f"outside of the range: {', '.join(found) or 'no clean row'}")
-    return int(bool(found))
+    outliers = outside(rows, counts)
+    print(f"outside of the range: {', '.join(outliers) or 'no clean row'}")
+    return int(bool(outliers))
 
 
 def plot(rows: list[Row], counts: dict[str, Counts], path: Path) -> None:
@@ -215,12 +215,12 @@ def count_again() -> None:
     written = {}
     for net, model in stored["nets"].items():
         side = 256 if model.endswith("256") else 224
-        one = replace(
+        variant = replace(
             run,
             student=replace(run.student, model=model, architecture=Architecture()),
             data=replace(run.data, image_size=side),
         )
-        counts = workload(one, CARDS["h200"], "reference").counts[False]
+        counts = workload(variant, CARDS["h200"], "reference").counts[False]
         written[net] = json.dumps(counts.to_plain()).replace(" ", "")
         before = json.dumps(stored["counts"][net]).replace(" ", "")
         print(net, "as before" if written[net] == before else "changed")

@@ -142,15 +142,15 @@ class Counter(Recorder):
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         name = self._running.pop()
         stop = {t.grad_fn for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        found = [t.grad_fn for t in tree_leaves(out) if isinstance(t, Tensor)]
-        seen = set(stop)
-        while found:
-            node = found.pop()
-            if node is None or node in seen:
+        pending = [t.grad_fn for t in tree_leaves(out) if isinstance(t, Tensor)]
+        visited = set(stop)
+        while pending:
+            node = pending.pop()
+            if node is None or node in visited:
                 continue
-            seen.add(node)
+            visited.add(node)
             node.metadata.setdefault("module", name)
-            found += [before for before, _ in node.next_functions]
+            pending += [before for before, _ in node.next_functions]
 
     def record(
         self, func: Any, known: Any, args: Any, kwargs: Any, outs: list[Tensor], out: Any
@@ -160,14 +160,14 @@ class Counter(Recorder):
             self._launch(known.name, args, kwargs)
             return
         super().record(func, known, args, kwargs, outs, out)
-        one = self.operations.pop()
-        self._add(one.name, one.flops, one.read, one.written)
+        operation = self.operations.pop()
+        self._add(operation.name, operation.flops, operation.read, operation.written)
 
     def _launch(self, name: str, args: Any, kwargs: Any) -> None:
         """Counts the kernels of a fused operation: runs its launches, which start nothing."""
         from torch._library.custom_ops import OPDEFS
 
-        given = {place_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        places = {place_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         self._fused = name
         with recording() as launches, self:
             OPDEFS[f"fd_large::{name}"]._init_fn(*args, **kwargs)
@@ -176,11 +176,11 @@ class Counter(Recorder):
             read = written = 0
             for t in {place_of(t): t for t in tensors}.values():
                 # What no earlier one had is an output of this launch.
-                if place_of(t) in given:
+                if place_of(t) in places:
                     read += bytes_of(t)
                 else:
                     written += bytes_of(t)
-            given |= {place_of(t) for t in tensors}
+            places |= {place_of(t) for t in tensors}
             self._add(name, 0, read, written)
         self._fused = ""
 
@@ -235,9 +235,9 @@ def proof(recorded: dict[str, list[dict[str, Any]]]) -> Proof:
         if "window" in case:
             names = ("WH", "WW", "PREFIX", "D")
             sizes = (*case["window"], case["prefix"], case["head_width"])
-            wanted = dict(zip(names, sizes, strict=True))
+            constants = dict(zip(names, sizes, strict=True))
         else:
-            wanted = {"C": case["width"]}
+            constants = {"C": case["width"]}
         dtypes = {
             ARGUMENTS.get(name, name.upper()): str(value).removeprefix("torch.")
             for name, value in case.items()
@@ -246,7 +246,7 @@ def proof(recorded: dict[str, list[dict[str, Any]]]) -> Proof:
         }
         return (
             row["kernel"] == kernel
-            and all(row["constants"].get(name) == size for name, size in wanted.items())
+            and all(row["constants"].get(name) == size for name, size in constants.items())
             and all(row["dtypes"].get(name, dtype) == dtype for name, dtype in dtypes.items())
             and row["spill_bytes"] == 0
             and row["shared_bytes"] <= SHARED_BYTES[row["capability"]]
@@ -486,10 +486,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def _of_student(case: dict[str, Any], kind: str, unit: str) -> float:
     rows = [case["by_class"].get(f"{phase} / {kind}") for phase in PHASES[:2]]
-    found = [row for row in rows if row]
+    present = [row for row in rows if row]
     if unit == "gb":
-        return sum(row["gb_read"] + row["gb_written"] for row in found)
-    return sum(row["microseconds"] for row in found)
+        return sum(row["gb_read"] + row["gb_written"] for row in present)
+    return sum(row["microseconds"] for row in present)
 
 
 def parse() -> argparse.Namespace:

@@ -59,10 +59,10 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
     for nodes, ranks in sorted(sizes):
         table.add_column(f"{nodes} node(s), {ranks} ranks", justify="right", no_wrap=True)
     for name in dict.fromkeys(row["contender"] for row in rows):
-        found = {row["ranks"]: row for row in rows if row["contender"] == name}
+        by_ranks = {row["ranks"]: row for row in rows if row["contender"] == name}
         cells = [
-            f"{found[ranks]['images_per_second']:.1f} ({100 * found[ranks]['efficiency']:.0f}%)"
-            if ranks in found
+            "{images_per_second:.1f} ({efficiency:.0%})".format(**by_ranks[ranks])
+            if ranks in by_ranks
             else "-"
             for _, ranks in sorted(sizes)
         ]
@@ -79,9 +79,9 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for name in dict.fromkeys(row["contender"] for row in rows):
-        found = [row for row in rows if row["contender"] == name]
-        ranks = [row["ranks"] for row in found]
-        speeds = [row["images_per_second"] for row in found]
+        points = [row for row in rows if row["contender"] == name]
+        ranks = [row["ranks"] for row in points]
+        speeds = [row["images_per_second"] for row in points]
         (line,) = axes.plot(ranks, speeds, marker="o", label=TITLES[name])
         ideal = [speeds[0] * count / ranks[0] for count in ranks]
         axes.plot(ranks, ideal, ":", color=line.get_color(), linewidth=1)

@@ -109,7 +109,7 @@ def measure(arguments: argparse.Namespace) -> int:
         engine.deepspeed.step()
 
     step()
-    held = sum(storages().values()) - before
+    held_bytes = sum(storages().values()) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     live = most = 0
@@ -117,12 +117,12 @@ def measure(arguments: argparse.Namespace) -> int:
         if event.name() == "[memory]":
             live += event.nbytes()
             most = max(most, live)
-    mine = {"held_bytes": held, "peak_bytes": held + most}
-    found = distributed.gather_objects(mine)
+    mine = {"held_bytes": held_bytes, "peak_bytes": held_bytes + most}
+    of_ranks = distributed.gather_objects(mine)
     if distributed.is_main():
         harness.write(
             {
-                "ranks": found,
+                "ranks": of_ranks,
                 "planned": asdict(planned),
                 "planned_held_bytes": planned.states + planned.teacher,
                 "planned_peak_bytes": planned.total,
@@ -154,12 +154,12 @@ def main() -> int:
                 return code
             rows[placement] = json.loads(path.read_text())
     for placement, row in rows.items():
-        for what in ("held", "peak"):
-            planned = row[f"planned_{what}_bytes"]
-            most = max(one[f"{what}_bytes"] for one in row["ranks"])
-            row[f"{what}_measured_over_planned"] = most / planned
+        for kind in ("held", "peak"):
+            planned = row[f"planned_{kind}_bytes"]
+            most = max(rank[f"{kind}_bytes"] for rank in row["ranks"])
+            row[f"{kind}_measured_over_planned"] = most / planned
             print(
-                f"{placement}, {what}: {most / 1e9:.3f} GB measured, {planned / 1e9:.3f} planned, "
+                f"{placement}, {kind}: {most / 1e9:.3f} GB measured, {planned / 1e9:.3f} planned, "
                 f"{100 * (most / planned - 1):+.1f} %"
             )
     results = {

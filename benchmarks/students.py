@@ -67,7 +67,7 @@ def teachers_share(runs: list[Any], images: int) -> float:
     device = Device(None, on_gpu=False, wish="reference")
     precision = {"bfloat16": False, "frozen_bfloat16": False}
     counts = [count(job_of(run), device, **precision, micro_batch_size=1)[False] for run in runs]
-    whole = sum(one.step_flops(images).model for one in counts)
+    whole = sum(run_counts.step_flops(images).model for run_counts in counts)
     return counts[0].flops("inference", images) / whole
 
 
@@ -182,8 +182,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
         saved = [row["saved"] for row in rows]
         quartiles = [row["together / apart"]["quartiles"] for row in rows]
         around = [
-            [max(0.0, one - (1 - high)) for one, (_, high) in zip(saved, quartiles, strict=True)],
-            [max(0.0, (1 - low) - one) for one, (low, _) in zip(saved, quartiles, strict=True)],
+            [
+                max(0.0, share - (1 - high))
+                for share, (_, high) in zip(saved, quartiles, strict=True)
+            ],
+            [max(0.0, (1 - low) - share) for share, (low, _) in zip(saved, quartiles, strict=True)],
         ]
         look = {"fmt": "o-", "capsize": 3, "color": color, "label": f"ZeRO-{stage}: saved"}
         axes.errorbar(shares, saved, yerr=around, **look)

@@ -70,15 +70,15 @@ def parse() -> argparse.Namespace:
 
 def chosen(arguments: argparse.Namespace, world: int) -> list[str]:
     """Returns the contenders in the order in which they are built."""
-    wanted = arguments.contenders or [n for n in TITLES if n != "peer" or arguments.peer_repo]
-    unknown = [name for name in wanted if name not in TITLES]
+    contenders = arguments.contenders or [n for n in TITLES if n != "peer" or arguments.peer_repo]
+    unknown = [name for name in contenders if name not in TITLES]
     if unknown:
         sys.exit(
             f"--contenders: unknown name; got {unknown[0]}, expected some of {', '.join(TITLES)}."
         )
     if world == 1 and not arguments.contenders:
-        wanted = [name for name in wanted if name in ("alone", "zero0", "zero1", "peer")]
-    return [name for name in TITLES if name in wanted]
+        contenders = [name for name in contenders if name in ("alone", "zero0", "zero1", "peer")]
+    return [name for name in TITLES if name in contenders]
 
 
 def run_as_rank(arguments: argparse.Namespace) -> int:
@@ -112,20 +112,20 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
         # They compute the same: compare the losses before and after the first step.
         sums = [distributed.sum_tensor(steps[name](batch)) for _ in range(WARM_UP)]
         losses[name] = [total.item() / distributed.world_size() for total in sums]
-    found: dict[str, Any] = {"left_out": left_out}
+    results: dict[str, Any] = {"left_out": left_out}
     if arguments.alone and steps:
         _memory(reset=True)
         for step in list(steps.values()) * 2:
             step(batch)
-        found["peak_memory_bytes"] = distributed.max_rank(_memory() - before)
+        results["peak_memory_bytes"] = distributed.max_rank(_memory() - before)
     elif steps:
         calls = {name: partial(step, batch) for name, step in steps.items()}
         seconds = seconds_in_turns(calls, arguments.rounds)
-        found |= report(arguments, setting, seconds)
+        results |= report(arguments, setting, seconds)
         for name, values in losses.items():
-            found["contenders"][name]["first_losses"] = values
+            results["contenders"][name]["first_losses"] = values
     if distributed.is_main():
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     return distributed.leave(0)
 
 
@@ -262,9 +262,9 @@ def show(results: dict[str, Any]) -> None:
         console.print(f"left out: {TITLES[name]}: {why}", soft_wrap=True)
 
 
-def _spread(found: dict[str, Any]) -> str:
-    low, high = found["quartiles"]
-    return f"{found['median']:.3f} ({low:.3f}-{high:.3f})"
+def _spread(sample: dict[str, Any]) -> str:
+    low, high = sample["quartiles"]
+    return f"{sample['median']:.3f} ({low:.3f}-{high:.3f})"
 
 
 def subtitle(results: dict[str, Any]) -> str:

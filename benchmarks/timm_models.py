@@ -47,19 +47,19 @@ def shapes_of(name: str) -> dict[str, Any]:
     from fd_large.backbones.timm.models import create, layout_of
     from fd_large.errors import FDError
 
-    found: dict[str, Any] = {"name": name}
+    answer: dict[str, Any] = {"name": name}
     try:
         with torch.device("meta"):
             whole: Any = create(name).eval()
-        found["class"] = type(whole).__name__
-        found["parameters"] = sum(p.numel() for p in whole.parameters())
+        answer["class"] = type(whole).__name__
+        answer["parameters"] = sum(p.numel() for p in whole.parameters())
         side = timm.get_pretrained_cfg(name).input_size[-1]
         with torch.no_grad():
             returned = whole.forward_features(torch.empty(2, 3, side, side, device="meta"))
         layout = layout_of(whole, name, side, returned)
     except FDError as error:
-        return found | {"refused": str(error)}
-    return found | {"side": side, "map": [*layout.grid, layout.width], "stride": layout.stride}
+        return answer | {"refused": str(error)}
+    return answer | {"side": side, "map": [*layout.grid, layout.width], "stride": layout.stride}
 
 
 def numbers_of(name: str) -> dict[str, Any]:
@@ -71,21 +71,21 @@ def numbers_of(name: str) -> dict[str, Any]:
     from fd_large.backbones.timm.timm_backbone import TimmBackbone
     from fd_large.errors import FDError
 
-    own, layout = sized(name, 0), last_map(name, 0).layout
-    sides, stride = [own.side], layout.stride
-    if not own.is_only and layout.is_regular:
+    size, layout = sized(name, 0), last_map(name, 0).layout
+    sides, stride = [size.side], layout.stride
+    if not size.is_only and layout.is_regular:
         sides = [-(-SMALL_SIDE // stride) * stride]
     elif can_resize(name):
         other = 224 // stride * stride
-        sides.append(other if other != own.side else other * 2 // 3 // stride * stride)
-    found: dict[str, Any] = {"name": name}
+        sides.append(other if other != size.side else other * 2 // 3 // stride * stride)
+    answer: dict[str, Any] = {"name": name}
     for side in sides:
         try:
-            ours = TimmBackbone(name, image_size=0 if side == own.side else side).eval()
+            ours = TimmBackbone(name, image_size=0 if side == size.side else side).eval()
         except FDError as error:
-            found[f"at {side}"] = str(error)
-            if side != own.side and len(sides) == 1:
-                sides.append(own.side)
+            answer[f"at {side}"] = str(error)
+            if side != size.side and len(sides) == 1:
+                sides.append(size.side)
             continue
         arguments = sized(name, side).arguments
         whole: Any = scattered(timm.create_model(name, **arguments)).eval()
@@ -96,10 +96,10 @@ def numbers_of(name: str) -> dict[str, Any]:
             tokens = ours(images).tokens
             theirs = in_tokens(whole.forward_features(images), ours.width)[:, -tokens.shape[1] :]
             error = (tokens - theirs).abs().max() / theirs.abs().max()
-            found[f"at {side}"] = float(f"{error:.1e}")
-            if "is_last_intermediate" not in found:
-                found["is_last_intermediate"] = is_last(whole, images, theirs)
-    return found
+            answer[f"at {side}"] = float(f"{error:.1e}")
+            if "is_last_intermediate" not in answer:
+                answer["is_last_intermediate"] = is_last(whole, images, theirs)
+    return answer
 
 
 def student_of(name: str) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def student_of(name: str) -> dict[str, Any]:
     from fd_large.backbones.timm.timm_backbone import TimmBackbone
     from fd_large.errors import FDError
 
-    found: dict[str, Any] = {"name": name}
+    answer: dict[str, Any] = {"name": name}
     try:
         side = sized(name, 0).side
         with torch.device("meta"):
@@ -121,11 +121,11 @@ def student_of(name: str) -> dict[str, Any]:
             groups.size = 2
         net(torch.empty(4, 3, side, side, device="meta")).tokens.sum().backward()
     except FDError as error:
-        return found | {"refused": str(error)}
+        return answer | {"refused": str(error)}
     without = [key for key, p in net.named_parameters() if p.requires_grad and p.grad is None]
     if without:
-        found["difference"] = f"without a gradient: {', '.join(without[:3])}"
-    return found | {
+        answer["difference"] = f"without a gradient: {', '.join(without[:3])}"
+    return answer | {
         "batch_norms": len(norms),
         "drop_path": any(net.drop_path_rates),
         "blocks": len(net.blocks()),
@@ -191,12 +191,12 @@ def child(task: str, work: Path) -> None:
     for name in sys.stdin.read().split():
         began = time.process_time()
         try:
-            found = answer(name)
+            record = answer(name)
         except Exception as error:
-            found = {"name": name, "difference": f"{type(error).__name__}: {error}"[:300]}
-        found |= {"task": task, "cpu_seconds": round(time.process_time() - began, 1)}
+            record = {"name": name, "difference": f"{type(error).__name__}: {error}"[:300]}
+        record |= {"task": task, "cpu_seconds": round(time.process_time() - began, 1)}
         with work.open("a") as file:
-            file.write(json.dumps(found) + "\n")
+            file.write(json.dumps(record) + "\n")
         gc.collect()
 
 
@@ -267,30 +267,30 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write what is known, ask nothing")
     parser.add_argument("--students", action="store_true", help="take each name as a student")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        child(given.child, given.work)
+    flags = parser.parse_args()
+    if flags.child:
+        child(flags.child, flags.work)
         return
     import timm
 
-    names = [name for name in timm.list_models() if fnmatch(name, given.only)]
-    if given.table:
-        write(names, known(given.work, "shapes"), known(given.work, "numbers"), timm.__version__)
+    names = [name for name in timm.list_models() if fnmatch(name, flags.only)]
+    if flags.table:
+        write(names, known(flags.work, "shapes"), known(flags.work, "numbers"), timm.__version__)
         return
-    if given.students:
-        have = known(given.work, "student")
-        ask("student", in_turn([n for n in names if n not in have]), given.work)
-        write_students(names, known(given.work, "student"))
+    if flags.students:
+        have = known(flags.work, "student")
+        ask("student", in_turn([n for n in names if n not in have]), flags.work)
+        write_students(names, known(flags.work, "student"))
         return
-    have = known(given.work, "shapes")
-    todo = [n for n in names if n not in have or (given.again and given.again in have[n])]
-    ask("shapes", in_turn(todo), given.work)
-    shapes = known(given.work, "shapes")
-    have = known(given.work, "numbers")
+    have = known(flags.work, "shapes")
+    todo = [n for n in names if n not in have or (flags.again and flags.again in have[n])]
+    ask("shapes", in_turn(todo), flags.work)
+    shapes = known(flags.work, "shapes")
+    have = known(flags.work, "numbers")
     smallest = smallest_of(shapes)
-    todo = [n for n in smallest if n not in have or (given.again and given.again in have[n])]
-    ask("numbers", todo, given.work)
-    have = known(given.work, "numbers")
+    todo = [n for n in smallest if n not in have or (flags.again and flags.again in have[n])]
+    ask("numbers", todo, flags.work)
+    have = known(flags.work, "numbers")
     differs = {
         kind_of(n, shapes[n]) for n in smallest if have[n].get("is_last_intermediate") is False
     }
@@ -302,8 +302,8 @@ def main() -> None:
         and shapes[n]["parameters"] <= LARGEST
         and n not in have
     ]
-    ask("numbers", sorted(others, key=lambda n: shapes[n]["parameters"]), given.work)
-    write(names, known(given.work, "shapes"), known(given.work, "numbers"), timm.__version__)
+    ask("numbers", sorted(others, key=lambda n: shapes[n]["parameters"]), flags.work)
+    write(names, known(flags.work, "shapes"), known(flags.work, "numbers"), timm.__version__)
 
 
 def write(
@@ -327,8 +327,8 @@ def write(
         reasons[text.replace(name, "NAME")].append(name)
     for name, answer in numbers.items():
         if name in shapes:
-            kept = {k: v for k, v in answer.items() if k.startswith(("at ", "is_", "diff", "cra"))}
-            families[family_of(name)].setdefault("numbers", {})[name] = kept
+            pairs = {k: v for k, v in answer.items() if k.startswith(("at ", "is_", "diff", "cra"))}
+            families[family_of(name)].setdefault("numbers", {})[name] = pairs
     errors = [v for n in numbers.values() for k, v in n.items() if k.startswith("at ")]
     measured = [e for e in errors if isinstance(e, float)]
     table = {

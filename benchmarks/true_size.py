@@ -93,14 +93,14 @@ class Parts(threading.Thread):
                 self._look()
             time.sleep(0.05)
 
-    def now(self, what: str) -> None:
+    def now(self, part: str) -> None:
         """Another part begins, unless it is the one that lasts."""
         with self._lock:
-            if what == self._what:
+            if part == self._part:
                 return
             self._look()
             self.write(
-                part=self._what,
+                part=self._part,
                 seconds=time.time() - self._began,
                 cpu_seconds=time.process_time() - self._cpu,
                 bytes_read=moved_bytes()[0] - self._moved[0],
@@ -108,15 +108,15 @@ class Parts(threading.Thread):
                 most=self._most,
                 at_the_end=resident(),
             )
-            self._begin(what)
+            self._begin(part)
 
     def write(self, **line: Any) -> None:
         """Adds a line to the file."""
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _begin(self, what: str) -> None:
-        self._what, self._began, self._cpu = what, time.time(), time.process_time()
+    def _begin(self, part: str) -> None:
+        self._part, self._began, self._cpu = part, time.time(), time.process_time()
         self._moved, self._most = moved_bytes(), dict.fromkeys(resident(), 0)
 
     def _look(self) -> None:
@@ -156,11 +156,11 @@ def tensor_bytes(teacher: Path, state: Path) -> dict[str, int]:
         if kind := next((kind for name, kind in names.items() if path.startswith(name)), ""):
             begin, end = (int(value, 16) for value in ends.split("-"))
             spans.append((begin, end, kind))
-    found = dict.fromkeys(["in memory", *names.values()], 0)
+    totals = dict.fromkeys(["in memory", *names.values()], 0)
     for address, size in storages().items():
         kind = next((k for begin, end, k in spans if begin <= address < end), "in memory")
-        found[kind] += size
-    return found
+        totals[kind] += size
+    return totals
 
 
 def train_and_note(folder: Path) -> int:
@@ -205,17 +205,17 @@ def train_and_note(folder: Path) -> int:
     def busy() -> None:
         works = activity.current()
         # Once training has begun, the hook says what is done.
-        if len(works) > 0 and parts._what not in (BETWEEN, PASSES, STEP):
+        if len(works) > 0 and parts._part not in (BETWEEN, PASSES, STEP):
             parts.now(works[-1].what)
 
-    given = parse_train(sys.argv[sys.argv.index("--") + 1 :])
-    run = given.run
+    parsed = parse_train(sys.argv[sys.argv.index("--") + 1 :])
+    run = parsed.run
     if "--learn" in sys.argv:
         repeat_first_batch()
     activity.on_change.append(busy)
     with owning(run.run_dir()) as lease:
         return train(
-            run, job_of, deepspeed_config=given.own.deepspeed_config, lease=lease, hooks=[Watch()]
+            run, job_of, deepspeed_config=parsed.own.deepspeed_config, lease=lease, hooks=[Watch()]
         )
 
 
@@ -255,12 +255,12 @@ def planned_bytes(run: Any, folder: Path) -> dict[str, int]:
     )
     sizes = [[p.numel() for p in module.parameters()] for module in (task, teacher)]
     memory = held(*sizes, place)
-    kept = memory.device
-    of_state = kept.masters + kept.moments + kept.gradients if on_disk else 0
+    on_device = memory.device
+    of_state = on_device.masters + on_device.moments + on_device.gradients if on_disk else 0
     return {
         "trained_parameters": sum(sizes[0]),
-        "in memory": kept.total + memory.host.total - kept.teacher - of_state,
-        "teacher's file": kept.teacher,
+        "in memory": on_device.total + memory.host.total - on_device.teacher - of_state,
+        "teacher's file": on_device.teacher,
         "on disk": of_state,
     }
 
@@ -300,8 +300,8 @@ def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
     from fd_large.backbones.registry import parameter_shapes
     from fd_large.recipes.architectures import Architecture, resolve
 
-    own = Architecture(window_size=12) if is_swin(model) else Architecture()
-    return parameter_shapes(resolve(model, own))
+    architecture = Architecture(window_size=12) if is_swin(model) else Architecture()
+    return parameter_shapes(resolve(model, architecture))
 
 
 def is_swin(name: str) -> bool:
@@ -351,8 +351,8 @@ def notes_of(folder: Path) -> list[dict[str, Any]]:
 
 def start(arguments: argparse.Namespace, folder: Path) -> subprocess.Popen:
     """Starts the process that trains."""
-    own = ["--as-run", folder, *(["--learn"] if arguments.learn else [])]
-    command = [sys.executable, __file__, *own, "--", *flags_of(arguments, folder)]
+    run_flags = ["--as-run", folder, *(["--learn"] if arguments.learn else [])]
+    command = [sys.executable, __file__, *run_flags, "--", *flags_of(arguments, folder)]
     threads = str(os.cpu_count())
     environment = {"OMP_NUM_THREADS": threads, "DS_ACCELERATOR": "cpu", **os.environ}
     with (folder / "output").open("a") as output:
@@ -415,31 +415,31 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     process = start(arguments, folder)
     follow(process, folder, is_saving if arguments.resume else has_stepped)
     notes = notes_of(folder)
-    found: dict[str, Any] = {"teacher_parameters": parameters, "notes": notes}
-    found["left_in_the_folder_of_state"] = [path.name for path in (folder / STATE).iterdir()]
+    record: dict[str, Any] = {"teacher_parameters": parameters, "notes": notes}
+    record["left_in_the_folder_of_state"] = [path.name for path in (folder / STATE).iterdir()]
     if arguments.resume:
         left = sorted(path.name for path in checkpoints.iterdir())
         (folder / NOTES).rename(folder / "first.jsonl")
         follow(start(arguments, folder), folder, is_done)
         again = notes_of(folder)
         first, second = steps_of(notes), steps_of(again)
-        found["resume"] = {
+        record["resume"] = {
             "left_by_the_kill": left,
             "steps": sorted(second),
             "equal_to_the_bit": bool(second) and all(second[n] == first[n] for n in second),
             "notes": again,
         }
-    return found
+    return record
 
 
-def summary(found: dict[str, Any]) -> dict[str, Any]:
+def summary(record: dict[str, Any]) -> dict[str, Any]:
     """Returns the figures of the record from what was noted."""
-    notes = found["notes"]
+    notes = record["notes"]
     planned = next(note["planned"] for note in notes if "planned" in note)
-    held = [note for note in notes if "tensors" in note][-1]
+    last_note = [note for note in notes if "tensors" in note][-1]
     importing = next(note for note in notes if note.get("part") == IMPORTING)
     baseline = importing["at_the_end"]["anonymous"]
-    tensors = held["tensors"]
+    tensors = last_note["tensors"]
     explained = baseline + tensors["in memory"]
     parts = [note for note in notes if note.get("part")]
     began = next(place for place, part in enumerate(parts) if part["part"] == BETWEEN)
@@ -450,13 +450,13 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
             kind: tensors[kind] / size for kind, size in planned.items() if size
         },
         "anonymous_bytes_between_steps": {
-            "measured": held["anonymous"],
+            "measured": last_note["anonymous"],
             "process_after_imports": baseline,
             "tensors": tensors["in memory"],
-            "unexplained": held["anonymous"] - explained,
-            "over_explained": held["anonymous"] / explained,
+            "unexplained": last_note["anonymous"] - explained,
+            "over_explained": last_note["anonymous"] / explained,
         },
-        "bytes_of_the_loading_process_alone": held["loading"],
+        "bytes_of_the_loading_process_alone": last_note["loading"],
         "most_anonymous_bytes": max(part["most"]["anonymous"] for part in parts),
         "most_bytes_of_files": max(part["most"]["files"] for part in parts),
         "seconds_to_the_first_step": sum(part["seconds"] for part in parts[:began]),
@@ -473,18 +473,18 @@ def main() -> int:
     where = arguments.scratch or Path(tempfile.gettempdir())
     folder = Path(tempfile.mkdtemp(prefix="true_size_", dir=where))
     try:
-        found = measure(arguments, folder)
+        record = measure(arguments, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     results = {
         **harness.conditions(__file__, __doc__),
         "model": arguments.model,
         "teacher": arguments.teacher,
-        "teacher_parameters": found["teacher_parameters"],
-        "left_in_the_folder_of_state": found["left_in_the_folder_of_state"],
-        **summary(found),
+        "teacher_parameters": record["teacher_parameters"],
+        "left_in_the_folder_of_state": record["left_in_the_folder_of_state"],
+        **summary(record),
     }
-    if again := found.get("resume"):
+    if again := record.get("resume"):
         parts = [note for note in again.pop("notes") if note.get("part")]
         results["resume"] = {**again, "parts": parts}
     if arguments.learn:
