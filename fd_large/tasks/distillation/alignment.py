@@ -39,17 +39,17 @@ def teacher_side(
         image_size: Side of the student's images.
         own_size: Side of the images in the teacher's training; 0 if unknown.
     """
-    here, own = grid_at(image_size), grid_at(own_size) if own_size else None
+    here, own_grid = grid_at(image_size), grid_at(own_size) if own_size else None
     if here == student:
         return image_size
-    side, grid = (own_size, own) if here is None else (image_size, here)
+    side, grid = (own_size, own_grid) if here is None else (image_size, here)
     if grid is None:
         return image_size
     agreed = side // grid[0] * student[0]
     is_fine = image_size < 2 * agreed and agreed <= 2 * (own_size or image_size)
     if is_fine and grid_at(agreed) == student:
         return agreed
-    is_coarser = own is not None and grid[0] < student[0] and image_size < own_size
+    is_coarser = own_grid is not None and grid[0] < student[0] and image_size < own_size
     return own_size if here is None or is_coarser else image_size
 
 
@@ -73,7 +73,9 @@ def align(
     Raises: ShapeError: if the grids differ and interpolation is "none".
     """
     if not with_prefix or student.num_prefix_tokens != teacher.num_prefix_tokens:
-        student, teacher = (FeatureMap(_split(one)[1], one.grid, 0) for one in (student, teacher))
+        student, teacher = (
+            FeatureMap(_split(map_)[1], map_.grid, 0) for map_ in (student, teacher)
+        )
     grid = common_grid(student.grid, teacher.grid, interpolation=interpolation)
     return resized(student, grid, antialias=False), resized(teacher, grid, antialias=True)
 

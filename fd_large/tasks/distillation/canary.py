@@ -34,14 +34,14 @@ from fd_large.runtime.hooks import Hook, Setting, Update, Verdict
 log = logging.getLogger(__name__)
 
 TEACHER_CHANGED = "teacher changed"
-"""The status in summary.json of a run that ends because of it."""
+"""The status in summary.json of a run that ends because its teacher changed."""
 MAP_TOLERANCE = 0.01
 """Largest change of the map, as a fraction of its norm: products in bf16 may be summed in another
 order. The hash is exact."""
 SLOW = 1.5
-"""A rank is slow from so many times the ranks' median time on."""
+"""Multiple of the ranks' median time above which a rank counts as slow."""
 CHECKS_BETWEEN_NAMINGS = 20
-"""A rank that stays slow is named again after so many checks."""
+"""Checks after which a rank that stays slow is named again."""
 PRODUCTS = 7
 
 
@@ -135,16 +135,16 @@ class Canary(Hook):
 
     def _check(self, done: int) -> None:
         wrong = self._shard_of() != self._shard
-        found = distributed.gather_objects((wrong, self._distance()))
-        changed = [rank for rank, (wrong, _) in enumerate(found) if wrong]
+        reports = distributed.gather_objects((wrong, self._distance()))
+        changed = [rank for rank, (wrong, _) in enumerate(reports) if wrong]
         # A distance that is not a number differs too.
-        differs = [rank for rank, (_, far) in enumerate(found) if not far <= MAP_TOLERANCE]
+        differs = [rank for rank, (_, far) in enumerate(reports) if not far <= MAP_TOLERANCE]
         if not changed and not differs:
             self._good = done
             return
         self._changed = True
         if distributed.is_main():
-            self._report(done, changed, differs, max(far for _, far in found))
+            self._report(done, changed, differs, max(far for _, far in reports))
 
     def _distance(self) -> float:
         """Returns the distance of the map from the initial map, relative to the initial norm."""
@@ -153,9 +153,9 @@ class Canary(Hook):
 
     def _report(self, done: int, changed: list[int], differs: list[int], distance: float) -> None:
         if changed:
-            what = f"on {self._names(changed)}: the bits held there are not those of the start"
+            evidence = f"on {self._names(changed)}: the bits held there are not those of the start"
         else:
-            what = (
+            evidence = (
                 f"on {self._names(differs)}: the weights have the bits of the start, but the map "
                 f"of a fixed batch is off by {distance:.2g} of its norm"
             )
@@ -166,7 +166,7 @@ class Canary(Hook):
             self._called,
             self._good,
             done,
-            what,
+            evidence,
         )
 
     def _check_speed(self) -> None:
@@ -217,7 +217,7 @@ def canaries(teachers: Mapping[str, Any], every: int, image_size: int) -> list[C
 def _odd_holders(shards: list[str]) -> list[int]:
     """Returns the ranks whose hash differs from the majority of ranks with the same part.
 
-    Of a tie it returns all.
+    If no hash has a majority, all ranks with the part are returned.
     """
     holders: dict[str, list[int]] = defaultdict(list)
     for rank, shard in enumerate(shards):

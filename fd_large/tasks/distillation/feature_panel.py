@@ -74,7 +74,7 @@ def write_panel(path: Path, index: int, panel: dict[str, numpy.ndarray]) -> None
 
 
 def feature_panel(
-    task: Distillation, forward: Callable[..., Any], images: Tensor, given: Any = None
+    task: Distillation, forward: Callable[..., Any], images: Tensor, given_maps: Any = None
 ) -> dict[str, Tensor]:
     """Computes the maps of a few images, without gradient.
 
@@ -82,25 +82,25 @@ def feature_panel(
         task: The task, in evaluation mode.
         forward: Runs the task (its engine).
         images: (n, 3, S, S) uint8, on the device.
-        given: See `Distillation.learnt`.
+        given_maps: See `Distillation.learnt`.
 
     Returns: "images" (n, S, S, 3) uint8; "teacher" (n, h, w, C), normalised, and "student"
         (n, h, w, C), projected, float32; of several teachers teacher_NAME and student_NAME. All in
         host memory.
     """
-    seen: dict[str, Tensor] = {}
+    student_tokens: dict[str, Tensor] = {}
     shown = [target for target in task.targets if target.kind == MAP]
 
     def note(label: str) -> Callable[..., None]:
         def hook(_module: Any, _inputs: Any, output: Tensor | FeatureMap) -> None:
             tokens = output.tokens if isinstance(output, FeatureMap) else output
-            seen[label] = tokens.detach().float().cpu()
+            student_tokens[label] = tokens.detach().float().cpu()
 
         return hook
 
     handles = [target.head.register_forward_hook(note(target.label)) for target in shown]
     with torch.no_grad():
-        prepared = task.prepare(images, given, None)
+        prepared = task.prepare(images, given_maps, None)
         forward(**prepared)
         taught = references(task, **prepared)
     for handle in handles:
@@ -110,15 +110,15 @@ def feature_panel(
         h, w = grid
         return rearrange(tokens[:, tokens.shape[1] - h * w :], "n (h w) c -> n h w c", h=h, w=w)
 
-    own = task.student.grid(*images.shape[-2:])
+    student_grid = task.student.grid(*images.shape[-2:])
     maps = {"images": rearrange(images, "n c h w -> n h w c").cpu()}
     for target, reference in zip(task.targets, taught, strict=True):
         if target.kind == MAP:
             end = f"_{target.label}" if target.label else ""
-            grid, _ = target.given(own, 0)
-            places = target.places(own, prepared["maps"][target.teacher].grid)
+            grid, _ = target.given(student_grid, 0)
+            places = target.places(student_grid, prepared["maps"][target.teacher].grid)
             maps[f"teacher{end}"] = as_map(reference.cpu(), places)
-            tokens = as_map(seen[target.label], grid).flatten(1, 2)
+            tokens = as_map(student_tokens[target.label], grid).flatten(1, 2)
             projected = resized(FeatureMap(tokens, grid, 0), places, antialias=False)
             maps[f"student{end}"] = as_map(projected.tokens, places)
     return maps

@@ -152,8 +152,8 @@ class TeacherOnShapes:
         if self.entry.teacher_image_size != AUTO:
             section = asdict(self.entry)
             return {size: image_side_of(section, size) for size in self._sizes}
-        wanted = self._grids_of_student(self._sizes)
-        return {size: self._seen(self.entry, wanted[size], size)[0] for size in self._sizes}
+        grids = self._grids_of_student(self._sizes)
+        return {size: self._side_and_grid(self.entry, grids[size], size)[0] for size in self._sizes}
 
     @property
     def image_size(self) -> int:
@@ -186,29 +186,33 @@ class TeacherOnShapes:
         architecture = resolve(entry.model, entry.architecture)
         if entry.mosaic and entry.teacher_image_size in (0, AUTO):
             # The mosaic has the size that the teacher was trained at.
-            own = architecture.fixed_image_size or own_image_size(entry.model, architecture)
+            trained_size = architecture.fixed_image_size or own_image_size(
+                entry.model, architecture
+            )
             require(
-                bool(own),
+                bool(trained_size),
                 f"teachers.{self.name}.mosaic: the size of the mosaic is not known",
                 f"{entry.mosaic} with teacher_image_size {entry.teacher_image_size}",
                 "pixels",
                 f"Set --teachers.{self.name}.teacher_image_size",
             )
-            entry = replace(entry, teacher_image_size=own)
+            entry = replace(entry, teacher_image_size=trained_size)
         follows = follows and family_of(architecture).resizes(architecture)
         several = self._sizes if set(self._sizes) - {image_size} else ()
-        wanted = self._grids_of_student(several)
-        side, grid, met = self._meeting(entry, wanted[image_size], image_size, follows=follows)
-        agree = grid in (wanted[image_size], None)
+        grids = self._grids_of_student(several)
+        side, grid, met = self._meeting(entry, grids[image_size], image_size, follows=follows)
+        agree = grid in (grids[image_size], None)
         if several:
             met = replace(met, teacher_image_size=entry.teacher_image_size)
-            found = {size: self._seen(met, wanted[size], size) for size in several}
-            agree = all(grid in (wanted[size], None) for size, (_, grid) in found.items())
+            sides_and_grids = {
+                size: self._side_and_grid(met, grids[size], size) for size in several
+            }
+            agree = all(grid in (grids[size], None) for size, (_, grid) in sides_and_grids.items())
             if entry.teacher_image_size == AUTO:
-                seen = {size: side for size, (side, _) in found.items()}
-                same = set(seen.values())
+                teacher_sides = {size: side for size, (side, _) in sides_and_grids.items()}
+                same = set(teacher_sides.values())
                 side = same.pop() if len(same) == 1 else AUTO
-                if all(size == own for size, own in seen.items()):
+                if all(size == side for size, side in teacher_sides.items()):
                     side = 0
         interpolation = entry.interpolation
         if interpolation == AUTO:
@@ -224,19 +228,21 @@ class TeacherOnShapes:
         every = sizes or [self._image_size]
         return {side: grid_of_student(net, side, several=bool(sizes)) for side in every}
 
-    def _seen(self, entry: NamedTeacher, wanted: Grid, size: int) -> tuple[int, Grid | None]:
+    def _side_and_grid(
+        self, entry: NamedTeacher, student_grid: Grid, size: int
+    ) -> tuple[int, Grid | None]:
         """Returns the teacher's image side for a side of the student's, and its grid there."""
-        side, grid, _ = self._meeting(entry, wanted, size, follows=False)
+        side, grid, _ = self._meeting(entry, student_grid, size, follows=False)
         return image_side_of(asdict(replace(entry, teacher_image_size=side)), size), grid
 
     def _meeting(
-        self, entry: NamedTeacher, wanted: Grid, size: int, *, follows: bool
+        self, entry: NamedTeacher, student_grid: Grid, size: int, *, follows: bool
     ) -> tuple[int, Grid | None, NamedTeacher]:
         """Returns the teacher's image side, its grid and its entry, for the student's images.
 
         Args:
             entry: The teacher's entry.
-            wanted: The student's grid.
+            student_grid: The student's grid.
             size: Side of the student's images.
             follows: See `settled`.
 
@@ -258,10 +264,10 @@ class TeacherOnShapes:
         side = entry.teacher_image_size
         if side == AUTO:
             side, here = 0, at(0)[0]
-            given = here and entry.interpolation == "bilinear"
-            if here != wanted and not given:
+            is_resized = here and entry.interpolation == "bilinear"
+            if here != student_grid and not is_resized:
                 side = teacher_side(
-                    wanted,
+                    student_grid,
                     lambda side: at(side)[0],
                     image_size=size,
                     own_size=own_image_size(entry.model, resolve(entry.model, entry.architecture)),
@@ -310,7 +316,7 @@ def check_fit(
         if resolve(entry.model, entry.architecture).code:
             where = source_flag(name).removeprefix("--")
             check_map(teacher.net, side, is_trained=False, where=where)
-        theirs = grid_of(title, lambda size, _, own=teacher: own.grid(size), size)
+        theirs = grid_of(title, lambda size, _, model=teacher: model.grid(size), size)
         of_maps = [t for t in task.targets if t.teacher == name and t.kind == MAP]
         ours = of_maps[0].given(grid, 0)[0] if of_maps else grid
         with naming_target(name):
@@ -329,8 +335,8 @@ def _check_head(task: Distillation, target: NamedTarget, name: str, width: int, 
     """Runs a target's head on the meta device, on an input as in training."""
     head, student = target.head, task.student
     if not isinstance(head, MapHead):
-        own = task.sight.width(student)
-        check_head(head, name, (2, 3, own), width, where=HEAD_WHERE)
+        in_width = task.sight.width(student)
+        check_head(head, name, (2, 3, in_width), width, where=HEAD_WHERE)
         return
     pixels = torch.empty(1, 3, size, size, device="meta")
     with torch.no_grad():

@@ -116,11 +116,11 @@ class HeldOutViews:
         self.name, self._micro = name, micro_batch_size
         self._stored = stored
         world = distributed.world_size()
-        own = range(distributed.rank(), crops.views, world)
-        self._count = len(own)
+        own_views = range(distributed.rank(), crops.views, world)
+        self._count = len(own_views)
         # Under ZeRO-3 every rank must run as many forwards as the one with most views.
         self._rounds = math.ceil(math.ceil(crops.views / world) / micro_batch_size)
-        self._numbers: Sequence[int] = own or (0,)
+        self._numbers: Sequence[int] = own_views or (0,)
         self._images = torch.stack([crops(view) for view in self._numbers])
         # The panel shows the same images on any number of ranks.
         candidates = [crops(view) for view in range(min(PANEL_CANDIDATES, len(crops)))]
@@ -166,9 +166,14 @@ class HeldOutViews:
         with evaluating(engine):
             losses = constant_prediction_losses(task, batches, distributed.sum_tensor)
         pairs = list(zip(task.targets, losses, strict=True))
-        own = {f"{target.label}_best_constant": loss for target, loss in pairs if target.label}
+        target_losses = {
+            f"{target.label}_best_constant": loss for target, loss in pairs if target.label
+        }
         total = task.join.combined(task.targets, losses)
-        return {f"{self.name}_{key}": loss for key, loss in {**own, "best_constant": total}.items()}
+        return {
+            f"{self.name}_{key}": loss
+            for key, loss in {**target_losses, "best_constant": total}.items()
+        }
 
     def tokens(self, engine: Engine, number: int = 0) -> Iterator[tuple[Tensor, int]]:
         """Yields the tokens of a target, (B, N, C) float32, and their weight, 0 for padding.
@@ -194,11 +199,11 @@ class HeldOutViews:
         words = f"{self.name.replace('_', ' ')} views"
         for number in activity.counted(range(self._rounds), words, "batches"):
             start = number * self._micro
-            own = slice(start, min(start + self._micro, self._count))
-            images, weight = self._images[own], 1
+            rows = slice(start, min(start + self._micro, self._count))
+            images, weight = self._images[rows], 1
             if len(images) == 0:
-                own, images, weight = slice(1), self._images[:1], 0
-            batch = self._batch(images, self._numbers[own])
+                rows, images, weight = slice(1), self._images[:1], 0
+            batch = self._batch(images, self._numbers[rows])
             prepared = engine.task.prepare(batch.images, batch.targets, None)
             yield prepared, weight, len(images)
 
@@ -207,7 +212,7 @@ class HeldOutViews:
         maps = None
         if self._stored is not None:
             maps = default_collate(
-                [self._stored.of(*one) for one in zip(numbers, images, strict=True)]
+                [self._stored.of(*pair) for pair in zip(numbers, images, strict=True)]
             )
         views = torch.tensor(numbers)
         batch = Batch(images, EVALUATION_EPOCH, views, views, targets=maps)

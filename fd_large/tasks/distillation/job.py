@@ -98,7 +98,7 @@ from fd_large.weights.settle import settle_model
 log = logging.getLogger(__name__)
 
 AnyTeacher = Frozen | PlacedTeacher | CachedTeacher | Recorder
-"""A teacher on shapes alone, one that is built, and what stands in the place of one."""
+"""A teacher on the meta device, a placed teacher, or a cache or recorder in its place."""
 
 # --- which wing stands where ---
 
@@ -211,12 +211,14 @@ class DistillationJob(TrainingJob):
     @property
     def lower_is_better(self) -> tuple[str, ...]:  # type: ignore[override]
         """Metrics for which lower is better: the loss, and each target's loss."""
-        return ("loss", *(f"{one}_loss" for one in labels_of(self.run.teachers)))
+        return ("loss", *(f"{label}_loss" for label in labels_of(self.run.teachers)))
 
     @property
     def placed(self) -> Mapping[str, PlacedTeacher]:
         """The teachers that are models, not caches; available after `build`."""
-        return {n: one for n, one in self.teachers.items() if isinstance(one, PlacedTeacher)}
+        return {
+            n: teacher for n, teacher in self.teachers.items() if isinstance(teacher, PlacedTeacher)
+        }
 
     @property
     def ignored_fields(self) -> tuple[str, ...]:
@@ -232,7 +234,7 @@ class DistillationJob(TrainingJob):
 
     @property
     def remedies(self) -> Mapping[str, str]:  # type: ignore[override]
-        """The flags by which a mask would read its fields."""
+        """Remedies for the fields that its mask ignores, by field."""
         return self.run.mask.ignored_fields()
 
     @cached_property
@@ -247,7 +249,7 @@ class DistillationJob(TrainingJob):
     def settle(self, sources: Sources) -> Run:
         """Returns the recipe completed from the weights of teachers and student.
 
-        It also has the views that its caches hold, unless it says which.
+        Unless it states a number of views, it takes number and seed from its caches.
         """
         settle = super().settle
         entries = self.run.taught_by
@@ -276,7 +278,8 @@ class DistillationJob(TrainingJob):
     def _with_grids(self, run: Run) -> Run:
         """Returns the recipe with the teachers' image sizes and grids in place of "auto".
 
-        Positions follow a teacher's images, unless this job's recipe says their size.
+        Position embeddings follow a teacher's image size, unless this job's recipe sets theirs
+        (architecture.image_size).
 
         Args:
             run: The recipe, its models settled.
@@ -337,12 +340,12 @@ class DistillationJob(TrainingJob):
     def sources(self) -> Mapping[str, str]:
         """Returns the sources of teachers and student."""
         entries = self.run.taught_by.items()
-        own = {
+        teacher_sources = {
             source_flag(name).removeprefix("--"): entry.source
             for name, entry in entries
             if name not in self.caches
         }
-        return {**own, **super().sources()}
+        return {**teacher_sources, **super().sources()}
 
     def open_samples(self) -> ImageSource:
         """Opens the images of `data.root`, or of its train/ if it has val/ or test/ too.
@@ -460,8 +463,8 @@ class DistillationJob(TrainingJob):
             for name, entry in entries.items()
             if name not in self.caches
         }
-        found = {**placed, **self.caches.teachers()}
-        self.teachers = {name: found[name] for name in entries}
+        all_teachers = {**placed, **self.caches.teachers()}
+        self.teachers = {name: all_teachers[name] for name in entries}
         self.caches.record(placed)
 
     def take_models_of(self, other: TrainingJob) -> None:
@@ -575,25 +578,25 @@ class DistillationJob(TrainingJob):
 
     def evaluated(self, first: Mapping[str, float], last: Mapping[str, float]) -> Mapping[str, Any]:
         """Returns the newest metrics, and the held-out loss before training."""
-        own = {name: value for name, value in last.items() if name != "held_out_best_constant"}
+        newest = {name: value for name, value in last.items() if name != "held_out_best_constant"}
         named = {
             "held_out_loss_start": first.get("held_out_loss"),
             "loss_best_constant": last.get("held_out_best_constant"),
         }
-        return {**super().evaluated({}, {}), **named, **own}
+        return {**super().evaluated({}, {}), **named, **newest}
 
     # --- checkpoints, and what others take from them ---
 
     def summary(self) -> Mapping[str, Any]:
-        """Returns the first entries of summary.json; several teachers are listed in one of them."""
+        """Returns the first entries of summary.json; several teachers are listed in `teachers`."""
         if not self.run.teachers:
             return {**super().summary(), **self.caches.early()}
         teachers = {
             name: {"model": entry.model, "source": entry.source}
             for name, entry in self.run.teachers.items()
         }
-        own = {"recipe": self.run.name, "student": self.run.student.model}
-        return {**own, "teacher": None, "teachers": teachers, **self.caches.early()}
+        first_entries = {"recipe": self.run.name, "student": self.run.student.model}
+        return {**first_entries, "teacher": None, "teachers": teachers, **self.caches.early()}
 
     def facts(self) -> Mapping[str, Any]:
         """Returns each teacher's source and hash, and the hashes of its files of statistics."""
@@ -615,9 +618,9 @@ class DistillationJob(TrainingJob):
         """Returns the teachers by name; a single teacher is called "teacher"."""
         return {
             name or "teacher": FrozenPart(
-                replace(one.entry, source=self.caches.source_of(name)), one.image_size
+                replace(teacher.entry, source=self.caches.source_of(name)), teacher.image_size
             )
-            for name, one in self._on_shapes.items()
+            for name, teacher in self._on_shapes.items()
         }
 
 

@@ -39,7 +39,7 @@ def knn_accuracy(
     Args:
         engine: The engine of the task.
         train_set, test_set: Labelled images; neighbours are images of the train set.
-        folder: Where the features stand meanwhile.
+        folder: Folder for the features, which is removed at the end.
         every: Steps between two evaluations.
         image_size: Side of the images, in pixels.
         micro_batch_size: Images of a forward.
@@ -51,11 +51,11 @@ def knn_accuracy(
     def measure(
         step: int, last: bool, between: Callable[[], None]
     ) -> tuple[dict[str, float], Panel | None]:
-        found = {}
+        features = {}
         splits = (("train", train_set), ("test", test_set))
         with evaluating(engine), activity.work("k-NN"):
             for name, images in activity.counted(splits, "features of train and test", "parts"):
-                (found[name],) = extract(
+                (features[name],) = extract(
                     _student_of(engine, blank_maps),
                     IMAGENET,
                     images,
@@ -67,12 +67,12 @@ def knn_accuracy(
                     between=between,
                 )
         predicted = knn.classify(
-            found["train"],
-            found["test"],
+            features["train"],
+            features["test"],
             num_classes=len(train_set.classes),
             between=between,
         )
-        accuracy = found["test"].percent(predicted)
+        accuracy = features["test"].percent(predicted)
         distributed.barrier()
         if distributed.is_main():
             shutil.rmtree(folder, ignore_errors=True)
@@ -92,7 +92,7 @@ def _student_of(engine: Engine, blank_maps: Any) -> Callable[[Tensor], FeatureMa
         blank_maps: Targets of one image in place of stored maps, or None without stored maps.
     """
     task = engine.task
-    seen: list[FeatureMap] = []
+    outputs: list[FeatureMap] = []
     maps: dict[str, FeatureMap] = {}
 
     def forward(pixels: Tensor) -> FeatureMap:
@@ -101,14 +101,14 @@ def _student_of(engine: Engine, blank_maps: Any) -> Callable[[Tensor], FeatureMa
             blank = tree_map_only(Tensor, lambda part: part.to(images.device), blank_maps)
             maps.update(task.prepare(images, blank, None)["maps"])
         zeros = {
-            name: one._replace(tokens=torch.zeros_like(one.tokens).expand(len(pixels), -1, -1))
-            for name, one in maps.items()
+            name: map_._replace(tokens=torch.zeros_like(map_.tokens).expand(len(pixels), -1, -1))
+            for name, map_ in maps.items()
         }
-        handle = task.student.register_forward_hook(lambda _m, _i, output: seen.append(output))
+        handle = task.student.register_forward_hook(lambda _m, _i, output: outputs.append(output))
         try:
             engine.deepspeed(pixels=pixels, keep=None, maps=zeros)
         finally:
             handle.remove()
-        return seen.pop()
+        return outputs.pop()
 
     return forward

@@ -5,8 +5,8 @@ module:FILE.py:NAME`: a function of (projected, target), both (B, N, C) float32,
 mean over all tokens or images as a scalar, or a subclass of `Loss`. A recipe can also name a sum of
 built-in ones by weight: "0.9 cosine + 0.1 smooth_l1".
 
-A loss is a mean over the images of a micro batch of something that each image has alone, so that
-neither ranks nor micro batches change a step.
+The loss of a micro batch is the mean over its images, and an image's loss depends on that image
+alone, so that neither ranks nor micro batches change a step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Loss:
         reads_beta, reads_temperature: Whether the loss uses the number; a recipe that sets an
             unused number is refused.
         temperature: `objective.temperature`, which a recipe sets after it is made.
-        of_tokens: Whether it is a mean over tokens, each of which has its own (`per_token`).
+        of_tokens: Whether it is a mean over the losses of single tokens (`per_token`).
         in_sums: Whether it may stand in a sum of losses by weight.
     """
 
@@ -257,7 +257,7 @@ class WeightedSum(Loss):
         self.of_tokens = all(loss.of_tokens for _, loss in terms)
 
     def begin(self, teacher: str, kind: str, **names: Any) -> None:
-        """Begins its terms."""
+        """Calls `begin` of each term."""
         for _, loss in self.terms:
             loss.begin(teacher, kind, **names)
 
@@ -314,8 +314,10 @@ class ClsAndPatches(Loss):
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the means of slopes and of curvatures."""
-        found = [torch.stack(self._loss.newton(constant, kind)) for kind in self._kinds(target)]
-        slope, curvature = torch.stack(found).mean(0)
+        derivatives = [
+            torch.stack(self._loss.newton(constant, kind)) for kind in self._kinds(target)
+        ]
+        slope, curvature = torch.stack(derivatives).mean(0)
         return slope, curvature
 
     def _kinds(self, tokens: Tensor) -> list[Tensor]:
@@ -352,14 +354,15 @@ def make_loss(
     Raises: ConfigError: if the loss does not exist or cannot be made.
     """
     if is_sum(name):
-        terms = loss_terms(name, [one for one in known if getattr(known[one], "in_sums", True)])
-        made = partial(make_loss, beta=beta, temperature=temperature, known=known)
-        return WeightedSum([(weight, made(term)) for weight, term in terms])
-    found = doors.load(name, kind="losses", where=WHERE, built_in=known)
-    if not (isinstance(found, type) and issubclass(found, Loss)):
-        return FunctionLoss(found)
+        names = [name for name in known if getattr(known[name], "in_sums", True)]
+        terms = loss_terms(name, names)
+        make_term = partial(make_loss, beta=beta, temperature=temperature, known=known)
+        return WeightedSum([(weight, make_term(term)) for weight, term in terms])
+    function_or_class = doors.load(name, kind="losses", where=WHERE, built_in=known)
+    if not (isinstance(function_or_class, type) and issubclass(function_or_class, Loss)):
+        return FunctionLoss(function_or_class)
     try:
-        loss: Loss = found(beta)
+        loss: Loss = function_or_class(beta)
     except Exception as error:  # The user's code may raise anything.
         raise ConfigError(
             f"{WHERE}: {name} cannot be made; got {doors.cause(error)}, expected a Loss from a "

@@ -97,17 +97,19 @@ def _shape(entry: NamedTeacher, image_size: int) -> dict[str, str]:
     if entry.layer != Objective.layer:
         rows["layer"] = entry.layer
     if entry.statistics:
-        rows["mean and deviation of its images"] = " ".join(f"{one:g}" for one in entry.statistics)
+        rows["mean and deviation of its images"] = " ".join(
+            f"{value:g}" for value in entry.statistics
+        )
     return rows
 
 
 def _metrics_of(entries: Mapping[str, NamedTeacher]) -> dict[str, str]:
     """Returns the labels of the metrics of several teachers' targets."""
     return {
-        f"held_out_{one}_{what}": f"held-out {what} of {one.replace('_', ' ')}"
-        for one in labels_of(entries)
-        if one
-        for what in ("loss", "cosine")
+        f"held_out_{label}_{metric}": f"held-out {metric} of {label.replace('_', ' ')}"
+        for label in labels_of(entries)
+        if label
+        for metric in ("loss", "cosine")
     }
 
 
@@ -125,5 +127,5 @@ def _loss(entry: NamedTeacher, kind: str) -> str:
     names = {name: entry.setting(name, kind) for name in ("loss", "normaliser", "head")}
     if tuple(names.values()) == ("smooth_l1", "whitening", "linear"):
         return f"smooth L1 (beta {entry.beta:g}) to the whitened {kind}"
-    said = ", ".join(f"{name} {without_folders(value)}" for name, value in names.items())
-    return f"{kind}: {said}" if kind == SUMMARY else said
+    words = ", ".join(f"{name} {without_folders(value)}" for name, value in names.items())
+    return f"{kind}: {words}" if kind == SUMMARY else words

@@ -102,7 +102,7 @@ BY_STATISTICS: dict[str, Callable[[TargetStatistics], Affine]] = {
     "standardise": standardise,
     "phi_s": phi_s,
 }
-"""Those that are made of statistics."""
+"""The built-in normalisers that are made of a file of statistics."""
 
 
 class Undo(nn.Module):
@@ -154,12 +154,12 @@ def make_normaliser(
     Raises: ConfigError: if the normaliser or its file does not exist.
     """
     known = NORMALISERS | BY_STATISTICS | dict(running)
-    found = doors.load(name, kind="normalisers", where=WHERE, built_in=known)
+    function_or_class = doors.load(name, kind="normalisers", where=WHERE, built_in=known)
     if name in BY_STATISTICS:
-        return found(target_statistics.read(statistics))
+        return function_or_class(target_statistics.read(statistics))
     if name in running:
-        return found(width)
-    return partial(whiten, eps=eps) if name == WHITENING else found
+        return function_or_class(width)
+    return partial(whiten, eps=eps) if name == WHITENING else function_or_class
 
 
 def check_normaliser(normaliser: Normaliser, name: str) -> None:
@@ -170,11 +170,11 @@ def check_normaliser(normaliser: Normaliser, name: str) -> None:
     width = getattr(normaliser, "width", _TRIAL_WIDTH)
     tokens = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0))
     try:
-        given = normaliser(tokens)
-        got = f"{tuple(given.shape)} of type {given.dtype}"
-        fits = given.shape == tokens.shape and given.dtype == torch.float32
+        normalised = normaliser(tokens)
+        got = f"{tuple(normalised.shape)} of type {normalised.dtype}"
+        fits = normalised.shape == tokens.shape and normalised.dtype == torch.float32
         alone = fits and torch.allclose(
-            given[:1, :1], normaliser(tokens[:1, :1]), rtol=1e-4, atol=1e-5
+            normalised[:1, :1], normaliser(tokens[:1, :1]), rtol=1e-4, atol=1e-5
         )
     except Exception as error:  # The user's code may raise anything.
         got, fits, alone = doors.cause(error), False, False

@@ -90,7 +90,8 @@ def target_checks(
         known: The losses and normalisers by name.
     """
     loss, normaliser, head, file = (
-        entry.setting(one, kind) for one in ("loss", "normaliser", "head", "target_statistics")
+        entry.setting(field_name, kind)
+        for field_name in ("loss", "normaliser", "head", "target_statistics")
     )
 
     def told(check: Callable[[], object]) -> None:
@@ -117,14 +118,14 @@ def fields_not_read(name: str, entry: NamedTeacher, known: Known) -> list[str]:
     """
     of = partial(field_of, name)
     with naming_target(name):
-        made = {kind: known.loss_of(entry, kind) for kind in entry.targets}
+        target_losses = {kind: known.loss_of(entry, kind) for kind in entry.targets}
     normalisers = {kind: entry.setting("normaliser", kind) for kind in entry.targets}
     ignored = []
-    if not any(loss.reads_beta for loss in made.values()):
+    if not any(loss.reads_beta for loss in target_losses.values()):
         ignored.append(of("beta"))
-    if not any(loss.reads_temperature for loss in made.values()):
+    if not any(loss.reads_temperature for loss in target_losses.values()):
         ignored.append(of("temperature"))
-    if name and not (SUMMARY in made and made[SUMMARY].reads_temperature):
+    if name and not (SUMMARY in target_losses and target_losses[SUMMARY].reads_temperature):
         ignored.append(of("temperature", SUMMARY))
     if WHITENING not in normalisers.values():
         ignored.append(of("whitening_eps"))
@@ -188,7 +189,7 @@ def make_target(
         loss: Name of the loss.
         normaliser: Name of the normaliser of the teacher's tokens.
         head: Name of the head that maps the student's tokens to the teacher's width (heads/).
-        maps: Returns the grids of both, for a head that reads maps.
+        maps: Returns the shapes of both maps, for a head that reads maps.
         beta: Difference above which the loss is linear rather than quadratic, in whitened units.
         temperature: Divisor of cosines in losses between similarities.
         whitening_eps: Constant added to the variance of a teacher's token.
@@ -197,7 +198,7 @@ def make_target(
         interpolation, with_prefix, weight, projection: As `NamedTarget`.
         known: The losses and normalisers by name.
 
-    Raises: ConfigError: if a name stands for nothing, or they do not go together.
+    Raises: ConfigError: if a name is unknown, or the parts do not go together.
     """
     with naming_target(teacher, kind):
         head_module = registry.make(head, width, teacher_width, maps)
@@ -285,8 +286,8 @@ def _projection(entry: NamedTeacher, kind: str, teacher: Any) -> Tensor | None:
     """Returns a placed teacher's projection of its summary; for others, a tensor of its shape."""
     if kind != SUMMARY or not entry.embedding_width:
         return None
-    held: Tensor | None = getattr(teacher, "projection", None)
-    return torch.empty(entry.embedding_width, teacher.width) if held is None else held
+    projection: Tensor | None = getattr(teacher, "projection", None)
+    return torch.empty(entry.embedding_width, teacher.width) if projection is None else projection
 
 
 def target_facts(
@@ -367,7 +368,7 @@ def require_same_teachers(
     Args:
         entries: The recipe's entry of each teacher, by name.
         stored: The manifest's facts of each teacher.
-        ours: Returns the same of a teacher that is there now.
+        ours: Returns the present facts of a teacher.
 
     Raises: CheckpointError: naming the differences.
     """
@@ -390,7 +391,7 @@ def _require_same_teacher(
         name: The teacher's name, or "" for a single teacher.
         entry: The teacher's entry in the recipe.
         theirs: The manifest's facts of the teacher.
-        ours: The same of the teacher that is there now.
+        ours: The present facts of the teacher.
 
     Raises: CheckpointError: naming the differences.
     """

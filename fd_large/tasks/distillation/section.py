@@ -244,9 +244,9 @@ class NamedTeacher(Teacher, Objective):
             name: The field.
             kind: "map" or "summary".
         """
-        own = getattr(self.summary, name) if kind == SUMMARY else getattr(self, name)
+        value = getattr(self.summary, name) if kind == SUMMARY else getattr(self, name)
         inherits = kind == SUMMARY and name != "target_statistics"
-        return own or (getattr(self, name) if inherits else own)
+        return value or (getattr(self, name) if inherits else value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,7 +350,7 @@ class Mask:
         return self.hides and self.student == "dropped" and self.tokens != "visible"
 
     def ignored_fields(self) -> dict[str, str]:
-        """Returns the fields that its others leave without effect, and what to do about each."""
+        """Returns the fields that have no effect because of other fields, each with its remedy."""
         names: dict[str, str] = {}
         if not self.decodes:
             decoder = "Set --mask.sampler random, --mask.student dropped and --mask.tokens masked."

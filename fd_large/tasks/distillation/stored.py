@@ -107,7 +107,7 @@ class StoredHead(nn.Module):
             student, blocks = with_blocks(backbone, partial(backbone, pixels))
         else:
             student, blocks = backbone(pixels), ()
-        found = guess(
+        prediction = guess(
             self.head,
             student,
             blocks,
@@ -116,14 +116,16 @@ class StoredHead(nn.Module):
             num_prefix_tokens=self.facts.num_prefix_tokens,
         )
         if not in_teacher_units or self.facts.normaliser == NONE:
-            return found
+            return prediction
         if self.undo is None:
             raise ConfigError(
                 "teacher_map: the head's output cannot be converted to the teacher's units; got "
                 f"the normaliser {self.facts.normaliser}, expected one that keeps length and mean "
                 f"of a token, such as {NONE} or phi_s. Train with that."
             )
-        return found._replace(tokens=self.undo(found.tokens, found.num_prefix_tokens))
+        return prediction._replace(
+            tokens=self.undo(prediction.tokens, prediction.num_prefix_tokens)
+        )
 
     def prefix_tokens(self, of_student: int) -> int:
         """Returns the number of tokens before the patches in the prediction.
@@ -147,7 +149,7 @@ def fill_heads(
 ) -> dict[str, StoredHead]:
     """Returns the heads of a task by their targets' labels; "teacher" for a single one.
 
-    Only they have memory.
+    Only the modules of the targets have memory.
 
     Args:
         task: The task around `teachers`, on the meta device.
@@ -157,8 +159,8 @@ def fill_heads(
         fill: Fills the task's tensors that have memory, called once the heads do.
     """
     images = torch.empty(1, 3, image_size, image_size, dtype=torch.uint8, device="meta")
-    prefixes = {name: one(images).num_prefix_tokens for name, one in teachers.items()}
-    found = {}
+    prefixes = {name: model(images).num_prefix_tokens for name, model in teachers.items()}
+    heads = {}
     for target in task.targets:
         entry, teacher = entries[target.teacher], teachers[target.teacher]
         with_prefix = SUMMARY not in entry.targets
@@ -177,14 +179,14 @@ def fill_heads(
         for module in target.modules().values():
             if module is not target.head:
                 module.to_empty(device="cpu")
-        found[target] = StoredHead(facts, None)
-        target.head = found[target].head
+        heads[target] = StoredHead(facts, None)
+        target.head = heads[target].head
         register(task, target.path, target.head, replace=True)
     fill()
-    for target, head in found.items():
+    for target, head in heads.items():
         if undo := getattr(target.normalise, "undo", None):
             head.undo = undo()
-    return {target.label or "teacher": head for target, head in found.items()}
+    return {target.label or "teacher": head for target, head in heads.items()}
 
 
 def projection_shapes(
@@ -208,7 +210,7 @@ def projection_shapes(
     }
     whole = {f"{stream.STUDENT}{name}": shape for name, shape in student.items()}
     for path, module in state(width).state("").items() if state else ():
-        whole |= {f"{path}.{name}": tuple(one.shape) for name, one in module.named_buffers()}
+        whole |= {f"{path}.{name}": tuple(buffer.shape) for name, buffer in module.named_buffers()}
     stream.check(reader, whole | projection)
     return projection
 
@@ -267,10 +269,10 @@ def _maps(values: Any) -> MapShapes:
 
 
 def _undo(tensors: Mapping[str, Tensor], prefix: str) -> Undo | None:
-    held = {name: tensors.get(f"{prefix}{name}") for name in ("mean", "scale", "rotation")}
-    if held["mean"] is None:
+    constants = {name: tensors.get(f"{prefix}{name}") for name in ("mean", "scale", "rotation")}
+    if constants["mean"] is None:
         return None
-    return Undo(**held)
+    return Undo(**constants)
 
 
 class StoredDistillation(StoredRun):

@@ -91,12 +91,12 @@ class NamedTarget(Target):
         """Returns the parts that update the state."""
         return tuple(each.part(self) for each in self.stateful)
 
-    def compared(self, seen: Seen, teacher: FeatureMap) -> tuple[Tensor, Tensor]:
+    def compared(self, student_maps: Seen, teacher: FeatureMap) -> tuple[Tensor, Tensor]:
         """Returns the compared tokens (B, N, Ct) of student (after the head) and teacher; N is 1
         for a summary.
 
         Args:
-            seen: The student's maps, in the data type of the head.
+            student_maps: The student's maps, in the data type of the head.
             teacher: The teacher's map, any floating-point dtype.
 
         Raises: ShapeError: if the grids of two maps differ and are not to be interpolated.
@@ -105,8 +105,8 @@ class NamedTarget(Target):
             teacher = as_map(self._summary_of(teacher))
         student = guess(
             self.head,
-            seen.map,
-            seen.blocks,
+            student_maps.map,
+            student_maps.blocks,
             kind=self.kind,
             with_prefix=self._with_prefix,
             num_prefix_tokens=teacher.num_prefix_tokens,
@@ -150,8 +150,8 @@ class NamedTarget(Target):
 
     def _summary_of(self, teacher: FeatureMap) -> Tensor:
         """Returns the teacher's summary (B, 1, Ct), or its embedding, in float32."""
-        found = summary(teacher)
-        return found if self._projection is None else found.float() @ self._projection.T
+        summaries = summary(teacher)
+        return summaries if self._projection is None else summaries.float() @ self._projection.T
 
     def _note_prefix(self, number: int) -> None:
         """Tells loss and normaliser the number of prefix tokens among the compared tokens."""
@@ -215,8 +215,8 @@ def guess(
     if kind == SUMMARY:
         student, *blocks = (as_map(summary(map_)) for map_ in (student, *blocks))
     if isinstance(head, MapHead):
-        found: FeatureMap = head(tuple(blocks) if head.reads_blocks else student)
-        return found
+        output: FeatureMap = head(tuple(blocks) if head.reads_blocks else student)
+        return output
     k = student.num_prefix_tokens
     if k and not (with_prefix and k == num_prefix_tokens):
         student = FeatureMap(student.tokens[:, k:], student.grid, 0)

@@ -24,7 +24,7 @@ from fd_large.files import parse_json, read_bytes, replacing
 
 WHERE = "objective.target_statistics"
 MOST_BYTES = 4 << 30
-"""Size of such a file; the rotation of 16,384 channels has 2 GB in float64."""
+"""Largest size of a file of statistics; the rotation of 16,384 channels has 2 GB in float64."""
 _NAMES = ("mean", "deviation", "phi_s")
 _KIND = "fd_large target statistics 1"
 
@@ -85,7 +85,7 @@ def write(path: Path, statistics: TargetStatistics) -> None:
 def read(path: str) -> TargetStatistics:
     """Reads a file of statistics.
 
-    Raises: ConfigError: if it is none.
+    Raises: ConfigError: if the file cannot be read or is of another kind.
     """
     remedy = "Name what fd-large statistics has written for this recipe."
     data = read_bytes(path, where=WHERE, remedy=remedy, max_bytes=MOST_BYTES)
@@ -105,20 +105,21 @@ def read(path: str) -> TargetStatistics:
     )
 
 
-def require_same(stored: Mapping[str, Any], own: Mapping[str, Any], path: str) -> None:
+def require_same(stored: Mapping[str, Any], run_facts: Mapping[str, Any], path: str) -> None:
     """Refuses statistics of other tokens than those of the run.
 
     Args:
         stored: The facts in the file.
-        own: The run's facts.
+        run_facts: The run's facts.
         path: The file.
 
     Raises: ConfigError: naming the differences.
     """
-    other = [name for name in own if stored.get(name) != own[name]]
+    other = [name for name in run_facts if stored.get(name) != run_facts[name]]
     if other:
         got, expected = (
-            ", ".join(f"{name} {facts.get(name)}" for name in other) for facts in (stored, own)
+            ", ".join(f"{name} {facts.get(name)}" for name in other)
+            for facts in (stored, run_facts)
         )
         raise ConfigError(
             f"{WHERE}: statistics of other targets than this run's; got {got} in {path}, expected "

@@ -91,12 +91,12 @@ class Target:
         """Returns its parts, which need sums over a whole step."""
         return ()
 
-    def compared(self, seen: Seen, teacher: FeatureMap) -> tuple[Tensor, Tensor]:
+    def compared(self, student_maps: Seen, teacher: FeatureMap) -> tuple[Tensor, Tensor]:
         """Returns the projected tokens of the student and the teacher's, (B, N, Ct) each.
 
         Raises: ShapeError: if they are not tokens of the same places.
         """
-        projected = self.head(seen.map.tokens)
+        projected = self.head(student_maps.map.tokens)
         if projected.shape != teacher.tokens.shape:
             raise ShapeError(
                 f"targets: maps of other tokens; got {tuple(projected.shape)} of the student and "
@@ -146,10 +146,12 @@ class Teachers:
     def __init__(self, by_name: Mapping[str, Callable[[Tensor], FeatureMap]]) -> None:
         self.by_name = dict(by_name)
 
-    def __call__(self, images: Tensor, given: Maps, training: bool) -> Maps:
+    def __call__(self, images: Tensor, given_maps: Maps, training: bool) -> Maps:
         """Returns the maps by name, with the other entries of the given targets."""
-        maps = {name: model(images) for name, model in self.by_name.items() if name not in given}
-        return {**given, **maps}
+        maps = {
+            name: model(images) for name, model in self.by_name.items() if name not in given_maps
+        }
+        return {**given_maps, **maps}
 
 
 class Whole:
@@ -236,10 +238,10 @@ class Distillation(Task):
                 register(self, path, module)
             self.parts += getattr(filler, "parts", tuple)()
 
-    def learnt(self, images: Tensor, given: Maps | None) -> Maps:
+    def learnt(self, images: Tensor, given_maps: Maps | None) -> Maps:
         """Returns the teachers' maps of uint8 images (B, 3, H, W), by name."""
         with torch.no_grad():
-            return self.teachers(images, given or {}, self.training)
+            return self.teachers(images, given_maps or {}, self.training)
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
         """Returns the random draws of the seams."""
@@ -250,10 +252,10 @@ class Distillation(Task):
         }
 
     def prepare(
-        self, images: Tensor, given: Maps | None, keep: Tensor | None, draws: Drawn = UNDRAWN
+        self, images: Tensor, given_maps: Maps | None, keep: Tensor | None, draws: Drawn = UNDRAWN
     ) -> dict[str, Any]:
         """Returns the student's pixels, its drop path, and the teachers' maps."""
-        maps = self.learnt(images, given)
+        maps = self.learnt(images, given_maps)
         with torch.no_grad():
             pixels = normalise(images, self.statistics)
         if self.training and not draws:
@@ -272,11 +274,14 @@ class Distillation(Task):
             drawn: Result of `draws`, on the device.
         """
         dtype = next(self.student.parameters()).dtype
-        seen = self.sight.see(self.student, pixels.to(dtype), keep, drawn)
+        student_maps = self.sight.see(self.student, pixels.to(dtype), keep, drawn)
         # The residual stream may have another data type than the heads.
-        seen = Seen(_in_type(seen.map, dtype), tuple(_in_type(map_, dtype) for map_ in seen.blocks))
+        student_maps = Seen(
+            _in_type(student_maps.map, dtype),
+            tuple(_in_type(map_, dtype) for map_ in student_maps.blocks),
+        )
         comparisons = [
-            self.sight.counted(Comparison(t, *t.compared(seen, maps[t.teacher])), drawn)
+            self.sight.counted(Comparison(t, *t.compared(student_maps, maps[t.teacher])), drawn)
             for t in self.targets
         ]
         if self.training:
@@ -284,7 +289,7 @@ class Distillation(Task):
         return self._measured(comparisons)
 
     def _measured(self, comparisons: Sequence[Comparison]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss of an evaluation, and loss and cosine of each of several targets."""
+        """Returns the loss of an evaluation, the mean cosine, and both for each labelled target."""
         losses = [comparison.value() for comparison in comparisons]
         cosines = [c.target.cosine(c.projected, c.tokens) for c in comparisons]
         metrics: dict[str, Tensor] = {}

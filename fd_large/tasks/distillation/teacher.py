@@ -59,7 +59,8 @@ class PlacedTeacher:
         module: The model; its parameters are sharded unless it is replicated.
         fingerprint: Hash of the weights when it was built, the same for every placement.
         width: Number of channels of the map.
-        projection: (Ce, width) float32, of the summary into the space of texts; None: not wanted.
+        projection: (Ce, width) float32, of the summary into the space of texts; None if no
+            embedding is learnt.
     """
 
     projection: Tensor | None = None
@@ -190,22 +191,22 @@ class Beside:
     """Wraps the teachers (task.py) to compute on a separate CUDA stream in training.
 
     Args:
-        teachers: The seam that it stands around.
+        teachers: The seam that is wrapped.
     """
 
     def __init__(self, teachers: Any) -> None:
         self._teachers, self.by_name = teachers, teachers.by_name
 
-    def __call__(self, images: Tensor, given: Maps, training: bool) -> Maps:
+    def __call__(self, images: Tensor, given_maps: Maps, training: bool) -> Maps:
         """Returns the maps by name, with the other entries of the given targets."""
         if not training:
-            return self._teachers(images, given, training)
+            return self._teachers(images, given_maps, training)
 
         def maps() -> Maps:
             with torch.no_grad():
-                return self._teachers(images, given, training)
+                return self._teachers(images, given_maps, training)
 
-        return beside(maps, (images, given), images.device)
+        return beside(maps, (images, given_maps), images.device)
 
 
 def check_stream(placements: Collection[str], *, stored_maps: bool) -> None:
@@ -279,8 +280,8 @@ def built_teacher(
         teacher.fingerprint,
     )
     if entry.embedding_width:
-        found = projection_of(name, entry, sources)
-        teacher.projection = found.float().to(distributed.device())
+        projection = projection_of(name, entry, sources)
+        teacher.projection = projection.float().to(distributed.device())
     return teacher
 
 
@@ -311,8 +312,8 @@ def projection_of(name: str, entry: FrozenModel, sources: Sources) -> Tensor:
     Raises: ConfigError: if the weights have none.
     """
     tensor, is_transposed = _named(name, entry, sources)
-    found = sources.resolve(entry.source).tensors[tensor]
-    return found.T if is_transposed else found
+    projection = sources.resolve(entry.source).tensors[tensor]
+    return projection.T if is_transposed else projection
 
 
 def _named(name: str, entry: FrozenModel, sources: Sources) -> tuple[str, bool]:
@@ -320,7 +321,9 @@ def _named(name: str, entry: FrozenModel, sources: Sources) -> tuple[str, bool]:
     got = f"{entry.source or 'none'}"
     if entry.source and entry.source != RANDOM and not cached_folder(entry.source):
         tensors = sources.resolve(entry.source, where=source_flag(name)).tensors
-        named = next((one for one in TEXT_PROJECTIONS if one in tensors), None)
+        named = next(
+            (tensor_name for tensor_name in TEXT_PROJECTIONS if tensor_name in tensors), None
+        )
         if named is not None:
             is_transposed = TEXT_PROJECTIONS[named]
             into = tensors.shape(named)[0 if is_transposed else 1]

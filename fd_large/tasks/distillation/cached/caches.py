@@ -116,7 +116,9 @@ class RunCaches:
 
     def teachers(self) -> dict[str, CachedTeacher]:
         """Returns the cached teachers, by name."""
-        return {n: CachedTeacher(one, where=source_flag(n)) for n, one in self.readers.items()}
+        return {
+            n: CachedTeacher(reader, where=source_flag(n)) for n, reader in self.readers.items()
+        }
 
     def source_of(self, name: str) -> str:
         """Returns a teacher's source; for stored maps, the source of the teacher that made them."""
@@ -219,7 +221,7 @@ class RunCaches:
         """Puts a recorder around each teacher if the recipe names a folder for their maps."""
         if self.stores:
             where = "task.distillation.cache"
-            self.recorders = {n: Recorder(one, where=where) for n, one in teachers.items()}
+            self.recorders = {n: Recorder(teacher, where=where) for n, teacher in teachers.items()}
 
     def beside(
         self, epoch: int, samples: ImageSource, **options: Any
@@ -250,7 +252,7 @@ class RunCaches:
                 )
                 for name, recorder in self.recorders.items()
             }
-        missing = [name for name, one in self.recorders.items() if not one.is_whole(view)]
+        missing = [n for n, recorder in self.recorders.items() if not recorder.is_whole(view)]
         if epoch < self.fixed.count and missing:
             return ToRecord(tuple(missing), view)
         if epoch < self.fixed.count and epoch + 1 not in self._early:
@@ -362,16 +364,16 @@ def _held_out_reader(folder: Path, training: Header, facts: Mapping[str, Any]) -
 
     Raises: CacheError: if they are missing, or belong to other views or another teacher.
     """
-    own = folder / FOLDER
-    if not kind_of(own / HEADER):
+    held_out_folder = folder / FOLDER
+    if not kind_of(held_out_folder / HEADER):
         raise CacheError(
             f"eval.root: {folder} has no maps of held-out images; got no {FOLDER}/{HEADER}, "
             "expected those of this eval.root. Give the command that wrote the cache once more, "
             "with --eval.root: it adds them. Or set --eval.root '' and go without."
         )
-    header = Header.read(own, where="eval.root")
+    header = Header.read(held_out_folder, where="eval.root")
     of_teacher = {name: training.facts[name] for name in TEACHER_FACTS}
     require_same_views(header, {**of_teacher, **facts}, where="eval.root")
-    reader = CacheReader(own, header)
+    reader = CacheReader(held_out_folder, header)
     reader.check_whole(where="eval.root")
     return reader

@@ -51,7 +51,7 @@ THUMBNAIL = SIDE**2
 SHARD_BYTES = 1 << 28
 _MOST_OPEN = 128
 MAP, UNUSABLE = 1, 2
-"""What a record is; none is 0."""
+"""States of a record; 0 stands for a record that is not written yet."""
 
 PRECISIONS: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -338,16 +338,16 @@ class ShardFiles:
         }
 
 
-def differences(stored: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> str:
+def differences(stored: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> str:
     """Returns the differences between two mappings in words: "NAME is A there and B here, ..."."""
-    found = []
-    for name in {**own, **stored}:
-        there, here = stored.get(name), own.get(name)
+    phrases = []
+    for name in {**expected, **stored}:
+        there, here = stored.get(name), expected.get(name)
         if isinstance(there, Mapping) and isinstance(here, Mapping):
-            found += [differences(there, here, f"{name}: ")] if there != here else []
+            phrases += [differences(there, here, f"{name}: ")] if there != here else []
         elif there != here:
-            found.append(f"{prefix}{name} {there!r} there and {here!r} here")
-    return ", ".join(found)
+            phrases.append(f"{prefix}{name} {there!r} there and {here!r} here")
+    return ", ".join(phrases)
 
 
 def check_of(name: str, record: int, rows: Mapping[str, NDArray], state: int) -> int:

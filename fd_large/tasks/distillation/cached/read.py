@@ -97,13 +97,14 @@ class CacheReader(ShardFiles):
             raise damaged(file.path, got, f"{int(check[0]) & 0xFFFFFFFF:08x}", record)
         if expected >> 32 == UNUSABLE:
             return None
-        made = {}
+        tensors = {}
         for tensor, (dtype, shape) in self.header.rows(1).items():
             if tensor != "checks":
                 flat = torch.from_numpy(rows[tensor][0])
                 # An empty tensor cannot be viewed as another type.
-                made[tensor] = (flat.view(dtype) if len(flat) else flat.to(dtype)).view(shape[1:])
-        return Record(Stored(made["values"], made["scales"]), made["thumbnails"])
+                flat = flat.view(dtype) if len(flat) else flat.to(dtype)
+                tensors[tensor] = flat.view(shape[1:])
+        return Record(Stored(tensors["values"], tensors["scales"]), tensors["thumbnails"])
 
     def _opened(self, name: str, number: int) -> ShardFile:
         layout = self.header.layout(name, number)
@@ -206,8 +207,8 @@ class CachedTeacher:
             stored: The loader's: values (B, N, bytes of C values) uint8, and scales (B, N, 2).
         """
         header, (values, scales) = self.reader.header, stored
-        kept = Stored(values.view(PRECISIONS[header.precision]), scales)
-        tokens = decode(kept, getattr(torch, header.dtype))
+        encoded = Stored(values.view(PRECISIONS[header.precision]), scales)
+        tokens = decode(encoded, getattr(torch, header.dtype))
         return FeatureMap(tokens, header.grid, header.prefix_tokens)
 
     def __call__(self, images: Tensor) -> NoReturn:
@@ -228,20 +229,20 @@ class FromStored:
     A `CachedTeacher` reads it; a `Recorder` reads it, or shows the images to its model and writes.
 
     Args:
-        teachers: The seam that it stands around.
+        teachers: The seam that is wrapped.
     """
 
     def __init__(self, teachers: Any) -> None:
         self._teachers, self.by_name = teachers, teachers.by_name
 
-    def __call__(self, images: Tensor, given: Maps, training: bool) -> Maps:
+    def __call__(self, images: Tensor, given_maps: Maps, training: bool) -> Maps:
         """Returns the maps by name, with the other entries of the given targets."""
         maps = {
-            name: teacher.of_stored(images, given[name])
+            name: teacher.of_stored(images, given_maps[name])
             for name, teacher in self.by_name.items()
-            if name in given and not isinstance(given[name], FeatureMap)
+            if name in given_maps and not isinstance(given_maps[name], FeatureMap)
         }
-        return self._teachers(images, {**given, **maps}, training)
+        return self._teachers(images, {**given_maps, **maps}, training)
 
 
 def settled(entry: NamedTeacher, *, where: str) -> NamedTeacher:
@@ -262,8 +263,10 @@ def settled(entry: NamedTeacher, *, where: str) -> NamedTeacher:
     # What was left to the weights, or to the teacher's grid, is the cache's to say.
     free = {name: (getattr(usual, name), AUTO) for name in stored if name != "layer"}
     free["layer"] = ()
-    own = {name: getattr(entry, name) for name in stored if getattr(entry, name) not in free[name]}
-    if other := differences({name: stored[name] for name in own}, own):
+    recipe_values = {
+        name: getattr(entry, name) for name in stored if getattr(entry, name) not in free[name]
+    }
+    if other := differences({name: stored[name] for name in recipe_values}, recipe_values):
         raise CacheError(
             f"{where}: maps of another kind than the recipe's; got {other}, expected the same. "
             "Leave these fields out, or write a cache for them."

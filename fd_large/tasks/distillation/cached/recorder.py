@@ -98,15 +98,16 @@ class Recorder:
         if not isinstance(stored, Mapping):
             return self._stored.of_stored(images, stored)
         assert self.writer is not None
-        given = self._teacher(images)
-        kept = encode(given.tokens, self.writer.header.precision)
-        values, scales, thumbnails = kept.values.cpu(), kept.scales.cpu(), stored["thumbnail"].cpu()
+        map_ = self._teacher(images)
+        encoded = encode(map_.tokens, self.writer.header.precision)
+        values, scales = (part.cpu() for part in encoded)
+        thumbnails = stored["thumbnail"].cpu()
         places = zip(stored["view"].tolist(), stored["record"].tolist(), strict=True)
         for row, (view, record) in enumerate(places):
             if record >= 0:
                 content = Record(Stored(values[row], scales[row]), thumbnails[row])
                 self.writer.write(set_of(view), record, content)
-        return given
+        return map_
 
     def is_whole(self, view: int) -> bool:
         """Returns whether all maps of a view are stored, the same on every rank."""

@@ -59,17 +59,17 @@ def teacher_facts(teacher: PlacedTeacher, entry: NamedTeacher) -> dict[str, Any]
     return dict(zip(TEACHER_FACTS, values, strict=True))
 
 
-def header_for(given: FeatureMap, precision: str) -> Header:
+def header_for(sample: FeatureMap, precision: str) -> Header:
     """Returns the header of a cache without images yet, for maps shaped like a sample (1, N, C)."""
     header = Header(
         facts={},
         teacher={},
         precision=precision,
-        tokens=given.tokens.shape[1],
-        width=given.tokens.shape[2],
-        grid=given.grid,
-        prefix_tokens=given.num_prefix_tokens,
-        dtype=str(given.tokens.dtype).removeprefix("torch."),
+        tokens=sample.tokens.shape[1],
+        width=sample.tokens.shape[2],
+        grid=sample.grid,
+        prefix_tokens=sample.num_prefix_tokens,
+        dtype=str(sample.tokens.dtype).removeprefix("torch."),
         sets={},
         records_per_shard=1,
     )
@@ -150,8 +150,8 @@ class CacheWriter(ShardFiles):
         for shard in self.unfinished():
             layout = self.header.layout(*shard)
             part = self._part(layout)
-            held = part.stat().st_blocks * 512 if kind_of(part) else 0
-            left += max(0, layout.size - held)
+            written_bytes = part.stat().st_blocks * 512 if kind_of(part) else 0
+            left += max(0, layout.size - written_bytes)
         return left
 
     def unwritten(self, name: str, number: int) -> Sequence[int]:
@@ -241,8 +241,8 @@ class _Shares:
     rounds: int = field(init=False)
 
     def __post_init__(self) -> None:
-        own = sum(-(-len(records) // self.batch_size) for *_, records in self.shards)
-        self.rounds = int(distributed.max_rank(float(own)))
+        num_places = sum(-(-len(records) // self.batch_size) for *_, records in self.shards)
+        self.rounds = int(distributed.max_rank(float(num_places)))
 
     def __len__(self) -> int:
         return self.rounds
@@ -285,11 +285,11 @@ def write_cache(
         too many images cannot be used.
     """
     unfinished = prepared(writer, where=where, only=only)
-    own = unfinished[distributed.rank() :: distributed.world_size()]
+    own_shards = unfinished[distributed.rank() :: distributed.world_size()]
     shares = _Shares(
         writer,
         views.batch_size,
-        [(name, number, writer.unwritten(name, number)) for name, number in own],
+        [(name, number, writer.unwritten(name, number)) for name, number in own_shards],
     )
     bad = BadImages()
     loaded = iter(load_batches(views, shares, workers=workers))
@@ -357,13 +357,13 @@ def _finish(
         del left[shard]
 
 
-def _other_maps(stored: Header, own: Header) -> str:
+def _other_maps(stored: Header, expected: Header) -> str:
     """Returns the differences between two headers, without derived fields."""
     words = {"teacher_hash": "hash of the teacher's weights", "stored": "kind of map"}
     facts, sections, all_ = [], [], []
-    for header in (stored, own):
-        said = {words.get(name, name): value for name, value in header.facts.items()}
-        facts.append(said | {"precision": header.precision, "type of the maps": header.dtype})
+    for header in (stored, expected):
+        entry = {words.get(name, name): value for name, value in header.facts.items()}
+        facts.append(entry | {"precision": header.precision, "type of the maps": header.dtype})
         sections.append({f"teacher.{name}": value for name, value in header.teacher.items()})
         all_.append(asdict(header))
     return differences(*facts) or differences(*sections) or differences(*all_)

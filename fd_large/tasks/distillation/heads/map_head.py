@@ -55,7 +55,7 @@ class MapHead(nn.Module):
         self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
 
     def grid_from(self, student: Grid) -> Grid:
-        """Returns the grid of the output for a map; other than `grid` if the head takes any map.
+        """Returns the grid of the output: `grid`, unless the head takes maps of any grid.
 
         Args:
             student: Rows and columns of the student's map.
@@ -172,16 +172,16 @@ def check_map_head(
     Raises: ConfigError: if the head fails, or its output differs from its declared shape.
     """
     rows, columns = head.grid_from(student.grid)
-    wanted = (len(student.tokens), head.num_prefix_tokens + rows * columns, out_width)
+    expected = (len(student.tokens), head.num_prefix_tokens + rows * columns, out_width)
     try:
         with torch.no_grad():
             out = head(tuple(blocks) if head.reads_blocks else student)
         got = str(tuple(out.tokens.shape))
     except Exception as error:  # The user's code may raise anything.
         got = doors.cause(error)
-    if got != str(wanted):
+    if got != str(expected):
         raise ConfigError(
-            f"{WHERE}: {name} does not fit; got {got}, expected {wanted} for its grid of "
+            f"{WHERE}: {name} does not fit; got {got}, expected {expected} for its grid of "
             f"{rows}x{columns}. Correct the head."
         )
 

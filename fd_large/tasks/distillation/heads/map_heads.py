@@ -26,7 +26,7 @@ from fd_large.tasks.distillation.heads.token_heads import MLP
 
 
 class Ladder(MapHead):
-    """One MLP for each block and each of CLS token and patches, whose results are summed.
+    """An MLP of each block for the patches, and another for the CLS token; each kind is summed.
 
     Registers are left out. Source: Sariyildiz et al. (UNIC), arXiv 2408.05088; sizes as in its
     code.
@@ -110,8 +110,8 @@ def _mlp(width: int, hidden: int, out_width: int, pre_norm: bool, mid_norm: bool
 class Convolutional(MapHead):
     """Two convolutions with norms and ReLU, and a last layer.
 
-    The norms are of whole maps, with a factor for each channel and place, so that the head is made
-    for one pair of grids; the student itself is not. Source: Shang et al. (Theia), arXiv
+    The norms are of whole maps, with a factor for each channel and place, so that the head,
+    though not the student, is made for one pair of grids. Source: Shang et al. (Theia), arXiv
     2407.20179, whose translators are made for grids of 14, 16 and 64 a side; here the same layers
     take any grids in those proportions.
 
@@ -141,14 +141,14 @@ class Convolutional(MapHead):
         last_side: int = 1,
     ) -> None:
         super().__init__(maps.teacher_grid)
-        (side, columns), (wanted, wanted_columns) = maps.student_grid, maps.teacher_grid
+        (side, columns), (teacher_side, teacher_columns) = maps.student_grid, maps.teacher_grid
         self.first = (
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, adapted)) if adapted else None
         )
         width = adapted or width
-        padded = side + 2 if wanted in (side + 2, 4 * (side + 2)) else side
-        fits = wanted in (padded, 4 * padded) or side in (2 * wanted, 4 * wanted)
-        if not fits or (side, wanted) != (columns, wanted_columns):
+        padded = side + 2 if teacher_side in (side + 2, 4 * (side + 2)) else side
+        fits = teacher_side in (padded, 4 * padded) or side in (2 * teacher_side, 4 * teacher_side)
+        if not fits or (side, teacher_side) != (columns, teacher_columns):
             raise ConfigError(
                 f"{WHERE}: convolutions do not lead from the student's grid to the teacher's; got "
                 f"{grids_named(maps)}, expected square grids of n and n, n + 2, 4n, 4(n + 2), "
@@ -156,12 +156,12 @@ class Convolutional(MapHead):
             )
         self.pad = nn.ConvTranspose2d(width, width, 3) if padded != side else None
         hidden = hidden or width
-        sides, convolutions = _convolutions(padded, wanted, width, hidden)
+        sides, convolutions = _convolutions(padded, teacher_side, width, hidden)
         layers: list[nn.Module] = [nn.LayerNorm([width, padded, padded])]
         for out_side, convolution in zip(sides, convolutions, strict=True):
             layers += [convolution, nn.ReLU(), nn.LayerNorm([hidden, out_side, out_side])]
         self.layers = nn.Sequential(*layers)
-        make_last = nn.ConvTranspose2d if wanted > padded else nn.Conv2d
+        make_last = nn.ConvTranspose2d if teacher_side > padded else nn.Conv2d
         self.last = (
             nn.Linear(hidden, teacher_width)
             if last_side == 1
@@ -192,18 +192,18 @@ def _tokens(map_: Tensor) -> Tensor:
 
 
 def _convolutions(
-    side: int, wanted: int, width: int, hidden: int
+    side: int, out_side: int, width: int, hidden: int
 ) -> tuple[list[int], list[nn.Module]]:
     """Returns the convolutions from one grid to another, and the side of each layer's map."""
-    if wanted == 4 * side:
-        return [2 * side - 1, wanted], [
+    if out_side == 4 * side:
+        return [2 * side - 1, out_side], [
             nn.ConvTranspose2d(width, hidden, 3, stride=2, padding=1),
             nn.ConvTranspose2d(hidden, hidden, 3, stride=2, output_padding=1),
         ]
-    if side == 2 * wanted:
-        return [wanted], [nn.Conv2d(width, hidden, 4, stride=2, padding=1)]
-    stride = 1 if wanted == side else 2
-    return [side // stride, wanted], [
+    if side == 2 * out_side:
+        return [out_side], [nn.Conv2d(width, hidden, 4, stride=2, padding=1)]
+    stride = 1 if out_side == side else 2
+    return [side // stride, out_side], [
         nn.Conv2d(channels, hidden, 3, stride=stride, padding=1) for channels in (width, hidden)
     ]
 

@@ -57,12 +57,12 @@ def make(
 
     Raises: ConfigError: if the head does not exist or does not fit.
     """
-    found = doors.load(name, kind="heads", where=WHERE, built_in=HEADS)
-    arguments = [maps()] if maps is not None and reads_maps(found) else []
+    constructor = doors.load(name, kind="heads", where=WHERE, built_in=HEADS)
+    arguments = [maps()] if maps is not None and reads_maps(constructor) else []
     return make_head(name, width, teacher_width, *arguments, built_in=HEADS, where=WHERE)
 
 
 def reads_maps(make: Make) -> bool:
     """Returns whether a constructor of heads makes `MapHead`s."""
-    made = make.func if isinstance(make, partial) else make
-    return isinstance(made, type) and issubclass(made, MapHead)
+    constructor = make.func if isinstance(make, partial) else make
+    return isinstance(constructor, type) and issubclass(constructor, MapHead)

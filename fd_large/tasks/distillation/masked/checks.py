@@ -117,7 +117,9 @@ def _check_target(
         beside=("mask.tokens", "mask.cls"),
     )
     if mask.student == "dropped":
-        heads = tuple(one for one in _OF_PLACES if one != "ladder") if mask.decodes else _OF_TOKENS
+        heads = (
+            tuple(head for head in _OF_PLACES if head != "ladder") if mask.decodes else _OF_TOKENS
+        )
     _check_head(mask, name, entry.head, heads)
     require(
         entry.interpolation not in ("bilinear_student", "bilinear_larger"),

@@ -56,14 +56,14 @@ class Decoder(nn.Module):
         super().__init__()
         from timm.models.vision_transformer import Block  # A second that other runs are spared.
 
-        own, norm = mask.decoder_width, partial(nn.LayerNorm, eps=1e-6)
-        self.embed = nn.Linear(width, own)
-        self.mask_token = MaskToken(own)
+        decoder_width, norm = mask.decoder_width, partial(nn.LayerNorm, eps=1e-6)
+        self.embed = nn.Linear(width, decoder_width)
+        self.mask_token = MaskToken(decoder_width)
         self.blocks = nn.ModuleList(
-            Block(own, mask.decoder_heads, qkv_bias=True, norm_layer=norm)
+            Block(decoder_width, mask.decoder_heads, qkv_bias=True, norm_layer=norm)
             for _ in range(mask.decoder_depth)
         )
-        self.norm = norm(own)
+        self.norm = norm(decoder_width)
 
     def forward(self, tokens: Tensor, places: Tensor, grid: Grid) -> Tensor:
         """Returns tokens (B, P + N, decoder_width) of all places.
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         Args:
             tokens: (B, P + V, C), prefix tokens and visible patches.
             places: (B, V) int64, numbers of the visible patches.
-            grid: Rows and columns of all.
+            grid: Rows and columns of all patches.
         """
         x = self.embed(tokens)
         prefix = x.shape[1] - places.shape[1]
@@ -95,4 +95,6 @@ def sin_cos_positions(grid: Grid, width: int, device: torch.device | None = None
     rate = 10000.0 ** -(number(width // 4) / (width // 4))
     rows, columns = torch.meshgrid(*(number(size) for size in grid), indexing="ij")
     angles = [axis.reshape(-1, 1) * rate for axis in (columns, rows)]
-    return torch.cat([part for own in angles for part in (own.sin(), own.cos())], dim=1).float()
+    return torch.cat(
+        [part for axis_angles in angles for part in (axis_angles.sin(), axis_angles.cos())], dim=1
+    ).float()

@@ -50,7 +50,7 @@ def masks(mask: Mask, grid: Grid, seed: int, epoch: int, positions: ArrayLike) -
 def _numbers_hidden(
     mask: Mask, grid: Grid, seed: int, epoch: int, positions: ArrayLike
 ) -> NDArray[np.int64]:
-    """Returns how many patches of each image are hidden, (B,); at most so many with `block`."""
+    """Returns the number of hidden patches of each image, (B,); an upper limit with `block`."""
     if not mask.ratio_to and mask.share == 1:
         return np.full(np.shape(positions), hidden(mask, grid))
     drawn = uniforms(seed, epoch, positions, "mask_ratio", 2)
@@ -79,7 +79,7 @@ def random_masks(noise: NDArray[np.float64], numbers: ArrayLike) -> Bools:
 
     Args:
         noise: (B, N).
-        numbers: How many are hidden, of all images or of each, (B,).
+        numbers: Number of hidden patches, the same for all images or of each, (B,).
     """
     place = noise.argsort(axis=1, kind="stable").argsort(axis=1)
     masked: Bools = place >= noise.shape[1] - np.reshape(numbers, (-1, 1))

@@ -31,7 +31,7 @@ class Counted(NamedTuple):
 
     Attributes:
         whole: The comparison of all tokens.
-        counts: (B, N) bool; None: all do.
+        counts: (B, N) bool, the tokens that count; None if all do.
         of_images: (B,), the weight of each image in a mean over images.
         number: Number of tokens that count in the whole step, a scalar; None if it is equal in all
             images.
@@ -122,9 +122,9 @@ class Masked(Whole, Part):
         return student.width if self._decoder is None else self._mask.decoder_width
 
     def draws(self, seed: int, epoch: int, positions: Tensor) -> Drawn:
-        """Returns the hidden patches, (N, B) bool; if only visible ones are encoded, also those.
+        """Returns the hidden patches, (N, B) bool.
 
-        Their indices are (V, B) int64.
+        If only visible patches are encoded, it also returns their numbers, (V, B) int64.
         """
         drawn = torch.from_numpy(masks(self._mask, self._grid, seed, epoch, positions))
         sight = {"mask": drawn.T.contiguous()}
@@ -171,7 +171,7 @@ class Masked(Whole, Part):
         """Replaces hidden patches by the learnt token, for patches in one or two data types."""
         assert self._token is not None
         if isinstance(patches, tuple):
-            return tuple(self._token(one, mask) for one in patches)
+            return tuple(self._token(tokens, mask) for tokens in patches)
         return self._token(patches, mask)
 
     def counted(self, comparison: Comparison, drawn: Drawn) -> Any:

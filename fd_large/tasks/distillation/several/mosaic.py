@@ -94,30 +94,30 @@ class Mosaic(Frozen):
 class AloneInEvaluation:
     """Wraps the teachers (task.py) so that mosaics show each image alone in evaluation.
 
-    A figure then does not depend on which images meet.
+    A figure then does not depend on which images share a mosaic.
 
     Args:
-        teachers: The seam that it stands around.
+        teachers: The seam that is wrapped.
         names: The teachers with mosaics.
     """
 
     def __init__(self, teachers: Any, names: Collection[str]) -> None:
         self._teachers, self.by_name, self._names = teachers, teachers.by_name, tuple(names)
 
-    def __call__(self, images: Tensor, given: Maps, training: bool) -> Maps:
+    def __call__(self, images: Tensor, given_maps: Maps, training: bool) -> Maps:
         """Returns the maps by name, with the other entries of the given targets."""
-        alone = [] if training else [name for name in self._names if name not in given]
+        alone = [] if training else [name for name in self._names if name not in given_maps]
         maps = {name: self.by_name[name](images, alone=True) for name in alone}
-        return self._teachers(images, {**given, **maps}, training)
+        return self._teachers(images, {**given_maps, **maps}, training)
 
 
 def check_mosaics_full(images: int, micro_batch_size: int | str) -> None:
-    """Refuses micro-batches that mosaics do not fill.
+    """Refuses micro-batches that leave a mosaic incomplete.
 
     An image's map depends on its neighbours in the mosaic, which must not change with the ranks.
 
     Args:
-        images: The number of images of which all mosaics are full.
+        images: Number of images that fills the mosaics of all teachers.
         micro_batch_size: Images of a rank; "auto" may be any number.
     """
     require(

@@ -1,7 +1,7 @@
 """Normalisers by mean and deviation of a teacher's channels over the images of whole steps.
 
 Statistics are sums over the tokens of a step, added up over micro batches and ranks in float64, so
-that neither changes a target. They move once a step that was taken, and belong to a checkpoint.
+that neither changes a target. They move once with each accepted step, and are part of a checkpoint.
 The public codes gather all features on every rank instead.
 
 Source: Sariyildiz et al. (UNIC), arXiv 2408.05088, and Sariyildiz et al. (DUNE), arXiv 2503.14405;
@@ -145,7 +145,7 @@ class RunningStatistics(Float32Buffers):
         return Undo(self.mean, self.divisor, None)
 
     def state(self, label: str) -> dict[str, nn.Module]:
-        """Returns itself by its name in checkpoints: running.LABEL."""
+        """Returns this Module by its name in checkpoints: running.LABEL."""
         return {f"running.{label or MAP}": self}
 
     def part(self, target: Any) -> Part:

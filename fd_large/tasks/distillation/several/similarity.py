@@ -61,7 +61,7 @@ class SummaryQueue(Float32Buffers):
         """Returns summaries (B, C) at their places in the global batch, zeros elsewhere, flat.
 
         Their sum over the micro batches of all ranks gives the step's summaries, float64. A
-        rank's micro batches are consecutive positions; this is called for them in their order.
+        rank's micro batches are consecutive positions; the calls come in the same order.
         Summaries that would fall out of the queue at once are left out.
         """
         size = len(summaries)
@@ -134,7 +134,8 @@ def relation_divergence(
 ) -> Tensor:
     """Returns the divergence of each image between similarities of its tokens, (B,).
 
-    It is a mean over tokens, each of which is compared with all of its image, itself included.
+    It is a mean over tokens; each token is compared with all tokens of its image, itself
+    included.
     The widths of student and teacher may differ.
 
     Args:
@@ -183,7 +184,7 @@ class Relation(Loss):
         return self.per_image(projected, target).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns it for each image."""
+        """Returns the divergence of each image, (B,)."""
         student, teacher = (units(t[:, self.num_prefix_tokens :]) for t in (projected, target))
         return relation_divergence(student, teacher, self.temperature)
 
@@ -191,7 +192,7 @@ class Relation(Loss):
 class QueueDivergence(Loss):
     """Divergence between student's and teacher's similarities of summaries to other images'.
 
-    For summaries alone.
+    It works on summaries only.
 
     Attributes:
         queue: The other images' summaries; None in a trial, which uses the batch's own.
@@ -223,7 +224,7 @@ class QueueDivergence(Loss):
         return self.per_image(projected, target).mean()
 
     def per_image(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Returns it for each image."""
+        """Returns the divergence of each image, (B,)."""
         student, teacher = (units(summaries[:, 0]) for summaries in (projected, target))
         rows = teacher if self.queue is None else self.queue.now.to(teacher)
         return queue_divergence(student, teacher, rows, self.temperature)

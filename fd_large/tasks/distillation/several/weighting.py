@@ -92,9 +92,9 @@ class Weighted(Part):
             of_teachers[target.teacher] = of_teachers.get(target.teacher, 0) + losses
         table = torch.stack([of_teachers[name] for name in self._names])
         shares = comparisons[0].shares()
-        kept = self._kept(table, maps, drawn)
-        number = (kept * shares).sum() if self._number is None else self._number.squeeze()
-        return weighted_loss(table * shares, kept, number, parts=self._micro_batches)
+        kept_pairs = self._kept(table, maps, drawn)
+        number = (kept_pairs * shares).sum() if self._number is None else self._number.squeeze()
+        return weighted_loss(table * shares, kept_pairs, number, parts=self._micro_batches)
 
     def combined(self, targets: Sequence[Target], losses: Sequence[Any]) -> Any:
         """Returns the loss of an evaluation: the mean over the teachers."""
@@ -104,8 +104,8 @@ class Weighted(Part):
         """Returns the number of kept pairs, (1,)."""
         shares = task.sight.shares(prepared["drawn"], prepared["pixels"])
         zeros = prepared["pixels"].new_zeros(len(self._names), len(shares))
-        kept = self._kept(zeros, prepared["maps"], prepared["drawn"])
-        return (kept * shares).sum().double().reshape(1)
+        kept_pairs = self._kept(zeros, prepared["maps"], prepared["drawn"])
+        return (kept_pairs * shares).sum().double().reshape(1)
 
     def take(self, totals: Tensor, micro_batches: int) -> None:
         """Takes the number of kept pairs of the step."""
@@ -118,7 +118,7 @@ class Weighted(Part):
     def _kept(self, losses: Tensor, maps: Maps, drawn: Drawn) -> Tensor:
         """Returns a mask of each image's teachers, (teachers, B) bool.
 
-        Without draws or datasets, as where a step is counted on shapes, they are all kept.
+        Without draws or datasets, as where a step is counted on shapes, all are kept.
         """
         if self._weighting.rule == "own_data" and DATASETS in maps:
             return kept_of_own_data(maps[DATASETS], self._teaches.rows)
@@ -182,17 +182,17 @@ def kept_of_own_data(datasets: Tensor, teaches: Tensor) -> Tensor:
     return teaches[:, datasets]
 
 
-def weighted_loss(losses: Tensor, kept: Tensor, number: Tensor, *, parts: int) -> Tensor:
+def weighted_loss(losses: Tensor, kept_pairs: Tensor, number: Tensor, *, parts: int) -> Tensor:
     """Returns a micro batch's share of the mean over all kept pairs of a step, a scalar.
 
     Args:
         losses: (T, B), the loss of each image by each teacher.
-        kept: (T, B) bool.
+        kept_pairs: (T, B) bool.
         number: Number of kept pairs of the whole step, a scalar; at 0 the loss is 0.
         parts: Micro batches of the step on all ranks, whose losses and gradients are averaged.
     """
     # Not by a product: what is left out may be infinite.
-    return parts * losses.where(kept, 0).sum() / number.to(losses).clamp(min=1)
+    return parts * losses.where(kept_pairs, 0).sum() / number.to(losses).clamp(min=1)
 
 
 def with_datasets(batches: Iterator[Batch], samples: ImageSource) -> Iterator[Batch]:
@@ -218,7 +218,7 @@ def teaches(
     Args:
         weighting, teachers, data: Sections of the recipe.
 
-    Returns: nothing, if all teach all.
+    Returns: an empty list if every teacher teaches all images.
     Raises: ConfigError or DataError: if a dataset has no teacher or does not exist, or a mixed
         image would belong to two datasets.
     """
