@@ -100,7 +100,7 @@ def stored_run_of(job: TrainingJob) -> StoredRun:
 def transfer_of(task: str) -> Transfer:
     """Returns the `Transfer` of a task.
 
-    Raises: ConfigError: if they do not.
+    Raises: ConfigError: if the task cannot begin from a named model.
     """
     kind = kind_of(task)
     if not kind.transfer:
@@ -117,7 +117,7 @@ def heads_of(job: TrainingJob | None, folder: Path | None) -> Mapping[str, nn.Mo
 
     Args:
         job: The job of the run; None without a run.
-        folder: Where its weights stand (`NamedModel.folder`); None: nowhere.
+        folder: Folder of its weights (`NamedModel.folder`), or None if they lie in no folder.
 
     Raises: FDError: if they cannot be read.
     """

@@ -65,8 +65,8 @@ class StoredRun:
     """
 
     loss_name: ClassVar[str] = ""
-    """What `diagnose` calls the run's loss (`losses_on`); empty: neither images alone nor images
-    with a class each decide it."""
+    """Name of the run's loss in `diagnose` (`losses_on`); empty if neither images alone nor images
+    with a class each decide the loss."""
 
     def __init__(self, job: TrainingJob) -> None:
         self.job, self.run = job, job.run
@@ -84,7 +84,9 @@ class StoredRun:
         Raises: ConfigError: if the library lacks this model.
         """
         if LIBRARIES[to].heads:
-            able = ", ".join(f"--to {form}" for form, it in LIBRARIES.items() if not it.heads)
+            able = ", ".join(
+                f"--to {form}" for form, library in LIBRARIES.items() if not library.heads
+            )
             raise ConfigError(
                 f"export: --to {to}: holds a model with its heads; got a run of the task "
                 f"{self.run.task.name}, expected a task whose heads it has. Use one of {able}."
@@ -116,7 +118,7 @@ class StoredRun:
             to: The library.
         """
         metrics = {
-            name.replace("/", "_"): what for name, what in self.job.metrics.items() if "/" in name
+            name.replace("/", "_"): label for name, label in self.job.metrics.items() if "/" in name
         }
         return Learned(
             title=f"the backbone of a {self.run.task.name} run",

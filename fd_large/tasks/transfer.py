@@ -42,17 +42,17 @@ class Transfer:
             run: The recipe.
             model: The model and its weights, settled.
             image_size: Side of its images, in pixels.
-            trained_as: The student's section in the run that trained the model; None if no run did:
-                it is not a run's student.
+            trained_as: The student's section in the run that trained the model; None for the
+                model of no run.
             fields: Fields of the student that the user set in the recipe.
 
         Raises: ConfigError: if the user set a field that the named model decides.
         """
-        base, own = run.student, run.student_architecture()
+        base, recipe_architecture = run.student, run.student_architecture()
         decided = [f for f in fields if f in _OF_THE_MODEL or f.startswith("architecture.")]
         refuse_decided(decided, (*OWN_FIELDS, "size_rule", _WINDOW))
         architecture = resolve(model.model, model.architecture)
-        if own == own.with_own_position_biases():
+        if recipe_architecture == recipe_architecture.with_own_position_biases():
             architecture = architecture.with_own_position_biases()
         window = base.architecture.window_size
         # The windows of a Swin of the first version are those of its position tables.
@@ -77,7 +77,7 @@ class Transfer:
 
         Args:
             run: The recipe, with the model in the student's place.
-            pool: The feature that is asked for; "auto": all that there are.
+            pool: The feature to probe; "auto" for all features that the model has.
         """
         return {"": run}
 
@@ -87,6 +87,6 @@ class Transfer:
         Args:
             summary: Content of its summary.json.
 
-        Returns: the accuracy in per cent, and more about it.
+        Returns: the accuracy in per cent, and further metrics by name.
         """
         raise NotImplementedError

@@ -72,9 +72,9 @@ class ClassificationJob(TrainingJob):
         if own_section(self.run).statistics or not init:
             return run
         student = run.student_architecture()
-        found = sources.resolve(init, where="--student.init").statistics_for(student)
-        found = found or statistics_of(run.student.model, student)
-        return with_statistics(run, (*found.mean, *found.std))
+        statistics = sources.resolve(init, where="--student.init").statistics_for(student)
+        statistics = statistics or statistics_of(run.student.model, student)
+        return with_statistics(run, (*statistics.mean, *statistics.std))
 
     def check(self) -> None:
         """Opens the test images, and checks the headers of the weights."""
@@ -107,10 +107,10 @@ class ClassificationJob(TrainingJob):
         def measure(
             step: int, last: bool, between: Callable[[], None]
         ) -> tuple[dict[str, float], None]:
-            found, predictions = self._measure(engine, images, bad, micro_batch_size, between)
+            metrics, predictions = self._measure(engine, images, bad, micro_batch_size, between)
             if last and distributed.is_main():
                 predictions.write(Path(self.run.run_dir()))
-            return {f"test_{name}": value for name, value in found.items()}, None
+            return {f"test_{name}": value for name, value in metrics.items()}, None
 
         return [Evaluation(measure, self.run.eval.every)]
 

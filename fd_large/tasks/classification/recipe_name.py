@@ -18,9 +18,9 @@ def recipe_name(architecture: FamilyArchitecture, *, run_recipe: str | None) -> 
         run_recipe: Name of the recipe of the run that trained the model; "" for random weights;
             None for weights of its own, such as a teacher's.
     """
-    own = (run_recipe or "").replace("fd_", "finetune_", 1)
-    if own in RECIPES and RECIPES[own]().task.name == "finetune":
-        return own
+    finetune_name = (run_recipe or "").replace("fd_", "finetune_", 1)
+    if finetune_name in RECIPES and RECIPES[finetune_name]().task.name == "finetune":
+        return finetune_name
     # Not every family states its width.
     width = getattr(architecture, "embed_dim", 0)
     if architecture.is_hierarchical:

@@ -25,8 +25,8 @@ def summed(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         "top5": best.sum(),
         "images": counted.sum(),
     }
-    found = {name: value.double() for name, value in sums.items()}
-    return losses.sum() / counted.sum().clamp(min=1), found | {"predicted": ranked[:, 0]}
+    totals = {name: value.double() for name, value in sums.items()}
+    return losses.sum() / counted.sum().clamp(min=1), totals | {"predicted": ranked[:, 0]}
 
 
 def averaged(sums: dict[str, Tensor]) -> dict[str, float]:

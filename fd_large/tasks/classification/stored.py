@@ -34,8 +34,8 @@ class StoredClassification(StoredRun):
         prepared = task.prepare(images, labels, None)
 
         def losses() -> dict[str, float]:
-            found = averaged(task(**prepared)[1])
-            return {self.loss_name: found["loss"], "accuracy (%)": found["top1"]}
+            averages = averaged(task(**prepared)[1])
+            return {self.loss_name: averages["loss"], "accuracy (%)": averages["top1"]}
 
         return losses
 

@@ -241,7 +241,7 @@ class LinearProbing(Task):
         Args:
             images: (M, 3, H, W) uint8: in training whole groups, one after the other.
             targets: In training {"labels": (B,), "places": (B,) in the images}; else (M,) labels.
-            keep: Nothing is dropped.
+            keep: Not used: nothing is dropped.
         """
         del keep
         (frozen,) = self._frozen
@@ -265,14 +265,14 @@ class LinearProbing(Task):
             return summed(self._logits(normed), labels)
         rows, groups = [], features.split(self._norm_batch)
         numbers = torch.arange(len(groups), device=places.device)
-        own = (places // self._norm_batch == numbers[:, None]).sum(1)
-        for count, group in zip(own, groups, strict=True):
+        counts = (places // self._norm_batch == numbers[:, None]).sum(1)
+        for count, group in zip(counts, groups, strict=True):
             variance, mean = torch.var_mean(group, 0, correction=0)
             rows.append((group - mean) * (variance + NORM_EPS).rsqrt())
             unbiased = variance * (len(group) / max(1, len(group) - 1))
             ones = torch.ones(1, device=mean.device)
-            found = count * torch.cat([mean, unbiased, ones]).double()
-            self.seen = found if self.seen is None else self.seen + found
+            sums = count * torch.cat([mean, unbiased, ones]).double()
+            self.seen = sums if self.seen is None else self.seen + sums
         logits = self._logits(torch.cat(rows)[places])
         return F.cross_entropy(logits, labels), {}
 

@@ -40,8 +40,8 @@ class ClassificationTransfer(Transfer):
         architecture = resolve(model.model, model.architecture).with_own_position_biases()
         if architecture.resizes_positions:
             architecture = architecture.at(image_size)
-        own = {name: getattr(run.student, name) for name in {"drop_path_rate", *fields}}
-        section = replace(trained_as or Student(model=model.model), **own)
+        student_fields = {name: getattr(run.student, name) for name in {"drop_path_rate", *fields}}
+        section = replace(trained_as or Student(model=model.model), **student_fields)
         student = as_student(model, architecture, section, trained_as=trained_as)
         if student.init and not own_section(run).statistics:
             run = with_statistics(run, model.statistics)

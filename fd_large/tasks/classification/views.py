@@ -77,10 +77,10 @@ class LabelledViews:
         loaded = load_at(make, self.source, positions, seed=self.seed, epoch=self.epoch)
         black = torch.zeros(3, *[self.settings.image_size] * 2, dtype=torch.uint8)
         return Labelled(
-            torch.stack([black if one.value is None else one.value for one in loaded]),
-            torch.tensor([one.index for one in loaded]),
-            torch.tensor([self.source.label(one.index) for one in loaded]),
-            tuple(one.bad for one in loaded),
+            torch.stack([black if sample.value is None else sample.value for sample in loaded]),
+            torch.tensor([sample.index for sample in loaded]),
+            torch.tensor([self.source.label(sample.index) for sample in loaded]),
+            tuple(sample.bad for sample in loaded),
         )
 
     def draws(self, positions: NDArray[np.int64], stream: str, count: int) -> list[list[float]]:
@@ -115,8 +115,8 @@ class MixedBatches(Dataset):
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
         """Loads, augments and mixes."""
-        recipe, own = self.recipe, len(positions)
-        every, others = positions, torch.arange(own)
+        recipe, batch_size = self.recipe, len(positions)
+        every, others = positions, torch.arange(batch_size)
         if recipe.mixup or recipe.cutmix:
             every, others = with_partners(positions, self.global_batch_size)
         views = LabelledViews(self.source, self.settings, self.seed, self.epoch)
@@ -151,8 +151,8 @@ class MixedBatches(Dataset):
             torch.cat(mixed),
             self.epoch,
             torch.from_numpy(positions),
-            loaded.indices[:own],
-            sum(loaded.bad[:own], ()),
+            loaded.indices[:batch_size],
+            sum(loaded.bad[:batch_size], ()),
             torch.cat(targets),
         )
 

@@ -36,11 +36,11 @@ class Model(Protocol):
     def at_once(self) -> int:
         """Number of windows in a forward of `predict`."""
 
-    def predict(self, seen: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    def predict(self, views: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Predicts the pixels of an image: (H, W), on the device.
 
         Args:
-            seen: (3, h, w) uint8, the views of the image.
+            views: (3, h, w) uint8, the views of the image.
             size: Height and width of the result.
         """
 
@@ -108,13 +108,13 @@ def predict_some(errors: NDArray[np.float64], model: Model, images: PairedImages
     worst = scored[np.argsort(-errors[scored], kind="stable")][:NUM_IMAGES]
     spread = np.linspace(0, len(scored) - 1, min(NUM_IMAGES, len(scored))).round().astype(int)
     groups = {"worst": worst.tolist(), "chosen": scored[spread].tolist()}
-    seen = {}
+    drawn = {}
     for index in dict.fromkeys(groups["worst"] + groups["chosen"]):
         item = TestImages(images, model.views)[index if distributed.is_main() else -1]
         predicted = _predict_together(model, item)
         if predicted is not None:
-            seen[index] = Drawn(item.truth.numpy(), predicted.cpu().numpy())
-    return {name: {i: seen[i] for i in group if i in seen} for name, group in groups.items()}
+            drawn[index] = Drawn(item.truth.numpy(), predicted.cpu().numpy())
+    return {name: {i: drawn[i] for i in group if i in drawn} for name, group in groups.items()}
 
 
 def draw_some(
@@ -132,10 +132,10 @@ def draw_some(
         folder: A folder that exists.
     """
     drawn = []
-    for name, seen in (some or {}).items():
-        if seen:
+    for name, images in (some or {}).items():
+        if images:
             path = folder / f"{name}.png"
-            draw([row(index, one) for index, one in seen.items()], path)
+            draw([row(index, image) for index, image in images.items()], path)
             drawn.append(path)
     return drawn
 

@@ -76,8 +76,8 @@ class TrainingBatches(Dataset):
         side = self.views.image_size
         black = torch.zeros(3, side, side, dtype=torch.uint8)
         nothing = black, np.full((side, side), self.views.unknown)
-        made = [sample.value or nothing for sample in loaded]
-        images = [image for image, _ in made]
+        samples = [sample.value or nothing for sample in loaded]
+        images = [image for image, _ in samples]
         unknown = self.views.unknown.item()
         return Batch(
             torch.stack([padded(image, (side, side)) for image in images]),
@@ -87,7 +87,7 @@ class TrainingBatches(Dataset):
             sum((sample.bad for sample in loaded), ()),
             Targets(
                 torch.stack(
-                    [padded(torch.from_numpy(truth), (side, side), unknown) for _, truth in made]
+                    [padded(torch.from_numpy(truth), (side, side), unknown) for _, truth in samples]
                 ),
                 sizes_of(images),
                 positions,
@@ -147,8 +147,8 @@ class TestImages(Dataset):
                 image, truth = self.source.sample(index)
         except DataError as error:
             return TestImage([], none, index, str(error))
-        seen = [view.image(image) for view in self.views.views(*truth.shape)]
-        return TestImage(seen, torch.from_numpy(truth), index)
+        views = [view.image(image) for view in self.views.views(*truth.shape)]
+        return TestImage(views, torch.from_numpy(truth), index)
 
 
 def build_test_loader(
@@ -158,7 +158,7 @@ def build_test_loader(
 
     Args:
         source: Images with their truth.
-        views: At which sizes they are seen.
+        views: Sizes at which they are seen.
         rank: Counted from 0.
         world_size: The number of ranks.
         workers: Number of loading processes; 0 loads in this process.

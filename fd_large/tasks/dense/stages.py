@@ -124,7 +124,7 @@ def normed_last_map(student: nn.Module, pixels: Tensor, keep: Tensor | None) -> 
     """Maps normalised images to the last map of a whole student, after its final norm.
 
     Args:
-        student: A backbone that `strip` took nothing of.
+        student: A whole backbone, without `strip`.
         pixels: (B, 3, H, W), any float dtype; padded to the student's size if it has one.
         keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
 

@@ -26,7 +26,7 @@ from fd_large.tasks.stored_run import Predicted, StoredRun, StoredScores
 from fd_large.weights.read import Tensors
 
 Seen = tuple[Any, str, Path]
-"""What predictions.json holds of an image, the same in a few words, and the drawn image."""
+"""An image's entry in predictions.json, its prediction in a few words, and the drawn image."""
 
 
 def task_to_test(make: Callable[[], AnyTask], reader: Reader, *, precision: str) -> AnyTask:
@@ -47,8 +47,8 @@ def head_shapes(make: Callable[[], Task]) -> dict[str, tuple[int, ...]]:
     """Returns shapes by name of a task's tensors outside its student, running statistics too."""
     with torch.device("meta"):
         task = make()
-    held = dict(task.named_parameters()) | partition.running_statistics(task)
-    return {n: tuple(t.shape) for n, t in held.items() if not n.startswith(stream.STUDENT)}
+    tensors = dict(task.named_parameters()) | partition.running_statistics(task)
+    return {n: tuple(t.shape) for n, t in tensors.items() if not n.startswith(stream.STUDENT)}
 
 
 class HeadTensors(Tensors):
@@ -95,7 +95,7 @@ def predict_files(
         max_pixels: Larger images are refused.
     """
     out_folder(folder)
-    seen: dict[str, Any] = {}
+    predictions: dict[str, Any] = {}
     for path in dict.fromkeys(images):
         try:
             image = decode(read_image(path), path, max_pixels=max_pixels)
@@ -103,9 +103,9 @@ def predict_files(
             yield Predicted(path, problem=str(error))
             continue
         # Files with the same name in different folders are kept apart.
-        seen[path], text, drawn = see(image, f"{len(seen) + 1}_{Path(path).stem}")
+        predictions[path], text, drawn = see(image, f"{len(predictions) + 1}_{Path(path).stem}")
         yield Predicted(path, text, drawn)
-    write_json(folder / "predictions.json", seen)
+    write_json(folder / "predictions.json", predictions)
 
 
 class StoredDense(StoredRun):

@@ -60,10 +60,10 @@ def mean_of_windows(
     for start in range(0, len(places), at_once):
         some = places[start : start + at_once]
         crops = torch.cat([image[..., a:c, b:d] for a, b, c, d in some])
-        for (a, b, c, d), found in zip(some, find(crops).split(len(image)), strict=True):
+        for (a, b, c, d), prediction in zip(some, find(crops).split(len(image)), strict=True):
             if total is None:
-                total = found.new_zeros(*found.shape[:-2], *size)
-            total[..., a:c, b:d] += found
+                total = prediction.new_zeros(*prediction.shape[:-2], *size)
+            total[..., a:c, b:d] += prediction
             count[a:c, b:d] += 1
     assert total is not None
     return total / count.to(total.dtype)

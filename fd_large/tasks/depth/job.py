@@ -32,57 +32,60 @@ class DepthJob(DenseJob):
 
     def open_split(self, root: str, split: str, where: str) -> DepthSet:
         """Opens the images of a split and their depth files."""
-        own = self.section
+        section = self.section
         return open_depth(
             root,
             split,
-            list_file=own.train_list if split == "train" else own.val_list,
-            depth_scale=own.depth_scale,
-            valid_range=own.valid_range,
-            bottom_crop=own.bottom_crop,
-            limits=(own.min_depth, own.max_depth),
+            list_file=section.train_list if split == "train" else section.val_list,
+            depth_scale=section.depth_scale,
+            valid_range=section.valid_range,
+            bottom_crop=section.bottom_crop,
+            limits=(section.min_depth, section.max_depth),
             max_pixels=self.run.data.max_pixels,
             where=where,
         )
 
     def training_views(self) -> TrainingViews:
         """Returns the recipe's views of training images."""
-        own = self.section
+        section = self.section
         return TrainingViews(
             image_size=self.run.data.image_size,
-            colors=own.colors,
-            cut_depth=own.cut_depth,
-            cut_depth_bytes=own.cut_depth_bytes,
-            max_depth=own.max_depth,
-            depth_scale=own.depth_scale,
+            colors=section.colors,
+            cut_depth=section.cut_depth,
+            cut_depth_bytes=section.cut_depth_bytes,
+            max_depth=section.max_depth,
+            depth_scale=section.depth_scale,
         )
 
     def test_images(self) -> DepthSet:
         """Opens the test images, and checks some of them against `task.depth.test_crop`."""
-        images, own = super().test_images(), self.section
+        images, section = super().test_images(), self.section
         for truth in images.some_truths():
-            crop_of(own.test_crop, *(own.bottom_crop if any(own.bottom_crop) else truth.shape))
+            crop_of(
+                section.test_crop,
+                *(section.bottom_crop if any(section.bottom_crop) else truth.shape),
+            )
         return cast(DepthSet, images)
 
     def make_task(self) -> Depth:
         """Constructs the student and its head."""
-        own = self.section
+        section = self.section
         return Depth(
             self.student_module(),
-            max_depth=own.max_depth,
-            head=own.head,
-            width=own.head_width,
-            over=own.loss_over,
-            mean_share=own.loss_lambda,
-            factor=own.loss_factor,
-            frozen=own.frozen,
+            max_depth=section.max_depth,
+            head=section.head,
+            width=section.head_width,
+            over=section.loss_over,
+            mean_share=section.loss_lambda,
+            factor=section.loss_factor,
+            frozen=section.frozen,
             statistics=self._statistics(),
         )
 
     def model_to_test(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Model:
         """Returns the model under test, with its views of an image."""
-        own = self.section
-        views = TestViews(self.run.data.image_size, own.test_windows, own.test_flip)
+        section = self.section
+        views = TestViews(self.run.data.image_size, section.test_windows, section.test_flip)
         return Model(forward, views, at_once)
 
     def whole_images(self) -> str:
@@ -96,12 +99,12 @@ class DepthJob(DenseJob):
 
     def measure(self, model: Model, images: DepthSet, between: Callable[[], None]) -> Outcome:
         """Tests a model on all images; a collective."""
-        own = self.section
+        section = self.section
         return evaluate(
             model,
             images,
-            limits=(own.min_depth, own.max_depth),
-            crop=own.test_crop,
+            limits=(section.min_depth, section.max_depth),
+            crop=section.test_crop,
             workers=self.run.data.workers,
             between=between,
         )

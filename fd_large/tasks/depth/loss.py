@@ -76,16 +76,16 @@ def silog_loss(
     if over == "image":
         loss = _root(*of_image, mean_share).mean()
     else:
-        own = of_image.sum(1)
+        local_sums = of_image.sum(1)
         if whole is None:
-            whole = Whole(distributed.sum_tensor(own), distributed.world_size())
+            whole = Whole(distributed.sum_tensor(local_sums), distributed.world_size())
         totals = whole.sums.clone().requires_grad_()
         with torch.enable_grad():
             root = _root(*totals, mean_share)
         # The root is of the sums of the step, and its slope in them is the slope in this part's
         # own. The engine averages gradients over the parts, where the root asks for their sum.
         (slope,) = torch.autograd.grad(root, totals)
-        loss = root.detach() + whole.parts * (slope * (own - own.detach())).sum()
+        loss = root.detach() + whole.parts * (slope * (local_sums - local_sums.detach())).sum()
     return (factor * loss).to(log_depths)
 
 

@@ -55,12 +55,12 @@ class StoredDepth(StoredDense):
             draw_prediction(image.permute(1, 2, 0).numpy(), depth, drawn)
             np.save(unlinked(metres), depth)
             nearest, median, farthest = (float(x) for x in np.quantile(depth, (0, 0.5, 1)))
-            seen = {
+            entry = {
                 "depth": metres.name,
                 "nearest": nearest,
                 "median": median,
                 "farthest": farthest,
             }
-            return seen, f"{nearest:.2f} to {farthest:.2f} m, median {median:.2f} m", drawn
+            return entry, f"{nearest:.2f} to {farthest:.2f} m, median {median:.2f} m", drawn
 
         return predict_files(see, images, folder, max_pixels=self.run.data.max_pixels)

@@ -38,9 +38,9 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "mim": MimHead,
     "linear": lambda in_width, width, stride: LinearHead(in_width),
 }
-"""What makes a depth of a map, by the name that a recipe has for it (`task.depth.head`): made of
-(channels of the map, channels of the head, pixels per place of the map). It maps (B, C, h, w) to
-(B, 1, H, W) of any size, the depth before its sigmoid."""
+"""Heads from a map to depths, by their names in a recipe (`task.depth.head`), constructed from
+(channels of the map, channels of the head, pixels per place of the map). A head maps (B, C, h, w)
+to (B, 1, H, W) of any size, the depth before its sigmoid."""
 
 
 class Depth(DenseTask):

@@ -48,11 +48,11 @@ class ExtraAttention(nn.Module):
             stride: Pixels per place.
         """
         images, rows, columns, width = x.shape
-        seen = self._inside(rows, columns, sizes, stride)  # (B, 1, 1, N)
+        mask = self._inside(rows, columns, sizes, stride)  # (B, 1, 1, N)
         tokens = x.flatten(1, 2)
         qkv = self.qkv(self.norm1(tokens)).unflatten(2, (3, self.num_heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, D) each
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         tokens = tokens + self.proj(mixed.transpose(1, 2).flatten(2))
         tokens = tokens + self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
         return self.norm(tokens).view(images, rows, columns, width).to(x.dtype)

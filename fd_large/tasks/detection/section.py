@@ -20,7 +20,7 @@ HEADS_SETTINGS: dict[str, dict[str, str]] = {
     "cascade": {"cascade_form": "form", "box_loss": "box_loss", "class_agnostic": "class_agnostic"},
     "htc": {name: name for name in ("box_loss", "class_agnostic", "semantic_classes")},
 }
-"""For built-in heads, the fields that are settings of theirs, and what they call them."""
+"""Settings of built-in heads: the name of a field -> the name of the head's argument."""
 
 
 @dataclass(frozen=True, kw_only=True)

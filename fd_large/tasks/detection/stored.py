@@ -86,18 +86,18 @@ class StoredDetection(StoredRun):
                 resized_view(*image.shape[-2:], short_side=short, long_side=long).image(image)
                 for short, long in model.views.sides
             ]
-            (seen,) = model.detect(
+            (detections,) = model.detect(
                 [pixels[None].to(device) for pixels in resized],
                 [sizes_of([pixels]).to(device) for pixels in resized],
                 sizes_of([image]).to(device),
             )
             results = to_results(
-                seen,
+                detections,
                 image_id=0,
                 original_size=image.shape[-2:],
                 category_ids=range(len(class_names)),
             )
-            found = [
+            objects = [
                 {
                     "class": class_names[result["category_id"]],
                     **{key: result[key] for key in ("score", "bbox", "segmentation")},
@@ -106,8 +106,8 @@ class StoredDetection(StoredRun):
                 if result["score"] >= least_score
             ]
             drawn = folder / f"{stem}.png"
-            draw_image(image.permute(1, 2, 0).numpy(), marks_of(found), drawn)
-            return found, f"{len(found)} objects", drawn
+            draw_image(image.permute(1, 2, 0).numpy(), marks_of(objects), drawn)
+            return objects, f"{len(objects)} objects", drawn
 
         return predict_files(see, images, folder, max_pixels=self.run.data.max_pixels)
 

@@ -39,7 +39,7 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "cascade": CascadeHeads,
     "htc": HtcHeads,
 }
-"""What is made of proposals, by the name that a recipe has for it (`task.detection.heads`)."""
+"""Heads on proposals, by their names in a recipe (`task.detection.heads`)."""
 # Best anchors of a level that are looked at: more in training, where objects are found late.
 BEFORE_NMS_TRAINING, BEFORE_NMS = 2000, 1000
 
@@ -218,15 +218,15 @@ class Detection(Task):
             return proposals
         if ask is not None and ask.what == "masks":
             return self.heads.masks(maps, self.strides, ask.boxes, ask.labels)
-        own = [proposal.boxes for proposal in proposals]
+        own_boxes = [proposal.boxes for proposal in proposals]
         candidates = self.heads.candidates(
-            maps, self.strides, own if ask is None or ask.boxes is None else ask.boxes, sizes
+            maps, self.strides, own_boxes if ask is None or ask.boxes is None else ask.boxes, sizes
         )
         if ask is not None:
             return candidates
         chosen = [
-            self.selection.of_candidates(*found, size)
-            for found, size in zip(candidates, sizes, strict=True)
+            self.selection.of_candidates(*of_image, size)
+            for of_image, size in zip(candidates, sizes, strict=True)
         ]
         boxes, labels = [of.boxes for of in chosen], [of.labels for of in chosen]
         masks = self.heads.masks(maps, self.strides, boxes, labels)

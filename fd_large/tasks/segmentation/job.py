@@ -36,48 +36,51 @@ class SegmentationJob(DenseJob):
 
     def open_split(self, root: str, split: str, where: str) -> SegmentationSet:
         """Opens the images of a split and their labels."""
-        own = self.section
+        section = self.section
         return open_segmentation(
             root,
             split,
-            num_classes=own.num_classes,
-            ignore_value=own.ignore_value,
-            reduce_zero_label=own.reduce_zero_label,
+            num_classes=section.num_classes,
+            ignore_value=section.ignore_value,
+            reduce_zero_label=section.reduce_zero_label,
             max_pixels=self.run.data.max_pixels,
             where=where,
         )
 
     def open_samples(self) -> ImageSource:
         """Opens the training images and their labels, and takes the names of the classes."""
-        images, own = super().open_samples(), self.section
-        self.classes = classes_of(self.run.data.root, own.num_classes, own.classes)
+        images, section = super().open_samples(), self.section
+        self.classes = classes_of(self.run.data.root, section.num_classes, section.classes)
         return images
 
     def training_views(self) -> TrainingViews:
         """Returns the recipe's views of training images."""
-        own = self.section
+        section = self.section
         return TrainingViews(
-            self.run.data.image_size, own.scale_range, own.cat_max_ratio, own.photometric
+            self.run.data.image_size,
+            section.scale_range,
+            section.cat_max_ratio,
+            section.photometric,
         )
 
     def make_task(self) -> Segmentation:
         """Constructs the student, its neck, and the heads."""
-        own = self.section
+        section = self.section
         return Segmentation(
             self.student_module(),
-            own.num_classes,
-            head=own.head,
-            width=own.head_width,
-            auxiliary_weight=own.auxiliary_weight,
-            over=own.loss_over,
-            frozen=own.frozen,
+            section.num_classes,
+            head=section.head,
+            width=section.head_width,
+            auxiliary_weight=section.auxiliary_weight,
+            over=section.loss_over,
+            frozen=section.frozen,
             seed=self.run.runtime.seed,
         )
 
     def sources(self) -> Mapping[str, str]:
         """Returns the sources of the student and of the heads."""
-        own = {_HEAD_INIT: self.section.head_init} if self.section.head_init else {}
-        return {**super().sources(), **own}
+        head_source = {_HEAD_INIT: self.section.head_init} if self.section.head_init else {}
+        return {**super().sources(), **head_source}
 
     def initial_weights(self) -> InitialWeights:
         """Returns the student's weights, and the heads' from `task.segmentation.head_init`.
@@ -129,20 +132,20 @@ def test_views(run: Run) -> TestViews:
 
     Raises: ConfigError: if windows would leave pixels out between them.
     """
-    own, side = run.task.segmentation, run.data.image_size
-    short, long = own.test_size if any(own.test_size) else (side, LONG_SIDE * side)
-    slides = own.test_mode == "slide"
+    section, side = run.task.segmentation, run.data.image_size
+    short, long = section.test_size if any(section.test_size) else (side, LONG_SIDE * side)
+    slides = section.test_mode == "slide"
     require(
-        not slides or own.test_stride <= side,
+        not slides or section.test_stride <= side,
         "task.segmentation.test_stride: windows leave gaps",
-        own.test_stride,
+        section.test_stride,
         f"at most data.image_size = {side}, or 0",
     )
     return TestViews(
         short,
         long,
-        own.test_scales,
-        own.test_flip,
+        section.test_scales,
+        section.test_flip,
         crop=side if slides else 0,
-        stride=(own.test_stride or 2 * side // 3) if slides else 0,
+        stride=(section.test_stride or 2 * side // 3) if slides else 0,
     )

@@ -46,10 +46,10 @@ class StoredSegmentation(StoredDense):
         """Returns the export of the student, with its heads if the library's files have them."""
         if not LIBRARIES[to].heads:
             return super().exported_into(architecture, to)
-        own, student = self.job.section, self.run.student
-        if own.head != "uper":
+        section, student = self.job.section, self.run.student
+        if section.head != "uper":
             raise ConfigError(
-                f"export: --to {to}: holds UPerNet; got task.segmentation.head {own.head}, "
+                f"export: --to {to}: holds UPerNet; got task.segmentation.head {section.head}, "
                 "expected uper. Use another --to, which takes the backbone alone."
             )
         pads = student.size_rule == "pad"
@@ -58,13 +58,13 @@ class StoredSegmentation(StoredDense):
         with torch.device("meta"):
             task = self.job.make_task()
         staged = has_stages(task.student)
-        count, views = own.num_classes, test_views(self.run)
+        count, views = section.num_classes, test_views(self.run)
         heads = Heads(
             widths=neck_of(task.student)[1],
-            width=own.head_width,
-            names=classes_of(self.run.data.root, count, own.classes).names,
+            width=section.head_width,
+            names=classes_of(self.run.data.root, count, section.classes).names,
             auxiliary_width=task.auxiliary.width if task.auxiliary else 0,
-            auxiliary_weight=own.auxiliary_weight,
+            auxiliary_weight=section.auxiliary_weight,
             scales=() if staged else scales_of(task.student.patch_size),
             blocks=() if staged else blocks_taken(task.student.depths[0]),
             window=views.crop,

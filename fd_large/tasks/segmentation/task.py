@@ -41,8 +41,8 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "uper": UperHead,
     "linear": lambda widths, width, num_classes: LinearHead(widths[-1], num_classes),
 }
-"""What makes logits of four maps, by the name that a recipe has for it (`task.segmentation.head`):
-made of (channels of the maps, channels of the head, number of classes). Its attribute `width` is
+"""Heads from maps to logits, by their names in a recipe (`task.segmentation.head`), constructed
+from (channels of the maps, channels of the head, number of classes). A head's attribute `width` is
 the number of channels of which some are dropped."""
 AUXILIARY_MAP, AUXILIARY_WIDTH = 2, 256
 

@@ -32,8 +32,8 @@ class DepthSet(PairedImages):
     Args:
         pairs: The images and their depth files.
         scale: The number of a file's units in a metre.
-        valid_range: Depths above the second number or not above the first are unknown; (0, 0): none
-            are.
+        valid_range: Depths above the second number or not above the first are unknown; (0, 0)
+            keeps all depths.
         bottom_crop: Height and width of the used part of an image, at the bottom and in the
             middle; (0, 0) means the whole image.
         max_pixels: Larger images are refused.
@@ -129,7 +129,7 @@ def open_depth(
             test_list.txt in `root`, if it is there.
         depth_scale: The number of the depth files' units in a metre.
         valid_range: See `DepthSet`.
-        limits: Between which the median depth must lie, in metres.
+        limits: Limits of the median depth, in metres.
         bottom_crop: See `DepthSet`.
         max_pixels: Larger images are refused.
         where: The field that names the folder, for messages.

@@ -168,7 +168,7 @@ class TestViews(NamedTuple):
     Attributes:
         image_size: Length of the shorter side, in pixels, to which images are resized.
         windows: The number of squares along the longer side; 0 for whole images.
-        flip: Whether each is also seen mirrored.
+        flip: Whether each view is also seen mirrored.
     """
 
     # No test of pytest's.
@@ -196,14 +196,14 @@ class TestViews(NamedTuple):
     def rest(self, height: int, width: int) -> list[Window]:
         """Returns further squares that cover the pixels outside all `squares`."""
         side, longer = min(height, width), max(height, width)
-        seen, rest = np.zeros(longer, bool), []
+        covered, rest = np.zeros(longer, bool), []
         for square in self.squares(height, width):
             start = max(square[:2])
-            seen[start : start + side] = True
-        while not seen.all():
-            start = min(int(np.argmin(seen)), longer - side)
+            covered[start : start + side] = True
+        while not covered.all():
+            start = min(int(np.argmin(covered)), longer - side)
             rest.append(_square(start, side, height <= width))
-            seen[start : start + side] = True
+            covered[start : start + side] = True
         return rest
 
     def num_forwards(self, height: int, width: int, at_once: int) -> int:

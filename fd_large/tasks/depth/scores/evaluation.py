@@ -78,14 +78,14 @@ class Model(NamedTuple):
     at_once: int = 1
 
     @torch.no_grad()
-    def predict(self, seen: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    def predict(self, views: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Predicts the depths of an image: (H, W) float32 in metres, on the device.
 
         Args:
-            seen: The view of the image, (3, h, w) uint8, in a list.
+            views: The view of the image, (3, h, w) uint8, in a list.
             size: Height and width of the result.
         """
-        (image,) = seen
+        (image,) = views
         depths = self.of_view(image[None].to(distributed.device(), non_blocking=True))
         if depths.shape[-2:] != size:
             depths = F.interpolate(depths[None], size, mode="bilinear", align_corners=False)[0]
@@ -179,12 +179,12 @@ def keep(outcome: Outcome, some: DrawnImages | None, images: DepthSet, folder: P
     rmse = outcome.scores.numbers()["rmse"]
     write_redrawn(folder, images.fingerprint, {"val_rmse": (rmse, rmses)})
 
-    def row(index: int, seen: Drawn) -> Row:
+    def row(index: int, pixels: Drawn) -> Row:
         return Row(
             images.sample(index)[0].permute(1, 2, 0).numpy(),
-            seen.truth,
-            finite_depths(seen.predicted, outcome.scored.limits),
-            outcome.scored.pixels(seen.truth),
+            pixels.truth,
+            finite_depths(pixels.predicted, outcome.scored.limits),
+            outcome.scored.pixels(pixels.truth),
             Path(images[index]).name,
             _in_words(outcome.scores.of_images[index]),
         )

@@ -91,11 +91,11 @@ class CocoSet:
         arrays = self._listing.arrays
         start, stop = arrays["first"][index : index + 2].tolist()
         crowd = arrays["crowd"][start:stop]
-        wanted = np.flatnonzero(~crowd) + start
+        numbers = np.flatnonzero(~crowd) + start
         return ImageObjects(
-            arrays["boxes"][wanted],
-            arrays["labels"][wanted],
-            [self._segmentation(number) for number in wanted.tolist()] if self.has_masks else [],
+            arrays["boxes"][numbers],
+            arrays["labels"][numbers],
+            [self._segmentation(number) for number in numbers.tolist()] if self.has_masks else [],
             arrays["boxes"][start:stop][crowd],
             self.image_id(index),
             *self.size(index),
@@ -144,12 +144,12 @@ class CocoSet:
         """Returns the dataset's contents and its findings as lines of text."""
         crowd = self._listing.arrays["crowd"]
         crowds = int(crowd.sum())
-        held = (
+        contents = (
             f"{self.annotations}: {len(self):,} images, "
             f"{len(crowd) - crowds:,} objects, {crowds:,} crowds, "
             f"{len(self.category_ids)} categories"
         )
-        return "\n".join([held, *(f"  {line}" for line in self.findings.lines())])
+        return "\n".join([contents, *(f"  {line}" for line in self.findings.lines())])
 
     def _file_name(self, index: int) -> str:
         """Returns the path of an image below the folder."""
@@ -197,18 +197,18 @@ def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
             for inside, stamp in facts["stamps"].items()
         )
 
-    what = "annotations with images" if training else "annotations"
-    opened = CocoSet(root, path, listed(what, path, make=make, is_current=is_current))
+    subject = "annotations with images" if training else "annotations"
+    opened = CocoSet(root, path, listed(subject, path, make=make, is_current=is_current))
     findings = opened.findings
-    missing, found = findings.counts.get(NO_FILE, 0), len(opened)
-    if missing and not (training and found):
+    missing, num_images = findings.counts.get(NO_FILE, 0), len(opened)
+    if missing and not (training and num_images):
         names = ", ".join(findings.names[NO_FILE])
         raise DataError(
             f"{where}: images of {annotations} are missing; got {missing} without a file in "
             f"{os.path.join(root, folder)!r} ({names}), expected all. Unpack the images there, "
             f"or set --{where} to the folder that holds both."
         )
-    if not found:
+    if not num_images:
         raise DataError(
             f"{where}: no objects in {annotations}; got no image with an object, "
             f"expected some. Set --{where} to another dataset."
@@ -222,9 +222,9 @@ def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
 
 def _find(root: str, split: str, where: str) -> tuple[str, str]:
     tried = [(json.format(split=split), folder.format(split=split)) for json, folder in LAYOUTS]
-    for found, folder in tried:
-        if kind_of(os.path.join(root, found)) == "file":
-            return found, folder
+    for file, folder in tried:
+        if kind_of(os.path.join(root, file)) == "file":
+            return file, folder
     raise DataError(
         f"{where}: no annotations of the split {split!r}; got {root!r}, expected a folder with "
         f"{', '.join(json for json, _ in tried[:-1])} or {tried[-1][0]}. Set --{where} to the "

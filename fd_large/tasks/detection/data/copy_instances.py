@@ -58,7 +58,7 @@ def copy_instances(
     moves = _moves(objects.boxes, groups, view.size, draws)
     moved = []
     # The group whose objects are seen at each pixel; -1 where none is.
-    seen = np.full(view.size, -1, dtype=np.int64)
+    visible_groups = np.full(view.size, -1, dtype=np.int64)
     # Group by group: what moves together does not cover each other.
     for number in np.argsort(groups, kind="stable"):
         group, segmentation = groups[number], objects.segmentations[number]
@@ -69,11 +69,11 @@ def copy_instances(
         else:
             segmentation = [_apply(moves[group], polygon) for polygon in segmentation]
             mask, corner = fill(segmentation, view)
-        seen[_window(mask, corner)][mask > 0] = group
+        visible_groups[_window(mask, corner)][mask > 0] = group
         moved.append((number, segmentation, mask, corner))
-    kept, segmentations, boxes = [], [], []
+    numbers, segmentations, boxes = [], [], []
     for number, segmentation, mask, corner in moved:
-        visible = mask * (seen[_window(mask, corner)] == groups[number]).astype(np.uint8)
+        visible = mask * (visible_groups[_window(mask, corner)] == groups[number]).astype(np.uint8)
         if not visible.any():
             continue
         box = bounds(visible) + np.tile(corner, 2)
@@ -86,25 +86,25 @@ def copy_instances(
             exact = np.concatenate([points.min(0), points.max(0)])
             if (exact[:2] >= 0).all() and (exact[2:] <= view.size[::-1]).all():
                 box = exact
-        kept.append(number)
+        numbers.append(number)
         segmentations.append(segmentation)
         boxes.append(box)
-    rows, columns = np.nonzero(seen >= 0)
+    rows, columns = np.nonzero(visible_groups >= 0)
     places = np.stack([columns, rows], axis=1) + 0.5
-    sources = _apply(np.linalg.inv(moves)[seen[rows, columns]], places)
-    pixels = _filled_in(image, before) if (before & (seen < 0)).any() else image.clone()
+    sources = _apply(np.linalg.inv(moves)[visible_groups[rows, columns]], places)
+    pixels = _filled_in(image, before) if (before & (visible_groups < 0)).any() else image.clone()
     pixels[:, rows, columns] = _sampled(image, sources)
     if classes is not None:
         nearest = np.clip(np.floor(sources).astype(int), 0, np.array(view.size[::-1]) - 1)
         now = np.where(before, UNLABELLED, classes).astype(classes.dtype)
         now[rows, columns] = classes[nearest[:, 1], nearest[:, 0]]
         classes = now
-    order = np.argsort(kept)
+    order = np.argsort(numbers)
     return (
         pixels,
         objects._replace(
             boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4)[order],
-            labels=objects.labels[np.array(kept, dtype=int)[order]],
+            labels=objects.labels[np.array(numbers, dtype=int)[order]],
             segmentations=[segmentations[place] for place in order],
         ),
         classes,
@@ -178,21 +178,21 @@ def _moved_mask(
     places = np.stack([columns, rows], axis=-1).reshape(-1, 2) + 0.5
     x, y = (np.floor(_apply(np.linalg.inv(move), places)).astype(int) - corner).T
     inside = (x >= 0) & (y >= 0) & (x < mask.shape[1]) & (y < mask.shape[0])
-    found = np.zeros(len(places), dtype=np.uint8)
-    found[inside] = mask[y[inside], x[inside]]
-    return found.reshape(rows.shape), low
+    moved = np.zeros(len(places), dtype=np.uint8)
+    moved[inside] = mask[y[inside], x[inside]]
+    return moved.reshape(rows.shape), low
 
 
 def _sampled(image: Tensor, points: NDArray[np.float64]) -> Tensor:
     """Returns the colours at points (n, 2) of an image, bilinear: (3, n) uint8."""
     grid = points / np.array(image.shape[:0:-1]) * 2 - 1
-    found = F.grid_sample(
+    colours = F.grid_sample(
         image[None].float(),
         torch.from_numpy(grid).float()[None, None],
         padding_mode="border",
         align_corners=False,
     )
-    return found[0, :, 0].round().to(torch.uint8)
+    return colours[0, :, 0].round().to(torch.uint8)
 
 
 def _filled_in(image: Tensor, hole: NDArray[np.bool_]) -> Tensor:
@@ -201,8 +201,8 @@ def _filled_in(image: Tensor, hole: NDArray[np.bool_]) -> Tensor:
     Source: Gortler et al., "The lumigraph", SIGGRAPH 1996 (pull-push).
     """
     known = torch.from_numpy(~hole).float()[None, None]
-    found = _pull_push(image[None].float() * known, known)
-    return found[0].round().clamp(0, 255).to(torch.uint8)
+    colours = _pull_push(image[None].float() * known, known)
+    return colours[0].round().clamp(0, 255).to(torch.uint8)
 
 
 def _pull_push(colours: Tensor, known: Tensor) -> Tensor:

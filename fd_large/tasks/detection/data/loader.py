@@ -54,7 +54,7 @@ def build_training_loader(
         source: Images and objects.
         jitter: Draws the views; if views keep their own sizes, a global batch holds images of one
             orientation, and a batch is padded to its largest image.
-        portion: Which micro batches.
+        portion: The micro batches of this rank.
         seed: The run's seed.
         global_batch_size: Images a step over all ranks.
         workers: Number of loading processes; 0 loads in this one.
@@ -153,11 +153,11 @@ class _Samples(Dataset):
             name=self.source.__getitem__,
         )
         black = torch.zeros(3, BLACK_SIDE, BLACK_SIDE, dtype=torch.uint8)
-        made = [
+        samples = [
             sample.value or (black, nothing(self.source.image_id(sample.index)))
             for sample in loaded
         ]
-        images, targets = [image for image, _ in made], [target for _, target in made]
+        images, targets = [image for image, _ in samples], [target for _, target in samples]
         sizes = sizes_of(images)
         canvas = self.jitter.canvas or tuple(sizes.amax(0).tolist())
         return Batch(

@@ -28,7 +28,7 @@ from fd_large.tasks.detection.data import masks
 OUTSIDE_PIXELS = 1.0
 NUM_NAMED = 5
 MOST_BYTES = 16 << 30
-"""Size of a file of annotations; that of Objects365 has 6 GB."""
+"""Largest size of a file of annotations; that of Objects365 has 6 GB."""
 _MOST_PIXELS = 1 << 31
 
 
@@ -173,19 +173,19 @@ def read_objects(
             entries.append(entry)
     labels = {category: label for label, (category, _) in enumerate(categories)}
     arrays = _Arrays(findings, labels, has_masks)
-    kept: list[tuple[str, int]] = []
+    used_images: list[tuple[str, int]] = []
     for number, (name, height, width) in sorted(facts.items()):
         entries = by_image.pop(number)
-        if (found := find_file(name)) is None:
+        if (image_path := find_file(name)) is None:
             findings.add(NO_FILE, name)
         elif arrays.add_image(entries, height, width, keep_empty=keep_empty):
-            kept.append((found, number))
+            used_images.append((image_path, number))
         else:
             findings.add(NO_OBJECT, name)
-    names = [os.fsencode(name) for name, _ in kept]
+    names = [os.fsencode(name) for name, _ in used_images]
     arrays = {
-        "image_ids": np.array([number for _, number in kept], dtype=np.int64),
-        "sizes": np.array([facts[n][1:] for _, n in kept], dtype=np.int32).reshape(-1, 2),
+        "image_ids": np.array([number for _, number in used_images], dtype=np.int64),
+        "sizes": np.array([facts[n][1:] for _, n in used_images], dtype=np.int32).reshape(-1, 2),
         **arrays.finish(),
     }
     category_ids, category_names = zip(*categories, strict=True) if categories else ((), ())
@@ -310,15 +310,15 @@ def _packed(entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def _segmentation(given: Any, height: int, width: int) -> list[array[float]] | bytes:
+def _segmentation(value: Any, height: int, width: int) -> list[array[float]] | bytes:
     """Returns polygons of at least three points, or compressed run lengths; else ValueError."""
-    if isinstance(given, dict):
-        return masks.compress(given, height, width)
-    if not isinstance(given, list) or not given:
+    if isinstance(value, dict):
+        return masks.compress(value, height, width)
+    if not isinstance(value, list) or not value:
         raise ValueError("none")
     polygons = [
         p
-        for p in given
+        for p in value
         if isinstance(p, array) and len(p) >= 6 and len(p) % 2 == 0 and all(map(math.isfinite, p))
     ]
     if not polygons:

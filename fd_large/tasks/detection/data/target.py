@@ -78,7 +78,7 @@ def make_target(objects: ImageObjects, view: View, canvas: tuple[int, int]) -> T
     boxes = _boxes_in(view, objects.boxes)
     clipped = _intersection(boxes, frame)
     is_cut = np.abs(boxes - clipped).max(1, initial=0) > 1e-3
-    kept, filled = [], []
+    numbers, filled = [], []
     for number in np.flatnonzero(_large_enough(clipped)):
         if objects.segmentations:
             mask, corner = fill(objects.segmentations[number], view)
@@ -90,16 +90,16 @@ def make_target(objects: ImageObjects, view: View, canvas: tuple[int, int]) -> T
                 if not _large_enough(clipped[number]):
                     continue
             filled.append((mask, corner))
-        kept.append(number)
+        numbers.append(number)
     area = canvas if objects.segmentations else (0, 0)
-    pixels = torch.zeros((len(kept), *area), dtype=torch.uint8)
+    pixels = torch.zeros((len(numbers), *area), dtype=torch.uint8)
     for place, (mask, (left, top)) in enumerate(filled):
         rows, columns = mask.shape
         pixels[place, top : top + rows, left : left + columns] = torch.from_numpy(mask)
     crowds = _intersection(_boxes_in(view, objects.crowd_boxes), frame)
     return Target(
-        boxes=torch.from_numpy(clipped[kept].astype(np.float32)),
-        labels=torch.from_numpy(objects.labels[kept]),
+        boxes=torch.from_numpy(clipped[numbers].astype(np.float32)),
+        labels=torch.from_numpy(objects.labels[numbers]),
         masks=pixels,
         crowd_boxes=torch.from_numpy(crowds[_large_enough(crowds)].astype(np.float32)),
         image_id=objects.image_id,

@@ -114,14 +114,14 @@ def sample_rois(
             overlaps another object more.
     """
     parts = []
-    for proposal, target, own in zip(proposals, targets, draws, strict=True):
+    for proposal, target, image_draws in zip(proposals, targets, draws, strict=True):
         # An early model proposes little that is right.
         candidates = torch.cat([proposal, target.boxes])
         matched = _matched(candidates, target, positive_iou)
         if best_for_each:
             of_proposals = matched[: len(proposal)]
             give_best(of_proposals, target.boxes, proposal, positive_iou=positive_iou)
-        chosen = sample(matched, rois_per_image, POSITIVE_SHARE, own)
+        chosen = sample(matched, rois_per_image, POSITIVE_SHARE, image_draws)
         parts.append((candidates, target, matched, chosen))
     return _sampled(parts, num_classes)
 
@@ -221,13 +221,14 @@ def box_losses(
     """
     labels, foreground = sampled.labels, sampled.foreground
     classes = F.cross_entropy(logits[: len(labels)], labels, reduction="sum")
-    own = deltas_of(deltas[foreground], labels[foreground])
+    predicted = deltas_of(deltas[foreground], labels[foreground])
     rois = torch.cat(sampled.rois)[foreground]
     if box_loss == "giou":
-        return classes, GIOU_WEIGHT * giou_loss(coder.decode_single(own, rois), sampled.boxes).sum()
-    wanted = coder.encode_single(sampled.boxes, rois)
+        boxes = coder.decode_single(predicted, rois)
+        return classes, GIOU_WEIGHT * giou_loss(boxes, sampled.boxes).sum()
+    expected = coder.encode_single(sampled.boxes, rois)
     measure = F.l1_loss if box_loss == "l1" else F.smooth_l1_loss
-    return classes, measure(own, wanted, reduction="sum")
+    return classes, measure(predicted, expected, reduction="sum")
 
 
 def giou_loss(boxes: Tensor, others: Tensor) -> Tensor:

@@ -337,8 +337,8 @@ class CascadeHeads(nn.Module):
         deltas = deltas_of(stage.deltas[: sum(counts)].detach(), labels)
         boxes = self.form.coders[number].decode_single(deltas, torch.cat(list(stage.rois)))
         return [
-            cut_to(own[None], size[None])[0]
-            for own, size in zip(boxes.split(counts), sizes, strict=True)
+            cut_to(box[None], size[None])[0]
+            for box, size in zip(boxes.split(counts), sizes, strict=True)
         ]
 
     @torch.no_grad()
@@ -353,7 +353,7 @@ class CascadeHeads(nn.Module):
         """Returns the refined boxes for the next stage.
 
         If the next stage adds the objects itself, this stage's are left out; else boxes without
-        area are.
+        area are left out.
         """
         of_class = stage.logits[: len(sampled.labels), :-1].argmax(1)
         labels = torch.where(sampled.labels < self.num_classes, sampled.labels, of_class)

@@ -89,16 +89,16 @@ class HtcHeads(CascadeHeads):
         return self.mask_heads[number].logits(self._flow(cuts, number + 1)[-1])
 
     def _all_masks(self, cuts: Tensor) -> list[Tensor]:
-        found = self._flow(cuts, NUM_STAGES)
-        return [head.logits(x) for head, x in zip(self.mask_heads, found, strict=True)]
+        features = self._flow(cuts, NUM_STAGES)
+        return [head.logits(x) for head, x in zip(self.mask_heads, features, strict=True)]
 
     def _flow(self, cuts: Tensor, num_heads: int) -> list[Tensor]:
         """Returns the features of the first mask heads; each also takes the previous head's."""
-        found = [self.mask_heads[0].convolutions(cuts)]
+        features = [self.mask_heads[0].convolutions(cuts)]
         for number in range(1, num_heads):
-            passed = F.relu(self.mask_flows[number - 1](found[-1]))
-            found.append(self.mask_heads[number].convolutions(cuts + passed))
-        return found
+            passed = F.relu(self.mask_flows[number - 1](features[-1]))
+            features.append(self.mask_heads[number].convolutions(cuts + passed))
+        return features
 
 
 def _around(embedding: Tensor, boxes: Sequence[Tensor]) -> Tensor:

@@ -75,7 +75,7 @@ class Taught(NamedTuple):
 def taught(sampled: Sampled, targets: Sequence[Target]) -> Taught:
     """Returns the target masks of the sampled proposals that match an object.
 
-    Of a dataset of boxes alone none: the mask head runs as everywhere, and learns nothing.
+    A dataset of boxes alone gives none: the mask head still runs, and learns nothing.
     """
     rois, objects = sampled.positives, sampled.objects
     if any(target.masks.shape[-1] == 0 for target in targets if len(target.labels)):
@@ -111,15 +111,15 @@ def mean_masks(
     return list(masks.split(list(counts)))
 
 
-def mask_loss(logits: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
+def mask_loss(logits: Tensor, labels: Tensor, expected: Tensor) -> Tensor:
     """Returns the loss of masks: a mean over a mask's places, summed over boxes.
 
     Args:
         logits: (R, K, M, M) float32; R may exceed P, further rows are ignored.
         labels: (P,) int64.
-        wanted: (P, M, M) float32, 0 or 1.
+        expected: (P, M, M) float32, 0 or 1.
     """
-    loss = F.binary_cross_entropy_with_logits(of_class(logits, labels), wanted, reduction="sum")
+    loss = F.binary_cross_entropy_with_logits(of_class(logits, labels), expected, reduction="sum")
     return loss / logits.shape[-1] ** 2
 
 

@@ -134,8 +134,8 @@ def propose(
         # A box without area, or with a NaN, is no proposal.
         some = ((box[:, 2:] - box[:, :2]).amin(dim=1) > 0) & score.isfinite()
         box, score, level = box[some], score[some], level[some]
-        kept = batched_nms(box, score, level, NMS_IOU)[:after_nms]
-        proposals.append(Proposals(box[kept], score[kept]))
+        selected = batched_nms(box, score, level, NMS_IOU)[:after_nms]
+        proposals.append(Proposals(box[selected], score[selected]))
     return proposals
 
 
@@ -166,7 +166,7 @@ def rpn_terms(
 
     Returns: by name, the sum of the loss and its number of anchors.
     """
-    where, labels, positives, wanted = [], [], [], []
+    where, labels, positives, target_deltas = [], [], [], []
     for i, target in enumerate(targets):
         matched = match(
             target.boxes,
@@ -182,10 +182,10 @@ def rpn_terms(
         labels += [torch.ones_like(chosen.positives), torch.zeros_like(chosen.negatives)]
         positives.append(first + chosen.positives)
         objects = target.boxes[matched[chosen.positives]]
-        wanted.append(CODER.encode_single(objects, anchors[chosen.positives]))
+        target_deltas.append(CODER.encode_single(objects, anchors[chosen.positives]))
     sampled = torch.cat(where)
     sums = _losses(
-        logits, deltas, sampled, torch.cat(labels), torch.cat(positives), torch.cat(wanted)
+        logits, deltas, sampled, torch.cat(labels), torch.cat(positives), torch.cat(target_deltas)
     )
     return {name: (total, len(sampled)) for name, total in sums.items()}
 
@@ -201,8 +201,8 @@ def rpn_shapes_only(logits: Tensor, deltas: Tensor, *, anchors_per_image: int) -
     count = len(logits) * anchors_per_image
     sampled = torch.zeros(count, dtype=torch.int64, device=logits.device)
     positives = sampled[: int(count * POSITIVE_SHARE)]
-    wanted = deltas.new_zeros(len(positives), 4)
-    sums = _losses(logits, deltas, sampled, sampled, positives, wanted)
+    target_deltas = deltas.new_zeros(len(positives), 4)
+    sums = _losses(logits, deltas, sampled, sampled, positives, target_deltas)
     return torch.stack(list(sums.values())).sum()
 
 
@@ -212,11 +212,11 @@ def _losses(
     sampled: Tensor,
     labels: Tensor,
     positives: Tensor,
-    wanted: Tensor,
+    target_deltas: Tensor,
 ) -> dict[str, Tensor]:
     """Returns the summed losses, by indices among all anchors of the batch."""
     cls = F.binary_cross_entropy_with_logits(
         logits.flatten()[sampled], labels.float(), reduction="sum"
     )
-    box = (deltas.flatten(0, 1)[positives] - wanted).abs().sum()
+    box = (deltas.flatten(0, 1)[positives] - target_deltas).abs().sum()
     return {"rpn_cls": cls, "rpn_box": box}

@@ -81,13 +81,13 @@ class Selection:
     def of_boxes(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Chosen:
         """Chooses among boxes (N, 4) with scores (N,) and labels (N,)."""
         if self.nms == "hard":
-            kept = batched_nms(boxes, scores, labels, self.iou)[: self.at_most]
-            scores = scores[kept]
+            selected = batched_nms(boxes, scores, labels, self.iou)[: self.at_most]
+            scores = scores[selected]
         else:
-            kept, scores = soft_nms(
+            selected, scores = soft_nms(
                 boxes, scores, labels, at_most=self.at_most, decay=self.nms, iou=self.iou
             )
-        return Chosen(boxes[kept], scores, labels[kept])
+        return Chosen(boxes[selected], scores, labels[selected])
 
     def detections(self, chosen: Chosen, masks: Tensor) -> Detections:
         """Joins the selected boxes and their masks (n, M, M), best first."""

@@ -51,10 +51,10 @@ class SemanticBranch(nn.Module):
         """
         size = maps[FUSED_LEVEL].shape[-2:]
         x = torch.zeros_like(maps[FUSED_LEVEL])
-        for level, (lateral, own) in enumerate(zip(self.laterals, maps, strict=True)):
+        for level, (lateral, map_) in enumerate(zip(self.laterals, maps, strict=True)):
             if level != FUSED_LEVEL:
-                own = F.interpolate(own, size=size, mode="bilinear", align_corners=True)
-            x = x + F.relu(lateral(own))
+                map_ = F.interpolate(map_, size=size, mode="bilinear", align_corners=True)
+            x = x + F.relu(lateral(map_))
         for convolution in self.convolutions:
             x = F.relu(convolution(x))
         return at_least_float32(self.classes(x)), F.relu(self.embedding(x))
@@ -68,8 +68,10 @@ def semantic_loss(logits: Tensor, targets: Sequence[Target]) -> tuple[Tensor, in
         targets: The target of each image; an image without a semantic map has no labels.
     """
     labels = torch.full_like(logits[:, 0], UNLABELLED, dtype=torch.int64)
-    for own, target in zip(labels, targets, strict=False):
-        rows, columns = (min(a, b) for a, b in zip(own.shape, target.semantic.shape, strict=True))
-        own[:rows, :columns] = target.semantic[:rows, :columns]
+    for image_labels, target in zip(labels, targets, strict=False):
+        rows, columns = (
+            min(a, b) for a, b in zip(image_labels.shape, target.semantic.shape, strict=True)
+        )
+        image_labels[:rows, :columns] = target.semantic[:rows, :columns]
     loss = F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum")
     return LOSS_WEIGHT * loss, labels.numel()

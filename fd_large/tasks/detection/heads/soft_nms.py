@@ -59,17 +59,17 @@ def soft_nms(
         number = int(best.argmax())
         if best[number] < least_score:
             break
-        own_boxes, own = of_class[number]
-        place = own.argmax()
+        class_boxes, class_scores = of_class[number]
+        place = class_scores.argmax()
         chosen.append(starts[number] + place)
-        lowered.append(own[place].clone())
-        overlap = box_iou(own_boxes[place][None], own_boxes)[0]
+        lowered.append(class_scores[place].clone())
+        overlap = box_iou(class_boxes[place][None], class_boxes)[0]
         if decay == "gaussian":
-            own *= torch.exp(-(overlap**2) / sigma)
+            class_scores *= torch.exp(-(overlap**2) / sigma)
         else:
-            own *= torch.where(overlap >= iou, 1 - overlap, 1)
-        own[place] = -1
-        best[number] = own.max()
+            class_scores *= torch.where(overlap >= iou, 1 - overlap, 1)
+        class_scores[place] = -1
+        best[number] = class_scores.max()
     if not chosen:
         return order[:0], left[:0]
     return order[torch.stack(chosen)], torch.stack(lowered)

@@ -108,24 +108,24 @@ def compared_rows(
     return rows
 
 
-def marks_of(found: Sequence[Mapping[str, Any]]) -> list[Mark]:
+def marks_of(detections: Sequence[Mapping[str, Any]]) -> list[Mark]:
     """Returns marks of an image's detections, with a colour for each class.
 
     Args:
-        found: Entries with `class` (its name), `bbox`, `score`, and optionally `segmentation`.
+        detections: Entries with `class` (its name), `bbox`, `score`, and optionally `segmentation`.
     """
-    classes = sorted({one["class"] for one in found})
+    classes = sorted({entry["class"] for entry in detections})
     return [
         Mark(
-            one["bbox"],
-            f"{one['class']} {one['score']:.2f}",
-            COLOURS[classes.index(one["class"]) % len(COLOURS)],
-            _mask(one["segmentation"], *one["segmentation"]["size"])
-            if one.get("segmentation")
+            entry["bbox"],
+            f"{entry['class']} {entry['score']:.2f}",
+            COLOURS[classes.index(entry["class"]) % len(COLOURS)],
+            _mask(entry["segmentation"], *entry["segmentation"]["size"])
+            if entry.get("segmentation")
             else None,
             wrong=False,
         )
-        for one in found
+        for entry in detections
     ]
 
 

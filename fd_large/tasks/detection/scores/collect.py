@@ -24,7 +24,7 @@ MASK_THRESHOLD = 0.5
 
 
 def to_results(
-    seen: Detections,
+    detections: Detections,
     *,
     image_id: int,
     original_size: Tensor | Sequence[int],
@@ -33,17 +33,17 @@ def to_results(
     """Returns an image's detections in COCO's format.
 
     Args:
-        seen: Detections in pixels of the image's file.
+        detections: Detections in pixels of the image's file.
         image_id: The dataset's number of the image.
         original_size: Height and width of the image in its file.
         category_ids: The dataset's number of each label.
     """
     height, width = (int(side) for side in original_size)
     limit = torch.tensor([width, height] * 2)
-    boxes = torch.minimum(seen.boxes.float().cpu().clamp(min=0), limit)
+    boxes = torch.minimum(detections.boxes.float().cpu().clamp(min=0), limit)
     pasted: list[dict] = []
     for some, probabilities in zip(
-        boxes.split(MASKS_AT_ONCE), seen.masks.float().cpu().split(MASKS_AT_ONCE), strict=True
+        boxes.split(MASKS_AT_ONCE), detections.masks.float().cpu().split(MASKS_AT_ONCE), strict=True
     ):
         on_image = paste(probabilities, some, height, width)
         pasted += masks.encode(on_image.numpy().astype(np.uint8))
@@ -58,7 +58,11 @@ def to_results(
             "segmentation": segmentation,
         }
         for box, label, score, segmentation in zip(
-            sides.tolist(), seen.labels.tolist(), seen.scores.tolist(), pasted, strict=True
+            sides.tolist(),
+            detections.labels.tolist(),
+            detections.scores.tolist(),
+            pasted,
+            strict=True,
         )
     ]
 
@@ -120,8 +124,8 @@ def keep_shard(results: Sequence[Result], folder: Path, note: Note) -> None:
                 "evaluation. Make room, and start the same command again: it evaluates first."
             ) from error
 
-    own = shard_of(folder, distributed.rank())
-    distributed.together(lambda: write(own, lambda path: write_results(path, results)))
+    shard = shard_of(folder, distributed.rank())
+    distributed.together(lambda: write(shard, lambda path: write_results(path, results)))
 
     def write_note() -> None:
         if distributed.is_main():

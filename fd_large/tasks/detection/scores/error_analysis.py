@@ -71,30 +71,32 @@ def worst(compared: Mapping[int, Compared], count: int) -> list[int]:
 def _compare(annotations: list[dict[str, Any]], results: list[Result]) -> Compared:
     objects = [annotation for annotation in annotations if not annotation["iscrowd"]]
     crowds = [annotation for annotation in annotations if annotation["iscrowd"]]
-    seen = sorted(results, key=lambda result: -result["score"])
-    covers = _iou(seen, objects, crowd=False)
-    in_crowd = _iou(seen, crowds, crowd=True) >= LEAST_IOU
+    detections = sorted(results, key=lambda result: -result["score"])
+    covers = _iou(detections, objects, crowd=False)
+    in_crowd = _iou(detections, crowds, crowd=True) >= LEAST_IOU
     taken = np.zeros(len(objects), dtype=bool)
     false = []
-    for place in range(len(seen)):
+    for place in range(len(detections)):
         free = np.where(taken, 0.0, covers[place])
         if len(free) and free.max() >= LEAST_IOU:
             taken[free.argmax()] = True
             false.append(False)
         else:
             false.append(not in_crowd[place].any())
-    return Compared(objects, (~taken).tolist(), seen, false)
+    return Compared(objects, (~taken).tolist(), detections, false)
 
 
-def _iou(seen: list[Result], objects: list[dict[str, Any]], *, crowd: bool) -> np.ndarray:
+def _iou(detections: list[Result], objects: list[dict[str, Any]], *, crowd: bool) -> np.ndarray:
     """Returns IoU of boxes, (detections, objects), 0 between classes.
 
     For crowds it is the share of the detection that lies inside.
     """
-    if not seen or not objects:
-        return np.zeros((len(seen), len(objects)))
-    boxes = [np.array([entry["bbox"] for entry in side], dtype=float) for side in (seen, objects)]
+    if not detections or not objects:
+        return np.zeros((len(detections), len(objects)))
+    boxes = [
+        np.array([entry["bbox"] for entry in side], dtype=float) for side in (detections, objects)
+    ]
     same = np.array(
-        [[r["category_id"] == o["category_id"] for o in objects] for r in seen], dtype=float
+        [[r["category_id"] == o["category_id"] for o in objects] for r in detections], dtype=float
     )
     return np.asarray(coco_masks().iou(*boxes, [int(crowd)] * len(objects))) * same

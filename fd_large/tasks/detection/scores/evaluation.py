@@ -66,16 +66,16 @@ def evaluate(
         unread += len(batch.bad)
         for problem in batch.bad:
             log.warning("its objects count as missed: %s", problem)
-        found = model.detect(
+        detections = model.detect(
             [pixels.to(device, non_blocking=True) for pixels in batch.images],
             [sizes.to(device) for sizes in batch.sizes],
             batch.original_sizes.to(device),
         )
-        for place, seen in enumerate(found):
+        for place, of_image in enumerate(detections):
             if batch.weights[place]:
                 index = int(batch.indices[place])
                 results += to_results(
-                    seen,
+                    of_image,
                     image_id=images.image_id(index),
                     original_size=batch.original_sizes[place],
                     category_ids=images.category_ids,
@@ -108,18 +108,18 @@ def left_in(folder: Path, last: int) -> tuple[int, Path] | None:
 
     Returns: its step and its folder, or None.
     """
-    found: list[tuple[int, Path]] = []
+    evaluations: list[tuple[int, Path]] = []
     if distributed.is_main():
-        for one in folder.glob(f"{STEP}*"):
-            number = one.name.removeprefix(STEP)
+        for path in folder.glob(f"{STEP}*"):
+            number = path.name.removeprefix(STEP)
             # Not a copy that somebody has named otherwise.
             step = int(number) if number.isdecimal() else last + 1
-            if step <= last and (kind_of(one / NOTE) or kind_of(one / SCORES)):
-                found.append((step, one))
-        found.sort()
-        scored = [place for place, (_, one) in enumerate(found) if not kind_of(one / NOTE)]
+            if step <= last and (kind_of(path / NOTE) or kind_of(path / SCORES)):
+                evaluations.append((step, path))
+        evaluations.sort()
+        scored = [i for i, (_, path) in enumerate(evaluations) if not kind_of(path / NOTE)]
         if scored:
-            for _, one in found[: scored[-1]]:
-                forget_shards(one)
-            found = found[scored[-1] + 1 :]
-    return distributed.broadcast_object(found[-1] if found else None)
+            for _, path in evaluations[: scored[-1]]:
+                forget_shards(path)
+            evaluations = evaluations[scored[-1] + 1 :]
+    return distributed.broadcast_object(evaluations[-1] if evaluations else None)

@@ -19,7 +19,7 @@ from fd_large.tasks.detection.data.objects import is_box, is_number, read_json
 Result = dict[str, Any]
 
 SHARDS = "results_of_rank_*"
-"""Files of an evaluation's ranks, and those of them that were never finished."""
+"""Pattern of the files with the ranks' results, also of files that were never finished."""
 
 
 def shard_of(folder: Path, rank: int) -> Path:

@@ -84,7 +84,7 @@ class Scored(NamedTuple):
 def score_shards(request: Request) -> Scored:
     """Scores the shards of a folder; writes results.json, scores.json, and draws pictures.
 
-    The shards stay, until the numbers have reached whoever asked for them.
+    The shards stay until the caller has the scores.
 
     Raises: DataError: if a shard cannot be read, or the results cannot be scored.
     """
@@ -131,11 +131,11 @@ def _pixels(path: str, size: tuple[int, int], max_pixels: int) -> NDArray[np.uin
 
 def main() -> None:
     """Answers one request."""
-    asked = parse_json(sys.stdin.read())
-    _end_with(asked.pop("parent"))
+    request = parse_json(sys.stdin.read())
+    _end_with(request.pop("parent"))
     answer: dict[str, Any]
     try:
-        scored = score_shards(Request(**asked))
+        scored = score_shards(Request(**request))
         written = list(map(str, scored.written))
         answer = {"scores": scored.scores.to_dict(), "written": written, "problem": scored.problem}
     except FDError as error:

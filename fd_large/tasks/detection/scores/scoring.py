@@ -208,15 +208,15 @@ def redrawn_aps(
     if len(ids) * num_images > MOST_REDRAWN:
         return {}
     drawn = [np.repeat(np.arange(num_images), counts) for counts in redraws(num_images)]
-    found = {}
+    redrawn = {}
     for kind, of_kind in scores.kinds.items():
         key = "bbox" if kind == "box" else "segmentation"
         # A class at a time: matches are copied for every draw.
         precisions: list[list[np.ndarray]] = [[] for _ in drawn]
         for category in ids:
-            truth, seen = _loaded(ground_truth, results, [category], key)
+            truth, detections = _loaded(ground_truth, results, [category], key)
             evaluation = COCOeval_faster(
-                truth, seen, KINDS[kind], print_function=_silent, separate_eval=True
+                truth, detections, KINDS[kind], print_function=_silent, separate_eval=True
             )
             settings = evaluation.params
             settings.maxDets = settings.maxDets[-1:]
@@ -228,8 +228,8 @@ def redrawn_aps(
                 of_draw.append(COCOevalAccumulate(evaluation._paramsEval, some)["precision"])
         means = [_mean(np.concatenate(of_draw)) for of_draw in precisions]
         aps = np.array([np.nan if mean is None else mean for mean in means])
-        found[f"{kind}_AP"] = of_kind.numbers["AP"], aps
-    return found
+        redrawn[f"{kind}_AP"] = of_kind.numbers["AP"], aps
+    return redrawn
 
 
 def _evaluate(
@@ -285,8 +285,8 @@ def _count(
     from faster_coco_eval import COCOeval_faster
 
     try:
-        truth, found = _loaded(ground_truth, results, categories, key)
-        evaluation = COCOeval_faster(truth, found, iou_type, print_function=_silent)
+        truth, detections = _loaded(ground_truth, results, categories, key)
+        evaluation = COCOeval_faster(truth, detections, iou_type, print_function=_silent)
         evaluation.evaluate()
         evaluation.accumulate()
     except (RuntimeError, ValueError) as error:  # its C++ on run lengths
@@ -304,20 +304,18 @@ def _loaded(
     """Returns the objects and detections of some classes in the evaluation's form."""
     from faster_coco_eval import COCO
 
-    wanted = set(categories)
+    ids = set(categories)
     # Copies, one level deep: both sides get marks of the evaluation's own.
     truth = COCO(
         {
             **ground_truth,
-            "annotations": [
-                {**a} for a in ground_truth["annotations"] if a["category_id"] in wanted
-            ],
-            "categories": [c for c in ground_truth["categories"] if c["id"] in wanted],
+            "annotations": [{**a} for a in ground_truth["annotations"] if a["category_id"] in ids],
+            "categories": [c for c in ground_truth["categories"] if c["id"] in ids],
         }
     )
-    kept = ("image_id", "category_id", "score", key)
+    fields = ("image_id", "category_id", "score", key)
     # A mask goes without its box, whose area would stand for the mask's.
-    entries = [{name: r[name] for name in kept} for r in results if r["category_id"] in wanted]
+    entries = [{name: r[name] for name in fields} for r in results if r["category_id"] in ids]
     return truth, truth.loadRes(entries)
 
 

@@ -52,7 +52,7 @@ class ScoringProcess(Pending):
         request = Request(
             str(folder), annotations, {str(n): p for n, p in images.items()}, max_pixels
         )
-        asked = json.dumps({**request._asdict(), "parent": os.getpid()})
+        text = json.dumps({**request._asdict(), "parent": os.getpid()})
         # A file in memory, and not its output, in which a library may write a line of its own.
         self._file = open(os.memfd_create("answer"), "w+", encoding="utf-8")  # noqa: SIM115
         answer = self._file.fileno()
@@ -66,14 +66,14 @@ class ScoringProcess(Pending):
         )
         self._scored = Future()
         # A daemon: after an exception it must not keep this process alive.
-        threading.Thread(target=self._ask, args=(asked,), name="scoring", daemon=True).start()
+        threading.Thread(target=self._ask, args=(text,), name="scoring", daemon=True).start()
 
-    def _ask(self, asked: str) -> None:
+    def _ask(self, text: str) -> None:
         assert self._process is not None
         assert self._scored is not None
         try:
             with self._file:
-                self._process.communicate(asked)
+                self._process.communicate(text)
                 self._file.seek(0)
                 self._scored.set_result(self._answer(self._file.read()))
         except BaseException as error:

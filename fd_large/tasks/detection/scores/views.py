@@ -31,7 +31,7 @@ class TestViews(NamedTuple):
         short_side: Length of the shorter side at scale 1, in pixels.
         long_side: Upper limit of the longer side at scale 1.
         scales: The scales.
-        flip: Whether each is also seen mirrored.
+        flip: Whether each view is also seen mirrored.
         merge: Merging of several views. average: all views get the proposals of all, and boxes,
             scores and masks are averaged (mmdetection 2). areas: boxes of all views are joined,
             with only certain areas from each scale (ViT-Adapter). union: the reported detections
@@ -96,7 +96,7 @@ class Model(NamedTuple):
     Attributes:
         see: Maps (images (B, 3, H, W) uint8, sizes (B, 2), `Ask` or None) to the result of
             `Detection.forward`; in evaluation mode, called by all ranks if it is sharded.
-        views: At which sizes an image is seen.
+        views: Sizes at which an image is seen.
         selection: Rule for choosing boxes after views were merged.
         proposals_per_image: Proposals that are kept.
     """
@@ -129,24 +129,25 @@ class Model(NamedTuple):
             sizes: (B, 2) int64 for each scale, without the padding.
             original_sizes: (B, 2) int64, height and width in the files.
         """
-        seen = list(self._views(images, sizes, original_sizes))
-        if len(seen) == 1:
-            (view,) = seen
-            found: list[Detections] = self.see(view.images, view.sizes, None)
+        views = list(self._views(images, sizes, original_sizes))
+        if len(views) == 1:
+            (view,) = views
+            detections: list[Detections] = self.see(view.images, view.sizes, None)
             return [
-                one._replace(boxes=view.to_original(one.boxes, i)) for i, one in enumerate(found)
+                of_image._replace(boxes=view.to_original(of_image.boxes, i))
+                for i, of_image in enumerate(detections)
             ]
-        of_views = self._candidates(seen)
+        of_views = self._candidates(views)
         chosen = [
-            merged([(view, found[i]) for view, found in of_views], i, self.views, self.selection)
+            merged([(view, of[i]) for view, of in of_views], i, self.views, self.selection)
             for i in range(len(original_sizes))
         ]
         masks = [torch.zeros(())] * len(chosen)
-        for view in seen:
+        for view in views:
             boxes = [view.from_original(of.boxes, i) for i, of in enumerate(chosen)]
             ask = Ask("masks", boxes, [of.labels for of in chosen])
             for i, mask in enumerate(self.see(view.images, view.sizes, ask)):
-                masks[i] = masks[i] + unmirrored(mask, view.mirrored) / len(seen)
+                masks[i] = masks[i] + unmirrored(mask, view.mirrored) / len(views)
         return [self.selection.detections(of, mask) for of, mask in zip(chosen, masks, strict=True)]
 
     def _views(
@@ -163,21 +164,21 @@ class Model(NamedTuple):
             if self.views.flip:
                 yield ShownView(mirrored(pixels, size), size, original_sizes, True, area)
 
-    def _candidates(self, seen: Sequence[ShownView]) -> list[tuple[ShownView, list[Candidates]]]:
+    def _candidates(self, views: Sequence[ShownView]) -> list[tuple[ShownView, list[Candidates]]]:
         proposals: list[Tensor] | None = None
         if self.views.merge == "average":
-            proposals = self._shared_proposals(seen)
-        found = []
-        for view in seen:
-            own = proposals and [view.from_original(of, i) for i, of in enumerate(proposals)]
-            found.append((view, self.see(view.images, view.sizes, Ask("candidates", own))))
-        return found
+            proposals = self._shared_proposals(views)
+        candidates = []
+        for view in views:
+            boxes = proposals and [view.from_original(of, i) for i, of in enumerate(proposals)]
+            candidates.append((view, self.see(view.images, view.sizes, Ask("candidates", boxes))))
+        return candidates
 
-    def _shared_proposals(self, seen: Sequence[ShownView]) -> list[Tensor]:
+    def _shared_proposals(self, views: Sequence[ShownView]) -> list[Tensor]:
         """Returns the best proposals of all views, in pixels of the files."""
         boxes: list[list[Tensor]] = []
         scores: list[list[Tensor]] = []
-        for view in seen:
+        for view in views:
             of_view = self.see(view.images, view.sizes, Ask("proposals"))
             boxes.append([view.to_original(box, i) for i, (box, _) in enumerate(of_view)])
             scores.append([score for _, score in of_view])
@@ -191,7 +192,7 @@ class Model(NamedTuple):
 
 
 def merged(
-    found: Sequence[tuple[ShownView, Candidates]],
+    candidates: Sequence[tuple[ShownView, Candidates]],
     place: int,
     views: TestViews,
     selection: Selection,
@@ -199,21 +200,21 @@ def merged(
     """Selects the boxes of an image among its views' candidates.
 
     Args:
-        found: Each view with its candidates.
+        candidates: Each view with its candidates.
         place: Number of the image in its batch.
         views: Rule for merging the views.
         selection: Rule for choosing boxes.
     """
-    size = found[0][0].original_sizes[place]
-    boxes = [view.to_original(of.boxes, place) for view, of in found]
-    scores = [of.scores for _, of in found]
+    size = candidates[0][0].original_sizes[place]
+    boxes = [view.to_original(of.boxes, place) for view, of in candidates]
+    scores = [of.scores for _, of in candidates]
     if views.merge == "average":
         mean, score = torch.stack(boxes).mean(0), torch.stack(scores).mean(0)
         return selection.of_candidates(mean, score, size)
     if views.merge == "areas":
         scores = [
             score * in_areas(box, view.areas)
-            for (view, _), box, score in zip(found, boxes, scores, strict=True)
+            for (view, _), box, score in zip(candidates, boxes, scores, strict=True)
         ]
         return selection.of_candidates(torch.cat(boxes), torch.cat(scores), size)
     of_views = [

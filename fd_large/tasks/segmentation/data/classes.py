@@ -49,8 +49,8 @@ def classes_of(root: str, count: int, file: str) -> Classes:
     for folder in ("", "ADEChallengeData2016"):
         path = Path(root) / folder / "objectInfo150.txt"
         if kind_of(path) == "file":
-            found = _ade20k_names(path)
-            names = found if len(found) == count else names
+            class_names = _ade20k_names(path)
+            names = class_names if len(class_names) == count else names
     return Classes(names, colors_of(count))
 
 

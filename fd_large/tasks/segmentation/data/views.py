@@ -76,14 +76,14 @@ class TrainingViews(NamedTuple):
             left = int(corners[2 * number + 1] * (whole.resized[1] - columns + 1))
             crop = (top, left, rows, columns)
             view = View(size, whole.resized, crop, draw_flip < FLIP_PROBABILITY)
-            seen = view.numbers(labels)
-            if self.cat_max_ratio == 1 or _is_mixed(seen, self.cat_max_ratio):
+            crop_labels = view.numbers(labels)
+            if self.cat_max_ratio == 1 or _is_mixed(crop_labels, self.cat_max_ratio):
                 break
         pixels = view.image(image)
         if self.photometric:
             changed = photometric.distort(pixels.permute(1, 2, 0).numpy(), colors)
             pixels = torch.from_numpy(changed).permute(2, 0, 1).contiguous()
-        return pixels, seen
+        return pixels, crop_labels
 
 
 def _is_mixed(labels: NDArray[np.int16], largest: float) -> bool:
@@ -99,7 +99,7 @@ class TestViews(NamedTuple):
         short_side: Length of the shorter side at scale 1, in pixels.
         long_side: Upper limit of the longer side at scale 1.
         scales: The scales.
-        flip: Whether each is also seen mirrored.
+        flip: Whether each view is also seen mirrored.
         crop: Side of a window; 0 for whole images.
         stride: Distance from window to window.
     """

@@ -57,7 +57,7 @@ class Model(NamedTuple):
     Attributes:
         logits: Maps pixels (B, 3, h, w) uint8, on the device, to logits (B, K, h, w); in
             evaluation mode, called by all ranks if it is sharded.
-        views: At which sizes an image is seen.
+        views: Sizes at which an image is seen.
         at_once: Number of windows in a forward.
     """
 
@@ -66,15 +66,15 @@ class Model(NamedTuple):
     at_once: int = 1
 
     @torch.no_grad()
-    def predict(self, seen: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    def predict(self, views: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Predicts the class of each pixel of an image: (H, W) int64, on the device.
 
         Args:
-            seen: (3, h, w) uint8, the image at each scale.
+            views: (3, h, w) uint8, the image at each scale.
             size: Height and width of the result.
         """
-        logits = self._logits(seen)
-        if len(seen) == 1 and not self.views.flip:
+        logits = self._logits(views)
+        if len(views) == 1 and not self.views.flip:
             # The probabilities of a single view are ordered as its logits are.
             return resized(next(logits)[0], size)[0].argmax(0)
         return averaged(logits, size)[0].argmax(0)
@@ -83,17 +83,17 @@ class Model(NamedTuple):
         """Runs a dummy forward, on ranks without an image, so that the others do not wait."""
         forward_of_nothing(self.logits, self.views.crop or self.views.short_side)
 
-    def _logits(self, seen: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
-        for image in seen:
+    def _logits(self, views: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+        for image in views:
             for mirrored in (False, True) if self.views.flip else (False,):
                 pixels = image[None].to(distributed.device(), non_blocking=True)
                 pixels = pixels.flip(-1) if mirrored else pixels
                 if self.views.crop:
                     places = self.views.windows(image.shape[-2], image.shape[-1])
-                    found = mean_of_windows(pixels, self.logits, places, at_once=self.at_once)
+                    logits = mean_of_windows(pixels, self.logits, places, at_once=self.at_once)
                 else:
-                    found = self.logits(pixels)
-                yield found, mirrored
+                    logits = self.logits(pixels)
+                yield logits, mirrored
 
 
 def evaluate(
@@ -157,11 +157,11 @@ def keep(
     if some is None:
         return []
 
-    def row(index: int, seen: Drawn) -> Row:
+    def row(index: int, pixels: Drawn) -> Row:
         return Row(
             images.sample(index)[0].permute(1, 2, 0).numpy(),
-            seen.truth,
-            seen.predicted,
+            pixels.truth,
+            pixels.predicted,
             Path(images[index]).name,
             f"{100 * (1 - outcome.errors[index]):.1f}% right",
         )

@@ -26,8 +26,8 @@ def averaged(views: Iterable[tuple[Tensor, bool]], size: tuple[int, int]) -> Ten
     total: Tensor | None = None
     count = 0
     for logits, mirrored in views:
-        own = resized(logits.flip(-1) if mirrored else logits, size).softmax(dim=1)
-        total = own if total is None else total.add_(own)
+        probabilities = resized(logits.flip(-1) if mirrored else logits, size).softmax(dim=1)
+        total = probabilities if total is None else total.add_(probabilities)
         count += 1
     assert total is not None
     return total / count
