@@ -50,10 +50,10 @@ def fill_stored(task: Task, reader: Reader, *, kind: str) -> None:
 
     Raises: CheckpointError: if the checkpoint is of another task.
     """
-    held = dict(task.named_parameters()) | partition.running_statistics(task)
-    stream.check(reader, {name: tuple(tensor.shape) for name, tensor in held.items()})
+    tensors = dict(task.named_parameters()) | partition.running_statistics(task)
+    stream.check(reader, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     with torch.no_grad():
-        for name, tensor in held.items():
+        for name, tensor in tensors.items():
             if not tensor.is_meta:
                 tensor.copy_(stream.read(reader, name, tuple(tensor.shape), kind=kind))
 
@@ -117,7 +117,7 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
 def student_tensors(reader: Reader, student: StoredStudent) -> Tensors:
     """Returns the tensors of a stored student by its own names, each read on access.
 
-    Names and sizes are compared with the checkpoint's once the first is asked for.
+    Names and sizes are compared with the checkpoint's at the first access.
     """
     return _Tensors(reader, lambda: parameter_shapes(student.architecture), student.absent)
 

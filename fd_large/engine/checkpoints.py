@@ -218,8 +218,8 @@ class Checkpoints:
         """Restores the newest sound checkpoint; returns its step, or 0 without a checkpoint.
 
         Raises:
-            CheckpointError: If their folder is none, there are checkpoints and none is sound, or
-                the newest belongs to another model or training.
+            CheckpointError: If their folder is a link that leads nowhere, none of the checkpoints
+                is sound, or the newest belongs to another model or training.
             NotFiniteError: If no checkpoint is sound, and one holds numbers that are not finite.
         """
         place = store.checkpoints_of(self._folder)
@@ -258,8 +258,8 @@ class Checkpoints:
 
         Newer ones that are not finite are set aside, as damaged ones are.
 
-        Returns: its step, None where there is none; which newer ones are damaged, and which hold
-            numbers that are not finite.
+        Returns: its step, or None without one; complaints about newer checkpoints that are
+            damaged, and about newer ones with numbers that are not finite.
         """
         damaged: list[str] = []
         broken: dict[str, str] = {}
@@ -320,21 +320,21 @@ class Checkpoints:
         return decided_steps(manifest, json_object(self._folder / "time_box.json"))
 
     def _check_fits(self, reader: Reader) -> None:
-        own, stored = state.layout_of(self._engine).sizes, reader.layout.sizes
-        if own != stored:
-            names = sorted(n for n in own.keys() | stored.keys() if own.get(n) != stored.get(n))
+        sizes, stored = state.layout_of(self._engine).sizes, reader.layout.sizes
+        if sizes != stored:
+            names = sorted(n for n in sizes.keys() | stored.keys() if sizes.get(n) != stored.get(n))
             raise CheckpointError(
                 f"{reader.path}: belongs to another model; got {len(names)} tensors that differ "
                 f"({', '.join(names[:3])}, ...), expected this recipe's. Name another "
                 "--runtime.run_dir, or --fresh."
             )
-        wanted = set(kept_by(self._engine.gate.inner).moments)
-        kept = set(reader.manifest.get("moments", ADAMW_MOMENTS))
-        if wanted != kept:
+        moments = set(kept_by(self._engine.gate.inner).moments)
+        stored_moments = set(reader.manifest.get("moments", ADAMW_MOMENTS))
+        if moments != stored_moments:
             raise CheckpointError(
                 f"{reader.path}: belongs to another optimiser; got "
-                f"{', '.join(sorted(kept)) or 'nothing'} of each parameter, expected "
-                f"{', '.join(sorted(wanted)) or 'nothing'}. Restore the file of optim.name, or "
+                f"{', '.join(sorted(stored_moments)) or 'nothing'} of each parameter, expected "
+                f"{', '.join(sorted(moments)) or 'nothing'}. Restore the file of optim.name, or "
                 "--fresh."
             )
         self._check_stored(reader.manifest)

@@ -60,11 +60,11 @@ def export_checkpoint(run_dir: str, out: str, job_of: JobOf, *, deepspeed_config
 @contextmanager
 def _without_code() -> Iterator[None]:
     """Restricts every torch.load to data; DeepSpeed calls the variant that runs code."""
-    own = [private_names.get(path) for path in _IN_CHECKPOINTS]
+    allowed_classes = [private_names.get(path) for path in _IN_CHECKPOINTS]
     before = {name: os.environ.pop(name, None) for name in (_FORCED, _FORBIDDEN)}
     os.environ[_FORCED] = "1"
     try:
-        with torch.serialization.safe_globals(own):
+        with torch.serialization.safe_globals(allowed_classes):
             yield
     finally:
         del os.environ[_FORCED]

@@ -70,9 +70,9 @@ class Ema:
                 average.copy_(weights)
             for name, average in self._engine.averages.items():
                 live = self._statistics[name]
-                kept = live.clone()
+                live_values = live.clone()
                 live.copy_(average)
-                average.copy_(kept)
+                average.copy_(live_values)
         state.redistribute(self._engine)
 
     def _owners(self) -> list[Tensor]:

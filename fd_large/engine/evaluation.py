@@ -135,13 +135,13 @@ def in_float32(
     with evaluating(engine):
         task, forward = engine.task, engine.deepspeed
         if engine.stage < 3 and engine.config["bf16"]["enabled"]:
-            with building_in_memory(what="a float32 copy for a test is"):
+            with building_in_memory(subject="a float32 copy for a test is"):
                 task = forward = partition.build(
                     make_task, engine.config, partitioned=False, seed=0
                 )
-                held = dict(task.named_parameters()) | partition.running_statistics(task)
+                tensors = dict(task.named_parameters()) | partition.running_statistics(task)
                 for name, values in whole_masters(engine):
-                    held[name].copy_(values.view_as(held[name]))
+                    tensors[name].copy_(values.view_as(tensors[name]))
                 task.to(distributed.device()).eval()
 
         def measured(images: Tensor, targets: Any) -> Any:

@@ -145,13 +145,10 @@ def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel
         if not image_size:
             size = _seen_size(section, size, models[part].image_size)
         return NamedModel(f"{label}: {part}", source, section, size, seed=seed, weights=weights)
-    found = str(checkpoint.path)
-    architecture = Architecture()
+    section = FrozenModel(source=str(checkpoint.path))
     if image_size:
-        architecture = _sized(whole, architecture, size)
-    section = settle_model(
-        FrozenModel(source=found, architecture=architecture), weights, where=_where(source)
-    )
+        section = replace(section, architecture=_sized(whole, section.architecture, size))
+    section = settle_model(section, weights, where=_where(source))
     if not image_size:
         size = _seen_size(section, size)
     return NamedModel(label, source, section, size, job, seed, weights, checkpoint.path)
@@ -163,7 +160,9 @@ def find_models(sources: Sequence[str], job_of: JobOf, *, image_size: int = 0) -
     Args: As `find_model`.
     Raises: FDError: as `find_model`; if a model is there twice.
     """
-    return with_own_labels([find_model(one, job_of, image_size=image_size) for one in sources])
+    return with_own_labels(
+        [find_model(source, job_of, image_size=image_size) for source in sources]
+    )
 
 
 def with_own_labels(models: Sequence[NamedModel]) -> list[NamedModel]:
@@ -171,9 +170,9 @@ def with_own_labels(models: Sequence[NamedModel]) -> list[NamedModel]:
 
     Raises: ConfigError: if a model is there twice.
     """
-    for found in (models, [replace(model, label=model.source) for model in models]):
-        if len({slug(model.label) for model in found}) == len(found):
-            return list(found)
+    for candidates in (models, [replace(model, label=model.source) for model in models]):
+        if len({slug(model.label) for model in candidates}) == len(candidates):
+            return list(candidates)
     raise ConfigError(
         f"MODEL: the same model twice; got {', '.join(model.source for model in models)}, expected "
         "different ones. Leave one out."
@@ -206,8 +205,10 @@ def _of_weights(source: str, image_size: int, weights: Sources) -> NamedModel:
     architecture = resolve(settled.model, settled.architecture)
     size = image_size or own_image_size(settled.model, architecture) or Data().image_size
     if image_size and architecture.resizes_positions:
-        wanted = replace(section.architecture, image_size=image_size)
-        settled = settle_model(replace(section, architecture=wanted), weights, where=_where(source))
+        resized = replace(section.architecture, image_size=image_size)
+        settled = settle_model(
+            replace(section, architecture=resized), weights, where=_where(source)
+        )
     return NamedModel(_label(named, file), source, settled, size, weights=weights)
 
 

@@ -69,20 +69,20 @@ def arguments_of_step(
             yield prepared(task, batch, seed)
         return
     task.begin_sums(count)
-    held: list[dict[str, Any]] = []
-    own: Tensor | None = None
+    prepared_batches: list[dict[str, Any]] = []
+    rank_sums: Tensor | None = None
     for batch in batches:
-        held.append(prepared(task, batch, seed))
+        prepared_batches.append(prepared(task, batch, seed))
         with torch.no_grad():
-            sums = task.sums(forward, held[-1])
+            sums = task.sums(forward, prepared_batches[-1])
             # Never in place: the sums may be a task's own tensor.
-            own = sums if own is None else own + sums
-    assert own is not None
-    totals = distributed.sum_tensor(own)
+            rank_sums = sums if rank_sums is None else rank_sums + sums
+    assert rank_sums is not None
+    totals = distributed.sum_tensor(rank_sums)
     parts = count * distributed.world_size()
-    while held:
+    while prepared_batches:
         # Each is let go of once its turn is over.
-        yield task.with_totals(held.pop(0), totals, parts=parts)
+        yield task.with_totals(prepared_batches.pop(0), totals, parts=parts)
 
 
 def backward(engine: Engine, arguments: dict[str, Any]) -> Tensor:

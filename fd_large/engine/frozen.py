@@ -129,9 +129,9 @@ def frozen_maker(
         )
         if before_norm:
             # The norm stays, with its weights, and its result is not used.
-            net.norm.register_forward_hook(lambda _norm, given, _result: given[0])
-        own = stated_statistics(section) or getattr(net, "statistics", None)
-        statistics = own or statistics_of(section.model, architecture)
+            net.norm.register_forward_hook(lambda _norm, inputs, _result: inputs[0])
+        stated = stated_statistics(section) or getattr(net, "statistics", None)
+        statistics = stated or statistics_of(section.model, architecture)
         own_side = 0 if side == image_size else side
         return Frozen(net, statistics, image_size=own_side, sides=sides)
 
@@ -215,17 +215,17 @@ def built_from(
             if name in statistics:
                 statistics[name].copy_(tensor)
                 continue
-            held = nn.Parameter(tensor.to(device, dtype).contiguous(), requires_grad=False)
+            parameter = nn.Parameter(tensor.to(device, dtype).contiguous(), requires_grad=False)
             for each in names_of[name]:
                 module, _, last = each.rpartition(".")
-                setattr(model.net.get_submodule(module), last, held)
+                setattr(model.net.get_submodule(module), last, parameter)
 
-    found = covered(expected, weights, where=where)
+    tensors = covered(expected, weights, where=where)
     if device.type == "cpu" and weights.is_file_of(dtype):
-        distributed.together(lambda: fill(found))
+        distributed.together(lambda: fill(tensors))
         mapped_files.hold(model, weights.files())
     else:
-        fill(distributed.tensors_of_main(found))
+        fill(distributed.tensors_of_main(tensors))
     return model
 
 

@@ -91,14 +91,14 @@ def _logging() -> list[Any]:
     """Returns calls that restore the present state of Python's loggers."""
 
     def restoring(logger: logging.Logger) -> Any:
-        kept, level, propagate = list(logger.handlers), logger.level, logger.propagate
+        handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
 
         def restore() -> None:
             for handler in list(logger.handlers):
-                if handler not in kept:
+                if handler not in handlers:
                     logger.removeHandler(handler)
                     handler.close()
-            for handler in kept:
+            for handler in handlers:
                 if handler not in logger.handlers:
                     logger.addHandler(handler)
             logger.setLevel(level)
@@ -113,10 +113,10 @@ def _signal_handlers() -> list[Any]:
     """Returns calls that restore the signal handlers; empty outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return []
-    kept = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
     def restore() -> None:
-        for number, handler in kept.items():
+        for number, handler in handlers.items():
             if handler is not None:  # None stands for a handler that is not Python's.
                 signal.signal(number, handler)
 

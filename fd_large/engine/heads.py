@@ -67,7 +67,7 @@ def check_head(
 
     Raises: ConfigError: if the head fails, returns another shape, or draws random numbers.
     """
-    wanted = (*shape[:-1], out_width)
+    expected = (*shape[:-1], out_width)
     try:
         with Draws() as draws, torch.no_grad():
             got = str(tuple(head(torch.empty(shape, device="meta")).shape))
@@ -75,8 +75,8 @@ def check_head(
             got = f"random draws ({', '.join(sorted(draws.seen))})"
     except Exception as error:  # The user's code may raise anything.
         got = doors.cause(error)
-    if got != str(wanted):
+    if got != str(expected):
         raise ConfigError(
-            f"{where}: {name} does not fit; got {got} from {shape}, expected {wanted}. "
+            f"{where}: {name} does not fit; got {got} from {shape}, expected {expected}. "
             "Correct the head."
         )

@@ -94,12 +94,12 @@ class TrainingJob:
     """
 
     metrics: ClassVar[Mapping[str, str]] = {}
-    """What logs and reports call the numbers of an evaluation, in the order of showing:
+    """Labels of an evaluation's numbers in logs and reports, in the order of showing:
     "SET/METRIC" -> words. On disk the name is SET_METRIC. Numbers that are not listed are recorded
     but not shown. SET/best_constant is the constant-prediction baseline of SET/loss; "loss" is the
     training loss."""
     lower_is_better: ClassVar[tuple[str, ...]] = ("loss",)
-    """The METRICs of which less is better; of the others more is."""
+    """The METRICs for which lower is better; for the others higher is."""
     memory_remedy: ClassVar[str] = ""
     """A flag that saves memory if the task's models do not fit; empty: there is none."""
     learns_from_images_alone: ClassVar[bool] = False
@@ -109,7 +109,7 @@ class TrainingJob:
     """Fields of a recipe, section.field, that this task ignores. Setting one would mislead, and is
     refused."""
     remedies: Mapping[str, str] = MappingProxyType({})
-    """What to do about ignored fields that are not just to be left out, by their names."""
+    """Remedies for ignored fields that should not simply be left out, by field."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -145,12 +145,12 @@ class TrainingJob:
         """
         several = {name: type(entry)() for name, entry in self.run.teachers.items()}
         usual = flat(Run(name=self.run.name, student=self.run.student, teachers=several))
-        own = flat(self.run)
+        values = flat(self.run)
         for name in self.ignored_fields:
-            given, default = own[name], usual[name]
-            if given != default:
+            value, default = values[name], usual[name]
+            if value != default:
                 raise ConfigError(
-                    f"{name}: unused in this recipe; got {given!r}, expected "
+                    f"{name}: unused in this recipe; got {value!r}, expected "
                     f"{default!r}. " + self.remedies.get(name, "Leave it out.")
                 )
         is_own, size = bool(self.run.student_architecture().code), self.run.data.image_size
@@ -291,8 +291,8 @@ class TrainingJob:
             name: {"model": part.section.model, "source": part.section.source}
             for name, part in self.frozen_models().items()
         }
-        own = {"recipe": self.run.name, "student": self.run.student.model}
-        return {**own, "teacher": None, **frozen}  # The key is there for every task.
+        first_entries = {"recipe": self.run.name, "student": self.run.student.model}
+        return {**first_entries, "teacher": None, **frozen}  # The key is there for every task.
 
     def evaluated(self, first: Mapping[str, float], last: Mapping[str, float]) -> Mapping[str, Any]:
         """Returns the entries of summary.json that come from evaluations.
@@ -329,7 +329,7 @@ Job = TrainingJob
 """The name of `TrainingJob` in earlier versions, which tasks of the user's own may import."""
 
 JobOf = Callable[[Run | Mapping[str, Any]], TrainingJob]
-"""Makes the job of a recipe, or of what recipe.json and manifests hold of it."""
+"""Makes the job of a recipe, or of its form in recipe.json and manifests."""
 
 
 def trained_at(run: Run) -> FamilyArchitecture:

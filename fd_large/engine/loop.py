@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainingPlan(NamedTuple):
-    """How long a run trains, in which batches, and at which learning rates.
+    """Length, batches and learning rates of a run.
 
     Attributes:
         schedule: The learning rates; its total is the run's length.
@@ -116,7 +116,7 @@ class Trainer:
         setting: Facts that the hooks get before the first step.
         checkpoints: The run's checkpoints, with the state restored if there was one.
         evaluations: Measurements before, during and after training.
-        layer_rates: Steps each layer at its own learning rate; None: all have the same.
+        layer_rates: Steps each layer at its own learning rate; None if all have the same.
         ema: Moving average of the weights, or None.
         best: Keeps the checkpoint of the best evaluation, and may end the run early; None: neither.
         begun: Takes the hooks that know of the start, and so are to hear of the end.
@@ -348,7 +348,7 @@ class Trainer:
                 it.
         """
         wishes = [hook.wish() for hook in self._hooks]
-        own = [
+        own_flags = [
             any(wish.stop for wish in wishes),
             any(wish.save for wish in wishes),
             *self._checkpoints.flags,
@@ -356,12 +356,12 @@ class Trainer:
         ]
         device = distributed.device()
         loss = torch.stack(losses).mean().double().reshape(1)
-        flags = torch.tensor(own, dtype=torch.float64).to(device, non_blocking=True)
+        flags = torch.tensor(own_flags, dtype=torch.float64).to(device, non_blocking=True)
         # The norm is the same on all ranks, but for the last digit between unlike processors.
         own_norm = self.engine.deepspeed.optimizer._global_grad_norm if norm is None else norm
         own_norm = torch.as_tensor(own_norm, dtype=torch.float64, device=device).reshape(1)
         summed = distributed.sum_tensor(torch.cat([loss, own_norm, flags])).tolist()
-        loss_mean, norm_mean, *counts = (one / distributed.world_size() for one in summed)
+        loss_mean, norm_mean, *counts = (total / distributed.world_size() for total in summed)
         if norm is not None and not 0 <= norm_mean < math.inf:
             norm_mean = math.inf  # DeepSpeed's -1 too.
         update = Update(self._finished, epoch, loss_mean, norm_mean, learning_rate)
@@ -392,7 +392,7 @@ class Trainer:
         last = finished == self._total
         if agreed.stop:
             self._stop()
-        evaluates = any(one.due(finished, last) for one in self._evaluations)
+        evaluates = any(evaluation.due(finished, last) for evaluation in self._evaluations)
         too_bad = None
         if last or finished % plan.count_bad_every == 0:
             too_bad = agreed_error(self._count_bad(), plan.max_bad_fraction, self._bad_images.names)
@@ -476,7 +476,7 @@ class Trainer:
     @step_clock.standing()
     def _evaluate(self, *, last: bool) -> bool:
         """Runs the evaluations that are due; returns whether they were completed."""
-        due = [one for one in self._evaluations if one.due(self._finished, last)]
+        due = [item for item in self._evaluations if item.due(self._finished, last)]
         if not due:
             return True
         # The run ends, or what it does next follows from the numbers.
@@ -489,20 +489,20 @@ class Trainer:
             average = self._ema.in_place_of_weights() if self._ema else nullcontext()
             with activity.work("evaluation"), average:
                 for evaluation in due:
-                    found, shown = evaluation.measure(self._finished, last, self.between_batches)
+                    result, shown = evaluation.measure(self._finished, last, self.between_batches)
                     panel = panel or shown
-                    if isinstance(found, dict):
-                        metrics |= found
+                    if isinstance(result, dict):
+                        metrics |= result
                         continue
-                    self._pending = self._finished, found
+                    self._pending = self._finished, result
                     if waits:
-                        metrics |= found.wait(self.between_batches)
+                        metrics |= result.wait(self.between_batches)
         except Interrupted:
             self._stop()
             return False
         if self.best is not None:
-            made = len(due) == len(self._evaluations)
-            self._improved = self.best.note(self._finished, metrics, all_made=made)
+            all_made = len(due) == len(self._evaluations)
+            self._improved = self.best.note(self._finished, metrics, all_made=all_made)
         for hook in self._hooks if metrics else ():
             hook.on_evaluation(self._finished, metrics)
             if panel is not None:

@@ -64,8 +64,8 @@ class HostMemory:
     def capacity(self) -> int:
         """Returns this rank's share of the host's free memory, plus its own memory."""
         available = _proc_bytes("meminfo", "MemAvailable")
-        held = _proc_bytes("self/status", "VmRSS")
-        return available // max(1, distributed.local_world_size()) + held
+        resident = _proc_bytes("self/status", "VmRSS")
+        return available // max(1, distributed.local_world_size()) + resident
 
 
 def free_bytes() -> int:
@@ -76,7 +76,7 @@ def free_bytes() -> int:
 
 
 def memory_setting() -> dict[str, Any]:
-    """Returns the device of rank 0, and the least memory of any rank's, in bytes; a collective."""
+    """Returns the device of rank 0, and the least memory of any rank, in bytes; a collective."""
     device = distributed.device()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -96,12 +96,12 @@ def _proc_bytes(file: str, key: str) -> int:
 
 
 @contextmanager
-def building_in_memory(remedy: str = "", *, what: str = "the models are") -> Iterator[None]:
+def building_in_memory(remedy: str = "", *, subject: str = "the models are") -> Iterator[None]:
     """Turns an allocator's error while models are built into one sentence.
 
     Args:
         remedy: A flag that saves memory besides ZeRO, or "".
-        what: The models being built, with a verb, for the message.
+        subject: The models being built, with a verb, for the message.
     """
     try:
         yield
@@ -109,7 +109,7 @@ def building_in_memory(remedy: str = "", *, what: str = "the models are") -> Ite
         if not _is_out_of_memory(error):
             raise
         raise OutOfMemory(
-            f"engine: out of memory on rank {distributed.rank()} while {what} built; got "
+            f"engine: out of memory on rank {distributed.rank()} while {subject} built; got "
             "too little room for parameters and optimiser, expected enough. Use "
             f"ds_configs/zero3.json or zero3_offload.json, {remedy}{', ' if remedy else ''}or more "
             "ranks."
@@ -167,13 +167,13 @@ def kept_from_children(tensors: Iterable[Tensor]) -> Iterator[None]:
     if advise is None or not hasattr(mmap, "MADV_DONTFORK"):
         yield
         return
-    kept = [span for span in _pages(tensors) if _advised(advise, span, mmap.MADV_DONTFORK)]
-    log.debug("kept from loading processes: %.2f GB", sum(size for _, size in kept) / 1e9)
+    spans = [span for span in _pages(tensors) if _advised(advise, span, mmap.MADV_DONTFORK)]
+    log.debug("kept from loading processes: %.2f GB", sum(size for _, size in spans) / 1e9)
     try:
         yield
     finally:
         # The memory may be freed, and taken by what the next children need.
-        for span in kept:
+        for span in spans:
             _advised(advise, span, mmap.MADV_DOFORK)
 
 

@@ -65,20 +65,20 @@ def check(
     Args:
         samples: The training images.
         sources: Sources of weights, found on every rank, by the field that names them.
-        weights: Has located them.
+        weights: Sources that have located them.
         code: Hashes of the user's own files, by the names in the recipe.
 
     Raises: LaunchError, DataError or WeightsError: naming the nodes that differ from most.
     """
-    own = distributed.together(lambda: _facts(samples, sources, weights))
+    facts = distributed.together(lambda: _facts(samples, sources, weights))
     for source, digest in (code or {}).items():
-        own[source] = Fact(
+        facts[source] = Fact(
             f"the hash {digest[:8]}",
             f"{source}: the nodes see different files",
             "Copy the file to every node, or keep it on a shared disk",
             LaunchError,
         )
-    compare(distributed.gather_objects((distributed.node_name(), own)))
+    compare(distributed.gather_objects((distributed.node_name(), facts)))
 
 
 def software() -> dict[str, Fact]:
@@ -89,8 +89,8 @@ def software() -> dict[str, Fact]:
     facts = {"code": Fact(code, "nodes: other code of fd_large", same_code, LaunchError)}
     versions = {"Python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
     for name, number in versions.items():
-        what = f"nodes: other versions of {name}"
-        facts[name] = Fact(number, what, _SAME_ENVIRONMENT, LaunchError)
+        problem = f"nodes: other versions of {name}"
+        facts[name] = Fact(number, problem, _SAME_ENVIRONMENT, LaunchError)
     return facts
 
 
@@ -127,7 +127,7 @@ def compare(ranks: Sequence[_NodeFacts]) -> None:
     Raises: FDError: for the first difference that is an error, naming the other differences too.
     """
     names = dict.fromkeys(name for _, facts in ranks for name in facts)
-    odd = {name: found for name in names if (found := _odd(ranks, name))}
+    odd = {name: difference for name in names if (difference := _odd(ranks, name))}
     if not odd:
         return
     facts_of = {name: next(facts[name] for _, facts in ranks if name in facts) for name in odd}
@@ -135,14 +135,14 @@ def compare(ranks: Sequence[_NodeFacts]) -> None:
     for name, (nodes, got, most, expected) in odd.items():
         fact = facts_of[name]
         also = f" (and other {', '.join(stops[1:])})" if stops[1:] and name == stops[0] else ""
-        said = (
+        message = (
             f"{fact.what}; got {got} on {first_names(nodes)}{also}, expected {expected} as on "
             f"{most}. {fact.remedy}."
         )
         if fact.error is None:
-            log.warning("%s", said)
+            log.warning("%s", message)
         elif name == stops[0]:
-            raise fact.error(said)
+            raise fact.error(message)
 
 
 def code_hash() -> str:
@@ -161,7 +161,7 @@ def weights_digest(source: str, weights: Sources) -> str:
 
     Args:
         source: As the recipe names it.
-        weights: Has located it.
+        weights: Sources that have located it.
 
     Raises: WeightsError: if a file is missing or cannot be read.
     """
@@ -228,11 +228,11 @@ def _version(name: str) -> str:
 
 def _driver() -> str | None:
     try:
-        said = Path("/proc/driver/nvidia/version").read_text()
+        text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
         return None
-    found = re.search(r"\b\d{3}\.\d+[.\d]*", said)
-    return found.group() if found else None
+    match = re.search(r"\b\d{3}\.\d+[.\d]*", text)
+    return match.group() if match else None
 
 
 def _odd(ranks: Sequence[_NodeFacts], name: str) -> tuple[list[str], str, str, str] | None:

@@ -140,10 +140,10 @@ def open_together(
 
     entered = [whole] if whole else []
     entered += [(job.run, lease) for job, lease in zip(jobs, leases, strict=True) if lease]
-    for recipe, own in entered:
+    for recipe, run_lease in entered:
         # The folder of the first holds those of the others, and is moved aside with them.
-        is_outermost = own is entered[0][1]
-        enter(recipe, own, fresh=fresh and is_outermost)
+        is_outermost = run_lease is entered[0][1]
+        enter(recipe, run_lease, fresh=fresh and is_outermost)
     if entered:
         logs.set_up(entered[0][1].root)
 
@@ -152,9 +152,9 @@ def open_together(
     if jobs[0].run.batch.micro_batch_size == "auto":
         folder = entered[0][1].root if entered else Path(jobs[0].run.run_dir())
         checked = _with_probed_micro_batch(checked, folder, keep=bool(entered))
-    opened = [build(one, lease, launch) for one, lease in zip(checked, leases, strict=True)]
+    opened = [build(run, lease, launch) for run, lease in zip(checked, leases, strict=True)]
     weights.forget()
-    return [resume(one) for one in opened] if resumes else opened
+    return [resume(run) for run in opened] if resumes else opened
 
 
 def _share_cores(local_world_size: int) -> None:
@@ -363,9 +363,9 @@ def _start_deepspeed() -> None:
 
 def _build_models(checked: Sequence[Checked]) -> None:
     """Builds the frozen models that the students share."""
-    for one in checked:
-        check_kernels(one.job, bfloat16=one.numbers.bfloat16)
-    first, *others = (one.job for one in checked)
+    for run in checked:
+        check_kernels(run.job, bfloat16=run.numbers.bfloat16)
+    first, *others = (run.job for run in checked)
     numbers, config = checked[0].numbers, checked[0].config
     log.debug(
         "gradients: summed over %d ranks in %s",
@@ -374,11 +374,11 @@ def _build_models(checked: Sequence[Checked]) -> None:
     )
     sizes, zero = numbers.parameter_sizes, config["zero_optimization"]
     threshold = zero.get("stage3_param_persistence_threshold", persistence_threshold(sizes))
-    kept = sum(size for size in sizes if size <= threshold)
+    whole_elements = sum(size for size in sizes if size <= threshold)
     log.debug(
         "whole on every rank where models are split: tensors of at most %d elements, %.2f%% of all",
         threshold,
-        100 * kept / sum(sizes),
+        100 * whole_elements / sum(sizes),
     )
     _build_frozen(first, numbers, threshold)
     for other in others:
@@ -420,7 +420,7 @@ def _with_probed_micro_batch(
             micro_batch.remember(folder, setting, size)
         log.info("micro batch %d per rank, accumulation %d", size, share // size)
     return [
-        one._replace(config=ds.with_micro_batch(one.config, size, share // size)) for one in checked
+        run._replace(config=ds.with_micro_batch(run.config, size, share // size)) for run in checked
     ]
 
 
@@ -444,10 +444,10 @@ def _memory_of(checked: Checked) -> dict[str, Any]:
 def _probed(checked: Sequence[Checked], share: int) -> int:
     """Returns the micro batch that a probe finds on temporary engines."""
     first, engines, averages = checked[0].job, [], []
-    for one in checked:
+    for checked_run in checked:
         # Every step of the probe is a whole step, moments included.
-        run, config = one.job.run, ds.with_micro_batch(one.config, 1, 1)
-        engine = engine_of(run, one.job.make_task, config)
+        run, config = checked_run.job.run, ds.with_micro_batch(checked_run.config, 1, 1)
+        engine = engine_of(run, checked_run.job.make_task, config)
         averages.append(_average_of(engine, run))
         engines.append(engine)
     seed = first.run.runtime.seed
@@ -519,8 +519,8 @@ def build(checked: Checked, lease: Lease | None, launch: Launch) -> Opened:
 
 
 def _say_without_drop_path(run: Run, student: nn.Module) -> None:
-    wanted = run.student.drop_path_rate and any(True for _ in student.parameters())
-    if wanted and not any(student.drop_path_rates):
+    sets_drop_path = run.student.drop_path_rate and any(True for _ in student.parameters())
+    if sets_drop_path and not any(student.drop_path_rates):
         log.info(
             "student.drop_path_rate: %s has no drop path and is trained without it",
             run.student.model,

@@ -39,9 +39,9 @@ def beside(
     stream = _streams.setdefault(device, torch.cuda.Stream(device))
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        found = compute()
+        results = compute()
     _tell(inputs, stream)
-    return _Awaited(found, stream, device)
+    return _Awaited(results, stream, device)
 
 
 def _has_streams(device: torch.device) -> bool:
@@ -59,21 +59,21 @@ class _Awaited(Mapping[str, T]):
     """Results of another stream; the first stream that reads one waits for it."""
 
     def __init__(
-        self, found: Mapping[str, T], stream: torch.cuda.Stream, device: torch.device
+        self, results: Mapping[str, T], stream: torch.cuda.Stream, device: torch.device
     ) -> None:
-        self._found, self._stream, self._device = dict(found), stream, device
+        self._results, self._stream, self._device = dict(results), stream, device
         self._is_there = False
 
     def __getitem__(self, name: str) -> T:
         if not self._is_there:
             reader = torch.cuda.current_stream(self._device)
             reader.wait_stream(self._stream)
-            _tell(self._found, reader)
+            _tell(self._results, reader)
             self._is_there = True
-        return self._found[name]
+        return self._results[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
+        return iter(self._results)
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._results)

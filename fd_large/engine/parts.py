@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Part:
-    """Something that knows numbers of a whole step; all ranks call it alike.
+    """A component that needs sums over a whole step; all ranks call it alike.
 
     A part that only follows training (`noted`, `after_step`) makes no second pass.
     """
@@ -23,7 +23,7 @@ class Part:
     """Whether it needs its sums before the first backward of a step."""
 
     def begin(self, micro_batches: int) -> None:
-        """Is called before the first `sums` of a step of so many micro batches of each rank."""
+        """Called before the first `sums` of a step of this number of micro batches per rank."""
 
     def sums(self, task: Any, prepared: dict[str, Any]) -> Tensor:
         """Returns a micro batch's share of the sums over the step, (K,) float64.
@@ -50,8 +50,8 @@ class Part:
         """
 
     def noted(self) -> Tensor | None:
-        """Returns what this rank's forwards noted, to be summed over the ranks, or None."""
+        """Returns the numbers that this rank's forwards noted, to be summed over ranks, or None."""
         return None
 
     def after_step(self, noted: Tensor | None) -> None:
-        """Is called after a step that was taken, with the sums over the ranks."""
+        """Called after each accepted step, with the sums over the ranks."""

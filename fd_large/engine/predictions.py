@@ -33,7 +33,7 @@ class Predictions(NamedTuple):
     def read(cls, folder: Path) -> Predictions | None:
         """Returns the predictions in a run's folder, or None if it has none (earlier versions)."""
         try:
-            with np.load(folder / FILE) as found:
-                return cls(found["predicted"], found["labels"])
+            with np.load(folder / FILE) as file:
+                return cls(file["predicted"], file["labels"])
         except (OSError, BadZipFile, KeyError, ValueError):
             return None

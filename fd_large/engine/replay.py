@@ -106,7 +106,9 @@ def replay(path: Path, job_of: JobOf) -> Replayed:
     micro_batches = _with_whole_groups(
         task, job.run.norm_batch(), micro_batches, ranks=len(incident["ranks"]), file=file
     )
-    losses, grad_norm = _step(task, [one.batch for one in micro_batches], job.run.runtime.seed)
+    losses, grad_norm = _step(
+        task, [micro_batch.batch for micro_batch in micro_batches], job.run.runtime.seed
+    )
     other_training = ""
     try:
         job.check_stored(reader.manifest)
@@ -128,8 +130,10 @@ def _read(file: Path) -> tuple[dict[str, Any], list[MicroBatch]]:
     incident = _object(file)
     try:
         _require_numbers(incident)
-        kept = [name for name in incident["images"] if kind_of(file.parent / name) == "file"]
-        micro_batches = [one for name in kept for one in _of_rank(file.parent / name, incident)]
+        names = [name for name in incident["images"] if kind_of(file.parent / name) == "file"]
+        micro_batches = [
+            micro_batch for name in names for micro_batch in _of_rank(file.parent / name, incident)
+        ]
     except (KeyError, IndexError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise ConfigError(
             f"replay: {file}: damaged; got {type(error).__name__} {error}, expected the file as "
@@ -245,18 +249,18 @@ def _with_whole_groups(
     group_norms(task, group)
     if not task.student_norms() or not group or len(micro_batches[0].names) % group == 0:
         return micro_batches
-    if len(kept := {one.rank for one in micro_batches}) < ranks:
+    if len(kept_ranks := {micro_batch.rank for micro_batch in micro_batches}) < ranks:
         raise ConfigError(
             f"replay: {file}: images that share statistics of batch norms lay on several ranks; "
-            f"got those of {len(kept)} of {ranks} ranks, expected all. Check the layers named in "
-            "the incident."
+            f"got those of {len(kept_ranks)} of {ranks} ranks, expected all. Check the layers "
+            "named in the incident."
         )
-    batches = [one.batch for one in micro_batches]
+    batches = [micro_batch.batch for micro_batch in micro_batches]
     images, places = (
         torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "positions")
     )
-    names = [name for one in micro_batches for name in one.names]
-    recorded = sum(one.recorded for one in micro_batches) / len(micro_batches)
+    names = [name for micro_batch in micro_batches for name in micro_batch.names]
+    recorded = sum(micro_batch.recorded for micro_batch in micro_batches) / len(micro_batches)
     return [MicroBatch(0, Batch(images, batches[0].epoch, places, places), names, recorded)]
 
 

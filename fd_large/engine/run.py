@@ -47,8 +47,8 @@ from fd_large.runtime.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 EXIT_CODES = {DONE: Exit.DONE, PREEMPTED: Exit.AGAIN}
-"""Exit codes by status. After all others somebody has to look: a hook ended the run, or its last
-state could not be saved."""
+"""Exit codes by status. After any other status somebody has to look: a hook ended the run, or its
+last state could not be saved."""
 
 
 def train(
@@ -75,7 +75,9 @@ def train(
     Raises: FDError: for the user's mistakes, before training where that is possible.
     """
     runs = run.each_student()
-    leases = [lease.inside(Path(one.run_dir())) if name else lease for name, one in runs.items()]
+    leases = [
+        lease.inside(Path(student.run_dir())) if name else lease for name, student in runs.items()
+    ]
     begun: list[list[Hook]] = [[] for _ in runs]
     ends = [*zip(leases, begun, strict=True), *([(lease, [])] if run.students else [])]
     with _watched(run, lease) as shared, ends_told(ends):
@@ -89,10 +91,11 @@ def train(
             resumes=True,
         )
         trainers = []
-        for name, one, inner, told in zip(runs, opened, leases, begun, strict=True):
+        for name, student, inner, hooks_begun in zip(runs, opened, leases, begun, strict=True):
             # torch takes one trace at a time: the first student's is taken.
-            own = hooks_of(one.job, profile if one is opened[0] else 0, hooks, student=name)
-            trainers.append(_trainer_of(one, inner, [*own, shared], told))
+            steps = profile if student is opened[0] else 0
+            student_hooks = hooks_of(student.job, steps, hooks, student=name)
+            trainers.append(_trainer_of(student, inner, [*student_hooks, shared], hooks_begun))
         return _train([trainer for trainer in trainers if trainer], opened[0], lease, shared)
 
 
@@ -268,16 +271,16 @@ def _setting_of(opened: Opened, lease: Lease, total: int) -> Setting:
 
 def _best_of(job: TrainingJob, folder: Path, finished: int) -> Best | None:
     """Returns the record of the best evaluation, or None if the recipe names no metric."""
-    wanted = job.run.eval
-    if not wanted.best_metric:
+    section = job.run.eval
+    if not section.best_metric:
         return None
-    metric = next(n for n in job.metrics if n.replace("/", "_") == wanted.best_metric)
+    metric = next(n for n in job.metrics if n.replace("/", "_") == section.best_metric)
     return Best.of_folder(
         folder,
         finished,
-        metric=wanted.best_metric,
+        metric=section.best_metric,
         lower_is_better=metric.partition("/")[2] in job.lower_is_better,
-        patience=wanted.patience,
+        patience=section.patience,
     )
 
 
@@ -354,7 +357,7 @@ def hooks_of(
 def preemption_of(run: Run, lease: Lease, launcher: str) -> Preemption | None:
     """Returns the handler of signals, active from now on, or None if the recipe turns it off.
 
-    Only the main thread of a process can catch signals; in another, as a guest may be, it is None.
+    Only the main thread of a process can catch signals; in another thread the result is None.
     """
     is_main_thread = threading.current_thread() is threading.main_thread()
     if not run.runtime.preemption or not is_main_thread:

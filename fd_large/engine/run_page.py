@@ -12,9 +12,9 @@ from fd_large.report.run_page import write_run_page
 from fd_large.runtime.hooks import DONE, FAILED, INTERRUPTED, Setting, Tracker
 
 SHARE = 0.01
-"""Most of the run's time that its page may take."""
+"""Largest fraction of the run's time that its page may take."""
 FIRST_SECONDS = 5.0
-"""What a page is taken to cost before one was written."""
+"""Assumed cost of a page before the first was written."""
 
 
 class RunPage(Tracker):

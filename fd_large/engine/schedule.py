@@ -75,8 +75,8 @@ class PolynomialSchedule(Schedule):
     """Polynomial decay: a power of the remaining fraction of steps, with a linear warm-up.
 
     Attributes:
-        power: The exponent; 1 is a straight line, as in every recipe. Others are there for the
-            published schedules that hold this class to them.
+        power: The exponent; 1 is a straight line, as in every recipe. Other exponents are for
+            comparisons with published schedules.
         after_warmup: Whether the decay begins when the warm-up ends, as in mmengine; else it begins
             at once and the warm-up is multiplied into it, as in mmcv 1.x.
     """
@@ -100,8 +100,8 @@ class PolynomialSchedule(Schedule):
 
     def scaled_at(self, step: int, scale: float) -> float:
         """Returns the learning rate of a layer whose peak and start are scaled; the end is not."""
-        own = replace(self, peak=self.peak * scale, warmup_start=self.warmup_start * scale)
-        return own.at_step(step)
+        scaled = replace(self, peak=self.peak * scale, warmup_start=self.warmup_start * scale)
+        return scaled.at_step(step)
 
 
 class RiseAndFall(Schedule):
@@ -146,8 +146,8 @@ class StepSchedule(Schedule):
 
     def scaled_at(self, step: int, scale: float) -> float:
         """Returns the learning rate of a layer whose peak and start are scaled; the end is not."""
-        own = replace(self, peak=self.peak * scale, warmup_start=self.warmup_start * scale)
-        return own.at_step(step)
+        scaled = replace(self, peak=self.peak * scale, warmup_start=self.warmup_start * scale)
+        return scaled.at_step(step)
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
@@ -157,5 +157,5 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "rise_and_fall": RiseAndFall,
     "steps": StepSchedule,
 }
-"""What makes a schedule of (peak, start, minimum, total, warm-up), by its name in a recipe; steps
-of `drops` besides."""
+"""Constructors of schedules from (peak, start, minimum, total, warm-up), by their names in a
+recipe; `steps` takes `drops` besides."""

@@ -28,9 +28,9 @@ OWN_FIELDS = (
     "checkpoint_every",
     "norm_batch",
 )
-"""Fields of the section student that a user sets for named models; the others come with them."""
+"""Fields of the section student that a user sets for named models, which decide the others."""
 FEWEST_VALUES = 16
-"""Fewer values have no statistics that a batch norm can go by."""
+"""Least number of values from which a batch norm takes statistics."""
 FINAL_NORM = {"norm.weight": 1.0, "norm.bias": 0.0}
 """A ViT's final norm, which a task may do without, and the values that a whole model then has."""
 
@@ -218,18 +218,18 @@ def refuse_decided(fields: Collection[str], allowed: Collection[str]) -> None:
         )
 
 
-def attention_memory(wanted: str) -> str:
+def attention_memory(mode: str) -> str:
     """Resolves `student.attention_memory`: "auto" is "recompute" on GPUs and "keep" on CPUs.
 
     Raises: ConfigError: for "keep" on a GPU.
     """
     planned = choose.stood_for()
     on_gpu = planned.on_gpu if planned else distributed.device().type == "cuda"
-    if wanted == "keep" and on_gpu:
+    if mode == "keep" and on_gpu:
         raise ConfigError(
             "student.attention_memory: keep would hold N x N float32 maps on the GPU; got keep, "
             "expected recompute. Set --student.attention_memory auto."
         )
-    if wanted == "auto":
+    if mode == "auto":
         return "recompute" if on_gpu else "keep"
-    return wanted
+    return mode

@@ -53,7 +53,7 @@ class HooksOfAll(Hook):
             hook.on_start(whole)
 
     def end(self, status: str) -> None:
-        """Tells the hooks that all have ended."""
+        """Tells the hooks that all students have ended."""
         for hook in self._hooks:
             hook.on_end(status)
 
@@ -77,17 +77,17 @@ class HooksOfAll(Hook):
     on_skip = on_roll_back = on_save = beat
 
     def on_stop(self) -> None:
-        """Passes it on."""
+        """Passes the call on to each hook."""
         for hook in self._hooks:
             hook.on_stop()
 
     def on_saved(self, seconds: float) -> None:
-        """Passes it on."""
+        """Passes the call on to each hook."""
         for hook in self._hooks:
             hook.on_saved(seconds)
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Passes it on."""
+        """Passes the call on to each hook."""
         for hook in self._hooks:
             hook.on_evaluation(index, metrics)
 

@@ -75,7 +75,7 @@ def classes_of(source: str, class_names: tuple[str, ...], prompts: tuple[str, ..
     encode, scale = _tower(source)
     with torch.no_grad():
         vectors = [
-            F.normalize(encode([one.replace("{}", name) for one in prompts]).float(), dim=-1)
+            F.normalize(encode([prompt.replace("{}", name) for prompt in prompts]).float(), dim=-1)
             for name in class_names
         ]
     means = torch.stack([of_prompts.mean(0) for of_prompts in vectors])
@@ -91,11 +91,11 @@ def probabilities(embeddings: Tensor, classes: Classes) -> Tensor:
 
     Raises: ConfigError: if the embeddings of images and texts differ in width.
     """
-    width, wanted = embeddings.shape[1], classes.vectors.shape[1]
-    if width != wanted:
+    width, expected = embeddings.shape[1], classes.vectors.shape[1]
+    if width != expected:
         raise ConfigError(
             f"{_WHERE}: the head's summary is not in the space of the texts; got {width} "
-            f"channels, expected {wanted} as in the text tower. Train with "
+            f"channels, expected {expected} as in the text tower. Train with "
             "--teachers.NAME.summary.layer embedding, and name the text tower of that teacher."
         )
     vectors = classes.vectors.to(embeddings.device)

@@ -155,7 +155,7 @@ class TrainedModel(nn.Module):
             WeightsError: if it cannot be had.
         """
         check_prompts(class_names, prompts)
-        learnt = [one.removesuffix(_SUMMARY) for one in self._loaded() if one.endswith(_SUMMARY)]
+        learnt = [name.removesuffix(_SUMMARY) for name in self._loaded() if name.endswith(_SUMMARY)]
         if teacher not in learnt:
             names = ", ".join(map(repr, learnt)) or "none"
             raise ConfigError(
@@ -180,8 +180,8 @@ class TrainedModel(nn.Module):
             raise ConfigError(f"{self.source}: no head with this name; got {name!r}, {expected}")
         pixels = self._normalised(images)
         head = heads[name].to(pixels.device)
-        found: FeatureMap = head(self.backbone, pixels, in_teacher_units=in_teacher_units)
-        return found
+        output: FeatureMap = head(self.backbone, pixels, in_teacher_units=in_teacher_units)
+        return output
 
     def _loaded(self) -> Mapping[str, nn.Module]:
         if self.heads is None:

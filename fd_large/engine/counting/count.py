@@ -56,9 +56,9 @@ def record(models: Models, batch: Batch, *, like: Recorder | None = None) -> Rec
     Args:
         models: The task and its frozen models, on the meta device.
         batch: On the meta device.
-        like: Has recorded another micro-batch.
+        like: Recorder of another micro-batch.
 
-    Raises: NotLinear: if it calls other operations than that.
+    Raises: NotLinear: if the step calls other operations than that one recorded.
     """
     recorder = Recorder(models.all(), like=like.names if like else None)
     for t in tree_leaves((batch.images, batch.targets)):
@@ -265,15 +265,15 @@ def _counts(first: Recorder, second: Recorder, at: tuple[int, int], models: Mode
     products: Counter[tuple] = Counter()
     moved: dict[str, Line] = {}
     again = NOTHING
-    for one, two in zip(first.operations, second.operations, strict=True):
-        bytes_ = through(one.read + one.written, two.read + two.written, at)
-        if not one.flops:
-            moved[one.phase] = moved.get(one.phase, NOTHING) + bytes_
+    for small, large in zip(first.operations, second.operations, strict=True):
+        bytes_ = through(small.read + small.written, large.read + large.written, at)
+        if not small.flops:
+            moved[small.phase] = moved.get(small.phase, NOTHING) + bytes_
             continue
-        flops = through(one.flops, two.flops, at)
-        products[one.phase, one.again, flops, bytes_] += 1
+        flops = through(small.flops, large.flops, at)
+        products[small.phase, small.again, flops, bytes_] += 1
         # The backward of attention computes one product of five again.
-        if "attention" in one.name and one.name.endswith("backward"):
+        if "attention" in small.name and small.name.endswith("backward"):
             again += Line(flops.fixed / 5, flops.each / 5)
     trail = zip(first.trail, second.trail, strict=True)
     return Counts(

@@ -170,12 +170,12 @@ def _phases(
         keeps: Whether all micro batches of a step stay on the device, for other students.
     """
     # What `StepForSeveral` keeps of the other micro batches until the step is over.
-    kept: list[Tensor] = []
+    other_tensors: list[Tensor] = []
 
     def through(size: int) -> None:
         count = share // size
         if keeps and count > 1:
-            kept.extend(_copies(engine.task, batch_of(size), count - 1))
+            other_tensors.extend(_copies(engine.task, batch_of(size), count - 1))
         arguments = arguments_of_step(
             engine.task, engine.deepspeed, repeat(batch_of(size), count), seed, count=count
         )
@@ -185,7 +185,7 @@ def _phases(
 
     def step(size: int) -> None:
         engine.deepspeed.step()
-        kept.clear()
+        other_tensors.clear()
 
     engine.task.train()
     return through, step
@@ -205,7 +205,7 @@ def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
         setting: Whatever decides a step's memory: ranks, models, DeepSpeed's JSON, software ...
         share: Images of a rank per step.
     """
-    found = None
+    known_size = None
     if distributed.is_main():
         # Where the file is absent or damaged, the size is measured.
         with suppress(ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
@@ -222,8 +222,8 @@ def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
                     ", ".join(other),
                 )
             elif share % size == 0:
-                found = size
-    return distributed.broadcast_object(found)
+                known_size = size
+    return distributed.broadcast_object(known_size)
 
 
 def remember(folder: Path, setting: dict[str, Any], size: int) -> None:

@@ -77,14 +77,14 @@ def measure(
         checkpointing=[False],
         micro_batch_size=job.run.batch.micro_batch_size,
     )[False]
-    held = _bytes(counts, 2 if on_gpu else 4, 2 if half else 4) + 16 * UPDATED
-    sizes = _sizes(counts, job.images_together(), ROOM * free_bytes - held, on_gpu=on_gpu)
+    model_bytes = _bytes(counts, 2 if on_gpu else 4, 2 if half else 4) + 16 * UPDATED
+    sizes = _sizes(counts, job.images_together(), ROOM * free_bytes - model_bytes, on_gpu=on_gpu)
     if not sizes:
         log.warning(
             "--probe: %s has no room on one device: a micro-batch takes %.1f GB, and %.1f are free."
             " It is not timed, and the rates of single operations stand for it",
             job.run.name,
-            (held + counts.peak_at(1)) / 1e9,
+            (model_bytes + counts.peak_at(1)) / 1e9,
             free_bytes / 1e9,
         )
         return None
@@ -141,12 +141,12 @@ class Timer:
 
     def phases(self) -> Phases:
         """Returns the phases by the shortest times of all rounds, of the slowest rank."""
-        found = _slowest(self._shortest)
-        update = found.pop(0)[UPDATE]
-        names = dict.fromkeys(name for one in found.values() for name in one)
+        times = _slowest(self._shortest)
+        update = times.pop(0)[UPDATE]
+        names = dict.fromkeys(name for by_phase in times.values() for name in by_phase)
         return Phases(
             seconds={
-                name: line({images: one.get(name, 0.0) for images, one in found.items()})
+                name: line({images: by_phase.get(name, 0.0) for images, by_phase in times.items()})
                 for name in names
             },
             update=update / UPDATED,
@@ -216,6 +216,10 @@ def _slowest(mine: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
     """Returns the longest time of each phase over the ranks; time outside the phases is dropped."""
     everyone = distributed.gather_objects(mine)
     return {
-        images: {phase: max(one[images][phase] for one in everyone) for phase in phases if phase}
+        images: {
+            phase: max(rank_times[images][phase] for rank_times in everyone)
+            for phase in phases
+            if phase
+        }
         for images, phases in mine.items()
     }

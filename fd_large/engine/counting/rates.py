@@ -43,7 +43,7 @@ def measure(*, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]
     seconds = _Clock(on_gpu, clock)
     source = torch.ones(COPY_ELEMENTS, device=device)
     target = torch.empty_like(source)
-    found = {
+    figures = {
         "matmul": _products(seconds, device, torch.bfloat16 if on_gpu else torch.float32),
         "bandwidth": 8 * COPY_ELEMENTS / seconds(lambda: target.copy_(source)),
         "launch_seconds": _start(seconds, device),
@@ -51,17 +51,17 @@ def measure(*, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]
     if world > 1:
         flat = torch.ones(COLLECTIVE_ELEMENTS, device=device)
         moved = 2 * 4 * COLLECTIVE_ELEMENTS * (world - 1) / world
-        found["link"] = moved / seconds(lambda: dist.all_reduce(flat))
+        figures["link"] = moved / seconds(lambda: dist.all_reduce(flat))
         # Many in a row: a single one would wait for the rank that begins last.
         row = seconds(lambda: [dist.all_reduce(flat[:1]) for _ in range(STARTS)])
-        found["start_seconds"] = row / STARTS
+        figures["start_seconds"] = row / STARTS
     else:
-        found["link"] = found["bandwidth"]
-    there = _machine(on_gpu, world, found["matmul"])
-    everyone = distributed.gather_objects(found)
+        figures["link"] = figures["bandwidth"]
+    there = _machine(on_gpu, world, figures["matmul"])
+    everyone = distributed.gather_objects(figures)
     least = ("matmul", "bandwidth", "link")
     slowest = {
-        name: (min if name in least else max)(each[name] for each in everyone) for name in found
+        name: (min if name in least else max)(each[name] for each in everyone) for name in figures
     }
     return there | slowest
 

@@ -127,8 +127,8 @@ class Recorder(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
         self.trail: list[int] = []
         self._known: dict[Any, _Known] = {}
-        own = (t for model in models for t in (*model.parameters(), *model.buffers()))
-        self._storages: dict[int, Any] = {t.untyped_storage()._cdata: None for t in own}
+        model_tensors = (t for model in models for t in (*model.parameters(), *model.buffers()))
+        self._storages: dict[int, Any] = {t.untyped_storage()._cdata: None for t in model_tensors}
 
     def to(self, phase: str) -> None:
         """Begins a phase, by its name in `run_step`."""
@@ -232,7 +232,7 @@ def tensors_of(thing: Any) -> list[Tensor]:
 
 def _moved(known: _Known, args: Any, kwargs: Any, outs: list[Tensor]) -> tuple[int, int]:
     """Bytes that an operation reads and writes."""
-    seen: dict[Any, int] = {}
+    read_bytes: dict[Any, int] = {}
     written = 0
     for i, argument in enumerate((*args, *kwargs.values())):
         mutated = i < len(args) and known.mutated[i]
@@ -242,14 +242,14 @@ def _moved(known: _Known, args: Any, kwargs: Any, outs: list[Tensor]) -> tuple[i
                 written += size
                 if known.name in WRITE_ONLY:
                     continue
-            seen[place_of(t)] = size
+            read_bytes[place_of(t)] = size
     whole = len(known.fresh) != len(outs)
     written += sum(bytes_of(t) for i, t in enumerate(outs) if whole or known.fresh[i])
     if known.name in FACTORIES:
         return 0, written
     if known.name in GATHER:
-        seen[place_of(args[0])] = min(bytes_of(args[0]), sum(bytes_of(t) for t in outs))
-    return sum(seen.values()), written
+        read_bytes[place_of(args[0])] = min(bytes_of(args[0]), sum(bytes_of(t) for t in outs))
+    return sum(read_bytes.values()), written
 
 
 def bytes_of(t: Tensor) -> int:

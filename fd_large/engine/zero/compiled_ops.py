@@ -62,15 +62,15 @@ class Op(NamedTuple):
 
 def ops() -> list[Op]:
     """Asks the builder of each operation; compiles nothing."""
-    found = []
+    operations = []
     for name in NAMES:
         builder = _builder(name)
         try:
             buildable = bool(builder.is_compatible(verbose=False))
         except Exception:  # DeepSpeed raises many kinds, all of which mean that it cannot.
             buildable = False
-        found.append(Op(name, buildable, _is_built(builder.name)))
-    return found
+        operations.append(Op(name, buildable, _is_built(builder.name)))
+    return operations
 
 
 def load(name: str) -> str | None:
@@ -138,8 +138,8 @@ def _build(name: str) -> str | None:
         return f"it does not build: {named(error)}"
 
 
-def _compile(name: str, said: Path, turn: int) -> str | None:
-    with open(said, "wb") as output:
+def _compile(name: str, log_file: Path, turn: int) -> str | None:
+    with open(log_file, "wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", BUILD, name],
             stdin=subprocess.DEVNULL,
@@ -159,9 +159,9 @@ def _compile(name: str, said: Path, turn: int) -> str | None:
                 process.wait()
     if not code:
         return None
-    lines = [line for line in said.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
     wrong = [line for line in lines if "error" in line.lower()] or lines[-1:] or ["no output"]
-    return f"it does not build: {wrong[0].strip()[:200]} ({said})"
+    return f"it does not build: {wrong[0].strip()[:200]} ({log_file})"
 
 
 def _load(name: str) -> str | None:
@@ -182,8 +182,8 @@ def _turn(name: str) -> Iterator[int]:
     """
     private = _private()
     private.mkdir(mode=0o700, exist_ok=True)
-    found = private.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+    status = private.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         # Whoever else writes there could have another library loaded.
         raise PermissionError(f"{private} is not a folder of this user alone")
     root = folder()

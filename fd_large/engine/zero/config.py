@@ -258,10 +258,10 @@ def _ignored(config: dict[str, Any]) -> Iterator[str]:
             f"{zero[key]!r}, expected no such key. Remove it or change the stage."
         )
     block = config.get("activation_checkpointing", {})
-    if asked := sorted(key for key, value in block.items() if value not in (False, None)):
+    if settings := sorted(key for key, value in block.items() if value not in (False, None)):
         yield (
             "activation_checkpointing: DeepSpeed reads this block only in its own wrapper, which "
-            f"this engine does not use; got {', '.join(asked)}, expected none. Set "
+            f"this engine does not use; got {', '.join(settings)}, expected none. Set "
             f"{_CHECKPOINTING}."
         )
     heard = {key: value for key, value in zero.items() if key not in silent}
@@ -310,15 +310,15 @@ def optimizer_class(config: dict[str, Any]) -> str | None:
     return {0: None, 1: split, 2: split, 3: f"{split}_Stage3"}[stage_of(config)]
 
 
-def offloads(config: dict[str, Any], what: str) -> bool:
+def offloads(config: dict[str, Any], block_name: str) -> bool:
     """Returns whether `offload_optimizer` or `offload_param` moves anything off the device."""
-    block = config.get("zero_optimization", {}).get(what, {})
+    block = config.get("zero_optimization", {}).get(block_name, {})
     return block.get("device", "none") != "none"
 
 
-def offloads_to_disk(config: dict[str, Any], what: str = "offload_optimizer") -> bool:
+def offloads_to_disk(config: dict[str, Any], block_name: str = "offload_optimizer") -> bool:
     """Returns whether the optimiser's state or the weights (`offload_param`) are on a disk."""
-    block = config.get("zero_optimization", {}).get(what, {})
+    block = config.get("zero_optimization", {}).get(block_name, {})
     return block.get("device") == "nvme"
 
 
@@ -333,7 +333,7 @@ def for_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
     DeepSpeed's clock is off, because it waits for the device around each micro batch.
     """
     in_memory = {"device": "cpu", "pin_memory": False}
-    there = [one for one in ("offload_optimizer", "offload_param") if offloads_to_disk(config, one)]
+    there = [name for name in _OFFLOADS if offloads_to_disk(config, name)]
     zero = {**config.get("zero_optimization", {}), **dict.fromkeys(there, in_memory)}
     clock = {"throughput": {"enabled": False}}
     return {**config, "timers": clock, "zero_optimization": zero}
@@ -375,7 +375,7 @@ def check_owned(
         owned.append((types, "grad_accum_dtype", "fp32", why, "data_types."))
     check_all(
         partial(_check_stage_0, config, bfloat16=bfloat16),
-        *(partial(_check_same, *one) for one in owned if one[2] is not None),
+        *(partial(_check_same, *row) for row in owned if row[2] is not None),
         partial(_check_disk, config, nvme_path),
     )
 
@@ -522,11 +522,11 @@ def _fill_sums(filled: dict[str, Any], numbers: RunNumbers) -> None:
 
 
 def _check_same(block: dict[str, Any], key: str, value: Any, field: str, prefix: str) -> None:
-    given = block.get(key, AUTO)
-    same_kind = isinstance(given, bool) == isinstance(value, bool)
-    if given != AUTO and not (same_kind and given == value):
+    stated = block.get(key, AUTO)
+    same_kind = isinstance(stated, bool) == isinstance(value, bool)
+    if stated != AUTO and not (same_kind and stated == value):
         raise ConfigError(
-            f"{prefix}{key}: JSON and run disagree; got {given!r} in the JSON, expected "
+            f"{prefix}{key}: JSON and run disagree; got {stated!r} in the JSON, expected "
             f'{value!r} from the recipe and the ranks. Write "auto" in the JSON, or change {field}.'
         )
 

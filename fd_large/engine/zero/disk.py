@@ -1,6 +1,6 @@
 """The optimiser's float32 state in files on a local disk, which the kernel pages in and out.
 
-With `offload_param` there, too, so are the bfloat16 weights.
+With `offload_param` on the disk, the bfloat16 weights are there too.
 
 Masters, moments, gradients and the average of a rank are the tensors of DeepSpeed's offload to host
 memory, placed in mapped files. So all numbers equal those of offload, and the kernel decides
@@ -57,8 +57,8 @@ class Disk:
     def take(self, parameters: Iterable[nn.Parameter]) -> None:
         """Moves the float32 shards of parameters to the disk."""
         for parameter in parameters:
-            held = parameter.ds_tensor.data
-            parameter.ds_tensor.data = self.zeros(held.numel()).view_as(held).copy_(held)
+            shard = parameter.ds_tensor.data
+            parameter.ds_tensor.data = self.zeros(shard.numel()).view_as(shard).copy_(shard)
 
     @contextmanager
     def holds_state(self, exact: dict[int, Tensor], *, weights: bool) -> Iterator[None]:
@@ -97,7 +97,7 @@ def _set_up(optimizer: Any, disk: Disk, exact: dict[int, Tensor]) -> None:
     a copy: both have the same elements in the same order.
     """
     inner, sizes = optimizer.optimizer, optimizer.fp16_partitioned_groups_flat_numel
-    kept, total = kept_by(inner), sum(sizes)
+    state_fields, total = kept_by(inner), sum(sizes)
     parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
     lengths = [parameter.ds_tensor.numel() for parameter in parameters]
 
@@ -111,7 +111,7 @@ def _set_up(optimizer: Any, disk: Disk, exact: dict[int, Tensor]) -> None:
     parts = zip(
         masters.split(sizes),
         gradients.split(sizes),
-        *(disk.zeros(total).split(sizes) for _ in kept.moments),
+        *(disk.zeros(total).split(sizes) for _ in state_fields.moments),
         strict=True,
     )
     for master, gradient, *moments in parts:
@@ -119,9 +119,9 @@ def _set_up(optimizer: Any, disk: Disk, exact: dict[int, Tensor]) -> None:
         owner.grad = gradient
         optimizer.fp32_partitioned_groups_flat.append(owner)
         state = inner.state[owner]
-        if kept.count is not None:
-            state["step"] = kept.count(owner, 0)
-        for (name, value), moment in zip(kept.moments.items(), moments, strict=True):
+        if state_fields.count is not None:
+            state["step"] = state_fields.count(owner, 0)
+        for (name, value), moment in zip(state_fields.moments.items(), moments, strict=True):
             state[name] = moment.fill_(value) if value else moment
     for group in inner.param_groups:
         # DeepSpeed fills in the sub-group that is stepped.

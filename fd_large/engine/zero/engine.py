@@ -88,10 +88,10 @@ def build_engine(
     """
     stage, zero = ds.stage_of(config), config["zero_optimization"]
     _check_quantiser(zero)
-    folder, given = ds.nvme_path(config), ds.for_deepspeed(config)
+    folder, deepspeed_json = ds.nvme_path(config), ds.for_deepspeed(config)
     disk = Disk(folder) if folder else None
     task = partition.build(
-        make, given, partitioned=stage == 3, seed=seed, whole_first=whole_first, disk=disk
+        make, deepspeed_json, partitioned=stage == 3, seed=seed, whole_first=whole_first, disk=disk
     )
     for name, tensors in (initial or {}).items():
         where = "--student.init" if name in ("", "student") else name
@@ -106,7 +106,7 @@ def build_engine(
     optimizer = make_optimizer(parameter_groups(task, optim.weight_decay), optim, on_gpu=on_gpu)
     on_disk = ds.offloads_to_disk(config, "offload_param")
     with _holding_state(disk, task, exact, weights=on_disk):
-        engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=given)
+        engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=deepspeed_json)
     check_optimizer(engine.optimizer, optimizer, ds.optimizer_class(config))
     if exact:
         partition.set_masters(task, exact)

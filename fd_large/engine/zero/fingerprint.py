@@ -38,9 +38,9 @@ def fingerprint(module: nn.Module, *, group: Any = None) -> str:
     total = torch.zeros((), dtype=torch.int64)
     partitioned = False
     for name, parameter in module.named_parameters():
-        held, offset = shard(parameter)
+        elements, offset = shard(parameter)
         partitioned |= is_partitioned(parameter)
-        total += _hash(name, held, offset).cpu()
+        total += _hash(name, elements, offset).cpu()
     if partitioned:
         total = distributed.sum_tensor(total, group=group)
     for name, buffer in module.named_buffers():  # Whole on every rank: once, after the sum.
@@ -83,14 +83,14 @@ def _digits(total: Tensor) -> str:
     return f"{total.item() & 0xFFFFFFFFFFFFFFFF:016x}"
 
 
-def _hash(name: str, held: Tensor, offset: int) -> Tensor:
+def _hash(name: str, elements: Tensor, offset: int) -> Tensor:
     """Hashes flat elements, the first of which stands at `offset` of the tensor `name`."""
-    total = torch.zeros((), dtype=torch.int64, device=held.device)
+    total = torch.zeros((), dtype=torch.int64, device=elements.device)
     salt = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
-    chunk = _CHUNK_ON_CPU if held.device.type == "cpu" else _CHUNK
-    for start in range(0, held.numel(), chunk):
-        bits = held[start : start + chunk].contiguous().view(_BITS[held.dtype]).long()
-        position = torch.arange(bits.numel(), device=held.device) + (offset + start)
+    chunk = _CHUNK_ON_CPU if elements.device.type == "cpu" else _CHUNK
+    for start in range(0, elements.numel(), chunk):
+        bits = elements[start : start + chunk].contiguous().view(_BITS[elements.dtype]).long()
+        position = torch.arange(bits.numel(), device=elements.device) + (offset + start)
         # Knuth's golden-ratio multiplier as a signed 64-bit integer; int64 products wrap.
         mixed = (position + salt) * -7046029254386353131
         mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687

@@ -32,7 +32,7 @@ class Float32Sums:
             for begin, end, owner in cuts(flat.numel(), bucket):
                 # Backward comes to a group's last parameters first.
                 cut.append((-begin / flat.numel(), group, begin, owner, flat[begin:end]))
-        cut.sort(key=lambda one: one[:3])
+        cut.sort(key=lambda row: row[:3])
         needs = [0] * len(cut)
         for group, totals in enumerate(self._optimizer.fp32_groups_gradients):
             begin = 0

@@ -16,7 +16,7 @@ from fd_large.plan.buckets import MOST_OWNERS
 from fd_large.ranks import distributed
 
 MOST_COPIES = 2
-"""Buckets that are on their way at a time in memory of their own."""
+"""Largest number of buckets in flight at a time, each in memory of its own."""
 
 
 def sums_have_owners() -> bool:
@@ -109,16 +109,16 @@ class Reductions(InOrder):
     def _start(self, bucket: int) -> None:
         if distributed.world_size() == 1:
             return
-        own = self._buckets[bucket]
+        gradients = self._buckets[bucket]
         dtype = self._engine.communication_data_type
-        if own.dtype != dtype and len(self._works) == MOST_COPIES:
+        if gradients.dtype != dtype and len(self._works) == MOST_COPIES:
             self._settle()
-        sent = own.to(dtype)
+        sent = gradients.to(dtype)
         owner = self._owners[bucket]
-        self._works.append((start_sum(sent, owner), sent, own, owner))
+        self._works.append((start_sum(sent, owner), sent, gradients, owner))
 
     def _settle(self) -> None:
-        work, sent, own, owner = self._works.pop(0)
+        work, sent, gradients, owner = self._works.pop(0)
         work.wait()
-        if sent is not own and owner in (None, distributed.rank()):
-            own.copy_(sent)
+        if sent is not gradients and owner in (None, distributed.rank()):
+            gradients.copy_(sent)

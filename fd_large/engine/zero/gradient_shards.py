@@ -56,14 +56,14 @@ class OwnedShards(InOrder):
     float32: at stage 2 in the shard, at stage 1 where autograd does.
     """
 
-    def __init__(self, engine: Any, bucket: int) -> None:
+    def __init__(self, engine: Any, bucket_size: int) -> None:
         self._engine, self._optimizer = engine, engine.optimizer
         self._rank, self._world = distributed.rank(), distributed.world_size()
-        self._buckets = self._cut(bucket)
-        super().__init__([len(one.parts) for one in self._buckets])
+        self._buckets = self._cut(bucket_size)
+        super().__init__([len(bucket.parts) for bucket in self._buckets])
         self._buckets_of: dict[nn.Parameter, list[int]] = {}
-        for number, one in enumerate(self._buckets):
-            for parameter, *_ in one.parts:
+        for number, bucket in enumerate(self._buckets):
+            for parameter, *_ in bucket.parts:
                 self._buckets_of.setdefault(parameter, []).append(number)
         groups, sizes = self._optimizer.bit16_groups, self._optimizer.partition_size
         self._shards = [
@@ -73,7 +73,7 @@ class OwnedShards(InOrder):
         # As `plan/memory.py` counts them, and at least the largest bucket.
         total = sum(parameter.numel() for group in groups for parameter in group)
         share = -(-total // self._world) if sums_have_owners() else total
-        size = max(min(bucket, share), *(one.size for one in self._buckets))
+        size = max(min(bucket_size, share), *(bucket.size for bucket in self._buckets))
         sent = engine.communication_data_type
         self._spare = [self._shards[0].new_empty(size, dtype=sent) for _ in range(MOST_COPIES)]
         self.kept = [*self._shards, *self._spare]
@@ -84,13 +84,13 @@ class OwnedShards(InOrder):
         replace(self._optimizer, "overlapping_partition_gradients_reduce_epilogue", self._reduce)
         replace(self._optimizer, "scaled_global_norm", self._norm)
 
-    def _cut(self, bucket: int) -> list[_Bucket]:
+    def _cut(self, bucket_size: int) -> list[_Bucket]:
         """Cuts the groups into buckets, in about the order in which backward completes them."""
         cut = []
         for group, parameters in enumerate(self._optimizer.bit16_groups):
             size = self._optimizer.partition_size[group] * self._world
             first = self._optimizer.bit16_groups_flat[group].storage_offset()
-            for begin, end, owner in cuts(size, bucket):
+            for begin, end, owner in cuts(size, bucket_size):
                 parts = []
                 for parameter in parameters:
                     # DeepSpeed makes each parameter a view of its group.
@@ -101,10 +101,10 @@ class OwnedShards(InOrder):
                 if parts:
                     # Without the elements behind the last parameter, which pad the group.
                     _, low, high, place = parts[-1]
-                    one = _Bucket(group, begin, place + high - low, owner, parts)
+                    bucket = _Bucket(group, begin, place + high - low, owner, parts)
                     # Backward comes to a group's last parameters first.
-                    cut.append((-begin / size, group, one))
-        return [one for *_, one in sorted(cut, key=lambda one: one[:2])]
+                    cut.append((-begin / size, group, bucket))
+        return [bucket for *_, bucket in sorted(cut, key=lambda row: row[:2])]
 
     def _take(self, parameter: nn.Parameter, group: int) -> None:
         """Takes a gradient of a micro batch from autograd."""
@@ -113,31 +113,31 @@ class OwnedShards(InOrder):
                 self.arrived(number)
 
     @torch.no_grad()
-    def _start(self, bucket: int) -> None:
-        one = self._buckets[bucket]
+    def _start(self, number: int) -> None:
+        bucket = self._buckets[number]
         if len(self._works) == MOST_COPIES:
             self._settle()
-        filled = self._spare[bucket % MOST_COPIES][: one.size]
-        mine, place = self._own(one)
-        if one.owner == self._rank and self._first and mine.dtype == filled.dtype:
+        filled = self._spare[number % MOST_COPIES][: bucket.size]
+        mine, place = self._own(bucket)
+        if bucket.owner == self._rank and self._first and mine.dtype == filled.dtype:
             filled = mine
-        for parameter, low, high, start in one.parts:
+        for parameter, low, high, start in bucket.parts:
             view = filled[start : start + high - low]
             if parameter.grad is None:
                 # It took no part on this rank, but may have on others.
                 view.zero_()
             else:
                 view.copy_(parameter.grad.reshape(-1)[low:high])
-            if bucket == self._buckets_of[parameter][-1]:
+            if number == self._buckets_of[parameter][-1]:
                 parameter.grad = None
-        work = start_sum(filled, one.owner)
+        work = start_sum(filled, bucket.owner)
         self._works.append((work, filled[place : place + mine.numel()], mine))
 
-    def _own(self, one: _Bucket) -> tuple[Tensor, int]:
+    def _own(self, bucket: _Bucket) -> tuple[Tensor, int]:
         """Returns this rank's part of a bucket (a view of its shard) and its offset there."""
-        shard = self._shards[one.group]
-        begin = one.begin - self._rank * shard.numel()
-        low, high = max(begin, 0), min(begin + one.size, shard.numel())
+        shard = self._shards[bucket.group]
+        begin = bucket.begin - self._rank * shard.numel()
+        low, high = max(begin, 0), min(begin + bucket.size, shard.numel())
         return shard[low : max(low, high)], max(0, low - begin)
 
     @torch.no_grad()

@@ -56,7 +56,7 @@ class LayerLearningRates:
     def step(self, *arguments: Any, **named: Any) -> None:
         """Steps the present groups; DeepSpeed empties the groups that it does not want stepped."""
         inner = self._inner
-        groups, states, kept = inner.param_groups, inner.state, kept_by(inner)
+        groups, states, state_fields = inner.param_groups, inner.state, kept_by(inner)
         cut_groups: list[dict[str, Any]] = []
         cut_state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
         places: dict[Tensor, tuple[Tensor, int, int]] = {}
@@ -66,12 +66,12 @@ class LayerLearningRates:
             for owner in group["params"]:
                 if owner.grad is None:
                     continue
-                held = state.optimizer_state(inner, owner)
+                owner_state = state.optimizer_state(inner, owner)
                 for start, stop, scale in self._slices.get(id(owner), ()):
                     view = owner.data.view(-1)[start:stop]
                     view.grad = owner.grad.view(-1)[start:stop]
                     places[view] = owner, start, stop
-                    cut_state[view] = _cut(held, kept.moments, start, stop)
+                    cut_state[view] = _cut(owner_state, state_fields.moments, start, stop)
                     by_scale[scale].append(view)
             for scale, views in by_scale.items():
                 cut_groups.append({**group, "params": views, "lr": self.at_scale(scale)})
@@ -83,7 +83,7 @@ class LayerLearningRates:
         finally:
             inner.param_groups, inner.state = groups, states
         for view, (owner, start, stop) in places.items():
-            for name in kept.moments:
+            for name in state_fields.moments:
                 # Where the optimiser has put a new tensor in the place of the slice.
                 part = states[owner][name].view(-1)[start:stop]
                 if part.data_ptr() != cut_state[view][name].data_ptr():
@@ -94,7 +94,7 @@ class LayerLearningRates:
             if "step" in cut:
                 group["step"] = cut["step"]
             for owner in group["params"]:
-                if kept.count is not None and owner.grad is not None:
+                if state_fields.count is not None and owner.grad is not None:
                     states[owner]["step"] = cut_state[view]["step"]
 
 
@@ -122,11 +122,13 @@ def by_layer(engine: Engine, decay: float, backbone_rate: float = 1.0) -> LayerL
     return rates
 
 
-def _cut(held: dict[str, Any], moments: Iterable[str], start: int, stop: int) -> dict[str, Any]:
+def _cut(
+    owner_state: dict[str, Any], moments: Iterable[str], start: int, stop: int
+) -> dict[str, Any]:
     """Returns a slice of a tensor's state: moments are views, the step count is a copy."""
-    cut = {name: held[name].view(-1)[start:stop] for name in moments}
-    if "step" in held:
-        step = held["step"]
+    cut = {name: owner_state[name].view(-1)[start:stop] for name in moments}
+    if "step" in owner_state:
+        step = owner_state["step"]
         cut["step"] = step.clone() if isinstance(step, Tensor) else step
     return cut
 

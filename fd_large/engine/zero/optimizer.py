@@ -103,16 +103,18 @@ def make_optimizer(
     """
     if make := _maker_of(optim):
         device = distributed.device() if on_gpu else torch.device("cpu")
-        kept = tried(make, optim, device)
+        state_fields = tried(make, optim, device)
         optimizer = make(groups, lr=optim.base_lr)
-        log.debug("optimiser: %s, keeps %s", optim.name, ", ".join(kept.moments) or "nothing")
+        log.debug(
+            "optimiser: %s, keeps %s", optim.name, ", ".join(state_fields.moments) or "nothing"
+        )
     else:
         optimizer = _adamw(groups, optim, on_gpu=on_gpu)
-        kept = Kept(
+        state_fields = Kept(
             dict.fromkeys(ADAMW_MOMENTS, 0.0),
             _on_device if isinstance(optimizer, torch.optim.AdamW) else _number,
         )
-    _kept[optimizer] = kept
+    _kept[optimizer] = state_fields
     return optimizer
 
 

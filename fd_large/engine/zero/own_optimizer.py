@@ -135,5 +135,5 @@ def _count_like(value: Any) -> Callable[[Tensor, int], Any]:
     return lambda owner, steps: torch.tensor(steps, dtype=value.dtype, device=value.device)
 
 
-def _unfit(optim: Optim, what: str, expected: str) -> ConfigError:
-    return ConfigError(f"optim.name: {optim.name} {what}, expected {expected}. Take another.")
+def _unfit(optim: Optim, problem: str, expected: str) -> ConfigError:
+    return ConfigError(f"optim.name: {optim.name} {problem}, expected {expected}. Take another.")

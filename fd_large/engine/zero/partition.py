@@ -102,11 +102,11 @@ def shard(parameter: nn.Parameter) -> tuple[Tensor, int]:
     """
     if not is_partitioned(parameter):
         return parameter.data.view(-1), 0
-    held = parameter.ds_tensor.data.view(-1)
+    padded = parameter.ds_tensor.data.view(-1)
     rank = torch.distributed.get_rank(parameter.ds_process_group)
-    offset = rank * held.numel()
-    length = max(0, min(held.numel(), parameter.ds_numel - offset))
-    return held[:length], min(offset, parameter.ds_numel)
+    offset = rank * padded.numel()
+    length = max(0, min(padded.numel(), parameter.ds_numel - offset))
+    return padded[:length], min(offset, parameter.ds_numel)
 
 
 def load_weights(module: nn.Module, items: Iterable[tuple[str, Tensor]], *, where: str) -> None:
@@ -126,16 +126,16 @@ def load_weights(module: nn.Module, items: Iterable[tuple[str, Tensor]], *, wher
 
     Raises: WeightsError: if a tensor is missing, unexpected or of another shape.
     """
-    held = dict(module.named_parameters()) | running_statistics(module)
+    targets = dict(module.named_parameters()) | running_statistics(module)
     expected = {
         name: tuple(tensor.ds_shape if is_partitioned(tensor) else tensor.shape)
-        for name, tensor in held.items()
+        for name, tensor in targets.items()
     }
     gaps = items.may_be_missing if isinstance(items, Fitted) else frozenset()
     with torch.no_grad():
-        found = covered(expected, items, where=where, may_be_missing=gaps)
-        for name, tensor in distributed.tensors_of_main(found):
-            target, offset = shard(held[name])
+        tensors = covered(expected, items, where=where, may_be_missing=gaps)
+        for name, tensor in distributed.tensors_of_main(tensors):
+            target, offset = shard(targets[name])
             target.copy_(tensor.reshape(-1)[offset : offset + target.numel()])
 
 
@@ -192,9 +192,9 @@ def set_masters(module: nn.Module, exact: dict[str, Tensor]) -> None:
     for name, parameter in module.named_parameters():
         values = exact.pop(name)
         if is_partitioned(parameter):
-            held = torch.zeros(parameter.ds_tensor.numel(), dtype=torch.float32)
-            held[: values.numel()] = values
-            set_local(parameter, held.to(values.device))
+            padded = torch.zeros(parameter.ds_tensor.numel(), dtype=torch.float32)
+            padded[: values.numel()] = values
+            set_local(parameter, padded.to(values.device))
         elif (mapping := parameter._hp_mapping) is not None:
             # Stages 1 and 2: this rank owns a slice of the flattened parameter, or nothing.
             start = mapping.lp_fragment_address.start

@@ -115,10 +115,10 @@ def _found(path: str, package: str) -> Any:
         raise _refused(path, "no such name", package) from None
 
 
-def _refused(path: str, found: str, package: str) -> VersionError:
+def _refused(path: str, got: str, package: str) -> VersionError:
     tested = TESTED[package]
     return VersionError(
         f"{package} {version(package)}: {path.rpartition(':')[2]} differs from the version that "
-        f"this package needs; got {found}, expected that of {package} {tested}. pip install "
+        f"this package needs; got {got}, expected that of {package} {tested}. pip install "
         f"'{package}=={tested}'."
     )

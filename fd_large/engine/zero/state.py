@@ -86,9 +86,9 @@ def shards(engine: Engine) -> Iterator[Piece]:
         for name, buffer in statistics.items():
             start, stop = layout.span(distributed.rank(), name)
             average = engine.averages.get(name, buffer)
-            for kind, held in zip(kinds, (buffer, average), strict=False):
+            for kind, values in zip(kinds, (buffer, average), strict=False):
                 if start < stop:
-                    yield Piece(f"{kind}.{name}", held.float().view(-1)[start:stop])
+                    yield Piece(f"{kind}.{name}", values.float().view(-1)[start:stop])
 
 
 def not_finite(engine: Engine) -> list[str]:
@@ -144,8 +144,9 @@ def written(engine: Engine) -> Iterator[Tensor]:
         yield parameter.ds_tensor if partition.is_partitioned(parameter) else parameter.data
     for _, owner, _, _ in owned(engine):
         gradient = [] if owner.grad is None else [owner.grad]
-        moments = engine.gate.inner.state.get(owner, {}).values()
-        yield from (owner.data, *gradient, *(one for one in moments if isinstance(one, Tensor)))
+        values = engine.gate.inner.state.get(owner, {}).values()
+        moments = (value for value in values if isinstance(value, Tensor))
+        yield from (owner.data, *gradient, *moments)
 
 
 def has_average(engine: Engine) -> bool:
@@ -254,8 +255,8 @@ def _home(engine: Engine, parameter: nn.Parameter, *, whole: bool = False) -> _H
     if engine.stage == 3:
         group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         owner = optimizer.fp32_partitioned_groups_flat[group]
-        held, start = partition.shard(parameter)
-        length = held.numel()
+        elements, start = partition.shard(parameter)
+        length = elements.numel()
         master = owner.data.narrow(0, offset, length)
         return _Home(Span(start, start + length), master, owner, offset)
     mapping = parameter._hp_mapping
@@ -274,13 +275,13 @@ def _flat_partitions(optimizer: Any) -> list[Tensor]:
 
 def optimizer_state(inner: torch.optim.Optimizer, owner: Tensor) -> dict[str, Any]:
     """Returns a tensor's moments and step count; makes them before the first step."""
-    held, kept = inner.state[owner], kept_by(inner)
-    if kept.count is not None and "step" not in held:
-        held["step"] = kept.count(owner, 0)
-    for moment, value in kept.moments.items():
-        if moment not in held:
-            held[moment] = torch.full_like(owner, value, requires_grad=False)
-    return held
+    owner_state, state_fields = inner.state[owner], kept_by(inner)
+    if state_fields.count is not None and "step" not in owner_state:
+        owner_state["step"] = state_fields.count(owner, 0)
+    for moment, value in state_fields.moments.items():
+        if moment not in owner_state:
+            owner_state[moment] = torch.full_like(owner, value, requires_grad=False)
+    return owner_state
 
 
 def _part(moment: Tensor, home: _Home) -> Tensor:

@@ -84,7 +84,7 @@ _stepping: list[StepGate] = []
 def ask_once() -> None:
     """Makes DeepSpeed's optimisers use the gate's answer to whether a norm is finite."""
     optimisers = ("zero.stage3", "zero.stage_1_and_2", "bf16_optimizer")
-    for module in (get(f"deepspeed.runtime.{one}") for one in optimisers):
+    for module in (get(f"deepspeed.runtime.{module_name}") for module_name in optimisers):
         replace(module, "is_invalid_grad_norm", _is_invalid)
     replace(module, "clip_tensors_by_global_norm", _clip)
 

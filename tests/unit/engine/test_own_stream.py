@@ -78,6 +78,6 @@ def test_teacher_and_student_overlap_between_the_two_events(device: asynchronous
 def test_a_look_past_the_event_is_seen(device: asynchronous.Device) -> None:
     with device:
         step = begun(device)
-        step.maps._found["a"] - step.tokens
+        step.maps._results["a"] - step.tokens
     (race,) = device.races
     assert "sub reads what mul writes beside it" in race

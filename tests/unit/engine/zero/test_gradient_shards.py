@@ -51,7 +51,7 @@ def test_each_rank_has_the_means_of_what_it_steps(
         is_gradient_accumulation_boundary=lambda: boundary,
     )
     monkeypatch.setattr(distributed, "sum_tensor", lambda square: 2 * square)
-    OwnedShards(engine, bucket=5)
+    OwnedShards(engine, bucket_size=5)
     # The groups have partitions of 8 and 2 elements, cut at 5; the last ones come first.
     order = [(1, 2), (1, 5), (1, 1), (0, 3), (0, 5), (0, 2)]
     if most_owners == 1:
