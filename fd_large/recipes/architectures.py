@@ -57,13 +57,13 @@ def field_names(family: str) -> tuple[str, ...]:
 
 def _descriptions(cls: type) -> dict[str, str]:
     """Returns each field's description, from "Attributes:" of a class and of its bases."""
-    found: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     for base in cls.__mro__:
         _, _, section = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")
         for entry in re.split(r"\n {4}(?=\S)", f"\n{section}")[1:]:
             name, _, text = entry.partition(": ")
-            found.setdefault(name, " ".join(text.split()))
-    return found
+            descriptions.setdefault(name, " ".join(text.split()))
+    return descriptions
 
 
 def _flat_section(families: Iterable[type[FamilyArchitecture]]) -> type:
@@ -73,9 +73,9 @@ def _flat_section(families: Iterable[type[FamilyArchitecture]]) -> type:
     for family in families:
         hints, described = get_type_hints(family), _descriptions(family)
         for f in fields(family):
-            own = hints[f.name], described[f.name]
-            known = types.setdefault(f.name, own[0]), texts.setdefault(f.name, own[1])
-            assert known == own, f"{family.__name__}.{f.name} differs from another family's"
+            definition = hints[f.name], described[f.name]
+            known = types.setdefault(f.name, definition[0]), texts.setdefault(f.name, definition[1])
+            assert known == definition, f"{family.__name__}.{f.name} differs from another family's"
     attributes = "\n".join(f"    {name}: {text}" for name, text in texts.items())
     return make_dataclass(
         "Architecture",
@@ -116,7 +116,7 @@ def by_name(name: str) -> FamilyArchitecture | None:
 
 
 def split_model(source: str) -> tuple[str, str]:
-    """Splits MODEL=SOURCE; of weights alone the model is "". A path may contain "=" too."""
+    """Splits MODEL=SOURCE; the model is "" for weights alone. A path may contain "=" too."""
     named, sign, weights = source.partition("=")
     if sign and by_name(named):
         return named, weights
@@ -148,8 +148,8 @@ def full_name(section: Mapping[str, Any]) -> str:
 def model_of(section: Mapping[str, Any]) -> FamilyArchitecture | None:
     """Returns the model of a section of recipe.json, or None if another version wrote it."""
     try:
-        given = from_plain(Architecture, section.get("architecture", {}), "architecture.")
-        return resolve(section["model"], given)
+        architecture = from_plain(Architecture, section.get("architecture", {}), "architecture.")
+        return resolve(section["model"], architecture)
     except ConfigError:
         return None
 
@@ -205,25 +205,25 @@ def resolve(name: str, overrides: Architecture | None = None) -> FamilyArchitect
     Raises: ConfigError: if the name is unknown, or an override does not fit the family or the
         other values.
     """
-    given = set_fields(overrides or Architecture())
+    values = set_fields(overrides or Architecture())
     if base := by_name(name):
-        wanted = given.pop("family", base.family)
-        if wanted != base.family:
+        family = values.pop("family", base.family)
+        if family != base.family:
             raise ConfigError(
-                f"architecture.family: decided by the model {name}; got {wanted!r}, expected "
+                f"architecture.family: decided by the model {name}; got {family!r}, expected "
                 f"{base.family!r}. Name another model."
             )
-        _refuse_foreign(given, base.family, name)
-        return base.overridden(given)
+        _refuse_foreign(values, base.family, name)
+        return base.overridden(values)
     if name in doors.installed("backbones"):
-        return CustomArchitecture(function=name).overridden(given)
+        return CustomArchitecture(function=name).overridden(values)
     if name not in FAMILIES:
         raise ConfigError(
             f"model: no such model; got {name!r}, {nearest(name, ARCHITECTURES)}. Use a listed "
             f"name, timm:{name} if it is a model of timm, or {doors.FORMS}."
         )
-    given["family"] = name
-    return whole(given)
+    values["family"] = name
+    return whole(values)
 
 
 def whole(values: dict[str, Any]) -> FamilyArchitecture:
@@ -231,19 +231,19 @@ def whole(values: dict[str, Any]) -> FamilyArchitecture:
 
     Raises: ConfigError: if a field is missing, or is of another family, or has an invalid value.
     """
-    own = dict(values)
-    family = own.pop("family")
+    model_fields = dict(values)
+    family = model_fields.pop("family")
     field_names(family)  # Refuses an unknown family.
     needed = {f.name for f in fields(FAMILIES[family]) if f.default is MISSING}
-    missing = sorted(needed - own.keys())
+    missing = sorted(needed - model_fields.keys())
     if missing:
         raise ConfigError(
             f"model: {family} is a family, whose models have no values of their own; got none for "
             f"{', '.join(missing)}, expected every field. Set them by --teacher.architecture or "
             "--student.architecture, or name a model."
         )
-    _refuse_foreign(own, family, family)
-    return FAMILIES[family](**own)
+    _refuse_foreign(model_fields, family, family)
+    return FAMILIES[family](**model_fields)
 
 
 def set_fields(section: Architecture) -> dict[str, Any]:
@@ -265,9 +265,9 @@ def overrides(
     return Architecture(**{k: v for k, v in values.items() if k not in known or v != known[k]})
 
 
-def _refuse_foreign(given: dict[str, Any], family: str, name: str) -> None:
+def _refuse_foreign(values: dict[str, Any], family: str, name: str) -> None:
     known = field_names(family)
-    for field_name, value in given.items():
+    for field_name, value in values.items():
         if field_name not in known:
             raise ConfigError(
                 f"architecture.{field_name}: {name} is a {family} model without that option; "

@@ -1,4 +1,4 @@
-"""Whether a global batch divides among ranks; without torch, so that a job knows it early."""
+"""Division of a global batch among ranks; without torch, so that a mistake is found early."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def check_division(*, global_batch_size: int, micro_batch_size: int, world_size:
         )
 
 
-def nearest_divisors(number: int, wanted: int) -> list[int]:
-    """Returns the largest divisor of a number below the wanted one, and the smallest above."""
-    below = next(size for size in range(min(wanted, number), 0, -1) if number % size == 0)
-    above = next((size for size in range(wanted, number + 1) if number % size == 0), None)
+def nearest_divisors(number: int, target: int) -> list[int]:
+    """Returns the divisors of a number that are nearest to a target, from below and from above."""
+    below = next(size for size in range(min(target, number), 0, -1) if number % size == 0)
+    above = next((size for size in range(target, number + 1) if number % size == 0), None)
     return [below] if above is None or above == below else [below, above]

@@ -30,13 +30,13 @@ from fd_large.tasks.depth.section import Depth
 
 
 def _nyuv2(student: Student, *, layer_decay: float, head_width: int) -> Run:
-    own = Depth(normalise=False, head_width=head_width, test_windows=2, test_crop="nyu")
+    section = Depth(normalise=False, head_width=head_width, test_windows=2, test_crop="nyu")
     return Run(
         name=UNNAMED,
         student=student,
         data=Data(image_size=480),
         # The sections of tasks are fields that are made from the table of tasks.
-        task=Task(name="depth", depth=own),  # type: ignore[call-arg]
+        task=Task(name="depth", depth=section),  # type: ignore[call-arg]
         optim=Optim(
             base_lr=5e-4 * 512 / 24,
             warmup_lr=3e-5 * 512 / 24,
@@ -137,14 +137,14 @@ def nyuv2_linear() -> Run:
     student was distilled; no CutDepth. The student does not change, nor its memory: its masters and
     moments are kept.
     """
-    own = Depth(
+    section = Depth(
         head="linear", frozen=True, loss_lambda=0.85, cut_depth=0.0, test_windows=2, test_crop="nyu"
     )
     return Run(
         name=UNNAMED,
         student=vit("vit_base_patch16", 0.0),
         data=Data(image_size=480),
-        task=Task(name="depth", depth=own),  # type: ignore[call-arg]
+        task=Task(name="depth", depth=section),  # type: ignore[call-arg]
         optim=Optim(
             base_lr=3e-4 * 512 / 16,
             warmup_lr=3e-6 * 512 / 16,

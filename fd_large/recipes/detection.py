@@ -209,8 +209,8 @@ def coco_mask_rcnn_swinv2_giant() -> Run:
 
 def _with_heads(run: Run, **detection: Any) -> Run:
     """A recipe with other heads."""
-    own = replace(run.task.detection, **detection)
-    task = replace(run.task, detection=own)  # type: ignore[call-arg]
+    section = replace(run.task.detection, **detection)
+    task = replace(run.task, detection=section)  # type: ignore[call-arg]
     return replace(run, task=task)
 
 

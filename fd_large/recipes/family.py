@@ -15,7 +15,7 @@ from fd_large.errors import ConflictError
 from fd_large.recipes.fields import check_types
 
 Kind = Literal["convolutions", "attention", "windows"]
-"""What a model mixes its tokens by: convolutions, attention over all of them, or in windows."""
+"""Operation that mixes a model's tokens: convolutions, attention over all, or in windows."""
 
 MOST_BLOCKS = 1000
 """More blocks than any model has; a number beyond it is a mistake, or meant to cost time."""
@@ -143,12 +143,12 @@ class FamilyArchitecture:
         """
         return self
 
-    def overridden(self, given: dict[str, Any]) -> Self:
+    def overridden(self, values: dict[str, Any]) -> Self:
         """Returns the model with other values of some fields.
 
         Raises: ConfigError: if they do not fit the other fields.
         """
-        return replace(self, **given)
+        return replace(self, **values)
 
     def with_own_position_biases(self) -> Self:
         """Returns the model with a position bias in every block instead of a shared one."""

@@ -173,18 +173,18 @@ def _check_type(where: str, value: Any, hint: Any) -> None:
 
 def require(
     ok: bool,
-    what: str,
+    problem: str,
     got: Any,
     expected: str,
     remedy: str = "",
     *,
     beside: tuple[str, ...] = (),
 ) -> None:
-    """Raises ConfigError("WHAT; got GOT, expected EXPECTED. REMEDY.") unless ok.
+    """Raises ConfigError("PROBLEM; got GOT, expected EXPECTED. REMEDY.") unless ok.
 
     Args:
         ok: Whether the value will do.
-        what: The field and the problem, "optim.warmup_epochs: warm-up longer than the run".
+        problem: The field and the problem, "optim.warmup_epochs: warm-up longer than the run".
         got: The value.
         expected: The expected values.
         remedy: How to fix it; "" means another value of the field. Next to other fields it is an
@@ -192,11 +192,11 @@ def require(
         beside: Other fields that decide whether the value will do.
     """
     if not ok and beside:
-        fields = (what.partition(":")[0], *beside)
-        raise ConflictError(f"{what}; got {got}, expected {expected}.", fields, remedy)
+        fields = (problem.partition(":")[0], *beside)
+        raise ConflictError(f"{problem}; got {got}, expected {expected}.", fields, remedy)
     if not ok:
-        remedy = remedy or f"Change --{what.partition(':')[0].removeprefix('--')}"
-        raise ConfigError(f"{what}; got {got}, expected {expected}. {remedy}.")
+        remedy = remedy or f"Change --{problem.partition(':')[0].removeprefix('--')}"
+        raise ConfigError(f"{problem}; got {got}, expected {expected}. {remedy}.")
 
 
 def positive(where: str, value: float) -> None:

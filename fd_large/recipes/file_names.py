@@ -32,7 +32,7 @@ OVERWRITTEN = (
     *(DEEPSPEED, CODE, ENVIRONMENT, METRICS, EVALUATIONS, SUMMARY, PAGE),
     *(CHECKPOINTS, EVENTS, PICTURES, INCIDENTS, EVALUATED),
 )
-"""What a run writes after its recipe.json; in a folder that is no run's, it is somebody else's."""
+"""Files and folders that a run writes after its recipe.json; elsewhere they are somebody else's."""
 
 
 def is_run(folder: Path) -> bool:
@@ -48,7 +48,7 @@ def refuse_links(folder: Path) -> None:
 
     Raises: ConfigError: naming the first link.
     """
-    own = folder.resolve()
+    run_folder = folder.resolve()
     logs = folder / LOGS
     written = [folder / name for name in (RECIPE, *OVERWRITTEN, LOGS)]
     if kind_of(logs, where="--runtime.run_dir") == "folder":
@@ -65,7 +65,7 @@ def refuse_links(folder: Path) -> None:
         target = path.resolve()
         if kind is None and path.name in (CHECKPOINTS, EVENTS, LOGS, PICTURES, INCIDENTS):
             continue  # Its disk is not mounted; nothing is written through it.
-        if kind != "folder" or (own not in target.parents and is_run(target.parent)):
+        if kind != "folder" or (run_folder not in target.parents and is_run(target.parent)):
             raise ConfigError(
                 f"--runtime.run_dir: {path}: a link, through which a run would write outside of "
                 f"its folder; got {target}, expected a file of this run, or a folder that no other "

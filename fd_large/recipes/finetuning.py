@@ -43,9 +43,9 @@ def _finetune(
     named = resolve(model)
     shape = named.with_own_position_biases()
     if window_size:
-        given = {"window_size": window_size, "pretrained_window_sizes": DISTILLED_AT_192}
-        shape = shape.overridden(given)
-    own = FineTune() if mixing else FineTune(mixup=0.0, cutmix=0.0)
+        sizes = {"window_size": window_size, "pretrained_window_sizes": DISTILLED_AT_192}
+        shape = shape.overridden(sizes)
+    section = FineTune() if mixing else FineTune(mixup=0.0, cutmix=0.0)
     common: dict[str, Any] = {"epochs": 100, "warmup_epochs": 20, "clip_norm": 5.0}
     return Run(
         name=UNNAMED,
@@ -57,7 +57,7 @@ def _finetune(
         ),
         data=Data(image_size=image_size, min_crop_scale=0.08),
         # The sections of tasks are fields that are made from the table of tasks.
-        task=Task(name="finetune", finetune=own),  # type: ignore[call-arg]
+        task=Task(name="finetune", finetune=section),  # type: ignore[call-arg]
         optim=Optim(**{"warmup_lr": end_lr, "min_lr": end_lr, **common, **optim}),
         batch=Batch(global_batch_size=global_batch_size),
     )

@@ -93,11 +93,11 @@ def decided_steps(
         first_release: The run's time_box.json, where the first release stored the decision.
     """
     decisions = manifest.get("time_box", {}).get("decisions", [])
-    made = [one["updates"] for one in decisions if one["step"] <= manifest["update"]]
+    lengths = [entry["updates"] for entry in decisions if entry["step"] <= manifest["update"]]
     had_limit = manifest.get("recipe", {}).get("optim", {}).get("max_seconds")
-    if not made and had_limit and "updates" in first_release:
-        made = [int(first_release["updates"])]
-    return made[-1] if made else None
+    if not lengths and had_limit and "updates" in first_release:
+        lengths = [int(first_release["updates"])]
+    return lengths[-1] if lengths else None
 
 
 def recorded_length(step: int, decided: int | None) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def quickstart() -> Run:
         over 400 steps and than 8e-3 over 200; it halves towards the end, because the loss is still
         falling there: a cosine to zero wastes the last third of a short run. A step takes about
         .8 s of one core: 400 of them, four minutes on two slow cores, less than three on idle ones.
-    eval: 32 views of each set, a second of two cores: what is wanted is the course of the run.
+    eval: 32 views of each set, a second of two cores: enough to show the course of the run.
     batch: 16 is divisible by 1, 2, 4, 8 and 16 ranks.
     """
     return Run(

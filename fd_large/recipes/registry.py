@@ -103,8 +103,8 @@ def facts(name: str) -> Facts:
     lines = (inspect.getdoc(RECIPES[name]) or "").splitlines()
 
     def first(key: str) -> str:
-        found = (line.removeprefix(key).strip() for line in lines if line.startswith(key))
-        return next(found, "")
+        texts = (line.removeprefix(key).strip() for line in lines if line.startswith(key))
+        return next(texts, "")
 
     return Facts(
         summary=lines[0],

@@ -213,8 +213,8 @@ class Run:
 
     name: str
     student: Student
-    # Several students that learn from the same batches, by names of your own. What one does not say
-    # is as in student. Each has a run folder, RUN/students/NAME.
+    # Several students that learn from the same batches, by names of your own. Fields that one
+    # leaves out are as in student. Each has a run folder, RUN/students/NAME.
     students: dict[str, NamedStudent] = field(default_factory=dict)
     teacher: Teacher = field(default_factory=Teacher)
     # Several teachers, by names of your own; then the sections teacher and objective stay empty.
@@ -283,9 +283,9 @@ class Run:
                     f"letters, digits and underscores that begin with a letter, not ending in "
                     f"_summary, and none of {', '.join(_TAKEN)}. Choose another name."
                 )
-        found = _set_fields({n: getattr(self, n) for n in _OF_ONE_TEACHER})
-        if self.teachers and found:
-            name, (got, usual) = next(iter(found.items()))
+        settings = _set_fields({n: getattr(self, n) for n in _OF_ONE_TEACHER})
+        if self.teachers and settings:
+            name, (got, usual) = next(iter(settings.items()))
             raise ConfigError(
                 f"{name}: not used with several teachers; got {got!r} beside the "
                 f"teachers {', '.join(self.teachers)}, expected {usual!r}. Set it for a teacher: "
@@ -299,18 +299,20 @@ class Run:
 
     def _refuse_sections_of(self, kind: TaskKind, read: TaskKind) -> None:
         """Refuses settings of other tasks, which would have no effect."""
-        own = {name: getattr(self, name) for name in kind.sections if name not in read.sections}
+        sections = {
+            name: getattr(self, name) for name in kind.sections if name not in read.sections
+        }
         for several in ("teachers", "students"):
-            own |= _named(several, own.pop(several, {}))
+            sections |= _named(several, sections.pop(several, {}))
         if kind.section:
-            own[f"task.{kind.name}"] = getattr(self.task, kind.name)
-        if found := _set_fields(own):
-            fields, plural = ", ".join(found), "s" if len(found) > 1 else ""
+            sections[f"task.{kind.name}"] = getattr(self.task, kind.name)
+        if settings := _set_fields(sections):
+            fields, plural = ", ".join(settings), "s" if len(settings) > 1 else ""
             raise ConfigError(
                 f"{fields}: the task {self.task.name} ignores the field{plural}; got "
-                f"{', '.join(repr(value) for value, _ in found.values())}, expected "
-                f"{', '.join(repr(value) for _, value in found.values())}. Leave out what you set "
-                f"there, or choose a recipe of the task {self.task.name}."
+                f"{', '.join(repr(value) for value, _ in settings.values())}, expected "
+                f"{', '.join(repr(value) for _, value in settings.values())}. Leave out what you "
+                f"set there, or choose a recipe of the task {self.task.name}."
             )
 
     @property
@@ -385,8 +387,8 @@ class Run:
         of_all = {n.removeprefix("student."): v for n, v in values.items() if n[:8] == "student."}
         come = dict.fromkeys(name.split(".")[1] for name in values if name[:9] == "students.")
         for name in [name for name in come if name not in base.students]:
-            own = {f.name: getattr(base.student, f.name) for f in fields(Student)}
-            base = replace(base, students={**base.students, name: NamedStudent(**own)})
+            student_fields = {f.name: getattr(base.student, f.name) for f in fields(Student)}
+            base = replace(base, students={**base.students, name: NamedStudent(**student_fields)})
             values = {f"students.{name}.{n}": v for n, v in of_all.items()} | dict(values)
         for where, section in base._models().items():
             base = base._with_model(where, _with_other_model(section, where, values))
@@ -408,25 +410,25 @@ class Run:
         free = _MAY_CHANGE | set(kind.may_change if kind else ())
         if _is_longer(before.optim, self.optim):
             free |= set(LENGTH)
-        found = difference(before, self)
+        changes = difference(before, self)
         if before.teachers.keys() != self.teachers.keys():
-            found = {n: v for n, v in found.items() if not n.startswith("teachers.")}
-            found["teachers"] = (", ".join(before.teachers), ", ".join(self.teachers))
+            changes = {n: v for n, v in changes.items() if not n.startswith("teachers.")}
+            changes["teachers"] = (", ".join(before.teachers), ", ".join(self.teachers))
         if bool(before.students) != bool(self.students):
-            found = {n: v for n, v in found.items() if not n.startswith("student")}
-            found["students"] = (", ".join(before.students), ", ".join(self.students))
+            changes = {n: v for n, v in changes.items() if not n.startswith("student")}
+            changes["students"] = (", ".join(before.students), ", ".join(self.students))
         elif self.students:
             # Whoever has come begins, and who has gone stays as it is; what student says is unread.
             both = [f"students.{name}." for name in before.students.keys() & self.students.keys()]
-            found = {
+            changes = {
                 n: v
-                for n, v in found.items()
+                for n, v in changes.items()
                 if not n.startswith("student") or n.startswith(tuple(both))
             }
             free |= {name.replace("student.", "students.*.", 1) for name in free}
         return {
             name: values
-            for name, values in found.items()
+            for name, values in changes.items()
             if not any(fnmatchcase(name, pattern) for pattern in free)
         }
 
@@ -579,12 +581,12 @@ def _set_fields(sections: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     Args:
         sections: Sections by the prefix of their fields' names.
     """
-    found: dict[str, tuple[Any, Any]] = {}
+    settings: dict[str, tuple[Any, Any]] = {}
     for name, section in sections.items():
-        usual, given = flat(_usual(section)), flat(section)
-        set_ones = [f for f in given if given[f] not in (usual[f], AUTO)]
-        found |= {f"{name}.{f}": (given[f], usual[f]) for f in set_ones}
-    return found
+        usual, values = flat(_usual(section)), flat(section)
+        set_ones = [f for f in values if values[f] not in (usual[f], AUTO)]
+        settings |= {f"{name}.{f}": (values[f], usual[f]) for f in set_ones}
+    return settings
 
 
 def _usual(section: Any) -> Any:

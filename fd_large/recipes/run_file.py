@@ -95,8 +95,8 @@ def read_run_file(path: str) -> Given:
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # Such a number or date.
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}" if mark else ""
-        said = first_line(error) if isinstance(error, ValueError) else type(error).__name__
-        problem = getattr(error, "problem", None) or said
+        reason = first_line(error) if isinstance(error, ValueError) else type(error).__name__
+        problem = getattr(error, "problem", None) or reason
         raise ConfigError(
             f"{path}{place}: neither YAML nor JSON; got {problem}, expected names with values, "
             "for example optim: {max_steps: 20}. Correct the file."
@@ -111,7 +111,7 @@ def _given(tree: Any, path: str, lines: dict[str, int], twice: list[str]) -> Giv
             "values, for example optim: {max_steps: 20}. Correct the file."
         )
     if twice:
-        raise ConfigError("\n".join(f"{path}:{one}" for one in twice))
+        raise ConfigError("\n".join(f"{path}:{complaint}" for complaint in twice))
     return Given(tree, path, lines)
 
 
@@ -123,18 +123,18 @@ def _note_lines(node: Any, prefix: str, lines: dict[str, int], twice: list[str])
         raise yaml.MarkedYAMLError(
             problem=f"more than {MOST_NAMES:,} names", problem_mark=node.start_mark
         )
-    seen = set()
+    names = set()
     for key, value in node.value:
         name, line = f"{prefix}{key.value}", key.start_mark.line + 1
-        if name in seen:
+        if name in names:
             twice.append(f"{line}: {name}: given twice; expected once. Remove one.")
-        seen.add(name)
+        names.add(name)
         lines[name] = line
         _note_lines(value, f"{name}.", lines, twice)
 
 
 def run_of(
-    given: Given,
+    source: Given,
     *,
     recipe: str,
     named: bool = False,
@@ -147,7 +147,7 @@ def run_of(
     which has to say its student's model.
 
     Args:
-        given: The values, nested or with dots.
+        source: The values, nested or with dots.
         recipe: Name of the recipe that is changed where the values name none.
         named: Whether the user named it, so that it wins over the values' own name.
         mistakes: Takes the lines of all mistakes; None raises an error instead.
@@ -156,10 +156,10 @@ def run_of(
     Returns: the recipe, or None if mistakes prevent it.
     Raises: ConfigError: with a line for each mistake, unless `mistakes` takes them.
     """
-    found: list[str] = []
-    name = given.values.get(NAME, recipe)
+    messages: list[str] = []
+    name = source.values.get(NAME, recipe)
     base, run = None, None
-    values = named_fields(given, found)
+    values = named_fields(source, messages)
     values.pop(NAME, None)
     try:
         if named or name in registry.RECIPES:
@@ -174,13 +174,13 @@ def run_of(
                 {NAME: name, "student": {"model": values["student.model"]}, **_task_of(values)}
             )
         refused = set() if refused is None else refused
-        run = accepted(values, base.with_fields, found, where=given.where, refused=refused)
+        run = accepted(values, base.with_fields, messages, where=source.where, refused=refused)
     except ConfigError as error:
-        found.append(f"{given.where(NAME)}{error}")
+        messages.append(f"{source.where(NAME)}{error}")
     if mistakes is not None:
-        mistakes += found
-    elif found:
-        raise ConfigError("\n".join(dict.fromkeys(found)))
+        mistakes += messages
+    elif messages:
+        raise ConfigError("\n".join(dict.fromkeys(messages)))
     return run
 
 
@@ -188,20 +188,22 @@ def _task_of(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"task": {NAME: values["task.name"]}} if "task.name" in values else {}
 
 
-def named_fields(given: Given, mistakes: list[str]) -> dict[str, Any]:
+def named_fields(source: Given, mistakes: list[str]) -> dict[str, Any]:
     """Returns {"optim.max_steps": 20, ...} of nested values.
 
     Args:
-        given: The values.
+        source: The values.
         mistakes: Receives a line for each name that is not a field; such names are left out.
     """
     task = Task
-    own = next((value for name, value in _leaves(given.values, {}) if name == "task.name"), None)
+    task_name = next(
+        (value for name, value in _leaves(source.values, {}) if name == "task.name"), None
+    )
     with suppress(ConfigError):  # `run_of` says what is wrong with it.
-        task = Task.class_for({NAME: own} if own else {})
+        task = Task.class_for({NAME: task_name} if task_name else {})
     values: dict[str, Any] = {}
     fixed = field_names(Run) | field_names(task, "task.")
-    for name, value in _leaves(given.values, fixed):
+    for name, value in _leaves(source.values, fixed):
         known = fixed if name in fixed else field_names(Run, like=name)
         if name in known or _is_of_own_task(name, task):
             values[name] = value
@@ -209,7 +211,7 @@ def named_fields(given: Given, mistakes: list[str]) -> dict[str, Any]:
             message = refusal(name, value) or (
                 f"{name}: no such field; {_nearest(name, fixed)}. Correct the name."
             )
-            mistakes.append(f"{given.where(name)}{message}")
+            mistakes.append(f"{source.where(name)}{message}")
     return values
 
 
@@ -228,14 +230,15 @@ def _leaves(
             yield from _leaves(value, known, f"{name}.")
         elif not isinstance(value, Mapping) and not (
             # A section of YAML with nothing in it.
-            value is None and any(one.startswith(f"{name}.") for one in known)
+            value is None and any(known_name.startswith(f"{name}.") for known_name in known)
         ):
             yield name, value
 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> str:
     # A field without its section, or in another one.
-    whole = [one for one in known if one.rpartition(".")[2] == name.rpartition(".")[2]]
+    last = name.rpartition(".")[2]
+    whole = [key for key in known if key.rpartition(".")[2] == last]
     return f"nearest: {', '.join(whole[:3])}" if whole else nearest(name, known)
 
 
@@ -249,8 +252,8 @@ def accepted(
 ) -> T | None:
     """Returns the object built from values; each refused value is recorded and left out.
 
-    Without a refused value the recipe's own stands in its place, which the user never gave: a
-    mistake that may come of that is not told.
+    The recipe's own value, which the user never gave, takes the place of a refused one: a mistake
+    that may come of it is not reported.
 
     Args:
         values: Values by name.
@@ -266,14 +269,14 @@ def accepted(
             return build(accepted_values)
         except ConfigError as error:
             fields = error.fields if isinstance(error, ConflictError) else _fields_of(error)
-            own = [name for name in fields if name in accepted_values]
-            if not _comes_of(refused, fields, error, given=bool(own)):
+            blamed = [name for name in fields if name in accepted_values]
+            if not _comes_of(refused, fields, error, user_set=bool(blamed)):
                 text = error.told_to(values) if isinstance(error, ConflictError) else str(error)
-                mistakes.append(f"{where((own or list(fields))[0])}{text}")
-            refused |= set(own)
-            for name in own:
+                mistakes.append(f"{where((blamed or list(fields))[0])}{text}")
+            refused |= set(blamed)
+            for name in blamed:
                 del accepted_values[name]
-            if not own:
+            if not blamed:
                 return None
 
 
@@ -282,7 +285,7 @@ def _fields_of(error: ConfigError) -> tuple[str, ...]:
 
 
 def _comes_of(
-    refused: Collection[str], fields: Collection[str], error: ConfigError, *, given: bool
+    refused: Collection[str], fields: Collection[str], error: ConfigError, *, user_set: bool
 ) -> bool:
     """Returns whether a mistake may be a consequence of replacements of refused values.
 
@@ -290,10 +293,10 @@ def _comes_of(
         refused: Names of values that were refused.
         fields: The fields in which the mistake is.
         error: The mistake.
-        given: Whether the user gave a value of one of these fields.
+        user_set: Whether the user gave a value of one of these fields.
     """
     sections = {name.rpartition(".")[0] for name in refused}
     return any(
         name in fields or re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", str(error))
         for name in refused
-    ) or (not given and any(name.rpartition(".")[0] in sections for name in fields))
+    ) or (not user_set and any(name.rpartition(".")[0] in sections for name in fields))

@@ -33,14 +33,14 @@ FOLLOWING = ("optim.warmup_lr", "optim.min_lr", "optim.warmup_epochs")
 
 AUTO, ADAMW, RANDOM = "auto", "adamw", "random"
 STUDENTS = "students"
-"""Folder, in that of several students, with the folder of each one's run."""
+"""Folder with the run folder of each of several students, inside their common folder."""
 
 # Fields of the student that say what becomes of sizes that do not fit.
 SIZE_FIELDS = ("size_rule", "window_rule", "shift_stages", "stage_windows")
 
 
 USUAL_NORM_BATCH, FEWEST_OF_NORM = 32, 8
-"""Images that share the statistics of a batch norm where nothing else is said, and at least."""
+"""Default and least number of images that share the statistics of a batch norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,18 +119,18 @@ class Student:
             at_least(f"{self.place}.stage_windows", side, 1, "tokens")
 
     def without_rules_unknown_to(
-        self, architecture: FamilyArchitecture, *, kept: Collection[str] = ()
+        self, architecture: FamilyArchitecture, *, unchanged: Collection[str] = ()
     ) -> Student:
         """Returns the section with default values of the size fields that a family lacks.
 
         Args:
             architecture: A model of the family.
-            kept: Fields that stay unchanged.
+            unchanged: Fields that stay unchanged.
         """
         usual = Student(model=self.model).sizes()
         if architecture.can_pad:
             usual = {} if architecture.has_stage_windows else {"stage_windows": ()}
-        return replace(self, **{name: v for name, v in usual.items() if name not in kept})
+        return replace(self, **{name: v for name, v in usual.items() if name not in unchanged})
 
     def sizes(self) -> dict[str, Any]:
         """Returns the fields that decide how misfitting sizes are treated, {name: value}."""
@@ -178,8 +178,10 @@ class NamedStudent(Student):
         Args:
             optim: Default values of all students.
         """
-        own = {f.name: getattr(self, f.name) for f in fields(self) if hasattr(optim, f.name)}
-        return replace(optim, **{name: value for name, value in own.items() if value is not None})
+        values = {f.name: getattr(self, f.name) for f in fields(self) if hasattr(optim, f.name)}
+        return replace(
+            optim, **{name: value for name, value in values.items() if value is not None}
+        )
 
 
 _SOURCES = (
@@ -194,7 +196,7 @@ class FrozenModel:
 
     place: ClassVar[str] = "model"
     folder_schemes: ClassVar[tuple[str, ...]] = ()
-    """What may stand before the path of a folder in `source`, in sections of this kind alone."""
+    """Prefixes that may stand before a folder's path in `source`, in sections of this kind only."""
 
     # Name of the model, which also decides its image statistics and its final norm. auto: the model
     # that the weights of `source` belong to.
@@ -469,16 +471,16 @@ class Optim:
         Args:
             values: Values of fields by full name; these fields do not follow others.
         """
-        found: dict[str, float] = {}
+        following: dict[str, float] = {}
         peak = values.get("optim.base_lr")
         if isinstance(peak, int | float) and self.base_lr:
             ends = {"optim.warmup_lr": self.warmup_lr, "optim.min_lr": self.min_lr}
-            found |= {name: rate * (peak / self.base_lr) for name, rate in ends.items()}
+            following |= {name: rate * (peak / self.base_lr) for name, rate in ends.items()}
         epochs = values.get("optim.epochs")
         by_steps = values.get("optim.max_steps", self.max_steps)
         if isinstance(epochs, int) and epochs <= self.warmup_epochs and not by_steps:
-            found["optim.warmup_epochs"] = self.warmup_epochs * (epochs / self.epochs)
-        return {name: value for name, value in found.items() if name not in values}
+            following["optim.warmup_epochs"] = self.warmup_epochs * (epochs / self.epochs)
+        return {name: value for name, value in following.items() if name not in values}
 
     def rates(self, global_batch_size: int) -> tuple[float, float, float]:
         """Returns the learning rates (peak, start of warm-up, end) for a global batch size."""

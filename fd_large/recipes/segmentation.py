@@ -47,13 +47,13 @@ def _ade20k(
     **segmentation: Any,
 ) -> Run:
     base_lr = peak * 512 / global_batch_size
-    own = Segmentation(num_classes=150, reduce_zero_label=True, **segmentation)
+    section = Segmentation(num_classes=150, reduce_zero_label=True, **segmentation)
     return Run(
         name=UNNAMED,
         student=student,
         data=Data(image_size=image_size),
         # The sections of tasks are fields that are made from the table of tasks.
-        task=Task(name="segmentation", segmentation=own),  # type: ignore[call-arg]
+        task=Task(name="segmentation", segmentation=section),  # type: ignore[call-arg]
         optim=Optim(
             base_lr=base_lr,
             warmup_lr=base_lr * 1e-6,
@@ -196,7 +196,7 @@ def ade20k_upernet_swinv2_giant() -> Run:
 
 
 def ade20k_linear() -> Run:
-    """A linear layer on the last map of a frozen ViT-B/16: how well they part classes.
+    """A linear layer on the last map of a frozen ViT-B/16: how well its features part classes.
 
     Hardware: 8 GPUs x 2 images; ADE20K
     Duration: 40,000 steps; 38 to 59 GPU-minutes

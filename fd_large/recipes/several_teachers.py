@@ -277,8 +277,8 @@ _AGGLOMERATIVE: dict[str, Any] = {
 def _timm(name: str, *, image_size: int | None = None, **fields: Any) -> NamedTeacher:
     """A teacher of timm with its weights."""
     model = f"timm:{name.partition('.')[0]}"
-    own = Architecture() if image_size is None else Architecture(image_size=image_size)
-    return NamedTeacher(model=model, architecture=own, source=f"timm:{name}", **fields)
+    architecture = Architecture() if image_size is None else Architecture(image_size=image_size)
+    return NamedTeacher(model=model, architecture=architecture, source=f"timm:{name}", **fields)
 
 
 def _agglomerative(

@@ -25,7 +25,7 @@ USUAL_IMAGES = 1_000
 """The number of images that the recipe's own numbers are for."""
 
 PEAKS: dict[Kind, float] = {"convolutions": 1e-3, "windows": 4e-3, "attention": 1e-3}
-"""Peak learning rate of a step, by what a model is made of: see `small_data`."""
+"""Peak learning rate of a step, by how a model mixes its tokens (`Kind`): see `small_data`."""
 _PASSES, _FEWEST_STEPS = 40, 400
 _BATCHES = (32, 256)
 _WARM_UP, _END = 0.05, 0.1

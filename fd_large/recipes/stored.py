@@ -29,7 +29,7 @@ def recipe_file(folder: str | Path, *, where: str) -> Path:
     """
     path = Path(folder) / RECIPE
     kind = kind_of(path, where=where)
-    if students := sorted(one.parent for one in Path(folder).glob(f"{STUDENTS}/*/{RECIPE}")):
+    if students := sorted(recipe.parent for recipe in Path(folder).glob(f"{STUDENTS}/*/{RECIPE}")):
         raise ConfigError(
             f"{where}: {folder}: a run with several students; got their common folder, expected "
             f"one student's. Name {' or '.join(map(str, students))}."
@@ -57,7 +57,7 @@ def read_recipe(folder: str | Path, *, where: str) -> Run:
     """Returns the recipe of a run.
 
     Args: As `recipe_file`.
-    Raises: ConfigError: if the folder holds none that can be read.
+    Raises: ConfigError: if the folder has no recipe that can be read.
     """
     path = recipe_file(folder, where=where)
     recipe = read_json(path, where=where, holds=dict, remedy=_REMEDY)

@@ -59,7 +59,7 @@ class Transfer:
         takes_window = architecture.has_stage_windows or _WINDOW in fields
         if window and takes_window and isinstance(architecture, WindowedTransformer):
             architecture = architecture.with_window(window)
-        base = base.without_rules_unknown_to(architecture, kept=fields)
+        base = base.without_rules_unknown_to(architecture, unchanged=fields)
         return replace(run, student=as_student(model, architecture, base, trained_as=trained_as))
 
     def recipe_for(self, architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
