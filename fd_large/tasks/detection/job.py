@@ -136,17 +136,17 @@ class DetectionJob(TrainingJob):
         if not manifest or manifest["recipe"]["task"]["name"] != KIND.name:
             return {}
         theirs = head_shapes(DetectionJob(Run.from_dict(manifest["recipe"])).make_task)
-        own = head_shapes(self.make_task)
+        shapes = head_shapes(self.make_task)
         file = HeadTensors(stream.newest(stored.path, where="--student.init"), theirs)
-        fits = {name for name, shape in own.items() if theirs.get(name) == shape}
+        fits = {name for name, shape in shapes.items() if theirs.get(name) == shape}
         if not manifest.get("masks", True):
             # A dataset of boxes alone has taught no mask.
             fits = {n for n in fits if not any(part.startswith("mask") for part in n.split("."))}
-        found = {}
-        for module in dict.fromkeys(name.partition(".")[0] for name in own):
+        heads = {}
+        for module in dict.fromkeys(name.partition(".")[0] for name in shapes):
             start = f"{module}."
-            expected = {n.removeprefix(start): s for n, s in own.items() if n.startswith(start)}
-            found[module] = Fitted(
+            expected = {n.removeprefix(start): s for n, s in shapes.items() if n.startswith(start)}
+            heads[module] = Fitted(
                 {n: Piece((start + n,)) for n in expected if start + n in fits},
                 file,
                 expected,
@@ -155,7 +155,7 @@ class DetectionJob(TrainingJob):
                 where="--student.init",
                 resize=False,
             )
-        return found
+        return heads
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
         """Yields images under jitter, with the visible parts of their objects."""
@@ -232,10 +232,10 @@ class DetectionJob(TrainingJob):
             return scoring, None
 
         def left(finished: int, again: bool) -> tuple[int, Pending] | None:
-            found = left_in(self.folder, finished - again)
-            if found is None:
+            unfinished = left_in(self.folder, finished - again)
+            if unfinished is None:
                 return None
-            step, folder = found
+            step, folder = unfinished
             return step, scoring_of(images, folder, draw=False, max_pixels=run.data.max_pixels)
 
         return [Evaluation(measure, run.eval.every, left)]
@@ -272,12 +272,12 @@ class DetectionJob(TrainingJob):
         where = where or ("eval.root" if root else "data.root")
         images = open_coco(root or self.run.data.root, "val", where=where)
         check_classes(self.run, images)
-        found = images.category_names
-        if found != classes:
-            label = next(i for i, name in enumerate(classes) if found[i] != name)
+        names = images.category_names
+        if names != classes:
+            label = next(i for i, name in enumerate(classes) if names[i] != name)
             raise DataError(
                 f"{where}: {images.annotations} has other classes than the training set; got "
-                f"{found[label]!r} for label {label}, expected {classes[label]!r}. Give its "
+                f"{names[label]!r} for label {label}, expected {classes[label]!r}. Give its "
                 "categories the names and the order of the training's."
             )
         return images
@@ -288,11 +288,11 @@ def check_classes(run: Run, images: CocoSet) -> None:
 
     Raises: ConfigError: if they differ.
     """
-    found, expected = len(images.category_ids), run.task.detection.num_classes
-    if found != expected:
+    num_categories, expected = len(images.category_ids), run.task.detection.num_classes
+    if num_categories != expected:
         raise ConfigError(
             f"task.detection.num_classes: not that of {images.annotations}; got {expected}, "
-            f"expected {found}. Set --task.detection.num_classes {found}."
+            f"expected {num_categories}. Set --task.detection.num_classes {num_categories}."
         )
 
 
@@ -307,13 +307,13 @@ def jitter_of(run: Run) -> Jitter:
 
 def selection_of(run: Run) -> Selection:
     """Returns the recipe's selection of boxes."""
-    own = run.task.detection
+    section = run.task.detection
     return Selection(
-        nms=own.nms,
-        iou=own.nms_iou,
-        least_score=own.least_score,
-        at_most=own.detections_per_image,
-        rescored=own.rescore_by_masks,
+        nms=section.nms,
+        iou=section.nms_iou,
+        least_score=section.least_score,
+        at_most=section.detections_per_image,
+        rescored=section.rescore_by_masks,
     )
 
 
@@ -324,16 +324,16 @@ def model_of(run: Run, see: Callable[[Tensor, Tensor, Ask | None], Any]) -> Mode
         run: The recipe.
         see: See `Model`.
     """
-    own, side = run.task.detection, run.data.image_size
-    short, long = own.test_size if any(own.test_size) else (side, side)
+    section, side = run.task.detection, run.data.image_size
+    short, long = section.test_size if any(section.test_size) else (side, side)
     views = TestViews(
         short,
         long,
-        own.test_scales,
-        own.test_flip,
-        own.test_merge,
-        own.test_areas,
+        section.test_scales,
+        section.test_flip,
+        section.test_merge,
+        section.test_areas,
         # Whole images were padded as they came.
-        square=0 if any(own.whole_size) else side,
+        square=0 if any(section.whole_size) else side,
     )
-    return Model(see, views, selection_of(run), own.proposals_per_image)
+    return Model(see, views, selection_of(run), section.proposals_per_image)

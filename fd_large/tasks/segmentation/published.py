@@ -120,15 +120,15 @@ def whole_export(backbone: Export, to: To, heads: Heads) -> Export:
         )
 
     def rows(architecture: Any) -> Rows:
-        own = backbone.rows(architecture) + table("* *")
+        backbone_rows = backbone.rows(architecture) + table("* *")
         # The final norm stands before no head.
-        return (*LAYOUTS[to], *table("- norm.*"), *under("backbone.", own))
+        return (*LAYOUTS[to], *table("- norm.*"), *under("backbone.", backbone_rows))
 
     def config(architecture: Any, statistics: Statistics) -> dict[str, Any]:
-        own = backbone.config(architecture, statistics)
+        backbone_config = backbone.config(architecture, statistics)
         if to == "upernet":
-            return _upernet(own, heads)
-        return {"mmsegmentation": _mmsegmentation(own, heads, statistics)}
+            return _upernet(backbone_config, heads)
+        return {"mmsegmentation": _mmsegmentation(backbone_config, heads, statistics)}
 
     return replace(
         backbone,
@@ -233,24 +233,24 @@ def fitted_heads(file: Tensors, expected: Shapes, *, what: str, where: str) -> d
     Returns: for each module of the task, its (name, full tensor).
     Raises: WeightsError: if the file lacks these heads, or has another number of classes.
     """
-    found = translated(file, HEADS).pieces
-    if CLASSIFIER not in found:
+    pieces = translated(file, HEADS).pieces
+    if CLASSIFIER not in pieces:
         raise WeightsError(
             f"{where}: {what}: no heads of segmentation; got {', '.join(sorted(file)[:3])}, ..., "
             "expected decode_head.* in the names of mmsegmentation or transformers. Leave it out: "
             "new heads start from random weights."
         )
-    classes, wanted = found[CLASSIFIER].shape(file.shape)[0], expected[CLASSIFIER][0]
-    if classes != wanted:
+    classes, needed = pieces[CLASSIFIER].shape(file.shape)[0], expected[CLASSIFIER][0]
+    if classes != needed:
         raise WeightsError(
-            f"{where}: {what}: heads for other classes; got {classes} classes, expected {wanted} "
+            f"{where}: {what}: heads for other classes; got {classes} classes, expected {needed} "
             "(task.segmentation.num_classes). Change that field, or leave the heads out: new "
             "heads start from random weights."
         )
     modules = dict.fromkeys(name.partition(".")[0] for name in expected)
     return {
         module: Fitted(
-            _under(module, found),
+            _under(module, pieces),
             file,
             _under(module, expected),
             label=f"{what}, {module}",
