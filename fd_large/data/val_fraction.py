@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,16 +86,27 @@ def places_of(images: ImageSource, part: str, fraction: float, *, where: str) ->
             f"{type(images).__name__} for {where}, expected a folder. Leave it out, and use "
             "separate train/ and val/ parts."
         )
-    held_out = np.fromiter(
-        (is_held_out(images.name(index), fraction) for index in range(len(images))),
-        bool,
-        len(images),
-    )
+    names = (images.name(index) for index in range(len(images)))
+    return divided(names, part, fraction, root=images.root)
+
+
+def divided(names: Iterable[str], part: str, fraction: float, *, root: str) -> NDArray[np.int64]:
+    """Returns the indices of the images of a part, in rising order.
+
+    Args:
+        names: Paths of all images relative to their folder, with "/" between the parts.
+        part: "train" or "val".
+        fraction: The fraction of the images that are held out, in (0, 1).
+        root: The folder, for messages.
+
+    Raises: DataError: if a part would be empty.
+    """
+    held_out = np.fromiter((is_held_out(name, fraction) for name in names), bool)
     count = int(held_out.sum())
-    if not 0 < count < len(images):
+    if not 0 < count < len(held_out):
         raise DataError(
-            f"{FIELD}: a part without an image; got {count} of the {len(images)} images of "
-            f"{images.root!r} held out by {fraction}, expected some in both parts. Change "
+            f"{FIELD}: a part without an image; got {count} of the {len(held_out)} images of "
+            f"{root!r} held out by {fraction}, expected some in both parts. Change "
             f"--{FIELD}, or add images."
         )
     if part == "train":
@@ -103,7 +115,7 @@ def places_of(images: ImageSource, part: str, fraction: float, *, where: str) ->
             "never sees them",
             FIELD,
             count,
-            len(images),
-            images.root,
+            len(held_out),
+            root,
         )
     return np.flatnonzero(held_out if part == "val" else ~held_out)

@@ -42,7 +42,7 @@ def _measure(asked: Asked) -> Result:
     path, changes = Path(models[0]), asked.changes
     run = override(read_recipe(run_of_checkpoint(path), where="evaluate"), changes)
     if "data.root" in changes:  # Its val split, not another dataset that the run was tested on.
-        run = override(run, {"eval.root": ""})
+        run = override(run, {"eval.root": "", "data.val_fraction": 0.0})
     # Importing torch takes seconds.
     from fd_large.checkpoint import stream
     from fd_large.kernels.precision import full_float32

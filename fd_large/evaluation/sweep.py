@@ -1,6 +1,6 @@
-"""`evaluate --sweep`: a search of recipes, learning rates and layer decays on held-out images.
+"""`--sweep`: a search of recipes, learning rates and layer decays on held-out images.
 
-A small change of the learning rate or the recipe changes fine-tuning by more than models differ,
+A small change of the learning rate or the recipe changes a training by more than models differ,
 and the best values depend on the model. So the same grid is tried for every model: each recipe
 published for any of the models, at each rate and decay, including the recipe's own; random
 weights have no layer decay. A trial trains on nine tenths of the training images and is tested on
@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fd_large.errors import ConfigError, DataError, Exit
+from fd_large.errors import ConfigError, Exit
 from fd_large.evaluation.held_out import NOTHING_SEEN, Seen, seen_by
 from fd_large.evaluation.recorded_runs import RecordedRun
 from fd_large.recipes.fields import override, require
@@ -29,8 +29,8 @@ from fd_large.recipes.file_names import CHECKPOINTS
 from fd_large.recipes.run import Run
 
 if TYPE_CHECKING:
-    from fd_large.data.folder import ImageFolder
     from fd_large.engine.find_model import NamedModel
+    from fd_large.tasks.transfer import Divisible
 
 HELD_OUT = 0.1
 """Fraction of the training images on which trials are tested."""
@@ -38,7 +38,7 @@ HELD_OUT = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class SweepFlags:
-    """Flags of `evaluate` for the sweep before a training."""
+    """Flags of `evaluate` and `transfer` for the sweep before a training."""
 
     # Try the recipes of all models, at several learning rates and layer decays, for every model, on
     # a tenth of the training images that is held out; train the best of them on all training
@@ -73,18 +73,18 @@ class SweepFlags:
         )
 
 
-class Trained(NamedTuple):
-    """The result of a training.
+class Metric(NamedTuple):
+    """The score by which a sweep chooses.
 
     Attributes:
-        code: The exit code; the other fields are valid if it is 0.
-        accuracy: Accuracy on the run's test images, in per cent.
-        details: Further results.
+        key: Name in trial.json and summary.json.
+        of: Returns it from the summary.json of a trial, whose test images are the held-out ones.
+        lower_is_better: Whether less is better.
     """
 
-    code: int
-    accuracy: float = 0.0
-    details: Mapping[str, Any] = {}
+    key: str
+    of: Callable[[Mapping[str, Any]], float]
+    lower_is_better: bool = False
 
 
 class Trial(NamedTuple):
@@ -95,13 +95,13 @@ class Trial(NamedTuple):
         decay: The layer decay.
         recorded: The trial's run; its inputs are `images`, the fingerprint of the training
             images, and `weights`, the digest of the initial weights.
-        accuracy: On the held-out images, in per cent; None: not trained yet, or diverged.
+        score: On the held-out images; None: not trained yet, or diverged.
     """
 
     rate: float
     decay: float
     recorded: RecordedRun
-    accuracy: float | None = None
+    score: float | None = None
 
     @property
     def recipe(self) -> str:
@@ -115,17 +115,20 @@ class Sweep:
 
     Attributes:
         trials: The grid, recipe by recipe; rates and decays rise.
+        metric: The score by which it chooses.
         seen: Facts about the held-out images and the trainings that led to the model.
     """
 
     trials: tuple[Trial, ...]
+    metric: Metric
     seen: Seen = NOTHING_SEEN
 
     @property
     def winner(self) -> Trial:
         """The best trial, the first of equals."""
-        ended = (trial for trial in self.trials if trial.accuracy is not None)
-        return max(ended, key=lambda trial: trial.accuracy or 0.0)
+        ended = (trial for trial in self.trials if trial.score is not None)
+        best = min if self.metric.lower_is_better else max
+        return best(ended, key=lambda trial: trial.score or 0.0)
 
     def best_of(self, recipes: Sequence[Run], named: Collection[str]) -> Run:
         """Returns the recipe of the best trial, with its rate and its decay.
@@ -152,11 +155,22 @@ class Sweep:
     def as_json(self) -> dict[str, Any]:
         """Returns the winner and the grid, for summary.json."""
         return {
-            **_as_json(self.winner),
+            **self._as_json(self.winner),
             "at_edge": self.at_edge(),
             "held_out_seen_by": list(self.seen.by),
             "held_out_not_known": list(self.seen.not_known),
-            "trials": [_as_json(trial) for trial in self.trials],
+            "trials": [self._as_json(trial) for trial in self.trials],
+        }
+
+    def _as_json(self, trial: Trial) -> dict[str, Any]:
+        optim = trial.recorded.run.optim
+        return {
+            "recipe": trial.recipe,
+            "rate": trial.rate,
+            "base_lr": optim.base_lr,
+            "layer_decay": optim.layer_decay,
+            self.metric.key: trial.score,
+            "run": str(trial.recorded.folder),
         }
 
 
@@ -173,8 +187,8 @@ def check_fields(changes: Mapping[str, Any]) -> None:
             "the last runs would be chosen by the test images; got a value of your own, expected "
             "none. Leave it out.",
         ),
-        "data.val_fraction": "the sweep holds out a part of train/ by itself; got a folder without "
-        "train/, expected train/ beside val/ or test/. Move the images into such folders.",
+        "data.val_fraction": "the sweep holds out a part of the training images by itself; got a "
+        "value of your own, expected none, and separate test images. Leave it out.",
     }
     found = [f"--{name}: {what}" for name, what in mistakes.items() if changes.get(name)]
     if found:
@@ -191,8 +205,11 @@ def sweep(
     models: Sequence[NamedModel],
     recipes: Sequence[Sequence[Run]],
     flags: Any,
-    train: Callable[[Run], Trained],
+    train: Callable[[Run], tuple[int, dict[str, Any]]],
     named: Collection[str],
+    metric: Metric,
+    *,
+    column: str = "",
 ) -> tuple[int, list[Sweep]]:
     """Tries the grid for every model; returns the exit code and each model's results.
 
@@ -200,8 +217,10 @@ def sweep(
         models: The models.
         recipes: The recipes of each that are tried; all begin from the same weights.
         flags: The grid, the number of seeds and the folder.
-        train: Trains a run.
+        train: Trains a run; returns the exit code and summary.json.
         named: Full names of the fields that the user set.
+        metric: The score by which it chooses.
+        column: Folder of the trials below OUT/sweep.
 
     Raises: FDError: if the images cannot be divided, or all trials of a model diverge.
     """
@@ -209,66 +228,46 @@ def sweep(
     from fd_large.engine.node_consistency import weights_digest
     from fd_large.ranks import distributed, meeting
     from fd_large.runtime import logs, terminal
+    from fd_large.tasks.jobs import job_of, transfer_of
 
     logs.start(distributed.start().rank)
-    images = meeting.meet(lambda: _divisible_part(recipes[0][0].data.root))
+    first = _held_out(recipes[0][0], recipes[0][0].data.root, Path())
+    images = meeting.meet(lambda: transfer_of(first.task.name).divisible(job_of(first)))
     pairs = list(zip(models, recipes, strict=True))
     digests = meeting.meet(
         lambda: [weights_digest(own[0].student.init, model.weights) for model, own in pairs]
     )
     seen_of_each = distributed.of_main(
-        lambda: [seen_by(tried[0].student.init, images, HELD_OUT) for _, tried in pairs]
+        lambda: [seen_by(tried[0].student.init, images.folder, HELD_OUT) for _, tried in pairs]
     )
-    folder = Path(flags.out) / "sweep"
+    folder = Path(flags.out) / "sweep" / column
     grids = [
         _trials_of(
             own, flags, named, images=images, weights=digest, folder=folder / slug(model.label)
         )
         for (model, own), digest in zip(pairs, digests, strict=True)
     ]
-    done = sum(_finished(trial) is not None for grid in grids for trial in grid)
+    done = sum(_finished(trial, metric) is not None for grid in grids for trial in grid)
     num_trials, num_runs = sum(map(len, grids)), len(models) * flags.seeds
+    names = dict.fromkeys(recipe.name for tried in recipes for recipe in tried)
     if distributed.is_main():
         terminal.console().print(
             f"--sweep: {num_trials} trials ({done} of them done before) on nine tenths of the "
-            f"training images, {' + '.join(str(len(grid)) for grid in grids)} for the models in "
-            f"turn, by {', '.join(recipe.name for recipe in recipes[0])}; then {num_runs} runs on "
-            f"all of them: {num_trials - done + num_runs} runs in all",
+            f"training images of {images.root}, {' + '.join(str(len(grid)) for grid in grids)} for "
+            f"the models in turn, by {', '.join(names)}; then "
+            f"{num_runs} runs on all of them: {num_trials - done + num_runs} runs in all",
             soft_wrap=True,
         )
     sweeps = []
     for grid, seen in zip(grids, seen_of_each, strict=True):
-        code, found = _run_trials(grid, train)
+        code, ended = _run_trials(grid, train, metric)
         if code:
             return code, []
-        sweeps.append(replace(found, seen=seen))
+        sweeps.append(Sweep(ended, metric, seen))
     return 0, sweeps
 
 
 # ------------------------------------------------------------------------------------------------
-
-
-def _divisible_part(root: str) -> ImageFolder:
-    """Returns the training images, and checks that a part can be held out.
-
-    Args:
-        root: The dataset (data.root).
-
-    Raises: DataError: if they are no folder's, or too few.
-    """
-    from fd_large.data.folder import ImageFolder
-    from fd_large.data.labelled import open_split
-    from fd_large.data.val_fraction import places_of
-
-    images = open_split(root, "train").images
-    if not isinstance(images, ImageFolder):
-        raise DataError(
-            "--sweep: only a folder of images is divided by the names of its files; got "
-            f"{type(images).__name__} for data.root, expected train/ with a folder for each "
-            "class. Leave --sweep out, and name rates by --optim.base_lr."
-        )
-    places_of(images, "train", HELD_OUT, where="data.root")  # Refuses an empty part.
-    return images
 
 
 def _trials_of(
@@ -276,7 +275,7 @@ def _trials_of(
     flags: SweepFlags,
     named: Collection[str],
     *,
-    images: ImageFolder,
+    images: Divisible,
     weights: str,
     folder: Path,
 ) -> list[Trial]:
@@ -326,12 +325,16 @@ def with_point(recipe: Run, rate: float, decay: float, named: Collection[str]) -
     return override(recipe, {**peak, **ends, "optim.layer_decay": decay})
 
 
-def _run_trials(trials: Sequence[Trial], train: Callable[[Run], Trained]) -> tuple[int, Sweep]:
-    """Trains the unfinished trials; returns the exit code and the results.
+def _run_trials(
+    trials: Sequence[Trial],
+    train: Callable[[Run], tuple[int, dict[str, Any]]],
+    metric: Metric,
+) -> tuple[int, tuple[Trial, ...]]:
+    """Trains the unfinished trials; returns the exit code and the trials with their scores.
 
     Args:
         trials: The grid.
-        train: Trains a run.
+        train, metric: See `sweep`.
 
     Raises: ConfigError: if all trials diverge.
     """
@@ -341,26 +344,25 @@ def _run_trials(trials: Sequence[Trial], train: Callable[[Run], Trained]) -> tup
 
     ended = []
     for trial in trials:
-        found, recorded = _finished(trial), trial.recorded
+        found, recorded = _finished(trial, metric), trial.recorded
         if found is None:
             distributed.of_main(recorded.write)
-            code, accuracy, _ = train(recorded.run)
+            code, summary = train(recorded.run)
             # The guard ended it, and not something that has to be mended.
             diverged = (
                 code == Exit.LOOK
                 and distributed.of_main(partial(status_of, recorded.folder)) == GUARD
             )
             if code and not diverged:
-                return code, Sweep(())
-            found = trial._replace(accuracy=None if diverged else accuracy)
+                return code, ()
+            found = trial._replace(score=None if diverged else metric.of(summary))
             status = "diverged" if diverged else "done"
-            distributed.of_main(
-                partial(recorded.write, status=status, held_out_accuracy=found.accuracy)
-            )
+            outcome: dict[str, Any] = {"status": status, metric.key: found.score}
+            distributed.of_main(partial(recorded.write, **outcome))
         if distributed.is_main():
             shutil.rmtree(recorded.folder / CHECKPOINTS, ignore_errors=True)
         ended.append(found)
-    if all(trial.accuracy is None for trial in ended):
+    if all(trial.score is None for trial in ended):
         runs = [trial.recorded.run for trial in ended]
         rates = sorted({run.optim.base_lr for run in runs})
         raise ConfigError(
@@ -368,11 +370,11 @@ def _run_trials(trials: Sequence[Trial], train: Callable[[Run], Trained]) -> tup
             f"{', '.join(f'{rate:g}' for rate in rates)}, expected one that trains. Lower "
             "--optim.base_lr."
         )
-    return 0, Sweep(tuple(ended))
+    return 0, tuple(ended)
 
 
-def _finished(trial: Trial) -> Trial | None:
-    """Returns a trial with the accuracy of an earlier start, or None if it is not finished.
+def _finished(trial: Trial, metric: Metric) -> Trial | None:
+    """Returns a trial with the score of an earlier start, or None if it is not finished.
 
     A collective.
 
@@ -383,7 +385,7 @@ def _finished(trial: Trial) -> Trial | None:
     record = distributed.of_main(trial.recorded.read)
     if "status" not in record:
         return None
-    return trial._replace(accuracy=record.get("held_out_accuracy"))
+    return trial._replace(score=record.get(metric.key))
 
 
 def _held_out(recipe: Run, part: str, folder: Path) -> Run:
@@ -394,15 +396,3 @@ def _held_out(recipe: Run, part: str, folder: Path) -> Run:
         eval=replace(recipe.eval, root=""),
         runtime=replace(recipe.runtime, run_dir=str(folder), keep_last=1, keep_every=0),
     )
-
-
-def _as_json(trial: Trial) -> dict[str, Any]:
-    optim = trial.recorded.run.optim
-    return {
-        "recipe": trial.recipe,
-        "rate": trial.rate,
-        "base_lr": optim.base_lr,
-        "layer_decay": optim.layer_decay,
-        "held_out_accuracy": trial.accuracy,
-        "run": str(trial.recorded.folder),
-    }

@@ -12,7 +12,7 @@ from fd_large.errors import ConfigError, without_secrets
 from fd_large.evaluation import recorded_runs
 from fd_large.evaluation.protocol import Asked, Pooled, Protocol, Repeated, Result
 from fd_large.evaluation.results import Row, finish
-from fd_large.evaluation.sweep import SweepFlags, Trained, check_fields, settings_of, sweep
+from fd_large.evaluation.sweep import Metric, SweepFlags, check_fields, settings_of, sweep
 from fd_large.files import out_folder
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
@@ -93,13 +93,11 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
             "features or seeds, expected one run. Set --out, which has a folder for each run."
         )
 
-    def train(run: Run) -> Trained:
-        config = flags.deepspeed_config or "zero1"
-        code, summary = recorded_runs.train(run, config, asked.train)
-        return Trained(code) if code else Trained(0, *transfer.compared(summary))
-
+    config = flags.deepspeed_config or "zero1"
+    train = partial(recorded_runs.train, deepspeed_config=config, train_run=asked.train)
     if flags.sweep:
-        code, sweeps = sweep(models, tried, flags, train, changes)
+        metric = Metric("held_out_accuracy", lambda summary: transfer.compared(summary)[0])
+        code, sweeps = sweep(models, tried, flags, train, changes, metric)
         if code:
             return Result(code=code)
         for row, found in zip(rows, sweeps, strict=True):
@@ -120,9 +118,10 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
                 where = Path(recipe.runtime.run_dir)
             runtime = replace(recipe.runtime, run_dir=str(where), seed=seed)
             run = with_stored_ends(replace(recipe, runtime=runtime), changes)
-            code, accuracy, details = train(run)
+            code, summary = train(run)
             if code:
                 return Result(code=code)
+            accuracy, details = transfer.compared(summary)
             tested = Predictions.read(where) if distributed.is_main() else None
             row.add(accuracy, {"run": str(where), **details}, tested and tested.predicted)
             row.labels = tested.labels if tested else row.labels

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+from fd_large.data.folder import ImageFolder
+from fd_large.engine.job import TrainingJob
 from fd_large.engine.student import OWN_FIELDS, as_student, refuse_decided
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.family import FamilyArchitecture, WindowedTransformer
@@ -18,6 +20,20 @@ from fd_large.recipes.sections import FrozenModel, Student
 
 _WINDOW = "architecture.window_size"
 _OF_THE_MODEL = {"model", "init", "init_allow"}
+
+
+class Divisible(NamedTuple):
+    """Training images, of which `data.val_fraction` holds a part out.
+
+    Attributes:
+        root: Value of `data.root` beside that field.
+        folder: The folder below which the names of the images decide.
+        fingerprint: A hash of the images' names.
+    """
+
+    root: str
+    folder: ImageFolder
+    fingerprint: str
 
 
 class Transfer:
@@ -80,6 +96,14 @@ class Transfer:
             pool: The feature to probe; "auto" for all features that the model has.
         """
         return {"": run}
+
+    def divisible(self, job: TrainingJob) -> Divisible:
+        """Opens the training images of a recipe with `data.val_fraction`.
+
+        Raises: DataError: if they cannot be divided by the names of their files.
+        """
+        images: Any = job.open_samples()
+        return Divisible(job.run.data.root, ImageFolder(images.folder), images.fingerprint)
 
     def compared(self, summary: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
         """Returns the metrics of a finished run that `evaluate` compares.

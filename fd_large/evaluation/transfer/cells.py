@@ -176,7 +176,6 @@ def _fitting(row: Row, column: Column) -> str:
 
 
 def _cell(row: Row, first: Row, column: Column, changes: Changes, flags: Any, seed: int) -> Cell:
-    model = row.model
     base = registry.get(changes.recipe or _fitting(first, column))
     budget: dict[str, Any] = {}
     kinds = [one.model.architecture.is_hierarchical for one in (row, first)]
@@ -184,12 +183,8 @@ def _cell(row: Row, first: Row, column: Column, changes: Changes, flags: Any, se
         of_first, base = base, registry.get(_fitting(row, column))
         values = difference(base, of_first)
         budget = {name: values[name][1] for name in _BUDGET if name in values}
-    if kind_of(base.task.name).trains_models:  # Other tasks resize positions by themselves.
-        model = _sized(model, changes)
     fields = {**budget, **changes.fields, "data.root": flags.datasets[column.data]}
-    if not hasattr(base.student_architecture(), "window_size"):
-        fields.pop("student.architecture.window_size", None)
-    started = started_from(model, base, fields)
+    started = _started(row.model, base, fields)
     seed += started.runtime.seed
     folder = Path(flags.out) / row.name / column.name / f"seed_{seed}"
     run = replace(started, runtime=replace(started.runtime, run_dir=str(folder), seed=seed))
@@ -209,18 +204,24 @@ def _cell(row: Row, first: Row, column: Column, changes: Changes, flags: Any, se
 def tried_for(cell: Cell, rows: Sequence[Row], changes: Changes, flags: Any) -> list[Run]:
     """Returns a sweep's recipes for a row: its own first, then the other rows'.
 
+    Where a recipe is for one kind of models (ViT, Swin), rows of the other kind do not try it.
+
     Args:
         cell: The row's cell of the first repetition.
         rows: All rows.
         changes: The user's changes to the recipes.
         flags: The flags of the table.
     """
-    recipe = changes.recipe or _fitting(cell.row, cell.column)
-    others = [] if changes.recipe else [_fitting(row, cell.column) for row in rows]
-    model = _sized(cell.row.model, changes)
-    fields = {**changes.fields, "data.root": flags.datasets[cell.column.data]}
-    names = dict.fromkeys([recipe, *others])
-    return [started_from(model, registry.get(name), fields) for name in names]
+    model, column = cell.row.model, cell.column
+    alike = [
+        row
+        for row in (cell.row, *rows)
+        if row.model.architecture.is_hierarchical == model.architecture.is_hierarchical
+    ]
+    suited = alike if column.is_of_one_kind else [cell.row, *rows]
+    names = [changes.recipe] if changes.recipe else [_fitting(row, column) for row in suited]
+    fields = {**changes.fields, "data.root": flags.datasets[column.data]}
+    return [_started(model, registry.get(name), fields) for name in dict.fromkeys(names)]
 
 
 def swept(cell: Cell, found: Sweep, tried: Sequence[Run], changes: Changes) -> Cell:
@@ -236,13 +237,18 @@ def swept(cell: Cell, found: Sweep, tried: Sequence[Run], changes: Changes) -> C
     return cell._replace(recorded=cell.recorded._replace(run=run, known=known))
 
 
-def _sized(model: NamedModel, changes: Changes) -> NamedModel:
-    """Returns a model at the user's image size, with resized positions."""
+def _started(model: NamedModel, base: Run, fields: Mapping[str, Any]) -> Run:
+    """Returns a recipe with changed fields that begins from a model at the user's image size."""
     from fd_large.engine.find_model import find_model
     from fd_large.tasks.jobs import job_of
 
-    size = changes.fields.get("data.image_size")
-    return find_model(model.source, job_of, image_size=size) if size else model
+    size = fields.get("data.image_size")
+    if size and kind_of(base.task.name).trains_models:  # Other tasks resize positions themselves.
+        model = find_model(model.source, job_of, image_size=size)
+    window = "student.architecture.window_size"
+    if not hasattr(base.student_architecture(), "window_size"):
+        fields = {name: value for name, value in fields.items() if name != window}
+    return started_from(model, base, fields)
 
 
 def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import NamedTuple
 
+from fd_large.evaluation.sweep import Metric
 from fd_large.recipes import registry
 from fd_large.recipes.dataset_sizes import ADE20K, COCO, IMAGENET, NYUV2
 from fd_large.recipes.family import FamilyArchitecture
@@ -65,6 +67,8 @@ class Column(NamedTuple):
         recipes: Beginnings of the names of its recipes; empty for the choice of the task
             fine-tuning.
         published: The paper's figures, by the recipe of the distillation.
+        held_out: The first score's name in summary.json where it is measured on held-out images, by
+            which `--sweep` chooses; empty: `--sweep` does not apply.
     """
 
     name: str
@@ -74,11 +78,13 @@ class Column(NamedTuple):
     scores: tuple[Score, ...]
     recipes: tuple[str, ...]
     published: Mapping[str, Published]
+    held_out: str = ""
 
     @property
-    def is_swept(self) -> bool:
-        """Whether `--sweep` applies: the whole model learns from class folders."""
-        return not self.recipes
+    def metric(self) -> Metric:
+        """The score by which `--sweep` chooses: the first one."""
+        first = self.scores[0]
+        return Metric(self.held_out, itemgetter(first.key), first.lower_is_better)
 
     @property
     def is_of_one_kind(self) -> bool:
@@ -137,6 +143,7 @@ COLUMNS = {
                 "fd_esvit_swin_base": Published((85.1,), (83.9,), "finetune_esvit_swin_base"),
                 "fd_swinv2g": Published((89.4,), (89.2,)),
             },
+            "held_out_accuracy",
         ),
         Column(
             "linear",
@@ -165,6 +172,7 @@ COLUMNS = {
                 "fd_esvit_swin_base": Published((48.9,), (47.3,)),
                 "fd_swinv2g": Published((61.4,), (59.9,)),
             },
+            "held_out_mIoU",
         ),
         Column(
             "coco",
@@ -186,6 +194,7 @@ COLUMNS = {
             (Score("val_rmse", "NYUv2, RMSE m", digits=3, lower_is_better=True),),
             ("nyuv2_vit_", "nyuv2_swinv2_"),
             {"fd_clip_vit_base": Published((0.352,), (0.416,))},
+            "held_out_rmse",
         ),
     )
 }

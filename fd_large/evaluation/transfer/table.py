@@ -21,7 +21,7 @@ from typing import Any
 from fd_large.errors import ConfigError, Exit, FDError, check_all, first_line
 from fd_large.evaluation import recorded_runs
 from fd_large.evaluation.protocol import Asked, Protocol, Result
-from fd_large.evaluation.sweep import SweepFlags, Trained, check_fields, sweep
+from fd_large.evaluation.sweep import SweepFlags, check_fields, sweep
 from fd_large.evaluation.transfer import cells as cells_
 from fd_large.evaluation.transfer import slurm
 from fd_large.evaluation.transfer.cells import Cell, Changes, Row, RowKind
@@ -30,7 +30,6 @@ from fd_large.evaluation.transfer.intervals import of_runs
 from fd_large.files import out_folder, write_json
 from fd_large.recipes.fields import at_least, require
 from fd_large.recipes.file_names import SUMMARY
-from fd_large.recipes.run import Run
 from fd_large.report.transfer import DONE, FAILED, read_cell, write_table
 from fd_large.runtime import terminal
 
@@ -143,10 +142,6 @@ def _measure(asked: Asked) -> Result:
     from fd_large.ranks import distributed, meeting
 
     rows, cells = cells_of_table(flags, columns, asked.changes)
-    if flags.sweep:
-        code, cells = _swept(rows, cells, asked)
-        if code:
-            return Result(code=code)
     refused = meeting.meet(lambda: cells_.untrainable(cells[: len(rows) * len(columns)]))
     cells = [c for c in cells if (c.row.model.label, c.column.name) not in refused]
     why = cells_.named(refused)
@@ -159,6 +154,10 @@ def _measure(asked: Asked) -> Result:
         log.warning("transfer: left out, because they cannot be trained: %s", why)
     first = {cell.column.name: cell for cell in reversed(cells)}
     meeting.meet(lambda: check_all(*map(cells_.opens, reversed(first.values()))))
+    if flags.sweep:
+        code, cells = _swept(cells, asked)
+        if code:
+            return Result(code=code)
     states = distributed.of_main(lambda: cells_.states_of(flags.out, cells))
     out, done = out_folder(flags.out), states.count(DONE)
     if distributed.is_main():
@@ -175,34 +174,38 @@ def _measure(asked: Asked) -> Result:
     return _made(out)._replace(code=code) if distributed.is_main() else Result(code=code)
 
 
-def _swept(rows: Sequence[Row], cells: Sequence[Cell], asked: Asked) -> tuple[int, list[Cell]]:
+def _swept(cells: Sequence[Cell], asked: Asked) -> tuple[int, list[Cell]]:
     """Runs the sweep over all rows' recipes in columns whose images can be held out.
 
     Returns: the exit code, and the cells, each with the best setting for its row.
     """
-    from fd_large.tasks.jobs import transfer_of
-
     flags, found = asked.flags, {id(cell): cell for cell in cells}
-    columns = {cell.column.name: cell.column for cell in cells if cell.column.is_swept}
+    columns = {cell.column.name: cell.column for cell in cells if cell.column.held_out}
     if not columns:
         raise ConfigError(
             "--sweep: no column to which it applies; got "
-            f"{', '.join(dict.fromkeys(cell.column.name for cell in cells))}, expected finetune. "
-            "Leave it out."
+            f"{', '.join(dict.fromkeys(cell.column.name for cell in cells))}, expected one of "
+            f"{', '.join(name for name, one in COLUMNS.items() if one.held_out)}. Leave it out."
         )
+    config = flags.deepspeed_config
+    train = partial(recorded_runs.train, deepspeed_config=config, train_run=asked.train)
     for column in columns.values():
         changes = asked.changes[column.name]
         check_fields(changes.fields)
         of_column = [cell for cell in cells if cell.column is column]
-        firsts = of_column[: len(rows)]
+        firsts = of_column[: len(of_column) // flags.seeds]
+        rows = [cell.row for cell in firsts]
         tried = [cells_.tried_for(cell, rows, changes, flags) for cell in firsts]
-
-        def train(run: Run, column: Column = column) -> Trained:
-            compared = transfer_of(run.task.name).compared
-            code, summary = recorded_runs.train(run, flags.deepspeed_config, asked.train)
-            return Trained(code) if code else Trained(0, *compared(summary))
-
-        code, sweeps = sweep([row.model for row in rows], tried, flags, train, changes.fields)
+        code, sweeps = sweep(
+            [row.model for row in rows],
+            tried,
+            flags,
+            train,
+            changes.fields,
+            column.metric,
+            # Trials of fine-tuning lie where they lay when it was the only column that is swept.
+            column=column.name if column.recipes else "",
+        )
         if code:
             return code, []
         for cell in of_column:

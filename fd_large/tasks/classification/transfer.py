@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 
+from fd_large.data.folder import ImageFolder
+from fd_large.data.labelled import open_split
+from fd_large.data.val_fraction import places_of
+from fd_large.engine.job import TrainingJob
 from fd_large.engine.student import OWN_FIELDS, as_student, make_student, refuse_decided
+from fd_large.errors import DataError
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.fields import override
@@ -16,7 +21,7 @@ from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.tasks.classification.job import own_section, with_statistics
 from fd_large.tasks.classification.recipe_name import recipe_name
-from fd_large.tasks.transfer import Transfer
+from fd_large.tasks.transfer import Divisible, Transfer
 
 
 class ClassificationTransfer(Transfer):
@@ -50,6 +55,20 @@ class ClassificationTransfer(Transfer):
     def recipe_for(self, architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
         """Returns the default recipe for the model."""
         return recipe_name(architecture, run_recipe=run_recipe)
+
+    def divisible(self, job: TrainingJob) -> Divisible:
+        """Opens the training images of a folder with parts, which `data.root` names then."""
+        data = job.run.data
+        images = open_split(data.root, "train").images
+        if not isinstance(images, ImageFolder):
+            raise DataError(
+                "--sweep: only a folder of images is divided by the names of its files; got "
+                f"{type(images).__name__} for data.root, expected train/ with a folder for each "
+                "class. Leave --sweep out, and name rates by --optim.base_lr."
+            )
+        # Refuses an empty part.
+        places_of(images, "train", data.val_fraction, where="data.root")
+        return Divisible(images.root, images, images.fingerprint)
 
     def compared(self, summary: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
         """Returns the accuracy and the loss on the test images."""

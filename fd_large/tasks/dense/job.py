@@ -96,16 +96,26 @@ class DenseJob(TrainingJob):
 
     def open_samples(self) -> ImageSource:
         """Opens the training images and their targets."""
-        return cast(ImageSource, self.open_split(self.run.data.root, "train", "data.root"))
+        return cast(ImageSource, self._training_images("train"))
 
     def test_images(self) -> Any:
-        """Opens the val split of `eval.root`, or if that is not set of `data.root`.
+        """Opens the val split of `eval.root`, or if that is not set the test images of `data.root`.
+
+        These are the part of the train split that `data.val_fraction` holds out, or if that is 0
+        the val split.
 
         Raises: DataError: if the images cannot be used.
         """
-        root = self.run.eval.root
-        where = "eval.root" if root else "data.root"
-        return self.open_split(root or self.run.data.root, "val", where)
+        data, root = self.run.data, self.run.eval.root
+        if data.val_fraction and not root:
+            return self._training_images("val")
+        return self.open_split(root or data.root, "val", "eval.root" if root else "data.root")
+
+    def _training_images(self, part: str) -> Any:
+        """Opens a part, "train" or "val", of the train split; without a division, all of it."""
+        data = self.run.data
+        images = self.open_split(data.root, "train", "data.root")
+        return images.part(part, data.val_fraction) if data.val_fraction else images
 
     def norm_group(self) -> int:
         """Returns 0 for a frozen student, which uses its loaded statistics."""

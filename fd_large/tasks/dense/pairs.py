@@ -7,7 +7,8 @@ import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from copy import copy
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from torch import Tensor
 from fd_large.data.decode import decode
 from fd_large.data.folder import ImageFolder, read_image
 from fd_large.data.image_header import MAX_PIXELS
+from fd_large.data.val_fraction import divided
 from fd_large.errors import DataError
 from fd_large.files import kind_of
 
@@ -56,14 +58,16 @@ class Pairs(NamedTuple):
     Attributes:
         images: Paths of the images.
         truths: Paths of files.
-        places: (len(images),), the number of each image's file.
+        places: (N, 2), the numbers of each image that is used and of its file.
         fingerprint: A hash of the names.
+        folder: The folder of the images.
     """
 
     images: Sequence[str]
     truths: Sequence[str]
     places: NDArray[np.int64]
     fingerprint: str
+    folder: str
 
 
 class PairedImages(ABC):
@@ -82,10 +86,33 @@ class PairedImages(ABC):
         self.fingerprint = pairs.fingerprint
 
     def __len__(self) -> int:
-        return len(self._pairs.images)
+        return len(self._pairs.places)
 
     def __getitem__(self, index: int) -> str:
-        return self._pairs.images[index]
+        return self._pairs.images[int(self._pairs.places[index, 0])]
+
+    @property
+    def folder(self) -> str:
+        """The folder of the images."""
+        return self._pairs.folder
+
+    def part(self, part: str, fraction: float) -> Self:
+        """Returns a part of the images, chosen by their paths below the folder.
+
+        Args:
+            part: "train" or "val".
+            fraction: See `divided`.
+
+        Raises: DataError: if a part would be empty.
+        """
+        pairs = self._pairs
+        names = (os.path.relpath(path, pairs.folder) for path in self)
+        kept = divided(names, part, fraction, root=pairs.folder)
+        chosen = copy(self)
+        digest = hashlib.sha256(pairs.fingerprint.encode() + kept.tobytes())
+        chosen.fingerprint = digest.hexdigest()
+        chosen._pairs = pairs._replace(places=pairs.places[kept], fingerprint=chosen.fingerprint)
+        return chosen
 
     def read(self, index: int) -> bytearray:
         """Reads the bytes of image `index`.
@@ -96,7 +123,7 @@ class PairedImages(ABC):
 
     def truth_file(self, index: int) -> str:
         """Returns the path of an image's file of numbers."""
-        return self._pairs.truths[int(self._pairs.places[index])]
+        return self._pairs.truths[int(self._pairs.places[index, 1])]
 
     @abstractmethod
     def truth(self, index: int) -> NDArray[Any]:
@@ -212,8 +239,9 @@ def pairs_in_folders(
     return Pairs(
         images,
         truths,
-        np.array([numbers[stem] for stem in stems]),
+        np.array([(place, numbers[stem]) for place, stem in enumerate(stems)]),
         hashlib.sha256(both.encode()).hexdigest(),
+        image_root,
     )
 
 

@@ -11,7 +11,7 @@ from fd_large.recipes.task_kind import OF_FEW_LABELS, OF_VIEWS_WITHOUT_LABELS
 
 IGNORED_FIELDS = (
     *(*OF_VIEWS_WITHOUT_LABELS, *OF_FEW_LABELS),
-    *("data.min_crop_scale", "data.val_fraction"),
+    "data.min_crop_scale",
 )
 """Fields of the recipe that their own views and tests do not read."""
 

@@ -91,7 +91,8 @@ def pairs_of_list(path: str, root: str, *, where: str, of_root: str) -> Pairs:
         is_current=lambda facts: facts["stamp"] == stamp and settled(stamp[0], facts["listed_at"]),
     )
     images, depths = (_Paths(listing, root, part) for part in (0, 1))
-    return Pairs(images, depths, np.arange(len(listing)), listing.fingerprint)
+    places = np.arange(len(listing)).repeat(2).reshape(-1, 2)
+    return Pairs(images, depths, places, listing.fingerprint, root)
 
 
 def _lines(path: str, where: str) -> list[tuple[str, str]]:

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import depth_images
 import pytest
+import segmentation_twin
 import transfer_toy
 from html_page import check_page
 from labelled_folder import labelled_folder
@@ -183,6 +185,71 @@ def test_a_sweep_tries_the_recipes_of_all_rows_for_each(
     assert "--sweep: its trials" in capsys.readouterr().err
     assert main([*transfer_toy.words(toy, tmp_path / "out"), "--only", "coco", "--sweep"]) == 2
     assert "--sweep: no column" in capsys.readouterr().err
+
+
+def test_dense_columns_are_swept_by_their_scores_on_a_part_of_the_train_split(
+    toy, trained, tmp_path, monkeypatch, capsys
+):
+    from fd_large.cli import train as command
+
+    calm = command.train_run
+
+    def train(run, *, deepspeed_config):
+        Path(run.run_dir()).mkdir(parents=True, exist_ok=True)
+        calm(run, deepspeed_config=deepspeed_config)
+        # The larger mIoU and the smaller error are of the second rate.
+        better = run.optim.base_lr > registry.get(run.name).optim.base_lr
+        told = {"status": "done", "val_mIoU": 40.0 + better, "val_rmse": 0.4 - 0.1 * better}
+        Path(run.run_dir(), "summary.json").write_text(json.dumps(told))
+        return 0
+
+    monkeypatch.setattr("fd_large.cli.train.train_run", train)
+    words = [*transfer_toy.words(toy, tmp_path / "out"), "--only", "ade20k", "nyuv2", "--sweep"]
+    words += ["--sweep_rates", "2", "--sweep_decays", "1", "--rows", "student", "teacher"]
+    for name, write in (
+        ("ade20k", segmentation_twin.write_images),
+        ("nyuv2", depth_images.write_images),
+    ):
+        words[words.index(f"--{name}") + 1] = str(write(tmp_path / name, 24))
+    assert main(words) == 0
+    trials, runs = trained[:-4], trained[-4:]
+    tried = {}
+    for run in trials:
+        assert run.data.val_fraction == 0.1
+        column, row, _ = Path(run.run_dir()).relative_to(tmp_path / "out" / "sweep").parts
+        tried.setdefault((column, row), set()).add(run.name)
+    # A recipe of the other kind of models fits no row.
+    assert tried == {
+        ("ade20k", "mine"): {"ade20k_upernet_swinv2_base"},
+        ("ade20k", "mine_teacher"): {"ade20k_upernet_vit_base"},
+        ("nyuv2", "mine"): {"nyuv2_swinv2_base"},
+        ("nyuv2", "mine_teacher"): {"nyuv2_vit_base"},
+    }
+    for run in runs:
+        assert run.data.val_fraction == 0.0
+        assert run.optim.base_lr == 2 * registry.get(run.name).optim.base_lr
+    cells = summary_of(tmp_path / "out")["cells"]
+    found = {(c["row"], c["column"]): c["sweep"] for c in cells}
+    assert {s["rate"] for s in found.values()} == {2.0}
+    assert found["mine", "ade20k"]["held_out_mIoU"] == 41.0
+    assert found["mine", "nyuv2"]["held_out_rmse"] == pytest.approx(0.3)
+    teacher = str(toy / "vit")
+    assert found["mine_teacher", "nyuv2"]["held_out_not_known"] == [teacher]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"training images of {tmp_path}/ade20k, " in said
+    for title in ("ADE20K segmentation", "NYUv2 depth"):
+        assert f"mine: teacher, {title}: nothing says whether they were in the training of" in said
+    assert "mine: teacher, NYUv2 depth: not trained as the first row" in said
+
+    # The same command trains nothing again; other images are refused.
+    del trained[:]
+    assert main(words) == 0
+    assert not trained
+    record = next((tmp_path / "out" / "sweep").glob("ade20k/mine/*/trial.json"))
+    assert "held_out_mIoU" in json.loads(record.read_text())
+    (tmp_path / "ade20k" / "images" / "training" / "0000.jpg").unlink()
+    assert main(words) == 2
+    assert "holds a trial of another recipe, other images" in capsys.readouterr().err
 
 
 def test_what_fails_is_named_and_the_others_go_on(toy, trained, tmp_path, monkeypatch, capsys):

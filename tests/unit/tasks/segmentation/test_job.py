@@ -12,6 +12,7 @@ from segmentation_batches import narrow_run
 from segmentation_twin import write_images
 
 from fd_large.errors import ConfigError, DataError
+from fd_large.tasks.jobs import job_of
 from fd_large.tasks.segmentation.job import test_views
 from fd_large.tasks.segmentation.section import Segmentation
 
@@ -58,6 +59,20 @@ def test_mistakes_name_their_field(root):
     ):
         with pytest.raises(ConfigError, match=rf"task\.segmentation\.{field}"):
             Segmentation(**{field: value})
+
+
+def test_a_part_of_the_training_images_takes_the_place_of_the_val_split(tmp_path):
+    run = run_of(write_images(tmp_path / "ade", 12))
+    every = {*job_of(run).open_samples()}
+    divided = replace(run, data=replace(run.data, val_fraction=0.25))
+    job = check(divided)
+    learnt, tested = {*job.open_samples()}, {*job.test_images()}
+    assert learnt
+    assert tested == every - learnt
+    other = write_images(tmp_path / "other", 2)
+    job = check(replace(divided, eval=replace(run.eval, root=str(other))))
+    assert {*job.open_samples()} == learnt
+    assert all(str(other / "images" / "validation") in path for path in job.test_images())
 
 
 def test_how_a_recipe_s_test_sees_an_image():

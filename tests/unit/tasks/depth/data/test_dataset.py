@@ -38,6 +38,17 @@ def test_the_lists_of_nyu_name_images_and_depths(nyu):
     assert open_depth(str(nyu), "train").fingerprint != open_depth(str(nyu), "val").fingerprint
 
 
+def test_a_part_of_a_list_keeps_the_depths_of_its_images(tmp_path):
+    images = open_depth(str(write_images(tmp_path, 12)), "train")
+    parts = [images.part(part, 0.25) for part in ("train", "val")]
+    assert sorted(path for part in parts for path in part) == sorted(images)
+    assert len(parts[0]) > len(parts[1]) > 0
+    for part in parts:
+        for index in range(len(part)):
+            expected = image_and_depths(int(Path(part[index]).stem[-5:]))
+            np.testing.assert_allclose(part.truth(index), expected[1], atol=0.00051)
+
+
 def test_a_list_elsewhere_may_name_a_part(nyu, tmp_path):
     lines = (nyu / "train_list.txt").read_text().splitlines()
     (tmp_path / "mine.txt").write_text(f"\n{lines[2]}\n")

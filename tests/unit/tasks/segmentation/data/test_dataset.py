@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from PIL import Image
 from segmentation_twin import write_images
 
+from fd_large.data.val_fraction import is_held_out
 from fd_large.errors import ConfigError, DataError
 from fd_large.tasks.dense.pairs import read_numbers
 from fd_large.tasks.segmentation.data.classes import CITYSCAPES_CLASSES, classes_of, colors_of
@@ -60,6 +63,27 @@ def test_every_layout_pairs_images_with_their_labels(layout, tmp_path):
     image, labels = images.sample(1)
     assert image.shape == (3, 2, 2)
     assert labels.tolist() == [[0, 1], [2, IGNORED]]
+
+
+@pytest.mark.parametrize("layout", ["ade20k", "cityscapes"])
+def test_a_part_is_chosen_by_the_images_paths_and_keeps_their_labels(layout, tmp_path):
+    images = opened(write(tmp_path, layout, count=12))
+    train, val = images.part("train", 0.5), images.part("val", 0.5)
+    of_train, of_val = ({*part} for part in (train, val))
+    assert of_train | of_val == {*images}
+    assert not of_train & of_val
+    assert of_val == {
+        p for p in images if is_held_out(str(Path(p).relative_to(images.folder)), 0.5)
+    }
+    assert len({images.fingerprint, train.fingerprint, val.fingerprint}) == 3
+    for part in (train, pickle.loads(pickle.dumps(val))):
+        for index in range(len(part)):
+            paths = part[index], part.truth_file(index)
+            assert len({re.search(r"image_\d+", path)[0] for path in paths}) == 1
+        with pytest.raises(IndexError):
+            part[len(part)]
+    with pytest.raises(DataError, match=r"^data\.val_fraction: a part without an image"):
+        images.part("train", 1e-6)
 
 
 def test_the_zero_label_is_reduced(tmp_path):
