@@ -51,12 +51,14 @@ class Candidate:
         fields = {
             "batch.micro_batch_size": (self.micro_batch_size, micro_batch_size),
             **{
-                f"{name}.placement": ("replicated" if name in whole else self.teacher, own)
-                for name, own in placements.items()
+                f"{name}.placement": ("replicated" if name in whole else self.teacher, placement)
+                for name, placement in placements.items()
             },
             "student.activation_checkpointing": (mode, activation_checkpointing),
         }
-        return [f"--{name} {mine}" for name, (mine, own) in fields.items() if mine != own]
+        return [
+            f"--{name} {mine}" for name, (mine, in_recipe) in fields.items() if mine != in_recipe
+        ]
 
     @property
     def shipped_config(self) -> str:

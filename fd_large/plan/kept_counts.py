@@ -34,10 +34,10 @@ def key(fields: Mapping[str, Any], capability: str, kernels: str) -> str:
 
 def read(name: str) -> dict[bool, Counts] | None:
     """Returns the counts of a key, without and with checkpoints, or None."""
-    kept = _kept()
-    if name not in kept["keys"]:
+    table = _kept()
+    if name not in table["keys"]:
         return None
-    pair = kept["counts"][kept["keys"][name]]
+    pair = table["counts"][table["keys"][name]]
     return {bool(i): Counts.from_plain(plain) for i, plain in enumerate(pair)}
 
 
@@ -47,11 +47,11 @@ def _kept() -> dict[str, Any]:
     return read_json(FILE)
 
 
-def write(found: Mapping[str, Mapping[bool, Counts]], path: Path = FILE) -> None:
+def write(counts: Mapping[str, Mapping[bool, Counts]], path: Path = FILE) -> None:
     """Writes counts by key, and equal counts once."""
     different: list[str] = []
     keys = {}
-    for name, both in found.items():
+    for name, both in counts.items():
         text = json.dumps([both[wrapped].to_plain() for wrapped in (False, True)])
         if text not in different:
             different.append(text)

@@ -87,14 +87,14 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
         passing = size * max(load.student_sizes)  # On its way into a bucket that is there.
     else:
         passing = size * load.parameters  # All gradients are there at once.
-    own = 2 if load.teacher_bfloat16(machine) else 4
+    element_bytes = 2 if load.teacher_bfloat16(machine) else 4
     if split and cluster.gpus > 1:
         # Gathered layers of one teacher at a time, which are gone when the student runs.
         largest = max(map(sum, load.teachers))
-        passing = max(passing, own * min(LIVE_ELEMENTS, largest))
+        passing = max(passing, element_bytes * min(LIVE_ELEMENTS, largest))
     return PeakMemory(
         states=states,
-        teacher=device.teacher + own * (sum(load.teacher_sizes) - sum(split)),
+        teacher=device.teacher + element_bytes * (sum(load.teacher_sizes) - sum(split)),
         activations=counts.peak_at(candidate.micro_batch_size)
         + (accumulation - 1) * counts.held.at(candidate.micro_batch_size),
         buffers=device.buckets + passing + (FIXED_BYTES if rates.overlap else 0.0),

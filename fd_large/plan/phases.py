@@ -43,21 +43,21 @@ class Phases:
             first_pass: Whether a step has a first pass for its sums.
             again: Recomputation in backward, as a fraction of forward.
         """
-        found = {
+        seconds = {
             name: line.fixed + line.each * images
             for name, line in self.seconds.items()
             if name != FIRST_PASS or first_pass
         }
         if again:
-            found["forward again"] = again * found[FORWARD]
-        return found
+            seconds["forward again"] = again * seconds[FORWARD]
+        return seconds
 
     def to_plain(self) -> dict[str, Any]:
         """Returns the fields in a JSON-safe form."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod
-    def from_plain(cls, given: Any, *, where: str) -> Phases:
+    def from_plain(cls, plain: Any, *, where: str) -> Phases:
         """Returns the phases from the result of `to_plain`.
 
         Raises: ConfigError: if the values are invalid.
@@ -65,9 +65,9 @@ class Phases:
         try:
             seconds = {
                 str(name): Line(float(fixed), float(each))
-                for name, (fixed, each) in given["seconds"].items()
+                for name, (fixed, each) in plain["seconds"].items()
             }
-            return cls(seconds=seconds, update=float(given["update"]), images=int(given["images"]))
+            return cls(seconds=seconds, update=float(plain["update"]), images=int(plain["images"]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{where}: phases: not written by --probe; got {error!r}, expected seconds of each "
@@ -121,7 +121,7 @@ def of_students(each: Sequence[Phases], parameters: Sequence[int]) -> Phases:
                 seconds[name] = seconds.get(name, Line(0.0, 0.0)) + other.seconds[name]
     return Phases(
         seconds=seconds,
-        update=sum(n * one.update for n, one in zip(parameters, each, strict=True))
+        update=sum(n * phases.update for n, phases in zip(parameters, each, strict=True))
         / sum(parameters),
         images=first.images,
     )

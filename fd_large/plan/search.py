@@ -61,8 +61,8 @@ def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refus
             for each in (replace(candidate, micro_batch_size=size) for size in sizes)
             if peak_memory(load, each, machine).fits(machine.rates)
         ]
-        good.append(min(tried, key=lambda one: (one.seconds.total, one.memory.total)))
-    good.sort(key=lambda one: one.seconds.total)
+        good.append(min(tried, key=lambda setting: (setting.seconds.total, setting.memory.total)))
+    good.sort(key=lambda setting: setting.seconds.total)
     return _ties_by_communication(good), bad
 
 
@@ -92,7 +92,7 @@ def _candidates(machine: Machine, *, teachers: int) -> Iterator[Candidate]:
         placements.append("node")
     if teachers and ranks > 1:
         placements.append("sharded")
-    held = [
+    splits = [
         (teacher, whole)
         for teacher in placements
         for whole in range(1 if teacher == "replicated" else teachers)
@@ -100,7 +100,7 @@ def _candidates(machine: Machine, *, teachers: int) -> Iterator[Candidate]:
     # One rank has nothing to split: in float32 the engine runs stages 1 and 2 as stage 0.
     unsplit = ranks == 1 and not machine.rates.bfloat16
     for stage in (0, 3) if unsplit else (1, 2, 3):
-        for teacher, whole in held:
+        for teacher, whole in splits:
             for hpz in (False, True) if stage == 3 and shared else (False,):
                 for checkpointing in (False, True):
                     yield Candidate(
@@ -119,14 +119,14 @@ def _ties_by_communication(ordered: list[Estimate]) -> list[Estimate]:
     left = list(ordered)
     while left:
         limit = left[0].seconds.total * (1 + SAME_TIME)
-        same = [one for one in left if one.seconds.total <= limit]
-        result += sorted(same, key=lambda one: (_communication(one), one.memory.total))
+        same = [setting for setting in left if setting.seconds.total <= limit]
+        result += sorted(same, key=lambda setting: (_communication(setting), setting.memory.total))
         left = left[len(same) :]
     return result
 
 
-def _communication(one: Estimate) -> float:
-    return one.seconds.communication * one.seconds.accumulation + one.seconds.finish
+def _communication(setting: Estimate) -> float:
+    return setting.seconds.communication * setting.seconds.accumulation + setting.seconds.finish
 
 
 def _too_large(memory: PeakMemory, machine: Machine) -> str:

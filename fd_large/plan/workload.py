@@ -60,7 +60,7 @@ class Workload:
     @cached_property
     def smallest_first(self) -> tuple[int, ...]:
         """Indices of the teachers in `teachers`, the smallest first."""
-        totals = [sum(one) for one in self.teachers]
+        totals = [sum(teacher) for teacher in self.teachers]
         return tuple(sorted(range(len(totals)), key=totals.__getitem__))
 
     def split_sizes(self, candidate: Candidate) -> tuple[int, ...]:
