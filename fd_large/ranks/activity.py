@@ -25,25 +25,25 @@ class Work:
     """A piece of work; it lasts until `end`.
 
     Args:
-        what: Description of the work.
+        description: The work in words.
         total: Number of units of the work; None if unknown.
         unit: Unit of the count.
         done: Number of units that were finished before.
     """
 
     def __init__(
-        self, what: str, total: float | None = None, unit: str = "", *, done: float = 0
+        self, description: str, total: float | None = None, unit: str = "", *, done: float = 0
     ) -> None:
-        self.what, self.total, self.unit = without_secrets(what), total, unit
+        self.what, self.total, self.unit = without_secrets(description), total, unit
         self.done = self._first = done
         self.began = time.monotonic()
         _works.append(self)
         _changed()
 
-    def advance(self, amount: float = 1, what: str | None = None) -> None:
+    def advance(self, amount: float = 1, description: str | None = None) -> None:
         """Adds finished units."""
         self.reach(self.done + amount)
-        self.what = without_secrets(what or self.what)
+        self.what = without_secrets(description or self.what)
 
     def reach(self, done: float) -> None:
         """Sets the number of finished units."""
@@ -74,18 +74,18 @@ class Work:
 
 
 @contextmanager
-def work(what: str, total: float | None = None, unit: str = "") -> Iterator[Work]:
+def work(description: str, total: float | None = None, unit: str = "") -> Iterator[Work]:
     """Records the block as a piece of work; see `Work`."""
-    begun = Work(what, total, unit)
+    begun = Work(description, total, unit)
     try:
         yield begun
     finally:
         begun.end()
 
 
-def counted(items: Collection[T], what: str, unit: str) -> Iterator[T]:
+def counted(items: Collection[T], description: str, unit: str) -> Iterator[T]:
     """Yields items and counts the finished ones."""
-    with work(what, len(items), unit) as begun:
+    with work(description, len(items), unit) as begun:
         for item in items:
             yield item
             begun.advance()

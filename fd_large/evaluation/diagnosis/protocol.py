@@ -57,7 +57,7 @@ def _measure(asked: Asked) -> Result:
             sample,
             batch_size=flags.batch_size,
             extent=extent,
-            progress=lambda text: examining.advance(what=text),
+            progress=lambda text: examining.advance(description=text),
         )
     facts = {
         "root": without_secrets(sample.root),
