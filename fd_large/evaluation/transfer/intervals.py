@@ -31,11 +31,11 @@ def of_runs(ours: Sequence[Path], others: Sequence[Path], score: str) -> dict[st
     if score == _ACCURACY:
         return _of_accuracies(ours, others)
     redrawn = [[_redrawn(folder, score) for folder in folders] for folders in (ours, others)]
-    first, second = ([one for one in scores if one] for scores in redrawn)
+    first, second = ([seed for seed in scores if seed] for scores in redrawn)
     if len(first) < len(ours) or len(second) < len(others):
         return None
-    found = difference_of_redrawn(first, second)
-    return as_json(found) if found else None
+    paired = difference_of_redrawn(first, second)
+    return as_json(paired) if paired else None
 
 
 def _of_accuracies(ours: Sequence[Path], others: Sequence[Path]) -> dict[str, Any] | None:
@@ -45,13 +45,13 @@ def _of_accuracies(ours: Sequence[Path], others: Sequence[Path]) -> dict[str, An
     from fd_large.probes.paired import difference
 
     rows = [[Predictions.read(folder) for folder in folders] for folders in (ours, others)]
-    all_ = [one for row in rows for one in row]
-    labels = [one.labels for one in all_ if one]
-    if len(labels) < len(all_) or not all(np.array_equal(labels[0], one) for one in labels):
+    all_ = [seed for row in rows for seed in row]
+    labels = [seed.labels for seed in all_ if seed]
+    if len(labels) < len(all_) or not all(np.array_equal(labels[0], seed) for seed in labels):
         return None
     known = labels[0] >= 0
     right, other = (
-        np.stack([(one.predicted == labels[0])[known] for one in row if one]) for row in rows
+        np.stack([(seed.predicted == labels[0])[known] for seed in row if seed]) for row in rows
     )
     return as_json(difference(right, other)) if known.any() else None
 

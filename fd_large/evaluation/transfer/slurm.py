@@ -86,8 +86,8 @@ def submit_training(
     words = [str(word) for name, value in named.items() for word in (f"--{name}", value)]
     if own_code:
         words += ["--allow_code", *own_code]
-    own = [f"job-name={'-'.join(folder.parts[-3:])}", f"output={folder}/slurm-%j.out"]
-    return _sbatch([*own, *options], script(TRAINING), words, environ)
+    job_options = [f"job-name={'-'.join(folder.parts[-3:])}", f"output={folder}/slurm-%j.out"]
+    return _sbatch([*job_options, *options], script(TRAINING), words, environ)
 
 
 def submit_table(
@@ -101,8 +101,8 @@ def submit_table(
         options, environ: See `submit_training`.
     """
     after = [f"dependency=afterany:{':'.join(map(str, jobs))}", f"output={out}/slurm-%j.out"]
-    kept = [option for option in options if option.partition("=")[0] in _OF_ALL]
-    return _sbatch([*after, *kept], script(TABLE), ["--out", out], environ)
+    common = [option for option in options if option.partition("=")[0] in _OF_ALL]
+    return _sbatch([*after, *common], script(TABLE), ["--out", out], environ)
 
 
 def submit(cells: Sequence[Cell], flags: Any, environ: Mapping[str, str]) -> bool:
@@ -130,8 +130,8 @@ def submit(cells: Sequence[Cell], flags: Any, environ: Mapping[str, str]) -> boo
                 environ=environ,
             )
             recorded.write(job=job)
-        told = ", submitted before" if before else ""
-        console.print(f"{recorded.folder}: job {job}{told}", soft_wrap=True)
+        note = ", submitted before" if before else ""
+        console.print(f"{recorded.folder}: job {job}{note}", soft_wrap=True)
         jobs.append(job)
     if jobs:
         last = submit_table(flags.out, jobs, options=flags.sbatch, environ=environ)
@@ -153,13 +153,13 @@ def is_queued(job: int) -> bool:
 def _sbatch(
     options: Sequence[str], path: str, words: Sequence[str], environ: Mapping[str, str]
 ) -> int:
-    given = [f"--{option}" for option in options]
-    done = _call(["sbatch", "--parsable", *given, path, *words], environ)
+    flags = [f"--{option}" for option in options]
+    done = _call(["sbatch", "--parsable", *flags, path, *words], environ)
     number = done.stdout.strip().partition(";")[0]
     if done.returncode or not number.isdigit():
-        said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
+        answer = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
         raise ConfigError(
-            f"--slurm: sbatch refused the job; got {said[-1]}, expected its number. Change "
+            f"--slurm: sbatch refused the job; got {answer[-1]}, expected its number. Change "
             "--sbatch or site.sh; jobs submitted before stay."
         )
     return int(number)
