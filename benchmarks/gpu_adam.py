@@ -48,7 +48,7 @@ def main(build: bool) -> None:
     masters = [torch.zeros(n, device="cuda" if on_gpu else "cpu") for n in sizes]
     for master in masters:
         master.grad = torch.full_like(master, 1e-3)
-    found = {}
+    times = {}
     for kind in ("deepspeed", "apex", "torch"):
         try:
             optim = replace(run.optim, fused=kind)
@@ -56,11 +56,11 @@ def main(build: bool) -> None:
         except ConfigError as error:
             print(f"{kind}: did not run: {error}", flush=True)
             continue
-        found[kind] = milliseconds(optimizer, on_gpu)
-        print(f"{kind}: {found[kind]:.1f} ms for {sum(sizes) / 1e9:.2f}B", flush=True)
+        times[kind] = milliseconds(optimizer, on_gpu)
+        print(f"{kind}: {times[kind]:.1f} ms for {sum(sizes) / 1e9:.2f}B", flush=True)
         optimizer.state.clear()
         del optimizer
-    print(f"DECIDED: --optim.fused {min(found, key=found.__getitem__)} is the fastest")
+    print(f"DECIDED: --optim.fused {min(times, key=times.__getitem__)} is the fastest")
 
 
 if __name__ == "__main__":

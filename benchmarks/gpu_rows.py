@@ -67,8 +67,8 @@ def measured(name: str, folder: Path, log: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"run": name, "updates": len(steps)}
     text = ranks_log.read_text(errors="replace") if ranks_log.exists() else ""
     # Which AdamW, which kernels, and those that were given up.
-    said = re.findall(r"(?:optimi[sz]er: |\S+ on \w+: |\S+: its kernel |kernels agree).*", text)
-    row["chosen"] = list(dict.fromkeys(said))
+    choices = re.findall(r"(?:optimi[sz]er: |\S+ on \w+: |\S+: its kernel |kernels agree).*", text)
+    row["chosen"] = list(dict.fromkeys(choices))
     if len(steps) <= FIRST:
         output = log.read_text(errors="replace").splitlines() if log.exists() else []
         # A launcher says more after a rank's own sentence.
@@ -91,11 +91,11 @@ def memory(file: Path) -> dict[str, Any]:
     samples = samples[len(samples) // 2 :]
     if len(samples) < 4:
         return {}
-    held = [sample[2] for sample in samples]
+    reserved = [sample[2] for sample in samples]
     most, middle = max(sample[1] for sample in samples), len(samples) // 2
     return {
-        "held_in_vain_gigabytes": (held[-1] - most) / 1e9,
-        "memory_growth": max(held[middle:]) / max(1, *held[:middle]) - 1,
+        "held_in_vain_gigabytes": (reserved[-1] - most) / 1e9,
+        "memory_growth": max(reserved[middle:]) / max(1, *reserved[:middle]) - 1,
     }
 
 
@@ -130,20 +130,20 @@ def shown(row: dict[str, Any]) -> str:
 
 def decisions(rows: dict[str, dict[str, Any]], newest: str) -> list[str]:
     """Returns a line for each question that the newest run answers beside an earlier one."""
-    made = []
-    for name, other, what in QUESTIONS:
+    lines = []
+    for name, other, question in QUESTIONS:
         pair = [rows.get(name, {}), rows.get(other, {})]
         if newest not in (name, other) or not all(row.get("images_per_second") for row in pair):
             continue
         ratio = pair[0]["images_per_second"] / pair[1]["images_per_second"]
         verdict = "as fast" if abs(ratio - 1) <= SAME_SPEED else "yes" if ratio > 1 else "no"
-        made.append(f"DECIDED: {what}: {verdict}, {ratio:.3f} of the images/s of {other}")
+        lines.append(f"DECIDED: {question}: {verdict}, {ratio:.3f} of the images/s of {other}")
     for name, other, steps in SAME:
         losses = [rows.get(run, {}).get("losses") for run in (name, other)]
         if newest in (name, other) and all(losses):
             count = min(steps or len(losses[0]), len(losses[0]), len(losses[1]))
             equal = losses[0][:count] == losses[1][:count]
-            made.append(
+            lines.append(
                 f"DECIDED: {name} and {other}: the first {count} losses are "
                 f"{'equal to the last digit' if equal else 'not equal'}"
             )
@@ -151,12 +151,12 @@ def decisions(rows: dict[str, dict[str, Any]], newest: str) -> list[str]:
     if newest == TWICE and PROBED in rows:
         ratio = alone.get("images_per_second", 0) / (rows[PROBED].get("images_per_second") or 1)
         fits = f"fits, at {ratio:.3f} of the images/s" if "failed" not in alone else "does not fit"
-        made.append(f"DECIDED: twice the micro batch that auto finds {fits}")
+        lines.append(f"DECIDED: twice the micro batch that auto finds {fits}")
     if newest in STEADY and "memory_growth" in alone:
         grown = alone["memory_growth"]
         verdict = "grows" if grown > GROWTH else "stays"
-        made.append(f"DECIDED: the memory of {newest} {verdict}: {grown:+.1%} in its second half")
-    return made
+        lines.append(f"DECIDED: the memory of {newest} {verdict}: {grown:+.1%} in its second half")
+    return lines
 
 
 def main(name: str, folder: Path, log: Path) -> int:

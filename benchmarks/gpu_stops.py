@@ -52,12 +52,12 @@ class Started:
 
     def ranks(self) -> dict[int, psutil.Process]:
         """Returns the processes that train, by rank."""
-        found = {}
+        processes = {}
         for process in [self.process, *self.process.children(recursive=True)]:
             with suppress(psutil.Error):
                 if str(PROGRAM) in process.cmdline() and "--standalone" not in process.cmdline():
-                    found.setdefault(int(process.environ().get("RANK", "0")), process)
-        return found
+                    processes.setdefault(int(process.environ().get("RANK", "0")), process)
+        return processes
 
     def losses(self) -> dict[int, float]:
         """Returns the losses by step."""
@@ -74,7 +74,7 @@ class Started:
         logged = self.log_file.read_bytes() if self.log_file.exists() else b""
         return logged[self.logged_before :].decode(errors="replace")
 
-    def until(self, holds: Callable[[], bool], what: str, patience: float = PATIENCE) -> float:
+    def until(self, holds: Callable[[], bool], condition: str, patience: float = PATIENCE) -> float:
         """Waits until something holds; returns the seconds that it took.
 
         Raises: SystemExit: if it does not.
@@ -83,8 +83,10 @@ class Started:
         while not holds():
             if time.time() - begin > patience or (self.process.poll() is not None and not holds()):
                 self.kill()
-                said = (self.folder / "output").read_text(errors="replace").splitlines()
-                raise SystemExit(f"{what}: not within {time.time() - begin:.0f} s; {said[-1:]}")
+                output = (self.folder / "output").read_text(errors="replace").splitlines()
+                raise SystemExit(
+                    f"{condition}: not within {time.time() - begin:.0f} s; {output[-1:]}"
+                )
             time.sleep(0.1)
         return time.time() - begin
 
@@ -123,10 +125,10 @@ def save(folder: Path, ranks: int, flags: list[str]) -> None:
             seconds = time.time() - begin
         finally:
             started.kill()
-        made = {n: loss for n, loss in started.losses().items() if n >= began and n in known}
-        if not made:
+        losses = {n: loss for n, loss in started.losses().items() if n >= began and n in known}
+        if not losses:
             raise SystemExit(f"DECIDED: NOTHING TO COMPARE from step {began}; known {[*known]}")
-        return began, made, seconds
+        return began, losses, seconds
 
     started = Started(folder, ranks, [*flags, "--runtime.save_every", str(SAVE_EVERY)])
     started.until(lambda: step_of() >= SAVE_EVERY, "a checkpoint", 2 * PATIENCE)
@@ -155,10 +157,10 @@ def lost(folder: Path, ranks: int, flags: list[str]) -> None:
     for name, number in (("stopped", signal.SIGSTOP), ("killed", signal.SIGKILL)):
         started = Started(folder / name, ranks, flags)
         started.until(lambda: len(started.losses()) >= 4, "four steps")  # noqa: B023
-        found = started.ranks()
-        found.pop(ranks - 1).send_signal(number)
+        processes = started.ranks()
+        processes.pop(ranks - 1).send_signal(number)
         begin = time.time()
-        _, alive = psutil.wait_procs(found.values(), timeout=HUNG + PATIENCE)
+        _, alive = psutil.wait_procs(processes.values(), timeout=HUNG + PATIENCE)
         seconds = time.time() - begin
         started.kill()
         codes = {

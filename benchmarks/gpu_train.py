@@ -57,11 +57,11 @@ def note_memory(file: Path) -> None:
     process, begin = psutil.Process(), time.time()
     while True:
         if torch.cuda.is_available():
-            held = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
+            sizes = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
         else:
-            held = (process.memory_info().rss,) * 2
+            sizes = (process.memory_info().rss,) * 2
         with file.open("a") as lines:
-            lines.write(json.dumps([round(time.time() - begin, 1), *held]) + "\n")
+            lines.write(json.dumps([round(time.time() - begin, 1), *sizes]) + "\n")
         time.sleep(0.5)
 
 

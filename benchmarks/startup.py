@@ -52,9 +52,9 @@ def run_as_rank(timeline: Path) -> int:
 
     def note() -> None:
         works = activity.current()
-        what = ": ".join(work.what for work in works[1:3]) or "all else"
-        if what != noted[-1][-1]:
-            noted.append((time.time(), time.process_time(), what))
+        part = ": ".join(work.what for work in works[1:3]) or "all else"
+        if part != noted[-1][-1]:
+            noted.append((time.time(), time.process_time(), part))
             timeline.write_text(json.dumps(noted))
 
     if os.environ["RANK"] == "0":
@@ -85,8 +85,8 @@ def measure(ranks: int, flags: list[str], without: list[str], package: Path) -> 
         # The launcher's ranks may still write.
         time.sleep(1)
         shutil.rmtree(folder, ignore_errors=True)
-    if made := [part for part in again if any(part.endswith(spared) for spared in SPARED)]:
-        raise SystemExit(f"a restart does what the start has done: {made}")
+    if repeated := [part for part in again if any(part.endswith(spared) for spared in SPARED)]:
+        raise SystemExit(f"a restart does what the start has done: {repeated}")
     totals = ("to the first step", "to the first step, processors of all")
     return parts | {f"restart {total}": again[total] for total in totals}
 
@@ -153,11 +153,11 @@ def _start(
     noted = [entry for entry in noted if entry[0] < ended]
     parts: dict[str, float] = defaultdict(float)
     parts["launcher"] = noted[0][0] - began
-    for (begin, _, what), (end, *_) in zip(noted, [*noted[1:], (ended,)], strict=True):
-        parts[what] += max(0.0, end - begin)
+    for (begin, _, part), (end, *_) in zip(noted, [*noted[1:], (ended,)], strict=True):
+        parts[part] += max(0.0, end - begin)
     # The first step ends the last part: nobody noted its processor seconds.
-    for (_, begin, what), (_, end, _) in itertools.pairwise(noted):
-        parts[f"{what}, processor"] += end - begin
+    for (_, begin, part), (_, end, _) in itertools.pairwise(noted):
+        parts[f"{part}, processor"] += end - begin
     parts["to the first step"] = ended - began
     parts["to the first step, processors of all"] = spent
     return dict(parts)
@@ -165,12 +165,12 @@ def _start(
 
 def processor_seconds(process: Any) -> float:
     """Returns the user's and the system's seconds of a process, its children and theirs."""
-    found = 0.0
+    seconds = 0.0
     for each in [process, *process.children(recursive=True)]:
         with suppress(Exception):  # It has just ended.
             times = each.cpu_times()
-            found += times.user + times.system + times.children_user + times.children_system
-    return found
+            seconds += times.user + times.system + times.children_user + times.children_system
+    return seconds
 
 
 def help_seconds(package: Path) -> dict[str, float]:
@@ -199,8 +199,8 @@ def main() -> int:
     samples: dict[str, list[float]] = defaultdict(list)
     for _ in range(arguments.rounds):
         for label, package in packages.items():
-            found = measure(arguments.ranks, flags, arguments.without, package)
-            for name, seconds in (found | help_seconds(package)).items():
+            parts = measure(arguments.ranks, flags, arguments.without, package)
+            for name, seconds in (parts | help_seconds(package)).items():
                 samples[label + name].append(seconds)
     results["seconds"] = {name: harness.spread(values) for name, values in samples.items()}
     results["load_average_after"] = round(os.getloadavg()[0], 2)
