@@ -62,8 +62,8 @@ class HelpShown(Exception):
 class AllowsCode:
     """The argument --allow-code of commands that build models of stored runs and exports."""
 
-    # Python files of which any name may be imported where a recipe, a stored run or an export has
-    # it (module:FILE.py:NAME). Others are not: what came from elsewhere must not run code.
+    # Python files from which any name may be imported where a recipe, a stored run or an export
+    # has it (module:FILE.py:NAME). Files that you never allowed are refused.
     allow_code: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class TakesRunFile:
     """The argument --config of commands that can take a recipe from a file."""
 
     # YAML or JSON file with values of the recipe's fields, nested as in the recipe.json of a run,
-    # which is such a file. Flags win over the file (docs/recipes.md).
+    # which can be named, too. Flags win over the file (docs/recipes.md).
     config: str = ""
 
 

@@ -44,12 +44,12 @@ class Cache(TakesRunFile, AllowsCode):
     # Stored views of each image: random crops, flipped or not. The epochs of a run take them in
     # turn. 0: as many as the recipe's task.distillation.views, and 1 if that is 0.
     views: int = 0
-    # How a map is stored. fp32: bit by bit. fp16, fp8 (E4M3) and int8 round it, with a shift and a
-    # factor of each token (docs/cache.md has the errors).
+    # Number format of the stored maps. fp32: exact. fp16, fp8 (E4M3) and int8: rounded, with a
+    # shift and a factor of each token (docs/cache.md has the errors).
     precision: Literal["fp32", "fp16", "fp8", "int8"] = "fp8"
-    # Only say what it takes and whether it pays, and write nothing.
+    # Print the costs, and whether storing saves time; write nothing.
     plan: bool = False
-    # Card for which --plan reckons: h100, h200, b200, a100, a100_40 or l40s.
+    # Card for --plan: h100, h200, b200, a100, a100_40 or l40s.
     gpu: str = "h100"
     # Rate at which each rank of a run reads the cache, in GB/s, for --plan.
     read_gb: float = 1.0

@@ -17,8 +17,8 @@ from fd_large.evaluation.diagnosis.protocol import DIAGNOSIS, DiagnosisFlags
 class Data:
     """The images."""
 
-    # Images as for training: a folder, tar shards, or builtin:photographs. Of a dataset with parts
-    # that which is tested. A run that learnt labels needs images of its classes for its loss.
+    # Images as for training: a folder, tar shards, or builtin:photographs. Of a dataset with parts,
+    # the test part. A run that learnt labels needs images of its classes for its loss.
     root: str
 
 

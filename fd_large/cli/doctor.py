@@ -52,7 +52,7 @@ class Doctor:
     local_disk: str = ""
     # Folder that engine.nvme_path would name, for the optimiser's state; empty: none.
     nvme_path: str = ""
-    # Print the reports of torch and DeepSpeed as well: what an issue should say.
+    # Print the reports of torch and DeepSpeed as well, for an issue.
     full: bool = False
 
 

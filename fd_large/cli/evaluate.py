@@ -57,13 +57,13 @@ class Evaluate(*_SCORED_FILES, *_MOST_SPECIAL, AllowsCode):  # type: ignore[misc
     # knn: k nearest neighbours of frozen features; linear: a linear probe on them; zeroshot: class
     # names by the text tower of a CLIP teacher; robustness: a fine-tuned model on a set whose
     # labels are a map into its classes; finetune: the whole model learns the labels; or the
-    # task of one run that is scored as it was trained, such as detection. auto: that of the first
-    # run's task, else knn. module:FILE.py:NAME: a protocol of your own (docs/extending.md).
+    # task of one run, such as detection, by which it is then scored. auto: the measurement for the
+    # first run's task, else knn. module:FILE.py:NAME: a protocol of your own (docs/extending.md).
     task: str = "auto"
-    # How a linear probe is made. cached: in minutes, on features of the centre crops. official: as
+    # Kind of linear probe. cached: in minutes, on features of the centre crops. official: as
     # in Feature-Distillation, on random crops, by the recipe linear_probe, through the engine.
     protocol: Literal["cached", "official"] = "cached"
-    # Folder for summary.json, the plot, and the runs of what is trained.
+    # Folder for summary.json, the plot, and the runs of trainings.
     out: str = "evaluation"
 
     def __post_init__(self) -> None:

@@ -37,17 +37,17 @@ class Export(AllowsCode):
     # Folder of the run, for example runs/quickstart, or of one of its checkpoints, for example
     # runs/quickstart/checkpoints/best.
     run: Annotated[str, Positional, arg(metavar="RUN")]
-    # Folder to write; nothing may stand there.
+    # Folder to write, which must not exist yet.
     out: Annotated[str, Positional, arg(metavar="OUT")]
     # timm; hf: transformers' Swinv2, BEiT or ViT; fd: Feature-Distillation's names; onnx: an ONNX
     # graph; program: a torch.export program. The last two run without any model code. Of a
     # segmentation run the student with its heads: mmseg, in mmsegmentation's names; upernet,
     # transformers' UperNetForSemanticSegmentation.
     to: To
-    # Side in pixels of the images that the model is written for. 0: that of the training. Others
-    # fit models without a table of positions.
+    # Side in pixels of the exported model's images. 0: the side of the training. Other sides fit
+    # only models without a table of positions.
     image_size: int = 0
-    # Size of a file of tensors at most; what is larger goes into several files with an index.
+    # Largest size of a file of tensors; a larger model has several files and an index.
     shard_size: str = SHARD_SIZE
     # OWNER/NAME of a new, private repository on the Hugging Face Hub to which OUT is uploaded.
     push: str = ""

@@ -37,9 +37,9 @@ class Runs:
 
     # Folder with runs in it, at any depth, for example runs.
     folder: Annotated[str, Positional, arg(metavar="FOLDER")]
-    # Numbers of evaluations, SET/METRIC or as in evaluations.jsonl (held_out_loss, test_top1): the
-    # best value of each run and its step. The runs come in the order of the first one, the best on
-    # top; whether less is better, their task says. The evaluation before training does not count.
+    # Metrics, SET/METRIC or as in evaluations.jsonl (held_out_loss, test_top1), to show by the best
+    # value of each run and its step. Runs are sorted by the first metric, the best on top (their
+    # task says whether lower is better). The evaluation before training does not count.
     best: tuple[str, ...] = ()
     # Fields of the recipe to show beside each run, for example optim.base_lr.
     show: tuple[str, ...] = ()

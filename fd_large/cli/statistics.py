@@ -38,8 +38,8 @@ class Statistics(TakesRunFile, AllowsCode):
     out: Annotated[str, Positional, arg(metavar="OUT")]
     # DeepSpeed's JSON: a name (zero1, zero2, zero3, zero3_hpz, ...) or a path.
     deepspeed_config: str
-    # Which of several teachers is measured: NAME for its map, NAME_summary for its summary. Empty:
-    # the map of the only one.
+    # Target to measure: NAME for the map of that teacher, NAME_summary for its summary. Empty: the
+    # map of the only teacher.
     target: str = ""
     # Number of random crops that are measured; each gives all tokens of its map.
     views: int = 4096

@@ -82,8 +82,8 @@ class Train(TakesRunFile, AllowsCode):
     # Steps to trace with torch's profiler, after the first three, into RUN/profile/; 0 turns it
     # off.
     profile: int = 0
-    # Trains nothing: says what is wrong with the settings for so many ranks, as far as one process
-    # sees that without torch; 0 trains.
+    # Number of ranks for which the settings are checked, as far as one process can without torch;
+    # nothing is trained. 0 trains.
     check: int = 0
 
     def __post_init__(self) -> None:

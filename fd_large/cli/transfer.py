@@ -50,10 +50,11 @@ class Transfer(table.TransferFlags, AllowsCode):
 
     # Folders of the runs that distilled the students.
     runs: Annotated[tuple[str, ...], Positional, arg(metavar="RUN [RUN ...]")] = ()
-    # Say what the table costs, and train nothing; without a dataset, of all columns. Datasets are
-    # not read: they are taken to have the images of those that the columns are named after.
+    # Print the cost of the table and train nothing; without a dataset, the cost of all columns.
+    # Datasets are not read: each counts as large as the one that its column is named after.
     plan: bool = False
-    # GPUs of each training at most, for --plan; as many are taken as divide its images of a step.
+    # Number of GPUs of each training, for --plan. Where it does not divide the global batch, the
+    # greatest common divisor of both counts.
     gpus: int = 8
     # Card, for --plan: h100, h200, b200, a100, a100_40 or l40s.
     gpu: str = "h100"

@@ -46,7 +46,7 @@ def cost_of(run: Run, images: int, *, gpus: int, gpu: str) -> Cost:
     Args:
         run: The recipe.
         images: Training images of the dataset, which decide the steps of an epoch.
-        gpus: GPUs at most; as many are taken as divide them and the images of a step.
+        gpus: Number of GPUs; its greatest common divisor with the global batch is taken.
         gpu: Name of the card.
     """
     ranks, steps = gcd(run.batch.global_batch_size, gpus), steps_of(run, images)

@@ -52,7 +52,7 @@ class Inspect(_OfSource):
 class Convert(_OfSource):
     """Write the model of a weights file in another format."""
 
-    # What is written; nothing may stand there.
+    # File or folder to write, which must not exist yet.
     out: Annotated[str, Positional, arg(metavar="OUT")]
     # fd: a folder with this project's names and a config.json that describes the model; official:
     # one file with the names of Swin-Transformer, DINO or Feature-Distillation; timm: one
@@ -71,7 +71,7 @@ class Fetch:
 
     # hf:REPO, timm:NAME or open_clip:ARCH/TAG.
     source: Annotated[str, Positional, arg(metavar="SOURCE")]
-    # The folder; nothing may stand there.
+    # Folder to write, which must not exist yet.
     out: Annotated[str, Positional, arg(metavar="DIR")]
 
 

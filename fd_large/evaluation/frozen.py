@@ -55,10 +55,9 @@ _FIELDS = (
 class FrozenFlags(Pooled, Batched):
     """Flags of all protocols that measure features of frozen models."""
 
-    # What is measured of the student of a distillation run, or of an export of one: own, its map;
-    # NAME or NAME.summary, what its head for that teacher's map or summary makes of it, where the
-    # only teacher of a run is called teacher. Several are measured side by side. Other models are
-    # measured by their own map.
+    # Features of the student of a distillation run, or of an export of one: own, its map; NAME or
+    # NAME.summary, the output of its head for that teacher's map or summary (the only teacher of a
+    # run is called teacher). Several are measured side by side, other models by their own map.
     features: tuple[str, ...] = (OWN_FEATURES,)
 
     def __post_init__(self) -> None:

@@ -44,8 +44,8 @@ _MAPPINGS, _IMAGES = "mappings", "images"
 class RobustnessFlags(Batched):
     """Flags of tests on sets of other labels."""
 
-    # What the class of an image is. folders: that of its folder. real: each of its ReaL labels, of
-    # ImageNet's validation images, by their files' names; images without one are left out.
+    # Source of the images' classes. folders: the folder of an image. real: the ReaL labels of
+    # ImageNet's validation images, by their files' names; images without a label are left out.
     labels: Literal["folders", "real"] = "folders"
 
 

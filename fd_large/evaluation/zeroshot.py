@@ -40,7 +40,7 @@ class ZeroShotFlags(Batched):
     # Name of the CLIP among a run's teachers whose image embedding the student has learnt.
     clip: str = "clip"
     # The CLIP with the text tower: open_clip:ARCH/TAG, hf:REPO, or a folder with a tokenizer.
-    # Empty: where the run has its teacher from.
+    # Empty: the source of the run's teacher.
     text: str = ""
     # File with the name of a class on each line, in the order of the class folders. Empty: names of
     # ImageNet's classes for folders that are called by their synsets (n01440764) or numbers (0 to
