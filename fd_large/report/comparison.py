@@ -114,18 +114,18 @@ def said_of(differences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     of_both = any(difference["over"] != "images" for difference in differences)
     if of_both:
         yield (
-            "In brackets: where other test images and other seeds would put the difference, 95%; "
-            "none is shown where that includes 0."
+            "In brackets: the 95% interval of the difference over other test images and seeds. A "
+            "difference is shown only if the interval excludes 0."
         )
     if any(difference["needs_seeds"] for difference in differences):
         yield (
-            "One seed: in brackets is what other test images would change, 95%. What another seed "
-            "would change is not known, so no model is called better: --seeds 3 says it."
+            "One seed: in brackets is the 95% interval over other test images alone. The spread of "
+            "seeds is not known, so no model is called better; --seeds 3 measures it."
         )
     elif differences and not of_both:
         yield (
-            "In brackets: where other test images would put the difference, 95%; none is shown "
-            "where that includes 0. Nothing else is random here."
+            "In brackets: the 95% interval of the difference over other test images. A difference "
+            "is shown only if the interval excludes 0. Nothing else is random here."
         )
 
 
