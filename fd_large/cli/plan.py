@@ -201,8 +201,8 @@ def _with_students_of_weights(run: Run) -> Run:
 
     sources = sources_of(job_of)
     students = (run.student, *run.students.values())
-    student, *others = check_all(*(partial(settle_student, one, sources) for one in students))
-    return replace(run, student=student, students=dict(zip(run.students, others, strict=True)))
+    settled, *others = check_all(*(partial(settle_student, s, sources) for s in students))
+    return replace(run, student=settled, students=dict(zip(run.students, others, strict=True)))
 
 
 def _phases_key(run: Run, rates: Rates) -> str:

@@ -94,19 +94,19 @@ class Train(TakesRunFile, AllowsCode):
 
 def main(arguments: list[str]) -> int:
     """Trains, and ends with the report."""
-    given = parse_train(arguments)
-    run, named = given.run, {*given.fields, *given.in_file}
-    if not given.own.fresh:
+    parsed = parse_train(arguments)
+    run, named = parsed.run, {*parsed.fields, *parsed.in_file}
+    if not parsed.own.fresh:
         run = with_stored_ends(run, named)
-    check_names(run, deepspeed_config=given.own.deepspeed_config)
-    if given.own.check:
-        _check_for_ranks(run, given.own.check, named, fresh=given.own.fresh)
+    check_names(run, deepspeed_config=parsed.own.deepspeed_config)
+    if parsed.own.check:
+        _check_for_ranks(run, parsed.own.check, named, fresh=parsed.own.fresh)
         return 0
     code = train_run(
         run,
-        deepspeed_config=given.own.deepspeed_config,
-        fresh=given.own.fresh,
-        profile=given.own.profile,
+        deepspeed_config=parsed.own.deepspeed_config,
+        fresh=parsed.own.fresh,
+        profile=parsed.own.profile,
         then=show_report,
         named=named,
     )
@@ -249,17 +249,17 @@ def train_run(
             if not distributed.peer_is_gone(error):
                 raise
             lost = failures.heard()
-            said = str(lost) if lost else "its own message says why"
+            reason = str(lost) if lost else "its own message says why"
             lost_rank = LostRankError(
                 "train: another rank has ended; got a closed connection, expected an answer "
-                f"({said}). Start the same command again once that is fixed."
+                f"({reason}). Start the same command again once that is fixed."
             )
             lost_rank.exit_code = failures.code_after(lost)
             lost_rank.rank_local = failures.speaks_for(lost)
             raise lost_rank from error
         if then and code == 0 and distributed.is_main():
-            for one in run.each_student().values():
-                then(one.run_dir())
+            for student in run.each_student().values():
+                then(student.run_dir())
         return code
 
 
@@ -310,7 +310,7 @@ def say_how_to_go_on(run: Run) -> None:
     log = logging.getLogger(__name__)
     try:
         # The command of one of several students is that of all.
-        students = [read_run(one.run_dir()) for one in run.each_student().values()]
+        students = [read_run(student.run_dir()) for student in run.each_student().values()]
         stopped = [files for files in students if files.summary.get("status") != "done"]
         log.info("%s", stopped_text((stopped or students)[0]), extra=WHOLE_LINES)
     except FDError as error:
