@@ -186,7 +186,7 @@ def _state(file: Path, size: int, parts: Collection[str]) -> tuple[int, dict[str
 def _text(file: Path) -> bytes:
     """Returns the bytes of a JSON file within a limit, without waiting for a pipe.
 
-    Without a question for its kind, which at each file of each rank would keep a server busy.
+    The file's kind is not asked for: a request for each file of each rank would keep a server busy.
     """
     with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as text:
         return text.read(JSON_BYTES) or b""

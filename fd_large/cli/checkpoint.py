@@ -153,7 +153,8 @@ def prune(run: str, keep_last: int | None) -> int:
 def _pruned(folder: Path, keep_last: int | None, lease: Lease) -> list[Path]:
     """Removes checkpoints that the recipe (or `keep_last`) does not keep; returns their folders.
 
-    Raises: CheckpointError: if the newest, which would stay, is damaged.
+    Raises: ConfigError: if recipe.json is damaged, or no checkpoint would stay; CheckpointError: if
+        the newest checkpoint, which would stay, is damaged.
     """
     path = recipe_file(folder, where="checkpoint prune")
     stored = read_json(path, where="checkpoint prune", holds=dict, remedy="Restore it.")

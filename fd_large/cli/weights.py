@@ -103,7 +103,7 @@ def inspect(source: str, model: str) -> int:
 
 
 def convert(source: str, out: str, to: str, model: str, architecture: Architecture) -> int:
-    """Writes a model in another format and prints its coverage of the file."""
+    """Writes a model in another format and prints how the file's tensors fit the model."""
     require_paths({"weights convert": source})
     check_out(out, where="weights convert")
     from fd_large.engine.checkpoint_models import sources_of

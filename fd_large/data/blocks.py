@@ -204,7 +204,7 @@ def keep_blocks_in(folder: str, gigabytes: float) -> None:
 
     Args:
         folder: A folder on a disk of the node; "": `blocks` in the user's cache folder.
-        gigabytes: Room that they may take.
+        gigabytes: Disk space that the blocks may take, in GB.
     """
     place = Path(folder) if folder else cache_folder() / "blocks"
     _cache[:] = [BlockCache(place, int(gigabytes * 1e9))]

@@ -60,7 +60,7 @@ def with_partners(
 
 
 def mixed(images: Tensor, others: Tensor, share: float | Tensor) -> Tensor:
-    """Returns the mean of images and their partners by weight.
+    """Returns the weighted mean of images and their partners.
 
     Args:
         images: (B, 3, H, W), floating-point.

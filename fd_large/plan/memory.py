@@ -241,7 +241,7 @@ def sums_in_float32(ranks: int, *, bfloat16: bool) -> bool:
 
 
 def persistence_threshold(sizes: Iterable[int]) -> int:
-    """Returns the size up to which tensors together hold at most PERSISTENCE_SHARE of the sum.
+    """Returns the largest size such that tensors up to it hold at most PERSISTENCE_SHARE of all.
 
     Args:
         sizes: Elements of each tensor of student and teacher.

@@ -271,8 +271,8 @@ def own_losses(landscape: Landscape) -> numpy.ndarray:
 def _bands(landscape: Landscape) -> list[numpy.ndarray]:
     """Returns (3, steps) for each direction: the mean over batches, and a deviation around it.
 
-    It is the standard deviation of the change by a step, since batches differ more in the loss
-    itself.
+    The deviation is that of the loss's change by a step, since the loss itself differs more from
+    batch to batch.
     """
     loss, bands = _own(landscape), []
     for along in landscape["curves"]:

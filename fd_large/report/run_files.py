@@ -155,7 +155,7 @@ def read_run(folder: str | Path, *, newest_row: bool = False) -> RunFiles:
 
     Args:
         folder: The run's folder.
-        newest_row: Read of metrics.jsonl the newest whole row alone, which is quick.
+        newest_row: Whether only the newest whole row of metrics.jsonl is read, which is quick.
 
     Raises: ConfigError: if it is not a run's; DataError: if a file in it is damaged.
     """

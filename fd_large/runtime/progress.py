@@ -34,7 +34,7 @@ class Progress(Tracker):
         self._several, self._whose = bool(student), f"{student}: " if student else ""
 
     def on_start(self, setting: Setting) -> None:
-        """Draws the bar if there is a terminal."""
+        """Draws the bar on a terminal, unless several students train."""
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
 

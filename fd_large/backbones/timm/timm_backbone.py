@@ -253,7 +253,8 @@ class TimmBackbone(nn.Module):
             images: (B, 3, H, W), any float dtype.
             keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
 
-        Returns: tokens (B, N, C) in the dtype of the weights, no prefix tokens.
+        Returns: tokens (B, N, C) in the dtype of the weights, without prefix tokens, and the
+            summary if `gives_summary`.
         Raises: ShapeError: if the image size does not fit, or keep has the wrong shape.
         """
         grid = self._grid(*images.shape[-2:])

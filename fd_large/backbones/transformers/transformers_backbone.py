@@ -141,7 +141,7 @@ class TransformersBackbone(nn.Module):
         return frozenset()
 
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
-        """Returns an empty set."""
+        """Returns no keywords, since a teacher has no weight decay."""
         return ()
 
 
