@@ -15,10 +15,10 @@
 #
 # It runs ZeRO-2 with the whole teacher on each GPU and no activation checkpoints: of all settings
 # that 40 GB hold this is the one that `plan` expects to be the fastest on 8, 64 and 512 GPUs alike,
-# 33 GB and half of the GPU-hours of ZeRO-3 with checkpoints, whose hooks take the host longer than
-# the products take the GPU (the table of docs/scaling.md). No GPU has confirmed that. FD_CONFIG
-# names another of ds_configs/: zero3 splits the teacher over all ranks and checkpoints every block
-# (9 GB), zero3_hpz splits it over the ranks of a node.
+# 33 GB and two thirds to three quarters of the GPU-hours of ZeRO-3 with checkpoints (the table of
+# docs/scaling.md). No GPU has confirmed that. FD_CONFIG names another of ds_configs/: zero3 splits
+# the teacher over all ranks and checkpoints every block (9 GB), zero3_hpz splits it over the ranks
+# of a node.
 #
 # One node of 40 GB needs --batch.micro_batch_size 16. At 2,048 images more than 32 nodes would wait
 # for the network, so 64 take a larger step. The learning rate grows with it (optim.base_lr is per

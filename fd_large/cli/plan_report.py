@@ -18,7 +18,7 @@ from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Machine
 from fd_large.plan.peak_memory import on_disk
 from fd_large.plan.search import SAME_TIME, Refused, checkpoint_bytes
-from fd_large.plan.step_time import WITH_HOOKS, WITHOUT_HOOKS, Between, Estimate
+from fd_large.plan.step_time import OF_HOOKS, WITHOUT_HOOKS, Between, Estimate
 from fd_large.plan.workload import Workload
 from fd_large.recipes.architectures import brings_model
 from fd_large.recipes.run import Run
@@ -233,8 +233,8 @@ def _said_of_times(load: Workload, machine: Machine) -> list[str]:
         where = "data sheets and what whole steps of other software reach of them"
     return [
         f"These times go by {where}. The table has them from {WITHOUT_HOOKS.low:g} to "
-        f"{WITHOUT_HOOKS.high:g} times, with ZeRO-3's hooks {WITH_HOOKS.low:g} to "
-        f"{WITH_HOOKS.high:g}, as clean public steps are (docs/scaling.md); waiting for images is "
+        f"{WITHOUT_HOOKS.high:g} times, of ZeRO-3's hooks {OF_HOOKS.low:g} to "
+        f"{OF_HOOKS.high:g}, as clean public steps are (docs/scaling.md); waiting for images is "
         "not in them" + ("" if load.phases else ". --probe measures this machine")
     ]
 

@@ -1,6 +1,16 @@
-"""Sizes of communication buckets: large enough to hide fixed costs, small enough to begin early."""
+"""Sizes of communication buckets: large enough to hide fixed costs, small enough to begin early.
+
+And the blocks that stage 3 gathers at once, because they fit a bucket.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from operator import methodcaller
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 MOST_ELEMENTS, LEAST_ELEMENTS = 100_000_000, 8_000_000
 PREFETCH_ELEMENTS = 51_000_000
@@ -28,3 +38,30 @@ def prefetch_bucket(parameters: int) -> int:
         parameters: Trained parameters, or those of a frozen model. A ViT-B has twelve blocks.
     """
     return min(PREFETCH_ELEMENTS, max(LEAST_ELEMENTS // 4, parameters // 12))
+
+
+def gathered_whole(
+    backbone: Any, bucket: int, size: Callable[[nn.Parameter], int] = methodcaller("numel")
+) -> dict[nn.Module, list[nn.Module]]:
+    """Returns the modules that stage 3 gathers at once, each with the modules that it stands for.
+
+    These are blocks, and modules of theirs that the backbone calls outside of the blocks' forwards,
+    where they fit the bucket. A backbone that does not name the latter, by `outside_blocks()`, has
+    none.
+
+    Args:
+        backbone: A module with `blocks()`.
+        bucket: Elements that are gathered ahead.
+        size: The elements of a parameter, over all ranks.
+    """
+    if not hasattr(backbone, "outside_blocks"):
+        return {}
+    outside = backbone.outside_blocks()
+    apart = {module for part in outside for module in part.modules()}
+    units = {block: [m for m in block.modules() if m not in apart] for block in backbone.blocks()}
+    units |= {part: [*part.modules()] for part in outside}
+    return {
+        unit: modules
+        for unit, modules in units.items()
+        if sum(size(p) for m in modules for p in m.parameters(recurse=False)) <= bucket
+    }

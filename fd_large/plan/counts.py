@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 from typing import Any, Literal, NamedTuple
@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 Phase = Literal["inference", "first_pass", "forward", "backward"]
 """Frozen models; what a step in two passes computes for its sums (`Task.sums`); forward of the
 trained ones; their backward, with what it computes again."""
-_BY_PHASE = ("moved", "calls", "modules")
+_BY_PHASE = ("moved", "calls", "modules", "blocks")
 
 
 class Line(NamedTuple):
@@ -89,7 +89,8 @@ class Counts:
             inside a fused backward.
         moved: Bytes read and written by all other operations, by phase.
         calls: Calls that Python makes, views included, by phase.
-        modules: Forwards of modules, by phase.
+        modules: Forwards of modules, by phase, but for `blocks` and what is within these.
+        blocks: Forwards of blocks that stage 3 gathers at once, by phase.
         kept: Bytes that live between forward and backward, the batch among them.
         peak: Peak bytes without gradients of parameters: the maximum of these lines.
         student: (elements, number of tensors) of the trained tensors.
@@ -111,6 +112,7 @@ class Counts:
     held: Line = NOTHING
     images: int = 0
     fused: bool = False
+    blocks: Mapping[str, float] = field(default_factory=dict)
 
     def in_step_of(self, micro_batches: int) -> Counts:
         """Returns the counts of each micro-batch of a step that has so many micro-batches.
@@ -181,6 +183,7 @@ class Counts:
             held=Line(*given.get("held", NOTHING)),  # Files of older versions do not have it.
             images=given["images"],
             fused=given["fused"],
+            blocks=given.get("blocks", {}),
         )
 
 

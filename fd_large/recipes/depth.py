@@ -111,7 +111,7 @@ def nyuv2_swinv2_giant() -> Run:
     """MIM-Depth's decoder on a SwinV2-G (3.0B), window 30 (for the student of fd_swinv2g).
 
     Hardware: 8 GPUs of 80 GB x 3 images; NYUv2
-    Duration: 25,225 steps; 23 to 44 GPU-hours
+    Duration: 25,225 steps; 18 to 32 GPU-hours
     Memory: 25.0 GB of each GPU
     Result: not published
 

@@ -178,7 +178,7 @@ def coco_mask_rcnn_swinv2_giant() -> Run:
     """Mask R-CNN on a SwinV2-G (3.0B), 1536 px, window 32 (for the student of fd_swinv2g).
 
     Hardware: 96 GPUs of 80 GB x 1 image; COCO 2017
-    Duration: 44,352 steps; 1,200 to 2,400 GPU-hours
+    Duration: 44,352 steps; 1,100 to 1,900 GPU-hours
     Memory: 16.2 GB of each GPU
     Result: not published (paper's G, HTC++ and Objects365: 64.2 box)
 
@@ -314,7 +314,7 @@ def o365_cascade_swinv2_giant() -> Run:
     """Boxes of Objects365 on a SwinV2-G (3.0B), 1024 px, window 32, before COCO.
 
     Hardware: 96 GPUs of 80 GB x 1 image; Objects365 v2
-    Duration: 67,500 steps; 1,200 to 2,200 GPU-hours
+    Duration: 67,500 steps; 940 to 1,700 GPU-hours
     Memory: 12.5 GB of each GPU
     Result: not published
 
@@ -347,7 +347,7 @@ def coco_htc_swinv2_giant() -> Run:
     """HTC++ on a SwinV2-G (3.0B), 1536 px, window 32, after Objects365.
 
     Hardware: 96 GPUs of 80 GB x 1 image; COCO 2017 and COCO-Stuff's maps
-    Duration: 44,352 steps; 1,300 to 2,600 GPU-hours
+    Duration: 44,352 steps; 1,200 to 2,000 GPU-hours
     Memory: 18.1 GB of each GPU
     Result: not published (paper's G: 64.2 box; SwinV2-G: 63.1 box, 54.4 mask; several scales)
 

@@ -143,7 +143,7 @@ def fd_swinv2g() -> Run:
     """SwinV2-G (3.0B, width 512, depths 2-2-42-4) into itself, 300 epochs.
 
     Hardware: 64 GPUs of 40 GB (8 nodes) x 32 images; SwinV2-G weights, not public
-    Duration: 187,500 steps; 2,600 to 5,000 GPU-hours, 41 to 78 h on 64
+    Duration: 187,500 steps; 2,100 to 3,600 GPU-hours, 33 to 57 h on 64
     Memory: 10.7 GB of each GPU
     Result: not published (paper's G, unknown recipe: 89.2 -> 89.4)
 
@@ -155,7 +155,7 @@ def fd_swinv2g() -> Run:
     Its width, 8 x 448 = 3584, is reached by the projection (4096 -> 3584); both grids are 6 x 6 at
     192 px, and where an override makes them differ, the teacher's image or its map is resized
     (docs/weights.md).
-    It costs 3 x 741 + 276 + 741 = 3.2 instead of 3.7 TFLOP per image, 2,300 to 4,400
+    It costs 3 x 741 + 276 + 741 = 3.2 instead of 3.7 TFLOP per image, 1,900 to 3,200
     GPU-hours.
 
     Work: 5 x 741 GFLOP x 3.84e8 images = 1.42e21 FLOP (one forward pass of the teacher, four
@@ -167,16 +167,16 @@ def fd_swinv2g() -> Run:
 
     | teacher    | checkpoints | states | teacher | activations | buffers | all  | GPU-hours      |
     |------------|-------------|--------|---------|-------------|---------|------|----------------|
-    | node       | every block | 1.6    | 0.8     | 3.9         | 4.4     | 10.7 | 2,600 to 5,000 |
-    | node       | none        | 1.6    | 0.8     | 17.8        | 4.4     | 24.6 | 2,100 to 4,100 |
-    | replicated | none        | 1.6    | 6.0     | 17.8        | 4.4     | 29.8 | 1,900 to 3,700 |
+    | node       | every block | 1.6    | 0.8     | 3.9         | 4.4     | 10.7 | 2,100 to 3,600 |
+    | node       | none        | 1.6    | 0.8     | 17.8        | 4.4     | 24.6 | 1,800 to 3,100 |
+    | replicated | none        | 1.6    | 6.0     | 17.8        | 4.4     | 29.8 | 1,700 to 2,900 |
 
-    The first line is this recipe; 0.3 of the 1.0 s of its step are DeepSpeed's hooks
-    (docs/scaling.md). The last one is a quarter faster, and 40 GB hold it as well:
+    The first line is this recipe; 0.1 of the 0.8 s of its step are DeepSpeed's hooks
+    (docs/scaling.md). The last one is a fifth faster, and 40 GB hold it as well:
     `--teacher.placement replicated --student.activation_checkpointing off`. With the same flags and
     zero2.json, which `plan` prefers, it is 33.2 GB and 1,700 to 2,600 GPU-hours: what
     slurm/fd_swinv2g.sh runs. The recipe does not take them as long as no GPU has confirmed the
-    figures: with plain torch kernels the GPU-hours double (5,100 to 9,900 in the first line), and
+    figures: with plain torch kernels the GPU-hours double (4,800 to 7,800 in the first line), and
     the lines without checkpoints take 2.2 GB more. States include the second copy of the weights,
     split over the ranks of a node, that hpZ keeps so that the backward pass gathers inside the
     node.
@@ -186,14 +186,14 @@ def fd_swinv2g() -> Run:
         python -m fd_large plan --recipe fd_swinv2g --gpus 64 --gpu h100 --network 400
 
     ZeRO-2, the whole teacher on each rank, no checkpoints: 33.2 GB, 790 to 1,200 GPU-hours. This
-    recipe's own settings take 10.7 GB of H100s there and 1,700 to 3,200 GPU-hours.
+    recipe's own settings take 10.7 GB of H100s there and 1,200 to 2,100 GPU-hours.
 
     Network: one gather or scatter of the model is S = 2.998e9 x 2 = 6.0 GB; a node's cards carry
     S (N-1)/N of it, at 8 nodes of 8 x 100 Gb/s (100 GB/s, of which `plan` expects 80) 66 ms. ZeRO-3
     of both models over all ranks makes four passes per micro-batch (student forward, backward,
     gradients, teacher). A teacher split inside the node makes three, and hpZ two, because the
     backward pass gathers inside the node; recomputed forward passes do so too. With what stays
-    inside the node `plan` counts 193 ms, beside 584 ms of computation on A100s and 363 ms on H100s,
+    inside the node `plan` counts 193 ms, beside 733 ms of computation on A100s and 367 ms on H100s,
     so the network hides behind either. Hence placement node, hpZ, and 32 images per GPU as a number
     rather than `auto`: 2048 = 64 x 32. On 256 GPUs raise the batch to 8192, not the number of GPUs
     alone. With one 100 Gb/s card per node the network takes 1.1 s: use fewer, larger nodes.

@@ -275,7 +275,7 @@ def finetune_swinv2_giant() -> Run:
     """Fine-tune a SwinV2-G (3.0B) that was distilled at 192 px (fd_swinv2g), at 640 px.
 
     Hardware: 64 GPUs of 80 GB x 9 images; ImageNet-1K in train/ and val/
-    Duration: 22,240 steps; 600 to 1,200 GPU-hours
+    Duration: 22,240 steps; 580 to 930 GPU-hours
     Memory: 18.6 GB of each GPU
     Result: ImageNet-1K 89.4 (paper); SwinV2-G itself 89.2, at a size that is not published
 

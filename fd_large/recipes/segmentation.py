@@ -168,7 +168,7 @@ def ade20k_upernet_swinv2_giant() -> Run:
     """UPerNet on a SwinV2-G (3.0B), 640 px, window 40 (for the student of fd_swinv2g).
 
     Hardware: 32 GPUs of 80 GB x 1 image; ADE20K
-    Duration: 80,000 steps; 280 to 540 GPU-hours
+    Duration: 80,000 steps; 190 to 350 GPU-hours
     Memory: 10.6 GB of each GPU
     Result: ADE20K 61.4 mIoU (paper); SwinV2-G itself 59.9, both with several scales in the test
 

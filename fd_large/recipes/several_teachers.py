@@ -192,7 +192,7 @@ def agglomerative_swinv2_giant() -> Run:
     """The teachers of agglomerative_vit_large into SwinV2-G, three billion parameters.
 
     Hardware: 64 GPUs of 80 GB x 32 images; weights of CLIP ViT-L/14
-    Duration: 187,500 steps; 4,800 to 9,200 GPU-hours
+    Duration: 187,500 steps; 4,600 to 7,400 GPU-hours
     Memory: 47.8 GB of each GPU
     Result: not trained yet
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fd_large.data.loader import Batch
@@ -29,6 +29,7 @@ from fd_large.engine.job import TrainingJob
 from fd_large.errors import FDError
 from fd_large.kernels import choose
 from fd_large.kernels.check import IMAGES, Call, check, recording
+from fd_large.plan.buckets import gathered_whole, prefetch_bucket
 from fd_large.plan.counts import (
     NOTHING,
     Counts,
@@ -78,10 +79,14 @@ def record(models: Models, batch: Batch, *, like: Recorder | None = None) -> Rec
 def _modules_noted(recorder: Recorder, models: Models) -> Iterator[None]:
     """Tells the recorder which module runs, and drops each parameter gradient as it is made."""
     handles = []
+    blocks, within = _gathered_whole(models)
 
-    def enter(*_: Any) -> None:
+    def enter(module: nn.Module, _: Any) -> None:
         recorder.inside += 1
-        recorder.modules[recorder.phase] += 1
+        if module in blocks:
+            recorder.blocks[recorder.phase] += 1
+        elif module not in within:
+            recorder.modules[recorder.phase] += 1
 
     def leave(*_: Any) -> None:
         recorder.inside -= 1
@@ -101,6 +106,19 @@ def _modules_noted(recorder: Recorder, models: Models) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _gathered_whole(models: Models) -> tuple[set[nn.Module], set[nn.Module]]:
+    """Returns the blocks that stage 3 gathers at once, and the modules within them."""
+    blocks: set[nn.Module] = set()
+    within: set[nn.Module] = set()
+    for model in models.all():
+        trained = [p.numel() for p in model.parameters() if p.requires_grad or model != models.task]
+        for part in model.modules():
+            for block, modules in gathered_whole(part, prefetch_bucket(sum(trained))).items():
+                blocks.add(block)
+                within.update(modules[1:])
+    return blocks, within
 
 
 def count(
@@ -285,6 +303,7 @@ def _counts(first: Recorder, second: Recorder, at: tuple[int, int], models: Mode
         moved=moved,
         calls=dict(second.calls),
         modules=dict(second.modules),
+        blocks=dict(second.blocks),
         held=through(first.held, second.held, at),
         kept=through(first.kept, second.kept, at),
         peak=highest([through(a, b, at) for a, b in trail]),

@@ -100,7 +100,8 @@ class Recorder(TorchDispatchMode):
     Attributes:
         phase: Name of the running phase.
         inside: Number of modules that are running now; the caller counts.
-        modules: Forwards of modules by phase; the caller counts.
+        blocks: Forwards of blocks that stage 3 gathers at once, by phase; the caller counts.
+        modules: Those of all other modules that are not within such blocks; the caller counts.
         operations: Operations that computed or moved data.
         calls: All calls by phase, views included.
         live: Bytes of storages now.
@@ -119,6 +120,7 @@ class Recorder(TorchDispatchMode):
         self.names: list[str] = []
         self.phase: Phase = "forward"
         self.inside = self.live = self.held = self.kept = 0
+        self.blocks: Counter[str] = Counter()
         self.modules: Counter[str] = Counter()
         self.fused = False
         device = choose.stood_for()

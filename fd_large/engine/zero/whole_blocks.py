@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
 
 from fd_large.engine.zero.private_names import get, replace
+from fd_large.plan.buckets import gathered_whole
 
 PREFETCH, GRANULARITY = "stage3_prefetch_bucket_size", "stage3_module_granularity_threshold"
 DEFAULT = 50_000_000
@@ -33,9 +35,7 @@ _UNIT = "_gathered_whole"
 def gather_whole(engine: Any, backbone: nn.Module, zero: dict[str, Any]) -> None:
     """Lets blocks that fit the bucket of prefetched parameters be gathered as one module.
 
-    A backbone has to say which modules of its blocks it calls outside of the blocks' forwards, by
-    `outside_blocks()`, and these are gathered as one module each. The blocks of another backbone
-    stay as they are.
+    Which these are says `plan/buckets.py`, for `plan` counts them too.
 
     Args:
         engine: DeepSpeed's engine at stage 3, before its first forward. Without an optimiser its
@@ -49,20 +49,15 @@ def gather_whole(engine: Any, backbone: nn.Module, zero: dict[str, Any]) -> None
         for hook in offload.backward_hooks:
             hook.remove()
     # Where the threshold is set, DeepSpeed chooses modules by it.
-    if not hasattr(backbone, "outside_blocks") or zero.get(GRANULARITY):
+    if zero.get(GRANULARITY):
         return
-    outside = backbone.outside_blocks()
-    apart = {module for part in outside for module in part.modules()}
-    units = {block: [m for m in block.modules() if m not in apart] for block in backbone.blocks()}
-    units |= {part: [*part.modules()] for part in outside}
     inside: set[int] = set()
+    units = gathered_whole(backbone, zero.get(PREFETCH, DEFAULT), attrgetter("ds_numel"))
     for unit, modules in units.items():
-        parameters = [p for module in modules for p in module.parameters(recurse=False)]
-        if sum(p.ds_numel for p in parameters) <= zero.get(PREFETCH, DEFAULT):
-            # On the module, so that both go together: a parameter leads to its engine.
-            unit.__dict__[_UNIT] = parameters
-            for module in modules[1:]:
-                inside |= {id(module._forward_hooks), id(module._forward_pre_hooks)}
+        # On the module, so that both go together: a parameter leads to its engine.
+        unit.__dict__[_UNIT] = [p for m in modules for p in m.parameters(recurse=False)]
+        for module in modules[1:]:
+            inside |= {id(module._forward_hooks), id(module._forward_pre_hooks)}
     for hook in (*offload.forward_hooks, *offload.backward_hooks):
         if id(hook.hooks_dict_ref()) in inside:
             hook.remove()

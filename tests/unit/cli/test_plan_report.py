@@ -38,11 +38,11 @@ def test_columns_and_paragraphs_of_a_plan_at_80_columns(capsys, monkeypatch):
     for row in rows:
         for cell in row[-3:]:  # Seconds of a step, hours, GPU-hours.
             low, high = (float(end.replace(",", "")) for end in cell.split("-"))
-            factor = 1.45 / 0.75 if row[0] == "3" else 1.25 / 0.8
-            assert high / low == pytest.approx(factor, rel=0.1)
+            most = 1.6 / 0.5 if row[0] == "3" else 1.25 / 0.8
+            assert 0.9 * 1.25 / 0.8 < high / low < 1.1 * most
     first = next(n for n, line in enumerate(lines) if line.startswith("These times go by data"))
     said = " ".join(lines[first : first + 4])
-    assert "from 0.8 to 1.25 times, with ZeRO-3's hooks 0.75 to 1.45" in said
+    assert "from 0.8 to 1.25 times, of ZeRO-3's hooks 0.5 to 1.6" in said
     assert said.endswith("--probe measures this machine")
     assert all(len(line) > 60 for line in lines[first : first + 3]), "wrapped once"
 

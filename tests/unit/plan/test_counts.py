@@ -51,6 +51,7 @@ def of_one(*, teacher: int, student: int) -> Counts:
         moved={"inference": Line(0, 5), "forward": Line(1, student)},
         calls={"inference": 4, "forward": 3},
         modules={"forward": 2},
+        blocks={"forward": 5},
         kept=Line(0, student),
         peak=(Line(10, student),),
         student=((student, 2),),
@@ -63,6 +64,7 @@ def test_several_students_share_what_frozen_models_compute():
     assert counts.step_flops(2).model == 2 * (100 + 30 + 50)
     assert counts.moved == {"inference": Line(0, 5), "forward": Line(2, 80)}
     assert (counts.calls, counts.modules) == ({"inference": 4, "forward": 6}, {"forward": 4})
+    assert counts.blocks == {"forward": 10}
     # One computes at a time; all states are held, and the teacher once.
     assert counts.peak_at(3) == 10 + 3 * 50
     assert (counts.student, counts.frozen) == (((30, 2), (50, 2)), (((100, 1),),))

@@ -12,7 +12,7 @@ from fd_large.plan.cluster import Cluster, Machine
 from fd_large.plan.counts import Line
 from fd_large.plan.phases import Phases, line, read
 from fd_large.plan.rates import CARDS
-from fd_large.plan.step_time import ADDED, HOOKS, estimate
+from fd_large.plan.step_time import ADDED, HOOKS, WHOLE_BLOCK, estimate
 from fd_large.plan.workload import together
 from fd_large.recipes import registry
 
@@ -76,7 +76,8 @@ def test_hooks_add_to_a_measured_step_however_long_it_is():
         estimate(GIANT, Candidate(stage=stage, micro_batch_size=8), machine(8)).seconds
         for stage in (1, 3)
     )
-    passes = 2 * GIANT.counts[False].modules["forward"]
+    counts = GIANT.counts[False]
+    passes = 2 * (counts.modules["forward"] + WHOLE_BLOCK * counts.blocks["forward"])
     assert three.parts[HOOKS] == pytest.approx(27 * CARDS["h100"].launch_seconds * passes)
     assert three.parts[HOOKS] < one.computation
     assert three.computation > one.computation + three.parts[HOOKS]

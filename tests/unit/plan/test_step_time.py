@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fd_large.plan.step_time import HOOKS, PRODUCTS, REST
+from fd_large.plan.step_time import HOOKS, PRODUCTS, REST, StepSeconds
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "scaling.md"
@@ -92,6 +92,16 @@ def test_zero_3_is_slower_than_ddp_where_both_were_measured(public):
         # They add to the step, however long its products are.
         assert zero3.parts[HOOKS] > 0.35 * (zero3.parts[PRODUCTS] + zero3.parts[REST])
         assert HOOKS not in ddp.parts
+
+
+def test_hooks_have_a_range_of_their_own():
+    parts = {PRODUCTS: 1.0, HOOKS: 0.2}
+    step = StepSeconds(parts=parts, communication=1.0, finish=0.5, accumulation=2, overlap=True)
+    assert step.total == pytest.approx(2 * 1.2 + 0.5)
+    assert step.between.low == pytest.approx(2 * (0.8 + 0.1) + 0.8 * 0.5)
+    assert step.between.high == pytest.approx(2 * (1.25 + 0.32) + 1.25 * 0.5)
+    plain = replace(step, parts={PRODUCTS: 1.0})
+    assert plain.between == pytest.approx((0.8 * plain.total, 1.25 * plain.total))
 
 
 def test_no_row_waits_for_python_or_the_network(public, clean):

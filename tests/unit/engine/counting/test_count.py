@@ -198,6 +198,23 @@ def test_two_counts_give_every_batch(name, device):
             assert counts.peak_at(batch) == max(alone.trail)
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks", "modules"),
+    [
+        # Embedding, norms and projections of model and task; position MLPs are called by a stage.
+        ("swinv2", {"inference": 5, "forward": 10}, {"inference": 19, "forward": 20}),
+        ("vit", {"inference": 3, "forward": 3}, {"inference": 6, "forward": 7}),
+        ("timm", {}, None),
+    ],
+)
+def test_modules_within_blocks_that_are_gathered_whole_are_not_counted(name, blocks, modules):
+    found = counted(SMALL[name], H100)
+    assert found[False].blocks == found[True].blocks == blocks
+    assert modules in (None, found[False].modules)
+    # Only what has hooks of its own runs them again.
+    assert ("backward" in found[True].modules) == (modules is None)
+
+
 @pytest.mark.parametrize("name", ["swinv2", "vit"])
 def test_what_is_computed_again_is_no_part_of_the_model(name):
     run = SMALL[name]
