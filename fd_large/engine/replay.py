@@ -106,9 +106,8 @@ def replay(path: Path, job_of: JobOf) -> Replayed:
     micro_batches = _with_whole_groups(
         task, job.run.norm_batch(), micro_batches, ranks=len(incident["ranks"]), file=file
     )
-    losses, grad_norm = _step(
-        task, [micro_batch.batch for micro_batch in micro_batches], job.run.runtime.seed
-    )
+    batches = [micro_batch.batch for micro_batch in micro_batches]
+    losses, grad_norm = _step(task, batches, job.run.runtime.seed)
     other_training = ""
     try:
         job.check_stored(reader.manifest)

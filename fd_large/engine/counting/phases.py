@@ -214,12 +214,8 @@ def _seconds_of(
 
 def _slowest(mine: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
     """Returns the longest time of each phase over the ranks; time outside the phases is dropped."""
-    everyone = distributed.gather_objects(mine)
+    ranks = distributed.gather_objects(mine)
     return {
-        images: {
-            phase: max(rank_times[images][phase] for rank_times in everyone)
-            for phase in phases
-            if phase
-        }
+        images: {phase: max(times[images][phase] for times in ranks) for phase in phases if phase}
         for images, phases in mine.items()
     }

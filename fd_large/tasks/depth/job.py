@@ -61,10 +61,8 @@ class DepthJob(DenseJob):
         """Opens the test images, and checks some of them against `task.depth.test_crop`."""
         images, section = super().test_images(), self.section
         for truth in images.some_truths():
-            crop_of(
-                section.test_crop,
-                *(section.bottom_crop if any(section.bottom_crop) else truth.shape),
-            )
+            sides = section.bottom_crop if any(section.bottom_crop) else truth.shape
+            crop_of(section.test_crop, *sides)
         return cast(DepthSet, images)
 
     def make_task(self) -> Depth:

@@ -186,17 +186,15 @@ class TeacherOnShapes:
         architecture = resolve(entry.model, entry.architecture)
         if entry.mosaic and entry.teacher_image_size in (0, AUTO):
             # The mosaic has the size that the teacher was trained at.
-            trained_size = architecture.fixed_image_size or own_image_size(
-                entry.model, architecture
-            )
+            size = architecture.fixed_image_size or own_image_size(entry.model, architecture)
             require(
-                bool(trained_size),
+                bool(size),
                 f"teachers.{self.name}.mosaic: the size of the mosaic is not known",
                 f"{entry.mosaic} with teacher_image_size {entry.teacher_image_size}",
                 "pixels",
                 f"Set --teachers.{self.name}.teacher_image_size",
             )
-            entry = replace(entry, teacher_image_size=trained_size)
+            entry = replace(entry, teacher_image_size=size)
         follows = follows and family_of(architecture).resizes(architecture)
         several = self._sizes if set(self._sizes) - {image_size} else ()
         grids = self._grids_of_student(several)
@@ -204,12 +202,10 @@ class TeacherOnShapes:
         agree = grid in (grids[image_size], None)
         if several:
             met = replace(met, teacher_image_size=entry.teacher_image_size)
-            sides_and_grids = {
-                size: self._side_and_grid(met, grids[size], size) for size in several
-            }
-            agree = all(grid in (grids[size], None) for size, (_, grid) in sides_and_grids.items())
+            pairs = {size: self._side_and_grid(met, grids[size], size) for size in several}
+            agree = all(grid in (grids[size], None) for size, (_, grid) in pairs.items())
             if entry.teacher_image_size == AUTO:
-                teacher_sides = {size: side for size, (side, _) in sides_and_grids.items()}
+                teacher_sides = {size: side for size, (side, _) in pairs.items()}
                 same = set(teacher_sides.values())
                 side = same.pop() if len(same) == 1 else AUTO
                 if all(size == side for size, side in teacher_sides.items()):

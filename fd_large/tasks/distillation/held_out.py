@@ -166,14 +166,11 @@ class HeldOutViews:
         with evaluating(engine):
             losses = constant_prediction_losses(task, batches, distributed.sum_tensor)
         pairs = list(zip(task.targets, losses, strict=True))
-        target_losses = {
+        baselines = {
             f"{target.label}_best_constant": loss for target, loss in pairs if target.label
         }
-        total = task.join.combined(task.targets, losses)
-        return {
-            f"{self.name}_{key}": loss
-            for key, loss in {**target_losses, "best_constant": total}.items()
-        }
+        baselines["best_constant"] = task.join.combined(task.targets, losses)
+        return {f"{self.name}_{key}": loss for key, loss in baselines.items()}
 
     def tokens(self, engine: Engine, number: int = 0) -> Iterator[tuple[Tensor, int]]:
         """Yields the tokens of a target, (B, N, C) float32, and their weight, 0 for padding.

@@ -216,9 +216,7 @@ class DistillationJob(TrainingJob):
     @property
     def placed(self) -> Mapping[str, PlacedTeacher]:
         """The teachers that are models, not caches; available after `build`."""
-        return {
-            n: teacher for n, teacher in self.teachers.items() if isinstance(teacher, PlacedTeacher)
-        }
+        return {n: model for n, model in self.teachers.items() if isinstance(model, PlacedTeacher)}
 
     @property
     def ignored_fields(self) -> tuple[str, ...]:

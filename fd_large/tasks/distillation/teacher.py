@@ -321,9 +321,7 @@ def _named(name: str, entry: FrozenModel, sources: Sources) -> tuple[str, bool]:
     got = f"{entry.source or 'none'}"
     if entry.source and entry.source != RANDOM and not cached_folder(entry.source):
         tensors = sources.resolve(entry.source, where=source_flag(name)).tensors
-        named = next(
-            (tensor_name for tensor_name in TEXT_PROJECTIONS if tensor_name in tensors), None
-        )
+        named = next((key for key in TEXT_PROJECTIONS if key in tensors), None)
         if named is not None:
             is_transposed = TEXT_PROJECTIONS[named]
             into = tensors.shape(named)[0 if is_transposed else 1]

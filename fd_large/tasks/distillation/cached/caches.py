@@ -116,9 +116,7 @@ class RunCaches:
 
     def teachers(self) -> dict[str, CachedTeacher]:
         """Returns the cached teachers, by name."""
-        return {
-            n: CachedTeacher(reader, where=source_flag(n)) for n, reader in self.readers.items()
-        }
+        return {n: CachedTeacher(cache, where=source_flag(n)) for n, cache in self.readers.items()}
 
     def source_of(self, name: str) -> str:
         """Returns a teacher's source; for stored maps, the source of the teacher that made them."""

@@ -95,6 +95,4 @@ def sin_cos_positions(grid: Grid, width: int, device: torch.device | None = None
     rate = 10000.0 ** -(number(width // 4) / (width // 4))
     rows, columns = torch.meshgrid(*(number(size) for size in grid), indexing="ij")
     angles = [axis.reshape(-1, 1) * rate for axis in (columns, rows)]
-    return torch.cat(
-        [part for axis_angles in angles for part in (axis_angles.sin(), axis_angles.cos())], dim=1
-    ).float()
+    return torch.cat([part for axis in angles for part in (axis.sin(), axis.cos())], dim=1).float()
