@@ -11,6 +11,8 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable
+from copy import copy
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +58,44 @@ class Part:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         return int(self._places[index])
+
+
+class DivisibleImages:
+    """The used images of a dataset that is no folder alone: `len(s)`, `s[i]` (the path).
+
+    Attributes:
+        folder: The folder of the images.
+        places: (N, ...), the numbers of each used image and of what belongs to it.
+        fingerprint: A hash of the images.
+    """
+
+    folder: str
+    places: NDArray[np.int64]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> str:
+        raise NotImplementedError
+
+    def part(self, part: str, fraction: float) -> Self:
+        """Returns a part of the images, chosen by their paths below the folder.
+
+        Args:
+            part: "train" or "val".
+            fraction: The fraction of the images that are held out; at 0 the part has all images.
+
+        Raises: DataError: if a part would be empty.
+        """
+        if not fraction:
+            return self
+        names = (os.path.relpath(path, self.folder) for path in self)
+        kept, chosen = divided(names, part, fraction, root=self.folder), copy(self)
+        chosen.places = self.places[kept]
+        digest = hashlib.sha256(self.fingerprint.encode() + kept.tobytes())
+        chosen.fingerprint = digest.hexdigest()
+        return chosen
 
 
 def is_held_out(name: str, fraction: float) -> bool:

@@ -258,9 +258,9 @@ class Data:
     # Several of these by weight: "0.7 /data/imagenet + 0.3 web=/data/web" (docs/data.md).
     root: str = ""
     # Fraction of the images of a folder without train/ and val/ that is held out of all training
-    # and used for tests: k-NN, linear probes, fine-tuning. Segmentation and depth hold it out of
-    # their train split. Which images follows from the names of the files, so images that are added
-    # move no other. 0 holds none out.
+    # and used for tests: k-NN, linear probes, fine-tuning. Segmentation, depth and detection take
+    # it from their train split. Which images follows from the names of the files, so images that
+    # are added move no other. 0 holds none out.
     val_fraction: float = 0.0
     # Share of the labelled training images of each class that fine-tuning, linear probes and k-NN
     # learn from, one image at least. 1: all.

@@ -185,6 +185,7 @@ COLUMNS = {
             ),
             ("coco_mask_rcnn_",),
             {"fd_clip_vit_base": Published((48.2, 42.5), (45.0, 39.8))},
+            "held_out_box_AP",
         ),
         Column(
             "nyuv2",

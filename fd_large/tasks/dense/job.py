@@ -96,7 +96,9 @@ class DenseJob(TrainingJob):
 
     def open_samples(self) -> ImageSource:
         """Opens the training images and their targets."""
-        return cast(ImageSource, self._training_images("train"))
+        data = self.run.data
+        images = self.open_split(data.root, "train", "data.root")
+        return cast(ImageSource, images.part("train", data.val_fraction))
 
     def test_images(self) -> Any:
         """Opens the val split of `eval.root`, or if that is not set the test images of `data.root`.
@@ -108,14 +110,9 @@ class DenseJob(TrainingJob):
         """
         data, root = self.run.data, self.run.eval.root
         if data.val_fraction and not root:
-            return self._training_images("val")
+            images = self.open_split(data.root, "train", "data.root")
+            return images.part("val", data.val_fraction)
         return self.open_split(root or data.root, "val", "eval.root" if root else "data.root")
-
-    def _training_images(self, part: str) -> Any:
-        """Opens a part, "train" or "val", of the train split; without a division, all of it."""
-        data = self.run.data
-        images = self.open_split(data.root, "train", "data.root")
-        return images.part(part, data.val_fraction) if data.val_fraction else images
 
     def norm_group(self) -> int:
         """Returns 0 for a frozen student, which uses its loaded statistics."""

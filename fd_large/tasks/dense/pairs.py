@@ -7,8 +7,7 @@ import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from copy import copy
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,7 @@ from torch import Tensor
 from fd_large.data.decode import decode
 from fd_large.data.folder import ImageFolder, read_image
 from fd_large.data.image_header import MAX_PIXELS
-from fd_large.data.val_fraction import divided
+from fd_large.data.val_fraction import DivisibleImages
 from fd_large.errors import DataError
 from fd_large.files import kind_of
 
@@ -70,7 +69,7 @@ class Pairs(NamedTuple):
     folder: str
 
 
-class PairedImages(ABC):
+class PairedImages(DivisibleImages, ABC):
     """The images of a split: `len(s)`, `s[i]` (the path), `s.read(i)`, `s.truth(i)`.
 
     Args:
@@ -83,36 +82,10 @@ class PairedImages(ABC):
 
     def __init__(self, pairs: Pairs, *, max_pixels: int) -> None:
         self._pairs, self.max_pixels = pairs, max_pixels
-        self.fingerprint = pairs.fingerprint
-
-    def __len__(self) -> int:
-        return len(self._pairs.places)
+        self.folder, self.places, self.fingerprint = pairs.folder, pairs.places, pairs.fingerprint
 
     def __getitem__(self, index: int) -> str:
-        return self._pairs.images[int(self._pairs.places[index, 0])]
-
-    @property
-    def folder(self) -> str:
-        """The folder of the images."""
-        return self._pairs.folder
-
-    def part(self, part: str, fraction: float) -> Self:
-        """Returns a part of the images, chosen by their paths below the folder.
-
-        Args:
-            part: "train" or "val".
-            fraction: See `divided`.
-
-        Raises: DataError: if a part would be empty.
-        """
-        pairs = self._pairs
-        names = (os.path.relpath(path, pairs.folder) for path in self)
-        kept = divided(names, part, fraction, root=pairs.folder)
-        chosen = copy(self)
-        digest = hashlib.sha256(pairs.fingerprint.encode() + kept.tobytes())
-        chosen.fingerprint = digest.hexdigest()
-        chosen._pairs = pairs._replace(places=pairs.places[kept], fingerprint=chosen.fingerprint)
-        return chosen
+        return self._pairs.images[int(self.places[index, 0])]
 
     def read(self, index: int) -> bytearray:
         """Reads the bytes of image `index`.
@@ -123,7 +96,7 @@ class PairedImages(ABC):
 
     def truth_file(self, index: int) -> str:
         """Returns the path of an image's file of numbers."""
-        return self._pairs.truths[int(self._pairs.places[index, 1])]
+        return self._pairs.truths[int(self.places[index, 1])]
 
     @abstractmethod
     def truth(self, index: int) -> NDArray[Any]:

@@ -55,7 +55,8 @@ class DetectionJob(TrainingJob):
 
     def open_samples(self) -> ImageSource:
         """Opens the training images and their objects."""
-        images = open_coco(self.run.data.root, "train")
+        data = self.run.data
+        images = open_coco(data.root, "train").part("train", data.val_fraction)
         # First: what is wrong beside is said together with what `check` finds.
         self._categories = dict(zip(images.category_ids, images.category_names, strict=True))
         self._has_masks = images.has_masks
@@ -79,7 +80,7 @@ class DetectionJob(TrainingJob):
         self._test_images = self.test_images(tuple(self._categories.values()), where="eval.root")
         if distributed.is_main():
             # Annotations that cannot be scored are refused before hours of training.
-            score(read_ground_truth(self._test_images.annotations), [])
+            score(read_ground_truth(self._test_images.annotations, self._test_images.only), [])
 
     def norm_group(self) -> int:
         """Returns 0: `make_task` refuses batch norms with statistics of a batch."""
@@ -260,7 +261,10 @@ class DetectionJob(TrainingJob):
         return Path(self.run.run_dir()) / EVALUATED
 
     def test_images(self, classes: tuple[str, ...], *, where: str = "") -> CocoSet:
-        """Opens the val split of `eval.root`, or if that is not set of `data.root`.
+        """Opens the val split of `eval.root`, or if that is not set the test images of `data.root`.
+
+        These are the part of the train split that `data.val_fraction` holds out, or if that is 0
+        the val split.
 
         Args:
             classes: Names of the classes that the detector learns, or has learnt, by label.
@@ -268,9 +272,12 @@ class DetectionJob(TrainingJob):
 
         Raises: DataError or ConfigError: if the images cannot be used or have other classes.
         """
-        root = self.run.eval.root
+        data, root = self.run.data, self.run.eval.root
         where = where or ("eval.root" if root else "data.root")
-        images = open_coco(root or self.run.data.root, "val", where=where)
+        if data.val_fraction and not root:
+            images = open_coco(data.root, "train").part("val", data.val_fraction)
+        else:
+            images = open_coco(root or data.root, "val", where=where)
         check_classes(self.run, images)
         names = images.category_names
         if names != classes:

@@ -209,7 +209,7 @@ KIND = TaskKind(
     predicts_scores=True,
     # Training has these proposals too.
     scoring_fields=(*HOW_TO_TEST, "task.detection.proposals_per_image"),
-    ignored_fields=(*IGNORED_FIELDS, "data.val_fraction"),
+    ignored_fields=IGNORED_FIELDS,
     check_names=partial(check_head, task="detection", field="heads"),
     metrics=lambda _: METRICS,
     scored_files=ScoredFiles,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fd_large.data.folder import paths_below, read_image
 from fd_large.data.listing import Listing, Made, listed, settled
+from fd_large.data.val_fraction import DivisibleImages
 from fd_large.errors import DataError
 from fd_large.files import kind_of
 from fd_large.tasks.dense.geometry import whole_view
@@ -41,7 +42,7 @@ LAYOUTS = (
 SEMANTIC_FOLDER = "stuffthingmaps"
 
 
-class CocoSet:
+class CocoSet(DivisibleImages):
     """The images of a split: `len(s)`, `s[i]` (the path), `s.read(i)`, `s.target(i)`.
 
     Images come by rising id. Labels count the file's categories by rising id from 0.
@@ -55,17 +56,16 @@ class CocoSet:
         category_names: The name of each label.
     """
 
-    def __init__(self, root: str, annotations: str, listing: Listing) -> None:
-        self.root, self.annotations, self._listing = root, annotations, listing
+    def __init__(self, root: str, folder: str, annotations: str, listing: Listing) -> None:
+        self.root, self.folder = root, os.path.join(root, folder)
+        self.annotations, self._listing = annotations, listing
+        self.places = np.arange(len(listing))
         facts = listing.facts
         self.findings = Findings(facts["counts"], facts["examples"])
         self.fingerprint = listing.fingerprint
         self.has_masks: bool = facts["has_masks"]
         self.category_ids = tuple(facts["category_ids"])
         self.category_names = tuple(facts["category_names"])
-
-    def __len__(self) -> int:
-        return len(self._listing)
 
     def __getitem__(self, index: int) -> str:
         return os.path.join(self.root, self._file_name(index))
@@ -79,17 +79,23 @@ class CocoSet:
 
     def image_id(self, index: int) -> int:
         """Returns the dataset's id of image `index`."""
-        return self._listing.number("image_ids", index)
+        return self._listing.number("image_ids", self.places[index])
+
+    @property
+    def only(self) -> tuple[int, ...]:
+        """The ids of the images of a part, or () for the whole split."""
+        is_part = len(self) < len(self._listing)
+        return tuple(self._listing.arrays["image_ids"][self.places].tolist()) if is_part else ()
 
     def size(self, index: int) -> tuple[int, int]:
         """Returns height and width of image `index`, as the annotations state them."""
-        height, width = self._listing.arrays["sizes"][index].tolist()
+        height, width = self._listing.arrays["sizes"][self.places[index]].tolist()
         return height, width
 
     def objects(self, index: int) -> ImageObjects:
         """Returns the objects of image `index` as they are stored, in its own pixels."""
-        arrays = self._listing.arrays
-        start, stop = arrays["first"][index : index + 2].tolist()
+        arrays, place = self._listing.arrays, self.places[index]
+        start, stop = arrays["first"][place : place + 2].tolist()
         crowd = arrays["crowd"][start:stop]
         numbers = np.flatnonzero(~crowd) + start
         return ImageObjects(
@@ -137,7 +143,7 @@ class CocoSet:
 
     def landscape(self) -> NDArray[np.bool_]:
         """Returns whether each image is at least as wide as high, (len,)."""
-        heights, widths = self._listing.arrays["sizes"].T
+        heights, widths = self._listing.arrays["sizes"][self.places].T
         return widths >= heights
 
     def summary(self) -> str:
@@ -153,7 +159,7 @@ class CocoSet:
 
     def _file_name(self, index: int) -> str:
         """Returns the path of an image below the folder."""
-        return os.fsdecode(self._listing.name(index))
+        return os.fsdecode(self._listing.name(int(self.places[index])))
 
     def _segmentation(self, number: int) -> list[NDArray[np.float64]] | bytes:
         """Returns the polygons of an object, or its run lengths."""
@@ -198,7 +204,8 @@ def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
         )
 
     subject = "annotations with images" if training else "annotations"
-    opened = CocoSet(root, path, listed(subject, path, make=make, is_current=is_current))
+    listing = listed(subject, path, make=make, is_current=is_current)
+    opened = CocoSet(root, folder, path, listing)
     findings = opened.findings
     missing, num_images = findings.counts.get(NO_FILE, 0), len(opened)
     if missing and not (training and num_images):

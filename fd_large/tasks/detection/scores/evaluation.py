@@ -94,7 +94,9 @@ def evaluate(
 def scoring_of(images: CocoSet, folder: Path, *, draw: bool, max_pixels: int) -> ScoringProcess:
     """Begins to score the detections in a folder; for the arguments see `evaluate`."""
     paths = {images.image_id(index): images[index] for index in range(len(images))} if draw else {}
-    return ScoringProcess(folder, images.annotations, images=paths, max_pixels=max_pixels)
+    return ScoringProcess(
+        folder, images.annotations, images=paths, max_pixels=max_pixels, only=images.only
+    )
 
 
 def left_in(folder: Path, last: int) -> tuple[int, Path] | None:

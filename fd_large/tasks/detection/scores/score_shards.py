@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,12 +45,14 @@ class Request(NamedTuple):
         annotations: The file of the ground truth.
         images: The path of each image by its id, to draw some; empty draws none.
         max_pixels: Larger images are not drawn.
+        only: The ids of the images that count; empty for all.
     """
 
     folder: str
     annotations: str
     images: Mapping[str, str]
     max_pixels: int
+    only: Sequence[int] = ()
 
 
 class Note(NamedTuple):
@@ -91,7 +93,7 @@ def score_shards(request: Request) -> Scored:
     folder = Path(request.folder)
     note = Note(**read_json(folder / NOTE, where="scores", holds=dict, of=DataError))
     results = merge(read_results(shard_of(folder, rank)) for rank in range(note.ranks))
-    truth = read_ground_truth(request.annotations)
+    truth = read_ground_truth(request.annotations, request.only)
     scores = score(truth, results)
     written: list[Path] = []
     problem = ""

@@ -114,8 +114,12 @@ class Scores:
         }
 
 
-def read_ground_truth(path: str) -> dict[str, Any]:
+def read_ground_truth(path: str, only: Sequence[int] = ()) -> dict[str, Any]:
     """Reads the ground-truth annotations, and fills in optional entries.
+
+    Args:
+        path: The file.
+        only: The ids of the images that count; empty for all.
 
     Raises: DataError: if the file is missing or not in COCO's format.
     """
@@ -142,6 +146,9 @@ def read_ground_truth(path: str) -> dict[str, Any]:
         raise _no_truth(path, f"an entry without {error}") from error
     except (ValueError, OverflowError) as error:
         raise _no_truth(path, f"an entry with {error}") from error
+    if kept := frozenset(only):
+        for entries, key in (("images", "id"), ("annotations", "image_id")):
+            truth[entries] = [entry for entry in truth[entries] if entry[key] in kept]
     return truth
 
 

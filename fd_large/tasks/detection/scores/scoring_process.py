@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -39,10 +39,17 @@ class ScoringProcess(Pending):
         annotations: The file of the ground truth.
         images: The path of each image by its id, to draw some; empty draws none.
         max_pixels: Larger images are not drawn.
+        only: The ids of the images that count; empty for all.
     """
 
     def __init__(
-        self, folder: Path, annotations: str, *, images: Mapping[int, str], max_pixels: int
+        self,
+        folder: Path,
+        annotations: str,
+        *,
+        images: Mapping[int, str],
+        max_pixels: int,
+        only: Sequence[int] = (),
     ) -> None:
         self._folder = folder
         self._process: subprocess.Popen[str] | None = None
@@ -50,7 +57,7 @@ class ScoringProcess(Pending):
         if not distributed.is_main():
             return
         request = Request(
-            str(folder), annotations, {str(n): p for n, p in images.items()}, max_pixels
+            str(folder), annotations, {str(n): p for n, p in images.items()}, max_pixels, only
         )
         text = json.dumps({**request._asdict(), "parent": os.getpid()})
         # A file in memory, and not its output, in which a library may write a line of its own.

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import depth_images
+import detection_twin
 import pytest
 import segmentation_twin
 import transfer_toy
@@ -183,7 +184,7 @@ def test_a_sweep_tries_the_recipes_of_all_rows_for_each(
     assert not trained
     assert main([*words, "--slurm"]) == 2
     assert "--sweep: its trials" in capsys.readouterr().err
-    assert main([*transfer_toy.words(toy, tmp_path / "out"), "--only", "coco", "--sweep"]) == 2
+    assert main([*transfer_toy.words(toy, tmp_path / "out"), "--only", "linear", "--sweep"]) == 2
     assert "--sweep: no column" in capsys.readouterr().err
 
 
@@ -200,19 +201,30 @@ def test_dense_columns_are_swept_by_their_scores_on_a_part_of_the_train_split(
         # The larger mIoU and the smaller error are of the second rate.
         better = run.optim.base_lr > registry.get(run.name).optim.base_lr
         told = {"status": "done", "val_mIoU": 40.0 + better, "val_rmse": 0.4 - 0.1 * better}
+        told |= {"box_AP": 0.3 + 0.1 * better, "mask_AP": 0.2}
         Path(run.run_dir(), "summary.json").write_text(json.dumps(told))
         return 0
 
     monkeypatch.setattr("fd_large.cli.train.train_run", train)
-    words = [*transfer_toy.words(toy, tmp_path / "out"), "--only", "ade20k", "nyuv2", "--sweep"]
-    words += ["--sweep_rates", "2", "--sweep_decays", "1", "--rows", "student", "teacher"]
+    words = [*transfer_toy.words(toy, tmp_path / "out"), "--only", "ade20k", "coco", "nyuv2"]
+    words += [
+        "--sweep",
+        "--sweep_rates",
+        "2",
+        "--sweep_decays",
+        "1",
+        "--rows",
+        "student",
+        "teacher",
+    ]
     for name, write in (
         ("ade20k", segmentation_twin.write_images),
+        ("coco", detection_twin.pictures),
         ("nyuv2", depth_images.write_images),
     ):
         words[words.index(f"--{name}") + 1] = str(write(tmp_path / name, 24))
     assert main(words) == 0
-    trials, runs = trained[:-4], trained[-4:]
+    trials, runs = trained[:-6], trained[-6:]
     tried = {}
     for run in trials:
         assert run.data.val_fraction == 0.1
@@ -222,6 +234,8 @@ def test_dense_columns_are_swept_by_their_scores_on_a_part_of_the_train_split(
     assert tried == {
         ("ade20k", "mine"): {"ade20k_upernet_swinv2_base"},
         ("ade20k", "mine_teacher"): {"ade20k_upernet_vit_base"},
+        ("coco", "mine"): {"coco_mask_rcnn_swinv2_tiny"},
+        ("coco", "mine_teacher"): {"coco_mask_rcnn_vit_base"},
         ("nyuv2", "mine"): {"nyuv2_swinv2_base"},
         ("nyuv2", "mine_teacher"): {"nyuv2_vit_base"},
     }
@@ -232,6 +246,7 @@ def test_dense_columns_are_swept_by_their_scores_on_a_part_of_the_train_split(
     found = {(c["row"], c["column"]): c["sweep"] for c in cells}
     assert {s["rate"] for s in found.values()} == {2.0}
     assert found["mine", "ade20k"]["held_out_mIoU"] == 41.0
+    assert found["mine", "coco"]["held_out_box_AP"] == pytest.approx(0.4)
     assert found["mine", "nyuv2"]["held_out_rmse"] == pytest.approx(0.3)
     teacher = str(toy / "vit")
     assert found["mine_teacher", "nyuv2"]["held_out_not_known"] == [teacher]

@@ -90,6 +90,21 @@ def test_no_split_for_tests_names_the_field_for_another(tmp_path):
     check(run_of(root, eval={"root": str(other)}))
 
 
+def test_a_part_of_the_training_images_takes_the_place_of_the_val_split(tmp_path):
+    root = pictures(tmp_path, 24)
+    (root / ANNOTATIONS.format("val")).unlink()
+    whole = job_of(run_of(root)).open_samples()
+    run = run_of(root, data={"root": str(root), "val_fraction": 0.25})
+    job = check(run)
+    learnt, tested = {*job.open_samples()}, {*job.test_images(("cat", "dog", "brush"))}
+    assert learnt
+    assert tested == {*whole} - learnt
+    other = str(pictures(tmp_path / "other", 2))
+    job = check(replace(run, eval=replace(run.eval, root=other)))
+    assert len(job.test_images(("cat", "dog", "brush"))) == 2
+    assert {*job.open_samples()} == learnt
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -12,10 +12,12 @@ from functools import partial
 import numpy as np
 import pytest
 from coco import annotation, square, write_set
+from detection_twin import pictures as write_pictures
 from pretended_ranks import World
 from pycocotools.coco import COCO
 
 from fd_large.data import listing
+from fd_large.data.val_fraction import is_held_out
 from fd_large.errors import ConfigError, DataError
 from fd_large.ranks import meeting
 from fd_large.tasks.detection.data import annotations as annotations_module
@@ -59,6 +61,30 @@ def test_objects_and_filled_masks_are_those_of_pycocotools(coco_tiny):
             assert np.array_equal(mask.numpy(), theirs.annToMask(entry))
         crowds = theirs.loadAnns(theirs.getAnnIds(imgIds=number, iscrowd=True))
         assert len(target.crowd_boxes) == len(crowds)
+
+
+def test_a_part_keeps_the_objects_of_its_images(tmp_path):
+    root = str(write_pictures(tmp_path, 24))
+    images = open_coco(root, "train")
+    train, val = (images.part(part, 0.25) for part in ("train", "val"))
+    assert sorted([*train, *val]) == sorted(images)
+    assert len(train) > len(val) > 0
+    assert not images.only
+    held_out = [p for p in images if is_held_out(os.path.basename(p), 0.25)]
+    assert [*val] == held_out, "below the folder of the images"
+    assert len({images.fingerprint, train.fingerprint, val.fingerprint}) == 3
+    of_whole = {path: index for index, path in enumerate(images)}
+    for part in (train, pickle.loads(pickle.dumps(val))):
+        ids = [part.image_id(index) for index in range(len(part))]
+        assert part.only == tuple(ids)
+        wide = part.landscape()
+        for index, path in enumerate(part):
+            whole = of_whole[path]
+            assert int(os.path.basename(path)[:12]) == ids[index]
+            assert part.size(index) == images.size(whole)
+            assert wide[index] == images.landscape()[whole]
+            for mine, other in zip(part.objects(index), images.objects(whole), strict=True):
+                np.testing.assert_array_equal(mine, other)
 
 
 def test_what_cannot_be_used_is_left_out_counted_and_named(tmp_path, caplog):

@@ -39,6 +39,14 @@ def request_of(tmp_path):
     return make
 
 
+def test_of_a_part_its_own_images_alone_count(request_of):
+    request = request_of([found(2)], [])
+    assert score_shards(request).scores.kinds["box"].numbers["AP"] < 1, "image 1 has an object"
+    scored = score_shards(request._replace(only=[2])).scores
+    assert scored.kinds["box"].numbers["AP"] == 1
+    assert scored.num_images == 1
+
+
 def test_the_shards_of_all_ranks_are_scored_as_one(request_of, tmp_path):
     filler = [found(2)]  # The last batch of a rank is filled up with an image of another's.
     scored = score_shards(request_of([found(2)], [found(1), *filler]))

@@ -54,6 +54,7 @@ def test_what_is_asked_and_answered(start, tmp_path):
         "annotations": "truth.json",
         "images": {"7": "7.png"},
         "max_pixels": 9,
+        "only": [],
     }
 
 
