@@ -17,7 +17,7 @@ from fd_large.cli.arguments import AllowsCode, parse_with_recipe
 from fd_large.cli.output import show
 from fd_large.cli.paths import paths_of_models, require_paths
 from fd_large.errors import ConfigError
-from fd_large.evaluation.protocol import Asked, Protocol
+from fd_large.evaluation.protocol import Protocol, Request
 from fd_large.evaluation.registry import PROTOCOLS, protocol_of
 from fd_large.evaluation.scored_runs import scored_by
 from fd_large.ranks.processes import check_workers
@@ -168,11 +168,11 @@ def measured(
 ) -> int:
     """Measures by a protocol and prints the results; returns the exit code.
 
-    Args: As `Asked`.
+    Args: As `Request`.
     """
     # Looked up when a run is trained: importing DeepSpeed takes seconds.
     train_run = lambda run, **how: train.train_run(run, **how)  # noqa: E731
-    outcome = protocol.measure(Asked(protocol, options, changes, run, train_run))
+    outcome = protocol.measure(Request(protocol, options, changes, run, train_run))
     from fd_large.ranks import distributed
 
     show(outcome.tables, outcome.files)

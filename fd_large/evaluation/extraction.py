@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from fd_large.backbones.feature_map import FeatureMap
     from fd_large.backbones.statistics import Statistics
     from fd_large.data.labelled import LabelledImages
-    from fd_large.evaluation.protocol import Asked
+    from fd_large.evaluation.protocol import Request
     from fd_large.probes.features import Features, Pool
     from fd_large.recipes.sections import Data
 
 
-def join_ranks(asked: Asked) -> Data:
+def join_ranks(request: Request) -> Data:
     """Joins the ranks of a command and lets them compute in full float32; returns its images."""
     from fd_large.kernels.precision import full_float32
     from fd_large.ranks import distributed
     from fd_large.runtime import logs
 
-    assert asked.run is not None  # `evaluate` takes one.
+    assert request.run is not None  # `evaluate` takes one.
     logs.start(distributed.start().rank)
     full_float32(distributed.device())
-    return asked.run.data
+    return request.run.data
 
 
 @contextmanager

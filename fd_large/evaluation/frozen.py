@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fd_large import doors
 from fd_large.errors import ConfigError, FDError, nearest, without_secrets
 from fd_large.evaluation.extraction import extracted, join_ranks, working
-from fd_large.evaluation.protocol import Asked, Batched, Pooled, Protocol, Repeated, Result
+from fd_large.evaluation.protocol import Batched, Pooled, Protocol, Repeated, Request, Result
 from fd_large.evaluation.results import Row, finish
 from fd_large.files import out_folder
 from fd_large.recipes.fields import require
@@ -180,15 +180,15 @@ class Subject(NamedTuple):
     modules: tuple[nn.Module, ...]
 
 
-def _measure(how: _How, asked: Asked) -> Result:
+def _measure(how: _How, request: Request) -> Result:
     """Extracts the features of every model and classifies them with every seed."""
     from fd_large.data.blocks import keep_blocks_in
     from fd_large.data.few_labels import few_labels
     from fd_large.data.labelled import open_split
     from fd_large.ranks import meeting
 
-    assert asked.run is not None  # `evaluate` takes one.
-    models, flags, data = asked.models(), asked.flags, join_ranks(asked)
+    assert request.run is not None  # `evaluate` takes one.
+    models, flags, data = request.models(), request.flags, join_ranks(request)
     keep_blocks_in(data.cache, data.cache_gb)
     train = meeting.meet(
         lambda: few_labels(
@@ -203,7 +203,7 @@ def _measure(how: _How, asked: Asked) -> Result:
     )
     if how.check is not None:
         how.check(len(train), flags)
-    seeds = flags.seeds_from(asked.run.runtime.seed)
+    seeds = flags.seeds_from(request.run.runtime.seed)
     rows = [
         row
         for subject in subjects(models, flags.features)
@@ -213,9 +213,9 @@ def _measure(how: _How, asked: Asked) -> Result:
     return finish(
         Path(flags.out),
         rows,
-        asked.protocol.title,
-        is_random=issubclass(asked.protocol.flags, Repeated),
-        task=asked.protocol.name,
+        request.protocol.title,
+        is_random=issubclass(request.protocol.flags, Repeated),
+        task=request.protocol.name,
         root=without_secrets(data.root),
         seeds=seeds,
         settings=settings | {"batch_size": flags.batch_size},

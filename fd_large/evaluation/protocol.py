@@ -66,8 +66,8 @@ class Batched:
         at_least("--batch_size", self.batch_size, 1, "images")
 
 
-class Asked(NamedTuple):
-    """A user's request for a measurement.
+class Request(NamedTuple):
+    """The arguments of a measurement, as the user gave them.
 
     Attributes:
         protocol: The protocol.
@@ -102,7 +102,7 @@ class Protocol:
     Attributes:
         name: As `--task` names it; also in summary.json and in the plot's name.
         title: Words for it in tables and plots.
-        measure: Function from `Asked` to tables and files. `frozen.of_features` makes it from a
+        measure: Function from `Request` to tables and files. `frozen.of_features` makes it from a
             function of frozen features.
         flags: A dataclass of the flags that it reads, all with defaults; fields that several
             protocols read stand in a base of theirs.
@@ -113,7 +113,7 @@ class Protocol:
 
     name: str
     title: str
-    measure: Callable[[Asked], Result]
+    measure: Callable[[Request], Result]
     flags: type
     fields: tuple[str, ...] | None
     variant: str = "cached"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fd_large.errors import ConfigError, DataError, without_secrets
 from fd_large.evaluation.extraction import extracted, join_ranks
-from fd_large.evaluation.protocol import Asked, Batched, Protocol, Result
+from fd_large.evaluation.protocol import Batched, Protocol, Request, Result
 from fd_large.evaluation.results import Row, finish
 from fd_large.evaluation.zeroshot import imagenet_numbers, tested_part
 from fd_large.files import kind_of, out_folder, read_json
@@ -193,7 +193,7 @@ def best_of(
 # ------------------------------------------------------------------------------------------------
 
 
-def _measure(asked: Asked) -> Result:
+def _measure(request: Request) -> Result:
     """Classifies the images of a set by every model's own classifier."""
     import numpy as np
 
@@ -203,7 +203,7 @@ def _measure(asked: Asked) -> Result:
     from fd_large.ranks import meeting
     from fd_large.tasks.jobs import stored_run_of
 
-    models, flags, data = asked.models(), asked.flags, join_ranks(asked)
+    models, flags, data = request.models(), request.flags, join_ranks(request)
     label_set = meeting.meet(lambda: open_set(data.root, flags.labels))
     jobs = meeting.meet(lambda: [_job_of(model) for model in models])
     rows, folder = [], out_folder(flags.out) / "logits"
@@ -238,9 +238,9 @@ def _measure(asked: Asked) -> Result:
     return finish(
         Path(flags.out),
         rows,
-        asked.protocol.title,
+        request.protocol.title,
         is_random=False,
-        task=asked.protocol.name,
+        task=request.protocol.name,
         root=without_secrets(data.root),
         settings={"labels": flags.labels, "batch_size": flags.batch_size},
         pictures=len(label_set.images),

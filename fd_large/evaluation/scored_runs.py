@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fd_large.errors import ConfigError
-from fd_large.evaluation.protocol import Asked, Protocol, Result
+from fd_large.evaluation.protocol import Protocol, Request, Result
 from fd_large.recipes.fields import override
 from fd_large.recipes.file_names import PAGE
 from fd_large.recipes.stored import read_recipe, run_of_checkpoint
@@ -31,15 +31,15 @@ def scored_by(kind: TaskKind) -> Protocol:
     )
 
 
-def _measure(asked: Asked) -> Result:
+def _measure(request: Request) -> Result:
     """Scores one run; all ranks share the work."""
-    models = asked.flags.models
+    models = request.flags.models
     if len(models) > 1:
         raise ConfigError(
             f"evaluate: only one run at a time can be scored; got {' '.join(models)}, expected "
             "one. Name one."
         )
-    path, changes = Path(models[0]), asked.changes
+    path, changes = Path(models[0]), request.changes
     run = override(read_recipe(run_of_checkpoint(path), where="evaluate"), changes)
     if "data.root" in changes:  # Its val split, not another dataset that the run was tested on.
         run = override(run, {"eval.root": "", "data.val_fraction": 0.0})
@@ -54,12 +54,12 @@ def _measure(asked: Asked) -> Result:
     logs.start(distributed.start().rank)
     full_float32(distributed.device())
     reader = stream.newest_of_main(path, where="evaluate")
-    out = Path(asked.flags.out)
+    out = Path(request.flags.out)
     scores = stored_run_of(job_of(run)).score(reader, out)
     files = [*scores.files]
     if distributed.is_main():
         pictures = [file for file in files if file.suffix == ".png"]
-        title = f"{run.name}: {asked.protocol.title}"
+        title = f"{run.name}: {request.protocol.title}"
         page = write_evaluation_page(out / PAGE, title, scores.tables, pictures, below=str(path))
         files.append(page)
     return Result(scores.tables, files)

@@ -137,7 +137,7 @@ class Sweep:
             recipes: Recipes of the sweep.
             named: Full names of the fields that the user set.
         """
-        (recipe,) = (one for one in recipes if one.name == self.winner.recipe)
+        (recipe,) = (run for run in recipes if run.name == self.winner.recipe)
         return with_point(recipe, self.winner.rate, self.winner.decay, named)
 
     def at_edge(self) -> list[str]:
@@ -145,12 +145,12 @@ class Sweep:
         beside = [trial for trial in self.trials if trial.recipe == self.winner.recipe]
         rates, decays = {trial.rate for trial in beside}, {trial.decay for trial in beside}
         rate, decay, *_ = self.winner
-        found = {
+        edges = {
             "rate": len(rates) > 1 and rate in (min(rates), max(rates)),
             # A decay above 1 means nothing.
             "decay": len(decays) > 1 and decay in {min(decays), max(decays)} - {1.0},
         }
-        return [name for name, is_edge in found.items() if is_edge]
+        return [name for name, is_edge in edges.items() if is_edge]
 
     def as_json(self) -> dict[str, Any]:
         """Returns the winner and the grid, for summary.json."""
@@ -190,9 +190,9 @@ def check_fields(changes: Mapping[str, Any]) -> None:
         "data.val_fraction": "the sweep holds out a part of the training images by itself; got a "
         "value of your own, expected none, and separate test images. Leave it out.",
     }
-    found = [f"--{name}: {what}" for name, what in mistakes.items() if changes.get(name)]
-    if found:
-        raise ConfigError("\n".join(found))
+    lines = [f"--{name}: {mistake}" for name, mistake in mistakes.items() if changes.get(name)]
+    if lines:
+        raise ConfigError("\n".join(lines))
 
 
 def settings_of(flags: SweepFlags) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def sweep(
     images = meeting.meet(lambda: transfer_of(first.task.name).divisible(job_of(first)))
     pairs = list(zip(models, recipes, strict=True))
     digests = meeting.meet(
-        lambda: [weights_digest(own[0].student.init, model.weights) for model, own in pairs]
+        lambda: [weights_digest(tried[0].student.init, model.weights) for model, tried in pairs]
     )
     seen_of_each = distributed.of_main(
         lambda: [seen_by(tried[0].student.init, images.folder, HELD_OUT) for _, tried in pairs]
@@ -243,9 +243,9 @@ def sweep(
     folder = Path(flags.out) / "sweep" / column
     grids = [
         _trials_of(
-            own, flags, named, images=images, weights=digest, folder=folder / slug(model.label)
+            tried, flags, named, images=images, weights=digest, folder=folder / slug(model.label)
         )
-        for (model, own), digest in zip(pairs, digests, strict=True)
+        for (model, tried), digest in zip(pairs, digests, strict=True)
     ]
     done = sum(_finished(trial, metric) is not None for grid in grids for trial in grid)
     num_trials, num_runs = sum(map(len, grids)), len(models) * flags.seeds
@@ -259,11 +259,11 @@ def sweep(
             soft_wrap=True,
         )
     sweeps = []
-    for grid, seen in zip(grids, seen_of_each, strict=True):
+    for grid, held_out in zip(grids, seen_of_each, strict=True):
         code, ended = _run_trials(grid, train, metric)
         if code:
             return code, []
-        sweeps.append(Sweep(ended, metric, seen))
+        sweeps.append(Sweep(ended, metric, held_out))
     return 0, sweeps
 
 
@@ -344,8 +344,8 @@ def _run_trials(
 
     ended = []
     for trial in trials:
-        found, recorded = _finished(trial, metric), trial.recorded
-        if found is None:
+        ended_trial, recorded = _finished(trial, metric), trial.recorded
+        if ended_trial is None:
             distributed.of_main(recorded.write)
             code, summary = train(recorded.run)
             # The guard ended it, and not something that has to be mended.
@@ -355,13 +355,13 @@ def _run_trials(
             )
             if code and not diverged:
                 return code, ()
-            found = trial._replace(score=None if diverged else metric.of(summary))
+            ended_trial = trial._replace(score=None if diverged else metric.of(summary))
             status = "diverged" if diverged else "done"
-            outcome: dict[str, Any] = {"status": status, metric.key: found.score}
+            outcome: dict[str, Any] = {"status": status, metric.key: ended_trial.score}
             distributed.of_main(partial(recorded.write, **outcome))
         if distributed.is_main():
             shutil.rmtree(recorded.folder / CHECKPOINTS, ignore_errors=True)
-        ended.append(found)
+        ended.append(ended_trial)
     if all(trial.score is None for trial in ended):
         runs = [trial.recorded.run for trial in ended]
         rates = sorted({run.optim.base_lr for run in runs})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fd_large.errors import ConfigError, without_secrets
 from fd_large.evaluation import recorded_runs
-from fd_large.evaluation.protocol import Asked, Pooled, Protocol, Repeated, Result
+from fd_large.evaluation.protocol import Pooled, Protocol, Repeated, Request, Result
 from fd_large.evaluation.results import Row, finish
 from fd_large.evaluation.sweep import Metric, SweepFlags, check_fields, settings_of, sweep
 from fd_large.files import out_folder
@@ -66,7 +66,7 @@ def trained_by(kind: TaskKind, *, variant: str = "cached", trains_all: bool = Tr
     )
 
 
-def _measure(kind: TaskKind, asked: Asked) -> Result:
+def _measure(kind: TaskKind, request: Request) -> Result:
     """Trains every model with every seed through the engine.
 
     Returns: the exit code of the first failed training, or the results.
@@ -76,7 +76,7 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
     from fd_large.ranks import distributed
     from fd_large.tasks.jobs import transfer_of
 
-    flags, changes, models = asked.flags, asked.changes, asked.models()
+    flags, changes, models = request.flags, request.changes, request.models()
     if flags.sweep:
         check_fields(changes)
     transfer = transfer_of(kind.name)
@@ -94,16 +94,16 @@ def _measure(kind: TaskKind, asked: Asked) -> Result:
         )
 
     config = flags.deepspeed_config or "zero1"
-    train = partial(recorded_runs.train, deepspeed_config=config, train_run=asked.train)
+    train = partial(recorded_runs.train, deepspeed_config=config, train_run=request.train)
     if flags.sweep:
         metric = Metric("held_out_accuracy", lambda summary: transfer.compared(summary)[0])
         code, sweeps = sweep(models, tried, flags, train, changes, metric)
         if code:
             return Result(code=code)
-        for row, found in zip(rows, sweeps, strict=True):
-            row.sweep = found
+        for row, result in zip(rows, sweeps, strict=True):
+            row.sweep = result
         pairs = zip(sweeps, tried, strict=True)
-        recipes = [one.best_of(of_model, changes) for one, of_model in pairs]
+        recipes = [result.best_of(of_model, changes) for result, of_model in pairs]
     for row, recipe in zip(rows, recipes, strict=True):
         first = recipes[next(i for i, other in enumerate(rows) if other.pool == row.pool)]
         row.recipe, row.unlike_first = recipe.name, recorded_runs.unlike(first, recipe)
@@ -141,11 +141,11 @@ def _recipes_of(
     fitting = [flags.recipe or _fitting(model, kind) for model in models]
     for name in fitting:
         refuse_other_task("--recipe", registry.get(name), kind.name)
-    found = []
-    for model, own in zip(models, fitting, strict=True):
-        names = dict.fromkeys([own, *fitting]) if getattr(flags, "sweep", False) else fitting[:1]
-        found.append([started_from(model, registry.get(name), changes) for name in names])
-    return found
+    recipes = []
+    for model, best in zip(models, fitting, strict=True):
+        names = dict.fromkeys([best, *fitting]) if getattr(flags, "sweep", False) else fitting[:1]
+        recipes.append([started_from(model, registry.get(name), changes) for name in names])
+    return recipes
 
 
 def _fitting(model: NamedModel, kind: TaskKind) -> str:

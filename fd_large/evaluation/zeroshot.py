@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fd_large.errors import ConfigError, without_secrets
 from fd_large.evaluation.extraction import extracted, join_ranks
-from fd_large.evaluation.protocol import Asked, Batched, Protocol, Result
+from fd_large.evaluation.protocol import Batched, Protocol, Request, Result
 from fd_large.evaluation.results import Row, finish
 from fd_large.files import kind_of, out_folder
 
@@ -120,7 +120,7 @@ def prompts_of(name: str) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------
 
 
-def _measure(asked: Asked) -> Result:
+def _measure(request: Request) -> Result:
     """Classifies the test images by every model's head for the CLIP's summary."""
     import numpy as np
     import torch
@@ -128,7 +128,7 @@ def _measure(asked: Asked) -> Result:
     from fd_large.engine.text_tower import classes_of, probabilities
     from fd_large.ranks import meeting
 
-    models, flags, data = asked.models(), asked.flags, join_ranks(asked)
+    models, flags, data = request.models(), request.flags, join_ranks(request)
     prompts = meeting.meet(lambda: prompts_of(flags.prompts))
     images = meeting.meet(lambda: tested_part(data.root))
     names = meeting.meet(lambda: names_of(images.classes, flags.class_names))
@@ -160,9 +160,9 @@ def _measure(asked: Asked) -> Result:
     return finish(
         Path(flags.out),
         rows,
-        asked.protocol.title,
+        request.protocol.title,
         is_random=False,
-        task=asked.protocol.name,
+        task=request.protocol.name,
         root=without_secrets(data.root),
         settings={"prompts": flags.prompts, "clip": flags.clip, "batch_size": flags.batch_size},
         classes=len(names),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fd_large.errors import without_secrets
-from fd_large.evaluation.protocol import Asked, Protocol, Result
+from fd_large.evaluation.protocol import Protocol, Request, Result
 from fd_large.files import check_out, out_folder
 from fd_large.ranks import activity
 from fd_large.recipes.fields import at_least
@@ -32,9 +32,9 @@ class DiagnosisFlags:
         at_least("--batch_size", self.batch_size, 1, "images")
 
 
-def _measure(asked: Asked) -> Result:
+def _measure(request: Request) -> Result:
     """Diagnoses models side by side, and writes the page."""
-    flags, began = asked.flags, time.monotonic()
+    flags, began = request.flags, time.monotonic()
     check_out(flags.out, where="--out", holds="folder")
     # Importing torch and deepspeed takes seconds.
     from fd_large.evaluation.diagnosis.examine import Extent, examine, num_steps, write_findings

@@ -111,7 +111,7 @@ def rows_of(runs: Sequence[str], kinds: Sequence[RowKind]) -> list[Row]:
     from fd_large.engine.node_consistency import weights_digest
     from fd_large.tasks.jobs import job_of
 
-    found: dict[tuple[Any, ...], Row] = {}
+    rows_by_key: dict[tuple[Any, ...], Row] = {}
     students: list[tuple[Row | None, dict[str, Row]]] = []
     for run in runs:
         folder = run_of_checkpoint(run)
@@ -125,9 +125,9 @@ def rows_of(runs: Sequence[str], kinds: Sequence[RowKind]) -> list[Row]:
             # The recipes of students and of random weights follow from their run.
             name = "" if kind == "teacher" else row.run.name
             key = (kind, section.model, section.architecture, section.source, digest, name)
-            of_run[kind] = found.setdefault(key, row)
+            of_run[kind] = rows_by_key.setdefault(key, row)
         students.append((of_run.pop("student", None), of_run))
-    rows = list(found.values())
+    rows = list(rows_by_key.values())
     labelled = with_own_labels([row.model for row in rows])
     named = {id(row): replace(row, model=m) for row, m in zip(rows, labelled, strict=True)}
     for student, others in students:
@@ -178,7 +178,7 @@ def _fitting(row: Row, column: Column) -> str:
 def _cell(row: Row, first: Row, column: Column, changes: Changes, flags: Any, seed: int) -> Cell:
     base = registry.get(changes.recipe or _fitting(first, column))
     budget: dict[str, Any] = {}
-    kinds = [one.model.architecture.is_hierarchical for one in (row, first)]
+    kinds = [cell_row.model.architecture.is_hierarchical for cell_row in (row, first)]
     if not changes.recipe and kinds[0] != kinds[1] and column.is_of_one_kind:
         of_first, base = base, registry.get(_fitting(row, column))
         values = difference(base, of_first)
@@ -224,16 +224,16 @@ def tried_for(cell: Cell, rows: Sequence[Row], changes: Changes, flags: Any) -> 
     return [_started(model, registry.get(name), fields) for name in dict.fromkeys(names)]
 
 
-def swept(cell: Cell, found: Sweep, tried: Sequence[Run], changes: Changes) -> Cell:
+def swept(cell: Cell, sweep: Sweep, tried: Sequence[Run], changes: Changes) -> Cell:
     """Returns a cell with the best setting of a sweep for its row."""
-    run = replace(found.best_of(tried, changes.fields), runtime=cell.recorded.run.runtime)
+    run = replace(sweep.best_of(tried, changes.fields), runtime=cell.recorded.run.runtime)
     decided = {*changes.fields, "optim.base_lr", "optim.layer_decay"} - {"data.root"}
     changed = {
         name: values
         for name, values in difference(registry.get(run.name), run).items()
         if name in decided and decides(name, run.task.name)
     }
-    known = {"unchanged": not changed, "changed": changed, "sweep": found.as_json()}
+    known = {"unchanged": not changed, "changed": changed, "sweep": sweep.as_json()}
     return cell._replace(recorded=cell.recorded._replace(run=run, known=known))
 
 
@@ -256,23 +256,23 @@ def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str
 
     Cells of other columns that earlier starts have trained, of the same weights, are among them.
     """
-    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    entries: dict[tuple[str, str, int], dict[str, Any]] = {}
     recipes: dict[tuple[str, str, int], Run] = {}
     for row in rows:
         for file in sorted(out.glob(f"{row.name}/*/seed_*/{RECORD}")):
             record = read_json(file, where="--out", holds=dict)
             column, seed = file.parts[-3], record["recipe"]["runtime"]["seed"]
             if column in COLUMNS and record["weights"] == row.weights:
-                found[row.name, column, seed] = _described(record)
+                entries[row.name, column, seed] = _described(record)
                 recipes[row.name, column, seed] = Run.from_dict(record["recipe"])
     for cell in cells:
         run, known = cell.recorded.run, cell.recorded.known
         key = cell.row.name, cell.column.name, run.runtime.seed
-        found[key], recipes[key] = _described({"recipe": run.to_dict(), **known}), run
+        entries[key], recipes[key] = _described({"recipe": run.to_dict(), **known}), run
     firsts: dict[str, Run] = {}
     for row in rows:
-        for key in (key for key in found if key[0] == row.name):
-            found[key]["unlike_first"] = unlike(
+        for key in (key for key in entries if key[0] == row.name):
+            entries[key]["unlike_first"] = unlike(
                 firsts.setdefault(key[1], recipes[key]), recipes[key]
             )
     return {
@@ -288,13 +288,13 @@ def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str
         ],
         "cells": [
             {"row": row, "column": column, "seed": seed, **cell}
-            for (row, column, seed), cell in found.items()
+            for (row, column, seed), cell in entries.items()
         ],
         "published": [
-            one
+            figures
             for row in rows
             for column in COLUMNS.values()
-            for one in _published(row, column, found)
+            for figures in _published(row, column, entries)
         ],
     }
 
@@ -312,13 +312,13 @@ def _described(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _published(
-    row: Row, column: Column, found: Mapping[tuple[str, str, int], dict[str, Any]]
+    row: Row, column: Column, entries: Mapping[tuple[str, str, int], dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """Yields the paper's figures of a row, if it is in the paper."""
     paper = column.published.get(row.run.name)
     if paper is None or row.kind == "scratch" or not _is_of_record(row.run):
         return
-    cells = [cell for key, cell in found.items() if key[:2] == (row.name, column.name)]
+    cells = [cell for key, cell in entries.items() if key[:2] == (row.name, column.name)]
     same = all(cell["unchanged"] and cell["recipe"] == paper.recipe for cell in cells)
     figures = paper.student if row.kind == "student" else paper.teacher
     yield {
@@ -346,7 +346,7 @@ def untrainable(cells: Iterable[Cell]) -> dict[tuple[str, str], str]:
 
     from fd_large.tasks.jobs import job_of
 
-    found = {}
+    reasons = {}
     for cell in cells:
         if cell.column.data != "imagenet":
             try:
@@ -355,8 +355,8 @@ def untrainable(cells: Iterable[Cell]) -> dict[tuple[str, str], str]:
             except ConfigError as error:
                 # Its remedy is for who sets the student.
                 why = first_line(error).rsplit(". ", 1)[0]
-                found[cell.row.model.label, cell.column.name] = why
-    return found
+                reasons[cell.row.model.label, cell.column.name] = why
+    return reasons
 
 
 def named(refused: Mapping[tuple[str, str], str]) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from fd_large.errors import ConfigError, Exit, FDError, check_all, first_line
 from fd_large.evaluation import recorded_runs
-from fd_large.evaluation.protocol import Asked, Protocol, Result
+from fd_large.evaluation.protocol import Protocol, Request, Result
 from fd_large.evaluation.sweep import SweepFlags, check_fields, sweep
 from fd_large.evaluation.transfer import cells as cells_
 from fd_large.evaluation.transfer import slurm
@@ -131,9 +131,9 @@ def cells_of_table(
     return rows, [*chain.from_iterable(of_seeds)]
 
 
-def _measure(asked: Asked) -> Result:
+def _measure(request: Request) -> Result:
     """Trains or submits the missing cells, and makes the table."""
-    flags = asked.flags
+    flags = request.flags
     if flags.table:
         return _made(Path(flags.out))
     # Jobs inherit it, and must not meet at the port of this process.
@@ -141,7 +141,7 @@ def _measure(asked: Asked) -> Result:
     columns = columns_of(flags)
     from fd_large.ranks import distributed, meeting
 
-    rows, cells = cells_of_table(flags, columns, asked.changes)
+    rows, cells = cells_of_table(flags, columns, request.changes)
     refused = meeting.meet(lambda: cells_.untrainable(cells[: len(rows) * len(columns)]))
     cells = [c for c in cells if (c.row.model.label, c.column.name) not in refused]
     why = cells_.named(refused)
@@ -155,7 +155,7 @@ def _measure(asked: Asked) -> Result:
     first = {cell.column.name: cell for cell in reversed(cells)}
     meeting.meet(lambda: check_all(*map(cells_.opens, reversed(first.values()))))
     if flags.sweep:
-        code, cells = _swept(cells, asked)
+        code, cells = _swept(cells, request)
         if code:
             return Result(code=code)
     states = distributed.of_main(lambda: cells_.states_of(flags.out, cells))
@@ -170,27 +170,27 @@ def _measure(asked: Asked) -> Result:
         if not distributed.is_main() or slurm.submit(missing, flags, environ):
             return Result()
         return _made(out)
-    code = train_all(missing, flags.deepspeed_config, asked.train)
+    code = train_all(missing, flags.deepspeed_config, request.train)
     return _made(out)._replace(code=code) if distributed.is_main() else Result(code=code)
 
 
-def _swept(cells: Sequence[Cell], asked: Asked) -> tuple[int, list[Cell]]:
+def _swept(cells: Sequence[Cell], request: Request) -> tuple[int, list[Cell]]:
     """Runs the sweep over all rows' recipes in columns whose images can be held out.
 
     Returns: the exit code, and the cells, each with the best setting for its row.
     """
-    flags, found = asked.flags, {id(cell): cell for cell in cells}
+    flags, chosen = request.flags, {id(cell): cell for cell in cells}
     columns = {cell.column.name: cell.column for cell in cells if cell.column.held_out}
     if not columns:
         raise ConfigError(
             "--sweep: no column to which it applies; got "
             f"{', '.join(dict.fromkeys(cell.column.name for cell in cells))}, expected one of "
-            f"{', '.join(name for name, one in COLUMNS.items() if one.held_out)}. Leave it out."
+            f"{', '.join(name for name, entry in COLUMNS.items() if entry.held_out)}. Leave it out."
         )
     config = flags.deepspeed_config
-    train = partial(recorded_runs.train, deepspeed_config=config, train_run=asked.train)
+    train = partial(recorded_runs.train, deepspeed_config=config, train_run=request.train)
     for column in columns.values():
-        changes = asked.changes[column.name]
+        changes = request.changes[column.name]
         check_fields(changes.fields)
         of_column = [cell for cell in cells if cell.column is column]
         firsts = of_column[: len(of_column) // flags.seeds]
@@ -210,8 +210,8 @@ def _swept(cells: Sequence[Cell], asked: Asked) -> tuple[int, list[Cell]]:
             return code, []
         for cell in of_column:
             place = next(i for i, first in enumerate(firsts) if first.row is cell.row)
-            found[id(cell)] = cells_.swept(cell, sweeps[place], tried[place], changes)
-    return 0, list(found.values())
+            chosen[id(cell)] = cells_.swept(cell, sweeps[place], tried[place], changes)
+    return 0, list(chosen.values())
 
 
 def _made(folder: Path) -> Result:
@@ -226,7 +226,7 @@ def train_all(cells: Sequence[Cell], deepspeed_config: str, train_run: Callable[
     Args:
         cells: Unfinished cells.
         deepspeed_config: DeepSpeed's JSON, a name or a path.
-        train_run: See `Asked.train`.
+        train_run: See `Request.train`.
 
     Returns: 0 if all are finished, 75 if the same command is to continue, else a failed cell's
         code.
