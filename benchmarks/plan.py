@@ -146,13 +146,7 @@ def measure(arguments: argparse.Namespace) -> int:
             }
     if distributed.is_main():
         report(
-            arguments,
-            rounds,
-            table,
-            measured.to_plain(),
-            rates.to_dict(),
-            load.parameters,
-            world,
+            arguments, rounds, table, measured.to_plain(), rates.to_dict(), load.parameters, world
         )
     return distributed.leave(0)
 

@@ -96,12 +96,9 @@ def _seconds_of_an_image(job: DistillationJob, load: Workload, rates: Rates) -> 
     alone = Machine(
         cluster=Cluster(gpus=1, gpus_per_node=1, nic_gigabits=1, nics_per_node=1), rates=rates
     )
-    counts = {
-        wrapped: model_counts.without("inference") for wrapped, model_counts in load.counts.items()
-    }
+    counts = {wrapped: each.without("inference") for wrapped, each in load.counts.items()}
     step, rest = (
-        estimate(workload, candidate, alone).seconds
-        for workload in (load, replace(load, counts=counts))
+        estimate(work, candidate, alone).seconds for work in (load, replace(load, counts=counts))
     )
     taken = candidate.micro_batch_size * step.accumulation
     return step.total / taken, rest.total / taken

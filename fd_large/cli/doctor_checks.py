@@ -227,23 +227,19 @@ def interfaces() -> Finding:
     import psutil
 
     up = {name: facts for name, facts in psutil.net_if_stats().items() if facts.isup}
-    interface_addresses = []
+    links = []
     for name, addresses in psutil.net_if_addrs().items():
         numbers = [a.address for a in addresses if a.family == socket.AF_INET]
         if name in up and numbers and name != "lo":
             speed = f" {up[name].speed / 1000:g} Gb/s" if up[name].speed > 0 else ""
-            interface_addresses.append(f"{name} {numbers[0]}{speed}")
+            links.append(f"{name} {numbers[0]}{speed}")
     host = socket.gethostname()
     try:
         address = socket.gethostbyname(host)
     except OSError:
         address = ""
-    text = f"{', '.join(interface_addresses) or 'lo alone'}; {host} is {address or 'not resolved'}"
-    if (
-        interface_addresses
-        and (not address or address.startswith("127."))
-        and not _named("GLOO_SOCKET_IFNAME")
-    ):
+    text = f"{', '.join(links) or 'lo alone'}; {host} is {address or 'not resolved'}"
+    if links and (not address or address.startswith("127.")) and not _named("GLOO_SOCKET_IFNAME"):
         remedy = (
             "Several nodes need GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or a host name that "
             "the others reach."
