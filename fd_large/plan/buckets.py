@@ -25,8 +25,8 @@ def gradient_bucket(parameters: int) -> int:
     """Returns the number of gradient elements in a bucket.
 
     Args:
-        parameters: Trained parameters. Of the buckets there are about thirty, each of which has a
-            cost; of a small model fewer, so that none is small.
+        parameters: Trained parameters. A bucket holds a thirtieth of them, since each bucket has a
+            cost, but no fewer than LEAST_ELEMENTS and no more than MOST_ELEMENTS.
     """
     return min(MOST_ELEMENTS, max(LEAST_ELEMENTS, parameters // 30))
 

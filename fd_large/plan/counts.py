@@ -75,8 +75,8 @@ class StepFlops(NamedTuple):
     def shared_by(self, students: int) -> StepFlops:
         """Returns the FLOPs of one of several students, with its share of the frozen models."""
         of_others = self.frozen * (1 - 1 / students)
-        own = self.frozen - of_others
-        return StepFlops(self.model - of_others, self.hardware - of_others, own)
+        frozen_share = self.frozen - of_others
+        return StepFlops(self.model - of_others, self.hardware - of_others, frozen_share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ class Counts:
         return replace(self.without("first_pass"), held=NOTHING)
 
     def without(self, phase: Phase) -> Counts:
-        """Returns the counts of a step without a phase, such as a teacher with stored maps."""
+        """Returns the counts of a step without a phase, such as a stored teacher's forward."""
         return replace(
             self,
             products=tuple(p for p in self.products if p.phase != phase),
@@ -137,8 +137,8 @@ class Counts:
 
     def flops(self, phase: Phase, images: int) -> int:
         """Returns the FLOPs of a phase, without recomputation."""
-        own = [p for p in self.products if p.phase == phase and not p.again]
-        total = round(sum(p.times * p.flops.at(images) for p in own))
+        products = [p for p in self.products if p.phase == phase and not p.again]
+        total = round(sum(p.times * p.flops.at(images) for p in products))
         return total - (self.again.at(images) if phase == "backward" else 0)
 
     def flops_per_image(self, phase: Phase) -> float:
@@ -163,27 +163,27 @@ class Counts:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod
-    def from_plain(cls, given: Mapping[str, Any]) -> Counts:
+    def from_plain(cls, plain: Mapping[str, Any]) -> Counts:
         """Returns the counts from the result of `to_plain`."""
         return cls(
             products=tuple(
                 Product(phase, again, times, Line(*flops), Line(*moved))
-                for phase, again, times, flops, moved in given["products"]
+                for phase, again, times, flops, moved in plain["products"]
             ),
-            again=Line(*given["again"]),
-            moved={phase: Line(*line) for phase, line in given["moved"].items()},
-            calls=given["calls"],
-            modules=given["modules"],
-            kept=Line(*given["kept"]),
-            peak=tuple(Line(*line) for line in given["peak"]),
-            student=tuple((size, count) for size, count in given["student"]),
+            again=Line(*plain["again"]),
+            moved={phase: Line(*line) for phase, line in plain["moved"].items()},
+            calls=plain["calls"],
+            modules=plain["modules"],
+            kept=Line(*plain["kept"]),
+            peak=tuple(Line(*line) for line in plain["peak"]),
+            student=tuple((size, count) for size, count in plain["student"]),
             frozen=tuple(
-                tuple((size, count) for size, count in model) for model in given["frozen"]
+                tuple((size, count) for size, count in model) for model in plain["frozen"]
             ),
-            held=Line(*given.get("held", NOTHING)),  # Files of older versions do not have it.
-            images=given["images"],
-            fused=given["fused"],
-            blocks=given.get("blocks", {}),
+            held=Line(*plain.get("held", NOTHING)),  # Files of older versions do not have it.
+            images=plain["images"],
+            fused=plain["fused"],
+            blocks=plain.get("blocks", {}),
         )
 
 
@@ -247,8 +247,10 @@ def of_sizes(each: Sequence[Counts]) -> Counts:
 
 def _added(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Adds numbers or lines by phase."""
-    phases = dict.fromkeys(phase for one in each for phase in one)
-    return {phase: reduce(add, [one[phase] for one in each if phase in one]) for phase in phases}
+    phases = dict.fromkeys(phase for terms in each for phase in terms)
+    return {
+        phase: reduce(add, [terms[phase] for terms in each if phase in terms]) for phase in phases
+    }
 
 
 def sizes(tensors: Iterable[tuple[int, int]]) -> list[int]:

@@ -114,11 +114,11 @@ def rates_of(gpu: str, file: str = "") -> Rates:
         )
     if not file:
         return CARDS[gpu]
-    given = read_json(Path(file), where="--rates", holds=dict, remedy="Correct the file.")
+    measured = read_json(Path(file), where="--rates", holds=dict, remedy="Correct the file.")
     # Those of single tasks; `plan.phases` reads them.
-    given.pop("phases", None)
+    measured.pop("phases", None)
     known = {field.name: field.type for field in fields(Rates)}
-    for key, value in given.items():
+    for key, value in measured.items():
         if key not in known:
             raise ConfigError(
                 f"--rates: {key}: no such rate; {nearest(key, known)}. Correct {file}."
@@ -133,4 +133,4 @@ def rates_of(gpu: str, file: str = "") -> Rates:
                 raise ConfigError(
                     f"--rates: {key}: invalid; got {value!r}, expected {expected}. Correct {file}."
                 )
-    return replace(CARDS[gpu], **given)
+    return replace(CARDS[gpu], **measured)

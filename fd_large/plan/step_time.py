@@ -194,8 +194,9 @@ def _computation(load: Workload, candidate: Candidate, machine: Machine) -> dict
         parts[ADDED] = added
     else:
         products = sum(
-            one.times * max(one.flops.at(images) / flops, one.moved.at(images) / bandwidth)
-            for one in counts.products
+            product.times
+            * max(product.flops.at(images) / flops, product.moved.at(images) / bandwidth)
+            for product in counts.products
         )
         moved = sum(line.at(images) for line in counts.moved.values())
         moved += load.compute_bytes(machine) * load.parameters
@@ -229,8 +230,8 @@ def _added_bytes(load: Workload, candidate: Candidate, machine: Machine) -> floa
     if candidate.stage == 3:  # What is gathered, forward and backward, is copied in place.
         moved += 2 * (1 + gathered_again(load)) * size
     moved *= load.parameters
-    own = 2 if load.teacher_bfloat16(machine) else 4
-    return moved + 2 * own * sum(load.split_sizes(candidate))
+    element_bytes = 2 if load.teacher_bfloat16(machine) else 4
+    return moved + 2 * element_bytes * sum(load.split_sizes(candidate))
 
 
 def _computed_again(load: Workload, candidate: Candidate) -> float:

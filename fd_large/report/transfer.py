@@ -390,7 +390,7 @@ def _unlike(summary: dict[str, Any]) -> Iterator[str]:
 def _swept(summary: dict[str, Any]) -> Iterator[str]:
     """Yields lines on runs that had trained on a sweep's held-out images."""
     labels = {row["name"]: row["label"] for row in summary["rows"]}
-    titles = {one["name"]: one["title"] for one in summary["columns"]}
+    titles = {column["name"]: column["title"] for column in summary["columns"]}
     swept = [cell for cell in summary["cells"] if "sweep" in cell]
     yield from seen_by({f"{labels[c['row']]}, {titles[c['column']]}": c["sweep"] for c in swept})
 
