@@ -167,7 +167,7 @@ def read_numbers(
 
 
 def pairs_in_folders(
-    layouts: Sequence[Layout], root: str, split: str, *, what: str, where: str, otherwise: str = ""
+    layouts: Sequence[Layout], root: str, split: str, *, kind: str, where: str, otherwise: str = ""
 ) -> Pairs:
     """Finds the images of a split, and the file of each image.
 
@@ -176,13 +176,13 @@ def pairs_in_folders(
             a folder, the truth files are the PNGs.
         root: Folder of the dataset.
         split: "train" or "val".
-        what: Contents of the truth files, for messages: "labels".
+        kind: Plural noun for the truth, for messages: "labels".
         where: The field that names the folder, for messages.
         otherwise: Alternative layouts of a dataset, for messages.
 
     Raises: DataError: if there is no such split, or an image has no file.
     """
-    layout = _layout_of(layouts, root, split, what, where, otherwise)
+    layout = _layout_of(layouts, root, split, kind, where, otherwise)
     image_root, truth_root = layout.folders(root, split)
     of_images, of_truths = (ImageFolder(folder, where=where) for folder in (image_root, truth_root))
     images: Sequence[str] = of_images
@@ -198,15 +198,15 @@ def pairs_in_folders(
     stems = [_stem(path, image_root).removesuffix(layout.image_tail) for path in images]
     if not stems:
         raise DataError(
-            f"{where}: no images beside {what}; got PNGs alone in {image_root}, expected JPEGs, of "
-            f"which PNGs of the same stem hold the {what}. Set --{where} to another folder."
+            f"{where}: no images beside {kind}; got PNGs alone in {image_root}, expected JPEGs, of "
+            f"which PNGs of the same stem hold the {kind}. Set --{where} to another folder."
         )
     missing = [stem for stem in stems if stem not in numbers]
     if missing:
         raise DataError(
-            f"{where}: images without {what} in {truth_root}; got {len(missing)} of {len(stems)} "
+            f"{where}: images without {kind} in {truth_root}; got {len(missing)} of {len(stems)} "
             f"({missing[0]}), expected a file {missing[0]}{layout.truth_tail}.png. Unpack the "
-            f"{what} there, or take the images away."
+            f"{kind} there, or take the images away."
         )
     both = of_images.fingerprint + of_truths.fingerprint
     return Pairs(
@@ -219,7 +219,7 @@ def pairs_in_folders(
 
 
 def _layout_of(
-    layouts: Sequence[Layout], root: str, split: str, what: str, where: str, otherwise: str
+    layouts: Sequence[Layout], root: str, split: str, kind: str, where: str, otherwise: str
 ) -> Layout:
     for layout in layouts:
         if all(kind_of(folder) == "folder" for folder in layout.folders(root, split)):
@@ -230,7 +230,7 @@ def _layout_of(
     )
     tried = ", ".join(" with ".join(folders) for folders in pairs)
     raise DataError(
-        f"{where}: no images with {what} of the split {split!r}; got {root!r}, expected a folder "
+        f"{where}: no images with {kind} of the split {split!r}; got {root!r}, expected a folder "
         f"with one of these: {tried}{otherwise}. Set --{where} to the folder that holds both."
     )
 

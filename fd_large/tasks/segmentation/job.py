@@ -91,9 +91,8 @@ class SegmentationJob(DenseJob):
         if not source:
             return student
         where = f"--{_HEAD_INIT}"
-        where = f"--{_HEAD_INIT}"
         file = self.weights.resolve(source, where=where).tensors
-        heads = fitted_heads(file, head_shapes(self.make_task), what=source, where=where)
+        heads = fitted_heads(file, head_shapes(self.make_task), label=source, where=where)
         return {**student, **heads}
 
     def model_to_test(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Model:

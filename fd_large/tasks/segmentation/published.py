@@ -221,29 +221,29 @@ def _test(heads: Heads) -> dict[str, Any]:
     return {"mode": "slide", "crop_size": size, "stride": stride}
 
 
-def fitted_heads(file: Tensors, expected: Shapes, *, what: str, where: str) -> dict[str, Fitted]:
+def fitted_heads(file: Tensors, expected: Shapes, *, label: str, where: str) -> dict[str, Fitted]:
     """Finds the heads of a run in the file of a whole segmentation model; reads headers only.
 
     Args:
         file: The tensors.
         expected: Shapes of heads and neck, by our names.
-        what: Name of the file for messages.
+        label: Name of the file for messages.
         where: The field that the user set.
 
-    Returns: for each module of the task, its (name, full tensor).
+    Returns: for each module of the task, its weights; they are read when iterated.
     Raises: WeightsError: if the file lacks these heads, or has another number of classes.
     """
     pieces = translated(file, HEADS).pieces
     if CLASSIFIER not in pieces:
         raise WeightsError(
-            f"{where}: {what}: no heads of segmentation; got {', '.join(sorted(file)[:3])}, ..., "
+            f"{where}: {label}: no heads of segmentation; got {', '.join(sorted(file)[:3])}, ..., "
             "expected decode_head.* in the names of mmsegmentation or transformers. Leave it out: "
             "new heads start from random weights."
         )
     classes, needed = pieces[CLASSIFIER].shape(file.shape)[0], expected[CLASSIFIER][0]
     if classes != needed:
         raise WeightsError(
-            f"{where}: {what}: heads for other classes; got {classes} classes, expected {needed} "
+            f"{where}: {label}: heads for other classes; got {classes} classes, expected {needed} "
             "(task.segmentation.num_classes). Change that field, or leave the heads out: new "
             "heads start from random weights."
         )
@@ -253,7 +253,7 @@ def fitted_heads(file: Tensors, expected: Shapes, *, what: str, where: str) -> d
             _under(module, pieces),
             file,
             _under(module, expected),
-            label=f"{what}, {module}",
+            label=f"{label}, {module}",
             where=where,
             remedy="Set --task.segmentation.head, head_width and auxiliary_weight as the file has "
             "them, or leave it out: new heads start from random weights.",

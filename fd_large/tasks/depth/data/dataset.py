@@ -147,7 +147,7 @@ def open_depth(
             LAYOUTS,
             root,
             split,
-            what="depths",
+            kind="depths",
             where=where,
             otherwise=f'; or a list of lines "IMAGE DEPTH", as for NYUv2 and KITTI: {names} in '
             f"that folder, or another one by --{field}",

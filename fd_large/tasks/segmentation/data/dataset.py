@@ -105,7 +105,7 @@ def open_segmentation(
         read cannot be used.
     """
     opened = SegmentationSet(
-        pairs_in_folders(LAYOUTS, root, split, what="labels", where=where),
+        pairs_in_folders(LAYOUTS, root, split, kind="labels", where=where),
         num_classes=num_classes,
         ignore_value=ignore_value,
         reduce_zero_label=reduce_zero_label,
