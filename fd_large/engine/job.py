@@ -139,7 +139,7 @@ class TrainingJob:
         return open_images(data.root)
 
     def check(self) -> None:
-        """Refuses ignored fields; checks what else the task reads, such as headers of weights.
+        """Refuses ignored fields; checks the task's other inputs, such as headers of weights.
 
         Raises: FDError: for the user's mistake.
         """

@@ -17,7 +17,7 @@ published runs compute in float32; here `engine.precision` decides, which on GPU
 float32 loss.
 
 `--student.init RUN_OR_FILE` names the backbone; without it the model starts from random weights.
-Duration and memory are what `plan` computes (docs/scaling.md), not measured.
+Duration and memory are computed by `plan` (docs/scaling.md), not measured.
 """
 
 from __future__ import annotations

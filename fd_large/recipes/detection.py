@@ -14,7 +14,7 @@ before normalising, where ViTDet's padding is 0 after it.
 `--student.init RUN_OR_FILE` names the backbone; without it the model starts from random weights. A
 window other than that of the distillation needs nothing more: SwinV2's position biases are computed
 anew, on coordinates scaled by the window of the file. An epoch is the 118,287 images of train2017.
-Duration and memory are what `plan` computes (docs/scaling.md), not measured; it counts
+Duration and memory are computed by `plan` (docs/scaling.md), not measured; it counts
 micro-batches of one image. Work is 3 forward passes' worth of backbone and of pyramid and heads (of
 Mask R-CNN 0.56 TFLOP at 1024 px, 0.94 at 1536).
 """

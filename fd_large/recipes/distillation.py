@@ -10,7 +10,7 @@ rates are per 512 images: at 2048 the ViT runs peak at 3e-4 x 4 = 1.2e-3. The pu
 computed in float16 autocast, whose residual stream is float32; so is ours, with bfloat16 matrix
 products.
 
-Duration and memory are what `plan` computes (docs/scaling.md), not measured. Work is FLOPs per
+Duration and memory are computed by `plan` (docs/scaling.md), not measured. Work is FLOPs per
 image (3 x student + teacher, 2 per multiply-add) x 300 x 1,281,167 images.
 """
 

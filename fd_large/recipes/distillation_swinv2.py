@@ -37,7 +37,7 @@ again in the backward pass either way. The three large recipes checkpoint every 
 no GPU has confirmed these figures. `--student.activation_checkpointing off` saves a fifth of the
 time.
 
-Duration and memory are what `plan` computes (docs/scaling.md), not measured; with plain torch
+Duration and memory are computed by `plan` (docs/scaling.md), not measured; with plain torch
 kernels it gives two to two and a half times the duration. Work is FLOPs per image x 3.84e8 images;
 3 x student + teacher, and one more student forward pass with checkpoints.
 """

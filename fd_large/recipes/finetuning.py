@@ -14,7 +14,7 @@ tests; here both are those that the weights were trained with.
 
 Train them with ds_configs/zero1.json: under ZeRO-3 in bfloat16 the tests are in bfloat16 too, else
 in float32. `--student.init RUN_OR_FILE` names what is fine-tuned; without it the model starts from
-random weights. Duration and memory are what `plan` computes (docs/scaling.md), not measured.
+random weights. Duration and memory are computed by `plan` (docs/scaling.md), not measured.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ No free gain: at 300 epochs from the same teacher the reproduction of MaskDistil
 (ADE20K 52.6), Feature Distillation without a mask to 85.0 (51.7), and its linear probe is at 76.3
 against 80.1. Measure k-NN, linear and fine-tuning beside each other (docs/masked.md).
 
-Duration and memory are what `plan` computes (docs/scaling.md), not measured.
+Duration and memory are computed by `plan` (docs/scaling.md), not measured.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ FINETUNING_RECIPE = "finetune_clip_vit_base"
 class Facts:
     """The facts of a recipe in the table of recipes, one line each.
 
-    Duration and memory of a GPU are what `plan` computes for the recipe's own settings on A100s (of
+    Duration and memory of a GPU are computed by `plan` for the recipe's own settings on A100s (of
     40 GB where the hardware says so) in nodes of 8 with eight 100 Gb/s network cards, with the
     DeepSpeed JSON that the docstring names, or zero1.json.
     """

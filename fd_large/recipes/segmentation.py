@@ -16,7 +16,7 @@ Sources: SwinTransformer/Swin-Transformer-Semantic-Segmentation @87e6f90 (config
 microsoft/unilm @768a3c8 (beit/, beit2/ semantic_segmentation); arXiv 2111.09883 (SwinV2-G).
 
 `--student.init RUN_OR_FILE` names the backbone; without it the model starts from random weights.
-Duration and memory are what `plan` computes (docs/scaling.md), not measured.
+Duration and memory are computed by `plan` (docs/scaling.md), not measured.
 """
 
 from __future__ import annotations

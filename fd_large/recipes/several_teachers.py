@@ -7,7 +7,7 @@ AMoE: the agglomerative runs and the proxy follow their idea, and their settings
 Teachers of timm come with the name of their weights, which are downloaded at the start; those of
 other families want `--teachers.NAME.source`.
 
-Duration and memory are what `plan` computes (docs/scaling.md), not measured. Work is FLOPs per
+Duration and memory are computed by `plan` (docs/scaling.md), not measured. Work is FLOPs per
 image (3 x student and heads + teachers, 2 per multiply-add) x images.
 """
 

@@ -202,7 +202,7 @@ def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
 
     Args:
         folder: The run's folder.
-        setting: Whatever decides a step's memory: ranks, models, DeepSpeed's JSON, software ...
+        setting: All causes of a step's memory: ranks, models, DeepSpeed's JSON, software ...
         share: Images of a rank per step.
     """
     known_size = None

@@ -101,7 +101,7 @@ class Recorder(TorchDispatchMode):
         phase: Name of the running phase.
         inside: Number of modules that are running now; the caller counts.
         blocks: Forwards of blocks that stage 3 gathers at once, by phase; the caller counts.
-        modules: Those of all other modules that are not within such blocks; the caller counts.
+        modules: Forwards of modules outside such blocks, by phase; the caller counts.
         operations: Operations that computed or moved data.
         calls: All calls by phase, views included.
         live: Bytes of storages now.

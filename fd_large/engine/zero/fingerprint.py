@@ -1,7 +1,7 @@
 """64-bit hashes of the weights that a module, or one rank's part of it, holds.
 
 A hash is the sum over elements of (bits + 1) * odd(position, name) modulo 2^64. It is linear, so
-each rank hashes what it holds and one all-reduce adds the parts up; a single changed element
+each rank hashes its elements and one all-reduce adds the parts up; a single changed element
 changes the sum. It is not cryptographic.
 """
 

@@ -1,9 +1,9 @@
 """The private names of DeepSpeed, torch and torchvision that this package reads or replaces.
 
 Code takes a private class, function or global by `get`, and replaces a method or a value by
-`replace`. pyproject.toml pins DeepSpeed to one release, and a start refuses any other: what its
-private names are there is held by a test, which also finds names of DeepSpeed that are not in its
-table. torch and torchvision may be newer, and have to have the parameters that are used.
+`replace`. pyproject.toml pins DeepSpeed to one release, and a start refuses any other. A test holds
+the private names of that release, and finds names of DeepSpeed that are not in the test's table.
+torch and torchvision may be newer, and have to have the parameters that are used.
 """
 
 from __future__ import annotations

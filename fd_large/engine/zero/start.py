@@ -83,7 +83,7 @@ def stop() -> None:
 
 
 def forget_engines() -> None:
-    """Releases what ZeRO-3 keeps alive after `engine.destroy()`.
+    """Releases the objects that ZeRO-3 keeps alive after `engine.destroy()`.
 
     DeepSpeed holds every engine through a module stack and an lru_cache in a closure of its
     parameter coordinator. The hpZ group is global to the process, and the next engine would use it

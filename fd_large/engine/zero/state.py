@@ -197,9 +197,9 @@ def restore(engine: Engine, read: Read, *, finished: int, steps: int, ema: bool 
 
 
 def complete(engine: Engine) -> None:
-    """Gathers what ranks hold whole, from the shards that `restore` wrote; a collective.
+    """Gathers the tensors that ranks hold whole, from the shards `restore` wrote; a collective.
 
-    The ranks get it sooner from each other than from the files, which all would read otherwise.
+    Ranks get them sooner from each other than from the files, which all would read otherwise.
     """
     with torch.no_grad():
         for whole in _wholes(engine):

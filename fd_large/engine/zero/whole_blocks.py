@@ -64,7 +64,7 @@ def gather_whole(engine: Any, backbone: nn.Module, zero: dict[str, Any]) -> None
 
 
 def _spare_calls() -> None:
-    """Takes away what DeepSpeed's hooks ask of Python beside gathering, a third of their calls.
+    """Spares DeepSpeed's hooks the Python calls beside gathering, a third of all their calls.
 
     These are marks for NVIDIA's profiler, and texts for a log that nobody reads.
     """

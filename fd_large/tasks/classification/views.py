@@ -1,7 +1,7 @@
 """Labelled images to batches for training: random views, mixed and augmented, or in whole groups.
 
-What happens to an image is a function of (seed, epoch, position), and so is its mixing partner: a
-rank whose micro batch ends between two partners loads the other partner too.
+An image's view and its mixing partner are functions of (seed, epoch, position). A rank whose micro
+batch ends between two partners loads the other partner too.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelledViews:
-    """Loads views; what happens to an image is a function of (seed, epoch, position).
+    """Loads views; an image's view is a function of (seed, epoch, position).
 
     Attributes:
         source: The images.

@@ -1,7 +1,7 @@
 """A stored distillation: its export, heads, loss and model card.
 
 The heads guess each teacher's map from the student's. An export keeps them in a folder beside the
-student: their tensors, and what each is made of.
+student: their tensors, and the facts that each is built from.
 """
 
 from __future__ import annotations
@@ -233,9 +233,9 @@ def write(heads: Mapping[str, StoredHead], folder: Path, *, task: str, shard_siz
 
 
 def read_heads(folder: Path) -> dict[str, StoredHead]:
-    """Reads what `write` wrote, with the user's own code if allowed.
+    """Reads the heads that `write` wrote, with the user's own code if allowed.
 
-    Raises: WeightsError: if it is damaged; ConfigError: for the user's own head if its code is
+    Raises: WeightsError: if a file is damaged; ConfigError: for the user's own head if its code is
         not allowed.
     """
     where = str(folder)
