@@ -27,7 +27,7 @@ class Divisible(NamedTuple):
 
     Attributes:
         root: Value of `data.root` beside that field.
-        folder: The folder below which the names of the images decide.
+        folder: The folder of the images; their paths below it decide their part.
         fingerprint: A hash of the images' names.
     """
 
@@ -100,7 +100,7 @@ class Transfer:
     def divisible(self, job: TrainingJob) -> Divisible:
         """Opens the training images of a recipe with `data.val_fraction`.
 
-        Raises: DataError: if they cannot be divided by the names of their files.
+        Raises: DataError: if the images cannot be divided by the names of their files.
         """
         images: Any = job.open_samples()
         return Divisible(job.run.data.root, ImageFolder(images.folder), images.fingerprint)

@@ -146,9 +146,9 @@ def read_ground_truth(path: str, only: Sequence[int] = ()) -> dict[str, Any]:
         raise _no_truth(path, f"an entry without {error}") from error
     except (ValueError, OverflowError) as error:
         raise _no_truth(path, f"an entry with {error}") from error
-    if kept := frozenset(only):
+    if image_ids := frozenset(only):
         for entries, key in (("images", "id"), ("annotations", "image_id")):
-            truth[entries] = [entry for entry in truth[entries] if entry[key] in kept]
+            truth[entries] = [entry for entry in truth[entries] if entry[key] in image_ids]
     return truth
 
 
