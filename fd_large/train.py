@@ -1,6 +1,5 @@
 """Entry for launchers: `deepspeed fd_large/train.py`, or `--module fd_large.train` if installed."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -12,15 +11,6 @@ if __name__ == "__main__":
 
     forget_current_folder()
     from fd_large.cli.main import main
+    from fd_large.ranks.forked import end_with
 
-    try:
-        code = main(["train", *sys.argv[1:]])
-    except Exception as error:
-        # This hook writes to terminal and log: runtime/terminal.py.
-        sys.excepthook(type(error), error, error.__traceback__)
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # DeepSpeed's threads now and then abort an interpreter that shuts down, whatever its code was;
-    # and one whose peers are gone may wait in it for the kernel of a collective.
-    os._exit(code)
+    end_with(lambda: main(["train", *sys.argv[1:]]))

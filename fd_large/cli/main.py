@@ -14,10 +14,11 @@ from contextlib import nullcontext, suppress
 from importlib import import_module
 
 import fd_large
-from fd_large import doors, files
+from fd_large import doors, files, imports
 from fd_large.cli.arguments import HELP, HelpShown, choose
-from fd_large.errors import Exit, FDError
+from fd_large.errors import ConfigError, Exit, FDError
 from fd_large.ranks import failures
+from fd_large.ranks.forked import check_alone, run_ranks
 from fd_large.ranks.launch import find_rank
 from fd_large.runtime import terminal
 from fd_large.runtime.display import shown
@@ -44,7 +45,15 @@ COMMANDS = {
     "diagnose": "Show attention, loss landscape and similar layers of models.",
 }
 
-_BEGIN = "To begin: train --deepspeed_config zero3, four minutes on CPUs too (docs/quickstart.md)."
+_BEGIN = (
+    "Before a command, --ranks 2 runs it in two processes of this machine, one for each GPU.\n"
+    "To begin: train --deepspeed_config zero3, four minutes on CPUs too (docs/quickstart.md)."
+)
+
+RANKS = "--ranks"
+# A process that has looked at a GPU leaves forked ranks one that they cannot use, and libraries may
+# look as they are imported.
+_GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 # A launcher ends all ranks when the first one exits: the silent ones let rank 0 speak before.
 SECONDS_FOR_RANK_0 = 2.0
@@ -67,6 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     with suppress(AttributeError):  # A name that is not UTF-8 is no reason to fail; see stderr.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
+        if arguments and arguments[0].partition("=")[0] == RANKS:
+            return _run_on_ranks(arguments)
         command, rest = choose(arguments, COMMANDS, note=_BEGIN)
         with shown(command) if rank == 0 else nullcontext():
             return import_module(f"fd_large.cli.{command}").main(rest)
@@ -96,6 +107,29 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         failures.tell(Exit.LOST, f"{type(error).__name__}: {error}")
         raise
+
+
+def _run_on_ranks(arguments: list[str]) -> int:
+    """Runs the command after `--ranks N` in so many processes; returns the exit code."""
+    _, given, text = arguments[0].partition("=")
+    text, *rest = arguments[1:] or [""] if not given else [text, *arguments[1:]]
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(
+            f"{RANKS}: the number of processes; got {text!r}, expected 1 or more. Write "
+            f"{RANKS} 2 before the command."
+        )
+    if not HELP.isdisjoint(rest):
+        return main(rest)
+    check_alone()
+    command, own = choose(rest, COMMANDS, note=_BEGIN)
+    if command == "train":
+        import_module("fd_large.cli.train").checked(own)
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not any(map(files.kind_of, _GPUS)):
+        with imports.for_good("deepspeed"):
+            import_module("fd_large.engine.run")
+            import_module("fd_large.tasks.jobs")
+    sys.argv[1:] = rest  # A run records its own command, without its launcher's.
+    return run_ranks(int(text), lambda: main(rest))
 
 
 def _refused(error: FDError, rank: int) -> int:

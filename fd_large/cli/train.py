@@ -94,11 +94,7 @@ class Train(TakesRunFile, AllowsCode):
 
 def main(arguments: list[str]) -> int:
     """Trains, and ends with the report."""
-    parsed = parse_train(arguments)
-    run, named = parsed.run, {*parsed.fields, *parsed.in_file}
-    if not parsed.own.fresh:
-        run = with_stored_ends(run, named)
-    check_names(run, deepspeed_config=parsed.own.deepspeed_config)
+    parsed, run, named = checked(arguments)
     if parsed.own.check:
         _check_for_ranks(run, parsed.own.check, named, fresh=parsed.own.fresh)
         return 0
@@ -115,6 +111,19 @@ def main(arguments: list[str]) -> int:
     if code == Exit.AGAIN and distributed.is_main():
         say_how_to_go_on(run)
     return distributed.leave(code)
+
+
+def checked(arguments: list[str]) -> tuple[WithRecipe[Train], Run, set[str]]:
+    """Returns the arguments, the recipe and the user's fields, without a mistake as far as shows.
+
+    Raises: FDError: See `check_names`.
+    """
+    parsed = parse_train(arguments)
+    run, named = parsed.run, {*parsed.fields, *parsed.in_file}
+    if not parsed.own.fresh:
+        run = with_stored_ends(run, named)
+    check_names(run, deepspeed_config=parsed.own.deepspeed_config)
+    return parsed, run, named
 
 
 def check_names(run: Run, *, deepspeed_config: str) -> None:

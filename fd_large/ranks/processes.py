@@ -45,6 +45,8 @@ _LAUNCHERS = _DEEPSPEED_RUNNERS | {
     *("mpirun", "mpiexec", "prterun", "orterun", "prte", "prted", "orted"),
     *("mpirun.hydra", "mpiexec.hydra", "hydra_pmi_proxy", "hydra_bstrap_proxy"),
 }
+# This package, if it starts ranks itself.
+_OWN_PROGRAMS = ("fd_large", "fd-large")
 
 _watcher: threading.Thread | None = None
 _holds: list[None] = []
@@ -244,6 +246,8 @@ def _launcher_name(arguments: list[str]) -> str | None:
             elif not word.startswith("-"):
                 program = os.path.basename(word)
                 break
+    if program in _OWN_PROGRAMS and next(words, "").startswith("--ranks"):
+        return program
     return program if program in _LAUNCHERS else None
 
 

@@ -327,7 +327,8 @@ def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
         script = [_train_script(first)]
     match environment.get("launcher"):
         case "python":
-            return [*_commands(files), "train", *arguments]
+            several = ["--ranks", str(ranks)] if ranks > 1 else []
+            return [*_commands(files), *several, "train", *arguments]
         case "torchrun":
             return [_program("torchrun"), f"--nproc_per_node={ranks}", *script, *arguments]
     launcher = [_program("deepspeed")]

@@ -191,6 +191,33 @@ def test_only_one_rank_speaks_of_a_common_mistake(pictures: Path, tmp_path: Path
     assert "".join(finished.outputs).count("no such folder") == 1
 
 
+def test_forked_ranks_stop_by_a_signal_or_without_their_parent_and_go_on(
+    pictures: Path, tmp_path: Path
+) -> None:
+    calm, run_dir = tmp_path / "calm", tmp_path / "run"
+    more = ("--optim.max_steps", "40", *twin.WITH_LOADERS)
+    train(pictures, calm, *more)
+    rows, seen = run_dir / "metrics.jsonl", 0
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -9)):
+        words = twin.words(pictures, run_dir, *more)
+        started = start_ranks(twin.TRAIN, *words, ranks=2, launcher="fd_large")
+        try:
+            started.until(
+                lambda: rows.exists() and len(rows.read_text().splitlines()) > seen + 3  # noqa: B023
+            )
+            os.kill(started.processes[0].pid, number)
+            assert started.processes[0].wait(60) == code
+            until(lambda: not started.pids(), 60, lambda: "\n".join(started.outputs()))  # noqa: B023
+        finally:
+            outputs = started.kill()
+        assert read(run_dir / "summary.json")["status"] == "preempted", outputs
+        assert read(run_dir / "environment.json")["launcher"] == "python"
+        seen = len(rows.read_text().splitlines())
+    done = train(pictures, run_dir, *more, launcher="fd_large")
+    assert f"resumed after step {seen} of 40" in done.outputs[0]
+    assert losses(run_dir) == losses(calm)
+
+
 def test_sigterm_to_the_command_ends_a_training_run(pictures: Path, tmp_path: Path) -> None:
     """In the middle of steps, collectives and loader workers."""
     run_dir = tmp_path / "run"

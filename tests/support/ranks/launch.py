@@ -1,5 +1,7 @@
 """Starts real ranks for tests: a program under plain python, deepspeed, torchrun or mpirun.
 
+fd_large starts ranks too, of its own commands: there the program is train.py.
+
 Under plain python a rank is forked from a process that has torch and DeepSpeed imported already
 (rank_server.py), unless its imports belong to what is tested.
 
@@ -34,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[3]
 HELPERS = [str(path) for path in (ROOT / "tests/support").iterdir() if path.is_dir()]
 HIDDEN = Path(__file__).with_name("hidden")
 BESIDE = Path(sys.executable).parent
-Launcher = Literal["plain", "deepspeed", "torchrun", "mpirun"]
+Launcher = Literal["plain", "deepspeed", "torchrun", "mpirun", "fd_large"]
 
 # What an outer launcher, a batch job or another start would leave for the ranks to stumble over.
 _FOREIGN = ("SLURM_", "OMPI_", "PMI", "MPI_", "HYDRA_", "TORCHELASTIC_", "CROSS_", "FD_TEST_MARK")
@@ -205,6 +207,10 @@ def start_ranks(
     elif launcher == "torchrun":
         head = [str(BESIDE / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port]
         commands = [([*head, *words], {})]
+    elif launcher == "fd_large":
+        assert Path(program) == ROOT / "fd_large/train.py"
+        head = [sys.executable, "-m", "fd_large", "--ranks", str(ranks), "train"]
+        commands = [([*head, *words[1:]], {})]
     else:
         commands = [([str(BESIDE / "mpirun"), "-n", str(ranks), sys.executable, *words], {})]
     for index, (command, more) in enumerate(commands):

@@ -1,6 +1,7 @@
 """Commands, exit codes and mistakes in one sentence; no torch before it is needed."""
 
 import errno
+import importlib
 import inspect
 import json
 import logging
@@ -211,6 +212,49 @@ def test_only_rank_0_tells_a_mistake(variable, monkeypatch, capsys):
     one_sentence(capsys)
 
 
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("--ranks", "--ranks: the number of processes; got ''"),
+        ("--ranks=0 train", "--ranks: the number of processes; got '0'"),
+        ("--ranks train", "--ranks: the number of processes; got 'train'"),
+        ("--ranks 2 trian", "nearest: train"),
+        ("--ranks 2 train --deepspeed_config zero3 --data.root /nowhere", "data.root"),
+    ],
+)
+def test_a_mistake_is_told_before_ranks_are_started(words, found, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "run_ranks", lambda *_: pytest.fail("ranks"))
+    assert cli.main(words.split()) == 2
+    assert found in one_sentence(capsys)
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_each_rank_runs_the_command(has_gpu, engine, monkeypatch, tmp_path):
+    """What ranks share is imported before they are forked, where there is no GPU to spoil."""
+    started, shared = [], []
+
+    def run_ranks(number, work):
+        started.append((number, *shared))
+        return work()
+
+    def import_module(name):
+        shared.append(name)
+        return importlib.import_module(name)
+
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(cli, "_GPUS", (str(tmp_path if has_gpu else tmp_path / "no"),))
+    monkeypatch.setattr(cli, "run_ranks", run_ranks)
+    monkeypatch.setattr(cli, "import_module", import_module)
+    words = ["train", "--deepspeed_config", "zero3", "--runtime.run_dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["fd_large", "--ranks", "3", *words])
+    assert cli.main(["--ranks", "3", *words]) == 0
+    assert sys.argv == ["fd_large", *words]
+    assert engine.run.run_dir() == str(tmp_path / "run")
+    [(number, *names)] = started
+    assert number == 3
+    assert ("fd_large.engine.run" in names) != has_gpu
+
+
 def test_help_lists_every_field_with_help_and_the_recipes_default(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")  # One column of boxes.
     assert cli.main(["train", "--help", "all", "--recipe", "fd_swinv2g"]) == 0
@@ -382,6 +426,7 @@ print(json.dumps([code, heavy]))
         ["--help"],
         ["train", "--help"],
         ["train", "--help", "optim"],
+        ["--ranks", "2", "train", "--help"],
         ["recipes"],
         ["recipes", "quickstart"],
         ["models"],

@@ -49,7 +49,7 @@ def pasted(command: str):
         assert Path(words[1]).is_dir()
         return "tensorboard", words[1]
     if words[:2] == ["-m", "fd_large"]:
-        words = words[2:]
+        words = words[4:] if words[2:4] == ["--ranks", "2"] else words[2:]
     elif Path(program).name in ("deepspeed", "torchrun"):
         place = next(i for i, word in enumerate(words) if "fd_large" in word)
         words = ["train", *words[place + 1 :]]
@@ -129,6 +129,7 @@ def test_a_run_that_was_stopped_goes_on_by_the_same_recipe(task, launcher, run_o
     assert name == "train"
     assert given.run == recipe
     assert not given.own.fresh
+    assert ("--ranks 2 train" in again["command"]) == (launcher == "python")
     told, command = stopped_text(read_run(folder)).splitlines()
     assert told == "stopped and saved after step 5 of 60. To go on from there:"
     assert command.strip() == again["command"]

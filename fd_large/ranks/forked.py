@@ -1,0 +1,110 @@
+"""Ranks of this machine, forked from one process: `python -m fd_large --ranks 2 train ...`.
+
+What a rank imports takes longer than all else before its first step. Ranks that are forked from a
+process share what it has imported, and no launcher imports it besides. The process passes signals
+on to its ranks and waits for them. No torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import NoReturn
+
+from fd_large.errors import Exit, LaunchError
+from fd_large.ranks.launch import LOOPBACK, find_launch, free_port
+from fd_large.ranks.processes import handlers_to_replace
+
+SECONDS_AFTER_A_FAILURE = 30.0
+"""Until ranks are killed that outlive one that has failed; they end by themselves once they met."""
+
+
+def check_alone() -> None:
+    """Refuses to start ranks in a process that is one of several ranks already.
+
+    Raises: LaunchError: naming the launcher.
+    """
+    launch = find_launch()
+    if launch.launcher != "python" or launch.world_size > 1:
+        raise LaunchError(
+            f"--ranks: ranks of another launcher; got {launch.world_size} by {launch.launcher}, "
+            "expected a process of its own. Leave out --ranks, or the other launcher."
+        )
+
+
+def run_ranks(number: int, work: Callable[[], int]) -> int:
+    """Runs a function on so many ranks of this machine, and waits for them.
+
+    Args:
+        number: The number of ranks.
+        work: What each of them does; returns its exit code.
+
+    Returns: the exit code of the first rank that failed, or 0.
+    """
+    everywhere = {
+        "WORLD_SIZE": str(number),
+        "LOCAL_WORLD_SIZE": str(number),
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(free_port()),
+    }
+    ranks: set[int] = set()
+
+    def pass_on(number: int, _: FrameType | None = None) -> None:
+        for pid in list(ranks):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    handled = handlers_to_replace()
+    # A signal that comes meanwhile waits until all ranks are there to get it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+    for rank in range(number):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= everywhere | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
+            end_with(work)
+        ranks.add(pid)
+    for each in handled:
+        signal.signal(each, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
+
+    impatient = threading.Timer(SECONDS_AFTER_A_FAILURE, pass_on, (signal.SIGKILL,))
+    impatient.daemon = True
+    failed = 0
+    while ranks:
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        assert ended is not None
+        # Before the system may give its number to another process.
+        ranks.discard(ended.si_pid)
+        os.waitpid(ended.si_pid, 0)
+        code = ended.si_status + (0 if ended.si_code == os.CLD_EXITED else 128)
+        # Ranks that have saved wait for each other, however long that takes.
+        if code not in (0, Exit.AGAIN) and failed in (0, Exit.AGAIN):
+            impatient.start()
+        failed = failed or code
+    impatient.cancel()
+    return failed
+
+
+def end_with(work: Callable[[], int]) -> NoReturn:
+    """Ends this process with the exit code that a function returns, or with 1 after its error.
+
+    DeepSpeed's threads now and then abort an interpreter that shuts down, whatever its code was;
+    and one whose peers are gone may wait in it for the kernel of a collective.
+    """
+    code = 1
+    try:
+        code = work()
+    except BaseException as error:
+        # This hook writes to terminal and log: runtime/terminal.py.
+        sys.excepthook(type(error), error, error.__traceback__)
+    finally:
+        with suppress(OSError):  # Nobody may read them any more.
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
