@@ -1,18 +1,19 @@
-"""How long does it take from `deepspeed fd_large/train.py` to the first step, and what takes it?
+"""How long does it take from the command to the first step, and what takes it?
 
     python benchmarks/startup.py [--rounds 5] [--ranks 2] [--without mlflow] [--package CHECKOUT]
-        [FLAGS of train.py]
+        [--launchers deepspeed fd_large] [FLAGS of train.py]
 
-Starts the quick start, or the run of other flags, by DeepSpeed's launcher, and stops it after its
-first step. A rank notes when it was started and what it was busy with since then; the processor
-seconds of rank 0 stand beside, and those of all processes until then, user's and system's, which a
-busy machine changes less than the time. Then the run is started once more: a restart, which ends
-the benchmark with an error if it tries micro batches or evaluates. --package measures another
-checkout in turns with this one.
+Starts the quick start, or the run of other flags, by DeepSpeed's launcher and by `python -m
+fd_large --ranks`, in turns, and stops it after its first step. A rank notes when it was started
+and what it was busy with since then; the processor seconds of rank 0 stand beside, and those of all
+processes until then, user's and system's, which a busy machine changes less than the time. Then
+the run is started once more: a restart, which ends the benchmark with an error if it tries micro
+batches or evaluates. --package measures another checkout in turns with this one.
 
-DeepSpeed's launcher imports MLflow in both of its processes where that is installed, as the extras
-`test` and `mlflow` do: `--without mlflow` hides it. `train --help`, which needs no torch, is timed
-too. Writes benchmarks/results/startup.json.
+Forked ranks share what was imported before: that is in their first part, whose processor seconds
+only those of all have. DeepSpeed's launcher imports MLflow in both of its processes where that is
+installed, as the extras `test` and `mlflow` do: `--without mlflow` hides it. `train --help`, which
+needs no torch, is timed too. Writes benchmarks/results/startup.json.
 """
 
 from __future__ import annotations
@@ -51,23 +52,33 @@ def run_as_rank(timeline: Path) -> int:
     noted = [(BEGAN, 0.0, "reading the arguments")]
 
     def note() -> None:
+        if os.environ.get("RANK") != "0":
+            return
         works = activity.current()
         part = ": ".join(work.what for work in works[1:3]) or "all else"
         if part != noted[-1][-1]:
             noted.append((time.time(), time.process_time(), part))
             timeline.write_text(json.dumps(noted))
 
-    if os.environ["RANK"] == "0":
-        note()
-        activity.on_change.append(note)
-    return main(["train", *sys.argv[1:]])
+    note()
+    activity.on_change.append(note)  # Forked ranks have it too.
+    return main(sys.argv[1:] if sys.argv[1] == "--ranks" else ["train", *sys.argv[1:]])
 
 
-def measure(ranks: int, flags: list[str], without: list[str], package: Path) -> dict[str, float]:
+def command_of(launcher: str, ranks: int) -> list[Any]:
+    """Returns the command that starts this file on so many ranks, without flags of train.py."""
+    if launcher == "deepspeed":
+        return [BIN / "deepspeed", "--quiet", "--num_accelerators", ranks, __file__]
+    return [sys.executable, __file__, "--ranks", ranks, "train"]
+
+
+def measure(
+    command: list[Any], flags: list[str], without: list[str], package: Path
+) -> dict[str, float]:
     """Returns the seconds of each part of a start and of a restart, until their first steps.
 
     Args:
-        ranks: Number of ranks.
+        command: Starts this file on ranks.
         flags: Flags of train.py.
         without: Packages that are taken for not installed.
         package: The checkout that is started.
@@ -78,9 +89,9 @@ def measure(ranks: int, flags: list[str], without: list[str], package: Path) -> 
     for name in without:
         (hidden / f"{name}.py").write_text("raise ImportError\n")
     try:
-        parts = _start(ranks, flags, folder, package)
+        parts = _start(command, flags, folder, package)
         _cut_to_first_step(folder / "run")
-        again = _start(ranks, flags, folder, package, steps=2)
+        again = _start(command, flags, folder, package, steps=2)
     finally:
         # The launcher's ranks may still write.
         time.sleep(1)
@@ -101,13 +112,13 @@ def _cut_to_first_step(run: Path) -> None:
 
 
 def _start(
-    ranks: int, flags: list[str], folder: Path, package: Path, steps: int = 1
+    command: list[Any], flags: list[str], folder: Path, package: Path, steps: int = 1
 ) -> dict[str, float]:
     """Starts a run until it has made so many steps in all, and saved them; returns the parts."""
     timeline, rows = folder / "timeline.json", folder / "run" / "metrics.jsonl"
     saved = folder / "run" / "checkpoints" / f"step_{steps:08d}"
     command = [
-        *(BIN / "deepspeed", "--quiet", "--num_accelerators", ranks, __file__),
+        *command,
         *("--deepspeed_config", package / "ds_configs" / "zero3.json"),
         *("--runtime.run_dir", folder / "run", "--runtime.log_every", 1),
         *("--runtime.save_every", 1, *flags),
@@ -144,7 +155,7 @@ def _start(
         until(saved.is_dir)
         noted = json.loads(timeline.read_text())
     finally:
-        processes = [*process.children(recursive=True), process]
+        processes = [*process.children(recursive=True), process] if process.is_running() else []
         for each in processes:
             with suppress(psutil.Error):
                 each.kill()
@@ -190,6 +201,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks, or GPUs")
+    parser.add_argument("--launchers", nargs="+", default=["deepspeed", "fd_large"])
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "startup.json")
     parser.add_argument("--without", nargs="+", default=[], help="packages to hide")
     parser.add_argument("--package", type=Path, help="another checkout, in turns with this one")
@@ -198,15 +210,18 @@ def main() -> int:
     packages = {"": ROOT} | ({"other: ": arguments.package} if arguments.package else {})
     samples: dict[str, list[float]] = defaultdict(list)
     for _ in range(arguments.rounds):
-        for label, package in packages.items():
-            parts = measure(arguments.ranks, flags, arguments.without, package)
-            for name, seconds in (parts | help_seconds(package)).items():
+        for (label, package), launcher in itertools.product(packages.items(), arguments.launchers):
+            command = command_of(launcher, arguments.ranks)
+            parts = measure(command, flags, arguments.without, package)
+            for name, seconds in parts.items():
+                samples[f"{label}{launcher}: {name}"].append(seconds)
+            for name, seconds in help_seconds(package).items():
                 samples[label + name].append(seconds)
     results["seconds"] = {name: harness.spread(values) for name, values in samples.items()}
     results["load_average_after"] = round(os.getloadavg()[0], 2)
     for name, spread in results["seconds"].items():
         low, high = spread["quartiles"]
-        print(f"{name:48} {spread['median']:6.2f} s  ({low:.2f} to {high:.2f})")
+        print(f"{name:60} {spread['median']:6.2f} s  ({low:.2f} to {high:.2f})")
     harness.write(results, arguments.out)
     return 0
 
